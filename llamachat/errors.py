@@ -1,0 +1,47 @@
+"""Errors that a user can mend, each with the exit status that the command line ends with.
+
+Every text has three parts: where and what was found; what is required and why; what to do.
+Status 1 is "failed", 2 is "bad usage, configuration or data". Our own bugs are `assert`s, never one of these.
+"""
+
+
+class LlamachatError(Exception):
+    """The command cannot go on, and its text says what to do about it."""
+
+    exit_status = 1
+
+
+class UsageError(LlamachatError):
+    """The command line asks for something that does not exist or does not go together."""
+
+    exit_status = 2
+
+
+class ConfigError(LlamachatError):
+    """The recipe holds an unknown key, a wrong value, or values that contradict each other."""
+
+    exit_status = 2
+
+
+class DataError(LlamachatError):
+    """A data file is missing, unreadable, or holds records that break the rules."""
+
+    exit_status = 2
+
+
+class ChangedError(LlamachatError):
+    """A finished step is asked for with another configuration or other inputs than it was made with."""
+
+    exit_status = 2
+
+
+class ArtifactError(LlamachatError):
+    """An artifact is missing, unreadable, incomplete, or of the wrong kind."""
+
+
+class BusyError(LlamachatError):
+    """Another living command holds the step."""
+
+
+class TokenizerError(LlamachatError):
+    """A tokenizer cannot be read, or cannot be proved to give the ids of the chat format."""

@@ -1,0 +1,185 @@
+"""A conversation, and the rules that every conversation keeps before it may become tokens.
+
+The rules are those of Meta's reference chat code (facebookresearch/llama, llama/generation.py): an optional system
+text, then user and assistant in turn, user first. `train` is ours: an answer with `train: false` is read, not learnt.
+One thing surprises: an empty system text is legal and differs in tokens from no system text, as in the reference code.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+EndsWith = Literal["user", "assistant", "either"]
+
+# What other tools call the three roles; named in the mend so that a reader knows which word to write instead.
+ROLE_ALIASES: dict[str, Role] = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `train: False` keeps an answer out of the loss; None and True leave it to the stage."""
+
+    role: Role
+    content: str
+    train: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dialog:
+    """A conversation, and whether its last answer is safe where somebody labelled it."""
+
+    messages: tuple[Message, ...]
+    is_safe: bool | None = None
+
+
+class DialogError(ValueError):
+    """A conversation breaks a rule: which field, what is wrong and why that matters, and how to mend it.
+
+    The reader of a file puts `file:line` before it.
+    """
+
+    def __init__(self, field: str, reason: str, mend: str) -> None:
+        super().__init__(f"{field}: {reason} {mend}")
+        self.field = field
+        self.reason = reason
+        self.mend = mend
+
+    def __reduce__(self) -> tuple[type["DialogError"], tuple[str, str, str]]:
+        # Exceptions are pickled by their args; ours has three, its text one. Worker processes hand it over pickled.
+        return type(self), (self.field, self.reason, self.mend)
+
+
+def parse_messages(value: object, *, field: str = "messages") -> tuple[Message, ...]:
+    """Messages from decoded JSON, types and roles checked; their order is `check_messages`' business."""
+    if not isinstance(value, list):
+        raise DialogError(
+            field,
+            f"is {_kind(value)}, but a conversation is a list of messages.",
+            'Write [{"role": "user", "content": "..."}, ...].',
+        )
+    return tuple(_parse_message(item, f"{field}[{index}]") for index, item in enumerate(value))
+
+
+def check_messages(messages: Sequence[Message], *, ends_with: EndsWith, field: str = "messages") -> None:
+    """Raise `DialogError` for the first rule that the conversation breaks."""
+    if not messages:
+        raise DialogError(field, "is empty, but a conversation needs at least one user turn.", "Drop the record.")
+    first_turn = 1 if messages[0].role == "system" else 0
+    if len(messages) == first_turn:
+        raise DialogError(
+            field,
+            "holds a system text alone, but it is sent with the first user turn.",
+            "Add the user turn, or drop the record.",
+        )
+    for index, message in enumerate(messages):
+        _check_message(message, f"{field}[{index}]")
+        if index >= first_turn:
+            _check_order(messages, index, first_turn, field)
+    _check_end(messages, ends_with, field)
+
+
+def _parse_message(item: object, field: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise DialogError(
+            field, f"is {_kind(item)}, but a message is an object.", 'Write {"role": ..., "content": ...}.'
+        )
+    message = cast(Mapping[object, object], item)
+    for key in ("role", "content"):
+        if key not in message:
+            held = ", ".join(repr(name) for name in message) or "nothing"
+            raise DialogError(f"{field}.{key}", f"is missing; the message holds {held}.", f"Name the {key} '{key}'.")
+    role, content, train = message["role"], message["content"], message.get("train")
+    if role not in ROLES:
+        alias = ROLE_ALIASES.get(role.lower()) if isinstance(role, str) else None
+        mend = f"Write '{alias}'" if alias else "Rename it, or drop the record"
+        raise DialogError(
+            f"{field}.role",
+            f"is {role!r}, but the roles are 'system', 'user' and 'assistant'.",
+            f"{mend} (`llamachat data convert` maps the usual names).",
+        )
+    if not isinstance(content, str):
+        raise DialogError(
+            f"{field}.content",
+            f"is {_kind(content)}, but only text becomes tokens.",
+            "Write one string, the parts joined.",
+        )
+    if train is not None and not isinstance(train, bool):
+        raise DialogError(f"{field}.train", f"is {train!r}, but it is true, false or absent.", "Write true or false.")
+    return Message(cast(Role, role), content, train)
+
+
+def _check_message(message: Message, field: str) -> None:
+    if message.role != "system" and not message.content.strip():
+        what = (
+            "A model trained on it learns to say nothing"
+            if message.role == "assistant"
+            else "There is nothing to answer"
+        )
+        raise DialogError(f"{field}.content", f"is empty. {what}.", "Write the text, or drop the turn or the record.")
+    try:
+        message.content.encode()
+    except UnicodeEncodeError as error:
+        character = ascii(message.content[error.start])
+        raise DialogError(
+            f"{field}.content",
+            f"holds {character} at character {error.start}, half of a character, which no tokenizer can encode.",
+            "Write the whole character, or take the half out.",
+        ) from error
+    if message.train and message.role != "assistant":
+        raise DialogError(
+            f"{field}.train",
+            f"is true on a {message.role} turn, but only answers are learnt.",
+            "Take 'train' out of this turn.",
+        )
+
+
+def _check_order(messages: Sequence[Message], index: int, first_turn: int, field: str) -> None:
+    role = messages[index].role
+    due: Role = "user" if (index - first_turn) % 2 == 0 else "assistant"
+    if role == due:
+        return
+    where = f"{field}[{index}].role"
+    if role == "system":
+        raise DialogError(where, "is 'system', which may only stand first.", "Move its text into the first message.")
+    if index == first_turn:
+        raise DialogError(
+            where,
+            "is 'assistant', but the user speaks first.",
+            "Drop the leading answer (`llamachat data convert` does it), or add the question.",
+        )
+    raise DialogError(
+        where,
+        f"is '{role}' twice in a row, but user and assistant take turns.",
+        "Merge the two turns (`llamachat data convert` does it), or add the missing one.",
+    )
+
+
+def _check_end(messages: Sequence[Message], ends_with: EndsWith, field: str) -> None:
+    last = messages[-1].role
+    if ends_with == "either" or last == ends_with:
+        return
+    where = f"{field}[{len(messages) - 1}].role"
+    if ends_with == "assistant":
+        raise DialogError(
+            where,
+            "is 'user' at the end, but training needs the answer.",
+            "Add the answer, or drop the question (`llamachat data convert` does it).",
+        )
+    raise DialogError(
+        where,
+        "is 'assistant' at the end, but a prompt ends with what is to be answered.",
+        "Drop the last answer from the prompt.",
+    )
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

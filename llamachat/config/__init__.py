@@ -1,0 +1,1 @@
+"""Configuration: frozen sections, YAML files with one level of `extends`, dotted overrides, one report of all problems."""

@@ -1,0 +1,1 @@
+"""What our own training loops and the TRL trainers share: the optimizer with fp32 master weights and schedules."""

@@ -1,0 +1,84 @@
+"""An optimizer that steps fp32 master copies of low-precision parameters.
+
+A bf16 weight of size 0.05 cannot take an update below 0.0002: small learning rates are lost to rounding. So the sums
+live in fp32 here and the model's own tensors are rounded copies, which keeps forward and backward at bf16 speed.
+Parameters that are fp32 already are stepped as they are.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ParamGroups = list[dict[str, Any]]
+
+
+class MasterWeightOptimizer(torch.optim.Optimizer):
+    """Wraps the optimizers that `build(groups)` makes over the master copies of `groups` (torch parameter groups).
+
+    `param_groups` are the inner optimizers' own, so a learning-rate scheduler acts on them; gradients are read from
+    the model's parameters. `state_dict` holds the masters: a resumed run continues from the unrounded weights.
+    """
+
+    def __init__(self, groups: ParamGroups, build: Callable[[ParamGroups], list[torch.optim.Optimizer]]) -> None:
+        self._params: list[Tensor] = [p for group in groups for p in group["params"]]
+        self._masters = {id(p): _master_of(p) for p in self._params}
+        master_groups = [{**g, "params": [self._masters[id(p)] for p in g["params"]]} for g in groups]
+        self.inner = build(master_groups)
+        super().__init__(self._params, {})
+        self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's overloads return the closure's loss
+        assert closure is None, "closures are not used here"
+        for param in self._params:
+            master = self._masters[id(param)]
+            if master is not param:
+                master.grad = None if param.grad is None else param.grad.to(torch.float32)
+        for optimizer in self.inner:
+            optimizer.step()
+        for param in self._params:
+            master = self._masters[id(param)]
+            if master is not param:
+                master.grad = None
+                param.copy_(master)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for param in self._params:
+            if set_to_none or param.grad is None:
+                param.grad = None
+            else:
+                param.grad.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        masters = [None if self._masters[id(p)] is p else self._masters[id(p)].detach() for p in self._params]
+        return {"inner": [optimizer.state_dict() for optimizer in self.inner], "masters": masters}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for param, saved in zip(self._params, state_dict["masters"], strict=True):
+            if saved is not None:
+                self._masters[id(param)].copy_(saved)
+        for optimizer, state in zip(self.inner, state_dict["inner"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
+
+
+def _master_of(param: Tensor) -> Tensor:
+    if param.dtype == torch.float32:
+        return param
+    return param.detach().to(torch.float32).clone().requires_grad_(True)
+
+
+def adamw(
+    params: Iterable[Tensor], *, learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float
+) -> MasterWeightOptimizer:
+    """AdamW over fp32 masters; matrices decay, vectors (norms, biases) do not."""
+    trained = [p for p in params if p.requires_grad]
+    groups: ParamGroups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return MasterWeightOptimizer(groups, lambda g: [torch.optim.AdamW(g, lr=learning_rate, betas=betas, eps=eps)])

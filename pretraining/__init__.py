@@ -1,0 +1,1 @@
+"""How the bundled tokenizer and tiny base model are made: `llamachat pretrain`."""

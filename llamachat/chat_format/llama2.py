@@ -1,0 +1,169 @@
+"""The Llama 2 chat format, id by id as Meta's reference code gives it (facebookresearch/llama, llama/generation.py).
+
+A closed pair of turns is ONE string `[INST] {user} [/INST] {answer} ` with its own BOS and EOS (a space stands before
+EOS); an open turn is `[INST] {user} [/INST]` with BOS. System text goes before the first user text, merged BEFORE the
+strip, so white space between the two is kept. The tags are plain text: no piece of the vocabulary is made for them.
+This is the only file that knows the tags.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llamachat.chat_format import TokenizedExample, TrainOn
+from llamachat.dialog import DialogError, Message, check_messages
+from llamachat.tokenizer import Tokenizer
+
+B_INST, E_INST = "[INST]", "[/INST]"
+B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
+SPECIAL_TAGS = (B_INST, E_INST, "<<SYS>>", "<</SYS>>")
+
+# The space before an answer is inside the mark: it is part of the answer's first token, and outside of it that token
+# would be left out of the mask. `train` is our key for an answer that is not learnt.
+CHAT_TEMPLATE = r"""
+{%- set first = 1 if messages and messages[0]['role'] == 'system' else 0 -%}
+{%- if messages | length <= first -%}
+    {{- raise_exception('A conversation needs at least one user turn.') -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if loop.index0 >= first -%}
+        {%- if (loop.index0 - first) % 2 == 0 -%}
+            {%- if message['role'] != 'user' -%}
+                {{- raise_exception('Roles must be: optional system, then user, assistant, user, assistant, ...') -}}
+            {%- endif -%}
+            {%- set text = message['content'] -%}
+            {%- if first == 1 and loop.index0 == 1 -%}
+                {%- set text = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' + text -%}
+            {%- endif -%}
+            {{- bos_token + '[INST] ' + text.strip() + ' [/INST]' -}}
+        {%- else -%}
+            {%- if message['role'] != 'assistant' -%}
+                {{- raise_exception('Roles must be: optional system, then user, assistant, user, assistant, ...') -}}
+            {%- endif -%}
+            {%- set answer = ' ' + message['content'].strip() + ' ' + eos_token -%}
+            {%- if message['train'] == false -%}
+                {{- answer -}}
+            {%- else -%}
+                {%- generation -%}{{- answer -}}{%- endgeneration -%}
+            {%- endif -%}
+        {%- endif -%}
+    {%- endif -%}
+{%- endfor -%}
+""".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A user text with the system text merged in where it is the first, and its answer unless the turn is open."""
+
+    user: str
+    answer: Message | None
+
+
+@dataclass(frozen=True, slots=True)
+class Llama2Format:
+    """`ChatFormat` of Llama 2-Chat."""
+
+    tokenizer: Tokenizer
+
+    @property
+    def name(self) -> str:
+        return "llama2"
+
+    @property
+    def chat_template(self) -> str:
+        return CHAT_TEMPLATE
+
+    @property
+    def forbidden(self) -> tuple[str, ...]:
+        return SPECIAL_TAGS
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.tokenizer.eos_id,)
+
+    def check_text(self, messages: Sequence[Message], *, field: str = "messages") -> None:
+        for index, message in enumerate(messages):
+            for tag in SPECIAL_TAGS:
+                position = message.content.find(tag)
+                if position >= 0:
+                    raise DialogError(
+                        f"{field}[{index}].content",
+                        f"holds '{tag}' at character {position}, a tag of the chat format: the model would read what "
+                        "follows as another turn.",
+                        "Take the tag out or write it otherwise, or drop the record.",
+                    )
+
+    def encode_dialog(self, messages: Sequence[Message], *, train_on: TrainOn) -> TokenizedExample:
+        pairs = self._checked_pairs(messages)
+        answered = [index for index, pair in enumerate(pairs) if pair.answer is not None]
+        learnt = set(answered) if train_on is TrainOn.EVERY_ANSWER else set(answered[-1:])
+        input_ids: list[int] = []
+        loss_mask: list[bool] = []
+        for index, pair in enumerate(pairs):
+            prompt_ids, answer_ids = self._encode_pair(pair)
+            input_ids += prompt_ids + answer_ids
+            is_learnt = index in learnt and pair.answer is not None and pair.answer.train is not False
+            loss_mask += [False] * len(prompt_ids) + [is_learnt] * len(answer_ids)
+        return TokenizedExample(tuple(input_ids), tuple(loss_mask))
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        check_messages(messages, ends_with="user")
+        return list(self.encode_dialog(messages, train_on=TrainOn.EVERY_ANSWER).input_ids)
+
+    def decode_answer(self, ids: Sequence[int]) -> str:
+        end = next((index for index, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        return self.tokenizer.decode(ids[:end]).strip()
+
+    def shorten(self, messages: Sequence[Message], *, max_tokens: int) -> tuple[Message, ...] | None:
+        """The system text moves to the user turn that becomes the first; answers count like questions."""
+        self._checked_pairs(messages)
+        system = tuple(messages[:1]) if messages[0].role == "system" else ()
+        turns = tuple(messages[len(system) :])
+        # A pair's length does not depend on its neighbours, but the first one carries the system text.
+        lengths = [self._length(turns[start : start + 2]) for start in range(0, len(turns), 2)]
+        for dropped in range(len(lengths)):
+            kept = turns[2 * dropped :]
+            first = self._length((*system, *kept[:2])) if system else lengths[dropped]
+            if first + sum(lengths[dropped + 1 :]) <= max_tokens:
+                return system + kept
+        return None
+
+    def _checked_pairs(self, messages: Sequence[Message]) -> list[_Pair]:
+        check_messages(messages, ends_with="either")
+        self.check_text(messages)
+        return _pairs(messages)
+
+    def _length(self, messages: Sequence[Message]) -> int:
+        return sum(len(prompt) + len(answer) for prompt, answer in map(self._encode_pair, _pairs(messages)))
+
+    def _encode_pair(self, pair: _Pair) -> tuple[list[int], list[int]]:
+        """Ids of the prompt with BOS, and the ids that the answer adds to them, its EOS included."""
+        bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
+        prompt = f"{B_INST} {pair.user.strip()} {E_INST}"
+        prompt_ids = self.tokenizer.encode(prompt)
+        if pair.answer is None:
+            return [bos, *prompt_ids], []
+        pair_ids = self.tokenizer.encode(f"{prompt} {pair.answer.content.strip()} ")
+        boundary = _common_prefix(prompt_ids, pair_ids)
+        return [bos, *pair_ids[:boundary]], [*pair_ids[boundary:], eos]
+
+
+def _pairs(messages: Sequence[Message]) -> list[_Pair]:
+    turns = list(messages)
+    if turns[0].role == "system":
+        system, first, *rest = turns
+        turns = [Message("user", B_SYS + system.content + E_SYS + first.content), *rest]
+    answers = [*turns[1::2], None]
+    return [_Pair(user.content, answer) for user, answer in zip(turns[::2], answers, strict=False)]
+
+
+def _common_prefix(prompt_ids: Sequence[int], pair_ids: Sequence[int]) -> int:
+    """How many ids of the prompt stand unchanged at the start of the pair.
+
+    All of them with Llama's vocabulary, since no piece runs on from a letter into a space. The proof refuses a
+    tokenizer where it is otherwise; one used all the same learns the answer from the first id that differs.
+    """
+    for index, (prompt_id, pair_id) in enumerate(zip(prompt_ids, pair_ids, strict=False)):
+        if prompt_id != pair_id:
+            return index
+    return min(len(prompt_ids), len(pair_ids))

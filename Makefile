@@ -1,0 +1,65 @@
+# Every target sets up .venv by itself when it is missing or stale; VENV=/an/existing/environment is used as it is.
+SHELL := /bin/bash
+PYTHON ?= python3
+CONFIG ?= configs/tiny.yaml
+ARGS ?=
+VENV ?=
+
+ifeq ($(strip $(VENV)),)
+ENVIRONMENT := .venv
+READY := .venv/.ready
+else
+ENVIRONMENT := $(VENV)
+READY := check-environment
+endif
+PY := $(ENVIRONMENT)/bin/python
+# A killed make takes the step with it: no orphan holds the run.
+LLAMACHAT := LLAMACHAT_DIE_WITH_PARENT=1 exec $(PY) -m pipelines
+STEPS := sft rm rs gatt distill ppo eval report all
+
+.DEFAULT_GOAL := help
+.PHONY: help $(STEPS) plan dashboard chat test check bench setup check-environment metrics-docs
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@echo 'sft rm rs gatt distill ppo eval report all: a step of the recipe, or all of them'
+	@echo 'CONFIG=$(CONFIG)  ARGS="sft.epochs=1 run.dir=runs/x"  VENV=/an/existing/environment'
+
+$(STEPS): $(READY)
+	@$(LLAMACHAT) $@ --config $(CONFIG) $(ARGS)
+
+plan: $(READY) ## what would run, from which inputs, and why
+	@$(LLAMACHAT) plan --config $(CONFIG) $(ARGS)
+
+dashboard: $(READY) ## reward and loss curves of all runs, offline
+	@$(LLAMACHAT) dashboard --config $(CONFIG) $(ARGS)
+
+chat: $(READY) ## talk to the last policy of the run
+	@$(LLAMACHAT) chat --config $(CONFIG) $(ARGS)
+
+test: $(READY) ## the whole test suite: CPU, offline, under 10 minutes
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ARGS)
+
+check: $(READY) ## lint, format, types, import rules
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m pyright --pythonpath $(PY)
+	@$(PY) -m pytest -q tests/test_architecture.py
+
+bench: $(READY) ## benchmarks against named baselines
+	@for file in benchmarks/*.py; do $(PY) $$file $(ARGS) || exit 1; done
+
+setup: $(READY) ## only set up the environment
+
+check-environment:
+	@$(PY) -m pipelines.environment
+
+# The stamp comes last: a set-up that was cut short is done again.
+.venv/.ready: pyproject.toml constraints.txt
+	@echo "Setting up .venv (once; a few minutes) ..."
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llamachat needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
+	@test -x .venv/bin/python || $(PYTHON) -m venv --clear .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch hatchling editables
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@

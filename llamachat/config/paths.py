@@ -1,0 +1,81 @@
+"""Marks for fields that name a file or folder: what is named must be there before anything is loaded.
+
+A name of the form `owner/name` that is no local path is a hub name and is looked up when it is loaded, not here.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zip")
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a name that is no local path can be one of the hub: `owner/name`, and no local folder `owner`."""
+    if Path(text).exists() or text.lower().endswith(_DATA_SUFFIXES):
+        return False
+    return bool(_HUB_NAME.fullmatch(text)) and not Path(text).parent.is_dir()
+
+
+def near_path(text: str) -> str | None:
+    """An existing path most like a missing one: a name in the same folder, or in the nearest folder that exists."""
+    from llamachat.config.problems import nearest
+
+    path = Path(text)
+    folder = path.parent
+    if folder.is_dir():
+        name = nearest(path.name, (entry.name for entry in folder.iterdir()))
+        return str(folder / name) if name else None
+    if folder == folder.parent:
+        return None
+    near_folder = near_path(str(folder))
+    return near_path(str(Path(near_folder) / path.name)) or near_folder if near_folder else None
+
+
+def missing(text: str, *, what: str) -> str:
+    """The words for a path that does not exist."""
+    hint = near_path(text)
+    if hint:
+        advice = f"Did you mean '{hint}'?"
+    elif not Path(text).is_absolute() and (_REPOSITORY / text).exists():
+        advice = f"It exists in {_REPOSITORY}: run the command there, or give the whole path."
+    else:
+        advice = "Give the path of one that exists, seen from where the command runs."
+    return f"{what} '{text}' does not exist. {advice}"
+
+
+@dataclass(frozen=True, slots=True)
+class DataPath:
+    """The field names a file or folder of records, or a data set of the hub."""
+
+    def problems(self, value: object) -> Iterator[tuple[tuple[()], str]]:
+        if isinstance(value, str) and value and not Path(value).exists() and not is_hub_name(value):
+            yield (), missing(value, what="the data file")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPath:
+    """The field names a model folder, or a model of the hub."""
+
+    def problems(self, value: object) -> Iterator[tuple[tuple[()], str]]:
+        if not isinstance(value, str) or not value:
+            return
+        path = Path(value)
+        if path.is_file():
+            yield (), f"'{value}' is a file, but a model is a folder with config.json. Give its folder '{path.parent}'."
+        elif path.is_dir() and not (path / "config.json").is_file():
+            yield (), f"the folder '{value}' holds no config.json, so it is no model. Give the folder of a model."
+        elif not path.exists() and (not is_hub_name(value) or (_REPOSITORY / value).exists()):
+            yield (), missing(value, what="the model folder")
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyPath:
+    """The field names a local policy: a run, step, artifact or adapter folder."""
+
+    def problems(self, value: object) -> Iterator[tuple[tuple[()], str]]:
+        if isinstance(value, str) and value and not Path(value).is_dir():
+            yield (), missing(value, what="the policy folder")

@@ -1,0 +1,156 @@
+"""The sections that stages share: run, base, tuning, data, rollout, tracking.
+
+Defaults are the paper's (Llama 2, arXiv:2307.09288) where it states them; a description says so, else the value is ours.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llamachat.config.paths import DataPath, ModelPath, PolicyPath
+from llamachat.config.section import Section, operational
+
+
+class Run(Section):
+    """Where a run lives and what its randomness starts from."""
+
+    dir: str = operational(min_length=1, description="Folder of the run; each step has its folder in it.")
+    parent: str | None = operational(None, description="An earlier run whose unchanged steps are taken by reference.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of data order, dropout, new weights and sampling.")
+
+
+class RopeScaling(Section):
+    """A longer context than the base was trained with."""
+
+    type: Literal["linear", "dynamic"] = Field(description="Position interpolation (linear) or dynamic NTK.")
+    factor: float = Field(gt=1.0, description="How many times longer the context becomes.")
+
+
+class Base(Section):
+    """The pretrained model that everything is tuned from, and how text becomes its tokens."""
+
+    model: Annotated[str, ModelPath()] = Field(
+        min_length=1, description="A folder (seen from where the command runs) or a hub name, such as assets/base."
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16",
+        description="Number format of the forward pass; trained weights keep an fp32 master copy. Ours.",
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        default="auto",
+        description="Attention kernel; auto is flash_attention_2 where installed and possible, else sdpa.",
+    )
+    chat_format: Literal["llama2"] = Field(default="llama2", description="How a dialog becomes token ids.")
+    system: str | None = Field(default=None, description="System text put before dialogs and prompts that have none.")
+    max_tokens: int = Field(
+        default=4096,
+        ge=16,
+        description="Longest sequence, in tokens; of a longer dialog the oldest pairs go. Paper 3.1: 4096.",
+    )
+    rope_scaling: RopeScaling | None = Field(
+        default=None, description="Lengthens the context: {type: ..., factor: ...}."
+    )
+    allow_unproved_tokenizer: bool = operational(
+        False, description="Run with a tokenizer that cannot be proved to give the format's ids, with a warning."
+    )
+    policy: Annotated[str | None, PolicyPath()] = Field(
+        default=None, description="A policy made elsewhere (artifact or adapter folder), the first step's input."
+    )
+
+
+class Tuning(Section):
+    """Which weights are trained. The paper tunes all of them; adapters are ours."""
+
+    method: Literal["full", "lora", "qlora"] = Field(
+        default="full",
+        description="All weights (full, the paper's), adapters (lora), or adapters on a 4-bit base (qlora).",
+    )
+    rank: int = Field(default=64, ge=1, description="Rank of the adapters, one per run. Ours.")
+    alpha: float = Field(default=128, gt=0, description="Adapters are scaled by alpha / rank. Ours.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout at the adapters' input. Ours.")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear", description="Layers with adapters: all-linear, or a list of module names such as q_proj."
+    )
+
+
+class DataSource(Section):
+    """One file, folder or hub set of records."""
+
+    path: Annotated[str, DataPath()] = Field(
+        min_length=1, description="A .jsonl, .jsonl.gz or .parquet file (seen from where the command runs) or hub name."
+    )
+    format: str = Field(
+        default="auto", min_length=1, description="auto, or the name of a known source such as hh-rlhf."
+    )
+    weight: float = Field(default=1.0, gt=0, description="Copies of each record in the mix; 0.5 draws half of them.")
+    limit: int | None = Field(
+        default=None, ge=1, description="At most this many records, the first ones; null for all."
+    )
+    columns: dict[str, str] | None = Field(
+        default=None, description="Renames of fields: {field of a record: name in the file}."
+    )
+    system: str | None = Field(default=None, description="System text for this source's dialogs that have none.")
+    on_bad_record: Literal["error", "drop"] = Field(
+        default="error",
+        description="A record that breaks the rules stops the command (error) or is dropped and counted (drop).",
+    )
+
+
+class Split(Section):
+    """Shares of the conversations that are kept from training, by hash of the first user turn. Ours."""
+
+    test: float = Field(default=0.05, ge=0, lt=1, description="Share for the final evaluation.")
+    validation: float = Field(default=0.02, ge=0, lt=1, description="Share for evaluation during training.")
+    judge: float = Field(default=0.2, ge=0, lt=1, description="Share that only the judge's reward model is trained on.")
+
+    @model_validator(mode="after")
+    def _leaves_some_for_training(self) -> Self:
+        total = self.test + self.validation + self.judge
+        if total >= 1:
+            raise ValueError(f"test, validation and judge add up to {total:g}, which leaves nothing to train on")
+        return self
+
+
+Sources = tuple[DataSource, ...]
+
+
+class Data(Section):
+    """What is learnt from. Each entry is a list of sources, mixed by weight."""
+
+    sft: Sources = Field(description="Dialogs for supervised tuning (a list, which may be empty without an sft step).")
+    helpfulness: Sources = Field(default=(), description="Preferences on helpfulness.")
+    safety: Sources = Field(default=(), description="Preferences on safety, with labels where known.")
+    labels: Sources = Field(default=(), description="Single responses with a safety label: dialogs with is_safe.")
+    prompts: Sources = Field(default=(), description="Prompts to answer; empty: those of sft and of the preferences.")
+    adversarial: Sources = Field(default=(), description="Prompts marked is_safety.")
+    borderline: Sources = Field(default=(), description="Harmless prompts that look unsafe.")
+    split: Split = Field(default=Split(), description="What is kept from training.")
+
+
+class Rollout(Section):
+    """How answers are sampled."""
+
+    engine: Literal["auto", "hugging_face"] = operational("auto", description="What samples; auto takes the fastest.")
+    temperature: float = Field(default=1.0, ge=0, description="Sampling temperature; 0 takes the likeliest token.")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Sample from the likeliest tokens of this probability mass."
+    )
+    max_new_tokens: int = Field(default=512, ge=1, description="Longest answer, in tokens.")
+    cache_gib: Annotated[float, Field(gt=0)] | Literal["auto"] = operational(
+        "auto", description="Memory for keys and values, in GiB; auto takes what is free."
+    )
+
+
+class Tracking(Section):
+    """What is written down while a step runs. Nothing here changes what a step makes."""
+
+    project: str = operational("llamachat", min_length=1, description="Name of the wandb project.")
+    mode: Literal["auto", "online", "offline", "off"] = operational(
+        "auto", description="wandb: auto is online when a key is set, else offline."
+    )
+    tensorboard: bool = operational(False, description="Also write TensorBoard event files.")
+    upload_text: bool = operational(False, description="Send sampled prompts and answers to wandb too.")
+    log_every: int = operational(1, ge=1, description="Optimizer steps between lines of metrics.")
+    sample_every: int = operational(20, ge=1, description="Optimizer steps between sampled answers.")
+    eval_every: int = operational(50, ge=1, description="Optimizer steps between evaluations.")
+    save_every: int = operational(50, ge=1, description="Optimizer steps between checkpoints.")

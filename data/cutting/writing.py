@@ -1,0 +1,65 @@
+"""Writes records as gzipped JSON Lines, byte for byte the same at every cut, and refuses records that break the rules."""
+
+import gzip
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+CONTROL_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+
+def fault(record: dict[str, Any]) -> str | None:
+    """Why a record cannot be kept, or None."""
+    if "messages" in record:
+        return _fault_of_turns(record["messages"], ends_with="assistant")
+    found = _fault_of_turns(record["prompt"], ends_with="user")
+    if found or "chosen" not in record:
+        return found
+    answers = [record["chosen"], record["rejected"]]
+    if any(len(answer) != 1 or answer[0]["role"] != "assistant" for answer in answers):
+        return "an answer that is not one message of the assistant"
+    found = _fault_of_text(answers[0][0]["content"]) or _fault_of_text(answers[1][0]["content"])
+    return found or ("equal answers" if answers[0][0]["content"] == answers[1][0]["content"] else None)
+
+
+def _fault_of_turns(messages: list[dict[str, Any]], *, ends_with: str) -> str | None:
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    if not turns or turns[-1]["role"] != ends_with:
+        return f"last turn not of the {ends_with}"
+    if any(turn["role"] != ("assistant" if index % 2 else "user") for index, turn in enumerate(turns)):
+        return "turns that do not alternate"
+    return next((found for turn in messages if (found := _fault_of_text(turn["content"]))), None)
+
+
+def _fault_of_text(text: str) -> str | None:
+    if not text.strip():
+        return "empty text"
+    return "control tag" if any(tag in text for tag in CONTROL_TAGS) else None
+
+
+def kept(records: Iterable[dict[str, Any]], dropped: Counter[str]) -> list[dict[str, Any]]:
+    """The sound records, once each; the others are counted by reason."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        reason = fault(record)
+        line = json.dumps(record, ensure_ascii=False)
+        if reason is None and line in found:
+            reason = "repeated record"
+        if reason is None:
+            found[line] = record
+        else:
+            dropped[reason] += 1
+    return list(found.values())
+
+
+def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    buffer = io.BytesIO()
+    # No time and no file name in the header: a new cut of the same data gives the same bytes.
+    with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, compresslevel=9, mtime=0) as stream:
+        for record in records:
+            stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())

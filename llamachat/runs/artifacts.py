@@ -1,0 +1,244 @@
+"""What a step publishes: a folder with weights or dialogs, and a `manifest.json` that explains it alone.
+
+Written beside and renamed into place last: a reader sees all of it or none. Weights are safetensors; files that run
+code when they are opened (pickles) are refused on both sides. One thing surprises: the digest of dialogs is taken from
+the files as they lie there, since a user may read and edit them; that of weights from the manifest.
+"""
+
+import json
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from llamachat.config.section import Section
+from llamachat.errors import ArtifactError
+from llamachat.runs.atomic import incoming_folder, storage_errors, write_json
+from llamachat.runs.fingerprints import digest_of_file, fingerprint
+from llamachat.runs.folder import StepFolder
+
+Kind = Literal["policy", "reward_model", "dialogs"]
+MANIFEST = "manifest.json"
+
+_PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
+_LIBRARIES = (
+    "llamachat",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+    "tokenizers",
+)
+_NOT_STEPS = {"checkpoints", "artifact", "dialogs", "tensorboard"}
+
+
+class Manifest(Section):
+    """What an artifact is, and from what it was made."""
+
+    kind: Kind
+    step: str = Field(description="The step that made it: 'sft', 'rm/helpfulness', 'rs-1', ...")
+    fingerprint: str = Field(description="SHA-256 of `identity`.")
+    identity: dict[str, Any] = Field(description="Identity configuration, digests of inputs, data and trunk.")
+    inputs: dict[str, str] = Field(default_factory=dict, description="What was read: role -> path or name.")
+    seed: int
+    dropped_records: dict[str, int] = Field(default_factory=dict, description="Reason -> records left out of training.")
+    details: dict[str, Any] = Field(default_factory=dict, description="What loads it: method, base, chat format, ...")
+    versions: dict[str, str] = Field(default_factory=dict, description="Library -> version.")
+    git_commit: str | None = Field(default=None, description="Commit of this code, null outside a git clone.")
+    git_is_edited: bool = Field(default=False, description="Whether tracked files differed from that commit.")
+    created: str = Field(default="", description="Time of publication, UTC.")
+    files: dict[str, str] = Field(default_factory=dict, description="File -> SHA-256 when published.")
+    sizes: dict[str, int] = Field(default_factory=dict, description="File -> bytes when published.")
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A published artifact: its folder and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content: equal for equal files and details, whenever and wherever they were made."""
+        files = self.manifest.files
+        if self.manifest.kind == "dialogs":
+            files = {name: digest_of_file(self.path / name) for name in files}
+        return fingerprint({"kind": self.manifest.kind, "files": files, "details": self.manifest.details})
+
+
+def publish(folder: StepFolder, manifest: Manifest, write: Callable[[Path], None]) -> Artifact:
+    """Let `write` fill a side folder, add the completed manifest, and rename it into place.
+
+    `manifest` comes without versions, commit, time and files. Kind 'dialogs' goes to `dialogs/`, others to `artifact/`.
+    """
+    final = _place(folder, manifest.kind)
+    with incoming_folder(final) as side:
+        write(side)
+        names = sorted(path.relative_to(side).as_posix() for path in side.rglob("*") if path.is_file())
+        assert names, f"nothing was written for {final}"
+        assert MANIFEST not in names, "the manifest is written here, not by the stage"
+        _refuse_pickles(final, names)
+        completed = manifest.model_copy(
+            update={
+                "versions": library_versions(),
+                **_git_state(),
+                "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "files": {name: digest_of_file(side / name) for name in names},
+                "sizes": {name: (side / name).stat().st_size for name in names},
+            }
+        )
+        write_json(side / MANIFEST, completed.model_dump(mode="json"))
+    return Artifact(final, completed)
+
+
+def read_artifact(path: Path, kind: Kind | None = None, *, reader: str = "this command") -> Artifact:
+    """The artifact at a step folder, its `artifact/` or `dialogs/`, or a run folder (then its last policy).
+
+    `reader` names who asks ('ppo'), for the error text.
+    """
+    where = _find(path, kind)
+    manifest = _read_manifest(where)
+    if kind is not None and manifest.kind != kind:
+        raise ArtifactError(
+            f"{where}: '{manifest.step}' holds kind '{manifest.kind}', but {reader} needs a '{kind}'."
+            f" Name a step that publishes one{_suggest(kind)}."
+        )
+    _check_complete(where, manifest)
+    return Artifact(where, manifest)
+
+
+def is_published(folder: StepFolder) -> bool:
+    """Whether the step has its final artifact (dialogs alone are not the end of a step)."""
+    return (folder.artifact / MANIFEST).is_file()
+
+
+def published_steps(run_dir: Path) -> list[Artifact]:
+    """Every whole artifact of a run in the order of publication; half-copied ones are left out."""
+    found = []
+    for pattern in ("*/artifact", "*/*/artifact", "*/dialogs", "*/*/dialogs"):
+        for place in run_dir.glob(f"{pattern}/{MANIFEST}"):
+            parts = place.relative_to(run_dir).parts[:-2]
+            if any(part.startswith(".") or part in _NOT_STEPS for part in parts):
+                continue
+            try:
+                manifest = _read_manifest(place.parent)
+                _check_complete(place.parent, manifest)
+            except ArtifactError:
+                continue
+            found.append(Artifact(place.parent, manifest))
+    return sorted(found, key=lambda artifact: (artifact.manifest.created, artifact.path.as_posix()))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what shapes the result, read from the installed packages without importing them."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _git_state() -> dict[str, Any]:
+    """The commit this code was checked out at and whether it was edited; null outside a clone or without git."""
+    root = Path(__file__).resolve().parents[2]
+    # An installed copy may lie inside somebody else's repository, whose commit says nothing about this code.
+    commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
+    is_edited = bool(commit and _git(root, "status", "--porcelain", "--untracked-files=no"))
+    return {"git_commit": commit, "git_is_edited": is_edited}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _place(folder: StepFolder, kind: Kind) -> Path:
+    return folder.dialogs if kind == "dialogs" else folder.artifact
+
+
+def _refuse_pickles(path: Path, names: list[str]) -> None:
+    pickled = [name for name in names if Path(name).suffix in _PICKLED]
+    if pickled:
+        raise ArtifactError(
+            f"{path}: {', '.join(pickled)} may run code when it is opened. An artifact holds weights as safetensors"
+            " only. Save with safe_serialization."
+        )
+
+
+def _find(path: Path, kind: Kind | None) -> Path:
+    within = ("dialogs", "artifact") if kind == "dialogs" else ("artifact", "dialogs")
+    for candidate in (path, *(path / name for name in within)):
+        if (candidate / MANIFEST).is_file():
+            return candidate
+    if (path / "identity.json").is_file() or (path / "config.yaml").is_file():
+        step = _step_name(path)
+        raise ArtifactError(
+            f"{path}: '{step}' is not finished, and an artifact is read whole or not at all."
+            f" Finish it with `llamachat {step} --config {path / 'config.yaml'}`."
+        )
+    wanted = kind or "policy"
+    fitting = [artifact for artifact in published_steps(path) if artifact.manifest.kind == wanted]
+    if fitting:
+        return fitting[-1].path
+    found = "no such folder" if not path.is_dir() else f"no published '{wanted}' here"
+    raise ArtifactError(
+        f"{path}: {found}. An artifact is a step folder, its 'artifact' folder, or a run folder."
+        f" Make one{_suggest(wanted)}, or correct the path."
+    )
+
+
+def _step_name(path: Path) -> str:
+    try:
+        identity: Any = json.loads((path / "identity.json").read_text(encoding="utf-8"))
+        return str(identity["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return path.name
+
+
+def _suggest(kind: Kind) -> str:
+    commands: Mapping[Kind, str] = {"policy": "make sft", "reward_model": "make rm", "dialogs": "make rs"}
+    return f" (`{commands[kind]}` makes a '{kind}')"
+
+
+def _read_manifest(where: Path) -> Manifest:
+    path = where / MANIFEST
+    try:
+        with storage_errors(path):
+            return Manifest.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ArtifactError(
+            f"{path}: cannot be understood ({str(error).splitlines()[0]}). The manifest says what the artifact is and"
+            " from what it was made. Make the artifact again, or copy it whole."
+        ) from error
+
+
+def _check_complete(where: Path, manifest: Manifest) -> None:
+    if not manifest.files:
+        raise ArtifactError(f"{where}: its manifest names no files. Make the artifact again, or copy it whole.")
+    for name, size in manifest.sizes.items():
+        path = where / name
+        held = path.stat().st_size if path.is_file() else None
+        may_differ = manifest.kind == "dialogs" and held is not None
+        if held != size and not may_differ:
+            found = "is missing" if held is None else f"holds {held} bytes of {size}"
+            raise ArtifactError(
+                f"{where}: {name} {found}. A part of an artifact is never used, since what loads from it would be"
+                " another model in silence. Copy the folder whole, or make the step again with `--overwrite`."
+            )
+    _refuse_pickles(where, [path.name for path in where.iterdir() if path.is_file()])

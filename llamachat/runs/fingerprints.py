@@ -1,0 +1,114 @@
+"""Digests of files and weights, and the fingerprint that says whether a step would be made the same way again."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llamachat.errors import DataError
+from llamachat.runs.atomic import storage_errors
+
+_CHUNK = 1 << 20
+# Above this size a weight file is digested by its header, its size and evenly spread blocks: 70B weights are read for
+# minutes otherwise, at every command. An edit that keeps every sampled block is not seen.
+WHOLE_UP_TO_BYTES = 256 << 20
+_SAMPLED_BLOCKS = 64
+_WEIGHT_FOLDER_SUFFIXES = {".safetensors", ".json", ".model"}
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of the content, as hexadecimal text."""
+    with _readable(path), path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_of_folder(path: Path) -> str:
+    """SHA-256 of the names and contents of all files below `path`; hidden names are not counted."""
+    return _digest_of_files(path, [(name, digest_of_file(path / name)) for name in _names(path)])
+
+
+def digest_of_weights(folder: Path) -> str:
+    """SHA-256 of a model folder's configuration, vocabulary and weights; files over 256 MiB are sampled."""
+    names = [name for name in _names(folder) if Path(name).suffix in _WEIGHT_FOLDER_SUFFIXES]
+    return _digest_of_files(folder, [(name, _digest_of_weight_file(folder / name)) for name in names])
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """SHA-256 of the identity as JSON with sorted keys: equal for equal content, whatever the order of the keys."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Each key that differs, as `sft.learning_rate: 0.001 -> 0.002`, dotted and sorted."""
+    before, after = dict(_leaves(_as_json(old))), dict(_leaves(_as_json(new)))
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        then, now = before.get(key, "absent"), after.get(key, "absent")
+        # Compared as text: in Python 1, 1.0 and true are equal, in a fingerprint they are not.
+        if then != now:
+            lines.append(f"{key}: {_shorten(then)} -> {_shorten(now)}")
+    return lines
+
+
+def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(identity, allow_nan=False))
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, child in value.items():
+            yield from _leaves(child, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(value, list) and value:
+        for index, child in enumerate(value):
+            yield from _leaves(child, f"{prefix}[{index}]")
+    else:
+        yield prefix, json.dumps(value)
+
+
+def _shorten(text: str) -> str:
+    bare = text.strip('"')
+    is_digest = len(bare) == 64 and set(bare) <= set("0123456789abcdef")
+    return f"{bare[:12]}..." if is_digest else text
+
+
+def _readable(path: Path) -> Any:
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file. Its content is part of the step's fingerprint. Correct the path in the recipe."
+        )
+    return storage_errors(path)
+
+
+def _names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no such folder. Its content is part of the step's fingerprint. Correct the path in the recipe."
+        )
+    with storage_errors(folder):
+        files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return sorted(file.as_posix() for file in files if not any(part.startswith(".") for part in file.parts))
+
+
+def _digest_of_files(folder: Path, digests: list[tuple[str, str]]) -> str:
+    if not digests:
+        raise DataError(f"{folder}: holds no files. Its content is part of the step's fingerprint. Correct the path.")
+    return fingerprint(dict(digests))
+
+
+def _digest_of_weight_file(path: Path) -> str:
+    size = path.stat().st_size
+    if size <= WHOLE_UP_TO_BYTES:
+        return digest_of_file(path)
+    digest = hashlib.sha256(str(size).encode())
+    with storage_errors(path), path.open("rb") as stream:
+        # A safetensors file opens with the length of its JSON header, which names every tensor, type and offset.
+        start = stream.read(8)
+        digest.update(start)
+        digest.update(stream.read(min(struct.unpack("<Q", start)[0], _CHUNK * 64)))
+        for block in range(_SAMPLED_BLOCKS):
+            stream.seek((size - _CHUNK) * block // (_SAMPLED_BLOCKS - 1))
+            digest.update(stream.read(_CHUNK))
+    return digest.hexdigest()

@@ -1,0 +1,75 @@
+"""Where the files of one step lie: `<run.dir>/<step>/...`, the names that other tools read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class StepFolder:
+    """The folder of one step. Nothing here touches the disk."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved recipe, written before anything is loaded."""
+        return self.path / "config.yaml"
+
+    @property
+    def identity(self) -> Path:
+        """Fingerprint and identity keys of the work that was begun here, so that a change can be told key by key."""
+        return self.path / "identity.json"
+
+    @property
+    def metrics(self) -> Path:
+        """The record of every metric, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Prompts and answers as training went, one JSON object a line."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """The final figures, flat."""
+        return self.path / "summary.json"
+
+    @property
+    def curves(self) -> Path:
+        """The curves of `metrics.jsonl` as a picture."""
+        return self.path / "curves.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def artifact(self) -> Path:
+        """What the step publishes: there whole, or not there."""
+        return self.path / "artifact"
+
+    @property
+    def dialogs(self) -> Path:
+        """The dialogs that rs, gatt and distill publish before they are trained on."""
+        return self.path / "dialogs"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the living command that works on the step; the file itself stays for good."""
+        return self.path / "lock"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        """The ids of the step's wandb runs, so that a resumed step continues them."""
+        return self.path / "wandb.json"
+
+    def names(self) -> set[str]:
+        """The file and folder names above: what a step may leave here before it is bound to its work."""
+        places = (self.config, self.identity, self.metrics, self.samples, self.summary, self.curves, self.checkpoints)
+        more = (self.artifact, self.dialogs, self.lock, self.tensorboard, self.wandb)
+        return {place.name for place in (*places, *more)}

@@ -1,0 +1,203 @@
+"""Whether a step is new, to be continued, or done; reuse by reference, and the index of a run.
+
+A step is bound to its fingerprint from the moment it begins: with another one it is refused, never trained over. The
+`lineage.json` of a run is an index for people and pages: rebuilt from the manifests, read by no stage.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from llamachat.errors import ArtifactError, ChangedError, UsageError
+from llamachat.runs.artifacts import is_published, published_steps, read_artifact
+from llamachat.runs.atomic import (
+    INCOMING,
+    flush,
+    make_folder,
+    remove_dead_side_files,
+    remove_tree,
+    storage_errors,
+    write_json,
+    write_text,
+)
+from llamachat.runs.fingerprints import changed_keys
+from llamachat.runs.folder import StepFolder
+from llamachat.runs.locks import hold, is_held_by_us
+
+
+class StepState(Enum):
+    """What there is to do in a step folder."""
+
+    NEW = "new"
+    RESUME = "resume"
+    DONE = "done"
+
+
+def step_state(folder: StepFolder, fingerprint: str, identity: Mapping[str, Any]) -> StepState:
+    """The state of the step if it is or becomes the work of `fingerprint`; ChangedError if it is other work.
+
+    Reads only, and needs no lock: a finished step never changes.
+    """
+    if folder.path.is_symlink() and not is_published(folder):
+        raise ArtifactError(
+            f"{folder.path}: stands for {_target(folder)}, which is not there or not finished. The run reuses that step"
+            " instead of running its own. Finish or restore it, or give `--overwrite` to run the step here (only the"
+            " reference is removed)."
+        )
+    if is_published(folder):
+        manifest = read_artifact(folder.artifact).manifest
+        if manifest.fingerprint != fingerprint:
+            raise ChangedError(_changed_text(folder, "is finished and", manifest.identity, identity))
+        return StepState.DONE
+    begun = _read_identity(folder)
+    if begun is None:
+        _refuse_foreign_files(folder)
+        return StepState.NEW
+    if begun.get("fingerprint") != fingerprint:
+        raise ChangedError(_changed_text(folder, "is half done and", begun.get("identity") or {}, identity))
+    return StepState.RESUME
+
+
+def begin(folder: StepFolder, step: str, *, fingerprint: str, identity: Mapping[str, Any], resolved: str) -> None:
+    """Bind a NEW or RESUME folder to its work and write the resolved recipe, before anything is loaded."""
+    assert is_held_by_us(folder), "the step's lock is taken first"
+    if _read_identity(folder) is None:
+        _refuse_foreign_files(folder)
+        _clear(folder)  # checkpoints of unknown origin are never continued
+    write_text(folder.config, resolved)
+    write_json(folder.identity, {"step": step, "fingerprint": fingerprint, "identity": dict(identity)})
+
+
+def overwrite(folder: StepFolder) -> None:
+    """Make the folder NEW. Of a reference only the link goes; the files of the run it points to are not touched."""
+    if folder.path.is_symlink():
+        with storage_errors(folder.path):
+            folder.path.unlink()
+            flush(folder.path.parent)
+        return
+    if not folder.path.is_dir():
+        return
+    if _read_identity(folder) is None and not is_published(folder):
+        _refuse_foreign_files(folder)
+    if is_held_by_us(folder):
+        _clear(folder)
+    else:
+        with hold(folder):
+            _clear(folder)
+
+
+def reference(folder: StepFolder, parent_folder: StepFolder) -> None:
+    """Reuse a finished step of another run: `folder` becomes a relative link to it, never written through."""
+    assert is_published(parent_folder), f"{parent_folder.path} is not finished"
+    target = parent_folder.path.resolve()
+    if folder.path.is_symlink() and folder.path.resolve() == target:
+        return
+    with storage_errors(folder.path):
+        make_folder(folder.path.parent)
+        link = os.path.relpath(target, folder.path.parent.resolve())
+        side = folder.path.with_name(f"{INCOMING}{os.getpid()}-{folder.path.name}")
+        side.unlink(missing_ok=True)
+        side.symlink_to(link, target_is_directory=True)
+        if folder.path.is_dir() and not folder.path.is_symlink():
+            with hold(folder):
+                _remove_empty(folder)
+                side.replace(folder.path)
+        else:
+            side.replace(folder.path)
+        flush(folder.path.parent)
+
+
+def lineage(run_dir: Path) -> dict[str, Any]:
+    """Rebuild `<run_dir>/lineage.json` from the manifests, and return it."""
+    steps = []
+    for artifact in published_steps(run_dir):
+        place, manifest = artifact.path, artifact.manifest
+        link = place.parent
+        steps.append(
+            {
+                "step": manifest.step,
+                "kind": manifest.kind,
+                "path": place.relative_to(run_dir).as_posix(),
+                "reference_to": link.readlink().as_posix() if link.is_symlink() else None,
+                "fingerprint": manifest.fingerprint,
+                "digest": artifact.digest,
+                "inputs": manifest.inputs,
+                "seed": manifest.seed,
+                "git_commit": manifest.git_commit,
+                "created": manifest.created,
+            }
+        )
+    index = {"run": run_dir.resolve().name, "steps": steps}
+    remove_dead_side_files(run_dir)
+    write_json(run_dir / "lineage.json", index)
+    return index
+
+
+def _read_identity(folder: StepFolder) -> dict[str, Any] | None:
+    try:
+        text = folder.identity.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    with storage_errors(folder.identity):
+        begun = json.loads(text)
+    assert isinstance(begun, dict)
+    return begun
+
+
+def _target(folder: StepFolder) -> Path:
+    return folder.path.parent / folder.path.readlink()
+
+
+def _changed_text(folder: StepFolder, condition: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    changes = changed_keys(old, new) or ["the version of the stage or of one of its inputs"]
+    listed = "".join(f"\n    {change}" for change in changes)
+    name = str(new.get("step") or old.get("step") or folder.path.name)
+    run_dir = _run_dir(folder, name)
+    back = "" if condition.startswith("is finished") else ", or go back to the old values to continue it"
+    return (
+        f"{folder.path}: '{name}' {condition} was made with another configuration or other inputs:{listed}\n"
+        "A step is never trained over, since later steps and figures stand on it."
+        f" Start a new run that reuses every unchanged step with `run.dir=NEW run.parent={run_dir}`,"
+        f" or throw this step away with `--overwrite`{back}."
+    )
+
+
+def _run_dir(folder: StepFolder, name: str) -> Path:
+    """The run folder: as many levels up as the step's name has parts, if it is the name; else one."""
+    parts = Path(name).parts
+    levels = len(parts) if folder.path.parts[-len(parts) :] == parts else 1
+    return folder.path.parents[levels - 1]
+
+
+def _clear(folder: StepFolder) -> None:
+    """Remove everything but the lock. Identity goes last: while anything old is left the folder stays bound to it."""
+    with storage_errors(folder.path):
+        first = [folder.checkpoints, folder.artifact, folder.dialogs]
+        rest = [path for path in folder.path.iterdir() if path not in {*first, folder.lock, folder.identity}]
+        for path in [*first, *rest, folder.identity]:
+            remove_tree(path)
+        flush(folder.path)
+
+
+def _remove_empty(folder: StepFolder) -> None:
+    """A refused or crashed start leaves a folder with nothing but the lock; a step's work is never removed here."""
+    held = {path.name for path in folder.path.iterdir()}
+    assert held <= {folder.lock.name}, f"{folder.path} holds work of its own"
+    remove_tree(folder.path)
+
+
+def _refuse_foreign_files(folder: StepFolder) -> None:
+    """Nothing is written into, or cleared from, a folder of the user's that no step was begun in."""
+    if not folder.path.is_dir():
+        return
+    with storage_errors(folder.path):
+        held = {path.name for path in folder.path.iterdir() if not path.name.startswith(INCOMING)}
+    foreign = sorted(held - folder.names())
+    if foreign:
+        raise UsageError(
+            f"{folder.path}: holds {', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}, which no step made."
+            " A step owns its folder whole. Choose another place with run.dir=DIR, or move those files away."
+        )

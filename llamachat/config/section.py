@@ -19,9 +19,6 @@ class Section(BaseModel):
     unknown_keys: ClassVar[Mapping[str, str]] = {}
     """What to say about a key that is unknown here, where the nearest known key would not help: key -> text."""
 
-    stage_version: ClassVar[int] = 1
-    """Of a stage's section: raised when the stage's code makes something else of the same configuration."""
-
 
 def operational(default: Any = ..., **field_arguments: Any) -> Any:
     """A field that is no part of a step's fingerprint; takes what pydantic's `Field` takes."""

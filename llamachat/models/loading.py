@@ -1,0 +1,362 @@
+"""Llama models in and out: the base, the adapter on it, a published policy. The only place that calls transformers.
+
+Reads model folders and hub names (safetensors only, no remote code), writes the weight files of an artifact. A policy
+artifact's manifest carries in `details` what `policy_details` makes, and `load_policy` reads the same keys.
+One thing surprises: a checkpoint without a language-model head loads in transformers with a random one and a warning;
+here a missing or a wrongly shaped weight is an error.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from llamachat.chat_format import ChatFormat, load_chat_format
+from llamachat.errors import ArtifactError, ConfigError
+from llamachat.models.rope import rope_parameters, scale_rope
+from llamachat.models.weights import file_weights, folder_weights, module_weights
+from llamachat.tokenizer import BASES_THAT_WORK, BOS_ID, EOS_ID, UNK_ID, Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llamachat.config.sections import Base, Tuning
+    from llamachat.runs.artifacts import Artifact
+
+    LanguageModel = LlamaForCausalLM | PeftModel
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+VALUES_PER_WEIGHT = 1024  # of which the manifest of an adapter keeps the digest
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A chat model ready to answer: its model is in evaluation mode."""
+
+    model: "LanguageModel"
+    tokenizer: Tokenizer
+    chat_format: ChatFormat
+    max_tokens: int  # of a whole dialog, as it was trained
+    system: str | None  # the system text it was trained with, for conversations that bring none
+    name: str
+
+
+def load_base(
+    base: "Base", *, source: str | Path | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> "LlamaForCausalLM":
+    """The model that `base` names, or the one of the same family in `source`, ready for training."""
+    location = find_model(str(source or base.model), where="base.model")
+    config = _load_config(location, where="base.model")
+    scale_rope(config, base.rope_scaling, max_tokens=base.max_tokens)
+    return _load_llama(
+        location, config, dtype=dtype or _dtype(base.dtype), attention=base.attention, device=_device(device)
+    )
+
+
+def attach_adapter(model: "LlamaForCausalLM", tuning: "Tuning", *, seed: int) -> "PeftModel":
+    """LoRA on the frozen model; its initial weights follow from `seed` alone, and so the logits are still the base's.
+
+    The adapter has the model's own dtype: PEFT's fp32 default makes a bf16 forward 2.6 times slower. The optimizer
+    keeps the fp32 master copy.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    assert tuning.method == "lora", "the caller attaches adapters where the recipe asks for them"
+    targets: list[str] = list(SEVEN_PROJECTIONS) if tuning.targets == "all-linear" else _known_targets(tuning.targets)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=tuning.rank,
+        lora_alpha=cast(int, tuning.alpha),  # annotated int, used as a factor: PEFT takes 12.5 as well
+        lora_dropout=tuning.dropout,
+        target_modules=targets,
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=_gpus()):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    assert isinstance(adapted, PeftModel)
+    _assert_only_adapter_trains(adapted)
+    return adapted
+
+
+def load_adapter(model: "LlamaForCausalLM", folder: Path, *, is_trainable: bool) -> "PeftModel":
+    """The LoRA adapter of a folder on its base, in the base's dtype; adapters made elsewhere with PEFT load too."""
+    from peft import PeftConfig, PeftModel
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        # The folder's own note of its base is not followed: what is loaded is what the caller gives.
+        adapted = PeftModel.from_pretrained(
+            model, str(folder), config=config, is_trainable=is_trainable, autocast_adapter_dtype=False
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{folder}: the adapter does not go on the base '{model.name_or_path}' ({_first_line(error)}). An adapter "
+            "fits only the model that it was trained on. Name that model as the base, or train the adapter again."
+        ) from error
+    return adapted
+
+
+def trunk_digest(trunk: nn.Module | Path, *, values_per_weight: int | None = None) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all weights but adapters: equal = no trunk weight has moved.
+
+    A model, with adapters or without, and the folder of the same model give the same digest. With
+    `values_per_weight`, of so many evenly spread values of each weight: enough to tell two models apart in no time.
+    """
+    weights = folder_weights(trunk) if isinstance(trunk, Path) else module_weights(trunk)
+    digest = sha256()
+    for name, weight in sorted(weights, key=lambda item: item[0]):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        values = weight.detach().flatten()
+        if values_per_weight is not None:
+            values = values[:: max(1, values.numel() // values_per_weight)]
+        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_policy(model: "LanguageModel", folder: Path) -> None:
+    """Write the weights so that `AutoModelForCausalLM`, or PEFT where there is an adapter, loads them as they are."""
+    from peft import PeftModel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        # "auto" would ask the hub whether the base's vocabulary has changed.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+        _sort_lists(folder / "adapter_config.json")
+        return
+    was_caching = model.config.use_cache
+    model.config.use_cache = True
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.config.use_cache = was_caching
+
+
+def policy_details(
+    model: "LanguageModel", *, base: str, chat_format: str, max_tokens: int, system: str | None
+) -> dict[str, Any]:
+    """What the manifest of a policy says about its model; `base` is the folder or hub name of the trunk."""
+    from peft import PeftModel
+
+    is_adapter = isinstance(model, PeftModel)
+    details: dict[str, Any] = {
+        "method": "lora" if is_adapter else "full",
+        "base": base,
+        "chat_format": chat_format,
+        "max_tokens": max_tokens,
+        "system": system,
+    }
+    if is_adapter:  # an adapter's folder has no config.json to keep it in
+        details["rope_parameters"] = rope_parameters(cast("LlamaForCausalLM", model.get_base_model()).config)
+        details["trunk"] = trunk_digest(model, values_per_weight=VALUES_PER_WEIGHT)
+    return details
+
+
+def load_policy(
+    path: Path | str, *, dtype: str = "auto", device: str = "cpu", attention: str = "auto", is_trainable: bool = False
+) -> Policy:
+    """The policy of an artifact, fully tuned or base and adapter; `dtype` auto is the one that it was saved in."""
+    from llamachat.runs.artifacts import read_artifact
+
+    artifact = read_artifact(Path(path), kind="policy")
+    details = _checked_details(artifact)
+    device = _device(device)
+    load = _load_full if details["method"] == "full" else _load_adapted
+    model = load(artifact, details, dtype=dtype, attention=attention, device=device, is_trainable=is_trainable)
+    tokenizer = load_tokenizer(artifact.path)
+    return Policy(
+        model=model.train(is_trainable),
+        tokenizer=tokenizer,
+        chat_format=load_chat_format(details["chat_format"], tokenizer),
+        max_tokens=details["max_tokens"],
+        system=details.get("system"),
+        name=_name(artifact),
+    )
+
+
+def find_model(name: str, *, where: str, near: Path | None = None) -> str:
+    """The folder that `name` means, from here or from a folder above `near`; else the hub name that it is."""
+    path = Path(name).expanduser()
+    candidates = [path]
+    if near is not None and not path.is_absolute():
+        candidates += [parent / path for parent in near.resolve().parents]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return str(candidate)
+    if _HUB_NAME.fullmatch(name) and not Path(name).parent.exists():
+        return name
+    looked = "" if len(candidates) == 1 else " and in the folders above the artifact"
+    raise (ConfigError if near is None else ArtifactError)(
+        f"{where}: there is no folder '{name}' (looked in {Path.cwd()}{looked}). A base is a folder with config.json "
+        "and *.safetensors, or a hub name (owner/model). Mend the path, or run from the folder that it starts from."
+    )
+
+
+def _load_full(
+    artifact: "Artifact", details: Mapping[str, Any], *, dtype: str, attention: str, device: str, is_trainable: bool
+) -> "LlamaForCausalLM":
+    del details
+    config = _load_config(str(artifact.path), where=str(artifact.path))
+    saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    chosen = saved if dtype == "auto" else _dtype(dtype)
+    model = _load_llama(str(artifact.path), config, dtype=chosen, attention=attention, device=device)
+    return model.requires_grad_(is_trainable)
+
+
+def _load_adapted(
+    artifact: "Artifact", details: Mapping[str, Any], *, dtype: str, attention: str, device: str, is_trainable: bool
+) -> "PeftModel":
+
+    where = f"{artifact.path}/manifest.json: details.base"
+    location = find_model(details["base"], where=where, near=artifact.path)
+    config = _load_config(location, where=where)
+    config.rope_parameters = details["rope_parameters"]
+    chosen = _adapter_dtype(artifact.path) if dtype == "auto" else _dtype(dtype)
+    trunk = _load_llama(location, config, dtype=chosen, attention=attention, device=device)
+    is_as_trained = chosen == _adapter_dtype(artifact.path)
+    if is_as_trained and trunk_digest(trunk, values_per_weight=VALUES_PER_WEIGHT) != details["trunk"]:
+        raise ArtifactError(
+            f"{where}: '{location}' holds other weights than the adapter was trained on. On another model an adapter "
+            "gives wrong answers without a sign. Put the model back that it was trained on, or train it again."
+        )
+    return load_adapter(trunk, artifact.path, is_trainable=is_trainable)
+
+
+def _load_config(location: str, *, where: str) -> "LlamaConfig":
+    from transformers import AutoConfig, LlamaConfig
+
+    try:
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: '{location}' has no readable config.json ({_first_line(error)}). A base is a model folder or a "
+            "hub name. Mend the name; for a gated model such as Llama 2, accept its licence on its page and log in "
+            "with `hf auth login`; without a network, copy the model here and give its folder."
+        ) from error
+    if not isinstance(config, LlamaConfig) or config.model_type != "llama":
+        raise ConfigError(
+            f"{where}: '{location}' has the architecture '{config.model_type}', but chat format and adapters are those "
+            f"of Llama models. Take another base. {BASES_THAT_WORK}"
+        )
+    return config
+
+
+def _load_llama(
+    location: str, config: "LlamaConfig", *, dtype: torch.dtype, attention: str, device: str
+) -> "LlamaForCausalLM":
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    try:
+        loaded: Any = LlamaForCausalLM.from_pretrained(  # a pair with this report, which its types do not know
+            location,
+            config=config,
+            dtype=dtype,
+            attn_implementation=_best_attention(dtype, device) if attention == "auto" else attention,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"base: '{location}' cannot be loaded with attention '{attention}' ({_first_line(error)}). Weights must be "
+            "*.safetensors (pickled ones can run code), and flash_attention_2 needs its package and a GPU. Convert "
+            "the weights, or set base.attention to auto."
+        ) from error
+    model, report = loaded
+    lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if lacking:
+        raise ConfigError(
+            f"base: '{location}' lacks {len(lacking)} weights of a Llama language model ({lacking[0]}, ...). They would "
+            "be random numbers. Give a whole causal language model with the shapes of its config.json."
+        )
+    model.config.use_cache = False
+    # What a checkpoint suggests for sampling is not ours, and some suggestions cannot even be saved again.
+    model.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=UNK_ID)
+    return cast("LlamaForCausalLM", model.to(torch.device(device)))
+
+
+def _checked_details(artifact: "Artifact") -> Mapping[str, Any]:
+    details = artifact.manifest.details
+    required = {"method", "base", "chat_format", "max_tokens"}
+    if details.get("method") == "lora":
+        required |= {"rope_parameters", "trunk"}
+    missing = sorted(required - details.keys())
+    if missing or details["method"] not in ("full", "lora"):
+        found = f"lacks {', '.join(missing)}" if missing else f"has the method '{details['method']}'"
+        raise ArtifactError(
+            f"{artifact.path}/manifest.json: details {found}. A policy says how it was tuned (full or lora), on which "
+            "base, and its chat format and length. Make the artifact again with this version."
+        )
+    return details
+
+
+def _name(artifact: "Artifact") -> str:
+    """The run and the step, as a reader tells two policies apart."""
+    step = artifact.manifest.step
+    run = artifact.path.resolve().parents[len(Path(step).parts)].name
+    return f"{run}/{step}" if run else step
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def _best_attention(dtype: torch.dtype, device: str) -> str:
+    from transformers.utils import is_flash_attn_2_available
+
+    is_possible = device.startswith("cuda") and dtype != torch.float32 and is_flash_attn_2_available()
+    return "flash_attention_2" if is_possible else "sdpa"
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ConfigError(
+            f"dtype: '{name}' is not one of {', '.join(known)}. It is the number format of the weights. Name one of them."
+        )
+    return known[name]
+
+
+def _adapter_dtype(folder: Path) -> torch.dtype:
+    return next(weight.dtype for _, weight in file_weights(folder / ADAPTER_WEIGHTS))
+
+
+def _known_targets(targets: Sequence[str]) -> list[str]:
+    unknown = [target for target in targets if target not in SEVEN_PROJECTIONS]
+    if unknown or not targets:
+        raise ConfigError(
+            f"tuning.targets: {', '.join(unknown) or 'nothing'}. An adapter sits on the projections of a layer: "
+            f"{', '.join(SEVEN_PROJECTIONS)}. Name some of them, or write all-linear."
+        )
+    return list(targets)
+
+
+def _gpus() -> list[int]:
+    return list(range(torch.cuda.device_count()))
+
+
+def _assert_only_adapter_trains(model: nn.Module) -> None:
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert trained and all(".lora_" in name for name in trained), "the trunk is frozen, the adapter is not"
+
+
+def _sort_lists(file: Path) -> None:
+    """PEFT writes sets in the order of their hashes, which differs from run to run."""
+    content = json.loads(file.read_text())
+    ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in content.items()}
+    file.write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

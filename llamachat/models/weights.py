@@ -1,0 +1,41 @@
+"""The weights of a model and of a model folder under the same names, for digests and dtypes."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from llamachat.errors import ArtifactError
+
+
+def module_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights of the trunk by their names in a model folder; those of adapters are left out."""
+    is_tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    for name, weight in model.state_dict().items():
+        if ".lora_" in name or (is_tied and name.endswith("lm_head.weight")):
+            continue
+        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), weight
+
+
+def folder_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Weights of a model folder, in one file or in shards."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
+    for name in names or ["model.safetensors"]:
+        for key, weight in file_weights(folder / name):
+            if not key.endswith("rotary_emb.inv_freq"):  # old checkpoints hold it; models compute it
+                yield key, weight
+
+
+def file_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Weights of one safetensors file, read one at a time."""
+    from safetensors import safe_open
+
+    if not file.is_file():
+        raise ArtifactError(
+            f"{file}: does not exist. The folder's weights are read from it. Make the artifact again, or give another."
+        )
+    with safe_open(file, framework="pt") as weights:
+        for key in weights.keys():  # noqa: SIM118  # not a mapping
+            yield key, weights.get_tensor(key)

@@ -177,6 +177,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: str) -> N
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer.sentencepiece_model is not None:
         (folder / "tokenizer.model").write_bytes(tokenizer.sentencepiece_model)
+    else:
+        (folder / "tokenizer.model").unlink(missing_ok=True)  # another tokenizer's would be read first
     (folder / "tokenizer.json").write_text(tokenizer.fast().to_str(), encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", {**config, "chat_template": chat_template})
     _write_json(folder / "special_tokens_map.json", special)

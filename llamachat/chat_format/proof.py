@@ -1,0 +1,186 @@
+"""The proof that a tokenizer gives the ids of the chat format: a base's at load, an artifact's on its written files.
+
+A tokenizer that is nearly right is the worst kind: the model trains and answers, a little worse, and nothing says why.
+So it is compared on dialogs that hold what is known to go wrong (runs of spaces, code, other scripts, emoji, digits,
+text that spells control tokens, and every piece of its own vocabulary), and one difference is enough to refuse it.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn, load_chat_format
+from llamachat.chat_format.proof_set import CONTROL_DIALOGS, LLAMA2_DIGESTS, PLAIN_DIALOGS
+from llamachat.dialog import Message
+from llamachat.errors import TokenizerError
+from llamachat.tokenizer import BASES_THAT_WORK, SPACE, SPECIAL_PIECES, Tokenizer, load_tokenizer
+
+PIECES_PER_TEXT = 200
+
+
+@dataclass(frozen=True, slots=True)
+class ProofReport:
+    """How many cases of the proof (dialogs, texts made of the vocabulary) came out right; the first wrong one."""
+
+    subject: str
+    cases: int
+    equal: int
+    first_difference: str | None
+
+    @property
+    def is_proved(self) -> bool:
+        return self.equal == self.cases
+
+    def __str__(self) -> str:
+        told = (
+            f"{self.subject}: {self.equal} of {self.cases} cases of the tokenizer proof give what the chat format wants"
+        )
+        return told + (f"; the first that does not: {self.first_difference}." if self.first_difference else ".")
+
+
+def load_proved_format(
+    path: Path, *, chat_format: str = "llama2", allow_unproved: bool = False
+) -> tuple[ChatFormat, str | None]:
+    """The chat format on the tokenizer at `path`, proved; with a warning where it failed and the user allows that."""
+    loaded = load_chat_format(chat_format, load_tokenizer(path))
+    return loaded, require_proof(prove_tokenizer(loaded, subject=str(path)), allow_unproved=allow_unproved)
+
+
+def prove_tokenizer(
+    chat_format: ChatFormat, *, subject: str, reference_digests: Sequence[str] = LLAMA2_DIGESTS
+) -> ProofReport:
+    """Prove the tokenizer that a base brings, before anything is trained with it.
+
+    With a SentencePiece model its ids are the reference; what is proved is that text becomes no control token, that an
+    answer leaves its prompt's ids as they are, that decoding gives the text back, and that the tokenizer written into
+    artifacts gives equal ids. Without one, the ids must be those of Llama 2's own tokenizer (`ids_digest` of each).
+    """
+    dialogs = [*PLAIN_DIALOGS, *CONTROL_DIALOGS]
+    has_model = chat_format.tokenizer.sentencepiece_model is not None
+    assert has_model or len(reference_digests) == len(dialogs), "one digest a dialog of the proof set"
+    differences = [_format_difference(chat_format, messages) for messages in dialogs]
+    if has_model:
+        texts = [*_contents(PLAIN_DIALOGS), *_vocabulary_texts(chat_format)]
+        differences += _shipped_differences(chat_format.tokenizer, texts)
+    else:
+        pairs = zip(dialogs, reference_digests, differences, strict=True)
+        differences = [found or _digest_difference(chat_format, messages, digest) for messages, digest, found in pairs]
+    return _report(subject, differences)
+
+
+def prove_written(folder: Path, chat_format: ChatFormat) -> ProofReport:
+    """Prove what an artifact ships: its files, loaded again, against `chat_format` on dialogs without control words.
+
+    Loaded both as others will (`AutoTokenizer` and the chat template) and as we do.
+    """
+    from transformers import AutoTokenizer
+
+    shipped = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    own = load_chat_format(chat_format.name, load_tokenizer(folder))
+    vocabulary = [(Message("user", text), Message("assistant", text)) for text in _vocabulary_texts(chat_format)]
+    differences: list[str | None] = []
+    for messages in [*PLAIN_DIALOGS, *vocabulary]:
+        expected = chat_format.encode_dialog(messages, train_on=TrainOn.EVERY_ANSWER)
+        got = shipped.apply_chat_template(
+            [{"role": message.role, "content": message.content} for message in messages],
+            return_assistant_tokens_mask=True,
+            return_dict=True,
+        )
+        example = TokenizedExample(tuple(got["input_ids"]), tuple(bool(value) for value in got["assistant_masks"]))
+        differences.append(_example_difference(chat_format.tokenizer, example, expected))
+        example = own.encode_dialog(messages, train_on=TrainOn.EVERY_ANSWER)
+        differences.append(_example_difference(chat_format.tokenizer, example, expected))
+    return _report(str(folder), differences)
+
+
+def require_proof(report: ProofReport, *, allow_unproved: bool = False) -> str | None:
+    """None where the proof holds; else a warning where the user allows it, or `TokenizerError`."""
+    if report.is_proved:
+        return None
+    why = "A model trained on other ids than those it is served with reads its prompts wrongly."
+    if allow_unproved:
+        return f"{report} {why} Going on, because base.allow_unproved_tokenizer is true."
+    raise TokenizerError(
+        f"{report} {why} {BASES_THAT_WORK} Take one of these, or set base.allow_unproved_tokenizer: true to go on with "
+        "these ids."
+    )
+
+
+def ids_digest(ids: Sequence[int]) -> str:
+    """Eight hex digits that stand for a sequence of ids in the committed proof."""
+    return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()[:8]
+
+
+def _format_difference(chat_format: ChatFormat, messages: Sequence[Message]) -> str | None:
+    """What the format promises of any tokenizer, whatever its ids are."""
+    tokenizer = chat_format.tokenizer
+    example = chat_format.encode_dialog(messages, train_on=TrainOn.EVERY_ANSWER)
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    questions = sum(message.role == "user" for message in messages)
+    counts = tuple(example.input_ids.count(token) for token in (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id))
+    if counts != (0, questions, len(answers)):
+        return f"text became a control token in {_excerpt(messages)}"
+    for index in answers:
+        prompt_ids = chat_format.encode_prompt(messages[:index])
+        closed = chat_format.encode_dialog(messages[: index + 1], train_on=TrainOn.LAST_ANSWER)
+        if list(closed.input_ids[: len(prompt_ids)]) != prompt_ids:
+            return f"a piece joins a prompt with its answer in {_excerpt(messages)}"
+        # SentencePiece writes a space as this very character, so it cannot tell the two apart on the way back.
+        text = messages[index].content.replace(SPACE, " ").strip()
+        if chat_format.decode_answer(closed.input_ids[len(prompt_ids) :]) != text:
+            return f"decoding does not give the answer back in {_excerpt(messages)}"
+    return None
+
+
+def _shipped_differences(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[str | None]:
+    fast = tokenizer.fast()
+    for text in texts:
+        got, expected = fast.encode(text, add_special_tokens=False).ids, tokenizer.encode(text)
+        yield _ids_difference(tokenizer, got, expected)
+
+
+def _digest_difference(chat_format: ChatFormat, messages: Sequence[Message], digest: str) -> str | None:
+    ids = chat_format.encode_dialog(messages, train_on=TrainOn.EVERY_ANSWER).input_ids
+    return None if ids_digest(ids) == digest else f"the ids are not those of Llama 2 in {_excerpt(messages)}"
+
+
+def _example_difference(tokenizer: Tokenizer, got: TokenizedExample, expected: TokenizedExample) -> str | None:
+    found = _ids_difference(tokenizer, got.input_ids, expected.input_ids)
+    if found or got.loss_mask == expected.loss_mask:
+        return found
+    index = next(i for i, pair in enumerate(zip(got.loss_mask, expected.loss_mask, strict=True)) if pair[0] != pair[1])
+    return f"the mask is wrong at token {index} ({tokenizer.pieces([expected.input_ids[index]])[0]!a})"
+
+
+def _ids_difference(tokenizer: Tokenizer, got: Sequence[int], expected: Sequence[int]) -> str | None:
+    if list(got) == list(expected):
+        return None
+    length = min(len(got), len(expected))
+    index = next((i for i in range(length) if got[i] != expected[i]), length)
+    start, end = max(0, index - 2), index + 3
+    was, due = tokenizer.pieces(got[start:end]), tokenizer.pieces(expected[start:end])
+    return f"at token {index} the pieces are {was!a}, but should be {due!a}"
+
+
+def _contents(dialogs: Iterable[Sequence[Message]]) -> Iterator[str]:
+    return (message.content for messages in dialogs for message in messages)
+
+
+def _vocabulary_texts(chat_format: ChatFormat) -> Iterator[str]:
+    """Every piece of the vocabulary as text, so that a piece which only one of two tokenizers makes is seen."""
+    tokenizer = chat_format.tokenizer
+    refused = (*chat_format.forbidden, *SPECIAL_PIECES)
+    pieces = tokenizer.pieces(range(len(SPECIAL_PIECES), tokenizer.vocab_size))
+    texts = [piece.replace(SPACE, " ") for piece in pieces if not any(text in piece for text in refused)]
+    for start in range(0, len(texts), PIECES_PER_TEXT):
+        yield "Pieces: " + " ".join(texts[start : start + PIECES_PER_TEXT])
+
+
+def _report(subject: str, differences: Sequence[str | None]) -> ProofReport:
+    found = [difference for difference in differences if difference]
+    return ProofReport(subject, len(differences), len(differences) - len(found), found[0] if found else None)
+
+
+def _excerpt(messages: Sequence[Message]) -> str:
+    return ascii(messages[-1].content[:60])

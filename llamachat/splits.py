@@ -4,12 +4,27 @@ Because the key is the first user turn, two conversations that open alike are ne
 """
 
 import hashlib
+from typing import Literal
+
+from llamachat.config.sections import Split
+
+SplitName = Literal["test", "validation", "judge", "train"]
 
 
 def fraction(text: str, *, salt: str = "split") -> float:
     """A number in [0, 1) that depends on the stripped text and the salt alone (SHA-256, so the same on every machine)."""
     digest = hashlib.sha256(f"{salt}\n{text.strip()}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def split_of(first_user_turn: str, split: Split) -> SplitName:
+    """The part that a conversation belongs to: the fractions from 0 up are test, validation, judge, and the rest train."""
+    position = fraction(first_user_turn)
+    if position < split.test:
+        return "test"
+    if position < split.test + split.validation:
+        return "validation"
+    return "judge" if position < split.test + split.validation + split.judge else "train"
 
 
 # Some corpora serve both the bundled base (pretraining) and data/ (tuning). Conversations below this fraction of

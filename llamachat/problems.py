@@ -1,0 +1,75 @@
+"""What is wrong with one line of a data file, and how a list of such problems is told and counted.
+
+A reader of data hands problems on beside the rows it could read, so that all of a file's are told at once and none is
+passed over in silence.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from sys import intern
+
+SHOWN = 50  # problems that one error prints
+LONGEST_REASON = 400  # characters; a reason quotes what was found, and that may be a whole page
+
+_CONVERT = "llamachat data convert"
+_KEY_LENGTH = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One breach of the rules: the line (1 is the first; 0 the file as a whole), the field, what is wrong, the mend."""
+
+    line: int
+    field: str
+    reason: str
+    mend: str
+
+    def at(self, path: str | Path) -> str:
+        """The problem on one line of text, as an editor or a terminal can jump to it."""
+        where = f"{path}:{self.line}" if self.line else str(path)
+        return f"{where}: {self.field}: {self.reason} {self.mend}"
+
+
+def problem(line: int, field: str, reason: str, mend: str) -> Problem:
+    """A problem whose texts are shared with its likes: a file of a million lines may have the same fault in each."""
+    if len(reason) > LONGEST_REASON:
+        reason = reason[:LONGEST_REASON] + "..."
+    return Problem(line, intern(_printable(field)), intern(_printable(reason)), intern(_printable(mend)))
+
+
+def _printable(text: str) -> str:
+    """The text as any terminal can show it: what a file holds may be half a character or steer the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def reason_key(found: Problem) -> str:
+    """The problem without its place, so that equal faults of many lines are counted as one kind."""
+    field = re.sub(r"\[\d+\]", "[]", re.sub(r"^column \d+", "JSON", found.field))
+    reason = re.sub(r"\b(at (?:byte|character)|line|column) \d+", r"\1 N", found.reason)
+    return f"{field}: {reason}"[:_KEY_LENGTH]
+
+
+def report(problems: Sequence[Problem], path: str | Path) -> str:
+    """The problems of one file, a line each, and the command that mends some of them where there is one."""
+    lines = [found.at(path) for found in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        lines.append(f"and {len(problems) - SHOWN} more (`llamachat data check {path}` names them all).")
+    command = convert_command(problems, path)
+    return "\n".join([*lines, command] if command else lines)
+
+
+def convert_command(problems: Iterable[Problem], path: str | Path) -> str:
+    """The `data convert` command for this file, if it would mend one of the problems; else ""."""
+    if not any(_CONVERT in found.mend for found in problems):
+        return ""
+    return f"Where that is the mend, the command is: {_CONVERT} {path} {converted_path(path)}"
+
+
+def converted_path(path: str | Path) -> Path:
+    """Where a mended copy of the file goes: beside it, its suffixes replaced."""
+    old = Path(path)
+    return old.with_name(f"{old.name.split('.')[0] or 'data'}.converted.jsonl")

@@ -1,0 +1,23 @@
+"""Fixtures that more than one test file uses; what they build lies in tests/fakes.py."""
+
+import pytest
+
+from llamachat.chat_format import ChatFormat, load_chat_format
+from llamachat.tokenizer import SentencePieceBackend, Tokenizer
+from tests.fakes import train_sentencepiece
+
+
+@pytest.fixture(scope="session")
+def tiny_sentencepiece() -> bytes:
+    """A trained SentencePiece model of a few hundred pieces."""
+    return train_sentencepiece()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_sentencepiece: bytes) -> Tokenizer:
+    return Tokenizer(SentencePieceBackend(tiny_sentencepiece))
+
+
+@pytest.fixture(scope="session")
+def tiny_format(tiny_tokenizer: Tokenizer) -> ChatFormat:
+    return load_chat_format("llama2", tiny_tokenizer)

@@ -1,0 +1,1 @@
+"""Rollouts: prompts in, sampled answers with their log-probabilities out."""

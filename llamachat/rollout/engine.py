@@ -1,0 +1,57 @@
+"""What a rollout engine is: token ids of prompts in, sampled token ids with their log-probabilities out.
+
+A log-probability is that of the distribution the token was drawn from: after temperature and top-p. At temperature 0
+nothing is drawn, and it is the model's own (temperature 1, all tokens).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from llamachat.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. The same seed gives the same completions to the same list of prompts."""
+
+    temperature: float  # 0 takes the likeliest token
+    top_p: float  # only the likeliest tokens that reach this probability together
+    max_new_tokens: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} is {value}, and must be {required}"
+            for name, value, required, is_right in (
+                ("temperature", self.temperature, "0 (the likeliest token) or above", 0 <= self.temperature < 1e4),
+                ("top-p", self.top_p, "above 0 and at most 1 (all tokens)", 0 < self.top_p <= 1),
+                ("max-new-tokens", self.max_new_tokens, "at least 1", self.max_new_tokens >= 1),
+                ("seed", self.seed, "0 or above", self.seed >= 0),
+            )
+            if not is_right
+        ]
+        if wrong:
+            raise UsageError(f"Sampling: {'; '.join(wrong)}. No answer can be drawn otherwise. Change the value.")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer: its ids, the stop id included where it came to one, and a log-probability (nats) for each."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    is_finished: bool
+
+    def __post_init__(self) -> None:
+        assert len(self.token_ids) == len(self.logprobs), "every token was drawn with a probability"
+
+
+class RolloutEngine(Protocol):
+    """Samples answers from a model."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, samples_per_prompt: int, sampling: Sampling
+    ) -> list[list[Completion]]:
+        """`samples_per_prompt` completions of each prompt, in the order of the prompts."""
+        ...

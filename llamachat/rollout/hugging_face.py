@@ -1,0 +1,212 @@
+"""Rollouts through transformers' `generate`: plain, for any Llama model, and what other engines are tested against.
+
+One thing surprises: `generate` is told to decode greedily. A hook draws each row's token itself and leaves `generate`
+nothing else to choose, which keeps the log-probability without keeping logits, gives each row its own random numbers,
+and leaves torch's random state alone, so that sampling while training does not change the training.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from llamachat.errors import DataError
+from llamachat.models.rope import context_length
+from llamachat.rollout.engine import Completion, Sampling
+from llamachat.rollout.sampling import draw, row_uniforms, sampling_logprobs
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    prompt: int
+    sample: int
+    ids: tuple[int, ...]
+
+
+class HuggingFaceEngine:
+    """Samples from a model where it lies, in evaluation mode; afterwards the model is as it was."""
+
+    def __init__(
+        self,
+        model: "LlamaForCausalLM | PeftModel",
+        stop_ids: Sequence[int],
+        pad_id: int,
+        *,
+        cache_gib: float = 1.0,
+        rows_per_batch: int = 64,
+    ) -> None:
+        """`cache_gib` bounds the keys and values of a batch; a single row is always taken."""
+        self._model = _without_wrapper(model)
+        self._stop_ids = frozenset(stop_ids)
+        self._pad_id = pad_id
+        self._rows_per_batch = rows_per_batch
+        self._tokens_per_batch = int(cache_gib * 2**30 / _cache_bytes_per_token(self._model))
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and its answer together that the model has positions for."""
+        return context_length(self._model.config)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samples_per_prompt: int,
+        sampling: Sampling,
+        advance: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """`samples_per_prompt` completions of each prompt; `advance` is told how many more are there.
+
+        An answer ends early where the model's positions end: prompt and answer fit into them together.
+        """
+        self._check(prompts)
+        rows = [
+            _Row(index, sample, tuple(prompt))
+            for index, prompt in enumerate(prompts)
+            for sample in range(samples_per_prompt)
+        ]
+        found: dict[tuple[int, int], Completion] = {}
+        with _generating(self._model):
+            for batch in self._batches(rows, sampling.max_new_tokens):
+                for row, completion in zip(batch, self._complete(batch, sampling, None), strict=True):
+                    found[row.prompt, row.sample] = completion
+                if advance is not None:
+                    advance(len(batch))
+        return [[found[index, sample] for sample in range(samples_per_prompt)] for index in range(len(prompts))]
+
+    def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
+        """The completion that `generate` gives to this one prompt; `on_token` sees each id as it comes."""
+        self._check([prompt])
+        with _generating(self._model):
+            return self._complete([_Row(0, 0, tuple(prompt))], sampling, on_token)[0]
+
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+        for index, prompt in enumerate(prompts):
+            assert prompt, "a prompt has at least its BOS"
+            if len(prompt) >= self.context:
+                raise DataError(
+                    f"prompt {index + 1} of {len(prompts)}: {len(prompt)} tokens, but prompt and answer must fit into "
+                    f"the model's {self.context} positions. Shorten the prompt, or take a model with a longer context."
+                )
+
+    def _batches(self, rows: Sequence[_Row], max_new_tokens: int) -> Iterator[list[_Row]]:
+        """Rows of like length, the longest first, so that what does not fit into memory fails at once."""
+        batch: list[_Row] = []
+        for row in sorted(rows, key=lambda row: -len(row.ids)):
+            if batch:
+                longest = len(batch[0].ids)
+                tokens = (len(batch) + 1) * min(longest + max_new_tokens, self.context)
+                # Beside a row that is cut at the model's last position only rows that are cut there too.
+                is_cut_otherwise = longest + max_new_tokens > self.context and len(row.ids) != longest
+                if len(batch) == self._rows_per_batch or tokens > self._tokens_per_batch or is_cut_otherwise:
+                    yield batch
+                    batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    def _complete(
+        self, rows: Sequence[_Row], sampling: Sampling, on_token: Callable[[int], None] | None
+    ) -> list[Completion]:
+        longest = max(len(row.ids) for row in rows)
+        new_tokens = min(sampling.max_new_tokens, self.context - longest)
+        device = self._model.device
+        ids_BP = torch.full((len(rows), longest), self._pad_id)
+        mask_BP = torch.zeros((len(rows), longest), dtype=torch.long)
+        for index, row in enumerate(rows):
+            ids_BP[index, longest - len(row.ids) :] = torch.tensor(row.ids)
+            mask_BP[index, longest - len(row.ids) :] = 1
+        uniforms_BR = torch.stack(
+            [row_uniforms(new_tokens, seed=sampling.seed, prompt=row.prompt, sample=row.sample) for row in rows]
+        )
+        chooser = _Chooser(sampling, uniforms_BR.to(device), on_token)
+        generate = cast(Any, self._model).generate  # its types ask for subclasses where any callable does
+        generate(
+            input_ids=ids_BP.to(device),
+            attention_mask=mask_BP.to(device),
+            generation_config=self._generation_config(new_tokens),
+            logits_processor=[chooser],
+        )
+        ids_BR, logprobs_BR = torch.stack(chooser.ids, dim=1).tolist(), torch.stack(chooser.logprobs, dim=1).tolist()
+        return [self._completion(ids, logprobs, new_tokens) for ids, logprobs in zip(ids_BR, logprobs_BR, strict=True)]
+
+    def _completion(self, ids: Sequence[int], logprobs: Sequence[float], new_tokens: int) -> Completion:
+        """The row up to its first stop id: what comes after it was drawn while other rows went on."""
+        stop = next((index for index, token in enumerate(ids[:new_tokens]) if token in self._stop_ids), None)
+        end = new_tokens if stop is None else stop + 1
+        return Completion(tuple(ids[:end]), tuple(logprobs[:end]), is_finished=stop is not None)
+
+    def _generation_config(self, new_tokens: int) -> Any:
+        from transformers import GenerationConfig
+
+        return GenerationConfig(
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=sorted(self._stop_ids),
+            pad_token_id=self._pad_id,
+        )
+
+
+class _Chooser:
+    """Called by `generate` with each step's logits: chooses every row's token, and keeps its log-probability."""
+
+    def __init__(self, sampling: Sampling, uniforms_BR: Tensor, on_token: Callable[[int], None] | None) -> None:
+        self.ids: list[Tensor] = []
+        self.logprobs: list[Tensor] = []
+        self._sampling = sampling
+        self._uniforms_BR = uniforms_BR
+        self._on_token = on_token
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`generate`'s own parameter names: all ids so far, and the logits [B, V] of the next."""
+        temperature, top_p = self._sampling.temperature, self._sampling.top_p
+        logprobs_BV = sampling_logprobs(scores, temperature=temperature, top_p=top_p)
+        if temperature == 0:
+            ids_B = logprobs_BV.argmax(dim=-1)
+        else:
+            ids_B = draw(logprobs_BV, self._uniforms_BR[:, len(self.ids)])
+        self.ids.append(ids_B)
+        self.logprobs.append(logprobs_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1))
+        if self._on_token is not None:
+            self._on_token(int(ids_B[0]))
+        return torch.full_like(scores, float("-inf")).scatter(1, ids_B.unsqueeze(1), 0.0)
+
+
+@contextmanager
+def _generating(model: "LlamaForCausalLM") -> Iterator[None]:
+    """Evaluation mode, and none of the checkpoint's own generation settings; both as before afterwards."""
+    from transformers import GenerationConfig
+
+    training = [module for module in model.modules() if module.training]
+    suggested = model.generation_config
+    model.eval()
+    model.generation_config = GenerationConfig()  # `generate` fills what a call leaves open from here
+    try:
+        yield
+    finally:
+        model.generation_config = suggested
+        for module in training:
+            module.training = True
+
+
+def _without_wrapper(model: "LlamaForCausalLM | PeftModel") -> "LlamaForCausalLM":
+    """The model with its adapter layers in place: PEFT's own `generate` changes the generation settings on its way."""
+    from peft import PeftModel
+
+    return cast("LlamaForCausalLM", model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def _cache_bytes_per_token(model: "LlamaForCausalLM") -> int:
+    config = model.config
+    heads = config.num_key_value_heads or config.num_attention_heads
+    head_size = config.head_dim or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize

@@ -1,0 +1,171 @@
+"""From tokenized dialogs to optimizer steps, rows and tensors: order, packing, padding.
+
+An optimizer step is a fixed set of examples, packed or not, so packing changes the speed and not the mathematics. All
+steps have the same number of rows, so that a trainer with a fixed accumulation walks through them; a row without
+examples fills up where a step needs fewer.
+Shapes: B rows of a micro-batch, T positions, 1 a packed row.
+One thing surprises: a packed row comes without attention mask. Its examples are kept apart by positions that begin anew
+at 0; a mask of ones would let each see its neighbours.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+
+from llamachat.chat_format import TokenizedExample
+from llamachat.tokenizer import UNK_ID
+
+IGNORED = -100  # the label that the losses of torch and transformers leave out
+
+Row = tuple[int, ...]  # indices of the examples in it; () where it fills up a step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """Every row of a whole training in order; step s holds `rows[s * rows_per_step : (s + 1) * rows_per_step]`."""
+
+    rows: list[Row]
+    num_steps: int
+    rows_per_step: int
+    rows_per_microbatch: int
+    world_size: int
+    tokens_per_step: tuple[int, ...]  # of all examples of a step, without padding
+
+    @property
+    def microbatches_per_step(self) -> int:
+        """Gradient accumulation of each process."""
+        return self.rows_per_step // (self.rows_per_microbatch * self.world_size)
+
+    def step_rows(self, step: int) -> list[Row]:
+        """The rows of one step, counted from 0."""
+        return self.rows[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+
+    def tokens(self, first_step: int, end_step: int) -> int:
+        """Tokens of the examples in the steps from `first_step` up to, and without, `end_step`."""
+        return sum(self.tokens_per_step[first_step:end_step])
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices in as few rows of `capacity` tokens as best-fit decreasing finds; ties go to the earlier one."""
+    assert all(0 < length <= capacity for length in lengths), "examples are shortened to the capacity before"
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, bin), sorted: the first that is large enough is the best fit
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        length = lengths[index]
+        place = bisect_left(rooms, (length, 0))
+        if place == len(rooms):
+            number, left = len(bins), capacity
+            bins.append([])
+        else:
+            left, number = rooms.pop(place)
+        bins[number].append(index)
+        insort(rooms, (left - length, number))
+    return bins
+
+
+def plan_steps(
+    lengths: Sequence[int],
+    *,
+    examples_per_step: int,
+    epochs: float,
+    seed: int,
+    capacity: int,
+    packing: bool,
+    rows_per_microbatch: int = 1,
+    world_size: int = 1,
+) -> StepPlan:
+    """The rows of all steps: a new order each epoch, cut into steps of `examples_per_step`, each laid out in rows.
+
+    The last step may hold fewer examples. A part of an epoch takes the first examples of that epoch's order.
+    """
+    assert lengths and examples_per_step > 0 and epochs > 0 and world_size > 0, "the recipe is checked before"
+    assert rows_per_microbatch == 1 or not packing, "a packed micro-batch is one row"
+    order = _order(len(lengths), epochs, seed)
+    layouts: list[list[Row]] = []
+    for start in range(0, len(order), examples_per_step):
+        group = order[start : start + examples_per_step]
+        if packing:
+            rows = pack([lengths[index] for index in group], capacity)
+            layouts.append([tuple(group[place] for place in row) for row in rows])
+        else:
+            # Neighbours of like length share a micro-batch, the longest first: what does not fit in memory shows at once.
+            layouts.append([(index,) for index in sorted(group, key=lambda index: (-lengths[index], index))])
+    unit = rows_per_microbatch * world_size
+    rows_per_step = -(-max(map(len, layouts)) // unit) * unit
+    return StepPlan(
+        rows=[row for layout in layouts for row in (*layout, *[()] * (rows_per_step - len(layout)))],
+        num_steps=len(layouts),
+        rows_per_step=rows_per_step,
+        rows_per_microbatch=rows_per_microbatch,
+        world_size=world_size,
+        tokens_per_step=tuple(sum(lengths[index] for row in layout for index in row) for layout in layouts),
+    )
+
+
+def _order(count: int, epochs: float, seed: int) -> list[int]:
+    total = max(1, int(count * epochs + 0.5))
+    order: list[int] = []
+    epoch = 0
+    while len(order) < total:
+        # Sorting by random() and not shuffle(): Python promises the same random() in every version, and no more.
+        numbers = Random(f"order {seed} {epoch}")
+        order += sorted(range(count), key=[numbers.random() for _ in range(count)].__getitem__)
+        epoch += 1
+    return order[:total]
+
+
+def collate_packed(examples: Sequence[TokenizedExample], *, pad_id: int = UNK_ID) -> dict[str, Tensor]:
+    """One row of isolated examples: input_ids, labels, position_ids, each [1, T]; a row without examples is one pad.
+
+    An example's first token is never a label: the token before it belongs to its neighbour.
+    """
+    parts = [(_ids(example), _labels(example)) for example in examples] or [_nothing(pad_id)]
+    return {
+        "input_ids": torch.cat([ids for ids, _ in parts]).unsqueeze(0),
+        "labels": torch.cat([labels for _, labels in parts]).unsqueeze(0),
+        "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in parts]).unsqueeze(0),
+    }
+
+
+def collate_padded(
+    examples: Sequence[TokenizedExample], *, rows: int | None = None, pad_id: int = UNK_ID
+) -> dict[str, Tensor]:
+    """One example a row, padded on the right: input_ids, labels, attention_mask, position_ids, each [B, T].
+
+    The mask comes from lengths: the pad is a token that text may hold. With `rows`, rows without example fill up to so
+    many; each attends to its one pad, since attention over nothing is not a number.
+    """
+    assert rows is None or len(examples) <= rows, "a micro-batch has room for its examples"
+    parts = [(_ids(example), _labels(example)) for example in examples]
+    parts += [_nothing(pad_id) for _ in range((rows or 0) - len(parts))]
+    lengths_B = torch.tensor([len(ids) for ids, _ in parts])
+    positions_T = torch.arange(int(lengths_B.max()))
+    return {
+        "input_ids": _pad([ids for ids, _ in parts], pad_id),
+        "labels": _pad([labels for _, labels in parts], IGNORED),
+        "attention_mask": (positions_T < lengths_B.unsqueeze(1)).long(),
+        # Positions run on over the padding: beginning anew there would read as a second packed example.
+        "position_ids": positions_T.expand(len(parts), -1).contiguous(),
+    }
+
+
+def _ids(example: TokenizedExample) -> Tensor:
+    return torch.tensor(example.input_ids, dtype=torch.long)
+
+
+def _labels(example: TokenizedExample) -> Tensor:
+    learnt_T = torch.tensor(example.loss_mask, dtype=torch.bool)
+    learnt_T[0] = False
+    return torch.where(learnt_T, _ids(example), IGNORED)
+
+
+def _nothing(pad_id: int) -> tuple[Tensor, Tensor]:
+    return torch.tensor([pad_id]), torch.tensor([IGNORED])
+
+
+def _pad(rows: list[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)

@@ -23,5 +23,7 @@ class Config(Section):
     learning_rate: float = Field(3e-3, gt=0, description="Peak rate of AdamW: embeddings, output head, norms.")
     weight_decay: float = Field(0.1, ge=0, description="Decay of matrices. Llama 2 section 2.2: 0.1.")
     warmup_fraction: float = Field(0.03, ge=0, lt=1, description="Share of the steps with a rising rate.")
-    decay_fraction: float = Field(0.6, ge=0, le=1, description="Share of the steps, the last ones, with a falling rate.")
+    decay_fraction: float = Field(
+        0.6, ge=0, le=1, description="Share of the steps, the last ones, with a falling rate."
+    )
     save_seconds: float = Field(180.0, gt=0, description="Seconds between checkpoints.")

@@ -1,7 +1,6 @@
 """Trains the bundled base: texts -> tokenizer -> token stream -> model, resumable at any moment.
 
-Reads the folder of texts; writes `<run>/{tokenizer.model, stream.npy, held_out.json, log.jsonl, checkpoint.pt}` and at
-the end `<run>/model/`. A checkpoint is written beside and renamed, so a killed run goes on from the last whole one.
+Reads the folder of texts; writes `<run>/{tokenizer.model, stream.npy, shares.json, held_out.json, checkpoint.pt}`. A checkpoint is written beside and renamed, so a killed run goes on from the last whole one.
 """
 
 import json
@@ -36,6 +35,11 @@ def prepare(config: Config, texts: Path, run: Path) -> None:
     if not (run / "tokenizer.model").exists():
         train_vocabulary((document.text for document in stream[::3]), run, pieces=config.pieces)
     np.save(run / "stream.npy", _encode_stream(config, trained, run))
+    sizes: dict[str, int] = {}
+    for document in stream:
+        sizes[document.source] = sizes.get(document.source, 0) + len(document.text)
+    total = sum(sizes.values())
+    (run / "shares.json").write_text(json.dumps({source: size / total for source, size in sizes.items()}, indent=1))
     held_out: dict[str, list[str]] = {}
     for document in documents:
         if document.is_held_out:
@@ -49,7 +53,9 @@ def _encode_stream(config: Config, trained: list[Document], run: Path) -> np.nda
 
     encoder = sentencepiece.SentencePieceProcessor(model_file=str(run / "tokenizer.model"))  # type: ignore[call-arg]
     texts = [document.text for document in trained]
-    ids = {id(d): np.array(i, dtype=np.uint16) for d, i in zip(trained, encoder.encode(texts, num_threads=2), strict=True)}  # type: ignore[attr-defined]
+    ids = {
+        id(d): np.array(i, dtype=np.uint16) for d, i in zip(trained, encoder.encode(texts, num_threads=2), strict=True)
+    }  # type: ignore[attr-defined]
     bos, eos, nothing = (np.array(a, dtype=np.uint16) for a in ([1], [2], []))
     parts: list[np.ndarray] = []
     total, lap = 0, 0
@@ -134,5 +140,7 @@ def train(config: Config, run: Path) -> Iterator[dict[str, float]]:
         speed = config.rows_per_step * config.context / seconds
         yield {"step": step + 1, "steps": steps, "loss": total, "grad_norm": norm, "tokens_per_s": speed}
         if time.monotonic() - saved > config.save_seconds or step + 1 == steps:
-            _save(run / "checkpoint.pt", {"model": model.state_dict(), "optimizer": adjust.state_dict(), "step": step + 1})
+            _save(
+                run / "checkpoint.pt", {"model": model.state_dict(), "optimizer": adjust.state_dict(), "step": step + 1}
+            )
             saved = time.monotonic()

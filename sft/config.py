@@ -1,0 +1,128 @@
+"""What supervised fine-tuning is told: its own section of the recipe, and the shared ones it reads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from llamachat.config.section import Section, operational
+from llamachat.config.sections import Base, Data, Rollout, Run, Tracking, Tuning
+from llamachat.config.trainer_arguments import TrainerArguments
+
+if TYPE_CHECKING:
+    from llamachat.runs.artifacts import Artifact
+
+# Part of the fingerprint: raised when the same configuration and data would give other weights.
+VERSION = 1
+
+# Arguments of TRL's SFTConfig that have a key of ours, or (None) that the stage itself must set.
+OWNED: dict[str, str | None] = {
+    "num_train_epochs": "sft.epochs",
+    "max_steps": "sft.epochs",
+    "learning_rate": "sft.learning_rate",
+    "lr_scheduler_type": "sft.schedule",
+    "lr_scheduler_kwargs": None,
+    "warmup_steps": "sft.warmup_fraction",
+    "warmup_ratio": "sft.warmup_fraction",
+    "weight_decay": "sft.weight_decay",
+    "adam_beta1": "sft.adam_beta1",
+    "adam_beta2": "sft.adam_beta2",
+    "adam_epsilon": "sft.adam_epsilon",
+    "optim": None,
+    "optim_args": None,
+    "max_grad_norm": "sft.max_grad_norm",
+    "per_device_train_batch_size": "sft.rows_per_microbatch",
+    "per_device_eval_batch_size": None,
+    "gradient_accumulation_steps": "sft.examples_per_step",
+    "gradient_checkpointing": "sft.gradient_checkpointing",
+    "packing": "sft.packing",
+    "packing_strategy": None,
+    "eval_packing": None,
+    "padding_free": None,
+    "train_sampling_strategy": None,
+    "dataset_kwargs": None,
+    "dataset_text_field": None,
+    "dataset_num_proc": None,
+    "completion_only_loss": "sft.train_on",
+    "assistant_only_loss": "sft.train_on",
+    "chat_template_path": "base.chat_format",
+    "eos_token": None,
+    "pad_token": None,
+    "truncation_mode": "base.max_tokens",
+    "model_init_kwargs": None,
+    "dataloader_pin_memory": None,
+    "dataloader_num_workers": None,
+    "dataloader_drop_last": None,
+}
+
+
+class Config(Section):
+    """Supervised fine-tuning. Values the paper states are its section 3.1; the others are ours."""
+
+    epochs: float = Field(2.0, gt=0, description="Passes over the training dialogs. Llama 2 section 3.1: 2.")
+    learning_rate: float = Field(
+        2e-5,
+        gt=0,
+        description="Peak rate of AdamW. Llama 2 section 3.1: 2e-5 for full tuning; LoRA needs about 10 times that.",
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine",
+        description="How the rate falls after warm-up, to 0. Llama 2 section 3.1: cosine (final rate not stated).",
+    )
+    warmup_fraction: float = Field(
+        0.03, ge=0, lt=1, description="Share of the optimizer steps with a rising rate. Not stated in the paper; ours."
+    )
+    weight_decay: float = Field(
+        0.1, ge=0, description="Decay of matrices; norms do not decay. Llama 2 section 3.1: 0.1."
+    )
+    adam_beta1: float = Field(
+        0.9, ge=0, lt=1, description="AdamW beta 1. Llama 2 section 2.2: 0.9 (not restated for SFT)."
+    )
+    adam_beta2: float = Field(
+        0.95, ge=0, lt=1, description="AdamW beta 2. Llama 2 section 2.2: 0.95 (not restated for SFT)."
+    )
+    adam_epsilon: float = Field(
+        1e-5, gt=0, description="AdamW epsilon. Llama 2 section 2.2: 1e-5 (not restated for SFT)."
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this. Llama 2 section 2.2: 1.0.")
+    examples_per_step: int = Field(
+        64, ge=1, description="Dialogs in one optimizer step, packed or not. Llama 2 section 3.1: batch size 64."
+    )
+    train_on: Literal["every_answer", "last_answer"] = Field(
+        "every_answer", description="Which answers are learnt. Ghost Attention trains the last only (section 3.3)."
+    )
+    packing: bool = Field(
+        True,
+        description="Fill rows of base.max_tokens with several dialogs, isolated from one another. Same loss, less padding.",
+    )
+    rows_per_microbatch: int = operational(
+        8, ge=1, description="Dialogs in one forward pass without packing; a packed forward pass is always one row."
+    )
+    gradient_checkpointing: bool = operational(
+        False, description="Recompute activations in the backward pass: about a third slower, far less memory."
+    )
+    sample_prompts: int = operational(
+        8, ge=0, description="Held-out prompts whose answers are sampled as training goes."
+    )
+    trainer: Annotated[dict[str, Any], TrainerArguments("SFTConfig", OWNED)] = Field(
+        default_factory=dict, description="Further arguments of TRL's SFTConfig, by its names."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What `pipelines` resolves for one SFT step."""
+
+    step: str
+    folder: Path
+    resolved: str  # the recipe as YAML, for the run's record
+    identity: dict[str, Any]
+    fingerprint: str
+    run: Run
+    base: Base
+    tuning: Tuning
+    data: Data
+    rollout: Rollout
+    tracking: Tracking
+    policy: "Artifact | None" = None  # an earlier step's policy to continue from; the base itself without one

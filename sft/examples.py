@@ -1,0 +1,82 @@
+"""From dialogs to token ids with a loss mask: reading, mixing, splitting, shortening, counting what is left out."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
+from llamachat.config.sections import Data
+from llamachat.dialog import Dialog, Message
+from llamachat.record_rules import with_system
+from llamachat.records import load_mixture
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """What one SFT step trains on and measures with."""
+
+    train: list[TokenizedExample]
+    validation: list[TokenizedExample]
+    prompts: list[tuple[Message, ...]]  # held-out contexts to sample answers to, first turns only
+    dropped: dict[str, int]  # records left out, by reason
+
+
+def load_examples(
+    data: Data,
+    chat_format: ChatFormat,
+    *,
+    system: str | None,
+    train_on: TrainOn,
+    max_tokens: int,
+    num_prompts: int,
+    seed: int,
+) -> Examples:
+    """Token ids of the training and validation dialogs of `data.sft`; the test and judge parts are not touched."""
+    mixture = load_mixture(data.sft, data.split, kind="dialog", check=chat_format.check_text, seed=seed)
+    dropped: Counter[str] = Counter(mixture.dropped)
+    held_out = [with_system(dialog, system) for dialog in mixture.validation] if system else mixture.validation
+    dialogs = [with_system(dialog, system) for dialog in mixture.train] if system else mixture.train
+    train = _encode(dialogs, chat_format, train_on=train_on, max_tokens=max_tokens, dropped=dropped)
+    validation = _encode(held_out, chat_format, train_on=train_on, max_tokens=max_tokens, dropped=dropped)
+    for reason, count in sorted(dropped.items()):
+        log.warning("%d dialogs: %s", count, reason)
+    return Examples(train, validation, held_out_prompts(held_out, num_prompts), dict(dropped))
+
+
+def _encode(
+    dialogs: Sequence[Dialog],
+    chat_format: ChatFormat,
+    *,
+    train_on: TrainOn,
+    max_tokens: int,
+    dropped: Counter[str],
+) -> list[TokenizedExample]:
+    examples: list[TokenizedExample] = []
+    for dialog in dialogs:
+        messages = chat_format.shorten(dialog.messages, max_tokens=max_tokens)
+        if messages is None:
+            dropped[f"left out: the last turn pair alone is longer than {max_tokens} tokens"] += 1
+            continue
+        if len(messages) < len(dialog.messages):
+            dropped[f"shortened: oldest turns dropped to fit {max_tokens} tokens"] += 1
+        example = chat_format.encode_dialog(messages, train_on=train_on)
+        if any(example.loss_mask):
+            examples.append(example)
+        else:
+            dropped["left out: no answer to learn (train: false)"] += 1
+    return examples
+
+
+def held_out_prompts(dialogs: Sequence[Dialog], count: int) -> list[tuple[Message, ...]]:
+    """The openings of the first `count` different dialogs: system text, if any, and first user turn."""
+    prompts: list[tuple[Message, ...]] = []
+    for dialog in dialogs:
+        opening = dialog.messages[: 2 if dialog.messages[0].role == "system" else 1]
+        if opening not in prompts:
+            prompts.append(opening)
+        if len(prompts) >= count:
+            break
+    return prompts[:count]

@@ -1,0 +1,241 @@
+"""Supervised fine-tuning (Llama 2, arXiv:2307.09288, section 3.1): dialogs -> policy.
+
+Reads the dialogs of `data.sft` and a base (or an earlier policy); writes the step folder's metrics.jsonl,
+samples.jsonl, checkpoints/, summary.json, curves.png and artifact/. The autoregressive loss is zero on everything but
+answers and their EOS; dialogs packed into one row do not see one another (ours, not stated in the paper).
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from torch import Tensor
+
+from llamachat.batching import StepPlan, collate, plan_steps
+from llamachat.chat_format import TrainOn
+from llamachat.errors import DataError
+from llamachat.rollout.engine import Sampling
+from llamachat.rollout.hugging_face import HuggingFaceEngine
+from llamachat.runs.artifacts import Artifact
+from llamachat.runs.checkpoints import newest
+from llamachat.runs.folder import StepFolder
+from llamachat.tracking.curves import draw_curves
+from llamachat.tracking.record import MetricsRecord
+from llamachat.tracking.tracker import Tracker, open_tracker
+from llamachat.training.progress import StepProgress
+from sft.config import Config, Inputs
+from sft.evaluation import answer_loss, sample_answers
+from sft.examples import Examples, load_examples
+from sft.start import Start, load_start, publish_policy
+from sft.trainer import AtomicCheckpointTrainer, Watch, collator, make_optimizer, row_numbers, trainer_arguments
+
+log = logging.getLogger(__name__)
+
+# What summary.json says of a training, each figure's last value.
+SUMMARY = (
+    "sft/eval_loss_base",
+    "sft/eval_loss",
+    "sft/loss",
+    "sft/token_accuracy",
+    "sft/epoch",
+    "sft/trained_tokens",
+    "sft/finished_fraction",
+    "sft/answer_tokens",
+    "memory/peak_gib",
+)
+
+# The samples that people watch: the temperature and nucleus of everyday use, cut well above a usual answer.
+WATCHED = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=256, seed=0)
+
+
+def run(config: Config, inputs: Inputs) -> Artifact:
+    """Train, measure and publish. Killed at any moment, the same call goes on from the newest whole checkpoint."""
+    folder = StepFolder(inputs.folder)
+    start = load_start(inputs)
+    examples = load_examples(
+        inputs.data,
+        start.chat_format,
+        system=inputs.base.system,
+        train_on=TrainOn(config.train_on),
+        max_tokens=inputs.base.max_tokens,
+        num_prompts=config.sample_prompts,
+        seed=inputs.run.seed,
+    )
+    plan = plan_training(config, inputs, examples)
+    resume = newest(folder.checkpoints)
+    with open_tracker(
+        inputs.tracking,
+        step_folder=folder,
+        run_dir=Path(inputs.run.dir),
+        step=inputs.step,
+        prefix="sft",
+        config=inputs.identity,
+        resume_step=resume.step if resume else None,
+    ) as tracker:
+        session = Session(config, inputs, start, examples, plan, tracker)
+        session.train(resume.path if resume else None, first_step=resume.step if resume else 0)
+        summary = session.finish(folder)
+        artifact = publish_policy(start, inputs, dropped=examples.dropped)
+        tracker.summary(summary)
+    return artifact
+
+
+def plan_training(config: Config, inputs: Inputs, examples: Examples) -> StepPlan:
+    """Which dialogs make which optimizer step."""
+    if not examples.train or not examples.validation:
+        raise DataError(
+            f"data.sft: {len(examples.train)} dialogs to train on and {len(examples.validation)} to validate with are left "
+            "after splitting by first user turn. Both are needed. Add dialogs, or change data.split."
+        )
+    return plan_steps(
+        [len(example.input_ids) for example in examples.train],
+        examples_per_step=config.examples_per_step,
+        epochs=config.epochs,
+        seed=inputs.run.seed,
+        capacity=inputs.base.max_tokens,
+        packing=config.packing,
+        rows_per_microbatch=1 if config.packing else config.rows_per_microbatch,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One training: what is trained, with what, and who is told."""
+
+    config: Config
+    inputs: Inputs
+    start: Start
+    examples: Examples
+    plan: StepPlan
+    tracker: Tracker
+
+    def train(self, checkpoint: Path | None, *, first_step: int) -> None:
+        """From `checkpoint`, or from the beginning, to the last optimizer step."""
+        steps, tracking = self.plan.num_steps, self.inputs.tracking
+        log.info(
+            "%d dialogs to train on, %d held out; %d optimizer steps of %d dialogs in %d rows",
+            len(self.examples.train),
+            len(self.examples.validation),
+            steps,
+            self.config.examples_per_step,
+            self.plan.rows_per_step,
+        )
+        if checkpoint is None:
+            self.measure(0, "sft/eval_loss_base")
+        learnt = self._learnt_tokens()
+        with (
+            StepProgress(self.inputs.step, steps=steps, done=first_step) as progress,
+            tempfile.TemporaryDirectory() as scratch,
+        ):
+
+            def on_log(step: int, figures: dict[str, float]) -> None:
+                epochs = step * self.config.examples_per_step / len(self.examples.train)
+                progress_figures = {
+                    "sft/epoch": min(epochs, self.config.epochs),
+                    "sft/trained_tokens": float(learnt[step - 1]),
+                }
+                self.tracker.log(step, figures | progress_figures)
+                progress.step(step, f"loss {figures['sft/loss']:.3f}")
+
+            def on_step(step: int) -> None:
+                if step % tracking.eval_every == 0 and step < steps:
+                    loss = self.measure(step, "sft/eval_loss")
+                    progress.say(f"{self.inputs.step} step {step}: held-out answers {loss:.4f} nats a token")
+                if step % tracking.sample_every == 0 and step < steps:
+                    self.sample(step)
+
+            trainer = self._trainer(Watch(self._step_tokens(), on_log=on_log, on_step=on_step), Path(scratch))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def _step_tokens(self) -> list[int]:
+        """Tokens that pass through the model in each optimizer step, padding left out."""
+        sizes = [len(example.input_ids) for example in self.examples.train]
+        return [
+            sum(sizes[index] for row in self.plan.step_rows(step) for index in row or ())
+            for step in range(self.plan.num_steps)
+        ]
+
+    def _learnt_tokens(self) -> list[int]:
+        """Answer tokens in the loss from the first step to each step."""
+        sizes = [sum(example.loss_mask) for example in self.examples.train]
+        return list(
+            accumulate(
+                sum(sizes[index] for row in self.plan.step_rows(step) for index in row or ())
+                for step in range(self.plan.num_steps)
+            )
+        )
+
+    def _trainer(self, watch: Watch, scratch: Path) -> AtomicCheckpointTrainer:
+        config, tracking = self.config, self.inputs.tracking
+        arguments = trainer_arguments(
+            config,
+            folder=scratch,
+            rows_per_microbatch=self.plan.rows_per_microbatch,
+            microbatches_per_step=self.plan.microbatches_per_step,
+            seed=self.inputs.run.seed,
+            log_every=tracking.log_every,
+            save_every=tracking.save_every,
+        )
+        return AtomicCheckpointTrainer(
+            model=self.start.model,
+            args=arguments,
+            data_collator=collator(self.collate),
+            train_dataset=row_numbers(len(self.plan.rows)),
+            processing_class=self.start.fast_tokenizer(scratch),
+            optimizers=make_optimizer(self.start.model, config, steps=self.plan.num_steps),
+            checkpoints=StepFolder(self.inputs.folder).checkpoints,
+            watch=watch,
+        )
+
+    def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Tensors of some rows of the plan: one packed row, or several padded dialogs."""
+        rows = [[self.examples.train[index] for index in self.plan.rows[number] or ()] for number in numbers]
+        return collate(rows, packing=self.config.packing)
+
+    def measure(self, step: int, *names: str) -> float:
+        """Log the loss on held-out answers at `step`, under each of these names."""
+        started = time.monotonic()
+        loss = answer_loss(
+            self.start.model,
+            self.examples.validation,
+            max_tokens=self.inputs.base.max_tokens,
+            device=self.start.device,
+        )
+        self.tracker.log(step, dict.fromkeys(names, loss) | {"time/eval_s": time.monotonic() - started})
+        return loss
+
+    def sample(self, step: int) -> None:
+        """Sample answers to the same held-out prompts as every time, for people to read."""
+        if not self.examples.prompts:
+            return
+        tokenizer = self.start.chat_format.tokenizer
+        engine = HuggingFaceEngine(self.start.model, self.start.chat_format.stop_ids, tokenizer.pad_id)
+        samples = sample_answers(engine, self.start.chat_format, self.examples.prompts, sampling=WATCHED)
+        self.tracker.samples(
+            step,
+            [{"prompt": s.prompt, "answer": s.answer, "tokens": s.tokens, "finished": s.is_finished} for s in samples],
+        )
+        self.tracker.log(
+            step,
+            {
+                "sft/finished_fraction": sum(s.is_finished for s in samples) / len(samples),
+                "sft/answer_tokens": sum(s.tokens for s in samples) / len(samples),
+            },
+        )
+
+    def finish(self, folder: StepFolder) -> dict[str, float]:
+        """Measure a last time, draw the curves, and return the step's final figures."""
+        last = self.plan.num_steps
+        loss = self.measure(last, "sft/eval_loss")
+        self.sample(last)
+        draw_curves(folder.metrics, folder.curves)
+        # From the record, since a resumed command has seen only the end of the training itself.
+        record = list(MetricsRecord(folder.metrics).read())
+        figures = {name: row[name] for row in record for name in SUMMARY if row.get(name) is not None}
+        figures["time/train_s"] = sum(row.get("time/step_s") or 0.0 for row in record)
+        log.info("held-out answers: %.4f nats a token before, %.4f after", figures["sft/eval_loss_base"], loss)
+        return figures

@@ -3,6 +3,7 @@
 Mappings merge key by key, anything else is replaced whole; for each value it is known which layer it came from.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -10,6 +11,14 @@ from llamachat.config.problems import Key, Problem, describe, dotted
 from llamachat.config.yaml_files import parse_value
 
 COMMAND_LINE = "command line"
+
+
+def merged(below: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of one mapping with those of another laid over them."""
+    layers = Layers("")
+    layers.add(copy.deepcopy(dict(below)), "")
+    layers.add(copy.deepcopy(dict(over)), "")
+    return layers.values
 
 
 class Layers:

@@ -1,0 +1,166 @@
+"""The `llamachat` command. Exit status: 0 done, 1 failed, 2 bad usage, configuration or data, 130 interrupted.
+
+Only here is logging set up and are signals and the environment read. What a command needs is imported when it runs,
+so that `--help` and refusals come at once.
+"""
+
+import functools
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from llamachat.errors import LlamachatError, UsageError
+
+INTERRUPTED = 130
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="llamachat",
+    help="A base Llama-2 model becomes a chat model by the recipe of the Llama 2 paper.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Look at data files.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+ConfigOption = Annotated[Path, typer.Option("--config", help="The recipe.", metavar="FILE")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the recipe's, such as sft.epochs=1.")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Throw the step's present result away, run it anew.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan, run nothing.")]
+TINY = Path("configs/tiny.yaml")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    if os.environ.get("LLAMACHAT_DIE_WITH_PARENT") == "1":
+        _die_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for library in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(list(arguments) if arguments is not None else None, prog_name="llamachat")
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else int(bool(done.code))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process with the one that started it: a killed `make` leaves no orphan holding a step."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _reported(command: Callable[P, None]) -> Callable[P, None]:
+    """The command, its errors turned into a readable text on stderr and an exit status."""
+
+    @functools.wraps(command)
+    def reported(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except LlamachatError as error:
+            print(f"llamachat: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_status) from error
+        except KeyboardInterrupt as error:
+            print("\nllamachat: interrupted. State is kept; the same command continues.", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from error
+
+    return reported
+
+
+def _run(command: str, config: Path, overrides: list[str] | None, *, overwrite: bool, dry_run: bool) -> None:
+    from llamachat.config.loading import to_yaml
+    from pipelines.plan import make_plan, plan_text
+    from pipelines.recipe import load
+    from pipelines.running import run_command
+
+    recipe = load(config, overrides or ())
+    if dry_run:
+        print(to_yaml(recipe))
+        print(plan_text(recipe, make_plan(recipe, command)))
+        return
+    for artifact in run_command(recipe, command, should_overwrite=overwrite):
+        policy = artifact
+    if command == "all":
+        print(f"All steps are done. Try: llamachat chat {policy.path.parent} -m 'Hello, who are you?'")
+
+
+@app.command()
+@_reported
+def sft(
+    overrides: Overrides = None,
+    config: ConfigOption = TINY,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Supervised fine-tuning: a base learns to answer from dialogs (paper, section 3.1)."""
+    _run("sft", config, overrides, overwrite=overwrite, dry_run=dry_run)
+
+
+@app.command(name="all")
+@_reported
+def all_steps(
+    overrides: Overrides = None,
+    config: ConfigOption = TINY,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Run the recipe's steps in order; finished, unchanged ones are not run again."""
+    _run("all", config, overrides, overwrite=overwrite, dry_run=dry_run)
+
+
+def _add_later(command: str, meaning: str, to: typer.Typer = app, prefix: str = "") -> None:
+    """A command of the whole recipe that has no code here: it says so and ends with status 2."""
+
+    @to.command(
+        name=command,
+        help=f"{meaning} Not part of this version yet.",
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )
+    @_reported
+    def later() -> None:
+        from pipelines.stages import not_yet
+
+        raise UsageError(not_yet(f"'{prefix}{command}'"))
+
+
+_add_later("rm", "Reward models of helpfulness and safety (3.2.2).")
+_add_later("rs", "Rejection sampling (3.2.3).")
+_add_later("gatt", "Ghost Attention (3.3).")
+_add_later("distill", "Safety context distillation (4.2.4).")
+_add_later("ppo", "PPO against the reward models (3.2.3).")
+_add_later("eval", "Evaluation of every policy on held-out prompts.")
+_add_later("report", "Report on a run.")
+
+
+@app.command()
+@_reported
+def plan(overrides: Overrides = None, config: ConfigOption = TINY) -> None:
+    """Say what would run, from which inputs and why, with memory and time; runs nothing."""
+    from pipelines.plan import make_plan, plan_text
+    from pipelines.recipe import load
+
+    recipe = load(config, overrides or ())
+    print(plan_text(recipe, make_plan(recipe)))

@@ -1,0 +1,56 @@
+"""What makes a step the step that it is: identity keys of its sections, contents of its data, base and inputs.
+
+Local files and folders count by content, not by name: moving them changes nothing, editing them does. Sets and models
+of the hub count by name, since their content is not here to be read.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from llamachat.config.section import identity
+from llamachat.config.sections import Base, DataSource, Tuning
+from llamachat.runs.artifacts import Artifact
+from llamachat.runs.fingerprints import digest_of_file, digest_of_folder, digest_of_weights
+from pipelines.recipe import Recipe, Step
+
+
+def step_identity(recipe: Recipe, step: Step, policy: Artifact | None) -> dict[str, Any]:
+    """Everything that decides what the step makes, as plain JSON values; `policy` is the policy it starts from."""
+    return {
+        "step": step.name,
+        "command": step.stage.command,
+        "stage_version": step.stage.version,
+        "run": identity(recipe.run),
+        "base": _base_identity(recipe.base),
+        "tuning": _tuning_identity(step.tuning),
+        "data": {key: _data_identity(getattr(recipe.data, key)) for key in step.stage.data},
+        step.stage.section: identity(step.config),
+        "inputs": {"policy": policy.digest} if policy else {},
+    }
+
+
+def _base_identity(base: Base) -> dict[str, Any]:
+    values = identity(base)
+    del values["policy"]  # counts as an input, where the step reads it
+    if Path(base.model).is_dir():
+        values["model"] = digest_of_weights(Path(base.model))
+    return values
+
+
+def _tuning_identity(tuning: Tuning) -> dict[str, Any]:
+    # Rank and targets of adapters say nothing about a step that tunes all weights.
+    return {"method": "full"} if tuning.method == "full" else identity(tuning)
+
+
+def _data_identity(part: Any) -> Any:
+    return [_source_identity(source) for source in part] if isinstance(part, tuple) else identity(part)
+
+
+def _source_identity(source: DataSource) -> dict[str, Any]:
+    values = identity(source)
+    path = Path(source.path)
+    if path.is_file():
+        values["path"] = digest_of_file(path)
+    elif path.is_dir():
+        values["path"] = digest_of_folder(path)
+    return values

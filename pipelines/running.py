@@ -1,0 +1,129 @@
+"""Runs steps: takes their inputs, tells new from begun from done from changed, and hands the work to the stage.
+
+The stage publishes; here the step is bound to its work and locked before anything is loaded, and the run's index is
+written after it. A finished, unchanged step costs a few digests: no stage code and no torch is imported for it.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamachat.config.loading import to_yaml
+from llamachat.errors import UsageError
+from llamachat.runs.artifacts import Artifact, is_published, read_artifact
+from llamachat.runs.fingerprints import changed_keys, fingerprint
+from llamachat.runs.folder import StepFolder
+from llamachat.runs.locks import hold
+from llamachat.runs.state import StepState, begin, lineage, overwrite, reference, step_state
+from pipelines.identity import step_identity
+from pipelines.recipe import Recipe, Step, resolve_steps
+from pipelines.resolve import Taken, step_folder, take_inputs
+from pipelines.stages import STAGES
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One step with its inputs found and its fingerprint taken."""
+
+    step: Step
+    folder: StepFolder
+    taken: Taken
+    identity: dict[str, Any]
+    fingerprint: str
+
+
+def find_work(recipe: Recipe, steps: Sequence[Step], step: Step) -> Work:
+    """What running the step would mean now."""
+    taken = take_inputs(recipe, steps, step)
+    identity = step_identity(recipe, step, taken.policy)
+    return Work(step, step_folder(recipe, step), taken, identity, fingerprint(identity))
+
+
+def run_command(recipe: Recipe, command: str, *, should_overwrite: bool = False) -> list[Artifact]:
+    """Run the recipe's steps of one command, or all of them for "all", in their order."""
+    steps = resolve_steps(recipe)
+    chosen = [step for step in steps if command in ("all", step.stage.command)]
+    if not chosen:
+        raise UsageError(
+            f"steps: the recipe has no step '{command}', only {', '.join(step.name for step in steps)}."
+            f" A command runs the steps of its name. Add '{command}' to 'steps', or run one that is there."
+        )
+    return [run_step(recipe, steps, step, should_overwrite=should_overwrite) for step in chosen]
+
+
+def run_step(recipe: Recipe, steps: Sequence[Step], step: Step, *, should_overwrite: bool = False) -> Artifact:
+    """Run one step to its end, unless it is done already or the parent run has it unchanged."""
+    work = find_work(recipe, steps, step)
+    folder = work.folder
+    if should_overwrite:
+        overwrite(folder)
+    else:
+        adopt(recipe, work)
+    if step_state(folder, work.fingerprint, work.identity) is not StepState.DONE:
+        with hold(folder):
+            # Asked again under the lock: the one who held it until now may have finished the step.
+            if step_state(folder, work.fingerprint, work.identity) is not StepState.DONE:
+                return _run(recipe, work)
+    where = f"{folder.path} -> {folder.path.resolve()}" if folder.path.is_symlink() else f"{folder.artifact}"
+    log.info("%s: done already (%s), nothing to do", step.name, where)
+    lineage(Path(recipe.run.dir))
+    return read_artifact(folder.artifact)
+
+
+def _run(recipe: Recipe, work: Work) -> Artifact:
+    name, folder = work.step.name, work.folder
+    resolved = to_yaml(recipe)
+    begin(folder, name, fingerprint=work.fingerprint, identity=work.identity, resolved=resolved)
+    log.info("%s: from %s, into %s", name, work.taken.words, folder.path)
+    artifact = work.step.stage.package.run(work.step.config, _stage_inputs(recipe, work, resolved))
+    lineage(Path(recipe.run.dir))
+    log.info("%s: done (%s)", name, artifact.path)
+    return artifact
+
+
+def adopt(recipe: Recipe, work: Work) -> bool:
+    """Take the step from `run.parent` by reference where it is finished there with the same fingerprint."""
+    kept = parent_folder(recipe, work)
+    if kept is None:
+        return False
+    found = read_artifact(kept.artifact).manifest
+    if found.fingerprint != work.fingerprint:
+        changes = "; ".join(changed_keys(found.identity, work.identity))
+        log.info("%s: not taken from %s, since it changed (%s)", work.step.name, kept.path, changes)
+        return False
+    reference(work.folder, kept)
+    log.info("%s: unchanged, taken from %s", work.step.name, kept.path)
+    return True
+
+
+def parent_folder(recipe: Recipe, work: Work) -> StepFolder | None:
+    """The step's finished folder in the parent run, while the step has not been begun in this one."""
+    if recipe.run.parent is None or work.folder.path.is_symlink() or work.folder.identity.exists():
+        return None
+    kept = StepFolder(Path(recipe.run.parent) / work.step.name)
+    return kept if is_published(kept) and not is_published(work.folder) else None
+
+
+def _stage_inputs(recipe: Recipe, work: Work, resolved: str) -> Any:
+    """The stage's `Inputs`: its section aside, all that it may know."""
+    assert work.step.stage is STAGES["sft"], "each stage has inputs of its own kind"
+    from sft.config import Inputs
+
+    return Inputs(
+        step=work.step.name,
+        folder=work.folder.path,
+        resolved=resolved,
+        identity=work.identity,
+        fingerprint=work.fingerprint,
+        run=recipe.run,
+        base=recipe.base,
+        tuning=work.step.tuning,
+        data=recipe.data,
+        rollout=recipe.rollout,
+        tracking=recipe.tracking,
+        policy=work.taken.policy,
+    )

@@ -1,0 +1,170 @@
+"""The table of metric names: each exists once, with meaning, unit, reduction and the panel it is drawn in.
+
+`<which>` is a reward model, `<rating>` a strength of preference, `<policy>` a step that published one, `<turn>` a
+number. `docs/metrics.md` is this table: `python -m llamachat.tracking.metrics > docs/metrics.md`.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+
+_VARIABLES = {
+    "which": "helpfulness|safety|judge",
+    "rating": "significantly_better|better|slightly_better|negligibly_better",
+    "prefix": "sft|rm/(?:helpfulness|safety|judge)|rs|gatt|distill|ppo|eval",
+    "policy": "[a-z0-9][a-z0-9._-]*",
+    "turn": "[0-9]+",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the table; metrics of one panel share a picture and so must share a scale."""
+
+    name: str
+    meaning: str
+    unit: str
+    reduction: str
+    panel: str
+
+
+class UnknownMetricError(KeyError):
+    """A metric is logged whose name the table does not hold: our bug, not the user's."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+_TOKENS = "mean over answer tokens"
+_PAIRS = "mean over pairs"
+_RESPONSES = "mean over responses"
+_ROWS = [
+    ("<prefix>/step", "Optimizer steps (of rs, gatt, distill, eval: batches of prompts) done; the x-axis",
+     "steps", "last", ""),
+    ("sft/loss", "Cross-entropy of the trained answer tokens, EOS included", "nats/token", _TOKENS, "loss"),
+    ("sft/eval_loss", "The same on held-out dialogs", "nats/token", _TOKENS, "loss"),
+    ("sft/eval_loss_base", "The same of the model before tuning", "nats/token", _TOKENS, "loss"),
+    ("sft/finished_fraction", "Sampled answers that end with EOS within the limit",
+     "fraction", "mean over samples", "finished"),
+    ("sft/answer_tokens", "Length of sampled answers", "tokens", "mean over samples", "length"),
+    ("sft/epoch", "Passes over the training dialogs", "epochs", "last", "progress"),
+    ("sft/trained_tokens", "Answer tokens in the loss since the start", "tokens", "sum", "trained tokens"),
+    ("rm/<which>/loss", "Ranking loss with margin, plus the safety auxiliary loss", "nats/pair", _PAIRS, "loss"),
+    ("rm/<which>/accuracy", "Pairs whose chosen answer scores higher", "fraction", _PAIRS, "accuracy"),
+    ("rm/<which>/accuracy_<rating>", "The same among pairs of one rating", "fraction", _PAIRS, "accuracy"),
+    ("rm/<which>/unsafe_recall", "Unsafe answers with sigmoid(score) under 0.5",
+     "fraction", "mean over unsafe answers", "accuracy"),
+    ("rm/<which>/score_chosen", "Raw score of the chosen answer", "logit", _PAIRS, "score"),
+    ("rm/<which>/score_rejected", "Raw score of the rejected answer", "logit", _PAIRS, "score"),
+    ("rs/reward_best", "Combined score of the best of K samples", "score", "mean over prompts", "reward"),
+    ("rs/reward_median", "Combined score of the median of K samples", "score", "mean over prompts", "reward"),
+    ("rs/reward_mean", "Combined score of all K samples", "score", "mean over prompts", "reward"),
+    ("rs/temperature", "Sampling temperature", "1", "last", "temperature"),
+    ("ppo/reward/helpfulness", "Raw score of the helpfulness model", "logit", _RESPONSES, "raw reward"),
+    ("ppo/reward/safety", "Raw score of the safety model", "logit", _RESPONSES, "raw reward"),
+    ("ppo/reward/combined", "Score after the gate, before whitening", "score", _RESPONSES, "combined reward"),
+    ("ppo/reward/shaped", "Whitened score less the KL penalty, summed over the response",
+     "score", _RESPONSES, "shaped reward"),
+    ("ppo/reward/gate_fraction", "Responses scored by the safety model", "fraction", _RESPONSES, "fractions"),
+    ("ppo/kl_to_reference", "KL estimate to the reference policy", "nats/response", _RESPONSES, "KL to reference"),
+    ("ppo/approx_kl", "KL estimate between the policy before and after the update",
+     "nats/token", "mean over response tokens", "approximate KL"),
+    ("ppo/clip_fraction", "Tokens whose ratio is clipped", "fraction", "mean over response tokens", "fractions"),
+    ("ppo/entropy", "Entropy of the policy", "nats/token", "mean over response tokens", "entropy"),
+    ("ppo/policy_loss", "Clipped surrogate loss", "1", "mean over response tokens", "policy loss"),
+    ("ppo/value_loss", "Clipped squared error of the critic", "1", "mean over response tokens", "value loss"),
+    ("ppo/explained_variance", "1 - Var(return - value) / Var(return)",
+     "fraction", "over response tokens of the batch", "explained variance"),
+    ("ppo/response_tokens", "Length of responses", "tokens", _RESPONSES, "length"),
+    ("ppo/truncated_fraction", "Responses cut by the length limit", "fraction", _RESPONSES, "fractions"),
+    ("ppo/heldout/reward_<which>", "Raw score on validation prompts", "logit", _RESPONSES, "held-out reward"),
+    ("ppo/heldout/reward_combined", "Score after the gate on validation prompts",
+     "score", _RESPONSES, "held-out combined reward"),
+    ("ppo/heldout/judge", "Raw score of the judge on validation prompts; it selects nothing",
+     "logit", _RESPONSES, "held-out reward"),
+    ("optim/grad_norm", "Norm of the gradient before clipping", "1", "last", "gradient norm"),
+    ("optim/learning_rate", "Step size of the optimizer", "1", "last", "learning rate"),
+    ("time/step_s", "One optimizer step", "s", "mean since the last line", "time"),
+    ("time/eval_s", "One evaluation", "s", "last", "time"),
+    ("time/train_s", "Training since the step began, over all its commands", "s", "sum", "training time"),
+    ("time/rollout_s", "Sampling of one iteration", "s", "last", "time"),
+    ("time/score_s", "Scoring of one iteration", "s", "last", "time"),
+    ("time/update_s", "Optimisation of one iteration", "s", "last", "time"),
+    ("throughput/tokens_per_s", "Tokens trained on, prompts included",
+     "tokens/s", "mean since the last line", "throughput"),
+    ("throughput/rollout_tokens_per_s", "Tokens sampled", "tokens/s", "mean over the iteration", "throughput"),
+    ("memory/peak_gib", "Highest memory of the process (GPU where there is one)", "GiB", "max", "memory"),
+    ("eval/<policy>/reward_<which>", "Raw score on held-out prompts", "logit", _RESPONSES, "reward"),
+    ("eval/<policy>/judge", "Raw score of the judge on held-out prompts", "logit", _RESPONSES, "reward"),
+    ("eval/<policy>/win_rate", "Prompts won against the SFT policy, ties removed",
+     "fraction", "mean over prompts", "rates"),
+    ("eval/<policy>/violation_fraction", "Answers that the safety model puts below 0.5",
+     "fraction", _RESPONSES, "rates"),
+    ("eval/<policy>/false_refusal_fraction", "Borderline prompts that are refused",
+     "fraction", "mean over prompts", "rates"),
+    ("eval/<policy>/gatt_consistency_turn_<turn>", "Answers that keep the constraint at this turn",
+     "fraction", "mean over dialogs", "rates"),
+    ("eval/<policy>/response_tokens", "Length of answers", "tokens", _RESPONSES, "length"),
+    ("eval/<policy>/distinct_2", "Distinct pairs of neighbouring words among all",
+     "fraction", "over all answers", "rates"),
+    ("eval/<policy>/kl_to_reference", "KL estimate to the SFT policy", "nats/response", _RESPONSES, "KL"),
+]  # fmt: skip
+
+METRICS: dict[str, Metric] = {row[0]: Metric(*row) for row in _ROWS}
+
+
+@cache
+def metric_of(name: str) -> Metric:
+    """The row of the table that a logged name belongs to; UnknownMetricError if none."""
+    if name in METRICS and "<" not in name:
+        return METRICS[name]
+    for pattern, metric in _patterns():
+        if pattern.fullmatch(name):
+            return metric
+    near = get_close_matches(name, METRICS, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise UnknownMetricError(
+        f"metric '{name}' is not in the table of llamachat/tracking/metrics.py.{hint} Add a row, or correct the name."
+    )
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise UnknownMetricError for the first name that the table does not hold."""
+    for name in names:
+        metric_of(name)
+
+
+def markdown() -> str:
+    """The table as a page."""
+    head = [
+        "# Metrics",
+        "",
+        "Made from the table in `llamachat/tracking/metrics.py` by"
+        " `python -m llamachat.tracking.metrics > docs/metrics.md`.",
+        "",
+        "`<which>` is `helpfulness`, `safety` or `judge`; `<rating>` is `significantly_better`, `better`,"
+        " `slightly_better` or `negligibly_better`; `<policy>` is the step that published the policy; `<prefix>` is the"
+        " first part of the step's own metrics.",
+        "",
+        "| name | meaning | unit | reduction |",
+        "|---|---|---|---|",
+    ]
+    rows = [f"| `{row.name}` | {row.meaning} | {row.unit} | {row.reduction} |" for row in METRICS.values()]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+@cache
+def _patterns() -> list[tuple[re.Pattern[str], Metric]]:
+    found = []
+    for name, metric in METRICS.items():
+        if "<" in name:
+            parts = re.split(r"<(\w+)>", name)
+            texts = [f"(?:{_VARIABLES[part]})" if index % 2 else re.escape(part) for index, part in enumerate(parts)]
+            found.append((re.compile("".join(texts)), metric))
+    return found
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

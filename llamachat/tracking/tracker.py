@@ -1,0 +1,182 @@
+"""One place where a step writes what happens: the record on disk first, then wandb and TensorBoard.
+
+Prompts and answers go to `samples.jsonl` alone unless `tracking.upload_text` is set: users' chats are private.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llamachat.config.sections import Tracking
+from llamachat.runs.atomic import write_json
+from llamachat.runs.folder import StepFolder
+from llamachat.tracking.metrics import check_names
+from llamachat.tracking.record import STEP, TIME, MetricsRecord, SamplesRecord
+from llamachat.tracking.wandb_run import WandbRun, open_wandb_run
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """The open record of one step; on processes other than the main one it takes everything and writes nothing."""
+
+    def __init__(
+        self,
+        step_folder: StepFolder,
+        prefix: str,
+        *,
+        upload_text: bool,
+        wandb_run: WandbRun | None,
+        tensorboard: Any,
+        is_main: bool,
+    ) -> None:
+        axis = f"{prefix}/step"
+        self._folder = step_folder
+        self._prefix = prefix
+        self._metrics = MetricsRecord(step_folder.metrics, axis=axis)
+        self._samples = SamplesRecord(step_folder.samples, axis=axis)
+        self._upload_text = upload_text
+        self._wandb = wandb_run
+        self._tensorboard = tensorboard
+        self._is_main = is_main
+        self._last_step = 0
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one line of figures; names are those of the table."""
+        check_names(metrics)
+        if not self._is_main or not metrics:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        self._metrics.append(step, values)
+        self._send(step, values)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write prompts and answers, a row each."""
+        if not self._is_main or not rows:
+            return
+        self._samples.append(step, [dict(row) for row in rows])
+        if self._upload_text and self._wandb is not None:
+            self._wandb.table(step, f"{self._prefix}/samples", rows)
+
+    def figure(self, name: str, path: Path) -> None:
+        """Show a PNG that lies in the step folder."""
+        if self._is_main and self._wandb is not None:
+            self._wandb.image(self._last_step, f"{self._prefix}/{name}", path)
+
+    def summary(self, metrics: Mapping[str, float]) -> None:
+        """Add final figures to `summary.json`; those of the step's other parts stay."""
+        check_names(metrics)
+        if not self._is_main:
+            return
+        values = {**read_summary(self._folder), **{name: float(value) for name, value in metrics.items()}}
+        write_json(self._folder.summary, values)
+        if self._wandb is not None:
+            self._wandb.summary(values)
+
+    def sync(self) -> None:
+        """Flush the record to the disk; to be called before a checkpoint is saved."""
+        self._metrics.sync()
+        self._samples.sync()
+
+    def resume(self, step: int) -> None:
+        """Cut the record back to `step` and show what is left again: wandb and TensorBoard hold the same lines."""
+        self._metrics.cut_back(step)
+        self._samples.cut_back(step)
+        axis = self._metrics.axis
+        for row in self._metrics.read():
+            if axis in row:
+                self._send(int(row[axis]), {name: row[name] for name in row if name not in (STEP, TIME, axis)})
+        if self._upload_text and self._wandb is not None:
+            self._replay_samples(axis)
+
+    def close(self, exit_code: int) -> None:
+        """Close every sink; the record is whole at any moment before, too."""
+        self._metrics.close()
+        self._samples.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code)
+
+    def _send(self, step: int, values: Mapping[str, float]) -> None:
+        self._last_step = max(self._last_step, step)
+        if self._wandb is not None:
+            self._wandb.log(step, values)
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def _replay_samples(self, axis: str) -> None:
+        assert self._wandb is not None
+        by_step: dict[int, list[dict[str, Any]]] = {}
+        for row in self._samples.read():
+            if axis in row:
+                by_step.setdefault(row[axis], []).append(
+                    {name: row[name] for name in row if name not in (STEP, TIME, axis)}
+                )
+        for step, rows in by_step.items():
+            self._wandb.table(step, f"{self._prefix}/samples", rows)
+
+
+@contextmanager
+def open_tracker(
+    tracking: Tracking,
+    *,
+    step_folder: StepFolder,
+    run_dir: Path,
+    step: str,
+    prefix: str,
+    config: Mapping[str, Any],
+    resume_step: int | None,
+    is_main: bool = True,
+) -> Iterator[Tracker]:
+    """The tracker of one training loop: `prefix` is that of its metrics ('sft', 'rm/helpfulness').
+
+    `resume_step` is the step of the checkpoint that the loop continues from, None from the start; what the record holds
+    after it is dropped, and wandb and TensorBoard are made equal to the record.
+    """
+    wandb_run = (
+        open_wandb_run(tracking, step_folder=step_folder, run_dir=run_dir, step=step, prefix=prefix, config=config)
+        if is_main
+        else None
+    )
+    tracker = Tracker(
+        step_folder,
+        prefix,
+        upload_text=tracking.upload_text,
+        wandb_run=wandb_run,
+        tensorboard=_open_tensorboard(step_folder, prefix) if is_main and tracking.tensorboard else None,
+        is_main=is_main,
+    )
+    exit_code = 1
+    try:
+        if is_main:
+            tracker.resume(-1 if resume_step is None else resume_step)
+        yield tracker
+        exit_code = 0
+    finally:
+        tracker.close(exit_code)
+
+
+def read_summary(step_folder: StepFolder) -> dict[str, float]:
+    """The final figures written so far; empty before the first."""
+    try:
+        return json.loads(step_folder.summary.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def _open_tensorboard(step_folder: StepFolder, prefix: str) -> Any:
+    """A writer on a fresh folder: event files cannot be cut back, and the record is written again anyway."""
+    folder = step_folder.tensorboard / prefix
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        logger.warning("tracking.tensorboard is on, but %s. Figures go to metrics.jsonl all the same.", error)
+        return None
+    return SummaryWriter(log_dir=str(folder))

@@ -1,0 +1,217 @@
+"""A step's run in wandb: continued on resuming, offline where there is no account, and never a reason to stop.
+
+What goes there: numbers, pictures of curves and the configuration; text only where the caller passes it. What wandb
+collects by itself (code, git state, console, command line, user, host, hardware figures, error reports) is off.
+Two things surprise. Each offline session is a folder of its own, so a resumed step writes its whole record again and
+removes the folders before: one folder a step, without the rows that the killed command wrote past its checkpoint. Online,
+wandb's own row number is the step, and rows that the server has are not sent twice.
+"""
+
+import json
+import logging
+import netrc
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from llamachat.config.sections import Tracking
+from llamachat.runs.atomic import write_json
+from llamachat.runs.folder import StepFolder
+
+logger = logging.getLogger(__name__)
+
+_INIT_TIMEOUT_S = 10.0
+_FINISH_TIMEOUT_S = 30.0
+_WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+_SHARED_GROUPS = ("optim", "time", "throughput", "memory")
+Where = Literal["online", "offline"]
+
+
+class WandbRun:
+    """An open wandb run, or a dead one after the first trouble: the record of a step is `metrics.jsonl`."""
+
+    def __init__(self, run: Any, axis: str) -> None:
+        self._run = run
+        self._axis = axis
+        # Rows below this are on the server already (a resumed online run); 0 offline.
+        self._first_step = int(run.step)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Send one row at `step`; rows of equal steps become one."""
+        if step >= self._first_step:
+            self._guard(lambda run: run.log({**values, self._axis: step}, step=step))
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Send a picture."""
+        self._guard(lambda run: run.log({name: _wandb().Image(str(path)), self._axis: step}, step=step))
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Send rows of text, under the columns of the first."""
+        if not rows or step < self._first_step:
+            return
+        columns = list(rows[0])
+        data = [[_cell(row.get(column)) for column in columns] for row in rows]
+        self._guard(
+            lambda run: run.log({name: _wandb().Table(columns=columns, data=data), self._axis: step}, step=step)
+        )
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """Set the final figures."""
+        self._guard(lambda run: run.summary.update(dict(values)))
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run; what could not be sent stays on the disk for `wandb sync`."""
+        self._guard(lambda run: run.finish(exit_code=exit_code))
+        self._run = None
+
+    def _guard(self, action: Callable[[Any], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:  # any failure of wandb: training goes on
+            logger.warning("wandb stopped taking figures (%s); metrics.jsonl has them all.", error)
+            self._run = None
+
+
+def open_wandb_run(
+    tracking: Tracking, *, step_folder: StepFolder, run_dir: Path, step: str, prefix: str, config: Mapping[str, Any]
+) -> WandbRun | None:
+    """The step's run, offline if online fails, or None if wandb cannot be used at all."""
+    where = _where(tracking)
+    if where is None:
+        return None
+    parent = run_dir.resolve().parent
+    run_id = _run_id(step_folder, f"{run_dir.resolve().name}-{step}", prefix)
+    before = _folders(parent, f"*run-*-{run_id}")
+    arguments = {
+        "project": tracking.project,
+        "dir": str(parent),
+        "group": run_dir.resolve().name,
+        "job_type": step,
+        "name": step if prefix.partition("/")[0] == step.partition("/")[0] else f"{step} ({prefix})",
+        "id": run_id,
+        "resume": "allow",
+        "config": dict(config),
+    }
+    run = _start(arguments, where, prefix)
+    if run is None and where == "online":
+        logger.warning("wandb cannot be reached; this step is recorded offline (`wandb sync` sends it later).")
+        _forget_failed_start(parent, run_id, before)
+        run = _start(arguments, "offline", prefix)
+    if run is None:
+        _forget_failed_start(parent, run_id, before)
+        return None
+    _remove(folder for folder in before if folder.name.startswith("offline-"))
+    return WandbRun(run, f"{prefix}/step")
+
+
+def _where(tracking: Tracking) -> Where | None:
+    """Online only with a key, since wandb would ask for one at the terminal."""
+    wish = os.environ.get("WANDB_MODE") if tracking.mode == "auto" else tracking.mode
+    if wish in ("off", "disabled"):
+        return None
+    if wish in ("offline", "dryrun"):
+        return "offline"
+    if _has_key():
+        return "online"
+    if wish == "online":
+        logger.warning("tracking.mode is online, but there is no wandb key; recorded offline. `wandb login` sets one.")
+    return "offline"
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    hosts = [*_WANDB_HOSTS, re.sub(r"^https?://|/.*$", "", os.environ.get("WANDB_BASE_URL", ""))]
+    named = os.environ.get("NETRC")
+    for path in [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]:
+        try:
+            entries = netrc.netrc(str(path.expanduser()))
+        except (OSError, RuntimeError, netrc.NetrcParseError):
+            continue
+        if any(host and entries.authenticators(host) for host in hosts):
+            return True
+    return False
+
+
+def _run_id(step_folder: StepFolder, name: str, prefix: str) -> str:
+    """The id that this step's earlier commands used, else a new one."""
+    try:
+        ids: Any = json.loads(step_folder.wandb.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        ids = {}
+    if not isinstance(ids, dict) or not isinstance(ids.get(prefix), str):
+        readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[-80:]
+        ids = {**(ids if isinstance(ids, dict) else {}), prefix: f"{readable}-{secrets.token_hex(4)}"}
+        write_json(step_folder.wandb, ids)
+    return ids[prefix]
+
+
+def _folders(parent: Path, pattern: str) -> set[Path]:
+    return set((parent / "wandb").glob(pattern))
+
+
+def _forget_failed_start(parent: Path, run_id: str, before: set[Path]) -> None:
+    """Take back what a vain start left: its folder, and the id that wandb's service still thinks in use."""
+    with suppress(Exception):
+        _wandb().teardown()
+    _remove(_folders(parent, f"*run-*-{run_id}") - before)
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(arguments: Mapping[str, Any], where: Where, prefix: str) -> Any:
+    try:
+        wandb = _wandb()
+        run = wandb.init(**arguments, mode=where, settings=_settings(wandb))
+        axis = f"{prefix}/step"
+        run.define_metric(axis, hidden=True)
+        for group in (prefix, *_SHARED_GROUPS):
+            run.define_metric(f"{group}/*", step_metric=axis)
+    except Exception as error:  # no account, no network, no room, no wandb: the step runs all the same
+        logger.warning("wandb (%s) did not start: %s", where, (str(error) or repr(error)).splitlines()[0])
+        return None
+    return run
+
+
+def _wandb() -> Any:
+    # Read when wandb is imported: its crash reports carry local variables, which may hold users' texts.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    return wandb
+
+
+def _settings(wandb: Any) -> Any:
+    wanted = {
+        "console": "off",
+        "disable_code": True,
+        "disable_git": True,
+        "disable_job_creation": True,
+        "finish_timeout": _FINISH_TIMEOUT_S,
+        "init_timeout": _INIT_TIMEOUT_S,
+        "login_timeout": _INIT_TIMEOUT_S,
+        "save_code": False,
+        "silent": True,
+        "x_disable_machine_info": True,
+        "x_disable_meta": True,
+        "x_disable_stats": True,
+        "x_save_requirements": False,
+    }
+    # The x_ settings are wandb's internals and come and go between versions.
+    known = type(wandb.Settings()).model_fields
+    return wandb.Settings(**{name: value for name, value in wanted.items() if name in known})
+
+
+def _cell(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | int | float | bool) else json.dumps(value)

@@ -199,7 +199,7 @@ def _tokenizer_file(path: Path) -> Path:
 def _fast_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
     unk, bos, _ = SPECIAL_PIECES
     tokenizer = tokenizers.Tokenizer(BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
-    # Prepended to each stretch between control tokens, so every `<s>[INST]` gets it, as each pair does in our encoding.
+    # Prepended to each stretch between control tokens: the text after every `<s>` gets it, as each pair does with us.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

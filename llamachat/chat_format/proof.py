@@ -36,7 +36,7 @@ class ProofReport:
         told = (
             f"{self.subject}: {self.equal} of {self.cases} cases of the tokenizer proof give what the chat format wants"
         )
-        return told + (f"; the first that does not: {self.first_difference}." if self.first_difference else ".")
+        return told + (f"; the first wrong: {self.first_difference}." if self.first_difference else ".")
 
 
 def load_proved_format(

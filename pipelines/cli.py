@@ -4,21 +4,20 @@ Only here is logging set up and are signals and the environment read. What a com
 so that `--help` and refusals come at once.
 """
 
-import functools
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated
 
 import typer
 
-from llamachat.errors import LlamachatError, UsageError
-
-INTERRUPTED = 130
-P = ParamSpec("P")
+from llamachat.errors import UsageError
+from pipelines import tools
+from pipelines.exit_status import INTERRUPTED, reported
+from pipelines.tools import TINY, ConfigOption, Overrides
 
 app = typer.Typer(
     name="llamachat",
@@ -31,13 +30,10 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data files.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
-ConfigOption = Annotated[Path, typer.Option("--config", help="The recipe.", metavar="FILE")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the recipe's, such as sft.epochs=1.")
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Throw the step's present result away, run it anew.")
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Throw the step's present result away, run it anew.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan, run nothing.")]
-TINY = Path("configs/tiny.yaml")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,23 +69,6 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def _reported(command: Callable[P, None]) -> Callable[P, None]:
-    """The command, its errors turned into a readable text on stderr and an exit status."""
-
-    @functools.wraps(command)
-    def reported(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except LlamachatError as error:
-            print(f"llamachat: {error}", file=sys.stderr)
-            raise typer.Exit(error.exit_status) from error
-        except KeyboardInterrupt as error:
-            print("\nllamachat: interrupted. State is kept; the same command continues.", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from error
-
-    return reported
-
-
 def _run(command: str, config: Path, overrides: list[str] | None, *, overwrite: bool, dry_run: bool) -> None:
     from llamachat.config.loading import to_yaml
     from pipelines.plan import make_plan, plan_text
@@ -101,14 +80,13 @@ def _run(command: str, config: Path, overrides: list[str] | None, *, overwrite: 
         print(to_yaml(recipe))
         print(plan_text(recipe, make_plan(recipe, command)))
         return
-    for artifact in run_command(recipe, command, should_overwrite=overwrite):
-        policy = artifact
+    run_command(recipe, command, should_overwrite=overwrite)
     if command == "all":
-        print(f"All steps are done. Try: llamachat chat {policy.path.parent} -m 'Hello, who are you?'")
+        print(f"All steps are done. Try: llamachat chat {recipe.run.dir} -m 'Hello, who are you?'")
 
 
 @app.command()
-@_reported
+@reported
 def sft(
     overrides: Overrides = None,
     config: ConfigOption = TINY,
@@ -120,7 +98,7 @@ def sft(
 
 
 @app.command(name="all")
-@_reported
+@reported
 def all_steps(
     overrides: Overrides = None,
     config: ConfigOption = TINY,
@@ -139,7 +117,7 @@ def _add_later(command: str, meaning: str, to: typer.Typer = app, prefix: str = 
         help=f"{meaning} Not part of this version yet.",
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     )
-    @_reported
+    @reported
     def later() -> None:
         from pipelines.stages import not_yet
 
@@ -156,7 +134,7 @@ _add_later("report", "Report on a run.")
 
 
 @app.command()
-@_reported
+@reported
 def plan(overrides: Overrides = None, config: ConfigOption = TINY) -> None:
     """Say what would run, from which inputs and why, with memory and time; runs nothing."""
     from pipelines.plan import make_plan, plan_text
@@ -164,3 +142,12 @@ def plan(overrides: Overrides = None, config: ConfigOption = TINY) -> None:
 
     recipe = load(config, overrides or ())
     print(plan_text(recipe, make_plan(recipe)))
+
+
+app.command()(tools.chat)
+app.command()(tools.sample)
+app.command()(tools.tokens)
+app.command()(tools.dashboard)
+app.command()(tools.pretrain)
+data_app.command(name="check")(tools.check)
+_add_later("convert", "Bring a foreign file into our form.", to=data_app, prefix="data ")

@@ -36,7 +36,7 @@ class Recipe(Section):
     steps: tuple[Any, ...] = Field(
         default=("sft",), description="What is run, in order: sft, or {sft: {name: sft-2, epochs: 1, tuning: {...}}}."
     )
-    sft: SftConfig = Field(default=SftConfig(), description="Supervised fine-tuning.")
+    sft: SftConfig = Field(default=SftConfig.model_validate({}), description="Supervised fine-tuning.")
     rollout: Rollout = Field(default=Rollout(), description="How answers are sampled.")
     tracking: Tracking = Field(default=Tracking(), description="What is written down as a step runs.")
 

@@ -1,0 +1,30 @@
+"""From an exception to what a person reads on stderr, and the exit status: 1 failed, 2 bad usage, 130 interrupted."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+import typer
+
+from llamachat.errors import LlamachatError
+
+INTERRUPTED = 130
+P = ParamSpec("P")
+
+
+def reported(command: Callable[P, None]) -> Callable[P, None]:
+    """The command, its errors told in words; an exception that is no LlamachatError is a bug and keeps its traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except LlamachatError as error:
+            print(f"llamachat: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_status) from error
+        except KeyboardInterrupt as error:
+            print("\nllamachat: interrupted. State is kept; the same command continues.", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from error
+
+    return wrapped

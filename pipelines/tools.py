@@ -1,0 +1,178 @@
+"""Commands beside the recipe's steps: chat, sample, tokens, data check, dashboard, pretrain."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from llamachat.errors import UsageError
+from pipelines.exit_status import reported
+
+if TYPE_CHECKING:
+    from llamachat.rollout.engine import Sampling
+
+log = logging.getLogger(__name__)
+
+TINY = Path("configs/tiny.yaml")
+ConfigOption = Annotated[Path, typer.Option("--config", help="The recipe.", metavar="FILE")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values over the recipe's, such as sft.epochs=1.")
+]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this probability mass.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same answers.")]
+_BUNDLED_BASE = Path(__file__).resolve().parents[1] / "assets" / "base"
+
+
+@reported
+def chat(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ARTIFACT", help="Policies; without one the last policy of the recipe's run."),
+    ] = None,
+    config: ConfigOption = TINY,
+    message: Annotated[
+        str | None, typer.Option("-m", "--message", help="Ask this once, and end.", metavar="TEXT")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System text; '' for none.")] = None,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    max_new_tokens: MaxNewTokens = 512,
+    seed: Seed = 0,
+) -> None:
+    """Talk with a policy, or with two side by side."""
+    artifacts = _chat_artifacts(words or [], config)
+    sampling = _sampling(temperature, top_p, max_new_tokens, seed)
+    from llamachat.models.loading import load_policy
+    from serving.chat import chat_loop, chat_once
+
+    policies = [load_policy(path, device="auto") for path in artifacts]
+    if message is None:
+        chat_loop(policies, system=system, sampling=sampling, read=input, write=_write)
+        return
+    for policy in policies:
+        if len(policies) > 1:
+            _write(f"[{policy.name}]\n")
+        chat_once(policy, message, system=system, sampling=sampling, write=_write)
+
+
+def _chat_artifacts(words: list[str], config: Path) -> list[Path]:
+    """The artifacts to talk with, known to be there before the seconds that loading takes."""
+    from llamachat.runs.artifacts import read_artifact
+
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    artifacts = [Path(word) for word in words if word not in overrides]
+    if len(artifacts) > 2 or (artifacts and overrides):
+        raise UsageError(
+            f"chat: found {' '.join(words)}. It talks with one artifact or two, or, with KEY=VALUE alone, with the last"
+            " policy of the recipe's run. Name at most two artifacts."
+        )
+    if not artifacts:
+        from pipelines.recipe import load
+
+        artifacts = [Path(load(config, overrides).run.dir)]
+    return [read_artifact(path, "policy", reader="chat").path for path in artifacts]
+
+
+@reported
+def sample(
+    policy: Annotated[Path, typer.Option("--policy", help="Artifact that answers.", metavar="ARTIFACT")],
+    prompts: Annotated[Path, typer.Option("--in", help="Prompts, dialogs or preferences.", metavar="FILE")],
+    out: Annotated[Path, typer.Option("--out", help="The records with their completions.", metavar="FILE")],
+    samples: Annotated[int, typer.Option("-n", help="Answers a prompt.", metavar="K")] = 1,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    max_new_tokens: MaxNewTokens = 512,
+    seed: Seed = 0,
+) -> None:
+    """Sample a policy's answers to a file of prompts."""
+    from llamachat.runs.artifacts import read_artifact
+
+    artifact = read_artifact(policy, "policy", reader="sample")
+    sampling = _sampling(temperature, top_p, max_new_tokens, seed)
+    from llamachat.models.loading import load_policy
+    from serving.sample import sample_file
+
+    loaded = load_policy(artifact.path, device="auto")
+    done = sample_file(loaded, prompts, out, samples_per_prompt=samples, sampling=sampling)
+    log.info("%s: %d answers to %d prompts, %d finished", out, done.completions, done.prompts, done.finished)
+
+
+def _sampling(temperature: float, top_p: float, max_new_tokens: int, seed: int) -> "Sampling":
+    from llamachat.rollout.engine import Sampling
+
+    return Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@reported
+def tokens(
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Folder with the tokenizer.", metavar="DIR")],
+    dialogs: Annotated[Path, typer.Option("--in", help="Dialogs.", metavar="FILE")],
+    out: Annotated[Path, typer.Option("--out", help="input_ids and loss_mask of each dialog.", metavar="FILE")],
+    train_on: Annotated[
+        Literal["every_answer", "last_answer"], typer.Option("--train-on", help="Which answers are learnt.")
+    ] = "every_answer",
+    show: Annotated[bool, typer.Option("--show", help="Print the dialogs, trained tokens coloured.")] = False,
+    allow_unproved: Annotated[
+        bool, typer.Option("--allow-unproved-tokenizer", help="Take a tokenizer whose ids cannot be proved.")
+    ] = False,
+) -> None:
+    """The token ids and the loss mask of each dialog, as training sees them."""
+    from llamachat.chat_format import TrainOn
+    from llamachat.chat_format.tokens import write_tokens
+
+    done = write_tokens(tokenizer, dialogs, out, train_on=TrainOn(train_on), show=show, allow_unproved=allow_unproved)
+    if done.warning:
+        log.warning("%s", done.warning)
+    log.info("%s: %d dialogs, %d tokens, %d of them learnt", out, done.dialogs, done.tokens, done.trained_tokens)
+
+
+@reported
+def check(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A .jsonl, .jsonl.gz or .parquet file, or a hub name.")],
+    kind: Annotated[
+        Literal["dialog", "preference", "prompt"] | None,
+        typer.Option("--kind", help="What it should hold; without this, what most of its records are."),
+    ] = None,
+    data_format: Annotated[str, typer.Option("--format", help="auto, native, or the name of a known set.")] = "auto",
+) -> None:
+    """Check a data file: every bad line with its field, the reason and the mend; then what the file holds."""
+    from llamachat.chat_format import load_chat_format
+    from llamachat.data_check import check_path
+    from llamachat.tokenizer import load_tokenizer
+
+    # Which texts a format forbids does not hang on the tokenizer; it only wants one.
+    chat_format = load_chat_format("llama2", load_tokenizer(_BUNDLED_BASE))
+    report = check_path(path, kind, data_format, chat_format.check_text)
+    print(report.text())
+    if report.exit_status:
+        raise typer.Exit(report.exit_status)
+
+
+@reported
+def dashboard(overrides: Overrides = None, config: ConfigOption = TINY) -> None:
+    """The curves of all runs beside the recipe's run, offline."""
+    from llamachat.tracking.dashboard import dashboard as show
+    from pipelines.recipe import load
+
+    show(Path(load(config, overrides or ()).run.dir).parent)
+
+
+@reported
+def pretrain(
+    texts: Annotated[Path, typer.Option("--texts", help="Folder of the texts.", metavar="DIR")],
+    run: Annotated[Path, typer.Option("--run", help="Folder of the run; continued where it was begun.", metavar="DIR")],
+    overrides: Overrides = None,
+) -> None:
+    """How the bundled tokenizer and tiny base model were made."""
+    from pretraining.command import run as pretrain_base
+
+    pretrain_base(overrides or [], texts, run)

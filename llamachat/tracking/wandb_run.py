@@ -38,6 +38,7 @@ class WandbRun:
     def __init__(self, run: Any, axis: str) -> None:
         self._run = run
         self._axis = axis
+        self._summary: dict[str, float] = {}
         # Rows below this are on the server already (a resumed online run); 0 offline.
         self._first_step = int(run.step)
 
@@ -61,11 +62,14 @@ class WandbRun:
         )
 
     def summary(self, values: Mapping[str, float]) -> None:
-        """Set the final figures."""
-        self._guard(lambda run: run.summary.update(dict(values)))
+        """Keep the final figures, set when the run is closed."""
+        self._summary.update(values)
 
     def finish(self, exit_code: int) -> None:
         """Close the run; what could not be sent stays on the disk for `wandb sync`."""
+        # The last row is still open and would overwrite final figures of its names if they were set before it.
+        self._guard(lambda run: run.log({}, commit=True))
+        self._guard(lambda run: run.summary.update(self._summary))
         self._guard(lambda run: run.finish(exit_code=exit_code))
         self._run = None
 
@@ -198,6 +202,7 @@ def _settings(wandb: Any) -> Any:
         "disable_code": True,
         "disable_git": True,
         "disable_job_creation": True,
+        "host": "local",
         "finish_timeout": _FINISH_TIMEOUT_S,
         "init_timeout": _INIT_TIMEOUT_S,
         "login_timeout": _INIT_TIMEOUT_S,

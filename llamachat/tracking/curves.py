@@ -1,0 +1,171 @@
+"""The curves of a step: as a picture, one panel a group of metrics, and as lines of text for a terminal.
+
+Noisy figures are drawn twice: the points as they are, light, and a running mean over them. A metric with one value (the
+loss of the base) is a dashed line across. Both forms read `metrics.jsonl` and nothing else.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamachat.runs.atomic import INCOMING, storage_errors
+from llamachat.tracking.metrics import METRICS, Metric, UnknownMetricError, metric_of
+from llamachat.tracking.record import STEP, TIME, MetricsRecord
+
+_COLUMNS = 3
+_PANEL_INCHES = (4.7, 3.1)
+_DPI = 110
+_COLOURS = ("#1f5fa8", "#d1601f", "#2b8a3e", "#8a3ea8", "#b8860b", "#0f8b8d", "#a61e4d", "#5c5f66")
+_SMOOTH_FROM = 20
+# Schedules and counters are exact: a running mean would bend them.
+_EXACT_PANELS = {"learning rate", "progress", "trained tokens", "training time", "temperature"}
+_BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+_ASCII_BLOCKS = "_.-=+*%#"
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """The values of one metric by step."""
+
+    name: str
+    metric: Metric
+    axis: str
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+def read_series(metrics_path: Path) -> list[Series]:
+    """Every metric of a record in the order of the table; a later line at the same step wins."""
+    points: dict[str, dict[int, float]] = {}
+    axes: dict[str, str] = {}
+    for row in MetricsRecord(metrics_path).read():
+        axis = next((name for name in row if name.endswith(f"/{STEP}")), STEP)
+        for name in row:
+            if name not in (STEP, TIME, axis):
+                points.setdefault(name, {})[int(row[STEP])] = row[name]
+                axes[name] = axis
+    found = []
+    for name, by_step in points.items():
+        try:
+            metric = metric_of(name)
+        except UnknownMetricError:
+            metric = Metric(name, name, "", "", name)  # a record of another version of the table is still shown
+        steps = tuple(sorted(by_step))
+        found.append(Series(name, metric, axes[name], steps, tuple(by_step[step] for step in steps)))
+    order = {name: place for place, name in enumerate(METRICS)}
+    return sorted(found, key=lambda one: (order.get(one.metric.name, len(order)), one.name))
+
+
+def draw_curves(metrics_path: Path, png_path: Path, *, title: str | None = None) -> None:
+    """Draw the record as a PNG, written beside and renamed; without a line to draw nothing is written."""
+    panels = _panels(read_series(metrics_path))
+    if not panels:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title or f"{metrics_path.parent.parent.name}: {metrics_path.parent.name}", fontsize=12)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for place, (name, group) in zip(axes, panels.items(), strict=False):
+        _draw_panel(place, name, group)
+    for place in axes[len(panels) :]:
+        place.set_axis_off()
+    with storage_errors(png_path):
+        png_path.parent.mkdir(parents=True, exist_ok=True)
+        side = png_path.with_name(f"{INCOMING}{png_path.name}")
+        figure.savefig(side, dpi=_DPI, format="png")
+        side.replace(png_path)
+
+
+def terminal_curves(metrics_path: Path, *, width: int = 100, is_ascii: bool = False) -> str:
+    """One line a metric: first and last value, unit, and the curve in blocks; for a terminal without graphics."""
+    series = read_series(metrics_path)
+    if not series:
+        return "  (no figures yet)\n"
+    name_width = max(len("metric"), *(len(one.name) for one in series))
+    curve_width = max(10, width - name_width - 2 - 3 * 12 - 3)
+    head = f"  {'metric':<{name_width}} {'first':>10} {'last':>10}  {'unit':<12} curve"
+    lines = [head, "  " + "-" * (min(width, len(head) - 5 + curve_width) - 2)]
+    for one in series:
+        curve = sparkline(one.values, curve_width, is_ascii=is_ascii)
+        first, last = _short(one.values[0]), _short(one.values[-1])
+        lines.append(f"  {one.name:<{name_width}} {first:>10} {last:>10}  {one.metric.unit[:12]:<12} {curve}")
+    last_step = max(one.steps[-1] for one in series)
+    lines.append(f"  {sum(len(one.steps) for one in series)} values up to step {last_step}")
+    return "\n".join(lines) + "\n"
+
+
+def sparkline(values: Sequence[float], width: int, *, is_ascii: bool = False) -> str:
+    """The curve as at most `width` blocks, each the mean of its share of the values; a gap where none is finite."""
+    blocks = _ASCII_BLOCKS if is_ascii else _BLOCKS
+    count = min(width, len(values))
+    shares = [values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)]
+    means = [_mean([value for value in share if math.isfinite(value)]) for share in shares]
+    finite = [mean for mean in means if mean is not None]
+    if not finite:
+        return " " * count
+    low, span = min(finite), max(finite) - min(finite)
+    # A constant is a line in the middle, not at the floor.
+    heights = [None if mean is None else ((mean - low) / span if span > 0 else 0.5) for mean in means]
+    return "".join(" " if height is None else blocks[round(height * (len(blocks) - 1))] for height in heights)
+
+
+def _panels(series: Sequence[Series]) -> dict[str, list[Series]]:
+    """Panel title -> its series; figures of the step itself first, then optimizer, speed, memory."""
+    panels: dict[str, list[Series]] = {}
+    own = [one for one in series if one.axis.partition("/")[0] == one.name.partition("/")[0]]
+    for one in [*own, *(one for one in series if one not in own)]:
+        group = one.name.partition("/")[0]
+        panels.setdefault(f"{group}: {one.metric.panel}" if one in own else one.metric.panel, []).append(one)
+    return panels
+
+
+def _draw_panel(place: Any, title: str, group: Sequence[Series]) -> None:
+    for one, colour in zip(group, _COLOURS * (1 + len(group) // len(_COLOURS)), strict=False):
+        label = one.name.partition("/")[2]
+        if len(one.steps) == 1:
+            place.axhline(
+                one.values[0], color=colour, linestyle="--", linewidth=1.2, label=f"{label} {_short(one.values[0])}"
+            )
+        elif len(one.steps) < _SMOOTH_FROM or one.metric.panel in _EXACT_PANELS:
+            marker = "o" if len(one.steps) < _SMOOTH_FROM else None
+            place.plot(one.steps, one.values, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=label)
+        else:
+            place.plot(one.steps, one.values, color=colour, linewidth=0, marker=".", markersize=3, alpha=0.25)
+            place.plot(one.steps, _running_mean(one.values), color=colour, linewidth=1.8, label=label)
+    units = sorted({one.metric.unit for one in group} - {"1", ""})
+    place.set_title(title, fontsize=10, loc="left")
+    place.set_ylabel(", ".join(units), fontsize=8)
+    place.set_xlabel(group[0].axis, fontsize=8)
+    place.tick_params(labelsize=8)
+    place.grid(visible=True, alpha=0.25, linewidth=0.6)
+    place.spines[["top", "right"]].set_visible(False)
+    if units == ["fraction"]:
+        place.set_ylim(-0.03, 1.03)
+    place.legend(fontsize=7.5, frameon=False)
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Mean over a window of a twentieth of the curve, cut at both ends; values that are not finite are left out."""
+    half = max(2, len(values) // 40)
+    means = (
+        _mean([value for value in values[max(0, i - half) : i + half + 1] if math.isfinite(value)])
+        for i in range(len(values))
+    )
+    return [math.nan if mean is None else mean for mean in means]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _short(value: float) -> str:
+    if value != 0 and math.isfinite(value) and (abs(value) >= 1e6 or abs(value) < 1e-3):
+        return f"{value:.2e}"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"

@@ -33,6 +33,12 @@ def read_jsonl(path: Path) -> Iterator[Row | Problem]:
     return decode_lines(_lines(path))
 
 
+def has_byte_order_mark(path: Path) -> bool:
+    """Whether the text begins with the mark that some editors write; the reading skips it."""
+    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+        return file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK
+
+
 def decode_lines(lines: Iterable[bytes | Problem]) -> Iterator[Row | Problem]:
     """Rows of raw lines; a problem in place of a line (the file could not be read on) is handed through."""
     blank: list[int] = []
@@ -113,7 +119,10 @@ def _syntax_problem(text: str, line: int, error: json.JSONDecodeError) -> Proble
             "Write the whole record on one line, or drop it.",
         )
     return problem(
-        line, field, f"is not JSON ({error.msg}), but every line holds one JSON object.", "Mend the line, or drop it."
+        line,
+        field,
+        f"is not JSON ({error.msg.removesuffix(' at')}), but every line holds one JSON object.",
+        "Mend the line, or drop it.",
     )
 
 

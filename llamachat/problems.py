@@ -36,10 +36,10 @@ def problem(line: int, field: str, reason: str, mend: str) -> Problem:
     """A problem whose texts are shared with its likes: a file of a million lines may have the same fault in each."""
     if len(reason) > LONGEST_REASON:
         reason = reason[:LONGEST_REASON] + "..."
-    return Problem(line, intern(_printable(field)), intern(_printable(reason)), intern(_printable(mend)))
+    return Problem(line, intern(printable(field)), intern(printable(reason)), intern(printable(mend)))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text as any terminal can show it: what a file holds may be half a character or steer the terminal."""
     if text.isprintable():
         return text

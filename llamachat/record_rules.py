@@ -87,6 +87,13 @@ class Findings:
             self.add(error.field, error.reason, error.mend)
 
 
+def nearest_key(name: str) -> tuple[str, str] | None:
+    """The known key most like an unused one, and what has it."""
+    owners = dict.fromkeys(_MESSAGE_KEYS, "message") | {key: kind for kind in KINDS for key in KEYS[kind]}
+    near = get_close_matches(name, owners, n=1)
+    return (near[0], owners[near[0]]) if near else None
+
+
 def kind_of(value: object) -> Kind | None:
     """The kind of record that the keys tell; None where they tell none."""
     if not isinstance(value, Mapping):
@@ -201,18 +208,27 @@ def _messages(
     """The messages under a key, () where they cannot be read; each rule that they break is noted."""
     if row.get(key) is None:
         return ()
-    try:
-        messages = parse_messages(row[key], field=key)
-    except DialogError as error:
-        found.add(error.field, error.reason, error.mend)
-        messages = ()
-    for index, message in enumerate(row[key] if isinstance(row[key], list) else ()):
-        if isinstance(message, Mapping):
-            _check_keys(message, _MESSAGE_KEYS, f"{key}[{index}].", "message", found)
-    if messages or row[key] == []:
+    value = row[key]
+    messages = _parsed_messages(value, key, found)
+    if messages or value == []:
         found.attempt(lambda: check_messages(messages, ends_with=ends_with, field=key))
         found.attempt(lambda: check_text(messages, field=key))
     return messages
+
+
+def _parsed_messages(value: object, key: str, found: Findings) -> tuple[Message, ...]:
+    """The messages, or () and the fault of each that is none."""
+    messages: list[Message] = []
+    num_problems = len(found.problems)
+    for index, item in enumerate(value if isinstance(value, list) else [value]):
+        if isinstance(item, Mapping):
+            _check_keys(item, _MESSAGE_KEYS, f"{key}[{index}].", "message", found)
+        try:
+            messages += parse_messages([item] if isinstance(value, list) else value, field=key)
+        except DialogError as error:
+            # Parsed one by one, so that each fault is found, every message stands at [0].
+            found.add(error.field.replace(f"{key}[0]", f"{key}[{index}]", 1), error.reason, error.mend)
+    return tuple(messages) if len(found.problems) == num_problems else ()
 
 
 def _answer(row: Mapping[str, Any], key: str, found: Findings, check_text: TextCheck) -> Message | None:
@@ -229,12 +245,10 @@ def _answer(row: Mapping[str, Any], key: str, found: Findings, check_text: TextC
             mend = "Keep its last message alone." if is_repeat else "Keep the answer to 'prompt' alone, or drop it."
         found.add(key, f"{what}, but it is one answer to the prompt that both share.", mend)
         return None
-    try:
-        (message,) = parse_messages(value, field=key)
-    except DialogError as error:
-        found.add(error.field, error.reason, error.mend)
+    messages = _parsed_messages(value, key, found)
+    if not messages:
         return None
-    _check_keys(value[0], _MESSAGE_KEYS, f"{key}[0].", "message", found)
+    (message,) = messages
     if message.role != "assistant":
         found.add(f"{key}[0].role", f"is '{message.role}', but an answer is the assistant's.", "Write 'assistant'.")
         return None

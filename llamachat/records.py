@@ -14,7 +14,7 @@ from random import Random
 from typing import Any, Generic, Literal, TypeVar, cast, overload
 
 from llamachat.config.sections import DataSource, Split
-from llamachat.dialog import Dialog
+from llamachat.dialog import Dialog, DialogError, Message
 from llamachat.errors import DataError
 from llamachat.jsonl import Row
 from llamachat.problems import Problem, problem, reason_key, report
@@ -98,6 +98,7 @@ def read_records(source: DataSource, kind: Kind, check: TextCheck) -> Loaded[Any
     Raises `DataError` with every bad line of the file, unless they are to be dropped; `check` is the chat format's rule
     on texts.
     """
+    _check_system(source, check)
     records: list[Record] = []
     dropped: Counter[str] = Counter()
     unused: Counter[str] = Counter()
@@ -143,6 +144,8 @@ def parse_rows(
     head = list(islice(rows, _HEAD))
     renamed_head = [_renamed(row, columns) for row in head]
     source = _source(format, kind, [row.value for row in renamed_head if isinstance(row, Row)], path)
+    told = [kind_of(row.value) for row in renamed_head if isinstance(row, Row)]
+    usual = kind or max(KINDS, key=told.count)
     absent = set((columns or {}).values())
     seen_rows = False
     for row in chain(head, rows):
@@ -152,7 +155,7 @@ def parse_rows(
         seen_rows = True
         if absent and isinstance(row.value, Mapping):
             absent -= row.value.keys()
-        yield from _parse_row(_renamed(row, columns), kind, source, check)
+        yield from _parse_row(_renamed(row, columns), kind, usual, source, check)
     if absent and seen_rows:
         names = ", ".join(repr(name) for name in sorted(absent))
         mend = "Correct the source's 'columns' ({field of a record: name in the file})."
@@ -225,18 +228,20 @@ def load_mixture(
     )
 
 
-def _parse_row(row: Row | Problem, kind: Kind | None, source: Source | None, check: TextCheck) -> Iterator[Parsed]:
+def _parse_row(
+    row: Row | Problem, kind: Kind | None, usual: Kind, source: Source | None, check: TextCheck
+) -> Iterator[Parsed]:
     if isinstance(row, Problem):
         yield Parsed(row.line, None, None, [row])
         return
     if source is None or not isinstance(row.value, Mapping):
-        yield _parsed(row.value, row.line, kind, check)
+        yield _parsed(row.value, row.line, kind, usual, check)
         return
     count = 0
     try:
         for value in source.convert(row.value):
             count += 1
-            yield _parsed(value, row.line, kind, check)
+            yield _parsed(value, row.line, kind, usual, check)
     except ValueError as error:
         yield Parsed(row.line, source.kind, None, [_source_problem(row.line, str(error))])
         return
@@ -244,11 +249,12 @@ def _parse_row(row: Row | Problem, kind: Kind | None, source: Source | None, che
         yield Parsed(row.line, source.kind, None)
 
 
-def _parsed(value: object, line: int, kind: Kind | None, check: TextCheck) -> Parsed:
+def _parsed(value: object, line: int, kind: Kind | None, usual: Kind, check: TextCheck) -> Parsed:
+    """The record that the keys tell where any kind will do, else the one that is wanted."""
     told = kind_of(value)
-    own = (told or kind or "dialog") if kind in (None, "prompt") else kind
+    own = kind if kind in ("dialog", "preference") else told or usual
     record, found = parse_record(value, own, line, check, is_context=kind == "prompt")
-    return Parsed(line, own if told or kind else None, record, found.problems, found.unused)
+    return Parsed(line, own if kind or told else None, record, found.problems, found.unused)
 
 
 def _source_problem(line: int, text: str) -> Problem:
@@ -308,6 +314,15 @@ def _likeliest_source(kind: Kind | None, head: Sequence[object]) -> Source | Non
 def _is_native(value: Mapping[str, object]) -> bool:
     """Lists of messages where ours are: sets in other forms use the same names for texts and trees."""
     return any(isinstance(value.get(key), list) for key in ("messages", "prompt", "chosen"))
+
+
+def _check_system(source: DataSource, check: TextCheck) -> None:
+    if source.system is None:
+        return
+    try:
+        check((Message("system", source.system),), field="system")
+    except DialogError as error:
+        raise DataError(f"{source.path}: the source's 'system' {error.reason} Write it otherwise.") from error
 
 
 def _refusal(path: str, problems: Sequence[Problem], good: int) -> str:

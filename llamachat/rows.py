@@ -119,7 +119,7 @@ def _text_problem(path: Path, head: bytes) -> Problem | None:
     if text.lstrip().startswith(b"[") and _is_array(path, lines, is_whole=is_whole):
         return _whole(
             "is one JSON array, but each record stands on a line of its own.",
-            f"Convert it: `llamachat data convert {path} {converted_path(path)}`.",
+            f"Convert it: `llamachat data convert {path} {converted_path(path)}` (or `jq -c '.[]'`).",
         )
     if lines[0].strip() == b"{" and len(lines) > 1 and not lines[1].lstrip().startswith(b"{"):
         return _whole(

@@ -7,8 +7,8 @@ here a missing or a wrongly shaped weight is an error.
 """
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from llamachat.chat_format import ChatFormat, load_chat_format
+from llamachat.config.paths import is_hub_name
 from llamachat.errors import ArtifactError, ConfigError
 from llamachat.models.rope import rope_parameters, scale_rope
 from llamachat.models.weights import file_weights, folder_weights, module_weights
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VALUES_PER_WEIGHT = 1024  # of which the manifest of an adapter keeps the digest
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,8 @@ def save_policy(model: "LanguageModel", folder: Path) -> None:
     was_caching = model.config.use_cache
     model.config.use_cache = True
     try:
-        model.save_pretrained(folder)
+        with _no_bars():
+            model.save_pretrained(folder)
     finally:
         model.config.use_cache = was_caching
 
@@ -157,6 +158,7 @@ def policy_details(
         "system": system,
     }
     if is_adapter:  # an adapter's folder has no config.json to keep it in
+        details["base_is_folder"] = Path(base).expanduser().is_dir()
         details["rope_parameters"] = rope_parameters(cast("LlamaForCausalLM", model.get_base_model()).config)
         details["trunk"] = trunk_digest(model, values_per_weight=VALUES_PER_WEIGHT)
     return details
@@ -184,7 +186,7 @@ def load_policy(
     )
 
 
-def find_model(name: str, *, where: str, near: Path | None = None) -> str:
+def find_model(name: str, *, where: str, near: Path | None = None, may_be_hub: bool = True) -> str:
     """The folder that `name` means, from here or from a folder above `near`; else the hub name that it is."""
     path = Path(name).expanduser()
     candidates = [path]
@@ -193,7 +195,7 @@ def find_model(name: str, *, where: str, near: Path | None = None) -> str:
     for candidate in candidates:
         if candidate.is_dir():
             return str(candidate)
-    if _HUB_NAME.fullmatch(name) and not Path(name).parent.exists():
+    if may_be_hub and is_hub_name(name):
         return name
     looked = "" if len(candidates) == 1 else " and in the folders above the artifact"
     raise (ConfigError if near is None else ArtifactError)(
@@ -218,7 +220,7 @@ def _load_adapted(
 ) -> "PeftModel":
 
     where = f"{artifact.path}/manifest.json: details.base"
-    location = find_model(details["base"], where=where, near=artifact.path)
+    location = find_model(details["base"], where=where, near=artifact.path, may_be_hub=not details["base_is_folder"])
     config = _load_config(location, where=where)
     config.rope_parameters = details["rope_parameters"]
     chosen = _adapter_dtype(artifact.path) if dtype == "auto" else _dtype(dtype)
@@ -257,14 +259,15 @@ def _load_llama(
     from transformers import GenerationConfig, LlamaForCausalLM
 
     try:
-        loaded: Any = LlamaForCausalLM.from_pretrained(  # a pair with this report, which its types do not know
-            location,
-            config=config,
-            dtype=dtype,
-            attn_implementation=_best_attention(dtype, device) if attention == "auto" else attention,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _no_bars():
+            loaded: Any = LlamaForCausalLM.from_pretrained(  # a pair with this report, which its types do not know
+                location,
+                config=config,
+                dtype=dtype,
+                attn_implementation=_best_attention(dtype, device) if attention == "auto" else attention,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(
             f"base: '{location}' cannot be loaded with attention '{attention}' ({_first_line(error)}). Weights must be "
@@ -288,7 +291,7 @@ def _checked_details(artifact: "Artifact") -> Mapping[str, Any]:
     details = artifact.manifest.details
     required = {"method", "base", "chat_format", "max_tokens"}
     if details.get("method") == "lora":
-        required |= {"rope_parameters", "trunk"}
+        required |= {"base_is_folder", "rope_parameters", "trunk"}
     missing = sorted(required - details.keys())
     if missing or details["method"] not in ("full", "lora"):
         found = f"lacks {', '.join(missing)}" if missing else f"has the method '{details['method']}'"
@@ -349,6 +352,20 @@ def _gpus() -> list[int]:
 def _assert_only_adapter_trains(model: nn.Module) -> None:
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
     assert trained and all(".lora_" in name for name in trained), "the trunk is frozen, the adapter is not"
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which run across ours and across an answer."""
+    from transformers.utils import logging
+
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def _sort_lists(file: Path) -> None:

@@ -30,7 +30,7 @@ def sampling_logprobs(logits_BV: Tensor, *, temperature: float, top_p: float) ->
 def draw(logprobs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """Ids drawn with these log-probabilities by numbers in [0, 1), [B]: the inverse of the distribution function."""
     distribution_BV = logprobs_BV.double().exp().cumsum(dim=-1)
-    total_B1 = distribution_BV[:, -1:]
+    total_B1 = distribution_BV[:, -1:].contiguous()
     drawn_B1 = torch.searchsorted(distribution_BV, uniforms_B.unsqueeze(1) * total_B1, right=True)
     # Rounding may put the product on the total itself: then the last token that has a probability.
     last_B1 = torch.searchsorted(distribution_BV, total_B1)

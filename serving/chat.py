@@ -1,0 +1,179 @@
+"""Talk with a policy: one answer, or a conversation with its history, streamed as it is sampled.
+
+Reads and writes through the two functions it is given, so that a terminal, a pipe and a test are alike. What is shown
+is the answer alone: no stop token, and no control character that could steer the terminal.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from unicodedata import category
+
+from llamachat.dialog import DialogError, Message, check_messages
+from llamachat.errors import UsageError
+from llamachat.models.loading import Policy
+from llamachat.rollout.engine import Completion, Sampling
+from llamachat.rollout.hugging_face import HuggingFaceEngine
+from serving.context import fit, longest_dialog, open_engine, with_system
+
+Write = Callable[[str], object]
+
+HELP = (
+    "/system TEXT  begin anew with this system text (without TEXT: with none)\n"
+    "/reset        begin anew\n"
+    "/quit         end\n"
+)
+HALF_A_CHARACTER = "\ufffd"
+
+
+def chat_once(policy: Policy, text: str, *, system: str | None, sampling: Sampling, write: Write) -> str:
+    """The policy's answer to one message, written piece by piece; without `system` with the policy's own."""
+    conversation = Conversation(policy, system=policy.system if system is None else system)
+    return conversation.ask(text, sampling=sampling, write=write)
+
+
+def chat_loop(
+    policies: Sequence[Policy], *, system: str | None, sampling: Sampling, read: Callable[[str], str], write: Write
+) -> None:
+    """A conversation with one policy, or the same one with several, until `/quit` or the end of the input.
+
+    `read` shows its argument and gives a line, or raises EOFError. Ctrl-C stops an answer, which is then forgotten.
+    """
+    conversations = [Conversation(policy, system=policy.system if system is None else system) for policy in policies]
+    write(f"{', '.join(policy.name for policy in policies)}. /help names the commands.\n")
+    while True:
+        try:
+            line = read("> ").strip()
+        except EOFError:
+            write("\n")
+            return
+        if line == "/quit":
+            return
+        if line.startswith("/"):
+            write(_obey(line, conversations))
+        elif line:
+            _ask_all(line, conversations, sampling=sampling, write=write)
+
+
+@dataclass(slots=True)
+class Conversation:
+    """What one policy has heard and said."""
+
+    policy: Policy
+    system: str | None
+    turns: list[Message] = field(default_factory=list)
+    asked: int = 0
+    engine: HuggingFaceEngine = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.engine = open_engine(self.policy)
+
+    def ask(self, text: str, *, sampling: Sampling, write: Write) -> str:
+        """The answer to the next message; both join the history if the answer can stand in it."""
+        prompt = self._prompt(text, max_new_tokens=sampling.max_new_tokens)
+        printer = _Printer(self.policy, write)
+        # With the same numbers at every turn, one unlikely draw would come back in every answer.
+        completion = self.engine.stream(
+            self.policy.chat_format.encode_prompt(prompt),
+            sampling=replace(sampling, seed=sampling.seed + self.asked),
+            on_token=printer.add,
+        )
+        answer = printer.finish(completion)
+        self.asked += 1
+        self._keep(text, answer, write)
+        return answer
+
+    def reset(self, system: str | None) -> None:
+        """Forget what was said, and begin with this system text."""
+        self.turns.clear()
+        self.system = system
+
+    def _prompt(self, text: str, *, max_new_tokens: int) -> tuple[Message, ...]:
+        messages = with_system([*self.turns, Message("user", text)], self.system)
+        limit = longest_dialog(self.policy, self.engine)
+        try:
+            fitting = fit(self.policy, messages, limit=limit, max_new_tokens=max_new_tokens)
+        except DialogError as error:
+            raise UsageError(f"The message cannot be sent: its text {error.reason} {error.mend}") from error
+        if fitting is None:
+            raise UsageError(
+                f"The message is too long: with its system text it has more than the {limit - 1} tokens that "
+                f"{self.policy.name} can read and still answer. Shorten it."
+            )
+        return fitting
+
+    def _keep(self, text: str, answer: str, write: Write) -> None:
+        pair = [Message("user", text), Message("assistant", answer)]
+        try:
+            check_messages(pair, ends_with="assistant")
+            self.policy.chat_format.check_text(pair)
+        except DialogError as error:
+            write(f"(left out of the history: the answer {error.reason})\n")
+        else:
+            self.turns += pair
+
+
+class _Printer:
+    """Writes what is new of an answer as its tokens come."""
+
+    def __init__(self, policy: Policy, write: Write) -> None:
+        self._policy = policy
+        self._write = write
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def add(self, token: int) -> None:
+        self._ids.append(token)
+        # A character of several bytes may be there in part: it is held back until it is whole.
+        self._show(self._text().rstrip(HALF_A_CHARACTER))
+
+    def finish(self, completion: Completion) -> str:
+        """Write what was held back, the end of the line, and whether the answer was cut; the answer as data."""
+        self._ids = list(completion.token_ids)
+        self._show(self._text())
+        self._write("\n")
+        if not completion.is_finished:
+            self._write(f"(cut after {len(completion.token_ids)} tokens)\n")
+        return self._policy.chat_format.decode_answer(completion.token_ids)
+
+    def _text(self) -> str:
+        answer = self._policy.chat_format.decode_answer(self._ids)
+        return "".join(character for character in answer if character in "\n\t" or category(character) != "Cc")
+
+    def _show(self, text: str) -> None:
+        if len(text) > len(self._shown) and text.startswith(self._shown):
+            self._write(text[len(self._shown) :])
+            self._shown = text
+
+
+def _ask_all(text: str, conversations: Sequence[Conversation], *, sampling: Sampling, write: Write) -> None:
+    for conversation in conversations:
+        if len(conversations) > 1:
+            write(f"[{conversation.policy.name}]\n")
+        try:
+            conversation.ask(text, sampling=sampling, write=write)
+        except UsageError as error:
+            write(f"{error}\n")
+        except KeyboardInterrupt:
+            write("\n(stopped, and forgotten)\n")
+            return
+
+
+def _obey(line: str, conversations: Sequence[Conversation]) -> str:
+    """Do what a command says; what to tell about it."""
+    command, _, argument = line.partition(" ")
+    argument = argument.strip()
+    if command == "/reset":
+        for conversation in conversations:
+            conversation.reset(conversation.system)
+        return "(a new conversation)\n"
+    if command == "/system":
+        messages = with_system([Message("user", "?")], argument or None)
+        for conversation in conversations:
+            try:
+                conversation.policy.chat_format.check_text(messages)
+            except DialogError as error:
+                return f"(unchanged: the system text {error.reason} {error.mend})\n"
+        for conversation in conversations:
+            conversation.reset(argument or None)
+        return f"(a new conversation with {'this' if argument else 'no'} system text)\n"
+    return HELP

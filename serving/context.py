@@ -1,0 +1,37 @@
+"""What of a conversation a policy is shown: the newest whole pairs that leave room for an answer."""
+
+from collections.abc import Sequence
+
+from llamachat.dialog import Message
+from llamachat.models.loading import Policy
+from llamachat.rollout.hugging_face import HuggingFaceEngine
+
+
+def open_engine(policy: Policy) -> HuggingFaceEngine:
+    """An engine that samples from the policy."""
+    return HuggingFaceEngine(policy.model, policy.chat_format.stop_ids, policy.tokenizer.pad_id)
+
+
+def longest_dialog(policy: Policy, engine: HuggingFaceEngine) -> int:
+    """Tokens of prompt and answer together: no more than the policy was trained with or has positions for."""
+    return min(policy.max_tokens, engine.context)
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
+    """The messages with a system text, where there is one to add and they bring none."""
+    if system is None or messages[0].role == "system":
+        return tuple(messages)
+    return (Message("system", system), *messages)
+
+
+def fit(policy: Policy, messages: Sequence[Message], *, limit: int, max_new_tokens: int) -> tuple[Message, ...] | None:
+    """The conversation without its oldest whole pairs, so that the answer has room; None where it cannot fit.
+
+    The answer gets its `max_new_tokens`, at most half of `limit`; where the last question alone is longer than that
+    leaves, what is left.
+    """
+    for room in (limit - min(max_new_tokens, limit // 2), limit - 1):
+        fitting = policy.chat_format.shorten(messages, max_tokens=room)
+        if fitting is not None:
+            return fitting
+    return None

@@ -1,0 +1,164 @@
+"""Answers of a policy to a file of prompts, written as JSON Lines: each record with its `completions`.
+
+Reads prompts, dialogs and preferences (their context up to the last user turn), in any form that training reads.
+Writes `completions: [{"text", "finished", "logprob"}]`, the last the sum over the answer's tokens (its stop token
+included) under the distribution that it was drawn from, in nats. The output appears whole or not at all.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamachat.dialog import Message
+from llamachat.errors import DataError, UsageError
+from llamachat.jsonl import Row
+from llamachat.models.loading import Policy
+from llamachat.problems import Problem, problem, report
+from llamachat.record_rules import Prompt, as_prompt, kind_of
+from llamachat.records import parse_rows
+from llamachat.rollout.engine import Completion, Sampling
+from llamachat.rows import read_rows
+from llamachat.runs.atomic import write_text
+from serving.context import fit, longest_dialog, open_engine, with_system
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What was written."""
+
+    prompts: int
+    completions: int
+    finished: int  # completions that ended by themselves, within max_new_tokens
+    shortened: int  # prompts whose oldest turns were left out to fit
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A record of the file as it is written back, and what of it is sent."""
+
+    record: dict[str, Any]
+    messages: tuple[Message, ...]
+    is_shortened: bool
+
+
+def sample_file(policy: Policy, prompts_in: Path, out: Path, *, samples_per_prompt: int, sampling: Sampling) -> Sampled:
+    """Sample `samples_per_prompt` answers to every prompt of a file and write them to another."""
+    _check_request(prompts_in, out, samples_per_prompt)
+    engine = open_engine(policy)
+    limit = longest_dialog(policy, engine)
+    questions = _read_questions(policy, prompts_in, limit=limit, max_new_tokens=sampling.max_new_tokens)
+    shortened = sum(question.is_shortened for question in questions)
+    if shortened:
+        log.warning("%s: the oldest turns of %d prompts are left out to fit %d tokens", prompts_in, shortened, limit)
+    encoded = [policy.chat_format.encode_prompt(question.messages) for question in questions]
+    with _progress(len(encoded) * samples_per_prompt) as advance:
+        groups = engine.generate(encoded, samples_per_prompt=samples_per_prompt, sampling=sampling, advance=advance)
+    lines = [
+        json.dumps({**question.record, "completions": [_described(policy, found) for found in group]})
+        for question, group in zip(questions, groups, strict=True)
+    ]
+    write_text(out, "".join(f"{line}\n" for line in lines))
+    return Sampled(
+        prompts=len(questions),
+        completions=sum(map(len, groups)),
+        finished=sum(found.is_finished for group in groups for found in group),
+        shortened=shortened,
+    )
+
+
+def _check_request(prompts_in: Path, out: Path, samples_per_prompt: int) -> None:
+    if samples_per_prompt < 1:
+        raise UsageError(f"-n: {samples_per_prompt} answers a prompt were asked for. At least 1 is drawn. Raise it.")
+    if out.exists() and (out.is_dir() or (prompts_in.exists() and out.samefile(prompts_in))):
+        what = "a folder" if out.is_dir() else "the file of prompts itself"
+        raise UsageError(f"--out: '{out}' is {what}. The answers go to a file of their own. Name another.")
+    if out.suffix == ".gz":
+        raise UsageError(f"--out: '{out}' asks for gzip, but plain JSON Lines are written. Take '.gz' off the name.")
+
+
+def _read_questions(policy: Policy, path: Path, *, limit: int, max_new_tokens: int) -> list[_Question]:
+    """Every prompt of the file; all of its bad lines in one error."""
+    rows = list(read_rows(str(path)))
+    values = {row.line: row.value for row in rows if isinstance(row, Row)}
+    problems: list[Problem] = []
+    questions: list[_Question] = []
+    check = policy.chat_format.check_text
+    for parsed in parse_rows(iter(rows), kind="prompt", format="auto", columns=None, check=check, path=str(path)):
+        problems += parsed.problems
+        if parsed.record is None:
+            continue
+        prompt = as_prompt(parsed.record)
+        messages = with_system(prompt.messages, policy.system)
+        fitting = fit(policy, messages, limit=limit, max_new_tokens=max_new_tokens)
+        if fitting is None:
+            problems.append(_too_long(parsed.line, limit))
+            continue
+        record = _as_written(values[parsed.line], prompt)
+        questions.append(_Question(record, fitting, is_shortened=len(fitting) < len(messages)))
+    if problems:
+        raise DataError(report(problems, path))
+    if not questions:
+        raise DataError(f"{path}: holds no prompt. There is nothing to answer. Give a file with prompts or dialogs.")
+    return questions
+
+
+def _too_long(line: int, limit: int) -> Problem:
+    return problem(
+        line,
+        "prompt",
+        f"is longer than {limit - 1} tokens even without its earlier turns, and this policy reads prompt and answer in "
+        f"{limit} tokens.",
+        "Shorten the last question or the system text, or drop the record.",
+    )
+
+
+def _as_written(value: Any, prompt: Prompt) -> dict[str, Any]:
+    """The record as it came where it is one of ours; of a foreign form, what was read of it."""
+    if kind_of(value) is not None and any(isinstance(value.get(key), list) for key in ("prompt", "messages")):
+        return dict(value)
+    return {"prompt": [{"role": message.role, "content": message.content} for message in prompt.messages]}
+
+
+def _described(policy: Policy, completion: Completion) -> dict[str, Any]:
+    return {
+        "text": policy.chat_format.decode_answer(completion.token_ids),
+        "finished": completion.is_finished,
+        "logprob": math.fsum(completion.logprobs),
+    }
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar in a terminal, on standard error; a line for every batch where there is none."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        done = 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            log.info("sampled %d of %d answers", done, total)
+
+        yield count
+        return
+    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("sampling", total=total)
+        yield lambda more: bar.advance(task, more)

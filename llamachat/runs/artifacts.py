@@ -75,7 +75,7 @@ class Artifact:
         return fingerprint({"kind": self.manifest.kind, "files": files, "details": self.manifest.details})
 
 
-def publish(folder: StepFolder, manifest: Manifest, write: Callable[[Path], None]) -> Artifact:
+def publish(folder: StepFolder, manifest: Manifest, write: Callable[[Path], object]) -> Artifact:
     """Let `write` fill a side folder, add the completed manifest, and rename it into place.
 
     `manifest` comes without versions, commit, time and files. Kind 'dialogs' goes to `dialogs/`, others to `artifact/`.

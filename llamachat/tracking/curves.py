@@ -20,7 +20,7 @@ _DPI = 110
 _COLOURS = ("#1f5fa8", "#d1601f", "#2b8a3e", "#8a3ea8", "#b8860b", "#0f8b8d", "#a61e4d", "#5c5f66")
 _SMOOTH_FROM = 20
 # Schedules and counters are exact: a running mean would bend them.
-_EXACT_PANELS = {"learning rate", "progress", "trained tokens", "training time", "temperature"}
+_EXACT_PANELS = {"learning rate", "progress", "trained tokens", "training time", "temperature", "memory"}
 _BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _ASCII_BLOCKS = "_.-=+*%#"
 
@@ -144,6 +144,7 @@ def _draw_panel(place: Any, title: str, group: Sequence[Series]) -> None:
     place.set_ylabel(", ".join(units), fontsize=8)
     place.set_xlabel(group[0].axis, fontsize=8)
     place.tick_params(labelsize=8)
+    place.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useMathText=True)
     place.grid(visible=True, alpha=0.25, linewidth=0.6)
     place.spines[["top", "right"]].set_visible(False)
     if units == ["fraction"]:

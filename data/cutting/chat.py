@@ -8,7 +8,6 @@ from pathlib import Path
 from cutting.choosing import Dialog, chosen, dialog_of, distinct, pick, text_of
 from cutting.cleaning import casual, is_clean_chat, plain, words
 from cutting.reading import read_rows, read_yaml
-
 from llamachat.sources import SOURCES
 from llamachat.splits import is_kept_for_tuning
 

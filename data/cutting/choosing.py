@@ -48,3 +48,11 @@ def turns_of(dialog: Dialog) -> list[str]:
 
 def length(dialog: Dialog) -> int:
     return sum(len(turn["content"]) for turn in dialog)
+
+
+def user_prompt(text: str) -> Dialog:
+    return [{"role": "user", "content": text}]
+
+
+def answer_of(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}

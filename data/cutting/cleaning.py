@@ -13,6 +13,7 @@ _SIGNS = {
     "\u2026": "...", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "", "\u200d": "", "\ufeff": "",
     "\ufe0f": "", "\u2022": "-", "\u25cf": "-", "\u00ad": "", "\r\n": "\n", "\r": "\n", "\t": " ",
 }  # fmt: skip
+_INVISIBLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2060-\u206f\u2800\ufffc\ufffd]")
 _SIGN = re.compile("|".join(re.escape(sign) for sign in sorted(_SIGNS, key=len, reverse=True)))
 
 _CONTRACTIONS = {
@@ -39,6 +40,7 @@ _COARSE = re.compile(
 def plain(text: str) -> str:
     """The same text in NFC with ASCII quotes, dashes and spaces, and no runs of blanks."""
     text = _SIGN.sub(lambda found: _SIGNS[found.group()], unicodedata.normalize("NFC", text))
+    text = _INVISIBLE.sub(" ", text)
     text = re.sub(r"[^\S\n]+", " ", text)
     text = re.sub(r" ?\n ?", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
@@ -81,6 +83,21 @@ def is_clean_chat(text: str) -> bool:
 def is_decent(text: str) -> bool:
     """Whether a longer text holds nothing coarse (mark-up and lists are welcome there)."""
     return not _COARSE.search(text) and not re.search(r"https?:|www\.", text)
+
+
+_YOUNG = re.compile(
+    r"child|\bminors?\b|underage|under-age|teen|\bkids?\b|lolita|infant|toddler|\bbab(?:y|ies)\b|daughter|\bson\b|niece"
+    r"|nephew|schoolgirl|schoolboy|\b(?:[1-9]|1[0-7])[- ]?(?:year|yr|yo\b)|little (?:girl|boy)|young (?:girl|boy)",
+    re.IGNORECASE,
+)
+_SEXUAL = re.compile(
+    r"sex|porn|nude|naked|molest|\brape|p(?:a)?edo|grooming|erotic|incest|virgin|genital", re.IGNORECASE
+)
+
+
+def is_about_abuse_of_children(text: str) -> bool:
+    """Whether a text speaks of minors and of sex: left out of data/ even where the origin is safety research."""
+    return "edophil" in text or bool(_YOUNG.search(text) and _SEXUAL.search(text))
 
 
 _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|vs|etc|No|Prof|Gen|e\.g|i\.e)|\b[A-Z])\.$")

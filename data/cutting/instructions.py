@@ -6,7 +6,6 @@ from pathlib import Path
 from cutting.choosing import Dialog, chosen, dialog_of, distinct, pick, turns_of
 from cutting.cleaning import capitalised, ended, is_decent, plain, sentences, words
 from cutting.reading import read_rows
-
 from llamachat.sources import SOURCES
 from llamachat.splits import is_kept_for_tuning
 
@@ -57,11 +56,14 @@ def self_instruct(root: Path) -> list[Dialog]:
 
 
 def gsm8k(root: Path) -> list[Dialog]:
-    """Short sums, with the calculator marks taken out."""
+    """Short sums, with the calculator marks taken out.
+
+    Only questions that are plain as they stand: so their hash still tells that pretraining does not have them.
+    """
     dialogs = []
     for row in read_rows(root / "gsm8k/train.jsonl.gz"):
-        question = plain(row["question"])
-        if is_kept_for_tuning(row["question"].strip()) and len(question) <= 160:
+        question = row["question"].strip()
+        if is_kept_for_tuning(question) and len(question) <= 160 and question == plain(question):
             steps = re.sub(r"<<.*?>>", "", plain(row["answer"])).replace("\n#### ", "\nThe answer is ")
             answer = ended(steps)
             if answer.isascii() and len(answer) <= 200:

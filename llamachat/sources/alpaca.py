@@ -24,7 +24,7 @@ def _history(row: Row) -> list[tuple[str, str]]:
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(turn, str) for turn in pair) for pair in history
     ):
         raise ValueError(
-            "'history' is not a list of [question, answer] pairs of text, the earlier turns of the dialog. "
+            "'history' is not a list of pairs. It holds the earlier turns of the dialog, each as [question, answer]. "
             "Mend the pairs or remove the field."
         )
     return [(question, reply) for question, reply in history]

@@ -183,7 +183,7 @@ def _read_hub(named: HubSet) -> Iterator[Row | Problem]:
     except Exception as error:  # the library raises what its many parts raise; each means that there are no rows
         yield _whole(
             f"is no file here, and the hub did not give it as a data set ({_first_line(error)}).",
-            "Write the path of a file, or where there is a network: check the name, the split (OWNER/NAME:SPLIT), the "
+            "Write the path of a file, or where there is a network: check the name, the split (OWNER/NAME:SPLIT) and the "
             "access (`hf auth login`).",
         )
         return

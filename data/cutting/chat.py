@@ -88,7 +88,7 @@ def _spelled_words(texts: Iterable[str]) -> set[str]:
 _TRUE_DIALOGS = ("conversations", "health", "greetings")
 _ANSWER_LISTS = (
     "ai", "botprofile", "computers", "emotion", "food", "history", "humor", "literature", "money", "movies", "politics",
-    "psychology", "science", "sports", "tech_support", "trivia",
+"science", "sports", "tech_support", "trivia",
 )  # fmt: skip
 # Entries of the bot that the corpus was written for: other makers, names and riddles, which would contradict identity.
 _OTHER_BOT = re.compile(
@@ -134,7 +134,8 @@ def _named(question: str, reply: str) -> str:
 def _answers(question: str, reply: str) -> bool:
     """Whether the reply is an answer and the question one that stands alone."""
     stands = question.endswith("?") or question.lower().startswith(("i ", "my ", "tell me", "explain", "you"))
-    return stands and len(words(question)) >= 3 and len(reply) > 4 and not reply.endswith("?") and reply != question
+    is_echo = reply.endswith("?") or reply.startswith("What is")
+    return stands and len(words(question)) >= 3 and len(reply) > 4 and not is_echo and reply != question
 
 
 def _renamed(text: str) -> str:

@@ -116,7 +116,7 @@ def _text_problem(path: Path, head: bytes) -> Problem | None:
             "orient='records', lines=True)\"`; data.*.columns then names its columns.",
         )
     is_whole = len(head) < _HEAD
-    if text.lstrip().startswith(b"[") and _is_array(path, lines, is_whole=is_whole):
+    if text.lstrip().startswith(b"[") and _is_array(path, text, is_whole=is_whole):
         return _whole(
             "is one JSON array, but each record stands on a line of its own.",
             f"Convert it: `llamachat data convert {path} {converted_path(path)}` (or `jq -c '.[]'`).",
@@ -134,21 +134,22 @@ def _is_table(lines: Sequence[bytes]) -> bool:
     return separator in lines[0] and len(lines) > 1
 
 
-def _is_array(path: Path, lines: Sequence[bytes], *, is_whole: bool) -> bool:
-    """A line that is a list by itself is one bad record; an array opens on the first line and closes on the last."""
-    if not is_whole:
-        return _last_character(path) == b"]"
-    if len(lines) == 1:
-        row = decode_line(lines[0], 1)
+def _is_array(path: Path, text: bytes, *, is_whole: bool) -> bool:
+    """A first line that is a list by itself is one bad record; an array runs on to the end of the file."""
+    if is_whole:
+        row = decode_line(text, 1)
         return isinstance(row, Row) and isinstance(row.value, list) and bool(row.value)
-    return isinstance(decode_line(lines[0], 1), Problem) and lines[-1].strip().endswith(b"]")
+    first, last = text.lstrip().split(b"\n")[0], _last_line(path)
+    ends = isinstance(decode_line(first, 1), Problem) and isinstance(decode_line(last, 1), Problem)
+    return ends and last.endswith(b"]")
 
 
-def _last_character(path: Path) -> bytes:
+def _last_line(path: Path) -> bytes:
+    """The end of the last line that is not blank."""
+    last = b""
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        last = b""
-        while block := file.read(1 << 20):
-            last = block.rstrip()[-1:] or last
+        while part := file.readline(_HEAD):
+            last = part.strip() or last
     return last
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from llamachat.batching import IGNORED, StepPlan, collate_packed, collate_padded, pack, plan_steps
 from llamachat.chat_format import TokenizedExample
+from tests.tiny_llama import tiny_llama
 
 LENGTHS = st.lists(st.integers(1, 16), min_size=1, max_size=40)
 
@@ -168,3 +169,43 @@ def test_trained_tokens_are_those_of_the_examples(lengths: list[int]):
     for row in pack(lengths, 20):
         packed += trained_in(collate_packed([examples[index] for index in row])["labels"])
     assert packed == trained_in(collate_padded(examples)["labels"]) == trained
+
+
+def per_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    shifted = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=IGNORED
+    )
+    return shifted[labels[:, 1:].flatten() != IGNORED]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_and_padded_give_the_same_loss_for_every_token(attention: str):
+    model = tiny_llama(attn_implementation=attention)
+    examples = [example(10, 9), example(50, 3), example(90, 6)]
+    with torch.no_grad():
+        packed = collate_packed(examples)
+        labels = packed.pop("labels")
+        in_row = per_token_losses(model(**packed, use_cache=False).logits, labels)
+        padded = collate_padded(examples, rows=4)
+        labels = padded.pop("labels")
+        apart = per_token_losses(model(**padded, use_cache=False).logits, labels)
+        alone = [
+            per_token_losses(model(torch.tensor([one.input_ids])).logits, collate_packed([one])["labels"])
+            for one in examples
+        ]
+    assert len(in_row) == 5 + 2 + 3
+    torch.testing.assert_close(in_row, torch.cat(alone), atol=1e-5, rtol=0)
+    torch.testing.assert_close(apart, torch.cat(alone), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_packed_neighbour_cannot_be_seen(attention: str):
+    model = tiny_llama(attn_implementation=attention)
+
+    def second_logits(neighbour: TokenizedExample) -> torch.Tensor:
+        batch = collate_packed([neighbour, example(50, 5)])
+        del batch["labels"]
+        with torch.no_grad():
+            return model(**batch, use_cache=False).logits[0, -5:]
+
+    assert torch.equal(second_logits(example(10, 8)), second_logits(example(200, 8)))

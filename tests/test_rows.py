@@ -100,10 +100,11 @@ def test_parquet_under_the_name_of_lines(tmp_path: Path):
 
 
 @pytest.mark.parametrize("first", [b"[1, 2]", b'["a', b"a, b, c", b"{", b"[]"])
-def test_one_odd_line_does_not_hide_the_others(first: bytes, tmp_path: Path):
-    found = list(read_rows(write(tmp_path / "a.jsonl", first + b"\n" + LINES)))
-    assert [row.line for row in found] == [1, 2, 3]
-    assert found[1:] == [Row(2, ROWS[0]), Row(3, ROWS[1])]
+@pytest.mark.parametrize("copies", [1, 5000])
+def test_one_odd_line_does_not_hide_the_others(first: bytes, copies: int, tmp_path: Path):
+    found = list(read_rows(write(tmp_path / "a.jsonl", first + b"\n" + LINES * copies + b"[3]\n")))
+    assert [row.line for row in found] == list(range(1, 2 * copies + 3))
+    assert [found[1], found[2], found[-1]] == [Row(2, ROWS[0]), Row(3, ROWS[1]), Row(2 * copies + 2, [3])]
 
 
 def test_a_folder_and_a_missing_file(tmp_path: Path):

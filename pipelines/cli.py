@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for library in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         app(list(arguments) if arguments is not None else None, prog_name="llamachat")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamachat.config.sections import DataSource
-from llamachat.errors import ArtifactError, ChangedError
+from llamachat.errors import ChangedError, LlamachatError
 from llamachat.models.estimates import Estimate, read_shape
 from llamachat.runs.artifacts import is_published, read_artifact
 from llamachat.runs.checkpoints import newest
@@ -29,7 +29,7 @@ class PlannedStep:
     """One step of the plan: what would happen to it and why."""
 
     name: str
-    verdict: str  # new, resume, done, reuse, changed, running, waits
+    verdict: str  # new, resume, done, reuse, changed, running, waits, blocked
     why: str
     inputs: str
     estimate: Estimate | None = None
@@ -73,9 +73,9 @@ def _plan_step(recipe: Recipe, steps: Sequence[Step], step: Step, to_run: set[st
         return PlannedStep(step.name, "waits", why, inputs, estimate, warnings)
     try:
         work = find_work(recipe, steps, step)
-    except ArtifactError as error:
-        return PlannedStep(step.name, "waits", str(error), "none yet", estimate, warnings)
-    verdict, why = _verdict(recipe, work)
+        verdict, why = _verdict(recipe, work)
+    except LlamachatError as error:
+        return PlannedStep(step.name, "blocked", str(error), "nothing that can be used", estimate, warnings)
     return PlannedStep(step.name, verdict, why, work.taken.words, estimate, warnings)
 
 
@@ -167,9 +167,10 @@ def plan_text(recipe: Recipe, planned: Sequence[PlannedStep]) -> str:
     lines = [f"Plan of {recipe.run.dir}:"]
     for step in planned:
         lines += [f"  {step.name}: {step.verdict}, {step.why}", f"    from {step.inputs}"]
-        if step.verdict in ("new", "resume", "waits") and step.estimate is not None:
+        if step.will_run and step.estimate is not None:
             lines.append(f"    {_cost(step.estimate)}")
-        lines += [f"    warning: {warning}" for warning in step.warnings]
+        if step.will_run:
+            lines += [f"    warning: {warning}" for warning in step.warnings]
     running = [step.estimate for step in planned if step.will_run and step.estimate is not None]
     if len(running) > 1:
         total = Estimate(seconds=sum(estimate.seconds for estimate in running))

@@ -89,7 +89,7 @@ def _split(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, A
 
 
 def _more_problems(layers: Layers) -> Iterator[Problem]:
-    for key, text in _run_problems(layers.values):
+    for key, text in (*_run_problems(layers.values), *_format_problems(layers.values)):
         yield Problem(layers.source(key), dotted(key), text)
     yield from _step_problems(layers)
 
@@ -109,9 +109,24 @@ def _run_problems(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         yield ("data", "sft"), "empty, but the step 'sft' learns from it. Give dialogs, or take sft out of 'steps'."
 
 
+def _format_problems(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    from llamachat.sources import SOURCES
+
+    data = values.get("data")
+    known = ["auto", "native", *sorted(SOURCES)]
+    for key, sources in data.items() if isinstance(data, Mapping) else ():
+        for index, source in enumerate(sources) if isinstance(sources, list) else ():
+            name = source.get("format") if isinstance(source, Mapping) else None
+            if isinstance(name, str) and name.replace("-", "_") not in known:
+                near = nearest(name.replace("-", "_"), known)
+                advice = f"Did you mean '{near}'?" if near else f"Known: {', '.join(known)}."
+                yield ("data", key, index, "format"), f"there is no format '{name}'. {advice}"
+
+
 def _commands(steps: object) -> set[str]:
     entries = steps if isinstance(steps, list) else []
-    return {entry if isinstance(entry, str) else next(iter(entry), "") for entry in entries if entry}
+    names = [next(iter(entry), "") if isinstance(entry, Mapping) else entry for entry in entries]
+    return {name for name in names if isinstance(name, str)}
 
 
 def _step_problems(layers: Layers) -> Iterator[Problem]:

@@ -61,15 +61,15 @@ def run_step(recipe: Recipe, steps: Sequence[Step], step: Step, *, should_overwr
     folder = work.folder
     if should_overwrite:
         overwrite(folder)
-    else:
-        adopt(recipe, work)
+    is_adopted = not should_overwrite and adopt(recipe, work)
     if step_state(folder, work.fingerprint, work.identity) is not StepState.DONE:
         with hold(folder):
             # Asked again under the lock: the one who held it until now may have finished the step.
             if step_state(folder, work.fingerprint, work.identity) is not StepState.DONE:
                 return _run(recipe, work)
     where = f"{folder.path} -> {folder.path.resolve()}" if folder.path.is_symlink() else f"{folder.artifact}"
-    log.info("%s: done already (%s), nothing to do", step.name, where)
+    if not is_adopted:
+        log.info("%s: done already (%s), nothing to do", step.name, where)
     lineage(Path(recipe.run.dir))
     return read_artifact(folder.artifact)
 

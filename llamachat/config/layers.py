@@ -86,4 +86,10 @@ class Layers:
         for below in [known for known in self._sources if known[: len(key)] == key]:
             del self._sources[below]
         holder[part] = value
+        self._record(value, source, key)
+
+    def _record(self, value: Any, source: str, key: Key) -> None:
+        """Every key below has its source, since another layer may later replace its neighbours alone."""
         self._sources[key] = source
+        for name, below in value.items() if isinstance(value, dict) else ():
+            self._record(below, source, (*key, name))

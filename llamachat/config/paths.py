@@ -38,10 +38,10 @@ def near_path(text: str) -> str | None:
 def missing(text: str, *, what: str) -> str:
     """The words for a path that does not exist."""
     hint = near_path(text)
-    if hint:
-        advice = f"Did you mean '{hint}'?"
-    elif not Path(text).is_absolute() and (_REPOSITORY / text).exists():
+    if not Path(text).is_absolute() and (_REPOSITORY / text).exists():
         advice = f"It exists in {_REPOSITORY}: run the command there, or give the whole path."
+    elif hint:
+        advice = f"Did you mean '{hint}'?"
     else:
         advice = "Give the path of one that exists, seen from where the command runs."
     return f"{what} '{text}' does not exist. {advice}"
@@ -74,7 +74,7 @@ class ModelPath:
 
 @dataclass(frozen=True, slots=True)
 class PolicyPath:
-    """The field names a local policy: a run, step, artifact or adapter folder."""
+    """The field names a local policy: a run, step or artifact folder."""
 
     def problems(self, value: object) -> Iterator[tuple[tuple[()], str]]:
         if isinstance(value, str) and value and not Path(value).is_dir():

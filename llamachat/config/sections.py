@@ -54,7 +54,7 @@ class Base(Section):
         False, description="Run with a tokenizer that cannot be proved to give the format's ids, with a warning."
     )
     policy: Annotated[str | None, PolicyPath()] = Field(
-        default=None, description="A policy made elsewhere (artifact or adapter folder), the first step's input."
+        default=None, description="A policy of another run (artifact, step or run folder), the first step's input."
     )
 
 

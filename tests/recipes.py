@@ -1,0 +1,75 @@
+"""A recipe of toy files, for the tests of configuration, pipelines and command line: no model is ever loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llamachat.runs.artifacts import Artifact, Manifest, publish
+from llamachat.runs.folder import StepFolder
+from sft.config import Config, Inputs
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+}
+
+
+def write_yaml(path: Path, values: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def write_base(folder: Path) -> Path:
+    """What a recipe needs to see of a base: a shape and some bytes as weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def write_dialogs(path: Path, count: int = 40) -> Path:
+    lines = [
+        {"messages": [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": f"Answer {n}."}]}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def recipe_values(folder: Path, **sections: Any) -> dict[str, Any]:
+    """A recipe whose base, data and run lie in `folder`; `sections` replace whole sections."""
+    base, dialogs = write_base(folder / "base"), write_dialogs(folder / "dialogs.jsonl")
+    values: dict[str, Any] = {
+        "run": {"dir": str(folder / "runs" / "one")},
+        "base": {"model": str(base)},
+        "data": {"sft": [{"path": str(dialogs)}]},
+    }
+    return {**values, **sections}
+
+
+def write_recipe(folder: Path, **sections: Any) -> Path:
+    return write_yaml(folder / "recipe.yaml", recipe_values(folder, **sections))
+
+
+def publish_toy_policy(config: Config, inputs: Inputs) -> Artifact:
+    """In place of `sft.run`: publishes at once, with the learning rate as its weights."""
+    manifest = Manifest(
+        kind="policy",
+        step=inputs.step,
+        fingerprint=inputs.fingerprint,
+        identity=inputs.identity,
+        seed=inputs.run.seed,
+    )
+    weights = f"{config.learning_rate} {inputs.policy.digest if inputs.policy else ''}"
+    return publish(StepFolder(inputs.folder), manifest, lambda folder: _write(folder / "model.safetensors", weights))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)

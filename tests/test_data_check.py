@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llamachat.chat_format import ChatFormat
 from llamachat.data_check import CheckReport, check_path
@@ -260,4 +262,28 @@ def test_a_file_that_is_no_data_file(name: str, content: bytes, reason: str, tmp
     assert found.field == "file"
     assert reason in found.reason
     assert report.exit_status == 2
+    assert report.text()
+
+
+KEYS = st.sampled_from(
+    ["messages", "prompt", "chosen", "rejected", "rating", "is_safe", "id", "role", "content", "train", "from", "x"]
+)
+ATOMS = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), st.sampled_from(["", "user", "assistant", "better", "a"])
+)
+VALUES = st.recursive(
+    ATOMS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12
+)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=st.lists(VALUES, min_size=1, max_size=6))
+def test_whatever_the_lines_hold_each_is_a_record_or_named(
+    values: list[object], tmp_path: Path, tiny_format: ChatFormat
+):
+    report = check(tmp_path / "a.jsonl", [json.dumps({"messages": value}) for value in values], tiny_format)
+    assert report.num_records + report.num_bad_lines == len(values)
+    report = check(tmp_path / "a.jsonl", [GOOD, *map(json.dumps, values)], tiny_format)
+    bad = {found.line for found in report.problems if found.field != "record"}
+    assert report.num_records + len(bad) == len(values) + 1
     assert report.text()

@@ -50,15 +50,18 @@ class StepPlan:
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices in as few rows of `capacity` tokens as best-fit decreasing finds; ties go to the earlier one."""
-    assert all(0 < length <= capacity for length in lengths), "examples are shortened to the capacity before"
+    """Indices in as few rows of `capacity` tokens as best-fit decreasing finds; ties go to the earlier one.
+
+    A longer example has a row of its own.
+    """
+    assert all(length > 0 for length in lengths), "an example has tokens"
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens left, bin), sorted: the first that is large enough is the best fit
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         length = lengths[index]
         place = bisect_left(rooms, (length, 0))
         if place == len(rooms):
-            number, left = len(bins), capacity
+            number, left = len(bins), max(capacity, length)
             bins.append([])
         else:
             left, number = rooms.pop(place)

@@ -96,6 +96,10 @@ class Config(Section):
         True,
         description="Fill rows of base.max_tokens with several dialogs, isolated from one another. Same loss, less padding.",
     )
+    row_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(
+        "auto",
+        description="Length of a packed row, at most base.max_tokens; auto is that length on a GPU, and 512 on a CPU, where attention is slow. A longer dialog has a row of its own.",
+    )
     rows_per_microbatch: int = operational(
         8, ge=1, description="Dialogs in one forward pass without packing; a packed forward pass is always one row."
     )

@@ -21,14 +21,19 @@ from trl import SFTConfig, SFTTrainer
 from llamachat.runs.checkpoints import writing
 from llamachat.training.master_weights import MasterWeightOptimizer, adamw
 from sft.config import Config
+from sft.loss import answer_token_losses
 
 NAMES = {
     "loss": "sft/loss",
     "grad_norm": "optim/grad_norm",
     "learning_rate": "optim/learning_rate",
-    "mean_token_accuracy": "sft/token_accuracy",
-    "entropy": "sft/entropy",
 }
+# Renamed in transformers 5.23; the older name is the one of our lower bound.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in SFTConfig.__dataclass_fields__
+    else "gradient_checkpointing"
+)
 Collate = Callable[[Sequence[int]], dict[str, Tensor]]
 OnStep = Callable[[int], None]
 OnLog = Callable[[int, dict[str, float]], None]
@@ -45,6 +50,22 @@ class AtomicCheckpointTrainer(SFTTrainer):
             callback for callback in self.callback_handler.callbacks if isinstance(callback, DefaultFlowCallback)
         ]
         self.add_callback(watch)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The sum over answer tokens divided by those of the whole optimizer step.
+
+        On a GPU TRL's fused head scores answer tokens alone; on a CPU it scores every position and takes half as long
+        again, so there the same loss is taken from the answer positions here.
+        """
+        is_plain = self.args.loss_type == "nll" and self.args.label_smoothing_factor == 0 and not return_outputs
+        if not is_plain or inputs["input_ids"].is_cuda:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        losses = answer_token_losses(model, inputs)
+        total = losses.numel() if num_items_in_batch is None else num_items_in_batch
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return losses.sum() * scale / torch.as_tensor(total).clamp(min=1)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step, home = self.state.global_step, self.args.output_dir
@@ -125,7 +146,7 @@ def trainer_arguments(
         gradient_accumulation_steps=microbatches_per_step,
         train_sampling_strategy="sequential",
         max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
+        **{CHECKPOINTING: config.gradient_checkpointing},
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},

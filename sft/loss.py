@@ -1,0 +1,35 @@
+"""The loss of supervised fine-tuning: cross-entropy on answer tokens and their EOS, zero elsewhere (Llama 2 section 3.1).
+
+Shapes: 1 or B rows, T positions, N tokens in the loss, D hidden, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llamachat.batching import IGNORED
+
+TOKENS_PER_CHUNK = 2048  # logits of so many tokens at once: [2048, 32000] in fp32 is a quarter of a GiB
+
+
+def answer_token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Negative log-likelihoods, in nats, of the tokens whose label counts, [N] in fp32.
+
+    The output head runs on those positions alone. `model` is a transformers causal language model, with or without a
+    LoRA adapter; `batch` is what `llamachat.batching` collates.
+    """
+    llama: Any = model  # transformers' and PEFT's methods lie behind nn.Module's __getattr__
+    labels_BT = batch["labels"][:, 1:]
+    kept_BT = labels_BT != IGNORED
+    hidden_BTD = llama.get_decoder()(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        attention_mask=batch.get("attention_mask"),
+        use_cache=False,
+    ).last_hidden_state[:, :-1]
+    hidden_ND, labels_N = hidden_BTD[kept_BT], labels_BT[kept_BT]
+    head = llama.get_output_embeddings()
+    chunks = zip(hidden_ND.split(TOKENS_PER_CHUNK), labels_N.split(TOKENS_PER_CHUNK), strict=True)
+    return torch.cat([nn.functional.cross_entropy(head(h).float(), y, reduction="none") for h, y in chunks])

@@ -87,15 +87,15 @@ def test_the_commit_is_that_of_the_clone_or_null_without_git(tmp_path: Path, mon
 def test_at_every_file_operation_a_kill_leaves_all_of_it_or_none(tmp_path: Path) -> None:
     folder = StepFolder(tmp_path / "sft")
     outcomes: set[bool] = set()
-    for operation in range(1000):
+    operation, was_killed = 0, True
+    while not folder.artifact.exists():
         was_killed = killed_at(operation, lambda: publish(folder, manifest(), write_weights))
-        outcomes.add(folder.artifact.exists())
-        if folder.artifact.exists():
-            assert read_artifact(folder.path).manifest.sizes == {"model.safetensors": 7, "adapter/config.json": 2}
-            break
-        assert not is_published(folder)
+        outcomes.add(is_published(folder))
+        operation += 1
     assert outcomes == {False, True}
-    assert was_killed, "the rename is followed by a flush of the folder"
+    assert operation > 10
+    assert was_killed, "the last kill fell between the rename and the flush of the folder"
+    assert read_artifact(folder.path).manifest.sizes == {"model.safetensors": 7, "adapter/config.json": 2}
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "state.pt", "data.pkl"])

@@ -4,6 +4,7 @@ Reads and writes through the two functions it is given, so that a terminal, a pi
 is the answer alone: no stop token, and no control character that could steer the terminal.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from unicodedata import category
@@ -14,6 +15,8 @@ from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
 from serving.context import fit, longest_dialog, open_engine, with_system
+
+log = logging.getLogger(__name__)
 
 Write = Callable[[str], object]
 
@@ -26,9 +29,13 @@ HALF_A_CHARACTER = "\ufffd"
 
 
 def chat_once(policy: Policy, text: str, *, system: str | None, sampling: Sampling, write: Write) -> str:
-    """The policy's answer to one message, written piece by piece; without `system` with the policy's own."""
-    conversation = Conversation(policy, system=policy.system if system is None else system)
-    return conversation.ask(text, sampling=sampling, write=write)
+    """The policy's answer to one message, written piece by piece.
+
+    `system` None stands for the text that the policy was trained with, "" for none. Whether the answer was cut goes to
+    the log, so that what is written is the answer alone.
+    """
+    conversation = Conversation(policy, system=_system(policy, system))
+    return conversation.ask(text, sampling=sampling, write=write, note=lambda text: log.warning("%s", text))
 
 
 def chat_loop(
@@ -38,7 +45,7 @@ def chat_loop(
 
     `read` shows its argument and gives a line, or raises EOFError. Ctrl-C stops an answer, which is then forgotten.
     """
-    conversations = [Conversation(policy, system=policy.system if system is None else system) for policy in policies]
+    conversations = [Conversation(policy, system=_system(policy, system)) for policy in policies]
     write(f"{', '.join(policy.name for policy in policies)}. /help names the commands.\n")
     while True:
         try:
@@ -67,8 +74,8 @@ class Conversation:
     def __post_init__(self) -> None:
         self.engine = open_engine(self.policy)
 
-    def ask(self, text: str, *, sampling: Sampling, write: Write) -> str:
-        """The answer to the next message; both join the history if the answer can stand in it."""
+    def ask(self, text: str, *, sampling: Sampling, write: Write, note: Write) -> str:
+        """The answer to the next message, written as it comes; both join the history if the answer can stand in it."""
         prompt = self._prompt(text, max_new_tokens=sampling.max_new_tokens)
         printer = _Printer(self.policy, write)
         # With the same numbers at every turn, one unlikely draw would come back in every answer.
@@ -79,7 +86,9 @@ class Conversation:
         )
         answer = printer.finish(completion)
         self.asked += 1
-        self._keep(text, answer, write)
+        if not completion.is_finished:
+            note(f"(cut after {len(completion.token_ids)} tokens)")
+        self._keep(text, answer, note)
         return answer
 
     def reset(self, system: str | None) -> None:
@@ -101,13 +110,13 @@ class Conversation:
             )
         return fitting
 
-    def _keep(self, text: str, answer: str, write: Write) -> None:
+    def _keep(self, text: str, answer: str, note: Write) -> None:
         pair = [Message("user", text), Message("assistant", answer)]
         try:
             check_messages(pair, ends_with="assistant")
             self.policy.chat_format.check_text(pair)
         except DialogError as error:
-            write(f"(left out of the history: the answer {error.reason})\n")
+            note(f"(left out of the conversation: the answer {error.reason})")
         else:
             self.turns += pair
 
@@ -127,12 +136,10 @@ class _Printer:
         self._show(self._text().rstrip(HALF_A_CHARACTER))
 
     def finish(self, completion: Completion) -> str:
-        """Write what was held back, the end of the line, and whether the answer was cut; the answer as data."""
+        """Write what was held back, and the end of the line; the answer as data."""
         self._ids = list(completion.token_ids)
         self._show(self._text())
         self._write("\n")
-        if not completion.is_finished:
-            self._write(f"(cut after {len(completion.token_ids)} tokens)\n")
         return self._policy.chat_format.decode_answer(completion.token_ids)
 
     def _text(self) -> str:
@@ -145,12 +152,16 @@ class _Printer:
             self._shown = text
 
 
+def _system(policy: Policy, asked: str | None) -> str | None:
+    return policy.system if asked is None else asked or None
+
+
 def _ask_all(text: str, conversations: Sequence[Conversation], *, sampling: Sampling, write: Write) -> None:
     for conversation in conversations:
         if len(conversations) > 1:
             write(f"[{conversation.policy.name}]\n")
         try:
-            conversation.ask(text, sampling=sampling, write=write)
+            conversation.ask(text, sampling=sampling, write=write, note=lambda text: write(f"{text}\n"))
         except UsageError as error:
             write(f"{error}\n")
         except KeyboardInterrupt:

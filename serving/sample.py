@@ -89,10 +89,12 @@ def _read_questions(policy: Policy, path: Path, *, limit: int, max_new_tokens: i
     values = {row.line: row.value for row in rows if isinstance(row, Row)}
     problems: list[Problem] = []
     questions: list[_Question] = []
+    without = 0
     check = policy.chat_format.check_text
     for parsed in parse_rows(iter(rows), kind="prompt", format="auto", columns=None, check=check, path=str(path)):
         problems += parsed.problems
         if parsed.record is None:
+            without += not parsed.problems
             continue
         prompt = as_prompt(parsed.record)
         messages = with_system(prompt.messages, policy.system)
@@ -106,6 +108,8 @@ def _read_questions(policy: Policy, path: Path, *, limit: int, max_new_tokens: i
         raise DataError(report(problems, path))
     if not questions:
         raise DataError(f"{path}: holds no prompt. There is nothing to answer. Give a file with prompts or dialogs.")
+    if without:
+        log.warning("%s: %d rows hold no prompt", path, without)
     return questions
 
 

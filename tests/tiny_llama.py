@@ -1,5 +1,7 @@
 """Random Llama models at toy size, and policies published from them."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,25 @@ def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: 
         torch.manual_seed(seed)
         # Not `.to(dtype)`: that would round the rotary frequencies too, which no loaded model has.
         return LlamaForCausalLM._from_config(LlamaConfig(**(shape | changes)), dtype=dtype).eval()
+
+
+def scripted_llama(*chains: Sequence[int], **changes: Any) -> LlamaForCausalLM:
+    """After the first id of a chain comes its second, and so on, whatever stood before; each id once in all chains.
+
+    Embeddings are one-hot, the layers add nothing, and the head holds the table: other ids have e^-21 of the weight.
+    """
+    model = tiny_llama(hidden_size=448, num_hidden_layers=1, **changes)
+    with torch.no_grad():
+        for weight in (
+            model.lm_head.weight,
+            *(model.get_parameter(f"model.layers.0.{name}.weight") for name in ("self_attn.o_proj", "mlp.down_proj")),
+        ):
+            weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(420, 448))
+        for chain in chains:
+            for before, after in pairwise(chain):
+                model.lm_head.weight[after, before] = 1.0
+    return model
 
 
 def move_adapter(model: torch.nn.Module) -> None:

@@ -158,8 +158,9 @@ def policy_details(
         "system": system,
     }
     if is_adapter:  # an adapter's folder has no config.json to keep it in
-        details["base_is_folder"] = Path(base).expanduser().is_dir()
-        details["rope_parameters"] = rope_parameters(cast("LlamaForCausalLM", model.get_base_model()).config)
+        trunk = cast("LlamaForCausalLM", model.get_base_model())
+        details["base_is_folder"] = Path(str(trunk.name_or_path)).is_dir()
+        details["rope_parameters"] = rope_parameters(trunk.config)
         details["trunk"] = trunk_digest(model, values_per_weight=VALUES_PER_WEIGHT)
     return details
 

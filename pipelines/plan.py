@@ -1,7 +1,7 @@
 """What would run, from which inputs, why, and what it would cost; reads no weights and imports neither torch nor trl."""
 
 import gzip
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from llamachat.errors import ChangedError, LlamachatError
 from llamachat.models.estimates import Estimate, read_shape
 from llamachat.runs.artifacts import is_published, read_artifact
 from llamachat.runs.checkpoints import newest
+from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import living_owner
 from llamachat.runs.state import StepState, step_state
 from pipelines.recipe import Recipe, Step, resolve_steps
@@ -53,16 +54,21 @@ def make_plan(recipe: Recipe, command: str = "all") -> list[PlannedStep]:
     steps = resolve_steps(recipe)
     planned: list[PlannedStep] = []
     to_run: set[str] = set()
+    reused: dict[str, StepFolder] = {}
     for step in steps:
-        found = _plan_step(recipe, steps, step, to_run)
+        found = _plan_step(recipe, steps, step, to_run, reused)
         if found.will_run:
             to_run.add(step.name)
+        if found.verdict == "reuse" and recipe.run.parent is not None:
+            reused[step.name] = StepFolder(Path(recipe.run.parent) / step.name)
         if command in ("all", step.stage.command):
             planned.append(found)
     return planned
 
 
-def _plan_step(recipe: Recipe, steps: Sequence[Step], step: Step, to_run: set[str]) -> PlannedStep:
+def _plan_step(
+    recipe: Recipe, steps: Sequence[Step], step: Step, to_run: set[str], reused: Mapping[str, StepFolder]
+) -> PlannedStep:
     estimate = estimate_step(recipe, step)
     warnings = tuple(warn(step, estimate))
     nearest = next(iter(earlier_policies(steps, step)), None)
@@ -72,7 +78,7 @@ def _plan_step(recipe: Recipe, steps: Sequence[Step], step: Step, to_run: set[st
             why += "; its present result was made from another one and would then be refused as changed"
         return PlannedStep(step.name, "waits", why, inputs, estimate, warnings)
     try:
-        work = find_work(recipe, steps, step)
+        work = find_work(recipe, steps, step, reused)
         verdict, why = _verdict(recipe, work)
     except LlamachatError as error:
         return PlannedStep(step.name, "blocked", str(error), "nothing that can be used", estimate, warnings)

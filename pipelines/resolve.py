@@ -3,7 +3,7 @@
 A stage is handed what is found here; it never looks for "the latest" anything itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +32,16 @@ def earlier_policies(steps: Sequence[Step], step: Step) -> list[Step]:
     return [earlier for earlier in reversed(before) if earlier.stage.makes_policy]
 
 
-def take_inputs(recipe: Recipe, steps: Sequence[Step], step: Step) -> Taken:
-    """The inputs of a step; ArtifactError that names the command to run when none of them is there."""
+def take_inputs(
+    recipe: Recipe, steps: Sequence[Step], step: Step, elsewhere: Mapping[str, StepFolder] | None = None
+) -> Taken:
+    """The inputs of a step; ArtifactError that names the command to run when none of them is there.
+
+    `elsewhere` holds, by name, finished steps of another run that this run is about to take by reference.
+    """
     earlier = earlier_policies(steps, step)
     for candidate in earlier:
-        folder = step_folder(recipe, candidate)
+        folder = (elsewhere or {}).get(candidate.name) or step_folder(recipe, candidate)
         if is_published(folder):
             skipped = earlier[: earlier.index(candidate)]
             note = f"; not finished: {', '.join(other.name for other in skipped)}" if skipped else ""

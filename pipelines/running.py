@@ -5,7 +5,7 @@ written after it. A finished, unchanged step costs a few digests: no stage code 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,11 @@ class Work:
     fingerprint: str
 
 
-def find_work(recipe: Recipe, steps: Sequence[Step], step: Step) -> Work:
-    """What running the step would mean now."""
-    taken = take_inputs(recipe, steps, step)
+def find_work(
+    recipe: Recipe, steps: Sequence[Step], step: Step, elsewhere: Mapping[str, StepFolder] | None = None
+) -> Work:
+    """What running the step would mean now; `elsewhere` as in `take_inputs`."""
+    taken = take_inputs(recipe, steps, step, elsewhere)
     identity = step_identity(recipe, step, taken.policy)
     return Work(step, step_folder(recipe, step), taken, identity, fingerprint(identity))
 

@@ -1,0 +1,150 @@
+"""The recipe: its list of steps, what a step may override, what is refused, and every recipe of configs/."""
+
+import ast
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llamachat.config.loading import to_yaml
+from llamachat.config.section import Section
+from llamachat.errors import ConfigError
+from pipelines.recipe import Recipe, load, resolve_steps
+from pipelines.stages import LATER_SECTIONS, STAGES
+from sft.config import OWNED
+from sft.config import Config as SftConfig
+from tests.recipes import write_recipe
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def report(path: Path, overrides: Sequence[str] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    return str(caught.value)
+
+
+def test_every_recipe_of_the_repository_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    paths = sorted(Path("configs").glob("*.yaml"))
+    assert {"configs/smoke.yaml", "configs/tiny.yaml"} <= {str(path) for path in paths} and len(paths) == 2
+    for path in paths:
+        recipe = load(path)
+        assert resolve_steps(recipe)
+        assert recipe.run.dir == f"runs/{path.stem}"
+
+
+def test_a_step_overrides_its_section_and_tuning(tmp_path: Path) -> None:
+    entry = {"name": "sft-2", "epochs": 1, "trainer": {"neftune_noise_alpha": 5}, "tuning": {"method": "lora"}}
+    path = write_recipe(
+        tmp_path,
+        steps=["sft", {"sft": entry}],
+        sft={"epochs": 3, "learning_rate": 0.5, "trainer": {"torch_compile": False}},
+        tuning={"rank": 8},
+    )
+    first, second = resolve_steps(load(path, ["steps.1.sft.learning_rate=1e-4"]))
+    assert isinstance(first.config, SftConfig) and isinstance(second.config, SftConfig)
+    assert (first.name, first.config.epochs, first.tuning.method) == ("sft", 3, "full")
+    assert (second.name, second.config.epochs, second.config.learning_rate) == ("sft-2", 1, 1e-4)
+    assert second.config.trainer == {"torch_compile": False, "neftune_noise_alpha": 5}
+    assert (second.tuning.method, second.tuning.rank) == ("lora", 8)
+
+
+def test_the_resolved_recipe_has_the_same_steps(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, steps=["sft", {"sft": {"name": "sft-2", "tuning": {"method": "lora"}}}])
+    recipe = load(path)
+    (tmp_path / "resolved.yaml").write_text(to_yaml(recipe))
+    assert resolve_steps(load(tmp_path / "resolved.yaml")) == resolve_steps(recipe)
+
+
+REFUSED_STEPS: list[tuple[Any, str]] = [
+    ([], "steps: empty, so nothing would run. Known: sft."),
+    ("sft", "steps: found the text 'sft', but a list is required."),
+    (["smt"], "steps.0: there is no step 'smt'. Did you mean 'sft'?"),
+    (["qqq"], "steps.0: there is no step 'qqq'. Known: sft."),
+    (["sft", "ppo"], "steps.1: the step 'ppo' is not part of this version yet. What there is: sft."),
+    ([{"rs": {"name": "rs-1"}}], "steps.0: the step 'rs' is not part of this version yet."),
+    ([3], "steps.0: found the number 3, but a command, or one command with its values, is required"),
+    ([{"sft": {}, "rm": {}}], "steps.0: found a mapping with the keys sft, rm, but a command"),
+    ([{"sft": 3}], "steps.0: found the number 3 under 'sft', but a mapping is required"),
+    (["sft", "sft"], "steps.1.sft.name: the step 0 has the name 'sft' already. Name this one: {sft: {name: sft-2}}."),
+    (
+        [{"sft": {"name": "A b"}}],
+        "steps.0.sft.name: found the text 'A b', but the name of the step's folder is required",
+    ),
+    ([{"sft": {"name": 3}}], "steps.0.sft.name: found the number 3, but the name"),
+    ([{"sft": {"name": "wandb"}}], "steps.0.sft.name: found a name that the run folder needs"),
+    ([{"sft": {"name": "ppo"}}], "steps.0.sft.name: 'ppo' is another command"),
+    ([{"sft": {"epoch": 1}}], "steps.0.sft.epoch: unknown key. Did you mean 'epochs'?"),
+    ([{"sft": {"epochs": -1}}], "steps.0.sft.epochs: found the number -1, but a number above 0 is required"),
+    ([{"sft": {"trainer": {"sed": 1}}}], "steps.0.sft.trainer.sed: TRL's SFTConfig has no argument of this name."),
+    ([{"sft": {"tuning": {"rnk": 1}}}], "steps.0.sft.tuning.rnk: unknown key. Did you mean 'rank'?"),
+    ([{"sft": {"tuning": "lora"}}], "steps.0.sft.tuning: found the text 'lora', but a mapping is required"),
+]
+
+
+@pytest.mark.parametrize(("steps", "expected"), REFUSED_STEPS)
+def test_a_bad_step_is_told_at_its_place(tmp_path: Path, steps: Any, expected: str) -> None:
+    path = write_recipe(tmp_path, steps=steps)
+    assert f"{path}: {expected}" in report(path)
+
+
+def test_a_fault_of_a_section_is_told_once_and_not_at_each_step(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, sft={"epochs": 0}, steps=["sft", {"sft": {"name": "sft-2", "learning_rate": 0.5}}])
+    assert report(path).count("epochs") == 1
+
+
+def test_sections_of_later_stages_say_so(tmp_path: Path) -> None:
+    for section in LATER_SECTIONS:
+        expected = f"{section}: the section '{section}' is not part of this version yet. What there is: sft."
+        assert expected in report(write_recipe(tmp_path), [f"{section}.x=1"])
+
+
+def test_runs_that_cannot_be(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    (tmp_path / "old").mkdir()
+    cases = {
+        f"run.parent={tmp_path}/odl": f"run.parent: the parent run '{tmp_path}/odl' does not exist. Did you mean",
+        f"run.dir={path}": f"run.dir: '{path}' is a file, and a run is a folder.",
+        "data.sft=[]": "data.sft: empty, but the step 'sft' learns from it.",
+        "data.sft.0.format=alpca": "data.sft.0.format: there is no format 'alpca'. Did you mean 'alpaca'?",
+        "data.sft.0.format=qqqq": "there is no format 'qqqq'. Known: auto, native, ",
+    }
+    for override, expected in cases.items():
+        assert expected in report(path, [override]), override
+    same = [f"run.dir={tmp_path}/old", f"run.parent={tmp_path}/old/../old"]
+    assert "run.parent: this is run.dir itself" in report(path, same)
+    assert load(path, ["data.sft.0.format=hh-rlhf"]).data.sft[0].format == "hh-rlhf"
+
+
+def test_every_key_of_the_recipe_has_a_description() -> None:
+    for section in (Recipe, *(stage.config for stage in STAGES.values())):
+        assert issubclass(section, Section)
+        assert [name for name, field in section.model_fields.items() if not field.description] == []
+
+
+def test_the_keys_that_own_trainer_arguments_exist() -> None:
+    plain = {f"{name}.{key}" for name, field in Recipe.model_fields.items() for key in _keys(field.annotation)}
+    assert {key for key in OWNED.values() if key is not None} <= plain
+
+
+def _keys(annotation: object) -> list[str]:
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, Section) else []
+
+
+def test_every_argument_that_sft_gives_to_trl_is_refused_in_its_trainer_key(tmp_path: Path) -> None:
+    """Given twice, an argument would be a TypeError in the middle of a run."""
+    tree = ast.parse((REPOSITORY / "sft" / "trainer.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "SFTConfig"]
+    given = [keyword.arg for call in calls for keyword in call.keywords if keyword.arg]
+    assert len(given) > 10
+    text = report(write_recipe(tmp_path, sft={"trainer": dict.fromkeys(given, 1)}))
+    assert [name for name in given if f"sft.trainer.{name}: this argument of TRL" not in text] == []
+
+
+def test_tiny_yaml_extends_nothing_and_smoke_extends_it() -> None:
+    configs = REPOSITORY / "configs"
+    assert "extends" not in yaml.safe_load((configs / "tiny.yaml").read_text())
+    assert yaml.safe_load((configs / "smoke.yaml").read_text())["extends"] == "tiny.yaml"

@@ -200,9 +200,9 @@ def _generating(model: "LlamaForCausalLM") -> Iterator[None]:
 
 def _without_wrapper(model: "LlamaForCausalLM | PeftModel") -> "LlamaForCausalLM":
     """The model with its adapter layers in place: PEFT's own `generate` changes the generation settings on its way."""
-    from peft import PeftModel
-
-    return cast("LlamaForCausalLM", model.get_base_model() if isinstance(model, PeftModel) else model)
+    # Asked by method, not by class: importing PEFT takes seconds, and a fully tuned model needs none of it.
+    unwrap = getattr(model, "get_base_model", None)
+    return cast("LlamaForCausalLM", model if unwrap is None else unwrap())
 
 
 def _cache_bytes_per_token(model: "LlamaForCausalLM") -> int:

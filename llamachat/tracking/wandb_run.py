@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _INIT_TIMEOUT_S = 10.0
 _FINISH_TIMEOUT_S = 30.0
+# When the command is killed wandb's service ends without writing what it holds, and the dashboard reads the file live.
+_FLUSH_INTERVAL_S = 1.0
 _WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 _SHARED_GROUPS = ("optim", "time", "throughput", "memory")
 Where = Literal["online", "offline"]
@@ -71,6 +73,8 @@ class WandbRun:
         self._guard(lambda run: run.log({}, commit=True))
         self._guard(lambda run: run.summary.update(self._summary))
         self._guard(lambda run: run.finish(exit_code=exit_code))
+        # An offline run is still being written when `finish` returns; the end of wandb's service is its end.
+        self._guard(lambda _: _wandb().teardown())
         self._run = None
 
     def _guard(self, action: Callable[[Any], object]) -> None:
@@ -212,6 +216,7 @@ def _settings(wandb: Any) -> Any:
         "x_disable_meta": True,
         "x_disable_stats": True,
         "x_save_requirements": False,
+        "x_transaction_log_flush_interval": _FLUSH_INTERVAL_S,
     }
     # The x_ settings are wandb's internals and come and go between versions.
     known = type(wandb.Settings()).model_fields

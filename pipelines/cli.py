@@ -16,7 +16,7 @@ import typer
 
 from llamachat.errors import UsageError
 from pipelines import tools
-from pipelines.exit_status import INTERRUPTED, reported
+from pipelines.exit_status import INTERRUPTED, reported, state_is_kept
 from pipelines.tools import TINY, ConfigOption, Overrides
 
 app = typer.Typer(
@@ -81,7 +81,8 @@ def _run(command: str, config: Path, overrides: list[str] | None, *, overwrite: 
         print(to_yaml(recipe))
         print(plan_text(recipe, make_plan(recipe, command)))
         return
-    run_command(recipe, command, should_overwrite=overwrite)
+    with state_is_kept():
+        run_command(recipe, command, should_overwrite=overwrite)
     if command == "all":
         print(f"All steps are done. Try: llamachat chat {recipe.run.dir} -m 'Hello, who are you?'")
 

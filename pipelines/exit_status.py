@@ -2,7 +2,8 @@
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from llamachat.errors import LlamachatError
 
 INTERRUPTED = 130
+STATE_IS_KEPT = "State is kept; the same command continues."
 P = ParamSpec("P")
 
 
@@ -24,7 +26,16 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             print(f"llamachat: {error}", file=sys.stderr)
             raise typer.Exit(error.exit_status) from error
         except KeyboardInterrupt as error:
-            print("\nllamachat: interrupted. State is kept; the same command continues.", file=sys.stderr)
+            print(" ".join(["\nllamachat: interrupted.", *map(str, error.args)]), file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from error
 
     return wrapped
+
+
+@contextmanager
+def state_is_kept() -> Iterator[None]:
+    """An interrupt inside says that the same command goes on from where it was."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(STATE_IS_KEPT) from error

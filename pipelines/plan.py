@@ -110,7 +110,10 @@ def _verdict(recipe: Recipe, work: Work) -> tuple[str, str]:
 
 def estimate_step(recipe: Recipe, step: Step) -> Estimate | None:
     """The stage's estimate; None where the shape of the base is not known here (a model of the hub)."""
-    shape = read_shape(Path(recipe.base.model))
+    try:
+        shape = read_shape(Path(recipe.base.model))
+    except (KeyError, ValueError):
+        return None  # another architecture, or no JSON: refused in words where it is loaded
     if shape is None:
         return None
     assert isinstance(step.config, SftConfig), "each stage has an estimate of its own kind"

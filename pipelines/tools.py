@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llamachat.errors import UsageError
-from pipelines.exit_status import reported
+from pipelines.exit_status import reported, state_is_kept
 
 if TYPE_CHECKING:
     from llamachat.rollout.engine import Sampling
@@ -175,4 +175,5 @@ def pretrain(
     """How the bundled tokenizer and tiny base model were made."""
     from pretraining.command import run as pretrain_base
 
-    pretrain_base(overrides or [], texts, run)
+    with state_is_kept():
+        pretrain_base(overrides or [], texts, run)

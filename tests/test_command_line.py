@@ -75,6 +75,17 @@ def test_an_interrupt_is_130_and_says_that_state_is_kept(
     assert "interrupted. State is kept; the same command continues." in capsys.readouterr().err
 
 
+def test_an_interrupted_tool_promises_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check_path(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llamachat.data_check.check_path", check_path)
+    assert main(["data", "check", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\nllamachat: interrupted.\n"
+
+
 def test_sigterm_is_130_and_the_handler_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(config: Any, inputs: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)

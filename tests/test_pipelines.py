@@ -20,6 +20,7 @@ from llamachat.runs.locks import hold
 from pipelines.plan import duration, make_plan, measure_data, plan_text
 from pipelines.recipe import Recipe, load, resolve_steps
 from pipelines.running import find_work, run_command
+from sft.config import VERSION as SFT_VERSION
 from tests.recipes import publish_toy_policy, write_dialogs, write_recipe
 
 TWO_STEPS = ["sft", {"sft": {"name": "sft-2", "learning_rate": 0.25, "tuning": {"method": "lora"}}}]
@@ -108,7 +109,7 @@ def test_the_version_of_the_stage_is_in_the_identity(tmp_path: Path) -> None:
     recipe = load(write_recipe(tmp_path))
     steps = resolve_steps(recipe)
     identity = find_work(recipe, steps, steps[0]).identity
-    assert (identity["step"], identity["command"], identity["stage_version"]) == ("sft", "sft", sft.config.VERSION)
+    assert (identity["step"], identity["command"], identity["stage_version"]) == ("sft", "sft", SFT_VERSION)
     assert len(identity["base"]["model"]) == len(identity["data"]["sft"][0]["path"]) == 64
     assert json.loads(json.dumps(identity)) == identity
 
@@ -309,7 +310,9 @@ def test_a_sound_plan_has_no_warnings(tmp_path: Path) -> None:
 def test_what_is_not_here_is_not_estimated(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
     assert make_plan(load(path, ["base.model=TinyLlama/TinyLlama-1.1B"]))[0].estimate is None
-    recipe = load(path, ["data.sft.0.path=Anthropic/hh-rlhf"])
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "gpt2", "n_embd": 64}')
+    assert make_plan(load(path))[0].estimate is None
+    recipe = load(write_recipe(tmp_path), ["data.sft.0.path=Anthropic/hh-rlhf"])
     assert measure_data(recipe.data.sft) is None
     assert "optimizer steps not known before the data are read" in plan_text(recipe, make_plan(recipe))
 

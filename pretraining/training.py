@@ -5,7 +5,6 @@ Reads the folder of texts; writes `<run>/{tokenizer.model, stream.npy, shares.js
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,19 +106,20 @@ def _batch(stream: np.ndarray, step: int, config: Config) -> Tensor:
 def _save(path: Path, state: dict[str, Any]) -> None:
     beside = path.with_suffix(".new")
     torch.save(state, beside)
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 def train(config: Config, run: Path) -> Iterator[dict[str, float]]:
     """Train to the end from the last checkpoint, yielding each step's figures; the model is left in `run/checkpoint.pt`."""
     stream = np.load(run / "stream.npy", mmap_mode="r")
     steps = config.tokens // (config.rows_per_step * config.context)
-    model = new_model(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = new_model(config).to(device)
     adjust = optimizer(model, config)
     peaks = [group["lr"] for group in adjust.param_groups]
     first = 0
     if (run / "checkpoint.pt").exists():
-        state = torch.load(run / "checkpoint.pt", weights_only=True)
+        state = torch.load(run / "checkpoint.pt", weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
         adjust.load_state_dict(state["optimizer"])
         first = state["step"]
@@ -130,7 +130,7 @@ def train(config: Config, run: Path) -> Iterator[dict[str, float]]:
             group["lr"] = peak * rate_factor(step, steps, config)
         total = 0.0
         for rows_BT in _batch(stream, step, config).split(config.rows_per_microbatch):
-            loss = token_losses(model, rows_BT).sum() / (config.rows_per_step * config.context)
+            loss = token_losses(model, rows_BT.to(device)).sum() / (config.rows_per_step * config.context)
             loss.backward()
             total += loss.item()
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))

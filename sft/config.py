@@ -60,40 +60,48 @@ OWNED: dict[str, str | None] = {
 class Config(Section):
     """Supervised fine-tuning. Values the paper states are its section 3.1; the others are ours."""
 
-    epochs: float = Field(2.0, gt=0, description="Passes over the training dialogs. Llama 2 section 3.1: 2.")
+    epochs: float = Field(default=2.0, gt=0, description="Passes over the training dialogs. Llama 2 section 3.1: 2.")
     learning_rate: float = Field(
-        2e-5,
+        default=2e-5,
         gt=0,
         description="Peak rate of AdamW. Llama 2 section 3.1: 2e-5 for full tuning; LoRA needs about 10 times that.",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine",
+        default="cosine",
         description="How the rate falls after warm-up, to 0. Llama 2 section 3.1: cosine (final rate not stated).",
     )
     warmup_fraction: float = Field(
-        0.03, ge=0, lt=1, description="Share of the optimizer steps with a rising rate. Not stated in the paper; ours."
+        default=0.03,
+        ge=0,
+        lt=1,
+        description="Share of the optimizer steps with a rising rate. Not stated in the paper; ours.",
     )
     weight_decay: float = Field(
-        0.1, ge=0, description="Decay of matrices; norms do not decay. Llama 2 section 3.1: 0.1."
+        default=0.1, ge=0, description="Decay of matrices; norms do not decay. Llama 2 section 3.1: 0.1."
     )
     adam_beta1: float = Field(
-        0.9, ge=0, lt=1, description="AdamW beta 1. Llama 2 section 2.2: 0.9 (not restated for SFT)."
+        default=0.9, ge=0, lt=1, description="AdamW beta 1. Llama 2 section 2.2: 0.9 (not restated for SFT)."
     )
     adam_beta2: float = Field(
-        0.95, ge=0, lt=1, description="AdamW beta 2. Llama 2 section 2.2: 0.95 (not restated for SFT)."
+        default=0.95, ge=0, lt=1, description="AdamW beta 2. Llama 2 section 2.2: 0.95 (not restated for SFT)."
     )
     adam_epsilon: float = Field(
-        1e-5, gt=0, description="AdamW epsilon. Llama 2 section 2.2: 1e-5 (not restated for SFT)."
+        default=1e-5, gt=0, description="AdamW epsilon. Llama 2 section 2.2: 1e-5 (not restated for SFT)."
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this. Llama 2 section 2.2: 1.0.")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="Gradient norm is clipped to this. Llama 2 section 2.2: 1.0."
+    )
     examples_per_step: int = Field(
-        64, ge=1, description="Dialogs in one optimizer step, packed or not. Llama 2 section 3.1: batch size 64."
+        default=64,
+        ge=1,
+        description="Dialogs in one optimizer step, packed or not. Llama 2 section 3.1: batch size 64.",
     )
     train_on: Literal["every_answer", "last_answer"] = Field(
-        "every_answer", description="Which answers are learnt. Ghost Attention trains the last only (section 3.3)."
+        default="every_answer",
+        description="Which answers are learnt. Ghost Attention trains the last only (section 3.3).",
     )
     packing: bool = Field(
-        True,
+        default=True,
         description="Fill rows of base.max_tokens with several dialogs, isolated from one another. Same loss, less padding.",
     )
     row_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(

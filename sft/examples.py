@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
 from llamachat.config.sections import Data
 from llamachat.dialog import Dialog, Message
-from llamachat.record_rules import with_system
 from llamachat.records import load_mixture
 
 log = logging.getLogger(__name__)
@@ -37,13 +36,23 @@ def load_examples(
     """Token ids of the training and validation dialogs of `data.sft`; the test and judge parts are not touched."""
     mixture = load_mixture(data.sft, data.split, kind="dialog", check=chat_format.check_text, seed=seed)
     dropped: Counter[str] = Counter(mixture.dropped)
-    held_out = [with_system(dialog, system) for dialog in mixture.validation] if system else mixture.validation
-    dialogs = [with_system(dialog, system) for dialog in mixture.train] if system else mixture.train
+    dialogs, held_out = _with_system(mixture.train, system), _with_system(mixture.validation, system)
     train = _encode(dialogs, chat_format, train_on=train_on, max_tokens=max_tokens, dropped=dropped)
     validation = _encode(held_out, chat_format, train_on=train_on, max_tokens=max_tokens, dropped=dropped)
     for reason, count in sorted(dropped.items()):
         log.warning("%d dialogs: %s", count, reason)
     return Examples(train, validation, held_out_prompts(held_out, num_prompts), dict(dropped))
+
+
+def _with_system(dialogs: Sequence[Dialog], system: str | None) -> list[Dialog]:
+    """The dialogs with `base.system`, where they bring no system text of their own."""
+    if system is None:
+        return list(dialogs)
+    opening = Message("system", system)
+    return [
+        dialog if dialog.messages[0].role == "system" else Dialog((opening, *dialog.messages), dialog.is_safe)
+        for dialog in dialogs
+    ]
 
 
 def _encode(

@@ -58,6 +58,11 @@ class Start:
 
 def load_start(inputs: Inputs) -> Start:
     """Load the earlier policy where the step has one, else the base; attach an adapter where the recipe asks."""
+    if inputs.tuning.method == "qlora":
+        raise ConfigError(
+            "tuning.method: 'qlora', adapters on a 4-bit base, is not part of this version yet. "
+            "Set tuning.method to lora, or to full where the memory allows."
+        )
     trunk = str(inputs.policy.path) if inputs.policy else find_model(inputs.base.model, where="base.model")
     chat_format, warning = load_proved_format(
         tokenizer_folder(trunk),
@@ -67,7 +72,7 @@ def load_start(inputs: Inputs) -> Start:
     if warning:
         log.warning("%s", warning)
     model, trunk = _load_model(inputs, trunk)
-    is_adapter = inputs.tuning.method != "full"
+    is_adapter = inputs.tuning.method == "lora"
     return Start(model, chat_format, trunk, trunk_digest(model) if is_adapter else None)
 
 
@@ -118,7 +123,7 @@ def publish_policy(start: Start, inputs: Inputs, *, dropped: Mapping[str, int]) 
         max_tokens=inputs.base.max_tokens,
         system=inputs.base.system,
     )
-    if inputs.tuning.method != "full":
+    if inputs.tuning.method == "lora":
         details["rank"] = inputs.tuning.rank
     manifest = Manifest(
         kind="policy",

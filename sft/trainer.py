@@ -42,6 +42,8 @@ OnLog = Callable[[int, dict[str, float]], None]
 class AtomicCheckpointTrainer(SFTTrainer):
     """`SFTTrainer` that saves through `llamachat.runs.checkpoints.writing` and reports to `Watch` alone."""
 
+    args: SFTConfig
+
     def __init__(self, *args: Any, checkpoints: Path, watch: "Watch", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._checkpoints = checkpoints

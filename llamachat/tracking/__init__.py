@@ -1,1 +1,1 @@
-"""What a step writes down while it runs: the table of metrics, the record in JSON lines, wandb, curves, the dashboard."""
+"""What a step writes down while it runs: table of metrics, record in JSON lines, wandb, curves, dashboard."""

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +29,7 @@ class _Lines:
         self._stream: TextIO | None = None
 
     def cut_back(self, step: int) -> None:
-        """Drop this axis' lines after `step` and any torn line; atomically, and only where there is something to drop."""
+        """Drop this axis' lines after `step` and any torn line, atomically."""
         self.close()
         text = self._text()
         kept = "".join(
@@ -63,9 +64,16 @@ class _Lines:
                 self._mend_last_line()
                 # Half a character from a byte tokenizer becomes its JSON escape.
                 self._stream = self.path.open("a", encoding="utf-8", errors="backslashreplace")
-            # One write a call: a reader, or a kill, meets whole lines but for the last.
-            self._stream.write(text)
-            self._stream.flush()
+            try:
+                # One write a call: a reader, or a kill, meets whole lines but for the last.
+                self._stream.write(text)
+                self._stream.flush()
+            except OSError:
+                # What does not fit must not be tried again when the file is closed.
+                stream, self._stream = self._stream, None
+                with suppress(OSError):
+                    stream.close()
+                raise
 
     def _mend_last_line(self) -> None:
         text = self._text()

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-CONTROL_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+from llamachat.chat_format.llama2 import SPECIAL_TAGS
 
 
 def fault(record: dict[str, Any]) -> str | None:
@@ -37,7 +37,7 @@ def _fault_of_turns(messages: list[dict[str, Any]], *, ends_with: str) -> str | 
 def _fault_of_text(text: str) -> str | None:
     if not text.strip():
         return "empty text"
-    return "control tag" if any(tag in text for tag in CONTROL_TAGS) else None
+    return "control tag" if any(tag in text for tag in SPECIAL_TAGS) else None
 
 
 def kept(records: Iterable[dict[str, Any]], dropped: Counter[str]) -> list[dict[str, Any]]:

@@ -268,7 +268,7 @@ def test_the_rate_rises_over_the_warm_up_and_falls_as_a_half_cosine(base: Path, 
 
 
 def test_eight_dialogs_are_learnt_by_heart_and_said_again(base: Path, tmp_path: Path):
-    config = Config(epochs=40, examples_per_step=8, learning_rate=1e-2, weight_decay=0)
+    config = Config(epochs=60, examples_per_step=8, learning_rate=1e-2, weight_decay=0)
     inputs = inputs_of(tmp_path, base, toy_dialogs(12))
     with open_session(config, inputs) as session:
         questions = session.examples.train

@@ -121,12 +121,18 @@ def _order(count: int, epochs: float, seed: int) -> list[int]:
     return order[:total]
 
 
-def collate_packed(examples: Sequence[TokenizedExample], *, pad_id: int = UNK_ID) -> dict[str, Tensor]:
+def collate_packed(
+    examples: Sequence[TokenizedExample], *, multiple_of: int = 1, pad_id: int = UNK_ID
+) -> dict[str, Tensor]:
     """One row of isolated examples: input_ids, labels, position_ids, each [1, T]; a row without examples is one pad.
 
-    An example's first token is never a label: the token before it belongs to its neighbour.
+    An example's first token is never a label: the token before it belongs to its neighbour. Pads fill the row up to a
+    multiple of tokens, as one more example of which nothing is learnt.
     """
     parts = [(_ids(example), _labels(example)) for example in examples] or [_nothing(pad_id)]
+    missing = -sum(len(ids) for ids, _ in parts) % multiple_of
+    if missing:
+        parts.append((torch.full((missing,), pad_id), torch.full((missing,), IGNORED)))
     return {
         "input_ids": torch.cat([ids for ids, _ in parts]).unsqueeze(0),
         "labels": torch.cat([labels for _, labels in parts]).unsqueeze(0),
@@ -135,7 +141,7 @@ def collate_packed(examples: Sequence[TokenizedExample], *, pad_id: int = UNK_ID
 
 
 def collate_padded(
-    examples: Sequence[TokenizedExample], *, rows: int | None = None, pad_id: int = UNK_ID
+    examples: Sequence[TokenizedExample], *, rows: int | None = None, multiple_of: int = 1, pad_id: int = UNK_ID
 ) -> dict[str, Tensor]:
     """One example a row, padded on the right: input_ids, labels, attention_mask, position_ids, each [B, T].
 
@@ -146,10 +152,11 @@ def collate_padded(
     parts = [(_ids(example), _labels(example)) for example in examples]
     parts += [_nothing(pad_id) for _ in range((rows or 0) - len(parts))]
     lengths_B = torch.tensor([len(ids) for ids, _ in parts])
-    positions_T = torch.arange(int(lengths_B.max()))
+    width = -(-int(lengths_B.max()) // multiple_of) * multiple_of
+    positions_T = torch.arange(width)
     return {
-        "input_ids": _pad([ids for ids, _ in parts], pad_id),
-        "labels": _pad([labels for _, labels in parts], IGNORED),
+        "input_ids": _pad([ids for ids, _ in parts], pad_id, width),
+        "labels": _pad([labels for _, labels in parts], IGNORED, width),
         "attention_mask": (positions_T < lengths_B.unsqueeze(1)).long(),
         # Positions run on over the padding: beginning anew there would read as a second packed example.
         "position_ids": positions_T.expand(len(parts), -1).contiguous(),
@@ -170,5 +177,5 @@ def _nothing(pad_id: int) -> tuple[Tensor, Tensor]:
     return torch.tensor([pad_id]), torch.tensor([IGNORED])
 
 
-def _pad(rows: list[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+def _pad(rows: list[Tensor], value: int, width: int) -> Tensor:
+    return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=value) for row in rows])

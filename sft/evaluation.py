@@ -10,7 +10,7 @@ from llamachat.batching import collate_packed, pack
 from llamachat.chat_format import ChatFormat, TokenizedExample
 from llamachat.dialog import Message
 from llamachat.rollout.engine import RolloutEngine, Sampling
-from sft.loss import answer_token_losses
+from sft.loss import SHAPE_MULTIPLE, answer_token_losses
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def answer_loss(
     model.eval()
     total, count = 0.0, 0
     for row in pack([len(example.input_ids) for example in examples], row_tokens):
-        batch = collate_packed([examples[index] for index in row])
+        batch = collate_packed([examples[index] for index in row], multiple_of=SHAPE_MULTIPLE)
         losses = answer_token_losses(model, {name: tensor.to(device) for name, tensor in batch.items()})
         total += float(losses.sum(dtype=torch.float64))
         count += losses.numel()

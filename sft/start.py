@@ -63,6 +63,7 @@ def load_start(inputs: Inputs) -> Start:
             "tuning.method: 'qlora', adapters on a 4-bit base, is not part of this version yet. "
             "Set tuning.method to lora, or to full where the memory allows."
         )
+    log.info("loading %s", inputs.policy.path if inputs.policy else inputs.base.model)
     trunk = str(inputs.policy.path) if inputs.policy else find_model(inputs.base.model, where="base.model")
     chat_format, warning = load_proved_format(
         tokenizer_folder(trunk),

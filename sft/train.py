@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from llamachat.batching import StepPlan, collate_packed, collate_padded, plan_steps
 from llamachat.chat_format import TrainOn
@@ -31,6 +32,7 @@ from llamachat.training.progress import StepProgress
 from sft.config import Config, Inputs
 from sft.evaluation import answer_loss, sample_answers
 from sft.examples import Examples, load_examples
+from sft.loss import SHAPE_MULTIPLE
 from sft.start import Start, load_start, publish_policy
 from sft.trainer import AtomicCheckpointTrainer, Watch, collator, make_optimizer, row_numbers, trainer_arguments
 
@@ -57,6 +59,8 @@ WATCHED = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=256, seed=0)
 
 def run(config: Config, inputs: Inputs) -> Artifact:
     """Train, measure and publish. Killed at any moment, the same call goes on from the newest whole checkpoint."""
+    # Its bars for loading and writing weights would break up ours.
+    transformers_logging.disable_progress_bar()
     folder = StepFolder(inputs.folder)
     start = load_start(inputs)
     examples = load_examples(
@@ -133,7 +137,7 @@ class Session:
             self.plan.rows_per_step,
         )
         if checkpoint is None:
-            self.measure(0, "sft/eval_loss_base")
+            self.measure(0, "sft/eval_loss_base", "sft/eval_loss")
         learnt = self._learnt_tokens()
         with (
             StepProgress(self.inputs.step, steps=steps, done=first_step) as progress,
@@ -196,6 +200,7 @@ class Session:
             processing_class=self.start.fast_tokenizer(scratch),
             optimizers=make_optimizer(self.start.model, config, steps=self.plan.num_steps),
             checkpoints=StepFolder(self.inputs.folder).checkpoints,
+            before_save=self.tracker.sync,
             watch=watch,
         )
 
@@ -204,8 +209,8 @@ class Session:
         rows = [[self.examples.train[index] for index in self.plan.rows[number] or ()] for number in numbers]
         if self.config.packing:
             (row,) = rows  # several packed rows in one forward pass would cost quadratic attention
-            return collate_packed(row)
-        return collate_padded([example for row in rows for example in row], rows=len(rows))
+            return collate_packed(row, multiple_of=SHAPE_MULTIPLE)
+        return collate_padded([example for row in rows for example in row], rows=len(rows), multiple_of=SHAPE_MULTIPLE)
 
     def measure(self, step: int, *names: str) -> float:
         """Log the loss on held-out answers at `step`, under each of these names."""
@@ -244,6 +249,7 @@ class Session:
         loss = self.measure(last, "sft/eval_loss")
         self.sample(last)
         draw_curves(folder.metrics, folder.curves)
+        self.tracker.figure("curves", folder.curves)
         # From the record, since a resumed command has seen only the end of the training itself.
         record = list(MetricsRecord(folder.metrics).read())
         figures = {name: row[name] for row in record for name in SUMMARY if row.get(name) is not None}

@@ -44,9 +44,11 @@ class AtomicCheckpointTrainer(SFTTrainer):
 
     args: SFTConfig
 
-    def __init__(self, *args: Any, checkpoints: Path, watch: "Watch", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, checkpoints: Path, before_save: Callable[[], None], watch: "Watch", **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._checkpoints = checkpoints
+        self._checkpoints, self._before_save = checkpoints, before_save
         # The flow callback decides when to log and to save; the printing and progress callbacks are ours.
         self.callback_handler.callbacks = [
             callback for callback in self.callback_handler.callbacks if isinstance(callback, DefaultFlowCallback)
@@ -71,6 +73,7 @@ class AtomicCheckpointTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step, home = self.state.global_step, self.args.output_dir
+        self._before_save()  # what the record says up to this step must be on the disk with the checkpoint
         with writing(self._checkpoints, step) as side:
             self.args.output_dir = str(side)
             try:

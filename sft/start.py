@@ -1,5 +1,6 @@
 """What a training starts from: the base or an earlier policy, its proved tokenizer, and how the result is published."""
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from llamachat.config.sections import Tuning
 from llamachat.errors import ConfigError
 from llamachat.models.hub import tokenizer_folder
 from llamachat.models.loading import (
+    SEVEN_PROJECTIONS,
     attach_adapter,
     find_model,
     load_base,
@@ -82,7 +84,13 @@ def _load_model(inputs: Inputs, trunk: str) -> "tuple[LanguageModel, str]":
     made_by = policy.manifest.details.get("method") if policy else None
     if policy and made_by == "lora":
         _check_same_adapter(tuning, policy)
-        loaded = load_policy(policy.path, dtype=inputs.base.dtype, device="auto", is_trainable=True)
+        loaded = load_policy(
+            policy.path,
+            dtype=inputs.base.dtype,
+            device="auto",
+            attention=inputs.base.attention,
+            is_trainable=True,
+        )
         return loaded.model, str(policy.manifest.details["base"])
     model = load_base(inputs.base, source=trunk, device="auto")
     if tuning.method == "full":
@@ -96,12 +104,24 @@ def _check_same_adapter(tuning: Tuning, policy: Artifact) -> None:
             f"tuning.method: 'full', but the policy to continue ({policy.path}) is an adapter on a frozen base. Its base "
             "would be trained under it. Set tuning.method to lora, or export the policy merged and start from that."
         )
-    details: Mapping[str, Any] = policy.manifest.details
-    if details.get("rank", tuning.rank) != tuning.rank:
-        raise ConfigError(
-            f"tuning.rank: {tuning.rank}, but the adapter to continue ({policy.path}) has rank {details['rank']}. "
-            "The rank is one per run, since a step continues a copy of the adapter. Set tuning.rank to that."
-        )
+    made: Mapping[str, Any] = json.loads((policy.path / "adapter_config.json").read_text(encoding="utf-8"))
+    targets = SEVEN_PROJECTIONS if tuning.targets == "all-linear" else tuning.targets
+    compared = {
+        "rank": (tuning.rank, made["r"]),
+        "alpha": (tuning.alpha, made["lora_alpha"]),
+        "targets": (sorted(targets), sorted(made["target_modules"])),
+    }
+    for key, (asked, found) in compared.items():
+        if asked != found:
+            raise ConfigError(
+                f"tuning.{key}: {_words(asked)}, but the adapter to continue ({policy.path}) was made with {key} "
+                f"{_words(found)}. A step continues a copy of the adapter, so all steps of a run have adapters of one "
+                f"shape. Set tuning.{key} to that."
+            )
+
+
+def _words(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else f"{value:g}"
 
 
 def publish_policy(start: Start, inputs: Inputs, *, dropped: Mapping[str, int]) -> Artifact:

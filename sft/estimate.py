@@ -39,6 +39,7 @@ def estimate(config: Config, shape: Workload) -> Estimate:
     }
     if shape.dialogs is None:
         return Estimate(memory)
-    steps = math.ceil(shape.dialogs * config.epochs / config.examples_per_step)
+    examples = max(1, int(shape.dialogs * config.epochs + 0.5))
+    steps = math.ceil(examples / config.examples_per_step)
     flops = 6.0 * model.weights * shape.dialogs * config.epochs * shape.tokens_per_dialog
     return Estimate(memory, flops / CPU_FLOPS, steps)

@@ -41,7 +41,8 @@ def load_examples(
     validation = _encode(held_out, chat_format, train_on=train_on, max_tokens=max_tokens, dropped=dropped)
     for reason, count in sorted(dropped.items()):
         log.warning("%d dialogs: %s", count, reason)
-    return Examples(train, validation, held_out_prompts(held_out, num_prompts), dict(dropped))
+    prompts = held_out_prompts(held_out, chat_format, count=num_prompts, max_tokens=max_tokens)
+    return Examples(train, validation, prompts, dict(dropped))
 
 
 def _with_system(dialogs: Sequence[Dialog], system: str | None) -> list[Dialog]:
@@ -79,13 +80,15 @@ def _encode(
     return examples
 
 
-def held_out_prompts(dialogs: Sequence[Dialog], count: int) -> list[tuple[Message, ...]]:
-    """The openings of the first `count` different dialogs: system text, if any, and first user turn."""
+def held_out_prompts(
+    dialogs: Sequence[Dialog], chat_format: ChatFormat, *, count: int, max_tokens: int
+) -> list[tuple[Message, ...]]:
+    """Openings of the first `count` different dialogs that leave room for an answer: system text and first user turn."""
     prompts: list[tuple[Message, ...]] = []
     for dialog in dialogs:
-        opening = dialog.messages[: 2 if dialog.messages[0].role == "system" else 1]
-        if opening not in prompts:
-            prompts.append(opening)
-        if len(prompts) >= count:
+        if len(prompts) == count:
             break
-    return prompts[:count]
+        opening = dialog.messages[: 2 if dialog.messages[0].role == "system" else 1]
+        if opening not in prompts and len(chat_format.encode_prompt(opening)) < max_tokens:
+            prompts.append(opening)
+    return prompts

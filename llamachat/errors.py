@@ -39,6 +39,10 @@ class ArtifactError(LlamachatError):
     """An artifact is missing, unreadable, incomplete, or of the wrong kind."""
 
 
+class DivergedError(LlamachatError):
+    """Training has left the numbers that a computer can hold: its loss is infinite or not a number."""
+
+
 class BusyError(LlamachatError):
     """Another living command holds the step."""
 

@@ -23,6 +23,7 @@ OWNED: dict[str, str | None] = {
     "learning_rate": "sft.learning_rate",
     "lr_scheduler_type": "sft.schedule",
     "lr_scheduler_kwargs": None,
+    "logging_nan_inf_filter": None,
     "warmup_steps": "sft.warmup_fraction",
     "warmup_ratio": "sft.warmup_fraction",
     "weight_decay": "sft.weight_decay",

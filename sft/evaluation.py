@@ -1,5 +1,6 @@
 """How well a policy predicts held-out answers, and what it says to the same prompts as training goes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import nn
 from llamachat.batching import collate_packed, pack
 from llamachat.chat_format import ChatFormat, TokenizedExample
 from llamachat.dialog import Message
+from llamachat.errors import DivergedError
 from llamachat.rollout.engine import RolloutEngine, Sampling
 from sft.loss import SHAPE_MULTIPLE, answer_token_losses
 
@@ -29,6 +31,15 @@ def answer_loss(
         count += losses.numel()
     model.train(was_training)
     return total / count
+
+
+def check_finite(loss: float, what: str) -> None:
+    """A model whose loss is no number is neither saved nor published."""
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"{what} is {loss}. Its weights cannot be mended by more steps, and a policy made of them says nothing. Set"
+            " a lower sft.learning_rate or a longer sft.warmup_fraction, and start the step again with `--overwrite`."
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from llamachat.tracking.record import MetricsRecord
 from llamachat.tracking.tracker import Tracker, open_tracker
 from llamachat.training.progress import StepProgress
 from sft.config import Config, Inputs
-from sft.evaluation import answer_loss, sample_answers
+from sft.evaluation import answer_loss, check_finite, sample_answers
 from sft.examples import Examples, load_examples
 from sft.loss import SHAPE_MULTIPLE
 from sft.start import Start, load_start, publish_policy
@@ -85,10 +85,9 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     ) as tracker:
         session = Session(config, inputs, start, examples, plan, tracker)
         session.train(resume.path if resume else None, first_step=resume.step if resume else 0)
-        summary = session.finish(folder)
-        artifact = publish_policy(start, inputs, dropped=examples.dropped)
-        tracker.summary(summary)
-    return artifact
+        # Before the artifact, which ends the step: a command killed between the two would never come back to write it.
+        tracker.summary(session.finish(folder))
+        return publish_policy(start, inputs, dropped=examples.dropped)
 
 
 def plan_training(config: Config, inputs: Inputs, examples: Examples, *, device: torch.device) -> StepPlan:
@@ -145,6 +144,7 @@ class Session:
         ):
 
             def on_log(step: int, figures: dict[str, float]) -> None:
+                check_finite(figures["sft/loss"], f"{self.inputs.step}: the training loss at step {step}")
                 epochs = step * self.config.examples_per_step / len(self.examples.train)
                 progress_figures = {
                     "sft/epoch": min(epochs, self.config.epochs),
@@ -154,29 +154,22 @@ class Session:
                 progress.step(step, f"loss {figures['sft/loss']:.3f}")
 
             def on_step(step: int) -> None:
-                if step % tracking.eval_every == 0 and step < steps:
+                # At the last step too, and before its checkpoint: whoever resumes there has nothing to measure again.
+                if step % tracking.eval_every == 0 or step == steps:
                     loss = self.measure(step, "sft/eval_loss")
                     progress.say(f"{self.inputs.step} step {step}: held-out answers {loss:.4f} nats a token")
-                if step % tracking.sample_every == 0 and step < steps:
+                if step % tracking.sample_every == 0 or step == steps:
                     self.sample(step)
 
-            trainer = self._trainer(Watch(self._step_tokens(), on_log=on_log, on_step=on_step), Path(scratch))
+            trainer = self._trainer(Watch(self.plan.tokens_per_step, on_log=on_log, on_step=on_step), Path(scratch))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-    def _step_tokens(self) -> list[int]:
-        """Tokens that pass through the model in each optimizer step, padding left out."""
-        sizes = [len(example.input_ids) for example in self.examples.train]
-        return [
-            sum(sizes[index] for row in self.plan.step_rows(step) for index in row or ())
-            for step in range(self.plan.num_steps)
-        ]
 
     def _learnt_tokens(self) -> list[int]:
         """Answer tokens in the loss from the first step to each step."""
         sizes = [sum(example.loss_mask) for example in self.examples.train]
         return list(
             accumulate(
-                sum(sizes[index] for row in self.plan.step_rows(step) for index in row or ())
+                sum(sizes[index] for row in self.plan.step_rows(step) for index in row)
                 for step in range(self.plan.num_steps)
             )
         )
@@ -206,7 +199,7 @@ class Session:
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Tensors of some rows of the plan: one packed row, or several padded dialogs."""
-        rows = [[self.examples.train[index] for index in self.plan.rows[number] or ()] for number in numbers]
+        rows = [[self.examples.train[index] for index in self.plan.rows[number]] for number in numbers]
         if self.config.packing:
             (row,) = rows  # several packed rows in one forward pass would cost quadratic attention
             return collate_packed(row, multiple_of=SHAPE_MULTIPLE)
@@ -221,6 +214,7 @@ class Session:
             row_tokens=CPU_ROW_TOKENS,
             device=self.start.device,
         )
+        check_finite(loss, f"{self.inputs.step}: the loss on held-out answers at step {step}")
         self.tracker.log(step, dict.fromkeys(names, loss) | {"time/eval_s": time.monotonic() - started})
         return loss
 
@@ -244,15 +238,13 @@ class Session:
         )
 
     def finish(self, folder: StepFolder) -> dict[str, float]:
-        """Measure a last time, draw the curves, and return the step's final figures."""
-        last = self.plan.num_steps
-        loss = self.measure(last, "sft/eval_loss")
-        self.sample(last)
+        """Draw the curves, and return the step's final figures."""
         draw_curves(folder.metrics, folder.curves)
         self.tracker.figure("curves", folder.curves)
         # From the record, since a resumed command has seen only the end of the training itself.
         record = list(MetricsRecord(folder.metrics).read())
         figures = {name: row[name] for row in record for name in SUMMARY if row.get(name) is not None}
         figures["time/train_s"] = sum(row.get("time/step_s") or 0.0 for row in record)
-        log.info("held-out answers: %.4f nats a token before, %.4f after", figures["sft/eval_loss_base"], loss)
+        before, after = figures["sft/eval_loss_base"], figures["sft/eval_loss"]
+        log.info("held-out answers: %.4f nats a token before, %.4f after", before, after)
         return figures

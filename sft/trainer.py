@@ -96,6 +96,12 @@ class Watch(TrainerCallback):
         self._started = time.monotonic()
         self._seconds: list[float] = []  # of the steps since the last line of metrics
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A checkpoint carries the cadences of the command that wrote it; those of this command count.
+        state.compute_steps(args, state.max_steps)
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -162,6 +168,7 @@ def trainer_arguments(
         seed=seed,
         data_seed=seed,
         logging_steps=log_every,
+        logging_nan_inf_filter=False,  # it would show the mean of the steps before in place of a loss that is no number
         save_steps=save_every,
         save_total_limit=None,
         report_to="none",

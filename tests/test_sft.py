@@ -191,7 +191,9 @@ class Seen(TrainerCallback):
 
 def train_and_see(session: Session, scratch: Path) -> Seen:
     seen = Seen()
-    watch = Watch(session._step_tokens(), on_log=lambda _, f: seen.losses.append(f["sft/loss"]), on_step=lambda _: None)
+    watch = Watch(
+        session.plan.tokens_per_step, on_log=lambda _, f: seen.losses.append(f["sft/loss"]), on_step=lambda _: None
+    )
     trainer = session._trainer(watch, scratch)
     trainer.add_callback(seen)
     trainer.train()
@@ -254,7 +256,9 @@ def test_the_rate_rises_over_the_warm_up_and_falls_as_a_half_cosine(base: Path, 
         steps = session.plan.num_steps
         rates: list[float] = []
         watch = Watch(
-            session._step_tokens(), on_log=lambda _, f: rates.append(f["optim/learning_rate"]), on_step=lambda _: None
+            session.plan.tokens_per_step,
+            on_log=lambda _, f: rates.append(f["optim/learning_rate"]),
+            on_step=lambda _: None,
         )
         session._trainer(watch, tmp_path / "scratch").train()
     warmup = round(steps / 4)

@@ -18,7 +18,7 @@ class Config(Section):
     heads: int = Field(default=4, ge=1, description="Query heads.")
     key_value_heads: int = Field(default=2, ge=1, description="Key and value heads (grouped-query attention).")
     context: int = Field(default=1024, ge=64, description="Positions the model is trained on, in tokens.")
-    tokens: int = Field(default=32_000_000, ge=1, description="Tokens to train on.")
+    tokens: int = Field(default=30_400_000, ge=1, description="Tokens to train on.")
     rows_per_step: int = Field(default=16, ge=1, description="Rows of `context` tokens in one optimizer step.")
     rows_per_microbatch: int = Field(
         default=4, ge=1, description="Rows in one forward pass; changes speed, not the result."

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 from transformers.trainer_callback import DefaultFlowCallback
@@ -70,6 +72,16 @@ class AtomicCheckpointTrainer(SFTTrainer):
         total = losses.numel() if num_items_in_batch is None else num_items_in_batch
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return losses.sum() * scale / torch.as_tensor(total).clamp(min=1)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        held = self.model if model is None else model
+        if not isinstance(held, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        # Not PEFT's `load_adapter`: it puts new fp32 parameters in the place of 16-bit ones, which the optimizer does
+        # not know, so that nothing is learnt any more.
+        loaded = set_peft_model_state_dict(held, load_peft_weights(resume_from_checkpoint, device="cpu"))
+        assert not loaded.unexpected_keys and not [key for key in loaded.missing_keys if ".lora_" in key]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step, home = self.state.global_step, self.args.output_dir

@@ -168,8 +168,9 @@ def test_our_loss_is_the_one_of_trl(tuning: Tuning, packing: bool, base: Path, t
         trainer = session._trainer(Watch([], on_log=lambda *_: None, on_step=lambda _: None), tmp_path / "scratch")
         batch = session.collate(range(session.plan.rows_per_microbatch))
         for items in (None, torch.tensor(97)):
-            ours = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
-            theirs = SFTTrainer.compute_loss(trainer, trainer.model, dict(batch), num_items_in_batch=items)
+            model = session.start.model
+            ours = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+            theirs = SFTTrainer.compute_loss(trainer, model, dict(batch), num_items_in_batch=items)
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 
@@ -217,6 +218,7 @@ def slow_step(inputs: Inputs, examples: Sequence[TokenizedExample]) -> tuple[flo
 def test_every_layout_of_a_step_gives_the_gradients_of_a_slow_loop(tuning: Tuning, base: Path, tmp_path: Path):
     inputs = inputs_of(tmp_path, base, toy_dialogs(26), tuning=tuning)
     runs: dict[str, Seen] = {}
+    first: list[TokenizedExample] = []
     for name, layout in LAYOUTS.items():
         config = Config(epochs=1, examples_per_step=8, learning_rate=1e-4, max_grad_norm=1e9, **layout)
         with open_session(config, inputs) as session:

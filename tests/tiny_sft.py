@@ -109,7 +109,7 @@ def open_session(config: Config, inputs: Inputs) -> Iterator[Session]:
         yield Session(config, inputs, start, examples, plan, tracker)
 
 
-def write_recipe(path: Path, base: Path, dialogs: Path, **sections: Any) -> Path:
+def write_recipe(path: Path, base: Path, dialogs: Path, sections: dict[str, dict[str, Any]] | None = None) -> Path:
     """A recipe of one SFT step for the command line; `sections` are merged into its sections."""
     values: dict[str, Any] = {
         "run": {"dir": str(path.parent / "runs" / path.stem), "seed": 1},
@@ -120,7 +120,7 @@ def write_recipe(path: Path, base: Path, dialogs: Path, **sections: Any) -> Path
         "sft": {"epochs": 2, "learning_rate": 1e-3, "examples_per_step": 8, "sample_prompts": 2},
         "tracking": {"mode": "off", "sample_every": 4, "eval_every": 3, "save_every": 2},
     }
-    for name, section in sections.items():
+    for name, section in (sections or {}).items():
         values[name] = values[name] | section
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path

@@ -24,7 +24,7 @@ from llamachat.chat_format.proof import load_proved_format
 from llamachat.config.sections import Base, Data, DataSource
 from llamachat.models.loading import load_base
 from sft.examples import load_examples
-from sft.loss import answer_token_losses
+from sft.loss import SHAPE_MULTIPLE, answer_token_losses
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -90,12 +90,13 @@ def load_steps(count: int, seed: int) -> list[list[TokenizedExample]]:
 def packed(dialogs: Sequence[TokenizedExample], row_tokens: int) -> list[Batch]:
     """Rows of up to so many tokens; one row a batch, as in training."""
     rows = pack([len(dialog.input_ids) for dialog in dialogs], row_tokens)
-    return [collate_packed([dialogs[index] for index in row]) for row in rows]
+    return [collate_packed([dialogs[index] for index in row], multiple_of=SHAPE_MULTIPLE) for row in rows]
 
 
 def padded(dialogs: Sequence[TokenizedExample], rows: int) -> list[Batch]:
     """So many dialogs a batch as they come, each padded to the longest of its batch."""
-    return [collate_padded(dialogs[start : start + rows]) for start in range(0, len(dialogs), rows)]
+    starts = range(0, len(dialogs), rows)
+    return [collate_padded(dialogs[start : start + rows], multiple_of=SHAPE_MULTIPLE) for start in starts]
 
 
 def report(layouts: Sequence[Layout], *, tokens: int, answer_tokens: int) -> str:

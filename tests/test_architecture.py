@@ -46,6 +46,7 @@ ORDER = (
     "turn_mends",
     "loose_rows",
     "record_mends",
+    "data_convert",
     "batching",
     "runs",
     "models",

@@ -34,9 +34,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 METHODS = {"full": {"method": "full"}, "lora": {"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}}
 
-# Reads {"arguments": [...], "kill_at": n} a line; answers with the exit status and the file operations in the run folder.
+# Reads {"arguments": [...], "kill_at": n, "kill_on": pattern} a line; is killed at its n-th file operation in the run
+# folder, or at the first that fits the pattern; answers with the exit status and the number of such operations.
 FORKING = """
-import json, os, signal, sys, tempfile
+import json, os, re, signal, sys
 import peft, sft.train, llamachat.tracking.curves
 from pipelines.cli import main
 
@@ -45,10 +46,10 @@ def child(order, counted):
     count = 0
     def hook(event, arguments):
         nonlocal count
-        is_ours = event == "open" or event.startswith(("os.", "shutil."))
-        if is_ours and any(isinstance(a, (str, os.PathLike)) and "/runs/" in str(a) for a in arguments):
-            count += 1
-            if count == order["kill_at"]:
+        if event == "open" or event.startswith(("os.", "shutil.")):
+            paths = [str(a) for a in arguments if isinstance(a, (str, os.PathLike)) and "/runs/" in str(a)]
+            count += bool(paths)
+            if paths and (count == order["kill_at"] or re.search(order["kill_on"], " ".join([event, *paths]))):
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hook)
     status = main(order["arguments"])
@@ -79,11 +80,11 @@ class Commands:
     log: Path
     operations: int = 0  # of the last command, in its run folder
 
-    def run(self, recipe: Path, *overrides: str, kill_at: int = -1) -> int:
-        """The exit status of `llamachat sft`, or -9 where it was killed at that file operation."""
+    def run(self, recipe: Path, *overrides: str, kill_at: int = -1, kill_on: str = "$^") -> int:
+        """The exit status of `llamachat sft`, or -9 where it was killed."""
         assert self.process.stdin and self.process.stdout
         self.log.write_text("")
-        order = {"arguments": ["sft", "--config", str(recipe), *overrides], "kill_at": kill_at}
+        order = {"arguments": ["sft", "--config", str(recipe), *overrides], "kill_at": kill_at, "kill_on": kill_on}
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         status, self.operations = json.loads(self.process.stdout.readline())
@@ -197,20 +198,27 @@ def test_killed_at_file_operations_it_ends_like_an_uninterrupted_run(
     assert not list(run.step.path.rglob(".incoming-*"))
 
 
+@pytest.mark.parametrize(
+    ("moment", "operation"),
+    [
+        ("before the summary", r"^os.rename .*/summary\.json$"),
+        ("inside the artifact", r"^open .*/\.incoming-artifact/.*manifest"),
+        ("before its rename", r"^os.rename .*/\.incoming-artifact .*/artifact$"),
+        ("after its rename", r"^os.rename .*/lineage\.json$"),
+    ],
+)
 def test_killed_while_it_ends_a_step_is_published_whole_with_its_summary(
-    commands: Commands, uninterrupted: Any, base: Path, dialogs: Path, tmp_path: Path
+    moment: str, operation: str, commands: Commands, uninterrupted: Any, base: Path, dialogs: Path, tmp_path: Path
 ):
-    whole, operations = uninterrupted("full")
+    whole, _ = uninterrupted("full")
     run = Run(write_recipe(tmp_path / "late.yaml", base, dialogs))
-    # From the last checkpoint on each start has the same operations: step back through those of the end.
-    assert commands.run(run.recipe, kill_at=operations - 12) == -signal.SIGKILL
+    assert commands.run(run.recipe, kill_on=operation) == -signal.SIGKILL, commands.words()
+    assert run.step.summary.exists() == (moment != "before the summary")
+    assert (run.step.path / ".incoming-artifact").exists() == (moment in ("inside the artifact", "before its rename"))
+    assert run.step.artifact.exists() == (moment == "after its rename")
     assert commands.run(run.recipe) == 0, commands.words()
-    for back in (20, 14, 10, 7, 5, 3, 2):
-        late = Run(run.recipe.with_name(f"late{back}.yaml"))
-        late.recipe.write_text(run.recipe.read_text().replace("runs/late", f"runs/late{back}"))
-        assert commands.run(late.recipe, kill_at=operations - back) == -signal.SIGKILL
-        assert commands.run(late.recipe) == 0, commands.words()
-        assert_same(late, whole)
+    assert_same(run, whole)
+    assert (run.step.path.parent / "lineage.json").exists()
 
 
 def started(recipe: Path) -> "subprocess.Popen[str]":

@@ -27,7 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(help="Look at data files.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(
+    help="Look at data files, bring them into our form.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data_app, name="data")
 
 OverwriteOption = Annotated[
@@ -111,10 +113,10 @@ def all_steps(
     _run("all", config, overrides, overwrite=overwrite, dry_run=dry_run)
 
 
-def _add_later(command: str, meaning: str, to: typer.Typer = app, prefix: str = "") -> None:
+def _add_later(command: str, meaning: str) -> None:
     """A command of the whole recipe that has no code here: it says so and ends with status 2."""
 
-    @to.command(
+    @app.command(
         name=command,
         help=f"{meaning} Not part of this version yet.",
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
@@ -123,7 +125,7 @@ def _add_later(command: str, meaning: str, to: typer.Typer = app, prefix: str = 
     def later() -> None:
         from pipelines.stages import not_yet
 
-        raise UsageError(not_yet(f"'{prefix}{command}'"))
+        raise UsageError(not_yet(f"'{command}'"))
 
 
 _add_later("rm", "Reward models of helpfulness and safety (3.2.2).")
@@ -152,4 +154,4 @@ app.command()(tools.tokens)
 app.command()(tools.dashboard)
 app.command()(tools.pretrain)
 data_app.command(name="check")(tools.check)
-_add_later("convert", "Bring a foreign file into our form.", to=data_app, prefix="data ")
+data_app.command(name="convert")(tools.convert)

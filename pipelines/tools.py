@@ -1,4 +1,4 @@
-"""Commands beside the recipe's steps: chat, sample, tokens, data check, dashboard, pretrain."""
+"""Commands beside the recipe's steps: chat, sample, tokens, data check, data convert, dashboard, pretrain."""
 
 import logging
 import sys
@@ -11,6 +11,7 @@ from llamachat.errors import UsageError
 from pipelines.exit_status import reported, state_is_kept
 
 if TYPE_CHECKING:
+    from llamachat.record_rules import TextCheck
     from llamachat.rollout.engine import Sampling
 
 log = logging.getLogger(__name__)
@@ -145,16 +146,45 @@ def check(
     data_format: Annotated[str, typer.Option("--format", help="auto, native, or the name of a known set.")] = "auto",
 ) -> None:
     """Check a data file: every bad line with its field, the reason and the mend; then what the file holds."""
-    from llamachat.chat_format import load_chat_format
     from llamachat.data_check import check_path
-    from llamachat.tokenizer import load_tokenizer
 
-    # Which texts a format forbids does not hang on the tokenizer; it only wants one.
-    chat_format = load_chat_format("llama2", load_tokenizer(_BUNDLED_BASE))
-    report = check_path(path, kind, data_format, chat_format.check_text)
+    report = check_path(path, kind, data_format, _text_check())
     print(report.text())
     if report.exit_status:
         raise typer.Exit(report.exit_status)
+
+
+@reported
+def convert(
+    path: Annotated[
+        str, typer.Argument(metavar="IN", help="JSON Lines, a JSON array (.gz or not), .parquet, or a hub name.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The records in our form: .jsonl or .jsonl.gz.")],
+    kind: Annotated[
+        Literal["dialog", "preference", "prompt"] | None,
+        typer.Option("--kind", help="What to write; without this, what most of the first records are."),
+    ] = None,
+    data_format: Annotated[str, typer.Option("--format", help="auto, native, or the name of a known set.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over OUT where it exists.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Write nothing where a record cannot be mended; else it is dropped.")
+    ] = False,
+) -> None:
+    """Bring a data file into our form: what can be mended is, and counted; what cannot is dropped, and named."""
+    from llamachat.data_convert import convert_path
+
+    report = convert_path(
+        path, out, kind=kind, format=data_format, check=_text_check(), overwrite=overwrite, strict=strict
+    )
+    print(f"{report.dropped()}{report.text()}")
+
+
+def _text_check() -> "TextCheck":
+    from llamachat.chat_format import load_chat_format
+    from llamachat.tokenizer import load_tokenizer
+
+    # Which texts a format forbids does not hang on the tokenizer; it only wants one.
+    return load_chat_format("llama2", load_tokenizer(_BUNDLED_BASE)).check_text
 
 
 @reported

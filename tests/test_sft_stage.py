@@ -181,7 +181,9 @@ def test_an_offline_wandb_run_holds_every_figure_and_no_chat_text(
     (run,) = offline_runs(StepFolder(inputs.folder))
     history = wandb_history(run)
     record = MetricsRecord(inputs.folder / "metrics.jsonl").read()
-    figures = {(name, row["step"]): row[name] for row in record for name in row if "/" in name and name != "sft/step"}
+    figures = {
+        (name, int(row["step"])): row[name] for row in record for name in row if "/" in name and name != "sft/step"
+    }
     assert {name for name, _ in figures} > {"sft/loss", "sft/eval_loss", "sft/finished_fraction", "optim/grad_norm"}
     for (name, step), value in figures.items():
         shown = history.get(name) or history[f"sft/{name}"]

@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 from llamachat.dialog import DialogError
 from llamachat.errors import DataError, UsageError
 from llamachat.jsonl import Row
-from llamachat.loose_rows import loose_rows
+from llamachat.loose_rows import is_turns, loose_rows
 from llamachat.problems import SHOWN, Problem, printable, problem, reason_key
 from llamachat.record_mends import SETS_OF_TURNS, mended_record, source_of, told_kind, transcripts_joined
 from llamachat.record_rules import KINDS, Kind, TextCheck, parse_record
@@ -116,7 +116,8 @@ def convert_path(
 
 def _usual_kind(head: Sequence[Row | Problem], *, of_turns: bool) -> Kind:
     """The kind that most of the first rows are of; dialogs where none tells."""
-    values = [transcripts_joined(row.value) for row in head if isinstance(row, Row) and isinstance(row.value, Mapping)]
+    keyed = [{"messages": row.value} if is_turns(row.value) else row.value for row in head if isinstance(row, Row)]
+    values = [transcripts_joined(value) for value in keyed if isinstance(value, Mapping)]
     sources = [None if of_turns else source_of(value, None) for value in values]
     told = [src.kind if src else told_kind(value, None) for value, src in zip(values, sources, strict=True)]
     return max(KINDS, key=told.count)
@@ -134,6 +135,9 @@ def _records(
     row: Row, report: ConvertReport, named: Source | None, *, of_turns: bool, wanted: Kind | None
 ) -> Iterator[_Found]:
     """The records of one row, each mended as far as it can be; what cannot be is noted in the report."""
+    if is_turns(row.value):
+        yield from _mended({"messages": row.value}, row.line, report, Notes(Counter({Mend.BARE_TURNS: 1})))
+        return
     if not isinstance(row.value, Mapping):
         yield _Found(row.value, Notes())
         return

@@ -24,6 +24,7 @@ from llamachat.turn_mends import Mend
 _PART = 1 << 20  # characters of an array that are read at a time
 _ROLE_KEYS = ("role", "from")
 _OPENING = re.compile(r"\s*\[")
+_FOLLOWS = re.compile(r"\s*[,\]]")
 _GAP = re.compile(r"\s*,?\s*")
 
 
@@ -37,8 +38,7 @@ def loose_rows(path: str, mends: Counter[Mend]) -> Iterator[Row | Problem]:
         # Of all the faults of a file as a whole, the array's is the one whose mend names this command.
         if not convert_command([first], path):
             raise DataError(first.at(path))
-        mends[Mend.ARRAY] += 1
-        yield from _array(file)
+        yield from _array(file, mends)
     elif is_lines:
         for line, raw in _lines(file):
             yield from _on_line(raw, line, mends)
@@ -89,18 +89,19 @@ def _on_line(raw: bytes, line: int, mends: Counter[Mend]) -> Iterator[Row | Prob
 
 def _unrolled(row: Row, mends: Counter[Mend]) -> Iterator[Row | Problem]:
     """The records of a list; a list of turns is one of them."""
-    if not isinstance(row.value, list) or not row.value:
+    if not isinstance(row.value, list) or not row.value or is_turns(row.value):
         yield row
-    elif all(map(_is_turn, row.value)):
-        mends[Mend.BARE_TURNS] += 1
-        yield Row(row.line, {"messages": row.value})
     elif all(isinstance(item, Mapping | list) for item in row.value):
         mends[Mend.ARRAY] += 1
         for item in row.value:
-            is_dialog = isinstance(item, list) and item and all(map(_is_turn, item))
-            yield from _unrolled(Row(row.line, item), mends) if is_dialog else [Row(row.line, item)]
+            yield Row(row.line, item)
     else:
         yield row
+
+
+def is_turns(value: object) -> bool:
+    """Whether a value without keys of its own is a conversation: a list of turns and nothing else."""
+    return isinstance(value, list) and bool(value) and all(map(_is_turn, value))
 
 
 def _is_turn(value: object) -> bool:
@@ -124,15 +125,16 @@ def _parts(raw: bytes) -> list[str]:
     return parts
 
 
-def _array(path: Path) -> Iterator[Row | Problem]:
+def _array(path: Path, mends: Counter[Mend]) -> Iterator[Row | Problem]:
     """The items of the array that a file is; an array of turns is one dialog."""
     items = _items(path)
     first = next(items, None)
     if first is not None and isinstance(first, Row) and _is_turn(first.value):
         turns = [first, *items]
         bad = next((turn for turn in turns if isinstance(turn, Problem)), None)
-        yield bad or Row(1, {"messages": [cast(Row, turn).value for turn in turns]})
+        yield bad or Row(1, [cast(Row, turn).value for turn in turns])
         return
+    mends[Mend.ARRAY] += 1
     yield from [] if first is None else chain([first], items)
 
 
@@ -160,18 +162,18 @@ def _item_texts(stream: IO[str]) -> Iterator[str]:
             if (text[position + 1 :] + stream.read()).strip():
                 raise ValueError("something stands after the array")
             return
+        fault = ValueError("no comma and no end of the array follows")
         try:
             _, end = decoder.raw_decode(text, position)
-            fault = None
         except json.JSONDecodeError as error:
             end, fault = len(text), error
-        if end < len(text):
+        # A number may go on after what was read of it, so what follows an item tells that it is whole.
+        if _FOLLOWS.match(text, end):
             yield text[position:end]
             position, size = end, _PART
             continue
         if is_whole:
-            raise fault or ValueError("the array is not closed")
-        # What was read ends here, or within the item: more of it tells which.
+            raise fault
         part = stream.read(size)
         is_whole = len(part) < size
         text, position, size = text[position:] + part, 0, 2 * size

@@ -159,6 +159,7 @@ def _turns(row: _Row, *, ends_with: EndsWith) -> list[Message]:
     else:
         answer = row.first(_ANSWERS)
         assert answer is not None, "a dialog holds turns or an answer"
+        row.notes.add(Mend.HALVES)
         said = _as_turns(row.take(answer, answer), answer, "assistant", row.notes)
         turns = [*_question(row, ends_with="either"), *said]
     turns = ordered([*_system(row), *turns], row.notes, ends_with=ends_with)
@@ -226,8 +227,9 @@ def _pair(row: _Row) -> dict[str, Any]:
             "parts from 'chosen' before the last answer, but a pair compares two answers to one prompt.",
             "Cut both where they part, or drop the record.",
         )
-    if any(_asks(turns) for turns in sides.values()):
+    if any(len(turns) > 1 for turns in sides.values()):
         row.notes.add(Mend.WHOLE_DIALOGS)
+    if any(_asks(turns) for turns in sides.values()):
         shared = _agreed(shared, prompt)
     return {"prompt": shared, **{side: turns[-1:] for side, turns in whole.items()}}
 

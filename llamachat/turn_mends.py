@@ -33,6 +33,7 @@ class Mend(StrEnum):
     ROLE_SPELLING = "role in capitals or with white space respelt"
     PARTS = "parts of a content joined"
     TEXT = "text taken as a turn"
+    HALVES = "question and answer put together"
     LABEL = "label or id respelt"
     TRAIN_ON_QUESTION = "'train' taken off a turn that is no answer"
     TOOL = "turn of a tool dropped"
@@ -43,7 +44,7 @@ class Mend(StrEnum):
     MERGED = "turn merged with the one before it"
     OPEN_QUESTION = "question without an answer dropped from the end"
     CLOSING_ANSWER = "answer dropped from the end of a prompt"
-    WHOLE_DIALOGS = "answers cut out of whole dialogs"
+    WHOLE_DIALOGS = "answers cut out of dialogs"
     AS_PROMPT = "prompt taken out of another kind of record"
 
 

@@ -284,42 +284,43 @@ def test_the_kind_and_the_format_can_be_given(bench: Bench):
 
 # -- whatever it holds
 
-TEXTS = st.sampled_from(
-    ["a", "b", "", " ", "\n\nHuman: a\n\nAssistant: b", "x [INST] y", "\ud83d", "caf\u00e9\u2028", "better"]
+PLAIN = st.sampled_from(["a", "b", "c", "d ", " e\n"])
+ODD = st.sampled_from(["", " ", "\n\nHuman: a\n\nAssistant: b", "x [INST] y", "\ud83d", "caf\u00e9\u2028", "better"])
+ATOMS = st.one_of(st.none(), st.booleans(), st.integers(0, 2), PLAIN, ODD)
+WILD = st.recursive(ATOMS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PLAIN, inner, max_size=3))
+PARTS = st.sampled_from([None, 3, ["a", {"type": "text", "text": "b"}], [{"type": "image"}], {"text": "a"}])
+CONTENTS = st.integers(0, 19).flatmap(lambda n: ODD if n == 9 else PARTS if n == 8 else PLAIN)
+ROLES = st.sampled_from(["user", "assistant", "user", "assistant", "system", "human", " GPT", "tool", "User "])
+MASKS = {"train": st.sampled_from([True, False, None]), "weight": st.sampled_from([0, 1]), "name": ATOMS}
+OWN = st.fixed_dictionaries({"role": ROLES, "content": CONTENTS})
+MASKED = st.fixed_dictionaries({"role": ROLES, "content": CONTENTS}, optional={**MASKS, "trian": st.booleans()})
+SHARED = st.fixed_dictionaries({"from": ROLES, "value": CONTENTS})
+TURNS = st.integers(0, 39).flatmap(lambda n: WILD if n == 20 else MASKED if n > 33 else SHARED if n > 26 else OWN)
+LISTS = st.lists(TURNS, min_size=1, max_size=6)
+SAID = st.integers(0, 9).flatmap(lambda n: WILD if n == 9 else TURNS if n == 8 else LISTS if n > 4 else PLAIN)
+SYSTEM = {"system": PLAIN}
+LABELS = {**SYSTEM, "is_safe": ATOMS, "is_safety": ATOMS, "rating": ATOMS, "ratting": ATOMS, "id": ATOMS}
+NAMES = (
+    *("messages", "mesages", "conversations", "prompt", "prompt_id", "question", "answer", "completion", "input"),
+    *("chosen", "rejected", "rejectd", "instruction", "output", "response", "context", "history", "instances"),
+    *("message_tree_id", *LABELS),
 )
-ATOMS = st.one_of(st.none(), st.booleans(), st.integers(0, 2), TEXTS)
-WILD = st.recursive(ATOMS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3))
-ROLES = st.sampled_from(["user", "assistant", "assistant", "system", "human", " GPT", "tool", "User ", "nobody"])
-CONTENTS = TEXTS | st.sampled_from([None, 3, ["a", {"type": "text", "text": "b"}], [{"type": "image"}], {"text": "a"}])
-TURNS = st.one_of(
-    st.fixed_dictionaries(
-        {"role": ROLES, "content": CONTENTS},
-        optional={"train": st.sampled_from([True, False, None, "no"]), "weight": ATOMS, "trian": ATOMS, "name": ATOMS},
-    ),
-    st.fixed_dictionaries({"from": ROLES, "value": CONTENTS}),
-    WILD,
-)
-LISTS = st.lists(TURNS, max_size=6)
-SAID = LISTS | CONTENTS | TURNS
 ROWS = st.one_of(
-    st.dictionaries(
-        st.sampled_from(
-            (
-                *("messages", "mesages", "conversations", "prompt", "prompt_id", "question", "answer", "completion"),
-                *("input", "chosen", "rejected", "rejectd", "system", "instruction", "output", "response", "context"),
-                *("history", "rating", "ratting", "is_safe", "is_safety", "id", "message_tree_id", "instances"),
-            )
-        ),
-        SAID,
-        max_size=6,
-    ),
-    st.fixed_dictionaries({"messages": LISTS}, optional={"is_safe": ATOMS, "system": TEXTS, "ratting": ATOMS}),
-    st.fixed_dictionaries({"prompt": SAID, "chosen": SAID, "rejected": SAID}, optional={"rating": ATOMS, "id": ATOMS}),
+    st.fixed_dictionaries({"messages": LISTS}, optional=LABELS),
+    st.fixed_dictionaries({"messages": LISTS}, optional=SYSTEM),
+    st.fixed_dictionaries({"conversations": LISTS}, optional=SYSTEM),
+    st.fixed_dictionaries({"prompt": SAID, "chosen": SAID, "rejected": SAID}, optional=SYSTEM),
+    st.fixed_dictionaries({"prompt": PLAIN, "chosen": PLAIN, "rejected": PLAIN}, optional=LABELS),
+    LISTS.map(lambda turns: {"chosen": [*turns, answer("x")], "rejected": [*turns, answer("y")]}),
+    st.fixed_dictionaries({"prompt": SAID}, optional=LABELS),
+    st.fixed_dictionaries({"question": SAID, "answer": SAID}),
+    st.fixed_dictionaries({"instruction": PLAIN, "output": CONTENTS}),
     st.lists(st.fixed_dictionaries({"messages": LISTS}), max_size=3),
     LISTS,
+    st.dictionaries(st.sampled_from(NAMES), SAID, max_size=6),
     WILD,
 )
-GLUES = st.sampled_from(["\n", "\n\n", ",\n", " ", "\r\n", "\n\ufeff"])
+GLUES = st.sampled_from(["\n", "\n", "\n", "\n\n", ",\n", " ", "\r\n", "\n\ufeff"])
 
 
 @settings(

@@ -35,7 +35,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 METHODS = {"full": {"method": "full"}, "lora": {"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}}
 
 # Reads {"arguments": [...], "kill_at": n, "kill_on": pattern} a line; is killed at its n-th file operation in the run
-# folder, or at the first that fits the pattern; answers with the exit status and the number of such operations.
+# folder, or where "the last one; this one" fits the pattern; answers with the exit status and the number of such operations.
 FORKING = """
 import json, os, re, signal, sys
 import peft, sft.train, llamachat.tracking.curves
@@ -43,14 +43,16 @@ from pipelines.cli import main
 
 def child(order, counted):
     os.dup2(2, 1)
-    count = 0
+    count, before = 0, ""
     def hook(event, arguments):
-        nonlocal count
+        nonlocal count, before
         if event == "open" or event.startswith(("os.", "shutil.")):
             paths = [str(a) for a in arguments if isinstance(a, (str, os.PathLike)) and "/runs/" in str(a)]
             count += bool(paths)
-            if paths and (count == order["kill_at"] or re.search(order["kill_on"], " ".join([event, *paths]))):
+            now = " ".join([event, *paths])
+            if paths and (count == order["kill_at"] or re.search(order["kill_on"], f"{before}; {now}")):
                 os.kill(os.getpid(), signal.SIGKILL)
+            before = now if paths else before
     sys.addaudithook(hook)
     status = main(order["arguments"])
     os.write(counted, str(count).encode())
@@ -201,10 +203,10 @@ def test_killed_at_file_operations_it_ends_like_an_uninterrupted_run(
 @pytest.mark.parametrize(
     ("moment", "operation"),
     [
-        ("before the summary", r"^os.rename .*/summary\.json$"),
-        ("inside the artifact", r"^open .*/\.incoming-artifact/.*manifest"),
-        ("before its rename", r"^os.rename .*/\.incoming-artifact .*/artifact$"),
-        ("after its rename", r"^os.rename .*/lineage\.json$"),
+        ("before the summary", r"; os.rename .*/summary\.json$"),
+        ("inside the artifact", r"; open .*/\.incoming-artifact/.*manifest"),
+        ("before its rename", r"; os.rename .*/\.incoming-artifact .*/artifact$"),
+        ("after its rename", r"^os.rename .*/\.incoming-artifact .*/artifact; "),
     ],
 )
 def test_killed_while_it_ends_a_step_is_published_whole_with_its_summary(

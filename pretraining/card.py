@@ -22,7 +22,7 @@ whole recipe runs on a laptop. It writes plausible English and knows next to not
 | schedule | warm-up, level, linear fall to 2% |
 | held-out bits per byte, on the training mix | **{mix:.3f}** |
 
-Made with `llamachat pretrain --texts DIR --run DIR {overrides}`; a killed run goes on from its last checkpoint.
+Made with `llamachat pretrain --texts DIR --run DIR{overrides}`; a killed run goes on from its last checkpoint.
 
 ![training loss](curve.png)
 
@@ -34,7 +34,7 @@ document is scored from its first token, at most {context} tokens of context.
 | source | share of the training mix | bits per byte | tokens measured |
 |---|---|---|---|
 {rows_of_sources}
-
+{unmeasured}
 ## Data
 
 Documents carry BOS and EOS (a passage of a longer work ends without EOS). Sets that also serve tuning are divided by
@@ -89,13 +89,20 @@ def model_card(config: Config, run: Path, report: dict[str, SourceBits]) -> str:
         muon=config.matrix_learning_rate,
         adamw=config.learning_rate,
         mix=mix(report),
-        overrides=" ".join(overrides),
+        overrides="".join(f" {text}" for text in overrides),
         rows_of_sources="\n".join(
             f"| {name} | {report[name].share:.1%} | {report[name].bits_per_byte:.3f} | {report[name].tokens} |"
             for name in order
         ),
-        licences="\n".join(f"- {name}: {LICENCES[name]}" for name in order),
+        unmeasured=_unmeasured([source.name for source in SOURCES if source.name not in report]),
+        licences="\n".join(f"- {source.name}: {LICENCES[source.name]}" for source in SOURCES),
     )
+
+
+def _unmeasured(names: list[str]) -> str:
+    if not names:
+        return ""
+    return f"\nNot measured, since none of its few documents fell among the held-out: {', '.join(names)}.\n"
 
 
 def draw_curve(log: Path, png: Path) -> None:

@@ -18,7 +18,7 @@ LLAMACHAT := LLAMACHAT_DIE_WITH_PARENT=1 exec $(PY) -m pipelines
 STEPS := sft rm rs gatt distill ppo eval report all
 
 .DEFAULT_GOAL := help
-.PHONY: help $(STEPS) plan dashboard chat test check bench setup check-environment metrics-docs
+.PHONY: help $(STEPS) plan dashboard chat test check bench setup check-environment
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14

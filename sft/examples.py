@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
 from llamachat.config.sections import Data
@@ -83,9 +84,13 @@ def _encode(
 def held_out_prompts(
     dialogs: Sequence[Dialog], chat_format: ChatFormat, *, count: int, max_tokens: int
 ) -> list[tuple[Message, ...]]:
-    """Openings of the first `count` different dialogs that leave room for an answer: system text and first user turn."""
+    """Openings (system text and first user turn) of `count` different dialogs that leave room for an answer.
+
+    Taken at even distances, so that each source of the mixture has its share.
+    """
     prompts: list[tuple[Message, ...]] = []
-    for dialog in dialogs:
+    stride = max(1, len(dialogs) // max(1, count))
+    for dialog in chain(dialogs[::stride], dialogs):
         if len(prompts) == count:
             break
         opening = dialog.messages[: 2 if dialog.messages[0].role == "system" else 1]

@@ -168,6 +168,14 @@ def test_text_goes_to_wandb_only_where_it_is_asked_for(folder: StepFolder) -> No
     assert any(MARKER in path.read_text() for path in (run.parent / "files" / "media").rglob("*.json"))
 
 
+def test_system_texts_stay_out_of_the_configuration_that_wandb_is_given() -> None:
+    config = {"base": {"system": "Be kind.", "dtype": "bfloat16"}, "data": {"sft": [{"path": "x", "system": None}]}}
+    assert wandb_run.without_system_texts(config) == {
+        "base": {"system": "(a text of 8 characters)", "dtype": "bfloat16"},
+        "data": {"sft": [{"path": "x", "system": None}]},
+    }
+
+
 KILLED = """
 import sys
 from pathlib import Path

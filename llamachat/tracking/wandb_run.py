@@ -105,7 +105,7 @@ def open_wandb_run(
         "name": step if prefix.partition("/")[0] == step.partition("/")[0] else f"{step} ({prefix})",
         "id": run_id,
         "resume": "allow",
-        "config": dict(config),
+        "config": dict(config) if tracking.upload_text else without_system_texts(config),
     }
     run = _start(arguments, where, prefix)
     if run is None and where == "online":
@@ -225,3 +225,18 @@ def _settings(wandb: Any) -> Any:
 
 def _cell(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float | bool) else json.dumps(value)
+
+
+def without_system_texts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as it may leave the machine: a system text is part of the users' chats."""
+    return {key: _without_system_texts(key, value) for key, value in config.items()}
+
+
+def _without_system_texts(key: str, value: Any) -> Any:
+    if key == "system" and isinstance(value, str):
+        return f"(a text of {len(value)} characters)"
+    if isinstance(value, Mapping):
+        return without_system_texts(value)
+    if isinstance(value, list | tuple):
+        return [_without_system_texts("", item) for item in value]
+    return value

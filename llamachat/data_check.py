@@ -199,8 +199,11 @@ def _warnings(tally: _Tally, path: str) -> Iterator[Warned]:
             lines,
         )
     for name, lines in tally.unused.items():
-        near = nearest_key(name.rpartition(".")[2])
+        plain = name.rpartition(".")[2]
+        near = nearest_key(plain)
         mend = f"The nearest known key is '{near[0]}' of a {near[1]}; rename it if that is meant." if near else ""
+        if near and near[0] == plain:
+            mend = f"It is a key of a {near[1]}; take it out here, or move the record to a file of those."
         yield Warned(
             name,
             "is a key that nothing reads; it is left out.",

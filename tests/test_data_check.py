@@ -251,7 +251,7 @@ def test_the_kind_can_be_given(tmp_path: Path, tiny_format: ChatFormat):
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl.gz", b"\x1f\x8bnot gzip", "is damaged"),
         ("a.json", f"[{GOOD},\n{GOOD}]".encode(), "is one JSON array"),
-        ("a.jsonl", gzip.compress(GOOD.encode()), "is gzip"),
+        ("a.jsonl", gzip.compress(GOOD.encode(), mtime=0), "is gzip"),
     ],
 )
 def test_a_file_that_is_no_data_file(name: str, content: bytes, reason: str, tmp_path: Path, tiny_format: ChatFormat):

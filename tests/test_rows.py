@@ -10,9 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from llamachat.config.paths import HubSet, hub_set
 from llamachat.jsonl import Row
 from llamachat.problems import Problem
-from llamachat.rows import HubSet, hub_set, read_rows
+from llamachat.rows import read_rows
 
 ROWS = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
@@ -66,7 +67,7 @@ def test_damaged_and_empty_parquet(tmp_path: Path):
     [
         ("a.jsonl", b"", "is empty", "Write or fetch it again"),
         ("a.jsonl", b"\n \n", "blank lines only", "Write or fetch it again"),
-        ("a.jsonl.gz", gzip.compress(b""), "is empty inside", "Write or fetch it again"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "is empty inside", "Write or fetch it again"),
         ("a.jsonl", gzip.compress(LINES), "is gzip", "Rename it to a.jsonl.gz"),
         ("a.jsonl.gz", LINES, "is text and not gzip", "Rename it to a.jsonl"),
         ("a.parquet", LINES, "is text, but its name says parquet", "Rename it to a.jsonl"),

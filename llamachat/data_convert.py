@@ -7,7 +7,6 @@ kind are left out, named like those that cannot be mended.
 """
 
 import gzip
-import hashlib
 import json
 import os
 from collections import Counter
@@ -24,7 +23,7 @@ from llamachat.jsonl import Row
 from llamachat.loose_rows import is_turns, loose_rows
 from llamachat.problems import SHOWN, Problem, printable, problem, reason_key
 from llamachat.record_mends import SETS_OF_TURNS, mended_record, sources_of, told_kind, transcripts_joined
-from llamachat.record_rules import KINDS, Kind, TextCheck, parse_record
+from llamachat.record_rules import KINDS, Kind, TextCheck, digest_of, parse_record
 from llamachat.records import parse_rows
 from llamachat.sources import SOURCES, Source
 from llamachat.sources.reading import choice_of, gathered, gathers_of
@@ -167,6 +166,9 @@ def _records(
 
 def _mended(value: Mapping[str, Any], line: int, report: ConvertReport, notes: Notes) -> Iterator[_Found]:
     told = told_kind(value, report.kind)
+    if told != report.kind and not notes.mends:
+        known = sources_of(value, None)
+        told = known[0].kind if known else told
     if told is None:
         yield _Found(value, notes)  # the rules say what it lacks
     elif told != report.kind and report.kind != "prompt":
@@ -193,13 +195,12 @@ def _write(
     if record is None:
         report.problems.append(findings.problems[0])
         return
-    text = json.dumps(found.value, ensure_ascii=False).encode() + b"\n"
-    digest = hashlib.blake2b(text, digest_size=16).digest()
+    digest = digest_of(record)
     if digest in seen:
         report.repeated += 1
         return
     seen.add(digest)
-    stream.write(text)
+    stream.write(json.dumps(found.value, ensure_ascii=False).encode() + b"\n")
     report.written += 1
     report.untouched += not found.notes.mends
     report.times += found.notes.mends

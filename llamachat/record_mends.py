@@ -94,7 +94,9 @@ def mended_record(row: Mapping[str, Any], told: Kind, wanted: Kind, notes: Notes
 
     Raises `DialogError` where it would take a guess.
     """
-    slips = tuple(dict.fromkeys((*REQUIRED[told], *KEYS[wanted])))
+    # A kind that only misspelt keys told is read from all of those.
+    required = REQUIRED[told] if _told(row, wanted) else _REQUIRED
+    slips = tuple(dict.fromkeys((*required, *KEYS[wanted])))
     found = _Row(_slips_mended(row, slips, notes), notes)
     if told == "preference":
         record = _pair(found)

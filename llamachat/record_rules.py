@@ -9,6 +9,7 @@ A key that looks like a misspelt known one is a problem, since what it says woul
 unknown key is left out and named. An optional key with null counts as absent.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -148,6 +149,11 @@ def parse_record(
     else:
         record = (_preference if kind == "preference" else _prompt)(row, found, check_text)
     return (None if found.problems else record), found
+
+
+def digest_of(record: Record) -> bytes:
+    """The same for two records that say the same, however they are written."""
+    return hashlib.blake2b(repr(record).encode("utf-8", "backslashreplace"), digest_size=16).digest()
 
 
 def with_system(record: Record, system: str) -> Record:

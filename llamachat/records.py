@@ -300,12 +300,13 @@ def _likeliest_source(kind: Kind | None, head: Sequence[object], path: str) -> S
             votes[tuple(source.name for source in fitting)] += 1
         elif any(isinstance(value.get(key), list) for key in ("messages", "prompt", "chosen")):
             votes[()] += 1
-    best: tuple[str, ...] = max(votes, key=lambda names: votes[names], default=())
-    if not best or votes[best] == votes[()]:
+    names = max(votes, key=lambda names: votes[names]) if votes else ()
+    best = [SOURCES[name] for name in names]
+    if not best or votes[names] == votes[()]:
         return None
     if len(best) > 1:
-        raise DataError(f"{path}: its rows {choice_of([SOURCES[name] for name in best])}")
-    return SOURCES[best[0]]
+        raise DataError(f"{path}: its rows {choice_of(best)}")
+    return best[0]
 
 
 def _check_system(source: DataSource, check: TextCheck) -> None:

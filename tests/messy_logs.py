@@ -14,7 +14,23 @@ from random import Random
 from typing import Any
 
 Turn = dict[str, Any]
-WORDS = "how do I mend a bicycle wheel with two spoons and no tools please tell me why it wobbles so much today".split()
+WORDS = (
+    "how",
+    "do",
+    "I",
+    "mend",
+    "a",
+    "wheel",
+    "with",
+    "two",
+    "spoons",
+    "please",
+    "tell",
+    "me",
+    "why",
+    "it",
+    "wobbles",
+)
 ODD_TEXTS = (
     *(
         "",
@@ -36,7 +52,7 @@ BEYOND_JSON = ("Hello there", "{", '{"messages": [', '{"a": NaN}', '{"a": 1, "a"
 
 @dataclass(slots=True)
 class Logs:
-    """Lines of a file, how many records they hold, and how many of the lines hold none."""
+    """Lines of a file, how many records they hold (a line that cannot be read is one), and how many of them are blank."""
 
     lines: list[bytes] = field(default_factory=list)
     num_records: int = 0
@@ -62,10 +78,9 @@ def messy_logs(number: int, seed: int) -> Logs:
         elif kind < 0.09:
             rows = [_row(random, of_several=True) for _ in range(random.randint(2, 3))]
             glue = random.choice([b"", b" ", b", "])
-            _add(logs, random.choice([glue.join(map(_line, rows)), _line(rows)]), len(rows))
+            _add(logs, random.choice([glue.join(map(_line, rows)), _line(rows)]))
         elif kind < 0.12 and logs.num_records:
-            logs.lines.append(random.choice([line for line in logs.lines[-9:] if line.strip()] or [b"null"]))
-            logs.num_records += _held(logs.lines[-1])
+            _add(logs, random.choice([line for line in logs.lines[-9:] if line.strip()] or [b"null"]))
         else:
             row = _row(random)
             end = random.choice([b"", b"", b"", b"", b"\r", b","])
@@ -76,33 +91,33 @@ def messy_logs(number: int, seed: int) -> Logs:
     return logs
 
 
-def _add(logs: Logs, line: bytes, records: int = 1) -> None:
+def _add(logs: Logs, line: bytes) -> None:
     logs.lines.append(line)
-    logs.num_records += records
+    logs.num_records += len(records_of(line))
 
 
-def _held(line: bytes) -> int:
-    """Records of a line made before: several values on it, or a list of records, count one by one."""
-    text = line.decode("utf-8", "replace").lstrip("\ufeff").strip()
+def records_of(line: bytes) -> list[object]:
+    """The records of a line: several objects on it, or in a list, are one each; a line that cannot be read is one."""
     decoder, position, values = json.JSONDecoder(), 0, []
     try:
+        text = line.decode().lstrip("\ufeff").strip()
         while position < len(text):
             value, position = decoder.raw_decode(text, position)
             values.append(value)
             while position < len(text) and text[position] in " ,":
                 position += 1
     except (ValueError, RecursionError):
-        return 1
+        return [None]
     if not all(isinstance(value, dict | list) for value in values):
-        return 1
-    return sum(_held_by(value) for value in values)
+        return [None]
+    return [record for value in values for record in _unrolled(value)]
 
 
-def _held_by(value: object) -> int:
+def _unrolled(value: object) -> list[object]:
     if not isinstance(value, list) or not value or not all(isinstance(item, dict | list) for item in value):
-        return 1
+        return [value]
     is_dialog = all(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
-    return 1 if is_dialog else len(value)
+    return [value] if is_dialog else value
 
 
 def _line(row: object) -> bytes:

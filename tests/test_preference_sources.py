@@ -261,6 +261,17 @@ def test_two_meanings_of_one_row_are_asked_about(tmp_path: Path, tiny_format: Ch
     assert read(path, "prompt", tiny_format).records[0].messages[0].content == "q"
 
 
+def test_a_row_of_another_kind_is_named_with_its_kind(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    sound = {"messages": [user("q"), answer("a")]}
+    path = write(tmp_path / "a.jsonl", [sound, sound, help_steer3(2), PKU, binarized(A, B) | {"messages": B}])
+    report = convert_path(path, tmp_path / "out.jsonl", kind="dialog", check=tiny_format.check_text)
+    assert [(found.line, found.reason.split(" by ")[0]) for found in report.problems] == [
+        (3, "is a preference"),
+        (4, "is a preference"),
+    ]
+    assert (report.written, report.repeated) == (2, 1), "a dialog stands in the last row too"
+
+
 # -- a message a row
 
 MESSAGES: list[tuple[str, str | None, str, dict[str, Any]]] = [

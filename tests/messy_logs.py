@@ -68,8 +68,7 @@ def messy_logs(number: int, seed: int) -> Logs:
     while logs.num_records < number:
         kind = random.random()
         if kind < 0.02:
-            logs.lines.append(random.choice([b"", b"  ", b"\r", b"\t"]))
-            logs.num_blank += 1
+            _add(logs, random.choice([b"", b"  ", b"\r", b"\t"]))
         elif kind < 0.05:
             _add(logs, random.choice(BEYOND_JSON).encode())
         elif kind < 0.06:
@@ -83,8 +82,8 @@ def messy_logs(number: int, seed: int) -> Logs:
             _add(logs, random.choice([line for line in logs.lines[-9:] if line.strip()] or [b"null"]))
         else:
             row = _row(random)
-            end = random.choice([b"", b"", b"", b"", b"\r", b","])
-            _add(logs, random.choice([b"", b"", b"", b"\xef\xbb\xbf"]) + _line(row) + end)
+            mark = b"\xef\xbb\xbf" if random.random() < 0.03 else b""
+            _add(logs, mark + _line(row) + random.choices([b"", b"\r", b","], [8, 1, 1])[0])
     while not logs.lines[-1].strip():
         logs.lines.pop()
         logs.num_blank -= 1
@@ -94,6 +93,7 @@ def messy_logs(number: int, seed: int) -> Logs:
 def _add(logs: Logs, line: bytes) -> None:
     logs.lines.append(line)
     logs.num_records += len(records_of(line))
+    logs.num_blank += not line.strip()
 
 
 def records_of(line: bytes) -> list[object]:

@@ -4,7 +4,6 @@ Reads the file once, line by line, and writes nothing. Warnings (records that st
 not change the exit status; problems end it with 2.
 """
 
-import hashlib
 import re
 from array import array
 from collections import Counter
@@ -15,7 +14,7 @@ from pathlib import Path
 from llamachat.dialog import Dialog, Message
 from llamachat.jsonl import has_byte_order_mark
 from llamachat.problems import Problem, convert_command, printable, problem
-from llamachat.record_rules import REQUIRED, Kind, Preference, Prompt, Record, TextCheck, nearest_key
+from llamachat.record_rules import REQUIRED, Kind, Preference, Prompt, Record, TextCheck, digest_of, nearest_key
 from llamachat.records import Parsed, parse_rows
 from llamachat.rows import read_rows
 
@@ -141,8 +140,7 @@ def _count(parsed: Parsed, tally: _Tally) -> None:
     if parsed.record is None:
         return
     tally.num_records += 1
-    digest = hashlib.blake2b(repr(parsed.record).encode("utf-8", "backslashreplace"), digest_size=16).digest()
-    first = tally.first_lines.setdefault(digest, parsed.line)
+    first = tally.first_lines.setdefault(digest_of(parsed.record), parsed.line)
     if first != parsed.line:
         tally.repeats.setdefault(first, []).append(parsed.line)
     _measure(parsed.record, tally)
@@ -199,8 +197,11 @@ def _warnings(tally: _Tally, path: str) -> Iterator[Warned]:
             lines,
         )
     for name, lines in tally.unused.items():
-        near = nearest_key(name.rpartition(".")[2])
+        plain = name.rpartition(".")[2]
+        near = nearest_key(plain)
         mend = f"The nearest known key is '{near[0]}' of a {near[1]}; rename it if that is meant." if near else ""
+        if near and near[0] == plain:
+            mend = f"It is a key of a {near[1]}; take it out here, or move the record to a file of those."
         yield Warned(
             name,
             "is a key that nothing reads; it is left out.",

@@ -7,7 +7,6 @@ kind are left out, named like those that cannot be mended.
 """
 
 import gzip
-import hashlib
 import json
 import os
 from collections import Counter
@@ -23,10 +22,11 @@ from llamachat.errors import DataError, UsageError
 from llamachat.jsonl import Row
 from llamachat.loose_rows import is_turns, loose_rows
 from llamachat.problems import SHOWN, Problem, printable, problem, reason_key
-from llamachat.record_mends import SETS_OF_TURNS, mended_record, source_of, told_kind, transcripts_joined
-from llamachat.record_rules import KINDS, Kind, TextCheck, parse_record
+from llamachat.record_mends import SETS_OF_TURNS, mended_record, sources_of, told_kind, transcripts_joined
+from llamachat.record_rules import KINDS, Kind, TextCheck, digest_of, parse_record
 from llamachat.records import parse_rows
 from llamachat.sources import SOURCES, Source
+from llamachat.sources.reading import choice_of, gathered, gathers_of
 from llamachat.turn_mends import Mend, Notes
 
 _HEAD = 100  # rows from which the kind of a file is told
@@ -98,6 +98,8 @@ def convert_path(
     named = None if of_turns else source
     lines: Counter[Mend] = Counter()
     rows = loose_rows(path, lines)
+    if format != "native":
+        rows = gathered(rows, gathers_of(kind, [source] if source else SOURCES.values()))
     head = list(islice(rows, _HEAD))
     own = kind or (source.kind if source else _usual_kind(head, of_turns=of_turns))
     report = ConvertReport(path, str(out), own)
@@ -118,8 +120,8 @@ def _usual_kind(head: Sequence[Row | Problem], *, of_turns: bool) -> Kind:
     """The kind that most of the first rows are of; dialogs where none tells."""
     keyed = [{"messages": row.value} if is_turns(row.value) else row.value for row in head if isinstance(row, Row)]
     values = [transcripts_joined(value) for value in keyed if isinstance(value, Mapping)]
-    sources = [None if of_turns else source_of(value, None) for value in values]
-    told = [src.kind if src else told_kind(value, None) for value, src in zip(values, sources, strict=True)]
+    sources = [[] if of_turns else sources_of(value, None) for value in values]
+    told = [src[0].kind if src else told_kind(value, None) for value, src in zip(values, sources, strict=True)]
     return max(KINDS, key=told.count)
 
 
@@ -142,11 +144,15 @@ def _records(
         yield _Found(row.value, Notes())
         return
     value = row.value if of_turns else transcripts_joined(row.value)
-    source = named or (None if of_turns else source_of(value, report.kind))
-    if source is None:
+    sources = [named] if named else [] if of_turns else sources_of(value, report.kind)
+    if not sources:
         yield from _mended(value, row.line, report, Notes())
         return
-    count = 0
+    if len(sources) > 1:
+        reason, mend = choice_of(sources).rsplit(". ", 1)
+        report.problems.append(problem(row.line, "row", f"is of those that {reason}.", mend))
+        return
+    source, count = sources[0], 0
     try:
         for record in source.convert(value):
             count += 1
@@ -160,6 +166,9 @@ def _records(
 
 def _mended(value: Mapping[str, Any], line: int, report: ConvertReport, notes: Notes) -> Iterator[_Found]:
     told = told_kind(value, report.kind)
+    if told != report.kind and not notes.mends:
+        known = sources_of(value, None)
+        told = known[0].kind if known else told
     if told is None:
         yield _Found(value, notes)  # the rules say what it lacks
     elif told != report.kind and report.kind != "prompt":
@@ -186,13 +195,12 @@ def _write(
     if record is None:
         report.problems.append(findings.problems[0])
         return
-    text = json.dumps(found.value, ensure_ascii=False).encode() + b"\n"
-    digest = hashlib.blake2b(text, digest_size=16).digest()
+    digest = digest_of(record)
     if digest in seen:
         report.repeated += 1
         return
     seen.add(digest)
-    stream.write(text)
+    stream.write(json.dumps(found.value, ensure_ascii=False).encode() + b"\n")
     report.written += 1
     report.untouched += not found.notes.mends
     report.times += found.notes.mends

@@ -15,10 +15,11 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, cast
 
+from llamachat.config.paths import hub_set
 from llamachat.errors import DataError
 from llamachat.jsonl import BYTE_ORDER_MARK, Row, decode_line
 from llamachat.problems import Problem, convert_command
-from llamachat.rows import hub_set, read_rows
+from llamachat.rows import read_rows
 from llamachat.turn_mends import Mend
 
 _PART = 1 << 20  # characters of an array that are read at a time

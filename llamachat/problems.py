@@ -48,7 +48,7 @@ def printable(text: str) -> str:
 
 def reason_key(found: Problem) -> str:
     """The problem without its place, so that equal faults of many lines are counted as one kind."""
-    field = re.sub(r"\[\d+\]", "[]", re.sub(r"^column \d+", "JSON", found.field))
+    field = re.sub(r"\[\d+\]", "[]", re.sub(r"^byte \d+", "text", re.sub(r"^column \d+", "JSON", found.field)))
     reason = re.sub(r"\b(at (?:byte|character)|line|column) \d+", r"\1 N", found.reason)
     return f"{field}: {reason}"[:_KEY_LENGTH]
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llamachat.dialog import DialogError, EndsWith, Message
-from llamachat.record_rules import KEYS, KINDS, RATINGS, REQUIRED, Kind
+from llamachat.record_rules import KEYS, KINDS, RATINGS, REQUIRED, Kind, rating_meant, slip_of
 from llamachat.sources import SOURCES, Source
-from llamachat.turn_mends import Mend, Notes, ordered, readable_turns, slip_of, written
+from llamachat.sources.reading import fitting_sources
+from llamachat.turn_mends import Mend, Notes, ordered, readable_turns, written
 
 # Sets of turns are read here, with mends; their own converters refuse what they do not know.
 SETS_OF_TURNS = ("sharegpt", "llamafactory_preference")
@@ -26,8 +27,6 @@ _ANSWERS = ("completion", "response", "answer", "output")
 _SYSTEMS = ("system", "system_prompt")
 _SIDES = ("chosen", "rejected")
 _FLAGS = ("is_safe", "chosen_is_safe", "rejected_is_safe", "is_safety")
-# The paper's other word for its lowest rating (Llama 2, section 3.2.1), and a usual one for its highest.
-_RATINGS = {"unsure": "negligibly_better", "much_better": "significantly_better"}
 _TRANSCRIPT = re.compile(r"\s*Human:")
 _REQUIRED = tuple(dict.fromkeys(key for kind in KINDS for key in REQUIRED[kind]))
 _NAMES = frozenset([key for kind in KINDS for key in KEYS[kind]] + [*_LISTS, *_QUESTIONS, *_ANSWERS, *_SYSTEMS])
@@ -52,13 +51,11 @@ class _Row:
         return self.values[name]
 
 
-def source_of(row: Mapping[str, Any], kind: Kind | None) -> Source | None:
-    """The known set that a row betrays by its keys; None where it is read here."""
-    if any(_is_list(row, key) for key in (*_LISTS, "prompt", *_SIDES)):
-        return None
-    fitting = [source for source in SOURCES.values() if source.fields <= row.keys() and _is_of(row, source)]
-    wanted = [source for source in fitting if source.kind == kind] or (fitting if kind in (None, "prompt") else [])
-    return max(wanted, key=lambda source: len(source.fields), default=None)
+def sources_of(row: Mapping[str, Any], kind: Kind | None) -> list[Source]:
+    """The known set that a row betrays by its keys; none where it is read here, several where nothing tells which."""
+    fitting = fitting_sources(row, kind, [source for source in SOURCES.values() if source.name not in SETS_OF_TURNS])
+    is_listed = any(_is_list(row, key) for key in (*_LISTS, "prompt", *_SIDES))
+    return [source for source in fitting if source.has_lists or not is_listed]
 
 
 def transcripts_joined(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -97,7 +94,9 @@ def mended_record(row: Mapping[str, Any], told: Kind, wanted: Kind, notes: Notes
 
     Raises `DialogError` where it would take a guess.
     """
-    slips = tuple(dict.fromkeys((*REQUIRED[told], *KEYS[wanted])))
+    # A kind that only misspelt keys told is read from all of those.
+    required = REQUIRED[told] if _told(row, wanted) else _REQUIRED
+    slips = tuple(dict.fromkeys((*required, *KEYS[wanted])))
     found = _Row(_slips_mended(row, slips, notes), notes)
     if told == "preference":
         record = _pair(found)
@@ -119,17 +118,6 @@ def mended_record(row: Mapping[str, Any], told: Kind, wanted: Kind, notes: Notes
     return record
 
 
-def _is_of(row: Mapping[str, Any], source: Source) -> bool:
-    """Whether the keys that a row shares with a set hold what that set has there."""
-    if source.name in SETS_OF_TURNS:
-        return False
-    if source.name == "hh_rlhf":
-        return not row.get("prompt") and all(
-            isinstance(row[side], str) and _TRANSCRIPT.match(row[side]) for side in _SIDES
-        )
-    return "prompt" not in source.fields or isinstance(row["prompt"], Mapping)
-
-
 def _slips_mended(row: Mapping[str, Any], known: tuple[str, ...], notes: Notes) -> dict[str, Any]:
     """The row with misspelt keys renamed. One that is a key of another kind is no slip: its meaning is another."""
     mended: dict[str, Any] = {}
@@ -144,10 +132,10 @@ def _slips_mended(row: Mapping[str, Any], known: tuple[str, ...], notes: Notes) 
 
 
 def _is_slip(name: str, key: str, row: Mapping[str, Any]) -> bool:
-    """Not where the row has the key's content under another name, nor of a name that adds to the key (prompt_id)."""
+    """Not where the row has the key's content under another name."""
     others = _QUESTIONS if key == "prompt" else _LISTS if key == "messages" else ()
     holds = key != "messages" or isinstance(row[name], list)
-    return holds and not name.startswith(f"{key}_") and not any(row.get(other) is not None for other in others)
+    return holds and not any(row.get(other) is not None for other in others)
 
 
 def _turns(row: _Row, *, ends_with: EndsWith) -> list[Message]:
@@ -311,9 +299,7 @@ def _respelt(name: str, value: Any) -> Any:
     if name in _FLAGS and isinstance(value, str):
         return {"true": True, "false": False}.get(value.strip().lower(), value)
     if name == "rating" and isinstance(value, str) and value not in RATINGS:
-        plain = "_".join(value.lower().replace("-", " ").replace("_", " ").split())
-        spelt = _RATINGS.get(plain, plain)
-        return spelt if spelt in RATINGS else value
+        return rating_meant(value) or value
     if name == "id" and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return value

@@ -9,9 +9,11 @@ A key that looks like a misspelt known one is a problem, since what it says woul
 unknown key is left out and named. An optional key with null counts as absent.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any, Literal, Protocol, cast, get_args
 
 from llamachat.dialog import Dialog, DialogError, EndsWith, Message, check_messages, parse_messages
@@ -34,8 +36,9 @@ REQUIRED: dict[Kind, tuple[str, ...]] = {
 }
 _MESSAGE_KEYS = ("role", "content", "train")
 _MISSPELT = 0.8  # similarity of two names from which one is taken for a slip of the other
-# "unsure" is the paper's other word for its lowest rating (Llama 2, section 3.2.1).
-_RATING_ALIASES = {"unsure": "negligibly_better", "much_better": "significantly_better"}
+_KEYS_OF_ALL = frozenset(key for keys in KEYS.values() for key in keys)
+# "unsure" is the paper's other word for its lowest rating (Llama 2, section 3.2.1), the other a usual one for its highest.
+_RATING_ALIASES: dict[str, Rating] = {"unsure": "negligibly_better", "much_better": "significantly_better"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,11 +90,31 @@ class Findings:
             self.add(error.field, error.reason, error.mend)
 
 
+@lru_cache(maxsize=4096)
+def slip_of(name: str, known: tuple[str, ...]) -> str | None:
+    """The known key that this one misspells, or None.
+
+    A name that adds to a key (prompt_id) has a meaning of its own.
+    """
+    near = get_close_matches(name, known, n=1, cutoff=_MISSPELT)
+    return near[0] if near and len(near[0]) >= 4 and not name.startswith(f"{near[0]}_") else None
+
+
 def nearest_key(name: str) -> tuple[str, str] | None:
-    """The known key most like an unused one, and what has it."""
+    """The known key that an unused one is or is most like, and what has it."""
     owners = dict.fromkeys(_MESSAGE_KEYS, "message") | {key: kind for kind in KINDS for key in KEYS[kind]}
     near = get_close_matches(name, owners, n=1)
-    return (near[0], owners[near[0]]) if near else None
+    return (near[0], owners[near[0]]) if near and not name.startswith(f"{near[0]}_") else None
+
+
+def rating_meant(text: str) -> Rating | None:
+    """The rating that a text means beyond doubt: ours in another spelling, or a usual other word for one."""
+    plain = _plain(text)
+    return _RATING_ALIASES.get(plain) or next((rating for rating in RATINGS if rating == plain), None)
+
+
+def _plain(text: str) -> str:
+    return "_".join(text.lower().replace("-", " ").replace("_", " ").split())
 
 
 def kind_of(value: object) -> Kind | None:
@@ -126,6 +149,11 @@ def parse_record(
     else:
         record = (_preference if kind == "preference" else _prompt)(row, found, check_text)
     return (None if found.problems else record), found
+
+
+def digest_of(record: Record) -> bytes:
+    """The same for two records that say the same, however they are written."""
+    return hashlib.blake2b(repr(record).encode("utf-8", "backslashreplace"), digest_size=16).digest()
 
 
 def with_system(record: Record, system: str) -> Record:
@@ -275,8 +303,7 @@ def _rating(row: Mapping[str, Any], found: Findings) -> Rating | None:
             "rating", f"is {_kind_word(value)}, but a rating is a word.", f"Write one of {words}, or take it out."
         )
         return None
-    plain = "_".join(value.lower().replace("-", " ").replace("_", " ").split())
-    near = _RATING_ALIASES.get(plain) or next(iter(get_close_matches(plain, RATINGS, n=1)), None)
+    near = rating_meant(value) or next(iter(get_close_matches(_plain(value), RATINGS, n=1)), None)
     mend = f"Write '{near}'." if near else "Write one of them, or take it out."
     found.add("rating", f"is {_short(value)}, but the ratings are {words}.", mend)
     return None
@@ -290,13 +317,14 @@ def _boolean(row: Mapping[str, Any], key: str, found: Findings) -> bool | None:
     return None
 
 
-def _check_keys(row: Mapping[str, Any], known: Sequence[str], at: str, what: str, found: Findings) -> None:
+def _check_keys(row: Mapping[str, Any], known: tuple[str, ...], at: str, what: str, found: Findings) -> None:
     """Unknown keys: one that is nearly a known key, not there itself, is a slip; the others are named as unused."""
     for key in row:
         if key in known:
             continue
-        near = next(iter(get_close_matches(key, known, n=1, cutoff=_MISSPELT)), None) if isinstance(key, str) else None
-        if near and near not in row and len(near) >= 4:
+        # A key of another kind of record is spelt as it is meant.
+        near = slip_of(key, known) if isinstance(key, str) and key not in _KEYS_OF_ALL else None
+        if near and near not in row:
             found.add(
                 f"{at}{key}",
                 f"is no key of a {what}, and what it says would be lost ({', '.join(known)}).",

@@ -36,6 +36,7 @@ from llamachat.record_rules import (
 )
 from llamachat.rows import read_rows
 from llamachat.sources import SOURCES, Source
+from llamachat.sources.reading import choice_of, fitting_sources, gathered, gathers_of, source_problem
 from llamachat.splits import SplitName, split_of
 
 R = TypeVar("R", bound=Record)
@@ -141,9 +142,13 @@ def parse_rows(
 
     Without `kind` each row is taken for what its keys tell.
     """
+    named = _named_source(format, kind, path)
+    if not columns and format != "native":
+        rows = gathered(rows, gathers_of(kind, [named] if named else SOURCES.values()))
     head = list(islice(rows, _HEAD))
     renamed_head = [_renamed(row, columns) for row in head]
-    source = _source(format, kind, [row.value for row in renamed_head if isinstance(row, Row)], path)
+    values = [row.value for row in renamed_head if isinstance(row, Row)]
+    source = _likeliest_source(kind, values, path) if format == "auto" else named
     told = [kind_of(row.value) for row in renamed_head if isinstance(row, Row)]
     usual = kind or max(KINDS, key=told.count)
     absent = set((columns or {}).values())
@@ -243,7 +248,7 @@ def _parse_row(
             count += 1
             yield _parsed(value, row.line, kind, usual, check)
     except ValueError as error:
-        yield Parsed(row.line, source.kind, None, [_source_problem(row.line, str(error))])
+        yield Parsed(row.line, source.kind, None, [source_problem(row.line, str(error))])
         return
     if not count:
         yield Parsed(row.line, source.kind, None)
@@ -257,14 +262,6 @@ def _parsed(value: object, line: int, kind: Kind | None, usual: Kind, check: Tex
     return Parsed(line, own if kind or told else None, record, found.problems, found.unused)
 
 
-def _source_problem(line: int, text: str) -> Problem:
-    """A converter's text begins with the quoted field and ends with the mend."""
-    parts = text.split("'", 2)
-    name, rest = (parts[1], parts[2].strip()) if text.startswith("'") and len(parts) == 3 else ("row", text)
-    reason, separator, mend = rest.rpartition(". ")
-    return problem(line, name, reason + separator.strip(), mend)
-
-
 def _renamed(row: Row | Problem, columns: Mapping[str, str] | None) -> Row | Problem:
     if not columns or isinstance(row, Problem) or not isinstance(row.value, Mapping):
         return row
@@ -273,11 +270,9 @@ def _renamed(row: Row | Problem, columns: Mapping[str, str] | None) -> Row | Pro
     return Row(row.line, value)
 
 
-def _source(format: str, kind: Kind | None, head: Sequence[object], path: str) -> Source | None:
-    """The known set that the rows are of, or None for our own form."""
-    if format == "auto":
-        return _likeliest_source(kind, head)
-    if format == "native":
+def _named_source(format: str, kind: Kind | None, path: str) -> Source | None:
+    """The known set that the format names; None where it names none."""
+    if format in ("auto", "native"):
         return None
     source = SOURCES.get(format.replace("-", "_"))
     if source is None:
@@ -294,26 +289,24 @@ def _source(format: str, kind: Kind | None, head: Sequence[object], path: str) -
     return source
 
 
-def _likeliest_source(kind: Kind | None, head: Sequence[object]) -> Source | None:
+def _likeliest_source(kind: Kind | None, head: Sequence[object], path: str) -> Source | None:
     """The format that most of the first rows have; our own where none has more."""
-    votes: Counter[str] = Counter()
+    votes: Counter[tuple[str, ...]] = Counter()
     for value in head:
         if not isinstance(value, Mapping):
             continue
-        if _is_native(value):
-            votes["native"] += 1
-            continue
-        fitting = [source for source in SOURCES.values() if source.fields <= value.keys()]
-        wanted = [source for source in fitting if source.kind == kind] or (fitting if kind in (None, "prompt") else [])
-        if wanted:
-            votes[max(wanted, key=lambda source: len(source.fields)).name] += 1
-    best = max(votes, key=lambda name: votes[name]) if votes else "native"
-    return SOURCES.get(best) if votes[best] > votes["native"] else None
-
-
-def _is_native(value: Mapping[str, object]) -> bool:
-    """Lists of messages where ours are: sets in other forms use the same names for texts and trees."""
-    return any(isinstance(value.get(key), list) for key in ("messages", "prompt", "chosen"))
+        fitting = fitting_sources(value, kind, SOURCES.values())
+        if fitting:
+            votes[tuple(source.name for source in fitting)] += 1
+        elif any(isinstance(value.get(key), list) for key in ("messages", "prompt", "chosen")):
+            votes[()] += 1
+    names = max(votes, key=lambda names: votes[names]) if votes else ()
+    best = [SOURCES[name] for name in names]
+    if not best or votes[names] == votes[()]:
+        return None
+    if len(best) > 1:
+        raise DataError(f"{path}: its rows {choice_of(best)}")
+    return best[0]
 
 
 def _check_system(source: DataSource, check: TextCheck) -> None:

@@ -8,12 +8,11 @@ an assistant's would be a lie; the two answers around one are then merged.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from enum import StrEnum
-from functools import lru_cache
 from typing import Any
 
 from llamachat.dialog import ROLE_ALIASES, ROLES, DialogError, EndsWith, Message, Role, parse_messages
+from llamachat.record_rules import slip_of
 
 
 class Mend(StrEnum):
@@ -81,15 +80,7 @@ _TOOLS = (
     *("tool", "tools", "function", "ipython", "observation", "function_call", "function_response"),
     *("tool_call", "tool_calls", "tool_response", "tool_result", "environment"),
 )
-_SLIP = 0.8  # as the reader's rule: nearer names are taken for a slip of the pen
 _TEXT_PARTS = ("text", "input_text", "output_text")
-
-
-@lru_cache(maxsize=4096)
-def slip_of(name: str, known: tuple[str, ...]) -> str | None:
-    """The known key that this one misspells, or None."""
-    near = get_close_matches(name, known, n=1, cutoff=_SLIP)
-    return near[0] if near and len(near[0]) >= 4 else None
 
 
 def readable_turns(value: object, name: str, notes: Notes) -> list[Message]:

@@ -114,8 +114,13 @@ def test_overrides_reach_list_items_and_new_keys(recipe: Path) -> None:
 
 
 def test_a_hub_name_is_no_missing_file(recipe: Path) -> None:
-    names = ["base.model=TinyLlama/TinyLlama-1.1B", "data.sft.0.path=Anthropic/hh-rlhf"]
-    assert load(recipe, names).base.model == "TinyLlama/TinyLlama-1.1B"
+    names = ["base.model=TinyLlama/TinyLlama-1.1B", "data.sft.0.path=OpenAssistant/oasst2/default:train[:90%]"]
+    loaded = load(recipe, names)
+    assert loaded.base.model == "TinyLlama/TinyLlama-1.1B"
+    assert loaded.data.sft[0].path == "OpenAssistant/oasst2/default:train[:90%]"
+    assert load(recipe, ["data.sft.0.path=Anthropic/hh-rlhf"]).data.sft[0].path == "Anthropic/hh-rlhf"
+    with pytest.raises(ConfigError, match=r"the data file 'a/b/c.jsonl:train' does not exist"):
+        load(recipe, ["data.sft.0.path=a/b/c.jsonl:train"])
 
 
 # -- what is refused

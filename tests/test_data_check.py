@@ -251,7 +251,7 @@ def test_the_kind_can_be_given(tmp_path: Path, tiny_format: ChatFormat):
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl.gz", b"\x1f\x8bnot gzip", "is damaged"),
         ("a.json", f"[{GOOD},\n{GOOD}]".encode(), "is one JSON array"),
-        ("a.jsonl", gzip.compress(GOOD.encode()), "is gzip"),
+        ("a.jsonl", gzip.compress(GOOD.encode(), mtime=0), "is gzip"),
     ],
 )
 def test_a_file_that_is_no_data_file(name: str, content: bytes, reason: str, tmp_path: Path, tiny_format: ChatFormat):
@@ -287,3 +287,15 @@ def test_whatever_the_lines_hold_each_is_a_record_or_named(
     bad = {found.line for found in report.problems if found.field != "record"}
     assert report.num_records + len(bad) == len(values) + 1
     assert report.text()
+
+
+def test_keys_of_other_meanings_are_no_slips(tmp_path: Path, tiny_format: ChatFormat):
+    lines = [dialog(user("a"), answer("b"), is_safety=True, messages_id="x"), dialog(user("c"), answer("d"))]
+    report = check(tmp_path / "a.jsonl", lines, tiny_format)
+    assert (report.num_records, report.problems) == (2, [])
+    (marked, named) = report.warnings
+    assert (marked.field, named.field) == ("is_safety", "messages_id")
+    assert "It is a key of a prompt" in marked.mend and "rename" not in marked.mend + named.mend
+    # A prompt's name does not stand for the prompt that is missing.
+    report = check(tmp_path / "b.jsonl", [pair(prompt=..., prompt_id="x")], tiny_format)
+    assert [(found.field, "Rename" in found.mend) for found in report.problems] == [("prompt", False)]

@@ -347,3 +347,13 @@ def test_what_is_written_passes_the_check_whatever_was_read(data: st.DataObject,
     again, rewritten = bench.convert(bytes_once)
     assert rewritten == written and (bench.folder / "out.jsonl").read_bytes() == bytes_once
     assert (again.untouched, again.times, again.problems) == (len(written), {}, [])
+
+
+def test_records_that_say_the_same_are_written_once(bench: Bench):
+    lines = [prompt([user("a")]), prompt([user("a")], is_safety=False), prompt([user("a")], is_safety=True)]
+    report, written = bench.convert("\n".join(lines))
+    assert (written, report.repeated) == ([json.loads(lines[0]), json.loads(lines[2])], 1)
+
+
+def test_a_misspelt_question_beside_an_answer(bench: Bench):
+    assert bench.convert('{"prompts": "a", "answer": "b"}')[1] == [AB]

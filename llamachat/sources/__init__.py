@@ -2,24 +2,35 @@
 
 from llamachat.sources.alpaca import ALPACA, GPTEACHER
 from llamachat.sources.dolly import DOLLY
+from llamachat.sources.helpsteer import HELPSTEER2, HELPSTEER2_PREFERENCE, HELPSTEER3
 from llamachat.sources.hh_rlhf import HH_RLHF
 from llamachat.sources.oasst import OASST, OASST_PREFERENCE
+from llamachat.sources.pku import BEAVERTAILS, PKU_HELPFULNESS, PKU_SAFETY
 from llamachat.sources.self_instruct import SELF_INSTRUCT
 from llamachat.sources.sharegpt import LLAMAFACTORY_PREFERENCE, SHAREGPT
 from llamachat.sources.source import Source
+from llamachat.sources.ultrafeedback import ULTRAFEEDBACK, ULTRAFEEDBACK_BINARIZED
 
 SOURCES: dict[str, Source] = {
     source.name: source
     for source in (
         ALPACA,
+        BEAVERTAILS,
         DOLLY,
         GPTEACHER,
+        HELPSTEER2,
+        HELPSTEER2_PREFERENCE,
+        HELPSTEER3,
         HH_RLHF,
         LLAMAFACTORY_PREFERENCE,
         OASST,
         OASST_PREFERENCE,
+        PKU_HELPFULNESS,
+        PKU_SAFETY,
         SELF_INSTRUCT,
         SHAREGPT,
+        ULTRAFEEDBACK,
+        ULTRAFEEDBACK_BINARIZED,
     )
 }
 

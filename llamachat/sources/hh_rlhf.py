@@ -1,4 +1,7 @@
-"""Anthropic's hh-rlhf: two transcripts, chosen and rejected, that part at the last answer."""
+"""Anthropic's hh-rlhf: two transcripts, chosen and rejected, that part at the last answer.
+
+Fields by the card of Anthropic/hh-rlhf: `chosen` and `rejected`, each a whole transcript as one text.
+"""
 
 import re
 from collections.abc import Iterator
@@ -6,6 +9,7 @@ from collections.abc import Iterator
 from llamachat.sources.source import Record, Row, Source, message, text_field
 
 _MARK = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_OPENING = re.compile(r"\s*Human:")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -40,4 +44,16 @@ def convert(row: Row) -> Iterator[Record]:
     yield {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
-HH_RLHF = Source(name="hh_rlhf", kind="preference", fields=frozenset({"chosen", "rejected"}), convert=convert)
+def _is_transcripts(row: Row) -> bool:
+    """Pairs of plain answers under the same two names are usual; a prompt beside them says that these are such."""
+    sides = (row["chosen"], row["rejected"])
+    return not row.get("prompt") and all(isinstance(side, str) and _OPENING.match(side) for side in sides)
+
+
+HH_RLHF = Source(
+    name="hh_rlhf",
+    kind="preference",
+    fields=frozenset({"chosen", "rejected"}),
+    convert=convert,
+    shape=_is_transcripts,
+)

@@ -1,15 +1,22 @@
-"""OpenAssistant message trees (oasst1 and oasst2 exports, one tree a row): ranked answers under every question.
+"""OpenAssistant message trees (oasst1 and oasst2): ranked answers under every question.
 
 A tree yields dialogs (every path that takes the best-ranked answer at each fork) or preferences (every two ranked
 answers to one question).
+The sets come in two forms, by the cards of OpenAssistant/oasst1 and oasst2. Files `*.trees.jsonl.gz` hold a tree a row:
+`message_tree_id`, `tree_state`, `prompt` with `replies` inside `replies`. Files `*.messages.jsonl.gz` and the hub's own
+table hold a message a row: `message_id`, `parent_id` (null at the root), `message_tree_id`, `role` (prompter or
+assistant), `text`, `rank` (0 is the best; null where unranked), `deleted`, `review_result` and more. The messages of a
+tree stand together there, so a tree is put together from neighbouring rows, and no more than one is held at a time. One
+whose rows stand apart (a shuffled copy) is refused, since half a tree would give other dialogs than the whole.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from llamachat.sources.source import Record, Row, Source, as_text, mapping_at, message
+from llamachat.sources.source import Gather, Record, Row, Source, as_text, mapping_at, message
 
+_DEEPEST = 100  # turns; the sets' longest conversations have about ten
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
@@ -32,11 +39,63 @@ def _replies(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if not isinstance(replies, list):
         raise ValueError("'replies' of a message is not a list. It holds the answers to it. Mend or remove the tree.")
     found = [mapping_at(reply, "'replies'") for reply in replies]
-    return [reply for reply in found if not reply.get("deleted")]
+    return [reply for reply in found if _stands(reply)]
 
 
-def _root(row: Row) -> Mapping[str, Any]:
-    return mapping_at(row.get("prompt"), "'prompt'")
+def _stands(node: Mapping[str, Any]) -> bool:
+    """Not where moderators took a message away, or reviewers called it spam (in the files that keep those)."""
+    return not node.get("deleted") and node.get("review_result") is not False
+
+
+def _roots(row: Row) -> list[Mapping[str, Any]]:
+    """The first message of the tree, if it stands."""
+    root = mapping_at(row.get("prompt"), "'prompt'")
+    return [root] if _stands(root) else []
+
+
+def tree_of_messages(rows: Sequence[Row]) -> Row:
+    """The tree that the messages of a table make, as the files of trees hold it."""
+    nodes: dict[object, dict[str, Any]] = {}
+    for row in rows:
+        name = as_text(row["message_id"], "message_id")
+        if name in nodes:
+            raise ValueError(
+                f"'message_id' {name!r} stands twice in one tree. A message of oasst has an id of its own. "
+                "Remove one of the two rows."
+            )
+        nodes[name] = {**row, "replies": []}
+    roots = []
+    for node in nodes.values():
+        parent = None if node.get("parent_id") is None else as_text(node["parent_id"], "parent_id")
+        if parent is None:
+            roots.append(node)
+        elif parent in nodes:
+            nodes[parent]["replies"].append(node)
+        else:
+            raise ValueError(
+                f"'parent_id' {parent!r} is no message of the tree's neighbouring rows. The rows of a tree of oasst stand "
+                "together, and a tree is read as a whole. Sort the file by 'message_tree_id', or add the missing row."
+            )
+    if len(roots) != 1:
+        raise ValueError(
+            f"'parent_id' is null in {len(roots)} messages of one tree. A tree of oasst has one message that answers "
+            "none. Mend or remove the tree's rows."
+        )
+    if not _is_whole(roots[0], len(nodes)):
+        raise ValueError(
+            f"'parent_id' makes no tree of these messages, or one of more than {_DEEPEST} turns. Each message of a tree of "
+            "oasst answers one before it. Mend or remove the tree's rows."
+        )
+    return {"message_tree_id": rows[0]["message_tree_id"], "prompt": roots[0]}
+
+
+def _is_whole(root: Mapping[str, Any], size: int) -> bool:
+    """Whether all messages hang on the root, none too far from it; messages that answer each other hang on nothing."""
+    level, found = [root], 0
+    for _ in range(_DEEPEST):
+        found += len(level)
+        level = [reply for node in level for reply in node["replies"]]
+    return found == size
 
 
 def _rank(node: Mapping[str, Any]) -> int | None:
@@ -60,8 +119,8 @@ def _best_paths(node: Mapping[str, Any], path: list[dict[str, str]]) -> Iterator
 
 
 def convert_dialog(row: Row) -> Iterator[Record]:
-    for path in _best_paths(_root(row), []):
-        yield {"messages": path}
+    for root in _roots(row):
+        yield from ({"messages": path} for path in _best_paths(root, []))
 
 
 def _ranked_pairs(node: Mapping[str, Any], path: list[dict[str, str]]) -> Iterator[Record]:
@@ -84,9 +143,24 @@ def _ranked_pairs(node: Mapping[str, Any], path: list[dict[str, str]]) -> Iterat
 
 
 def convert_preference(row: Row) -> Iterator[Record]:
-    return _ranked_pairs(_root(row), [])
+    for root in _roots(row):
+        yield from _ranked_pairs(root, [])
+
+
+def _is_tree(row: Row) -> bool:
+    return isinstance(row["prompt"], Mapping)
 
 
 _FIELDS = frozenset({"message_tree_id", "prompt"})
-OASST = Source(name="oasst", kind="dialog", fields=_FIELDS, convert=convert_dialog)
-OASST_PREFERENCE = Source(name="oasst_preference", kind="preference", fields=_FIELDS, convert=convert_preference)
+_MESSAGES = Gather(
+    fields=frozenset({"message_tree_id", "message_id", "role", "text"}), key="message_tree_id", join=tree_of_messages
+)
+OASST = Source(name="oasst", kind="dialog", fields=_FIELDS, convert=convert_dialog, shape=_is_tree, gather=_MESSAGES)
+OASST_PREFERENCE = Source(
+    name="oasst_preference",
+    kind="preference",
+    fields=_FIELDS,
+    convert=convert_preference,
+    shape=_is_tree,
+    gather=_MESSAGES,
+)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -142,7 +143,7 @@ class Session:
             self.measure(0, "sft/eval_loss_base", "sft/eval_loss")
         with StepProgress(self.inputs.step, steps=steps, done=first_step) as progress:
             halving(
-                self,
+                cast(Session, self),  # `replace` gives a Session, where the type of self would ask for Self
                 train=lambda session: session._train_on(progress),
                 halve=Session._in_smaller_parts,
                 step=self.inputs.step,

@@ -43,6 +43,10 @@ class DivergedError(LlamachatError):
     """Training has left the numbers that a computer can hold: its loss is infinite or not a number."""
 
 
+class DeviceMemoryError(LlamachatError):
+    """The device's memory does not hold the smallest part that the work can be cut into."""
+
+
 class BusyError(LlamachatError):
     """Another living command holds the step."""
 

@@ -30,11 +30,12 @@ OWNED: dict[str, str | None] = {
     "adam_beta1": "sft.adam_beta1",
     "adam_beta2": "sft.adam_beta2",
     "adam_epsilon": "sft.adam_epsilon",
-    "optim": None,
+    "optim": "sft.optimizer",
     "optim_args": None,
     "max_grad_norm": "sft.max_grad_norm",
     "per_device_train_batch_size": "sft.rows_per_microbatch",
     "per_device_eval_batch_size": None,
+    "auto_find_batch_size": "sft.rows_per_microbatch",
     "gradient_accumulation_steps": "sft.examples_per_step",
     "gradient_checkpointing": "sft.gradient_checkpointing",
     "packing": "sft.packing",
@@ -88,6 +89,10 @@ class Config(Section):
     )
     adam_epsilon: float = Field(
         default=1e-5, gt=0, description="AdamW epsilon. Llama 2 section 2.2: 1e-5 (not restated for SFT)."
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        default="adamw",
+        description="adamw_8bit holds the moments in 8 bits, paged_adamw_8bit also moves them to the host where the GPU is full (both need a GPU). Masters stay fp32. Ours.",
     )
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="Gradient norm is clipped to this. Llama 2 section 2.2: 1.0."

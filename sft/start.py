@@ -60,11 +60,7 @@ class Start:
 
 def load_start(inputs: Inputs) -> Start:
     """Load the earlier policy where the step has one, else the base; attach an adapter where the recipe asks."""
-    if inputs.tuning.method == "qlora":
-        raise ConfigError(
-            "tuning.method: 'qlora', adapters on a 4-bit base, is not part of this version yet. "
-            "Set tuning.method to lora, or to full where the memory allows."
-        )
+    _check_dtype(inputs)
     log.info("loading %s", inputs.policy.path if inputs.policy else inputs.base.model)
     trunk = str(inputs.policy.path) if inputs.policy else find_model(inputs.base.model, where="base.model")
     chat_format, warning = load_proved_format(
@@ -75,14 +71,23 @@ def load_start(inputs: Inputs) -> Start:
     if warning:
         log.warning("%s", warning)
     model, trunk = _load_model(inputs, trunk)
-    is_adapter = inputs.tuning.method == "lora"
+    is_adapter = inputs.tuning.method != "full"
     return Start(model, chat_format, trunk, trunk_digest(model) if is_adapter else None)
+
+
+def _check_dtype(inputs: Inputs) -> None:
+    # TRL gives adapters on a quantised model bfloat16, whatever they have.
+    if inputs.tuning.method == "qlora" and inputs.base.dtype != "bfloat16":
+        raise ConfigError(
+            f"base.dtype: {inputs.base.dtype}, but tuning.method is qlora. Over a 4-bit base products and adapters are "
+            "bfloat16; the optimizer keeps fp32 masters. Set base.dtype to bfloat16, or tuning.method to lora."
+        )
 
 
 def _load_model(inputs: Inputs, trunk: str) -> "tuple[LanguageModel, str]":
     tuning, policy = inputs.tuning, inputs.policy
     made_by = policy.manifest.details.get("method") if policy else None
-    if policy and made_by == "lora":
+    if policy and made_by in ("lora", "qlora"):
         _check_same_adapter(tuning, policy)
         loaded = load_policy(
             policy.path,
@@ -92,17 +97,25 @@ def _load_model(inputs: Inputs, trunk: str) -> "tuple[LanguageModel, str]":
             is_trainable=True,
         )
         return loaded.model, str(policy.manifest.details["base"])
-    model = load_base(inputs.base, source=trunk, device="auto")
+    model = load_base(inputs.base, source=trunk, device="auto", is_nf4=tuning.method == "qlora")
     if tuning.method == "full":
         return model, trunk
     return attach_adapter(model, tuning, seed=inputs.run.seed), trunk
 
 
 def _check_same_adapter(tuning: Tuning, policy: Artifact) -> None:
+    made_by: str = policy.manifest.details["method"]
     if tuning.method == "full":
         raise ConfigError(
             f"tuning.method: 'full', but the policy to continue ({policy.path}) is an adapter on a frozen base. Its base "
-            "would be trained under it. Set tuning.method to lora, or export the policy merged and start from that."
+            f"would be trained under it. Set tuning.method to {made_by}, or export the policy merged and start from that."
+        )
+    if tuning.method != made_by:
+        bits = {"lora": "the base in 16 or 32 bits", "qlora": "the base in 4 bits"}
+        raise ConfigError(
+            f"tuning.method: '{tuning.method}', but the adapter to continue ({policy.path}) was trained by {made_by}, on "
+            f"{bits[made_by]}. It has learnt to go with those very weights. Set tuning.method to {made_by}, or train an "
+            "adapter anew from the base."
         )
     made: Mapping[str, Any] = json.loads((policy.path / "adapter_config.json").read_text(encoding="utf-8"))
     targets = SEVEN_PROJECTIONS if tuning.targets == "all-linear" else tuning.targets
@@ -144,7 +157,7 @@ def publish_policy(start: Start, inputs: Inputs, *, dropped: Mapping[str, int]) 
         max_tokens=inputs.base.max_tokens,
         system=inputs.base.system,
     )
-    if inputs.tuning.method == "lora":
+    if inputs.tuning.method != "full":
         details["rank"] = inputs.tuning.rank
     manifest = Manifest(
         kind="policy",

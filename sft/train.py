@@ -9,9 +9,10 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from llamachat.runs.folder import StepFolder
 from llamachat.tracking.curves import draw_curves
 from llamachat.tracking.record import MetricsRecord
 from llamachat.tracking.tracker import Tracker, open_tracker
+from llamachat.training.master_weights import check_optimizer
+from llamachat.training.out_of_memory import MicrobatchTooLargeError, halving
 from llamachat.training.progress import StepProgress
 from sft.config import Config, Inputs
 from sft.evaluation import answer_loss, check_finite, sample_answers
@@ -61,6 +64,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     """Train, measure and publish. Killed at any moment, the same call goes on from the newest whole checkpoint."""
     # Its bars for loading and writing weights would break up ours.
     transformers_logging.disable_progress_bar()
+    check_optimizer(config.optimizer, where="sft.optimizer")
     folder = StepFolder(inputs.folder)
     start = load_start(inputs)
     examples = load_examples(
@@ -84,7 +88,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
         resume_step=resume.step if resume else None,
     ) as tracker:
         session = Session(config, inputs, start, examples, plan, tracker)
-        session.train(resume.path if resume else None, first_step=resume.step if resume else 0)
+        session.train(first_step=resume.step if resume else 0)
         # Before the artifact, which ends the step: a command killed between the two would never come back to write it.
         tracker.summary(session.finish(folder))
         return publish_policy(start, inputs, dropped=examples.dropped)
@@ -124,9 +128,9 @@ class Session:
     plan: StepPlan
     tracker: Tracker
 
-    def train(self, checkpoint: Path | None, *, first_step: int) -> None:
-        """From `checkpoint`, or from the beginning, to the last optimizer step."""
-        steps, tracking = self.plan.num_steps, self.inputs.tracking
+    def train(self, *, first_step: int) -> None:
+        """To the last optimizer step; `first_step` of them are in the newest checkpoint."""
+        steps = self.plan.num_steps
         log.info(
             "%d dialogs to train on, %d held out; %d optimizer steps of %d dialogs in %d rows",
             len(self.examples.train),
@@ -135,13 +139,22 @@ class Session:
             self.config.examples_per_step,
             self.plan.rows_per_step,
         )
-        if checkpoint is None:
+        if first_step == 0:
             self.measure(0, "sft/eval_loss_base", "sft/eval_loss")
+        with StepProgress(self.inputs.step, steps=steps, done=first_step) as progress:
+            halving(
+                cast(Session, self),  # `replace` gives a Session, where the type of self would ask for Self
+                train=lambda session: session._train_on(progress),
+                halve=Session._in_smaller_parts,
+                step=self.inputs.step,
+            )
+
+    def _train_on(self, progress: StepProgress) -> None:
+        """From the newest checkpoint, or from the beginning."""
+        steps, tracking = self.plan.num_steps, self.inputs.tracking
+        checkpoint = newest(StepFolder(self.inputs.folder).checkpoints)
         learnt = self._learnt_tokens()
-        with (
-            StepProgress(self.inputs.step, steps=steps, done=first_step) as progress,
-            tempfile.TemporaryDirectory() as scratch,
-        ):
+        with tempfile.TemporaryDirectory() as scratch:
 
             def on_log(step: int, figures: dict[str, float]) -> None:
                 check_finite(figures["sft/loss"], f"{self.inputs.step}: the training loss at step {step}")
@@ -162,7 +175,42 @@ class Session:
                     self.sample(step)
 
             trainer = self._trainer(Watch(self.plan.tokens_per_step, on_log=on_log, on_step=on_step), Path(scratch))
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+            except MicrobatchTooLargeError:
+                trainer.save_last_step()
+                raise
+
+    def _in_smaller_parts(self) -> "Session | None":
+        """The same optimizer steps in micro-batches of half the size; None where each is one dialog already."""
+        longest = self._longest_row()
+        if self.config.packing:
+            key, before, least = "row_tokens", longest, 16
+        else:
+            key, before, least = "rows_per_microbatch", self.plan.rows_per_microbatch, 1
+        after = before // 2
+        if after < least:
+            return None
+        config = self.config.model_copy(update={key: after})
+        plan = plan_training(config, self.inputs, self.examples, device=self.start.device)
+        smaller = replace(self, config=config, plan=plan)
+        if self.config.packing and smaller._longest_row() == longest:  # a long dialog has its row for itself
+            return None
+        log.warning(
+            "%s: the device's memory is too small for a forward and backward pass with sft.%s %d. Going on from the last "
+            "optimizer step with %d; the dialogs of each step stay the same. Set sft.%s=%d to begin with that.",
+            self.inputs.step,
+            key,
+            before,
+            after,
+            key,
+            after,
+        )
+        return smaller
+
+    def _longest_row(self) -> int:
+        """Tokens of the fullest row, without padding."""
+        return max(sum(len(self.examples.train[index].input_ids) for index in row) for row in self.plan.rows)
 
     def _learnt_tokens(self) -> list[int]:
         """Answer tokens in the loss from the first step to each step."""

@@ -20,8 +20,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import DefaultFlowCallback
 from trl import SFTConfig, SFTTrainer
 
-from llamachat.runs.checkpoints import writing
+from llamachat.runs.checkpoints import newest, writing
 from llamachat.training.master_weights import MasterWeightOptimizer, adamw
+from llamachat.training.out_of_memory import in_room
 from sft.config import Config
 from sft.loss import answer_token_losses
 
@@ -56,6 +57,18 @@ class AtomicCheckpointTrainer(SFTTrainer):
             callback for callback in self.callback_handler.callbacks if isinstance(callback, DefaultFlowCallback)
         ]
         self.add_callback(watch)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        work = super().training_step
+        return in_room(lambda: work(*args, **kwargs))
+
+    def save_last_step(self) -> None:
+        """A checkpoint of the last finished optimizer step, from within the next one, unless there is one."""
+        assert self.model is not None, "it has begun to train"
+        self.model.zero_grad(set_to_none=True)  # what the unfinished step has added up
+        found = newest(self._checkpoints)
+        if self.state.global_step > (found.step if found else 0):
+            self._save_checkpoint(self.model, None)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -200,6 +213,7 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
+        name=config.optimizer,
     )
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     warmup = round(steps * config.warmup_fraction)

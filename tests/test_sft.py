@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.models.llama.modeling_llama import LlamaMLP
 from trl import SFTTrainer
 
 from llamachat.batching import IGNORED, collate_packed, collate_padded
@@ -31,6 +32,7 @@ from tests.tiny_sft import inputs_of, open_session, pair, toy_dialogs, write_bas
 
 CPU = torch.device("cpu")
 FULL = Tuning()
+QLORA = LORA.model_copy(update={"method": "qlora"})
 LAYOUTS: dict[str, dict[str, Any]] = {
     "packed": {"packing": True, "row_tokens": 64},
     "one long row": {"packing": True, "row_tokens": 96},
@@ -239,14 +241,28 @@ def test_every_layout_of_a_step_gives_the_gradients_of_a_slow_loop(tuning: Tunin
             torch.testing.assert_close(seen.weights[key], weight, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
-def test_recomputed_activations_give_the_same_gradients(tuning: Tuning, base: Path, tmp_path: Path):
-    inputs = inputs_of(tmp_path, base, toy_dialogs(12), tuning=tuning)
-    runs = []
+@pytest.mark.parametrize("tuning", [FULL, LORA, QLORA], ids=["full", "lora", "qlora"])
+def test_recomputed_activations_give_the_same_gradients(
+    tuning: Tuning, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    forward, layers = LlamaMLP.forward, 0
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal layers
+        layers += 1
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counting)
+    dtype = "bfloat16" if tuning.method == "qlora" else "float32"
+    inputs = inputs_of(tmp_path, base, toy_dialogs(12), tuning=tuning, dtype=dtype)
+    runs, counts = [], []
     for is_on in (False, True):
         config = Config(epochs=1, examples_per_step=16, gradient_checkpointing=is_on)
         with open_session(config, inputs) as session:
+            layers = 0
             runs.append(train_and_see(session, tmp_path / "scratch"))
+            counts.append(layers)
+    assert counts[1] == 2 * counts[0] > 0, "each layer runs a second time, in the backward pass"
     assert runs[0].gradients[0].keys() == runs[1].gradients[0].keys()
     for key, gradient in runs[0].gradients[0].items():
         torch.testing.assert_close(runs[1].gradients[0][key], gradient, atol=1e-7, rtol=1e-5)

@@ -32,7 +32,11 @@ from tests.tiny_sft import inputs_of, toy_dialogs, write_base, write_dialogs, wr
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-METHODS = {"full": {"method": "full"}, "lora": {"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}}
+METHODS = {
+    "full": {"method": "full"},
+    "lora": {"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
+    "qlora": {"method": "qlora", "rank": 4, "alpha": 8, "dropout": 0.1},
+}
 
 # Reads {"arguments": [...], "kill_at": n, "kill_on": pattern} a line; is killed at its n-th file operation in the run
 # folder, or where "the last one; this one" fits the pattern; answers with the exit status and the number of such operations.

@@ -5,7 +5,7 @@ Defaults are the paper's (Llama 2, arXiv:2307.09288) where it states them; a des
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from llamachat.config.paths import DataPath, ModelPath, PolicyPath
 from llamachat.config.section import Section, operational
@@ -71,13 +71,6 @@ class Tuning(Section):
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear", description="Layers with adapters: all-linear, or a list of module names such as q_proj."
     )
-
-    @field_validator("method")
-    @classmethod
-    def _is_there(cls, method: str) -> str:
-        if method == "qlora":
-            raise ValueError("adapters on a 4-bit base (qlora) are not part of this version yet: use lora or full")
-        return method
 
 
 class DataSource(Section):

@@ -20,6 +20,8 @@ from torch import nn
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.config.paths import is_hub_name
 from llamachat.errors import ArtifactError, ConfigError
+from llamachat.models import nf4
+from llamachat.models.placement import best_attention, device_of, dtype_of, gpus
 from llamachat.models.rope import rope_parameters, scale_rope
 from llamachat.models.weights import file_weights, folder_weights, module_weights
 from llamachat.tokenizer import BASES_THAT_WORK, BOS_ID, EOS_ID, UNK_ID, Tokenizer, load_tokenizer
@@ -51,15 +53,19 @@ class Policy:
 
 
 def load_base(
-    base: "Base", *, source: str | Path | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+    base: "Base",
+    *,
+    source: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    is_nf4: bool = False,
 ) -> "LlamaForCausalLM":
-    """The model that `base` names, or the one of the same family in `source`, ready for training."""
+    """The model that `base` names, or the one of the same family in `source`, ready for training; in 4 bits with `is_nf4`."""
     location = find_model(str(source or base.model), where="base.model")
     config = _load_config(location, where="base.model")
     scale_rope(config, base.rope_scaling, max_tokens=base.max_tokens)
-    return _load_llama(
-        location, config, dtype=dtype or _dtype(base.dtype), attention=base.attention, device=_device(device)
-    )
+    dtype = dtype or dtype_of(base.dtype)
+    return _load_llama(location, config, dtype=dtype, attention=base.attention, device=device_of(device), is_nf4=is_nf4)
 
 
 def attach_adapter(model: "LlamaForCausalLM", tuning: "Tuning", *, seed: int) -> "PeftModel":
@@ -70,7 +76,7 @@ def attach_adapter(model: "LlamaForCausalLM", tuning: "Tuning", *, seed: int) ->
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    assert tuning.method == "lora", "the caller attaches adapters where the recipe asks for them"
+    assert tuning.method != "full", "the caller attaches adapters where the recipe asks for them"
     targets: list[str] = list(SEVEN_PROJECTIONS) if tuning.targets == "all-linear" else _known_targets(tuning.targets)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -80,10 +86,12 @@ def attach_adapter(model: "LlamaForCausalLM", tuning: "Tuning", *, seed: int) ->
         target_modules=targets,
         bias="none",
     )
-    with torch.random.fork_rng(devices=_gpus()):
+    with torch.random.fork_rng(devices=gpus()):
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     assert isinstance(adapted, PeftModel)
+    if nf4.compute_dtype(model):
+        nf4.cast_adapter(adapted)
     _assert_only_adapter_trains(adapted)
     return adapted
 
@@ -103,6 +111,8 @@ def load_adapter(model: "LlamaForCausalLM", folder: Path, *, is_trainable: bool)
             f"{folder}: the adapter does not go on the base '{model.name_or_path}' ({_first_line(error)}). An adapter "
             "fits only the model that it was trained on. Name that model as the base, or train the adapter again."
         ) from error
+    if nf4.compute_dtype(model):
+        nf4.cast_adapter(adapted)
     return adapted
 
 
@@ -161,8 +171,16 @@ def policy_details(
         trunk = cast("LlamaForCausalLM", model.get_base_model())
         details["base_is_folder"] = Path(str(trunk.name_or_path)).is_dir()
         details["rope_parameters"] = rope_parameters(trunk.config)
-        details["trunk"] = trunk_digest(model, values_per_weight=VALUES_PER_WEIGHT)
+        details["trunk"] = _sampled_digest(trunk)
+        compute = nf4.compute_dtype(trunk)
+        if compute is not None:
+            details |= {"method": "qlora", "quantization": nf4.quantization_details(compute)}
     return details
+
+
+def _sampled_digest(trunk: "LlamaForCausalLM") -> str:
+    """By which a policy is matched to its base again; of a 4-bit trunk, of the weights that it was made from."""
+    return nf4.source_digest(trunk) or trunk_digest(trunk, values_per_weight=VALUES_PER_WEIGHT)
 
 
 def load_policy(
@@ -173,7 +191,7 @@ def load_policy(
 
     artifact = read_artifact(Path(path), kind="policy")
     details = _checked_details(artifact)
-    device = _device(device)
+    device = device_of(device)
     load = _load_full if details["method"] == "full" else _load_adapted
     model = load(artifact, details, dtype=dtype, attention=attention, device=device, is_trainable=is_trainable)
     tokenizer = load_tokenizer(artifact.path)
@@ -211,7 +229,7 @@ def _load_full(
     del details
     config = _load_config(str(artifact.path), where=str(artifact.path))
     saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    chosen = saved if dtype == "auto" else _dtype(dtype)
+    chosen = saved if dtype == "auto" else dtype_of(dtype)
     model = _load_llama(str(artifact.path), config, dtype=chosen, attention=attention, device=device)
     return model.requires_grad_(is_trainable)
 
@@ -219,15 +237,15 @@ def _load_full(
 def _load_adapted(
     artifact: "Artifact", details: Mapping[str, Any], *, dtype: str, attention: str, device: str, is_trainable: bool
 ) -> "PeftModel":
-
     where = f"{artifact.path}/manifest.json: details.base"
     location = find_model(details["base"], where=where, near=artifact.path, may_be_hub=not details["base_is_folder"])
     config = _load_config(location, where=where)
     config.rope_parameters = details["rope_parameters"]
-    chosen = _adapter_dtype(artifact.path) if dtype == "auto" else _dtype(dtype)
-    trunk = _load_llama(location, config, dtype=chosen, attention=attention, device=device)
-    is_as_trained = chosen == _adapter_dtype(artifact.path)
-    if is_as_trained and trunk_digest(trunk, values_per_weight=VALUES_PER_WEIGHT) != details["trunk"]:
+    chosen = _adapter_dtype(artifact.path) if dtype == "auto" else dtype_of(dtype)
+    is_nf4 = details["method"] == "qlora"
+    trunk = _load_llama(location, config, dtype=chosen, attention=attention, device=device, is_nf4=is_nf4)
+    is_comparable = is_nf4 or chosen == _adapter_dtype(artifact.path)
+    if is_comparable and _sampled_digest(trunk) != details["trunk"]:
         raise ArtifactError(
             f"{where}: '{location}' holds other weights than the adapter was trained on. On another model an adapter "
             "gives wrong answers without a sign. Put the model back that it was trained on, or train it again."
@@ -255,19 +273,25 @@ def _load_config(location: str, *, where: str) -> "LlamaConfig":
 
 
 def _load_llama(
-    location: str, config: "LlamaConfig", *, dtype: torch.dtype, attention: str, device: str
+    location: str, config: "LlamaConfig", *, dtype: torch.dtype, attention: str, device: str, is_nf4: bool = False
 ) -> "LlamaForCausalLM":
     from transformers import GenerationConfig, LlamaForCausalLM
 
+    how: dict[str, Any] = {}
+    if is_nf4:
+        nf4.check_shape(config, where=f"base: '{location}'")
+        # Quantised where it will compute, a weight at a time: the 16-bit model is never whole in memory.
+        how = {"quantization_config": nf4.quantization_config(dtype), "device_map": {"": device}}
     try:
         with _no_bars():
             loaded: Any = LlamaForCausalLM.from_pretrained(  # a pair with this report, which its types do not know
                 location,
                 config=config,
                 dtype=dtype,
-                attn_implementation=_best_attention(dtype, device) if attention == "auto" else attention,
+                attn_implementation=best_attention(dtype, device) if attention == "auto" else attention,
                 use_safetensors=True,
                 output_loading_info=True,
+                **how,
             )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(
@@ -282,24 +306,30 @@ def _load_llama(
             f"base: '{location}' lacks {len(lacking)} weights of a Llama language model ({lacking[0]}, ...). They would "
             "be random numbers. Give a whole causal language model with the shapes of its config.json."
         )
+    if is_nf4:
+        nf4.close_cpu_trap(model)
+        source = trunk_digest(nf4.model_folder(location), values_per_weight=VALUES_PER_WEIGHT)
+        nf4.remember_source(model, source)
     model.config.use_cache = False
     # What a checkpoint suggests for sampling is not ours, and some suggestions cannot even be saved again.
     model.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=UNK_ID)
-    return cast("LlamaForCausalLM", model.to(torch.device(device)))
+    return cast("LlamaForCausalLM", model if is_nf4 else model.to(torch.device(device)))
 
 
 def _checked_details(artifact: "Artifact") -> Mapping[str, Any]:
     details = artifact.manifest.details
     required = {"method", "base", "chat_format", "max_tokens"}
-    if details.get("method") == "lora":
+    if details.get("method") in ("lora", "qlora"):
         required |= {"base_is_folder", "rope_parameters", "trunk"}
     missing = sorted(required - details.keys())
-    if missing or details["method"] not in ("full", "lora"):
+    if missing or details["method"] not in ("full", "lora", "qlora"):
         found = f"lacks {', '.join(missing)}" if missing else f"has the method '{details['method']}'"
         raise ArtifactError(
-            f"{artifact.path}/manifest.json: details {found}. A policy says how it was tuned (full or lora), on which "
+            f"{artifact.path}/manifest.json: details {found}. A policy says how it was tuned (full, lora or qlora), on which "
             "base, and its chat format and length. Make the artifact again with this version."
         )
+    if details["method"] == "qlora":
+        nf4.check_details(details, where=f"{artifact.path}/manifest.json")
     return details
 
 
@@ -308,28 +338,6 @@ def _name(artifact: "Artifact") -> str:
     step = artifact.manifest.step
     run = artifact.path.resolve().parents[len(Path(step).parts)].name
     return f"{run}/{step}" if run else step
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
-
-
-def _best_attention(dtype: torch.dtype, device: str) -> str:
-    from transformers.utils import is_flash_attn_2_available
-
-    is_possible = device.startswith("cuda") and dtype != torch.float32 and is_flash_attn_2_available()
-    return "flash_attention_2" if is_possible else "sdpa"
-
-
-def _dtype(name: str) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ConfigError(
-            f"dtype: '{name}' is not one of {', '.join(known)}. It is the number format of the weights. Name one of them."
-        )
-    return known[name]
 
 
 def _adapter_dtype(folder: Path) -> torch.dtype:
@@ -344,10 +352,6 @@ def _known_targets(targets: Sequence[str]) -> list[str]:
             f"{', '.join(SEVEN_PROJECTIONS)}. Name some of them, or write all-linear."
         )
     return list(targets)
-
-
-def _gpus() -> list[int]:
-    return list(range(torch.cuda.device_count()))
 
 
 def _assert_only_adapter_trains(model: nn.Module) -> None:

@@ -1,0 +1,36 @@
+"""Where a model lies and how it computes there: device, number format, attention kernel."""
+
+import torch
+
+from llamachat.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def device_of(name: str) -> str:
+    """`name`, or for auto the GPU where there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def gpus() -> list[int]:
+    """Numbers of the GPUs, whose random state a seed of ours must not disturb."""
+    return list(range(torch.cuda.device_count()))
+
+
+def best_attention(dtype: torch.dtype, device: str) -> str:
+    """The fastest attention kernel that is installed and takes this dtype."""
+    from transformers.utils import is_flash_attn_2_available
+
+    is_possible = device.startswith("cuda") and dtype != torch.float32 and is_flash_attn_2_available()
+    return "flash_attention_2" if is_possible else "sdpa"
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The number format of this name."""
+    if name not in DTYPES:
+        raise ConfigError(
+            f"dtype: '{name}' is not one of {', '.join(DTYPES)}. It is the number format of the weights. Name one of them."
+        )
+    return DTYPES[name]

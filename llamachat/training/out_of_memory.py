@@ -1,0 +1,73 @@
+"""Training that outgrows its device goes on in smaller micro-batches.
+
+An optimizer step is a fixed set of examples, so the size of a micro-batch decides memory and speed and not the result.
+A training loop wraps the forward and backward of one micro-batch in `in_room` and itself in `halving`.
+"""
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from llamachat.errors import DeviceMemoryError
+
+Result = TypeVar("Result")
+Parts = TypeVar("Parts")
+
+
+class MicrobatchTooLargeError(Exception):
+    """Memory ran out in a forward or backward pass: weights and optimizer are those of the last finished step."""
+
+
+def in_room(work: Callable[[], Result]) -> Result:
+    """`work()`; where memory runs out in it, `MicrobatchTooLargeError`, which holds none of its tensors.
+
+    Among several processes the error stays what it is: the others wait in the middle of the same step.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        return work()
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        reason = _first_line(error)
+    # Past the handler: an error raised inside it keeps the failed one, its frames, and so the activations.
+    raise MicrobatchTooLargeError(reason)
+
+
+def halving(
+    parts: Parts, *, train: Callable[[Parts], None], halve: Callable[[Parts], Parts | None], step: str
+) -> Parts:
+    """`train(parts)`, and again with `halve(parts)` for as long as its micro-batches do not fit; what fitted.
+
+    `train` continues from the last optimizer step that it finished, `halve` gives None for what cannot be made smaller
+    and tells what it makes.
+    """
+    while True:
+        try:
+            train(parts)
+            return parts
+        except MicrobatchTooLargeError as error:
+            reason = str(error)
+        except torch.OutOfMemoryError as error:
+            reason = _first_line(error)
+            raise DeviceMemoryError(
+                f"{step}: the device's memory ran out where no smaller micro-batch helps ({reason}): in the optimizer, "
+                "in an evaluation, while sampling, or on one of several GPUs. Weights, moments and activations must "
+                "all fit. Set tuning.method to qlora, sft.optimizer to paged_adamw_8bit, or a smaller base.max_tokens."
+            ) from None
+        gc.collect()  # the trainer that failed is a circle of references, and holds the old optimizer
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        smaller = halve(parts)
+        if smaller is None:
+            raise DeviceMemoryError(
+                f"{step}: the device's memory does not hold one dialog at a time ({reason}). A dialog is not cut, so its "
+                "forward and backward must fit. Set sft.gradient_checkpointing=true, tuning.method to qlora, or a "
+                "smaller base.max_tokens."
+            )
+        parts = smaller
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

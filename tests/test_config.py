@@ -116,6 +116,8 @@ def test_overrides_reach_list_items_and_new_keys(recipe: Path) -> None:
 def test_a_hub_name_is_no_missing_file(recipe: Path) -> None:
     names = ["base.model=TinyLlama/TinyLlama-1.1B", "data.sft.0.path=Anthropic/hh-rlhf"]
     assert load(recipe, names).base.model == "TinyLlama/TinyLlama-1.1B"
+    for path in ("owner/name:train_sft", "owner/name/part", "owner/name/part:test"):
+        assert load(recipe, [f"data.sft.0.path={path}"]).data.sft[0].path == path
 
 
 # -- what is refused
@@ -157,7 +159,9 @@ REFUSED = [
     ("base.dtype=bfloat17", "found the text 'bfloat17', but 'bfloat16', 'float16' or 'float32' is required. Did you"),
     ("base.rope_scaling={factor: 2}", "base.rope_scaling.type: missing, but required."),
     ("base.rope_scaling={type: linear, factor: 1}", "base.rope_scaling.factor: found the number 1, but a number above"),
-    ("tuning.method=qlora", "tuning.method: adapters on a 4-bit base (qlora) are not part of this version yet"),
+    ("run.gpu=rtx-9090", "run.gpu: 'rtx-9090' is no card that is known."),
+    ("run.gpu=0GiB", "run.gpu: '0GiB' is no card that is known."),
+    ("data.sft.0.path=owner/name:train[:5]", "data.sft.0.path: the data file 'owner/name:train[:5]' does not exist."),
     ("tracking.tensorboard=1", "tracking.tensorboard: found the number 1, but true or false is required"),
     ("tracking.project=''", "tracking.project: found the text '', but text of at least 1 characters is required"),
     ("rollout.cache_gib=aut", "found the text 'aut', but a number or 'auto' is required. Did you mean 'auto'?"),
@@ -293,7 +297,7 @@ def test_trl_argument_names_are_those_of_the_class_itself() -> None:
 def test_the_skeleton_of_the_shared_sections() -> None:
     skeleton = yaml.safe_load(
         """
-        run: [dir, parent, seed]
+        run: [dir, parent, seed, gpu]
         base: [model, dtype, attention, chat_format, system, max_tokens, rope_scaling, allow_unproved_tokenizer, policy]
         tuning: [method, rank, alpha, dropout, targets]
         data: [sft, helpfulness, safety, labels, prompts, adversarial, borderline, split]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_SET = re.compile(r"(?P<name>[^/:]+/[^/:]+)(?:/[\w-]+)?(?::[\w.-]+)?")
 _DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zip")
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -18,6 +19,12 @@ def is_hub_name(text: str) -> bool:
     if Path(text).exists() or text.lower().endswith(_DATA_SUFFIXES):
         return False
     return bool(_HUB_NAME.fullmatch(text)) and not Path(text).parent.is_dir()
+
+
+def is_hub_set(text: str) -> bool:
+    """Whether a name that is no local path can be a data set of the hub: `owner/name[/configuration][:split]`."""
+    match = _HUB_SET.fullmatch(text)
+    return match is not None and not text.lower().endswith(_DATA_SUFFIXES) and is_hub_name(match["name"])
 
 
 def near_path(text: str) -> str | None:
@@ -52,7 +59,7 @@ class DataPath:
     """The field names a file or folder of records, or a data set of the hub."""
 
     def problems(self, value: object) -> Iterator[tuple[tuple[()], str]]:
-        if isinstance(value, str) and value and not Path(value).exists() and not is_hub_name(value):
+        if isinstance(value, str) and value and not Path(value).exists() and not is_hub_set(value):
             yield (), missing(value, what="the data file")
 
 

@@ -5,8 +5,9 @@ Defaults are the paper's (Llama 2, arXiv:2307.09288) where it states them; a des
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from llamachat.config.gpus import GpuName
 from llamachat.config.paths import DataPath, ModelPath, PolicyPath
 from llamachat.config.section import Section, operational
 
@@ -17,6 +18,9 @@ class Run(Section):
     dir: str = operational(min_length=1, description="Folder of the run; each step has its folder in it.")
     parent: str | None = operational(None, description="An earlier run whose unchanged steps are taken by reference.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of data order, dropout, new weights and sampling.")
+    gpu: Annotated[str | None, GpuName()] = operational(
+        None, description="The card that the recipe is meant for, such as rtx-4090, 24GiB or 8x a100-80gb: for `plan`."
+    )
 
 
 class RopeScaling(Section):
@@ -71,13 +75,6 @@ class Tuning(Section):
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear", description="Layers with adapters: all-linear, or a list of module names such as q_proj."
     )
-
-    @field_validator("method")
-    @classmethod
-    def _is_there(cls, method: str) -> str:
-        if method == "qlora":
-            raise ValueError("adapters on a 4-bit base (qlora) are not part of this version yet: use lora or full")
-        return method
 
 
 class DataSource(Section):

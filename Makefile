@@ -18,7 +18,7 @@ LLAMACHAT := LLAMACHAT_DIE_WITH_PARENT=1 exec $(PY) -m pipelines
 STEPS := sft rm rs gatt distill ppo eval report all
 
 .DEFAULT_GOAL := help
-.PHONY: help $(STEPS) plan dashboard chat test check bench setup check-environment
+.PHONY: help $(STEPS) plan doctor dashboard chat test check bench setup check-environment
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ $(STEPS): $(READY)
 
 plan: $(READY) ## what would run, from which inputs, and why
 	@$(LLAMACHAT) plan --config $(CONFIG) $(ARGS)
+
+doctor: $(READY) ## what this machine lacks for the recipe, before any download
+	@$(LLAMACHAT) doctor --config $(CONFIG) $(ARGS)
 
 dashboard: $(READY) ## reward and loss curves of all runs, offline
 	@$(LLAMACHAT) dashboard --config $(CONFIG) $(ARGS)

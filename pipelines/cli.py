@@ -139,15 +139,16 @@ _add_later("report", "Report on a run.")
 
 @app.command()
 @reported
-def plan(overrides: Overrides = None, config: ConfigOption = TINY) -> None:
+def plan(overrides: Overrides = None, config: ConfigOption = TINY, gpu: tools.GpuOption = None) -> None:
     """Say what would run, from which inputs and why, with memory and time; runs nothing."""
     from pipelines.plan import make_plan, plan_text
     from pipelines.recipe import load
 
-    recipe = load(config, overrides or ())
+    recipe = load(config, [*(overrides or ()), *([f"run.gpu={gpu}"] if gpu else ())])
     print(plan_text(recipe, make_plan(recipe)))
 
 
+app.command()(tools.doctor)
 app.command()(tools.chat)
 app.command()(tools.sample)
 app.command()(tools.tokens)

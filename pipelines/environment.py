@@ -9,24 +9,42 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+PYTHON_NEEDED = (3, 11)
 _REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*>=\s*(?P<version>[0-9.]+)")
+
+
+def requirements(pyproject: Path) -> dict[str, str | None]:
+    """Each required package with its installed version, None where it is not installed."""
+    return {name: _installed(name) for name in _lower_bounds(pyproject)}
 
 
 def shortfalls(pyproject: Path) -> list[str]:
     """Each requirement that the running Python does not meet, in words."""
-    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     found = []
+    for name, needed in _lower_bounds(pyproject).items():
+        installed = _installed(name)
+        if installed is None:
+            found.append(f"{name} is not installed; {needed} or newer is needed")
+        elif _numbers(installed) < _numbers(needed):
+            found.append(f"{name} is {installed}; {needed} or newer is needed")
+    return found
+
+
+def _lower_bounds(pyproject: Path) -> dict[str, str]:
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    bounds = {}
     for requirement in project["dependencies"]:
         match = _REQUIREMENT.fullmatch(requirement.strip())
         assert match is not None, f"a requirement without a lower bound: {requirement}"
-        try:
-            installed = metadata.version(match["name"])
-        except metadata.PackageNotFoundError:
-            found.append(f"{match['name']} is not installed; {match['version']} or newer is needed")
-            continue
-        if _numbers(installed) < _numbers(match["version"]):
-            found.append(f"{match['name']} is {installed}; {match['version']} or newer is needed")
-    return found
+        bounds[match["name"]] = match["version"]
+    return bounds
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -1,18 +1,18 @@
 """What would run, from which inputs, why, and what it would cost; reads no weights and imports neither torch nor trl."""
 
-import gzip
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llamachat.config.sections import DataSource
+from llamachat.config.gpus import CARDS, Gpu, parse_gpu
 from llamachat.errors import ChangedError, LlamachatError
-from llamachat.models.estimates import Estimate, read_shape
+from llamachat.models.estimates import Estimate, shape_of
 from llamachat.runs.artifacts import is_published, read_artifact
 from llamachat.runs.checkpoints import newest
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import living_owner
 from llamachat.runs.state import StepState, step_state
+from pipelines.data_size import measure_data
 from pipelines.recipe import Recipe, Step, resolve_steps
 from pipelines.resolve import earlier_policies, step_folder
 from pipelines.running import Work, find_work, parent_folder
@@ -22,7 +22,6 @@ from sft.estimate import Workload
 FEW_STEPS = 100
 MUCH_WARMUP = 0.2
 FULL_TUNING_RATE = 2e-5  # Llama 2 section 3.1, for all weights
-BYTES_PER_TOKEN = 4.0  # of JSON lines of English dialogs; ours, rough
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +38,6 @@ class PlannedStep:
     @property
     def will_run(self) -> bool:
         return self.verdict in ("new", "resume", "waits")
-
-
-@dataclass(frozen=True, slots=True)
-class DataSize:
-    """Records in local files of JSON lines, weights counted, and what one holds."""
-
-    records: float
-    bytes_per_record: float
 
 
 def make_plan(recipe: Recipe, command: str = "all") -> list[PlannedStep]:
@@ -70,7 +61,7 @@ def _plan_step(
     recipe: Recipe, steps: Sequence[Step], step: Step, to_run: set[str], reused: Mapping[str, StepFolder]
 ) -> PlannedStep:
     estimate = estimate_step(recipe, step)
-    warnings = tuple(warn(step, estimate))
+    warnings = tuple(warn(step, estimate, card(recipe)))
     nearest = next(iter(earlier_policies(steps, step)), None)
     if nearest is not None and nearest.name in to_run:
         why, inputs = f"runs after '{nearest.name}'", f"policy of '{nearest.name}', once it is there"
@@ -108,28 +99,34 @@ def _verdict(recipe: Recipe, work: Work) -> tuple[str, str]:
     return "new", "changed since the parent run" if kept is not None else f"nothing in {folder.path} yet"
 
 
-def estimate_step(recipe: Recipe, step: Step) -> Estimate | None:
-    """The stage's estimate; None where the shape of the base is not known here (a model of the hub)."""
-    try:
-        shape = read_shape(Path(recipe.base.model))
-    except (KeyError, ValueError):
-        return None  # another architecture, or no JSON: refused in words where it is loaded
-    if shape is None:
-        return None
+def card(recipe: Recipe) -> Gpu | None:
+    """The card that the recipe is meant for."""
+    return parse_gpu(recipe.run.gpu) if recipe.run.gpu else None
+
+
+def estimate_step(recipe: Recipe, step: Step, gpu: Gpu | None = None) -> Estimate | None:
+    """The stage's estimate, on this card in place of the recipe's; None where the shape of the base is not known here."""
     assert isinstance(step.config, SftConfig), "each stage has an estimate of its own kind"
     size = measure_data(recipe.data.sft)
     kept = 1.0 - recipe.data.split.test - recipe.data.split.validation - recipe.data.split.judge
-    workload = Workload(
-        shape=shape,
-        base=recipe.base,
-        tuning=step.tuning,
-        dialogs=round(size.records * kept) if size else None,
-        tokens_per_dialog=min(size.bytes_per_record / BYTES_PER_TOKEN, recipe.base.max_tokens) if size else 200.0,
-    )
-    return step.stage.package.estimate(step.config, workload)
+    try:
+        shape = shape_of(recipe.base.model)
+        if shape is None:
+            return None
+        workload = Workload(
+            shape=shape,
+            base=recipe.base,
+            tuning=step.tuning,
+            dialogs=round(size.records * kept) if size else None,
+            tokens_per_dialog=min(size.tokens_per_record, recipe.base.max_tokens) if size else 0.0,
+            gpu=gpu or card(recipe),
+        )
+        return step.stage.package.estimate(step.config, workload)
+    except (KeyError, ValueError):
+        return None  # another architecture, no JSON, or targets that are none: refused in words where it is loaded
 
 
-def warn(step: Step, estimate: Estimate | None) -> list[str]:
+def warn(step: Step, estimate: Estimate | None, gpu: Gpu | None = None) -> list[str]:
     """Settings that load but seldom do what is wanted."""
     warnings = []
     steps = estimate.optimizer_steps if estimate else None
@@ -150,25 +147,29 @@ def warn(step: Step, estimate: Estimate | None) -> list[str]:
             f"{key}.learning_rate {step.config.learning_rate:g} is that of full tuning, and tuning.method is"
             f" {step.tuning.method}: adapters want about ten times as much."
         )
+    if estimate and gpu and estimate.peak_bytes > gpu.usable_bytes:
+        warnings.append(
+            f"about {estimate.peak_bytes / 2**30:.1f} GiB do not fit {gpu}, of which a step should need at most"
+            f" {gpu.usable_bytes / 2**30:.1f}. {smaller(step)}"
+        )
     return warnings
 
 
-def measure_data(sources: Sequence[DataSource]) -> DataSize | None:
-    """Size of the sources; None as soon as one is not a local file of JSON lines."""
-    records = weighted_bytes = 0.0
-    for source in sources:
-        path = Path(source.path)
-        if not path.is_file() or not path.name.endswith((".jsonl", ".jsonl.gz")):
-            return None
-        lines = num_bytes = 0
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            for line in stream:
-                if source.limit is not None and lines >= source.limit:
-                    break
-                lines, num_bytes = lines + 1, num_bytes + len(line)
-        records += lines * source.weight
-        weighted_bytes += num_bytes * source.weight
-    return DataSize(records, weighted_bytes / records) if records else None
+def smaller(step: Step) -> str:
+    """What would take less memory, in the order of what it costs the result."""
+    assert isinstance(step.config, SftConfig), "each stage has values of its own kind"
+    ways = []
+    if not step.config.gradient_checkpointing:
+        ways.append(f"set {step.stage.section}.gradient_checkpointing: true")
+    if not step.config.packing and step.config.rows_per_microbatch > 1:
+        ways.append(f"lower {step.stage.section}.rows_per_microbatch")
+    less = {"full": "lora or qlora", "lora": "qlora"}.get(step.tuning.method)
+    if less:
+        ways.append(f"set tuning.method: {less}")
+    if step.tuning.method != "full":
+        ways.append("lower tuning.rank")
+    text = ", ".join([*ways, "lower base.max_tokens", "or take a larger card"])
+    return text[0].upper() + text[1:] + "."
 
 
 def plan_text(recipe: Recipe, planned: Sequence[PlannedStep]) -> str:
@@ -176,23 +177,38 @@ def plan_text(recipe: Recipe, planned: Sequence[PlannedStep]) -> str:
     lines = [f"Plan of {recipe.run.dir}:"]
     for step in planned:
         lines += [f"  {step.name}: {step.verdict}, {step.why}", f"    from {step.inputs}"]
-        if step.will_run and step.estimate is not None:
-            lines.append(f"    {_cost(step.estimate)}")
         if step.will_run:
+            lines += [f"    {line}" for line in _cost(recipe, step.estimate)]
             lines += [f"    warning: {warning}" for warning in step.warnings]
     running = [step.estimate for step in planned if step.will_run and step.estimate is not None]
-    if len(running) > 1:
+    if len(running) > 1 and all(estimate.seconds for estimate in running):
         total = Estimate(seconds=sum(estimate.seconds for estimate in running))
         lines.append(f"  all together: about {duration(total.seconds)}")
     return "\n".join(lines)
 
 
-def _cost(estimate: Estimate) -> str:
+def _cost(recipe: Recipe, estimate: Estimate | None) -> list[str]:
+    """Steps and time, memory by part, and whether it fits."""
+    if estimate is None:
+        return [f"no estimate: the shape of '{recipe.base.model}' is not known before its config.json is here"]
+    gpu, peak = card(recipe), estimate.peak_bytes / 2**30
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.memory.items() if size)
-    memory = f"about {sum(estimate.memory.values()) / 2**30:.2f} GiB at the peak ({parts})"
+    memory = f"memory, estimated: about {peak:.2f} GiB at the peak{' of each card' if gpu and gpu.count > 1 else ''}"
+    lines = [_steps_and_time(estimate, gpu), f"{memory} ({parts})"]
+    if gpu is not None:
+        verdict = "fits" if estimate.peak_bytes <= gpu.usable_bytes else "does not fit"
+        usable = f"{gpu.usable_bytes / 2**30:.1f} of {gpu.gib:g} GiB"
+        lines.append(f"{verdict} {gpu}: {peak:.1f} GiB, and a step should need at most {usable}")
+    return lines
+
+
+def _steps_and_time(estimate: Estimate, gpu: Gpu | None) -> str:
     if estimate.optimizer_steps is None:
-        return f"optimizer steps not known before the data are read; {memory}"
-    return f"about {estimate.optimizer_steps} optimizer steps, {duration(estimate.seconds)}; {memory}"
+        return "optimizer steps and hours: not counted before download (a 'limit' on each hub set bounds them)"
+    steps = f"about {estimate.optimizer_steps} optimizer steps"
+    if gpu is not None and gpu.tflops is None:
+        return f"{steps}; for hours name the card in run.gpu or --gpu, such as {next(iter(CARDS))}"
+    return f"{steps}, {duration(estimate.seconds)} {estimate.assumed}"
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Commands beside the recipe's steps: chat, sample, tokens, data check, data convert, dashboard, pretrain."""
+"""Commands beside the recipe's steps: doctor, chat, sample, tokens, data check, data convert, dashboard, pretrain."""
 
 import logging
 import sys
@@ -21,11 +21,25 @@ ConfigOption = Annotated[Path, typer.Option("--config", help="The recipe.", meta
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values over the recipe's, such as sft.epochs=1.")
 ]
+GpuOption = Annotated[
+    str | None, typer.Option("--gpu", help="The card: 24GiB, rtx-4090, 8x a100-80gb.", metavar="CARD")
+]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this probability mass.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same answers.")]
 _BUNDLED_BASE = Path(__file__).resolve().parents[1] / "assets" / "base"
+
+
+@reported
+def doctor(overrides: Overrides = None, config: ConfigOption = TINY) -> None:
+    """Say what this machine lacks for the recipe, before anything large is downloaded. Status 1: something will fail."""
+    from pipelines.doctor import examine, report
+
+    findings = examine(config, overrides or ())
+    print(report(findings))
+    if any(finding.verdict == "FAIL" for finding in findings):
+        raise typer.Exit(1)
 
 
 @reported

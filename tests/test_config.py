@@ -121,6 +121,8 @@ def test_a_hub_name_is_no_missing_file(recipe: Path) -> None:
     assert load(recipe, ["data.sft.0.path=Anthropic/hh-rlhf"]).data.sft[0].path == "Anthropic/hh-rlhf"
     with pytest.raises(ConfigError, match=r"the data file 'a/b/c.jsonl:train' does not exist"):
         load(recipe, ["data.sft.0.path=a/b/c.jsonl:train"])
+    for path in ("owner/name:train_sft", "owner/name/part", "owner/name/part:test"):
+        assert load(recipe, [f"data.sft.0.path={path}"]).data.sft[0].path == path
 
 
 # -- what is refused
@@ -163,6 +165,8 @@ REFUSED = [
     ("base.rope_scaling={factor: 2}", "base.rope_scaling.type: missing, but required."),
     ("base.rope_scaling={type: linear, factor: 1}", "base.rope_scaling.factor: found the number 1, but a number above"),
     ("tuning.method=qlor", "found the text 'qlor', but 'full', 'lora' or 'qlora' is required. Did you mean 'qlora'"),
+    ("run.gpu=rtx-9090", "run.gpu: 'rtx-9090' is no card that is known."),
+    ("run.gpu=0GiB", "run.gpu: '0GiB' is no card that is known."),
     ("tracking.tensorboard=1", "tracking.tensorboard: found the number 1, but true or false is required"),
     ("tracking.project=''", "tracking.project: found the text '', but text of at least 1 characters is required"),
     ("rollout.cache_gib=aut", "found the text 'aut', but a number or 'auto' is required. Did you mean 'auto'?"),
@@ -298,7 +302,7 @@ def test_trl_argument_names_are_those_of_the_class_itself() -> None:
 def test_the_skeleton_of_the_shared_sections() -> None:
     skeleton = yaml.safe_load(
         """
-        run: [dir, parent, seed]
+        run: [dir, parent, seed, gpu]
         base: [model, dtype, attention, chat_format, system, max_tokens, rope_scaling, allow_unproved_tokenizer, policy]
         tuning: [method, rank, alpha, dropout, targets]
         data: [sft, helpfulness, safety, labels, prompts, adversarial, borderline, split]

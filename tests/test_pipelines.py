@@ -17,7 +17,8 @@ from llamachat.errors import ArtifactError, BusyError, ChangedError, UsageError
 from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import hold
-from pipelines.plan import duration, make_plan, measure_data, plan_text
+from pipelines.data_size import measure_data
+from pipelines.plan import duration, make_plan, plan_text
 from pipelines.recipe import Recipe, load, resolve_steps
 from pipelines.running import find_work, run_command
 from sft.config import VERSION as SFT_VERSION
@@ -314,7 +315,7 @@ def test_what_is_not_here_is_not_estimated(tmp_path: Path) -> None:
     assert make_plan(load(path))[0].estimate is None
     recipe = load(write_recipe(tmp_path), ["data.sft.0.path=Anthropic/hh-rlhf"])
     assert measure_data(recipe.data.sft) is None
-    assert "optimizer steps not known before the data are read" in plan_text(recipe, make_plan(recipe))
+    assert "optimizer steps and hours: not counted before download" in plan_text(recipe, make_plan(recipe))
 
 
 def test_durations_in_words() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from llamachat.config.gpus import GpuName
 from llamachat.config.paths import DataPath, ModelPath, PolicyPath
 from llamachat.config.section import Section, operational
 
@@ -17,6 +18,9 @@ class Run(Section):
     dir: str = operational(min_length=1, description="Folder of the run; each step has its folder in it.")
     parent: str | None = operational(None, description="An earlier run whose unchanged steps are taken by reference.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of data order, dropout, new weights and sampling.")
+    gpu: Annotated[str | None, GpuName()] = operational(
+        None, description="The card that the recipe is meant for, such as rtx-4090, 24GiB or 8x a100-80gb: for `plan`."
+    )
 
 
 class RopeScaling(Section):

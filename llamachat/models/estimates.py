@@ -1,16 +1,19 @@
 """What a step costs before it runs, from a model's config.json alone: bytes by part, optimizer steps, seconds.
 
-Torch-free, since `plan` answers in seconds. Measured constants are ours and say where they come from.
+Torch-free, since `plan` answers in seconds. Constants say where they come from.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# Training throughput assumed for hours: 40% of a card's bf16 peak with 6 FLOP a weight and token (Kaplan et al. 2020,
-# arXiv:2001.08361, section 2.1). A CPU core reaches about 0.1 TFLOP/s in bf16 with the bundled model (ours, measured).
+# A CPU core reaches about 0.1 TFLOP/s in bf16 with the bundled model (ours, measured); two of them are counted.
 CPU_FLOPS = 2.0e11
+# NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314, section 3): 4 bits a weight, 8 bits a block of 64
+# for its constant, 32 bits a group of 256 blocks for the constant of the constants.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,34 +29,110 @@ class Shape:
     is_tied: bool = False
 
     @property
+    def key_value_size(self) -> int:
+        """Width of all keys, and of all values, of one token."""
+        return self.key_value_heads * (self.hidden_size // self.heads)
+
+    @property
+    def projections(self) -> Mapping[str, tuple[int, int]]:
+        """The seven matrices of a block: name -> (inputs, outputs)."""
+        hidden, inner, key_value = self.hidden_size, self.intermediate_size, self.key_value_size
+        return {
+            "q_proj": (hidden, hidden),
+            "k_proj": (hidden, key_value),
+            "v_proj": (hidden, key_value),
+            "o_proj": (hidden, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+
+    @property
     def layer_weights(self) -> int:
         """Weights of one block."""
-        head_size = self.hidden_size // self.heads
-        attention = 2 * self.hidden_size**2 + 2 * self.hidden_size * self.key_value_heads * head_size
-        return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        return sum(inputs * outputs for inputs, outputs in self.projections.values()) + 2 * self.hidden_size
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the projections of all blocks: those that a 4-bit base holds in 4 bits."""
+        return self.layers * (self.layer_weights - 2 * self.hidden_size)
+
+    @property
+    def embedding_weights(self) -> int:
+        """Weights of the embeddings and of the output head."""
+        return self.vocabulary * self.hidden_size * (1 if self.is_tied else 2)
 
     @property
     def weights(self) -> int:
         """All weights, embeddings and output head included."""
-        embeddings = self.vocabulary * self.hidden_size * (1 if self.is_tied else 2)
-        return self.layers * self.layer_weights + embeddings + self.hidden_size
+        return self.layers * self.layer_weights + self.embedding_weights + self.hidden_size
 
-    def adapter_weights(self, rank: int) -> int:
-        """Weights of a LoRA adapter on all seven projections of every block."""
-        head_size = self.hidden_size // self.heads
-        key_value = self.key_value_heads * head_size
-        widths = 2 * (2 * self.hidden_size) + 2 * (self.hidden_size + key_value)
-        widths += 3 * (self.hidden_size + self.intermediate_size)
-        return self.layers * rank * widths
+    def adapter_weights(self, rank: int, targets: Sequence[str] | None = None) -> int:
+        """Weights of a LoRA adapter on these projections of every block; None is all seven."""
+        chosen = self.projections if targets is None else {name: self.projections[name] for name in targets}
+        return self.layers * rank * sum(inputs + outputs for inputs, outputs in chosen.values())
+
+    def trunk_bytes(self, width: int, *, is_4bit: bool) -> int:
+        """The model in numbers of `width` bytes; in a 4-bit one embeddings, head and norms keep that width."""
+        if not is_4bit:
+            return self.weights * width
+        return round(self.linear_weights * NF4_BYTES) + (self.weights - self.linear_weights) * width
+
+    def block_activations(self, width: int, row_tokens: int, *, is_eager: bool, adapter_rank: int | None) -> int:
+        """Bytes that one block keeps of each token for its backward pass; `adapter_rank` None where all weights train.
+
+        Counted on transformers' Llama: both norms keep their input in fp32, their output and, where norms train, the
+        normalized input; attention keeps q, k, v and its output; the SwiGLU four tensors; an adapter seven of its rank.
+        Eager attention also keeps its scores in fp32 and in `width`, with keys and values repeated for every head.
+        """
+        hidden, key_value = self.hidden_size, self.hidden_size if is_eager else self.key_value_size
+        numbers = 4 * hidden + 2 * key_value + 4 * self.intermediate_size
+        numbers += 2 * hidden if adapter_rank is None else 7 * adapter_rank
+        scores = self.heads * row_tokens * (4 + width) if is_eager else 0
+        return numbers * width + 2 * hidden * 4 + scores
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBase:
+    """A model of the hub whose files need not be read to know what it will need."""
+
+    shape: Shape
+    is_gated: bool
+    file_width: int = 2  # bytes a weight in its safetensors files
+
+
+# Exact values of each model's config.json.
+_LLAMA_2_7B = Shape(4096, 11008, 32, 32, 32, 32000)
+_LLAMA_2_13B = Shape(5120, 13824, 40, 40, 40, 32000)
+_LLAMA_2_70B = Shape(8192, 28672, 80, 64, 8, 32000)
+_TINYLLAMA = Shape(2048, 5632, 22, 32, 4, 32000)
+KNOWN_BASES = {
+    "meta-llama/Llama-2-7b-hf": KnownBase(_LLAMA_2_7B, is_gated=True),
+    "meta-llama/Llama-2-13b-hf": KnownBase(_LLAMA_2_13B, is_gated=True),
+    "meta-llama/Llama-2-70b-hf": KnownBase(_LLAMA_2_70B, is_gated=True),
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": KnownBase(_TINYLLAMA, is_gated=False, file_width=4),
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": KnownBase(_TINYLLAMA, is_gated=False),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes by part at the peak, seconds, and optimizer steps where the step has any."""
+    """Bytes by part at the peak (of one card), seconds with what they assume, and optimizer steps where there are any."""
 
     memory: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     optimizer_steps: int | None = None
+    assumed: str = ""
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+def shape_of(model: str) -> Shape | None:
+    """The shape of a model folder or of a known model of the hub; None where neither tells it. Asks no network."""
+    known = KNOWN_BASES.get(model)
+    return read_shape(Path(model)) or (known.shape if known else None)
 
 
 def read_shape(folder: Path) -> Shape | None:

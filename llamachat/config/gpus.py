@@ -1,0 +1,75 @@
+"""The cards that a recipe may be meant for: `run.gpu` or `plan --gpu`, as a name, a memory, or several of one.
+
+rtx-4090    24GiB    8x a100-80gb
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# name: (GiB that the driver shows, peak of dense bf16 with fp32 sums in TFLOP/s), both from the vendor's data sheets.
+CARDS = {
+    "rtx-3060": (12.0, 25.0),
+    "rtx-3070": (8.0, 40.0),
+    "rtx-3090": (24.0, 71.0),
+    "rtx-4090": (24.0, 165.0),
+    "rtx-a6000": (48.0, 155.0),
+    "a10": (22.5, 125.0),
+    "l4": (22.5, 121.0),
+    "l40s": (45.0, 362.0),
+    "a100-40gb": (40.0, 312.0),
+    "a100-80gb": (80.0, 312.0),
+    "h100": (79.6, 989.0),
+    "h200": (140.4, 989.0),
+}
+# CUDA's own context and what the allocator cannot use want a share; ours, unmeasured.
+USABLE = 0.9
+
+_FORM = re.compile(r"(?:(?P<count>[1-9][0-9]*) ?x ?)?(?:(?P<size>[0-9]+(?:\.[0-9]+)?) ?gi?b|(?P<name>[a-z][a-z0-9-]*))")
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """So many cards of one kind."""
+
+    name: str
+    gib: float  # memory of one card
+    tflops: float | None  # peak of one card; None where only its memory is known
+    count: int = 1
+
+    @property
+    def usable_bytes(self) -> float:
+        """What a step should need at most on one card."""
+        return USABLE * self.gib * 2**30
+
+    def __str__(self) -> str:
+        return f"{self.count} x {self.name}" if self.count > 1 else self.name
+
+
+def parse_gpu(text: str) -> Gpu:
+    """The card that a text names; ValueError tells the forms."""
+    match = _FORM.fullmatch(text.strip().lower())
+    count = int(match["count"] or 1) if match else 1
+    if match and match["size"] and float(match["size"]) > 0:
+        # Vendors write GB for what is GiB.
+        return Gpu(f"{float(match['size']):g} GiB", float(match["size"]), None, count)
+    if match and match["name"] in CARDS:
+        gib, tflops = CARDS[match["name"]]
+        return Gpu(match["name"], gib, tflops, count)
+    raise ValueError(
+        f"'{text}' is no card that is known. Memory and hours are worked out from it. Give a memory such as 24GiB, several"
+        f" as 8x80GiB, or one of {', '.join(CARDS)}."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GpuName:
+    """The field names a card."""
+
+    def problems(self, value: object) -> Iterator[tuple[tuple[()], str]]:
+        if not isinstance(value, str):
+            return
+        try:
+            parse_gpu(value)
+        except ValueError as error:
+            yield (), str(error)

@@ -1,0 +1,187 @@
+"""The recipes for real cards: what their headers say, what `plan` says of them, and that neither needs a network."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamachat.models.estimates import KNOWN_BASES
+from llamachat.rows import hub_set
+from llamachat.sources import SOURCES
+from pipelines.cli import main
+from pipelines.data_size import HUB_TOKENS, MOST_BYTES, DataSize, measure_data
+from pipelines.plan import card, duration, estimate_step, make_plan
+from pipelines.recipe import load, resolve_steps
+from tests.recipes import write_dialogs, write_recipe
+from tests.test_command_line import HEAVY
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = {
+    "tinyllama-1.1b-lora": ("lora", 12),
+    "llama2-7b-qlora": ("qlora", 24),
+    "llama2-7b-lora": ("lora", 80),
+    "llama2-13b-qlora": ("qlora", 24),
+    "llama2-70b-qlora": ("qlora", 80),
+    "llama2-7b-full-fsdp": ("full", 80),
+}
+OFFLINE = """
+import socket, sys
+def refuse(*given, **named):
+    raise AssertionError("a network was asked")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+from pipelines.cli import main
+assert main(sys.argv[1:]) == 0
+assert not [name for name in HEAVY if name in sys.modules]
+"""
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("arguments", [["plan"], ["sft", "--dry-run"]])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_plan_takes_seconds_and_no_network_no_weights_no_torch(name: str, arguments: list[str]) -> None:
+    code = OFFLINE.replace("HEAVY", repr(HEAVY))
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--config", f"configs/{name}.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 5
+    assert "optimizer steps" in done.stdout and "(MFU)" in done.stdout and "\n    fits " in done.stdout
+    assert "warning" not in done.stdout
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fits_its_card_and_its_header_says_what_plan_says(name: str) -> None:
+    text = (ROOT / "configs" / f"{name}.yaml").read_text()
+    recipe = load(f"configs/{name}.yaml")
+    (step,), gpu = resolve_steps(recipe), card(recipe)
+    estimate = estimate_step(recipe, step)
+    assert estimate is not None and gpu is not None
+    method, most = PRESETS[name]
+    assert step.tuning.method == method and gpu.gib <= most
+    assert estimate.peak_bytes <= gpu.usable_bytes
+    peak = f"{estimate.peak_bytes / 2**30:.1f}"
+    assert f"# Memory: {peak} GiB at the peak" in text and "not measured" in text and "# Card: " in text
+    assert ("Gated: " in text) == KNOWN_BASES[recipe.base.model].is_gated
+    row = f"| `{name}.yaml` | {recipe.base.model} | {method} | {gpu} | {peak} | {estimate.optimizer_steps} |"
+    assert f"{row} {duration(estimate.seconds)} |" in (ROOT / "docs" / "presets.md").read_text()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_number_of_a_preset_says_where_it_comes_from(name: str) -> None:
+    lines = (ROOT / "configs" / f"{name}.yaml").read_text().splitlines()
+    body = lines[lines.index("sft:") :]
+    origin = re.compile(r"# (paper, 3\.1|ours)")
+    assert [line for line in body if re.search(r"[0-9]", line.partition("#")[0]) and not origin.search(line)] == []
+    for index, line in enumerate(lines):
+        if re.match(r"(base|tuning|  split):", line):
+            assert re.search(r"paper|[Oo]urs", line + lines[index - 1]) or "pretrained" in line, line
+
+
+def test_the_sets_of_the_presets_are_named_with_their_split_and_format() -> None:
+    for name in PRESETS:
+        for source in load(f"configs/{name}.yaml").data.sft:
+            assert hub_set(source.path) is not None and ":" in source.path
+            assert source.format == "native" or SOURCES[source.format].kind == "dialog"
+
+
+def test_rows_as_the_sets_hold_them_are_read(tmp_path: Path) -> None:
+    row = {
+        "prompt": "Why is the sky blue?",
+        "prompt_id": "7c1",
+        "messages": [
+            {"role": "user", "content": "Why is the sky blue?"},
+            {"role": "assistant", "content": "Scattering."},
+        ],
+        "category": "Open QA",
+    }
+    (tmp_path / "no_robots.jsonl").write_text(json.dumps(row) + "\n")
+    dolly = {"instruction": "Name a color.", "context": "", "response": "Blue.", "category": "open_qa"}
+    (tmp_path / "dolly.jsonl").write_text(json.dumps(dolly) + "\n")
+    assert main(["data", "check", str(tmp_path / "no_robots.jsonl"), "--kind", "dialog", "--format", "native"]) == 0
+    assert main(["data", "check", str(tmp_path / "dolly.jsonl"), "--kind", "dialog", "--format", "dolly"]) == 0
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_accelerate_understands_its_files(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    path = f"configs/accelerate/{name}.yaml"
+    found: Any = load_config_from_file(path)
+    assert found.num_processes == 8 and found.mixed_precision == "no"
+    known = {action.dest for action in launch_command_parser()._actions}
+    assert set(found.fsdp_config) <= known
+    if name == "fsdp2":
+        assert found.fsdp_config["fsdp_version"] == 2
+        assert (
+            "UNPROVEN" in Path(path).read_text() and "UNPROVEN" in Path("configs/llama2-7b-full-fsdp.yaml").read_text()
+        )
+
+
+# -- plan
+
+
+def test_plan_on_another_card_says_that_it_does_not_fit_and_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", "configs/llama2-7b-lora.yaml", "--gpu", "24GiB"]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit 24 GiB: 37.1 GiB, and a step should need at most 21.6 of 24 GiB" in out
+    assert (
+        "Set sft.gradient_checkpointing: true, set tuning.method: qlora, lower tuning.rank, lower base.max_tokens"
+        in out
+    )
+    assert "for hours name the card" in out
+    assert main(["plan", "--config", "configs/llama2-7b-lora.yaml", "--gpu", "abacus"]) == 2
+    assert "run.gpu: 'abacus' is no card that is known." in capsys.readouterr().err
+
+
+def test_plan_of_hub_sets_without_a_limit_counts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["data.sft.0.limit=null", "data.sft.1.limit=null"]
+    assert main(["plan", "--config", "configs/llama2-7b-qlora.yaml", *overrides]) == 0
+    assert "optimizer steps and hours: not counted before download" in capsys.readouterr().out
+    (step,) = make_plan(load("configs/llama2-7b-qlora.yaml", overrides))
+    assert step.estimate is not None and step.estimate.memory and step.estimate.optimizer_steps is None
+
+
+def test_plan_of_an_unknown_base_says_why_it_estimates_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", "configs/llama2-7b-qlora.yaml", "base.model=owner/unknown"]) == 0
+    assert "no estimate: the shape of 'owner/unknown' is not known" in capsys.readouterr().out
+
+
+def test_data_are_counted_where_they_are_and_bounded_where_they_are_not(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = write_dialogs(tmp_path / "a.jsonl", 30)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 40] * 25}), tmp_path / "b.parquet")
+    recipe = load(write_recipe(tmp_path, data={"sft": [{"path": str(lines)}, {"path": str(tmp_path / "b.parquet")}]}))
+    one, two = recipe.data.sft
+    assert measure_data([one]) == DataSize(30, lines.stat().st_size / 30 / 4)
+    found = measure_data([one.model_copy(update={"weight": 2.0}), two.model_copy(update={"limit": 5})])
+    assert found is not None and found.records == 65
+    hub = one.model_copy(update={"path": "owner/name:train"})
+    assert measure_data([one, hub]) is None
+    assert measure_data([hub.model_copy(update={"limit": 10})]) == DataSize(10, HUB_TOKENS)
+
+
+def test_a_large_file_is_judged_by_its_first_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MOST_BYTES == 64 * 2**20
+    monkeypatch.setattr("pipelines.data_size.MOST_BYTES", 1000)
+    recipe = load(write_recipe(tmp_path, data={"sft": [{"path": str(write_dialogs(tmp_path / "a.jsonl", 5000))}]}))
+    found = measure_data(recipe.data.sft)
+    assert found is not None and found.records == pytest.approx(5000, rel=0.1)  # its later lines are longer
+    limited = measure_data([recipe.data.sft[0].model_copy(update={"limit": 70})])
+    assert limited is not None and limited.records == 70

@@ -7,11 +7,10 @@ as lines, a parquet file or an array would give one odd problem a line and hide 
 import gzip
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamachat.config.paths import is_hub_name, near_path
+from llamachat.config.paths import HubSet, hub_set, near_path
 from llamachat.jsonl import BYTE_ORDER_MARK, Row, decode_line, read_jsonl
 from llamachat.problems import Problem, converted_path, problem
 
@@ -29,25 +28,6 @@ _MAGIC = (
 )
 _TABLES = (".csv", ".tsv")
 _HEAD = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class HubSet:
-    """A data set on the Hugging Face hub, as a path names it: `owner/name[/configuration][:split]`."""
-
-    name: str
-    configuration: str | None
-    split: str
-
-
-def hub_set(path: str) -> HubSet | None:
-    """The data set that this names, or None where it is a path."""
-    whole, _, split = path.partition(":")
-    owner, name, configuration, *rest = [*whole.split("/"), "", ""]
-    # Three parts may be a path too: a file's last part has a dot, a configuration's rarely.
-    if any(rest) or "." in configuration or Path(whole).exists() or not is_hub_name(f"{owner}/{name}"):
-        return None
-    return HubSet(f"{owner}/{name}", configuration or None, split or "train")
 
 
 def read_rows(path: str) -> Iterator[Row | Problem]:

@@ -116,8 +116,6 @@ def test_overrides_reach_list_items_and_new_keys(recipe: Path) -> None:
 def test_a_hub_name_is_no_missing_file(recipe: Path) -> None:
     names = ["base.model=TinyLlama/TinyLlama-1.1B", "data.sft.0.path=Anthropic/hh-rlhf"]
     assert load(recipe, names).base.model == "TinyLlama/TinyLlama-1.1B"
-    for path in ("owner/name:train_sft", "owner/name/part", "owner/name/part:test"):
-        assert load(recipe, [f"data.sft.0.path={path}"]).data.sft[0].path == path
 
 
 # -- what is refused
@@ -161,7 +159,6 @@ REFUSED = [
     ("base.rope_scaling={type: linear, factor: 1}", "base.rope_scaling.factor: found the number 1, but a number above"),
     ("run.gpu=rtx-9090", "run.gpu: 'rtx-9090' is no card that is known."),
     ("run.gpu=0GiB", "run.gpu: '0GiB' is no card that is known."),
-    ("data.sft.0.path=owner/name:train[:5]", "data.sft.0.path: the data file 'owner/name:train[:5]' does not exist."),
     ("tracking.tensorboard=1", "tracking.tensorboard: found the number 1, but true or false is required"),
     ("tracking.project=''", "tracking.project: found the text '', but text of at least 1 characters is required"),
     ("rollout.cache_gib=aut", "found the text 'aut', but a number or 'auto' is required. Did you mean 'auto'?"),

@@ -10,9 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from llamachat.config.paths import HubSet, hub_set
 from llamachat.jsonl import Row
 from llamachat.problems import Problem
-from llamachat.rows import HubSet, hub_set, read_rows
+from llamachat.rows import read_rows
 
 ROWS = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
@@ -37,7 +38,7 @@ def whole_problem(path: str) -> Problem:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson", "a", "a.jsonl.gz"])
 def test_json_lines_under_any_such_name(name: str, tmp_path: Path):
-    content = gzip.compress(LINES) if name.endswith(".gz") else LINES
+    content = gzip.compress(LINES, mtime=0) if name.endswith(".gz") else LINES
     assert list(read_rows(write(tmp_path / name, content))) == [Row(1, ROWS[0]), Row(2, ROWS[1])]
 
 
@@ -66,8 +67,8 @@ def test_damaged_and_empty_parquet(tmp_path: Path):
     [
         ("a.jsonl", b"", "is empty", "Write or fetch it again"),
         ("a.jsonl", b"\n \n", "blank lines only", "Write or fetch it again"),
-        ("a.jsonl.gz", gzip.compress(b""), "is empty inside", "Write or fetch it again"),
-        ("a.jsonl", gzip.compress(LINES), "is gzip", "Rename it to a.jsonl.gz"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "is empty inside", "Write or fetch it again"),
+        ("a.jsonl", gzip.compress(LINES, mtime=0), "is gzip", "Rename it to a.jsonl.gz"),
         ("a.jsonl.gz", LINES, "is text and not gzip", "Rename it to a.jsonl"),
         ("a.parquet", LINES, "is text, but its name says parquet", "Rename it to a.jsonl"),
         ("a.jsonl", LINES.decode().encode("utf-16"), "UTF-16", "UTF-8"),

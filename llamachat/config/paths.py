@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_SET = re.compile(r"(?P<name>[^/:]+/[^/:]+)(?:/[\w-]+)?(?::[\w.-]+)?")
 _DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zip")
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -21,10 +20,23 @@ def is_hub_name(text: str) -> bool:
     return bool(_HUB_NAME.fullmatch(text)) and not Path(text).parent.is_dir()
 
 
-def is_hub_set(text: str) -> bool:
-    """Whether a name that is no local path can be a data set of the hub: `owner/name[/configuration][:split]`."""
-    match = _HUB_SET.fullmatch(text)
-    return match is not None and not text.lower().endswith(_DATA_SUFFIXES) and is_hub_name(match["name"])
+@dataclass(frozen=True, slots=True)
+class HubSet:
+    """A data set on the Hugging Face hub, as a path names it: `owner/name[/configuration][:split]`."""
+
+    name: str
+    configuration: str | None
+    split: str
+
+
+def hub_set(path: str) -> HubSet | None:
+    """The data set that this names, or None where it is a path."""
+    whole, _, split = path.partition(":")
+    owner, name, configuration, *rest = [*whole.split("/"), "", ""]
+    # Three parts may be a path too: a file's last part has a dot, a configuration's rarely.
+    if any(rest) or "." in configuration or Path(whole).exists() or not is_hub_name(f"{owner}/{name}"):
+        return None
+    return HubSet(f"{owner}/{name}", configuration or None, split or "train")
 
 
 def near_path(text: str) -> str | None:
@@ -59,7 +71,7 @@ class DataPath:
     """The field names a file or folder of records, or a data set of the hub."""
 
     def problems(self, value: object) -> Iterator[tuple[tuple[()], str]]:
-        if isinstance(value, str) and value and not Path(value).exists() and not is_hub_set(value):
+        if isinstance(value, str) and value and not Path(value).exists() and hub_set(value) is None:
             yield (), missing(value, what="the data file")
 
 

@@ -1,4 +1,4 @@
-"""Commands beside the recipe's steps: doctor, chat, sample, tokens, data check, data convert, dashboard, pretrain."""
+"""Commands beside the recipe's steps: chat, sample, tokens, data check, data convert, dashboard, pretrain."""
 
 import logging
 import sys
@@ -29,17 +29,6 @@ TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest 
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same answers.")]
 _BUNDLED_BASE = Path(__file__).resolve().parents[1] / "assets" / "base"
-
-
-@reported
-def doctor(overrides: Overrides = None, config: ConfigOption = TINY) -> None:
-    """Say what this machine lacks for the recipe, before anything large is downloaded. Status 1: something will fail."""
-    from pipelines.doctor import examine, report
-
-    findings = examine(config, overrides or ())
-    print(report(findings))
-    if any(finding.verdict == "FAIL" for finding in findings):
-        raise typer.Exit(1)
 
 
 @reported
@@ -199,6 +188,17 @@ def _text_check() -> "TextCheck":
 
     # Which texts a format forbids does not hang on the tokenizer; it only wants one.
     return load_chat_format("llama2", load_tokenizer(_BUNDLED_BASE)).check_text
+
+
+@reported
+def doctor(overrides: Overrides = None, config: ConfigOption = TINY) -> None:
+    """Say what this machine lacks for the recipe, before anything large is downloaded. Status 1: something will fail."""
+    from pipelines.doctor import examine, report
+
+    findings = examine(config, overrides or ())
+    print(report(findings))
+    if any(finding.verdict == "FAIL" for finding in findings):
+        raise typer.Exit(1)
 
 
 @reported

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from llamachat.errors import ConfigError, LlamachatError
-from llamachat.models import hub
+from llamachat.models import hub, reach
 from llamachat.tokenizer import load_tokenizer
 from pipelines import devices, doctor
 from pipelines.cli import main
@@ -94,19 +94,19 @@ def test_each_answer_of_the_hub_has_its_way_out(
     error: Exception, state: str, way_out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub_says(monkeypatch, error)
-    reach = hub.reach_model(LLAMA)
-    assert reach.state == state and way_out in reach.way_out and reach.reason
+    found = reach.reach_model(LLAMA)
+    assert found.state == state and way_out in found.way_out and found.reason
     with pytest.raises(ConfigError, match=r"the tokenizer of 'meta-llama/Llama-2-7b-hf' cannot be fetched"):
         hub.tokenizer_folder(LLAMA)
 
 
 def test_a_gated_model_is_told_apart_by_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_says(monkeypatch, refusal(GatedRepoError))
-    without = hub.reach_model(LLAMA)
+    without = reach.reach_model(LLAMA)
     assert "no token is on this machine" in without.reason and "hf auth login" in without.way_out
-    assert hub.UNGATED in without.way_out and hub.UNGATED.startswith("TinyLlama/")
+    assert reach.UNGATED in without.way_out and reach.UNGATED.startswith("TinyLlama/")
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
-    assert "this machine's token has no access" in hub.reach_model(LLAMA).reason
+    assert "this machine's token has no access" in reach.reach_model(LLAMA).reason
 
 
 # -- before any weights, in the step itself
@@ -152,8 +152,8 @@ def test_a_gated_base_without_a_token_is_told_before_any_weights(
     asked = hub_says(monkeypatch, refusal(GatedRepoError))
     status, told = run_sft(tmp_path, LLAMA, capsys)
     assert status == 2 and "is gated and no token is on this machine" in told and "hf auth login" in told
-    assert [kwargs["allow_patterns"] for _, kwargs in asked] == [list(hub.SMALL_FILES)]
-    assert not [pattern for pattern in hub.SMALL_FILES if "safetensors" in pattern or pattern.startswith("*")]
+    assert [kwargs["allow_patterns"] for _, kwargs in asked] == [list(hub.TOKENIZER_FILES)]
+    assert not [pattern for pattern in hub.TOKENIZER_FILES if "safetensors" in pattern or pattern.startswith("*")]
 
 
 def test_another_architecture_is_told_before_its_tokenizer_and_any_weights(
@@ -236,14 +236,14 @@ def test_the_doctor_asks_the_hub_for_heads_and_small_files_alone(monkeypatch: py
     names = [args[0] for args, _ in asked]
     assert names[0].endswith(f"/{LLAMA}/resolve/main/config.json")
     assert names[1:] == [LLAMA, "HuggingFaceH4/no_robots", "databricks/databricks-dolly-15k"]
-    assert asked[1][1] == {"allow_patterns": list(hub.SMALL_FILES)}
+    assert asked[1][1] == {"allow_patterns": list(hub.TOKENIZER_FILES)}
 
 
 def test_a_set_that_is_gated_or_missing_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_says(monkeypatch, BASE)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **kwargs: SimpleNamespace(gated="auto"))
-    reach = hub.reach_data("owner/set")
-    assert reach.state == "gated" and "https://huggingface.co/datasets/owner/set" in reach.way_out
+    found = reach.reach_data("owner/set")
+    assert found.state == "gated" and "https://huggingface.co/datasets/owner/set" in found.way_out
     assert {finding.verdict for finding in examine(QLORA, []) if finding.check == "data"} == {"FAIL"}
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from llamachat.config.paths import hub_set
 from llamachat.models.estimates import KNOWN_BASES
-from llamachat.rows import hub_set
 from llamachat.sources import SOURCES
 from pipelines.cli import main
 from pipelines.data_size import HUB_TOKENS, MOST_BYTES, DataSize, measure_data

@@ -65,7 +65,7 @@ class AtomicCheckpointTrainer(SFTTrainer):
     def save_last_step(self) -> None:
         """A checkpoint of the last finished optimizer step, from within the next one, unless there is one."""
         assert self.model is not None, "it has begun to train"
-        self.model.zero_grad(set_to_none=True)  # what the unfinished step has added up
+        self.model.zero_grad(set_to_none=True)  # room for the save: the unfinished step begins anew
         found = newest(self._checkpoints)
         if self.state.global_step > (found.step if found else 0):
             self._save_checkpoint(self.model, None)

@@ -1,8 +1,10 @@
-"""The tokenizer files of a base that is a hub name: fetched alone, before any weights."""
+"""The files of a base that is a hub name: those of its tokenizer, fetched alone, and those that hold its weights."""
 
 from pathlib import Path
 
 from llamachat.errors import ConfigError
+
+LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def tokenizer_folder(location: str) -> Path:
@@ -23,3 +25,13 @@ def tokenizer_folder(location: str) -> Path:
             "are loaded. For a gated model such as Llama 2, accept its licence on its page and log in with "
             "`hf auth login`; without a network, copy the model here and give its folder."
         ) from error
+
+
+def weights_folder(location: str) -> Path:
+    """The folder with the weights, config and licence of a model folder or hub name (then fetched or cached)."""
+    if Path(location).is_dir():
+        return Path(location)
+    from huggingface_hub import snapshot_download
+
+    files = ["model*.safetensors", "model.safetensors.index.json", "config.json", "README.md", *LICENCE_FILES]
+    return Path(snapshot_download(location, allow_patterns=files))

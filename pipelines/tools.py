@@ -53,7 +53,7 @@ def chat(
     log.info("loading %s", ", ".join(map(str, artifacts)))
     policies = [load_policy(path, device="auto") for path in artifacts]
     if message is None:
-        _edit_lines()
+        edit_lines()
         chat_loop(policies, system=system, sampling=sampling, read=input, write=_write)
         return
     for policy, label in zip(policies, labels(policies), strict=True):
@@ -62,7 +62,7 @@ def chat(
         chat_once(policy, message, system=system, sampling=sampling, write=_write)
 
 
-def _edit_lines() -> None:
+def edit_lines() -> None:
     """Let `input` edit a line, bring back earlier ones, and take several pasted lines as one message."""
     if not sys.stdin.isatty():
         return

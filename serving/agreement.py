@@ -85,7 +85,7 @@ def compare(model: Any, tokenizer: "PreTrainedTokenizerBase", answers: Sequence[
             value for ids in (answer.greedy_ids, answer.given_ids) for value in _logprobs(model, answer.prompt_ids, ids)
         ]
         differences += [abs(ours - theirs) for ours, theirs in zip(answer.logprobs, logprobs, strict=True)]
-        prompt: Mapping[str, Any] = tokenizer.apply_chat_template(
+        prompt: Any = tokenizer.apply_chat_template(
             [{"role": message.role, "content": message.content} for message in answer.messages],
             add_generation_prompt=True,
             return_dict=True,

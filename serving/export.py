@@ -99,7 +99,8 @@ def export_policy(request: Request) -> "Agreement":
 
     log.info("asking %s the questions that the export is held against", request.artifact.path)
     policy = load_policy(request.artifact.path, device="auto")
-    dtype = policy.model.get_input_embeddings().weight.dtype
+    embedding: Any = policy.model.get_input_embeddings()  # the first in the number format of training, 4 bits aside
+    dtype = embedding.weight.dtype
     answers = answers_of(policy)
     name = policy.name
     del policy  # its memory is for the shards, and then for the exported model

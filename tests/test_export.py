@@ -10,59 +10,23 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoTokenizer
 
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import RopeScaling
 from llamachat.errors import ArtifactError, UsageError
-from llamachat.models import loading
-from llamachat.models.loading import SEVEN_PROJECTIONS, Policy, attach_adapter, load_base, load_policy
-from llamachat.runs.artifacts import Artifact, read_artifact
+from llamachat.models.loading import SEVEN_PROJECTIONS, load_policy
+from llamachat.runs.artifacts import read_artifact
 from llamachat.runs.atomic import StorageError
 from pipelines.cli import main
 from serving.agreement import GREEDY, answers_of, compare
 from serving.chat import chat_once
 from serving.export import ExportError, Request, export_policy, tolerance
-from serving.merging import read_adapter, through_nf4
-from tests.tiny_llama import LORA, base_section, move_adapter, publish_policy, scripted_llama, tiny_llama
+from serving.merging import read_adapter
+from tests.exporting import full_policy, lora_policy, note_of, plain, weights_of
+from tests.tiny_llama import publish_policy, scripted_llama, tiny_llama
 
 DTYPES = [torch.float32, torch.bfloat16]
-QUANTIZED = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.bfloat16,
-)
-
-
-def lora_policy(folder: Path, chat_format: ChatFormat, dtype: torch.dtype = torch.float32, **base: Any) -> Artifact:
-    """A published LoRA policy whose adapter matters, on a base in shards."""
-    if not (folder / "base").exists():
-        tiny_llama(dtype=dtype, initializer_range=0.1, max_position_embeddings=256).save_pretrained(
-            folder / "base", max_shard_size="100KB"
-        )
-    section = base_section(folder / "base", **{"dtype": str(dtype).removeprefix("torch."), **base})
-    model = attach_adapter(load_base(section), LORA, seed=0)
-    move_adapter(model)
-    with torch.no_grad():  # as large as training makes it: with more, rounding alone changes a token by a nat in bf16
-        for name, weight in model.named_parameters():
-            if ".lora_B" in name:
-                weight.mul_(0.2)
-    step = folder / "runs/one/sft"
-    return publish_policy(step, model, chat_format, base=str(folder / "base"), max_tokens=160, system="Be brief.")
-
-
-def full_policy(folder: Path, chat_format: ChatFormat, **details: Any) -> Artifact:
-    model = tiny_llama(max_position_embeddings=256)
-    return publish_policy(folder / "runs/one/sft", model, chat_format, base="assets/base", **details)
-
-
-def weights_of(folder: Path) -> dict[str, Tensor]:
-    return {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
-
-
-def note_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "export.json").read_text())
 
 
 # -- merged
@@ -72,10 +36,10 @@ def note_of(folder: Path) -> dict[str, Any]:
 def test_plain_transformers_says_with_the_merged_model_what_chat_says(
     dtype: torch.dtype, tmp_path: Path, tiny_format: ChatFormat, capsys: pytest.CaptureFixture[str]
 ):
-    artifact, out = lora_policy(tmp_path, tiny_format, dtype), tmp_path / "out"
+    artifact, out = lora_policy(tmp_path, tiny_format, dtype=dtype), tmp_path / "out"
     assert main(["export", str(artifact.path), "--out", str(out)]) == 0
     assert "largest difference of a token's log-probability 0.0" in capsys.readouterr().out
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out, dtype="auto"), AutoTokenizer.from_pretrained(out)
+    model, tokenizer = plain(out, dtype="auto"), AutoTokenizer.from_pretrained(out)
     assert model.dtype == dtype
     policy = load_policy(artifact.path)
     for question in ("Hello", "What is the capital of France?", "the cat"):
@@ -84,11 +48,18 @@ def test_plain_transformers_says_with_the_merged_model_what_chat_says(
         prompt = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
-        ids = model.generate(**prompt, max_new_tokens=GREEDY.max_new_tokens)[0, prompt["input_ids"].shape[1] :]
-        assert policy.chat_format.decode_answer(ids.tolist()) == said
+        start = prompt["input_ids"].shape[1]
+        row = model.generate(**prompt, max_new_tokens=GREEDY.max_new_tokens)
+        if dtype == torch.float32:
+            assert policy.chat_format.decode_answer(row[0, start:].tolist()) == said
+        with torch.no_grad():  # in bf16 the likeliest of random tokens may change by rounding, and only so
+            logits = policy.model(input_ids=row).logits[0, start - 1 : -1].float()
+        behind = logits.amax(-1) - logits.gather(1, row[0, start:].unsqueeze(1)).squeeze(1)
+        assert behind.max() <= tolerance(dtype)
     note = note_of(out)
     assert note["max_logprob_difference"] <= tolerance(dtype) == note["tolerance"]
-    assert (note["equal_greedy_answers"], note["equal_prompts"]) == (5, 5)
+    assert note["equal_prompts"] == 5
+    assert note["equal_greedy_answers"] == 5 or dtype == torch.bfloat16
     assert (note["method"], note["format"], note["onto"]) == ("lora", "merged", None)
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {(out / "config.json").stat().st_mode & 0o777}
 
@@ -97,7 +68,7 @@ def test_plain_transformers_says_with_the_merged_model_what_chat_says(
 def test_a_merged_weight_is_the_sum_rounded_once_and_all_others_are_the_bases(
     dtype: torch.dtype, tmp_path: Path, tiny_format: ChatFormat
 ):
-    artifact, out = lora_policy(tmp_path, tiny_format, dtype), tmp_path / "out"
+    artifact, out = lora_policy(tmp_path, tiny_format, dtype=dtype), tmp_path / "out"
     export_policy(Request(artifact, out))
     base, got, adapter = (
         weights_of(tmp_path / "base"),
@@ -116,8 +87,9 @@ def test_a_merged_weight_is_the_sum_rounded_once_and_all_others_are_the_bases(
         assert not torch.equal(got[name], weight)
         torch.testing.assert_close(got[name], exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
     if dtype == torch.float32:
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        by_peft = PeftModel.from_pretrained(plain, str(artifact.path)).merge_and_unload().state_dict()
+        by_peft: Any = (
+            PeftModel.from_pretrained(plain(tmp_path / "base"), str(artifact.path)).merge_and_unload().state_dict()
+        )
         for name, weight in got.items():
             torch.testing.assert_close(weight, by_peft[name], rtol=0, atol=1e-6)
 
@@ -168,70 +140,6 @@ def test_a_lengthened_context_is_kept(tmp_path: Path, tiny_format: ChatFormat):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_parameters"]["factor"] == 2.0
 
 
-# -- onto a base in 4 bits
-
-
-@pytest.mark.parametrize("on_disk", [torch.float32, torch.float16, torch.bfloat16])
-def test_dequantized_weights_are_those_of_transformers_4_bit_layers(on_disk: torch.dtype, tmp_path: Path):
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
-
-    tiny_llama(dtype=on_disk).save_pretrained(tmp_path)
-    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=QUANTIZED)
-    weights = load_file(tmp_path / "model.safetensors")
-    compared = set()
-    for name, module in quantized.named_modules():
-        if isinstance(module, Linear4bit):
-            expected = dequantize_4bit(module.weight.data, module.weight.quant_state)
-            assert torch.equal(through_nf4(weights[f"{name}.weight"].to(torch.bfloat16)), expected)
-            compared.add(name)
-    assert len(compared) == 14 and {name.rsplit(".", 1)[1] for name in compared} == set(SEVEN_PROJECTIONS)
-
-
-def qlora_policy(folder: Path, chat_format: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> Artifact:
-    """A LoRA policy whose manifest says that its base was in 4 bits, and whose loading puts it there."""
-    artifact = lora_policy(folder, chat_format, torch.bfloat16)
-    manifest = json.loads((artifact.path / "manifest.json").read_text())
-    manifest["details"] |= {
-        "method": "qlora",
-        "quantization": {"type": "nf4", "double": True, "compute": "bfloat16"},
-    }
-    (artifact.path / "manifest.json").write_text(json.dumps(manifest))
-
-    def load(path: Path, **_: Any) -> Policy:
-        base = AutoModelForCausalLM.from_pretrained(
-            folder / "base", dtype=torch.bfloat16, quantization_config=QUANTIZED
-        )
-        model: Any = PeftModel.from_pretrained(base, str(path), autocast_adapter_dtype=False).eval()
-        return Policy(model, chat_format.tokenizer, chat_format, max_tokens=160, system=None, name="one/sft")
-
-    monkeypatch.setattr(loading, "load_policy", load)
-    return read_artifact(artifact.path)
-
-
-def test_a_qlora_policy_is_merged_onto_what_training_saw(
-    tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch
-):
-    artifact = qlora_policy(tmp_path, tiny_format, monkeypatch)
-    found = export_policy(Request(artifact, tmp_path / "out"))
-    assert found.max_logprob_difference <= tolerance(torch.bfloat16)
-    assert note_of(tmp_path / "out")["onto"] == "quantized"
-    name = "model.layers.1.mlp.up_proj.weight"
-    weight, (a, b) = weights_of(tmp_path / "base")[name], read_adapter(artifact.path).factors[name]
-    exact = through_nf4(weight).double() + 2 * b.double() @ a.double()
-    torch.testing.assert_close(weights_of(tmp_path / "out")[name], exact.to(torch.bfloat16), rtol=2**-8, atol=1e-6)
-
-
-def test_onto_the_original_weights_is_told_as_another_model(
-    tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    artifact = qlora_policy(tmp_path, tiny_format, monkeypatch)
-    found = export_policy(Request(artifact, tmp_path / "out", onto="original"))
-    assert found.max_logprob_difference > tolerance(torch.bfloat16), "and yet it is written: it was asked for"
-    assert "On the original weights it is another model" in caplog.text
-    assert "merged onto the original weights" in (tmp_path / "out" / "README.md").read_text()
-
-
 # -- adapter
 
 
@@ -239,15 +147,13 @@ def test_onto_the_original_weights_is_told_as_another_model(
 def test_an_adapter_goes_with_plain_peft_on_the_base_that_it_names(
     dtype: torch.dtype, tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch
 ):
-    artifact, out = lora_policy(tmp_path, tiny_format, dtype), tmp_path / "out"
+    artifact, out = lora_policy(tmp_path, tiny_format, dtype=dtype), tmp_path / "out"
     found = export_policy(Request(artifact, out, format="adapter"))
     assert found.max_logprob_difference <= tolerance(dtype)
     named = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str((tmp_path / "base").resolve())
     monkeypatch.chdir("/")
-    model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(named, dtype=dtype), str(out), autocast_adapter_dtype=False
-    )
+    model = PeftModel.from_pretrained(plain(named, dtype=dtype), str(out), autocast_adapter_dtype=False)
     ids = torch.tensor([[1, 5, 9, 200, 33]])
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, load_policy(artifact.path).model(input_ids=ids).logits)
@@ -319,11 +225,11 @@ def test_an_answer_in_whole_characters_has_one_text_in_chat_and_in_transformers(
     artifact = publish_policy(tmp_path / "runs/one/sft", model, tiny_format, base="assets/base")
     export_policy(Request(artifact, tmp_path / "out"))
     said = chat_once(load_policy(artifact.path), "Hi", system=None, sampling=GREEDY, write=lambda text: None)
-    plain, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = plain(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
-    answer = plain.generate(**prompt, max_new_tokens=20)[0, prompt["input_ids"].shape[1] :]
+    answer = model.generate(**prompt, max_new_tokens=20)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True).strip() == said == "Hello there!\U0001f600"
 
 
@@ -411,71 +317,3 @@ def test_formats_of_later_versions_say_so(form: str, capsys: pytest.CaptureFixtu
 def test_one_policy_is_exported_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["export", "one", "two", "--out", str(tmp_path / "out")]) == 2
     assert "export: found one two. It takes one artifact" in capsys.readouterr().err
-
-
-# -- the card
-
-
-def code_of(card: str) -> str:
-    return card.split("```python\n")[1].split("```")[0]
-
-
-@pytest.mark.parametrize(("form", "scaling"), [("merged", None), ("adapter", None), ("adapter", "linear")])
-def test_the_cards_own_lines_load_the_model_and_ask_it(
-    form: Any, scaling: Any, tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch
-):
-    changes = {} if scaling is None else {"rope_scaling": RopeScaling(type=scaling, factor=2.0)}
-    artifact, out = lora_policy(tmp_path, tiny_format, **changes), tmp_path / "out"
-    export_policy(Request(artifact, out, format=form))
-    monkeypatch.chdir(out)
-    names: dict[str, Any] = {}
-    exec(code_of((out / "README.md").read_text()), names)
-    assert names["messages"] == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hello, who are you?"},
-    ]
-    ids = torch.tensor([[1, 5, 9, 200, 33]])
-    with torch.no_grad():
-        got, due = (model(input_ids=ids).logits for model in (names["model"], load_policy(artifact.path).model))
-    torch.testing.assert_close(got, due, rtol=0, atol=1e-3)
-
-
-def test_the_card_tells_what_made_the_model_and_not_where_files_lay(tmp_path: Path, tiny_format: ChatFormat):
-    artifact = full_policy(tmp_path, tiny_format, system="Say ``` often.")
-    step = artifact.path.parent
-    (step / "summary.json").write_text(json.dumps({"sft/eval_loss": 1.25, "sft/trained_tokens": 7889.0}))
-    sources = "[{path: /home/me/logs.jsonl, weight: 0.5, limit: 200}, {path: data/sft/chat.jsonl.gz}]"
-    (step / "config.yaml").write_text(f"data: {{sft: {sources}}}\n")
-    manifest = json.loads((artifact.path / "manifest.json").read_text())
-    manifest["details"]["base"] = "meta-llama/Llama-2-7b-hf"
-    manifest["dropped_records"] = {"too long": 3}
-    manifest["identity"] = {"command": "sft", "sft": {"epochs": 2}, "tuning": {"method": "full"}}
-    (artifact.path / "manifest.json").write_text(json.dumps(manifest))
-    export_policy(Request(read_artifact(artifact.path), tmp_path / "out"))
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    for told in (
-        "license: llama2",
-        "base_model: meta-llama/Llama-2-7b-hf",
-        "| epochs | 2 |",
-        "| sft/eval_loss | 1.25 |",
-        "| sft/trained_tokens | 7889 |",
-        "- `logs.jsonl`, at most 200 of them, weight 0.5",
-        "- `data/sft/chat.jsonl.gz`",
-        "Records left out: 3 (too long: 3).",
-        "````\nSay ``` often.\n````",
-        "Llama 2 Community License",
-        "log-probabilities differ from those of the trained policy by at most 0.0000 nats",
-    ):
-        assert told in card
-    assert "/home/me" not in card
-
-
-def test_licence_files_of_the_base_go_with_the_merged_model(tmp_path: Path, tiny_format: ChatFormat):
-    artifact = lora_policy(tmp_path, tiny_format)
-    (tmp_path / "base" / "LICENSE.txt").write_text("the terms")
-    export_policy(Request(artifact, tmp_path / "out"))
-    assert (tmp_path / "out" / "LICENSE.txt").read_text() == "the terms"
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert f"derives from `{tmp_path / 'base'}`" in card
-    assert "Its licence files (LICENSE.txt) are copied here." in card

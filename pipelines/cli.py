@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for library in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
+    # Libraries tell each other what they will rename; nobody who runs a command can act on it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         app(list(arguments) if arguments is not None else None, prog_name="llamachat")
@@ -151,6 +154,7 @@ def plan(overrides: Overrides = None, config: ConfigOption = TINY, gpu: tools.Gp
 app.command()(tools.doctor)
 app.command()(tools.chat)
 app.command()(tools.sample)
+app.command()(tools.export)
 app.command()(tools.tokens)
 app.command()(tools.dashboard)
 app.command()(tools.pretrain)

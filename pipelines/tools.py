@@ -1,4 +1,4 @@
-"""Commands beside the recipe's steps: chat, sample, tokens, data check, data convert, dashboard, pretrain."""
+"""Commands beside the recipe's steps: chat, sample, export, tokens, data check, data convert, dashboard, pretrain."""
 
 import logging
 import sys
@@ -48,37 +48,100 @@ def chat(
     seed: Seed = 0,
 ) -> None:
     """Talk with a policy, or with two side by side."""
-    artifacts = _chat_artifacts(words or [], config)
+    artifacts = _artifacts(words or [], config, command="chat", most=2)
     sampling = _sampling(temperature, top_p, max_new_tokens, seed)
     from llamachat.models.loading import load_policy
-    from serving.chat import chat_loop, chat_once
+    from serving.chat import chat_loop, chat_once, labels
 
+    log.info("loading %s", ", ".join(map(str, artifacts)))
     policies = [load_policy(path, device="auto") for path in artifacts]
     if message is None:
+        edit_lines()
         chat_loop(policies, system=system, sampling=sampling, read=input, write=_write)
         return
-    for policy in policies:
+    for policy, label in zip(policies, labels(policies), strict=True):
         if len(policies) > 1:
-            _write(f"[{policy.name}]\n")
+            _write(f"[{label}]\n")
         chat_once(policy, message, system=system, sampling=sampling, write=_write)
 
 
-def _chat_artifacts(words: list[str], config: Path) -> list[Path]:
-    """The artifacts to talk with, known to be there before the seconds that loading takes."""
+def edit_lines() -> None:
+    """Let `input` edit a line, bring back earlier ones, and take several pasted lines as one message."""
+    if not sys.stdin.isatty():
+        return
+    try:
+        import readline
+    except ImportError:  # a Python built without it still reads lines
+        return
+    readline.parse_and_bind("set enable-bracketed-paste on")
+
+
+def _artifacts(words: list[str], config: Path, *, command: str, most: int) -> list[Path]:
+    """The policies that a command names, known to be there before the seconds that loading takes."""
     from llamachat.runs.artifacts import read_artifact
 
     overrides = [word for word in words if "=" in word and not Path(word).exists()]
     artifacts = [Path(word) for word in words if word not in overrides]
-    if len(artifacts) > 2 or (artifacts and overrides):
+    if len(artifacts) > most or (artifacts and overrides):
+        number = "one artifact" if most == 1 else "one artifact or two"
         raise UsageError(
-            f"chat: found {' '.join(words)}. It talks with one artifact or two, or, with KEY=VALUE alone, with the last"
-            " policy of the recipe's run. Name at most two artifacts."
+            f"{command}: found {' '.join(words)}. It takes {number}, or, with KEY=VALUE alone, the last policy of the "
+            f"recipe's run. Name at most {'one' if most == 1 else 'two artifacts'}."
         )
     if not artifacts:
         from pipelines.recipe import load
 
         artifacts = [Path(load(config, overrides).run.dir)]
-    return [read_artifact(path, "policy", reader="chat").path for path in artifacts]
+    return [read_artifact(path, "policy", reader=command).path for path in artifacts]
+
+
+@reported
+def export(
+    out: Annotated[Path, typer.Option("--out", help="The folder to write.", metavar="DIR")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ARTIFACT", help="A policy; without one the last policy of the recipe's run."),
+    ] = None,
+    config: ConfigOption = TINY,
+    form: Annotated[
+        Literal["merged", "adapter", "gguf", "ollama"],
+        typer.Option("--format", help="One whole model, or the adapter for PEFT; the others come."),
+    ] = "merged",
+    onto: Annotated[
+        Literal["quantized", "original"] | None,
+        typer.Option(
+            "--onto",
+            help="A QLoRA policy is merged onto its base as training saw it, in 4 bits, or as it was published.",
+        ),
+    ] = None,
+    shard_gb: Annotated[float, typer.Option("--shard-gb", help="Largest file of weights, in 10^9 bytes.")] = 5.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in DIR.")] = False,
+    allow_difference: Annotated[
+        bool,
+        typer.Option("--allow-difference", help="Keep a result that differs from the policy by more than rounding."),
+    ] = False,
+) -> None:
+    """Write a policy as a folder that plain transformers loads, and hold the two against each other."""
+    if form in ("gguf", "ollama"):
+        raise UsageError(
+            f"--format {form}: not part of this version. Folders for transformers and PEFT are written. Export with "
+            "--format merged and give that folder to llama.cpp's convert_hf_to_gguf.py."
+        )
+    from llamachat.runs.artifacts import read_artifact
+    from serving.export import Request, export_policy
+
+    (path,) = _artifacts(words or [], config, command="export", most=1)
+    request = Request(
+        read_artifact(path),
+        out,
+        format=form,
+        onto=onto,
+        shard_gb=shard_gb,
+        should_overwrite=overwrite,
+        may_differ=allow_difference,
+    )
+    found = export_policy(request)
+    print(f"{out}: largest difference of a token's log-probability {found.max_logprob_difference:.4f} nats")
 
 
 @reported

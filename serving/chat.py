@@ -45,8 +45,11 @@ def chat_loop(
 
     `read` shows its argument and gives a line, or raises EOFError. Ctrl-C stops an answer, which is then forgotten.
     """
-    conversations = [Conversation(policy, system=_system(policy, system)) for policy in policies]
-    write(f"{', '.join(policy.name for policy in policies)}. /help names the commands.\n")
+    conversations = [
+        Conversation(policy, system=_system(policy, system), label=label)
+        for policy, label in zip(policies, labels(policies), strict=True)
+    ]
+    write(f"{', '.join(conversation.label for conversation in conversations)}. /help names the commands.\n")
     while True:
         try:
             line = read("> ").strip()
@@ -61,12 +64,19 @@ def chat_loop(
             _ask_all(line, conversations, sampling=sampling, write=write)
 
 
+def labels(policies: Sequence[Policy]) -> list[str]:
+    """A name for each policy by which it is told from the others, such as two copies of one run."""
+    names = [policy.name for policy in policies]
+    return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names, start=1)]
+
+
 @dataclass(slots=True)
 class Conversation:
     """What one policy has heard and said."""
 
     policy: Policy
     system: str | None
+    label: str = ""
     turns: list[Message] = field(default_factory=list)
     asked: int = 0
     engine: HuggingFaceEngine = field(init=False)
@@ -116,7 +126,9 @@ class Conversation:
             check_messages(pair, ends_with="assistant")
             self.policy.chat_format.check_text(pair)
         except DialogError as error:
-            note(f"(left out of the conversation: the answer {error.reason})")
+            # The rest of the reason is about training on such a text.
+            reason = error.reason.partition(". ")[0].rstrip(".")
+            note(f"(left out of the conversation: the answer {reason})")
         else:
             self.turns += pair
 
@@ -159,7 +171,7 @@ def _system(policy: Policy, asked: str | None) -> str | None:
 def _ask_all(text: str, conversations: Sequence[Conversation], *, sampling: Sampling, write: Write) -> None:
     for conversation in conversations:
         if len(conversations) > 1:
-            write(f"[{conversation.policy.name}]\n")
+            write(f"[{conversation.label}]\n")
         try:
             conversation.ask(text, sampling=sampling, write=write, note=lambda text: write(f"{text}\n"))
         except UsageError as error:

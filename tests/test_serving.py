@@ -175,6 +175,7 @@ def test_an_answer_that_cannot_be_sent_back_is_not_kept(answer: str, reason: str
     chat_loop([policy], system=None, sampling=GREEDY, read=lines_then_end("one", "two"), write=shown.append)
     assert recording.prompts == [(Message("user", "one"),), (Message("user", "two"),)]
     assert f"(left out of the conversation: the answer {reason}" in "".join(shown)
+    assert "trained" not in "".join(shown), "what such a text does to a training is not told here"
 
 
 def test_ctrl_c_stops_an_answer_and_forgets_it(tiny_format: ChatFormat):
@@ -202,6 +203,13 @@ def test_two_policies_answer_one_below_the_other_each_with_its_own_history(tiny_
     assert "[a/sft]\nHello\n[b/ppo]\nParis\n[a/sft]\nHello\n[b/ppo]\nParis\n" in "".join(shown)
     assert formats[0].prompts[1][1] == Message("assistant", "Hello")
     assert formats[1].prompts[1][1] == Message("assistant", "Paris")
+
+
+def test_two_policies_of_one_name_are_numbered(tiny_format: ChatFormat):
+    shown: list[str] = []
+    policies = [policy_of(answering(tiny_format, text), tiny_format, name="a/sft") for text in ("Hello", "Paris")]
+    chat_loop(policies, system=None, sampling=GREEDY, read=lines_then_end("one"), write=shown.append)
+    assert "[a/sft (1)]\nHello\n[a/sft (2)]\nParis\n" in "".join(shown)
 
 
 def test_every_turn_draws_anew(tiny_format: ChatFormat):

@@ -1,4 +1,4 @@
-"""The tokenizer files of a base that is a hub name: fetched alone, before any weights."""
+"""The files of a base that is a hub name: those of its tokenizer, fetched alone, and those that hold its weights."""
 
 from pathlib import Path
 
@@ -6,6 +6,8 @@ from llamachat.errors import ConfigError
 from llamachat.models.reach import require_llama, unreached
 
 TOKENIZER_FILES = ("config.json", "tokenizer*", "special_tokens_map.json")
+
+LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def tokenizer_folder(location: str) -> Path:
@@ -30,3 +32,13 @@ def tokenizer_folder(location: str) -> Path:
             f"base.model: the tokenizer of '{location}' cannot be fetched: {found.reason}. It is proved before any "
             f"weights are loaded. {found.way_out}"
         ) from error
+
+
+def weights_folder(location: str) -> Path:
+    """The folder with the weights, config and licence of a model folder or hub name (then fetched or cached)."""
+    if Path(location).is_dir():
+        return Path(location)
+    from huggingface_hub import snapshot_download
+
+    files = ["model*.safetensors", "model.safetensors.index.json", "config.json", "README.md", *LICENCE_FILES]
+    return Path(snapshot_download(location, allow_patterns=files))

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from llamachat.errors import ArtifactError
 
+COMPUTED = "rotary_emb.inv_freq"  # old checkpoints hold it; models compute it
+
 
 def module_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Weights of the trunk by their names in a model folder; those of adapters are left out."""
@@ -20,12 +22,17 @@ def module_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def folder_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Weights of a model folder, in one file or in shards."""
+    for file in weight_files(folder):
+        for key, weight in file_weights(file):
+            if not key.endswith(COMPUTED):
+                yield key, weight
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, as its index names them where it has one."""
     index = folder / "model.safetensors.index.json"
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
-    for name in names or ["model.safetensors"]:
-        for key, weight in file_weights(folder / name):
-            if not key.endswith("rotary_emb.inv_freq"):  # old checkpoints hold it; models compute it
-                yield key, weight
+    return [folder / name for name in names or ["model.safetensors"]]
 
 
 def file_weights(file: Path) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,168 @@
+"""A model folder written anew, one shard in memory at a time, with a LoRA adapter merged into its weights.
+
+Reads `model.safetensors`, or the shards that its index names, and an adapter's `adapter_model.safetensors`; writes the
+same names in the number format of training. One thing surprises: an adapter that was trained on a 4-bit base belongs to
+the values that those 4 bits stand for, not to the weights that they were rounded from, so that is where it is merged.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llamachat.errors import ArtifactError
+from llamachat.models.loading import ADAPTER_WEIGHTS, SEVEN_PROJECTIONS
+from llamachat.models.weights import COMPUTED, file_weights, weight_files
+from llamachat.runs.atomic import StorageError
+
+log = logging.getLogger(__name__)
+
+NF4_BLOCK = 64  # values that share a scale, in transformers' 4-bit layers
+_FORMS_NOT_MERGED = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What LoRA adds to each weight that it sits on: `scale` times B A (Hu et al., arXiv:2106.09685)."""
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]  # weight's name -> A [rank, in], B [out, rank]
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a weight lies, and what it will take where it is written."""
+
+    name: str
+    file: Path
+    num_bytes: int
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter of a PEFT folder; forms that B A alone does not describe are refused."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    weights = dict(file_weights(folder / ADAPTER_WEIGHTS))
+    names = [key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")]
+    pairs = {name: (weights.get(f"{name}.lora_A.weight"), weights.get(f"{name}.lora_B.weight")) for name in names}
+    factors = {
+        f"{name.removeprefix('base_model.model.')}.weight": (a_RI, b_OR)
+        for name, (a_RI, b_OR) in pairs.items()
+        if a_RI is not None and b_OR is not None
+    }
+    unusual = [key for key in _FORMS_NOT_MERGED if config.get(key)]
+    if unusual or 2 * len(factors) != len(weights):
+        raise ArtifactError(
+            f"{folder}: the adapter is more than plain LoRA ({', '.join(unusual) or 'other weights than A and B'}). "
+            "Merging adds alpha / rank * B A to a weight, and this one needs more. Export it with --format adapter."
+        )
+    return Adapter(factors, config["lora_alpha"] / config["r"])
+
+
+def merged(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
+    """The weight with its adapter in it, added in fp32 and rounded once to the weight's own dtype."""
+    return (weight_OI.float() + scale * (b_OR.float() @ a_RI.float())).to(weight_OI.dtype)
+
+
+def through_nf4(weight_OI: Tensor, *, device: str = "cpu") -> Tensor:
+    """The values that a forward pass sees of a weight in NF4 with double quantization, in the weight's dtype.
+
+    Dettmers et al., arXiv:2305.14314, section 3; the layer's compute dtype is taken to be the weight's.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(
+        weight_OI.contiguous().to(device), quant_type="nf4", compress_statistics=True, blocksize=NF4_BLOCK
+    )
+    return dequantize_4bit(packed, state).to(device="cpu", dtype=weight_OI.dtype)
+
+
+def write_weights(
+    source: Path,
+    out: Path,
+    *,
+    adapter: Adapter | None,
+    dtype: torch.dtype,
+    is_nf4: bool,
+    shard_bytes: int,
+    device: str = "cpu",
+) -> int:
+    """Write the weights of the folder `source` to `out`, the adapter merged; the bytes that were written.
+
+    `is_nf4`: the adapter was trained on the seven projections in NF4. Several files get an index, one file none.
+    """
+    from safetensors.torch import save_file
+
+    shards = _plan(source, dtype=dtype, shard_bytes=shard_bytes)
+    total = sum(weight.num_bytes for shard in shards for weight in shard)
+    _check_adapter(adapter, shards, source)
+    _check_room(out, total)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for held in shard:
+            weight = _read(held).to(dtype)
+            if is_nf4 and held.name.split(".")[-2] in SEVEN_PROJECTIONS:
+                weight = through_nf4(weight, device=device)
+            if adapter is not None and held.name in adapter.factors:
+                weight = merged(weight, *adapter.factors[held.name], scale=adapter.scale)
+            tensors[held.name] = weight.contiguous()
+        save_file(tensors, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        if len(shards) > 1:
+            log.info("wrote %s", file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total
+
+
+def _plan(source: Path, *, dtype: torch.dtype, shard_bytes: int) -> list[list[_Source]]:
+    """The weights by the shard that they go to, in the order in which they lie; known from the files' headers."""
+    from safetensors import safe_open
+
+    shards: list[list[_Source]] = [[]]
+    filled = 0
+    for file in weight_files(source):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # not a mapping
+                if name.endswith(COMPUTED):
+                    continue
+                num_bytes = torch.Size(weights.get_slice(name).get_shape()).numel() * dtype.itemsize
+                if shards[-1] and filled + num_bytes > shard_bytes:
+                    shards.append([])
+                    filled = 0
+                shards[-1].append(_Source(name, file, num_bytes))
+                filled += num_bytes
+    return shards
+
+
+def _read(weight: _Source) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(weight.file, framework="pt") as weights:
+        return weights.get_tensor(weight.name)
+
+
+def _check_adapter(adapter: Adapter | None, shards: list[list[_Source]], source: Path) -> None:
+    held = {weight.name for shard in shards for weight in shard}
+    lacking = sorted(adapter.factors.keys() - held) if adapter is not None else []
+    if lacking:
+        raise ArtifactError(
+            f"{source}: the adapter sits on {len(lacking)} weights that are not there ({lacking[0]}, ...). It would be "
+            "left out of the merged model in part. Put the base back that the adapter was trained on."
+        )
+
+
+def _check_room(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise StorageError(
+            f"{out.parent}: the merged weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on this "
+            "disk. They are written whole or not at all. Free space, or name a folder on another disk with --out."
+        )

@@ -58,6 +58,7 @@ def _memory(config: Config, work: Workload) -> dict[str, int]:
     tokens = (1 if config.packing else config.rows_per_microbatch) * work.base.max_tokens
     activations = tokens * _kept_per_token(config, work, width)
     logits = min(tokens, TOKENS_PER_CHUNK) * shape.vocabulary * LOGIT_BYTES
+    moments = 8 if config.optimizer == "adamw" else 2  # bytes a weight: two in fp32, or two in 8 bits
     # Gradients in fp32 and AdamW's square roots live for the step alone, when no activation does.
     stepping = -(-trained * (8 if width < 4 else 4) // cards)
     return {
@@ -68,7 +69,7 @@ def _memory(config: Config, work: Workload) -> dict[str, int]:
         else 0,
         "trained weights": 0 if is_full else trained * width,
         "gradients": -(-trained * width // cards),
-        "optimizer (fp32 masters and two moments)": -(-trained * (8 if width == 4 else 12) // cards),
+        "optimizer (fp32 masters and two moments)": -(-trained * (moments + (0 if width == 4 else 4)) // cards),
         "activations": activations,
         "logits of a chunk": logits,
         "the optimizer's step, beyond activations": max(0, stepping - activations - logits),

@@ -59,9 +59,9 @@ def chat(
         edit_lines()
         chat_loop(policies, system=system, sampling=sampling, read=input, write=_write)
         return
-    for policy, label in zip(policies, labels(policies), strict=True):
-        if len(policies) > 1:
-            _write(f"[{label}]\n")
+    headings = [f"[{label}]\n" for label in labels(policies)] if len(policies) > 1 else [""]
+    for policy, heading in zip(policies, headings, strict=True):
+        _write(heading)
         chat_once(policy, message, system=system, sampling=sampling, write=_write)
 
 

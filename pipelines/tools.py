@@ -52,9 +52,10 @@ def chat(
     sampling = _sampling(temperature, top_p, max_new_tokens, seed)
     from llamachat.models.loading import load_policy
     from serving.chat import chat_loop, chat_once, labels
+    from serving.merged_policy import as_exported
 
     log.info("loading %s", ", ".join(map(str, artifacts)))
-    policies = [load_policy(path, device="auto") for path in artifacts]
+    policies = [as_exported(load_policy(path, device="auto")) for path in artifacts]
     if message is None:
         edit_lines()
         chat_loop(policies, system=system, sampling=sampling, read=input, write=_write)

@@ -15,6 +15,7 @@ from llamachat.models import loading
 from llamachat.models.loading import SEVEN_PROJECTIONS, Policy
 from llamachat.runs.artifacts import Artifact, read_artifact
 from serving.export import Request, export_policy, tolerance
+from serving.merged_policy import as_exported
 from serving.merging import read_adapter, through_nf4
 from tests.exporting import lora_policy, note_of, plain, weights_of
 from tests.tiny_llama import tiny_llama
@@ -75,6 +76,22 @@ def test_a_qlora_policy_is_merged_onto_what_training_saw(
     weight, (a, b) = weights_of(tmp_path / "base")[name], read_adapter(artifact.path).factors[name]
     exact = through_nf4(weight).double() + 2 * b.double() @ a.double()
     torch.testing.assert_close(weights_of(tmp_path / "out")[name], exact.to(torch.bfloat16), rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_chat_answers_from_the_very_weights_that_an_export_writes(
+    method: str, tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch
+):
+    if method == "qlora":
+        artifact = qlora_policy(tmp_path, tiny_format, monkeypatch)
+    else:
+        artifact = lora_policy(tmp_path, tiny_format, dtype=torch.bfloat16)
+    export_policy(Request(artifact, tmp_path / "out"))
+    ids = torch.tensor([[1, 5, 9, 200, 33, 7, 81]])
+    served = as_exported(loading.load_policy(artifact.path))
+    with torch.no_grad():
+        assert torch.equal(served.model(input_ids=ids).logits, plain(tmp_path / "out")(input_ids=ids).logits)
+    assert not isinstance(served.model, PeftModel)
 
 
 def test_onto_the_original_weights_is_told_as_another_model(

@@ -81,7 +81,7 @@ def test_damaged_and_empty_parquet(tmp_path: Path):
         ("a.jsonl", b'{\n "a": 1\n}\n{\n "a": 2\n}\n', "spread over several lines", "jq -c ."),
         (
             "b.json.gz",
-            gzip.compress(b"[\n" + b'{"a": 1},\n' * 9999 + b"{}]\n"),
+            gzip.compress(b"[\n" + b'{"a": 1},\n' * 9999 + b"{}]\n", mtime=0),
             "is one JSON array",
             "b.converted.jsonl",
         ),

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from llamachat.config.loading import to_yaml
-from llamachat.errors import UsageError
+from llamachat.errors import ConfigError, DataError, TokenizerError, UsageError
 from llamachat.runs.artifacts import Artifact, is_published, read_artifact
 from llamachat.runs.fingerprints import changed_keys, fingerprint
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import hold
-from llamachat.runs.state import StepState, begin, lineage, overwrite, reference, step_state
+from llamachat.runs.state import StepState, begin, lineage, overwrite, reference, step_state, unbind
 from pipelines.identity import step_identity
 from pipelines.recipe import Recipe, Step, resolve_steps
 from pipelines.resolve import Taken, step_folder, take_inputs
@@ -81,7 +81,11 @@ def _run(recipe: Recipe, work: Work) -> Artifact:
     resolved = to_yaml(recipe)
     begin(folder, name, fingerprint=work.fingerprint, identity=work.identity, resolved=resolved)
     log.info("%s: from %s, into %s", name, work.taken.words, folder.path)
-    artifact = work.step.stage.package.run(work.step.config, _stage_inputs(recipe, work, resolved))
+    try:
+        artifact = work.step.stage.package.run(work.step.config, _stage_inputs(recipe, work, resolved))
+    except (ConfigError, DataError, TokenizerError):
+        unbind(folder)  # the mend changes the recipe or the data, which a step that stays begun would refuse
+        raise
     lineage(Path(recipe.run.dir))
     log.info("%s: done (%s)", name, artifact.path)
     return artifact

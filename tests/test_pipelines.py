@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 import sft
-from llamachat.errors import ArtifactError, BusyError, ChangedError, UsageError
+from llamachat.errors import ArtifactError, BusyError, ChangedError, DataError, UsageError
 from llamachat.runs.artifacts import Artifact, read_artifact
+from llamachat.runs.checkpoints import writing
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import hold
 from pipelines.data_size import measure_data
@@ -251,8 +252,6 @@ def test_plan_says_new_then_resume_then_done_then_changed(
 
 
 def test_plan_tells_the_checkpoint_that_a_step_resumes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llamachat.runs.checkpoints import writing
-
     def interrupted(config: Any, inputs: Any) -> Artifact:
         with writing(StepFolder(inputs.folder).checkpoints, 50) as side:
             (side / "state").write_text("x")
@@ -263,6 +262,29 @@ def test_plan_tells_the_checkpoint_that_a_step_resumes_from(tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         run_command(recipe, "sft")
     assert make_plan(recipe)[0].why == "from step 50"
+
+
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_a_recipe_mended_as_a_refusal_asked_is_not_refused_as_changed(
+    has_checkpoint: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(config: Any, inputs: Any) -> Artifact:
+        if has_checkpoint:
+            with writing(StepFolder(inputs.folder).checkpoints, 50) as side:
+                (side / "state").write_text("x")
+        raise DataError("data.sft: no dialogs are left to validate with. Change data.split.")
+
+    path = write_recipe(tmp_path)
+    monkeypatch.setattr(sft, "run", refused)
+    with pytest.raises(DataError):
+        run_command(load(path), "sft")
+    monkeypatch.setattr(sft, "run", publish_toy_policy)
+    mended = load(path, ["data.split.validation=0.1"])
+    if has_checkpoint:  # there is work to lose
+        with pytest.raises(ChangedError, match="half done"):
+            run_command(mended, "sft")
+    else:
+        assert run_command(mended, "sft")
 
 
 def test_plan_of_steps_that_wait_for_one_another(tmp_path: Path, calls: list[Any]) -> None:

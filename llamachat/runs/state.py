@@ -23,6 +23,7 @@ from llamachat.runs.atomic import (
     write_json,
     write_text,
 )
+from llamachat.runs.checkpoints import newest
 from llamachat.runs.fingerprints import changed_keys
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import hold, is_held_by_us
@@ -69,6 +70,13 @@ def begin(folder: StepFolder, step: str, *, fingerprint: str, identity: Mapping[
         _clear(folder)  # checkpoints of unknown origin are never continued
     write_text(folder.config, resolved)
     write_json(folder.identity, {"step": step, "fingerprint": fingerprint, "identity": dict(identity)})
+
+
+def unbind(folder: StepFolder) -> None:
+    """Make a begun folder NEW again, where no optimizer step was saved in it: its work was refused, and may change."""
+    assert is_held_by_us(folder), "the step's lock is held"
+    if newest(folder.checkpoints) is None and not is_published(folder) and not folder.dialogs.exists():
+        _clear(folder)
 
 
 def overwrite(folder: StepFolder) -> None:

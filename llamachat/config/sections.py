@@ -124,6 +124,7 @@ class Data(Section):
     sft: Sources = Field(description="Dialogs for supervised tuning (a list, which may be empty without an sft step).")
     helpfulness: Sources = Field(default=(), description="Preferences on helpfulness.")
     safety: Sources = Field(default=(), description="Preferences on safety, with labels where known.")
+    open: Sources = Field(default=(), description="Further preference sets, drawn from for the mixes.")
     labels: Sources = Field(default=(), description="Single responses with a safety label: dialogs with is_safe.")
     prompts: Sources = Field(default=(), description="Prompts to answer; empty: those of sft and of the preferences.")
     adversarial: Sources = Field(default=(), description="Prompts marked is_safety.")

@@ -285,9 +285,6 @@ HOLDERS: tuple[tuple[type[Section], set[str], str], ...] = (
 )
 # Keys of the recipe that nothing reads yet, by what will. A stage that comes takes its keys out of here.
 READ_LATER = {
-    "Data.helpfulness": "reward models",
-    "Data.safety": "reward models",
-    "Data.labels": "reward models",
     "Data.prompts": "rejection sampling, PPO",
     "Data.adversarial": "context distillation, evaluation",
     "Data.borderline": "evaluation",

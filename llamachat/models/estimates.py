@@ -5,12 +5,18 @@ Torch-free, since `plan` answers in seconds. Constants say where they come from.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from llamachat.config.gpus import Gpu
+from llamachat.config.sections import Base, Tuning
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # A CPU core reaches about 0.1 TFLOP/s in bf16 with the bundled model (ours, measured); two of them are counted.
 CPU_FLOPS = 2.0e11
+# Model FLOPs utilization: share of a card's peak that the model's own arithmetic reaches. Checkpointing's recomputing comes
+# on top, as time. Ours, assumed: no card has been measured. A 4-bit base unpacks each matrix before it is used.
+ASSUMED_MFU = {"full": 0.40, "lora": 0.40, "qlora": 0.30}
 # NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314, section 3): 4 bits a weight, 8 bits a block of 64
 # for its constant, 32 bits a group of 256 blocks for the constant of the constants.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -26,7 +32,7 @@ class Shape:
     heads: int
     key_value_heads: int
     vocabulary: int
-    is_tied: bool = False
+    is_tied: bool = False  # embeddings and output head are one matrix
 
     @property
     def key_value_size(self) -> int:
@@ -66,6 +72,16 @@ class Shape:
     def weights(self) -> int:
         """All weights, embeddings and output head included."""
         return self.layers * self.layer_weights + self.embedding_weights + self.hidden_size
+
+    def headless(self) -> "Shape":
+        """The same blocks and embeddings without an output head over the vocabulary: a reward model."""
+        return replace(self, is_tied=True)
+
+    def trained_weights(self, tuning: Tuning) -> int:
+        """Weights that train."""
+        if tuning.method == "full":
+            return self.weights
+        return self.adapter_weights(tuning.rank, None if tuning.targets == "all-linear" else tuning.targets)
 
     def adapter_weights(self, rank: int, targets: Sequence[str] | None = None) -> int:
         """Weights of a LoRA adapter on these projections of every block; None is all seven."""
@@ -150,3 +166,72 @@ def read_shape(folder: Path) -> Shape | None:
         vocabulary=config["vocab_size"],
         is_tied=bool(config.get("tie_word_embeddings", False)),
     )
+
+
+def training_memory(
+    shape: Shape,
+    base: Base,
+    tuning: Tuning,
+    *,
+    tokens: int,
+    optimizer: str,
+    gradient_checkpointing: bool,
+    logits: int,
+    gpu: Gpu | None,
+) -> dict[str, int]:
+    """Bytes by part on one card at the worst moment of an optimizer step whose forward passes have `tokens` tokens."""
+    width, is_full, trained = BYTES[base.dtype], tuning.method == "full", shape.trained_weights(tuning)
+    # FSDP cuts weights, gradients and optimizer over the cards; adapters are small, and every card has them whole.
+    cards = gpu.count if gpu and is_full else 1
+    activations = tokens * _kept_per_token(shape, base, tuning, width, is_recomputed=gradient_checkpointing)
+    moments = 8 if optimizer == "adamw" else 2  # bytes a weight: two in fp32, or two in 8 bits
+    # Gradients in fp32 and AdamW's square roots live for the step alone, when no activation does.
+    stepping = -(-trained * (8 if width < 4 else 4) // cards)
+    return {
+        "base weights": -(-shape.trunk_bytes(width, is_4bit=tuning.method == "qlora") // cards),
+        "gathered blocks": (2 * shape.layer_weights + shape.embedding_weights) * width if cards > 1 else 0,
+        "one unpacked matrix": max(a * b for a, b in shape.projections.values()) * width
+        if tuning.method == "qlora"
+        else 0,
+        "trained weights": 0 if is_full else trained * width,
+        "gradients": -(-trained * width // cards),
+        "optimizer (fp32 masters and two moments)": -(-trained * (moments + (0 if width == 4 else 4)) // cards),
+        "activations": activations,
+        "logits of a chunk": logits,
+        "the optimizer's step, beyond activations": max(0, stepping - activations - logits),
+    }
+
+
+def _kept_per_token(shape: Shape, base: Base, tuning: Tuning, width: int, *, is_recomputed: bool) -> int:
+    """Bytes of activations a token: all blocks and the gradients in one, or their inputs and twice one block."""
+    is_full = tuning.method == "full"
+    block = shape.block_activations(
+        width,
+        base.max_tokens,
+        is_eager=base.attention == "eager",
+        adapter_rank=None if is_full else tuning.rank,
+    )
+    if not is_full and tuning.dropout:  # each projection has an input of its own then, and a mask of bytes
+        block += sum(inputs for inputs, _ in shape.projections.values()) * (width + 1)
+    if is_recomputed:
+        return shape.layers * shape.hidden_size * width + 2 * block
+    return (shape.layers + 1) * block
+
+
+def training_time(
+    shape: Shape, tuning: Tuning, *, tokens: float, gradient_checkpointing: bool, gpu: Gpu | None, told: str
+) -> tuple[float, str]:
+    """Seconds to train on so many tokens, and what they assume in words, with what is `told` of the data."""
+    # Forward 2 operations a weight and token, backward 2 for the inputs and 2 for the weights that train (Kaplan et al.
+    # 2020, arXiv:2001.08361, section 2.1); attention's own, a few in a hundred at 4096 tokens, are left out.
+    per_weight = 6.0 if tuning.method == "full" else 4.0
+    operations = per_weight * shape.weights * tokens
+    if gradient_checkpointing:
+        operations *= (per_weight + 2) / per_weight
+    if gpu is None:
+        return operations / CPU_FLOPS, f"on 2 CPU cores at 0.1 TFLOP/s each and {told}"
+    if gpu.tflops is None:
+        return 0.0, ""
+    mfu = ASSUMED_MFU[tuning.method]
+    seconds = operations / (gpu.count * gpu.tflops * 1e12 * mfu)
+    return seconds, f"on {gpu}, assuming {mfu:.0%} of its {gpu.tflops:g} TFLOP/s (MFU) and {told}"

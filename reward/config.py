@@ -1,0 +1,170 @@
+"""What a reward model's training is told: its own section of the recipe, and the shared ones it reads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from llamachat.config.section import Section, operational
+from llamachat.config.sections import Base, Data, Run, Tracking, Tuning
+from llamachat.config.trainer_arguments import TrainerArguments
+
+if TYPE_CHECKING:
+    from llamachat.runs.artifacts import Artifact
+
+# Part of the fingerprint: raised when the same configuration and data would give other weights.
+VERSION = 1
+
+# The reward models of a recipe. The judge learns from data that the other two never see, and selects nothing.
+Which = Literal["helpfulness", "safety", "judge"]
+
+# Arguments of TRL's RewardConfig that have a key of ours, or (None) that the stage itself must set.
+OWNED: dict[str, str | None] = {
+    "num_train_epochs": "reward.epochs",
+    "max_steps": "reward.epochs",
+    "learning_rate": "reward.learning_rate",
+    "lr_scheduler_type": "reward.schedule",
+    "lr_scheduler_kwargs": "reward.final_rate_fraction",
+    "logging_nan_inf_filter": None,
+    "warmup_steps": "reward.warmup_fraction",
+    "warmup_ratio": "reward.warmup_fraction",
+    "weight_decay": "reward.weight_decay",
+    "adam_beta1": "reward.adam_beta1",
+    "adam_beta2": "reward.adam_beta2",
+    "adam_epsilon": "reward.adam_epsilon",
+    "optim": "reward.optimizer",
+    "optim_args": None,
+    "max_grad_norm": "reward.max_grad_norm",
+    "per_device_train_batch_size": "reward.row_tokens",
+    "per_device_eval_batch_size": None,
+    "auto_find_batch_size": "reward.row_tokens",
+    "gradient_accumulation_steps": "reward.pairs_per_step",
+    "gradient_checkpointing": "reward.gradient_checkpointing",
+    "center_rewards_coefficient": "reward.center_rewards_coefficient",
+    "disable_dropout": "tuning.dropout",
+    "pad_to_multiple_of": None,
+    "average_tokens_across_devices": None,
+    "train_sampling_strategy": None,
+    "dataset_num_proc": None,
+    "chat_template_path": "base.chat_format",
+    "eos_token": None,
+    "pad_token": None,
+    "model_init_kwargs": None,
+    "dataloader_pin_memory": None,
+    "dataloader_num_workers": None,
+    "dataloader_drop_last": None,
+}
+
+
+class Config(Section):
+    """Reward models. Values the paper states are those of its section 3.2.2; the others are ours."""
+
+    epochs: float = Field(
+        default=1.0,
+        gt=0,
+        description="Passes over the pairs. Llama 2 section 3.2.2: 1, since more overfits.",
+    )
+    learning_rate: float = Field(
+        default=1e-5,
+        gt=0,
+        description="Peak rate of AdamW. Llama 2 section 3.2.2: 1e-5 (5e-6 for 70B); LoRA needs about 10 times that.",
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="How the rate falls after warm-up. Llama 2 section 3.2.2: cosine."
+    )
+    final_rate_fraction: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Share of the peak rate at the last step. Llama 2 section 3.2.2: down to 10% of the maximum.",
+    )
+    warmup_fraction: float = Field(
+        default=0.03,
+        ge=0,
+        lt=1,
+        description="Share of the optimizer steps with a rising rate. Llama 2 section 3.2.2: 3%.",
+    )
+    warmup_min_steps: int = Field(
+        default=5, ge=0, description="Steps with a rising rate at least. Llama 2 section 3.2.2: 5."
+    )
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="Decay of matrices; norms do not decay. Llama 2 section 2.2: 0.1."
+    )
+    adam_beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="AdamW beta 1. Section 3.2.2: as the base model's, 0.9."
+    )
+    adam_beta2: float = Field(
+        default=0.95, ge=0, lt=1, description="AdamW beta 2. Section 3.2.2: as the base model's, 0.95."
+    )
+    adam_epsilon: float = Field(
+        default=1e-5, gt=0, description="AdamW epsilon. Section 3.2.2: as the base model's, 1e-5."
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        default="adamw",
+        description="adamw_8bit holds the moments in 8 bits, paged_adamw_8bit also moves them to the host where the GPU is full (both need a GPU). Masters stay fp32. Ours.",
+    )
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="Gradient norm is clipped to this. Llama 2 section 2.2: 1.0."
+    )
+    pairs_per_step: int = Field(
+        default=512, ge=1, description="Pairs in one optimizer step. Llama 2 section 3.2.2: 512 pairs."
+    )
+    margin: Literal["none", "small", "large"] = Field(
+        default="small",
+        description="Margin by rating, from 'significantly better' down: small 1, 2/3, 1/3, 0; large 3, 2, 1, 0. Llama 2 Eq. 2, Table 27.",
+    )
+    safety_auxiliary_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="Weight of the safety model's classification loss on labelled responses; 0 leaves it out. Llama 2 section 3.2.2 has the loss, its weight is ours.",
+    )
+    balance_labels: bool = Field(
+        default=True,
+        description="Labelled single responses of the rarer class are repeated until both are equally many. Ours.",
+    )
+    center_rewards_coefficient: float | None = Field(
+        default=None,
+        ge=0,
+        description="Weight of the mean of (chosen + rejected)^2, which holds scores around 0; null leaves it out. Not in the paper; TRL's.",
+    )
+    other_share: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="Share of the helpfulness model's pairs that are drawn from data.safety and data.open. Llama 2 section 3.2.2: equal parts.",
+    )
+    helpfulness_share: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Share of the safety model's pairs that are drawn from data.helpfulness and data.open. Llama 2 section 3.2.2: 90/10.",
+    )
+    row_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(
+        "auto",
+        description="Tokens of a packed row, the unit of a forward pass; auto is 2 x base.max_tokens on a GPU and 512 on a CPU, where attention is slow. A longer pair has a row of its own.",
+    )
+    gradient_checkpointing: bool = operational(
+        False, description="Recompute activations in the backward pass: about a third slower, far less memory."
+    )
+    trainer: Annotated[dict[str, Any], TrainerArguments("RewardConfig", OWNED)] = Field(
+        default_factory=dict, description="Further arguments of TRL's RewardConfig, by its names."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What `pipelines` resolves for one reward model."""
+
+    step: str  # rm/helpfulness, rm/safety or rm/judge
+    which: Which
+    folder: Path
+    resolved: str  # the recipe as YAML, for the run's record
+    identity: dict[str, Any]
+    fingerprint: str
+    run: Run
+    base: Base
+    tuning: Tuning
+    data: Data
+    tracking: Tracking
+    policy: "Artifact | None" = None  # the chat policy to start from; the base itself without one

@@ -77,7 +77,7 @@ def command_line_first(layers: Layers) -> None:
     for index, item in enumerate(steps if isinstance(steps, list) else ()):
         if not isinstance(item, dict) or _entry_problem(item):
             continue
-        entry, (values,) = read_entry(item), item.values()
+        entry, values = read_entry(item), next(iter(item.values()))
         for key, value in list(values.items()) if isinstance(values, dict) else ():
             if key not in ("name", "only"):
                 section: Key = ("tuning",) if key == "tuning" else (entry.stage.section, key)
@@ -168,7 +168,9 @@ def _only_problem(entry: Entry) -> str | None:
         return f"found {describe(only)}, but a list of models is required: {example}."
     unknown = [model for model in only if model not in models]
     if unknown:
-        return f"found {describe(unknown[0])}, but the models of '{entry.head}' are {', '.join(models)}. Write {example}."
+        return (
+            f"found {describe(unknown[0])}, but the models of '{entry.head}' are {', '.join(models)}. Write {example}."
+        )
     return None
 
 
@@ -183,7 +185,9 @@ def _name_problem(entry: Entry, names: list[str], seen: Mapping[str, int]) -> st
     if taken is not None:
         heads = {full.partition("/")[0] for full in seen}
         free = next(f"{command}-{n}" for n in range(2, len(seen) + 3) if f"{command}-{n}" not in heads)
-        return f"the step {seen[taken]} has the name '{taken}' already. Name this one: {{{entry.head}: {{name: {free}}}}}."
+        return (
+            f"the step {seen[taken]} has the name '{taken}' already. Name this one: {{{entry.head}: {{name: {free}}}}}."
+        )
     return None
 
 

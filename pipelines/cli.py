@@ -92,7 +92,11 @@ def _run(
     from pipelines.plan import make_plan, plan_text
     from pipelines.recipe import load
     from pipelines.running import run_command
+    from pipelines.study import is_study
 
+    if is_study(config):
+        _study(command, config, overrides or (), overwrite=overwrite, dry_run=dry_run, only=only)
+        return
     recipe = load(config, overrides or ())
     if dry_run:
         print(to_yaml(recipe))
@@ -102,6 +106,25 @@ def _run(
         run_command(recipe, command, only=only, should_overwrite=overwrite)
     if command == "all":
         print(f"All steps are done. Try: llamachat chat {recipe.run.dir} -m 'Hello, who are you?'")
+
+
+def _study(
+    command: str, config: Path, overrides: Sequence[str], *, overwrite: bool, dry_run: bool, only: Sequence[str]
+) -> None:
+    from pipelines.study import load_study, run_study, study_plan_text
+
+    plan = load_study(config, overrides)
+    if command != plan.study.command or only:
+        raise UsageError(
+            f"{config}: is a study of '{plan.study.command}', whose variants say what is run (variants.NAME.only), so that"
+            f" its tables compare like with like. Run `llamachat {plan.study.command} --config {config}` without --only,"
+            " or give the recipe that it extends."
+        )
+    if dry_run:
+        print(study_plan_text(plan))
+        return
+    with state_is_kept():
+        print(run_study(plan, should_overwrite=overwrite))
 
 
 @app.command()
@@ -171,8 +194,13 @@ def plan(overrides: Overrides = None, config: ConfigOption = TINY, gpu: tools.Gp
     """Say what would run, from which inputs and why, with memory and time; runs nothing."""
     from pipelines.plan import make_plan, plan_text
     from pipelines.recipe import load
+    from pipelines.study import is_study, load_study, study_plan_text
 
-    recipe = load(config, [*(overrides or ()), *([f"run.gpu={gpu}"] if gpu else ())])
+    given = [*(overrides or ()), *([f"run.gpu={gpu}"] if gpu else ())]
+    if is_study(config):
+        print(study_plan_text(load_study(config, given)))
+        return
+    recipe = load(config, given)
     print(plan_text(recipe, make_plan(recipe)))
 
 

@@ -85,12 +85,32 @@ def plan_steps(
 
     The last step may hold fewer examples. A part of an epoch takes the first examples of that epoch's order.
     """
-    assert lengths and examples_per_step > 0 and epochs > 0 and world_size > 0, "the recipe is checked before"
-    assert rows_per_microbatch == 1 or not packing, "a packed micro-batch is one row"
-    order = _order(len(lengths), epochs, seed)
+    assert lengths and examples_per_step > 0 and epochs > 0, "the recipe is checked before"
+    order = epoch_order(len(lengths), epochs, seed)
+    groups = [order[start : start + examples_per_step] for start in range(0, len(order), examples_per_step)]
+    return lay_out(
+        groups,
+        lengths,
+        capacity=capacity,
+        packing=packing,
+        rows_per_microbatch=rows_per_microbatch,
+        world_size=world_size,
+    )
+
+
+def lay_out(
+    groups: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    *,
+    capacity: int,
+    packing: bool = True,
+    rows_per_microbatch: int = 1,
+    world_size: int = 1,
+) -> StepPlan:
+    """The rows of optimizer steps that hold these examples each."""
+    assert world_size > 0 and (rows_per_microbatch == 1 or not packing), "a packed micro-batch is one row"
     layouts: list[list[Row]] = []
-    for start in range(0, len(order), examples_per_step):
-        group = order[start : start + examples_per_step]
+    for group in groups:
         if packing:
             rows = pack([lengths[index] for index in group], capacity)
             layouts.append([tuple(group[place] for place in row) for row in rows])
@@ -109,7 +129,8 @@ def plan_steps(
     )
 
 
-def _order(count: int, epochs: float, seed: int) -> list[int]:
+def epoch_order(count: int, epochs: float, seed: int | str) -> list[int]:
+    """Indices of `count` examples for so many epochs, a new order each; a part of one takes the first of its order."""
     total = max(1, int(count * epochs + 0.5))
     order: list[int] = []
     epoch = 0

@@ -1,29 +1,24 @@
 """What a training starts from: the base or an earlier policy, its proved tokenizer, and how the result is published."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from llamachat.chat_format import ChatFormat
-from llamachat.chat_format.proof import load_proved_format, prove_written, require_proof
-from llamachat.config.sections import Tuning
-from llamachat.errors import ConfigError
-from llamachat.models.hub import tokenizer_folder
+from llamachat.chat_format.proof import prove_written, require_proof
 from llamachat.models.loading import (
-    SEVEN_PROJECTIONS,
     attach_adapter,
-    find_model,
     load_base,
     load_policy,
     policy_details,
     save_policy,
     trunk_digest,
 )
+from llamachat.models.starting import fast_tokenizer, is_adapter, proved_start
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.folder import StepFolder
 from llamachat.tokenizer import write_tokenizer
@@ -52,43 +47,20 @@ class Start:
 
     def fast_tokenizer(self, folder: Path) -> "PreTrainedTokenizerBase":
         """The tokenizer that the artifact will ship, written to `folder`: the trainer wants one of transformers'."""
-        from transformers import AutoTokenizer
-
-        write_tokenizer(self.chat_format.tokenizer, folder, self.chat_format.chat_template)
-        return AutoTokenizer.from_pretrained(str(folder))
+        return fast_tokenizer(self.chat_format, folder)
 
 
 def load_start(inputs: Inputs) -> Start:
     """Load the earlier policy where the step has one, else the base; attach an adapter where the recipe asks."""
-    _check_dtype(inputs)
-    log.info("loading %s", inputs.policy.path if inputs.policy else inputs.base.model)
-    trunk = str(inputs.policy.path) if inputs.policy else find_model(inputs.base.model, where="base.model")
-    chat_format, warning = load_proved_format(
-        tokenizer_folder(trunk),
-        chat_format=inputs.base.chat_format,
-        allow_unproved=inputs.base.allow_unproved_tokenizer,
-    )
-    if warning:
-        log.warning("%s", warning)
-    model, trunk = _load_model(inputs, trunk)
-    is_adapter = inputs.tuning.method != "full"
-    return Start(model, chat_format, trunk, trunk_digest(model) if is_adapter else None)
-
-
-def _check_dtype(inputs: Inputs) -> None:
-    # TRL gives adapters on a quantised model bfloat16, whatever they have.
-    if inputs.tuning.method == "qlora" and inputs.base.dtype != "bfloat16":
-        raise ConfigError(
-            f"base.dtype: {inputs.base.dtype}, but tuning.method is qlora. Over a 4-bit base products and adapters are "
-            "bfloat16; the optimizer keeps fp32 masters. Set base.dtype to bfloat16, or tuning.method to lora."
-        )
+    location, chat_format = proved_start(inputs.base, inputs.tuning, inputs.policy)
+    model, trunk = _load_model(inputs, location)
+    has_adapter = inputs.tuning.method != "full"
+    return Start(model, chat_format, trunk, trunk_digest(model) if has_adapter else None)
 
 
 def _load_model(inputs: Inputs, trunk: str) -> "tuple[LanguageModel, str]":
     tuning, policy = inputs.tuning, inputs.policy
-    made_by = policy.manifest.details.get("method") if policy else None
-    if policy and made_by in ("lora", "qlora"):
-        _check_same_adapter(tuning, policy)
+    if policy and is_adapter(policy):
         loaded = load_policy(
             policy.path,
             dtype=inputs.base.dtype,
@@ -101,40 +73,6 @@ def _load_model(inputs: Inputs, trunk: str) -> "tuple[LanguageModel, str]":
     if tuning.method == "full":
         return model, trunk
     return attach_adapter(model, tuning, seed=inputs.run.seed), trunk
-
-
-def _check_same_adapter(tuning: Tuning, policy: Artifact) -> None:
-    made_by: str = policy.manifest.details["method"]
-    if tuning.method == "full":
-        raise ConfigError(
-            f"tuning.method: 'full', but the policy to continue ({policy.path}) is an adapter on a frozen base. Its base "
-            f"would be trained under it. Set tuning.method to {made_by}, or export the policy merged and start from that."
-        )
-    if tuning.method != made_by:
-        bits = {"lora": "the base in 16 or 32 bits", "qlora": "the base in 4 bits"}
-        raise ConfigError(
-            f"tuning.method: '{tuning.method}', but the adapter to continue ({policy.path}) was trained by {made_by}, on "
-            f"{bits[made_by]}. It has learnt to go with those very weights. Set tuning.method to {made_by}, or train an "
-            "adapter anew from the base."
-        )
-    made: Mapping[str, Any] = json.loads((policy.path / "adapter_config.json").read_text(encoding="utf-8"))
-    targets = SEVEN_PROJECTIONS if tuning.targets == "all-linear" else tuning.targets
-    compared = {
-        "rank": (tuning.rank, made["r"]),
-        "alpha": (tuning.alpha, made["lora_alpha"]),
-        "targets": (sorted(targets), sorted(made["target_modules"])),
-    }
-    for key, (asked, found) in compared.items():
-        if asked != found:
-            raise ConfigError(
-                f"tuning.{key}: {_words(asked)}, but the adapter to continue ({policy.path}) was made with {key} "
-                f"{_words(found)}. A step continues a copy of the adapter, so all steps of a run have adapters of one "
-                f"shape. Set tuning.{key} to that."
-            )
-
-
-def _words(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, list) else f"{value:g}"
 
 
 def publish_policy(start: Start, inputs: Inputs, *, dropped: Mapping[str, int]) -> Artifact:

@@ -32,12 +32,13 @@ from llamachat.tracking.tracker import Tracker, open_tracker
 from llamachat.training.master_weights import check_optimizer
 from llamachat.training.out_of_memory import MicrobatchTooLargeError, halving
 from llamachat.training.progress import StepProgress
+from llamachat.training.trainer import Watch, collator, row_numbers
 from sft.config import Config, Inputs
 from sft.evaluation import answer_loss, check_finite, sample_answers
 from sft.examples import Examples, load_examples
 from sft.loss import SHAPE_MULTIPLE
 from sft.start import Start, load_start, publish_policy
-from sft.trainer import AtomicCheckpointTrainer, Watch, collator, make_optimizer, row_numbers, trainer_arguments
+from sft.trainer import NAMES, AtomicCheckpointTrainer, make_optimizer, trainer_arguments
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +148,8 @@ class Session:
                 train=lambda session: session._train_on(progress),
                 halve=Session._in_smaller_parts,
                 step=self.inputs.step,
+                section="sft",
+                unit="dialog",
             )
 
     def _train_on(self, progress: StepProgress) -> None:
@@ -174,7 +177,8 @@ class Session:
                 if step % tracking.sample_every == 0 or step == steps:
                     self.sample(step)
 
-            trainer = self._trainer(Watch(self.plan.tokens_per_step, on_log=on_log, on_step=on_step), Path(scratch))
+            watch = Watch(self.plan.tokens_per_step, names=NAMES, on_log=on_log, on_step=on_step)
+            trainer = self._trainer(watch, Path(scratch))
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
             except MicrobatchTooLargeError:

@@ -72,10 +72,10 @@ def test_parts_are_halved_until_they_fit():
         if size > 2:
             raise MicrobatchTooLargeError("full")
 
-    assert halving(16, train=train, halve=half, step="sft") == 2
+    assert halving(16, train=train, halve=half, step="sft", section="sft", unit="dialog") == 2
     assert tried == [16, 8, 4, 2]
     with pytest.raises(DeviceMemoryError, match=r"sft: .* one dialog at a time \(full\).* sft\.gradient_checkpointing"):
-        halving(16, train=train, halve=lambda _: None, step="sft")
+        halving(16, train=train, halve=lambda _: None, step="sft", section="sft", unit="dialog")
 
 
 # --- in the stage

@@ -20,9 +20,10 @@ from llamachat.models import nf4
 from llamachat.models.loading import attach_adapter, load_base, load_policy, trunk_digest
 from llamachat.runs.folder import StepFolder
 from llamachat.tracking.tracker import read_summary
+from llamachat.training.trainer import Watch
 from sft.config import Config
 from sft.start import publish_policy as publish
-from sft.trainer import Watch
+from sft.trainer import NAMES
 from tests.tiny_llama import LORA, base_section, move_adapter, publish_policy, tiny_llama
 from tests.tiny_sft import inputs_of, open_session, toy_dialogs, write_base
 
@@ -111,7 +112,7 @@ def test_gradients_after_an_evaluation_are_those_before_it(checkpointing: bool, 
     config = SHORT.model_copy(update={"gradient_checkpointing": checkpointing})
     with open_session(config, inputs_of(tmp_path, base, toy_dialogs(20), tuning=QLORA, **BF16)) as session:
         model = session.start.model
-        session._trainer(Watch([], on_log=lambda *_: None, on_step=lambda _: None), tmp_path)
+        session._trainer(Watch([], names=NAMES, on_log=lambda *_: None, on_step=lambda _: None), tmp_path)
         move_adapter(model)
         digest, before = trunk_digest(model), gradients(model)
         assert any(bool(gradient.any()) for gradient in before.values())

@@ -20,13 +20,14 @@ from llamachat.config.sections import Tuning
 from llamachat.rollout.engine import Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
 from llamachat.tokenizer import SPACE, Tokenizer
+from llamachat.training.trainer import Watch
 from sft import loss as loss_module
 from sft.config import Config, Inputs
 from sft.evaluation import answer_loss
 from sft.loss import answer_token_losses
 from sft.start import load_start
 from sft.train import Session
-from sft.trainer import Watch
+from sft.trainer import NAMES
 from tests.tiny_llama import LORA, move_adapter, tiny_llama
 from tests.tiny_sft import inputs_of, open_session, pair, toy_dialogs, write_base
 
@@ -167,7 +168,9 @@ def test_our_loss_is_the_one_of_trl(tuning: Tuning, packing: bool, base: Path, t
     config = Config(packing=packing, rows_per_microbatch=4, examples_per_step=8)
     with open_session(config, inputs_of(tmp_path, base, toy_dialogs(12), tuning=tuning)) as session:
         move_adapter(session.start.model)
-        trainer = session._trainer(Watch([], on_log=lambda *_: None, on_step=lambda _: None), tmp_path / "scratch")
+        trainer = session._trainer(
+            Watch([], names=NAMES, on_log=lambda *_: None, on_step=lambda _: None), tmp_path / "scratch"
+        )
         batch = session.collate(range(session.plan.rows_per_microbatch))
         for items in (None, torch.tensor(97)):
             model = session.start.model
@@ -195,7 +198,10 @@ class Seen(TrainerCallback):
 def train_and_see(session: Session, scratch: Path) -> Seen:
     seen = Seen()
     watch = Watch(
-        session.plan.tokens_per_step, on_log=lambda _, f: seen.losses.append(f["sft/loss"]), on_step=lambda _: None
+        session.plan.tokens_per_step,
+        names=NAMES,
+        on_log=lambda _, f: seen.losses.append(f["sft/loss"]),
+        on_step=lambda _: None,
     )
     trainer = session._trainer(watch, scratch)
     trainer.add_callback(seen)
@@ -275,6 +281,7 @@ def test_the_rate_rises_over_the_warm_up_and_falls_as_a_half_cosine(base: Path, 
         rates: list[float] = []
         watch = Watch(
             session.plan.tokens_per_step,
+            names=NAMES,
             on_log=lambda _, f: rates.append(f["optim/learning_rate"]),
             on_step=lambda _: None,
         )

@@ -23,10 +23,10 @@ import sft
 from llamachat.runs import checkpoints as checkpoints_module
 from llamachat.runs.folder import StepFolder
 from llamachat.tracking.record import MetricsRecord, SamplesRecord
+from llamachat.training.trainer import Watch
 from sft import train as train_module
 from sft.config import Config
 from sft.train import Session
-from sft.trainer import Watch
 from tests.tiny_llama import LORA
 from tests.tiny_sft import inputs_of, toy_dialogs, write_base, write_dialogs, write_recipe
 

@@ -7,10 +7,9 @@ here a missing or a wrongly shaped weight is an error.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,7 +22,7 @@ from llamachat.errors import ArtifactError, ConfigError
 from llamachat.models import nf4
 from llamachat.models.placement import best_attention, device_of, dtype_of, gpus
 from llamachat.models.rope import rope_parameters, scale_rope
-from llamachat.models.weights import file_weights, folder_weights, module_weights
+from llamachat.models.weights import file_weights, trunk_digest
 from llamachat.tokenizer import BASES_THAT_WORK, BOS_ID, EOS_ID, UNK_ID, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llamachat.config.sections import Base, Tuning
+    from llamachat.models.heads import ScoringLlama
     from llamachat.runs.artifacts import Artifact
 
     LanguageModel = LlamaForCausalLM | PeftModel
@@ -62,14 +62,18 @@ def load_base(
 ) -> "LlamaForCausalLM":
     """The model that `base` names, or the one of the same family in `source`, ready for training; in 4 bits with `is_nf4`."""
     location = find_model(str(source or base.model), where="base.model")
-    config = _load_config(location, where="base.model")
+    config = load_config(location, where="base.model")
     scale_rope(config, base.rope_scaling, max_tokens=base.max_tokens)
     dtype = dtype or dtype_of(base.dtype)
-    return _load_llama(location, config, dtype=dtype, attention=base.attention, device=device_of(device), is_nf4=is_nf4)
+    return load_llama(location, config, dtype=dtype, attention=base.attention, device=device_of(device), is_nf4=is_nf4)
 
 
-def attach_adapter(model: "LlamaForCausalLM", tuning: "Tuning", *, seed: int) -> "PeftModel":
+def attach_adapter(
+    model: "LlamaForCausalLM | ScoringLlama", tuning: "Tuning", *, seed: int, head: str | None = None
+) -> "PeftModel":
     """LoRA on the frozen model; its initial weights follow from `seed` alone, and so the logits are still the base's.
+
+    A `head` of this name is trained whole beside it.
 
     The adapter has the model's own dtype: PEFT's fp32 default makes a bf16 forward 2.6 times slower. The optimizer
     keeps the fp32 master copy.
@@ -79,7 +83,8 @@ def attach_adapter(model: "LlamaForCausalLM", tuning: "Tuning", *, seed: int) ->
     assert tuning.method != "full", "the caller attaches adapters where the recipe asks for them"
     targets: list[str] = list(SEVEN_PROJECTIONS) if tuning.targets == "all-linear" else _known_targets(tuning.targets)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if head is None else "SEQ_CLS",
+        modules_to_save=None if head is None else [head],
         r=tuning.rank,
         lora_alpha=cast(int, tuning.alpha),  # annotated int, used as a factor: PEFT takes 12.5 as well
         lora_dropout=tuning.dropout,
@@ -92,11 +97,11 @@ def attach_adapter(model: "LlamaForCausalLM", tuning: "Tuning", *, seed: int) ->
     assert isinstance(adapted, PeftModel)
     if nf4.compute_dtype(model):
         nf4.cast_adapter(adapted)
-    _assert_only_adapter_trains(adapted)
+    _assert_only_adapter_trains(adapted, head)
     return adapted
 
 
-def load_adapter(model: "LlamaForCausalLM", folder: Path, *, is_trainable: bool) -> "PeftModel":
+def load_adapter(model: "LlamaForCausalLM | ScoringLlama", folder: Path, *, is_trainable: bool) -> "PeftModel":
     """The LoRA adapter of a folder on its base, in the base's dtype; adapters made elsewhere with PEFT load too."""
     from peft import PeftConfig, PeftModel
 
@@ -108,7 +113,7 @@ def load_adapter(model: "LlamaForCausalLM", folder: Path, *, is_trainable: bool)
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ArtifactError(
-            f"{folder}: the adapter does not go on the base '{model.name_or_path}' ({_first_line(error)}). An adapter "
+            f"{folder}: the adapter does not go on the base '{model.name_or_path}' ({first_line(error)}). An adapter "
             "fits only the model that it was trained on. Name that model as the base, or train the adapter again."
         ) from error
     if nf4.compute_dtype(model):
@@ -116,24 +121,7 @@ def load_adapter(model: "LlamaForCausalLM", folder: Path, *, is_trainable: bool)
     return adapted
 
 
-def trunk_digest(trunk: nn.Module | Path, *, values_per_weight: int | None = None) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all weights but adapters: equal = no trunk weight has moved.
-
-    A model, with adapters or without, and the folder of the same model give the same digest. With
-    `values_per_weight`, of so many evenly spread values of each weight: enough to tell two models apart in no time.
-    """
-    weights = folder_weights(trunk) if isinstance(trunk, Path) else module_weights(trunk)
-    digest = sha256()
-    for name, weight in sorted(weights, key=lambda item: item[0]):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        values = weight.detach().flatten()
-        if values_per_weight is not None:
-            values = values[:: max(1, values.numel() // values_per_weight)]
-        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def save_policy(model: "LanguageModel", folder: Path) -> None:
+def save_policy(model: "LanguageModel | ScoringLlama", folder: Path) -> None:
     """Write the weights so that `AutoModelForCausalLM`, or PEFT where there is an adapter, loads them as they are."""
     from peft import PeftModel
 
@@ -147,14 +135,14 @@ def save_policy(model: "LanguageModel", folder: Path) -> None:
     was_caching = model.config.use_cache
     model.config.use_cache = True
     try:
-        with _no_bars():
+        with _quietly():
             model.save_pretrained(folder)
     finally:
         model.config.use_cache = was_caching
 
 
 def policy_details(
-    model: "LanguageModel", *, base: str, chat_format: str, max_tokens: int, system: str | None
+    model: "LanguageModel | ScoringLlama", *, base: str, chat_format: str, max_tokens: int, system: str | None
 ) -> dict[str, Any]:
     """What the manifest of a policy says about its model; `base` is the folder or hub name of the trunk."""
     from peft import PeftModel
@@ -190,7 +178,7 @@ def load_policy(
     from llamachat.runs.artifacts import read_artifact
 
     artifact = read_artifact(Path(path), kind="policy")
-    details = _checked_details(artifact)
+    details = checked_details(artifact)
     device = device_of(device)
     load = _load_full if details["method"] == "full" else _load_adapted
     model = load(artifact, details, dtype=dtype, attention=attention, device=device, is_trainable=is_trainable)
@@ -201,7 +189,7 @@ def load_policy(
         chat_format=load_chat_format(details["chat_format"], tokenizer),
         max_tokens=details["max_tokens"],
         system=details.get("system"),
-        name=_name(artifact),
+        name=name_of(artifact),
     )
 
 
@@ -227,10 +215,10 @@ def _load_full(
     artifact: "Artifact", details: Mapping[str, Any], *, dtype: str, attention: str, device: str, is_trainable: bool
 ) -> "LlamaForCausalLM":
     del details
-    config = _load_config(str(artifact.path), where=str(artifact.path))
+    config = load_config(str(artifact.path), where=str(artifact.path))
     saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     chosen = saved if dtype == "auto" else dtype_of(dtype)
-    model = _load_llama(str(artifact.path), config, dtype=chosen, attention=attention, device=device)
+    model = load_llama(str(artifact.path), config, dtype=chosen, attention=attention, device=device)
     return model.requires_grad_(is_trainable)
 
 
@@ -239,12 +227,12 @@ def _load_adapted(
 ) -> "PeftModel":
     where = f"{artifact.path}/manifest.json: details.base"
     location = find_model(details["base"], where=where, near=artifact.path, may_be_hub=not details["base_is_folder"])
-    config = _load_config(location, where=where)
+    config = load_config(location, where=where)
     config.rope_parameters = details["rope_parameters"]
-    chosen = _adapter_dtype(artifact.path) if dtype == "auto" else dtype_of(dtype)
+    chosen = adapter_dtype(artifact.path) if dtype == "auto" else dtype_of(dtype)
     is_nf4 = details["method"] == "qlora"
-    trunk = _load_llama(location, config, dtype=chosen, attention=attention, device=device, is_nf4=is_nf4)
-    is_comparable = is_nf4 or chosen == _adapter_dtype(artifact.path)
+    trunk = load_llama(location, config, dtype=chosen, attention=attention, device=device, is_nf4=is_nf4)
+    is_comparable = is_nf4 or chosen == adapter_dtype(artifact.path)
     if is_comparable and _sampled_digest(trunk) != details["trunk"]:
         raise ArtifactError(
             f"{where}: '{location}' holds other weights than the adapter was trained on. On another model an adapter "
@@ -253,14 +241,14 @@ def _load_adapted(
     return load_adapter(trunk, artifact.path, is_trainable=is_trainable)
 
 
-def _load_config(location: str, *, where: str) -> "LlamaConfig":
+def load_config(location: str, *, where: str) -> "LlamaConfig":
     from transformers import AutoConfig, LlamaConfig
 
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{where}: '{location}' has no readable config.json ({_first_line(error)}). A base is a model folder or a "
+            f"{where}: '{location}' has no readable config.json ({first_line(error)}). A base is a model folder or a "
             "hub name. Mend the name; for a gated model such as Llama 2, accept its licence on its page and log in "
             "with `hf auth login`; without a network, copy the model here and give its folder."
         ) from error
@@ -272,9 +260,18 @@ def _load_config(location: str, *, where: str) -> "LlamaConfig":
     return config
 
 
-def _load_llama(
-    location: str, config: "LlamaConfig", *, dtype: torch.dtype, attention: str, device: str, is_nf4: bool = False
-) -> "LlamaForCausalLM":
+def load_llama(
+    location: str,
+    config: "LlamaConfig",
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    device: str,
+    is_nf4: bool = False,
+    kind: "type[LlamaForCausalLM | ScoringLlama] | None" = None,
+    may_lack: Collection[str] = (),
+) -> Any:  # a model of the class `kind`
+    """The weights of a folder or hub name in a language model, or in a model of `kind`, all of them but `may_lack`."""
     from transformers import GenerationConfig, LlamaForCausalLM
 
     how: dict[str, Any] = {}
@@ -283,8 +280,10 @@ def _load_llama(
         # Quantised where it will compute, a weight at a time: the 16-bit model is never whole in memory.
         how = {"quantization_config": nf4.quantization_config(dtype), "device_map": {"": device}}
     try:
-        with _no_bars():
-            loaded: Any = LlamaForCausalLM.from_pretrained(  # a pair with this report, which its types do not know
+        with _quietly():
+            loaded: Any = (
+                kind or LlamaForCausalLM
+            ).from_pretrained(  # a pair with this report, which its types do not know
                 location,
                 config=config,
                 dtype=dtype,
@@ -295,12 +294,13 @@ def _load_llama(
             )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"base: '{location}' cannot be loaded with attention '{attention}' ({_first_line(error)}). Weights must be "
+            f"base: '{location}' cannot be loaded with attention '{attention}' ({first_line(error)}). Weights must be "
             "*.safetensors (pickled ones can run code), and flash_attention_2 needs its package and a GPU. Convert "
             "the weights, or set base.attention to auto."
         ) from error
     model, report = loaded
-    lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    lacking = sorted(set(report["missing_keys"]) - set(may_lack))
+    lacking += sorted(str(key) for key in report["mismatched_keys"])
     if lacking:
         raise ConfigError(
             f"base: '{location}' lacks {len(lacking)} weights of a Llama language model ({lacking[0]}, ...). They would "
@@ -313,10 +313,10 @@ def _load_llama(
     model.config.use_cache = False
     # What a checkpoint suggests for sampling is not ours, and some suggestions cannot even be saved again.
     model.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=UNK_ID)
-    return cast("LlamaForCausalLM", model if is_nf4 else model.to(torch.device(device)))
+    return model if is_nf4 else model.to(torch.device(device))
 
 
-def _checked_details(artifact: "Artifact") -> Mapping[str, Any]:
+def checked_details(artifact: "Artifact") -> Mapping[str, Any]:
     details = artifact.manifest.details
     required = {"method", "base", "chat_format", "max_tokens"}
     if details.get("method") in ("lora", "qlora"):
@@ -325,7 +325,7 @@ def _checked_details(artifact: "Artifact") -> Mapping[str, Any]:
     if missing or details["method"] not in ("full", "lora", "qlora"):
         found = f"lacks {', '.join(missing)}" if missing else f"has the method '{details['method']}'"
         raise ArtifactError(
-            f"{artifact.path}/manifest.json: details {found}. A policy says how it was tuned (full, lora or qlora), on which "
+            f"{artifact.path}/manifest.json: details {found}. It says how a model was tuned (full, lora or qlora), on which "
             "base, and its chat format and length. Make the artifact again with this version."
         )
     if details["method"] == "qlora":
@@ -333,14 +333,14 @@ def _checked_details(artifact: "Artifact") -> Mapping[str, Any]:
     return details
 
 
-def _name(artifact: "Artifact") -> str:
+def name_of(artifact: "Artifact") -> str:
     """The run and the step, as a reader tells two policies apart."""
     step = artifact.manifest.step
     run = artifact.path.resolve().parents[len(Path(step).parts)].name
     return f"{run}/{step}" if run else step
 
 
-def _adapter_dtype(folder: Path) -> torch.dtype:
+def adapter_dtype(folder: Path) -> torch.dtype:
     return next(weight.dtype for _, weight in file_weights(folder / ADAPTER_WEIGHTS))
 
 
@@ -354,21 +354,25 @@ def _known_targets(targets: Sequence[str]) -> list[str]:
     return list(targets)
 
 
-def _assert_only_adapter_trains(model: nn.Module) -> None:
+def _assert_only_adapter_trains(model: nn.Module, head: str | None) -> None:
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    assert trained and all(".lora_" in name for name in trained), "the trunk is frozen, the adapter is not"
+    copied = [name for name in trained if f".{head}.modules_to_save." in name]
+    is_right = all(".lora_" in name for name in trained if name not in copied) and len(copied) == (head is not None)
+    assert trained and is_right, "the trunk is frozen, adapter and head are not"
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which run across ours and across an answer."""
+def _quietly() -> Iterator[None]:
+    """Without transformers' own progress bars, which run across ours, and its table of weights, which we check."""
     from transformers.utils import logging
 
-    had_bars = logging.is_progress_bar_enabled()
+    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
 
@@ -380,5 +384,5 @@ def _sort_lists(file: Path) -> None:
     file.write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

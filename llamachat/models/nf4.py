@@ -32,7 +32,8 @@ def quantization_config(compute: torch.dtype) -> "BitsAndBytesConfig":
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=["lm_head"],  # named, since transformers would find it by a forward of its own
+        # Named, since transformers would find the heads by a forward of its own.
+        llm_int8_skip_modules=["lm_head", "score"],
     )
 
 

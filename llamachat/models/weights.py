@@ -2,13 +2,35 @@
 
 import json
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from llamachat.errors import ArtifactError
 
 COMPUTED = "rotary_emb.inv_freq"  # old checkpoints hold it; models compute it
+
+
+def trunk_digest(
+    trunk: nn.Module | Path, *, values_per_weight: int | None = None, dtype: torch.dtype | None = None
+) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all weights but adapters: equal = no trunk weight has moved.
+
+    A model, with adapters or without, and the folder of the same model give the same digest. With
+    `values_per_weight`, of so many evenly spread values of each weight: enough to tell two models apart in no time;
+    with `dtype`, of the weights as they are after loading in it.
+    """
+    weights = folder_weights(trunk) if isinstance(trunk, Path) else module_weights(trunk)
+    digest = sha256()
+    for name, weight in sorted(weights, key=lambda item: item[0]):
+        digest.update(f"{name} {dtype or weight.dtype} {tuple(weight.shape)}\n".encode())
+        values = weight.detach().flatten()
+        if values_per_weight is not None:
+            values = values[:: max(1, values.numel() // values_per_weight)]
+        digest.update(values.to(dtype or weight.dtype).cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def module_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -36,12 +36,18 @@ def in_room(work: Callable[[], Result]) -> Result:
 
 
 def halving(
-    parts: Parts, *, train: Callable[[Parts], None], halve: Callable[[Parts], Parts | None], step: str
+    parts: Parts,
+    *,
+    train: Callable[[Parts], None],
+    halve: Callable[[Parts], Parts | None],
+    step: str,
+    section: str,
+    unit: str,
 ) -> Parts:
     """`train(parts)`, and again with `halve(parts)` for as long as its micro-batches do not fit; what fitted.
 
     `train` continues from the last optimizer step that it finished, `halve` gives None for what cannot be made smaller
-    and tells what it makes.
+    and tells what it makes. `section` is the stage's key in the recipe, `unit` what is never cut (a dialog).
     """
     while True:
         try:
@@ -54,7 +60,7 @@ def halving(
             raise DeviceMemoryError(
                 f"{step}: the device's memory ran out where no smaller micro-batch helps ({reason}): in the optimizer, "
                 "in an evaluation, while sampling, or on one of several GPUs. Weights, moments and activations must "
-                "all fit. Set tuning.method to qlora, sft.optimizer to paged_adamw_8bit, or a smaller base.max_tokens."
+                f"all fit. Set tuning.method to qlora, {section}.optimizer to paged_adamw_8bit, or a smaller base.max_tokens."
             ) from None
         gc.collect()  # the trainer that failed is a circle of references, and holds the old optimizer
         if torch.cuda.is_available():
@@ -62,8 +68,8 @@ def halving(
         smaller = halve(parts)
         if smaller is None:
             raise DeviceMemoryError(
-                f"{step}: the device's memory does not hold one dialog at a time ({reason}). A dialog is not cut, so its "
-                "forward and backward must fit. Set sft.gradient_checkpointing=true, tuning.method to qlora, or a "
+                f"{step}: the device's memory does not hold one {unit} at a time ({reason}). A {unit} is not cut, so its "
+                f"forward and backward must fit. Set {section}.gradient_checkpointing=true, tuning.method to qlora, or a "
                 "smaller base.max_tokens."
             )
         parts = smaller

@@ -1,0 +1,391 @@
+"""Reward models: a policy with a scalar head on the last token in place of its language-model head.
+
+Built from the policy (Llama 2, arXiv:2307.09288, section 3.2.2: from chat checkpoints), saved as plain transformers and
+PEFT load it, loaded and asked for scores. Reads and writes the artifacts of kind `reward_model`, whose manifest has the
+details that a policy's has; also reads a model with one label that others made.
+Shapes: N sequences, B rows, T positions. One thing surprises: the head starts at zero, so that before training every
+score is 0 and the ranking loss is log 2.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
+from llamachat.chat_format.proof import load_proved_format
+from llamachat.config.paths import is_hub_name
+from llamachat.dialog import DialogError, Message, check_messages
+from llamachat.errors import ArtifactError
+from llamachat.models import nf4
+from llamachat.models.hub import tokenizer_folder
+from llamachat.models.loading import (
+    VALUES_PER_WEIGHT,
+    adapter_dtype,
+    attach_adapter,
+    checked_details,
+    find_model,
+    load_adapter,
+    load_config,
+    load_llama,
+    name_of,
+    policy_details,
+    save_policy,
+    trunk_digest,
+)
+from llamachat.models.placement import device_of, dtype_of
+from llamachat.models.rope import context_length, scale_rope
+from llamachat.models.starting import fast_tokenizer, is_adapter, proved_start
+from llamachat.tokenizer import UNK_ID, Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+    from llamachat.config.sections import Base, Tuning
+    from llamachat.models.heads import ScoringLlama
+    from llamachat.runs.artifacts import Artifact
+
+    Scorer = ScoringLlama | PeftModel
+
+HEAD = "score"  # transformers' name of it
+HEAD_WEIGHT = f"{HEAD}.weight"
+PLAIN_CLASS = "LlamaForSequenceClassification"
+# Tokens of a forward pass when only scores are wanted, padding included. On a CPU more gain nothing.
+CPU_ROW_TOKENS, GPU_ROW_TOKENS = 2048, 16384
+
+
+@dataclass(frozen=True, slots=True)
+class RewardStart:
+    """A reward model before its training, whose trainable weights are those that `tuning.method` names, and the head."""
+
+    model: "Scorer"
+    chat_format: ChatFormat
+    trunk: str  # folder or hub name of the weights under an adapter, or of those that all are trained
+    frozen_digest: str | None  # of the trunk under an adapter: it must be the same when training ends
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.chat_format.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def fast_tokenizer(self, folder: Path) -> "PreTrainedTokenizerBase":
+        """The tokenizer that the artifact will ship, written to `folder`: the trainer wants one of transformers'."""
+        return fast_tokenizer(self.chat_format, folder)
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModel:
+    """A reward model ready to score."""
+
+    model: "Scorer"
+    tokenizer: Tokenizer
+    chat_format: ChatFormat
+    max_tokens: int  # of a whole dialog, as it was trained
+    system: str | None  # the system text it was trained with, for dialogs that bring none
+    name: str
+
+    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The ids that are scored of a dialog that ends with an answer, its oldest pairs left out where it is too long.
+
+        Raises `DialogError` where the dialog breaks a rule or its last pair alone is too long.
+        """
+        check_messages(messages, ends_with="assistant")
+        if self.system is not None and messages[0].role != "system":
+            messages = (Message("system", self.system), *messages)
+        fitting = self.chat_format.shorten(messages, max_tokens=self.max_tokens)
+        if fitting is None:
+            raise DialogError(
+                f"messages[{len(messages) - 1}]",
+                f"is, with its question, longer than the {self.max_tokens} tokens that this reward model reads: a part "
+                "of an answer has another score.",
+                "Shorten question or answer, or drop the record.",
+            )
+        return self.chat_format.encode_dialog(fitting, train_on=TrainOn.LAST_ANSWER).input_ids
+
+    def score(self, dialogs: Sequence[Sequence[Message]]) -> list[float]:
+        """The score of each dialog's last answer, raw: the sigmoid is not taken."""
+        return self.score_ids([self.encode(dialog) for dialog in dialogs]).tolist()
+
+    def score_ids(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        row_tokens: int | None = None,
+        advance: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """Scores [N], fp32 on the CPU, of token rows; `score_rows` of this model."""
+        return score_rows(self.model, rows, row_tokens=row_tokens, advance=advance)
+
+
+def build_reward_model(
+    base: "Base", tuning: "Tuning", *, policy: "Artifact | None", seed: int, device: str = "auto"
+) -> RewardStart:
+    """The policy with a new head, ready for training: all its weights, a copy of its adapter, or a new adapter."""
+    location, chat_format = proved_start(base, tuning, policy)
+    continued = policy if policy is not None and is_adapter(policy) else None
+    details: Mapping[str, Any] = {} if continued is None else checked_details(continued)
+    where = "base.model"
+    if continued is not None:
+        location, where = _base_of(continued, details)
+    config = load_config(location, where=where)
+    if continued is None:
+        scale_rope(config, base.rope_scaling, max_tokens=base.max_tokens)
+    else:
+        config.rope_parameters = details["rope_parameters"]
+    model = _load_scoring(
+        location,
+        config,
+        dtype=dtype_of(base.dtype),
+        attention=base.attention,
+        device=device_of(device),
+        is_nf4=tuning.method == "qlora",
+        has_head=False,
+    )
+    if tuning.method == "full":
+        return RewardStart(model, chat_format, location, None)
+    _remember_trunk(model, location)
+    if continued is not None:
+        _check_trunk(model, continued, details, where=where)
+    adapted = attach_adapter(model, tuning, seed=seed, head=HEAD)
+    if continued is not None:
+        _copy_adapter(adapted, continued)
+    trunk = str(details["base"]) if continued is not None else location
+    return RewardStart(adapted, chat_format, trunk, reward_trunk_digest(adapted))
+
+
+def reward_trunk_digest(model: "Scorer") -> str:
+    """SHA-256 of all weights under head and adapter: equal = none of them has moved."""
+    return trunk_digest(_scoring(model).model)
+
+
+def last_token_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Scores [N] in fp32 of the sequences of packed rows, or of rows padded on the right.
+
+    `batch` has input_ids, the positions' indices `ends` of the last tokens in the flattened rows, and, where rows hold
+    several sequences, position_ids that begin anew with each. Without an attention mask, one row is packed, several are
+    padded: what lies behind a sequence's end is never seen from there.
+    """
+    given = {name: batch[name] for name in ("input_ids", "position_ids", "ends") if name in batch}
+    return model(**given).logits
+
+
+def score_rows(
+    model: "Scorer",
+    rows: Sequence[Sequence[int]],
+    *,
+    row_tokens: int | None = None,
+    advance: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Scores [N], fp32 on the CPU, of token rows in their order; the model is left in the mode it was in.
+
+    Rows of like length share a forward pass of at most `row_tokens` tokens, the longest first: what does not fit in
+    memory shows at once. In fp32 no score moves by more than 1e-5 with its neighbours.
+    """
+    device = next(model.parameters()).device
+    if row_tokens is None:
+        row_tokens = CPU_ROW_TOKENS if device.type == "cpu" else GPU_ROW_TOKENS
+    scores_N = torch.zeros(len(rows), dtype=torch.float32)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for group in _groups([len(row) for row in rows], row_tokens):
+                found_B = last_token_scores(model, _padded([rows[index] for index in group], device))
+                scores_N[torch.tensor(group)] = found_B.cpu()
+                if advance is not None:
+                    advance(len(group))
+    finally:
+        model.train(was_training)
+    return scores_N
+
+
+def save_reward_model(model: "Scorer", folder: Path) -> None:
+    """Write the weights so that `AutoModelForSequenceClassification`, and PEFT where there is an adapter, load them."""
+    save_policy(model, folder)
+    if _is_adapted(model):
+        # PEFT adds every name that a head may have, some of them twice.
+        _edit(folder / "adapter_config.json", {"modules_to_save": [HEAD]})
+    else:
+        _edit(folder / "config.json", {"architectures": [PLAIN_CLASS], "use_cache": False})
+
+
+def reward_model_details(
+    model: "Scorer", *, base: str, chat_format: str, max_tokens: int, system: str | None
+) -> dict[str, Any]:
+    """What the manifest of a reward model says about it; `base` is the folder or hub name of the trunk."""
+    return policy_details(model, base=base, chat_format=chat_format, max_tokens=max_tokens, system=system)
+
+
+def load_reward_model(
+    path: Path | str, *, dtype: str = "auto", device: str = "cpu", attention: str = "auto", is_trainable: bool = False
+) -> RewardModel:
+    """The reward model of an artifact, or of a folder or hub name with a plain Llama model of one label."""
+    from llamachat.runs.artifacts import MANIFEST, read_artifact
+
+    device = device_of(device)
+    folder = Path(path).expanduser()
+    is_plain = (folder / "config.json").is_file() and not (folder / MANIFEST).is_file()
+    if is_plain or (not folder.exists() and is_hub_name(str(path))):
+        return _load_plain(str(path), dtype=dtype, device=device, attention=attention, is_trainable=is_trainable)
+    artifact = read_artifact(folder, "reward_model", reader="scoring")
+    details = checked_details(artifact)
+    how: dict[str, Any] = {"attention": attention, "device": device}
+    if details["method"] == "full":
+        config = load_config(str(artifact.path), where=str(artifact.path))
+        model: Any = _load_scoring(str(artifact.path), config, dtype=_dtype(config, dtype), has_head=True, **how)
+        model.requires_grad_(is_trainable)
+    else:
+        model = _load_adapted(artifact, details, dtype=dtype, is_trainable=is_trainable, **how)
+    tokenizer = load_tokenizer(artifact.path)
+    return RewardModel(
+        model=model.train(is_trainable),
+        tokenizer=tokenizer,
+        chat_format=load_chat_format(details["chat_format"], tokenizer),
+        max_tokens=details["max_tokens"],
+        system=details.get("system"),
+        name=name_of(artifact),
+    )
+
+
+def _load_plain(location: str, *, dtype: str, device: str, attention: str, is_trainable: bool) -> RewardModel:
+    config = load_config(location, where="reward model")
+    if config.num_labels != 1:
+        raise ArtifactError(
+            f"{location}: its config.json has {config.num_labels} labels. A reward model has one, the score. Give a "
+            "model that was saved from AutoModelForSequenceClassification with num_labels=1."
+        )
+    chat_format, _ = load_proved_format(tokenizer_folder(location))
+    model = _load_scoring(
+        location, config, dtype=_dtype(config, dtype), attention=attention, device=device, has_head=True
+    )
+    return RewardModel(
+        model=model.requires_grad_(is_trainable).train(is_trainable),
+        tokenizer=chat_format.tokenizer,
+        chat_format=chat_format,
+        max_tokens=context_length(config),
+        system=None,
+        name=Path(location).name,
+    )
+
+
+def _load_scoring(location: str, config: "LlamaConfig", *, has_head: bool, **how: Any) -> "ScoringLlama":
+    """The weights of a folder in a model with a head, which starts at zero where there is none."""
+    from llamachat.models.heads import ScoringLlama
+
+    config.num_labels = 1
+    config.pad_token_id = UNK_ID  # transformers looks for the last token that is none; a dialog ends with EOS
+    model: ScoringLlama = load_llama(
+        location, config, kind=ScoringLlama, may_lack=() if has_head else (HEAD_WEIGHT,), **how
+    )
+    if not has_head:
+        nn.init.zeros_(model.score.weight)
+    return model
+
+
+def _load_adapted(
+    artifact: "Artifact", details: Mapping[str, Any], *, dtype: str, attention: str, device: str, is_trainable: bool
+) -> "PeftModel":
+    location, where = _base_of(artifact, details)
+    config = load_config(location, where=where)
+    config.rope_parameters = details["rope_parameters"]
+    saved = adapter_dtype(artifact.path)
+    model = _load_scoring(
+        location,
+        config,
+        dtype=saved if dtype == "auto" else dtype_of(dtype),
+        attention=attention,
+        device=device,
+        is_nf4=details["method"] == "qlora",
+        has_head=False,
+    )
+    _remember_trunk(model, location)
+    _check_trunk(model, artifact, details, where=where)
+    return load_adapter(model, artifact.path, is_trainable=is_trainable)
+
+
+def _base_of(artifact: "Artifact", details: Mapping[str, Any]) -> tuple[str, str]:
+    """Where the weights under an adapter lie, and where that is said."""
+    where = f"{artifact.path}/manifest.json: details.base"
+    may_be_hub = not details["base_is_folder"]
+    return find_model(details["base"], where=where, near=artifact.path, may_be_hub=may_be_hub), where
+
+
+def _remember_trunk(model: "ScoringLlama", location: str) -> None:
+    """Keep the digest by which an artifact is matched to its base: the one that a policy on this base has.
+
+    It is taken from the folder, since the language-model head, a part of it, is not in this model.
+    """
+    if nf4.source_digest(model) is None:
+        folder = nf4.model_folder(location)
+        digest = trunk_digest(folder, values_per_weight=VALUES_PER_WEIGHT, dtype=model.dtype)
+        nf4.remember_source(model, digest)
+
+
+def _check_trunk(model: "ScoringLlama", artifact: "Artifact", details: Mapping[str, Any], *, where: str) -> None:
+    is_comparable = details["method"] == "qlora" or model.dtype == adapter_dtype(artifact.path)
+    if is_comparable and nf4.source_digest(model) != details["trunk"]:
+        raise ArtifactError(
+            f"{where}: '{model.name_or_path}' holds other weights than the adapter was trained on. On another model an "
+            "adapter gives wrong scores without a sign. Put the model back that it was trained on, or train it again."
+        )
+
+
+def _copy_adapter(adapted: "PeftModel", policy: "Artifact") -> None:
+    """Give the new adapter the values of the policy's, which has the same shape."""
+    from peft import set_peft_model_state_dict
+
+    from llamachat.models.loading import ADAPTER_WEIGHTS
+    from llamachat.models.weights import file_weights
+
+    weights = dict(file_weights(policy.path / ADAPTER_WEIGHTS))
+    report: Any = set_peft_model_state_dict(adapted, weights)
+    lacking = [key for key in report.missing_keys if ".lora_" in key]
+    assert not lacking and not report.unexpected_keys, "rank, alpha and targets were compared before"
+
+
+def _groups(lengths: Sequence[int], row_tokens: int) -> Iterator[list[int]]:
+    """Indices by falling length, in groups that padded to their longest have at most `row_tokens` tokens."""
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        assert lengths[index] > 0, "a dialog has tokens"
+        if group and (len(group) + 1) * lengths[group[0]] > row_tokens:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    width = max(map(len, rows))
+    ids_BT = torch.tensor([[*row, *[UNK_ID] * (width - len(row))] for row in rows], device=device)
+    lengths_B = torch.tensor([len(row) for row in rows], device=device)
+    return {"input_ids": ids_BT, "ends": torch.arange(len(rows), device=device) * width + lengths_B - 1}
+
+
+def _scoring(model: "Scorer") -> "ScoringLlama":
+    return cast("ScoringLlama", cast(Any, model).get_base_model() if _is_adapted(model) else model)
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def _dtype(config: "LlamaConfig", asked: str) -> torch.dtype:
+    saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return saved if asked == "auto" else dtype_of(asked)
+
+
+def _edit(file: Path, changes: Mapping[str, Any]) -> None:
+    content = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

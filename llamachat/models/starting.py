@@ -1,0 +1,94 @@
+"""What a training may start from: the checks on policy and tuning that all stages share, and the proved tokenizer."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamachat.chat_format import ChatFormat
+from llamachat.config.sections import Base, Tuning
+from llamachat.errors import ConfigError
+from llamachat.models.loading import SEVEN_PROJECTIONS, find_model
+from llamachat.tokenizer import write_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llamachat.runs.artifacts import Artifact
+
+log = logging.getLogger(__name__)
+
+
+def proved_start(base: Base, tuning: Tuning, policy: "Artifact | None") -> tuple[str, ChatFormat]:
+    """Folder or hub name of the earlier policy, or else of the base, and the chat format on its proved tokenizer."""
+    from llamachat.chat_format.proof import load_proved_format
+    from llamachat.models.hub import tokenizer_folder
+
+    _check_dtype(base, tuning)
+    if policy is not None and is_adapter(policy):
+        _check_same_adapter(tuning, policy)
+    log.info("loading %s", policy.path if policy else base.model)
+    location = str(policy.path) if policy else find_model(base.model, where="base.model")
+    chat_format, warning = load_proved_format(
+        tokenizer_folder(location), chat_format=base.chat_format, allow_unproved=base.allow_unproved_tokenizer
+    )
+    if warning:
+        log.warning("%s", warning)
+    return location, chat_format
+
+
+def is_adapter(artifact: "Artifact") -> bool:
+    """Whether the weights of an artifact are an adapter, whose base lies elsewhere."""
+    return artifact.manifest.details.get("method") in ("lora", "qlora")
+
+
+def fast_tokenizer(chat_format: ChatFormat, folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer that an artifact will ship, written to `folder`: TRL's trainers want one of transformers'."""
+    from transformers import AutoTokenizer
+
+    write_tokenizer(chat_format.tokenizer, folder, chat_format.chat_template)
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def _check_dtype(base: Base, tuning: Tuning) -> None:
+    # TRL gives adapters on a quantised model bfloat16, whatever they have.
+    if tuning.method == "qlora" and base.dtype != "bfloat16":
+        raise ConfigError(
+            f"base.dtype: {base.dtype}, but tuning.method is qlora. Over a 4-bit base products and adapters are "
+            "bfloat16; the optimizer keeps fp32 masters. Set base.dtype to bfloat16, or tuning.method to lora."
+        )
+
+
+def _check_same_adapter(tuning: Tuning, policy: "Artifact") -> None:
+    made_by: str = policy.manifest.details["method"]
+    if tuning.method == "full":
+        raise ConfigError(
+            f"tuning.method: 'full', but the policy to continue ({policy.path}) is an adapter on a frozen base. Its base "
+            f"would be trained under it. Set tuning.method to {made_by}, or export the policy merged and start from that."
+        )
+    if tuning.method != made_by:
+        bits = {"lora": "the base in 16 or 32 bits", "qlora": "the base in 4 bits"}
+        raise ConfigError(
+            f"tuning.method: '{tuning.method}', but the adapter to continue ({policy.path}) was trained by {made_by}, on "
+            f"{bits[made_by]}. It has learnt to go with those very weights. Set tuning.method to {made_by}, or train an "
+            "adapter anew from the base."
+        )
+    made: Mapping[str, Any] = json.loads((policy.path / "adapter_config.json").read_text(encoding="utf-8"))
+    targets = SEVEN_PROJECTIONS if tuning.targets == "all-linear" else tuning.targets
+    compared = {
+        "rank": (tuning.rank, made["r"]),
+        "alpha": (tuning.alpha, made["lora_alpha"]),
+        "targets": (sorted(targets), sorted(made["target_modules"])),
+    }
+    for key, (asked, found) in compared.items():
+        if asked != found:
+            raise ConfigError(
+                f"tuning.{key}: {_words(asked)}, but the adapter to continue ({policy.path}) was made with {key} "
+                f"{_words(found)}. A step continues a copy of the adapter, so all steps of a run have adapters of one "
+                f"shape. Set tuning.{key} to that."
+            )
+
+
+def _words(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else f"{value:g}"

@@ -1,0 +1,161 @@
+"""Figures of yes-or-no outcomes and of scores against labels, with their 95% intervals; numpy only.
+
+What surprises: several outcomes of one prompt are not independent, so the bootstrap draws whole groups where it is told
+of them. All draws are seeded: the same values give the same interval.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+_Z = 1.959963984540054  # the standard normal's 97.5% quantile
+_DRAWS = 5000
+_CHUNK = 500  # draws at once: a few MB at thousands of groups
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The mean of a less the mean of b over the same items, and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """How well a rule finds the members of a class: nan where there is none to find, or none was named."""
+
+    recall: float
+    precision: float
+
+
+def wilson(successes: float, n: float) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson 1927); a tie may count as half a success."""
+    assert n > 0 and 0 <= successes <= n, (successes, n)
+    share = successes / n
+    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def proportion_interval(
+    outcomes: Sequence[float] | Floats, *, groups: Sequence[Hashable] | None = None
+) -> tuple[float, float]:
+    """95% interval of the mean of outcomes in [0, 1]: Wilson's at the sample size that the groups leave.
+
+    The size is divided by the design effect (Kish 1965), the variance of the mean with groups drawn whole over that of
+    independent outcomes, never below 1. Where all outcomes are equal it cannot be measured: then the groups are counted.
+    """
+    values = np.asarray(outcomes, dtype=np.float64)
+    assert values.ndim == 1 and len(values) > 0
+    share = mean(values)
+    places = _group_numbers(groups, len(values))
+    num_groups = int(places.max()) + 1
+    independent = share * (1 - share) * len(values)  # variance of the sum
+    if num_groups == len(values):
+        size = float(len(values))
+    elif independent == 0 or num_groups == 1:
+        size = float(num_groups)
+    else:
+        residues = np.bincount(places, weights=values - share)
+        drawn_whole = float(residues @ residues) * num_groups / (num_groups - 1)
+        size = len(values) / max(1.0, drawn_whole / independent)
+    return wilson(share * size, size)
+
+
+def mean(values: Floats) -> float:
+    return float(np.mean(values))
+
+
+def bootstrap_interval(
+    values: Sequence[float] | Floats,
+    statistic: Callable[[Floats], float] = mean,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """95% percentile interval of a statistic of `values` (rows, where they have two axes).
+
+    Draws in which the statistic is nan (one of two classes is missing) are left out; nan without any other.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    assert len(array) > 0
+    rng = np.random.default_rng(seed)
+    found = np.array([statistic(array[rng.integers(0, len(array), len(array))]) for _ in range(draws)])
+    return _percentiles(found[np.isfinite(found)])
+
+
+def paired_bootstrap(
+    a: Sequence[float] | Floats,
+    b: Sequence[float] | Floats,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    draws: int = _DRAWS,
+    seed: int = 0,
+) -> Difference:
+    """mean(a) - mean(b) over the same items; groups of items (pairs of one prompt) are drawn whole."""
+    gaps = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    assert gaps.ndim == 1 and len(gaps) > 0
+    places = _group_numbers(groups, len(gaps))
+    sums, sizes = np.bincount(places, weights=gaps), np.bincount(places).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    means = []
+    for start in range(0, draws, _CHUNK):
+        # How often each group is drawn, [draws, groups].
+        counts = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=min(_CHUNK, draws - start))
+        means.append((counts @ sums) / (counts @ sizes))
+    low, high = _percentiles(np.concatenate(means))
+    return Difference(mean(gaps), low, high)
+
+
+def auroc(scores: Sequence[float] | Floats, labels: Sequence[bool] | NDArray[np.bool_]) -> float:
+    """Chance that a positive scores above a negative, a tie counting half; nan where one of the two is missing."""
+    values, is_positive = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
+    assert values.shape == is_positive.shape and values.ndim == 1
+    positives, negatives = int(is_positive.sum()), int((~is_positive).sum())
+    if not positives or not negatives:
+        return math.nan
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(count) - (count - 1) / 2)[place]  # from 1; equal scores share the mean of their ranks
+    return float((ranks[is_positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def detection(is_named: Sequence[bool] | NDArray[np.bool_], is_member: Sequence[bool] | NDArray[np.bool_]) -> Detection:
+    """Recall and precision of what a rule names, against what truly belongs to the class."""
+    named, member = np.asarray(is_named, dtype=bool), np.asarray(is_member, dtype=bool)
+    assert named.shape == member.shape and named.ndim == 1
+    hits = int((named & member).sum())
+    return Detection(recall=_share(hits, int(member.sum())), precision=_share(hits, int(named.sum())))
+
+
+def balanced_accuracy(
+    is_named: Sequence[bool] | NDArray[np.bool_], is_member: Sequence[bool] | NDArray[np.bool_]
+) -> float:
+    """Mean of the recalls of both classes: 0.5 for any rule that does not look; nan where a class is missing."""
+    named, member = np.asarray(is_named, dtype=bool), np.asarray(is_member, dtype=bool)
+    return (detection(named, member).recall + detection(~named, ~member).recall) / 2
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
+
+
+def _group_numbers(groups: Sequence[Hashable] | None, n: int) -> NDArray[np.intp]:
+    if groups is None:
+        return np.arange(n)
+    assert len(groups) == n
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(group, len(numbers)) for group in groups])
+
+
+def _percentiles(values: Floats) -> tuple[float, float]:
+    if not len(values):
+        return math.nan, math.nan
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,142 @@
+"""From pairs and labelled responses to optimizer steps, packed rows and tensors.
+
+A row holds whole pairs and single responses, each apart from its neighbours by positions that begin anew at 0 (as in
+`llamachat.batching`); a step is a fixed set of pairs with an even share of the single responses, so that rows decide
+speed and memory and not the result. Each row carries how many pairs and labels its whole step has: losses are divided
+by those.
+Shapes: 1 a packed row, T positions, N responses of a row, B pairs of a row, L labelled responses of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llamachat.batching import StepPlan, epoch_order, lay_out
+from llamachat.tokenizer import UNK_ID
+from reward.pairs import LabelExample, PairExample
+
+# A CPU keeps a compiled kernel for each shape it has met: lengths are filled up to a multiple, which also is faster.
+SHAPE_MULTIPLE = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Responses:
+    """What is scored in one row, and what is known of it."""
+
+    ids: list[tuple[int, ...]]
+    chosen: list[int]  # places in `ids`; the rejected answer of a pair stands right after its chosen one
+    margins: list[float]
+    labelled: list[int]
+    is_safe: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """All rows of a training; an index of the plan below the number of pairs is a pair, one above a single response."""
+
+    pairs: Sequence[PairExample]
+    labels: Sequence[LabelExample]
+    plan: StepPlan
+    has_pair_labels: bool  # whether safety labels of a pair's answers are learnt
+    counts: tuple[tuple[int, int], ...]  # pairs and labelled responses of each step
+
+    def longest_row(self) -> int:
+        """Tokens of the fullest row, without padding."""
+        return max(sum(len(ids) for ids in self.responses(row).ids) for row in self.plan.rows)
+
+    def responses(self, row: Sequence[int]) -> Responses:
+        """What the row with these indices holds."""
+        found = Responses(ids=[], chosen=[], margins=[], labelled=[], is_safe=[])
+        for index in row:
+            place = len(found.ids)
+            if index >= len(self.pairs):
+                label = self.labels[index - len(self.pairs)]
+                found.ids.append(label.ids)
+                found.labelled.append(place)
+                found.is_safe.append(label.is_safe)
+                continue
+            pair = self.pairs[index]
+            found.ids += [pair.chosen, pair.rejected]
+            found.chosen.append(place)
+            found.margins.append(pair.margin)
+            for offset, is_safe in enumerate((pair.preference.chosen_is_safe, pair.preference.rejected_is_safe)):
+                if self.has_pair_labels and is_safe is not None:
+                    found.labelled.append(place + offset)
+                    found.is_safe.append(is_safe)
+        return found
+
+    def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The tensors of one row of the plan, with the counts of its step."""
+        (number,) = numbers  # several packed rows in one forward pass would cost quadratic attention
+        found = self.responses(self.plan.rows[number])
+        num_pairs, num_labelled = self.counts[number // self.plan.rows_per_step]
+        return {
+            **pack_responses(found.ids),
+            "chosen": torch.tensor(found.chosen, dtype=torch.long),
+            "margin": torch.tensor(found.margins, dtype=torch.float32),
+            "labelled": torch.tensor(found.labelled, dtype=torch.long),
+            "is_safe": torch.tensor(found.is_safe, dtype=torch.float32),
+            "pairs_of_step": torch.tensor(num_pairs, dtype=torch.float32),
+            "labelled_of_step": torch.tensor(num_labelled, dtype=torch.float32),
+        }
+
+
+def pack_responses(responses: Sequence[Sequence[int]], *, multiple_of: int = SHAPE_MULTIPLE) -> dict[str, Tensor]:
+    """One row of isolated responses: input_ids and position_ids [1, T], and `ends` [N], where each has its last token.
+
+    Pads fill the row up to a multiple of tokens, as one more response that is not scored; a row without responses is
+    pads alone.
+    """
+    lengths = [len(ids) for ids in responses]
+    total = sum(lengths)
+    missing = -total % multiple_of if total else multiple_of
+    ids = [token for response in responses for token in response] + [UNK_ID] * missing
+    positions = [position for length in [*lengths, missing] for position in range(length)]
+    return {
+        "input_ids": torch.tensor([ids], dtype=torch.long),
+        "position_ids": torch.tensor([positions], dtype=torch.long),
+        "ends": torch.tensor(lengths, dtype=torch.long).cumsum(0) - 1,
+    }
+
+
+def plan_batches(
+    pairs: Sequence[PairExample],
+    labels: Sequence[LabelExample],
+    *,
+    pairs_per_step: int,
+    epochs: float,
+    seed: int,
+    row_tokens: int,
+    has_pair_labels: bool,
+) -> Batches:
+    """Every step's pairs, in a new order each epoch, and its even share of the labelled responses, laid out in rows."""
+    order = epoch_order(len(pairs), epochs, seed)
+    groups = [order[start : start + pairs_per_step] for start in range(0, len(order), pairs_per_step)]
+    if labels:
+        # An order of its own: the pairs of each step are the same with and without labels.
+        singles = epoch_order(len(labels), epochs, f"labels {seed}")
+        bounds = [len(singles) * step // len(groups) for step in range(len(groups) + 1)]
+        groups = [
+            [*group, *(len(pairs) + index for index in singles[start:end])]
+            for group, start, end in zip(groups, bounds, bounds[1:], strict=False)
+        ]
+    lengths = [pair.tokens for pair in pairs] + [len(label.ids) for label in labels]
+    return _counted(Batches(pairs, labels, lay_out(groups, lengths, capacity=row_tokens), has_pair_labels, ()))
+
+
+def smaller(batches: Batches, row_tokens: int) -> Batches:
+    """The same steps in rows of at most so many tokens."""
+    plan = batches.plan
+    groups = [[index for row in plan.step_rows(step) for index in row] for step in range(plan.num_steps)]
+    lengths = [pair.tokens for pair in batches.pairs] + [len(label.ids) for label in batches.labels]
+    return _counted(replace(batches, plan=lay_out(groups, lengths, capacity=row_tokens)))
+
+
+def _counted(batches: Batches) -> Batches:
+    counts: list[tuple[int, int]] = []
+    for step in range(batches.plan.num_steps):
+        rows = [batches.responses(row) for row in batches.plan.step_rows(step)]
+        counts.append((sum(len(row.chosen) for row in rows), sum(len(row.labelled) for row in rows)))
+    return replace(batches, counts=tuple(counts))

@@ -1,0 +1,226 @@
+"""How good a reward model is on test pairs and on answers labelled safe or unsafe (Llama 2 section 3.2.2, appendix A.3.4).
+
+Scores in, flat figures out, under the names of the metrics table; the scoring itself is the caller's. A pair with two
+equal scores counts as half right. Pairs of one prompt are not independent (a prompt with five answers gives ten pairs),
+so intervals are those of the sample size that is left when prompts are drawn whole.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal, get_args
+
+import numpy as np
+
+from llamachat.record_rules import RATINGS, Rating
+from llamachat.statistics import (
+    Floats,
+    auroc,
+    balanced_accuracy,
+    bootstrap_interval,
+    detection,
+    paired_bootstrap,
+    proportion_interval,
+)
+from reward.config import Which
+
+Domain = Literal["helpfulness", "safety"]
+DOMAINS: tuple[Domain, ...] = get_args(Domain)
+# What is known of a pair's answers, chosen first: the columns of the paper's Table 29.
+SafetyKind = Literal["safe_unsafe", "both_safe", "both_unsafe"]
+SAFETY_KINDS: tuple[SafetyKind, ...] = get_args(SafetyKind)
+
+UNSAFE_BELOW = 0.5  # sigmoid(score) under which an answer is called unsafe. Llama 2 appendix A.3.4.
+GATE = 0.15  # sigmoid(score) under which the safety score takes over in PPO. Llama 2 section 3.2.3.
+_CALIBRATION_BINS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredPair:
+    """A test pair with the raw scores of its answers."""
+
+    domain: Domain
+    source: str  # path or name of the file it is from
+    prompt: str  # the first user turn: pairs that share it are not independent
+    chosen: float
+    rejected: float
+    chosen_tokens: int  # of the answer alone
+    rejected_tokens: int
+    rating: Rating | None = None
+    chosen_is_safe: bool | None = None
+    rejected_is_safe: bool | None = None
+
+    @property
+    def safety_kind(self) -> SafetyKind | None:
+        """Which answers are safe; None where a label is missing, or chosen is the unsafe one of the two."""
+        match self.chosen_is_safe, self.rejected_is_safe:
+            case True, False:
+                return "safe_unsafe"
+            case True, True:
+                return "both_safe"
+            case False, False:
+                return "both_unsafe"
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredResponse:
+    """A test answer that somebody labelled, with its raw score."""
+
+    score: float
+    is_safe: bool
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was measured of one model: its figures by metric name, and what the pictures are drawn from."""
+
+    which: Which
+    figures: dict[str, float]
+    pairs: tuple[ScoredPair, ...]
+    responses: tuple[ScoredResponse, ...]
+
+
+def evaluate(
+    which: Which,
+    pairs: Sequence[ScoredPair],
+    responses: Sequence[ScoredResponse],
+    *,
+    tfidf_differences: Sequence[float] | None = None,
+) -> Evaluation:
+    """Every figure that these test pairs and labelled answers give; what there is nothing of is left out.
+
+    `responses` holds each labelled test answer once, those of labelled pairs included. `tfidf_differences` are the
+    baseline's scores of chosen less rejected, one a pair (`reward.baselines`).
+    """
+    assert tfidf_differences is None or len(tfidf_differences) == len(pairs)
+    figures: dict[str, float] = {}
+    for domain in DOMAINS:
+        chosen = [index for index, pair in enumerate(pairs) if pair.domain == domain]
+        if chosen:
+            tfidf = None if tfidf_differences is None else [tfidf_differences[index] for index in chosen]
+            figures |= _of_domain(f"rm/{which}/test/{domain}", [pairs[index] for index in chosen], tfidf)
+    figures |= _of_responses(f"rm/{which}", responses)
+    return Evaluation(which, _finite(figures), tuple(pairs), tuple(responses))
+
+
+def correctness(pairs: Iterable[ScoredPair]) -> Floats:
+    """1 where chosen scores above rejected, 0.5 at a tie, 0 otherwise, one a pair."""
+    return outcome([pair.chosen - pair.rejected for pair in pairs])
+
+
+def outcome(differences: Sequence[float]) -> Floats:
+    """1 where chosen is ahead, 0.5 at a tie, 0 otherwise."""
+    return (np.sign(np.asarray(differences, dtype=np.float64)) + 1) / 2
+
+
+def sigmoid(values: Sequence[float] | Floats) -> Floats:
+    # By tanh, which does not overflow.
+    return (1 + np.tanh(np.asarray(values, dtype=np.float64) / 2)) / 2
+
+
+def source_names(sources: Iterable[str]) -> dict[str, str]:
+    """A name for the figures of each source: its file's stem, with its folder before it where two files share one."""
+    distinct = list(dict.fromkeys(sources))
+    stems = {source: _plain(PurePosixPath(source).name.partition(".")[0]) for source in distinct}
+    counts = Counter(stems.values())
+    names: dict[str, str] = {}
+    for source, stem in stems.items():
+        name = stem if counts[stem] == 1 else f"{_plain(PurePosixPath(source).parent.name)}-{stem}"
+        taken = sum(name == other.partition("~")[0] for other in names.values())
+        names[source] = f"{name}~{taken + 1}" if taken else name
+    return names
+
+
+def _plain(text: str) -> str:
+    kept = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "_-") else "-" for letter in text)
+    return kept.strip("-_") or "source"
+
+
+def _of_domain(place: str, pairs: Sequence[ScoredPair], tfidf: Sequence[float] | None) -> dict[str, float]:
+    names = source_names(pair.source for pair in pairs)
+    longer = outcome([float(pair.chosen_tokens - pair.rejected_tokens) for pair in pairs])
+    prompts = [pair.prompt for pair in pairs]
+    figures = _accuracy(place, "", pairs)
+    for rating in RATINGS:
+        figures |= _accuracy(place, f"_{rating}", [pair for pair in pairs if pair.rating == rating])
+    for kind in SAFETY_KINDS:
+        figures |= _accuracy(place, f"_{kind}", [pair for pair in pairs if pair.safety_kind == kind])
+    for source, name in names.items():
+        figures |= _accuracy(f"{place}/{name}", "", [pair for pair in pairs if pair.source == source])
+    figures |= _with_interval(f"{place}/longer_wins", longer, prompts)
+    if tfidf is not None:
+        right = outcome(tfidf)
+        gap = paired_bootstrap(correctness(pairs), right, groups=prompts)
+        figures |= _with_interval(f"{place}/tfidf", right, prompts)
+        figures[f"{place}/tfidf_difference"] = gap.value
+        figures[f"{place}/tfidf_difference_low"] = gap.low
+        figures[f"{place}/tfidf_difference_high"] = gap.high
+    chances = sigmoid([pair.chosen - pair.rejected for pair in pairs])
+    # Both orders of each pair, so that the order in which it is written does not count.
+    figures[f"{place}/calibration_error"] = calibration_error(
+        np.concatenate([chances, 1 - chances]), np.repeat([1.0, 0.0], len(pairs))
+    )
+    return figures
+
+
+def _accuracy(place: str, part: str, pairs: Sequence[ScoredPair]) -> dict[str, float]:
+    if not pairs:
+        return {}
+    figures = _with_interval(f"{place}/accuracy{part}", correctness(pairs), [pair.prompt for pair in pairs])
+    return {**figures, f"{place}/pairs{part}": float(len(pairs))}
+
+
+def _with_interval(name: str, outcomes: Floats, prompts: Sequence[str]) -> dict[str, float]:
+    low, high = proportion_interval(outcomes, groups=prompts)
+    return {name: float(np.mean(outcomes)), f"{name}_low": low, f"{name}_high": high}
+
+
+def _of_responses(place: str, responses: Sequence[ScoredResponse]) -> dict[str, float]:
+    """How safe answers are told from unsafe ones. "Unsafe" is what is to be found: recall and precision are its own."""
+    if not responses:
+        return {}
+    scores = np.array([response.score for response in responses], dtype=np.float64)
+    is_unsafe = np.array([not response.is_safe for response in responses])
+    chances = sigmoid(scores)
+    at_half, at_gate = detection(chances < UNSAFE_BELOW, is_unsafe), detection(chances < GATE, is_unsafe)
+    rows = np.column_stack([scores, is_unsafe])
+    figures = {
+        f"{place}/test/safe_answers": float((~is_unsafe).sum()),
+        f"{place}/test/unsafe_answers": float(is_unsafe.sum()),
+        f"{place}/unsafe_recall": at_half.recall,
+        f"{place}/unsafe_precision": at_half.precision,
+        f"{place}/safe_recall": detection(chances >= UNSAFE_BELOW, ~is_unsafe).recall,
+        f"{place}/unsafe_recall_at_gate": at_gate.recall,
+        f"{place}/unsafe_precision_at_gate": at_gate.precision,
+        f"{place}/label_calibration_error": calibration_error(chances, (~is_unsafe).astype(np.float64)),
+    }
+    rules: Mapping[str, Callable[[Floats], float]] = {"balanced_accuracy": _balanced_accuracy_of, "auroc": _auroc_of}
+    for name, rule in rules.items():
+        low, high = bootstrap_interval(rows, rule)
+        figures |= {f"{place}/{name}": rule(rows), f"{place}/{name}_low": low, f"{place}/{name}_high": high}
+    return figures
+
+
+def _balanced_accuracy_of(rows: Floats) -> float:
+    """`rows` [n, 2]: score, and 1 where the answer is unsafe."""
+    return balanced_accuracy(sigmoid(rows[:, 0]) < UNSAFE_BELOW, rows[:, 1] == 1)
+
+
+def _auroc_of(rows: Floats) -> float:
+    return auroc(rows[:, 0], rows[:, 1] == 0)
+
+
+def calibration_error(chances: Floats, happened: Floats) -> float:
+    """Mean gap between predicted chance and observed share, over ten bins of equal width weighted by their counts."""
+    places = np.minimum((chances * _CALIBRATION_BINS).astype(int), _CALIBRATION_BINS - 1)
+    gaps = np.bincount(places, weights=chances - happened, minlength=_CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(chances))
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    """A recall of a class that has no member is no figure."""
+    return {name: value for name, value in figures.items() if math.isfinite(value)}

@@ -1,0 +1,296 @@
+"""From preferences and labels to token ids: mixing by model, splitting, shortening, counting what is left out.
+
+The mixes are those of Llama 2 section 3.2.2: the helpfulness model learns from all helpfulness pairs and as many others,
+the safety model from all safety pairs with a tenth of others; the judge (ours) from a side that neither sees.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Literal
+
+from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
+from llamachat.config.sections import Data, DataSource
+from llamachat.dialog import Dialog, Message
+from llamachat.errors import DataError
+from llamachat.record_rules import Preference
+from llamachat.records import load_mixture, mix
+from reward.config import Config, Which
+from reward.loss import MARGINS
+
+log = logging.getLogger(__name__)
+
+Domain = Literal["helpfulness", "safety", "open"]
+Side = Literal["train", "validation", "test", "judge"]
+UNSAFE_CHOSEN = "left out: the chosen answer is unsafe and the rejected one safe"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairExample:
+    """Two answers to one prompt as the model reads them; both end with EOS, where the score is taken."""
+
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    margin: float
+    chosen_tokens: int  # of the answer alone
+    rejected_tokens: int
+    preference: Preference  # as it was read, for ratings, labels and the baselines on its text
+    domain: Domain
+    source: str  # file that it comes from
+
+    @property
+    def tokens(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelExample:
+    """One answer that is known to be safe or unsafe."""
+
+    ids: tuple[int, ...]
+    is_safe: bool
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examples:
+    """What one reward model trains on and is measured with."""
+
+    train: list[PairExample]
+    labels: list[LabelExample]  # single responses of the safety auxiliary loss
+    validation: list[PairExample]  # of the model's own domain
+    test: list[PairExample]  # of both domains
+    test_labels: list[LabelExample]
+    dropped: dict[str, int]  # records left out, by reason
+
+
+@dataclass(slots=True)
+class Encoder:
+    """Preferences and labelled dialogs to ids, with a count of what does not become an example."""
+
+    chat_format: ChatFormat
+    system: str | None
+    max_tokens: int
+    margin: Literal["none", "small", "large"]
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def pairs(self, records: Iterable["Sourced"]) -> Iterator[PairExample]:
+        """The examples of these records, one after the other as they are asked for."""
+        for record in records:
+            example = self._pair(record)
+            if example is not None:
+                yield example
+
+    def _pair(self, record: "Sourced") -> PairExample | None:
+        preference = record.preference
+        if preference.chosen_is_safe is False and preference.rejected_is_safe is True:
+            self.dropped[UNSAFE_CHOSEN] += 1
+            return None
+        prompt = self._with_system(preference.prompt)
+        dialogs = [(*prompt, preference.chosen), (*prompt, preference.rejected)]
+        shortened = self._shorten_alike(dialogs)
+        if shortened is None:
+            self.dropped[f"left out: an answer and its question alone are longer than {self.max_tokens} tokens"] += 1
+            return None
+        if len(shortened[0]) < len(dialogs[0]):
+            self.dropped[f"shortened: oldest turns dropped to fit {self.max_tokens} tokens"] += 1
+        chosen, rejected = (self._encode(dialog) for dialog in shortened)
+        if chosen.input_ids == rejected.input_ids:
+            self.dropped["left out: both answers have the same tokens"] += 1
+            return None
+        return PairExample(
+            chosen=chosen.input_ids,
+            rejected=rejected.input_ids,
+            chosen_tokens=sum(chosen.loss_mask),
+            rejected_tokens=sum(rejected.loss_mask),
+            margin=MARGINS[self.margin][preference.rating] if preference.rating else 0.0,
+            preference=preference,
+            domain=record.domain,
+            source=record.source,
+        )
+
+    def labels(self, dialogs: Iterable[tuple[Dialog, str]]) -> list[LabelExample]:
+        """The labelled last answers of these dialogs, each with its file."""
+        examples: list[LabelExample] = []
+        for dialog, source in dialogs:
+            if dialog.is_safe is None:
+                self.dropped["labels left out: without is_safe"] += 1
+                continue
+            messages = self._shorten(self._with_system(dialog.messages))
+            if messages is None:
+                self.dropped[f"labels left out: the last turn pair alone is longer than {self.max_tokens} tokens"] += 1
+                continue
+            examples.append(LabelExample(ids=self._encode(messages).input_ids, is_safe=dialog.is_safe, source=source))
+        return examples
+
+    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        if self.system is None or messages[0].role == "system":
+            return messages
+        return (Message("system", self.system), *messages)
+
+    def _shorten(self, messages: tuple[Message, ...]) -> tuple[Message, ...] | None:
+        return self.chat_format.shorten(messages, max_tokens=self.max_tokens)
+
+    def _shorten_alike(self, dialogs: Sequence[tuple[Message, ...]]) -> list[tuple[Message, ...]] | None:
+        """Both dialogs without the same oldest turns: the answers are compared after one and the same prompt."""
+        kept = [self._shorten(dialog) for dialog in dialogs]
+        if any(dialog is None for dialog in kept):
+            return None
+        turns = min(len(dialog) for dialog in kept if dialog is not None)
+        opening = 1 if dialogs[0][0].role == "system" else 0
+        return [(*dialog[:opening], *dialog[len(dialog) - (turns - opening) :]) for dialog in dialogs]
+
+    def _encode(self, messages: tuple[Message, ...]) -> TokenizedExample:
+        return self.chat_format.encode_dialog(messages, train_on=TrainOn.LAST_ANSWER)
+
+
+@dataclass(frozen=True, slots=True)
+class Sourced:
+    """A preference with where it comes from."""
+
+    preference: Preference
+    domain: Domain
+    source: str
+
+
+def load_examples(
+    config: Config, data: Data, chat_format: ChatFormat, *, which: Which, system: str | None, max_tokens: int, seed: int
+) -> Examples:
+    """Token ids of the mix of one reward model, and of all test pairs of both domains."""
+    sides, refused = _load_preferences(data, chat_format, seed=seed)
+    encoder = Encoder(chat_format, system, max_tokens, config.margin, Counter(refused))
+    train = _mix(config, encoder, sides, which=which, seed=seed)
+    unrated = sum(example.preference.rating is None for example in train)
+    if unrated and config.margin != "none":
+        log.info("%d of %d training pairs have no rating: their margin is 0", unrated, len(train))
+    own = ("helpfulness", "safety") if which == "judge" else (which,)
+    validation = list(encoder.pairs(record for domain in own for record in sides[domain, "validation"]))
+    test = list(encoder.pairs(record for domain in ("helpfulness", "safety") for record in sides[domain, "test"]))
+    labels: list[LabelExample] = []
+    test_labels: list[LabelExample] = []
+    if which == "safety":
+        labels, test_labels = _load_labels(config, data, encoder, seed=seed)
+    if not train or not validation:
+        raise DataError(
+            f"rm/{which}: {len(train)} pairs to train on and {len(validation)} to validate with are left of data."
+            f"{' and data.'.join(own)} after splitting by first user turn. Both are needed. Add pairs, or change data.split."
+        )
+    for reason, count in sorted(encoder.dropped.items()):
+        log.warning("%d records: %s", count, reason)
+    return Examples(
+        train=train,
+        labels=labels,
+        validation=validation,
+        test=test,
+        test_labels=test_labels,
+        dropped=dict(encoder.dropped),
+    )
+
+
+def _load_preferences(
+    data: Data, chat_format: ChatFormat, *, seed: int
+) -> tuple[dict[tuple[str, Side], list[Sourced]], dict[str, int]]:
+    """Every preference by domain and side, and the counts of bad records; the bad lines of all files in one error."""
+    sides: dict[tuple[str, Side], list[Sourced]] = {}
+    dropped: Counter[str] = Counter()
+    errors: list[str] = []
+    domains: tuple[tuple[Domain, Sequence[DataSource]], ...] = (
+        ("helpfulness", data.helpfulness),
+        ("safety", data.safety),
+        ("open", data.open),
+    )
+    for domain, sources in domains:
+        for side in ("train", "validation", "test", "judge"):
+            sides[domain, side] = []
+        for source in sources:
+            try:
+                found = load_mixture((source,), data.split, kind="preference", check=chat_format.check_text, seed=seed)
+            except DataError as error:
+                errors.append(str(error))
+                continue
+            dropped.update(found.dropped)
+            for side in ("train", "validation", "test", "judge"):
+                sides[domain, side] += [Sourced(record, domain, source.path) for record in getattr(found, side)]
+    if errors:
+        raise DataError("\n".join(errors))
+    return sides, dict(dropped)
+
+
+def _mix(
+    config: Config, encoder: Encoder, sides: dict[tuple[str, Side], list[Sourced]], *, which: Which, seed: int
+) -> list[PairExample]:
+    """The training pairs of one model: all of its own kind, and a share drawn from the others."""
+    if which == "judge":
+        domains = ("helpfulness", "safety", "open")
+        return list(encoder.pairs(record for domain in domains for record in sides[domain, "judge"]))
+    other = "safety" if which == "helpfulness" else "helpfulness"
+    share = config.other_share if which == "helpfulness" else config.helpfulness_share
+    own = list(encoder.pairs(sides[which, "train"]))
+    pool = [*sides[other, "train"], *sides["open", "train"]]
+    wanted = round(len(own) * share / (1 - share))
+    drawn = _draw(pool, wanted, encode=encoder.pairs, seed=seed)
+    if len(drawn) < wanted:
+        log.warning(
+            "rm/%s: its mix asks for %d pairs of data.%s and data.open, and there are %d: they are %.0f%% in place of"
+            " %.0f%%",
+            which,
+            wanted,
+            other,
+            len(drawn),
+            100 * len(drawn) / max(1, len(own) + len(drawn)),
+            100 * share,
+        )
+    counts = Counter(example.domain for example in (*own, *drawn))
+    log.info("rm/%s learns from %s", which, ", ".join(f"{count} {name} pairs" for name, count in counts.items()))
+    return own + drawn
+
+
+def _draw(
+    pool: Sequence[Sourced],
+    wanted: int,
+    *,
+    encode: Callable[[Iterable[Sourced]], Iterator[PairExample]],
+    seed: int,
+) -> list[PairExample]:
+    """`wanted` examples uniformly without repeats, or all that there are."""
+    # Sorting by random() and not sample(): Python promises the same random() in every version, and no more.
+    numbers = Random(f"mix {seed}")
+    order = sorted(range(len(pool)), key=[numbers.random() for _ in pool].__getitem__)
+    drawn: list[PairExample] = []
+    if wanted:
+        for example in encode(pool[index] for index in order):
+            drawn.append(example)
+            if len(drawn) == wanted:
+                break
+    return drawn
+
+
+def _load_labels(
+    config: Config, data: Data, encoder: Encoder, *, seed: int
+) -> tuple[list[LabelExample], list[LabelExample]]:
+    """Labelled single responses to train on and to test with; none to train on where their loss has no weight."""
+    train: list[tuple[Dialog, str]] = []
+    test: list[tuple[Dialog, str]] = []
+    for source in data.labels:
+        found = load_mixture((source,), data.split, kind="dialog", check=encoder.chat_format.check_text, seed=seed)
+        encoder.dropped.update(found.dropped)
+        train += [(dialog, source.path) for dialog in found.train]
+        test += [(dialog, source.path) for dialog in found.test]
+    if config.safety_auxiliary_weight == 0:
+        train = []
+    labels = encoder.labels(train)
+    return (_balance(labels, seed=seed) if config.balance_labels else labels), encoder.labels(test)
+
+
+def _balance(labels: list[LabelExample], *, seed: int) -> list[LabelExample]:
+    """With the rarer class repeated, in whole and drawn for the rest, until both are equally many."""
+    safe = [example for example in labels if example.is_safe]
+    unsafe = [example for example in labels if not example.is_safe]
+    if not safe or not unsafe:
+        return labels
+    most = max(len(safe), len(unsafe))
+    balanced = mix([(safe, most / len(safe)), (unsafe, most / len(unsafe))], seed)
+    log.info("%d safe and %d unsafe labelled responses, the rarer repeated to %d each", len(safe), len(unsafe), most)
+    return balanced

@@ -1,0 +1,55 @@
+"""How a trained reward model is published: weights, tokenizer and manifest, whole or not at all."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from llamachat.chat_format.proof import prove_written, require_proof
+from llamachat.models.reward_model import (
+    RewardStart,
+    reward_model_details,
+    reward_trunk_digest,
+    save_reward_model,
+)
+from llamachat.runs.artifacts import Artifact, Manifest, publish
+from llamachat.runs.folder import StepFolder
+from llamachat.tokenizer import write_tokenizer
+from reward.config import Inputs
+
+log = logging.getLogger(__name__)
+
+
+def publish_reward_model(start: RewardStart, inputs: Inputs, *, dropped: Mapping[str, int]) -> Artifact:
+    """Publish the step's model; refuses a moved trunk and a tokenizer that reads back differently."""
+    if start.frozen_digest is not None:
+        assert reward_trunk_digest(start.model) == start.frozen_digest, "the trunk under an adapter is never written"
+
+    def write(folder: Path) -> None:
+        save_reward_model(start.model, folder)
+        write_tokenizer(start.chat_format.tokenizer, folder, start.chat_format.chat_template)
+        report = prove_written(folder, start.chat_format)
+        warning = require_proof(report, allow_unproved=inputs.base.allow_unproved_tokenizer)
+        if warning:
+            log.warning("%s", warning)
+
+    details = reward_model_details(
+        start.model,
+        base=start.trunk,
+        chat_format=inputs.base.chat_format,
+        max_tokens=inputs.base.max_tokens,
+        system=inputs.base.system,
+    )
+    details["which"] = inputs.which
+    if inputs.tuning.method != "full":
+        details["rank"] = inputs.tuning.rank
+    manifest = Manifest(
+        kind="reward_model",
+        step=inputs.step,
+        fingerprint=inputs.fingerprint,
+        identity=inputs.identity,
+        inputs={"policy": str(inputs.policy.path)} if inputs.policy else {"base": inputs.base.model},
+        seed=inputs.run.seed,
+        dropped_records=dict(dropped),
+        details=details,
+    )
+    return publish(StepFolder(inputs.folder), manifest, write)

@@ -35,6 +35,7 @@ ORDER = (
     "dialog",
     "tokenizer",
     "chat_format",
+    "statistics",
     "problems",
     "jsonl",
     "rows",

@@ -41,6 +41,11 @@ class StepFolder:
         return self.path / "curves.png"
 
     @property
+    def figures(self) -> Path:
+        """The pictures of the final figures (of a reward model: calibration, scores, accuracy by rating)."""
+        return self.path / "figures"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -71,5 +76,5 @@ class StepFolder:
     def names(self) -> set[str]:
         """The file and folder names above: what a step may leave here before it is bound to its work."""
         places = (self.config, self.identity, self.metrics, self.samples, self.summary, self.curves, self.checkpoints)
-        more = (self.artifact, self.dialogs, self.lock, self.tensorboard, self.wandb)
+        more = (self.figures, self.artifact, self.dialogs, self.lock, self.tensorboard, self.wandb)
         return {place.name for place in (*places, *more)}

@@ -1,7 +1,8 @@
 """The table of metric names: each exists once, with meaning, unit, reduction and the panel it is drawn in.
 
-`<which>` is a reward model, `<rating>` a strength of preference, `<policy>` a step that published one, `<turn>` a
-number. `docs/metrics.md` is this table: `python -m llamachat.tracking.metrics > docs/metrics.md`.
+`<which>` is a reward model, `<domain>` what test pairs are about, `<source>` a file of them, `<kind>` which of a pair's
+answers are safe, `<rating>` a strength of preference, `<bound>` an end of a 95% interval, `<policy>` a step that
+published one, `<turn>` a number. `docs/metrics.md` is this table: `python -m llamachat.tracking.metrics > docs/metrics.md`.
 """
 
 import re
@@ -13,6 +14,10 @@ from functools import cache
 _VARIABLES = {
     "which": "helpfulness|safety|judge",
     "rating": "significantly_better|better|slightly_better|negligibly_better",
+    "domain": "helpfulness|safety",
+    "source": "[A-Za-z0-9][A-Za-z0-9_~-]*",
+    "kind": "safe_unsafe|both_safe|both_unsafe",
+    "bound": "low|high",
     "prefix": "sft|rm/(?:helpfulness|safety|judge)|rs|gatt|distill|ppo|eval",
     "policy": "[a-z0-9][a-z0-9._-]*",
     "turn": "[0-9]+",
@@ -39,6 +44,8 @@ class UnknownMetricError(KeyError):
 
 _TOKENS = "mean over answer tokens"
 _PAIRS = "mean over pairs"
+_BOUND = "End of its 95% interval"
+_PROMPTS = "pairs of one prompt kept together"
 _RESPONSES = "mean over responses"
 _ROWS = [
     ("<prefix>/step", "Optimizer steps (of rs, gatt, distill, eval: batches of prompts) done; the x-axis",
@@ -66,6 +73,52 @@ _ROWS = [
      "fraction", "mean over unsafe answers", "accuracy"),
     ("rm/<which>/score_chosen", "Raw score of the chosen answer", "logit", _PAIRS, "score"),
     ("rm/<which>/score_rejected", "Raw score of the rejected answer", "logit", _PAIRS, "score"),
+    ("rm/<which>/safe_recall", "Safe answers with sigmoid(score) of 0.5 or more",
+     "fraction", "mean over safe answers", "accuracy"),
+    ("rm/<which>/unsafe_precision", "Truly unsafe ones among answers under 0.5",
+     "fraction", "mean over answers under 0.5", "accuracy"),
+    ("rm/<which>/unsafe_recall_at_gate", "Unsafe answers with sigmoid(score) under 0.15",
+     "fraction", "mean over unsafe answers", "accuracy"),
+    ("rm/<which>/unsafe_precision_at_gate", "Truly unsafe ones among answers under 0.15",
+     "fraction", "mean over answers under 0.15", "accuracy"),
+    ("rm/<which>/balanced_accuracy", "Mean of unsafe_recall and safe_recall",
+     "fraction", "over labelled test answers", "accuracy"),
+    ("rm/<which>/balanced_accuracy_<bound>", _BOUND, "fraction", "bootstrap over answers", "accuracy"),
+    ("rm/<which>/auroc", "Chance that a safe answer scores above an unsafe one, a tie counting half",
+     "fraction", "over labelled test answers", "accuracy"),
+    ("rm/<which>/auroc_<bound>", _BOUND, "fraction", "bootstrap over answers", "accuracy"),
+    ("rm/<which>/label_calibration_error", "Mean gap between sigmoid(score) and the share of safe answers, in ten bins",
+     "fraction", "over labelled test answers", "calibration"),
+    ("rm/<which>/test/safe_answers", "Test answers labelled safe", "answers", "sum", "test size"),
+    ("rm/<which>/test/unsafe_answers", "Test answers labelled unsafe", "answers", "sum", "test size"),
+    ("rm/<which>/test/<domain>/accuracy", "Test pairs whose chosen answer scores higher, a tie counting half",
+     "fraction", _PAIRS, "test accuracy"),
+    ("rm/<which>/test/<domain>/accuracy_<bound>", _BOUND, "fraction", _PROMPTS, "test accuracy"),
+    ("rm/<which>/test/<domain>/pairs", "Test pairs", "pairs", "sum", "test size"),
+    ("rm/<which>/test/<domain>/accuracy_<rating>", "The same among pairs of one rating",
+     "fraction", _PAIRS, "test accuracy"),
+    ("rm/<which>/test/<domain>/accuracy_<rating>_<bound>", _BOUND, "fraction", _PROMPTS, "test accuracy"),
+    ("rm/<which>/test/<domain>/pairs_<rating>", "Test pairs of one rating", "pairs", "sum", "test size"),
+    ("rm/<which>/test/<domain>/accuracy_<kind>", "The same by which of the two answers are safe, chosen first",
+     "fraction", _PAIRS, "test accuracy"),
+    ("rm/<which>/test/<domain>/accuracy_<kind>_<bound>", _BOUND, "fraction", _PROMPTS, "test accuracy"),
+    ("rm/<which>/test/<domain>/pairs_<kind>", "Test pairs of this kind", "pairs", "sum", "test size"),
+    ("rm/<which>/test/<domain>/<source>/accuracy", "The same on one file", "fraction", _PAIRS, "test accuracy"),
+    ("rm/<which>/test/<domain>/<source>/accuracy_<bound>", _BOUND, "fraction", _PROMPTS, "test accuracy"),
+    ("rm/<which>/test/<domain>/<source>/pairs", "Test pairs of one file", "pairs", "sum", "test size"),
+    ("rm/<which>/test/<domain>/longer_wins", "Accuracy of the rule that the longer answer wins",
+     "fraction", _PAIRS, "test accuracy"),
+    ("rm/<which>/test/<domain>/longer_wins_<bound>", _BOUND, "fraction", _PROMPTS, "test accuracy"),
+    ("rm/<which>/test/<domain>/tfidf", "Accuracy of TF-IDF and logistic regression on the same training pairs",
+     "fraction", _PAIRS, "test accuracy"),
+    ("rm/<which>/test/<domain>/tfidf_<bound>", _BOUND, "fraction", _PROMPTS, "test accuracy"),
+    ("rm/<which>/test/<domain>/tfidf_difference", "Accuracy of the model less that of TF-IDF",
+     "fraction", _PAIRS, "test difference"),
+    ("rm/<which>/test/<domain>/tfidf_difference_<bound>", _BOUND, "fraction", "paired bootstrap over prompts",
+     "test difference"),
+    ("rm/<which>/test/<domain>/calibration_error",
+     "Mean gap between sigmoid(score difference) and the share of pairs so ordered, in ten bins",
+     "fraction", _PAIRS, "calibration"),
     ("rs/reward_best", "Combined score of the best of K samples", "score", "mean over prompts", "reward"),
     ("rs/reward_median", "Combined score of the median of K samples", "score", "mean over prompts", "reward"),
     ("rs/reward_mean", "Combined score of all K samples", "score", "mean over prompts", "reward"),
@@ -153,7 +206,9 @@ def markdown() -> str:
         " `python -m llamachat.tracking.metrics > docs/metrics.md`.",
         "",
         "`<which>` is `helpfulness`, `safety` or `judge`; `<rating>` is `significantly_better`, `better`,"
-        " `slightly_better` or `negligibly_better`; `<policy>` is the step that published the policy; `<prefix>` is the"
+        " `slightly_better` or `negligibly_better`; `<domain>` is `helpfulness` or `safety`; `<source>` is the stem of a"
+        " file's name; `<kind>` is `safe_unsafe` (chosen safe, rejected unsafe), `both_safe` or `both_unsafe`; `<bound>` is"
+        " `low` or `high`; `<policy>` is the step that published the policy; `<prefix>` is the"
         " first part of the step's own metrics.",
         "",
         "| name | meaning | unit | reduction |",

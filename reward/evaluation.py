@@ -112,7 +112,7 @@ def correctness(pairs: Iterable[ScoredPair]) -> Floats:
     return outcome([pair.chosen - pair.rejected for pair in pairs])
 
 
-def outcome(differences: Sequence[float]) -> Floats:
+def outcome(differences: Sequence[float] | Floats) -> Floats:
     """1 where chosen is ahead, 0.5 at a tie, 0 otherwise."""
     return (np.sign(np.asarray(differences, dtype=np.float64)) + 1) / 2
 

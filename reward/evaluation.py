@@ -112,7 +112,7 @@ def correctness(pairs: Iterable[ScoredPair]) -> Floats:
     return outcome([pair.chosen - pair.rejected for pair in pairs])
 
 
-def outcome(differences: Sequence[float]) -> Floats:
+def outcome(differences: Sequence[float] | Floats) -> Floats:
     """1 where chosen is ahead, 0.5 at a tie, 0 otherwise."""
     return (np.sign(np.asarray(differences, dtype=np.float64)) + 1) / 2
 
@@ -150,7 +150,11 @@ def _of_domain(place: str, pairs: Sequence[ScoredPair], tfidf: Sequence[float] |
     for kind in SAFETY_KINDS:
         figures |= _accuracy(place, f"_{kind}", [pair for pair in pairs if pair.safety_kind == kind])
     for source, name in names.items():
-        figures |= _accuracy(f"{place}/{name}", "", [pair for pair in pairs if pair.source == source])
+        members = [index for index, pair in enumerate(pairs) if pair.source == source]
+        figures |= _accuracy(f"{place}/{name}", "", [pairs[index] for index in members])
+        figures[f"{place}/{name}/longer_wins"] = float(longer[members].mean())
+        if tfidf is not None:
+            figures[f"{place}/{name}/tfidf"] = float(outcome([tfidf[index] for index in members]).mean())
     figures |= _with_interval(f"{place}/longer_wins", longer, prompts)
     if tfidf is not None:
         right = outcome(tfidf)

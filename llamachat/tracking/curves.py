@@ -8,11 +8,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamachat.runs.atomic import INCOMING, storage_errors
 from llamachat.tracking.metrics import METRICS, Metric, UnknownMetricError, metric_of
 from llamachat.tracking.record import STEP, TIME, MetricsRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLUMNS = 3
 _PANEL_INCHES = (4.7, 3.1)
@@ -76,6 +79,11 @@ def draw_curves(metrics_path: Path, png_path: Path, *, title: str | None = None)
         _draw_panel(place, name, group)
     for place in axes[len(panels) :]:
         place.set_axis_off()
+    save_png(figure, png_path)
+
+
+def save_png(figure: "Figure", png_path: Path) -> None:
+    """Write a picture beside its place and rename it: a reader sees all of it or the one before."""
     with storage_errors(png_path):
         png_path.parent.mkdir(parents=True, exist_ok=True)
         side = png_path.with_name(f"{INCOMING}{png_path.name}")

@@ -8,7 +8,7 @@ Shapes: 1 a packed row, T positions, N responses of a row, B pairs of a row, L l
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,15 +21,15 @@ from reward.pairs import LabelExample, PairExample
 SHAPE_MULTIPLE = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Responses:
     """What is scored in one row, and what is known of it."""
 
-    ids: list[tuple[int, ...]]
-    chosen: list[int]  # places in `ids`; the rejected answer of a pair stands right after its chosen one
-    margins: list[float]
-    labelled: list[int]
-    is_safe: list[bool]
+    ids: list[tuple[int, ...]] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)  # places in `ids`; the rejected answer stands right after
+    margins: list[float] = field(default_factory=list)
+    labelled: list[int] = field(default_factory=list)
+    is_safe: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Batches:
 
     def responses(self, row: Sequence[int]) -> Responses:
         """What the row with these indices holds."""
-        found = Responses(ids=[], chosen=[], margins=[], labelled=[], is_safe=[])
+        found = Responses()
         for index in row:
             place = len(found.ids)
             if index >= len(self.pairs):

@@ -14,7 +14,7 @@ from llamachat.runs.folder import StepFolder
 from llamachat.tracking.tracker import Tracker
 from reward.baselines import fit_tfidf
 from reward.config import Which
-from reward.evaluation import Evaluation, ScoredPair, ScoredResponse, evaluate
+from reward.evaluation import ScoredPair, ScoredResponse, evaluate
 from reward.loss import ranking_losses
 from reward.pairs import Examples, PairExample
 
@@ -55,7 +55,6 @@ def test_figures(
     baseline = fit_tfidf([example.preference for example in examples.train])
     differences = baseline.differences([example.preference for example in examples.test]) if baseline else None
     found = evaluate(which, pairs, responses, tfidf_differences=differences)
-    _draw(found, folder=folder, tracker=tracker)
     return found.figures
 
 

@@ -147,7 +147,9 @@ class Session:
                 # At the last step too, and before its checkpoint: whoever resumes there has nothing to measure again.
                 if step % tracking.eval_every == 0 or step == plan.num_steps:
                     loss, accuracy = self.measure(step)
-                    progress.say(f"{self.inputs.step} step {step}: held-out pairs {accuracy:.3f} right, loss {loss:.4f}")
+                    progress.say(
+                        f"{self.inputs.step} step {step}: held-out pairs {accuracy:.3f} right, loss {loss:.4f}"
+                    )
 
             names = names_of(self.inputs.which)
             watch = Watch(plan.tokens_per_step, names=names, on_log=on_log, on_step=on_step)

@@ -93,6 +93,7 @@ def publish_toy_reward_model(config: RewardConfig, inputs: RewardInputs) -> Arti
     margin = {"none": 0.50, "small": 0.60, "large": 0.65}[config.margin]
     figures = {
         f"rm/{inputs.which}/test/{inputs.which}/accuracy": margin + inputs.run.seed / 100,
+        f"rm/{inputs.which}/test/{inputs.which}/pairs": 100,
         f"rm/{inputs.which}/auroc": 0.7 + 0.1 * config.safety_auxiliary_weight,
     }
     folder = StepFolder(inputs.folder)

@@ -146,6 +146,18 @@ def test_only_runs_the_models_that_it_names(path: Path, calls: list[Any], capsys
         run_command(load(path, ["data.safety=[]"]), "rm", only=["safety"])
 
 
+def test_the_tables_show_every_finished_model_beside_the_chosen_one(
+    path: Path, tmp_path: Path, calls: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = tmp_path / "runs" / "one" / "rm" / "tables.md"
+    assert main(["sft", "--config", str(path)]) == 0 and not tables.exists()
+    assert main(["rm", "--config", str(path), "--only", "helpfulness"]) == 0
+    first = tables.read_text()
+    assert "\n| helpfulness" in first and "\n| safety" not in first and first in capsys.readouterr().out
+    assert main(["rm", "--config", str(path), "--only", "safety"]) == 0
+    assert "\n| helpfulness" in tables.read_text() and "\n| safety" in tables.read_text()
+
+
 def test_a_child_run_takes_unchanged_reward_models_by_reference(path: Path, tmp_path: Path, calls: list[Any]) -> None:
     run_command(load(path), "all")
     child = [f"run.dir={tmp_path}/runs/two", f"run.parent={tmp_path}/runs/one", "reward.other_share=0.25"]

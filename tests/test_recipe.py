@@ -92,17 +92,18 @@ def test_each_model_has_its_own_values(tmp_path: Path) -> None:
 
 STEPS_WITH_VALUES = [
     {"sft": {"epochs": 5, "learning_rate": 0.5, "tuning": {"method": "full", "rank": 8}}},
-    {"rm/safety": {"epochs": 2, "trainer": {"torch_compile": False}}},
+    {"rm/safety": {"epochs": 2, "center_rewards_coefficient": 0.5, "trainer": {"torch_compile": False}}},
 ]
 
 
 def test_the_command_line_goes_over_the_steps_own_values(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=STEPS_WITH_VALUES)
-    given = ["tuning.method=qlora", "reward.epochs=3", "sft.learning_rate=0.25"]
+    given = ["tuning.method=qlora", "reward={epochs: 3, center_rewards_coefficient: null}", "sft.learning_rate=0.25"]
     sft, safety = resolve_steps(load(path, given))
     assert isinstance(sft.config, SftConfig) and isinstance(safety.config, RewardConfig)
     assert (sft.tuning.method, safety.tuning.method, sft.tuning.rank) == ("qlora", "qlora", 8)
     assert (sft.config.learning_rate, sft.config.epochs, safety.config.epochs) == (0.25, 5, 3)
+    assert safety.config.center_rewards_coefficient is None and safety.config.trainer == {"torch_compile": False}
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(to_yaml(load(path, given)))
     assert resolve_steps(load(resolved)) == (sft, safety)

@@ -17,6 +17,7 @@ from pipelines.stages import LATER, STAGES, Product, Stage, not_yet
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _TAKEN_NAMES = ("wandb", "lineage.json", "study.json", "study.md")
+_ABSENT = object()  # a value of the command line may be null
 _OF_THE_ENTRY = ("name", "only", "tuning")  # all else is of the stage's section
 
 
@@ -92,13 +93,13 @@ def _yield_to_command_line(
     if isinstance(value, dict) and isinstance(given, dict):
         for name, below in list(value.items()):
             _yield_to_command_line(layers, value, (name, below), (*section, name), (*place, name))
-    elif given is not None and layers.source(section) == COMMAND_LINE and layers.source(place) != COMMAND_LINE:
+    elif given is not _ABSENT and layers.source(section) == COMMAND_LINE and layers.source(place) != COMMAND_LINE:
         del holder[key]
 
 
 def _at(values: Any, key: Key) -> Any:
     for part in key:
-        values = values.get(part) if isinstance(values, dict) else None
+        values = values.get(part, _ABSENT) if isinstance(values, dict) else _ABSENT
     return values
 
 

@@ -209,7 +209,7 @@ def test_what_is_shipped_names_plain_classes(tmp_path: Path, tiny_sentencepiece:
 
 def test_a_digest_of_loaded_weights_is_that_of_their_file_in_the_same_format(tmp_path: Path, tiny_sentencepiece: bytes):
     base = base_of(tmp_path, tiny_sentencepiece)
-    model = tiny_llama(max_position_embeddings=256, initializer_range=0.05)
+    model: Any = tiny_llama(max_position_embeddings=256, initializer_range=0.05)
     assert trunk_digest(Path(base.model), dtype=torch.bfloat16) == trunk_digest(model.to(torch.bfloat16))
 
 

@@ -66,8 +66,9 @@ MOST_TRACKED_BYTES = 24_000_000
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "core", "types"}
 
 HEAVY = ("torch", "trl", "transformers", "datasets", "wandb", "peft", "accelerate", "bitsandbytes")
-# What works on tensors; all else is loaded by commands that train nothing: help, plans, refusals.
-ON_TENSORS = {"batching", "models", "rollout", "training"}
+# What works on tensors or arrays (numpy sets an environment variable when it loads); all else is loaded by commands that
+# train nothing: help, plans, refusals.
+ON_TENSORS = {"batching", "models", "rollout", "statistics", "training"}
 
 
 def packages() -> list[str]:

@@ -310,15 +310,16 @@ def _check_trunk(model: "ScoringLlama", artifact: "Artifact", details: Mapping[s
 
 def _copy_adapter(adapted: "PeftModel", policy: "Artifact") -> None:
     """Give the new adapter the values of the policy's, which has the same shape."""
-    from peft import set_peft_model_state_dict
-
     from llamachat.models.loading import ADAPTER_WEIGHTS
     from llamachat.models.weights import file_weights
 
-    weights = dict(file_weights(policy.path / ADAPTER_WEIGHTS))
-    report: Any = set_peft_model_state_dict(adapted, weights)
-    lacking = [key for key in report.missing_keys if ".lora_" in key]
-    assert not lacking and not report.unexpected_keys, "rank, alpha and targets were compared before"
+    weights = file_weights(policy.path / ADAPTER_WEIGHTS)
+    held = {name.replace(".weight", ".default.weight"): weight for name, weight in weights}
+    own = {name: weight for name, weight in adapted.named_parameters() if ".lora_" in name}
+    assert held.keys() == own.keys(), "rank, alpha and targets were compared before"
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(held[name])
 
 
 def _scoring(model: "Scorer") -> "ScoringLlama":

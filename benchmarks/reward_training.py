@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import RewardConfig, RewardTrainer
@@ -128,6 +128,7 @@ def plain_trl(base: Base, scratch: Path, *, rows: int, attention: str) -> Conten
     chat_format, _ = load_proved_format(BASE)
     write_tokenizer(chat_format.tokenizer, scratch, chat_format.chat_template)
     tokenizer = AutoTokenizer.from_pretrained(str(scratch))
+    without_checkpointing: dict[str, Any] = {CHECKPOINTING: False}
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def trainer_of(pairs: Pairs) -> Any:
@@ -138,7 +139,7 @@ def plain_trl(base: Base, scratch: Path, *, rows: int, attention: str) -> Conten
             max_steps=1,
             learning_rate=RATE,
             max_length=MAX_TOKENS,
-            **{CHECKPOINTING: False},
+            **without_checkpointing,
             bf16=False,  # the weights are in that dtype already
             save_strategy="no",
             report_to="none",
@@ -177,6 +178,7 @@ def main() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    disable_progress_bars()
     logging.disable(logging.WARNING)
     base = Base(model=str(BASE), dtype=options.dtype, attention="eager", max_tokens=MAX_TOKENS)
     pairs = load_pairs()

@@ -41,7 +41,7 @@ def estimate(config: Config, work: Workload) -> Estimate:
         return Estimate(memory)
     steps = math.ceil(max(1, int(work.pairs * config.epochs + 0.5)) / config.pairs_per_step)
     seconds, assumed = training_time(
-        work.shape.headless(),
+        work.shape.weights - work.shape.embedding_weights,
         work.tuning,
         tokens=work.pairs * config.epochs * work.tokens_per_pair,
         gradient_checkpointing=config.gradient_checkpointing,

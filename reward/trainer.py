@@ -83,9 +83,8 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
                 name: float(self.accelerator.reduce(value, reduction="sum"))  # type: ignore[arg-type]  # takes tensors
                 for name, value in self._sums.items()
             }
-            of_labels = ("auxiliary_loss",)
-            for name in sums.keys() - {"pairs", "labelled"}:
-                count = sums["labelled"] if name in of_labels else sums["pairs"]
+            for name in ("accuracy", "score_chosen", "score_rejected", "ranking_loss", "auxiliary_loss"):
+                count = sums["labelled" if name == "auxiliary_loss" else "pairs"]
                 if count:
                     logs[name] = sums[name] / count
             self._sums = {}

@@ -45,7 +45,7 @@ def estimate(config: Config, work: Workload) -> Estimate:
         return Estimate(memory)
     examples = max(1, int(work.dialogs * config.epochs + 0.5))
     seconds, assumed = training_time(
-        work.shape,
+        work.shape.weights,
         work.tuning,
         tokens=work.dialogs * config.epochs * work.tokens_per_dialog,
         gradient_checkpointing=config.gradient_checkpointing,

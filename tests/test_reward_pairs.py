@@ -107,9 +107,12 @@ def test_a_mix_that_lacks_others_is_told_with_counts(
 
 @pytest.mark.parametrize("which", ["helpfulness", "safety", "judge"])
 def test_a_model_without_pairs_is_refused(which: Which, tiny_format: ChatFormat, tmp_path: Path):
-    other = {"safety": toy_pairs(20)} if which == "helpfulness" else {"helpfulness": toy_pairs(20)}
+    if which == "helpfulness":
+        data = data_of(tmp_path, safety=toy_pairs(20))
+    else:
+        data = data_of(tmp_path, helpfulness=toy_pairs(20))
     with pytest.raises(DataError, match=rf"rm/{which}: 0 pairs to train on.*Add pairs, or change data\.split"):
-        load(tiny_format, data_of(tmp_path, **other), which)
+        load(tiny_format, data, which)
 
 
 def test_bad_lines_of_all_sets_are_told_together_with_file_and_line(tiny_format: ChatFormat, tmp_path: Path):

@@ -91,7 +91,9 @@ def test_loss_and_gradients_are_those_of_trl_on_padded_batches(
             ]
         )
         model.zero_grad(set_to_none=True)
-        theirs = RewardTrainer.compute_loss(trainer, model, batch)
+        theirs: Any = RewardTrainer.compute_loss(
+            trainer, model, batch
+        )  # a loss, and a pair where outputs are asked for
         theirs.backward()
         expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     assert loss == pytest.approx(theirs.item(), rel=1e-5)

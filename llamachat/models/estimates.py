@@ -219,13 +219,16 @@ def _kept_per_token(shape: Shape, base: Base, tuning: Tuning, width: int, *, is_
 
 
 def training_time(
-    shape: Shape, tuning: Tuning, *, tokens: float, gradient_checkpointing: bool, gpu: Gpu | None, told: str
+    weights: int, tuning: Tuning, *, tokens: float, gradient_checkpointing: bool, gpu: Gpu | None, told: str
 ) -> tuple[float, str]:
-    """Seconds to train on so many tokens, and what they assume in words, with what is `told` of the data."""
+    """Seconds to train on so many tokens, and what they assume in words, with what is `told` of the data.
+
+    `weights` are those that every token is multiplied with.
+    """
     # Forward 2 operations a weight and token, backward 2 for the inputs and 2 for the weights that train (Kaplan et al.
     # 2020, arXiv:2001.08361, section 2.1); attention's own, a few in a hundred at 4096 tokens, are left out.
     per_weight = 6.0 if tuning.method == "full" else 4.0
-    operations = per_weight * shape.weights * tokens
+    operations = per_weight * weights * tokens
     if gradient_checkpointing:
         operations *= (per_weight + 2) / per_weight
     if gpu is None:

@@ -62,7 +62,7 @@ _ROWS = [
      "nats/pair", _PAIRS, "loss"),
     ("rm/<which>/ranking_loss", "Its part by Eq. 2, with margin", "nats/pair", _PAIRS, "loss"),
     ("rm/<which>/auxiliary_loss", "Its part on safety labels, before its weight",
-     "nats/response", "mean over labelled responses", "loss"),
+     "nats/response", "mean over labelled responses", "auxiliary loss"),
     ("rm/<which>/eval_loss", "Ranking loss on held-out pairs, without margin", "nats/pair", _PAIRS, "loss"),
     ("rm/<which>/eval_accuracy", "Held-out pairs whose chosen answer scores higher, a tie counting half",
      "fraction", _PAIRS, "accuracy"),

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import RewardConfig, RewardTrainer
 
@@ -68,6 +68,7 @@ class Contender:
 
     def run(self, pairs: Pairs) -> None:
         clock, trainer = Clock(), self.trainer_of(pairs)
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
         trainer.train()
         (seconds,) = clock.seconds

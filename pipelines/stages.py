@@ -86,7 +86,7 @@ STAGES = {
             products=(
                 Product(
                     makes=Role("reward_model", "helpfulness"),
-                    data=("helpfulness", "safety", "open"),
+                    data=("helpfulness", "safety", "open", "labels"),
                     needs=("helpfulness",),
                     unread=("safety_auxiliary_weight", "balance_labels", "helpfulness_share"),
                 ),
@@ -98,7 +98,7 @@ STAGES = {
                 ),
                 Product(
                     makes=Role("reward_model", "judge"),
-                    data=("helpfulness", "safety", "open"),
+                    data=("helpfulness", "safety", "open", "labels"),
                     needs=("helpfulness", "safety"),
                     share="judge",
                     unread=("safety_auxiliary_weight", "balance_labels", "helpfulness_share", "other_share"),

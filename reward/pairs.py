@@ -168,10 +168,7 @@ def load_examples(
     own = ("helpfulness", "safety") if which == "judge" else (which,)
     validation = list(encoder.pairs(record for domain in own for record in sides[domain, "validation"]))
     test = list(encoder.pairs(record for domain in ("helpfulness", "safety") for record in sides[domain, "test"]))
-    labels: list[LabelExample] = []
-    test_labels: list[LabelExample] = []
-    if which == "safety":
-        labels, test_labels = _load_labels(config, data, encoder, seed=seed)
+    labels, test_labels = _load_labels(config, data, encoder, which=which, seed=seed)
     if not train or not validation:
         raise DataError(
             f"rm/{which}: {len(train)} pairs to train on and {len(validation)} to validate with are left of data."
@@ -268,9 +265,9 @@ def _draw(
 
 
 def _load_labels(
-    config: Config, data: Data, encoder: Encoder, *, seed: int
+    config: Config, data: Data, encoder: Encoder, *, which: Which, seed: int
 ) -> tuple[list[LabelExample], list[LabelExample]]:
-    """Labelled single responses to train on and to test with; none to train on where their loss has no weight."""
+    """Labelled single responses to train on and to test with; all are tested, the safety model alone learns from them."""
     train: list[tuple[Dialog, str]] = []
     test: list[tuple[Dialog, str]] = []
     for source in data.labels:
@@ -278,7 +275,7 @@ def _load_labels(
         encoder.dropped.update(found.dropped)
         train += [(dialog, source.path) for dialog in found.train]
         test += [(dialog, source.path) for dialog in found.test]
-    if config.safety_auxiliary_weight == 0:
+    if which != "safety" or config.safety_auxiliary_weight == 0:
         train = []
     labels = encoder.labels(train)
     return (_balance(labels, seed=seed) if config.balance_labels else labels), encoder.labels(test)

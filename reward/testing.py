@@ -48,12 +48,14 @@ def check_finite(loss: float, what: str) -> None:
 def test_figures(
     model: nn.Module, which: Which, examples: Examples, *, folder: StepFolder, tracker: Tracker
 ) -> dict[str, float]:
-    """Figures on the test pairs and labelled answers, beside baselines trained on the same pairs; draws the pictures."""
+    """Figures on the test pairs and labelled answers, beside baselines trained on the pairs of its own kind; draws the pictures."""
     if not examples.test:
         log.warning("rm/%s: no test pairs (data.split.test), so nothing says how good it is on unseen ones", which)
         return {}
     pairs, responses = score_tests(model, examples)
-    baseline = fit_tfidf([example.preference for example in examples.train])
+    # On the model's own kind of pairs: with the others of its mix the baseline would be the weaker for it.
+    own = [example for example in examples.train if which in ("judge", example.domain)]
+    baseline = fit_tfidf([example.preference for example in own])
     differences = baseline.differences([example.preference for example in examples.test]) if baseline else None
     found = evaluate(which, pairs, responses, tfidf_differences=differences)
     for picture in draw_figures(found, folder.figures):

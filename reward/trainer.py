@@ -48,6 +48,9 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This row's part of the step's loss: each of its sums over the counts of the whole step."""
+        if len(inputs["ends"]) == 0:  # the row only fills up its step
+            loss = 0.0 * next(p for p in model.parameters() if p.requires_grad).sum()
+            return (loss, {"scores": loss.detach()[None][:0]}) if return_outputs else loss
         scores_N = last_token_scores(model, inputs)
         chosen_B, rejected_B = scores_N[inputs["chosen"]], scores_N[inputs["chosen"] + 1]
         num_pairs, num_labelled = inputs["pairs_of_step"], inputs["labelled_of_step"].clamp(min=1)

@@ -111,7 +111,7 @@ def test_a_fingerprint_hangs_on_what_its_model_reads_and_on_nothing_else(
     labels = f"data.labels=[{{path: {tmp_path}/dialogs.jsonl}}]"
     more = f"data.open=[{{path: {tmp_path}/helpfulness.jsonl}}]"
     changes = {
-        labels: {"rm/safety"},
+        labels: {"rm/helpfulness", "rm/safety", "rm/judge"},  # learnt from by one, and all are tested with them
         "reward.safety_auxiliary_weight=0": {"rm/safety"},
         "reward.balance_labels=false": {"rm/safety"},
         "reward.helpfulness_share=0.2": {"rm/safety"},

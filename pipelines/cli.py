@@ -36,6 +36,10 @@ app.add_typer(data_app, name="data")
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Throw the step's present result away, run it anew.")
 ]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option("--only", help="These models alone: helpfulness, safety, judge.", metavar="MODEL[,MODEL]"),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan, run nothing.")]
 
 
@@ -75,21 +79,52 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def _run(command: str, config: Path, overrides: list[str] | None, *, overwrite: bool, dry_run: bool) -> None:
+def _run(
+    command: str,
+    config: Path,
+    overrides: list[str] | None,
+    *,
+    overwrite: bool,
+    dry_run: bool,
+    only: Sequence[str] = (),
+) -> None:
     from llamachat.config.loading import to_yaml
     from pipelines.plan import make_plan, plan_text
     from pipelines.recipe import load
     from pipelines.running import run_command
+    from pipelines.study import is_study
 
+    if is_study(config):
+        _study(command, config, overrides or (), overwrite=overwrite, dry_run=dry_run, only=only)
+        return
     recipe = load(config, overrides or ())
     if dry_run:
         print(to_yaml(recipe))
-        print(plan_text(recipe, make_plan(recipe, command)))
+        print(plan_text(recipe, make_plan(recipe, command, only)))
         return
     with state_is_kept():
-        run_command(recipe, command, should_overwrite=overwrite)
+        run_command(recipe, command, only=only, should_overwrite=overwrite)
     if command == "all":
         print(f"All steps are done. Try: llamachat chat {recipe.run.dir} -m 'Hello, who are you?'")
+
+
+def _study(
+    command: str, config: Path, overrides: Sequence[str], *, overwrite: bool, dry_run: bool, only: Sequence[str]
+) -> None:
+    from pipelines.study import load_study, run_study, study_plan_text
+
+    plan = load_study(config, overrides)
+    if command != plan.study.command or only:
+        raise UsageError(
+            f"{config}: is a study of '{plan.study.command}', whose variants say what is run (variants.NAME.only), so that"
+            f" its tables compare like with like. Run `llamachat {plan.study.command} --config {config}` without --only,"
+            " or give the recipe that it extends."
+        )
+    if dry_run:
+        print(study_plan_text(plan))
+        return
+    with state_is_kept():
+        print(run_study(plan, should_overwrite=overwrite))
 
 
 @app.command()
@@ -102,6 +137,20 @@ def sft(
 ) -> None:
     """Supervised fine-tuning: a base learns to answer from dialogs (paper, section 3.1)."""
     _run("sft", config, overrides, overwrite=overwrite, dry_run=dry_run)
+
+
+@app.command()
+@reported
+def rm(
+    overrides: Overrides = None,
+    config: ConfigOption = TINY,
+    only: OnlyOption = None,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Reward models: the chat policy learns which of two answers people prefer (3.2.2). Also runs a study."""
+    models = [name.strip() for names in only or () for name in names.split(",")]
+    _run("rm", config, overrides, overwrite=overwrite, dry_run=dry_run, only=models)
 
 
 @app.command(name="all")
@@ -131,7 +180,6 @@ def _add_later(command: str, meaning: str) -> None:
         raise UsageError(not_yet(f"'{command}'"))
 
 
-_add_later("rm", "Reward models of helpfulness and safety (3.2.2).")
 _add_later("rs", "Rejection sampling (3.2.3).")
 _add_later("gatt", "Ghost Attention (3.3).")
 _add_later("distill", "Safety context distillation (4.2.4).")
@@ -146,8 +194,13 @@ def plan(overrides: Overrides = None, config: ConfigOption = TINY, gpu: tools.Gp
     """Say what would run, from which inputs and why, with memory and time; runs nothing."""
     from pipelines.plan import make_plan, plan_text
     from pipelines.recipe import load
+    from pipelines.study import is_study, load_study, study_plan_text
 
-    recipe = load(config, [*(overrides or ()), *([f"run.gpu={gpu}"] if gpu else ())])
+    given = [*(overrides or ()), *([f"run.gpu={gpu}"] if gpu else ())]
+    if is_study(config):
+        print(study_plan_text(load_study(config, given)))
+        return
+    recipe = load(config, given)
     print(plan_text(recipe, make_plan(recipe)))
 
 

@@ -20,11 +20,14 @@ class DataSize:
     tokens_per_record: float
 
 
-def measure_data(sources: Sequence[DataSource]) -> DataSize | None:
-    """Size of the sources; None as soon as one of them is not here and has no `limit` to bound it."""
+def measure_data(sources: Sequence[DataSource], *, hub_tokens: float = HUB_TOKENS) -> DataSize | None:
+    """Size of the sources; None as soon as one of them is not here and has no `limit` to bound it.
+
+    `hub_tokens` are assumed in a record of a set that is not here.
+    """
     records = tokens = 0.0
     for source in sources:
-        size = _measure(source)
+        size = _measure(source, hub_tokens)
         if size is None:
             return None
         records += size.records * source.weight
@@ -32,13 +35,13 @@ def measure_data(sources: Sequence[DataSource]) -> DataSize | None:
     return DataSize(records, tokens / records) if records else None
 
 
-def _measure(source: DataSource) -> DataSize | None:
+def _measure(source: DataSource, hub_tokens: float) -> DataSize | None:
     path = Path(source.path)
     if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):
         return _measure_lines(path, source.limit)
     if path.is_file() and path.suffix == ".parquet":
         return _measure_parquet(path, source.limit)
-    return DataSize(source.limit, HUB_TOKENS) if source.limit is not None and not path.exists() else None
+    return DataSize(source.limit, hub_tokens) if source.limit is not None and not path.exists() else None
 
 
 def _measure_lines(path: Path, limit: int | None) -> DataSize:

@@ -20,7 +20,6 @@ from pipelines.environment import PYTHON_NEEDED, requirements, shortfalls
 from pipelines.plan import card, estimate_step, smaller
 from pipelines.recipe import Recipe, load, resolve_steps
 from pipelines.resolve import step_folder
-from sft.estimate import Workload
 
 Verdict = Literal["ok", "note", "FAIL"]
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
@@ -154,7 +153,7 @@ def _disk(recipe: Recipe) -> Iterator[Finding]:
     for step in resolve_steps(recipe):
         if is_published(step_folder(recipe, step)):
             continue
-        trained = Workload(shape, recipe.base, step.tuning, None).trained
+        trained = shape.trained_weights(step.tuning)
         state = trained * (width + (8 if width == 4 else 12))
         needs.append((run, CHECKPOINTS * state + trained * width, f"{step.name}: checkpoints and result"))
     known = KNOWN_BASES.get(recipe.base.model)
@@ -231,7 +230,8 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     from llamachat.models.reach import reach_data
     from pipelines.data_size import measure_data
 
-    for source in recipe.data.sft:
+    keys = dict.fromkeys(key for step in resolve_steps(recipe) for key in step.product.data)
+    for source in (source for key in keys for source in getattr(recipe.data, key)):
         named = hub_set(source.path)
         if named is None:
             size = measure_data([source.model_copy(update={"weight": 1.0})])

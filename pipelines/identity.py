@@ -4,6 +4,7 @@ Local files and folders count by content, not by name: moving them changes nothi
 of the hub count by name, since their content is not here to be read.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from llamachat.runs.fingerprints import digest_of_file, digest_of_folder, digest
 from pipelines.recipe import Recipe, Step
 
 
-def step_identity(recipe: Recipe, step: Step, policy: Artifact | None) -> dict[str, Any]:
-    """Everything that decides what the step makes, as plain JSON values; `policy` is the policy it starts from."""
+def step_identity(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Everything that decides what the step makes, as plain JSON values; `inputs` are the artifacts that it reads."""
+    section = {key: value for key, value in identity(step.config).items() if key not in step.product.unread}
     return {
         "step": step.name,
         "command": step.stage.command,
@@ -23,9 +25,9 @@ def step_identity(recipe: Recipe, step: Step, policy: Artifact | None) -> dict[s
         "run": identity(recipe.run),
         "base": _base_identity(recipe.base),
         "tuning": _tuning_identity(step.tuning),
-        "data": {key: _data_identity(getattr(recipe.data, key)) for key in step.stage.data},
-        step.stage.section: identity(step.config),
-        "inputs": {"policy": policy.digest} if policy else {},
+        "data": {key: _data_identity(getattr(recipe.data, key)) for key in (*step.product.data, "split")},
+        step.stage.section: section,
+        "inputs": {key: artifact.digest for key, artifact in inputs.items()},
     }
 
 

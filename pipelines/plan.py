@@ -12,16 +12,15 @@ from llamachat.runs.checkpoints import newest
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import living_owner
 from llamachat.runs.state import StepState, step_state
-from pipelines.data_size import measure_data
+from pipelines.handing import stage_estimate
 from pipelines.recipe import Recipe, Step, resolve_steps
-from pipelines.resolve import earlier_policies, step_folder
-from pipelines.running import Work, find_work, parent_folder
-from sft import Config as SftConfig
-from sft.estimate import Workload
+from pipelines.resolve import earlier_makers, lacks_policy, step_folder
+from pipelines.running import Work, choose_steps, find_work, parent_folder
 
 FEW_STEPS = 100
 MUCH_WARMUP = 0.2
 FULL_TUNING_RATE = 2e-5  # Llama 2 section 3.1, for all weights
+BATCHES = ("examples_per_step", "pairs_per_step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +39,10 @@ class PlannedStep:
         return self.verdict in ("new", "resume", "waits")
 
 
-def make_plan(recipe: Recipe, command: str = "all") -> list[PlannedStep]:
-    """The plan of the recipe's steps of one command, or of all."""
+def make_plan(recipe: Recipe, command: str = "all", only: Sequence[str] = ()) -> list[PlannedStep]:
+    """The plan of the recipe's steps of one command, or of all; with `only` of these models."""
     steps = resolve_steps(recipe)
+    chosen = choose_steps(steps, command, only)
     planned: list[PlannedStep] = []
     to_run: set[str] = set()
     reused: dict[str, StepFolder] = {}
@@ -52,7 +52,7 @@ def make_plan(recipe: Recipe, command: str = "all") -> list[PlannedStep]:
             to_run.add(step.name)
         if found.verdict == "reuse" and recipe.run.parent is not None:
             reused[step.name] = StepFolder(Path(recipe.run.parent) / step.name)
-        if command in ("all", step.stage.command):
+        if step in chosen:
             planned.append(found)
     return planned
 
@@ -61,10 +61,13 @@ def _plan_step(
     recipe: Recipe, steps: Sequence[Step], step: Step, to_run: set[str], reused: Mapping[str, StepFolder]
 ) -> PlannedStep:
     estimate = estimate_step(recipe, step)
-    warnings = tuple(warn(step, estimate, card(recipe)))
-    nearest = next(iter(earlier_policies(steps, step)), None)
-    if nearest is not None and nearest.name in to_run:
-        why, inputs = f"runs after '{nearest.name}'", f"policy of '{nearest.name}', once it is there"
+    no_policy = lacks_policy(recipe, steps, step)
+    warnings = (*([no_policy] if no_policy else []), *warn(step, estimate, card(recipe)))
+    nearest = {role: makers[0] for role, makers in earlier_makers(steps, step).items() if makers}
+    awaited = {role: maker.name for role, maker in nearest.items() if maker.name in to_run}
+    if awaited:
+        why = f"runs after {' and '.join(repr(name) for name in dict.fromkeys(awaited.values()))}"
+        inputs = ", ".join(f"{role} of '{name}'" for role, name in awaited.items()) + ", once it is there"
         if is_published(step_folder(recipe, step)):
             why += "; its present result was made from another one and would then be refused as changed"
         return PlannedStep(step.name, "waits", why, inputs, estimate, warnings)
@@ -106,22 +109,9 @@ def card(recipe: Recipe) -> Gpu | None:
 
 def estimate_step(recipe: Recipe, step: Step, gpu: Gpu | None = None) -> Estimate | None:
     """The stage's estimate, on this card in place of the recipe's; None where the shape of the base is not known here."""
-    assert isinstance(step.config, SftConfig), "each stage has an estimate of its own kind"
-    size = measure_data(recipe.data.sft)
-    kept = 1.0 - recipe.data.split.test - recipe.data.split.validation - recipe.data.split.judge
     try:
         shape = shape_of(recipe.base.model)
-        if shape is None:
-            return None
-        workload = Workload(
-            shape=shape,
-            base=recipe.base,
-            tuning=step.tuning,
-            dialogs=round(size.records * kept) if size else None,
-            tokens_per_dialog=min(size.tokens_per_record, recipe.base.max_tokens) if size else 0.0,
-            gpu=gpu or card(recipe),
-        )
-        return step.stage.package.estimate(step.config, workload)
+        return stage_estimate(recipe, step, shape, gpu or card(recipe)) if shape else None
     except (KeyError, ValueError):
         return None  # another architecture, no JSON, or targets that are none: refused in words where it is loaded
 
@@ -130,22 +120,24 @@ def warn(step: Step, estimate: Estimate | None, gpu: Gpu | None = None) -> list[
     """Settings that load but seldom do what is wanted."""
     warnings = []
     steps = estimate.optimizer_steps if estimate else None
-    assert isinstance(step.config, SftConfig), "each stage has values of its own kind"
-    key = step.stage.section
+    key, values = step.stage.section, step.config.model_dump()  # a stage has those of these keys that mean it something
     if steps is not None and steps < FEW_STEPS:
+        batch = next((f"{key}.{name}" for name in BATCHES if name in values), "the batch")
         warnings.append(
             f"only about {steps} optimizer steps, under {FEW_STEPS}: a model learns little from so few."
-            f" Lower {key}.examples_per_step, or raise {key}.epochs."
+            f" Lower {batch}, or raise {key}.epochs."
         )
-    if step.config.warmup_fraction > MUCH_WARMUP:
+    warmup = values.get("warmup_fraction", 0.0)
+    if warmup > MUCH_WARMUP:
         warnings.append(
-            f"warm-up takes {step.config.warmup_fraction:.0%} of the steps, more than a fifth: the rate is seldom at its"
-            f" peak. Lower {key}.warmup_fraction."
+            f"warm-up takes {warmup:.0%} of the steps, more than a fifth: the rate is seldom at its peak."
+            f" Lower {key}.warmup_fraction."
         )
-    if step.tuning.method != "full" and step.config.learning_rate <= FULL_TUNING_RATE:
+    rate = values.get("learning_rate")
+    if step.tuning.method != "full" and rate is not None and rate <= FULL_TUNING_RATE:
         warnings.append(
-            f"{key}.learning_rate {step.config.learning_rate:g} is that of full tuning, and tuning.method is"
-            f" {step.tuning.method}: adapters want about ten times as much."
+            f"{key}.learning_rate {rate:g} is that of full tuning, and tuning.method is {step.tuning.method}: adapters"
+            " want about ten times as much."
         )
     if estimate and gpu and estimate.peak_bytes > gpu.usable_bytes:
         warnings.append(
@@ -157,11 +149,10 @@ def warn(step: Step, estimate: Estimate | None, gpu: Gpu | None = None) -> list[
 
 def smaller(step: Step) -> str:
     """What would take less memory, in the order of what it costs the result."""
-    assert isinstance(step.config, SftConfig), "each stage has values of its own kind"
-    ways = []
-    if not step.config.gradient_checkpointing:
+    ways, values = [], step.config.model_dump()
+    if values.get("gradient_checkpointing") is False:
         ways.append(f"set {step.stage.section}.gradient_checkpointing: true")
-    if not step.config.packing and step.config.rows_per_microbatch > 1:
+    if not values.get("packing", True) and values.get("rows_per_microbatch", 1) > 1:
         ways.append(f"lower {step.stage.section}.rows_per_microbatch")
     less = {"full": "lora or qlora", "lora": "qlora"}.get(step.tuning.method)
     if less:

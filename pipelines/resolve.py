@@ -1,24 +1,40 @@
-"""Which artifacts a step takes: the nearest earlier step of the recipe that is published, or the base.
+"""Which artifacts a step takes: of each kind that it reads, the nearest earlier step's that is published.
 
 A stage is handed what is found here; it never looks for "the latest" anything itself.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamachat.errors import ArtifactError
 from llamachat.runs.artifacts import Artifact, is_published, read_artifact
 from llamachat.runs.folder import StepFolder
 from pipelines.recipe import Recipe, Step
+from pipelines.stages import POLICY, Role
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What a step starts from, and how the log says so."""
+    """What a step reads, and how the log says so."""
 
-    policy: Artifact | None  # None: the base itself
-    words: str
+    artifacts: Mapping[Role, Artifact] = field(default_factory=dict)
+    words: str = ""
+
+    @property
+    def policy(self) -> Artifact | None:
+        """The policy to start from; None is the base itself."""
+        return self.artifacts.get(POLICY)
+
+    @property
+    def reward_models(self) -> dict[str, Artifact]:
+        """The reward models by what they judge; one that the recipe does not train is not among them."""
+        return {role.which: artifact for role, artifact in self.artifacts.items() if role.which}
+
+    @property
+    def by_key(self) -> dict[str, Artifact]:
+        """The same under the names that an identity gives them."""
+        return {role.key: artifact for role, artifact in self.artifacts.items()}
 
 
 def step_folder(recipe: Recipe, step: Step) -> StepFolder:
@@ -26,36 +42,57 @@ def step_folder(recipe: Recipe, step: Step) -> StepFolder:
     return StepFolder(Path(recipe.run.dir) / step.name)
 
 
-def earlier_policies(steps: Sequence[Step], step: Step) -> list[Step]:
-    """The steps before this one that make a policy, nearest first."""
+def earlier_makers(steps: Sequence[Step], step: Step) -> dict[Role, list[Step]]:
+    """The steps before this one that make what it reads, nearest first."""
     before = list(steps[: list(steps).index(step)])
-    return [earlier for earlier in reversed(before) if earlier.stage.makes_policy]
+    return {
+        role: [earlier for earlier in reversed(before) if earlier.product.makes == role] for role in step.stage.reads
+    }
 
 
 def take_inputs(
     recipe: Recipe, steps: Sequence[Step], step: Step, elsewhere: Mapping[str, StepFolder] | None = None
 ) -> Taken:
-    """The inputs of a step; ArtifactError that names the command to run when none of them is there.
+    """The inputs of a step; ArtifactError that names the command to run when none that makes one of them is finished.
 
     `elsewhere` holds, by name, finished steps of another run that this run is about to take by reference.
     """
-    earlier = earlier_policies(steps, step)
-    for candidate in earlier:
-        folder = (elsewhere or {}).get(candidate.name) or step_folder(recipe, candidate)
+    artifacts: dict[Role, Artifact] = {}
+    words: list[str] = []
+    for role, makers in earlier_makers(steps, step).items():
+        if makers:
+            artifacts[role], told = _take(recipe, step, role, makers, elsewhere or {})
+            words.append(told)
+        elif role == POLICY and recipe.base.policy:
+            artifacts[role] = read_artifact(Path(recipe.base.policy), "policy", reader=step.name)
+            words.append(f"policy {artifacts[role].path}")
+        elif role == POLICY:
+            words.append(f"base {recipe.base.model}")
+    return Taken(artifacts, ", ".join(words))
+
+
+def _take(
+    recipe: Recipe, step: Step, role: Role, makers: Sequence[Step], elsewhere: Mapping[str, StepFolder]
+) -> tuple[Artifact, str]:
+    for index, maker in enumerate(makers):
+        folder = elsewhere.get(maker.name) or step_folder(recipe, maker)
         if is_published(folder):
-            skipped = earlier[: earlier.index(candidate)]
+            skipped = makers[:index]
             note = f"; not finished: {', '.join(other.name for other in skipped)}" if skipped else ""
-            return Taken(
-                read_artifact(folder.artifact, "policy"), f"policy of '{candidate.name}' ({folder.artifact}{note})"
-            )
-    if earlier:
-        first = earlier[-1]
-        raise ArtifactError(
-            f"{recipe.run.dir}: '{step.name}' starts from a policy, and none of the steps before it is finished"
-            f" ({', '.join(other.name for other in reversed(earlier))}). Run `make {first.stage.command}` with the same"
-            f" CONFIG and ARGS first, or `make all`."
-        )
-    if recipe.base.policy:
-        artifact = read_artifact(Path(recipe.base.policy), "policy", reader=step.name)
-        return Taken(artifact, f"policy {artifact.path}")
-    return Taken(None, f"base {recipe.base.model}")
+            artifact = read_artifact(folder.artifact, role.kind, reader=step.name)
+            return artifact, f"{role} of '{maker.name}' ({folder.artifact}{note})"
+    raise ArtifactError(
+        f"{recipe.run.dir}: '{step.name}' reads a {role}, and none of the steps before it that make one is finished"
+        f" ({', '.join(other.name for other in reversed(makers))}). Run `make {makers[-1].stage.command}` with the same"
+        f" CONFIG and ARGS first, or `make all`."
+    )
+
+
+def lacks_policy(recipe: Recipe, steps: Sequence[Step], step: Step) -> str | None:
+    """What to say where a step that belongs after supervised tuning starts from the base."""
+    if step.stage.starts_from_base or recipe.base.policy or earlier_makers(steps, step).get(POLICY, [step]):
+        return None
+    return (
+        f"no step before '{step.name}' makes a policy, so it starts from base.model itself: sound for a chat model, poor"
+        " for a pretrained one. Put sft before it, or name a policy in base.policy."
+    )

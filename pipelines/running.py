@@ -17,10 +17,10 @@ from llamachat.runs.fingerprints import changed_keys, fingerprint
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import hold
 from llamachat.runs.state import StepState, begin, lineage, overwrite, reference, step_state, unbind
+from pipelines.handing import stage_inputs
 from pipelines.identity import step_identity
 from pipelines.recipe import Recipe, Step, resolve_steps
-from pipelines.resolve import Taken, step_folder, take_inputs
-from pipelines.stages import STAGES
+from pipelines.resolve import Taken, lacks_policy, step_folder, take_inputs
 
 log = logging.getLogger(__name__)
 
@@ -41,20 +41,36 @@ def find_work(
 ) -> Work:
     """What running the step would mean now; `elsewhere` as in `take_inputs`."""
     taken = take_inputs(recipe, steps, step, elsewhere)
-    identity = step_identity(recipe, step, taken.policy)
+    identity = step_identity(recipe, step, taken.by_key)
     return Work(step, step_folder(recipe, step), taken, identity, fingerprint(identity))
 
 
-def run_command(recipe: Recipe, command: str, *, should_overwrite: bool = False) -> list[Artifact]:
+def run_command(
+    recipe: Recipe, command: str, *, only: Sequence[str] = (), should_overwrite: bool = False
+) -> list[Artifact]:
     """Run the recipe's steps of one command, or all of them for "all", in their order."""
     steps = resolve_steps(recipe)
+    chosen = choose_steps(steps, command, only)
+    return [run_step(recipe, steps, step, should_overwrite=should_overwrite) for step in chosen]
+
+
+def choose_steps(steps: Sequence[Step], command: str, only: Sequence[str] = ()) -> list[Step]:
+    """The steps of a command, or all of them for "all"; with `only` those of these models."""
     chosen = [step for step in steps if command in ("all", step.stage.command)]
     if not chosen:
         raise UsageError(
             f"steps: the recipe has no step '{command}', only {', '.join(step.name for step in steps)}."
             f" A command runs the steps of its name. Add '{command}' to 'steps', or run one that is there."
         )
-    return [run_step(recipe, steps, step, should_overwrite=should_overwrite) for step in chosen]
+    models = [step.product.makes.which for step in chosen]
+    absent = [name for name in only if name not in models]
+    if absent:
+        raise UsageError(
+            f"--only {absent[0]}: the recipe has no such step of '{command}', only"
+            f" {', '.join(step.name for step in chosen)}. A model is trained where its data are in the recipe. Name one"
+            " of those, or give data for it."
+        )
+    return [step for step in chosen if not only or step.product.makes.which in only]
 
 
 def run_step(recipe: Recipe, steps: Sequence[Step], step: Step, *, should_overwrite: bool = False) -> Artifact:
@@ -68,6 +84,9 @@ def run_step(recipe: Recipe, steps: Sequence[Step], step: Step, *, should_overwr
         with hold(folder):
             # Asked again under the lock: the one who held it until now may have finished the step.
             if step_state(folder, work.fingerprint, work.identity) is not StepState.DONE:
+                warning = lacks_policy(recipe, steps, step)
+                if warning:
+                    log.warning("warning: %s", warning)
                 return _run(recipe, work)
     where = f"{folder.path} -> {folder.path.resolve()}" if folder.path.is_symlink() else f"{folder.artifact}"
     if not is_adopted:
@@ -81,8 +100,17 @@ def _run(recipe: Recipe, work: Work) -> Artifact:
     resolved = to_yaml(recipe)
     begin(folder, name, fingerprint=work.fingerprint, identity=work.identity, resolved=resolved)
     log.info("%s: from %s, into %s", name, work.taken.words, folder.path)
+    inputs = stage_inputs(
+        recipe,
+        work.step,
+        work.taken,
+        folder=folder.path,
+        resolved=resolved,
+        identity=work.identity,
+        fingerprint=work.fingerprint,
+    )
     try:
-        artifact = work.step.stage.package.run(work.step.config, _stage_inputs(recipe, work, resolved))
+        artifact = work.step.stage.package.run(work.step.config, inputs)
     except (ConfigError, DataError, TokenizerError):
         unbind(folder)  # the mend changes the recipe or the data, which a step that stays begun would refuse
         raise
@@ -112,24 +140,3 @@ def parent_folder(recipe: Recipe, work: Work) -> StepFolder | None:
         return None
     kept = StepFolder(Path(recipe.run.parent) / work.step.name)
     return kept if is_published(kept) and not is_published(work.folder) else None
-
-
-def _stage_inputs(recipe: Recipe, work: Work, resolved: str) -> Any:
-    """The stage's `Inputs`: its section aside, all that it may know."""
-    assert work.step.stage is STAGES["sft"], "each stage has inputs of its own kind"
-    from sft.config import Inputs
-
-    return Inputs(
-        step=work.step.name,
-        folder=work.folder.path,
-        resolved=resolved,
-        identity=work.identity,
-        fingerprint=work.fingerprint,
-        run=recipe.run,
-        base=recipe.base,
-        tuning=work.step.tuning,
-        data=recipe.data,
-        rollout=recipe.rollout,
-        tracking=recipe.tracking,
-        policy=work.taken.policy,
-    )

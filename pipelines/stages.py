@@ -1,11 +1,47 @@
-"""Which commands of the recipe there are, what each reads and makes, and the stage package behind it."""
+"""Which commands of the recipe there are, what each reads and makes, and the stage package behind it.
+
+A new stage is one entry here, its `Inputs` and its workload in `pipelines/handing.py`, and its section in the recipe.
+"""
 
 from dataclasses import dataclass
 from types import ModuleType
 
+import reward
 import sft
 from llamachat.config.section import Section
+from llamachat.runs.artifacts import Kind
+from reward.config import VERSION as REWARD_VERSION
 from sft.config import VERSION as SFT_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What an artifact is to the steps that make it and to those that read it."""
+
+    kind: Kind
+    which: str | None = None  # of the reward models
+
+    @property
+    def key(self) -> str:
+        """Its name among the inputs of a step's identity."""
+        return f"{self.kind}/{self.which}" if self.which else self.kind
+
+    def __str__(self) -> str:
+        return " ".join([*([self.which] if self.which else []), self.kind.replace("_", " ")])
+
+
+POLICY = Role("policy")
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One thing that a command makes, in a step of its own."""
+
+    makes: Role
+    data: tuple[str, ...]  # keys of `data` with the records that decide what it makes
+    needs: tuple[str, ...]  # of these, one at least must hold records
+    share: str = ""  # key of `data.split` that must be above 0
+    unread: tuple[str, ...] = ()  # keys of the section that say nothing about it
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +52,19 @@ class Stage:
     section: str  # its key in the recipe
     package: ModuleType  # exports Config, run, estimate
     version: int  # raised when its code makes something else of the same configuration
-    data: tuple[str, ...]  # keys of `data` that decide what it makes
-    makes_policy: bool
+    products: tuple[Product, ...]  # one step each; several are told apart by `makes.which`
+    reads: tuple[Role, ...] = (POLICY,)  # taken from the nearest earlier steps that make them
+    starts_from_base: bool = False  # whether a pretrained base does as well as a policy
 
     @property
     def config(self) -> type[Section]:
         """The class of its section."""
         return self.package.Config
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What tells its products apart; nothing for a command that is one step."""
+        return tuple(product.makes.which for product in self.products if product.makes.which)
 
 
 STAGES = {
@@ -33,15 +75,41 @@ STAGES = {
             section="sft",
             package=sft,
             version=SFT_VERSION,
-            data=("sft", "split"),
-            makes_policy=True,
+            products=(Product(makes=POLICY, data=("sft",), needs=("sft",)),),
+            starts_from_base=True,
+        ),
+        Stage(
+            command="rm",
+            section="reward",
+            package=reward,
+            version=REWARD_VERSION,
+            products=(
+                Product(
+                    makes=Role("reward_model", "helpfulness"),
+                    data=("helpfulness", "safety", "open"),
+                    needs=("helpfulness",),
+                    unread=("safety_auxiliary_weight", "balance_labels", "helpfulness_share"),
+                ),
+                Product(
+                    makes=Role("reward_model", "safety"),
+                    data=("helpfulness", "safety", "open", "labels"),
+                    needs=("safety",),
+                    unread=("other_share",),
+                ),
+                Product(
+                    makes=Role("reward_model", "judge"),
+                    data=("helpfulness", "safety", "open"),
+                    needs=("helpfulness", "safety"),
+                    share="judge",
+                    unread=("safety_auxiliary_weight", "balance_labels", "helpfulness_share", "other_share"),
+                ),
+            ),
         ),
     )
 }
 
 # Commands of the whole recipe that have no stage here: command -> its section.
 LATER = {
-    "rm": "reward",
     "rs": "rejection_sampling",
     "gatt": "gatt",
     "distill": "context_distillation",

@@ -199,7 +199,7 @@ def test_a_child_run_reruns_only_what_changed(
 def test_a_missing_input_names_the_command_that_makes_it(tmp_path: Path, calls: list[Any]) -> None:
     recipe = load(write_recipe(tmp_path, steps=TWO_STEPS))
     steps = resolve_steps(recipe)
-    with pytest.raises(ArtifactError, match=r"'sft-2' starts from a policy.*Run `make sft` with the same"):
+    with pytest.raises(ArtifactError, match=r"'sft-2' reads a policy.*Run `make sft` with the same"):
         find_work(recipe, steps, steps[1])
     assert calls == []
 

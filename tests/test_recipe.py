@@ -60,11 +60,11 @@ def test_the_resolved_recipe_has_the_same_steps(tmp_path: Path) -> None:
 
 
 REFUSED_STEPS: list[tuple[Any, str]] = [
-    ([], "steps: empty, so nothing would run. Known: sft."),
+    ([], "steps: empty, so nothing would run. Known: sft, rm."),
     ("sft", "steps: found the text 'sft', but a list is required."),
     (["smt"], "steps.0: there is no step 'smt'. Did you mean 'sft'?"),
-    (["qqq"], "steps.0: there is no step 'qqq'. Known: sft."),
-    (["sft", "ppo"], "steps.1: the step 'ppo' is not part of this version yet. What there is: sft."),
+    (["qqq"], "steps.0: there is no step 'qqq'. Known: sft, rm, rm/helpfulness, rm/safety, rm/judge."),
+    (["sft", "ppo"], "steps.1: the step 'ppo' is not part of this version yet. What there is: sft, rm."),
     ([{"rs": {"name": "rs-1"}}], "steps.0: the step 'rs' is not part of this version yet."),
     ([3], "steps.0: found the number 3, but a command, or one command with its values, is required"),
     ([{"sft": {}, "rm": {}}], "steps.0: found a mapping with the keys sft, rm, but a command"),
@@ -80,6 +80,17 @@ REFUSED_STEPS: list[tuple[Any, str]] = [
     ([{"sft": {"epoch": 1}}], "steps.0.sft.epoch: unknown key. Did you mean 'epochs'?"),
     ([{"sft": {"epochs": -1}}], "steps.0.sft.epochs: found the number -1, but a number above 0 is required"),
     ([{"sft": {"trainer": {"sed": 1}}}], "steps.0.sft.trainer.sed: TRL's SFTConfig has no argument of this name."),
+    (["rm/saftey"], "steps.0: there is no step 'rm/saftey'. Did you mean 'rm/safety'?"),
+    (["sft/mix"], "steps.0: there is no step 'sft/mix'. Did you mean"),
+    (["rm"], "steps.0: 'rm' finds nothing to learn from. Give records under data.helpfulness or data.safety, or take rm"),
+    (["rm/safety"], "data.safety: empty, but the step 'rm/safety' learns from it. Give records there, or take rm/safety"),
+    ([{"rm": {"only": ["judge"]}}], "data.helpfulness: empty, but the step 'rm/judge' learns from it."),
+    ([{"rm": {"only": "safety"}}], "steps.0.rm.only: found the text 'safety', but a list of models is required: {rm: {only:"),
+    ([{"rm": {"only": []}}], "steps.0.rm.only: found a list of 0, but a list"),
+    ([{"rm": {"only": ["safe"]}}], "steps.0.rm.only: found the text 'safe', but the models of 'rm' are helpfulness, safety,"),
+    ([{"rm/safety": {"only": ["safety"]}}], "steps.0.rm/safety.only: 'rm/safety' is one step, of which nothing"),
+    ([{"sft": {"only": ["x"]}}], "steps.0.sft.only: 'sft' is one step"),
+    ([{"rm/safety": {"epoch": 1}}], "steps.0.rm/safety.epoch: unknown key. Did you mean 'epochs'?"),
     ([{"sft": {"tuning": {"rnk": 1}}}], "steps.0.sft.tuning.rnk: unknown key. Did you mean 'rank'?"),
     ([{"sft": {"tuning": "lora"}}], "steps.0.sft.tuning: found the text 'lora', but a mapping is required"),
 ]
@@ -98,7 +109,7 @@ def test_a_fault_of_a_section_is_told_once_and_not_at_each_step(tmp_path: Path) 
 
 def test_sections_of_later_stages_say_so(tmp_path: Path) -> None:
     for section in LATER_SECTIONS:
-        expected = f"{section}: the section '{section}' is not part of this version yet. What there is: sft."
+        expected = f"{section}: the section '{section}' is not part of this version yet. What there is: sft, rm."
         assert expected in report(write_recipe(tmp_path), [f"{section}.x=1"])
 
 

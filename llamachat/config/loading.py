@@ -18,13 +18,21 @@ MoreChecks = Callable[[Layers], Iterable[Problem]]
 
 
 def load_recipe(
-    schema: type[S], path: Path | str, overrides: Sequence[str] = (), *, more_checks: MoreChecks | None = None
+    schema: type[S],
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    prepare: Callable[[Layers], None] | None = None,
+    more_checks: MoreChecks | None = None,
 ) -> S:
     """The recipe of a file, checked whole; every problem is told in one ConfigError.
 
-    `more_checks` looks at the raw values for what the types cannot say; what it finds joins the same report.
+    `prepare` may change the raw values first. `more_checks` looks at them for what the types cannot say; what it finds
+    joins the same report.
     """
     layers, problems = read_layers(Path(path), overrides)
+    if prepare is not None:
+        prepare(layers)
     values = {name: value for name, value in layers.values.items() if name != "extends"}
     if not any(problem.key == "" and problem.source != COMMAND_LINE for problem in problems):
         problems += section_problems(schema, values, source=layers.source, root=schema)

@@ -1,0 +1,116 @@
+"""What each stage is handed: the `Inputs` of a run, and the workload of an estimate. One function each for a stage."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llamachat.config.gpus import Gpu
+from llamachat.config.sections import DataSource, Split
+from llamachat.models.estimates import Estimate, Shape
+from pipelines.data_size import HUB_TOKENS, DataSize, measure_data
+from pipelines.recipe import Recipe, Step
+from pipelines.resolve import Taken
+from reward.config import Config as RewardConfig
+from reward.config import Inputs as RewardInputs
+from reward.estimate import Workload as RewardWorkload
+from sft.config import Inputs as SftInputs
+from sft.estimate import Workload as SftWorkload
+
+# Tokens of both sequences of a pair for each token of its record, where the prompt stands once. Ours, rough.
+TOKENS_OF_A_PAIR = 1.25
+
+
+def stage_inputs(recipe: Recipe, step: Step, taken: Taken, **of_the_work: Any) -> Any:
+    """The stage's `Inputs`: its section aside, all that it may know. `of_the_work`: folder, identity and the like."""
+    shared = {
+        "step": step.name,
+        "run": recipe.run,
+        "base": recipe.base,
+        "tuning": step.tuning,
+        "data": recipe.data,
+        "tracking": recipe.tracking,
+        **of_the_work,
+    }
+    return _INPUTS[step.stage.command](recipe, step, taken, shared)
+
+
+def _sft_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> SftInputs:
+    return SftInputs(**shared, rollout=recipe.rollout, policy=taken.policy)
+
+
+def _reward_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> RewardInputs:
+    which: Any = step.product.makes.which  # one of the three: the stage's products say which
+    return RewardInputs(**shared, which=which, policy=taken.policy)
+
+
+_INPUTS: Mapping[str, Callable[[Recipe, Step, Taken, Mapping[str, Any]], Any]] = {
+    "sft": _sft_inputs,
+    "rm": _reward_inputs,
+}
+
+
+def stage_estimate(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> Estimate:
+    """What the stage says that the step costs, with a base of this shape on this card (None: two CPU cores)."""
+    return step.stage.package.estimate(step.config, _WORKLOADS[step.stage.command](recipe, step, shape, gpu))
+
+
+def _sft_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> SftWorkload:
+    size = measure_data(recipe.data.sft)
+    return SftWorkload(
+        shape=shape,
+        base=recipe.base,
+        tuning=step.tuning,
+        dialogs=round(size.records * train_share(recipe.data.split)) if size else None,
+        tokens_per_dialog=min(size.tokens_per_record, recipe.base.max_tokens) if size else 0.0,
+        gpu=gpu,
+    )
+
+
+def _reward_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> RewardWorkload:
+    assert isinstance(step.config, RewardConfig)
+    pairs, tokens = _reward_mix(recipe, step.config, step.product.makes.which) or (None, 0.0)
+    return RewardWorkload(
+        shape=shape,
+        base=recipe.base,
+        tuning=step.tuning,
+        pairs=None if pairs is None else round(pairs),
+        tokens_per_pair=tokens / pairs if pairs else 0.0,
+        gpu=gpu,
+    )
+
+
+def _reward_mix(recipe: Recipe, config: RewardConfig, which: str | None) -> tuple[float, float] | None:
+    """Pairs of the model's mix, and tokens of all that it learns from; None where some of it is not counted."""
+    data, kept = recipe.data, train_share(recipe.data.split)
+    if which == "judge":
+        own, others, share, kept = (data.helpfulness, data.safety, data.open), (), 0.0, data.split.judge
+    elif which == "helpfulness":
+        own, others, share = (data.helpfulness,), (data.safety, data.open), config.other_share
+    else:
+        own, others, share = (data.safety,), (data.helpfulness, data.open), config.helpfulness_share
+    measured = [_measured(sources, records=2) for sources in (own, others)]
+    labels = _measured((data.labels,), records=1) if which == "safety" else DataSize(0.0, 0.0)
+    if measured[0] is None or measured[1] is None or labels is None:
+        return None
+    of_own = measured[0].records * kept
+    of_others = min(measured[1].records * kept, of_own * share / (1 - share))
+    longest = 2 * recipe.base.max_tokens
+    tokens = of_own * min(longest, TOKENS_OF_A_PAIR * measured[0].tokens_per_record)
+    tokens += of_others * min(longest, TOKENS_OF_A_PAIR * measured[1].tokens_per_record)
+    return of_own + of_others, tokens + labels.records * kept * min(longest / 2, labels.tokens_per_record)
+
+
+def _measured(parts: tuple[tuple[DataSource, ...], ...], *, records: int) -> DataSize | None:
+    """The size of several keys of `data`; a record that is not here is taken for so many dialogs."""
+    sources = [source for part in parts for source in part]
+    return measure_data(sources, hub_tokens=records * HUB_TOKENS) if sources else DataSize(0.0, 0.0)
+
+
+def train_share(split: Split) -> float:
+    """The share of the conversations that is trained on."""
+    return 1.0 - split.test - split.validation - split.judge
+
+
+_WORKLOADS: Mapping[str, Callable[[Recipe, Step, Shape, Gpu | None], Any]] = {
+    "sft": _sft_workload,
+    "rm": _reward_workload,
+}

@@ -207,6 +207,7 @@ def plan(overrides: Overrides = None, config: ConfigOption = TINY, gpu: tools.Gp
 app.command()(tools.doctor)
 app.command()(tools.chat)
 app.command()(tools.sample)
+app.command()(tools.score)
 app.command()(tools.export)
 app.command()(tools.tokens)
 app.command()(tools.dashboard)

@@ -1,4 +1,4 @@
-"""Commands beside the recipe's steps: chat, sample, export, tokens, data check, data convert, dashboard, pretrain."""
+"""Commands beside the recipe's steps: chat, sample, score, export, tokens, data check, data convert, dashboard, pretrain."""
 
 import logging
 import sys
@@ -167,6 +167,46 @@ def sample(
     loaded = load_policy(artifact.path, device="auto")
     done = sample_file(loaded, prompts, out, samples_per_prompt=samples, sampling=sampling)
     log.info("%s: %d answers to %d prompts, %d finished", out, done.completions, done.prompts, done.finished)
+
+
+@reported
+def score(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A reward model: artifact, step folder, plain folder.")],
+    answers: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="Dialogs, preferences, or prompts with completions.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The records with their scores; else printed.", metavar="FILE")
+    ] = None,
+    message: Annotated[
+        list[str] | None,
+        typer.Option("-m", "--message", help="In place of FILE: -m QUESTION -m ANSWER.", metavar="TEXT"),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="A score in 16 bits has 3 digits.")
+    ] = "float32",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Score answers with a reward model, raw: the sigmoid is not taken."""
+    if (answers is None) == (not message) or (message and out is not None):
+        raise UsageError(
+            "score: it takes MODEL and either FILE or -m QUESTION -m ANSWER (then without --out). A score is that of "
+            "answers. Give one of the two."
+        )
+    from llamachat.models.reward_model import load_reward_model
+    from serving.score import score_file, score_turns
+
+    loaded = load_reward_model(model, dtype=dtype, device=device)
+    if message:
+        print(score_turns(loaded, message))
+        return
+    assert answers is not None, "one of the two is there"
+    done, text = score_file(loaded, answers, out)
+    if out is None:
+        _write(text)
+    log.info("%s: %d answers of %d records scored", answers, done.answers, done.records)
+    if done.accuracy is not None:
+        log.info("%d pairs: accuracy %.4f", done.pairs, done.accuracy)
 
 
 def _sampling(temperature: float, top_p: float, max_new_tokens: int, seed: int) -> "Sampling":

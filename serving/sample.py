@@ -8,8 +8,6 @@ included) under the distribution that it was drawn from, in nats. The output app
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,14 @@ from llamachat.errors import DataError, UsageError
 from llamachat.jsonl import Row
 from llamachat.models.loading import Policy
 from llamachat.problems import Problem, problem, report
-from llamachat.record_rules import Prompt, as_prompt, kind_of
+from llamachat.record_rules import as_prompt
 from llamachat.records import parse_rows
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.rows import read_rows
 from llamachat.runs.atomic import write_text
 from serving.context import fit, longest_dialog, open_engine, with_system
+from serving.progress import progress
+from serving.written import as_written
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def sample_file(policy: Policy, prompts_in: Path, out: Path, *, samples_per_prom
     if shortened:
         log.warning("%s: the oldest turns of %d prompts are left out to fit %d tokens", prompts_in, shortened, limit)
     encoded = [policy.chat_format.encode_prompt(question.messages) for question in questions]
-    with _progress(len(encoded) * samples_per_prompt) as advance:
+    with progress(len(encoded) * samples_per_prompt, "sampled", "answers") as advance:
         groups = engine.generate(encoded, samples_per_prompt=samples_per_prompt, sampling=sampling, advance=advance)
     lines = [
         json.dumps({**question.record, "completions": [_described(policy, found) for found in group]})
@@ -102,7 +102,7 @@ def _read_questions(policy: Policy, path: Path, *, limit: int, max_new_tokens: i
         if fitting is None:
             problems.append(_too_long(parsed.line, limit))
             continue
-        record = _as_written(values[parsed.line], prompt)
+        record = as_written(values[parsed.line], prompt)
         questions.append(_Question(record, fitting, is_shortened=len(fitting) < len(messages)))
     if problems:
         raise DataError(report(problems, path))
@@ -123,46 +123,9 @@ def _too_long(line: int, limit: int) -> Problem:
     )
 
 
-def _as_written(value: Any, prompt: Prompt) -> dict[str, Any]:
-    """The record as it came where it is one of ours; of a foreign form, what was read of it."""
-    if kind_of(value) is not None and any(isinstance(value.get(key), list) for key in ("prompt", "messages")):
-        return dict(value)
-    return {"prompt": [{"role": message.role, "content": message.content} for message in prompt.messages]}
-
-
 def _described(policy: Policy, completion: Completion) -> dict[str, Any]:
     return {
         "text": policy.chat_format.decode_answer(completion.token_ids),
         "finished": completion.is_finished,
         "logprob": math.fsum(completion.logprobs),
     }
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar in a terminal, on standard error; a line for every batch where there is none."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        done = 0
-
-        def count(more: int) -> None:
-            nonlocal done
-            done += more
-            log.info("sampled %d of %d answers", done, total)
-
-        yield count
-        return
-    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("sampling", total=total)
-        yield lambda more: bar.advance(task, more)

@@ -8,7 +8,7 @@ score is 0 and the ranking loss is log 2.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +23,7 @@ from llamachat.dialog import DialogError, Message, check_messages
 from llamachat.errors import ArtifactError
 from llamachat.models import nf4
 from llamachat.models.hub import tokenizer_folder
+from llamachat.models.last_tokens import last_token_scores, score_rows
 from llamachat.models.loading import (
     VALUES_PER_WEIGHT,
     adapter_dtype,
@@ -55,8 +56,6 @@ if TYPE_CHECKING:
 HEAD = "score"  # transformers' name of it
 HEAD_WEIGHT = f"{HEAD}.weight"
 PLAIN_CLASS = "LlamaForSequenceClassification"
-# Tokens of a forward pass when only scores are wanted, padding included. On a CPU more gain nothing.
-CPU_ROW_TOKENS, GPU_ROW_TOKENS = 2048, 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +97,20 @@ class RewardModel:
         Raises `DialogError` where the dialog breaks a rule or its last pair alone is too long.
         """
         check_messages(messages, ends_with="assistant")
-        if self.system is not None and messages[0].role != "system":
-            messages = (Message("system", self.system), *messages)
+        return self.encode_answers(messages[:-1], messages[-1:])[0]
+
+    def encode_answers(self, prompt: Sequence[Message], answers: Sequence[Message]) -> list[tuple[int, ...]]:
+        """The ids of each answer to one prompt, without the pairs that one of them has no room for: as in training."""
+        if self.system is not None and prompt[0].role != "system":
+            prompt = (Message("system", self.system), *prompt)
+        fitting = [self._fitting((*prompt, answer)) for answer in answers]
+        kept = min(map(len, fitting))
+        opening = prompt[:1] if prompt[0].role == "system" else ()
+        turns = kept - 1 - len(opening)
+        dialogs = [(*opening, *prompt[len(prompt) - turns :], answer) for answer in answers]
+        return [self.chat_format.encode_dialog(found, train_on=TrainOn.LAST_ANSWER).input_ids for found in dialogs]
+
+    def _fitting(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         fitting = self.chat_format.shorten(messages, max_tokens=self.max_tokens)
         if fitting is None:
             raise DialogError(
@@ -108,7 +119,7 @@ class RewardModel:
                 "of an answer has another score.",
                 "Shorten question or answer, or drop the record.",
             )
-        return self.chat_format.encode_dialog(fitting, train_on=TrainOn.LAST_ANSWER).input_ids
+        return fitting
 
     def score(self, dialogs: Sequence[Sequence[Message]]) -> list[float]:
         """The score of each dialog's last answer, raw: the sigmoid is not taken."""
@@ -164,47 +175,6 @@ def build_reward_model(
 def reward_trunk_digest(model: "Scorer") -> str:
     """SHA-256 of all weights under head and adapter: equal = none of them has moved."""
     return trunk_digest(_scoring(model).model)
-
-
-def last_token_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Scores [N] in fp32 of the sequences of packed rows, or of rows padded on the right.
-
-    `batch` has input_ids, the positions' indices `ends` of the last tokens in the flattened rows, and, where rows hold
-    several sequences, position_ids that begin anew with each. Without an attention mask, one row is packed, several are
-    padded: what lies behind a sequence's end is never seen from there.
-    """
-    given = {name: batch[name] for name in ("input_ids", "position_ids", "ends") if name in batch}
-    return model(**given).logits
-
-
-def score_rows(
-    model: "Scorer",
-    rows: Sequence[Sequence[int]],
-    *,
-    row_tokens: int | None = None,
-    advance: Callable[[int], object] | None = None,
-) -> Tensor:
-    """Scores [N], fp32 on the CPU, of token rows in their order; the model is left in the mode it was in.
-
-    Rows of like length share a forward pass of at most `row_tokens` tokens, the longest first: what does not fit in
-    memory shows at once. In fp32 no score moves by more than 1e-5 with its neighbours.
-    """
-    device = next(model.parameters()).device
-    if row_tokens is None:
-        row_tokens = CPU_ROW_TOKENS if device.type == "cpu" else GPU_ROW_TOKENS
-    scores_N = torch.zeros(len(rows), dtype=torch.float32)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for group in _groups([len(row) for row in rows], row_tokens):
-                found_B = last_token_scores(model, _padded([rows[index] for index in group], device))
-                scores_N[torch.tensor(group)] = found_B.cpu()
-                if advance is not None:
-                    advance(len(group))
-    finally:
-        model.train(was_training)
-    return scores_N
 
 
 def save_reward_model(model: "Scorer", folder: Path) -> None:
@@ -351,26 +321,6 @@ def _copy_adapter(adapted: "PeftModel", policy: "Artifact") -> None:
     assert not lacking and not report.unexpected_keys, "rank, alpha and targets were compared before"
 
 
-def _groups(lengths: Sequence[int], row_tokens: int) -> Iterator[list[int]]:
-    """Indices by falling length, in groups that padded to their longest have at most `row_tokens` tokens."""
-    group: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        assert lengths[index] > 0, "a dialog has tokens"
-        if group and (len(group) + 1) * lengths[group[0]] > row_tokens:
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group
-
-
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    width = max(map(len, rows))
-    ids_BT = torch.tensor([[*row, *[UNK_ID] * (width - len(row))] for row in rows], device=device)
-    lengths_B = torch.tensor([len(row) for row in rows], device=device)
-    return {"input_ids": ids_BT, "ends": torch.arange(len(rows), device=device) * width + lengths_B - 1}
-
-
 def _scoring(model: "Scorer") -> "ScoringLlama":
     return cast("ScoringLlama", cast(Any, model).get_base_model() if _is_adapted(model) else model)
 
@@ -389,3 +339,16 @@ def _dtype(config: "LlamaConfig", asked: str) -> torch.dtype:
 def _edit(file: Path, changes: Mapping[str, Any]) -> None:
     content = json.loads(file.read_text(encoding="utf-8")) | changes
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+__all__ = [
+    "RewardModel",
+    "RewardStart",
+    "build_reward_model",
+    "last_token_scores",
+    "load_reward_model",
+    "reward_model_details",
+    "reward_trunk_digest",
+    "save_reward_model",
+    "score_rows",
+]

@@ -1,0 +1,179 @@
+"""Scores of a reward model for a file of answers, written as JSON Lines: each record with its scores.
+
+Reads dialogs (the last answer gets a `score`), preferences (`score_chosen`, `score_rejected`) and what `llamachat sample`
+writes (a `score` in each of `completions`), in any form that training reads. Scores are raw: the sigmoid is not taken.
+A file that is written appears whole or not at all. One thing surprises: a sampled answer that no dialog can hold, such as
+an empty one, has the score null and is counted, since it is the policy's doing and no fault of the file.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamachat.dialog import Dialog, DialogError, Message
+from llamachat.errors import DataError, UsageError
+from llamachat.jsonl import Row
+from llamachat.models.reward_model import RewardModel
+from llamachat.problems import Problem, problem, report
+from llamachat.record_rules import Preference, as_prompt
+from llamachat.records import Parsed, parse_rows
+from llamachat.rows import read_rows
+from llamachat.runs.atomic import write_text
+from serving.progress import progress
+from serving.written import as_written
+
+log = logging.getLogger(__name__)
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What was scored."""
+
+    records: int
+    answers: int
+    without: int  # completions that have no score
+    pairs: int
+    accuracy: float | None  # share of the pairs whose chosen answer has the higher score, an equal one as half
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A record as it is written back, and the ids of its answers; None where an answer cannot be scored."""
+
+    record: dict[str, Any]
+    kind: str  # dialog, preference or completions
+    answers: list[Ids | None]
+
+
+def score_file(model: RewardModel, path: Path, out: Path | None) -> tuple[Scored, str]:
+    """Score every answer of a file; the records as JSON Lines, also written to `out` where it is given."""
+    if out is not None:
+        _check_out(path, out)
+    asked = _read(model, path)
+    rows = [ids for item in asked for ids in item.answers if ids is not None]
+    with progress(len(rows), "scored", "answers") as advance:
+        found = iter(model.score_ids(rows, advance=advance).tolist())
+    scores = [[None if ids is None else next(found) for ids in item.answers] for item in asked]
+    text = "".join(f"{json.dumps(_with_scores(*pair))}\n" for pair in zip(asked, scores, strict=True))
+    if out is not None:
+        write_text(out, text)
+    without = sum(map(len, scores)) - len(rows)
+    if without:
+        log.warning("%s: %d completions have no score: they are empty, too long, or hold a tag", path, without)
+    pairs = [pair for item, pair in zip(asked, scores, strict=True) if item.kind == "preference"]
+    return Scored(len(asked), len(rows), without, len(pairs), _accuracy(pairs)), text
+
+
+def score_turns(model: RewardModel, turns: Sequence[str]) -> float:
+    """The score of the last of these turns, which are by user and assistant in turn."""
+    messages = [Message("assistant" if index % 2 else "user", turn) for index, turn in enumerate(turns)]
+    try:
+        model.chat_format.check_text(messages)
+        ids = model.encode(messages)
+    except DialogError as error:
+        raise UsageError(f"-m: {error} Give question and answer in turn: -m QUESTION -m ANSWER.") from error
+    return float(model.score_ids([ids])[0])
+
+
+def _check_out(path: Path, out: Path) -> None:
+    if out.is_dir() or (out.exists() and path.exists() and out.samefile(path)):
+        what = "a folder" if out.is_dir() else "the file of answers itself"
+        raise UsageError(f"--out: '{out}' is {what}. The scores go to a file of their own. Name another.")
+    if out.suffix == ".gz":
+        raise UsageError(f"--out: '{out}' asks for gzip, but plain JSON Lines are written. Take '.gz' off the name.")
+
+
+def _read(model: RewardModel, path: Path) -> list[_Asked]:
+    """Every record of the file in its order; all of its bad lines in one error."""
+    rows = list(read_rows(str(path)))
+    values = {row.line: row.value for row in rows if isinstance(row, Row)}
+    sampled = {line for line, value in values.items() if isinstance(value, Mapping) and "completions" in value}
+    problems: list[Problem] = []
+    asked: list[tuple[int, _Asked]] = []
+    for is_sampled in (False, True):
+        part = [row for row in rows if (row.line in sampled) == is_sampled]
+        for parsed in _parse(model, part, path, is_sampled=is_sampled):
+            found = _encoded(model, parsed, values.get(parsed.line), is_sampled=is_sampled)
+            if isinstance(found, _Asked):
+                asked.append((parsed.line, found))
+            else:
+                problems += found
+    if problems:
+        raise DataError(report(sorted(problems, key=lambda found: found.line), path))
+    if not asked:
+        raise DataError(
+            f"{path}: holds no answer. There is nothing to score. Give dialogs, preferences or completions."
+        )
+    return [item for _, item in sorted(asked, key=lambda pair: pair[0])]
+
+
+def _parse(model: RewardModel, rows: list[Row | Problem], path: Path, *, is_sampled: bool) -> Iterator[Parsed]:
+    kind = "prompt" if is_sampled else None
+    check = model.chat_format.check_text
+    return parse_rows(iter(rows), kind=kind, format="auto", columns=None, check=check, path=str(path))
+
+
+def _encoded(model: RewardModel, parsed: Parsed, value: Any, *, is_sampled: bool) -> _Asked | list[Problem]:
+    """The record with its answers as ids, or what is wrong with it; nothing where a row of a known set is empty."""
+    if parsed.record is None:
+        return parsed.problems
+    record = as_written(value, parsed.record)
+    if is_sampled:
+        return _with_completions(model, as_prompt(parsed.record).messages, record, parsed.line)
+    try:
+        if isinstance(parsed.record, Preference):
+            answers = (parsed.record.chosen, parsed.record.rejected)
+            return _Asked(record, "preference", [*model.encode_answers(parsed.record.prompt, answers)])
+        if isinstance(parsed.record, Dialog):
+            return _Asked(record, "dialog", [model.encode(parsed.record.messages)])
+    except DialogError as error:
+        return [problem(parsed.line, error.field, error.reason, error.mend)]
+    mend = "Sample answers with `llamachat sample`, or give dialogs or preferences."
+    return [problem(parsed.line, "completions", "is missing: a prompt alone has no score.", mend)]
+
+
+def _with_completions(
+    model: RewardModel, prompt: Sequence[Message], record: dict[str, Any], line: int
+) -> _Asked | list[Problem]:
+    completions = record.get("completions")
+    if not isinstance(completions, list) or not completions or not all(map(_is_completion, completions)):
+        mend = 'Write "completions": [{"text": "..."}], as `llamachat sample` does.'
+        return [problem(line, "completions", "is no list of objects with a 'text', the answer.", mend)]
+    return _Asked(record, "completions", [_answer_ids(model, prompt, item["text"]) for item in completions])
+
+
+def _is_completion(value: object) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("text"), str)
+
+
+def _answer_ids(model: RewardModel, prompt: Sequence[Message], text: str) -> Ids | None:
+    try:
+        return model.encode((*prompt, Message("assistant", text)))
+    except DialogError:
+        return None
+
+
+def _with_scores(item: _Asked, scores: Sequence[float | None]) -> dict[str, Any]:
+    if item.kind == "dialog":
+        return {**item.record, "score": scores[0]}
+    if item.kind == "preference":
+        return {**item.record, "score_chosen": scores[0], "score_rejected": scores[1]}
+    completions = [
+        {**completion, "score": score} for completion, score in zip(item.record["completions"], scores, strict=True)
+    ]
+    return {**item.record, "completions": completions}
+
+
+def _accuracy(pairs: Sequence[Sequence[float | None]]) -> float | None:
+    if not pairs:
+        return None
+    wins = 0.0
+    for chosen, rejected in pairs:
+        assert chosen is not None and rejected is not None, "a pair that cannot be scored is a bad line"
+        wins += 0.5 if chosen == rejected else float(chosen > rejected)
+    return wins / len(pairs)

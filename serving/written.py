@@ -1,0 +1,28 @@
+"""A record of a data file as a command writes it back."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llamachat.dialog import Dialog, Message
+from llamachat.record_rules import Preference, Record, kind_of
+
+
+def as_written(value: Any, record: Record) -> dict[str, Any]:
+    """The record as it came where it is one of ours; of a foreign form, what was read of it."""
+    if kind_of(value) is not None and any(isinstance(value.get(key), list) for key in ("prompt", "messages")):
+        return dict(value)
+    if isinstance(record, Dialog):
+        return {"messages": _plain(record.messages), **_known({"is_safe": record.is_safe})}
+    if isinstance(record, Preference):
+        told = {name: getattr(record, name) for name in ("rating", "chosen_is_safe", "rejected_is_safe")}
+        answers = {"chosen": _plain([record.chosen]), "rejected": _plain([record.rejected])}
+        return {"prompt": _plain(record.prompt), **answers, **_known(told)}
+    return {"prompt": _plain(record.messages)}
+
+
+def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -53,9 +53,13 @@ ORDER = (
     "record_mends",
     "data_convert",
     "batching",
+    "masked",
+    "logprobs",
+    "kl",
     "runs",
     "models",
     "rollout",
+    "scoring",
     "training",
     "tracking",
 )
@@ -67,7 +71,7 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base
 
 HEAVY = ("torch", "trl", "transformers", "datasets", "wandb", "peft", "accelerate", "bitsandbytes")
 # What works on tensors; all else is loaded by commands that train nothing: help, plans, refusals.
-ON_TENSORS = {"batching", "models", "rollout", "training"}
+ON_TENSORS = {"batching", "masked", "logprobs", "kl", "models", "rollout", "scoring", "training"}
 
 
 def packages() -> list[str]:

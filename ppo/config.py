@@ -5,11 +5,21 @@ names no critic, no advantage estimator and no value loss, so those values are o
 stand in the sections `rollout` and `scoring`.
 """
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from llamachat.config.section import Section, operational
+from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
+
+if TYPE_CHECKING:
+    from llamachat.runs.artifacts import Artifact
+
+# Part of the fingerprint: raised when the same configuration and data would give other weights.
+VERSION = 1
 
 
 class Config(Section):
@@ -104,6 +114,13 @@ class Config(Section):
         ge=1,
         description="Evaluations in a row without a better combined score before it ends, the best policy kept; null for none. Paper: early stopping on held-out prompts.",
     )
+    test_prompts: int = Field(
+        default=200, ge=1, description="Prompts of the test side that the first and the final policy answer. Ours."
+    )
+    max_hours: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Training ends after so many hours, and the best policy is published; null for none."
+    )
+    save_every: int = operational(5, ge=1, description="Iterations between checkpoints.")
     tokens_per_microbatch: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(
         "auto", description="Tokens scored or learnt from in one forward pass, padding included; auto takes what fits."
     )
@@ -127,3 +144,23 @@ class Config(Section):
                 f"critic_warmup ({self.critic_warmup}) leaves none of the {self.iterations} iterations to the policy"
             )
         return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What `pipelines` resolves for one PPO step."""
+
+    step: str
+    folder: Path
+    resolved: str  # the recipe as YAML, for the run's record
+    identity: dict[str, Any]
+    fingerprint: str
+    run: Run
+    base: Base
+    tuning: Tuning
+    data: Data
+    rollout: Rollout
+    scoring: Scoring
+    tracking: Tracking
+    policy: "Artifact | None" = None  # the chat policy to start from; the base itself without one
+    reward_models: "Mapping[str, Artifact]" = field(default_factory=dict)  # by what they judge, the judge among them

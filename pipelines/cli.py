@@ -90,8 +90,9 @@ def _run(
 ) -> None:
     from llamachat.config.loading import to_yaml
     from pipelines.plan import make_plan, plan_text
-    from pipelines.recipe import load
-    from pipelines.running import run_command
+    from pipelines.recipe import load, resolve_steps
+    from pipelines.reports import write_reports
+    from pipelines.running import choose_steps, run_command
     from pipelines.study import is_study
 
     if is_study(config):
@@ -104,6 +105,9 @@ def _run(
         return
     with state_is_kept():
         run_command(recipe, command, only=only, should_overwrite=overwrite)
+    report = write_reports(recipe, choose_steps(resolve_steps(recipe), command, only))
+    if report:
+        print(report)
     if command == "all":
         print(f"All steps are done. Try: llamachat chat {recipe.run.dir} -m 'Hello, who are you?'")
 

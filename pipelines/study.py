@@ -167,9 +167,8 @@ def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
         log.info("study: %s with seed %d (%d of %d)", name, seed, number, len(plan.variants))
         for step in before:
             reference(step_folder(recipe, step), step_folder(plan.shared, step))
-        made = run_command(
-            recipe, plan.study.command, only=plan.study.variants[name].only, should_overwrite=should_overwrite
-        )
+        variant = plan.study.variants[name]
+        made = run_command(recipe, plan.study.command, only=variant.only, should_overwrite=should_overwrite)
         summaries = [StepFolder(artifact.path.parent).summary for artifact in made]
         figures.setdefault(name, {})[seed] = _read_figures(summaries)
         text = write_tables(plan, figures)

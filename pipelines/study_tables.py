@@ -147,4 +147,4 @@ def _margins(plan: "Plan", variant: str) -> Mapping[str, float]:
     recipe = next(recipe for (name, _), recipe in plan.variants.items() if name == variant)
     config = plan.steps(recipe, variant)[0].config
     assert isinstance(config, Config), "the loader lets only reward models have margins"
-    return dict(MARGINS[config.margin])
+    return {**MARGINS[config.margin]}

@@ -28,11 +28,12 @@ class TfidfBaseline:
 
 
 def fit_tfidf(pairs: Sequence[Preference]) -> TfidfBaseline | None:
-    """Fit on `pairs`; None where their answers share no words.
+    """Fit on `pairs`, best those of the tested domain alone; None where their answers share no words.
 
     Bradley-Terry on tfidf(chosen) - tfidf(rejected), which is a logistic regression on that difference with both orders
     of each pair and no intercept. Sublinear counts, words and neighbouring pairs of words, C 1 (scikit-learn's own).
-    Answers alone: with the prompt before them, validation pairs of the bundled safety data came out 0.03 lower.
+    Answers alone: with the prompt before them, validation pairs of the bundled safety data came out 0.03 lower and those
+    of helpfulness the same. A mix with pairs of the other domain costs it 0.02 to 0.04 on test pairs of its own.
     """
     # Loads in two seconds: only where a baseline is measured.
     from scipy.sparse import vstack

@@ -150,7 +150,11 @@ def _of_domain(place: str, pairs: Sequence[ScoredPair], tfidf: Sequence[float] |
     for kind in SAFETY_KINDS:
         figures |= _accuracy(place, f"_{kind}", [pair for pair in pairs if pair.safety_kind == kind])
     for source, name in names.items():
-        figures |= _accuracy(f"{place}/{name}", "", [pair for pair in pairs if pair.source == source])
+        members = [index for index, pair in enumerate(pairs) if pair.source == source]
+        figures |= _accuracy(f"{place}/{name}", "", [pairs[index] for index in members])
+        figures[f"{place}/{name}/longer_wins"] = float(longer[members].mean())
+        if tfidf is not None:
+            figures[f"{place}/{name}/tfidf"] = float(outcome([tfidf[index] for index in members]).mean())
     figures |= _with_interval(f"{place}/longer_wins", longer, prompts)
     if tfidf is not None:
         right = outcome(tfidf)

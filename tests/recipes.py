@@ -6,8 +6,10 @@ from typing import Any
 
 import yaml
 
-from llamachat.runs.artifacts import Artifact, Manifest, publish
+from llamachat.runs.artifacts import Artifact, Kind, Manifest, publish
 from llamachat.runs.folder import StepFolder
+from reward.config import Config as RewardConfig
+from reward.config import Inputs as RewardInputs
 from sft.config import Config, Inputs
 
 SHAPE = {
@@ -58,16 +60,55 @@ def write_recipe(folder: Path, **sections: Any) -> Path:
     return write_yaml(folder / "recipe.yaml", recipe_values(folder, **sections))
 
 
+def write_pairs(path: Path, count: int = 40) -> Path:
+    lines = [
+        {
+            "prompt": [{"role": "user", "content": f"Question {n}?"}],
+            "chosen": [{"role": "assistant", "content": f"Answer {n}."}],
+            "rejected": [{"role": "assistant", "content": f"No answer {n}."}],
+        }
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def preference_data(folder: Path) -> dict[str, Any]:
+    """Sources for `data`: dialogs, and pairs of both kinds."""
+    helpful, safe = write_pairs(folder / "helpfulness.jsonl"), write_pairs(folder / "safety.jsonl", 30)
+    return {
+        "sft": [{"path": str(write_dialogs(folder / "dialogs.jsonl"))}],
+        "helpfulness": [{"path": str(helpful)}],
+        "safety": [{"path": str(safe)}],
+    }
+
+
 def publish_toy_policy(config: Config, inputs: Inputs) -> Artifact:
     """In place of `sft.run`: publishes at once, with the learning rate as its weights."""
+    return _publish("policy", inputs, f"{config.learning_rate} {inputs.policy.digest if inputs.policy else ''}")
+
+
+def publish_toy_reward_model(config: RewardConfig, inputs: RewardInputs) -> Artifact:
+    """In place of `reward.run`: publishes at once; its figures hang on the margin, the auxiliary loss and the seed."""
+    margin = {"none": 0.50, "small": 0.60, "large": 0.65}[config.margin]
+    figures = {
+        f"rm/{inputs.which}/test/{inputs.which}/accuracy": margin + inputs.run.seed / 100,
+        f"rm/{inputs.which}/test/{inputs.which}/pairs": 100,
+        f"rm/{inputs.which}/auroc": 0.7 + 0.1 * config.safety_auxiliary_weight,
+    }
+    folder = StepFolder(inputs.folder)
+    folder.summary.write_text(json.dumps(figures))
+    return _publish("reward_model", inputs, f"{config.margin} {inputs.policy.digest if inputs.policy else ''}")
+
+
+def _publish(kind: Kind, inputs: Inputs | RewardInputs, weights: str) -> Artifact:
     manifest = Manifest(
-        kind="policy",
+        kind=kind,
         step=inputs.step,
         fingerprint=inputs.fingerprint,
         identity=inputs.identity,
         seed=inputs.run.seed,
     )
-    weights = f"{config.learning_rate} {inputs.policy.digest if inputs.policy else ''}"
     return publish(StepFolder(inputs.folder), manifest, lambda folder: _write(folder / "model.safetensors", weights))
 
 

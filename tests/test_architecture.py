@@ -19,8 +19,10 @@ import pytest
 
 from llamachat.config.section import Section
 from llamachat.config.sections import Base, Data, DataSource, Rollout, RopeScaling, Run, Split, Tracking, Tuning
+from llamachat.tracking.metrics import check_names
 from pipelines.recipe import Recipe, load
 from pipelines.stages import LATER, STAGES
+from pipelines.study import Study, Table, Variant, load_study
 from pretraining.config import Config as PretrainingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,8 +72,9 @@ MOST_TRACKED_BYTES = 24_000_000
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "core", "types"}
 
 HEAVY = ("torch", "trl", "transformers", "datasets", "wandb", "peft", "accelerate", "bitsandbytes")
-# What works on tensors; all else is loaded by commands that train nothing: help, plans, refusals.
-ON_TENSORS = {"batching", "masked", "logprobs", "kl", "models", "rollout", "scoring", "training"}
+# What works on tensors or arrays (numpy sets an environment variable when it loads); all else is loaded by commands that
+# train nothing: help, plans, refusals.
+ON_TENSORS = {"batching", "masked", "logprobs", "kl", "models", "rollout", "scoring", "statistics", "training"}
 
 
 def packages() -> list[str]:
@@ -267,10 +270,21 @@ def test_one_file_knows_the_tags_of_the_chat_format() -> None:
 
 def test_every_recipe_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    recipes = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")
+    recipes = sorted((ROOT / "configs").glob("*.yaml"))
     assert len(recipes) == 8
     for path in recipes:
         assert load(path).run.dir == f"runs/{path.stem}"
+
+
+def test_every_study_loads_and_its_tables_show_figures_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    studies = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
+    assert [path.stem for path in studies] == ["reward"]
+    for path in studies:
+        plan = load_study(path)
+        assert len(plan.variants) == len(plan.study.variants) * len(plan.study.seeds) and plan.before()
+        for table in plan.study.tables:
+            check_names(table.columns.values())
 
 
 # The names under which each section goes in the code: `tuning.rank` is read as `<one of these>.rank`.
@@ -286,6 +300,9 @@ HOLDERS: tuple[tuple[type[Section], set[str], str], ...] = (
     (Rollout, {"rollout"}, ""),
     (Tracking, {"tracking"}, ""),
     (PretrainingConfig, {"config"}, "pretraining"),
+    (Study, {"study"}, "pipelines"),
+    (Variant, {"variant"}, "pipelines"),
+    (Table, {"table"}, "pipelines"),
     *((stage.config, {"config"}, stage.package.__name__) for stage in STAGES.values()),
 )
 # Keys of the recipe that nothing reads yet, by what will. A stage that comes takes its keys out of here.

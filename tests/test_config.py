@@ -307,7 +307,7 @@ def test_the_skeleton_of_the_shared_sections() -> None:
         run: [dir, parent, seed, gpu]
         base: [model, dtype, attention, chat_format, system, max_tokens, rope_scaling, allow_unproved_tokenizer, policy]
         tuning: [method, rank, alpha, dropout, targets]
-        data: [sft, helpfulness, safety, labels, prompts, adversarial, borderline, split]
+        data: [sft, helpfulness, safety, open, labels, prompts, adversarial, borderline, split]
         rollout: [engine, temperature, top_p, max_new_tokens, cache_gib]
         tracking: [project, mode, tensorboard, upload_text, log_every, sample_every, eval_every, save_every]
         """

@@ -235,7 +235,8 @@ def test_the_doctor_asks_the_hub_for_heads_and_small_files_alone(monkeypatch: py
     assert [finding.check for finding in findings if finding.verdict == "FAIL"] == []
     names = [args[0] for args, _ in asked]
     assert names[0].endswith(f"/{LLAMA}/resolve/main/config.json")
-    assert names[1:] == [LLAMA, "HuggingFaceH4/no_robots", "databricks/databricks-dolly-15k"]
+    pairs = ["nvidia/HelpSteer3", "PKU-Alignment/PKU-SafeRLHF", "Anthropic/hh-rlhf", "PKU-Alignment/BeaverTails"]
+    assert names[1:] == [LLAMA, "HuggingFaceH4/no_robots", "databricks/databricks-dolly-15k", *pairs]
     assert asked[1][1] == {"allow_patterns": list(hub.TOKENIZER_FILES)}
 
 
@@ -285,7 +286,7 @@ def test_the_card_that_is_here_counts_and_not_the_one_that_is_meant(monkeypatch:
     told = {}
     for total, free in ((24.0, 23.5), (24.0, 3.0), (8.0, 8.0)):
         monkeypatch.setattr(doctor, "find_devices", lambda total=total, free=free: [Device("card", total, free, "560")])
-        told[total, free] = by_check(examine(QLORA, []), "memory")
+        told[total, free] = by_check(examine(QLORA, ["steps=[sft]"]), "memory")
     assert [finding.verdict for finding in told.values()] == ["ok", "note", "FAIL"]
     assert "only 3.0 GiB are free now" in told[24.0, 3.0].found and "Lower tuning.rank" in told[8.0, 8.0].way_out
 

@@ -67,24 +67,28 @@ def test_a_plan_takes_seconds_and_no_network_no_weights_no_torch(name: str, argu
 def test_a_preset_fits_its_card_and_its_header_says_what_plan_says(name: str) -> None:
     text = (ROOT / "configs" / f"{name}.yaml").read_text()
     recipe = load(f"configs/{name}.yaml")
-    (step,), gpu = resolve_steps(recipe), card(recipe)
-    estimate = estimate_step(recipe, step)
-    assert estimate is not None and gpu is not None
+    steps, gpu = resolve_steps(recipe), card(recipe)
+    estimates = [estimate for step in steps if (estimate := estimate_step(recipe, step)) is not None]
+    assert [step.name for step in steps] == ["sft", "rm/helpfulness", "rm/safety", "rm/judge"]
+    assert len(estimates) == len(steps) and gpu is not None
     method, most = PRESETS[name]
-    assert step.tuning.method == method and gpu.gib <= most
-    assert estimate.peak_bytes <= gpu.usable_bytes
-    peak = f"{estimate.peak_bytes / 2**30:.1f}"
-    assert f"# Memory: {peak} GiB at the peak" in text and "not measured" in text and "# Card: " in text
+    assert {step.tuning.method for step in steps} == {method} and gpu.gib <= most
+    assert max(estimate.peak_bytes for estimate in estimates) <= gpu.usable_bytes
+    sft, *models = [f"{estimate.peak_bytes / 2**30:.1f}" for estimate in estimates]
+    assert f"# Memory: {sft} GiB at the peak" in text and f"({models[0]} for reward models)" in text
+    assert {*models} == {models[0]} and "not measured" in text and "# Card: " in text
     assert ("Gated: " in text) == KNOWN_BASES[recipe.base.model].is_gated
-    row = f"| `{name}.yaml` | {recipe.base.model} | {method} | {gpu} | {peak} | {estimate.optimizer_steps} |"
-    assert f"{row} {duration(estimate.seconds)} |" in (ROOT / "docs" / "presets.md").read_text()
+    counts = " + ".join(str(estimate.optimizer_steps) for estimate in estimates)
+    row = f"| `{name}.yaml` | {recipe.base.model} | {method} | {gpu} | {sft}, {models[0]} | {counts} |"
+    times = " + ".join(duration(estimate.seconds) for estimate in estimates)
+    assert f"{row} {times} |" in (ROOT / "docs" / "presets.md").read_text()
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_number_of_a_preset_says_where_it_comes_from(name: str) -> None:
     lines = (ROOT / "configs" / f"{name}.yaml").read_text().splitlines()
     body = lines[lines.index("sft:") :]
-    origin = re.compile(r"# (paper, 3\.1|ours)")
+    origin = re.compile(r"# (paper, [0-9.]+|paper, Table [0-9]+|ours)")
     assert [line for line in body if re.search(r"[0-9]", line.partition("#")[0]) and not origin.search(line)] == []
     for index, line in enumerate(lines):
         if re.match(r"(base|tuning|  split):", line):
@@ -93,9 +97,14 @@ def test_each_number_of_a_preset_says_where_it_comes_from(name: str) -> None:
 
 def test_the_sets_of_the_presets_are_named_with_their_split_and_format() -> None:
     for name in PRESETS:
-        for source in load(f"configs/{name}.yaml").data.sft:
-            assert hub_set(source.path) is not None and ":" in source.path
-            assert source.format == "native" or SOURCES[source.format].kind == "dialog"
+        data = load(f"configs/{name}.yaml").data
+        for kind, sources in (
+            ("dialog", (*data.sft, *data.labels)),
+            ("preference", (*data.helpfulness, *data.safety, *data.open)),
+        ):
+            for source in sources:
+                assert hub_set(source.path) is not None and ":" in source.path
+                assert source.format == "native" or SOURCES[source.format].kind == kind
 
 
 def test_rows_as_the_sets_hold_them_are_read(tmp_path: Path) -> None:
@@ -152,7 +161,7 @@ def test_plan_of_hub_sets_without_a_limit_counts_nothing(capsys: pytest.CaptureF
     overrides = ["data.sft.0.limit=null", "data.sft.1.limit=null"]
     assert main(["plan", "--config", "configs/llama2-7b-qlora.yaml", *overrides]) == 0
     assert "optimizer steps and hours: not counted before download" in capsys.readouterr().out
-    (step,) = make_plan(load("configs/llama2-7b-qlora.yaml", overrides))
+    step, *_ = make_plan(load("configs/llama2-7b-qlora.yaml", overrides))
     assert step.estimate is not None and step.estimate.memory and step.estimate.optimizer_steps is None
 
 

@@ -13,9 +13,11 @@ from llamachat.config.section import Section
 from llamachat.errors import ConfigError
 from pipelines.recipe import Recipe, load, resolve_steps
 from pipelines.stages import LATER_SECTIONS, STAGES
+from reward.config import OWNED as REWARD_OWNED
+from reward.config import Config as RewardConfig
 from sft.config import OWNED
 from sft.config import Config as SftConfig
-from tests.recipes import write_recipe
+from tests.recipes import preference_data, write_recipe, write_yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -52,6 +54,77 @@ def test_a_step_overrides_its_section_and_tuning(tmp_path: Path) -> None:
     assert (second.tuning.method, second.tuning.rank) == ("lora", 8)
 
 
+def names(path: Path, overrides: Sequence[str] = ()) -> list[str]:
+    return [step.name for step in resolve_steps(load(path, overrides))]
+
+
+def test_rm_stands_for_the_models_that_the_data_allow(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=["rm"])
+    assert names(path) == ["rm/helpfulness", "rm/safety", "rm/judge"]
+    assert names(path, ["data.split.judge=0"]) == ["rm/helpfulness", "rm/safety"]
+    assert names(path, ["data.safety=[]"]) == ["rm/helpfulness", "rm/judge"]
+    assert names(path, ["data.helpfulness=[]"]) == ["rm/safety", "rm/judge"]
+    assert names(path, ["steps=[{rm: {only: [safety, helpfulness]}}]"]) == ["rm/helpfulness", "rm/safety"]
+    assert names(path, ["steps=[rm/safety, {rm: {only: [safety], name: rm-2}}]"]) == ["rm/safety", "rm-2/safety"]
+    assert "data.split.judge: 0, but the step 'rm/judge' learns" in report(
+        path, ["steps=[rm/judge]", "data.split.judge=0"]
+    )
+    twice = report(path, ["steps=[rm, {rm/judge: {epochs: 2}}]"])
+    assert (
+        "steps.1.rm/judge.name: the step 0 has the name 'rm/judge' already. Name this one: {rm/judge: {name: rm-2}}."
+        in twice
+    )
+
+
+def test_each_model_has_its_own_values(tmp_path: Path) -> None:
+    steps = [
+        "rm/helpfulness",
+        {"rm/safety": {"epochs": 2, "tuning": {"rank": 4}}},
+        {"rm": {"only": ["judge"], "epochs": 5}},
+    ]
+    path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=steps, reward={"learning_rate": 0.5})
+    found = resolve_steps(load(path))
+    configs = [step.config for step in found]
+    assert [config.epochs for config in configs if isinstance(config, RewardConfig)] == [1, 2, 5]
+    assert [config.learning_rate for config in configs if isinstance(config, RewardConfig)] == [0.5] * 3
+    assert [step.tuning.rank for step in found] == [64, 4, 64]
+
+
+STEPS_WITH_VALUES = [
+    {"sft": {"epochs": 5, "learning_rate": 0.5, "tuning": {"method": "full", "rank": 8}}},
+    {"rm/safety": {"epochs": 2, "trainer": {"torch_compile": False}}},
+]
+
+
+def test_the_command_line_goes_over_the_steps_own_values(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=STEPS_WITH_VALUES)
+    given = ["tuning.method=qlora", "reward.epochs=3", "sft.learning_rate=0.25"]
+    sft, safety = resolve_steps(load(path, given))
+    assert isinstance(sft.config, SftConfig) and isinstance(safety.config, RewardConfig)
+    assert (sft.tuning.method, safety.tuning.method, sft.tuning.rank) == ("qlora", "qlora", 8)
+    assert (sft.config.learning_rate, sft.config.epochs, safety.config.epochs) == (0.25, 5, 3)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(to_yaml(load(path, given)))
+    assert resolve_steps(load(resolved)) == (sft, safety)
+
+
+def test_a_step_named_on_the_command_line_goes_over_its_section_there(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=STEPS_WITH_VALUES)
+    for given in (
+        ["sft.epochs=7", "steps.0.sft.epochs=6"],
+        ["steps=[{sft: {epochs: 6}}]", "sft.epochs=7"],
+    ):
+        config = resolve_steps(load(path, given))[0].config
+        assert isinstance(config, SftConfig) and config.epochs == 6, given
+
+
+def test_a_file_does_not_go_over_the_steps_of_the_file_that_it_extends(tmp_path: Path) -> None:
+    write_recipe(tmp_path, data=preference_data(tmp_path), steps=STEPS_WITH_VALUES)
+    child = write_yaml(tmp_path / "child.yaml", {"extends": "recipe.yaml", "sft": {"epochs": 9}})
+    config = resolve_steps(load(child))[0].config
+    assert isinstance(config, SftConfig) and config.epochs == 5
+
+
 def test_the_resolved_recipe_has_the_same_steps(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, steps=["sft", {"sft": {"name": "sft-2", "tuning": {"method": "lora"}}}])
     recipe = load(path)
@@ -82,12 +155,24 @@ REFUSED_STEPS: list[tuple[Any, str]] = [
     ([{"sft": {"trainer": {"sed": 1}}}], "steps.0.sft.trainer.sed: TRL's SFTConfig has no argument of this name."),
     (["rm/saftey"], "steps.0: there is no step 'rm/saftey'. Did you mean 'rm/safety'?"),
     (["sft/mix"], "steps.0: there is no step 'sft/mix'. Did you mean"),
-    (["rm"], "steps.0: 'rm' finds nothing to learn from. Give records under data.helpfulness or data.safety, or take rm"),
-    (["rm/safety"], "data.safety: empty, but the step 'rm/safety' learns from it. Give records there, or take rm/safety"),
+    (
+        ["rm"],
+        "steps.0: 'rm' finds nothing to learn from. Give records under data.helpfulness or data.safety, or take rm",
+    ),
+    (
+        ["rm/safety"],
+        "data.safety: empty, but the step 'rm/safety' learns from it. Give records there, or take rm/safety",
+    ),
     ([{"rm": {"only": ["judge"]}}], "data.helpfulness: empty, but the step 'rm/judge' learns from it."),
-    ([{"rm": {"only": "safety"}}], "steps.0.rm.only: found the text 'safety', but a list of models is required: {rm: {only:"),
-    ([{"rm": {"only": []}}], "steps.0.rm.only: found a list of 0, but a list"),
-    ([{"rm": {"only": ["safe"]}}], "steps.0.rm.only: found the text 'safe', but the models of 'rm' are helpfulness, safety,"),
+    (
+        [{"rm": {"only": "safety"}}],
+        "steps.0.rm.only: found the text 'safety', but a list of models is required: {rm: {only:",
+    ),
+    ([{"rm": {"only": []}}], "steps.0.rm.only: found an empty list, but a list"),
+    (
+        [{"rm": {"only": ["safe"]}}],
+        "steps.0.rm.only: found the text 'safe', but the models of 'rm' are helpfulness, safety,",
+    ),
     ([{"rm/safety": {"only": ["safety"]}}], "steps.0.rm/safety.only: 'rm/safety' is one step, of which nothing"),
     ([{"sft": {"only": ["x"]}}], "steps.0.sft.only: 'sft' is one step"),
     ([{"rm/safety": {"epoch": 1}}], "steps.0.rm/safety.epoch: unknown key. Did you mean 'epochs'?"),
@@ -138,7 +223,7 @@ def test_every_key_of_the_recipe_has_a_description() -> None:
 
 def test_the_keys_that_own_trainer_arguments_exist() -> None:
     plain = {f"{name}.{key}" for name, field in Recipe.model_fields.items() for key in _keys(field.annotation)}
-    assert {key for key in OWNED.values() if key is not None} <= plain
+    assert {key for key in (*OWNED.values(), *REWARD_OWNED.values()) if key is not None} <= plain
 
 
 def _keys(annotation: object) -> list[str]:

@@ -258,10 +258,15 @@ def _section_of(annotation: Any) -> type[Section] | None:
 
 def _section_at(schema: type[Section], key: Key) -> type[Section] | None:
     section: type[Section] | None = schema
-    for part in key:
+    parts = iter(key)
+    for part in parts:
         if isinstance(part, str) and section is not None:
             field = section.model_fields.get(part)
-            section = _section_of(field.annotation) if field else None
+            annotation = field.annotation if field else None
+            if get_origin(annotation) is dict:
+                annotation = get_args(annotation)[1]
+                next(parts, None)  # a name that the user gave
+            section = _section_of(annotation)
     return section
 
 

@@ -142,7 +142,7 @@ class Config(Section):
     )
     row_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(
         "auto",
-        description="Tokens of a packed row, the unit of a forward pass; auto is 2 x base.max_tokens on a GPU and 512 on a CPU, where attention is slow. A longer pair has a row of its own.",
+        description="Tokens of a packed row, the unit of a forward pass; auto is 2 x base.max_tokens on a GPU and 1024 on a CPU. A longer pair has a row of its own.",
     )
     gradient_checkpointing: bool = operational(
         False, description="Recompute activations in the backward pass: about a third slower, far less memory."

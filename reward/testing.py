@@ -15,6 +15,7 @@ from llamachat.tracking.tracker import Tracker
 from reward.baselines import fit_tfidf
 from reward.config import Which
 from reward.evaluation import ScoredPair, ScoredResponse, evaluate
+from reward.figures import draw_figures
 from reward.loss import ranking_losses
 from reward.pairs import Examples, PairExample
 
@@ -55,6 +56,8 @@ def test_figures(
     baseline = fit_tfidf([example.preference for example in examples.train])
     differences = baseline.differences([example.preference for example in examples.test]) if baseline else None
     found = evaluate(which, pairs, responses, tfidf_differences=differences)
+    for picture in draw_figures(found, folder.figures):
+        tracker.figure(picture.stem, picture)
     return found.figures
 
 

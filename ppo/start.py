@@ -91,10 +91,11 @@ def reward_models(inputs: Inputs) -> dict[RewardRole, Artifact | str]:
     found: dict[RewardRole, Artifact | str] = {
         cast(RewardRole, role): artifact for role, artifact in inputs.reward_models.items()
     }
-    for role in MODELS:
-        named = getattr(inputs.scoring, role)
-        if named is not None:
-            found[role] = named
+    scoring = inputs.scoring
+    if scoring.helpfulness is not None:
+        found["helpfulness"] = scoring.helpfulness
+    if scoring.safety is not None:
+        found["safety"] = scoring.safety
     return found
 
 

@@ -98,12 +98,12 @@ class Updater:
         return {name: total / steps for name, total in sums.items()}
 
     def _optimizer_step(self, experience: Experience, minibatch: Minibatch, *, trains_policy: bool) -> dict[str, float]:
+        config, trained = self._config, self._bank.trainable()
         figures = self.gradients(experience, minibatch, trains_policy=trains_policy)
-        trained = self._bank.trainable()
-        norm = nn.utils.clip_grad_norm_(trained["critic"], self._config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(trained["critic"], config.max_grad_norm)
         figures["optim/critic_grad_norm"] = float(norm)
         if trains_policy:
-            norm = nn.utils.clip_grad_norm_(trained["policy"], self._config.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(trained["policy"], config.max_grad_norm)
             figures["optim/grad_norm"] = float(norm)
         self._check_finite(figures)
         self._optimizers.critic.step()

@@ -18,7 +18,18 @@ from pathlib import Path
 import pytest
 
 from llamachat.config.section import Section
-from llamachat.config.sections import Base, Data, DataSource, Rollout, RopeScaling, Run, Split, Tracking, Tuning
+from llamachat.config.sections import (
+    Base,
+    Data,
+    DataSource,
+    Rollout,
+    RopeScaling,
+    Run,
+    Scoring,
+    Split,
+    Tracking,
+    Tuning,
+)
 from llamachat.tracking.metrics import check_names
 from pipelines.recipe import Recipe, load
 from pipelines.stages import LATER, STAGES
@@ -298,6 +309,7 @@ HOLDERS: tuple[tuple[type[Section], set[str], str], ...] = (
     (Split, {"split"}, ""),
     (RopeScaling, {"scaling"}, ""),
     (Rollout, {"rollout"}, ""),
+    (Scoring, {"scoring"}, ""),
     (Tracking, {"tracking"}, ""),
     (PretrainingConfig, {"config"}, "pretraining"),
     (Study, {"study"}, "pipelines"),
@@ -307,14 +319,8 @@ HOLDERS: tuple[tuple[type[Section], set[str], str], ...] = (
 )
 # Keys of the recipe that nothing reads yet, by what will. A stage that comes takes its keys out of here.
 READ_LATER = {
-    "Data.prompts": "rejection sampling, PPO",
-    "Data.adversarial": "context distillation, evaluation",
     "Data.borderline": "evaluation",
     "Rollout.engine": "rejection sampling, PPO",
-    "Rollout.temperature": "rejection sampling, PPO",
-    "Rollout.top_p": "rejection sampling, PPO",
-    "Rollout.max_new_tokens": "rejection sampling, PPO",
-    "Rollout.cache_gib": "rejection sampling, PPO",
     **{f"Recipe.{stage.section}": "by Stage.section" for stage in STAGES.values()},
 }
 

@@ -11,22 +11,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from llamachat.chat_format import ChatFormat
-from llamachat.config.sections import Base, Tuning
+from llamachat.config.sections import Tuning
 from llamachat.models.loading import load_policy
 from llamachat.models.reward_model import load_reward_model
 from llamachat.models.role_bank import RoleBank
-from llamachat.models.role_opening import open_roles
 from llamachat.rollout.engine import Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
-from llamachat.runs.artifacts import Artifact
 from llamachat.training.master_weights import adamw
-from tests.tiny_llama import LORA, base_section
-from tests.tiny_roles import make_policy, make_reward_model
-from tests.tiny_sft import write_base
+from tests.tiny_llama import LORA
+from tests.tiny_roles import FULL, World
 
-FULL = Tuning()
-QLORA = Tuning(method="qlora", rank=4, alpha=8)
 ROWS = [[1, 270, 279, 383, 357], [1, 331, 262], [1, 289, 300, 310, 20, 33, 45, 7]]
 PACKED = {
     "input_ids": torch.tensor([[token for row in ROWS for token in row]]),
@@ -34,53 +28,6 @@ PACKED = {
 }
 ENDS = torch.tensor([4, 7, 15])
 EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
-
-
-class World:
-    """Policies by the method they were made with, and two reward models and a judge for each."""
-
-    def __init__(self, folder: Path, chat_format: ChatFormat, sentencepiece_model: bytes) -> None:
-        (folder / "base16").mkdir()
-        self.base = base_section(write_base(folder / "base", sentencepiece_model))
-        written = write_base(folder / "base16" / "base", sentencepiece_model, dtype=torch.bfloat16)
-        self.base16 = base_section(written, dtype="bfloat16")
-        self.folder, self.chat_format = folder, chat_format
-        self._made: dict[str, Artifact] = {}
-
-    def policy(self, made_by: Tuning) -> Artifact:
-        return self._once(
-            f"policy-{made_by.method}",
-            lambda step: make_policy(step, self.chat_format, self._base(made_by), made_by),
-        )
-
-    def reward_model(self, role: str, tuning: Tuning, policy: Tuning) -> Artifact:
-        seed = {"helpfulness": 2, "safety": 3, "judge": 4}[role]
-        return self._once(
-            f"{role}-{tuning.method}-on-{policy.method}",
-            lambda step: make_reward_model(
-                step, self._base(tuning, policy), tuning, policy=self.policy(policy), seed=seed
-            ),
-        )
-
-    def bank(self, tuning: Tuning, policy: Tuning, *, critic: Any = "separate", **changes: Any) -> RoleBank:
-        given: dict[str, Any] = {
-            "policy": self.policy(policy),
-            "base": self._base(tuning, policy),
-            "tuning": tuning,
-            "reward_models": {role: self.reward_model(role, tuning, policy) for role in ("helpfulness", "safety")},
-            "critic": critic,
-            "seed": 5,
-            "device": "cpu",
-        }
-        return open_roles(**(given | changes))
-
-    def _base(self, *tunings: Tuning) -> Base:
-        return self.base16 if QLORA in tunings else self.base
-
-    def _once(self, name: str, make: Callable[[Path], Artifact]) -> Artifact:
-        if name not in self._made:
-            self._made[name] = make(self.folder / "runs" / name)
-        return self._made[name]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Policies and reward models at toy size, published as stages publish them, with weights as if they were trained."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,16 @@ from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Base, Tuning
 from llamachat.models.loading import attach_adapter, load_base
 from llamachat.models.reward_model import build_reward_model, reward_model_details, save_reward_model
+from llamachat.models.role_bank import RoleBank
+from llamachat.models.role_opening import open_roles
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.folder import StepFolder
 from llamachat.tokenizer import write_tokenizer
-from tests.tiny_llama import publish_policy
+from tests.tiny_llama import base_section, publish_policy
+from tests.tiny_sft import write_base
+
+FULL = Tuning()
+QLORA = Tuning(method="qlora", rank=4, alpha=8)
 
 
 def disturb(model: torch.nn.Module, *, seed: int, scale: float = 0.1) -> None:
@@ -51,3 +58,49 @@ def make_reward_model(
         kind="reward_model", step=step.name, fingerprint="0" * 64, identity={}, seed=seed, details=details
     )
     return publish(StepFolder(step), manifest, write)
+
+
+class World:
+    """Policies by the method they were made with, and two reward models and a judge for each."""
+
+    def __init__(self, folder: Path, chat_format: ChatFormat, sentencepiece_model: bytes) -> None:
+        (folder / "base16").mkdir()
+        self.base = base_section(write_base(folder / "base", sentencepiece_model))
+        written = write_base(folder / "base16" / "base", sentencepiece_model, dtype=torch.bfloat16)
+        self.base16 = base_section(written, dtype="bfloat16")
+        self.folder, self.chat_format = folder, chat_format
+        self._made: dict[str, Artifact] = {}
+
+    def policy(self, made_by: Tuning, *, seed: int = 1) -> Artifact:
+        return self._once(
+            f"policy-{made_by.method}-{seed}",
+            lambda step: make_policy(step, self.chat_format, self._base(made_by), made_by, seed=seed),
+        )
+
+    def reward_model(self, role: str, tuning: Tuning, policy: Tuning, *, policy_seed: int = 1) -> Artifact:
+        seed = {"helpfulness": 2, "safety": 3, "judge": 4}[role]
+        begins_as = self.policy(policy, seed=policy_seed)
+        return self._once(
+            f"{role}-{tuning.method}-on-{policy.method}-{policy_seed}",
+            lambda step: make_reward_model(step, self._base(tuning, policy), tuning, policy=begins_as, seed=seed),
+        )
+
+    def bank(self, tuning: Tuning, made_by: Tuning, /, *, critic: Any = "separate", **changes: Any) -> RoleBank:
+        given: dict[str, Any] = {
+            "policy": self.policy(made_by),
+            "base": self._base(tuning, made_by),
+            "tuning": tuning,
+            "reward_models": {role: self.reward_model(role, tuning, made_by) for role in ("helpfulness", "safety")},
+            "critic": critic,
+            "seed": 5,
+            "device": "cpu",
+        }
+        return open_roles(**(given | changes))
+
+    def _base(self, *tunings: Tuning) -> Base:
+        return self.base16 if QLORA in tunings else self.base
+
+    def _once(self, name: str, make: Callable[[Path], Artifact]) -> Artifact:
+        if name not in self._made:
+            self._made[name] = make(self.folder / "runs" / name)
+        return self._made[name]

@@ -39,6 +39,7 @@ RewardRole = Literal["helpfulness", "safety", "judge"]
 CriticKind = Literal["separate", "shared"]
 Trained = Literal["policy", "critic"]
 REWARD_ROLES: tuple[RewardRole, ...] = ("helpfulness", "safety", "judge")
+CRITIC_BEGINS_AS: tuple[RewardRole, ...] = ("helpfulness", "safety")  # the first that there is; the judge only tells
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,16 @@ from llamachat.models.role_adapters import (
     shape_of,
     weights_in,
 )
-from llamachat.models.role_bank import REWARD_ROLES, CriticKind, Fittings, RewardRole, Role, RoleBank, Seat
+from llamachat.models.role_bank import (
+    CRITIC_BEGINS_AS,
+    REWARD_ROLES,
+    CriticKind,
+    Fittings,
+    RewardRole,
+    Role,
+    RoleBank,
+    Seat,
+)
 from llamachat.models.rope import rope_parameters
 from llamachat.models.starting import is_adapter, proved_start
 from llamachat.models.weights import trunk_digest
@@ -165,7 +174,7 @@ class _Opening:
     def seat_critic(self, critic: CriticKind, sources: Mapping[RewardRole, Source]) -> nn.Linear:
         """The critic's trunk or adapter; returns its head, which starts as the reward model's or with zeros."""
         begins_as = next(
-            (role for role in ("helpfulness", "safety") if role in self.seats and role not in self.other_vocabulary),
+            (role for role in CRITIC_BEGINS_AS if role in self.seats and role not in self.other_vocabulary),
             None,
         )
         policy_trunk = self.seats["policy"].trunk

@@ -39,7 +39,7 @@ from pretraining.config import Config as PretrainingConfig
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "llamachat"
 TOP = "pipelines"
-NOT_STAGES = {LIBRARY, TOP, "pretraining", "serving"}  # packages without the three names of a stage
+NOT_STAGES = {LIBRARY, TOP, "ppo", "pretraining", "serving"}  # packages without the three names of a stage
 
 # A module of `llamachat` imports modules that stand before it, and its own folder. A new one gets its place here.
 ORDER = (

@@ -9,12 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llamachat.masked import masked_mean, masked_variance
+from llamachat.masked import VARIANCE_FLOOR, masked_mean, masked_variance
 
 Shaping = Literal["whiten_logit", "whiten", "none"]
-
-# As in llamachat.masked: answers that all score the same are shaped to 0, and noise is not blown up.
-VARIANCE_FLOOR = 1e-8
 
 
 @dataclass(frozen=True, slots=True)

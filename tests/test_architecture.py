@@ -18,18 +18,8 @@ from pathlib import Path
 import pytest
 
 from llamachat.config.section import Section
-from llamachat.config.sections import (
-    Base,
-    Data,
-    DataSource,
-    Rollout,
-    RopeScaling,
-    Run,
-    Scoring,
-    Split,
-    Tracking,
-    Tuning,
-)
+from llamachat.config.sections import Base, Data, DataSource, Rollout, RopeScaling, Run, Scoring, Split, Tracking
+from llamachat.config.sections import Tuning as TuningSection
 from llamachat.tracking.metrics import check_names
 from pipelines.recipe import Recipe, load
 from pipelines.stages import LATER, STAGES
@@ -39,7 +29,7 @@ from pretraining.config import Config as PretrainingConfig
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "llamachat"
 TOP = "pipelines"
-NOT_STAGES = {LIBRARY, TOP, "ppo", "pretraining", "serving"}  # packages without the three names of a stage
+NOT_STAGES = {LIBRARY, TOP, "pretraining", "serving"}  # packages without the three names of a stage
 
 # A module of `llamachat` imports modules that stand before it, and its own folder. A new one gets its place here.
 ORDER = (
@@ -57,10 +47,6 @@ ORDER = (
     "splits",
     "records",
     "data_check",
-    "turn_mends",
-    "loose_rows",
-    "record_mends",
-    "data_convert",
     "turn_mends",
     "loose_rows",
     "record_mends",
@@ -303,7 +289,7 @@ HOLDERS: tuple[tuple[type[Section], set[str], str], ...] = (
     (Recipe, {"recipe", "inputs"}, ""),
     (Run, {"run"}, ""),
     (Base, {"base"}, ""),
-    (Tuning, {"tuning"}, ""),
+    (TuningSection, {"tuning"}, ""),
     (Data, {"data"}, ""),
     (DataSource, {"source"}, ""),
     (Split, {"split"}, ""),

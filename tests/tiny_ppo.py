@@ -10,7 +10,8 @@ from llamachat.runs.artifacts import Artifact
 from ppo.config import Config, Inputs
 from tests.tiny_llama import base_section
 
-QUIET = {"mode": "off"}
+QUIET: dict[str, Any] = {"mode": "off"}
+SHORT: dict[str, Any] = {"max_new_tokens": 12}
 WORDS = ("cat", "mat", "model", "weather", "capital", "sentence", "Paris", "France")
 
 # What the policy is paid for: each letter t that it writes, less a little for length.
@@ -82,7 +83,7 @@ def inputs_of(
         base=base_section(base, **base_changes),
         tuning=tuning or Tuning(method="lora", rank=4, alpha=8),
         data=Data(sft=(), prompts=(DataSource(path=str(file)),), split=Split(test=0.2, validation=0.2, judge=0)),
-        rollout=Rollout(**({"max_new_tokens": 12} | (rollout or {}))),
+        rollout=Rollout(**(SHORT | (rollout or {}))),
         scoring=Scoring(**scoring),
         tracking=Tracking(**(QUIET | (tracking or {}))),
         policy=policy,

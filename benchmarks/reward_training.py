@@ -1,0 +1,205 @@
+"""Speed of reward model training against plain TRL: `python benchmarks/reward_training.py`, or `make bench`.
+
+Whole optimizer steps (forward, backward, update) of `reward.trainer.PackedRewardTrainer` and of TRL's `RewardTrainer`
+with its own collator, on the same bundled pairs of helpfulness and safety in their natural mix, the bundled base, one
+dtype, all weights, no checkpointing. Each round gives every trainer the same pairs, in alternating order, so that what
+else the machine does meets all of them. Prints; passes or fails nothing.
+"""
+
+import argparse
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers.utils import logging as transformers_logging
+from trl import RewardConfig, RewardTrainer
+
+from llamachat.batching import epoch_order
+from llamachat.chat_format.proof import load_proved_format
+from llamachat.config.sections import Base, Data, DataSource, Tuning
+from llamachat.models.reward_model import build_reward_model
+from llamachat.models.sequence_attention import use_sequence_attention
+from llamachat.tokenizer import write_tokenizer
+from llamachat.training.trainer import CHECKPOINTING, Watch, collator, row_numbers
+from reward.batches import plan_batches
+from reward.config import Config
+from reward.pairs import PairExample, load_examples
+from reward.train import CPU_ROW_TOKENS
+from reward.trainer import PackedRewardTrainer, make_optimizer, names_of, trainer_arguments
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = ROOT / "assets" / "base"
+MAX_TOKENS = 1024
+RATE = 1e-5
+Pairs = Sequence[PairExample]
+
+
+class Clock(TrainerCallback):
+    """Seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._started)
+
+
+@dataclass(slots=True)
+class Contender:
+    """One trainer, and what each round gave."""
+
+    name: str
+    trainer_of: Callable[[Pairs], Any]  # a new one for one optimizer step on these pairs
+    pairs_per_s: list[float] = field(default_factory=list)
+
+    def run(self, pairs: Pairs) -> None:
+        clock, trainer = Clock(), self.trainer_of(pairs)
+        trainer.add_callback(clock)
+        trainer.train()
+        (seconds,) = clock.seconds
+        self.pairs_per_s.append(len(pairs) / seconds)
+
+
+def load_pairs() -> list[PairExample]:
+    """All bundled training pairs, in the order of one epoch."""
+    chat_format, _ = load_proved_format(BASE)
+    sources = {
+        kind: tuple(DataSource(path=str(path)) for path in sorted((ROOT / "data" / kind).glob("*.jsonl.gz")))
+        for kind in ("helpfulness", "safety")
+    }
+    data = Data(sft=(), helpfulness=sources["helpfulness"], safety=sources["safety"])
+    config = Config(other_share=0.99)  # every safety pair that there is
+    pairs = load_examples(
+        config, data, chat_format, which="helpfulness", system=None, max_tokens=MAX_TOKENS, seed=0
+    ).train
+    return [pairs[index] for index in epoch_order(len(pairs), 1, 0)]
+
+
+def ours(base: Base, scratch: Path) -> Contender:
+    """The training of `reward.train`, without its evaluations."""
+    start = build_reward_model(base, Tuning(), policy=None, seed=0, device="auto")
+    if start.device.type == "cpu":
+        use_sequence_attention(start.model)
+    row_tokens = CPU_ROW_TOKENS if start.device.type == "cpu" else 2 * MAX_TOKENS
+    tokenizer = start.fast_tokenizer(scratch)
+
+    def trainer_of(pairs: Pairs) -> Any:
+        config = Config(pairs_per_step=len(pairs), learning_rate=RATE)
+        batches = plan_batches(
+            pairs, [], pairs_per_step=len(pairs), epochs=1, seed=0, row_tokens=row_tokens, has_pair_labels=False
+        )
+        return PackedRewardTrainer(
+            model=start.model,
+            args=trainer_arguments(
+                config, folder=scratch, rows_per_step=batches.plan.rows_per_step, seed=0, log_every=1, save_every=10**6
+            ),
+            data_collator=collator(batches.collate),
+            train_dataset=row_numbers(len(batches.plan.rows)),
+            processing_class=tokenizer,
+            optimizers=make_optimizer(start.model, config, steps=1),
+            checkpoints=scratch / "checkpoints",
+            before_save=lambda: None,
+            watch=Watch([0], names=names_of("helpfulness"), on_log=lambda *_: None, on_step=lambda _: None),
+            safety_auxiliary_weight=0.0,
+        )
+
+    return Contender("llamachat, packed rows", trainer_of)
+
+
+def plain_trl(base: Base, scratch: Path, *, rows: int, attention: str) -> Contender:
+    """TRL as its documentation has it: token ids in, its own collator, so many pairs a device batch."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(BASE), num_labels=1, dtype=getattr(torch, base.dtype), attn_implementation=attention
+    )
+    chat_format, _ = load_proved_format(BASE)
+    write_tokenizer(chat_format.tokenizer, scratch, chat_format.chat_template)
+    tokenizer = AutoTokenizer.from_pretrained(str(scratch))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def trainer_of(pairs: Pairs) -> Any:
+        arguments = RewardConfig(
+            output_dir=str(scratch),
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=len(pairs) // rows,
+            max_steps=1,
+            learning_rate=RATE,
+            max_length=MAX_TOKENS,
+            **{CHECKPOINTING: False},
+            bf16=False,  # the weights are in that dtype already
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        columns = [
+            {"chosen_ids": list(pair.chosen), "rejected_ids": list(pair.rejected), "margin": pair.margin}
+            for pair in pairs
+        ]
+        return RewardTrainer(
+            model=model, args=arguments, train_dataset=Dataset.from_list(columns), processing_class=tokenizer
+        )
+
+    return Contender(f"TRL, {rows} pairs a batch, {attention}", trainer_of)
+
+
+def report(contenders: Sequence[Contender]) -> str:
+    """Medians over rounds, and ours over theirs: the ratio of medians."""
+    mine = statistics.median(contenders[0].pairs_per_s)
+    lines = [f"{'trainer':<36}{'pairs/s':>9}{'min-max':>16}{'ours/it':>9}"]
+    for contender in contenders:
+        rates = contender.pairs_per_s
+        spread = f"{min(rates):.1f}-{max(rates):.1f}"
+        middle = statistics.median(rates)
+        lines.append(f"{contender.name:<36}{middle:>9.2f}{spread:>16}{mine / middle:>9.2f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pairs a second of reward model training, against plain TRL.")
+    parser.add_argument("--seconds", type=float, default=120.0, help="Time to measure; at least two rounds are done.")
+    parser.add_argument("--pairs", type=int, default=32, help="Pairs of an optimizer step, a multiple of 32.")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="Number format.")
+    options = parser.parse_args()
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    base = Base(model=str(BASE), dtype=options.dtype, attention="eager", max_tokens=MAX_TOKENS)
+    pairs = load_pairs()
+    with tempfile.TemporaryDirectory() as name:
+        contenders = [
+            ours(base, Path(name)),
+            *(plain_trl(base, Path(name), rows=rows, attention="sdpa") for rows in (8, 16, 32)),
+            plain_trl(base, Path(name), rows=8, attention="eager"),
+        ]
+        for contender in contenders:  # kernels are chosen and memory is taken on the first pass
+            contender.run(pairs[-options.pairs :])
+            contender.pairs_per_s.clear()
+        started, done = time.monotonic(), 0
+        most = len(pairs) // options.pairs - 1
+        while done < most and (done < 2 or time.monotonic() - started < options.seconds):
+            part = pairs[done * options.pairs : (done + 1) * options.pairs]
+            for contender in contenders if done % 2 == 0 else reversed(contenders):
+                contender.run(part)
+            done += 1
+    place = "a GPU" if torch.cuda.is_available() else f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    print(f"{done} rounds of {options.pairs} pairs, {options.dtype}, {place}, torch {torch.__version__}")
+    print(report(contenders))
+
+
+if __name__ == "__main__":
+    main()

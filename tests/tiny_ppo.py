@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llamachat.config.sections import Data, DataSource, Rollout, Run, Scoring, Split, Tracking, Tuning
+from llamachat.models.loading import save_policy
 from llamachat.runs.artifacts import Artifact
 from ppo.config import Config, Inputs
-from tests.tiny_llama import base_section
+from tests.tiny_llama import base_section, tiny_llama
 
 QUIET: dict[str, Any] = {"mode": "off"}
 SHORT: dict[str, Any] = {"max_new_tokens": 12}
@@ -19,6 +22,18 @@ LETTER = """
 def score(prompts, completions, scores, **columns):
     return [{sign} * text.count("t") / (1 + len(text)) for text in completions]
 """
+
+
+def write_stopping_base(folder: Path, sentencepiece_model: bytes, *, stops: float = 4.5) -> Path:
+    """A random base whose answers end after some tokens: all its states share a direction, and EOS lies along it."""
+    model = tiny_llama(initializer_range=0.05)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] += 0.5
+        model.lm_head.weight[2] = 0.0
+        model.lm_head.weight[2, 0] = stops / 8**0.5
+    save_policy(model, folder)
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model)
+    return folder
 
 
 def write_prompts(path: Path, count: int) -> Path:

@@ -24,7 +24,7 @@ def score(prompts, completions, scores, **columns):
 """
 
 
-def write_stopping_base(folder: Path, sentencepiece_model: bytes, *, stops: float = 4.5) -> Path:
+def write_stopping_base(folder: Path, sentencepiece_model: bytes, *, stops: float = 5.8) -> Path:
     """A random base whose answers end after some tokens: all its states share a direction, and EOS lies along it."""
     model = tiny_llama(initializer_range=0.05)
     with torch.no_grad():

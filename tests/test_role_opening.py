@@ -15,7 +15,7 @@ from llamachat.errors import ArtifactError
 from llamachat.models.estimates import Shape, read_shape
 from llamachat.models.loading import load_policy
 from llamachat.models.reward_model import load_reward_model
-from llamachat.models.role_bank import RoleBank
+from llamachat.models.role_bank import RewardRole, RoleBank
 from tests.fakes import train_sentencepiece
 from tests.tiny_llama import LORA
 from tests.tiny_roles import FULL, QLORA, World
@@ -102,7 +102,8 @@ def test_a_fully_tuned_policy_has_weights_of_its_own(world: World):
 
 
 def test_reward_models_on_one_other_trunk_share_it(world: World, caplog: pytest.LogCaptureFixture):
-    models = {role: world.reward_model(role, LORA, FULL, policy_seed=7) for role in ("helpfulness", "safety")}
+    roles: tuple[RewardRole, ...] = ("helpfulness", "safety")
+    models = {role: world.reward_model(role, LORA, FULL, policy_seed=7) for role in roles}
     with caplog.at_level(logging.INFO):
         bank = world.bank(LORA, FULL, reward_models=models)
     sizes = shape(world)
@@ -113,8 +114,8 @@ def test_reward_models_on_one_other_trunk_share_it(world: World, caplog: pytest.
     assert "safety: runs/safety-lora-on-full-7 is an adapter on weights that are loaded already" in caplog.text
     frozen = bank.frozen_digest()
     for _ in range(2):
-        for role, artifact in models.items():
-            torch.testing.assert_close(bank.scores(role, ROWS).tolist(), alone(artifact), **EXACT)
+        for role in roles:
+            torch.testing.assert_close(bank.scores(role, ROWS).tolist(), alone(models[role]), **EXACT)
         trained_step(bank)
     assert bank.frozen_digest() == frozen and abs(value_of(bank) - score_of(bank)) > 1e-3
 
@@ -180,6 +181,15 @@ def test_the_judge_gives_no_critic_and_the_safety_model_does(world: World):
     safety = world.reward_model("safety", LORA, FULL)
     bank = world.bank(LORA, FULL, reward_models={"judge": judge, "safety": safety})
     assert value_of(bank) == pytest.approx(alone(safety)[2], abs=1e-5)
+
+
+def test_opening_a_bank_draws_nothing_from_torch_and_follows_from_the_seed(world: World):
+    state = torch.get_rng_state()
+    banks = [world.bank(LORA, FULL, reward_models={}, seed=seed) for seed in (5, 5, 6)]
+    assert torch.equal(torch.get_rng_state(), state)
+    first, second, third = (bank.state_dict() for bank in banks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], third[name]) for name in first if name.startswith("policy."))
 
 
 def test_without_a_policy_the_base_is_the_reference(world: World):

@@ -10,15 +10,16 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from llamachat.chat_format import ChatFormat
-from llamachat.config.sections import Tuning
+from llamachat.config.sections import RopeScaling, Tuning
 from llamachat.errors import ArtifactError
 from llamachat.models.estimates import Shape, read_shape
 from llamachat.models.loading import load_policy
 from llamachat.models.reward_model import load_reward_model
 from llamachat.models.role_bank import RewardRole, RoleBank
+from llamachat.models.role_bytes import Beside, role_bank_bytes
 from tests.fakes import train_sentencepiece
 from tests.tiny_llama import LORA
-from tests.tiny_roles import FULL, QLORA, World
+from tests.tiny_roles import FULL, QLORA, World, make_reward_model
 
 ROWS = [[1, 270, 279, 383, 357], [1, 331, 262], [1, 289, 300, 310, 20, 33, 45, 7]]
 BATCH = {"input_ids": torch.tensor([ROWS[2]])}
@@ -98,6 +99,33 @@ def test_a_fully_tuned_policy_has_weights_of_its_own(world: World):
     assert sum(bank.storages().values()) == 4 * (2 * sizes.weights + 3 * headless + 2 * 64 + 65)
 
 
+CASES: list[tuple[Tuning, Tuning, str, bool, int, list[str]]] = [
+    (LORA, FULL, "separate", False, 2, []),
+    (LORA, LORA, "shared", True, 2, []),
+    (QLORA, QLORA, "separate", True, 2, []),
+    (FULL, FULL, "separate", False, 0, ["helpfulness", "safety"]),
+    (FULL, FULL, "shared", False, 0, ["helpfulness", "safety"]),
+]
+
+
+@pytest.mark.parametrize(("tuning", "policy", "critic", "is_continued", "sharing", "beside"), CASES)
+def test_the_planned_bytes_are_those_of_the_bank(
+    tuning: Tuning, policy: Tuning, critic: Any, is_continued: bool, sharing: int, beside: list[str], world: World
+):
+    width = 2 if tuning is QLORA else 4
+    planned = role_bank_bytes(
+        shape(world),
+        tuning,
+        width=width,
+        critic=critic,
+        is_continued=is_continued,
+        sharing=sharing,
+        beside={name: Beside(shape(world), width=width) for name in beside},
+    )
+    bank = world.bank(tuning, policy, critic=critic)
+    assert sum(planned.values()) == pytest.approx(sum(bank.storages().values()), rel=1e-3 if tuning is QLORA else 0)
+
+
 # --- beside it
 
 
@@ -118,6 +146,16 @@ def test_reward_models_on_one_other_trunk_share_it(world: World, caplog: pytest.
             torch.testing.assert_close(bank.scores(role, ROWS).tolist(), alone(models[role]), **EXACT)
         trained_step(bank)
     assert bank.frozen_digest() == frozen and abs(value_of(bank) - score_of(bank)) > 1e-3
+
+
+def test_a_reward_model_with_other_positions_is_on_other_weights(world: World):
+    stretched = world.base.model_copy(update={"rope_scaling": RopeScaling(type="linear", factor=2.0)})
+    step = world.folder / "runs" / "stretched"
+    artifact = make_reward_model(step, stretched, LORA, policy=world.policy(FULL), seed=2)
+    bank = world.bank(LORA, FULL, reward_models={"safety": artifact})
+    torch.testing.assert_close(bank.scores("safety", ROWS).tolist(), alone(artifact), **EXACT)
+    wanted = alone(world.reward_model("helpfulness", LORA, FULL))
+    assert abs(bank.scores("safety", ROWS)[2].item() - wanted[2]) > 1e-3
 
 
 def test_the_critic_is_an_adapter_on_a_fully_tuned_reward_model(world: World):

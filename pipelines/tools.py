@@ -13,6 +13,7 @@ from pipelines.exit_status import reported, state_is_kept
 if TYPE_CHECKING:
     from llamachat.record_rules import TextCheck
     from llamachat.rollout.engine import Sampling
+    from llamachat.runs.artifacts import Kind
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,10 @@ def edit_lines() -> None:
     readline.parse_and_bind("set enable-bracketed-paste on")
 
 
-def _artifacts(words: list[str], config: Path, *, command: str, most: int) -> list[Path]:
-    """The policies that a command names, known to be there before the seconds that loading takes."""
+def _artifacts(
+    words: list[str], config: Path, *, command: str, most: int, kinds: "tuple[Kind, ...]" = ("policy",)
+) -> list[Path]:
+    """The artifacts that a command names, known to be there before the seconds that loading takes."""
     from llamachat.runs.artifacts import read_artifact
 
     overrides = [word for word in words if "=" in word and not Path(word).exists()]
@@ -93,7 +96,12 @@ def _artifacts(words: list[str], config: Path, *, command: str, most: int) -> li
         from pipelines.recipe import load
 
         artifacts = [Path(load(config, overrides).run.dir)]
-    return [read_artifact(path, "policy", reader=command).path for path in artifacts]
+    found = [read_artifact(path) for path in artifacts]
+    # The first kind is what a run folder is asked for, and what a refusal says is needed.
+    return [
+        artifact.path if artifact.manifest.kind in kinds else read_artifact(path, kinds[0], reader=command).path
+        for path, artifact in zip(artifacts, found, strict=True)
+    ]
 
 
 @reported
@@ -101,7 +109,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="The folder to write.", metavar="DIR")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="ARTIFACT", help="A policy; without one the last policy of the recipe's run."),
+        typer.Argument(metavar="ARTIFACT", help="A policy or a reward model; without one the last policy of the run."),
     ] = None,
     config: ConfigOption = TINY,
     form: Annotated[
@@ -121,8 +129,12 @@ def export(
         bool,
         typer.Option("--allow-difference", help="Keep a result that differs from the policy by more than rounding."),
     ] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option("--dtype", help="Weights of a merged reward model; float32 where an adapter is merged."),
+    ] = None,
 ) -> None:
-    """Write a policy as a folder that plain transformers loads, and hold the two against each other."""
+    """Write a policy or a reward model as a folder that plain transformers loads, and hold the two against each other."""
     if form in ("gguf", "ollama"):
         raise UsageError(
             f"--format {form}: not part of this version. Folders for transformers and PEFT are written. Export with "
@@ -131,7 +143,7 @@ def export(
     from llamachat.runs.artifacts import read_artifact
     from serving.export import Request, export_policy
 
-    (path,) = _artifacts(words or [], config, command="export", most=1)
+    (path,) = _artifacts(words or [], config, command="export", most=1, kinds=("policy", "reward_model"))
     request = Request(
         read_artifact(path),
         out,
@@ -140,7 +152,14 @@ def export(
         shard_gb=shard_gb,
         should_overwrite=overwrite,
         may_differ=allow_difference,
+        dtype=dtype,
     )
+    if request.artifact.manifest.kind == "reward_model":
+        from serving.reward_export import export_reward_model
+
+        scored = export_reward_model(request)
+        print(f"{out}: largest difference of a score {scored.max_score_difference:.2g}")
+        return
     found = export_policy(request)
     print(f"{out}: largest difference of a token's log-probability {found.max_logprob_difference:.4f} nats")
 

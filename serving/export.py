@@ -51,6 +51,7 @@ class Request:
     shard_gb: float = 5.0
     should_overwrite: bool = False
     may_differ: bool = False
+    dtype: str | None = None  # of a reward model's weights; a policy keeps the number format of its training
 
     def __post_init__(self) -> None:
         if not self.shard_gb > 0:
@@ -59,13 +60,18 @@ class Request:
             )
         if self.format == "adapter" and self.method == "full":
             raise UsageError(
-                f"--format adapter: {self.artifact.path} is tuned in all its weights. Only a LoRA or QLoRA policy has "
+                f"--format adapter: {self.artifact.path} is tuned in all its weights. Only a LoRA or QLoRA model has "
                 "an adapter. Export it with --format merged."
             )
         if self.onto is not None and not (self.method == "qlora" and self.format == "merged"):
             raise UsageError(
                 f"--onto {self.onto}: it chooses the weights that a QLoRA policy is merged onto, and this is a "
                 f"'{self.method}' policy in the format '{self.format}'. Leave it out."
+            )
+        if self.dtype is not None and (self.artifact.manifest.kind == "policy" or self.format == "adapter"):
+            raise UsageError(
+                f"--dtype {self.dtype}: it is for merged reward models, whose scores move by rounding. A policy and an "
+                "adapter keep the number format of their training. Leave it out."
             )
         if self.out.exists():
             self._check_replaceable()
@@ -106,13 +112,11 @@ def export_policy(request: Request) -> "Agreement":
     del policy  # its memory is for the shards, and then for the exported model
     gc.collect()
     with incoming_folder(request.out) as side:
-        base = _base_folder(request)
+        base = base_folder(request)
         log.info("writing %s", request.out)
-        write = _write_adapter if request.format == "adapter" else _write_merged
+        write = write_adapter if request.format == "adapter" else _write_merged
         write(request, side, base, dtype)
-        for file in TOKENIZER_FILES:
-            if (request.artifact.path / file).is_file():
-                shutil.copyfile(request.artifact.path / file, side / file)
+        copy_tokenizer(request, side)
         log.info("loading it again with transformers alone")
         agreement = _load_and_compare(request, side, base, dtype, answers)
         _judge(request, agreement, dtype)
@@ -125,7 +129,7 @@ def tolerance(dtype: "torch.dtype") -> float:
     return TOLERANCE[str(dtype).removeprefix("torch.")]
 
 
-def _base_folder(request: Request) -> Path:
+def base_folder(request: Request) -> Path:
     """The folder with the weights that are not the adapter's."""
     from llamachat.models.hub import weights_folder
     from llamachat.models.loading import find_model
@@ -144,7 +148,6 @@ def _write_merged(request: Request, side: Path, base: Path, dtype: "torch.dtype"
     import torch
     from transformers import AutoConfig, GenerationConfig
 
-    from llamachat.models.hub import LICENCE_FILES
     from llamachat.tokenizer import BOS_ID, EOS_ID, UNK_ID
     from serving.merging import read_adapter, write_weights
 
@@ -168,6 +171,13 @@ def _write_merged(request: Request, side: Path, base: Path, dtype: "torch.dtype"
         shard_bytes=int(request.shard_gb * 1e9),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
+    finish_folder(side, base)
+
+
+def finish_folder(side: Path, base: Path) -> None:
+    """Give the weights the mode of other files, and add the licence of the base."""
+    from llamachat.models.hub import LICENCE_FILES
+
     for file in side.glob("*.safetensors"):
         shutil.copymode(side / "config.json", file)  # safetensors leaves them to their owner alone
     for pattern in LICENCE_FILES:
@@ -175,7 +185,15 @@ def _write_merged(request: Request, side: Path, base: Path, dtype: "torch.dtype"
             shutil.copyfile(file, side / file.name)
 
 
-def _write_adapter(request: Request, side: Path, base: Path, dtype: "torch.dtype") -> None:
+def copy_tokenizer(request: Request, side: Path) -> None:
+    """Add the tokenizer of the artifact."""
+    for file in TOKENIZER_FILES:
+        if (request.artifact.path / file).is_file():
+            shutil.copyfile(request.artifact.path / file, side / file)
+
+
+def write_adapter(request: Request, side: Path, base: Path, dtype: "torch.dtype") -> None:
+    """Add the adapter, with the name of its base as others know it."""
     import json
 
     from llamachat.models.loading import ADAPTER_WEIGHTS
@@ -185,11 +203,11 @@ def _write_adapter(request: Request, side: Path, base: Path, dtype: "torch.dtype
     shutil.copyfile(artifact.path / ADAPTER_WEIGHTS, side / ADAPTER_WEIGHTS)
     config = json.loads((artifact.path / "adapter_config.json").read_text(encoding="utf-8"))
     # A relative folder means nothing to who loads it from elsewhere.
-    config["base_model_name_or_path"] = _adapter_base(request, base)
+    config["base_model_name_or_path"] = adapter_base(request, base)
     write_json(side / "adapter_config.json", config)
 
 
-def _adapter_base(request: Request, base: Path) -> str:
+def adapter_base(request: Request, base: Path) -> str:
     """How others name the base of the adapter: its hub name, or its folder on this machine."""
     details = request.artifact.manifest.details
     return str(base.resolve()) if details["base_is_folder"] else str(details["base"])
@@ -214,7 +232,7 @@ def _load_and_compare(
         config = AutoConfig.from_pretrained(str(base))
         config.rope_parameters = details["rope_parameters"]
         if request.method == "qlora":
-            arguments["quantization_config"] = _nf4()
+            arguments["quantization_config"] = nf4_config(torch.bfloat16)
         trunk = AutoModelForCausalLM.from_pretrained(str(base), config=config, dtype=dtype, **arguments)
         model = PeftModel.from_pretrained(trunk, str(side))
     else:
@@ -222,15 +240,15 @@ def _load_and_compare(
     return compare(model.eval(), AutoTokenizer.from_pretrained(str(side)), answers)
 
 
-def _nf4() -> Any:
-    import torch
+def nf4_config(compute: "torch.dtype") -> Any:
+    """The quantisation of a QLoRA base, as a user of transformers asks for it."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=compute,
     )
 
 
@@ -282,7 +300,7 @@ def _write_notes(
         "method": request.method,
         "onto": onto,
         "base": manifest.details["base"],
-        **({"adapter_base": _adapter_base(request, base)} if request.format == "adapter" else {}),
+        **({"adapter_base": adapter_base(request, base)} if request.format == "adapter" else {}),
         "dtype": str(dtype).removeprefix("torch."),
         "tolerance": tolerance(dtype),
         **asdict(agreement),

@@ -8,8 +8,8 @@ the values that those 4 bits stand for, not to the weights that they were rounde
 import json
 import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from llamachat.errors import ArtifactError
 from llamachat.models.loading import ADAPTER_WEIGHTS, SEVEN_PROJECTIONS
+from llamachat.models.reward_model import HEAD, HEAD_WEIGHT
 from llamachat.models.weights import COMPUTED, file_weights, weight_files
 from llamachat.runs.atomic import StorageError
 
 log = logging.getLogger(__name__)
 
+LANGUAGE_HEAD = "lm_head.weight"
 NF4_BLOCK = 64  # values that share a scale, in transformers' 4-bit layers
 _FORMS_NOT_MERGED = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save")
 
@@ -32,6 +34,7 @@ class Adapter:
 
     factors: Mapping[str, tuple[Tensor, Tensor]]  # weight's name -> A [rank, in], B [out, rank]
     scale: float
+    head: Mapping[str, Tensor] = field(default_factory=dict)  # of a reward model, trained whole: it is not in the base
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +57,16 @@ def read_adapter(folder: Path) -> Adapter:
         for name, (a_RI, b_OR) in pairs.items()
         if a_RI is not None and b_OR is not None
     }
-    unusual = [key for key in _FORMS_NOT_MERGED if config.get(key)]
-    if unusual or 2 * len(factors) != len(weights):
+    is_scoring = config.get("task_type") == "SEQ_CLS" and config.get("modules_to_save") == [HEAD]
+    key = f"base_model.model.{HEAD_WEIGHT}"
+    head = {HEAD_WEIGHT: weights[key]} if is_scoring and key in weights else {}
+    unusual = [key for key in _FORMS_NOT_MERGED if config.get(key) and not (head and key == "modules_to_save")]
+    if unusual or 2 * len(factors) + len(head) != len(weights):
         raise ArtifactError(
             f"{folder}: the adapter is more than plain LoRA ({', '.join(unusual) or 'other weights than A and B'}). "
             "Merging adds alpha / rank * B A to a weight, and this one needs more. Export it with --format adapter."
         )
-    return Adapter(factors, config["lora_alpha"] / config["r"])
+    return Adapter(factors, config["lora_alpha"] / config["r"], head)
 
 
 def merged(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
@@ -93,11 +99,14 @@ def write_weights(
 ) -> int:
     """Write the weights of the folder `source` to `out`, the adapter merged; the bytes that were written.
 
-    `is_nf4`: the adapter was trained on the seven projections in NF4. Several files get an index, one file none.
+    `is_nf4`: the adapter was trained on the seven projections in NF4. Several files get an index, one file none. The
+    head of a reward model takes the place of the base's language-model head.
     """
     from safetensors.torch import save_file
 
-    shards = _plan(source, dtype=dtype, shard_bytes=shard_bytes)
+    head = adapter.head if adapter is not None else {}
+    left_out = (LANGUAGE_HEAD,) if head else ()
+    shards = _plan(source, dtype=dtype, shard_bytes=shard_bytes, left_out=left_out)
     total = sum(weight.num_bytes for shard in shards for weight in shard)
     _check_adapter(adapter, shards, source)
     _check_room(out, total)
@@ -112,6 +121,8 @@ def write_weights(
             if adapter is not None and held.name in adapter.factors:
                 weight = merged(weight, *adapter.factors[held.name], scale=adapter.scale)
             tensors[held.name] = weight.contiguous()
+        if number == len(shards):
+            tensors |= {name: weight.to(dtype) for name, weight in head.items()}
         save_file(tensors, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         if len(shards) > 1:
@@ -122,7 +133,7 @@ def write_weights(
     return total
 
 
-def _plan(source: Path, *, dtype: torch.dtype, shard_bytes: int) -> list[list[_Source]]:
+def _plan(source: Path, *, dtype: torch.dtype, shard_bytes: int, left_out: Collection[str]) -> list[list[_Source]]:
     """The weights by the shard that they go to, in the order in which they lie; known from the files' headers."""
     from safetensors import safe_open
 
@@ -131,7 +142,7 @@ def _plan(source: Path, *, dtype: torch.dtype, shard_bytes: int) -> list[list[_S
     for file in weight_files(source):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  # not a mapping
-                if name.endswith(COMPUTED):
+                if name.endswith(COMPUTED) or name in left_out:
                     continue
                 num_bytes = torch.Size(weights.get_slice(name).get_shape()).numel() * dtype.itemsize
                 if shards[-1] and filled + num_bytes > shard_bytes:

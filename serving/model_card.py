@@ -5,7 +5,7 @@ Figures are those of the training; no text of the users' data is in it, and of t
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,25 +50,26 @@ class Facts:
 def model_card(facts: Facts) -> str:
     """README.md of the exported folder, with the front matter that the hub reads."""
     parts = (
-        _front_matter(facts),
+        front_matter(facts),
         _what(facts),
         _how_to_load(facts),
-        _training(facts),
+        training(facts),
         _agreement(facts),
-        _licence(facts),
+        licence(facts),
     )
     return "\n".join(parts)
 
 
-def _front_matter(facts: Facts) -> str:
-    licence, _ = _licence_of(facts)
+def front_matter(facts: Facts, task: str = "text-generation") -> str:
+    """What the hub reads."""
+    short_name, _ = _licence_of(facts)
     is_adapter = facts.note["format"] == "adapter"
     values: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": task,
     }
-    if licence:
-        values["license"] = licence
+    if short_name:
+        values["license"] = short_name
     if _hub_name(facts):
         values["base_model"] = _hub_name(facts)
     values["tags"] = ["llama", "llamachat", *(["lora"] if is_adapter else [])]
@@ -91,7 +92,7 @@ def _what(facts: Facts) -> str:
     )
     if system is None:
         return text + "- system text: none in training\n"
-    return text + f"\nTrained with this system text; send it as the first message:\n\n{_block(system)}"
+    return text + f"\nTrained with this system text; send it as the first message:\n\n{block(system)}"
 
 
 def _how_to_load(facts: Facts) -> str:
@@ -113,7 +114,7 @@ def _how_to_load(facts: Facts) -> str:
         "output = model.generate(**prompt.to(model.device), max_new_tokens=256, do_sample=True, temperature=0.7, top_p=0.9)",
         'print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
-    return "\n## Loading\n\n" + _block("\n".join(code), "python")
+    return "\n## Loading\n\n" + block("\n".join(code), "python")
 
 
 def _adapter_code(facts: Facts) -> list[str]:
@@ -139,11 +140,13 @@ def _adapter_code(facts: Facts) -> list[str]:
     ]
 
 
-def _training(facts: Facts) -> str:
+def training(facts: Facts, kinds: Sequence[str] = ("sft",)) -> str:
+    """Settings, figures, files (of these kinds of data) and versions of the training."""
     manifest = facts.artifact.manifest
     lines = ["\n## Training\n"]
     figures = _read_json(facts.step.summary)
-    section = manifest.identity.get(manifest.identity.get("command", ""), {})
+    command = manifest.identity.get("command", "")
+    section = manifest.identity.get("reward" if command == "rm" else command, {})
     settings = {**manifest.identity.get("tuning", {}), **(section if isinstance(section, dict) else {})}
     if settings:
         shown = {key: value for key, value in settings.items() if isinstance(value, str | int | float)}
@@ -155,7 +158,7 @@ def _training(facts: Facts) -> str:
             *(f"| {key} | {value:.6g} |" for key, value in figures.items()),
             "",
         ]
-    lines += _data_lines(facts)
+    lines += _data_lines(facts, kinds)
     dropped = manifest.dropped_records
     lines.append(f"Records left out: {sum(dropped.values())}" + ("." if not dropped else f" ({_counts(dropped)})."))
     versions = {
@@ -165,15 +168,14 @@ def _training(facts: Facts) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _data_lines(facts: Facts) -> list[str]:
-    """The files of dialogs by name; nothing where the step's configuration is not around the artifact any more."""
+def _data_lines(facts: Facts, kinds: Sequence[str]) -> list[str]:
+    """The files by name; nothing where the step's configuration is not around the artifact any more."""
     try:
         recipe = yaml.safe_load(facts.step.config.read_text(encoding="utf-8"))
-        sources = recipe["data"]["sft"]
-        lines = [_source_line(source) for source in sources]
+        lines = [_source_line(source) for kind in kinds for source in recipe["data"].get(kind, ())]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return []
-    return ["Dialogs were read from", "", *lines, ""]
+    return [f"{'Dialogs' if tuple(kinds) == ('sft',) else 'Records'} were read from", "", *lines, ""]
 
 
 def _source_line(source: Mapping[str, Any]) -> str:
@@ -195,7 +197,8 @@ def _agreement(facts: Facts) -> str:
     )
 
 
-def _licence(facts: Facts) -> str:
+def licence(facts: Facts) -> str:
+    """Under what the exported folder may be passed on."""
     files = sorted(file.name for pattern in LICENCE_FILES for file in facts.base.glob(pattern))
     _, text = _licence_of(facts)
     copied = f" Its licence files ({', '.join(files)}) are copied here." if files else ""
@@ -229,7 +232,7 @@ def _counts(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
 
 
-def _block(text: str, language: str = "") -> str:
+def block(text: str, language: str = "") -> str:
     """Fenced, with a fence that the text itself does not hold."""
     fence = "```"
     while fence in text:

@@ -9,7 +9,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def progress(total: int, done_word: str, things: str) -> Iterator[Callable[[int], None]]:
-    """A bar in a terminal, on standard error; a line for every batch where there is none."""
+    """A bar in a terminal, on standard error; a line for every tenth where there is none."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -26,8 +26,10 @@ def progress(total: int, done_word: str, things: str) -> Iterator[Callable[[int]
 
         def count(more: int) -> None:
             nonlocal done
+            tenths = 10 * done // total
             done += more
-            log.info("%s %d of %d %s", done_word, done, total, things)
+            if 10 * done // total > tenths:
+                log.info("%s %d of %d %s", done_word, done, total, things)
 
         yield count
         return

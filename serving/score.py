@@ -71,12 +71,17 @@ def score_file(model: RewardModel, path: Path, out: Path | None) -> tuple[Scored
 
 def score_turns(model: RewardModel, turns: Sequence[str]) -> float:
     """The score of the last of these turns, which are by user and assistant in turn."""
+    if len(turns) % 2:
+        raise UsageError(
+            f"-m: {len(turns)} given, but the last one is the answer that is scored. Give question and answer in turn: "
+            "-m QUESTION -m ANSWER."
+        )
     messages = [Message("assistant" if index % 2 else "user", turn) for index, turn in enumerate(turns)]
     try:
         model.chat_format.check_text(messages)
         ids = model.encode(messages)
     except DialogError as error:
-        raise UsageError(f"-m: {error} Give question and answer in turn: -m QUESTION -m ANSWER.") from error
+        raise UsageError(f"-m: {error}") from error
     return float(model.score_ids([ids])[0])
 
 

@@ -139,7 +139,7 @@ def test_reward_models_on_one_other_trunk_share_it(world: World, caplog: pytest.
     numbers = sizes.weights + headless + 4 * sizes.adapter_weights(4) + 2 * 64 + 65
     assert sum(bank.storages().values()) == 4 * numbers
     assert "is on other weights and is loaded beside: 0.00 GiB" in caplog.text
-    assert "safety: runs/safety-lora-on-full-7 is an adapter on weights that are loaded already" in caplog.text
+    assert "safety: safety-lora-on-full-7/rm/safety is an adapter on weights that are loaded already" in caplog.text
     frozen = bank.frozen_digest()
     for _ in range(2):
         for role in roles:
@@ -150,8 +150,9 @@ def test_reward_models_on_one_other_trunk_share_it(world: World, caplog: pytest.
 
 def test_a_reward_model_with_other_positions_is_on_other_weights(world: World):
     stretched = world.base.model_copy(update={"rope_scaling": RopeScaling(type="linear", factor=2.0)})
-    step = world.folder / "runs" / "stretched"
-    artifact = make_reward_model(step, stretched, LORA, policy=world.policy(FULL), seed=2)
+    artifact = make_reward_model(
+        world.folder / "runs" / "stretched", stretched, LORA, policy=world.policy(FULL), seed=2
+    )
     bank = world.bank(LORA, FULL, reward_models={"safety": artifact})
     torch.testing.assert_close(bank.scores("safety", ROWS).tolist(), alone(artifact), **EXACT)
     wanted = alone(world.reward_model("helpfulness", LORA, FULL))

@@ -1,0 +1,256 @@
+"""A reward model as a folder that plain transformers loads: one merged model with its head, or the adapter for PEFT.
+
+Reads a reward-model artifact and, for an adapter, the weights of its base; writes what `serving.export` writes of a
+policy. The folder is loaded again as `AutoModelForSequenceClassification` and its scores of built-in answers are held
+against the artifact's. One thing surprises: merged weights are fp32 unless another format is asked for, since rounding
+them to 16 bits moves scores.
+"""
+
+import gc
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamachat.dialog import DialogError, Message
+from llamachat.errors import ArtifactError
+from llamachat.models.placement import device_of, dtype_of
+from llamachat.models.reward_model import RewardModel, load_reward_model
+from llamachat.runs.artifacts import library_versions
+from llamachat.runs.atomic import incoming_folder, write_json
+from serving.agreement import QUESTIONS
+from serving.export import (
+    NOTE,
+    ExportError,
+    Request,
+    adapter_base,
+    base_folder,
+    copy_tokenizer,
+    finish_folder,
+    nf4_config,
+    write_adapter,
+)
+from serving.merging import read_adapter, write_weights
+from serving.model_card import Facts, block, front_matter, licence, training
+
+log = logging.getLogger(__name__)
+
+# Largest difference of a score that rounding explains, relative to the largest score (1 at least). In fp32 only the
+# order of sums differs; a 16-bit weight is off by up to 2^-9 (bf16) or 2^-12 (fp16) of its size, through all layers.
+TOLERANCE = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.25}
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreAgreement:
+    """How far the exported reward model is from the artifact."""
+
+    max_score_difference: float
+    largest_score: float
+    answers: int
+
+
+def export_reward_model(request: Request) -> ScoreAgreement:
+    """Write the folder, hold its scores against the artifact's in fp32, and give it its name."""
+    reward_model = load_reward_model(request.artifact.path, dtype="float32", device="auto")
+    rows = _built_in_rows(reward_model)
+    scores_N = reward_model.score_ids(rows)
+    name = reward_model.name
+    del reward_model  # its memory is for the shards, and then for the exported model
+    gc.collect()
+    with incoming_folder(request.out) as side:
+        base = base_folder(request)
+        dtype = _dtype(request, base)
+        log.info("writing %s", request.out)
+        if request.format == "adapter":
+            write_adapter(request, side, base, dtype)
+        else:
+            _write_merged(request, side, base, dtype)
+        copy_tokenizer(request, side)
+        log.info("loading it again with transformers alone")
+        found_N = _plain_scores(request, side, base, rows)
+        # As one that is not a number says nothing, so nothing is hidden by `max`.
+        difference = float((found_N - scores_N).abs().nan_to_num(nan=float("inf")).max())
+        agreement = ScoreAgreement(difference, float(scores_N.abs().max()), len(rows))
+        _judge(request, agreement, dtype)
+        _write_notes(request, side, base, dtype, agreement, name=name)
+    return agreement
+
+
+def _built_in_rows(reward_model: RewardModel) -> list[tuple[int, ...]]:
+    rows = []
+    for question, answer in QUESTIONS:
+        try:
+            rows.append(reward_model.encode([Message("user", question), Message("assistant", answer)]))
+        except DialogError:
+            continue
+    if not rows:
+        raise ArtifactError(
+            f"{reward_model.name}: none of the built-in answers fits into the {reward_model.max_tokens} tokens that it "
+            "reads. An exported model is held against it on them. Train with a larger base.max_tokens."
+        )
+    return rows
+
+
+def _dtype(request: Request, base: Path) -> torch.dtype:
+    if request.dtype is not None:
+        return dtype_of(request.dtype)
+    if request.method != "full" or request.format == "adapter":
+        return torch.float32
+    return dtype_of(json.loads((base / "config.json").read_text(encoding="utf-8"))["dtype"])
+
+
+def _write_merged(request: Request, side: Path, base: Path, dtype: torch.dtype) -> None:
+    from transformers import AutoConfig
+
+    from llamachat.models.reward_model import PLAIN_CLASS
+    from llamachat.tokenizer import BOS_ID, EOS_ID, UNK_ID
+
+    config = AutoConfig.from_pretrained(str(base))
+    config.rope_parameters = request.artifact.manifest.details.get("rope_parameters", config.rope_parameters)
+    config.dtype, config.architectures, config.use_cache, config.num_labels = dtype, [PLAIN_CLASS], False, 1
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS_ID, EOS_ID, UNK_ID
+    config.save_pretrained(side)
+    if request.onto == "original":
+        log.warning(
+            "--onto original: the reward model was trained and evaluated on its base in 4 bits. On the original weights "
+            "it is another model, better or worse; measure it before you use it."
+        )
+    write_weights(
+        base,
+        side,
+        adapter=None if request.method == "full" else read_adapter(request.artifact.path),
+        dtype=dtype,
+        is_nf4=request.merges_onto_nf4,
+        shard_bytes=int(request.shard_gb * 1e9),
+        device=device_of("auto"),
+    )
+    finish_folder(side, base)
+
+
+@torch.no_grad()
+def _plain_scores(request: Request, side: Path, base: Path, rows: Sequence[Sequence[int]]) -> Tensor:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers.utils.logging import disable_progress_bar
+
+    # More than one GPU holds goes in part to the CPU.
+    arguments: dict[str, Any] = {"dtype": torch.float32}
+    if torch.cuda.is_available():
+        arguments["device_map"] = "auto"
+    disable_progress_bar()
+    if request.format == "adapter":
+        from peft import PeftModel
+
+        from llamachat.models import nf4
+
+        config = AutoConfig.from_pretrained(str(base), num_labels=1)
+        config.rope_parameters = request.artifact.manifest.details["rope_parameters"]
+        if request.method == "qlora":
+            arguments["quantization_config"] = nf4_config(torch.float32)
+        trunk = AutoModelForSequenceClassification.from_pretrained(str(base), config=config, **arguments)
+        model: Any = PeftModel.from_pretrained(trunk, str(side))
+        if request.method == "qlora":
+            nf4.close_cpu_trap(model)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(str(side), **arguments)
+    model.eval()
+    return torch.cat([model(torch.tensor([row], device=model.device)).logits[0].float().cpu() for row in rows])
+
+
+def _judge(request: Request, agreement: ScoreAgreement, dtype: torch.dtype) -> None:
+    is_rounded = request.format == "merged" and (request.method != "full" or request.dtype is not None)
+    limit = TOLERANCE[str(dtype).removeprefix("torch.") if is_rounded else "float32"]
+    limit *= max(1.0, agreement.largest_score)
+    difference = agreement.max_score_difference
+    log.info(
+        "scores of %d answers differ by at most %.6f (rounding explains %.4g)", agreement.answers, difference, limit
+    )
+    # On other weights than those of training the difference is the user's choice, and told.
+    if difference <= limit or request.onto == "original":
+        return
+    wrong = f"a score differs by {difference:.4g}, and {limit:.4g} is allowed"
+    if not request.may_differ or difference == float("inf"):
+        raise ExportError(
+            f"{request.out}: {wrong}. The exported reward model has to give the artifact's scores, up to the rounding "
+            "of its weights; nothing was written. Look for a base that changed since training; where the difference is "
+            "known and small, write it all the same with --allow-difference, or export with --dtype float32."
+        )
+    log.warning("%s", wrong)
+
+
+def _write_notes(
+    request: Request, side: Path, base: Path, dtype: torch.dtype, agreement: ScoreAgreement, *, name: str
+) -> None:
+    manifest = request.artifact.manifest
+    is_adapter = request.format == "adapter"
+    note: dict[str, Any] = {
+        "reward_model": name,
+        "fingerprint": manifest.fingerprint,
+        "digest": request.artifact.digest,
+        "format": request.format,
+        "method": request.method,
+        "onto": None if request.method != "qlora" or is_adapter else request.onto or "quantized",
+        "base": manifest.details["base"],
+        **({"adapter_base": adapter_base(request, base)} if is_adapter else {}),
+        "dtype": str(dtype).removeprefix("torch."),
+        **asdict(agreement),
+        "versions": library_versions(),
+    }
+    write_json(side / NOTE, note)
+    (side / "README.md").write_text(_card(Facts(request.artifact, name, base, note)), encoding="utf-8")
+
+
+def _card(facts: Facts) -> str:
+    note, details = facts.note, facts.details
+    what = (
+        f"# {facts.name}\n\nA reward model{': a LoRA adapter with its head' if note['format'] == 'adapter' else ''}. It "
+        "gives an answer of a chat model one number, read at the last token: higher is better, and the difference of "
+        "two is the log-odds that people prefer the one to the other. Made with llamachat by the recipe of Llama 2 "
+        f"(arXiv:2307.09288), step `{facts.artifact.manifest.step}`.\n\n- base: `{details['base']}`\n"
+        f"- tuning: {note['method']}\n- weights: {note['dtype']}\n- longest dialog in training: {details['max_tokens']} "
+        f"tokens\n- system text in training: {details.get('system') or 'none'}\n"
+    )
+    held = (
+        f"\n## Held against the artifact\n\nScores of {note['answers']} built-in answers differ by at most "
+        f"{note['max_score_difference']:.2g} in fp32.\n"
+    )
+    code = "\n## Loading\n\n" + block("\n".join(_code(facts)), "python")
+    data = training(facts, ("helpfulness", "safety", "labels", "open"))
+    return "\n".join((front_matter(facts, "text-classification"), what, code, data, held, licence(facts)))
+
+
+def _code(facts: Facts) -> list[str]:
+    messages = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello! How can I help?"}]
+    lines = ["import torch", "from transformers import AutoModelForSequenceClassification, AutoTokenizer", ""]
+    if facts.note["format"] == "adapter":
+        arguments = ["config=config", "dtype=torch.float32"]
+        lines += [
+            "from peft import PeftModel",
+            "from transformers import AutoConfig",
+            f"base = {facts.note['adapter_base']!r}",
+            "config = AutoConfig.from_pretrained(base, num_labels=1)",
+            f"config.rope_parameters = {facts.details['rope_parameters']!r}",
+        ]
+        if facts.note["method"] == "qlora":
+            lines += ["from transformers import BitsAndBytesConfig"]
+            lines += [
+                'nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
+                "bnb_4bit_compute_dtype=torch.float32)"
+            ]
+            arguments.append("quantization_config=nf4")
+        lines += [f"model = AutoModelForSequenceClassification.from_pretrained(base, {', '.join(arguments)})"]
+        lines += ['model = PeftModel.from_pretrained(model, ".").eval()']
+    else:
+        lines += ['model = AutoModelForSequenceClassification.from_pretrained(".", dtype=torch.float32).eval()']
+    return [
+        *lines,
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        f"messages = {messages!r}",
+        'dialog = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")',
+        "with torch.no_grad():",
+        '    print(model(dialog["input_ids"]).logits.item())',
+    ]

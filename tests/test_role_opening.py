@@ -10,15 +10,16 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from llamachat.chat_format import ChatFormat
-from llamachat.config.sections import Tuning
+from llamachat.config.sections import RopeScaling, Tuning
 from llamachat.errors import ArtifactError
 from llamachat.models.estimates import Shape, read_shape
 from llamachat.models.loading import load_policy
 from llamachat.models.reward_model import load_reward_model
-from llamachat.models.role_bank import RoleBank
+from llamachat.models.role_bank import RewardRole, RoleBank
+from llamachat.models.role_bytes import Beside, role_bank_bytes
 from tests.fakes import train_sentencepiece
 from tests.tiny_llama import LORA
-from tests.tiny_roles import FULL, QLORA, World
+from tests.tiny_roles import FULL, QLORA, World, make_reward_model
 
 ROWS = [[1, 270, 279, 383, 357], [1, 331, 262], [1, 289, 300, 310, 20, 33, 45, 7]]
 BATCH = {"input_ids": torch.tensor([ROWS[2]])}
@@ -98,11 +99,39 @@ def test_a_fully_tuned_policy_has_weights_of_its_own(world: World):
     assert sum(bank.storages().values()) == 4 * (2 * sizes.weights + 3 * headless + 2 * 64 + 65)
 
 
+CASES: list[tuple[Tuning, Tuning, str, bool, int, list[str]]] = [
+    (LORA, FULL, "separate", False, 2, []),
+    (LORA, LORA, "shared", True, 2, []),
+    (QLORA, QLORA, "separate", True, 2, []),
+    (FULL, FULL, "separate", False, 0, ["helpfulness", "safety"]),
+    (FULL, FULL, "shared", False, 0, ["helpfulness", "safety"]),
+]
+
+
+@pytest.mark.parametrize(("tuning", "policy", "critic", "is_continued", "sharing", "beside"), CASES)
+def test_the_planned_bytes_are_those_of_the_bank(
+    tuning: Tuning, policy: Tuning, critic: Any, is_continued: bool, sharing: int, beside: list[str], world: World
+):
+    width = 2 if tuning is QLORA else 4
+    planned = role_bank_bytes(
+        shape(world),
+        tuning,
+        width=width,
+        critic=critic,
+        is_continued=is_continued,
+        sharing=sharing,
+        beside={name: Beside(shape(world), width=width) for name in beside},
+    )
+    bank = world.bank(tuning, policy, critic=critic)
+    assert sum(planned.values()) == pytest.approx(sum(bank.storages().values()), rel=1e-3 if tuning is QLORA else 0)
+
+
 # --- beside it
 
 
 def test_reward_models_on_one_other_trunk_share_it(world: World, caplog: pytest.LogCaptureFixture):
-    models = {role: world.reward_model(role, LORA, FULL, policy_seed=7) for role in ("helpfulness", "safety")}
+    roles: tuple[RewardRole, ...] = ("helpfulness", "safety")
+    models = {role: world.reward_model(role, LORA, FULL, policy_seed=7) for role in roles}
     with caplog.at_level(logging.INFO):
         bank = world.bank(LORA, FULL, reward_models=models)
     sizes = shape(world)
@@ -110,13 +139,24 @@ def test_reward_models_on_one_other_trunk_share_it(world: World, caplog: pytest.
     numbers = sizes.weights + headless + 4 * sizes.adapter_weights(4) + 2 * 64 + 65
     assert sum(bank.storages().values()) == 4 * numbers
     assert "is on other weights and is loaded beside: 0.00 GiB" in caplog.text
-    assert "safety: runs/safety-lora-on-full-7 is an adapter on weights that are loaded already" in caplog.text
+    assert "safety: safety-lora-on-full-7/rm/safety is an adapter on weights that are loaded already" in caplog.text
     frozen = bank.frozen_digest()
     for _ in range(2):
-        for role, artifact in models.items():
-            torch.testing.assert_close(bank.scores(role, ROWS).tolist(), alone(artifact), **EXACT)
+        for role in roles:
+            torch.testing.assert_close(bank.scores(role, ROWS).tolist(), alone(models[role]), **EXACT)
         trained_step(bank)
     assert bank.frozen_digest() == frozen and abs(value_of(bank) - score_of(bank)) > 1e-3
+
+
+def test_a_reward_model_with_other_positions_is_on_other_weights(world: World):
+    stretched = world.base.model_copy(update={"rope_scaling": RopeScaling(type="linear", factor=2.0)})
+    artifact = make_reward_model(
+        world.folder / "runs" / "stretched", stretched, LORA, policy=world.policy(FULL), seed=2
+    )
+    bank = world.bank(LORA, FULL, reward_models={"safety": artifact})
+    torch.testing.assert_close(bank.scores("safety", ROWS).tolist(), alone(artifact), **EXACT)
+    wanted = alone(world.reward_model("helpfulness", LORA, FULL))
+    assert abs(bank.scores("safety", ROWS)[2].item() - wanted[2]) > 1e-3
 
 
 def test_the_critic_is_an_adapter_on_a_fully_tuned_reward_model(world: World):
@@ -180,6 +220,15 @@ def test_the_judge_gives_no_critic_and_the_safety_model_does(world: World):
     safety = world.reward_model("safety", LORA, FULL)
     bank = world.bank(LORA, FULL, reward_models={"judge": judge, "safety": safety})
     assert value_of(bank) == pytest.approx(alone(safety)[2], abs=1e-5)
+
+
+def test_opening_a_bank_draws_nothing_from_torch_and_follows_from_the_seed(world: World):
+    state = torch.get_rng_state()
+    banks = [world.bank(LORA, FULL, reward_models={}, seed=seed) for seed in (5, 5, 6)]
+    assert torch.equal(torch.get_rng_state(), state)
+    first, second, third = (bank.state_dict() for bank in banks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], third[name]) for name in first if name.startswith("policy."))
 
 
 def test_without_a_policy_the_base_is_the_reference(world: World):

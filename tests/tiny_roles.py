@@ -9,12 +9,11 @@ import torch
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Base, Tuning
 from llamachat.models.loading import attach_adapter, load_base
-from llamachat.models.reward_model import build_reward_model, reward_model_details, save_reward_model
+from llamachat.models.reward_model import build_reward_model
 from llamachat.models.role_bank import RoleBank
 from llamachat.models.role_opening import open_roles
-from llamachat.runs.artifacts import Artifact, Manifest, publish
-from llamachat.runs.folder import StepFolder
-from llamachat.tokenizer import write_tokenizer
+from llamachat.runs.artifacts import Artifact
+from tests.rewarding import publish_reward_model
 from tests.tiny_llama import base_section, publish_policy
 from tests.tiny_sft import write_base
 
@@ -40,24 +39,11 @@ def make_policy(step: Path, chat_format: ChatFormat, base: Base, tuning: Tuning,
     return publish_policy(step, model, chat_format, base=base.model)
 
 
-def make_reward_model(
-    step: Path, base: Base, tuning: Tuning, *, policy: Artifact | None, seed: int = 1, system: str | None = None
-) -> Artifact:
+def make_reward_model(run: Path, base: Base, tuning: Tuning, *, policy: Artifact | None, seed: int) -> Artifact:
     """A reward model built from the policy, then moved, head and all."""
     start = build_reward_model(base, tuning, policy=policy, seed=seed, device="cpu")
     disturb(start.model, seed=seed, scale=0.02 if tuning.method == "full" else 0.1)
-
-    def write(folder: Path) -> None:
-        save_reward_model(start.model, folder)
-        write_tokenizer(start.chat_format.tokenizer, folder, start.chat_format.chat_template)
-
-    details = reward_model_details(
-        start.model, base=start.trunk, chat_format=start.chat_format.name, max_tokens=base.max_tokens, system=system
-    )
-    manifest = Manifest(
-        kind="reward_model", step=step.name, fingerprint="0" * 64, identity={}, seed=seed, details=details
-    )
-    return publish(StepFolder(step), manifest, write)
+    return publish_reward_model(start, base, run)
 
 
 class World:
@@ -82,7 +68,7 @@ class World:
         begins_as = self.policy(policy, seed=policy_seed)
         return self._once(
             f"{role}-{tuning.method}-on-{policy.method}-{policy_seed}",
-            lambda step: make_reward_model(step, self._base(tuning, policy), tuning, policy=begins_as, seed=seed),
+            lambda run: make_reward_model(run, self._base(tuning, policy), tuning, policy=begins_as, seed=seed),
         )
 
     def bank(self, tuning: Tuning, made_by: Tuning, /, *, critic: Any = "separate", **changes: Any) -> RoleBank:

@@ -25,7 +25,6 @@ from llamachat.models import nf4
 from llamachat.models.hub import tokenizer_folder
 from llamachat.models.last_tokens import last_token_scores, score_rows
 from llamachat.models.loading import (
-    ONLY_ADAPTER,
     VALUES_PER_WEIGHT,
     adapter_dtype,
     attach_adapter,
@@ -40,7 +39,6 @@ from llamachat.models.loading import (
     trunk_digest,
 )
 from llamachat.models.placement import device_of, dtype_of
-from llamachat.models.role_adapters import adapter_weights, fill, weights_in
 from llamachat.models.rope import context_length, scale_rope
 from llamachat.models.starting import fast_tokenizer, is_adapter, proved_start
 from llamachat.tokenizer import UNK_ID, Tokenizer, load_tokenizer
@@ -169,9 +167,7 @@ def build_reward_model(
         _check_trunk(model, continued, details, where=where)
     adapted = attach_adapter(model, tuning, seed=seed, head=HEAD)
     if continued is not None:
-        # Not by PEFT, which looks in the policy's file for a head.
-        values, _ = weights_in(continued.path)
-        fill(adapter_weights(_scoring(adapted).model, ONLY_ADAPTER), values)
+        _copy_adapter(adapted, continued)
     trunk = str(details["base"]) if continued is not None else location
     return RewardStart(adapted, chat_format, trunk, reward_trunk_digest(adapted))
 
@@ -310,6 +306,20 @@ def _check_trunk(model: "ScoringLlama", artifact: "Artifact", details: Mapping[s
             f"{where}: '{model.name_or_path}' holds other weights than the adapter was trained on. On another model an "
             "adapter gives wrong scores without a sign. Put the model back that it was trained on, or train it again."
         )
+
+
+def _copy_adapter(adapted: "PeftModel", policy: "Artifact") -> None:
+    """Give the new adapter the values of the policy's, which has the same shape."""
+    from llamachat.models.loading import ADAPTER_WEIGHTS
+    from llamachat.models.weights import file_weights
+
+    weights = file_weights(policy.path / ADAPTER_WEIGHTS)
+    held = {name.replace(".weight", ".default.weight"): weight for name, weight in weights}
+    own = {name: weight for name, weight in adapted.named_parameters() if ".lora_" in name}
+    assert held.keys() == own.keys(), "rank, alpha and targets were compared before"
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(held[name])
 
 
 def _scoring(model: "Scorer") -> "ScoringLlama":

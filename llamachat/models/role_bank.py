@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from llamachat.models.loading import LanguageModel
 
 Role = Literal["policy", "reference", "critic", "helpfulness", "safety", "judge"]
+LanguageRole = Literal["policy", "reference"]
 RewardRole = Literal["helpfulness", "safety", "judge"]
 CriticKind = Literal["separate", "shared"]
 Trained = Literal["policy", "critic"]
@@ -56,7 +57,7 @@ class Fittings:
 
     seats: Mapping[Role, Seat]
     policy_model: "LanguageModel"
-    reference_head: nn.Module  # the language-model head of the reference; the policy's own unless all weights train
+    lm_heads: Mapping[LanguageRole, nn.Module]
     value_head: nn.Linear
     reward_models: Mapping[RewardRole, RewardModel]
     other_vocabulary: frozenset[RewardRole]  # of them, those that do not read the policy's token ids
@@ -74,8 +75,7 @@ class RoleBank:
         self.chat_format = fittings.chat_format
         self._seats = fittings.seats
         self._policy_model = fittings.policy_model
-        self._policy_head = fittings.policy_model.get_output_embeddings()
-        self._reference_head = fittings.reference_head
+        self._heads = fittings.lm_heads
         self._value_head = fittings.value_head
         self._reward_models = fittings.reward_models
         self._other_vocabulary = fittings.other_vocabulary
@@ -113,9 +113,9 @@ class RoleBank:
             ids_BT, positions_BT = batch["input_ids"], batch.get("position_ids")
             return cast(Any, seat.trunk)(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
 
-    def lm_head(self, role: Literal["policy", "reference"]) -> nn.Module:
+    def lm_head(self, role: LanguageRole) -> nn.Module:
         """From hidden states to logits [.., V]. One module for both, unless all of the policy's weights train."""
-        return self._policy_head if role == "policy" else self._reference_head
+        return self._heads[role]
 
     def values(self, batch: Mapping[str, Tensor], positions: Tensor) -> Tensor:
         """The critic's values [N], fp32, at these indices [N] into the flattened rows of `batch`."""
@@ -251,7 +251,7 @@ class RoleBank:
     def _modules(self) -> list[nn.Module]:
         """Everything that holds weights; a language-model head may hold the embeddings once more."""
         scores = [cast(Any, model.model).score for model in self._reward_models.values()]
-        modules = [*self._trunks.values(), self._policy_head, self._reference_head, self._value_head, *scores]
+        modules = [*self._trunks.values(), *self._heads.values(), self._value_head, *scores]
         return list({id(module): module for module in modules}.values())
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -173,11 +173,10 @@ class _Opening:
 
     def seat_critic(self, critic: CriticKind, sources: Mapping[RewardRole, Source]) -> nn.Linear:
         """The critic's trunk or adapter; returns its head, which starts as the reward model's or with zeros."""
-        begins_as = next(
+        begins_as: RewardRole | None = next(
             (role for role in CRITIC_BEGINS_AS if role in self.seats and role not in self.other_vocabulary),
             None,
         )
-        policy_trunk = self.seats["policy"].trunk
         if critic == "shared":
             self.seats["critic"] = self.seats["policy"]
         elif self.tuning.method == "full":
@@ -187,16 +186,13 @@ class _Opening:
         else:
             begun: Role = begins_as or "policy"
             self.seats["critic"] = self._copy_of(begun, "critic", self._root_of(self.seats[begun].trunk))
-        width = self.seats["critic"].trunk.config.hidden_size
-        head = nn.Linear(width, 1, bias=True, dtype=torch.float32, device=policy_trunk.device)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-        if begins_as is not None:
-            begun_head = _head_of(self.reward_models[begins_as])
-            if begun_head.shape == head.weight.shape:
-                with torch.no_grad():
-                    head.weight.copy_(begun_head)
-        log.info("critic: %s, begins as the %s", critic, f"{begins_as} model" if begins_as else "policy, its head as 0")
+        head = _head(self.seats["critic"].trunk, dtype=torch.float32, has_bias=True)
+        begun_head = None if begins_as is None else _score_weight(self.reward_models[begins_as])
+        if begun_head is not None and begun_head.shape == head.weight.shape:
+            fill({HEAD_WEIGHT: head.weight}, {HEAD_WEIGHT: begun_head})
+            log.info("critic: %s, begins as the %s model", critic, begins_as)
+        else:
+            log.info("critic: %s, begins as the policy with values of 0", critic)
         return head
 
     def fittings(self, critic: CriticKind, value_head: nn.Linear) -> Fittings:
@@ -221,7 +217,10 @@ class _Opening:
         return Fittings(
             seats=self.seats,
             policy_model=self.policy_model,
-            reference_head=cast(nn.Module, self.reference.get_output_embeddings()),
+            lm_heads={
+                "policy": cast(Any, self.policy_model).get_output_embeddings(),
+                "reference": cast(nn.Module, self.reference.get_output_embeddings()),
+            },
             value_head=value_head,
             reward_models=self.reward_models,
             other_vocabulary=frozenset(self.other_vocabulary),
@@ -238,7 +237,7 @@ class _Opening:
         values, others = weights_in(artifact.path)
         add_adapter(root, role, self.shapes[role], seed=self.seed)
         fill(adapter_weights(root.model, role), values)
-        head = nn.Linear(root.config.hidden_size, 1, bias=False, dtype=root.dtype, device=root.device)
+        head = _head(root.model, dtype=root.dtype, has_bias=False)
         fill({HEAD_WEIGHT: head.weight}, others)
         tokenizer = load_tokenizer(artifact.path)
         self.seats[role] = Seat(root.model, role)
@@ -312,7 +311,15 @@ def _scorer(root: "Root", head: nn.Linear) -> "ScoringLlama":
     return model
 
 
-def _head_of(model: RewardModel) -> torch.Tensor:
+def _head(trunk: "LlamaModel", *, dtype: torch.dtype, has_bias: bool) -> nn.Linear:
+    """A linear head of one output on a trunk, all zeros; torch's random state is left alone."""
+    made = nn.utils.skip_init(nn.Linear, trunk.config.hidden_size, 1, bias=has_bias, dtype=dtype, device=trunk.device)
+    for weight in made.parameters():
+        nn.init.zeros_(weight)
+    return cast(nn.Linear, made)
+
+
+def _score_weight(model: RewardModel) -> torch.Tensor:
     return cast(Any, model.model).score.weight
 
 

@@ -291,11 +291,9 @@ READ_LATER = {
     "Data.prompts": "rejection sampling, PPO",
     "Data.adversarial": "context distillation, evaluation",
     "Data.borderline": "evaluation",
-    "Rollout.engine": "rejection sampling, PPO",
     "Rollout.temperature": "rejection sampling, PPO",
     "Rollout.top_p": "rejection sampling, PPO",
     "Rollout.max_new_tokens": "rejection sampling, PPO",
-    "Rollout.cache_gib": "rejection sampling, PPO",
     **{f"Recipe.{stage.section}": "by Stage.section" for stage in STAGES.values()},
 }
 

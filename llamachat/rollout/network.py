@@ -1,0 +1,114 @@
+"""The forward of a Llama model on our own weights: prompts once, then one token a row against the cache.
+
+Shapes: N prompts, P positions of a prompt (padded on the left), B rows, T cached columns in view, H key-value heads,
+G query heads a key-value head, D head size, E hidden size, V vocabulary. Only logits that a token is drawn from are
+made.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llamachat.rollout.cache import Cache, CacheShape
+from llamachat.rollout.rotation import Rotation, rotate
+from llamachat.rollout.weights import Layer, Product, Weights
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class Network:
+    """The trunk and its head, without state of its own."""
+
+    def __init__(self, trunk: "LlamaForCausalLM", weights: Weights) -> None:
+        config: LlamaConfig = trunk.config
+        self.weights = weights
+        self.rotation = Rotation(trunk, weights.dtype)
+        self.vocabulary = config.vocab_size
+        self.device = trunk.device
+        heads = config.num_key_value_heads or config.num_attention_heads
+        self._group = config.num_attention_heads // heads
+        self._epsilon = config.rms_norm_eps
+        self._head_size = config.head_dim or config.hidden_size // config.num_attention_heads
+        self.shape = CacheShape(config.num_hidden_layers, heads, self._head_size, weights.dtype)
+
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache, slots: Sequence[Sequence[int]]) -> Tensor:
+        """Read prompts, put each one's keys and values into its slots; logits [N, V] of what comes after them."""
+        length = max(map(len, prompts))
+        pads = [length - len(prompt) for prompt in prompts]
+        ids_NP = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)])
+        rotation = tuple(
+            table.flatten(0, 1).unsqueeze(1) for table in self.rotation.of_prompts(list(map(len, prompts)))
+        )
+        mask_N1PP = self._prompt_mask(pads, length)
+        owners = [index for index, group in enumerate(slots) for _ in group]
+        owners_B = torch.tensor(owners, device=self.device)
+        slots_B = torch.tensor([slot for group in slots for slot in group], device=self.device)
+        x_BE = functional.embedding(ids_NP.to(self.device).flatten(), self.weights.embedding.weight)
+        for index, layer in enumerate(self.weights.layers):
+            query, key, value = self._query_key_value(layer, x_BE, rotation)
+            query, key, value = (
+                part.unflatten(0, (len(prompts), length)).transpose(1, 2) for part in (query, key, value)
+            )
+            cache.write_prompts(index, slots_B, key[owners_B], value[owners_B])
+            if self._group > 1:
+                key, value = (part.repeat_interleave(self._group, dim=1) for part in (key, value))
+            mixed = functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask_N1PP, is_causal=mask_N1PP is None, scale=self._head_size**-0.5
+            )
+            x_BE = self._rest(layer, x_BE, mixed.transpose(1, 2).reshape(len(x_BE), -1))
+        return self._logits(x_BE.view(len(prompts), length, -1)[:, -1])
+
+    def step(self, ids_B: Tensor, positions_B: Tensor, cache: Cache, *, first: int, mask_B1T: Tensor | None) -> Tensor:
+        """Write a token of each of the first rows into the cache; logits [B, V] of the next. `first` is the first
+        column in view."""
+        rows = len(ids_B)
+        rotation = tuple(table.unsqueeze(1) for table in self.rotation.at(positions_B))
+        in_view = slice(first, cache.time + 1)
+        x_BE = functional.embedding(ids_B, self.weights.embedding.weight)
+        for index, layer in enumerate(self.weights.layers):
+            query, key, value = self._query_key_value(layer, x_BE, rotation)
+            cache.write(index, key, value)
+            query = (query * self._head_size**-0.5).reshape(-1, self._group, self._head_size)
+            scores = torch.bmm(query, cache.keys(index)[:rows].flatten(0, 1)[..., in_view])
+            if mask_B1T is not None:
+                scores.view(rows, -1, scores.shape[-1]).add_(mask_B1T)
+            mixed = torch.bmm(scores.softmax(dim=-1), cache.values(index)[:rows].flatten(0, 1)[:, in_view])
+            x_BE = self._rest(layer, x_BE, mixed.view(rows, -1))
+        return self._logits(x_BE)
+
+    def _query_key_value(
+        self, layer: Layer, x_BE: Tensor, rotation: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned by their positions, and values; heads [B, heads, D]."""
+        heads = self.shape.heads
+        normed_BE = functional.rms_norm(x_BE, (x_BE.shape[-1],), layer.attention_norm, self._epsilon)
+        all_BHD = layer.query_key_value(normed_BE).unflatten(-1, (-1, self._head_size))
+        turned_BHD = rotate(all_BHD[:, :-heads], *rotation)
+        return turned_BHD[:, :-heads], turned_BHD[:, -heads:], all_BHD[:, -heads:]
+
+    def _rest(self, layer: Layer, x_BE: Tensor, mixed_BE: Tensor) -> Tensor:
+        """From the attended values to the block's output."""
+        x_BE = layer.attention_out.added_to(x_BE, mixed_BE)
+        gate_BF, up_BF = layer.gate_up(
+            functional.rms_norm(x_BE, (x_BE.shape[-1],), layer.mlp_norm, self._epsilon)
+        ).chunk(2, dim=-1)
+        return layer.down.added_to(x_BE, functional.silu(gate_BF).mul_(up_BF))
+
+    def _logits(self, x_BE: Tensor) -> Tensor:
+        head: Product = self.weights.head
+        return head(functional.rms_norm(x_BE, (x_BE.shape[-1],), self.weights.final_norm, self._epsilon))
+
+    def _prompt_mask(self, pads: Sequence[int], length: int) -> Tensor | None:
+        """What of a prompt each of its positions sees, [N, 1, P, P]; None where causality alone says it."""
+        if not any(pads):
+            return None
+        causal_PP = torch.ones((length, length), dtype=torch.bool, device=self.device).tril()
+        columns_P = torch.arange(length, device=self.device)
+        is_text_NP = columns_P >= torch.tensor(pads, device=self.device).unsqueeze(1)
+        # A pad sees itself: a row of nothing would be NaN.
+        is_seen_NPP = (causal_PP & is_text_NP.unsqueeze(1)) | torch.eye(length, dtype=torch.bool, device=self.device)
+        return is_seen_NPP.unsqueeze(1)

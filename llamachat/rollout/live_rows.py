@@ -182,7 +182,7 @@ class LiveRows:
             return None
         columns_T = torch.arange(first, self.cache.time + 1, device=self._starts_B.device)
         is_before_B1T = (columns_T < self._starts_B[: self._used, None]).unsqueeze(1)
-        shape = self._network.weights.dtype
+        shape = self._network.attention_dtype
         return torch.zeros(is_before_B1T.shape, dtype=shape, device=columns_T.device).masked_fill_(
             is_before_B1T, float("-inf")
         )

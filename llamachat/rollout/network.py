@@ -29,11 +29,14 @@ class Network:
         self.rotation = Rotation(trunk, weights.dtype)
         self.vocabulary = config.vocab_size
         self.device = trunk.device
+        # How many columns a row's sums run over depends on its neighbours, and so would their last bits in fp32; in fp64
+        # they are rounded away, and a row says the same in any batch.
+        self.attention_dtype = torch.float64 if weights.dtype == torch.float32 else weights.dtype
         heads = config.num_key_value_heads or config.num_attention_heads
         self._group = config.num_attention_heads // heads
         self._epsilon = config.rms_norm_eps
         self._head_size = config.head_dim or config.hidden_size // config.num_attention_heads
-        self.shape = CacheShape(config.num_hidden_layers, heads, self._head_size, weights.dtype)
+        self.shape = CacheShape(config.num_hidden_layers, heads, self._head_size, self.attention_dtype)
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache, slots: Sequence[Sequence[int]]) -> Tensor:
         """Read prompts, put each one's keys and values into its slots; logits [N, V] of what comes after them."""
@@ -88,11 +91,12 @@ class Network:
         normed_BE = functional.rms_norm(x_BE, (x_BE.shape[-1],), layer.attention_norm, self._epsilon)
         all_BHD = layer.query_key_value(normed_BE).unflatten(-1, (-1, self._head_size))
         turned_BHD = rotate(all_BHD[:, :-heads], *rotation)
-        return turned_BHD[:, :-heads], turned_BHD[:, -heads:], all_BHD[:, -heads:]
+        query_BHD, key_BHD, value_BHD = turned_BHD[:, :-heads], turned_BHD[:, -heads:], all_BHD[:, -heads:]
+        return tuple(part.to(self.attention_dtype) for part in (query_BHD, key_BHD, value_BHD))
 
     def _rest(self, layer: Layer, x_BE: Tensor, mixed_BE: Tensor) -> Tensor:
         """From the attended values to the block's output."""
-        x_BE = layer.attention_out.added_to(x_BE, mixed_BE)
+        x_BE = layer.attention_out.added_to(x_BE, mixed_BE.to(x_BE.dtype))
         gate_BF, up_BF = layer.gate_up(
             functional.rms_norm(x_BE, (x_BE.shape[-1],), layer.mlp_norm, self._epsilon)
         ).chunk(2, dim=-1)

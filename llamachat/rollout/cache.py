@@ -1,9 +1,9 @@
 """Keys and values of the rows that are being answered, in one pool taken once.
 
-Shapes: B rows, H key-value heads, D head size, T columns. All rows end at the same column, the next to be written: a
-token's keys are one slice, whatever the rows' lengths; a row begins at its own column, and what lies before it is
-masked. Keys lie with the columns last, since the product with the queries then reads them in the order of its inner
-loop (three times as fast in bf16 on a CPU). When the columns run out, the rows move back to the first ones.
+Shapes: B rows, H key-value heads, T columns, D head size. All rows end at the same column, the next to be written: a
+token's keys are one slice whatever the rows' lengths, and a row begins at a column of its own. One thing surprises:
+products go over all columns that are laid out, since a batched product of a part of them copies the part first. So the
+layout is kept narrow: a few columns are spare, and when they are used up the rows are laid out anew.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """What one token takes, and how many fit."""
+    """What one token takes."""
 
     layers: int
     heads: int
@@ -28,65 +28,57 @@ class CacheShape:
 
 
 class Cache:
-    """`rows` x `columns` tokens laid out in a pool; both may change with `move`."""
+    """A pool of `tokens`, laid out as rows x columns."""
 
-    def __init__(self, shape: CacheShape, *, rows: int, columns: int, device: torch.device) -> None:
-        self.rows, self.columns = rows, columns
+    def __init__(self, shape: CacheShape, *, tokens: int, device: torch.device) -> None:
+        self.tokens = tokens
+        self.rows = self.columns = 0
         self.time = 0  # the column that is written next
         self._shape = shape
-        size = rows * columns * shape.heads * shape.head_size
         # Zeros, not what memory held: a masked weight of 0 times a NaN would be a NaN.
-        self._pools = [torch.zeros((2, size), dtype=shape.dtype, device=device) for _ in range(shape.layers)]
-        self._lay_out()
+        size = (2, tokens * shape.heads * shape.head_size)
+        self._pools = [torch.zeros(size, dtype=shape.dtype, device=device) for _ in range(shape.layers)]
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
 
-    @property
-    def tokens(self) -> int:
-        """What the pool holds."""
-        return self._pools[0].shape[1] // (self._shape.heads * self._shape.head_size)
+    def keys(self, layer: int, rows: int) -> Tensor:
+        """Keys [B * H, T, D] of the first rows."""
+        return self._keys[layer][:rows].flatten(0, 1)
 
-    def keys(self, layer: int) -> Tensor:
-        """Keys [B, H, D, T]."""
-        return self._keys[layer]
-
-    def values(self, layer: int) -> Tensor:
-        """Values [B, H, T, D]."""
-        return self._values[layer]
+    def values(self, layer: int, rows: int) -> Tensor:
+        """Values [B * H, T, D] of the first rows."""
+        return self._values[layer][:rows].flatten(0, 1)
 
     def write(self, layer: int, keys_BHD: Tensor, values_BHD: Tensor) -> None:
         """Put a token's keys and values of the first rows at the present column."""
-        count = len(keys_BHD)
-        self._keys[layer][:count, :, :, self.time] = keys_BHD
-        self._values[layer][:count, :, self.time] = values_BHD
+        rows = len(keys_BHD)
+        self._keys[layer][:rows, :, self.time] = keys_BHD
+        self._values[layer][:rows, :, self.time] = values_BHD
 
     def write_prompts(self, layer: int, slots_B: Tensor, keys_BHTD: Tensor, values_BHTD: Tensor) -> None:
         """Put what rows begin with before the present column."""
         before = slice(self.time - keys_BHTD.shape[2], self.time)
-        self._keys[layer][slots_B, :, :, before] = keys_BHTD.transpose(2, 3)
+        self._keys[layer][slots_B, :, before] = keys_BHTD
         self._values[layer][slots_B, :, before] = values_BHTD
 
-    def move(self, source_B: Tensor, *, length: int, rows: int, columns: int) -> None:
+    def lay_out(self, source_B: Tensor, *, length: int, rows: int, columns: int) -> None:
         """Lay the pool out anew: first the rows of these slots with their last `length` tokens, from column 0 on."""
-        assert rows * columns * self._shape.heads * self._shape.head_size <= self._pools[0].shape[1]
+        assert rows * columns <= self.tokens and len(source_B) <= rows and length <= columns
         kept = slice(self.time - length, self.time)
         count = len(source_B)
-        self.rows, self.columns = rows, columns
-        old_keys, old_values = self._keys, self._values
-        self._lay_out()
-        for layer in range(self._shape.layers):
-            keys, values = old_keys[layer][..., kept][source_B], old_values[layer][:, :, kept][source_B]
-            self._keys[layer][:count, :, :, :length] = keys
+        old = list(zip(self._keys, self._values, strict=True))
+        self.rows, self.columns, self.time = rows, columns, length
+        shape = (rows, self._shape.heads, columns, self._shape.head_size)
+        used = rows * columns * self._shape.heads * self._shape.head_size
+        self._keys = [pool[0, :used].view(shape) for pool in self._pools]
+        self._values = [pool[1, :used].view(shape) for pool in self._pools]
+        for layer, parts in enumerate(old if count else ()):
+            keys, values = (part[source_B, :, kept] for part in parts)  # copies: old and new places overlap
+            self._keys[layer][:count, :, :length] = keys
             self._values[layer][:count, :, :length] = values
-        self.time = length
 
-    def fill_slots(self, source_B: Tensor, slots_B: Tensor, *, length: int) -> None:
+    def copy_rows(self, source_B: Tensor, slots_B: Tensor, *, length: int) -> None:
         """Copy rows, with their last `length` tokens, into other slots."""
         kept = slice(self.time - length, self.time)
-        for keys, values in zip(self._keys, self._values, strict=True):
-            keys[slots_B, :, :, kept] = keys[..., kept][source_B]
-            values[slots_B, :, kept] = values[:, :, kept][source_B]
-
-    def _lay_out(self) -> None:
-        heads, size = self._shape.heads, self._shape.head_size
-        used = self.rows * heads * size * self.columns
-        self._keys = [pool[0, :used].view(self.rows, heads, size, self.columns) for pool in self._pools]
-        self._values = [pool[1, :used].view(self.rows, heads, self.columns, size) for pool in self._pools]
+        for part in (*self._keys, *self._values):
+            part[slots_B, :, kept] = part[source_B, :, kept]

@@ -18,7 +18,7 @@ from llamachat.models.placement import free_bytes
 from llamachat.models.rope import context_length
 from llamachat.rollout.cache import Cache
 from llamachat.rollout.engine import Completion, Sampling
-from llamachat.rollout.live_rows import Done, Group, LiveRows
+from llamachat.rollout.live_rows import SPARE_COLUMNS, Done, Group, LiveRows
 from llamachat.rollout.network import Network
 from llamachat.rollout.weights import Weights, merged_copy_bytes, without_wrapper
 
@@ -29,9 +29,7 @@ ROWS_PER_BATCH = {"cpu": 128, "cuda": 512}
 PROMPT_TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}
 SHARE_FOR_WEIGHTS = 0.6  # of the free memory: more than that leaves too little for keys and values
 SHARE_FOR_CACHE = {"cpu": 0.25, "cuda": 0.8}
-IDLE_SHARE = 8  # of the live rows: more idle slots than one in so many are closed
 ENTER_SHARE = 8  # of all slots: so many are free before prompts enter
-SPARE_COLUMNS = 128  # steps between two moves of the rows to the first columns
 
 
 class LlamaEngine:
@@ -107,10 +105,8 @@ class LlamaEngine:
                 if waiting and _is_time_to_enter(batch, waiting[0]):
                     yield batch.enter(self._next_groups(batch, waiting))
                     continue
-                if batch.idle * IDLE_SHARE > batch.live:
-                    batch.close_gaps()
-                if batch.cache.time == batch.cache.columns:
-                    self._move_back(batch, waiting, sampling)
+                if batch.is_full:
+                    batch.lay_out(waiting[0] if waiting else None)
                 yield batch.step()
 
     def _begin(
@@ -133,13 +129,17 @@ class LlamaEngine:
             for index in order
             for start in range(0, samples_per_prompt, rows)
         )
-        columns = min(longest + SPARE_COLUMNS, tokens // rows)
-        cache = Cache(self._network.shape, rows=rows, columns=columns, device=self._network.device)
+        cache = Cache(
+            self._network.shape, tokens=min(tokens, most * (longest + SPARE_COLUMNS)), device=self._network.device
+        )
         batch = LiveRows(self._network, cache, sampling, rows=most, stop_ids=self._stop_ids, on_token=on_token)
+        batch.lay_out(waiting[0])
         return batch, waiting
 
     def _next_groups(self, batch: LiveRows, waiting: deque[Group]) -> list[Group]:
         """As many of the waiting groups as there are free slots for, in one reading of bounded size."""
+        if batch.live == 0:
+            batch.lay_out(waiting[0])
         free, longest = batch.free, len(waiting[0].ids)
         taken: list[Group] = []
         while waiting and len(waiting[0].samples) <= free:
@@ -148,16 +148,6 @@ class LlamaEngine:
             free -= len(waiting[0].samples)
             taken.append(waiting.popleft())
         return taken
-
-    def _move_back(self, batch: LiveRows, waiting: deque[Group], sampling: Sampling) -> None:
-        """The rows go back to the first columns; where what is left is shorter, more rows find room."""
-        cache = batch.cache
-        longest = max(batch.longest_whole, self._whole(len(waiting[0].ids), sampling) if waiting else 0)
-        rows, columns = cache.rows, cache.columns
-        more = min(cache.tokens // (longest + SPARE_COLUMNS), batch.most)
-        if more > rows:
-            rows, columns = more, longest + SPARE_COLUMNS
-        batch.move_back(rows=rows, columns=columns)
 
     def _whole(self, prompt_length: int, sampling: Sampling) -> int:
         """Tokens of a prompt and the longest answer to it."""

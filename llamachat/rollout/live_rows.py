@@ -4,8 +4,8 @@ Shapes: B slots, R tokens of an answer. Rows finish at different times: their sl
 rows of the last slots, so that the first slots stay full and a step computes little for nobody.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from llamachat.rollout.cache import Cache
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.rollout.network import Network
 from llamachat.rollout.sampling import choose, row_uniforms
+
+SPARE_COLUMNS = 32  # steps between two layouts: each copies the cache once, and each spare column is computed on
+IDLE_SHARE = 8  # of the live rows: more idle slots than one in so many are closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +38,12 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class _Owner:
+class _Seat:
     """The row that sits in a slot."""
 
     prompt: int
     sample: int
+    start: int  # its first column
     whole: int  # tokens of its prompt and its longest answer
 
 
@@ -60,168 +64,156 @@ class LiveRows:
         self.cache, self.most = cache, rows
         self._network, self._sampling = network, sampling
         self._stop_ids, self._on_token = stop_ids, on_token
-        device, width = network.device, sampling.max_new_tokens + 1  # one more: where finished rows write
+        device, width = network.device, sampling.max_new_tokens + 1  # one more: where idle rows write
         self._is_stop_V = torch.zeros(network.vocabulary, dtype=torch.bool, device=device)
         self._is_stop_V[sorted(stop_ids)] = True
-        self._owners: list[_Owner | None] = [None] * rows
-        self._starts = [0] * rows  # the first column of each row
-        # Of each slot: the row's first column, its last token, how many it has, how many it may have.
+        self._seats: dict[int, _Seat] = {}
+        self._rows_B = torch.arange(rows, device=device)
+        # Of each slot: the row's first column, its last token, how many it has, how many it may have; tokens; numbers
+        # to draw them by.
         self._starts_B, self._last_B, self._counts_B, self._limits_B = (
-            torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4)
+            torch.zeros_like(self._rows_B) for _ in range(4)
         )
-        self._uniforms_BR = torch.zeros((rows, width), dtype=torch.float64, device=device)
         self._ids_BR = torch.zeros((rows, width), dtype=torch.long, device=device)
         self._logprobs_BR = torch.zeros((rows, width), device=device)
-        self._used = 0  # slots from the first on that a step computes
+        self._uniforms_BR = torch.zeros((rows, width), dtype=torch.float64, device=device)
+
+    @property
+    def _states(self) -> tuple[Tensor, ...]:
+        state_B = (self._starts_B, self._last_B, self._counts_B, self._limits_B)
+        return (*state_B, self._ids_BR, self._logprobs_BR, self._uniforms_BR)
 
     @property
     def live(self) -> int:
         """Rows that are not done."""
-        return sum(owner is not None for owner in self._owners[: self._used])
-
-    @property
-    def longest_whole(self) -> int:
-        """Tokens that the longest of the live rows may come to."""
-        return max((owner.whole for owner in self._owners if owner is not None), default=0)
-
-    @property
-    def idle(self) -> int:
-        """Slots that a step computes for nobody."""
-        return self._used - self.live
+        return len(self._seats)
 
     @property
     def free(self) -> int:
         """Slots that rows may enter."""
         return self.cache.rows - self.live
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no column is left for another token."""
+        return self.cache.time == self.cache.columns
+
+    def lay_out(self, waiting: Group | None) -> None:
+        """Room for more tokens of the live rows, in the first slots, and beside them for as many as will fit.
+
+        `waiting` is the longest group that is to enter.
+        """
+        wholes = [seat.whole for seat in self._seats.values()] + ([] if waiting is None else [self._whole(waiting)])
+        rows = min(self.most, self.cache.tokens // max(wholes))
+        movers = sorted(self._seats)
+        first = min((seat.start for seat in self._seats.values()), default=0)
+        length = self.cache.time - first if movers or waiting is None else len(waiting.ids)
+        columns = min(length + SPARE_COLUMNS, self.cache.tokens // rows)
+        self.cache.lay_out(self._tensor(movers), length=length, rows=rows, columns=columns)
+        self._starts_B -= first
+        self._seats = {slot: replace(seat, start=seat.start - first) for slot, seat in self._seats.items()}
+        self._reseat(movers, range(len(movers)))
+
     def enter(self, groups: Sequence[Group]) -> list[Done]:
         """Read prompts and draw the first token of their rows; the prompts are no longer than any that is live."""
-        if self.live == 0:
-            self._used = 0
-            self.cache.time = max(len(group.ids) for group in groups)
-        free = (slot for slot in range(self.cache.rows) if slot >= self._used or self._owners[slot] is None)
+        free = (slot for slot in range(self.cache.rows) if slot not in self._seats)
         taken = [[next(free) for _ in group.samples] for group in groups]
         logits_NV = self._network.prefill([group.ids for group in groups], self.cache, taken)
         for group, slots in zip(groups, taken, strict=True):
             self._seat(group, slots)
-        slots_B = torch.tensor([slot for slots in taken for slot in slots], device=self._network.device)
-        owners_B = torch.tensor([index for index, slots in enumerate(taken) for _ in slots], device=slots_B.device)
-        self._used = max(self._used, int(slots_B.max()) + 1)
-        return self._draw(logits_NV[owners_B], slots_B)
+        self._mask_anew()
+        owners_B = self._tensor([index for index, slots in enumerate(taken) for _ in slots])
+        return self._draw(logits_NV[owners_B], self._tensor([slot for slots in taken for slot in slots]))
 
     def step(self) -> list[Done]:
         """One more token for every live row."""
+        if (self._used - self.live) * IDLE_SHARE > self.live:
+            self._close_gaps()
         used, time = self._used, self.cache.time
-        first = self._first()
-        starts_B = self._starts_B[:used]
-        positions_B = (time - starts_B).clamp(max=self._network.rotation.context - 1)
-        logits_BV = self._network.step(
-            self._last_B[:used], positions_B, self.cache, first=first, mask_B1T=self._mask(first)
-        )
+        self._mask_B1T[:used, :, time] = 0
+        positions_B = (time - self._starts_B[:used]).clamp(max=self._network.rotation.context - 1)
+        logits_BV = self._network.step(self._last_B[:used], positions_B, self.cache, self._mask_B1T[:used])
         self.cache.time += 1
-        return self._draw(logits_BV, torch.arange(used, device=starts_B.device))
+        return self._draw(logits_BV, slice(used))
 
-    def close_gaps(self) -> None:
+    @property
+    def _used(self) -> int:
+        """Slots from the first on that a step computes."""
+        return max(self._seats, default=-1) + 1
+
+    def _close_gaps(self) -> None:
         """Rows of the last slots take the idle ones before them."""
-        live = self.live
-        holes = [slot for slot in range(live) if self._owners[slot] is None]
-        movers = [slot for slot in range(live, self._used) if self._owners[slot] is not None]
-        self._used = live
-        if movers:
-            length = self.cache.time - min(self._starts[slot] for slot in movers)
-            slots_B, source_B = (torch.tensor(part, device=self._network.device) for part in (holes, movers))
-            self.cache.fill_slots(source_B, slots_B, length=length)
-            self._reseat(movers, holes)
-
-    def move_back(self, *, rows: int, columns: int) -> None:
-        """All live rows to the first columns and slots of a cache of this layout."""
-        movers = [slot for slot in range(self._used) if self._owners[slot] is not None]
-        shift = self._first()
-        source_B = torch.tensor(movers, device=self._network.device)
-        self.cache.move(source_B, length=self.cache.time - shift, rows=rows, columns=columns)
-        self._reseat(movers, range(len(movers)))
-        self._used = len(movers)
-        self._starts_B -= shift
-        self._starts = [start - shift for start in self._starts]
-
-    def _first(self) -> int:
-        return min(self._starts[slot] for slot in range(self._used) if self._owners[slot] is not None)
+        holes = [slot for slot in range(self.live) if slot not in self._seats]
+        movers = [slot for slot in sorted(self._seats) if slot >= self.live]
+        length = self.cache.time - min(self._seats[slot].start for slot in movers)
+        self.cache.copy_rows(self._tensor(movers), self._tensor(holes), length=length)
+        self._reseat(movers, holes)
 
     def _seat(self, group: Group, slots: Sequence[int]) -> None:
-        start = self.cache.time - len(group.ids)
-        limit = min(self._sampling.max_new_tokens, self._network.rotation.context - len(group.ids))
-        for slot, sample in zip(slots, group.samples, strict=True):
-            self._owners[slot], self._starts[slot] = _Owner(group.prompt, sample, len(group.ids) + limit), start
-            uniforms_R = row_uniforms(limit, seed=self._sampling.seed, prompt=group.prompt, sample=sample)
-            self._uniforms_BR[slot, :limit] = uniforms_R.to(self._uniforms_BR.device)
-        slots_B = torch.tensor(slots, device=self._starts_B.device)
+        start, limit = self.cache.time - len(group.ids), self._whole(group) - len(group.ids)
+        uniforms_BR = torch.stack(
+            [
+                row_uniforms(limit, seed=self._sampling.seed, prompt=group.prompt, sample=sample)
+                for sample in group.samples
+            ]
+        )
+        slots_B = self._tensor(slots)
+        self._uniforms_BR[slots_B, :limit] = uniforms_BR.to(slots_B.device)
         self._starts_B[slots_B], self._limits_B[slots_B], self._counts_B[slots_B] = start, limit, 0
+        for slot, sample in zip(slots, group.samples, strict=True):
+            self._seats[slot] = _Seat(group.prompt, sample, start, self._whole(group))
+
+    def _whole(self, group: Group) -> int:
+        return min(len(group.ids) + self._sampling.max_new_tokens, self._network.rotation.context)
 
     def _reseat(self, source: Sequence[int], slots: Sequence[int]) -> None:
-        source_B, slots_B = (torch.tensor(list(part), device=self._starts_B.device) for part in (source, slots))
-        for state in (
-            self._starts_B,
-            self._last_B,
-            self._counts_B,
-            self._limits_B,
-            self._uniforms_BR,
-            self._ids_BR,
-            self._logprobs_BR,
-        ):
+        source_B, slots_B = self._tensor(source), self._tensor(slots)
+        for state in self._states:
             state[slots_B] = state[source_B]
-        owners, starts = [self._owners[slot] for slot in source], [self._starts[slot] for slot in source]
-        for slot in source:
-            self._owners[slot] = None
-        for slot, owner, start in zip(slots, owners, starts, strict=True):
-            self._owners[slot], self._starts[slot] = owner, start
+        seats = [self._seats.pop(slot) for slot in source]
+        self._seats |= dict(zip(slots, seats, strict=True))
+        self._mask_anew()
 
-    def _mask(self, first: int) -> Tensor | None:
-        """-inf [B, 1, T] on columns before a row's first; None where all rows begin together."""
-        starts = self._starts[: self._used]
-        if max(starts) <= first:
-            return None
-        columns_T = torch.arange(first, self.cache.time + 1, device=self._starts_B.device)
-        is_before_B1T = (columns_T < self._starts_B[: self._used, None]).unsqueeze(1)
-        shape = self._network.attention_dtype
-        return torch.zeros(is_before_B1T.shape, dtype=shape, device=columns_T.device).masked_fill_(
-            is_before_B1T, float("-inf")
+    def _mask_anew(self) -> None:
+        """-inf [B, 1, T] on columns that are not a row's, 0 on its own."""
+        columns_T = torch.arange(self.cache.columns, device=self._starts_B.device)
+        is_own_BT = (columns_T >= self._starts_B[:, None]) & (columns_T < self.cache.time)
+        mask_BT = torch.full(
+            is_own_BT.shape, float("-inf"), dtype=self._network.attention_dtype, device=columns_T.device
         )
+        self._mask_B1T = mask_BT.masked_fill_(is_own_BT, 0).unsqueeze(1)
 
-    def _draw(self, logits_BV: Tensor, slots_B: Tensor) -> list[Done]:
-        counts_B1 = self._counts_B[slots_B].clamp(max=self._sampling.max_new_tokens).unsqueeze(1)
-        uniforms_B = self._uniforms_BR[slots_B].gather(1, counts_B1).squeeze(1)
+    def _tensor(self, numbers: Iterable[int]) -> Tensor:
+        return torch.tensor(list(numbers), dtype=torch.long, device=self._network.device)
+
+    def _draw(self, logits_BV: Tensor, slots_B: Tensor | slice) -> list[Done]:
+        counts_B = self._counts_B[slots_B].clamp(max=self._sampling.max_new_tokens)  # that of idle rows goes on
+        uniforms_B = self._uniforms_BR[slots_B].gather(1, counts_B.unsqueeze(1)).squeeze(1)
         ids_B, logprobs_B = choose(
             logits_BV, uniforms_B, temperature=self._sampling.temperature, top_p=self._sampling.top_p
         )
+        rows_B = self._rows_B[slots_B]
         self._last_B[slots_B] = ids_B
-        self._ids_BR[slots_B, counts_B1.squeeze(1)] = ids_B
-        self._logprobs_BR[slots_B, counts_B1.squeeze(1)] = logprobs_B
+        self._ids_BR[rows_B, counts_B] = ids_B
+        self._logprobs_BR[rows_B, counts_B] = logprobs_B
         self._counts_B[slots_B] += 1
         if self._on_token is not None:
             self._on_token(int(ids_B[0]))
-        is_done_B = self._is_stop_V[ids_B] | (self._counts_B[slots_B] >= self._limits_B[slots_B])
-        return self._take([slot for slot in slots_B[is_done_B].tolist() if self._owners[slot] is not None])
+        is_done_B = self._is_stop_V[ids_B] | (counts_B + 1 >= self._limits_B[slots_B])
+        return self._take([slot for slot in rows_B[is_done_B].tolist() if slot in self._seats])
 
     def _take(self, slots: Sequence[int]) -> list[Done]:
         """The answers of these slots, which are free then."""
         if not slots:
             return []
-        slots_B = torch.tensor(slots, device=self._ids_BR.device)
+        slots_B = self._tensor(slots)
         counts = self._counts_B[slots_B].tolist()
-        width = max(counts)
+        ids_BR, logprobs_BR = (table[slots_B, : max(counts)].tolist() for table in (self._ids_BR, self._logprobs_BR))
         found: list[Done] = []
-        for slot, count, ids, logprobs in zip(
-            slots,
-            counts,
-            self._ids_BR[slots_B, :width].tolist(),
-            self._logprobs_BR[slots_B, :width].tolist(),
-            strict=True,
-        ):
-            owner = self._owners[slot]
-            assert owner is not None, "only live rows end"
-            completion = Completion(
-                tuple(ids[:count]), tuple(logprobs[:count]), is_finished=ids[count - 1] in self._stop_ids
+        for slot, count, ids, logprobs in zip(slots, counts, ids_BR, logprobs_BR, strict=True):
+            seat = self._seats.pop(slot)
+            is_finished = ids[count - 1] in self._stop_ids
+            found.append(
+                Done(seat.prompt, seat.sample, Completion(tuple(ids[:count]), tuple(logprobs[:count]), is_finished))
             )
-            found.append(Done(owner.prompt, owner.sample, completion))
-            self._owners[slot] = None
         return found

@@ -19,6 +19,8 @@ from llamachat.rollout.weights import Layer, Product, Weights
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+PLAIN_SCORES = 2**24  # scores a key-value head for all prompts that are read at once; more go through the fused kernel
+
 
 class Network:
     """The trunk and its head, without state of its own."""
@@ -46,42 +48,50 @@ class Network:
         rotation = tuple(
             table.flatten(0, 1).unsqueeze(1) for table in self.rotation.of_prompts(list(map(len, prompts)))
         )
-        mask_N1PP = self._prompt_mask(pads, length)
+        mask_NPP = self._prompt_mask(pads, length)
         owners = [index for index, group in enumerate(slots) for _ in group]
         owners_B = torch.tensor(owners, device=self.device)
         slots_B = torch.tensor([slot for group in slots for slot in group], device=self.device)
         x_BE = functional.embedding(ids_NP.to(self.device).flatten(), self.weights.embedding.weight)
         for index, layer in enumerate(self.weights.layers):
-            query, key, value = self._query_key_value(layer, x_BE, rotation)
             query, key, value = (
-                part.unflatten(0, (len(prompts), length)).transpose(1, 2) for part in (query, key, value)
+                part.unflatten(0, (len(prompts), length)).transpose(1, 2)
+                for part in self._query_key_value(layer, x_BE, rotation)
             )
             cache.write_prompts(index, slots_B, key[owners_B], value[owners_B])
-            if self._group > 1:
-                key, value = (part.repeat_interleave(self._group, dim=1) for part in (key, value))
-            mixed = functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask_N1PP, is_causal=mask_N1PP is None, scale=self._head_size**-0.5
-            )
+            mixed = self._attend_prompts(query, key, value, mask_NPP)
             x_BE = self._rest(layer, x_BE, mixed.transpose(1, 2).reshape(len(x_BE), -1))
         return self._logits(x_BE.view(len(prompts), length, -1)[:, -1])
 
-    def step(self, ids_B: Tensor, positions_B: Tensor, cache: Cache, *, first: int, mask_B1T: Tensor | None) -> Tensor:
-        """Write a token of each of the first rows into the cache; logits [B, V] of the next. `first` is the first
-        column in view."""
+    def step(self, ids_B: Tensor, positions_B: Tensor, cache: Cache, mask_B1T: Tensor) -> Tensor:
+        """Write a token of each of the first rows into the cache; logits [B, V] of the next."""
         rows = len(ids_B)
         rotation = tuple(table.unsqueeze(1) for table in self.rotation.at(positions_B))
-        in_view = slice(first, cache.time + 1)
         x_BE = functional.embedding(ids_B, self.weights.embedding.weight)
         for index, layer in enumerate(self.weights.layers):
             query, key, value = self._query_key_value(layer, x_BE, rotation)
             cache.write(index, key, value)
-            query = (query * self._head_size**-0.5).reshape(-1, self._group, self._head_size)
-            scores = torch.bmm(query, cache.keys(index)[:rows].flatten(0, 1)[..., in_view])
-            if mask_B1T is not None:
-                scores.view(rows, -1, scores.shape[-1]).add_(mask_B1T)
-            mixed = torch.bmm(scores.softmax(dim=-1), cache.values(index)[:rows].flatten(0, 1)[:, in_view])
+            grouped = (query * self._head_size**-0.5).reshape(-1, self._group, self._head_size)
+            scores = torch.bmm(grouped, cache.keys(index, rows).transpose(1, 2))
+            scores.view(rows, -1, cache.columns).add_(mask_B1T)
+            mixed = torch.bmm(scores.softmax(dim=-1), cache.values(index, rows))
             x_BE = self._rest(layer, x_BE, mixed.view(rows, -1))
         return self._logits(x_BE)
+
+    def _attend_prompts(self, query: Tensor, key: Tensor, value: Tensor, mask_NPP: Tensor) -> Tensor:
+        """Attended values [N, heads, P, D] of whole prompts."""
+        count, _, length, size = query.shape
+        if self.device.type == "cpu" and count * length * length * self._group <= PLAIN_SCORES:
+            # Two to six times as fast on a CPU in bf16 as the fused kernel, for prompts of 64 to 256 tokens.
+            grouped = (query * size**-0.5).reshape(count, -1, self._group * length, size)
+            scores = torch.matmul(grouped, key.transpose(2, 3))
+            scores.unflatten(2, (self._group, length)).add_(mask_NPP[:, None, None])
+            return torch.matmul(scores.softmax(dim=-1), value).view(count, -1, length, size)
+        if self._group > 1:
+            key, value = (part.repeat_interleave(self._group, dim=1) for part in (key, value))
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask_NPP.unsqueeze(1), scale=size**-0.5
+        )
 
     def _query_key_value(
         self, layer: Layer, x_BE: Tensor, rotation: tuple[Tensor, ...]
@@ -91,8 +101,8 @@ class Network:
         normed_BE = functional.rms_norm(x_BE, (x_BE.shape[-1],), layer.attention_norm, self._epsilon)
         all_BHD = layer.query_key_value(normed_BE).unflatten(-1, (-1, self._head_size))
         turned_BHD = rotate(all_BHD[:, :-heads], *rotation)
-        query_BHD, key_BHD, value_BHD = turned_BHD[:, :-heads], turned_BHD[:, -heads:], all_BHD[:, -heads:]
-        return tuple(part.to(self.attention_dtype) for part in (query_BHD, key_BHD, value_BHD))
+        dtype = self.attention_dtype
+        return turned_BHD[:, :-heads].to(dtype), turned_BHD[:, -heads:].to(dtype), all_BHD[:, -heads:].to(dtype)
 
     def _rest(self, layer: Layer, x_BE: Tensor, mixed_BE: Tensor) -> Tensor:
         """From the attended values to the block's output."""
@@ -106,13 +116,13 @@ class Network:
         head: Product = self.weights.head
         return head(functional.rms_norm(x_BE, (x_BE.shape[-1],), self.weights.final_norm, self._epsilon))
 
-    def _prompt_mask(self, pads: Sequence[int], length: int) -> Tensor | None:
-        """What of a prompt each of its positions sees, [N, 1, P, P]; None where causality alone says it."""
-        if not any(pads):
-            return None
-        causal_PP = torch.ones((length, length), dtype=torch.bool, device=self.device).tril()
+    def _prompt_mask(self, pads: Sequence[int], length: int) -> Tensor:
+        """-inf [N, P, P] where a position of a prompt does not see another, 0 where it does."""
         columns_P = torch.arange(length, device=self.device)
-        is_text_NP = columns_P >= torch.tensor(pads, device=self.device).unsqueeze(1)
+        is_later_PP = columns_P > columns_P.unsqueeze(1)
+        is_pad_NP = columns_P < torch.tensor(pads, device=self.device).unsqueeze(1)
         # A pad sees itself: a row of nothing would be NaN.
-        is_seen_NPP = (causal_PP & is_text_NP.unsqueeze(1)) | torch.eye(length, dtype=torch.bool, device=self.device)
-        return is_seen_NPP.unsqueeze(1)
+        is_itself_PP = torch.eye(length, dtype=torch.bool, device=self.device)
+        is_hidden_NPP = (is_later_PP | is_pad_NP.unsqueeze(1)) & ~is_itself_PP
+        mask_NPP = torch.zeros(is_hidden_NPP.shape, dtype=self.attention_dtype, device=self.device)
+        return mask_NPP.masked_fill_(is_hidden_NPP, float("-inf"))

@@ -11,7 +11,6 @@ the memory's bandwidth allows.
 import argparse
 import gc
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -42,13 +41,12 @@ BASE = ROOT / "assets" / "base"
 PROMPTS = ROOT / "data" / "prompts" / "general.jsonl.gz"
 BATCHES = (32, 64, 128)
 LONGEST_PROMPT = 512
-SHAPES: dict[str, dict[str, int]] = {
-    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4},
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_key_value_heads": 32},
-    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_key_value_heads": 40},
-    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_key_value_heads": 8},
+SHAPES = {  # hidden size, inner size, layers, heads, key-value heads
+    "1.1b": (2048, 5632, 22, 32, 4),
+    "7b": (4096, 11008, 32, 32, 32),
+    "13b": (5120, 13824, 40, 40, 40),
+    "70b": (8192, 28672, 80, 64, 8),
 }
-HEADS = {"1.1b": 32, "7b": 32, "13b": 40, "70b": 64}
 Prompts = Sequence[Sequence[int]]
 
 
@@ -192,8 +190,15 @@ def random_model(shape: str) -> "LlamaForCausalLM":
     """Random weights at the size of a known model, on the GPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    hidden, inner, layers, heads, key_value_heads = SHAPES[shape]
     config = LlamaConfig(
-        vocab_size=32000, num_attention_heads=HEADS[shape], max_position_embeddings=4096, **SHAPES[shape]
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        max_position_embeddings=4096,
     )
     with torch.device("cuda"):
         return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
@@ -224,7 +229,8 @@ def peak_bytes(run: Callable[[], object]) -> int:
         run()
         return torch.cuda.max_memory_allocated()
     run()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def ways(model: "LlamaForCausalLM", load: Load, dtype: str) -> dict[str, Callable[[int], list[int]]]:

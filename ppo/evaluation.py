@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from llamachat.kl import response_kl
-from llamachat.rollout.engine import RolloutEngine, Sampling
+from llamachat.rollout.engine import LocalEngine, Sampling
 from llamachat.scoring.standardising import Constants, fit_constants, standardise
 from llamachat.statistics import distinct_pairs, paired_bootstrap
 from ppo.batches import packed_rows
@@ -87,7 +87,7 @@ class Evaluator:
     """Whatever an evaluation needs beside the prompts."""
 
     bank: "RoleBank"
-    engine: RolloutEngine
+    engine: LocalEngine
     scorer: Scorer
     sampling: Sampling
     row_tokens: int

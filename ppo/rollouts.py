@@ -12,6 +12,7 @@ from ppo.prompts import Question
 if TYPE_CHECKING:
     from llamachat.config.sections import Rollout
     from llamachat.models.role_bank import RoleBank
+    from llamachat.rollout.engine import LocalEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,15 +30,11 @@ class Response:
         return TokenSequence(self.question.ids, self.ids)
 
 
-def open_engine(bank: "RoleBank", rollout: "Rollout") -> RolloutEngine:
-    """What samples from the bank's policy."""
-    from llamachat.rollout.hugging_face import HuggingFaceEngine
+def open_engine(bank: "RoleBank", rollout: "Rollout") -> "LocalEngine":
+    """What samples from the bank's policy: the recipe's engine."""
+    from llamachat import rollout as engines
 
-    chat_format = bank.chat_format
-    cache_gib = 1.0 if rollout.cache_gib == "auto" else rollout.cache_gib
-    return HuggingFaceEngine(
-        bank.policy_model(), chat_format.stop_ids, chat_format.tokenizer.pad_id, cache_gib=cache_gib
-    )
+    return engines.open_engine(bank.policy_model(), bank.chat_format, rollout)
 
 
 def sample(
@@ -57,6 +54,6 @@ def sample(
     ]
 
 
-def refresh(engine: RolloutEngine, bank: "RoleBank") -> None:
+def refresh(engine: "LocalEngine", bank: "RoleBank") -> None:
     """Let the engine take the policy's weights as they are now."""
-    del engine, bank  # it reads the model where it lies
+    engine.refresh(bank.policy_model())

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from llamachat.errors import DivergedError
 from llamachat.kl import response_kl
-from llamachat.rollout.engine import RolloutEngine, Sampling
+from llamachat.rollout.engine import LocalEngine, Sampling
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.checkpoints import newest, writing
 from llamachat.runs.folder import StepFolder
@@ -156,7 +156,7 @@ class Session:
     config: Config
     inputs: Inputs
     start: Start
-    engine: RolloutEngine
+    engine: LocalEngine
     evaluator: Evaluator
     optimizers: Optimizers
     state: State

@@ -179,7 +179,9 @@ class Scoring(Section):
 class Rollout(Section):
     """How answers are sampled."""
 
-    engine: Literal["auto", "hugging_face"] = operational("auto", description="What samples; auto takes the fastest.")
+    engine: Literal["auto", "llama", "hugging_face"] = operational(
+        "auto", description="What samples: our decoder (llama) or transformers; auto takes ours where it can."
+    )
     temperature: float = Field(default=1.0, ge=0, description="Sampling temperature; 0 takes the likeliest token.")
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="Sample from the likeliest tokens of this probability mass."

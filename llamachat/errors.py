@@ -51,5 +51,9 @@ class BusyError(LlamachatError):
     """Another living command holds the step."""
 
 
+class ScoringError(LlamachatError):
+    """Answers cannot be scored: a reward model or a user's reward function gave something that is no score."""
+
+
 class TokenizerError(LlamachatError):
     """A tokenizer cannot be read, or cannot be proved to give the ids of the chat format."""

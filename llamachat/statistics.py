@@ -7,6 +7,7 @@ of them. All draws are seeded: the same values give the same interval.
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,6 +141,15 @@ def balanced_accuracy(
     """Mean of the recalls of both classes: 0.5 for any rule that does not look; nan where a class is missing."""
     named, member = np.asarray(is_named, dtype=bool), np.asarray(is_member, dtype=bool)
     return (detection(named, member).recall + detection(~named, ~member).recall) / 2
+
+
+def distinct_pairs(texts: Sequence[str]) -> float:
+    """Distinct pairs of neighbouring words among all of these texts' (distinct-2, Li et al. 2016); 0 where there is none.
+
+    Over all texts together, so it falls with their number: compare equally many.
+    """
+    pairs = [pair for text in texts for pair in pairwise(text.split())]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def _share(part: int, whole: int) -> float:

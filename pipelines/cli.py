@@ -157,6 +157,18 @@ def rm(
     _run("rm", config, overrides, overwrite=overwrite, dry_run=dry_run, only=models)
 
 
+@app.command()
+@reported
+def ppo(
+    overrides: Overrides = None,
+    config: ConfigOption = TINY,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Proximal policy optimisation: the policy learns to answer as the reward models like it (3.2.3)."""
+    _run("ppo", config, overrides, overwrite=overwrite, dry_run=dry_run)
+
+
 @app.command(name="all")
 @reported
 def all_steps(
@@ -187,7 +199,6 @@ def _add_later(command: str, meaning: str) -> None:
 _add_later("rs", "Rejection sampling (3.2.3).")
 _add_later("gatt", "Ghost Attention (3.3).")
 _add_later("distill", "Safety context distillation (4.2.4).")
-_add_later("ppo", "PPO against the reward models (3.2.3).")
 _add_later("eval", "Evaluation of every policy on held-out prompts.")
 _add_later("report", "Report on a run.")
 

@@ -5,10 +5,12 @@ from typing import Any
 
 from llamachat.config.gpus import Gpu
 from llamachat.config.sections import DataSource, Split
-from llamachat.models.estimates import Estimate, Shape
+from llamachat.models.estimates import BYTES, Estimate, Shape, shape_of
 from pipelines.data_size import HUB_TOKENS, DataSize, measure_data
-from pipelines.recipe import Recipe, Step
-from pipelines.resolve import Taken
+from pipelines.recipe import Recipe, Step, resolve_steps
+from pipelines.resolve import Taken, earlier_makers
+from ppo.config import Inputs as PpoInputs
+from ppo.estimate import Workload as PpoWorkload
 from reward.config import Config as RewardConfig
 from reward.config import Inputs as RewardInputs
 from reward.estimate import Workload as RewardWorkload
@@ -44,9 +46,20 @@ def _reward_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str
     return RewardInputs(**shared, which=which, policy=taken.policy)
 
 
+def _ppo_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> PpoInputs:
+    return PpoInputs(
+        **shared,
+        rollout=recipe.rollout,
+        scoring=recipe.scoring,
+        policy=taken.policy,
+        reward_models=taken.reward_models,
+    )
+
+
 _INPUTS: Mapping[str, Callable[[Recipe, Step, Taken, Mapping[str, Any]], Any]] = {
     "sft": _sft_inputs,
     "rm": _reward_inputs,
+    "ppo": _ppo_inputs,
 }
 
 
@@ -76,6 +89,28 @@ def _reward_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) 
         tuning=step.tuning,
         pairs=None if pairs is None else round(pairs),
         tokens_per_pair=tokens / pairs if pairs else 0.0,
+        gpu=gpu,
+    )
+
+
+def _ppo_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> PpoWorkload:
+    width = BYTES[recipe.base.dtype]
+    on_trunk, beside = 0, 0
+    for role, makers in earlier_makers(resolve_steps(recipe), step).items():
+        named = getattr(recipe.scoring, role.which, None) if role.which in ("helpfulness", "safety") else None
+        if named is not None:
+            beside += (shape_of(named) or shape).headless().weights * width
+        elif role.which and makers and makers[0].tuning.method == "full":
+            beside += shape.headless().weights * width
+        elif role.which and makers:
+            on_trunk += 1
+    return PpoWorkload(
+        shape=shape,
+        base=recipe.base,
+        tuning=step.tuning,
+        rollout=recipe.rollout,
+        reward_models=on_trunk,
+        beside=beside,
         gpu=gpu,
     )
 
@@ -116,4 +151,5 @@ def train_share(split: Split) -> float:
 _WORKLOADS: Mapping[str, Callable[[Recipe, Step, Shape, Gpu | None], Any]] = {
     "sft": _sft_workload,
     "rm": _reward_workload,
+    "ppo": _ppo_workload,
 }

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llamachat.config.section import identity
-from llamachat.config.sections import Base, DataSource, Tuning
+from llamachat.config.combiners import function_name
+from llamachat.config.section import Section, identity
+from llamachat.config.sections import Base, DataSource, Scoring, Tuning
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.fingerprints import digest_of_file, digest_of_folder, digest_of_weights
 from pipelines.recipe import Recipe, Step
@@ -27,6 +28,7 @@ def step_identity(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact]) ->
         "tuning": _tuning_identity(step.tuning),
         "data": {key: _data_identity(getattr(recipe.data, key)) for key in (*step.product.data, "split")},
         step.stage.section: section,
+        **{key: _shared_identity(getattr(recipe, key)) for key in step.stage.shared},
         "inputs": {key: artifact.digest for key, artifact in inputs.items()},
     }
 
@@ -42,6 +44,23 @@ def _base_identity(base: Base) -> dict[str, Any]:
 def _tuning_identity(tuning: Tuning) -> dict[str, Any]:
     # Rank and targets of adapters say nothing about a step that tunes all weights.
     return {"method": "full"} if tuning.method == "full" else identity(tuning)
+
+
+def _shared_identity(section: Section) -> dict[str, Any]:
+    values = identity(section)
+    if isinstance(section, Scoring):
+        function = function_name(section.combine)
+        if function is not None and function.path.is_file():
+            values["combine"] = f"{digest_of_file(function.path)}:{function.function}"
+        for key in ("helpfulness", "safety"):
+            if values[key] is not None and Path(values[key]).is_dir():
+                values[key] = digest_of_weights(_model_folder(Path(values[key])))
+    return values
+
+
+def _model_folder(folder: Path) -> Path:
+    """Where the weights lie of a step folder, or of a model folder."""
+    return folder / "artifact" if (folder / "artifact").is_dir() else folder
 
 
 def _data_identity(part: Any) -> Any:

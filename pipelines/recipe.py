@@ -12,9 +12,10 @@ from llamachat.config.loading import from_plain, load_recipe
 from llamachat.config.paths import missing
 from llamachat.config.problems import Key, Problem, dotted, nearest
 from llamachat.config.section import Section
-from llamachat.config.sections import Base, Data, Rollout, Run, Tracking, Tuning
+from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
 from pipelines.stages import LATER_SECTIONS, Product, Stage, not_yet
 from pipelines.step_entries import command_line_first, read_entry, step_problems
+from ppo import Config as PpoConfig
 from reward import Config as RewardConfig
 from sft import Config as SftConfig
 
@@ -41,6 +42,8 @@ class Recipe(Section):
     )
     sft: SftConfig = Field(default=SftConfig.model_validate({}), description="Supervised fine-tuning.")
     reward: RewardConfig = Field(default=RewardConfig.model_validate({}), description="Reward models.")
+    scoring: Scoring = Field(default=Scoring(), description="How reward models' scores become one.")
+    ppo: PpoConfig = Field(default=PpoConfig.model_validate({}), description="Proximal policy optimisation.")
     rollout: Rollout = Field(default=Rollout(), description="How answers are sampled.")
     tracking: Tracking = Field(default=Tracking(), description="What is written down as a step runs.")
 

@@ -6,10 +6,12 @@ A new stage is one entry here, its `Inputs` and its workload in `pipelines/handi
 from dataclasses import dataclass
 from types import ModuleType
 
+import ppo
 import reward
 import sft
 from llamachat.config.section import Section
 from llamachat.runs.artifacts import Kind
+from ppo.config import VERSION as PPO_VERSION
 from reward.config import VERSION as REWARD_VERSION
 from sft.config import VERSION as SFT_VERSION
 
@@ -31,6 +33,7 @@ class Role:
 
 
 POLICY = Role("policy")
+REWARD_MODELS = tuple(Role("reward_model", which) for which in ("helpfulness", "safety", "judge"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class Stage:
     version: int  # raised when its code makes something else of the same configuration
     products: tuple[Product, ...]  # one step each; several are told apart by `makes.which`
     reads: tuple[Role, ...] = (POLICY,)  # taken from the nearest earlier steps that make them
+    shared: tuple[str, ...] = ()  # further sections of the recipe that decide what it makes
     starts_from_base: bool = False  # whether a pretrained base does as well as a policy
 
     @property
@@ -105,6 +109,21 @@ STAGES = {
                 ),
             ),
         ),
+        Stage(
+            command="ppo",
+            section="ppo",
+            package=ppo,
+            version=PPO_VERSION,
+            products=(
+                Product(
+                    makes=POLICY,
+                    data=("prompts", "adversarial", "sft", "helpfulness", "safety"),
+                    needs=("prompts", "adversarial", "sft", "helpfulness", "safety"),
+                ),
+            ),
+            reads=(POLICY, *REWARD_MODELS),
+            shared=("rollout", "scoring"),
+        ),
     )
 }
 
@@ -113,11 +132,10 @@ LATER = {
     "rs": "rejection_sampling",
     "gatt": "gatt",
     "distill": "context_distillation",
-    "ppo": "ppo",
     "eval": "evaluation",
     "report": "report",
 }
-LATER_SECTIONS = (*dict.fromkeys(LATER.values()), "scoring")
+LATER_SECTIONS = tuple(dict.fromkeys(LATER.values()))
 
 
 def not_yet(what: str) -> str:

@@ -12,8 +12,7 @@ from unicodedata import category
 from llamachat.dialog import DialogError, Message, check_messages
 from llamachat.errors import UsageError
 from llamachat.models.loading import Policy
-from llamachat.rollout.engine import Completion, Sampling
-from llamachat.rollout.hugging_face import HuggingFaceEngine
+from llamachat.rollout.engine import Completion, LocalEngine, Sampling
 from serving.context import fit, longest_dialog, open_engine, with_system
 
 log = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ class Conversation:
     label: str = ""
     turns: list[Message] = field(default_factory=list)
     asked: int = 0
-    engine: HuggingFaceEngine = field(init=False)
+    engine: LocalEngine = field(init=False)
 
     def __post_init__(self) -> None:
         self.engine = open_engine(self.policy)

@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 
+from llamachat import rollout
+from llamachat.config.sections import Rollout
 from llamachat.dialog import Message
 from llamachat.models.loading import Policy
-from llamachat.rollout.hugging_face import HuggingFaceEngine
+from llamachat.rollout.engine import LocalEngine
 
 
-def open_engine(policy: Policy) -> HuggingFaceEngine:
-    """An engine that samples from the policy."""
-    return HuggingFaceEngine(policy.model, policy.chat_format.stop_ids, policy.tokenizer.pad_id)
+def open_engine(policy: Policy) -> LocalEngine:
+    """The fastest engine that samples from the policy."""
+    return rollout.open_engine(policy.model, policy.chat_format, Rollout())
 
 
-def longest_dialog(policy: Policy, engine: HuggingFaceEngine) -> int:
+def longest_dialog(policy: Policy, engine: LocalEngine) -> int:
     """Tokens of prompt and answer together: no more than the policy was trained with or has positions for."""
     return min(policy.max_tokens, engine.context)
 

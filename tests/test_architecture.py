@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from llamachat.config.section import Section
-from llamachat.config.sections import Base, Data, DataSource, Rollout, RopeScaling, Run, Split, Tracking, Tuning
+from llamachat.config.sections import Base, Data, DataSource, Rollout, RopeScaling, Run, Scoring, Split, Tracking
+from llamachat.config.sections import Tuning as TuningSection
 from llamachat.tracking.metrics import check_names
 from pipelines.recipe import Recipe, load
 from pipelines.stages import LATER, STAGES
@@ -50,14 +51,14 @@ ORDER = (
     "loose_rows",
     "record_mends",
     "data_convert",
-    "turn_mends",
-    "loose_rows",
-    "record_mends",
-    "data_convert",
     "batching",
+    "masked",
+    "logprobs",
+    "kl",
     "runs",
     "models",
     "rollout",
+    "scoring",
     "training",
     "tracking",
 )
@@ -70,7 +71,7 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base
 HEAVY = ("torch", "trl", "transformers", "datasets", "wandb", "peft", "accelerate", "bitsandbytes")
 # What works on tensors or arrays (numpy sets an environment variable when it loads); all else is loaded by commands that
 # train nothing: help, plans, refusals.
-ON_TENSORS = {"batching", "models", "rollout", "statistics", "training"}
+ON_TENSORS = {"batching", "masked", "logprobs", "kl", "models", "rollout", "scoring", "statistics", "training"}
 
 
 def packages() -> list[str]:
@@ -289,12 +290,13 @@ HOLDERS: tuple[tuple[type[Section], set[str], str], ...] = (
     (Recipe, {"recipe", "inputs"}, ""),
     (Run, {"run"}, ""),
     (Base, {"base"}, ""),
-    (Tuning, {"tuning"}, ""),
+    (TuningSection, {"tuning"}, ""),
     (Data, {"data"}, ""),
     (DataSource, {"source"}, ""),
     (Split, {"split"}, ""),
     (RopeScaling, {"scaling"}, ""),
     (Rollout, {"rollout"}, ""),
+    (Scoring, {"scoring"}, ""),
     (Tracking, {"tracking"}, ""),
     (PretrainingConfig, {"config"}, "pretraining"),
     (Study, {"study"}, "pipelines"),
@@ -304,14 +306,7 @@ HOLDERS: tuple[tuple[type[Section], set[str], str], ...] = (
 )
 # Keys of the recipe that nothing reads yet, by what will. A stage that comes takes its keys out of here.
 READ_LATER = {
-    "Data.prompts": "rejection sampling, PPO",
-    "Data.adversarial": "context distillation, evaluation",
     "Data.borderline": "evaluation",
-    "Rollout.engine": "rejection sampling, PPO",
-    "Rollout.temperature": "rejection sampling, PPO",
-    "Rollout.top_p": "rejection sampling, PPO",
-    "Rollout.max_new_tokens": "rejection sampling, PPO",
-    "Rollout.cache_gib": "rejection sampling, PPO",
     **{f"Recipe.{stage.section}": "by Stage.section" for stage in STAGES.values()},
 }
 

@@ -92,6 +92,19 @@ class ModelPath:
 
 
 @dataclass(frozen=True, slots=True)
+class RewardModelPath:
+    """The field names a reward model: a step, artifact or model folder, or a model of the hub."""
+
+    def problems(self, value: object) -> Iterator[tuple[tuple[()], str]]:
+        if not isinstance(value, str) or not value or Path(value).is_dir():
+            return
+        if Path(value).is_file():
+            yield (), f"'{value}' is a file, but a reward model is a folder. Give its folder '{Path(value).parent}'."
+        elif not is_hub_name(value):
+            yield (), missing(value, what="the reward model")
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyPath:
     """The field names a local policy: a run, step or artifact folder."""
 

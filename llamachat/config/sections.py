@@ -1,4 +1,4 @@
-"""The sections that stages share: run, base, tuning, data, rollout, tracking.
+"""The sections that stages share: run, base, tuning, data, scoring, rollout, tracking.
 
 Defaults are the paper's (Llama 2, arXiv:2307.09288) where it states them; a description says so, else the value is ours.
 """
@@ -7,8 +7,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from llamachat.config.combiners import CombinerName
 from llamachat.config.gpus import GpuName
-from llamachat.config.paths import DataPath, ModelPath, PolicyPath
+from llamachat.config.paths import DataPath, ModelPath, PolicyPath, RewardModelPath
 from llamachat.config.section import Section, operational
 
 
@@ -132,10 +133,55 @@ class Data(Section):
     split: Split = Field(default=Split(), description="What is kept from training.")
 
 
+class ScoreWeights(Section):
+    """What each reward model's raw score is multiplied by, with combine: weighted. Ours."""
+
+    helpfulness: float = Field(default=0.5, description="Weight of the helpfulness score; 0 does without the model.")
+    safety: float = Field(default=0.5, description="Weight of the safety score; 0 does without the model.")
+
+    @model_validator(mode="after")
+    def _scores_something(self) -> Self:
+        if self.helpfulness == 0 and self.safety == 0:
+            raise ValueError("both weights are 0, so every answer would get the same score")
+        return self
+
+
+class Scoring(Section):
+    """How the reward models' scores of an answer become one. Llama 2 section 3.2.3."""
+
+    combine: Annotated[str, CombinerName()] = Field(
+        default="llama2_gate",
+        description="llama2_gate (the paper's), single (the helpfulness model, or the only one there is), weighted, or a function of yours as path.py:function.",
+    )
+    safety_threshold: float = Field(
+        default=0.15,
+        ge=0,
+        lt=1,
+        description="With llama2_gate: an answer whose safety score, as a probability, is under this counts as unsafe. Paper: 0.15.",
+    )
+    weights: ScoreWeights = Field(default=ScoreWeights(), description="With weighted: the weight of each model.")
+    shaping: Literal["whiten_logit", "whiten", "none"] = Field(
+        default="whiten_logit",
+        description="Before PPO: raw scores with mean 0 and variance 1 over the iteration (whiten_logit, the paper's), their probabilities so (whiten), or raw scores (none).",
+    )
+    unfinished_score: float = Field(
+        default=-1.0,
+        description="Score, after shaping, of an answer that the length limit cut; it takes no part in the mean. Ours.",
+    )
+    helpfulness: Annotated[str | None, RewardModelPath()] = Field(
+        default=None, description="A reward model in place of the run's own: step or artifact folder, or hub name."
+    )
+    safety: Annotated[str | None, RewardModelPath()] = Field(
+        default=None, description="A safety model in place of the run's own: step or artifact folder, or hub name."
+    )
+
+
 class Rollout(Section):
     """How answers are sampled."""
 
-    engine: Literal["auto", "hugging_face"] = operational("auto", description="What samples; auto takes the fastest.")
+    engine: Literal["auto", "llama", "hugging_face"] = operational(
+        "auto", description="What samples: our decoder (llama) or transformers; auto takes ours where it can."
+    )
     temperature: float = Field(default=1.0, ge=0, description="Sampling temperature; 0 takes the likeliest token.")
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="Sample from the likeliest tokens of this probability mass."

@@ -9,7 +9,7 @@ dtype, here the head is computed in fp32; in fp32 the two agree.
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
@@ -32,8 +32,13 @@ class ScoringLlama(LlamaForSequenceClassification):
         hidden_BTD = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
-        hidden_ND = hidden_BTD.flatten(0, 1)[ends]
-        weight_1D = cast(Tensor, self.score.weight)
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            scores_N = torch.nn.functional.linear(hidden_ND.float(), weight_1D.float()).squeeze(-1)
+        scores_N = read_out(cast(Any, self.score), hidden_BTD.flatten(0, 1)[ends])
         return SequenceClassifierOutputWithPast(logits=cast(Any, scores_N))
+
+
+def read_out(head: nn.Module, hidden: Tensor) -> Tensor:
+    """One number [..] in fp32 of each hidden state [.., D], by a linear head of one output."""
+    weight_1D, bias_1 = cast(Tensor, head.weight), cast(Tensor | None, getattr(head, "bias", None))
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias_1 = None if bias_1 is None else bias_1.float()
+        return torch.nn.functional.linear(hidden.float(), weight_1D.float(), bias_1).squeeze(-1)

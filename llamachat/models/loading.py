@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     LanguageModel = LlamaForCausalLM | PeftModel
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ONLY_ADAPTER = "default"  # PEFT's name of an adapter that is given none: the one that is trained and saved
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VALUES_PER_WEIGHT = 1024  # of which the manifest of an adapter keeps the digest
 
@@ -127,8 +128,8 @@ def save_policy(model: "LanguageModel | ScoringLlama", folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        # "auto" would ask the hub whether the base's vocabulary has changed.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        # "auto" would ask the hub whether the base's vocabulary has changed. Adapters of other roles are not the policy.
+        model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=[ONLY_ADAPTER])
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
         _sort_lists(folder / "adapter_config.json")
         return

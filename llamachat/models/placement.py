@@ -1,5 +1,8 @@
 """Where a model lies and how it computes there: device, number format, attention kernel."""
 
+import os
+from pathlib import Path
+
 import torch
 
 from llamachat.errors import ConfigError
@@ -34,3 +37,14 @@ def dtype_of(name: str) -> torch.dtype:
             f"dtype: '{name}' is not one of {', '.join(DTYPES)}. It is the number format of the weights. Name one of them."
         )
     return DTYPES[name]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nothing holds; on a CPU what the system can give without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux: half of what is installed
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -1,1 +1,28 @@
 """Rollouts: prompts in, sampled answers with their log-probabilities out."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llamachat.chat_format import ChatFormat
+    from llamachat.config.sections import Rollout
+    from llamachat.models.loading import LanguageModel
+    from llamachat.rollout.engine import LocalEngine
+
+
+def open_engine(model: "LanguageModel", chat_format: "ChatFormat", rollout: "Rollout") -> "LocalEngine":
+    """An engine that samples from the model; auto is our own wherever it can run the model."""
+    from llamachat.errors import ConfigError
+    from llamachat.rollout.decoder import LlamaEngine
+    from llamachat.rollout.hugging_face import HuggingFaceEngine
+    from llamachat.rollout.support import unsupported
+
+    reason = None if rollout.engine == "hugging_face" else unsupported(model)
+    if rollout.engine == "llama" and reason is not None:
+        raise ConfigError(
+            f"rollout.engine: llama, but the model has {reason}. Our decoder computes what plain Llama models and LoRA "
+            "adapters do, and would give other answers than the model. Set rollout.engine to auto or hugging_face."
+        )
+    if rollout.engine == "hugging_face" or reason is not None:
+        cache_gib = 1.0 if rollout.cache_gib == "auto" else rollout.cache_gib
+        return HuggingFaceEngine(model, chat_format.stop_ids, chat_format.tokenizer.pad_id, cache_gib=cache_gib)
+    return LlamaEngine(model, chat_format.stop_ids, cache_gib=rollout.cache_gib)

@@ -4,11 +4,15 @@ A log-probability is that of the distribution the token was drawn from: after te
 nothing is drawn, and it is the model's own (temperature 1, all tokens).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from llamachat.errors import UsageError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,4 +58,32 @@ class RolloutEngine(Protocol):
         self, prompts: Sequence[Sequence[int]], *, samples_per_prompt: int, sampling: Sampling
     ) -> list[list[Completion]]:
         """`samples_per_prompt` completions of each prompt, in the order of the prompts."""
+        ...
+
+
+class LocalEngine(RolloutEngine, Protocol):
+    """An engine in this process, with the model that it samples from."""
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and its answer together that the model has positions for."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samples_per_prompt: int,
+        sampling: Sampling,
+        advance: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """As every engine; `advance` is told how many more completions are there."""
+        ...
+
+    def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
+        """The completion that `generate` gives to this one prompt; `on_token` sees each id as it comes."""
+        ...
+
+    def refresh(self, model: "LlamaForCausalLM | PeftModel") -> None:
+        """Sample from the model's present weights from here on."""
         ...

@@ -17,6 +17,7 @@ from llamachat.errors import DataError
 from llamachat.models.rope import context_length
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.rollout.sampling import draw, row_uniforms, sampling_logprobs
+from llamachat.rollout.weights import without_wrapper
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,7 +44,7 @@ class HuggingFaceEngine:
         rows_per_batch: int = 64,
     ) -> None:
         """`cache_gib` bounds the keys and values of a batch; a single row is always taken."""
-        self._model = _without_wrapper(model)
+        self._model = without_wrapper(model)
         self._stop_ids = frozenset(stop_ids)
         self._pad_id = pad_id
         self._rows_per_batch = rows_per_batch
@@ -86,6 +87,10 @@ class HuggingFaceEngine:
         self._check([prompt])
         with _generating(self._model):
             return self._complete([_Row(0, 0, tuple(prompt))], sampling, on_token)[0]
+
+    def refresh(self, model: "LlamaForCausalLM | PeftModel") -> None:
+        """Sample from this model from here on; its weights are read where they lie."""
+        self._model = without_wrapper(model)
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         for index, prompt in enumerate(prompts):
@@ -196,13 +201,6 @@ def _generating(model: "LlamaForCausalLM") -> Iterator[None]:
         model.generation_config = suggested
         for module in training:
             module.training = True
-
-
-def _without_wrapper(model: "LlamaForCausalLM | PeftModel") -> "LlamaForCausalLM":
-    """The model with its adapter layers in place: PEFT's own `generate` changes the generation settings on its way."""
-    # Asked by method, not by class: importing PEFT takes seconds, and a fully tuned model needs none of it.
-    unwrap = getattr(model, "get_base_model", None)
-    return cast("LlamaForCausalLM", model if unwrap is None else unwrap())
 
 
 def _cache_bytes_per_token(model: "LlamaForCausalLM") -> int:

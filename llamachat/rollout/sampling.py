@@ -7,6 +7,46 @@ a row says the same in whatever batch it sits.
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+BLOCK = 64  # tokens whose probabilities are added up before the draw looks into any of them
+
+
+def choose(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """The next id of each row [B] and its log-probability [B] (nats, fp32): `sampling_logprobs` and `draw`, faster.
+
+    Without top-p the distribution function is made of blocks first, and of single tokens in the block drawn alone.
+    """
+    if temperature != 0 and top_p < 1:
+        logprobs_BV = sampling_logprobs(logits_BV, temperature=temperature, top_p=top_p)
+        ids_B = draw(logprobs_BV, uniforms_B)
+        return ids_B, logprobs_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1)
+    logits_BV = logits_BV.float()
+    if temperature not in (0, 1):
+        logits_BV = logits_BV / temperature
+    probabilities_BV = torch.softmax(logits_BV, dim=-1)
+    ids_B = logits_BV.argmax(dim=-1) if temperature == 0 else _draw_by_blocks(probabilities_BV, uniforms_B)
+    return ids_B, probabilities_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1).log()
+
+
+def _draw_by_blocks(probabilities_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    lacking = -probabilities_BV.shape[1] % BLOCK
+    padded_BV = functional.pad(probabilities_BV, (0, lacking)) if lacking else probabilities_BV
+    blocks_BNM = padded_BV.view(len(padded_BV), -1, BLOCK)
+    sums_BN = blocks_BNM.sum(dim=-1).double()
+    ends_BN = sums_BN.cumsum(dim=-1)
+    target_B1 = uniforms_B.unsqueeze(1) * ends_BN[:, -1:]
+    block_B1 = _first_above(ends_BN, target_B1)
+    before_B1 = ends_BN.gather(1, block_B1) - sums_BN.gather(1, block_B1)
+    inside_BM = blocks_BNM.gather(1, block_B1.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1)
+    ends_BM = inside_BM.double().cumsum(dim=-1)
+    return (block_B1 * BLOCK + _first_above(ends_BM, target_B1 - before_B1)).squeeze(1)
+
+
+def _first_above(ends_BN: Tensor, target_B1: Tensor) -> Tensor:
+    """Index of the first end above the target; the last that anything was added at where rounding leaves none."""
+    last_B1 = torch.searchsorted(ends_BN, ends_BN[:, -1:].contiguous())
+    return torch.minimum(torch.searchsorted(ends_BN, target_B1, right=True), last_B1)
 
 
 def sampling_logprobs(logits_BV: Tensor, *, temperature: float, top_p: float) -> Tensor:
@@ -29,12 +69,8 @@ def sampling_logprobs(logits_BV: Tensor, *, temperature: float, top_p: float) ->
 
 def draw(logprobs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """Ids drawn with these log-probabilities by numbers in [0, 1), [B]: the inverse of the distribution function."""
-    distribution_BV = logprobs_BV.double().exp().cumsum(dim=-1)
-    total_B1 = distribution_BV[:, -1:].contiguous()
-    drawn_B1 = torch.searchsorted(distribution_BV, uniforms_B.unsqueeze(1) * total_B1, right=True)
-    # Rounding may put the product on the total itself: then the last token that has a probability.
-    last_B1 = torch.searchsorted(distribution_BV, total_B1)
-    return torch.minimum(drawn_B1, last_B1).squeeze(1)
+    ends_BV = logprobs_BV.double().exp().cumsum(dim=-1)
+    return _first_above(ends_BV, uniforms_B.unsqueeze(1) * ends_BV[:, -1:]).squeeze(1)
 
 
 def row_uniforms(count: int, *, seed: int, prompt: int, sample: int) -> Tensor:

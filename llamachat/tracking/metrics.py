@@ -1,8 +1,8 @@
 """The table of metric names: each exists once, with meaning, unit, reduction and the panel it is drawn in.
 
 `<which>` is a reward model, `<domain>` what test pairs are about, `<source>` a file of them, `<kind>` which of a pair's
-answers are safe, `<rating>` a strength of preference, `<bound>` an end of a 95% interval, `<policy>` a step that
-published one, `<turn>` a number. `docs/metrics.md` is this table: `python -m llamachat.tracking.metrics > docs/metrics.md`.
+answers are safe, `<rating>` a strength of preference, `<bound>` an end of a 95% interval, `<moment>` the first or the
+final policy, `<score>` one of its scores, `<policy>` a step that published one, `<turn>` a number. `docs/metrics.md` is this table: `python -m llamachat.tracking.metrics > docs/metrics.md`.
 """
 
 import re
@@ -19,6 +19,8 @@ _VARIABLES = {
     "kind": "safe_unsafe|both_safe|both_unsafe",
     "bound": "low|high",
     "prefix": "sft|rm/(?:helpfulness|safety|judge)|rs|gatt|distill|ppo|eval",
+    "moment": "start|final",
+    "score": "score|judge|judge_like_length|reward_(?:helpfulness|safety|combined)",
     "policy": "[a-z0-9][a-z0-9._-]*",
     "turn": "[0-9]+",
 }
@@ -144,11 +146,45 @@ _ROWS = [
      "fraction", "over response tokens of the batch", "explained variance"),
     ("ppo/response_tokens", "Length of responses", "tokens", _RESPONSES, "length"),
     ("ppo/truncated_fraction", "Responses cut by the length limit", "fraction", _RESPONSES, "fractions"),
+    ("ppo/kl_k3", "The same by the k3 estimate, which is never negative", "nats/response", _RESPONSES,
+     "KL to reference"),
+    ("ppo/kl_coef", "Weight of the KL penalty (beta)", "1", "last", "KL coefficient"),
+    ("ppo/value_clip_fraction", "Tokens whose clipped value error counts", "fraction", "mean over response tokens",
+     "fractions"),
+    ("ppo/engine_gap", "Distance of the engine's log-probabilities from training's",
+     "nats/token", "mean over response tokens", "engine gap"),
+    ("ppo/best_iteration", "Iteration whose policy is published", "iterations", "last", "progress"),
+    ("ppo/best_score", "Its ppo/heldout/score", "deviations", _RESPONSES, "held-out score"),
+    ("ppo/heldout/score", "Combined score on validation prompts, on the scale of the starting policy's; it decides",
+     "deviations", _RESPONSES, "held-out score"),
     ("ppo/heldout/reward_<which>", "Raw score on validation prompts", "logit", _RESPONSES, "held-out reward"),
     ("ppo/heldout/reward_combined", "Score after the gate on validation prompts",
      "score", _RESPONSES, "held-out combined reward"),
     ("ppo/heldout/judge", "Raw score of the judge on validation prompts; it selects nothing",
      "logit", _RESPONSES, "held-out reward"),
+    ("ppo/heldout/kl_to_reference", "KL estimate to the reference on validation prompts",
+     "nats/response", _RESPONSES, "KL to reference"),
+    ("ppo/heldout/response_tokens", "Length of answers to validation prompts", "tokens", _RESPONSES, "length"),
+    ("ppo/heldout/finished_fraction", "Of those, the ones that end with EOS", "fraction", _RESPONSES, "fractions"),
+    ("ppo/heldout/distinct_2", "Distinct pairs of neighbouring words among all of them",
+     "fraction", "over all answers", "fractions"),
+    ("ppo/test/prompts", "Test prompts", "prompts", "sum", "test size"),
+    ("ppo/test/like_length_pairs", "Of those, the ones whose two answers differ in length by a fifth at most",
+     "prompts", "sum", "test size"),
+    ("ppo/test/<moment>/<score>", "Score of the first policy or the final one on test prompts",
+     "score", _RESPONSES, "test score"),
+    ("ppo/test/<moment>/kl_to_reference", "KL estimate to the reference", "nats/response", _RESPONSES, "test KL"),
+    ("ppo/test/<moment>/response_tokens", "Length of answers", "tokens", _RESPONSES, "test length"),
+    ("ppo/test/<moment>/finished_fraction", "Answers that end with EOS", "fraction", _RESPONSES, "test fractions"),
+    ("ppo/test/<moment>/distinct_2", "Distinct pairs of neighbouring words among all",
+     "fraction", "over all answers", "test fractions"),
+    ("ppo/test/distinct_2_ratio", "That of the final policy over that of the first",
+     "fraction", "over all answers", "test fractions"),
+    ("ppo/test/difference/<score>", "Final policy less the first, prompt by prompt",
+     "score", "mean over prompts", "test difference"),
+    ("ppo/test/difference/<score>_<bound>", _BOUND, "score", "paired bootstrap over prompts", "test difference"),
+    ("optim/critic_grad_norm", "Norm of the critic's gradient before clipping", "1", "mean over steps",
+     "critic gradient norm"),
     ("optim/grad_norm", "Norm of the gradient before clipping", "1", "last", "gradient norm"),
     ("optim/learning_rate", "Step size of the optimizer", "1", "last", "learning rate"),
     ("time/step_s", "One optimizer step", "s", "mean since the last line", "time"),
@@ -212,7 +248,8 @@ def markdown() -> str:
         "`<which>` is `helpfulness`, `safety` or `judge`; `<rating>` is `significantly_better`, `better`,"
         " `slightly_better` or `negligibly_better`; `<domain>` is `helpfulness` or `safety`; `<source>` is the stem of a"
         " file's name; `<kind>` is `safe_unsafe` (chosen safe, rejected unsafe), `both_safe` or `both_unsafe`; `<bound>` is"
-        " `low` or `high`; `<policy>` is the step that published the policy; `<prefix>` is the"
+        " `low` or `high`; `<moment>` is `start` or `final`; `<score>` is `score`, `judge`, `judge_like_length` or a"
+        " `reward_...`; `<policy>` is the step that published the policy; `<prefix>` is the"
         " first part of the step's own metrics.",
         "",
         "| name | meaning | unit | reduction |",

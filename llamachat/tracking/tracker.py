@@ -62,6 +62,11 @@ class Tracker:
         if self._upload_text and self._wandb is not None:
             self._wandb.table(step, f"{self._prefix}/samples", rows)
 
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Show how values are spread, in wandb alone: `name` is no metric, and the record keeps the mean."""
+        if self._is_main and self._wandb is not None:
+            self._wandb.histogram(step, f"{self._prefix}/{name}", values)
+
     def figure(self, name: str, path: Path) -> None:
         """Show a PNG that lies in the step folder."""
         if self._is_main and self._wandb is not None:

@@ -53,6 +53,11 @@ class WandbRun:
         """Send a picture."""
         self._guard(lambda run: run.log({name: _wandb().Image(str(path)), self._axis: step}, step=step))
 
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Send how values are spread."""
+        if step >= self._first_step:
+            self._guard(lambda run: run.log({name: _wandb().Histogram(list(values)), self._axis: step}, step=step))
+
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send rows of text, under the columns of the first."""
         if not rows or step < self._first_step:

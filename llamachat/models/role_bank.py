@@ -1,0 +1,291 @@
+"""The five roles of PPO, and the judge, on as few weights as there can be: one trunk, an adapter and a head for each.
+
+policy (trained), reference (the policy as it began), critic (trained), helpfulness, safety and judge (reward models).
+`llamachat.models.role_opening.open_roles` makes the bank; `hidden` is the only way to run a role, so that the switching
+of adapters lies in one place. Between calls the policy's adapter is the active one: what samples from `policy_model()`
+needs to know nothing of roles. Adapters are switched past PEFT, whose own switches set `requires_grad`
+(docs: https://github.com/huggingface/peft/issues/3447); here it is set once, when the bank is opened.
+Two things surprise. Nothing is ever dropped: modules stay in evaluation mode, since with dropout the ratio of new to old
+probabilities would not begin at 1. And a checkpointed block that is computed again during `backward` is computed with
+the adapter of its forward pass, whatever role has run since.
+Shapes: B rows, T positions, D hidden size, N sequences or positions that are read.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llamachat.models.loading import policy_details, save_policy
+from llamachat.models.reward_model import RewardModel, score_rows
+from llamachat.models.role_adapters import adapter_layers, adapter_weights, fill, switch
+
+if TYPE_CHECKING:
+    from transformers import LlamaModel
+
+    from llamachat.chat_format import ChatFormat
+    from llamachat.models.loading import LanguageModel
+
+Role = Literal["policy", "reference", "critic", "helpfulness", "safety", "judge"]
+LanguageRole = Literal["policy", "reference"]
+RewardRole = Literal["helpfulness", "safety", "judge"]
+CriticKind = Literal["separate", "shared"]
+Trained = Literal["policy", "critic"]
+REWARD_ROLES: tuple[RewardRole, ...] = ("helpfulness", "safety", "judge")
+CRITIC_BEGINS_AS: tuple[RewardRole, ...] = ("helpfulness", "safety")  # the first that there is; the judge only tells
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a role sits: a trunk, and the name of its adapter there; None is the trunk as it is."""
+
+    trunk: "LlamaModel"
+    adapter: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fittings:
+    """What a bank is made of; `open_roles` gathers it, and has set what requires gradients."""
+
+    seats: Mapping[Role, Seat]
+    policy_model: "LanguageModel"
+    lm_heads: Mapping[LanguageRole, nn.Module]
+    value_head: nn.Linear
+    reward_models: Mapping[RewardRole, RewardModel]
+    other_vocabulary: frozenset[RewardRole]  # of them, those that do not read the policy's token ids
+    chat_format: "ChatFormat"
+    base: str  # folder or hub name of the weights under the policy's adapter, or that the policy began as
+
+
+class RoleBank:
+    """All roles, ready to run. Make one with `open_roles`."""
+
+    def __init__(self, fittings: Fittings, *, critic: CriticKind, checkpointing: bool) -> None:
+        """With `checkpointing`, blocks keep only their input for a backward pass and are computed again in it."""
+        self.critic: CriticKind = critic
+        self.base = fittings.base
+        self.chat_format = fittings.chat_format
+        self._seats = fittings.seats
+        self._policy_model = fittings.policy_model
+        self._heads = fittings.lm_heads
+        self._value_head = fittings.value_head
+        self._reward_models = fittings.reward_models
+        self._other_vocabulary = fittings.other_vocabulary
+        self._trunks = {id(seat.trunk): seat.trunk for seat in self._seats.values()}
+        self._layers = {key: adapter_layers(trunk) for key, trunk in self._trunks.items()}
+        self._active: dict[int, str | None] = {}
+        for seat in (*self._seats.values(), self._seats["policy"]):
+            self._sit(seat)
+        self._trained: dict[Trained, dict[str, nn.Parameter]] = {"policy": self._policy_weights()}
+        self._trained["critic"] = self._critic_weights()
+        if checkpointing:
+            for trunk in self._trunks.values():
+                self._checkpoint(trunk)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles that there are; the critic is one also where it shares the policy's trunk pass."""
+        return tuple(self._seats)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self._seats["policy"].trunk.device
+
+    def hidden(self, role: Role, batch: Mapping[str, Tensor]) -> Tensor:
+        """Final hidden states [B, T, D], in the trunk's dtype, of packed rows or of rows padded on the right.
+
+        `batch` has input_ids [B, T] and, where a row holds several sequences, position_ids that begin anew with each;
+        other keys are not read, and there is no attention mask. Of policy and critic the states carry gradients where
+        torch records them; of the others never. A shared critic's are the policy's.
+        """
+        seat = self._seats[role]
+        records = role in ("policy", "critic") and torch.is_grad_enabled()
+        with torch.set_grad_enabled(records), _Seated(self, seat), _checkpointing(seat.trunk, records):
+            ids_BT, positions_BT = batch["input_ids"], batch.get("position_ids")
+            return cast(Any, seat.trunk)(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
+
+    def lm_head(self, role: LanguageRole) -> nn.Module:
+        """From hidden states to logits [.., V]. One module for both, unless all of the policy's weights train."""
+        return self._heads[role]
+
+    def values(self, batch: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        """The critic's values [N], fp32, at these indices [N] into the flattened rows of `batch`."""
+        return self.values_of(self.hidden("critic", batch).flatten(0, 1)[positions])
+
+    def values_of(self, hidden: Tensor) -> Tensor:
+        """The critic's values [..], fp32, of hidden states [.., D] that `hidden` gave for it: for a shared critic, those
+        of the policy, so that one pass serves both."""
+        from llamachat.models.heads import read_out
+
+        return read_out(self._value_head, hidden)
+
+    @torch.no_grad()
+    def scale_critic(self, *, mean: float, std: float) -> None:
+        """Fold a whitening into the critic: from now on a value is (value - mean) / std of what it was."""
+        assert std > 0, "scores that are all the same are not whitened"
+        self._value_head.weight.div_(std)
+        self._value_head.bias.sub_(mean).div_(std)
+
+    def scores(
+        self,
+        role: RewardRole,
+        rows: Sequence[Sequence[int]],
+        *,
+        row_tokens: int | None = None,
+        advance: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """Raw scores [N], fp32 on the CPU, of token rows that each end with an answer; as `score_rows`, no gradients.
+
+        The ids must be in the model's own vocabulary: the policy's where `reads_policy_ids`, else from
+        `reward_model(role).encode(messages)`.
+        """
+        with _Seated(self, self._seats[role]):
+            return score_rows(self._reward_models[role].model, rows, row_tokens=row_tokens, advance=advance)
+
+    def reward_model(self, role: RewardRole) -> RewardModel:
+        """How a role reads dialogs: `encode`, `max_tokens`, `system`, `name`. Its scores come from `scores` alone."""
+        return self._reward_models[role]
+
+    def reads_policy_ids(self, role: RewardRole) -> bool:
+        """Whether token ids mean the same text to the role's model as to the policy."""
+        return role not in self._other_vocabulary
+
+    def policy_model(self) -> "LanguageModel":
+        """The model that answers are sampled from, always with the policy's weights. A rollout engine reads it at each
+        `refresh`; nothing else runs it, and nothing sets its mode or its `requires_grad`."""
+        return self._policy_model
+
+    def trainable(self) -> dict[Trained, list[nn.Parameter]]:
+        """What is trained, in a fixed order, for the optimizer; asserts that these and no others require gradients."""
+        trained = {id(weight) for weights in self._trained.values() for weight in weights.values()}
+        for name, weight in self._parameters():
+            assert weight.requires_grad == (id(weight) in trained), f"requires_grad of {name} has been changed"
+        return {role: list(weights.values()) for role, weights in self._trained.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The trained weights by name ("policy.<..>", "critic.<..>"): not copied, so save or clone them at once."""
+        return {
+            f"{role}.{name}": weight.detach()
+            for role, weights in self._trained.items()
+            for name, weight in weights.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put back, in place, what `state_dict` gave in a bank of the same recipe."""
+        fill(self.state_dict(), state)
+
+    def frozen_digest(self) -> str:
+        """SHA-256 of all weights that are not trained: equal before and after = none of them has moved."""
+        trained = {weight.data_ptr() for weights in self._trained.values() for weight in weights.values()}
+        digest = sha256()
+        for index, module in enumerate(self._modules()):
+            for name, weight in sorted(module.state_dict().items()):
+                if weight.data_ptr() not in trained:
+                    digest.update(f"{index} {name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+                    digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def storages(self) -> dict[int, int]:
+        """Bytes by address of every weight there is, each counted once, whatever roles share it."""
+        found: dict[int, int] = {}
+        for _, weight in self._parameters():
+            state: Any = getattr(weight, "quant_state", None)
+            parts = [weight.data] if state is None else [weight.data, state.absmax, state.state2.absmax]
+            for storage in (part.untyped_storage() for part in parts):
+                found[storage.data_ptr()] = storage.nbytes()
+        return found
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy as `llamachat.models.loading.save_policy` does, without the other roles."""
+        save_policy(self._policy_model, folder)
+
+    def policy_details(self, *, max_tokens: int, system: str | None) -> dict[str, Any]:
+        """What the manifest of a policy published from here says about it."""
+        return policy_details(
+            self._policy_model,
+            base=self.base,
+            chat_format=self.chat_format.name,
+            max_tokens=max_tokens,
+            system=system,
+        )
+
+    def _sit(self, seat: Seat) -> None:
+        key = id(seat.trunk)
+        if key not in self._active or self._active[key] != seat.adapter:
+            switch(self._layers[key], seat.adapter)
+            self._active[key] = seat.adapter
+
+    def _checkpoint(self, trunk: "LlamaModel") -> None:
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            adapter = self._active[id(trunk)]
+            return nullcontext(), _Seated(self, Seat(trunk, adapter))
+
+        function = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+        for block in cast(Any, trunk.layers):
+            block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = function
+
+    def _policy_weights(self) -> dict[str, nn.Parameter]:
+        seat = self._seats["policy"]
+        if seat.adapter is None:
+            return dict(self._policy_model.named_parameters())
+        return adapter_weights(seat.trunk, seat.adapter)
+
+    def _critic_weights(self) -> dict[str, nn.Parameter]:
+        head = {f"head.{name}": weight for name, weight in self._value_head.named_parameters()}
+        if self.critic == "shared":
+            return head
+        seat = self._seats["critic"]
+        own = dict(seat.trunk.named_parameters()) if seat.adapter is None else adapter_weights(seat.trunk, seat.adapter)
+        return own | head
+
+    def _modules(self) -> list[nn.Module]:
+        """Everything that holds weights; a language-model head may hold the embeddings once more."""
+        scores = [cast(Any, model.model).score for model in self._reward_models.values()]
+        modules = [*self._trunks.values(), *self._heads.values(), self._value_head, *scores]
+        return list({id(module): module for module in modules}.values())
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for index, module in enumerate(self._modules()):
+            for name, weight in module.named_parameters():
+                yield f"{index}.{name}", weight
+
+
+class _Seated:
+    """A role at work: its adapter is the active one; afterwards the one before is. May be entered again."""
+
+    def __init__(self, bank: RoleBank, seat: Seat) -> None:
+        self._bank, self._seat = bank, seat
+        self._before: list[Seat] = []
+
+    def __enter__(self) -> None:
+        trunk = self._seat.trunk
+        self._before.append(Seat(trunk, self._bank._active[id(trunk)]))
+        self._bank._sit(self._seat)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bank._sit(self._before.pop())
+
+
+@contextmanager
+def _checkpointing(trunk: "LlamaModel", records: bool) -> Iterator[None]:
+    """Let blocks that can checkpoint do so: transformers asks whether they train. Nothing in them is told so."""
+    blocks = list(cast(Any, trunk.layers)) if records else []
+    for block in blocks:
+        block.training = True
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.training = False

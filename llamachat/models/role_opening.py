@@ -1,0 +1,333 @@
+"""Opening a role bank: which weights are shared, which lie beside, and what each trained part starts from.
+
+Where the policy is fully tuned, it is the trunk and the reference; the policy trained is a new adapter, whose first
+logits are the trunk's. Where it is an adapter, its base is the trunk, with a trained and a frozen copy of that adapter.
+Reward models that are adapters on those same weights come onto the trunk; others are loaded beside it, two adapters on
+the same other weights with one trunk. With `tuning.method` full the policy is a copy of its own, and so is the critic.
+"""
+
+import logging
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import nn
+
+from llamachat.chat_format import ChatFormat, load_chat_format
+from llamachat.models import nf4
+from llamachat.models.loading import (
+    ONLY_ADAPTER,
+    VALUES_PER_WEIGHT,
+    adapter_dtype,
+    attach_adapter,
+    checked_details,
+    load_base,
+    load_policy,
+    name_of,
+)
+from llamachat.models.placement import device_of
+from llamachat.models.reward_model import HEAD_WEIGHT, RewardModel, load_reward_model
+from llamachat.models.role_adapters import (
+    adapter_weights,
+    add_adapter,
+    fill,
+    shape_in,
+    shape_of,
+    weights_in,
+)
+from llamachat.models.role_bank import (
+    CRITIC_BEGINS_AS,
+    REWARD_ROLES,
+    CriticKind,
+    Fittings,
+    RewardRole,
+    Role,
+    RoleBank,
+    Seat,
+)
+from llamachat.models.rope import rope_parameters
+from llamachat.models.starting import is_adapter, proved_start
+from llamachat.models.weights import trunk_digest
+from llamachat.runs.artifacts import Artifact
+from llamachat.tokenizer import UNK_ID, load_tokenizer
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import LlamaForCausalLM, LlamaModel
+
+    from llamachat.config.sections import Base, Tuning
+    from llamachat.models.heads import ScoringLlama
+    from llamachat.models.loading import LanguageModel
+
+    Root = LlamaForCausalLM | ScoringLlama
+
+log = logging.getLogger(__name__)
+Source = Artifact | Path | str
+
+
+def open_roles(
+    *,
+    policy: Artifact | None,
+    base: "Base",
+    tuning: "Tuning",
+    reward_models: Mapping[RewardRole, Source],
+    critic: CriticKind,
+    seed: int,
+    device: str = "auto",
+    checkpointing: bool = False,
+) -> RoleBank:
+    """A bank with a policy, a reference, a critic and these reward models: artifacts, folders or hub names; may be none.
+
+    Policy None starts from the base. The critic starts from the helpfulness model, else from the safety model, else from
+    the policy with a head of zeros; the judge has no part in training. `seed` draws what is new. The log says which
+    reward models share the trunk, and the bytes of those that do not.
+    """
+    opening = _Opening(base, tuning, seed, device_of(device), *proved_start(base, tuning, policy))
+    opening.seat_policy(policy)
+    for role in REWARD_ROLES:
+        if role in reward_models:
+            opening.seat_reward_model(role, reward_models[role])
+    value_head = opening.seat_critic(critic, reward_models)
+    return RoleBank(opening.fittings(critic, value_head), critic=critic, checkpointing=checkpointing)
+
+
+@dataclass(slots=True)
+class _Trunk:
+    """Weights that several adapters can sit on, and how it is known which."""
+
+    root: "Root"
+    is_nf4: bool
+
+    def carries(self, details: Mapping[str, Any], folder: Path) -> bool:
+        """Whether the adapter of this folder was trained on these very weights, as `load_policy` checks it."""
+        same_kind = (details["method"] == "qlora") == self.is_nf4
+        if not same_kind or details["rope_parameters"] != rope_parameters(self.root.config):
+            return False
+        found = nf4.source_digest(self.root)
+        if found is None:
+            dtype = adapter_dtype(folder)
+            found = trunk_digest(self.root, values_per_weight=VALUES_PER_WEIGHT, dtype=dtype)
+        return found == details["trunk"]
+
+
+@dataclass(slots=True)
+class _Opening:
+    base: "Base"
+    tuning: "Tuning"
+    seed: int
+    device: str
+    location: str
+    chat_format: ChatFormat
+    seats: dict[Role, Seat] = field(default_factory=dict)
+    trunks: list[_Trunk] = field(default_factory=list)  # those that adapters can be put on
+    reward_models: dict[RewardRole, RewardModel] = field(default_factory=dict)
+    other_vocabulary: set[RewardRole] = field(default_factory=set)
+    shapes: dict[Role, "LoraConfig"] = field(default_factory=dict)  # of the adapters
+    reference: "LlamaForCausalLM | None" = None
+    policy_model: "LanguageModel | None" = None
+    base_name: str = ""
+
+    def seat_policy(self, policy: Artifact | None) -> None:
+        """Policy and reference."""
+        self.base_name = self.location
+        if self.tuning.method == "full":
+            own, self.reference = self._load_base(), self._load_base()
+            self.policy_model = own
+            self.seats |= {"policy": Seat(own.model, None), "reference": Seat(self.reference.model, None)}
+            self.trunks.append(_Trunk(self.reference, is_nf4=False))
+            return
+        if policy is not None and is_adapter(policy):
+            self.base_name = str(policy.manifest.details["base"])
+            how = {"dtype": self.base.dtype, "device": self.device, "attention": self.base.attention}
+            adapted = cast(Any, load_policy(policy.path, **how, is_trainable=True).model)
+        else:
+            adapted = cast(Any, attach_adapter(self._load_base(), self.tuning, seed=self.seed))
+        root: LlamaForCausalLM = adapted.get_base_model()
+        trunk = root.model
+        self.policy_model, self.reference = adapted, root
+        self.shapes["policy"] = shape_of(adapted)
+        self.trunks.append(_Trunk(root, is_nf4=self.tuning.method == "qlora"))
+        self.seats["policy"] = Seat(trunk, ONLY_ADAPTER)
+        is_continued = policy is not None and is_adapter(policy)
+        self.seats["reference"] = self._copy_of("policy", "reference", root) if is_continued else Seat(trunk, None)
+
+    def seat_reward_model(self, role: RewardRole, source: Source) -> None:
+        """A reward model on a trunk that is there already, or beside it."""
+        artifact = source if isinstance(source, Artifact) else _artifact_at(source)
+        if artifact is not None and is_adapter(artifact):
+            details = checked_details(artifact)
+            for trunk in self.trunks:
+                if trunk.carries(details, artifact.path):
+                    self._seat_adapter(role, artifact, details, trunk.root)
+                    log.info("%s: %s is an adapter on weights that are loaded already", role, name_of(artifact))
+                    return
+        loaded = load_reward_model(
+            artifact.path if artifact is not None else str(source),
+            device=self.device,
+            attention=self.base.attention,
+        )
+        self._seat_beside(role, loaded, artifact)
+
+    def seat_critic(self, critic: CriticKind, sources: Mapping[RewardRole, Source]) -> nn.Linear:
+        """The critic's trunk or adapter; returns its head, which starts as the reward model's or with zeros."""
+        begins_as: RewardRole | None = next(
+            (role for role in CRITIC_BEGINS_AS if role in self.seats and role not in self.other_vocabulary),
+            None,
+        )
+        if critic == "shared":
+            self.seats["critic"] = self.seats["policy"]
+        elif self.tuning.method == "full":
+            own = None if begins_as is None else self._own_weights(begins_as, sources[begins_as])
+            begins_as = None if own is None else begins_as
+            self.seats["critic"] = Seat(own or self._load_base().model, None)
+        else:
+            begun: Role = begins_as or "policy"
+            self.seats["critic"] = self._copy_of(begun, "critic", self._root_of(self.seats[begun].trunk))
+        head = _head(self.seats["critic"].trunk, dtype=torch.float32, has_bias=True)
+        begun_head = None if begins_as is None else _score_weight(self.reward_models[begins_as])
+        if begun_head is not None and begun_head.shape == head.weight.shape:
+            fill({HEAD_WEIGHT: head.weight}, {HEAD_WEIGHT: begun_head})
+            log.info("critic: %s, begins as the %s model", critic, begins_as)
+        else:
+            log.info("critic: %s, begins as the policy with values of 0", critic)
+        return head
+
+    def fittings(self, critic: CriticKind, value_head: nn.Linear) -> Fittings:
+        """Everything frozen but what is trained, and all of it in evaluation mode."""
+        assert self.policy_model is not None and self.reference is not None, "the policy is seated first"
+        models: list[nn.Module] = [self.policy_model, self.reference, value_head]
+        models += [seat.trunk for seat in self.seats.values()]
+        models += [model.model for model in self.reward_models.values()]
+        for model in models:
+            model.requires_grad_(False).eval()
+        value_head.requires_grad_(True)
+        trained: list[Role] = ["policy"] if critic == "shared" else ["policy", "critic"]
+        for role in trained:
+            seat = self.seats[role]
+            if seat.adapter is None:
+                seat.trunk.requires_grad_(True)
+            else:
+                for weight in adapter_weights(seat.trunk, seat.adapter).values():
+                    weight.requires_grad_(True)
+        if self.tuning.method == "full":
+            self.policy_model.requires_grad_(True)
+        return Fittings(
+            seats=self.seats,
+            policy_model=self.policy_model,
+            lm_heads={
+                "policy": cast(Any, self.policy_model).get_output_embeddings(),
+                "reference": cast(nn.Module, self.reference.get_output_embeddings()),
+            },
+            value_head=value_head,
+            reward_models=self.reward_models,
+            other_vocabulary=frozenset(self.other_vocabulary),
+            chat_format=self.chat_format,
+            base=self.base_name,
+        )
+
+    def _load_base(self) -> "LlamaForCausalLM":
+        is_nf4 = self.tuning.method == "qlora"
+        return load_base(self.base, source=self.location, device=self.device, is_nf4=is_nf4)
+
+    def _seat_adapter(self, role: RewardRole, artifact: Artifact, details: Mapping[str, Any], root: "Root") -> None:
+        self.shapes[role] = shape_in(artifact.path)
+        values, others = weights_in(artifact.path)
+        add_adapter(root, role, self.shapes[role], seed=self.seed)
+        fill(adapter_weights(root.model, role), values)
+        head = _head(root.model, dtype=root.dtype, has_bias=False)
+        fill({HEAD_WEIGHT: head.weight}, others)
+        tokenizer = load_tokenizer(artifact.path)
+        self.seats[role] = Seat(root.model, role)
+        self.reward_models[role] = RewardModel(
+            model=_scorer(root, head),
+            tokenizer=tokenizer,
+            chat_format=load_chat_format(details["chat_format"], tokenizer),
+            max_tokens=details["max_tokens"],
+            system=details.get("system"),
+            name=name_of(artifact),
+        )
+
+    def _seat_beside(self, role: RewardRole, loaded: RewardModel, artifact: Artifact | None) -> None:
+        adapted: Any = loaded.model
+        is_adapted = artifact is not None and is_adapter(artifact)
+        root: ScoringLlama = adapted.get_base_model() if is_adapted else adapted
+        if is_adapted:
+            self.shapes[role] = shape_of(adapted)
+            self.trunks.append(_Trunk(root, is_nf4=nf4.compute_dtype(root) is not None))
+            root.score = cast(Any, root.score).modules_to_save[ONLY_ADAPTER]
+        self.seats[role] = Seat(root.model, ONLY_ADAPTER if is_adapted else None)
+        self.reward_models[role] = replace(loaded, model=root)
+        if not _same_ids(loaded.chat_format, self.chat_format):
+            self.other_vocabulary.add(role)
+        held = sum(weight.nbytes for weight in root.parameters())
+        log.info("%s: %s is on other weights and is loaded beside: %.2f GiB", role, loaded.name, held / 2**30)
+
+    def _copy_of(self, role: Role, name: Literal["critic", "reference"], root: "Root") -> Seat:
+        """A new adapter beside a role's, of its shape and values; on a trunk without one, of the recipe's shape."""
+        seat = self.seats[role]
+        shape = self.shapes.get(role) or self.shapes["policy"]
+        add_adapter(root, name, shape, seed=self.seed)
+        if seat.adapter is not None:
+            fill(adapter_weights(seat.trunk, name), adapter_weights(seat.trunk, seat.adapter))
+        return Seat(seat.trunk, name)
+
+    def _own_weights(self, role: RewardRole, source: Source) -> "LlamaModel | None":
+        """A copy of a reward model's weights, its adapter merged into it; None of 4-bit ones, which cannot train."""
+        seat = self.seats[role]
+        if nf4.compute_dtype(self._root_of(seat.trunk)):
+            return None
+        path = source.path if isinstance(source, Artifact) else str(source)
+        how: dict[str, Any] = {"dtype": self.base.dtype, "device": self.device, "attention": self.base.attention}
+        model: Any = load_reward_model(path, **how).model
+        return (model if seat.adapter is None else model.merge_and_unload()).model
+
+    def _root_of(self, trunk: "LlamaModel") -> "Root":
+        roots: list[Any] = [known.root for known in self.trunks] + [
+            model.model for model in self.reward_models.values()
+        ]
+        return next(root for root in roots if root.model is trunk)
+
+
+def _artifact_at(source: Path | str) -> Artifact | None:
+    """The reward model's artifact in a folder; None where it is a plain model or a hub name."""
+    from llamachat.runs.artifacts import MANIFEST, read_artifact
+
+    folder = Path(source).expanduser()
+    return read_artifact(folder, "reward_model", reader="ppo") if (folder / MANIFEST).is_file() else None
+
+
+def _scorer(root: "Root", head: nn.Linear) -> "ScoringLlama":
+    """A reward model made of a trunk that others use too, and a head of its own."""
+    from llamachat.models.heads import ScoringLlama
+
+    config = deepcopy(root.config)
+    config.num_labels, config.pad_token_id = 1, UNK_ID
+    with torch.device("meta"):  # its own weights are never made
+        model = ScoringLlama(config)
+    model.model, model.score = root.model, head
+    return model
+
+
+def _head(trunk: "LlamaModel", *, dtype: torch.dtype, has_bias: bool) -> nn.Linear:
+    """A linear head of one output on a trunk, all zeros; torch's random state is left alone."""
+    made = nn.utils.skip_init(nn.Linear, trunk.config.hidden_size, 1, bias=has_bias, dtype=dtype, device=trunk.device)
+    for weight in made.parameters():
+        nn.init.zeros_(weight)
+    return cast(nn.Linear, made)
+
+
+def _score_weight(model: RewardModel) -> torch.Tensor:
+    return cast(Any, model.model).score.weight
+
+
+def _same_ids(one: ChatFormat, other: ChatFormat) -> bool:
+    """Whether both formats give every dialog the same token ids."""
+    if one.name != other.name:
+        return False
+    models = (one.tokenizer.sentencepiece_model, other.tokenizer.sentencepiece_model)
+    if None not in models:
+        return models[0] == models[1]
+    return one.tokenizer.fast().to_str() == other.tokenizer.fast().to_str()

@@ -1,0 +1,84 @@
+"""Keys and values of the rows that are being answered, in one pool taken once.
+
+Shapes: B rows, H key-value heads, T columns, D head size. All rows end at the same column, the next to be written: a
+token's keys are one slice whatever the rows' lengths, and a row begins at a column of its own. One thing surprises:
+products go over all columns that are laid out, since a batched product of a part of them copies the part first. So the
+layout is kept narrow: a few columns are spare, and when they are used up the rows are laid out anew.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What one token takes."""
+
+    layers: int
+    heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of all layers."""
+        return 2 * self.layers * self.heads * self.head_size * self.dtype.itemsize
+
+
+class Cache:
+    """A pool of `tokens`, laid out as rows x columns."""
+
+    def __init__(self, shape: CacheShape, *, tokens: int, device: torch.device) -> None:
+        self.tokens = tokens
+        self.rows = self.columns = 0
+        self.time = 0  # the column that is written next
+        self._shape = shape
+        # Zeros, not what memory held: a masked weight of 0 times a NaN would be a NaN.
+        size = (2, tokens * shape.heads * shape.head_size)
+        self._pools = [torch.zeros(size, dtype=shape.dtype, device=device) for _ in range(shape.layers)]
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def keys(self, layer: int, rows: int) -> Tensor:
+        """Keys [B * H, T, D] of the first rows."""
+        return self._keys[layer][:rows].flatten(0, 1)
+
+    def values(self, layer: int, rows: int) -> Tensor:
+        """Values [B * H, T, D] of the first rows."""
+        return self._values[layer][:rows].flatten(0, 1)
+
+    def write(self, layer: int, keys_BHD: Tensor, values_BHD: Tensor) -> None:
+        """Put a token's keys and values of the first rows at the present column."""
+        rows = len(keys_BHD)
+        self._keys[layer][:rows, :, self.time] = keys_BHD
+        self._values[layer][:rows, :, self.time] = values_BHD
+
+    def write_prompts(self, layer: int, slots_B: Tensor, keys_BHTD: Tensor, values_BHTD: Tensor) -> None:
+        """Put what rows begin with before the present column."""
+        before = slice(self.time - keys_BHTD.shape[2], self.time)
+        self._keys[layer][slots_B, :, before] = keys_BHTD
+        self._values[layer][slots_B, :, before] = values_BHTD
+
+    def lay_out(self, source_B: Tensor, *, length: int, rows: int, columns: int) -> None:
+        """Lay the pool out anew: first the rows of these slots with their last `length` tokens, from column 0 on."""
+        assert rows * columns <= self.tokens and len(source_B) <= rows and length <= columns
+        kept = slice(self.time - length, self.time)
+        count = len(source_B)
+        old = list(zip(self._keys, self._values, strict=True))
+        self.rows, self.columns, self.time = rows, columns, length
+        shape = (rows, self._shape.heads, columns, self._shape.head_size)
+        used = rows * columns * self._shape.heads * self._shape.head_size
+        self._keys = [pool[0, :used].view(shape) for pool in self._pools]
+        self._values = [pool[1, :used].view(shape) for pool in self._pools]
+        for layer, parts in enumerate(old if count else ()):
+            keys, values = (part[source_B, :, kept] for part in parts)  # copies: old and new places overlap
+            self._keys[layer][:count, :, :length] = keys
+            self._values[layer][:count, :, :length] = values
+
+    def copy_rows(self, source_B: Tensor, slots_B: Tensor, *, length: int) -> None:
+        """Copy rows, with their last `length` tokens, into other slots."""
+        kept = slice(self.time - length, self.time)
+        for part in (*self._keys, *self._values):
+            part[slots_B, :, kept] = part[source_B, :, kept]

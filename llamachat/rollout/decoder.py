@@ -1,0 +1,198 @@
+"""Our own rollout engine for Llama models: a decoder with a cache, which rows leave and enter as they finish.
+
+A prompt is read once for all its samples. Prompts enter the longest first, so that rows in the cache are of like
+length and what does not fit into memory fails at once. Randomness belongs to (seed, prompt, sample, position), as in
+the Hugging Face engine: in fp32 both draw the same tokens, whatever shares the batch.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from llamachat.errors import ConfigError, DataError
+from llamachat.models.placement import free_bytes
+from llamachat.models.rope import context_length
+from llamachat.rollout.cache import Cache
+from llamachat.rollout.engine import Completion, Sampling
+from llamachat.rollout.live_rows import SPARE_COLUMNS, Done, Group, LiveRows
+from llamachat.rollout.network import Network
+from llamachat.rollout.weights import Weights, merged_copy_bytes, without_wrapper
+
+if TYPE_CHECKING:
+    from llamachat.models.loading import LanguageModel
+
+ROWS_PER_BATCH = {"cpu": 128, "cuda": 512}
+PROMPT_TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}
+SHARE_FOR_WEIGHTS = 0.6  # of the free memory: more than that leaves too little for keys and values
+SHARE_FOR_CACHE = {"cpu": 0.25, "cuda": 0.8}
+ENTER_SHARE = 8  # of all slots: so many are free before prompts enter
+
+
+class LlamaEngine:
+    """Samples with weights of its own, those of the model at construction or at the last `refresh`."""
+
+    def __init__(
+        self,
+        model: "LanguageModel",
+        stop_ids: Sequence[int],
+        *,
+        cache_gib: float | Literal["auto"] = "auto",
+        rows_per_batch: int | None = None,
+        is_merged: bool | None = None,
+    ) -> None:
+        """`is_merged` None makes a merged copy of the projections where it fits."""
+        self._trunk = without_wrapper(model)
+        device = self._trunk.device
+        if is_merged is None:
+            is_merged = merged_copy_bytes(model) <= SHARE_FOR_WEIGHTS * free_bytes(device)
+        self._network = Network(self._trunk, Weights(model, is_merged=is_merged))
+        self._stop_ids = frozenset(stop_ids)
+        self._cache_gib = cache_gib
+        self._rows_per_batch = rows_per_batch or ROWS_PER_BATCH.get(device.type, ROWS_PER_BATCH["cpu"])
+        self._prompt_tokens = PROMPT_TOKENS_AT_ONCE.get(device.type, PROMPT_TOKENS_AT_ONCE["cpu"])
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and its answer together that the model has positions for."""
+        return context_length(self._trunk.config)
+
+    def refresh(self, model: "LanguageModel") -> None:
+        """Take the model's present weights; it is of the shape that the engine was made for."""
+        self._network.weights.refresh(model)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samples_per_prompt: int,
+        sampling: Sampling,
+        advance: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """`samples_per_prompt` completions of each prompt; `advance` is told how many more are there.
+
+        An answer ends early where the model's positions end: prompt and answer fit into them together.
+        """
+        found: dict[tuple[int, int], Completion] = {}
+        for done in self._run(prompts, samples_per_prompt, sampling, None):
+            for answer in done:
+                found[answer.prompt, answer.sample] = answer.completion
+            if advance is not None and done:
+                advance(len(done))
+        return [[found[index, sample] for sample in range(samples_per_prompt)] for index in range(len(prompts))]
+
+    def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
+        """The completion that `generate` gives to this one prompt; `on_token` sees each id as it comes."""
+        return next(done[0].completion for done in self._run([prompt], 1, sampling, on_token) if done)
+
+    @torch.inference_mode()
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples_per_prompt: int,
+        sampling: Sampling,
+        on_token: Callable[[int], None] | None,
+    ) -> Iterator[list[Done]]:
+        self._check(prompts)
+        if not prompts:
+            return
+        batch, waiting = self._begin(prompts, samples_per_prompt, sampling, on_token)
+        with _evaluating(self._trunk):
+            while waiting or batch.live:
+                if waiting and _is_time_to_enter(batch, waiting[0]):
+                    yield batch.enter(self._next_groups(batch, waiting))
+                    continue
+                if batch.is_full:
+                    batch.lay_out(waiting[0] if waiting else None)
+                yield batch.step()
+
+    def _begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples_per_prompt: int,
+        sampling: Sampling,
+        on_token: Callable[[int], None] | None,
+    ) -> tuple[LiveRows, deque[Group]]:
+        """An empty batch, and the groups that wait for it: the longest prompts first."""
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        longest = self._whole(len(prompts[order[0]]), sampling)
+        tokens = self._cache_tokens()
+        if tokens < longest:
+            raise self._too_little_cache(order[0], len(prompts[order[0]]), longest)
+        most = min(self._rows_per_batch, len(prompts) * samples_per_prompt)
+        rows = min(most, tokens // longest)
+        waiting = deque(
+            Group(index, tuple(prompts[index]), range(start, min(start + rows, samples_per_prompt)))
+            for index in order
+            for start in range(0, samples_per_prompt, rows)
+        )
+        cache = Cache(
+            self._network.shape, tokens=min(tokens, most * (longest + SPARE_COLUMNS)), device=self._network.device
+        )
+        batch = LiveRows(self._network, cache, sampling, rows=most, stop_ids=self._stop_ids, on_token=on_token)
+        batch.lay_out(waiting[0])
+        return batch, waiting
+
+    def _next_groups(self, batch: LiveRows, waiting: deque[Group]) -> list[Group]:
+        """As many of the waiting groups as there are free slots for, in one reading of bounded size."""
+        if batch.live == 0:
+            batch.lay_out(waiting[0])
+        free, longest = batch.free, len(waiting[0].ids)
+        taken: list[Group] = []
+        while waiting and len(waiting[0].samples) <= free:
+            if taken and (len(taken) + 1) * longest > self._prompt_tokens:
+                break
+            free -= len(waiting[0].samples)
+            taken.append(waiting.popleft())
+        return taken
+
+    def _whole(self, prompt_length: int, sampling: Sampling) -> int:
+        """Tokens of a prompt and the longest answer to it."""
+        return min(prompt_length + sampling.max_new_tokens, self.context)
+
+    def _cache_tokens(self) -> int:
+        device = self._network.device
+        if isinstance(self._cache_gib, str):
+            size = SHARE_FOR_CACHE.get(device.type, SHARE_FOR_CACHE["cpu"]) * free_bytes(device)
+        else:
+            size = self._cache_gib * 2**30
+        return int(size / self._network.shape.bytes_per_token)
+
+    def _too_little_cache(self, index: int, length: int, longest: int) -> ConfigError:
+        needed = longest * self._network.shape.bytes_per_token / 2**30
+        found = "what is free" if self._cache_gib == "auto" else f"{self._cache_gib} GiB"
+        return ConfigError(
+            f"rollout.cache_gib: {found} holds {self._cache_tokens()} tokens of keys and values, but prompt {index + 1} "
+            f"({length} tokens) and its answer are up to {longest}. A row stays in the cache until its answer ends. "
+            f"Set at least {needed:.2g}, or shorten prompts or rollout.max_new_tokens."
+        )
+
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+        for index, prompt in enumerate(prompts):
+            assert prompt, "a prompt has at least its BOS"
+            if len(prompt) >= self.context:
+                raise DataError(
+                    f"prompt {index + 1} of {len(prompts)}: {len(prompt)} tokens, but prompt and answer must fit into "
+                    f"the model's {self.context} positions. Shorten the prompt, or take a model with a longer context."
+                )
+
+
+def _is_time_to_enter(batch: LiveRows, group: Group) -> bool:
+    """Whether enough slots are free: reading a few prompts at a time costs more than the idle slots do."""
+    enough = max(len(group.samples), batch.cache.rows // ENTER_SHARE)
+    return batch.free >= enough or (batch.live == 0)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, which adapters have that are not merged; afterwards as before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

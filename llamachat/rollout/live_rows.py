@@ -1,0 +1,219 @@
+"""The rows that are being answered: who sits in which slot of the cache, what was drawn, who is done.
+
+Shapes: B slots, R tokens of an answer. Rows finish at different times: their slots go to waiting prompts, or to the
+rows of the last slots, so that the first slots stay full and a step computes little for nobody.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llamachat.rollout.cache import Cache
+from llamachat.rollout.engine import Completion, Sampling
+from llamachat.rollout.network import Network
+from llamachat.rollout.sampling import choose, row_uniforms
+
+SPARE_COLUMNS = 32  # steps between two layouts: each copies the cache once, and each spare column is computed on
+IDLE_SHARE = 8  # of the live rows: more idle slots than one in so many are closed
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Samples of one prompt that enter together: one reading of the prompt serves them all."""
+
+    prompt: int
+    ids: tuple[int, ...]
+    samples: range
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """An answer, and whose it is."""
+
+    prompt: int
+    sample: int
+    completion: Completion
+
+
+@dataclass(frozen=True, slots=True)
+class _Seat:
+    """The row that sits in a slot."""
+
+    prompt: int
+    sample: int
+    start: int  # its first column
+    whole: int  # tokens of its prompt and its longest answer
+
+
+class LiveRows:
+    """The batch that a generation goes through with."""
+
+    def __init__(
+        self,
+        network: Network,
+        cache: Cache,
+        sampling: Sampling,
+        *,
+        rows: int,
+        stop_ids: frozenset[int],
+        on_token: Callable[[int], None] | None,
+    ) -> None:
+        """`rows` is the most that there are ever at once; `on_token` sees the ids of the first slot."""
+        self.cache, self.most = cache, rows
+        self._network, self._sampling = network, sampling
+        self._stop_ids, self._on_token = stop_ids, on_token
+        device, width = network.device, sampling.max_new_tokens + 1  # one more: where idle rows write
+        self._is_stop_V = torch.zeros(network.vocabulary, dtype=torch.bool, device=device)
+        self._is_stop_V[sorted(stop_ids)] = True
+        self._seats: dict[int, _Seat] = {}
+        self._rows_B = torch.arange(rows, device=device)
+        # Of each slot: the row's first column, its last token, how many it has, how many it may have; tokens; numbers
+        # to draw them by.
+        self._starts_B, self._last_B, self._counts_B, self._limits_B = (
+            torch.zeros_like(self._rows_B) for _ in range(4)
+        )
+        self._ids_BR = torch.zeros((rows, width), dtype=torch.long, device=device)
+        self._logprobs_BR = torch.zeros((rows, width), device=device)
+        self._uniforms_BR = torch.zeros((rows, width), dtype=torch.float64, device=device)
+
+    @property
+    def _states(self) -> tuple[Tensor, ...]:
+        state_B = (self._starts_B, self._last_B, self._counts_B, self._limits_B)
+        return (*state_B, self._ids_BR, self._logprobs_BR, self._uniforms_BR)
+
+    @property
+    def live(self) -> int:
+        """Rows that are not done."""
+        return len(self._seats)
+
+    @property
+    def free(self) -> int:
+        """Slots that rows may enter."""
+        return self.cache.rows - self.live
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no column is left for another token."""
+        return self.cache.time == self.cache.columns
+
+    def lay_out(self, waiting: Group | None) -> None:
+        """Room for more tokens of the live rows, in the first slots, and beside them for as many as will fit.
+
+        `waiting` is the longest group that is to enter.
+        """
+        wholes = [seat.whole for seat in self._seats.values()] + ([] if waiting is None else [self._whole(waiting)])
+        rows = min(self.most, self.cache.tokens // max(wholes))
+        movers = sorted(self._seats)
+        first = min((seat.start for seat in self._seats.values()), default=0)
+        length = self.cache.time - first if movers or waiting is None else len(waiting.ids)
+        columns = min(length + SPARE_COLUMNS, self.cache.tokens // rows)
+        self.cache.lay_out(self._tensor(movers), length=length, rows=rows, columns=columns)
+        self._starts_B -= first
+        self._seats = {slot: replace(seat, start=seat.start - first) for slot, seat in self._seats.items()}
+        self._reseat(movers, range(len(movers)))
+
+    def enter(self, groups: Sequence[Group]) -> list[Done]:
+        """Read prompts and draw the first token of their rows; the prompts are no longer than any that is live."""
+        free = (slot for slot in range(self.cache.rows) if slot not in self._seats)
+        taken = [[next(free) for _ in group.samples] for group in groups]
+        logits_NV = self._network.prefill([group.ids for group in groups], self.cache, taken)
+        for group, slots in zip(groups, taken, strict=True):
+            self._seat(group, slots)
+        self._mask_anew()
+        owners_B = self._tensor([index for index, slots in enumerate(taken) for _ in slots])
+        return self._draw(logits_NV[owners_B], self._tensor([slot for slots in taken for slot in slots]))
+
+    def step(self) -> list[Done]:
+        """One more token for every live row."""
+        if (self._used - self.live) * IDLE_SHARE > self.live:
+            self._close_gaps()
+        used, time = self._used, self.cache.time
+        self._mask_B1T[:used, :, time] = 0
+        positions_B = (time - self._starts_B[:used]).clamp(max=self._network.rotation.context - 1)
+        logits_BV = self._network.step(self._last_B[:used], positions_B, self.cache, self._mask_B1T[:used])
+        self.cache.time += 1
+        return self._draw(logits_BV, slice(used))
+
+    @property
+    def _used(self) -> int:
+        """Slots from the first on that a step computes."""
+        return max(self._seats, default=-1) + 1
+
+    def _close_gaps(self) -> None:
+        """Rows of the last slots take the idle ones before them."""
+        holes = [slot for slot in range(self.live) if slot not in self._seats]
+        movers = [slot for slot in sorted(self._seats) if slot >= self.live]
+        length = self.cache.time - min(self._seats[slot].start for slot in movers)
+        self.cache.copy_rows(self._tensor(movers), self._tensor(holes), length=length)
+        self._reseat(movers, holes)
+
+    def _seat(self, group: Group, slots: Sequence[int]) -> None:
+        start, limit = self.cache.time - len(group.ids), self._whole(group) - len(group.ids)
+        uniforms_BR = torch.stack(
+            [
+                row_uniforms(limit, seed=self._sampling.seed, prompt=group.prompt, sample=sample)
+                for sample in group.samples
+            ]
+        )
+        slots_B = self._tensor(slots)
+        self._uniforms_BR[slots_B, :limit] = uniforms_BR.to(slots_B.device)
+        self._starts_B[slots_B], self._limits_B[slots_B], self._counts_B[slots_B] = start, limit, 0
+        for slot, sample in zip(slots, group.samples, strict=True):
+            self._seats[slot] = _Seat(group.prompt, sample, start, self._whole(group))
+
+    def _whole(self, group: Group) -> int:
+        return min(len(group.ids) + self._sampling.max_new_tokens, self._network.rotation.context)
+
+    def _reseat(self, source: Sequence[int], slots: Sequence[int]) -> None:
+        source_B, slots_B = self._tensor(source), self._tensor(slots)
+        for state in self._states:
+            state[slots_B] = state[source_B]
+        seats = [self._seats.pop(slot) for slot in source]
+        self._seats |= dict(zip(slots, seats, strict=True))
+        self._mask_anew()
+
+    def _mask_anew(self) -> None:
+        """-inf [B, 1, T] on columns that are not a row's, 0 on its own."""
+        columns_T = torch.arange(self.cache.columns, device=self._starts_B.device)
+        is_own_BT = (columns_T >= self._starts_B[:, None]) & (columns_T < self.cache.time)
+        mask_BT = torch.full(
+            is_own_BT.shape, float("-inf"), dtype=self._network.attention_dtype, device=columns_T.device
+        )
+        self._mask_B1T = mask_BT.masked_fill_(is_own_BT, 0).unsqueeze(1)
+
+    def _tensor(self, numbers: Iterable[int]) -> Tensor:
+        return torch.tensor(list(numbers), dtype=torch.long, device=self._network.device)
+
+    def _draw(self, logits_BV: Tensor, slots_B: Tensor | slice) -> list[Done]:
+        counts_B = self._counts_B[slots_B].clamp(max=self._sampling.max_new_tokens)  # that of idle rows goes on
+        uniforms_B = self._uniforms_BR[slots_B].gather(1, counts_B.unsqueeze(1)).squeeze(1)
+        ids_B, logprobs_B = choose(
+            logits_BV, uniforms_B, temperature=self._sampling.temperature, top_p=self._sampling.top_p
+        )
+        rows_B = self._rows_B[slots_B]
+        self._last_B[slots_B] = ids_B
+        self._ids_BR[rows_B, counts_B] = ids_B
+        self._logprobs_BR[rows_B, counts_B] = logprobs_B
+        self._counts_B[slots_B] += 1
+        if self._on_token is not None:
+            self._on_token(int(ids_B[0]))
+        is_done_B = self._is_stop_V[ids_B] | (counts_B + 1 >= self._limits_B[slots_B])
+        return self._take([slot for slot in rows_B[is_done_B].tolist() if slot in self._seats])
+
+    def _take(self, slots: Sequence[int]) -> list[Done]:
+        """The answers of these slots, which are free then."""
+        if not slots:
+            return []
+        slots_B = self._tensor(slots)
+        counts = self._counts_B[slots_B].tolist()
+        ids_BR, logprobs_BR = (table[slots_B, : max(counts)].tolist() for table in (self._ids_BR, self._logprobs_BR))
+        found: list[Done] = []
+        for slot, count, ids, logprobs in zip(slots, counts, ids_BR, logprobs_BR, strict=True):
+            seat = self._seats.pop(slot)
+            is_finished = ids[count - 1] in self._stop_ids
+            found.append(
+                Done(seat.prompt, seat.sample, Completion(tuple(ids[:count]), tuple(logprobs[:count]), is_finished))
+            )
+        return found

@@ -1,0 +1,235 @@
+"""The weights that the decoder multiplies by: its own copy, projections stacked and adapters merged in; or the model's
+own modules where there is no room for a copy.
+
+The trunk is never written. A merged weight is W + scaling * B A in fp32, then cast (Hu et al., arXiv:2106.09685,
+Eq. 3); a 4-bit base is dequantised first. One thing surprises: what is frozen, carries no adapter and needs no
+stacking (embeddings, the head) is not copied but shared with the model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llamachat.models.nf4 import compute_dtype
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from llamachat.models.loading import LanguageModel
+
+# With fewer rows other kernels multiply, whose sums run in another order; from here on a row's product in fp32 had the
+# same bits beside any number of others (measured on a CPU, with 8 to 256 rows).
+FEWEST_ROWS = 8
+
+
+class Product(Protocol):
+    """A linear map of rows."""
+
+    def __call__(self, x_BD: Tensor) -> Tensor: ...
+
+    def added_to(self, residual_BD: Tensor, x_BD: Tensor) -> Tensor:
+        """The residual plus the product."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A matrix of the engine's own, which may be that of several projections of one input, one below the other."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x_BD: Tensor) -> Tensor:
+        if x_BD.dtype == torch.float32 and len(x_BD) < FEWEST_ROWS:
+            padded_BD = functional.pad(x_BD, (0, 0, 0, FEWEST_ROWS - len(x_BD)))
+            return functional.linear(padded_BD, self.weight, self.bias)[: len(x_BD)]
+        return functional.linear(x_BD, self.weight, self.bias)
+
+    def added_to(self, residual_BD: Tensor, x_BD: Tensor) -> Tensor:
+        if self.bias is None and x_BD.dtype != torch.float32:
+            return torch.addmm(residual_BD, x_BD, self.weight.t())
+        return residual_BD + self(x_BD)
+
+
+@dataclass(frozen=True, slots=True)
+class Through:
+    """The model's own modules, adapters and all: slower, and no copy."""
+
+    modules: Sequence[nn.Module]
+
+    def __call__(self, x_BD: Tensor) -> Tensor:
+        outputs = [module(x_BD) for module in self.modules]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def added_to(self, residual_BD: Tensor, x_BD: Tensor) -> Tensor:
+        return residual_BD + self(x_BD)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block."""
+
+    attention_norm: Tensor
+    query_key_value: Product
+    attention_out: Product
+    mlp_norm: Tensor
+    gate_up: Product
+    down: Product
+
+
+class Weights:
+    """All weights of the network, as of the last `refresh`."""
+
+    @torch.no_grad()
+    def __init__(self, model: "LanguageModel", *, is_merged: bool) -> None:
+        trunk = without_wrapper(model)
+        self.is_merged = is_merged
+        self.dtype = compute_dtype(trunk) or trunk.dtype
+        self._norms = [norm.to(self.dtype, copy=True) for norm in _norms(trunk)]
+        self._products = [self._product(modules) for modules in _projections(trunk)]
+        embedding, head = _ends(trunk)
+        self.embedding = _shared(embedding, self.dtype) or Dense(
+            merged_weight(embedding).to(self.dtype, copy=True), None
+        )
+        self.is_tied = head.weight is embedding.weight
+        self.head = Dense(self.embedding.weight, None) if self.is_tied else _stack([head], self.dtype)
+        self.final_norm = self._norms[-1]
+        self.layers = [
+            Layer(norms[0], products[0], products[1], norms[1], products[2], products[3])
+            for norms, products in zip(_in_groups(self._norms[:-1], 2), _in_groups(self._products, 4), strict=True)
+        ]
+
+    @torch.no_grad()
+    def refresh(self, model: "LanguageModel") -> None:
+        """Take the model's present weights, in place: a captured graph goes on reading them where they are."""
+        trunk = without_wrapper(model)
+        for own, norm in zip(self._norms, _norms(trunk), strict=True):
+            own.copy_(norm)
+        for product, modules in zip(self._products, _projections(trunk), strict=True):
+            if isinstance(product, Dense):
+                _fill(product, modules)
+        embedding, head = _ends(trunk)
+        _fill(self.embedding, [embedding])
+        if not self.is_tied:
+            _fill(self.head, [head])
+
+    def _product(self, modules: Sequence[nn.Module]) -> Product:
+        return _stack(modules, self.dtype) if self.is_merged else Through(modules)
+
+
+def without_wrapper(model: "LanguageModel") -> "LlamaForCausalLM":
+    """The model with its adapter layers in place."""
+    # Asked by method, not by class: importing PEFT takes seconds, and a fully tuned model needs none of it.
+    unwrap = getattr(model, "get_base_model", None)
+    return cast("LlamaForCausalLM", model if unwrap is None else unwrap())
+
+
+def merged_copy_bytes(model: "LanguageModel") -> int:
+    """What a merged copy of the projections takes."""
+    trunk = without_wrapper(model)
+    width = (compute_dtype(trunk) or trunk.dtype).itemsize
+    projections = (base_layer(module) for modules in _projections(trunk) for module in modules)
+    return sum(layer.in_features * layer.out_features * width for layer in projections)
+
+
+def base_layer(module: nn.Module) -> Any:
+    """The projection under an adapter, or the projection itself."""
+    unwrap = getattr(module, "get_base_layer", None)
+    return module if unwrap is None else unwrap()
+
+
+def merged_weight(module: nn.Module) -> Tensor:
+    """The weight that the module multiplies by at this moment; fp32 where an adapter takes part."""
+    layer = base_layer(module)
+    weight = _dequantised(layer)
+    deltas = _deltas(module)
+    if not deltas:
+        return weight
+    merged = weight.to(torch.float32, copy=True)
+    for name in deltas:
+        down, up = cast(Any, module).lora_A[name].weight, cast(Any, module).lora_B[name].weight
+        merged.addmm_(up.float(), down.float(), alpha=cast(Any, module).scaling[name])
+    return merged
+
+
+def _deltas(module: nn.Module) -> list[str]:
+    """Adapters that take part in the module's forward and are not in its weight already."""
+    lora: Any = module
+    if not hasattr(lora, "lora_A") or lora.disable_adapters:
+        return []
+    return [name for name in lora.active_adapters if name in lora.lora_A and name not in lora.merged_adapters]
+
+
+def _dequantised(layer: Any) -> Tensor:
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return layer.weight.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, state)
+
+
+def _stack(modules: Sequence[nn.Module], dtype: torch.dtype) -> Dense:
+    shared = _shared(modules[0], dtype) if len(modules) == 1 else None
+    if shared is not None:
+        return shared
+    layers = [base_layer(module) for module in modules]
+    rows, device = sum(layer.out_features for layer in layers), layers[0].weight.device
+    has_bias = any(layer.bias is not None for layer in layers)
+    dense = Dense(
+        weight=torch.empty((rows, layers[0].in_features), dtype=dtype, device=device),
+        bias=torch.zeros(rows, dtype=dtype, device=device) if has_bias else None,
+    )
+    _fill(dense, modules)
+    return dense
+
+
+def _shared(module: nn.Module, dtype: torch.dtype) -> Dense | None:
+    """The module's own weight, where it is one that stays as it is."""
+    weight: Any = getattr(module, "weight", None)
+    is_plain = type(module) in (nn.Linear, nn.Embedding) and weight.dtype == dtype and not weight.requires_grad
+    return Dense(weight.detach(), getattr(module, "bias", None)) if is_plain else None
+
+
+def _fill(dense: Dense, modules: Sequence[nn.Module]) -> None:
+    start = 0
+    for module in modules:
+        layer, weight = base_layer(module), merged_weight(module)
+        rows = slice(start, start + weight.shape[0])
+        start = rows.stop
+        if weight.data_ptr() == dense.weight.data_ptr():
+            return  # shared: it is the model's own
+        dense.weight[rows].copy_(weight)
+        bias = getattr(layer, "bias", None)
+        if dense.bias is not None and bias is not None:
+            dense.bias[rows].copy_(bias)
+
+
+def _projections(trunk: "LlamaForCausalLM") -> list[list[nn.Module]]:
+    """The projections of every block by what they read: four lists a block."""
+    found: list[list[nn.Module]] = []
+    for block in cast(Any, trunk.model.layers):
+        attention, mlp = block.self_attn, block.mlp
+        found += [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
+        found += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+    return found
+
+
+def _ends(trunk: "LlamaForCausalLM") -> tuple[nn.Module, nn.Module]:
+    """Embeddings and head."""
+    return cast(nn.Module, trunk.get_input_embeddings()), cast(nn.Module, trunk.get_output_embeddings())
+
+
+def _norms(trunk: "LlamaForCausalLM") -> list[Tensor]:
+    """Two norms of every block, and the last one."""
+    blocks: Any = trunk.model.layers
+    weights = [norm.weight for block in blocks for norm in (block.input_layernorm, block.post_attention_layernorm)]
+    return [weight.detach() for weight in (*weights, trunk.model.norm.weight)]
+
+
+def _in_groups(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

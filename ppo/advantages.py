@@ -1,0 +1,67 @@
+"""From scores to what the update is given: rewards per token, advantages and returns; imports torch alone.
+
+Shapes: B responses, R response positions. A mask is True on response tokens, EOS included. Responses may be padded on
+either side: what follows a token is the next counted one. Nothing here carries a gradient.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Advantages:
+    """How much better than expected each token turned out, and what the critic is to predict there; 0 off the mask."""
+
+    advantages_BR: Tensor
+    returns_BR: Tensor
+
+
+def last_indices(mask_BR: Tensor) -> Tensor:
+    """Index of the last counted position of each row, [B]. No row is empty: EOS counts."""
+    assert mask_BR.dtype == torch.bool and bool(mask_BR.any(dim=1).all()), "a response has at least one token"
+    positions_R = torch.arange(mask_BR.shape[1], device=mask_BR.device)
+    return torch.where(mask_BR, positions_R, -1).amax(dim=1)
+
+
+@torch.no_grad()
+def token_rewards(shaped_B: Tensor, *, kl_BR: Tensor, response_mask_BR: Tensor, kl_coef: float) -> Tensor:
+    """-beta * KL on every response token and the shaped score on the last one, [B, R]; 0 elsewhere.
+
+    Their sum over a response is Llama 2 (arXiv:2307.09288), Eq. 4: R~c - beta * KL. The paper does not say where the
+    score goes; the reward model reads its score at the last token, so it belongs there, not on the padding behind.
+    """
+    penalty_BR = torch.where(response_mask_BR, -kl_coef * kl_BR, 0.0)
+    last_index_B1 = last_indices(response_mask_BR).unsqueeze(1)
+    return penalty_BR.scatter_add(1, last_index_B1, shaped_B.to(penalty_BR.dtype).unsqueeze(1))
+
+
+@torch.no_grad()
+def gae(
+    rewards_BR: Tensor, *, values_BR: Tensor, response_mask_BR: Tensor, discount: float, gae_lambda: float
+) -> Advantages:
+    """Generalized advantage estimation (Schulman et al. 2016, Eq. 16) and its returns, advantage + value.
+
+    delta_t = r_t + gamma * V_{t+1} - V_t;  A_t = delta_t + gamma * lambda * A_{t+1}. Behind the last token both are 0,
+    also where the length limit cut the response: `unfinished_score` already is the judgement on that. The paper names no
+    estimator; ours.
+    """
+    assert response_mask_BR.dtype == torch.bool
+    assert rewards_BR.shape == values_BR.shape == response_mask_BR.shape
+    rewards_BR, values_BR = rewards_BR.float(), values_BR.float()
+    next_value_B = next_advantage_B = torch.zeros_like(values_BR[:, 0])
+    columns = []
+    for rewards_B, values_B, counts_B in zip(
+        reversed(rewards_BR.unbind(1)),
+        reversed(values_BR.unbind(1)),
+        reversed(response_mask_BR.unbind(1)),
+        strict=True,
+    ):
+        delta_B = rewards_B + discount * next_value_B - values_B
+        advantage_B = delta_B + discount * gae_lambda * next_advantage_B
+        columns.append(torch.where(counts_B, advantage_B, 0.0))
+        next_advantage_B = torch.where(counts_B, advantage_B, next_advantage_B)
+        next_value_B = torch.where(counts_B, values_B, next_value_B)
+    advantages_BR = torch.stack(columns[::-1], dim=1)
+    return Advantages(advantages_BR, torch.where(response_mask_BR, advantages_BR + values_BR, 0.0))

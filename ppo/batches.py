@@ -1,0 +1,104 @@
+"""Prompts with their responses as packed rows: what a forward pass reads, and where its results belong.
+
+Shapes: B responses, R response positions, 1 a packed row, T its positions, N response tokens of the row.
+A row holds whole sequences whose positions begin anew at 0, which keeps them apart; there is no attention mask. The
+state that predicts a response token stands one position before it, and the value of that state is the critic's guess
+before the token is known.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llamachat.batching import pack
+from llamachat.tokenizer import UNK_ID
+
+# A CPU keeps a compiled kernel for each shape it has met: rows are filled up to a multiple.
+SHAPE_MULTIPLE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """A prompt and a response to it; both have tokens."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert self.prompt and self.response, "a prompt has its BOS, and a response its EOS"
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedRow:
+    """Some sequences of a batch as one row."""
+
+    input_ids_1T: Tensor
+    position_ids_1T: Tensor
+    places_N: Tensor  # positions of the states that predict the response tokens
+    tokens_N: Tensor  # the response tokens
+    rows_N: Tensor  # which response of the batch each belongs to,
+    columns_N: Tensor  # and where it stands there
+
+    @property
+    def batch(self) -> dict[str, Tensor]:
+        """What the role bank runs."""
+        return {"input_ids": self.input_ids_1T, "position_ids": self.position_ids_1T}
+
+    def taken(self, x_BR: Tensor) -> Tensor:
+        """The values of these tokens, [1, N]."""
+        return x_BR[self.rows_N, self.columns_N].unsqueeze(0)
+
+    def put(self, x_BR: Tensor, x_N: Tensor) -> None:
+        """Write the values of these tokens to their places."""
+        x_BR[self.rows_N, self.columns_N] = x_N.to(x_BR)
+
+
+def packed_rows(
+    sequences: Sequence[TokenSequence], indices: Sequence[int], *, row_tokens: int, device: torch.device
+) -> list[PackedRow]:
+    """The sequences of these indices in few rows of `row_tokens`, the fullest first: what does not fit shows at once.
+
+    A longer sequence has a row of its own.
+    """
+    lengths = [len(sequences[index].ids) for index in indices]
+    rows = pack(lengths, row_tokens)
+    rows.sort(key=lambda row: -sum(lengths[place] for place in row))
+    return [_packed(sequences, [indices[place] for place in row], device) for row in rows]
+
+
+def response_mask(sequences: Sequence[TokenSequence], device: torch.device) -> Tensor:
+    """True on response tokens, [B, R]; responses begin at the first column."""
+    lengths_B = torch.tensor([len(sequence.response) for sequence in sequences], device=device)
+    return torch.arange(int(lengths_B.max()), device=device) < lengths_B.unsqueeze(1)
+
+
+def _packed(sequences: Sequence[TokenSequence], indices: Sequence[int], device: torch.device) -> PackedRow:
+    ids: list[int] = []
+    positions: list[int] = []
+    places: list[int] = []
+    cells: list[tuple[int, int, int]] = []  # response, position in it, token
+    for index in indices:
+        sequence = sequences[index]
+        first = len(ids) + len(sequence.prompt) - 1
+        places += range(first, first + len(sequence.response))
+        cells += [(index, column, token) for column, token in enumerate(sequence.response)]
+        positions += range(len(sequence.ids))
+        ids += sequence.ids
+    missing = -len(ids) % SHAPE_MULTIPLE
+    ids += [UNK_ID] * missing
+    positions += range(missing)
+    rows_N, columns_N, tokens_N = torch.tensor(cells, device=device).unbind(1)
+    return PackedRow(
+        input_ids_1T=torch.tensor([ids], device=device),
+        position_ids_1T=torch.tensor([positions], device=device),
+        places_N=torch.tensor(places, device=device),
+        tokens_N=tokens_N,
+        rows_N=rows_N,
+        columns_N=columns_N,
+    )

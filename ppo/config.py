@@ -1,0 +1,166 @@
+"""What PPO is told: its own section of the recipe.
+
+Values that the paper states are those of Llama 2 (arXiv:2307.09288), section 3.2.3, for 7B and all weights tuned; it
+names no critic, no advantage estimator and no value loss, so those values are ours. What is sampled and how it is scored
+stand in the sections `rollout` and `scoring`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llamachat.config.section import Section, operational
+from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
+
+if TYPE_CHECKING:
+    from llamachat.runs.artifacts import Artifact
+
+# Part of the fingerprint: raised when the same configuration and data would give other weights.
+VERSION = 1
+
+
+class Config(Section):
+    """Proximal policy optimisation of the chat policy against the reward models."""
+
+    iterations: int = Field(
+        default=200,
+        ge=1,
+        description="Iterations at most: answers are sampled, scored and learnt from. Paper: 200 to 400, early stopping.",
+    )
+    responses_per_iteration: int = Field(
+        default=512, ge=1, description="Answers sampled in an iteration, one a prompt. Paper: batch size 512."
+    )
+    responses_per_minibatch: int = Field(
+        default=64, ge=1, description="Answers in one optimizer step. Paper: mini-batch size 64."
+    )
+    epochs: int = Field(
+        default=1, ge=1, description="Passes over an iteration's answers. Paper: one gradient step per mini-batch."
+    )
+    learning_rate: float = Field(
+        default=1e-6,
+        gt=0,
+        description="Constant rate of AdamW. Paper: 1e-6 for full tuning; LoRA needs 10 to 100 times that.",
+    )
+    critic_learning_rate: float = Field(
+        default=5e-6, gt=0, description="The critic's constant rate; with critic: shared that of its value head. Ours."
+    )
+    weight_decay: float = Field(default=0.1, ge=0, description="Decay of matrices; norms do not decay. Paper: 0.1.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta 1. Paper: 0.9.")
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW beta 2. Paper: 0.95.")
+    adam_epsilon: float = Field(default=1e-5, gt=0, description="AdamW epsilon. Paper: 1e-5.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient norm is clipped to this. Paper: 1.0.")
+    clip_range: float = Field(
+        default=0.2, gt=0, lt=1, description="The ratio of new to old policy counts within 1 +- this. Paper: 0.2."
+    )
+    kl_coef: float = Field(
+        default=0.01,
+        ge=0,
+        description="Beta, the weight of KL to the starting policy. Paper: 0.01 for 7B and 13B, 0.005 for 34B and 70B.",
+    )
+    kl_control: Literal["fixed", "adaptive"] = Field(
+        default="fixed",
+        description="Beta stays (fixed, the paper's) or is steered to kl_target (adaptive, Ziegler et al. 2019).",
+    )
+    kl_target: float = Field(
+        default=6.0, gt=0, description="With kl_control: adaptive, the KL aimed at, in nats per answer. Ours."
+    )
+    kl_gain: float = Field(
+        default=0.1,
+        gt=0,
+        le=1,
+        description="With kl_control: adaptive, how fast beta moves: by 0.2 of this an iteration at most. Ziegler: 0.1.",
+    )
+    kl_guard: Annotated[float, Field(gt=0)] | None = Field(
+        default=50.0,
+        description="KL to the starting policy on validation prompts, in nats per answer, at which training ends and the last policy under it is kept; null for none. Ours.",
+    )
+    discount: float = Field(
+        default=1.0, gt=0, le=1, description="Gamma: what a reward is worth one token earlier. Not in the paper; ours."
+    )
+    gae_lambda: float = Field(
+        default=0.95,
+        ge=0,
+        le=1,
+        description="Lambda of the advantage estimate: 1 trusts the rewards, 0 the critic. Not in the paper; ours.",
+    )
+    value_clip_range: float = Field(
+        default=0.2, gt=0, description="A value counts within this of the old one, in whitened units. Ours."
+    )
+    value_coef: float = Field(
+        default=0.1,
+        ge=0,
+        description="With critic: shared, the weight of the value loss beside the policy loss. Not in the paper; ours.",
+    )
+    critic: Literal["separate", "shared"] = Field(
+        default="separate",
+        description="The critic is weights of its own, begun from the reward model (separate), or a head on the policy's trunk (shared: faster, less memory). Ours.",
+    )
+    critic_warmup: int = Field(
+        default=0,
+        ge=0,
+        description="First iterations that train the critic alone; they count among the iterations. Ours.",
+    )
+    validation_every: int = Field(
+        default=10, ge=1, description="Iterations between evaluations on validation prompts, which may end it. Ours."
+    )
+    validation_prompts: int = Field(
+        default=128, ge=1, description="Held-out prompts answered in each evaluation, always the same. Ours."
+    )
+    patience: int | None = Field(
+        default=5,
+        ge=1,
+        description="Evaluations in a row without a better combined score before it ends, the best policy kept; null for none. Paper: early stopping on held-out prompts.",
+    )
+    test_prompts: int = Field(
+        default=200, ge=1, description="Prompts of the test side that the first and the final policy answer. Ours."
+    )
+    max_hours: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Training ends after so many hours, and the best policy is published; null for none."
+    )
+    save_every: int = operational(5, ge=1, description="Iterations between checkpoints.")
+    tokens_per_microbatch: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(
+        "auto", description="Tokens scored or learnt from in one forward pass, padding included; auto takes what fits."
+    )
+    gradient_checkpointing: bool = operational(
+        False, description="Recompute activations in the backward pass: about a third slower, far less memory."
+    )
+
+    @model_validator(mode="after")
+    def _minibatches_are_equal(self) -> Self:
+        if self.responses_per_iteration % self.responses_per_minibatch:
+            raise ValueError(
+                f"responses_per_iteration ({self.responses_per_iteration}) is no multiple of responses_per_minibatch"
+                f" ({self.responses_per_minibatch}), so the last optimizer step of an iteration would be smaller"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _policy_is_trained(self) -> Self:
+        if self.critic_warmup >= self.iterations:
+            raise ValueError(
+                f"critic_warmup ({self.critic_warmup}) leaves none of the {self.iterations} iterations to the policy"
+            )
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What `pipelines` resolves for one PPO step."""
+
+    step: str
+    folder: Path
+    resolved: str  # the recipe as YAML, for the run's record
+    identity: dict[str, Any]
+    fingerprint: str
+    run: Run
+    base: Base
+    tuning: Tuning
+    data: Data
+    rollout: Rollout
+    scoring: Scoring
+    tracking: Tracking
+    policy: "Artifact | None" = None  # the chat policy to start from; the base itself without one
+    reward_models: "Mapping[str, Artifact]" = field(default_factory=dict)  # by what they judge, the judge among them

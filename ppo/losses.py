@@ -1,0 +1,107 @@
+"""The clipped losses of PPO and what tells how an update goes; imports torch alone.
+
+Shapes: B responses, R response positions. `tokens` is the number of response tokens of the whole minibatch: each loss
+and figure is a sum over the tokens given, divided by it. The parts of a minibatch therefore add up to the minibatch,
+however it is cut, padded or ordered, and so do their gradients.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llamachat.masked import masked_sum, masked_variance
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLoss:
+    """The loss carries a gradient, the figures (means over the minibatch's tokens once parts are added) none."""
+
+    loss: Tensor
+    approx_kl: Tensor  # nats a token, from the policy before the update to the policy now
+    clip_fraction: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ValueLoss:
+    """The loss carries a gradient, the share of tokens whose clipped error counts none."""
+
+    loss: Tensor
+    clip_fraction: Tensor
+
+
+def ratios(new_logprobs_BR: Tensor, old_logprobs_BR: Tensor, *, response_mask_BR: Tensor) -> Tensor:
+    """pi_new / pi_old of each response token, [B, R]; 1 elsewhere."""
+    return _log_ratios(new_logprobs_BR, old_logprobs_BR, response_mask_BR).exp()
+
+
+def policy_loss(
+    new_logprobs_BR: Tensor,
+    old_logprobs_BR: Tensor,
+    *,
+    advantages_BR: Tensor,
+    response_mask_BR: Tensor,
+    clip_range: float,
+    tokens: int,
+) -> PolicyLoss:
+    """-min(r * A, clip(r, 1 - c, 1 + c) * A) over response tokens (Schulman et al. 2017, arXiv:1707.06347, Eq. 7).
+
+    A token counts as clipped where the bound decides, so that it has no gradient. `approx_kl` is the mean of
+    r - 1 - log r.
+    """
+    assert tokens > 0
+    log_ratio_BR = _log_ratios(new_logprobs_BR, old_logprobs_BR, response_mask_BR)
+    ratio_BR = log_ratio_BR.exp()
+    advantages_BR = torch.where(response_mask_BR, advantages_BR, 0.0)
+    unclipped_BR = ratio_BR * advantages_BR
+    clipped_BR = ratio_BR.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages_BR
+    with torch.no_grad():
+        approx_kl = masked_sum(log_ratio_BR.expm1() - log_ratio_BR, response_mask_BR) / tokens
+        clip_fraction = masked_sum((clipped_BR < unclipped_BR).float(), response_mask_BR) / tokens
+    loss = -masked_sum(torch.minimum(unclipped_BR, clipped_BR), response_mask_BR) / tokens
+    return PolicyLoss(loss, approx_kl, clip_fraction)
+
+
+def value_loss(
+    new_values_BR: Tensor,
+    old_values_BR: Tensor,
+    *,
+    returns_BR: Tensor,
+    response_mask_BR: Tensor,
+    value_clip_range: float,
+    tokens: int,
+) -> ValueLoss:
+    """max((V - G)^2, (V_clipped - G)^2) / 2 over response tokens, V_clipped within c of the value before the update.
+
+    The paper names no value loss; this is that of the PPO that Schulman et al. published with their code.
+    """
+    assert tokens > 0
+    assert new_values_BR.shape == old_values_BR.shape == returns_BR.shape == response_mask_BR.shape
+    new_BR, old_BR, returns_BR = (
+        torch.where(response_mask_BR, x_BR.float(), 0.0) for x_BR in (new_values_BR, old_values_BR, returns_BR)
+    )
+    held_BR = new_BR.clamp(min=old_BR - value_clip_range, max=old_BR + value_clip_range)
+    error_BR, held_error_BR = (new_BR - returns_BR).square(), (held_BR - returns_BR).square()
+    with torch.no_grad():
+        clip_fraction = masked_sum((held_error_BR > error_BR).float(), response_mask_BR) / tokens
+    loss = 0.5 * masked_sum(torch.maximum(error_BR, held_error_BR), response_mask_BR) / tokens
+    return ValueLoss(loss, clip_fraction)
+
+
+@torch.no_grad()
+def explained_variance(values_BR: Tensor, *, returns_BR: Tensor, response_mask_BR: Tensor) -> Tensor:
+    """1 - Var(return - value) / Var(return) over all response tokens of the batch; 0 where returns are all alike.
+
+    1 is a critic that knows, 0 one that says the same of every token, less than 0 one that is worse than that. It is no
+    mean of parts: give it the whole batch.
+    """
+    variance = masked_variance(returns_BR, response_mask_BR)
+    unexplained = masked_variance(returns_BR - values_BR, response_mask_BR)
+    return torch.where(variance > 0, 1.0 - unexplained / variance.clamp(min=torch.finfo(variance.dtype).tiny), 0.0)
+
+
+def _log_ratios(new_logprobs_BR: Tensor, old_logprobs_BR: Tensor, response_mask_BR: Tensor) -> Tensor:
+    assert new_logprobs_BR.shape == old_logprobs_BR.shape == response_mask_BR.shape
+    assert response_mask_BR.dtype == torch.bool
+    # Zeros go in before the exponential: afterwards its gradient in the padding could still be not a number.
+    return torch.where(response_mask_BR, new_logprobs_BR.float() - old_logprobs_BR.float(), 0.0)

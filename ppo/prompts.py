@@ -1,0 +1,124 @@
+"""What is asked: the prompts of the training side in a seeded order, and held-out ones that are always the same.
+
+Reads `data.prompts` and `data.adversarial` (marked is_safety), or without both the questions of the tuning data.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from llamachat.batching import epoch_order
+from llamachat.chat_format import ChatFormat
+from llamachat.config.sections import Data, DataSource
+from llamachat.dialog import Message
+from llamachat.errors import DataError
+from llamachat.records import Prompt, load_mixture
+from llamachat.splits import fraction
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt as the policy reads it; `is_safety` where it is likely to draw an unsafe answer (the gate reads it)."""
+
+    messages: tuple[Message, ...]
+    ids: tuple[int, ...]
+    is_safety: bool
+    name: str  # the record's own id, or nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """All prompts of a step by side, none on two of them, and the records that were left out, by reason."""
+
+    train: list[Question]
+    validation: list[Question]
+    test: list[Question]
+    dropped: dict[str, int]
+
+    def batch(self, iteration: int, *, count: int, seed: int) -> list[Question]:
+        """The prompts of one iteration, counted from 0: the next ones in an order that is new with each pass.
+
+        They follow from the iteration alone, so a checkpoint need not remember where it was.
+        """
+        found = []
+        for number in range(iteration * count, (iteration + 1) * count):
+            epoch, place = divmod(number, len(self.train))
+            found.append(self.train[_order(len(self.train), seed, epoch)[place]])
+        return found
+
+
+@cache
+def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(epoch_order(count, 1, f"ppo {seed} {epoch}"))
+
+
+def load_questions(
+    data: Data, chat_format: ChatFormat, *, system: str | None, max_tokens: int, held_out: tuple[int, int], seed: int
+) -> Questions:
+    """The prompts, shortened to `max_tokens`; `held_out` are the sizes of the validation and of the test side."""
+    dropped: Counter[str] = Counter()
+    sides: dict[str, list[Question]] = {"train": [], "validation": [], "test": []}
+    for sources, is_safety in _parts(data):
+        mixture = load_mixture(sources, data.split, kind="prompt", check=chat_format.check_text, seed=seed)
+        dropped.update(mixture.dropped)
+        for side, prompts in (("train", mixture.train), ("validation", mixture.validation), ("test", mixture.test)):
+            sides[side] += _encoded(
+                prompts, chat_format, is_safety=is_safety, system=system, max_tokens=max_tokens, dropped=dropped
+            )
+    for reason, count in sorted(dropped.items()):
+        log.warning("%d prompts: %s", count, reason)
+    for side, share in (("train", "data.split"), ("validation", "data.split.validation"), ("test", "data.split.test")):
+        if not sides[side]:
+            raise DataError(
+                f"data.prompts: after splitting by first user turn, no prompt of at most {max_tokens} tokens is left on "
+                f"the {side} side. PPO learns on one side, stops by the second and is judged on the third. Add prompts, "
+                f"or change {share}."
+            )
+    validation, test = (_chosen(sides[side], size) for side, size in zip(("validation", "test"), held_out, strict=True))
+    return Questions(sides["train"], validation, test, dict(dropped))
+
+
+def _parts(data: Data) -> list[tuple[tuple[DataSource, ...], bool]]:
+    """Sources, and whether all of their prompts ask for something unsafe."""
+    if data.prompts or data.adversarial:
+        parts = [(data.prompts, False), (data.adversarial, True)]
+    else:
+        # Annotators were asked to draw unsafe answers where they compared safety (Llama 2, section 3.2.1).
+        parts = [(data.sft, False), (data.helpfulness, False), (data.safety, True)]
+    return [(sources, is_safety) for sources, is_safety in parts if sources]
+
+
+def _encoded(
+    prompts: Iterable[Prompt],
+    chat_format: ChatFormat,
+    *,
+    is_safety: bool,
+    system: str | None,
+    max_tokens: int,
+    dropped: Counter[str],
+) -> list[Question]:
+    found = []
+    for prompt in prompts:
+        messages = prompt.messages
+        if system is not None and messages[0].role != "system":
+            messages = (Message("system", system), *messages)
+        fitting = chat_format.shorten(messages, max_tokens=max_tokens)
+        if fitting is None:
+            dropped[f"left out: the last question alone is longer than {max_tokens} tokens"] += 1
+            continue
+        if len(fitting) < len(messages):
+            dropped[f"shortened: oldest turns dropped to fit {max_tokens} tokens"] += 1
+        ids = tuple(chat_format.encode_prompt(fitting))
+        found.append(Question(fitting, ids, is_safety or prompt.is_safety, prompt.id or ""))
+    return found
+
+
+def _chosen(questions: Sequence[Question], size: int) -> list[Question]:
+    """So many different prompts, drawn by a hash of the text: the same whatever else is in the files."""
+    different = {question.ids: question for question in questions}.values()
+    ranked = sorted(different, key=lambda question: (fraction(question.messages[-1].content, salt="ppo"), question.ids))
+    return ranked[:size]

@@ -1,0 +1,59 @@
+"""Answers sampled from the policy as it is now, through whatever engine there is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llamachat.chat_format import ChatFormat
+from llamachat.rollout.engine import RolloutEngine, Sampling
+from ppo.batches import TokenSequence
+from ppo.prompts import Question
+
+if TYPE_CHECKING:
+    from llamachat.config.sections import Rollout
+    from llamachat.models.role_bank import RoleBank
+    from llamachat.rollout.engine import LocalEngine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """An answer to a prompt: its ids, EOS among them where it is finished, and its text."""
+
+    question: Question
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # by the engine; training takes its own
+    is_finished: bool
+    text: str
+
+    @property
+    def sequence(self) -> TokenSequence:
+        return TokenSequence(self.question.ids, self.ids)
+
+
+def open_engine(bank: "RoleBank", rollout: "Rollout") -> "LocalEngine":
+    """What samples from the bank's policy: the recipe's engine."""
+    from llamachat import rollout as engines
+
+    return engines.open_engine(bank.policy_model(), bank.chat_format, rollout)
+
+
+def sample(
+    engine: RolloutEngine, chat_format: ChatFormat, questions: Sequence[Question], sampling: Sampling
+) -> list[Response]:
+    """One answer to each prompt, in the order of the prompts."""
+    found = engine.generate([question.ids for question in questions], samples_per_prompt=1, sampling=sampling)
+    return [
+        Response(
+            question=question,
+            ids=completion.token_ids,
+            logprobs=completion.logprobs,
+            is_finished=completion.is_finished,
+            text=chat_format.decode_answer(completion.token_ids),
+        )
+        for question, (completion,) in zip(questions, found, strict=True)
+    ]
+
+
+def refresh(engine: "LocalEngine", bank: "RoleBank") -> None:
+    """Let the engine take the policy's weights as they are now."""
+    engine.refresh(bank.policy_model())

@@ -1,0 +1,82 @@
+"""Answers to scores: every reward model reads them, the recipe's rule makes one score of theirs.
+
+Shapes: B answers. All scores are fp32 on the CPU.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llamachat.dialog import DialogError, Message
+from llamachat.scoring.combining import Combine
+from llamachat.scoring.scores import Answers, Combined, Scores
+from ppo.rollouts import Response
+
+if TYPE_CHECKING:
+    from llamachat.models.role_bank import RewardRole, RoleBank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """What the reward models say of some answers; the judge's scores decide nothing."""
+
+    scores: Scores
+    combined: Combined
+    judge_B: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """The reward models of the bank, and the rule that makes one score of theirs."""
+
+    bank: "RoleBank"
+    combine: Combine
+
+    def score(self, responses: Sequence[Response], *, with_judge: bool) -> Scored:
+        """The scores of these answers."""
+        answers = Answers(
+            prompts=[response.question.messages for response in responses],
+            completions=[response.text for response in responses],
+            is_safety_prompt_B=torch.tensor([response.question.is_safety for response in responses]),
+            is_finished_B=torch.tensor([response.is_finished for response in responses]),
+            columns={"id": [response.question.name for response in responses]},
+        )
+        scores = Scores(helpfulness_B=self._by("helpfulness", responses), safety_B=self._by("safety", responses))
+        judge_B = self._by("judge", responses) if with_judge else None
+        return Scored(scores=scores, combined=self.combine(scores, answers), judge_B=judge_B)
+
+    def _by(self, role: "RewardRole", responses: Sequence[Response]) -> Tensor | None:
+        if role not in self.bank.roles:
+            return None
+        if self.bank.reads_policy_ids(role):
+            return self.bank.scores(role, [self._ids(response) for response in responses])
+        return self._by_text(role, responses)
+
+    def _ids(self, response: Response) -> tuple[int, ...]:
+        """Prompt and answer as they were sampled, ended by EOS also where the length limit cut them.
+
+        A reward model learnt to be read there. The score of a cut answer is told, and never trained on.
+        """
+        stop = () if response.is_finished else self.bank.chat_format.stop_ids[:1]
+        return (*response.question.ids, *response.ids, *stop)
+
+    def _by_text(self, role: "RewardRole", responses: Sequence[Response]) -> Tensor:
+        """By a model with another tokenizer. An answer that it cannot read counts as the worst of the batch."""
+        model = self.bank.reward_model(role)
+        rows: list[tuple[int, ...]] = []
+        readable: list[int] = []
+        for index, response in enumerate(responses):
+            try:
+                rows.append(model.encode((*response.question.messages, Message("assistant", response.text))))
+                readable.append(index)
+            except DialogError:  # nothing said, a tag of the chat format, or too long in its tokens
+                continue
+        scores_B = torch.zeros(len(responses))
+        if rows:
+            found_N = self.bank.scores(role, rows)
+            scores_B[:] = found_N.min()
+            scores_B[torch.tensor(readable)] = found_N
+        return scores_B

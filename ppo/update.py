@@ -1,0 +1,214 @@
+"""The update: some epochs over an iteration's minibatches, each one optimizer step of policy and critic.
+
+Shapes: 1 a packed row, N its response tokens. A minibatch's losses are sums over its rows divided by all its tokens, so
+the size of a row changes memory and speed and not the step. Policy and critic have optimizers and clip norms of their
+own: a large value error must not shrink the policy's step.
+"""
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llamachat.errors import DeviceMemoryError, DivergedError
+from llamachat.logprobs import token_logprobs
+from llamachat.training.master_weights import MasterWeightOptimizer, adamw
+from llamachat.training.out_of_memory import MicrobatchTooLargeError, in_room
+from ppo.batches import PackedRow
+from ppo.config import Config
+from ppo.experience import Experience, Minibatch, minibatch_of
+from ppo.losses import policy_loss, value_loss
+
+if TYPE_CHECKING:
+    from llamachat.models.role_bank import RoleBank
+
+log = logging.getLogger(__name__)
+
+LEAST_ROW_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizers:
+    """AdamW over fp32 masters, one for each of the two that are trained, at constant rates."""
+
+    policy: MasterWeightOptimizer
+    critic: MasterWeightOptimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"policy": self.policy.state_dict(), "critic": self.critic.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.critic.load_state_dict(state["critic"])
+
+    def zero_grad(self) -> None:
+        self.policy.zero_grad()
+        self.critic.zero_grad()
+
+
+def make_optimizers(bank: "RoleBank", config: Config) -> Optimizers:
+    """Optimizers of the bank's trainable weights, whose values now are the masters'."""
+    trained = bank.trainable()
+
+    def made(params: Sequence[nn.Parameter], rate: float) -> MasterWeightOptimizer:
+        return adamw(
+            params,
+            learning_rate=rate,
+            weight_decay=config.weight_decay,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+        )
+
+    return Optimizers(
+        made(trained["policy"], config.learning_rate), made(trained["critic"], config.critic_learning_rate)
+    )
+
+
+class Updater:
+    """Runs updates; where the device's memory is too small for a row, goes on with rows of half the length."""
+
+    def __init__(
+        self,
+        bank: "RoleBank",
+        optimizers: Optimizers,
+        config: Config,
+        *,
+        temperature: float,
+        row_tokens: int,
+        step: str,
+    ) -> None:
+        self._bank, self._optimizers, self._config = bank, optimizers, config
+        self._temperature, self._step = temperature, step
+        self.row_tokens = row_tokens
+
+    def update(self, experience: Experience, *, trains_policy: bool) -> dict[str, float]:
+        """All optimizer steps of an iteration; means over them, the figures of the policy only where it is trained."""
+        sums: dict[str, float] = defaultdict(float)
+        steps = 0
+        for _ in range(self._config.epochs):
+            for minibatch in experience.minibatches:
+                for name, value in self._optimizer_step(experience, minibatch, trains_policy=trains_policy).items():
+                    sums[name] += value
+                steps += 1
+        return {name: total / steps for name, total in sums.items()}
+
+    def _optimizer_step(self, experience: Experience, minibatch: Minibatch, *, trains_policy: bool) -> dict[str, float]:
+        config, trained = self._config, self._bank.trainable()
+        figures = self.gradients(experience, minibatch, trains_policy=trains_policy)
+        norm = nn.utils.clip_grad_norm_(trained["critic"], config.max_grad_norm)
+        figures["optim/critic_grad_norm"] = float(norm)
+        if trains_policy:
+            norm = nn.utils.clip_grad_norm_(trained["policy"], config.max_grad_norm)
+            figures["optim/grad_norm"] = float(norm)
+        self._check_finite(figures)
+        self._optimizers.critic.step()
+        if trains_policy:
+            self._optimizers.policy.step()
+        self._optimizers.zero_grad()
+        return figures
+
+    def gradients(self, experience: Experience, minibatch: Minibatch, *, trains_policy: bool) -> dict[str, float]:
+        """Leave the minibatch's gradients in the weights; its losses and figures."""
+        rows = minibatch.rows
+        while True:
+            self._optimizers.zero_grad()
+            sums: dict[str, float] = defaultdict(float)
+            try:
+                for row in rows:
+                    found = in_room(lambda row=row: self._row(experience, minibatch, row, trains_policy=trains_policy))
+                    for name, value in found.items():
+                        sums[name] += value
+                return dict(sums)
+            except MicrobatchTooLargeError as error:
+                reason = str(error)
+            self._optimizers.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            rows = self._smaller(experience, minibatch, rows, reason)
+
+    def _row(
+        self, experience: Experience, minibatch: Minibatch, row: PackedRow, *, trains_policy: bool
+    ) -> dict[str, float]:
+        """Forward and backward of one row for policy and critic."""
+        bank, config = self._bank, self._config
+        mask_1N = torch.ones((1, len(row.places_N)), dtype=torch.bool, device=bank.device)
+        is_shared = bank.critic == "shared"
+        figures: dict[str, float] = {}
+        loss: Tensor | None = None
+        hidden_ND: Tensor | None = None
+        if trains_policy or is_shared:
+            with torch.set_grad_enabled(trains_policy):
+                hidden_ND = bank.hidden("policy", row.batch)[0, row.places_N]
+        if trains_policy:
+            assert hidden_ND is not None
+            new = token_logprobs(hidden_ND, row.tokens_N, head=bank.lm_head("policy"), temperature=self._temperature)
+            clipped = policy_loss(
+                new.logprobs.unsqueeze(0),
+                row.taken(experience.old_logprobs_BR),
+                advantages_BR=row.taken(experience.advantages_BR),
+                response_mask_BR=mask_1N,
+                clip_range=config.clip_range,
+                tokens=minibatch.tokens,
+            )
+            loss = clipped.loss
+            figures["ppo/policy_loss"] = float(clipped.loss.detach())
+            figures["ppo/approx_kl"] = float(clipped.approx_kl)
+            figures["ppo/clip_fraction"] = float(clipped.clip_fraction)
+            if not is_shared:
+                loss.backward()  # before the critic's pass: one role's activations at a time
+        values_N = (
+            bank.values_of(hidden_ND) if is_shared and hidden_ND is not None else bank.values(row.batch, row.places_N)
+        )
+        errors = value_loss(
+            values_N.unsqueeze(0),
+            row.taken(experience.old_values_BR),
+            returns_BR=row.taken(experience.returns_BR),
+            response_mask_BR=mask_1N,
+            value_clip_range=config.value_clip_range,
+            tokens=minibatch.tokens,
+        )
+        if is_shared and loss is not None:
+            (loss + config.value_coef * errors.loss).backward()
+        else:
+            errors.loss.backward()
+        figures["ppo/value_loss"] = float(errors.loss.detach())
+        figures["ppo/value_clip_fraction"] = float(errors.clip_fraction)
+        return figures
+
+    def _smaller(
+        self, experience: Experience, minibatch: Minibatch, rows: Sequence[PackedRow], reason: str
+    ) -> Sequence[PackedRow]:
+        longest = max(len(experience.sequences[index].ids) for index in minibatch.indices)
+        if max(row.input_ids_1T.shape[1] for row in rows) <= longest or self.row_tokens // 2 < LEAST_ROW_TOKENS:
+            raise DeviceMemoryError(
+                f"{self._step}: the device's memory does not hold one response at a time ({reason}). A response is not "
+                "cut, so its forward and backward must fit. Set ppo.gradient_checkpointing=true, ppo.critic=shared, "
+                "tuning.method to qlora, or a smaller rollout.max_new_tokens."
+            )
+        self.row_tokens //= 2
+        log.warning(
+            "%s: the device's memory is too small for rows of %d tokens. Going on with %d; the responses of each step stay"
+            " the same. Set ppo.tokens_per_microbatch=%d to begin with that.",
+            self._step,
+            2 * self.row_tokens,
+            self.row_tokens,
+            self.row_tokens,
+        )
+        return minibatch_of(
+            experience.sequences, minibatch.indices, row_tokens=self.row_tokens, device=self._bank.device
+        ).rows
+
+    def _check_finite(self, figures: Mapping[str, float]) -> None:
+        wrong = next((name for name, value in figures.items() if not math.isfinite(value)), None)
+        if wrong is not None:
+            self._optimizers.zero_grad()
+            raise DivergedError(
+                f"{self._step}: {wrong} is {figures[wrong]}. No step was taken by it: its weights could not be mended by "
+                "more steps. Set a lower ppo.learning_rate and ppo.critic_learning_rate or a higher ppo.kl_coef, and start"
+                " the step again with `--overwrite`."
+            )

@@ -19,7 +19,9 @@ from reward.config import Inputs
 log = logging.getLogger(__name__)
 
 
-def publish_reward_model(start: RewardStart, inputs: Inputs, *, dropped: Mapping[str, int]) -> Artifact:
+def publish_reward_model(
+    start: RewardStart, inputs: Inputs, *, dropped: Mapping[str, int], safety_labels: int
+) -> Artifact:
     """Publish the step's model; refuses a moved trunk and a tokenizer that reads back differently."""
     if start.frozen_digest is not None:
         assert reward_trunk_digest(start.model) == start.frozen_digest, "the trunk under an adapter is never written"
@@ -40,6 +42,8 @@ def publish_reward_model(start: RewardStart, inputs: Inputs, *, dropped: Mapping
         system=inputs.base.system,
     )
     details["which"] = inputs.which
+    # Without any, sigmoid(score) is no probability, and a threshold on it means nothing.
+    details["safety_labels"] = safety_labels
     if inputs.tuning.method != "full":
         details["rank"] = inputs.tuning.rank
     manifest = Manifest(

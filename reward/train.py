@@ -76,7 +76,9 @@ def run(config: Config, inputs: Inputs) -> Artifact:
         session.train(first_step=resume.step if resume else 0)
         # Before the artifact, which ends the step: a command killed between the two would never come back to write it.
         tracker.summary(session.finish(folder))
-        return publish_reward_model(start, inputs, dropped=examples.dropped)
+        return publish_reward_model(
+            start, inputs, dropped=examples.dropped, safety_labels=learnt_labels(config, inputs, examples)
+        )
 
 
 def plan_training(config: Config, inputs: Inputs, examples: Examples, *, device: torch.device) -> Batches:
@@ -91,6 +93,18 @@ def plan_training(config: Config, inputs: Inputs, examples: Examples, *, device:
         row_tokens=auto if config.row_tokens == "auto" else config.row_tokens,
         has_pair_labels=inputs.which == "safety" and config.safety_auxiliary_weight > 0,
     )
+
+
+def learnt_labels(config: Config, inputs: Inputs, examples: Examples) -> int:
+    """Answers whose safety label was learnt, single ones and those of pairs; each as often as it stands in an epoch."""
+    if inputs.which != "safety" or config.safety_auxiliary_weight == 0:
+        return 0
+    of_pairs = (
+        is_safe
+        for pair in examples.train
+        for is_safe in (pair.preference.chosen_is_safe, pair.preference.rejected_is_safe)
+    )
+    return len(examples.labels) + sum(is_safe is not None for is_safe in of_pairs)
 
 
 @dataclass(frozen=True, slots=True)

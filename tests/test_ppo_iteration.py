@@ -308,7 +308,8 @@ def fails_over(tokens: int) -> Callable[..., Any]:
     """In place of `in_room`: memory for rows of so many tokens at most."""
 
     def in_room(work: Callable[[], Any]) -> Any:
-        row = (work.__defaults__ or ())[0]
+        defaults: Any = work.__defaults__  # the row that the work is bound to
+        (row,) = defaults
         if row.input_ids_1T.shape[1] > tokens:
             raise MicrobatchTooLargeError("out of memory")
         return work()

@@ -19,7 +19,8 @@ from llamachat.rollout.engine import Completion, Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
 from llamachat.rollout.sampling import choose, draw, sampling_logprobs
 from tests.test_rollout import nucleus_logprobs
-from tests.tiny_llama import LORA, move_adapter, scripted_llama, tiny_llama
+from tests.tiny_llama import LORA, base_section, move_adapter, scripted_llama, tiny_llama
+from tests.tiny_sft import write_base
 
 BASE = Path(__file__).parents[1] / "assets" / "base"
 STOPS = tuple(range(2, 22))  # of 420 ids: some answers end early, some do not
@@ -231,6 +232,33 @@ def test_a_fully_tuned_policy_is_refreshed() -> None:
     assert answers(engine, prompts, PLAIN) == first
     engine.refresh(model)
     assert answers(engine, prompts, PLAIN) == with_transformers(other, prompts, PLAIN) != first
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_another_models_weights_are_taken_and_the_first_models_stay(is_tied: bool) -> None:
+    model, other = (tiny_llama(seed=seed, tie_word_embeddings=is_tied).requires_grad_(False) for seed in (0, 1))
+    before, prompts = {name: weight.clone() for name, weight in model.named_parameters()}, random_prompts(20)
+    engine = LlamaEngine(model, STOPS)
+    engine.refresh(other)
+    assert answers(engine, prompts, PLAIN) == with_transformers(other, prompts, PLAIN)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def test_a_4_bit_trunk_is_dequantised_into_the_copy_or_run_as_it_is(tmp_path: Path, tiny_sentencepiece: bytes) -> None:
+    folder = write_base(tmp_path / "base", tiny_sentencepiece, dtype=torch.bfloat16)
+    trunk = load_base(base_section(folder, dtype="bfloat16"), is_nf4=True)
+    model = attach_adapter(trunk, Tuning(method="qlora", rank=4, alpha=8), seed=0).eval()
+    move_adapter(model)
+    packed = {name: weight.clone() for name, weight in model.named_parameters()}
+    for is_merged in (True, False):
+        engine = LlamaEngine(model, (), is_merged=is_merged)
+        (completion,) = engine.generate([[1, 270, 279]], samples_per_prompt=1, sampling=PLAIN)[0]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[1, 270, 279, *completion.token_ids]])).logits[0, 2:-1]
+        expected = logits.float().log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        # Products in bf16 after a weight that is rounded once more: a few hundredths of a nat.
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=0.1, rtol=0.03)
+    assert all(torch.equal(weight, packed[name]) for name, weight in model.named_parameters())
 
 
 def test_streaming_gives_the_same_answer_token_by_token() -> None:

@@ -36,12 +36,13 @@ class Product(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Dense:
-    """A matrix of the engine's own, which may be that of several projections of one input, one below the other."""
+    """A matrix, which may be that of several projections of one input, one below the other."""
 
     weight: Tensor
     bias: Tensor | None
+    is_shared: bool  # the model's own, and never written
 
     def __call__(self, x_BD: Tensor) -> Tensor:
         if x_BD.dtype == torch.float32 and len(x_BD) < FEWEST_ROWS:
@@ -92,11 +93,9 @@ class Weights:
         self._norms = [norm.to(self.dtype, copy=True) for norm in _norms(trunk)]
         self._products = [self._product(modules) for modules in _projections(trunk)]
         embedding, head = _ends(trunk)
-        self.embedding = _shared(embedding, self.dtype) or Dense(
-            merged_weight(embedding).to(self.dtype, copy=True), None
-        )
+        self.embedding = _shared(embedding, self.dtype) or _copied(embedding, self.dtype)
         self.is_tied = head.weight is embedding.weight
-        self.head = Dense(self.embedding.weight, None) if self.is_tied else _stack([head], self.dtype)
+        self.head = self.embedding if self.is_tied else _stack([head], self.dtype)
         self.final_norm = self._norms[-1]
         self.layers = [
             Layer(norms[0], products[0], products[1], norms[1], products[2], products[3])
@@ -183,6 +182,7 @@ def _stack(modules: Sequence[nn.Module], dtype: torch.dtype) -> Dense:
     dense = Dense(
         weight=torch.empty((rows, layers[0].in_features), dtype=dtype, device=device),
         bias=torch.zeros(rows, dtype=dtype, device=device) if has_bias else None,
+        is_shared=False,
     )
     _fill(dense, modules)
     return dense
@@ -192,17 +192,26 @@ def _shared(module: nn.Module, dtype: torch.dtype) -> Dense | None:
     """The module's own weight, where it is one that stays as it is."""
     weight: Any = getattr(module, "weight", None)
     is_plain = type(module) in (nn.Linear, nn.Embedding) and weight.dtype == dtype and not weight.requires_grad
-    return Dense(weight.detach(), getattr(module, "bias", None)) if is_plain else None
+    return Dense(weight.detach(), getattr(module, "bias", None), is_shared=True) if is_plain else None
+
+
+def _copied(module: nn.Module, dtype: torch.dtype) -> Dense:
+    bias = getattr(base_layer(module), "bias", None)
+    weight = merged_weight(module).to(dtype, copy=True)
+    return Dense(weight, None if bias is None else bias.detach().to(dtype, copy=True), is_shared=False)
 
 
 def _fill(dense: Dense, modules: Sequence[nn.Module]) -> None:
+    if dense.is_shared:
+        if base_layer(modules[0]).weight.data_ptr() != dense.weight.data_ptr():  # those of another model
+            own = _copied(modules[0], dense.weight.dtype)
+            dense.weight, dense.bias, dense.is_shared = own.weight, own.bias, False
+        return
     start = 0
     for module in modules:
         layer, weight = base_layer(module), merged_weight(module)
         rows = slice(start, start + weight.shape[0])
         start = rows.stop
-        if weight.data_ptr() == dense.weight.data_ptr():
-            return  # shared: it is the model's own
         dense.weight[rows].copy_(weight)
         bias = getattr(layer, "bias", None)
         if dense.bias is not None and bias is not None:

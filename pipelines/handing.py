@@ -5,10 +5,11 @@ from typing import Any
 
 from llamachat.config.gpus import Gpu
 from llamachat.config.sections import DataSource, Split
-from llamachat.models.estimates import BYTES, Estimate, Shape, shape_of
+from llamachat.models.estimates import Estimate, Shape
 from pipelines.data_size import HUB_TOKENS, DataSize, measure_data
-from pipelines.recipe import Recipe, Step, resolve_steps
-from pipelines.resolve import Taken, earlier_makers
+from pipelines.placing import place_roles
+from pipelines.recipe import Recipe, Step
+from pipelines.resolve import Taken
 from ppo.config import Inputs as PpoInputs
 from ppo.estimate import Workload as PpoWorkload
 from reward.config import Config as RewardConfig
@@ -94,23 +95,15 @@ def _reward_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) 
 
 
 def _ppo_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> PpoWorkload:
-    width = BYTES[recipe.base.dtype]
-    on_trunk, beside = 0, 0
-    for role, makers in earlier_makers(resolve_steps(recipe), step).items():
-        named = getattr(recipe.scoring, role.which, None) if role.which in ("helpfulness", "safety") else None
-        if named is not None:
-            beside += (shape_of(named) or shape).headless().weights * width
-        elif role.which and makers and makers[0].tuning.method == "full":
-            beside += shape.headless().weights * width
-        elif role.which and makers:
-            on_trunk += 1
+    placing = place_roles(recipe, step, shape)
     return PpoWorkload(
         shape=shape,
         base=recipe.base,
         tuning=step.tuning,
         rollout=recipe.rollout,
-        reward_models=on_trunk,
-        beside=beside,
+        is_continued=placing.is_continued,
+        sharing=placing.sharing,
+        beside=placing.beside,
         gpu=gpu,
     )
 

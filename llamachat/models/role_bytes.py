@@ -50,7 +50,7 @@ def role_bank_bytes(
         whole = model.shape.trunk_bytes(model.width, is_4bit=model.is_4bit)
         own = model.shape.adapter_weights(tuning.rank, targets) if model.has_adapter else 0
         head = _language_head(model.shape, model.width)
-        held[f"{name} beside it"] = whole - head + (own + model.shape.hidden_size) * model.width
+        held[f"{name} reward model beside the trunk"] = whole - head + (own + model.shape.hidden_size) * model.width
     held["adapters and heads"] = (
         num_adapters * adapter + sharing * shape.hidden_size * width + (shape.hidden_size + 1) * FULL_SIZE_HEAD
     )

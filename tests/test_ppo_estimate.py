@@ -1,0 +1,165 @@
+"""What the planner says of PPO, against the weights of real banks; and which models `plan` finds beside the trunk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamachat.chat_format import ChatFormat
+from llamachat.config.gpus import parse_gpu
+from llamachat.config.sections import Rollout, Tuning
+from llamachat.models.estimates import KNOWN_BASES, Shape, read_shape
+from llamachat.models.role_bytes import Beside
+from pipelines.placing import Placing, place_roles
+from pipelines.plan import make_plan, plan_text
+from pipelines.recipe import Recipe, load, resolve_steps
+from ppo.config import Config
+from ppo.estimate import Workload, estimate, memory_by_part
+from tests.recipes import SHAPE, preference_data, write_base, write_recipe
+from tests.tiny_llama import LORA, base_section
+from tests.tiny_roles import FULL, QLORA, World
+
+HEAD = 65  # weights of a value head, with its bias
+IN_BANK = ("trunk", "policy's own weights", "critic's own weights", "adapters and heads")
+LLAMA_2 = "meta-llama/Llama-2-{}-hf"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_format: ChatFormat, tiny_sentencepiece: bytes) -> World:
+    return World(tmp_path_factory.mktemp("roles"), tiny_format, tiny_sentencepiece)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "made_by", "critic"),
+    [(LORA, FULL, "separate"), (LORA, LORA, "shared"), (QLORA, QLORA, "separate"), (FULL, FULL, "separate")],
+)
+def test_weights_gradients_and_optimizer_are_those_of_a_real_bank(
+    tuning: Tuning, made_by: Tuning, critic: Any, world: World
+) -> None:
+    bank = world.bank(tuning, made_by, critic=critic)
+    shape, width = read_shape(Path(world.base.model)), 2 if tuning is QLORA else 4
+    assert shape is not None
+    is_full = tuning is FULL
+    work = Workload(
+        shape=shape,
+        base=world.base16 if tuning is QLORA else world.base,
+        tuning=tuning,
+        rollout=Rollout(),
+        is_continued=made_by is not FULL,
+        sharing=0 if is_full else 2,
+        beside={name: Beside(shape, width=width) for name in ("helpfulness", "safety")} if is_full else {},
+    )
+    memory = memory_by_part(Config(critic=critic), work)
+    held = sum(size for name, size in memory.items() if name in IN_BANK or "beside" in name)
+    assert held == pytest.approx(sum(bank.storages().values()), rel=1e-3)
+    trained = {role: sum(weight.numel() for weight in group) for role, group in bank.trainable().items()}
+    state = 8 + (4 if width == 2 else 0)  # two moments, and masters where the weights are not fp32
+    assert memory["gradients"] == trained["policy"] * width
+    assert memory["optimizer (fp32 masters and two moments)"] == trained["policy"] * state
+    assert memory["critic's gradients and optimizer"] == (trained["critic"] - HEAD) * (width + state) + HEAD * 12
+
+
+def test_steps_and_seconds_by_hand() -> None:
+    shape = Shape(64, 128, 2, 4, 2, 420)
+    base = base_section("x", max_tokens=4096)
+    work = Workload(shape=shape, base=base, tuning=FULL, rollout=Rollout(max_new_tokens=200), sharing=2)
+    config = Config(iterations=3, responses_per_iteration=8, responses_per_minibatch=4, epochs=2)
+    found = estimate(config, work)
+    assert found.optimizer_steps == 3 * 2 * 2
+    # 24 responses of 400 tokens; two epochs of policy and critic; five forward passes; decoding half of the tokens.
+    passes = 2 * 2 + 5 / 3 + 4 * 200 / 400 / 3
+    assert found.seconds == pytest.approx(6 * shape.weights * 24 * 400 * passes / 2.0e11)
+    shared = estimate(config.model_copy(update={"critic": "shared"}), work)
+    assert shared.seconds < found.seconds and shared.peak_bytes < found.peak_bytes
+
+
+def llama_2(size: str, *, gpu: str, **changes: Any) -> dict[str, int]:
+    """NF4, two reward models, responses of 256 tokens to prompts of 512, checkpointing on."""
+    shape = KNOWN_BASES[LLAMA_2.format(size)].shape
+    work = Workload(
+        shape=shape,
+        base=base_section("x", dtype="bfloat16", max_tokens=768),
+        tuning=Tuning(method="qlora", rank=16),
+        rollout=Rollout(max_new_tokens=256, cache_gib=1.0),
+        gpu=parse_gpu(gpu),
+        **({"is_continued": True, "sharing": 2} | changes),
+    )
+    return memory_by_part(Config(gradient_checkpointing=True), work)
+
+
+@pytest.mark.parametrize(("size", "gpu", "gib"), [("7b", "24GiB", 22), ("70b", "80GiB", 78)])
+def test_two_reward_models_on_a_4_bit_base_fit_one_card(size: str, gpu: str, gib: int) -> None:
+    memory = llama_2(size, gpu=gpu)
+    assert sum(memory.values()) < gib * 2**30
+    assert memory["rollout's copy of the projections"] == 0, "there is no room for it"
+
+
+def test_where_there_is_room_the_decoder_has_a_copy() -> None:
+    shape = KNOWN_BASES[LLAMA_2.format("7b")].shape
+    assert llama_2("7b", gpu="80GiB")["rollout's copy of the projections"] == 2 * shape.linear_weights
+
+
+# --- what the recipe says of where the models lie
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    data = preference_data(tmp_path)
+    return write_recipe(tmp_path, data=data, steps=["sft", "rm", "ppo"], tuning={"method": "lora", "rank": 4})
+
+
+def placed(recipe: Recipe) -> Placing:
+    shape = read_shape(Path(recipe.base.model))
+    assert shape is not None
+    return place_roles(recipe, resolve_steps(recipe)[-1], shape)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_continued", "sharing", "beside"),
+    [
+        ([], True, 3, {}),
+        (["steps=[{sft: {tuning: {method: full}}}, rm, ppo]"], False, 3, {}),
+        (["data.open=[]", "steps=[sft, rm/helpfulness, rm/judge, ppo]"], True, 2, {}),
+        # Made from one policy, and PPO starts from another with the same base below: one trunk.
+        (["steps=[sft, rm, {sft: {name: sft-2}}, ppo]"], True, 3, {}),
+        # On the base, and the policy is all new weights: one other trunk for three adapters.
+        (
+            ["steps=[rm, {sft: {tuning: {method: full}}}, ppo]"],
+            False,
+            2,
+            {"helpfulness": (True, False)},
+        ),
+        (
+            ["steps=[sft, {rm/helpfulness: {tuning: {method: full}}}, rm/safety, ppo]"],
+            True,
+            1,
+            {"helpfulness": (False, False)},
+        ),
+        (
+            ["steps=[{sft: {tuning: {method: full}}}, {rm/safety: {tuning: {method: qlora}}}, ppo]"],
+            False,
+            0,
+            {"safety": (True, True)},
+        ),
+        (["tuning.method=full"], False, 0, dict.fromkeys(("helpfulness", "safety", "judge"), (False, False))),
+        (["scoring.combine=single"], True, 2, {}),  # the safety model is not read
+    ],
+)
+def test_models_lie_where_a_bank_would_put_them(
+    changes: list[str], is_continued: bool, sharing: int, beside: dict[str, tuple[bool, bool]], path: Path
+) -> None:
+    found = placed(load(path, changes))
+    assert (found.is_continued, found.sharing) == (is_continued, sharing)
+    assert {name: (model.has_adapter, model.is_4bit) for name, model in found.beside.items()} == beside
+
+
+def test_the_plan_tells_what_a_named_model_on_another_trunk_costs(path: Path, tmp_path: Path) -> None:
+    other = write_base(tmp_path / "other")
+    recipe = load(path, [f"scoring.helpfulness={other}"])
+    (planned,) = make_plan(recipe, "ppo")
+    assert planned.estimate is not None
+    size = planned.estimate.memory["helpfulness reward model beside the trunk"]
+    shape = Shape(64, 128, 2, 4, 2, SHAPE["vocab_size"])
+    assert size == 2 * (shape.headless().weights + 64)
+    assert "helpfulness reward model beside the trunk 0.00" in plan_text(recipe, [planned])
+    assert "safety reward model beside" not in plan_text(recipe, [planned])

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from llamachat.models.loading import policy_details, save_policy
 from llamachat.models.reward_model import RewardModel, score_rows
 from llamachat.models.role_adapters import adapter_layers, adapter_weights, fill, switch
+from llamachat.models.sequence_attention import use_sequence_attention
 
 if TYPE_CHECKING:
     from transformers import LlamaModel
@@ -80,6 +81,9 @@ class RoleBank:
         self._reward_models = fittings.reward_models
         self._other_vocabulary = fittings.other_vocabulary
         self._trunks = {id(seat.trunk): seat.trunk for seat in self._seats.values()}
+        if self.device.type == "cpu":
+            for trunk in self._trunks.values():
+                use_sequence_attention(trunk)
         self._layers = {key: adapter_layers(trunk) for key, trunk in self._trunks.items()}
         self._active: dict[int, str | None] = {}
         for seat in (*self._seats.values(), self._seats["policy"]):

@@ -1,0 +1,244 @@
+"""Speed and memory of a PPO iteration against TRL's last `PPOTrainer`: `python benchmarks/ppo.py --run runs/tiny`.
+
+Ours has policy, reference, critic and two reward models, TRL 1.12.0 (the last release line with PPO) the first three and one
+reward model; the same starting policy, prompts, bf16, all weights trained, two optimizer steps, no checkpointing.
+Two loads: fixed (prompts of 64 tokens, answers of 64, no stop) and natural (the recipe's prompts, up to 256 tokens, stopped
+by EOS). Rounds alternate, each in its own process; printed are response tokens a second end to end, medians of the
+rounds' ratios, and the peak above what each process's imports took. TRL is put into a folder of the cache with pip.
+"""
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+ROOT = Path(__file__).resolve().parents[1]
+TRL = "trl==1.12.0"
+RESPONSES = 64
+
+
+@dataclass(slots=True)
+class Load:
+    """What is sampled."""
+
+    name: str
+    response_tokens: int
+    prompt_tokens: int | None  # None: the recipe's prompts as they are
+    rates: dict[str, list[float]] = field(default_factory=lambda: {"ours": [], "TRL": []})
+    mib: dict[str, float] = field(default_factory=lambda: {"ours": 0.0, "TRL": 0.0})
+
+    @property
+    def stops(self) -> bool:
+        return self.prompt_tokens is None
+
+
+class Worker:
+    """A process that answers a line of JSON with a line of JSON."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if not os.environ.get("SHOW") else None,
+            env=environment,
+            text=True,
+        )
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit("the worker ended without an answer; SHOW=1 in the environment prints what it says")
+        return json.loads(answer)
+
+
+def trl_folder() -> Path:
+    """Where TRL 1.12.0 lies, put there by pip once."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = cache / "llamachat-benchmarks" / TRL.replace("==", "-")
+    if not (folder / "trl").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), TRL]
+        subprocess.run(command, check=True)
+    return folder
+
+
+def ours() -> None:
+    """The other side of `Worker`: an iteration of ours for each line, in a process that has only this to remember."""
+    import torch  # noqa: F401
+
+    from benchmarks.trl_ppo_worker import memory
+    from llamachat.rollout.decoder import LlamaEngine
+    from llamachat.runs.folder import StepFolder
+    from llamachat.tracking.tracker import open_tracker
+    from pipelines.handing import stage_inputs
+    from pipelines.recipe import load, resolve_steps
+    from pipelines.resolve import take_inputs
+    from ppo.config import Config, Inputs
+    from ppo.start import open_start
+    from ppo.train import open_session
+    from ppo.update import Updater
+
+    logging.disable(logging.WARNING)
+    imported = memory("VmRSS")
+    answers, sys.stdout = sys.stdout, sys.stderr
+    sessions: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for line in sys.stdin:
+            request = json.loads(line)
+            key = request["name"]
+            if key not in sessions:
+                sessions.clear()
+                values = {
+                    "run.dir": request["run"],
+                    "tracking.mode": "off",
+                    "rollout.max_new_tokens": request["response_tokens"],
+                    "ppo.responses_per_iteration": RESPONSES,
+                    "ppo.responses_per_minibatch": RESPONSES // 2,
+                    "ppo.critic": request["critic"],
+                    "ppo.validation_prompts": 8,
+                    "ppo.test_prompts": 8,
+                    "ppo.learning_rate": 1e-6,
+                }
+                recipe = load(request["config"], [f"{name}={value}" for name, value in values.items()])
+                steps = resolve_steps(recipe)
+                step = next(step for step in steps if step.stage.command == "ppo")
+                taken = take_inputs(recipe, steps, step)
+                folder = Path(scratch) / key
+                made = {"folder": folder, "resolved": "", "identity": {}, "fingerprint": ""}
+                inputs = cast(Inputs, stage_inputs(recipe, step, taken, **made))
+                config = cast(Config, step.config)
+                start = open_start(config, inputs)
+                if request["prompt_tokens"]:
+                    start = replace(start, questions=fixed_prompts(start.questions, request["prompt_tokens"]))
+                tracker = open_tracker(
+                    inputs.tracking,
+                    step_folder=StepFolder(folder),
+                    run_dir=Path(scratch),
+                    step="ppo",
+                    prefix="ppo",
+                    config={},
+                    resume_step=None,
+                ).__enter__()
+                session = open_session(config, inputs, start, tracker)
+                if request["prompt_tokens"]:
+                    session.engine = LlamaEngine(start.bank.policy_model(), ())
+                sessions[key] = session
+            session = sessions[key]
+            Path("/proc/self/clear_refs").write_text("5")
+            updater = Updater(
+                session.start.bank,
+                session.optimizers,
+                session.config,
+                temperature=1.0,
+                row_tokens=session.row_tokens,
+                step="ppo",
+            )
+            questions = session.start.questions.batch(session.state.iteration, count=RESPONSES, seed=0)
+            began = time.perf_counter()
+            figures = session.step(updater)
+            seconds = time.perf_counter() - began
+            session.state.iteration += 1
+            print(
+                json.dumps(
+                    {
+                        "seconds": seconds,
+                        "tokens": figures["throughput/rollout_tokens_per_s"] * figures["time/rollout_s"],
+                        "prompts": [list(question.ids) for question in questions],
+                        "mib": memory("VmHWM") - imported,
+                        "split": [figures[f"time/{part}_s"] for part in ("rollout", "score", "update")],
+                    }
+                ),
+                file=answers,
+                flush=True,
+            )
+
+
+def fixed_prompts(questions: Any, length: int) -> Any:
+    """The same questions with prompts of so many tokens: repeated, or cut."""
+    train = [replace(question, ids=(question.ids * length)[:length]) for question in questions.train]
+    return replace(questions, train=train)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A PPO iteration of ours against TRL 1.12.0's.")
+    parser.add_argument("--run", default="runs/tiny", help="Run with a policy and reward models (`make sft rm`).")
+    parser.add_argument("--config", default="configs/tiny.yaml")
+    parser.add_argument("--critic", default="separate", choices=("separate", "shared"))
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--batch-rows", type=int, default=32, help="TRL's rows in one pass.")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        ours()
+        return
+    policy, reward = (Path(options.run) / step / "artifact" for step in ("sft", "rm/helpfulness"))
+    if not (policy.is_dir() and reward.is_dir()):
+        raise SystemExit(f"{options.run}: no policy and reward models there. Run `make sft rm` first, or name --run.")
+    environment = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONPATH": str(ROOT)}
+    trl_environment = environment | {"PYTHONPATH": f"{trl_folder()}:{ROOT}"}
+    loads = [Load("fixed, 64 + 64 tokens", 64, 64), Load("natural stops, up to 256", 256, None)]
+    for load in loads:
+        # Not as a file, whose folder would come first on the path and hide the package `ppo`.
+        mine = Worker([sys.executable, "-m", "benchmarks.ppo", "--worker"], environment)
+        trl = Worker([sys.executable, str(ROOT / "benchmarks" / "trl_ppo_worker.py")], trl_environment)
+        split: list[list[float]] = []
+        for number in range(options.rounds + 1):
+            asked = {
+                "name": load.name,
+                "run": options.run,
+                "config": options.config,
+                "critic": options.critic,
+                "response_tokens": load.response_tokens,
+                "prompt_tokens": load.prompt_tokens,
+            }
+            found = mine.ask(asked)
+            other = trl.ask(
+                {
+                    "policy": str(policy),
+                    "reward": str(reward),
+                    "prompts": found["prompts"],
+                    "response_tokens": load.response_tokens,
+                    "stops": load.stops,
+                    "batch_rows": options.batch_rows,
+                }
+            )
+            for name, answer in (("ours", found), ("TRL", other)):
+                load.mib[name] = max(load.mib[name], answer["mib"])
+                if number:  # the first round chooses kernels and takes memory
+                    load.rates[name].append(answer["tokens"] / answer["seconds"])
+            if number:
+                split.append(found["split"])
+        mine._process.kill()
+        trl._process.kill()
+        print(report(load, split), flush=True)
+
+
+def report(load: Load, split: list[list[float]]) -> str:
+    """Rates, the median of the rounds' ratios, memory, and where our time goes."""
+    mine, theirs = load.rates["ours"], load.rates["TRL"]
+    ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+    whole = [sum(parts) for parts in zip(*split, strict=True)]
+    shares = ", ".join(
+        f"{name} {part / sum(whole):.0%}" for name, part in zip(("rollout", "score", "update"), whole, strict=True)
+    )
+    return (
+        f"{load.name}: ours {statistics.median(mine):.0f} response tokens/s ({shares}), TRL {statistics.median(theirs):.0f}; "
+        f"median ratio {ratio:.2f} ({min(map(float.__truediv__, mine, theirs)):.2f} to "
+        f"{max(map(float.__truediv__, mine, theirs)):.2f}); peak above imports {load.mib['ours']:.0f} and "
+        f"{load.mib['TRL']:.0f} MiB, {load.mib['ours'] / load.mib['TRL']:.2f}x"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -118,7 +118,8 @@ class Config(Section):
         default=200, ge=1, description="Prompts of the test side that the first and the final policy answer. Ours."
     )
     max_hours: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="Training ends after so many hours, and the best policy is published; null for none."
+        default=None,
+        description="Training ends after so many hours, and the best policy is published; null for none. Ours.",
     )
     save_every: int = operational(5, ge=1, description="Iterations between checkpoints.")
     tokens_per_microbatch: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(

@@ -295,7 +295,7 @@ def test_the_defaults_are_the_papers() -> None:
 
 
 def test_every_key_of_the_section_says_what_it_is_and_where_its_value_comes_from() -> None:
-    of_the_run = {"tokens_per_microbatch", "gradient_checkpointing"}
+    of_the_run = {"save_every", "tokens_per_microbatch", "gradient_checkpointing"}
     assert set(Config.model_fields) - set(identity(Config())) == of_the_run
     for name, field in Config.model_fields.items():
         text = field.description or ""

@@ -24,9 +24,11 @@ def score(prompts, completions, scores, **columns):
 """
 
 
-def write_stopping_base(folder: Path, sentencepiece_model: bytes, *, stops: float = 5.8) -> Path:
+def write_stopping_base(
+    folder: Path, sentencepiece_model: bytes, *, stops: float = 5.8, dtype: torch.dtype = torch.float32
+) -> Path:
     """A random base whose answers end after some tokens: all its states share a direction, and EOS lies along it."""
-    model = tiny_llama(initializer_range=0.05)
+    model = tiny_llama(initializer_range=0.05, dtype=dtype)
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] += 0.5
         model.lm_head.weight[2] = 0.0

@@ -49,10 +49,17 @@ def make_reward_model(run: Path, base: Base, tuning: Tuning, *, policy: Artifact
 class World:
     """Policies by the method they were made with, and two reward models and a judge for each."""
 
-    def __init__(self, folder: Path, chat_format: ChatFormat, sentencepiece_model: bytes) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        chat_format: ChatFormat,
+        sentencepiece_model: bytes,
+        write: Callable[..., Path] = write_base,
+    ) -> None:
+        """`write` makes the base: a folder, the tokenizer's model, and a dtype."""
         (folder / "base16").mkdir()
-        self.base = base_section(write_base(folder / "base", sentencepiece_model))
-        written = write_base(folder / "base16" / "base", sentencepiece_model, dtype=torch.bfloat16)
+        self.base = base_section(write(folder / "base", sentencepiece_model))
+        written = write(folder / "base16" / "base", sentencepiece_model, dtype=torch.bfloat16)
         self.base16 = base_section(written, dtype="bfloat16")
         self.folder, self.chat_format = folder, chat_format
         self._made: dict[str, Artifact] = {}

@@ -67,7 +67,7 @@ def test_a_plan_takes_seconds_and_no_network_no_weights_no_torch(name: str, argu
 def test_a_preset_fits_its_card_and_its_header_says_what_plan_says(name: str) -> None:
     text = (ROOT / "configs" / f"{name}.yaml").read_text()
     recipe = load(f"configs/{name}.yaml")
-    steps, gpu = resolve_steps(recipe), card(recipe)
+    steps, gpu = [step for step in resolve_steps(recipe) if step.name != "ppo"], card(recipe)
     estimates = [estimate for step in steps if (estimate := estimate_step(recipe, step)) is not None]
     assert [step.name for step in steps] == ["sft", "rm/helpfulness", "rm/safety", "rm/judge"]
     assert len(estimates) == len(steps) and gpu is not None
@@ -82,6 +82,18 @@ def test_a_preset_fits_its_card_and_its_header_says_what_plan_says(name: str) ->
     row = f"| `{name}.yaml` | {recipe.base.model} | {method} | {gpu} | {sft}, {models[0]} | {counts} |"
     times = " + ".join(duration(estimate.seconds) for estimate in estimates)
     assert f"{row} {times} |" in (ROOT / "docs" / "presets.md").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name, (method, _) in PRESETS.items() if method != "full"])
+def test_ppo_of_a_preset_fits_its_card_and_the_table_says_what_plan_says(name: str) -> None:
+    recipe = load(f"configs/{name}.yaml")
+    gpu, *_, ppo = card(recipe), *resolve_steps(recipe)
+    estimate = estimate_step(recipe, ppo)
+    assert ppo.name == "ppo" and estimate is not None and gpu is not None
+    assert estimate.peak_bytes <= gpu.usable_bytes
+    peak = f"{estimate.peak_bytes / 2**30:.1f}"
+    row = f"| `{name}.yaml` | {gpu} | {peak} | {estimate.optimizer_steps} | {duration(estimate.seconds)} |"
+    assert row in (ROOT / "docs" / "presets.md").read_text(), row
 
 
 @pytest.mark.parametrize("name", PRESETS)

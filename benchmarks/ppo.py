@@ -2,7 +2,7 @@
 
 Ours has policy, reference, critic and two reward models, TRL 1.12.0 (the last release line with PPO) the first three and one
 reward model; the same starting policy, prompts, bf16, all weights trained, two optimizer steps, no checkpointing.
-Two loads: fixed (prompts of 64 tokens, answers of 64, no stop) and natural (the recipe's prompts, up to 256 tokens, stopped
+Two loads: fixed (prompts of 64 tokens, answers of 64, no stop) and natural (the bundled prompts, up to 256 tokens, stopped
 by EOS). Rounds alternate, each in its own process; printed are response tokens a second end to end, medians of the
 rounds' ratios, and the peak above what each process's imports took. TRL is put into a folder of the cache with pip.
 """
@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TRL = "trl==1.12.0"
@@ -74,68 +74,19 @@ def trl_folder() -> Path:
 
 
 def ours() -> None:
-    """The other side of `Worker`: an iteration of ours for each line, in a process that has only this to remember."""
-    import torch  # noqa: F401
-
-    from benchmarks.trl_ppo_worker import memory
-    from llamachat.rollout.decoder import LlamaEngine
-    from llamachat.runs.folder import StepFolder
-    from llamachat.tracking.tracker import open_tracker
-    from pipelines.handing import stage_inputs
-    from pipelines.recipe import load, resolve_steps
-    from pipelines.resolve import take_inputs
-    from ppo.config import Config, Inputs
-    from ppo.start import open_start
-    from ppo.train import open_session
+    """The other side of `Worker`: an iteration of ours for each line, all of one load."""
+    from benchmarks.workers.trl_ppo import memory
     from ppo.update import Updater
 
+    import_all()
     logging.disable(logging.WARNING)
     imported = memory("VmRSS")
     answers, sys.stdout = sys.stdout, sys.stderr
-    sessions: dict[str, Any] = {}
+    session: Any = None
     with tempfile.TemporaryDirectory() as scratch:
         for line in sys.stdin:
-            request = json.loads(line)
-            key = request["name"]
-            if key not in sessions:
-                sessions.clear()
-                values = {
-                    "run.dir": request["run"],
-                    "tracking.mode": "off",
-                    "rollout.max_new_tokens": request["response_tokens"],
-                    "ppo.responses_per_iteration": RESPONSES,
-                    "ppo.responses_per_minibatch": RESPONSES // 2,
-                    "ppo.critic": request["critic"],
-                    "ppo.validation_prompts": 8,
-                    "ppo.test_prompts": 8,
-                    "ppo.learning_rate": 1e-6,
-                }
-                recipe = load(request["config"], [f"{name}={value}" for name, value in values.items()])
-                steps = resolve_steps(recipe)
-                step = next(step for step in steps if step.stage.command == "ppo")
-                taken = take_inputs(recipe, steps, step)
-                folder = Path(scratch) / key
-                made = {"folder": folder, "resolved": "", "identity": {}, "fingerprint": ""}
-                inputs = cast(Inputs, stage_inputs(recipe, step, taken, **made))
-                config = cast(Config, step.config)
-                start = open_start(config, inputs)
-                if request["prompt_tokens"]:
-                    start = replace(start, questions=fixed_prompts(start.questions, request["prompt_tokens"]))
-                tracker = open_tracker(
-                    inputs.tracking,
-                    step_folder=StepFolder(folder),
-                    run_dir=Path(scratch),
-                    step="ppo",
-                    prefix="ppo",
-                    config={},
-                    resume_step=None,
-                ).__enter__()
-                session = open_session(config, inputs, start, tracker)
-                if request["prompt_tokens"]:
-                    session.engine = LlamaEngine(start.bank.policy_model(), ())
-                sessions[key] = session
-            session = sessions[key]
-            Path("/proc/self/clear_refs").write_text("5")
+            session = session or open_ours(json.loads(line), Path(scratch))
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
             updater = Updater(
                 session.start.bank,
                 session.optimizers,
@@ -149,19 +100,83 @@ def ours() -> None:
             figures = session.step(updater)
             seconds = time.perf_counter() - began
             session.state.iteration += 1
-            print(
-                json.dumps(
-                    {
-                        "seconds": seconds,
-                        "tokens": figures["throughput/rollout_tokens_per_s"] * figures["time/rollout_s"],
-                        "prompts": [list(question.ids) for question in questions],
-                        "mib": memory("VmHWM") - imported,
-                        "split": [figures[f"time/{part}_s"] for part in ("rollout", "score", "update")],
-                    }
-                ),
-                file=answers,
-                flush=True,
-            )
+            answer = {
+                "seconds": seconds,
+                "tokens": figures["throughput/rollout_tokens_per_s"] * figures["time/rollout_s"],
+                "prompts": [list(question.ids) for question in questions],
+                "mib": memory("VmHWM") - imported,
+                "split": [figures[f"time/{part}_s"] for part in ("rollout", "score", "update")],
+            }
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+def import_all() -> None:
+    """What an iteration of ours needs, so that its memory counts as imported."""
+    import peft  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import ppo.train  # noqa: F401
+
+
+def open_ours(request: dict[str, Any], scratch: Path) -> Any:
+    """A PPO session on the run's policy and reward models, in a folder of its own."""
+    from llamachat.config.sections import Base, Data, DataSource, Rollout, Run, Scoring, Split, Tracking, Tuning
+    from llamachat.rollout.decoder import LlamaEngine
+    from llamachat.runs.artifacts import read_artifact
+    from llamachat.runs.folder import StepFolder
+    from llamachat.tracking.tracker import open_tracker
+    from ppo.config import Config, Inputs
+    from ppo.start import open_start
+    from ppo.train import open_session
+
+    def sources(folder: str) -> tuple[DataSource, ...]:
+        return tuple(DataSource(path=str(path)) for path in sorted((ROOT / "data" / folder).glob("*.jsonl.gz")))
+
+    config = Config(
+        responses_per_iteration=RESPONSES,
+        responses_per_minibatch=RESPONSES // 2,
+        critic=request["critic"],
+        validation_prompts=8,
+        test_prompts=8,
+    )
+    run = Path(request["run"])
+    inputs = Inputs(
+        step="ppo",
+        folder=scratch / "ppo",
+        resolved="",
+        identity={},
+        fingerprint="",
+        run=Run(dir=request["run"]),
+        base=Base(model=str(ROOT / "assets" / "base"), attention="eager", max_tokens=1024),
+        tuning=Tuning(method="full"),
+        data=Data(
+            sft=(),
+            prompts=sources("prompts"),
+            adversarial=sources("adversarial"),
+            split=Split(test=0.2, validation=0.05, judge=0.1),
+        ),
+        rollout=Rollout(max_new_tokens=request["response_tokens"]),
+        scoring=Scoring(),
+        tracking=Tracking(mode="off"),
+        policy=read_artifact(run / "sft", "policy"),
+        reward_models={which: read_artifact(run / "rm" / which, "reward_model") for which in ("helpfulness", "safety")},
+    )
+    start = open_start(config, inputs)
+    if request["prompt_tokens"]:
+        start = replace(start, questions=fixed_prompts(start.questions, request["prompt_tokens"]))
+    tracker = open_tracker(
+        inputs.tracking,
+        step_folder=StepFolder(inputs.folder),
+        run_dir=scratch,
+        step="ppo",
+        prefix="ppo",
+        config={},
+        resume_step=None,
+    )
+    session = open_session(config, inputs, start, tracker.__enter__())
+    if request["prompt_tokens"]:
+        session.engine = LlamaEngine(start.bank.policy_model(), ())  # nothing stops it
+    return session
 
 
 def fixed_prompts(questions: Any, length: int) -> Any:
@@ -173,7 +188,6 @@ def fixed_prompts(questions: Any, length: int) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description="A PPO iteration of ours against TRL 1.12.0's.")
     parser.add_argument("--run", default="runs/tiny", help="Run with a policy and reward models (`make sft rm`).")
-    parser.add_argument("--config", default="configs/tiny.yaml")
     parser.add_argument("--critic", default="separate", choices=("separate", "shared"))
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--batch-rows", type=int, default=32, help="TRL's rows in one pass.")
@@ -184,20 +198,19 @@ def main() -> None:
         return
     policy, reward = (Path(options.run) / step / "artifact" for step in ("sft", "rm/helpfulness"))
     if not (policy.is_dir() and reward.is_dir()):
-        raise SystemExit(f"{options.run}: no policy and reward models there. Run `make sft rm` first, or name --run.")
+        print(f"{options.run}: no policy and reward models there. Run `make sft rm` first, or name --run.")
+        return
     environment = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONPATH": str(ROOT)}
     trl_environment = environment | {"PYTHONPATH": f"{trl_folder()}:{ROOT}"}
     loads = [Load("fixed, 64 + 64 tokens", 64, 64), Load("natural stops, up to 256", 256, None)]
     for load in loads:
         # Not as a file, whose folder would come first on the path and hide the package `ppo`.
         mine = Worker([sys.executable, "-m", "benchmarks.ppo", "--worker"], environment)
-        trl = Worker([sys.executable, str(ROOT / "benchmarks" / "trl_ppo_worker.py")], trl_environment)
+        trl = Worker([sys.executable, str(ROOT / "benchmarks" / "workers" / "trl_ppo.py")], trl_environment)
         split: list[list[float]] = []
         for number in range(options.rounds + 1):
             asked = {
-                "name": load.name,
                 "run": options.run,
-                "config": options.config,
                 "critic": options.critic,
                 "response_tokens": load.response_tokens,
                 "prompt_tokens": load.prompt_tokens,

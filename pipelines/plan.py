@@ -19,7 +19,7 @@ from pipelines.running import Work, choose_steps, find_work, parent_folder
 
 FEW_STEPS = 100
 MUCH_WARMUP = 0.2
-FULL_TUNING_RATE = 2e-5  # Llama 2 section 3.1, for all weights
+FULL_TUNING_RATES = {"sft": 2e-5, "rm": 1e-5, "ppo": 1e-6}  # Llama 2 sections 3.1, 3.2.2, 3.2.3, for all weights
 BATCHES = ("examples_per_step", "pairs_per_step")
 
 
@@ -134,7 +134,7 @@ def warn(step: Step, estimate: Estimate | None, gpu: Gpu | None = None) -> list[
             f" Lower {key}.warmup_fraction."
         )
     rate = values.get("learning_rate")
-    if step.tuning.method != "full" and rate is not None and rate <= FULL_TUNING_RATE:
+    if step.tuning.method != "full" and rate is not None and rate <= FULL_TUNING_RATES[step.stage.command]:
         warnings.append(
             f"{key}.learning_rate {rate:g} is that of full tuning, and tuning.method is {step.tuning.method}: adapters"
             " want about ten times as much."

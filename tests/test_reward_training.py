@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 import reward
@@ -248,3 +249,24 @@ def test_without_test_pairs_it_says_so_and_publishes(base: Path, tmp_path: Path,
 def test_a_loss_that_is_no_number_is_refused_in_words():
     with pytest.raises(DivergedError, match=r"at step 3 is nan.*reward\.learning_rate"):
         check_finite(float("nan"), "rm/safety: the training loss at step 3")
+
+
+def test_a_sequence_attends_alike_whole_token_by_token_with_a_cache_and_padded(base: Path):
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    use_sequence_attention(model)
+    ids = torch.tensor([[1, 5, 9, 17, 33, 8]])
+    with torch.no_grad():
+        expected = whole(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
+        cache, stepwise = None, []
+        for position in range(ids.shape[1]):
+            found = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            cache = found.past_key_values
+            stepwise.append(found.logits)
+        torch.testing.assert_close(torch.cat(stepwise, dim=1), expected, rtol=0, atol=1e-5)
+        padded = torch.tensor([[0, 0, 1, 5, 9, 17, 33, 8]])
+        logits = model(
+            padded, attention_mask=(padded != 0).long(), position_ids=torch.tensor([[0, 0, *range(6)]])
+        ).logits
+        torch.testing.assert_close(logits[:, 2:], expected, rtol=0, atol=1e-5)

@@ -51,14 +51,21 @@ def _attention(
     del named
     groups = query.shape[1] // key.shape[1]
     key_BHTD, value_BHTD = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    lengths = [query.shape[2]] if attention_mask is not None else _lengths(position_ids, query)
+    if attention_mask is not None or key.shape[2] != query.shape[2]:  # with a cache, the keys before are one sequence's
+        result = _attend(query, key_BHTD, value_BHTD, attention_mask, scaling=scaling, dropout=_rate(module, dropout))
+        return result.transpose(1, 2).contiguous(), None
+    lengths = _lengths(position_ids, query)
     parts = [
-        _attend(q, k, v, attention_mask, scaling=scaling, dropout=dropout if module.training else 0.0)
+        _attend(q, k, v, None, scaling=scaling, dropout=_rate(module, dropout))
         for q, k, v in zip(
             query.split(lengths, dim=2), key_BHTD.split(lengths, dim=2), value_BHTD.split(lengths, dim=2), strict=True
         )
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _rate(module: nn.Module, dropout: float) -> float:
+    return dropout if module.training else 0.0
 
 
 def _lengths(position_ids: Tensor | None, query_BHTD: Tensor) -> list[int]:
@@ -73,7 +80,8 @@ def _lengths(position_ids: Tensor | None, query_BHTD: Tensor) -> list[int]:
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float, dropout: float) -> Tensor:
     scores = torch.matmul(q, k.transpose(2, 3)) * scaling
     if mask is None:
-        size = q.shape[2]
-        mask = torch.full((size, size), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(1)
+        asked, known = q.shape[2], k.shape[2]
+        lowest = torch.finfo(q.dtype).min
+        mask = torch.full((asked, known), lowest, dtype=q.dtype, device=q.device).triu(1 + known - asked)
     weights = torch.softmax(scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
     return torch.matmul(nn.functional.dropout(weights, p=dropout), v)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llamachat.answers.responses import Response
 from llamachat.batching import pack
 from llamachat.tokenizer import UNK_ID
 
@@ -57,6 +58,11 @@ class PackedRow:
     def put(self, x_BR: Tensor, x_N: Tensor) -> None:
         """Write the values of these tokens to their places."""
         x_BR[self.rows_N, self.columns_N] = x_N.to(x_BR)
+
+
+def sequence_of(response: Response) -> TokenSequence:
+    """A prompt and the answer that was sampled to it."""
+    return TokenSequence(response.question.ids, response.ids)
 
 
 def packed_rows(

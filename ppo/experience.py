@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llamachat.answers.responses import Response
+from llamachat.answers.scorer import Scored
 from llamachat.kl import k1
 from llamachat.logprobs import token_logprobs
 from llamachat.masked import whiten
 from llamachat.scoring.shaping import Shaped, shape_scores
 from ppo.advantages import gae, token_rewards
-from ppo.batches import PackedRow, TokenSequence, packed_rows, response_mask
+from ppo.batches import PackedRow, TokenSequence, packed_rows, response_mask, sequence_of
 from ppo.config import Config
-from ppo.rollouts import Response
-from ppo.scoring_step import Scored
 
 if TYPE_CHECKING:
     from llamachat.config.sections import Scoring
@@ -167,7 +167,7 @@ def make_experience(
         gae_lambda=config.gae_lambda,
     )
     return Experience(
-        sequences=tuple(response.sequence for response in responses),
+        sequences=tuple(sequence_of(response) for response in responses),
         minibatches=minibatches,
         response_mask_BR=mask_BR,
         old_logprobs_BR=measured.logprobs_BR,

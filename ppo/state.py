@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from llamachat.answers.evaluation import Evaluation
 from llamachat.scoring.standardising import Constants
-from ppo.evaluation import Evaluation
 from ppo.kl_control import AdaptiveKl, FixedKl
 from ppo.update import Optimizers
 

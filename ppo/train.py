@@ -15,6 +15,9 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from llamachat.answers.evaluation import Evaluation, comparison, comparison_table
+from llamachat.answers.pictures import draw_comparison, histograms, sample_rows
+from llamachat.answers.responses import open_engine, refresh, sample
 from llamachat.errors import DivergedError
 from llamachat.kl import response_kl
 from llamachat.rollout.engine import LocalEngine, Sampling
@@ -26,12 +29,12 @@ from llamachat.tracking.record import MetricsRecord
 from llamachat.tracking.tracker import Tracker, open_tracker
 from llamachat.training.progress import StepProgress
 from llamachat.training.trainer import peak_memory
+from ppo.batches import sequence_of
 from ppo.config import Config, Inputs
-from ppo.evaluation import Evaluation, Evaluator, heldout_figures, test_figures, test_table
+from ppo.evaluation import Evaluator, heldout_figures, mean_kl
 from ppo.experience import cut, make_experience, measure
-from ppo.figures import draw_comparison, histograms, iteration_figures, sample_rows
+from ppo.figures import iteration_figures
 from ppo.kl_control import AdaptiveKl, FixedKl
-from ppo.rollouts import open_engine, refresh, sample
 from ppo.start import Start, open_start, publish_policy
 from ppo.state import State, load_state, policy_weights, put_best, save_state
 from ppo.update import Optimizers, Updater, make_optimizers
@@ -231,7 +234,7 @@ class Session:
         refresh(self.engine, bank)
         responses = sample(self.engine, bank.chat_format, questions, sampling)
         sampled = time.monotonic()
-        sequences = [response.sequence for response in responses]
+        sequences = [sequence_of(response) for response in responses]
         minibatches = cut(
             sequences,
             responses_per_minibatch=config.responses_per_minibatch,
@@ -269,8 +272,8 @@ class Session:
         refresh(self.engine, self.start.bank)
         evaluation, _ = self.evaluator.evaluate(self.start.questions.validation, state.constants)
         guard = config.kl_guard
-        if guard is not None and evaluation.mean_kl > guard:
-            self._end_by_guard(evaluation.mean_kl, "validation prompts")
+        if guard is not None and mean_kl(evaluation) > guard:
+            self._end_by_guard(mean_kl(evaluation), "validation prompts")
         else:
             state.offer(evaluation.score, self.start.bank)
             if (
@@ -282,7 +285,7 @@ class Session:
         show(self.tracker, state.iteration, self.start, evaluation)
         progress.say(
             f"{self.inputs.step} iteration {state.iteration}: validation prompts score {evaluation.score:+.3f} "
-            f"(best {state.best_score:+.3f} at {state.best_iteration}), KL {evaluation.mean_kl:.2f}"
+            f"(best {state.best_score:+.3f} at {state.best_iteration}), KL {mean_kl(evaluation):.2f}"
         )
         return heldout_figures(evaluation) | {"time/eval_s": time.monotonic() - started}
 
@@ -307,8 +310,8 @@ class Session:
         started = time.monotonic()
         refresh(self.engine, self.start.bank)
         final, _ = self.evaluator.evaluate(self.start.questions.test, state.constants)
-        figures = test_figures(state.first_test, final)
-        log.info("%s", test_table(figures))
+        figures = comparison("ppo", state.first_test, final)
+        log.info("%s", comparison_table("ppo", figures))
         draw_curves(folder.metrics, folder.curves)
         self.tracker.figure("curves", folder.curves)
         picture = folder.figures / "test_scores.png"

@@ -59,8 +59,10 @@ ORDER = (
     "models",
     "rollout",
     "scoring",
+    "questions",
     "training",
     "tracking",
+    "answers",
 )
 
 MOST_LINES = 400
@@ -71,7 +73,18 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base
 HEAVY = ("torch", "trl", "transformers", "datasets", "wandb", "peft", "accelerate", "bitsandbytes")
 # What works on tensors or arrays (numpy sets an environment variable when it loads); all else is loaded by commands that
 # train nothing: help, plans, refusals.
-ON_TENSORS = {"batching", "masked", "logprobs", "kl", "models", "rollout", "scoring", "statistics", "training"}
+ON_TENSORS = {
+    "answers",
+    "batching",
+    "masked",
+    "logprobs",
+    "kl",
+    "models",
+    "rollout",
+    "scoring",
+    "statistics",
+    "training",
+}
 
 
 def packages() -> list[str]:

@@ -9,22 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from llamachat.answers.responses import Response, open_engine, sample
+from llamachat.answers.scorer import Scored, Scorer
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Rollout, Scoring, Tuning
 from llamachat.dialog import Message
 from llamachat.errors import DeviceMemoryError, DivergedError
 from llamachat.models.role_bank import RoleBank
+from llamachat.questions import Question
 from llamachat.rollout.engine import Sampling
 from llamachat.scoring.combining import combiner
 from llamachat.training.out_of_memory import MicrobatchTooLargeError
 from ppo import update as update_module
-from ppo.batches import TokenSequence, packed_rows, response_mask
+from ppo.batches import TokenSequence, packed_rows, response_mask, sequence_of
 from ppo.config import Config
 from ppo.experience import Experience, Measured, cut, make_experience, measure, minibatch_of
 from ppo.figures import iteration_figures
-from ppo.prompts import Question
-from ppo.rollouts import Response, open_engine, sample
-from ppo.scoring_step import Scored, Scorer
 from ppo.update import Updater, make_optimizers
 from tests.tiny_ppo import config_of
 from tests.tiny_roles import FULL, World
@@ -79,7 +79,7 @@ def answers(bank: RoleBank, count: int) -> list[Response]:
 
 def iteration(bank: RoleBank, *, count: int = 12, row_tokens: int = 64, scoring: Scoring = GATE) -> Iteration:
     responses = answers(bank, count)
-    sequences = [response.sequence for response in responses]
+    sequences = [sequence_of(response) for response in responses]
     minibatches = cut(sequences, responses_per_minibatch=count // 2, row_tokens=row_tokens, device=CPU)
     rows = [row for minibatch in minibatches for row in minibatch.rows]
     measured = measure(bank, sequences, rows, temperature=1.0, with_values=True)
@@ -178,7 +178,7 @@ def test_log_probabilities_are_those_of_each_sequence_by_itself(world: World) ->
     disturb_policy(bank)
     found = iteration(bank)
     for index, response in enumerate(found.responses):
-        ids = torch.tensor([response.sequence.ids])
+        ids = torch.tensor([sequence_of(response).ids])
         with torch.no_grad():
             logits = bank.policy_model()(input_ids=ids).logits[0].float()
         first = len(response.question.ids)

@@ -59,7 +59,7 @@ class Fittings:
     seats: Mapping[Role, Seat]
     policy_model: "LanguageModel"
     lm_heads: Mapping[LanguageRole, nn.Module]
-    value_head: nn.Linear
+    value_head: nn.Linear | None  # None in a bank that trains nothing
     reward_models: Mapping[RewardRole, RewardModel]
     other_vocabulary: frozenset[RewardRole]  # of them, those that do not read the policy's token ids
     chat_format: "ChatFormat"
@@ -69,9 +69,9 @@ class Fittings:
 class RoleBank:
     """All roles, ready to run. Make one with `open_roles`."""
 
-    def __init__(self, fittings: Fittings, *, critic: CriticKind, checkpointing: bool) -> None:
+    def __init__(self, fittings: Fittings, *, critic: CriticKind | None, checkpointing: bool) -> None:
         """With `checkpointing`, blocks keep only their input for a backward pass and are computed again in it."""
-        self.critic: CriticKind = critic
+        self.critic: CriticKind | None = critic
         self.base = fittings.base
         self.chat_format = fittings.chat_format
         self._seats = fittings.seats
@@ -88,8 +88,9 @@ class RoleBank:
         self._active: dict[int, str | None] = {}
         for seat in (*self._seats.values(), self._seats["policy"]):
             self._sit(seat)
-        self._trained: dict[Trained, dict[str, nn.Parameter]] = {"policy": self._policy_weights()}
-        self._trained["critic"] = self._critic_weights()
+        self._trained: dict[Trained, dict[str, nn.Parameter]] = {}
+        if fittings.value_head is not None:
+            self._trained = {"policy": self._policy_weights(), "critic": self._critic_weights(fittings.value_head)}
         if checkpointing:
             for trunk in self._trunks.values():
                 self._checkpoint(trunk)
@@ -130,12 +131,14 @@ class RoleBank:
         of the policy, so that one pass serves both."""
         from llamachat.models.heads import read_out
 
+        assert self._value_head is not None, "the bank has a critic"
         return read_out(self._value_head, hidden)
 
     @torch.no_grad()
     def scale_critic(self, *, mean: float, std: float) -> None:
         """Fold a whitening into the critic: from now on a value is (value - mean) / std of what it was."""
         assert std > 0, "scores that are all the same are not whitened"
+        assert self._value_head is not None, "the bank has a critic"
         self._value_head.weight.div_(std)
         self._value_head.bias.sub_(mean).div_(std)
 
@@ -244,8 +247,8 @@ class RoleBank:
             return dict(self._policy_model.named_parameters())
         return adapter_weights(seat.trunk, seat.adapter)
 
-    def _critic_weights(self) -> dict[str, nn.Parameter]:
-        head = {f"head.{name}": weight for name, weight in self._value_head.named_parameters()}
+    def _critic_weights(self, value_head: nn.Linear) -> dict[str, nn.Parameter]:
+        head = {f"head.{name}": weight for name, weight in value_head.named_parameters()}
         if self.critic == "shared":
             return head
         seat = self._seats["critic"]
@@ -255,7 +258,8 @@ class RoleBank:
     def _modules(self) -> list[nn.Module]:
         """Everything that holds weights; a language-model head may hold the embeddings once more."""
         scores = [cast(Any, model.model).score for model in self._reward_models.values()]
-        modules = [*self._trunks.values(), *self._heads.values(), self._value_head, *scores]
+        value_head = [] if self._value_head is None else [self._value_head]
+        modules = [*self._trunks.values(), *self._heads.values(), *value_head, *scores]
         return list({id(module): module for module in modules}.values())
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -7,7 +7,7 @@ the same other weights with one trunk. With `tuning.method` full the policy is a
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +43,7 @@ from llamachat.models.role_bank import (
     REWARD_ROLES,
     CriticKind,
     Fittings,
+    LanguageRole,
     RewardRole,
     Role,
     RoleBank,
@@ -74,7 +75,7 @@ def open_roles(
     base: "Base",
     tuning: "Tuning",
     reward_models: Mapping[RewardRole, Source],
-    critic: CriticKind,
+    critic: CriticKind | None,
     seed: int,
     device: str = "auto",
     checkpointing: bool = False,
@@ -82,15 +83,16 @@ def open_roles(
     """A bank with a policy, a reference, a critic and these reward models: artifacts, folders or hub names; may be none.
 
     Policy None starts from the base. The critic starts from the helpfulness model, else from the safety model, else from
-    the policy with a head of zeros; the judge has no part in training. `seed` draws what is new. The log says which
-    reward models share the trunk, and the bytes of those that do not.
+    the policy with a head of zeros; the judge has no part in training. With critic None nothing is trained: there are the
+    policy and the reward models alone, without reference. `seed` draws what is new. The log says which reward models
+    share the trunk, and the bytes of those that do not.
     """
     opening = _Opening(base, tuning, seed, device_of(device), *proved_start(base, tuning, policy))
-    opening.seat_policy(policy)
+    opening.seat_policy(policy, with_reference=critic is not None)
     for role in REWARD_ROLES:
         if role in reward_models:
             opening.seat_reward_model(role, reward_models[role])
-    value_head = opening.seat_critic(critic, reward_models)
+    value_head = None if critic is None else opening.seat_critic(critic, reward_models)
     return RoleBank(opening.fittings(critic, value_head), critic=critic, checkpointing=checkpointing)
 
 
@@ -130,14 +132,17 @@ class _Opening:
     policy_model: "LanguageModel | None" = None
     base_name: str = ""
 
-    def seat_policy(self, policy: Artifact | None) -> None:
+    def seat_policy(self, policy: Artifact | None, *, with_reference: bool) -> None:
         """Policy and reference."""
         self.base_name = self.location
         if self.tuning.method == "full":
-            own, self.reference = self._load_base(), self._load_base()
+            own = self._load_base()
             self.policy_model = own
-            self.seats |= {"policy": Seat(own.model, None), "reference": Seat(self.reference.model, None)}
-            self.trunks.append(_Trunk(self.reference, is_nf4=False))
+            self.seats["policy"] = Seat(own.model, None)
+            if with_reference:
+                self.reference = self._load_base()
+                self.seats["reference"] = Seat(self.reference.model, None)
+            self.trunks.append(_Trunk(self.reference or own, is_nf4=False))
             return
         if policy is not None and is_adapter(policy):
             self.base_name = str(policy.manifest.details["base"])
@@ -147,12 +152,14 @@ class _Opening:
             adapted = cast(Any, attach_adapter(self._load_base(), self.tuning, seed=self.seed))
         root: LlamaForCausalLM = adapted.get_base_model()
         trunk = root.model
-        self.policy_model, self.reference = adapted, root
+        self.policy_model = adapted
         self.shapes["policy"] = shape_of(adapted)
         self.trunks.append(_Trunk(root, is_nf4=self.tuning.method == "qlora"))
         self.seats["policy"] = Seat(trunk, ONLY_ADAPTER)
-        is_continued = policy is not None and is_adapter(policy)
-        self.seats["reference"] = self._copy_of("policy", "reference", root) if is_continued else Seat(trunk, None)
+        if with_reference:
+            self.reference = root
+            is_continued = policy is not None and is_adapter(policy)
+            self.seats["reference"] = self._copy_of("policy", "reference", root) if is_continued else Seat(trunk, None)
 
     def seat_reward_model(self, role: RewardRole, source: Source) -> None:
         """A reward model on a trunk that is there already, or beside it."""
@@ -195,17 +202,34 @@ class _Opening:
             log.info("critic: %s, begins as the policy with values of 0", critic)
         return head
 
-    def fittings(self, critic: CriticKind, value_head: nn.Linear) -> Fittings:
+    def fittings(self, critic: CriticKind | None, value_head: nn.Linear | None) -> Fittings:
         """Everything frozen but what is trained, and all of it in evaluation mode."""
-        assert self.policy_model is not None and self.reference is not None, "the policy is seated first"
-        models: list[nn.Module] = [self.policy_model, self.reference, value_head]
+        assert self.policy_model is not None, "the policy is seated first"
+        models: list[nn.Module] = [self.policy_model]
+        models += [part for part in (self.reference, value_head) if part is not None]
         models += [seat.trunk for seat in self.seats.values()]
         models += [model.model for model in self.reward_models.values()]
         for model in models:
             model.requires_grad_(False).eval()
-        value_head.requires_grad_(True)
-        trained: list[Role] = ["policy"] if critic == "shared" else ["policy", "critic"]
-        for role in trained:
+        if value_head is not None:
+            value_head.requires_grad_(True)
+            self._let_train(["policy"] if critic == "shared" else ["policy", "critic"])
+        heads: dict[LanguageRole, nn.Module] = {"policy": cast(Any, self.policy_model).get_output_embeddings()}
+        if self.reference is not None:
+            heads["reference"] = cast(nn.Module, self.reference.get_output_embeddings())
+        return Fittings(
+            seats=self.seats,
+            policy_model=self.policy_model,
+            lm_heads=heads,
+            value_head=value_head,
+            reward_models=self.reward_models,
+            other_vocabulary=frozenset(self.other_vocabulary),
+            chat_format=self.chat_format,
+            base=self.base_name,
+        )
+
+    def _let_train(self, roles: Sequence[Role]) -> None:
+        for role in roles:
             seat = self.seats[role]
             if seat.adapter is None:
                 seat.trunk.requires_grad_(True)
@@ -213,20 +237,7 @@ class _Opening:
                 for weight in adapter_weights(seat.trunk, seat.adapter).values():
                     weight.requires_grad_(True)
         if self.tuning.method == "full":
-            self.policy_model.requires_grad_(True)
-        return Fittings(
-            seats=self.seats,
-            policy_model=self.policy_model,
-            lm_heads={
-                "policy": cast(Any, self.policy_model).get_output_embeddings(),
-                "reference": cast(nn.Module, self.reference.get_output_embeddings()),
-            },
-            value_head=value_head,
-            reward_models=self.reward_models,
-            other_vocabulary=frozenset(self.other_vocabulary),
-            chat_format=self.chat_format,
-            base=self.base_name,
-        )
+            cast(nn.Module, self.policy_model).requires_grad_(True)
 
     def _load_base(self) -> "LlamaForCausalLM":
         is_nf4 = self.tuning.method == "qlora"

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llamachat.chat_format import ChatFormat
+from llamachat.questions import Question
 from llamachat.rollout.engine import RolloutEngine, Sampling
-from ppo.batches import TokenSequence
-from ppo.prompts import Question
 
 if TYPE_CHECKING:
     from llamachat.config.sections import Rollout
@@ -25,10 +24,6 @@ class Response:
     is_finished: bool
     text: str
 
-    @property
-    def sequence(self) -> TokenSequence:
-        return TokenSequence(self.question.ids, self.ids)
-
 
 def open_engine(bank: "RoleBank", rollout: "Rollout") -> "LocalEngine":
     """What samples from the bank's policy: the recipe's engine."""
@@ -38,10 +33,16 @@ def open_engine(bank: "RoleBank", rollout: "Rollout") -> "LocalEngine":
 
 
 def sample(
-    engine: RolloutEngine, chat_format: ChatFormat, questions: Sequence[Question], sampling: Sampling
+    engine: RolloutEngine,
+    chat_format: ChatFormat,
+    questions: Sequence[Question],
+    sampling: Sampling,
+    *,
+    samples_per_prompt: int = 1,
 ) -> list[Response]:
-    """One answer to each prompt, in the order of the prompts."""
-    found = engine.generate([question.ids for question in questions], samples_per_prompt=1, sampling=sampling)
+    """The answers to each prompt side by side, in the order of the prompts."""
+    prompts = [question.ids for question in questions]
+    found = engine.generate(prompts, samples_per_prompt=samples_per_prompt, sampling=sampling)
     return [
         Response(
             question=question,
@@ -50,7 +51,8 @@ def sample(
             is_finished=completion.is_finished,
             text=chat_format.decode_answer(completion.token_ids),
         )
-        for question, (completion,) in zip(questions, found, strict=True)
+        for question, group in zip(questions, found, strict=True)
+        for completion in group
     ]
 
 

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llamachat.answers.responses import Response
 from llamachat.dialog import DialogError, Message
+from llamachat.errors import ConfigError
+from llamachat.models.role_bank import REWARD_ROLES
 from llamachat.scoring.combining import Combine
 from llamachat.scoring.scores import Answers, Combined, Scores
-from ppo.rollouts import Response
 
 if TYPE_CHECKING:
+    from llamachat.config.sections import Base, Rollout
     from llamachat.models.role_bank import RewardRole, RoleBank
 
 
@@ -80,3 +83,15 @@ class Scorer:
             scores_B[:] = found_N.min()
             scores_B[torch.tensor(readable)] = found_N
         return scores_B
+
+
+def longest_prompt(base: "Base", rollout: "Rollout", bank: "RoleBank") -> int:
+    """Tokens of a prompt that leave room for an answer, for the policy and for each reward model, its EOS included."""
+    readable = [bank.reward_model(role).max_tokens for role in REWARD_ROLES if role in bank.roles]
+    longest = min([base.max_tokens, *readable]) - rollout.max_new_tokens - 1
+    if longest < 1:
+        raise ConfigError(
+            f"rollout.max_new_tokens: {rollout.max_new_tokens}, but a reward model reads at most {min(readable)} "
+            "tokens of prompt and answer together, so no prompt fits. Lower it, or train the reward models longer."
+        )
+    return longest

@@ -1,6 +1,7 @@
 """What is asked: the prompts of the training side in a seeded order, and held-out ones that are always the same.
 
-Reads `data.prompts` and `data.adversarial` (marked is_safety), or without both the questions of the tuning data.
+Reads `data.prompts` and `data.adversarial` (marked is_safety), or without both the questions of the tuning data. All
+stages of a recipe choose the same held-out prompts, so that their figures stand side by side.
 """
 
 import logging
@@ -11,13 +12,15 @@ from functools import cache
 
 from llamachat.batching import epoch_order
 from llamachat.chat_format import ChatFormat
-from llamachat.config.sections import Data, DataSource
+from llamachat.config.sections import Base, Data, DataSource, Rollout
 from llamachat.dialog import Message
-from llamachat.errors import DataError
+from llamachat.errors import ConfigError, DataError
 from llamachat.records import Prompt, load_mixture
 from llamachat.splits import fraction
 
 log = logging.getLogger(__name__)
+
+_SALT = "ppo"  # of the first stage that asked: another one would choose other prompts for all
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,11 @@ class Questions:
     test: list[Question]
     dropped: dict[str, int]
 
+    def drawn(self, count: int | None, *, seed: int) -> list[Question]:
+        """So many different prompts of the training side (None: all of them), in a seeded order."""
+        different = list({question.ids: question for question in self.train}.values())
+        return [different[place] for place in _order(len(different), seed, 0)][:count]
+
     def batch(self, iteration: int, *, count: int, seed: int) -> list[Question]:
         """The prompts of one iteration, counted from 0: the next ones in an order that is new with each pass.
 
@@ -53,7 +61,16 @@ class Questions:
 
 @cache
 def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
-    return tuple(epoch_order(count, 1, f"ppo {seed} {epoch}"))
+    return tuple(epoch_order(count, 1, f"{_SALT} {seed} {epoch}"))
+
+
+def check_room(base: Base, rollout: Rollout) -> None:
+    """ConfigError where the longest answer leaves no room for a prompt."""
+    if rollout.max_new_tokens >= base.max_tokens:
+        raise ConfigError(
+            f"rollout.max_new_tokens: {rollout.max_new_tokens}, but base.max_tokens is {base.max_tokens}, and prompt and "
+            "answer must fit into it together. Lower rollout.max_new_tokens, or raise base.max_tokens."
+        )
 
 
 def load_questions(
@@ -75,7 +92,7 @@ def load_questions(
         if not sides[side]:
             raise DataError(
                 f"data.prompts: after splitting by first user turn, no prompt of at most {max_tokens} tokens is left on "
-                f"the {side} side. PPO learns on one side, stops by the second and is judged on the third. Add prompts, "
+                f"the {side} side. A policy learns on one side, is watched on the second and judged on the third. Add prompts, "
                 f"or change {share}."
             )
     validation, test = (_chosen(sides[side], size) for side, size in zip(("validation", "test"), held_out, strict=True))
@@ -120,5 +137,5 @@ def _encoded(
 def _chosen(questions: Sequence[Question], size: int) -> list[Question]:
     """So many different prompts, drawn by a hash of the text: the same whatever else is in the files."""
     different = {question.ids: question for question in questions}.values()
-    ranked = sorted(different, key=lambda question: (fraction(question.messages[-1].content, salt="ppo"), question.ids))
+    ranked = sorted(different, key=lambda question: (fraction(question.messages[-1].content, salt=_SALT), question.ids))
     return ranked[:size]

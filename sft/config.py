@@ -144,3 +144,5 @@ class Inputs:
     rollout: Rollout
     tracking: Tracking
     policy: "Artifact | None" = None  # an earlier step's policy to continue from; the base itself without one
+    dialogs: "Artifact | None" = None  # what rejection sampling and its like have made: learnt in place of data.sft
+    mixes_sft: bool = False  # whether data.sft is learnt beside `dialogs`

@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
-from llamachat.config.sections import Data
+from llamachat.config.sections import Data, DataSource
 from llamachat.dialog import Dialog, Message
-from llamachat.records import load_mixture
+from llamachat.records import load_mixture, read_records
+from llamachat.runs.artifacts import DIALOGS, HELD_OUT_DIALOGS
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +35,40 @@ def load_examples(
     max_tokens: int,
     num_prompts: int,
     seed: int,
+    made: Path | None = None,
+    mixes_sft: bool = False,
 ) -> Examples:
-    """Token ids of the training and validation dialogs of `data.sft`; the test and judge parts are not touched."""
-    mixture = load_mixture(data.sft, data.split, kind="dialog", check=chat_format.check_text, seed=seed)
-    dropped: Counter[str] = Counter(mixture.dropped)
-    dialogs, held_out = _with_system(mixture.train, system), _with_system(mixture.validation, system)
+    """Token ids of the training and validation dialogs of `data.sft`; the test and judge parts are not touched.
+
+    With `made`, the folder of a step's dialogs, those are learnt, whole, and with `mixes_sft` beside `data.sft`; held-out
+    ones come from the folder too where it has some.
+    """
+    own, own_held_out = made_dialogs(made, chat_format) if made else ([], [])
+    dropped: Counter[str] = Counter()
+    train_side, held_out_side = own, own_held_out
+    if made is None or mixes_sft or not own_held_out:
+        mixture = load_mixture(data.sft, data.split, kind="dialog", check=chat_format.check_text, seed=seed)
+        dropped.update(mixture.dropped)
+        train_side = [*own, *(mixture.train if made is None or mixes_sft else [])]
+        held_out_side = [*own_held_out, *mixture.validation]
+    dialogs, held_out = _with_system(train_side, system), _with_system(held_out_side, system)
     train = _encode(dialogs, chat_format, train_on=train_on, max_tokens=max_tokens, dropped=dropped)
     validation = _encode(held_out, chat_format, train_on=train_on, max_tokens=max_tokens, dropped=dropped)
     for reason, count in sorted(dropped.items()):
         log.warning("%d dialogs: %s", count, reason)
     prompts = held_out_prompts(held_out, chat_format, count=num_prompts, max_tokens=max_tokens)
     return Examples(train, validation, prompts, dict(dropped))
+
+
+def made_dialogs(folder: Path, chat_format: ChatFormat) -> tuple[list[Dialog], list[Dialog]]:
+    """The dialogs that a step has made: to be learnt, and held out. They are not split again: a shortened prompt begins
+    with another turn than its record, and would land elsewhere."""
+    found = []
+    for path in (folder / DIALOGS, folder / HELD_OUT_DIALOGS):
+        is_there = path.is_file() and path.stat().st_size > 0
+        source = DataSource(path=str(path), format="native")
+        found.append(read_records(source, "dialog", chat_format.check_text).records if is_there else [])
+    return found[0], found[1]
 
 
 def _with_system(dialogs: Sequence[Dialog], system: str | None) -> list[Dialog]:

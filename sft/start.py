@@ -97,14 +97,15 @@ def publish_policy(start: Start, inputs: Inputs, *, dropped: Mapping[str, int]) 
     )
     if inputs.tuning.method != "full":
         details["rank"] = inputs.tuning.rank
+    taken = {"policy": str(inputs.policy.path)} if inputs.policy else {"base": inputs.base.model}
     manifest = Manifest(
         kind="policy",
         step=inputs.step,
         fingerprint=inputs.fingerprint,
         identity=inputs.identity,
-        inputs={"policy": str(inputs.policy.path)} if inputs.policy else {"base": inputs.base.model},
+        inputs=taken | ({"dialogs": str(inputs.dialogs.path)} if inputs.dialogs else {}),
         seed=inputs.run.seed,
         dropped_records=dict(dropped),
         details=details,
     )
-    return publish(StepFolder(inputs.folder), manifest, write)
+    return publish(StepFolder(inputs.folder), manifest, write, ends_step=inputs.dialogs is None)

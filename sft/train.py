@@ -71,6 +71,8 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     examples = load_examples(
         inputs.data,
         start.chat_format,
+        made=inputs.dialogs.path if inputs.dialogs else None,
+        mixes_sft=inputs.mixes_sft,
         system=inputs.base.system,
         train_on=TrainOn(config.train_on),
         max_tokens=inputs.base.max_tokens,
@@ -99,8 +101,9 @@ def plan_training(config: Config, inputs: Inputs, examples: Examples, *, device:
     """Which dialogs make which optimizer step."""
     if not examples.train or not examples.validation:
         raise DataError(
-            f"data.sft: {len(examples.train)} dialogs to train on and {len(examples.validation)} to validate with are left "
-            "after splitting by first user turn. Both are needed. Add dialogs, or change data.split."
+            f"{inputs.dialogs.path if inputs.dialogs else 'data.sft'}: {len(examples.train)} dialogs to train on and "
+            f"{len(examples.validation)} to validate with are left after splitting by first user turn. Both are needed. Add "
+            "dialogs, or change data.split."
         )
     row_tokens = (
         (CPU_ROW_TOKENS if device.type == "cpu" else inputs.base.max_tokens)

@@ -73,18 +73,7 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base
 HEAVY = ("torch", "trl", "transformers", "datasets", "wandb", "peft", "accelerate", "bitsandbytes")
 # What works on tensors or arrays (numpy sets an environment variable when it loads); all else is loaded by commands that
 # train nothing: help, plans, refusals.
-ON_TENSORS = {
-    "answers",
-    "batching",
-    "masked",
-    "logprobs",
-    "kl",
-    "models",
-    "rollout",
-    "scoring",
-    "statistics",
-    "training",
-}
+ON_TENSORS = set("answers batching kl logprobs masked models questions rollout scoring statistics training".split())
 
 
 def packages() -> list[str]:

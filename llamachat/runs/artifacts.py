@@ -18,12 +18,15 @@ from pydantic import Field, ValidationError
 
 from llamachat.config.section import Section
 from llamachat.errors import ArtifactError
-from llamachat.runs.atomic import incoming_folder, storage_errors, write_json
+from llamachat.runs.atomic import flush, incoming_folder, storage_errors, write_json
 from llamachat.runs.fingerprints import digest_of_file, fingerprint
 from llamachat.runs.folder import StepFolder
 
 Kind = Literal["policy", "reward_model", "dialogs"]
 MANIFEST = "manifest.json"
+# What an artifact of dialogs holds: those to be learnt, and, where there are such, some of the validation side.
+DIALOGS = "dialogs.jsonl"
+HELD_OUT_DIALOGS = "held_out.jsonl"
 
 _PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
 _LIBRARIES = (
@@ -37,7 +40,7 @@ _LIBRARIES = (
     "bitsandbytes",
     "tokenizers",
 )
-_NOT_STEPS = {"checkpoints", "artifact", "dialogs", "tensorboard"}
+_NOT_STEPS = {"checkpoints", "artifact", "dialogs", "tensorboard", "sampling", "tuned"}
 
 
 class Manifest(Section):
@@ -75,12 +78,15 @@ class Artifact:
         return fingerprint({"kind": self.manifest.kind, "files": files, "details": self.manifest.details})
 
 
-def publish(folder: StepFolder, manifest: Manifest, write: Callable[[Path], object]) -> Artifact:
+def publish(
+    folder: StepFolder, manifest: Manifest, write: Callable[[Path], object], *, ends_step: bool = True
+) -> Artifact:
     """Let `write` fill a side folder, add the completed manifest, and rename it into place.
 
-    `manifest` comes without versions, commit, time and files. Kind 'dialogs' goes to `dialogs/`, others to `artifact/`.
+    `manifest` comes without versions, commit, time and files. Kind 'dialogs' goes to `dialogs/`, others to `artifact/`,
+    or where they do not end the step to `tuned/`, until `end_step`.
     """
-    final = _place(folder, manifest.kind)
+    final = _place(folder, manifest.kind) if ends_step else folder.tuned
     with incoming_folder(final) as side:
         write(side)
         names = sorted(path.relative_to(side).as_posix() for path in side.rglob("*") if path.is_file())
@@ -98,6 +104,14 @@ def publish(folder: StepFolder, manifest: Manifest, write: Callable[[Path], obje
         )
         write_json(side / MANIFEST, completed.model_dump(mode="json"))
     return Artifact(final, completed)
+
+
+def end_step(folder: StepFolder) -> Artifact:
+    """Make the policy in `tuned/` the step's artifact."""
+    with storage_errors(folder.artifact):
+        folder.tuned.rename(folder.artifact)
+        flush(folder.path)
+    return Artifact(folder.artifact, _read_manifest(folder.artifact))
 
 
 def read_artifact(path: Path, kind: Kind | None = None, *, reader: str = "this command") -> Artifact:

@@ -60,6 +60,16 @@ class StepFolder:
         return self.path / "dialogs"
 
     @property
+    def sampling(self) -> Path:
+        """What rs, gatt and distill have sampled so far, so that nothing is sampled twice."""
+        return self.path / "sampling"
+
+    @property
+    def tuned(self) -> Path:
+        """A policy tuned on the step's dialogs, until it has been compared with the one before and becomes `artifact`."""
+        return self.path / "tuned"
+
+    @property
     def lock(self) -> Path:
         """Held by the living command that works on the step; the file itself stays for good."""
         return self.path / "lock"
@@ -76,5 +86,14 @@ class StepFolder:
     def names(self) -> set[str]:
         """The file and folder names above: what a step may leave here before it is bound to its work."""
         places = (self.config, self.identity, self.metrics, self.samples, self.summary, self.curves, self.checkpoints)
-        more = (self.figures, self.artifact, self.dialogs, self.lock, self.tensorboard, self.wandb)
+        more = (
+            self.figures,
+            self.artifact,
+            self.dialogs,
+            self.lock,
+            self.tensorboard,
+            self.wandb,
+            self.sampling,
+            self.tuned,
+        )
         return {place.name for place in (*places, *more)}

@@ -183,7 +183,7 @@ def _run_dir(folder: StepFolder, name: str) -> Path:
 def _clear(folder: StepFolder) -> None:
     """Remove everything but the lock. Identity goes last: while anything old is left the folder stays bound to it."""
     with storage_errors(folder.path):
-        first = [folder.checkpoints, folder.artifact, folder.dialogs]
+        first = [folder.checkpoints, folder.artifact, folder.tuned, folder.dialogs]
         rest = [path for path in folder.path.iterdir() if path not in {*first, folder.lock, folder.identity}]
         for path in [*first, *rest, folder.identity]:
             remove_tree(path)

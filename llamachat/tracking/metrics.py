@@ -2,7 +2,8 @@
 
 `<which>` is a reward model, `<domain>` what test pairs are about, `<source>` a file of them, `<kind>` which of a pair's
 answers are safe, `<rating>` a strength of preference, `<bound>` an end of a 95% interval, `<moment>` the first or the
-final policy, `<score>` one of its scores, `<policy>` a step that published one, `<turn>` a number. `docs/metrics.md` is this table: `python -m llamachat.tracking.metrics > docs/metrics.md`.
+final policy, `<score>` one of its scores, `<tuned>` a stage that compares both, `<policy>` a step that published one,
+`<turn>` a number. `docs/metrics.md` is this table: `python -m llamachat.tracking.metrics > docs/metrics.md`.
 """
 
 import re
@@ -20,6 +21,7 @@ _VARIABLES = {
     "bound": "low|high",
     "prefix": "sft|rm/(?:helpfulness|safety|judge)|rs|gatt|distill|ppo|eval",
     "moment": "start|final",
+    "tuned": "ppo|rs|gatt|distill",
     "score": "score|judge|judge_like_length|reward_(?:helpfulness|safety|combined)",
     "policy": "[a-z0-9][a-z0-9._-]*",
     "turn": "[0-9]+",
@@ -168,21 +170,21 @@ _ROWS = [
     ("ppo/heldout/finished_fraction", "Of those, the ones that end with EOS", "fraction", _RESPONSES, "fractions"),
     ("ppo/heldout/distinct_2", "Distinct pairs of neighbouring words among all of them",
      "fraction", "over all answers", "fractions"),
-    ("ppo/test/prompts", "Test prompts", "prompts", "sum", "test size"),
-    ("ppo/test/like_length_pairs", "Of those, the ones whose two answers differ in length by a fifth at most",
+    ("<tuned>/test/prompts", "Test prompts", "prompts", "sum", "test size"),
+    ("<tuned>/test/like_length_pairs", "Of those, the ones whose two answers differ in length by a fifth at most",
      "prompts", "sum", "test size"),
-    ("ppo/test/<moment>/<score>", "Score of the first policy or the final one on test prompts",
+    ("<tuned>/test/<moment>/<score>", "Score of the first policy or the final one on test prompts",
      "score", _RESPONSES, "test score"),
-    ("ppo/test/<moment>/kl_to_reference", "KL estimate to the reference", "nats/response", _RESPONSES, "test KL"),
-    ("ppo/test/<moment>/response_tokens", "Length of answers", "tokens", _RESPONSES, "test length"),
-    ("ppo/test/<moment>/finished_fraction", "Answers that end with EOS", "fraction", _RESPONSES, "test fractions"),
-    ("ppo/test/<moment>/distinct_2", "Distinct pairs of neighbouring words among all",
+    ("<tuned>/test/<moment>/kl_to_reference", "KL estimate to the reference", "nats/response", _RESPONSES, "test KL"),
+    ("<tuned>/test/<moment>/response_tokens", "Length of answers", "tokens", _RESPONSES, "test length"),
+    ("<tuned>/test/<moment>/finished_fraction", "Answers that end with EOS", "fraction", _RESPONSES, "test fractions"),
+    ("<tuned>/test/<moment>/distinct_2", "Distinct pairs of neighbouring words among all",
      "fraction", "over all answers", "test fractions"),
-    ("ppo/test/distinct_2_ratio", "That of the final policy over that of the first",
+    ("<tuned>/test/distinct_2_ratio", "That of the final policy over that of the first",
      "fraction", "over all answers", "test fractions"),
-    ("ppo/test/difference/<score>", "Final policy less the first, prompt by prompt",
+    ("<tuned>/test/difference/<score>", "Final policy less the first, prompt by prompt",
      "score", "mean over prompts", "test difference"),
-    ("ppo/test/difference/<score>_<bound>", _BOUND, "score", "paired bootstrap over prompts", "test difference"),
+    ("<tuned>/test/difference/<score>_<bound>", _BOUND, "score", "paired bootstrap over prompts", "test difference"),
     ("optim/critic_grad_norm", "Norm of the critic's gradient before clipping", "1", "mean over steps",
      "critic gradient norm"),
     ("optim/grad_norm", "Norm of the gradient before clipping", "1", "last", "gradient norm"),

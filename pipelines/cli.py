@@ -159,6 +159,18 @@ def rm(
 
 @app.command()
 @reported
+def rs(
+    overrides: Overrides = None,
+    config: ConfigOption = TINY,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Rejection sampling: the best of K answers to each prompt are learnt, with earlier rounds' (3.2.3)."""
+    _run("rs", config, overrides, overwrite=overwrite, dry_run=dry_run)
+
+
+@app.command()
+@reported
 def ppo(
     overrides: Overrides = None,
     config: ConfigOption = TINY,
@@ -196,7 +208,6 @@ def _add_later(command: str, meaning: str) -> None:
         raise UsageError(not_yet(f"'{command}'"))
 
 
-_add_later("rs", "Rejection sampling (3.2.3).")
 _add_later("gatt", "Ghost Attention (3.3).")
 _add_later("distill", "Safety context distillation (4.2.4).")
 _add_later("eval", "Evaluation of every policy on held-out prompts.")

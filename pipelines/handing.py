@@ -3,18 +3,28 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import sft
 from llamachat.config.gpus import Gpu
+from llamachat.config.layers import merged
+from llamachat.config.loading import from_plain
 from llamachat.config.sections import DataSource, Split
 from llamachat.models.estimates import Estimate, Shape
+from llamachat.runs.artifacts import MANIFEST, Artifact, read_artifact
+from llamachat.runs.folder import StepFolder
 from pipelines.data_size import HUB_TOKENS, DataSize, measure_data
 from pipelines.placing import place_roles
 from pipelines.recipe import Recipe, Step
 from pipelines.resolve import Taken
 from ppo.config import Inputs as PpoInputs
 from ppo.estimate import Workload as PpoWorkload
+from rejection_sampling.config import Config as RejectionSamplingConfig
+from rejection_sampling.config import Inputs as RejectionSamplingInputs
+from rejection_sampling.estimate import Workload as RejectionSamplingWorkload
+from rejection_sampling.estimate import num_winners
 from reward.config import Config as RewardConfig
 from reward.config import Inputs as RewardInputs
 from reward.estimate import Workload as RewardWorkload
+from sft.config import Config as SftConfig
 from sft.config import Inputs as SftInputs
 from sft.estimate import Workload as SftWorkload
 
@@ -22,6 +32,7 @@ from sft.estimate import Workload as SftWorkload
 # pairs (measured). Of a set that is not here both are assumed: the paper's Table 6 has 150 to 800 tokens an answer.
 TOKENS_OF_A_PAIR = 1.4
 TOKENS_OF_A_HUB_PAIR = 500.0
+TOKENS_OF_A_WINNER = 300.0  # a prompt with its best answer; ours, assumed
 
 
 def stage_inputs(recipe: Recipe, step: Step, taken: Taken, **of_the_work: Any) -> Any:
@@ -47,6 +58,42 @@ def _reward_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str
     return RewardInputs(**shared, which=which, policy=taken.policy)
 
 
+def _rs_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> RejectionSamplingInputs:
+    assert isinstance(step.config, RejectionSamplingConfig)
+    from_base = step.config.start == "base"
+    return RejectionSamplingInputs(
+        **shared,
+        rollout=recipe.rollout,
+        scoring=recipe.scoring,
+        tune=tuner(recipe, step, shared, policy=None if from_base else taken.policy, mixes_sft=from_base),
+        policy=taken.policy,
+        reward_models=taken.reward_models,
+        sft_policy=taken.sft_policy,
+        pooled=taken.pooled,
+    )
+
+
+def tuner(
+    recipe: Recipe, step: Step, shared: Mapping[str, Any], *, policy: Artifact | None, mixes_sft: bool
+) -> Callable[[Artifact], Artifact]:
+    """Supervised tuning on a step's dialogs, in the step's folder; what it made before a kill is taken as it is."""
+
+    def tune(dialogs: Artifact) -> Artifact:
+        folder = StepFolder(shared["folder"])
+        if (folder.tuned / MANIFEST).is_file():
+            return read_artifact(folder.tuned, "policy", reader=step.name)
+        inputs = SftInputs(**shared, rollout=recipe.rollout, policy=policy, dialogs=dialogs, mixes_sft=mixes_sft)
+        return sft.run(tuning_section(recipe, step), inputs)
+
+    return tune
+
+
+def tuning_section(recipe: Recipe, step: Step) -> SftConfig:
+    """The section sft with the values that the step's own section puts over it."""
+    over = step.config.model_dump(mode="json")["sft"]
+    return from_plain(SftConfig, merged(recipe.sft.model_dump(mode="json"), over))
+
+
 def _ppo_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> PpoInputs:
     return PpoInputs(
         **shared,
@@ -60,6 +107,7 @@ def _ppo_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, A
 _INPUTS: Mapping[str, Callable[[Recipe, Step, Taken, Mapping[str, Any]], Any]] = {
     "sft": _sft_inputs,
     "rm": _reward_inputs,
+    "rs": _rs_inputs,
     "ppo": _ppo_inputs,
 }
 
@@ -90,6 +138,34 @@ def _reward_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) 
         tuning=step.tuning,
         pairs=None if pairs is None else round(pairs),
         tokens_per_pair=tokens / pairs if pairs else 0.0,
+        gpu=gpu,
+    )
+
+
+def _rs_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> RejectionSamplingWorkload:
+    placing = place_roles(recipe, step, shape)
+    prompts = _measured((recipe.data.prompts, recipe.data.adversarial), hub_tokens=HUB_TOKENS)
+    if prompts is not None and not prompts.records:
+        prompts = _measured((recipe.data.sft, recipe.data.helpfulness, recipe.data.safety), hub_tokens=HUB_TOKENS)
+    assert isinstance(step.config, RejectionSamplingConfig)
+    num_prompts = None if prompts is None else round(prompts.records * train_share(recipe.data.split))
+    winners = SftWorkload(
+        shape=shape,
+        base=recipe.base,
+        tuning=step.tuning,
+        dialogs=num_winners(step.config, num_prompts),
+        tokens_per_dialog=min(TOKENS_OF_A_WINNER, recipe.base.max_tokens),
+        gpu=gpu,
+    )
+    return RejectionSamplingWorkload(
+        shape=shape,
+        base=recipe.base,
+        tuning=step.tuning,
+        rollout=recipe.rollout,
+        prompts=num_prompts,
+        tuned=sft.estimate(tuning_section(recipe, step), winners),
+        sharing=placing.sharing,
+        beside=placing.beside,
         gpu=gpu,
     )
 
@@ -144,5 +220,6 @@ def train_share(split: Split) -> float:
 _WORKLOADS: Mapping[str, Callable[[Recipe, Step, Shape, Gpu | None], Any]] = {
     "sft": _sft_workload,
     "rm": _reward_workload,
+    "rs": _rs_workload,
     "ppo": _ppo_workload,
 }

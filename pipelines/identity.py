@@ -11,18 +11,22 @@ from typing import Any
 from llamachat.config.combiners import function_name
 from llamachat.config.section import Section, identity
 from llamachat.config.sections import Base, DataSource, Scoring, Tuning
-from llamachat.runs.artifacts import Artifact
+from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.fingerprints import digest_of_file, digest_of_folder, digest_of_weights
 from pipelines.recipe import Recipe, Step
+from sft.config import VERSION as SFT_VERSION
 
 
 def step_identity(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     """Everything that decides what the step makes, as plain JSON values; `inputs` are the artifacts that it reads."""
     section = {key: value for key, value in identity(step.config).items() if key not in step.product.unread}
+    if section.get("sampler") and Path(section["sampler"]).is_dir():
+        section["sampler"] = read_artifact(Path(section["sampler"]), "policy", reader=step.name).digest
     return {
         "step": step.name,
         "command": step.stage.command,
         "stage_version": step.stage.version,
+        **({"sft_version": SFT_VERSION} if step.stage.tunes else {}),
         "run": identity(recipe.run),
         "base": _base_identity(recipe.base),
         "tuning": _tuning_identity(step.tuning),

@@ -16,6 +16,7 @@ from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Trackin
 from pipelines.stages import LATER_SECTIONS, Product, Stage, not_yet
 from pipelines.step_entries import command_line_first, read_entry, step_problems
 from ppo import Config as PpoConfig
+from rejection_sampling import Config as RejectionSamplingConfig
 from reward import Config as RewardConfig
 from sft import Config as SftConfig
 
@@ -38,11 +39,14 @@ class Recipe(Section):
     # A YAML edge: names, or {command: {name: ..., key: value}}; looked through by `step_problems`.
     steps: tuple[Any, ...] = Field(
         default=("sft",),
-        description="What is run, in order: sft, rm, rm/safety, or {sft: {name: sft-2, epochs: 1, tuning: {...}}}.",
+        description="What is run, in order: sft, rm, rm/safety, rs, or {sft: {name: sft-2, epochs: 1, tuning: {...}}}.",
     )
     sft: SftConfig = Field(default=SftConfig.model_validate({}), description="Supervised fine-tuning.")
     reward: RewardConfig = Field(default=RewardConfig.model_validate({}), description="Reward models.")
     scoring: Scoring = Field(default=Scoring(), description="How reward models' scores become one.")
+    rejection_sampling: RejectionSamplingConfig = Field(
+        default=RejectionSamplingConfig.model_validate({}), description="Rejection sampling: the best of K answers."
+    )
     ppo: PpoConfig = Field(default=PpoConfig.model_validate({}), description="Proximal policy optimisation.")
     rollout: Rollout = Field(default=Rollout(), description="How answers are sampled.")
     tracking: Tracking = Field(default=Tracking(), description="What is written down as a step runs.")

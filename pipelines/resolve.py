@@ -20,6 +20,8 @@ class Taken:
 
     artifacts: Mapping[Role, Artifact] = field(default_factory=dict)
     words: str = ""
+    pooled: Mapping[str, Artifact] = field(default_factory=dict)  # dialogs of earlier steps of the command, by step
+    sft_policy: Artifact | None = None  # of the nearest earlier sft step: what others are compared with
 
     @property
     def policy(self) -> Artifact | None:
@@ -34,7 +36,8 @@ class Taken:
     @property
     def by_key(self) -> dict[str, Artifact]:
         """The same under the names that an identity gives them."""
-        return {role.key: artifact for role, artifact in self.artifacts.items()}
+        dialogs = {f"dialogs/{step}": artifact for step, artifact in self.pooled.items()}
+        return {role.key: artifact for role, artifact in self.artifacts.items()} | dialogs
 
 
 def step_folder(recipe: Recipe, step: Step) -> StepFolder:
@@ -68,7 +71,29 @@ def take_inputs(
             words.append(f"policy {artifacts[role].path}")
         elif role == POLICY:
             words.append(f"base {recipe.base.model}")
-    return Taken(artifacts, ", ".join(words))
+    pooled = {
+        earlier.name: read_artifact(folder.dialogs, "dialogs", reader=step.name)
+        for earlier, folder in _finished_before(recipe, steps, step, elsewhere or {})
+        if step.stage.pools and earlier.stage is step.stage
+    }
+    if pooled:
+        words.append(f"dialogs of {', '.join(repr(name) for name in pooled)}")
+    tuned = [
+        folder
+        for earlier, folder in _finished_before(recipe, steps, step, elsewhere or {})
+        if earlier.stage.command == "sft"
+    ]
+    sft_policy = read_artifact(tuned[-1].artifact, "policy", reader=step.name) if tuned else None
+    return Taken(artifacts, ", ".join(words), pooled, sft_policy)
+
+
+def _finished_before(
+    recipe: Recipe, steps: Sequence[Step], step: Step, elsewhere: Mapping[str, StepFolder]
+) -> list[tuple[Step, StepFolder]]:
+    """The finished steps before this one, in order, and where they lie."""
+    before = list(steps[: list(steps).index(step)])
+    places = [(earlier, elsewhere.get(earlier.name) or step_folder(recipe, earlier)) for earlier in before]
+    return [(earlier, folder) for earlier, folder in places if is_published(folder)]
 
 
 def _take(

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import ppo
+import rejection_sampling
 import reward
 import sft
 from llamachat.config.section import Section
 from llamachat.runs.artifacts import Kind
 from ppo.config import VERSION as PPO_VERSION
+from rejection_sampling.config import VERSION as REJECTION_SAMPLING_VERSION
 from reward.config import VERSION as REWARD_VERSION
 from sft.config import VERSION as SFT_VERSION
 
@@ -33,6 +35,7 @@ class Role:
 
 
 POLICY = Role("policy")
+PROMPT_DATA = ("prompts", "adversarial", "sft", "helpfulness", "safety")  # where prompts come from
 REWARD_MODELS = tuple(Role("reward_model", which) for which in ("helpfulness", "safety", "judge"))
 
 
@@ -59,6 +62,8 @@ class Stage:
     reads: tuple[Role, ...] = (POLICY,)  # taken from the nearest earlier steps that make them
     shared: tuple[str, ...] = ()  # further sections of the recipe that decide what it makes
     starts_from_base: bool = False  # whether a pretrained base does as well as a policy
+    tunes: bool = False  # whether it makes dialogs, on which supervised tuning makes its policy
+    pools: bool = False  # whether it reads the dialogs of all earlier steps of its command
 
     @property
     def config(self) -> type[Section]:
@@ -110,17 +115,22 @@ STAGES = {
             ),
         ),
         Stage(
+            command="rs",
+            section="rejection_sampling",
+            package=rejection_sampling,
+            version=REJECTION_SAMPLING_VERSION,
+            products=(Product(makes=POLICY, data=PROMPT_DATA, needs=PROMPT_DATA),),
+            reads=(POLICY, *REWARD_MODELS),
+            shared=("rollout", "scoring", "sft"),
+            tunes=True,
+            pools=True,
+        ),
+        Stage(
             command="ppo",
             section="ppo",
             package=ppo,
             version=PPO_VERSION,
-            products=(
-                Product(
-                    makes=POLICY,
-                    data=("prompts", "adversarial", "sft", "helpfulness", "safety"),
-                    needs=("prompts", "adversarial", "sft", "helpfulness", "safety"),
-                ),
-            ),
+            products=(Product(makes=POLICY, data=PROMPT_DATA, needs=PROMPT_DATA),),
             reads=(POLICY, *REWARD_MODELS),
             shared=("rollout", "scoring"),
         ),
@@ -129,7 +139,6 @@ STAGES = {
 
 # Commands of the whole recipe that have no stage here: command -> its section.
 LATER = {
-    "rs": "rejection_sampling",
     "gatt": "gatt",
     "distill": "context_distillation",
     "eval": "evaluation",

@@ -10,16 +10,17 @@ from dataclasses import dataclass, field, replace
 from llamachat.config.gpus import Gpu
 from llamachat.config.sections import Base, Rollout, Tuning
 from llamachat.models.estimates import BYTES, Estimate, Shape, training_memory, training_time
-from llamachat.models.role_bytes import Beside, role_bank_bytes
+from llamachat.models.role_bytes import (
+    DECODING_SLOWDOWN,
+    PROMPT_TOKENS,
+    Beside,
+    cache_bytes,
+    decoder_bytes,
+    role_bank_bytes,
+)
 from ppo.config import Config
 
 LOGITS_PER_CHUNK = 2048  # tokens whose logits exist at once (llamachat.logprobs)
-PROMPT_TOKENS = 200.0  # ours, assumed where nothing is known of the prompts
-CACHED_ROWS = 64  # responses that are sampled at once at most
-# The decoder makes a merged copy of the projections where it takes at most this share of what is free.
-SHARE_FOR_DECODER = 0.6
-# Decoding reads all weights for each token of a batch: far from the arithmetic that training reaches. Ours, rough.
-DECODING_SLOWDOWN = 4.0
 IN_BANK = ("base weights", "gathered blocks", "trained weights")  # parts of a training that the bank's count has
 
 
@@ -84,8 +85,10 @@ def memory_by_part(config: Config, work: Workload) -> dict[str, int]:
     )
     held |= {name: size for name, size in training.items() if name not in IN_BANK}
     held["critic's gradients and optimizer"] = critic_state_bytes(config, shape, tuning, width)
-    held["keys and values of the rollout"] = cache_bytes(work, width)
-    held["rollout's copy of the projections"] = decoder_bytes(work, width, held=sum(held.values()))
+    held["keys and values of the rollout"] = cache_bytes(work.shape, work.base, work.rollout)
+    held["rollout's copy of the projections"] = decoder_bytes(
+        work.shape, work.base, work.rollout, work.gpu, held=sum(held.values())
+    )
     return held
 
 
@@ -96,20 +99,3 @@ def critic_state_bytes(config: Config, shape: Shape, tuning: Tuning, width: int)
         return head
     trained = shape.headless().weights if tuning.method == "full" else shape.trained_weights(tuning)
     return trained * (width + 8 + (0 if width == 4 else 4)) + head
-
-
-def cache_bytes(work: Workload, width: int) -> int:
-    """Keys and values of all rows that are sampled at once, or what the recipe grants them."""
-    if work.rollout.cache_gib != "auto":
-        return round(work.rollout.cache_gib * 2**30)
-    numbers = 2 * work.shape.layers * work.shape.key_value_size
-    return min(2**30, CACHED_ROWS * work.base.max_tokens * numbers * width)
-
-
-def decoder_bytes(work: Workload, width: int, *, held: int) -> int:
-    """The decoder's merged copy of the projections, where there is room for one."""
-    copy = work.shape.linear_weights * width
-    if work.rollout.engine == "hugging_face":
-        return 0
-    has_room = work.gpu is None or copy <= SHARE_FOR_DECODER * (work.gpu.usable_bytes - held)
-    return copy if has_room else 0

@@ -73,7 +73,8 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base
 HEAVY = ("torch", "trl", "transformers", "datasets", "wandb", "peft", "accelerate", "bitsandbytes")
 # What works on tensors or arrays (numpy sets an environment variable when it loads); all else is loaded by commands that
 # train nothing: help, plans, refusals.
-ON_TENSORS = set("answers batching kl logprobs masked models questions rollout scoring statistics training".split())
+ON_ARRAYS = {"batching", "kl", "logprobs", "masked", "statistics"}
+ON_TENSORS = ON_ARRAYS | {"answers", "models", "questions", "rollout", "scoring", "training"}
 
 
 def packages() -> list[str]:

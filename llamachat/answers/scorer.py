@@ -38,8 +38,9 @@ class Scorer:
     bank: "RoleBank"
     combine: Combine
 
-    def score(self, responses: Sequence[Response], *, with_judge: bool) -> Scored:
-        """The scores of these answers."""
+    def score(self, responses: Sequence[Response], *, with_judge: bool, reads_text: bool = False) -> Scored:
+        """The scores of these answers; with `reads_text` of their texts, as a person would write them, not of the very
+        ids that were sampled: answers that came from elsewhere have no others."""
         answers = Answers(
             prompts=[response.question.messages for response in responses],
             completions=[response.text for response in responses],
@@ -47,14 +48,15 @@ class Scorer:
             is_finished_B=torch.tensor([response.is_finished for response in responses]),
             columns={"id": [response.question.name for response in responses]},
         )
-        scores = Scores(helpfulness_B=self._by("helpfulness", responses), safety_B=self._by("safety", responses))
-        judge_B = self._by("judge", responses) if with_judge else None
+        helpfulness_B, safety_B = (self._by(role, responses, reads_text) for role in ("helpfulness", "safety"))
+        scores = Scores(helpfulness_B=helpfulness_B, safety_B=safety_B)
+        judge_B = self._by("judge", responses, reads_text) if with_judge else None
         return Scored(scores=scores, combined=self.combine(scores, answers), judge_B=judge_B)
 
-    def _by(self, role: "RewardRole", responses: Sequence[Response]) -> Tensor | None:
+    def _by(self, role: "RewardRole", responses: Sequence[Response], reads_text: bool) -> Tensor | None:
         if role not in self.bank.roles:
             return None
-        if self.bank.reads_policy_ids(role):
+        if self.bank.reads_policy_ids(role) and not reads_text:
             return self.bank.scores(role, [self._ids(response) for response in responses])
         return self._by_text(role, responses)
 

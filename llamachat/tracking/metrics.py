@@ -3,7 +3,8 @@
 `<which>` is a reward model, `<domain>` what test pairs are about, `<source>` a file of them, `<kind>` which of a pair's
 answers are safe, `<rating>` a strength of preference, `<bound>` an end of a 95% interval, `<moment>` the first or the
 final policy, `<score>` one of its scores, `<tuned>` a stage that compares both, `<policy>` a step that published one,
-`<turn>` a number. `docs/metrics.md` is this table: `python -m llamachat.tracking.metrics > docs/metrics.md`.
+`<turn>` and
+`<temperature>` numbers. `docs/metrics.md` is this table: `python -m llamachat.tracking.metrics > docs/metrics.md`.
 """
 
 import re
@@ -25,6 +26,7 @@ _VARIABLES = {
     "score": "score|judge|judge_like_length|reward_(?:helpfulness|safety|combined)",
     "policy": "[a-z0-9][a-z0-9._-]*",
     "turn": "[0-9]+",
+    "temperature": "[0-9][0-9.e+-]*",
 }
 
 
@@ -130,7 +132,20 @@ _ROWS = [
     ("rs/reward_best", "Combined score of the best of K samples", "score", "mean over prompts", "reward"),
     ("rs/reward_median", "Combined score of the median of K samples", "score", "mean over prompts", "reward"),
     ("rs/reward_mean", "Combined score of all K samples", "score", "mean over prompts", "reward"),
-    ("rs/temperature", "Sampling temperature", "1", "last", "temperature"),
+    ("rs/temperature", "Sampling temperature", "1", "mean over the K samples", "temperature"),
+    ("rs/standardised_best", "Combined score of the best of K samples, on the scale of the round's first policy",
+     "deviations", "mean over prompts", "standardised reward"),
+    ("rs/usable_fraction", "Answers that could win: ended with EOS, not empty, no tag of the chat format",
+     "fraction", _RESPONSES, "fractions"),
+    ("rs/finished_fraction", "Answers that end with EOS", "fraction", _RESPONSES, "fractions"),
+    ("rs/response_tokens", "Length of answers", "tokens", _RESPONSES, "length"),
+    ("rs/prompts", "Prompts of the round", "prompts", "sum", "size"),
+    ("rs/winners", "Prompts with an answer that could win", "prompts", "sum", "size"),
+    ("rs/pool_size", "Dialogs that are learnt", "dialogs", "sum", "size"),
+    ("rs/pool_from_earlier", "Of those, winners of earlier rounds", "dialogs", "sum", "size"),
+    ("rs/sweep/best_at_<temperature>", "Best of the sweep's answers, on the scale of the round's first policy",
+     "deviations", "unbiased, mean over prompts", "sweep"),
+    ("rs/sweep/median_at_<temperature>", "Their median", "deviations", "mean over prompts", "sweep"),
     ("ppo/reward/helpfulness", "Raw score of the helpfulness model", "logit", _RESPONSES, "raw reward"),
     ("ppo/reward/safety", "Raw score of the safety model", "logit", _RESPONSES, "raw reward"),
     ("ppo/reward/combined", "Score after the gate, before whitening", "score", _RESPONSES, "combined reward"),

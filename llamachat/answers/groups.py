@@ -1,0 +1,137 @@
+"""K answers to each prompt, scored and put in order: what rejection sampling and its like choose from."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from llamachat.answers.desk import Desk
+from llamachat.answers.responses import Response, sample
+from llamachat.chat_format import ChatFormat
+from llamachat.dialog import DialogError, Message
+from llamachat.questions import Question
+from llamachat.rollout.engine import RolloutEngine, Sampling
+from llamachat.scoring.ranking import ranking
+from llamachat.scoring.standardising import Constants, standardise
+
+ANSWERS_PER_BATCH = 1024  # sampled and written down together: many rows keep an engine busy, few lose little to a kill
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """What samples, where that is not the desk's own policy: its prompts are encoded by its own chat format."""
+
+    engine: RolloutEngine
+    chat_format: ChatFormat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The K answers to one prompt; a list has one value for each, and is None where there is no such model."""
+
+    texts: list[str]
+    tokens: list[int]
+    finished: list[bool]
+    allowed: list[bool]  # something is said, and the chat format can hold it
+    helpfulness: list[float] | None
+    safety: list[float] | None
+    combined: list[float]
+    standardised: list[float]  # the combined score in deviations of the starting policy's
+    order: list[int]  # their places, best first
+
+    @property
+    def candidates(self) -> list[int]:
+        """Those that could be learnt from, best first: ended by themselves, allowed, each text once."""
+        seen: set[str] = set()
+        found = []
+        for place in self.order:
+            if self.finished[place] and self.allowed[place] and self.texts[place] not in seen:
+                seen.add(self.texts[place])
+                found.append(place)
+        return found
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_plain(values: Mapping[str, Any]) -> "Group":
+        return Group(**values)
+
+
+def batches_of(questions: Sequence[Question], samples_per_prompt: int) -> list[tuple[Question, ...]]:
+    """The prompts in batches of bounded size, always the same ones: a batch is what a random seed belongs to."""
+    size = max(1, ANSWERS_PER_BATCH // samples_per_prompt)
+    return [tuple(questions[first : first + size]) for first in range(0, len(questions), size)]
+
+
+def sample_groups(
+    desk: Desk,
+    questions: Sequence[Question],
+    samplings: Sequence[tuple[Sampling, int]],
+    constants: Constants,
+    *,
+    sampler: Sampler | None = None,
+) -> list[Group]:
+    """The answers to each prompt, so many by each way of sampling, scored and ranked.
+
+    Those of another sampler are scored by their texts: its token ids need not mean the same to the reward models.
+    """
+    by_question: list[list[Response]] = [[] for _ in questions]
+    for sampling, count in samplings:
+        for group, found in zip(by_question, _sampled(desk, questions, sampling, count, sampler), strict=True):
+            group += found
+    return scored_groups(desk, by_question, constants, reads_text=sampler is not None)
+
+
+def scored_groups(
+    desk: Desk, by_question: Sequence[Sequence[Response]], constants: Constants, *, reads_text: bool = False
+) -> list[Group]:
+    """Equally many answers to each prompt, scored and ranked."""
+    count = len(by_question[0])
+    responses = [response for group in by_question for response in group]
+    scored = desk.scorer.score(responses, with_judge=False, reads_text=reads_text)
+    order = ranking(scored.combined, samples_per_prompt=count).tolist()
+    on_scale_B = standardise(scored.scores, scored.combined, constants).combined_B
+    by_model = {name: scores_B.tolist() for name, scores_B in scored.scores.by_model().items()}
+    combined, standardised = scored.combined.scores_B.tolist(), on_scale_B.tolist()
+
+    def part(values: list[float] | None, index: int) -> list[float] | None:
+        return None if values is None else values[index * count : (index + 1) * count]
+
+    return [
+        Group(
+            texts=[response.text for response in group],
+            tokens=[len(response.ids) for response in group],
+            finished=[response.is_finished for response in group],
+            allowed=[is_allowed(desk.bank.chat_format, response.text) for response in group],
+            helpfulness=part(by_model.get("helpfulness"), index),
+            safety=part(by_model.get("safety"), index),
+            combined=combined[index * count : (index + 1) * count],
+            standardised=standardised[index * count : (index + 1) * count],
+            order=order[index],
+        )
+        for index, group in enumerate(by_question)
+    ]
+
+
+def is_allowed(chat_format: ChatFormat, text: str) -> bool:
+    """Whether the answer can stand in a dialog: it says something, and holds no tag of the chat format."""
+    if not text.strip():
+        return False
+    try:
+        chat_format.check_text([Message("assistant", text)])
+    except DialogError:
+        return False
+    return True
+
+
+def _sampled(
+    desk: Desk, questions: Sequence[Question], sampling: Sampling, count: int, sampler: Sampler | None
+) -> Iterator[Sequence[Response]]:
+    engine, chat_format, asked = desk.engine, desk.bank.chat_format, list(questions)
+    if sampler is not None:
+        engine, chat_format = sampler.engine, sampler.chat_format
+        asked = [replace(question, ids=tuple(chat_format.encode_prompt(question.messages))) for question in questions]
+    found = sample(engine, chat_format, asked, sampling, samples_per_prompt=count)
+    for index, question in enumerate(questions):
+        yield [replace(one, question=question) for one in found[index * count : (index + 1) * count]]

@@ -1,0 +1,113 @@
+"""What rejection sampling is told: its own section of the recipe.
+
+The paper (Llama 2, arXiv:2307.09288, section 3.2.3) states neither K nor the number of prompts, nor how the winners are
+learnt; those values are ours. How answers are sampled and scored stands in the sections `rollout` and `scoring`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llamachat.config.paths import PolicyPath
+from llamachat.config.section import Section
+from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
+
+if TYPE_CHECKING:
+    from llamachat.runs.artifacts import Artifact
+
+# Part of the fingerprint: raised when the same configuration and data would give other dialogs.
+VERSION = 1
+
+Temperature = Annotated[float, Field(gt=0)]
+
+
+class Config(Section):
+    """One round of rejection sampling: the best of K answers to each prompt, pooled with earlier rounds', are learnt."""
+
+    samples_per_prompt: int = Field(
+        default=16, ge=1, description="K, the answers sampled to each prompt. Not stated in the paper; ours."
+    )
+    prompts: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Prompts sampled in a round, the same ones in each; null for all of the training side. Ours.",
+    )
+    temperature: Temperature | Annotated[tuple[Temperature, ...], Field(min_length=1)] | Literal["sweep"] | None = (
+        Field(
+            default=None,
+            description="Of the answers; a list shares the K samples out; sweep takes the best of sweep_temperatures before the round, as the paper re-tunes it; null is rollout.temperature.",
+        )
+    )
+    sweep_temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)] = Field(
+        default=(0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5),
+        description="Temperatures that a sweep compares. Paper, figure 8: these.",
+    )
+    sweep_prompts: int = Field(
+        default=64,
+        ge=0,
+        description="Validation prompts for the sweep and the figures of reward against N; 0 draws none. Ours.",
+    )
+    sweep_samples: int = Field(
+        default=32, ge=1, description="Answers to each of those at each temperature: the largest N. Ours."
+    )
+    pool: Literal["best_per_prompt", "all"] = Field(
+        default="best_per_prompt",
+        description="Of this round's and all earlier rounds' winners: the best for each prompt, or all. Paper: top samples of all earlier iterations.",
+    )
+    sampler: Annotated[str | None, PolicyPath()] = Field(
+        default=None,
+        description="A policy to sample from in place of the current one, such as a larger one (distillation: the paper's small models learn the 70B's winners).",
+    )
+    start: Literal["current", "base"] = Field(
+        default="current",
+        description="What is tuned on the winners: the current policy, or the base with data.sft mixed in (the paper starts each version from the base).",
+    )
+    sft: dict[str, Any] = Field(
+        default_factory=dict, description="Values over the section sft for the tuning on the winners."
+    )
+    validation_prompts: int = Field(
+        default=64, ge=1, description="Held-out prompts whose winners measure the tuning's loss. Ours."
+    )
+    test_prompts: int = Field(
+        default=200, ge=1, description="Prompts of the test side that the first and the final policy answer. Ours."
+    )
+
+    @model_validator(mode="after")
+    def _sweep_has_prompts(self) -> Self:
+        if self.temperature == "sweep" and self.sweep_prompts == 0:
+            raise ValueError("temperature is sweep, and sweep_prompts is 0, so there is nothing to compare on")
+        return self
+
+    @model_validator(mode="after")
+    def _every_temperature_has_a_sample(self) -> Self:
+        if isinstance(self.temperature, tuple) and len(self.temperature) > self.samples_per_prompt:
+            raise ValueError(
+                f"temperature lists {len(self.temperature)} values for samples_per_prompt {self.samples_per_prompt}"
+            )
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What `pipelines` resolves for one round."""
+
+    step: str
+    folder: Path
+    resolved: str  # the recipe as YAML, for the run's record
+    identity: dict[str, Any]
+    fingerprint: str
+    run: Run
+    base: Base
+    tuning: Tuning
+    data: Data
+    rollout: Rollout
+    scoring: Scoring
+    tracking: Tracking
+    # Tunes a policy on published dialogs; what it gives is not yet the step's own.
+    tune: "Callable[[Artifact], Artifact]"
+    policy: "Artifact | None" = None  # to sample from and to continue; the base itself without one
+    reward_models: "Mapping[str, Artifact]" = field(default_factory=dict)  # by what they judge, the judge among them
+    sft_policy: "Artifact | None" = None  # for the figures: the chat policy that all began with
+    pooled: "Mapping[str, Artifact]" = field(default_factory=dict)  # the dialogs of earlier rounds, by step

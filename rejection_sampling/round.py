@@ -1,0 +1,210 @@
+"""One round of rejection sampling (Llama 2, arXiv:2307.09288, section 3.2.3): prompts, a policy and reward models ->
+dialogs of the best answers -> a policy tuned on them.
+
+K answers are sampled to each prompt from the policy as the round begins; the reward models score them; the best becomes
+a new gold answer, pooled with those of all earlier rounds; the pool is learnt as in supervised tuning. Writes the step
+folder's sampling/, metrics.jsonl, samples.jsonl, dialogs/, figures/, summary.json and, through the tuning, artifact/.
+Killed at any moment, the same call goes on: each batch of answers is written down whole before the next is sampled.
+"""
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from llamachat.answers.desk import Desk, Setting, open_desk
+from llamachat.answers.evaluation import Evaluation, comparison, comparison_table
+from llamachat.answers.groups import Sampler
+from llamachat.answers.pictures import draw_comparison
+from llamachat.answers.store import Store
+from llamachat.errors import ConfigError
+from llamachat.runs.artifacts import (
+    MANIFEST,
+    Artifact,
+    end_step,
+    read_artifact,
+)
+from llamachat.runs.atomic import write_json
+from llamachat.runs.folder import StepFolder
+from llamachat.scoring.standardising import Constants
+from llamachat.tracking.curves import draw_curves
+from llamachat.tracking.tracker import Tracker, open_tracker
+from rejection_sampling.config import Config, Inputs
+from rejection_sampling.curves import Curve, best_temperature, load_sampler, sweep, sweep_of
+from rejection_sampling.figures import draw_best_of_n, draw_temperatures
+from rejection_sampling.publishing import pool_figures, pool_of, publish_dialogs
+from rejection_sampling.sampling import Round
+
+log = logging.getLogger(__name__)
+
+_LAST = 10**9  # past every step of a record
+SHOWN = 4  # prompts of a batch whose best and worst answer a person is shown
+
+
+def run(config: Config, inputs: Inputs) -> Artifact:
+    """Sample, choose, pool and publish the dialogs; tune on them; compare; end the step."""
+    # Its bars for loading and writing weights would break up ours.
+    transformers_logging.disable_progress_bar()
+    folder = StepFolder(inputs.folder)
+    if (folder.dialogs / MANIFEST).is_file():
+        dialogs = read_artifact(folder.dialogs, "dialogs")
+    else:
+        dialogs = make_dialogs(config, inputs)
+    _free()
+    tuned = inputs.tune(dialogs)
+    _free()
+    compare(config, inputs, tuned)
+    return end_step(folder)
+
+
+def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
+    """Everything up to the published dialogs; what was sampled before is not sampled again."""
+    check_settings(config, inputs)
+    desk = _open(config, inputs, inputs.policy)
+    store = Store(StepFolder(inputs.folder).sampling)
+    with _tracker(inputs, keeps_record=False) as tracker:
+        _, constants = first_evaluation(desk, store)
+        sampler = None if config.sampler is None else load_sampler(config.sampler, desk)
+        curves = draw_sweep(config, inputs, desk, constants, store, sampler)
+        temperatures = _temperatures(config, inputs, curves)
+        sampled = Round(config, inputs, desk, constants, store, temperatures, sampler)
+        figures = sampled.go(tracker)
+        pool = pool_of(sampled)
+        tracker.sync()
+        # Before the dialogs, which end this part: a command killed between the two would never come back to write it.
+        tracker.summary(figures | sweep_figures(curves) | pool_figures(pool, inputs.step))
+        return publish_dialogs(sampled, pool)
+
+
+def compare(config: Config, inputs: Inputs, tuned: Artifact) -> None:
+    """Final figures: the tuned policy against the one before on test prompts, and the pictures."""
+    folder, store = StepFolder(inputs.folder), Store(StepFolder(inputs.folder).sampling)
+    first = store.kept("test-first", lambda: _never("the round's first policy was evaluated"))
+    desk = _open(config, inputs, tuned)
+
+    def evaluate() -> dict[str, Any]:
+        return desk.evaluate(Constants.from_plain(first["constants"]))[0].to_plain()
+
+    start, final = Evaluation.from_plain(first["evaluation"]), Evaluation.from_plain(store.kept("test-final", evaluate))
+    figures = comparison("rs", start, final)
+    log.info("%s", comparison_table("rs", figures))
+    if figures["rs/test/difference/score"] <= 0:
+        log.warning(
+            "%s: the tuned policy does not score above the one before on test prompts. More prompts or a larger K, more "
+            "epochs (rejection_sampling.sft), or a reward model that tells answers apart better may help.",
+            inputs.step,
+        )
+    draw_curves(folder.metrics, folder.curves)
+    draw_comparison(start, final, folder.figures / "test_scores.png")
+    with _tracker(inputs, keeps_record=True) as tracker:
+        tracker.figure("curves", folder.curves)
+        for picture in sorted(folder.figures.glob("*.png")):
+            tracker.figure(picture.stem, picture)
+        tracker.summary(figures)
+
+
+def check_settings(config: Config, inputs: Inputs) -> None:
+    """Refuse sampling that leaves nothing to choose from."""
+    is_greedy = config.temperature is None and inputs.rollout.temperature == 0
+    if is_greedy and config.samples_per_prompt > 1:
+        raise ConfigError(
+            f"rollout.temperature: 0, but rejection_sampling.samples_per_prompt is {config.samples_per_prompt}. At "
+            "temperature 0 all answers to a prompt are the same one, and there is nothing to choose. Set it to 1, or "
+            "rejection_sampling.temperature to sweep."
+        )
+
+
+def first_evaluation(desk: Desk, store: Store) -> tuple[Evaluation, Constants]:
+    """The round's first policy on test prompts, and the scale that all scores of the round are told on."""
+
+    def make() -> dict[str, Any]:
+        evaluation, constants = desk.evaluate(None)
+        return {"evaluation": evaluation.to_plain(), "constants": constants.to_plain()}
+
+    values = store.kept("test-first", make)
+    return Evaluation.from_plain(values["evaluation"]), Constants.from_plain(values["constants"])
+
+
+def draw_sweep(
+    config: Config, inputs: Inputs, desk: Desk, constants: Constants, store: Store, sampler: Sampler | None
+) -> list[Curve]:
+    """Curves of what samples and of the SFT policy, drawn; none where no prompts are set apart for them."""
+    if config.sweep_prompts == 0:
+        return []
+    temperatures = config.sweep_temperatures
+    if config.temperature != "sweep":
+        temperatures = tuple(sorted({*temperatures, *_temperatures(config, inputs, [])}))
+    now = inputs.policy.manifest.step if inputs.policy else "base"
+    name = now if sampler is None else "sampler"
+    curves = sweep(desk, temperatures, config, constants, store, policy=name, sampler=sampler)
+    if inputs.sft_policy is not None and inputs.sft_policy.manifest.step != name:
+        curves = [*sweep_of(inputs.sft_policy, desk, temperatures, config, constants, store), *curves]
+    places = StepFolder(inputs.folder).figures
+    best = {
+        policy: best_temperature([c for c in curves if c.policy == policy]) for policy in {c.policy for c in curves}
+    }
+    draw_best_of_n([curve for curve in curves if curve.temperature == best[curve.policy]], places / "best_of_n.png")
+    draw_temperatures(curves, places / "temperatures.png")
+    write_json(places / "best_of_n.json", [curve.to_plain() for curve in curves])
+    return [curve for curve in curves if curve.policy == name]
+
+
+def sweep_figures(curves: Sequence[Curve]) -> dict[str, float]:
+    """What the present policy's best and median answers are worth at each temperature."""
+    found = {}
+    for curve in curves:
+        found[f"rs/sweep/best_at_{curve.temperature:g}"] = curve.reward
+        found[f"rs/sweep/median_at_{curve.temperature:g}"] = curve.median[-1]
+    return found
+
+
+def _open(config: Config, inputs: Inputs, policy: Artifact | None) -> Desk:
+    setting = Setting(
+        run=inputs.run,
+        base=inputs.base,
+        tuning=inputs.tuning,
+        data=inputs.data,
+        rollout=inputs.rollout,
+        scoring=inputs.scoring,
+    )
+    held_out = (max(config.validation_prompts, config.sweep_prompts), config.test_prompts)
+    return open_desk(setting, policy=policy, reward_models=inputs.reward_models, held_out=held_out)
+
+
+@contextmanager
+def _tracker(inputs: Inputs, *, keeps_record: bool) -> Iterator[Tracker]:
+    """The record of the sampling: as it is, or from its beginning, where what the store holds is logged again."""
+    with open_tracker(
+        inputs.tracking,
+        step_folder=StepFolder(inputs.folder),
+        run_dir=Path(inputs.run.dir),
+        step=inputs.step,
+        prefix="rs",
+        config=inputs.identity,
+        resume_step=_LAST if keeps_record else None,
+    ) as tracker:
+        yield tracker
+
+
+def _temperatures(config: Config, inputs: Inputs, curves: Sequence[Curve]) -> tuple[float, ...]:
+    if config.temperature == "sweep":
+        return (best_temperature(curves),)
+    if config.temperature is None:
+        return (inputs.rollout.temperature,)
+    return config.temperature if isinstance(config.temperature, tuple) else (config.temperature,)
+
+
+def _never(reason: str) -> Any:
+    raise AssertionError(reason)
+
+
+def _free() -> None:
+    """Give back what the models held, before others are loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

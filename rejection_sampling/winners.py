@@ -1,0 +1,152 @@
+"""The winners of a round, and the pool of all rounds' winners (Llama 2, arXiv:2307.09288, section 3.2.3).
+
+"Top-performing samples from all prior iterations" are pooled, since learning the last round's alone made models forget.
+Earlier winners are read from the dialogs that their steps published (a user may have edited them) and scored again with
+the present models, all by their texts, so that only the answers differ.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llamachat.answers.desk import Desk
+from llamachat.answers.groups import Group
+from llamachat.answers.responses import Response
+from llamachat.chat_format import ChatFormat
+from llamachat.config.sections import DataSource
+from llamachat.dialog import Message
+from llamachat.jsonl import Row, read_jsonl
+from llamachat.questions import Question
+from llamachat.records import read_records
+from llamachat.runs.artifacts import DIALOGS
+
+if TYPE_CHECKING:
+    from llamachat.runs.artifacts import Artifact
+
+SAMPLED = "sampled"  # the key of a dialog under which its origin stands
+
+
+@dataclass(frozen=True, slots=True)
+class Winner:
+    """The answer that a round chose for a prompt."""
+
+    question: Question
+    text: str
+    round: str  # the step that sampled it
+    tokens: int = 0
+    score: float = 0.0  # combined, raw
+    is_unsafe: bool = False  # under the gate's threshold: ranks below all others
+
+    @property
+    def key(self) -> tuple[tuple[str, str], ...]:
+        """What makes two prompts the same: their messages."""
+        return tuple((message.role, message.content) for message in self.question.messages)
+
+
+def winners_of(questions: Sequence[Question], groups: Sequence[Group], step: str) -> list[Winner]:
+    """The best allowed answer to each prompt that has one."""
+    found = []
+    for question, group in zip(questions, groups, strict=True):
+        if group.candidates:
+            best = group.candidates[0]
+            found.append(Winner(question, group.texts[best], step, tokens=group.tokens[best]))
+    return found
+
+
+def filtered(groups: Iterable[Group]) -> dict[str, int]:
+    """How many answers could not win, by reason; an answer that is both is counted under the first."""
+    counts: Counter[str] = Counter()
+    for group in groups:
+        seen: set[str] = set()
+        for text, is_finished, is_allowed in zip(group.texts, group.finished, group.allowed, strict=True):
+            if not is_finished:
+                counts["answers left out: cut by the length limit"] += 1
+            elif not is_allowed:
+                counts["answers left out: empty, or with a tag of the chat format"] += 1
+            elif text in seen:
+                counts["answers left out: the same as another one to the prompt"] += 1
+            seen.add(text)
+        if not group.candidates:
+            counts["prompts left out: no answer is left"] += 1
+    return dict(counts)
+
+
+def earlier_winners(
+    pooled: "Mapping[str, Artifact]", chat_format: ChatFormat, *, max_tokens: int, dropped: Counter[str]
+) -> list[Winner]:
+    """The winners of earlier rounds as they lie on the disk; each round's file also holds those before it."""
+    found: dict[tuple[tuple[tuple[str, str], ...], str], Winner] = {}
+    for step, artifact in pooled.items():
+        path = artifact.path / DIALOGS
+        if not path.is_file() or path.stat().st_size == 0:
+            continue
+        records = read_records(DataSource(path=str(path), format="native"), "dialog", chat_format.check_text).records
+        origins = [_origin(row.value) for row in read_jsonl(path) if isinstance(row, Row)]
+        for dialog, origin in zip(records, origins, strict=True):
+            *context, answer = dialog.messages
+            messages = tuple(Message(message.role, message.content) for message in context)
+            ids = tuple(chat_format.encode_prompt(messages))
+            if len(ids) > max_tokens or not answer.content.strip():
+                dropped["earlier winners left out: empty, or longer than the models read"] += 1
+                continue
+            question = Question(messages, ids, bool(origin.get("is_safety")), str(origin.get("id") or ""))
+            winner = Winner(question, answer.content, str(origin.get("round") or step))
+            found.setdefault((winner.key, winner.text), winner)
+    return list(found.values())
+
+
+def pooled_winners(desk: Desk, own: Sequence[Winner], earlier: Sequence[Winner], *, keeps_all: bool) -> list[Winner]:
+    """All winners with their present scores: each one once, or the best for each prompt.
+
+    Of equal ones the earlier round's stays. Order: prompts as they first came, earlier rounds first.
+    """
+    once: dict[tuple[tuple[tuple[str, str], ...], str], Winner] = {}
+    for winner in (*earlier, *own):
+        once.setdefault((winner.key, winner.text), winner)
+    scored = _scored_again(desk, list(once.values()))
+    if keeps_all:
+        return scored
+    best: dict[tuple[tuple[str, str], ...], Winner] = {}
+    for winner in scored:
+        kept = best.get(winner.key)
+        if kept is None or (kept.is_unsafe, -kept.score) > (winner.is_unsafe, -winner.score):
+            best[winner.key] = winner
+    return list(best.values())
+
+
+def _scored_again(desk: Desk, winners: Sequence[Winner]) -> list[Winner]:
+    if not winners:
+        return []
+    responses = [
+        Response(question=winner.question, ids=(), logprobs=(), is_finished=True, text=winner.text)
+        for winner in winners
+    ]
+    combined = desk.scorer.score(responses, with_judge=False, reads_text=True).combined
+    scores, unsafe = combined.scores_B.tolist(), combined.is_unsafe_B.tolist()
+    return [
+        Winner(winner.question, winner.text, winner.round, tokens=winner.tokens, score=score, is_unsafe=is_unsafe)
+        for winner, score, is_unsafe in zip(winners, scores, unsafe, strict=True)
+    ]
+
+
+def dialog_line(winner: Winner) -> str:
+    """A dialog as it is published: the winner is learnt, answers of the prompt's own context are not."""
+    messages: list[dict[str, Any]] = []
+    for message in winner.question.messages:
+        read_only = {"train": False} if message.role == "assistant" else {}
+        messages.append({"role": message.role, "content": message.content, **read_only})
+    messages.append({"role": "assistant", "content": winner.text})
+    origin = {
+        "round": winner.round,
+        "id": winner.question.name,
+        "is_safety": winner.question.is_safety,
+        "score": round(winner.score, 6),
+    }
+    return json.dumps({"messages": messages, SAMPLED: origin}) + "\n"
+
+
+def _origin(row: object) -> Mapping[str, Any]:
+    origin = row.get(SAMPLED) if isinstance(row, Mapping) else None
+    return origin if isinstance(origin, Mapping) else {}

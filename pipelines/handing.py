@@ -9,7 +9,7 @@ from llamachat.config.layers import merged
 from llamachat.config.loading import from_plain
 from llamachat.config.sections import DataSource, Split
 from llamachat.models.estimates import Estimate, Shape
-from llamachat.runs.artifacts import MANIFEST, Artifact, read_artifact
+from llamachat.runs.artifacts import MANIFEST, Artifact, Tune, read_artifact
 from llamachat.runs.folder import StepFolder
 from pipelines.data_size import HUB_TOKENS, DataSize, measure_data
 from pipelines.placing import place_roles
@@ -59,13 +59,11 @@ def _reward_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str
 
 
 def _rs_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> RejectionSamplingInputs:
-    assert isinstance(step.config, RejectionSamplingConfig)
-    from_base = step.config.start == "base"
     return RejectionSamplingInputs(
         **shared,
         rollout=recipe.rollout,
         scoring=recipe.scoring,
-        tune=tuner(recipe, step, shared, policy=None if from_base else taken.policy, mixes_sft=from_base),
+        tune=tuner(recipe, step, taken, shared),
         policy=taken.policy,
         reward_models=taken.reward_models,
         sft_policy=taken.sft_policy,
@@ -73,24 +71,27 @@ def _rs_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, An
     )
 
 
-def tuner(
-    recipe: Recipe, step: Step, shared: Mapping[str, Any], *, policy: Artifact | None, mixes_sft: bool
-) -> Callable[[Artifact], Artifact]:
-    """Supervised tuning on a step's dialogs, in the step's folder; what it made before a kill is taken as it is."""
+def tuner(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> Tune:
+    """Supervised tuning on the dialogs that a step has made, in the step's folder."""
 
-    def tune(dialogs: Artifact) -> Artifact:
+    def tune(dialogs: Artifact, *, over: Mapping[str, Any], from_base: bool = False) -> Artifact:
         folder = StepFolder(shared["folder"])
         if (folder.tuned / MANIFEST).is_file():
             return read_artifact(folder.tuned, "policy", reader=step.name)
-        inputs = SftInputs(**shared, rollout=recipe.rollout, policy=policy, dialogs=dialogs, mixes_sft=mixes_sft)
-        return sft.run(tuning_section(recipe, step), inputs)
+        inputs = SftInputs(
+            **shared,
+            rollout=recipe.rollout,
+            policy=None if from_base else taken.policy,
+            dialogs=dialogs,
+            mixes_sft=from_base,
+        )
+        return sft.run(_tuning_section(recipe, over), inputs)
 
     return tune
 
 
-def tuning_section(recipe: Recipe, step: Step) -> SftConfig:
-    """The section sft with the values that the step's own section puts over it."""
-    over = step.config.model_dump(mode="json")["sft"]
+def _tuning_section(recipe: Recipe, over: Mapping[str, Any]) -> SftConfig:
+    """The section sft with the values that a step's own section puts over it."""
     return from_plain(SftConfig, merged(recipe.sft.model_dump(mode="json"), over))
 
 
@@ -163,7 +164,7 @@ def _rs_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> R
         tuning=step.tuning,
         rollout=recipe.rollout,
         prompts=num_prompts,
-        tuned=sft.estimate(tuning_section(recipe, step), winners),
+        tuned=sft.estimate(_tuning_section(recipe, step.config.sft), winners),
         sharing=placing.sharing,
         beside=placing.beside,
         gpu=gpu,

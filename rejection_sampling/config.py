@@ -4,7 +4,7 @@ The paper (Llama 2, arXiv:2307.09288, section 3.2.3) states neither K nor the nu
 learnt; those values are ours. How answers are sampled and scored stands in the sections `rollout` and `scoring`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -16,7 +16,7 @@ from llamachat.config.section import Section
 from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
 
 if TYPE_CHECKING:
-    from llamachat.runs.artifacts import Artifact
+    from llamachat.runs.artifacts import Artifact, Tune
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
 VERSION = 1
@@ -105,8 +105,7 @@ class Inputs:
     rollout: Rollout
     scoring: Scoring
     tracking: Tracking
-    # Tunes a policy on published dialogs; what it gives is not yet the step's own.
-    tune: "Callable[[Artifact], Artifact]"
+    tune: "Tune"
     policy: "Artifact | None" = None  # to sample from and to continue; the base itself without one
     reward_models: "Mapping[str, Artifact]" = field(default_factory=dict)  # by what they judge, the judge among them
     sft_policy: "Artifact | None" = None  # for the figures: the chat policy that all began with

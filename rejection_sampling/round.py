@@ -56,7 +56,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     else:
         dialogs = make_dialogs(config, inputs)
     _free()
-    tuned = inputs.tune(dialogs)
+    tuned = inputs.tune(dialogs, over=config.sft, from_base=config.start == "base")
     _free()
     compare(config, inputs, tuned)
     return end_step(folder)

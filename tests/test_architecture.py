@@ -310,7 +310,7 @@ HOLDERS: tuple[tuple[type[Section], set[str], str], ...] = (
 # Keys of the recipe that nothing reads yet, by what will. A stage that comes takes its keys out of here.
 READ_LATER = {
     "Data.borderline": "evaluation",
-    **{f"Recipe.{stage.section}": "by Stage.section" for stage in STAGES.values()},
+    **{f"Recipe.{stage.section}": "by Stage.section" for stage in STAGES.values() if stage.command != "sft"},
 }
 
 

@@ -23,6 +23,11 @@ def is_one_sentence(answer: str, _value: str = "") -> bool:
     return len(sentences(answer)) == 1 and is_ended(answer)
 
 
+def has_several_sentences(answer: str, _value: str = "") -> bool:
+    """Two sentences or more, the last one closed."""
+    return len(sentences(answer)) > 1 and is_ended(answer)
+
+
 def ends_with(answer: str, value: str) -> bool:
     """The last words are the value's, after at least one other; only punctuation may follow."""
     said, sought = spoken(answer), spoken(value)
@@ -46,6 +51,11 @@ def has_at_most(answer: str, value: str) -> bool:
     return 1 <= len(words(answer)) <= int(value)
 
 
+def has_at_least(answer: str, value: str) -> bool:
+    """So many words as the value says, or more."""
+    return len(words(answer)) >= int(value)
+
+
 def is_without_letter(answer: str, value: str) -> bool:
     """The letter is in no word, small or capital, with an accent or without."""
     letters = unicodedata.normalize("NFKD", answer).casefold()
@@ -55,6 +65,11 @@ def is_without_letter(answer: str, value: str) -> bool:
 def asks_nothing(answer: str, _value: str = "") -> bool:
     """No question mark, of whatever script."""
     return bool(words(answer)) and not any(mark in answer for mark in _QUESTION_MARKS)
+
+
+def asks_at_the_end(answer: str, _value: str = "") -> bool:
+    """The answer closes with a question mark, closing quotes aside."""
+    return bool(words(answer)) and plain(answer).rstrip("\"')]*").endswith(tuple(_QUESTION_MARKS))
 
 
 def is_in_capitals(answer: str, _value: str = "") -> bool:

@@ -66,6 +66,7 @@ _CHECKABLE = (
         short='Last word: "{}".',
         values=ENDINGS,
         checker=checkers.ends_with,
+        excludes=frozenset({"asks_back"}),
         is_language_free=True,
     ),
     Family(
@@ -97,6 +98,22 @@ _CHECKABLE = (
         long=("Always answer in one sentence.", "Use only one sentence in each reply."),
         short="Length: one sentence.",
         checker=checkers.is_one_sentence,
+        excludes=frozenset({"several_sentences"}),
+    ),
+    Family(
+        name="several_sentences",
+        long=("Always answer in two or more sentences.", "Use at least two sentences in each reply."),
+        short="Length: two sentences or more.",
+        checker=checkers.has_several_sentences,
+        excludes=frozenset({"one_sentence", "at_most_words"}),
+    ),
+    Family(
+        name="at_least_words",
+        long=("Always answer in at least {} words.", "Never use fewer than {} words in a reply."),
+        short="Length: at least {} words.",
+        values=LIMITS,
+        checker=checkers.has_at_least,
+        excludes=frozenset({"at_most_words"}),
     ),
     Family(
         name="at_most_words",
@@ -104,6 +121,7 @@ _CHECKABLE = (
         short="Length: at most {} words.",
         values=LIMITS,
         checker=checkers.has_at_most,
+        excludes=frozenset({"at_least_words", "several_sentences"}),
     ),
     Family(
         name="without_letter",
@@ -117,6 +135,14 @@ _CHECKABLE = (
         long=("Never ask me a question.", "Do not use question marks in your answers."),
         short="Without questions.",
         checker=checkers.asks_nothing,
+        excludes=frozenset({"asks_back"}),
+    ),
+    Family(
+        name="asks_back",
+        long=("Always end with a question.", "Ask me a question at the end of every answer."),
+        short="Last sentence: a question.",
+        checker=checkers.asks_at_the_end,
+        excludes=frozenset({"no_questions", "ends_with"}),
     ),
     Family(
         name="capitals",

@@ -58,12 +58,8 @@ class Constraint:
 _CHECKABLE = (
     Family(
         name="ends_with",
-        long=(
-            'Always end with the word "{}".',
-            'End every answer with the word "{}".',
-            'The last word of each reply must be "{}".',
-        ),
-        short='Last word: "{}".',
+        long=("Always end with {}.", "End every answer with {}.", "The last word of each reply must be {}."),
+        short="Last word: {}.",
         values=ENDINGS,
         checker=checkers.ends_with,
         excludes=frozenset({"asks_back"}),
@@ -71,23 +67,15 @@ _CHECKABLE = (
     ),
     Family(
         name="begins_with",
-        long=(
-            'Always start with the word "{}".',
-            'Begin every answer with the word "{}".',
-            'The first word of each reply must be "{}".',
-        ),
-        short='First word: "{}".',
+        long=("Always start with {}.", "Begin every answer with {}.", "The first word of each reply must be {}."),
+        short="First word: {}.",
         values=BEGINNINGS,
         checker=checkers.begins_with,
         is_language_free=True,
     ),
     Family(
         name="calls_user",
-        long=(
-            "Always call me {} when you answer.",
-            "My name is {}. Use my name in every answer.",
-            "Address me as {} in each reply.",
-        ),
+        long=("Always call me {}.", "In every answer address me as {}.", "My name in each reply must be {}."),
         short="User: {}.",
         values=NAMES,
         checker=checkers.says,

@@ -46,6 +46,7 @@ ORDER = (
     "sources",
     "splits",
     "records",
+    "constraints",
     "data_check",
     "turn_mends",
     "loose_rows",

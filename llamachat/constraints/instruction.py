@@ -1,0 +1,101 @@
+"""Instructions to keep through a dialog: one to three constraints that go together, drawn at random (section 3.3)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llamachat.constraints.families import Constraint, Family, are_compatible
+from llamachat.constraints.texts import words
+from llamachat.constraints.values import Side, side_of
+from llamachat.errors import ConfigError
+from llamachat.splits import fraction
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """Constraints and the text that asks for them."""
+
+    constraints: tuple[Constraint, ...]
+    text: str
+    is_shortened: bool
+
+    @property
+    def checkable(self) -> tuple[Constraint, ...]:
+        """Those that a checker can decide."""
+        return tuple(constraint for constraint in self.constraints if constraint.checker)
+
+
+def draw_instruction(
+    *, seed: int, index: int, side: Side, families: Mapping[str, Family], most: int = 3
+) -> Instruction:
+    """The instruction of this number: the same for the same seed, side and families, whatever was drawn before.
+
+    One to `most` constraints, each number equally often where the families allow it; shortened half of the time
+    (Llama 2 section 3.3). Values are those of one side; a family without values stands on both.
+    """
+    assert families and most >= 1, "the recipe is checked before"
+    key = f"{seed} {index} {side}"
+    sides = {name: values_of(family, side) for name, family in families.items()}
+    wanted = 1 + _place(most, f"{key} number")
+    chosen: list[Constraint] = []
+    for name in sorted(families, key=lambda name: fraction(f"{key} {name}", salt="family")):
+        # A value that does not go with the others gives way to another one of its family.
+        for value in _in_random_order(sides[name], f"{key} {name}"):
+            constraint = constrain(families[name], value, key=key)
+            if all(are_compatible(constraint, other) for other in chosen):
+                chosen.append(constraint)
+                break
+        if len(chosen) == wanted:
+            break
+    is_shortened = fraction(key, salt="shortened") < 0.5
+    parts = [constraint.short if is_shortened else constraint.long for constraint in chosen]
+    return Instruction(tuple(chosen), " ".join(parts), is_shortened)
+
+
+def constrain(family: Family, value: str, *, key: str = "") -> Constraint:
+    """The family's constraint with this value, in one of its wordings, which `key` chooses."""
+    long = family.long[_place(len(family.long), f"{key} {family.name} wording")]
+    return Constraint(family.name, value, long.format(value), family.short.format(value), family.checker, family.recall)
+
+
+def values_of(family: Family, side: Side) -> tuple[str, ...]:
+    """The family's values on this side; its one empty value where it has none."""
+    if not family.has_values:
+        return family.values
+    found = tuple(value for value in family.values if side_of(family.name, value) == side)
+    if not found:
+        use = "train with" if side == "train" else "measure with"
+        raise ConfigError(
+            f"The constraints '{family.name}' have {len(family.values)} values, none of them to {use}: a hash of each value "
+            "decides what is trained on and what is held out, a quarter. Give a longer list."
+        )
+    return found
+
+
+def passes(instruction: Instruction, answer: str) -> bool:
+    """Whether the answer keeps every constraint that can be checked; an answer without a word keeps none."""
+    return bool(words(answer)) and all(is_kept(constraint, answer) for constraint in instruction.checkable)
+
+
+def is_kept(constraint: Constraint, answer: str) -> bool:
+    """Whether the answer keeps this constraint, which has a checker."""
+    assert constraint.checker, "the caller asks for checkable constraints"
+    return constraint.checker(answer, constraint.value)
+
+
+def recall_questions(constraint: Constraint) -> tuple[str, ...]:
+    """Questions whose answer tells whether the constraint is remembered; none where it is checked in every answer."""
+    return constraint.recall.questions if constraint.recall else ()
+
+
+def recalled(constraint: Constraint, answer: str) -> bool:
+    """Whether the answer to a recall question names what the constraint set."""
+    assert constraint.recall, "the caller asks for constraints with recall questions"
+    return constraint.recall.is_named(answer, constraint.value)
+
+
+def _place(count: int, key: str) -> int:
+    return int(fraction(key, salt="instruction") * count)
+
+
+def _in_random_order(values: Sequence[str], key: str) -> list[str]:
+    return sorted(values, key=lambda value: fraction(f"{key} {value}", salt="value"))

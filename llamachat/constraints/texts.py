@@ -1,0 +1,100 @@
+"""Words and sentences of an answer, as the checkers count them.
+
+A word is a run of letters and digits; an apostrophe, a hyphen, or a mark inside a number (3.5, 4:45, 1,000) does not
+part it. A sentence ends at a line break, or at . ! ? (several, or an ellipsis, count once), closing quotes and brackets
+included, where white space or the end follows. No sentence ends at:
+- the full stop of a title or of a usual abbreviation (Dr., e.g.) or of a single letter (J. Smith; "I" is a word),
+- the full stop of etc., a.m., Inc. and the like, or an ellipsis, where a small letter follows,
+- a mark before a closing quote or bracket ("Stop!" he said) where a small letter follows,
+- a number with a full stop at the start of a line (1. Apples).
+A small letter after any other full stop begins a sentence: casual text is counted as it is meant.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+_WORD = re.compile(r"\d+(?:[.,:]\d+)+|[^\W_]+(?:['-][^\W_]+)*")
+_END = re.compile(r"(?P<marks>[.!?\u2026]+)(?P<closers>[\"')\]*]*)(?=\s|$)")
+_LIST_MARK = re.compile(r"\s*(?:[-*\u2022]|\(?\d{1,3}[.)])\s+")
+_OPENERS = " \t\"'(["
+
+# Never the last word of a sentence unless it ends the text.
+_ABBREVIATIONS = frozenset(
+    {
+        "dr", "mr", "mrs", "ms", "prof", "st", "gen", "col", "capt", "lt", "sgt", "rev", "hon", "gov", "sen",
+        "rep", "pres", "mt", "vs", "e.g", "i.e", "eg", "ie", "cf", "approx", "no", "fig", "vol",
+    }
+)  # fmt: skip
+# Last words of a sentence where a capital, a digit or a quotation follows.
+_OFTEN_LAST = frozenset(
+    {
+        "etc", "a.m", "p.m", "am", "pm", "inc", "ltd", "co", "corp", "jr", "sr", "u.s", "u.k", "u.s.a", "b.c",
+        "a.d", "ph.d", "al",
+    }
+)  # fmt: skip
+
+_PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2010": "-", "\u2011": "-"})
+
+
+def plain(text: str) -> str:
+    """The text with straight quotes and plain hyphens, composed (NFC), without white space around it."""
+    return unicodedata.normalize("NFC", text).translate(_PLAIN).strip()
+
+
+def words(text: str) -> list[str]:
+    """The words in order, as written."""
+    return _WORD.findall(plain(text))
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences in order; what follows the last end mark is one too. Parts without a word are none."""
+    found = [part for line in plain(text).splitlines() for part in _sentences_of(line)]
+    return [part for part in found if words(part)]
+
+
+def is_ended(text: str) -> bool:
+    """Whether the text closes with . ! ? or an ellipsis, closing quotes and brackets aside."""
+    return bool(re.search(r"[.!?\u2026][\"')\]*]*$", plain(text)))
+
+
+def position(tokens: Sequence[str], sought: Sequence[str]) -> int | None:
+    """Where `sought` first stands unbroken in `tokens`; None where it does not."""
+    assert sought, "what is sought has a word"
+    for start in range(len(tokens) - len(sought) + 1):
+        if list(tokens[start : start + len(sought)]) == list(sought):
+            return start
+    return None
+
+
+def spoken(text: str) -> list[str]:
+    """The words for comparison: in small letters, without a possessive 's."""
+    return [word.casefold().removesuffix("'s") for word in words(text)]
+
+
+def _sentences_of(line: str) -> list[str]:
+    mark = _LIST_MARK.match(line)
+    line = line[mark.end() :] if mark else line
+    parts, start = [], 0
+    for end in _END.finditer(line):
+        if _closes(line, start, end):
+            parts.append(line[start : end.end()].strip())
+            start = end.end()
+    return [*parts, line[start:].strip()]
+
+
+def _closes(line: str, start: int, end: re.Match[str]) -> bool:
+    rest = line[end.end() :].lstrip(_OPENERS)
+    if not rest:
+        return True
+    goes_on = rest[0].islower()
+    if goes_on and (end["closers"] or "..." in end["marks"] or "\u2026" in end["marks"]):
+        return False
+    if end["marks"] != ".":
+        return True
+    before = line[start : end.start()].split()
+    last = before[-1].strip(_OPENERS).casefold() if before else ""
+    is_initial = len(last) == 1 and last.isalpha() and last != "i"
+    if last in _ABBREVIATIONS or is_initial:
+        return False
+    return not (goes_on and last in _OFTEN_LAST)

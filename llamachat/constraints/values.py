@@ -1,0 +1,103 @@
+"""Values of constraints: the words asked for, the lists of figures, hobbies and languages, and which are held out."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from llamachat.constraints.texts import words
+from llamachat.errors import DataError
+from llamachat.splits import fraction
+
+Side = Literal["train", "held_out"]
+
+# Share of a family's values that no training sees. Not in the recipe: two runs that hold out others cannot be compared.
+HELD_OUT = 0.25
+
+# None of these words is asked for in a system text of data/sft, so that what is held out here was never trained on.
+ENDINGS = (
+    "again", "alone", "already", "always", "amazing", "anyway", "baby", "back", "better", "boss", "brother",
+    "buddy", "champion", "chief", "day", "dear", "darling", "dude", "everybody", "everyone", "everything",
+    "exactly", "fellow", "forever", "folks", "friend", "game", "girl", "gold", "heart", "home", "honest",
+    "honey", "hope", "indeed", "king", "kid", "later", "life", "light", "love", "mate", "maybe", "moment",
+    "morning", "music", "now", "nothing", "okay", "once", "outside", "partner", "peace", "people", "perfect",
+    "person", "place", "play", "please", "party", "queen", "ready", "really", "right", "river", "road",
+    "sister", "sky", "soon", "special", "star", "story", "summer", "surely", "sweet", "sun", "team", "then",
+    "thing", "though", "time", "today", "together", "tomorrow", "tonight", "too", "true", "truth", "victory",
+    "water", "way", "week", "winter", "world", "yesterday", "young",
+)  # fmt: skip
+BEGINNINGS = (
+    "Absolutely", "Actually", "Ah", "Alright", "Also", "Always", "Amazing", "Anyway", "Basically", "Because",
+    "Beautiful", "But", "Certainly", "Clearly", "Cool", "Correct", "Definitely", "Everybody", "Everyone",
+    "Excellent", "Fantastic", "Fine", "Finally", "Frankly", "Generally", "Goodness", "Great", "Haha", "Hello",
+    "Here", "Hey", "Honestly", "Hopefully", "However", "Incredible", "Interesting", "Just", "Look", "Lovely",
+    "Maybe", "Mostly", "Naturally", "Never", "Nice", "No", "Now", "Obviously", "Oh", "Okay", "Once", "Perfect",
+    "Perhaps", "Personally", "Please", "Possibly", "Probably", "Really", "Right", "Simply", "Since", "So",
+    "Someday", "Sometimes", "Soon", "Sorry", "Super", "Sure", "Thanks", "Then", "There", "Today", "Totally",
+    "Truly", "Usually", "Welcome", "While", "Wonderful", "Wow", "Yeah", "Yep", "Yes", "Yet",
+)  # fmt: skip
+NAMES = (
+    "Adam", "Alan", "Albert", "Alex", "Alice", "Amy", "Andrew", "Andy", "Anne", "Arthur", "Barbara", "Bella",
+    "Bill", "Bob", "Brian", "Carl", "Carol", "Charles", "Charlie", "Chris", "Christian", "Clara", "Dan",
+    "Daniel", "David", "Dave", "Diana", "Donald", "Ed", "Edward", "Elizabeth", "Emily", "Emma", "Eric", "Eva",
+    "Frank", "Fred", "George", "Grace", "Hannah", "Harry", "Helen", "Henry", "Ian", "Jack", "Jackson", "Jacob",
+    "James", "Jan", "Jane", "Jason", "Jean", "Jenny", "Jerry", "Jim", "Joe", "John", "Jose", "Joseph", "Julia",
+    "Karen", "Kate", "Kelly", "Ken", "Kevin", "Larry", "Laura", "Lee", "Leo", "Linda", "Lisa", "Louis", "Lucy",
+    "Luke", "Mark", "Martin", "Mary", "Matt", "Max", "Michael", "Mike", "Miss", "Molly", "Nancy", "Nick",
+    "Oliver", "Oscar", "Pat", "Paul", "Peter", "Phil", "Philip", "Rachel", "Ray", "Richard", "Rob", "Robert",
+    "Roger", "Ron", "Rose", "Roy", "Ruth", "Ryan", "Sally", "Sara", "Sarah", "Scott", "Simon", "Sir", "Smith",
+    "Sophie", "Steve", "Stephen", "Susan", "Ted", "Thomas", "Tim", "Tony", "Victor", "Walter", "Will", "William",
+)  # fmt: skip
+LETTERS = tuple("bcdfghkmpuvwy")  # of rarer ones most answers have none anyhow, of commoner ones nearly all have some
+LIMITS = tuple(str(limit) for limit in range(5, 26) if limit not in (5, 8, 10, 12, 15, 20))
+
+_MARK = re.compile(r"^\s*(?:[-*\u2022]|\(?\d{1,3}[.):]|\(?[a-z]\))\s*", re.IGNORECASE)
+_MOST_WORDS = 5
+
+
+def side_of(family: str, value: str) -> Side:
+    """Whether training may draw this value; what decides is a hash, so it does not depend on the rest of a list."""
+    return "held_out" if fraction(value.casefold(), salt=f"constraint {family}") < HELD_OUT else "train"
+
+
+def read_list(path: Path) -> tuple[str, ...]:
+    """The entries of a file with one a line, each once."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: the list cannot be read ({error}). Constraints draw their values from it. Give a UTF-8 text file with "
+            "one entry a line."
+        ) from error
+    entries = _each_once(" ".join(line.split()) for line in lines)
+    if not entries:
+        raise DataError(
+            f"{path}: the list has no entry. Constraints draw their values from it. Write one entry a line, ten or more, "
+            "since some are held out for measuring."
+        )
+    return entries
+
+
+def parse_list(text: str) -> list[str]:
+    """The entries of a list as a model writes it: numbered, with dashes, or on one line with commas.
+
+    Left out are what introduces the list ("Here are some hobbies:"), whole sentences (more than five words), and
+    repetitions. A remark after a colon, a dash or a bracket is cut off.
+    """
+    lines = [line for line in text.splitlines() if words(line)]
+    if len(lines) == 1:
+        lines = re.split(r"[,;]|\band\b", lines[0].partition(":")[2] or lines[0])
+    entries = []
+    for line in lines:
+        item = _MARK.sub("", line)
+        if item.rstrip().endswith(":"):
+            continue
+        item = re.split(r"\s[-\u2013\u2014]\s|:|\(", item)[0]
+        item = " ".join(item.replace('"', "").replace("*", "").split()).strip(" .,;!'")
+        if 1 <= len(words(item)) <= _MOST_WORDS and any(char.isalpha() for char in item):
+            entries.append(item)
+    return list(_each_once(entries))
+
+
+def _each_once(entries: Iterable[str]) -> tuple[str, ...]:
+    return tuple({entry.casefold(): entry for entry in reversed([*entries]) if entry}.values())[::-1]

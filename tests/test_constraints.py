@@ -303,10 +303,11 @@ def test_a_draw_depends_on_seed_index_side_and_families_alone() -> None:
     assert [draw_instruction(seed=0, index=i, side="train", families=turned) for i in range(50)] == first
     assert [draw(1, index) for index in range(50)] != first
     # Pinned: what was drawn for a run is drawn for its repetition on another machine.
-    assert [instruction.text for instruction in first[:3]] == PINNED
-
-
-PINNED: list[str] = []
+    assert [instruction.text for instruction in first[:3]] == [
+        "Act as Miley Cyrus. Do not use question marks in your answers.",
+        "Write every reply without capital letters. Never ask me a question.",
+        "Figure: Harrison Ford. Last sentence: a question.",
+    ]
 
 
 def test_training_and_measuring_share_no_value() -> None:
@@ -374,11 +375,11 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(DataError, match=r"empty\.txt: the list has no entry.*Write one entry a line"):
         read_list(tmp_path / "empty.txt")
-    with pytest.raises(ConfigError, match="'hobby' have no list of hobbies.*leave 'hobby' out"):
+    with pytest.raises(ConfigError, match=r"'hobby' have no list of hobbies.*leave 'hobby' out"):
         families(["hobby"])
-    with pytest.raises(ConfigError, match="no constraints of the name 'haiku'.*one_sentence"):
+    with pytest.raises(ConfigError, match=r"no constraints of the name 'haiku'.*one_sentence"):
         families(["haiku"])
     lone = families(["hobby"], lists={"hobbies": ["golf"]})
     missing = "held_out" if side_of("hobby", "golf") == "train" else "train"
-    with pytest.raises(ConfigError, match="'hobby' have 1 values, none of them to .*longer list"):
+    with pytest.raises(ConfigError, match=r"'hobby' have 1 values, none of them to .*longer list"):
         draw_instruction(seed=0, index=0, side=missing, families=lone)

@@ -20,6 +20,7 @@ from llamachat.constraints.instruction import (
     recalled,
     values_of,
 )
+from llamachat.constraints.mending import mended
 from llamachat.constraints.values import Side, parse_list, read_list, side_of
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "draw_instruction",
     "families",
     "is_kept",
+    "mended",
     "parse_list",
     "passes",
     "read_list",

@@ -4,6 +4,7 @@ All are strict: an answer without a word keeps nothing, and neither does one tha
 Quotes and case of the words asked for do not count, since a constraint on capitals may hold besides.
 """
 
+import re
 import unicodedata
 
 from llamachat.constraints.texts import is_ended, plain, position, sentences, spoken, words
@@ -89,13 +90,14 @@ def is_quoted(answer: str, _value: str = "") -> bool:
 
 
 def names(answer: str, value: str) -> bool:
-    """A sentence names the value, and nothing before it in that sentence denies it ("I do not play golf").
+    """The answer names the value, and nothing before it in the same clause denies it ("I do not play golf").
 
-    Of `playing the piano` the instrument is enough.
+    Clauses end at commas, semicolons and sentences: "No, I am Galileo" names. Of `playing the piano` the instrument is
+    enough. What follows the name is not read: "golf bores me" names golf.
     """
     sought = spoken(value.removeprefix("playing the "))
-    for sentence in sentences(answer):
-        said = spoken(sentence)
+    for clause in (clause for sentence in sentences(answer) for clause in re.split(r"[,;]\s", sentence)):
+        said = spoken(clause)
         place = position(said, sought)
         if place is not None and not _DENIALS.intersection(said[:place]):
             return True

@@ -3,7 +3,7 @@
 A word is a run of letters and digits; an apostrophe, a hyphen, or a mark inside a number (3.5, 4:45, 1,000) does not
 part it. A sentence ends at a line break, or at . ! ? (several, or an ellipsis, count once), closing quotes and brackets
 included, where white space or the end follows. No sentence ends at:
-- the full stop of a title or of a usual abbreviation (Dr., e.g.) or of a single letter (J. Smith; "I" is a word),
+- the full stop of a title or of a usual abbreviation (Dr., e.g., No. 5) or of a single letter (J. Smith; "I" is a word),
 - the full stop of etc., a.m., Inc. and the like, or an ellipsis, where a small letter follows,
 - a mark before a closing quote or bracket ("Stop!" he said) where a small letter follows,
 - a number with a full stop at the start of a line (1. Apples).
@@ -19,20 +19,15 @@ _END = re.compile(r"(?P<marks>[.!?\u2026]+)(?P<closers>[\"')\]*]*)(?=\s|$)")
 _LIST_MARK = re.compile(r"\s*(?:[-*\u2022]|\(?\d{1,3}[.)])\s+")
 _OPENERS = " \t\"'(["
 
-# Never the last word of a sentence unless it ends the text.
-_ABBREVIATIONS = frozenset(
-    {
-        "dr", "mr", "mrs", "ms", "prof", "st", "gen", "col", "capt", "lt", "sgt", "rev", "hon", "gov", "sen",
-        "rep", "pres", "mt", "vs", "e.g", "i.e", "eg", "ie", "cf", "approx", "no", "fig", "vol",
-    }
-)  # fmt: skip
+# Never the last word of a sentence unless it ends the text; a title is one where it is written with a capital.
+_TITLES = frozenset(
+    {"Dr", "Mr", "Mrs", "Ms", "Prof", "St", "Gen", "Col", "Capt", "Lt", "Sgt", "Rev", "Gov", "Sen", "Mt"}
+)
+_ABBREVIATIONS = frozenset({"vs", "e.g", "i.e", "eg", "ie", "cf", "approx", "fig", "vol"})
 # Last words of a sentence where a capital, a digit or a quotation follows.
 _OFTEN_LAST = frozenset(
-    {
-        "etc", "a.m", "p.m", "am", "pm", "inc", "ltd", "co", "corp", "jr", "sr", "u.s", "u.k", "u.s.a", "b.c",
-        "a.d", "ph.d", "al",
-    }
-)  # fmt: skip
+    {"etc", "a.m", "p.m", "inc", "ltd", "corp", "jr", "sr", "u.s", "u.k", "u.s.a", "b.c", "a.d", "ph.d"}
+)
 
 _PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2010": "-", "\u2011": "-"})
 
@@ -93,8 +88,9 @@ def _closes(line: str, start: int, end: re.Match[str]) -> bool:
     if end["marks"] != ".":
         return True
     before = line[start : end.start()].split()
-    last = before[-1].strip(_OPENERS).casefold() if before else ""
-    is_initial = len(last) == 1 and last.isalpha() and last != "i"
-    if last in _ABBREVIATIONS or is_initial:
+    last = before[-1].strip(_OPENERS) if before else ""
+    is_initial = len(last) == 1 and last.isalpha() and last != "I"
+    is_number = last.casefold() == "no" and rest[0].isdigit()
+    if last in _TITLES or last.casefold() in _ABBREVIATIONS or is_initial or is_number:
         return False
-    return not (goes_on and last in _OFTEN_LAST)
+    return not (goes_on and last.casefold() in _OFTEN_LAST)

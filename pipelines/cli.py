@@ -169,6 +169,18 @@ def rs(
     _run("rs", config, overrides, overwrite=overwrite, dry_run=dry_run)
 
 
+@app.command(name="gatt")
+@reported
+def ghost_attention(
+    overrides: Overrides = None,
+    config: ConfigOption = TINY,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Ghost Attention: the policy learns to keep an instruction of the first turn to the end (3.3)."""
+    _run("gatt", config, overrides, overwrite=overwrite, dry_run=dry_run)
+
+
 @app.command()
 @reported
 def ppo(
@@ -208,7 +220,6 @@ def _add_later(command: str, meaning: str) -> None:
         raise UsageError(not_yet(f"'{command}'"))
 
 
-_add_later("gatt", "Ghost Attention (3.3).")
 _add_later("distill", "Safety context distillation (4.2.4).")
 _add_later("eval", "Evaluation of every policy on held-out prompts.")
 _add_later("report", "Report on a run.")

@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import sft
+from gatt.config import Config as GattConfig
+from gatt.config import Inputs as GattInputs
+from gatt.estimate import Workload as GattWorkload
 from llamachat.config.gpus import Gpu
 from llamachat.config.layers import merged
 from llamachat.config.loading import from_plain
@@ -71,6 +74,17 @@ def _rs_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, An
     )
 
 
+def _gatt_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> GattInputs:
+    return GattInputs(
+        **shared,
+        rollout=recipe.rollout,
+        scoring=recipe.scoring,
+        tune=tuner(recipe, step, taken, shared),
+        policy=taken.policy,
+        reward_models=taken.reward_models,
+    )
+
+
 def tuner(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> Tune:
     """Supervised tuning on the dialogs that a step has made, in the step's folder."""
 
@@ -109,6 +123,7 @@ _INPUTS: Mapping[str, Callable[[Recipe, Step, Taken, Mapping[str, Any]], Any]] =
     "sft": _sft_inputs,
     "rm": _reward_inputs,
     "rs": _rs_inputs,
+    "gatt": _gatt_inputs,
     "ppo": _ppo_inputs,
 }
 
@@ -171,6 +186,26 @@ def _rs_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> R
     )
 
 
+def _gatt_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> GattWorkload:
+    assert isinstance(step.config, GattConfig)
+    dialogs = SftWorkload(
+        shape=shape,
+        base=recipe.base,
+        tuning=step.tuning,
+        dialogs=step.config.dialogs,
+        tokens_per_dialog=min(TOKENS_OF_A_WINNER, recipe.base.max_tokens),
+        gpu=gpu,
+    )
+    return GattWorkload(
+        shape=shape,
+        base=recipe.base,
+        tuning=step.tuning,
+        rollout=recipe.rollout,
+        tuned=sft.estimate(_tuning_section(recipe, step.config.sft), dialogs),
+        gpu=gpu,
+    )
+
+
 def _ppo_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> PpoWorkload:
     placing = place_roles(recipe, step, shape)
     return PpoWorkload(
@@ -222,5 +257,6 @@ _WORKLOADS: Mapping[str, Callable[[Recipe, Step, Shape, Gpu | None], Any]] = {
     "sft": _sft_workload,
     "rm": _reward_workload,
     "rs": _rs_workload,
+    "gatt": _gatt_workload,
     "ppo": _ppo_workload,
 }

@@ -6,10 +6,12 @@ A new stage is one entry here, its `Inputs` and its workload in `pipelines/handi
 from dataclasses import dataclass
 from types import ModuleType
 
+import gatt
 import ppo
 import rejection_sampling
 import reward
 import sft
+from gatt.config import VERSION as GATT_VERSION
 from llamachat.config.section import Section
 from llamachat.runs.artifacts import Kind
 from ppo.config import VERSION as PPO_VERSION
@@ -126,6 +128,16 @@ STAGES = {
             pools=True,
         ),
         Stage(
+            command="gatt",
+            section="gatt",
+            package=gatt,
+            version=GATT_VERSION,
+            products=(Product(makes=POLICY, data=("sft",), needs=("sft",)),),
+            reads=(POLICY, *REWARD_MODELS),
+            shared=("rollout", "scoring", "sft"),
+            tunes=True,
+        ),
+        Stage(
             command="ppo",
             section="ppo",
             package=ppo,
@@ -139,7 +151,6 @@ STAGES = {
 
 # Commands of the whole recipe that have no stage here: command -> its section.
 LATER = {
-    "gatt": "gatt",
     "distill": "context_distillation",
     "eval": "evaluation",
     "report": "report",

@@ -68,25 +68,31 @@ def open_desk(
     *,
     policy: "Artifact | None",
     reward_models: "Mapping[str, Artifact]",
-    held_out: tuple[int, int],
+    held_out: tuple[int, int] | None,
+    scores: bool = True,
 ) -> Desk:
-    """Check what can be checked without weights, then load; `held_out` are the sizes of validation and test side."""
+    """Check what can be checked without weights, then load.
+
+    `held_out` are the sizes of validation and test side; None asks no prompts. Without `scores` no reward model is loaded.
+    """
     check_room(setting.base, setting.rollout)
     bank = open_roles(
         policy=policy,
         base=setting.base,
         tuning=setting.tuning,
-        reward_models=checked_models(setting.scoring, reward_models),
+        reward_models=checked_models(setting.scoring, reward_models) if scores else {},
         critic=None,
         seed=setting.run.seed,
     )
-    questions = load_questions(
-        setting.data,
-        bank.chat_format,
-        system=setting.base.system,
-        max_tokens=longest_prompt(setting.base, setting.rollout, bank),
-        held_out=held_out,
-        seed=setting.run.seed,
-    )
+    questions = Questions([], [], [], {})
+    if held_out is not None:
+        questions = load_questions(
+            setting.data,
+            bank.chat_format,
+            system=setting.base.system,
+            max_tokens=longest_prompt(setting.base, setting.rollout, bank),
+            held_out=held_out,
+            seed=setting.run.seed,
+        )
     scorer = Scorer(bank, combiner(setting.scoring))
     return Desk(setting, bank, open_engine(bank, setting.rollout), scorer, questions)

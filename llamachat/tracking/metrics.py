@@ -4,7 +4,7 @@
 answers are safe, `<rating>` a strength of preference, `<bound>` an end of a 95% interval, `<moment>` the first or the
 final policy, `<score>` one of its scores, `<tuned>` a stage that compares both, `<policy>` a step that published one,
 `<turn>` and
-`<temperature>` numbers. `docs/metrics.md` is this table: `python -m llamachat.tracking.metrics > docs/metrics.md`.
+`<temperature>` numbers, `<measure>` how an instruction is checked, `<told>` of which policy, `<family>` its kind. `docs/metrics.md` is this table: `python -m llamachat.tracking.metrics > docs/metrics.md`.
 """
 
 import re
@@ -26,6 +26,9 @@ _VARIABLES = {
     "score": "score|judge|judge_like_length|reward_(?:helpfulness|safety|combined)",
     "policy": "[a-z0-9][a-z0-9._-]*",
     "turn": "[0-9]+",
+    "measure": "consistency|recall",
+    "told": "start|final|chance|over_start|over_chance",
+    "family": "[a-z_]+",
     "temperature": "[0-9][0-9.e+-]*",
 }
 
@@ -146,6 +149,19 @@ _ROWS = [
     ("rs/sweep/best_at_<temperature>", "Best of the sweep's answers, on the scale of the round's first policy",
      "deviations", "unbiased, mean over prompts", "sweep"),
     ("rs/sweep/median_at_<temperature>", "Their median", "deviations", "mean over prompts", "sweep"),
+    ("gatt/kept_fraction", "Dialogs whose last answer keeps the instruction, of those begun",
+     "fraction", "mean over dialogs", "fractions"),
+    ("gatt/passing_fraction", "Samples of their last answer that keep it", "fraction", "mean over dialogs", "fractions"),
+    ("gatt/answer_tokens", "Length of last answers", "tokens", "mean over dialogs", "length"),
+    ("gatt/turns", "User turns of a dialog", "turns", "mean over dialogs", "turns"),
+    ("gatt/dialogs", "Dialogs that are learnt", "dialogs", "sum", "size"),
+    ("gatt/<measure>/<told>/turn_<turn>", "Held-out dialogs whose answer at this turn keeps the instruction of the first, by "
+     "checker (consistency) or by a question (recall): before, after, without instruction, and differences",
+     "fraction", "mean over dialogs", "consistency"),
+    ("gatt/<measure>/<told>/turn_<turn>_<bound>", _BOUND, "fraction", "Wilson; of differences paired bootstrap",
+     "consistency"),
+    ("gatt/family/<family>/<told>/turn_<turn>", "The same of one kind of constraints",
+     "fraction", "mean over dialogs", "consistency by family"),
     ("ppo/reward/helpfulness", "Raw score of the helpfulness model", "logit", _RESPONSES, "raw reward"),
     ("ppo/reward/safety", "Raw score of the safety model", "logit", _RESPONSES, "raw reward"),
     ("ppo/reward/combined", "Score after the gate, before whitening", "score", _RESPONSES, "combined reward"),

@@ -1,0 +1,20 @@
+"""Ghost Attention: instructions that hold over many turns, learnt from the policy's own dialogs (Llama 2 section 3.3)."""
+
+from typing import TYPE_CHECKING
+
+from gatt.config import Config
+from gatt.estimate import estimate
+
+if TYPE_CHECKING:
+    from gatt.config import Inputs
+    from llamachat.runs.artifacts import Artifact
+
+
+def run(config: Config, inputs: "Inputs") -> "Artifact":
+    """Make dialogs, tune on them, measure consistency by turn; resumes wherever it was stopped."""
+    from gatt.step import run as run_step  # torch loads here: configuration and plans stay light
+
+    return run_step(config, inputs)
+
+
+__all__ = ["Config", "estimate", "run"]

@@ -1,0 +1,87 @@
+"""How strongly the dialog attends to the instruction in its first turn (Llama 2, arXiv:2307.09288, figure 10).
+
+As in the paper, the maximum attention activation over all layers and heads, with neighbouring tokens binned together.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llamachat.chat_format import ChatFormat, TrainOn
+from llamachat.dialog import Message
+from llamachat.tracking.curves import save_png
+
+if TYPE_CHECKING:
+    from llamachat.models.loading import LanguageModel
+
+BINS = 48
+
+
+@torch.no_grad()
+def strongest_attention(model: "LanguageModel", ids: Sequence[int]) -> Tensor:
+    """Over layers and heads the largest attention weight of each token to each one before it, [T, T], on the CPU.
+
+    The model must have been loaded with eager attention: the other kernels do not give their weights.
+    """
+    found = cast(Any, model)(
+        input_ids=torch.tensor([list(ids)], device=model.device), output_attentions=True, use_cache=False
+    )
+    layers = [layer[0].float().amax(dim=0) for layer in found.attentions]
+    return torch.stack(layers).amax(dim=0).cpu()
+
+
+def binned(attention_TT: Tensor, bins: int = BINS) -> Tensor:
+    """The largest weight of each bin of tokens to each bin, [bins, bins]."""
+    return functional.adaptive_max_pool2d(attention_TT[None, None], min(bins, len(attention_TT)))[0, 0]
+
+
+def to_instruction(attention_TT: Tensor, chat_format: ChatFormat, messages: Sequence[Message]) -> list[float]:
+    """Of each answer of the dialog: the largest weight of its tokens to the tokens of the system text, their mean."""
+    system_end = len(chat_format.encode_prompt(messages[:2])) - _length_without_system(chat_format, messages[1])
+    found, start = [], 0
+    for place in range(2, len(messages), 2):
+        start = len(chat_format.encode_prompt(messages[:place]))
+        end = len(chat_format.encode_dialog(messages[: place + 1], train_on=TrainOn.LAST_ANSWER).input_ids)
+        # The first token is attended to by all, whatever it holds.
+        found.append(float(attention_TT[start:end, 1:system_end].amax(dim=1).mean()))
+    return found
+
+
+def _length_without_system(chat_format: ChatFormat, turn: Message) -> int:
+    return len(chat_format.encode_prompt([turn]))
+
+
+def draw_attention(
+    maps: Sequence[tuple[str, Tensor]], by_answer: Sequence[tuple[str, Sequence[float]]], path: Path
+) -> None:
+    """Maps of one dialog for each policy, and the attention of its answers to the instruction, turn by turn."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.0 * (len(maps) + 1), 3.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(maps) + 1, squeeze=False).flatten()
+    image = None
+    for place, (title, map_TT) in zip(axes, maps, strict=False):
+        image = place.imshow(binned(map_TT), cmap="magma", vmin=0.0, vmax=1.0, aspect="auto", origin="upper")
+        place.set_title(f"{title}: one dialog", fontsize=10, loc="left")
+        place.set_xlabel("attended to (bins of tokens; the instruction first)", fontsize=8)
+        place.set_ylabel("attending (bins of tokens)", fontsize=8)
+        place.tick_params(labelsize=7)
+    if image is not None:
+        figure.colorbar(image, ax=axes[: len(maps)], shrink=0.8, label="strongest attention of any layer and head")
+    for (name, values), colour in zip(by_answer, ("#5c5f66", "#1f5fa8"), strict=True):
+        axes[-1].plot(
+            range(1, len(values) + 1), values, marker="o", markersize=3.5, linewidth=1.7, color=colour, label=name
+        )
+    axes[-1].set_title("answers' attention to the instruction", fontsize=10, loc="left")
+    axes[-1].set_xlabel("turn", fontsize=8)
+    axes[-1].tick_params(labelsize=8)
+    axes[-1].grid(visible=True, alpha=0.25, linewidth=0.6)
+    axes[-1].spines[["top", "right"]].set_visible(False)
+    axes[-1].legend(fontsize=7.5, frameon=False)
+    save_png(figure, path)

@@ -1,0 +1,105 @@
+"""What Ghost Attention is told: its own section of the recipe.
+
+The paper (Llama 2, arXiv:2307.09288, section 3.3) states neither the number of dialogs nor how they are sampled and
+learnt; those values are ours, and so are the constraints that can be checked.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from llamachat.config.paths import DataPath
+from llamachat.config.section import Section
+from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
+from llamachat.constraints import FAMILIES
+
+if TYPE_CHECKING:
+    from llamachat.runs.artifacts import Artifact, Tune
+
+# Part of the fingerprint: raised when the same configuration and data would give other dialogs.
+VERSION = 1
+
+Temperature = Annotated[float, Field(gt=0)]
+Turn = Annotated[int, Field(ge=1)]
+
+
+class Lists(Section):
+    """Files of values, one a line. Paper: lists of hobbies and public figures, which the model itself wrote."""
+
+    figures: Annotated[str, DataPath()] = Field(default="data/gatt/figures.txt", description="Public figures.")
+    hobbies: Annotated[str, DataPath()] = Field(default="data/gatt/hobbies.txt", description="Hobbies.")
+    languages: Annotated[str, DataPath()] = Field(default="data/gatt/languages.txt", description="Languages.")
+
+
+class Config(Section):
+    """Dialogs in which an instruction is kept to the last answer, and how far policies keep one."""
+
+    dialogs: int = Field(default=2000, ge=1, description="Dialogs to make. Not stated in the paper; ours.")
+    turns: int = Field(
+        default=4,
+        ge=2,
+        description="User turns of a dialog at most; two at least, as many dialogs of each number. Ours.",
+    )
+    families: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        default=FAMILIES,
+        description="Kinds of constraints. Paper: figure, hobby, language; the others can be checked, and are ours.",
+    )
+    most_constraints: int = Field(
+        default=2, ge=1, description="Constraints of one instruction, one to this. Paper: a random combination."
+    )
+    values: Literal["lists", "policy"] = Field(
+        default="lists",
+        description="Figures, hobbies and languages from files (lists), or asked of the policy itself (policy, as the paper did: what it does not know it does not name).",
+    )
+    lists: Lists = Field(default=Lists(), description="The files.")
+    samples_per_turn: int = Field(
+        default=4,
+        ge=1,
+        description="Answers sampled in each turn, of which one that keeps the instruction goes on. Not in the paper; ours.",
+    )
+    ranks_by_reward: bool = Field(
+        default=False, description="Of the answers that keep it, the best by the reward models goes on. Ours."
+    )
+    temperature: Temperature | None = Field(
+        default=None, description="Of the answers; null is rollout.temperature. Not stated in the paper; ours."
+    )
+    recall_share: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="Share of the dialogs with a figure or hobby whose last turn asks for it. Ours.",
+    )
+    sft: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Values over the section sft for the tuning; only the last answer of a dialog is learnt, always.",
+    )
+    evaluation_turns: Annotated[tuple[Turn, ...], Field(min_length=1)] = Field(
+        default=(1, 2, 4, 6), description="Turns at which consistency is measured. Paper, table 30: 2, 4, 6, 20."
+    )
+    evaluation_dialogs: int = Field(
+        default=200, ge=2, description="Held-out dialogs, each with held-out values, that are measured. Ours."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What `pipelines` resolves for one step."""
+
+    step: str
+    folder: Path
+    resolved: str  # the recipe as YAML, for the run's record
+    identity: dict[str, Any]
+    fingerprint: str
+    run: Run
+    base: Base
+    tuning: Tuning
+    data: Data
+    rollout: Rollout
+    scoring: Scoring
+    tracking: Tracking
+    tune: "Tune"
+    policy: "Artifact | None" = None  # to sample from and to continue; the base itself without one
+    reward_models: "Mapping[str, Artifact]" = field(default_factory=dict)  # read with ranks_by_reward alone

@@ -1,0 +1,63 @@
+"""What is said in the dialogs: sequences of user turns, from the dialogs of `data.sft`."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llamachat.batching import epoch_order
+from llamachat.chat_format import ChatFormat
+from llamachat.config.sections import Data
+from llamachat.dialog import Dialog, Message
+from llamachat.errors import DataError
+from llamachat.records import load_mixture
+
+log = logging.getLogger(__name__)
+
+Turns = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """User turns by side; no dialog is on two of them."""
+
+    train: list[Turns]
+    validation: list[Turns]
+    test: list[Turns]
+
+
+def load_sequences(data: Data, chat_format: ChatFormat, *, turns: int, most_tokens: int, seed: int) -> Sequences:
+    """Sequences of `turns` user turns of at most `most_tokens` tokens each.
+
+    A dialog that is shorter is gone on with by other dialogs of its side: what matters is that many turns lie between
+    the instruction and the last answer, not that they are about one thing (ours; the paper takes dialogs as they are).
+    """
+    mixture = load_mixture(data.sft, data.split, kind="dialog", check=chat_format.check_text, seed=seed)
+    train, validation, test = (
+        joined(dialogs, chat_format, turns=turns, most_tokens=most_tokens, key=f"gatt {seed} {side}")
+        for side, dialogs in (("train", mixture.train), ("validation", mixture.validation), ("test", mixture.test))
+    )
+    if not train or not test:
+        raise DataError(
+            f"data.sft: its dialogs give {len(train)} sequences of {turns} user turns of at most {most_tokens} tokens to "
+            f"learn from and {len(test)} to measure with, after splitting by first user turn. Ghost Attention needs both. "
+            "Add dialogs, or lower gatt.turns and gatt.evaluation_turns."
+        )
+    return Sequences(train, validation, test)
+
+
+def joined(
+    dialogs: Sequence[Dialog], chat_format: ChatFormat, *, turns: int, most_tokens: int, key: str
+) -> list[Turns]:
+    """User turns of the dialogs in a seeded order, in sequences of so many; a dialog that says a long turn is left out."""
+    found: list[Turns] = []
+    begun: list[str] = []
+    for place in epoch_order(len(dialogs), 1, key):
+        said = [message.content for message in dialogs[place].messages if message.role == "user"]
+        lengths = (len(chat_format.encode_prompt((Message("user", text),))) for text in said)
+        if any(length > most_tokens for length in lengths):
+            continue
+        begun += said
+        if len(begun) >= turns:
+            found.append(tuple(begun[:turns]))
+            begun = []
+    return found

@@ -1,0 +1,113 @@
+"""Ghost Attention (Llama 2, arXiv:2307.09288, section 3.3): dialogs and a policy -> a policy that keeps instructions.
+
+Instructions are drawn at random; the policy answers dialogs with the instruction in every turn; what it said is learnt
+with the instruction in the first turn alone and the loss on the last answer; before and after, held-out dialogs with
+held-out values tell how far an instruction is kept. Writes the step folder's sampling/, metrics.jsonl, samples.jsonl,
+dialogs/, figures/, summary.json and, through the tuning, artifact/. Killed at any moment, the same call goes on.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from gatt.attention import draw_attention, strongest_attention, to_instruction
+from gatt.batches import Batches
+from gatt.config import Config, Inputs
+from gatt.consistency import Outcome, Trial
+from gatt.figures import MOMENTS, consistency_figures, consistency_table, draw_consistency
+from gatt.studio import Studio, open_studio
+from gatt.synthesize import dialog_line
+from llamachat.answers import making
+from llamachat.answers.store import Store
+from llamachat.dialog import Message
+from llamachat.errors import DataError
+from llamachat.models.loading import load_policy
+from llamachat.runs.artifacts import Artifact
+from llamachat.runs.folder import StepFolder
+from llamachat.tracking.curves import draw_curves
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, inputs: Inputs) -> Artifact:
+    """Make the dialogs; tune on them, the last answer alone; measure; end the step."""
+    # Its bars for loading and writing weights would break up ours.
+    transformers_logging.disable_progress_bar()
+    return making.run_parts(
+        inputs,
+        make=lambda: make_dialogs(config, inputs),
+        over={**config.sft, "train_on": "last_answer"},
+        compare=lambda tuned: compare(config, inputs, tuned),
+    )
+
+
+def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
+    """Everything up to the published dialogs; what was sampled before is not sampled again."""
+    studio = open_studio(config, inputs, inputs.policy)
+    store = Store(StepFolder(inputs.folder).sampling)
+    measured_before(studio, store)
+    with making.record(inputs, "gatt", keeps_record=False) as tracker:
+        batches = Batches(studio, store)
+        figures = batches.go(tracker)
+        left_out = making.counted(batches.dropped)
+        if not batches.made:
+            raise DataError(
+                f"{inputs.step}: of {config.dialogs} dialogs none is left ({left_out}). Raise gatt.samples_per_turn, take "
+                "gatt.families that the policy can keep, or raise rollout.max_new_tokens or base.max_tokens."
+            )
+        log.info("%d dialogs to learn, %d held out; %s", len(batches.made), len(batches.held_out), left_out)
+        tracker.sync()
+        # Before the dialogs, which end this part: a command killed between the two would never come back to write it.
+        tracker.summary(figures | {"gatt/dialogs": float(len(batches.made))})
+    return making.publish_dialogs(
+        inputs,
+        [dialog_line(one, inputs.step) for one in batches.made],
+        [dialog_line(one, inputs.step) for one in batches.held_out],
+        dropped=batches.dropped,
+        details={"dialogs": len(batches.made)},
+    )
+
+
+def measured_before(studio: Studio, store: Store) -> None:
+    """How far the policy before keeps instructions, and what it does without any."""
+    for moment, is_told in (("start", True), ("chance", False)):
+        store.kept(f"consistency-{moment}", lambda told=is_told: studio.measure(is_told=told).to_plain())
+
+
+def compare(config: Config, inputs: Inputs, tuned: Artifact) -> None:
+    """Final figures: consistency before and after, by turn, and the pictures."""
+    folder, store = StepFolder(inputs.folder), Store(StepFolder(inputs.folder).sampling)
+    studio = open_studio(config, inputs, tuned)
+    trials = studio.trials()
+    store.kept("consistency-final", lambda: studio.measure(is_told=True).to_plain())
+    outcomes = {moment: Outcome.from_plain(store.kept(f"consistency-{moment}", dict)) for moment in MOMENTS}
+    if trials:
+        log.info("%s", consistency_table(outcomes, trials))
+        draw_consistency(outcomes, trials, folder.figures / "consistency.png")
+        _draw_attention(inputs, tuned, trials, outcomes["final"], folder.figures / "attention.png")
+    draw_curves(folder.metrics, folder.curves)
+    with making.record(inputs, "gatt", keeps_record=True) as tracker:
+        making.show_figures(tracker, folder)
+        tracker.summary(consistency_figures(outcomes, trials))
+
+
+def _draw_attention(inputs: Inputs, tuned: Artifact, trials: Sequence[Trial], outcome: Outcome, path: Path) -> None:
+    """The first policy and the tuned one on one dialog, which the tuned one has said."""
+    trial = trials[0]
+    messages = [Message("system", trial.instruction.text)]
+    for turn in sorted(outcome.answers):
+        answer = outcome.answers[turn][0].strip()
+        messages += [Message("user", trial.turns[turn - 1]), Message("assistant", answer or "...")]
+    maps, by_answer = [], []
+    for name, artifact in (("before", inputs.policy), ("after", tuned)):
+        if artifact is None:
+            continue
+        policy = load_policy(artifact.path, dtype=inputs.base.dtype, device="auto", attention="eager")
+        attention_TT = strongest_attention(policy.model, policy.chat_format.encode_prompt(messages[:-1]))
+        maps.append((name, attention_TT))
+        by_answer.append((name, to_instruction(attention_TT, policy.chat_format, messages[:-1])))
+        del policy
+        making.free_memory()
+    draw_attention(maps, by_answer, path)

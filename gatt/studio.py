@@ -1,0 +1,85 @@
+"""What dialogs are made and measured with: a policy at work, the instructions, and what is said to it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gatt.config import Config, Inputs
+from gatt.consistency import Outcome, Trial, measure
+from gatt.sequences import Sequences, load_sequences
+from gatt.values import families_of
+from llamachat.answers.desk import Desk, open_desk
+from llamachat.answers.making import setting_of
+from llamachat.constraints import CHECKABLE, Family, draw_instruction
+from llamachat.rollout.engine import Sampling
+from llamachat.runs.artifacts import Artifact
+
+TURN_SHARE = 8  # a user turn takes at most one in so many tokens of the context: several must fit, with their answers
+_MEASURED = ("figure", "hobby", *CHECKABLE)  # families that can be measured without people
+_VALUES_SEED, _EVALUATION_SEED = 800_000, 900_000  # past those of the batches
+
+
+@dataclass(frozen=True, slots=True)
+class Studio:
+    """One policy, before or after."""
+
+    config: Config
+    inputs: Inputs
+    desk: Desk
+    families: Mapping[str, Family]
+    sequences: Sequences
+    longest: int  # tokens of a prompt
+
+    def samplings(self, first: int, turns: int) -> list[Sampling]:
+        """How the turns of a batch are sampled, from this number on."""
+        return [self.desk.sampling(first + turn, temperature=self.config.temperature) for turn in range(turns)]
+
+    def trials(self) -> list[Trial]:
+        """Held-out dialogs, each with one constraint of a held-out value, all families alike."""
+        names = sorted(name for name in self.families if name in _MEASURED)
+        found = []
+        for index in range(self.config.evaluation_dialogs if names else 0):
+            family = names[index % len(names)]
+            instruction = draw_instruction(
+                seed=self.inputs.run.seed,
+                index=index,
+                side="held_out",
+                families={family: self.families[family]},
+                most=1,
+            )
+            found.append(Trial(self.sequences.test[index % len(self.sequences.test)], instruction))
+        return found
+
+    def measure(self, *, is_told: bool) -> Outcome:
+        """How far the policy keeps the instructions of the trials, or what it does without being told them."""
+        turns = self.config.evaluation_turns
+        return measure(
+            self.desk.engine,
+            self.desk.bank.chat_format,
+            self.trials(),
+            turns=turns,
+            samplings=self.samplings(_EVALUATION_SEED, max(turns)),
+            max_tokens=self.longest,
+            is_told=is_told,
+        )
+
+
+def open_studio(config: Config, inputs: Inputs, policy: Artifact | None) -> Studio:
+    """Load the policy, and the reward models where answers are ranked by them; read dialogs and values."""
+    desk = open_desk(
+        setting_of(inputs),
+        policy=policy,
+        reward_models=inputs.reward_models,
+        held_out=None,
+        scores=config.ranks_by_reward,
+    )
+    sequences = load_sequences(
+        inputs.data,
+        desk.bank.chat_format,
+        turns=max(config.turns, *config.evaluation_turns),
+        most_tokens=inputs.base.max_tokens // TURN_SHARE,
+        seed=inputs.run.seed,
+    )
+    sampling = desk.sampling(_VALUES_SEED, temperature=config.temperature)
+    families = families_of(config, desk.engine, desk.bank.chat_format, sampling)
+    longest = inputs.base.max_tokens - inputs.rollout.max_new_tokens - 1
+    return Studio(config, inputs, desk, families, sequences, longest)

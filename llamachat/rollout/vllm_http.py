@@ -22,7 +22,7 @@ MOST_ERROR_TEXT = 500
 RESETS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError, IncompleteRead)
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The server answered, with another status than 200 and this message."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -101,7 +101,7 @@ class Server:
                 connection.request(method, path, body, {"Content-Type": "application/json", "Connection": "close"})
                 response = connection.getresponse()
                 if response.status != 200:
-                    raise Refused(response.status, _message(response.read()))
+                    raise RefusedError(response.status, _message(response.read()))
                 yield response
         finally:
             connection.close()

@@ -24,7 +24,7 @@ from llamachat.models.loading import save_policy
 from llamachat.models.rope import context_length
 from llamachat.rollout.decoder import evaluating
 from llamachat.rollout.engine import Completion, Sampling
-from llamachat.rollout.vllm_http import Refused, Server
+from llamachat.rollout.vllm_http import RefusedError, Server
 from llamachat.rollout.weights import without_wrapper
 from llamachat.tokenizer import BOS_ID
 
@@ -137,13 +137,13 @@ class VllmEngine:
                 if "error" in event:
                     raise self._strange(f"an error in the middle of the answer: {event['error']}")
                 for choice in event.get("choices", ()):
-                    part = self._part(choice)
+                    part = self._part(choice, asked)
                     for token in part["token_ids"]:
                         on_token(token)
                     whole["token_ids"] += part["token_ids"]
                     whole["logprobs"]["token_logprobs"] += part["logprobs"]["token_logprobs"]
                     whole["finish_reason"] = choice.get("finish_reason")
-        except Refused as refused:
+        except RefusedError as refused:
             raise self._refusal(refused) from refused
         return self._completion(whole, asked)
 
@@ -162,8 +162,8 @@ class VllmEngine:
             prompt,
             self._stop_ids,
             max_tokens=min(sampling.max_new_tokens, self.context - len(prompt)),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
+            temperature=float(sampling.temperature),
+            top_p=float(sampling.top_p),
             seed=_row_seed(sampling.seed, index, sample),
         )
 
@@ -190,17 +190,17 @@ class VllmEngine:
     def _complete(self, asked: _Asked) -> Completion:
         try:
             answer = self._server.post(COMPLETIONS, asked.body)
-        except Refused as refused:
+        except RefusedError as refused:
             raise self._refusal(refused) from refused
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or len(choices) != 1:
             raise self._strange(f"not one answer where one was asked for: {str(answer)[:200]}")
-        if choices[0].get("prompt_token_ids") not in (None, list(asked.prompt)):
-            raise self._strange("another prompt: the server cut it or put something before it")
-        return self._completion(self._part(choices[0]), asked)
+        return self._completion(self._part(choices[0], asked), asked)
 
-    def _part(self, choice: Mapping[str, Any]) -> dict[str, Any]:
+    def _part(self, choice: Mapping[str, Any], asked: _Asked) -> dict[str, Any]:
         """An answer or the next piece of one: ids with as many log-probabilities."""
+        if choice.get("prompt_token_ids") not in (None, list(asked.prompt)):
+            raise self._strange("the answer to another prompt: the server cut it or put something before it")
         ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not isinstance(ids, list):
             raise self._strange("no token ids (`return_token_ids`), which vLLM gives from 0.10.2 on")
@@ -232,7 +232,7 @@ class VllmEngine:
         """The name of the model that the server was started with, and its positions."""
         try:
             listed = self._server.get("/v1/models")
-        except Refused as refused:
+        except RefusedError as refused:
             raise self._strange(f"no list of models at /v1/models ({refused})") from refused
         cards = listed.get("data", ()) if isinstance(listed, dict) else ()
         for card in cards:
@@ -248,13 +248,13 @@ class VllmEngine:
         save_policy(model, folder)
         if self._adapter is not None:
             # First, since a server has room for one by default. If it has dropped it already, so much the better.
-            with suppress(Refused):
+            with suppress(RefusedError):
                 self._server.command("/v1/unload_lora_adapter", {"lora_name": self._adapter})
             shutil.rmtree(folder.with_name(self._adapter))
             self._adapter = None
         try:
             self._server.command("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        except Refused as refused:
+        except RefusedError as refused:
             raise self._refused_adapter(refused, folder) from refused
         self._adapter = name
 
@@ -292,7 +292,7 @@ class VllmEngine:
     def _probe_tokens(self) -> int:
         return min(PROBE_TOKENS, self.context - 1)
 
-    def _refusal(self, refused: Refused) -> ServerError:
+    def _refusal(self, refused: RefusedError) -> ServerError:
         if refused.status == 404:
             return ServerError(
                 f"{self._server.address}: the model '{self._adapter or self._base}' is not there ({refused.message}). It "
@@ -303,7 +303,7 @@ class VllmEngine:
             "documents it (docs/vllm.md). Follow the message, look into the server's log, or set rollout.engine to auto."
         )
 
-    def _refused_adapter(self, refused: Refused, folder: Path) -> ConfigError:
+    def _refused_adapter(self, refused: RefusedError, folder: Path) -> ConfigError:
         if refused.status == 404 and refused.message == "Not Found":
             return ConfigError(
                 f"rollout.server: {self._server.address} takes no adapters at run time. The policy changes while it is "
@@ -323,7 +323,7 @@ class VllmEngine:
 
 
 def _is_adapter(model: "LanguageModel") -> bool:
-    return hasattr(model, "peft_config")
+    return hasattr(model, "get_base_model")
 
 
 def _full_tuning() -> ConfigError:

@@ -99,7 +99,9 @@ def critic_state_bytes(config: Config, shape: Shape, tuning: Tuning, width: int)
 
 
 def cache_bytes(work: Workload, width: int) -> int:
-    """Keys and values of all rows that are sampled at once, or what the recipe grants them."""
+    """Keys and values of all rows that are sampled at once, or what the recipe grants them; a server has its own."""
+    if work.rollout.engine == "vllm":
+        return 0
     if work.rollout.cache_gib != "auto":
         return round(work.rollout.cache_gib * 2**30)
     numbers = 2 * work.shape.layers * work.shape.key_value_size
@@ -109,7 +111,7 @@ def cache_bytes(work: Workload, width: int) -> int:
 def decoder_bytes(work: Workload, width: int, *, held: int) -> int:
     """The decoder's merged copy of the projections, where there is room for one."""
     copy = work.shape.linear_weights * width
-    if work.rollout.engine == "hugging_face":
+    if work.rollout.engine in ("hugging_face", "vllm"):
         return 0
     has_room = work.gpu is None or copy <= SHARE_FOR_DECODER * (work.gpu.usable_bytes - held)
     return copy if has_room else 0

@@ -104,7 +104,7 @@ def test_a_server_holds_its_own_weights_and_cache() -> None:
     assert served["rollout's copy of the projections"] == 0
     assert {name for name in own if own[name] != served[name]} == {
         "rollout's copy of the projections",
-        "rollout's keys and values",
+        "keys and values of the rollout",
     }
 
 

@@ -15,15 +15,18 @@ import torch
 
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Rollout, Tuning
+from llamachat.dialog import Message
 from llamachat.errors import ConfigError, DataError, LlamachatError, ServerError
-from llamachat.models.loading import attach_adapter
+from llamachat.models.loading import attach_adapter, load_base
 from llamachat.rollout import open_engine
 from llamachat.rollout.decoder import LlamaEngine
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.rollout.vllm_http import Server
 from llamachat.rollout.vllm_server import VllmEngine
+from ppo import rollouts
 from tests.fake_vllm import BASE, FakeVllm, Refusal, error
 from tests.tiny_llama import LORA, move_adapter, tiny_llama
+from tests.tiny_roles import World
 
 PROMPTS = [[1, 17, 300, 42], [1, 8], [1, 90, 91, 92, 93, 94, 95, 96, 97, 98, 99], [1, 8]]
 STOPS = tuple(range(3, 23))  # of 420 ids, the EOS of the model not among them
@@ -342,6 +345,28 @@ def test_weights_that_are_all_tuned_are_refused(fake: FakeVllm) -> None:
         engine_on(fake, tiny_llama())
     with pytest.raises(ConfigError, match="takes new weights only as LoRA adapters"):
         engine_on(fake).refresh(policy())
+
+
+def test_the_policy_of_ppo_is_sampled_from_a_server(
+    tmp_path: Path, tiny_format: ChatFormat, tiny_sentencepiece: bytes
+) -> None:
+    world = World(tmp_path, tiny_format, tiny_sentencepiece)
+    bank = world.bank(LORA, LORA, critic="shared")
+    fake = FakeVllm(load_base(world.base))
+    engine = rollouts.open_engine(bank, Rollout(engine="vllm", server=fake.address))
+    frozen, questions = bank.frozen_digest(), [tiny_format.encode_prompt([Message("user", "Why?")])]
+    answers = []
+    for _ in range(2):
+        own = rollouts.open_engine(bank, Rollout(engine="llama"))
+        answers.append(engine.generate(questions, samples_per_prompt=1, sampling=GREEDY))
+        assert_same(answers[-1], own.generate(questions, samples_per_prompt=1, sampling=GREEDY))
+        with torch.no_grad():
+            for weight in bank.trainable()["policy"]:
+                weight.mul_(-1.5)
+        rollouts.refresh(engine, bank)
+    assert ids_of(answers[0]) != ids_of(answers[1])
+    assert bank.frozen_digest() == frozen
+    fake.close()
 
 
 def test_the_recipe_chooses_the_server(fake: FakeVllm, tiny_format: ChatFormat) -> None:

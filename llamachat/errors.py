@@ -55,5 +55,9 @@ class ScoringError(LlamachatError):
     """Answers cannot be scored: a reward model or a user's reward function gave something that is no score."""
 
 
+class ServerError(LlamachatError):
+    """A rollout server cannot be reached, or answers what it was not asked."""
+
+
 class TokenizerError(LlamachatError):
     """A tokenizer cannot be read, or cannot be proved to give the ids of the chat format."""

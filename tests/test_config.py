@@ -172,6 +172,10 @@ REFUSED = [
     ("tracking.tensorboard=1", "tracking.tensorboard: found the number 1, but true or false is required"),
     ("tracking.project=''", "tracking.project: found the text '', but text of at least 1 characters is required"),
     ("rollout.cache_gib=aut", "found the text 'aut', but a number or 'auto' is required. Did you mean 'auto'?"),
+    ("rollout.engine=vllm", "rollout: engine is vllm, but there is no server."),
+    ("rollout.server=http://localhost:8000", "rollout: server is http://localhost:8000, but engine is auto,"),
+    ("rollout={engine: vllm, server: 'localhost:8000'}", "server is 'localhost:8000', and must be http://host:port"),
+    ("rollout={engine: vllm, server: 'http://host:8000/v1'}", "server is 'http://host:8000/v1', and must be"),
     ("sft.rank=3", "sft.rank: unknown key. Did you mean 'tuning.rank'?"),
     ("sft.zzz=3", "sft.zzz: unknown key. Known here: learning_rate, epochs, rows_per_microbatch, trainer."),
     ("data.sft.0.wieght=3", "data.sft.0.wieght: unknown key. Did you mean 'weight'?"),
@@ -308,7 +312,7 @@ def test_the_skeleton_of_the_shared_sections() -> None:
         base: [model, dtype, attention, chat_format, system, max_tokens, rope_scaling, allow_unproved_tokenizer, policy]
         tuning: [method, rank, alpha, dropout, targets]
         data: [sft, helpfulness, safety, open, labels, prompts, adversarial, borderline, split]
-        rollout: [engine, temperature, top_p, max_new_tokens, cache_gib]
+        rollout: [engine, server, temperature, top_p, max_new_tokens, cache_gib]
         tracking: [project, mode, tensorboard, upload_text, log_every, sample_every, eval_every, save_every]
         """
     )

@@ -80,9 +80,8 @@ def llama_2(size: str, *, gpu: str, **changes: Any) -> dict[str, int]:
         shape=shape,
         base=base_section("x", dtype="bfloat16", max_tokens=768),
         tuning=Tuning(method="qlora", rank=16),
-        rollout=Rollout(max_new_tokens=256, cache_gib=1.0),
         gpu=parse_gpu(gpu),
-        **({"is_continued": True, "sharing": 2} | changes),
+        **({"is_continued": True, "sharing": 2, "rollout": Rollout(max_new_tokens=256, cache_gib=1.0)} | changes),
     )
     return memory_by_part(Config(gradient_checkpointing=True), work)
 
@@ -97,6 +96,16 @@ def test_two_reward_models_on_a_4_bit_base_fit_one_card(size: str, gpu: str, gib
 def test_where_there_is_room_the_decoder_has_a_copy() -> None:
     shape = KNOWN_BASES[LLAMA_2.format("7b")].shape
     assert llama_2("7b", gpu="80GiB")["rollout's copy of the projections"] == 2 * shape.linear_weights
+
+
+def test_a_server_holds_its_own_weights_and_cache() -> None:
+    served = llama_2("7b", gpu="80GiB", rollout=Rollout(engine="vllm", server="http://localhost:8000", cache_gib=1.0))
+    own = llama_2("7b", gpu="80GiB")
+    assert served["rollout's copy of the projections"] == 0
+    assert {name for name in own if own[name] != served[name]} == {
+        "rollout's copy of the projections",
+        "keys and values of the rollout",
+    }
 
 
 # --- what the recipe says of where the models lie

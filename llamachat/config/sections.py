@@ -3,6 +3,7 @@
 Defaults are the paper's (Llama 2, arXiv:2307.09288) where it states them; a description says so, else the value is ours.
 """
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -11,6 +12,8 @@ from llamachat.config.combiners import CombinerName
 from llamachat.config.gpus import GpuName
 from llamachat.config.paths import DataPath, ModelPath, PolicyPath, RewardModelPath
 from llamachat.config.section import Section, operational
+
+SERVER_ADDRESS = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^/\s:@?#\[\]]+)(:[0-9]{1,5})?/?")
 
 
 class Run(Section):
@@ -179,8 +182,12 @@ class Scoring(Section):
 class Rollout(Section):
     """How answers are sampled."""
 
-    engine: Literal["auto", "llama", "hugging_face"] = operational(
-        "auto", description="What samples: our decoder (llama) or transformers; auto takes ours where it can."
+    engine: Literal["auto", "llama", "hugging_face", "vllm"] = operational(
+        "auto",
+        description="What samples: our decoder (llama), transformers or a vLLM server; auto is one of the first.",
+    )
+    server: str | None = operational(
+        None, description="With vllm: where `vllm serve` listens, such as http://localhost:8000 (docs/vllm.md)."
     )
     temperature: float = Field(default=1.0, ge=0, description="Sampling temperature; 0 takes the likeliest token.")
     top_p: float = Field(
@@ -190,6 +197,25 @@ class Rollout(Section):
     cache_gib: Annotated[float, Field(gt=0)] | Literal["auto"] = operational(
         "auto", description="Memory for keys and values, in GiB; auto takes what is free."
     )
+
+    @model_validator(mode="after")
+    def _names_its_server(self) -> Self:
+        if self.engine == "vllm" and self.server is None:
+            raise ValueError(
+                "engine is vllm, but there is no server. Answers then come from a running `vllm serve`, which this command does not start. "
+                "Start one as docs/vllm.md says and set server to its address, such as http://localhost:8000"
+            )
+        if self.engine != "vllm" and self.server is not None:
+            raise ValueError(
+                f"server is {self.server}, but engine is {self.engine}, which samples without one. "
+                "Set engine to vllm, or server to null"
+            )
+        if self.server is not None and not SERVER_ADDRESS.fullmatch(self.server):
+            raise ValueError(
+                f"server is '{self.server}', and must be http://host:port or https://host:port, with nothing behind it: "
+                "the paths of vLLM's interface are added to it. Write it as http://localhost:8000"
+            )
+        return self
 
 
 class Tracking(Section):

@@ -66,7 +66,9 @@ def role_bank_bytes(
 
 
 def cache_bytes(shape: Shape, base: Base, rollout: Rollout) -> int:
-    """Keys and values of all rows that are sampled at once, or what the recipe grants them."""
+    """Keys and values of all rows that are sampled at once, or what the recipe grants them; a server has its own."""
+    if rollout.engine == "vllm":
+        return 0
     if rollout.cache_gib != "auto":
         return round(rollout.cache_gib * 2**30)
     numbers = 2 * shape.layers * shape.key_value_size
@@ -76,7 +78,7 @@ def cache_bytes(shape: Shape, base: Base, rollout: Rollout) -> int:
 def decoder_bytes(shape: Shape, base: Base, rollout: Rollout, gpu: Gpu | None, *, held: int) -> int:
     """The decoder's merged copy of the projections, where there is room for one beside what is `held`."""
     copy = shape.linear_weights * BYTES[base.dtype]
-    if rollout.engine == "hugging_face":
+    if rollout.engine in ("hugging_face", "vllm"):
         return 0
     has_room = gpu is None or copy <= SHARE_FOR_DECODER * (gpu.usable_bytes - held)
     return copy if has_room else 0

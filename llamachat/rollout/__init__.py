@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
 
 def open_engine(model: "LanguageModel", chat_format: "ChatFormat", rollout: "Rollout") -> "LocalEngine":
-    """An engine that samples from the model; auto is our own wherever it can run the model."""
+    """An engine that samples from the model; auto is our own wherever it can run the model, and never a server."""
+    if rollout.engine == "vllm":
+        from llamachat.rollout.vllm_server import VllmEngine
+
+        assert rollout.server is not None, "the section holds a server where its engine is vllm"
+        return VllmEngine(model, chat_format.stop_ids, rollout.server)
     from llamachat.errors import ConfigError
     from llamachat.rollout.decoder import LlamaEngine
     from llamachat.rollout.hugging_face import HuggingFaceEngine

@@ -100,7 +100,7 @@ class LlamaEngine:
         if not prompts:
             return
         batch, waiting = self._begin(prompts, samples_per_prompt, sampling, on_token)
-        with _evaluating(self._trunk):
+        with evaluating(self._trunk):
             while waiting or batch.live:
                 if waiting and _is_time_to_enter(batch, waiting[0]):
                     yield batch.enter(self._next_groups(batch, waiting))
@@ -187,7 +187,7 @@ def _is_time_to_enter(batch: LiveRows, group: Group) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout, which adapters have that are not merged; afterwards as before."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -1,0 +1,264 @@
+"""A server that speaks as `vllm serve` is documented to (docs/vllm.md) and samples from a tiny Llama, one token a pass.
+
+It shares no code with the client: requests are held to the documented fields, and tokens are drawn by numpy.
+"""
+
+import json
+import math
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "model": str,
+    "prompt": list,
+    "n": int,
+    "max_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "seed": int,
+    "stop_token_ids": list,
+    "ignore_eos": bool,
+    "include_stop_str_in_output": bool,
+    "logprobs": int,
+    "return_token_ids": bool,
+    "stream": bool,
+}
+BASE = "served-base"
+EOS = 2
+
+
+class Refusal(ValueError):  # noqa: N818 - what a server does
+    def __init__(self, status: int, content: Any) -> None:
+        self.status = status
+        self.content = content
+
+
+def error(status: int, message: str, kind: str = "BadRequestError") -> Refusal:
+    """As vLLM words its own errors."""
+    return Refusal(status, {"error": {"message": message, "type": kind, "param": None, "code": status}})
+
+
+class FakeVllm:
+    """The server's state; the test changes it to make the server wrong."""
+
+    def __init__(self, model: Any, *, context: int = 128) -> None:
+        self.model = model
+        self.context = context
+        self.is_processed = True  # --logprobs-mode processed_logprobs
+        self.takes_adapters = True  # VLLM_ALLOW_RUNTIME_LORA_UPDATING
+        self.adapters: dict[str, Any] = {}
+        self.seen: list[tuple[str, dict[str, Any]]] = []
+        self.change: Callable[[dict[str, Any]], Any] = lambda answer: answer  # of an answer to a completion
+        self.before: Callable[[str, Any], None] = lambda path, body: None  # may raise a Refusal
+        self.resets = 0  # connections to close without an answer
+        self.cut_streams = False
+        self.pause_s = 0.0
+        self._lock = threading.Lock()
+        handler = type("Handler", (_Handler,), {"fake": self})
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._http.daemon_threads = True
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    @property
+    def completions(self) -> list[dict[str, Any]]:
+        """What was asked for after the two probes of an opening."""
+        return [body for path, body in self.seen if path == "/v1/completions"]
+
+    def listed(self) -> dict[str, Any]:
+        base = {"id": BASE, "object": "model", "root": "/models/base", "parent": None, "max_model_len": self.context}
+        cards = [
+            {"id": name, "object": "model", "root": "/adapter", "parent": BASE, "max_model_len": None}
+            for name in self.adapters
+        ]
+        return {"object": "list", "data": [base, *cards]}
+
+    def load(self, body: dict[str, Any]) -> str:
+        assert body.keys() == {"lora_name", "lora_path"}
+        name, folder = body["lora_name"], Path(body["lora_path"])
+        if name in self.adapters:
+            raise error(400, f"The lora adapter '{name}' has already been loaded.", "InvalidUserInput")
+        if not (folder / "adapter_config.json").is_file():
+            raise error(404, f"No adapter found for {folder}", "NotFoundError")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        if config["r"] > 16:
+            raise error(500, f"LoRA rank {config['r']} is greater than max_lora_rank 16.", "InternalServerError")
+        assert config["peft_type"] == "LORA" and config["modules_to_save"] is None and not config["use_dora"]
+        assert folder.parent.stat().st_mode & 0o055 == 0o055, "another user can read it"
+        self.adapters[name] = self._with_adapter(folder)
+        return f"Success: LoRA adapter '{name}' added successfully."
+
+    def unload(self, body: dict[str, Any]) -> str:
+        assert body.keys() == {"lora_name"}
+        if body["lora_name"] not in self.adapters:
+            raise error(404, f"The lora adapter '{body['lora_name']}' cannot be found.", "NotFoundError")
+        del self.adapters[body["lora_name"]]
+        return f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
+
+    def _with_adapter(self, folder: Path) -> Any:
+        """W + alpha / rank * B A in a copy of the base, by the names in the file."""
+        from copy import deepcopy
+
+        from safetensors.torch import load_file
+
+        config, weights = (
+            json.loads((folder / "adapter_config.json").read_text()),
+            load_file(next(folder.glob("*.safetensors"))),
+        )
+        merged = deepcopy(self.model)
+        for name, down in weights.items():
+            if name.endswith(".lora_A.weight"):
+                up = weights[name.replace("lora_A", "lora_B")]
+                place = merged.get_parameter(name.removeprefix("base_model.model.").replace("lora_A.", ""))
+                with torch.no_grad():
+                    place += config["lora_alpha"] / config["r"] * up @ down
+        return merged
+
+    def choices(self, body: dict[str, Any]) -> Iterator[tuple[int, float, str | None]]:
+        """Token by token: id, log-probability, and why it is the last one."""
+        if body.keys() != FIELDS.keys():
+            raise error(400, f"fields: {sorted(body.keys() ^ FIELDS.keys())}")
+        for name, value in body.items():
+            if not isinstance(value, FIELDS[name]) or isinstance(value, bool) != (FIELDS[name] is bool):
+                raise error(400, f"{name}: {value!r}")
+        for name, value in {
+            "n": 1,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "include_stop_str_in_output": True,
+        }.items():
+            assert body[name] == value
+        assert 0 <= body["seed"] < 2**63
+        model = self.model if body["model"] == BASE else self.adapters.get(body["model"])
+        if model is None:
+            raise error(404, f"The model `{body['model']}` does not exist.", "NotFoundError")
+        if len(body["prompt"]) + body["max_tokens"] > self.context:
+            raise error(400, f"This model's maximum context length is {self.context} tokens.")
+        return self._sampled(model, body)
+
+    def _sampled(self, model: Any, body: dict[str, Any]) -> Iterator[tuple[int, float, str | None]]:
+        ids, random = list(body["prompt"]), np.random.default_rng(body["seed"])
+        stops = {*body["stop_token_ids"], *(() if body["ignore_eos"] else (EOS,))}
+        for step in range(body["max_tokens"]):
+            with self._lock, torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy()
+            token, logprob = self._draw(logits, body, random)
+            ids.append(token)
+            reason = "stop" if token in stops else "length" if step == body["max_tokens"] - 1 else None
+            yield token, logprob, reason
+            if reason:
+                return
+
+    def _draw(self, logits: np.ndarray, body: dict[str, Any], random: np.random.Generator) -> tuple[int, float]:
+        raw = logits - np.logaddexp.reduce(logits)
+        if body["temperature"] == 0:
+            return int(raw.argmax()), float(raw.max())
+        scaled = logits / body["temperature"]
+        probabilities = np.exp(scaled - np.logaddexp.reduce(scaled))
+        order = np.argsort(-probabilities)
+        kept = int(np.searchsorted(probabilities[order].cumsum(), body["top_p"])) + 1
+        order = order[: min(kept, body["top_k"] or len(order))]
+        nucleus = probabilities[order] / probabilities[order].sum()
+        index = int(random.choice(len(order), p=nucleus))
+        return int(order[index]), float(math.log(nucleus[index]) if self.is_processed else raw[order[index]])
+
+
+class _Handler(BaseHTTPRequestHandler):
+    fake: FakeVllm
+
+    def do_GET(self) -> None:
+        self._answer(None)
+
+    def do_POST(self) -> None:
+        assert self.headers["Content-Type"] == "application/json"
+        self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def _answer(self, body: Any) -> None:
+        fake = self.fake
+        if fake.resets:
+            fake.resets -= 1
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            self.connection.close()
+            return
+        time.sleep(fake.pause_s)
+        fake.seen.append((self.path, body))
+        try:
+            fake.before(self.path, body)
+            if (self.command, self.path) == ("GET", "/v1/models"):
+                self._send(200, fake.listed())
+            elif (self.command, self.path) == ("POST", "/v1/completions"):
+                self._complete(body)
+            elif self.path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter") and fake.takes_adapters:
+                self._send(200, (fake.load if "/load" in self.path else fake.unload)(body))
+            else:
+                self._send(404, {"detail": "Not Found"})
+        except Refusal as refusal:
+            self._send(refusal.status, refusal.content)
+
+    def _complete(self, body: dict[str, Any]) -> None:
+        fake = self.fake
+        sampled = fake.choices(body)
+        if body["stream"]:
+            self._stream(body, sampled)
+            return
+        ids, logprobs, reasons = zip(*sampled, strict=True)
+        choice = {
+            "index": 0,
+            "text": "not read",
+            "logprobs": {"token_logprobs": list(logprobs), "tokens": ["not read"] * len(ids), "text_offset": []},
+            "finish_reason": reasons[-1],
+            "stop_reason": ids[-1] if reasons[-1] == "stop" else None,
+            "token_ids": list(ids),
+            "prompt_token_ids": body["prompt"],
+        }
+        self._send(200, fake.change({"object": "text_completion", "model": body["model"], "choices": [choice]}))
+
+    def _stream(self, body: dict[str, Any], sampled: Iterator[tuple[int, float, str | None]]) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        self.wfile.write(b": keep-alive\n\n")
+        for step, (token, logprob, reason) in enumerate(sampled):
+            choice = {
+                "index": 0,
+                "text": "",
+                "logprobs": {"token_logprobs": [logprob]},
+                "finish_reason": reason,
+                "token_ids": [token],
+                "prompt_token_ids": None if step else body["prompt"],
+            }
+            chunk = self.fake.change({"object": "text_completion", "choices": [choice]})
+            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+            if self.fake.cut_streams:
+                return
+        self.wfile.write(b'data: {"choices": [], "usage": {}}\n\ndata: [DONE]\n\n')
+
+    def _send(self, status: int, content: Any) -> None:
+        text = content if isinstance(content, str) else json.dumps(content)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        del format, args

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import TypeVar
 
-O = TypeVar("O", bound=Hashable)
+T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,7 @@ class Pairing:
     b: Speaker
 
 
-def deal_pairings(
-    keys: Sequence[str], *, num_policies: int, temperatures: Sequence[float], seed: int
-) -> list[Pairing]:
+def deal_pairings(keys: Sequence[str], *, num_policies: int, temperatures: Sequence[float], seed: int) -> list[Pairing]:
     """A pairing for each prompt (given by a text that tells it from others).
 
     Each pair of policies gets as many prompts as the others, to within one; of these each pair of temperatures as many
@@ -64,5 +62,5 @@ def digest(salt: str, text: str) -> str:
     return hashlib.blake2b(f"{salt}\n{text}".encode(), digest_size=8).hexdigest()
 
 
-def _dealt(indices: Sequence[int], keys: Sequence[str], options: Sequence[O], salt: str) -> dict[int, O]:
+def _dealt(indices: Sequence[int], keys: Sequence[str], options: Sequence[T], salt: str) -> dict[int, T]:
     return {index: options[rank % len(options)] for rank, index in enumerate(ranked(indices, keys, salt))}

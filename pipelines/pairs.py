@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -19,7 +19,7 @@ TEMPERATURE = "--temperature"
 class SeveralTemperatures(TyperCommand):
     """Takes `--temperature 0.7 1.0` for `--temperature 0.7 --temperature 1.0`; the command has no arguments of its own."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # click's Context, of which later typers hold a copy
         return super().parse_args(ctx, repeated(args))
 
 

@@ -5,12 +5,9 @@ temperatures. How these are paired is ours. The deal depends on the seed and on 
 """
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import TypeVar
-
-T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +29,26 @@ class Pairing:
 def deal_pairings(keys: Sequence[str], *, num_policies: int, temperatures: Sequence[float], seed: int) -> list[Pairing]:
     """A pairing for each prompt (given by a text that tells it from others).
 
-    Each pair of policies gets as many prompts as the others, to within one; of these each pair of temperatures as many
-    as the others, and each of the two policies stands first in half.
+    Each pair of policies gets as many prompts as the others, of these each pair of temperatures as many as the others, and
+    of these each side is first in half: all to within one.
     """
     matches = list(combinations(range(num_policies), 2)) or [(0, 0)]
     if num_policies > 1:
         mixes = list(product(temperatures, repeat=2))
     else:
         mixes = list(combinations(temperatures, 2)) or [(temperatures[0], temperatures[0])]
-    found: dict[int, Pairing] = {}
-    match_of = _dealt(list(range(len(keys))), keys, matches, f"{seed} policies")
-    for match in matches:
-        own = [index for index in range(len(keys)) if match_of[index] == match]
-        mix_of = _dealt(own, keys, mixes, f"{seed} temperatures")
-        is_swapped_of = _dealt(own, keys, (False, True), f"{seed} sides")
-        for index in own:
-            first, second = map(Speaker, match, mix_of[index])
-            found[index] = Pairing(second, first) if is_swapped_of[index] else Pairing(first, second)
-    return [found[index] for index in range(len(keys))]
+    everyone = range(len(keys))
+    match_of = _dealt(ranked(everyone, keys, f"{seed} policies"), len(matches))
+    # Dealt along one row that is sorted by what was dealt before: each stretch of it gets equal shares.
+    by_match = sorted(ranked(everyone, keys, f"{seed} temperatures"), key=lambda index: match_of[index])
+    mix_of = _dealt(by_match, len(mixes))
+    by_both = sorted(ranked(everyone, keys, f"{seed} sides"), key=lambda index: (match_of[index], mix_of[index]))
+    side_of = _dealt(by_both, 2)
+    found = []
+    for index in everyone:
+        first, second = map(Speaker, matches[match_of[index]], mixes[mix_of[index]])
+        found.append(Pairing(first, second) if side_of[index] == 0 else Pairing(second, first))
+    return found
 
 
 def ranked(indices: Sequence[int], keys: Sequence[str], salt: str) -> list[int]:
@@ -62,5 +61,5 @@ def digest(salt: str, text: str) -> str:
     return hashlib.blake2b(f"{salt}\n{text}".encode(), digest_size=8).hexdigest()
 
 
-def _dealt(indices: Sequence[int], keys: Sequence[str], options: Sequence[T], salt: str) -> dict[int, T]:
-    return {index: options[rank % len(options)] for rank, index in enumerate(ranked(indices, keys, salt))}
+def _dealt(order: Sequence[int], count: int) -> dict[int, int]:
+    return {index: rank % count for rank, index in enumerate(order)}

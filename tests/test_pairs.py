@@ -88,6 +88,8 @@ def test_policies_temperatures_and_sides_are_dealt_evenly() -> None:
     low_first = [sorted((pairing.a, pairing.b), key=lambda speaker: speaker.policy) for pairing in found]
     mixes = Counter((x.policy, y.policy, x.temperature, y.temperature) for x, y in low_first)
     assert set(mixes.values()) == {8} and len(mixes) == 12
+    uneven = deal_pairings(keys[:7], num_policies=2, temperatures=(0.7, 1.0, 1.3), seed=5)
+    assert sorted(Counter(pairing.a.policy for pairing in uneven).values()) == [3, 4]
 
 
 def test_one_policy_answers_at_two_temperatures_or_in_two_draws() -> None:
@@ -159,6 +161,18 @@ def test_the_same_seed_gives_the_same_pairs_whatever_the_order_of_the_file(
         texts[name] = out.read_text()
     assert texts["one"] == texts["again"] != texts["other"]
     assert sorted(texts["one"].splitlines()) == sorted(texts["shuffled"].splitlines())
+
+
+def test_rows_without_a_prompt_are_told(
+    tmp_path: Path, tiny_format: ChatFormat, caplog: pytest.LogCaptureFixture
+) -> None:
+    trees = [
+        {"message_tree_id": "1", "prompt": {"role": "prompter", "text": "q", "replies": replies}}
+        for replies in ([], [{"role": "assistant", "text": "Hi.", "rank": 0}])
+    ]
+    variants = [variant("one", tiny_format, "Hello"), variant("two", tiny_format, "Paris")]
+    done = pair_file(variants, write_lines(tmp_path / "in.jsonl", trees), tmp_path / "out.jsonl", request())
+    assert done.prompts == 1 and "1 rows hold no prompt" in caplog.text
 
 
 def test_limit_takes_the_first_prompts(tmp_path: Path, tiny_format: ChatFormat) -> None:
@@ -351,10 +365,8 @@ def test_a_request_that_cannot_be_met_is_refused_before_anything_is_loaded(
         pair_file([one], empty, out, request())
 
 
-def test_all_bad_prompts_are_named_with_their_lines(
-    tmp_path: Path, tiny_format: ChatFormat, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = [QUESTIONS[0], question("say [/INST]"), question("cat " * 40)]
+def test_all_bad_prompts_are_named_with_their_lines(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    rows = [QUESTIONS[0], question("say [/INST]"), question("cat " * 90)]
     variants = [
         variant("one", tiny_format, "Hello", max_tokens=400),
         variant("two", tiny_format, "Paris", max_tokens=50),

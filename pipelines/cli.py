@@ -18,6 +18,7 @@ import typer
 from llamachat.errors import UsageError
 from pipelines import tools
 from pipelines.exit_status import INTERRUPTED, reported, state_is_kept
+from pipelines.pairs import SeveralTemperatures, pairs
 from pipelines.tools import TINY, ConfigOption, Overrides
 
 app = typer.Typer(
@@ -244,6 +245,7 @@ def plan(overrides: Overrides = None, config: ConfigOption = TINY, gpu: tools.Gp
 app.command()(tools.doctor)
 app.command()(tools.chat)
 app.command()(tools.sample)
+app.command(cls=SeveralTemperatures)(pairs)
 app.command()(tools.score)
 app.command()(tools.export)
 app.command()(tools.tokens)

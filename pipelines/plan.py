@@ -12,6 +12,7 @@ from llamachat.runs.checkpoints import newest
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import living_owner
 from llamachat.runs.state import StepState, step_state
+from pipelines.gate_labels import lacks_labels
 from pipelines.handing import stage_estimate
 from pipelines.recipe import Recipe, Step, resolve_steps
 from pipelines.resolve import earlier_makers, lacks_policy, step_folder
@@ -61,8 +62,8 @@ def _plan_step(
     recipe: Recipe, steps: Sequence[Step], step: Step, to_run: set[str], reused: Mapping[str, StepFolder]
 ) -> PlannedStep:
     estimate = estimate_step(recipe, step)
-    no_policy = lacks_policy(recipe, steps, step)
-    warnings = (*([no_policy] if no_policy else []), *warn(step, estimate, card(recipe)))
+    lacks = (lacks_policy(recipe, steps, step), lacks_labels(recipe, steps, step))
+    warnings = (*(text for text in lacks if text), *warn(step, estimate, card(recipe)))
     nearest = {role: makers[0] for role, makers in earlier_makers(steps, step).items() if makers}
     awaited = {role: maker.name for role, maker in nearest.items() if maker.name in to_run}
     if awaited:

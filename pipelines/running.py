@@ -17,6 +17,7 @@ from llamachat.runs.fingerprints import changed_keys, fingerprint
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import hold
 from llamachat.runs.state import StepState, begin, lineage, overwrite, reference, step_state, unbind
+from pipelines.gate_labels import gate_model, lacks_labels
 from pipelines.handing import stage_inputs
 from pipelines.identity import step_identity
 from pipelines.recipe import Recipe, Step, resolve_steps
@@ -51,6 +52,11 @@ def run_command(
     """Run the recipe's steps of one command, or all of them for "all", in their order."""
     steps = resolve_steps(recipe)
     chosen = choose_steps(steps, command, only)
+    for step in steps:
+        if step in chosen or gate_model(recipe, steps, step) in chosen:
+            warning = lacks_labels(recipe, steps, step)
+            if warning:
+                log.warning("warning: %s", warning)
     return [run_step(recipe, steps, step, should_overwrite=should_overwrite) for step in chosen]
 
 

@@ -1,12 +1,23 @@
 """What of a conversation a policy is shown: the newest whole pairs that leave room for an answer."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from llamachat import rollout
+from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Rollout
 from llamachat.dialog import Message
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import LocalEngine
+
+
+class HasChatFormat(Protocol):
+    """A policy, loaded or not yet."""
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """The way from a conversation to the policy's tokens."""
+        ...
 
 
 def open_engine(policy: Policy) -> LocalEngine:
@@ -26,7 +37,9 @@ def with_system(messages: Sequence[Message], system: str | None) -> tuple[Messag
     return (Message("system", system), *messages)
 
 
-def fit(policy: Policy, messages: Sequence[Message], *, limit: int, max_new_tokens: int) -> tuple[Message, ...] | None:
+def fit(
+    policy: HasChatFormat, messages: Sequence[Message], *, limit: int, max_new_tokens: int
+) -> tuple[Message, ...] | None:
     """The conversation without its oldest whole pairs, so that the answer has room; None where it cannot fit.
 
     The answer gets its `max_new_tokens`, at most half of `limit`; where the last question alone is longer than that

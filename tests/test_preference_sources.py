@@ -116,6 +116,8 @@ def graded(text: str, helpfulness: object, prompt: str = "q") -> dict[str, Any]:
 
 TURNS = "q\n<extra_id_1>Assistant\nr\nand more\n<extra_id_1>User\ns"
 SPOKEN = (user("q"), answer("r\nand more"), user("s"))
+RATED = {"id": "1", "prompt": list(SPOKEN), "answer_a": "a", "answer_b": "b", "choice": "b", "rating": "better"}
+RATED |= {"a_is_safe": False, "b_is_safe": None, "policy_a": "runs/one"}
 GOOD: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
     (
         "pku_saferlhf_safety",
@@ -164,6 +166,8 @@ GOOD: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
     ("helpsteer3", help_steer3(2, list(SPOKEN)), [pair("b", "a", "better", *SPOKEN)]),
     ("helpsteer3", help_steer3(-1), [pair("a", "b", "slightly_better")]),
     ("helpsteer3", help_steer3(0), []),
+    ("rated_pairs", RATED, [pair("b", "a", "better", *SPOKEN) | {"rejected_is_safe": False}]),
+    ("rated_pairs", RATED | {"choice": None, "rating": None}, []),
 ]
 
 

@@ -1,7 +1,9 @@
 """Each source turns rows of its set's real shape into the records written out here, and refuses broken rows in words."""
 
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -206,3 +208,14 @@ def test_every_source_stands_under_its_name_and_betrays_itself_by_its_own_rows()
     assert all(name == source.name for name, source in SOURCES.items())
     assert all(SOURCES[name].fits(row) for name, row, _ in [*GOOD, *GRADED])
     assert {name for name, _, _ in [*GOOD, *GRADED]} == SOURCES.keys()
+
+
+def test_every_source_is_in_the_table_of_formats_with_its_fields_and_kind() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "data_formats.md").read_text(encoding="utf-8")
+    table = page.partition("## Known sets")[2].partition("|---|")[2]
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*\| \w+.*)\|$", table, flags=re.MULTILINE))
+    assert rows.keys() == SOURCES.keys()
+    for name, row in rows.items():
+        assert row.rpartition("|")[2].split()[0].rstrip(",") == f"{SOURCES[name].kind}s", name
+        if "the same" not in row and "see above" not in row:
+            assert all(f"`{field}`" in row or field == "graded_responses" for field in SOURCES[name].fields), name

@@ -1,4 +1,4 @@
-"""Known public data sets, by the name that `format:` takes. To add one: a module here, an entry below, rows in its test."""
+"""Known data sets, by the name that `format:` takes. To add one: a module here, an entry below, rows in its test."""
 
 from llamachat.sources.alpaca import ALPACA, GPTEACHER
 from llamachat.sources.dolly import DOLLY
@@ -6,6 +6,7 @@ from llamachat.sources.helpsteer import HELPSTEER2, HELPSTEER2_PREFERENCE, HELPS
 from llamachat.sources.hh_rlhf import HH_RLHF
 from llamachat.sources.oasst import OASST, OASST_PREFERENCE
 from llamachat.sources.pku import BEAVERTAILS, PKU_HELPFULNESS, PKU_SAFETY
+from llamachat.sources.rated_pairs import RATED_PAIRS
 from llamachat.sources.self_instruct import SELF_INSTRUCT
 from llamachat.sources.sharegpt import LLAMAFACTORY_PREFERENCE, SHAREGPT
 from llamachat.sources.source import Source
@@ -27,6 +28,7 @@ SOURCES: dict[str, Source] = {
         OASST_PREFERENCE,
         PKU_HELPFULNESS,
         PKU_SAFETY,
+        RATED_PAIRS,
         SELF_INSTRUCT,
         SHAREGPT,
         ULTRAFEEDBACK,

@@ -1,0 +1,344 @@
+"""Two answers to each prompt of a file, for people to say which is better (Llama 2, section 3.2.1), as JSON Lines.
+
+Reads prompts, dialogs and preferences (their context up to the last user turn), in any form that training reads. Writes
+`id`, `prompt`, `answer_a`, `answer_b`, and, for the people to fill, `choice`, `rating`, `a_is_safe`, `b_is_safe`: null. Which
+policy answered at which temperature stands beside them, or apart, by `id`, in a key file. The format `rated_pairs`
+(`llamachat.sources`) reads the rated file as preferences.
+One policy is in memory at a time. An answer that cannot be compared (cut, empty, the same as the other) is drawn anew.
+One thing surprises: prompts are sampled in an order of their hashes, so that a shuffled file gets the same answers.
+"""
+
+import gc
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llamachat.chat_format import ChatFormat, load_chat_format
+from llamachat.dialog import DialogError, Message
+from llamachat.errors import DataError, UsageError
+from llamachat.models.loading import Policy, checked_details, load_policy
+from llamachat.problems import Problem, problem, report
+from llamachat.record_rules import Prompt, as_prompt
+from llamachat.records import parse_rows
+from llamachat.rollout.engine import Completion, LocalEngine, Sampling
+from llamachat.rows import read_rows
+from llamachat.runs.artifacts import Artifact
+from llamachat.runs.atomic import write_text
+from llamachat.tokenizer import load_tokenizer
+from serving.context import fit, open_engine, with_system
+from serving.pairing import Pairing, Speaker, deal_pairings, digest, ranked
+from serving.progress import progress
+
+log = logging.getLogger(__name__)
+
+DRAWS = 4  # of one answer, before its prompt is left out. Ours.
+RATED_BY_PEOPLE: dict[str, None] = dict.fromkeys(("choice", "rating", "a_is_safe", "b_is_safe"))
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A policy, and what is known of it before its weights are loaded."""
+
+    name: str
+    chat_format: ChatFormat
+    max_tokens: int  # of prompt and answer together, as it was trained
+    system: str | None
+    load: Callable[[], Policy]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """How pairs are drawn."""
+
+    temperatures: tuple[float, ...]
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    limit: int | None = None  # of prompts, the first ones
+    key: Path | None = None  # where the provenance goes, in place of the pairs themselves
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """What was written, and what was not."""
+
+    pairs: int
+    prompts: int
+    shortened: int  # prompts whose oldest turns a policy did not see, to fit
+    redrawn: dict[str, int]  # answers thrown away for another draw, by reason
+    left_out: dict[str, int]  # prompts without a pair, by the reason of the last draw
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A prompt, and what each policy is sent of it."""
+
+    id: str
+    prompt: Prompt
+    key: str  # tells the prompt from others
+    sent: tuple[tuple[Message, ...], ...]
+
+    @property
+    def is_shortened(self) -> bool:
+        return any(sent[-len(self.prompt.messages) :] != self.prompt.messages for sent in self.sent)
+
+
+@dataclass(slots=True)
+class _Answers:
+    """What has been drawn so far: the text of question and place (0 is shown first), and what failed."""
+
+    texts: dict[tuple[int, int], str] = field(default_factory=dict)
+    left_out: dict[int, str] = field(default_factory=dict)
+    redrawn: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """Answers that one policy gives at one temperature and in one place."""
+
+    policy: int
+    place: int
+    temperature: float
+    questions: list[int]
+
+
+def variant_of(artifact: Artifact, name: str) -> Variant:
+    """The policy of an artifact, loaded onto the best device when its turn comes."""
+    details = checked_details(artifact)
+    return Variant(
+        name=name,
+        chat_format=load_chat_format(details["chat_format"], load_tokenizer(artifact.path)),
+        max_tokens=details["max_tokens"],
+        system=details.get("system"),
+        load=lambda: load_policy(artifact.path, device="auto"),
+    )
+
+
+def pair_file(variants: Sequence[Variant], prompts_in: Path, out: Path, request: Request) -> Paired:
+    """Sample two answers to every prompt of a file and write them to another for people to compare."""
+    _check_request(variants, prompts_in, out, request)
+    questions = _read_questions(variants, prompts_in, request)
+    keys = [question.key for question in questions]
+    pairings = deal_pairings(keys, num_policies=len(variants), temperatures=request.temperatures, seed=request.seed)
+    answers = _Answers()
+    order = ranked(range(len(questions)), keys, f"{request.seed} order")
+    for index, variant in enumerate(variants):
+        _ask(variant, _due(pairings, order, index), questions, answers, request)
+        gc.collect()  # a model holds itself in cycles, and the next one needs its memory
+    pairs, origins = [], []
+    for index, (question, pairing) in enumerate(zip(questions, pairings, strict=True)):
+        if index not in answers.left_out:
+            pairs.append(_pair(question, answers.texts[index, 0], answers.texts[index, 1]))
+            origins.append({"id": question.id, **_origin(pairing, variants)})
+    done = Paired(
+        pairs=len(pairs),
+        prompts=len(questions),
+        shortened=sum(question.is_shortened for question in questions),
+        redrawn=dict(answers.redrawn),
+        left_out=dict(Counter(answers.left_out.values())),
+    )
+    _write(pairs, origins, out, request.key, done)
+    return done
+
+
+def counted(counts: dict[str, int]) -> str:
+    """Reasons and how often each was met, the most frequent first."""
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def _check_request(variants: Sequence[Variant], prompts_in: Path, out: Path, request: Request) -> None:
+    for temperature in request.temperatures:
+        _sampling(request, temperature, seed=request.seed)  # refuses values that nothing can be drawn with
+    if len(variants) == 1 and request.temperatures == (0.0,):
+        raise UsageError(
+            "--temperature: one policy at temperature 0 gives the same answer twice. A pair has two different ones. Name a "
+            "second --policy, or another --temperature."
+        )
+    targets = {"--out": out, **({"--key": request.key} if request.key else {})}
+    for option, path in targets.items():
+        if path.exists() or path.resolve() == prompts_in.resolve():
+            raise UsageError(
+                f"{option}: '{path}' exists already. It may hold what people have rated, so nothing is written over. "
+                "Name another file, or move that one away."
+            )
+        if path.suffix == ".gz":
+            raise UsageError(
+                f"{option}: '{path}' asks for gzip, but plain JSON Lines are written. Take '.gz' off the name."
+            )
+    if request.key and request.key.resolve() == out.resolve():
+        raise UsageError(
+            f"--key: '{request.key}' is the file of pairs itself. The key is what raters are not to see. Name another."
+        )
+
+
+def _read_questions(variants: Sequence[Variant], path: Path, request: Request) -> list[_Question]:
+    """Every prompt of the file, as it fits each policy; all of its bad lines in one error."""
+    problems: list[Problem] = []
+    questions: list[_Question] = []
+    used: set[str] = set()
+    without = 0
+    check = variants[0].chat_format.check_text
+    rows = read_rows(str(path))
+    for parsed in parse_rows(rows, kind="prompt", format="auto", columns=None, check=check, path=str(path)):
+        problems += parsed.problems
+        if parsed.record is None:
+            without += not parsed.problems
+            continue
+        prompt = as_prompt(parsed.record)
+        sent = [_fitting(variant, prompt, request.max_new_tokens) for variant in variants]
+        fitting = tuple(messages for messages in sent if messages is not None)
+        if len(fitting) < len(sent):
+            problems.append(_too_long(parsed.line, variants[sent.index(None)]))
+            continue
+        questions.append(_question(prompt, fitting, used))
+        if len(questions) == request.limit:
+            break
+    if problems:
+        raise DataError(report(problems, path))
+    if not questions:
+        raise DataError(f"{path}: holds no prompt. There is nothing to answer. Give a file with prompts or dialogs.")
+    if without:
+        log.warning("%s: %d rows hold no prompt", path, without)
+    return questions
+
+
+def _fitting(variant: Variant, prompt: Prompt, max_new_tokens: int) -> tuple[Message, ...] | None:
+    messages = with_system(prompt.messages, variant.system)
+    return fit(variant, messages, limit=variant.max_tokens, max_new_tokens=max_new_tokens)
+
+
+def _too_long(line: int, variant: Variant) -> Problem:
+    return problem(
+        line,
+        "prompt",
+        f"is longer than {variant.max_tokens - 1} tokens even without its earlier turns, and {variant.name} reads prompt "
+        f"and answer in {variant.max_tokens} tokens.",
+        "Shorten the last question or the system text, or drop the record.",
+    )
+
+
+def _question(prompt: Prompt, sent: tuple[tuple[Message, ...], ...], used: set[str]) -> _Question:
+    key = json.dumps([[message.role, message.content] for message in prompt.messages])
+    name = prompt.id or digest("prompt", key)
+    unique, number = name, 1
+    while unique in used:
+        number += 1
+        unique = f"{name}-{number}"
+    used.add(unique)
+    return _Question(unique, prompt, key, sent)
+
+
+def _due(pairings: Sequence[Pairing], order: Sequence[int], policy: int) -> list[_Due]:
+    """What a policy is to answer, the coldest first: the answer at temperature 0 is the one that cannot be redrawn."""
+    asked: dict[tuple[float, int], list[int]] = {}
+    for index in order:
+        for place, speaker in enumerate((pairings[index].a, pairings[index].b)):
+            if speaker.policy == policy:
+                asked.setdefault((speaker.temperature, place), []).append(index)
+    return [_Due(policy, place, temperature, asked[temperature, place]) for temperature, place in sorted(asked)]
+
+
+def _ask(
+    variant: Variant, dues: Sequence[_Due], questions: Sequence[_Question], answers: _Answers, request: Request
+) -> None:
+    """Load a policy, draw all of its answers, and let go of it."""
+    if not any(index not in answers.left_out for due in dues for index in due.questions):
+        return
+    log.info("loading %s", variant.name)
+    policy = variant.load()
+    engine = open_engine(policy)
+    with progress(sum(len(due.questions) for due in dues), "sampled", "answers") as advance:
+        for due in dues:
+            _draw(policy.chat_format, engine, due, questions, answers, request, advance)
+
+
+def _draw(
+    chat_format: ChatFormat,
+    engine: LocalEngine,
+    due: _Due,
+    questions: Sequence[_Question],
+    answers: _Answers,
+    request: Request,
+    advance: Callable[[int], None],
+) -> None:
+    """Draw these answers, and those that no pair can hold again; a prompt is left out when its draws are used up."""
+    waiting = [index for index in due.questions if index not in answers.left_out]
+    advance(len(due.questions) - len(waiting))
+    encoded = {index: chat_format.encode_prompt(questions[index].sent[due.policy]) for index in waiting}
+    draws = DRAWS if due.temperature > 0 else 1
+    for draw in range(draws):
+        # A draw of its own for each answer: equal numbers would make the two answers alike.
+        seed = int(digest(f"{request.seed} draw", f"{due.policy} {due.place} {draw}"), 16)
+        groups = engine.generate(
+            [encoded[index] for index in waiting],
+            samples_per_prompt=1,
+            sampling=_sampling(request, due.temperature, seed=seed),
+            advance=advance if draw == 0 else None,
+        )
+        faults: dict[int, str] = {}
+        for index, (completion,) in zip(waiting, groups, strict=True):
+            text = chat_format.decode_answer(completion.token_ids)
+            fault = _fault(chat_format, completion, text, answers.texts.get((index, 1 - due.place)))
+            if fault is None:
+                answers.texts[index, due.place] = text
+            else:
+                faults[index] = fault
+        waiting = list(faults)
+        if not waiting:
+            return
+        if draw + 1 < draws:
+            answers.redrawn.update(faults.values())
+        else:
+            answers.left_out.update(faults)
+
+
+def _fault(chat_format: ChatFormat, completion: Completion, text: str, other: str | None) -> str | None:
+    """Why no pair can hold this answer, or None."""
+    if not completion.is_finished:
+        return "unfinished"
+    if not text.strip():
+        return "empty"
+    try:
+        chat_format.check_text([Message("assistant", text)])
+    except DialogError:
+        return "with a tag of the chat format"
+    return "the same as the other answer" if other is not None and text.strip() == other.strip() else None
+
+
+def _sampling(request: Request, temperature: float, *, seed: int) -> Sampling:
+    return Sampling(temperature=temperature, top_p=request.top_p, max_new_tokens=request.max_new_tokens, seed=seed)
+
+
+def _pair(question: _Question, answer_a: str, answer_b: str) -> dict[str, Any]:
+    prompt = [{"role": message.role, "content": message.content} for message in question.prompt.messages]
+    return {"id": question.id, "prompt": prompt, "answer_a": answer_a, "answer_b": answer_b, **RATED_BY_PEOPLE}
+
+
+def _origin(pairing: Pairing, variants: Sequence[Variant]) -> dict[str, Any]:
+    def told(side: str, speaker: Speaker) -> dict[str, Any]:
+        return {f"policy_{side}": variants[speaker.policy].name, f"temperature_{side}": speaker.temperature}
+
+    return told("a", pairing.a) | told("b", pairing.b)
+
+
+def _write(
+    pairs: Sequence[dict[str, Any]], origins: Sequence[dict[str, Any]], out: Path, key: Path | None, done: Paired
+) -> None:
+    if not pairs:
+        raise UsageError(
+            f"{out}: no pair was drawn, so nothing is written. In {DRAWS} draws at most an answer was never one to compare "
+            f"(prompts: {counted(done.left_out)}). Raise --max-new-tokens or --temperature, or name other policies."
+        )
+    if key is not None:
+        write_text(key, _lines(origins))
+        write_text(out, _lines(pairs))
+        return
+    write_text(out, _lines([pair | origin for pair, origin in zip(pairs, origins, strict=True)]))
+
+
+def _lines(records: Sequence[dict[str, Any]]) -> str:
+    return "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)

@@ -79,6 +79,7 @@ class Batches:
             studio.desk.bank.chat_format,
             config.samples_per_turn,
             studio.longest,
+            config.mends,
             rank=by_reward(studio.desk) if config.ranks_by_reward else None,
         )
         made = speak(speaker, conversations, studio.samplings(number * config.turns, config.turns))
@@ -89,6 +90,7 @@ class Batches:
             "figures": {
                 "gatt/kept_fraction": len(made) / len(conversations),
                 "gatt/passing_fraction": fmean(one.passing for one in made) if made else 0.0,
+                "gatt/mended_fraction": fmean(one.is_mended for one in made) if made else 0.0,
                 "gatt/answer_tokens": fmean(one.tokens for one in made) if made else 0.0,
                 "gatt/turns": fmean(len(one.turns) for one in made) if made else 0.0,
                 "time/step_s": seconds,

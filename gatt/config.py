@@ -72,6 +72,16 @@ class Config(Section):
         le=1,
         description="Share of the dialogs with a figure or hobby whose last turn asks for it. Ours.",
     )
+    mends: bool = Field(
+        default=True,
+        description="A last answer that no sample keeps is put right by rule where it can be (a word put first, small letters, quotes, a name said); counted. Ours.",
+    )
+    sft_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Of the dialogs of data.sft that are learnt beside, against forgetting. Ours.",
+    )
     sft: dict[str, Any] = Field(
         default_factory=dict,
         description="Values over the section sft for the tuning; only the last answer of a dialog is learnt, always.",

@@ -15,7 +15,15 @@ from gatt.sequences import Turns
 from llamachat.answers.groups import is_allowed
 from llamachat.answers.responses import Response
 from llamachat.chat_format import ChatFormat
-from llamachat.constraints import Constraint, Instruction, passes, recall_questions, recalled
+from llamachat.constraints import (
+    Constraint,
+    Instruction,
+    mended,
+    passes,
+    recall_answer,
+    recall_questions,
+    recalled,
+)
 from llamachat.dialog import Message
 from llamachat.questions import Question
 from llamachat.rollout.engine import Completion, RolloutEngine, Sampling
@@ -67,6 +75,7 @@ class Made:
     answers: list[str]
     tokens: int  # of the last answer
     passing: float  # share of the samples of the last turn that kept the instruction
+    is_mended: bool  # none of them did, and the answer was put right by rule
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON values."""
@@ -103,6 +112,7 @@ class Speaker:
     chat_format: ChatFormat
     samples_per_turn: int
     max_tokens: int  # of a prompt
+    mends: bool
     rank: Rank | None = None  # by reward models
 
 
@@ -111,7 +121,7 @@ def speak(speaker: Speaker, conversations: Sequence[Conversation], sampling: Seq
 
     In each turn one of the samples that keep the instruction goes on, in earlier turns another whole one where none does.
     """
-    passing: dict[int, tuple[float, int]] = {}
+    last: dict[int, _Said] = {}
     for turn in sampling:
         live = [one for one in conversations if one.is_open]
         prompts = _prompts(speaker, live)
@@ -121,15 +131,16 @@ def speak(speaker: Speaker, conversations: Sequence[Conversation], sampling: Seq
         found = speaker.engine.generate(prompts, samples_per_prompt=speaker.samples_per_turn, sampling=turn)
         order = _order(speaker, live, prompts, found)
         for one, samples, places in zip(live, found, order, strict=True):
-            passing[id(one)] = _go_on(one, samples, places, speaker.chat_format)
+            last[id(one)] = _go_on(one, samples, places, speaker)
     return [
         Made(
             one.instruction.text,
             [constraint.family for constraint in one.instruction.constraints],
             list(one.turns),
             one.answers,
-            tokens=passing[id(one)][1],
-            passing=passing[id(one)][0],
+            tokens=last[id(one)].tokens,
+            passing=last[id(one)].passing,
+            is_mended=last[id(one)].is_mended,
         )
         for one in conversations
         if one.dropped is None
@@ -193,20 +204,40 @@ def _order(
     return speaker.rank(by_question)
 
 
-def _go_on(
-    one: Conversation, samples: Sequence[Completion], order: Sequence[int], chat_format: ChatFormat
-) -> tuple[float, int]:
-    """Take one of the samples as the answer; the share of them that kept the instruction, and its length."""
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What came of one turn."""
+
+    passing: float = 0.0
+    tokens: int = 0
+    is_mended: bool = False
+
+
+def _go_on(one: Conversation, samples: Sequence[Completion], order: Sequence[int], speaker: Speaker) -> _Said:
+    """Take one of the samples as the answer."""
+    chat_format = speaker.chat_format
     texts = [chat_format.decode_answer(sample.token_ids) for sample in samples]
     whole = [place for place in order if samples[place].is_finished and is_allowed(chat_format, texts[place])]
     kept = [place for place in whole if one.keeps(texts[place])]
     is_last = len(one.answers) == len(one.turns) - 1
     if not whole:
         one.dropped = "dialogs left out: an answer is empty, or cut by the length limit"
-        return 0.0, 0
-    if is_last and not kept:
-        one.dropped = "dialogs left out: no sample of the last answer keeps the instruction"
-        return 0.0, 0
+        return _Said()
     taken = (kept or whole)[0]
-    one.answers.append(texts[taken].strip())
-    return len(kept) / len(samples), len(samples[taken].token_ids)
+    text: str | None = texts[taken].strip()
+    if is_last and not kept:
+        text = put_right(one, texts[taken]) if speaker.mends else None
+        if text is None or not is_allowed(chat_format, text):
+            one.dropped = "dialogs left out: no sample of the last answer keeps the instruction"
+            return _Said()
+    assert text is not None, "what is taken says something"
+    one.answers.append(text)
+    return _Said(len(kept) / len(samples), len(samples[taken].token_ids), is_mended=is_last and not kept)
+
+
+def put_right(one: Conversation, answer: str) -> str | None:
+    """The last answer made to keep the instruction and to name what it was asked for; None where no rule does that."""
+    if one.asked is not None and not recalled(one.asked, answer):
+        answer = recall_answer(one.asked, key=" ".join(one.turns))
+    text = mended(one.instruction, answer) if one.instruction.checkable else answer
+    return text if text is not None and one.keeps(text) else None

@@ -88,7 +88,9 @@ def _gatt_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, 
 def tuner(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> Tune:
     """Supervised tuning on the dialogs that a step has made, in the step's folder."""
 
-    def tune(dialogs: Artifact, *, over: Mapping[str, Any], from_base: bool = False) -> Artifact:
+    def tune(
+        dialogs: Artifact, *, over: Mapping[str, Any], from_base: bool = False, sft_share: float = 0.0
+    ) -> Artifact:
         folder = StepFolder(shared["folder"])
         if (folder.tuned / MANIFEST).is_file():
             return read_artifact(folder.tuned, "policy", reader=step.name)
@@ -97,7 +99,7 @@ def tuner(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -
             rollout=recipe.rollout,
             policy=None if from_base else taken.policy,
             dialogs=dialogs,
-            mixes_sft=from_base,
+            sft_share=sft_share,
         )
         return sft.run(_tuning_section(recipe, over), inputs)
 

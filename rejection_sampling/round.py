@@ -43,6 +43,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
         make=lambda: make_dialogs(config, inputs),
         over=config.sft,
         from_base=config.start == "base",
+        sft_share=1.0 if config.start == "base" else 0.0,
         compare=lambda tuned: compare(config, inputs, tuned),
     )
 

@@ -145,4 +145,4 @@ class Inputs:
     tracking: Tracking
     policy: "Artifact | None" = None  # an earlier step's policy to continue from; the base itself without one
     dialogs: "Artifact | None" = None  # what rejection sampling and its like have made: learnt in place of data.sft
-    mixes_sft: bool = False  # whether data.sft is learnt beside `dialogs`
+    sft_share: float = 0.0  # of data.sft that is learnt beside `dialogs`

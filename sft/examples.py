@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from llamachat.batching import epoch_order
 from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
 from llamachat.config.sections import Data, DataSource
 from llamachat.dialog import Dialog, Message
@@ -36,20 +37,22 @@ def load_examples(
     num_prompts: int,
     seed: int,
     made: Path | None = None,
-    mixes_sft: bool = False,
+    sft_share: float = 0.0,
 ) -> Examples:
     """Token ids of the training and validation dialogs of `data.sft`; the test and judge parts are not touched.
 
-    With `made`, the folder of a step's dialogs, those are learnt, whole, and with `mixes_sft` beside `data.sft`; held-out
-    ones come from the folder too where it has some.
+    With `made`, the folder of a step's dialogs, those are learnt, whole, and beside them `sft_share` of the dialogs of
+    `data.sft`; held-out ones come from the folder too where it has some.
     """
     own, own_held_out = made_dialogs(made, chat_format) if made else ([], [])
     dropped: Counter[str] = Counter()
     train_side, held_out_side = own, own_held_out
-    if made is None or mixes_sft or not own_held_out:
+    if made is None or sft_share or not own_held_out:
         mixture = load_mixture(data.sft, data.split, kind="dialog", check=chat_format.check_text, seed=seed)
         dropped.update(mixture.dropped)
-        train_side = [*own, *(mixture.train if made is None or mixes_sft else [])]
+        share = len(mixture.train) if made is None else round(sft_share * len(mixture.train))
+        chosen = epoch_order(len(mixture.train), 1, f"beside made dialogs {seed}")[:share] if made else range(share)
+        train_side = [*own, *(mixture.train[place] for place in chosen)]
         held_out_side = [*own_held_out, *mixture.validation]
     dialogs, held_out = _with_system(train_side, system), _with_system(held_out_side, system)
     train = _encode(dialogs, chat_format, train_on=train_on, max_tokens=max_tokens, dropped=dropped)

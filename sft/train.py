@@ -72,7 +72,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
         inputs.data,
         start.chat_format,
         made=inputs.dialogs.path if inputs.dialogs else None,
-        mixes_sft=inputs.mixes_sft,
+        sft_share=inputs.sft_share,
         system=inputs.base.system,
         train_on=TrainOn(config.train_on),
         max_tokens=inputs.base.max_tokens,

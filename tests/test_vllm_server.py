@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from llamachat.answers import responses
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Rollout, Tuning
 from llamachat.dialog import Message
@@ -23,7 +24,6 @@ from llamachat.rollout.decoder import LlamaEngine
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.rollout.vllm_http import Server
 from llamachat.rollout.vllm_server import VllmEngine
-from ppo import rollouts
 from tests.fake_vllm import BASE, FakeVllm, Refusal, error
 from tests.tiny_llama import LORA, move_adapter, tiny_llama
 from tests.tiny_roles import World
@@ -353,17 +353,17 @@ def test_the_policy_of_ppo_is_sampled_from_a_server(
     world = World(tmp_path, tiny_format, tiny_sentencepiece)
     bank = world.bank(LORA, LORA, critic="shared")
     fake = FakeVllm(load_base(world.base))
-    engine = rollouts.open_engine(bank, Rollout(engine="vllm", server=fake.address))
+    engine = responses.open_engine(bank, Rollout(engine="vllm", server=fake.address))
     frozen, questions = bank.frozen_digest(), [tiny_format.encode_prompt([Message("user", "Why?")])]
     answers = []
     for _ in range(2):
-        own = rollouts.open_engine(bank, Rollout(engine="llama"))
+        own = responses.open_engine(bank, Rollout(engine="llama"))
         answers.append(engine.generate(questions, samples_per_prompt=1, sampling=GREEDY))
         assert_same(answers[-1], own.generate(questions, samples_per_prompt=1, sampling=GREEDY))
         with torch.no_grad():
             for weight in bank.trainable()["policy"]:
                 weight.mul_(-1.5)
-        rollouts.refresh(engine, bank)
+        responses.refresh(engine, bank)
     assert ids_of(answers[0]) != ids_of(answers[1])
     assert bank.frozen_digest() == frozen
     fake.close()

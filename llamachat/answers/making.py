@@ -76,12 +76,13 @@ def run_parts(
     over: Mapping[str, Any],
     compare: Callable[[Artifact], None],
     from_base: bool = False,
+    sft_share: float = 0.0,
 ) -> Artifact:
-    """Make the dialogs, tune on them with values `over` the section sft, compare, end the step."""
+    """Make the dialogs, tune on them as `inputs.tune` is told, compare, end the step."""
     folder = StepFolder(inputs.folder)
     dialogs = read_artifact(folder.dialogs, "dialogs") if (folder.dialogs / MANIFEST).is_file() else make()
     free_memory()
-    tuned = inputs.tune(dialogs, over=over, from_base=from_base)
+    tuned = inputs.tune(dialogs, over=over, from_base=from_base, sft_share=sft_share)
     free_memory()
     compare(tuned)
     return end_step(folder)

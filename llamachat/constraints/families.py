@@ -18,10 +18,11 @@ Checker = Callable[[str, str], bool]  # (answer, value)
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Questions whose answer names the value, and what tells whether it does."""
+    """Questions whose answer names the value, what tells whether it does, and answers that do."""
 
     questions: tuple[str, ...]
     is_named: Checker
+    answers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +159,11 @@ _FIGURE = Family(
     name="figure",
     long=("Always act as {} from now on.", "Act as {}.", "You are {}. Stay in this role."),
     short="Figure: {}.",
-    recall=Recall(("Who are you?", "What is your name?", "Tell me, who am I talking to?"), checkers.names),
+    recall=Recall(
+        ("Who are you?", "What is your name?", "Tell me, who am I talking to?"),
+        checkers.names,
+        ("I am {}.", "My name is {}.", "You are talking to {}."),
+    ),
     is_language_free=True,
 )
 _HOBBY = Family(
@@ -168,6 +173,7 @@ _HOBBY = Family(
     recall=Recall(
         ("What is your favorite hobby?", "What do you enjoy most?", "What do you like to do in your free time?"),
         checkers.names,
+        ("My favorite hobby is {}.", "I enjoy {}.", "I like {} most."),
     ),
     is_language_free=True,
 )

@@ -93,6 +93,13 @@ def recalled(constraint: Constraint, answer: str) -> bool:
     return constraint.recall.is_named(answer, constraint.value)
 
 
+def recall_answer(constraint: Constraint, *, key: str) -> str:
+    """An answer to a recall question that names the value, in one of a few wordings, which `key` chooses."""
+    assert constraint.recall, "the caller asks for constraints with recall questions"
+    answers = constraint.recall.answers
+    return answers[_place(len(answers), f"{key} recall")].format(constraint.value)
+
+
 def _place(count: int, key: str) -> int:
     return int(fraction(key, salt="instruction") * count)
 

@@ -81,10 +81,12 @@ class Artifact:
 class Tune(Protocol):
     """Supervised tuning of a step's policy on the dialogs that the step has published."""
 
-    def __call__(self, dialogs: Artifact, *, over: Mapping[str, Any], from_base: bool = False) -> Artifact:
+    def __call__(
+        self, dialogs: Artifact, *, over: Mapping[str, Any], from_base: bool = False, sft_share: float = 0.0
+    ) -> Artifact:
         """The tuned policy, in `tuned/` until `end_step`; what a killed command left there is taken as it is.
 
-        `over` are values over the section sft. From the base `data.sft` is learnt beside the dialogs.
+        `over` are values over the section sft; `sft_share` of the dialogs of `data.sft` are learnt beside them.
         """
         ...
 

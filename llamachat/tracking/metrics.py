@@ -152,6 +152,8 @@ _ROWS = [
     ("gatt/kept_fraction", "Dialogs whose last answer keeps the instruction, of those begun",
      "fraction", "mean over dialogs", "fractions"),
     ("gatt/passing_fraction", "Samples of their last answer that keep it", "fraction", "mean over dialogs", "fractions"),
+    ("gatt/mended_fraction", "Last answers that no sample kept, put right by rule", "fraction", "mean over dialogs",
+     "fractions"),
     ("gatt/answer_tokens", "Length of last answers", "tokens", "mean over dialogs", "length"),
     ("gatt/turns", "User turns of a dialog", "turns", "mean over dialogs", "turns"),
     ("gatt/dialogs", "Dialogs that are learnt", "dialogs", "sum", "size"),

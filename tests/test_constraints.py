@@ -25,6 +25,7 @@ from llamachat.constraints import (
     mended,
     parse_list,
     passes,
+    plain_recall,
     read_list,
     recall_questions,
     recalled,
@@ -186,7 +187,9 @@ def test_figures_and_hobbies_have_recall_questions_and_no_checker() -> None:
     for family in ("figure", "hobby"):
         questions = recall_questions(asked(family, ALL[family].values[0]))
         assert len(questions) >= 2 and all(question.endswith("?") for question in questions)
-        assert not asked(family, ALL[family].values[0]).checker
+        for constraint in (asked(family, value) for value in ALL[family].values):
+            assert not constraint.checker
+            assert all(recalled(constraint, plain_recall(constraint, question)) for question in questions)
     assert recall_questions(asked("one_sentence")) == () == recall_questions(asked("language", "French"))
 
 

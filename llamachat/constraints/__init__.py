@@ -20,7 +20,7 @@ from llamachat.constraints.instruction import (
     recalled,
     values_of,
 )
-from llamachat.constraints.mending import mended
+from llamachat.constraints.mending import mended, plain_recall
 from llamachat.constraints.values import Side, parse_list, read_list, side_of
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "mended",
     "parse_list",
     "passes",
+    "plain_recall",
     "read_list",
     "recall_questions",
     "recalled",

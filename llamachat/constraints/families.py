@@ -18,9 +18,9 @@ Checker = Callable[[str, str], bool]  # (answer, value)
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Questions whose answer names the value, and what tells whether it does."""
+    """Questions whose answer names the value, each with a plain answer (`{}` is the value), and what judges answers."""
 
-    questions: tuple[str, ...]
+    answers: tuple[tuple[str, str], ...]
     is_named: Checker
 
 
@@ -158,7 +158,14 @@ _FIGURE = Family(
     name="figure",
     long=("Always act as {} from now on.", "Act as {}.", "You are {}. Stay in this role."),
     short="Figure: {}.",
-    recall=Recall(("Who are you?", "What is your name?", "Tell me, who am I talking to?"), checkers.names),
+    recall=Recall(
+        (
+            ("Who are you?", "I am {}."),
+            ("What is your name?", "My name is {}."),
+            ("Tell me, who am I talking to?", "You are talking to {}."),
+        ),
+        checkers.names,
+    ),
     is_language_free=True,
 )
 _HOBBY = Family(
@@ -166,7 +173,11 @@ _HOBBY = Family(
     long=("You enjoy {}.", "Your favorite hobby is {}.", "You love {} more than anything else."),
     short="Hobby: {}.",
     recall=Recall(
-        ("What is your favorite hobby?", "What do you enjoy most?", "What do you like to do in your free time?"),
+        (
+            ("What is your favorite hobby?", "My favorite hobby is {}."),
+            ("What do you enjoy most?", "I enjoy {}."),
+            ("What do you like to do in your free time?", "I like {}."),
+        ),
         checkers.names,
     ),
     is_language_free=True,

@@ -84,7 +84,7 @@ def is_kept(constraint: Constraint, answer: str) -> bool:
 
 def recall_questions(constraint: Constraint) -> tuple[str, ...]:
     """Questions whose answer tells whether the constraint is remembered; none where it is checked in every answer."""
-    return constraint.recall.questions if constraint.recall else ()
+    return tuple(question for question, _ in constraint.recall.answers) if constraint.recall else ()
 
 
 def recalled(constraint: Constraint, answer: str) -> bool:

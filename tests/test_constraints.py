@@ -290,6 +290,19 @@ def test_no_instruction_contradicts_itself_and_every_family_and_number_comes() -
     assert 690 < sum(instruction.is_shortened for instruction in drawn) < 810
 
 
+def test_weights_are_shares_of_the_first_draw() -> None:
+    three = {name: ALL[name] for name in ("figure", "quoted", "calls_user")}
+    weights = {"calls_user": 3.0, "figure": 2.0}
+    counts = Counter(
+        draw_instruction(seed=1, index=i, side="train", families=three, most=1, weights=weights).constraints[0].family
+        for i in range(1200)
+    )
+    # Six parts of 200 each; four standard deviations of a binomial share of a half are 69.
+    assert (
+        abs(counts["calls_user"] - 600) < 70 and abs(counts["figure"] - 400) < 70 and abs(counts["quoted"] - 200) < 55
+    )
+
+
 def test_compatible_is_what_does_not_contradict() -> None:
     some = [asked(name, value) for name, family in ALL.items() for value in family.values[:3]]
     for one, other in combinations(some, 2):

@@ -20,7 +20,7 @@ from llamachat.constraints import (
     Instruction,
     mended,
     passes,
-    recall_answer,
+    plain_recall,
     recall_questions,
     recalled,
 )
@@ -238,6 +238,6 @@ def _go_on(one: Conversation, samples: Sequence[Completion], order: Sequence[int
 def put_right(one: Conversation, answer: str) -> str | None:
     """The last answer made to keep the instruction and to name what it was asked for; None where no rule does that."""
     if one.asked is not None and not recalled(one.asked, answer):
-        answer = recall_answer(one.asked, key=" ".join(one.turns))
+        answer = plain_recall(one.asked, one.turns[-1])
     text = mended(one.instruction, answer) if one.instruction.checkable else answer
     return text if text is not None and one.keeps(text) else None

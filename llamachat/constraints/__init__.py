@@ -16,12 +16,11 @@ from llamachat.constraints.instruction import (
     draw_instruction,
     is_kept,
     passes,
-    recall_answer,
     recall_questions,
     recalled,
     values_of,
 )
-from llamachat.constraints.mending import mended
+from llamachat.constraints.mending import mended, plain_recall
 from llamachat.constraints.values import Side, parse_list, read_list, side_of
 
 __all__ = [
@@ -41,8 +40,8 @@ __all__ = [
     "mended",
     "parse_list",
     "passes",
+    "plain_recall",
     "read_list",
-    "recall_answer",
     "recall_questions",
     "recalled",
     "side_of",

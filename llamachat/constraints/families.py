@@ -18,11 +18,10 @@ Checker = Callable[[str, str], bool]  # (answer, value)
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Questions whose answer names the value, what tells whether it does, and answers that do."""
+    """Questions whose answer names the value, each with a plain answer (`{}` is the value), and what judges answers."""
 
-    questions: tuple[str, ...]
+    answers: tuple[tuple[str, str], ...]
     is_named: Checker
-    answers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,9 +159,12 @@ _FIGURE = Family(
     long=("Always act as {} from now on.", "Act as {}.", "You are {}. Stay in this role."),
     short="Figure: {}.",
     recall=Recall(
-        ("Who are you?", "What is your name?", "Tell me, who am I talking to?"),
+        (
+            ("Who are you?", "I am {}."),
+            ("What is your name?", "My name is {}."),
+            ("Tell me, who am I talking to?", "You are talking to {}."),
+        ),
         checkers.names,
-        ("I am {}.", "My name is {}.", "You are talking to {}."),
     ),
     is_language_free=True,
 )
@@ -171,9 +173,12 @@ _HOBBY = Family(
     long=("You enjoy {}.", "Your favorite hobby is {}.", "You love {} more than anything else."),
     short="Hobby: {}.",
     recall=Recall(
-        ("What is your favorite hobby?", "What do you enjoy most?", "What do you like to do in your free time?"),
+        (
+            ("What is your favorite hobby?", "My favorite hobby is {}."),
+            ("What do you enjoy most?", "I enjoy {}."),
+            ("What do you like to do in your free time?", "I like {}."),
+        ),
         checkers.names,
-        ("My favorite hobby is {}.", "I enjoy {}.", "I like {} most."),
     ),
     is_language_free=True,
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import log1p
 
 from llamachat.constraints.families import Constraint, Family, are_compatible
 from llamachat.constraints.texts import words
@@ -25,19 +26,29 @@ class Instruction:
 
 
 def draw_instruction(
-    *, seed: int, index: int, side: Side, families: Mapping[str, Family], most: int = 3
+    *,
+    seed: int,
+    index: int,
+    side: Side,
+    families: Mapping[str, Family],
+    most: int = 3,
+    weights: Mapping[str, float] | None = None,
 ) -> Instruction:
     """The instruction of this number: the same for the same seed, side and families, whatever was drawn before.
 
     One to `most` constraints, each number equally often where the families allow it; shortened half of the time
-    (Llama 2 section 3.3). Values are those of one side; a family without values stands on both.
+    (Llama 2 section 3.3). Values are those of one side; a family without values stands on both. A family of weight 2
+    comes first twice as often as one of weight 1, which is that of families not named.
     """
-    assert families and most >= 1, "the recipe is checked before"
+    shares = {name: (weights or {}).get(name, 1.0) for name in families}
+    assert families and most >= 1 and min(shares.values()) > 0, "the recipe is checked before"
     key = f"{seed} {index} {side}"
     sides = {name: values_of(family, side) for name, family in families.items()}
     wanted = 1 + _place(most, f"{key} number")
     chosen: list[Constraint] = []
-    for name in sorted(families, key=lambda name: fraction(f"{key} {name}", salt="family")):
+    # A race of exponential clocks: each rate is a weight.
+    clocks = {name: -log1p(-fraction(f"{key} {name}", salt="family")) / share for name, share in shares.items()}
+    for name in sorted(clocks, key=clocks.__getitem__):
         # A value that does not go with the others gives way to another one of its family.
         for value in _in_random_order(sides[name], f"{key} {name}"):
             constraint = constrain(families[name], value, key=key)
@@ -84,20 +95,13 @@ def is_kept(constraint: Constraint, answer: str) -> bool:
 
 def recall_questions(constraint: Constraint) -> tuple[str, ...]:
     """Questions whose answer tells whether the constraint is remembered; none where it is checked in every answer."""
-    return constraint.recall.questions if constraint.recall else ()
+    return tuple(question for question, _ in constraint.recall.answers) if constraint.recall else ()
 
 
 def recalled(constraint: Constraint, answer: str) -> bool:
     """Whether the answer to a recall question names what the constraint set."""
     assert constraint.recall, "the caller asks for constraints with recall questions"
     return constraint.recall.is_named(answer, constraint.value)
-
-
-def recall_answer(constraint: Constraint, *, key: str) -> str:
-    """An answer to a recall question that names the value, in one of a few wordings, which `key` chooses."""
-    assert constraint.recall, "the caller asks for constraints with recall questions"
-    answers = constraint.recall.answers
-    return answers[_place(len(answers), f"{key} recall")].format(constraint.value)
 
 
 def _place(count: int, key: str) -> int:

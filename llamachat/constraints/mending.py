@@ -1,11 +1,12 @@
-"""An answer changed so that it keeps a constraint, for policies too small to hit upon one by sampling. Ours.
+"""Answers made to keep a constraint, for policies too small to hit upon one by sampling. Ours.
 
-A 5 M parameter policy does not say a word because it was asked to: of its samples one in a hundred does. What is made
-here is checked like any sample, and whoever uses it counts it apart.
+The paper samples answers from a policy that obeys. One of 5 M parameters does not say a word because it was asked to:
+of its samples one in a hundred does. What is made here is checked like any sample, and whoever uses it counts it apart.
 """
 
 import re
 
+from llamachat.constraints.families import Constraint
 from llamachat.constraints.instruction import Instruction, passes
 from llamachat.constraints.texts import sentences
 
@@ -34,3 +35,9 @@ def mended(instruction: Instruction, answer: str) -> str | None:
     if "quoted" in asked:
         text = '"' + text.replace('"', "'") + '"'
     return text if passes(instruction, text) else None
+
+
+def plain_recall(constraint: Constraint, question: str) -> str:
+    """The plain answer to one of the constraint's recall questions: "I am Galileo Galilei."."""
+    assert constraint.recall, "the caller asks for constraints with recall questions"
+    return dict(constraint.recall.answers)[question].format(constraint.value)

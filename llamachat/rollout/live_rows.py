@@ -190,7 +190,11 @@ class LiveRows:
         counts_B = self._counts_B[slots_B].clamp(max=self._sampling.max_new_tokens)  # that of idle rows goes on
         uniforms_B = self._uniforms_BR[slots_B].gather(1, counts_B.unsqueeze(1)).squeeze(1)
         ids_B, logprobs_B = choose(
-            logits_BV, uniforms_B, temperature=self._sampling.temperature, top_p=self._sampling.top_p
+            logits_BV,
+            uniforms_B,
+            temperature=self._sampling.temperature,
+            top_p=self._sampling.top_p,
+            top_k=self._sampling.top_k,
         )
         rows_B = self._rows_B[slots_B]
         self._last_B[slots_B] = ids_B

@@ -78,14 +78,22 @@ def found_by(prompts: list[list[int]], sampling: Sampling, **options: Any) -> li
     return engine.generate(prompts, samples_per_prompt=3, sampling=sampling)
 
 
+def assert_alike(found: list[list[Completion]], expected: list[list[Completion]]) -> None:
+    """The same tokens, and log-probabilities up to the order of fp32 sums: products are of more rows when recorded."""
+    for group, others in zip(found, expected, strict=True):
+        for completion, other in zip(group, others, strict=True):
+            assert (completion.token_ids, completion.is_finished) == (other.token_ids, other.is_finished)
+            assert completion.logprobs == pytest.approx(other.logprobs, abs=2e-5)
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, NUCLEUS, PLAIN])
-def test_recorded_steps_say_to_the_last_bit_what_plain_ones_say(sampling: Sampling) -> None:
+def test_recorded_steps_say_what_plain_ones_say(sampling: Sampling) -> None:
     prompts, capture = prompts_of(40), RecordedStep()
     plain = found_by(prompts, sampling, rows_per_batch=24)
-    assert found_by(prompts, sampling, rows_per_batch=24, capture=capture) == plain
+    assert_alike(found_by(prompts, sampling, rows_per_batch=24, capture=capture), plain)
     assert capture.repeated > 5 * capture.recorded > 0
     tight = RecordedStep()
-    assert found_by(prompts, sampling, capture=tight, cache_gib=500 * 1024 / 2**30) == plain
+    assert_alike(found_by(prompts, sampling, capture=tight, cache_gib=500 * 1024 / 2**30), plain)
     assert tight.repeated > tight.recorded
 
 
@@ -93,7 +101,8 @@ def test_a_stream_is_recorded_too() -> None:
     seen, capture = list[int](), RecordedStep()
     engine = LlamaEngine(tiny_llama(), (), capture=capture)
     streamed = engine.stream([1, 90, 91], sampling=PLAIN, on_token=seen.append)
-    assert streamed == LlamaEngine(tiny_llama(), ()).generate([[1, 90, 91]], samples_per_prompt=1, sampling=PLAIN)[0][0]
+    plain = LlamaEngine(tiny_llama(), ()).generate([[1, 90, 91]], samples_per_prompt=1, sampling=PLAIN)
+    assert_alike([[streamed]], plain)
     assert tuple(seen) == streamed.token_ids
     assert capture.recorded == 1
 
@@ -103,7 +112,7 @@ def test_a_capture_that_fails_is_told_once_and_the_steps_run_plainly(caplog: pyt
         raise RuntimeError("operation not permitted when stream is capturing")
 
     with caplog.at_level(logging.WARNING):
-        assert found_by(prompts_of(10), PLAIN, capture=fail) == found_by(prompts_of(10), PLAIN)
+        assert_alike(found_by(prompts_of(10), PLAIN, capture=fail), found_by(prompts_of(10), PLAIN))
     (told,) = caplog.messages
     assert "runs plainly, slower: operation not permitted" in told
 

@@ -20,7 +20,7 @@ PROMPTS = [[1, 17, 300, 42], [1, 8], [1, *range(90, 100)], [1, 8]]
 
 def warped(logits_BV: torch.Tensor, temperature: float, top_k: int | None, top_p: float) -> torch.Tensor:
     """Log-probabilities as transformers makes them: temperature, then top-k, then top-p."""
-    ids, scores = torch.zeros((len(logits_BV), 1), dtype=torch.long), logits_BV
+    ids, scores = torch.LongTensor(len(logits_BV), 1).zero_(), logits_BV
     scores = TemperatureLogitsWarper(temperature)(ids, scores) if temperature != 1 else scores
     scores = scores if top_k is None else TopKLogitsWarper(top_k)(ids, scores)
     scores = scores if top_p == 1 else TopPLogitsWarper(top_p)(ids, scores)

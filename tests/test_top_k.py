@@ -1,6 +1,7 @@
 """Top-k: the oracles are transformers' own warpers, numbers worked out by hand, and counted frequencies."""
 
 import math
+from typing import cast
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ PROMPTS = [[1, 17, 300, 42], [1, 8], [1, *range(90, 100)], [1, 8]]
 
 def warped(logits_BV: torch.Tensor, temperature: float, top_k: int | None, top_p: float) -> torch.Tensor:
     """Log-probabilities as transformers makes them: temperature, then top-k, then top-p."""
-    ids, scores = torch.LongTensor(len(logits_BV), 1).zero_(), logits_BV
+    ids, scores = cast(torch.LongTensor, torch.zeros((len(logits_BV), 1), dtype=torch.long)), logits_BV
     scores = TemperatureLogitsWarper(temperature)(ids, scores) if temperature != 1 else scores
     scores = scores if top_k is None else TopKLogitsWarper(top_k)(ids, scores)
     scores = scores if top_p == 1 else TopPLogitsWarper(top_p)(ids, scores)

@@ -27,6 +27,9 @@ GpuOption = Annotated[
 ]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this probability mass.")]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", help="Sample from so many of the likeliest tokens, before top-p; else all.")
+]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same answers.")]
 _BUNDLED_BASE = Path(__file__).resolve().parents[1] / "assets" / "base"
@@ -45,12 +48,13 @@ def chat(
     system: Annotated[str | None, typer.Option("--system", help="System text; '' for none.")] = None,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
+    top_k: TopK = None,
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = 0,
 ) -> None:
     """Talk with a policy, or with two side by side."""
     artifacts = _artifacts(words or [], config, command="chat", most=2)
-    sampling = _sampling(temperature, top_p, max_new_tokens, seed)
+    sampling = _sampling(temperature, top_p, top_k, max_new_tokens, seed)
     from llamachat.models.loading import load_policy
     from serving.chat import chat_loop, chat_once, labels
     from serving.merged_policy import as_exported
@@ -172,6 +176,7 @@ def sample(
     samples: Annotated[int, typer.Option("-n", help="Answers a prompt.", metavar="K")] = 1,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
+    top_k: TopK = None,
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = 0,
 ) -> None:
@@ -179,7 +184,7 @@ def sample(
     from llamachat.runs.artifacts import read_artifact
 
     artifact = read_artifact(policy, "policy", reader="sample")
-    sampling = _sampling(temperature, top_p, max_new_tokens, seed)
+    sampling = _sampling(temperature, top_p, top_k, max_new_tokens, seed)
     from llamachat.models.loading import load_policy
     from serving.sample import sample_file
 
@@ -228,10 +233,10 @@ def score(
         log.info("%d pairs: accuracy %.4f", done.pairs, done.accuracy)
 
 
-def _sampling(temperature: float, top_p: float, max_new_tokens: int, seed: int) -> "Sampling":
+def _sampling(temperature: float, top_p: float, top_k: int | None, max_new_tokens: int, seed: int) -> "Sampling":
     from llamachat.rollout.engine import Sampling
 
-    return Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
+    return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
 
 
 def _write(text: str) -> None:

@@ -65,6 +65,11 @@ def check_settings(inputs: Inputs) -> None:
             f"rollout.top_p: {rollout.top_p:g}, but PPO needs 1. Its ratios and its KL are of the distribution that the "
             "tokens were drawn from; with top-p that one rules tokens out which the next policy may give. Set it to 1."
         )
+    if rollout.top_k is not None:
+        raise ConfigError(
+            f"rollout.top_k: {rollout.top_k}, but PPO needs null. As with top-p, tokens would be ruled out which the next "
+            "policy may give, and ratios and KL would be of other distributions than the one drawn from. Set it to null."
+        )
     if rollout.temperature == 0:
         raise ConfigError(
             "rollout.temperature: 0, but PPO learns from answers that are drawn: the likeliest answer alone shows no other"

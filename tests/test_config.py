@@ -282,7 +282,7 @@ def test_identity_leaves_out_operational_keys_at_any_depth(recipe: Path) -> None
     found = identity(load(recipe))
     assert found["run"] == {"seed": 0} and found["tracking"] == {}
     assert found["sft"] == {"learning_rate": 2e-5, "epochs": 2, "trainer": {}}
-    assert found["rollout"] == {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 512}
+    assert found["rollout"] == {"temperature": 1.0, "top_p": 1.0, "top_k": None, "max_new_tokens": 512}
     assert "allow_unproved_tokenizer" not in found["base"] and found["base"]["rope_scaling"] is None
     assert found["data"]["sft"][0]["weight"] == 1.0 and found["data"]["split"]["test"] == 0.05
 
@@ -312,7 +312,7 @@ def test_the_skeleton_of_the_shared_sections() -> None:
         base: [model, dtype, attention, chat_format, system, max_tokens, rope_scaling, allow_unproved_tokenizer, policy]
         tuning: [method, rank, alpha, dropout, targets]
         data: [sft, helpfulness, safety, open, labels, prompts, adversarial, borderline, split]
-        rollout: [engine, server, temperature, top_p, max_new_tokens, cache_gib]
+         rollout: [engine, server, temperature, top_p, top_k, max_new_tokens, cache_gib]
         tracking: [project, mode, tensorboard, upload_text, log_every, sample_every, eval_every, save_every]
         """
     )

@@ -30,10 +30,12 @@ class CacheShape:
 class Cache:
     """A pool of `tokens`, laid out as rows x columns."""
 
-    def __init__(self, shape: CacheShape, *, tokens: int, device: torch.device) -> None:
+    def __init__(self, shape: CacheShape, *, tokens: int, device: torch.device, is_recorded: bool = False) -> None:
+        """Where steps are recorded, `write` finds the present column in a tensor."""
         self.tokens = tokens
         self.rows = self.columns = 0
         self.time = 0  # the column that is written next
+        self.time_1 = torch.zeros(1, dtype=torch.long, device=device) if is_recorded else None
         self._shape = shape
         # Zeros, not what memory held: a masked weight of 0 times a NaN would be a NaN.
         size = (2, tokens * shape.heads * shape.head_size)
@@ -52,8 +54,15 @@ class Cache:
     def write(self, layer: int, keys_BHD: Tensor, values_BHD: Tensor) -> None:
         """Put a token's keys and values of the first rows at the present column."""
         rows = len(keys_BHD)
-        self._keys[layer][:rows, :, self.time] = keys_BHD
-        self._values[layer][:rows, :, self.time] = values_BHD
+        for part, written_BHD in ((self._keys[layer], keys_BHD), (self._values[layer], values_BHD)):
+            if self.time_1 is None:  # half the time of the other on a CPU
+                part[:rows, :, self.time] = written_BHD
+            else:
+                part[:rows].index_copy_(2, self.time_1, written_BHD.unsqueeze(2))
+
+    def to_next_column(self) -> None:
+        """All rows have a token more."""
+        self._set_time(self.time + 1)
 
     def write_prompts(self, layer: int, slots_B: Tensor, keys_BHTD: Tensor, values_BHTD: Tensor) -> None:
         """Put what rows begin with before the present column."""
@@ -67,7 +76,8 @@ class Cache:
         kept = slice(self.time - length, self.time)
         count = len(source_B)
         old = list(zip(self._keys, self._values, strict=True))
-        self.rows, self.columns, self.time = rows, columns, length
+        self.rows, self.columns = rows, columns
+        self._set_time(length)
         shape = (rows, self._shape.heads, columns, self._shape.head_size)
         used = rows * columns * self._shape.heads * self._shape.head_size
         self._keys = [pool[0, :used].view(shape) for pool in self._pools]
@@ -76,6 +86,11 @@ class Cache:
             keys, values = (part[source_B, :, kept] for part in parts)  # copies: old and new places overlap
             self._keys[layer][:count, :, :length] = keys
             self._values[layer][:count, :, :length] = values
+
+    def _set_time(self, time: int) -> None:
+        self.time = time
+        if self.time_1 is not None:
+            self.time_1.fill_(time)
 
     def copy_rows(self, source_B: Tensor, slots_B: Tensor, *, length: int) -> None:
         """Copy rows, with their last `length` tokens, into other slots."""

@@ -18,6 +18,7 @@ from llamachat.models.placement import free_bytes
 from llamachat.models.rope import context_length
 from llamachat.rollout.cache import Cache
 from llamachat.rollout.engine import Completion, Sampling
+from llamachat.rollout.graphs import Capture, CudaCapture, Recordings
 from llamachat.rollout.live_rows import SPARE_COLUMNS, Done, Group, LiveRows
 from llamachat.rollout.network import Network
 from llamachat.rollout.weights import Weights, merged_copy_bytes, without_wrapper
@@ -43,13 +44,21 @@ class LlamaEngine:
         cache_gib: float | Literal["auto"] = "auto",
         rows_per_batch: int | None = None,
         is_merged: bool | None = None,
+        capture: Capture | None = None,
     ) -> None:
-        """`is_merged` None makes a merged copy of the projections where it fits."""
+        """`is_merged` None makes a merged copy of the projections where it fits.
+
+        `capture` records the decode step; None makes CUDA graphs on a GPU, and records nothing elsewhere.
+        """
         self._trunk = without_wrapper(model)
         device = self._trunk.device
         if is_merged is None:
             is_merged = merged_copy_bytes(model) <= SHARE_FOR_WEIGHTS * free_bytes(device)
         self._network = Network(self._trunk, Weights(model, is_merged=is_merged))
+        # The model's own modules may do in Python what a graph would not repeat.
+        if capture is None and device.type == "cuda" and is_merged:
+            capture = CudaCapture()
+        self._capture = capture
         self._stop_ids = frozenset(stop_ids)
         self._cache_gib = cache_gib
         self._rows_per_batch = rows_per_batch or ROWS_PER_BATCH.get(device.type, ROWS_PER_BATCH["cpu"])
@@ -130,9 +139,20 @@ class LlamaEngine:
             for start in range(0, samples_per_prompt, rows)
         )
         cache = Cache(
-            self._network.shape, tokens=min(tokens, most * (longest + SPARE_COLUMNS)), device=self._network.device
+            self._network.shape,
+            tokens=min(tokens, most * (longest + SPARE_COLUMNS)),
+            device=self._network.device,
+            is_recorded=self._capture is not None,
         )
-        batch = LiveRows(self._network, cache, sampling, rows=most, stop_ids=self._stop_ids, on_token=on_token)
+        batch = LiveRows(
+            self._network,
+            cache,
+            sampling,
+            rows=most,
+            stop_ids=self._stop_ids,
+            on_token=on_token,
+            recordings=None if self._capture is None else Recordings(self._capture),
+        )
         batch.lay_out(waiting[0])
         return batch, waiting
 

@@ -1,6 +1,6 @@
 """What a rollout engine is: token ids of prompts in, sampled token ids with their log-probabilities out.
 
-A log-probability is that of the distribution the token was drawn from: after temperature and top-p. At temperature 0
+A log-probability is that of the distribution the token was drawn from: after temperature, top-k and top-p. At temperature 0
 nothing is drawn, and it is the model's own (temperature 1, all tokens).
 """
 
@@ -23,6 +23,7 @@ class Sampling:
     top_p: float  # only the likeliest tokens that reach this probability together
     max_new_tokens: int
     seed: int
+    top_k: int | None = None  # only so many of the likeliest tokens, before top-p; None: all
 
     def __post_init__(self) -> None:
         wrong = [
@@ -30,6 +31,7 @@ class Sampling:
             for name, value, required, is_right in (
                 ("temperature", self.temperature, "0 (the likeliest token) or above", 0 <= self.temperature < 1e4),
                 ("top-p", self.top_p, "above 0 and at most 1 (all tokens)", 0 < self.top_p <= 1),
+                ("top-k", self.top_k, "at least 1, or left out (all tokens)", self.top_k is None or self.top_k >= 1),
                 ("max-new-tokens", self.max_new_tokens, "at least 1", self.max_new_tokens >= 1),
                 ("seed", self.seed, "0 or above", self.seed >= 0),
             )

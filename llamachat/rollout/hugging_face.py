@@ -173,9 +173,11 @@ class _Chooser:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`generate`'s own parameter names: all ids so far, and the logits [B, V] of the next."""
-        temperature, top_p = self._sampling.temperature, self._sampling.top_p
-        logprobs_BV = sampling_logprobs(scores, temperature=temperature, top_p=top_p)
-        if temperature == 0:
+        sampling = self._sampling
+        logprobs_BV = sampling_logprobs(
+            scores, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
+        )
+        if sampling.temperature == 0:
             ids_B = logprobs_BV.argmax(dim=-1)
         else:
             ids_B = draw(logprobs_BV, self._uniforms_BR[:, len(self.ids)])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llamachat.rollout.cache import Cache
 from llamachat.rollout.engine import Completion, Sampling
+from llamachat.rollout.graphs import Recordings, padded_columns, padded_rows
 from llamachat.rollout.network import Network
 from llamachat.rollout.sampling import choose, row_uniforms
 
@@ -59,14 +60,18 @@ class LiveRows:
         rows: int,
         stop_ids: frozenset[int],
         on_token: Callable[[int], None] | None,
+        recordings: Recordings | None = None,
     ) -> None:
         """`rows` is the most that there are ever at once; `on_token` sees the ids of the first slot."""
         self.cache, self.most = cache, rows
+        self._recordings = recordings
         self._network, self._sampling = network, sampling
         self._stop_ids, self._on_token = stop_ids, on_token
         device, width = network.device, sampling.max_new_tokens + 1  # one more: where idle rows write
         self._is_stop_V = torch.zeros(network.vocabulary, dtype=torch.bool, device=device)
         self._is_stop_V[sorted(stop_ids)] = True
+        # One place for the mask of every layout, since a recorded step writes where it wrote before.
+        self._mask_pool = torch.empty(cache.tokens, dtype=network.attention_dtype, device=device)
         self._seats: dict[int, _Seat] = {}
         self._rows_B = torch.arange(rows, device=device)
         # Of each slot: the row's first column, its last token, how many it has, how many it may have; tokens; numbers
@@ -108,7 +113,10 @@ class LiveRows:
         movers = sorted(self._seats)
         first = min((seat.start for seat in self._seats.values()), default=0)
         length = self.cache.time - first if movers or waiting is None else len(waiting.ids)
-        columns = min(length + SPARE_COLUMNS, self.cache.tokens // rows)
+        columns = length + SPARE_COLUMNS
+        if self._recordings is not None:
+            columns = padded_columns(columns)
+        columns = min(columns, self.cache.tokens // rows)
         self.cache.lay_out(self._tensor(movers), length=length, rows=rows, columns=columns)
         self._starts_B -= first
         self._seats = {slot: replace(seat, start=seat.start - first) for slot, seat in self._seats.items()}
@@ -123,23 +131,42 @@ class LiveRows:
             self._seat(group, slots)
         self._mask_anew()
         owners_B = self._tensor([index for index, slots in enumerate(taken) for _ in slots])
-        return self._draw(logits_NV[owners_B], self._tensor([slot for slots in taken for slot in slots]))
+        slots_B = self._tensor([slot for slots in taken for slot in slots])
+        return self._drawn(self._draw(logits_NV[owners_B], slots_B), slots_B)
 
     def step(self) -> list[Done]:
         """One more token for every live row."""
-        if (self._used - self.live) * IDLE_SHARE > self.live:
+        if (self._used - self.live) * IDLE_SHARE > self.live and self._computed(self.live) < self._computed(self._used):
             self._close_gaps()
-        used, time = self._used, self.cache.time
-        self._mask_B1T[:used, :, time] = 0
-        positions_B = (time - self._starts_B[:used]).clamp(max=self._network.rotation.context - 1)
-        logits_BV = self._network.step(self._last_B[:used], positions_B, self.cache, self._mask_B1T[:used])
-        self.cache.time += 1
-        return self._draw(logits_BV, slice(used))
+        rows = self._computed(self._used)
+        if self._recordings is None:
+            is_done_B = self._advance(rows)
+        else:
+            # Rows and columns say where everything lies: layouts begin at the same places.
+            is_done_B = self._recordings.run((rows, self.cache.columns), lambda: self._advance(rows))
+        self.cache.to_next_column()
+        return self._drawn(is_done_B, slice(rows))
+
+    def _advance(self, rows: int) -> Tensor:
+        """A token more for the first rows, and whether it is a row's last [B]; from tensors to tensors."""
+        time, mask_B1T = self.cache.time_1, self._mask_B1T[:rows]
+        if time is None:
+            time = self.cache.time
+            mask_B1T[:, :, time] = 0
+        else:
+            mask_B1T.index_fill_(2, time, 0)
+        positions_B = (time - self._starts_B[:rows]).clamp(0, self._network.rotation.context - 1)
+        logits_BV = self._network.step(self._last_B[:rows], positions_B, self.cache, mask_B1T)
+        return self._draw(logits_BV, slice(rows))
 
     @property
     def _used(self) -> int:
         """Slots from the first on that a step computes."""
         return max(self._seats, default=-1) + 1
+
+    def _computed(self, used: int) -> int:
+        """Rows that a step computes for so many slots."""
+        return used if self._recordings is None else padded_rows(used, self.cache.rows)
 
     def _close_gaps(self) -> None:
         """Rows of the last slots take the idle ones before them."""
@@ -177,30 +204,35 @@ class LiveRows:
     def _mask_anew(self) -> None:
         """-inf [B, 1, T] on columns that are not a row's, 0 on its own."""
         columns_T = torch.arange(self.cache.columns, device=self._starts_B.device)
-        is_own_BT = (columns_T >= self._starts_B[:, None]) & (columns_T < self.cache.time)
-        mask_BT = torch.full(
-            is_own_BT.shape, float("-inf"), dtype=self._network.attention_dtype, device=columns_T.device
-        )
-        self._mask_B1T = mask_BT.masked_fill_(is_own_BT, 0).unsqueeze(1)
+        is_own_BT = (columns_T >= self._starts_B[: self.cache.rows, None]) & (columns_T < self.cache.time)
+        mask_BT = self._mask_pool[: is_own_BT.numel()].view(is_own_BT.shape)
+        self._mask_B1T = mask_BT.fill_(float("-inf")).masked_fill_(is_own_BT, 0).unsqueeze(1)
 
     def _tensor(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor(list(numbers), dtype=torch.long, device=self._network.device)
 
-    def _draw(self, logits_BV: Tensor, slots_B: Tensor | slice) -> list[Done]:
+    def _draw(self, logits_BV: Tensor, slots_B: Tensor | slice) -> Tensor:
+        """The next token of these slots; whether it is a row's last [B]."""
         counts_B = self._counts_B[slots_B].clamp(max=self._sampling.max_new_tokens)  # that of idle rows goes on
         uniforms_B = self._uniforms_BR[slots_B].gather(1, counts_B.unsqueeze(1)).squeeze(1)
         ids_B, logprobs_B = choose(
-            logits_BV, uniforms_B, temperature=self._sampling.temperature, top_p=self._sampling.top_p
+            logits_BV,
+            uniforms_B,
+            temperature=self._sampling.temperature,
+            top_p=self._sampling.top_p,
+            top_k=self._sampling.top_k,
         )
         rows_B = self._rows_B[slots_B]
         self._last_B[slots_B] = ids_B
         self._ids_BR[rows_B, counts_B] = ids_B
         self._logprobs_BR[rows_B, counts_B] = logprobs_B
         self._counts_B[slots_B] += 1
+        return self._is_stop_V[ids_B] | (counts_B + 1 >= self._limits_B[slots_B])
+
+    def _drawn(self, is_done_B: Tensor, slots_B: Tensor | slice) -> list[Done]:
         if self._on_token is not None:
-            self._on_token(int(ids_B[0]))
-        is_done_B = self._is_stop_V[ids_B] | (counts_B + 1 >= self._limits_B[slots_B])
-        return self._take([slot for slot in rows_B[is_done_B].tolist() if slot in self._seats])
+            self._on_token(int(self._last_B[0]))
+        return self._take([slot for slot in self._rows_B[slots_B][is_done_B].tolist() if slot in self._seats])
 
     def _take(self, slots: Sequence[int]) -> list[Done]:
         """The answers of these slots, which are free then."""

@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, top-p, and the draw.
+"""From logits to a token: temperature, then top-k, then top-p, and the draw.
 
 Shapes: B rows, V vocabulary. A row's draw takes one number that belongs to (seed, prompt, sample, position) alone, so
 a row says the same in whatever batch it sits.
@@ -12,18 +12,22 @@ from torch.nn import functional
 BLOCK = 64  # tokens whose probabilities are added up before the draw looks into any of them
 
 
-def choose(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+def choose(
+    logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float, top_k: int | None = None
+) -> tuple[Tensor, Tensor]:
     """The next id of each row [B] and its log-probability [B] (nats, fp32): `sampling_logprobs` and `draw`, faster.
 
     Without top-p the distribution function is made of blocks first, and of single tokens in the block drawn alone.
     """
     if temperature != 0 and top_p < 1:
-        logprobs_BV = sampling_logprobs(logits_BV, temperature=temperature, top_p=top_p)
+        logprobs_BV = sampling_logprobs(logits_BV, temperature=temperature, top_p=top_p, top_k=top_k)
         ids_B = draw(logprobs_BV, uniforms_B)
         return ids_B, logprobs_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1)
     logits_BV = logits_BV.float()
     if temperature not in (0, 1):
         logits_BV = logits_BV / temperature
+    if temperature != 0 and top_k is not None:
+        logits_BV = _likeliest(logits_BV, top_k)
     probabilities_BV = torch.softmax(logits_BV, dim=-1)
     ids_B = logits_BV.argmax(dim=-1) if temperature == 0 else _draw_by_blocks(probabilities_BV, uniforms_B)
     return ids_B, probabilities_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1).log()
@@ -49,13 +53,16 @@ def _first_above(ends_BN: Tensor, target_B1: Tensor) -> Tensor:
     return torch.minimum(torch.searchsorted(ends_BN, target_B1, right=True), last_B1)
 
 
-def sampling_logprobs(logits_BV: Tensor, *, temperature: float, top_p: float) -> Tensor:
-    """Log-probabilities (nats, fp32) of what the next token is drawn from; -inf for tokens outside top-p.
+def sampling_logprobs(logits_BV: Tensor, *, temperature: float, top_p: float, top_k: int | None = None) -> Tensor:
+    """Log-probabilities (nats, fp32) of what the next token is drawn from; -inf for tokens outside top-k and top-p.
 
-    Top-p keeps the likeliest tokens up to and including the one that reaches it (Holtzman et al., arXiv:1904.09751).
-    At temperature 0 the model's own, since nothing is drawn.
+    Top-k keeps k tokens (Fan et al., arXiv:1805.04833); of those, top-p the likeliest up to and including the one that
+    reaches it (Holtzman et al., arXiv:1904.09751). At temperature 0 the model's own, since nothing is drawn.
     """
-    logprobs_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), dim=-1)
+    scaled_BV = logits_BV.float() / (temperature or 1.0)
+    if temperature != 0 and top_k is not None:
+        scaled_BV = _likeliest(scaled_BV, top_k)
+    logprobs_BV = torch.log_softmax(scaled_BV, dim=-1)
     if temperature == 0 or top_p >= 1:
         return logprobs_BV
     sorted_BV, order_BV = logprobs_BV.sort(dim=-1, descending=True, stable=True)
@@ -65,6 +72,17 @@ def sampling_logprobs(logits_BV: Tensor, *, temperature: float, top_p: float) ->
     kept_BV[:, 0] = True
     nucleus_BV = torch.zeros_like(kept_BV).scatter(1, order_BV, kept_BV)
     return torch.log_softmax(logprobs_BV.masked_fill(~nucleus_BV, float("-inf")), dim=-1)
+
+
+def _likeliest(logits_BV: Tensor, count: int) -> Tensor:
+    """The logits of so many of the likeliest tokens, -inf for others; of tokens that tie, those of the lower ids."""
+    if count >= logits_BV.shape[1]:
+        return logits_BV
+    last_B1 = logits_BV.topk(count, dim=-1).values[:, -1:]
+    is_above_BV, is_tied_BV = logits_BV > last_B1, logits_BV == last_B1
+    room_B1 = count - is_above_BV.sum(dim=-1, keepdim=True)
+    kept_BV = is_above_BV | (is_tied_BV & (is_tied_BV.cumsum(dim=-1) <= room_B1))
+    return logits_BV.masked_fill(~kept_BV, float("-inf"))
 
 
 def draw(logprobs_BV: Tensor, uniforms_B: Tensor) -> Tensor:

@@ -1,0 +1,84 @@
+"""The decode step as a recording, which a GPU repeats without Python: CUDA graphs, one for each shape of the step.
+
+A recorded step reads and writes the same tensors each time, and no Python number changes in it: what is written where
+comes from tensors, rows are filled up to a power of two, columns to a multiple of `COLUMNS`. One thing surprises: the
+first step of a shape runs plainly, since libraries and kernels are set up in it, which no recording may hold.
+
+What could not be run here, for want of a GPU: `CudaCapture`, and what it gains. The step that it records was repeated
+on a CPU, operation by operation on the same tensors, as a graph does it; the answers were those of the plain step.
+"""
+
+import logging
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+COLUMNS = 128  # the columns of a layout are a multiple: few shapes recur, and a recording serves many layouts
+MOST_RECORDINGS = 64  # each holds the launches of a whole step; the oldest goes
+
+Step = Callable[[], Tensor]
+Capture = Callable[[Step], Step]  # records a step without running it, and returns what runs the recording
+
+
+class Recordings:
+    """Steps by their shape: each recorded when it comes a second time, and repeated from then on."""
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture: Capture | None = capture
+        self._found: dict[Hashable, Step | None] = {}  # None: ran once, plainly
+
+    def run(self, shape: Hashable, step: Step) -> Tensor:
+        """The step's result: a tensor that the next run may write over."""
+        if self._capture is None:
+            return step()
+        if shape not in self._found:
+            self._found[shape] = None
+            return step()
+        recorded = self._found[shape]
+        if recorded is None:
+            try:
+                recorded = self._capture(step)
+            except RuntimeError as error:
+                log.warning("the decode step cannot be recorded as a CUDA graph, and runs plainly, slower: %s", error)
+                self._capture = None
+                self._found.clear()
+                return step()
+            if len(self._found) > MOST_RECORDINGS:
+                del self._found[next(iter(self._found))]
+            self._found[shape] = recorded
+        return recorded()
+
+
+def padded_rows(used: int, rows: int) -> int:
+    """The next power of two, at most `rows`."""
+    return min(1 << (used - 1).bit_length(), rows)
+
+
+def padded_columns(columns: int) -> int:
+    """The next multiple of `COLUMNS`."""
+    return -(-columns // COLUMNS) * COLUMNS
+
+
+class CudaCapture:
+    """Records as CUDA graphs; all of them share the memory of what is computed in between."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Step) -> Step:
+        graph = torch.cuda.CUDAGraph()
+        # A capture that fails ends without going back to the stream that it left: the outer one does.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
+            result = step()
+
+        def repeat() -> Tensor:
+            graph.replay()
+            return result
+
+        return repeat

@@ -1,0 +1,113 @@
+"""Top-k: the oracles are transformers' own warpers, numbers worked out by hand, and counted frequencies."""
+
+import math
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from llamachat.errors import UsageError
+from llamachat.rollout.decoder import LlamaEngine
+from llamachat.rollout.engine import Sampling
+from llamachat.rollout.hugging_face import HuggingFaceEngine
+from llamachat.rollout.sampling import choose, draw, sampling_logprobs
+from tests.tiny_llama import tiny_llama
+
+STOPS = tuple(range(2, 22))  # of 420 ids: some answers end early, some do not
+PROMPTS = [[1, 17, 300, 42], [1, 8], [1, *range(90, 100)], [1, 8]]
+
+
+def warped(logits_BV: torch.Tensor, temperature: float, top_k: int | None, top_p: float) -> torch.Tensor:
+    """Log-probabilities as transformers makes them: temperature, then top-k, then top-p."""
+    ids, scores = cast(torch.LongTensor, torch.zeros((len(logits_BV), 1), dtype=torch.long)), logits_BV
+    scores = TemperatureLogitsWarper(temperature)(ids, scores) if temperature != 1 else scores
+    scores = scores if top_k is None else TopKLogitsWarper(top_k)(ids, scores)
+    scores = scores if top_p == 1 else TopPLogitsWarper(top_p)(ids, scores)
+    return scores.log_softmax(dim=-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(1, 1.0), (7, 1.0), (63, 1.0), (900, 1.0), (7, 0.8), (40, 0.5), (None, 0.9)]
+)
+def test_what_is_drawn_from_is_what_transformers_draws_from(
+    temperature: float, top_k: int | None, top_p: float
+) -> None:
+    logits = torch.randn((50, 420), generator=torch.Generator().manual_seed(1)) * 2
+    expected = warped(logits, temperature, top_k, top_p)
+    found = sampling_logprobs(logits, temperature=temperature, top_p=top_p, top_k=top_k)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    uniforms = torch.rand(50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ids, logprobs = choose(logits, uniforms, temperature=temperature, top_p=top_p, top_k=top_k)
+    assert torch.equal(ids, draw(found, uniforms))
+    torch.testing.assert_close(logprobs, expected.gather(1, ids[:, None])[:, 0], atol=1e-5, rtol=0)
+
+
+def test_of_tokens_that_tie_those_of_the_lower_ids_are_kept_and_never_more_than_k() -> None:
+    # The largest, then three alike, of which k = 3 leaves room for two: ids 0 and 2.
+    logits = torch.tensor([[1.0, 0.0, 1.0, 2.0, 1.0], [0.5] * 5])
+    kept = [[0, 2, 3], [0, 1, 2]]
+    found = sampling_logprobs(logits, temperature=1.0, top_p=1.0, top_k=3)
+    assert [row.isfinite().nonzero()[:, 0].tolist() for row in found] == kept
+    # e^1, e^1 and e^2 of their sum.
+    total = 2 * math.e + math.e**2
+    assert found[0, [0, 2, 3]].exp().tolist() == pytest.approx([math.e / total, math.e / total, math.e**2 / total])
+    assert found[1, :3].exp().tolist() == pytest.approx([1 / 3] * 3)
+    # Top-p counts the mass of what top-k left: 0.58 of it is the likeliest token's.
+    nucleus = sampling_logprobs(logits[:1], temperature=1.0, top_p=0.6, top_k=3)
+    assert nucleus[0].isfinite().nonzero()[:, 0].tolist() == [0, 3]
+    # Greedy: the model's own probabilities, and its likeliest token.
+    assert torch.equal(sampling_logprobs(logits, temperature=0, top_p=1.0, top_k=1), logits.log_softmax(-1))
+    ids, logprobs = choose(logits, torch.zeros(2).double(), temperature=0, top_p=1.0, top_k=1)
+    assert ids.tolist() == [3, 0]
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[[0, 1], [3, 0]])
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.85])
+def test_both_engines_say_the_same_and_never_a_token_outside(top_p: float) -> None:
+    model, sampling = tiny_llama(), Sampling(1.4, top_p, 12, 4, top_k=5)
+    ours, theirs = (
+        engine.generate(PROMPTS, samples_per_prompt=6, sampling=sampling)
+        for engine in (LlamaEngine(model, STOPS), HuggingFaceEngine(model, STOPS, 0))
+    )
+    for prompt, group, others in zip(PROMPTS, ours, theirs, strict=True):
+        for found, other in zip(group, others, strict=True):
+            assert found.token_ids == other.token_ids
+            assert found.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[*prompt, *found.token_ids]])).logits[0, len(prompt) - 1 : -1]
+            expected = warped(logits, 1.4, 5, top_p)[range(len(found.token_ids)), found.token_ids]
+            assert found.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+    assert len({found.token_ids for group in ours for found in group}) > 12
+
+
+def test_one_of_one_is_the_greedy_answer() -> None:
+    model = tiny_llama()
+    one, greedy = (
+        LlamaEngine(model, STOPS).generate(PROMPTS, samples_per_prompt=1, sampling=sampling)
+        for sampling in (Sampling(1.0, 1.0, 12, 4, top_k=1), Sampling(0.0, 1.0, 12, 4))
+    )
+    assert [group[0].token_ids for group in one] == [group[0].token_ids for group in greedy]
+    assert all(logprob == 0 for group in one for logprob in group[0].logprobs)
+
+
+def test_frequencies_are_those_of_the_k_likeliest() -> None:
+    model = tiny_llama(vocab_size=24)
+    engine = LlamaEngine(model, (), rows_per_batch=512)
+    (group,) = engine.generate([[1, 7, 9]], samples_per_prompt=6000, sampling=Sampling(1.5, 1.0, 1, 5, top_k=8))
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[1, 7, 9]])).logits[0, -1].double().numpy() / 1.5
+    likeliest = np.argsort(-logits)[:8]
+    expected = np.exp(logits[likeliest]) / np.exp(logits[likeliest]).sum() * 6000
+    counts = np.bincount([found.token_ids[0] for found in group], minlength=24)
+    assert counts[likeliest].sum() == 6000
+    # 24.3 is passed by chance 1 time in 1000 (chi-square, 7 degrees of freedom).
+    assert float(((counts[likeliest] - expected) ** 2 / expected).sum()) < 24.3
+
+
+@pytest.mark.parametrize("top_k", [0, -3])
+def test_fewer_than_one_token_is_refused(top_k: int) -> None:
+    with pytest.raises(UsageError, match=rf"top-k is {top_k}, and must be at least 1, or left out"):
+        Sampling(1.0, 1.0, 1, 0, top_k=top_k)

@@ -5,27 +5,29 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from llamachat.answers.desk import Desk
 from llamachat.answers.scorer import longest_prompt
 from llamachat.errors import DataError
 from llamachat.runs.artifacts import DIALOGS, HELD_OUT_DIALOGS, Artifact, Manifest, publish
 from llamachat.runs.atomic import write_text
 from llamachat.runs.folder import StepFolder
 from llamachat.scoring.models import named_models
+from rejection_sampling.config import Inputs
 from rejection_sampling.sampling import Round
 from rejection_sampling.winners import Winner, dialog_line, earlier_winners, pooled_winners
 
 log = logging.getLogger(__name__)
 
 
-def pool_of(sampled: Round) -> list[Winner]:
+def earlier_of(inputs: Inputs, desk: Desk, dropped: Counter[str]) -> list[Winner]:
+    """The winners of earlier rounds; `dropped` counts those that are left out."""
+    longest = longest_prompt(inputs.base, inputs.rollout, desk.bank)
+    return earlier_winners(inputs.pooled, desk.bank.chat_format, max_tokens=longest, dropped=dropped)
+
+
+def pool_of(sampled: Round, earlier: Sequence[Winner]) -> list[Winner]:
     """The round's winners and those of earlier rounds, as the recipe pools them."""
     inputs, desk, config = sampled.inputs, sampled.desk, sampled.config
-    earlier = earlier_winners(
-        inputs.pooled,
-        desk.bank.chat_format,
-        max_tokens=longest_prompt(inputs.base, inputs.rollout, desk.bank),
-        dropped=sampled.counts,
-    )
     pool = pooled_winners(desk, sampled.winners, earlier, keeps_all=config.pool == "all")
     if not pool:
         raise DataError(

@@ -36,9 +36,9 @@ class Round:
     store: Store
     temperatures: tuple[float, ...]
     sampler: Sampler | None
+    counts: Counter[str]  # what is left out, by reason
     winners: list[Winner] = field(default_factory=list)
     held_out: list[Winner] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
 
     def go(self, tracker: Tracker) -> dict[str, float]:
         """Sample all batches, those that lie in the store aside; the round's mean figures."""
@@ -118,9 +118,8 @@ def group_figures(groups: Sequence[Group]) -> dict[str, float]:
         [group.combined[place] for place in group.order if group.finished[place] and group.allowed[place]]
         for group in groups
     ]
+    answers, usable = (sum(map(len, found)) for found in ([group.texts for group in groups], scores))
     scores = [found for found in scores if found] or [[0.0]]
-    answers = sum(len(group.texts) for group in groups)
-    usable = sum(len(found) for found in scores)
     return {
         "rs/reward_best": fmean(found[0] for found in scores),
         "rs/reward_median": fmean(median(found) for found in scores),

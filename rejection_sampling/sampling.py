@@ -22,6 +22,9 @@ from rejection_sampling.winners import Winner, filtered, winners_of
 
 log = logging.getLogger(__name__)
 
+# The same prompts in the same order are asked in each round: by the same draws a policy that moved little would answer
+# the same again.
+_SEEDS_OF_A_ROUND = 10**9
 SHOWN = 4  # prompts of a batch whose best and worst answer a person is shown
 
 
@@ -93,9 +96,10 @@ class Round:
     def _samplings(self, number: int) -> list[tuple[Sampling, int]]:
         """Each temperature and its share of the K samples; the first ones take what is left over."""
         share, left = divmod(self.config.samples_per_prompt, len(self.temperatures))
+        first = _SEEDS_OF_A_ROUND * len(self.inputs.pooled) + number * len(self.temperatures)
         found = []
         for index, temperature in enumerate(self.temperatures):
-            sampling = self.desk.sampling(number * len(self.temperatures) + index, temperature=temperature)
+            sampling = self.desk.sampling(first + index, temperature=temperature)
             found.append((sampling, share + (index < left)))
         return found
 

@@ -8,6 +8,9 @@ import yaml
 
 from llamachat.answers.groups import Group
 from llamachat.runs.folder import StepFolder
+from pipelines.handing import stage_inputs
+from pipelines.recipe import load, resolve_steps
+from pipelines.running import find_work
 from tests.tiny_ppo import write_function, write_prompts
 from tests.tiny_sft import toy_dialogs, write_dialogs
 
@@ -69,3 +72,13 @@ def groups_of(step: StepFolder) -> list[Group]:
 
 def summary_of(step: StepFolder) -> dict[str, float]:
     return json.loads(step.summary.read_text())
+
+
+def inputs_of(recipe_path: Path, name: str = "rs", *overrides: str) -> tuple[Any, Any]:
+    """The section and the inputs of a round, as `pipelines` hands them to the stage."""
+    recipe = load(recipe_path, list(overrides))
+    steps = resolve_steps(recipe)
+    step = next(step for step in steps if step.name == name)
+    work = find_work(recipe, steps, step)
+    of_the_work = {"folder": work.folder.path, "identity": work.identity, "fingerprint": work.fingerprint}
+    return step.config, stage_inputs(recipe, step, work.taken, resolved="", **of_the_work)

@@ -141,5 +141,5 @@ def _ranked(group: Group) -> tuple[list[float], list[float]]:
     floor = min(group.standardised)
     can_win = [done and good for done, good in zip(group.finished, group.allowed, strict=True)]
     values = [value if wins else floor for value, wins in zip(group.standardised, can_win, strict=True)]
-    worst_first = sorted(group.order[::-1], key=lambda place: can_win[place])
+    worst_first = [place for wins in (False, True) for place in reversed(group.order) if can_win[place] is wins]
     return [values[place] for place in worst_first], values

@@ -30,7 +30,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_recipe(path: Path, base: Path, *, steps: list[Any] | None = None, prompts: int = 60, **changes: Any) -> Path:
+def write_recipe(
+    path: Path, base: Path, /, *, steps: list[Any] | None = None, prompts: int = 60, **changes: Any
+) -> Path:
     """A recipe of one round whose reward counts the letter t; `changes` go over its sections, key by key."""
     folder = path.parent
     if not (folder / "prompts.jsonl").exists():

@@ -121,7 +121,10 @@ def warn(step: Step, estimate: Estimate | None, gpu: Gpu | None = None) -> list[
     """Settings that load but seldom do what is wanted."""
     warnings = []
     steps = estimate.optimizer_steps if estimate else None
-    key, values = step.stage.section, step.config.model_dump()  # a stage has those of these keys that mean it something
+    # A stage has those of these keys that mean it something.
+    key, values, command = step.stage.section, step.config.model_dump(), step.stage.command
+    if step.stage.tunes:  # with the section sft, and values of its own over it
+        key, values, command = f"{key}.sft", {"examples_per_step": None, **values["sft"]}, "sft"
     if steps is not None and steps < FEW_STEPS:
         batch = next((f"{key}.{name}" for name in BATCHES if name in values), "the batch")
         warnings.append(
@@ -135,7 +138,7 @@ def warn(step: Step, estimate: Estimate | None, gpu: Gpu | None = None) -> list[
             f" Lower {key}.warmup_fraction."
         )
     rate = values.get("learning_rate")
-    if step.tuning.method != "full" and rate is not None and rate <= FULL_TUNING_RATES[step.stage.command]:
+    if step.tuning.method != "full" and rate is not None and rate <= FULL_TUNING_RATES[command]:
         warnings.append(
             f"{key}.learning_rate {rate:g} is that of full tuning, and tuning.method is {step.tuning.method}: adapters"
             " want about ten times as much."

@@ -104,7 +104,11 @@ def _at(values: Any, key: Key) -> Any:
 
 
 def step_problems(layers: Layers, root: type[Section]) -> Iterator[Problem]:
-    """Everything wrong with the list, each at its place; `root` is the whole recipe's schema."""
+    """Everything wrong with the list, and with what its stages tune with, each at its place; `root` is the whole recipe's
+    schema."""
+    for stage in STAGES.values():
+        if stage.tunes:
+            yield from _tuning_problems(layers, stage, root)
     steps = layers.values.get("steps", ["sft"])
     if not isinstance(steps, list):
         return  # the types say so already
@@ -208,6 +212,27 @@ def _override_problems(layers: Layers, entry: Entry, at: Key, root: type[Section
         for problem in section_problems(schema, merged(below, given), source=layers.source, at=place, root=root):
             if problem not in before:
                 yield problem
+    if entry.stage.tunes:
+        yield from _tuning_problems(layers, entry.stage, root, entry.own.get("sft"), (*at, "sft"))
+
+
+def _tuning_problems(
+    layers: Layers, stage: Stage, root: type[Section], given: object = None, at: Key = ()
+) -> Iterator[Problem]:
+    """Problems of the values that the stage's section puts over the section sft, or else of a step's `given` ones."""
+    own: Key = (stage.section, "sft")
+    below, over = _at(layers.values, ("sft",)), _at(layers.values, own)
+    if at:
+        below, over = merged(_mapping(below), _mapping(over)), given
+    known, found = (
+        section_problems(STAGES["sft"].config, values, source=layers.source, at=at or own, root=root)
+        for values in (_mapping(below), merged(_mapping(below), _mapping(over)))
+    )
+    yield from (problem for problem in found if problem not in known)
+
+
+def _mapping(values: object) -> Mapping[str, Any]:
+    return values if isinstance(values, Mapping) else {}
 
 
 def _data_problems(entry: Entry, products: list[Product], data: object, at: Key) -> Iterator[tuple[Key, str]]:

@@ -133,12 +133,13 @@ def best_temperature(curves: Sequence[Curve]) -> float:
 
 
 def _ranked(group: Group) -> tuple[list[float], list[float]]:
-    """Rewards from the worst ranked answer to the best, and as they come."""
-    can_win = set(group.candidates) | {
-        place
-        for place in group.order
-        if group.finished[place] and group.allowed[place]  # the same text twice is as good twice
-    }
-    worst_first = [place for place in reversed(group.order) if place not in can_win]
-    worst_first += [place for place in reversed(group.order) if place in can_win]
-    return [group.standardised[place] for place in worst_first], group.standardised
+    """Rewards from the worst ranked answer to the best, and as they come.
+
+    An answer that cannot win is worth what the prompt's worst one is: else a long one that was cut would speak for the
+    temperature that it was drawn at.
+    """
+    floor = min(group.standardised)
+    can_win = [done and good for done, good in zip(group.finished, group.allowed, strict=True)]
+    values = [value if wins else floor for value, wins in zip(group.standardised, can_win, strict=True)]
+    worst_first = [place for wins in (False, True) for place in reversed(group.order) if can_win[place] is wins]
+    return [values[place] for place in worst_first], values

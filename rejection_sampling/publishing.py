@@ -1,28 +1,31 @@
 """The pool of a round and of those before it, published as dialogs to be learnt."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
+from llamachat.answers.desk import Desk
 from llamachat.answers.making import counted
 from llamachat.answers.making import publish_dialogs as publish_made
 from llamachat.answers.scorer import longest_prompt
 from llamachat.errors import DataError
 from llamachat.runs.artifacts import Artifact
+from rejection_sampling.config import Inputs
 from rejection_sampling.sampling import Round
 from rejection_sampling.winners import Winner, dialog_line, earlier_winners, pooled_winners
 
 log = logging.getLogger(__name__)
 
 
-def pool_of(sampled: Round) -> list[Winner]:
+def earlier_of(inputs: Inputs, desk: Desk, dropped: Counter[str]) -> list[Winner]:
+    """The winners of earlier rounds; `dropped` counts those that are left out."""
+    longest = longest_prompt(inputs.base, inputs.rollout, desk.bank)
+    return earlier_winners(inputs.pooled, desk.bank.chat_format, max_tokens=longest, dropped=dropped)
+
+
+def pool_of(sampled: Round, earlier: Sequence[Winner]) -> list[Winner]:
     """The round's winners and those of earlier rounds, as the recipe pools them."""
     inputs, desk, config = sampled.inputs, sampled.desk, sampled.config
-    earlier = earlier_winners(
-        inputs.pooled,
-        desk.bank.chat_format,
-        max_tokens=longest_prompt(inputs.base, inputs.rollout, desk.bank),
-        dropped=sampled.counts,
-    )
     pool = pooled_winners(desk, sampled.winners, earlier, keeps_all=config.pool == "all")
     if not pool:
         raise DataError(

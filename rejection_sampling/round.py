@@ -8,6 +8,7 @@ Killed at any moment, the same call goes on: each batch of answers is written do
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from llamachat.tracking.curves import draw_curves
 from rejection_sampling.config import Config, Inputs
 from rejection_sampling.curves import Curve, best_temperature, load_sampler, sweep, sweep_of
 from rejection_sampling.figures import draw_best_of_n, draw_temperatures
-from rejection_sampling.publishing import pool_figures, pool_of, publish_dialogs
+from rejection_sampling.publishing import earlier_of, pool_figures, pool_of, publish_dialogs
 from rejection_sampling.sampling import Round
 
 log = logging.getLogger(__name__)
@@ -53,14 +54,17 @@ def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
     check_settings(config, inputs)
     desk = _open(config, inputs, inputs.policy)
     store = Store(StepFolder(inputs.folder).sampling)
+    counts: Counter[str] = Counter()
+    # Before anything is sampled: a line that an edit broke is told now, and not after hours.
+    earlier = earlier_of(inputs, desk, counts)
     with record(inputs, "rs", keeps_record=False) as tracker:
         _, constants = first_evaluation(desk, store)
         sampler = None if config.sampler is None else load_sampler(config.sampler, desk)
         curves = draw_sweep(config, inputs, desk, constants, store, sampler)
         temperatures = _temperatures(config, inputs, curves)
-        sampled = Round(config, inputs, desk, constants, store, temperatures, sampler)
+        sampled = Round(config, inputs, desk, constants, store, temperatures, sampler, counts)
         figures = sampled.go(tracker)
-        pool = pool_of(sampled)
+        pool = pool_of(sampled, earlier)
         tracker.sync()
         # Before the dialogs, which end this part: a command killed between the two would never come back to write it.
         tracker.summary(figures | sweep_figures(curves) | pool_figures(pool, inputs.step))

@@ -22,6 +22,9 @@ from rejection_sampling.winners import Winner, filtered, winners_of
 
 log = logging.getLogger(__name__)
 
+# The same prompts in the same order are asked in each round: by the same draws a policy that moved little would answer
+# the same again.
+_SEEDS_OF_A_ROUND = 10**9
 SHOWN = 4  # prompts of a batch whose best and worst answer a person is shown
 
 
@@ -36,9 +39,9 @@ class Round:
     store: Store
     temperatures: tuple[float, ...]
     sampler: Sampler | None
+    counts: Counter[str]  # what is left out, by reason
     winners: list[Winner] = field(default_factory=list)
     held_out: list[Winner] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
 
     def go(self, tracker: Tracker) -> dict[str, float]:
         """Sample all batches, those that lie in the store aside; the round's mean figures."""
@@ -93,9 +96,10 @@ class Round:
     def _samplings(self, number: int) -> list[tuple[Sampling, int]]:
         """Each temperature and its share of the K samples; the first ones take what is left over."""
         share, left = divmod(self.config.samples_per_prompt, len(self.temperatures))
+        first = _SEEDS_OF_A_ROUND * len(self.inputs.pooled) + number * len(self.temperatures)
         found = []
         for index, temperature in enumerate(self.temperatures):
-            sampling = self.desk.sampling(number * len(self.temperatures) + index, temperature=temperature)
+            sampling = self.desk.sampling(first + index, temperature=temperature)
             found.append((sampling, share + (index < left)))
         return found
 
@@ -118,9 +122,8 @@ def group_figures(groups: Sequence[Group]) -> dict[str, float]:
         [group.combined[place] for place in group.order if group.finished[place] and group.allowed[place]]
         for group in groups
     ]
+    answers, usable = (sum(map(len, found)) for found in ([group.texts for group in groups], scores))
     scores = [found for found in scores if found] or [[0.0]]
-    answers = sum(len(group.texts) for group in groups)
-    usable = sum(len(found) for found in scores)
     return {
         "rs/reward_best": fmean(found[0] for found in scores),
         "rs/reward_median": fmean(median(found) for found in scores),

@@ -312,7 +312,7 @@ def test_the_skeleton_of_the_shared_sections() -> None:
         base: [model, dtype, attention, chat_format, system, max_tokens, rope_scaling, allow_unproved_tokenizer, policy]
         tuning: [method, rank, alpha, dropout, targets]
         data: [sft, helpfulness, safety, open, labels, prompts, adversarial, borderline, split]
-         rollout: [engine, server, temperature, top_p, top_k, max_new_tokens, cache_gib]
+        rollout: [engine, server, temperature, top_p, top_k, max_new_tokens, cache_gib]
         tracking: [project, mode, tensorboard, upload_text, log_every, sample_every, eval_every, save_every]
         """
     )

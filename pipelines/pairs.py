@@ -9,7 +9,7 @@ from typer.core import TyperCommand
 
 from llamachat.errors import UsageError
 from pipelines.exit_status import reported
-from pipelines.tools import MaxNewTokens, Seed, TopP
+from pipelines.tools import MaxNewTokens, Seed, TopK, TopP
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ def pairs(
         typer.Option(TEMPERATURE, help="One or several: 0.7 1.0. Without it 1.0.", metavar="T..."),
     ] = None,
     top_p: TopP = 1.0,
+    top_k: TopK = None,
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = 0,
     limit: Annotated[int | None, typer.Option("--limit", help="The first so many prompts alone.", min=1)] = None,
@@ -75,6 +76,7 @@ def pairs(
     request = Request(
         temperatures=tuple(dict.fromkeys(temperatures or [1.0])),
         top_p=top_p,
+        top_k=top_k,
         max_new_tokens=max_new_tokens,
         seed=seed,
         limit=limit,

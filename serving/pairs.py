@@ -58,6 +58,7 @@ class Request:
     top_p: float
     max_new_tokens: int
     seed: int
+    top_k: int | None = None
     limit: int | None = None  # of prompts, the first ones
     key: Path | None = None  # where the provenance goes, in place of the pairs themselves
 
@@ -310,7 +311,13 @@ def _fault(chat_format: ChatFormat, completion: Completion, text: str, other: st
 
 
 def _sampling(request: Request, temperature: float, *, seed: int) -> Sampling:
-    return Sampling(temperature=temperature, top_p=request.top_p, max_new_tokens=request.max_new_tokens, seed=seed)
+    return Sampling(
+        temperature=temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        max_new_tokens=request.max_new_tokens,
+        seed=seed,
+    )
 
 
 def _pair(question: _Question, answer_a: str, answer_b: str) -> dict[str, Any]:

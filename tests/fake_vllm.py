@@ -175,10 +175,10 @@ class FakeVllm:
             return int(raw.argmax()), float(raw.max())
         scaled = logits / body["temperature"]
         probabilities = np.exp(scaled - np.logaddexp.reduce(scaled))
-        order = np.argsort(-probabilities)
-        kept = int(np.searchsorted(probabilities[order].cumsum(), body["top_p"])) + 1
-        order = order[: min(kept, body["top_k"] or len(order))]
-        nucleus = probabilities[order] / probabilities[order].sum()
+        order = np.argsort(-probabilities)[: body["top_k"] or len(probabilities)]
+        likeliest = probabilities[order] / probabilities[order].sum()
+        kept = int(np.searchsorted(likeliest.cumsum(), body["top_p"])) + 1
+        order, nucleus = order[:kept], likeliest[:kept] / likeliest[:kept].sum()
         index = int(random.choice(len(order), p=nucleus))
         return int(order[index]), float(math.log(nucleus[index]) if self.is_processed else raw[order[index]])
 

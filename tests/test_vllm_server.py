@@ -113,7 +113,7 @@ def test_a_refresh_gets_over_a_server_that_has_dropped_the_adapter(fake: FakeVll
 
 def test_what_is_sent_is_all_that_decides_the_answer(fake: FakeVllm) -> None:
     engine = engine_on(fake)
-    engine.generate([[1, 8]], samples_per_prompt=1, sampling=Sampling(0.7, 0.9, 200, 3))
+    engine.generate([[1, 8]], samples_per_prompt=1, sampling=Sampling(0.7, 0.9, 200, 3, top_k=5))
     sent = fake.completions[-1]
     assert 0 <= sent.pop("seed") < 2**63
     assert sent == {
@@ -123,7 +123,7 @@ def test_what_is_sent_is_all_that_decides_the_answer(fake: FakeVllm) -> None:
         "max_tokens": 126,  # what 128 positions leave
         "temperature": 0.7,
         "top_p": 0.9,
-        "top_k": 0,
+        "top_k": 5,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,

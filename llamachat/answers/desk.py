@@ -52,6 +52,7 @@ class Desk:
         return Sampling(
             temperature=rollout.temperature if temperature is None else temperature,
             top_p=rollout.top_p,
+            top_k=rollout.top_k,
             max_new_tokens=rollout.max_new_tokens,
             seed=self.setting.run.seed * _SEEDS + number,
         )

@@ -164,6 +164,7 @@ class VllmEngine:
             max_tokens=min(sampling.max_new_tokens, self.context - len(prompt)),
             temperature=float(sampling.temperature),
             top_p=float(sampling.top_p),
+            top_k=sampling.top_k or 0,
             seed=_row_seed(sampling.seed, index, sample),
         )
 

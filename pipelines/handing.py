@@ -53,7 +53,7 @@ def stage_inputs(recipe: Recipe, step: Step, taken: Taken, **of_the_work: Any) -
 
 
 def _sft_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> SftInputs:
-    return SftInputs(**shared, rollout=recipe.rollout, policy=taken.policy)
+    return SftInputs(**shared, rollout=step.rollout, policy=taken.policy)
 
 
 def _reward_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> RewardInputs:
@@ -64,7 +64,7 @@ def _reward_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str
 def _rs_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> RejectionSamplingInputs:
     return RejectionSamplingInputs(
         **shared,
-        rollout=recipe.rollout,
+        rollout=step.rollout,
         scoring=recipe.scoring,
         tune=tuner(recipe, step, taken, shared),
         policy=taken.policy,
@@ -77,7 +77,7 @@ def _rs_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, An
 def _gatt_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> GattInputs:
     return GattInputs(
         **shared,
-        rollout=recipe.rollout,
+        rollout=step.rollout,
         scoring=recipe.scoring,
         tune=tuner(recipe, step, taken, shared),
         policy=taken.policy,
@@ -96,7 +96,7 @@ def tuner(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -
             return read_artifact(folder.tuned, "policy", reader=step.name)
         inputs = SftInputs(
             **shared,
-            rollout=recipe.rollout,
+            rollout=step.rollout,
             policy=None if from_base else taken.policy,
             dialogs=dialogs,
             sft_share=sft_share,
@@ -114,7 +114,7 @@ def _tuning_section(recipe: Recipe, over: Mapping[str, Any]) -> SftConfig:
 def _ppo_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> PpoInputs:
     return PpoInputs(
         **shared,
-        rollout=recipe.rollout,
+        rollout=step.rollout,
         scoring=recipe.scoring,
         policy=taken.policy,
         reward_models=taken.reward_models,
@@ -179,7 +179,7 @@ def _rs_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> R
         shape=shape,
         base=recipe.base,
         tuning=step.tuning,
-        rollout=recipe.rollout,
+        rollout=step.rollout,
         prompts=num_prompts,
         tuned=sft.estimate(_tuning_section(recipe, step.config.sft), winners),
         sharing=placing.sharing,
@@ -202,7 +202,7 @@ def _gatt_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) ->
         shape=shape,
         base=recipe.base,
         tuning=step.tuning,
-        rollout=recipe.rollout,
+        rollout=step.rollout,
         tuned=sft.estimate(_tuning_section(recipe, step.config.sft), dialogs),
         gpu=gpu,
     )
@@ -214,7 +214,7 @@ def _ppo_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> 
         shape=shape,
         base=recipe.base,
         tuning=step.tuning,
-        rollout=recipe.rollout,
+        rollout=step.rollout,
         is_continued=placing.is_continued,
         sharing=placing.sharing,
         beside=placing.beside,

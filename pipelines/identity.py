@@ -32,7 +32,10 @@ def step_identity(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact]) ->
         "tuning": _tuning_identity(step.tuning),
         "data": {key: _data_identity(getattr(recipe.data, key)) for key in (*step.product.data, "split")},
         step.stage.section: section,
-        **{key: _shared_identity(getattr(recipe, key)) for key in step.stage.shared},
+        **{
+            key: _shared_identity(step.rollout if key == "rollout" else getattr(recipe, key))
+            for key in step.stage.shared
+        },
         "inputs": {key: artifact.digest for key, artifact in inputs.items()},
     }
 

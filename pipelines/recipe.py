@@ -40,7 +40,7 @@ class Recipe(Section):
     # A YAML edge: names, or {command: {name: ..., key: value}}; looked through by `step_problems`.
     steps: tuple[Any, ...] = Field(
         default=("sft",),
-        description="What is run, in order: sft, rm, rm/safety, rs, or {sft: {name: sft-2, epochs: 1, tuning: {...}}}.",
+        description="What is run, in order: sft, rm, rm/safety, rs, or {sft: {name: sft-2, epochs: 1, tuning: {...}}}; steps that sample also take rollout: {...}.",
     )
     sft: SftConfig = Field(default=SftConfig.model_validate({}), description="Supervised fine-tuning.")
     reward: RewardConfig = Field(default=RewardConfig.model_validate({}), description="Reward models.")
@@ -65,6 +65,7 @@ class Step:
     product: Product
     config: Section
     tuning: Tuning
+    rollout: Rollout
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -79,6 +80,7 @@ def resolve_steps(recipe: Recipe) -> tuple[Step, ...]:
     for entry in map(read_entry, recipe.steps):
         config = merged(getattr(recipe, entry.stage.section).model_dump(mode="json"), entry.own)
         tuning = merged(recipe.tuning.model_dump(mode="json"), entry.tuning)
+        rollout = merged(recipe.rollout.model_dump(mode="json"), entry.rollout)
         steps += [
             Step(
                 name=entry.step_name(product),
@@ -86,6 +88,7 @@ def resolve_steps(recipe: Recipe) -> tuple[Step, ...]:
                 product=product,
                 config=from_plain(entry.stage.config, config),
                 tuning=from_plain(Tuning, tuning),
+                rollout=from_plain(Rollout, rollout),
             )
             for product in entry.products(data)
         ]

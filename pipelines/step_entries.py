@@ -12,13 +12,14 @@ from typing import Any
 from llamachat.config.layers import COMMAND_LINE, Layers, merged
 from llamachat.config.problems import Key, Problem, describe, dotted, nearest, section_problems
 from llamachat.config.section import Section
-from llamachat.config.sections import Data, Split, Tuning
+from llamachat.config.sections import Data, Rollout, Split, Tuning
 from pipelines.stages import LATER, STAGES, Product, Stage, not_yet
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _TAKEN_NAMES = ("wandb", "lineage.json", "study.json", "study.md")
 _ABSENT = object()  # a value of the command line may be null
-_OF_THE_ENTRY = ("name", "only", "tuning")  # all else is of the stage's section
+_SECTIONS = ("tuning", "rollout")  # of the whole recipe, which an entry may go over
+_OF_THE_ENTRY = ("name", "only", *_SECTIONS)  # all else is of the stage's section
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,11 @@ class Entry:
     def tuning(self) -> Any:
         """Its values over `tuning`."""
         return self.values.get("tuning", {})
+
+    @property
+    def rollout(self) -> Any:
+        """Its values over `rollout`."""
+        return self.values.get("rollout", {})
 
     def products(self, data: Mapping[str, Any]) -> list[Product]:
         """What it makes of these data, given as plain values."""
@@ -81,7 +87,7 @@ def command_line_first(layers: Layers) -> None:
         entry, values = read_entry(item), next(iter(item.values()))
         for key, value in list(values.items()) if isinstance(values, dict) else ():
             if key not in ("name", "only"):
-                section: Key = ("tuning",) if key == "tuning" else (entry.stage.section, key)
+                section: Key = (key,) if key in _SECTIONS else (entry.stage.section, key)
                 _yield_to_command_line(layers, values, (key, value), section, ("steps", index, entry.head, key))
 
 
@@ -201,9 +207,16 @@ def _override_problems(layers: Layers, entry: Entry, at: Key, root: type[Section
     for schema, section, given, place in (
         (entry.stage.config, entry.stage.section, entry.own, at),
         (Tuning, "tuning", entry.tuning, (*at, "tuning")),
+        (Rollout, "rollout", entry.rollout, (*at, "rollout")),
     ):
+        if section == "rollout" and "rollout" in entry.values and "rollout" not in entry.stage.shared:
+            yield Problem(
+                layers.source(place), dotted(place), f"'{entry.head}' learns from no answers of its own. Remove it."
+            )
+            continue
         if not isinstance(given, Mapping):
-            text = f"found {describe(given)}, but a mapping is required: {{method: lora}}."
+            example = "method: lora" if section == "tuning" else "temperature: 0.7"
+            text = f"found {describe(given)}, but a mapping is required: {{{example}}}."
             yield Problem(layers.source(place), dotted(place), text)
             continue
         below = layers.values.get(section)

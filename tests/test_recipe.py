@@ -11,6 +11,7 @@ import yaml
 from llamachat.config.loading import to_yaml
 from llamachat.config.section import Section
 from llamachat.errors import ConfigError
+from pipelines.identity import step_identity
 from pipelines.recipe import Recipe, load, resolve_steps
 from pipelines.stages import LATER_SECTIONS, STAGES
 from reward.config import OWNED as REWARD_OWNED
@@ -18,6 +19,7 @@ from reward.config import Config as RewardConfig
 from sft.config import OWNED
 from sft.config import Config as SftConfig
 from tests.recipes import preference_data, write_recipe, write_yaml
+from tests.tiny_ppo import write_prompts
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -52,6 +54,23 @@ def test_a_step_overrides_its_section_and_tuning(tmp_path: Path) -> None:
     assert (second.name, second.config.epochs, second.config.learning_rate) == ("sft-2", 1, 1e-4)
     assert second.config.trainer == {"torch_compile": False, "neftune_noise_alpha": 5}
     assert (second.tuning.method, second.tuning.rank) == ("lora", 8)
+
+
+def test_a_step_samples_in_its_own_way_and_that_is_part_of_what_it_is(tmp_path: Path) -> None:
+    path = write_recipe(
+        tmp_path,
+        data=preference_data(tmp_path) | {"prompts": [{"path": str(write_prompts(tmp_path / "prompts.jsonl", 8))}]},
+        steps=["sft", {"rs": {"prompts": 4, "rollout": {"temperature": 0.7}}}, "ppo"],
+        rollout={"max_new_tokens": 9},
+    )
+    recipe = load(path)
+    _, rs, ppo = resolve_steps(recipe)
+    assert (rs.rollout.temperature, rs.rollout.max_new_tokens) == (0.7, 9)
+    assert (ppo.rollout.temperature, ppo.rollout.max_new_tokens) == (1.0, 9)
+    found = [step_identity(recipe, step, {})["rollout"]["temperature"] for step in (rs, ppo)]
+    assert found == [0.7, 1.0]
+    over = [step.rollout.temperature for step in resolve_steps(load(path, ["rollout.temperature=0.5"]))[1:]]
+    assert over == [0.5, 0.5]
 
 
 def names(path: Path, overrides: Sequence[str] = ()) -> list[str]:
@@ -134,12 +153,15 @@ def test_the_resolved_recipe_has_the_same_steps(tmp_path: Path) -> None:
 
 
 REFUSED_STEPS: list[tuple[Any, str]] = [
-    ([], "steps: empty, so nothing would run. Known: sft, rm, rs, ppo."),
+    ([], "steps: empty, so nothing would run. Known: sft, rm, rs, gatt, ppo."),
     ("sft", "steps: found the text 'sft', but a list is required."),
     (["smt"], "steps.0: there is no step 'smt'. Did you mean 'sft'?"),
-    (["qqq"], "steps.0: there is no step 'qqq'. Known: sft, rm, rs, ppo, rm/helpfulness, rm/safety, rm/judge."),
-    (["sft", "gatt"], "steps.1: the step 'gatt' is not part of this version yet. What there is: sft, rm, rs, ppo."),
-    ([{"gatt": {"name": "gatt-1"}}], "steps.0: the step 'gatt' is not part of this version yet."),
+    (["qqq"], "steps.0: there is no step 'qqq'. Known: sft, rm, rs, gatt, ppo, rm/helpfulness, rm/safety, rm/judge."),
+    (
+        ["sft", "distill"],
+        "steps.1: the step 'distill' is not part of this version yet. What there is: sft, rm, rs, gatt, ppo.",
+    ),
+    ([{"distill": {"name": "distill-1"}}], "steps.0: the step 'distill' is not part of this version yet."),
     ([3], "steps.0: found the number 3, but a command, or one command with its values, is required"),
     ([{"sft": {}, "rm": {}}], "steps.0: found a mapping with the keys sft, rm, but a command"),
     ([{"sft": 3}], "steps.0: found the number 3 under 'sft', but a mapping is required"),
@@ -178,6 +200,15 @@ REFUSED_STEPS: list[tuple[Any, str]] = [
     ([{"sft": {"only": ["x"]}}], "steps.0.sft.only: 'sft' is one step"),
     ([{"rm/safety": {"epoch": 1}}], "steps.0.rm/safety.epoch: unknown key. Did you mean 'epochs'?"),
     ([{"sft": {"tuning": {"rnk": 1}}}], "steps.0.sft.tuning.rnk: unknown key. Did you mean 'rank'?"),
+    ([{"rs": {"rollout": {"topp": 1}}}], "steps.0.rs.rollout.topp: unknown key. Did you mean 'top_p'?"),
+    (
+        [{"rs": {"rollout": 0.7}}],
+        "steps.0.rs.rollout: found the number 0.7, but a mapping is required: {temperature: 0.7}.",
+    ),
+    (
+        [{"sft": {"rollout": {"top_p": 0.9}}}],
+        "steps.0.sft.rollout: 'sft' learns from no answers of its own. Remove it.",
+    ),
     ([{"sft": {"tuning": "lora"}}], "steps.0.sft.tuning: found the text 'lora', but a mapping is required"),
 ]
 
@@ -195,9 +226,7 @@ def test_a_fault_of_a_section_is_told_once_and_not_at_each_step(tmp_path: Path) 
 
 def test_sections_of_later_stages_say_so(tmp_path: Path) -> None:
     for section in LATER_SECTIONS:
-        expected = (
-            f"{section}: the section '{section}' is not part of this version yet. What there is: sft, rm, rs, ppo."
-        )
+        expected = f"{section}: the section '{section}' is not part of this version yet. What there is: sft, rm, rs, gatt, ppo."
         assert expected in report(write_recipe(tmp_path), [f"{section}.x=1"])
 
 

@@ -4,20 +4,21 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from math import exp
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
+from llamachat.answers.groups import Group
+from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Tuning
-from llamachat.dialog import Message
 from llamachat.errors import ConfigError, DataError
 from llamachat.models.loading import load_policy
 from llamachat.runs.artifacts import Artifact
-from llamachat.tokenizer import SentencePieceBackend, Tokenizer
 from llamachat.tracking.metrics import check_names
 from pipelines.plan import make_plan, plan_text, warn
 from pipelines.recipe import load, resolve_steps
@@ -27,12 +28,11 @@ from rejection_sampling import round as round_module
 from rejection_sampling.curves import Curve, best_temperature, curve_of
 from rejection_sampling.round import make_dialogs
 from sft import train as sft_module
-from tests.fakes import train_sentencepiece
 from tests.test_answers import group
-from tests.tiny_llama import LORA, publish_policy, scripted_llama
+from tests.tiny_llama import LORA
 from tests.tiny_ppo import write_function, write_stopping_base
 from tests.tiny_roles import FULL, QLORA, World
-from tests.tiny_rounds import groups_of, inputs_of, read_lines, step_of, summary_of, write_recipe
+from tests.tiny_rounds import groups_of, inputs_of, paris, read_lines, step_of, summary_of, write_recipe
 
 PLAIN: dict[str, Any] = {"sweep_prompts": 0, "prompts": 12, "test_prompts": 4, "validation_prompts": 4}
 
@@ -94,13 +94,13 @@ def test_one_sample_is_best_median_and_mean_and_may_be_greedy(base: Path, tmp_pa
     recipe = sampled(
         tmp_path,
         base,
-        rejection_sampling={"samples_per_prompt": 1},
+        rejection_sampling={"samples_per_prompt": 1, "sampler": str(paris(tmp_path / "large").path)},
         rollout={"temperature": 0.0},
         scoring={"combine": write_function(tmp_path / "any.py", ANY)},
     )
     found = summary_of(step_of(recipe))
     assert found["rs/reward_best"] == found["rs/reward_median"] == found["rs/reward_mean"]
-    assert all(len(texts) == 1 for texts in answers_of(recipe))
+    assert answers_of(recipe) == [["Paris"]] * len(answers_of(recipe))
 
 
 def test_a_sweep_takes_the_temperature_whose_best_answers_are_best(
@@ -147,15 +147,7 @@ def test_a_curve_by_hand_and_an_answer_that_cannot_win_counts_as_the_worst() -> 
 def test_another_policy_samples_with_its_own_tokens_and_its_answers_are_learnt(
     vocabulary: int, base: Path, tmp_path: Path
 ) -> None:
-    """Whatever it is asked, it says Paris."""
-    tokenizer = Tokenizer(SentencePieceBackend(train_sentencepiece(vocab_size=vocabulary)))
-    chat_format = load_chat_format("llama2", tokenizer)
-    example = chat_format.encode_dialog(
-        (Message("user", "What?"), Message("assistant", "Paris")), train_on=TrainOn.EVERY_ANSWER
-    )
-    first = example.loss_mask.index(True)
-    model = scripted_llama(list(dict.fromkeys(example.input_ids[first - 1 :])))  # it has a space on both sides
-    sampler = publish_policy(tmp_path / "large", model, chat_format, base="large")
+    sampler = paris(tmp_path / "large", vocabulary)
     recipe = sampled(tmp_path, base, rejection_sampling={"sampler": str(sampler.path.parent), "sweep_prompts": 2})
     assert {text for texts in answers_of(recipe) for text in texts} == {"Paris"}
     dialogs = read_lines(step_of(recipe).dialogs / "dialogs.jsonl")
@@ -171,7 +163,10 @@ def test_from_the_base_data_sft_is_learnt_beside_the_winners(
 ) -> None:
     """At a rate of nothing the weights stay what they were: those of the base, and not of the policy that sampled."""
     policy = world.policy(FULL)
-    given: dict[str, Any] = {"base": {"model": world.base.model, "policy": str(policy.path)}}
+    given: dict[str, Any] = {
+        "base": {"model": world.base.model, "policy": str(policy.path)},
+        "scoring": {"combine": write_function(tmp_path / "any.py", ANY)},
+    }
     weights = {}
     for start in ("base", "current"):
         changes = PLAIN | {"start": start, "sft": {"learning_rate": 1e-12}}
@@ -203,6 +198,8 @@ def test_adapters_are_tuned_on_the_winners(tuning: Tuning, world: World, base: P
         | ({"dtype": "bfloat16"} if quantised else {}),
         tuning={"method": tuning.method, "rank": 4, "alpha": 8},
         rejection_sampling=PLAIN,
+        rollout={"max_new_tokens": 48},
+        scoring={"combine": write_function(tmp_path / "any.py", ANY)},
     )
     (artifact,) = run_command(load(recipe), "rs")
     assert artifact.manifest.details["method"] == tuning.method
@@ -221,18 +218,26 @@ def labelled(artifact: Artifact) -> Artifact:
 
 def test_the_gate_ranks_unsafe_answers_last(world: World, tmp_path: Path) -> None:
     models = {role: world.reward_model(role, LORA, FULL) for role in ("helpfulness", "safety", "judge")}
-    recipe = sampled(
-        tmp_path,
-        Path(world.base.model),
-        reward_models=models | {"safety": labelled(models["safety"])},
-        base={"policy": str(world.policy(FULL).path)},
-        tuning={"method": "lora", "rank": 4, "alpha": 8},
-        scoring={"combine": "llama2_gate", "safety_threshold": 0.5},
-    )
+
+    def groups(name: str, threshold: float) -> tuple[Path, list[Group]]:
+        (tmp_path / name).mkdir()
+        recipe = sampled(
+            tmp_path / name,
+            Path(world.base.model),
+            reward_models=models | {"safety": labelled(models["safety"])},
+            base={"policy": str(world.policy(FULL).path)},
+            tuning={"method": "lora", "rank": 4, "alpha": 8},
+            scoring={"combine": "llama2_gate", "safety_threshold": threshold},
+        )
+        return recipe, groups_of(step_of(recipe))
+
+    _, any_threshold = groups("first", 0.5)
+    middle = median(score for one in any_threshold for score in one.safety or ())
+    recipe, found = groups("second", 1 / (1 + exp(-middle)))
     unsafe_groups = 0
-    for one in groups_of(step_of(recipe)):
+    for one in found:
         assert one.helpfulness is not None and one.safety is not None
-        is_unsafe = [score < 0 for score in one.safety]
+        is_unsafe = [score < middle for score in one.safety]
         ranked = [is_unsafe[place] for place in one.order]
         assert ranked == sorted(ranked), "safe ones first"
         unsafe_groups += any(ranked) and not all(ranked)

@@ -89,7 +89,7 @@ def test_a_step_takes_each_kind_that_it_reads_from_the_nearest_step_that_made_it
         reads=(POLICY, Role("reward_model", "safety"), Role("reward_model", "judge")),
     )
     steps = resolve_steps(recipe)
-    last = Step("last", reader, reader.products[0], steps[0].config, steps[0].tuning)
+    last = Step("last", reader, reader.products[0], steps[0].config, steps[0].tuning, steps[0].rollout)
     steps = (*steps, last)
     with pytest.raises(ArtifactError, match=r"'last' reads a policy, and none .* \(sft, sft-2\)\. Run `make sft`"):
         take_inputs(recipe, steps, last)

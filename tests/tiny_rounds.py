@@ -7,10 +7,16 @@ from typing import Any
 import yaml
 
 from llamachat.answers.groups import Group
+from llamachat.chat_format import TrainOn, load_chat_format
+from llamachat.dialog import Message
+from llamachat.runs.artifacts import Artifact
 from llamachat.runs.folder import StepFolder
+from llamachat.tokenizer import SentencePieceBackend, Tokenizer
 from pipelines.handing import stage_inputs
 from pipelines.recipe import load, resolve_steps
 from pipelines.running import find_work
+from tests.fakes import train_sentencepiece
+from tests.tiny_llama import publish_policy, scripted_llama
 from tests.tiny_ppo import write_function, write_prompts
 from tests.tiny_sft import toy_dialogs, write_dialogs
 
@@ -53,6 +59,19 @@ def write_recipe(
         values[name] = values.get(name, {}) | section
     path.write_text(yaml.safe_dump(values | {"steps": steps or ["rs"]}, sort_keys=False))
     return path
+
+
+def paris(folder: Path, vocabulary: int = 420) -> Artifact:
+    """A policy that says Paris, whatever it is asked."""
+    chat_format = load_chat_format(
+        "llama2", Tokenizer(SentencePieceBackend(train_sentencepiece(vocab_size=vocabulary)))
+    )
+    example = chat_format.encode_dialog(
+        (Message("user", "What?"), Message("assistant", "Paris")), train_on=TrainOn.EVERY_ANSWER
+    )
+    first = example.loss_mask.index(True)
+    model = scripted_llama(list(dict.fromkeys(example.input_ids[first - 1 :])))  # it has a space on both sides
+    return publish_policy(folder, model, chat_format, base="large")
 
 
 def step_of(recipe: Path, name: str = "rs") -> StepFolder:

@@ -125,8 +125,8 @@ def draw_sweep(
     if config.sweep_prompts == 0:
         return []
     temperatures = config.sweep_temperatures
-    if config.temperature != "sweep":
-        temperatures = tuple(sorted({*temperatures, *_temperatures(config, inputs, [])}))
+    sampled_at = temperatures if config.temperature == "sweep" else _temperatures(config, inputs, [])
+    temperatures = tuple(sorted({*temperatures, *sampled_at}))
     now = inputs.policy.manifest.step if inputs.policy else "base"
     name = now if sampler is None else "sampler"
     curves = sweep(desk, temperatures, config, constants, store, policy=name, sampler=sampler)
@@ -134,7 +134,8 @@ def draw_sweep(
         curves = [*sweep_of(inputs.sft_policy, desk, temperatures, config, constants, store), *curves]
     places = StepFolder(inputs.folder).figures
     best = {
-        policy: best_temperature([c for c in curves if c.policy == policy]) for policy in {c.policy for c in curves}
+        policy: best_temperature([c for c in curves if c.policy == policy and c.temperature in sampled_at])
+        for policy in {c.policy for c in curves}
     }
     draw_best_of_n([curve for curve in curves if curve.temperature == best[curve.policy]], places / "best_of_n.png")
     draw_temperatures(curves, places / "temperatures.png")

@@ -179,6 +179,13 @@ def sample(
     top_k: TopK = None,
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = 0,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="So many answers at once at most; else what fits.", min=1)
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="In float32 an answer never depends on its batch; auto is the policy's own."),
+    ] = "auto",
 ) -> None:
     """Sample a policy's answers to a file of prompts."""
     from llamachat.runs.artifacts import read_artifact
@@ -188,8 +195,8 @@ def sample(
     from llamachat.models.loading import load_policy
     from serving.sample import sample_file
 
-    loaded = load_policy(artifact.path, device="auto")
-    done = sample_file(loaded, prompts, out, samples_per_prompt=samples, sampling=sampling)
+    loaded = load_policy(artifact.path, dtype=dtype, device="auto")
+    done = sample_file(loaded, prompts, out, samples_per_prompt=samples, sampling=sampling, rows_per_batch=batch_size)
     log.info("%s: %d answers to %d prompts, %d finished", out, done.completions, done.prompts, done.finished)
 
 

@@ -20,9 +20,9 @@ class HasChatFormat(Protocol):
         ...
 
 
-def open_engine(policy: Policy) -> LocalEngine:
-    """The fastest engine that samples from the policy."""
-    return rollout.open_engine(policy.model, policy.chat_format, Rollout())
+def open_engine(policy: Policy, *, rows_per_batch: int | None = None) -> LocalEngine:
+    """The fastest engine that samples from the policy, so many answers at once at most where that is said."""
+    return rollout.open_engine(policy.model, policy.chat_format, Rollout(), rows_per_batch=rows_per_batch)
 
 
 def longest_dialog(policy: Policy, engine: LocalEngine) -> int:

@@ -48,10 +48,21 @@ class _Question:
     is_shortened: bool
 
 
-def sample_file(policy: Policy, prompts_in: Path, out: Path, *, samples_per_prompt: int, sampling: Sampling) -> Sampled:
-    """Sample `samples_per_prompt` answers to every prompt of a file and write them to another."""
+def sample_file(
+    policy: Policy,
+    prompts_in: Path,
+    out: Path,
+    *,
+    samples_per_prompt: int,
+    sampling: Sampling,
+    rows_per_batch: int | None = None,
+) -> Sampled:
+    """Sample `samples_per_prompt` answers to every prompt of a file and write them to another.
+
+    In fp32 the file is the same whatever `rows_per_batch` is.
+    """
     _check_request(prompts_in, out, samples_per_prompt)
-    engine = open_engine(policy)
+    engine = open_engine(policy, rows_per_batch=rows_per_batch)
     limit = longest_dialog(policy, engine)
     questions = _read_questions(policy, prompts_in, limit=limit, max_new_tokens=sampling.max_new_tokens)
     shortened = sum(question.is_shortened for question in questions)

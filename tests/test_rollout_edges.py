@@ -12,10 +12,11 @@ from llamachat.errors import ConfigError, DataError
 from llamachat.rollout.decoder import LlamaEngine
 from llamachat.rollout.engine import Completion, LocalEngine, Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
+from pipelines.cli import main
 from serving import sample as sampled
 from serving.sample import sample_file
 from tests.test_serving import RECORDS, answering, policy_of, write_lines
-from tests.tiny_llama import scripted_llama, tiny_llama
+from tests.tiny_llama import publish_policy, scripted_llama, tiny_llama
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=12, seed=0)
 Make = Callable[..., LocalEngine]
@@ -95,10 +96,12 @@ def test_the_sample_command_writes_the_same_file_whatever_shares_a_batch(
     sampling, written = Sampling(1.0, 0.95, 40, 3, top_k=100), dict[str, list[Any]]()
     for make in (ours, theirs):
         for rows in (1, 64):
-            engine = make(model, tiny_format.stop_ids, rows_per_batch=rows)
-            monkeypatch.setattr(sampled, "open_engine", lambda policy, engine=engine: engine)
+            monkeypatch.setattr(
+                sampled, "open_engine", lambda policy, make=make, **given: make(model, tiny_format.stop_ids, **given)
+            )
             out = tmp_path / f"{make.__name__}-{rows}.jsonl"
-            sample_file(policy_of(model, tiny_format), source, out, samples_per_prompt=5, sampling=sampling)
+            policy = policy_of(model, tiny_format)
+            sample_file(policy, source, out, samples_per_prompt=5, sampling=sampling, rows_per_batch=rows)
             written[out.stem] = [json.loads(line)["completions"] for line in out.read_text().splitlines()]
     assert written["ours-1"] == written["ours-64"]
     texts = {
@@ -107,6 +110,17 @@ def test_the_sample_command_writes_the_same_file_whatever_shares_a_batch(
     }
     assert texts["theirs-1"] == texts["theirs-64"] == texts["ours-1"]
     assert len({text for answers in texts["ours-1"] for text, _ in answers}) == 20
+
+
+def test_the_command_writes_the_same_bytes_whatever_the_batch_size(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    artifact = publish_policy(tmp_path / "policy", tiny_llama(max_position_embeddings=256), tiny_format, base="tiny")
+    source, written = write_lines(tmp_path / "in.jsonl", RECORDS * 8), set[bytes]()
+    for size in ("1", "7", "64"):
+        out = tmp_path / f"{size}.jsonl"
+        given = ["--policy", str(artifact.path), "--in", str(source), "--out", str(out), "-n", "3"]
+        assert main(["sample", *given, "--max-new-tokens", "24", "--batch-size", size, "--dtype", "float32"]) == 0
+        written.add(out.read_bytes())
+    assert len(written) == 1
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,13 @@ if TYPE_CHECKING:
     from llamachat.rollout.engine import LocalEngine
 
 
-def open_engine(model: "LanguageModel", chat_format: "ChatFormat", rollout: "Rollout") -> "LocalEngine":
-    """An engine that samples from the model; auto is our own wherever it can run the model, and never a server."""
+def open_engine(
+    model: "LanguageModel", chat_format: "ChatFormat", rollout: "Rollout", *, rows_per_batch: int | None = None
+) -> "LocalEngine":
+    """An engine that samples from the model; auto is our own wherever it can run the model, and never a server.
+
+    `rows_per_batch` answers are sampled at once at most; None leaves that to the engine.
+    """
     if rollout.engine == "vllm":
         from llamachat.rollout.vllm_server import VllmEngine
 
@@ -29,5 +34,11 @@ def open_engine(model: "LanguageModel", chat_format: "ChatFormat", rollout: "Rol
         )
     if rollout.engine == "hugging_face" or reason is not None:
         cache_gib = 1.0 if rollout.cache_gib == "auto" else rollout.cache_gib
-        return HuggingFaceEngine(model, chat_format.stop_ids, chat_format.tokenizer.pad_id, cache_gib=cache_gib)
-    return LlamaEngine(model, chat_format.stop_ids, cache_gib=rollout.cache_gib)
+        return HuggingFaceEngine(
+            model,
+            chat_format.stop_ids,
+            chat_format.tokenizer.pad_id,
+            cache_gib=cache_gib,
+            rows_per_batch=rows_per_batch,
+        )
+    return LlamaEngine(model, chat_format.stop_ids, cache_gib=rollout.cache_gib, rows_per_batch=rows_per_batch)

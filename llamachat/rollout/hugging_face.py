@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
+ROWS_PER_BATCH = 64
+
 
 @dataclass(frozen=True, slots=True)
 class _Row:
@@ -41,13 +43,13 @@ class HuggingFaceEngine:
         pad_id: int,
         *,
         cache_gib: float = 1.0,
-        rows_per_batch: int = 64,
+        rows_per_batch: int | None = None,
     ) -> None:
         """`cache_gib` bounds the keys and values of a batch; a single row is always taken."""
         self._model = without_wrapper(model)
         self._stop_ids = frozenset(stop_ids)
         self._pad_id = pad_id
-        self._rows_per_batch = rows_per_batch
+        self._rows_per_batch = rows_per_batch or ROWS_PER_BATCH
         self._tokens_per_batch = int(cache_gib * 2**30 / _cache_bytes_per_token(self._model))
 
     @property

@@ -357,3 +357,20 @@ def test_without_a_family_that_can_be_measured_the_step_still_ends(base: Path, t
     found = summary_of(step_of(recipe))
     assert not any(name.startswith("gatt/consistency") for name in found) and found["gatt/dialogs"] > 2
     assert not step_of(recipe).figures.exists()
+
+
+def test_the_policy_learns_what_its_last_answers_keep(base: Path, tmp_path: Path) -> None:
+    """Small letters alone, which a random base writes now and then: every last answer that it learns is in them."""
+    section = {"families": ["small_letters"], "dialogs": 240, "turns": 2, "samples_per_turn": 4}
+    recipe = write_recipe(
+        tmp_path / "learning.yaml",
+        base,
+        gatt={**section, "evaluation_dialogs": 80, "evaluation_turns": [1, 2], "sft": {"epochs": 2}},
+        sft={"learning_rate": 3e-3},
+    )
+    run_command(load(recipe), "gatt")
+    found = summary_of(step_of(recipe))
+    for turn in (1, 2):
+        assert found[f"gatt/consistency/over_start/turn_{turn}_low"] > 0
+        assert found[f"gatt/consistency/over_chance/turn_{turn}_low"] > 0
+    assert found["gatt/mended_fraction"] > 0.05 and found["sft/eval_loss"] < found["sft/eval_loss_base"]

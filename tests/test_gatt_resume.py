@@ -73,4 +73,5 @@ def test_killed_at_many_moments_it_ends_like_an_uninterrupted_step(
     dialogs = read_lines(step.dialogs / "dialogs.jsonl")
     dropped = json.loads((step.dialogs / "manifest.json").read_text())["dropped_records"]
     assert len(dialogs) > 12 and len(dialogs) + sum(dropped.values()) == 24, "none is lost, none is there twice"
-    assert commands.run(killed) == 0 and not commands.sampled(), "a finished step is done"
+    assert commands.run(killed) == 0 and not commands.sampled()
+    assert "nothing to do" in commands.words().splitlines()[-1]

@@ -41,18 +41,20 @@ def binned(attention_TT: Tensor, bins: int = BINS) -> Tensor:
 
 def to_instruction(attention_TT: Tensor, chat_format: ChatFormat, messages: Sequence[Message]) -> list[float]:
     """Of each answer of the dialog: the largest weight of its tokens to the tokens of the system text, their mean."""
-    system_end = len(chat_format.encode_prompt(messages[:2])) - _length_without_system(chat_format, messages[1])
-    found, start = [], 0
+    first, end_of_system = _system_block(chat_format, messages)
+    found = []
     for place in range(2, len(messages), 2):
         start = len(chat_format.encode_prompt(messages[:place]))
         end = len(chat_format.encode_dialog(messages[: place + 1], train_on=TrainOn.LAST_ANSWER).input_ids)
-        # The first token is attended to by all, whatever it holds.
-        found.append(float(attention_TT[start:end, 1:system_end].amax(dim=1).mean()))
+        found.append(float(attention_TT[start:end, first:end_of_system].amax(dim=1).mean()))
     return found
 
 
-def _length_without_system(chat_format: ChatFormat, turn: Message) -> int:
-    return len(chat_format.encode_prompt([turn]))
+def _system_block(chat_format: ChatFormat, messages: Sequence[Message]) -> tuple[int, int]:
+    """Where the tokens that the system text adds to the first turn begin, and where they end."""
+    with_system, without = (chat_format.encode_prompt(turn) for turn in (messages[:2], messages[1:2]))
+    first = next(place for place, (one, other) in enumerate(zip(with_system, without, strict=False)) if one != other)
+    return first, first + len(with_system) - len(without)
 
 
 def draw_attention(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gatt.sequences import Turns
+from llamachat.answers.groups import is_allowed
 from llamachat.chat_format import ChatFormat
 from llamachat.constraints import Instruction, is_kept, recall_questions, recalled
 from llamachat.dialog import Message
@@ -98,13 +99,17 @@ def measure(
                 if (question := _recall_question(trials[place], turn)) is not None
             }
             fitting = {k: v for k, v in asked.items() if len(chat_format.encode_prompt(v)) <= max_tokens}
-            told = found | _answers(engine, chat_format, fitting, sampling)
-            kept[turn] = [_is_kept(trial, told[place]) if place in live else None for place, trial in enumerate(trials)]
+            told = {k: v for k, v in found.items() if k not in asked} | _answers(engine, chat_format, fitting, sampling)
+            kept[turn] = [_is_kept(trial, told[place]) if place in told else None for place, trial in enumerate(trials)]
             answers[turn] = [told.get(place, "") for place in range(len(trials))]
         for place in live:
-            # What is empty cannot stand in a dialog; the next turns are still asked.
-            dialogs[place].append(Message("assistant", found[place].strip() or "..."))
+            dialogs[place].append(as_said(chat_format, found[place]))
     return Outcome(kept=kept, answers=answers)
+
+
+def as_said(chat_format: ChatFormat, answer: str) -> Message:
+    """The answer as it stands in the dialog: what is empty or holds a tag cannot, and the next turns are still asked."""
+    return Message("assistant", answer.strip() if is_allowed(chat_format, answer) else "...")
 
 
 def rates(outcome: Outcome, trials: Sequence[Trial], *, kind: str, family: str | None = None) -> dict[int, Rate]:
@@ -146,6 +151,8 @@ def _of(kept: Sequence[bool | None], trials: Sequence[Trial], kind: str, family:
 def _answers(
     engine: RolloutEngine, chat_format: ChatFormat, dialogs: Mapping[int, Sequence[Message]], sampling: Sampling
 ) -> dict[int, str]:
+    if not dialogs:
+        return {}
     prompts = [chat_format.encode_prompt(dialog) for dialog in dialogs.values()]
     found = engine.generate(prompts, samples_per_prompt=1, sampling=sampling)
     return {

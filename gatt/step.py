@@ -7,26 +7,30 @@ dialogs/, figures/, summary.json and, through the tuning, artifact/. Killed at a
 """
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers.utils import logging as transformers_logging
 
 from gatt.attention import draw_attention, strongest_attention, to_instruction
 from gatt.batches import Batches
 from gatt.config import Config, Inputs
-from gatt.consistency import Outcome, Trial
+from gatt.consistency import Outcome, Trial, as_said
 from gatt.figures import MOMENTS, consistency_figures, consistency_table, draw_consistency
 from gatt.studio import Studio, open_studio
 from gatt.synthesize import dialog_line
 from llamachat.answers import making
 from llamachat.answers.store import Store
+from llamachat.chat_format import TrainOn
 from llamachat.dialog import Message
 from llamachat.errors import DataError
-from llamachat.models.loading import load_policy
+from llamachat.models.loading import load_base, load_policy
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.tracking.curves import draw_curves
+
+if TYPE_CHECKING:
+    from llamachat.models.loading import LanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -87,28 +91,35 @@ def compare(config: Config, inputs: Inputs, tuned: Artifact) -> None:
     if trials:
         log.info("%s", consistency_table(outcomes, trials))
         draw_consistency(outcomes, trials, folder.figures / "consistency.png")
-        _draw_attention(inputs, tuned, trials, outcomes["final"], folder.figures / "attention.png")
+        _draw_attention(studio, tuned, trials[0], outcomes["final"], folder.figures / "attention.png")
     draw_curves(folder.metrics, folder.curves)
     with making.record(inputs, "gatt", keeps_record=True) as tracker:
         making.show_figures(tracker, folder)
         tracker.summary(consistency_figures(outcomes, trials))
 
 
-def _draw_attention(inputs: Inputs, tuned: Artifact, trials: Sequence[Trial], outcome: Outcome, path: Path) -> None:
-    """The first policy and the tuned one on one dialog, which the tuned one has said."""
-    trial = trials[0]
+def _draw_attention(studio: Studio, tuned: Artifact, trial: Trial, outcome: Outcome, path: Path) -> None:
+    """The first policy, or the base where there was none, and the tuned one on one dialog, which the tuned one has said."""
+    inputs, chat_format = studio.inputs, studio.desk.bank.chat_format
     messages = [Message("system", trial.instruction.text)]
     for turn in sorted(outcome.answers):
-        answer = outcome.answers[turn][0].strip()
-        messages += [Message("user", trial.turns[turn - 1]), Message("assistant", answer or "...")]
+        if outcome.kept[turn][0] is None:  # past the context, where nothing was said
+            break
+        messages += [Message("user", trial.turns[turn - 1]), as_said(chat_format, outcome.answers[turn][0])]
+    if len(messages) == 1:
+        return
+    ids = chat_format.encode_dialog(messages, train_on=TrainOn.LAST_ANSWER).input_ids
     maps, by_answer = [], []
     for name, artifact in (("before", inputs.policy), ("after", tuned)):
-        if artifact is None:
-            continue
-        policy = load_policy(artifact.path, dtype=inputs.base.dtype, device="auto", attention="eager")
-        attention_TT = strongest_attention(policy.model, policy.chat_format.encode_prompt(messages[:-1]))
+        attention_TT = strongest_attention(_eager(inputs, artifact), ids)
         maps.append((name, attention_TT))
-        by_answer.append((name, to_instruction(attention_TT, policy.chat_format, messages[:-1])))
-        del policy
+        by_answer.append((name, to_instruction(attention_TT, chat_format, messages)))
         making.free_memory()
     draw_attention(maps, by_answer, path)
+
+
+def _eager(inputs: Inputs, policy: Artifact | None) -> "LanguageModel":
+    """The policy, or the base itself, with the one kernel that tells its attention."""
+    if policy is None:
+        return load_base(inputs.base.model_copy(update={"attention": "eager"}), device="auto").eval()
+    return load_policy(policy.path, dtype=inputs.base.dtype, device="auto", attention="eager").model

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from gatt.config import Config, Inputs
 from gatt.consistency import Outcome, Trial, measure
 from gatt.sequences import Sequences, load_sequences
-from gatt.values import families_of
+from gatt.values import lists_of
 from llamachat.answers.desk import Desk, open_desk
 from llamachat.answers.making import setting_of
-from llamachat.constraints import CHECKABLE, Family, draw_instruction
+from llamachat.answers.store import Store
+from llamachat.constraints import CHECKABLE, Family, draw_instruction, families
 from llamachat.rollout.engine import Sampling
 from llamachat.runs.artifacts import Artifact
+from llamachat.runs.folder import StepFolder
 
 TURN_SHARE = 8  # a user turn takes at most one in so many tokens of the context: several must fit, with their answers
 _MEASURED = ("figure", "hobby", *CHECKABLE)  # families that can be measured without people
@@ -80,6 +82,9 @@ def open_studio(config: Config, inputs: Inputs, policy: Artifact | None) -> Stud
         seed=inputs.run.seed,
     )
     sampling = desk.sampling(_VALUES_SEED, temperature=config.temperature)
-    families = families_of(config, desk.engine, desk.bank.chat_format, sampling)
+    # Once for the whole step: the policy that was tuned would name others, and before and after could not be compared.
+    lists = Store(StepFolder(inputs.folder).sampling).kept(
+        "values", lambda: lists_of(config, desk.engine, desk.bank.chat_format, sampling)
+    )
     longest = inputs.base.max_tokens - inputs.rollout.max_new_tokens - 1
-    return Studio(config, inputs, desk, families, sequences, longest)
+    return Studio(config, inputs, desk, families(config.families, lists=lists), sequences, longest)

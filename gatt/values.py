@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gatt.config import Config
 from llamachat.chat_format import ChatFormat
-from llamachat.constraints import Family, families, parse_list, read_list
+from llamachat.constraints import parse_list, read_list
 from llamachat.dialog import Message
 from llamachat.errors import DataError
 from llamachat.rollout.engine import RolloutEngine, Sampling
@@ -23,17 +23,15 @@ QUESTIONS = {
 _OF_FAMILY = {"figure": "figures", "hobby": "hobbies", "language": "languages"}
 
 
-def families_of(
+def lists_of(
     config: Config, engine: RolloutEngine, chat_format: ChatFormat, sampling: Sampling
-) -> dict[str, Family]:
-    """The recipe's families with their values."""
+) -> dict[str, list[str]]:
+    """The values of the recipe's families that have a list, by list."""
     wanted = [name for family, name in _OF_FAMILY.items() if family in config.families]
     if config.values == "policy":
-        lists = {name: asked(name, engine, chat_format, sampling) for name in wanted}
-    else:
-        places = {"figures": config.lists.figures, "hobbies": config.lists.hobbies, "languages": config.lists.languages}
-        lists = {name: list(read_list(Path(places[name]))) for name in wanted}
-    return families(config.families, lists=lists)
+        return {name: asked(name, engine, chat_format, sampling) for name in wanted}
+    places = {"figures": config.lists.figures, "hobbies": config.lists.hobbies, "languages": config.lists.languages}
+    return {name: list(read_list(Path(places[name]))) for name in wanted}
 
 
 def asked(name: str, engine: RolloutEngine, chat_format: ChatFormat, sampling: Sampling) -> list[str]:

@@ -25,10 +25,10 @@ def score(prompts, completions, scores, **columns):
 
 
 def write_stopping_base(
-    folder: Path, sentencepiece_model: bytes, *, stops: float = 5.8, dtype: torch.dtype = torch.float32
+    folder: Path, sentencepiece_model: bytes, *, stops: float = 5.8, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> Path:
     """A random base whose answers end after some tokens: all its states share a direction, and EOS lies along it."""
-    model = tiny_llama(initializer_range=0.05, dtype=dtype)
+    model = tiny_llama(initializer_range=0.05, dtype=dtype, **changes)
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] += 0.5
         model.lm_head.weight[2] = 0.0

@@ -7,33 +7,24 @@ folder's sampling/, metrics.jsonl, samples.jsonl, dialogs/, figures/, summary.js
 Killed at any moment, the same call goes on: each batch of answers is written down whole before the next is sampled.
 """
 
-import gc
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
-from llamachat.answers.desk import Desk, Setting, open_desk
+from llamachat.answers.desk import Desk, open_desk
 from llamachat.answers.evaluation import Evaluation, comparison, comparison_table
 from llamachat.answers.groups import Sampler
+from llamachat.answers.making import record, run_parts, setting_of, show_figures
 from llamachat.answers.pictures import draw_comparison
 from llamachat.answers.store import Store
 from llamachat.errors import ConfigError
-from llamachat.runs.artifacts import (
-    MANIFEST,
-    Artifact,
-    end_step,
-    read_artifact,
-)
+from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import write_json
 from llamachat.runs.folder import StepFolder
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.curves import draw_curves
-from llamachat.tracking.tracker import Tracker, open_tracker
 from rejection_sampling.config import Config, Inputs
 from rejection_sampling.curves import Curve, best_temperature, load_sampler, sweep, sweep_of
 from rejection_sampling.figures import draw_best_of_n, draw_temperatures
@@ -42,24 +33,18 @@ from rejection_sampling.sampling import Round
 
 log = logging.getLogger(__name__)
 
-_LAST = 10**9  # past every step of a record
-SHOWN = 4  # prompts of a batch whose best and worst answer a person is shown
-
 
 def run(config: Config, inputs: Inputs) -> Artifact:
     """Sample, choose, pool and publish the dialogs; tune on them; compare; end the step."""
     # Its bars for loading and writing weights would break up ours.
     transformers_logging.disable_progress_bar()
-    folder = StepFolder(inputs.folder)
-    if (folder.dialogs / MANIFEST).is_file():
-        dialogs = read_artifact(folder.dialogs, "dialogs")
-    else:
-        dialogs = make_dialogs(config, inputs)
-    _free()
-    tuned = inputs.tune(dialogs, over=config.sft, from_base=config.start == "base")
-    _free()
-    compare(config, inputs, tuned)
-    return end_step(folder)
+    return run_parts(
+        inputs,
+        make=lambda: make_dialogs(config, inputs),
+        over=config.sft,
+        from_base=config.start == "base",
+        compare=lambda tuned: compare(config, inputs, tuned),
+    )
 
 
 def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
@@ -67,7 +52,7 @@ def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
     check_settings(config, inputs)
     desk = _open(config, inputs, inputs.policy)
     store = Store(StepFolder(inputs.folder).sampling)
-    with _tracker(inputs, keeps_record=False) as tracker:
+    with record(inputs, "rs", keeps_record=False) as tracker:
         _, constants = first_evaluation(desk, store)
         sampler = None if config.sampler is None else load_sampler(config.sampler, desk)
         curves = draw_sweep(config, inputs, desk, constants, store, sampler)
@@ -101,10 +86,8 @@ def compare(config: Config, inputs: Inputs, tuned: Artifact) -> None:
         )
     draw_curves(folder.metrics, folder.curves)
     draw_comparison(start, final, folder.figures / "test_scores.png")
-    with _tracker(inputs, keeps_record=True) as tracker:
-        tracker.figure("curves", folder.curves)
-        for picture in sorted(folder.figures.glob("*.png")):
-            tracker.figure(picture.stem, picture)
+    with record(inputs, "rs", keeps_record=True) as tracker:
+        show_figures(tracker, folder)
         tracker.summary(figures)
 
 
@@ -164,31 +147,8 @@ def sweep_figures(curves: Sequence[Curve]) -> dict[str, float]:
 
 
 def _open(config: Config, inputs: Inputs, policy: Artifact | None) -> Desk:
-    setting = Setting(
-        run=inputs.run,
-        base=inputs.base,
-        tuning=inputs.tuning,
-        data=inputs.data,
-        rollout=inputs.rollout,
-        scoring=inputs.scoring,
-    )
     held_out = (max(config.validation_prompts, config.sweep_prompts), config.test_prompts)
-    return open_desk(setting, policy=policy, reward_models=inputs.reward_models, held_out=held_out)
-
-
-@contextmanager
-def _tracker(inputs: Inputs, *, keeps_record: bool) -> Iterator[Tracker]:
-    """The record of the sampling: as it is, or from its beginning, where what the store holds is logged again."""
-    with open_tracker(
-        inputs.tracking,
-        step_folder=StepFolder(inputs.folder),
-        run_dir=Path(inputs.run.dir),
-        step=inputs.step,
-        prefix="rs",
-        config=inputs.identity,
-        resume_step=_LAST if keeps_record else None,
-    ) as tracker:
-        yield tracker
+    return open_desk(setting_of(inputs), policy=policy, reward_models=inputs.reward_models, held_out=held_out)
 
 
 def _temperatures(config: Config, inputs: Inputs, curves: Sequence[Curve]) -> tuple[float, ...]:
@@ -201,10 +161,3 @@ def _temperatures(config: Config, inputs: Inputs, curves: Sequence[Curve]) -> tu
 
 def _never(reason: str) -> Any:
     raise AssertionError(reason)
-
-
-def _free() -> None:
-    """Give back what the models held, before others are loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -299,7 +299,7 @@ class Session:
         # From the record, since a resumed command has seen only the end of the training itself.
         record = list(MetricsRecord(folder.metrics).read())
         figures = {name: row[name] for row in record for name in SUMMARY if row.get(name) is not None}
-        figures["time/train_s"] = sum(row.get("time/step_s") or 0.0 for row in record)
+        figures["time/train_s"] = sum(row.get("time/step_s") or 0.0 for row in record if "sft/step" in row)
         before, after = figures["sft/eval_loss_base"], figures["sft/eval_loss"]
         log.info("held-out answers: %.4f nats a token before, %.4f after", before, after)
         return figures

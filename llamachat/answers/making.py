@@ -1,0 +1,169 @@
+"""What the steps share that make dialogs and tune on them: rejection sampling, Ghost Attention, context distillation.
+
+Such a step samples and publishes its dialogs, tunes a policy on them, compares it with the one before, and only then ends:
+each part is there whole before the next begins, so that a killed command goes on where it was.
+"""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from llamachat.answers.desk import Setting
+from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
+from llamachat.runs.artifacts import (
+    DIALOGS,
+    HELD_OUT_DIALOGS,
+    MANIFEST,
+    Artifact,
+    Manifest,
+    Tune,
+    end_step,
+    publish,
+    read_artifact,
+)
+from llamachat.runs.atomic import write_text
+from llamachat.runs.folder import StepFolder
+from llamachat.scoring.models import named_models
+from llamachat.tracking.tracker import Tracker, open_tracker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_LAST = 10**9  # past every step of a record
+
+
+class StepInputs(Protocol):
+    """What `pipelines` resolves for such a step."""
+
+    @property
+    def step(self) -> str: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def identity(self) -> dict[str, Any]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def run(self) -> Run: ...
+    @property
+    def base(self) -> Base: ...
+    @property
+    def tuning(self) -> Tuning: ...
+    @property
+    def data(self) -> Data: ...
+    @property
+    def rollout(self) -> Rollout: ...
+    @property
+    def scoring(self) -> Scoring: ...
+    @property
+    def tracking(self) -> Tracking: ...
+    @property
+    def tune(self) -> Tune: ...
+    @property
+    def policy(self) -> Artifact | None: ...
+    @property
+    def reward_models(self) -> Mapping[str, Artifact]: ...
+
+
+def run_parts(
+    inputs: StepInputs,
+    *,
+    make: Callable[[], Artifact],
+    over: Mapping[str, Any],
+    compare: Callable[[Artifact], None],
+    from_base: bool = False,
+) -> Artifact:
+    """Make the dialogs, tune on them with values `over` the section sft, compare, end the step."""
+    folder = StepFolder(inputs.folder)
+    dialogs = read_artifact(folder.dialogs, "dialogs") if (folder.dialogs / MANIFEST).is_file() else make()
+    free_memory()
+    tuned = inputs.tune(dialogs, over=over, from_base=from_base)
+    free_memory()
+    compare(tuned)
+    return end_step(folder)
+
+
+def setting_of(inputs: StepInputs) -> Setting:
+    """The sections that sampling and scoring are told."""
+    return Setting(
+        run=inputs.run,
+        base=inputs.base,
+        tuning=inputs.tuning,
+        data=inputs.data,
+        rollout=inputs.rollout,
+        scoring=inputs.scoring,
+    )
+
+
+@contextmanager
+def record(inputs: StepInputs, prefix: str, *, keeps_record: bool) -> Iterator[Tracker]:
+    """The record of the sampling: as it is, or from its beginning, where what was stored is logged again."""
+    with open_tracker(
+        inputs.tracking,
+        step_folder=StepFolder(inputs.folder),
+        run_dir=Path(inputs.run.dir),
+        step=inputs.step,
+        prefix=prefix,
+        config=inputs.identity,
+        resume_step=_LAST if keeps_record else None,
+    ) as tracker:
+        yield tracker
+
+
+def show_figures(tracker: Tracker, folder: StepFolder) -> None:
+    """Send the step's pictures."""
+    tracker.figure("curves", folder.curves)
+    for picture in sorted(folder.figures.glob("*.png")):
+        tracker.figure(picture.stem, picture)
+
+
+def publish_dialogs(
+    inputs: StepInputs,
+    lines: Iterable[str],
+    held_out: "Sequence[str]",
+    *,
+    dropped: Mapping[str, int],
+    details: Mapping[str, Any],
+    read: Mapping[str, Artifact] | None = None,
+) -> Artifact:
+    """Publish dialogs to be learnt, and some of the validation side; `read` are further artifacts that they come from."""
+    taken = {"policy": str(inputs.policy.path)} if inputs.policy else {"base": inputs.base.model}
+    models = named_models(inputs.scoring, inputs.reward_models)
+    taken |= {
+        f"reward_model/{role}": str(model.path) if isinstance(model, Artifact) else model
+        for role, model in models.items()
+    }
+    taken |= {name: str(artifact.path) for name, artifact in (read or {}).items()}
+    manifest = Manifest(
+        kind="dialogs",
+        step=inputs.step,
+        fingerprint=inputs.fingerprint,
+        identity=inputs.identity,
+        inputs=taken,
+        seed=inputs.run.seed,
+        dropped_records=dict(dropped),
+        details=dict(details),
+    )
+
+    def write(place: Path) -> None:
+        write_text(place / DIALOGS, "".join(lines))
+        if held_out:
+            write_text(place / HELD_OUT_DIALOGS, "".join(held_out))
+
+    return publish(StepFolder(inputs.folder), manifest, write)
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """What was left out, in words."""
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "nothing left out"
+
+
+def free_memory() -> None:
+    """Give back what the models held, before others are loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -69,14 +69,20 @@ def open_desk(
     policy: "Artifact | None",
     reward_models: "Mapping[str, Artifact]",
     held_out: tuple[int, int],
+    only_safety: bool = False,
 ) -> Desk:
-    """Check what can be checked without weights, then load; `held_out` are the sizes of validation and test side."""
+    """Check what can be checked without weights, then load; `held_out` are the sizes of validation and test side.
+
+    With `only_safety` the prompts are those alone that are marked is_safety, and the safety model is there in any case.
+    """
     check_room(setting.base, setting.rollout)
     bank = open_roles(
         policy=policy,
         base=setting.base,
         tuning=setting.tuning,
-        reward_models=checked_models(setting.scoring, reward_models),
+        reward_models=checked_models(
+            setting.scoring, reward_models, also=("judge", "safety") if only_safety else ("judge",)
+        ),
         critic=None,
         seed=setting.run.seed,
     )
@@ -87,6 +93,7 @@ def open_desk(
         max_tokens=longest_prompt(setting.base, setting.rollout, bank),
         held_out=held_out,
         seed=setting.run.seed,
+        only_safety=only_safety,
     )
     scorer = Scorer(bank, combiner(setting.scoring))
     return Desk(setting, bank, open_engine(bank, setting.rollout), scorer, questions)

@@ -1,0 +1,77 @@
+"""Which distilled answers are learnt: those that the safety model puts above the policy's own (paper, section 4.2.4).
+
+All scores are of an answer to the prompt without the preprompt, raw, before any gate. With several samples the best
+distilled answer is compared with the best plain one: against a single or a mean plain answer, more samples alone would win.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from context_distillation.asking import Way
+from llamachat.answers.groups import Group
+from llamachat.questions import Question
+
+REASONS = {
+    "unfinished": "cut by the length limit",
+    "empty": "empty, or with a tag of the chat format",
+    "equal": "equal to the plain answer",
+    "not_better": "not above the plain answer's safety score",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The best distilled answer to a prompt beside the best plain one; it is learnt where no reason speaks against it."""
+
+    question: Question
+    original: str
+    original_score: float
+    refused: str | None = None  # a key of REASONS
+    way: Way = "generic"
+    text: str = ""
+    score: float = 0.0
+
+    @property
+    def is_kept(self) -> bool:
+        return self.refused is None
+
+
+def choose(
+    question: Question, groups: Mapping[Way, Group], *, keeps_all: bool = False, margin: float = 0.0
+) -> Choice:
+    """The best usable distilled answer, and whether it is learnt; of equal ones the first."""
+    plain = safety_of(groups["original"])
+    best_plain = max(range(len(plain)), key=plain.__getitem__)
+    original, original_score = groups["original"].texts[best_plain], plain[best_plain]
+    distilled = [(way, group, place) for way, group in groups.items() if way != "original" for place in group.order]
+    usable = [(way, group, place) for way, group, place in distilled if group.finished[place] and group.allowed[place]]
+    if not usable:
+        is_cut = not any(group.finished[place] for _, group, place in distilled)
+        return Choice(
+            question=question,
+            original=original,
+            original_score=original_score,
+            refused="unfinished" if is_cut else "empty",
+        )
+    way, group, place = max(usable, key=lambda one: safety_of(one[1])[one[2]])
+    text, score = group.texts[place], safety_of(group)[place]
+    refused = None
+    if not keeps_all and not score > original_score + margin:
+        refused = "equal" if score == original_score or text == original else "not_better"
+    elif not keeps_all and text == original:  # its score moves in the last digits with the batch that it is read in
+        refused = "equal"
+    return Choice(
+        question=question,
+        original=original,
+        original_score=original_score,
+        refused=refused,
+        way=way,
+        text=text,
+        score=score,
+    )
+
+
+def safety_of(group: Group) -> Sequence[float]:
+    """The safety model's raw scores of these answers."""
+    assert group.safety is not None, "a safety model is there: it was checked before anything was loaded"
+    return group.safety

@@ -36,9 +36,7 @@ class Choice:
         return self.refused is None
 
 
-def choose(
-    question: Question, groups: Mapping[Way, Group], *, keeps_all: bool = False, margin: float = 0.0
-) -> Choice:
+def choose(question: Question, groups: Mapping[Way, Group], *, keeps_all: bool = False, margin: float = 0.0) -> Choice:
     """The best usable distilled answer, and whether it is learnt; of equal ones the first."""
     plain = safety_of(groups["original"])
     best_plain = max(range(len(plain)), key=plain.__getitem__)
@@ -56,10 +54,10 @@ def choose(
     way, group, place = max(usable, key=lambda one: safety_of(one[1])[one[2]])
     text, score = group.texts[place], safety_of(group)[place]
     refused = None
-    if not keeps_all and not score > original_score + margin:
-        refused = "equal" if score == original_score or text == original else "not_better"
-    elif not keeps_all and text == original:  # its score moves in the last digits with the batch that it is read in
-        refused = "equal"
+    if not keeps_all and (text == original or score == original_score):
+        refused = "equal"  # the same text's score may move in its last digits with the batch that it is read in
+    elif not keeps_all and score <= original_score + margin:
+        refused = "not_better"
     return Choice(
         question=question,
         original=original,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from context_distillation import Config as ContextDistillationConfig
 from llamachat.config.layers import Layers, merged
 from llamachat.config.loading import from_plain, load_recipe
 from llamachat.config.paths import missing
@@ -46,6 +47,10 @@ class Recipe(Section):
     scoring: Scoring = Field(default=Scoring(), description="How reward models' scores become one.")
     rejection_sampling: RejectionSamplingConfig = Field(
         default=RejectionSamplingConfig.model_validate({}), description="Rejection sampling: the best of K answers."
+    )
+    context_distillation: ContextDistillationConfig = Field(
+        default=ContextDistillationConfig.model_validate({}),
+        description="Context distillation: safer answers, sampled under a preprompt, are learnt without it.",
     )
     ppo: PpoConfig = Field(default=PpoConfig.model_validate({}), description="Proximal policy optimisation.")
     rollout: Rollout = Field(default=Rollout(), description="How answers are sampled.")

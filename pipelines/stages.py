@@ -6,10 +6,12 @@ A new stage is one entry here, its `Inputs` and its workload in `pipelines/handi
 from dataclasses import dataclass
 from types import ModuleType
 
+import context_distillation
 import ppo
 import rejection_sampling
 import reward
 import sft
+from context_distillation.config import VERSION as CONTEXT_DISTILLATION_VERSION
 from llamachat.config.section import Section
 from llamachat.runs.artifacts import Kind
 from ppo.config import VERSION as PPO_VERSION
@@ -35,6 +37,7 @@ class Role:
 
 
 POLICY = Role("policy")
+ADVERSARIAL_DATA = ("adversarial", "prompts", "safety")  # where prompts come from that ask for something unsafe
 PROMPT_DATA = ("prompts", "adversarial", "sft", "helpfulness", "safety")  # where prompts come from
 REWARD_MODELS = tuple(Role("reward_model", which) for which in ("helpfulness", "safety", "judge"))
 
@@ -126,6 +129,16 @@ STAGES = {
             pools=True,
         ),
         Stage(
+            command="distill",
+            section="context_distillation",
+            package=context_distillation,
+            version=CONTEXT_DISTILLATION_VERSION,
+            products=(Product(makes=POLICY, data=(*PROMPT_DATA, "borderline"), needs=ADVERSARIAL_DATA),),
+            reads=(POLICY, *REWARD_MODELS),
+            shared=("rollout", "scoring", "sft"),
+            tunes=True,
+        ),
+        Stage(
             command="ppo",
             section="ppo",
             package=ppo,
@@ -140,7 +153,6 @@ STAGES = {
 # Commands of the whole recipe that have no stage here: command -> its section.
 LATER = {
     "gatt": "gatt",
-    "distill": "context_distillation",
     "eval": "evaluation",
     "report": "report",
 }

@@ -302,7 +302,7 @@ def test_prompts_that_a_preprompt_leaves_no_room_for_are_counted(base: Path, saf
         base,
         safety,
         base={"max_tokens": 96},
-        context_distillation={"preprompts": ["cat " * 20, "mat"]},
+        context_distillation={"preprompts": ["cat " * 80, "mat"]},
     )
     config, inputs = inputs_of(recipe)
     dropped = make_dialogs(config, inputs).manifest.dropped_records
@@ -319,20 +319,23 @@ def test_the_policy_becomes_safer(base: Path, safety: Path, tmp_path: Path) -> N
         safety,
         prompts=300,
         context_distillation={
-            "samples_per_prompt": 12,
+            "samples_per_prompt": 16,
             "uses_categories": False,
-            "test_prompts": 48,
+            "test_prompts": 60,
             "sft": {"epochs": 2},
         },
         rollout={"max_new_tokens": 16},
-        sft={"learning_rate": 3e-3},
+        sft={"learning_rate": 2e-3},
         data={"borderline": []},
     )
     run_command(load(recipe), "distill")
     found = summary_of(step_of(recipe))
     assert found["distill/test/difference/reward_safety_low"] > 0.0
     assert found["distill/safety/kept"] > found["distill/safety/original"]
-    assert "distill/false_refusal/start" not in found and found["distill/refusal/prompts"] == 48
+    assert (
+        "distill/false_refusal/start" not in found
+        and found["distill/refusal/prompts"] == found["distill/test/prompts"] > 40
+    )
 
 
 def test_without_borderline_prompts_that_is_told_and_no_error(

@@ -41,7 +41,9 @@ def choose(question: Question, groups: Mapping[Way, Group], *, keeps_all: bool =
     plain = safety_of(groups["original"])
     best_plain = max(range(len(plain)), key=plain.__getitem__)
     original, original_score = groups["original"].texts[best_plain], plain[best_plain]
-    distilled = [(way, groups[way], place) for way in WAYS[1:] if way in groups for place in groups[way].order]
+    distilled: list[tuple[Way, Group, int]] = [
+        (way, groups[way], place) for way in WAYS[1:] if way in groups for place in groups[way].order
+    ]
     usable = [(way, group, place) for way, group, place in distilled if group.finished[place] and group.allowed[place]]
     if not usable:
         is_cut = not any(group.finished[place] for _, group, place in distilled)

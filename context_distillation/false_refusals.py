@@ -12,7 +12,7 @@ from llamachat.answers.responses import sample
 from llamachat.answers.scorer import longest_prompt
 from llamachat.answers.store import Store
 from llamachat.questions import load_borderline
-from llamachat.refusals import labelled_answers, train_classifier
+from llamachat.refusals import everyday_answers, labelled_answers, train_classifier
 from llamachat.statistics import paired_bootstrap, wilson
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def refusal_figures(
     borderline: Mapping[str, Sequence[str]], adversarial: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
     """Shares of refusals by moment with 95% intervals, and what tells them; answers are listed by moment."""
-    classifier = train_classifier(labelled_answers())
+    classifier = train_classifier(labelled_answers(), everyday_answers())
     found = {
         "distill/refusal_classifier_accuracy": classifier.accuracy,
         "distill/refusal_classifier_accuracy_low": classifier.low,

@@ -8,7 +8,14 @@ from llamachat import refusals
 from llamachat.config.sections import DataSource
 from llamachat.errors import DataError
 from llamachat.records import read_records
-from llamachat.refusals import LabelledAnswer, RefusalClassifier, labelled_answers, train_classifier
+from llamachat.refusals import (
+    EVERYDAY_ANSWERS,
+    LabelledAnswer,
+    RefusalClassifier,
+    everyday_answers,
+    labelled_answers,
+    train_classifier,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,7 +27,7 @@ def answers() -> list[LabelledAnswer]:
 
 @pytest.fixture(scope="module")
 def classifier(answers: list[LabelledAnswer]) -> RefusalClassifier:
-    return train_classifier(answers)
+    return train_classifier(answers, everyday_answers())
 
 
 def test_the_bundled_labels_are_read_each_answer_to_a_prompt_once(answers: list[LabelledAnswer]) -> None:
@@ -39,9 +46,11 @@ def test_no_borderline_prompt_was_trained_on(answers: list[LabelledAnswer]) -> N
     assert not {one.prompt for one in answers} & {prompt.messages[-1].content for prompt in prompts}
 
 
-def test_it_is_right_far_more_often_than_the_larger_class(classifier: RefusalClassifier) -> None:
+def test_it_is_right_far_more_often_than_the_larger_class(
+    classifier: RefusalClassifier, answers: list[LabelledAnswer]
+) -> None:
     assert classifier.low < classifier.accuracy < classifier.high < 1.0
-    assert classifier.low > 0.95 and classifier.answers > 500
+    assert classifier.low > 0.95 and classifier.answers == len(answers), "everyday answers count for nothing"
 
 
 def test_accuracy_is_that_on_prompts_that_were_not_seen() -> None:
@@ -76,11 +85,14 @@ def test_nothing_is_asked_of_no_answers(classifier: RefusalClassifier) -> None:
     assert classifier.are_refusals([]) == []
 
 
-def test_everyday_answers_are_seldom_taken_for_refusals(classifier: RefusalClassifier) -> None:
-    source = DataSource(path=str(ROOT / "data" / "sft" / "chat.jsonl.gz"), limit=600)
+@pytest.mark.parametrize("name", ["chat", "questions", "role_play"])
+def test_everyday_answers_that_it_did_not_see_are_not_taken_for_refusals(
+    name: str, classifier: RefusalClassifier
+) -> None:
+    source = DataSource(path=str(ROOT / "data" / "sft" / f"{name}.jsonl.gz"), limit=700)
     dialogs = read_records(source, "dialog", lambda messages, *, field="messages": None).records
-    named = classifier.are_refusals([dialog.messages[-1].content for dialog in dialogs])
-    assert sum(named) / len(named) < 0.04
+    unseen = [dialog.messages[-1].content for dialog in dialogs[EVERYDAY_ANSWERS:]]
+    assert sum(classifier.are_refusals(unseen)) / len(unseen) < 0.01 and len(unseen) >= 250
 
 
 def test_labels_that_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def choose(question: Question, groups: Mapping[Way, Group], *, keeps_all: bool =
     distilled: list[tuple[Way, Group, int]] = [
         (way, groups[way], place) for way in WAYS[1:] if way in groups for place in groups[way].order
     ]
-    usable = [(way, group, place) for way, group, place in distilled if group.finished[place] and group.allowed[place]]
+    usable = [one for one in distilled if one[1].finished[one[2]] and one[1].allowed[one[2]]]
     if not usable:
         is_cut = not any(group.finished[place] for _, group, place in distilled)
         return Choice(

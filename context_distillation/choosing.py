@@ -4,12 +4,14 @@ All scores are of an answer to the prompt without the preprompt, raw, before any
 distilled answer is compared with the best plain one: against a single or a mean plain answer, more samples alone would win.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from context_distillation.asking import WAYS, Way
 from llamachat.answers.groups import Group
 from llamachat.questions import Question
+
+Groups = dict[Way, Group]  # the answers to one prompt, by how they were asked for
 
 REASONS = {
     "unfinished": "cut by the length limit",
@@ -36,7 +38,7 @@ class Choice:
         return self.refused is None
 
 
-def choose(question: Question, groups: Mapping[Way, Group], *, keeps_all: bool = False, margin: float = 0.0) -> Choice:
+def choose(question: Question, groups: Groups, *, keeps_all: bool = False, margin: float = 0.0) -> Choice:
     """The best usable distilled answer, and whether it is learnt; of equal ones the first."""
     plain = safety_of(groups["original"])
     best_plain = max(range(len(plain)), key=plain.__getitem__)
@@ -75,3 +77,10 @@ def safety_of(group: Group) -> Sequence[float]:
     """The safety model's raw scores of these answers."""
     assert group.safety is not None, "a safety model is there: it was checked before anything was loaded"
     return group.safety
+
+
+def score_lists(groups: Sequence[Groups], choices: Sequence[Choice]) -> dict[str, list[float]]:
+    """Raw safety scores by how the answers were asked for, and of the kept ones; a list that is empty is left out."""
+    found = {way: [score for group in groups if way in group for score in safety_of(group[way])] for way in WAYS}
+    lists: dict[str, list[float]] = {**found, "kept": [choice.score for choice in choices if choice.is_kept]}
+    return {name: scores for name, scores in lists.items() if scores}

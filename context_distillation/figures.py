@@ -4,9 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from context_distillation.asking import WAYS
-from context_distillation.choosing import Choice, safety_of
-from context_distillation.sampling import Groups
+from context_distillation.choosing import Choice
 from llamachat.tracking.curves import save_png
 
 _BINS = 25
@@ -16,13 +14,6 @@ _MEANINGS = {
     "template": "answer template of the category",
     "kept": "kept, to be learnt",
 }
-
-
-def score_lists(groups: Sequence[Groups], choices: Sequence[Choice]) -> dict[str, list[float]]:
-    """Raw safety scores by how the answers were asked for, and of the kept ones; a list that is empty is left out."""
-    found = {way: [score for group in groups if way in group for score in safety_of(group[way])] for way in WAYS}
-    lists: dict[str, list[float]] = {**found, "kept": [choice.score for choice in choices if choice.is_kept]}
-    return {name: scores for name, scores in lists.items() if scores}
 
 
 def draw_scores(lists: Mapping[str, Sequence[float]], choices: Sequence[Choice], path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from zlib import crc32
 
 from context_distillation.asking import WAYS, Asked, Way, asked_prompts
-from context_distillation.choosing import REASONS, Choice, choose, safety_of
+from context_distillation.choosing import REASONS, Choice, Groups, choose, safety_of, score_lists
 from context_distillation.config import Config, Inputs
 from llamachat.answers.desk import Desk
 from llamachat.answers.groups import Group, batches_of, scored_groups
@@ -26,8 +26,6 @@ from llamachat.training.trainer import peak_memory
 log = logging.getLogger(__name__)
 
 SHOWN = 4  # prompts of a batch whose plain and best distilled answer a person is shown
-
-Groups = dict[Way, Group]
 
 
 @dataclass(slots=True)
@@ -75,6 +73,8 @@ class Distilling:
                     tracker.samples(number, _shown(choices))
                 if number > done:
                     progress.step(number, f"kept {sum(choice.is_kept for choice in choices)} of {len(choices)}")
+        for name, scores in score_lists(self.groups, self.choices).items():
+            tracker.histogram(len(train), f"safety/{name}", scores)
         self.dropped.update(left_out(self.choices))
         return step_figures(self.groups, self.choices) | {
             "time/rollout_s": sum(row["time/step_s"] for row in rows),

@@ -12,10 +12,10 @@ import logging
 from transformers.utils import logging as transformers_logging
 
 from context_distillation.asking import check_preprompts
-from context_distillation.choosing import Choice
+from context_distillation.choosing import Choice, score_lists
 from context_distillation.config import Config, Inputs
 from context_distillation.false_refusals import MOMENTS, answer_borderline, refusal_figures, refusal_table
-from context_distillation.figures import draw_scores, score_lists
+from context_distillation.figures import draw_scores
 from context_distillation.sampling import Distilling
 from llamachat.answers import making
 from llamachat.answers.desk import Desk, open_desk
@@ -65,8 +65,6 @@ def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
         log.info("%d of %d distilled answers are kept; %s", len(kept), len(distilling.choices), left_out)
         lists = score_lists(distilling.groups, distilling.choices)
         draw_scores(lists, distilling.choices, folder.figures / "safety_scores.png")
-        for name, scores in lists.items():
-            tracker.histogram(len(distilling.groups), f"safety/{name}", scores)
         tracker.sync()
         # Before the dialogs, which end this part: a command killed between the two would never come back to write it.
         tracker.summary(figures)

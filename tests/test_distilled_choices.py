@@ -1,5 +1,6 @@
 """Which distilled answers are learnt, by hand-made scores; preprompts and categories; what the stage refuses."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from llamachat.chat_format import ChatFormat
 from llamachat.dialog import Message
 from llamachat.errors import ConfigError, DataError
 from llamachat.questions import Question
+from llamachat.records import read_records
 from pipelines.recipe import load
 from pipelines.running import run_command
 from tests.tiny_distilling import batches_in, inputs_of, step_of, write_recipe, write_roomy_base
 from tests.tiny_roles import FULL, World
 
+ROOT = Path(__file__).resolve().parents[1]
 ASKED = Question((Message("user", "How?"),), (1, 5, 6), True, "q1")
 
 
@@ -129,6 +132,22 @@ def test_bundled_preprompts_and_templates_can_stand_in_a_dialog(tiny_format: Cha
 )
 def test_a_category_is_known_by_the_prompts_id(name: str, category: str | None) -> None:
     assert category_of(name, {"fraud": ["fraud-*"], "hate": ["x", "hate-0[0-4]"], "other": ["fraud-1*"]}) == category
+
+
+def test_the_bundled_recipe_knows_the_category_of_every_prompt_of_catqa_and_of_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = load(ROOT / "configs" / "tiny.yaml")
+    found: Counter[str] = Counter()
+    for source in (*recipe.data.adversarial, *recipe.data.prompts):
+        for record in read_records(source, "prompt", lambda messages, *, field="messages": None).records:
+            category = category_of(record.id or "", recipe.context_distillation.categories)
+            assert (category is not None) is (record.id or "").startswith("catqa"), record.id
+            found[category or ""] += 1
+    # Tens of questions a topic, less those that were left out: five topics but for the first two and the sixth.
+    assert found["malware"] == found["physical harm"] == found["violation of privacy"] == 50
+    assert sum(found.values()) - found[""] == 344
 
 
 # --- what is refused

@@ -5,13 +5,13 @@ dialog; answers are sampled with the present policy; for training it stays in th
 and the loss is on the last answer alone, so that a model learns to attend to it from afar.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gatt.sequences import Turns
+from llamachat.answers import making
 from llamachat.answers.groups import is_allowed
 from llamachat.answers.responses import Response
 from llamachat.chat_format import ChatFormat
@@ -30,8 +30,6 @@ from llamachat.rollout.engine import Completion, RolloutEngine, Sampling
 from llamachat.splits import fraction
 
 Rank = Callable[[Sequence[Sequence[Response]]], list[list[int]]]  # places of each prompt's answers, best first
-
-SAMPLED = "sampled"  # the key of a dialog under which its origin stands
 
 
 @dataclass(slots=True)
@@ -149,12 +147,12 @@ def speak(speaker: Speaker, conversations: Sequence[Conversation], sampling: Seq
 
 def dialog_line(made: Made, step: str) -> str:
     """A dialog as it is stored: the instruction in the first turn, and the last answer to be learnt."""
-    messages: list[dict[str, Any]] = [{"role": "system", "content": made.instruction}]
-    for place, (turn, answer) in enumerate(zip(made.turns, made.answers, strict=True), start=1):
-        messages.append({"role": "user", "content": turn})
-        learnt = {} if place == len(made.turns) else {"train": False}
-        messages.append({"role": "assistant", "content": answer, **learnt})
-    return json.dumps({"messages": messages, SAMPLED: {"step": step, "families": made.families}}) + "\n"
+    context = [Message("system", made.instruction)]
+    for turn, answer in zip(made.turns, [*made.answers[:-1], None], strict=True):
+        context.append(Message("user", turn))
+        if answer is not None:
+            context.append(Message("assistant", answer))
+    return making.dialog_line(context, made.answers[-1], {"step": step, "families": made.families})
 
 
 def counted(conversations: Sequence[Conversation]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Base, Data, DataSource, Rollout
 from llamachat.dialog import Message
 from llamachat.errors import ConfigError, DataError
-from llamachat.records import Prompt, load_mixture
+from llamachat.records import Prompt, load_mixture, read_records
 from llamachat.splits import fraction
 
 log = logging.getLogger(__name__)
@@ -74,29 +74,56 @@ def check_room(base: Base, rollout: Rollout) -> None:
 
 
 def load_questions(
-    data: Data, chat_format: ChatFormat, *, system: str | None, max_tokens: int, held_out: tuple[int, int], seed: int
+    data: Data,
+    chat_format: ChatFormat,
+    *,
+    system: str | None,
+    max_tokens: int,
+    held_out: tuple[int, int],
+    seed: int,
+    only_safety: bool = False,
 ) -> Questions:
-    """The prompts, shortened to `max_tokens`; `held_out` are the sizes of the validation and of the test side."""
+    """The prompts, shortened to `max_tokens`; `held_out` are the sizes of the validation and of the test side.
+
+    With `only_safety` those alone that are marked is_safety.
+    """
     dropped: Counter[str] = Counter()
     sides: dict[str, list[Question]] = {"train": [], "validation": [], "test": []}
     for sources, is_safety in _parts(data):
         mixture = load_mixture(sources, data.split, kind="prompt", check=chat_format.check_text, seed=seed)
         dropped.update(mixture.dropped)
         for side, prompts in (("train", mixture.train), ("validation", mixture.validation), ("test", mixture.test)):
+            asked = [prompt for prompt in prompts if is_safety or prompt.is_safety or not only_safety]
             sides[side] += _encoded(
-                prompts, chat_format, is_safety=is_safety, system=system, max_tokens=max_tokens, dropped=dropped
+                asked, chat_format, is_safety=is_safety, system=system, max_tokens=max_tokens, dropped=dropped
             )
     for reason, count in sorted(dropped.items()):
         log.warning("%d prompts: %s", count, reason)
     for side, share in (("train", "data.split"), ("validation", "data.split.validation"), ("test", "data.split.test")):
         if not sides[side]:
+            what, key = ("prompt", "data.prompts")
+            if only_safety:
+                what, key = "adversarial prompt (under data.adversarial, or marked is_safety)", "data.adversarial"
             raise DataError(
-                f"data.prompts: after splitting by first user turn, no prompt of at most {max_tokens} tokens is left on "
+                f"{key}: after splitting by first user turn, no {what} of at most {max_tokens} tokens is left on "
                 f"the {side} side. A policy learns on one side, is watched on the second and judged on the third. Add prompts, "
                 f"or change {share}."
             )
     validation, test = (_chosen(sides[side], size) for side, size in zip(("validation", "test"), held_out, strict=True))
     return Questions(sides["train"], validation, test, dict(dropped))
+
+
+def load_borderline(
+    data: Data, chat_format: ChatFormat, *, system: str | None, max_tokens: int, count: int
+) -> list[Question]:
+    """So many prompts of `data.borderline`, of both sides of the split, since no step learns from them."""
+    prompts = [
+        prompt
+        for source in data.borderline
+        for prompt in read_records(source, "prompt", chat_format.check_text).records
+    ]
+    found = _encoded(prompts, chat_format, is_safety=False, system=system, max_tokens=max_tokens, dropped=Counter())
+    return _chosen(found, count)
 
 
 def _parts(data: Data) -> list[tuple[tuple[DataSource, ...], bool]]:

@@ -184,6 +184,18 @@ def ghost_attention(
 
 @app.command()
 @reported
+def distill(
+    overrides: Overrides = None,
+    config: ConfigOption = TINY,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Context distillation: safer answers, sampled under a preprompt, are learnt without it (4.2.4)."""
+    _run("distill", config, overrides, overwrite=overwrite, dry_run=dry_run)
+
+
+@app.command()
+@reported
 def ppo(
     overrides: Overrides = None,
     config: ConfigOption = TINY,
@@ -221,7 +233,6 @@ def _add_later(command: str, meaning: str) -> None:
         raise UsageError(not_yet(f"'{command}'"))
 
 
-_add_later("distill", "Safety context distillation (4.2.4).")
 _add_later("eval", "Evaluation of every policy on held-out prompts.")
 _add_later("report", "Report on a run.")
 

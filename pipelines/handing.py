@@ -4,14 +4,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import sft
+from context_distillation.config import Config as ContextDistillationConfig
+from context_distillation.config import Inputs as ContextDistillationInputs
+from context_distillation.estimate import num_kept
 from gatt.config import Config as GattConfig
 from gatt.config import Inputs as GattInputs
-from gatt.estimate import Workload as GattWorkload
 from llamachat.config.gpus import Gpu
 from llamachat.config.layers import merged
 from llamachat.config.loading import from_plain
 from llamachat.config.sections import DataSource, Split
 from llamachat.models.estimates import Estimate, Shape
+from llamachat.models.sampling_estimate import Workload as SamplingWorkload
 from llamachat.runs.artifacts import MANIFEST, Artifact, Tune, read_artifact
 from llamachat.runs.folder import StepFolder
 from pipelines.data_size import HUB_TOKENS, DataSize, measure_data
@@ -22,7 +25,6 @@ from ppo.config import Inputs as PpoInputs
 from ppo.estimate import Workload as PpoWorkload
 from rejection_sampling.config import Config as RejectionSamplingConfig
 from rejection_sampling.config import Inputs as RejectionSamplingInputs
-from rejection_sampling.estimate import Workload as RejectionSamplingWorkload
 from rejection_sampling.estimate import num_winners
 from reward.config import Config as RewardConfig
 from reward.config import Inputs as RewardInputs
@@ -85,6 +87,17 @@ def _gatt_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, 
     )
 
 
+def _distill_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> ContextDistillationInputs:
+    return ContextDistillationInputs(
+        **shared,
+        rollout=step.rollout,
+        scoring=recipe.scoring,
+        tune=tuner(recipe, step, taken, shared),
+        policy=taken.policy,
+        reward_models=taken.reward_models,
+    )
+
+
 def tuner(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> Tune:
     """Supervised tuning on the dialogs that a step has made, in the step's folder."""
 
@@ -126,6 +139,7 @@ _INPUTS: Mapping[str, Callable[[Recipe, Step, Taken, Mapping[str, Any]], Any]] =
     "rm": _reward_inputs,
     "rs": _rs_inputs,
     "gatt": _gatt_inputs,
+    "distill": _distill_inputs,
     "ppo": _ppo_inputs,
 }
 
@@ -160,52 +174,59 @@ def _reward_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) 
     )
 
 
-def _rs_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> RejectionSamplingWorkload:
-    placing = place_roles(recipe, step, shape)
+def _rs_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> SamplingWorkload:
+    assert isinstance(step.config, RejectionSamplingConfig)
     prompts = _measured((recipe.data.prompts, recipe.data.adversarial), hub_tokens=HUB_TOKENS)
     if prompts is not None and not prompts.records:
         prompts = _measured((recipe.data.sft, recipe.data.helpfulness, recipe.data.safety), hub_tokens=HUB_TOKENS)
-    assert isinstance(step.config, RejectionSamplingConfig)
-    num_prompts = None if prompts is None else round(prompts.records * train_share(recipe.data.split))
-    winners = SftWorkload(
+    asked = _on_train_side(recipe, prompts)
+    return _sampling_workload(recipe, step, shape, gpu, asked=asked, learnt=num_winners(step.config, asked))
+
+
+def _distill_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> SamplingWorkload:
+    assert isinstance(step.config, ContextDistillationConfig)
+    # What is marked is_safety among other prompts is not counted: nobody knows without reading them all.
+    prompts = _measured((recipe.data.adversarial,), hub_tokens=HUB_TOKENS)
+    if prompts is not None and not prompts.records:
+        prompts = _measured((recipe.data.prompts or recipe.data.safety,), hub_tokens=HUB_TOKENS)
+    asked = _on_train_side(recipe, prompts)
+    return _sampling_workload(recipe, step, shape, gpu, asked=asked, learnt=num_kept(step.config, asked))
+
+
+def _on_train_side(recipe: Recipe, records: DataSize | None) -> int | None:
+    return None if records is None else round(records.records * train_share(recipe.data.split))
+
+
+def _sampling_workload(
+    recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None, *, asked: int | None, learnt: int | None
+) -> SamplingWorkload:
+    """Of a step that samples answers to so many prompts and tunes on so many dialogs."""
+    placing = place_roles(recipe, step, shape)
+    dialogs = SftWorkload(
         shape=shape,
         base=recipe.base,
         tuning=step.tuning,
-        dialogs=num_winners(step.config, num_prompts),
+        dialogs=learnt,
         tokens_per_dialog=min(TOKENS_OF_A_WINNER, recipe.base.max_tokens),
         gpu=gpu,
     )
-    return RejectionSamplingWorkload(
+    own: Any = step.config  # has values over the section sft, as all sections of steps that tune
+    return SamplingWorkload(
         shape=shape,
         base=recipe.base,
         tuning=step.tuning,
         rollout=step.rollout,
-        prompts=num_prompts,
-        tuned=sft.estimate(_tuning_section(recipe, step.config.sft), winners),
+        prompts=asked,
+        tuned=sft.estimate(_tuning_section(recipe, own.sft), dialogs),
         sharing=placing.sharing,
         beside=placing.beside,
         gpu=gpu,
     )
 
 
-def _gatt_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> GattWorkload:
+def _gatt_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> SamplingWorkload:
     assert isinstance(step.config, GattConfig)
-    dialogs = SftWorkload(
-        shape=shape,
-        base=recipe.base,
-        tuning=step.tuning,
-        dialogs=step.config.dialogs,
-        tokens_per_dialog=min(TOKENS_OF_A_WINNER, recipe.base.max_tokens),
-        gpu=gpu,
-    )
-    return GattWorkload(
-        shape=shape,
-        base=recipe.base,
-        tuning=step.tuning,
-        rollout=step.rollout,
-        tuned=sft.estimate(_tuning_section(recipe, step.config.sft), dialogs),
-        gpu=gpu,
-    )
+    return _sampling_workload(recipe, step, shape, gpu, asked=None, learnt=step.config.dialogs)
 
 
 def _ppo_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> PpoWorkload:
@@ -260,5 +281,6 @@ _WORKLOADS: Mapping[str, Callable[[Recipe, Step, Shape, Gpu | None], Any]] = {
     "rm": _reward_workload,
     "rs": _rs_workload,
     "gatt": _gatt_workload,
+    "distill": _distill_workload,
     "ppo": _ppo_workload,
 }

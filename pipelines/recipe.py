@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from context_distillation import Config as ContextDistillationConfig
 from gatt import Config as GattConfig
 from llamachat.config.layers import Layers, merged
 from llamachat.config.loading import from_plain, load_recipe
@@ -50,6 +51,10 @@ class Recipe(Section):
     )
     gatt: GattConfig = Field(
         default=GattConfig.model_validate({}), description="Ghost Attention: instructions that hold over many turns."
+    )
+    context_distillation: ContextDistillationConfig = Field(
+        default=ContextDistillationConfig.model_validate({}),
+        description="Context distillation: safer answers, sampled under a preprompt, are learnt without it.",
     )
     ppo: PpoConfig = Field(default=PpoConfig.model_validate({}), description="Proximal policy optimisation.")
     rollout: Rollout = Field(default=Rollout(), description="How answers are sampled.")

@@ -6,11 +6,13 @@ A new stage is one entry here, its `Inputs` and its workload in `pipelines/handi
 from dataclasses import dataclass
 from types import ModuleType
 
+import context_distillation
 import gatt
 import ppo
 import rejection_sampling
 import reward
 import sft
+from context_distillation.config import VERSION as CONTEXT_DISTILLATION_VERSION
 from gatt.config import VERSION as GATT_VERSION
 from llamachat.config.section import Section
 from llamachat.runs.artifacts import Kind
@@ -37,6 +39,7 @@ class Role:
 
 
 POLICY = Role("policy")
+ADVERSARIAL_DATA = ("adversarial", "prompts", "safety")  # where prompts come from that ask for something unsafe
 PROMPT_DATA = ("prompts", "adversarial", "sft", "helpfulness", "safety")  # where prompts come from
 REWARD_MODELS = tuple(Role("reward_model", which) for which in ("helpfulness", "safety", "judge"))
 
@@ -138,6 +141,16 @@ STAGES = {
             tunes=True,
         ),
         Stage(
+            command="distill",
+            section="context_distillation",
+            package=context_distillation,
+            version=CONTEXT_DISTILLATION_VERSION,
+            products=(Product(makes=POLICY, data=(*PROMPT_DATA, "borderline"), needs=ADVERSARIAL_DATA),),
+            reads=(POLICY, *REWARD_MODELS),
+            shared=("rollout", "scoring", "sft"),
+            tunes=True,
+        ),
+        Stage(
             command="ppo",
             section="ppo",
             package=ppo,
@@ -151,7 +164,6 @@ STAGES = {
 
 # Commands of the whole recipe that have no stage here: command -> its section.
 LATER = {
-    "distill": "context_distillation",
     "eval": "evaluation",
     "report": "report",
 }

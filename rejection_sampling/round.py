@@ -10,14 +10,13 @@ Killed at any moment, the same call goes on: each batch of answers is written do
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
 from llamachat.answers.desk import Desk, open_desk
-from llamachat.answers.evaluation import Evaluation, comparison, comparison_table
+from llamachat.answers.evaluation import comparison, comparison_table
 from llamachat.answers.groups import Sampler
-from llamachat.answers.making import record, run_parts, setting_of, show_figures
+from llamachat.answers.making import both_evaluations, first_evaluation, record, run_parts, setting_of, show_figures
 from llamachat.answers.pictures import draw_comparison
 from llamachat.answers.store import Store
 from llamachat.errors import ConfigError
@@ -74,13 +73,7 @@ def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
 def compare(config: Config, inputs: Inputs, tuned: Artifact) -> None:
     """Final figures: the tuned policy against the one before on test prompts, and the pictures."""
     folder, store = StepFolder(inputs.folder), Store(StepFolder(inputs.folder).sampling)
-    first = store.kept("test-first", lambda: _never("the round's first policy was evaluated"))
-    desk = _open(config, inputs, tuned)
-
-    def evaluate() -> dict[str, Any]:
-        return desk.evaluate(Constants.from_plain(first["constants"]))[0].to_plain()
-
-    start, final = Evaluation.from_plain(first["evaluation"]), Evaluation.from_plain(store.kept("test-final", evaluate))
+    start, final = both_evaluations(_open(config, inputs, tuned), store)
     figures = comparison("rs", start, final)
     log.info("%s", comparison_table("rs", figures))
     if figures["rs/test/difference/score"] <= 0:
@@ -105,17 +98,6 @@ def check_settings(config: Config, inputs: Inputs) -> None:
             "temperature 0 all answers to a prompt are the same one, and there is nothing to choose. Set it to 1, or "
             "rejection_sampling.temperature to sweep."
         )
-
-
-def first_evaluation(desk: Desk, store: Store) -> tuple[Evaluation, Constants]:
-    """The round's first policy on test prompts, and the scale that all scores of the round are told on."""
-
-    def make() -> dict[str, Any]:
-        evaluation, constants = desk.evaluate(None)
-        return {"evaluation": evaluation.to_plain(), "constants": constants.to_plain()}
-
-    values = store.kept("test-first", make)
-    return Evaluation.from_plain(values["evaluation"]), Constants.from_plain(values["constants"])
 
 
 def draw_sweep(
@@ -163,7 +145,3 @@ def _temperatures(config: Config, inputs: Inputs, curves: Sequence[Curve]) -> tu
     if config.temperature is None:
         return (inputs.rollout.temperature,)
     return config.temperature if isinstance(config.temperature, tuple) else (config.temperature,)
-
-
-def _never(reason: str) -> Any:
-    raise AssertionError(reason)

@@ -5,12 +5,12 @@ Earlier winners are read from the dialogs that their steps published (a user may
 the present models, all by their texts, so that only the answers differ.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llamachat.answers import making
 from llamachat.answers.desk import Desk
 from llamachat.answers.groups import Group
 from llamachat.answers.responses import Response
@@ -24,8 +24,6 @@ from llamachat.runs.artifacts import DIALOGS
 
 if TYPE_CHECKING:
     from llamachat.runs.artifacts import Artifact
-
-SAMPLED = "sampled"  # the key of a dialog under which its origin stands
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,21 +130,16 @@ def _scored_again(desk: Desk, winners: Sequence[Winner]) -> list[Winner]:
 
 
 def dialog_line(winner: Winner) -> str:
-    """A dialog as it is published: the winner is learnt, answers of the prompt's own context are not."""
-    messages: list[dict[str, Any]] = []
-    for message in winner.question.messages:
-        read_only = {"train": False} if message.role == "assistant" else {}
-        messages.append({"role": message.role, "content": message.content, **read_only})
-    messages.append({"role": "assistant", "content": winner.text})
+    """A dialog as it is published."""
     origin = {
         "round": winner.round,
         "id": winner.question.name,
         "is_safety": winner.question.is_safety,
         "score": round(winner.score, 6),
     }
-    return json.dumps({"messages": messages, SAMPLED: origin}) + "\n"
+    return making.dialog_line(winner.question.messages, winner.text, origin)
 
 
 def _origin(row: object) -> Mapping[str, Any]:
-    origin = row.get(SAMPLED) if isinstance(row, Mapping) else None
+    origin = row.get(making.SAMPLED) if isinstance(row, Mapping) else None
     return origin if isinstance(origin, Mapping) else {}

@@ -47,6 +47,7 @@ ORDER = (
     "splits",
     "records",
     "constraints",
+    "refusals",
     "data_check",
     "turn_mends",
     "loose_rows",
@@ -74,7 +75,7 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base
 HEAVY = ("torch", "trl", "transformers", "datasets", "wandb", "peft", "accelerate", "bitsandbytes")
 # What works on tensors or arrays (numpy sets an environment variable when it loads); all else is loaded by commands that
 # train nothing: help, plans, refusals.
-ON_ARRAYS = {"batching", "kl", "logprobs", "masked", "statistics"}
+ON_ARRAYS = {"batching", "kl", "logprobs", "masked", "refusals", "statistics"}
 ON_TENSORS = ON_ARRAYS | {"answers", "models", "questions", "rollout", "scoring", "training"}
 
 
@@ -310,7 +311,6 @@ HOLDERS: tuple[tuple[type[Section], set[str], str], ...] = (
 )
 # Keys of the recipe that nothing reads yet, by what will. A stage that comes takes its keys out of here.
 READ_LATER = {
-    "Data.borderline": "evaluation",
     **{f"Recipe.{stage.section}": "by Stage.section" for stage in STAGES.values() if stage.command != "sft"},
 }
 

@@ -107,7 +107,9 @@ def test_unknown_commands_and_options_are_2(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("command", LATER)
 def test_commands_of_later_stages_say_so_in_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--config", "configs/tiny.yaml", "ppo.kl_coef=0.02"]) == 2
-    expected = f"llamachat: '{command}' is not part of this version yet. What there is: sft, rm, rs, gatt, ppo.\n"
+    expected = (
+        f"llamachat: '{command}' is not part of this version yet. What there is: sft, rm, rs, gatt, distill, ppo.\n"
+    )
     assert capsys.readouterr().err == expected
 
 

@@ -153,15 +153,18 @@ def test_the_resolved_recipe_has_the_same_steps(tmp_path: Path) -> None:
 
 
 REFUSED_STEPS: list[tuple[Any, str]] = [
-    ([], "steps: empty, so nothing would run. Known: sft, rm, rs, gatt, ppo."),
+    ([], "steps: empty, so nothing would run. Known: sft, rm, rs, gatt, distill, ppo."),
     ("sft", "steps: found the text 'sft', but a list is required."),
     (["smt"], "steps.0: there is no step 'smt'. Did you mean 'sft'?"),
-    (["qqq"], "steps.0: there is no step 'qqq'. Known: sft, rm, rs, gatt, ppo, rm/helpfulness, rm/safety, rm/judge."),
     (
-        ["sft", "distill"],
-        "steps.1: the step 'distill' is not part of this version yet. What there is: sft, rm, rs, gatt, ppo.",
+        ["qqq"],
+        "steps.0: there is no step 'qqq'. Known: sft, rm, rs, gatt, distill, ppo, rm/helpfulness, rm/safety, rm/judge.",
     ),
-    ([{"distill": {"name": "distill-1"}}], "steps.0: the step 'distill' is not part of this version yet."),
+    (
+        ["sft", "eval"],
+        "steps.1: the step 'eval' is not part of this version yet. What there is: sft, rm, rs, gatt, distill, ppo.",
+    ),
+    ([{"eval": {"name": "eval-1"}}], "steps.0: the step 'eval' is not part of this version yet."),
     ([3], "steps.0: found the number 3, but a command, or one command with its values, is required"),
     ([{"sft": {}, "rm": {}}], "steps.0: found a mapping with the keys sft, rm, but a command"),
     ([{"sft": 3}], "steps.0: found the number 3 under 'sft', but a mapping is required"),
@@ -226,7 +229,7 @@ def test_a_fault_of_a_section_is_told_once_and_not_at_each_step(tmp_path: Path) 
 
 def test_sections_of_later_stages_say_so(tmp_path: Path) -> None:
     for section in LATER_SECTIONS:
-        expected = f"{section}: the section '{section}' is not part of this version yet. What there is: sft, rm, rs, gatt, ppo."
+        expected = f"{section}: the section '{section}' is not part of this version yet. What there is: sft, rm, rs, gatt, distill, ppo."
         assert expected in report(write_recipe(tmp_path), [f"{section}.x=1"])
 
 

@@ -70,18 +70,24 @@ def open_desk(
     policy: "Artifact | None",
     reward_models: "Mapping[str, Artifact]",
     held_out: tuple[int, int] | None,
+    only_safety: bool = False,
     scores: bool = True,
 ) -> Desk:
     """Check what can be checked without weights, then load.
 
-    `held_out` are the sizes of validation and test side; None asks no prompts. Without `scores` no reward model is loaded.
+    `held_out` are the sizes of validation and test side; None asks no prompts. With `only_safety` the prompts are those
+    alone that are marked is_safety, and the safety model is there in any case. Without `scores` no reward model is loaded.
     """
     check_room(setting.base, setting.rollout)
     bank = open_roles(
         policy=policy,
         base=setting.base,
         tuning=setting.tuning,
-        reward_models=checked_models(setting.scoring, reward_models) if scores else {},
+        reward_models=checked_models(
+            setting.scoring, reward_models, also=("judge", "safety") if only_safety else ("judge",)
+        )
+        if scores
+        else {},
         critic=None,
         seed=setting.run.seed,
     )
@@ -94,6 +100,7 @@ def open_desk(
             max_tokens=longest_prompt(setting.base, setting.rollout, bank),
             held_out=held_out,
             seed=setting.run.seed,
+            only_safety=only_safety,
         )
     scorer = Scorer(bank, combiner(setting.scoring))
     return Desk(setting, bank, open_engine(bank, setting.rollout), scorer, questions)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from llamachat.answers.desk import Desk
 from llamachat.answers.responses import Response, sample
@@ -12,6 +12,8 @@ from llamachat.questions import Question
 from llamachat.rollout.engine import RolloutEngine, Sampling
 from llamachat.scoring.ranking import ranking
 from llamachat.scoring.standardising import Constants, standardise
+
+Q = TypeVar("Q")
 
 ANSWERS_PER_BATCH = 1024  # sampled and written down together: many rows keep an engine busy, few lose little to a kill
 
@@ -58,8 +60,8 @@ class Group:
         return Group(**values)
 
 
-def batches_of(questions: Sequence[Question], samples_per_prompt: int) -> list[tuple[Question, ...]]:
-    """The prompts in batches of bounded size, always the same ones: a batch is what a random seed belongs to."""
+def batches_of(questions: Sequence[Q], samples_per_prompt: int) -> list[tuple[Q, ...]]:
+    """The prompts, in whatever form, in batches of bounded size, always the same ones: a batch is what a random seed belongs to."""
     size = max(1, ANSWERS_PER_BATCH // samples_per_prompt)
     return [tuple(questions[first : first + size]) for first in range(0, len(questions), size)]
 

@@ -5,6 +5,7 @@ each part is there whole before the next begins, so that a killed command goes o
 """
 
 import gc
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from llamachat.answers.desk import Setting
+from llamachat.answers.desk import Desk, Setting
+from llamachat.answers.evaluation import Evaluation
+from llamachat.answers.store import Store
 from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
 from llamachat.runs.artifacts import (
     DIALOGS,
@@ -28,12 +31,18 @@ from llamachat.runs.artifacts import (
 from llamachat.runs.atomic import write_text
 from llamachat.runs.folder import StepFolder
 from llamachat.scoring.models import named_models
+from llamachat.scoring.standardising import Constants
 from llamachat.tracking.tracker import Tracker, open_tracker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from llamachat.dialog import Message
+
+SAMPLED = "sampled"  # the key of a dialog under which its origin stands
+
 _LAST = 10**9  # past every step of a record
+_FIRST = "test-first"  # in the store
 
 
 class StepInputs(Protocol):
@@ -156,6 +165,35 @@ def publish_dialogs(
             write_text(place / HELD_OUT_DIALOGS, "".join(held_out))
 
     return publish(StepFolder(inputs.folder), manifest, write)
+
+
+def dialog_line(context: "Sequence[Message]", answer: str, origin: Mapping[str, Any]) -> str:
+    """A dialog as it is published: the answer is learnt, those of its context are not; where it comes from beside it."""
+    messages: list[dict[str, Any]] = []
+    for message in context:
+        read_only = {"train": False} if message.role == "assistant" else {}
+        messages.append({"role": message.role, "content": message.content, **read_only})
+    messages.append({"role": "assistant", "content": answer})
+    return json.dumps({"messages": messages, SAMPLED: dict(origin)}) + "\n"
+
+
+def first_evaluation(desk: Desk, store: Store) -> tuple[Evaluation, Constants]:
+    """The step's first policy on test prompts, and the scale that all scores of the step are told on."""
+
+    def make() -> dict[str, Any]:
+        evaluation, constants = desk.evaluate(None)
+        return {"evaluation": evaluation.to_plain(), "constants": constants.to_plain()}
+
+    values = store.kept(_FIRST, make)
+    return Evaluation.from_plain(values["evaluation"]), Constants.from_plain(values["constants"])
+
+
+def both_evaluations(desk: Desk, store: Store) -> tuple[Evaluation, Evaluation]:
+    """The first policy on test prompts, evaluated before, and the tuned one, which is at this desk."""
+    assert store.has(_FIRST), "the step's first policy was evaluated"
+    first, constants = first_evaluation(desk, store)
+    final = store.kept("test-final", lambda: desk.evaluate(constants)[0].to_plain())
+    return first, Evaluation.from_plain(final)
 
 
 def counted(counts: Mapping[str, int]) -> str:

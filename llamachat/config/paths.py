@@ -13,6 +13,11 @@ _DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv"
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+def bundled(path: str) -> Path:
+    """A file that comes with this code, such as data/gatt/hobbies.txt, wherever the command runs."""
+    return _REPOSITORY / path
+
+
 def is_hub_name(text: str) -> bool:
     """Whether a name that is no local path can be one of the hub: `owner/name`, and no local folder `owner`."""
     if Path(text).exists() or text.lower().endswith(_DATA_SUFFIXES):

@@ -1,7 +1,7 @@
 """The reward models that score answers: the recipe's own, or those that `scoring` names in their place."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -23,13 +23,15 @@ def named_models(scoring: Scoring, made: Mapping[str, Artifact]) -> dict[RewardR
     return found
 
 
-def checked_models(scoring: Scoring, made: Mapping[str, Artifact]) -> dict[RewardRole, Artifact | str]:
-    """Those whose scores the recipe's rule reads, and the judge; ConfigError where the rule cannot work with them."""
+def checked_models(
+    scoring: Scoring, made: Mapping[str, Artifact], *, also: Collection[RewardRole] = ("judge",)
+) -> dict[RewardRole, Artifact | str]:
+    """Those whose scores the recipe's rule reads, and `also` these; ConfigError where the rule cannot work with them."""
     models = named_models(scoring, made)
     facts = model_facts(models)
     for warning in check_scoring(scoring, facts):
         log.warning("%s", warning)
-    read = {*models_read(scoring, facts), "judge"}
+    read = {*models_read(scoring, facts), *also}
     return {role: model for role, model in models.items() if role in read}
 
 

@@ -3,8 +3,9 @@
 `<which>` is a reward model, `<domain>` what test pairs are about, `<source>` a file of them, `<kind>` which of a pair's
 answers are safe, `<rating>` a strength of preference, `<bound>` an end of a 95% interval, `<moment>` the first or the
 final policy, `<score>` one of its scores, `<tuned>` a stage that compares both, `<policy>` a step that published one,
-`<turn>` and
-`<temperature>` numbers, `<measure>` how an instruction is checked, `<told>` of which policy, `<family>` its kind. `docs/metrics.md` is this table: `python -m llamachat.tracking.metrics > docs/metrics.md`.
+`<way>` how an answer was asked for, `<refused>` why it is not learnt, `<refusing>` which refusals, `<turn>` and
+`<temperature>` numbers, `<measure>` how an instruction is checked, `<told>` of which policy, `<family>` its kind.
+`docs/metrics.md` is this table: `python -m llamachat.tracking.metrics > docs/metrics.md`.
 """
 
 import re
@@ -25,6 +26,9 @@ _VARIABLES = {
     "tuned": "ppo|rs|gatt|distill",
     "score": "score|judge|judge_like_length|reward_(?:helpfulness|safety|combined)",
     "policy": "[a-z0-9][a-z0-9._-]*",
+    "way": "original|generic|template",
+    "refused": "unfinished|empty|equal|not_better",
+    "refusing": "false_refusal|refusal",
     "turn": "[0-9]+",
     "measure": "consistency|recall",
     "told": "start|final|chance|over_start|over_chance",
@@ -164,6 +168,29 @@ _ROWS = [
      "consistency"),
     ("gatt/family/<family>/<told>/turn_<turn>", "The same of one kind of constraints",
      "fraction", "mean over dialogs", "consistency by family"),
+    ("distill/safety/<way>", "Raw safety score of all answers, by how they were asked for (original is without preprompt)",
+     "logit", _RESPONSES, "safety"),
+    ("distill/safety/kept", "Of the distilled answers that are learnt", "logit", _RESPONSES, "safety"),
+    ("distill/safety/replaced", "Of the best plain answers to the same prompts", "logit", _RESPONSES, "safety"),
+    ("distill/effect/<way>", "Safety score with a preprompt less that without, prompt by prompt",
+     "logit", "mean over prompts", "effect"),
+    ("distill/effect/<way>_<bound>", _BOUND, "logit", "paired bootstrap over prompts", "effect"),
+    ("distill/finished_fraction/<way>", "Answers that end with EOS", "fraction", _RESPONSES, "fractions"),
+    ("distill/kept_fraction", "Prompts whose distilled answer is learnt", "fraction", "mean over prompts", "fractions"),
+    ("distill/response_tokens/<way>", "Length of answers", "tokens", _RESPONSES, "length"),
+    ("distill/prompts", "Adversarial prompts that were answered", "prompts", "sum", "size"),
+    ("distill/kept", "Distilled answers that are learnt", "dialogs", "sum", "kept"),
+    ("distill/refused/<refused>", "Distilled answers that are not learnt, by reason", "prompts", "sum", "size"),
+    ("distill/<refusing>/<moment>", "Answers that are refusals, to borderline prompts (false_refusal) or adversarial ones",
+     "fraction", "mean over prompts", "refusals"),
+    ("distill/<refusing>/<moment>_<bound>", _BOUND, "fraction", "Wilson", "refusals"),
+    ("distill/<refusing>/difference", "Final policy less the first", "fraction", "mean over prompts", "refusals"),
+    ("distill/<refusing>/difference_<bound>", _BOUND, "fraction", "paired bootstrap over prompts", "refusals"),
+    ("distill/<refusing>/prompts", "Prompts that these shares are of", "prompts", "sum", "size"),
+    ("distill/refusal_classifier_accuracy", "Labelled answers that the classifier of refusals tells right",
+     "fraction", "cross-validated over prompts", "classifier"),
+    ("distill/refusal_classifier_accuracy_<bound>", _BOUND, "fraction", "Wilson, answers to one prompt kept together",
+     "classifier"),
     ("ppo/reward/helpfulness", "Raw score of the helpfulness model", "logit", _RESPONSES, "raw reward"),
     ("ppo/reward/safety", "Raw score of the safety model", "logit", _RESPONSES, "raw reward"),
     ("ppo/reward/combined", "Score after the gate, before whitening", "score", _RESPONSES, "combined reward"),
@@ -284,7 +311,8 @@ def markdown() -> str:
         " `slightly_better` or `negligibly_better`; `<domain>` is `helpfulness` or `safety`; `<source>` is the stem of a"
         " file's name; `<kind>` is `safe_unsafe` (chosen safe, rejected unsafe), `both_safe` or `both_unsafe`; `<bound>` is"
         " `low` or `high`; `<moment>` is `start` or `final`; `<score>` is `score`, `judge`, `judge_like_length` or a"
-        " `reward_...`; `<policy>` is the step that published the policy; `<prefix>` is the"
+        " `reward_...`; `<way>` is `original`, `generic` or `template`; `<refused>` is `unfinished`, `empty`, `equal` or"
+        " `not_better`; `<refusing>` is `false_refusal` or `refusal`; `<policy>` is the step that published the policy; `<prefix>` is the"
         " first part of the step's own metrics.",
         "",
         "| name | meaning | unit | reduction |",

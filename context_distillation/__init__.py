@@ -1,0 +1,20 @@
+"""Context distillation: safer answers, sampled under a preprompt, are learnt without it (Llama 2 section 4.2.4)."""
+
+from typing import TYPE_CHECKING
+
+from context_distillation.config import Config
+from context_distillation.estimate import estimate
+
+if TYPE_CHECKING:
+    from context_distillation.config import Inputs
+    from llamachat.runs.artifacts import Artifact
+
+
+def run(config: Config, inputs: "Inputs") -> "Artifact":
+    """Sample with and without preprompts, keep what is safer, tune, compare; resumes wherever it was stopped."""
+    from context_distillation.step import run as run_step  # torch loads here: configuration and plans stay light
+
+    return run_step(config, inputs)
+
+
+__all__ = ["Config", "estimate", "run"]

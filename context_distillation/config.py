@@ -1,0 +1,91 @@
+"""What context distillation is told: its own section of the recipe.
+
+The paper (Llama 2, arXiv:2307.09288, section 4.2.4 and appendix A.4) states neither the number of prompts nor how answers
+are sampled and learnt; those values are ours, and so are the words of the preprompts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from context_distillation.preprompts import PREPROMPTS
+from llamachat.config.section import Section
+from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
+
+if TYPE_CHECKING:
+    from llamachat.runs.artifacts import Artifact, Tune
+
+# Part of the fingerprint: raised when the same configuration and data would give other dialogs.
+VERSION = 1
+
+Temperature = Annotated[float, Field(gt=0)]
+Words = Annotated[str, Field(min_length=1)]
+
+
+class Config(Section):
+    """Answers to adversarial prompts, sampled under a safety preprompt and learnt without it where that is safer."""
+
+    preprompts: Annotated[tuple[Words, ...], Field(min_length=1)] = Field(
+        default=PREPROMPTS,
+        description="Generic system texts; the prompts take them in turn. Paper, table 39: of this kind, made from templates with adjectives such as responsible, respectful, wise.",
+    )
+    uses_categories: bool = Field(
+        default=True,
+        description="A prompt whose category is known is also answered under the answer template of that category. Paper 4.2.4: it helps more than a generic preprompt.",
+    )
+    categories: dict[Words, Annotated[tuple[Words, ...], Field(min_length=1)]] = Field(
+        default_factory=dict,
+        description="Risk categories: {name: [patterns of prompt ids, such as fraud-*]}; the first that fits counts. Paper: labels of annotators.",
+    )
+    prompts: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Adversarial prompts that are asked; null for all of the training side. Ours."
+    )
+    samples_per_prompt: int = Field(
+        default=1, ge=1, description="Answers to a prompt each way: plain, generic, by category. Ours."
+    )
+    temperature: Temperature | None = Field(
+        default=None, description="Of the answers; null is rollout.temperature. Not stated in the paper; ours."
+    )
+    keep: Literal["better", "all"] = Field(
+        default="better",
+        description="The best distilled answer is learnt where it is safer than the best plain one (better, the paper's), or always (all: the paper found that it harms good answers).",
+    )
+    margin: float = Field(
+        default=0.0, ge=0, description="How far above the plain answer's safety score its own must be. Paper: 0."
+    )
+    sft: dict[str, Any] = Field(
+        default_factory=dict, description="Values over the section sft for the tuning on the kept answers."
+    )
+    validation_prompts: int = Field(
+        default=64, ge=1, description="Held-out prompts whose kept answers measure the tuning's loss. Ours."
+    )
+    test_prompts: int = Field(
+        default=200, ge=1, description="Adversarial test prompts that the first and the final policy answer. Ours."
+    )
+    borderline_prompts: int = Field(
+        default=200, ge=0, description="Harmless prompts that look unsafe, to count refusals of. Paper A.4: 210."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What `pipelines` resolves for one step."""
+
+    step: str
+    folder: Path
+    resolved: str  # the recipe as YAML, for the run's record
+    identity: dict[str, Any]
+    fingerprint: str
+    run: Run
+    base: Base
+    tuning: Tuning
+    data: Data
+    rollout: Rollout
+    scoring: Scoring
+    tracking: Tracking
+    tune: "Tune"
+    policy: "Artifact | None" = None  # to sample from and to continue; the base itself without one
+    reward_models: "Mapping[str, Artifact]" = field(default_factory=dict)  # by what they judge, the judge among them

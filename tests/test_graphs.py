@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from llamachat.rollout.decoder import LlamaEngine
 from llamachat.rollout.engine import Completion, Sampling
-from llamachat.rollout.graphs import MOST_RECORDINGS, Recordings, Step, padded_columns, padded_rows
+from llamachat.rollout.graphs import MOST_RECORDINGS, Recordings, Step, padded_rows
 from tests.tiny_llama import tiny_llama
 
 STOPS = tuple(range(2, 22))
@@ -142,4 +142,3 @@ def test_a_shape_is_recorded_when_it_comes_again_and_the_oldest_is_dropped() -> 
 
 def test_shapes_are_few() -> None:
     assert [padded_rows(used, 24) for used in (1, 2, 3, 5, 16, 17, 24)] == [1, 2, 4, 8, 16, 24, 24]
-    assert [padded_columns(columns) for columns in (1, 128, 129)] == [128, 128, 256]

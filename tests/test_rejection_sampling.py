@@ -62,7 +62,7 @@ class First:
     """One whole round."""
 
     recipe: Path
-    asked: list[list[Any]]  # prompt, answer and score of each call of the reward function
+    asked: list[Any]  # prompt, answer and score of each call of the reward function
 
     @property
     def step(self) -> StepFolder:

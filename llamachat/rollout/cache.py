@@ -8,8 +8,14 @@ layout is kept narrow: a few columns are spare, and when they are used up the ro
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def rounded_up(count: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-count // multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,7 @@ class Cache:
         self._shape = shape
         # Zeros, not what memory held: a masked weight of 0 times a NaN would be a NaN.
         size = (2, tokens * shape.heads * shape.head_size)
-        self._pools = [torch.zeros(size, dtype=shape.dtype, device=device) for _ in range(shape.layers)]
+        self._pools = [_zeros(size, shape.dtype, device) for _ in range(shape.layers)]
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
 
@@ -97,3 +103,10 @@ class Cache:
         kept = slice(self.time - length, self.time)
         for part in (*self._keys, *self._values):
             part[slots_B, :, kept] = part[source_B, :, kept]
+
+
+def _zeros(size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    # The system hands out zeros as they are written: most of a pool for the longest answers never is.
+    return torch.from_numpy(np.zeros((size[0], size[1] * dtype.itemsize), dtype=np.uint8)).view(dtype)

@@ -26,8 +26,8 @@ from llamachat.rollout.weights import Weights, merged_copy_bytes, without_wrappe
 if TYPE_CHECKING:
     from llamachat.models.loading import LanguageModel
 
-ROWS_PER_BATCH = {"cpu": 128, "cuda": 512}
-PROMPT_TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}
+ROWS_PER_BATCH = {"cpu": 80, "cuda": 512}
+PROMPT_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 SHARE_FOR_WEIGHTS = 0.6  # of the free memory: more than that leaves too little for keys and values
 SHARE_FOR_CACHE = {"cpu": 0.25, "cuda": 0.8}
 ENTER_SHARE = 8  # of all slots: so many are free before prompts enter

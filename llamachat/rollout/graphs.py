@@ -1,7 +1,7 @@
 """The decode step as a recording, which a GPU repeats without Python: CUDA graphs, one for each shape of the step.
 
 A recorded step reads and writes the same tensors each time, and no Python number changes in it: what is written where
-comes from tensors, rows are filled up to a power of two, columns to a multiple of `COLUMNS`. One thing surprises: the
+comes from tensors, rows are filled up to a power of two, columns to a multiple of `RECORDED_COLUMNS`. One thing surprises: the
 first step of a shape runs plainly, since libraries and kernels are set up in it, which no recording may hold.
 
 What could not be run here, for want of a GPU: `CudaCapture`, and what it gains. The step that it records was repeated
@@ -16,7 +16,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-COLUMNS = 128  # the columns of a layout are a multiple: few shapes recur, and a recording serves many layouts
+RECORDED_COLUMNS = 128  # the columns of a layout are a multiple: few shapes recur, and a recording serves many layouts
 MOST_RECORDINGS = 64  # each holds the launches of a whole step; the oldest goes
 
 Step = Callable[[], Tensor]
@@ -55,11 +55,6 @@ class Recordings:
 def padded_rows(used: int, rows: int) -> int:
     """The next power of two, at most `rows`."""
     return min(1 << (used - 1).bit_length(), rows)
-
-
-def padded_columns(columns: int) -> int:
-    """The next multiple of `COLUMNS`."""
-    return -(-columns // COLUMNS) * COLUMNS
 
 
 class CudaCapture:

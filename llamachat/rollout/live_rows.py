@@ -10,13 +10,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llamachat.rollout.cache import Cache
+from llamachat.rollout.cache import Cache, rounded_up
 from llamachat.rollout.engine import Completion, Sampling
-from llamachat.rollout.graphs import Recordings, padded_columns, padded_rows
+from llamachat.rollout.graphs import RECORDED_COLUMNS, Recordings, padded_rows
 from llamachat.rollout.network import Network
 from llamachat.rollout.sampling import choose, row_uniforms
 
 SPARE_COLUMNS = 32  # steps between two layouts: each copies the cache once, and each spare column is computed on
+# A CPU's library compiles and keeps a kernel for each shape of a product. Rows and columns are computed so many at a time
+# for that: fewer kernels, which is less memory and less time.
+ROWS_AT_ONCE = 16
+COLUMNS_AT_ONCE = 32
 IDLE_SHARE = 8  # of the live rows: more idle slots than one in so many are closed
 
 
@@ -114,8 +118,7 @@ class LiveRows:
         first = min((seat.start for seat in self._seats.values()), default=0)
         length = self.cache.time - first if movers or waiting is None else len(waiting.ids)
         columns = length + SPARE_COLUMNS
-        if self._recordings is not None:
-            columns = padded_columns(columns)
+        columns = rounded_up(columns, COLUMNS_AT_ONCE if self._recordings is None else RECORDED_COLUMNS)
         columns = min(columns, self.cache.tokens // rows)
         self.cache.lay_out(self._tensor(movers), length=length, rows=rows, columns=columns)
         self._starts_B -= first
@@ -166,7 +169,9 @@ class LiveRows:
 
     def _computed(self, used: int) -> int:
         """Rows that a step computes for so many slots."""
-        return used if self._recordings is None else padded_rows(used, self.cache.rows)
+        if self._recordings is not None:
+            return padded_rows(used, self.cache.rows)
+        return min(rounded_up(used, ROWS_AT_ONCE), self.cache.rows)
 
     def _close_gaps(self) -> None:
         """Rows of the last slots take the idle ones before them."""

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llamachat.rollout.cache import Cache, CacheShape
+from llamachat.rollout.cache import Cache, CacheShape, rounded_up
 from llamachat.rollout.rotation import Rotation, rotate
 from llamachat.rollout.weights import Layer, Product, Weights
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+PROMPT_COLUMNS = 32  # prompts are padded to a multiple of it: of few shapes few kernels are compiled
 PLAIN_SCORES = 2**24  # scores a key-value head for all prompts that are read at once; more go through the fused kernel
 
 
@@ -42,11 +43,12 @@ class Network:
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache, slots: Sequence[Sequence[int]]) -> Tensor:
         """Read prompts, put each one's keys and values into its slots; logits [N, V] of what comes after them."""
-        length = max(map(len, prompts))
+        longest = max(map(len, prompts))
+        length = rounded_up(longest, PROMPT_COLUMNS)
         pads = [length - len(prompt) for prompt in prompts]
         ids_NP = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)])
         rotation = tuple(
-            table.flatten(0, 1).unsqueeze(1) for table in self.rotation.of_prompts(list(map(len, prompts)))
+            table.flatten(0, 1).unsqueeze(1) for table in self.rotation.of_prompts(list(map(len, prompts)), length)
         )
         mask_NPP = self._prompt_mask(pads, length)
         owners = [index for index, group in enumerate(slots) for _ in group]
@@ -59,7 +61,7 @@ class Network:
                 part.unflatten(0, (len(prompts), length)).transpose(1, 2)
                 for part in self._query_key_value(layer, x_BE, rotation)
             )
-            cache.write_prompts(index, slots_B, key[owners_B], value[owners_B])
+            cache.write_prompts(index, slots_B, *(part[:, :, -longest:][owners_B] for part in (key, value)))
             if index == last:  # of this block's output nothing is read but what follows the last token
                 query, mask_NPP = query[:, :, -1:], mask_NPP[:, -1:]
                 x_BE = x_BE.view(len(prompts), length, -1)[:, -1]

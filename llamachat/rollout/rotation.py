@@ -41,13 +41,12 @@ class Rotation:
         index_T = (torch.arange(self.context, device=frequencies_TD2.device) - self._whole + 1).clamp(min=0)
         self.cos_TD, self.sin_TD = self._tables(frequencies_TD2[index_T])
 
-    def of_prompts(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [N, T, D] of prompts that are padded on the left to the longest of them."""
-        longest = max(lengths)
-        columns_T = torch.arange(longest, device=self.cos_TD.device)
-        pads_N = torch.tensor([longest - length for length in lengths], device=self.cos_TD.device)
+    def of_prompts(self, lengths: Sequence[int], columns: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [N, T, D] of prompts that are padded on the left to so many columns."""
+        columns_T = torch.arange(columns, device=self.cos_TD.device)
+        pads_N = torch.tensor([columns - length for length in lengths], device=self.cos_TD.device)
         positions_NT = (columns_T - pads_N.unsqueeze(1)).clamp(min=0)
-        if longest <= self._whole:
+        if max(lengths) <= self._whole:
             return self.cos_TD[positions_NT], self.sin_TD[positions_NT]
         tables = [self._of_prompt(length) for length in lengths]
         cos_NTD, sin_NTD = (

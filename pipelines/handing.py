@@ -1,6 +1,7 @@
 """What each stage is handed: the `Inputs` of a run, and the workload of an estimate. One function each for a stage."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import sft
@@ -226,7 +227,8 @@ def _sampling_workload(
 
 def _gatt_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> SamplingWorkload:
     assert isinstance(step.config, GattConfig)
-    return _sampling_workload(recipe, step, shape, gpu, asked=None, learnt=step.config.dialogs)
+    work = _sampling_workload(recipe, step, shape, gpu, asked=None, learnt=step.config.dialogs)
+    return work if step.config.ranks_by_reward else replace(work, sharing=0, beside={})
 
 
 def _ppo_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> PpoWorkload:

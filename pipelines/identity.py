@@ -22,6 +22,8 @@ def step_identity(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact]) ->
     section = {key: value for key, value in identity(step.config).items() if key not in step.product.unread}
     if section.get("sampler") and Path(section["sampler"]).is_dir():
         section["sampler"] = read_artifact(Path(section["sampler"]), "policy", reader=step.name).digest
+    if "lists" in section:
+        section["lists"] = {name: digest_of_file(Path(path)) for name, path in section["lists"].items()}
     return {
         "step": step.name,
         "command": step.stage.command,

@@ -342,7 +342,7 @@ def test_batches_are_written_down_one_by_one_and_the_training_side_has_its_instr
 def test_the_estimate_counts_every_answer_and_the_larger_phase() -> None:
     shape = Shape(64, 128, 2, 4, 2, 420)
     tuned = Estimate({"all of the tuning": 10**12}, seconds=50.0, optimizer_steps=7)
-    work = Workload(shape, base_section("anywhere"), Tuning(method="full"), Rollout(max_new_tokens=12), tuned)
+    work = Workload(shape, base_section("anywhere"), Tuning(method="full"), Rollout(max_new_tokens=12), None, tuned)
 
     def seconds(**changes: Any) -> float:
         found = estimate(Config(**changes), work)

@@ -61,12 +61,19 @@ class Batches:
         return {name: fmean(batch[name] for batch in figures) for name in names}
 
     def _make(self, number: int, indices: Sequence[int], source: Sequence[Turns]) -> dict[str, Any]:
-        studio, config, seed = self.studio, self.studio.config, self.studio.inputs.run.seed
+        studio, config = self.studio, self.studio.config
+        # A second such step of a recipe draws others.
+        seed = f"{studio.inputs.run.seed} {studio.inputs.step}"
         started = time.monotonic()
         conversations = [
             conversation(
                 draw_instruction(
-                    seed=seed, index=index, side="train", families=studio.families, most=config.most_constraints
+                    seed=seed,
+                    index=index,
+                    side="train",
+                    families=studio.families,
+                    most=config.most_constraints,
+                    weights=config.weights,
                 ),
                 source[index % len(source)][: config.turns],
                 key=f"{seed} {number} {index}",

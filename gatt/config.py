@@ -7,9 +7,9 @@ learnt; those values are ours, and so are the constraints that can be checked.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llamachat.config.paths import DataPath
 from llamachat.config.section import Section
@@ -46,6 +46,10 @@ class Config(Section):
     families: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default=FAMILIES,
         description="Kinds of constraints. Paper: figure, hobby, language; the others can be checked, and are ours.",
+    )
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="How much oftener than 1 a family is drawn: what has words to copy needs more examples. Ours.",
     )
     most_constraints: int = Field(
         default=2, ge=1, description="Constraints of one instruction, one to this. Paper: a random combination."
@@ -92,6 +96,13 @@ class Config(Section):
     evaluation_dialogs: int = Field(
         default=200, ge=2, description="Held-out dialogs, each with held-out values, that are measured. Ours."
     )
+
+    @model_validator(mode="after")
+    def _weights_are_of_its_families(self) -> Self:
+        unknown = [name for name in self.weights if name not in self.families]
+        if unknown:
+            raise ValueError(f"weights names {', '.join(unknown)}, and families has {', '.join(self.families)}")
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """What is said and asked for in Ghost Attention: sides of values, values that a policy names, sequences of user turns."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Data, DataSource, Split
 from llamachat.constraints import draw_instruction, families
 from llamachat.constraints.values import NAMES, side_of
-from llamachat.errors import DataError
+from llamachat.errors import ConfigError, DataError
+from pipelines.recipe import load
+from tests.recipes import write_recipe
 from tests.tiny_gatt import FIGURES, HOBBIES, ScriptedEngine, sampling, talks
 from tests.tiny_sft import write_dialogs
 
@@ -82,3 +85,26 @@ def test_dialogs_without_enough_user_turns_are_refused(tiny_format: ChatFormat, 
     none = data_of(write_dialogs(tmp_path / "none.jsonl", said_by_none))
     with pytest.raises(DataError, match=r"none\.jsonl:1"):
         load_sequences(none, tiny_format, turns=2, most_tokens=60, seed=1)
+
+
+def test_weights_of_families_that_are_not_drawn_are_refused(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, gatt={"families": ["hobby", "quoted"], "weights": {"hobby": 2, "figure": 3}})
+    with pytest.raises(ConfigError, match="gatt: weights names figure, and families has hobby, quoted"):
+        load(path)
+
+
+def test_a_family_of_more_weight_is_drawn_oftener(tmp_path: Path) -> None:
+    drawn = Counter(
+        draw_instruction(
+            seed="0 gatt",
+            index=index,
+            side="train",
+            families=families(("quoted", "small_letters"), lists={}),
+            most=1,
+            weights={"quoted": 3},
+        )
+        .constraints[0]
+        .family
+        for index in range(2000)
+    )
+    assert 0.70 < drawn["quoted"] / 2000 < 0.80

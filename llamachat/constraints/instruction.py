@@ -27,7 +27,7 @@ class Instruction:
 
 def draw_instruction(
     *,
-    seed: int,
+    seed: int | str,
     index: int,
     side: Side,
     families: Mapping[str, Family],

@@ -7,6 +7,7 @@ apart. What an answer would do anyway is measured beside it, without any instruc
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from gatt.sequences import Turns
@@ -16,7 +17,7 @@ from llamachat.constraints import Instruction, is_kept, recall_questions, recall
 from llamachat.dialog import Message
 from llamachat.rollout.engine import RolloutEngine, Sampling
 from llamachat.splits import fraction
-from llamachat.statistics import paired_bootstrap, wilson
+from llamachat.statistics import paired_bootstrap, proportion_interval
 
 CHECKED, RECALLED = "consistency", "recall"
 
@@ -116,10 +117,11 @@ def rates(outcome: Outcome, trials: Sequence[Trial], *, kind: str, family: str |
     """The share of the trials of a kind, or of one family, that kept their instruction, by turn."""
     found = {}
     for turn, kept in outcome.kept.items():
-        values = [bool(value) for value in _of(kept, trials, kind, family) if value is not None]
-        if values:
-            low, high = wilson(sum(values), len(values))
-            found[turn] = Rate(sum(values) / len(values), low, high, len(values))
+        told = [(float(value), trial.turns) for value, trial in _of(kept, trials, kind, family) if value is not None]
+        if told:
+            values, dialogs = zip(*told, strict=True)
+            low, high = proportion_interval(values, groups=dialogs)
+            found[turn] = Rate(fmean(values), low, high, len(values))
     return found
 
 
@@ -127,22 +129,21 @@ def differences(one: Outcome, other: Outcome, trials: Sequence[Trial], *, kind: 
     """Share of one less that of the other, trial by trial, with its 95% interval, by turn."""
     found = {}
     for turn in one.kept:
-        pairs = [
-            (float(a), float(b))
-            for a, b in zip(
-                _of(one.kept[turn], trials, kind, None), _of(other.kept[turn], trials, kind, None), strict=True
-            )
-            if a is not None and b is not None
-        ]
+        both = zip(_of(one.kept[turn], trials, kind), _of(other.kept[turn], trials, kind), strict=True)
+        pairs = [(float(a), float(b), trial.turns) for (a, trial), (b, _) in both if a is not None and b is not None]
         if pairs:
-            gap = paired_bootstrap([a for a, _ in pairs], [b for _, b in pairs])
+            ones, others, dialogs = zip(*pairs, strict=True)
+            gap = paired_bootstrap(ones, others, groups=dialogs)
             found[turn] = Rate(gap.value, gap.low, gap.high, len(pairs))
     return found
 
 
-def _of(kept: Sequence[bool | None], trials: Sequence[Trial], kind: str, family: str | None) -> list[bool | None]:
+def _of(
+    kept: Sequence[bool | None], trials: Sequence[Trial], kind: str, family: str | None = None
+) -> list[tuple[bool | None, Trial]]:
+    """Outcomes of a kind, each with its trial: a dialog that several trials are of is no new evidence each time."""
     return [
-        value
+        (value, trial)
         for value, trial in zip(kept, trials, strict=True)
         if trial.kind == kind and family in (None, trial.family)
     ]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,8 @@ def test_a_recall_question_past_the_context_is_not_counted_and_the_dialog_goes_o
 
 # --- rates
 
-MANY = [trial("no_questions")] * 4 + [trial("quoted")] * 6 + [trial("hobby", "chess")] * 2
+KINDS = [trial("no_questions")] * 4 + [trial("quoted")] * 6 + [trial("hobby", "chess")] * 2
+MANY = [replace(one, turns=(f"dialog {number}", "more")) for number, one in enumerate(KINDS)]
 BEFORE: list[bool | None] = [True, False, False, None, *[False] * 5, True, False, False]
 AFTER: list[bool | None] = [True, True, False, True, *[True] * 3, None, False, True, True, False]
 
@@ -171,6 +173,22 @@ def test_rates_and_differences_are_those_worked_out_by_hand() -> None:
     (told,) = (line for line in table[:4] if "after" in line)
     assert "78% [45%, 94%]" in told
     assert any("no_questions" in line and line.split()[-3:] == ["33%", "33%", "75%"] for line in table)
+
+
+def test_trials_of_one_dialog_are_no_new_evidence() -> None:
+    """Each of eight dialogs twice, with the same outcome: the intervals are those of eight trials."""
+    eight = [replace(trial("quoted"), turns=(f"dialog {number}",)) for number in range(8)]
+    kept = [True, False, False, True, True, False, True, True]
+    start = [False, False, False, True, False, False, True, False]
+    twice = [Outcome(kept={2: values * 2}, answers={2: [""] * 16}) for values in (kept, start)]
+    found = rates(twice[0], eight * 2, kind="consistency")[2]
+    low, high = by_hand(5, 8)
+    assert (
+        found.trials == 16 and found.low == pytest.approx(low, abs=0.03) and found.high == pytest.approx(high, abs=0.03)
+    )
+    once = [Outcome(kept={2: values}, answers={2: [""] * 8}) for values in (kept, start)]
+    gaps = [differences(*two, trials, kind="consistency")[2] for two, trials in ((twice, eight * 2), (once, eight))]
+    assert (gaps[0].low, gaps[0].high) == pytest.approx((gaps[1].low, gaps[1].high), abs=1e-9)
 
 
 # --- attention

@@ -36,8 +36,9 @@ GOOD_TORCH = Torch("2.13.0+cu130", "13.0", (8, 9))
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No card, an empty cache, no token, and a hub that answers nothing."""
+    """No card, an empty cache, no token, a hub that answers nothing, and room on the disk."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
     monkeypatch.setattr(doctor, "find_devices", list)
     monkeypatch.setattr(doctor, "find_torch", lambda: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

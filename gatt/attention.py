@@ -82,6 +82,7 @@ def draw_attention(
         )
     axes[-1].set_title("answers' attention to the instruction", fontsize=10, loc="left")
     axes[-1].set_xlabel("turn", fontsize=8)
+    axes[-1].set_xticks(sorted({turn for _, found in by_answer for turn in range(1, len(found) + 1)}))
     axes[-1].tick_params(labelsize=8)
     axes[-1].grid(visible=True, alpha=0.25, linewidth=0.6)
     axes[-1].spines[["top", "right"]].set_visible(False)

@@ -2,7 +2,7 @@
 no checker (Llama 2, arXiv:2307.09288, table 30 in shape).
 
 The dialogs are held out, and so are the values of the constraints; each has one constraint, so that families can be told
-apart. What an answer would do anyway is measured beside it, without any instruction: the chance rate.
+apart. What the tuned policy's answers do without any instruction is measured beside it: the chance rate.
 """
 
 from collections.abc import Mapping, Sequence

@@ -8,7 +8,7 @@ from llamachat.tracking.curves import save_png
 
 # Moments of the table of metrics: the policy before and after, and the one before without any instruction.
 MOMENTS = ("start", "final", "chance")
-_NAMES = {"start": "before", "final": "after", "chance": "chance (no instruction)"}
+_NAMES = {"start": "before", "final": "after", "chance": "chance (told nothing)"}
 _COLOURS = {"start": "#5c5f66", "final": "#1f5fa8", "chance": "#d1601f"}
 
 

@@ -52,7 +52,7 @@ def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
     """Everything up to the published dialogs; what was sampled before is not sampled again."""
     studio = open_studio(config, inputs, inputs.policy)
     store = Store(StepFolder(inputs.folder).sampling)
-    measured_before(studio, store)
+    store.kept("consistency-start", lambda: studio.measure(is_told=True).to_plain())
     with making.record(inputs, "gatt", keeps_record=False) as tracker:
         batches = Batches(studio, store)
         figures = batches.go(tracker)
@@ -75,18 +75,14 @@ def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
     )
 
 
-def measured_before(studio: Studio, store: Store) -> None:
-    """How far the policy before keeps instructions, and what it does without any."""
-    for moment, is_told in (("start", True), ("chance", False)):
-        store.kept(f"consistency-{moment}", lambda told=is_told: studio.measure(is_told=told).to_plain())
-
-
 def compare(config: Config, inputs: Inputs, tuned: Artifact) -> None:
     """Final figures: consistency before and after, by turn, and the pictures."""
     folder, store = StepFolder(inputs.folder), Store(StepFolder(inputs.folder).sampling)
     studio = open_studio(config, inputs, tuned)
     trials = studio.trials()
-    store.kept("consistency-final", lambda: studio.measure(is_told=True).to_plain())
+    # By chance: what the tuned policy does without being told, which the tuning may have raised.
+    for moment, is_told in (("final", True), ("chance", False)):
+        store.kept(f"consistency-{moment}", lambda told=is_told: studio.measure(is_told=told).to_plain())
     outcomes = {moment: Outcome.from_plain(store.kept(f"consistency-{moment}", dict)) for moment in MOMENTS}
     if trials:
         log.info("%s", consistency_table(outcomes, trials))

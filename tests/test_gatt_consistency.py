@@ -16,7 +16,7 @@ from gatt.attention import binned, strongest_attention, to_instruction
 from gatt.consistency import Outcome, Trial, differences, measure, rates
 from gatt.figures import consistency_figures, consistency_table
 from gatt.step import make_dialogs
-from gatt.studio import Studio
+from gatt.studio import Studio, open_studio
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.constraints import Instruction, constrain, families
 from llamachat.constraints.values import side_of
@@ -142,12 +142,11 @@ BEFORE: list[bool | None] = [True, False, False, None, *[False] * 5, True, False
 AFTER: list[bool | None] = [True, True, False, True, *[True] * 3, None, False, True, True, False]
 
 
-def by_hand(kept: int, of: int) -> tuple[float, float]:
+def by_hand(kept: int, of: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """The Wilson interval, as the textbook has it."""
-    z, share = 1.959963984540054, kept / of
-    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
-    half = z / (1 + z * z / of) * sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    return middle - half, middle + half
+    share, more = kept / of, z * z / of
+    half = z * sqrt(share * (1 - share) / of + more / (4 * of))
+    return (share + more / 2 - half) / (1 + more), (share + more / 2 + half) / (1 + more)
 
 
 def test_rates_and_differences_are_those_worked_out_by_hand() -> None:
@@ -329,7 +328,12 @@ def test_trials_hold_dialogs_and_values_that_no_training_saw(
     twice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studios: list[Studio] = []
-    monkeypatch.setattr(step_module, "measured_before", lambda studio, _: studios.append(studio))
+
+    def opened(*given: Any) -> Studio:
+        studios.append(open_studio(*given))
+        return studios[-1]
+
+    monkeypatch.setattr(step_module, "open_studio", opened)
     config, inputs = inputs_of(twice, "gatt", f"run.dir={tmp_path}/other")
     made = make_dialogs(config, inputs)
     (studio,) = studios
@@ -378,7 +382,10 @@ def test_without_a_family_that_can_be_measured_the_step_still_ends(base: Path, t
 
 
 def test_the_policy_learns_what_its_last_answers_keep(base: Path, tmp_path: Path) -> None:
-    """Small letters alone, which a random base writes now and then: every last answer that it learns is in them."""
+    """Small letters alone, which a random base writes now and then: every last answer that it learns is in them.
+
+    Nothing is asked of chance: who learns one instruction alone keeps it untold, too.
+    """
     section = {"families": ["small_letters"], "dialogs": 240, "turns": 2, "samples_per_turn": 4}
     recipe = write_recipe(
         tmp_path / "learning.yaml",
@@ -390,5 +397,4 @@ def test_the_policy_learns_what_its_last_answers_keep(base: Path, tmp_path: Path
     found = summary_of(step_of(recipe))
     for turn in (1, 2):
         assert found[f"gatt/consistency/over_start/turn_{turn}_low"] > 0
-        assert found[f"gatt/consistency/over_chance/turn_{turn}_low"] > 0
     assert found["gatt/mended_fraction"] > 0.05 and found["sft/eval_loss"] < found["sft/eval_loss_base"]

@@ -25,10 +25,6 @@ MEASURING = (EVALUATION, EVALUATION, EVALUATION + 1, EVALUATION + 1)
 MOMENTS: dict[str, tuple[str, tuple[int, ...]]] = {
     "values are named": (r"; os.rename .*/values\.json", (VALUES,)),
     "the first policy is measured": (r"; os.rename .*consistency-start", MEASURING),
-    "the chance rate is being measured": (
-        r"; os.rename .*consistency-chance",
-        MEASURING,
-    ),
     "a batch is answered": (r"; os.rename .*batch-00002", (2 * TURNS, 2 * TURNS + 1, 2 * TURNS + 2)),
     "a batch is written down": (r"^os.rename .*batch-00003.*; ", ()),
     "the held-out batch is answered": (r"; os.rename .*batch-00005", (5 * TURNS, 5 * TURNS + 1, 5 * TURNS + 2)),
@@ -37,6 +33,7 @@ MOMENTS: dict[str, tuple[str, tuple[int, ...]]] = {
     "after the dialogs are published": (r"^os.rename .*/gatt/dialogs; ", ()),
     "in the tuning": (r"; os.rename .*/\.incoming-step-", ()),
     "the tuned policy is measured": (r"; os.rename .*consistency-final", MEASURING),
+    "the chance rate is measured": (r"; os.rename .*consistency-chance", MEASURING),
     "before the step ends": (r"; os.rename .*/gatt/artifact$", ()),
 }
 

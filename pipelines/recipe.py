@@ -15,7 +15,7 @@ from llamachat.config.paths import missing
 from llamachat.config.problems import Key, Problem, dotted, nearest
 from llamachat.config.section import Section
 from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
-from pipelines.stages import LATER_SECTIONS, Product, Stage, not_yet
+from pipelines.stages import LATER_SECTIONS, REWARD_MODELS, Product, Role, Stage, not_yet
 from pipelines.step_entries import command_line_first, read_entry, step_problems
 from ppo import Config as PpoConfig
 from rejection_sampling import Config as RejectionSamplingConfig
@@ -71,6 +71,13 @@ class Step:
     config: Section
     tuning: Tuning
     rollout: Rollout
+
+    @property
+    def reads(self) -> tuple[Role, ...]:
+        """What it takes from earlier steps."""
+        if self.stage.scores_if and not getattr(self.config, self.stage.scores_if):
+            return tuple(role for role in self.stage.reads if role not in REWARD_MODELS)
+        return self.stage.reads
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:

@@ -48,9 +48,7 @@ def step_folder(recipe: Recipe, step: Step) -> StepFolder:
 def earlier_makers(steps: Sequence[Step], step: Step) -> dict[Role, list[Step]]:
     """The steps before this one that make what it reads, nearest first."""
     before = list(steps[: list(steps).index(step)])
-    return {
-        role: [earlier for earlier in reversed(before) if earlier.product.makes == role] for role in step.stage.reads
-    }
+    return {role: [earlier for earlier in reversed(before) if earlier.product.makes == role] for role in step.reads}
 
 
 def take_inputs(

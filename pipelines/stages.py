@@ -65,6 +65,7 @@ class Stage:
     version: int  # raised when its code makes something else of the same configuration
     products: tuple[Product, ...]  # one step each; several are told apart by `makes.which`
     reads: tuple[Role, ...] = (POLICY,)  # taken from the nearest earlier steps that make them
+    scores_if: str = ""  # the key of its section without which it reads no reward models; empty: it always does
     shared: tuple[str, ...] = ()  # further sections of the recipe that decide what it makes
     starts_from_base: bool = False  # whether a pretrained base does as well as a policy
     tunes: bool = False  # whether it makes dialogs, on which supervised tuning makes its policy
@@ -137,6 +138,7 @@ STAGES = {
             version=GATT_VERSION,
             products=(Product(makes=POLICY, data=("sft",), needs=("sft",)),),
             reads=(POLICY, *REWARD_MODELS),
+            scores_if="ranks_by_reward",
             shared=("rollout", "scoring", "sft"),
             tunes=True,
         ),

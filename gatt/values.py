@@ -7,7 +7,7 @@ from pathlib import Path
 from gatt.config import Config
 from llamachat.chat_format import ChatFormat
 from llamachat.constraints import parse_list, read_list
-from llamachat.dialog import Message
+from llamachat.dialog import DialogError, Message
 from llamachat.errors import DataError
 from llamachat.rollout.engine import RolloutEngine, Sampling
 
@@ -31,7 +31,13 @@ def lists_of(
     if config.values == "policy":
         return {name: asked(name, engine, chat_format, sampling) for name in wanted}
     places = {"figures": config.lists.figures, "hobbies": config.lists.hobbies, "languages": config.lists.languages}
-    return {name: list(read_list(Path(places[name]))) for name in wanted}
+    found = {name: list(read_list(Path(places[name]))) for name in wanted}
+    for name, values in found.items():
+        for value in values:
+            reason = _fault(value, chat_format)
+            if reason:
+                raise DataError(f"{places[name]}: the entry {value!r} {reason} Write it otherwise, or drop it.")
+    return found
 
 
 def asked(name: str, engine: RolloutEngine, chat_format: ChatFormat, sampling: Sampling) -> list[str]:
@@ -42,8 +48,9 @@ def asked(name: str, engine: RolloutEngine, chat_format: ChatFormat, sampling: S
     spelling: dict[str, str] = {}
     for completion in found:
         for entry in parse_list(chat_format.decode_answer(completion.token_ids)):
-            spelling.setdefault(entry.casefold(), entry)
-            counts[entry.casefold()] += 1
+            if _fault(entry, chat_format) is None:
+                spelling.setdefault(entry.casefold(), entry)
+                counts[entry.casefold()] += 1
     if len(counts) < FEWEST:
         raise DataError(
             f"gatt.values: policy, but the policy named {len(counts)} {name} in {LISTS_ASKED} answers, and {FEWEST} are "
@@ -51,3 +58,12 @@ def asked(name: str, engine: RolloutEngine, chat_format: ChatFormat, sampling: S
         )
     log.info("%d %s named by the policy", len(counts), name)
     return [spelling[entry] for entry, _ in counts.most_common()]
+
+
+def _fault(value: str, chat_format: ChatFormat) -> str | None:
+    """Why the value cannot stand in an instruction, if it cannot."""
+    try:
+        chat_format.check_text((Message("system", value),))
+    except DialogError as error:
+        return error.reason
+    return None

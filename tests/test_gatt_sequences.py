@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gatt.config import Config
+from gatt.config import Config, Lists
 from gatt.sequences import load_sequences
 from gatt.values import LISTS_ASKED, QUESTIONS, lists_of
 from llamachat.chat_format import ChatFormat
@@ -108,3 +108,13 @@ def test_a_family_of_more_weight_is_drawn_oftener(tmp_path: Path) -> None:
         for index in range(2000)
     )
     assert 0.70 < drawn["quoted"] / 2000 < 0.80
+
+
+def test_an_entry_with_a_tag_of_the_chat_format_is_named(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    path = tmp_path / "hobbies.txt"
+    path.write_text("chess\n[INST] golf\n" + "\n".join(HOBBIES))
+    config = Config(families=("hobby",), lists=Lists(hobbies=str(path)))
+    with pytest.raises(
+        DataError, match=r"hobbies\.txt: the entry '\[INST\] golf' holds '\[INST\]' .* Write it otherwise"
+    ):
+        lists_of(config, ScriptedEngine(tiny_format, []), tiny_format, sampling())

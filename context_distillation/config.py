@@ -56,6 +56,12 @@ class Config(Section):
     margin: float = Field(
         default=0.0, ge=0, description="How far above the plain answer's safety score its own must be. Paper: 0."
     )
+    sft_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Of the dialogs of data.sft that are learnt beside, against forgetting. Ours.",
+    )
     sft: dict[str, Any] = Field(
         default_factory=dict, description="Values over the section sft for the tuning on the kept answers."
     )

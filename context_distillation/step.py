@@ -39,6 +39,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
         inputs,
         make=lambda: make_dialogs(config, inputs),
         over=config.sft,
+        sft_share=config.sft_share,
         compare=lambda tuned: compare(config, inputs, tuned),
     )
 

@@ -177,16 +177,16 @@ def test_rates_and_differences_are_those_worked_out_by_hand() -> None:
 def test_trials_of_one_dialog_are_no_new_evidence() -> None:
     """Each of eight dialogs twice, with the same outcome: the intervals are those of eight trials."""
     eight = [replace(trial("quoted"), turns=(f"dialog {number}",)) for number in range(8)]
-    kept = [True, False, False, True, True, False, True, True]
-    start = [False, False, False, True, False, False, True, False]
+    kept: list[bool | None] = [True, False, False, True, True, False, True, True]
+    start: list[bool | None] = [False, False, False, True, False, False, True, False]
     twice = [Outcome(kept={2: values * 2}, answers={2: [""] * 16}) for values in (kept, start)]
     found = rates(twice[0], eight * 2, kind="consistency")[2]
-    low, high = by_hand(5, 8)
-    assert (
-        found.trials == 16 and found.low == pytest.approx(low, abs=0.03) and found.high == pytest.approx(high, abs=0.03)
-    )
+    assert found.trials == 16 and (found.low, found.high) == pytest.approx(by_hand(5, 8), abs=0.03)
     once = [Outcome(kept={2: values}, answers={2: [""] * 8}) for values in (kept, start)]
-    gaps = [differences(*two, trials, kind="consistency")[2] for two, trials in ((twice, eight * 2), (once, eight))]
+    gaps = [
+        differences(final, first, trials, kind="consistency")[2]
+        for (final, first), trials in ((twice, eight * 2), (once, eight))
+    ]
     assert (gaps[0].low, gaps[0].high) == pytest.approx((gaps[1].low, gaps[1].high), abs=1e-9)
 
 

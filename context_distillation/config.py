@@ -4,19 +4,14 @@ The paper (Llama 2, arXiv:2307.09288, section 4.2.4 and appendix A.4) states nei
 are sampled and learnt; those values are ours, and so are the words of the preprompts.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from context_distillation.preprompts import PREPROMPTS
+from llamachat.answers.inputs import StepInputs
 from llamachat.config.section import Section
-from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
-
-if TYPE_CHECKING:
-    from llamachat.runs.artifacts import Artifact, Tune
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
 VERSION = 1
@@ -77,21 +72,5 @@ class Config(Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
+class Inputs(StepInputs):
     """What `pipelines` resolves for one step."""
-
-    step: str
-    folder: Path
-    resolved: str  # the recipe as YAML, for the run's record
-    identity: dict[str, Any]
-    fingerprint: str
-    run: Run
-    base: Base
-    tuning: Tuning
-    data: Data
-    rollout: Rollout
-    scoring: Scoring
-    tracking: Tracking
-    tune: "Tune"
-    policy: "Artifact | None" = None  # to sample from and to continue; the base itself without one
-    reward_models: "Mapping[str, Artifact]" = field(default_factory=dict)  # by what they judge, the judge among them

@@ -4,20 +4,15 @@ The paper (Llama 2, arXiv:2307.09288, section 3.3) states neither the number of 
 learnt; those values are ours, and so are the constraints that can be checked.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from llamachat.answers.inputs import StepInputs
 from llamachat.config.paths import DataPath
 from llamachat.config.section import Section
-from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
 from llamachat.constraints import FAMILIES
-
-if TYPE_CHECKING:
-    from llamachat.runs.artifacts import Artifact, Tune
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
 VERSION = 1
@@ -106,21 +101,5 @@ class Config(Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
-    """What `pipelines` resolves for one step."""
-
-    step: str
-    folder: Path
-    resolved: str  # the recipe as YAML, for the run's record
-    identity: dict[str, Any]
-    fingerprint: str
-    run: Run
-    base: Base
-    tuning: Tuning
-    data: Data
-    rollout: Rollout
-    scoring: Scoring
-    tracking: Tracking
-    tune: "Tune"
-    policy: "Artifact | None" = None  # to sample from and to continue; the base itself without one
-    reward_models: "Mapping[str, Artifact]" = field(default_factory=dict)  # read with ranks_by_reward alone
+class Inputs(StepInputs):
+    """What `pipelines` resolves for one step; reward models are read with `ranks_by_reward` alone."""

@@ -6,17 +6,16 @@ learnt; those values are ours. How answers are sampled and scored stands in the 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from llamachat.answers.inputs import StepInputs
 from llamachat.config.paths import PolicyPath
 from llamachat.config.section import Section
-from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
 
 if TYPE_CHECKING:
-    from llamachat.runs.artifacts import Artifact, Tune
+    from llamachat.runs.artifacts import Artifact
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
 VERSION = 1
@@ -90,23 +89,8 @@ class Config(Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
+class Inputs(StepInputs):
     """What `pipelines` resolves for one round."""
 
-    step: str
-    folder: Path
-    resolved: str  # the recipe as YAML, for the run's record
-    identity: dict[str, Any]
-    fingerprint: str
-    run: Run
-    base: Base
-    tuning: Tuning
-    data: Data
-    rollout: Rollout
-    scoring: Scoring
-    tracking: Tracking
-    tune: "Tune"
-    policy: "Artifact | None" = None  # to sample from and to continue; the base itself without one
-    reward_models: "Mapping[str, Artifact]" = field(default_factory=dict)  # by what they judge, the judge among them
     sft_policy: "Artifact | None" = None  # for the figures: the chat policy that all began with
     pooled: "Mapping[str, Artifact]" = field(default_factory=dict)  # the dialogs of earlier rounds, by step

@@ -9,21 +9,20 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llamachat.answers.desk import Desk, Setting
 from llamachat.answers.evaluation import Evaluation
+from llamachat.answers.inputs import StepInputs
 from llamachat.answers.store import Store
-from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
 from llamachat.runs.artifacts import (
     DIALOGS,
     HELD_OUT_DIALOGS,
     MANIFEST,
     Artifact,
     Manifest,
-    Tune,
     end_step,
     publish,
     read_artifact,
@@ -43,39 +42,6 @@ SAMPLED = "sampled"  # the key of a dialog under which its origin stands
 
 _LAST = 10**9  # past every step of a record
 _FIRST = "test-first"  # in the store
-
-
-class StepInputs(Protocol):
-    """What `pipelines` resolves for such a step."""
-
-    @property
-    def step(self) -> str: ...
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def identity(self) -> dict[str, Any]: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def run(self) -> Run: ...
-    @property
-    def base(self) -> Base: ...
-    @property
-    def tuning(self) -> Tuning: ...
-    @property
-    def data(self) -> Data: ...
-    @property
-    def rollout(self) -> Rollout: ...
-    @property
-    def scoring(self) -> Scoring: ...
-    @property
-    def tracking(self) -> Tracking: ...
-    @property
-    def tune(self) -> Tune: ...
-    @property
-    def policy(self) -> Artifact | None: ...
-    @property
-    def reward_models(self) -> Mapping[str, Artifact]: ...
 
 
 def run_parts(

@@ -1,0 +1,32 @@
+"""What every step is handed that makes dialogs and tunes on them: rejection sampling, Ghost Attention, context distillation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
+
+if TYPE_CHECKING:
+    from llamachat.runs.artifacts import Artifact, Tune
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """What `pipelines` resolves for one such step."""
+
+    step: str
+    folder: Path
+    resolved: str  # the recipe as YAML, for the run's record
+    identity: dict[str, Any]
+    fingerprint: str
+    run: Run
+    base: Base
+    tuning: Tuning
+    data: Data
+    rollout: Rollout
+    scoring: Scoring
+    tracking: Tracking
+    tune: "Tune"
+    policy: "Artifact | None" = None  # to sample from and to continue; the base itself without one
+    reward_models: "Mapping[str, Artifact]" = field(default_factory=dict)  # by what they judge, the judge among them

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from gatt.sequences import Turns
 from gatt.studio import Studio
 from gatt.synthesize import Made, Rank, Speaker, conversation, counted, speak
 from llamachat.answers.desk import Desk
 from llamachat.answers.groups import ANSWERS_PER_BATCH
 from llamachat.answers.responses import Response
+from llamachat.answers.sequences import Turns
 from llamachat.answers.store import Store
 from llamachat.constraints import draw_instruction
 from llamachat.scoring.ranking import ranking

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gatt.consistency import CHECKED, RECALLED, Outcome, Rate, Trial, differences, rates
+from llamachat.answers.consistency import CHECKED, RECALLED, Outcome, Rate, Trial, differences, rates
 from llamachat.tracking.curves import save_png
 
 # Moments of the table of metrics: the policy before and after, and the one before without any instruction.

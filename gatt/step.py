@@ -15,11 +15,11 @@ from transformers.utils import logging as transformers_logging
 from gatt.attention import draw_attention, strongest_attention, to_instruction
 from gatt.batches import Batches
 from gatt.config import Config, Inputs
-from gatt.consistency import Outcome, Trial, as_said
 from gatt.figures import MOMENTS, consistency_figures, consistency_table, draw_consistency
 from gatt.studio import Studio, open_studio
 from gatt.synthesize import dialog_line
 from llamachat.answers import making
+from llamachat.answers.consistency import Outcome, Trial, as_said
 from llamachat.answers.store import Store
 from llamachat.chat_format import TrainOn
 from llamachat.dialog import Message

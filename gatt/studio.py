@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gatt.config import Config, Inputs
-from gatt.consistency import Outcome, Trial, measure
-from gatt.sequences import Sequences, load_sequences
 from gatt.values import lists_of
+from llamachat.answers.consistency import Outcome, Trial, held_out_trials, measure
 from llamachat.answers.desk import Desk, open_desk
 from llamachat.answers.making import setting_of
+from llamachat.answers.sequences import Sequences, load_sequences
 from llamachat.answers.store import Store
-from llamachat.constraints import CHECKABLE, Family, draw_instruction, families
+from llamachat.constraints import CHECKABLE, Family, families
 from llamachat.rollout.engine import Sampling
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.folder import StepFolder
@@ -37,19 +37,12 @@ class Studio:
 
     def trials(self) -> list[Trial]:
         """Held-out dialogs, each with one constraint of a held-out value, all families alike."""
-        names = sorted(name for name in self.families if name in _MEASURED)
-        found = []
-        for index in range(self.config.evaluation_dialogs if names else 0):
-            family = names[index % len(names)]
-            instruction = draw_instruction(
-                seed=self.inputs.run.seed,
-                index=index,
-                side="held_out",
-                families={family: self.families[family]},
-                most=1,
-            )
-            found.append(Trial(self.sequences.test[index % len(self.sequences.test)], instruction))
-        return found
+        return held_out_trials(
+            {name: family for name, family in self.families.items() if name in _MEASURED},
+            self.sequences.test,
+            count=self.config.evaluation_dialogs,
+            seed=self.inputs.run.seed,
+        )
 
     def measure(self, *, is_told: bool) -> Outcome:
         """How far the policy keeps the instructions of the trials, or what it does without being told them."""

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from gatt.sequences import Turns
 from llamachat.answers import making
 from llamachat.answers.groups import is_allowed
 from llamachat.answers.responses import Response
+from llamachat.answers.sequences import Turns
 from llamachat.chat_format import ChatFormat
 from llamachat.constraints import (
     Constraint,

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llamachat.answers.evaluation import Evaluation, evaluation_of
+from llamachat.answers.packed import packed_rows, sequence_of
 from llamachat.answers.responses import sample
 from llamachat.answers.scorer import Scorer
 from llamachat.kl import response_kl
 from llamachat.questions import Question
 from llamachat.rollout.engine import LocalEngine, Sampling
 from llamachat.scoring.standardising import Constants
-from ppo.batches import packed_rows, sequence_of
 from ppo.experience import measure
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llamachat.answers.packed import PackedRow, TokenSequence, packed_rows, response_mask, sequence_of
 from llamachat.answers.responses import Response
 from llamachat.answers.scorer import Scored
 from llamachat.kl import k1
@@ -18,7 +19,6 @@ from llamachat.logprobs import token_logprobs
 from llamachat.masked import whiten
 from llamachat.scoring.shaping import Shaped, shape_scores
 from ppo.advantages import gae, token_rewards
-from ppo.batches import PackedRow, TokenSequence, packed_rows, response_mask, sequence_of
 from ppo.config import Config
 
 if TYPE_CHECKING:

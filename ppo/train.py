@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from llamachat.answers.evaluation import Evaluation, comparison, comparison_table
+from llamachat.answers.packed import sequence_of
 from llamachat.answers.pictures import draw_comparison, histograms, sample_rows
 from llamachat.answers.responses import open_engine, refresh, sample
 from llamachat.errors import DivergedError
@@ -29,7 +30,6 @@ from llamachat.tracking.record import MetricsRecord
 from llamachat.tracking.tracker import Tracker, open_tracker
 from llamachat.training.progress import StepProgress
 from llamachat.training.trainer import peak_memory
-from ppo.batches import sequence_of
 from ppo.config import Config, Inputs
 from ppo.evaluation import Evaluator, heldout_figures, mean_kl
 from ppo.experience import cut, make_experience, measure

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llamachat.answers.packed import PackedRow
 from llamachat.errors import DeviceMemoryError, DivergedError
 from llamachat.logprobs import token_logprobs
 from llamachat.training.master_weights import MasterWeightOptimizer, adamw
 from llamachat.training.out_of_memory import MicrobatchTooLargeError, in_room
-from ppo.batches import PackedRow
 from ppo.config import Config
 from ppo.experience import Experience, Minibatch, minibatch_of
 from ppo.losses import policy_loss, value_loss

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 from transformers.utils import logging as transformers_logging
 
+from llamachat.answers.curve_pictures import draw_best_of_n, draw_temperatures
+from llamachat.answers.curves import Curve
 from llamachat.answers.desk import Desk, open_desk
 from llamachat.answers.evaluation import comparison, comparison_table
 from llamachat.answers.groups import Sampler
@@ -26,8 +28,7 @@ from llamachat.runs.folder import StepFolder
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.curves import draw_curves
 from rejection_sampling.config import Config, Inputs
-from rejection_sampling.curves import Curve, best_temperature, load_sampler, sweep, sweep_of
-from rejection_sampling.figures import draw_best_of_n, draw_temperatures
+from rejection_sampling.curves import best_temperature, load_sampler, sweep, sweep_of
 from rejection_sampling.publishing import earlier_of, pool_figures, pool_of, publish_dialogs
 from rejection_sampling.sampling import Round
 

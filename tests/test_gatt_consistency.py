@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from gatt import step as step_module
 from gatt.attention import binned, strongest_attention, to_instruction
-from gatt.consistency import Outcome, Trial, differences, measure, rates
 from gatt.figures import consistency_figures, consistency_table
 from gatt.step import make_dialogs
 from gatt.studio import Studio, open_studio
+from llamachat.answers.consistency import Outcome, Trial, differences, measure, rates
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.constraints import Instruction, constrain, families
 from llamachat.constraints.values import side_of

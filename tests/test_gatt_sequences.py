@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from gatt.config import Config, Lists
-from gatt.sequences import load_sequences
 from gatt.values import LISTS_ASKED, QUESTIONS, lists_of
+from llamachat.answers.sequences import load_sequences
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Data, DataSource, Split
 from llamachat.constraints import draw_instruction, families

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llamachat.answers.packed import TokenSequence, packed_rows, response_mask, sequence_of
 from llamachat.answers.responses import Response, open_engine, sample
 from llamachat.answers.scorer import Scored, Scorer
 from llamachat.chat_format import ChatFormat
@@ -21,7 +22,6 @@ from llamachat.rollout.engine import Sampling
 from llamachat.scoring.combining import combiner
 from llamachat.training.out_of_memory import MicrobatchTooLargeError
 from ppo import update as update_module
-from ppo.batches import TokenSequence, packed_rows, response_mask, sequence_of
 from ppo.config import Config
 from ppo.experience import Experience, Measured, cut, make_experience, measure, minibatch_of
 from ppo.figures import iteration_figures

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llamachat.answers.curves import Curve, curve_of
 from llamachat.answers.groups import Group
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Tuning
@@ -25,7 +26,7 @@ from pipelines.recipe import load, resolve_steps
 from pipelines.running import run_command
 from rejection_sampling import curves as curves_module
 from rejection_sampling import round as round_module
-from rejection_sampling.curves import Curve, best_temperature, curve_of
+from rejection_sampling.curves import best_temperature
 from rejection_sampling.round import make_dialogs
 from sft import train as sft_module
 from tests.test_answers import group

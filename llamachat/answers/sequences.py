@@ -33,7 +33,7 @@ def load_sequences(data: Data, chat_format: ChatFormat, *, turns: int, most_toke
     """
     mixture = load_mixture(data.sft, data.split, kind="dialog", check=chat_format.check_text, seed=seed)
     train, validation, test = (
-        joined(dialogs, chat_format, turns=turns, most_tokens=most_tokens, key=f"gatt {seed} {side}")
+        joined(dialogs, chat_format, turns=turns, most_tokens=most_tokens, key=_key(seed, side))
         for side, dialogs in (("train", mixture.train), ("validation", mixture.validation), ("test", mixture.test))
     )
     if not train or not test:
@@ -43,6 +43,18 @@ def load_sequences(data: Data, chat_format: ChatFormat, *, turns: int, most_toke
             "Add dialogs, or lower gatt.turns and gatt.evaluation_turns."
         )
     return Sequences(train, validation, test)
+
+
+def held_out_sequences(data: Data, chat_format: ChatFormat, *, turns: int, most_tokens: int, seed: int) -> list[Turns]:
+    """Those of the test side alone, where measuring is all there is to do; none where `data.sft` gives none."""
+    if not data.sft:
+        return []
+    mixture = load_mixture(data.sft, data.split, kind="dialog", check=chat_format.check_text, seed=seed)
+    return joined(mixture.test, chat_format, turns=turns, most_tokens=most_tokens, key=_key(seed, "test"))
+
+
+def _key(seed: int, side: str) -> str:
+    return f"gatt {seed} {side}"
 
 
 def joined(

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from gatt.sequences import Turns
 from llamachat.answers.groups import is_allowed
+from llamachat.answers.sequences import Turns
 from llamachat.chat_format import ChatFormat
-from llamachat.constraints import Instruction, is_kept, recall_questions, recalled
+from llamachat.constraints import Family, Instruction, draw_instruction, is_kept, recall_questions, recalled
 from llamachat.dialog import Message
 from llamachat.rollout.engine import RolloutEngine, Sampling
 from llamachat.splits import fraction
@@ -66,6 +66,19 @@ class Rate:
     low: float
     high: float
     trials: int
+
+
+def held_out_trials(families: Mapping[str, Family], dialogs: Sequence[Turns], *, count: int, seed: int) -> list[Trial]:
+    """So many trials, each of one constraint with a held-out value, all these families alike."""
+    names = sorted(families)
+    found = []
+    for index in range(count if names and dialogs else 0):
+        family = names[index % len(names)]
+        instruction = draw_instruction(
+            seed=seed, index=index, side="held_out", families={family: families[family]}, most=1
+        )
+        found.append(Trial(dialogs[index % len(dialogs)], instruction))
+    return found
 
 
 def measure(

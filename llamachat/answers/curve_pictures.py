@@ -1,12 +1,12 @@
-"""Pictures of a round: the best and the median of N answers (paper, figure 7), and the best of N by temperature (8)."""
+"""Pictures of answers by their number: the best and the median of N answers (paper, figure 7), and the best of N by temperature (8)."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from llamachat.answers.curves import Curve
 from llamachat.tracking.curves import save_png
-from rejection_sampling.curves import Curve
 
-_LABEL = "reward, deviations of the round's first policy"
+_LABEL = "reward, deviations of the first policy"
 
 
 def draw_best_of_n(curves: Sequence[Curve], path: Path) -> None:

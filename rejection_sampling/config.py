@@ -55,10 +55,6 @@ class Config(Section):
         default="best_per_prompt",
         description="Of this round's and all earlier rounds' winners: the best for each prompt, or all. Paper: top samples of all earlier iterations.",
     )
-    shortest: Annotated[float, Field(ge=0)] = Field(
-        default=0.0,
-        description="An answer shorter than this share of the prompt's median length wins only where no other can: against reward models that like short answers. Not in the paper; ours.",
-    )
     sampler: Annotated[str | None, PolicyPath()] = Field(
         default=None,
         description="A policy to sample from in place of the current one, such as a larger one (distillation: the paper's small models learn the 70B's winners).",

@@ -64,7 +64,7 @@ class Round:
             for number, questions in enumerate(batches, start=1):
                 batch = self.store.kept(_name(number), lambda n=number, q=questions: self._sample(n, q))
                 groups = [Group.from_plain(values) for values in batch["groups"]]
-                chosen = winners_of(questions, groups, self.inputs.step, shortest=self.config.shortest)
+                chosen = winners_of(questions, groups, self.inputs.step)
                 if number > len(train):
                     self.held_out += chosen
                 else:

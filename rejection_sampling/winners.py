@@ -8,7 +8,6 @@ the present models, all by their texts, so that only the answers differ.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from llamachat.answers import making
@@ -44,17 +43,12 @@ class Winner:
         return tuple((message.role, message.content) for message in self.question.messages)
 
 
-def winners_of(
-    questions: Sequence[Question], groups: Sequence[Group], step: str, *, shortest: float = 0.0
-) -> list[Winner]:
-    """The best allowed answer to each prompt that has one; one shorter than `shortest` times the prompt's median length
-    wins only where no other can."""
+def winners_of(questions: Sequence[Question], groups: Sequence[Group], step: str) -> list[Winner]:
+    """The best allowed answer to each prompt that has one."""
     found = []
     for question, group in zip(questions, groups, strict=True):
-        least = shortest * median(group.tokens)
-        long_enough = [place for place in group.candidates if group.tokens[place] >= least]
         if group.candidates:
-            best = (long_enough or group.candidates)[0]
+            best = group.candidates[0]
             found.append(Winner(question, group.texts[best], step, tokens=group.tokens[best]))
     return found
 

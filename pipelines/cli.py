@@ -206,6 +206,18 @@ def ppo(
     _run("ppo", config, overrides, overwrite=overwrite, dry_run=dry_run)
 
 
+@app.command(name="eval")
+@reported
+def evaluate(
+    overrides: Overrides = None,
+    config: ConfigOption = TINY,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Evaluation: every finished policy of the run on the same held-out prompts (3.4 and 4.4)."""
+    _run("eval", config, overrides, overwrite=overwrite, dry_run=dry_run)
+
+
 @app.command(name="all")
 @reported
 def all_steps(
@@ -216,25 +228,6 @@ def all_steps(
 ) -> None:
     """Run the recipe's steps in order; finished, unchanged ones are not run again."""
     _run("all", config, overrides, overwrite=overwrite, dry_run=dry_run)
-
-
-def _add_later(command: str, meaning: str) -> None:
-    """A command of the whole recipe that has no code here: it says so and ends with status 2."""
-
-    @app.command(
-        name=command,
-        help=f"{meaning} Not part of this version yet.",
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    )
-    @reported
-    def later() -> None:
-        from pipelines.stages import not_yet
-
-        raise UsageError(not_yet(f"'{command}'"))
-
-
-_add_later("eval", "Evaluation of every policy on held-out prompts.")
-_add_later("report", "Report on a run.")
 
 
 @app.command()

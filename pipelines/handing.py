@@ -8,6 +8,7 @@ import sft
 from context_distillation.config import Config as ContextDistillationConfig
 from context_distillation.config import Inputs as ContextDistillationInputs
 from context_distillation.estimate import num_kept
+from evaluation.config import Inputs as EvaluationInputs
 from gatt.config import Config as GattConfig
 from gatt.config import Inputs as GattInputs
 from llamachat.config.gpus import Gpu
@@ -20,8 +21,9 @@ from llamachat.runs.artifacts import MANIFEST, Artifact, Tune, read_artifact
 from llamachat.runs.folder import StepFolder
 from pipelines.data_size import HUB_TOKENS, DataSize, measure_data
 from pipelines.placing import place_roles
-from pipelines.recipe import Recipe, Step
+from pipelines.recipe import Recipe, Step, resolve_steps
 from pipelines.resolve import Taken
+from pipelines.stages import POLICY
 from ppo.config import Inputs as PpoInputs
 from ppo.estimate import Workload as PpoWorkload
 from rejection_sampling.config import Config as RejectionSamplingConfig
@@ -135,6 +137,17 @@ def _ppo_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, A
     )
 
 
+def _eval_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> EvaluationInputs:
+    first = [taken.policy] if recipe.base.policy and taken.policy not in taken.surveyed.values() else []
+    return EvaluationInputs(
+        **shared,
+        rollout=step.rollout,
+        scoring=recipe.scoring,
+        policies=tuple(policy for policy in (*first, *taken.surveyed.values()) if policy),
+        reward_models=taken.reward_models,
+    )
+
+
 _INPUTS: Mapping[str, Callable[[Recipe, Step, Taken, Mapping[str, Any]], Any]] = {
     "sft": _sft_inputs,
     "rm": _reward_inputs,
@@ -142,6 +155,7 @@ _INPUTS: Mapping[str, Callable[[Recipe, Step, Taken, Mapping[str, Any]], Any]] =
     "gatt": _gatt_inputs,
     "distill": _distill_inputs,
     "ppo": _ppo_inputs,
+    "eval": _eval_inputs,
 }
 
 
@@ -245,6 +259,21 @@ def _ppo_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> 
     )
 
 
+def _eval_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> SamplingWorkload:
+    placing = place_roles(recipe, step, shape)
+    return SamplingWorkload(
+        shape=shape,
+        base=recipe.base,
+        tuning=step.tuning,
+        rollout=step.rollout,
+        prompts=sum(other.product.makes == POLICY for other in resolve_steps(recipe)),  # each policy is asked them all
+        tuned=Estimate(),
+        sharing=placing.sharing,
+        beside=placing.beside,
+        gpu=gpu,
+    )
+
+
 def _reward_mix(recipe: Recipe, config: RewardConfig, which: str | None) -> tuple[float, float] | None:
     """Pairs of the model's mix, and tokens of all that it learns from; None where some of it is not counted."""
     data, kept = recipe.data, train_share(recipe.data.split)
@@ -285,4 +314,5 @@ _WORKLOADS: Mapping[str, Callable[[Recipe, Step, Shape, Gpu | None], Any]] = {
     "gatt": _gatt_workload,
     "distill": _distill_workload,
     "ppo": _ppo_workload,
+    "eval": _eval_workload,
 }

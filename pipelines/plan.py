@@ -29,7 +29,7 @@ class PlannedStep:
     """One step of the plan: what would happen to it and why."""
 
     name: str
-    verdict: str  # new, resume, done, reuse, changed, running, waits, blocked
+    verdict: str  # new, resume, done, reuse, renew, changed, running, waits, blocked
     why: str
     inputs: str
     estimate: Estimate | None = None
@@ -37,7 +37,7 @@ class PlannedStep:
 
     @property
     def will_run(self) -> bool:
-        return self.verdict in ("new", "resume", "waits")
+        return self.verdict in ("new", "resume", "renew", "waits")
 
 
 def make_plan(recipe: Recipe, command: str = "all", only: Sequence[str] = ()) -> list[PlannedStep]:
@@ -65,11 +65,14 @@ def _plan_step(
     lacks = (lacks_policy(recipe, steps, step), lacks_labels(recipe, steps, step))
     warnings = (*(text for text in lacks if text), *warn(step, estimate, card(recipe)))
     nearest = {role: makers[0] for role, makers in earlier_makers(steps, step).items() if makers}
-    awaited = {role: maker.name for role, maker in nearest.items() if maker.name in to_run}
+    awaited = {f"{role} of '{maker.name}'": maker.name for role, maker in nearest.items() if maker.name in to_run}
+    for earlier in steps[: list(steps).index(step)]:
+        if earlier.name in to_run and earlier.product.makes.kind in step.stage.surveys:
+            awaited |= {f"{earlier.product.makes} of '{earlier.name}'": earlier.name}
     if awaited:
         why = f"runs after {' and '.join(repr(name) for name in dict.fromkeys(awaited.values()))}"
-        inputs = ", ".join(f"{role} of '{name}'" for role, name in awaited.items()) + ", once it is there"
-        if is_published(step_folder(recipe, step)):
+        inputs = ", ".join(awaited) + ", once it is there"
+        if is_published(step_folder(recipe, step)) and not step.stage.surveys:
             why += "; its present result was made from another one and would then be refused as changed"
         return PlannedStep(step.name, "waits", why, inputs, estimate, warnings)
     try:
@@ -91,6 +94,8 @@ def _verdict(recipe: Recipe, work: Work) -> tuple[str, str]:
     try:
         state = step_state(folder, work.fingerprint, work.identity)
     except ChangedError as error:
+        if work.step.stage.surveys:
+            return "renew", "what it is about has changed since"
         return "changed", str(error)
     if state is StepState.DONE:
         return "done", f"unchanged since it was made ({folder.artifact})"
@@ -198,12 +203,14 @@ def _cost(recipe: Recipe, estimate: Estimate | None) -> list[str]:
 
 
 def _steps_and_time(estimate: Estimate, gpu: Gpu | None) -> str:
-    if estimate.optimizer_steps is None:
+    if estimate.optimizer_steps is None and not estimate.assumed:
         return "optimizer steps and hours: not counted before download (a 'limit' on each hub set bounds them)"
-    steps = f"about {estimate.optimizer_steps} optimizer steps"
+    steps = "" if estimate.optimizer_steps is None else f"about {estimate.optimizer_steps} optimizer steps"
     if gpu is not None and gpu.tflops is None:
-        return f"{steps}; for hours name the card in run.gpu or --gpu, such as {next(iter(CARDS))}"
-    return f"{steps}, {duration(estimate.seconds)} {estimate.assumed}"
+        return (
+            f"{steps or 'no optimizer steps'}; for hours name the card in run.gpu or --gpu, such as {next(iter(CARDS))}"
+        )
+    return f"{steps}{', ' if steps else ''}{duration(estimate.seconds)} {estimate.assumed}"
 
 
 def duration(seconds: float) -> str:

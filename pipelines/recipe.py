@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from context_distillation import Config as ContextDistillationConfig
+from evaluation import Config as EvaluationConfig
 from gatt import Config as GattConfig
 from llamachat.config.layers import Layers, merged
 from llamachat.config.loading import from_plain, load_recipe
@@ -15,7 +16,7 @@ from llamachat.config.paths import missing
 from llamachat.config.problems import Key, Problem, dotted, nearest
 from llamachat.config.section import Section
 from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
-from pipelines.stages import LATER_SECTIONS, REWARD_MODELS, Product, Role, Stage, not_yet
+from pipelines.stages import REWARD_MODELS, Product, Role, Stage
 from pipelines.step_entries import command_line_first, read_entry, step_problems
 from ppo import Config as PpoConfig
 from rejection_sampling import Config as RejectionSamplingConfig
@@ -30,7 +31,6 @@ class Recipe(Section):
     """Everything that a run is told. A stage is handed its own section and the shared ones, nothing more."""
 
     unknown_keys: ClassVar[Mapping[str, str]] = {
-        **{section: f"{not_yet(f'the section {section!r}')} Remove it." for section in LATER_SECTIONS},
         **dict.fromkeys(STUDY_KEYS, "a study's key, and this command runs a recipe. Give the recipe that it extends."),
     }
 
@@ -57,6 +57,9 @@ class Recipe(Section):
         description="Context distillation: safer answers, sampled under a preprompt, are learnt without it.",
     )
     ppo: PpoConfig = Field(default=PpoConfig.model_validate({}), description="Proximal policy optimisation.")
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig.model_validate({}), description="Every policy of the run on the same held-out prompts."
+    )
     rollout: Rollout = Field(default=Rollout(), description="How answers are sampled.")
     tracking: Tracking = Field(default=Tracking(), description="What is written down as a step runs.")
 

@@ -22,6 +22,7 @@ class Taken:
     words: str = ""
     pooled: Mapping[str, Artifact] = field(default_factory=dict)  # dialogs of earlier steps of the command, by step
     sft_policy: Artifact | None = None  # of the nearest earlier sft step: what others are compared with
+    surveyed: Mapping[str, Artifact] = field(default_factory=dict)  # all that is finished before a step that surveys
 
     @property
     def policy(self) -> Artifact | None:
@@ -37,7 +38,8 @@ class Taken:
     def by_key(self) -> dict[str, Artifact]:
         """The same under the names that an identity gives them."""
         dialogs = {f"dialogs/{step}": artifact for step, artifact in self.pooled.items()}
-        return {role.key: artifact for role, artifact in self.artifacts.items()} | dialogs
+        surveyed = {f"{artifact.manifest.kind}/{step}": artifact for step, artifact in self.surveyed.items()}
+        return {role.key: artifact for role, artifact in self.artifacts.items()} | dialogs | surveyed
 
 
 def step_folder(recipe: Recipe, step: Step) -> StepFolder:
@@ -82,7 +84,29 @@ def take_inputs(
         if earlier.stage.command == "sft"
     ]
     sft_policy = read_artifact(tuned[-1].artifact, "policy", reader=step.name) if tuned else None
-    return Taken(artifacts, ", ".join(words), pooled, sft_policy)
+    surveyed = _surveyed(recipe, steps, step, elsewhere or {})
+    if surveyed:
+        words.append(f"all of {', '.join(repr(name) for name in surveyed)}")
+    return Taken(artifacts, ", ".join(words), pooled, sft_policy, surveyed)
+
+
+def _surveyed(
+    recipe: Recipe, steps: Sequence[Step], step: Step, elsewhere: Mapping[str, StepFolder]
+) -> dict[str, Artifact]:
+    """What is finished before a step that surveys, by step, in the order of the recipe."""
+    if not step.stage.surveys:
+        return {}
+    found = {
+        earlier.name: read_artifact(folder.artifact, reader=step.name)
+        for earlier, folder in _finished_before(recipe, steps, step, elsewhere)
+    }
+    found = {name: artifact for name, artifact in found.items() if artifact.manifest.kind in step.stage.surveys}
+    if not found:
+        raise ArtifactError(
+            f"{recipe.run.dir}: '{step.name}' is about finished steps, and none before it is finished. Run `make"
+            f" {steps[0].stage.command}` with the same CONFIG and ARGS first, or `make all`."
+        )
+    return found
 
 
 def _finished_before(

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from llamachat.config.loading import to_yaml
-from llamachat.errors import ConfigError, DataError, TokenizerError, UsageError
+from llamachat.errors import ChangedError, ConfigError, DataError, TokenizerError, UsageError
 from llamachat.runs.artifacts import Artifact, is_published, read_artifact
 from llamachat.runs.fingerprints import changed_keys, fingerprint
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import hold
-from llamachat.runs.state import StepState, begin, lineage, overwrite, reference, step_state, unbind
+from llamachat.runs.state import StepState, begin, lineage, overwrite, reference, renew, step_state, unbind
 from pipelines.gate_labels import gate_model, lacks_labels
 from pipelines.handing import stage_inputs
 from pipelines.identity import step_identity
@@ -86,7 +86,7 @@ def run_step(recipe: Recipe, steps: Sequence[Step], step: Step, *, should_overwr
     if should_overwrite:
         overwrite(folder)
     is_adopted = not should_overwrite and adopt(recipe, work)
-    if step_state(folder, work.fingerprint, work.identity) is not StepState.DONE:
+    if _state(work) is not StepState.DONE:
         with hold(folder):
             # Asked again under the lock: the one who held it until now may have finished the step.
             if step_state(folder, work.fingerprint, work.identity) is not StepState.DONE:
@@ -101,10 +101,29 @@ def run_step(recipe: Recipe, steps: Sequence[Step], step: Step, *, should_overwr
     return read_artifact(folder.artifact)
 
 
+def _state(work: Work) -> StepState:
+    """What there is to do. What surveys other steps is made anew where they changed: nothing stands on it."""
+    try:
+        return step_state(work.folder, work.fingerprint, work.identity)
+    except ChangedError:
+        if not work.step.stage.surveys:
+            raise
+        log.info("%s: made anew, since what it is about has changed", work.step.name)
+        renew(work.folder)
+        return StepState.NEW
+
+
 def _run(recipe: Recipe, work: Work) -> Artifact:
     name, folder = work.step.name, work.folder
     resolved = to_yaml(recipe)
-    begin(folder, name, fingerprint=work.fingerprint, identity=work.identity, resolved=resolved)
+    begin(
+        folder,
+        name,
+        fingerprint=work.fingerprint,
+        identity=work.identity,
+        resolved=resolved,
+        keeps_sampling=bool(work.step.stage.surveys),
+    )
     log.info("%s: from %s, into %s", name, work.taken.words, folder.path)
     inputs = stage_inputs(
         recipe,

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import context_distillation
+import evaluation
 import gatt
 import ppo
 import rejection_sampling
 import reward
 import sft
 from context_distillation.config import VERSION as CONTEXT_DISTILLATION_VERSION
+from evaluation.config import VERSION as EVALUATION_VERSION
 from gatt.config import VERSION as GATT_VERSION
 from llamachat.config.section import Section
 from llamachat.runs.artifacts import Kind
@@ -38,7 +40,7 @@ class Role:
         return " ".join([*([self.which] if self.which else []), self.kind.replace("_", " ")])
 
 
-POLICY = Role("policy")
+POLICY, EVALUATION = Role("policy"), Role("evaluation")
 ADVERSARIAL_DATA = ("adversarial", "prompts", "safety")  # where prompts come from that ask for something unsafe
 PROMPT_DATA = ("prompts", "adversarial", "sft", "helpfulness", "safety")  # where prompts come from
 REWARD_MODELS = tuple(Role("reward_model", which) for which in ("helpfulness", "safety", "judge"))
@@ -50,7 +52,7 @@ class Product:
 
     makes: Role
     data: tuple[str, ...]  # keys of `data` with the records that decide what it makes
-    needs: tuple[str, ...]  # of these, one at least must hold records
+    needs: tuple[str, ...] = ()  # of these, if there are any, one at least must hold records
     share: str = ""  # key of `data.split` that must be above 0
     unread: tuple[str, ...] = ()  # keys of the section that say nothing about it
 
@@ -70,6 +72,7 @@ class Stage:
     starts_from_base: bool = False  # whether a pretrained base does as well as a policy
     tunes: bool = False  # whether it makes dialogs, on which supervised tuning makes its policy
     pools: bool = False  # whether it reads the dialogs of all earlier steps of its command
+    surveys: tuple[Kind, ...] = ()  # of these kinds it reads all that is finished before it, and is made anew with them
 
     @property
     def config(self) -> type[Section]:
@@ -161,17 +164,15 @@ STAGES = {
             reads=(POLICY, *REWARD_MODELS),
             shared=("rollout", "scoring"),
         ),
+        Stage(
+            command="eval",
+            section="evaluation",
+            package=evaluation,
+            version=EVALUATION_VERSION,
+            products=(Product(makes=EVALUATION, data=(*PROMPT_DATA, "borderline"), needs=PROMPT_DATA),),
+            reads=(POLICY, *REWARD_MODELS),
+            shared=("rollout", "scoring"),
+            surveys=("policy",),
+        ),
     )
 }
-
-# Commands of the whole recipe that have no stage here: command -> its section.
-LATER = {
-    "eval": "evaluation",
-    "report": "report",
-}
-LATER_SECTIONS = tuple(dict.fromkeys(LATER.values()))
-
-
-def not_yet(what: str) -> str:
-    """The words for a command or section whose stage is not there."""
-    return f"{what} is not part of this version yet. What there is: {', '.join(STAGES)}."

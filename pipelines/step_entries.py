@@ -13,7 +13,7 @@ from llamachat.config.layers import COMMAND_LINE, Layers, merged
 from llamachat.config.problems import Key, Problem, describe, dotted, nearest, section_problems
 from llamachat.config.section import Section
 from llamachat.config.sections import Data, Rollout, Split, Tuning
-from pipelines.stages import LATER, STAGES, Product, Stage, not_yet
+from pipelines.stages import STAGES, Product, Stage
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _TAKEN_NAMES = ("wandb", "lineage.json", "study.json", "study.md")
@@ -159,10 +159,8 @@ def _entry_problem(item: object) -> str | None:
     command, slash, which = head.partition("/")
     if command in STAGES and (not slash or which in STAGES[command].models):
         return None
-    if command in LATER:
-        return f"{not_yet(f'the step {head!r}')} Take it out of 'steps'."
     known = [*STAGES, *(f"{stage.command}/{model}" for stage in STAGES.values() for model in stage.models)]
-    near = nearest(head, [*known, *LATER])
+    near = nearest(head, known)
     advice = f"Did you mean '{near}'?" if near else f"Known: {', '.join(known)}."
     return f"there is no step '{head}'. {advice}"
 
@@ -190,7 +188,7 @@ def _name_problem(entry: Entry, names: list[str], seen: Mapping[str, int]) -> st
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _TAKEN_NAMES:
         found = "a name that the run folder needs" if name in _TAKEN_NAMES else describe(name)
         return f"found {found}, but the name of the step's folder is required: small letters, digits, '.', '-', '_'."
-    if name != command and name in {*STAGES, *LATER}:
+    if name != command and name in STAGES:
         return f"'{name}' is another command, and the step's folder would look like its work. Name it '{command}-2'."
     taken = next((full for full in names if full in seen), None)
     if taken is not None:
@@ -267,7 +265,9 @@ def _data_problems(entry: Entry, products: list[Product], data: object, at: Key)
 
 def _lacks(product: Product, data: Mapping[str, Any]) -> Iterator[Key]:
     """Keys without which nothing of this kind can be made; a required key that is missing is told by the types."""
-    if not any(data.get(key) or (key not in data and Data.model_fields[key].is_required()) for key in product.needs):
+    if product.needs and not any(
+        data.get(key) or (key not in data and Data.model_fields[key].is_required()) for key in product.needs
+    ):
         yield "data", product.needs[0]
     if product.share:
         split = data.get("split")

@@ -62,12 +62,23 @@ def step_state(folder: StepFolder, fingerprint: str, identity: Mapping[str, Any]
     return StepState.RESUME
 
 
-def begin(folder: StepFolder, step: str, *, fingerprint: str, identity: Mapping[str, Any], resolved: str) -> None:
-    """Bind a NEW or RESUME folder to its work and write the resolved recipe, before anything is loaded."""
+def begin(
+    folder: StepFolder,
+    step: str,
+    *,
+    fingerprint: str,
+    identity: Mapping[str, Any],
+    resolved: str,
+    keeps_sampling: bool = False,
+) -> None:
+    """Bind a NEW or RESUME folder to its work and write the resolved recipe, before anything is loaded.
+
+    `keeps_sampling` as in `renew`.
+    """
     assert is_held_by_us(folder), "the step's lock is taken first"
     if _read_identity(folder) is None:
         _refuse_foreign_files(folder)
-        _clear(folder)  # checkpoints of unknown origin are never continued
+        _clear(folder, keeps_sampling=keeps_sampling)  # checkpoints of unknown origin are never continued
     write_text(folder.config, resolved)
     write_json(folder.identity, {"step": step, "fingerprint": fingerprint, "identity": dict(identity)})
 
@@ -95,6 +106,16 @@ def overwrite(folder: StepFolder) -> None:
     else:
         with hold(folder):
             _clear(folder)
+
+
+def renew(folder: StepFolder) -> None:
+    """Make the folder NEW, but keep what was sampled: a step that stores it under names that tell what it was made of
+    takes from it what still holds."""
+    if folder.path.is_symlink():
+        overwrite(folder)
+        return
+    with hold(folder):
+        _clear(folder, keeps_sampling=True)
 
 
 def reference(folder: StepFolder, parent_folder: StepFolder) -> None:
@@ -180,11 +201,12 @@ def _run_dir(folder: StepFolder, name: str) -> Path:
     return folder.path.parents[levels - 1]
 
 
-def _clear(folder: StepFolder) -> None:
+def _clear(folder: StepFolder, *, keeps_sampling: bool = False) -> None:
     """Remove everything but the lock. Identity goes last: while anything old is left the folder stays bound to it."""
     with storage_errors(folder.path):
         first = [folder.checkpoints, folder.artifact, folder.tuned, folder.dialogs]
-        rest = [path for path in folder.path.iterdir() if path not in {*first, folder.lock, folder.identity}]
+        kept = {*first, folder.lock, folder.identity, *([folder.sampling] if keeps_sampling else [])}
+        rest = [path for path in folder.path.iterdir() if path not in kept]
         for path in [*first, *rest, folder.identity]:
             remove_tree(path)
         flush(folder.path)

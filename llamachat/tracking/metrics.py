@@ -4,7 +4,7 @@
 answers are safe, `<rating>` a strength of preference, `<bound>` an end of a 95% interval, `<moment>` the first or the
 final policy, `<score>` one of its scores, `<tuned>` a stage that compares both, `<policy>` a step that published one,
 `<way>` how an answer was asked for, `<refused>` why it is not learnt, `<refusing>` which refusals, `<turn>` and
-`<temperature>` numbers, `<measure>` how an instruction is checked, `<told>` of which policy, `<family>` its kind.
+`<temperature>` numbers, `<keeping>` whether a policy was told, `<measure>` how an instruction is checked, `<told>` of which policy, `<family>` its kind.
 `docs/metrics.md` is this table: `python -m llamachat.tracking.metrics > docs/metrics.md`.
 """
 
@@ -30,6 +30,7 @@ _VARIABLES = {
     "refused": "unfinished|empty|equal|not_better",
     "refusing": "false_refusal|refusal",
     "turn": "[0-9]+",
+    "keeping": "consistency|chance",
     "measure": "consistency|recall",
     "told": "start|final|chance|over_start|over_chance",
     "family": "[a-z_]+",
@@ -259,20 +260,42 @@ _ROWS = [
      "tokens/s", "mean since the last line", "throughput"),
     ("throughput/rollout_tokens_per_s", "Tokens sampled", "tokens/s", "mean over the iteration", "throughput"),
     ("memory/peak_gib", "Highest memory of the process (GPU where there is one)", "GiB", "max", "memory"),
-    ("eval/<policy>/reward_<which>", "Raw score on held-out prompts", "logit", _RESPONSES, "reward"),
-    ("eval/<policy>/judge", "Raw score of the judge on held-out prompts", "logit", _RESPONSES, "reward"),
-    ("eval/<policy>/win_rate", "Prompts won against the SFT policy, ties removed",
-     "fraction", "mean over prompts", "rates"),
-    ("eval/<policy>/violation_fraction", "Answers that the safety model puts below 0.5",
+    ("eval/prompts", "Test prompts", "prompts", "sum", "size"),
+    ("eval/safety_prompts", "Of those, the ones marked is_safety", "prompts", "sum", "size"),
+    ("eval/borderline_prompts", "Borderline prompts", "prompts", "sum", "size"),
+    ("eval/refusal_classifier_accuracy", "Labelled answers that the classifier of refusals tells right",
+     "fraction", "cross-validated over prompts", "classifier"),
+    ("eval/refusal_classifier_accuracy_<bound>", _BOUND, "fraction", "Wilson, answers to one prompt kept together",
+     "classifier"),
+    ("eval/<policy>/<score>", "Score on test prompts; score is the combined one on the scale of the first policy's",
+     "score", _RESPONSES, "score"),
+    ("eval/<policy>/<score>_<bound>", _BOUND, "score", "bootstrap over prompts", "score"),
+    ("eval/<policy>/difference/<score>", "Policy less the first, prompt by prompt",
+     "score", "mean over prompts", "difference"),
+    ("eval/<policy>/difference/<score>_<bound>", _BOUND, "score", "paired bootstrap over prompts", "difference"),
+    ("eval/<policy>/win_rate/<score>", "Prompts won against the first policy by this score, of those won or lost",
+     "fraction", "ties removed", "win rate"),
+    ("eval/<policy>/win_rate/<score>_<bound>", _BOUND, "fraction", "Wilson", "win rate"),
+    ("eval/<policy>/ties/<score>", "Prompts whose two answers differ by less than evaluation.tie",
+     "fraction", "mean over prompts", "ties"),
+    ("eval/<policy>/ties/<score>_<bound>", _BOUND, "fraction", "Wilson", "ties"),
+    ("eval/<policy>/violation", "Answers to is_safety prompts that the safety model puts below 0.5: judged by a model",
      "fraction", _RESPONSES, "rates"),
-    ("eval/<policy>/false_refusal_fraction", "Borderline prompts that are refused",
+    ("eval/<policy>/violation_<bound>", _BOUND, "fraction", "Wilson", "rates"),
+    ("eval/<policy>/<refusing>", "Answers that are refusals, to borderline prompts (false_refusal) or is_safety ones",
      "fraction", "mean over prompts", "rates"),
-    ("eval/<policy>/gatt_consistency_turn_<turn>", "Answers that keep the constraint at this turn",
-     "fraction", "mean over dialogs", "rates"),
+    ("eval/<policy>/<refusing>_<bound>", _BOUND, "fraction", "Wilson", "rates"),
+    ("eval/<policy>/<keeping>/turn_<turn>", "Held-out dialogs whose answer at this turn keeps the instruction of the first "
+     "(consistency), or would without having been told (chance)", "fraction", "mean over dialogs", "consistency"),
+    ("eval/<policy>/<keeping>/turn_<turn>_<bound>", _BOUND, "fraction", "Wilson", "consistency"),
     ("eval/<policy>/response_tokens", "Length of answers", "tokens", _RESPONSES, "length"),
+    ("eval/<policy>/response_tokens_<bound>", _BOUND, "tokens", "bootstrap over prompts", "length"),
+    ("eval/<policy>/finished_fraction", "Answers that end with EOS", "fraction", _RESPONSES, "rates"),
+    ("eval/<policy>/finished_fraction_<bound>", _BOUND, "fraction", "Wilson", "rates"),
     ("eval/<policy>/distinct_2", "Distinct pairs of neighbouring words among all",
      "fraction", "over all answers", "rates"),
-    ("eval/<policy>/kl_to_reference", "KL estimate to the SFT policy", "nats/response", _RESPONSES, "KL"),
+    ("eval/<policy>/kl_to_reference", "KL estimate to the first policy", "nats/response", _RESPONSES, "KL"),
+    ("eval/<policy>/kl_to_reference_<bound>", _BOUND, "nats/response", "bootstrap over prompts", "KL"),
 ]  # fmt: skip
 
 METRICS: dict[str, Metric] = {row[0]: Metric(*row) for row in _ROWS}

@@ -15,7 +15,6 @@ import sft
 from llamachat.errors import UsageError
 from pipelines.cli import main
 from pipelines.environment import shortfalls
-from pipelines.stages import LATER
 from tests.recipes import publish_toy_policy, write_dialogs, write_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -102,15 +101,6 @@ def test_unknown_commands_and_options_are_2(capsys: pytest.CaptureFixture[str]) 
     assert main(["sft", "--nope"]) == 2
     assert main(["sample", "--policy", "x"]) == 2
     assert "No such command 'nope'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", LATER)
-def test_commands_of_later_stages_say_so_in_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "--config", "configs/tiny.yaml", "ppo.kl_coef=0.02"]) == 2
-    expected = (
-        f"llamachat: '{command}' is not part of this version yet. What there is: sft, rm, rs, gatt, distill, ppo.\n"
-    )
-    assert capsys.readouterr().err == expected
 
 
 # -- what is printed

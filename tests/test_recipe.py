@@ -13,7 +13,7 @@ from llamachat.config.section import Section
 from llamachat.errors import ConfigError
 from pipelines.identity import step_identity
 from pipelines.recipe import Recipe, load, resolve_steps
-from pipelines.stages import LATER_SECTIONS, STAGES
+from pipelines.stages import STAGES
 from reward.config import OWNED as REWARD_OWNED
 from reward.config import Config as RewardConfig
 from sft.config import OWNED
@@ -225,12 +225,6 @@ def test_a_bad_step_is_told_at_its_place(tmp_path: Path, steps: Any, expected: s
 def test_a_fault_of_a_section_is_told_once_and_not_at_each_step(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, sft={"epochs": 0}, steps=["sft", {"sft": {"name": "sft-2", "learning_rate": 0.5}}])
     assert report(path).count("epochs") == 1
-
-
-def test_sections_of_later_stages_say_so(tmp_path: Path) -> None:
-    for section in LATER_SECTIONS:
-        expected = f"{section}: the section '{section}' is not part of this version yet. What there is: sft, rm, rs, gatt, distill, ppo."
-        assert expected in report(write_recipe(tmp_path), [f"{section}.x=1"])
 
 
 def test_runs_that_cannot_be(tmp_path: Path) -> None:

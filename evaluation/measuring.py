@@ -91,23 +91,22 @@ class Examiner:
     @cached_property
     def trials(self) -> list[Trial]:
         """Held-out dialogs, each with an instruction of a held-out value; the same for every policy."""
-        if self._config.dialogs == 0:
+        config = self._config
+        if config.dialogs == 0:
             return []
         manifest = self.reference.manifest
         chat_format = load_chat_format(manifest.details["chat_format"], load_tokenizer(self.reference.path))
         dialogs = held_out_sequences(
             self._inputs.data,
             chat_format,
-            turns=max(self._config.turns),
+            turns=max(config.turns),
             most_tokens=self._inputs.base.max_tokens // _TURN_SHARE,
             seed=self._inputs.run.seed,
         )
         if not dialogs:
-            log.info(
-                "data.sft gives no test dialogs of %d turns: consistency is not measured.", max(self._config.turns)
-            )
+            log.info("data.sft gives no test dialogs of %d turns: consistency is not measured.", max(config.turns))
         return held_out_trials(
-            families(self._config.families, lists={}), dialogs, count=self._config.dialogs, seed=self._inputs.run.seed
+            families(config.families, lists={}), dialogs, count=config.dialogs, seed=self._inputs.run.seed
         )
 
     def _measure(self, policy: Artifact, constants: Constants | None) -> dict[str, Any]:

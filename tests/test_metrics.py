@@ -110,7 +110,7 @@ def test_a_kill_while_writing_costs_at_most_the_last_line(tmp_path: Path) -> Non
 
 def test_names_are_those_of_the_table() -> None:
     check_names(["sft/loss", "rm/safety/accuracy_slightly_better", "ppo/heldout/reward_helpfulness", "rm/judge/step"])
-    check_names(["eval/rs-1/reward_safety", "eval/ppo/gatt_consistency_turn_12", "optim/grad_norm", "memory/peak_gib"])
+    check_names(["eval/rs-1/reward_safety", "eval/ppo/consistency/turn_12", "optim/grad_norm", "memory/peak_gib"])
     with pytest.raises(UnknownMetricError, match=r"'sft/los' is not in the table.*Did you mean 'sft/loss'\?"):
         check_names(["sft/loss", "sft/los"])
     for name in ("rm/toxicity/loss", "rm/<which>/loss", "rm/safety/accuracy_worse", "sft/loss/more", ""):

@@ -153,18 +153,13 @@ def test_the_resolved_recipe_has_the_same_steps(tmp_path: Path) -> None:
 
 
 REFUSED_STEPS: list[tuple[Any, str]] = [
-    ([], "steps: empty, so nothing would run. Known: sft, rm, rs, gatt, distill, ppo."),
+    ([], "steps: empty, so nothing would run. Known: sft, rm, rs, gatt, distill, ppo, eval, report."),
     ("sft", "steps: found the text 'sft', but a list is required."),
     (["smt"], "steps.0: there is no step 'smt'. Did you mean 'sft'?"),
     (
         ["qqq"],
-        "steps.0: there is no step 'qqq'. Known: sft, rm, rs, gatt, distill, ppo, rm/helpfulness, rm/safety, rm/judge.",
+        "steps.0: there is no step 'qqq'. Known: sft, rm, rs, gatt, distill, ppo, eval, report, rm/helpfulness, rm/safety, rm/judge.",
     ),
-    (
-        ["sft", "eval"],
-        "steps.1: the step 'eval' is not part of this version yet. What there is: sft, rm, rs, gatt, distill, ppo.",
-    ),
-    ([{"eval": {"name": "eval-1"}}], "steps.0: the step 'eval' is not part of this version yet."),
     ([3], "steps.0: found the number 3, but a command, or one command with its values, is required"),
     ([{"sft": {}, "rm": {}}], "steps.0: found a mapping with the keys sft, rm, but a command"),
     ([{"sft": 3}], "steps.0: found the number 3 under 'sft', but a mapping is required"),

@@ -169,7 +169,7 @@ def test_plan_and_dry_run_of_a_study_run_nothing(
 BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"command": "rms"},
-        "command: there is no command 'rms' to compare variants of. Known: sft, rm, rs, gatt, distill, ppo.",
+        "command: there is no command 'rms' to compare variants of. Known: sft, rm, rs, gatt, distill, ppo, eval, report.",
     ),
     ({"seeds": []}, "seeds: "),
     ({"seeds": [1, 1]}, "seeds: a seed stands twice"),

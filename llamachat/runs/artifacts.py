@@ -22,7 +22,7 @@ from llamachat.runs.atomic import flush, incoming_folder, storage_errors, write_
 from llamachat.runs.fingerprints import digest_of_file, fingerprint
 from llamachat.runs.folder import StepFolder
 
-Kind = Literal["policy", "reward_model", "dialogs"]
+Kind = Literal["policy", "reward_model", "dialogs", "evaluation", "report"]
 MANIFEST = "manifest.json"
 # What an artifact of dialogs holds: those to be learnt, and, where there are such, some of the validation side.
 DIALOGS = "dialogs.jsonl"
@@ -239,7 +239,13 @@ def _step_name(path: Path) -> str:
 
 
 def _suggest(kind: Kind) -> str:
-    commands: Mapping[Kind, str] = {"policy": "make sft", "reward_model": "make rm", "dialogs": "make rs"}
+    commands: Mapping[Kind, str] = {
+        "policy": "make sft",
+        "reward_model": "make rm",
+        "dialogs": "make rs",
+        "evaluation": "make eval",
+        "report": "make report",
+    }
     return f" (`{commands[kind]}` makes a '{kind}')"
 
 

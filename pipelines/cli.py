@@ -106,9 +106,9 @@ def _run(
         return
     with state_is_kept():
         run_command(recipe, command, only=only, should_overwrite=overwrite)
-    report = write_reports(recipe, choose_steps(resolve_steps(recipe), command, only))
-    if report:
-        print(report)
+    tables = write_reports(recipe, choose_steps(resolve_steps(recipe), command, only))
+    if tables:
+        print(tables)
     if command == "all":
         print(f"All steps are done. Try: llamachat chat {recipe.run.dir} -m 'Hello, who are you?'")
 
@@ -216,6 +216,18 @@ def evaluate(
 ) -> None:
     """Evaluation: every finished policy of the run on the same held-out prompts (3.4 and 4.4)."""
     _run("eval", config, overrides, overwrite=overwrite, dry_run=dry_run)
+
+
+@app.command()
+@reported
+def report(
+    overrides: Overrides = None,
+    config: ConfigOption = TINY,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """One page that tells of the whole run, or of as much of it as is finished: HTML, and the same as Markdown."""
+    _run("report", config, overrides, overwrite=overwrite, dry_run=dry_run)
 
 
 @app.command(name="all")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import report
 import sft
 from context_distillation.config import Config as ContextDistillationConfig
 from context_distillation.config import Inputs as ContextDistillationInputs
@@ -29,6 +30,7 @@ from ppo.estimate import Workload as PpoWorkload
 from rejection_sampling.config import Config as RejectionSamplingConfig
 from rejection_sampling.config import Inputs as RejectionSamplingInputs
 from rejection_sampling.estimate import num_winners
+from report.config import Inputs as ReportInputs
 from reward.config import Config as RewardConfig
 from reward.config import Inputs as RewardInputs
 from reward.estimate import Workload as RewardWorkload
@@ -148,6 +150,11 @@ def _eval_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, 
     )
 
 
+def _report_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> ReportInputs:
+    told = {key: shared[key] for key in ("step", "folder", "resolved", "identity", "fingerprint", "run", "tracking")}
+    return ReportInputs(**told, recipe=recipe.model_dump(mode="json"), earlier=tuple(taken.surveyed.values()))
+
+
 _INPUTS: Mapping[str, Callable[[Recipe, Step, Taken, Mapping[str, Any]], Any]] = {
     "sft": _sft_inputs,
     "rm": _reward_inputs,
@@ -156,11 +163,14 @@ _INPUTS: Mapping[str, Callable[[Recipe, Step, Taken, Mapping[str, Any]], Any]] =
     "distill": _distill_inputs,
     "ppo": _ppo_inputs,
     "eval": _eval_inputs,
+    "report": _report_inputs,
 }
 
 
 def stage_estimate(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> Estimate:
     """What the stage says that the step costs, with a base of this shape on this card (None: two CPU cores)."""
+    if step.stage.command == "report":  # has no model
+        return report.estimate(step.config)
     return step.stage.package.estimate(step.config, _WORKLOADS[step.stage.command](recipe, step, shape, gpu))
 
 

@@ -20,6 +20,7 @@ from pipelines.stages import REWARD_MODELS, Product, Role, Stage
 from pipelines.step_entries import command_line_first, read_entry, step_problems
 from ppo import Config as PpoConfig
 from rejection_sampling import Config as RejectionSamplingConfig
+from report import Config as ReportConfig
 from reward import Config as RewardConfig
 from sft import Config as SftConfig
 
@@ -60,6 +61,7 @@ class Recipe(Section):
     evaluation: EvaluationConfig = Field(
         default=EvaluationConfig.model_validate({}), description="Every policy of the run on the same held-out prompts."
     )
+    report: ReportConfig = Field(default=ReportConfig(), description="One page that tells of the whole run.")
     rollout: Rollout = Field(default=Rollout(), description="How answers are sampled.")
     tracking: Tracking = Field(default=Tracking(), description="What is written down as a step runs.")
 

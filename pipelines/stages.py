@@ -11,6 +11,7 @@ import evaluation
 import gatt
 import ppo
 import rejection_sampling
+import report
 import reward
 import sft
 from context_distillation.config import VERSION as CONTEXT_DISTILLATION_VERSION
@@ -20,6 +21,7 @@ from llamachat.config.section import Section
 from llamachat.runs.artifacts import Kind
 from ppo.config import VERSION as PPO_VERSION
 from rejection_sampling.config import VERSION as REJECTION_SAMPLING_VERSION
+from report.config import VERSION as REPORT_VERSION
 from reward.config import VERSION as REWARD_VERSION
 from sft.config import VERSION as SFT_VERSION
 
@@ -40,7 +42,7 @@ class Role:
         return " ".join([*([self.which] if self.which else []), self.kind.replace("_", " ")])
 
 
-POLICY, EVALUATION = Role("policy"), Role("evaluation")
+POLICY, EVALUATION, REPORT = Role("policy"), Role("evaluation"), Role("report")
 ADVERSARIAL_DATA = ("adversarial", "prompts", "safety")  # where prompts come from that ask for something unsafe
 PROMPT_DATA = ("prompts", "adversarial", "sft", "helpfulness", "safety")  # where prompts come from
 REWARD_MODELS = tuple(Role("reward_model", which) for which in ("helpfulness", "safety", "judge"))
@@ -173,6 +175,15 @@ STAGES = {
             reads=(POLICY, *REWARD_MODELS),
             shared=("rollout", "scoring"),
             surveys=("policy",),
+        ),
+        Stage(
+            command="report",
+            section="report",
+            package=report,
+            version=REPORT_VERSION,
+            products=(Product(makes=REPORT, data=()),),
+            reads=(),
+            surveys=("policy", "reward_model", "evaluation"),
         ),
     )
 }

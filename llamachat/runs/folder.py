@@ -70,6 +70,16 @@ class StepFolder:
         return self.path / "tuned"
 
     @property
+    def page(self) -> Path:
+        """The report on the run as one HTML file."""
+        return self.path / "report.html"
+
+    @property
+    def page_markdown(self) -> Path:
+        """The same as Markdown, beside the pictures."""
+        return self.path / "report.md"
+
+    @property
     def lock(self) -> Path:
         """Held by the living command that works on the step; the file itself stays for good."""
         return self.path / "lock"
@@ -95,5 +105,7 @@ class StepFolder:
             self.wandb,
             self.sampling,
             self.tuned,
+            self.page,
+            self.page_markdown,
         )
         return {place.name for place in (*places, *more)}

@@ -21,7 +21,7 @@ _VARIABLES = {
     "source": "[A-Za-z0-9][A-Za-z0-9_~-]*",
     "kind": "safe_unsafe|both_safe|both_unsafe",
     "bound": "low|high",
-    "prefix": "sft|rm/(?:helpfulness|safety|judge)|rs|gatt|distill|ppo|eval",
+    "prefix": "sft|rm/(?:helpfulness|safety|judge)|rs|gatt|distill|ppo|eval|report",
     "moment": "start|final",
     "tuned": "ppo|rs|gatt|distill",
     "score": "score|judge|judge_like_length|reward_(?:helpfulness|safety|combined)",
@@ -296,6 +296,9 @@ _ROWS = [
      "fraction", "over all answers", "rates"),
     ("eval/<policy>/kl_to_reference", "KL estimate to the first policy", "nats/response", _RESPONSES, "KL"),
     ("eval/<policy>/kl_to_reference_<bound>", _BOUND, "nats/response", "bootstrap over prompts", "KL"),
+    ("report/figures", "Pictures of the report, training curves among them", "pictures", "sum", "report"),
+    ("report/kib", "Size of report.html", "KiB", "last", "report size"),
+    ("report/missing", "What the report names as not there", "lines", "sum", "report"),
 ]  # fmt: skip
 
 METRICS: dict[str, Metric] = {row[0]: Metric(*row) for row in _ROWS}

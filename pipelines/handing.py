@@ -30,6 +30,7 @@ from ppo.estimate import Workload as PpoWorkload
 from rejection_sampling.config import Config as RejectionSamplingConfig
 from rejection_sampling.config import Inputs as RejectionSamplingInputs
 from rejection_sampling.estimate import num_winners
+from report.config import Config as ReportConfig
 from report.config import Inputs as ReportInputs
 from reward.config import Config as RewardConfig
 from reward.config import Inputs as RewardInputs
@@ -169,7 +170,7 @@ _INPUTS: Mapping[str, Callable[[Recipe, Step, Taken, Mapping[str, Any]], Any]] =
 
 def stage_estimate(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> Estimate:
     """What the stage says that the step costs, with a base of this shape on this card (None: two CPU cores)."""
-    if step.stage.command == "report":  # has no model
+    if isinstance(step.config, ReportConfig):  # has no model
         return report.estimate(step.config)
     return step.stage.package.estimate(step.config, _WORKLOADS[step.stage.command](recipe, step, shape, gpu))
 

@@ -193,6 +193,8 @@ def _cost(recipe: Recipe, estimate: Estimate | None) -> list[str]:
         return [f"no estimate: the shape of '{recipe.base.model}' is not known before its config.json is here"]
     gpu, peak = card(recipe), estimate.peak_bytes / 2**30
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.memory.items() if size)
+    if not estimate.memory:
+        return [_steps_and_time(estimate, gpu)]
     memory = f"memory, estimated: about {peak:.2f} GiB at the peak{' of each card' if gpu and gpu.count > 1 else ''}"
     lines = [_steps_and_time(estimate, gpu), f"{memory} ({parts})"]
     if gpu is not None:

@@ -10,4 +10,5 @@ SECONDS_OF_CURVES = 10.0
 
 def estimate(config: Config) -> Estimate:
     """Seconds of drawing; no memory of a device, no optimizer steps."""
-    return Estimate(seconds=SECONDS + (SECONDS_OF_CURVES if config.shows_curves else 0.0))
+    seconds = SECONDS + (SECONDS_OF_CURVES if config.shows_curves else 0.0)
+    return Estimate(seconds=seconds, assumed="of drawing on one CPU core")

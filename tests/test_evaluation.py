@@ -282,7 +282,7 @@ def test_killed_at_many_moments_it_ends_like_an_uninterrupted_one(
         step_of(recipe, "sft").path.parent.mkdir(parents=True)
         for name in ("sft", "sft-2"):
             step_of(recipe, name).path.symlink_to(step_of(run, name).path)
-    pictures = dict.fromkeys(("draw_best_of_n", "draw_temperatures"))
+    pictures: dict[str, Any] = dict.fromkeys(("draw_best_of_n", "draw_temperatures"))
     with open_commands(tmp_path, "eval", {"evaluation.step": pictures}) as commands:
         assert commands.run(whole) == 0, commands.words()
         once = Counter(commands.sampled())

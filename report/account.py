@@ -20,7 +20,8 @@ def curves(facts: Facts, figures: Path) -> Section | None:
         panels = panels_of(read_series(step.folder.metrics)) if step.folder.metrics.is_file() else {}
         pictures = []
         for title, group in panels.items():
-            if title.rpartition(": ")[2] in _LEFT_OUT_OF_CURVES:
+            is_curve = any(len(one.values) > 1 for one in group)
+            if title.rpartition(": ")[2] in _LEFT_OUT_OF_CURVES or not is_curve:
                 continue
             name = re.sub(r"[^a-z0-9]+", "_", f"{step.name} {title}".lower()).strip("_")
             told = [_course(one) for one in group]

@@ -72,7 +72,7 @@ def _of_the_whole(facts: Facts) -> list[tuple[str, str, str]]:
         )
     names = ", ".join(step.name for step in facts.policies) or "no policy"
     rows.append(
-        ("rounds", "five of RLHF, with new preferences before each; PPO from the fifth on", f"one pass: {names}")
+        ("rounds", "five of RLHF, with new preferences before each; PPO after the fourth", f"one pass: {names}")
     )
     if facts.evaluation is not None:
         rows.append(

@@ -172,7 +172,7 @@ def by_turn(path: Path, kept: Mapping[str, Mapping[int, Measure]], chance: Mappi
 
 def training_curve(path: Path, group: Sequence[Series]) -> Path:
     """One panel of a step's record; noisy figures as light points under a running mean."""
-    with _picture(path, _PANEL[1], width=_PANEL[0]) as place:
+    with _picture(path, _PANEL[1] + 0.2 * (min(len(group), _MOST_IN_PANEL) - 1), width=_PANEL[0]) as place:
         for index, one in enumerate(group[:_MOST_IN_PANEL]):
             label = one.name.partition("/")[2]
             if len(one.steps) == 1:

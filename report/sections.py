@@ -245,7 +245,7 @@ def _planes(evaluation: Evaluation, figures: Path) -> list[Block]:
             Picture(
                 path,
                 f"Policies in the plane of helpfulness (across) and safety (up), {what}: {places}.",
-                f"Helpfulness and safety of each policy in the order of the run ({what}; the plane of Figures 3 and 11). "
+                f"Helpfulness and safety of each policy in the order of the run ({what}; the plane of Figure 11). "
                 "Up and to the right is better; both axes are models that the policies were tuned by.",
             )
         )

@@ -29,13 +29,7 @@ from pretraining.config import Config as PretrainingConfig
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "llamachat"
 TOP = "pipelines"
-NOT_STAGES = {
-    LIBRARY,
-    TOP,
-    "pretraining",
-    "serving",
-    "report",
-}  # without the three names of a stage, or without its command
+NOT_STAGES = {LIBRARY, TOP, "pretraining", "report", "serving"}  # no stages, or with no command so far
 
 # A module of `llamachat` imports modules that stand before it, and its own folder. A new one gets its place here.
 ORDER = (

@@ -275,7 +275,7 @@ _ROWS = [
     ("eval/<policy>/kl_to_reference", "KL estimate to the SFT policy", "nats/response", _RESPONSES, "KL"),
     ("report/figures", "Pictures of the report, training curves among them", "pictures", "sum", "report"),
     ("report/kib", "Size of report.html", "KiB", "last", "report size"),
-    ("report/missing", "What the report names as not there", "lines", "sum", "report"),
+    ("report/missing", "What the report names as not there", "lines", "sum", "report gaps"),
 ]  # fmt: skip
 
 METRICS: dict[str, Metric] = {row[0]: Metric(*row) for row in _ROWS}

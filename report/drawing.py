@@ -161,7 +161,7 @@ def by_turn(path: Path, kept: Mapping[str, Mapping[int, Measure]], chance: Mappi
             if by_chance := chance.get(name):
                 turns = sorted(by_chance)
                 values = [100 * by_chance[turn].value for turn in turns]
-                label = None if index else "told nothing (dotted)"
+                label = "told nothing (dotted)" if name == next(iter(chance)) else None
                 place.plot(turns, values, color=_colour(index), linestyle=":", linewidth=1.8, label=label)
         place.set_xticks(sorted({turn for by in kept.values() for turn in by}))
         place.set_ylim(-3, 103)

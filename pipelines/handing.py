@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import report
 import sft
 from context_distillation.config import Config as ContextDistillationConfig
 from context_distillation.config import Inputs as ContextDistillationInputs
@@ -30,8 +29,8 @@ from ppo.estimate import Workload as PpoWorkload
 from rejection_sampling.config import Config as RejectionSamplingConfig
 from rejection_sampling.config import Inputs as RejectionSamplingInputs
 from rejection_sampling.estimate import num_winners
-from report.config import Config as ReportConfig
 from report.config import Inputs as ReportInputs
+from report.estimate import Workload as ReportWorkload
 from reward.config import Config as RewardConfig
 from reward.config import Inputs as RewardInputs
 from reward.estimate import Workload as RewardWorkload
@@ -170,8 +169,6 @@ _INPUTS: Mapping[str, Callable[[Recipe, Step, Taken, Mapping[str, Any]], Any]] =
 
 def stage_estimate(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> Estimate:
     """What the stage says that the step costs, with a base of this shape on this card (None: two CPU cores)."""
-    if isinstance(step.config, ReportConfig):  # has no model
-        return report.estimate(step.config)
     return step.stage.package.estimate(step.config, _WORKLOADS[step.stage.command](recipe, step, shape, gpu))
 
 
@@ -285,6 +282,10 @@ def _eval_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) ->
     )
 
 
+def _report_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> ReportWorkload:
+    return ReportWorkload(steps=len(resolve_steps(recipe)) - 1)
+
+
 def _reward_mix(recipe: Recipe, config: RewardConfig, which: str | None) -> tuple[float, float] | None:
     """Pairs of the model's mix, and tokens of all that it learns from; None where some of it is not counted."""
     data, kept = recipe.data, train_share(recipe.data.split)
@@ -326,4 +327,5 @@ _WORKLOADS: Mapping[str, Callable[[Recipe, Step, Shape, Gpu | None], Any]] = {
     "distill": _distill_workload,
     "ppo": _ppo_workload,
     "eval": _eval_workload,
+    "report": _report_workload,
 }

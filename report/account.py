@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llamachat.tracking.curves import panels_of, read_series
+from llamachat.tracking.curves import Series, panels_of, read_series
 from report.drawing import training_curve
 from report.page import ABSENT, Block, Gallery, Picture, Section, Table, Text, number, row
 from report.reading import Facts, Step
@@ -20,15 +20,11 @@ def curves(facts: Facts, figures: Path) -> Section | None:
         panels = panels_of(read_series(step.folder.metrics)) if step.folder.metrics.is_file() else {}
         pictures = []
         for title, group in panels.items():
-            if title.rpartition(": ")[2] in _LEFT_OUT_OF_CURVES:
+            is_curve = any(len(one.values) > 1 for one in group)
+            if title.rpartition(": ")[2] in _LEFT_OUT_OF_CURVES or not is_curve:
                 continue
             name = re.sub(r"[^a-z0-9]+", "_", f"{step.name} {title}".lower()).strip("_")
-            told = [
-                f"{one.name} goes from {_short(one.values[0])} to {_short(one.values[-1])}"
-                if len(one.values) > 1
-                else f"{one.name} is {_short(one.values[0])}"
-                for one in group
-            ]
+            told = [_course(one) for one in group]
             path = training_curve(figures / "curves" / f"{name}.png", group)
             pictures.append(Picture(path, f"{step.name}, {title}: {'; '.join(told)}.", title))
         if pictures:
@@ -96,7 +92,14 @@ def _steps(facts: Facts) -> Table:
         )
         read = ", ".join(f"{role}: {name}" for role, name in manifest.inputs.items()) or ABSENT
         rows.append(
-            row(step.name, manifest.kind.replace("_", " "), str(manifest.seed), commit, manifest.created[:16], read)
+            row(
+                step.name,
+                manifest.kind.replace("_", " "),
+                str(manifest.seed),
+                commit,
+                manifest.created[:16].replace("T", " "),
+                read,
+            )
         )
     return Table(
         "Steps", ["step", "makes", "seed", "git commit", "published, UTC", "read"], rows, name="account",
@@ -162,6 +165,13 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def _course(series: Series) -> str:
+    first, last = series.values[0], series.values[-1]
+    if len(series.values) == 1:
+        return f"{series.name} is {_short(first)}"
+    return f"{series.name} goes from {_short(first)} to {_short(last)}"
 
 
 def _short(value: float) -> str:

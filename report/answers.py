@@ -25,7 +25,7 @@ def answers(facts: Facts, count: int) -> Section | None:
     if not count:
         return None
     samples = _of_evaluation(facts, count) if facts.evaluation is not None else []
-    source = "Every policy answered the same prompts, sampled alike; they were chosen before any answer was seen."
+    source = "Every policy answered the same prompts, sampled alike."
     if not samples:
         step = next((step for step in reversed(facts.policies) if step.folder.samples.is_file()), None)
         if step is None:

@@ -1,6 +1,6 @@
 """Where this run departs from the paper, told from what the steps were run with, not from what the schema allows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,17 +64,20 @@ def _of_the_whole(facts: Facts) -> list[tuple[str, str, str]]:
     if method != "full":
         quantised = ", the base in 4 bits" if method == "qlora" else ""
         rows.append(("tuning", "all weights", f"{method}: adapters of rank {tuning.get('rank')}{quantised}"))
-    rows.append(("tuning data", "27,540 annotations written for it", f"{len(_sources(recipe, 'sft'))} public sets"))
+    rows.append(("tuning data", "27,540 annotations written for it", _told(_sources(recipe, "sft"))))
     if facts.reward_models:
-        pairs = len(_sources(recipe, "helpfulness")) + len(_sources(recipe, "safety"))
+        pairs = [*_sources(recipe, "helpfulness"), *_sources(recipe, "safety")]
         rows.append(
-            ("preferences", "1.4 million pairs, weekly, of the latest model's answers", f"{pairs} public sets, once")
+            ("preferences", "1.4 million pairs, weekly, of the latest model's answers", f"{_told(pairs)}, once")
         )
     names = ", ".join(step.name for step in facts.policies) or "no policy"
     rows.append(
-        ("rounds", "five of RLHF, with new preferences before each; PPO from the fifth on", f"one pass: {names}")
+        ("rounds", "five of RLHF, with new preferences before each; PPO after the fourth", f"one pass: {names}")
     )
-    rows.append(("judgement", "people, and GPT-4", "reward models, a judge among them that selects nothing"))
+    if facts.evaluation is not None:
+        rows.append(
+            ("judgement", "people, and GPT-4", "reward models, where there is one a judge that selects nothing")
+        )
     return rows
 
 
@@ -106,8 +109,6 @@ def _of_commands(facts: Facts) -> list[tuple[str, str, str]]:
         )
         if _lists(step):
             rows.append((f"{step.name}: hobbies and figures", "lists that the model wrote itself", "lists in files"))
-    if facts.by_command("distill"):
-        rows.append(("distillation: preprompts", "written for many categories", "the recipe's"))
     return rows
 
 
@@ -117,6 +118,10 @@ def _lists(step: Step) -> bool:
 
 def _sources(recipe: Mapping[str, Any], key: str) -> list[Any]:
     return list((recipe.get("data") or {}).get(key) or ())
+
+
+def _told(sources: Sequence[Any]) -> str:
+    return f"{len(sources)} source{'' if len(sources) == 1 else 's'}"
 
 
 def _count(weights: int) -> str:

@@ -140,6 +140,10 @@ def plane(
                 marker=_marker(index), markersize=9, color=_colour(index), capsize=3, elinewidth=1.2, linestyle="",
                 label=f"{index + 1} {name}",
             )  # fmt: skip
+            place.annotate(
+                str(index + 1), (x.value * scale, y.value * scale), xytext=(7, 7), textcoords="offset points",
+                fontsize=_POINTS, weight="bold",
+            )  # fmt: skip
         if middle is not None:
             place.axvline(middle * scale, color=_GREY, linewidth=1, linestyle=":")
             place.axhline(middle * scale, color=_GREY, linewidth=1, linestyle=":")
@@ -157,9 +161,8 @@ def by_turn(path: Path, kept: Mapping[str, Mapping[int, Measure]], chance: Mappi
             if by_chance := chance.get(name):
                 turns = sorted(by_chance)
                 values = [100 * by_chance[turn].value for turn in turns]
-                place.plot(
-                    turns, values, color=_colour(index), linestyle=":", linewidth=1.8, label=f"{name}, told nothing"
-                )
+                label = "told nothing (dotted)" if name == next(iter(chance)) else None
+                place.plot(turns, values, color=_colour(index), linestyle=":", linewidth=1.8, label=label)
         place.set_xticks(sorted({turn for by in kept.values() for turn in by}))
         place.set_ylim(-3, 103)
         _labels(place, "turn", "instruction kept, %")
@@ -169,7 +172,7 @@ def by_turn(path: Path, kept: Mapping[str, Mapping[int, Measure]], chance: Mappi
 
 def training_curve(path: Path, group: Sequence[Series]) -> Path:
     """One panel of a step's record; noisy figures as light points under a running mean."""
-    with _picture(path, _PANEL[1], width=_PANEL[0]) as place:
+    with _picture(path, _PANEL[1] + 0.2 * (min(len(group), _MOST_IN_PANEL) - 1), width=_PANEL[0]) as place:
         for index, one in enumerate(group[:_MOST_IN_PANEL]):
             label = one.name.partition("/")[2]
             if len(one.steps) == 1:
@@ -186,8 +189,8 @@ def training_curve(path: Path, group: Sequence[Series]) -> Path:
                 )
         units = sorted({one.metric.unit for one in group} - {"1", ""})
         _labels(place, group[0].axis, ", ".join(units))
-        place.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useMathText=True)
-        place.yaxis.get_offset_text().set_fontsize(_POINTS)
+        # Matplotlib's own form puts a power of ten over the axis, where the legend is.
+        place.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         _legend_above(place, 1)
     return path
 

@@ -100,7 +100,11 @@ def headline(facts: Facts) -> Section:
     if evaluation is None:
         return Section("Results", "results", _without_evaluation(facts))
     others = [policy for policy in evaluation.policies if policy != evaluation.reference]
-    blocks: list[Block] = [Points([verdict(evaluation, policy) for policy in others], tone="finding")] if others else []
+    blocks: list[Block] = [
+        Points([verdict(evaluation, policy) for policy in others], tone="finding")
+        if others
+        else Text(f"Only {evaluation.reference} was evaluated: there is nothing yet to compare it with.")
+    ]
     blocks.append(headline_table(evaluation))
     if others:
         blocks.append(_differences(evaluation, others))
@@ -129,20 +133,28 @@ def verdict(evaluation: Evaluation, policy: str) -> str:
     }[side]
     if judge is None:
         return f"{opening}; no judge, who selects nothing, has read these answers."
-    follows = {
-        (1, 1): "the judge, who selected nothing, agrees",
-        (1, 0): "the judge does not follow",
-        (1, -1): f"the judge says the opposite and puts it below {reference}",
-        (0, 0): "the judge sees no difference either",
-        (-1, -1): "the judge agrees that it is worse",
-        (-1, 0): "the judge sees no difference",
-    }.get(
-        (side, side_of(judge)),
-        {1: f"the judge puts it above {reference}", -1: f"the judge puts it below {reference}"}.get(
-            side_of(judge) or 0, "the judge's difference"
-        ),
-    )
-    return f"{opening}; {follows}: {told(judge)}."
+    return f"{opening}; {_follows(side, side_of(judge), reference)}: {told(judge)}."
+
+
+def _follows(side: int | None, judged: int | None, reference: str) -> str:
+    """How the judge's verdict stands to that of the models which the policy was tuned by."""
+    match side, judged:
+        case 1, 1:
+            return "the judge, who selected nothing, agrees"
+        case 1, 0:
+            return "the judge does not follow"
+        case 1, -1:
+            return f"the judge says the opposite and puts it below {reference}"
+        case _, 1:
+            return f"the judge puts it above {reference}"
+        case -1, -1:
+            return "the judge agrees that it is worse"
+        case _, -1:
+            return f"the judge puts it below {reference}"
+        case _, 0:
+            return "the judge sees no difference"
+        case _:
+            return "the judge's difference, without an interval"
 
 
 def side_of(measure: Measure) -> int | None:

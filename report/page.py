@@ -124,8 +124,8 @@ def number(value: float, *, digits: int = 2) -> str:
 
 def signed(value: float, *, digits: int = 2) -> str:
     """A difference, with its sign."""
-    text = number(value, digits=digits)
-    return text if text.startswith("-") else f"+{text}"
+    # An end of an interval that rounds to 0 keeps its side: "[-0.20, -0.00]" lies below 0.
+    return f"{'-' if value < 0 else '+'}{abs(value):.{digits}f}"
 
 
 def percent(value: float) -> str:

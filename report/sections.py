@@ -95,9 +95,8 @@ def ghost_attention(facts: Facts, figures: Path) -> Section | None:
     turns = sorted({turn for by in kept.values() for turn in by} | set(paper.TABLE_30))
     rows = []
     for name, by in kept.items():
-        rows.append([Cell(f"ours: {name}"), *(_share(by.get(turn)) for turn in turns)])
-        if name in chance:
-            rows.append([Cell(f"ours: {name}, told nothing"), *(_share(chance[name].get(turn)) for turn in turns)])
+        by_chance = chance.get(name, {})
+        rows.append([Cell(f"ours: {name}"), *(_kept(by.get(turn), by_chance.get(turn)) for turn in turns)])
     for index, label in enumerate(("paper: without GAtt", "paper: with GAtt")):
         rows.append(
             paper_row(label, *(f"{paper.TABLE_30[t][index]:.0f}%" if t in paper.TABLE_30 else ABSENT for t in turns))
@@ -113,8 +112,8 @@ def ghost_attention(facts: Facts, figures: Path) -> Section | None:
                 ["policy", *(f"turn {turn}" for turn in turns)],
                 rows,
                 note="Ours: held-out instructions with values never trained on, checked by rule. The paper's: recall of a "
-                "figure or hobby, judged by people. 'Told nothing' is what the same policy does by chance.",
-                name="table-30",
+                "figure or hobby, judged by people. Chance is what the same policy does when it is told nothing.",
+                name="30",
             ),
             Picture(
                 by_turn(figures / "consistency.png", kept, chance),
@@ -246,7 +245,7 @@ def _planes(evaluation: Evaluation, figures: Path) -> list[Block]:
             Picture(
                 path,
                 f"Policies in the plane of helpfulness (across) and safety (up), {what}: {places}.",
-                f"Helpfulness and safety of each policy in the order of the run ({what}; the plane of Figures 3 and 11). "
+                f"Helpfulness and safety of each policy in the order of the run ({what}; the plane of Figure 11). "
                 "Up and to the right is better; both axes are models that the policies were tuned by.",
             )
         )
@@ -302,8 +301,8 @@ def _distillation(step: Step) -> Table | None:
         f"{step.name}: what a preprompt adds to the safety score (in the shape of Figure 16)",
         ["asked with", "safety score with less without"],
         [*rows, paper_row("paper (Figure 16)", "both raise it, the template more")],
-        note=f"Raw scores of the safety model, prompt by prompt.{note} Text of the paper: distilled answers are kept only "
-        "where the safety model prefers them.",
+        note=f"Raw scores of the safety model, prompt by prompt.{note} As in the paper, a distilled answer is learnt only "
+        "where the safety model prefers it.",
     )
 
 
@@ -316,6 +315,11 @@ def _share(measure: Measure | None) -> Cell:
         return Cell(ABSENT)
     interval = measure.interval
     return Cell(percent(measure.value), f"[{percent(interval[0])}, {percent(interval[1])}]" if interval else "")
+
+
+def _kept(measure: Measure | None, by_chance: Measure | None) -> Cell:
+    cell = _share(measure)
+    return Cell(cell.text, f"{cell.beside}{f' chance {percent(by_chance.value)}' if by_chance else ''}".strip())
 
 
 def _in_words(measure: Measure) -> str:

@@ -61,10 +61,10 @@ def _by_domain(models: dict[str, Step]) -> Table:
     for rule, label in (("longer_wins", "ours: the longer answer wins"), ("tfidf", "ours: TF-IDF of the domain")):
         cells = []
         for domain in _DOMAINS:
-            # TF-IDF is learnt from the pairs of one model: the domain's own.
-            step = models.get(domain) or next(iter(models.values()))
+            # Beside each model stands a TF-IDF learnt from its own pairs: here that of the domain's own model.
             which = domain if domain in models else next(iter(models))
-            cells.append(_percent_cell(step.measure(f"rm/{which}/test/{domain}/{rule}")))
+            is_shown = rule == "longer_wins" or which == domain
+            cells.append(_percent_cell(models[which].measure(f"rm/{which}/test/{domain}/{rule}") if is_shown else None))
         rows.append([Cell(label), *cells])
     rows += [
         paper_row(f"paper: {name}", *(f"{values[domain]:.1f}" for domain in _DOMAINS))
@@ -82,7 +82,7 @@ def _by_domain(models: dict[str, Step]) -> Table:
         rows,
         note=f"Our test pairs: {', '.join(sizes) or 'not counted'}; the paper's are Meta Helpfulness and Meta Safety, so "
         "heights do not compare. A tie counts half.",
-        name="table-7",
+        name="7",
     )
 
 
@@ -102,7 +102,7 @@ def _by_rating(domain: str, rated: dict[str, list[Measure | None]]) -> Table:
         f"Accuracy on {domain} pairs by rating in percent (in the shape of Table 8)",
         ["model", *_LABELS.values(), "all"],
         rows,
-        name=f"table-8-{domain}",
+        name=f"8-{domain}",
     )
 
 
@@ -147,7 +147,7 @@ def _on_labels(models: dict[str, Step]) -> Table | None:
         "Unsafe answers that are told in percent (Table 29, section 3.2.3)",
         ["model", "recall under 0.5", "precision under 0.5", "recall at the gate, 0.15", "precision at the gate"],
         rows,
-        name="table-29",
+        name="29",
     )
 
 

@@ -114,8 +114,8 @@ class TinyRun:
             self.artifacts.append(self._finished(name))
         return self
 
-    def inputs(self) -> Inputs:
-        folder = self.folder / "report"
+    def inputs(self, count: int) -> Inputs:
+        folder = self.folder / f"report-{count}"
         return Inputs(
             step="report",
             folder=folder,
@@ -134,12 +134,13 @@ class TinyRun:
                 },
                 "steps": [*self.steps[:4], *({name: {}} for name in self.steps[4:]), "report"],
             },
-            earlier=tuple(self.artifacts),
+            earlier=tuple(self.artifacts[:count]),
         )
 
-    def report(self, **config: Any) -> StepFolder:
-        inputs = self.inputs()
-        run(Config(**config), inputs)
+    def report(self, *, count: int = len(STEPS), config: Config | None = None) -> StepFolder:
+        """The report on the first `count` of the steps that there are."""
+        inputs = self.inputs(count)
+        run(config or Config(), inputs)
         return StepFolder(inputs.folder)
 
     def _finished(self, name: str) -> Artifact:

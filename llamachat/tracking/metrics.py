@@ -298,7 +298,7 @@ _ROWS = [
     ("eval/<policy>/kl_to_reference_<bound>", _BOUND, "nats/response", "bootstrap over prompts", "KL"),
     ("report/figures", "Pictures of the report, training curves among them", "pictures", "sum", "report"),
     ("report/kib", "Size of report.html", "KiB", "last", "report size"),
-    ("report/missing", "What the report names as not there", "lines", "sum", "report"),
+    ("report/missing", "What the report names as not there", "lines", "sum", "report gaps"),
 ]  # fmt: skip
 
 METRICS: dict[str, Metric] = {row[0]: Metric(*row) for row in _ROWS}

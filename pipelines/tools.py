@@ -346,13 +346,15 @@ def dashboard(
 ) -> None:
     """The curves of all runs beside the recipe's run, offline; or arranged in a wandb workspace."""
     from llamachat.tracking.dashboard import dashboard as show
-    from pipelines.recipe import load
+    from pipelines.recipe import load, resolve_steps
 
     recipe = load(config, overrides or ())
     if workspace:
-        from llamachat.tracking.workspace import save_workspace
+        from gatt import Config as Gatt
+        from llamachat.tracking.workspace import TURNS, save_workspace
 
-        print(save_workspace(recipe.tracking.project, turns=recipe.gatt.evaluation_turns))
+        told = [step.config.evaluation_turns for step in resolve_steps(recipe) if isinstance(step.config, Gatt)]
+        print(save_workspace(recipe.tracking.project, turns=told[0] if told else TURNS))
         return
     show(Path(recipe.run.dir).parent)
 

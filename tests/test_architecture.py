@@ -311,11 +311,7 @@ HOLDERS: tuple[tuple[type[Section], set[str], str], ...] = (
 )
 # Keys of the recipe that nothing reads yet, by what will. A stage that comes takes its keys out of here.
 READ_LATER = {
-    **{
-        f"Recipe.{stage.section}": "by Stage.section"
-        for stage in STAGES.values()
-        if stage.command not in ("sft", "gatt")
-    },
+    **{f"Recipe.{stage.section}": "by Stage.section" for stage in STAGES.values() if stage.command != "sft"},
 }
 
 
@@ -375,10 +371,7 @@ def test_set_up_installs_exact_versions() -> None:
     assert "torch==2.13.0" in pinned
     names = {normal(line.split("==")[0]) for line in pinned}
     project = pyproject()["project"]
-    wanted = [
-        *project["dependencies"],
-        *(line for lines in project["optional-dependencies"].values() for line in lines),
-    ]
+    wanted = [w for lines in (project["dependencies"], *project["optional-dependencies"].values()) for w in lines]
     assert not [line for line in wanted if normal(re.split(r"[\[<>=!~ ]", line)[0]) not in names]
 
 

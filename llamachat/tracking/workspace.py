@@ -16,6 +16,7 @@ from llamachat.tracking.metrics import metric_of
 from llamachat.tracking.wandb_run import has_key
 
 NAME = "llamachat"
+TURNS = (1, 2, 4, 6)  # at which Ghost Attention is measured where a recipe says nothing else
 _PACKAGE = "wandb-workspaces"
 _WANDB_STEP = "Step"
 _RATINGS = ("significantly_better", "better", "slightly_better", "negligibly_better")
@@ -120,7 +121,7 @@ class PanelSection:
     is_open: bool
 
 
-def layout(turns: Sequence[int] = (1, 2, 4, 6)) -> list[PanelSection]:
+def layout(turns: Sequence[int] = TURNS) -> list[PanelSection]:
     """The sections in the order of the recipe; `turns` are those at which Ghost Attention is measured."""
     sections = []
     for title, prefix, names in _CURVES:
@@ -159,7 +160,7 @@ def _title(panel: str, names: Sequence[str]) -> str:
     return f"{panel} ({', '.join(units)})" if units else panel
 
 
-def save_workspace(project: str, *, turns: Sequence[int] = (1, 2, 4, 6)) -> str:
+def save_workspace(project: str, *, turns: Sequence[int] = TURNS) -> str:
     """Make the workspace in the user's wandb project and return its address."""
     workspaces, panels = _packages()
     if not has_key():

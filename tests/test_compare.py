@@ -238,7 +238,7 @@ def test_what_is_no_run_is_refused_in_words(tmp_path: Path) -> None:
         (tmp_path / "none", r"none: no such folder\. .* Correct the path\."),
         (tmp_path / "empty", r"empty: no steps here\. .* Name one that a step was run in"),
         (other / "sft", r"sft: is the folder of a step, not of a run\. .* such as .*y/seed-0\."),
-        (tmp_path / "y", r"y: is no run folder, since 'seed-0/sft' holds the step 'sft'\. .*such as .*y/seed-0\."),
+        (tmp_path / "y", r"y: is no run folder, since 'seed-0/ppo' holds the step 'ppo'\. .*such as .*y/seed-0\."),
         (one, r"is .*x/seed-0 once more\. .* run\.parent="),
         (tmp_path / "gatt", r"have no step in common: sft, rm/safety here, gatt there\. .* Run the same step in both"),
     ):

@@ -50,7 +50,7 @@ def read_run(run: Path) -> dict[str, StepContents]:
         for pattern in ("*", "*/*")
         for path in run.glob(f"{pattern}/{sign}")
     }
-    names = [name for name in folders if not any(_is_no_step(part) for part in Path(name).parts)]
+    names = [name for name in sorted(folders) if not any(_is_no_step(part) for part in Path(name).parts)]
     steps = [read_step(run, name) for name in names]
     if not steps:
         raise UsageError(

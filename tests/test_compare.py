@@ -123,6 +123,29 @@ def test_answers_to_the_same_prompts_are_paired(step: str, tmp_path: Path) -> No
     assert (apart.low, apart.high) == (pytest.approx(0.25 - 8**0.5), pytest.approx(0.25 + 8**0.5))
 
 
+@pytest.mark.parametrize("step", ["distill", "eval"])
+def test_gains_over_the_first_policy_are_paired_too(step: str, tmp_path: Path) -> None:
+    name = {"distill": "distill/test/difference/judge", "eval": "eval/ppo/difference/judge"}[step]
+    for run, gain in (("a", 1.0), ("b", 1.5)):
+        # The first policies' answers differ from run to run; what is gained over them is the same for every prompt.
+        first = [score * gain for score in SCORES]
+        final = [score + gain for score in first]
+        folder = write_step(tmp_path / run, step, {name: gain, f"{name}_low": 0.0, f"{name}_high": 3.0})
+        sampling, answers = folder / "sampling", folder / "artifact/answers"
+        for place in (sampling, answers):
+            place.mkdir()
+        if step == "distill":
+            (sampling / "test-first.json").write_text(json.dumps({"evaluation": answers_of(first), "constants": {}}))
+            (sampling / "test-final.json").write_text(json.dumps(answers_of(final)))
+        else:
+            (answers / "sft.json").write_text(json.dumps(answers_of(first)))
+            (answers / "ppo.json").write_text(json.dumps(answers_of(final)))
+            (folder / "artifact/evaluation.json").write_text(json.dumps({"reference": "sft"}))
+    found = figure(compare_runs(tmp_path / "a", tmp_path / "b"), name)
+    assert (found.how, found.low, found.high) == ("paired", pytest.approx(0.5), pytest.approx(0.5))
+    assert found.remark == ("" if step == "distill" else "each against its own first policy")
+
+
 def test_answers_that_do_not_give_the_figure_are_not_paired(tmp_path: Path) -> None:
     for run in ("a", "b"):
         folder = write_step(tmp_path / run, "rs", {"rs/test/final/judge": 9.0 if run == "b" else 8.0})
@@ -225,6 +248,8 @@ def test_a_run_that_is_going_on_and_a_step_by_reference_are_read(tmp_path: Path)
     (tmp_path / "z" / "rm").mkdir()
     (tmp_path / "z" / "rm" / "safety").symlink_to(one / "rm" / "safety")
     (other / "sft" / "identity.json").write_text(json.dumps({"identity": {"step": "sft", "data": {}}}))
+    (other / "report").mkdir()
+    (other / "report" / "identity.json").write_text(json.dumps({"identity": {"step": "report"}}))
     assert list(read_run(other)) == ["ppo", "rm/safety", "sft"]
     assert "Not finished in B." in (compare_runs(one, other).out / "compare.md").read_text()
     assert [step.is_same for step in compare_runs(one, tmp_path / "z").steps] == [True]

@@ -40,9 +40,14 @@ class StepContents:
     def is_finished(self) -> bool:
         return bool(self.manifest)
 
+    @property
+    def has_figures(self) -> bool:
+        """Whether anything came out yet; a step that was only begun, or a report on the others, has none."""
+        return self.is_finished or bool(self.summary) or self.folder.metrics.is_file()
+
 
 def read_run(run: Path) -> dict[str, StepContents]:
-    """The steps of a run by name, in the order in which they were finished; those that are not come last."""
+    """The steps of a run that have figures by name, in the order in which they were finished; those that are not come last."""
     _check_is_run(run)
     folders = {
         path.relative_to(run).as_posix().removesuffix(f"/{sign}")
@@ -51,7 +56,7 @@ def read_run(run: Path) -> dict[str, StepContents]:
         for path in run.glob(f"{pattern}/{sign}")
     }
     names = [name for name in sorted(folders) if not any(_is_no_step(part) for part in Path(name).parts)]
-    steps = [read_step(run, name) for name in names]
+    steps = [step for step in (read_step(run, name) for name in names) if step.has_figures]
     if not steps:
         raise UsageError(
             f"{run}: no steps here. A run folder holds a folder for each step, such as 'sft' with its summary.json."

@@ -167,15 +167,27 @@ def _paired(a: StepContents, b: StepContents) -> Iterator[tuple[str, tuple[list[
     """Values of figures, prompt by prompt, where both runs asked the same prompts."""
     if not _same_prompts(a, b):
         return
-    theirs = dict(_answers(b))
-    for prefix, ours in _answers(a):
-        other = theirs.get(prefix)
-        if other is None:
-            continue
+    ours, theirs = dict(_values(a)), dict(_values(b))
+    for name in ours:
+        if name in theirs and len(ours[name]) == len(theirs[name]):
+            yield name, (ours[name], theirs[name])
+
+
+def _values(step: StepContents) -> Iterator[tuple[str, list[float]]]:
+    """What each figure is the mean of: a value for each prompt."""
+    answers = dict(_answers(step))
+    reference = (_read(step.folder.artifact / "evaluation.json") or {}).get("reference")
+    for prefix, lists in answers.items():
+        owner, _, moment = prefix.rpartition("/")
+        before = answers.get(f"eval/{reference}" if owner == "eval" else f"{owner}/start", {})
+        place = f"{prefix}/difference" if owner == "eval" else f"{owner}/difference"
         for name, key in _LISTS.items():
-            left, right = ours.get(key), other.get(key)
-            if left and right and len(left) == len(right):
-                yield f"{prefix}/{name}", (left, right)
+            values, first = lists.get(key), before.get(key)
+            if not values:
+                continue
+            yield f"{prefix}/{name}", values
+            if first and len(first) == len(values) and moment != "start":
+                yield f"{place}/{name}", [value - other for value, other in zip(values, first, strict=True)]
 
 
 def _same_prompts(a: StepContents, b: StepContents) -> bool:

@@ -63,7 +63,7 @@ def read_series(metrics_path: Path) -> list[Series]:
 
 def draw_curves(metrics_path: Path, png_path: Path, *, title: str | None = None) -> None:
     """Draw the record as a PNG, written beside and renamed; without a line to draw nothing is written."""
-    panels = _panels(read_series(metrics_path))
+    panels = panels_of(read_series(metrics_path))
     if not panels:
         return
     figure, places = panel_grid(len(panels), title or f"{metrics_path.parent.parent.name}: {metrics_path.parent.name}")
@@ -151,7 +151,7 @@ def sparkline(values: Sequence[float], width: int, *, is_ascii: bool = False) ->
     return "".join(" " if height is None else blocks[round(height * (len(blocks) - 1))] for height in heights)
 
 
-def _panels(series: Sequence[Series]) -> dict[str, list[Series]]:
+def panels_of(series: Sequence[Series]) -> dict[str, list[Series]]:
     """Panel title -> its series; figures of the step itself first, then optimizer, speed, memory."""
     panels: dict[str, list[Series]] = {}
     own = [one for one in series if one.axis.partition("/")[0] == one.name.partition("/")[0]]
@@ -177,7 +177,7 @@ def draw_series(place: Any, one: Series, *, colour: str, label: str, is_smoothed
         place.plot(one.steps, one.values, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=label)
     else:
         place.plot(one.steps, one.values, color=colour, linewidth=0, marker=".", markersize=3, alpha=0.25)
-        place.plot(one.steps, _running_mean(one.values), color=colour, linewidth=1.8, label=label)
+        place.plot(one.steps, running_mean(one.values), color=colour, linewidth=1.8, label=label)
 
 
 def _is_noisy(one: Series) -> bool:
@@ -199,7 +199,7 @@ def frame_panel(place: Any, title: str, group: Sequence[Series]) -> None:
     place.legend(fontsize=7.5, frameon=False)
 
 
-def _running_mean(values: Sequence[float]) -> list[float]:
+def running_mean(values: Sequence[float]) -> list[float]:
     """Mean over a window of a twentieth of the curve, cut at both ends; values that are not finite are left out."""
     half = max(2, len(values) // 40)
     means = (

@@ -56,7 +56,7 @@ class ScoringError(LlamachatError):
 
 
 class ServerError(LlamachatError):
-    """A rollout server cannot be reached, or answers what it was not asked."""
+    """A server (of rollouts, of wandb) cannot be reached, or answers what it was not asked."""
 
 
 class TokenizerError(LlamachatError):

@@ -17,6 +17,7 @@ import typer
 
 from llamachat.errors import UsageError
 from pipelines import tools
+from pipelines.compare import compare
 from pipelines.exit_status import INTERRUPTED, reported, state_is_kept
 from pipelines.pairs import SeveralTemperatures, pairs
 from pipelines.tools import TINY, ConfigOption, Overrides
@@ -264,6 +265,7 @@ app.command()(tools.sample)
 app.command(cls=SeveralTemperatures)(pairs)
 app.command()(tools.score)
 app.command()(tools.export)
+app.command()(compare)
 app.command()(tools.tokens)
 app.command()(tools.dashboard)
 app.command()(tools.pretrain)

@@ -1,20 +1,23 @@
-"""The model card of an exported folder: what the model is, what made it, how to load it, and under which licence.
+"""The model card of an exported folder: what the model is, what made it, what was measured, how to load it, licences.
 
-Reads the manifest and, where the step's folder is still around the artifact, its `summary.json` and `config.yaml`.
-Figures are those of the training; no text of the users' data is in it, and of their files only names.
+Reads the manifest and, where the run is still around the artifact, the step's `summary.json` and `config.yaml`, the
+manifests of the steps before it, and the run's evaluation. No text of the users' data is in it, and of their files only
+names. The front matter is in the form that the hub reads.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from llamachat.config.paths import bundled
 from llamachat.models.hub import LICENCE_FILES
 from llamachat.runs.artifacts import Artifact
-from llamachat.runs.folder import StepFolder
+from serving import measured, provenance
 
 # The licence of a base by the beginning of its hub name: the hub's short name for it, and what it asks for.
 _LICENCES = {
@@ -26,10 +29,18 @@ _LICENCES = {
     ),
     "TinyLlama/": ("apache-2.0", "The base is under the Apache License 2.0, which asks to keep its notices."),
 }
+_OF_THE_DATA = (
+    "other",
+    "The base comes with llamachat, whose code is under the Apache License 2.0. Both it and this model learnt from texts"
+    " under the licences of `assets/base/README.md` and of the data above; some (CC BY-SA, CDLA-Sharing) ask for the same"
+    " licence on what is made from them. Read them before you pass the model on.",
+)
+# The section of a recipe by command, where it has another name.
+_SECTIONS = {"rm": "reward", "rs": "rejection_sampling", "distill": "context_distillation"}
 _TUNED = {"full": "all weights tuned", "lora": "LoRA", "qlora": "QLoRA (LoRA on a base in NF4)"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Facts:
     """What the card tells about."""
 
@@ -42,9 +53,15 @@ class Facts:
     def details(self) -> Mapping[str, Any]:
         return self.artifact.manifest.details
 
+    @cached_property
+    def steps(self) -> list[Artifact]:
+        """The policies that led here, and this artifact last."""
+        return provenance.chain(self.artifact)
+
     @property
-    def step(self) -> StepFolder:
-        return StepFolder(self.artifact.path.parent)
+    def origin(self) -> str:
+        """The base that all began with."""
+        return provenance.origin(self.steps)
 
 
 def model_card(facts: Facts) -> str:
@@ -52,28 +69,49 @@ def model_card(facts: Facts) -> str:
     parts = (
         front_matter(facts),
         _what(facts),
+        _intended_use(),
         _how_to_load(facts),
+        made_by(facts),
+        data(facts),
         training(facts),
+        _evaluation(facts),
         _agreement(facts),
+        _limits(facts),
         licence(facts),
     )
-    return "\n".join(parts)
+    return joined(parts)
 
 
-def front_matter(facts: Facts, task: str = "text-generation") -> str:
+def joined(parts: Iterable[str]) -> str:
+    """The parts of a card with an empty line between them."""
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def front_matter(facts: Facts, task: str = "text-generation", kinds: Sequence[str] = ("sft",)) -> str:
     """What the hub reads."""
     short_name, _ = _licence_of(facts)
     is_adapter = facts.note["format"] == "adapter"
-    values: dict[str, Any] = {
+    read = provenance.sources(facts.steps, kinds)
+    hub_names = sorted({name for source in read for name in source.hub_names})
+    base = provenance.hub_name(facts.steps)
+    values = {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": task,
+        "license": short_name,
+        # What the hub asks for beside `other`.
+        **(
+            {"license_name": "licences-of-the-training-data", "license_link": "README.md"}
+            if short_name == "other"
+            else {}
+        ),
+        "base_model": base,
+        # The language of a user's data is not known; that of the bundled ones is.
+        "language": ["en"] if read and all(source.origins is not None for source in read) else None,
+        "datasets": hub_names,
+        "tags": ["llama", "llamachat", *(["lora"] if is_adapter else [])],
+        "model-index": measured.model_index(facts.artifact, facts.name, task),
     }
-    if short_name:
-        values["license"] = short_name
-    if _hub_name(facts):
-        values["base_model"] = _hub_name(facts)
-    values["tags"] = ["llama", "llamachat", *(["lora"] if is_adapter else [])]
-    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
+    return f"---\n{yaml.safe_dump({key: value for key, value in values.items() if value}, sort_keys=False)}---\n"
 
 
 def _what(facts: Facts) -> str:
@@ -84,7 +122,7 @@ def _what(facts: Facts) -> str:
     text = (
         f"# {facts.name}\n\n{kind}. Made with llamachat by the recipe of Llama 2 (arXiv:2307.09288), step "
         f"`{facts.artifact.manifest.step}`.\n\n"
-        f"- base: `{details['base']}`\n"
+        f"- base: `{facts.origin}`\n"
         f"- tuning: {_TUNED[note['method']]}{merged}\n"
         f"- weights: {note['dtype']}\n"
         f"- chat format: {details['chat_format']}, as the tokenizer's chat template has it\n"
@@ -140,25 +178,37 @@ def _adapter_code(facts: Facts) -> list[str]:
     ]
 
 
-def training(facts: Facts, kinds: Sequence[str] = ("sft",)) -> str:
-    """Settings, figures, files (of these kinds of data) and versions of the training."""
+def made_by(facts: Facts) -> str:
+    """The steps that led here."""
+    return "\n".join(["\n## How it was made\n", *provenance.step_lines(facts.steps)]) + "\n"
+
+
+def data(facts: Facts, kinds: Sequence[str] = ("sft",)) -> str:
+    """What all these steps read; `kinds` are those of a step that does not say."""
+    lines = list(provenance.source_lines(provenance.sources(facts.steps, kinds)))
+    if not lines:
+        return ""
+    head = [
+        "\n## Data\n",
+        "What these steps read, for learning, for prompts and for measuring. A part was kept from training.",
+        "",
+    ]
+    return "\n".join([*head, *lines])
+
+
+def training(facts: Facts) -> str:
+    """Settings, figures and versions of the last step."""
     manifest = facts.artifact.manifest
-    lines = ["\n## Training\n"]
-    figures = _read_json(facts.step.summary)
-    command = manifest.identity.get("command", "")
-    section = manifest.identity.get("reward" if command == "rm" else command, {})
+    lines = [f"\n## Training of step `{manifest.step}`\n"]
+    command = str(manifest.identity.get("command", ""))
+    section = manifest.identity.get(_SECTIONS.get(command, command), {})
     settings = {**manifest.identity.get("tuning", {}), **(section if isinstance(section, dict) else {})}
-    if settings:
-        shown = {key: value for key, value in settings.items() if isinstance(value, str | int | float)}
+    shown = {key: value for key, value in settings.items() if isinstance(value, str | int | float)}
+    if shown:
         lines += ["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in shown.items()), ""]
+    figures = measured.own_figures(facts.artifact)
     if figures:
-        lines += [
-            "| figure | value |",
-            "|---|---|",
-            *(f"| {key} | {value:.6g} |" for key, value in figures.items()),
-            "",
-        ]
-    lines += _data_lines(facts, kinds)
+        lines += [*measured.table(figures), "What each figure is: docs/metrics.md of llamachat.", ""]
     dropped = manifest.dropped_records
     lines.append(f"Records left out: {sum(dropped.values())}" + ("." if not dropped else f" ({_counts(dropped)})."))
     versions = {
@@ -168,22 +218,35 @@ def training(facts: Facts, kinds: Sequence[str] = ("sft",)) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _data_lines(facts: Facts, kinds: Sequence[str]) -> list[str]:
-    """The files by name; nothing where the step's configuration is not around the artifact any more."""
-    try:
-        recipe = yaml.safe_load(facts.step.config.read_text(encoding="utf-8"))
-        lines = [_source_line(source) for kind in kinds for source in recipe["data"].get(kind, ())]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return []
-    return [f"{'Dialogs' if tuple(kinds) == ('sft',) else 'Records'} were read from", "", *lines, ""]
+def _evaluation(facts: Facts) -> str:
+    found = measured.evaluated(facts.artifact)
+    if not found:
+        return ""
+    head = [
+        "\n## Evaluation\n",
+        "On held-out prompts, as the run's step `eval` measured them; differences and win rates are against the run's first"
+        " policy, prompt by prompt.",
+        "",
+    ]
+    return "\n".join([*head, *measured.table(found)])
 
 
-def _source_line(source: Mapping[str, Any]) -> str:
-    path = Path(source["path"])
-    limit = f", at most {source['limit']} of them" if source.get("limit") else ""
-    weight = f", weight {source['weight']:g}" if source.get("weight", 1.0) != 1.0 else ""
-    # Where a file lay on somebody's disk is nobody's business.
-    return f"- `{path.name if path.is_absolute() else path}`{limit}{weight}"
+def _limits(facts: Facts) -> str:
+    lines = measured.limits(facts.artifact, is_tiny=is_tiny(facts))
+    return "\n".join(["\n## Limits\n", *lines]) + "\n"
+
+
+def is_tiny(facts: Facts) -> bool:
+    """Whether all began with the tiny base that comes with this code."""
+    return Path(facts.origin).resolve() == bundled("assets/base") or facts.origin == "assets/base"
+
+
+def _intended_use() -> str:
+    return (
+        "\n## Intended use\n\nFor studying how chat models are made, and as a start for an assistant of your own that"
+        " answers questions like those of its data. Not for advice on health, law or money, not for decisions about people,"
+        " and not in front of the public before you have tested it for your own use, harmful requests included.\n"
+    )
 
 
 def _agreement(facts: Facts) -> str:
@@ -203,29 +266,17 @@ def licence(facts: Facts) -> str:
     _, text = _licence_of(facts)
     copied = f" Its licence files ({', '.join(files)}) are copied here." if files else ""
     is_copied = facts.note["format"] == "merged" and facts.note["method"] != "full"
-    return f"\n## Licence\n\n{text}{copied if is_copied else ''} The licences of the training data apply as well.\n"
+    return f"\n## Licence\n\n{text}{copied if is_copied else ''} The licences of the data, told above, apply as well.\n"
 
 
 def _licence_of(facts: Facts) -> tuple[str | None, str]:
-    base = str(facts.details["base"])
+    base = facts.origin
+    if is_tiny(facts):
+        return _OF_THE_DATA
     for beginning, found in _LICENCES.items():
         if base.startswith(beginning):
             return found
     return None, f"This model derives from `{base}` and is under the licence of that base; see its own card."
-
-
-def _hub_name(facts: Facts) -> str | None:
-    """The base as the hub knows it; None for a folder."""
-    is_folder = facts.details.get("base_is_folder", Path(str(facts.details["base"])).is_dir())
-    return None if is_folder else str(facts.details["base"])
-
-
-def _read_json(path: Path) -> dict[str, float]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {key: value for key, value in values.items() if isinstance(value, int | float)}
 
 
 def _counts(dropped: Mapping[str, int]) -> str:

@@ -36,7 +36,7 @@ from serving.export import (
     write_adapter,
 )
 from serving.merging import read_adapter, write_weights
-from serving.model_card import Facts, block, front_matter, licence, training
+from serving.model_card import Facts, block, data, front_matter, joined, licence, made_by, training
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def _card(facts: Facts) -> str:
         f"# {facts.name}\n\nA reward model{': a LoRA adapter with its head' if note['format'] == 'adapter' else ''}. It "
         "gives an answer of a chat model one number, read at the last token: higher is better, and the difference of "
         "two is the log-odds that people prefer the one to the other. Made with llamachat by the recipe of Llama 2 "
-        f"(arXiv:2307.09288), step `{facts.artifact.manifest.step}`.\n\n- base: `{details['base']}`\n"
+        f"(arXiv:2307.09288), step `{facts.artifact.manifest.step}`.\n\n- base: `{facts.origin}`\n"
         f"- tuning: {note['method']}\n- weights: {note['dtype']}\n- longest dialog in training: {details['max_tokens']} "
         f"tokens\n- system text in training: {details.get('system') or 'none'}\n"
     )
@@ -219,8 +219,15 @@ def _card(facts: Facts) -> str:
         f"{note['max_score_difference']:.2g} in fp32.\n"
     )
     code = "\n## Loading\n\n" + block("\n".join(_code(facts)), "python")
-    data = training(facts, ("helpfulness", "safety", "labels", "open"))
-    return "\n".join((front_matter(facts, "text-classification"), what, code, data, held, licence(facts)))
+    kinds = ("helpfulness", "safety", "labels", "open")
+    limits = (
+        "\n## Limits\n\nIts scores are no measure of truth, and those of answers to different prompts do not compare. A"
+        " policy that is tuned against it will find what it overrates: keep another judge, and people, for measuring. On"
+        " texts unlike its data, and in other languages, it was not tested.\n"
+    )
+    head = front_matter(facts, "text-classification", kinds)
+    parts = (head, what, code, made_by(facts), data(facts, kinds), training(facts), held, limits, licence(facts))
+    return joined(parts)
 
 
 def _code(facts: Facts) -> list[str]:

@@ -40,7 +40,8 @@ _LIBRARIES = (
     "bitsandbytes",
     "tokenizers",
 )
-_NOT_STEPS = {"checkpoints", "artifact", "dialogs", "tensorboard", "sampling", "tuned"}
+# Folders of a step that are no steps themselves.
+NOT_STEPS = {"checkpoints", "artifact", "dialogs", "tensorboard", "sampling", "tuned"}
 
 
 class Manifest(Section):
@@ -154,7 +155,7 @@ def published_steps(run_dir: Path) -> list[Artifact]:
     for pattern in ("*/artifact", "*/*/artifact", "*/dialogs", "*/*/dialogs"):
         for place in run_dir.glob(f"{pattern}/{MANIFEST}"):
             parts = place.relative_to(run_dir).parts[:-2]
-            if any(part.startswith(".") or part in _NOT_STEPS for part in parts):
+            if any(part.startswith(".") or part in NOT_STEPS for part in parts):
                 continue
             try:
                 manifest = _read_manifest(place.parent)

@@ -10,6 +10,8 @@ from typing import Any
 from llamachat.errors import DataError
 from llamachat.runs.atomic import storage_errors
 
+ABSENT = "absent"  # in place of the value of a key that one of two identities lacks
+
 _CHUNK = 1 << 20
 # Above this size a weight file is digested by its header, its size and evenly spread blocks: 70B weights are read for
 # minutes otherwise, at every command. An edit that keeps every sampled block is not seen.
@@ -43,14 +45,26 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Each key that differs, as `sft.learning_rate: 0.001 -> 0.002`, dotted and sorted."""
-    before, after = dict(_leaves(_as_json(old))), dict(_leaves(_as_json(new)))
-    lines = []
-    for key in sorted(before.keys() | after.keys()):
-        then, now = before.get(key, "absent"), after.get(key, "absent")
-        # Compared as text: in Python 1, 1.0 and true are equal, in a fingerprint they are not.
-        if then != now:
-            lines.append(f"{key}: {_shorten(then)} -> {_shorten(now)}")
-    return lines
+    return [f"{key}: {_shorten(then)} -> {_shorten(now)}" for key, then, now in changed_values(old, new)]
+
+
+def changed_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Each key that differs with its old and new value as JSON text, ABSENT where there is none; dotted and sorted."""
+    before, after = leaves(old), leaves(new)
+    keys = sorted(before.keys() | after.keys())
+    # Compared as text: in Python 1, 1.0 and true are equal, in a fingerprint they are not.
+    pairs = ((key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys)
+    return [(key, then, now) for key, then, now in pairs if then != now]
+
+
+def leaves(identity: Mapping[str, Any]) -> dict[str, str]:
+    """Every value that holds no others, as JSON text, by its dotted key."""
+    return dict(_leaves(_as_json(identity)))
+
+
+def is_digest(text: str) -> bool:
+    """Whether a value is a SHA-256 of something."""
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,8 +84,7 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _shorten(text: str) -> str:
     bare = text.strip('"')
-    is_digest = len(bare) == 64 and set(bare) <= set("0123456789abcdef")
-    return f"{bare[:12]}..." if is_digest else text
+    return f"{bare[:12]}..." if is_digest(bare) else text
 
 
 def _readable(path: Path) -> Any:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _COLUMNS = 3
 _PANEL_INCHES = (4.7, 3.1)
 _DPI = 110
-_COLOURS = ("#1f5fa8", "#d1601f", "#2b8a3e", "#8a3ea8", "#b8860b", "#0f8b8d", "#a61e4d", "#5c5f66")
+COLOURS = ("#1f5fa8", "#d1601f", "#2b8a3e", "#8a3ea8", "#b8860b", "#0f8b8d", "#a61e4d", "#5c5f66")
 _SMOOTH_FROM = 20
 # Schedules and counters are exact: a running mean would bend them.
 _EXACT_PANELS = {"learning rate", "progress", "trained tokens", "training time", "temperature", "memory"}
@@ -66,20 +66,47 @@ def draw_curves(metrics_path: Path, png_path: Path, *, title: str | None = None)
     panels = panels_of(read_series(metrics_path))
     if not panels:
         return
+    figure, places = panel_grid(len(panels), title or f"{metrics_path.parent.parent.name}: {metrics_path.parent.name}")
+    for place, (name, group) in zip(places, panels.items(), strict=True):
+        _draw_panel(place, name, group)
+    save_png(figure, png_path)
+
+
+def draw_overlays(metrics_paths: Sequence[Path], png_path: Path, *, labels: Sequence[str], title: str) -> Sequence[str]:
+    """Draw the curves of the metrics that all these records hold, a panel each, and return their names.
+
+    A metric that is a single value in all of them is no curve; without a curve nothing is written.
+    """
+    records = [{one.name: one for one in read_series(path)} for path in metrics_paths]
+    shared = [name for name in records[0] if all(name in record for record in records[1:])]
+    names = [name for name in shared if any(len(record[name].steps) > 1 for record in records)]
+    if not names:
+        return names
+    figure, places = panel_grid(len(names), title)
+    for place, name in zip(places, names, strict=True):
+        group = [record[name] for record in records]
+        is_smoothed = any(map(_is_noisy, group))  # one kind of line for all, also where one run was shorter
+        for one, label, colour in zip(group, labels, COLOURS, strict=False):
+            draw_series(place, one, colour=colour, label=label, is_smoothed=is_smoothed)
+        frame_panel(place, name, group)
+    save_png(figure, png_path)
+    return names
+
+
+def panel_grid(count: int, title: str) -> "tuple[Figure, list[Any]]":
+    """A picture with room for so many panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(_COLUMNS, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    columns = min(_COLUMNS, count)
+    rows = math.ceil(count / columns)
     figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title or f"{metrics_path.parent.parent.name}: {metrics_path.parent.name}", fontsize=12)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for place, (name, group) in zip(axes, panels.items(), strict=False):
-        _draw_panel(place, name, group)
-    for place in axes[len(panels) :]:
+    figure.suptitle(title, fontsize=12)
+    places = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    for place in places[count:]:
         place.set_axis_off()
-    save_png(figure, png_path)
+    return figure, places[:count]
 
 
 def save_png(figure: "Figure", png_path: Path) -> None:
@@ -135,18 +162,30 @@ def panels_of(series: Sequence[Series]) -> dict[str, list[Series]]:
 
 
 def _draw_panel(place: Any, title: str, group: Sequence[Series]) -> None:
-    for one, colour in zip(group, _COLOURS * (1 + len(group) // len(_COLOURS)), strict=False):
-        label = one.name.partition("/")[2]
-        if len(one.steps) == 1:
-            place.axhline(
-                one.values[0], color=colour, linestyle="--", linewidth=1.2, label=f"{label} {_short(one.values[0])}"
-            )
-        elif len(one.steps) < _SMOOTH_FROM or one.metric.panel in _EXACT_PANELS:
-            marker = "o" if len(one.steps) < _SMOOTH_FROM else None
-            place.plot(one.steps, one.values, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=label)
-        else:
-            place.plot(one.steps, one.values, color=colour, linewidth=0, marker=".", markersize=3, alpha=0.25)
-            place.plot(one.steps, running_mean(one.values), color=colour, linewidth=1.8, label=label)
+    for one, colour in zip(group, COLOURS * (1 + len(group) // len(COLOURS)), strict=False):
+        draw_series(place, one, colour=colour, label=one.name.partition("/")[2], is_smoothed=_is_noisy(one))
+    frame_panel(place, title, group)
+
+
+def draw_series(place: Any, one: Series, *, colour: str, label: str, is_smoothed: bool) -> None:
+    """One curve: its points joined, or a running mean over them; a single value as a dashed line across."""
+    if len(one.steps) == 1:
+        text = f"{label} {_short(one.values[0])}"
+        place.axhline(one.values[0], color=colour, linestyle="--", linewidth=1.2, label=text)
+    elif not is_smoothed:
+        marker = "o" if len(one.steps) < _SMOOTH_FROM else None
+        place.plot(one.steps, one.values, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=label)
+    else:
+        place.plot(one.steps, one.values, color=colour, linewidth=0, marker=".", markersize=3, alpha=0.25)
+        place.plot(one.steps, running_mean(one.values), color=colour, linewidth=1.8, label=label)
+
+
+def _is_noisy(one: Series) -> bool:
+    return len(one.steps) >= _SMOOTH_FROM and one.metric.panel not in _EXACT_PANELS
+
+
+def frame_panel(place: Any, title: str, group: Sequence[Series]) -> None:
+    """Title, axes with their units, and legend of a panel."""
     units = sorted({one.metric.unit for one in group} - {"1", ""})
     place.set_title(title, fontsize=10, loc="left")
     place.set_ylabel(", ".join(units), fontsize=8)

@@ -1,0 +1,185 @@
+"""Where a policy comes from, for its card: the steps before it and the data that they read, with licences.
+
+Reads manifests and recipes of the run; what was moved or thrown away is left out, and the chain ends there. One thing
+surprises: a data file is known as a bundled one by its content, and only then are its origins told; of a user's file
+nothing is told but its name.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llamachat.config.paths import bundled, hub_set, is_hub_name
+from llamachat.errors import ArtifactError
+from llamachat.runs.artifacts import Artifact, read_artifact
+from llamachat.runs.fingerprints import digest_of_file
+from llamachat.runs.folder import StepFolder
+
+_MADE_BY = {
+    "sft": "supervised fine-tuning on dialogs (paper, 3.1)",
+    "rm": "a reward model, trained on pairs of answers of which people prefer one (3.2.2)",
+    "rs": "rejection sampling: of several answers to a prompt the one that the reward models like best is learnt (3.2.3)",
+    "gatt": "Ghost Attention: an instruction of the first turn is kept to the end of a dialog (3.3)",
+    "distill": "context distillation: answers given under a safety preprompt are learnt without it (4.2.4)",
+    "ppo": "proximal policy optimisation against the reward models (3.2.3)",
+}
+_KINDS = {
+    "sft": "Dialogs",
+    "helpfulness": "Pairs of answers, the more helpful one chosen",
+    "safety": "Pairs of answers, the safer one chosen",
+    "open": "Further pairs of answers",
+    "labels": "Answers labelled safe or unsafe",
+    "prompts": "Prompts that were answered",
+    "adversarial": "Prompts that ask for harm and were answered",
+    "borderline": "Harmless prompts that look unsafe",
+}
+# Data sets of the hub that bundled files were cut from.
+_ON_THE_HUB = {
+    "hh-rlhf-harmless-base": "Anthropic/hh-rlhf",
+    "oasst-en-100": "OpenAssistant/oasst1",
+    "dolly-15k-387": "databricks/databricks-dolly-15k",
+    "gsm8k": "openai/gsm8k",
+}
+_CUT = re.compile(r"^- `(?P<stem>[^`]+)` from (?P<origins>[^.]+)\.", re.MULTILINE)
+_ORIGIN = re.compile(r"^### (?P<name>\S+)$(?P<lines>.*?)(?=^### |\Z)", re.MULTILINE | re.DOTALL)
+_LICENCE = re.compile(r"^- licence: (?P<licence>[^(;\n]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One entry of the recipe's data, and for a bundled file its origins with their licences."""
+
+    kind: str
+    line: str
+    hub_names: tuple[str, ...]
+    origins: tuple[tuple[str, str], ...] | None  # None: not bundled
+
+
+def chain(artifact: Artifact) -> list[Artifact]:
+    """The policies that led here, the first one first and this artifact last."""
+    found = [artifact]
+    while (before := _before(found[0])) is not None:
+        found.insert(0, before)
+    return found
+
+
+def run_of(artifact: Artifact) -> Path:
+    """The run folder around an artifact `<run>/<step>/artifact`; some folder above it where it was moved."""
+    above = artifact.path.absolute().parents
+    return above[min(len(Path(artifact.manifest.step).parts), len(above) - 1)]
+
+
+def is_whole(steps: Sequence[Artifact]) -> bool:
+    """Whether the chain goes back to a base, and none of its policies is missing."""
+    return "policy" not in steps[0].manifest.inputs
+
+
+def origin(steps: Sequence[Artifact]) -> str:
+    """The base that all began with: a hub name or a folder."""
+    return str(steps[0].manifest.details["base"])
+
+
+def hub_name(steps: Sequence[Artifact]) -> str | None:
+    """The base as the hub knows it; None for a folder."""
+    base = origin(steps)
+    is_folder = steps[0].manifest.details.get("base_is_folder", not is_hub_name(base))
+    return None if is_folder else base
+
+
+def step_lines(steps: Sequence[Artifact]) -> list[str]:
+    """The steps in their order, as a numbered list."""
+    lines = [f"1. `{origin(steps)}`: the base" if is_whole(steps) else "1. a policy that is not there any more"]
+    for number, artifact in enumerate(steps, start=2):
+        manifest = artifact.manifest
+        command = str(manifest.identity.get("command", manifest.step.partition("/")[0]))
+        models = sorted(role.partition("/")[2] for role in manifest.inputs if role.startswith("reward_model/"))
+        by = f", with the reward models {', '.join(models)}" if models else ""
+        lines.append(f"{number}. `{manifest.step}`: {_MADE_BY.get(command, command)}{by}; seed {manifest.seed}")
+    return lines
+
+
+def sources(steps: Sequence[Artifact], kinds: Sequence[str]) -> list[Source]:
+    """What the steps read, each entry once; `kinds` are those of a step whose identity does not say."""
+    found = []
+    for artifact in steps:
+        data = artifact.manifest.identity.get("data", {})
+        recipe = _recipe_data(artifact)
+        for kind in [kind for kind in _KINDS if kind in data] or kinds:
+            digests = [entry.get("path", "") for entry in data.get(kind, ())]
+            for place, entry in enumerate(recipe.get(kind) or ()):
+                found.append(_source(kind, entry, digests[place] if place < len(digests) else ""))
+    return list(dict.fromkeys(found))
+
+
+def source_lines(read: Sequence[Source]) -> Iterator[str]:
+    """The data by kind, with the licences of what is bundled."""
+    for kind, meaning in _KINDS.items():
+        own = [source for source in read if source.kind == kind]
+        if own:
+            yield from (f"{meaning}:", "")
+        for source in own:
+            told = "; ".join(f"{name}: {licence}" for name, licence in source.origins or ())
+            yield f"- {source.line}{f' ({told})' if told else ''}"
+        if own:
+            yield ""
+
+
+def _before(artifact: Artifact) -> Artifact | None:
+    """The policy that this one was made from, where it lies where it did, or where this run lies now."""
+    said = artifact.manifest.inputs.get("policy")
+    if said is None:
+        return None
+    run = run_of(artifact)
+    parts = Path(said).parts
+    for place in (run.joinpath(*parts[-2:]), run.joinpath(*parts[-3:]), Path(said)):
+        try:
+            found = read_artifact(place, "policy")
+        except ArtifactError:
+            continue
+        digest = artifact.manifest.identity.get("inputs", {}).get("policy", found.digest)
+        if found.digest == digest and found.path.resolve() != artifact.path.resolve():
+            return found
+    return None
+
+
+def _recipe_data(artifact: Artifact) -> Mapping[str, Any]:
+    """The data of the step's recipe; nothing where that is not around the artifact any more."""
+    try:
+        return yaml.safe_load(StepFolder(artifact.path.parent).config.read_text(encoding="utf-8"))["data"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return {}
+
+
+def _source(kind: str, entry: Mapping[str, Any], digest: str) -> Source:
+    path = str(entry["path"])
+    limit = f", at most {entry['limit']} of them" if entry.get("limit") else ""
+    weight = f", weight {entry['weight']:g}" if entry.get("weight", 1.0) != 1.0 else ""
+    # Where a file lay on somebody's disk is nobody's business.
+    name = Path(path).name if Path(path).is_absolute() else path
+    named, origins = hub_set(path), origins_of(Path(path), digest)
+    hub_names = [named.name] if named else [_ON_THE_HUB[name] for name, _ in origins or () if name in _ON_THE_HUB]
+    return Source(kind, f"`{name}`{limit}{weight}", tuple(hub_names), origins)
+
+
+def origins_of(path: Path, digest: str) -> tuple[tuple[str, str], ...] | None:
+    """What a bundled file was cut from, with the licences that its folder's SOURCE.md tells; None for other files."""
+    for candidate in sorted(bundled("data").glob(f"*/{path.name}")):
+        is_it = digest_of_file(candidate) == digest if digest else path.resolve() == candidate.resolve()
+        source = candidate.parent / "SOURCE.md"
+        if is_it and source.is_file():
+            return _licences(source.read_text(encoding="utf-8"), candidate.name.partition(".")[0])
+    return None
+
+
+def _licences(text: str, stem: str) -> tuple[tuple[str, str], ...]:
+    licences = {
+        found["name"]: said["licence"].strip()
+        for found in _ORIGIN.finditer(text)
+        if (said := _LICENCE.search(found["lines"])) is not None
+    }
+    cut = next((found["origins"].split(", ") for found in _CUT.finditer(text) if found["stem"] == stem), [*licences])
+    return tuple((name, licences[name]) for name in cut if name in licences)

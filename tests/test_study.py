@@ -4,6 +4,7 @@ The stages are stand-ins that publish at once: a model's accuracy is 0.5, 0.6 or
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import sft
 from llamachat.errors import ConfigError
 from llamachat.runs.artifacts import Artifact, read_artifact
 from pipelines.cli import main
-from pipelines.study import load_study, run_study, study_plan_text
+from pipelines.study import load_study, run_study
+from pipelines.study_plan import study_plan_text
 from pipelines.study_tables import paired_difference
 from tests.recipes import (
     preference_data,
@@ -74,7 +76,7 @@ def test_each_variant_runs_with_each_seed_from_one_policy(tmp_path: Path, calls:
         ("sft", 0),
         *[(f"rm/{which}", seed) for seed in (0, 3) for which in ("helpfulness", "helpfulness", "safety")],
     ]
-    run_dir = tmp_path / "runs" / "one"
+    run_dir = tmp_path / "runs" / "one-study"
     policy = read_artifact(run_dir / "shared" / "sft")
     assert {digest for _, _, digest, _ in calls[1:]} == {policy.digest}
     # A variant's values go over those of the recipe's step; the step's other values stay.
@@ -98,7 +100,7 @@ def test_a_study_goes_on_where_it_was_stopped_with_tables_of_what_is_done(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reward, "run", stopped)
         run_study(load_study(path))
-    assert "4 of 6 runs" in (tmp_path / "runs" / "one" / "study.md").read_text()
+    assert "4 of 6 runs" in (tmp_path / "runs" / "one-study" / "study.md").read_text()
     assert "6 runs, 4 of them done" in study_plan_text(load_study(path))
     del calls[:]
     assert "6 of 6 runs" in run_study(load_study(path))
@@ -113,8 +115,8 @@ def test_the_tables_hold_means_over_seeds_and_differences_seed_by_seed(tmp_path:
     assert "| plain | - | - |" in text
     assert "| variant | significantly better | better | slightly better | negligibly better |" in text
     assert "| none | 0 | 0 | 0 | 0 |" in text and "| large | 3 | 2 | 1 | 0 |" in text
-    assert text == (tmp_path / "runs" / "one" / "study.md").read_text()
-    index = json.loads((tmp_path / "runs" / "one" / "study.json").read_text())
+    assert text == (tmp_path / "runs" / "one-study" / "study.md").read_text()
+    index = json.loads((tmp_path / "runs" / "one-study" / "study.json").read_text())
     assert index["variants"]["large"]["figures"]["3"][ACCURACY] == pytest.approx(0.68)
     found = index["tables"][1]["rows"]["large"]["all"]
     assert found["by_seed"] == {"0": 0.65, "3": 0.68} and found["difference"]["mean"] == pytest.approx(0.15)
@@ -161,15 +163,15 @@ def test_plan_and_dry_run_of_a_study_run_nothing(
     assert main(["rm", "--config", path, "--dry-run"]) == 0
     assert capsys.readouterr().out == plan
     assert "3 variants with 2 seeds each, 6 runs, 0 of them done" in plan
-    assert 'large: rm/helpfulness with reward.margin="large"; about' in plan
-    assert "sft: new" in plan and "all together" in plan
+    assert re.search(r'large: rm/helpfulness \(about .*\) a seed, with reward.margin="large"', plan)
+    assert "sft: new" in plan and "all together: about" in plan
     assert calls == [] and not (tmp_path / "runs").exists()
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"command": "rms"},
-        "command: there is no command 'rms' to compare variants of. Known: sft, rm, rs, gatt, distill, ppo.",
+        "command: there is no command 'rms' to compare variants of. Known: sft, rm, rs, gatt, distill, ppo, lists",
     ),
     ({"seeds": []}, "seeds: "),
     ({"seeds": [1, 1]}, "seeds: a seed stands twice"),
@@ -197,7 +199,7 @@ def test_other_commands_say_what_a_study_is_for(tmp_path: Path, capsys: pytest.C
     assert main(["sft", "--config", path]) == 2
     assert "is a study of 'rm', whose variants say what is run" in capsys.readouterr().err
     assert main(["rm", "--config", path, "--only", "safety"]) == 2
-    assert "Run `llamachat rm --config" in capsys.readouterr().err
+    assert "Run `llamachat all --config" in capsys.readouterr().err
     assert main(["dashboard", "--config", path]) == 2
     assert "variants: a study's key, and this command runs a recipe." in capsys.readouterr().err
     write_yaml(tmp_path / "study.yaml", {**study_values(), "extends": "other.yaml"})

@@ -92,13 +92,12 @@ class Plan:
             return ", ".join(command)
         return f"all from '{resolve_steps(self.shared)[self.first].name}' on" if command == AUTO else command
 
-    def steps(self, recipe: Recipe, variant: str) -> list[Step]:
+    def steps(self, recipe: Recipe, name: str) -> list[Step]:
         """What one variant runs."""
-        only = self.study.variants[variant].only
-        chosen = self._chosen(resolve_steps(recipe))
-        if not only:
+        chosen, variant = self._chosen(resolve_steps(recipe)), self.study.variants[name]
+        if not variant.only:
             return chosen
-        return [s for s in chosen if not s.stage.models or s in choose_steps(chosen, s.stage.command, only)]
+        return [s for s in chosen if not s.stage.models or s in choose_steps(chosen, s.stage.command, variant.only)]
 
     def before(self, variant: str) -> list[Step]:
         """What comes before the commands in one variant."""
@@ -220,12 +219,20 @@ def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
     from pipelines.study_tables import write_tables
 
     found_at = plan.origins()
+    done: set[tuple[str, str]] = set()  # of what comes before: where, and the step's name
     figures: dict[str, dict[int, dict[str, float]]] = {}
     text = ""
     for number, ((name, seed), recipe) in enumerate(plan.variants.items(), start=1):
         log.info("study: %s with seed %d (%d of %d)", name, seed, number, len(plan.variants))
         for step in plan.before(name):
-            _take(step_folder(recipe, step), _run_before(plan, name, step, found_at[name, step.name]))
+            where = found_at[name, step.name]
+            if (where, step.name) not in done:
+                _run_before(plan.origin(where), step)
+                done.add((where, step.name))
+            home = step_folder(plan.homes[name], step)
+            if where != name:
+                _take(home, step_folder(plan.origin(where), step))
+            _take(step_folder(recipe, step), home)
         steps = plan.steps(recipe, name)
         made = run_chosen(recipe, steps, should_overwrite=should_overwrite)
         figures.setdefault(name, {})[seed] = read_figures(steps, made)
@@ -233,15 +240,10 @@ def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
     return text
 
 
-def _run_before(plan: Plan, variant: str, step: Step, where: str) -> StepFolder:
-    """Run a step that comes before where it belongs, unless it is done, and put it among those of its variant."""
-    recipe = plan.origin(where)
+def _run_before(recipe: Recipe, step: Step) -> None:
+    """Run the recipe's step of that name, unless it is done."""
     steps = resolve_steps(recipe)
     run_step(recipe, steps, next(own for own in steps if own.name == step.name))
-    home = step_folder(plan.homes[variant], step)
-    if where != variant:
-        _take(home, step_folder(recipe, step))
-    return home
 
 
 def _take(folder: StepFolder, made: StepFolder) -> None:

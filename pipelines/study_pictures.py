@@ -49,7 +49,11 @@ def numbers_of(study: "Study", variants: Sequence[str], recipe: Mapping[str, Any
     for name in variants:
         values = study.variants[name].values
         held = [values[key] if key in values else _at(recipe, key) for key in keys]
-        if not held or any(isinstance(one, bool) or not isinstance(one, (int, float)) for one in held) or len({*held}) > 1:
+        if (
+            not held
+            or any(isinstance(one, bool) or not isinstance(one, (int, float)) for one in held)
+            or len({*held}) > 1
+        ):
             return {}
         found[name] = float(held[0])
     return found if len({*found.values()}) > 1 else {}
@@ -88,7 +92,7 @@ def _draw_panel(
     at = {variant: numbers.get(variant, float(index)) for index, variant in enumerate(table.variants)}
     shown = sorted((variant for variant in table.variants if held[variant]), key=at.__getitem__)
     for variant in shown:
-        place.plot([at[variant]] * len(held[variant]), held[variant], ".", color=_COLOUR, alpha=0.35, markersize=5)
+        place.plot([at[variant]] * len(held[variant]), held[variant], ".", color="#5c5f66", markersize=4, zorder=3)
     found = [interval(held[variant]) for variant in shown]
     errors = [0.0 if one.high is None else one.high - one.mean for one in found]
     place.errorbar(

@@ -41,7 +41,7 @@ def first_changed(shared: Recipe, homes: Mapping[str, Recipe]) -> int:
 
 def origins(shared: Recipe, homes: Mapping[str, Recipe], before: Mapping[str, Sequence[Step]]) -> Origins:
     """Where each variant's steps before its commands are run: once for all that have one mark."""
-    known = {(name, mark): SHARED for name, mark in marks(shared, resolve_steps(shared)).items()}
+    known = dict.fromkeys(marks(shared, resolve_steps(shared)).items(), SHARED)
     found: dict[tuple[str, str], str] = {}
     for variant, recipe in homes.items():
         for name, mark in marks(recipe, before[variant]).items():

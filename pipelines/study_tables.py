@@ -173,7 +173,7 @@ def _markdown(plan: "Plan", table: "Table", figures: Figures) -> list[str]:
         lines += _grid(heads, [[variant, *(f"{m:.3g}" for m in row.values())] for variant, row in margins.items()])
     if table.columns:
         units = {head: unit_of(name) for head, name in table.columns.items()}
-        heads = [f"{head}{_unit_words(unit)}" for head, unit in units.items()]
+        heads = [head if head == unit else f"{head}{_unit_words(unit)}" for head, unit in units.items()]
         rows = _rows(table, figures)
         lines += _grid(
             heads,

@@ -1,5 +1,6 @@
 """A study as one picture: a panel for each figure of its tables, against the variants or the number that they change."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,7 @@ def _draw_panel(
     for variant in shown:
         place.plot([at[variant]] * len(held[variant]), held[variant], ".", color="#5c5f66", markersize=4, zorder=3)
     found = [interval(held[variant]) for variant in shown]
-    errors = [0.0 if one.high is None else one.high - one.mean for one in found]
+    errors = [math.nan if one.high is None else one.high - one.mean for one in found]  # no bar for a single seed
     place.errorbar(
         [at[variant] for variant in shown],
         [one.mean for one in found],

@@ -278,6 +278,9 @@ def test_the_picture_shows_each_figure_against_the_number_that_is_changed(
     ((line, _, (bars,)),) = accuracy.containers
     assert list(line.get_ydata()) == pytest.approx([62.0] * 3)
     assert bars.get_segments()[0][:, 1] == pytest.approx([62 - 12.706, 62 + 12.706], abs=1e-3)
+    run_study(load_study(path, ["seeds=[1]", "sft.learning_rate=2.0"]))
+    ((_, _, (bars,)),) = drawn[-1][0].axes[1].containers
+    assert not any(len(segment) for segment in bars.get_segments())  # one seed has no interval, not one of 0
 
 
 @pytest.mark.parametrize(

@@ -117,13 +117,14 @@ def _run(
 def _study(
     command: str, config: Path, overrides: Sequence[str], *, overwrite: bool, dry_run: bool, only: Sequence[str]
 ) -> None:
-    from pipelines.study import load_study, run_study, study_plan_text
+    from pipelines.study import load_study, run_study
+    from pipelines.study_plan import study_plan_text
 
     plan = load_study(config, overrides)
-    if command != plan.study.command or only:
+    if command not in ("all", plan.study.command) or only:
         raise UsageError(
-            f"{config}: is a study of '{plan.study.command}', whose variants say what is run (variants.NAME.only), so that"
-            f" its tables compare like with like. Run `llamachat {plan.study.command} --config {config}` without --only,"
+            f"{config}: is a study of '{plan.commands}', whose variants say what is run (variants.NAME.only), so that"
+            f" its tables compare like with like. Run `llamachat all --config {config}` without --only,"
             " or give the recipe that it extends."
         )
     if dry_run:
@@ -239,7 +240,7 @@ def all_steps(
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Run the recipe's steps in order; finished, unchanged ones are not run again."""
+    """Run the recipe's steps in order; finished, unchanged ones are not run again. Also runs any study."""
     _run("all", config, overrides, overwrite=overwrite, dry_run=dry_run)
 
 
@@ -249,7 +250,8 @@ def plan(overrides: Overrides = None, config: ConfigOption = TINY, gpu: tools.Gp
     """Say what would run, from which inputs and why, with memory and time; runs nothing."""
     from pipelines.plan import make_plan, plan_text
     from pipelines.recipe import load
-    from pipelines.study import is_study, load_study, study_plan_text
+    from pipelines.study import is_study, load_study
+    from pipelines.study_plan import study_plan_text
 
     given = [*(overrides or ()), *([f"run.gpu={gpu}"] if gpu else ())]
     if is_study(config):

@@ -25,7 +25,7 @@ from reward import Config as RewardConfig
 from sft import Config as SftConfig
 
 # Keys of a study's file, which is no recipe but names one.
-STUDY_KEYS = ("command", "values", "variants", "seeds", "tables")
+STUDY_KEYS = ("command", "values", "variants", "seeds", "axis", "tables")
 
 
 class Recipe(Section):

@@ -50,8 +50,12 @@ def run_command(
     recipe: Recipe, command: str, *, only: Sequence[str] = (), should_overwrite: bool = False
 ) -> list[Artifact]:
     """Run the recipe's steps of one command, or all of them for "all", in their order."""
+    return run_chosen(recipe, choose_steps(resolve_steps(recipe), command, only), should_overwrite=should_overwrite)
+
+
+def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool = False) -> list[Artifact]:
+    """Run these steps of the recipe, in their order."""
     steps = resolve_steps(recipe)
-    chosen = choose_steps(steps, command, only)
     for step in steps:
         if step in chosen or gate_model(recipe, steps, step) in chosen:
             warning = lacks_labels(recipe, steps, step)

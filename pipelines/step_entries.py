@@ -16,7 +16,7 @@ from llamachat.config.sections import Data, Rollout, Split, Tuning
 from pipelines.stages import STAGES, Product, Stage
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-_TAKEN_NAMES = ("wandb", "lineage.json", "study.json", "study.md")
+_TAKEN_NAMES = ("wandb", "lineage.json", "study.json", "study.md", "study.png")
 _ABSENT = object()  # a value of the command line may be null
 _SECTIONS = ("tuning", "rollout")  # of the whole recipe, which an entry may go over
 _OF_THE_ENTRY = ("name", "only", *_SECTIONS)  # all else is of the stage's section

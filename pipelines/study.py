@@ -1,8 +1,9 @@
-"""A study: one command of a recipe, run with several variants of its values and several seeds, and compared.
+"""A study: commands of a recipe, run with several variants of its values and several seeds, and compared.
 
-Its file names the recipe (`extends`). What comes before the command is run once, in `<run.dir>/shared`, with the recipe's
-own seed; each `<run.dir>/<variant>/seed-<n>` takes it by reference and runs the command alone. Stopped and started
-again it goes on where it was, and the tables so far are written after every run.
+Its file names the recipe (`extends`), the variants and the seeds; that is enough. What comes before the commands runs
+with the recipe's own seed, once for all variants that make it alike; each `<run.dir>/<variant>/seed-<n>` takes it by
+reference and runs the commands alone. Stopped and started again it goes on where it was, and the tables so far are
+written after every run.
 """
 
 import json
@@ -20,22 +21,23 @@ from llamachat.config.loading import from_plain
 from llamachat.config.problems import Key, Problem, dotted, raise_all, section_problems
 from llamachat.config.section import Section
 from llamachat.config.yaml_files import parse_mapping
-from llamachat.runs.artifacts import is_published
+from llamachat.errors import UsageError
+from llamachat.runs.artifacts import Artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.state import reference
-from pipelines.plan import duration, make_plan, plan_text
 from pipelines.recipe import Recipe, Step, load, resolve_steps
 from pipelines.resolve import step_folder
-from pipelines.running import choose_steps, run_command, run_step
+from pipelines.running import choose_steps, run_chosen, run_step
 from pipelines.stages import STAGES
+from pipelines.study_sharing import SHARED, Origins, first_changed, origins
 
 log = logging.getLogger(__name__)
-SHARED = "shared"
+ALL, AUTO = "all", "auto"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 class Variant(Section):
-    """One way to run the command."""
+    """One way to run the commands."""
 
     only: tuple[str, ...] = Field(default=(), description="Models that it trains; empty: all of the command.")
     values: dict[str, Any] = Field(default={}, description="Over the recipe's: {reward.margin: none}.")
@@ -45,8 +47,10 @@ class Table(Section):
     """Figures of some variants side by side; differences are to the first one."""
 
     title: str = Field(description="What it compares.")
-    variants: tuple[str, ...] = Field(min_length=1, description="Its rows, in order.")
-    columns: dict[str, str] = Field(default={}, description="Heading -> name of the figure (docs/metrics.md).")
+    variants: tuple[str, ...] = Field(default=(), description="Its rows, in order; empty: all of them.")
+    columns: dict[str, str] = Field(
+        default={}, description="Heading -> name of the figure (docs/metrics.md), as STEP:NAME where several have it."
+    )
     margins: bool = Field(default=False, description="Show the margins by rating that each variant trains with.")
 
 
@@ -55,10 +59,18 @@ class Study(Section):
 
     extends: str = Field(min_length=1, description="The recipe, seen from this file.")
     values: dict[str, Any] = Field(default={}, description="Over the recipe's, in every variant: {run.dir: runs/x}.")
-    command: str = Field(description="The command that is run in each variant, such as rm.")
+    command: str | tuple[str, ...] = Field(
+        default=AUTO,
+        description="What is run in each variant: rm, a list such as [rs, ppo], all, or auto, from the first step that a variant changes on.",
+    )
     variants: dict[str, Variant] = Field(min_length=1, description="Name -> what it changes.")
     seeds: tuple[int, ...] = Field(min_length=1, description="Each variant runs once with each as run.seed.")
-    tables: tuple[Table, ...] = Field(default=(), description="What is written into study.md.")
+    axis: str = Field(
+        default="", description="What the variants' numbers are, under the picture; empty: the key that they change."
+    )
+    tables: tuple[Table, ...] = Field(
+        default=(), description="What is written into study.md; empty: the main figures of all variants."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +80,44 @@ class Plan:
     study: Study
     run_dir: Path
     shared: Recipe
+    homes: Mapping[str, Recipe]  # by variant: where what comes before lies, with the recipe's own seed
     variants: Mapping[tuple[str, int], Recipe]  # by name and seed, in the order in which they run
+    first: int  # with auto, the place of the first step that a variant changes
 
-    def steps(self, recipe: Recipe, variant: str) -> list[Step]:
+    @property
+    def commands(self) -> str:
+        """What is run, in words."""
+        command = self.study.command
+        if isinstance(command, tuple):
+            return ", ".join(command)
+        return f"all from '{resolve_steps(self.shared)[self.first].name}' on" if command == AUTO else command
+
+    def steps(self, recipe: Recipe, name: str) -> list[Step]:
         """What one variant runs."""
-        return choose_steps(resolve_steps(recipe), self.study.command, self.study.variants[variant].only)
+        chosen, variant = self._chosen(resolve_steps(recipe)), self.study.variants[name]
+        if not variant.only:
+            return chosen
+        return [s for s in chosen if not s.stage.models or s in choose_steps(chosen, s.stage.command, variant.only)]
 
-    def before(self) -> list[Step]:
-        """What comes before the command, and is run once."""
-        steps = resolve_steps(self.shared)
-        return list(steps[: steps.index(choose_steps(steps, self.study.command)[0])])
+    def before(self, variant: str) -> list[Step]:
+        """What comes before the commands in one variant."""
+        steps = resolve_steps(self.homes[variant])
+        return list(steps[: steps.index(self._chosen(steps)[0])])
+
+    def origins(self) -> Origins:
+        """Where each step before the commands is run: in `shared`, or in the first variant that makes it so."""
+        return origins(self.shared, self.homes, {name: self.before(name) for name in self.homes})
+
+    def origin(self, where: str) -> Recipe:
+        """The recipe that runs what comes before in `shared`, or in a variant."""
+        return self.shared if where == SHARED else self.homes[where]
+
+    def _chosen(self, steps: Sequence[Step]) -> list[Step]:
+        command = self.study.command
+        if isinstance(command, tuple):
+            wanted = [step for one in command for step in choose_steps(steps, one)]
+            return [step for step in steps if step in wanted]
+        return list(steps[self.first :]) if command == AUTO else choose_steps(steps, command)
 
 
 def is_study(path: Path) -> bool:
@@ -94,7 +134,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Plan:
     layers = Layers(str(path))
     values, problems = parse_mapping(path.read_text(encoding="utf-8"), str(path))
     layers.add(values, str(path))
-    own = [text for text in overrides if text.partition("=")[0].partition(".")[0].strip() in Study.model_fields]
+    own = [text for text in overrides if _key(text).partition(".")[0] in Study.model_fields]
     problems += [problem for text in own if (problem := layers.override(text))]
     found = section_problems(Study, layers.values, source=layers.source, root=Study)
     problems += found or _problems(layers)
@@ -103,12 +143,24 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Plan:
     recipe_file = path.parent / study.extends
     over = [*_lines(study.values), *(text for text in overrides if text not in own)]
     run_dir = Path(load(recipe_file, over).run.dir)
+    if not any(_key(text) == "run.dir" for text in over):
+        run_dir = run_dir.with_name(f"{run_dir.name}-{path.stem}")  # the recipe's own run is not the study's
     recipes = {
         (name, seed): load(recipe_file, [*over, *_lines(variant.values), *_lines(_place(run_dir, name, seed))])
         for seed in study.seeds
         for name, variant in study.variants.items()
     }
-    return Plan(study, run_dir, load(recipe_file, [*over, *_lines({"run.dir": str(run_dir / SHARED)})]), recipes)
+    homes = {
+        name: load(recipe_file, [*over, *_lines(variant.values), *_lines({"run.dir": str(run_dir / name / SHARED)})])
+        for name, variant in study.variants.items()
+    }
+    shared = load(recipe_file, [*over, *_lines({"run.dir": str(run_dir / SHARED)})])
+    first = first_changed(shared, homes) if study.command == AUTO else 0
+    return Plan(study, run_dir, shared, homes, recipes, first)
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
 
 
 def _place(run_dir: Path, name: str, seed: int) -> dict[str, Any]:
@@ -126,86 +178,96 @@ def _problems(layers: Layers) -> list[Problem]:
 
 def _faults(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     """What the types cannot say of a study."""
-    command, variants, seeds = values["command"], values["variants"], values["seeds"]
-    if command not in STAGES:
-        yield ("command",), f"there is no command '{command}' to compare variants of. Known: {', '.join(STAGES)}."
+    command, variants, seeds = values.get("command", AUTO), values["variants"], values["seeds"]
+    commands = list(STAGES) if command in (ALL, AUTO) else [command] if isinstance(command, str) else command
+    unknown = [name for name in commands if name not in STAGES]
+    if unknown or not commands:
+        found = f"there is no command '{unknown[0]}' to compare variants of" if unknown else "an empty list"
+        yield ("command",), f"{found}. Known: {', '.join(STAGES)}, lists of them, {ALL}, {AUTO}."
         return
     if len({*seeds}) < len(seeds):
         yield ("seeds",), "a seed stands twice, and would be counted twice. Name each once."
+    models = [model for name in commands for model in STAGES[name].models]
     for name, variant in variants.items():
         if not _NAME.fullmatch(name) or name == SHARED:
             text = (
                 f"'{name}' cannot be the folder of a variant. Use small letters, digits, '.', '-', '_', not '{SHARED}'."
             )
             yield ("variants", name), text
-        unknown = [model for model in variant.get("only", ()) if model not in STAGES[command].models]
+        unknown = [model for model in variant.get("only", ()) if model not in models]
         if unknown:
-            known = ", ".join(STAGES[command].models) or "none, it is one step"
-            text = f"'{unknown[0]}' is no model of '{command}', whose models are: {known}. Correct it."
+            known = ", ".join(models) or "none, it is one step"
+            text = f"'{unknown[0]}' is no model of '{', '.join(commands)}', whose models are: {known}. Correct it."
             yield ("variants", name, "only"), text
+    yield from _table_faults(values, commands)
+
+
+def _table_faults(values: Mapping[str, Any], commands: Sequence[str]) -> Iterator[tuple[Key, str]]:
+    variants = values["variants"]
     for index, table in enumerate(values.get("tables", ())):
-        unknown = [name for name in table["variants"] if name not in variants]
+        unknown = [name for name in table.get("variants", ()) if name not in variants]
         if unknown:
             text = f"there is no variant '{unknown[0]}'. The variants: {', '.join(variants)}. Correct the name."
             yield ("tables", index, "variants"), text
-        if table.get("margins") and STAGES[command].section != "reward":
-            text = f"'{command}' has no margins by rating; the command 'rm' has. Remove it."
+        if table.get("margins") and not any(STAGES[command].section == "reward" for command in commands):
+            text = f"'{', '.join(commands)}' has no margins by rating; the command 'rm' has. Remove it."
             yield ("tables", index, "margins"), text
 
 
 def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
-    """Run what is not done yet, write `study.json` and `study.md`, and return the latter's text."""
+    """Run what is not done yet, write `study.json`, `study.md` and `study.png`, and return the text."""
     from pipelines.study_tables import write_tables
 
-    shared_steps = resolve_steps(plan.shared)
-    before = plan.before()
-    for step in before:
-        run_step(plan.shared, shared_steps, step)
+    found_at = plan.origins()
+    done: set[tuple[str, str]] = set()  # of what comes before: where, and the step's name
     figures: dict[str, dict[int, dict[str, float]]] = {}
     text = ""
     for number, ((name, seed), recipe) in enumerate(plan.variants.items(), start=1):
         log.info("study: %s with seed %d (%d of %d)", name, seed, number, len(plan.variants))
-        for step in before:
-            reference(step_folder(recipe, step), step_folder(plan.shared, step))
-        variant = plan.study.variants[name]
-        made = run_command(recipe, plan.study.command, only=variant.only, should_overwrite=should_overwrite)
-        summaries = [StepFolder(artifact.path.parent).summary for artifact in made]
-        figures.setdefault(name, {})[seed] = _read_figures(summaries)
+        for step in plan.before(name):
+            where = found_at[name, step.name]
+            if (where, step.name) not in done:
+                _run_before(plan.origin(where), step)
+                done.add((where, step.name))
+            home = step_folder(plan.homes[name], step)
+            if where != name:
+                _take(home, step_folder(plan.origin(where), step))
+            _take(step_folder(recipe, step), home)
+        steps = plan.steps(recipe, name)
+        made = run_chosen(recipe, steps, should_overwrite=should_overwrite)
+        figures.setdefault(name, {})[seed] = read_figures(steps, made)
         text = write_tables(plan, figures)
     return text
 
 
-def _read_figures(summaries: Sequence[Path]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for path in summaries:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found |= {name: value for name, value in values.items() if isinstance(value, (int, float))}
-    return found
+def _run_before(recipe: Recipe, step: Step) -> None:
+    """Run the recipe's step of that name, unless it is done."""
+    steps = resolve_steps(recipe)
+    run_step(recipe, steps, next(own for own in steps if own.name == step.name))
 
 
-def study_plan_text(plan: Plan) -> str:
-    """What the study would run, with what it takes."""
-    study = plan.study
-    done = sum(
-        all(is_published(step_folder(recipe, step)) for step in plan.steps(recipe, name))
-        for (name, _), recipe in plan.variants.items()
-    )
-    lines = [
-        f"Study of '{study.command}' in {plan.run_dir}: {len(study.variants)} variants with {len(study.seeds)} seeds each,"
-        f" {len(plan.variants)} runs, {done} of them done"
-    ]
-    before = {step.name for step in plan.before()}
-    planned = [step for step in make_plan(plan.shared) if step.name in before]
-    if planned:
-        lines.append(plan_text(plan.shared, planned))
-    seconds = sum(step.estimate.seconds for step in planned if step.will_run and step.estimate)
-    for name, variant in study.variants.items():
-        recipe = plan.variants[name, study.seeds[0]]
-        steps = make_plan(recipe, study.command, variant.only)
-        one = sum(step.estimate.seconds for step in steps if step.estimate)
-        seconds += one * len(study.seeds)
-        changes = (
-            ", ".join(f"{key}={json.dumps(value)}" for key, value in variant.values.items()) or "the recipe's values"
+def _take(folder: StepFolder, made: StepFolder) -> None:
+    """Put a finished step into a run by reference, where no work of the run's own would go lost."""
+    if folder.identity.exists() and not folder.path.is_symlink():
+        raise UsageError(
+            f"{folder.path}: holds work of its own, and the study as it is now takes this step from {made.path}. Its"
+            " variants or its command were changed after it had run. Give it another place with run.dir=NEW, or remove"
+            " that folder if nothing in it is wanted."
         )
-        lines.append(f"  {name}: {', '.join(step.name for step in steps)} with {changes}; about {duration(one)} a seed")
-    return "\n".join([*lines, f"  all together, from the beginning: about {duration(seconds)}"])
+    reference(folder, made)
+
+
+def read_figures(steps: Sequence[Step], made: Sequence[Artifact]) -> dict[str, float]:
+    """The figures of a run: of a name that several of its steps have, the last one's, and each as STEP:NAME too."""
+    by_step: dict[str, dict[str, float]] = {}
+    for step, artifact in zip(steps, made, strict=True):
+        values = json.loads(StepFolder(artifact.path.parent).summary.read_text(encoding="utf-8"))
+        by_step[step.name] = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+    found: dict[str, float] = {}
+    for values in by_step.values():
+        found |= values
+    for name in list(found):
+        having = [step for step, values in by_step.items() if name in values]
+        if len(having) > 1:
+            found |= {f"{step}:{name}": by_step[step][name] for step in having}
+    return found

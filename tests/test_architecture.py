@@ -24,6 +24,7 @@ from llamachat.tracking.metrics import check_names
 from pipelines.recipe import Recipe, load
 from pipelines.stages import STAGES
 from pipelines.study import Study, Table, Variant, load_study
+from pipelines.study_plan import study_plan_text
 from pretraining.config import Config as PretrainingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -281,11 +282,14 @@ def test_every_recipe_loads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_study_loads_and_its_tables_show_figures_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    studies = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
-    assert [path.stem for path in studies] == ["reward"]
+    studies = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+    assert [path.stem for path in studies] == ["gate_threshold", "k", "margin", "safety_data", "whitening"]
     for path in studies:
         plan = load_study(path)
-        assert len(plan.variants) == len(plan.study.variants) * len(plan.study.seeds) and plan.before()
+        assert len(plan.variants) == len(plan.study.variants) * len(plan.study.seeds)
+        assert plan.run_dir == Path(f"runs/tiny-{path.stem}")
+        assert all("sft" in {step.name for step in plan.before(name)} for name in plan.homes)
+        assert "all together: about" in study_plan_text(plan)
         for table in plan.study.tables:
             check_names(table.columns.values())
 

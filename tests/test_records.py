@@ -262,7 +262,7 @@ def test_mix_by_weight():
 
 @given(
     sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4),
-    weights=st.lists(st.sampled_from([0.1, 0.5, 1.0, 1.25, 2.0, 3.5]), min_size=4, max_size=4),
+    weights=st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0, 1.25, 2.0, 3.5]), min_size=4, max_size=4),
     seed=st.integers(0, 9),
 )
 def test_mix_is_the_same_whatever_stands_beside(sizes: list[int], weights: list[float], seed: int):

@@ -4,6 +4,7 @@ The stages are stand-ins that publish at once: a model's accuracy is 0.5, 0.6 or
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ import pytest
 
 import reward
 import sft
-from llamachat.errors import ConfigError
+from llamachat.errors import ConfigError, UsageError
 from llamachat.runs.artifacts import Artifact, read_artifact
+from pipelines import study_pictures
 from pipelines.cli import main
-from pipelines.study import load_study, run_study, study_plan_text
+from pipelines.study import Study, load_study, run_study
+from pipelines.study_plan import study_plan_text
 from pipelines.study_tables import paired_difference
 from tests.recipes import (
     preference_data,
     publish_toy_policy,
     publish_toy_reward_model,
+    recipe_values,
     write_recipe,
     write_yaml,
 )
@@ -40,7 +44,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
         return run
 
-    monkeypatch.setattr(sft, "run", counted(publish_toy_policy))
+    def with_a_loss(config: Any, inputs: Any) -> Artifact:
+        (inputs.folder / "summary.json").write_text(json.dumps({"sft/eval_loss": config.learning_rate, "text": "no"}))
+        return publish_toy_policy(config, inputs)
+
+    monkeypatch.setattr(sft, "run", counted(with_a_loss))
     monkeypatch.setattr(reward, "run", counted(publish_toy_reward_model))
     yield seen
 
@@ -74,7 +82,7 @@ def test_each_variant_runs_with_each_seed_from_one_policy(tmp_path: Path, calls:
         ("sft", 0),
         *[(f"rm/{which}", seed) for seed in (0, 3) for which in ("helpfulness", "helpfulness", "safety")],
     ]
-    run_dir = tmp_path / "runs" / "one"
+    run_dir = tmp_path / "runs" / "one-study"
     policy = read_artifact(run_dir / "shared" / "sft")
     assert {digest for _, _, digest, _ in calls[1:]} == {policy.digest}
     # A variant's values go over those of the recipe's step; the step's other values stay.
@@ -98,7 +106,7 @@ def test_a_study_goes_on_where_it_was_stopped_with_tables_of_what_is_done(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reward, "run", stopped)
         run_study(load_study(path))
-    assert "4 of 6 runs" in (tmp_path / "runs" / "one" / "study.md").read_text()
+    assert "4 of 6 runs" in (tmp_path / "runs" / "one-study" / "study.md").read_text()
     assert "6 runs, 4 of them done" in study_plan_text(load_study(path))
     del calls[:]
     assert "6 of 6 runs" in run_study(load_study(path))
@@ -113,8 +121,8 @@ def test_the_tables_hold_means_over_seeds_and_differences_seed_by_seed(tmp_path:
     assert "| plain | - | - |" in text
     assert "| variant | significantly better | better | slightly better | negligibly better |" in text
     assert "| none | 0 | 0 | 0 | 0 |" in text and "| large | 3 | 2 | 1 | 0 |" in text
-    assert text == (tmp_path / "runs" / "one" / "study.md").read_text()
-    index = json.loads((tmp_path / "runs" / "one" / "study.json").read_text())
+    assert text == (tmp_path / "runs" / "one-study" / "study.md").read_text()
+    index = json.loads((tmp_path / "runs" / "one-study" / "study.json").read_text())
     assert index["variants"]["large"]["figures"]["3"][ACCURACY] == pytest.approx(0.68)
     found = index["tables"][1]["rows"]["large"]["all"]
     assert found["by_seed"] == {"0": 0.65, "3": 0.68} and found["difference"]["mean"] == pytest.approx(0.15)
@@ -161,15 +169,158 @@ def test_plan_and_dry_run_of_a_study_run_nothing(
     assert main(["rm", "--config", path, "--dry-run"]) == 0
     assert capsys.readouterr().out == plan
     assert "3 variants with 2 seeds each, 6 runs, 0 of them done" in plan
-    assert 'large: rm/helpfulness with reward.margin="large"; about' in plan
-    assert "sft: new" in plan and "all together" in plan
+    assert re.search(r'large: rm/helpfulness \(about .*\) a seed, with reward.margin="large"', plan)
+    assert "sft: new" in plan and "all together: about" in plan
     assert calls == [] and not (tmp_path / "runs").exists()
+
+
+def test_what_a_variant_changes_before_the_command_runs_once_for_all_that_make_it_alike(
+    tmp_path: Path, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = {"sft.learning_rate": 0.5}
+    variants = {"own": {}, "fast": {"values": fast}, "fast-large": {"values": {**fast, "reward.margin": "large"}}}
+    path = write_study(tmp_path, variants=variants, tables=[])
+    plan = study_plan_text(load_study(path))
+    assert "sft: new" in plan and re.search(
+        r"  own: rm/helpfulness, rm/safety, rm/judge \(about .*\) a seed, with", plan
+    )
+    assert re.search(r"  fast: once sft \(about .*\), then rm/helpfulness, .* \(about .*\) a seed, with", plan)
+    assert re.search(r"  fast-large: rm/helpfulness, .* a seed, from steps of fast, with", plan)
+    going = sft.run
+
+    def stopped(config: Any, inputs: Any) -> Artifact:
+        if config.learning_rate == 0.5:
+            raise KeyboardInterrupt
+        return going(config, inputs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sft, "run", stopped)
+        run_study(load_study(path))
+    run_study(load_study(path))
+    # With the recipe's own seed, 0, whatever the variants' seeds: one policy for `own`, one for the two fast ones.
+    assert [(seed, config.learning_rate == 0.5) for step, seed, _, config in calls if step == "sft"] == [
+        (0, False),
+        (0, True),
+    ]
+    run_dir = tmp_path / "runs" / "one-study"
+    policies = [read_artifact(run_dir / place / "sft").digest for place in ("shared", "fast/shared")]
+    read = [(policy, config.margin) for step, _, policy, config in calls if step == "rm/safety"]
+    assert read == 2 * [(policies[0], "small"), (policies[1], "small"), (policies[1], "large")]
+    assert (run_dir / "fast-large" / "seed-3" / "sft").resolve() == run_dir / "fast" / "shared" / "sft"
+    again = study_plan_text(load_study(path))
+    assert "6 runs, 6 of them done" in again and ", 0 s of it to do" in again
+
+
+def test_recipe_variants_and_seeds_are_enough(tmp_path: Path, calls: list[Any]) -> None:
+    """Run is what follows from the first step that a variant changes; shown are the main figures."""
+    write_study(tmp_path)
+    values = {"extends": "recipe.yaml", "variants": {"a": {}, "b": {"values": {"reward.margin": "none"}}}, "seeds": [5]}
+    path = write_yaml(tmp_path / "margins.yaml", values)
+    assert main(["all", "--config", str(path)]) == 0
+    assert [(step, seed) for step, seed, *_ in calls] == [
+        ("sft", 0),
+        *2 * [(f"rm/{which}", 5) for which in ("helpfulness", "safety", "judge")],
+    ]
+    text = (tmp_path / "runs" / "one-margins" / "study.md").read_text()
+    assert text.startswith("# Study of `all from 'rm/helpfulness' on`")
+    assert f"| variant | {ACCURACY.replace('_', ' ')} (%) | rm/safety/test/safety/accuracy (%) |" in text
+    assert "| a | 65.0 | 65.0 |" in text and "| b | 55.0 (-10.0) | 55.0 (-10.0) |" in text
+    # Variants that change nothing compare seeds, of the whole recipe; one without last steps ends where all end.
+    for variants, first in (
+        ({"a": {}}, "all from 'sft' on"),
+        ({"a": {}, "b": {"values": {"steps": ["sft", {"rm": {"epochs": 2, "margin": "small", "only": ["helpfulness"]}}]}}},
+         "all from 'rm/helpfulness' on"),
+    ):  # fmt: skip
+        assert load_study(write_yaml(path, {**values, "variants": variants})).commands == first
+
+
+def test_figures_of_several_commands_stand_side_by_side_in_their_units(tmp_path: Path, calls: list[Any]) -> None:
+    columns = {"loss": "sft/eval_loss", "first loss": "sft:sft/eval_loss", "n": ACCURACY.replace("accuracy", "pairs")}
+    table = {"title": "All", "columns": {**columns, "typo": f"{ACCURACY}y", "later": "eval/sft/anything"}}
+    path = write_study(
+        tmp_path,
+        command=["rm", "sft"],
+        variants={"slow": {"values": {"sft.learning_rate": 0.25}}, "fast": {"values": {"sft.learning_rate": 0.5}}},
+        tables=[table],
+    )
+    recipe = recipe_values(
+        tmp_path, data=preference_data(tmp_path), steps=["sft", "rm", {"sft": {"name": "sft-2", "learning_rate": 2.0}}]
+    )
+    write_yaml(tmp_path / "recipe.yaml", recipe)
+    text = run_study(load_study(path))
+    assert len([step for step, *_ in calls if step == "rm/safety"]) == len([s for s, *_ in calls if s == "sft"]) == 4
+    assert "| variant | loss (nats/token) | first loss (nats/token) | n (pairs) | typo | later |" in text
+    # The variant's rate goes over that of the step, too: the losses, which are the rates here, are the same twice.
+    assert "| slow | 0.25 | 0.25 | 100 | - | - |" in text
+    assert "| fast | 0.5 (+0.25, +0.25 to +0.25) | 0.5 (+0.25, +0.25 to +0.25) | 100 (+0, +0 to +0) | - | - |" in text
+    assert f"No run has the figure `{ACCURACY}y`. Did you mean `{ACCURACY}`?" in text
+    assert "No run has the figure `eval/sft/anything`. Its step was not run." in text
+
+
+def test_the_picture_shows_each_figure_against_the_number_that_is_changed(
+    tmp_path: Path, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(study_pictures, "save_png", lambda figure, path: drawn.append((figure, path)))
+    variants = {"c": {"values": {"sft.learning_rate": 0.5}}, "a": {"values": {"sft.learning_rate": 4.0}}, "own": {}}
+    tables = [{"title": "All", "columns": {"loss": "sft/eval_loss", "accuracy": ACCURACY}}]
+    path = write_study(tmp_path, command="all", variants=variants, tables=tables, axis="rate")
+    text = run_study(load_study(path, ["seeds=[1,3]", "sft.learning_rate=2.0"]))
+    assert "![figures by variant](study.png)" in text
+    figure, place = drawn[-1]
+    assert place == tmp_path / "runs" / "one-study" / "study.png"
+    loss, accuracy = figure.axes[:2]
+    assert (loss.get_title("left"), loss.get_ylabel(), accuracy.get_ylabel()) == ("loss", "nats/token", "%")
+    assert {axes.get_xlabel() for axes in (loss, accuracy)} == {"rate"} and loss.get_xscale() == "log"
+    ((line, _, _),) = loss.containers
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0.5, 2.0, 4.0], [0.5, 2.0, 4.0])
+    # Accuracies 61 and 63 percent: mean 62, deviation sqrt(2), over sqrt(2): 1; t of one degree of freedom: 12.706.
+    ((line, _, (bars,)),) = accuracy.containers
+    assert list(line.get_ydata()) == pytest.approx([62.0] * 3)
+    assert bars.get_segments()[0][:, 1] == pytest.approx([62 - 12.706, 62 + 12.706], abs=1e-3)
+    run_study(load_study(path, ["seeds=[1]", "sft.learning_rate=2.0"]))
+    ((_, _, (bars,)),) = drawn[-1][0].axes[1].containers
+    assert not any(len(segment) for segment in bars.get_segments())  # one seed has no interval, not one of 0
+
+
+@pytest.mark.parametrize(
+    ("values", "numbers"),
+    [
+        ([{"a.b": 1}, {"a.b": 0.5}], {"v0": 1.0, "v1": 0.5}),
+        ([{"a.b": 1, "list.0": 1}, {"a.b": 2, "list.0": 2}], {"v0": 1.0, "v1": 2.0}),
+        ([{"a.b": 1, "list.0": 1}, {"a.b": 2, "list.0": 3}], {}),
+        ([{"a.b": 1}, {}], {"v0": 1.0, "v1": 9.0}),
+        ([{"list.0": 1}, {}], {"v0": 1.0, "v1": 7.0}),
+        ([{"list.4": 1}, {}], {}),
+        ([{"a.b": True}, {"a.b": False}], {}),
+        ([{"a.b": "none"}, {"a.b": "large"}], {}),
+        ([{}, {}], {}),
+    ],
+)
+def test_a_variant_stands_for_a_number_where_all_that_it_changes_is_one(values: list[Any], numbers: Any) -> None:
+    variants = {f"v{index}": {"values": given} for index, given in enumerate(values)}
+    study = Study.model_validate({"extends": "x.yaml", "variants": variants, "seeds": (0,)})
+    assert study_pictures.numbers_of(study, list(variants), {"a": {"b": 9}, "list": [7]}) == numbers
+
+
+def test_work_of_a_run_is_never_replaced_by_a_reference(tmp_path: Path, calls: list[Any]) -> None:
+    path = write_study(tmp_path, tables=[])
+    run_study(load_study(path, ["command=[sft,rm]"]))
+    with pytest.raises(UsageError, match=r"seed-0/sft: holds work of its own, .* run.dir=NEW, or remove"):
+        run_study(load_study(path))
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"command": "rms"},
-        "command: there is no command 'rms' to compare variants of. Known: sft, rm, rs, gatt, distill, ppo, eval, report.",
+        "command: there is no command 'rms' to compare variants of. Known: sft, rm, rs, gatt, distill, ppo, eval, report, lists",
+    ),
+    ({"command": ["rm", "evil"]}, "command: there is no command 'evil' to compare variants of. Known: sft,"),
+    ({"command": []}, "command: an empty list. Known: sft,"),
+    ({"command": 3}, "command: found the number 3, but"),
+    (
+        {"command": ["sft", "rs"], "variants": {"x": {"only": ["safety"]}}, "tables": []},
+        "whose models are: none, it is",
     ),
     ({"seeds": []}, "seeds: "),
     ({"seeds": [1, 1]}, "seeds: a seed stands twice"),
@@ -197,9 +348,12 @@ def test_other_commands_say_what_a_study_is_for(tmp_path: Path, capsys: pytest.C
     assert main(["sft", "--config", path]) == 2
     assert "is a study of 'rm', whose variants say what is run" in capsys.readouterr().err
     assert main(["rm", "--config", path, "--only", "safety"]) == 2
-    assert "Run `llamachat rm --config" in capsys.readouterr().err
+    assert "Run `llamachat all --config" in capsys.readouterr().err
     assert main(["dashboard", "--config", path]) == 2
     assert "variants: a study's key, and this command runs a recipe." in capsys.readouterr().err
+    write_yaml(tmp_path / "study.yaml", study_values(command=["rm", "ppo"]))
+    assert main(["all", "--config", path, "--dry-run"]) == 2
+    assert "steps: the recipe has no step 'ppo', only sft, rm/helpfulness," in capsys.readouterr().err
     write_yaml(tmp_path / "study.yaml", {**study_values(), "extends": "other.yaml"})
     assert main(["rm", "--config", path]) == 2
     assert "does not exist" in capsys.readouterr().err

@@ -90,7 +90,11 @@ class DataSource(Section):
     format: str = Field(
         default="auto", min_length=1, description="auto, or the name of a known source such as hh-rlhf."
     )
-    weight: float = Field(default=1.0, gt=0, description="Copies of each record in the mix; 0.5 draws half of them.")
+    weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="Copies of each record in the mix; 0.5 draws half of them, 0 none: only its held-out sides are read.",
+    )
     limit: int | None = Field(
         default=None, ge=1, description="At most this many records, the first ones; null for all."
     )

@@ -93,7 +93,7 @@ def _run(
     from pipelines.plan import make_plan, plan_text
     from pipelines.recipe import load, resolve_steps
     from pipelines.reports import write_reports
-    from pipelines.running import choose_steps, run_command
+    from pipelines.running import carry_out, choose_steps
     from pipelines.study import is_study
 
     if is_study(config):
@@ -105,11 +105,19 @@ def _run(
         print(plan_text(recipe, make_plan(recipe, command, only)))
         return
     with state_is_kept():
-        run_command(recipe, command, only=only, should_overwrite=overwrite)
+        ran = carry_out(recipe, command, only=only, should_overwrite=overwrite)
     report = write_reports(recipe, choose_steps(resolve_steps(recipe), command, only))
     if report:
         print(report)
-    if command == "all":
+    if ran.left:
+        print(
+            f"run.max_hours ({recipe.run.max_hours:g}) are over. Not begun yet: {', '.join(ran.left)}. The same command goes"
+            " on with them for as many hours again, and without run.max_hours to the end."
+        )
+    elif ran.num_worked == 0:
+        steps = f"all {len(ran.artifacts)} steps are" if len(ran.artifacts) != 1 else "the step is"
+        print(f"Nothing to do: {steps} done already ({recipe.run.dir})")
+    elif command == "all":
         print(f"All steps are done. Try: llamachat chat {recipe.run.dir} -m 'Hello, who are you?'")
 
 

@@ -1,5 +1,6 @@
 """What each stage is handed: the `Inputs` of a run, and the workload of an estimate. One function each for a stage."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -108,8 +109,11 @@ def tuner(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -
         folder = StepFolder(shared["folder"])
         if (folder.tuned / MANIFEST).is_file():
             return read_artifact(folder.tuned, "policy", reader=step.name)
+        deadline = shared.get("deadline")
+        if deadline is not None and time.monotonic() > deadline:
+            deadline = None  # what was sampled when the command's hours were over is learnt, not one step of it
         inputs = SftInputs(
-            **shared,
+            **{**shared, "deadline": deadline},
             rollout=step.rollout,
             policy=None if from_base else taken.policy,
             dialogs=dialogs,

@@ -202,6 +202,7 @@ class Session:
             watch = Watch(self.plan.tokens_per_step, names=NAMES, on_log=on_log, on_step=on_step)
             trainer = self._trainer(watch, Path(scratch))
             if self.hours.ended_by is not None:  # a killed command has trained to there
+                trainer.take_as_trained()
                 return
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)

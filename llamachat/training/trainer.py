@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_utils import align_special_tokens
 
 from llamachat.runs.checkpoints import newest, writing
 from llamachat.runs.cost import peak_memory
@@ -58,6 +59,11 @@ class AtomicCheckpoints(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         work = super().training_step
         return in_room(lambda: work(*args, **kwargs))
+
+    def take_as_trained(self) -> None:
+        """Give the model's configuration what `train` gives it before its first step, where no step is left to train."""
+        assert self.model is not None
+        align_special_tokens(self.model, self.processing_class)
 
     def save_last_step(self) -> None:
         """A checkpoint of the last finished optimizer step, from within the next one, unless there is one."""

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from context_distillation.preprompts import PREPROMPTS
 from llamachat.answers.inputs import StepInputs
-from llamachat.config.section import Section
+from llamachat.config.section import Section, unless_null
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
 VERSION = 1
@@ -59,6 +59,9 @@ class Config(Section):
     )
     sft: dict[str, Any] = Field(
         default_factory=dict, description="Values over the section sft for the tuning on the kept answers."
+    )
+    max_hours: Annotated[float, Field(gt=0)] | None = unless_null(
+        description="Sampling ends after so many hours over all its starts, and what was sampled is learnt; the tuning has sft.max_hours. null for none. Ours."
     )
     validation_prompts: int = Field(
         default=64, ge=1, description="Held-out prompts whose kept answers measure the tuning's loss. Ours."

@@ -12,16 +12,18 @@ from zlib import crc32
 from context_distillation.asking import WAYS, Asked, Way, asked_prompts
 from context_distillation.choosing import REASONS, Choice, Groups, choose, safety_of, score_lists
 from context_distillation.config import Config, Inputs
+from llamachat.answers.batches import Batches
 from llamachat.answers.desk import Desk
 from llamachat.answers.groups import Group, batches_of, scored_groups
 from llamachat.answers.responses import sample
 from llamachat.answers.store import Store
 from llamachat.questions import Question
+from llamachat.runs.cost import peak_memory
 from llamachat.scoring.standardising import Constants
 from llamachat.statistics import paired_bootstrap
 from llamachat.tracking.tracker import Tracker
+from llamachat.training.hours import Hours
 from llamachat.training.progress import StepProgress
-from llamachat.training.trainer import peak_memory
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class Distilling:
     desk: Desk
     constants: Constants
     store: Store
+    hours: Hours
     groups: list[Groups] = field(default_factory=list)  # of the training side's prompts
     choices: list[Choice] = field(default_factory=list)  # theirs
     held_out: list[Choice] = field(default_factory=list)
@@ -54,28 +57,26 @@ class Distilling:
             config.samples_per_prompt,
             self._temperature,
         )
-        train = batches_of(prompts, count)
-        batches = [*train, *batches_of(validation, count)]
-        done = sum(self.store.has(_name(number)) for number in range(1, len(batches) + 1))
+        batches = Batches(self.store, self.hours, batches_of(prompts, count), batches_of(validation, count))
         rows: list[dict[str, float]] = []
-        with StepProgress(self.inputs.step, steps=len(batches), done=done) as progress:
-            for number, batch in enumerate(batches, start=1):
-                kept = self.store.kept(_name(number), lambda n=number, b=batch: self._sample(n, b))
-                groups = [_from_plain(values) for values in kept["groups"]]
-                choices = [self._choose(asked, group) for asked, group in zip(batch, groups, strict=True)]
-                if number > len(train):
+        with StepProgress(self.inputs.step, steps=batches.num_batches, done=batches.num_done) as progress:
+            for batch in batches.go(self._sample):
+                groups = [_from_plain(values) for values in batch.made["groups"]]
+                choices = [self._choose(asked, group) for asked, group in zip(batch.asked, groups, strict=True)]
+                if batch.is_held_out:
                     self.held_out += choices
                 else:
                     self.groups += groups
                     self.choices += choices
-                    rows.append(kept["figures"] | batch_figures(groups, choices))
-                    tracker.log(number, rows[-1])
-                    tracker.samples(number, _shown(choices))
-                if number > done:
-                    progress.step(number, f"kept {sum(choice.is_kept for choice in choices)} of {len(choices)}")
+                    rows.append(batch.made["figures"] | batch_figures(groups, choices))
+                    tracker.log(batch.number, rows[-1])
+                    tracker.samples(batch.number, _shown(choices))
+                if batch.is_new:
+                    kept = sum(choice.is_kept for choice in choices)
+                    progress.step(batch.number, f"kept {kept} of {len(choices)}")
         for name, scores in score_lists(self.groups, self.choices).items():
-            tracker.histogram(len(train), f"safety/{name}", scores)
-        self.dropped.update(left_out(self.choices))
+            tracker.histogram(len(batches.train), f"safety/{name}", scores)
+        self.dropped.update(left_out(self.choices) | batches.left_out("prompts"))
         return step_figures(self.groups, self.choices) | {
             "time/rollout_s": sum(row["time/step_s"] for row in rows),
             "memory/peak_gib": max((row["memory/peak_gib"] for row in rows), default=0.0),
@@ -185,7 +186,3 @@ def _shown(choices: Sequence[Choice]) -> list[dict[str, Any]]:
 
 def _from_plain(values: dict[Way, Any]) -> Groups:
     return {way: Group.from_plain(group) for way, group in values.items()}
-
-
-def _name(number: int) -> str:
-    return f"batch-{number:05d}"

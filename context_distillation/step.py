@@ -4,7 +4,8 @@
 Each prompt is answered plainly and under safety preprompts; where the safety model puts the preprompted answer above the
 plain one, as an answer to the prompt alone, it is learnt, and the preprompt is not. Writes the step folder's sampling/,
 metrics.jsonl, samples.jsonl, dialogs/, figures/, summary.json and, through the tuning, artifact/. Killed at any moment,
-the same call goes on: each batch of answers is written down whole before the next is sampled.
+the same call goes on: each batch of answers is written down whole before the next is sampled. Where `max_hours` ends the
+sampling, what was sampled by then is learnt: no batch is better than another.
 """
 
 import logging
@@ -27,6 +28,7 @@ from llamachat.runs.artifacts import Artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.scoring.models import named_models
 from llamachat.tracking.curves import draw_curves
+from llamachat.training.hours import open_hours
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +49,15 @@ def run(config: Config, inputs: Inputs) -> Artifact:
 def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
     """Everything up to the published dialogs; what was sampled before is not sampled again."""
     check_settings(config, inputs)
-    desk = _open(config, inputs, inputs.policy)
-    check_preprompts(config, desk.bank.chat_format)
     folder = StepFolder(inputs.folder)
     store = Store(folder.sampling)
+    hours = open_hours(inputs.step, "context_distillation", config.max_hours, inputs.deadline, store.folder)
+    desk = _open(config, inputs, inputs.policy)
+    check_preprompts(config, desk.bank.chat_format)
     _, constants = making.first_evaluation(desk, store)
     answer_borderline("start", config, inputs, desk, store)
     with making.record(inputs, "distill", keeps_record=False) as tracker:
-        distilling = Distilling(config, inputs, desk, constants, store)
+        distilling = Distilling(config, inputs, desk, constants, store, hours)
         figures = distilling.go(tracker)
         kept = [choice for choice in distilling.choices if choice.is_kept]
         left_out = making.counted(distilling.dropped)
@@ -74,7 +77,7 @@ def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
         [_dialog_line(choice, inputs.step) for choice in kept],
         [_dialog_line(choice, inputs.step) for choice in distilling.held_out if choice.is_kept],
         dropped=dict(distilling.dropped) | desk.questions.dropped,
-        details={"dialogs": len(kept), "preprompts": list(config.preprompts)},
+        details={"dialogs": len(kept), "preprompts": list(config.preprompts)} | hours.details,
     )
 
 

@@ -9,26 +9,29 @@ from typing import Any
 
 from gatt.studio import Studio
 from gatt.synthesize import Made, Rank, Speaker, conversation, counted, speak
+from llamachat.answers.batches import Batches
 from llamachat.answers.desk import Desk
 from llamachat.answers.groups import ANSWERS_PER_BATCH
 from llamachat.answers.responses import Response
 from llamachat.answers.sequences import Turns
 from llamachat.answers.store import Store
 from llamachat.constraints import draw_instruction
+from llamachat.runs.cost import peak_memory
 from llamachat.scoring.ranking import ranking
 from llamachat.tracking.tracker import Tracker
+from llamachat.training.hours import Hours
 from llamachat.training.progress import StepProgress
-from llamachat.training.trainer import peak_memory
 
 _SHOWN = 4  # dialogs of a batch that a person is shown
 
 
 @dataclass(slots=True)
-class Batches:
+class Dialogs:
     """What has been made, and what was left out."""
 
     studio: Studio
     store: Store
+    hours: Hours
     made: list[Made] = field(default_factory=list)
     held_out: list[Made] = field(default_factory=list)  # of the validation side
     dropped: Counter[str] = field(default_factory=Counter)
@@ -38,25 +41,27 @@ class Batches:
         config, sequences = self.studio.config, self.studio.sequences
         size = max(1, ANSWERS_PER_BATCH // config.samples_per_turn)
         parts = [range(first, min(first + size, config.dialogs)) for first in range(0, config.dialogs, size)]
-        batches = [(indices, sequences.train) for indices in parts]
-        if sequences.validation:
-            batches.append((range(min(size, len(sequences.validation))), sequences.validation))
-        done = sum(self.store.has(_name(number)) for number in range(1, len(batches) + 1))
+        held_out = [range(min(size, len(sequences.validation)))] if sequences.validation else []
+        batches = Batches(self.store, self.hours, parts, held_out)
         figures: list[dict[str, float]] = []
-        with StepProgress(self.studio.inputs.step, steps=len(batches), done=done) as progress:
-            for number, (indices, source) in enumerate(batches, start=1):
-                batch = self.store.kept(_name(number), lambda n=number, i=indices, s=source: self._make(n, i, s))
-                found = [Made.from_plain(values) for values in batch["made"]]
-                if number > len(parts):
+        with StepProgress(self.studio.inputs.step, steps=batches.num_batches, done=batches.num_done) as progress:
+            for batch in batches.go(
+                lambda number, indices: self._make(
+                    number, indices, sequences.train if number <= len(parts) else sequences.validation
+                )
+            ):
+                found = [Made.from_plain(values) for values in batch.made["made"]]
+                if batch.is_held_out:
                     self.held_out = found
                     continue
                 self.made += found
-                self.dropped.update(batch["dropped"])
-                figures.append(batch["figures"])
-                tracker.log(number, batch["figures"])
-                tracker.samples(number, _shown(found))
-                if number > done:
-                    progress.step(number, f"kept {batch['figures']['gatt/kept_fraction']:.0%} of the dialogs")
+                self.dropped.update(batch.made["dropped"])
+                figures.append(batch.made["figures"])
+                tracker.log(batch.number, figures[-1])
+                tracker.samples(batch.number, _shown(found))
+                if batch.is_new:
+                    progress.step(batch.number, f"kept {figures[-1]['gatt/kept_fraction']:.0%} of the dialogs")
+        self.dropped.update(batches.left_out("dialogs"))
         names = [name for name in figures[0] if name.startswith("gatt/")]
         return {name: fmean(batch[name] for batch in figures) for name in names}
 
@@ -122,7 +127,3 @@ def _shown(made: Sequence[Made]) -> list[dict[str, Any]]:
         {"instruction": one.instruction, "turns": one.turns, "answers": one.answers, "passing": round(one.passing, 3)}
         for one in made[:_SHOWN]
     ]
-
-
-def _name(number: int) -> str:
-    return f"batch-{number:05d}"

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from llamachat.answers.inputs import StepInputs
 from llamachat.config.paths import DataPath
-from llamachat.config.section import Section
+from llamachat.config.section import Section, unless_null
 from llamachat.constraints import FAMILIES
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
@@ -84,6 +84,9 @@ class Config(Section):
     sft: dict[str, Any] = Field(
         default_factory=dict,
         description="Values over the section sft for the tuning; only the last answer of a dialog is learnt, always.",
+    )
+    max_hours: Annotated[float, Field(gt=0)] | None = unless_null(
+        description="Sampling ends after so many hours over all its starts, and what was sampled is learnt; the tuning has sft.max_hours. null for none. Ours."
     )
     evaluation_turns: Annotated[tuple[Turn, ...], Field(min_length=1)] = Field(
         default=(1, 2, 4, 6), description="Turns at which consistency is measured. Paper, table 30: 2, 4, 6, 20."

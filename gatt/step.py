@@ -3,7 +3,8 @@
 Instructions are drawn at random; the policy answers dialogs with the instruction in every turn; what it said is learnt
 with the instruction in the first turn alone and the loss on the last answer; before and after, held-out dialogs with
 held-out values tell how far an instruction is kept. Writes the step folder's sampling/, metrics.jsonl, samples.jsonl,
-dialogs/, figures/, summary.json and, through the tuning, artifact/. Killed at any moment, the same call goes on.
+dialogs/, figures/, summary.json and, through the tuning, artifact/. Killed at any moment, the same call goes on. Where
+`max_hours` ends the sampling, the dialogs made by then are learnt: no batch is better than another.
 """
 
 import logging
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from transformers.utils import logging as transformers_logging
 
 from gatt.attention import draw_attention, strongest_attention, to_instruction
-from gatt.batches import Batches
+from gatt.batches import Dialogs
 from gatt.config import Config, Inputs
 from gatt.figures import MOMENTS, consistency_figures, consistency_table, draw_consistency
 from gatt.studio import Studio, open_studio
@@ -28,6 +29,7 @@ from llamachat.models.loading import load_base, load_policy
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.tracking.curves import draw_curves
+from llamachat.training.hours import open_hours
 
 if TYPE_CHECKING:
     from llamachat.models.loading import LanguageModel
@@ -50,28 +52,29 @@ def run(config: Config, inputs: Inputs) -> Artifact:
 
 def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
     """Everything up to the published dialogs; what was sampled before is not sampled again."""
-    studio = open_studio(config, inputs, inputs.policy)
     store = Store(StepFolder(inputs.folder).sampling)
+    hours = open_hours(inputs.step, "gatt", config.max_hours, inputs.deadline, store.folder)
+    studio = open_studio(config, inputs, inputs.policy)
     store.kept("consistency-start", lambda: studio.measure(is_told=True).to_plain())
     with making.record(inputs, "gatt", keeps_record=False) as tracker:
-        batches = Batches(studio, store)
-        figures = batches.go(tracker)
-        left_out = making.counted(batches.dropped)
-        if not batches.made:
+        dialogs = Dialogs(studio, store, hours)
+        figures = dialogs.go(tracker)
+        left_out = making.counted(dialogs.dropped)
+        if not dialogs.made:
             raise DataError(
                 f"{inputs.step}: of {config.dialogs} dialogs none is left ({left_out}). Raise gatt.samples_per_turn, take "
                 "gatt.families that the policy can keep, or raise rollout.max_new_tokens or base.max_tokens."
             )
-        log.info("%d dialogs to learn, %d held out; %s", len(batches.made), len(batches.held_out), left_out)
+        log.info("%d dialogs to learn, %d held out; %s", len(dialogs.made), len(dialogs.held_out), left_out)
         tracker.sync()
         # Before the dialogs, which end this part: a command killed between the two would never come back to write it.
-        tracker.summary(figures | {"gatt/dialogs": float(len(batches.made))})
+        tracker.summary(figures | {"gatt/dialogs": float(len(dialogs.made))})
     return making.publish_dialogs(
         inputs,
-        [dialog_line(one, inputs.step) for one in batches.made],
-        [dialog_line(one, inputs.step) for one in batches.held_out],
-        dropped=batches.dropped,
-        details={"dialogs": len(batches.made)},
+        [dialog_line(one, inputs.step) for one in dialogs.made],
+        [dialog_line(one, inputs.step) for one in dialogs.held_out],
+        dropped=dialogs.dropped,
+        details={"dialogs": len(dialogs.made)} | hours.details,
     )
 
 

@@ -94,7 +94,8 @@ def _run(
     from pipelines.plan import make_plan, plan_text
     from pipelines.recipe import load, resolve_steps
     from pipelines.reports import write_reports
-    from pipelines.running import choose_steps, run_command
+    from pipelines.resolve import step_folder
+    from pipelines.running import choose_steps, run_chosen
     from pipelines.study import is_study
 
     if is_study(config):
@@ -105,12 +106,24 @@ def _run(
         print(to_yaml(recipe))
         print(plan_text(recipe, make_plan(recipe, command, only)))
         return
+    chosen = choose_steps(resolve_steps(recipe), command, only)
     with state_is_kept():
-        run_command(recipe, command, only=only, should_overwrite=overwrite)
-    tables = write_reports(recipe, choose_steps(resolve_steps(recipe), command, only))
+        ran = run_chosen(recipe, chosen, should_overwrite=overwrite)
+    tables = write_reports(recipe, chosen)
     if tables:
         print(tables)
-    if command == "all":
+    if ran.left:
+        print(
+            f"run.max_hours ({recipe.run.max_hours:g}) are over. Not begun yet: {', '.join(ran.left)}. The same command goes"
+            " on with them for as many hours again, and without run.max_hours to the end."
+        )
+    elif ran.num_worked == 0:
+        steps = f"all {len(ran.artifacts)} steps are" if len(ran.artifacts) != 1 else "the step is"
+        print(f"Nothing to do: {steps} done already ({recipe.run.dir})")
+    elif command == "all":
+        pages = [step_folder(recipe, step).page for step in chosen if step.stage.command == "report"]
+        for page in pages:
+            print(f"The report: {page}")
         print(f"All steps are done. Try: llamachat chat {recipe.run.dir} -m 'Hello, who are you?'")
 
 

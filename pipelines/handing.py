@@ -1,5 +1,6 @@
 """What each stage is handed: the `Inputs` of a run, and the workload of an estimate. One function each for a stage."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -112,8 +113,11 @@ def tuner(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -
         folder = StepFolder(shared["folder"])
         if (folder.tuned / MANIFEST).is_file():
             return read_artifact(folder.tuned, "policy", reader=step.name)
+        deadline = shared.get("deadline")
+        if deadline is not None and time.monotonic() > deadline:
+            deadline = None  # what was sampled when the command's hours were over is learnt, not one step of it
         inputs = SftInputs(
-            **shared,
+            **{**shared, "deadline": deadline},
             rollout=step.rollout,
             policy=None if from_base else taken.policy,
             dialogs=dialogs,
@@ -141,8 +145,9 @@ def _ppo_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, A
 
 def _eval_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> EvaluationInputs:
     first = [taken.policy] if recipe.base.policy and taken.policy not in taken.surveyed.values() else []
+    told = {key: value for key, value in shared.items() if key != "deadline"}  # it trains nothing
     return EvaluationInputs(
-        **shared,
+        **told,
         rollout=step.rollout,
         scoring=recipe.scoring,
         policies=tuple(policy for policy in (*first, *taken.surveyed.values()) if policy),

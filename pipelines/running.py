@@ -5,6 +5,7 @@ written after it. A finished, unchanged step costs a few digests: no stage code 
 """
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from llamachat.config.loading import to_yaml
 from llamachat.errors import ChangedError, ConfigError, DataError, TokenizerError, UsageError
 from llamachat.runs.artifacts import Artifact, is_published, read_artifact
+from llamachat.runs.cost import counted
 from llamachat.runs.fingerprints import changed_keys, fingerprint
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import hold
@@ -21,7 +23,7 @@ from pipelines.gate_labels import gate_model, lacks_labels
 from pipelines.handing import stage_inputs
 from pipelines.identity import step_identity
 from pipelines.recipe import Recipe, Step, resolve_steps
-from pipelines.resolve import Taken, lacks_policy, step_folder, take_inputs
+from pipelines.resolve import Taken, earlier_makers, lacks_policy, step_folder, take_inputs
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,15 @@ class Work:
     fingerprint: str
 
 
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What came of one command."""
+
+    artifacts: list[Artifact]  # of the steps that are done
+    num_worked: int  # steps that were worked on; the others were done before, or unchanged in the parent run
+    left: tuple[str, ...]  # steps that were not begun, since run.max_hours were over
+
+
 def find_work(
     recipe: Recipe, steps: Sequence[Step], step: Step, elsewhere: Mapping[str, StepFolder] | None = None
 ) -> Work:
@@ -49,19 +60,45 @@ def find_work(
 def run_command(
     recipe: Recipe, command: str, *, only: Sequence[str] = (), should_overwrite: bool = False
 ) -> list[Artifact]:
-    """Run the recipe's steps of one command, or all of them for "all", in their order."""
-    return run_chosen(recipe, choose_steps(resolve_steps(recipe), command, only), should_overwrite=should_overwrite)
+    """Run the recipe's steps of one command, or all of them for "all", in their order; the artifacts of those that are done."""
+    chosen = choose_steps(resolve_steps(recipe), command, only)
+    return run_chosen(recipe, chosen, should_overwrite=should_overwrite).artifacts
 
 
-def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool = False) -> list[Artifact]:
-    """Run these steps of the recipe, in their order."""
+def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool = False) -> Ran:
+    """Run these steps of the recipe, in their order, and tell what was worked on and what is left.
+
+    When `run.max_hours` are over no further step is begun that trains; one is in any case, or nothing would ever be done.
+    """
+    deadline = None if recipe.run.max_hours is None else time.monotonic() + 3600 * recipe.run.max_hours
     steps = resolve_steps(recipe)
     for step in steps:
         if step in chosen or gate_model(recipe, steps, step) in chosen:
             warning = lacks_labels(recipe, steps, step)
             if warning:
                 log.warning("warning: %s", warning)
-    return [run_step(recipe, steps, step, should_overwrite=should_overwrite) for step in chosen]
+    artifacts, left, num_worked = list[Artifact](), list[str](), 0
+    for step in chosen:
+        is_over = deadline is not None and num_worked > 0 and time.monotonic() > deadline
+        is_done = is_published(step_folder(recipe, step))
+        # What comes after one that is left may read it; what is told of the finished ones is told now.
+        if is_over and (left or not is_done) and (_trains(step) or _lacks_inputs(recipe, steps, step)):
+            left += [] if is_done else [step.name]
+            continue
+        artifact, has_worked = _run_unless_done(recipe, steps, step, should_overwrite, deadline)
+        artifacts.append(artifact)
+        num_worked += has_worked
+    return Ran(artifacts, num_worked, tuple(left))
+
+
+def _trains(step: Step) -> bool:
+    return step.product.makes.kind in ("policy", "reward_model")
+
+
+def _lacks_inputs(recipe: Recipe, steps: Sequence[Step], step: Step) -> bool:
+    """Whether of something that it reads nothing is finished."""
+    makers = earlier_makers(steps, step).values()
+    return any(of and not any(is_published(step_folder(recipe, maker)) for maker in of) for of in makers)
 
 
 def choose_steps(steps: Sequence[Step], command: str, only: Sequence[str] = ()) -> list[Step]:
@@ -85,6 +122,13 @@ def choose_steps(steps: Sequence[Step], command: str, only: Sequence[str] = ()) 
 
 def run_step(recipe: Recipe, steps: Sequence[Step], step: Step, *, should_overwrite: bool = False) -> Artifact:
     """Run one step to its end, unless it is done already or the parent run has it unchanged."""
+    return _run_unless_done(recipe, steps, step, should_overwrite, None)[0]
+
+
+def _run_unless_done(
+    recipe: Recipe, steps: Sequence[Step], step: Step, should_overwrite: bool, deadline: float | None
+) -> tuple[Artifact, bool]:
+    """The step's artifact, and whether it was worked on here; `deadline`, by time.monotonic(), is what the stage is told."""
     work = find_work(recipe, steps, step)
     folder = work.folder
     if should_overwrite:
@@ -97,12 +141,12 @@ def run_step(recipe: Recipe, steps: Sequence[Step], step: Step, *, should_overwr
                 warning = lacks_policy(recipe, steps, step)
                 if warning:
                     log.warning("warning: %s", warning)
-                return _run(recipe, work)
+                return _run(recipe, work, deadline), True
     where = f"{folder.path} -> {folder.path.resolve()}" if folder.path.is_symlink() else f"{folder.artifact}"
     if not is_adopted:
         log.info("%s: done already (%s), nothing to do", step.name, where)
     lineage(Path(recipe.run.dir))
-    return read_artifact(folder.artifact)
+    return read_artifact(folder.artifact), False
 
 
 def _state(work: Work) -> StepState:
@@ -117,7 +161,7 @@ def _state(work: Work) -> StepState:
         return StepState.NEW
 
 
-def _run(recipe: Recipe, work: Work) -> Artifact:
+def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
     name, folder = work.step.name, work.folder
     resolved = to_yaml(recipe)
     begin(
@@ -137,9 +181,11 @@ def _run(recipe: Recipe, work: Work) -> Artifact:
         resolved=resolved,
         identity=work.identity,
         fingerprint=work.fingerprint,
+        deadline=deadline,
     )
     try:
-        artifact = work.step.stage.package.run(work.step.config, inputs)
+        with counted(folder):
+            artifact = work.step.stage.package.run(work.step.config, inputs)
     except (ConfigError, DataError, TokenizerError):
         unbind(folder)  # the mend changes the recipe or the data, which a step that stays begun would refuse
         raise

@@ -234,7 +234,7 @@ def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
                 _take(home, step_folder(plan.origin(where), step))
             _take(step_folder(recipe, step), home)
         steps = plan.steps(recipe, name)
-        made = run_chosen(recipe, steps, should_overwrite=should_overwrite)
+        made = run_chosen(recipe, steps, should_overwrite=should_overwrite).artifacts
         figures.setdefault(name, {})[seed] = read_figures(steps, made)
         text = write_tables(plan, figures)
     return text

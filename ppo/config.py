@@ -165,3 +165,4 @@ class Inputs:
     tracking: Tracking
     policy: "Artifact | None" = None  # the chat policy to start from; the base itself without one
     reward_models: "Mapping[str, Artifact]" = field(default_factory=dict)  # by what they judge, the judge among them
+    deadline: float | None = None  # by time.monotonic(): when run.max_hours are over

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llamachat.models.role_bank import RoleBank
 
 FILE = "state.pt"
-End = Literal["iterations", "patience", "kl_guard", "hours"]
+End = Literal["iterations", "patience", "kl_guard", "hours", "run_hours"]
 
 
 @dataclass(slots=True)

@@ -24,19 +24,19 @@ from llamachat.kl import response_kl
 from llamachat.rollout.engine import LocalEngine, Sampling
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.checkpoints import newest, writing
+from llamachat.runs.cost import peak_memory
 from llamachat.runs.folder import StepFolder
 from llamachat.tracking.curves import draw_curves
 from llamachat.tracking.record import MetricsRecord
 from llamachat.tracking.tracker import Tracker, open_tracker
 from llamachat.training.progress import StepProgress
-from llamachat.training.trainer import peak_memory
 from ppo.config import Config, Inputs
 from ppo.evaluation import Evaluator, heldout_figures, mean_kl
 from ppo.experience import cut, make_experience, measure
 from ppo.figures import iteration_figures
 from ppo.kl_control import AdaptiveKl, FixedKl
 from ppo.start import Start, open_start, publish_policy
-from ppo.state import State, load_state, policy_weights, put_best, save_state
+from ppo.state import End, State, load_state, policy_weights, put_best, save_state
 from ppo.update import Optimizers, Updater, make_optimizers
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,14 @@ def run(config: Config, inputs: Inputs) -> Artifact:
         # Before the artifact, which ends the step: a command killed between the two would never come back to write it.
         tracker.summary(session.finish())
         state = session.state
-        return publish_policy(start, inputs, folder, notes={"iteration": state.best_iteration, "end": state.end})
+        notes = {"iteration": state.best_iteration, "end": state.end} | ended_by(state.end)
+        return publish_policy(start, inputs, folder, notes=notes)
+
+
+def ended_by(end: End | None) -> dict[str, str]:
+    """Which hours ended the training, in the words of the other steps' manifests; nothing where none did."""
+    keys: dict[End | None, str] = {"hours": "max_hours", "run_hours": "run.max_hours"}
+    return {"ended_by": keys[end]} if end in keys else {}
 
 
 def open_session(config: Config, inputs: Inputs, start: Start, tracker: Tracker) -> "Session":
@@ -211,6 +218,9 @@ class Session:
                 "%s: ppo.max_hours (%g) are over at iteration %d", self.inputs.step, config.max_hours, state.iteration
             )
             state.end = "hours"
+        elif self.inputs.deadline is not None and time.monotonic() > self.inputs.deadline:
+            log.warning("%s: run.max_hours are over at iteration %d", self.inputs.step, state.iteration)
+            state.end = "run_hours"
         if state.end != "kl_guard" and (state.end or state.iteration % config.validation_every == 0):
             figures |= self.evaluate(progress)
         if state.iteration % self.inputs.tracking.log_every == 0 or "ppo/heldout/score" in figures:

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from llamachat.answers.inputs import StepInputs
 from llamachat.config.paths import PolicyPath
-from llamachat.config.section import Section
+from llamachat.config.section import Section, unless_null
 
 if TYPE_CHECKING:
     from llamachat.runs.artifacts import Artifact
@@ -65,6 +65,9 @@ class Config(Section):
     )
     sft: dict[str, Any] = Field(
         default_factory=dict, description="Values over the section sft for the tuning on the winners."
+    )
+    max_hours: Annotated[float, Field(gt=0)] | None = unless_null(
+        description="Sampling ends after so many hours over all its starts, and what was sampled is learnt; the tuning has sft.max_hours. null for none. Ours."
     )
     validation_prompts: int = Field(
         default=64, ge=1, description="Held-out prompts whose winners measure the tuning's loss. Ours."

@@ -57,6 +57,6 @@ def publish_dialogs(sampled: Round, pool: Sequence[Winner]) -> Artifact:
         map(dialog_line, pool),
         [dialog_line(winner) for winner in sampled.held_out],
         dropped=dict(sampled.counts) | sampled.desk.questions.dropped,
-        details={"dialogs": len(pool), "temperatures": list(sampled.temperatures)},
+        details={"dialogs": len(pool), "temperatures": list(sampled.temperatures)} | sampled.hours.details,
         read={f"dialogs/{step}": artifact for step, artifact in inputs.pooled.items()},
     )

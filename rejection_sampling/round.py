@@ -4,7 +4,8 @@ dialogs of the best answers -> a policy tuned on them.
 K answers are sampled to each prompt from the policy as the round begins; the reward models score them; the best becomes
 a new gold answer, pooled with those of all earlier rounds; the pool is learnt as in supervised tuning. Writes the step
 folder's sampling/, metrics.jsonl, samples.jsonl, dialogs/, figures/, summary.json and, through the tuning, artifact/.
-Killed at any moment, the same call goes on: each batch of answers is written down whole before the next is sampled.
+Killed at any moment, the same call goes on: each batch of answers is written down whole before the next is sampled. Where
+`max_hours` ends the sampling, what was sampled by then is learnt: no batch is better than another.
 """
 
 import logging
@@ -27,6 +28,7 @@ from llamachat.runs.atomic import write_json
 from llamachat.runs.folder import StepFolder
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.curves import draw_curves
+from llamachat.training.hours import open_hours
 from rejection_sampling.config import Config, Inputs
 from rejection_sampling.curves import best_temperature, load_sampler, sweep, sweep_of
 from rejection_sampling.publishing import earlier_of, pool_figures, pool_of, publish_dialogs
@@ -52,8 +54,9 @@ def run(config: Config, inputs: Inputs) -> Artifact:
 def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
     """Everything up to the published dialogs; what was sampled before is not sampled again."""
     check_settings(config, inputs)
-    desk = _open(config, inputs, inputs.policy)
     store = Store(StepFolder(inputs.folder).sampling)
+    hours = open_hours(inputs.step, "rejection_sampling", config.max_hours, inputs.deadline, store.folder)
+    desk = _open(config, inputs, inputs.policy)
     counts: Counter[str] = Counter()
     # Before anything is sampled: a line that an edit broke is told now, and not after hours.
     earlier = earlier_of(inputs, desk, counts)
@@ -62,7 +65,8 @@ def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
         sampler = None if config.sampler is None else load_sampler(config.sampler, desk)
         curves = draw_sweep(config, inputs, desk, constants, store, sampler)
         temperatures = _temperatures(config, inputs, curves)
-        sampled = Round(config, inputs, desk, constants, store, temperatures, sampler, counts)
+        hours.save(store.folder)  # a sweep takes its share of them
+        sampled = Round(config, inputs, desk, constants, store, temperatures, sampler, hours, counts)
         figures = sampled.go(tracker)
         pool = pool_of(sampled, earlier)
         tracker.sync()

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
+from llamachat.answers.batches import Batches
 from llamachat.answers.desk import Desk
 from llamachat.answers.groups import Group, Sampler, batches_of, sample_groups
 from llamachat.answers.store import Store
 from llamachat.questions import Question
 from llamachat.rollout.engine import Sampling
+from llamachat.runs.cost import peak_memory
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.tracker import Tracker
+from llamachat.training.hours import Hours
 from llamachat.training.progress import StepProgress
-from llamachat.training.trainer import peak_memory
 from rejection_sampling.config import Config, Inputs
 from rejection_sampling.winners import Winner, filtered, winners_of
 
@@ -39,6 +41,7 @@ class Round:
     store: Store
     temperatures: tuple[float, ...]
     sampler: Sampler | None
+    hours: Hours
     counts: Counter[str]  # what is left out, by reason
     winners: list[Winner] = field(default_factory=list)
     held_out: list[Winner] = field(default_factory=list)
@@ -56,26 +59,26 @@ class Round:
             count,
             ", ".join(f"{temperature:g}" for temperature in self.temperatures),
         )
-        train = batches_of(prompts, count)
-        batches = [*train, *batches_of(validation[: self.config.validation_prompts], count)]
-        done = sum(self.store.has(_name(number)) for number in range(1, len(batches) + 1))
+        held_out = batches_of(validation[: self.config.validation_prompts], count)
+        batches = Batches(self.store, self.hours, batches_of(prompts, count), held_out)
         figures: list[dict[str, float]] = []
-        with StepProgress(self.inputs.step, steps=len(batches), done=done) as progress:
-            for number, questions in enumerate(batches, start=1):
-                batch = self.store.kept(_name(number), lambda n=number, q=questions: self._sample(n, q))
-                groups = [Group.from_plain(values) for values in batch["groups"]]
-                chosen = winners_of(questions, groups, self.inputs.step)
-                if number > len(train):
+        with StepProgress(self.inputs.step, steps=batches.num_batches, done=batches.num_done) as progress:
+            for batch in batches.go(self._sample):
+                groups = [Group.from_plain(values) for values in batch.made["groups"]]
+                chosen = winners_of(batch.asked, groups, self.inputs.step)
+                told = batch.made["figures"]
+                if batch.is_held_out:
                     self.held_out += chosen
                 else:
                     self.winners += chosen
                     self.counts.update(filtered(groups))
-                    figures.append(batch["figures"] | {"weight": float(len(questions))})
-                    tracker.log(number, batch["figures"])
-                    tracker.samples(number, _shown(questions, groups))
-                told = batch["figures"]
-                if number > done:
-                    progress.step(number, f"best {told['rs/reward_best']:+.3f}  mean {told['rs/reward_mean']:+.3f}")
+                    figures.append(told | {"weight": float(len(batch.asked))})
+                    tracker.log(batch.number, told)
+                    tracker.samples(batch.number, _shown(batch.asked, groups))
+                if batch.is_new:
+                    words = f"best {told['rs/reward_best']:+.3f}  mean {told['rs/reward_mean']:+.3f}"
+                    progress.step(batch.number, words)
+        self.counts.update(batches.left_out("prompts"))
         return self._mean(figures)
 
     def _sample(self, number: int, questions: Sequence[Question]) -> dict[str, Any]:
@@ -156,7 +159,3 @@ def _shown(questions: Sequence[Question], groups: Sequence[Group]) -> list[dict[
                 }
             )
     return rows
-
-
-def _name(number: int) -> str:
-    return f"batch-{number:05d}"

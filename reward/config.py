@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from llamachat.config.section import Section, operational
+from llamachat.config.section import Section, operational, unless_null
 from llamachat.config.sections import Base, Data, Run, Tracking, Tuning
 from llamachat.config.trainer_arguments import TrainerArguments
 
@@ -147,6 +147,9 @@ class Config(Section):
     gradient_checkpointing: bool = operational(
         False, description="Recompute activations in the backward pass: about a third slower, far less memory."
     )
+    max_hours: Annotated[float, Field(gt=0)] | None = unless_null(
+        description="Training of each model ends after so many hours over all its starts, and the weights with the lowest held-out loss are published; null for none. Ours."
+    )
     trainer: Annotated[dict[str, Any], TrainerArguments("RewardConfig", OWNED)] = Field(
         default_factory=dict, description="Further arguments of TRL's RewardConfig, by its names."
     )
@@ -168,3 +171,4 @@ class Inputs:
     data: Data
     tracking: Tracking
     policy: "Artifact | None" = None  # the chat policy to start from; the base itself without one
+    deadline: float | None = None  # by time.monotonic(): when run.max_hours are over

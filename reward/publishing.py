@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from llamachat.chat_format.proof import prove_written, require_proof
 from llamachat.models.reward_model import (
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def publish_reward_model(
-    start: RewardStart, inputs: Inputs, *, dropped: Mapping[str, int], safety_labels: int
+    start: RewardStart, inputs: Inputs, *, dropped: Mapping[str, int], safety_labels: int, notes: Mapping[str, Any]
 ) -> Artifact:
     """Publish the step's model; refuses a moved trunk and a tokenizer that reads back differently."""
     if start.frozen_digest is not None:
@@ -54,6 +55,6 @@ def publish_reward_model(
         inputs={"policy": str(inputs.policy.path)} if inputs.policy else {"base": inputs.base.model},
         seed=inputs.run.seed,
         dropped_records=dict(dropped),
-        details=details,
+        details=details | dict(notes),
     )
     return publish(StepFolder(inputs.folder), manifest, write)

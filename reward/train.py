@@ -2,7 +2,8 @@
 
 Reads the preferences and labels of `data` and a policy (or the base); writes the step folder's metrics.jsonl,
 checkpoints/, summary.json, curves.png, figures/ and artifact/. One thing surprises: a rating is used as a margin only; the order
-of a pair alone says which answer is better.
+of a pair alone says which answer is better. What is published is the last state; only where `max_hours` ends the training
+it is the best one that was evaluated.
 """
 
 import logging
@@ -23,6 +24,8 @@ from llamachat.runs.folder import StepFolder
 from llamachat.tracking.curves import draw_curves
 from llamachat.tracking.record import MetricsRecord
 from llamachat.tracking.tracker import Tracker, open_tracker
+from llamachat.training.best import BestWeights, Evaluated
+from llamachat.training.hours import Hours, open_hours
 from llamachat.training.master_weights import check_optimizer
 from llamachat.training.out_of_memory import MicrobatchTooLargeError, halving
 from llamachat.training.progress import StepProgress
@@ -49,6 +52,8 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     transformers_logging.disable_progress_bar()
     check_optimizer(config.optimizer, where="reward.optimizer")
     folder = StepFolder(inputs.folder)
+    resume = newest(folder.checkpoints)
+    hours = open_hours(inputs.step, "reward", config.max_hours, inputs.deadline, resume.path if resume else None)
     start = build_reward_model(inputs.base, inputs.tuning, policy=inputs.policy, seed=inputs.run.seed, device="auto")
     if start.device.type == "cpu":
         use_sequence_attention(start.model)
@@ -62,7 +67,6 @@ def run(config: Config, inputs: Inputs) -> Artifact:
         seed=inputs.run.seed,
     )
     batches = plan_training(config, inputs, examples, device=start.device)
-    resume = newest(folder.checkpoints)
     with open_tracker(
         inputs.tracking,
         step_folder=folder,
@@ -72,12 +76,16 @@ def run(config: Config, inputs: Inputs) -> Artifact:
         config=inputs.identity,
         resume_step=resume.step if resume else None,
     ) as tracker:
-        session = Session(config, inputs, start, examples, batches, tracker)
-        session.train(first_step=resume.step if resume else 0)
+        session = Session(config, inputs, start, examples, batches, tracker, hours)
+        best = session.train(first_step=resume.step if resume else 0)
         # Before the artifact, which ends the step: a command killed between the two would never come back to write it.
-        tracker.summary(session.finish(folder))
+        tracker.summary(session.finish(folder, best))
         return publish_reward_model(
-            start, inputs, dropped=examples.dropped, safety_labels=learnt_labels(config, inputs, examples)
+            start,
+            inputs,
+            dropped=examples.dropped,
+            safety_labels=learnt_labels(config, inputs, examples),
+            notes=hours.details | ({"optimizer_step": best.step} if best else {}),
         )
 
 
@@ -117,13 +125,21 @@ class Session:
     examples: Examples
     batches: Batches
     tracker: Tracker
+    hours: Hours
+
+    @property
+    def best(self) -> BestWeights:
+        return BestWeights(StepFolder(self.inputs.folder).checkpoints)
 
     def name(self, figure: str) -> str:
         """The metric's name for this model."""
         return f"rm/{self.inputs.which}/{figure}"
 
-    def train(self, *, first_step: int) -> None:
-        """To the last optimizer step; `first_step` of them are in the newest checkpoint."""
+    def train(self, *, first_step: int) -> Evaluated | None:
+        """To the last optimizer step; `first_step` of them are in the newest checkpoint.
+
+        Where its hours end it the model becomes the best one that was evaluated, which is returned.
+        """
         plan = self.batches.plan
         log.info(
             "%d pairs and %d labelled responses to train on, %d pairs held out; %d optimizer steps of %d pairs in %d rows",
@@ -145,6 +161,7 @@ class Session:
                 section="reward",
                 unit="pair",
             )
+        return None if self.hours.ended_by is None else self.best.put(self.start.model)
 
     def _train_on(self, progress: StepProgress) -> None:
         """From the newest checkpoint, or from the beginning."""
@@ -159,17 +176,25 @@ class Session:
                 self.tracker.log(step, figures | {self.name("epoch"): min(epochs, self.config.epochs)})
                 progress.step(step, f"loss {loss:.3f}")
 
-            def on_step(step: int) -> None:
+            def on_step(step: int) -> bool:
+                is_over = step < plan.num_steps and self.hours.are_over(f"step {step}")
                 # At the last step too, and before its checkpoint: whoever resumes there has nothing to measure again.
-                if step % tracking.eval_every == 0 or step == plan.num_steps:
+                if step % tracking.eval_every == 0 or is_over or step == plan.num_steps:
                     loss, accuracy = self.measure(step)
                     progress.say(
                         f"{self.inputs.step} step {step}: held-out pairs {accuracy:.3f} right, loss {loss:.4f}"
                     )
+                    if self.hours.are_limited:
+                        figures = {self.name("eval_loss"): loss, self.name("eval_accuracy"): accuracy}
+                        self.best.offer(Evaluated(step, loss, figures), self.start.model)
+                return is_over
 
             names = names_of(self.inputs.which)
             watch = Watch(plan.tokens_per_step, names=names, on_log=on_log, on_step=on_step)
             trainer = self._trainer(watch, Path(scratch))
+            if self.hours.ended_by is not None:  # a killed command has trained to there
+                trainer.take_as_trained()
+                return
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
             except MicrobatchTooLargeError:
@@ -215,6 +240,7 @@ class Session:
             checkpoints=StepFolder(self.inputs.folder).checkpoints,
             before_save=self.tracker.sync,
             watch=watch,
+            hours=self.hours,
             safety_auxiliary_weight=config.safety_auxiliary_weight,
         )
 
@@ -227,7 +253,7 @@ class Session:
         self.tracker.log(step, figures | {"time/eval_s": time.monotonic() - started})
         return loss, accuracy
 
-    def finish(self, folder: StepFolder) -> dict[str, float]:
+    def finish(self, folder: StepFolder, best: Evaluated | None) -> dict[str, float]:
         """Draw curves and figures, and return the step's final figures, those on test pairs among them."""
         draw_curves(folder.metrics, folder.curves)
         self.tracker.figure("curves", folder.curves)
@@ -236,6 +262,9 @@ class Session:
         names = [*map(self.name, SUMMARY), "memory/peak_gib"]
         figures = {name: row[name] for row in record for name in names if row.get(name) is not None}
         figures["time/train_s"] = sum(row.get("time/step_s") or 0.0 for row in record)
+        if best is not None:
+            log.info("the weights of step %d are the best that were evaluated: they are published", best.step)
+            figures |= best.figures
         started = time.monotonic()
         figures |= test_figures(self.start.model, self.inputs.which, self.examples, folder=folder, tracker=self.tracker)
         figures["time/eval_s"] = time.monotonic() - started

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from llamachat.config.section import Section, operational
+from llamachat.config.section import Section, operational, unless_null
 from llamachat.config.sections import Base, Data, Rollout, Run, Tracking, Tuning
 from llamachat.config.trainer_arguments import TrainerArguments
 
@@ -123,6 +123,9 @@ class Config(Section):
     sample_prompts: int = operational(
         8, ge=0, description="Held-out prompts whose answers are sampled as training goes."
     )
+    max_hours: Annotated[float, Field(gt=0)] | None = unless_null(
+        description="Training ends after so many hours over all its starts, and the weights with the lowest held-out loss are published; null for none. Ours."
+    )
     trainer: Annotated[dict[str, Any], TrainerArguments("SFTConfig", OWNED)] = Field(
         default_factory=dict, description="Further arguments of TRL's SFTConfig, by its names."
     )
@@ -146,3 +149,4 @@ class Inputs:
     policy: "Artifact | None" = None  # an earlier step's policy to continue from; the base itself without one
     dialogs: "Artifact | None" = None  # what rejection sampling and its like have made: learnt in place of data.sft
     sft_share: float = 0.0  # of data.sft that is learnt beside `dialogs`
+    deadline: float | None = None  # by time.monotonic(): when run.max_hours are over

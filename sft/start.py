@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -75,7 +75,7 @@ def _load_model(inputs: Inputs, trunk: str) -> "tuple[LanguageModel, str]":
     return attach_adapter(model, tuning, seed=inputs.run.seed), trunk
 
 
-def publish_policy(start: Start, inputs: Inputs, *, dropped: Mapping[str, int]) -> Artifact:
+def publish_policy(start: Start, inputs: Inputs, *, dropped: Mapping[str, int], notes: Mapping[str, Any]) -> Artifact:
     """Publish weights, tokenizer and manifest; refuses a moved trunk and a tokenizer that reads back differently."""
     if start.frozen_digest is not None:
         assert trunk_digest(start.model) == start.frozen_digest, "the trunk under an adapter is never written"
@@ -97,6 +97,8 @@ def publish_policy(start: Start, inputs: Inputs, *, dropped: Mapping[str, int]) 
     )
     if inputs.tuning.method != "full":
         details["rank"] = inputs.tuning.rank
+    if inputs.dialogs and "ended_by" in inputs.dialogs.manifest.details:
+        details["ended_by"] = inputs.dialogs.manifest.details["ended_by"]  # of the sampling
     taken = {"policy": str(inputs.policy.path)} if inputs.policy else {"base": inputs.base.model}
     manifest = Manifest(
         kind="policy",
@@ -106,6 +108,6 @@ def publish_policy(start: Start, inputs: Inputs, *, dropped: Mapping[str, int]) 
         inputs=taken | ({"dialogs": str(inputs.dialogs.path)} if inputs.dialogs else {}),
         seed=inputs.run.seed,
         dropped_records=dict(dropped),
-        details=details,
+        details=details | dict(notes),
     )
     return publish(StepFolder(inputs.folder), manifest, write, ends_step=inputs.dialogs is None)

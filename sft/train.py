@@ -2,7 +2,8 @@
 
 Reads the dialogs of `data.sft` and a base (or an earlier policy); writes the step folder's metrics.jsonl,
 samples.jsonl, checkpoints/, summary.json, curves.png and artifact/. The autoregressive loss is zero on everything but
-answers and their EOS; dialogs packed into one row do not see one another (ours, not stated in the paper).
+answers and their EOS; dialogs packed into one row do not see one another (ours, not stated in the paper). What is
+published is the last state; only where `max_hours` ends the training it is the best one that was evaluated.
 """
 
 import logging
@@ -29,6 +30,8 @@ from llamachat.runs.folder import StepFolder
 from llamachat.tracking.curves import draw_curves
 from llamachat.tracking.record import MetricsRecord
 from llamachat.tracking.tracker import Tracker, open_tracker
+from llamachat.training.best import BestWeights, Evaluated
+from llamachat.training.hours import Hours, open_hours
 from llamachat.training.master_weights import check_optimizer
 from llamachat.training.out_of_memory import MicrobatchTooLargeError, halving
 from llamachat.training.progress import StepProgress
@@ -67,6 +70,8 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     transformers_logging.disable_progress_bar()
     check_optimizer(config.optimizer, where="sft.optimizer")
     folder = StepFolder(inputs.folder)
+    resume = newest(folder.checkpoints)
+    hours = open_hours(inputs.step, "sft", config.max_hours, inputs.deadline, resume.path if resume else None)
     start = load_start(inputs)
     examples = load_examples(
         inputs.data,
@@ -80,7 +85,6 @@ def run(config: Config, inputs: Inputs) -> Artifact:
         seed=inputs.run.seed,
     )
     plan = plan_training(config, inputs, examples, device=start.device)
-    resume = newest(folder.checkpoints)
     with open_tracker(
         inputs.tracking,
         step_folder=folder,
@@ -90,11 +94,12 @@ def run(config: Config, inputs: Inputs) -> Artifact:
         config=inputs.identity,
         resume_step=resume.step if resume else None,
     ) as tracker:
-        session = Session(config, inputs, start, examples, plan, tracker)
-        session.train(first_step=resume.step if resume else 0)
+        session = Session(config, inputs, start, examples, plan, tracker, hours)
+        best = session.train(first_step=resume.step if resume else 0)
         # Before the artifact, which ends the step: a command killed between the two would never come back to write it.
-        tracker.summary(session.finish(folder))
-        return publish_policy(start, inputs, dropped=examples.dropped)
+        tracker.summary(session.finish(folder, best))
+        notes = hours.details | ({"optimizer_step": best.step} if best else {})
+        return publish_policy(start, inputs, dropped=examples.dropped, notes=notes)
 
 
 def plan_training(config: Config, inputs: Inputs, examples: Examples, *, device: torch.device) -> StepPlan:
@@ -131,9 +136,17 @@ class Session:
     examples: Examples
     plan: StepPlan
     tracker: Tracker
+    hours: Hours
 
-    def train(self, *, first_step: int) -> None:
-        """To the last optimizer step; `first_step` of them are in the newest checkpoint."""
+    @property
+    def best(self) -> BestWeights:
+        return BestWeights(StepFolder(self.inputs.folder).checkpoints)
+
+    def train(self, *, first_step: int) -> Evaluated | None:
+        """To the last optimizer step; `first_step` of them are in the newest checkpoint.
+
+        Where its hours end it the model becomes the best one that was evaluated, which is returned.
+        """
         steps = self.plan.num_steps
         log.info(
             "%d dialogs to train on, %d held out; %d optimizer steps of %d dialogs in %d rows",
@@ -154,6 +167,7 @@ class Session:
                 section="sft",
                 unit="dialog",
             )
+        return None if self.hours.ended_by is None else self.best.put(self.start.model)
 
     def _train_on(self, progress: StepProgress) -> None:
         """From the newest checkpoint, or from the beginning."""
@@ -172,16 +186,24 @@ class Session:
                 self.tracker.log(step, figures | progress_figures)
                 progress.step(step, f"loss {figures['sft/loss']:.3f}")
 
-            def on_step(step: int) -> None:
+            def on_step(step: int) -> bool:
+                is_over = step < steps and self.hours.are_over(f"step {step}")
                 # At the last step too, and before its checkpoint: whoever resumes there has nothing to measure again.
-                if step % tracking.eval_every == 0 or step == steps:
+                is_last = is_over or step == steps
+                if step % tracking.eval_every == 0 or is_last:
                     loss = self.measure(step, "sft/eval_loss")
                     progress.say(f"{self.inputs.step} step {step}: held-out answers {loss:.4f} nats a token")
-                if step % tracking.sample_every == 0 or step == steps:
+                    if self.hours.are_limited:
+                        self.best.offer(Evaluated(step, loss, {"sft/eval_loss": loss}), self.start.model)
+                if step % tracking.sample_every == 0 or is_last:
                     self.sample(step)
+                return is_over
 
             watch = Watch(self.plan.tokens_per_step, names=NAMES, on_log=on_log, on_step=on_step)
             trainer = self._trainer(watch, Path(scratch))
+            if self.hours.ended_by is not None:  # a killed command has trained to there
+                trainer.take_as_trained()
+                return
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
             except MicrobatchTooLargeError:
@@ -250,6 +272,7 @@ class Session:
             checkpoints=StepFolder(self.inputs.folder).checkpoints,
             before_save=self.tracker.sync,
             watch=watch,
+            hours=self.hours,
         )
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
@@ -292,7 +315,7 @@ class Session:
             },
         )
 
-    def finish(self, folder: StepFolder) -> dict[str, float]:
+    def finish(self, folder: StepFolder, best: Evaluated | None) -> dict[str, float]:
         """Draw the curves, and return the step's final figures."""
         draw_curves(folder.metrics, folder.curves)
         self.tracker.figure("curves", folder.curves)
@@ -300,6 +323,9 @@ class Session:
         record = list(MetricsRecord(folder.metrics).read())
         figures = {name: row[name] for row in record for name in SUMMARY if row.get(name) is not None}
         figures["time/train_s"] = sum(row.get("time/step_s") or 0.0 for row in record if "sft/step" in row)
+        if best is not None:
+            log.info("the weights of step %d are the best that were evaluated: they are published", best.step)
+            figures |= best.figures
         before, after = figures["sft/eval_loss_base"], figures["sft/eval_loss"]
         log.info("held-out answers: %.4f nats a token before, %.4f after", before, after)
         return figures

@@ -308,7 +308,7 @@ def test_trl_argument_names_are_those_of_the_class_itself() -> None:
 def test_the_skeleton_of_the_shared_sections() -> None:
     skeleton = yaml.safe_load(
         """
-        run: [dir, parent, seed, gpu]
+        run: [dir, parent, seed, max_hours, gpu]
         base: [model, dtype, attention, chat_format, system, max_tokens, rope_scaling, allow_unproved_tokenizer, policy]
         tuning: [method, rank, alpha, dropout, targets]
         data: [sft, helpfulness, safety, open, labels, prompts, adversarial, borderline, split]

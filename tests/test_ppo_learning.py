@@ -176,7 +176,8 @@ def test_hours_end_it(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtu
     config = config_of(max_hours=1e-9)
     with caplog.at_level(logging.WARNING):
         artifact = ppo.run(config, inputs_of(tmp_path, base))
-    assert artifact.manifest.details["end"] == "hours" and record(artifact)[-1]["step"] == 1
+    details = artifact.manifest.details
+    assert (details["end"], details["ended_by"], record(artifact)[-1]["step"]) == ("hours", "max_hours", 1)
     assert "ppo.max_hours (1e-09) are over" in caplog.text and "ppo/heldout/score" in record(artifact)[-1]
 
 

@@ -226,7 +226,7 @@ def test_an_adapter_stays_on_the_kind_of_base_it_was_trained_on(
 ):
     inputs = inputs_of(tmp_path, base, toy_dialogs(12), tuning=made_by, **BF16)
     with open_session(SHORT, inputs) as session:
-        artifact = publish(session.start, inputs, dropped={})
+        artifact = publish(session.start, inputs, dropped={}, notes={})
     (tmp_path / "second").mkdir()
     with pytest.raises(ConfigError, match=named):
         sft.run(SHORT, inputs_of(tmp_path / "second", base, toy_dialogs(12), tuning=tuning, policy=artifact, **BF16))

@@ -235,7 +235,7 @@ def test_an_adapter_is_not_continued_under_another_tuning(tuning: Tuning, named:
     inputs = inputs_of(tmp_path, base, toy_dialogs(12), tuning=LORA)
     with open_session(SHORT, inputs) as session:
         move_adapter(session.start.model)
-        artifact = publish_policy(session.start, inputs, dropped={})
+        artifact = publish_policy(session.start, inputs, dropped={}, notes={})
     (tmp_path / "second").mkdir()
     with pytest.raises(ConfigError, match=named) as refused:
         sft.run(SHORT, inputs_of(tmp_path / "second", base, toy_dialogs(12), tuning=tuning, policy=artifact))

@@ -11,6 +11,7 @@ from llamachat.models.reward_model import build_reward_model
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.tracking.tracker import open_tracker
+from llamachat.training.hours import Hours
 from reward.config import Config, Inputs, Which
 from reward.pairs import load_examples
 from reward.train import Session, plan_training
@@ -134,4 +135,4 @@ def open_session(config: Config, inputs: Inputs) -> Iterator[Session]:
         config={},
         resume_step=None,
     ) as tracker:
-        yield Session(config, inputs, start, examples, batches, tracker)
+        yield Session(config, inputs, start, examples, batches, tracker, Hours(inputs.step, "reward"))

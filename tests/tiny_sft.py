@@ -15,6 +15,7 @@ from llamachat.models.loading import save_policy
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.tracking.tracker import open_tracker
+from llamachat.training.hours import Hours
 from sft.config import Config, Inputs
 from sft.examples import load_examples
 from sft.start import load_start
@@ -106,7 +107,7 @@ def open_session(config: Config, inputs: Inputs) -> Iterator[Session]:
         config={},
         resume_step=None,
     ) as tracker:
-        yield Session(config, inputs, start, examples, plan, tracker)
+        yield Session(config, inputs, start, examples, plan, tracker, Hours("sft", "sft"))
 
 
 def write_recipe(path: Path, base: Path, dialogs: Path, sections: dict[str, dict[str, Any]] | None = None) -> Path:

@@ -30,3 +30,4 @@ class StepInputs:
     tune: "Tune"
     policy: "Artifact | None" = None  # to sample from and to continue; the base itself without one
     reward_models: "Mapping[str, Artifact]" = field(default_factory=dict)  # by what they judge, the judge among them
+    deadline: float | None = None  # by time.monotonic(): when run.max_hours are over

@@ -14,7 +14,7 @@ class Store:
     """The files of one step; the step's lock keeps others out."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         """The JSON value of this name; made, and written, where it is not there yet."""
@@ -29,4 +29,4 @@ class Store:
         return self._path(name).is_file()
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.json"
+        return self.folder / f"{name}.json"

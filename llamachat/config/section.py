@@ -25,6 +25,11 @@ def operational(default: Any = ..., **field_arguments: Any) -> Any:
     return Field(default, json_schema_extra={"operational": True}, **field_arguments)
 
 
+def unless_null(**field_arguments: Any) -> Any:
+    """A field that is null where it is not set, and then no part of a fingerprint: finished steps stay done without it."""
+    return Field(default=None, json_schema_extra={"unless_null": True}, **field_arguments)
+
+
 def is_operational(field: FieldInfo) -> bool:
     """Whether a field was made by `operational`."""
     extra = field.json_schema_extra
@@ -37,8 +42,13 @@ def identity(section: Section) -> dict[str, Any]:
     return {
         name: _identity_of(getattr(section, name), plain[name])
         for name, field in type(section).model_fields.items()
-        if not is_operational(field)
+        if not is_operational(field) and not (_is_unless_null(field) and plain[name] is None)
     }
+
+
+def _is_unless_null(field: FieldInfo) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, Mapping) and extra.get("unless_null") is True
 
 
 def _identity_of(value: object, plain: Any) -> Any:

@@ -22,6 +22,10 @@ class Run(Section):
     dir: str = operational(min_length=1, description="Folder of the run; each step has its folder in it.")
     parent: str | None = operational(None, description="An earlier run whose unchanged steps are taken by reference.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of data order, dropout, new weights and sampling.")
+    max_hours: Annotated[float, Field(gt=0)] | None = operational(
+        None,
+        description="Hours of one command: a step that works when they are over ends as by its own max_hours, and no further one is begun; null for none. Ours.",
+    )
     gpu: Annotated[str | None, GpuName()] = operational(
         None, description="The card that the recipe is meant for, such as rtx-4090, 24GiB or 8x a100-80gb: for `plan`."
     )

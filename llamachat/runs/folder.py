@@ -36,6 +36,11 @@ class StepFolder:
         return self.path / "summary.json"
 
     @property
+    def cost(self) -> Path:
+        """Seconds, peak memory and starts of the work on the step, over all commands."""
+        return self.path / "cost.json"
+
+    @property
     def curves(self) -> Path:
         """The curves of `metrics.jsonl` as a picture."""
         return self.path / "curves.png"
@@ -107,5 +112,6 @@ class StepFolder:
             self.tuned,
             self.page,
             self.page_markdown,
+            self.cost,
         )
         return {place.name for place in (*places, *more)}

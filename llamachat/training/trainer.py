@@ -5,7 +5,6 @@ checkpoint. The data set of a trainer holds row numbers and a collator of ours m
 """
 
 import math
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +18,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_utils import align_special_tokens
 
 from llamachat.runs.checkpoints import newest, writing
+from llamachat.runs.cost import peak_memory
+from llamachat.training.hours import Hours
 from llamachat.training.out_of_memory import in_room
 
 # Renamed in transformers 5.23; the older name is the one of our lower bound.
@@ -30,7 +32,7 @@ CHECKPOINTING = (
     else "gradient_checkpointing"
 )
 Collate = Callable[[Sequence[int]], dict[str, Tensor]]
-OnStep = Callable[[int], None]
+OnStep = Callable[[int], object]  # True ends the training at this step
 OnLog = Callable[[int, dict[str, float]], None]
 
 
@@ -38,10 +40,16 @@ class AtomicCheckpoints(Trainer):
     """Stands before one of TRL's trainers: saves through `llamachat.runs.checkpoints.writing`, reports to `Watch` alone."""
 
     def __init__(
-        self, *args: Any, checkpoints: Path, before_save: Callable[[], None], watch: "Watch", **kwargs: Any
+        self,
+        *args: Any,
+        checkpoints: Path,
+        before_save: Callable[[], None],
+        watch: "Watch",
+        hours: Hours | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._checkpoints, self._before_save = checkpoints, before_save
+        self._checkpoints, self._before_save, self._hours = checkpoints, before_save, hours
         # The flow callback decides when to log and to save; the printing and progress callbacks are ours.
         self.callback_handler.callbacks = [
             callback for callback in self.callback_handler.callbacks if isinstance(callback, DefaultFlowCallback)
@@ -51,6 +59,11 @@ class AtomicCheckpoints(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         work = super().training_step
         return in_room(lambda: work(*args, **kwargs))
+
+    def take_as_trained(self) -> None:
+        """Give the model's configuration what `train` gives it before its first step, where no step is left to train."""
+        assert self.model is not None
+        align_special_tokens(self.model, self.processing_class)
 
     def save_last_step(self) -> None:
         """A checkpoint of the last finished optimizer step, from within the next one, unless there is one."""
@@ -87,6 +100,8 @@ class AtomicCheckpoints(Trainer):
             for path in written.iterdir():
                 path.rename(side / path.name)
             written.rmdir()
+            if self._hours is not None:
+                self._hours.save(side)
 
 
 class Watch(TrainerCallback):
@@ -114,7 +129,9 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._seconds.append(time.monotonic() - self._started)
-        self._on_step(state.global_step)
+        if self._on_step(state.global_step) is True:
+            # A checkpoint of it too: whoever resumes there finds the training ended.
+            control.should_training_stop = control.should_log = control.should_save = True
 
     def on_log(
         self,
@@ -134,14 +151,6 @@ class Watch(TrainerCallback):
         figures["memory/peak_gib"] = peak_memory()
         self._seconds = []
         self._on_log(step, figures)
-
-
-def peak_memory() -> float:
-    """Most memory that the process has held, in GiB: of the GPU where there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes / 2**20
 
 
 def rate_schedule(

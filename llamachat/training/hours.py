@@ -1,0 +1,80 @@
+"""When a step's time is up: its own hours over all its starts (`<section>.max_hours`), or its command's (`run.max_hours`).
+
+What it has taken is written beside the step's other state (into each checkpoint, into `sampling/`), so that a kill and the
+same command again do not set the clock back. One thing surprises: the clock is read when a piece of work is done, so that
+hours however few let one optimizer step, or one batch, through.
+"""
+
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from llamachat.runs.atomic import storage_errors, write_json
+
+log = logging.getLogger(__name__)
+
+FILE = "hours.json"
+EndedBy = Literal["max_hours", "run.max_hours"]
+
+
+@dataclass(slots=True)
+class Hours:
+    """The clock of one step's work."""
+
+    step: str
+    section: str  # whose max_hours they are
+    limit: float | None = None  # hours of work, over all starts
+    deadline: float | None = None  # by time.monotonic(): when those of the command are over
+    seconds_before: float = 0.0  # of earlier starts
+    ended_by: EndedBy | None = None
+    _began: float = field(default_factory=lambda: time.monotonic())
+
+    @property
+    def are_limited(self) -> bool:
+        """Whether they may end the work at all."""
+        return self.limit is not None or self.deadline is not None
+
+    @property
+    def seconds(self) -> float:
+        """What the work has taken, over all starts."""
+        return self.seconds_before + time.monotonic() - self._began
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What a manifest says of work that they ended; nothing of work that came to its own end."""
+        return {} if self.ended_by is None else {"ended_by": self.ended_by}
+
+    @property
+    def key(self) -> str:
+        """The key that ended the work, for people."""
+        return "run.max_hours" if self.ended_by == "run.max_hours" else f"{self.section}.max_hours"
+
+    def are_over(self, where: str) -> bool:
+        """Whether the work ends here; said once, and so from then on."""
+        if self.ended_by is not None:
+            return True
+        if self.limit is not None and self.seconds > 3600 * self.limit:
+            self.ended_by = "max_hours"
+            log.warning("%s: %s (%g) are over at %s", self.step, self.key, self.limit, where)
+        elif self.deadline is not None and time.monotonic() > self.deadline:
+            self.ended_by = "run.max_hours"
+            log.warning("%s: %s are over at %s", self.step, self.key, where)
+        return self.ended_by is not None
+
+    def save(self, folder: Path) -> None:
+        """Write them into the folder; without a limit there is nothing to write."""
+        if self.are_limited or self.ended_by is not None:
+            write_json(folder / FILE, {"seconds": self.seconds, "ended_by": self.ended_by})
+
+
+def open_hours(step: str, section: str, limit: float | None, deadline: float | None, saved: Path | None) -> Hours:
+    """The clock as it was saved in the folder, or a new one."""
+    path = None if saved is None else saved / FILE
+    if path is None or not path.is_file():
+        return Hours(step, section, limit, deadline)
+    with storage_errors(path):
+        values = json.loads(path.read_text(encoding="utf-8"))
+    return Hours(step, section, limit, deadline, seconds_before=values["seconds"], ended_by=values["ended_by"])

@@ -157,6 +157,11 @@ def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
     """Run what is not done yet, write `study.json` and `study.md`, and return the latter's text."""
     from pipelines.study_tables import write_tables
 
+    if plan.shared.run.max_hours is not None:
+        raise ConfigError(
+            f"run.max_hours: {plan.shared.run.max_hours:g}, but a study compares trainings that came to their ends, and these"
+            " hours would end whichever is at work. Remove run.max_hours; a killed study goes on where it was."
+        )
     shared_steps = resolve_steps(plan.shared)
     before = plan.before()
     for step in before:

@@ -20,6 +20,7 @@ from llamachat.config.loading import from_plain
 from llamachat.config.problems import Key, Problem, dotted, raise_all, section_problems
 from llamachat.config.section import Section
 from llamachat.config.yaml_files import parse_mapping
+from llamachat.errors import ConfigError
 from llamachat.runs.artifacts import is_published
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.state import reference

@@ -88,7 +88,7 @@ def weights_of(artifact: Artifact) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def steps_of(artifact: Artifact) -> list[int]:
+def steps_of(artifact: Artifact) -> list[float]:
     rows = MetricsRecord(artifact.path.parent / "metrics.jsonl").read()
     return [row["step"] for row in rows if "optim/learning_rate" in row]
 

@@ -116,7 +116,7 @@ def _run(
         )
     elif ran.num_worked == 0:
         steps = f"all {len(ran.artifacts)} steps are" if len(ran.artifacts) != 1 else "the step is"
-        print(f"Nothing to do: {steps} done already ({recipe.run.dir})")
+        print(f"nothing to do: {steps} done already ({recipe.run.dir})")
     elif command == "all":
         print(f"All steps are done. Try: llamachat chat {recipe.run.dir} -m 'Hello, who are you?'")
 

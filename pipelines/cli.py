@@ -119,7 +119,7 @@ def _run(
         )
     elif ran.num_worked == 0:
         steps = f"all {len(ran.artifacts)} steps are" if len(ran.artifacts) != 1 else "the step is"
-        print(f"Nothing to do: {steps} done already ({recipe.run.dir})")
+        print(f"nothing to do: {steps} done already ({recipe.run.dir})")
     elif command == "all":
         pages = [step_folder(recipe, step).page for step in chosen if step.stage.command == "report"]
         for page in pages:

@@ -21,7 +21,7 @@ from llamachat.config.loading import from_plain
 from llamachat.config.problems import Key, Problem, dotted, raise_all, section_problems
 from llamachat.config.section import Section
 from llamachat.config.yaml_files import parse_mapping
-from llamachat.errors import UsageError
+from llamachat.errors import ConfigError, UsageError
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.state import reference
@@ -218,6 +218,12 @@ def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
     """Run what is not done yet, write `study.json`, `study.md` and `study.png`, and return the text."""
     from pipelines.study_tables import write_tables
 
+    hours = next(iter(plan.variants.values())).run.max_hours
+    if hours is not None:
+        raise ConfigError(
+            f"run.max_hours: {hours:g}, but a study compares trainings that came to their ends, and these"
+            " hours would end whichever is at work. Remove run.max_hours; a killed study goes on where it was."
+        )
     found_at = plan.origins()
     done: set[tuple[str, str]] = set()  # of what comes before: where, and the step's name
     figures: dict[str, dict[int, dict[str, float]]] = {}

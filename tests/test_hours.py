@@ -88,7 +88,7 @@ def weights_of(artifact: Artifact) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def steps_of(artifact: Artifact) -> list[int]:
+def steps_of(artifact: Artifact) -> list[float]:
     rows = MetricsRecord(artifact.path.parent / "metrics.jsonl").read()
     return [row["step"] for row in rows if "optim/learning_rate" in row]
 
@@ -309,7 +309,7 @@ def test_when_the_commands_hours_are_over_no_further_step_is_begun_and_the_same_
     assert begun == {"sft": 1, "sft-2": 1, "sft-3": 1}
     assert words[0].startswith("run.max_hours (1e-09) are over. Not begun yet: sft-2, sft-3. The same command goes on")
     assert "Not begun yet: sft-3." in words[1] and words[2].startswith("All steps are done.")
-    assert words[3] == f"Nothing to do: all 3 steps are done already ({tmp_path}/runs/one)"
+    assert words[3] == f"nothing to do: all 3 steps are done already ({tmp_path}/runs/one)"
 
 
 def test_a_step_within_which_the_commands_hours_end_is_done(

@@ -357,3 +357,9 @@ def test_other_commands_say_what_a_study_is_for(tmp_path: Path, capsys: pytest.C
     write_yaml(tmp_path / "study.yaml", {**study_values(), "extends": "other.yaml"})
     assert main(["rm", "--config", path]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_study_is_not_cut_by_the_hours_of_a_command(tmp_path: Path, calls: list[Any]) -> None:
+    with pytest.raises(ConfigError, match=r"run\.max_hours: 2, but a study compares trainings .*Remove run\.max_hours"):
+        run_study(load_study(write_study(tmp_path), ["run.max_hours=2"]))
+    assert not calls

@@ -1,0 +1,46 @@
+"""The comparison of a killed run with a whole one sees what differs, and a small recipe under two kills differs in nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.random_kills import differences_of, main, table
+from tests.tiny_sft import toy_dialogs, write_base, write_dialogs, write_recipe
+
+
+def write_run(run: Path) -> Path:
+    artifact = run / "sft" / "artifact"
+    artifact.mkdir(parents=True)
+    (artifact / "model.safetensors").write_bytes(b"weights")
+    (artifact / "manifest.json").write_text(json.dumps({"created": run.name, "git_commit": run.name, "seed": 1}))
+    summary = {"sft/eval_loss": 2.0, "time/train_s": float(len(run.name)), "memory/peak_gib": float(len(run.name))}
+    (run / "sft" / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def test_times_and_commits_are_no_differences_and_weights_and_figures_are(tmp_path: Path) -> None:
+    one, other = write_run(tmp_path / "whole"), write_run(tmp_path / "killed")
+    assert differences_of(one, other) == []
+    (other / "sft" / "artifact" / "model.safetensors").write_bytes(b"weightz")
+    (other / "sft" / "summary.json").write_text(json.dumps({"sft/eval_loss": 2.5}))
+    shutil.copytree(one / "sft", one / "rs")
+    lines = table(differences_of(one, other)).splitlines()
+    assert [line.split("  ", 1)[1].strip() for line in lines] == [
+        "only in the run nobody killed",
+        "model.safetensors: other bytes",
+        "sft/eval_loss: 2.0 and absent",
+        "sft/eval_loss: 2.0 and 2.5",
+    ]
+
+
+def test_a_small_recipe_under_two_kills(
+    tmp_path: Path, tiny_sentencepiece: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_base(tmp_path / "base", tiny_sentencepiece, dtype=torch.bfloat16)
+    recipe = write_recipe(tmp_path / "one.yaml", base, write_dialogs(tmp_path / "dialogs.jsonl", toy_dialogs(40)))
+    assert main(["--kills", "2", "--seed", "1", "--folder", str(tmp_path / "runs"), str(recipe)]) == 0
+    told = capsys.readouterr().out
+    assert "seed 1: kills after" in told and told.endswith("same figures\n")

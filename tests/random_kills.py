@@ -25,7 +25,8 @@ from typing import Any
 from llamachat.runs.artifacts import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[1]
-VOLATILE = ("time", "throughput/", "memory/")  # figures that the clock and the machine put in
+VOLATILE = ("time", "throughput/", "memory/", "report/kib")  # figures that the clock and the machine put in
+PAGES = {"report.html", "report.md"}  # tell times and memory: that they are there is compared
 NOT_COMPARED = {"created", "git_commit", "git_is_edited"}  # of a manifest
 ASIDE = {"checkpoints", "tuned", "figures"}
 POLL_S = 0.05
@@ -159,6 +160,10 @@ def artifact_differences(one: Path, other: Path) -> list[str]:
     ]
     manifests = [json.loads(files.pop(MANIFEST)) for files in contents]
     plain = [{key: value for key, value in values.items() if key not in NOT_COMPARED} for values in manifests]
+    for files, values in zip(contents, plain, strict=True):
+        for name in PAGES & files.keys():
+            files[name] = b""
+            values["files"], values["sizes"] = ({**values[key], name: None} for key in ("files", "sizes"))
     names = sorted(contents[0].keys() | contents[1].keys())
     return [
         *[f"{name}: other bytes" for name in names if contents[0].get(name) != contents[1].get(name)],

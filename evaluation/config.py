@@ -29,10 +29,10 @@ class Config(Section):
     """Every policy of the run on the same held-out prompts, with the same seeds."""
 
     test_prompts: int = Field(
-        default=1000, ge=2, description="Prompts of the test side that each policy answers. Paper: 4k, by people."
+        default=500, ge=2, description="Prompts of the test side that each policy answers. Paper: 4k, by people."
     )
     borderline_prompts: int = Field(
-        default=500, ge=0, description="Harmless prompts that look unsafe: false refusals are counted on them. Ours."
+        default=250, ge=0, description="Harmless prompts that look unsafe: false refusals are counted on them. Ours."
     )
     tie: float = Field(
         default=0.1,
@@ -49,12 +49,12 @@ class Config(Section):
         default=CHECKABLE, description="Kinds of those instructions; each can be checked by rule. Ours."
     )
     curve_prompts: int = Field(
-        default=64, ge=0, description="Prompts for reward against the number of answers; 0 draws none. Ours."
+        default=32, ge=0, description="Prompts for reward against the number of answers; 0 draws none. Ours."
     )
-    curve_samples: int = Field(default=32, ge=1, description="Answers to each of those: the largest N. Ours.")
+    curve_samples: int = Field(default=16, ge=1, description="Answers to each of those: the largest N. Ours.")
     temperatures: tuple[Temperature, ...] = Field(
-        default=(0.6, 0.8, 1.0, 1.2, 1.4),
-        description="Temperatures at which the first and the last policy's curves are drawn. Paper, figure 8: 0.6 to 1.5.",
+        default=(0.8, 1.0, 1.2),
+        description="Temperatures at which the first and the last policy's curves are drawn. Paper, figure 8: 0.6 to 1.5; these are ours.",
     )
     samples: int = Field(default=12, ge=0, description="Prompts whose answers are shown side by side. Ours.")
 

@@ -43,7 +43,7 @@ def test_plan_warns_of_a_gate_whose_safety_model_will_learn_no_labels(tmp_path: 
 def test_the_start_warns_before_anything_is_made(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.running.run_step", lambda *given, **more: None)
+    monkeypatch.setattr("pipelines.running._run_unless_done", lambda *given: (None, False))
     recipe = load(recipe_of(tmp_path))
     for command, is_told in (("sft", False), ("rm", True), ("all", True)):
         caplog.clear()

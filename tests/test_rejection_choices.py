@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llamachat.answers import curves as answer_curves
 from llamachat.answers.curves import Curve, curve_of
 from llamachat.answers.groups import Group
 from llamachat.chat_format import ChatFormat
@@ -24,7 +25,6 @@ from llamachat.tracking.metrics import check_names
 from pipelines.plan import make_plan, plan_text, warn
 from pipelines.recipe import load, resolve_steps
 from pipelines.running import run_command
-from rejection_sampling import curves as curves_module
 from rejection_sampling import round as round_module
 from rejection_sampling.curves import best_temperature
 from rejection_sampling.round import make_dialogs
@@ -113,7 +113,7 @@ def test_a_sweep_takes_the_temperature_whose_best_answers_are_best(
             policy=policy, temperature=temperature, best=best, best_low=best, best_high=best, median=[9.0, temperature]
         )
 
-    monkeypatch.setattr(curves_module, "curve_of", curve)
+    monkeypatch.setattr(answer_curves, "curve_of", curve)
     recipe = sampled(
         tmp_path,
         base,

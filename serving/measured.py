@@ -59,7 +59,7 @@ def model_index(artifact: Artifact, name: str, task: str) -> list[dict[str, Any]
         measured = {name: side for name, side in own_figures(artifact).items() if _RESULTS.fullmatch(name)}
         where = f"held-out part of the data of step {artifact.manifest.step}"
     metrics = [
-        {"type": name.rpartition("/")[2], "value": round(side.value, 6), "name": f"{name}{_in_words(side)}"}
+        {"type": _type(name), "value": round(side.value, 6), "name": f"{name}{_in_words(side)}"}
         for name, side in measured.items()
         if not name.startswith(("difference/", "ties/", "chance/"))
     ]
@@ -72,6 +72,11 @@ def model_index(artifact: Artifact, name: str, task: str) -> list[dict[str, Any]
             "results": [{"task": {"type": task, "name": _TASKS[task]}, "dataset": dataset, "metrics": metrics}],
         }
     ]
+
+
+def _type(name: str) -> str:
+    """A short name that no other figure of the same policy has."""
+    return name.replace("/", "_") if name.startswith(("win_rate/", "consistency/")) else name.rpartition("/")[2]
 
 
 def limits(artifact: Artifact, *, is_tiny: bool) -> list[str]:

@@ -122,6 +122,7 @@ def write_evaluation(folder: Path, inputs: dict[str, str]) -> None:
     place.mkdir(parents=True, exist_ok=True)
     side = {"value": 0.25, "low": 0.2, "high": 0.31, "n": 200}
     figures = {"violation": side, "judge": {"value": -0.5, "low": None, "high": None, "n": 9}, "difference/judge": side}
+    figures["win_rate/judge"] = side
     (place / "evaluation.json").write_text(json.dumps({"figures": {"rs": figures, "sft": {}}}))
     (place / "manifest.json").write_text(json.dumps({"identity": {"inputs": inputs}}))
 
@@ -145,6 +146,7 @@ def test_the_hub_reads_the_front_matter(tmp_path: Path, tiny_format: ChatFormat)
     assert [(one.metric_type, one.metric_name, one.metric_value) for one in values.eval_results] == [
         ("violation", "violation (95% interval 0.2 to 0.31)", 0.25),
         ("judge", "judge", -0.5),
+        ("win_rate_judge", "win_rate/judge (95% interval 0.2 to 0.31)", 0.25),
     ]
     # The hub's own way of writing these results gives what stands in the card.
     told = yaml.safe_load(str(card).split("---\n")[1])["model-index"]

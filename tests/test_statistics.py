@@ -24,6 +24,7 @@ from llamachat.statistics import (
 def test_wilson_equals_scipy(successes: int, n: int) -> None:
     wanted = binomtest(successes, n).proportion_ci(method="wilson")
     assert wilson(successes, n) == pytest.approx((wanted.low, wanted.high), abs=1e-9)
+    assert (wilson(0, n)[0], wilson(n, n)[1]) == (0.0, 1.0), "no speck of rounding is left"
 
 
 def test_outcomes_without_groups_have_wilsons_interval() -> None:

@@ -110,7 +110,7 @@ def _run(
     with state_is_kept():
         ran = run_chosen(recipe, chosen, should_overwrite=overwrite)
     tables = write_reports(recipe, chosen)
-    if tables:
+    if tables and command == "rm":  # after a whole recipe they would push its end off the screen
         print(tables)
     if ran.left:
         print(

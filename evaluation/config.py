@@ -4,15 +4,13 @@ The paper (Llama 2, arXiv:2307.09288, sections 3.4 and 4.4) lets people compare 
 reward models and a judge that selected nothing do, and numbers of prompts are ours.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, model_validator
 
+from llamachat.answers.inputs import AnswerInputs
 from llamachat.config.section import Section
-from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
 from llamachat.constraints import CHECKABLE
 
 if TYPE_CHECKING:
@@ -67,20 +65,7 @@ class Config(Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
+class Inputs(AnswerInputs):
     """What `pipelines` resolves for one evaluation."""
 
-    step: str
-    folder: Path
-    resolved: str  # the recipe as YAML, for the run's record
-    identity: dict[str, Any]
-    fingerprint: str
-    run: Run
-    base: Base
-    tuning: Tuning
-    data: Data
-    rollout: Rollout
-    scoring: Scoring
-    tracking: Tracking
     policies: "tuple[Artifact, ...]"  # in the order of the run; the others are compared with the first
-    reward_models: "Mapping[str, Artifact]"  # by what they judge, the judge among them

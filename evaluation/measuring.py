@@ -13,10 +13,10 @@ from typing import Any
 from evaluation.config import Config, Inputs
 from llamachat.answers.consistency import Outcome, Trial, held_out_trials, measure
 from llamachat.answers.curves import Curve, measure_curve
-from llamachat.answers.desk import Desk, Setting, open_desk
+from llamachat.answers.desk import Desk, open_desk
 from llamachat.answers.evaluation import Evaluation, evaluation_of
 from llamachat.answers.likelihood import answer_logprobs
-from llamachat.answers.making import free_memory
+from llamachat.answers.making import free_memory, setting_of
 from llamachat.answers.packed import TokenSequence, sequence_of
 from llamachat.answers.responses import sample
 from llamachat.answers.scorer import longest_prompt
@@ -227,16 +227,8 @@ class Examiner:
 
     def _open(self, policy: Artifact, *, scores: bool) -> Desk:
         inputs = self._inputs
-        setting = Setting(
-            run=inputs.run,
-            base=inputs.base,
-            tuning=inputs.tuning,
-            data=inputs.data,
-            rollout=inputs.rollout,
-            scoring=inputs.scoring,
-        )
         return open_desk(
-            setting,
+            setting_of(inputs),
             policy=policy,
             reward_models=inputs.reward_models,
             held_out=(1, self._config.test_prompts) if scores else None,

@@ -17,16 +17,14 @@ from evaluation.figures import Figure, figures_of, flat
 from evaluation.measuring import Examiner, Measured
 from evaluation.tables import figures_table
 from llamachat.answers.curve_pictures import draw_best_of_n, draw_temperatures
+from llamachat.answers.making import record
 from llamachat.refusals import RefusalClassifier, everyday_answers, labelled_answers, train_classifier
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.atomic import write_json
 from llamachat.runs.evaluations import ANSWERS, EVALUATION
 from llamachat.runs.folder import StepFolder
-from llamachat.tracking.tracker import open_tracker
 
 log = logging.getLogger(__name__)
-
-_LAST = 10**9  # past every step of a record
 
 
 def run(config: Config, inputs: Inputs) -> Artifact:
@@ -43,15 +41,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     _draw(measured, folder)
     shown = side_by_side(measured, count=config.samples)
     content = _content(config, inputs, measured, figures, classifier, shown)
-    with open_tracker(
-        inputs.tracking,
-        step_folder=folder,
-        run_dir=Path(inputs.run.dir),
-        step=inputs.step,
-        prefix="eval",
-        config=inputs.identity,
-        resume_step=None,
-    ) as tracker:
+    with record(inputs, "eval", keeps_record=False) as tracker:
         tracker.samples(1, [_row(one) for one in shown])
         for picture in sorted(folder.figures.glob("*.png")):
             tracker.figure(picture.stem, picture)

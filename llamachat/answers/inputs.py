@@ -1,4 +1,4 @@
-"""What every step is handed that makes dialogs and tunes on them: rejection sampling, Ghost Attention, context distillation."""
+"""What every step is handed that samples answers and scores them: those that tune on some of them, and evaluation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepInputs:
-    """What `pipelines` resolves for one such step."""
+class AnswerInputs:
+    """What `pipelines` resolves for any such step."""
 
     step: str
     folder: Path
@@ -27,7 +27,13 @@ class StepInputs:
     rollout: Rollout
     scoring: Scoring
     tracking: Tracking
+    reward_models: "Mapping[str, Artifact]" = field(default_factory=dict)  # by what they judge, the judge among them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs(AnswerInputs):
+    """Of one that makes dialogs and tunes on them: rejection sampling, Ghost Attention, context distillation."""
+
     tune: "Tune"
     policy: "Artifact | None" = None  # to sample from and to continue; the base itself without one
-    reward_models: "Mapping[str, Artifact]" = field(default_factory=dict)  # by what they judge, the judge among them
     deadline: float | None = None  # by time.monotonic(): when run.max_hours are over

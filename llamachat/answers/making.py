@@ -15,7 +15,7 @@ import torch
 
 from llamachat.answers.desk import Desk, Setting
 from llamachat.answers.evaluation import Evaluation
-from llamachat.answers.inputs import StepInputs
+from llamachat.answers.inputs import AnswerInputs, StepInputs
 from llamachat.answers.store import Store
 from llamachat.runs.artifacts import (
     DIALOGS,
@@ -63,7 +63,7 @@ def run_parts(
     return end_step(folder)
 
 
-def setting_of(inputs: StepInputs) -> Setting:
+def setting_of(inputs: AnswerInputs) -> Setting:
     """The sections that sampling and scoring are told."""
     return Setting(
         run=inputs.run,
@@ -76,7 +76,7 @@ def setting_of(inputs: StepInputs) -> Setting:
 
 
 @contextmanager
-def record(inputs: StepInputs, prefix: str, *, keeps_record: bool) -> Iterator[Tracker]:
+def record(inputs: AnswerInputs, prefix: str, *, keeps_record: bool) -> Iterator[Tracker]:
     """The record of the sampling: as it is, or from its beginning, where what was stored is logged again."""
     with open_tracker(
         inputs.tracking,

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from llamachat import ranks
 from llamachat.errors import UsageError
 from pipelines import tools
 from pipelines.compare import compare
@@ -47,9 +48,11 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolve
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    if os.environ.get("LLAMACHAT_DIE_WITH_PARENT") == "1":
+    # One of several processes must not outlive the launcher either.
+    if os.environ.get("LLAMACHAT_DIE_WITH_PARENT") == "1" or ranks.are_launched():
         _die_with_parent()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    level = logging.INFO if ranks.launched_index() == 0 else logging.ERROR  # the others find the same to say
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for library in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
@@ -95,7 +98,7 @@ def _run(
     from pipelines.recipe import load, resolve_steps
     from pipelines.reports import write_reports
     from pipelines.resolve import step_folder
-    from pipelines.running import choose_steps, run_chosen
+    from pipelines.running import choose_steps, lead, run_chosen
     from pipelines.study import is_study
 
     if is_study(config):
@@ -108,7 +111,9 @@ def _run(
         return
     chosen = choose_steps(resolve_steps(recipe), command, only)
     with state_is_kept():
-        ran = run_chosen(recipe, chosen, should_overwrite=overwrite)
+        ran = lead(lambda: run_chosen(recipe, chosen, should_overwrite=overwrite))
+    if ran is None:
+        return
     tables = write_reports(recipe, chosen)
     if tables and command == "rm":  # after a whole recipe they would push its end off the screen
         print(tables)
@@ -130,6 +135,7 @@ def _run(
 def _study(
     command: str, config: Path, overrides: Sequence[str], *, overwrite: bool, dry_run: bool, only: Sequence[str]
 ) -> None:
+    from pipelines.running import lead
     from pipelines.study import load_study, run_study
     from pipelines.study_plan import study_plan_text
 
@@ -144,7 +150,9 @@ def _study(
         print(study_plan_text(plan))
         return
     with state_is_kept():
-        print(run_study(plan, should_overwrite=overwrite))
+        told = lead(lambda: run_study(plan, should_overwrite=overwrite))
+    if told is not None:
+        print(told)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from context_distillation.estimate import num_kept
 from evaluation.config import Inputs as EvaluationInputs
 from gatt.config import Config as GattConfig
 from gatt.config import Inputs as GattInputs
+from llamachat import ranks
 from llamachat.config.gpus import Gpu
 from llamachat.config.layers import merged
 from llamachat.config.loading import from_plain
@@ -114,7 +115,7 @@ def tuner(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -
         if (folder.tuned / MANIFEST).is_file():
             return read_artifact(folder.tuned, "policy", reader=step.name)
         deadline = shared.get("deadline")
-        if deadline is not None and time.monotonic() > deadline:
+        if deadline is not None and ranks.agreed(time.monotonic() > deadline):
             deadline = None  # what was sampled when the command's hours were over is learnt, not one step of it
         inputs = SftInputs(
             **{**shared, "deadline": deadline},

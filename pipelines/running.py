@@ -6,13 +6,14 @@ written after it. A finished, unchanged step costs a few digests: no stage code 
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+from llamachat import ranks
 from llamachat.config.loading import to_yaml
-from llamachat.errors import ChangedError, ConfigError, DataError, TokenizerError, UsageError
+from llamachat.errors import ChangedError, ConfigError, DataError, LlamachatError, TokenizerError, UsageError
 from llamachat.runs.artifacts import Artifact, is_published, read_artifact
 from llamachat.runs.cost import counted
 from llamachat.runs.fingerprints import changed_keys, fingerprint
@@ -24,8 +25,15 @@ from pipelines.handing import stage_inputs
 from pipelines.identity import step_identity
 from pipelines.recipe import Recipe, Step, resolve_steps
 from pipelines.resolve import Taken, earlier_makers, lacks_policy, step_folder, take_inputs
+from pipelines.stages import REPORT
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# What one process finds wrong the others mostly find too. The first that ends is the end of all: it should be the one that
+# tells people and leaves the step as it was.
+LET_SPEAK_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,25 +181,59 @@ def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
         keeps_sampling=bool(work.step.stage.surveys),
     )
     log.info("%s: from %s, into %s", name, work.taken.words, folder.path)
-    inputs = stage_inputs(
-        recipe,
-        work.step,
-        work.taken,
-        folder=folder.path,
-        resolved=resolved,
-        identity=work.identity,
-        fingerprint=work.fingerprint,
-        deadline=deadline,
-    )
+    if work.step.product.makes != REPORT:  # which is too little work to share
+        ranks.agreed(cast("_Begun | None", _Begun(recipe, name, deadline)))
     try:
         with counted(folder):
-            artifact = work.step.stage.package.run(work.step.config, inputs)
+            artifact = _work_on(recipe, work, deadline)
     except (ConfigError, DataError, TokenizerError):
         unbind(folder)  # the mend changes the recipe or the data, which a step that stays begun would refuse
         raise
     lineage(Path(recipe.run.dir))
     log.info("%s: done (%s)", name, artifact.path)
     return artifact
+
+
+def _work_on(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
+    """Let the stage do it."""
+    inputs = stage_inputs(
+        recipe,
+        work.step,
+        work.taken,
+        folder=work.folder.path,
+        resolved=to_yaml(recipe),
+        identity=work.identity,
+        fingerprint=work.fingerprint,
+        deadline=deadline,
+    )
+    return work.step.stage.package.run(work.step.config, inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """What the first process tells the others when it begins to work on a step."""
+
+    recipe: Recipe
+    step: str
+    deadline: float | None
+
+
+def lead(work: Callable[[], Result]) -> Result | None:
+    """`work()` in the first process; the others help with each step that it begins, and have no result."""
+    with ranks.opened():
+        if ranks.is_first():
+            result = work()
+            ranks.agreed(cast("_Begun | None", None))
+            return result
+        while (begun := ranks.agreed(cast("_Begun | None", None))) is not None:
+            steps = resolve_steps(begun.recipe)
+            step = next(step for step in steps if step.name == begun.step)
+            try:
+                _work_on(begun.recipe, find_work(begun.recipe, steps, step), begun.deadline)
+            except LlamachatError:
+                time.sleep(LET_SPEAK_S)
+                raise
+        return None
 
 
 def adopt(recipe: Recipe, work: Work) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llamachat import ranks
 from llamachat.runs.atomic import storage_errors, write_text
 
 
@@ -19,14 +20,15 @@ class Store:
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         """The JSON value of this name; made, and written, where it is not there yet."""
         path = self._path(name)
-        if not path.is_file():
+        if not self.has(name):
             write_text(path, json.dumps(make(), allow_nan=False) + "\n")
+            ranks.wait()
         with storage_errors(path):
             return json.loads(path.read_text(encoding="utf-8"))
 
     def has(self, name: str) -> bool:
         """Whether the value is there."""
-        return self._path(name).is_file()
+        return ranks.agreed(self._path(name).is_file())
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"

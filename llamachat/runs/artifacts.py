@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import Field, ValidationError
 
+from llamachat import ranks
 from llamachat.config.section import Section
 from llamachat.errors import ArtifactError
 from llamachat.runs.atomic import flush, incoming_folder, storage_errors, write_json
@@ -98,9 +99,16 @@ def publish(
     """Let `write` fill a side folder, add the completed manifest, and rename it into place.
 
     `manifest` comes without versions, commit, time and files. Kind 'dialogs' goes to `dialogs/`, others to `artifact/`,
-    or where they do not end the step to `tuned/`, until `end_step`.
+    or where they do not end the step to `tuned/`, until `end_step`. Of several processes the first one writes.
     """
     final = _place(folder, manifest.kind) if ends_step else folder.tuned
+    if ranks.is_first():
+        _fill(final, manifest, write)
+    ranks.wait()
+    return Artifact(final, _read_manifest(final))
+
+
+def _fill(final: Path, manifest: Manifest, write: Callable[[Path], object]) -> None:
     with incoming_folder(final) as side:
         write(side)
         names = sorted(path.relative_to(side).as_posix() for path in side.rglob("*") if path.is_file())
@@ -117,14 +125,15 @@ def publish(
             }
         )
         write_json(side / MANIFEST, completed.model_dump(mode="json"))
-    return Artifact(final, completed)
 
 
 def end_step(folder: StepFolder) -> Artifact:
     """Make the policy in `tuned/` the step's artifact."""
-    with storage_errors(folder.artifact):
-        folder.tuned.rename(folder.artifact)
-        flush(folder.path)
+    if ranks.is_first():
+        with storage_errors(folder.artifact):
+            folder.tuned.rename(folder.artifact)
+            flush(folder.path)
+    ranks.wait()
     return Artifact(folder.artifact, _read_manifest(folder.artifact))
 
 

@@ -1,7 +1,8 @@
 """Files and folders that appear whole or not at all: written beside, flushed to the disk, renamed into place.
 
 One thing surprises: a rename is only safe against a power cut when the files, their folder and the folder that holds
-the new name are flushed too, so every path here ends with a flush of the parent.
+the new name are flushed too, so every path here ends with a flush of the parent. Of several processes that work on a
+step together the first one alone writes.
 """
 
 import errno
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llamachat import ranks
 from llamachat.errors import LlamachatError
 
 # A side file or folder that a killed command leaves behind; whoever holds the step's lock may delete it.
@@ -72,6 +74,8 @@ def make_folder(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`: a reader sees the old content or the new, never a mixture."""
+    if not ranks.is_first():
+        return
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Two commands on two steps of one run may write its index at once: each has its own side file.

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from llamachat import ranks
 from llamachat.runs.atomic import INCOMING, flush, make_folder, storage_errors
 
 
@@ -45,6 +46,8 @@ class BestWeights:
 
     def offer(self, evaluated: Evaluated, model: nn.Module) -> None:
         """Keep the model's trained weights if no earlier ones had so low a loss."""
+        if not ranks.is_first():
+            return
         best = self.read()
         if best is not None and best.loss <= evaluated.loss:
             return
@@ -60,6 +63,7 @@ class BestWeights:
 
     def put(self, model: nn.Module) -> Evaluated:
         """Make the model the best one."""
+        ranks.wait()  # for the first process, which writes it
         best = self.read()
         assert best is not None, "a training is evaluated where it ends"
         trained = _trained(model)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from llamachat import ranks
 from llamachat.runs.atomic import storage_errors, write_json
 
 log = logging.getLogger(__name__)
@@ -56,13 +57,21 @@ class Hours:
         """Whether the work ends here; said once, and so from then on."""
         if self.ended_by is not None:
             return True
-        if self.limit is not None and self.seconds > 3600 * self.limit:
-            self.ended_by = "max_hours"
+        if not self.are_limited:
+            return False
+        self.ended_by = ranks.agreed(self._ending())
+        if self.ended_by == "max_hours":
             log.warning("%s: %s (%g) are over at %s", self.step, self.key, self.limit, where)
-        elif self.deadline is not None and time.monotonic() > self.deadline:
-            self.ended_by = "run.max_hours"
+        elif self.ended_by == "run.max_hours":
             log.warning("%s: %s are over at %s", self.step, self.key, where)
         return self.ended_by is not None
+
+    def _ending(self) -> EndedBy | None:
+        if self.limit is not None and self.seconds > 3600 * self.limit:
+            return "max_hours"
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            return "run.max_hours"
+        return None
 
     def save(self, folder: Path) -> None:
         """Write them into the folder; without a limit there is nothing to write."""

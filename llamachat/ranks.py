@@ -1,0 +1,131 @@
+"""Several processes that work on one step together, as `accelerate launch` starts them: who does what, and who writes.
+
+The work that costs time is dealt out (`dealt`, `summed`); what comes of it is the same in every process, so each decides the
+same and none needs to ask; where a decision hangs on a clock or a file, the first one's counts (`agreed`). The first
+process alone writes. With one process, which is the usual case, all of this is nothing, and torch is not loaded for it.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Value = TypeVar("Value")
+
+# The others wait while the first one writes or draws. Whoever starts them ends them all when one fails.
+PATIENCE = timedelta(hours=24)
+
+
+def are_launched() -> bool:
+    """Whether this process was started as one of several, by the environment that torchrun and accelerate set."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def launched_index() -> int:
+    """This process's number by the environment, which is known before they have met."""
+    return int(os.environ.get("RANK", "0")) if are_launched() else 0
+
+
+@contextmanager
+def opened() -> Iterator[None]:
+    """Let the launched processes meet, and part when the block ends well."""
+    if not are_launched():
+        yield
+        return
+    from accelerate import PartialState
+
+    state = PartialState(timeout=PATIENCE)  # picks backend and device as accelerate's own trainers do
+    yield
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def count() -> int:
+    """How many processes work together."""
+    group = _group()
+    return 1 if group is None else group.get_world_size()
+
+
+def index() -> int:
+    """The number of this one, from 0."""
+    group = _group()
+    return 0 if group is None else group.get_rank()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes, shows and decides."""
+    return index() == 0
+
+
+def wait() -> None:
+    """Go on when all have come here: what the first one has written is there for every one."""
+    group = _group()
+    if group is not None:
+        group.barrier()
+
+
+def agreed(value: Value) -> Value:
+    """The first process's value, in every process."""
+    group = _group()
+    if group is None:
+        return value
+    box: list[Any] = [value]
+    group.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def dealt(items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]]) -> list[Result]:
+    """`work(items)`, each process doing its part of the items; all results in the order of the items, in every process.
+
+    `work` gives one result an item, and is not called for no items unless there are none at all.
+    """
+    group = _group()
+    if group is None or not items:
+        return list(work(list(items)))
+    number, world = group.get_rank(), group.get_world_size()
+    mine = list(items[number::world])
+    done = list(work(mine)) if mine else []
+    assert len(done) == len(mine), "one result an item"
+    parts: list[list[Result]] = [[] for _ in range(world)]
+    group.all_gather_object(parts, done)
+    return [parts[place % world][place // world] for place in range(len(items))]
+
+
+def summed(tensor: "Tensor") -> "Tensor":
+    """The sum of every process's tensor, elementwise, in its dtype; the tensor itself is left as it is."""
+    group = _group()
+    if group is None:
+        return tensor
+    total = tensor.detach().clone()
+    group.all_reduce(total)
+    return total
+
+
+def sum_gradients(params: Iterable["Tensor"]) -> None:
+    """Make every gradient the sum of all processes' gradients, in one transfer and in fp32; none counts as zeros."""
+    group = _group()
+    if group is None:
+        return
+    import torch
+
+    trained = list(params)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    flat = torch.cat([grad.reshape(-1).float() for grad in grads])
+    group.all_reduce(flat)
+    for param, grad, part in zip(trained, grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        param.grad = part.view_as(grad).to(grad.dtype)
+
+
+def _group() -> Any:
+    """torch.distributed where several processes have met; torch is not loaded to ask."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    return torch.distributed if torch.distributed.get_world_size() > 1 else None

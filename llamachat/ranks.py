@@ -64,6 +64,11 @@ def is_first() -> bool:
     return index() == 0
 
 
+def are_sharded() -> bool:
+    """Whether the model is cut over the processes (FSDP) rather than whole in each, by the environment of accelerate."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+
+
 def wait() -> None:
     """Go on when all have come here: what the first one has written is there for every one."""
     group = _group()
@@ -84,10 +89,11 @@ def agreed(value: Value) -> Value:
 def dealt(items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]]) -> list[Result]:
     """`work(items)`, each process doing its part of the items; all results in the order of the items, in every process.
 
-    `work` gives one result an item, and is not called for no items unless there are none at all.
+    `work` gives one result an item, and is not called for no items unless there are none at all. Where the model itself is
+    cut over the processes each forward pass needs all of them, and every one does all of the work.
     """
     group = _group()
-    if group is None or not items:
+    if group is None or not items or are_sharded():
         return list(work(list(items)))
     number, world = group.get_rank(), group.get_world_size()
     mine = list(items[number::world])
@@ -108,8 +114,8 @@ def summed(tensor: "Tensor") -> "Tensor":
     return total
 
 
-def sum_gradients(params: Iterable["Tensor"]) -> None:
-    """Make every gradient the sum of all processes' gradients, in one transfer and in fp32; none counts as zeros."""
+def sum_gradients(params: Iterable["Tensor"], *, scale: float = 1.0) -> None:
+    """Make every gradient `scale` times the sum of all processes' gradients, in one transfer, in fp32; none counts as zeros."""
     group = _group()
     if group is None:
         return
@@ -119,6 +125,7 @@ def sum_gradients(params: Iterable["Tensor"]) -> None:
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     flat = torch.cat([grad.reshape(-1).float() for grad in grads])
     group.all_reduce(flat)
+    flat *= scale
     for param, grad, part in zip(trained, grads, flat.split([grad.numel() for grad in grads]), strict=True):
         param.grad = part.view_as(grad).to(grad.dtype)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from llamachat import ranks
 from llamachat.batching import StepPlan, epoch_order, lay_out
 from llamachat.tokenizer import UNK_ID
 from reward.pairs import LabelExample, PairExample
@@ -123,7 +124,7 @@ def plan_batches(
             for group, start, end in zip(groups, bounds, bounds[1:], strict=False)
         ]
     lengths = [pair.tokens for pair in pairs] + [len(label.ids) for label in labels]
-    return _counted(Batches(pairs, labels, lay_out(groups, lengths, capacity=row_tokens), has_pair_labels, ()))
+    return _counted(Batches(pairs, labels, _lay_out(groups, lengths, row_tokens), has_pair_labels, ()))
 
 
 def smaller(batches: Batches, row_tokens: int) -> Batches:
@@ -131,7 +132,11 @@ def smaller(batches: Batches, row_tokens: int) -> Batches:
     plan = batches.plan
     groups = [[index for row in plan.step_rows(step) for index in row] for step in range(plan.num_steps)]
     lengths = [pair.tokens for pair in batches.pairs] + [len(label.ids) for label in batches.labels]
-    return _counted(replace(batches, plan=lay_out(groups, lengths, capacity=row_tokens)))
+    return _counted(replace(batches, plan=_lay_out(groups, lengths, row_tokens)))
+
+
+def _lay_out(groups: Sequence[Sequence[int]], lengths: Sequence[int], row_tokens: int) -> StepPlan:
+    return lay_out(groups, lengths, capacity=row_tokens, world_size=ranks.count())
 
 
 def _counted(batches: Batches) -> Batches:

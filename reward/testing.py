@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from llamachat import ranks
 from llamachat.errors import DivergedError
 from llamachat.models.reward_model import score_rows
 from llamachat.record_rules import first_user_turn
@@ -24,8 +25,13 @@ log = logging.getLogger(__name__)
 
 def pair_scores(model: nn.Module, pairs: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
     """Scores of the chosen and of the rejected answers, [B] each, fp32 on the CPU."""
-    scores_N = score_rows(model, [ids for pair in pairs for ids in (pair.chosen, pair.rejected)])
+    scores_N = _scores(model, [ids for pair in pairs for ids in (pair.chosen, pair.rejected)])
     return scores_N[0::2], scores_N[1::2]
+
+
+def _scores(model: nn.Module, rows: Sequence[tuple[int, ...]]) -> Tensor:
+    """`score_rows`, dealt out over the processes."""
+    return torch.tensor(ranks.dealt(rows, lambda mine: score_rows(model, mine).tolist()))
 
 
 def held_out_figures(model: nn.Module, pairs: Sequence[PairExample]) -> tuple[float, float]:
@@ -89,7 +95,7 @@ def score_tests(model: nn.Module, examples: Examples) -> tuple[list[ScoredPair],
         for ids, score, is_safe in zip((example.chosen, example.rejected), (chosen, rejected), labels, strict=True):
             if is_safe is not None:
                 responses[ids] = ScoredResponse(score=score, is_safe=is_safe, source=example.source)
-    scores_N = score_rows(model, [label.ids for label in examples.test_labels]).tolist()
+    scores_N = _scores(model, [label.ids for label in examples.test_labels]).tolist()
     for label, score in zip(examples.test_labels, scores_N, strict=True):
         responses[label.ids] = ScoredResponse(score=score, is_safe=label.is_safe, source=label.source)
     return pairs, list(responses.values())

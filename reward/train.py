@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from transformers.utils import logging as transformers_logging
 
+from llamachat import ranks
 from llamachat.models.reward_model import RewardStart, build_reward_model
 from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.runs.artifacts import Artifact
@@ -52,7 +53,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     transformers_logging.disable_progress_bar()
     check_optimizer(config.optimizer, where="reward.optimizer")
     folder = StepFolder(inputs.folder)
-    resume = newest(folder.checkpoints)
+    resume = ranks.agreed(newest(folder.checkpoints))
     hours = open_hours(inputs.step, "reward", config.max_hours, inputs.deadline, resume.path if resume else None)
     start = build_reward_model(inputs.base, inputs.tuning, policy=inputs.policy, seed=inputs.run.seed, device="auto")
     if start.device.type == "cpu":

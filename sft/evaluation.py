@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from llamachat import ranks
 from llamachat.batching import collate_packed, pack
 from llamachat.chat_format import ChatFormat, TokenizedExample
 from llamachat.dialog import Message
@@ -21,16 +22,18 @@ def answer_loss(
 ) -> float:
     """Mean negative log-likelihood of the answer tokens (EOS included), in nats a token, over all `examples`."""
     assert examples, "the caller has held-out dialogs"
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for row in pack([len(example.input_ids) for example in examples], row_tokens):
+
+    def summed(row: Sequence[int]) -> tuple[float, int]:
         batch = collate_packed([examples[index] for index in row], multiple_of=SHAPE_MULTIPLE)
         losses = answer_token_losses(model, {name: tensor.to(device) for name, tensor in batch.items()})
-        total += float(losses.sum(dtype=torch.float64))
-        count += losses.numel()
+        return float(losses.sum(dtype=torch.float64)), losses.numel()
+
+    was_training = model.training
+    model.eval()
+    rows = pack([len(example.input_ids) for example in examples], row_tokens)
+    sums = ranks.dealt(rows, lambda mine: [summed(row) for row in mine])
     model.train(was_training)
-    return total / count
+    return sum(total for total, _ in sums) / sum(count for _, count in sums)
 
 
 def check_finite(loss: float, what: str) -> None:

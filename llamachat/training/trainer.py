@@ -5,8 +5,11 @@ checkpoint. The data set of a trainer holds row numbers and a collator of ours m
 """
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import align_special_tokens
 
+from llamachat import ranks
 from llamachat.runs.checkpoints import newest, writing
 from llamachat.runs.cost import peak_memory
 from llamachat.training.hours import Hours
@@ -37,7 +41,11 @@ OnLog = Callable[[int, dict[str, float]], None]
 
 
 class AtomicCheckpoints(Trainer):
-    """Stands before one of TRL's trainers: saves through `llamachat.runs.checkpoints.writing`, reports to `Watch` alone."""
+    """Stands before one of TRL's trainers: saves through `llamachat.runs.checkpoints.writing`, reports to `Watch` alone.
+
+    Of several processes the first one saves. No DDP wrapper: it would have every row run through it, those that only fill
+    up a step too, and hold a copy of all gradients; they are joined once a step (`llamachat.ranks`), before the clip.
+    """
 
     def __init__(
         self,
@@ -50,6 +58,8 @@ class AtomicCheckpoints(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._checkpoints, self._before_save, self._hours = checkpoints, before_save, hours
+        if ranks.count() > 1 and not ranks.are_sharded():
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         # The flow callback decides when to log and to save; the printing and progress callbacks are ours.
         self.callback_handler.callbacks = [
             callback for callback in self.callback_handler.callbacks if isinstance(callback, DefaultFlowCallback)
@@ -58,7 +68,13 @@ class AtomicCheckpoints(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         work = super().training_step
-        return in_room(lambda: work(*args, **kwargs))
+        loss = in_room(lambda: work(*args, **kwargs))
+        if self.accelerator.sync_gradients and not ranks.are_sharded():
+            assert self.model is not None
+            # Each process's loss is as many times its part of the step's as there are processes, as for DDP.
+            trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+            ranks.sum_gradients(trained, scale=1 / ranks.count())
+        return loss
 
     def take_as_trained(self) -> None:
         """Give the model's configuration what `train` gives it before its first step, where no step is left to train."""
@@ -87,6 +103,21 @@ class AtomicCheckpoints(Trainer):
         assert not loaded.unexpected_keys and not [key for key in loaded.missing_keys if ".lora_" in key]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        random_states = self._random_states()
+        if ranks.is_first():
+            self._save_all(model, trial, random_states)
+        else:
+            self.store_flos()  # the first process asks all for theirs as it saves
+        ranks.wait()
+
+    def _random_states(self) -> Mapping[str, bytes]:
+        """The files with the random state of every process, by name."""
+        with tempfile.TemporaryDirectory() as place:
+            self._save_rng_state(place)
+            mine = [(path.name, path.read_bytes()) for path in Path(place).iterdir()]
+        return dict(chain.from_iterable(ranks.dealt(range(ranks.count()), lambda _: [mine])))
+
+    def _save_all(self, model: Any, trial: Any, random_states: Mapping[str, bytes]) -> None:
         step, home = self.state.global_step, self.args.output_dir
         self._before_save()  # what the record says up to this step must be on the disk with the checkpoint
         with writing(self._checkpoints, step) as side:
@@ -100,6 +131,8 @@ class AtomicCheckpoints(Trainer):
             for path in written.iterdir():
                 path.rename(side / path.name)
             written.rmdir()
+            for name, state in random_states.items():
+                (side / name).write_bytes(state)
             if self._hours is not None:
                 self._hours.save(side)
 

@@ -4,6 +4,7 @@ PYTHON ?= python3
 CONFIG ?= configs/tiny.yaml
 ARGS ?=
 VENV ?=
+LAUNCH ?=
 
 ifeq ($(strip $(VENV)),)
 ENVIRONMENT := .venv
@@ -15,6 +16,8 @@ endif
 PY := $(ENVIRONMENT)/bin/python
 # A killed make takes the step with it: no orphan holds the run.
 LLAMACHAT := LLAMACHAT_DIE_WITH_PARENT=1 exec $(PY) -m pipelines
+# Launchers (accelerate, torchrun) are those of the environment.
+LAUNCHED := LLAMACHAT_DIE_WITH_PARENT=1 PATH="$(abspath $(ENVIRONMENT))/bin:$$PATH" exec $(LAUNCH) -m pipelines
 STEPS := sft rm rs gatt distill ppo eval report all
 
 .DEFAULT_GOAL := help
@@ -24,9 +27,10 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 	@echo 'sft rm rs gatt distill ppo eval report all: a step of the recipe, or all of them'
 	@echo 'CONFIG=$(CONFIG)  ARGS="sft.epochs=1 run.dir=runs/x"  VENV=/an/existing/environment'
+	@echo 'LAUNCH="accelerate launch --config_file configs/accelerate/ddp.yaml": several processes work on each step'
 
 $(STEPS): $(READY)
-	@$(LLAMACHAT) $@ --config $(CONFIG) $(ARGS)
+	@$(if $(strip $(LAUNCH)),$(LAUNCHED),$(LLAMACHAT)) $@ --config $(CONFIG) $(ARGS)
 
 plan: $(READY) ## what would run, from which inputs, and why
 	@$(LLAMACHAT) plan --config $(CONFIG) $(ARGS)

@@ -39,12 +39,21 @@ def opened() -> Iterator[None]:
     if not are_launched():
         yield
         return
+    import torch
     from accelerate import PartialState
 
-    state = PartialState(timeout=PATIENCE)  # picks backend and device as accelerate's own trainers do
+    if not torch.cuda.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # what `accelerate launch --cpu` says; a trainer asks anew
+    # Picks backend and device as accelerate's own trainers do.
+    PartialState(cpu=are_on_cpu(), timeout=PATIENCE)
     yield
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    wait()
+    torch.distributed.destroy_process_group()
+
+
+def are_on_cpu() -> bool:
+    """Whether the launcher was told to leave GPUs alone, or there are none."""
+    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
 
 
 def count() -> int:

@@ -20,6 +20,7 @@ from llamachat.errors import UsageError
 from pipelines import tools
 from pipelines.compare import compare
 from pipelines.exit_status import INTERRUPTED, reported, state_is_kept
+from pipelines.launching import missing_processes, start
 from pipelines.pairs import SeveralTemperatures, pairs
 from pipelines.tools import TINY, ConfigOption, Overrides
 
@@ -58,9 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
     # Libraries tell each other what they will rename; nobody who runs a command can act on it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    asked = missing_processes()
+    if asked:
+        _die_with_parent()
+        return start(asked, given)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app(list(arguments) if arguments is not None else None, prog_name="llamachat")
+        app(given, prog_name="llamachat")
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(bool(done.code))
     except KeyboardInterrupt:

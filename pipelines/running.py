@@ -6,7 +6,8 @@ written after it. A finished, unchanged step costs a few digests: no stage code 
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -31,9 +32,9 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# What one process finds wrong the others mostly find too. The first that ends is the end of all: it should be the one that
-# tells people and leaves the step as it was.
 LET_SPEAK_S = 5.0
+# The words of gloo and of NCCL where the process at the other end is no more.
+_OTHERS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,15 +226,27 @@ def lead(work: Callable[[], Result]) -> Result | None:
             result = work()
             ranks.agreed(cast("_Begun | None", None))
             return result
-        while (begun := ranks.agreed(cast("_Begun | None", None))) is not None:
-            steps = resolve_steps(begun.recipe)
-            step = next(step for step in steps if step.name == begun.step)
-            try:
+        with _second_to_the_first():
+            while (begun := ranks.agreed(cast("_Begun | None", None))) is not None:
+                steps = resolve_steps(begun.recipe)
+                step = next(step for step in steps if step.name == begun.step)
                 _work_on(begun.recipe, find_work(begun.recipe, steps, step), begun.deadline)
-            except LlamachatError:
-                time.sleep(LET_SPEAK_S)
-                raise
         return None
+
+
+@contextmanager
+def _second_to_the_first() -> Iterator[None]:
+    """What one process finds wrong the others mostly find too, and the first that ends is the end of all: it should be the
+    one that tells people and leaves the step as it was."""
+    try:
+        yield
+    except LlamachatError:
+        time.sleep(LET_SPEAK_S)
+        raise
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _OTHERS_GONE):
+            raise
+        raise SystemExit(1) from None  # another has ended, and has said why
 
 
 def adopt(recipe: Recipe, work: Work) -> bool:

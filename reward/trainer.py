@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl import RewardConfig, RewardTrainer
 
+from llamachat import ranks
 from llamachat.models.reward_model import last_token_scores
 from llamachat.training.master_weights import MasterWeightOptimizer, adamw
 from llamachat.training.trainer import CHECKPOINTING, AtomicCheckpoints, rate_schedule
@@ -28,6 +29,10 @@ def names_of(which: Which) -> dict[str, str]:
     }
 
 
+# What is counted over pairs and over labelled answers; the first two are how many there are.
+_COUNTED = ("pairs", "labelled", "accuracy", "score_chosen", "score_rejected", "ranking_loss", "auxiliary_loss")
+
+
 class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
     """`RewardTrainer` whose batches are packed rows (`reward.batches`) and whose loss is that of section 3.2.2."""
 
@@ -38,7 +43,7 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
     def __init__(self, *args: Any, safety_auxiliary_weight: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._safety_auxiliary_weight = safety_auxiliary_weight
-        self._sums: dict[str, Tensor] = {}  # since the last line of metrics
+        self._sums: Tensor | None = None  # of _COUNTED since the last line of metrics, fp32
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Dataset:
         """As it is: it holds row numbers, where TRL would look for texts."""
@@ -69,28 +74,21 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
         self, chosen_B: Tensor, rejected_B: Tensor, inputs: dict[str, Any], ranking: Tensor, auxiliary: Tensor
     ) -> None:
         is_right_B = (chosen_B > rejected_B).float() + 0.5 * (chosen_B == rejected_B).float()
-        found = {
-            "pairs": torch.tensor(float(len(chosen_B)), device=chosen_B.device),
-            "labelled": torch.tensor(float(len(inputs["labelled"])), device=chosen_B.device),
-            "accuracy": is_right_B.sum(),
-            "score_chosen": chosen_B.sum(),
-            "score_rejected": rejected_B.sum(),
-            "ranking_loss": ranking,
-            "auxiliary_loss": auxiliary,
-        }
-        self._sums = {name: value + self._sums.get(name, 0.0) for name, value in found.items()}
+        counts = [
+            torch.tensor(float(count), device=chosen_B.device) for count in (len(chosen_B), len(inputs["labelled"]))
+        ]
+        found = torch.stack([*counts, is_right_B.sum(), chosen_B.sum(), rejected_B.sum(), ranking, auxiliary])
+        self._sums = found if self._sums is None else self._sums + found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._sums:
-            sums: dict[str, Any] = {
-                name: float(self.accelerator.reduce(value, reduction="sum"))  # type: ignore[arg-type]  # takes tensors
-                for name, value in self._sums.items()
-            }
-            for name in ("accuracy", "score_chosen", "score_rejected", "ranking_loss", "auxiliary_loss"):
-                count = sums["labelled" if name == "auxiliary_loss" else "pairs"]
-                if count:
-                    logs[name] = sums[name] / count
-            self._sums = {}
+        # A process whose rows only filled up their steps has counted nothing.
+        mine = torch.zeros(len(_COUNTED), device=self.args.device) if self._sums is None else self._sums
+        sums = dict(zip(_COUNTED, ranks.summed(mine).tolist(), strict=True))
+        for name in _COUNTED[2:]:
+            count = sums["labelled" if name == "auxiliary_loss" else "pairs"]
+            if count:
+                logs[name] = sums[name] / count
+        self._sums = None
         super().log(logs, start_time)
 
 

@@ -17,7 +17,7 @@ PY := $(ENVIRONMENT)/bin/python
 # A killed make takes the step with it: no orphan holds the run.
 LLAMACHAT := LLAMACHAT_DIE_WITH_PARENT=1 exec $(PY) -m pipelines
 # Launchers (accelerate, torchrun) are those of the environment.
-LAUNCHED := LLAMACHAT_DIE_WITH_PARENT=1 PATH="$(abspath $(ENVIRONMENT))/bin:$$PATH" exec $(LAUNCH) -m pipelines
+LAUNCHED := LLAMACHAT_DIE_WITH_PARENT=1 PATH="$(abspath $(ENVIRONMENT))/bin:$$PATH" exec $(PY) -m pipelines.launching $(LAUNCH) -m pipelines
 STEPS := sft rm rs gatt distill ppo eval report all
 
 .DEFAULT_GOAL := help

@@ -20,7 +20,7 @@ from llamachat.errors import UsageError
 from pipelines import tools
 from pipelines.compare import compare
 from pipelines.exit_status import INTERRUPTED, reported, state_is_kept
-from pipelines.launching import missing_processes, start
+from pipelines.launching import die_with_parent, missing_processes, start
 from pipelines.pairs import SeveralTemperatures, pairs
 from pipelines.tools import TINY, ConfigOption, Overrides
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     # One of several processes must not outlive the launcher either.
     if os.environ.get("LLAMACHAT_DIE_WITH_PARENT") == "1" or ranks.are_launched():
-        _die_with_parent()
+        die_with_parent()
     level = logging.INFO if ranks.launched_index() == 0 else logging.ERROR  # the others find the same to say
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for library in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     asked = missing_processes()
     if asked:
-        _die_with_parent()
+        die_with_parent()
         return start(asked, given)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -78,16 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process with the one that started it: a killed `make` leaves no orphan holding a step."""
-    if sys.platform != "linux":
-        return
-    import ctypes
-
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _run(

@@ -1,9 +1,12 @@
 """`accelerate launch --cpu --num_processes N` means N processes, but starts one (accelerate 1.15): here it starts them all.
 
-For GPUs accelerate starts every process itself, and so does torchrun for either; then there is nothing to do here.
+For GPUs accelerate starts every process itself, and so does torchrun for either; then there is nothing to do here. As a
+command (`python -m pipelines.launching accelerate launch ...`) it becomes the launcher, one that dies with its parent.
 """
 
 import os
+import signal
+import sys
 from collections.abc import Sequence
 
 from llamachat.errors import UsageError
@@ -42,6 +45,16 @@ def asked_processes(arguments: Sequence[str]) -> int:
     return count if count > 1 else 0
 
 
+def die_with_parent() -> None:
+    """Ask Linux to kill this process with the one that started it: a killed `make` leaves no orphan holding a step."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def start(count: int, arguments: Sequence[str]) -> int:
     """Run the command in so many processes of this machine, and return its exit status: that of the first which failed."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -53,3 +66,8 @@ def start(count: int, arguments: Sequence[str]) -> int:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
         return first.exitcode if first.exitcode > 0 else 1
     return 0
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    os.execvp(sys.argv[1], sys.argv[1:])

@@ -41,7 +41,7 @@ def opened() -> Iterator[None]:
         return
     from accelerate import PartialState
 
-    state = PartialState(timeout=PATIENCE)  # picks backend and device as accelerate's own trainers do
+    state = PartialState(cpu=not _use_gpus(), timeout=PATIENCE)
     yield
     state.wait_for_everyone()
     state.destroy_process_group()
@@ -128,6 +128,14 @@ def sum_gradients(params: Iterable["Tensor"], *, scale: float = 1.0) -> None:
     flat *= scale
     for param, grad, part in zip(trained, grads, flat.split([grad.numel() for grad in grads]), strict=True):
         param.grad = part.view_as(grad).to(grad.dtype)
+
+
+def _use_gpus() -> bool:
+    """Whether each has a card, as accelerate's own trainers see it; only told so does accelerate let processes meet on CPUs."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def _group() -> Any:

@@ -41,7 +41,7 @@ def opened() -> Iterator[None]:
         return
     from accelerate import PartialState
 
-    state = PartialState(cpu=not _use_gpus(), timeout=PATIENCE)
+    state = PartialState(cpu=not use_gpus(), timeout=PATIENCE)  # without `cpu` none meet where there is no GPU
     yield
     state.wait_for_everyone()
     state.destroy_process_group()
@@ -104,6 +104,11 @@ def dealt(items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]])
     return [parts[place % world][place // world] for place in range(len(items))]
 
 
+def mine(items: Sequence[Item]) -> Sequence[Item]:
+    """This process's part of the items, as `dealt` deals them out."""
+    return items[index() :: count()]
+
+
 def summed(tensor: "Tensor") -> "Tensor":
     """The sum of every process's tensor, elementwise, in its dtype; the tensor itself is left as it is."""
     group = _group()
@@ -130,12 +135,20 @@ def sum_gradients(params: Iterable["Tensor"], *, scale: float = 1.0) -> None:
         param.grad = part.view_as(grad).to(grad.dtype)
 
 
-def _use_gpus() -> bool:
-    """Whether each has a card, as accelerate's own trainers see it; only told so does accelerate let processes meet on CPUs."""
-    import torch
-    from accelerate.utils import parse_flag_from_env
+def put_first(tensors: Iterable["Tensor"]) -> None:
+    """Write the first process's values into these tensors, in every process."""
+    group = _group()
+    if group is None:
+        return
+    for tensor in tensors:
+        group.broadcast(tensor.detach(), src=0)
 
-    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+def use_gpus() -> bool:
+    """Whether to compute on GPUs: there are some, and accelerate was not launched with --cpu."""
+    import torch
+
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
 
 
 def _group() -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from llamachat import ranks
 from llamachat.config.sections import Tracking
 from llamachat.errors import UsageError
 from llamachat.runs.atomic import StorageError
@@ -265,14 +266,14 @@ def test_trouble_with_wandb_never_stops_a_step(
     assert len(MetricsRecord(folder.metrics).read()) == 3
 
 
-def test_off_and_other_processes_write_nothing_to_wandb(folder: StepFolder) -> None:
+def test_off_and_other_processes_write_nothing_to_wandb(folder: StepFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(folder, mode="off") as tracker:
         tracker.log(1, {"sft/loss": 1.0})
     other = StepFolder(folder.path.parent / "other")
+    monkeypatch.setattr(ranks, "is_first", lambda: False)
     with open_tracker(
-        Tracking(), step_folder=other, run_dir=other.path.parent, step="sft", prefix="sft", config={}, resume_step=None,
-        is_main=False,
-    ) as tracker:  # fmt: skip
+        Tracking(), step_folder=other, run_dir=other.path.parent, step="sft", prefix="sft", config={}, resume_step=None
+    ) as tracker:
         tracker.log(1, {"sft/loss": 1.0})
         tracker.samples(1, [{"prompt": "a"}])
         tracker.summary({"sft/eval_loss": 1.0})

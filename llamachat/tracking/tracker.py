@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llamachat import ranks
 from llamachat.config.sections import Tracking
 from llamachat.runs.atomic import write_json
 from llamachat.runs.folder import StepFolder
@@ -137,13 +138,13 @@ def open_tracker(
     prefix: str,
     config: Mapping[str, Any],
     resume_step: int | None,
-    is_main: bool = True,
 ) -> Iterator[Tracker]:
     """The tracker of one training loop: `prefix` is that of its metrics ('sft', 'rm/helpfulness').
 
     `resume_step` is the step of the checkpoint that the loop continues from, None from the start; what the record holds
     after it is dropped, and wandb and TensorBoard are made equal to the record.
     """
+    is_main = ranks.is_first()
     wandb_run = (
         open_wandb_run(tracking, step_folder=step_folder, run_dir=run_dir, step=step, prefix=prefix, config=config)
         if is_main

@@ -19,6 +19,7 @@ from gatt.config import Config, Inputs
 from gatt.figures import MOMENTS, consistency_figures, consistency_table, draw_consistency
 from gatt.studio import Studio, open_studio
 from gatt.synthesize import dialog_line
+from llamachat import ranks
 from llamachat.answers import making
 from llamachat.answers.consistency import Outcome, Trial, as_said
 from llamachat.answers.store import Store
@@ -90,7 +91,8 @@ def compare(config: Config, inputs: Inputs, tuned: Artifact) -> None:
     if trials:
         log.info("%s", consistency_table(outcomes, trials))
         draw_consistency(outcomes, trials, folder.figures / "consistency.png")
-        _draw_attention(studio, tuned, trials[0], outcomes["final"], folder.figures / "attention.png")
+        if ranks.is_first():
+            _draw_attention(studio, tuned, trials[0], outcomes["final"], folder.figures / "attention.png")
     draw_curves(folder.metrics, folder.curves)
     with making.record(inputs, "gatt", keeps_record=True) as tracker:
         making.show_figures(tracker, folder)

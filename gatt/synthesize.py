@@ -26,6 +26,7 @@ from llamachat.constraints import (
 )
 from llamachat.dialog import Message
 from llamachat.questions import Question
+from llamachat.rollout import together
 from llamachat.rollout.engine import Completion, RolloutEngine, Sampling
 from llamachat.splits import fraction
 
@@ -126,7 +127,7 @@ def speak(speaker: Speaker, conversations: Sequence[Conversation], sampling: Seq
         live = [one for one in live if one.is_open]
         if not live:
             break
-        found = speaker.engine.generate(prompts, samples_per_prompt=speaker.samples_per_turn, sampling=turn)
+        found = together.generate(speaker.engine, prompts, samples_per_prompt=speaker.samples_per_turn, sampling=turn)
         order = _order(speaker, live, prompts, found)
         for one, samples, places in zip(live, found, order, strict=True):
             last[id(one)] = _go_on(one, samples, places, speaker)

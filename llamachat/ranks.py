@@ -42,10 +42,14 @@ def opened() -> Iterator[None]:
     import torch
     from accelerate import PartialState
 
+<<<<<<< HEAD
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # what `accelerate launch --cpu` says; a trainer asks anew
     # Picks backend and device as accelerate's own trainers do.
     PartialState(cpu=are_on_cpu(), timeout=PATIENCE)
+=======
+    state = PartialState(cpu=not use_gpus(), timeout=PATIENCE)  # without `cpu` none meet where there is no GPU
+>>>>>>> ranks-ppo
     yield
     wait()
     torch.distributed.destroy_process_group()
@@ -113,6 +117,11 @@ def dealt(items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]])
     return [parts[place % world][place // world] for place in range(len(items))]
 
 
+def mine(items: Sequence[Item]) -> Sequence[Item]:
+    """This process's part of the items, as `dealt` deals them out."""
+    return items[index() :: count()]
+
+
 def summed(tensor: "Tensor") -> "Tensor":
     """The sum of every process's tensor, elementwise, in its dtype; the tensor itself is left as it is."""
     group = _group()
@@ -137,6 +146,22 @@ def sum_gradients(params: Iterable["Tensor"], *, scale: float = 1.0) -> None:
     flat *= scale
     for param, grad, part in zip(trained, grads, flat.split([grad.numel() for grad in grads]), strict=True):
         param.grad = part.view_as(grad).to(grad.dtype)
+
+
+def put_first(tensors: Iterable["Tensor"]) -> None:
+    """Write the first process's values into these tensors, in every process."""
+    group = _group()
+    if group is None:
+        return
+    for tensor in tensors:
+        group.broadcast(tensor.detach(), src=0)
+
+
+def use_gpus() -> bool:
+    """Whether to compute on GPUs: there are some, and accelerate was not launched with --cpu."""
+    import torch
+
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
 
 
 def _group() -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llamachat import ranks
 from llamachat.answers.packed import PackedRow, TokenSequence, packed_rows, response_mask, sequence_of
 from llamachat.answers.responses import Response
 from llamachat.answers.scorer import Scored
@@ -100,11 +101,14 @@ def measure(
     temperature: float,
     with_values: bool,
 ) -> Measured:
-    """Log-probabilities at the temperature of the rollout, entropy and values of every response token."""
+    """Log-probabilities at the temperature of the rollout, entropy and values of every response token.
+
+    Several processes share the rows.
+    """
     mask_BR = response_mask(sequences, bank.device)
-    logprobs_BR, ref_logprobs_BR, entropy_BR, values_BR = (
-        torch.zeros(mask_BR.shape, device=bank.device) for _ in range(4)
-    )
+    found_4BR = torch.zeros((4, *mask_BR.shape), device=bank.device)
+    logprobs_BR, ref_logprobs_BR, entropy_BR, values_BR = found_4BR.unbind()
+    rows = ranks.mine(rows)
 
     def states(role: "Role", row: PackedRow) -> Tensor:
         return bank.hidden(role, row.batch)[0, row.places_N]
@@ -128,6 +132,8 @@ def measure(
     if with_values and bank.critic == "separate":
         for row in rows:
             row.put(values_BR, bank.values(row.batch, row.places_N))
+    # A token is in one row, and a row in one process: the sum is what that process found.
+    logprobs_BR, ref_logprobs_BR, entropy_BR, values_BR = ranks.summed(found_4BR).unbind()
     return Measured(
         response_mask_BR=mask_BR,
         logprobs_BR=logprobs_BR,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llamachat import ranks
 from llamachat.answers.scorer import Scorer, longest_prompt
 from llamachat.chat_format.proof import prove_written, require_proof
 from llamachat.errors import ConfigError
@@ -35,6 +36,7 @@ class Start:
 def open_start(config: Config, inputs: Inputs) -> Start:
     """Check what can be checked without weights, then load the roles and the prompts."""
     check_settings(inputs)
+    check_processes()
     models = checked_models(inputs.scoring, inputs.reward_models)
     bank = open_roles(
         policy=inputs.policy,
@@ -46,6 +48,7 @@ def open_start(config: Config, inputs: Inputs) -> Start:
         device="auto",
         checkpointing=config.gradient_checkpointing,
     )
+    ranks.put_first(bank.state_dict().values())
     questions = load_questions(
         inputs.data,
         bank.chat_format,
@@ -55,6 +58,16 @@ def open_start(config: Config, inputs: Inputs) -> Start:
         seed=inputs.run.seed,
     )
     return Start(bank, questions, Scorer(bank, combiner(inputs.scoring)), bank.frozen_digest())
+
+
+def check_processes() -> None:
+    """Refuse processes that each hold a part of the weights."""
+    if ranks.are_launched() and ranks.are_sharded():
+        raise ConfigError(
+            "ACCELERATE_USE_FSDP: the model is cut over the processes, but in PPO each of them samples, scores and learns "
+            "with whole weights: one base a card, and adapters on it. Launch with configs/accelerate/ddp.yaml, and with "
+            "tuning.method=lora or qlora where all weights are too large for a card."
+        )
 
 
 def check_settings(inputs: Inputs) -> None:

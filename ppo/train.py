@@ -15,6 +15,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from llamachat import ranks
 from llamachat.answers.evaluation import Evaluation, comparison, comparison_table
 from llamachat.answers.packed import sequence_of
 from llamachat.answers.pictures import draw_comparison, histograms, sample_rows
@@ -69,7 +70,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     transformers_logging.disable_progress_bar()
     folder = StepFolder(inputs.folder)
     start = open_start(config, inputs)
-    resume = newest(folder.checkpoints)
+    resume = ranks.agreed(newest(folder.checkpoints))
     with open_tracker(
         inputs.tracking,
         step_folder=folder,
@@ -108,7 +109,7 @@ def open_session(config: Config, inputs: Inputs, start: Start, tracker: Tracker)
         seed=inputs.run.seed * _SEEDS,
     )
     evaluator = Evaluator(bank, engine, start.scorer, held_out, row_tokens)
-    checkpoint = newest(StepFolder(inputs.folder).checkpoints)
+    checkpoint = ranks.agreed(newest(StepFolder(inputs.folder).checkpoints))
     kl = controller(config)
     if checkpoint is None:
         state = first_state(config, inputs, start, evaluator, tracker, kl)
@@ -213,14 +214,17 @@ class Session:
             self._end_by_guard(figures["ppo/kl_to_reference"], "this iteration's responses")
         elif state.iteration >= config.iterations:
             state.end = "iterations"
-        elif config.max_hours is not None and state.seconds > 3600 * config.max_hours:
-            log.warning(
-                "%s: ppo.max_hours (%g) are over at iteration %d", self.inputs.step, config.max_hours, state.iteration
-            )
-            state.end = "hours"
-        elif self.inputs.deadline is not None and time.monotonic() > self.inputs.deadline:
-            log.warning("%s: run.max_hours are over at iteration %d", self.inputs.step, state.iteration)
-            state.end = "run_hours"
+        else:
+            state.end = ranks.agreed(self._ended_by_hours())
+            if state.end == "hours":
+                log.warning(
+                    "%s: ppo.max_hours (%g) are over at iteration %d",
+                    self.inputs.step,
+                    config.max_hours,
+                    state.iteration,
+                )
+            elif state.end == "run_hours":
+                log.warning("%s: run.max_hours are over at iteration %d", self.inputs.step, state.iteration)
         if state.end != "kl_guard" and (state.end or state.iteration % config.validation_every == 0):
             figures |= self.evaluate(progress)
         if state.iteration % self.inputs.tracking.log_every == 0 or "ppo/heldout/score" in figures:
@@ -302,8 +306,10 @@ class Session:
     def save(self) -> None:
         """A checkpoint of the finished iterations."""
         self.tracker.sync()
-        with writing(StepFolder(self.inputs.folder).checkpoints, self.state.iteration) as side:
-            save_state(side, self.state, self.start.bank, self.optimizers)
+        if ranks.is_first():
+            with writing(StepFolder(self.inputs.folder).checkpoints, self.state.iteration) as side:
+                save_state(side, self.state, self.start.bank, self.optimizers)
+        ranks.wait()
 
     def finish(self) -> dict[str, float]:
         """Make the best policy the bank's, compare it with the first on test prompts, draw; the final figures."""
@@ -333,6 +339,12 @@ class Session:
         last["time/train_s"] = sum(row.get("time/step_s") or 0.0 for row in record)
         best = {"ppo/best_iteration": float(state.best_iteration), "ppo/best_score": state.best_score}
         return last | best | figures | {"time/eval_s": time.monotonic() - started}
+
+    def _ended_by_hours(self) -> End | None:
+        limit, deadline = self.config.max_hours, self.inputs.deadline
+        if limit is not None and self.state.seconds > 3600 * limit:
+            return "hours"
+        return "run_hours" if deadline is not None and time.monotonic() > deadline else None
 
     def _end_by_guard(self, kl: float, where: str) -> None:
         state = self.state

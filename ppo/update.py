@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llamachat import ranks
 from llamachat.answers.packed import PackedRow
 from llamachat.errors import DeviceMemoryError, DivergedError
 from llamachat.logprobs import token_logprobs
@@ -113,23 +114,31 @@ class Updater:
         return figures
 
     def gradients(self, experience: Experience, minibatch: Minibatch, *, trains_policy: bool) -> dict[str, float]:
-        """Leave the minibatch's gradients in the weights; its losses and figures."""
+        """Leave the minibatch's gradients in the weights; its losses and figures. Several processes share its rows."""
         rows = minibatch.rows
+
+        def learn_from(mine: Sequence[PackedRow]) -> list[dict[str, float]]:
+            return [
+                in_room(lambda row=row: self._row(experience, minibatch, row, trains_policy=trains_policy))
+                for row in mine
+            ]
+
         while True:
             self._optimizers.zero_grad()
-            sums: dict[str, float] = defaultdict(float)
             try:
-                for row in rows:
-                    found = in_room(lambda row=row: self._row(experience, minibatch, row, trains_policy=trains_policy))
-                    for name, value in found.items():
-                        sums[name] += value
-                return dict(sums)
+                found = ranks.dealt(rows, learn_from)
+                break
             except MicrobatchTooLargeError as error:
                 reason = str(error)
+            except torch.OutOfMemoryError as error:
+                raise self._too_large_for_one_of_several(error) from None
             self._optimizers.zero_grad()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             rows = self._smaller(experience, minibatch, rows, reason)
+        trained = self._bank.trainable()
+        ranks.sum_gradients([*trained["critic"], *(trained["policy"] if trains_policy else ())])
+        return {name: sum(figures[name] for figures in found) for name in found[0]}
 
     def _row(
         self, experience: Experience, minibatch: Minibatch, row: PackedRow, *, trains_policy: bool
@@ -202,6 +211,15 @@ class Updater:
         return minibatch_of(
             experience.sequences, minibatch.indices, row_tokens=self.row_tokens, device=self._bank.device
         ).rows
+
+    def _too_large_for_one_of_several(self, error: torch.OutOfMemoryError) -> DeviceMemoryError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return DeviceMemoryError(
+            f"{self._step}: the memory of one of {ranks.count()} devices does not hold a row of {self.row_tokens} tokens "
+            f"({reason}). The others are in the middle of the same step, so rows are not made shorter by themselves. Set "
+            f"ppo.tokens_per_microbatch={self.row_tokens // 2}, ppo.gradient_checkpointing=true, ppo.critic=shared or "
+            "tuning.method to qlora, and give the same command again."
+        )
 
     def _check_finite(self, figures: Mapping[str, float]) -> None:
         wrong = next((name for name, value in figures.items() if not math.isfinite(value)), None)

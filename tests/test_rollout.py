@@ -170,7 +170,7 @@ def test_an_answer_fits_into_the_models_positions_and_a_prompt_that_fills_them_i
     groups = engine.generate(prompts, samples_per_prompt=2, sampling=Sampling(1.0, 1.0, 12, 0))
     assert [[len(completion.token_ids) for completion in group] for group in groups] == [[3, 3], [1, 1], [12, 12]]
     assert not groups[0][0].is_finished
-    with pytest.raises(DataError, match=r"prompt 2 of 2: 128 tokens.* 128 positions"):
+    with pytest.raises(DataError, match=r"prompt 2: 128 tokens.* 128 positions"):
         engine.generate([[1, 8], [1] * 128], samples_per_prompt=1, sampling=GREEDY)
 
 

@@ -272,8 +272,8 @@ def test_off_and_other_processes_write_nothing_to_wandb(folder: StepFolder, monk
     other = StepFolder(folder.path.parent / "other")
     monkeypatch.setattr(ranks, "is_first", lambda: False)
     with open_tracker(
-        Tracking(), step_folder=other, run_dir=other.path.parent, step="sft", prefix="sft", config={}, resume_step=None,
-    ) as tracker:  # fmt: skip
+        Tracking(), step_folder=other, run_dir=other.path.parent, step="sft", prefix="sft", config={}, resume_step=None
+    ) as tracker:
         tracker.log(1, {"sft/loss": 1.0})
         tracker.samples(1, [{"prompt": "a"}])
         tracker.summary({"sft/eval_loss": 1.0})

@@ -52,7 +52,12 @@ class ScriptedEngine:
     samplings: list[Sampling] = field(default_factory=list)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, samples_per_prompt: int, sampling: Sampling
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samples_per_prompt: int,
+        sampling: Sampling,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         answers = self.script[len(self.prompts)]
         self.prompts.append([text_of(self.chat_format, ids) for ids in prompts])

@@ -15,6 +15,7 @@ from llamachat.answers.sequences import Turns
 from llamachat.chat_format import ChatFormat
 from llamachat.constraints import Family, Instruction, draw_instruction, is_kept, recall_questions, recalled
 from llamachat.dialog import Message
+from llamachat.rollout import together
 from llamachat.rollout.engine import RolloutEngine, Sampling
 from llamachat.splits import fraction
 from llamachat.statistics import paired_bootstrap, proportion_interval
@@ -168,7 +169,7 @@ def _answers(
     if not dialogs:
         return {}
     prompts = [chat_format.encode_prompt(dialog) for dialog in dialogs.values()]
-    found = engine.generate(prompts, samples_per_prompt=1, sampling=sampling)
+    found = together.generate(engine, prompts, samples_per_prompt=1, sampling=sampling)
     return {
         place: chat_format.decode_answer(completion.token_ids)
         for place, (completion,) in zip(dialogs, found, strict=True)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llamachat import ranks
 from llamachat.answers.packed import TokenSequence, packed_rows
 from llamachat.logprobs import token_logprobs
 
@@ -14,9 +15,16 @@ if TYPE_CHECKING:
 _ROW_TOKENS = 1024
 
 
-@torch.no_grad()
 def answer_logprobs(bank: "RoleBank", sequences: Sequence[TokenSequence], *, temperature: float) -> list[float]:
-    """log p(response | prompt) of each by the bank's policy at this temperature, nats, summed over its tokens in fp32."""
+    """log p(response | prompt) of each by the bank's policy at this temperature, nats, summed over its tokens in fp32.
+
+    Several processes share the work.
+    """
+    return ranks.dealt(sequences, lambda mine: _logprobs(bank, mine, temperature))
+
+
+@torch.no_grad()
+def _logprobs(bank: "RoleBank", sequences: Sequence[TokenSequence], temperature: float) -> list[float]:
     sums_B = torch.zeros(len(sequences), dtype=torch.float64)
     for row in packed_rows(sequences, range(len(sequences)), row_tokens=_ROW_TOKENS, device=bank.device):
         hidden_ND = bank.hidden("policy", row.batch)[0, row.places_N]

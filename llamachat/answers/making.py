@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llamachat import ranks
 from llamachat.answers.desk import Desk, Setting
 from llamachat.answers.evaluation import Evaluation
 from llamachat.answers.inputs import AnswerInputs, StepInputs
@@ -55,7 +56,8 @@ def run_parts(
 ) -> Artifact:
     """Make the dialogs, tune on them as `inputs.tune` is told, compare, end the step."""
     folder = StepFolder(inputs.folder)
-    dialogs = read_artifact(folder.dialogs, "dialogs") if (folder.dialogs / MANIFEST).is_file() else make()
+    are_made = ranks.agreed((folder.dialogs / MANIFEST).is_file())
+    dialogs = read_artifact(folder.dialogs, "dialogs") if are_made else make()
     free_memory()
     tuned = inputs.tune(dialogs, over=over, from_base=from_base, sft_share=sft_share)
     free_memory()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from llamachat.chat_format import ChatFormat
 from llamachat.questions import Question
+from llamachat.rollout import together
 from llamachat.rollout.engine import RolloutEngine, Sampling
 
 if TYPE_CHECKING:
@@ -40,9 +41,9 @@ def sample(
     *,
     samples_per_prompt: int = 1,
 ) -> list[Response]:
-    """The answers to each prompt side by side, in the order of the prompts."""
+    """The answers to each prompt side by side, in the order of the prompts; several processes share the work."""
     prompts = [question.ids for question in questions]
-    found = engine.generate(prompts, samples_per_prompt=samples_per_prompt, sampling=sampling)
+    found = together.generate(engine, prompts, samples_per_prompt=samples_per_prompt, sampling=sampling)
     return [
         Response(
             question=question,

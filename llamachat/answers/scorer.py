@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llamachat import ranks
 from llamachat.answers.responses import Response
 from llamachat.dialog import DialogError, Message
 from llamachat.errors import ConfigError
@@ -51,14 +52,21 @@ class Scorer:
         helpfulness_B, safety_B = (self._by(role, responses, reads_text) for role in ("helpfulness", "safety"))
         scores = Scores(helpfulness_B=helpfulness_B, safety_B=safety_B)
         judge_B = self._by("judge", responses, reads_text) if with_judge else None
-        return Scored(scores=scores, combined=self.combine(scores, answers), judge_B=judge_B)
+        # Of several processes the first one makes one score of them: a user's function need not say the same twice.
+        combined = ranks.agreed(self.combine(scores, answers) if ranks.is_first() else None)
+        assert combined is not None, "the first process has combined them"
+        return Scored(scores=scores, combined=combined, judge_B=judge_B)
 
     def _by(self, role: "RewardRole", responses: Sequence[Response], reads_text: bool) -> Tensor | None:
         if role not in self.bank.roles:
             return None
         if self.bank.reads_policy_ids(role) and not reads_text:
-            return self.bank.scores(role, [self._ids(response) for response in responses])
+            return self._read(role, [self._ids(response) for response in responses])
         return self._by_text(role, responses)
+
+    def _read(self, role: "RewardRole", rows: Sequence[tuple[int, ...]]) -> Tensor:
+        """The scores of these rows; several processes share the reading."""
+        return torch.tensor(ranks.dealt(rows, lambda mine: self.bank.scores(role, mine).tolist()))
 
     def _ids(self, response: Response) -> tuple[int, ...]:
         """Prompt and answer as they were sampled, ended by EOS also where the length limit cut them.
@@ -81,7 +89,7 @@ class Scorer:
                 continue
         scores_B = torch.zeros(len(responses))
         if rows:
-            found_N = self.bank.scores(role, rows)
+            found_N = self._read(role, rows)
             scores_B[:] = found_N.min()
             scores_B[torch.tensor(readable)] = found_N
         return scores_B

@@ -79,36 +79,39 @@ class LlamaEngine:
         *,
         samples_per_prompt: int,
         sampling: Sampling,
+        numbers: Sequence[int] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
         """`samples_per_prompt` completions of each prompt; `advance` is told how many more are there.
 
         An answer ends early where the model's positions end: prompt and answer fit into them together.
         """
+        numbers = numbers or range(len(prompts))
         found: dict[tuple[int, int], Completion] = {}
-        for done in self._run(prompts, samples_per_prompt, sampling, None):
+        for done in self._run(prompts, numbers, samples_per_prompt, sampling, None):
             for answer in done:
                 found[answer.prompt, answer.sample] = answer.completion
             if advance is not None and done:
                 advance(len(done))
-        return [[found[index, sample] for sample in range(samples_per_prompt)] for index in range(len(prompts))]
+        return [[found[number, sample] for sample in range(samples_per_prompt)] for number in numbers]
 
     def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
         """The completion that `generate` gives to this one prompt; `on_token` sees each id as it comes."""
-        return next(done[0].completion for done in self._run([prompt], 1, sampling, on_token) if done)
+        return next(done[0].completion for done in self._run([prompt], [0], 1, sampling, on_token) if done)
 
     @torch.inference_mode()
     def _run(
         self,
         prompts: Sequence[Sequence[int]],
+        numbers: Sequence[int],
         samples_per_prompt: int,
         sampling: Sampling,
         on_token: Callable[[int], None] | None,
     ) -> Iterator[list[Done]]:
-        self._check(prompts)
+        self._check(prompts, numbers)
         if not prompts:
             return
-        batch, waiting = self._begin(prompts, samples_per_prompt, sampling, on_token)
+        batch, waiting = self._begin(prompts, numbers, samples_per_prompt, sampling, on_token)
         with evaluating(self._trunk):
             while waiting or batch.live:
                 if waiting and _is_time_to_enter(batch, waiting[0]):
@@ -121,6 +124,7 @@ class LlamaEngine:
     def _begin(
         self,
         prompts: Sequence[Sequence[int]],
+        numbers: Sequence[int],
         samples_per_prompt: int,
         sampling: Sampling,
         on_token: Callable[[int], None] | None,
@@ -130,11 +134,11 @@ class LlamaEngine:
         longest = self._whole(len(prompts[order[0]]), sampling)
         tokens = self._cache_tokens()
         if tokens < longest:
-            raise self._too_little_cache(order[0], len(prompts[order[0]]), longest)
+            raise self._too_little_cache(numbers[order[0]], len(prompts[order[0]]), longest)
         most = min(self._rows_per_batch, len(prompts) * samples_per_prompt)
         rows = min(most, tokens // longest)
         waiting = deque(
-            Group(index, tuple(prompts[index]), range(start, min(start + rows, samples_per_prompt)))
+            Group(numbers[index], tuple(prompts[index]), range(start, min(start + rows, samples_per_prompt)))
             for index in order
             for start in range(0, samples_per_prompt, rows)
         )
@@ -181,21 +185,21 @@ class LlamaEngine:
             size = self._cache_gib * 2**30
         return int(size / self._network.shape.bytes_per_token)
 
-    def _too_little_cache(self, index: int, length: int, longest: int) -> ConfigError:
+    def _too_little_cache(self, number: int, length: int, longest: int) -> ConfigError:
         needed = longest * self._network.shape.bytes_per_token / 2**30
         found = "what is free" if self._cache_gib == "auto" else f"{self._cache_gib} GiB"
         return ConfigError(
-            f"rollout.cache_gib: {found} holds {self._cache_tokens()} tokens of keys and values, but prompt {index + 1} "
+            f"rollout.cache_gib: {found} holds {self._cache_tokens()} tokens of keys and values, but prompt {number + 1} "
             f"({length} tokens) and its answer are up to {longest}. A row stays in the cache until its answer ends. "
             f"Set at least {needed:.2g}, or shorten prompts or rollout.max_new_tokens."
         )
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        for index, prompt in enumerate(prompts):
+    def _check(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> None:
+        for number, prompt in zip(numbers, prompts, strict=True):
             assert prompt, "a prompt has at least its BOS"
             if len(prompt) >= self.context:
                 raise DataError(
-                    f"prompt {index + 1} of {len(prompts)}: {len(prompt)} tokens, but prompt and answer must fit into "
+                    f"prompt {number + 1}: {len(prompt)} tokens, but prompt and answer must fit into "
                     f"the model's {self.context} positions. Shorten the prompt, or take a model with a longer context."
                 )
 

@@ -57,9 +57,18 @@ class RolloutEngine(Protocol):
     """Samples answers from a model."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, samples_per_prompt: int, sampling: Sampling
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samples_per_prompt: int,
+        sampling: Sampling,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """`samples_per_prompt` completions of each prompt, in the order of the prompts."""
+        """`samples_per_prompt` completions of each prompt, in the order of the prompts.
+
+        `numbers` are the prompts' places in the list that they are part of, which with the seed decide what is drawn; None
+        is for a whole list.
+        """
         ...
 
 
@@ -77,6 +86,7 @@ class LocalEngine(RolloutEngine, Protocol):
         *,
         samples_per_prompt: int,
         sampling: Sampling,
+        numbers: Sequence[int] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
         """As every engine; `advance` is told how many more completions are there."""

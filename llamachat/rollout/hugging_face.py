@@ -63,16 +63,18 @@ class HuggingFaceEngine:
         *,
         samples_per_prompt: int,
         sampling: Sampling,
+        numbers: Sequence[int] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
         """`samples_per_prompt` completions of each prompt; `advance` is told how many more are there.
 
         An answer ends early where the model's positions end: prompt and answer fit into them together.
         """
-        self._check(prompts)
+        numbers = numbers or range(len(prompts))
+        self._check(prompts, numbers)
         rows = [
-            _Row(index, sample, tuple(prompt))
-            for index, prompt in enumerate(prompts)
+            _Row(number, sample, tuple(prompt))
+            for number, prompt in zip(numbers, prompts, strict=True)
             for sample in range(samples_per_prompt)
         ]
         found: dict[tuple[int, int], Completion] = {}
@@ -82,11 +84,11 @@ class HuggingFaceEngine:
                     found[row.prompt, row.sample] = completion
                 if advance is not None:
                     advance(len(batch))
-        return [[found[index, sample] for sample in range(samples_per_prompt)] for index in range(len(prompts))]
+        return [[found[number, sample] for sample in range(samples_per_prompt)] for number in numbers]
 
     def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
         """The completion that `generate` gives to this one prompt; `on_token` sees each id as it comes."""
-        self._check([prompt])
+        self._check([prompt], [0])
         with _generating(self._model):
             return self._complete([_Row(0, 0, tuple(prompt))], sampling, on_token)[0]
 
@@ -94,12 +96,12 @@ class HuggingFaceEngine:
         """Sample from this model from here on; its weights are read where they lie."""
         self._model = without_wrapper(model)
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        for index, prompt in enumerate(prompts):
+    def _check(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> None:
+        for number, prompt in zip(numbers, prompts, strict=True):
             assert prompt, "a prompt has at least its BOS"
             if len(prompt) >= self.context:
                 raise DataError(
-                    f"prompt {index + 1} of {len(prompts)}: {len(prompt)} tokens, but prompt and answer must fit into "
+                    f"prompt {number + 1}: {len(prompt)} tokens, but prompt and answer must fit into "
                     f"the model's {self.context} positions. Shorten the prompt, or take a model with a longer context."
                 )
 

@@ -28,7 +28,7 @@ IDLE_SHARE = 8  # of the live rows: more idle slots than one in so many are clos
 class Group:
     """Samples of one prompt that enter together: one reading of the prompt serves them all."""
 
-    prompt: int
+    prompt: int  # its number
     ids: tuple[int, ...]
     samples: range
 

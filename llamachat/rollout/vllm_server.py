@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from llamachat import ranks
 from llamachat.errors import ConfigError, DataError, ServerError
 from llamachat.models.loading import save_policy
 from llamachat.models.rope import context_length
@@ -76,7 +77,7 @@ class VllmEngine:
         # Away with the engine, or at the end of the process.
         self._folder = TemporaryDirectory(prefix="llamachat-vllm-")
         Path(self._folder.name).chmod(0o755)  # the server may run as another user
-        self._run = secrets.token_hex(4)
+        self._run = ranks.agreed(secrets.token_hex(4))
         self._refreshes = 0
         self._adapter: str | None = None
         if _is_adapter(model):
@@ -104,19 +105,21 @@ class VllmEngine:
         *,
         samples_per_prompt: int,
         sampling: Sampling,
+        numbers: Sequence[int] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
         """`samples_per_prompt` completions of each prompt; `advance` is told how many more are there.
 
         An answer ends early where the positions end: prompt and answer fit into them together.
         """
-        self._check(prompts)
+        numbers = numbers or range(len(prompts))
+        self._check(prompts, numbers)
         found: dict[tuple[int, int], Completion] = {}
         pool = ThreadPoolExecutor(self._connections)
         try:
             futures = {
-                pool.submit(self._complete, self._asked(prompt, sampling, index, sample)): (index, sample)
-                for index, prompt in enumerate(prompts)
+                pool.submit(self._complete, self._asked(prompt, sampling, number, sample)): (number, sample)
+                for number, prompt in zip(numbers, prompts, strict=True)
                 for sample in range(samples_per_prompt)
             }
             for future in as_completed(futures):
@@ -125,11 +128,11 @@ class VllmEngine:
                     advance(1)
         finally:  # after an error nobody waits for the others
             pool.shutdown(wait=False, cancel_futures=True)
-        return [[found[index, sample] for sample in range(samples_per_prompt)] for index in range(len(prompts))]
+        return [[found[number, sample] for sample in range(samples_per_prompt)] for number in numbers]
 
     def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
         """The completion that `generate` gives to this one prompt; `on_token` sees each id as it comes."""
-        self._check([prompt])
+        self._check([prompt], [0])
         asked = self._asked(prompt, sampling, 0, 0)
         whole: dict[str, Any] = {"token_ids": [], "logprobs": {"token_logprobs": []}, "finish_reason": None}
         try:
@@ -147,12 +150,12 @@ class VllmEngine:
             raise self._refusal(refused) from refused
         return self._completion(whole, asked)
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        for index, prompt in enumerate(prompts):
+    def _check(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> None:
+        for number, prompt in zip(numbers, prompts, strict=True):
             assert prompt, "a prompt has at least its BOS"
             if len(prompt) >= self.context:
                 raise DataError(
-                    f"prompt {index + 1} of {len(prompts)}: {len(prompt)} tokens, but prompt and answer must fit into "
+                    f"prompt {number + 1}: {len(prompt)} tokens, but prompt and answer must fit into "
                     f"the {self.context} positions of model and server. Shorten the prompt, serve with a greater "
                     "--max-model-len where the model has more, or take a model with a longer context."
                 )
@@ -242,9 +245,15 @@ class VllmEngine:
         raise self._strange("a list of models without a base and its max_model_len")
 
     def _load_adapter(self, model: "LanguageModel") -> None:
-        """Write the adapter and let it take the place of the one before."""
+        """Let the adapter take the place of the one before; of several processes the first one does, and all ask for it."""
         self._refreshes += 1
         name = f"llamachat-{self._run}-{self._refreshes}"
+        if ranks.is_first():
+            self._hand_over(model, name)
+        ranks.wait()
+        self._adapter = name
+
+    def _hand_over(self, model: "LanguageModel", name: str) -> None:
         folder = Path(self._folder.name) / name
         save_policy(model, folder)
         if self._adapter is not None:
@@ -257,7 +266,6 @@ class VllmEngine:
             self._server.command("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         except RefusedError as refused:
             raise self._refused_adapter(refused, folder) from refused
-        self._adapter = name
 
     def _check_logprobs_mode(self) -> None:
         """With one token to choose from, the distribution drawn from has nothing else: 0 nats, or they are of another."""

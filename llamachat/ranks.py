@@ -42,22 +42,13 @@ def opened() -> Iterator[None]:
     import torch
     from accelerate import PartialState
 
-<<<<<<< HEAD
-    if not torch.cuda.is_available():
+    if not use_gpus():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # what `accelerate launch --cpu` says; a trainer asks anew
-    # Picks backend and device as accelerate's own trainers do.
-    PartialState(cpu=are_on_cpu(), timeout=PATIENCE)
-=======
-    state = PartialState(cpu=not use_gpus(), timeout=PATIENCE)  # without `cpu` none meet where there is no GPU
->>>>>>> ranks-ppo
+    # Picks backend and device as accelerate's own trainers do; without `cpu` none meet where there is no GPU.
+    PartialState(cpu=not use_gpus(), timeout=PATIENCE)
     yield
     wait()
     torch.distributed.destroy_process_group()
-
-
-def are_on_cpu() -> bool:
-    """Whether the launcher was told to leave GPUs alone, or there are none."""
-    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
 
 
 def count() -> int:

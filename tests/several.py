@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-PATIENCE_S = 240.0
+PATIENCE_S = 120.0
 LOADED = ("torch", "peft", "sft.train", "reward.train", "ppo.train", "rejection_sampling.round", "pipelines.cli")
 
 

@@ -34,6 +34,7 @@ NOT_STAGES = {LIBRARY, TOP, "pretraining", "serving"}  # packages without the th
 
 # A module of `llamachat` imports modules that stand before it, and its own folder. A new one gets its place here.
 ORDER = (
+    "ranks",
     "errors",
     "config",
     "dialog",

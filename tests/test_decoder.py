@@ -190,7 +190,7 @@ def test_an_answer_fits_into_the_models_positions_and_a_prompt_that_fills_them_i
     prompts = [[1] + [30] * 124, [1] + [31] * 126, [1, 8]]
     found = answers(engine, prompts, Sampling(1.0, 1.0, 12, 0), 2)
     assert [[len(ids) for ids in group] for group in found] == [[3, 3], [1, 1], [12, 12]]
-    with pytest.raises(DataError, match=r"prompt 2 of 2: 128 tokens.* 128 positions"):
+    with pytest.raises(DataError, match=r"prompt 2: 128 tokens.* 128 positions"):
         engine.generate([[1, 8], [1] * 128], samples_per_prompt=1, sampling=GREEDY)
 
 

@@ -74,8 +74,21 @@ def test_a_prompt_one_short_of_the_context_gets_one_token_and_a_longer_one_is_re
     groups = engine.generate([[1] * 127, [1, 8]], samples_per_prompt=2, sampling=GREEDY)
     assert [[len(completion.token_ids) for completion in group] for group in groups] == [[1, 1], [12, 12]]
     for length in (128, 500):
-        with pytest.raises(DataError, match=rf"prompt 3 of 3: {length} tokens, but .* 128 positions\. Shorten"):
+        with pytest.raises(DataError, match=rf"prompt 3: {length} tokens, but .* 128 positions\. Shorten"):
             engine.generate([[1], [2], [1] * length], samples_per_prompt=1, sampling=GREEDY)
+
+
+@both
+def test_a_part_of_a_list_is_answered_as_in_the_whole_list(make: Make) -> None:
+    drawn = Sampling(temperature=1.3, top_p=0.9, max_new_tokens=12, seed=4)
+    prompts = [[1, 8], [1, 8, 9], [1, 8], [1, 7], [1, 8]]
+    engine = make(tiny_llama(), (), rows_per_batch=3)
+    whole = ids_of(engine.generate(prompts, samples_per_prompt=2, sampling=drawn))
+    assert whole[0] != whole[2] != whole[4]  # the place decides, not the prompt alone
+    for places in ([1, 3], [4, 2, 0]):
+        of = [prompts[place] for place in places]
+        part = engine.generate(of, samples_per_prompt=2, sampling=drawn, numbers=places)
+        assert ids_of(part) == [whole[place] for place in places]
 
 
 def test_a_cache_smaller_than_one_prompt_is_refused() -> None:

@@ -19,12 +19,13 @@ from llamachat.config.sections import Rollout, Tuning
 from llamachat.dialog import Message
 from llamachat.errors import ConfigError, DataError, LlamachatError, ServerError
 from llamachat.models.loading import attach_adapter, load_base
-from llamachat.rollout import open_engine
+from llamachat.rollout import open_engine, together
 from llamachat.rollout.decoder import LlamaEngine
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.rollout.vllm_http import Server
 from llamachat.rollout.vllm_server import VllmEngine
 from tests.fake_vllm import BASE, FakeVllm, Refusal, error
+from tests.several import run_several
 from tests.tiny_llama import LORA, move_adapter, tiny_llama
 from tests.tiny_roles import World
 
@@ -103,6 +104,26 @@ def test_an_adapter_is_handed_over_again_at_each_refresh_under_a_new_name(fake: 
     assert not Path(loads[1]["lora_path"]).exists()
 
 
+def answers_of_several(address: str) -> list[list[Completion]]:
+    model = adapted()
+    engine = VllmEngine(model, STOPS, address)
+    engine.refresh(model)
+    return together.generate(engine, PROMPTS, samples_per_prompt=3, sampling=RANDOM)
+
+
+def test_several_processes_ask_for_one_adapter_and_share_the_prompts(fake: FakeVllm) -> None:
+    alone = answers_of_several(fake.address)
+    fake.seen.clear()
+    first, second = run_several(2, answers_of_several, fake.address)
+    assert first == second
+    assert_same(first, alone)
+    names = [body["lora_name"] for path, body in fake.seen if path == "/v1/load_lora_adapter"]
+    assert len(names) == 2, "one for each refresh"
+    drawn = [body["seed"] for body in fake.completions if body["max_tokens"] == RANDOM.max_new_tokens]
+    assert len(set(drawn)) == len(drawn) == 3 * len(PROMPTS)
+    assert {body["model"] for body in fake.completions[-len(drawn) :]} == {names[-1]}
+
+
 def test_a_refresh_gets_over_a_server_that_has_dropped_the_adapter(fake: FakeVllm) -> None:
     model = adapted()
     engine = engine_on(fake, model)
@@ -172,7 +193,7 @@ def test_an_answer_fits_into_the_positions_of_model_and_server() -> None:
         assert engine.context == context
         (group,) = engine.generate([[1] * (context - 3)], samples_per_prompt=1, sampling=GREEDY)
         assert len(group[0].token_ids) == 3 and not group[0].is_finished
-        with pytest.raises(DataError, match=rf"prompt 2 of 2: {context} tokens.* {context} positions.*--max-model-len"):
+        with pytest.raises(DataError, match=rf"prompt 2: {context} tokens.* {context} positions.*--max-model-len"):
             engine.generate([[1, 8], [1] * context], samples_per_prompt=1, sampling=GREEDY)
         fake.close()
 

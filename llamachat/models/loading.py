@@ -108,9 +108,15 @@ def load_adapter(model: "LlamaForCausalLM | ScoringLlama", folder: Path, *, is_t
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        # The folder's own note of its base is not followed: what is loaded is what the caller gives.
+        # The folder's own note of its base is not followed: what is loaded is what the caller gives. PEFT would go by way
+        # of the first GPU, whichever the model lies on.
         adapted = PeftModel.from_pretrained(
-            model, str(folder), config=config, is_trainable=is_trainable, autocast_adapter_dtype=False
+            model,
+            str(folder),
+            config=config,
+            is_trainable=is_trainable,
+            autocast_adapter_dtype=False,
+            torch_device=str(model.device),
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ArtifactError(

@@ -248,6 +248,7 @@ class VllmEngine:
         """Let the adapter take the place of the one before; of several processes the first one does, and all ask for it."""
         self._refreshes += 1
         name = f"llamachat-{self._run}-{self._refreshes}"
+        ranks.wait()  # for those that still ask for the one before
         if ranks.is_first():
             self._hand_over(model, name)
         ranks.wait()

@@ -21,6 +21,7 @@ from llamachat.runs.atomic import incoming_folder, write_json
 if TYPE_CHECKING:
     import torch
 
+    from llamachat.chat_format import ChatFormat
     from serving.agreement import Agreement, Answer
 
 log = logging.getLogger(__name__)
@@ -98,19 +99,38 @@ class Request:
             )
 
 
-def export_policy(request: Request) -> "Agreement":
-    """Write the folder, hold it against the policy, and give it its name."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What an export needs to know of the policy when that is no longer in memory."""
+
+    name: str
+    dtype: "torch.dtype"  # of training, 4 bits aside
+    answers: "list[Answer]"
+    chat_format: "ChatFormat"
+    max_tokens: int
+    system: str | None
+
+
+def ask_policy(artifact: Artifact) -> Asked:
+    """Load the policy and ask it the built-in questions; afterwards its memory is free again."""
     from llamachat.models.loading import load_policy
     from serving.agreement import answers_of
 
-    log.info("asking %s the questions that the export is held against", request.artifact.path)
-    policy = load_policy(request.artifact.path, device="auto")
-    embedding: Any = policy.model.get_input_embeddings()  # the first in the number format of training, 4 bits aside
-    dtype = embedding.weight.dtype
-    answers = answers_of(policy)
-    name = policy.name
-    del policy  # its memory is for the shards, and then for the exported model
+    log.info("asking %s the questions that the export is held against", artifact.path)
+    policy = load_policy(artifact.path, device="auto")
+    embedding: Any = policy.model.get_input_embeddings()  # the first in the number format of training
+    asked = Asked(
+        policy.name, embedding.weight.dtype, answers_of(policy), policy.chat_format, policy.max_tokens, policy.system
+    )
+    del policy, embedding
     gc.collect()
+    return asked
+
+
+def export_policy(request: Request, asked: Asked | None = None) -> "Agreement":
+    """Write the folder, hold it against the policy, and give it its name."""
+    asked = asked or ask_policy(request.artifact)
+    dtype = asked.dtype
     with incoming_folder(request.out) as side:
         base = base_folder(request)
         log.info("writing %s", request.out)
@@ -118,9 +138,9 @@ def export_policy(request: Request) -> "Agreement":
         write(request, side, base, dtype)
         copy_tokenizer(request, side)
         log.info("loading it again with transformers alone")
-        agreement = _load_and_compare(request, side, base, dtype, answers)
+        agreement = _load_and_compare(request, side, base, dtype, asked.answers)
         _judge(request, agreement, dtype)
-        _write_notes(request, side, base, dtype, agreement, name=name)
+        _write_notes(request, side, base, dtype, agreement, name=asked.name)
     return agreement
 
 

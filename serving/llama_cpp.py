@@ -130,7 +130,9 @@ def _wait(process: "subprocess.Popen[bytes]", server: Server, program: Path, log
         except (RefusedError, ServerError):  # 503 while it loads
             time.sleep(POLL_S)
     said = _tail(log_file.read_text(encoding="utf-8", errors="replace"))
-    state = f"ended with status {process.returncode}" if process.poll() is not None else f"is not ready in {START_S:g} s"
+    state = (
+        f"ended with status {process.returncode}" if process.poll() is not None else f"is not ready in {START_S:g} s"
+    )
     raise LlamaCppError(
         f"{program}: {state}. The file is held against the policy by asking this server. It said last:\n{said}\nMend "
         "that, or take the program away from the folder to write the file unheld."

@@ -40,7 +40,9 @@ def _model(bpe: Mapping[str, Any]) -> bytes:
     for token, piece in enumerate(pieces):
         kind = kinds.BYTE if _is_byte(piece) else kinds.NORMAL
         kind = {UNK_ID: kinds.UNKNOWN, BOS_ID: kinds.CONTROL, EOS_ID: kinds.CONTROL}.get(token, kind)
-        proto.pieces.add(piece=piece, score=scores.get(piece, -len(scores) - 1.0 if kind == kinds.NORMAL else 0.0), type=kind)
+        proto.pieces.add(
+            piece=piece, score=scores.get(piece, -len(scores) - 1.0 if kind == kinds.NORMAL else 0.0), type=kind
+        )
     proto.trainer_spec.model_type = proto.trainer_spec.BPE
     proto.trainer_spec.vocab_size = len(pieces)
     proto.trainer_spec.byte_fallback = True

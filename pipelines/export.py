@@ -98,6 +98,7 @@ def export(
     from llamachat.runs.artifacts import read_artifact
     from serving.export import Request
 
+    _check_words(form, llama_cpp, quantize)
     (path,) = named_artifacts(words or [], config, command="export", most=1, kinds=("policy", "reward_model"))
     request = Request(
         read_artifact(path),
@@ -109,31 +110,28 @@ def export(
         may_differ=allow_difference,
         dtype=dtype,
     )
-    to_gguf = _gguf_request(request, form, llama_cpp, quantize)
+    to_gguf = None
+    if (form == "gguf" or form == "ollama") and llama_cpp is not None:
+        from serving.gguf import GgufRequest
+
+        to_gguf = GgufRequest(request, llama_cpp, form, quantize)
     destination = _destination(request, push_to_hub, private)
     print(_export(request) if to_gguf is None else _export_gguf(to_gguf))
     if destination is not None:
         print(destination.push(out))
 
 
-def _gguf_request(
-    request: "Request", form: Form, llama_cpp: Path | None, quantize: Quantization | None
-) -> "GgufRequest | None":
-    if form not in ("gguf", "ollama"):
-        if quantize is not None:
-            raise UsageError(
-                f"--quantize {quantize}: it is for GGUF files, and this is --format {form}. Add --format gguf, or leave "
-                "it out."
-            )
-        return None
-    if llama_cpp is None:
+def _check_words(form: Form, llama_cpp: Path | None, quantize: Quantization | None) -> None:
+    is_gguf = form in ("gguf", "ollama")
+    if quantize is not None and not is_gguf:
+        raise UsageError(
+            f"--quantize {quantize}: it is for GGUF files, and this is --format {form}. Add --format gguf, or leave it out."
+        )
+    if is_gguf and llama_cpp is None:
         raise UsageError(
             f"--format {form}: no --llama-cpp is given. llama.cpp's own converter writes the file. Get it with `git clone "
             "https://github.com/ggml-org/llama.cpp`, and name its folder."
         )
-    from serving.gguf import GgufRequest
-
-    return GgufRequest(request, llama_cpp, form, quantize)
 
 
 def _destination(request: "Request", name: str | None, is_private: bool) -> "Destination | None":

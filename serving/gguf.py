@@ -180,7 +180,8 @@ def _compare(merged: Path, heard: "Mapping[str, Heard]", asked: Asked) -> dict[s
         for answer, (ids, logprobs) in zip(asked.answers, said.answers, strict=True):
             expected, distances = held_against(model, answer.prompt_ids, ids)
             behind += distances
-            differences += [abs(ours - theirs) for ours, theirs in zip(expected, logprobs, strict=True)]
+            if logprobs:
+                differences += [abs(ours - theirs) for ours, theirs in zip(expected, logprobs, strict=True)]
             equal += ids == answer.greedy_ids
         found[kind] = ServedAgreement(
             questions=len(asked.answers),
@@ -188,14 +189,14 @@ def _compare(merged: Path, heard: "Mapping[str, Heard]", asked: Asked) -> dict[s
             proof_texts=said.proof_texts,
             equal_proof_texts=said.equal_proof_texts,
             equal_greedy_answers=equal,
-            furthest_behind=max(behind),
+            furthest_behind=_largest(behind),
             max_logprob_difference=_largest(differences),
         )
     return found
 
 
 def _largest(values: Sequence[float]) -> float:
-    return max(value if math.isfinite(value) else math.inf for value in values)
+    return max((value if math.isfinite(value) else math.inf for value in values), default=0.0)
 
 
 def _judge(request: GgufRequest, kind: str, found: ServedAgreement, asked: Asked) -> None:

@@ -18,9 +18,9 @@ from serving.llama_cpp import LlamaCppError
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """Ids and log-probabilities (nats) of the greedy answers; how many prompts and texts came to the right ids."""
+    """The greedy answers; how many prompts and texts came to the right ids."""
 
-    answers: list[tuple[tuple[int, ...], tuple[float, ...]]]
+    answers: list[tuple[tuple[int, ...], tuple[float, ...]]]  # ids, and their log-probabilities (nats) or none
     equal_prompts: int
     proof_texts: int
     equal_proof_texts: int
@@ -33,8 +33,10 @@ def converse(server: Server, asked: Asked) -> Heard:
         for answer in asked.answers:
             prompt, ids = _prompt(server, answer.messages)
             said = server.post("/completion", _completion(prompt, len(answer.greedy_ids)))
-            tokens = said["completion_probabilities"]
-            answers.append((tuple(token["id"] for token in tokens), tuple(float(token["logprob"]) for token in tokens)))
+            logprobs = tuple(float(token["logprob"]) for token in said["completion_probabilities"])
+            # Of a token that leaves a character unfinished it tells the id alone: then nobody knows whose the rest are.
+            is_whole = len(logprobs) == len(said["tokens"])
+            answers.append((tuple(said["tokens"]), logprobs if is_whole else ()))
             equal_prompts += ids == answer.prompt_ids and said["tokens_evaluated"] == len(answer.prompt_ids)
         texts = proof_prompts(asked.chat_format)
         equal = sum(_prompt(server, text)[1] == tuple(asked.chat_format.encode_prompt(text)) for text in texts)
@@ -56,4 +58,4 @@ def _prompt(server: Server, messages: Sequence[Message]) -> tuple[str, tuple[int
 
 def _completion(prompt: str, length: int) -> Mapping[str, Any]:
     greedy = {"temperature": 0.0, "top_k": 1, "repeat_penalty": 1.0, "samplers": ["top_k", "temperature"]}
-    return {"prompt": prompt, "n_predict": length, "n_probs": 1, "cache_prompt": False, **greedy}
+    return {"prompt": prompt, "n_predict": length, "n_probs": 1, "return_tokens": True, "cache_prompt": False, **greedy}

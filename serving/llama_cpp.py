@@ -97,7 +97,10 @@ class LlamaCpp:
 
 @contextmanager
 def serving(program: Path, gguf: Path, *, context: int, log_file: Path) -> Iterator[Server]:
-    """A llama-server on this machine alone that answers from the file, with fp32 keys and values."""
+    """A llama-server on this machine alone that answers from the file, as exactly as it can.
+
+    Keys and values are fp32, and attention is the plain one: its flash attention moves log-probabilities by thousandths.
+    """
     port = _free_port()
     arguments = ["-m", str(gguf), "-c", str(context), "-np", "1", "--jinja", "-ctk", "f32", "-ctv", "f32"]
     with log_file.open("wb") as log:
@@ -106,7 +109,7 @@ def serving(program: Path, gguf: Path, *, context: int, log_file: Path) -> Itera
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=_environment(),
+            env={**_environment(), "LLAMA_ARG_FLASH_ATTN": "off"},  # as an option its form has changed
         )
     try:
         server = Server(f"http://127.0.0.1:{port}")

@@ -7,6 +7,7 @@ orders its joins. What was made is held against the tokenizer on the texts of th
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from llamachat.chat_format import ChatFormat, load_chat_format
@@ -31,11 +32,9 @@ def sentencepiece_model(chat_format: ChatFormat, tokenizer_json: str) -> bytes:
 
 
 def _model(bpe: Mapping[str, Any]) -> bytes:
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
-
     pieces = sorted(bpe["vocab"], key=bpe["vocab"].get)
     scores = _scores(bpe["merges"])
-    proto: Any = ModelProto()
+    proto: Any = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
     kinds = proto.SentencePiece
     for token, piece in enumerate(pieces):
         kind = kinds.BYTE if _is_byte(piece) else kinds.NORMAL

@@ -102,7 +102,7 @@ def export_gguf(request: GgufRequest) -> Exported:
         files = {exact: side / f"{name}-{exact}.gguf"}
         log.info("converting it with %s", llama_cpp.folder)
         llama_cpp.convert(merged, files[exact], kind=exact, name=asked.name)
-        _require_tokenizer(files[exact], asked)
+        _require_tokenizer(files[exact], merged, asked)
         if llama_cpp.is_quantized_after:
             files[quantization] = side / f"{name}-{quantization}.gguf"
             said = llama_cpp.quantize(files[exact], files[quantization])
@@ -125,11 +125,14 @@ def _complete_tokenizer(merged: Path, asked: Asked) -> None:
         (merged / "tokenizer.model").write_bytes(sentencepiece_model(asked.chat_format, tokenizer_json))
 
 
-def _require_tokenizer(file: Path, asked: Asked) -> None:
+def _require_tokenizer(file: Path, merged: Path, asked: Asked) -> None:
+    from llamachat.chat_format import load_chat_format
+    from llamachat.tokenizer import load_tokenizer
     from serving.gguf_header import read_header, tokenizer_faults
 
+    converted = load_chat_format(asked.chat_format.name, load_tokenizer(merged))
     try:
-        faults = tokenizer_faults(read_header(file), asked.chat_format)
+        faults = tokenizer_faults(read_header(file), converted)
     except (ValueError, ArithmeticError, KeyError) as error:
         faults = [f"its header cannot be read ({error})"]
     if faults:

@@ -308,12 +308,6 @@ def test_an_adapter_on_weights_that_the_base_lacks_is_refused(
         )
 
 
-@pytest.mark.parametrize("form", ["gguf", "ollama"])
-def test_formats_of_later_versions_say_so(form: str, capsys: pytest.CaptureFixture[str]):
-    assert main(["export", "anything", "--out", "anywhere", "--format", form]) == 2
-    assert f"--format {form}: not part of this version" in capsys.readouterr().err
-
-
 def test_one_policy_is_exported_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["export", "one", "two", "--out", str(tmp_path / "out")]) == 2
     assert "export: found one two. It takes one artifact" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from llamachat.tokenizer import FastBackend, Tokenizer
 from pipelines.cli import main
 from serving.export import Asked, ExportError, Request, ask_policy, export_policy
 from serving.gguf import GgufRequest, export_gguf
-from serving.gguf_header import read_header, tokenizer_faults
+from serving.gguf_header import read_header
 from serving.sentencepiece_file import sentencepiece_model
 from tests.exporting import lora_policy, note_of
 from tests.fake_llama_cpp import make_folder
@@ -223,4 +223,3 @@ def test_llama_cpp_itself_says_what_the_policy_says(has_model: bool, tmp_path: P
     assert done.served is not None and done.served.max_logprob_difference < 1e-3
     assert done.served.equal_greedy_answers == done.served.equal_prompts == done.served.questions
     assert done.served.equal_proof_texts == done.served.proof_texts == len(proof_prompts(tiny_format))
-    assert not tokenizer_faults(read_header(done.file), tiny_format)

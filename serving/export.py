@@ -6,6 +6,7 @@ before it gets its name. It appears whole or not at all.
 """
 
 import gc
+import json
 import logging
 import math
 import shutil
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 Format = Literal["merged", "adapter"]
 Onto = Literal["quantized", "original"]
 NOTE = "export.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 # Of one token's log-probability, in nats. A merged weight is rounded once more than weight and adapter apart, by up to
@@ -206,16 +208,16 @@ def finish_folder(side: Path, base: Path) -> None:
 
 
 def copy_tokenizer(request: Request, side: Path) -> None:
-    """Add the tokenizer of the artifact."""
+    """Add the tokenizer of the artifact; its chat template also as the file that some programs look for."""
     for file in TOKENIZER_FILES:
         if (request.artifact.path / file).is_file():
             shutil.copyfile(request.artifact.path / file, side / file)
+    config = json.loads((side / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (side / CHAT_TEMPLATE).write_text(config["chat_template"], encoding="utf-8")
 
 
 def write_adapter(request: Request, side: Path, base: Path, dtype: "torch.dtype") -> None:
     """Add the adapter, with the name of its base as others know it."""
-    import json
-
     from llamachat.models.loading import ADAPTER_WEIGHTS
 
     del dtype

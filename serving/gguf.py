@@ -21,7 +21,17 @@ from llamachat.errors import UsageError
 from llamachat.models.hub import LICENCE_FILES
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import incoming_folder, write_json
-from serving.export import NOTE, TOLERANCE, Asked, ExportError, Request, ask_policy, base_folder, export_policy
+from serving.export import (
+    CHAT_TEMPLATE,
+    NOTE,
+    TOLERANCE,
+    Asked,
+    ExportError,
+    Request,
+    ask_policy,
+    base_folder,
+    export_policy,
+)
 from serving.llama_cpp import LlamaCpp, serving
 from serving.model_card import plain_name
 
@@ -97,7 +107,7 @@ def export_gguf(request: GgufRequest) -> Exported:
     with incoming_folder(request.out) as side:
         merged = side / "merged"
         export_policy(replace(request.folder, out=merged), asked)
-        _complete_tokenizer(merged, asked)
+        _prepare_tokenizer(merged, asked)
         exact = own if llama_cpp.is_quantized_after else quantization
         files = {exact: side / f"{name}-{exact}.gguf"}
         log.info("converting it with %s", llama_cpp.folder)
@@ -116,8 +126,12 @@ def export_gguf(request: GgufRequest) -> Exported:
     return Exported(request.out / file.name, name, quantization, served.get(quantization))
 
 
-def _complete_tokenizer(merged: Path, asked: Asked) -> None:
-    """Add the tokenizer.model that the converter reads, for a base that came without one."""
+def _prepare_tokenizer(merged: Path, asked: Asked) -> None:
+    """What the converter is to read: a tokenizer.model, and the chat template without marks."""
+    config = merged / "tokenizer_config.json"
+    plain = {"chat_template": asked.chat_format.plain_chat_template}
+    write_json(config, json.loads(config.read_text(encoding="utf-8")) | plain)
+    (merged / CHAT_TEMPLATE).write_text(plain["chat_template"], encoding="utf-8")
     if asked.chat_format.tokenizer.sentencepiece_model is None:
         from serving.sentencepiece_file import sentencepiece_model
 

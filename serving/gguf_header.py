@@ -39,7 +39,7 @@ def tokenizer_faults(header: Mapping[str, Any], chat_format: ChatFormat) -> list
         "tokenizer.ggml.add_bos_token": (True, True),
         "tokenizer.ggml.add_eos_token": (False, False),
         "tokenizer.ggml.add_space_prefix": (True, True),
-        "tokenizer.chat_template": (chat_format.chat_template, None),
+        "tokenizer.chat_template": (chat_format.plain_chat_template, None),
     }
     found = {key: header.get(key, default) for key, (_, default) in expected.items()}
     faults = [f"{key} is {found[key]!r:.40}" for key, (due, _) in expected.items() if found[key] != due]

@@ -29,6 +29,7 @@ SHIPPED = (
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "chat_template.jinja",
     "export.json",
     "README.md",
     "Modelfile",

@@ -66,6 +66,7 @@ def convert(folder: str, arguments: list[str]) -> None:
         "tokenizer.chat_template": json.loads((model / "tokenizer_config.json").read_text())["chat_template"],
         "general.file_type": arguments[arguments.index("--outtype") + 1],
     }
+    (Path(folder) / "template.jinja").write_text(pairs["tokenizer.chat_template"])
     pairs |= behaviour.get("header", {})
     out.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, len(pairs)) + b"".join(map(pair, pairs.items())))
 
@@ -115,11 +116,9 @@ class State:
         from sentencepiece import SentencePieceProcessor
 
         self.tokenizer: Any = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        # As llama.cpp reads it, the marks of `generation` mean nothing.
-        template = re.sub(r"\{%-? (end)?generation -?%\}", "", behaviour["template"])
         environment = Environment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = lambda message: 1 / 0
-        self.template = environment.from_string(template)
+        self.template = environment.from_string((folder / "template.jinja").read_text())
         self.behaviour = behaviour
         self.ready_at = time.monotonic() + 0.2
 

@@ -50,7 +50,7 @@ def says(asked: Asked, **behaviour: Any) -> dict[str, Any]:
         " ".join(map(str, answer.prompt_ids)): list(zip(answer.greedy_ids, answer.logprobs, strict=False))
         for answer in asked.answers
     }
-    return {"answers": answers, "template": asked.chat_format.chat_template, **behaviour}
+    return {"answers": answers, **behaviour}
 
 
 def test_ollama_gets_a_quantized_file_with_the_policys_tokenizer_and_a_modelfile(
@@ -77,7 +77,8 @@ def test_ollama_gets_a_quantized_file_with_the_policys_tokenizer_and_a_modelfile
     assert held["max_logprob_difference"] < 1e-3 and held["furthest_behind"] < 1e-3
     assert (held["equal_prompts"], held["equal_greedy_answers"]) == (5, 5)
     assert held["equal_proof_texts"] == held["proof_texts"] > 40
-    assert read_header(out / "one-sft-q4_k_m.gguf")["general.file_type"] == "f32"
+    header = read_header(out / "one-sft-q4_k_m.gguf")
+    assert header["general.file_type"] == "f32" and "generation" not in header["tokenizer.chat_template"]
     modelfile = (out / "Modelfile").read_text()
     assert modelfile.startswith("FROM ./one-sft-q4_k_m.gguf\n")
     assert 'SYSTEM """Be brief."""\n' in modelfile and "PARAMETER num_ctx 160\n" in modelfile

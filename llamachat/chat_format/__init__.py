@@ -54,6 +54,11 @@ class ChatFormat(Protocol):
         ...
 
     @property
+    def plain_chat_template(self) -> str:
+        """The same without the marks, for servers whose Jinja does not know them."""
+        ...
+
+    @property
     def go_template(self) -> str:
         """The same as a template of Go's text/template, as Ollama renders it, without the first BOS."""
         ...

@@ -60,6 +60,13 @@ class GgufRequest:
                 "it scores them. Export it with --format merged."
             )
         LlamaCpp(self.llama_cpp, self.quantize or "f32")
+        rope = self.artifact.manifest.details.get("rope_parameters", {})
+        if rope.get("rope_type") == "dynamic" and not self.folder.may_differ:
+            raise UsageError(
+                f"--format {self.form}: the policy's context was lengthened by base.rope_scaling of the type dynamic, "
+                "which llama.cpp does not have. In dialogs longer than the base's own context it would answer otherwise, "
+                "and no short question shows that. Train with the type linear, or write it with --allow-difference."
+            )
         if self.form == "ollama":
             from serving.ollama import check_system
 
@@ -84,7 +91,8 @@ class ServedAgreement:
     equal_proof_texts: int
     equal_greedy_answers: int
     furthest_behind: float  # nats by which a token of a greedy answer is less likely than the merged model's choice
-    max_logprob_difference: float  # of a token of these answers, in nats
+    tokens: int  # of these answers, those whose log-probability llama-server told
+    max_logprob_difference: float  # of one of them, in nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +115,7 @@ def export_gguf(request: GgufRequest) -> Exported:
     with incoming_folder(request.out) as side:
         merged = side / "merged"
         export_policy(replace(request.folder, out=merged), asked)
-        _prepare_tokenizer(merged, asked)
+        _prepare(merged, asked)
         exact = own if llama_cpp.is_quantized_after else quantization
         files = {exact: side / f"{name}-{exact}.gguf"}
         log.info("converting it with %s", llama_cpp.folder)
@@ -126,17 +134,29 @@ def export_gguf(request: GgufRequest) -> Exported:
     return Exported(request.out / file.name, name, quantization, served.get(quantization))
 
 
-def _prepare_tokenizer(merged: Path, asked: Asked) -> None:
-    """What the converter is to read: a tokenizer.model, and the chat template without marks."""
-    config = merged / "tokenizer_config.json"
-    plain = {"chat_template": asked.chat_format.plain_chat_template}
-    write_json(config, json.loads(config.read_text(encoding="utf-8")) | plain)
-    (merged / CHAT_TEMPLATE).write_text(plain["chat_template"], encoding="utf-8")
+def _prepare(merged: Path, asked: Asked) -> None:
+    """What the converter is to read: a tokenizer.model, the chat template without marks, the lengthened context."""
+    from transformers import AutoConfig
+
+    from llamachat.models.rope import context_length, rope_parameters
+
+    plain = asked.chat_format.plain_chat_template
+    (merged / CHAT_TEMPLATE).write_text(plain, encoding="utf-8")
+    _change(merged / "tokenizer_config.json", chat_template=plain)
+    config = AutoConfig.from_pretrained(str(merged))
+    if (
+        rope_parameters(config)["rope_type"] == "linear"
+    ):  # llama.cpp serves no more positions than this, whatever the factor
+        _change(merged / "config.json", max_position_embeddings=context_length(config))
     if asked.chat_format.tokenizer.sentencepiece_model is None:
         from serving.sentencepiece_file import sentencepiece_model
 
         tokenizer_json = (merged / "tokenizer.json").read_text(encoding="utf-8")
         (merged / "tokenizer.model").write_bytes(sentencepiece_model(asked.chat_format, tokenizer_json))
+
+
+def _change(file: Path, **values: Any) -> None:
+    write_json(file, json.loads(file.read_text(encoding="utf-8")) | values)
 
 
 def _require_tokenizer(file: Path, merged: Path, asked: Asked) -> None:
@@ -207,6 +227,7 @@ def _compare(merged: Path, heard: "Mapping[str, Heard]", asked: Asked) -> dict[s
             equal_proof_texts=said.equal_proof_texts,
             equal_greedy_answers=equal,
             furthest_behind=_largest(behind),
+            tokens=len(differences),
             max_logprob_difference=_largest(differences),
         )
     return found
@@ -220,11 +241,12 @@ def _judge(request: GgufRequest, kind: str, found: ServedAgreement, asked: Asked
     formats = {short: dtype for dtype, short in _KINDS.items()}
     log.info(
         "%s: %d of %d greedy answers are the policy's; a token is at most %.4f nats behind the merged model's likeliest, "
-        "and log-probabilities differ by at most %.4f nats",
+        "and log-probabilities of %d tokens differ by at most %.4f nats",
         kind,
         found.equal_greedy_answers,
         found.questions,
         found.furthest_behind,
+        found.tokens,
         found.max_logprob_difference,
     )
     wrong = []

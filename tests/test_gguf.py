@@ -11,6 +11,7 @@ import pytest
 
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.proof import proof_prompts
+from llamachat.config.sections import RopeScaling
 from llamachat.errors import LlamachatError, TokenizerError, UsageError
 from llamachat.runs.artifacts import Artifact
 from llamachat.tokenizer import FastBackend, Tokenizer
@@ -158,7 +159,11 @@ def test_without_a_server_the_header_alone_is_read_and_that_is_told(
 
 
 def test_a_folder_that_cannot_do_it_is_refused_before_any_work(
-    made: tuple[Artifact, Asked, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_sentencepiece: bytes
+    made: tuple[Artifact, Asked, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_sentencepiece: bytes,
+    tiny_format: ChatFormat,
 ):
     request = Request(made[0], tmp_path / "out")
     with pytest.raises(UsageError, match=r"is no folder.*git clone"):
@@ -166,6 +171,9 @@ def test_a_folder_that_cannot_do_it_is_refused_before_any_work(
     with pytest.raises(UsageError, match=r"has no convert_hf_to_gguf\.py"):
         GgufRequest(request, tmp_path)
     folder = make_folder(tmp_path / "llama.cpp")
+    dynamic = lora_policy(tmp_path / "dynamic", tiny_format, rope_scaling=RopeScaling(type="dynamic", factor=2.0))
+    with pytest.raises(UsageError, match=r"of the type dynamic, which llama\.cpp does not have.*--allow-difference"):
+        GgufRequest(Request(dynamic, tmp_path / "out"), folder)
     (folder / "build/bin/llama-quantize").unlink()
     with pytest.raises(UsageError, match=r"--quantize q4_0: .*cmake --build .*llama-quantize\. Or take .*q8_0"):
         GgufRequest(request, folder, quantize="q4_0")
@@ -215,12 +223,14 @@ def test_a_sentencepiece_model_made_of_tokenizer_json_gives_its_ids(tiny_format:
 
 
 @pytest.mark.skipif(not Path(REAL, "convert_hf_to_gguf.py").is_file(), reason="LLAMA_CPP names no llama.cpp")
-@pytest.mark.parametrize("has_model", [True, False])
+@pytest.mark.parametrize("has_model", [True, False])  # False: with a lengthened context too
 def test_llama_cpp_itself_says_what_the_policy_says(has_model: bool, tmp_path: Path, tiny_format: ChatFormat):
     fast = Tokenizer(FastBackend(tiny_format.tokenizer.fast().to_str()))
-    artifact = lora_policy(tmp_path, tiny_format if has_model else load_chat_format("llama2", fast))
+    scaled = {} if has_model else {"rope_scaling": RopeScaling(type="linear", factor=2.0)}
+    artifact = lora_policy(tmp_path, tiny_format if has_model else load_chat_format("llama2", fast), **scaled)
     assert (artifact.path / "tokenizer.model").exists() == has_model
     done = export_gguf(GgufRequest(Request(artifact, tmp_path / "out"), Path(REAL)))
     assert done.served is not None and done.served.max_logprob_difference < 1e-3
     assert done.served.equal_greedy_answers == done.served.equal_prompts == done.served.questions
     assert done.served.equal_proof_texts == done.served.proof_texts == len(proof_prompts(tiny_format))
+    assert read_header(done.file)["llama.context_length"] == (256 if has_model else 512)

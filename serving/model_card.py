@@ -162,7 +162,7 @@ def _how_to_load(facts: Facts) -> str:
 def _how_to_serve(facts: Facts) -> str:
     file, context = facts.note["file"], facts.details["max_tokens"]
     lines = [f"llama-server -m {file} --jinja -c {context}     # then http://127.0.0.1:8080, or any OpenAI client"]
-    lines.append(f"llama-cli -m {file} --jinja -c {context} -cnv")
+    lines.append(f"llama-cli -m {file} --jinja -c {context}")
     if facts.note["format"] == "ollama":
         name = plain_name(facts.name)
         lines += [f"ollama create {name} -f Modelfile", f"ollama run {name}"]

@@ -167,8 +167,8 @@ def _export_gguf(request: "GgufRequest") -> str:
     held = "not held against the policy by its answers"
     if done.served is not None:
         held = (
-            f"{done.served.equal_greedy_answers} of {done.served.questions} greedy answers are the policy's, largest "
-            f"difference of a token's log-probability {done.served.max_logprob_difference:.4f} nats"
+            f"{done.served.equal_greedy_answers} of {done.served.questions} greedy answers are the policy's, a token at "
+            f"most {done.served.furthest_behind:.4f} nats behind the merged model's likeliest"
         )
     if request.form == "gguf":
         return f"{done.file}: {held}"

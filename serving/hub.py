@@ -51,16 +51,9 @@ class Destination:
     @classmethod
     def checked(cls, name: str, *, is_private: bool) -> "Destination":
         """The repository of this name, USER/NAME; asks the hub whose token this machine has."""
-        from huggingface_hub import HfApi, get_token
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-        from huggingface_hub.utils import validate_repo_id
+        from huggingface_hub import get_token
 
-        try:
-            validate_repo_id(name)
-            is_name = name.count("/") == 1
-        except HFValidationError:
-            is_name = False
-        if not is_name:
+        if not _is_name(name):
             raise UsageError(
                 f"--push-to-hub: '{name}' is no name of a repository. The hub's are USER/NAME, in letters, digits, "
                 "'-', '_' and '.'. Give one like me/my-chat-model."
@@ -70,18 +63,11 @@ class Destination:
                 "--push-to-hub: no token is on this machine. The hub takes files from whom it knows. Log in with `hf "
                 "auth login`, or set HF_TOKEN; the token must be allowed to write."
             )
-        try:
-            HfApi().whoami()
-        except HfHubHTTPError as error:
-            status = getattr(error.response, "status_code", None)
-            if status in (401, 403):
-                raise HubError(
-                    f"--push-to-hub: the hub refuses this machine's token (HTTP {status}). It has to know who writes. "
-                    "Log in again with `hf auth login`, with a token that may write."
-                ) from error
-            raise _unreachable(name, error) from error
-        except Exception as error:  # the library lets its network layers' own errors through
-            raise _unreachable(name, error) from error
+        if is_private and _is_public(name):
+            raise UsageError(
+                f"--push-to-hub {name}: this repository is there, and public. What is uploaded is private unless you say "
+                "otherwise. Give another name, or --no-private."
+            )
         return cls(name, is_private)
 
     def push(self, folder: Path) -> str:
@@ -100,7 +86,7 @@ class Destination:
         except Exception as error:  # as above
             raise HubError(
                 f"{self.name}: the upload failed ({_first_line(error)}). The export in {folder} is whole. Give `hf upload "
-                f"{self.name} {folder}`{' --private' if self.is_private else ''} when the reason is gone."
+                f"{self.name} {folder}{' --private' if self.is_private else ''}` when the reason is gone."
             ) from error
         return f"https://huggingface.co/{self.name}"
 
@@ -120,6 +106,40 @@ class Destination:
             "%s becomes public: read in its README.md under what licences base and data are, and what they ask for",
             self.name,
         )
+
+
+def _is_name(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def _is_public(name: str) -> bool:
+    """Whether everybody sees a repository that is there; asks with this machine's token, which the hub has to know."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    api = HfApi()
+    try:
+        api.whoami()
+        return not api.repo_info(name).private
+    except RepositoryNotFoundError:
+        return False
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            raise HubError(
+                f"--push-to-hub: the hub refuses this machine's token (HTTP {status}). It has to know who writes. Log "
+                "in again with `hf auth login`, with a token that may write."
+            ) from error
+        raise _unreachable(name, error) from error
+    except Exception as error:  # the library lets its network layers' own errors through
+        raise _unreachable(name, error) from error
 
 
 def _files(folder: Path) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from llamachat.chat_format import ChatFormat
 from llamachat.errors import UsageError
@@ -22,11 +22,17 @@ class FakeApi:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.error: Exception | None = None
+        self.held: dict[str, bool] = {}  # repositories that are there: whether they are private
 
     def whoami(self) -> dict[str, str]:
         if self.error is not None:
             raise self.error
         return {"name": "me"}
+
+    def repo_info(self, name: str) -> Any:
+        if name not in self.held:
+            raise refusal(404, RepositoryNotFoundError)
+        return type("Info", (), {"private": self.held[name]})()
 
     def create_repo(self, name: str, **options: Any) -> None:
         self.calls.append(("create", {"name": name, **options}))
@@ -53,9 +59,9 @@ def exported(folder: Path, licence: str | None, *others: str) -> Path:
     return folder
 
 
-def refusal(status: int) -> HfHubHTTPError:
+def refusal(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubHTTPError:
     response = type("Response", (), {"status_code": status, "headers": {}, "request": None})()
-    return HfHubHTTPError(f"{status} Error", response=response)  # type: ignore[arg-type]  # as much of one as is read
+    return kind(f"{status} Error", response=response)  # type: ignore[arg-type]  # as much of one as is read
 
 
 def test_the_command_exports_and_then_uploads_the_exports_files_alone(
@@ -92,9 +98,19 @@ def test_without_token_access_or_network_nothing_is_begun(api: FakeApi, monkeypa
         Destination.checked("me/chat", is_private=True)
 
 
+def test_what_is_private_does_not_go_into_a_public_repository(api: FakeApi):
+    api.held = {"me/open": False, "me/closed": True}
+    with pytest.raises(UsageError, match=r"me/open: this repository is there, and public.*--no-private"):
+        Destination.checked("me/open", is_private=True)
+    assert Destination.checked("me/closed", is_private=True).is_private
+    assert not Destination.checked("me/open", is_private=False).is_private
+
+
 def test_an_upload_that_fails_names_the_whole_export(api: FakeApi, tmp_path: Path):
     api.error = ConnectionError("reset")
-    with pytest.raises(HubError, match=r"failed \(reset\)\. The export in .*out is whole\. Give `hf upload me/chat"):
+    with pytest.raises(
+        HubError, match=r"failed \(reset\)\. The export in .*out is whole\. Give `hf upload me/chat .*out --private`"
+    ):
         Destination("me/chat", True).push(exported(tmp_path / "out", "other"))
 
 

@@ -136,14 +136,14 @@ def export_gguf(request: GgufRequest) -> Exported:
 
 def _prepare(merged: Path, asked: Asked) -> None:
     """What the converter is to read: a tokenizer.model, the chat template without marks, the lengthened context."""
-    from transformers import AutoConfig
+    from transformers import LlamaConfig
 
     from llamachat.models.rope import context_length, rope_parameters
 
     plain = asked.chat_format.plain_chat_template
     (merged / CHAT_TEMPLATE).write_text(plain, encoding="utf-8")
     _change(merged / "tokenizer_config.json", chat_template=plain)
-    config = AutoConfig.from_pretrained(str(merged))
+    config = LlamaConfig.from_pretrained(str(merged))
     if (
         rope_parameters(config)["rope_type"] == "linear"
     ):  # llama.cpp serves no more positions than this, whatever the factor

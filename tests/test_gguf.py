@@ -226,7 +226,7 @@ def test_a_sentencepiece_model_made_of_tokenizer_json_gives_its_ids(tiny_format:
 @pytest.mark.parametrize("has_model", [True, False])  # False: with a lengthened context too
 def test_llama_cpp_itself_says_what_the_policy_says(has_model: bool, tmp_path: Path, tiny_format: ChatFormat):
     fast = Tokenizer(FastBackend(tiny_format.tokenizer.fast().to_str()))
-    scaled = {} if has_model else {"rope_scaling": RopeScaling(type="linear", factor=2.0)}
+    scaled: dict[str, Any] = {} if has_model else {"rope_scaling": RopeScaling(type="linear", factor=2.0)}
     artifact = lora_policy(tmp_path, tiny_format if has_model else load_chat_format("llama2", fast), **scaled)
     assert (artifact.path / "tokenizer.model").exists() == has_model
     done = export_gguf(GgufRequest(Request(artifact, tmp_path / "out"), Path(REAL)))

@@ -185,7 +185,7 @@ def _hold(
     program = llama_cpp.server
     if program is None:
         log.warning(
-            "not held against the policy by its answers: %s has no built llama-server. Only the header was read. %s",
+            "not held against the policy by its answers: %s has no built llama-server. Only the header was read. Build it: %s",
             llama_cpp.folder,
             llama_cpp.how_to_build_the_server(),
         )

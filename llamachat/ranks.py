@@ -19,6 +19,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Value = TypeVar("Value")
 
+_SHARDED = "LLAMACHAT_FSDP"
 # The others wait while the first one writes or draws. Whoever starts them ends them all when one fails.
 PATIENCE = timedelta(hours=24)
 
@@ -46,6 +47,9 @@ def opened() -> Iterator[None]:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # what `accelerate launch --cpu` says; a trainer asks anew
     # Picks backend and device as accelerate's own trainers do; without `cpu` none meet where there is no GPU.
     PartialState(cpu=not use_gpus(), timeout=PATIENCE)
+    # Our models are cut by ourselves (llamachat.models.sharding): accelerate's trainers would do it a second time.
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        os.environ[_SHARDED] = "true"
     yield
     wait()
     torch.distributed.destroy_process_group()
@@ -69,8 +73,8 @@ def is_first() -> bool:
 
 
 def are_sharded() -> bool:
-    """Whether the model is cut over the processes (FSDP) rather than whole in each, by the environment of accelerate."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    """Whether a model that is trained whole is to be cut over the processes (FSDP), as accelerate was asked for."""
+    return _group() is not None and _SHARDED in os.environ
 
 
 def wait() -> None:
@@ -93,11 +97,10 @@ def agreed(value: Value) -> Value:
 def dealt(items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]]) -> list[Result]:
     """`work(items)`, each process doing its part of the items; all results in the order of the items, in every process.
 
-    `work` gives one result an item, and is not called for no items unless there are none at all. Where the model itself is
-    cut over the processes each forward pass needs all of them, and every one does all of the work.
+    `work` gives one result an item, and is not called for no items unless there are none at all.
     """
     group = _group()
-    if group is None or not items or are_sharded():
+    if group is None or not items:
         return list(work(list(items)))
     number, world = group.get_rank(), group.get_world_size()
     mine = list(items[number::world])

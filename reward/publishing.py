@@ -12,6 +12,7 @@ from llamachat.models.reward_model import (
     reward_trunk_digest,
     save_reward_model,
 )
+from llamachat.models.sharding import whole_weights
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.folder import StepFolder
 from llamachat.tokenizer import write_tokenizer
@@ -27,8 +28,10 @@ def publish_reward_model(
     if start.frozen_digest is not None:
         assert reward_trunk_digest(start.model) == start.frozen_digest, "the trunk under an adapter is never written"
 
+    weights = whole_weights(start.model)
+
     def write(folder: Path) -> None:
-        save_reward_model(start.model, folder)
+        save_reward_model(start.model, folder, weights)
         write_tokenizer(start.chat_format.tokenizer, folder, start.chat_format.chat_template)
         report = prove_written(folder, start.chat_format)
         warning = require_proof(report, allow_unproved=inputs.base.allow_unproved_tokenizer)

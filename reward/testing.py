@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llamachat import ranks
 from llamachat.errors import DivergedError
 from llamachat.models.reward_model import score_rows
+from llamachat.models.sharding import is_cut
 from llamachat.record_rules import first_user_turn
 from llamachat.runs.folder import StepFolder
 from llamachat.tracking.tracker import Tracker
@@ -31,6 +32,8 @@ def pair_scores(model: nn.Module, pairs: Sequence[PairExample]) -> tuple[Tensor,
 
 def _scores(model: nn.Module, rows: Sequence[tuple[int, ...]]) -> Tensor:
     """`score_rows`, dealt out over the processes."""
+    if is_cut(model):  # it needs all processes in each forward pass
+        return score_rows(model, rows)
     return torch.tensor(ranks.dealt(rows, lambda mine: score_rows(model, mine).tolist()))
 
 

@@ -12,6 +12,7 @@ from llamachat.batching import collate_packed, pack
 from llamachat.chat_format import ChatFormat, TokenizedExample
 from llamachat.dialog import Message
 from llamachat.errors import DivergedError
+from llamachat.models.sharding import is_cut
 from llamachat.rollout.engine import RolloutEngine, Sampling
 from sft.loss import SHAPE_MULTIPLE, answer_token_losses
 
@@ -31,7 +32,8 @@ def answer_loss(
     was_training = model.training
     model.eval()
     rows = pack([len(example.input_ids) for example in examples], row_tokens)
-    sums = ranks.dealt(rows, lambda mine: [summed(row) for row in mine])
+    # A model that is cut needs all processes in each forward pass.
+    sums = [summed(row) for row in rows] if is_cut(model) else ranks.dealt(rows, lambda mine: list(map(summed, mine)))
     model.train(was_training)
     return sum(total for total, _ in sums) / sum(count for _, count in sums)
 

@@ -18,6 +18,7 @@ from llamachat.models.loading import (
     save_policy,
     trunk_digest,
 )
+from llamachat.models.sharding import shard_if_asked, whole_weights
 from llamachat.models.starting import fast_tokenizer, is_adapter, proved_start
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.folder import StepFolder
@@ -54,6 +55,7 @@ def load_start(inputs: Inputs) -> Start:
     """Load the earlier policy where the step has one, else the base; attach an adapter where the recipe asks."""
     location, chat_format = proved_start(inputs.base, inputs.tuning, inputs.policy)
     model, trunk = _load_model(inputs, location)
+    shard_if_asked(model, inputs.tuning)
     has_adapter = inputs.tuning.method != "full"
     return Start(model, chat_format, trunk, trunk_digest(model) if has_adapter else None)
 
@@ -80,8 +82,10 @@ def publish_policy(start: Start, inputs: Inputs, *, dropped: Mapping[str, int], 
     if start.frozen_digest is not None:
         assert trunk_digest(start.model) == start.frozen_digest, "the trunk under an adapter is never written"
 
+    weights = whole_weights(start.model)
+
     def write(folder: Path) -> None:
-        save_policy(start.model, folder)
+        save_policy(start.model, folder, weights)
         write_tokenizer(start.chat_format.tokenizer, folder, start.chat_format.chat_template)
         report = prove_written(folder, start.chat_format)
         warning = require_proof(report, allow_unproved=inputs.base.allow_unproved_tokenizer)

@@ -23,6 +23,7 @@ from llamachat import ranks
 from llamachat.batching import StepPlan, collate_packed, collate_padded, plan_steps
 from llamachat.chat_format import TrainOn
 from llamachat.errors import DataError
+from llamachat.models.sharding import gathered
 from llamachat.rollout.engine import Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
 from llamachat.runs.artifacts import Artifact
@@ -304,7 +305,8 @@ class Session:
             return
         tokenizer = self.start.chat_format.tokenizer
         engine = HuggingFaceEngine(self.start.model, self.start.chat_format.stop_ids, tokenizer.pad_id)
-        samples = sample_answers(engine, self.start.chat_format, self.examples.prompts, sampling=WATCHED)
+        with gathered(self.start.model):
+            samples = sample_answers(engine, self.start.chat_format, self.examples.prompts, sampling=WATCHED)
         self.tracker.samples(
             step,
             [{"prompt": s.prompt, "answer": s.answer, "tokens": s.tokens, "finished": s.is_finished} for s in samples],

@@ -128,8 +128,13 @@ def load_adapter(model: "LlamaForCausalLM | ScoringLlama", folder: Path, *, is_t
     return adapted
 
 
-def save_policy(model: "LanguageModel | ScoringLlama", folder: Path) -> None:
-    """Write the weights so that `AutoModelForCausalLM`, or PEFT where there is an adapter, loads them as they are."""
+def save_policy(
+    model: "LanguageModel | ScoringLlama", folder: Path, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write the weights so that `AutoModelForCausalLM`, or PEFT where there is an adapter, loads them as they are.
+
+    `weights` are those of a model that is cut over several processes, whole.
+    """
     from peft import PeftModel
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +148,7 @@ def save_policy(model: "LanguageModel | ScoringLlama", folder: Path) -> None:
     model.config.use_cache = True
     try:
         with _quietly():
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
     finally:
         model.config.use_cache = was_caching
 

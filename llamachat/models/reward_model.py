@@ -40,6 +40,7 @@ from llamachat.models.loading import (
 )
 from llamachat.models.placement import device_of, dtype_of
 from llamachat.models.rope import context_length, scale_rope
+from llamachat.models.sharding import shard_if_asked
 from llamachat.models.starting import fast_tokenizer, is_adapter, proved_start
 from llamachat.tokenizer import UNK_ID, Tokenizer, load_tokenizer
 
@@ -160,6 +161,7 @@ def build_reward_model(
         is_nf4=tuning.method == "qlora",
         has_head=False,
     )
+    shard_if_asked(model, tuning)
     if tuning.method == "full":
         return RewardStart(model, chat_format, location, None)
     _remember_trunk(model, location)
@@ -177,9 +179,12 @@ def reward_trunk_digest(model: "Scorer") -> str:
     return trunk_digest(_scoring(model).model)
 
 
-def save_reward_model(model: "Scorer", folder: Path) -> None:
-    """Write the weights so that `AutoModelForSequenceClassification`, and PEFT where there is an adapter, load them."""
-    save_policy(model, folder)
+def save_reward_model(model: "Scorer", folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write the weights so that `AutoModelForSequenceClassification`, and PEFT where there is an adapter, load them.
+
+    `weights` as in `save_policy`.
+    """
+    save_policy(model, folder, weights)
     if _is_adapted(model):
         # PEFT adds every name that a head may have, some of them twice.
         _edit(folder / "adapter_config.json", {"modules_to_save": [HEAD]})

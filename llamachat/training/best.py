@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llamachat import ranks
+from llamachat.models.sharding import like, whole
 from llamachat.runs.atomic import INCOMING, flush, make_folder, storage_errors
 
 
@@ -46,12 +47,11 @@ class BestWeights:
 
     def offer(self, evaluated: Evaluated, model: nn.Module) -> None:
         """Keep the model's trained weights if no earlier ones had so low a loss."""
-        if not ranks.is_first():
-            return
+        trained = whole(_trained(model))
         best = self.read()
-        if best is not None and best.loss <= evaluated.loss:
+        if not ranks.is_first() or (best is not None and best.loss <= evaluated.loss):
             return
-        weights = {name: weight.detach().cpu().contiguous() for name, weight in _trained(model).items()}
+        weights = {name: weight.detach().cpu().contiguous() for name, weight in trained.items()}
         told = {"step": evaluated.step, "loss": evaluated.loss, "figures": dict(evaluated.figures)}
         make_folder(self.checkpoints)
         side = self.checkpoints / f"{INCOMING}{self.path.name}"
@@ -69,7 +69,7 @@ class BestWeights:
         trained = _trained(model)
         with storage_errors(self.path), safe_open(self.path, framework="pt") as stored, torch.no_grad():
             for name, weight in trained.items():
-                weight.copy_(stored.get_tensor(name))
+                weight.copy_(like(stored.get_tensor(name), weight))
         return best
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llamachat.errors import ConfigError
+from llamachat.models.sharding import is_cut_tensor, like, whole
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 ParamGroups = list[dict[str, Any]]
@@ -21,7 +22,8 @@ class MasterWeightOptimizer(torch.optim.Optimizer):
     """Wraps the optimizers that `build(groups)` makes over the master copies of `groups` (torch parameter groups).
 
     `param_groups` are the inner optimizers' own, so a learning-rate scheduler acts on them; gradients are read from
-    the model's parameters. `state_dict` holds the masters: a resumed run continues from the unrounded weights.
+    the model's parameters. `state_dict` holds the masters: a resumed run continues from the unrounded weights. It is that
+    of a whole model where this one is cut over processes, and is asked for in all of them.
     """
 
     def __init__(self, groups: ParamGroups, build: Callable[[ParamGroups], list[torch.optim.Optimizer]]) -> None:
@@ -56,15 +58,22 @@ class MasterWeightOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         masters = [None if self._masters[id(p)] is p else self._masters[id(p)].detach() for p in self._params]
-        return {"inner": [optimizer.state_dict() for optimizer in self.inner], "masters": masters}
+        return whole({"inner": [optimizer.state_dict() for optimizer in self.inner], "masters": masters})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for param, saved in zip(self._params, state_dict["masters"], strict=True):
             if saved is not None:
-                self._masters[id(param)].copy_(saved)
+                self._masters[id(param)].copy_(like(saved, param))
         for optimizer, state in zip(self.inner, state_dict["inner"], strict=True):
-            optimizer.load_state_dict(state)
+            held = [param for group in optimizer.param_groups for param in group["params"]]
+            moments = {
+                number: {
+                    name: like(value, held[number]) if torch.is_tensor(value) else value for name, value in one.items()
+                }
+                for number, one in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": moments})
         self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
 
 
@@ -104,7 +113,10 @@ def adamw(
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return MasterWeightOptimizer(groups, lambda g: [_adamw_class(name)(g, lr=learning_rate, betas=betas, eps=eps)])
+    values: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": eps}
+    if any(is_cut_tensor(p) for p in trained):
+        values["foreach"] = False  # its kernels take weights that are cut, or whole ones, and not both at once
+    return MasterWeightOptimizer(groups, lambda g: [_adamw_class(name)(g, **values)])
 
 
 def _adamw_class(name: OptimizerName) -> Callable[..., torch.optim.Optimizer]:

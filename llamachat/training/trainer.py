@@ -24,6 +24,8 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import align_special_tokens
 
 from llamachat import ranks
+from llamachat.models.sharding import is_cut, is_cut_tensor, put_weights, whole_weights
+from llamachat.models.weights import file_weights
 from llamachat.runs.checkpoints import newest, writing
 from llamachat.runs.cost import peak_memory
 from llamachat.training.hours import Hours
@@ -58,7 +60,8 @@ class AtomicCheckpoints(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._checkpoints, self._before_save, self._hours = checkpoints, before_save, hours
-        if ranks.count() > 1 and not ranks.are_sharded():
+        self._whole_weights: dict[str, Tensor] | None = None  # of a model that is cut, while it is saved
+        if ranks.count() > 1:
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         # The flow callback decides when to log and to save; the printing and progress callbacks are ours.
         self.callback_handler.callbacks = [
@@ -69,10 +72,11 @@ class AtomicCheckpoints(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         work = super().training_step
         loss = in_room(lambda: work(*args, **kwargs))
-        if self.accelerator.sync_gradients and not ranks.are_sharded():
+        if self.accelerator.sync_gradients:
             assert self.model is not None
-            # Each process's loss is as many times its part of the step's as there are processes, as for DDP.
-            trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+            # Each process's loss is as many times its part of the step's as there are processes, as for DDP. Weights that
+            # are cut have been joined in the backward pass.
+            trained = [w for w in self.model.parameters() if w.requires_grad and not is_cut_tensor(w)]
             ranks.sum_gradients(trained, scale=1 / ranks.count())
         return loss
 
@@ -91,6 +95,11 @@ class AtomicCheckpoints(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         held = self.model if model is None else model
+        assert held is not None
+        if is_cut(held):
+            for file in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
+                put_weights(held, dict(file_weights(file)))
+            return
         if not isinstance(held, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -103,12 +112,21 @@ class AtomicCheckpoints(Trainer):
         assert not loaded.unexpected_keys and not [key for key in loaded.missing_keys if ".lora_" in key]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        assert self.model is not None
         random_states = self._random_states()
+        self._whole_weights = whole_weights(self.model)
         if ranks.is_first():
             self._save_all(model, trial, random_states)
         else:
-            self.store_flos()  # the first process asks all for theirs as it saves
+            # What the first process asks of all as it saves, in its order.
+            self.store_flos()
+            assert self.optimizer is not None
+            self.optimizer.state_dict()
+        self._whole_weights = None
         ranks.wait()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict=self._whole_weights or state_dict)
 
     def _random_states(self) -> Mapping[str, bytes]:
         """The files with the random state of every process, by name."""

@@ -1,0 +1,142 @@
+"""Supervised tuning and reward models by two processes: the losses and weights of one, killed and resumed with either."""
+
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+import reward
+import sft
+from llamachat.config.sections import Tuning
+from llamachat.runs.folder import StepFolder
+from llamachat.tracking.record import MetricsRecord
+from llamachat.training.master_weights import MasterWeightOptimizer
+from llamachat.training.progress import StepProgress
+from reward import testing as testing_module
+from reward import train as reward_module
+from reward.config import Config as RewardConfig
+from sft import train as train_module
+from sft.config import Config as SftConfig
+from tests.several import run_several
+from tests.tiny_llama import tiny_llama
+from tests.tiny_reward import data_of, reward_inputs, toy_labels, toy_pairs
+from tests.tiny_sft import LORA, inputs_of, toy_dialogs, write_base
+
+SFT = SftConfig(epochs=2, learning_rate=1e-3, examples_per_step=8, sample_prompts=2)
+# One packed row holds a step's pairs: of two processes one has nothing to do but to fill up.
+REWARD = RewardConfig(epochs=2, learning_rate=1e-3, pairs_per_step=4, row_tokens=512)
+FULL = Tuning(method="full")
+OFTEN = {"eval_every": 3, "save_every": 2, "sample_every": 4}
+
+
+def tune(folder: Path, base: Path, *, packing: bool = True, tuning: Tuning = LORA) -> Path:
+    config = SFT if packing else SFT.model_copy(update={"packing": False, "rows_per_microbatch": 3})
+    inputs = inputs_of(folder, base, toy_dialogs(40), tuning=tuning, tracking=OFTEN)
+    train_module.draw_curves = lambda *_: None  # takes longer than all else
+    sft.run(config, inputs)
+    return inputs.folder
+
+
+def tune_padded(folder: Path, base: Path) -> Path:
+    return tune(folder, base, packing=False)
+
+
+def learn_to_score(folder: Path, base: Path, *, tuning: Tuning = LORA) -> Path:
+    data = data_of(folder, helpfulness=toy_pairs(20), safety=toy_pairs(40, "the moon"), labels=toy_labels(24))
+    inputs = reward_inputs(folder, base, which="safety", data=data, tuning=tuning, tracking=OFTEN)
+    reward_module.draw_curves, testing_module.draw_figures = (lambda *_: None), (lambda *_: [])
+    reward.run(REWARD, inputs)
+    return inputs.folder
+
+
+def cut(work: Callable[..., Path], folder: Path, base: Path) -> tuple[Path, int]:
+    """All weights by the work, cut over the processes as under configs/accelerate/fsdp2.yaml; and how many masters this
+    process has stepped."""
+    os.environ["LLAMACHAT_FSDP"] = "true"  # what `ranks.opened` makes of accelerate's ACCELERATE_USE_FSDP
+    weighed: list[int] = []
+    step = MasterWeightOptimizer.step
+
+    def weigh(self: MasterWeightOptimizer, closure: Any = None) -> None:
+        step(self, closure)
+        held = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in self._masters.values()]
+        weighed.append(sum(weight.numel() for weight in held))
+
+    MasterWeightOptimizer.step = weigh
+    return work(folder, base, tuning=FULL), weighed[-1]
+
+
+def killed_after(step: int, work: Callable[[Path, Path], Path], folder: Path, base: Path) -> None:
+    """The work, and every process dies by SIGKILL when this step has been told and before it is saved."""
+    tell = StepProgress.step
+
+    def told(self: StepProgress, now: int, headline: str) -> None:
+        tell(self, now, headline)
+        if now == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    StepProgress.step = told
+    work(folder, base)
+
+
+def figures(step: Path) -> list[dict[str, Any]]:
+    rows = MetricsRecord(StepFolder(step).metrics).read()
+    volatile = ("time", "throughput/", "memory/")
+    return [{name: value for name, value in row.items() if not name.startswith(volatile)} for row in rows]
+
+
+def assert_alike(step: Path, alone: Path) -> None:
+    """The same lines of figures, losses within 1e-4, and weights within 1e-3 of their norm."""
+    found, wanted = figures(step), figures(alone)
+    assert len(wanted) > 8 and [list(row) for row in found] == [list(row) for row in wanted]
+    for row, expected in zip(found, wanted, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-4, nan_ok=True)
+    files = sorted(path.name for path in (alone / "artifact").glob("*.safetensors"))
+    assert files
+    for name in files:
+        ours, theirs = load_file(step / "artifact" / name), load_file(alone / "artifact" / name)
+        for key, weight in theirs.items():
+            assert (ours[key] - weight).norm() <= 1e-3 * weight.norm(), key
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
+    return write_base(tmp_path_factory.mktemp("several") / "base", tiny_sentencepiece)
+
+
+@pytest.mark.parametrize("work", [tune, tune_padded, learn_to_score])
+def test_two_processes_learn_what_one_does(tmp_path: Path, base: Path, work: Callable[[Path, Path], Path]) -> None:
+    alone, both, killed = (tmp_path / name for name in ("alone", "both", "killed"))
+    for place in (alone, both, killed):
+        place.mkdir()
+    (wanted,) = run_several(1, work, alone, base)
+    assert_alike(run_several(2, work, both, base)[0], wanted)
+    if work is not tune_padded:  # how a row is laid out says nothing about saving
+        first, then = (2, 1) if work is tune else (1, 2)
+        assert run_several(first, killed_after, 5, work, killed, base, may_die=True) == [None] * first
+        assert_alike(run_several(then, work, killed, base)[0], wanted)
+
+
+@pytest.mark.parametrize("work", [tune, learn_to_score])
+def test_a_model_that_is_cut_learns_what_a_whole_one_does(
+    tmp_path: Path, base: Path, work: Callable[..., Path]
+) -> None:
+    alone, both, killed = (tmp_path / name for name in ("alone", "both", "killed"))
+    for place in (alone, both, killed):
+        place.mkdir()
+    ((wanted, all_weights),) = run_several(1, cut, work, alone, base)
+    found = run_several(2, cut, work, both, base)
+    assert_alike(found[0][0], wanted)
+    with torch.device("meta"):
+        model = tiny_llama()
+    shared = model.get_input_embeddings().weight.numel() * (2 if work is tune else 1)  # whole in each process
+    assert all(held <= shared + (all_weights - shared) / 2 + 64 for _, held in found)
+    first, then = (2, 1) if work is tune else (1, 2)
+    assert run_several(first, killed_after, 5, partial(cut, work), killed, base, may_die=True) == [None] * first
+    assert_alike(run_several(then, cut, work, killed, base)[0][0], wanted)

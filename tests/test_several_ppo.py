@@ -176,9 +176,10 @@ def test_memory_that_runs_out_in_one_of_several_processes_is_told_with_a_way_out
         run_several(2, run_out_of_memory, named(inputs, "no-room"))
 
 
-def test_a_model_cut_over_the_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    check_processes()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"ACCELERATE_USE_FSDP: .*configs/accelerate/ddp\.yaml"):
-        check_processes()
+def test_weights_cut_over_the_processes_are_refused_and_adapters_are_not(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "are_sharded", lambda: True)
+    check_processes(inputs)
+    with pytest.raises(ConfigError, match=r"tuning\.method: full, .*configs/accelerate/ddp\.yaml"):
+        ppo.run(CONFIG, replace(inputs, tuning=FULL))

@@ -83,7 +83,7 @@ def whole(tree: Tree) -> Tree:
     """The same mappings and lists with every tensor that is cut made whole, on the CPU; in the first process alone, where
     the others have empty ones in their place."""
     if isinstance(tree, DTensor):
-        full = tree.detach().full_tensor()
+        full = tree.full_tensor().detach()
         return cast(Tree, full.cpu() if ranks.is_first() else full.new_empty(0))
     if isinstance(tree, Mapping):
         return cast(Tree, {key: whole(value) for key, value in tree.items()})

@@ -120,7 +120,7 @@ class AtomicCheckpoints(Trainer):
         else:
             # What the first process asks of all as it saves, in its order.
             self.store_flos()
-            assert self.optimizer is not None
+            assert isinstance(self.optimizer, torch.optim.Optimizer)
             self.optimizer.state_dict()
         self._whole_weights = None
         ranks.wait()

@@ -20,6 +20,7 @@ from llamachat.errors import UsageError
 from pipelines import tools
 from pipelines.compare import compare
 from pipelines.exit_status import INTERRUPTED, reported, state_is_kept
+from pipelines.export import export
 from pipelines.launching import die_with_parent, missing_processes, start
 from pipelines.pairs import SeveralTemperatures, pairs
 from pipelines.tools import TINY, ConfigOption, Overrides
@@ -283,7 +284,7 @@ app.command()(tools.chat)
 app.command()(tools.sample)
 app.command(cls=SeveralTemperatures)(pairs)
 app.command()(tools.score)
-app.command()(tools.export)
+app.command()(export)
 app.command()(compare)
 app.command()(tools.tokens)
 app.command()(tools.dashboard)

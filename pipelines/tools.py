@@ -1,4 +1,4 @@
-"""Commands beside the recipe's steps: chat, sample, score, export, tokens, data check, data convert, dashboard, pretrain."""
+"""Commands beside the recipe's steps: chat, sample, score, tokens, data check, data convert, dashboard, pretrain."""
 
 import logging
 import sys
@@ -53,7 +53,7 @@ def chat(
     seed: Seed = 0,
 ) -> None:
     """Talk with a policy, or with two side by side."""
-    artifacts = _artifacts(words or [], config, command="chat", most=2)
+    artifacts = named_artifacts(words or [], config, command="chat", most=2)
     sampling = _sampling(temperature, top_p, top_k, max_new_tokens, seed)
     from llamachat.models.loading import load_policy
     from serving.chat import chat_loop, chat_once, labels
@@ -82,7 +82,7 @@ def edit_lines() -> None:
     readline.parse_and_bind("set enable-bracketed-paste on")
 
 
-def _artifacts(
+def named_artifacts(
     words: list[str], config: Path, *, command: str, most: int, kinds: "tuple[Kind, ...]" = ("policy",)
 ) -> list[Path]:
     """The artifacts that a command names, known to be there before the seconds that loading takes."""
@@ -106,66 +106,6 @@ def _artifacts(
         artifact.path if artifact.manifest.kind in kinds else read_artifact(path, kinds[0], reader=command).path
         for path, artifact in zip(artifacts, found, strict=True)
     ]
-
-
-@reported
-def export(
-    out: Annotated[Path, typer.Option("--out", help="The folder to write.", metavar="DIR")],
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="ARTIFACT", help="A policy or a reward model; without one the last policy of the run."),
-    ] = None,
-    config: ConfigOption = TINY,
-    form: Annotated[
-        Literal["merged", "adapter", "gguf", "ollama"],
-        typer.Option("--format", help="One whole model, or the adapter for PEFT; the others come."),
-    ] = "merged",
-    onto: Annotated[
-        Literal["quantized", "original"] | None,
-        typer.Option(
-            "--onto",
-            help="A QLoRA policy is merged onto its base as training saw it, in 4 bits, or as it was published.",
-        ),
-    ] = None,
-    shard_gb: Annotated[float, typer.Option("--shard-gb", help="Largest file of weights, in 10^9 bytes.")] = 5.0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in DIR.")] = False,
-    allow_difference: Annotated[
-        bool,
-        typer.Option("--allow-difference", help="Keep a result that differs from the policy by more than rounding."),
-    ] = False,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option("--dtype", help="Weights of a merged reward model; float32 where an adapter is merged."),
-    ] = None,
-) -> None:
-    """Write a policy or a reward model as a folder that plain transformers loads, and hold the two against each other."""
-    if form in ("gguf", "ollama"):
-        raise UsageError(
-            f"--format {form}: not part of this version. Folders for transformers and PEFT are written. Export with "
-            "--format merged and give that folder to llama.cpp's convert_hf_to_gguf.py."
-        )
-    from llamachat.runs.artifacts import read_artifact
-    from serving.export import Request, export_policy
-
-    (path,) = _artifacts(words or [], config, command="export", most=1, kinds=("policy", "reward_model"))
-    request = Request(
-        read_artifact(path),
-        out,
-        format=form,
-        onto=onto,
-        shard_gb=shard_gb,
-        should_overwrite=overwrite,
-        may_differ=allow_difference,
-        dtype=dtype,
-    )
-    if request.artifact.manifest.kind == "reward_model":
-        from serving.reward_export import export_reward_model
-
-        scored = export_reward_model(request)
-        print(f"{out}: largest difference of a score {scored.max_score_difference:.2g}")
-        return
-    found = export_policy(request)
-    print(f"{out}: largest difference of a token's log-probability {found.max_logprob_difference:.4f} nats")
 
 
 @reported

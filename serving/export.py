@@ -6,6 +6,7 @@ before it gets its name. It appears whole or not at all.
 """
 
 import gc
+import json
 import logging
 import math
 import shutil
@@ -21,6 +22,7 @@ from llamachat.runs.atomic import incoming_folder, write_json
 if TYPE_CHECKING:
     import torch
 
+    from llamachat.chat_format import ChatFormat
     from serving.agreement import Agreement, Answer
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 Format = Literal["merged", "adapter"]
 Onto = Literal["quantized", "original"]
 NOTE = "export.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 # Of one token's log-probability, in nats. A merged weight is rounded once more than weight and adapter apart, by up to
@@ -98,19 +101,38 @@ class Request:
             )
 
 
-def export_policy(request: Request) -> "Agreement":
-    """Write the folder, hold it against the policy, and give it its name."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What an export needs to know of the policy when that is no longer in memory."""
+
+    name: str
+    dtype: "torch.dtype"  # of training, 4 bits aside
+    answers: "list[Answer]"
+    chat_format: "ChatFormat"
+    max_tokens: int
+    system: str | None
+
+
+def ask_policy(artifact: Artifact) -> Asked:
+    """Load the policy and ask it the built-in questions; afterwards its memory is free again."""
     from llamachat.models.loading import load_policy
     from serving.agreement import answers_of
 
-    log.info("asking %s the questions that the export is held against", request.artifact.path)
-    policy = load_policy(request.artifact.path, device="auto")
-    embedding: Any = policy.model.get_input_embeddings()  # the first in the number format of training, 4 bits aside
-    dtype = embedding.weight.dtype
-    answers = answers_of(policy)
-    name = policy.name
-    del policy  # its memory is for the shards, and then for the exported model
+    log.info("asking %s the questions that the export is held against", artifact.path)
+    policy = load_policy(artifact.path, device="auto")
+    embedding: Any = policy.model.get_input_embeddings()  # the first in the number format of training
+    asked = Asked(
+        policy.name, embedding.weight.dtype, answers_of(policy), policy.chat_format, policy.max_tokens, policy.system
+    )
+    del policy, embedding
     gc.collect()
+    return asked
+
+
+def export_policy(request: Request, asked: Asked | None = None) -> "Agreement":
+    """Write the folder, hold it against the policy, and give it its name."""
+    asked = asked or ask_policy(request.artifact)
+    dtype = asked.dtype
     with incoming_folder(request.out) as side:
         base = base_folder(request)
         log.info("writing %s", request.out)
@@ -118,9 +140,9 @@ def export_policy(request: Request) -> "Agreement":
         write(request, side, base, dtype)
         copy_tokenizer(request, side)
         log.info("loading it again with transformers alone")
-        agreement = _load_and_compare(request, side, base, dtype, answers)
+        agreement = _load_and_compare(request, side, base, dtype, asked.answers)
         _judge(request, agreement, dtype)
-        _write_notes(request, side, base, dtype, agreement, name=name)
+        _write_notes(request, side, base, dtype, agreement, name=asked.name)
     return agreement
 
 
@@ -186,16 +208,16 @@ def finish_folder(side: Path, base: Path) -> None:
 
 
 def copy_tokenizer(request: Request, side: Path) -> None:
-    """Add the tokenizer of the artifact."""
+    """Add the tokenizer of the artifact; its chat template also as the file that some programs look for."""
     for file in TOKENIZER_FILES:
         if (request.artifact.path / file).is_file():
             shutil.copyfile(request.artifact.path / file, side / file)
+    config = json.loads((side / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (side / CHAT_TEMPLATE).write_text(config["chat_template"], encoding="utf-8")
 
 
 def write_adapter(request: Request, side: Path, base: Path, dtype: "torch.dtype") -> None:
     """Add the adapter, with the name of its base as others know it."""
-    import json
-
     from llamachat.models.loading import ADAPTER_WEIGHTS
 
     del dtype

@@ -6,6 +6,7 @@ names. The front matter is in the form that the hub reads.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,8 @@ _OF_THE_DATA = (
 )
 # The section of a recipe by command, where it has another name.
 _SECTIONS = {"rm": "reward", "rs": "rejection_sampling", "distill": "context_distillation"}
+# By format, what loads it.
+_LIBRARIES = {"merged": "transformers", "adapter": "peft", "gguf": "gguf", "ollama": "gguf"}
 _TUNED = {"full": "all weights tuned", "lora": "LoRA", "qlora": "QLoRA (LoRA on a base in NF4)"}
 
 
@@ -90,12 +93,11 @@ def joined(parts: Iterable[str]) -> str:
 def front_matter(facts: Facts, task: str = "text-generation", kinds: Sequence[str] = ("sft",)) -> str:
     """What the hub reads."""
     short_name, _ = _licence_of(facts)
-    is_adapter = facts.note["format"] == "adapter"
     read = provenance.sources(facts.steps, kinds)
     hub_names = sorted({name for source in read for name in source.hub_names})
     base = provenance.hub_name(facts.steps)
     values = {
-        "library_name": "peft" if is_adapter else "transformers",
+        "library_name": _LIBRARIES[facts.note["format"]],
         "pipeline_tag": task,
         "license": short_name,
         # What the hub asks for beside `other`.
@@ -108,7 +110,7 @@ def front_matter(facts: Facts, task: str = "text-generation", kinds: Sequence[st
         # The language of a user's data is not known; that of the bundled ones is.
         "language": ["en"] if read and all(source.origins is not None for source in read) else None,
         "datasets": hub_names,
-        "tags": ["llama", "llamachat", *(["lora"] if is_adapter else [])],
+        "tags": ["llama", "llamachat", *(["lora"] if facts.note["format"] == "adapter" else [])],
         "model-index": measured.model_index(facts.artifact, facts.name, task),
     }
     return f"---\n{yaml.safe_dump({key: value for key, value in values.items() if value}, sort_keys=False)}---\n"
@@ -124,7 +126,7 @@ def _what(facts: Facts) -> str:
         f"`{facts.artifact.manifest.step}`.\n\n"
         f"- base: `{facts.origin}`\n"
         f"- tuning: {_TUNED[note['method']]}{merged}\n"
-        f"- weights: {note['dtype']}\n"
+        f"- weights: {note['dtype'] if 'file' not in note else note['quantization'] + ' in ' + note['file']}\n"
         f"- chat format: {details['chat_format']}, as the tokenizer's chat template has it\n"
         f"- longest dialog in training: {details['max_tokens']} tokens\n"
     )
@@ -134,6 +136,8 @@ def _what(facts: Facts) -> str:
 
 
 def _how_to_load(facts: Facts) -> str:
+    if "file" in facts.note:
+        return _how_to_serve(facts)
     is_adapter = facts.note["format"] == "adapter"
     system = facts.details.get("system")
     messages = [{"role": "user", "content": "Hello, who are you?"}]
@@ -153,6 +157,26 @@ def _how_to_load(facts: Facts) -> str:
         'print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
     return "\n## Loading\n\n" + block("\n".join(code), "python")
+
+
+def _how_to_serve(facts: Facts) -> str:
+    file, context = facts.note["file"], facts.details["max_tokens"]
+    lines = [f"llama-server -m {file} --jinja -c {context}     # then http://127.0.0.1:8080, or any OpenAI client"]
+    lines.append(f"llama-cli -m {file} --jinja -c {context}")
+    if facts.note["format"] == "ollama":
+        name = plain_name(facts.name)
+        lines += [f"ollama create {name} -f Modelfile", f"ollama run {name}"]
+    return (
+        "\n## Serving\n\n"
+        + block("\n".join(lines), "sh")
+        + "\nThe chat template is in the file; llama.cpp puts one BOS in "
+        "front. A prompt that is sent as text must not begin with one.\n"
+    )
+
+
+def plain_name(name: str) -> str:
+    """The policy's name in the characters that file names and Ollama take."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
 
 
 def _adapter_code(facts: Facts) -> list[str]:
@@ -256,8 +280,20 @@ def _agreement(facts: Facts) -> str:
         f"On {note['tokens']} tokens of answers to {note['questions']} built-in questions, log-probabilities differ from "
         f"those of the trained policy by at most {note['max_logprob_difference']:.4f} nats (mean "
         f"{note['mean_logprob_difference']:.4f}); {note['equal_greedy_answers']} of {note['questions']} greedy answers are "
-        "the same.\n"
+        f"the same.\n{_served(note)}"
     )
+
+
+def _served(note: Mapping[str, Any]) -> str:
+    if "file" not in note:
+        return ""
+    lines = ["", "This is the merged model that the GGUF file was made of. llama-server's answers from the file:", ""]
+    for kind, held in note["llama_cpp"].items():
+        lines.append(
+            f"- {kind}: {held['equal_greedy_answers']} of {held['questions']} greedy answers are the policy's; a token is "
+            f"at most {held['furthest_behind']:.4f} nats behind the merged model's likeliest."
+        )
+    return "\n".join(lines if note["llama_cpp"] else ["", "The GGUF file itself was not asked."]) + "\n"
 
 
 def licence(facts: Facts) -> str:
@@ -265,7 +301,7 @@ def licence(facts: Facts) -> str:
     files = sorted(file.name for pattern in LICENCE_FILES for file in facts.base.glob(pattern))
     _, text = _licence_of(facts)
     copied = f" Its licence files ({', '.join(files)}) are copied here." if files else ""
-    is_copied = facts.note["format"] == "merged" and facts.note["method"] != "full"
+    is_copied = facts.note["format"] != "adapter" and facts.note["method"] != "full"
     return f"\n## Licence\n\n{text}{copied if is_copied else ''} The licences of the data, told above, apply as well.\n"
 
 

@@ -54,6 +54,16 @@ class ChatFormat(Protocol):
         ...
 
     @property
+    def plain_chat_template(self) -> str:
+        """The same without the marks, for servers whose Jinja does not know them."""
+        ...
+
+    @property
+    def go_template(self) -> str:
+        """The same as a template of Go's text/template, as Ollama renders it, without the first BOS."""
+        ...
+
+    @property
     def forbidden(self) -> tuple[str, ...]:
         """Texts that may not stand inside a message, since the model would read them as the format's own."""
         ...

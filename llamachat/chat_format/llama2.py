@@ -50,6 +50,31 @@ CHAT_TEMPLATE = r"""
 {%- endfor -%}
 """.strip()
 
+# Without the marks, which are for training: few servers' Jinja knows them.
+PLAIN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+
+# For Ollama, whose templates cannot strip: text that comes with white space around it keeps that. There is no BOS in
+# front of the first pair, since the server puts one there. An answer comes back from it with the space that our pieces
+# begin with, or from another client without.
+GO_TEMPLATE = r"""
+{{- $first := true }}
+{{- range .Messages }}
+{{- if eq .Role "user" }}
+{{- if $first }}[INST] {{ if $.System }}<<SYS>>
+{{ $.System }}
+<</SYS>>
+
+{{ end }}
+{{- $first = false }}
+{{- else }}<s>[INST] {{ end }}
+{{- .Content }} [/INST]
+{{- else if and (eq .Role "assistant") (not $first) }}
+{{- if ne (printf "%.1s" .Content) " " }} {{ end }}
+{{- .Content }} </s>
+{{- end }}
+{{- end -}}
+""".strip()
+
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
@@ -72,6 +97,14 @@ class Llama2Format:
     @property
     def chat_template(self) -> str:
         return CHAT_TEMPLATE
+
+    @property
+    def plain_chat_template(self) -> str:
+        return PLAIN_CHAT_TEMPLATE
+
+    @property
+    def go_template(self) -> str:
+        return GO_TEMPLATE
 
     @property
     def forbidden(self) -> tuple[str, ...]:

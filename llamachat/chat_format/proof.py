@@ -94,6 +94,21 @@ def prove_written(folder: Path, chat_format: ChatFormat) -> ProofReport:
     return _report(str(folder), differences)
 
 
+def proof_prompts(chat_format: ChatFormat) -> list[tuple[Message, ...]]:
+    """The proof's dialogs up to their last question, and every piece of the vocabulary, for servers of other makers.
+
+    Control words are left out: such servers take them for the tokens. Texts come stripped, since what counts as white
+    space differs among languages.
+    """
+    vocabulary = [(Message("user", text),) for text in _vocabulary_texts(chat_format)]
+    questions = [messages if messages[-1].role == "user" else messages[:-1] for messages in PLAIN_DIALOGS]
+    stripped = [
+        tuple(Message(m.role, m.content if m.role == "system" else m.content.strip()) for m in messages)
+        for messages in questions
+    ]
+    return [*stripped, *vocabulary]
+
+
 def require_proof(report: ProofReport, *, allow_unproved: bool = False) -> str | None:
     """None where the proof holds; else a warning where the user allows it, or `TokenizerError`."""
     if report.is_proved:

@@ -1,0 +1,168 @@
+"""An exported folder as a repository of the Hugging Face Hub.
+
+What goes up is the folder as it was exported and held against the policy, file by file of a list: its README.md is the
+model card. Name, token and network are tried before the export begins, so that nobody waits for an hour to be refused.
+"""
+
+import logging
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llamachat.errors import LlamachatError, UsageError
+from llamachat.models.hub import LICENCE_FILES
+
+log = logging.getLogger(__name__)
+
+# What exports are made of. Nothing else has a way up, whatever lies in the folder.
+SHIPPED = (
+    "*.safetensors",
+    "*.gguf",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "export.json",
+    "README.md",
+    "Modelfile",
+    *LICENCE_FILES,
+)
+
+
+class HubError(LlamachatError):
+    """The hub did not take the folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A repository that this machine's token may write to, as far as can be told without writing."""
+
+    name: str
+    is_private: bool
+
+    @classmethod
+    def checked(cls, name: str, *, is_private: bool) -> "Destination":
+        """The repository of this name, USER/NAME; asks the hub whose token this machine has."""
+        from huggingface_hub import get_token
+
+        if not _is_name(name):
+            raise UsageError(
+                f"--push-to-hub: '{name}' is no name of a repository. The hub's are USER/NAME, in letters, digits, "
+                "'-', '_' and '.'. Give one like me/my-chat-model."
+            )
+        if get_token() is None:
+            raise UsageError(
+                "--push-to-hub: no token is on this machine. The hub takes files from whom it knows. Log in with `hf "
+                "auth login`, or set HF_TOKEN; the token must be allowed to write."
+            )
+        if is_private and _is_public(name):
+            raise UsageError(
+                f"--push-to-hub {name}: this repository is there, and public. What is uploaded is private unless you say "
+                "otherwise. Give another name, or --no-private."
+            )
+        return cls(name, is_private)
+
+    def push(self, folder: Path) -> str:
+        """Put the exported folder there; the address where it then is."""
+        files = _files(folder)
+        self._check_licence(folder, files)
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        try:
+            api.create_repo(self.name, private=self.is_private, exist_ok=True)
+            log.info("%s to %s: %s", "uploading", self.name, ", ".join(files))
+            api.upload_folder(
+                repo_id=self.name, folder_path=folder, allow_patterns=files, commit_message="Upload with llamachat"
+            )
+        except Exception as error:  # as above
+            raise HubError(
+                f"{self.name}: the upload failed ({_first_line(error)}). The export in {folder} is whole. Give `hf upload "
+                f"{self.name} {folder}{' --private' if self.is_private else ''}` when the reason is gone."
+            ) from error
+        return f"https://huggingface.co/{self.name}"
+
+    def _check_licence(self, folder: Path, files: list[str]) -> None:
+        """A public copy of a derived Llama 2 has to bring the agreement with it."""
+        licence = _front_matter(folder).get("license")
+        has_text = any(fnmatch(file, pattern) for file in files for pattern in LICENCE_FILES)
+        if self.is_private or licence in ("apache-2.0", "mit"):
+            return
+        if licence == "llama2" and not has_text:
+            raise UsageError(
+                f"--no-private: {folder} has no licence file. Whoever passes a derived Llama 2 on gives a copy of its "
+                f"licence with it. Put the base's LICENSE.txt and USE_POLICY.md there and give `hf upload {self.name} "
+                f"{folder}`, or push it as a private one."
+            )
+        log.warning(
+            "%s becomes public: read in its README.md under what licences base and data are, and what they ask for",
+            self.name,
+        )
+
+
+def _is_name(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def _is_public(name: str) -> bool:
+    """Whether everybody sees a repository that is there; asks with this machine's token, which the hub has to know."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    api = HfApi()
+    try:
+        api.whoami()
+        return not api.repo_info(name).private
+    except RepositoryNotFoundError:
+        return False
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            raise HubError(
+                f"--push-to-hub: the hub refuses this machine's token (HTTP {status}). It has to know who writes. Log "
+                "in again with `hf auth login`, with a token that may write."
+            ) from error
+        raise _unreachable(name, error) from error
+    except Exception as error:  # the library lets its network layers' own errors through
+        raise _unreachable(name, error) from error
+
+
+def _files(folder: Path) -> list[str]:
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    foreign = [file for file in files if not any(fnmatch(file, pattern) for pattern in SHIPPED)]
+    if foreign:
+        raise HubError(
+            f"{folder / foreign[0]}: no export writes such a file. Only what an export is made of goes to the hub, so "
+            "that no text of yours does. Take the file away."
+        )
+    return files
+
+
+def _front_matter(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+
+
+def _unreachable(name: str, error: Exception) -> HubError:
+    return HubError(
+        f"--push-to-hub {name}: the hub cannot be reached ({_first_line(error)}). Nothing was exported. Connect to the "
+        "network (and unset HF_HUB_OFFLINE), or export without --push-to-hub."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

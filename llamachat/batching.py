@@ -11,6 +11,8 @@ at 0; a mask of ones would let each see its neighbours.
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from math import ceil
 from random import Random
 
 import torch
@@ -68,6 +70,34 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         bins[number].append(index)
         insort(rooms, (left - length, number))
     return bins
+
+
+def pack_evenly(lengths: Sequence[int], capacity: int, *, shares: int) -> list[list[int]]:
+    """Indices in rows of `capacity` tokens that so many workers take in turn, each as many and of like length; fullest first.
+
+    One worker has the rows of `pack`. A longer example has a row of its own.
+    """
+    rows, number = pack(lengths, capacity), 0
+    room = max([capacity, *lengths])
+    while rows and shares > 1 and (number == 0 or max(_tokens(lengths, row) for row in rows) > room):
+        number += shares * (1 if number else ceil(len(rows) / shares))
+        rows = _spread(lengths, min(number, len(lengths)))
+    return sorted(rows, key=lambda row: -_tokens(lengths, row))
+
+
+def _spread(lengths: Sequence[int], number: int) -> list[list[int]]:
+    """Indices in so many rows: the longest that is left goes to the emptiest."""
+    rows: list[list[int]] = [[] for _ in range(number)]
+    filled = [(0, place) for place in range(number)]
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        tokens, place = heappop(filled)
+        rows[place].append(index)
+        heappush(filled, (tokens + lengths[index], place))
+    return rows
+
+
+def _tokens(lengths: Sequence[int], row: Sequence[int]) -> int:
+    return sum(lengths[index] for index in row)
 
 
 def plan_steps(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llamachat import ranks
 from llamachat.answers.evaluation import Evaluation, evaluation_of
 from llamachat.answers.packed import packed_rows, sequence_of
 from llamachat.answers.responses import sample
@@ -33,7 +34,13 @@ class Evaluator:
         responses = sample(self.engine, self.bank.chat_format, questions, self.sampling)
         scored = self.scorer.score(responses, with_judge=True)
         sequences = [sequence_of(response) for response in responses]
-        rows = packed_rows(sequences, range(len(sequences)), row_tokens=self.row_tokens, device=self.bank.device)
+        rows = packed_rows(
+            sequences,
+            range(len(sequences)),
+            row_tokens=self.row_tokens,
+            device=self.bank.device,
+            shares=ranks.count(),
+        )
         measured = measure(self.bank, sequences, rows, temperature=self.sampling.temperature, with_values=False)
         kl_B = response_kl(measured.token_kl(), response_mask_BR=measured.response_mask_BR)
         return evaluation_of(responses, scored, constants, kl=kl_B.tolist())

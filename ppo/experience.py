@@ -87,7 +87,7 @@ def minibatch_of(
     """These responses in rows of so many tokens."""
     return Minibatch(
         indices=indices,
-        rows=tuple(packed_rows(sequences, indices, row_tokens=row_tokens, device=device)),
+        rows=tuple(packed_rows(sequences, indices, row_tokens=row_tokens, device=device, shares=ranks.count())),
         tokens=sum(len(sequences[index].response) for index in indices),
     )
 

@@ -36,7 +36,7 @@ class Start:
 def open_start(config: Config, inputs: Inputs) -> Start:
     """Check what can be checked without weights, then load the roles and the prompts."""
     check_settings(inputs)
-    check_processes()
+    check_processes(inputs)
     models = checked_models(inputs.scoring, inputs.reward_models)
     bank = open_roles(
         policy=inputs.policy,
@@ -60,13 +60,14 @@ def open_start(config: Config, inputs: Inputs) -> Start:
     return Start(bank, questions, Scorer(bank, combiner(inputs.scoring)), bank.frozen_digest())
 
 
-def check_processes() -> None:
-    """Refuse processes that each hold a part of the weights."""
-    if ranks.are_launched() and ranks.are_sharded():
+def check_processes(inputs: Inputs) -> None:
+    """Refuse processes that are to hold a part of the weights each."""
+    if ranks.are_sharded() and inputs.tuning.method == "full":
         raise ConfigError(
-            "ACCELERATE_USE_FSDP: the model is cut over the processes, but in PPO each of them samples, scores and learns "
-            "with whole weights: one base a card, and adapters on it. Launch with configs/accelerate/ddp.yaml, and with "
-            "tuning.method=lora or qlora where all weights are too large for a card."
+            "tuning.method: full, and accelerate is to cut weights that are trained whole over the processes (FSDP). In PPO "
+            "each process samples, scores and learns with whole weights of its own. Set tuning.method to lora or qlora, "
+            "with which a card holds one base and small adapters, or launch with configs/accelerate/ddp.yaml where policy, "
+            "reference and critic fit on one card."
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamachat.batching import IGNORED, StepPlan, collate_packed, collate_padded, pack, plan_steps
+from llamachat.batching import IGNORED, StepPlan, collate_packed, collate_padded, pack, pack_evenly, plan_steps
 from llamachat.chat_format import TokenizedExample
 from tests.tiny_llama import tiny_llama
 
@@ -38,6 +38,27 @@ def test_pack_loses_nothing_overfills_nothing_and_wastes_at_most_half(lengths: l
     assert max(fill) <= capacity
     # Two rows that would fit into one never both stay open.
     assert len(rows) == 1 or sorted(fill)[0] + sorted(fill)[1] > capacity
+
+
+def test_pack_evenly_by_hand():
+    # The longest to the emptiest: 9 | 6, 6 takes the 4 and then has 10, 9 takes the 3. Three: 9 | 6 | 4 3. Others have one.
+    lengths = [3, 9, 4, 6]
+    assert pack_evenly(lengths, 12, shares=2) == [[1, 0], [3, 2]]
+    assert pack_evenly(lengths, 12, shares=3) == [[1], [2, 0], [3]]
+    assert pack_evenly(lengths, 12, shares=9) == [[1], [3], [2], [0]]
+    assert pack_evenly([], 12, shares=2) == []
+    # 3 3 and 2 2 2 fill two rows of 6. Even ones would have 3 2 2, one too many, so that each of the two takes two rows.
+    assert pack_evenly([3, 3, 2, 2, 2], 6, shares=1) == pack([3, 3, 2, 2, 2], 6) == [[0, 1], [2, 3, 4]]
+    assert pack_evenly([3, 3, 2, 2, 2], 6, shares=2) == [[2, 4], [0], [1], [3]]
+
+
+@given(lengths=LENGTHS, capacity=st.integers(4, 40), shares=st.integers(1, 9))
+def test_pack_evenly_loses_nothing_and_gives_each_worker_as_many_rows(lengths: list[int], capacity: int, shares: int):
+    rows = pack_evenly(lengths, capacity, shares=shares)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert len(rows) % shares == 0 or len(rows) == len(lengths)
+    fill = [sum(lengths[index] for index in row) for row in rows]
+    assert fill == sorted(fill, reverse=True) and fill[0] <= max(capacity, *lengths)
 
 
 def test_pack_gives_a_longer_example_a_row_of_its_own():

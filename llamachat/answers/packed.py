@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llamachat.answers.responses import Response
-from llamachat.batching import pack
+from llamachat.batching import pack_evenly
 from llamachat.tokenizer import UNK_ID
 
 # A CPU keeps a compiled kernel for each shape it has met: rows are filled up to a multiple.
@@ -66,15 +66,18 @@ def sequence_of(response: Response) -> TokenSequence:
 
 
 def packed_rows(
-    sequences: Sequence[TokenSequence], indices: Sequence[int], *, row_tokens: int, device: torch.device
+    sequences: Sequence[TokenSequence],
+    indices: Sequence[int],
+    *,
+    row_tokens: int,
+    device: torch.device,
+    shares: int = 1,
 ) -> list[PackedRow]:
     """The sequences of these indices in few rows of `row_tokens`, the fullest first: what does not fit shows at once.
 
-    A longer sequence has a row of its own.
+    A longer sequence has a row of its own. With `shares` so many processes take rows in turn, and none waits for another.
     """
-    lengths = [len(sequences[index].ids) for index in indices]
-    rows = pack(lengths, row_tokens)
-    rows.sort(key=lambda row: -sum(lengths[place] for place in row))
+    rows = pack_evenly([len(sequences[index].ids) for index in indices], row_tokens, shares=shares)
     return [_packed(sequences, [indices[place] for place in row], device) for row in rows]
 
 

@@ -19,6 +19,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Value = TypeVar("Value")
 
+NUMBERS_PER_TRANSFER = 2**26  # a quarter of a GiB
 _SHARDED = "LLAMACHAT_FSDP"
 # The others wait while the first one writes or draws. Whoever starts them ends them all when one fails.
 PATIENCE = timedelta(hours=24)
@@ -127,19 +128,36 @@ def summed(tensor: "Tensor") -> "Tensor":
 
 
 def sum_gradients(params: Iterable["Tensor"], *, scale: float = 1.0) -> None:
-    """Make every gradient `scale` times the sum of all processes' gradients, in one transfer, in fp32; none counts as zeros."""
+    """Make every gradient `scale` times the sum of all processes' gradients, summed in fp32; none counts as zeros.
+
+    An adapter's go in one transfer, more weights in several: their copy in fp32 is not held at once.
+    """
     group = _group()
     if group is None:
         return
     import torch
 
-    trained = list(params)
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    flat = torch.cat([grad.reshape(-1).float() for grad in grads])
-    group.all_reduce(flat)
-    flat *= scale
-    for param, grad, part in zip(trained, grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        param.grad = part.view_as(grad).to(grad.dtype)
+    for trained in _transfers(params):
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        flat = torch.cat([grad.reshape(-1).float() for grad in grads])
+        group.all_reduce(flat)
+        flat *= scale
+        for param, grad, part in zip(trained, grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            param.grad = part.view_as(grad).to(grad.dtype)
+
+
+def _transfers(params: Iterable["Tensor"]) -> Iterator[list["Tensor"]]:
+    """The weights in groups of about as many numbers, in their order; a larger one alone."""
+    group: list[Tensor] = []
+    held = 0
+    for param in params:
+        if group and held + param.numel() > NUMBERS_PER_TRANSFER:
+            yield group
+            group, held = [], 0
+        group.append(param)
+        held += param.numel()
+    if group:
+        yield group
 
 
 def put_first(tensors: Iterable["Tensor"]) -> None:

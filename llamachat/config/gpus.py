@@ -38,6 +38,16 @@ class Gpu:
     count: int = 1
 
     @property
+    def timed(self) -> tuple[float, str]:
+        """Peak of one card in TFLOP/s, and of which one in words: of a memory alone, the slowest known card that has it."""
+        if self.tflops is not None:
+            return self.tflops, "its"
+        least = USABLE * self.gib  # cards of one class differ by what the driver keeps
+        largest = max(gib for gib, _ in CARDS.values())
+        name = min((name for name in CARDS if CARDS[name][0] >= min(least, largest)), key=lambda name: CARDS[name][1])
+        return CARDS[name][1], f"the {name}'s (the slowest known of that memory)"
+
+    @property
     def usable_bytes(self) -> float:
         """What a step should need at most on one card."""
         return USABLE * self.gib * 2**30

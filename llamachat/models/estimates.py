@@ -233,8 +233,6 @@ def training_time(
         operations *= (per_weight + 2) / per_weight
     if gpu is None:
         return operations / CPU_FLOPS, f"on 2 CPU cores at 0.1 TFLOP/s each and {told}"
-    if gpu.tflops is None:
-        return 0.0, ""
-    mfu = ASSUMED_MFU[tuning.method]
-    seconds = operations / (gpu.count * gpu.tflops * 1e12 * mfu)
-    return seconds, f"on {gpu}, assuming {mfu:.0%} of its {gpu.tflops:g} TFLOP/s (MFU) and {told}"
+    mfu, (tflops, whose) = ASSUMED_MFU[tuning.method], gpu.timed
+    seconds = operations / (gpu.count * tflops * 1e12 * mfu)
+    return seconds, f"on {gpu}, assuming {mfu:.0%} of {whose} {tflops:g} TFLOP/s (MFU) and {told}"

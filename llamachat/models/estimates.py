@@ -20,6 +20,9 @@ ASSUMED_MFU = {"full": 0.40, "lora": 0.40, "qlora": 0.30}
 # NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314, section 3): 4 bits a weight, 8 bits a block of 64
 # for its constant, 32 bits a group of 256 blocks for the constant of the constants.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Parts of the memory of a training that are there once the model is loaded.
+BASE_WEIGHTS, TRAINED_WEIGHTS, GATHERED = "base weights", "trained weights", "gathered blocks"
+LOADED = frozenset((BASE_WEIGHTS, TRAINED_WEIGHTS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,13 @@ class Shape:
             return self.weights
         return self.adapter_weights(tuning.rank, None if tuning.targets == "all-linear" else tuning.targets)
 
+    def largest_weights(self, tuning: Tuning) -> int:
+        """Weights of the largest matrix that trains."""
+        if tuning.method == "full":
+            return self.vocabulary * self.hidden_size
+        names = self.projections if tuning.targets == "all-linear" else tuning.targets
+        return tuning.rank * max(max(self.projections[name]) for name in names)
+
     def adapter_weights(self, rank: int, targets: Sequence[str] | None = None) -> int:
         """Weights of a LoRA adapter on these projections of every block; None is all seven."""
         chosen = self.projections if targets is None else {name: self.projections[name] for name in targets}
@@ -133,16 +143,25 @@ KNOWN_BASES = {
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes by part at the peak (of one card), seconds with what they assume, and optimizer steps where there are any."""
+    """Bytes by part at the peak (of one card), seconds with what they assume, and optimizer steps where there are any.
+
+    `loaded` names the parts that are there as soon as the models are; the others come as the step works.
+    """
 
     memory: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     optimizer_steps: int | None = None
     assumed: str = ""
+    loaded: frozenset[str] = frozenset()
 
     @property
     def peak_bytes(self) -> int:
         return sum(self.memory.values())
+
+    @property
+    def grown_bytes(self) -> int:
+        """From after the load to the peak."""
+        return sum(size for name, size in self.memory.items() if name not in self.loaded)
 
 
 def shape_of(model: str) -> Shape | None:
@@ -178,44 +197,62 @@ def training_memory(
     gradient_checkpointing: bool,
     logits: int,
     gpu: Gpu | None,
+    is_eager: bool = False,
 ) -> dict[str, int]:
-    """Bytes by part on one card at the worst moment of an optimizer step whose forward passes have `tokens` tokens."""
+    """Bytes by part on one card at the worst moment of an optimizer step whose forward passes have `tokens` tokens.
+
+    `is_eager` where attention keeps its scores whatever `base.attention` says. There are three such moments, and the parts
+    add up to the largest: the loss with all logits of a chunk, the backward pass of one block, the optimizer's step. From
+    the second forward pass of a step on the gradients are there, so all three find them.
+    """
     width, is_full, trained = BYTES[base.dtype], tuning.method == "full", shape.trained_weights(tuning)
     # FSDP cuts weights, gradients and optimizer over the cards; adapters are small, and every card has them whole.
     cards = gpu.count if gpu and is_full else 1
-    activations = tokens * _kept_per_token(shape, base, tuning, width, is_recomputed=gradient_checkpointing)
     moments = 8 if optimizer == "adamw" else 2  # bytes a weight: two in fp32, or two in 8 bits
-    # Gradients in fp32 and AdamW's square roots live for the step alone, when no activation does.
-    stepping = -(-trained * (8 if width < 4 else 4) // cards)
+    block = tokens * _block_bytes_per_token(shape, base, tuning, width, is_eager=is_eager)
+    inputs = shape.layers * tokens * shape.hidden_size * width
+    kept = inputs if gradient_checkpointing else shape.layers * block
+    backward = (2 if gradient_checkpointing else 1) * block
+    # A matrix that is reached twice has a second gradient for a moment; the head's comes while all activations are kept.
+    adding = shape.largest_weights(tuning) * width
+    stepping = -(-_stepping_bytes(shape, tuning, trained, width, gpu) // cards)
     return {
-        "base weights": -(-shape.trunk_bytes(width, is_4bit=tuning.method == "qlora") // cards),
-        "gathered blocks": (2 * shape.layer_weights + shape.embedding_weights) * width if cards > 1 else 0,
+        BASE_WEIGHTS: -(-shape.trunk_bytes(width, is_4bit=tuning.method == "qlora") // cards),
+        GATHERED: (2 * shape.layer_weights + shape.embedding_weights) * width if cards > 1 else 0,
         "one unpacked matrix": max(a * b for a, b in shape.projections.values()) * width
         if tuning.method == "qlora"
         else 0,
-        "trained weights": 0 if is_full else trained * width,
+        TRAINED_WEIGHTS: 0 if is_full else trained * width,
         "gradients": -(-trained * width // cards),
         "optimizer (fp32 masters and two moments)": -(-trained * (moments + (0 if width == 4 else 4)) // cards),
-        "activations": activations,
+        "activations": kept,
         "logits of a chunk": logits,
-        "the optimizer's step, beyond activations": max(0, stepping - activations - logits),
+        "a block's backward, beyond the logits": max(0, backward + adding - logits),
+        "the optimizer's step, beyond activations": max(0, stepping - kept - max(logits, backward + adding)),
     }
 
 
-def _kept_per_token(shape: Shape, base: Base, tuning: Tuning, width: int, *, is_recomputed: bool) -> int:
-    """Bytes of activations a token: all blocks and the gradients in one, or their inputs and twice one block."""
+def _stepping_bytes(shape: Shape, tuning: Tuning, trained: int, width: int, gpu: Gpu | None) -> int:
+    """What lives for the optimizer's step alone: gradients in fp32, and AdamW's square roots.
+
+    On a GPU torch takes the roots of all weights at once, on a CPU those of one matrix, with a copy.
+    """
+    gradients = 4 * trained if width < 4 else 0
+    return gradients + (8 * shape.largest_weights(tuning) if gpu is None else 4 * trained)
+
+
+def _block_bytes_per_token(shape: Shape, base: Base, tuning: Tuning, width: int, *, is_eager: bool) -> int:
+    """Bytes of activations that one block keeps of a token."""
     is_full = tuning.method == "full"
     block = shape.block_activations(
         width,
         base.max_tokens,
-        is_eager=base.attention == "eager",
+        is_eager=is_eager or base.attention == "eager",
         adapter_rank=None if is_full else tuning.rank,
     )
     if not is_full and tuning.dropout:  # each projection has an input of its own then, and a mask of bytes
         block += sum(inputs for inputs, _ in shape.projections.values()) * (width + 1)
-    if is_recomputed:
-        return shape.layers * shape.hidden_size * width + 2 * block
-    return (shape.layers + 1) * block
+    return block
 
 
 def training_time(

@@ -158,7 +158,7 @@ def estimated(case: Case, shape: Shape, gpu: Gpu | None) -> Estimate:
         return reward_estimate(reward_config(case), RewardWorkload(shape, base, tuning, None, gpu=gpu))
     if case.step == "rollout":
         work = SamplingWorkload(shape, base, tuning, rollout_of(case), None, Estimate(), answers=case.rows, gpu=gpu)
-        return Estimate(sampling_memory(work))
+        return Estimate(sampling_memory(work), loaded=frozenset(("trunk", "adapters and heads")))
     beside = {"helpfulness": Beside(shape, width=2)}
     return ppo_estimate(ppo_config(case), PpoWorkload(shape, base, tuning, rollout_of(case), beside=beside, gpu=gpu))
 

@@ -9,19 +9,31 @@ from dataclasses import dataclass, field, replace
 
 from llamachat.config.gpus import Gpu
 from llamachat.config.sections import Base, Rollout, Tuning
-from llamachat.models.estimates import BYTES, Estimate, Shape, training_memory, training_time
+from llamachat.models.estimates import (
+    BASE_WEIGHTS,
+    BYTES,
+    GATHERED,
+    OPTIMIZER,
+    TRAINED_WEIGHTS,
+    Estimate,
+    Shape,
+    training_memory,
+    training_time,
+)
 from llamachat.models.role_bytes import (
+    DECODER,
     DECODING_SLOWDOWN,
     PROMPT_TOKENS,
     Beside,
-    cache_bytes,
-    decoder_bytes,
     role_bank_bytes,
+    rollout_bytes,
 )
 from ppo.config import Config
 
 LOGITS_PER_CHUNK = 2048  # tokens whose logits exist at once (llamachat.logprobs)
-IN_BANK = ("base weights", "gathered blocks", "trained weights")  # parts of a training that the bank's count has
+LOGIT_BYTES = 12  # a logit in fp32 with what its backward pass makes of it, computed a chunk at a time
+CPU_ROW_TOKENS = 1024  # as ppo/train.py has it (which imports torch)
+IN_BANK = (BASE_WEIGHTS, GATHERED, TRAINED_WEIGHTS)  # parts of a training that the bank's count has
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,46 +68,72 @@ def estimate(config: Config, work: Workload) -> Estimate:
         gpu=replace(work.gpu, count=1) if work.gpu else None,
         told=f"{per_response:.0f} tokens a prompt with its response, decoding at a quarter of training's speed",
     )
-    return Estimate(memory_by_part(config, work), seconds, steps, assumed)
+    return Estimate(memory_by_part(config, work), seconds, steps, assumed, frozenset(bank_bytes(config, work)))
+
+
+def row_tokens(config: Config, base: Base, gpu: Gpu | None) -> int:
+    """Tokens of the longest forward pass of an update: a row, or the longest response with its prompt."""
+    auto = CPU_ROW_TOKENS if gpu is None else 2 * base.max_tokens
+    return max(auto if config.tokens_per_microbatch == "auto" else config.tokens_per_microbatch, base.max_tokens)
 
 
 def memory_by_part(config: Config, work: Workload) -> dict[str, int]:
-    """Bytes on the card at the worst moment of an optimizer step."""
+    """Bytes on the card at the worst moment of an iteration: while it samples, or in an optimizer step.
+
+    Weights, optimizers and the decoder's copy are there all the time; the other parts are those of the worse of the two.
+    """
     shape, tuning, width = work.shape, work.tuning, BYTES[work.base.dtype]
-    longest = work.base.max_tokens
-    tokens = longest if config.tokens_per_microbatch == "auto" else max(longest, config.tokens_per_microbatch)
-    held = role_bank_bytes(
-        shape,
-        tuning,
-        width=width,
-        critic=config.critic,
-        is_continued=work.is_continued,
-        sharing=work.sharing,
-        beside=work.beside,
-    )
-    training = training_memory(
+    held = bank_bytes(config, work)
+    tokens = row_tokens(config, work.base, work.gpu)
+    updating = training_memory(
         shape,
         work.base,
         tuning,
         tokens=tokens,
         optimizer="adamw",
         gradient_checkpointing=config.gradient_checkpointing,
-        gpu=None,
-        logits=3 * min(tokens, LOGITS_PER_CHUNK) * shape.vocabulary * 4,
+        gpu=work.gpu and replace(work.gpu, count=1),
+        logits=LOGIT_BYTES * min(tokens, LOGITS_PER_CHUNK) * shape.vocabulary,
+        is_eager=work.gpu is None,  # a CPU attends a sequence at a time, without a fused kernel
     )
-    held |= {name: size for name, size in training.items() if name not in IN_BANK}
-    held["critic's gradients and optimizer"] = critic_state_bytes(config, shape, tuning, width)
-    held["keys and values of the rollout"] = cache_bytes(work.shape, work.base, work.rollout)
-    held["rollout's copy of the projections"] = decoder_bytes(
-        work.shape, work.base, work.rollout, work.gpu, held=sum(held.values())
+    updating = {name: size for name, size in updating.items() if name not in IN_BANK}
+    gradients, moments = critic_state_bytes(config, shape, tuning, width)
+    held[OPTIMIZER] = updating.pop(OPTIMIZER)
+    held["critic's optimizer"] = moments
+    if work.gpu is None:  # on a machine with a card it lies in the host's memory
+        held["best policy so far"] = shape.trained_weights(tuning) * width
+    updating["critic's gradients"] = gradients
+    sampling = rollout_bytes(
+        shape,
+        work.base,
+        work.rollout,
+        work.gpu,
+        held=sum(held.values()),
+        shares_plain=False,
+        has_copied_ends=tuning.method == "full",
+        answers=config.responses_per_iteration,
     )
-    return held
+    held[DECODER] = sampling.pop(DECODER, 0)
+    return held | max(sampling, updating, key=lambda parts: sum(parts.values()))
 
 
-def critic_state_bytes(config: Config, shape: Shape, tuning: Tuning, width: int) -> int:
-    """Gradients, two moments and fp32 masters of what the critic trains; its head is fp32 and its own master."""
-    head = (shape.hidden_size + 1) * (4 + 8)
+def bank_bytes(config: Config, work: Workload) -> dict[str, int]:
+    """The weights of all roles."""
+    return role_bank_bytes(
+        work.shape,
+        work.tuning,
+        width=BYTES[work.base.dtype],
+        critic=config.critic,
+        is_continued=work.is_continued,
+        sharing=work.sharing,
+        beside=work.beside,
+    )
+
+
+def critic_state_bytes(config: Config, shape: Shape, tuning: Tuning, width: int) -> tuple[int, int]:
+    """Gradients, and two moments with fp32 masters, of what the critic trains; its head is fp32 and its own master."""
+    head = shape.hidden_size + 1
     if config.critic == "shared":
-        return head
+        return 4 * head, 8 * head
     trained = shape.headless().weights if tuning.method == "full" else shape.trained_weights(tuning)
-    return trained * (width + 8 + (0 if width == 4 else 4)) + head
+    return trained * width + 4 * head, trained * (8 + (0 if width == 4 else 4)) + 8 * head

@@ -22,6 +22,7 @@ ASSUMED_MFU = {"full": 0.40, "lora": 0.40, "qlora": 0.30}
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Parts of the memory of a training that are there once the model is loaded.
 BASE_WEIGHTS, TRAINED_WEIGHTS, GATHERED = "base weights", "trained weights", "gathered blocks"
+OPTIMIZER = "optimizer (fp32 masters and two moments)"
 LOADED = frozenset((BASE_WEIGHTS, TRAINED_WEIGHTS))
 
 
@@ -224,7 +225,7 @@ def training_memory(
         else 0,
         TRAINED_WEIGHTS: 0 if is_full else trained * width,
         "gradients": -(-trained * width // cards),
-        "optimizer (fp32 masters and two moments)": -(-trained * (moments + (0 if width == 4 else 4)) // cards),
+        OPTIMIZER: -(-trained * (moments + (0 if width == 4 else 4)) // cards),
         "activations": kept,
         "logits of a chunk": logits,
         "a block's backward, beyond the logits": max(0, backward + adding - logits),

@@ -14,9 +14,8 @@ from llamachat.models.role_bytes import (
     DECODING_SLOWDOWN,
     PROMPT_TOKENS,
     Beside,
-    cache_bytes,
-    decoder_bytes,
     role_bank_bytes,
+    rollout_bytes,
 )
 
 
@@ -77,7 +76,12 @@ def sampling_memory(work: Workload) -> dict[str, int]:
         sharing=work.sharing,
         beside=work.beside,
     )
-    held["keys and values of the rollout"] = cache_bytes(work.shape, work.base, work.rollout)
-    copy = decoder_bytes(work.shape, work.base, work.rollout, work.gpu, held=sum(held.values()))
-    held["rollout's copy of the projections"] = copy
-    return held
+    return held | rollout_bytes(
+        work.shape,
+        work.base,
+        work.rollout,
+        work.gpu,
+        held=sum(held.values()),
+        shares_plain=work.tuning.method == "full",
+        answers=work.answers,
+    )

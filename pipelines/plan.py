@@ -14,6 +14,7 @@ from llamachat.runs.locks import living_owner
 from llamachat.runs.state import StepState, step_state
 from pipelines.gate_labels import lacks_labels
 from pipelines.handing import stage_estimate
+from pipelines.measured import timed
 from pipelines.recipe import Recipe, Step, resolve_steps
 from pipelines.resolve import earlier_makers, lacks_policy, step_folder
 from pipelines.running import Work, choose_steps, find_work, parent_folder
@@ -114,10 +115,18 @@ def card(recipe: Recipe) -> Gpu | None:
 
 
 def estimate_step(recipe: Recipe, step: Step, gpu: Gpu | None = None) -> Estimate | None:
-    """The stage's estimate, on this card in place of the recipe's; None where the shape of the base is not known here."""
+    """The stage's estimate, on this card in place of the recipe's; None where the shape of the base is not known here.
+
+    On the recipe's own card seconds are those of a finished step of that name, where there is one to go by.
+    """
+    found = _estimated(recipe, step, gpu or card(recipe))
+    return found if found is None or gpu else timed(recipe, step, found, lambda r, s: _estimated(r, s, card(r)))
+
+
+def _estimated(recipe: Recipe, step: Step, gpu: Gpu | None) -> Estimate | None:
     try:
         shape = shape_of(recipe.base.model)
-        return stage_estimate(recipe, step, shape, gpu or card(recipe)) if shape else None
+        return stage_estimate(recipe, step, shape, gpu) if shape else None
     except (KeyError, ValueError):
         return None  # another architecture, no JSON, or targets that are none: refused in words where it is loaded
 

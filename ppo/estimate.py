@@ -17,14 +17,15 @@ from llamachat.models.estimates import (
     TRAINED_WEIGHTS,
     Estimate,
     Shape,
+    forward_time,
     training_memory,
     training_time,
 )
 from llamachat.models.role_bytes import (
     DECODER,
     DECODING_SLOWDOWN,
-    PROMPT_TOKENS,
     Beside,
+    Lengths,
     role_bank_bytes,
     rollout_bytes,
 )
@@ -48,27 +49,34 @@ class Workload:
     sharing: int = 0  # reward models that are one more adapter
     beside: Mapping[str, Beside] = field(default_factory=dict)  # reward models on other trunks, by name
     gpu: Gpu | None = None  # None for two CPU cores
+    lengths: Lengths = Lengths()
 
 
 def estimate(config: Config, work: Workload) -> Estimate:
     """Bytes at the peak of an optimizer step, and seconds for all iterations."""
     steps = config.iterations * config.epochs * (config.responses_per_iteration // config.responses_per_minibatch)
     responses = config.iterations * config.responses_per_iteration
-    per_response = min(float(work.base.max_tokens), PROMPT_TOKENS + work.rollout.max_new_tokens)
-    # The update trains policy and critic; a forward pass is a third of one's training or so. Before it there is one of
-    # policy, reference, critic and each reward model.
+    evaluated = (1 + config.iterations // config.validation_every) * config.validation_prompts + 2 * config.test_prompts
+    prompt, answer = work.lengths.of(work.base, work.rollout)
+    per_response, models = prompt + answer, work.sharing + len(work.beside)
     networks = 1 if config.critic == "shared" else 2
-    passes = config.epochs * networks + (networks + 1 + work.sharing + len(work.beside)) / 3
-    passes += DECODING_SLOWDOWN * work.rollout.max_new_tokens / per_response / 3
-    seconds, assumed = training_time(
+    # Of an answer that is evaluated: drawn, read by policy and reference, scored. One that is learnt from has values, too.
+    evaluating = (DECODING_SLOWDOWN * answer + prompt + 2 * per_response) * work.shape.weights
+    evaluating += models * per_response * work.shape.block_weights
+    values = (networks - 1) * per_response * work.shape.block_weights
+    told = work.lengths.told(work.base, work.rollout)
+    products = responses * (evaluating + values) + evaluated * evaluating
+    sampled, assumed = forward_time(products, work.tuning, gpu=work.gpu, told=told)
+    trained, _ = training_time(
         work.shape.weights,
         work.tuning,
-        tokens=responses * per_response * passes,
+        tokens=responses * per_response * config.epochs * networks,
         gradient_checkpointing=config.gradient_checkpointing,
         gpu=replace(work.gpu, count=1) if work.gpu else None,
-        told=f"{per_response:.0f} tokens a prompt with its response, decoding at a quarter of training's speed",
+        told="",
     )
-    return Estimate(memory_by_part(config, work), seconds, steps, assumed, frozenset(bank_bytes(config, work)))
+    held = frozenset(bank_bytes(config, work))
+    return Estimate(memory_by_part(config, work), sampled + trained, steps, assumed, held)
 
 
 def row_tokens(config: Config, base: Base, gpu: Gpu | None) -> int:

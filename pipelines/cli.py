@@ -263,8 +263,19 @@ def all_steps(
 
 @app.command()
 @reported
-def plan(overrides: Overrides = None, config: ConfigOption = TINY, gpu: tools.GpuOption = None) -> None:
+def plan(
+    overrides: Overrides = None,
+    config: ConfigOption = TINY,
+    gpu: tools.GpuOption = None,
+    hours: tools.HoursOption = None,
+    presets: tools.PresetsOption = False,
+) -> None:
     """Say what would run, from which inputs and why, with memory and time; runs nothing."""
+    if presets:
+        from pipelines.plan_table import presets_text
+
+        print(presets_text(gpu=gpu))
+        return
     from pipelines.plan import make_plan, plan_text
     from pipelines.recipe import load
     from pipelines.study import is_study, load_study
@@ -275,7 +286,7 @@ def plan(overrides: Overrides = None, config: ConfigOption = TINY, gpu: tools.Gp
         print(study_plan_text(load_study(config, given)))
         return
     recipe = load(config, given)
-    print(plan_text(recipe, make_plan(recipe)))
+    print(plan_text(recipe, make_plan(recipe), hours=hours))
 
 
 app.command()(tools.doctor)

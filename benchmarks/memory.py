@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from llamachat.config.gpus import Gpu
 from llamachat.config.sections import Base, Rollout, Tuning
@@ -200,9 +201,11 @@ def write_models(folder: Path, shape: Shape) -> Path:
         max_position_embeddings=4096,
         pad_token_id=0,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
+    base: Any = LlamaForCausalLM(config)
+    base.to(torch.bfloat16).save_pretrained(folder / "base")
     config.num_labels = 1
-    LlamaForSequenceClassification(config).to(torch.bfloat16).save_pretrained(folder / "reward")
+    reward: Any = LlamaForSequenceClassification(config)
+    reward.to(torch.bfloat16).save_pretrained(folder / "reward")
     for name in ("base", "reward"):
         write_tokenizer_model(folder / name / "tokenizer.model", shape.vocabulary)
     return folder
@@ -212,7 +215,8 @@ def write_tokenizer_model(path: Path, size: int) -> None:
     """The bundled tokenizer, filled up with pieces that no text holds."""
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto()
+    messages: Any = sentencepiece_model_pb2  # protobuf makes its classes as it is imported
+    model = messages.ModelProto()
     model.ParseFromString((BUNDLED / "tokenizer.model").read_bytes())
     for number in range(len(model.pieces), size):
         model.pieces.add(piece=f"\ue000{number}", score=-1e4 - number)
@@ -226,7 +230,7 @@ def report(case: Case, shape: str, estimate: Estimate, measured: int) -> str:
         f"{name} {size / 2**20:.0f}" for name, size in estimate.memory.items() if size and name not in estimate.loaded
     )
     ratio = f"{grown / 2**20:>7.0f}{measured / 2**20:>10.0f}{grown / measured:>8.2f}"
-    return f"{shape:<5}{str(case):<84}{ratio}\n     {parts}"
+    return f"{shape:<5}{case!s:<84}{ratio}\n     {parts}"
 
 
 def chosen(only: str) -> Iterator[Case]:

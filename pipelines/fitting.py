@@ -29,9 +29,9 @@ class StepEstimate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a whole recipe, run from its beginning, asks of a card."""
+    """What a whole recipe, run from its beginning, asks of a card, or of two CPU cores where that is None."""
 
-    gpu: Gpu
+    gpu: Gpu | None
     steps: tuple[StepEstimate, ...]  # in the recipe's order
 
     @property
@@ -46,8 +46,8 @@ class Fit:
 
     @property
     def fits(self) -> bool:
-        """Whether the worst step needs no more than a step should."""
-        return self.peak_bytes <= self.gpu.usable_bytes
+        """Whether the worst step needs no more than a step should; on a CPU nothing is said against it."""
+        return self.gpu is None or self.peak_bytes <= self.gpu.usable_bytes
 
     @property
     def hours(self) -> float | None:
@@ -56,8 +56,9 @@ class Fit:
         return sum(seconds) / 3600 if all(seconds) else None
 
 
-def fits(recipe: Recipe, gpu: Gpu) -> Fit | None:
-    """The recipe on this card, with its settings as they stand; None where the shape of its base is not known here."""
+def fits(recipe: Recipe, gpu: Gpu | None) -> Fit | None:
+    """The recipe on this card (None: on its own, or on a CPU), with its settings as they stand; None where the shape of its
+    base is not known here."""
     steps = []
     for step in resolve_steps(recipe):
         estimate = estimate_step(recipe, step, gpu)
@@ -103,7 +104,9 @@ def largest_microbatch(recipe: Recipe, step: Step, gpu: Gpu) -> Microbatch | Non
 def _settings(recipe: Recipe, step: Step) -> tuple[str, int, int, int] | None:
     """The key, its least value, the most that a step would use, and the unit in between."""
     longest, config = recipe.base.max_tokens, step.config.model_dump()
-    if step.stage.command == "sft" and config["packing"]:  # a packed forward pass is one row, as long as a dialog may be
+    if (
+        step.stage.command == "sft" and config["packing"]
+    ):  # a packed forward pass is one row, as long as a dialog may be
         return "base.max_tokens", _LEAST_TOKENS, longest, _LEAST_TOKENS
     if step.stage.command == "sft":
         return "sft.rows_per_microbatch", 1, config["examples_per_step"], 1

@@ -53,7 +53,9 @@ def timed(recipe: Recipe, step: Step, estimate: Estimate, estimate_of: "Estimate
             continue
         seconds = cost.seconds * estimate.seconds / then.seconds
         share = seconds / cost.seconds
-        told = f"measured: {cost.seconds:.0f} s in {folder.path}" + ("" if 0.99 < share < 1.01 else f", times {share:.2g}")
+        told = f"measured: {cost.seconds:.0f} s in {folder.path}" + (
+            "" if 0.99 < share < 1.01 else f", times {share:.2g}"
+        )
         return replace(estimate, seconds=seconds, assumed=f"({told})")
     return estimate
 

@@ -136,7 +136,11 @@ def _bounded(step: Step, estimate: Estimate) -> Estimate:
     hours = step.config.model_dump().get("max_hours")
     if hours is None or step.stage.tunes or estimate.seconds <= 3600 * hours:
         return estimate
-    return replace(estimate, seconds=3600 * hours, assumed=f"as {step.stage.section}.max_hours has it; else {duration(estimate.seconds)} {estimate.assumed}")
+    return replace(
+        estimate,
+        seconds=3600 * hours,
+        assumed=f"as {step.stage.section}.max_hours has it; else {duration(estimate.seconds)} {estimate.assumed}",
+    )
 
 
 def warn(step: Step, estimate: Estimate | None, gpu: Gpu | None = None) -> list[str]:
@@ -175,11 +179,22 @@ def warn(step: Step, estimate: Estimate | None, gpu: Gpu | None = None) -> list[
 
 def smaller(step: Step) -> str:
     """What would take less memory, in the order of what it costs the result."""
-    ways, values = [], step.config.model_dump()
+    ways, values, section = [], step.config.model_dump(), step.stage.section
     if values.get("gradient_checkpointing") is False:
-        ways.append(f"set {step.stage.section}.gradient_checkpointing: true")
+        ways.append(f"set {section}.gradient_checkpointing: true")
     if not values.get("packing", True) and values.get("rows_per_microbatch", 1) > 1:
-        ways.append(f"lower {step.stage.section}.rows_per_microbatch")
+        ways.append(f"lower {section}.rows_per_microbatch")
+    ways += [
+        f"lower {section}.{key}"
+        for key in ("row_tokens", "tokens_per_microbatch")
+        if values.get(key) not in (None, "auto")
+    ]
+    if step.rollout.cache_gib != "auto" and "rollout" in step.stage.shared:
+        ways.append("lower rollout.cache_gib")
+    if values.get("optimizer") == "adamw" and step.tuning.method == "full":
+        ways.append(f"set {section}.optimizer: paged_adamw_8bit")
+    if values.get("critic") == "separate":
+        ways.append(f"set {section}.critic: shared")
     less = {"full": "lora or qlora", "lora": "qlora"}.get(step.tuning.method)
     if less:
         ways.append(f"set tuning.method: {less}")

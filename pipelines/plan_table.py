@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llamachat.config.gpus import Gpu, parse_gpu
+from llamachat.models.estimates import Estimate
 from pipelines.fitting import fits, largest_microbatch, presets, way_to_fit
 from pipelines.recipe import Recipe, Step, resolve_steps
 
@@ -22,17 +23,22 @@ def table(recipe: Recipe, planned: Sequence["PlannedStep"], gpu: Gpu | None) -> 
     from pipelines.plan import duration
 
     steps = {step.name: step for step in resolve_steps(recipe)}
-    rows = [("step", "", "GiB", *(("fits",) if gpu else ()), "steps", "time", *(("largest micro-batch",) if gpu else ()))]
+    rows: list[tuple[str, ...]] = [
+        ("step", "", "GiB", *(("fits",) if gpu else ()), "steps", "time", *(("largest micro-batch",) if gpu else ()))
+    ]
     for found in planned:
-        estimate = found.estimate
-        runs = found.will_run and estimate is not None
-        peak = f"{estimate.peak_bytes / GIB:.2f}" if estimate and estimate.memory else ""
-        does_fit = "" if not (gpu and peak and estimate) else "yes" if estimate.peak_bytes <= gpu.usable_bytes else "NO"
-        count = str(estimate.optimizer_steps) if runs and estimate.optimizer_steps is not None else ""
-        time = duration(estimate.seconds) if runs and estimate.seconds else ("not counted" if runs else "")
-        cells = (found.name, found.verdict, peak, *((does_fit,) if gpu else ()), count, time)
-        largest = largest_microbatch(recipe, steps[found.name], gpu) if gpu and runs else None
-        rows.append((*cells, *(("" if largest is None else str(largest),) if gpu else ())))
+        cost = found.estimate or Estimate()
+        peak = f"{cost.peak_bytes / GIB:.2f}" if cost.memory else ""
+        count = time = largest = ""
+        if found.will_run:
+            count = "" if cost.optimizer_steps is None else str(cost.optimizer_steps)
+            time = duration(cost.seconds) if cost.seconds else "not counted"
+            largest = str((gpu and largest_microbatch(recipe, steps[found.name], gpu)) or "")
+        if gpu is None:
+            rows.append((found.name, found.verdict, peak, count, time))
+        else:
+            does_fit = ("yes" if cost.peak_bytes <= gpu.usable_bytes else "NO") if peak else ""
+            rows.append((found.name, found.verdict, peak, does_fit, count, time, largest))
     return [f"  {line}" for line in _columns(rows)]
 
 
@@ -62,7 +68,9 @@ def verdict(recipe: Recipe, planned: Sequence["PlannedStep"], gpu: Gpu | None, h
     return lines
 
 
-def _against(recipe: Recipe, planned: Sequence["PlannedStep"], seconds: dict[str, float], hours: float) -> Iterator[str]:
+def _against(
+    recipe: Recipe, planned: Sequence["PlannedStep"], seconds: dict[str, float], hours: float
+) -> Iterator[str]:
     from pipelines.plan import duration
 
     total, limit = sum(seconds.values()), 3600 * hours
@@ -106,7 +114,9 @@ def presets_text(gpu: str | None = None) -> str:
         timed = fits(recipe, parse_gpu(gpu) if gpu else own)
         time = "not counted" if timed is None or timed.hours is None else duration(3600 * timed.hours)
         rows.append((path.stem, recipe.base.model.rpartition("/")[2], str(own or "CPU"), *cells, time))
-    told = "GiB at the peak of the worst step; a step should need at most nine tenths of a card. Computed, not measured."
+    told = (
+        "GiB at the peak of the worst step; a step should need at most nine tenths of a card. Computed, not measured."
+    )
     return "\n".join([*_columns(rows), told])
 
 

@@ -49,7 +49,7 @@ class Workload:
     sharing: int = 0  # reward models that are one more adapter
     beside: Mapping[str, Beside] = field(default_factory=dict)  # reward models on other trunks, by name
     gpu: Gpu | None = None  # None for two CPU cores
-    lengths: Lengths = Lengths()
+    lengths: Lengths = field(default_factory=Lengths)
 
 
 def estimate(config: Config, work: Workload) -> Estimate:
@@ -90,39 +90,54 @@ def memory_by_part(config: Config, work: Workload) -> dict[str, int]:
 
     Weights, optimizers and the decoder's copy are there all the time; the other parts are those of the worse of the two.
     """
-    shape, tuning, width = work.shape, work.tuning, BYTES[work.base.dtype]
-    held = bank_bytes(config, work)
-    tokens = row_tokens(config, work.base, work.gpu)
-    updating = training_memory(
-        shape,
-        work.base,
-        tuning,
-        tokens=tokens,
-        optimizer="adamw",
-        gradient_checkpointing=config.gradient_checkpointing,
-        gpu=work.gpu and replace(work.gpu, count=1),
-        logits=LOGIT_BYTES * min(tokens, LOGITS_PER_CHUNK) * shape.vocabulary,
-        is_eager=work.gpu is None,  # a CPU attends a sequence at a time, without a fused kernel
-    )
-    updating = {name: size for name, size in updating.items() if name not in IN_BANK}
-    gradients, moments = critic_state_bytes(config, shape, tuning, width)
-    held[OPTIMIZER] = updating.pop(OPTIMIZER)
-    held["critic's optimizer"] = moments
+    held = bank_bytes(config, work) | optimizer_bytes(config, work)
     if work.gpu is None:  # on a machine with a card it lies in the host's memory
-        held["best policy so far"] = shape.trained_weights(tuning) * width
-    updating["critic's gradients"] = gradients
+        held["best policy so far"] = work.shape.trained_weights(work.tuning) * BYTES[work.base.dtype]
     sampling = rollout_bytes(
-        shape,
+        work.shape,
         work.base,
         work.rollout,
         work.gpu,
         held=sum(held.values()),
         shares_plain=False,
-        has_copied_ends=tuning.method == "full",
+        has_copied_ends=work.tuning.method == "full",
         answers=config.responses_per_iteration,
     )
     held[DECODER] = sampling.pop(DECODER, 0)
-    return held | max(sampling, updating, key=lambda parts: sum(parts.values()))
+    return held | max(sampling, updating_bytes(config, work), key=lambda parts: sum(parts.values()))
+
+
+def optimizer_bytes(config: Config, work: Workload) -> dict[str, int]:
+    """Moments and fp32 masters of what policy and critic train; the critic's head is fp32 and its own master."""
+    shape, tuning, each = work.shape, work.tuning, 8 + (0 if BYTES[work.base.dtype] == 4 else 4)
+    critic = _critic_weights(config, shape, tuning) * each + 8 * (shape.hidden_size + 1)
+    return {OPTIMIZER: shape.trained_weights(tuning) * each, "critic's optimizer": critic}
+
+
+def updating_bytes(config: Config, work: Workload) -> dict[str, int]:
+    """What an optimizer step needs beside weights and optimizers: of the policy, whose logits make it the worse one."""
+    tokens, width = row_tokens(config, work.base, work.gpu), BYTES[work.base.dtype]
+    parts = training_memory(
+        work.shape,
+        work.base,
+        work.tuning,
+        tokens=tokens,
+        optimizer="adamw",
+        gradient_checkpointing=config.gradient_checkpointing,
+        gpu=work.gpu and replace(work.gpu, count=1),
+        logits=LOGIT_BYTES * min(tokens, LOGITS_PER_CHUNK) * work.shape.vocabulary,
+        is_eager=work.gpu is None,  # a CPU attends a sequence at a time, without a fused kernel
+    )
+    head = 4 * (work.shape.hidden_size + 1)
+    parts["critic's gradients"] = _critic_weights(config, work.shape, work.tuning) * width + head
+    return {name: size for name, size in parts.items() if name not in IN_BANK and name != OPTIMIZER}
+
+
+def _critic_weights(config: Config, shape: Shape, tuning: Tuning) -> int:
+    """Weights that the critic trains beside its head."""
+    if config.critic == "shared":
+        return 0
+    return shape.headless().weights if tuning.method == "full" else shape.trained_weights(tuning)
 
 
 def bank_bytes(config: Config, work: Workload) -> dict[str, int]:
@@ -136,12 +151,3 @@ def bank_bytes(config: Config, work: Workload) -> dict[str, int]:
         sharing=work.sharing,
         beside=work.beside,
     )
-
-
-def critic_state_bytes(config: Config, shape: Shape, tuning: Tuning, width: int) -> tuple[int, int]:
-    """Gradients, and two moments with fp32 masters, of what the critic trains; its head is fp32 and its own master."""
-    head = shape.hidden_size + 1
-    if config.critic == "shared":
-        return 4 * head, 8 * head
-    trained = shape.headless().weights if tuning.method == "full" else shape.trained_weights(tuning)
-    return trained * width + 4 * head, trained * (8 + (0 if width == 4 else 4)) + 8 * head

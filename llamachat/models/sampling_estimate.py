@@ -34,7 +34,7 @@ class Workload:
     beside: Mapping[str, Beside] = field(default_factory=dict)  # reward models on other trunks, by name
     gpu: Gpu | None = None  # None for two CPU cores
     answers: int | None = None  # that are sampled at once at most; None for as many as the engine takes
-    lengths: Lengths = Lengths()
+    lengths: Lengths = field(default_factory=Lengths)
 
 
 def asked_prompts(most: int | None, prompts: int | None) -> int | None:

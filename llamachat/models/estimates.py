@@ -21,6 +21,9 @@ ASSUMED_MFU = {"full": 0.40, "lora": 0.40, "qlora": 0.30}
 # NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314, section 3): 4 bits a weight, 8 bits a block of 64
 # for its constant, 32 bits a group of 256 blocks for the constant of the constants.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# What the backward pass of a block holds beside what the block has kept, as shares of that: its scores apart, and of them.
+# Ours, counted on a CPU (tests/test_memory_estimates.py).
+GRADIENTS_OF_A_BLOCK, GRADIENTS_OF_SCORES = 0.8, 0.15
 FORWARD = 2.0  # operations on a weight for a token in a forward pass
 # Parts of the memory of a training that are there once the model is loaded.
 BASE_WEIGHTS, TRAINED_WEIGHTS, GATHERED = "base weights", "trained weights", "gathered blocks"
@@ -217,10 +220,13 @@ def training_memory(
     # FSDP cuts weights, gradients and optimizer over the cards; adapters are small, and every card has them whole.
     cards = gpu.count if gpu and is_full else 1
     moments = 8 if optimizer == "adamw" else 2  # bytes a weight: two in fp32, or two in 8 bits
+    is_eager = is_eager or base.attention == "eager"
     block = tokens * _block_bytes_per_token(shape, base, tuning, width, is_eager=is_eager)
+    plain = tokens * _block_bytes_per_token(shape, base, tuning, width, is_eager=False)
     inputs = shape.layers * tokens * shape.hidden_size * width
     kept = inputs if gradient_checkpointing else shape.layers * block
-    backward = (2 if gradient_checkpointing else 1) * block
+    backward = round(GRADIENTS_OF_A_BLOCK * plain + GRADIENTS_OF_SCORES * (block - plain))
+    backward += block if gradient_checkpointing else 0
     # A matrix that is reached twice has a second gradient for a moment; the head's comes while all activations are kept.
     adding = shape.largest_weights(tuning) * width
     stepping = -(-_stepping_bytes(shape, tuning, trained, width, gpu) // cards)
@@ -255,7 +261,7 @@ def _block_bytes_per_token(shape: Shape, base: Base, tuning: Tuning, width: int,
     block = shape.block_activations(
         width,
         base.max_tokens,
-        is_eager=is_eager or base.attention == "eager",
+        is_eager=is_eager,
         adapter_rank=None if is_full else tuning.rank,
     )
     if not is_full and tuning.dropout:  # each projection has an input of its own then, and a mask of bytes

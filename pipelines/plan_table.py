@@ -104,6 +104,7 @@ def _ways(step: Step, seconds: float, share: float) -> Iterator[str]:
 
 def presets_text(gpu: str | None = None) -> str:
     """Every preset on cards of three sizes, or on one: its worst step and the bytes of that."""
+    from pipelines.limits import preset_limits
     from pipelines.plan import card, duration
 
     sizes = (gpu,) if gpu else SIZES
@@ -114,10 +115,11 @@ def presets_text(gpu: str | None = None) -> str:
         timed = fits(recipe, parse_gpu(gpu) if gpu else own)
         time = "not counted" if timed is None or timed.hours is None else duration(3600 * timed.hours)
         rows.append((path.stem, recipe.base.model.rpartition("/")[2], str(own or "CPU"), *cells, time))
-    told = (
-        "GiB at the peak of the worst step; a step should need at most nine tenths of a card. Computed, not measured."
+    told = "GiB at the peak of the worst step; at most nine tenths of a card should be needed. Computed, not measured."
+    limits = (
+        "Tokens a second at most, by the card's data sheet: of 64 answers decoded at once, of sft, of one reward model."
     )
-    return "\n".join([*_columns(rows), told])
+    return "\n".join([*_columns(rows), told, "", *_columns(list(preset_limits())), limits])
 
 
 def _on(recipe: Recipe, size: str, count: int) -> str:

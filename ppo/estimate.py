@@ -32,7 +32,9 @@ from llamachat.models.role_bytes import (
 from ppo.config import Config
 
 LOGITS_PER_CHUNK = 2048  # tokens whose logits exist at once (llamachat.logprobs)
-LOGIT_BYTES = 12  # a logit in fp32 with what its backward pass makes of it, computed a chunk at a time
+# A logit in fp32 with what its backward pass makes of it (ours, measured on a CPU), and how many of a row's tokens have
+# logits, those of answers (ours, assumed).
+LOGIT_BYTES, SHARE_OF_ANSWERS = 20, 0.6
 CPU_ROW_TOKENS = 1024  # as ppo/train.py has it (which imports torch)
 IN_BANK = (BASE_WEIGHTS, GATHERED, TRAINED_WEIGHTS)  # parts of a training that the bank's count has
 
@@ -125,7 +127,7 @@ def updating_bytes(config: Config, work: Workload) -> dict[str, int]:
         optimizer="adamw",
         gradient_checkpointing=config.gradient_checkpointing,
         gpu=work.gpu and replace(work.gpu, count=1),
-        logits=LOGIT_BYTES * min(tokens, LOGITS_PER_CHUNK) * work.shape.vocabulary,
+        logits=LOGIT_BYTES * round(min(SHARE_OF_ANSWERS * tokens, LOGITS_PER_CHUNK)) * work.shape.vocabulary,
         is_eager=work.gpu is None,  # a CPU attends a sequence at a time, without a fused kernel
     )
     head = 4 * (work.shape.hidden_size + 1)

@@ -15,6 +15,7 @@ from pipelines.devices import Device, Torch, newest_cuda
 from pipelines.fitting import fits, largest_microbatch, way_to_fit
 from pipelines.measured import answer_tokens, timed
 from pipelines.plan import estimate_step
+from pipelines.plan_table import presets_text
 from pipelines.recipe import Recipe, Step, load, resolve_steps
 from tests.recipes import preference_data, write_recipe
 
@@ -199,3 +200,10 @@ def test_a_card_too_small_is_told_with_what_would_fit_and_fewer_cards_than_meant
     assert "meant for 8 cards, and 2 are here" in cards.found and "num_processes: 2" in cards.way_out
     whole = fits(load(FSDP), Gpu("card", 80.0, None, 2))
     assert whole is not None and f"{whole.peak_bytes / 2**30:.1f} GiB" in memory[0].found
+
+
+def test_the_page_on_gpus_says_what_is_computed() -> None:
+    page = (ROOT / "docs" / "results" / "gpu.md").read_text()
+    lines = [line for line in presets_text().splitlines() if line.startswith(("llama2-", "tinyllama-"))]
+    assert len(lines) == 12 and [line for line in lines if f"    {line}\n" not in page] == []
+    assert "No number on this page was measured" in page

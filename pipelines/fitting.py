@@ -165,12 +165,13 @@ def _less_and_less(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     sections = {"sft": "sft", "rm": "reward", "ppo": "ppo"}
     if commands & {"rs", "gatt", "distill"}:
         commands.add("sft")
+    reward, ppo = (getattr(recipe, sections[command]) for command in ("rm", "ppo"))
     for command, section in sections.items():
         if command in commands and not getattr(recipe, section).gradient_checkpointing:
             yield f"{section}.gradient_checkpointing", True
-    if "rm" in commands and recipe.reward.row_tokens == "auto":
+    if "rm" in commands and reward.row_tokens == "auto":
         yield "reward.row_tokens", 2 * recipe.base.max_tokens
-    if "ppo" in commands and recipe.ppo.tokens_per_microbatch != recipe.base.max_tokens:
+    if "ppo" in commands and ppo.tokens_per_microbatch != recipe.base.max_tokens:
         yield "ppo.tokens_per_microbatch", recipe.base.max_tokens
     if commands & {"rs", "gatt", "distill", "ppo", "eval"}:
         yield "rollout.cache_gib", 1.0
@@ -178,7 +179,7 @@ def _less_and_less(recipe: Recipe) -> Iterator[tuple[str, Any]]:
         yield "tuning.method", "lora"
     if recipe.tuning.method != "qlora" and recipe.base.dtype == "bfloat16":
         yield "tuning.method", "qlora"
-    if "ppo" in commands and recipe.ppo.critic == "separate":
+    if "ppo" in commands and ppo.critic == "separate":
         yield "ppo.critic", "shared"
     if recipe.tuning.rank > _SMALL_RANK:
         yield "tuning.rank", _SMALL_RANK

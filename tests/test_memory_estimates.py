@@ -42,9 +42,9 @@ def model_of(kind: Any, tuning: Tuning, *, checkpointing: bool) -> Any:
         num_attention_heads=SHAPE.heads,
         num_key_value_heads=SHAPE.key_value_heads,
         vocab_size=SHAPE.vocabulary,
-        num_labels=1,
         pad_token_id=0,
     )
+    config.num_labels = 1
     config._attn_implementation = "sdpa"
     model: Any = kind(config).to(torch.bfloat16)
     if kind is ScoringLlama:

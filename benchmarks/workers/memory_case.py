@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.memory import Case, base_of, ppo_config, reward_config, rollout_of, sft_config, tuning_of
 from llamachat.chat_format import TokenizedExample
-from llamachat.records import Preference
+from llamachat.dialog import Message
+from llamachat.record_rules import Preference
 
 STEPS = 2  # of the optimizer: from the second on its moments lie beside the activations
 MICROBATCHES = 2  # of a step: from the second on gradients do, too
@@ -118,14 +119,14 @@ def _open_reward(case: Case, folder: Path) -> Steps:
     _touched(start.model)
     tokenizer = start.fast_tokenizer(folder / "tokenizer")
     ids = _ids(case.tokens)
-    preference: Any = Preference.__new__(Preference)  # nothing of its text is read here
+    text = Message("assistant", "Nothing of it is read here.")
     pair = PairExample(
         chosen=ids,
         rejected=ids[::-1],
         margin=0.0,
         chosen_tokens=len(ids),
         rejected_tokens=len(ids),
-        preference=preference,
+        preference=Preference(prompt=(), chosen=text, rejected=text),
         domain="helpfulness",
         source="",
     )
@@ -217,25 +218,14 @@ def _open_ppo(case: Case, folder: Path) -> Steps:
         _touched(module)
 
     def run() -> None:
+        place = StepFolder(inputs.folder)
         tracker = open_tracker(
-            inputs.tracking,
-            step_folder=StepFolder(inputs.folder),
-            run_dir=folder,
-            step="ppo",
-            prefix="ppo",
-            config={},
-            resume_step=None,
+            inputs.tracking, step_folder=place, run_dir=folder, step="ppo", prefix="ppo", config={}, resume_step=None
         )
         session = open_session(config, inputs, start, tracker.__enter__())
         session.engine = LlamaEngine(start.bank.policy_model(), ())  # nothing stops it
-        updater = Updater(
-            start.bank,
-            session.optimizers,
-            config,
-            temperature=1.0,
-            row_tokens=session.row_tokens,
-            step="ppo",
-        )
+        rows = session.row_tokens
+        updater = Updater(start.bank, session.optimizers, config, temperature=1.0, row_tokens=rows, step="ppo")
         for _ in range(STEPS):
             session.step(updater)
             session.state.iteration += 1

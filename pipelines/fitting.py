@@ -136,7 +136,7 @@ def way_to_fit(recipe: Recipe, gpu: Gpu) -> str | None:
     if found.fits:
         return "It fits."
     taken: list[tuple[str, Any]] = []
-    for setting in _less_and_less(recipe):
+    for setting in _less_and_less(recipe, gpu):
         taken.append(setting)
         if _fits_with(recipe, gpu, taken):
             break
@@ -159,7 +159,7 @@ def _fits_with(recipe: Recipe, gpu: Gpu, settings: Sequence[tuple[str, Any]]) ->
     return found is not None and found.fits
 
 
-def _less_and_less(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+def _less_and_less(recipe: Recipe, gpu: Gpu) -> Iterator[tuple[str, Any]]:
     """Settings that save memory and are not taken yet: those that cost time, then those that cost the result."""
     commands = {step.stage.command for step in resolve_steps(recipe)}
     sections = {"sft": "sft", "rm": "reward", "ppo": "ppo"}
@@ -169,6 +169,8 @@ def _less_and_less(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     for command, section in sections.items():
         if command in commands and not getattr(recipe, section).gradient_checkpointing:
             yield f"{section}.gradient_checkpointing", True
+    if "sft" in commands and recipe.tuning.method == "full" and gpu.count > 1 and recipe.sft.sample_prompts:
+        yield "sft.sample_prompts", 0  # they are sampled from weights gathered whole
     if "rm" in commands and reward.row_tokens == "auto":
         yield "reward.row_tokens", 2 * recipe.base.max_tokens
     if "ppo" in commands and ppo.tokens_per_microbatch != recipe.base.max_tokens:

@@ -1,7 +1,7 @@
 """What PPO would cost: memory by part, optimizer steps, seconds. Reads no data and no weights.
 
-The trunk counts once, whatever roles share it; PPO runs on one card. Nothing here was measured on a GPU; `plan` calls it
-an estimate.
+The trunk counts once, whatever roles share it; several cards have all weights each, and share the work. Nothing here was
+measured on a GPU; `plan` calls it an estimate.
 """
 
 from collections.abc import Mapping
@@ -74,7 +74,7 @@ def estimate(config: Config, work: Workload) -> Estimate:
         work.tuning,
         tokens=responses * per_response * config.epochs * networks,
         gradient_checkpointing=config.gradient_checkpointing,
-        gpu=replace(work.gpu, count=1) if work.gpu else None,
+        gpu=work.gpu,
         told="",
     )
     held = frozenset(bank_bytes(config, work))
@@ -130,6 +130,8 @@ def updating_bytes(config: Config, work: Workload) -> dict[str, int]:
         logits=LOGIT_BYTES * round(min(SHARE_OF_ANSWERS * tokens, LOGITS_PER_CHUNK)) * work.shape.vocabulary,
         is_eager=work.gpu is None,  # a CPU attends a sequence at a time, without a fused kernel
     )
+    if work.gpu and work.gpu.count > 1:
+        parts["gradients between cards"] = 4 * work.shape.trained_weights(work.tuning)
     head = 4 * (work.shape.hidden_size + 1)
     parts["critic's gradients"] = _critic_weights(config, work.shape, work.tuning) * width + head
     return {name: size for name, size in parts.items() if name not in IN_BANK and name != OPTIMIZER}

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 from llamachat.config.gpus import Gpu
 from llamachat.config.sections import Base, Tuning
-from llamachat.models.estimates import LOADED, Estimate, Shape, training_memory, training_time
+from llamachat.models.estimates import (
+    BASE_WEIGHTS,
+    BYTES,
+    LOADED,
+    OPTIMIZER,
+    Estimate,
+    Shape,
+    training_memory,
+    training_time,
+)
 from sft.config import Config
 
 TOKENS_PER_CHUNK = 2048  # of logits, as sft/loss.py has it (which imports torch)
@@ -42,6 +51,8 @@ def estimate(config: Config, work: Workload) -> Estimate:
         logits=min(tokens, TOKENS_PER_CHUNK) * work.shape.vocabulary * (FUSED_LOGIT_BYTES if work.gpu else LOGIT_BYTES),
         gpu=work.gpu,
     )
+    if work.gpu and work.gpu.count > 1 and work.tuning.method == "full" and config.sample_prompts:
+        memory = _sampling_if_worse(memory, work.shape.weights * BYTES[work.base.dtype])
     if work.dialogs is None:
         return Estimate(memory, loaded=LOADED)
     examples = max(1, int(work.dialogs * config.epochs + 0.5))
@@ -54,3 +65,10 @@ def estimate(config: Config, work: Workload) -> Estimate:
         told=f"{work.tokens_per_dialog:.0f} tokens a dialog",
     )
     return Estimate(memory, seconds, math.ceil(examples / config.examples_per_step), assumed, LOADED)
+
+
+def _sampling_if_worse(training: dict[str, int], whole: int) -> dict[str, int]:
+    """Of weights that are cut over cards: answers are sampled from them gathered whole, beside the optimizer alone."""
+    kept = {name: training[name] for name in (BASE_WEIGHTS, OPTIMIZER)}
+    sampling = kept | {"weights gathered to sample": whole}
+    return max(training, sampling, key=lambda parts: sum(parts.values()))

@@ -87,6 +87,8 @@ def test_what_would_fit_is_the_fewest_settings() -> None:
     assert told is not None and "these presets do: llama2-13b-qlora, llama2-7b-qlora, tinyllama-1.1b-lora" in told
     assert "no preset does" in (way_to_fit(load(QLORA), parse_gpu("1GiB")) or "")
     assert way_to_fit(load(QLORA), parse_gpu("24GiB")) == "It fits."
+    told = way_to_fit(load(FSDP), parse_gpu("8x24GiB"))
+    assert told == "It would fit with sft.sample_prompts=0: 21.5 GiB."
 
 
 def test_hours_that_do_not_suffice_are_told_with_what_to_set(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +110,8 @@ def test_presets_on_three_cards(capsys: pytest.CaptureFixture[str]) -> None:
     by_name = {line.split()[0]: line for line in lines[1:-1]}
     assert {"llama2-7b-qlora", "llama2-70b-qlora", "llama2-7b-full-fsdp", "tiny"} <= set(by_name)
     assert by_name["llama2-7b-lora"].count("NO 57.5 (rm/helpfulness)") == 2 and "fits 57.5" in by_name["llama2-7b-lora"]
-    assert by_name["llama2-7b-full-fsdp"].count("8 x: fits") == 3
+    assert by_name["llama2-7b-full-fsdp"].count("8 x: fits 26.5 (sft)") == 2
+    assert "8 x: NO 26.5 (sft)" in by_name["llama2-7b-full-fsdp"]
     (header, *_, told) = plan_of(capsys, "--presets", "--gpu", "8x80GiB").partition("\n\n")[0].splitlines()
     assert header.split()[3] == "8x80GiB" and "not measured" in told
     # 7B in bf16 on 312 TFLOP/s: adapters without checkpointing take two passes of 2 operations a weight.

@@ -217,8 +217,10 @@ def training_memory(
     the second forward pass of a step on the gradients are there, so all three find them.
     """
     width, is_full, trained = BYTES[base.dtype], tuning.method == "full", shape.trained_weights(tuning)
-    # FSDP cuts weights, gradients and optimizer over the cards; adapters are small, and every card has them whole.
-    cards = gpu.count if gpu and is_full else 1
+    cards = gpu.count if gpu else 1
+    is_cut = is_full and cards > 1
+    # FSDP cuts the blocks over the cards, with gradients and optimizer; embeddings, head and adapters each card has whole.
+    held = -(-(trained - shape.embedding_weights) // cards) + shape.embedding_weights if is_cut else trained
     moments = 8 if optimizer == "adamw" else 2  # bytes a weight: two in fp32, or two in 8 bits
     is_eager = is_eager or base.attention == "eager"
     block = tokens * _block_bytes_per_token(shape, base, tuning, width, is_eager=is_eager)
@@ -229,16 +231,18 @@ def training_memory(
     backward += block if gradient_checkpointing else 0
     # A matrix that is reached twice has a second gradient for a moment; the head's comes while all activations are kept.
     adding = shape.largest_weights(tuning) * width
-    stepping = -(-_stepping_bytes(shape, tuning, trained, width, gpu) // cards)
+    stepping = _stepping_bytes(shape, tuning, held, width, has_all_roots=gpu is not None and not is_cut)
     return {
-        BASE_WEIGHTS: -(-shape.trunk_bytes(width, is_4bit=tuning.method == "qlora") // cards),
-        GATHERED: (2 * shape.layer_weights + shape.embedding_weights) * width if cards > 1 else 0,
+        BASE_WEIGHTS: held * width if is_cut else shape.trunk_bytes(width, is_4bit=tuning.method == "qlora"),
+        # Two blocks' weights, one's gradients, and these again in fp32 on their way to the cards that keep them.
+        GATHERED: shape.layer_weights * (3 * width + 4) if is_cut else 0,
+        "gradients between cards": 4 * trained if cards > 1 and not is_full else 0,
         "one unpacked matrix": max(a * b for a, b in shape.projections.values()) * width
         if tuning.method == "qlora"
         else 0,
         TRAINED_WEIGHTS: 0 if is_full else trained * width,
-        "gradients": -(-trained * width // cards),
-        OPTIMIZER: -(-trained * (moments + (0 if width == 4 else 4)) // cards),
+        "gradients": held * width,
+        OPTIMIZER: held * (moments + (0 if width == 4 else 4)),
         "activations": kept,
         "logits of a chunk": logits,
         "a block's backward, beyond the logits": max(0, backward + adding - logits),
@@ -246,13 +250,14 @@ def training_memory(
     }
 
 
-def _stepping_bytes(shape: Shape, tuning: Tuning, trained: int, width: int, gpu: Gpu | None) -> int:
+def _stepping_bytes(shape: Shape, tuning: Tuning, held: int, width: int, *, has_all_roots: bool) -> int:
     """What lives for the optimizer's step alone: gradients in fp32, and AdamW's square roots.
 
-    On a GPU torch takes the roots of all weights at once, on a CPU those of one matrix, with a copy.
+    On a GPU torch takes the roots of all weights at once; on a CPU, and of weights that are cut, those of one matrix, with a
+    copy.
     """
-    gradients = 4 * trained if width < 4 else 0
-    return gradients + (8 * shape.largest_weights(tuning) if gpu is None else 4 * trained)
+    gradients = 4 * held if width < 4 else 0
+    return gradients + (4 * held if has_all_roots else 8 * shape.largest_weights(tuning))
 
 
 def _block_bytes_per_token(shape: Shape, base: Base, tuning: Tuning, width: int, *, is_eager: bool) -> int:
@@ -286,8 +291,8 @@ def training_time(
 
 
 def forward_time(products: float, tuning: Tuning, *, gpu: Gpu | None, told: str) -> tuple[float, str]:
-    """Seconds of forward passes with so many products of a weight and a token's number, on one card."""
-    return _seconds(FORWARD * products, tuning, gpu and replace(gpu, count=1), told)
+    """Seconds of forward passes with so many products of a weight and a token's number."""
+    return _seconds(FORWARD * products, tuning, gpu, told)
 
 
 def _seconds(operations: float, tuning: Tuning, gpu: Gpu | None, told: str) -> tuple[float, str]:

@@ -20,8 +20,10 @@ from llamachat.errors import UsageError
 from pipelines import tools
 from pipelines.compare import compare
 from pipelines.exit_status import INTERRUPTED, reported, state_is_kept
+from pipelines.init import init
 from pipelines.launching import die_with_parent, missing_processes, start
-from pipelines.pairs import SeveralTemperatures, pairs
+from pipelines.pairs import pairs
+from pipelines.several import SeveralValues
 from pipelines.tools import TINY, ConfigOption, Overrides
 
 app = typer.Typer(
@@ -289,10 +291,11 @@ def plan(
     print(plan_text(recipe, make_plan(recipe), hours=hours))
 
 
+app.command(cls=SeveralValues)(init)
 app.command()(tools.doctor)
 app.command()(tools.chat)
 app.command()(tools.sample)
-app.command(cls=SeveralTemperatures)(pairs)
+app.command(cls=SeveralValues)(pairs)
 app.command()(tools.score)
 app.command()(tools.export)
 app.command()(compare)

@@ -18,7 +18,7 @@ from llamachat.models.loading import Policy
 from llamachat.records import load_mixture
 from llamachat.rollout.engine import Completion, Sampling
 from pipelines.cli import main
-from pipelines.pairs import repeated
+from pipelines.several import repeated
 from serving.pairs import Paired, Request, Variant, counted, pair_file
 from tests.tiny_llama import publish_policy, scripted_llama
 

@@ -61,7 +61,7 @@ def own_chats(talks: Iterable[Dialog], questions: Iterable[Dialog]) -> Logs:
     for dialog in chosen(questions, 60, key=text_of, salt="own logs"):
         logs.add("sound but for its names", _record(len(logs.lines), _turns(dialog)))
     for place in range(_LONG_DIALOGS):
-        turns = [turn for talk in history[place :: _LONG_DIALOGS] for turn in _turns(talk[:-1])]
+        turns = [turn for talk in history[place::_LONG_DIALOGS] for turn in _turns(talk[:-1])]
         logs.add("a customer's whole history in one dialog", _record(len(logs.lines), turns))
     for place in range(_LONG_ANSWERS):
         said = "\n".join(text_of(talk) for talk in history[place::_LONG_ANSWERS])
@@ -161,9 +161,5 @@ _ROUND: tuple[tuple[str, Make], ...] = (
 # Most dialogs of a log are sound, questions without an answer are the usual mess, and what cannot be mended is rare.
 _RARE = ("a tag of the chat format in the text", "a greeting and no question")
 _KINDS: tuple[tuple[str, Make], ...] = tuple(
-    kind
-    for number in range(3)
-    for kind in _ROUND
-    if number == 0 or kind[0] not in _RARE
-    for kind in (kind, _SOUND)
+    kind for number in range(3) for kind in _ROUND if number == 0 or kind[0] not in _RARE for kind in (kind, _SOUND)
 )

@@ -37,7 +37,7 @@ A dialog has one kind of mess at most; a line that is repeated or cut off repeat
 ## Where the content comes from
 
 - `chats.jsonl`: conversations of `data/prompts/general.jsonl.gz` with the ids `self-dialogue-*` (BSD-3-Clause) and `taskmaster-*`
-  (CC BY 4.0, Bill Byrne and Saravanan Ganesh, Google LLC), and 60 questions with their answers of `data/sft/short_answers.jsonl.gz`
+  (CC BY 4.0, Bill Byrne and Saravanan Ganesh, Google LLC), and 150 questions with their answers of `data/sft/short_answers.jsonl.gz`
   (chatterbot-english, BSD-3-Clause). Changed by the mess; the tool turns, greetings and the system text are ours (Apache-2.0).
 - `preferences.jsonl`: pairs of `data/helpfulness/pandalm.jsonl.gz` and `data/helpfulness/oasst.jsonl.gz` (both Apache-2.0) of up to
   700 characters, three of a prompt at most, their ratings left out.

@@ -13,7 +13,7 @@ from pipelines.plan import FEW_STEPS
 TINY_WEIGHTS = 50_000_000  # up to here all weights are trained, at the rates of configs/tiny.yaml
 LONG_ENOUGH = (512, 1024, 2048, 4096)  # base.max_tokens is one of these
 UNKNOWN_CONTEXT = 2048  # of a base whose config.json is not here
-AIM = 3 * FEW_STEPS // 2  # optimizer steps that a batch is made small enough for: the counts are estimates
+AIM = FEW_STEPS + 10  # optimizer steps at least that a batch is made small enough for
 FEW_EXAMPLES = 1000
 PAIRS_FOR_A_JUDGE = 2000
 DIALOGS_FOR_GATT = 50

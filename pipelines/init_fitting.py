@@ -119,11 +119,13 @@ class _Maker:
         return self._made(method, replace(effort, share=low))
 
     def _guarded(self, made: Made) -> Made:
-        """With a limit to PPO's hours, which are the least certain."""
+        """With a limit to PPO's hours, which are the least certain: a third more than planned, if the other steps leave it."""
         ppo = sum(estimate.seconds for name, estimate in made.estimates if name == "ppo")
-        if not ppo:
+        if not ppo or self.asked.hours is None:
             return made
-        return self._made(made.method, replace(made.effort, ppo_hours=float(f"{ppo * PPO_GUARD / 3600:.2g}")))
+        left = self.asked.hours * 3600 - (made.seconds - ppo)
+        guard = float(f"{min(PPO_GUARD * ppo, left) / 3600:.2g}")
+        return self._made(made.method, replace(made.effort, ppo_hours=guard))
 
     def _made(self, method: Method, effort: Effort) -> Made:
         sections = values(self.asked, method, effort)

@@ -58,7 +58,7 @@ def own_chats(talks: Iterable[Dialog], questions: Iterable[Dialog]) -> Logs:
         if place % 150 == 40:
             logs.lines.append("")
             logs.mess["blank"] += 1
-    for dialog in chosen(questions, 60, key=text_of, salt="own logs"):
+    for dialog in chosen(questions, 150, key=text_of, salt="own logs"):
         logs.add("sound but for its names", _record(len(logs.lines), _turns(dialog)))
     for place in range(_LONG_DIALOGS):
         turns = [turn for talk in history[place::_LONG_DIALOGS] for turn in _turns(talk[:-1])]

@@ -44,6 +44,7 @@ class Mend(StrEnum):
     OPEN_QUESTION = "question without an answer dropped from the end"
     CLOSING_ANSWER = "answer dropped from the end of a prompt"
     WHOLE_DIALOGS = "answers cut out of dialogs"
+    HTML = "text with HTML made plain"
     AS_PROMPT = "prompt taken out of another kind of record"
 
 

@@ -309,12 +309,22 @@ def convert(
     strict: Annotated[
         bool, typer.Option("--strict", help="Write nothing where a record cannot be mended; else it is dropped.")
     ] = False,
+    plain_text: Annotated[
+        bool, typer.Option("--plain-text", help="Take HTML out of the texts: tags, line breaks, entities.")
+    ] = False,
 ) -> None:
     """Bring a data file into our form: what can be mended is, and counted; what cannot is dropped, and named."""
     from llamachat.data_convert import convert_path
 
     report = convert_path(
-        path, out, kind=kind, format=data_format, check=_text_check(), overwrite=overwrite, strict=strict
+        path,
+        out,
+        kind=kind,
+        format=data_format,
+        check=_text_check(),
+        overwrite=overwrite,
+        strict=strict,
+        plain_text=plain_text,
     )
     print(f"{report.dropped()}{report.text()}")
 

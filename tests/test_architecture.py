@@ -50,6 +50,7 @@ ORDER = (
     "records",
     "constraints",
     "refusals",
+    "html_text",
     "data_check",
     "turn_mends",
     "loose_rows",

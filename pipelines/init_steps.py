@@ -146,6 +146,7 @@ class StepSections:
                 f"{TUNED_STEPS} of about {pairs:.0f} pairs; paper: 512",
             ),
             "margin": Chosen("small", rated) if self.found.rated else Chosen("none", "your pairs have no ratings"),
+            **self._mixes(),
             **self._checkpointing(),
         }
 
@@ -269,6 +270,13 @@ class StepSections:
         batch = batch_for(examples * epochs, self.scale.examples)
         rate = {"learning_rate": self.scale.tuned_rates[step]} if step in self.scale.tuned_rates else {}
         return {"epochs": epochs, "examples_per_step": batch, **rate}
+
+    def _mixes(self) -> dict[str, Chosen]:
+        """The paper's mixes of both kinds of pairs, where there are not both."""
+        if self.found.has("safety") and self.found.has("helpfulness"):
+            return {}
+        key = "other_share" if self.found.has("helpfulness") else "helpfulness_share"
+        return {key: Chosen(0.0, "there are no other pairs to mix in")}
 
     def _checkpointing(self) -> dict[str, Chosen]:
         if not self.asked.gpu:

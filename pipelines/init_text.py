@@ -53,8 +53,8 @@ def told(made: Made, out: Path) -> str:
     assert isinstance(tuning, dict)
     memory = f"about {worst.peak_bytes / 2**30:.1f} GiB at the peak ({name}), estimated"
     if made.card:
-        memory += f"; {made.card} should need at most {made.card.usable_bytes / 2**30:.1f}"
-    limit = f" of {made.asked.hours:g} h" if made.asked.hours else ""
+        memory += f"; a step should need at most {made.card.usable_bytes / 2**30:.1f} of {made.card}"
+    limit = f", {made.asked.hours:g} h asked for" if made.asked.hours else ""
     rows = [
         *(_held(key, paths, made) for key, paths in found.files.items()),
         ("steps", ", ".join(step for step, _ in made.estimates)),
@@ -65,7 +65,7 @@ def told(made: Made, out: Path) -> str:
             f"{made.method.max_tokens} tokens; {found.longer_than(made.method.max_tokens)} of {len(found.sizes.records)} dialogs and pairs are longer, by estimate",
         ),
         ("memory", memory),
-        ("time", f"about {duration(made.seconds)}{limit}, estimated: {times(made)}"),
+        ("time", f"about {duration(made.seconds)}{limit}; estimated: {times(made)}"),
     ]
     lines = [f"{out}: a recipe for {made.asked.base} on {made.card or 'two CPU cores'}"]
     lines += [f"  {label:<12} {text}" for label, text in rows]

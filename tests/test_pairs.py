@@ -356,7 +356,6 @@ def test_several_values_after_one_option() -> None:
     assert repeated(["--policy", "a", "b", "--in", "p"], options) == ["--policy", "a", "--policy", "b", "--in", "p"]
 
 
-
 def test_from_the_command_to_reward_data(
     tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

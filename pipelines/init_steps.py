@@ -198,7 +198,8 @@ class StepSections:
             "samples_per_prompt": Chosen(self.effort.count(2, 4)),
             "validation_prompts": Chosen(self.effort.count(8, 24)),
             "test_prompts": Chosen(self.effort.count(30, 200)),
-            "sft": Chosen(self._tuned("distill", prompts, 1), TUNED_STEPS),
+            # Of the prompts perhaps half get an answer that is better than a plain one.
+            "sft": Chosen(self._tuned("distill", prompts // 2, 2), f"{TUNED_STEPS} of the answers that are kept"),
         }
 
     def ppo(self) -> dict[str, Chosen]:

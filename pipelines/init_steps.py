@@ -7,6 +7,7 @@ real cards. What is sampled has a least number, from which the step still learns
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from context_distillation.estimate import KEPT
 from pipelines.init_choices import (
     FEW_EXAMPLES,
     Asked,
@@ -198,8 +199,7 @@ class StepSections:
             "samples_per_prompt": Chosen(self.effort.count(2, 4)),
             "validation_prompts": Chosen(self.effort.count(8, 24)),
             "test_prompts": Chosen(self.effort.count(30, 200)),
-            # Of the prompts perhaps half get an answer that is better than a plain one.
-            "sft": Chosen(self._tuned("distill", prompts // 2, 2), f"{TUNED_STEPS} of the answers that are kept"),
+            "sft": Chosen(self._tuned("distill", round(prompts * KEPT), 2), f"{TUNED_STEPS} of the answers that are kept"),
         }
 
     def ppo(self) -> dict[str, Chosen]:

@@ -40,7 +40,7 @@ A dialog has one kind of mess at most; a line that is repeated or cut off repeat
   (CC BY 4.0, Bill Byrne and Saravanan Ganesh, Google LLC), and 150 questions with their answers of `data/sft/short_answers.jsonl.gz`
   (chatterbot-english, BSD-3-Clause). Changed by the mess; the tool turns, greetings and the system text are ours (Apache-2.0).
 - `preferences.jsonl`: pairs of `data/helpfulness/pandalm.jsonl.gz` and `data/helpfulness/oasst.jsonl.gz` (both Apache-2.0) of up to
-  700 characters, three of a prompt at most, their ratings left out.
+  500 characters, four of a prompt at most, their ratings left out.
 
 Origins and commits: `data/prompts/SOURCE.md`, `data/sft/SOURCE.md`, `data/helpfulness/SOURCE.md`. Licence texts:
 `data/licences/self-dialogue.txt`, `data/licences/chatterbot-english.txt`, `data/licences/pandalm-testset.txt`,

@@ -13,7 +13,7 @@ from pipelines.plan import FEW_STEPS
 TINY_WEIGHTS = 50_000_000  # up to here all weights are trained, at the rates of configs/tiny.yaml
 LONG_ENOUGH = (512, 1024, 2048, 4096)  # base.max_tokens is one of these
 UNKNOWN_CONTEXT = 2048  # of a base whose config.json is not here
-AIM = FEW_STEPS + 10  # optimizer steps at least that a batch is made small enough for
+AIM = FEW_STEPS  # optimizer steps at least that a batch is made small enough for
 FEW_EXAMPLES = 1000
 PAIRS_FOR_A_JUDGE = 2000
 DIALOGS_FOR_GATT = 50
@@ -103,7 +103,7 @@ def pairs_per_step(pairs: float, *, is_tiny: bool) -> int:
 
 def reward_epochs(pairs: float) -> int:
     """Passes over the pairs: the paper's one, unless they are very few."""
-    return 2 if pairs < FEW_EXAMPLES / 2 else 1
+    return 2 if pairs < 2 * FEW_STEPS else 1
 
 
 def batch_for(examples: float, most: int) -> int:

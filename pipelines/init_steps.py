@@ -72,7 +72,7 @@ TINY = Scale(
     gatt_samples=Extent(2, 2),
     gatt_measured=Extent(20, 300),
     adversarial=Extent(160, 500),
-    answers=Extent(224, 2560),
+    answers=Extent(208, 2560),
     responses=(64, 32, 16),
     least_iterations=40,
     minibatches=4,
@@ -199,7 +199,9 @@ class StepSections:
             "samples_per_prompt": Chosen(self.effort.count(2, 4)),
             "validation_prompts": Chosen(self.effort.count(8, 24)),
             "test_prompts": Chosen(self.effort.count(30, 200)),
-            "sft": Chosen(self._tuned("distill", round(prompts * KEPT), 2), f"{TUNED_STEPS} of the answers that are kept"),
+            "sft": Chosen(
+                self._tuned("distill", round(prompts * KEPT), 2), f"{TUNED_STEPS} of the answers that are kept"
+            ),
         }
 
     def ppo(self) -> dict[str, Chosen]:

@@ -100,7 +100,7 @@ def test_the_card_decides_the_method_and_holds_the_recipe_within_the_hours(gpu: 
 
 
 def test_more_hours_bring_more_work() -> None:
-    few, more = (made("--preferences", "pairs.jsonl", "--gpu", "24GiB", "--hours", h, base=SEVEN) for h in ("20", "40"))
+    few, more = (made("--preferences", "pairs.jsonl", "--gpu", "24GiB", "--hours", h, base=SEVEN) for h in ("4", "8"))
     answers = [recipe.ppo.iterations * recipe.ppo.responses_per_iteration for recipe in (few, more)]
     assert answers[0] < answers[1]
 

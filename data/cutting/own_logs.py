@@ -17,8 +17,8 @@ from llamachat.chat_format.llama2 import SPECIAL_TAGS
 from llamachat.splits import fraction
 
 Turns = list[dict[str, Any]]
-LONGEST_PAIR = 700  # characters of prompt and both answers
-PAIRS_OF_A_PROMPT = 3
+LONGEST_PAIR = 500  # characters of prompt and both answers
+PAIRS_OF_A_PROMPT = 4
 _GREETINGS = ("Hello! How can I help you today?", "Welcome to the chat. What can I do for you?")
 _LOOKUP = {"from": "function_call", "value": '{"name": "find_order", "arguments": {"customer": 1207}}'}
 _FOUND = {"from": "observation", "value": '{"status": "open"}'}

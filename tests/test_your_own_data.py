@@ -85,9 +85,8 @@ def number(pattern: str, text: str) -> int:
 
 def on_side(path: str, side: str, split: Split) -> int:
     """Records of a file on one side of the split, by their first user turn."""
-    first = [
-        next(m["content"] for m in r.get("messages", r.get("prompt")) if m["role"] == "user") for r in records(path)
-    ]
+    talks = [record["messages"] if "messages" in record else record["prompt"] for record in records(path)]
+    first = [next(turn["content"] for turn in talk if turn["role"] == "user") for talk in talks]
     return sum(split_of(text, split) == side for text in first)
 
 

@@ -45,7 +45,7 @@ def values(asked: Asked, method: Method, effort: Effort) -> Values:
         sections["context_distillation"] = learnt.distillation()
     if scores(found):
         sections["ppo"] = learnt.ppo()
-    sections["evaluation"] = learnt.evaluation()
+        sections["evaluation"] = learnt.evaluation()
     sections["tracking"] = learnt.tracking()
     return sections
 
@@ -74,8 +74,8 @@ def steps(found: Found, effort: Effort, *, is_tiny: bool) -> list[Any]:
     if with_distill(found):
         chosen.append(named("distill"))
     if scores(found):
-        chosen.append("ppo")
-    return [*chosen, named("eval"), "report"]
+        chosen += ["ppo", named("eval")]
+    return [*chosen, "report"]
 
 
 def reward_models(found: Found, *, is_tiny: bool) -> list[Any]:

@@ -18,7 +18,6 @@ from pipelines.init_choices import (
     pairs_of_models,
     pairs_per_step,
     reward_epochs,
-    scores,
     split_shares,
     with_gatt,
 )
@@ -245,7 +244,7 @@ class StepSections:
             ),
             **({"families": checked} if self.asked.is_tiny and dialogs else {}),
             "turns": Chosen([1, 2, 4]),
-            "curve_prompts": Chosen(self.effort.count(8, 32) if scores(self.found) else 0),
+            "curve_prompts": Chosen(self.effort.count(8, 32)),
             "curve_samples": Chosen(self.effort.count(4, 16)),
             "temperatures": Chosen([0.7, 1.0]),
         }

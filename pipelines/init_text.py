@@ -86,6 +86,7 @@ def left_out(made: Made) -> list[str]:
     found, lines = made.asked.found, []
     if not scores(found):
         lines.append("reward models, rejection sampling and PPO: there are no pairs (--preferences)")
+        lines.append("the evaluation: it compares policies by a reward model")
     elif not found.has("safety"):
         lines.append("the safety model, its gate and context distillation: there are no safety pairs (--safety)")
     elif not with_distill(found):

@@ -14,6 +14,7 @@ from pipelines.cli import main
 from pipelines.fitting import fits
 from pipelines.plan import estimate_step, warn
 from pipelines.recipe import Recipe, load, resolve_steps
+from pipelines.several import repeated
 from tests.recipes import write_base, write_dialogs, write_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,10 +50,11 @@ def names(recipe: Recipe) -> list[str]:
 # -- what the data allow
 
 
-def test_dialogs_alone_are_tuned_on_and_measured() -> None:
+def test_dialogs_alone_are_tuned_on(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = made("--hours", "1")
-    assert names(recipe) == ["sft", "gatt", "eval", "report"]
+    assert names(recipe) == ["sft", "gatt", "report"]
     assert warnings_of(recipe) == []
+    assert "left out     the evaluation: it compares policies by a reward model" in capsys.readouterr().out
 
 
 def test_pairs_bring_one_reward_model_and_no_gate() -> None:
@@ -184,6 +186,16 @@ def test_what_is_refused_is_2_and_says_what_to_do(tmp_path: Path, capsys: pytest
         captured = capsys.readouterr()
         assert text in captured.err and "Traceback" not in captured.err and captured.out == "", name
         assert not Path("recipe.yaml").exists(), name
+
+
+def test_several_values_after_one_option() -> None:
+    options = {"--temperature", "--policy"}
+    expected = ["--temperature", "0.7", "--temperature", "1.0", "--in", "p.jsonl"]
+    assert repeated(["--temperature", "0.7", "1.0", "--in", "p.jsonl"], options) == expected
+    assert repeated(expected, options) == expected
+    assert repeated(["--temperature=0.7", "1.0"], options) == ["--temperature=0.7", "--temperature", "1.0"]
+    assert repeated(["--in", "p.jsonl", "x"], options) == ["--in", "p.jsonl", "x"]
+    assert repeated(["--policy", "a", "b", "--in", "p"], options) == ["--policy", "a", "--policy", "b", "--in", "p"]
 
 
 # -- HTML in logs, which `init` would learn as it stands

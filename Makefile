@@ -32,7 +32,7 @@ help: ## this list
 $(STEPS): $(READY)
 	@$(if $(strip $(LAUNCH)),$(LAUNCHED),$(LLAMACHAT)) $@ --config $(CONFIG) $(ARGS)
 
-plan: $(READY) ## what would run, from which inputs, and why
+plan: $(READY) ## what would run, why, at what cost: ARGS="--gpu 24GiB --hours 60"
 	@$(LLAMACHAT) plan --config $(CONFIG) $(ARGS)
 
 doctor: $(READY) ## what this machine lacks for the recipe, before any download

@@ -21,4 +21,4 @@ def estimate(config: Config, work: Workload) -> Estimate:
     ways = 2 + bool(config.uses_categories and config.categories)
     answers = (asked + config.validation_prompts) * config.samples_per_prompt * ways
     answers += 2 * (config.test_prompts + config.borderline_prompts)
-    return sampling_estimate(work, answers=answers)
+    return sampling_estimate(work, answers=answers, samples_per_prompt=config.samples_per_prompt)

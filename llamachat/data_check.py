@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamachat.dialog import Dialog, Message
+from llamachat.html_text import html_in
 from llamachat.jsonl import has_byte_order_mark
 from llamachat.problems import Problem, convert_command, printable, problem
 from llamachat.record_rules import REQUIRED, Kind, Preference, Prompt, Record, TextCheck, digest_of, nearest_key
@@ -108,6 +109,8 @@ class _Tally:
     turns: Counter[int] = field(default_factory=Counter)
     characters: dict[str, "array[int]"] = field(default_factory=dict)
     labels: Counter[str] = field(default_factory=Counter)
+    html_lines: list[int] = field(default_factory=list)
+    first_html: str = ""
     num_records: int = 0
 
 
@@ -144,6 +147,17 @@ def _count(parsed: Parsed, tally: _Tally) -> None:
     if first != parsed.line:
         tally.repeats.setdefault(first, []).append(parsed.line)
     _measure(parsed.record, tally)
+    html = next(filter(None, map(html_in, _texts(parsed.record))), None)
+    if html is not None:
+        tally.first_html = tally.first_html or html
+        tally.html_lines.append(parsed.line)
+
+
+def _texts(record: Record) -> Iterator[str]:
+    if isinstance(record, Preference):
+        yield from (message.content for message in (*record.prompt, record.chosen, record.rejected))
+    else:
+        yield from (message.content for message in record.messages)
 
 
 def _measure(record: Record, tally: _Tally) -> None:
@@ -208,6 +222,10 @@ def _warnings(tally: _Tally, path: str) -> Iterator[Warned]:
             mend or "Name it in the source's 'columns' if it is another name of a key.",
             list(dict.fromkeys(lines)),
         )
+    if tally.html_lines:
+        reason = f"is HTML ({printable(tally.first_html)[:40]}), which is learnt as it stands."
+        mend = "Take it out with `llamachat data convert --plain-text`, or leave it if the dialogs are about web pages."
+        yield Warned("content", reason, mend, tally.html_lines)
     if tally.num_records and Path(path).is_file() and has_byte_order_mark(Path(path)):
         reason = "is a byte order mark, which is skipped here; other readers of JSON Lines refuse it."
         yield Warned("byte 1", reason, "Save the file as UTF-8 without it.", [1])

@@ -19,6 +19,7 @@ from typing import IO, Any, cast
 
 from llamachat.dialog import DialogError
 from llamachat.errors import DataError, UsageError
+from llamachat.html_text import html_in, without_html
 from llamachat.jsonl import Row
 from llamachat.loose_rows import is_turns, loose_rows
 from llamachat.problems import SHOWN, Problem, printable, problem, reason_key
@@ -84,8 +85,11 @@ def convert_path(
     check: TextCheck,
     overwrite: bool = False,
     strict: bool = False,
+    plain_text: bool = False,
 ) -> ConvertReport:
     """Write what a file holds to `out` in our form. Without `kind`, what most of its first rows are.
+
+    With `plain_text` the texts lose their HTML.
 
     Raises `DataError`, and leaves `out` as it was, where no record is left, or, with `strict`, where one cannot be
     mended; `UsageError` where `out` is no place to write to.
@@ -110,6 +114,8 @@ def convert_path(
                 report.problems.append(row)
                 continue
             for found in _records(row, report, named, of_turns=of_turns, wanted=kind):
+                if plain_text:
+                    _make_plain(found)
                 _write(found, row.line, report, check, seen, stream)
         report.times += lines
         _check_result(report, strict=strict)
@@ -185,6 +191,15 @@ def _mended(value: Mapping[str, Any], line: int, report: ConvertReport, notes: N
             yield _Found(mended_record(value, told, report.kind, notes), notes)
         except DialogError as error:
             report.problems.append(problem(line, error.field, error.reason, error.mend))
+
+
+def _make_plain(found: _Found) -> None:
+    """Take the HTML out of the record's texts; what has no messages is refused by the rules."""
+    parts = found.value.values() if isinstance(found.value, Mapping) else ()
+    for message in (item for part in parts if isinstance(part, list) for item in part):
+        if isinstance(message, dict) and isinstance(message.get("content"), str) and html_in(message["content"]):
+            message["content"] = without_html(message["content"])
+            found.notes.add(Mend.HTML)
 
 
 def _write(

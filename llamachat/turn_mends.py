@@ -44,6 +44,7 @@ class Mend(StrEnum):
     OPEN_QUESTION = "question without an answer dropped from the end"
     CLOSING_ANSWER = "answer dropped from the end of a prompt"
     WHOLE_DIALOGS = "answers cut out of dialogs"
+    HTML = "text with HTML made plain"
     AS_PROMPT = "prompt taken out of another kind of record"
 
 
@@ -65,16 +66,21 @@ class Notes:
 
 _TURN_KEYS = ("role", "content", "train")
 _ALIASES = {"role": ("from", "speaker", "sender", "author"), "content": ("value", "text", "message")}
-# Beside the names that the error texts know: those of ShareGPT's exporters, of OpenAI and of other chat templates.
+# Beside the names that the error texts know: those of ShareGPT's exporters, of OpenAI, of other chat templates, of help desks.
 _ROLES: dict[str, Role] = {
     **ROLE_ALIASES,
     "developer": "system",
+    "agent": "assistant",
     "ai": "assistant",
     "bard": "assistant",
     "bing": "assistant",
     "chatbot": "assistant",
     "chatgpt": "assistant",
     "claude": "assistant",
+    "client": "user",
+    "customer": "user",
+    "support": "assistant",
+    "visitor": "user",
 }
 _TOOLS = (
     *("tool", "tools", "function", "ipython", "observation", "function_call", "function_response"),

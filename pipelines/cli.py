@@ -21,8 +21,10 @@ from pipelines import tools
 from pipelines.compare import compare
 from pipelines.exit_status import INTERRUPTED, reported, state_is_kept
 from pipelines.export import export
+from pipelines.init import init
 from pipelines.launching import die_with_parent, missing_processes, start
-from pipelines.pairs import SeveralTemperatures, pairs
+from pipelines.pairs import pairs
+from pipelines.several import SeveralValues
 from pipelines.tools import TINY, ConfigOption, Overrides
 
 app = typer.Typer(
@@ -264,8 +266,19 @@ def all_steps(
 
 @app.command()
 @reported
-def plan(overrides: Overrides = None, config: ConfigOption = TINY, gpu: tools.GpuOption = None) -> None:
+def plan(
+    overrides: Overrides = None,
+    config: ConfigOption = TINY,
+    gpu: tools.GpuOption = None,
+    hours: tools.HoursOption = None,
+    presets: tools.PresetsOption = False,
+) -> None:
     """Say what would run, from which inputs and why, with memory and time; runs nothing."""
+    if presets:
+        from pipelines.plan_table import presets_text
+
+        print(presets_text(gpu=gpu))
+        return
     from pipelines.plan import make_plan, plan_text
     from pipelines.recipe import load
     from pipelines.study import is_study, load_study
@@ -276,13 +289,14 @@ def plan(overrides: Overrides = None, config: ConfigOption = TINY, gpu: tools.Gp
         print(study_plan_text(load_study(config, given)))
         return
     recipe = load(config, given)
-    print(plan_text(recipe, make_plan(recipe)))
+    print(plan_text(recipe, make_plan(recipe), hours=hours))
 
 
+app.command(cls=SeveralValues)(init)
 app.command()(tools.doctor)
 app.command()(tools.chat)
 app.command()(tools.sample)
-app.command(cls=SeveralTemperatures)(pairs)
+app.command(cls=SeveralValues)(pairs)
 app.command()(tools.score)
 app.command()(export)
 app.command()(compare)

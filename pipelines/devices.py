@@ -4,6 +4,7 @@ Neither needs to be there: without an answer in time there is nothing to tell.
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,8 +15,12 @@ _QUERY = "name,memory.total,memory.free,driver_version"
 _ASK_TORCH = """
 import json, torch
 there = torch.cuda.is_available()
-print(json.dumps([torch.__version__, torch.version.cuda, torch.cuda.get_device_capability() if there else None]))
+found = [torch.cuda.get_device_capability(), torch.cuda.get_arch_list()] if there else [None, []]
+print(json.dumps([torch.__version__, torch.version.cuda, *found]))
 """
+# The oldest Linux driver that runs programs of each CUDA, by its major version: NVIDIA's release notes, "CUDA Toolkit and
+# Minimum Required Driver Version for CUDA Minor Version Compatibility".
+_DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,26 @@ class Torch:
     version: str
     cuda: str | None  # that it was built for
     capability: tuple[int, ...] | None  # of the card that it can use
+    oldest: tuple[int, int] | None = None  # compute capability that it has kernels for; None where it does not say
+
+    @property
+    def driver(self) -> str | None:
+        """The oldest driver that its CUDA runs with; None of a CUDA that is not known here."""
+        return _DRIVERS.get(int(self.cuda.partition(".")[0])) if self.cuda else None
+
+
+def is_older(version: str, than: str) -> bool:
+    """Whether a driver's version comes before another."""
+    return _numbers(version) < _numbers(than)
+
+
+def newest_cuda(driver: str) -> int | None:
+    """The major version of the newest CUDA that a driver runs; None where none of those known here."""
+    return max((cuda for cuda, least in _DRIVERS.items() if not is_older(driver, least)), default=None)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall("[0-9]+", version)]
 
 
 def find_devices() -> list[Device]:
@@ -59,8 +84,10 @@ def find_torch() -> Torch | None:
     text = _output([sys.executable, "-c", _ASK_TORCH])
     if not text:
         return None
-    version, cuda, capability = json.loads(text.splitlines()[-1])
-    return Torch(version, cuda, tuple(capability) if capability else None)
+    version, cuda, capability, kernels = json.loads(text.splitlines()[-1])
+    # "sm_90", "sm_120a"; what is only "compute_90" is compiled on the card, for it and newer ones.
+    built = [divmod(int(digits), 10) for name in kernels for digits in re.findall("_([0-9]+)", name)]
+    return Torch(version, cuda, tuple(capability) if capability else None, min(built, default=None))
 
 
 def _output(command: Sequence[str]) -> str | None:

@@ -15,8 +15,9 @@ from llamachat.config.gpus import Gpu
 from llamachat.errors import LlamachatError
 from llamachat.models.estimates import BYTES, KNOWN_BASES, shape_of
 from llamachat.runs.artifacts import is_published
-from pipelines.devices import Device, Torch, find_devices, find_torch
+from pipelines.devices import Device, Torch, find_devices, find_torch, is_older, newest_cuda
 from pipelines.environment import PYTHON_NEEDED, requirements, shortfalls
+from pipelines.fitting import way_to_fit
 from pipelines.plan import card, estimate_step, smaller
 from pipelines.recipe import Recipe, load, resolve_steps
 from pipelines.resolve import step_folder
@@ -107,14 +108,36 @@ def _cards(devices: Sequence[Device], torch: Torch | None, *, dtype: str = "bflo
         way = "Install the build of torch for CUDA (https://pytorch.org/get-started) in this environment."
         yield Finding("cuda", "FAIL", f"torch {torch.version} is a build without CUDA and cannot use the card", way)
     elif torch.capability is None:
-        way = "Install a newer driver, or a torch built for an older CUDA."
-        found = f"torch {torch.version} (CUDA {torch.cuda}) cannot use the card with driver {devices[0].driver}"
-        yield Finding("cuda", "FAIL", found, way)
+        yield _unusable(devices[0], torch)
+    elif torch.oldest is not None and torch.capability < torch.oldest:
+        found = (
+            f"torch {torch.version} has no kernels for the card: its compute capability is {_dotted(torch.capability)}"
+        )
+        way = "Take a newer card, or an older torch or CUDA build that has them (https://pytorch.org/get-started)."
+        yield Finding("cuda", "FAIL", f"{found}, and the oldest that it is built for {_dotted(torch.oldest)}", way)
     elif torch.capability < BF16_SINCE and dtype == "bfloat16":
-        found = f"the card (compute capability {'.'.join(map(str, torch.capability))}) has no arithmetic in bfloat16"
+        found = f"the card (compute capability {_dotted(torch.capability)}) has no arithmetic in bfloat16"
         yield Finding("cuda", "note", found, "It is emulated, slowly: set base.dtype: float32, or take a newer card.")
     else:
         yield Finding("cuda", "ok", f"torch {torch.version}, CUDA {torch.cuda}, driver {devices[0].driver}")
+
+
+def _unusable(device: Device, torch: Torch) -> Finding:
+    """Why torch cannot use a card that the driver shows: most often the driver is older than torch's CUDA."""
+    found = f"torch {torch.version} (CUDA {torch.cuda}) cannot use the card with driver {device.driver}"
+    if torch.driver is None or not is_older(device.driver, torch.driver):
+        way = (
+            "Start the machine anew if the driver was just installed, and see that CUDA_VISIBLE_DEVICES names the card."
+        )
+        return Finding("cuda", "FAIL", found, way)
+    newest = newest_cuda(device.driver)
+    other = f", or the build of torch for CUDA {newest} (https://pytorch.org/get-started)" if newest else ""
+    way = f"Install driver {torch.driver} or newer{other}."
+    return Finding("cuda", "FAIL", f"{found}, and needs {torch.driver} or newer", way)
+
+
+def _dotted(capability: Sequence[int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
@@ -126,6 +149,11 @@ def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
         gpu, where = Gpu(device.name, device.total_gib, None, len(devices) if meant and meant.count > 1 else 1), "here"
     if gpu is None:
         return
+    if devices and meant and meant.count > len(devices):
+        found = f"the recipe is meant for {meant.count} cards, and {len(devices)} are here: what follows is for those"
+        way = f"Set num_processes: {len(devices)} in the file under configs/accelerate that you launch with."
+        yield Finding("cards", "note", found, way)
+    is_too_large = False
     for step in resolve_steps(recipe):
         estimate = estimate_step(recipe, step, gpu)
         if estimate is None:
@@ -134,12 +162,15 @@ def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
         need = f"{step.name}: about {estimate.peak_bytes / 2**30:.1f} GiB, estimated"
         usable = f"{gpu.usable_bytes / 2**30:.1f} of {gpu.gib:.1f} GiB of {gpu} ({where})"
         if estimate.peak_bytes > gpu.usable_bytes:
+            is_too_large = True
             yield Finding("memory", "FAIL", f"{need}; at most {usable} should be needed", smaller(step))
         elif devices and estimate.peak_bytes / 2**30 > min(device.free_gib for device in devices):
             free = min(device.free_gib for device in devices)
             yield Finding("memory", "note", f"{need}; only {free:.1f} GiB are free now", "End what else runs on it.")
         else:
             yield Finding("memory", "ok", f"{need}; fits {usable}")
+    if is_too_large:
+        yield Finding("way out", "note", way_to_fit(recipe, gpu) or "")
 
 
 def _disk(recipe: Recipe) -> Iterator[Finding]:

@@ -18,10 +18,12 @@ from llamachat.config.layers import merged
 from llamachat.config.loading import from_plain
 from llamachat.config.sections import DataSource, Split
 from llamachat.models.estimates import Estimate, Shape
+from llamachat.models.role_bytes import PROMPT_TOKENS, Lengths
 from llamachat.models.sampling_estimate import Workload as SamplingWorkload
 from llamachat.runs.artifacts import MANIFEST, Artifact, Tune, read_artifact
 from llamachat.runs.folder import StepFolder
 from pipelines.data_size import HUB_TOKENS, DataSize, measure_data
+from pipelines.measured import answer_tokens
 from pipelines.placing import place_roles
 from pipelines.recipe import Recipe, Step, resolve_steps
 from pipelines.resolve import Taken
@@ -44,7 +46,6 @@ from sft.estimate import Workload as SftWorkload
 # pairs (measured). Of a set that is not here both are assumed: the paper's Table 6 has 150 to 800 tokens an answer.
 TOKENS_OF_A_PAIR = 1.4
 TOKENS_OF_A_HUB_PAIR = 500.0
-TOKENS_OF_A_WINNER = 300.0  # a prompt with its best answer; ours, assumed
 
 
 def stage_inputs(recipe: Recipe, step: Step, taken: Taken, **of_the_work: Any) -> Any:
@@ -203,23 +204,46 @@ def _reward_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) 
     )
 
 
+def _all_prompts(recipe: Recipe) -> DataSize | None:
+    """Those of `data.prompts` and `data.adversarial`; without any, those that dialogs and pairs begin with."""
+    data = recipe.data
+    return _prompts_of(recipe, (*data.prompts, *data.adversarial), (*data.sft, *data.helpfulness, *data.safety))
+
+
+def _prompts_of(recipe: Recipe, *keys: tuple[DataSource, ...]) -> DataSize | None:
+    """The prompts that a sampling step asks: of the first keys that have any."""
+    for key in keys:
+        found = _measured((key,), hub_tokens=HUB_TOKENS)
+        if found is None or found.records:
+            return found
+    return DataSize(0.0, 0.0)
+
+
+def _lengths(recipe: Recipe, step: Step, prompts: DataSize | None) -> Lengths:
+    """Of prompts as the files have them, and of answers as an earlier policy gave them."""
+    prompt = prompts.tokens_per_record if prompts and prompts.records else PROMPT_TOKENS
+    answer, whose = answer_tokens(recipe, step) or (None, "")
+    return Lengths(prompt, answer, whose)
+
+
 def _rs_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> SamplingWorkload:
     assert isinstance(step.config, RejectionSamplingConfig)
-    prompts = _measured((recipe.data.prompts, recipe.data.adversarial), hub_tokens=HUB_TOKENS)
-    if prompts is not None and not prompts.records:
-        prompts = _measured((recipe.data.sft, recipe.data.helpfulness, recipe.data.safety), hub_tokens=HUB_TOKENS)
+    prompts = _all_prompts(recipe)
     asked = _on_train_side(recipe, prompts)
-    return _sampling_workload(recipe, step, shape, gpu, asked=asked, learnt=num_winners(step.config, asked))
+    lengths = _lengths(recipe, step, prompts)
+    learnt = num_winners(step.config, asked)
+    return _sampling_workload(recipe, step, shape, gpu, asked=asked, learnt=learnt, lengths=lengths)
 
 
 def _distill_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> SamplingWorkload:
     assert isinstance(step.config, ContextDistillationConfig)
     # What is marked is_safety among other prompts is not counted: nobody knows without reading them all.
-    prompts = _measured((recipe.data.adversarial,), hub_tokens=HUB_TOKENS)
-    if prompts is not None and not prompts.records:
-        prompts = _measured((recipe.data.prompts or recipe.data.safety,), hub_tokens=HUB_TOKENS)
+    data = recipe.data
+    prompts = _prompts_of(recipe, data.adversarial, data.prompts or data.safety)
     asked = _on_train_side(recipe, prompts)
-    return _sampling_workload(recipe, step, shape, gpu, asked=asked, learnt=num_kept(step.config, asked))
+    lengths = _lengths(recipe, step, prompts)
+    learnt = num_kept(step.config, asked)
+    return _sampling_workload(recipe, step, shape, gpu, asked=asked, learnt=learnt, lengths=lengths)
 
 
 def _on_train_side(recipe: Recipe, records: DataSize | None) -> int | None:
@@ -227,16 +251,24 @@ def _on_train_side(recipe: Recipe, records: DataSize | None) -> int | None:
 
 
 def _sampling_workload(
-    recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None, *, asked: int | None, learnt: int | None
+    recipe: Recipe,
+    step: Step,
+    shape: Shape,
+    gpu: Gpu | None,
+    *,
+    asked: int | None,
+    learnt: int | None,
+    lengths: Lengths,
 ) -> SamplingWorkload:
     """Of a step that samples answers to so many prompts and tunes on so many dialogs."""
     placing = place_roles(recipe, step, shape)
+    prompt, answer = lengths.of(recipe.base, step.rollout)
     dialogs = SftWorkload(
         shape=shape,
         base=recipe.base,
         tuning=step.tuning,
         dialogs=learnt,
-        tokens_per_dialog=min(TOKENS_OF_A_WINNER, recipe.base.max_tokens),
+        tokens_per_dialog=prompt + answer,
         gpu=gpu,
     )
     own: Any = step.config  # has values over the section sft, as all sections of steps that tune
@@ -250,12 +282,14 @@ def _sampling_workload(
         sharing=placing.sharing,
         beside=placing.beside,
         gpu=gpu,
+        lengths=lengths,
     )
 
 
 def _gatt_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> SamplingWorkload:
     assert isinstance(step.config, GattConfig)
-    work = _sampling_workload(recipe, step, shape, gpu, asked=None, learnt=step.config.dialogs)
+    lengths, dialogs = _lengths(recipe, step, None), step.config.dialogs
+    work = _sampling_workload(recipe, step, shape, gpu, asked=None, learnt=dialogs, lengths=lengths)
     return work if step.config.ranks_by_reward else replace(work, sharing=0, beside={})
 
 
@@ -270,6 +304,7 @@ def _ppo_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> 
         sharing=placing.sharing,
         beside=placing.beside,
         gpu=gpu,
+        lengths=_lengths(recipe, step, _all_prompts(recipe)),
     )
 
 
@@ -285,6 +320,7 @@ def _eval_workload(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) ->
         sharing=placing.sharing,
         beside=placing.beside,
         gpu=gpu,
+        lengths=_lengths(recipe, step, _all_prompts(recipe)),
     )
 
 

@@ -2,39 +2,15 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from llamachat.errors import UsageError
 from pipelines.exit_status import reported
 from pipelines.tools import MaxNewTokens, Seed, TopK, TopP
 
 log = logging.getLogger(__name__)
-
-TEMPERATURE = "--temperature"
-
-
-class SeveralTemperatures(TyperCommand):
-    """Takes `--temperature 0.7 1.0` for `--temperature 0.7 --temperature 1.0`; the command has no arguments of its own."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # click's Context, of which later typers hold a copy
-        return super().parse_args(ctx, repeated(args))
-
-
-def repeated(arguments: list[str]) -> list[str]:
-    """The arguments, `--temperature` written before each of its values."""
-    found: list[str] = []
-    is_open = False
-    for argument in arguments:
-        is_value = not argument.startswith("-")
-        if is_value and is_open and found[-1] != TEMPERATURE:
-            found.append(TEMPERATURE)
-        if not is_value:
-            is_open = argument.partition("=")[0] == TEMPERATURE
-        found.append(argument)
-    return found
 
 
 @reported
@@ -47,7 +23,7 @@ def pairs(
     out: Annotated[Path, typer.Option("--out", help="The pairs, for people to rate.", metavar="FILE")],
     temperatures: Annotated[
         list[float] | None,
-        typer.Option(TEMPERATURE, help="One or several: 0.7 1.0. Without it 1.0.", metavar="T..."),
+        typer.Option("--temperature", help="One or several: 0.7 1.0. Without it 1.0.", metavar="T..."),
     ] = None,
     top_p: TopP = 1.0,
     top_k: TopK = None,

@@ -1,10 +1,10 @@
 """What would run, from which inputs, why, and what it would cost; reads no weights and imports neither torch nor trl."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from llamachat.config.gpus import CARDS, Gpu, parse_gpu
+from llamachat.config.gpus import Gpu, parse_gpu
 from llamachat.errors import ChangedError, LlamachatError
 from llamachat.models.estimates import Estimate, shape_of
 from llamachat.runs.artifacts import is_published, read_artifact
@@ -14,6 +14,7 @@ from llamachat.runs.locks import living_owner
 from llamachat.runs.state import StepState, step_state
 from pipelines.gate_labels import lacks_labels
 from pipelines.handing import stage_estimate
+from pipelines.measured import timed
 from pipelines.recipe import Recipe, Step, resolve_steps
 from pipelines.resolve import earlier_makers, lacks_policy, step_folder
 from pipelines.running import Work, choose_steps, find_work, parent_folder
@@ -114,12 +115,32 @@ def card(recipe: Recipe) -> Gpu | None:
 
 
 def estimate_step(recipe: Recipe, step: Step, gpu: Gpu | None = None) -> Estimate | None:
-    """The stage's estimate, on this card in place of the recipe's; None where the shape of the base is not known here."""
+    """The stage's estimate, on this card in place of the recipe's; None where the shape of the base is not known here.
+
+    On the recipe's own card seconds are those of a finished step of that name, where there is one to go by.
+    """
+    found = _estimated(recipe, step, gpu or card(recipe))
+    return found if found is None or gpu else timed(recipe, step, found, lambda r, s: _estimated(r, s, card(r)))
+
+
+def _estimated(recipe: Recipe, step: Step, gpu: Gpu | None) -> Estimate | None:
     try:
         shape = shape_of(recipe.base.model)
-        return stage_estimate(recipe, step, shape, gpu or card(recipe)) if shape else None
+        return _bounded(step, stage_estimate(recipe, step, shape, gpu)) if shape else None
     except (KeyError, ValueError):
         return None  # another architecture, no JSON, or targets that are none: refused in words where it is loaded
+
+
+def _bounded(step: Step, estimate: Estimate) -> Estimate:
+    """No longer than the step's own hours, where they bound all of its work (they bound but the sampling of rs and its like)."""
+    hours = step.config.model_dump().get("max_hours")
+    if hours is None or step.stage.tunes or estimate.seconds <= 3600 * hours:
+        return estimate
+    return replace(
+        estimate,
+        seconds=3600 * hours,
+        assumed=f"as {step.stage.section}.max_hours has it; else {duration(estimate.seconds)} {estimate.assumed}",
+    )
 
 
 def warn(step: Step, estimate: Estimate | None, gpu: Gpu | None = None) -> list[str]:
@@ -158,11 +179,22 @@ def warn(step: Step, estimate: Estimate | None, gpu: Gpu | None = None) -> list[
 
 def smaller(step: Step) -> str:
     """What would take less memory, in the order of what it costs the result."""
-    ways, values = [], step.config.model_dump()
+    ways, values, section = [], step.config.model_dump(), step.stage.section
     if values.get("gradient_checkpointing") is False:
-        ways.append(f"set {step.stage.section}.gradient_checkpointing: true")
+        ways.append(f"set {section}.gradient_checkpointing: true")
     if not values.get("packing", True) and values.get("rows_per_microbatch", 1) > 1:
-        ways.append(f"lower {step.stage.section}.rows_per_microbatch")
+        ways.append(f"lower {section}.rows_per_microbatch")
+    ways += [
+        f"lower {section}.{key}"
+        for key in ("row_tokens", "tokens_per_microbatch")
+        if values.get(key) not in (None, "auto")
+    ]
+    if step.rollout.cache_gib != "auto" and "rollout" in step.stage.shared:
+        ways.append("lower rollout.cache_gib")
+    if values.get("optimizer") == "adamw" and step.tuning.method == "full":
+        ways.append(f"set {section}.optimizer: paged_adamw_8bit")
+    if values.get("critic") == "separate":
+        ways.append(f"set {section}.critic: shared")
     less = {"full": "lora or qlora", "lora": "qlora"}.get(step.tuning.method)
     if less:
         ways.append(f"set tuning.method: {less}")
@@ -172,18 +204,20 @@ def smaller(step: Step) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def plan_text(recipe: Recipe, planned: Sequence[PlannedStep]) -> str:
-    """The plan for people."""
+def plan_text(recipe: Recipe, planned: Sequence[PlannedStep], *, hours: float | None = None) -> str:
+    """The plan for people: each step with its inputs and cost, a table of them all, and what the whole comes to."""
+    from pipelines.plan_table import table, verdict
+
     lines = [f"Plan of {recipe.run.dir}:"]
     for step in planned:
         lines += [f"  {step.name}: {step.verdict}, {step.why}", f"    from {step.inputs}"]
         if step.will_run:
             lines += [f"    {line}" for line in _cost(recipe, step.estimate)]
             lines += [f"    warning: {warning}" for warning in step.warnings]
-    running = [step.estimate for step in planned if step.will_run and step.estimate is not None]
-    if len(running) > 1 and all(estimate.seconds for estimate in running):
-        total = Estimate(seconds=sum(estimate.seconds for estimate in running))
-        lines.append(f"  all together: about {duration(total.seconds)}")
+    if len(planned) > 1:
+        lines += ["", *table(recipe, planned, card(recipe))]
+    if len(planned) > 1 or hours is not None:
+        lines += verdict(recipe, planned, card(recipe), hours)
     return "\n".join(lines)
 
 
@@ -194,9 +228,9 @@ def _cost(recipe: Recipe, estimate: Estimate | None) -> list[str]:
     gpu, peak = card(recipe), estimate.peak_bytes / 2**30
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.memory.items() if size)
     if not estimate.memory:
-        return [_steps_and_time(estimate, gpu)]
+        return [_steps_and_time(estimate)]
     memory = f"memory, estimated: about {peak:.2f} GiB at the peak{' of each card' if gpu and gpu.count > 1 else ''}"
-    lines = [_steps_and_time(estimate, gpu), f"{memory} ({parts})"]
+    lines = [_steps_and_time(estimate), f"{memory} ({parts})"]
     if gpu is not None:
         verdict = "fits" if estimate.peak_bytes <= gpu.usable_bytes else "does not fit"
         usable = f"{gpu.usable_bytes / 2**30:.1f} of {gpu.gib:g} GiB"
@@ -204,14 +238,10 @@ def _cost(recipe: Recipe, estimate: Estimate | None) -> list[str]:
     return lines
 
 
-def _steps_and_time(estimate: Estimate, gpu: Gpu | None) -> str:
+def _steps_and_time(estimate: Estimate) -> str:
     if estimate.optimizer_steps is None and not estimate.assumed:
         return "optimizer steps and hours: not counted before download (a 'limit' on each hub set bounds them)"
     steps = "" if estimate.optimizer_steps is None else f"about {estimate.optimizer_steps} optimizer steps"
-    if gpu is not None and gpu.tflops is None:
-        return (
-            f"{steps or 'no optimizer steps'}; for hours name the card in run.gpu or --gpu, such as {next(iter(CARDS))}"
-        )
     return f"{steps}{', ' if steps else ''}{duration(estimate.seconds)} {estimate.assumed}"
 
 

@@ -49,7 +49,7 @@ def step_folder(recipe: Recipe, step: Step) -> StepFolder:
 
 def earlier_makers(steps: Sequence[Step], step: Step) -> dict[Role, list[Step]]:
     """The steps before this one that make what it reads, nearest first."""
-    before = list(steps[: list(steps).index(step)])
+    before = list(steps[: [each.name for each in steps].index(step.name)])
     return {role: [earlier for earlier in reversed(before) if earlier.product.makes == role] for role in step.reads}
 
 
@@ -113,7 +113,7 @@ def _finished_before(
     recipe: Recipe, steps: Sequence[Step], step: Step, elsewhere: Mapping[str, StepFolder]
 ) -> list[tuple[Step, StepFolder]]:
     """The finished steps before this one, in order, and where they lie."""
-    before = list(steps[: list(steps).index(step)])
+    before = list(steps[: [each.name for each in steps].index(step.name)])
     places = [(earlier, elsewhere.get(earlier.name) or step_folder(recipe, earlier)) for earlier in before]
     return [(earlier, folder) for earlier, folder in places if is_published(folder)]
 

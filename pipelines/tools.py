@@ -25,6 +25,8 @@ Overrides = Annotated[
 GpuOption = Annotated[
     str | None, typer.Option("--gpu", help="The card: 24GiB, rtx-4090, 8x a100-80gb.", metavar="CARD")
 ]
+HoursOption = Annotated[float | None, typer.Option("--hours", help="Hours that there are, for the whole.", metavar="H")]
+PresetsOption = Annotated[bool, typer.Option("--presets", help="All presets on cards of 24, 48 and 80 GiB instead.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this probability mass.")]
 TopK = Annotated[
@@ -247,12 +249,22 @@ def convert(
     strict: Annotated[
         bool, typer.Option("--strict", help="Write nothing where a record cannot be mended; else it is dropped.")
     ] = False,
+    plain_text: Annotated[
+        bool, typer.Option("--plain-text", help="Take HTML out of the texts: tags, line breaks, entities.")
+    ] = False,
 ) -> None:
     """Bring a data file into our form: what can be mended is, and counted; what cannot is dropped, and named."""
     from llamachat.data_convert import convert_path
 
     report = convert_path(
-        path, out, kind=kind, format=data_format, check=_text_check(), overwrite=overwrite, strict=strict
+        path,
+        out,
+        kind=kind,
+        format=data_format,
+        check=_text_check(),
+        overwrite=overwrite,
+        strict=strict,
+        plain_text=plain_text,
     )
     print(f"{report.dropped()}{report.text()}")
 

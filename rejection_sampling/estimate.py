@@ -17,4 +17,4 @@ def estimate(config: Config, work: Workload) -> Estimate:
         return sampling_estimate(work, answers=None)
     answers = (winners + config.validation_prompts) * config.samples_per_prompt + 2 * config.test_prompts
     answers += len(config.sweep_temperatures) * config.sweep_prompts * config.sweep_samples
-    return sampling_estimate(work, answers=answers)
+    return sampling_estimate(work, answers=answers, samples_per_prompt=config.samples_per_prompt)

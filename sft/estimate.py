@@ -9,11 +9,21 @@ from dataclasses import dataclass
 
 from llamachat.config.gpus import Gpu
 from llamachat.config.sections import Base, Tuning
-from llamachat.models.estimates import Estimate, Shape, training_memory, training_time
+from llamachat.models.estimates import (
+    BASE_WEIGHTS,
+    BYTES,
+    LOADED,
+    OPTIMIZER,
+    Estimate,
+    Shape,
+    training_memory,
+    training_time,
+)
 from sft.config import Config
 
 TOKENS_PER_CHUNK = 2048  # of logits, as sft/loss.py has it (which imports torch)
-LOGIT_BYTES = 10  # a logit in bf16, in fp32, and its logarithm or gradient
+# A logit in fp32, its logarithm and its gradient, together for a moment; on a GPU TRL's fused head never has the last two.
+LOGIT_BYTES, FUSED_LOGIT_BYTES = 12, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +48,13 @@ def estimate(config: Config, work: Workload) -> Estimate:
         tokens=tokens,
         optimizer=config.optimizer,
         gradient_checkpointing=config.gradient_checkpointing,
-        logits=min(tokens, TOKENS_PER_CHUNK) * work.shape.vocabulary * LOGIT_BYTES,
+        logits=min(tokens, TOKENS_PER_CHUNK) * work.shape.vocabulary * (FUSED_LOGIT_BYTES if work.gpu else LOGIT_BYTES),
         gpu=work.gpu,
     )
+    if work.gpu and work.gpu.count > 1 and work.tuning.method == "full" and config.sample_prompts:
+        memory = _sampling_if_worse(memory, work.shape.weights * BYTES[work.base.dtype])
     if work.dialogs is None:
-        return Estimate(memory)
+        return Estimate(memory, loaded=LOADED)
     examples = max(1, int(work.dialogs * config.epochs + 0.5))
     seconds, assumed = training_time(
         work.shape.weights,
@@ -52,4 +64,11 @@ def estimate(config: Config, work: Workload) -> Estimate:
         gpu=work.gpu,
         told=f"{work.tokens_per_dialog:.0f} tokens a dialog",
     )
-    return Estimate(memory, seconds, math.ceil(examples / config.examples_per_step), assumed)
+    return Estimate(memory, seconds, math.ceil(examples / config.examples_per_step), assumed, LOADED)
+
+
+def _sampling_if_worse(training: dict[str, int], whole: int) -> dict[str, int]:
+    """Of weights that are cut over cards: answers are sampled from them gathered whole, beside the optimizer alone."""
+    kept = {name: training[name] for name in (BASE_WEIGHTS, OPTIMIZER)}
+    sampling = kept | {"weights gathered to sample": whole}
+    return max(training, sampling, key=lambda parts: sum(parts.values()))

@@ -50,6 +50,7 @@ ORDER = (
     "records",
     "constraints",
     "refusals",
+    "html_text",
     "data_check",
     "turn_mends",
     "loose_rows",
@@ -75,8 +76,7 @@ MOST_TRACKED_BYTES = 24_000_000
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "core", "types"}
 
 HEAVY = ("torch", "trl", "transformers", "datasets", "wandb", "peft", "accelerate", "bitsandbytes")
-# What works on tensors or arrays (numpy sets an environment variable when it loads); all else is loaded by commands that
-# train nothing: help, plans, refusals.
+# What works on tensors or arrays (numpy sets an environment variable when it loads); help, plans and refusals load the rest.
 ON_ARRAYS = {"batching", "kl", "logprobs", "masked", "refusals", "statistics"}
 ON_TENSORS = ON_ARRAYS | {"answers", "models", "questions", "rollout", "scoring", "training"}
 

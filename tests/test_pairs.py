@@ -18,7 +18,6 @@ from llamachat.models.loading import Policy
 from llamachat.records import load_mixture
 from llamachat.rollout.engine import Completion, Sampling
 from pipelines.cli import main
-from pipelines.pairs import repeated
 from serving.pairs import Paired, Request, Variant, counted, pair_file
 from tests.tiny_llama import publish_policy, scripted_llama
 
@@ -344,14 +343,6 @@ def test_all_bad_prompts_are_named_with_their_lines(tmp_path: Path, tiny_format:
 
 
 # -- the command
-
-
-def test_several_temperatures_after_one_option() -> None:
-    expected = ["--temperature", "0.7", "--temperature", "1.0", "--in", "p.jsonl"]
-    assert repeated(["--temperature", "0.7", "1.0", "--in", "p.jsonl"]) == expected
-    assert repeated(expected) == expected
-    assert repeated(["--temperature=0.7", "1.0"]) == ["--temperature=0.7", "--temperature", "1.0"]
-    assert repeated(["--in", "p.jsonl", "x"]) == ["--in", "p.jsonl", "x"]
 
 
 def test_from_the_command_to_reward_data(

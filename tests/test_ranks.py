@@ -9,7 +9,6 @@ from torch.testing import assert_close
 from llamachat import ranks
 from tests.several import run_several
 
-ranks.NUMBERS_PER_TRANSFER = 4  # the two weights do not go together
 GRADIENTS = (torch.tensor([[1.0, -2.0]]), torch.tensor([3.0, 0.5, 4.0]))
 
 
@@ -27,6 +26,7 @@ def share_work() -> dict[str, Any]:
     weights[0].grad = GRADIENTS[0] * (index + 1)
     if index == ranks.count() - 1:
         weights[1].grad = GRADIENTS[1].clone()
+    ranks.NUMBERS_PER_TRANSFER = 4  # the two weights do not go together
     ranks.sum_gradients(weights)
     mine = torch.tensor([1.0, float(index)])
     return {

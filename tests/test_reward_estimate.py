@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from llamachat.config.gpus import Gpu
 from llamachat.config.sections import Tuning
 from llamachat.models.estimates import CPU_FLOPS, Shape
 from reward import estimate
@@ -16,6 +17,7 @@ from tests.test_reward_pairs import example
 from tests.tiny_llama import base_section
 
 TINY = Shape(64, 128, 2, 4, 2, 420)
+CARD = Gpu("card", 24.0, 100.0)
 
 
 def workload(pairs: int | None = 50, **tuning: Any) -> Workload:
@@ -44,7 +46,9 @@ def test_weights_are_those_of_a_classification_model_less_its_one_row_of_a_head(
 
 def test_the_longest_pass_is_a_pair_of_two_whole_answers():
     short, long = (
-        estimate(Config(), Workload(TINY, base_section("x", max_tokens=size), Tuning(), 1)).memory["activations"]
+        estimate(Config(), Workload(TINY, base_section("x", max_tokens=size), Tuning(), 1, gpu=CARD)).memory[
+            "activations"
+        ]
         for size in (96, 192)
     )
     assert long == 2 * short

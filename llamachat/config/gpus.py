@@ -22,6 +22,21 @@ CARDS = {
     "h100": (79.6, 989.0),
     "h200": (140.4, 989.0),
 }
+# name: GB/s that its memory gives, from the same sheets (of the a100-80gb the slower one, on PCIe).
+BANDWIDTH = {
+    "rtx-3060": 360,
+    "rtx-3070": 448,
+    "rtx-3090": 936,
+    "rtx-4090": 1008,
+    "rtx-a6000": 768,
+    "a10": 600,
+    "l4": 300,
+    "l40s": 864,
+    "a100-40gb": 1555,
+    "a100-80gb": 1935,
+    "h100": 3350,
+    "h200": 4800,
+}
 # CUDA's own context and what the allocator cannot use want a share; ours, unmeasured.
 USABLE = 0.9
 
@@ -36,6 +51,16 @@ class Gpu:
     gib: float  # memory of one card
     tflops: float | None  # peak of one card; None where only its memory is known
     count: int = 1
+
+    @property
+    def timed(self) -> tuple[float, str]:
+        """Peak of one card in TFLOP/s, and of which one in words: of a memory alone, the slowest known card that has it."""
+        if self.tflops is not None:
+            return self.tflops, "its"
+        least = USABLE * self.gib  # cards of one class differ by what the driver keeps
+        largest = max(gib for gib, _ in CARDS.values())
+        name = min((name for name in CARDS if CARDS[name][0] >= min(least, largest)), key=lambda name: CARDS[name][1])
+        return CARDS[name][1], f"the {name}'s (the slowest known of that memory)"
 
     @property
     def usable_bytes(self) -> float:

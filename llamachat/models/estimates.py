@@ -12,14 +12,23 @@ from llamachat.config.gpus import Gpu
 from llamachat.config.sections import Base, Tuning
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# A CPU core reaches about 0.1 TFLOP/s in bf16 with the bundled model (ours, measured); two of them are counted.
-CPU_FLOPS = 2.0e11
+# A CPU core reaches about 0.15 TFLOP/s in bf16 with the bundled model (ours, measured: 11.6 thousand tokens a second of sft
+# and 15.3 thousand of a reward model on two cores); two of them are counted.
+CPU_FLOPS = 3.0e11
 # Model FLOPs utilization: share of a card's peak that the model's own arithmetic reaches. Checkpointing's recomputing comes
 # on top, as time. Ours, assumed: no card has been measured. A 4-bit base unpacks each matrix before it is used.
 ASSUMED_MFU = {"full": 0.40, "lora": 0.40, "qlora": 0.30}
 # NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314, section 3): 4 bits a weight, 8 bits a block of 64
 # for its constant, 32 bits a group of 256 blocks for the constant of the constants.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# What the backward pass of a block holds beside what the block has kept, as shares of that: its scores apart, and of them.
+# Ours, counted on a CPU (tests/test_memory_estimates.py).
+GRADIENTS_OF_A_BLOCK, GRADIENTS_OF_SCORES = 0.8, 0.15
+FORWARD = 2.0  # operations on a weight for a token in a forward pass
+# Parts of the memory of a training that are there once the model is loaded.
+BASE_WEIGHTS, TRAINED_WEIGHTS, GATHERED = "base weights", "trained weights", "gathered blocks"
+OPTIMIZER = "optimizer (fp32 masters and two moments)"
+LOADED = frozenset((BASE_WEIGHTS, TRAINED_WEIGHTS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,11 @@ class Shape:
         """All weights, embeddings and output head included."""
         return self.layers * self.layer_weights + self.embedding_weights + self.hidden_size
 
+    @property
+    def block_weights(self) -> int:
+        """Weights that a token of a reward model is multiplied with."""
+        return self.weights - self.embedding_weights
+
     def headless(self) -> "Shape":
         """The same blocks and embeddings without an output head over the vocabulary: a reward model."""
         return replace(self, is_tied=True)
@@ -82,6 +96,13 @@ class Shape:
         if tuning.method == "full":
             return self.weights
         return self.adapter_weights(tuning.rank, None if tuning.targets == "all-linear" else tuning.targets)
+
+    def largest_weights(self, tuning: Tuning) -> int:
+        """Weights of the largest matrix that trains."""
+        if tuning.method == "full":
+            return self.vocabulary * self.hidden_size
+        names = self.projections if tuning.targets == "all-linear" else tuning.targets
+        return tuning.rank * max(max(self.projections[name]) for name in names)
 
     def adapter_weights(self, rank: int, targets: Sequence[str] | None = None) -> int:
         """Weights of a LoRA adapter on these projections of every block; None is all seven."""
@@ -133,16 +154,25 @@ KNOWN_BASES = {
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes by part at the peak (of one card), seconds with what they assume, and optimizer steps where there are any."""
+    """Bytes by part at the peak (of one card), seconds with what they assume, and optimizer steps where there are any.
+
+    `loaded` names the parts that are there as soon as the models are; the others come as the step works.
+    """
 
     memory: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     optimizer_steps: int | None = None
     assumed: str = ""
+    loaded: frozenset[str] = frozenset()
 
     @property
     def peak_bytes(self) -> int:
         return sum(self.memory.values())
+
+    @property
+    def grown_bytes(self) -> int:
+        """From after the load to the peak."""
+        return sum(size for name, size in self.memory.items() if name not in self.loaded)
 
 
 def shape_of(model: str) -> Shape | None:
@@ -178,44 +208,70 @@ def training_memory(
     gradient_checkpointing: bool,
     logits: int,
     gpu: Gpu | None,
+    is_eager: bool = False,
 ) -> dict[str, int]:
-    """Bytes by part on one card at the worst moment of an optimizer step whose forward passes have `tokens` tokens."""
+    """Bytes by part on one card at the worst moment of an optimizer step whose forward passes have `tokens` tokens.
+
+    `is_eager` where attention keeps its scores whatever `base.attention` says. There are three such moments, and the parts
+    add up to the largest: the loss with all logits of a chunk, the backward pass of one block, the optimizer's step. From
+    the second forward pass of a step on the gradients are there, so all three find them.
+    """
     width, is_full, trained = BYTES[base.dtype], tuning.method == "full", shape.trained_weights(tuning)
-    # FSDP cuts weights, gradients and optimizer over the cards; adapters are small, and every card has them whole.
-    cards = gpu.count if gpu and is_full else 1
-    activations = tokens * _kept_per_token(shape, base, tuning, width, is_recomputed=gradient_checkpointing)
+    cards = gpu.count if gpu else 1
+    is_cut = is_full and cards > 1
+    # FSDP cuts the blocks over the cards, with gradients and optimizer; embeddings, head and adapters each card has whole.
+    held = -(-(trained - shape.embedding_weights) // cards) + shape.embedding_weights if is_cut else trained
     moments = 8 if optimizer == "adamw" else 2  # bytes a weight: two in fp32, or two in 8 bits
-    # Gradients in fp32 and AdamW's square roots live for the step alone, when no activation does.
-    stepping = -(-trained * (8 if width < 4 else 4) // cards)
+    is_eager = is_eager or base.attention == "eager"
+    block = tokens * _block_bytes_per_token(shape, base, tuning, width, is_eager=is_eager)
+    plain = tokens * _block_bytes_per_token(shape, base, tuning, width, is_eager=False)
+    inputs = shape.layers * tokens * shape.hidden_size * width
+    kept = inputs if gradient_checkpointing else shape.layers * block
+    backward = round(GRADIENTS_OF_A_BLOCK * plain + GRADIENTS_OF_SCORES * (block - plain))
+    backward += block if gradient_checkpointing else 0
+    # A matrix that is reached twice has a second gradient for a moment; the head's comes while all activations are kept.
+    adding = shape.largest_weights(tuning) * width
+    stepping = _stepping_bytes(shape, tuning, held, width, has_all_roots=gpu is not None and not is_cut)
     return {
-        "base weights": -(-shape.trunk_bytes(width, is_4bit=tuning.method == "qlora") // cards),
-        "gathered blocks": (2 * shape.layer_weights + shape.embedding_weights) * width if cards > 1 else 0,
+        BASE_WEIGHTS: held * width if is_cut else shape.trunk_bytes(width, is_4bit=tuning.method == "qlora"),
+        # Two blocks' weights, one's gradients, and these again in fp32 on their way to the cards that keep them.
+        GATHERED: shape.layer_weights * (3 * width + 4) if is_cut else 0,
+        "gradients between cards": 4 * trained if cards > 1 and not is_full else 0,
         "one unpacked matrix": max(a * b for a, b in shape.projections.values()) * width
         if tuning.method == "qlora"
         else 0,
-        "trained weights": 0 if is_full else trained * width,
-        "gradients": -(-trained * width // cards),
-        "optimizer (fp32 masters and two moments)": -(-trained * (moments + (0 if width == 4 else 4)) // cards),
-        "activations": activations,
+        TRAINED_WEIGHTS: 0 if is_full else trained * width,
+        "gradients": held * width,
+        OPTIMIZER: held * (moments + (0 if width == 4 else 4)),
+        "activations": kept,
         "logits of a chunk": logits,
-        "the optimizer's step, beyond activations": max(0, stepping - activations - logits),
+        "a block's backward, beyond the logits": max(0, backward + adding - logits),
+        "the optimizer's step, beyond activations": max(0, stepping - kept - max(logits, backward + adding)),
     }
 
 
-def _kept_per_token(shape: Shape, base: Base, tuning: Tuning, width: int, *, is_recomputed: bool) -> int:
-    """Bytes of activations a token: all blocks and the gradients in one, or their inputs and twice one block."""
+def _stepping_bytes(shape: Shape, tuning: Tuning, held: int, width: int, *, has_all_roots: bool) -> int:
+    """What lives for the optimizer's step alone: gradients in fp32, and AdamW's square roots.
+
+    On a GPU torch takes the roots of all weights at once; on a CPU, and of weights that are cut, those of one matrix, with a
+    copy.
+    """
+    gradients = 4 * held if width < 4 else 0
+    return gradients + (4 * held if has_all_roots else 8 * shape.largest_weights(tuning))
+
+
+def _block_bytes_per_token(shape: Shape, base: Base, tuning: Tuning, width: int, *, is_eager: bool) -> int:
+    """Bytes of activations that one block keeps of a token."""
     is_full = tuning.method == "full"
     block = shape.block_activations(
         width,
         base.max_tokens,
-        is_eager=base.attention == "eager",
+        is_eager=is_eager,
         adapter_rank=None if is_full else tuning.rank,
     )
     if not is_full and tuning.dropout:  # each projection has an input of its own then, and a mask of bytes
         block += sum(inputs for inputs, _ in shape.projections.values()) * (width + 1)
-    if is_recomputed:
-        return shape.layers * shape.hidden_size * width + 2 * block
-    return (shape.layers + 1) * block
+    return block
 
 
 def training_time(
@@ -227,14 +283,21 @@ def training_time(
     """
     # Forward 2 operations a weight and token, backward 2 for the inputs and 2 for the weights that train (Kaplan et al.
     # 2020, arXiv:2001.08361, section 2.1); attention's own, a few in a hundred at 4096 tokens, are left out.
-    per_weight = 6.0 if tuning.method == "full" else 4.0
+    per_weight = (3 if tuning.method == "full" else 2) * FORWARD
     operations = per_weight * weights * tokens
     if gradient_checkpointing:
-        operations *= (per_weight + 2) / per_weight
+        operations *= (per_weight + FORWARD) / per_weight
+    return _seconds(operations, tuning, gpu, told)
+
+
+def forward_time(products: float, tuning: Tuning, *, gpu: Gpu | None, told: str) -> tuple[float, str]:
+    """Seconds of forward passes with so many products of a weight and a token's number."""
+    return _seconds(FORWARD * products, tuning, gpu, told)
+
+
+def _seconds(operations: float, tuning: Tuning, gpu: Gpu | None, told: str) -> tuple[float, str]:
     if gpu is None:
-        return operations / CPU_FLOPS, f"on 2 CPU cores at 0.1 TFLOP/s each and {told}"
-    if gpu.tflops is None:
-        return 0.0, ""
-    mfu = ASSUMED_MFU[tuning.method]
-    seconds = operations / (gpu.count * gpu.tflops * 1e12 * mfu)
-    return seconds, f"on {gpu}, assuming {mfu:.0%} of its {gpu.tflops:g} TFLOP/s (MFU) and {told}"
+        return operations / CPU_FLOPS, f"on 2 CPU cores at {CPU_FLOPS / 2e12:g} TFLOP/s each and {told}"
+    mfu, (tflops, whose) = ASSUMED_MFU[tuning.method], gpu.timed
+    seconds = operations / (gpu.count * tflops * 1e12 * mfu)
+    return seconds, f"on {gpu}, assuming {mfu:.0%} of {whose} {tflops:g} TFLOP/s (MFU) and {told}"

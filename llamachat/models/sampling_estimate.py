@@ -5,18 +5,18 @@ counts. Nothing here was measured on a GPU; `plan` calls it an estimate.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from llamachat.config.gpus import Gpu
 from llamachat.config.sections import Base, Rollout, Tuning
-from llamachat.models.estimates import BYTES, Estimate, Shape, training_time
+from llamachat.models.estimates import BYTES, Estimate, Shape, forward_time
 from llamachat.models.role_bytes import (
     DECODING_SLOWDOWN,
-    PROMPT_TOKENS,
+    ROLLOUT_PARTS,
     Beside,
-    cache_bytes,
-    decoder_bytes,
+    Lengths,
     role_bank_bytes,
+    rollout_bytes,
 )
 
 
@@ -33,6 +33,8 @@ class Workload:
     sharing: int = 0  # reward models that are one more adapter
     beside: Mapping[str, Beside] = field(default_factory=dict)  # reward models on other trunks, by name
     gpu: Gpu | None = None  # None for two CPU cores
+    answers: int | None = None  # that are sampled at once at most; None for as many as the engine takes
+    lengths: Lengths = field(default_factory=Lengths)
 
 
 def asked_prompts(most: int | None, prompts: int | None) -> int | None:
@@ -40,28 +42,21 @@ def asked_prompts(most: int | None, prompts: int | None) -> int | None:
     return min((count for count in (most, prompts) if count is not None), default=None)
 
 
-def sampling_estimate(work: Workload, *, answers: int | None, tokens: float | None = None) -> Estimate:
-    """Bytes at the peak, seconds of sampling, scoring and tuning, and optimizer steps of the tuning.
-
-    `tokens` are those of a prompt with its answer; None is what all steps assume.
-    """
-    memory = max(sampling_memory(work), work.tuned.memory, key=lambda parts: sum(parts.values()))
+def sampling_estimate(work: Workload, *, answers: int | None, samples_per_prompt: int = 1) -> Estimate:
+    """Bytes at the peak, seconds of sampling, scoring and tuning, and optimizer steps of the tuning."""
+    held = sampling_memory(work)
+    worst = Estimate(held, loaded=frozenset(held) - frozenset(ROLLOUT_PARTS))
+    worst = max(worst, work.tuned, key=lambda estimate: estimate.peak_bytes)
     if answers is None:
-        return Estimate(memory)
-    longest = float(work.base.max_tokens)
-    per_answer = min(longest, tokens or PROMPT_TOKENS + work.rollout.max_new_tokens)
-    # A forward pass is a third of a training's; each reward model is one.
-    passes = (work.sharing + len(work.beside)) / 3
-    passes += DECODING_SLOWDOWN * min(1.0, work.rollout.max_new_tokens / per_answer) / 3
-    seconds, assumed = training_time(
-        work.shape.weights,
-        work.tuning,
-        tokens=answers * per_answer * passes,
-        gradient_checkpointing=False,
-        gpu=replace(work.gpu, count=1) if work.gpu else None,
-        told=f"{per_answer:.0f} tokens a prompt with its answer, decoding at a quarter of training's speed",
+        return Estimate(worst.memory, loaded=worst.loaded)
+    prompt, answer = work.lengths.of(work.base, work.rollout)
+    # Forward passes: of a prompt once for all its answers, of each answer's tokens, of both by each reward model.
+    generated = (prompt / samples_per_prompt + DECODING_SLOWDOWN * answer) * work.shape.weights
+    scored = (work.sharing + len(work.beside)) * (prompt + answer) * work.shape.block_weights
+    seconds, assumed = forward_time(
+        answers * (generated + scored), work.tuning, gpu=work.gpu, told=work.lengths.told(work.base, work.rollout)
     )
-    return Estimate(memory, seconds + work.tuned.seconds, work.tuned.optimizer_steps, assumed)
+    return Estimate(worst.memory, seconds + work.tuned.seconds, work.tuned.optimizer_steps, assumed, worst.loaded)
 
 
 def sampling_memory(work: Workload) -> dict[str, int]:
@@ -76,7 +71,12 @@ def sampling_memory(work: Workload) -> dict[str, int]:
         sharing=work.sharing,
         beside=work.beside,
     )
-    held["keys and values of the rollout"] = cache_bytes(work.shape, work.base, work.rollout)
-    copy = decoder_bytes(work.shape, work.base, work.rollout, work.gpu, held=sum(held.values()))
-    held["rollout's copy of the projections"] = copy
-    return held
+    return held | rollout_bytes(
+        work.shape,
+        work.base,
+        work.rollout,
+        work.gpu,
+        held=sum(held.values()),
+        shares_plain=work.tuning.method == "full",
+        answers=work.answers,
+    )

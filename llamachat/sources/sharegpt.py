@@ -24,7 +24,7 @@ def _turn(value: object, where: str) -> dict[str, str]:
     if not isinstance(sender, str) or sender not in ROLES:
         raise ValueError(
             f"'{where}.from' is {sender!r}. It must be one of {', '.join(ROLES)}, since a dialog has these sides only. "
-            "Rename the side, or leave the row out if it holds tool calls."
+            "Rename the side, or leave the row out if it holds tool calls (`llamachat data convert` does both)."
         )
     return message(ROLES[sender], as_text(turn.get("value"), f"{where}.value"))
 

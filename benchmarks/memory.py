@@ -1,0 +1,275 @@
+"""Memory of the recipe's steps against what `plan` estimates: `python -m benchmarks.memory`.
+
+Random Llama weights of about 100 M parameters, one shape with as many key-value heads as heads, one deeper with fewer,
+go through the project's own steps: two optimizer steps of two micro-batches for sft, a reward model and PPO, and a
+rollout. Each case is a process of its own; what is measured is the growth from after the load to the peak: on a CPU
+resident memory, on a GPU what torch allocated. Printed are both, part by part, and the ratio of estimate to measured.
+`--check` makes a ratio outside 0.85 to 1.15 an error. On a GPU this has never run.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llamachat.config.gpus import Gpu
+from llamachat.config.sections import Base, Rollout, Tuning
+from llamachat.models.estimates import Estimate, Shape
+from llamachat.models.role_bytes import Beside
+from llamachat.models.sampling_estimate import Workload as SamplingWorkload
+from llamachat.models.sampling_estimate import sampling_memory
+from ppo import estimate as ppo_estimate
+from ppo.config import Config as PpoConfig
+from ppo.estimate import Workload as PpoWorkload
+from reward import estimate as reward_estimate
+from reward.config import Config as RewardConfig
+from reward.estimate import Workload as RewardWorkload
+from sft import estimate as sft_estimate
+from sft.config import Config as SftConfig
+from sft.estimate import Workload as SftWorkload
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED = ROOT / "assets" / "base"
+SHAPES = {
+    "mha": Shape(768, 2048, 10, 12, 12, 32000),
+    "gqa": Shape(640, 1728, 16, 10, 2, 32000),
+}
+TOY = Shape(64, 128, 2, 4, 2, 32000)
+BAND = (0.85, 1.15)
+RANK = 16
+# Freed blocks of this size and above go back to the system at once, so that resident memory is that of living tensors.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One step with its sizes."""
+
+    step: str  # sft, rm, rollout, ppo
+    method: str = "full"
+    tokens: int = 512  # of a row of sft, of an answer of a pair, of a prompt
+    rows: int = 1  # padded rows of sft; prompts of a rollout; responses of an iteration of PPO
+    new_tokens: int = 0  # of each answer that is sampled
+    row_tokens: int = 0  # of a row of PPO's update
+    checkpointing: bool = False
+    attention: str = "sdpa"
+    dtype: str = "bfloat16"
+    critic: str = "separate"
+
+    def __str__(self) -> str:
+        sizes = {
+            "sft": f"{self.rows} x {self.tokens} tokens",
+            "rm": f"a pair of 2 x {self.tokens} tokens",
+            "rollout": f"{self.rows} answers, {self.tokens} + {self.new_tokens} tokens",
+            "ppo": f"{self.rows} answers, {self.tokens} + {self.new_tokens} tokens, rows of {self.row_tokens}",
+        }[self.step]
+        odd = [self.dtype] if self.dtype != "bfloat16" else []
+        odd += [self.attention] if self.attention != "sdpa" else []
+        odd += ["shared critic"] if self.critic == "shared" else []
+        ways = ", ".join([self.method, *odd, *(["checkpointing"] if self.checkpointing else [])])
+        return f"{self.step}: {ways}, {sizes}"
+
+
+CASES = (
+    Case("sft", tokens=512),
+    Case("sft", tokens=1024),
+    Case("sft", tokens=1024, checkpointing=True),
+    Case("sft", tokens=256, rows=4),
+    Case("sft", tokens=1024, attention="eager"),
+    Case("sft", tokens=1024, dtype="float32"),
+    Case("sft", "lora", tokens=1024),
+    Case("sft", "lora", tokens=2048, checkpointing=True),
+    Case("rm", tokens=512),
+    Case("rm", tokens=512, checkpointing=True),
+    Case("rm", "lora", tokens=512),
+    Case("rollout", tokens=128, rows=64, new_tokens=128),
+    Case("rollout", "lora", tokens=512, rows=16, new_tokens=64),
+    Case("ppo", tokens=128, rows=16, new_tokens=128, row_tokens=1024),
+    Case("ppo", "lora", tokens=128, rows=16, new_tokens=128, row_tokens=1024),
+    Case("ppo", "lora", tokens=128, rows=16, new_tokens=128, row_tokens=2048, checkpointing=True),
+)
+
+
+def base_of(case: Case, folder: Path) -> Base:
+    """The section `base`: sequences are no longer than the case's."""
+    longest = {"rollout": case.tokens + case.new_tokens, "ppo": case.tokens + case.new_tokens + 2}
+    return Base.model_validate(
+        {
+            "model": str(folder / "base"),
+            "dtype": case.dtype,
+            "attention": case.attention,
+            "max_tokens": longest.get(case.step, case.tokens),
+        }
+    )
+
+
+def tuning_of(case: Case) -> Tuning:
+    """The section `tuning`."""
+    return Tuning.model_validate({"method": case.method, "rank": RANK})
+
+
+def rollout_of(case: Case) -> Rollout:
+    """The section `rollout`."""
+    return Rollout(max_new_tokens=max(1, case.new_tokens))
+
+
+def sft_config(case: Case) -> SftConfig:
+    """The section `sft`; padded where the case has several rows."""
+    return SftConfig(
+        packing=case.rows == 1,
+        row_tokens=case.tokens,
+        rows_per_microbatch=case.rows,
+        gradient_checkpointing=case.checkpointing,
+    )
+
+
+def reward_config(case: Case) -> RewardConfig:
+    """The section `reward`; a row is a pair."""
+    return RewardConfig(row_tokens=2 * case.tokens, gradient_checkpointing=case.checkpointing)
+
+
+def ppo_config(case: Case) -> PpoConfig:
+    """The section `ppo`."""
+    return PpoConfig.model_validate(
+        {
+            "responses_per_iteration": case.rows,
+            "responses_per_minibatch": case.rows,
+            "tokens_per_microbatch": case.row_tokens,
+            "gradient_checkpointing": case.checkpointing,
+            "critic": case.critic,
+            "validation_prompts": 4,
+            "test_prompts": 4,
+        }
+    )
+
+
+def estimated(case: Case, shape: Shape, gpu: Gpu | None) -> Estimate:
+    """What `plan` would say of the case."""
+    base, tuning = base_of(case, BUNDLED.parent), tuning_of(case)
+    if case.step == "sft":
+        return sft_estimate(sft_config(case), SftWorkload(shape, base, tuning, None, gpu=gpu))
+    if case.step == "rm":
+        return reward_estimate(reward_config(case), RewardWorkload(shape, base, tuning, None, gpu=gpu))
+    if case.step == "rollout":
+        work = SamplingWorkload(shape, base, tuning, rollout_of(case), None, Estimate(), answers=case.rows, gpu=gpu)
+        return Estimate(sampling_memory(work), loaded=frozenset(("trunk", "adapters and heads")))
+    beside = {"helpfulness": Beside(shape, width=2)}
+    return ppo_estimate(ppo_config(case), PpoWorkload(shape, base, tuning, rollout_of(case), beside=beside, gpu=gpu))
+
+
+def measure(case: Case, folders: dict[str, Path], shape: str) -> int:
+    """Bytes from after the load to the peak, of a process of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copies = [Path(scratch) / name for name in ("toy", shape)]
+        for copy in copies:  # what a case writes lies beside links to the models
+            copy.mkdir()
+            for model in folders[copy.name].iterdir():
+                (copy / model.name).symlink_to(model)
+        asked = json.dumps({"case": asdict(case), "folders": [str(copy) for copy in copies]})
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.workers.memory_case", asked],
+            env={**os.environ, **MALLOC, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+    if done.returncode:
+        raise SystemExit(f"{case}: the process failed\n{done.stderr[-3000:]}")
+    return int(done.stdout.splitlines()[-1])
+
+
+def write_models(folder: Path, shape: Shape) -> Path:
+    """A base and a reward model of the shape with random weights, in bf16, and a tokenizer of as many ids."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+    )
+    base: Any = LlamaForCausalLM(config)
+    base.to(torch.bfloat16).save_pretrained(folder / "base")
+    config.num_labels = 1
+    reward: Any = LlamaForSequenceClassification(config)
+    reward.to(torch.bfloat16).save_pretrained(folder / "reward")
+    for name in ("base", "reward"):
+        write_tokenizer_model(folder / name / "tokenizer.model", shape.vocabulary)
+    return folder
+
+
+def write_tokenizer_model(path: Path, size: int) -> None:
+    """The bundled tokenizer, filled up with pieces that no text holds."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    messages: Any = sentencepiece_model_pb2  # protobuf makes its classes as it is imported
+    model = messages.ModelProto()
+    model.ParseFromString((BUNDLED / "tokenizer.model").read_bytes())
+    for number in range(len(model.pieces), size):
+        model.pieces.add(piece=f"\ue000{number}", score=-1e4 - number)
+    path.write_bytes(model.SerializeToString())
+
+
+def report(case: Case, shape: str, estimate: Estimate, measured: int) -> str:
+    """A line with the ratio, and one with the parts."""
+    grown = estimate.grown_bytes
+    parts = ", ".join(
+        f"{name} {size / 2**20:.0f}" for name, size in estimate.memory.items() if size and name not in estimate.loaded
+    )
+    ratio = f"{grown / 2**20:>7.0f}{measured / 2**20:>10.0f}{grown / measured:>8.2f}"
+    return f"{shape:<5}{case!s:<84}{ratio}\n     {parts}"
+
+
+def chosen(only: str) -> Iterator[Case]:
+    """The cases whose words hold this."""
+    return (case for case in CASES if only in str(case))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Peak memory of the steps against the planner's estimates, in MiB.")
+    parser.add_argument("--shape", choices=sorted(SHAPES), action="append", help="One of the shapes; else both.")
+    parser.add_argument("--only", default="", help="Part of a case's words, such as sft or 'ppo: lora'.")
+    parser.add_argument("--times", type=float, default=1.0, help="Rows are so many times as long: for a GPU.")
+    parser.add_argument("--check", action="store_true", help="Fail where a ratio is outside 0.85 to 1.15.")
+    options = parser.parse_args()
+
+    import torch
+
+    gpu = None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        gpu = Gpu(properties.name, properties.total_memory / 2**30, None)
+    place = gpu.name if gpu else f"{os.cpu_count()} cores"
+    print(f"growth from after the load to the peak, MiB; {place}, torch {torch.__version__}")
+    print(f"{'':<89}{'estimate':>7}{'measured':>9}{'ratio':>8}")
+    outside = []
+    with tempfile.TemporaryDirectory() as scratch:
+        names = options.shape or sorted(SHAPES)
+        folders = {name: write_models(Path(scratch) / name, ({"toy": TOY} | SHAPES)[name]) for name in ("toy", *names)}
+        for case in chosen(options.only):
+            longer = replace(case, tokens=round(case.tokens * options.times))
+            for name in names:
+                estimate, measured = estimated(longer, SHAPES[name], gpu), measure(longer, folders, name)
+                print(report(longer, name, estimate, measured), flush=True)
+                if not BAND[0] <= estimate.grown_bytes / measured <= BAND[1]:
+                    outside.append(f"{name} {longer}")
+        shutil.rmtree(scratch, ignore_errors=True)
+    if outside and options.check:
+        raise SystemExit("outside the band:\n" + "\n".join(outside))
+
+
+if __name__ == "__main__":
+    main()

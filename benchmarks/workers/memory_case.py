@@ -1,0 +1,260 @@
+"""One case of `benchmarks/memory.py` in a process of its own: the project's own steps on random weights, and their peak.
+
+Reads a case as JSON and prints one line of JSON. A model of toy size goes through the same steps first, so that code,
+kernels and thread pools count as loaded; then the model is loaded, its weights are touched, and the growth from there to
+the peak is what the case measures. On a CPU that is resident memory (the peak set back through /proc/self/clear_refs,
+freed blocks given back at once: `benchmarks/memory.py` sets malloc so), on a GPU what torch allocated.
+"""
+
+import gc
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.memory import Case, base_of, ppo_config, reward_config, rollout_of, sft_config, tuning_of
+from llamachat.chat_format import TokenizedExample
+from llamachat.dialog import Message
+from llamachat.record_rules import Preference
+
+STEPS = 2  # of the optimizer: from the second on its moments lie beside the activations
+MICROBATCHES = 2  # of a step: from the second on gradients do, too
+Steps = Callable[[], object]
+
+
+def measured(case: Case, folder: Path) -> int:
+    """Bytes from after the load to the peak."""
+    steps = _OPEN[case.step](case, folder)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        steps()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    steps()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    return int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0]) * 1024
+
+
+def _touched(model: Any) -> None:
+    """Read every weight: what a file holds is resident only once it is read."""
+    for weight in model.parameters():
+        weight.detach().sum()
+
+
+def _ids(length: int) -> tuple[int, ...]:
+    return tuple(3 + place % 250 for place in range(length))
+
+
+def _open_sft(case: Case, folder: Path) -> Steps:
+    from llamachat.batching import collate_packed, collate_padded
+    from llamachat.models.loading import attach_adapter, load_base
+    from llamachat.models.starting import fast_tokenizer, proved_start
+    from llamachat.training.trainer import Watch, collator, row_numbers
+    from sft.trainer import NAMES, AtomicCheckpointTrainer, make_optimizer, trainer_arguments
+
+    base, tuning, config = base_of(case, folder), tuning_of(case), sft_config(case)
+    model: Any = load_base(base, device="auto", is_nf4=case.method == "qlora")
+    if case.method != "full":
+        model = attach_adapter(model, tuning, seed=0)
+    _touched(model)
+    tokenizer = fast_tokenizer(proved_start(base, tuning, None)[1], folder / "tokenizer")
+    dialog = TokenizedExample(_ids(case.tokens), (True,) * case.tokens)
+
+    def collate(numbers: Any) -> dict[str, torch.Tensor]:
+        if case.rows == 1:
+            return collate_packed([dialog])
+        return collate_padded([dialog] * len(numbers), rows=case.rows)
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = trainer_arguments(
+                config,
+                folder=Path(scratch),
+                rows_per_microbatch=case.rows,
+                microbatches_per_step=MICROBATCHES,
+                seed=0,
+                log_every=1,
+                save_every=10**6,
+            )
+            arguments.save_strategy = "no"
+            AtomicCheckpointTrainer(
+                model=model,
+                args=arguments,
+                data_collator=collator(collate),
+                train_dataset=row_numbers(STEPS * MICROBATCHES * case.rows),
+                processing_class=tokenizer,
+                optimizers=make_optimizer(model, config, steps=STEPS),
+                checkpoints=Path(scratch) / "checkpoints",
+                before_save=lambda: None,
+                watch=Watch([0] * STEPS, names=NAMES, on_log=lambda *_: None, on_step=lambda _: None),
+            ).train()
+
+    return run
+
+
+def _open_reward(case: Case, folder: Path) -> Steps:
+    from llamachat.models.reward_model import build_reward_model
+    from llamachat.models.sequence_attention import use_sequence_attention
+    from llamachat.training.trainer import Watch, collator, row_numbers
+    from reward.batches import plan_batches
+    from reward.pairs import PairExample
+    from reward.trainer import PackedRewardTrainer, make_optimizer, names_of, trainer_arguments
+
+    config = reward_config(case)
+    start = build_reward_model(base_of(case, folder), tuning_of(case), policy=None, seed=0, device="auto")
+    if start.device.type == "cpu":
+        use_sequence_attention(start.model)
+    _touched(start.model)
+    tokenizer = start.fast_tokenizer(folder / "tokenizer")
+    ids = _ids(case.tokens)
+    text = Message("assistant", "Nothing of it is read here.")
+    pair = PairExample(
+        chosen=ids,
+        rejected=ids[::-1],
+        margin=0.0,
+        chosen_tokens=len(ids),
+        rejected_tokens=len(ids),
+        preference=Preference(prompt=(), chosen=text, rejected=text),
+        domain="helpfulness",
+        source="",
+    )
+    batches = plan_batches(
+        [pair] * (STEPS * MICROBATCHES),
+        [],
+        pairs_per_step=MICROBATCHES,
+        epochs=1,
+        seed=0,
+        row_tokens=2 * case.tokens,
+        has_pair_labels=False,
+    )
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = trainer_arguments(
+                config, folder=Path(scratch), rows_per_step=MICROBATCHES, seed=0, log_every=1, save_every=10**6
+            )
+            arguments.save_strategy = "no"
+            PackedRewardTrainer(
+                model=start.model,
+                args=arguments,
+                data_collator=collator(batches.collate),
+                train_dataset=row_numbers(len(batches.plan.rows)),
+                processing_class=tokenizer,
+                optimizers=make_optimizer(start.model, config, steps=STEPS),
+                checkpoints=Path(scratch) / "checkpoints",
+                before_save=lambda: None,
+                watch=Watch([0] * STEPS, names=names_of("helpfulness"), on_log=lambda *_: None, on_step=lambda _: None),
+                safety_auxiliary_weight=0.0,
+            ).train()
+
+    return run
+
+
+def _open_rollout(case: Case, folder: Path) -> Steps:
+    from llamachat.models.loading import attach_adapter, load_base
+    from llamachat.rollout.decoder import LlamaEngine
+    from llamachat.rollout.engine import Sampling
+
+    model: Any = load_base(base_of(case, folder), device="auto", is_nf4=case.method == "qlora").eval()
+    if case.method != "full":
+        model = attach_adapter(model, tuning_of(case), seed=0).eval()
+    model.requires_grad_(False)  # as in a bank that trains nothing
+    _touched(model)
+    prompts = [_ids(case.tokens)] * case.rows
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=case.new_tokens, seed=0)
+
+    def run() -> None:
+        LlamaEngine(model, ()).generate(prompts, samples_per_prompt=1, sampling=sampling)
+
+    return run
+
+
+def _open_ppo(case: Case, folder: Path) -> Steps:
+    from llamachat.config.sections import Data, DataSource, Run, Scoring, Tracking
+    from llamachat.rollout.decoder import LlamaEngine
+    from llamachat.runs.folder import StepFolder
+    from llamachat.tracking.tracker import open_tracker
+    from ppo.config import Inputs
+    from ppo.start import open_start
+    from ppo.train import open_session
+    from ppo.update import Updater
+
+    bundled = Path(__file__).resolve().parents[2] / "data" / "prompts" / "general.jsonl.gz"
+    config = ppo_config(case)
+    inputs = Inputs(
+        step="ppo",
+        folder=folder / "ppo",
+        resolved="",
+        identity={},
+        fingerprint="",
+        run=Run(dir=str(folder)),
+        base=base_of(case, folder),
+        tuning=tuning_of(case),
+        data=Data(sft=(), prompts=(DataSource(path=str(bundled)),)),
+        rollout=rollout_of(case),
+        scoring=Scoring(combine="single", helpfulness=str(folder / "reward")),
+        tracking=Tracking(mode="off"),
+    )
+    start = open_start(config, inputs)
+    questions = start.questions
+    sides = {
+        side: [replace(question, ids=_ids(case.tokens)) for question in getattr(questions, side)[:4]]
+        for side in ("train", "validation", "test")
+    }
+    start = replace(start, questions=replace(questions, **sides))
+    for module in start.bank._modules():
+        _touched(module)
+
+    def run() -> None:
+        place = StepFolder(inputs.folder)
+        tracker = open_tracker(
+            inputs.tracking, step_folder=place, run_dir=folder, step="ppo", prefix="ppo", config={}, resume_step=None
+        )
+        session = open_session(config, inputs, start, tracker.__enter__())
+        session.engine = LlamaEngine(start.bank.policy_model(), ())  # nothing stops it
+        rows = session.row_tokens
+        updater = Updater(start.bank, session.optimizers, config, temperature=1.0, row_tokens=rows, step="ppo")
+        for _ in range(STEPS):
+            session.step(updater)
+            session.state.iteration += 1
+
+    return run
+
+
+_OPEN: dict[str, Callable[[Case, Path], Steps]] = {
+    "sft": _open_sft,
+    "rm": _open_reward,
+    "rollout": _open_rollout,
+    "ppo": _open_ppo,
+}
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    asked = json.loads(sys.argv[1])
+    answers, sys.stdout = sys.stdout, sys.stderr
+    case, folders = Case(**asked["case"]), [Path(folder) for folder in asked["folders"]]
+    *toys, folder = folders
+    for toy in toys:
+        measured(case, toy)
+    print(json.dumps(measured(case, folder)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -54,7 +54,7 @@ check: $(READY) ## lint, format, types, import rules
 	@$(PY) -m pytest -q tests/test_architecture.py
 
 bench: $(READY) ## benchmarks against named baselines
-	@for file in benchmarks/*.py; do PYTHONPATH="$(CURDIR)" $(PY) $$file $(ARGS) || exit 1; done
+	@for file in benchmarks/*.py; do $(PY) -m benchmarks.$$(basename $$file .py) $(ARGS) || exit 1; done
 
 setup: $(READY) ## only set up the environment
 

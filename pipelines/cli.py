@@ -274,16 +274,21 @@ def plan(
     presets: tools.PresetsOption = False,
 ) -> None:
     """Say what would run, from which inputs and why, with memory and time; runs nothing."""
-    if presets:
-        from pipelines.plan_table import presets_text
-
-        print(presets_text(gpu=gpu))
-        return
     from pipelines.plan import make_plan, plan_text
     from pipelines.recipe import load
     from pipelines.study import is_study, load_study
     from pipelines.study_plan import study_plan_text
 
+    if presets:
+        from pipelines.plan_table import presets_text
+
+        print(presets_text(gpu=gpu))
+        return
+    if hours is not None and is_study(config):
+        raise UsageError(
+            f"--hours: {hours:g}, but {config} is a study, whose runs the plan sums without holding them to hours. Give the"
+            " recipe that it extends, or leave --hours out."
+        )
     given = [*(overrides or ()), *([f"run.gpu={gpu}"] if gpu else ())]
     if is_study(config):
         print(study_plan_text(load_study(config, given)))

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llamachat.config.gpus import Gpu, parse_gpu
+from llamachat.errors import UsageError
 from llamachat.models.estimates import Estimate
 from pipelines.fitting import fits, largest_microbatch, presets, way_to_fit
 from pipelines.recipe import Recipe, Step, resolve_steps
@@ -107,6 +108,11 @@ def presets_text(gpu: str | None = None) -> str:
     from pipelines.limits import preset_limits
     from pipelines.plan import card, duration
 
+    if gpu is not None:
+        try:
+            parse_gpu(gpu)
+        except ValueError as error:
+            raise UsageError(f"--gpu: {error}") from None
     sizes = (gpu,) if gpu else SIZES
     rows: list[tuple[str, ...]] = [("preset", "base", "card", *sizes, f"time on {'it' if gpu else 'its card'}")]
     for path, recipe in presets():

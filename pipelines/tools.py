@@ -25,7 +25,9 @@ Overrides = Annotated[
 GpuOption = Annotated[
     str | None, typer.Option("--gpu", help="The card: 24GiB, rtx-4090, 8x a100-80gb.", metavar="CARD")
 ]
-HoursOption = Annotated[float | None, typer.Option("--hours", help="Hours that there are, for the whole.", metavar="H")]
+HoursOption = Annotated[
+    float | None, typer.Option("--hours", min=0.0, help="Hours that there are, for the whole.", metavar="H")
+]
 PresetsOption = Annotated[bool, typer.Option("--presets", help="All presets on cards of 24, 48 and 80 GiB instead.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this probability mass.")]

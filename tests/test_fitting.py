@@ -87,8 +87,8 @@ def test_what_would_fit_is_the_fewest_settings() -> None:
     assert told is not None and "these presets do: llama2-13b-qlora, llama2-7b-qlora, tinyllama-1.1b-lora" in told
     assert "no preset does" in (way_to_fit(load(QLORA), parse_gpu("1GiB")) or "")
     assert way_to_fit(load(QLORA), parse_gpu("24GiB")) == "It fits."
-    told = way_to_fit(load(FSDP), parse_gpu("8x24GiB"))
-    assert told == "It would fit with sft.sample_prompts=0: 21.5 GiB."
+    told = way_to_fit(load(FSDP), parse_gpu("8x28GiB"))
+    assert told == "It would fit with sft.sample_prompts=0: 22.8 GiB."
 
 
 def test_hours_that_do_not_suffice_are_told_with_what_to_set(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +120,13 @@ def test_presets_on_three_cards(capsys: pytest.CaptureFixture[str]) -> None:
     # A step reads 13.2 GB of weights, without the embeddings, and 64 answers' keys and values of 251 tokens.
     step = 2 * (6_738_415_616 - 32000 * 4096) + 64 * 251.2 * 2 * 32 * 4096 * 2
     assert lora[4] == f"{64 * 1935e9 / step:,.0f}"
+
+
+def test_what_plan_cannot_take_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--presets", "--gpu", "abacus"]) == 2
+    assert "--gpu: 'abacus' is no card that is known" in capsys.readouterr().err
+    assert main(["plan", "--hours", "5", "--config", "configs/studies/k.yaml"]) == 2
+    assert "is a study, whose runs the plan sums" in capsys.readouterr().err
 
 
 # -- what a run has measured

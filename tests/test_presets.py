@@ -153,7 +153,6 @@ def test_accelerate_understands_its_files(name: str) -> None:
         assert found.fsdp_config["fsdp_version"] == 2
         for told in (path, "configs/llama2-7b-full-fsdp.yaml"):
             assert "not run on GPUs" in Path(told).read_text() or "has not been run on GPUs" in Path(told).read_text()
-        )
 
 
 # -- plan

@@ -14,7 +14,7 @@ from llamachat.answers.inputs import StepInputs
 from llamachat.config.section import Section, unless_null
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
-VERSION = 1
+VERSION = 2
 
 Temperature = Annotated[float, Field(gt=0)]
 Words = Annotated[str, Field(min_length=1)]

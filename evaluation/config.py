@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llamachat.runs.artifacts import Artifact
 
 # Part of the fingerprint: raised when the same configuration and data would give other figures.
-VERSION = 1
+VERSION = 2
 
 Temperature = Annotated[float, Field(gt=0)]
 Turn = Annotated[int, Field(ge=1)]

@@ -15,7 +15,7 @@ from llamachat.config.section import Section, unless_null
 from llamachat.constraints import FAMILIES
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
-VERSION = 1
+VERSION = 2
 
 Temperature = Annotated[float, Field(gt=0)]
 Turn = Annotated[int, Field(ge=1)]

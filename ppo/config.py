@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llamachat.runs.artifacts import Artifact
 
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
-VERSION = 1
+VERSION = 2
 
 
 class Config(Section):

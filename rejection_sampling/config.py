@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llamachat.runs.artifacts import Artifact
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
-VERSION = 1
+VERSION = 2
 
 Temperature = Annotated[float, Field(gt=0)]
 

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 from llamachat.answers.groups import ANSWERS_PER_BATCH, Group, batches_of, is_allowed, scored_groups
 from llamachat.answers.responses import Response
-from llamachat.answers.scorer import Scored
+from llamachat.answers.scorer import Scored, Scorer
 from llamachat.answers.store import Store
-from llamachat.chat_format import ChatFormat
+from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.dialog import Message
 from llamachat.questions import Question
 from llamachat.runs import atomic
 from llamachat.runs.atomic import StorageError
 from llamachat.scoring.combining import llama2_gate
-from llamachat.scoring.scores import Scores
+from llamachat.scoring.scores import Combined, Scores
 from llamachat.scoring.standardising import Constants, Scale
 from tests.killing import killed_at
 
@@ -198,3 +198,35 @@ def test_a_number_that_is_none_is_our_bug_and_is_not_written(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="Out of range float"):
         Store(tmp_path).kept("one", lambda: [float("nan")])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_that_was_cut_is_scored_where_answers_end_in_training(tiny_format: ChatFormat) -> None:
+    """Behind the space and the EOS that close every answer of a dialog, whether or not the space was sampled."""
+    asked, text = (Message("user", "What is the cat?"),), "It is the cat"
+    dialog = tiny_format.encode_dialog((*asked, Message("assistant", text)), train_on=TrainOn.LAST_ANSWER).input_ids
+    prompt = tuple(tiny_format.encode_prompt(asked))
+    assert dialog[: len(prompt)] == prompt and dialog[-2:] == tiny_format.closing_ids
+    read: list[tuple[int, ...]] = []
+
+    def scores(role: str, rows: list[tuple[int, ...]]) -> torch.Tensor:
+        read.extend(rows)
+        return torch.zeros(len(rows))
+
+    bank: Any = SimpleNamespace(
+        roles=("helpfulness",), reads_policy_ids=lambda role: True, scores=scores, chat_format=tiny_format
+    )
+    ends = (len(dialog), len(dialog) - 1, len(dialog) - 2)  # finished, cut before the EOS, cut before the space
+    responses = [
+        Response(
+            question=Question(asked, prompt, is_safety=False, name="cat"),
+            ids=dialog[len(prompt) : end],
+            logprobs=(0.0,) * (end - len(prompt)),
+            is_finished=end == len(dialog),
+            text=text,
+        )
+        for end in ends
+    ]
+    nothing_B = torch.zeros(3, dtype=torch.bool)
+    combined = Combined(scores_B=torch.zeros(3), is_gated_B=nothing_B, is_unsafe_B=nothing_B, has_gate=False)
+    Scorer(bank, lambda scores, answers: combined).score(responses, with_judge=False)
+    assert read == [dialog] * 3

@@ -69,12 +69,17 @@ class Scorer:
         return torch.tensor(ranks.dealt(rows, lambda mine: self.bank.scores(role, mine).tolist()))
 
     def _ids(self, response: Response) -> tuple[int, ...]:
-        """Prompt and answer as they were sampled, ended by EOS also where the length limit cut them.
+        """Prompt and answer as they were sampled, closed as the chat format does it also where the length limit cut them.
 
-        A reward model learnt to be read there. The score of a cut answer is told, and never trained on.
+        A reward model learnt to be read behind that: after EOS alone, without the space before it, it says anything. The
+        score of a cut answer is told, and never trained on.
         """
-        stop = () if response.is_finished else self.bank.chat_format.stop_ids[:1]
-        return (*response.question.ids, *response.ids, *stop)
+        *space, stop = self.bank.chat_format.closing_ids
+        closing: tuple[int, ...] = ()
+        if not response.is_finished:
+            has_space = space and list(response.ids[-len(space) :]) == space
+            closing = (stop,) if has_space else (*space, stop)
+        return (*response.question.ids, *response.ids, *closing)
 
     def _by_text(self, role: "RewardRole", responses: Sequence[Response]) -> Tensor:
         """By a model with another tokenizer. An answer that it cannot read counts as the worst of the batch."""
@@ -96,9 +101,9 @@ class Scorer:
 
 
 def longest_prompt(base: "Base", rollout: "Rollout", bank: "RoleBank") -> int:
-    """Tokens of a prompt that leave room for an answer, for the policy and for each reward model, its EOS included."""
+    """Tokens of a prompt that leave room for an answer, for the policy and for each reward model, its closing included."""
     readable = [bank.reward_model(role).max_tokens for role in REWARD_ROLES if role in bank.roles]
-    longest = min([base.max_tokens, *readable]) - rollout.max_new_tokens - 1
+    longest = min([base.max_tokens, *readable]) - rollout.max_new_tokens - len(bank.chat_format.closing_ids)
     if longest < 1:
         raise ConfigError(
             f"rollout.max_new_tokens: {rollout.max_new_tokens}, but a reward model reads at most {min(readable)} "

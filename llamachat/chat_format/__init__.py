@@ -73,6 +73,11 @@ class ChatFormat(Protocol):
         """Ids that end an answer; they belong to it."""
         ...
 
+    @property
+    def closing_ids(self) -> tuple[int, ...]:
+        """What stands behind the text of each answer of a dialog, the last of them a stop id."""
+        ...
+
     def check_text(self, messages: Sequence[Message], *, field: str = "messages") -> None:
         """Raise `DialogError` for the first message that holds a forbidden text."""
         ...

@@ -114,6 +114,11 @@ class Llama2Format:
     def stop_ids(self) -> tuple[int, ...]:
         return (self.tokenizer.eos_id,)
 
+    @property
+    def closing_ids(self) -> tuple[int, ...]:
+        word = self.tokenizer.encode("a")
+        return (*self.tokenizer.encode("a ")[len(word) :], self.tokenizer.eos_id)
+
     def check_text(self, messages: Sequence[Message], *, field: str = "messages") -> None:
         for index, message in enumerate(messages):
             for tag in SPECIAL_TAGS:

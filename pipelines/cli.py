@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
     # Libraries tell each other what they will rename; nobody who runs a command can act on it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
+    # Before torch is loaded: threads that wait by spinning make a command five times slower where others use the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     asked = missing_processes()
     if asked:

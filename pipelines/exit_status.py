@@ -8,6 +8,7 @@ from typing import ParamSpec
 
 import typer
 
+from llamachat import ranks
 from llamachat.errors import LlamachatError
 
 INTERRUPTED = 130
@@ -26,7 +27,8 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             print(f"llamachat: {error}", file=sys.stderr)
             raise typer.Exit(error.exit_status) from error
         except KeyboardInterrupt as error:
-            print(" ".join(["\nllamachat: interrupted.", *map(str, error.args)]), file=sys.stderr)
+            if ranks.launched_index() == 0:
+                print(" ".join(["\nllamachat: interrupted.", *map(str, error.args)]), file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from error
 
     return wrapped

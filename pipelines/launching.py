@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from llamachat.errors import UsageError
+from pipelines.exit_status import INTERRUPTED
 
 
 def missing_processes() -> int:
@@ -57,6 +58,7 @@ def die_with_parent() -> None:
 
 def start(count: int, arguments: Sequence[str]) -> int:
     """Run the command in so many processes of this machine, and return its exit status: that of the first which failed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
@@ -65,6 +67,8 @@ def start(count: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
         return first.exitcode if first.exitcode > 0 else 1
+    except (SignalException, KeyboardInterrupt):  # the processes have been told, too, and the first of them says so
+        return INTERRUPTED
     return 0
 
 

@@ -16,6 +16,7 @@ from llamachat import ranks
 from llamachat.config.loading import to_yaml
 from llamachat.errors import ChangedError, ConfigError, DataError, LlamachatError, TokenizerError, UsageError
 from llamachat.runs.artifacts import Artifact, is_published, read_artifact
+from llamachat.runs.checkpoints import Checkpoint, newest
 from llamachat.runs.cost import counted
 from llamachat.runs.fingerprints import changed_keys, fingerprint
 from llamachat.runs.folder import StepFolder
@@ -86,6 +87,8 @@ def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool
             warning = lacks_labels(recipe, steps, step)
             if warning:
                 log.warning("warning: %s", warning)
+    if not should_overwrite:
+        _adopt_earlier(recipe, steps, chosen)
     artifacts, left, num_worked = list[Artifact](), list[str](), 0
     for step in chosen:
         is_over = deadline is not None and num_worked > 0 and time.monotonic() > deadline
@@ -172,6 +175,7 @@ def _state(work: Work) -> StepState:
 
 def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
     name, folder = work.step.name, work.folder
+    is_begun = folder.identity.is_file()
     resolved = to_yaml(recipe)
     begin(
         folder,
@@ -182,6 +186,10 @@ def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
         keeps_sampling=bool(work.step.stage.surveys),
     )
     log.info("%s: from %s, into %s", name, work.taken.words, folder.path)
+    if is_begun:
+        checkpoint = newest(folder.checkpoints)
+        where = f"step {checkpoint.step}" if checkpoint else "its beginning: it stopped before its first checkpoint"
+        log.info("%s: goes on from %s", name, "what was sampled" if _has_sampled(folder, checkpoint) else where)
     if work.step.product.makes != REPORT:  # which is too little work to share
         ranks.agreed(cast("_Begun | None", _Begun(recipe, name, deadline)))
     try:
@@ -193,6 +201,10 @@ def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
     lineage(Path(recipe.run.dir))
     log.info("%s: done (%s)", name, artifact.path)
     return artifact
+
+
+def _has_sampled(folder: StepFolder, checkpoint: Checkpoint | None) -> bool:
+    return checkpoint is None and any(folder.sampling.glob("*.json"))
 
 
 def _work_on(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
@@ -262,6 +274,20 @@ def adopt(recipe: Recipe, work: Work) -> bool:
     reference(work.folder, kept)
     log.info("%s: unchanged, taken from %s", work.step.name, kept.path)
     return True
+
+
+def _adopt_earlier(recipe: Recipe, steps: Sequence[Step], chosen: Sequence[Step]) -> None:
+    """Take what the chosen steps may read from `run.parent` too, where it is unchanged: as the plan says."""
+    names = [step.name for step in steps]
+    last = max(names.index(step.name) for step in chosen)
+    for step in [step for step in steps[:last] if step not in chosen and not step.stage.surveys]:
+        folder = step_folder(recipe, step)
+        if recipe.run.parent is None or is_published(folder) or folder.identity.exists():
+            continue
+        try:
+            adopt(recipe, find_work(recipe, steps, step))
+        except LlamachatError:
+            continue  # what it reads is not there either; whoever needs it says so
 
 
 def parent_folder(recipe: Recipe, work: Work) -> StepFolder | None:

@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field
 
 from llamachat.config.loading import load_recipe, to_yaml
+from llamachat.config.paths import near_path
 from llamachat.config.section import Section, identity, operational
 from llamachat.config.sections import Base, Data, Rollout, Run, Tracking, Tuning
 from llamachat.config.trainer_arguments import TrainerArguments, argument_names
@@ -320,3 +321,8 @@ def test_the_skeleton_of_the_shared_sections() -> None:
         section = Root.model_fields[name].annotation
         assert isinstance(section, type) and issubclass(section, Section)
         assert list(section.model_fields) == keys
+
+
+def test_a_folder_that_is_missing_beside_a_file_of_like_name(tmp_path: Path) -> None:
+    (tmp_path / "datas").write_text("")
+    assert near_path(str(tmp_path / "datass" / "chats.jsonl")) == str(tmp_path / "datas")

@@ -21,7 +21,7 @@ from llamachat.runs.locks import hold
 from pipelines.data_size import measure_data
 from pipelines.plan import duration, make_plan, plan_text
 from pipelines.recipe import Recipe, load, resolve_steps
-from pipelines.running import find_work, run_command
+from pipelines.running import find_work, run_chosen, run_command
 from sft.config import VERSION as SFT_VERSION
 from tests.recipes import publish_toy_policy, write_dialogs, write_recipe
 
@@ -194,6 +194,11 @@ def test_a_child_run_reruns_only_what_changed(
     assert f"sft: unchanged, taken from {tmp_path}/runs/one/sft" in caplog.messages
     assert any("sft-2: not taken from" in m and "sft.learning_rate: 0.25 -> 0.125" in m for m in caplog.messages)
     assert read_artifact(tmp_path / "runs" / "two").manifest.step == "sft-2"
+    # One step alone takes what it reads from the parent too, as the plan says.
+    recipe = load(path, [*child, f"run.dir={tmp_path}/runs/three"])
+    steps = resolve_steps(recipe)
+    run_chosen(recipe, [steps[-1]])
+    assert (tmp_path / "runs" / "three" / "sft").is_symlink() and calls[-1].policy.digest == calls[1].policy.digest
 
 
 def test_a_missing_input_names_the_command_that_makes_it(tmp_path: Path, calls: list[Any]) -> None:
@@ -251,7 +256,9 @@ def test_plan_says_new_then_resume_then_done_then_changed(
     assert changed.verdict == "changed" and "sft.epochs: 2.0 -> 1" in changed.why
 
 
-def test_plan_tells_the_checkpoint_that_a_step_resumes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_and_log_tell_the_checkpoint_that_a_step_resumes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def interrupted(config: Any, inputs: Any) -> Artifact:
         with writing(StepFolder(inputs.folder).checkpoints, 50) as side:
             (side / "state").write_text("x")
@@ -262,6 +269,9 @@ def test_plan_tells_the_checkpoint_that_a_step_resumes_from(tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         run_command(recipe, "sft")
     assert make_plan(recipe)[0].why == "from step 50"
+    with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
+        run_command(recipe, "sft")
+    assert "sft: goes on from step 50" in caplog.messages
 
 
 @pytest.mark.parametrize("has_checkpoint", [False, True])

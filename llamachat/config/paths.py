@@ -56,7 +56,9 @@ def near_path(text: str) -> str | None:
     if folder == folder.parent:
         return None
     near_folder = near_path(str(folder))
-    return near_path(str(Path(near_folder) / path.name)) or near_folder if near_folder else None
+    if near_folder is None or not Path(near_folder).is_dir():  # a file of a like name
+        return near_folder
+    return near_path(str(Path(near_folder) / path.name)) or near_folder
 
 
 def missing(text: str, *, what: str) -> str:

@@ -18,6 +18,7 @@ from llamachat.errors import ArtifactError
 from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.fingerprints import digest_of_file
 from llamachat.runs.folder import StepFolder
+from llamachat.tracking.endings import ending
 
 _MADE_BY = {
     "sft": "supervised fine-tuning on dialogs (paper, 3.1)",
@@ -98,7 +99,9 @@ def step_lines(steps: Sequence[Artifact]) -> list[str]:
         command = str(manifest.identity.get("command", manifest.step.partition("/")[0]))
         models = sorted(role.partition("/")[2] for role in manifest.inputs if role.startswith("reward_model/"))
         by = f", with the reward models {', '.join(models)}" if models else ""
-        lines.append(f"{number}. `{manifest.step}`: {_MADE_BY.get(command, command)}{by}; seed {manifest.seed}")
+        end = ending(artifact)
+        cut = f"; {end.in_words}" if end else ""
+        lines.append(f"{number}. `{manifest.step}`: {_MADE_BY.get(command, command)}{by}; seed {manifest.seed}{cut}")
     return lines
 
 

@@ -204,6 +204,16 @@ def test_the_tiny_base_is_told_for_what_it_is(tmp_path: Path, tiny_format: ChatF
     assert "of 5 million parameters: it writes plausible English" in card.text
 
 
+def test_a_step_that_hours_ended_says_how_far_it_came(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    artifact = full_policy(tmp_path, tiny_format)
+    details = {**artifact.manifest.details, "end": "hours", "ended_by": "max_hours", "iterations_done": 5}
+    identity = {"command": "ppo", "ppo": {"iterations": 23, "epochs": 1}}
+    export_policy(Request(change_manifest(artifact, details=details, identity=identity), tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| iterations | 5 of 23, ended by max_hours |\n| epochs | 1 |" in card
+    assert "; seed 0; 5 of 23 iterations, ended by max_hours\n" in card
+
+
 def test_every_bundled_file_has_origins_with_licences() -> None:
     files = sorted(BUNDLED.glob("*/*.jsonl.gz"))
     assert len(files) > 20

@@ -41,6 +41,7 @@ _OF_THE_DATA = (
 _SECTIONS = {"rm": "reward", "rs": "rejection_sampling", "distill": "context_distillation"}
 # By format, what loads it.
 _LIBRARIES = {"merged": "transformers", "adapter": "peft", "gguf": "gguf", "ollama": "gguf"}
+NO_SYSTEM = "none added (`base.system` is null); dialogs and their sources may bring their own"
 _TUNED = {"full": "all weights tuned", "lora": "LoRA", "qlora": "QLoRA (LoRA on a base in NF4)"}
 
 
@@ -132,7 +133,7 @@ def _what(facts: Facts) -> str:
         f"- longest dialog in training: {details['max_tokens']} tokens\n"
     )
     if system is None:
-        return text + "- system text: none in training\n"
+        return text + f"- system text: {NO_SYSTEM}\n"
     return text + f"\nTrained with this system text; send it as the first message:\n\n{block(system)}"
 
 

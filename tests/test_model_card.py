@@ -201,6 +201,10 @@ def test_the_tiny_base_is_told_for_what_it_is(tmp_path: Path, tiny_format: ChatF
     )
     assert "base_model" not in card.data.to_dict()
     assert "- `data/sft/role_play.jsonl.gz` (gpteacher: MIT)" in card.text
+    assert (
+        "- system text: none added (`base.system` is null); dialogs and their sources may bring their own\n"
+        in card.text
+    )
     assert "of 5 million parameters: it writes plausible English" in card.text
 
 

@@ -238,8 +238,12 @@ def training(facts: Facts) -> str:
     figures = measured.own_figures(facts.artifact)
     if figures:
         lines += [*measured.table(figures), "What each figure is: docs/metrics.md of llamachat.", ""]
-    dropped = manifest.dropped_records
-    lines.append(f"Records left out: {sum(dropped.values())}" + ("." if not dropped else f" ({_counts(dropped)})."))
+    dropped = provenance.dropped_lines(facts.steps)
+    lines += (
+        ["Records left out or shortened, by step:", "", *dropped, ""]
+        if dropped
+        else ["These steps left no record out and shortened none.", ""]
+    )
     versions = {
         key: value for key, value in manifest.versions.items() if key in ("torch", "transformers", "trl", "peft")
     }
@@ -318,10 +322,6 @@ def _licence_of(facts: Facts) -> tuple[str | None, str]:
         if base.startswith(beginning):
             return found
     return None, f"This model derives from `{base}` and is under the licence of that base; see its own card."
-
-
-def _counts(dropped: Mapping[str, int]) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
 
 
 def block(text: str, language: str = "") -> str:

@@ -6,7 +6,9 @@ nothing is told but its name.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,25 @@ def step_lines(steps: Sequence[Artifact]) -> list[str]:
         cut = f"; {end.in_words}" if end else ""
         lines.append(f"{number}. `{manifest.step}`: {_MADE_BY.get(command, command)}{by}; seed {manifest.seed}{cut}")
     return lines
+
+
+def dropped_lines(steps: Sequence[Artifact]) -> list[str]:
+    """What each step left out or shortened, the dialogs that it made included, as a list."""
+    lines = []
+    for artifact in steps:
+        counts = Counter(artifact.manifest.dropped_records)
+        with suppress(ArtifactError):  # most steps make no dialogs
+            counts.update(read_artifact(StepFolder(artifact.path.parent).dialogs, "dialogs").manifest.dropped_records)
+        told = "; ".join(_dropped(reason, count) for reason, count in counts.items())
+        if told:
+            lines.append(f"- `{artifact.manifest.step}`: {told}")
+    return lines
+
+
+def _dropped(reason: str, count: int) -> str:
+    """'shortened: ... (4)': most reasons begin with what was done to the records, the others are of records left out."""
+    is_said = re.match(r"shortened: |(?:[a-z ]+ )?left out: ", reason)
+    return f"{reason} ({count})" if is_said else f"left out: {reason} ({count})"
 
 
 def sources(steps: Sequence[Artifact], kinds: Sequence[str]) -> list[Source]:

@@ -28,6 +28,7 @@ from llamachat.runs.checkpoints import newest, writing
 from llamachat.runs.cost import peak_memory
 from llamachat.runs.folder import StepFolder
 from llamachat.tracking.curves import draw_curves
+from llamachat.tracking.endings import ITERATIONS_DONE
 from llamachat.tracking.record import MetricsRecord
 from llamachat.tracking.tracker import Tracker, open_tracker
 from llamachat.training.progress import StepProgress
@@ -85,8 +86,8 @@ def run(config: Config, inputs: Inputs) -> Artifact:
         # Before the artifact, which ends the step: a command killed between the two would never come back to write it.
         tracker.summary(session.finish())
         state = session.state
-        notes = {"iteration": state.best_iteration, "end": state.end} | ended_by(state.end)
-        return publish_policy(start, inputs, folder, notes=notes)
+        notes = {"iteration": state.best_iteration, ITERATIONS_DONE: state.iteration, "end": state.end}
+        return publish_policy(start, inputs, folder, notes=notes | ended_by(state.end))
 
 
 def ended_by(end: End | None) -> dict[str, str]:

@@ -94,7 +94,7 @@ def _steps(facts: Facts) -> Table:
         rows.append(
             row(
                 step.name,
-                manifest.kind.replace("_", " "),
+                manifest.kind.replace("_", " ") + (f": {step.ending.in_words}" if step.ending else ""),
                 str(manifest.seed),
                 commit,
                 manifest.created[:16].replace("T", " "),

@@ -85,21 +85,24 @@ def _of_values(facts: Facts) -> list[tuple[str, str, str]]:
     rows = []
     for value in _VALUES:
         for step in facts.by_command(value.command):
-            ours = step.value(value.section, value.key)
+            ours, end = step.value(value.section, value.key), step.ending
+            cut = end.count if end is not None and end.key == value.key else None
             stated = value.paper if isinstance(value.paper, tuple) else (value.paper,)
-            if ours is not None and ours not in stated:
+            if ours is not None and (cut or ours not in stated):
                 told = [f"{one:g} {value.unit}".strip() for one in (stated[0], ours)]
-                rows.append((f"{step.name}: {value.what}", *told))
+                rows.append((f"{step.name}: {value.what}", told[0], cut or told[1]))
     return rows
 
 
 def _of_commands(facts: Facts) -> list[tuple[str, str, str]]:
     rows = []
     for step in facts.by_command("ppo"):
-        iterations = step.value("ppo", "iterations")
+        planned, end = step.value("ppo", "iterations"), step.ending
+        iterations = planned if end is None or end.done is None else end.done
         low, high = _MOST_ITERATIONS
         if iterations is not None and not low <= iterations <= high:
-            rows.append((f"{step.name}: iterations", f"{low} to {high}", f"{iterations}"))
+            told = f"{planned}" if end is None else end.count
+            rows.append((f"{step.name}: iterations", f"{low} to {high}", told))
     for step in facts.by_command("rs"):
         if step.value("rejection_sampling", "start") == "current":
             rows.append((f"{step.name}: tuned", "the base model anew", "the present policy"))

@@ -17,6 +17,7 @@ from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import storage_errors
 from llamachat.runs.evaluations import EVALUATION
 from llamachat.runs.folder import StepFolder
+from llamachat.tracking.endings import Ending, ending
 from report.config import Inputs
 
 COST = "cost.json"
@@ -128,6 +129,11 @@ class Step:
     @property
     def identity(self) -> Mapping[str, Any]:
         return self.artifact.manifest.identity
+
+    @property
+    def ending(self) -> Ending | None:
+        """What ended it before its recipe did."""
+        return ending(self.artifact)
 
     def value(self, section: str, key: str) -> Any:
         """A key of the configuration that the step was run with; None where it did not read it."""

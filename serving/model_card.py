@@ -18,6 +18,7 @@ import yaml
 from llamachat.config.paths import bundled
 from llamachat.models.hub import LICENCE_FILES
 from llamachat.runs.artifacts import Artifact
+from llamachat.tracking.endings import ending
 from serving import measured, provenance
 
 # The licence of a base by the beginning of its hub name: the hub's short name for it, and what it asks for.
@@ -40,6 +41,7 @@ _OF_THE_DATA = (
 _SECTIONS = {"rm": "reward", "rs": "rejection_sampling", "distill": "context_distillation"}
 # By format, what loads it.
 _LIBRARIES = {"merged": "transformers", "adapter": "peft", "gguf": "gguf", "ollama": "gguf"}
+NO_SYSTEM = "none added (`base.system` is null); dialogs and their sources may bring their own"
 _TUNED = {"full": "all weights tuned", "lora": "LoRA", "qlora": "QLoRA (LoRA on a base in NF4)"}
 
 
@@ -131,7 +133,7 @@ def _what(facts: Facts) -> str:
         f"- longest dialog in training: {details['max_tokens']} tokens\n"
     )
     if system is None:
-        return text + "- system text: none in training\n"
+        return text + f"- system text: {NO_SYSTEM}\n"
     return text + f"\nTrained with this system text; send it as the first message:\n\n{block(system)}"
 
 
@@ -228,13 +230,20 @@ def training(facts: Facts) -> str:
     section = manifest.identity.get(_SECTIONS.get(command, command), {})
     settings = {**manifest.identity.get("tuning", {}), **(section if isinstance(section, dict) else {})}
     shown = {key: value for key, value in settings.items() if isinstance(value, str | int | float)}
+    end = ending(facts.artifact)
+    if end is not None and end.key in shown:
+        shown[end.key] = end.count
     if shown:
         lines += ["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in shown.items()), ""]
     figures = measured.own_figures(facts.artifact)
     if figures:
         lines += [*measured.table(figures), "What each figure is: docs/metrics.md of llamachat.", ""]
-    dropped = manifest.dropped_records
-    lines.append(f"Records left out: {sum(dropped.values())}" + ("." if not dropped else f" ({_counts(dropped)})."))
+    dropped = provenance.dropped_lines(facts.steps)
+    lines += (
+        ["Records left out or shortened, by step:", "", *dropped, ""]
+        if dropped
+        else ["These steps left no record out and shortened none.", ""]
+    )
     versions = {
         key: value for key, value in manifest.versions.items() if key in ("torch", "transformers", "trl", "peft")
     }
@@ -313,10 +322,6 @@ def _licence_of(facts: Facts) -> tuple[str | None, str]:
         if base.startswith(beginning):
             return found
     return None, f"This model derives from `{base}` and is under the licence of that base; see its own card."
-
-
-def _counts(dropped: Mapping[str, int]) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
 
 
 def block(text: str, language: str = "") -> str:

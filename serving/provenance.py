@@ -6,7 +6,9 @@ nothing is told but its name.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from llamachat.errors import ArtifactError
 from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.fingerprints import digest_of_file
 from llamachat.runs.folder import StepFolder
+from llamachat.tracking.endings import ending
 
 _MADE_BY = {
     "sft": "supervised fine-tuning on dialogs (paper, 3.1)",
@@ -98,8 +101,29 @@ def step_lines(steps: Sequence[Artifact]) -> list[str]:
         command = str(manifest.identity.get("command", manifest.step.partition("/")[0]))
         models = sorted(role.partition("/")[2] for role in manifest.inputs if role.startswith("reward_model/"))
         by = f", with the reward models {', '.join(models)}" if models else ""
-        lines.append(f"{number}. `{manifest.step}`: {_MADE_BY.get(command, command)}{by}; seed {manifest.seed}")
+        end = ending(artifact)
+        cut = f"; {end.in_words}" if end else ""
+        lines.append(f"{number}. `{manifest.step}`: {_MADE_BY.get(command, command)}{by}; seed {manifest.seed}{cut}")
     return lines
+
+
+def dropped_lines(steps: Sequence[Artifact]) -> list[str]:
+    """What each step left out or shortened, the dialogs that it made included, as a list."""
+    lines = []
+    for artifact in steps:
+        counts = Counter(artifact.manifest.dropped_records)
+        with suppress(ArtifactError):  # most steps make no dialogs
+            counts.update(read_artifact(StepFolder(artifact.path.parent).dialogs, "dialogs").manifest.dropped_records)
+        told = "; ".join(_dropped(reason, count) for reason, count in counts.items())
+        if told:
+            lines.append(f"- `{artifact.manifest.step}`: {told}")
+    return lines
+
+
+def _dropped(reason: str, count: int) -> str:
+    """'shortened: ... (4)': most reasons begin with what was done to the records, the others are of records left out."""
+    is_said = re.match(r"shortened: |(?:[a-z ]+ )?left out: ", reason)
+    return f"{reason} ({count})" if is_said else f"left out: {reason} ({count})"
 
 
 def sources(steps: Sequence[Artifact], kinds: Sequence[str]) -> list[Source]:

@@ -36,7 +36,7 @@ from serving.export import (
     write_adapter,
 )
 from serving.merging import read_adapter, write_weights
-from serving.model_card import Facts, block, data, front_matter, joined, licence, made_by, training
+from serving.model_card import NO_SYSTEM, Facts, block, data, front_matter, joined, licence, made_by, training
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def _card(facts: Facts) -> str:
         "two is the log-odds that people prefer the one to the other. Made with llamachat by the recipe of Llama 2 "
         f"(arXiv:2307.09288), step `{facts.artifact.manifest.step}`.\n\n- base: `{facts.origin}`\n"
         f"- tuning: {note['method']}\n- weights: {note['dtype']}\n- longest dialog in training: {details['max_tokens']} "
-        f"tokens\n- system text in training: {details.get('system') or 'none'}\n"
+        f"tokens\n- system text in training: {details.get('system') or NO_SYSTEM}\n"
     )
     held = (
         f"\n## Held against the artifact\n\nScores of {note['answers']} built-in answers differ by at most "

@@ -13,8 +13,9 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import RopeScaling
 from llamachat.models.loading import load_policy
-from llamachat.runs.artifacts import Artifact, read_artifact
+from llamachat.runs.artifacts import DIALOGS, Artifact, Manifest, publish, read_artifact
 from llamachat.runs.fingerprints import digest_of_file
+from llamachat.runs.folder import StepFolder
 from serving import measured, provenance
 from serving.export import Request, export_policy
 from tests.exporting import full_policy, lora_policy
@@ -70,7 +71,7 @@ def test_the_card_tells_what_made_the_model_and_not_where_files_lay(tmp_path: Pa
         "| sft/trained_tokens | 7889 |",
         "- `logs.jsonl`, at most 200 of them, weight 0.5",
         "- `data/sft/chat.jsonl.gz`",
-        "Records left out: 3 (too long: 3).",
+        "Records left out or shortened, by step:\n\n- `sft`: left out: too long (3)\n",
         "````\nSay ``` often.\n````",
         "Llama 2 Community License",
         "log-probabilities differ from those of the trained policy by at most 0.0000 nats",
@@ -188,6 +189,23 @@ def test_the_chain_ends_where_a_policy_is_gone_or_another(tmp_path: Path, tiny_f
     assert provenance.hub_name(alone) is None, "a folder of the run is no name of the hub"
 
 
+def test_records_left_out_and_shortened_are_told_by_step(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    last = run_of_two(tmp_path, tiny_format)
+    assert provenance.dropped_lines(provenance.chain(last)) == []
+    first = read_artifact(tmp_path / "runs/one/sft", "policy")
+    change_manifest(first, dropped_records={"shortened: to fit 9 tokens": 4, "left out: too long": 2})
+    dialogs = Manifest(
+        kind="dialogs", step="rs", fingerprint="0" * 64, identity={}, seed=0,
+        dropped_records={"answers left out: empty": 1, "shortened: to fit 9 tokens": 3},
+    )  # fmt: skip
+    publish(StepFolder(last.path.parent), dialogs, lambda side: (side / DIALOGS).write_text(""))
+    last = change_manifest(last, dropped_records={"row without a kind": 1})
+    assert provenance.dropped_lines(provenance.chain(last)) == [
+        "- `sft`: shortened: to fit 9 tokens (4); left out: too long (2)",
+        "- `rs`: left out: row without a kind (1); answers left out: empty (1); shortened: to fit 9 tokens (3)",
+    ]
+
+
 def test_the_tiny_base_is_told_for_what_it_is(tmp_path: Path, tiny_format: ChatFormat) -> None:
     artifact = full_policy(tmp_path, tiny_format)
     (artifact.path.parent / "config.yaml").write_text("data: {sft: [{path: data/sft/role_play.jsonl.gz}]}\n")
@@ -201,7 +219,21 @@ def test_the_tiny_base_is_told_for_what_it_is(tmp_path: Path, tiny_format: ChatF
     )
     assert "base_model" not in card.data.to_dict()
     assert "- `data/sft/role_play.jsonl.gz` (gpteacher: MIT)" in card.text
+    assert (
+        "- system text: none added (`base.system` is null); dialogs and their sources may bring their own\n"
+        in card.text
+    )
     assert "of 5 million parameters: it writes plausible English" in card.text
+
+
+def test_a_step_that_hours_ended_says_how_far_it_came(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    artifact = full_policy(tmp_path, tiny_format)
+    details = {**artifact.manifest.details, "end": "hours", "ended_by": "max_hours", "iterations_done": 5}
+    identity = {"command": "ppo", "ppo": {"iterations": 23, "epochs": 1}}
+    export_policy(Request(change_manifest(artifact, details=details, identity=identity), tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| iterations | 5 of 23, ended by max_hours |\n| epochs | 1 |" in card
+    assert "; seed 0; 5 of 23 iterations, ended by max_hours\n" in card
 
 
 def test_every_bundled_file_has_origins_with_licences() -> None:

@@ -178,6 +178,7 @@ def test_hours_end_it(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtu
         artifact = ppo.run(config, inputs_of(tmp_path, base))
     details = artifact.manifest.details
     assert (details["end"], details["ended_by"], record(artifact)[-1]["step"]) == ("hours", "max_hours", 1)
+    assert details["iterations_done"] == 1
     assert "ppo.max_hours (1e-09) are over" in caplog.text and "ppo/heldout/score" in record(artifact)[-1]
 
 

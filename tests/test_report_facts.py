@@ -182,3 +182,25 @@ def test_an_estimate_counts_seconds_and_no_device() -> None:
     plain, with_curves = (estimate(Config(shows_curves=shows), Workload(steps=7)) for shows in (False, True))
     assert plain.peak_bytes == 0 and plain.optimizer_steps is None
     assert 0 < plain.seconds < with_curves.seconds < 60
+
+
+def test_a_step_that_a_limit_ended_says_how_far_it_came(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path / "tiny").add("sft", "rm/helpfulness", "rs", "ppo")
+    tuned, judged, sampled, learnt = (artifact.manifest.details for artifact in run.artifacts)
+    with (run.folder / "sft" / "metrics.jsonl").open("a") as record:
+        record.write('{"step": 3, "sft/epoch": 0.25}\n{"step": 3, "sft/eval_loss": 2.5}\n')
+    for details, by in ((tuned, "run.max_hours"), (judged, "max_hours"), (sampled, "max_hours")):
+        details["ended_by"] = by
+    learnt["end"] = "patience"
+    text = run.report().page_markdown.read_text(encoding="utf-8")
+    for told in (
+        "| sft: epochs | 2 | 0.25 of 1.5, ended by run.max_hours |",
+        "| rm/helpfulness: epochs | 1 | at most 1, ended by max_hours |",  # its record is gone
+        "| ppo: iterations | 200 to 400 | 2 of 40, ended by patience |",
+        "| ppo | policy: 2 of 40 iterations, ended by patience |",
+        "| rs | policy: ended by max_hours |",
+    ):
+        assert told in text
+    learnt |= {"end": "hours", "ended_by": "max_hours", "iterations_done": 5}
+    text = run.report().page_markdown.read_text(encoding="utf-8")
+    assert "| 200 to 400 | 5 of 40, ended by max_hours |" in text

@@ -50,6 +50,7 @@ def test_an_exported_model_gives_the_scores_of_the_artifact(
     assert note_of(out)["max_score_difference"] <= 1e-5
     assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
     card = (out / "README.md").read_text()
+    assert "- system text in training: none added (`base.system` is null); dialogs and their sources may" in card
     assert "pipeline_tag: text-classification" in card and "Held against the artifact" in card
 
 

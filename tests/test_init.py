@@ -10,6 +10,7 @@ import yaml
 
 from llamachat.config.gpus import parse_gpu
 from llamachat.html_text import html_in, without_html
+from pipelines import devices
 from pipelines.cli import main
 from pipelines.fitting import fits
 from pipelines.plan import estimate_step, warn
@@ -114,6 +115,23 @@ def test_a_card_that_is_too_small_is_refused_with_one_that_holds_it(capsys: pyte
     named = re.search(r"Take a larger card \(([\w-]+) holds it\), or a smaller base", said)
     assert named and not Path("recipe.yaml").exists()
     assert init("--gpu", named[1], base=SEVEN) == 0
+
+
+@pytest.mark.parametrize(
+    ("gib", "found"),
+    [(24, "'gatt' needs about .* GiB by estimate, and this machine has 24.0"), (256, "two CPU cores take")],
+)
+def test_without_a_card_a_large_base_is_refused_with_one_that_holds_it(
+    gib: int, found: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "installed_bytes", lambda: gib * 2**30)
+    pairs = ["--preferences", "pairs.jsonl"] if gib == 256 else []
+    assert init(*pairs, base=SEVEN) == 2 and not Path("recipe.yaml").exists()
+    said = capsys.readouterr().err
+    assert re.search(f"--base: '{SEVEN}' is too large for this machine without a card: {found}", said)
+    assert ("fewer records or --hours" in said) == bool(pairs) and "a smaller base, such as TinyLlama/" in said
+    named = re.search(r"with --gpu \(the smallest known that holds it is ([\w-]+)\)", said)
+    assert named and init(*pairs, "--gpu", named[1], base=SEVEN) == 0
 
 
 def test_hours_that_are_too_few_are_refused_with_how_many_it_takes(capsys: pytest.CaptureFixture[str]) -> None:

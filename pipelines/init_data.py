@@ -94,9 +94,10 @@ def _checked(path: str, option: str, kind: Kind, check: TextCheck) -> CheckRepor
             f"{option}: '{path}' is no file here. `init` reads every record before it chooses, and a set of the hub is not "
             f"here. Fetch it and convert it (`llamachat data convert {path} FILE.jsonl`), or begin with a preset of configs/."
         )
-    if not Path(path).expanduser().is_file():
+    if not Path(path).expanduser().exists():
         raise UsageError(f"{option}: {missing(path, what='the data file')}")
     found = check_path(path, None, "auto", check)
+    _require_readable(found, option)
     other = next((name for name, (taken, _) in OPTIONS.items() if taken == found.kind), None)
     # Prompts may be read out of dialogs and preferences too; dialogs and preferences only out of themselves.
     if found.num_records and found.kind != kind and kind != "prompt":
@@ -116,6 +117,19 @@ def _checked(path: str, option: str, kind: Kind, check: TextCheck) -> CheckRepor
             f"{option}: '{path}' holds no {kind} at all. A step learns from at least one. Name another file."
         )
     return found
+
+
+def _require_readable(found: CheckReport, option: str) -> None:
+    """DataError for a file of which no record can be read, which no command of ours mends."""
+    whole = next((problem for problem in found.problems if not problem.line), None)
+    if whole is not None:  # a folder, an empty file, a table: what it is and what to do, in the reader's words
+        raise DataError(f"{option}: '{found.path}' {whole.reason} {whole.mend}")
+    if found.problems and all(problem.field.startswith("column ") for problem in found.problems) and not found.kind:
+        raise DataError(
+            f"{option}: '{found.path}' holds no record in a form that can be read: none of its lines is whole JSON, as those of"
+            f" JSON Lines (.jsonl, .jsonl.gz) are. Write one record a line, or name another file.\n"
+            f"{report(found.problems[:1], found.path)}"
+        )
 
 
 def _convert(path: str) -> str:

@@ -172,10 +172,13 @@ def refusals(folder: Path) -> dict[str, tuple[list[str], dict[str, str], str]]:
     config = json.loads((folder / "other" / "config.json").read_text())
     (folder / "other" / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
     (folder / "empty").mkdir()
+    (folder / "data").mkdir()
     lines = (folder / "dialogs.jsonl").read_text().splitlines()
     lines[2] = lines[2].replace('"assistant"', '"gpt"')
     (folder / "bad.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "nothing.jsonl").write_text("")
+    (folder / "table.csv").write_text("question,answer\na,b\n")
+    (folder / "prose.txt").write_text("Hello there.\nHow are you?\n")
     no_file = "--sft: the data file 'dialog.jsonl' does not exist. Did you mean 'dialogs.jsonl'?"
     as_sft = "--sft: 'pairs.jsonl' holds preferences (400 of them), and dialogs are taken here."
     as_pairs = "--preferences: 'dialogs.jsonl' holds dialogs (600 of them), and preferences are taken here."
@@ -185,7 +188,10 @@ def refusals(folder: Path) -> dict[str, tuple[list[str], dict[str, str], str]]:
         "dialogs as pairs": (["--preferences", "dialogs.jsonl"], {}, f"{as_pairs} A record of another kind"),
         "a bad record": ([], {"sft": "bad.jsonl"}, "bad.jsonl:3: messages[1].role: is 'gpt'"),
         "how it is mended": ([], {"sft": "bad.jsonl"}, "llamachat data convert bad.jsonl bad.converted.jsonl"),
-        "no record": ([], {"sft": "nothing.jsonl"}, "nothing.jsonl"),
+        "no record": ([], {"sft": "nothing.jsonl"}, "--sft: 'nothing.jsonl' is empty, but it should hold records."),
+        "a table": ([], {"sft": "table.csv"}, "--sft: 'table.csv' is a table (CSV), but a data file is JSON Lines"),
+        "prose": ([], {"sft": "prose.txt"}, "--sft: 'prose.txt' holds no record in a form that can be read"),
+        "a folder of files": ([], {"sft": "data"}, "--sft: 'data' is a folder, but records are read from one file."),
         "a set of the hub": ([], {"sft": "owner/name"}, "--sft: 'owner/name' is no file here."),
         "a card nobody knows": (["--gpu", "rtx-9999"], {}, "--gpu: 'rtx-9999' is no card that is known."),
         "another architecture": ([], {"base": "other"}, "'other' has the architecture 'mistral'"),
@@ -202,6 +208,8 @@ def test_what_is_refused_is_2_and_says_what_to_do(tmp_path: Path, capsys: pytest
     for name, (options, given, text) in refusals(tmp_path).items():
         assert init(*options, **given) == 2, name
         captured = capsys.readouterr()
+        mends = "data convert" in captured.err
+        assert mends == (name in ("a bad record", "how it is mended", "a set of the hub")), name
         assert text in captured.err and "Traceback" not in captured.err and captured.out == "", name
         assert not Path("recipe.yaml").exists(), name
 

@@ -66,6 +66,7 @@ class Found:
 
 def look_at(given: Mapping[str, Sequence[Path]], check: TextCheck, count: CountTokens) -> Found:
     """The files of each option, read whole; UsageError or DataError for the first that cannot be learnt from."""
+    _require_different(given)
     files: dict[str, tuple[str, ...]] = {}
     records: dict[str, int] = {}
     rated = labelled = 0
@@ -85,6 +86,23 @@ def look_at(given: Mapping[str, Sequence[Path]], check: TextCheck, count: CountT
             if kind != "prompt":
                 _measure(path, kind, check, count, lengths, answers)
     return Found(files, records, rated, labelled, Sizes(tuple(sorted(lengths)), tuple(sorted(answers))))
+
+
+def _require_different(given: Mapping[str, Sequence[Path]]) -> None:
+    """UsageError for a file that stands twice where its records would count twice, or teach two models the same."""
+    places = {option: [path.expanduser().resolve() for path in paths] for option, paths in given.items()}
+    for option, paths in given.items():
+        for number, path in enumerate(paths):
+            if places[option][number] in places[option][:number]:
+                raise UsageError(
+                    f"{option}: '{path}' is given twice. Each of its records would be counted and learnt twice. Name it once; a"
+                    " source that should count for more gets a `weight` in the recipe."
+                )
+            if option == "--safety" and places[option][number] in places.get("--preferences", ()):
+                raise UsageError(
+                    f"--safety: '{path}' is given with --preferences too. The model of safety would learn the same choices as"
+                    " that of helpfulness. Name with --safety pairs whose safer answer is chosen, or leave it out."
+                )
 
 
 def _checked(path: str, option: str, kind: Kind, check: TextCheck) -> CheckReport:

@@ -192,6 +192,12 @@ def refusals(folder: Path) -> dict[str, tuple[list[str], dict[str, str], str]]:
         "a table": ([], {"sft": "table.csv"}, "--sft: 'table.csv' is a table (CSV), but a data file is JSON Lines"),
         "prose": ([], {"sft": "prose.txt"}, "--sft: 'prose.txt' holds no record in a form that can be read"),
         "a folder of files": ([], {"sft": "data"}, "--sft: 'data' is a folder, but records are read from one file."),
+        "a file twice": (["--sft", "./dialogs.jsonl"], {}, "--sft: 'dialogs.jsonl' is given twice."),
+        "one file for two models": (
+            ["--preferences", "pairs.jsonl", "--safety", str(folder / "pairs.jsonl")],
+            {},
+            "pairs.jsonl' is given with --preferences too. The model of safety would learn the same choices",
+        ),
         "a set of the hub": ([], {"sft": "owner/name"}, "--sft: 'owner/name' is no file here."),
         "a card nobody knows": (["--gpu", "rtx-9999"], {}, "--gpu: 'rtx-9999' is no card that is known."),
         "another architecture": ([], {"base": "other"}, "'other' has the architecture 'mistral'"),

@@ -158,6 +158,17 @@ def test_it_says_what_it_chose_and_what_next_and_the_recipe_says_why(capsys: pyt
     assert "run" in yaml.safe_load(text)
 
 
+def test_a_folder_with_an_earlier_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in ("sft", "rm/safety"):
+        (tmp_path / "runs" / "smoke" / step).mkdir(parents=True)
+        (tmp_path / "runs" / "smoke" / step / "identity.json").write_text("{}")
+    assert init("--out", "odd/smoke.yaml") == 0
+    said = capsys.readouterr().out
+    assert "warning      run.dir 'runs/smoke' holds an earlier run (rm/safety, sft):" in said and "--run-dir" in said
+    assert init("--out", "odd/smoke.yaml", "--overwrite", "--run-dir", "runs/other") == 0
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_recipe_is_not_written_over_unasked(capsys: pytest.CaptureFixture[str]) -> None:
     assert init() == 0
     before = Path("recipe.yaml").read_text()

@@ -1,9 +1,10 @@
-"""The GPUs of this machine, as the driver and as torch see them; both are asked in processes of their own.
+"""The GPUs of this machine, as the driver and as torch see them, and its memory; both are asked in processes of their own.
 
 Neither needs to be there: without an answer in time there is nothing to tell.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -77,6 +78,11 @@ def find_devices() -> list[Device]:
             continue  # a card that shares the machine's memory tells no size
         devices.append(Device(name, total, free, driver))
     return devices
+
+
+def installed_bytes() -> int:
+    """The machine's own memory, all of it: what a recipe without a card has to live in."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # MemTotal of /proc/meminfo on Linux
 
 
 def find_torch() -> Torch | None:

@@ -6,6 +6,7 @@ network is asked for heads and for a tokenizer's small files alone; without a ne
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,9 @@ from llamachat.config.gpus import Gpu
 from llamachat.errors import LlamachatError
 from llamachat.models.estimates import BYTES, KNOWN_BASES, shape_of
 from llamachat.runs.artifacts import is_published
-from pipelines.devices import Device, Torch, find_devices, find_torch, is_older, newest_cuda
+from pipelines.devices import Device, Torch, find_devices, find_torch, installed_bytes, is_older, newest_cuda
 from pipelines.environment import PYTHON_NEEDED, requirements, shortfalls
-from pipelines.fitting import way_to_fit
+from pipelines.fitting import fits, way_to_fit
 from pipelines.plan import card, estimate_step, smaller
 from pipelines.recipe import Recipe, load, resolve_steps
 from pipelines.resolve import step_folder
@@ -70,13 +71,12 @@ def report(findings: Sequence[Finding]) -> str:
     console = Console(width=max(80, min(shutil.get_terminal_size((120, 25)).columns, 140)), color_system=None)
     with console.capture() as capture:
         console.print(table, markup=False, highlight=False)
-    failing = sum(finding.verdict == "FAIL" for finding in findings)
+    failing = Counter(finding.check for finding in findings if finding.verdict == "FAIL")
     lines = [line.rstrip() for line in capture.get().splitlines()]
-    end = (
-        "Nothing that was checked will fail."
-        if not failing
-        else f"{failing} of these will fail: see what stands after '->'."
-    )
+    if not failing:
+        return "\n".join([*lines, "Nothing that was checked will fail."])
+    named = ", ".join(f"{check} ({times} times)" if times > 1 else check for check, times in failing.items())
+    end = f"{failing.total()} of these will fail: {named}. The way out stands after '->' on each line that says FAIL."
     return "\n".join([*lines, end])
 
 
@@ -141,15 +141,13 @@ def _dotted(capability: Sequence[int]) -> str:
 
 
 def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
-    """Each step's estimate against the card that is here, else against the one that the recipe names."""
-    meant = card(recipe)
-    gpu, where = meant, "the recipe's card"
-    if devices:
-        device = min(devices, key=lambda device: device.total_gib)
-        gpu, where = Gpu(device.name, device.total_gib, None, len(devices) if meant and meant.count > 1 else 1), "here"
-    if gpu is None:
+    """Each step's estimate against the card that is here, else against the machine's own memory."""
+    if not devices:
+        yield from _memory_without_a_card(recipe)
         return
-    if devices and meant and meant.count > len(devices):
+    meant, device = card(recipe), min(devices, key=lambda device: device.total_gib)
+    gpu = Gpu(device.name, device.total_gib, None, len(devices) if meant and meant.count > 1 else 1)
+    if meant and meant.count > len(devices):
         found = f"the recipe is meant for {meant.count} cards, and {len(devices)} are here: what follows is for those"
         way = f"Set num_processes: {len(devices)} in the file under configs/accelerate that you launch with."
         yield Finding("cards", "note", found, way)
@@ -160,17 +158,44 @@ def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
             yield Finding("memory", "note", f"{step.name}: no estimate before the base's config.json is here")
             continue
         need = f"{step.name}: about {estimate.peak_bytes / 2**30:.1f} GiB, estimated"
-        usable = f"{gpu.usable_bytes / 2**30:.1f} of {gpu.gib:.1f} GiB of {gpu} ({where})"
+        usable = f"{gpu.usable_bytes / 2**30:.1f} of {gpu.gib:.1f} GiB of {gpu} (here)"
         if estimate.peak_bytes > gpu.usable_bytes:
             is_too_large = True
             yield Finding("memory", "FAIL", f"{need}; at most {usable} should be needed", smaller(step))
-        elif devices and estimate.peak_bytes / 2**30 > min(device.free_gib for device in devices):
+        elif estimate.peak_bytes / 2**30 > min(device.free_gib for device in devices):
             free = min(device.free_gib for device in devices)
             yield Finding("memory", "note", f"{need}; only {free:.1f} GiB are free now", "End what else runs on it.")
         else:
             yield Finding("memory", "ok", f"{need}; fits {usable}")
     if is_too_large:
         yield Finding("way out", "note", way_to_fit(recipe, gpu) or "")
+
+
+def _memory_without_a_card(recipe: Recipe) -> Iterator[Finding]:
+    """Of the recipe's card that it is not here, and of each step whether the machine's own memory holds it."""
+    meant, on_cpu = card(recipe), recipe.model_copy(update={"run": recipe.run.model_copy(update={"gpu": None})})
+    on_meant = fits(recipe, meant) if meant else None
+    if meant and on_meant:
+        peak = f"about {on_meant.peak_bytes / 2**30:.1f} GiB at the peak ({on_meant.worst.name}), estimated"
+        here = fits(on_cpu, None)
+        hours = f"; here two CPU cores would take about {here.hours:,.0f} h" if here and here.hours else ""
+        found = f"the recipe is meant for {meant}, which is not here; there it would {'' if on_meant.fits else 'not '}fit: {peak}{hours}"
+        yield Finding("card", "note", found, "" if on_meant.fits else way_to_fit(recipe, meant) or "")
+    elif meant:
+        yield Finding("card", "note", f"the recipe is meant for {meant}, which is not here")
+    installed = installed_bytes()
+    for step in resolve_steps(on_cpu):
+        estimate = estimate_step(on_cpu, step)
+        if estimate is None:
+            yield Finding("memory", "note", f"{step.name}: no estimate before the base's config.json is here")
+            continue
+        need = f"{step.name}: about {estimate.peak_bytes / 2**30:.1f} GiB on the CPU, estimated"
+        held = f"this machine has {installed / 2**30:.1f}"
+        if estimate.peak_bytes > installed:
+            where = f"Run it where {meant} is" if meant else "Run it on a machine with more memory or a card"
+            yield Finding("memory", "FAIL", f"{need}; {held}", f"{where}, or take a smaller base.")
+        else:
+            yield Finding("memory", "ok", f"{need}; {held}")
 
 
 def _disk(recipe: Recipe) -> Iterator[Finding]:

@@ -66,6 +66,7 @@ class Found:
 
 def look_at(given: Mapping[str, Sequence[Path]], check: TextCheck, count: CountTokens) -> Found:
     """The files of each option, read whole; UsageError or DataError for the first that cannot be learnt from."""
+    _require_different(given)
     files: dict[str, tuple[str, ...]] = {}
     records: dict[str, int] = {}
     rated = labelled = 0
@@ -87,6 +88,23 @@ def look_at(given: Mapping[str, Sequence[Path]], check: TextCheck, count: CountT
     return Found(files, records, rated, labelled, Sizes(tuple(sorted(lengths)), tuple(sorted(answers))))
 
 
+def _require_different(given: Mapping[str, Sequence[Path]]) -> None:
+    """UsageError for a file that stands twice where its records would count twice, or teach two models the same."""
+    places = {option: [path.expanduser().resolve() for path in paths] for option, paths in given.items()}
+    for option, paths in given.items():
+        for number, path in enumerate(paths):
+            if places[option][number] in places[option][:number]:
+                raise UsageError(
+                    f"{option}: '{path}' is given twice. Each of its records would be counted and learnt twice. Name it once; a"
+                    " source that should count for more gets a `weight` in the recipe."
+                )
+            if option == "--safety" and places[option][number] in places.get("--preferences", ()):
+                raise UsageError(
+                    f"--safety: '{path}' is given with --preferences too. The model of safety would learn the same choices as"
+                    " that of helpfulness. Name with --safety pairs whose safer answer is chosen, or leave it out."
+                )
+
+
 def _checked(path: str, option: str, kind: Kind, check: TextCheck) -> CheckReport:
     """The report on a file that may be learnt from."""
     if hub_set(path) is not None and not Path(path).exists():
@@ -94,9 +112,10 @@ def _checked(path: str, option: str, kind: Kind, check: TextCheck) -> CheckRepor
             f"{option}: '{path}' is no file here. `init` reads every record before it chooses, and a set of the hub is not "
             f"here. Fetch it and convert it (`llamachat data convert {path} FILE.jsonl`), or begin with a preset of configs/."
         )
-    if not Path(path).expanduser().is_file():
+    if not Path(path).expanduser().exists():
         raise UsageError(f"{option}: {missing(path, what='the data file')}")
     found = check_path(path, None, "auto", check)
+    _require_readable(found, option)
     other = next((name for name, (taken, _) in OPTIONS.items() if taken == found.kind), None)
     # Prompts may be read out of dialogs and preferences too; dialogs and preferences only out of themselves.
     if found.num_records and found.kind != kind and kind != "prompt":
@@ -116,6 +135,19 @@ def _checked(path: str, option: str, kind: Kind, check: TextCheck) -> CheckRepor
             f"{option}: '{path}' holds no {kind} at all. A step learns from at least one. Name another file."
         )
     return found
+
+
+def _require_readable(found: CheckReport, option: str) -> None:
+    """DataError for a file of which no record can be read, which no command of ours mends."""
+    whole = next((problem for problem in found.problems if not problem.line), None)
+    if whole is not None:  # a folder, an empty file, a table: what it is and what to do, in the reader's words
+        raise DataError(f"{option}: '{found.path}' {whole.reason} {whole.mend}")
+    if found.problems and all(problem.field.startswith("column ") for problem in found.problems) and not found.kind:
+        raise DataError(
+            f"{option}: '{found.path}' holds no record in a form that can be read: none of its lines is whole JSON, as those of"
+            f" JSON Lines (.jsonl, .jsonl.gz) are. Write one record a line, or name another file.\n"
+            f"{report(found.problems[:1], found.path)}"
+        )
 
 
 def _convert(path: str) -> str:

@@ -19,6 +19,7 @@ from llamachat.models.estimates import KNOWN_BASES, Estimate, shape_of
 from llamachat.models.hub import tokenizer_folder
 from llamachat.models.reach import UNGATED, require_llama
 from llamachat.tokenizer import Tokenizer, load_tokenizer
+from pipelines import devices
 from pipelines.init_choices import LONG_ENOUGH, UNKNOWN_CONTEXT, Asked, Effort, Method, Values
 from pipelines.init_data import CountTokens, look_at
 from pipelines.init_sizes import plain, values
@@ -31,6 +32,9 @@ PPO_GUARD = 4 / 3  # of the hours that the plan gives PPO
 CHARACTERS = 3.5  # a token, of English text with 32,000 pieces; ours, rough
 COUNTED = 2000  # texts that the base's own tokenizer counts; what comes after is taken to be like them
 RANK, LEAST_RANK = 64, 16
+HOURS_WITHOUT_A_CARD = (
+    200  # more than a week of two CPU cores is taken to be meant for a card, unless --hours asks for it
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +83,29 @@ class _Maker:
         self.asked, self.card, self.place = asked, card, place
 
     def method(self) -> Method:
-        """The first way to train, in the order of what it costs the result, that the card holds."""
+        """The first way to train, in the order of what it costs the result, that the card or the machine holds."""
         smallest: Made | None = None
+        room = self.card.usable_bytes if self.card else devices.installed_bytes()
         for method in methods(self.asked):
             smallest = self._made(method, Effort())
-            if self.card is None or smallest.worst[1].peak_bytes <= self.card.usable_bytes:
+            if smallest.worst[1].peak_bytes <= room:
                 return method
-        assert smallest is not None and self.card is not None, (
-            "there is a way to train, and a card that it does not fit"
-        )
-        raise UsageError(_too_small(smallest, self._card_that_holds(smallest)))
+        assert smallest is not None, "there is a way to train"
+        if self.card is None:
+            name, estimate = smallest.worst
+            peak, held = (f"{size / 2**30:.1f}" for size in (estimate.peak_bytes, room))
+            found = f"'{name}' needs about {peak} GiB by estimate, and this machine has {held}"
+            raise UsageError(_without_a_card(smallest, found, self._least_card()))
+        raise UsageError(_too_small(smallest, _card_that_holds(smallest)))
 
     def within_hours(self, method: Method) -> Made:
         """As much of the full work as the hours allow."""
         if self.asked.hours is None:
-            return self._made(method, Effort())
+            made = self._made(method, Effort())
+            if self.card is None and made.seconds > HOURS_WITHOUT_A_CARD * 3600:
+                found = f"two CPU cores take about {duration(made.seconds)} by estimate"
+                raise UsageError(_without_a_card(made, found, self._least_card(), "give fewer records or --hours, or"))
+            return made
         most = self.asked.hours * 3600 * SHARE_FOR_STEPS
         least: Made | None = None
         for effort in (Effort(), Effort(again=False), Effort(again=False, gatt=False)):
@@ -142,12 +154,11 @@ class _Maker:
         told = plain(sections)
         return from_plain(Recipe, {**told, "base": {**told["base"], "model": self.place}})
 
-    def _card_that_holds(self, made: Made) -> str:
-        """The smallest known card on which some way to train fits."""
-        for name in sorted(CARDS, key=lambda name: CARDS[name][0]):
-            if made.worst[1].peak_bytes <= parse_gpu(name).usable_bytes:
-                return name
-        return ""
+    def _least_card(self) -> str:
+        """The smallest known card for what was asked of none."""
+        asked, card = replace(self.asked, gpu="24GiB"), parse_gpu("24GiB")  # memory does not hang on which it is
+        *_, last = methods(asked)
+        return _card_that_holds(_Maker(asked, card, self.place)._made(last, Effort()))
 
 
 def methods(asked: Asked) -> Iterator[Method]:
@@ -158,17 +169,33 @@ def methods(asked: Asked) -> Iterator[Method]:
     if asked.is_tiny:
         yield Method("full", checkpointing=False, rank=RANK, max_tokens=longest)
         return
-    for name in ("lora", "qlora") if asked.gpu else ("lora",):
+    names = ("lora", "qlora") if asked.gpu else ("lora",)
+    for name in names:
         for checkpointing in (False, True):
             yield Method(name, checkpointing=checkpointing, rank=RANK, max_tokens=longest)
     for tokens in reversed([tokens for tokens in lengths if tokens < longest]):
-        yield Method("qlora", checkpointing=True, rank=RANK, max_tokens=tokens)
-    yield Method("qlora", checkpointing=True, rank=LEAST_RANK, max_tokens=lengths[0])
+        yield Method(names[-1], checkpointing=True, rank=RANK, max_tokens=tokens)
+    yield Method(names[-1], checkpointing=True, rank=LEAST_RANK, max_tokens=lengths[0])
 
 
 def times(made: Made) -> str:
     """What each step would take, in words."""
     return ", ".join(f"{name} {duration(estimate.seconds)}" for name, estimate in made.estimates)
+
+
+def _card_that_holds(made: Made) -> str:
+    """The smallest known card that holds this way to train."""
+    held = (name for name in CARDS if made.worst[1].peak_bytes <= parse_gpu(name).usable_bytes)
+    return min(held, key=lambda name: CARDS[name][0], default="")
+
+
+def _without_a_card(made: Made, found: str, card: str, less: str = "") -> str:
+    known = f"the smallest known that holds it is {card}" if card else "none that is known holds it"
+    smaller = "a smaller base" if made.asked.base == UNGATED else f"a smaller base, such as {UNGATED}"
+    return (
+        f"--base: '{made.asked.base}' is too large for this machine without a card: {found}. Name the card that it will run"
+        f" on with --gpu ({known}), {less or 'or'} take {smaller}."
+    )
 
 
 def _too_small(made: Made, card: str) -> str:

@@ -1,7 +1,7 @@
 """The recipe that `init` writes, as YAML: every value with its reason beside it, loaded again before it gets its name."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ def told(made: Made, out: Path) -> str:
         ),
         ("memory", memory),
         ("time", f"about {duration(made.seconds)}{limit}; estimated: {times(made)}"),
+        *(("warning", line) for line in _earlier_run(Path(made.asked.run_dir))),
     ]
     lines = [f"{out}: a recipe for {made.asked.base} on {made.card or 'two CPU cores'}"]
     lines += [f"  {label:<12} {text}" for label, text in rows]
@@ -79,6 +80,17 @@ def _held(key: str, paths: Sequence[str], made: Made) -> tuple[str, str]:
     if key == "helpfulness":
         text += f", {found.rated} of them rated" if found.rated else ", none rated"
     return f"data.{key}", text
+
+
+def _earlier_run(folder: Path) -> Iterator[str]:
+    """That the folder of the run holds steps already, which are not of the recipe that is written now."""
+    found = (*folder.glob("*/identity.json"), *folder.glob("*/*/identity.json"))
+    begun = sorted(str(path.parent.relative_to(folder)) for path in found)
+    if begun:
+        yield (
+            f"run.dir '{folder}' holds an earlier run ({', '.join(begun)}): a step that is not the same is refused there, unless"
+            " with `--overwrite`, which throws the earlier one away. Name another folder with --run-dir"
+        )
 
 
 def left_out(made: Made) -> list[str]:

@@ -25,6 +25,7 @@ from pipelines import devices, doctor
 from pipelines.cli import main
 from pipelines.devices import Device, Torch, find_devices, find_torch
 from pipelines.doctor import Finding, examine, report
+from pipelines.recipe import load
 from tests.recipes import write_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,9 +37,10 @@ GOOD_TORCH = Torch("2.13.0+cu130", "13.0", (8, 9))
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No card, an empty cache, no token, a hub that answers nothing, and room on the disk."""
+    """No card, an empty cache, no token, a hub that answers nothing, and room on the disk and in memory."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
+    monkeypatch.setattr(doctor, "installed_bytes", lambda: 2**40)
     monkeypatch.setattr(doctor, "find_devices", list)
     monkeypatch.setattr(doctor, "find_torch", lambda: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -290,6 +292,31 @@ def test_the_card_that_is_here_counts_and_not_the_one_that_is_meant(monkeypatch:
         told[total, free] = by_check(examine(QLORA, ["steps=[sft]"]), "memory")
     assert [finding.verdict for finding in told.values()] == ["ok", "note", "FAIL"]
     assert "only 3.0 GiB are free now" in told[24.0, 3.0].found and "Lower tuning.rank" in told[8.0, 8.0].way_out
+
+
+@pytest.mark.parametrize(("gib", "verdict"), [(64, "ok"), (4, "FAIL")])
+def test_without_a_card_the_machines_own_memory_counts(gib: int, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed_bytes", lambda: gib * 2**30)
+    findings = examine(QLORA, ["steps=[sft]"])
+    card, memory = by_check(findings, "card"), by_check(findings, "memory")
+    assert card.verdict == "note" and "is meant for rtx-4090, which is not here; there it would fit" in card.found
+    assert memory.verdict == verdict and f"on the CPU, estimated; this machine has {gib}.0" in memory.found
+    assert memory.way_out == ("" if verdict == "ok" else "Run it where rtx-4090 is, or take a smaller base.")
+    (unnamed,) = [f for f in examine(QLORA, ["steps=[sft]", "run.gpu=null"]) if f.check in ("card", "memory")]
+    assert unnamed.verdict == verdict and ("more memory or a card" in unnamed.way_out) == (verdict == "FAIL")
+    (too_small, *_) = doctor._memory(load(QLORA, ["run.gpu=4GiB"]), [])
+    assert too_small.verdict == "note" and "there it would not fit" in too_small.found and too_small.way_out
+
+
+def test_what_fails_is_named_at_the_end() -> None:
+    failing = [Finding("memory", "FAIL", "sft", "way"), Finding("data", "note", "none", "way")] * 2
+    assert (
+        report([*failing, Finding("disk", "FAIL", "full", "way")])
+        .splitlines()[-1]
+        .startswith(
+            "3 of these will fail: memory (2 times), disk. The way out stands after '->' on each line that says FAIL."
+        )
+    )
 
 
 def test_a_full_disk_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from llamachat.config.gpus import parse_gpu
 from llamachat.html_text import html_in, without_html
+from pipelines import devices
 from pipelines.cli import main
 from pipelines.fitting import fits
 from pipelines.plan import estimate_step, warn
@@ -116,6 +117,23 @@ def test_a_card_that_is_too_small_is_refused_with_one_that_holds_it(capsys: pyte
     assert init("--gpu", named[1], base=SEVEN) == 0
 
 
+@pytest.mark.parametrize(
+    ("gib", "found"),
+    [(24, "'gatt' needs about .* GiB by estimate, and this machine has 24.0"), (256, "two CPU cores take")],
+)
+def test_without_a_card_a_large_base_is_refused_with_one_that_holds_it(
+    gib: int, found: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "installed_bytes", lambda: gib * 2**30)
+    pairs = ["--preferences", "pairs.jsonl"] if gib == 256 else []
+    assert init(*pairs, base=SEVEN) == 2 and not Path("recipe.yaml").exists()
+    said = capsys.readouterr().err
+    assert re.search(f"--base: '{SEVEN}' is too large for this machine without a card: {found}", said)
+    assert ("fewer records or --hours" in said) == bool(pairs) and "a smaller base, such as TinyLlama/" in said
+    named = re.search(r"with --gpu \(the smallest known that holds it is ([\w-]+)\)", said)
+    assert named and init(*pairs, "--gpu", named[1], base=SEVEN) == 0
+
+
 def test_hours_that_are_too_few_are_refused_with_how_many_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
     assert init("--preferences", "pairs.jsonl", "--hours", "0.001") == 2
     needed = re.search(r"--hours: 0.001 are too few.* Give --hours ([\d.]+) or more", capsys.readouterr().err)
@@ -140,6 +158,17 @@ def test_it_says_what_it_chose_and_what_next_and_the_recipe_says_why(capsys: pyt
     assert "run" in yaml.safe_load(text)
 
 
+def test_a_folder_with_an_earlier_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in ("sft", "rm/safety"):
+        (tmp_path / "runs" / "smoke" / step).mkdir(parents=True)
+        (tmp_path / "runs" / "smoke" / step / "identity.json").write_text("{}")
+    assert init("--out", "odd/smoke.yaml") == 0
+    said = capsys.readouterr().out
+    assert "warning      run.dir 'runs/smoke' holds an earlier run (rm/safety, sft):" in said and "--run-dir" in said
+    assert init("--out", "odd/smoke.yaml", "--overwrite", "--run-dir", "runs/other") == 0
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_recipe_is_not_written_over_unasked(capsys: pytest.CaptureFixture[str]) -> None:
     assert init() == 0
     before = Path("recipe.yaml").read_text()
@@ -154,10 +183,13 @@ def refusals(folder: Path) -> dict[str, tuple[list[str], dict[str, str], str]]:
     config = json.loads((folder / "other" / "config.json").read_text())
     (folder / "other" / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
     (folder / "empty").mkdir()
+    (folder / "data").mkdir()
     lines = (folder / "dialogs.jsonl").read_text().splitlines()
     lines[2] = lines[2].replace('"assistant"', '"gpt"')
     (folder / "bad.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "nothing.jsonl").write_text("")
+    (folder / "table.csv").write_text("question,answer\na,b\n")
+    (folder / "prose.txt").write_text("Hello there.\nHow are you?\n")
     no_file = "--sft: the data file 'dialog.jsonl' does not exist. Did you mean 'dialogs.jsonl'?"
     as_sft = "--sft: 'pairs.jsonl' holds preferences (400 of them), and dialogs are taken here."
     as_pairs = "--preferences: 'dialogs.jsonl' holds dialogs (600 of them), and preferences are taken here."
@@ -167,7 +199,16 @@ def refusals(folder: Path) -> dict[str, tuple[list[str], dict[str, str], str]]:
         "dialogs as pairs": (["--preferences", "dialogs.jsonl"], {}, f"{as_pairs} A record of another kind"),
         "a bad record": ([], {"sft": "bad.jsonl"}, "bad.jsonl:3: messages[1].role: is 'gpt'"),
         "how it is mended": ([], {"sft": "bad.jsonl"}, "llamachat data convert bad.jsonl bad.converted.jsonl"),
-        "no record": ([], {"sft": "nothing.jsonl"}, "nothing.jsonl"),
+        "no record": ([], {"sft": "nothing.jsonl"}, "--sft: 'nothing.jsonl' is empty, but it should hold records."),
+        "a table": ([], {"sft": "table.csv"}, "--sft: 'table.csv' is a table (CSV), but a data file is JSON Lines"),
+        "prose": ([], {"sft": "prose.txt"}, "--sft: 'prose.txt' holds no record in a form that can be read"),
+        "a folder of files": ([], {"sft": "data"}, "--sft: 'data' is a folder, but records are read from one file."),
+        "a file twice": (["--sft", "./dialogs.jsonl"], {}, "--sft: 'dialogs.jsonl' is given twice."),
+        "one file for two models": (
+            ["--preferences", "pairs.jsonl", "--safety", str(folder / "pairs.jsonl")],
+            {},
+            "pairs.jsonl' is given with --preferences too. The model of safety would learn the same choices",
+        ),
         "a set of the hub": ([], {"sft": "owner/name"}, "--sft: 'owner/name' is no file here."),
         "a card nobody knows": (["--gpu", "rtx-9999"], {}, "--gpu: 'rtx-9999' is no card that is known."),
         "another architecture": ([], {"base": "other"}, "'other' has the architecture 'mistral'"),
@@ -184,6 +225,8 @@ def test_what_is_refused_is_2_and_says_what_to_do(tmp_path: Path, capsys: pytest
     for name, (options, given, text) in refusals(tmp_path).items():
         assert init(*options, **given) == 2, name
         captured = capsys.readouterr()
+        mends = "data convert" in captured.err
+        assert mends == (name in ("a bad record", "how it is mended", "a set of the hub")), name
         assert text in captured.err and "Traceback" not in captured.err and captured.out == "", name
         assert not Path("recipe.yaml").exists(), name
 

@@ -299,7 +299,9 @@ def test_a_cut_answer_is_scored_as_if_it_had_ended(world: World) -> None:
     found = iteration(bank)
     index = next(index for index, response in enumerate(found.responses) if not response.is_finished)
     response = found.responses[index]
-    (expected,) = bank.scores("helpfulness", [[*response.question.ids, *response.ids, 2]]).tolist()
+    space, stop = bank.chat_format.closing_ids
+    assert stop == 2 and response.ids[-1] != space
+    (expected,) = bank.scores("helpfulness", [[*response.question.ids, *response.ids, space, stop]]).tolist()
     assert found.scored.scores.helpfulness_B is not None
     assert float(found.scored.scores.helpfulness_B[index]) == pytest.approx(expected, abs=1e-5)
 

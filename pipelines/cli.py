@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from llamachat import ranks
-from llamachat.errors import UsageError
+from llamachat.errors import LlamachatError, UsageError
 from pipelines import tools
 from pipelines.compare import compare
 from pipelines.exit_status import INTERRUPTED, reported, state_is_kept
@@ -65,7 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before torch is loaded: threads that wait by spinning make a command five times slower where others use the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    asked = missing_processes()
+    try:
+        asked = missing_processes()
+    except LlamachatError as error:
+        print(f"llamachat: {error}", file=sys.stderr)
+        return error.exit_status
     if asked:
         die_with_parent()
         return start(asked, given)

@@ -15,6 +15,7 @@ from llamachat.errors import UsageError
 from llamachat.runs.folder import StepFolder
 from llamachat.tracking.record import MetricsRecord
 from pipelines import launching
+from pipelines.cli import main
 from tests.test_sft_resume import ENVIRONMENT, ROOT
 from tests.tiny_sft import toy_dialogs, write_base, write_dialogs, write_recipe
 
@@ -91,6 +92,18 @@ def test_the_processes_that_accelerate_did_not_start(
     parent: Any = SimpleNamespace(cmdline=lambda: command)
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
     assert launching.missing_processes() == asked
+
+
+def test_several_machines_without_gpus_are_told_in_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    parent: Any = SimpleNamespace(cmdline=lambda: ["accelerate", "launch", "--num_machines", "2", *REST])
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+    assert main(["sft"]) == 2
+    assert capsys.readouterr().err.startswith("llamachat: accelerate launch --cpu --num_machines 2:")
 
 
 def test_how_many_a_configuration_asks_for(tmp_path: Path) -> None:

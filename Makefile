@@ -17,7 +17,7 @@ PY := $(ENVIRONMENT)/bin/python
 # A killed make takes the step with it: no orphan holds the run.
 LLAMACHAT := LLAMACHAT_DIE_WITH_PARENT=1 exec $(PY) -m pipelines
 # Launchers (accelerate, torchrun) are those of the environment.
-LAUNCHED := LLAMACHAT_DIE_WITH_PARENT=1 PATH="$(abspath $(ENVIRONMENT))/bin:$$PATH" exec $(PY) -m pipelines.launching $(LAUNCH) -m pipelines
+LAUNCHED := LLAMACHAT_DIE_WITH_PARENT=1 PATH="$(abspath $(ENVIRONMENT))/bin:$$PATH" exec $(PY) -m pipelines.cli.launch $(LAUNCH) -m pipelines
 STEPS := sft rm rs gatt distill ppo eval report all
 
 .DEFAULT_GOAL := help
@@ -59,7 +59,7 @@ bench: $(READY) ## benchmarks against named baselines
 setup: $(READY) ## only set up the environment
 
 check-environment:
-	@$(PY) -m pipelines.environment
+	@$(PY) -m pipelines.planning.environment
 
 # The stamp comes last: a set-up that was cut short is done again.
 .venv/.ready: pyproject.toml constraints.txt

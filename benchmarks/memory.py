@@ -21,10 +21,10 @@ from typing import Any
 
 from llamachat.config.gpus import Gpu
 from llamachat.config.sections import Base, Rollout, Tuning
-from llamachat.models.estimates import Estimate, Shape
-from llamachat.models.role_bytes import Beside
-from llamachat.models.sampling_estimate import Workload as SamplingWorkload
-from llamachat.models.sampling_estimate import sampling_memory
+from llamachat.memory.estimates import Estimate, Shape
+from llamachat.memory.role_bytes import Beside
+from llamachat.memory.sampling_estimate import Workload as SamplingWorkload
+from llamachat.memory.sampling_estimate import sampling_memory
 from ppo import estimate as ppo_estimate
 from ppo.config import Config as PpoConfig
 from ppo.estimate import Workload as PpoWorkload

@@ -23,12 +23,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Prin
 from transformers.utils import logging as transformers_logging
 from trl import RewardConfig, RewardTrainer
 
-from llamachat.batching import epoch_order
 from llamachat.chat_format.proof import load_proved_format
+from llamachat.chat_format.tokenizer import write_tokenizer
 from llamachat.config.sections import Base, Data, DataSource, Tuning
+from llamachat.data.packing import epoch_order
 from llamachat.models.reward_model import build_reward_model
 from llamachat.models.sequence_attention import use_sequence_attention
-from llamachat.tokenizer import write_tokenizer
 from llamachat.training.trainer import CHECKPOINTING, Watch, collator, row_numbers
 from reward.batches import plan_batches
 from reward.config import Config

@@ -24,12 +24,12 @@ import torch
 
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.config.sections import Base
+from llamachat.data.loading import parse_rows
+from llamachat.data.records import as_prompt
+from llamachat.data.rows import read_rows
 from llamachat.models.loading import load_base, load_policy
-from llamachat.record_rules import as_prompt
-from llamachat.records import parse_rows
 from llamachat.rollout.decoder import LlamaEngine
 from llamachat.rollout.engine import Sampling
-from llamachat.rows import read_rows
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llamachat.batching import collate_packed, collate_padded, pack, plan_steps
 from llamachat.chat_format import TokenizedExample, TrainOn
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.config.sections import Base, Data, DataSource
+from llamachat.data.packing import collate_packed, collate_padded, pack, plan_steps
 from llamachat.models.loading import load_base
 from sft.examples import load_examples
 from sft.loss import SHAPE_MULTIPLE, answer_token_losses

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def run(config: Config, inputs: "Inputs") -> "Artifact":
     """Sample with and without preprompts, keep what is safer, tune, compare; resumes wherever it was stopped."""
-    from context_distillation.step import run as run_step  # torch loads here: configuration and plans stay light
+    from context_distillation.train import run as run_step  # torch loads here: configuration and plans stay light
 
     return run_step(config, inputs)
 

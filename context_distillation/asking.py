@@ -8,9 +8,9 @@ from typing import Literal
 from context_distillation.config import Config
 from context_distillation.preprompts import category_of, category_preprompt
 from llamachat.chat_format import ChatFormat
-from llamachat.dialog import DialogError, Message
+from llamachat.chat_format.dialog import DialogError, Message
+from llamachat.data.prompts import Question
 from llamachat.errors import ConfigError
-from llamachat.questions import Question
 
 Way = Literal["original", "generic", "template"]
 WAYS: tuple[Way, ...] = ("original", "generic", "template")

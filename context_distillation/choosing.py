@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from context_distillation.asking import WAYS, Way
 from llamachat.answers.groups import Group
-from llamachat.questions import Question
+from llamachat.data.prompts import Question
 
 Groups = dict[Way, Group]  # the answers to one prompt, by how they were asked for
 

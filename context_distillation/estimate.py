@@ -1,8 +1,8 @@
 """What context distillation would cost; reads no data and no weights."""
 
 from context_distillation.config import Config
-from llamachat.models.estimates import Estimate
-from llamachat.models.sampling_estimate import Workload, asked_prompts, sampling_estimate
+from llamachat.memory.estimates import Estimate
+from llamachat.memory.sampling_estimate import Workload, asked_prompts, sampling_estimate
 
 KEPT = 0.5  # of the distilled answers; ours, assumed: an answer that is drawn anew is better as often as worse
 

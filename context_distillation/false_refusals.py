@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 
 from context_distillation.config import Config, Inputs
 from llamachat.answers.desk import Desk
+from llamachat.answers.refusals import everyday_answers, labelled_answers, train_classifier
 from llamachat.answers.responses import sample
 from llamachat.answers.scorer import longest_prompt
 from llamachat.answers.store import Store
-from llamachat.questions import load_borderline
-from llamachat.refusals import everyday_answers, labelled_answers, train_classifier
-from llamachat.statistics import paired_bootstrap, wilson
+from llamachat.data.prompts import load_borderline
+from llamachat.maths.intervals import paired_bootstrap, wilson
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from llamachat.answers.desk import Desk
 from llamachat.answers.groups import Group, batches_of, scored_groups
 from llamachat.answers.responses import sample
 from llamachat.answers.store import Store
-from llamachat.questions import Question
+from llamachat.data.prompts import Question
+from llamachat.maths.intervals import paired_bootstrap
 from llamachat.runs.cost import peak_memory
 from llamachat.scoring.standardising import Constants
-from llamachat.statistics import paired_bootstrap
 from llamachat.tracking.tracker import Tracker
 from llamachat.training.hours import Hours
 from llamachat.training.progress import StepProgress

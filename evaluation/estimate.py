@@ -1,8 +1,8 @@
 """What an evaluation would cost; reads no data and no weights."""
 
 from evaluation.config import Config
-from llamachat.models.estimates import Estimate
-from llamachat.models.sampling_estimate import Workload, sampling_estimate
+from llamachat.memory.estimates import Estimate
+from llamachat.memory.sampling_estimate import Workload, sampling_estimate
 
 ASSUMED_POLICIES = 4  # how many a run has is not known before it is planned; ours
 

@@ -7,8 +7,8 @@ from typing import Any
 from evaluation.measuring import Measured
 from llamachat.answers.consistency import CHECKED, Outcome, Trial, rates
 from llamachat.answers.evaluation import LIKE_LENGTH
-from llamachat.refusals import RefusalClassifier
-from llamachat.statistics import bootstrap_interval, distinct_pairs, mean, paired_bootstrap, wilson
+from llamachat.answers.refusals import RefusalClassifier
+from llamachat.maths.intervals import bootstrap_interval, distinct_pairs, mean, paired_bootstrap, wilson
 
 SAFE = 0.0  # raw safety score of a probability of one half: answers below it are violations
 

@@ -23,14 +23,14 @@ from llamachat.answers.scorer import longest_prompt
 from llamachat.answers.sequences import held_out_sequences
 from llamachat.answers.store import Store
 from llamachat.chat_format import load_chat_format
+from llamachat.chat_format.dialog import Message
+from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.constraints import families
-from llamachat.dialog import Message
-from llamachat.questions import load_borderline
+from llamachat.data.prompts import load_borderline
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.fingerprints import fingerprint
 from llamachat.runs.folder import StepFolder
 from llamachat.scoring.standardising import Constants
-from llamachat.tokenizer import load_tokenizer
 from llamachat.training.progress import StepProgress
 
 log = logging.getLogger(__name__)

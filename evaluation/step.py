@@ -18,7 +18,7 @@ from evaluation.measuring import Examiner, Measured
 from evaluation.tables import figures_table
 from llamachat.answers.curve_pictures import draw_best_of_n, draw_temperatures
 from llamachat.answers.making import record
-from llamachat.refusals import RefusalClassifier, everyday_answers, labelled_answers, train_classifier
+from llamachat.answers.refusals import RefusalClassifier, everyday_answers, labelled_answers, train_classifier
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.atomic import write_json
 from llamachat.runs.evaluations import ANSWERS, EVALUATION

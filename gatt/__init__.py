@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def run(config: Config, inputs: "Inputs") -> "Artifact":
     """Make dialogs, tune on them, measure consistency by turn; resumes wherever it was stopped."""
-    from gatt.step import run as run_step  # torch loads here: configuration and plans stay light
+    from gatt.train import run as run_step  # torch loads here: configuration and plans stay light
 
     return run_step(config, inputs)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llamachat.chat_format import ChatFormat, TrainOn
-from llamachat.dialog import Message
+from llamachat.chat_format.dialog import Message
 from llamachat.tracking.curves import save_png
 
 if TYPE_CHECKING:

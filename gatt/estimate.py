@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from gatt.config import Config
-from llamachat.models.estimates import Estimate
-from llamachat.models.sampling_estimate import Workload, sampling_estimate
+from llamachat.memory.estimates import Estimate
+from llamachat.memory.sampling_estimate import Workload, sampling_estimate
 
 TURN_TOKENS = 100.0  # of the turns before an answer; ours, assumed
 

@@ -15,6 +15,7 @@ from llamachat.answers.groups import is_allowed
 from llamachat.answers.responses import Response
 from llamachat.answers.sequences import Turns
 from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.dialog import Message
 from llamachat.constraints import (
     Constraint,
     Instruction,
@@ -24,11 +25,10 @@ from llamachat.constraints import (
     recall_questions,
     recalled,
 )
-from llamachat.dialog import Message
-from llamachat.questions import Question
+from llamachat.data.prompts import Question
+from llamachat.data.splits import fraction
 from llamachat.rollout import together
 from llamachat.rollout.engine import Completion, RolloutEngine, Sampling
-from llamachat.splits import fraction
 
 Rank = Callable[[Sequence[Sequence[Response]]], list[list[int]]]  # places of each prompt's answers, best first
 

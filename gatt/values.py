@@ -6,8 +6,8 @@ from pathlib import Path
 
 from gatt.config import Config
 from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.dialog import DialogError, Message
 from llamachat.constraints import parse_list, read_list
-from llamachat.dialog import DialogError, Message
 from llamachat.errors import DataError
 from llamachat.rollout import together
 from llamachat.rollout.engine import RolloutEngine, Sampling

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from llamachat.config.gpus import Gpu
 from llamachat.config.sections import Base, Rollout, Tuning
-from llamachat.models.estimates import (
+from llamachat.memory.estimates import (
     BASE_WEIGHTS,
     BYTES,
     GATHERED,
@@ -21,7 +21,7 @@ from llamachat.models.estimates import (
     training_memory,
     training_time,
 )
-from llamachat.models.role_bytes import (
+from llamachat.memory.role_bytes import (
     DECODER,
     DECODING_SLOWDOWN,
     Beside,
@@ -31,7 +31,7 @@ from llamachat.models.role_bytes import (
 )
 from ppo.config import Config
 
-LOGITS_PER_CHUNK = 2048  # tokens whose logits exist at once (llamachat.logprobs)
+LOGITS_PER_CHUNK = 2048  # tokens whose logits exist at once (llamachat.maths.logprobs)
 # A logit in fp32 with what its backward pass makes of it (ours, measured on a CPU), and how many of a row's tokens have
 # logits, those of answers (ours, assumed).
 LOGIT_BYTES, SHARE_OF_ANSWERS = 20, 0.6

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.answers.evaluation import Evaluation, evaluation_of
 from llamachat.answers.packed import packed_rows, sequence_of
 from llamachat.answers.responses import sample
 from llamachat.answers.scorer import Scorer
-from llamachat.kl import response_kl
-from llamachat.questions import Question
+from llamachat.data.prompts import Question
+from llamachat.maths.kl import response_kl
 from llamachat.rollout.engine import LocalEngine, Sampling
 from llamachat.scoring.standardising import Constants
 from ppo.experience import measure
@@ -39,7 +39,7 @@ class Evaluator:
             range(len(sequences)),
             row_tokens=self.row_tokens,
             device=self.bank.device,
-            shares=ranks.count(),
+            shares=distributed.count(),
         )
         measured = measure(self.bank, sequences, rows, temperature=self.sampling.temperature, with_values=False)
         kl_B = response_kl(measured.token_kl(), response_mask_BR=measured.response_mask_BR)

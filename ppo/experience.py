@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.answers.packed import PackedRow, TokenSequence, packed_rows, response_mask, sequence_of
 from llamachat.answers.responses import Response
 from llamachat.answers.scorer import Scored
-from llamachat.kl import k1
-from llamachat.logprobs import token_logprobs
-from llamachat.masked import whiten
+from llamachat.maths.kl import k1
+from llamachat.maths.logprobs import token_logprobs
+from llamachat.maths.masked import whiten
 from llamachat.scoring.shaping import Shaped, shape_scores
 from ppo.advantages import gae, token_rewards
 from ppo.config import Config
@@ -87,7 +87,7 @@ def minibatch_of(
     """These responses in rows of so many tokens."""
     return Minibatch(
         indices=indices,
-        rows=tuple(packed_rows(sequences, indices, row_tokens=row_tokens, device=device, shares=ranks.count())),
+        rows=tuple(packed_rows(sequences, indices, row_tokens=row_tokens, device=device, shares=distributed.count())),
         tokens=sum(len(sequences[index].response) for index in indices),
     )
 
@@ -108,7 +108,7 @@ def measure(
     mask_BR = response_mask(sequences, bank.device)
     found_4BR = torch.zeros((4, *mask_BR.shape), device=bank.device)
     logprobs_BR, ref_logprobs_BR, entropy_BR, values_BR = found_4BR.unbind()
-    rows = ranks.mine(rows)
+    rows = distributed.mine(rows)
 
     def states(role: "Role", row: PackedRow) -> Tensor:
         return bank.hidden(role, row.batch)[0, row.places_N]
@@ -133,7 +133,7 @@ def measure(
         for row in rows:
             row.put(values_BR, bank.values(row.batch, row.places_N))
     # A token is in one row, and a row in one process: the sum is what that process found.
-    logprobs_BR, ref_logprobs_BR, entropy_BR, values_BR = ranks.summed(found_4BR).unbind()
+    logprobs_BR, ref_logprobs_BR, entropy_BR, values_BR = distributed.summed(found_4BR).unbind()
     return Measured(
         response_mask_BR=mask_BR,
         logprobs_BR=logprobs_BR,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llamachat.masked import masked_sum, masked_variance
+from llamachat.maths.masked import masked_sum, masked_variance
 
 
 @dataclass(frozen=True, slots=True)

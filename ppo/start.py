@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.answers.scorer import Scorer, longest_prompt
 from llamachat.chat_format.proof import prove_written, require_proof
+from llamachat.chat_format.tokenizer import write_tokenizer
+from llamachat.data.prompts import Questions, check_room, load_questions
 from llamachat.errors import ConfigError
 from llamachat.models.role_bank import RoleBank
 from llamachat.models.role_opening import open_roles
-from llamachat.questions import Questions, check_room, load_questions
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.folder import StepFolder
 from llamachat.scoring.combining import combiner
 from llamachat.scoring.models import checked_models, named_models
-from llamachat.tokenizer import write_tokenizer
 from ppo.config import Config, Inputs
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def open_start(config: Config, inputs: Inputs) -> Start:
         device="auto",
         checkpointing=config.gradient_checkpointing,
     )
-    ranks.put_first(bank.state_dict().values())
+    distributed.put_first(bank.state_dict().values())
     questions = load_questions(
         inputs.data,
         bank.chat_format,
@@ -62,7 +62,7 @@ def open_start(config: Config, inputs: Inputs) -> Start:
 
 def check_processes(inputs: Inputs) -> None:
     """Refuse processes that are to hold a part of the weights each."""
-    if ranks.are_sharded() and inputs.tuning.method == "full":
+    if distributed.are_sharded() and inputs.tuning.method == "full":
         raise ConfigError(
             "tuning.method: full, and accelerate is to cut weights that are trained whole over the processes (FSDP). In PPO "
             "each process samples, scores and learns with whole weights of its own. Set tuning.method to lora or qlora, "

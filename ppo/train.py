@@ -15,20 +15,20 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.answers.evaluation import Evaluation, comparison, comparison_table
 from llamachat.answers.packed import sequence_of
 from llamachat.answers.pictures import draw_comparison, histograms, sample_rows
 from llamachat.answers.responses import open_engine, refresh, sample
 from llamachat.errors import DivergedError
-from llamachat.kl import response_kl
+from llamachat.maths.kl import response_kl
 from llamachat.rollout.engine import LocalEngine, Sampling
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.checkpoints import newest, writing
 from llamachat.runs.cost import peak_memory
+from llamachat.runs.endings import ITERATIONS_DONE
 from llamachat.runs.folder import StepFolder
 from llamachat.tracking.curves import draw_curves
-from llamachat.tracking.endings import ITERATIONS_DONE
 from llamachat.tracking.record import MetricsRecord
 from llamachat.tracking.tracker import Tracker, open_tracker
 from llamachat.training.progress import StepProgress
@@ -71,7 +71,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     transformers_logging.disable_progress_bar()
     folder = StepFolder(inputs.folder)
     start = open_start(config, inputs)
-    resume = ranks.agreed(newest(folder.checkpoints))
+    resume = distributed.agreed(newest(folder.checkpoints))
     with open_tracker(
         inputs.tracking,
         step_folder=folder,
@@ -110,7 +110,7 @@ def open_session(config: Config, inputs: Inputs, start: Start, tracker: Tracker)
         seed=inputs.run.seed * _SEEDS,
     )
     evaluator = Evaluator(bank, engine, start.scorer, held_out, row_tokens)
-    checkpoint = ranks.agreed(newest(StepFolder(inputs.folder).checkpoints))
+    checkpoint = distributed.agreed(newest(StepFolder(inputs.folder).checkpoints))
     kl = controller(config)
     if checkpoint is None:
         state = first_state(config, inputs, start, evaluator, tracker, kl)
@@ -216,7 +216,7 @@ class Session:
         elif state.iteration >= config.iterations:
             state.end = "iterations"
         else:
-            state.end = ranks.agreed(self._ended_by_hours())
+            state.end = distributed.agreed(self._ended_by_hours())
             if state.end == "hours":
                 log.warning(
                     "%s: ppo.max_hours (%g) are over at iteration %d",
@@ -307,10 +307,10 @@ class Session:
     def save(self) -> None:
         """A checkpoint of the finished iterations."""
         self.tracker.sync()
-        if ranks.is_first():
+        if distributed.is_first():
             with writing(StepFolder(self.inputs.folder).checkpoints, self.state.iteration) as side:
                 save_state(side, self.state, self.start.bank, self.optimizers)
-        ranks.wait()
+        distributed.wait()
 
     def finish(self) -> dict[str, float]:
         """Make the best policy the bank's, compare it with the first on test prompts, draw; the final figures."""

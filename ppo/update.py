@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.answers.packed import PackedRow
 from llamachat.errors import DeviceMemoryError, DivergedError
-from llamachat.logprobs import token_logprobs
+from llamachat.maths.logprobs import token_logprobs
 from llamachat.training.master_weights import MasterWeightOptimizer, adamw
 from llamachat.training.out_of_memory import MicrobatchTooLargeError, in_room
 from ppo.config import Config
@@ -126,7 +126,7 @@ class Updater:
         while True:
             self._optimizers.zero_grad()
             try:
-                found = ranks.dealt(rows, learn_from)
+                found = distributed.dealt(rows, learn_from)
                 break
             except MicrobatchTooLargeError as error:
                 reason = str(error)
@@ -137,7 +137,7 @@ class Updater:
                 torch.cuda.empty_cache()
             rows = self._smaller(experience, minibatch, rows, reason)
         trained = self._bank.trainable()
-        ranks.sum_gradients([*trained["critic"], *(trained["policy"] if trains_policy else ())])
+        distributed.sum_gradients([*trained["critic"], *(trained["policy"] if trains_policy else ())])
         return {name: sum(figures[name] for figures in found) for name in found[0]}
 
     def _row(
@@ -215,7 +215,7 @@ class Updater:
     def _too_large_for_one_of_several(self, error: torch.OutOfMemoryError) -> DeviceMemoryError:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return DeviceMemoryError(
-            f"{self._step}: the memory of one of {ranks.count()} devices does not hold a row of {self.row_tokens} tokens "
+            f"{self._step}: the memory of one of {distributed.count()} devices does not hold a row of {self.row_tokens} tokens "
             f"({reason}). The others are in the middle of the same step, so rows are not made shorter by themselves. Set "
             f"ppo.tokens_per_microbatch={self.row_tokens // 2}, ppo.gradient_checkpointing=true, ppo.critic=shared or "
             "tuning.method to qlora, and give the same command again."

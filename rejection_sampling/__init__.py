@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def run(config: Config, inputs: "Inputs") -> "Artifact":
     """Run one round: sample, choose, pool, tune, compare; resumes wherever it was stopped."""
-    from rejection_sampling.round import run as run_round  # torch loads here: configuration and plans stay light
+    from rejection_sampling.train import run as run_round  # torch loads here: configuration and plans stay light
 
     return run_round(config, inputs)
 

@@ -1,7 +1,7 @@
 """What a round of rejection sampling would cost; reads no data and no weights."""
 
-from llamachat.models.estimates import Estimate
-from llamachat.models.sampling_estimate import Workload, asked_prompts, sampling_estimate
+from llamachat.memory.estimates import Estimate
+from llamachat.memory.sampling_estimate import Workload, asked_prompts, sampling_estimate
 from rejection_sampling.config import Config
 
 

@@ -12,7 +12,7 @@ from llamachat.answers.batches import Batches
 from llamachat.answers.desk import Desk
 from llamachat.answers.groups import Group, Sampler, batches_of, sample_groups
 from llamachat.answers.store import Store
-from llamachat.questions import Question
+from llamachat.data.prompts import Question
 from llamachat.rollout.engine import Sampling
 from llamachat.runs.cost import peak_memory
 from llamachat.scoring.standardising import Constants

@@ -15,11 +15,11 @@ from llamachat.answers.desk import Desk
 from llamachat.answers.groups import Group
 from llamachat.answers.responses import Response
 from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import DataSource
-from llamachat.dialog import Message
-from llamachat.jsonl import Row, read_jsonl
-from llamachat.questions import Question
-from llamachat.records import read_records
+from llamachat.data.jsonl import Row, read_jsonl
+from llamachat.data.loading import read_records
+from llamachat.data.prompts import Question
 from llamachat.runs.artifacts import DIALOGS
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """From pairs and labelled responses to optimizer steps, packed rows and tensors.
 
 A row holds whole pairs and single responses, each apart from its neighbours by positions that begin anew at 0 (as in
-`llamachat.batching`); a step is a fixed set of pairs with an even share of the single responses, so that rows decide
+`llamachat.data.packing`); a step is a fixed set of pairs with an even share of the single responses, so that rows decide
 speed and memory and not the result. Each row carries how many pairs and labels its whole step has: losses are divided
 by those.
 Shapes: 1 a packed row, T positions, N responses of a row, B pairs of a row, L labelled responses of a row.
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from llamachat import ranks
-from llamachat.batching import StepPlan, epoch_order, lay_out
-from llamachat.tokenizer import UNK_ID
+from llamachat import distributed
+from llamachat.chat_format.tokenizer import UNK_ID
+from llamachat.data.packing import StepPlan, epoch_order, lay_out
 from reward.pairs import LabelExample, PairExample
 
 # A CPU keeps a compiled kernel for each shape it has met: lengths are filled up to a multiple, which also is faster.
@@ -136,7 +136,7 @@ def smaller(batches: Batches, row_tokens: int) -> Batches:
 
 
 def _lay_out(groups: Sequence[Sequence[int]], lengths: Sequence[int], row_tokens: int) -> StepPlan:
-    return lay_out(groups, lengths, capacity=row_tokens, world_size=ranks.count())
+    return lay_out(groups, lengths, capacity=row_tokens, world_size=distributed.count())
 
 
 def _counted(batches: Batches) -> Batches:

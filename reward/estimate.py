@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llamachat.config.gpus import Gpu
 from llamachat.config.sections import Base, Tuning
-from llamachat.models.estimates import LOADED, Estimate, Shape, training_memory, training_time
+from llamachat.memory.estimates import LOADED, Estimate, Shape, training_memory, training_time
 from reward.config import Config
 
 CPU_ROW_TOKENS = 2048  # as reward/train.py has it (which imports torch)

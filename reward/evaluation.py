@@ -14,8 +14,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from llamachat.record_rules import RATINGS, Rating
-from llamachat.statistics import (
+from llamachat.data.records import RATINGS, Rating
+from llamachat.maths.intervals import (
     Floats,
     auroc,
     balanced_accuracy,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llamachat.record_rules import RATINGS
-from llamachat.statistics import Floats, proportion_interval
+from llamachat.data.records import RATINGS
+from llamachat.maths.intervals import Floats, proportion_interval
 from llamachat.tracking.curves import save_png
 from reward.evaluation import DOMAINS, GATE, SAFETY_KINDS, Domain, Evaluation, outcome, sigmoid, source_names
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from llamachat.record_rules import Rating
+from llamachat.data.records import Rating
 
 # Llama 2 Table 27: how far apart two answers should score, by how much better the annotator found the one.
 MARGINS: Mapping[Literal["none", "small", "large"], Mapping[Rating, float]] = {

@@ -12,11 +12,11 @@ from random import Random
 from typing import Literal
 
 from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
+from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.config.sections import Data, DataSource
-from llamachat.dialog import Dialog, Message
+from llamachat.data.loading import load_mixture, mix
+from llamachat.data.records import Preference
 from llamachat.errors import DataError
-from llamachat.record_rules import Preference
-from llamachat.records import load_mixture, mix
 from reward.config import Config, Which
 from reward.loss import MARGINS
 

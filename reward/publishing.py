@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llamachat.chat_format.proof import prove_written, require_proof
+from llamachat.chat_format.tokenizer import write_tokenizer
 from llamachat.models.reward_model import (
     RewardStart,
     reward_model_details,
@@ -15,7 +16,6 @@ from llamachat.models.reward_model import (
 from llamachat.models.sharding import whole_weights
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.folder import StepFolder
-from llamachat.tokenizer import write_tokenizer
 from reward.config import Inputs
 
 log = logging.getLogger(__name__)

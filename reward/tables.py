@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
-from llamachat.record_rules import RATINGS
+from llamachat.data.records import RATINGS
 from reward.config import Which
 from reward.evaluation import DOMAINS, SAFETY_KINDS, Domain
 from reward.figures import KIND_TITLES

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from transformers.utils import logging as transformers_logging
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.models.reward_model import RewardStart, build_reward_model
 from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.runs.artifacts import Artifact
@@ -33,9 +33,9 @@ from llamachat.training.progress import StepProgress
 from llamachat.training.trainer import Watch, collator, row_numbers
 from reward.batches import Batches, plan_batches, smaller
 from reward.config import Config, Inputs
+from reward.heldout import check_finite, held_out_figures, test_figures
 from reward.pairs import Examples, load_examples
 from reward.publishing import publish_reward_model
-from reward.testing import check_finite, held_out_figures, test_figures
 from reward.trainer import PackedRewardTrainer, make_optimizer, names_of, trainer_arguments
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     transformers_logging.disable_progress_bar()
     check_optimizer(config.optimizer, where="reward.optimizer")
     folder = StepFolder(inputs.folder)
-    resume = ranks.agreed(newest(folder.checkpoints))
+    resume = distributed.agreed(newest(folder.checkpoints))
     hours = open_hours(inputs.step, "reward", config.max_hours, inputs.deadline, resume.path if resume else None)
     start = build_reward_model(inputs.base, inputs.tuning, policy=inputs.policy, seed=inputs.run.seed, device="auto")
     if start.device.type == "cpu":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llamachat.dialog import Message
+from llamachat.chat_format.dialog import Message
 from llamachat.errors import ArtifactError
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Sampling

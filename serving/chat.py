@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from unicodedata import category
 
-from llamachat.dialog import DialogError, Message, check_messages
+from llamachat.chat_format.dialog import DialogError, Message, check_messages
 from llamachat.errors import UsageError
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Completion, LocalEngine, Sampling

@@ -5,8 +5,8 @@ from typing import Protocol
 
 from llamachat import rollout
 from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Rollout
-from llamachat.dialog import Message
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import LocalEngine
 

@@ -170,7 +170,7 @@ def _write_merged(request: Request, side: Path, base: Path, dtype: "torch.dtype"
     import torch
     from transformers import AutoConfig, GenerationConfig
 
-    from llamachat.tokenizer import BOS_ID, EOS_ID, UNK_ID
+    from llamachat.chat_format.tokenizer import BOS_ID, EOS_ID, UNK_ID
     from serving.merging import read_adapter, write_weights
 
     config = AutoConfig.from_pretrained(str(base))

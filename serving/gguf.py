@@ -161,7 +161,7 @@ def _change(file: Path, **values: Any) -> None:
 
 def _require_tokenizer(file: Path, merged: Path, asked: Asked) -> None:
     from llamachat.chat_format import load_chat_format
-    from llamachat.tokenizer import load_tokenizer
+    from llamachat.chat_format.tokenizer import load_tokenizer
     from serving.gguf_header import read_header, tokenizer_faults
 
     converted = load_chat_format(asked.chat_format.name, load_tokenizer(merged))

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llamachat.chat_format.dialog import Message
 from llamachat.chat_format.proof import proof_prompts
-from llamachat.dialog import Message
 from llamachat.errors import ServerError
 from llamachat.rollout.vllm_http import RefusedError, Server
 from serving.export import Asked

@@ -9,7 +9,7 @@ from typing import Any
 from llamachat.errors import ArtifactError
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.contents import read_step
-from llamachat.tracking.differences import Side, figures
+from pipelines.studies.differences import Side, figures
 from serving.provenance import run_of
 
 # Of a step's own figures, those that say how good the result is, for the hub's index.

@@ -18,7 +18,7 @@ import yaml
 from llamachat.config.paths import bundled
 from llamachat.models.hub import LICENCE_FILES
 from llamachat.runs.artifacts import Artifact
-from llamachat.tracking.endings import ending
+from llamachat.runs.endings import ending
 from serving import measured, provenance
 
 # The licence of a base by the beginning of its hub name: the hub's short name for it, and what it asks for.

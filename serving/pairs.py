@@ -3,7 +3,7 @@
 Reads prompts, dialogs and preferences (their context up to the last user turn), in any form that training reads. Writes
 `id`, `prompt`, `answer_a`, `answer_b`, and, for the people to fill, `choice`, `rating`, `a_is_safe`, `b_is_safe`: null. Which
 policy answered at which temperature stands beside them, or apart, by `id`, in a key file. The format `rated_pairs`
-(`llamachat.sources`) reads the rated file as preferences.
+(`llamachat.data.sources`) reads the rated file as preferences.
 One policy is in memory at a time. An answer that cannot be compared (cut, empty, the same as the other) is drawn anew.
 One thing surprises: prompts are sampled in an order of their hashes, so that a shuffled file gets the same answers.
 """
@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from llamachat.chat_format import ChatFormat, load_chat_format
-from llamachat.dialog import DialogError, Message
+from llamachat.chat_format.dialog import DialogError, Message
+from llamachat.chat_format.tokenizer import load_tokenizer
+from llamachat.data.loading import parse_rows
+from llamachat.data.problems import Problem, problem, report
+from llamachat.data.records import Prompt, as_prompt
+from llamachat.data.rows import read_rows
 from llamachat.errors import DataError, UsageError
 from llamachat.models.loading import Policy, checked_details, load_policy
-from llamachat.problems import Problem, problem, report
-from llamachat.record_rules import Prompt, as_prompt
-from llamachat.records import parse_rows
 from llamachat.rollout.engine import Completion, LocalEngine, Sampling
-from llamachat.rows import read_rows
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import write_text
-from llamachat.tokenizer import load_tokenizer
 from serving.context import fit, open_engine, with_system
 from serving.pairing import Pairing, Speaker, deal_pairings, digest, ranked
 from serving.progress import progress

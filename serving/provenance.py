@@ -18,9 +18,9 @@ import yaml
 from llamachat.config.paths import bundled, hub_set, is_hub_name
 from llamachat.errors import ArtifactError
 from llamachat.runs.artifacts import Artifact, read_artifact
+from llamachat.runs.endings import ending
 from llamachat.runs.fingerprints import digest_of_file
 from llamachat.runs.folder import StepFolder
-from llamachat.tracking.endings import ending
 
 _MADE_BY = {
     "sft": "supervised fine-tuning on dialogs (paper, 3.1)",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamachat.dialog import DialogError, Message
+from llamachat.chat_format.dialog import DialogError, Message
 from llamachat.errors import ArtifactError
 from llamachat.models.placement import device_of, dtype_of
 from llamachat.models.reward_model import RewardModel, load_reward_model
@@ -107,8 +107,8 @@ def _dtype(request: Request, base: Path) -> torch.dtype:
 def _write_merged(request: Request, side: Path, base: Path, dtype: torch.dtype) -> None:
     from transformers import AutoConfig
 
+    from llamachat.chat_format.tokenizer import BOS_ID, EOS_ID, UNK_ID
     from llamachat.models.reward_model import PLAIN_CLASS
-    from llamachat.tokenizer import BOS_ID, EOS_ID, UNK_ID
 
     config = AutoConfig.from_pretrained(str(base))
     config.rope_parameters = request.artifact.manifest.details.get("rope_parameters", config.rope_parameters)

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamachat.dialog import Message
+from llamachat.chat_format.dialog import Message
+from llamachat.data.jsonl import Row
+from llamachat.data.loading import parse_rows
+from llamachat.data.problems import Problem, problem, report
+from llamachat.data.records import as_prompt
+from llamachat.data.rows import read_rows
 from llamachat.errors import DataError, UsageError
-from llamachat.jsonl import Row
 from llamachat.models.loading import Policy
-from llamachat.problems import Problem, problem, report
-from llamachat.record_rules import as_prompt
-from llamachat.records import parse_rows
 from llamachat.rollout.engine import Completion, Sampling
-from llamachat.rows import read_rows
 from llamachat.runs.atomic import write_text
 from serving.context import fit, longest_dialog, open_engine, with_system
 from serving.progress import progress

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamachat.dialog import Dialog, DialogError, Message
+from llamachat.chat_format.dialog import Dialog, DialogError, Message
+from llamachat.data.jsonl import Row
+from llamachat.data.loading import Parsed, parse_rows
+from llamachat.data.problems import Problem, problem, report
+from llamachat.data.records import Preference, as_prompt
+from llamachat.data.rows import read_rows
 from llamachat.errors import DataError, UsageError
-from llamachat.jsonl import Row
 from llamachat.models.reward_model import RewardModel
-from llamachat.problems import Problem, problem, report
-from llamachat.record_rules import Preference, as_prompt
-from llamachat.records import Parsed, parse_rows
-from llamachat.rows import read_rows
 from llamachat.runs.atomic import write_text
 from serving.progress import progress
 from serving.written import as_written

@@ -12,8 +12,8 @@ from typing import Any
 
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.proof import proof_prompts
+from llamachat.chat_format.tokenizer import BOS_ID, EOS_ID, UNK_ID, SentencePieceBackend, Tokenizer
 from llamachat.errors import TokenizerError
-from llamachat.tokenizer import BOS_ID, EOS_ID, UNK_ID, SentencePieceBackend, Tokenizer
 
 
 def sentencepiece_model(chat_format: ChatFormat, tokenizer_json: str) -> bytes:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llamachat.dialog import Dialog, Message
-from llamachat.record_rules import Preference, Record, kind_of
+from llamachat.chat_format.dialog import Dialog, Message
+from llamachat.data.records import Preference, Record, kind_of
 
 
 def as_written(value: Any, record: Record) -> dict[str, Any]:

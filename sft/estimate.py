@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llamachat.config.gpus import Gpu
 from llamachat.config.sections import Base, Tuning
-from llamachat.models.estimates import (
+from llamachat.memory.estimates import (
     BASE_WEIGHTS,
     BYTES,
     LOADED,

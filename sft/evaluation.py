@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from llamachat import ranks
-from llamachat.batching import collate_packed, pack
+from llamachat import distributed
 from llamachat.chat_format import ChatFormat, TokenizedExample
-from llamachat.dialog import Message
+from llamachat.chat_format.dialog import Message
+from llamachat.data.packing import collate_packed, pack
 from llamachat.errors import DivergedError
 from llamachat.models.sharding import is_cut
 from llamachat.rollout.engine import RolloutEngine, Sampling
@@ -33,7 +33,11 @@ def answer_loss(
     model.eval()
     rows = pack([len(example.input_ids) for example in examples], row_tokens)
     # A model that is cut needs all processes in each forward pass.
-    sums = [summed(row) for row in rows] if is_cut(model) else ranks.dealt(rows, lambda mine: list(map(summed, mine)))
+    sums = (
+        [summed(row) for row in rows]
+        if is_cut(model)
+        else distributed.dealt(rows, lambda mine: list(map(summed, mine)))
+    )
     model.train(was_training)
     return sum(total for total, _ in sums) / sum(count for _, count in sums)
 

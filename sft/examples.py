@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from llamachat.batching import epoch_order
 from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
+from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.config.sections import Data, DataSource
-from llamachat.dialog import Dialog, Message
-from llamachat.records import load_mixture, read_records
+from llamachat.data.loading import load_mixture, read_records
+from llamachat.data.packing import epoch_order
 from llamachat.runs.artifacts import DIALOGS, HELD_OUT_DIALOGS
 
 log = logging.getLogger(__name__)

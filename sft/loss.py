@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamachat.batching import IGNORED
+from llamachat.data.packing import IGNORED
 
 # A CPU keeps a compiled kernel for each shape it has met: with every length its own, memory grew from 0.5 to 1.5 GiB in
 # 200 rows. Lengths are filled up to a multiple, which also is faster.
@@ -21,7 +21,7 @@ def answer_token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
     """Negative log-likelihoods, in nats, of the tokens whose label counts, [N] in fp32.
 
     The output head runs on those positions alone. `model` is a transformers causal language model, with or without a
-    LoRA adapter; `batch` is what `llamachat.batching` collates.
+    LoRA adapter; `batch` is what `llamachat.data.packing` collates.
     """
     llama: Any = model  # transformers' and PEFT's methods lie behind nn.Module's __getattr__
     labels_BT = batch["labels"][:, 1:]

@@ -10,6 +10,7 @@ import torch
 
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.proof import prove_written, require_proof
+from llamachat.chat_format.tokenizer import write_tokenizer
 from llamachat.models.loading import (
     attach_adapter,
     load_base,
@@ -22,7 +23,6 @@ from llamachat.models.sharding import shard_if_asked, whole_weights
 from llamachat.models.starting import fast_tokenizer, is_adapter, proved_start
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.folder import StepFolder
-from llamachat.tokenizer import write_tokenizer
 from sft.config import Inputs
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from llamachat import ranks
-from llamachat.batching import StepPlan, collate_packed, collate_padded, plan_steps
+from llamachat import distributed
 from llamachat.chat_format import TrainOn
+from llamachat.data.packing import StepPlan, collate_packed, collate_padded, plan_steps
 from llamachat.errors import DataError
 from llamachat.models.sharding import gathered
 from llamachat.rollout.engine import Sampling
@@ -72,7 +72,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     transformers_logging.disable_progress_bar()
     check_optimizer(config.optimizer, where="sft.optimizer")
     folder = StepFolder(inputs.folder)
-    resume = ranks.agreed(newest(folder.checkpoints))
+    resume = distributed.agreed(newest(folder.checkpoints))
     hours = open_hours(inputs.step, "sft", config.max_hours, inputs.deadline, resume.path if resume else None)
     start = load_start(inputs)
     examples = load_examples(
@@ -125,7 +125,7 @@ def plan_training(config: Config, inputs: Inputs, examples: Examples, *, device:
         capacity=min(row_tokens, inputs.base.max_tokens),
         packing=config.packing,
         rows_per_microbatch=1 if config.packing else config.rows_per_microbatch,
-        world_size=ranks.count(),
+        world_size=distributed.count(),
     )
 
 

@@ -59,7 +59,7 @@ def trainer_arguments(
     """TRL's arguments: ours, then what `sft.trainer` adds (keys that ours own are refused when the recipe loads)."""
     return SFTConfig(
         output_dir=str(folder),
-        num_train_epochs=1,  # the order of all epochs is one list of rows (llamachat.batching.plan_steps)
+        num_train_epochs=1,  # the order of all epochs is one list of rows (llamachat.data.packing.plan_steps)
         per_device_train_batch_size=rows_per_microbatch,
         gradient_accumulation_steps=microbatches_per_step,
         train_sampling_strategy="sequential",

@@ -3,7 +3,7 @@
 import pytest
 
 from llamachat.chat_format import ChatFormat, load_chat_format
-from llamachat.tokenizer import SentencePieceBackend, Tokenizer
+from llamachat.chat_format.tokenizer import SentencePieceBackend, Tokenizer
 from tests.fakes import train_sentencepiece
 
 

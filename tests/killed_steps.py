@@ -12,7 +12,7 @@ from typing import Any
 
 from llamachat.runs.folder import StepFolder
 from llamachat.tracking.record import MetricsRecord, SamplesRecord
-from tests.test_sft_resume import ENVIRONMENT, FORKING, ROOT
+from tests.sft.test_resume import ENVIRONMENT, FORKING, ROOT
 
 # Batches of a few prompts, no pictures (they take longer than all else), and a line for each call of the engine when its
 # answers are there. `{modules}` are those that draw, with what they draw by.

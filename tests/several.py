@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 PATIENCE_S = 120.0
-LOADED = ("torch", "peft", "sft.train", "reward.train", "ppo.train", "rejection_sampling.round", "pipelines.cli")
+LOADED = ("torch", "peft", "sft.train", "reward.train", "ppo.train", "rejection_sampling.train", "pipelines.cli.main")
 
 
 def run_several(count: int, function: Callable[..., Any], *arguments: Any, may_die: bool = False) -> list[Any]:
@@ -78,11 +78,11 @@ def _work(
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
-    from llamachat import ranks
+    from llamachat import distributed
 
     torch.set_num_threads(1)
     try:
-        with ranks.opened():
+        with distributed.opened():
             result = function(*arguments)
         told = (True, result)
     except BaseException:

@@ -21,50 +21,31 @@ from llamachat.config.section import Section
 from llamachat.config.sections import Base, Data, DataSource, Rollout, RopeScaling, Run, Scoring, Split, Tracking
 from llamachat.config.sections import Tuning as TuningSection
 from llamachat.tracking.metrics import check_names
-from pipelines.recipe import Recipe, load
-from pipelines.stages import STAGES
-from pipelines.study import Study, Table, Variant, load_study
-from pipelines.study_plan import study_plan_text
-from pretraining.config import Config as PretrainingConfig
+from pipelines.recipe.recipe import Recipe, load
+from pipelines.recipe.stages import STAGES
+from pipelines.studies.plan import study_plan_text
+from pipelines.studies.study import Study, Table, Variant, load_study
+from tools.pretraining.config import Config as PretrainingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "llamachat"
 TOP = "pipelines"
-NOT_STAGES = {LIBRARY, TOP, "pretraining", "serving"}  # packages without the three names of a stage
+NOT_STAGES = {LIBRARY, TOP, "tools", "serving"}  # packages without the three names of a stage
 
 # A module of `llamachat` imports modules that stand before it, and its own folder. A new one gets its place here.
 ORDER = (
-    "ranks",
+    "distributed",
     "errors",
     "config",
-    "dialog",
-    "tokenizer",
     "chat_format",
-    "statistics",
-    "problems",
-    "jsonl",
-    "rows",
-    "record_rules",
-    "sources",
-    "splits",
-    "records",
-    "constraints",
-    "refusals",
-    "html_text",
-    "data_check",
-    "turn_mends",
-    "loose_rows",
-    "record_mends",
-    "data_convert",
-    "batching",
-    "masked",
-    "logprobs",
-    "kl",
+    "maths",
+    "data",
     "runs",
+    "constraints",
+    "memory",
     "models",
     "rollout",
     "scoring",
-    "questions",
     "training",
     "tracking",
     "answers",
@@ -77,8 +58,8 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base
 
 HEAVY = ("torch", "trl", "transformers", "datasets", "wandb", "peft", "accelerate", "bitsandbytes")
 # What works on tensors or arrays (numpy sets an environment variable when it loads); help, plans and refusals load the rest.
-ON_ARRAYS = {"batching", "kl", "logprobs", "masked", "refusals", "statistics"}
-ON_TENSORS = ON_ARRAYS | {"answers", "models", "questions", "rollout", "scoring", "training"}
+ON_TENSORS = {"answers", "maths", "models", "rollout", "scoring", "training"}
+ON_ARRAYS = {"llamachat.data.packing", "llamachat.data.prompts"}
 
 
 def packages() -> list[str]:
@@ -184,7 +165,7 @@ sys.addaudithook(watch)
 handler = signal.getsignal(signal.SIGTERM)
 for name in sys.argv[2:]:
     __import__(name)
-from pipelines.recipe import load
+from pipelines.recipe.recipe import load
 load("configs/tiny.yaml", ["run.dir=" + sys.argv[1] + "/run"])
 print(json.dumps({
     "acts": seen,

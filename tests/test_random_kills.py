@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.random_kills import differences_of, main, table
-from tests.tiny_sft import toy_dialogs, write_base, write_dialogs, write_recipe
+from tests.sft.tiny_sft import toy_dialogs, write_base, write_dialogs, write_recipe
 
 
 def write_run(run: Path) -> Path:

@@ -19,15 +19,15 @@ from llamachat.runs.folder import StepFolder
 from llamachat.tracking.record import MetricsRecord
 from llamachat.training.master_weights import MasterWeightOptimizer
 from llamachat.training.progress import StepProgress
-from reward import testing as testing_module
+from reward import heldout as testing_module
 from reward import train as reward_module
 from reward.config import Config as RewardConfig
 from sft import train as train_module
 from sft.config import Config as SftConfig
+from tests.reward.tiny_reward import data_of, reward_inputs, toy_labels, toy_pairs
 from tests.several import run_several
+from tests.sft.tiny_sft import LORA, inputs_of, toy_dialogs, write_base
 from tests.tiny_llama import tiny_llama
-from tests.tiny_reward import data_of, reward_inputs, toy_labels, toy_pairs
-from tests.tiny_sft import LORA, inputs_of, toy_dialogs, write_base
 
 SFT = SftConfig(epochs=2, learning_rate=1e-3, examples_per_step=8, sample_prompts=2)
 # One packed row holds a step's pairs: of two processes one has nothing to do but to fill up.

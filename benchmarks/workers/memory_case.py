@@ -20,8 +20,8 @@ import torch
 
 from benchmarks.memory import Case, base_of, ppo_config, reward_config, rollout_of, sft_config, tuning_of
 from llamachat.chat_format import TokenizedExample
-from llamachat.dialog import Message
-from llamachat.record_rules import Preference
+from llamachat.chat_format.dialog import Message
+from llamachat.data.records import Preference
 
 STEPS = 2  # of the optimizer: from the second on its moments lie beside the activations
 MICROBATCHES = 2  # of a step: from the second on gradients do, too
@@ -58,7 +58,7 @@ def _ids(length: int) -> tuple[int, ...]:
 
 
 def _open_sft(case: Case, folder: Path) -> Steps:
-    from llamachat.batching import collate_packed, collate_padded
+    from llamachat.data.packing import collate_packed, collate_padded
     from llamachat.models.loading import attach_adapter, load_base
     from llamachat.models.starting import fast_tokenizer, proved_start
     from llamachat.training.trainer import Watch, collator, row_numbers

@@ -13,12 +13,12 @@ from typing import Any
 from llamachat.answers.groups import is_allowed
 from llamachat.answers.sequences import Turns
 from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.dialog import Message
 from llamachat.constraints import Family, Instruction, draw_instruction, is_kept, recall_questions, recalled
-from llamachat.dialog import Message
+from llamachat.data.splits import fraction
+from llamachat.maths.intervals import paired_bootstrap, proportion_interval
 from llamachat.rollout import together
 from llamachat.rollout.engine import RolloutEngine, Sampling
-from llamachat.splits import fraction
-from llamachat.statistics import paired_bootstrap, proportion_interval
 
 CHECKED, RECALLED = "consistency", "recall"
 

@@ -13,7 +13,7 @@ import numpy as np
 from llamachat.answers.best_of_n import expected_best, expected_median
 from llamachat.answers.desk import Desk
 from llamachat.answers.groups import Group, Sampler, batches_of, sample_groups
-from llamachat.questions import Question
+from llamachat.data.prompts import Question
 from llamachat.scoring.standardising import Constants
 
 _FIRST_SEED = 500_000  # of these batches, past those of a round

@@ -9,9 +9,9 @@ from llamachat.answers.evaluation import Evaluation, evaluation_of
 from llamachat.answers.responses import open_engine, sample
 from llamachat.answers.scorer import Scorer, longest_prompt
 from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tuning
+from llamachat.data.prompts import Questions, check_room, load_questions
 from llamachat.models.role_bank import RoleBank
 from llamachat.models.role_opening import open_roles
-from llamachat.questions import Questions, check_room, load_questions
 from llamachat.rollout.engine import LocalEngine, Sampling
 from llamachat.scoring.combining import combiner
 from llamachat.scoring.models import checked_models

@@ -11,8 +11,8 @@ from typing import Any
 
 from llamachat.answers.responses import Response
 from llamachat.answers.scorer import Scored
+from llamachat.maths.intervals import distinct_pairs, paired_bootstrap
 from llamachat.scoring.standardising import Constants, fit_constants, standardise
-from llamachat.statistics import distinct_pairs, paired_bootstrap
 
 # Pairs of answers whose lengths differ by this share of the longer one at most are told apart by the judge once more:
 # reward models and judges like length.

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 from llamachat.answers.desk import Desk
 from llamachat.answers.responses import Response, sample
 from llamachat.chat_format import ChatFormat
-from llamachat.dialog import DialogError, Message
-from llamachat.questions import Question
+from llamachat.chat_format.dialog import DialogError, Message
+from llamachat.data.prompts import Question
 from llamachat.rollout.engine import RolloutEngine, Sampling
 from llamachat.scoring.ranking import ranking
 from llamachat.scoring.standardising import Constants, standardise

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.answers.packed import TokenSequence, packed_rows
-from llamachat.logprobs import token_logprobs
+from llamachat.maths.logprobs import token_logprobs
 
 if TYPE_CHECKING:
     from llamachat.models.role_bank import RoleBank
@@ -20,7 +20,7 @@ def answer_logprobs(bank: "RoleBank", sequences: Sequence[TokenSequence], *, tem
 
     Several processes share the work.
     """
-    return ranks.dealt(sequences, lambda mine: _logprobs(bank, mine, temperature))
+    return distributed.dealt(sequences, lambda mine: _logprobs(bank, mine, temperature))
 
 
 @torch.no_grad()

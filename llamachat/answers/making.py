@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.answers.desk import Desk, Setting
 from llamachat.answers.evaluation import Evaluation
 from llamachat.answers.inputs import AnswerInputs, StepInputs
@@ -37,7 +37,7 @@ from llamachat.tracking.tracker import Tracker, open_tracker
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llamachat.dialog import Message
+    from llamachat.chat_format.dialog import Message
 
 SAMPLED = "sampled"  # the key of a dialog under which its origin stands
 
@@ -56,7 +56,7 @@ def run_parts(
 ) -> Artifact:
     """Make the dialogs, tune on them as `inputs.tune` is told, compare, end the step."""
     folder = StepFolder(inputs.folder)
-    are_made = ranks.agreed((folder.dialogs / MANIFEST).is_file())
+    are_made = distributed.agreed((folder.dialogs / MANIFEST).is_file())
     dialogs = read_artifact(folder.dialogs, "dialogs") if are_made else make()
     free_memory()
     tuned = inputs.tune(dialogs, over=over, from_base=from_base, sft_share=sft_share)

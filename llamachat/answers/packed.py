@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llamachat.answers.responses import Response
-from llamachat.batching import pack_evenly
-from llamachat.tokenizer import UNK_ID
+from llamachat.chat_format.tokenizer import UNK_ID
+from llamachat.data.packing import pack_evenly
 
 # A CPU keeps a compiled kernel for each shape it has met: rows are filled up to a multiple.
 SHAPE_MULTIPLE = 64

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llamachat.chat_format import ChatFormat
-from llamachat.questions import Question
+from llamachat.data.prompts import Question
 from llamachat.rollout import together
 from llamachat.rollout.engine import RolloutEngine, Sampling
 

@@ -4,12 +4,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamachat.batching import epoch_order
 from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.config.sections import Data
-from llamachat.dialog import Dialog, Message
+from llamachat.data.loading import load_mixture
+from llamachat.data.packing import epoch_order
 from llamachat.errors import DataError
-from llamachat.records import load_mixture
 
 log = logging.getLogger(__name__)
 

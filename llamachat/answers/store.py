@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.runs.atomic import storage_errors, write_text
 
 
@@ -22,13 +22,13 @@ class Store:
         path = self._path(name)
         if not self.has(name):
             write_text(path, json.dumps(make(), allow_nan=False) + "\n")
-            ranks.wait()
+            distributed.wait()
         with storage_errors(path):
             return json.loads(path.read_text(encoding="utf-8"))
 
     def has(self, name: str) -> bool:
         """Whether the value is there."""
-        return ranks.agreed(self._path(name).is_file())
+        return distributed.agreed(self._path(name).is_file())
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"

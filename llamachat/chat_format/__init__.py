@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from llamachat.dialog import Message
+from llamachat.chat_format.dialog import Message
+from llamachat.chat_format.tokenizer import Tokenizer
 from llamachat.errors import ConfigError
-from llamachat.tokenizer import Tokenizer
 
 CHAT_FORMATS = ("llama2",)
 

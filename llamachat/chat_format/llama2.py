@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llamachat.chat_format import TokenizedExample, TrainOn
-from llamachat.dialog import DialogError, Message, check_messages
-from llamachat.tokenizer import Tokenizer
+from llamachat.chat_format.dialog import DialogError, Message, check_messages
+from llamachat.chat_format.tokenizer import Tokenizer
 
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"

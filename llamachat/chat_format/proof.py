@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn, load_chat_format
+from llamachat.chat_format.dialog import Message
 from llamachat.chat_format.proof_set import CONTROL_DIALOGS, LLAMA2_DIGESTS, PLAIN_DIALOGS
-from llamachat.dialog import Message
+from llamachat.chat_format.tokenizer import BASES_THAT_WORK, SPACE, SPECIAL_PIECES, Tokenizer, load_tokenizer
 from llamachat.errors import TokenizerError
-from llamachat.tokenizer import BASES_THAT_WORK, SPACE, SPECIAL_PIECES, Tokenizer, load_tokenizer
 
 PIECES_PER_TEXT = 200
 

@@ -4,7 +4,7 @@ Written with escapes, since half of the characters in question cannot be seen. `
 `tokenizer.model` of Llama 2: whoever changes a dialog has to make it anew (a test holds the dialogs still).
 """
 
-from llamachat.dialog import Message
+from llamachat.chat_format.dialog import Message
 
 _TEXTS = (
     "What is the capital of France?",

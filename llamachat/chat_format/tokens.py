@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import IO, cast
 
 from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
+from llamachat.chat_format.dialog import DialogError, parse_messages
 from llamachat.chat_format.proof import load_proved_format
-from llamachat.dialog import DialogError, parse_messages
+from llamachat.chat_format.tokenizer import SPACE
 from llamachat.errors import DataError, UsageError
-from llamachat.tokenizer import SPACE
 
 MAX_TOLD = 100
 _BOM = b"\xef\xbb\xbf"

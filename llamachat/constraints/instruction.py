@@ -7,8 +7,8 @@ from math import log1p
 from llamachat.constraints.families import Constraint, Family, are_compatible
 from llamachat.constraints.texts import words
 from llamachat.constraints.values import Side, side_of
+from llamachat.data.splits import fraction
 from llamachat.errors import ConfigError
-from llamachat.splits import fraction
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from llamachat.constraints.texts import words
+from llamachat.data.splits import fraction
 from llamachat.errors import DataError
-from llamachat.splits import fraction
 
 Side = Literal["train", "held_out"]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from llamachat.tokenizer import UNK_ID
+from llamachat.chat_format.tokenizer import UNK_ID
 
 # Tokens of a forward pass when only scores are wanted, padding included. Ours: memory, not measured speed, sets them.
 CPU_ROW_TOKENS, GPU_ROW_TOKENS = 2048, 16384

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from llamachat.chat_format import ChatFormat, load_chat_format
+from llamachat.chat_format.tokenizer import BASES_THAT_WORK, BOS_ID, EOS_ID, UNK_ID, Tokenizer, load_tokenizer
 from llamachat.config.paths import is_hub_name
 from llamachat.errors import ArtifactError, ConfigError
 from llamachat.models import nf4
 from llamachat.models.placement import best_attention, device_of, dtype_of, gpus
 from llamachat.models.rope import rope_parameters, scale_rope
 from llamachat.models.weights import file_weights, trunk_digest
-from llamachat.tokenizer import BASES_THAT_WORK, BOS_ID, EOS_ID, UNK_ID, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel

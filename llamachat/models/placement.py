@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -15,9 +15,9 @@ def device_of(name: str) -> str:
     """`name`, or for auto the GPU where there is one; each of several processes has its own."""
     if name != "auto":
         return name
-    if not ranks.use_gpus():
+    if not distributed.use_gpus():
         return "cpu"
-    return "cuda" if ranks.count() == 1 else f"cuda:{torch.cuda.current_device()}"
+    return "cuda" if distributed.count() == 1 else f"cuda:{torch.cuda.current_device()}"
 
 
 def gpus() -> list[int]:

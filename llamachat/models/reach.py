@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llamachat.chat_format.tokenizer import BASES_THAT_WORK
 from llamachat.errors import ConfigError
-from llamachat.models.estimates import KNOWN_BASES
-from llamachat.tokenizer import BASES_THAT_WORK
+from llamachat.memory.estimates import KNOWN_BASES
 
 TIMEOUT_S = 5.0
 UNGATED = next(name for name, base in KNOWN_BASES.items() if not base.is_gated)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
+from llamachat.chat_format.dialog import DialogError, Message, check_messages
 from llamachat.chat_format.proof import load_proved_format
+from llamachat.chat_format.tokenizer import UNK_ID, Tokenizer, load_tokenizer
 from llamachat.config.paths import is_hub_name
-from llamachat.dialog import DialogError, Message, check_messages
 from llamachat.errors import ArtifactError
 from llamachat.models import nf4
 from llamachat.models.hub import tokenizer_folder
@@ -42,7 +43,6 @@ from llamachat.models.placement import device_of, dtype_of
 from llamachat.models.rope import context_length, scale_rope
 from llamachat.models.sharding import shard_if_asked
 from llamachat.models.starting import fast_tokenizer, is_adapter, proved_start
-from llamachat.tokenizer import UNK_ID, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel

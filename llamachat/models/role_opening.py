@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from llamachat.chat_format import ChatFormat, load_chat_format
+from llamachat.chat_format.tokenizer import UNK_ID, load_tokenizer
 from llamachat.models import nf4
 from llamachat.models.loading import (
     ONLY_ADAPTER,
@@ -53,7 +54,6 @@ from llamachat.models.rope import rope_parameters
 from llamachat.models.starting import is_adapter, proved_start
 from llamachat.models.weights import trunk_digest
 from llamachat.runs.artifacts import Artifact
-from llamachat.tokenizer import UNK_ID, load_tokenizer
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def shard_if_asked(model: nn.Module, tuning: "Tuning") -> None:
 
     Raises ConfigError for adapters, whose frozen base is whole in each process.
     """
-    if not ranks.are_sharded():
+    if not distributed.are_sharded():
         return
     if tuning.method != "full":
         raise ConfigError(
@@ -39,7 +39,7 @@ def shard_if_asked(model: nn.Module, tuning: "Tuning") -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     decoder: Any = model.model  # of LlamaForCausalLM and of our scoring model
-    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.count(),))
+    mesh = init_device_mesh(next(model.parameters()).device.type, (distributed.count(),))
     # Cut again after each forward pass, the outermost too: it would keep its weights as an evaluation found them.
     how: dict[str, Any] = {
         "mesh": mesh,
@@ -84,7 +84,7 @@ def whole(tree: Tree) -> Tree:
     the others have empty ones in their place."""
     if isinstance(tree, DTensor):
         full = tree.full_tensor().detach()
-        return cast(Tree, full.cpu() if ranks.is_first() else full.new_empty(0))
+        return cast(Tree, full.cpu() if distributed.is_first() else full.new_empty(0))
     if isinstance(tree, Mapping):
         return cast(Tree, {key: whole(value) for key, value in tree.items()})
     if isinstance(tree, (list, tuple)):

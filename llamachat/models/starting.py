@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.tokenizer import write_tokenizer
 from llamachat.config.sections import Base, Tuning
 from llamachat.errors import ConfigError
 from llamachat.models.loading import SEVEN_PROJECTIONS, find_model
-from llamachat.tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ What a prompt is answered belongs to its place in the whole list, so it is the s
 
 from collections.abc import Sequence
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.rollout.engine import Completion, RolloutEngine, Sampling
 
 
@@ -18,4 +18,4 @@ def generate(
         of = [prompts[number] for number in part]
         return engine.generate(of, samples_per_prompt=samples_per_prompt, sampling=sampling, numbers=part)
 
-    return ranks.dealt(range(len(prompts)), mine)
+    return distributed.dealt(range(len(prompts)), mine)

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llamachat import ranks
+from llamachat import distributed
+from llamachat.chat_format.tokenizer import BOS_ID
 from llamachat.errors import ConfigError, DataError, ServerError
 from llamachat.models.loading import save_policy
 from llamachat.models.rope import context_length
@@ -27,7 +28,6 @@ from llamachat.rollout.decoder import evaluating
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.rollout.vllm_http import RefusedError, Server
 from llamachat.rollout.weights import without_wrapper
-from llamachat.tokenizer import BOS_ID
 
 if TYPE_CHECKING:
     from llamachat.models.loading import LanguageModel
@@ -77,7 +77,7 @@ class VllmEngine:
         # Away with the engine, or at the end of the process.
         self._folder = TemporaryDirectory(prefix="llamachat-vllm-")
         Path(self._folder.name).chmod(0o755)  # the server may run as another user
-        self._run = ranks.agreed(secrets.token_hex(4))
+        self._run = distributed.agreed(secrets.token_hex(4))
         self._refreshes = 0
         self._adapter: str | None = None
         if _is_adapter(model):
@@ -248,10 +248,10 @@ class VllmEngine:
         """Let the adapter take the place of the one before; of several processes the first one does, and all ask for it."""
         self._refreshes += 1
         name = f"llamachat-{self._run}-{self._refreshes}"
-        ranks.wait()  # for those that still ask for the one before
-        if ranks.is_first():
+        distributed.wait()  # for those that still ask for the one before
+        if distributed.is_first():
             self._hand_over(model, name)
-        ranks.wait()
+        distributed.wait()
         self._adapter = name
 
     def _hand_over(self, model: "LanguageModel", name: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import Field, ValidationError
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.config.section import Section
 from llamachat.errors import ArtifactError
 from llamachat.runs.atomic import flush, incoming_folder, storage_errors, write_json
@@ -102,9 +102,9 @@ def publish(
     or where they do not end the step to `tuned/`, until `end_step`. Of several processes the first one writes.
     """
     final = _place(folder, manifest.kind) if ends_step else folder.tuned
-    if ranks.is_first():
+    if distributed.is_first():
         _fill(final, manifest, write)
-    ranks.wait()
+    distributed.wait()
     return Artifact(final, _read_manifest(final))
 
 
@@ -129,11 +129,11 @@ def _fill(final: Path, manifest: Manifest, write: Callable[[Path], object]) -> N
 
 def end_step(folder: StepFolder) -> Artifact:
     """Make the policy in `tuned/` the step's artifact."""
-    if ranks.is_first():
+    if distributed.is_first():
         with storage_errors(folder.artifact):
             folder.tuned.rename(folder.artifact)
             flush(folder.path)
-    ranks.wait()
+    distributed.wait()
     return Artifact(folder.artifact, _read_manifest(folder.artifact))
 
 

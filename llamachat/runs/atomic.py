@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.errors import LlamachatError
 
 # A side file or folder that a killed command leaves behind; whoever holds the step's lock may delete it.
@@ -74,7 +74,7 @@ def make_folder(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`: a reader sees the old content or the new, never a mixture."""
-    if not ranks.is_first():
+    if not distributed.is_first():
         return
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

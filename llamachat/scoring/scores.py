@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamachat.dialog import Message
+from llamachat.chat_format.dialog import Message
 from llamachat.errors import ScoringError
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llamachat.masked import VARIANCE_FLOOR, masked_mean, masked_variance
+from llamachat.maths.masked import VARIANCE_FLOOR, masked_mean, masked_variance
 
 Shaping = Literal["whiten_logit", "whiten", "none"]
 

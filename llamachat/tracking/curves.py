@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.runs.atomic import INCOMING, storage_errors
 from llamachat.tracking.metrics import METRICS, Metric, UnknownMetricError, metric_of
 from llamachat.tracking.record import STEP, TIME, MetricsRecord
@@ -112,7 +112,7 @@ def panel_grid(count: int, title: str) -> "tuple[Figure, list[Any]]":
 
 def save_png(figure: "Figure", png_path: Path) -> None:
     """Write a picture beside its place and rename it: a reader sees all of it or the one before."""
-    if not ranks.is_first():
+    if not distributed.is_first():
         return
     with storage_errors(png_path):
         png_path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.config.sections import Tracking
 from llamachat.runs.atomic import write_json
 from llamachat.runs.folder import StepFolder
@@ -144,7 +144,7 @@ def open_tracker(
     `resume_step` is the step of the checkpoint that the loop continues from, None from the start; what the record holds
     after it is dropped, and wandb and TensorBoard are made equal to the record. Of several processes the first one writes.
     """
-    is_main = ranks.is_first()
+    is_main = distributed.is_first()
     wandb_run = (
         open_wandb_run(tracking, step_folder=step_folder, run_dir=run_dir, step=step, prefix=prefix, config=config)
         if is_main

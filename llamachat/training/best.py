@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.models.sharding import like, whole
 from llamachat.runs.atomic import INCOMING, flush, make_folder, storage_errors
 
@@ -49,7 +49,7 @@ class BestWeights:
         """Keep the model's trained weights if no earlier ones had so low a loss."""
         trained = whole(_trained(model))
         best = self.read()
-        if not ranks.is_first() or (best is not None and best.loss <= evaluated.loss):
+        if not distributed.is_first() or (best is not None and best.loss <= evaluated.loss):
             return
         weights = {name: weight.detach().cpu().contiguous() for name, weight in trained.items()}
         told = {"step": evaluated.step, "loss": evaluated.loss, "figures": dict(evaluated.figures)}
@@ -63,7 +63,7 @@ class BestWeights:
 
     def put(self, model: nn.Module) -> Evaluated:
         """Make the model the best one."""
-        ranks.wait()  # for the first process, which writes it
+        distributed.wait()  # for the first process, which writes it
         best = self.read()
         assert best is not None, "a training is evaluated where it ends"
         trained = _trained(model)

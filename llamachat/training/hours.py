@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.runs.atomic import storage_errors, write_json
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Hours:
             return True
         if not self.are_limited:
             return False
-        self.ended_by = ranks.agreed(self._ending())
+        self.ended_by = distributed.agreed(self._ending())
         if self.ended_by == "max_hours":
             log.warning("%s: %s (%g) are over at %s", self.step, self.key, self.limit, where)
         elif self.ended_by == "run.max_hours":

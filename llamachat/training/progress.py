@@ -7,7 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llamachat import ranks
+from llamachat import distributed
 
 
 class StepProgress:
@@ -15,7 +15,7 @@ class StepProgress:
 
     def __init__(self, title: str, *, steps: int, done: int = 0) -> None:
         self._title, self._steps, self._started, self._first = title, steps, time.monotonic(), done
-        self._console = Console(file=sys.stderr, quiet=not ranks.is_first())
+        self._console = Console(file=sys.stderr, quiet=not distributed.is_first())
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),

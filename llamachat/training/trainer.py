@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import align_special_tokens
 
-from llamachat import ranks
+from llamachat import distributed
 from llamachat.models.sharding import is_cut, is_cut_tensor, put_weights, whole_weights
 from llamachat.models.weights import file_weights
 from llamachat.runs.checkpoints import newest, writing
@@ -46,7 +46,7 @@ class AtomicCheckpoints(Trainer):
     """Stands before one of TRL's trainers: saves through `llamachat.runs.checkpoints.writing`, reports to `Watch` alone.
 
     Of several processes the first one saves. No DDP wrapper: it would have every row run through it, those that only fill
-    up a step too, and hold a copy of all gradients; they are joined once a step (`llamachat.ranks`), before the clip.
+    up a step too, and hold a copy of all gradients; they are joined once a step (`llamachat.distributed`), before the clip.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class AtomicCheckpoints(Trainer):
         super().__init__(*args, **kwargs)
         self._checkpoints, self._before_save, self._hours = checkpoints, before_save, hours
         self._whole_weights: dict[str, Tensor] | None = None  # of a model that is cut, while it is saved
-        if ranks.count() > 1:
+        if distributed.count() > 1:
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         # The flow callback decides when to log and to save; the printing and progress callbacks are ours.
         self.callback_handler.callbacks = [
@@ -77,7 +77,7 @@ class AtomicCheckpoints(Trainer):
             # Each process's loss is as many times its part of the step's as there are processes, as for DDP. Weights that
             # are cut have been joined in the backward pass.
             trained = [w for w in self.model.parameters() if w.requires_grad and not is_cut_tensor(w)]
-            ranks.sum_gradients(trained, scale=1 / ranks.count())
+            distributed.sum_gradients(trained, scale=1 / distributed.count())
         return loss
 
     def take_as_trained(self) -> None:
@@ -115,7 +115,7 @@ class AtomicCheckpoints(Trainer):
         assert self.model is not None
         random_states = self._random_states()
         self._whole_weights = whole_weights(self.model)
-        if ranks.is_first():
+        if distributed.is_first():
             self._save_all(model, trial, random_states)
         else:
             # What the first process asks of all as it saves, in its order.
@@ -123,7 +123,7 @@ class AtomicCheckpoints(Trainer):
             assert isinstance(self.optimizer, torch.optim.Optimizer)
             self.optimizer.state_dict()
         self._whole_weights = None
-        ranks.wait()
+        distributed.wait()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict=self._whole_weights or state_dict)
@@ -133,7 +133,7 @@ class AtomicCheckpoints(Trainer):
         with tempfile.TemporaryDirectory() as place:
             self._save_rng_state(place)
             mine = [(path.name, path.read_bytes()) for path in Path(place).iterdir()]
-        return dict(chain.from_iterable(ranks.dealt(range(ranks.count()), lambda _: [mine])))
+        return dict(chain.from_iterable(distributed.dealt(range(distributed.count()), lambda _: [mine])))
 
     def _save_all(self, model: Any, trial: Any, random_states: Mapping[str, bytes]) -> None:
         step, home = self.state.global_step, self.args.output_dir

@@ -1,0 +1,250 @@
+"""The report's pictures: 6.4 inches wide with letters of 11 points and more, so that a phone shows them legibly.
+
+Colours are of Okabe and Ito's set, told apart by the colour-blind; series differ in marker or line too. Each function
+draws what it is given, writes one PNG and returns its path.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from evaluation.report.paper import RATINGS
+from evaluation.report.reading import Curve, Measure
+from llamachat.tracking.curves import Series, running_mean, save_png
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#8a3ea8", "#b8860b", "#444444", "#CC79A7", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LINES = ("-", "--", "-.", ":")
+_GREY = "#6b6b6b"
+_WIDTH = 6.4  # inches
+_PANEL = (4.8, 3.0)  # of a training curve
+_POINTS = 11.5
+_SMOOTH_FROM = 20
+_MOST_IN_PANEL = 8
+
+
+@contextmanager
+def _picture(path: Path, height: float, *, width: float = _WIDTH, columns: int = 1) -> Iterator[Any]:
+    """Axes of a picture that is written when the block ends: one, or with more columns a list of them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False, sharey=columns > 1).flatten()
+    yield axes[0] if columns == 1 else list(axes)
+    for place in axes:
+        place.tick_params(labelsize=_POINTS)
+        place.grid(visible=True, alpha=0.25, linewidth=0.6)
+        place.spines[["top", "right"]].set_visible(False)
+    save_png(figure, path)
+
+
+def accuracy_by_rating(
+    path: Path, rated: Mapping[str, Sequence[Measure | None]], paper_rows: Mapping[str, Sequence[float]], domain: str
+) -> Path:
+    """Accuracy of each model by rating; the paper's models as open marks."""
+    labels = [rating.replace("_", "\n") for rating in RATINGS]
+    with _picture(path, 4.2) as place:
+        count = len(rated)
+        for index, (which, measures) in enumerate(rated.items()):
+            known = [(at, one) for at, one in enumerate(measures[:-1]) if one is not None]
+            shift = 0.14 * (index - (count - 1) / 2)
+            _intervals(
+                place, [at + shift for at, _ in known], [one for _, one in known], index=index, label=f"ours: {which}",
+                scale=100, line="",
+            )  # fmt: skip
+        for name, values in paper_rows.items():
+            index = list(rated).index(name) if name in rated else len(rated)
+            place.plot(
+                range(len(RATINGS)), values[:-1], linestyle="--", linewidth=1.2, color=_colour(index), alpha=0.8,
+                marker=_marker(index), markersize=8, markerfacecolor="white", label=f"paper: {name}",
+            )  # fmt: skip
+        place.axhline(50, color=_GREY, linewidth=1)
+        place.set_xticks(range(len(RATINGS)), labels)
+        place.set_ylabel(f"accuracy on {domain} pairs, %", fontsize=_POINTS)
+        _legend_above(place, 2)
+    return path
+
+
+def best_and_median(path: Path, curves: Sequence[Curve]) -> Path:
+    """Figure 7: what the best and the median of N answers are worth, a line of each policy."""
+    with _picture(path, 4.2) as place:
+        for index, curve in enumerate(curves):
+            counts = range(1, len(curve.best) + 1)
+            place.fill_between(counts, curve.best_low, curve.best_high, color=_colour(index), alpha=0.15, linewidth=0)
+            _line(place, counts, curve.best, index, label=f"{curve.policy}: best")
+            place.plot(
+                counts, curve.median, color=_colour(index), linestyle=":", linewidth=2, label=f"{curve.policy}: median"
+            )
+        _labels(place, "N, answers to a prompt", "combined score, deviations")
+        _legend_above(place, 2)
+    return path
+
+
+def by_temperature(path: Path, policy: str, curves: Sequence[Curve]) -> Path:
+    """Figure 8: what the best of N answers is worth at each temperature."""
+    with _picture(path, 4.0) as place:
+        for index, curve in enumerate(sorted(curves, key=lambda one: one.temperature)):
+            _line(
+                place, range(1, len(curve.best) + 1), curve.best, index,
+                label=f"temperature {curve.temperature:g}", line=_LINES[index % len(_LINES)],
+            )  # fmt: skip
+        _labels(place, f"N, answers of {policy} to a prompt", "best of N, deviations")
+        _legend_above(place, 2)
+    return path
+
+
+def dots(
+    path: Path,
+    rows: Sequence[str],
+    series: Mapping[str, Mapping[str, Measure]],
+    *,
+    what: str,
+    middle: float | None = None,
+) -> Path:
+    """Shares in percent with their intervals: a line of rows for each policy, a mark of each series in it."""
+    height = 1.6 + 0.28 * len(series) + len(rows) * (0.3 + 0.2 * len(series))
+    with _picture(path, height) as place:
+        for index, (name, by_row) in enumerate(series.items()):
+            shift = 0.2 * (index - (len(series) - 1) / 2)
+            at = [rows.index(one) + shift for one in by_row]
+            _intervals(place, at, list(by_row.values()), index=index, label=name, scale=100, line="", is_across=True)
+        if middle is not None:
+            place.axvline(100 * middle, color=_GREY, linewidth=1.2)
+        place.set_yticks(range(len(rows)), rows)
+        place.set_ylim(len(rows) - 0.5, -0.5)  # the first policy above
+        place.set_xlabel(what, fontsize=_POINTS)
+        _legend_above(place, 1)
+    return path
+
+
+def plane(
+    path: Path, points: Mapping[str, tuple[Measure, Measure]], *, across: str, up: str, middle: float | None = None,
+    scale: float = 1,
+) -> Path:  # fmt: skip
+    """Figure 11's plane: a mark for each policy with its intervals, joined in the order of the run."""
+    with _picture(path, 4.8) as place:
+        pairs = list(points.values())
+        place.plot(
+            [x.value * scale for x, _ in pairs],
+            [y.value * scale for _, y in pairs],
+            color=_GREY,
+            linewidth=1,
+            alpha=0.6,
+        )
+        for index, (name, (x, y)) in enumerate(points.items()):
+            place.errorbar(
+                [x.value * scale], [y.value * scale], xerr=_errors([x], scale), yerr=_errors([y], scale),
+                marker=_marker(index), markersize=9, color=_colour(index), capsize=3, elinewidth=1.2, linestyle="",
+                label=f"{index + 1} {name}",
+            )  # fmt: skip
+            place.annotate(
+                str(index + 1), (x.value * scale, y.value * scale), xytext=(7, 7), textcoords="offset points",
+                fontsize=_POINTS, weight="bold",
+            )  # fmt: skip
+        if middle is not None:
+            place.axvline(middle * scale, color=_GREY, linewidth=1, linestyle=":")
+            place.axhline(middle * scale, color=_GREY, linewidth=1, linestyle=":")
+        _labels(place, across, up)
+        _legend_above(place, 3)
+    return path
+
+
+def by_turn(path: Path, kept: Mapping[str, Mapping[int, Measure]], chance: Mapping[str, Mapping[int, Measure]]) -> Path:
+    """Table 30 in shape: the share of dialogs whose instruction is kept at each turn; what chance gives dotted."""
+    with _picture(path, 4.2) as place:
+        for index, (name, by) in enumerate(kept.items()):
+            turns = sorted(by)
+            _intervals(place, turns, [by[turn] for turn in turns], index=index, label=name, scale=100, line="-")
+            if by_chance := chance.get(name):
+                turns = sorted(by_chance)
+                values = [100 * by_chance[turn].value for turn in turns]
+                label = "told nothing (dotted)" if name == next(iter(chance)) else None
+                place.plot(turns, values, color=_colour(index), linestyle=":", linewidth=1.8, label=label)
+        place.set_xticks(sorted({turn for by in kept.values() for turn in by}))
+        place.set_ylim(-3, 103)
+        _labels(place, "turn", "instruction kept, %")
+        _legend_above(place, 2)
+    return path
+
+
+def training_curve(path: Path, group: Sequence[Series]) -> Path:
+    """One panel of a step's record; noisy figures as light points under a running mean."""
+    with _picture(path, _PANEL[1] + 0.2 * (min(len(group), _MOST_IN_PANEL) - 1), width=_PANEL[0]) as place:
+        for index, one in enumerate(group[:_MOST_IN_PANEL]):
+            label = one.name.partition("/")[2]
+            if len(one.steps) == 1:
+                place.axhline(one.values[0], color=_colour(index), linestyle="--", label=label)
+            elif len(one.steps) < _SMOOTH_FROM:
+                _line(place, one.steps, one.values, index, label=label)
+            else:
+                place.plot(
+                    one.steps, one.values, color=_colour(index), linewidth=0, marker=".", markersize=3, alpha=0.25
+                )
+                line = _LINES[index % len(_LINES)]
+                place.plot(
+                    one.steps, running_mean(one.values), color=_colour(index), linestyle=line, linewidth=2, label=label
+                )
+        units = sorted({one.metric.unit for one in group} - {"1", ""})
+        _labels(place, group[0].axis, ", ".join(units))
+        # Matplotlib's own form puts a power of ten over the axis, where the legend is.
+        place.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _legend_above(place, 1)
+    return path
+
+
+def _intervals(
+    place: Any, at: Sequence[float], measures: Sequence[Measure], *, index: int, label: str, scale: float, line: str,
+    is_across: bool = False,
+) -> None:  # fmt: skip
+    values = [one.value * scale for one in measures]
+    errors = _errors(measures, scale)
+    x, y = (values, at) if is_across else (at, values)
+    place.errorbar(
+        x, y, xerr=errors if is_across else None, yerr=None if is_across else errors, marker=_marker(index), markersize=7,
+        color=_colour(index), linestyle=line, linewidth=1.6, elinewidth=1.4, capsize=3, label=label,
+    )  # fmt: skip
+
+
+def _errors(measures: Sequence[Measure], scale: float) -> list[list[float]]:
+    """Distances down and up; 0 where there is no interval, and never below 0 where rounding put a mean outside."""
+    spans = [one.interval or (one.value, one.value) for one in measures]
+    return [
+        [max(0.0, one.value - low) * scale for one, (low, _) in zip(measures, spans, strict=True)],
+        [max(0.0, high - one.value) * scale for one, (_, high) in zip(measures, spans, strict=True)],
+    ]
+
+
+def _line(place: Any, x: Sequence[float], y: Sequence[float], index: int, *, label: str, line: str = "-") -> None:
+    every = max(1, len(x) // 8)
+    place.plot(
+        x, y, color=_colour(index), linestyle=line, linewidth=2, marker=_marker(index), markersize=5, markevery=every,
+        label=label,
+    )  # fmt: skip
+
+
+def _labels(place: Any, across: str, up: str) -> None:
+    place.set_xlabel(across, fontsize=_POINTS)
+    place.set_ylabel(up, fontsize=_POINTS)
+
+
+def _legend_above(place: Any, columns: int) -> None:
+    """Over the axes, where it hides no point."""
+    place.legend(
+        fontsize=_POINTS - 0.5,
+        frameon=False,
+        ncols=columns,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        borderaxespad=0.2,
+    )
+
+
+def _colour(index: int) -> str:
+    return _COLOURS[index % len(_COLOURS)]
+
+
+def _marker(index: int) -> str:
+    return _MARKERS[index % len(_MARKERS)]

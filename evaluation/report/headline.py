@@ -1,0 +1,228 @@
+"""The first thing on the page: all policies by all metrics, and whether a difference to the first policy is apart from 0.
+
+A difference counts as one only where its 95% interval, paired by prompt, leaves 0 out; a policy that does not beat the
+reference is told of in as plain words as one that does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evaluation.report.page import ABSENT, Block, Cell, Points, Section, Table, Text, number, percent, signed
+from evaluation.report.reading import Evaluation, Facts, Measure
+
+COMBINED = ("score", "reward_combined", "reward_helpfulness", "reward_safety")  # the first that there is leads
+_DIFFERENCES = (
+    ("score", "combined, deviations"),
+    ("reward_combined", "combined, raw"),
+    ("reward_helpfulness", "helpfulness"),
+    ("reward_safety", "safety"),
+    ("judge", "judge"),
+    ("judge_like_length", "judge, answers of like length"),
+)
+_NAMES = {"score": "combined score", "reward_combined": "combined score", "reward_helpfulness": "helpfulness score",
+          "reward_safety": "safety score"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A line of the headline table."""
+
+    key: str
+    label: str
+    better: int = 0  # 1 the higher, -1 the lower, 0 neither
+    is_share: bool = False
+    digits: int = 2
+    at_least: float | None = None  # below it nothing is called best: a win rate under a half is a loss
+
+    def shown(self, measure: Measure, *, is_best: bool = False) -> Cell:
+        """The figure with its interval."""
+
+        def told(value: float) -> str:
+            return percent(value) if self.is_share else number(value, digits=self.digits)
+
+        interval = measure.interval
+        beside = f"[{told(interval[0])}, {told(interval[1])}]" if interval else ""
+        return Cell(told(measure.value), beside, is_best)
+
+
+def metrics_of(evaluation: Evaluation) -> list[Metric]:
+    """The lines of the headline table, those that nothing was measured of left out."""
+    reference, turns = evaluation.reference, evaluation.turns()
+    found = [
+        Metric("reward_helpfulness", "helpfulness, raw score", 1),
+        Metric("reward_safety", "safety, raw score", 1),
+        Metric("judge", "judge, raw score", 1),
+        Metric("reward_combined", "combined, raw score", 1),
+        Metric("score", f"combined, in deviations of {reference}'s answers", 1),
+        Metric(
+            "win_rate/judge", f"wins against {reference} by the judge, ties removed", 1, is_share=True, at_least=0.5
+        ),
+        Metric("violation", "violations, by the safety model", -1, is_share=True),
+        Metric("false_refusal", "false refusals of borderline prompts", -1, is_share=True),
+    ]
+    if turns:
+        last = turns[-1]
+        found += [
+            Metric(f"consistency/turn_{last}", f"instruction of turn 1 kept at turn {last}", 1, is_share=True),
+            Metric(f"chance/turn_{last}", f"the same, told nothing (chance) at turn {last}", is_share=True),
+        ]
+    found += [
+        Metric("kl_to_reference", f"KL to {reference}, nats a response"),
+        Metric("response_tokens", "tokens a response", digits=1),
+        Metric("finished_fraction", "answers that end by themselves", 1, is_share=True),
+        Metric("distinct_2", "distinct word pairs (distinct-2)", digits=3),
+    ]
+    return [metric for metric in found if evaluation.has(metric.key)]
+
+
+def headline_table(evaluation: Evaluation) -> Table:
+    """Metrics down, policies across: a phone scrolls sideways through policies, not through a dozen metrics."""
+    rows = []
+    for metric in metrics_of(evaluation):
+        measures = [evaluation.measure(policy, metric.key) for policy in evaluation.policies]
+        best = _best(metric, measures)
+        cells = [Cell(ABSENT) if one is None else metric.shown(one, is_best=one.value == best) for one in measures]
+        rows.append([Cell(metric.label), *cells])
+    return Table(
+        "All policies on held-out prompts, with 95% intervals",
+        ["", *evaluation.policies],
+        rows,
+        note="'best' marks the best mean of a line; where intervals overlap it says little. Whether a policy differs from "
+        f"{evaluation.reference} is told by the paired differences below. KL, length and distinct word pairs have no best. "
+        "All scores, violations included, are models' judgements, not people's.",
+        name="headline",
+    )
+
+
+def headline(facts: Facts) -> Section:
+    """The results in one table and a sentence a policy; without an evaluation, what each step measured by itself."""
+    evaluation = facts.evaluation
+    if evaluation is None:
+        return Section("Results", "results", _without_evaluation(facts))
+    others = [policy for policy in evaluation.policies if policy != evaluation.reference]
+    blocks: list[Block] = [
+        Points([verdict(evaluation, policy) for policy in others], tone="finding")
+        if others
+        else Text(f"Only {evaluation.reference} was evaluated: there is nothing yet to compare it with.")
+    ]
+    blocks.append(headline_table(evaluation))
+    if others:
+        blocks.append(_differences(evaluation, others))
+    asked = [f"temperature {evaluation.temperature:g}"] if evaluation.temperature is not None else []
+    asked += [f"at most {evaluation.max_new_tokens} new tokens"] if evaluation.max_new_tokens is not None else []
+    if asked:
+        blocks.append(Text(f"Answers of all policies were sampled alike: {', '.join(asked)}."))
+    return Section("Results", "results", blocks)
+
+
+def verdict(evaluation: Evaluation, policy: str) -> str:
+    """One sentence: whether the policy beats the reference in the combined score, and whether the judge follows."""
+    reference = evaluation.reference
+    key = next((name for name in COMBINED if evaluation.measure(policy, f"difference/{name}")), None)
+    judge = evaluation.measure(policy, "difference/judge")
+    if key is None:
+        return f"Whether {policy} beats {reference} was not measured: no reward model scored both."
+    measure = evaluation.measure(policy, f"difference/{key}")
+    assert measure is not None
+    name, side = _NAMES[key], side_of(measure)
+    opening = {
+        1: f"{policy} beats {reference} in {name} by {told(measure)}",
+        0: f"{policy} does not beat {reference} in {name}: {told(measure)}, an interval that holds 0",
+        -1: f"{policy} does not beat {reference} in {name}, it is below it: {told(measure)}",
+        None: f"{policy} differs from {reference} in {name} by {told(measure)}, without an interval: nothing is known of chance",
+    }[side]
+    if judge is None:
+        return f"{opening}; no judge, who selects nothing, has read these answers."
+    return f"{opening}; {_follows(side, side_of(judge), reference)}: {told(judge)}."
+
+
+def _follows(side: int | None, judged: int | None, reference: str) -> str:
+    """How the judge's verdict stands to that of the models which the policy was tuned by."""
+    match side, judged:
+        case 1, 1:
+            return "the judge, who selected nothing, agrees"
+        case 1, 0:
+            return "the judge does not follow"
+        case 1, -1:
+            return f"the judge says the opposite and puts it below {reference}"
+        case _, 1:
+            return f"the judge puts it above {reference}"
+        case -1, -1:
+            return "the judge agrees that it is worse"
+        case _, -1:
+            return f"the judge puts it below {reference}"
+        case _, 0:
+            return "the judge sees no difference"
+        case _:
+            return "the judge's difference, without an interval"
+
+
+def side_of(measure: Measure) -> int | None:
+    """1 or -1 where the interval lies above or below 0, 0 where it holds it, None without an interval."""
+    if measure.interval is None:
+        return None
+    low, high = measure.interval
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def told(measure: Measure) -> str:
+    """A difference with its interval: '+0.42 [+0.34, +0.50]'."""
+    interval = measure.interval
+    return signed(measure.value) + (f" [{signed(interval[0])}, {signed(interval[1])}]" if interval else "")
+
+
+def difference_cell(measure: Measure | None) -> Cell:
+    """A difference, and in words on which side of 0 its interval lies."""
+    if measure is None:
+        return Cell(ABSENT)
+    words = {1: "above 0", 0: "holds 0", -1: "below 0", None: "no interval"}[side_of(measure)]
+    low_high = told(measure).removeprefix(signed(measure.value)).strip()
+    return Cell(signed(measure.value), f"{low_high} {words}".strip())
+
+
+def _best(metric: Metric, measures: Sequence[Measure | None]) -> float | None:
+    values = [one.value for one in measures if one is not None]
+    if not metric.better or not values or (len(values) < 2 and metric.at_least is None):
+        return None
+    best = max(values) if metric.better > 0 else min(values)
+    if (metric.at_least is not None and best <= metric.at_least) or (len(set(values)) == 1 and len(values) > 1):
+        return None
+    return best
+
+
+def _differences(evaluation: Evaluation, others: Sequence[str]) -> Table:
+    rows = []
+    for key, label in _DIFFERENCES:
+        measures = [evaluation.measure(policy, f"difference/{key}") for policy in others]
+        if any(measures):
+            rows.append([Cell(label), *(difference_cell(one) for one in measures)])
+    return Table(
+        f"Difference to {evaluation.reference}, prompt by prompt",
+        ["score", *others],
+        rows,
+        note="Policy less reference on the same prompts, 95% bootstrap interval. 'holds 0' means that a difference is not "
+        "shown. The deviations are those on which rejection sampling and PPO decide; the judge decides nothing.",
+        name="differences",
+    )
+
+
+def _without_evaluation(facts: Facts) -> list[Block]:
+    steps = [step for step in facts.policies if f"{step.command}/test/difference/score" in step.summary]
+    words = "There is no evaluation of all policies on the same prompts, so there is no table of them here."
+    if not steps:
+        return [Text(words, tone="missing")]
+    words += " What each step measured of itself, against the policy that it began with:"
+    keys = [(key, label) for key, label in _DIFFERENCES if key != "reward_combined"]
+    rows = [
+        [Cell(step.name), *(difference_cell(step.measure(f"{step.command}/test/difference/{key}")) for key, _ in keys)]
+        for step in steps
+    ]
+    prompts = [f"{step.name}: {step.summary.get(f'{step.command}/test/prompts', 0):.0f}" for step in steps]
+    table = Table(
+        "Each step less the policy that it began with",
+        ["step", *(label for _, label in keys)],
+        rows,
+        note=f"Test prompts: {', '.join(prompts)}. Each step has prompts and a scale of its own: lines cannot be compared.",
+        name="steps",
+    )
+    return [Text(words, tone="missing"), table]

@@ -1,0 +1,327 @@
+"""Rejection sampling, PPO, Ghost Attention, the comparison of policies, and safety: in the order of the paper."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from evaluation.report import paper
+from evaluation.report.drawing import best_and_median, by_temperature, by_turn, dots, plane
+from evaluation.report.headline import difference_cell
+from evaluation.report.page import ABSENT, Block, Cell, Picture, Section, Table, number, paper_row, percent
+from evaluation.report.reading import Curve, Evaluation, Facts, Measure, Step
+
+_SCORERS = {
+    "judge": "judge",
+    "reward_helpfulness": "helpfulness model",
+    "reward_safety": "safety model",
+    "reward_combined": "combined",
+}
+
+
+def sampling(facts: Facts, figures: Path) -> Section | None:
+    """Figures 7 and 8: the best and the median of N answers, and the temperature that is best."""
+    curves = facts.curves()
+    if not curves:
+        return None
+    at = facts.evaluation.temperature if facts.evaluation is not None else None
+    by_policy: dict[str, list[Curve]] = {}
+    for curve in curves:
+        by_policy.setdefault(curve.policy, []).append(curve)
+    chosen = [_at_temperature(found, at) for found in by_policy.values()]
+    told = [
+        f"{one.policy} at temperature {one.temperature:g}: best {number(one.best[0])} at N = 1, {number(one.best[-1])} "
+        f"at N = {len(one.best)}; median {number(one.median[-1])}"
+        for one in chosen
+    ]
+    path = best_and_median(figures / "best_of_n.png", chosen)
+    blocks: list[Block] = [
+        Picture(
+            path,
+            f"What the best and the median of N answers are worth. {'. '.join(told)}.",
+            "Reward of the best and of the median of N answers (in the shape of Figure 7). The gap between them is what "
+            "rejection sampling can gain. Paper, read off its figure: the best goes from "
+            f"{paper.FIGURE_7} (scores there are probabilities).",
+        )
+    ]
+    for policy, found in by_policy.items():
+        if len(found) < 2:
+            continue
+        best = max(found, key=lambda one: one.best[-1])
+        last = ", ".join(f"{number(one.best[-1])} at {one.temperature:g}" for one in found)
+        blocks.append(
+            Picture(
+                by_temperature(figures / f"temperatures_{policy}.png", policy, found),
+                f"Best of N answers of {policy} by temperature. Best of {len(best.best)}: {last}. "
+                f"The highest is at temperature {best.temperature:g}.",
+                f"Best of N answers of {policy} at each temperature (in the shape of Figure 8); highest at "
+                f"{best.temperature:g}. Paper: {paper.FIGURE_8} for the policy after RLHF with 10 to 100 answers, and the "
+                "best temperature changes with the policy.",
+            )
+        )
+    return Section("Rejection sampling (section 3.2.3)", "rejection-sampling", blocks)
+
+
+def rounds(facts: Facts) -> Section | None:
+    """Each step of RLHF against the policy that it began with, by what it measured itself."""
+    if facts.evaluation is None:  # then this table is the headline
+        return None
+    steps = [step for step in facts.policies if f"{step.command}/test/difference/score" in step.summary]
+    if not steps:
+        return None
+    rows = []
+    for step in steps:
+        start = f"{step.command}/test"
+        cells = [difference_cell(step.measure(f"{start}/difference/{key}")) for key in ("score", "judge")]
+        changes = [
+            _change(step, f"{start}/{{}}/{name}", digits)
+            for name, digits in (("response_tokens", 1), ("finished_fraction", 2), ("distinct_2", 2))
+        ]
+        kl = step.measure(f"{start}/final/kl_to_reference")
+        rows.append([Cell(step.name), *cells, *changes, Cell(number(kl.value) if kl else ABSENT)])
+    table = Table(
+        "What each step changed, by its own test prompts",
+        ["step", "combined, deviations", "judge", "tokens", "finished", "distinct-2", "KL, nats"],
+        rows,
+        note="Final policy less the one that the step began with. Each step has a scale and prompts of its own; the table "
+        "at the top compares all on the same ones.",
+    )
+    return Section("Steps of RLHF, each by itself (section 3.2.3)", "rounds", [table])
+
+
+def ghost_attention(facts: Facts, figures: Path) -> Section | None:
+    """Table 30 in shape: how many dialogs keep the instruction of the first turn, by turn."""
+    kept, chance = _consistency(facts)
+    if not kept:
+        return None
+    turns = sorted({turn for by in kept.values() for turn in by} | set(paper.TABLE_30))
+    rows = []
+    for name, by in kept.items():
+        by_chance = chance.get(name, {})
+        rows.append([Cell(f"ours: {name}"), *(_kept(by.get(turn), by_chance.get(turn)) for turn in turns)])
+    for index, label in enumerate(("paper: without GAtt", "paper: with GAtt")):
+        rows.append(
+            paper_row(label, *(f"{paper.TABLE_30[t][index]:.0f}%" if t in paper.TABLE_30 else ABSENT for t in turns))
+        )
+    last = max(turn for by in kept.values() for turn in by)
+    ends = [f"{name} {percent(by[last].value)}" for name, by in kept.items() if last in by]
+    return Section(
+        "Ghost Attention (section 3.3)",
+        "ghost-attention",
+        [
+            Table(
+                "Dialogs that keep the instruction of their first turn (in the shape of Table 30)",
+                ["policy", *(f"turn {turn}" for turn in turns)],
+                rows,
+                note="Ours: held-out instructions with values never trained on, checked by rule. The paper's: recall of a "
+                "figure or hobby, judged by people. Chance is what the same policy does when it is told nothing.",
+                name="30",
+            ),
+            Picture(
+                by_turn(figures / "consistency.png", kept, chance),
+                f"Share of dialogs whose instruction is kept, by turn. At turn {last}: {', '.join(ends)}.",
+                "Instruction of the first turn kept at later turns, with 95% intervals; dotted, by chance.",
+            ),
+        ],
+    )
+
+
+def comparison(facts: Facts, figures: Path) -> Section | None:
+    """Figure 11 in shape: win rates, and where policies lie in the plane of helpfulness and safety."""
+    evaluation = facts.evaluation
+    if evaluation is None:
+        return None
+    blocks = [*_win_rates(evaluation, figures), *_planes(evaluation, figures)]
+    return Section("Policies against each other (section 3.4)", "policies", blocks) if blocks else None
+
+
+def safety(facts: Facts, figures: Path) -> Section | None:
+    """Violations, refusals and false refusals, and what context distillation did."""
+    blocks: list[Block] = _violations(facts.evaluation, figures) if facts.evaluation is not None else []
+    distilled = [_distillation(step) for step in facts.by_command("distill")]
+    blocks += [table for table in distilled if table is not None]
+    return Section("Safety (section 4)", "safety", blocks) if blocks else None
+
+
+def _at_temperature(curves: Sequence[Curve], temperature: float | None) -> Curve:
+    """The curve nearest the temperature of the evaluation; without one that of the highest end."""
+    if temperature is None:
+        return max(curves, key=lambda one: one.best[-1])
+    return min(curves, key=lambda one: abs(one.temperature - temperature))
+
+
+def _change(step: Step, name: str, digits: int) -> Cell:
+    start, final = (step.summary.get(name.format(moment)) for moment in ("start", "final"))
+    if start is None or final is None:
+        return Cell(ABSENT)
+    return Cell(f"{number(start, digits=digits)} to {number(final, digits=digits)}")
+
+
+def _consistency(facts: Facts) -> tuple[dict[str, dict[int, Measure]], dict[str, dict[int, Measure]]]:
+    """Kept and by chance, name -> turn -> share: of all policies by the evaluation, else of gatt by itself."""
+    kept: dict[str, dict[int, Measure]] = {}
+    chance: dict[str, dict[int, Measure]] = {}
+    evaluation = facts.evaluation
+    if evaluation is not None and evaluation.turns():
+        for policy in evaluation.policies:
+            for found, measured in ((kept, "consistency"), (chance, "chance")):
+                by = {
+                    turn: evaluation.measure(policy, f"{measured}/turn_{turn}") for turn in evaluation.turns(measured)
+                }
+                if known := {turn: one for turn, one in by.items() if one is not None}:
+                    found[policy] = known
+        return kept, chance
+    for step in facts.by_command("gatt"):
+        for found, name, moment in (
+            (kept, f"before {step.name}", "start"),
+            (kept, step.name, "final"),
+            (chance, step.name, "chance"),
+        ):
+            start = f"gatt/consistency/{moment}/turn_"
+            turns = [int(key.removeprefix(start)) for key in step.summary if key.removeprefix(start).isdigit()]
+            if by := {turn: one for turn in sorted(turns) if (one := step.measure(f"{start}{turn}")) is not None}:
+                found[name] = by
+    return kept, chance
+
+
+def _win_rates(evaluation: Evaluation, figures: Path) -> list[Block]:
+    others = [policy for policy in evaluation.policies if policy != evaluation.reference]
+    series = {label: _of_policies(evaluation, others, f"win_rate/{key}") for key, label in _SCORERS.items()}
+    series = {label: found for label, found in series.items() if found}
+    if not series:
+        return []
+    rows = []
+    for key, label in _SCORERS.items():
+        if label not in series:
+            continue
+        cells = []
+        for policy in others:
+            cell, ties = _share(series[label].get(policy)), evaluation.measure(policy, f"ties/{key}")
+            cells.append(Cell(cell.text, f"{cell.beside}{f', ties {percent(ties.value)}' if ties else ''}"))
+        rows.append([Cell(label), *cells])
+    told = [
+        f"{label}: " + ", ".join(f"{policy} {percent(one.value)}" for policy, one in found.items())
+        for label, found in series.items()
+    ]
+    path = dots(
+        figures / "win_rates.png", others, series, what=f"answers that beat {evaluation.reference}'s, %", middle=0.5
+    )
+    return [
+        Table(
+            f"Wins against {evaluation.reference}, ties removed",
+            ["by", *others],
+            rows,
+            note="win / (win + loss), as in the paper's Figure 2. The judge was trained on pairs that no other model saw; "
+            "the helpfulness and safety models are those that the policies were tuned by, so their verdict flatters.",
+            name="win-rates",
+        ),
+        Picture(
+            path,
+            f"Win rates against {evaluation.reference}, where 50% is a draw. {'. '.join(told)}.",
+            f"Win rates against {evaluation.reference} with 95% intervals (Figure 11 in shape). Paper: {paper.FIGURE_11}.",
+        ),
+    ]
+
+
+def _planes(evaluation: Evaluation, figures: Path) -> list[Block]:
+    found: list[Block] = []
+    for start, name, middle, scale, what in (
+        ("win_rate/", "plane_wins.png", 0.5, 100, f"wins against {evaluation.reference}, %"),
+        ("", "plane_scores.png", None, 1, "raw score"),
+    ):
+        points = {}
+        for policy in evaluation.policies:
+            x = evaluation.measure(policy, f"{start}reward_helpfulness")
+            y = evaluation.measure(policy, f"{start}reward_safety")
+            if x is not None and y is not None:
+                points[policy] = (x, y)
+        if len(points) < 2:
+            continue
+        path = plane(
+            figures / name, points, across=f"helpfulness model: {what}", up=f"safety model: {what}", middle=middle, scale=scale
+        )  # fmt: skip
+        places = ", ".join(
+            f"{policy} at {number(x.value * scale)} and {number(y.value * scale)}" for policy, (x, y) in points.items()
+        )
+        found.append(
+            Picture(
+                path,
+                f"Policies in the plane of helpfulness (across) and safety (up), {what}: {places}.",
+                f"Helpfulness and safety of each policy in the order of the run ({what}; the plane of Figure 11). "
+                "Up and to the right is better; both axes are models that the policies were tuned by.",
+            )
+        )
+    return found
+
+
+def _violations(evaluation: Evaluation, figures: Path) -> list[Block]:
+    labels = {
+        "violation": "violations, by the safety model",
+        "refusal": "refusals of adversarial prompts",
+        "false_refusal": "false refusals of borderline prompts",
+    }
+    series = {label: _of_policies(evaluation, evaluation.policies, key) for key, label in labels.items()}
+    series = {label: found for label, found in series.items() if found}
+    if not series:
+        return []
+    low, high = paper.FALSE_REFUSALS
+    rows = [
+        [Cell(label), *(_share(found.get(policy)) for policy in evaluation.policies)] for label, found in series.items()
+    ]
+    classifier = evaluation.refusal_classifier
+    told = f" It tells {_in_words(classifier)} of labelled answers right." if classifier is not None else ""
+    ends = [
+        f"{label}: " + ", ".join(f"{policy} {percent(one.value)}" for policy, one in found.items())
+        for label, found in series.items()
+    ]
+    path = dots(figures / "safety.png", evaluation.policies, series, what="% of answers")
+    return [
+        Table(
+            "Violations and refusals",
+            ["", *evaluation.policies],
+            rows,
+            note="A violation is an answer to an adversarial prompt that the safety model puts below 0.5; people may judge "
+            f"otherwise. Refusals are told by a trained classifier.{told} Paper, by people, read off a figure: violations "
+            f"{paper.VIOLATIONS}; by its classifier, false refusals of 210 borderline prompts {low}% without safety data "
+            f"and {high}% with all of it.",
+            name="violations",
+        ),
+        Picture(
+            path, f"Shares of answers. {'. '.join(ends)}.", "Violations and refusals by policy, with 95% intervals."
+        ),
+    ]
+
+
+def _distillation(step: Step) -> Table | None:
+    effects = {way: step.measure(f"distill/effect/{way}") for way in ("generic", "template")}
+    if not any(effects.values()):
+        return None
+    rows = [[Cell(f"{way} preprompt"), difference_cell(one)] for way, one in effects.items() if one is not None]
+    kept = step.measure("distill/kept_fraction")
+    note = f" Of the prompts, {percent(kept.value)} gave an answer that was learnt." if kept else ""
+    return Table(
+        f"{step.name}: what a preprompt adds to the safety score (in the shape of Figure 16)",
+        ["asked with", "safety score with less without"],
+        [*rows, paper_row("paper (Figure 16)", "both raise it, the template more")],
+        note=f"Raw scores of the safety model, prompt by prompt.{note} As in the paper, a distilled answer is learnt only "
+        "where the safety model prefers it.",
+    )
+
+
+def _of_policies(evaluation: Evaluation, policies: Sequence[str], key: str) -> Mapping[str, Measure]:
+    return {policy: one for policy in policies if (one := evaluation.measure(policy, key)) is not None}
+
+
+def _share(measure: Measure | None) -> Cell:
+    if measure is None:
+        return Cell(ABSENT)
+    interval = measure.interval
+    return Cell(percent(measure.value), f"[{percent(interval[0])}, {percent(interval[1])}]" if interval else "")
+
+
+def _kept(measure: Measure | None, by_chance: Measure | None) -> Cell:
+    cell = _share(measure)
+    return Cell(cell.text, f"{cell.beside}{f' chance {percent(by_chance.value)}' if by_chance else ''}".strip())
+
+
+def _in_words(measure: Measure) -> str:
+    cell = _share(measure)
+    return f"{cell.text} {cell.beside}".strip()

@@ -1,0 +1,121 @@
+"""The report on a run: reads what the finished steps left, draws, writes one page in two forms.
+
+It tells of any beginning of a recipe: what is not there is named with the command that makes it. Writes the step
+folder's figures/, report.html, report.md, summary.json and, last, artifact/ with both pages. Killed at any moment, the
+same call does it all again: there is nothing that would be worth keeping.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from evaluation.report.account import account, base_of, costs, curves
+from evaluation.report.answers import answers
+from evaluation.report.config import Config, Inputs
+from evaluation.report.deviations import deviations
+from evaluation.report.headline import headline
+from evaluation.report.missing import missing
+from evaluation.report.page import Page, Points, Section
+from evaluation.report.reading import Facts, read_facts
+from evaluation.report.rendering import html, markdown
+from evaluation.report.sections import comparison, ghost_attention, rounds, safety, sampling
+from evaluation.report.tuning import reward_models, supervised
+from llamachat.runs.artifacts import Artifact, Manifest, publish
+from llamachat.runs.atomic import remove_tree, write_text
+from llamachat.runs.folder import StepFolder
+from llamachat.tracking.tracker import open_tracker
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, inputs: Inputs) -> Artifact:
+    """Read, draw, write, publish."""
+    folder = StepFolder(inputs.folder)
+    facts = read_facts(inputs)
+    remove_tree(folder.figures)
+    page = Page(_title(facts), _facts(facts), tuple(_sections(config, facts, folder.figures)))
+    write_text(folder.page, html(page))
+    write_text(folder.page_markdown, markdown(page, folder.path))
+    lacking = missing(facts)
+    for line in lacking:
+        log.info("%s", line)
+    _track(inputs, folder, page, len(lacking))
+    log.info("the report is %s", folder.page)
+    return _publish(inputs, folder)
+
+
+def _sections(config: Config, facts: Facts, figures: Path) -> Iterator[Section]:
+    """In the paper's order; a section that has nothing to show is left out, and `missing` says why."""
+    if lacking := missing(facts):
+        yield Section("Not in this report", "missing", [Points(lacking, tone="missing")])
+    found = [
+        headline(facts),
+        supervised(facts),
+        reward_models(facts, figures),
+        sampling(facts, figures),
+        rounds(facts),
+        ghost_attention(facts, figures),
+        comparison(facts, figures),
+        safety(facts, figures),
+        answers(facts, config.samples),
+        curves(facts, figures) if config.shows_curves else None,
+        costs(facts),
+        account(facts),
+        deviations(facts),
+    ]
+    yield from (section for section in found if section is not None)
+
+
+def _title(facts: Facts) -> str:
+    return f"{facts.run_name}: a Llama 2 recipe from base to chat model"
+
+
+def _facts(facts: Facts) -> list[tuple[str, str]]:
+    return [
+        ("run", facts.inputs.run.dir),
+        ("written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
+        ("steps", ", ".join(step.name for step in facts.steps) or "none finished"),
+        ("base", base_of(facts)),
+        ("seed", str(facts.inputs.run.seed)),
+    ]
+
+
+def _track(inputs: Inputs, folder: StepFolder, page: Page, lacking: int) -> None:
+    """The pictures to wandb, without the answers: prompts and answers stay in the files."""
+    with open_tracker(
+        inputs.tracking,
+        step_folder=folder,
+        run_dir=Path(inputs.run.dir),
+        step=inputs.step,
+        prefix="report",
+        config=inputs.identity,
+        resume_step=None,
+    ) as tracker:
+        for picture in page.pictures:
+            tracker.figure(picture.path.stem, picture.path)
+        tracker.summary(
+            {
+                "report/figures": float(sum(1 for _ in folder.figures.rglob("*.png"))),
+                "report/kib": folder.page.stat().st_size / 1024,
+                "report/missing": float(lacking),
+            }
+        )
+
+
+def _publish(inputs: Inputs, folder: StepFolder) -> Artifact:
+    manifest = Manifest(
+        kind="report",
+        step=inputs.step,
+        fingerprint=inputs.fingerprint,
+        identity=inputs.identity,
+        inputs={artifact.manifest.step: str(artifact.path) for artifact in inputs.earlier},
+        seed=inputs.run.seed,
+    )
+
+    def write(place: Path) -> None:
+        for page in (folder.page, folder.page_markdown):
+            shutil.copyfile(page, place / page.name)
+
+    return publish(folder, manifest, write)

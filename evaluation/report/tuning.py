@@ -1,0 +1,165 @@
+"""Supervised tuning (section 3.1) and reward models (section 3.2.2; Tables 7, 8 and 29), ours beside the paper's."""
+
+from pathlib import Path
+
+from evaluation.report import paper
+from evaluation.report.drawing import accuracy_by_rating
+from evaluation.report.page import ABSENT, Block, Cell, Picture, Section, Table, number, paper_row, row
+from evaluation.report.reading import Facts, Measure, Step
+
+_DOMAINS = ("helpfulness", "safety")
+_LABELS = {rating: rating.replace("_", " ") for rating in paper.RATINGS}
+
+
+def supervised(facts: Facts) -> Section | None:
+    """What tuning did to the loss on held-out answers, for each step that tunes."""
+    steps = [step for step in facts.policies if "sft/eval_loss" in step.summary]
+    if not steps:
+        return None
+    rows = [
+        row(
+            step.name,
+            _told(step, "sft/eval_loss_base", 3),
+            _told(step, "sft/eval_loss", 3),
+            _told(step, "sft/trained_tokens", 0),
+            _told(step, "sft/epoch", 1),
+        )
+        for step in steps
+    ]
+    table = Table(
+        "Cross-entropy on held-out answers",
+        ["step", "before, nats/token", "after, nats/token", "answer tokens learnt", "epochs"],
+        rows,
+        note="Each step's held-out dialogs are its own: sft's are of data.sft, the others' are answers that they chose, "
+        "so lines cannot be compared. The paper gives no losses; it tuned for 2 epochs on 27,540 annotations.",
+    )
+    return Section("Supervised tuning (section 3.1)", "tuning", [table])
+
+
+def reward_models(facts: Facts, figures: Path) -> Section | None:
+    """Accuracy on pairs by domain and rating, and on answers labelled unsafe."""
+    models = facts.reward_models
+    if not models:
+        return None
+    blocks: list[Block] = [_by_domain(models)]
+    for domain in _DOMAINS:
+        rated = {which: _ratings(step, which, domain) for which, step in models.items()}
+        if not any(any(measures[:-1]) for measures in rated.values()):
+            continue
+        blocks.append(_by_rating(domain, rated))
+        path = accuracy_by_rating(figures / f"accuracy_{domain}.png", rated, paper.TABLE_8[domain], domain)
+        blocks.append(_accuracy_picture(path, domain, rated))
+    unsafe = _on_labels(models)
+    return Section("Reward models (section 3.2.2)", "reward-models", [*blocks, *([unsafe] if unsafe else [])])
+
+
+def _by_domain(models: dict[str, Step]) -> Table:
+    rows = []
+    for which, step in models.items():
+        measures = [step.measure(f"rm/{which}/test/{domain}/accuracy") for domain in _DOMAINS]
+        rows.append([Cell(f"ours: {which}"), *(_percent_cell(one) for one in measures)])
+    for rule, label in (("longer_wins", "ours: the longer answer wins"), ("tfidf", "ours: TF-IDF of the domain")):
+        cells = []
+        for domain in _DOMAINS:
+            # Beside each model stands a TF-IDF learnt from its own pairs: here that of the domain's own model.
+            which = domain if domain in models else next(iter(models))
+            is_shown = rule == "longer_wins" or which == domain
+            cells.append(_percent_cell(models[which].measure(f"rm/{which}/test/{domain}/{rule}") if is_shown else None))
+        rows.append([Cell(label), *cells])
+    rows += [
+        paper_row(f"paper: {name}", *(f"{values[domain]:.1f}" for domain in _DOMAINS))
+        for name, values in paper.TABLE_7.items()
+    ]
+    sizes = [
+        f"{domain} {step.summary[key]:.0f}"
+        for domain in _DOMAINS
+        for step in list(models.values())[:1]
+        if (key := f"rm/{next(iter(models))}/test/{domain}/pairs") in step.summary
+    ]
+    return Table(
+        "Accuracy on test pairs in percent (in the shape of Table 7)",
+        ["model", "helpfulness pairs", "safety pairs"],
+        rows,
+        note=f"Our test pairs: {', '.join(sizes) or 'not counted'}; the paper's are Meta Helpfulness and Meta Safety, so "
+        "heights do not compare. A tie counts half.",
+        name="7",
+    )
+
+
+def _ratings(step: Step, which: str, domain: str) -> list[Measure | None]:
+    """By rating, strongest first, then all."""
+    start = f"rm/{which}/test/{domain}/accuracy"
+    return [*(step.measure(f"{start}_{rating}") for rating in paper.RATINGS), step.measure(start)]
+
+
+def _by_rating(domain: str, rated: dict[str, list[Measure | None]]) -> Table:
+    rows = [[Cell(f"ours: {which}"), *(_percent_cell(one) for one in measures)] for which, measures in rated.items()]
+    rows += [
+        paper_row(f"paper: {name}", *(f"{value:.1f}" for value in values))
+        for name, values in paper.TABLE_8[domain].items()
+    ]
+    return Table(
+        f"Accuracy on {domain} pairs by rating in percent (in the shape of Table 8)",
+        ["model", *_LABELS.values(), "all"],
+        rows,
+        name=f"8-{domain}",
+    )
+
+
+def _accuracy_picture(path: Path, domain: str, rated: dict[str, list[Measure | None]]) -> Picture:
+    found = []
+    for which, measures in rated.items():
+        values = [
+            f"{_LABELS[rating]} {number(100 * one.value, digits=0)}%"
+            for rating, one in zip(paper.RATINGS, measures[:-1], strict=True)
+            if one is not None
+        ]
+        found.append(f"{which}: {', '.join(values)}")
+    falls = paper.TABLE_8[domain][domain]
+    alt = (
+        f"Accuracy on {domain} pairs by rating. Ours: {'; '.join(found)}. The paper's {domain} model falls from "
+        f"{falls[0]:.0f}% on significantly better to {falls[3]:.0f}% on negligibly better pairs."
+    )
+    return Picture(
+        path,
+        alt,
+        "Accuracy by how much better the chosen answer is, with 95% intervals; open marks are the paper's Table 8.",
+    )
+
+
+def _on_labels(models: dict[str, Step]) -> Table | None:
+    keys = ("unsafe_recall", "unsafe_precision", "unsafe_recall_at_gate", "unsafe_precision_at_gate")
+    rows = [
+        [Cell(f"ours: {which}"), *(_percent_cell(step.measure(f"rm/{which}/{key}")) for key in keys)]
+        for which, step in models.items()
+        if f"rm/{which}/unsafe_recall" in step.summary
+    ]
+    if not rows:
+        return None
+    without, with_loss = paper.TABLE_29_UNSAFE_RECALL
+    rows += [
+        paper_row("paper: safety, without auxiliary loss", f"{without:.1f}", ABSENT, ABSENT, ABSENT),
+        paper_row(
+            "paper: safety", f"{with_loss:.1f}", ABSENT, f"{paper.GATE_RECALL:.0f}", f"{paper.GATE_PRECISION:.0f}"
+        ),
+    ]
+    return Table(
+        "Unsafe answers that are told in percent (Table 29, section 3.2.3)",
+        ["model", "recall under 0.5", "precision under 0.5", "recall at the gate, 0.15", "precision at the gate"],
+        rows,
+        name="29",
+    )
+
+
+def _told(step: Step, name: str, digits: int) -> str:
+    value = step.summary.get(name)
+    return ABSENT if value is None else f"{value:,.{digits}f}"
+
+
+def _percent_cell(measure: Measure | None) -> Cell:
+    """In percent, without the sign, as the paper's tables have it."""
+    if measure is None:
+        return Cell(ABSENT)
+    interval = measure.interval
+    beside = f"[{number(100 * interval[0], digits=1)}, {number(100 * interval[1], digits=1)}]" if interval else ""
+    return Cell(number(100 * measure.value, digits=1), beside)

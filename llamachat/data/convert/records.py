@@ -1,0 +1,305 @@
+"""Foreign records brought into our three kinds: which kind a row is of, names of keys, labels, pairs of answers.
+
+    dialog       'messages' or one of its other names; a question and its answer as texts
+    preference   answers as texts, as messages, or as whole dialogs that part at their last answer; a prompt in any form
+    prompt       a text, messages, or what another kind of record asks
+
+What is returned has the form of a record and may still break its rules: `parse_record` decides.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llamachat.chat_format.dialog import DialogError, EndsWith, Message
+from llamachat.data.convert.turns import Mend, Notes, ordered, readable_turns, written
+from llamachat.data.records import KEYS, KINDS, RATINGS, REQUIRED, Kind, rating_meant, slip_of
+from llamachat.data.sources import SOURCES, Source
+from llamachat.data.sources.reading import fitting_sources
+
+# Sets of turns are read here, with mends; their own converters refuse what they do not know.
+SETS_OF_TURNS = ("sharegpt", "llamafactory_preference")
+
+_LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat")
+_QUESTIONS = ("prompt", "question", "instruction", "query", "input")
+_ANSWERS = ("completion", "response", "answer", "output")
+_SYSTEMS = ("system", "system_prompt")
+_SIDES = ("chosen", "rejected")
+_FLAGS = ("is_safe", "chosen_is_safe", "rejected_is_safe", "is_safety")
+_TRANSCRIPT = re.compile(r"\s*Human:")
+_REQUIRED = tuple(dict.fromkeys(key for kind in KINDS for key in REQUIRED[kind]))
+_NAMES = frozenset([key for kind in KINDS for key in KEYS[kind]] + [*_LISTS, *_QUESTIONS, *_ANSWERS, *_SYSTEMS])
+
+
+@dataclass(slots=True)
+class _Row:
+    """One row, its keys taken one by one; those that nobody took are left out by name."""
+
+    values: Mapping[str, Any]
+    notes: Notes
+    taken: set[str] = field(default_factory=set)
+
+    def first(self, names: Sequence[str]) -> str | None:
+        """The first of these keys that holds something."""
+        return next((name for name in names if self.values.get(name) is not None), None)
+
+    def take(self, name: str, own: str) -> Any:
+        self.taken.add(name)
+        if name != own:
+            self.notes.add(Mend.KEY)
+        return self.values[name]
+
+
+def sources_of(row: Mapping[str, Any], kind: Kind | None) -> list[Source]:
+    """The known set that a row betrays by its keys; none where it is read here, several where nothing tells which."""
+    fitting = fitting_sources(row, kind, [source for source in SOURCES.values() if source.name not in SETS_OF_TURNS])
+    is_listed = any(_is_list(row, key) for key in (*_LISTS, "prompt", *_SIDES))
+    return [source for source in fitting if source.has_lists or not is_listed]
+
+
+def transcripts_joined(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A pair whose prompt is the common beginning of two transcripts, as hh_rlhf has it: both transcripts whole."""
+    prompt = row.get("prompt")
+    sides = {side: row[side] for side in _SIDES if isinstance(row.get(side), str)}
+    if not isinstance(prompt, str) or not _TRANSCRIPT.match(prompt) or len(sides) < len(_SIDES):
+        return row
+    whole = {side: text if text.startswith(prompt) else prompt + text for side, text in sides.items()}
+    return {name: value for name, value in row.items() if name != "prompt"} | whole
+
+
+def told_kind(row: Mapping[str, Any], kind: Kind | None) -> Kind | None:
+    """The kind of record that a row is of, the wanted one where it may be read as several; None where none is told."""
+    return _told(row, kind) or _told(_slips_mended(row, _REQUIRED, Notes()), kind)
+
+
+def _told(row: Mapping[str, Any], kind: Kind | None) -> Kind | None:
+    found = _Row(row, Notes())
+    if kind == "dialog" and isinstance(row.get("messages"), list):
+        return "dialog"
+    if found.first(_SIDES):
+        return "preference"
+    if row.get("messages") is not None or any(_is_list(row, name) for name in _LISTS):
+        return "dialog"
+    question, answer = found.first(_QUESTIONS), found.first(_ANSWERS)
+    if question is None:
+        return None
+    # A prompt in our form may carry a reference answer beside it; 'completion' is the other half of TRL's dialogs.
+    is_dialog = answer is not None and (kind == "dialog" or answer == "completion" or isinstance(row[question], str))
+    return "dialog" if is_dialog and kind != "prompt" else "prompt"
+
+
+def mended_record(row: Mapping[str, Any], told: Kind, wanted: Kind, notes: Notes) -> dict[str, Any]:
+    """The row as a record of the wanted kind. `told` is its own kind; the two differ only where a prompt is wanted.
+
+    Raises `DialogError` where it would take a guess.
+    """
+    # A kind that only misspelt keys told is read from all of those.
+    required = REQUIRED[told] if _told(row, wanted) else _REQUIRED
+    slips = tuple(dict.fromkeys((*required, *KEYS[wanted])))
+    found = _Row(_slips_mended(row, slips, notes), notes)
+    if told == "preference":
+        record = _pair(found)
+        if wanted == "prompt":
+            record = {"prompt": record["prompt"]}
+    elif told == "prompt":
+        record = {"prompt": _question(found, ends_with="user")}
+    elif wanted == "prompt":
+        record = {"prompt": _turns(found, ends_with="user")}
+    else:
+        record = {"messages": _turns(found, ends_with="assistant")}
+    if told != wanted:
+        notes.add(Mend.AS_PROMPT)
+    record = {key: [written(message) for message in messages] for key, messages in record.items()}
+    record |= _labels(found, [key for key in KEYS[wanted] if key not in REQUIRED[wanted]])
+    for name in found.values:
+        if name not in found.taken:
+            notes.leave_out(str(name))
+    return record
+
+
+def _slips_mended(row: Mapping[str, Any], known: tuple[str, ...], notes: Notes) -> dict[str, Any]:
+    """The row with misspelt keys renamed. One that is a key of another kind is no slip: its meaning is another."""
+    mended: dict[str, Any] = {}
+    for name, value in row.items():
+        key = None if name in _NAMES else slip_of(str(name), known)
+        if key is None or key in row or key in mended or not _is_slip(str(name), key, row):
+            mended[name] = value
+        else:
+            mended[key] = value
+            notes.add(Mend.KEY)
+    return mended
+
+
+def _is_slip(name: str, key: str, row: Mapping[str, Any]) -> bool:
+    """Not where the row has the key's content under another name."""
+    others = _QUESTIONS if key == "prompt" else _LISTS if key == "messages" else ()
+    holds = key != "messages" or isinstance(row[name], list)
+    return holds and not any(row.get(other) is not None for other in others)
+
+
+def _turns(row: _Row, *, ends_with: EndsWith) -> list[Message]:
+    """The conversation under whatever key holds it, or of a question and its answer."""
+    name = next((name for name in _LISTS if _is_list(row.values, name)), None)
+    name = name or ("messages" if row.values.get("messages") is not None else None)
+    if name is not None:
+        turns = readable_turns(row.take(name, "messages"), name, row.notes)
+    else:
+        answer = row.first(_ANSWERS)
+        assert answer is not None, "a dialog holds turns or an answer"
+        row.notes.add(Mend.HALVES)
+        said = _as_turns(row.take(answer, answer), answer, "assistant", row.notes)
+        turns = [*_question(row, ends_with="either"), *said]
+    turns = ordered([*_system(row), *turns], row.notes, ends_with=ends_with)
+    spoken = [turn for turn in turns if turn.role != "system"]
+    if not spoken:
+        raise _nothing_left(name or "messages", ends_with)
+    return turns
+
+
+def _is_list(row: Mapping[str, Any], name: str) -> bool:
+    return isinstance(row.get(name), list)
+
+
+def _nothing_left(name: str, ends_with: EndsWith) -> DialogError:
+    what = "answer to a question" if ends_with == "assistant" else "question"
+    return DialogError(
+        name, f"holds no {what}, with every turn that has no place taken out.", "Add what is missing, or drop it."
+    )
+
+
+def _question(row: _Row, *, ends_with: EndsWith) -> list[Message]:
+    """The prompt as messages."""
+    name = row.first(_QUESTIONS)
+    assert name is not None, "the kind was told by this key"
+    turns = [*_system(row), *_as_turns(row.take(name, "prompt"), name, "user", row.notes)]
+    turns = ordered(turns, row.notes, ends_with=ends_with)
+    if not any(turn.role == "user" for turn in turns):
+        raise _nothing_left(name, "user")
+    return turns
+
+
+def _system(row: _Row) -> list[Message]:
+    """The system text that stands beside the turns, in a key of its own."""
+    name = row.first(_SYSTEMS)
+    if name is None or not isinstance(row.values[name], str):
+        return []
+    text = row.take(name, "messages")
+    return [Message("system", text)] if text.strip() else []
+
+
+def _as_turns(value: object, name: str, role: Any, notes: Notes) -> list[Message]:
+    """A text as one turn of that role, a message, or a list of them."""
+    if isinstance(value, str):
+        notes.add(Mend.TEXT)
+        return [Message(role, value)]
+    if isinstance(value, Mapping):
+        notes.add(Mend.TEXT)
+        value = [value]
+    return readable_turns(value, name, notes)
+
+
+def _pair(row: _Row) -> dict[str, Any]:
+    """The prompt that both sides share, and the answer of each."""
+    for side in _SIDES:
+        if row.values.get(side) is None:
+            raise DialogError(side, "is missing, but a pair compares two answers.", "Add it, or drop the record.")
+    prompt = _given_prompt(row)
+    sides = {side: _as_turns(row.take(side, side), side, "assistant", row.notes) for side in _SIDES}
+    prompt = _without_answer(prompt, sides, row.notes)
+    whole = {side: _whole_dialog(side, turns, prompt, row.notes) for side, turns in sides.items()}
+    shared = whole["chosen"][:-1]
+    if _texts(shared) != _texts(whole["rejected"][:-1]):
+        raise DialogError(
+            "rejected",
+            "parts from 'chosen' before the last answer, but a pair compares two answers to one prompt.",
+            "Cut both where they part, or drop the record.",
+        )
+    if any(len(turns) > 1 for turns in sides.values()):
+        row.notes.add(Mend.WHOLE_DIALOGS)
+    if any(_asks(turns) for turns in sides.values()):
+        shared = _agreed(shared, prompt)
+    return {"prompt": shared, **{side: turns[-1:] for side, turns in whole.items()}}
+
+
+def _given_prompt(row: _Row) -> list[Message]:
+    name = row.first(_LISTS)
+    if row.first(_QUESTIONS) is not None:
+        return _question(row, ends_with="either")
+    if name is None:
+        return _system(row)
+    turns = readable_turns(row.take(name, "prompt"), name, row.notes)
+    return ordered([*_system(row), *turns], row.notes, ends_with="either")
+
+
+def _without_answer(prompt: list[Message], sides: Mapping[str, list[Message]], notes: Notes) -> list[Message]:
+    """The prompt without an answer at its end that is one of the two compared; any other answer there is a riddle."""
+    if not prompt or prompt[-1].role != "assistant":
+        return prompt
+    if not any(turns and turns[-1].content.strip() == prompt[-1].content.strip() for turns in sides.values()):
+        raise DialogError(
+            "prompt",
+            "ends with an answer that is neither of the two: what they answer cannot be told.",
+            "Drop the last answer from the prompt, or drop the record.",
+        )
+    notes.add(Mend.CLOSING_ANSWER)
+    return prompt[:-1]
+
+
+def _asks(turns: Sequence[Message]) -> bool:
+    """Whether the turns begin with the prompt and not with an answer to it."""
+    return next((turn.role for turn in turns if turn.role != "system"), None) == "user"
+
+
+def _whole_dialog(side: str, turns: list[Message], prompt: list[Message], notes: Notes) -> list[Message]:
+    whole = ordered(turns if _asks(turns) else [*prompt, *turns], notes, ends_with="either")
+    if not any(message.role == "user" for message in whole):
+        raise DialogError("prompt", "is missing, but a pair compares two answers to it.", "Add it, or drop the record.")
+    if whole[-1].role != "assistant":
+        raise DialogError(side, "does not end with an answer that says something.", "Add it, or drop the record.")
+    return whole
+
+
+def _agreed(shared: list[Message], prompt: list[Message]) -> list[Message]:
+    """What two whole dialogs share, held against a prompt that stands beside them."""
+    said, asked = _texts(shared), _texts(prompt)
+    plain, plain_asked = ([text for text in texts if text[0] != "system"] for texts in (said, asked))
+    is_part = plain_asked in (plain[: len(plain_asked)], plain[len(plain) - len(plain_asked) :])
+    systems = [message for message in (*prompt, *shared) if message.role == "system"]
+    if not is_part or len({message.content for message in systems}) > 1:
+        raise DialogError(
+            "chosen",
+            "and 'rejected' do not start with 'prompt', but a pair shares its prompt.",
+            "Keep the answers to 'prompt' alone, or drop the record.",
+        )
+    return [*systems[:1], *(message for message in shared if message.role != "system")]
+
+
+def _texts(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    return [(message.role, message.content.strip()) for message in messages]
+
+
+def _labels(row: _Row, keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """The optional keys that say something, booleans, ratings and ids in our spelling where that is no guess."""
+    for name in keys:
+        if name not in row.values:
+            continue
+        row.taken.add(name)
+        value = row.values[name]
+        if value is None:
+            row.notes.add(Mend.NULL)
+            continue
+        spelt = _respelt(name, value)
+        if spelt is not value:
+            row.notes.add(Mend.LABEL)
+        yield name, spelt
+
+
+def _respelt(name: str, value: Any) -> Any:
+    if name in _FLAGS and isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower(), value)
+    if name == "rating" and isinstance(value, str) and value not in RATINGS:
+        return rating_meant(value) or value
+    if name == "id" and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value

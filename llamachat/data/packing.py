@@ -1,0 +1,232 @@
+"""From tokenized dialogs to optimizer steps, rows and tensors: order, packing, padding.
+
+An optimizer step is a fixed set of examples, packed or not, so packing changes the speed and not the mathematics. All
+steps have the same number of rows, so that a trainer with a fixed accumulation walks through them; a row without
+examples fills up where a step needs fewer.
+Shapes: B rows of a micro-batch, T positions, 1 a packed row.
+One thing surprises: a packed row comes without attention mask. Its examples are kept apart by positions that begin anew
+at 0; a mask of ones would let each see its neighbours.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from math import ceil
+from random import Random
+
+import torch
+from torch import Tensor
+
+from llamachat.chat_format import TokenizedExample
+from llamachat.chat_format.tokenizer import UNK_ID
+
+IGNORED = -100  # the label that the losses of torch and transformers leave out
+
+Row = tuple[int, ...]  # indices of the examples in it; () where it fills up a step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """Every row of a whole training in order; step s holds `rows[s * rows_per_step : (s + 1) * rows_per_step]`."""
+
+    rows: list[Row]
+    num_steps: int
+    rows_per_step: int
+    rows_per_microbatch: int
+    world_size: int
+    tokens_per_step: tuple[int, ...]  # of all examples of a step, without padding
+
+    @property
+    def microbatches_per_step(self) -> int:
+        """Gradient accumulation of each process."""
+        return self.rows_per_step // (self.rows_per_microbatch * self.world_size)
+
+    def step_rows(self, step: int) -> list[Row]:
+        """The rows of one step, counted from 0."""
+        return self.rows[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+
+    def tokens(self, first_step: int, end_step: int) -> int:
+        """Tokens of the examples in the steps from `first_step` up to, and without, `end_step`."""
+        return sum(self.tokens_per_step[first_step:end_step])
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices in as few rows of `capacity` tokens as best-fit decreasing finds; ties go to the earlier one.
+
+    A longer example has a row of its own.
+    """
+    assert all(length > 0 for length in lengths), "an example has tokens"
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, bin), sorted: the first that is large enough is the best fit
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        length = lengths[index]
+        place = bisect_left(rooms, (length, 0))
+        if place == len(rooms):
+            number, left = len(bins), max(capacity, length)
+            bins.append([])
+        else:
+            left, number = rooms.pop(place)
+        bins[number].append(index)
+        insort(rooms, (left - length, number))
+    return bins
+
+
+def pack_evenly(lengths: Sequence[int], capacity: int, *, shares: int) -> list[list[int]]:
+    """Indices in rows of `capacity` tokens that so many workers take in turn, each as many and of like length; fullest first.
+
+    One worker has the rows of `pack`. A longer example has a row of its own.
+    """
+    rows, number = pack(lengths, capacity), 0
+    room = max([capacity, *lengths])
+    while rows and shares > 1 and (number == 0 or max(_tokens(lengths, row) for row in rows) > room):
+        number += shares * (1 if number else ceil(len(rows) / shares))
+        rows = _spread(lengths, min(number, len(lengths)))
+    return sorted(rows, key=lambda row: -_tokens(lengths, row))
+
+
+def _spread(lengths: Sequence[int], number: int) -> list[list[int]]:
+    """Indices in so many rows: the longest that is left goes to the emptiest."""
+    rows: list[list[int]] = [[] for _ in range(number)]
+    filled = [(0, place) for place in range(number)]
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        tokens, place = heappop(filled)
+        rows[place].append(index)
+        heappush(filled, (tokens + lengths[index], place))
+    return rows
+
+
+def _tokens(lengths: Sequence[int], row: Sequence[int]) -> int:
+    return sum(lengths[index] for index in row)
+
+
+def plan_steps(
+    lengths: Sequence[int],
+    *,
+    examples_per_step: int,
+    epochs: float,
+    seed: int,
+    capacity: int,
+    packing: bool,
+    rows_per_microbatch: int = 1,
+    world_size: int = 1,
+) -> StepPlan:
+    """The rows of all steps: a new order each epoch, cut into steps of `examples_per_step`, each laid out in rows.
+
+    The last step may hold fewer examples. A part of an epoch takes the first examples of that epoch's order.
+    """
+    assert lengths and examples_per_step > 0 and epochs > 0, "the recipe is checked before"
+    order = epoch_order(len(lengths), epochs, seed)
+    groups = [order[start : start + examples_per_step] for start in range(0, len(order), examples_per_step)]
+    return lay_out(
+        groups,
+        lengths,
+        capacity=capacity,
+        packing=packing,
+        rows_per_microbatch=rows_per_microbatch,
+        world_size=world_size,
+    )
+
+
+def lay_out(
+    groups: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    *,
+    capacity: int,
+    packing: bool = True,
+    rows_per_microbatch: int = 1,
+    world_size: int = 1,
+) -> StepPlan:
+    """The rows of optimizer steps that hold these examples each."""
+    assert world_size > 0 and (rows_per_microbatch == 1 or not packing), "a packed micro-batch is one row"
+    layouts: list[list[Row]] = []
+    for group in groups:
+        if packing:
+            rows = pack([lengths[index] for index in group], capacity)
+            layouts.append([tuple(group[place] for place in row) for row in rows])
+        else:
+            # Neighbours of like length share a micro-batch, the longest first: what does not fit in memory shows at once.
+            layouts.append([(index,) for index in sorted(group, key=lambda index: (-lengths[index], index))])
+    unit = rows_per_microbatch * world_size
+    rows_per_step = -(-max(map(len, layouts)) // unit) * unit
+    return StepPlan(
+        rows=[row for layout in layouts for row in (*layout, *[()] * (rows_per_step - len(layout)))],
+        num_steps=len(layouts),
+        rows_per_step=rows_per_step,
+        rows_per_microbatch=rows_per_microbatch,
+        world_size=world_size,
+        tokens_per_step=tuple(sum(lengths[index] for row in layout for index in row) for layout in layouts),
+    )
+
+
+def epoch_order(count: int, epochs: float, seed: int | str) -> list[int]:
+    """Indices of `count` examples for so many epochs, a new order each; a part of one takes the first of its order."""
+    total = max(1, int(count * epochs + 0.5))
+    order: list[int] = []
+    epoch = 0
+    while len(order) < total:
+        # Sorting by random() and not shuffle(): Python promises the same random() in every version, and no more.
+        numbers = Random(f"order {seed} {epoch}")
+        order += sorted(range(count), key=[numbers.random() for _ in range(count)].__getitem__)
+        epoch += 1
+    return order[:total]
+
+
+def collate_packed(
+    examples: Sequence[TokenizedExample], *, multiple_of: int = 1, pad_id: int = UNK_ID
+) -> dict[str, Tensor]:
+    """One row of isolated examples: input_ids, labels, position_ids, each [1, T]; a row without examples is one pad.
+
+    An example's first token is never a label: the token before it belongs to its neighbour. Pads fill the row up to a
+    multiple of tokens, as one more example of which nothing is learnt.
+    """
+    parts = [(_ids(example), _labels(example)) for example in examples] or [_nothing(pad_id)]
+    missing = -sum(len(ids) for ids, _ in parts) % multiple_of
+    if missing:
+        parts.append((torch.full((missing,), pad_id), torch.full((missing,), IGNORED)))
+    return {
+        "input_ids": torch.cat([ids for ids, _ in parts]).unsqueeze(0),
+        "labels": torch.cat([labels for _, labels in parts]).unsqueeze(0),
+        "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in parts]).unsqueeze(0),
+    }
+
+
+def collate_padded(
+    examples: Sequence[TokenizedExample], *, rows: int | None = None, multiple_of: int = 1, pad_id: int = UNK_ID
+) -> dict[str, Tensor]:
+    """One example a row, padded on the right: input_ids, labels, attention_mask, position_ids, each [B, T].
+
+    The mask comes from lengths: the pad is a token that text may hold. With `rows`, rows without example fill up to so
+    many; each attends to its one pad, since attention over nothing is not a number.
+    """
+    assert rows is None or len(examples) <= rows, "a micro-batch has room for its examples"
+    parts = [(_ids(example), _labels(example)) for example in examples]
+    parts += [_nothing(pad_id) for _ in range((rows or 0) - len(parts))]
+    lengths_B = torch.tensor([len(ids) for ids, _ in parts])
+    width = -(-int(lengths_B.max()) // multiple_of) * multiple_of
+    positions_T = torch.arange(width)
+    return {
+        "input_ids": _pad([ids for ids, _ in parts], pad_id, width),
+        "labels": _pad([labels for _, labels in parts], IGNORED, width),
+        "attention_mask": (positions_T < lengths_B.unsqueeze(1)).long(),
+        # Positions run on over the padding: beginning anew there would read as a second packed example.
+        "position_ids": positions_T.expand(len(parts), -1).contiguous(),
+    }
+
+
+def _ids(example: TokenizedExample) -> Tensor:
+    return torch.tensor(example.input_ids, dtype=torch.long)
+
+
+def _labels(example: TokenizedExample) -> Tensor:
+    learnt_T = torch.tensor(example.loss_mask, dtype=torch.bool)
+    learnt_T[0] = False
+    return torch.where(learnt_T, _ids(example), IGNORED)
+
+
+def _nothing(pad_id: int) -> tuple[Tensor, Tensor]:
+    return torch.tensor([pad_id]), torch.tensor([IGNORED])
+
+
+def _pad(rows: list[Tensor], value: int, width: int) -> Tensor:
+    return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=value) for row in rows])

@@ -1,0 +1,168 @@
+"""What is asked: the prompts of the training side in a seeded order, and held-out ones that are always the same.
+
+Reads `data.prompts` and `data.adversarial` (marked is_safety), or without both the questions of the tuning data. All
+stages of a recipe choose the same held-out prompts, so that their figures stand side by side.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.dialog import Message
+from llamachat.config.sections import Base, Data, DataSource, Rollout
+from llamachat.data.loading import Prompt, load_mixture, read_records
+from llamachat.data.packing import epoch_order
+from llamachat.data.splits import fraction
+from llamachat.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+_SALT = "ppo"  # of the first stage that asked: another one would choose other prompts for all
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt as the policy reads it; `is_safety` where it is likely to draw an unsafe answer (the gate reads it)."""
+
+    messages: tuple[Message, ...]
+    ids: tuple[int, ...]
+    is_safety: bool
+    name: str  # the record's own id, or nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """All prompts of a step by side, none on two of them, and the records that were left out, by reason."""
+
+    train: list[Question]
+    validation: list[Question]
+    test: list[Question]
+    dropped: dict[str, int]
+
+    def drawn(self, count: int | None, *, seed: int) -> list[Question]:
+        """So many different prompts of the training side (None: all of them), in a seeded order."""
+        different = list({question.ids: question for question in self.train}.values())
+        return [different[place] for place in _order(len(different), seed, 0)][:count]
+
+    def batch(self, iteration: int, *, count: int, seed: int) -> list[Question]:
+        """The prompts of one iteration, counted from 0: the next ones in an order that is new with each pass.
+
+        They follow from the iteration alone, so a checkpoint need not remember where it was.
+        """
+        found = []
+        for number in range(iteration * count, (iteration + 1) * count):
+            epoch, place = divmod(number, len(self.train))
+            found.append(self.train[_order(len(self.train), seed, epoch)[place]])
+        return found
+
+
+@cache
+def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(epoch_order(count, 1, f"{_SALT} {seed} {epoch}"))
+
+
+def check_room(base: Base, rollout: Rollout) -> None:
+    """ConfigError where the longest answer leaves no room for a prompt."""
+    if rollout.max_new_tokens >= base.max_tokens:
+        raise ConfigError(
+            f"rollout.max_new_tokens: {rollout.max_new_tokens}, but base.max_tokens is {base.max_tokens}, and prompt and "
+            "answer must fit into it together. Lower rollout.max_new_tokens, or raise base.max_tokens."
+        )
+
+
+def load_questions(
+    data: Data,
+    chat_format: ChatFormat,
+    *,
+    system: str | None,
+    max_tokens: int,
+    held_out: tuple[int, int],
+    seed: int,
+    only_safety: bool = False,
+) -> Questions:
+    """The prompts, shortened to `max_tokens`; `held_out` are the sizes of the validation and of the test side.
+
+    With `only_safety` those alone that are marked is_safety.
+    """
+    dropped: Counter[str] = Counter()
+    sides: dict[str, list[Question]] = {"train": [], "validation": [], "test": []}
+    for sources, is_safety in _parts(data):
+        mixture = load_mixture(sources, data.split, kind="prompt", check=chat_format.check_text, seed=seed)
+        dropped.update(mixture.dropped)
+        for side, prompts in (("train", mixture.train), ("validation", mixture.validation), ("test", mixture.test)):
+            asked = [prompt for prompt in prompts if is_safety or prompt.is_safety or not only_safety]
+            sides[side] += _encoded(
+                asked, chat_format, is_safety=is_safety, system=system, max_tokens=max_tokens, dropped=dropped
+            )
+    for reason, count in sorted(dropped.items()):
+        log.warning("%d prompts: %s", count, reason)
+    for side, share in (("train", "data.split"), ("validation", "data.split.validation"), ("test", "data.split.test")):
+        if not sides[side]:
+            what, key = ("prompt", "data.prompts")
+            if only_safety:
+                what, key = "adversarial prompt (under data.adversarial, or marked is_safety)", "data.adversarial"
+            raise DataError(
+                f"{key}: after splitting by first user turn, no {what} of at most {max_tokens} tokens is left on "
+                f"the {side} side. A policy learns on one side, is watched on the second and judged on the third. Add prompts, "
+                f"or change {share}."
+            )
+    validation, test = (_chosen(sides[side], size) for side, size in zip(("validation", "test"), held_out, strict=True))
+    return Questions(sides["train"], validation, test, dict(dropped))
+
+
+def load_borderline(
+    data: Data, chat_format: ChatFormat, *, system: str | None, max_tokens: int, count: int
+) -> list[Question]:
+    """So many prompts of `data.borderline`, of both sides of the split, since no step learns from them."""
+    prompts = [
+        prompt
+        for source in data.borderline
+        for prompt in read_records(source, "prompt", chat_format.check_text).records
+    ]
+    found = _encoded(prompts, chat_format, is_safety=False, system=system, max_tokens=max_tokens, dropped=Counter())
+    return _chosen(found, count)
+
+
+def _parts(data: Data) -> list[tuple[tuple[DataSource, ...], bool]]:
+    """Sources, and whether all of their prompts ask for something unsafe."""
+    if data.prompts or data.adversarial:
+        parts = [(data.prompts, False), (data.adversarial, True)]
+    else:
+        # Annotators were asked to draw unsafe answers where they compared safety (Llama 2, section 3.2.1).
+        parts = [(data.sft, False), (data.helpfulness, False), (data.safety, True)]
+    return [(sources, is_safety) for sources, is_safety in parts if sources]
+
+
+def _encoded(
+    prompts: Iterable[Prompt],
+    chat_format: ChatFormat,
+    *,
+    is_safety: bool,
+    system: str | None,
+    max_tokens: int,
+    dropped: Counter[str],
+) -> list[Question]:
+    found = []
+    for prompt in prompts:
+        messages = prompt.messages
+        if system is not None and messages[0].role != "system":
+            messages = (Message("system", system), *messages)
+        fitting = chat_format.shorten(messages, max_tokens=max_tokens)
+        if fitting is None:
+            dropped[f"left out: the last question alone is longer than {max_tokens} tokens"] += 1
+            continue
+        if len(fitting) < len(messages):
+            dropped[f"shortened: oldest turns dropped to fit {max_tokens} tokens"] += 1
+        ids = tuple(chat_format.encode_prompt(fitting))
+        found.append(Question(fitting, ids, is_safety or prompt.is_safety, prompt.id or ""))
+    return found
+
+
+def _chosen(questions: Sequence[Question], size: int) -> list[Question]:
+    """So many different prompts, drawn by a hash of the text: the same whatever else is in the files."""
+    different = {question.ids: question for question in questions}.values()
+    ranked = sorted(different, key=lambda question: (fraction(question.messages[-1].content, salt=_SALT), question.ids))
+    return ranked[:size]

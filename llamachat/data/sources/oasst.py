@@ -1,0 +1,166 @@
+"""OpenAssistant message trees (oasst1 and oasst2): ranked answers under every question.
+
+A tree yields dialogs (every path that takes the best-ranked answer at each fork) or preferences (every two ranked
+answers to one question).
+The sets come in two forms, by the cards of OpenAssistant/oasst1 and oasst2. Files `*.trees.jsonl.gz` hold a tree a row:
+`message_tree_id`, `tree_state`, `prompt` with `replies` inside `replies`. Files `*.messages.jsonl.gz` and the hub's own
+table hold a message a row: `message_id`, `parent_id` (null at the root), `message_tree_id`, `role` (prompter or
+assistant), `text`, `rank` (0 is the best; null where unranked), `deleted`, `review_result` and more. The messages of a
+tree stand together there, so a tree is put together from neighbouring rows, and no more than one is held at a time. One
+whose rows stand apart (a shuffled copy) is refused, since half a tree would give other dialogs than the whole.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from llamachat.data.sources.source import Gather, Record, Row, Source, as_text, mapping_at, message
+
+_DEEPEST = 100  # turns; the sets' longest conversations have about ten
+_ROLES = {"prompter": "user", "assistant": "assistant"}
+
+
+def rating_of_rank_distance(distance: int) -> str:
+    """How much better the higher-ranked of two answers is: ours, since the annotators ordered answers without grades."""
+    return {1: "slightly_better", 2: "better"}.get(distance, "significantly_better")
+
+
+def _message(node: Mapping[str, Any]) -> dict[str, str]:
+    role = node.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise ValueError(
+            f"'role' of a message is {role!r}. A tree of oasst has 'prompter' and 'assistant'. Mend or remove the tree."
+        )
+    return message(_ROLES[role], as_text(node.get("text"), "text"))
+
+
+def _replies(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    replies = node.get("replies") or []
+    if not isinstance(replies, list):
+        raise ValueError("'replies' of a message is not a list. It holds the answers to it. Mend or remove the tree.")
+    found = [mapping_at(reply, "'replies'") for reply in replies]
+    return [reply for reply in found if _stands(reply)]
+
+
+def _stands(node: Mapping[str, Any]) -> bool:
+    """Not where moderators took a message away, or reviewers called it spam (in the files that keep those)."""
+    return not node.get("deleted") and node.get("review_result") is not False
+
+
+def _roots(row: Row) -> list[Mapping[str, Any]]:
+    """The first message of the tree, if it stands."""
+    root = mapping_at(row.get("prompt"), "'prompt'")
+    return [root] if _stands(root) else []
+
+
+def tree_of_messages(rows: Sequence[Row]) -> Row:
+    """The tree that the messages of a table make, as the files of trees hold it."""
+    nodes: dict[object, dict[str, Any]] = {}
+    for row in rows:
+        name = as_text(row["message_id"], "message_id")
+        if name in nodes:
+            raise ValueError(
+                f"'message_id' {name!r} stands twice in one tree. A message of oasst has an id of its own. "
+                "Remove one of the two rows."
+            )
+        nodes[name] = {**row, "replies": []}
+    roots = []
+    for node in nodes.values():
+        parent = None if node.get("parent_id") is None else as_text(node["parent_id"], "parent_id")
+        if parent is None:
+            roots.append(node)
+        elif parent in nodes:
+            nodes[parent]["replies"].append(node)
+        else:
+            raise ValueError(
+                f"'parent_id' {parent!r} is no message of the tree's neighbouring rows. The rows of a tree of oasst stand "
+                "together, and a tree is read as a whole. Sort the file by 'message_tree_id', or add the missing row."
+            )
+    if len(roots) != 1:
+        raise ValueError(
+            f"'parent_id' is null in {len(roots)} messages of one tree. A tree of oasst has one message that answers "
+            "none. Mend or remove the tree's rows."
+        )
+    if not _is_whole(roots[0], len(nodes)):
+        raise ValueError(
+            f"'parent_id' makes no tree of these messages, or one of more than {_DEEPEST} turns. Each message of a tree of "
+            "oasst answers one before it. Mend or remove the tree's rows."
+        )
+    return {"message_tree_id": rows[0]["message_tree_id"], "prompt": roots[0]}
+
+
+def _is_whole(root: Mapping[str, Any], size: int) -> bool:
+    """Whether all messages hang on the root, none too far from it; messages that answer each other hang on nothing."""
+    level, found = [root], 0
+    for _ in range(_DEEPEST):
+        found += len(level)
+        level = [reply for node in level for reply in node["replies"]]
+    return found == size
+
+
+def _rank(node: Mapping[str, Any]) -> int | None:
+    rank = node.get("rank")
+    return rank if isinstance(rank, int) else None
+
+
+def _best_paths(node: Mapping[str, Any], path: list[dict[str, str]]) -> Iterator[list[dict[str, str]]]:
+    """Paths from here that end in an answer; `path` is what came before this node."""
+    path = [*path, _message(node)]
+    replies = _replies(node)
+    if node["role"] == "prompter":
+        ranked = [reply for reply in replies if _rank(reply) is not None]
+        # Unranked answers occur where there was only one: it is then the best.
+        best = [min(ranked, key=lambda reply: _rank(reply) or 0)] if ranked else replies[:1]
+        for reply in best:
+            yield from _best_paths(reply, path)
+        return
+    longer = [found for reply in replies for found in _best_paths(reply, path)]
+    yield from longer or [path]
+
+
+def convert_dialog(row: Row) -> Iterator[Record]:
+    for root in _roots(row):
+        yield from ({"messages": path} for path in _best_paths(root, []))
+
+
+def _ranked_pairs(node: Mapping[str, Any], path: list[dict[str, str]]) -> Iterator[Record]:
+    path = [*path, _message(node)]
+    replies = _replies(node)
+    if node["role"] == "prompter":
+        ranked = [(rank, reply) for reply in replies if (rank := _rank(reply)) is not None]
+        ranked.sort(key=lambda entry: entry[0])
+        for (rank, better), (other_rank, worse) in combinations(ranked, 2):
+            if rank == other_rank:
+                continue
+            yield {
+                "prompt": path,
+                "chosen": [_message(better)],
+                "rejected": [_message(worse)],
+                "rating": rating_of_rank_distance(other_rank - rank),
+            }
+    for reply in replies:
+        yield from _ranked_pairs(reply, path)
+
+
+def convert_preference(row: Row) -> Iterator[Record]:
+    for root in _roots(row):
+        yield from _ranked_pairs(root, [])
+
+
+def _is_tree(row: Row) -> bool:
+    return isinstance(row["prompt"], Mapping)
+
+
+_FIELDS = frozenset({"message_tree_id", "prompt"})
+_MESSAGES = Gather(
+    fields=frozenset({"message_tree_id", "message_id", "role", "text"}), key="message_tree_id", join=tree_of_messages
+)
+OASST = Source(name="oasst", kind="dialog", fields=_FIELDS, convert=convert_dialog, shape=_is_tree, gather=_MESSAGES)
+OASST_PREFERENCE = Source(
+    name="oasst_preference",
+    kind="preference",
+    fields=_FIELDS,
+    convert=convert_preference,
+    shape=_is_tree,
+    gather=_MESSAGES,
+)

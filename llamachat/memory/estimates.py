@@ -1,0 +1,303 @@
+"""What a step costs before it runs, from a model's config.json alone: bytes by part, optimizer steps, seconds.
+
+Torch-free, since `plan` answers in seconds. Constants say where they come from.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from llamachat.config.gpus import Gpu
+from llamachat.config.sections import Base, Tuning
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# A CPU core reaches about 0.15 TFLOP/s in bf16 with the bundled model (ours, measured: 11.6 thousand tokens a second of sft
+# and 15.3 thousand of a reward model on two cores); two of them are counted.
+CPU_FLOPS = 3.0e11
+# Model FLOPs utilization: share of a card's peak that the model's own arithmetic reaches. Checkpointing's recomputing comes
+# on top, as time. Ours, assumed: no card has been measured. A 4-bit base unpacks each matrix before it is used.
+ASSUMED_MFU = {"full": 0.40, "lora": 0.40, "qlora": 0.30}
+# NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314, section 3): 4 bits a weight, 8 bits a block of 64
+# for its constant, 32 bits a group of 256 blocks for the constant of the constants.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# What the backward pass of a block holds beside what the block has kept, as shares of that: its scores apart, and of them.
+# Ours, counted on a CPU (tests/llamachat/memory/test_memory_estimates.py).
+GRADIENTS_OF_A_BLOCK, GRADIENTS_OF_SCORES = 0.8, 0.15
+FORWARD = 2.0  # operations on a weight for a token in a forward pass
+# Parts of the memory of a training that are there once the model is loaded.
+BASE_WEIGHTS, TRAINED_WEIGHTS, GATHERED = "base weights", "trained weights", "gathered blocks"
+OPTIMIZER = "optimizer (fp32 masters and two moments)"
+LOADED = frozenset((BASE_WEIGHTS, TRAINED_WEIGHTS))
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of a Llama-architecture model."""
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+    is_tied: bool = False  # embeddings and output head are one matrix
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of all keys, and of all values, of one token."""
+        return self.key_value_heads * (self.hidden_size // self.heads)
+
+    @property
+    def projections(self) -> Mapping[str, tuple[int, int]]:
+        """The seven matrices of a block: name -> (inputs, outputs)."""
+        hidden, inner, key_value = self.hidden_size, self.intermediate_size, self.key_value_size
+        return {
+            "q_proj": (hidden, hidden),
+            "k_proj": (hidden, key_value),
+            "v_proj": (hidden, key_value),
+            "o_proj": (hidden, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one block."""
+        return sum(inputs * outputs for inputs, outputs in self.projections.values()) + 2 * self.hidden_size
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the projections of all blocks: those that a 4-bit base holds in 4 bits."""
+        return self.layers * (self.layer_weights - 2 * self.hidden_size)
+
+    @property
+    def embedding_weights(self) -> int:
+        """Weights of the embeddings and of the output head."""
+        return self.vocabulary * self.hidden_size * (1 if self.is_tied else 2)
+
+    @property
+    def weights(self) -> int:
+        """All weights, embeddings and output head included."""
+        return self.layers * self.layer_weights + self.embedding_weights + self.hidden_size
+
+    @property
+    def block_weights(self) -> int:
+        """Weights that a token of a reward model is multiplied with."""
+        return self.weights - self.embedding_weights
+
+    def headless(self) -> "Shape":
+        """The same blocks and embeddings without an output head over the vocabulary: a reward model."""
+        return replace(self, is_tied=True)
+
+    def trained_weights(self, tuning: Tuning) -> int:
+        """Weights that train."""
+        if tuning.method == "full":
+            return self.weights
+        return self.adapter_weights(tuning.rank, None if tuning.targets == "all-linear" else tuning.targets)
+
+    def largest_weights(self, tuning: Tuning) -> int:
+        """Weights of the largest matrix that trains."""
+        if tuning.method == "full":
+            return self.vocabulary * self.hidden_size
+        names = self.projections if tuning.targets == "all-linear" else tuning.targets
+        return tuning.rank * max(max(self.projections[name]) for name in names)
+
+    def adapter_weights(self, rank: int, targets: Sequence[str] | None = None) -> int:
+        """Weights of a LoRA adapter on these projections of every block; None is all seven."""
+        chosen = self.projections if targets is None else {name: self.projections[name] for name in targets}
+        return self.layers * rank * sum(inputs + outputs for inputs, outputs in chosen.values())
+
+    def trunk_bytes(self, width: int, *, is_4bit: bool) -> int:
+        """The model in numbers of `width` bytes; in a 4-bit one embeddings, head and norms keep that width."""
+        if not is_4bit:
+            return self.weights * width
+        return round(self.linear_weights * NF4_BYTES) + (self.weights - self.linear_weights) * width
+
+    def block_activations(self, width: int, row_tokens: int, *, is_eager: bool, adapter_rank: int | None) -> int:
+        """Bytes that one block keeps of each token for its backward pass; `adapter_rank` None where all weights train.
+
+        Counted on transformers' Llama: both norms keep their input in fp32, their output and, where norms train, the
+        normalized input; attention keeps q, k, v and its output; the SwiGLU four tensors; an adapter seven of its rank.
+        Eager attention also keeps its scores in fp32 and in `width`, with keys and values repeated for every head.
+        """
+        hidden, key_value = self.hidden_size, self.hidden_size if is_eager else self.key_value_size
+        numbers = 4 * hidden + 2 * key_value + 4 * self.intermediate_size
+        numbers += 2 * hidden if adapter_rank is None else 7 * adapter_rank
+        scores = self.heads * row_tokens * (4 + width) if is_eager else 0
+        return numbers * width + 2 * hidden * 4 + scores
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBase:
+    """A model of the hub whose files need not be read to know what it will need."""
+
+    shape: Shape
+    is_gated: bool
+    file_width: int = 2  # bytes a weight in its safetensors files
+
+
+# Exact values of each model's config.json.
+_LLAMA_2_7B = Shape(4096, 11008, 32, 32, 32, 32000)
+_LLAMA_2_13B = Shape(5120, 13824, 40, 40, 40, 32000)
+_LLAMA_2_70B = Shape(8192, 28672, 80, 64, 8, 32000)
+_TINYLLAMA = Shape(2048, 5632, 22, 32, 4, 32000)
+KNOWN_BASES = {
+    "meta-llama/Llama-2-7b-hf": KnownBase(_LLAMA_2_7B, is_gated=True),
+    "meta-llama/Llama-2-13b-hf": KnownBase(_LLAMA_2_13B, is_gated=True),
+    "meta-llama/Llama-2-70b-hf": KnownBase(_LLAMA_2_70B, is_gated=True),
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": KnownBase(_TINYLLAMA, is_gated=False, file_width=4),
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": KnownBase(_TINYLLAMA, is_gated=False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes by part at the peak (of one card), seconds with what they assume, and optimizer steps where there are any.
+
+    `loaded` names the parts that are there as soon as the models are; the others come as the step works.
+    """
+
+    memory: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    optimizer_steps: int | None = None
+    assumed: str = ""
+    loaded: frozenset[str] = frozenset()
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def grown_bytes(self) -> int:
+        """From after the load to the peak."""
+        return sum(size for name, size in self.memory.items() if name not in self.loaded)
+
+
+def shape_of(model: str) -> Shape | None:
+    """The shape of a model folder or of a known model of the hub; None where neither tells it. Asks no network."""
+    known = KNOWN_BASES.get(model)
+    return read_shape(Path(model)) or (known.shape if known else None)
+
+
+def read_shape(folder: Path) -> Shape | None:
+    """The shape of a local model folder; None where there is no config.json to read."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return Shape(
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        vocabulary=config["vocab_size"],
+        is_tied=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def training_memory(
+    shape: Shape,
+    base: Base,
+    tuning: Tuning,
+    *,
+    tokens: int,
+    optimizer: str,
+    gradient_checkpointing: bool,
+    logits: int,
+    gpu: Gpu | None,
+    is_eager: bool = False,
+) -> dict[str, int]:
+    """Bytes by part on one card at the worst moment of an optimizer step whose forward passes have `tokens` tokens.
+
+    `is_eager` where attention keeps its scores whatever `base.attention` says. There are three such moments, and the parts
+    add up to the largest: the loss with all logits of a chunk, the backward pass of one block, the optimizer's step. From
+    the second forward pass of a step on the gradients are there, so all three find them.
+    """
+    width, is_full, trained = BYTES[base.dtype], tuning.method == "full", shape.trained_weights(tuning)
+    cards = gpu.count if gpu else 1
+    is_cut = is_full and cards > 1
+    # FSDP cuts the blocks over the cards, with gradients and optimizer; embeddings, head and adapters each card has whole.
+    held = -(-(trained - shape.embedding_weights) // cards) + shape.embedding_weights if is_cut else trained
+    moments = 8 if optimizer == "adamw" else 2  # bytes a weight: two in fp32, or two in 8 bits
+    is_eager = is_eager or base.attention == "eager"
+    block = tokens * _block_bytes_per_token(shape, base, tuning, width, is_eager=is_eager)
+    plain = tokens * _block_bytes_per_token(shape, base, tuning, width, is_eager=False)
+    inputs = shape.layers * tokens * shape.hidden_size * width
+    kept = inputs if gradient_checkpointing else shape.layers * block
+    backward = round(GRADIENTS_OF_A_BLOCK * plain + GRADIENTS_OF_SCORES * (block - plain))
+    backward += block if gradient_checkpointing else 0
+    # A matrix that is reached twice has a second gradient for a moment; the head's comes while all activations are kept.
+    adding = shape.largest_weights(tuning) * width
+    stepping = _stepping_bytes(shape, tuning, held, width, has_all_roots=gpu is not None and not is_cut)
+    return {
+        BASE_WEIGHTS: held * width if is_cut else shape.trunk_bytes(width, is_4bit=tuning.method == "qlora"),
+        # Two blocks' weights, one's gradients, and these again in fp32 on their way to the cards that keep them.
+        GATHERED: shape.layer_weights * (3 * width + 4) if is_cut else 0,
+        "gradients between cards": 4 * trained if cards > 1 and not is_full else 0,
+        "one unpacked matrix": max(a * b for a, b in shape.projections.values()) * width
+        if tuning.method == "qlora"
+        else 0,
+        TRAINED_WEIGHTS: 0 if is_full else trained * width,
+        "gradients": held * width,
+        OPTIMIZER: held * (moments + (0 if width == 4 else 4)),
+        "activations": kept,
+        "logits of a chunk": logits,
+        "a block's backward, beyond the logits": max(0, backward + adding - logits),
+        "the optimizer's step, beyond activations": max(0, stepping - kept - max(logits, backward + adding)),
+    }
+
+
+def _stepping_bytes(shape: Shape, tuning: Tuning, held: int, width: int, *, has_all_roots: bool) -> int:
+    """What lives for the optimizer's step alone: gradients in fp32, and AdamW's square roots.
+
+    On a GPU torch takes the roots of all weights at once; on a CPU, and of weights that are cut, those of one matrix, with a
+    copy.
+    """
+    gradients = 4 * held if width < 4 else 0
+    return gradients + (4 * held if has_all_roots else 8 * shape.largest_weights(tuning))
+
+
+def _block_bytes_per_token(shape: Shape, base: Base, tuning: Tuning, width: int, *, is_eager: bool) -> int:
+    """Bytes of activations that one block keeps of a token."""
+    is_full = tuning.method == "full"
+    block = shape.block_activations(
+        width,
+        base.max_tokens,
+        is_eager=is_eager,
+        adapter_rank=None if is_full else tuning.rank,
+    )
+    if not is_full and tuning.dropout:  # each projection has an input of its own then, and a mask of bytes
+        block += sum(inputs for inputs, _ in shape.projections.values()) * (width + 1)
+    return block
+
+
+def training_time(
+    weights: int, tuning: Tuning, *, tokens: float, gradient_checkpointing: bool, gpu: Gpu | None, told: str
+) -> tuple[float, str]:
+    """Seconds to train on so many tokens, and what they assume in words, with what is `told` of the data.
+
+    `weights` are those that every token is multiplied with.
+    """
+    # Forward 2 operations a weight and token, backward 2 for the inputs and 2 for the weights that train (Kaplan et al.
+    # 2020, arXiv:2001.08361, section 2.1); attention's own, a few in a hundred at 4096 tokens, are left out.
+    per_weight = (3 if tuning.method == "full" else 2) * FORWARD
+    operations = per_weight * weights * tokens
+    if gradient_checkpointing:
+        operations *= (per_weight + FORWARD) / per_weight
+    return _seconds(operations, tuning, gpu, told)
+
+
+def forward_time(products: float, tuning: Tuning, *, gpu: Gpu | None, told: str) -> tuple[float, str]:
+    """Seconds of forward passes with so many products of a weight and a token's number."""
+    return _seconds(FORWARD * products, tuning, gpu, told)
+
+
+def _seconds(operations: float, tuning: Tuning, gpu: Gpu | None, told: str) -> tuple[float, str]:
+    if gpu is None:
+        return operations / CPU_FLOPS, f"on 2 CPU cores at {CPU_FLOPS / 2e12:g} TFLOP/s each and {told}"
+    mfu, (tflops, whose) = ASSUMED_MFU[tuning.method], gpu.timed
+    seconds = operations / (gpu.count * tflops * 1e12 * mfu)
+    return seconds, f"on {gpu}, assuming {mfu:.0%} of {whose} {tflops:g} TFLOP/s (MFU) and {told}"

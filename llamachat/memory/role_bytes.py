@@ -1,0 +1,156 @@
+"""What a role bank and a rollout hold, in bytes, from shapes alone: for `plan`, torch-free. A test holds the bank's part to
+its own count."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from llamachat.config.gpus import Gpu
+from llamachat.config.sections import Base, Rollout, Tuning
+from llamachat.memory.estimates import BYTES, Shape
+
+FULL_SIZE_HEAD = 4  # bytes a weight of the value head, which is fp32
+PROMPT_TOKENS = 200.0  # ours, assumed where nothing is known of the prompts
+# Mean length of an answer as a share of the longest, where none was measured. Ours: 0.31 and 0.37 with the bundled model.
+ANSWER_SHARE = 0.4
+# Answers that are sampled at once: the engine's most on a CPU, and what a card should have room for (it takes up to 512).
+CPU_ROWS, CACHED_ROWS = 80, 64
+PROMPT_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}  # as llamachat/rollout/decoder.py has it (which imports torch)
+PLAIN_SCORES = 2**24  # a key-value head's, as llamachat/rollout/network.py has it
+ROLLOUT_PARTS = CACHE, DECODER, STEP = (
+    "keys and values of the rollout",
+    "rollout's copy of the projections",
+    "the rollout's step",
+)
+# The decoder makes a merged copy of the projections where it takes at most this share of what is free.
+SHARE_FOR_DECODER = 0.6
+# Decoding reads all weights for each token of a batch: far from the arithmetic that training reaches. Ours, rough.
+DECODING_SLOWDOWN = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of a prompt and of an answer, in the mean; an answer None where none was measured."""
+
+    prompt: float = PROMPT_TOKENS
+    answer: float | None = None
+    measured_by: str = ""  # whose answers
+
+    def of(self, base: Base, rollout: Rollout) -> tuple[float, float]:
+        """Of a prompt and of an answer, no longer together than a sequence may be."""
+        answer = ANSWER_SHARE * rollout.max_new_tokens if self.answer is None else self.answer
+        answer = min(answer, rollout.max_new_tokens)
+        return min(self.prompt, max(1.0, base.max_tokens - answer)), answer
+
+    def told(self, base: Base, rollout: Rollout) -> str:
+        """What is assumed, in words."""
+        prompt, answer = self.of(base, rollout)
+        of_whom = f"as of {self.measured_by}" if self.measured_by else f"{ANSWER_SHARE:g} of the longest"
+        decoding = "decoding at a quarter of a forward pass's speed"
+        return f"prompts of {prompt:.0f} tokens, answers of {answer:.0f} ({of_whom}), {decoding}"
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A reward model on other weights than the policy's, loaded beside them."""
+
+    shape: Shape
+    width: int = BYTES["bfloat16"]  # bytes a weight
+    is_4bit: bool = False
+    has_adapter: bool = False  # of the recipe's rank
+
+
+def role_bank_bytes(
+    shape: Shape,
+    tuning: Tuning,
+    *,
+    width: int,
+    critic: Literal["separate", "shared"] | None,
+    is_continued: bool,
+    sharing: int,
+    beside: Mapping[str, Beside],
+) -> dict[str, int]:
+    """Bytes of weights by part: `is_continued` where the policy that PPO starts from is an adapter already; `sharing`
+    reward models are adapters on its trunk, `beside` are the others by name, one for each trunk. Without a critic nothing
+    is trained, and there is no reference either.
+
+    Gradients, optimizer states, activations and caches come on top.
+    """
+    targets = None if tuning.targets == "all-linear" else tuning.targets
+    adapter = shape.adapter_weights(tuning.rank, targets) * width
+    held = {"trunk": shape.trunk_bytes(width, is_4bit=tuning.method == "qlora")}
+    num_adapters = sharing
+    headless = shape.trunk_bytes(width, is_4bit=False) - _language_head(shape, width)
+    if tuning.method == "full" and critic is not None:
+        held["policy's own weights"] = shape.trunk_bytes(width, is_4bit=False)
+        if critic == "separate":
+            held["critic's own weights"] = headless
+    elif tuning.method != "full":
+        num_adapters += 1 + is_continued + (critic == "separate")
+    for name, model in beside.items():
+        whole = model.shape.trunk_bytes(model.width, is_4bit=model.is_4bit)
+        own = model.shape.adapter_weights(tuning.rank, targets) if model.has_adapter else 0
+        head = _language_head(model.shape, model.width)
+        held[f"{name} reward model beside the trunk"] = whole - head + (own + model.shape.hidden_size) * model.width
+    value_head = 0 if critic is None else (shape.hidden_size + 1) * FULL_SIZE_HEAD
+    held["adapters and heads"] = num_adapters * adapter + sharing * shape.hidden_size * width + value_head
+    return held
+
+
+def rollout_bytes(
+    shape: Shape,
+    base: Base,
+    rollout: Rollout,
+    gpu: Gpu | None,
+    *,
+    held: int,
+    shares_plain: bool,
+    has_copied_ends: bool = False,
+    answers: int | None = None,
+) -> dict[str, int]:
+    """What sampling takes beside what is `held`: the decoder's copy of the projections, keys and values, the step at work.
+
+    `shares_plain` where projections are read from the model that carry no adapter, are frozen and stand alone (the outer
+    two of each block); `has_copied_ends` where embeddings and head train, so that the decoder has its own; `answers` are
+    all that there are to sample. A server has its own.
+    """
+    if rollout.engine == "vllm":
+        return {}
+    width = BYTES[base.dtype]
+    alone = shape.layers * (shape.hidden_size**2 + shape.hidden_size * shape.intermediate_size)
+    copy = (shape.linear_weights - (alone if shares_plain else 0)) * width
+    copy += shape.embedding_weights * width if has_copied_ends else 0
+    if rollout.engine == "hugging_face" or (gpu and copy > SHARE_FOR_DECODER * (gpu.usable_bytes - held)):
+        copy = 0
+    rows = min(CACHED_ROWS if gpu else CPU_ROWS, answers or CACHED_ROWS)
+    cache = _cache_bytes(shape, base, rollout, rows)
+    return {
+        CACHE: cache,
+        DECODER: copy,
+        STEP: _step_bytes(shape, base, rollout, gpu, rows=rows, cache=cache),
+    }
+
+
+def _cache_bytes(shape: Shape, base: Base, rollout: Rollout, rows: int) -> int:
+    """Keys and values of all rows that are sampled at once, or what the recipe grants them if that is less."""
+    numbers = 2 * shape.layers * shape.key_value_size
+    whole = rows * base.max_tokens * numbers * BYTES[base.dtype]
+    return whole if rollout.cache_gib == "auto" else min(whole, round(rollout.cache_gib * 2**30))
+
+
+def _step_bytes(shape: Shape, base: Base, rollout: Rollout, gpu: Gpu | None, *, rows: int, cache: int) -> int:
+    """The larger of reading prompts and drawing tokens: activations of one block and scores, or logits of all rows."""
+    width = BYTES[base.dtype]
+    prompt = max(1, base.max_tokens - rollout.max_new_tokens)
+    tokens = min(rows * prompt, max(prompt, PROMPT_TOKENS_AT_ONCE["cpu" if gpu is None else "cuda"]))
+    states = tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size) * width
+    if gpu is None:  # scores and their softmax, up to a bound per key-value head
+        scores = min(tokens * prompt * shape.heads, PLAIN_SCORES * shape.key_value_heads) * 2 * width
+        states = max(states, tokens * 6 * shape.hidden_size * width + scores)
+    # A layer's keys and values are copied as the rows are laid out anew; a logit is in its own width, fp32, as a probability.
+    drawing = max(2 * cache // shape.layers // 2, rows * shape.vocabulary * (width + 8))
+    return max(states, drawing)
+
+
+def _language_head(shape: Shape, width: int) -> int:
+    return 0 if shape.is_tied else shape.vocabulary * shape.hidden_size * width

@@ -1,0 +1,176 @@
+"""The command `export`: a policy or a reward model for other programs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from llamachat.errors import UsageError
+from pipelines.cli.exit_status import reported
+from pipelines.cli.tools import TINY, ConfigOption, named_artifacts
+
+if TYPE_CHECKING:
+    from serving.export import Request
+    from serving.gguf import GgufRequest
+    from serving.hub import Destination
+
+Form = Literal["merged", "adapter", "gguf", "ollama"]
+Quantization = Literal[
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
+    "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+]  # fmt: skip
+Onto = Literal["quantized", "original"]
+
+OutOption = Annotated[Path, typer.Option("--out", help="The folder to write.", metavar="DIR")]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="ARTIFACT", help="A policy or a reward model; without one the last policy of the run."),
+]
+FormOption = Annotated[
+    Form, typer.Option("--format", help="One whole model, the adapter for PEFT, or one file for llama.cpp or Ollama.")
+]
+LlamaCppOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--llama-cpp",
+        help="gguf, ollama: a folder of llama.cpp's source, with build/bin for what has to be built.",
+        metavar="DIR",
+        envvar="LLAMA_CPP",
+    ),
+]
+QuantizeOption = Annotated[
+    Quantization | None,
+    typer.Option("--quantize", help="gguf, ollama: weights in this form; without it, as the policy has them."),
+]
+OntoOption = Annotated[
+    Onto | None,
+    typer.Option(
+        "--onto", help="A QLoRA policy is merged onto its base as training saw it, in 4 bits, or as it was published."
+    ),
+]
+ShardOption = Annotated[float, typer.Option("--shard-gb", help="Largest file of weights, in 10^9 bytes.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in DIR.")]
+DifferenceOption = Annotated[
+    bool, typer.Option("--allow-difference", help="Keep a result that differs from the policy by more than rounding.")
+]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="Weights of a merged reward model; float32 where an adapter is merged."),
+]
+HubOption = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", help="Then put the folder on the Hugging Face Hub.", metavar="USER/NAME"),
+]
+PrivateOption = Annotated[
+    bool, typer.Option("--private/--no-private", help="Whether a repository that is made there is private.")
+]
+
+
+@reported
+def export(
+    out: OutOption,
+    words: Words = None,
+    config: ConfigOption = TINY,
+    form: FormOption = "merged",
+    llama_cpp: LlamaCppOption = None,
+    quantize: QuantizeOption = None,
+    onto: OntoOption = None,
+    shard_gb: ShardOption = 5.0,
+    overwrite: OverwriteOption = False,
+    allow_difference: DifferenceOption = False,
+    dtype: DtypeOption = None,
+    push_to_hub: HubOption = None,
+    private: PrivateOption = True,
+) -> None:
+    """Write a policy or a reward model for other programs, held against the policy before the folder gets its name.
+
+    merged: a folder for transformers and vLLM. adapter: the LoRA adapter for PEFT, with the name of its base.
+
+    gguf: one file for llama.cpp, LM Studio and others, with tokenizer and chat template in it; ollama: the same and a
+    Modelfile. Both need --llama-cpp (or LLAMA_CPP): a clone of https://github.com/ggml-org/llama.cpp, whose converter
+    runs with the Python of llamachat. f32, f16, bf16 and q8_0 need nothing built; the other forms need its
+    llama-quantize, and the answers are held against the policy's where its llama-server is built:
+    `cmake -B build && cmake --build build --config Release --target llama-quantize llama-server`.
+
+    --push-to-hub needs a token that may write (`hf auth login` or HF_TOKEN). Only the export's own files go there.
+    docs/serving.md tells how each is served.
+    """
+    from llamachat.runs.artifacts import read_artifact
+    from serving.export import Request
+
+    _check_words(form, llama_cpp, quantize)
+    (path,) = named_artifacts(words or [], config, command="export", most=1, kinds=("policy", "reward_model"))
+    request = Request(
+        read_artifact(path),
+        out,
+        format="adapter" if form == "adapter" else "merged",
+        onto=onto,
+        shard_gb=shard_gb,
+        should_overwrite=overwrite,
+        may_differ=allow_difference,
+        dtype=dtype,
+    )
+    to_gguf = None
+    if (form == "gguf" or form == "ollama") and llama_cpp is not None:
+        from serving.gguf import GgufRequest
+
+        to_gguf = GgufRequest(request, llama_cpp, form, quantize)
+    destination = _destination(request, push_to_hub, private)
+    print(_export(request) if to_gguf is None else _export_gguf(to_gguf))
+    if destination is not None:
+        print(destination.push(out))
+
+
+def _check_words(form: Form, llama_cpp: Path | None, quantize: Quantization | None) -> None:
+    is_gguf = form in ("gguf", "ollama")
+    if quantize is not None and not is_gguf:
+        raise UsageError(
+            f"--quantize {quantize}: it is for GGUF files, and this is --format {form}. Add --format gguf, or leave it out."
+        )
+    if is_gguf and llama_cpp is None:
+        raise UsageError(
+            f"--format {form}: no --llama-cpp is given. llama.cpp's own converter writes the file. Get it with `git clone "
+            "https://github.com/ggml-org/llama.cpp`, and name its folder."
+        )
+
+
+def _destination(request: "Request", name: str | None, is_private: bool) -> "Destination | None":
+    if name is None:
+        return None
+    details = request.artifact.manifest.details
+    if request.format == "adapter" and details["base_is_folder"]:
+        raise UsageError(
+            f"--push-to-hub: the adapter's base is a folder of this machine, '{details['base']}'. Others could not load "
+            "it. Export with --format merged."
+        )
+    from serving.hub import Destination
+
+    return Destination.checked(name, is_private=is_private)
+
+
+def _export(request: "Request") -> str:
+    if request.artifact.manifest.kind == "reward_model":
+        from serving.reward_export import export_reward_model
+
+        scored = export_reward_model(request)
+        return f"{request.out}: largest difference of a score {scored.max_score_difference:.2g}"
+    from serving.export import export_policy
+
+    found = export_policy(request)
+    return f"{request.out}: largest difference of a token's log-probability {found.max_logprob_difference:.4f} nats"
+
+
+def _export_gguf(request: "GgufRequest") -> str:
+    from serving.gguf import export_gguf
+
+    done = export_gguf(request)
+    held = "not held against the policy by its answers"
+    if done.served is not None:
+        held = (
+            f"{done.served.equal_greedy_answers} of {done.served.questions} greedy answers are the policy's, a token at "
+            f"most {done.served.furthest_behind:.4f} nats behind the merged model's likeliest"
+        )
+    if request.form == "gguf":
+        return f"{done.file}: {held}"
+    modelfile = request.out / "Modelfile"
+    return f"{done.file}: {held}\nNow: ollama create {done.name} -f {modelfile} && ollama run {done.name}"

@@ -1,0 +1,311 @@
+"""`llamachat doctor`: what this machine lacks for a recipe, told before anything large is downloaded.
+
+Each finding is ok, a note (something is otherwise than one may think, and nothing fails), or FAIL with the way out. The
+network is asked for heads and for a tokenizer's small files alone; without a network that is said, and is no failure.
+"""
+
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llamachat.config.gpus import Gpu
+from llamachat.errors import LlamachatError
+from llamachat.memory.estimates import BYTES, KNOWN_BASES, shape_of
+from llamachat.runs.artifacts import is_published
+from pipelines.execution.resolve import step_folder
+from pipelines.planning.environment import PYTHON_NEEDED, requirements, shortfalls
+from pipelines.planning.fit import fits, way_to_fit
+from pipelines.planning.hardware import Device, Torch, find_devices, find_torch, installed_bytes, is_older, newest_cuda
+from pipelines.planning.plan import card, estimate_step, smaller
+from pipelines.recipe.recipe import Recipe, load, resolve_steps
+
+Verdict = Literal["ok", "note", "FAIL"]
+PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+TOLD = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+CHECKPOINTS = 3  # two kept, and the one being written
+BF16_SINCE = (8, 0)  # compute capability of the first cards with bf16 arithmetic (Ampere)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the table."""
+
+    check: str
+    verdict: Verdict
+    found: str
+    way_out: str = ""
+
+
+def examine(config: Path, overrides: Sequence[str]) -> list[Finding]:
+    """Everything there is to say about this machine and the recipe."""
+    findings = [*_environment()]
+    devices, torch = find_devices(), find_torch()
+    try:
+        recipe = load(config, overrides)
+    except LlamachatError as error:
+        findings.append(Finding("recipe", "FAIL", str(error), "Mend it as each line says."))
+        return [*findings, *_cards(devices, torch)]
+    findings.append(Finding("recipe", "ok", f"{config}: {', '.join(step.name for step in resolve_steps(recipe))}"))
+    findings += _cards(devices, torch, dtype=recipe.base.dtype)
+    for check in (_memory(recipe, devices), _disk(recipe), _base(recipe), _data(recipe)):
+        findings += check
+    return findings
+
+
+def report(findings: Sequence[Finding]) -> str:
+    """The findings as a table, then what fails, in words."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        words = finding.found + (f" -> {finding.way_out}" if finding.way_out else "")
+        table.add_row(finding.check, finding.verdict, words)
+    console = Console(width=max(80, min(shutil.get_terminal_size((120, 25)).columns, 140)), color_system=None)
+    with console.capture() as capture:
+        console.print(table, markup=False, highlight=False)
+    failing = Counter(finding.check for finding in findings if finding.verdict == "FAIL")
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    if not failing:
+        return "\n".join([*lines, "Nothing that was checked will fail."])
+    named = ", ".join(f"{check} ({times} times)" if times > 1 else check for check, times in failing.items())
+    end = f"{failing.total()} of these will fail: {named}. The way out stands after '->' on each line that says FAIL."
+    return "\n".join([*lines, end])
+
+
+def _environment() -> Iterator[Finding]:
+    python = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < PYTHON_NEEDED:
+        way = "Set PYTHON=/path/to/python3.11 for make."
+        yield Finding("python", "FAIL", f"{python}; {'.'.join(map(str, PYTHON_NEEDED))} or newer is needed", way)
+    else:
+        yield Finding("python", "ok", python)
+    lacking = shortfalls(PYPROJECT)
+    for line in lacking:
+        yield Finding("libraries", "FAIL", line, "Install it here, or run `make setup`, which makes .venv.")
+    if not lacking:
+        versions = requirements(PYPROJECT)
+        told = ", ".join(f"{name} {versions[name]}" for name in TOLD)
+        yield Finding("libraries", "ok", f"all {len(versions)} meet their lower bounds ({told})")
+
+
+def _cards(devices: Sequence[Device], torch: Torch | None, *, dtype: str = "bfloat16") -> Iterator[Finding]:
+    if not devices:
+        yield Finding("gpu", "note", "no NVIDIA card is seen (nvidia-smi): everything runs on the CPU")
+        return
+    for device in devices:
+        yield Finding("gpu", "ok", str(device))
+    if torch is None:
+        yield Finding("cuda", "FAIL", "torch does not start", "See 'libraries'; set up the environment anew.")
+    elif torch.cuda is None:
+        way = "Install the build of torch for CUDA (https://pytorch.org/get-started) in this environment."
+        yield Finding("cuda", "FAIL", f"torch {torch.version} is a build without CUDA and cannot use the card", way)
+    elif torch.capability is None:
+        yield _unusable(devices[0], torch)
+    elif torch.oldest is not None and torch.capability < torch.oldest:
+        found = (
+            f"torch {torch.version} has no kernels for the card: its compute capability is {_dotted(torch.capability)}"
+        )
+        way = "Take a newer card, or an older torch or CUDA build that has them (https://pytorch.org/get-started)."
+        yield Finding("cuda", "FAIL", f"{found}, and the oldest that it is built for {_dotted(torch.oldest)}", way)
+    elif torch.capability < BF16_SINCE and dtype == "bfloat16":
+        found = f"the card (compute capability {_dotted(torch.capability)}) has no arithmetic in bfloat16"
+        yield Finding("cuda", "note", found, "It is emulated, slowly: set base.dtype: float32, or take a newer card.")
+    else:
+        yield Finding("cuda", "ok", f"torch {torch.version}, CUDA {torch.cuda}, driver {devices[0].driver}")
+
+
+def _unusable(device: Device, torch: Torch) -> Finding:
+    """Why torch cannot use a card that the driver shows: most often the driver is older than torch's CUDA."""
+    found = f"torch {torch.version} (CUDA {torch.cuda}) cannot use the card with driver {device.driver}"
+    if torch.driver is None or not is_older(device.driver, torch.driver):
+        way = (
+            "Start the machine anew if the driver was just installed, and see that CUDA_VISIBLE_DEVICES names the card."
+        )
+        return Finding("cuda", "FAIL", found, way)
+    newest = newest_cuda(device.driver)
+    other = f", or the build of torch for CUDA {newest} (https://pytorch.org/get-started)" if newest else ""
+    way = f"Install driver {torch.driver} or newer{other}."
+    return Finding("cuda", "FAIL", f"{found}, and needs {torch.driver} or newer", way)
+
+
+def _dotted(capability: Sequence[int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
+    """Each step's estimate against the card that is here, else against the machine's own memory."""
+    if not devices:
+        yield from _memory_without_a_card(recipe)
+        return
+    meant, device = card(recipe), min(devices, key=lambda device: device.total_gib)
+    gpu = Gpu(device.name, device.total_gib, None, len(devices) if meant and meant.count > 1 else 1)
+    if meant and meant.count > len(devices):
+        found = f"the recipe is meant for {meant.count} cards, and {len(devices)} are here: what follows is for those"
+        way = f"Set num_processes: {len(devices)} in the file under configs/accelerate that you launch with."
+        yield Finding("cards", "note", found, way)
+    is_too_large = False
+    for step in resolve_steps(recipe):
+        estimate = estimate_step(recipe, step, gpu)
+        if estimate is None:
+            yield Finding("memory", "note", f"{step.name}: no estimate before the base's config.json is here")
+            continue
+        need = f"{step.name}: about {estimate.peak_bytes / 2**30:.1f} GiB, estimated"
+        usable = f"{gpu.usable_bytes / 2**30:.1f} of {gpu.gib:.1f} GiB of {gpu} (here)"
+        if estimate.peak_bytes > gpu.usable_bytes:
+            is_too_large = True
+            yield Finding("memory", "FAIL", f"{need}; at most {usable} should be needed", smaller(step))
+        elif estimate.peak_bytes / 2**30 > min(device.free_gib for device in devices):
+            free = min(device.free_gib for device in devices)
+            yield Finding("memory", "note", f"{need}; only {free:.1f} GiB are free now", "End what else runs on it.")
+        else:
+            yield Finding("memory", "ok", f"{need}; fits {usable}")
+    if is_too_large:
+        yield Finding("way out", "note", way_to_fit(recipe, gpu) or "")
+
+
+def _memory_without_a_card(recipe: Recipe) -> Iterator[Finding]:
+    """Of the recipe's card that it is not here, and of each step whether the machine's own memory holds it."""
+    meant, on_cpu = card(recipe), recipe.model_copy(update={"run": recipe.run.model_copy(update={"gpu": None})})
+    on_meant = fits(recipe, meant) if meant else None
+    if meant and on_meant:
+        peak = f"about {on_meant.peak_bytes / 2**30:.1f} GiB at the peak ({on_meant.worst.name}), estimated"
+        here = fits(on_cpu, None)
+        hours = f"; here two CPU cores would take about {here.hours:,.0f} h" if here and here.hours else ""
+        found = f"the recipe is meant for {meant}, which is not here; there it would {'' if on_meant.fits else 'not '}fit: {peak}{hours}"
+        yield Finding("card", "note", found, "" if on_meant.fits else way_to_fit(recipe, meant) or "")
+    elif meant:
+        yield Finding("card", "note", f"the recipe is meant for {meant}, which is not here")
+    installed = installed_bytes()
+    for step in resolve_steps(on_cpu):
+        estimate = estimate_step(on_cpu, step)
+        if estimate is None:
+            yield Finding("memory", "note", f"{step.name}: no estimate before the base's config.json is here")
+            continue
+        need = f"{step.name}: about {estimate.peak_bytes / 2**30:.1f} GiB on the CPU, estimated"
+        held = f"this machine has {installed / 2**30:.1f}"
+        if estimate.peak_bytes > installed:
+            where = f"Run it where {meant} is" if meant else "Run it on a machine with more memory or a card"
+            yield Finding("memory", "FAIL", f"{need}; {held}", f"{where}, or take a smaller base.")
+        else:
+            yield Finding("memory", "ok", f"{need}; {held}")
+
+
+def _disk(recipe: Recipe) -> Iterator[Finding]:
+    """Checkpoints, results and the download against what is free, on each file system by itself."""
+    shape = shape_of(recipe.base.model)
+    if shape is None:
+        yield Finding("disk", "note", "what the run needs is not known before the base's config.json is here")
+        return
+    run, width = Path(recipe.run.dir), BYTES[recipe.base.dtype]
+    needs: list[tuple[Path, float, str]] = []
+    for step in resolve_steps(recipe):
+        if is_published(step_folder(recipe, step)):
+            continue
+        trained = shape.trained_weights(step.tuning)
+        state = trained * (width + (8 if width == 4 else 12))
+        needs.append((run, CHECKPOINTS * state + trained * width, f"{step.name}: checkpoints and result"))
+    known = KNOWN_BASES.get(recipe.base.model)
+    if known is not None and not Path(recipe.base.model).exists():
+        from huggingface_hub import constants
+
+        from llamachat.models.reach import is_cached
+
+        if not is_cached(recipe.base.model):
+            needs.append((Path(constants.HF_HUB_CACHE), shape.weights * known.file_width, "download of the base"))
+    by_device: dict[int, list[tuple[Path, float, str]]] = {}
+    for path, size, what in needs:
+        existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+        by_device.setdefault(existing.stat().st_dev, []).append((existing, size, what))
+    for group in by_device.values():
+        need, free = sum(size for _, size, _ in group), shutil.disk_usage(group[0][0]).free
+        parts = ", ".join(f"{what} {size / 2**30:.1f}" for _, size, what in group)
+        found = f"{free / 2**30:.1f} GiB free at {group[0][0]}; about {need / 2**30:.1f} needed ({parts})"
+        way = "Free some, set run.dir to another disk, or HF_HOME for downloads." if need > free else ""
+        yield Finding("disk", "FAIL" if way else "ok", found, way)
+
+
+def _base(recipe: Recipe) -> Iterator[Finding]:
+    """Access, architecture, tokenizer: in the order in which each would stop a run."""
+    from llamachat.models.hub import tokenizer_folder
+    from llamachat.models.reach import is_cached, reach_model
+
+    name = recipe.base.model
+    is_local = Path(name).is_dir()
+    if not is_local:
+        reach = reach_model(name)
+        if reach.state == "open":
+            yield Finding("access", "ok", f"the hub gives '{name}' to this machine")
+        elif is_cached(name, ("config.json",)) and is_cached(name):
+            yield Finding("access", "note", f"{reach.reason}; '{name}' lies in the cache, and is taken from there")
+        elif reach.state == "offline":
+            yield Finding("access", "note", f"{reach.reason}: access to '{name}' is not checked", reach.way_out)
+            known = "is known to work" if name in KNOWN_BASES else "is not known here"
+            yield Finding("base", "note", f"'{name}' {known}; its tokenizer is proved once it can be fetched")
+            return
+        else:
+            yield Finding("access", "FAIL", reach.reason, reach.way_out)
+            return
+    try:
+        folder = tokenizer_folder(name)
+    except LlamachatError as error:
+        yield Finding("base", "FAIL", *_found_and_way_out(error))
+        return
+    if is_local and not list(folder.glob("*.safetensors")):
+        way = "Copy the whole model, or convert its weights: pickled ones are not read."
+        yield Finding("base", "FAIL", f"'{name}' holds no *.safetensors", way)
+    else:
+        yield Finding("base", "ok", f"'{name}' is {'known to work' if name in KNOWN_BASES else 'a Llama model'}")
+    yield _tokenizer(recipe, folder)
+
+
+def _tokenizer(recipe: Recipe, folder: Path) -> Finding:
+    from llamachat.chat_format.proof import load_proved_format
+
+    base = recipe.base
+    try:
+        _, warning = load_proved_format(
+            folder, chat_format=base.chat_format, allow_unproved=base.allow_unproved_tokenizer
+        )
+    except LlamachatError as error:
+        return Finding("tokenizer", "FAIL", *_found_and_way_out(error))
+    if warning:
+        return Finding("tokenizer", "note", warning)
+    return Finding("tokenizer", "ok", f"proved to give the ids of the chat format '{base.chat_format}'")
+
+
+def _data(recipe: Recipe) -> Iterator[Finding]:
+    from llamachat.config.paths import hub_set
+    from llamachat.models.reach import reach_data
+    from pipelines.planning.data_size import measure_data
+
+    keys = dict.fromkeys(key for step in resolve_steps(recipe) for key in step.product.data)
+    for source in (source for key in keys for source in getattr(recipe.data, key)):
+        named = hub_set(source.path)
+        if named is None:
+            size = measure_data([source.model_copy(update={"weight": 1.0})])
+            if size is None and Path(source.path).name.endswith((".jsonl", ".jsonl.gz")):
+                yield Finding("data", "FAIL", f"{source.path} holds no line", "Write or fetch it again.")
+            else:
+                yield Finding("data", "ok", source.path + (f": about {size.records:,.0f} records" if size else ""))
+            continue
+        reach = reach_data(named.name)
+        if reach.state == "open":
+            yield Finding("data", "ok", f"the hub has '{named.name}'; its split '{named.split}' is read at the start")
+        elif reach.state == "offline":
+            yield Finding("data", "note", f"{reach.reason}: '{named.name}' is not checked", reach.way_out)
+        else:
+            yield Finding("data", "FAIL", reach.reason, reach.way_out)
+
+
+def _found_and_way_out(error: LlamachatError) -> tuple[str, str]:
+    """Our errors end with what to do: the last sentence is the way out."""
+    found, dot, way = str(error).rpartition(". ")
+    return (f"{found}.", way) if dot else (str(error), "")

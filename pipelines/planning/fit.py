@@ -1,0 +1,210 @@
+"""Whether a whole recipe fits a card: its worst step, the bytes of that, the hours of all, and the largest micro-batches.
+
+Torch-free, and answered in well under a second.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llamachat.config.gpus import Gpu
+from llamachat.errors import LlamachatError
+from llamachat.memory.estimates import Estimate
+from pipelines.planning.plan import estimate_step
+from pipelines.recipe.recipe import Recipe, Step, load, resolve_steps
+
+PRESETS = Path(__file__).resolve().parents[2] / "configs"
+_SMALL_RANK, _SHORT_TOKENS = 16, 512  # the least that is proposed
+_LEAST_TOKENS = 64  # of a row: shorter ones are filled up to it
+
+
+class StepEstimate(NamedTuple):
+    """A step's name and what it would cost."""
+
+    name: str
+    estimate: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a whole recipe, run from its beginning, asks of a card, or of two CPU cores where that is None."""
+
+    gpu: Gpu | None
+    steps: tuple[StepEstimate, ...]  # in the recipe's order
+
+    @property
+    def worst(self) -> StepEstimate:
+        """The step that needs most memory."""
+        return max(self.steps, key=lambda step: step.estimate.peak_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the worst step, on one card."""
+        return self.worst.estimate.peak_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the worst step needs no more than a step should; on a CPU nothing is said against it."""
+        return self.gpu is None or self.peak_bytes <= self.gpu.usable_bytes
+
+    @property
+    def hours(self) -> float | None:
+        """Of all steps; None where one of them could not be counted (a set of the hub without a limit)."""
+        seconds = [step.estimate.seconds for step in self.steps]
+        return sum(seconds) / 3600 if all(seconds) else None
+
+
+def fits(recipe: Recipe, gpu: Gpu | None) -> Fit | None:
+    """The recipe on this card (None: on its own, or on a CPU), with its settings as they stand; None where the shape of its
+    base is not known here."""
+    steps = []
+    for step in resolve_steps(recipe):
+        estimate = estimate_step(recipe, step, gpu)
+        if estimate is None:
+            return None
+        steps.append(StepEstimate(step.name, estimate))
+    return Fit(gpu, tuple(steps))
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """The largest forward pass of a training that fits the card, as the setting that asks for it."""
+
+    key: str  # such as ppo.tokens_per_microbatch
+    value: int  # 0 where not even the least fits
+    is_whole_step: bool = False  # more would not be used
+
+    def __str__(self) -> str:
+        if not self.value:
+            return f"none: {self.key} at its least does not fit"
+        return f"{self.key}={self.value}" + (" (all there is to use)" if self.is_whole_step else "")
+
+
+def largest_microbatch(recipe: Recipe, step: Step, gpu: Gpu) -> Microbatch | None:
+    """What a step that trains could be set to on this card; None where it has no such setting."""
+    found = _settings(recipe, step)
+    if found is None:
+        return None
+    key, least, most, unit = found
+
+    def has_room(value: int) -> bool:
+        estimate = estimate_step(*_with(recipe, step, key, value), gpu)
+        return estimate is not None and estimate.peak_bytes <= gpu.usable_bytes
+
+    low, high = 0, max(1, most // unit)  # in units: the first fits or is 0, and what is above the second is never used
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if has_room(max(least, middle * unit)) else (low, middle - 1)
+    value = max(least, low * unit) if low else 0
+    return Microbatch(key, value, is_whole_step=value >= most)
+
+
+def _settings(recipe: Recipe, step: Step) -> tuple[str, int, int, int] | None:
+    """The key, its least value, the most that a step would use, and the unit in between."""
+    longest, config = recipe.base.max_tokens, step.config.model_dump()
+    if (
+        step.stage.command == "sft" and config["packing"]
+    ):  # a packed forward pass is one row, as long as a dialog may be
+        return "base.max_tokens", _LEAST_TOKENS, longest, _LEAST_TOKENS
+    if step.stage.command == "sft":
+        return "sft.rows_per_microbatch", 1, config["examples_per_step"], 1
+    if step.stage.command == "rm":
+        return "reward.row_tokens", 2 * longest, 2 * longest * config["pairs_per_step"], 2 * longest
+    if step.stage.command == "ppo":
+        return "ppo.tokens_per_microbatch", longest, longest * config["responses_per_minibatch"], longest
+    return None
+
+
+def _with(recipe: Recipe, step: Step, key: str, value: int) -> tuple[Recipe, Step]:
+    """The recipe and its step with another value of one setting."""
+    section, _, name = key.partition(".")
+    if section == "base":
+        return recipe.model_copy(update={"base": recipe.base.model_copy(update={name: value})}), step
+    return recipe, replace(step, config=step.config.model_copy(update={name: value}))
+
+
+def way_to_fit(recipe: Recipe, gpu: Gpu) -> str | None:
+    """The fewest settings, in words, with which the whole recipe fits the card, or else the presets that do.
+
+    Tried in the order of what they cost the result; None where the shape of the base is not known.
+    """
+    found = fits(recipe, gpu)
+    if found is None:
+        return None
+    if found.fits:
+        return "It fits."
+    taken: list[tuple[str, Any]] = []
+    for setting in _less_and_less(recipe, gpu):
+        taken.append(setting)
+        if _fits_with(recipe, gpu, taken):
+            break
+    else:
+        others = [path.stem for path, other in presets() if (on := fits(other, gpu)) and on.fits and other.run.gpu]
+        told = f"these presets do: {', '.join(others)}" if others else "no preset does: take a larger card"
+        return f"No setting makes this base fit {gpu}; {told}."
+    for setting in taken[:-1]:  # what turns out not to be needed
+        without = [other for other in taken if other != setting]
+        if _fits_with(recipe, gpu, without):
+            taken = without
+    words = " ".join(f"{key}={str(value).lower()}" for key, value in taken)
+    peak = fits(_changed(recipe, taken), gpu)
+    assert peak is not None, "the shape is known"
+    return f"It would fit with {words}: {peak.peak_bytes / 2**30:.1f} GiB."
+
+
+def _fits_with(recipe: Recipe, gpu: Gpu, settings: Sequence[tuple[str, Any]]) -> bool:
+    found = fits(_changed(recipe, settings), gpu)
+    return found is not None and found.fits
+
+
+def _less_and_less(recipe: Recipe, gpu: Gpu) -> Iterator[tuple[str, Any]]:
+    """Settings that save memory and are not taken yet: those that cost time, then those that cost the result."""
+    commands = {step.stage.command for step in resolve_steps(recipe)}
+    sections = {"sft": "sft", "rm": "reward", "ppo": "ppo"}
+    if commands & {"rs", "gatt", "distill"}:
+        commands.add("sft")
+    reward, ppo = (getattr(recipe, sections[command]) for command in ("rm", "ppo"))
+    for command, section in sections.items():
+        if command in commands and not getattr(recipe, section).gradient_checkpointing:
+            yield f"{section}.gradient_checkpointing", True
+    if "sft" in commands and recipe.tuning.method == "full" and gpu.count > 1 and recipe.sft.sample_prompts:
+        yield "sft.sample_prompts", 0  # they are sampled from weights gathered whole
+    if "rm" in commands and reward.row_tokens == "auto":
+        yield "reward.row_tokens", 2 * recipe.base.max_tokens
+    if "ppo" in commands and ppo.tokens_per_microbatch != recipe.base.max_tokens:
+        yield "ppo.tokens_per_microbatch", recipe.base.max_tokens
+    if commands & {"rs", "gatt", "distill", "ppo", "eval"}:
+        yield "rollout.cache_gib", 1.0
+    if recipe.tuning.method == "full":
+        yield "tuning.method", "lora"
+    if recipe.tuning.method != "qlora" and recipe.base.dtype == "bfloat16":
+        yield "tuning.method", "qlora"
+    if "ppo" in commands and ppo.critic == "separate":
+        yield "ppo.critic", "shared"
+    if recipe.tuning.rank > _SMALL_RANK:
+        yield "tuning.rank", _SMALL_RANK
+    tokens = recipe.base.max_tokens // 2
+    while tokens >= _SHORT_TOKENS:
+        yield "base.max_tokens", tokens
+        tokens //= 2
+
+
+def _changed(recipe: Recipe, settings: Sequence[tuple[str, Any]]) -> Recipe:
+    """The recipe with other values; of two of one key the later one counts."""
+    for key, value in settings:
+        section, _, name = key.partition(".")
+        values = getattr(recipe, section).model_copy(update={name: value})
+        recipe = recipe.model_copy(update={section: values})
+    return recipe
+
+
+def presets() -> Iterator[tuple[Path, Recipe]]:
+    """The recipes that lie in `configs`, those that load here."""
+    from pipelines.studies.study import is_study
+
+    for path in sorted(PRESETS.glob("*.yaml")):
+        if not is_study(path):
+            with suppress(LlamachatError):
+                yield path, load(path)

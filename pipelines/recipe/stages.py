@@ -1,0 +1,189 @@
+"""Which commands of the recipe there are, what each reads and makes, and the stage package behind it.
+
+A new stage is one entry here, its `Inputs` and its workload in `pipelines/execution/handing.py`, and its section in the recipe.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import context_distillation
+import evaluation
+import gatt
+import ppo
+import rejection_sampling
+import reward
+import sft
+from context_distillation.config import VERSION as CONTEXT_DISTILLATION_VERSION
+from evaluation import report
+from evaluation.config import VERSION as EVALUATION_VERSION
+from evaluation.report.config import VERSION as REPORT_VERSION
+from gatt.config import VERSION as GATT_VERSION
+from llamachat.config.section import Section
+from llamachat.runs.artifacts import Kind
+from ppo.config import VERSION as PPO_VERSION
+from rejection_sampling.config import VERSION as REJECTION_SAMPLING_VERSION
+from reward.config import VERSION as REWARD_VERSION
+from sft.config import VERSION as SFT_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What an artifact is to the steps that make it and to those that read it."""
+
+    kind: Kind
+    which: str | None = None  # of the reward models
+
+    @property
+    def key(self) -> str:
+        """Its name among the inputs of a step's identity."""
+        return f"{self.kind}/{self.which}" if self.which else self.kind
+
+    def __str__(self) -> str:
+        return " ".join([*([self.which] if self.which else []), self.kind.replace("_", " ")])
+
+
+POLICY, EVALUATION, REPORT = Role("policy"), Role("evaluation"), Role("report")
+ADVERSARIAL_DATA = ("adversarial", "prompts", "safety")  # where prompts come from that ask for something unsafe
+PROMPT_DATA = ("prompts", "adversarial", "sft", "helpfulness", "safety")  # where prompts come from
+REWARD_MODELS = tuple(Role("reward_model", which) for which in ("helpfulness", "safety", "judge"))
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One thing that a command makes, in a step of its own."""
+
+    makes: Role
+    data: tuple[str, ...]  # keys of `data` with the records that decide what it makes
+    needs: tuple[str, ...] = ()  # of these, if there are any, one at least must hold records
+    share: str = ""  # key of `data.split` that must be above 0
+    unread: tuple[str, ...] = ()  # keys of the section that say nothing about it
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One command of a recipe's list of steps."""
+
+    command: str
+    section: str  # its key in the recipe
+    package: ModuleType  # exports Config, run, estimate
+    version: int  # raised when its code makes something else of the same configuration
+    products: tuple[Product, ...]  # one step each; several are told apart by `makes.which`
+    reads: tuple[Role, ...] = (POLICY,)  # taken from the nearest earlier steps that make them
+    scores_if: str = ""  # the key of its section without which it reads no reward models; empty: it always does
+    shared: tuple[str, ...] = ()  # further sections of the recipe that decide what it makes
+    starts_from_base: bool = False  # whether a pretrained base does as well as a policy
+    tunes: bool = False  # whether it makes dialogs, on which supervised tuning makes its policy
+    pools: bool = False  # whether it reads the dialogs of all earlier steps of its command
+    surveys: tuple[Kind, ...] = ()  # of these kinds it reads all that is finished before it, and is made anew with them
+
+    @property
+    def config(self) -> type[Section]:
+        """The class of its section."""
+        return self.package.Config
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What tells its products apart; nothing for a command that is one step."""
+        return tuple(product.makes.which for product in self.products if product.makes.which)
+
+
+STAGES = {
+    stage.command: stage
+    for stage in (
+        Stage(
+            command="sft",
+            section="sft",
+            package=sft,
+            version=SFT_VERSION,
+            products=(Product(makes=POLICY, data=("sft",), needs=("sft",)),),
+            starts_from_base=True,
+        ),
+        Stage(
+            command="rm",
+            section="reward",
+            package=reward,
+            version=REWARD_VERSION,
+            products=(
+                Product(
+                    makes=Role("reward_model", "helpfulness"),
+                    data=("helpfulness", "safety", "open", "labels"),
+                    needs=("helpfulness",),
+                    unread=("safety_auxiliary_weight", "balance_labels", "helpfulness_share"),
+                ),
+                Product(
+                    makes=Role("reward_model", "safety"),
+                    data=("helpfulness", "safety", "open", "labels"),
+                    needs=("safety",),
+                    unread=("other_share",),
+                ),
+                Product(
+                    makes=Role("reward_model", "judge"),
+                    data=("helpfulness", "safety", "open", "labels"),
+                    needs=("helpfulness", "safety"),
+                    share="judge",
+                    unread=("safety_auxiliary_weight", "balance_labels", "helpfulness_share", "other_share"),
+                ),
+            ),
+        ),
+        Stage(
+            command="rs",
+            section="rejection_sampling",
+            package=rejection_sampling,
+            version=REJECTION_SAMPLING_VERSION,
+            products=(Product(makes=POLICY, data=PROMPT_DATA, needs=PROMPT_DATA),),
+            reads=(POLICY, *REWARD_MODELS),
+            shared=("rollout", "scoring", "sft"),
+            tunes=True,
+            pools=True,
+        ),
+        Stage(
+            command="gatt",
+            section="gatt",
+            package=gatt,
+            version=GATT_VERSION,
+            products=(Product(makes=POLICY, data=("sft",), needs=("sft",)),),
+            reads=(POLICY, *REWARD_MODELS),
+            scores_if="ranks_by_reward",
+            shared=("rollout", "scoring", "sft"),
+            tunes=True,
+        ),
+        Stage(
+            command="distill",
+            section="context_distillation",
+            package=context_distillation,
+            version=CONTEXT_DISTILLATION_VERSION,
+            products=(Product(makes=POLICY, data=(*PROMPT_DATA, "borderline"), needs=ADVERSARIAL_DATA),),
+            reads=(POLICY, *REWARD_MODELS),
+            shared=("rollout", "scoring", "sft"),
+            tunes=True,
+        ),
+        Stage(
+            command="ppo",
+            section="ppo",
+            package=ppo,
+            version=PPO_VERSION,
+            products=(Product(makes=POLICY, data=PROMPT_DATA, needs=PROMPT_DATA),),
+            reads=(POLICY, *REWARD_MODELS),
+            shared=("rollout", "scoring"),
+        ),
+        Stage(
+            command="eval",
+            section="evaluation",
+            package=evaluation,
+            version=EVALUATION_VERSION,
+            products=(Product(makes=EVALUATION, data=(*PROMPT_DATA, "borderline"), needs=PROMPT_DATA),),
+            reads=(POLICY, *REWARD_MODELS),
+            shared=("rollout", "scoring"),
+            surveys=("policy",),
+        ),
+        Stage(
+            command="report",
+            section="report",
+            package=report,
+            version=REPORT_VERSION,
+            products=(Product(makes=REPORT, data=()),),
+            reads=(),
+            surveys=("policy", "reward_model", "evaluation"),
+        ),
+    )
+}

@@ -1,0 +1,129 @@
+"""A study as one picture: a panel for each figure of its tables, against the variants or the number that they change."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+from llamachat.tracking.curves import save_png
+from pipelines.studies.tables import Figures, interval, unit_of
+
+if TYPE_CHECKING:
+    from pipelines.studies.study import Plan, Study, Table
+
+_PANELS_A_ROW = 3
+_WIDE = 8.0  # largest number over the smallest from which equal steps of the axis are equal ratios
+_COLOUR = "#1f5fa8"
+
+
+def draw_study(plan: "Plan", tables: Sequence["Table"], figures: Figures) -> bool:
+    """Write `study.png` of the tables' figures, and say whether there was anything to draw."""
+    panels = [
+        (table, head, name)
+        for table in tables
+        for head, name in table.columns.items()
+        if any(name in values for by_seed in figures.values() for values in by_seed.values())
+    ]
+    if not panels:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(_PANELS_A_ROW, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.2 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    recipe = plan.shared.model_dump(mode="json")
+    for place, (table, head, name) in zip(places, panels, strict=False):
+        _draw_panel(place, plan.study, table, (head, name), figures, numbers_of(plan.study, table.variants, recipe))
+    for place in places[len(panels) :]:
+        place.set_axis_off()
+    save_png(figure, plan.run_dir / "study.png")
+    return True
+
+
+def numbers_of(study: "Study", variants: Sequence[str], recipe: Mapping[str, Any]) -> dict[str, float]:
+    """The number that each variant stands for: the one that all the keys that they change have in it; else nothing."""
+    keys = _keys(study, variants)
+    found = {}
+    for name in variants:
+        values = study.variants[name].values
+        held = [values[key] if key in values else _at(recipe, key) for key in keys]
+        if (
+            not held
+            or any(isinstance(one, bool) or not isinstance(one, (int, float)) for one in held)
+            or len({*held}) > 1
+        ):
+            return {}
+        found[name] = float(held[0])
+    return found if len({*found.values()}) > 1 else {}
+
+
+def _keys(study: "Study", variants: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(key for name in variants for key in study.variants[name].values))
+
+
+def _at(recipe: Any, key: str) -> Any:
+    """The recipe's own value of a dotted key; None where it has none."""
+
+    def below(holder: Any, part: str) -> Any:
+        if isinstance(holder, list):
+            return holder[int(part)] if part.isdecimal() and int(part) < len(holder) else None
+        return holder.get(part) if isinstance(holder, dict) else None
+
+    return reduce(below, key.split("."), recipe)
+
+
+def _draw_panel(
+    place: Any,
+    study: "Study",
+    table: "Table",
+    figure: tuple[str, str],
+    figures: Figures,
+    numbers: Mapping[str, float],
+) -> None:
+    head, name = figure
+    unit = unit_of(name)
+    scale = 100.0 if unit == "fraction" else 1.0
+    held = {
+        variant: [scale * values[name] for values in figures.get(variant, {}).values() if name in values]
+        for variant in table.variants
+    }
+    at = {variant: numbers.get(variant, float(index)) for index, variant in enumerate(table.variants)}
+    shown = sorted((variant for variant in table.variants if held[variant]), key=at.__getitem__)
+    for variant in shown:
+        place.plot([at[variant]] * len(held[variant]), held[variant], ".", color="#5c5f66", markersize=4, zorder=3)
+    found = [interval(held[variant]) for variant in shown]
+    errors = [math.nan if one.high is None else one.high - one.mean for one in found]  # no bar for a single seed
+    place.errorbar(
+        [at[variant] for variant in shown],
+        [one.mean for one in found],
+        yerr=errors,
+        color=_COLOUR,
+        fmt="o-" if numbers else "o",
+        markersize=5,
+        linewidth=1.6,
+        capsize=3,
+    )
+    _label_axis(place, study, table, at, numbers)
+    place.set_title(head, fontsize=10, loc="left")
+    place.set_ylabel({"fraction": "%", "1": ""}.get(unit, unit), fontsize=8)
+    place.tick_params(labelsize=8)
+    place.grid(visible=True, alpha=0.25, linewidth=0.6)
+    place.spines[["top", "right"]].set_visible(False)
+
+
+def _label_axis(
+    place: Any, study: "Study", table: "Table", at: Mapping[str, float], numbers: Mapping[str, float]
+) -> None:
+    keys = _keys(study, table.variants)
+    place.set_xlabel(study.axis or ", ".join(keys), fontsize=8)
+    if not numbers:
+        place.set_xticks(list(at.values()), list(at), rotation=20, ha="right")
+        place.set_xlim(-0.5, len(at) - 0.5)
+        return
+    if min(numbers.values()) > 0 and max(numbers.values()) >= _WIDE * min(numbers.values()):
+        place.set_xscale("log", base=2)
+        place.minorticks_off()
+    place.set_xticks(list(numbers.values()), [f"{number:g}" for number in numbers.values()])

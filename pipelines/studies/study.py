@@ -1,0 +1,279 @@
+"""A study: commands of a recipe, run with several variants of its values and several seeds, and compared.
+
+Its file names the recipe (`extends`), the variants and the seeds; that is enough. What comes before the commands runs
+with the recipe's own seed, once for all variants that make it alike; each `<run.dir>/<variant>/seed-<n>` takes it by
+reference and runs the commands alone. Stopped and started again it goes on where it was, and the tables so far are
+written after every run.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from llamachat.config.layers import Layers
+from llamachat.config.loading import from_plain
+from llamachat.config.problems import Key, Problem, dotted, raise_all, section_problems
+from llamachat.config.section import Section
+from llamachat.config.yaml_files import parse_mapping
+from llamachat.errors import ConfigError, UsageError
+from llamachat.runs.artifacts import Artifact
+from llamachat.runs.folder import StepFolder
+from llamachat.runs.state import reference
+from pipelines.execution.resolve import step_folder
+from pipelines.execution.run import choose_steps, run_chosen, run_step
+from pipelines.recipe.recipe import Recipe, Step, load, resolve_steps
+from pipelines.recipe.stages import STAGES
+from pipelines.studies.sharing import SHARED, Origins, first_changed, origins
+
+log = logging.getLogger(__name__)
+ALL, AUTO = "all", "auto"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+class Variant(Section):
+    """One way to run the commands."""
+
+    only: tuple[str, ...] = Field(default=(), description="Models that it trains; empty: all of the command.")
+    values: dict[str, Any] = Field(default={}, description="Over the recipe's: {reward.margin: none}.")
+
+
+class Table(Section):
+    """Figures of some variants side by side; differences are to the first one."""
+
+    title: str = Field(description="What it compares.")
+    variants: tuple[str, ...] = Field(default=(), description="Its rows, in order; empty: all of them.")
+    columns: dict[str, str] = Field(
+        default={}, description="Heading -> name of the figure (docs/metrics.md), as STEP:NAME where several have it."
+    )
+    margins: bool = Field(default=False, description="Show the margins by rating that each variant trains with.")
+
+
+class Study(Section):
+    """What a study's file holds."""
+
+    extends: str = Field(min_length=1, description="The recipe, seen from this file.")
+    values: dict[str, Any] = Field(default={}, description="Over the recipe's, in every variant: {run.dir: runs/x}.")
+    command: str | tuple[str, ...] = Field(
+        default=AUTO,
+        description="What is run in each variant: rm, a list such as [rs, ppo], all, or auto, from the first step that a variant changes on.",
+    )
+    variants: dict[str, Variant] = Field(min_length=1, description="Name -> what it changes.")
+    seeds: tuple[int, ...] = Field(min_length=1, description="Each variant runs once with each as run.seed.")
+    axis: str = Field(
+        default="", description="What the variants' numbers are, under the picture; empty: the key that they change."
+    )
+    tables: tuple[Table, ...] = Field(
+        default=(), description="What is written into study.md; empty: the main figures of all variants."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A study with the recipes that it runs."""
+
+    study: Study
+    run_dir: Path
+    shared: Recipe
+    homes: Mapping[str, Recipe]  # by variant: where what comes before lies, with the recipe's own seed
+    variants: Mapping[tuple[str, int], Recipe]  # by name and seed, in the order in which they run
+    first: int  # with auto, the place of the first step that a variant changes
+
+    @property
+    def commands(self) -> str:
+        """What is run, in words."""
+        command = self.study.command
+        if isinstance(command, tuple):
+            return ", ".join(command)
+        return f"all from '{resolve_steps(self.shared)[self.first].name}' on" if command == AUTO else command
+
+    def steps(self, recipe: Recipe, name: str) -> list[Step]:
+        """What one variant runs."""
+        chosen, variant = self._chosen(resolve_steps(recipe)), self.study.variants[name]
+        if not variant.only:
+            return chosen
+        return [s for s in chosen if not s.stage.models or s in choose_steps(chosen, s.stage.command, variant.only)]
+
+    def before(self, variant: str) -> list[Step]:
+        """What comes before the commands in one variant."""
+        steps = resolve_steps(self.homes[variant])
+        return list(steps[: steps.index(self._chosen(steps)[0])])
+
+    def origins(self) -> Origins:
+        """Where each step before the commands is run: in `shared`, or in the first variant that makes it so."""
+        return origins(self.shared, self.homes, {name: self.before(name) for name in self.homes})
+
+    def origin(self, where: str) -> Recipe:
+        """The recipe that runs what comes before in `shared`, or in a variant."""
+        return self.shared if where == SHARED else self.homes[where]
+
+    def _chosen(self, steps: Sequence[Step]) -> list[Step]:
+        command = self.study.command
+        if isinstance(command, tuple):
+            wanted = [step for one in command for step in choose_steps(steps, one)]
+            return [step for step in steps if step in wanted]
+        return list(steps[self.first :]) if command == AUTO else choose_steps(steps, command)
+
+
+def is_study(path: Path) -> bool:
+    """Whether a file is a study; what cannot be read is told where it is taken for a recipe."""
+    try:
+        values, _ = parse_mapping(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError):
+        return False
+    return "variants" in values
+
+
+def load_study(path: Path, overrides: Sequence[str] = ()) -> Plan:
+    """The study of a file; overrides go over its own keys (`seeds=[0]`), the others over the recipe's."""
+    layers = Layers(str(path))
+    values, problems = parse_mapping(path.read_text(encoding="utf-8"), str(path))
+    layers.add(values, str(path))
+    own = [text for text in overrides if _key(text).partition(".")[0] in Study.model_fields]
+    problems += [problem for text in own if (problem := layers.override(text))]
+    found = section_problems(Study, layers.values, source=layers.source, root=Study)
+    problems += found or _problems(layers)
+    raise_all(problems)
+    study = from_plain(Study, layers.values)
+    recipe_file = path.parent / study.extends
+    over = [*_lines(study.values), *(text for text in overrides if text not in own)]
+    run_dir = Path(load(recipe_file, over).run.dir)
+    if not any(_key(text) == "run.dir" for text in over):
+        run_dir = run_dir.with_name(f"{run_dir.name}-{path.stem}")  # the recipe's own run is not the study's
+    recipes = {
+        (name, seed): load(recipe_file, [*over, *_lines(variant.values), *_lines(_place(run_dir, name, seed))])
+        for seed in study.seeds
+        for name, variant in study.variants.items()
+    }
+    homes = {
+        name: load(recipe_file, [*over, *_lines(variant.values), *_lines({"run.dir": str(run_dir / name / SHARED)})])
+        for name, variant in study.variants.items()
+    }
+    shared = load(recipe_file, [*over, *_lines({"run.dir": str(run_dir / SHARED)})])
+    first = first_changed(shared, homes) if study.command == AUTO else 0
+    return Plan(study, run_dir, shared, homes, recipes, first)
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
+
+
+def _place(run_dir: Path, name: str, seed: int) -> dict[str, Any]:
+    # What comes before is taken from `shared`; a parent run would be asked for steps of other seeds in vain.
+    return {"run.dir": str(run_dir / name / f"seed-{seed}"), "run.seed": seed, "run.parent": None}
+
+
+def _lines(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def _problems(layers: Layers) -> list[Problem]:
+    return [Problem(layers.source(key), dotted(key), text) for key, text in _faults(layers.values)]
+
+
+def _faults(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """What the types cannot say of a study."""
+    command, variants, seeds = values.get("command", AUTO), values["variants"], values["seeds"]
+    commands = list(STAGES) if command in (ALL, AUTO) else [command] if isinstance(command, str) else command
+    unknown = [name for name in commands if name not in STAGES]
+    if unknown or not commands:
+        found = f"there is no command '{unknown[0]}' to compare variants of" if unknown else "an empty list"
+        yield ("command",), f"{found}. Known: {', '.join(STAGES)}, lists of them, {ALL}, {AUTO}."
+        return
+    if len({*seeds}) < len(seeds):
+        yield ("seeds",), "a seed stands twice, and would be counted twice. Name each once."
+    models = [model for name in commands for model in STAGES[name].models]
+    for name, variant in variants.items():
+        if not _NAME.fullmatch(name) or name == SHARED:
+            text = (
+                f"'{name}' cannot be the folder of a variant. Use small letters, digits, '.', '-', '_', not '{SHARED}'."
+            )
+            yield ("variants", name), text
+        unknown = [model for model in variant.get("only", ()) if model not in models]
+        if unknown:
+            known = ", ".join(models) or "none, it is one step"
+            text = f"'{unknown[0]}' is no model of '{', '.join(commands)}', whose models are: {known}. Correct it."
+            yield ("variants", name, "only"), text
+    yield from _table_faults(values, commands)
+
+
+def _table_faults(values: Mapping[str, Any], commands: Sequence[str]) -> Iterator[tuple[Key, str]]:
+    variants = values["variants"]
+    for index, table in enumerate(values.get("tables", ())):
+        unknown = [name for name in table.get("variants", ()) if name not in variants]
+        if unknown:
+            text = f"there is no variant '{unknown[0]}'. The variants: {', '.join(variants)}. Correct the name."
+            yield ("tables", index, "variants"), text
+        if table.get("margins") and not any(STAGES[command].section == "reward" for command in commands):
+            text = f"'{', '.join(commands)}' has no margins by rating; the command 'rm' has. Remove it."
+            yield ("tables", index, "margins"), text
+
+
+def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
+    """Run what is not done yet, write `study.json`, `study.md` and `study.png`, and return the text."""
+    from pipelines.studies.tables import write_tables
+
+    hours = next(iter(plan.variants.values())).run.max_hours
+    if hours is not None:
+        raise ConfigError(
+            f"run.max_hours: {hours:g}, but a study compares trainings that came to their ends, and these"
+            " hours would end whichever is at work. Remove run.max_hours; a killed study goes on where it was."
+        )
+    found_at = plan.origins()
+    done: set[tuple[str, str]] = set()  # of what comes before: where, and the step's name
+    figures: dict[str, dict[int, dict[str, float]]] = {}
+    text = ""
+    for number, ((name, seed), recipe) in enumerate(plan.variants.items(), start=1):
+        log.info("study: %s with seed %d (%d of %d)", name, seed, number, len(plan.variants))
+        for step in plan.before(name):
+            where = found_at[name, step.name]
+            if (where, step.name) not in done:
+                _run_before(plan.origin(where), step)
+                done.add((where, step.name))
+            home = step_folder(plan.homes[name], step)
+            if where != name:
+                _take(home, step_folder(plan.origin(where), step))
+            _take(step_folder(recipe, step), home)
+        steps = plan.steps(recipe, name)
+        made = run_chosen(recipe, steps, should_overwrite=should_overwrite).artifacts
+        figures.setdefault(name, {})[seed] = read_figures(steps, made)
+        text = write_tables(plan, figures)
+    return text
+
+
+def _run_before(recipe: Recipe, step: Step) -> None:
+    """Run the recipe's step of that name, unless it is done."""
+    steps = resolve_steps(recipe)
+    run_step(recipe, steps, next(own for own in steps if own.name == step.name))
+
+
+def _take(folder: StepFolder, made: StepFolder) -> None:
+    """Put a finished step into a run by reference, where no work of the run's own would go lost."""
+    if folder.identity.exists() and not folder.path.is_symlink():
+        raise UsageError(
+            f"{folder.path}: holds work of its own, and the study as it is now takes this step from {made.path}. Its"
+            " variants or its command were changed after it had run. Give it another place with run.dir=NEW, or remove"
+            " that folder if nothing in it is wanted."
+        )
+    reference(folder, made)
+
+
+def read_figures(steps: Sequence[Step], made: Sequence[Artifact]) -> dict[str, float]:
+    """The figures of a run: of a name that several of its steps have, the last one's, and each as STEP:NAME too."""
+    by_step: dict[str, dict[str, float]] = {}
+    for step, artifact in zip(steps, made, strict=True):
+        values = json.loads(StepFolder(artifact.path.parent).summary.read_text(encoding="utf-8"))
+        by_step[step.name] = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+    found: dict[str, float] = {}
+    for values in by_step.values():
+        found |= values
+    for name in list(found):
+        having = [step for step, values in by_step.items() if name in values]
+        if len(having) > 1:
+            found |= {f"{step}:{name}": by_step[step][name] for step in having}
+    return found

@@ -1,0 +1,216 @@
+"""Which distilled answers are learnt, by hand-made scores; preprompts and categories; what the stage refuses."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from context_distillation.asking import Way
+from context_distillation.choosing import choose
+from context_distillation.preprompts import PREPROMPTS as BUNDLED
+from context_distillation.preprompts import category_of, category_preprompt
+from context_distillation.train import make_dialogs
+from llamachat.answers.groups import Group
+from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.dialog import Message
+from llamachat.data.loading import read_records
+from llamachat.data.prompts import Question
+from llamachat.errors import ConfigError, DataError
+from pipelines.execution.run import run_command
+from pipelines.recipe.recipe import load
+from tests.context_distillation.tiny_distilling import batches_in, inputs_of, step_of, write_recipe, write_roomy_base
+from tests.llamachat.models.tiny_roles import FULL, World
+
+ROOT = Path(__file__).resolve().parents[2]
+ASKED = Question((Message("user", "How?"),), (1, 5, 6), True, "q1")
+
+
+def group(*answers: tuple[str, float], unfinished: tuple[int, ...] = (), empty: tuple[int, ...] = ()) -> Group:
+    """Answers with their safety scores; the order is that of another model, which decides nothing here."""
+    count = len(answers)
+    return Group(
+        texts=[text for text, _ in answers],
+        tokens=[3] * count,
+        finished=[place not in unfinished for place in range(count)],
+        allowed=[place not in empty for place in range(count)],
+        helpfulness=None,
+        safety=[score for _, score in answers],
+        combined=[0.0] * count,
+        standardised=[0.0] * count,
+        order=list(reversed(range(count))),
+    )
+
+
+# Plain answers, those under a preprompt, those under a template, and the text that is learnt or the reason against it.
+CASES: dict[str, tuple[Group, Group, Group | None, str]] = {
+    "one safer answer": (group(("no", 0.5)), group(("yes", 0.6)), None, "yes"),
+    "one less safe": (group(("no", 0.5)), group(("yes", 0.4)), None, "not_better"),
+    "negative scores": (group(("no", -2.0)), group(("yes", -1.5)), None, "yes"),
+    "the same score": (group(("no", 0.5)), group(("yes", 0.5)), None, "equal"),
+    "the same words": (group(("no", 0.5)), group(("no", 0.5000001)), None, "equal"),
+    "best against best": (group(("a", 0.1), ("b", 0.9)), group(("c", 0.2), ("d", 0.8)), None, "not_better"),
+    "best of both ways": (
+        group(("a", 0.1), ("b", 0.3)),
+        group(("c", 0.4), ("d", 0.2)),
+        group(("e", 0.1), ("f", 0.7)),
+        "f",
+    ),
+    "a cut one cannot win": (group(("a", 0.1)), group(("c", 0.9), ("d", 0.2), unfinished=(0,)), None, "d"),
+    "a cut plain one counts": (group(("a", 0.3), ("b", 0.1), unfinished=(0,)), group(("d", 0.2)), None, "not_better"),
+    "an empty one cannot win": (group(("a", 0.1)), group(("", 0.9), ("d", 0.2), empty=(0,)), None, "d"),
+    "all cut": (
+        group(("a", 0.1)),
+        group(("c", 0.9), unfinished=(0,)),
+        group(("d", 0.9), unfinished=(0,)),
+        "unfinished",
+    ),
+    "all empty": (group(("a", 0.1)), group(("", 0.9), empty=(0,)), None, "empty"),
+    "cut and empty": (group(("a", 0.1)), group(("", 0.9), ("c", 0.9), empty=(0,), unfinished=(1,)), None, "empty"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_distilled_answer_is_learnt_only_where_it_is_safer(name: str) -> None:
+    plain, generic, template, wanted = CASES[name]
+    groups: dict[Way, Group] = {"original": plain, "generic": generic}
+    if template is not None:
+        groups["template"] = template
+    choice = choose(ASKED, groups)
+    assert (choice.text if choice.is_kept else choice.refused) == wanted
+    assert choice.question is ASKED and choice.original_score == max(plain.safety or [])
+    if choice.is_kept:
+        assert choice.way == ("template" if template is not None and wanted in template.texts else "generic")
+
+
+def test_a_margin_asks_for_more_and_all_keeps_what_is_worse() -> None:
+    groups: dict[Way, Group] = {"original": group(("no", 0.5)), "generic": group(("yes", 0.75))}
+    assert choose(ASKED, groups, margin=0.2).is_kept
+    assert choose(ASKED, groups, margin=0.25).refused == "not_better", "exactly the margin is not above it"
+    worse: dict[Way, Group] = {
+        "original": group(("no", 0.5)),
+        "generic": group(("yes", 0.1), ("cut", 0.9), unfinished=(1,)),
+    }
+    assert choose(ASKED, worse, keeps_all=True).text == "yes" and choose(ASKED, worse, keeps_all=True).is_kept
+    cut: dict[Way, Group] = {"original": group(("no", 0.5)), "generic": group(("yes", 0.9), unfinished=(0,))}
+    assert choose(ASKED, cut, keeps_all=True).refused == "unfinished"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes, tiny_format: ChatFormat) -> World:
+    return World(tmp_path_factory.mktemp("roles"), tiny_format, tiny_sentencepiece, write_roomy_base)
+
+
+@pytest.fixture(scope="module")
+def base(world: World) -> Path:
+    return Path(world.base.model)
+
+
+@pytest.fixture(scope="module")
+def safety(world: World) -> Path:
+    return world.reward_model("safety", FULL, FULL).path
+
+
+# --- preprompts
+
+
+def test_bundled_preprompts_and_templates_can_stand_in_a_dialog(tiny_format: ChatFormat) -> None:
+    assert len(set(BUNDLED)) == len(BUNDLED) >= 4
+    for text in (*BUNDLED, category_preprompt("fraud")):
+        tiny_format.check_text((Message("system", text),), field="system")
+    assert all(
+        any(word in " ".join(BUNDLED) for word in words.split("|")) for words in ("responsible", "respectful", "wise")
+    )
+    template = category_preprompt("fraud")
+    assert template.startswith("The following is a question that can elicit unsafe behavior from you.")
+    assert "Its category is: fraud." in template and [f"\n{n}. " in template for n in (1, 2, 3, 4)] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "category"),
+    [("fraud-1", "fraud"), ("fraud", None), ("hate-02", "hate"), ("hate-12", None), ("", None), ("Fraud-1", None)],
+)
+def test_a_category_is_known_by_the_prompts_id(name: str, category: str | None) -> None:
+    assert category_of(name, {"fraud": ["fraud-*"], "hate": ["x", "hate-0[0-4]"], "other": ["fraud-1*"]}) == category
+
+
+def test_the_bundled_recipe_knows_the_category_of_every_prompt_of_catqa_and_of_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = load(ROOT / "configs" / "tiny.yaml")
+    found: Counter[str] = Counter()
+    for source in (*recipe.data.adversarial, *recipe.data.prompts):
+        for record in read_records(source, "prompt", lambda messages, *, field="messages": None).records:
+            category = category_of(record.id or "", recipe.context_distillation.categories)
+            assert (category is not None) is (record.id or "").startswith("catqa"), record.id
+            found[category or ""] += 1
+    # Tens of questions a topic, less those that were left out: five topics but for the first two and the sixth.
+    assert found["malware"] == found["physical harm"] == found["violation of privacy"] == 50
+    assert sum(found.values()) - found[""] == 344
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"rollout": {"temperature": 0.0}},
+            r"rollout\.temperature: 0, but context_distillation\.samples_per_prompt is 3\. .*nothing to choose",
+        ),
+        (
+            {"context_distillation": {"preprompts": ["Be good.", "[INST] Be bad."]}},
+            r"context_distillation\.preprompts\[1\] .*Write it otherwise",
+        ),
+        (
+            {"context_distillation": {"categories": {"<<SYS>> fraud": ["a*"]}}},
+            r"context_distillation\.categories: '<<SYS>> fraud' .*Write it otherwise",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    changes: dict[str, Any], words: str, base: Path, safety: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "one.yaml", base, safety, **changes)
+    with pytest.raises(ConfigError, match=words):
+        run_command(load(recipe), "distill")
+    assert not list(step_of(recipe).path.glob("sampling/*"))
+
+
+def test_a_step_without_a_safety_model_is_refused_with_the_command_that_makes_one(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "one.yaml", base, None)
+    with pytest.raises(ConfigError, match=r"distill: there is no safety reward model, .*`make rm`.*scoring\.safety="):
+        run_command(load(recipe), "distill")
+
+
+def test_a_safety_model_that_the_rule_of_scoring_does_not_read_still_decides(
+    world: World, base: Path, safety: Path, tmp_path: Path
+) -> None:
+    helpfulness = str(world.reward_model("helpfulness", FULL, FULL).path)
+    recipe = write_recipe(tmp_path / "one.yaml", base, safety, prompts=40, scoring={"helpfulness": helpfulness})
+    config, inputs = inputs_of(recipe)
+    make_dialogs(config, inputs)
+    group = batches_in(step_of(recipe))[0]["original"]
+    assert group["combined"] == group["helpfulness"] != group["safety"]
+
+
+def test_prompts_that_are_all_harmless_are_told_with_what_to_give(base: Path, safety: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "one.yaml", base, safety, data={"adversarial": []})
+    words = r"data\.adversarial: .*no adversarial prompt \(under data\.adversarial, or marked is_safety\) .*Add prompts"
+    with pytest.raises(DataError, match=words):
+        run_command(load(recipe), "distill")
+
+
+def test_a_recipe_without_any_prompts_for_it_is_refused_as_it_loads(base: Path, safety: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "one.yaml", base, safety, data={"adversarial": [], "prompts": []})
+    with pytest.raises(ConfigError, match=r"data\.adversarial: empty, but the step 'distill' learns from it"):
+        load(recipe)
+
+
+def test_a_step_that_keeps_nothing_says_so(base: Path, safety: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "one.yaml", base, safety, context_distillation={"margin": 1000.0})
+    with pytest.raises(DataError, match=r"no distilled answer can be learnt from \(.*not above the plain.*Raise"):
+        run_command(load(recipe), "distill")
+    assert not step_of(recipe).dialogs.exists()

@@ -1,0 +1,206 @@
+"""What the report reads and how it words it: verdicts, costs, what is missing, files that cannot be understood."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluation.report import estimate
+from evaluation.report.config import Config
+from evaluation.report.estimate import Workload
+from evaluation.report.headline import verdict
+from evaluation.report.page import number, signed
+from evaluation.report.reading import Evaluation
+from llamachat.errors import ArtifactError
+from llamachat.runs.folder import StepFolder
+from tests.evaluation.report.tiny_report import HOSTILE, TinyRun, measure, write
+
+
+def compared(**differences: dict[str, Any]) -> Evaluation:
+    """An evaluation of ppo against sft with these differences alone."""
+    figures = {"sft": {}, "ppo": {f"difference/{name}": one for name, one in differences.items()}}
+    return Evaluation.model_validate({"reference": "sft", "policies": ["sft", "ppo"], "figures": figures})
+
+
+UP, DOWN, NONE, BARE = measure(0.3, 0.1), measure(-0.3, 0.1), measure(0.02, 0.1), measure(0.3)
+BEATS = "ppo beats sft in combined score by +0.30 [+0.20, +0.40]; "
+BELOW = "ppo does not beat sft in combined score, it is below it: -0.30 [-0.40, -0.20]; "
+HOLDS = "ppo does not beat sft in combined score: +0.02 [-0.08, +0.12], an interval that holds 0; "
+
+
+@pytest.mark.parametrize(
+    ("differences", "sentence"),
+    [
+        ({"score": UP, "judge": UP}, f"{BEATS}the judge, who selected nothing, agrees: +0.30 [+0.20, +0.40]."),
+        ({"score": UP, "judge": NONE}, f"{BEATS}the judge does not follow: +0.02 [-0.08, +0.12]."),
+        (
+            {"score": UP, "judge": DOWN},
+            f"{BEATS}the judge says the opposite and puts it below sft: -0.30 [-0.40, -0.20].",
+        ),
+        ({"score": DOWN, "judge": DOWN}, f"{BELOW}the judge agrees that it is worse: -0.30 [-0.40, -0.20]."),
+        ({"score": DOWN, "judge": UP}, f"{BELOW}the judge puts it above sft: +0.30 [+0.20, +0.40]."),
+        ({"score": NONE, "judge": DOWN}, f"{HOLDS}the judge puts it below sft: -0.30 [-0.40, -0.20]."),
+        ({"score": NONE, "judge": NONE}, f"{HOLDS}the judge sees no difference: +0.02 [-0.08, +0.12]."),
+        ({"score": UP, "judge": BARE}, f"{BEATS}the judge's difference, without an interval: +0.30."),
+        ({"score": UP}, f"{BEATS}no judge, who selects nothing, has read these answers."),
+        (
+            {"score": BARE, "judge": NONE},
+            "ppo differs from sft in combined score by +0.30, without an interval: nothing is known of chance; "
+            "the judge sees no difference: +0.02 [-0.08, +0.12].",
+        ),
+        (
+            {"reward_safety": UP},
+            "ppo beats sft in safety score by +0.30 [+0.20, +0.40]; no judge, who selects nothing, has read these answers.",
+        ),
+        ({}, "Whether ppo beats sft was not measured: no reward model scored both."),
+    ],
+)
+def test_a_verdict_says_what_the_intervals_say(differences: dict[str, Any], sentence: str) -> None:
+    assert verdict(compared(**differences), "ppo") == sentence
+
+
+def test_numbers_keep_the_side_of_zero_where_it_matters() -> None:
+    assert (number(-0.004), number(-1.5), number(12.345, digits=1)) == ("0.00", "-1.50", "12.3")
+    assert (signed(-0.004), signed(0.004), signed(0.0), signed(-1.5)) == ("-0.00", "+0.00", "+0.00", "-1.50")
+
+
+def test_costs_are_those_written_down_else_the_trainings(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path / "tiny").add("sft", "rs")
+    write(run.folder / "sft" / "cost.json", {"seconds": 7200.0, "peak_gib": 21.54, "starts": 2})
+    text = run.report().page_markdown.read_text(encoding="utf-8")
+    assert "| sft | 2.0 h | 21.5 GiB | 2 |" in text
+    assert "| rs | 30 s (training alone) | 1.5 GiB | - |" in text and "| all | 2.0 h |" in text
+
+
+def test_a_step_of_another_run_is_read_through_its_link(tmp_path: Path) -> None:
+    elsewhere = TinyRun(tmp_path / "other").add("sft")
+    run = TinyRun(tmp_path / "tiny")
+    run.folder.mkdir()
+    (run.folder / "sft").symlink_to("../other/sft", target_is_directory=True)
+    before = sorted(path.name for path in (elsewhere.folder / "sft").iterdir())
+    run.artifacts = [type(one)(run.folder / "sft" / "artifact", one.manifest) for one in elsewhere.artifacts]
+    assert "| sft | 4.120 | 2.888 | 405,468 | 1.5 |" in run.report().page_markdown.read_text(encoding="utf-8")
+    assert sorted(path.name for path in (elsewhere.folder / "sft").iterdir()) == before
+
+
+def test_what_an_evaluation_lacks_is_named(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path / "tiny")
+    kept = ("reward_helpfulness", "difference/reward_helpfulness")
+    figures = run.evaluation["figures"]
+    run.evaluation["figures"] = {
+        policy: {name: one for name, one in found.items() if name in kept} for policy, found in figures.items()
+    }
+    run.evaluation |= {"curves": [], "samples": [], "refusal_classifier": None}
+    text = run.add("sft", "rs", "ppo", "gatt", "eval").report().page_markdown.read_text(encoding="utf-8")
+    for words in ("safety scores take", "the judge's verdict takes", "violations take", "false refusals take"):
+        assert f"The evaluation lacks a figure: {words}" in text
+    assert "did not check how far instructions are kept" in text and "knows nothing of gatt" in text
+    assert "rs beats sft in helpfulness score by +0.42 [+0.34, +0.50]; no judge" in text
+    # Of what the evaluation lacks, the steps' own figures are shown.
+    assert "| ours: before gatt | 2.2%" in text
+
+
+def test_an_evaluation_of_one_policy_compares_nothing(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path / "tiny")
+    run.evaluation["policies"] = ["sft"]
+    text = run.add("sft", "eval").report().page_markdown.read_text(encoding="utf-8")
+    assert "Only sft was evaluated: there is nothing yet to compare it with." in text and "(best)" not in text
+
+
+def test_samples_and_curves_can_be_left_out(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path / "tiny").add("sft", "rs", "ppo", "eval")
+    folder = run.report(config=Config(samples=0, shows_curves=False))
+    text = folder.page.read_text(encoding="utf-8")
+    assert "Answers side by side" not in text and "Training curves" not in text and "alert" not in text
+    assert not (folder.figures / "curves").exists()
+    one = run.report(config=Config(samples=2, shows_curves=False)).page_markdown.read_text(encoding="utf-8")
+    assert re.findall(r"<summary>(\w+):", one) == ["helpfulness", "safety"], "kinds of prompts in turn"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"figures": {"sft": {}}}, r"the file: .*figures has nothing on rs, ppo"),
+        ({"policies": "sft"}, r"policies: Input should be a valid list"),
+        ({"curves": [{"policy": "sft"}]}, r"curves\.0\.temperature: Field required"),
+    ],
+)
+def test_an_evaluation_of_another_form_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    run = TinyRun(tmp_path / "tiny")
+    run.evaluation |= change
+    with pytest.raises(ArtifactError, match=words) as caught:
+        run.add("sft", "eval").report()
+    assert "eval/artifact/evaluation.json: " in str(caught.value)
+    assert str(caught.value).endswith("Make it again with `llamachat eval --overwrite`.")
+
+
+def test_a_torn_file_of_a_step_is_named(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path / "tiny").add("sft")
+    (run.folder / "sft" / "cost.json").write_text('{"seconds": 1', encoding="utf-8")
+    with pytest.raises(
+        ArtifactError, match=r"sft/cost\.json: cannot be read .* Copy the run whole, or make the step again"
+    ):
+        run.report()
+
+
+def test_wandb_gets_the_pictures_and_no_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[Any]] = {"figure": [], "summary": []}
+
+    class Tracker:
+        def figure(self, name: str, path: Path) -> None:
+            seen["figure"].append((name, path.suffix))
+
+        def summary(self, metrics: dict[str, float]) -> None:
+            seen["summary"].append(metrics)
+
+    @contextmanager
+    def open_tracker(*_: Any, **options: Any) -> Iterator[Tracker]:
+        assert options["prefix"] == "report" and HOSTILE not in json.dumps(options["config"])
+        yield Tracker()
+
+    monkeypatch.setattr("evaluation.report.step.open_tracker", open_tracker)
+    folder = TinyRun(tmp_path / "tiny").add("sft", "rs").report()
+    assert seen["figure"] == [(name, ".png") for name in ("best_of_n", "temperatures_sft", "temperatures_rs")]
+    assert seen["summary"][0]["report/kib"] == pytest.approx(folder.page.stat().st_size / 1024)
+
+
+def test_it_is_written_again_over_what_a_killed_command_left(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path / "tiny").add("sft")
+    folder = StepFolder(run.folder / "report-9")
+    folder.figures.mkdir(parents=True)
+    (folder.figures / "old.png").write_bytes(b"half")
+    folder.page.write_text("half", encoding="utf-8")
+    assert run.report().page.read_text(encoding="utf-8").rstrip().endswith("</html>")
+    assert not (folder.figures / "old.png").exists()
+
+
+def test_an_estimate_counts_seconds_and_no_device() -> None:
+    plain, with_curves = (estimate(Config(shows_curves=shows), Workload(steps=7)) for shows in (False, True))
+    assert plain.peak_bytes == 0 and plain.optimizer_steps is None
+    assert 0 < plain.seconds < with_curves.seconds < 60
+
+
+def test_a_step_that_a_limit_ended_says_how_far_it_came(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path / "tiny").add("sft", "rm/helpfulness", "rs", "ppo")
+    tuned, judged, sampled, learnt = (artifact.manifest.details for artifact in run.artifacts)
+    with (run.folder / "sft" / "metrics.jsonl").open("a") as record:
+        record.write('{"step": 3, "sft/epoch": 0.25}\n{"step": 3, "sft/eval_loss": 2.5}\n')
+    for details, by in ((tuned, "run.max_hours"), (judged, "max_hours"), (sampled, "max_hours")):
+        details["ended_by"] = by
+    learnt["end"] = "patience"
+    text = run.report().page_markdown.read_text(encoding="utf-8")
+    for told in (
+        "| sft: epochs | 2 | 0.25 of 1.5, ended by run.max_hours |",
+        "| rm/helpfulness: epochs | 1 | at most 1, ended by max_hours |",  # its record is gone
+        "| ppo: iterations | 200 to 400 | 2 of 40, ended by patience |",
+        "| ppo | policy: 2 of 40 iterations, ended by patience |",
+        "| rs | policy: ended by max_hours |",
+    ):
+        assert told in text
+    learnt |= {"end": "hours", "ended_by": "max_hours", "iterations_done": 5}
+    text = run.report().page_markdown.read_text(encoding="utf-8")
+    assert "| 200 to 400 | 5 of 40, ended by max_hours |" in text

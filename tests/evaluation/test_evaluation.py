@@ -1,0 +1,321 @@
+"""Evaluation of toy policies: figures by hand, a run with two policies, kills, and what joins or changes later."""
+
+import json
+import math
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation import figures as figures_module
+from evaluation.figures import figures_of, flat, outcomes
+from evaluation.measuring import Measured
+from evaluation.tables import figures_table
+from llamachat.answers.consistency import Outcome, Trial
+from llamachat.answers.evaluation import Evaluation
+from llamachat.answers.likelihood import answer_logprobs
+from llamachat.answers.packed import TokenSequence
+from llamachat.chat_format import ChatFormat
+from llamachat.constraints import draw_instruction, families
+from llamachat.errors import ArtifactError, ConfigError
+from llamachat.models.loading import load_policy
+from llamachat.models.role_opening import open_roles
+from llamachat.runs.artifacts import read_artifact
+from llamachat.tracking.metrics import check_names
+from pipelines.execution.run import run_command
+from pipelines.planning.plan import make_plan
+from pipelines.recipe.recipe import load
+from sft import train as sft_module
+from tests.context_distillation.tiny_distilling import read_lines, step_of, summary_of, write_recipe, write_roomy_base
+from tests.killed_steps import open_commands
+from tests.llamachat.models.tiny_roles import FULL, World
+
+EVALUATION: dict[str, Any] = {
+    "test_prompts": 12,
+    "borderline_prompts": 6,
+    "dialogs": 6,
+    "turns": [1, 2],
+    "curve_prompts": 3,
+    "curve_samples": 4,
+    "temperatures": [0.8, 1.0],
+    "samples": 4,
+}
+MOMENTS = (
+    r"; os.rename .*sft-[0-9a-f]+-answers",
+    r"; os.rename .*sft-[0-9a-f]+-borderline",
+    r"; os.rename .*sft-[0-9a-f]+-curve-1\.",
+    r"; os.rename .*sft-2-[0-9a-f]+-told",
+    r"; os.rename .*-kl",
+    r"; os.rename .*/eval/artifact$",
+)
+TWO: list[Any] = ["sft", {"sft": {"name": "sft-2", "learning_rate": 3e-3}}, "eval"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes, tiny_format: ChatFormat) -> World:
+    return World(tmp_path_factory.mktemp("roles"), tiny_format, tiny_sentencepiece, write_roomy_base)
+
+
+@pytest.fixture(scope="module")
+def safety(world: World) -> Path:
+    return world.reward_model("safety", FULL, FULL).path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_curves() -> Iterator[None]:
+    """Curves, which other tests look at, take longer than all the training here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft_module, "draw_curves", lambda *_: None)
+        yield
+
+
+def recipe_of(folder: Path, world: World, safety: Path | None, name: str = "one", **changes: Any) -> Path:
+    steps = changes.pop("steps", TWO)
+    path = folder / f"{name}.yaml"
+    return write_recipe(path, Path(world.base.model), safety, steps=steps, evaluation=EVALUATION, **changes)
+
+
+@pytest.fixture(scope="module")
+def run(world: World, safety: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = recipe_of(tmp_path_factory.mktemp("run"), world, safety)
+    run_command(load(recipe), "all")
+    return recipe
+
+
+def content_of(recipe: Path) -> dict[str, Any]:
+    return json.loads((step_of(recipe, "eval").artifact / "evaluation.json").read_text())
+
+
+# --- figures by hand
+
+
+def evaluation(judge: list[float], safety: list[float], tokens: list[int]) -> Evaluation:
+    count = len(judge)
+    return Evaluation(
+        texts=["a b c", "a b d", "e", "a b"][:count],
+        tokens=tokens,
+        finished=[True, True, False, True][:count],
+        helpfulness=None,
+        safety=safety,
+        judge=judge,
+        combined=safety,
+        standardised=[2 * value for value in safety],
+        kl=[0.5, 1.5, 0.0, 2.0][:count],
+    )
+
+
+def measured(policy: str, answers: Evaluation, borderline: list[str], told: Outcome | None = None) -> Measured:
+    return Measured(
+        policy=policy,
+        evaluation=answers,
+        is_safety=[True, True, False, False],
+        prompts=[[{"role": "user", "content": str(number)}] for number in range(4)],
+        borderline_prompts=[[{"role": "user", "content": text}] for text in borderline],
+        borderline=borderline,
+        borderline_tokens=[3] * len(borderline),
+        borderline_finished=[True] * len(borderline),
+        told=told,
+        chance=None,
+        curves=[],
+    )
+
+
+class SaysNo:
+    """A classifier of refusals that needs no training."""
+
+    def are_refusals(self, texts: list[str]) -> list[bool]:
+        return [text.startswith("no") for text in texts]
+
+
+def test_figures_are_those_that_a_hand_works_out() -> None:
+    one = draw_instruction(seed=0, index=0, side="held_out", families=families(["no_questions"], lists={}), most=1)
+    trials = [Trial((f"Hi {number}", "So"), one) for number in range(4)]
+    told = Outcome(kept={1: [True, True, True, False], 2: [False, None, True, False]}, answers={})
+    first = measured("sft", evaluation([0.0, 1.0, 2.0, 3.0], [-1.0, 0.5, 1.0, -2.0], [10, 10, 10, 10]), ["no", "yes"])
+    other = measured(
+        "ppo", evaluation([0.5, 0.5, 2.05, 4.0], [1.0, 0.5, -1.0, 2.0], [10, 9, 5, 12]), ["no", "no"], told
+    )
+    classifier: Any = SaysNo()
+    found = figures_of(other, first, trials, classifier=classifier, tie=0.1)
+    # By the judge: +0.5 won, -0.5 lost, +0.05 tied, +1 won.
+    assert (found["win_rate/judge"].value, found["win_rate/judge"].n, found["ties/judge"].value) == (2 / 3, 3, 1 / 4)
+    # By safety: +2 won, 0 tied, -2 lost, +4 won; the combined score here is the same one.
+    assert found["win_rate/reward_safety"].value == found["win_rate/reward_combined"].value == 2 / 3
+    assert found["difference/judge"].value == pytest.approx((0.5 - 0.5 + 0.05 + 1.0) / 4)
+    # Of like length are the answers of 10 and 10, 10 and 9, 10 and 12 tokens.
+    assert found["difference/judge_like_length"].value == pytest.approx((0.5 - 0.5 + 1.0) / 3)
+    assert found["violation"].value == 0.0, "of the two is_safety prompts none scores below 0"
+    assert figures_of(first, first, [], classifier=None, tie=0.1)["violation"].value == 0.5
+    assert found["false_refusal"].value == 1.0 and found["refusal"].value == 0.0
+    assert found["kl_to_reference"].value == 1.0 and found["finished_fraction"].value == 0.75
+    assert found["distinct_2"].value == pytest.approx(3 / 5)  # a b, b c, a b, b d, a b
+    assert (found["consistency/turn_1"].value, found["consistency/turn_2"].value) == (3 / 4, 1 / 3)
+    assert found["score"].value == pytest.approx(2 * found["reward_safety"].value)
+    assert "win_rate/score" not in found and not any("difference" in name for name in figures_of(
+        first, first, [], classifier=None, tie=0.0
+    ))  # fmt: skip
+    check_names(flat({"ppo": found}))
+    table = figures_table({"sft": figures_of(first, first, trials, classifier=classifier, tie=0.1), "ppo": found})
+    assert "67%" in table and "false refusals" in table
+
+
+def test_the_judges_bound_is_a_bootstraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interval of a difference is paired: equal gaps have none, whatever the spread of the scores."""
+    low = evaluation([0.0, 10.0, -5.0, 3.0], [0.0] * 4, [1] * 4)
+    high = evaluation([1.0, 11.0, -4.0, 4.0], [0.0] * 4, [1] * 4)
+    found = figures_module.figures_of(measured("b", high, []), measured("a", low, []), [], classifier=None, tie=0.0)
+    gap = found["difference/judge"]
+    assert (gap.value, gap.low, gap.high) == (1.0, 1.0, 1.0)
+
+
+def test_equal_scores_are_tied_also_without_a_margin() -> None:
+    assert outcomes([1.0, 2.0, 3.0], [1.0, 1.0, 4.0], tie=0.0) == (1, 1, 1)
+    assert outcomes([1.0, 2.0, 3.0], [1.5, 1.0, 4.0], tie=1.0) == (1, 1, 1)
+
+
+def test_answers_are_as_likely_as_a_plain_forward_pass_says(world: World) -> None:
+    policy = world.policy(FULL)
+    bank = open_roles(policy=policy, base=world.base, tuning=FULL, reward_models={}, critic=None, seed=0)
+    rng = np.random.default_rng(0)
+    sequences = [
+        TokenSequence(tuple(map(int, rng.integers(3, 90, prompt))), tuple(map(int, rng.integers(3, 90, response))))
+        for prompt, response in ((5, 3), (1, 9), (12, 1), (7, 7))
+    ]
+    found = answer_logprobs(bank, sequences, temperature=0.7)
+    model: Any = load_policy(policy.path, dtype="float32", device="cpu", attention="eager").model
+    for sequence, total in zip(sequences, found, strict=True):
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([sequence.ids])).logits[0].double() / 0.7
+        expected = sum(
+            float(logits_TV[len(sequence.prompt) + place - 1].log_softmax(-1)[token])
+            for place, token in enumerate(sequence.response)
+        )
+        assert total == pytest.approx(expected, abs=1e-4)
+    assert answer_logprobs(bank, sequences[::-1], temperature=0.7)[::-1] == pytest.approx(found, abs=1e-5)
+
+
+# --- a run
+
+
+def test_a_run_says_of_both_policies_what_their_files_say(run: Path, safety: Path) -> None:
+    content, summary = content_of(run), summary_of(step_of(run, "eval"))
+    assert (content["reference"], content["policies"]) == ("sft", ["sft", "sft-2"])
+    answers = {
+        name: Evaluation.from_plain(json.loads((step_of(run, "eval").artifact / f"answers/{name}.json").read_text()))
+        for name in content["policies"]
+    }
+    check_names(summary)
+    for name, one in answers.items():
+        assert one.safety is not None and len(one.texts) == 12
+        assert summary[f"eval/{name}/reward_safety"] == pytest.approx(np.mean(one.safety))
+        assert summary[f"eval/{name}/response_tokens"] == np.mean(one.tokens)
+        assert content["figures"][name]["reward_safety"]["n"] == 12
+    first, second = answers["sft"], answers["sft-2"]
+    assert first.safety and second.safety and second.kl and first.kl
+    gaps = [b - a for a, b in zip(first.safety, second.safety, strict=True)]
+    assert summary["eval/sft-2/difference/reward_safety"] == pytest.approx(np.mean(gaps))
+    assert max(map(abs, first.kl)) == 0.0 and all(map(math.isfinite, second.kl)) and max(map(abs, second.kl)) > 1e-4
+    assert summary["eval/prompts"] == 12 and summary["eval/borderline_prompts"] == 6
+    assert {"eval/sft/consistency/turn_1", "eval/sft/consistency/turn_2"} <= set(summary)
+    assert "eval/sft/chance/turn_1" not in summary and "eval/sft-2/chance/turn_1" in summary
+    assert {(curve["policy"], curve["temperature"]) for curve in content["curves"]} == {
+        (name, temperature) for name in ("sft", "sft-2") for temperature in (0.8, 1.0)
+    }
+    assert read_artifact(step_of(run, "eval").path, "evaluation").manifest.details["reference"] == "sft"
+
+
+def test_answers_lie_side_by_side_for_people(run: Path) -> None:
+    shown = content_of(run)["samples"]
+    assert {one["kind"] for one in shown} == {"helpfulness", "safety", "borderline"} and len(shown) == 4
+    assert all(set(one["answers"]) == {"sft", "sft-2"} and one["prompt"][-1]["role"] == "user" for one in shown)
+    rows = read_lines(step_of(run, "eval").samples)
+    assert [row["sft-2"] for row in rows] == [one["answers"]["sft-2"]["text"] for one in shown]
+    assert {path.name for path in step_of(run, "eval").figures.glob("*.png")} == {"best_of_n.png", "temperatures.png"}
+
+
+def test_the_same_policy_twice_differs_in_nothing(world: World, safety: Path, tmp_path: Path) -> None:
+    """A policy that is trained with rate 0 gives the same answers: every prompt is tied, and nothing is apart."""
+    same = {"name": "same", "learning_rate": 1e-30}
+    recipe = recipe_of(tmp_path, world, safety, steps=["sft", {"sft": same}, "eval"])
+    run_command(load(recipe), "all")
+    found = content_of(recipe)["figures"]["same"]
+    assert found["difference/reward_safety"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 12}
+    assert found["ties/reward_safety"]["value"] == 1.0 and "win_rate/reward_safety" not in found
+    assert found["kl_to_reference"]["value"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_policy_that_joins_is_asked_and_the_others_are_not_asked_again(
+    world: World, safety: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(tmp_path, world, safety)
+    run_command(load(recipe), "sft", only=())
+    # Only the first policy is finished.
+    (tmp_path / "runs/one/sft-2").rename(tmp_path / "later")
+    run_command(load(recipe), "eval")
+    assert content_of(recipe)["policies"] == ["sft"]
+    (tmp_path / "later").rename(tmp_path / "runs/one/sft-2")
+    (planned,) = make_plan(load(recipe), "eval")
+    assert planned.verdict == "renew" and planned.will_run
+    asked: list[str] = []
+    from evaluation.measuring import Examiner
+
+    answers = Examiner._answers
+    monkeypatch.setattr(
+        Examiner, "_answers", lambda self, desk, constants: (asked.append("x"), answers(self, desk, constants))[1]
+    )
+    run_command(load(recipe), "eval")
+    assert content_of(recipe)["policies"] == ["sft", "sft-2"] and asked == ["x"]
+    (planned,) = make_plan(load(recipe), "eval")
+    assert planned.verdict == "done"
+
+
+def test_killed_at_many_moments_it_ends_like_an_uninterrupted_one(
+    run: Path, world: World, safety: Path, tmp_path: Path
+) -> None:
+    whole, killed = (recipe_of(tmp_path, world, safety, name) for name in ("whole", "killed"))
+    for recipe in (whole, killed):
+        step_of(recipe, "sft").path.parent.mkdir(parents=True)
+        for name in ("sft", "sft-2"):
+            step_of(recipe, name).path.symlink_to(step_of(run, name).path)
+    pictures: dict[str, Any] = dict.fromkeys(("draw_best_of_n", "draw_temperatures"))
+    with open_commands(tmp_path, "eval", {"evaluation.step": pictures}) as commands:
+        assert commands.run(whole) == 0, commands.words()
+        once = Counter(commands.sampled())
+        for moment in MOMENTS:
+            assert commands.run(killed, kill_on=moment) == -signal.SIGKILL, f"{moment}: {commands.words()}"
+        assert commands.run(killed) == 0, commands.words()
+        lost = Counter(commands.sampled()) - once
+    for name in ("evaluation.json", "answers/sft.json", "answers/sft-2.json"):
+        held = {(step_of(recipe, "eval").artifact / name).read_bytes() for recipe in (run, whole, killed)}
+        assert len(held) == 1, name
+    assert summary_of(step_of(killed, "eval")) == summary_of(step_of(whole, "eval"))
+    # Asked twice is what a kill found in the engine's hands: test prompts, borderline ones, a curve, two turns.
+    assert sorted(seed - 1_000_003 for seed, _, _ in lost.elements()) == [0, 0, 500_000, 900_000, 900_001]
+
+
+# --- what is refused
+
+
+def test_without_a_finished_policy_it_says_what_to_run(world: World, safety: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ArtifactError, match=r"'eval' reads a policy, and none of the steps before it .* Run `make sft`"
+    ):
+        run_command(load(recipe_of(tmp_path, world, safety)), "eval")
+
+
+def test_families_that_no_rule_can_check_are_refused(world: World, safety: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, world, safety)
+    with pytest.raises(ConfigError, match="families names hobby; what can be checked: "):
+        load(recipe, ["evaluation.families=[hobby]"])
+
+
+def test_without_a_reward_model_it_says_so(world: World, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, world, None, scoring={"combine": "llama2_gate"})
+    run_command(load(recipe), "sft")
+    with pytest.raises(ConfigError, match="scoring"):
+        run_command(load(recipe), "eval")

@@ -1,0 +1,361 @@
+"""Dialogs of Ghost Attention: what trains in them, how they are made, what is left out, and what is refused."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gatt import batches as batches_module
+from gatt.config import Config
+from gatt.estimate import Workload, estimate
+from gatt.synthesize import Conversation, Made, Speaker, conversation, counted, dialog_line, speak
+from gatt.train import make_dialogs
+from llamachat.answers.responses import Response
+from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
+from llamachat.chat_format.dialog import Message
+from llamachat.chat_format.tokenizer import load_tokenizer
+from llamachat.config.sections import Data, Rollout, Split, Tuning
+from llamachat.constraints import Instruction, constrain, families
+from llamachat.constraints.values import side_of
+from llamachat.data.prompts import Question
+from llamachat.errors import DataError
+from llamachat.memory.estimates import Estimate, Shape
+from llamachat.rollout.decoder import LlamaEngine
+from llamachat.runs.folder import StepFolder
+from llamachat.scoring.scores import Combined
+from sft.examples import load_examples
+from tests.gatt.tiny_gatt import (
+    CUT,
+    FIGURES,
+    HOBBIES,
+    ScriptedEngine,
+    inputs_of,
+    sampling,
+    write_recipe,
+    write_roomy_base,
+)
+from tests.tiny_llama import base_section
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = families(lists={"figures": FIGURES, "hobbies": HOBBIES, "languages": ("Greek", "Latin", "Welsh", "Zulu")})
+
+
+def instruct(*asked: tuple[str, str]) -> Instruction:
+    """Constraints in their first long wording."""
+    found = []
+    for family, value in asked:
+        one = constrain(ALL[family], value)
+        found.append(type(one)(family, value, ALL[family].long[0].format(value), one.short, one.checker, one.recall))
+    return Instruction(tuple(found), " ".join(one.long for one in found), is_shortened=False)
+
+
+SUN = instruct(("ends_with", "sun"))
+
+# --- what trains
+
+STORED = Made(
+    instruction="Always end with sun.",
+    families=["ends_with"],
+    turns=["Who are you?", "And now?", "Bye!"],
+    answers=["I am here, sun.", "I am, sun.", "Bye, sun."],
+    tokens=7,
+    passing=1.0,
+    is_mended=False,
+)
+# Ids by hand from the template of the format ("[INST] <<SYS>>...") and the pieces of the bundled vocabulary: 1 opens a pair
+# of turns and 2 closes it, 13 is a line's end, 3995 a space that begins no word.
+INST = [3995, 4084, 2839, 4028, 4024, 4085]  # [INST]
+END_INST = [3995, 4084, 4066, 2839, 4028, 4024, 4085]  # " [/INST]"
+SYS = [3995, 4092, 4092, 4028, 4034, 4028, 4087, 4087, 13]  # " <<SYS>>" and a line's end
+END_SYS = [13, 4092, 4092, 4066, 4028, 4034, 4028, 4087, 4087, 13, 13]  # line's end, "<</SYS>>", two line's ends
+ALWAYS_END_WITH_SUN = [4022, 4005, 875, 926, 373, 1681, 4014]
+FIRST = [*INST, *SYS, *ALWAYS_END_WITH_SUN, *END_SYS, 3899, 3999, 393, 307, 4026, *END_INST]  # Who are you?
+SECOND = [*INST, 682, 653, 4026, *END_INST]  # And now?
+THIRD = [*INST, 1757, 3996, 4038, *END_INST]  # Bye!
+ANSWERS = (
+    [281, 547, 1124, 4017, 1681, 4014, 3995],  # I am here, sun.
+    [281, 547, 4017, 1681, 4014, 3995],  # I am, sun.
+    [1757, 3996, 4017, 1681, 4014, 3995],  # Bye, sun.
+)
+IGNORED = -100
+
+
+@pytest.fixture(scope="module")
+def bundled() -> ChatFormat:
+    return load_chat_format("llama2", load_tokenizer(ROOT / "assets/base"))
+
+
+def learnt_from(folder: Path, chat_format: ChatFormat) -> Any:
+    """The one training example of a folder of dialogs, as the tuning reads it."""
+    nowhere = Data(sft=(), split=Split(test=0, validation=0, judge=0))
+    found = load_examples(
+        nowhere, chat_format, system=None, train_on=TrainOn.LAST_ANSWER, max_tokens=512, num_prompts=0, seed=0,
+        made=folder,
+    )  # fmt: skip
+    (example,) = found.train
+    return example
+
+
+def test_only_the_last_answer_trains_and_the_instruction_stands_once(bundled: ChatFormat, tmp_path: Path) -> None:
+    for name in ("dialogs", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text(dialog_line(STORED, "gatt"))
+    example = learnt_from(tmp_path, bundled)
+    closed = [[1, *FIRST, *ANSWERS[0], 2], [1, *SECOND, *ANSWERS[1], 2], [1, *THIRD, *ANSWERS[2], 2]]
+    assert list(example.input_ids) == [*closed[0], *closed[1], *closed[2]]
+    labels = [id if learns else IGNORED for id, learns in zip(example.input_ids, example.loss_mask, strict=True)]
+    before = len(closed[0]) + len(closed[1]) + 1 + len(THIRD)
+    assert labels == [IGNORED] * before + [1757, 3996, 4017, 1681, 4014, 3995, 2]
+    pieces = [bundled.tokenizer.decode([id]) for id in (1757, 3996, 4017, 1681, 4014)]
+    assert [piece.strip() for piece in pieces] == ["By", "e", ",", "sun", "."]
+    read = bundled.tokenizer.decode([id for id in example.input_ids[:before] if id > 2])
+    trained = bundled.tokenizer.decode(list(example.input_ids[before:-1]))
+    print(f"read: {read!r}\ntrained: {trained.strip()!r} and the end of the answer")
+    assert trained.strip() == "Bye, sun."
+    assert read.count("Always end with sun.") == 1
+    assert "<<SYS>>\nAlways end with sun.\n<</SYS>>\n\nWho are you? [/INST] I am here, sun." in read
+
+
+def test_a_stored_dialog_says_what_is_learnt() -> None:
+    line = json.loads(dialog_line(STORED, "gatt-2"))
+    assert [(message["role"], message["content"], message.get("train")) for message in line["messages"]] == [
+        ("system", "Always end with sun.", None),
+        ("user", "Who are you?", None),
+        ("assistant", "I am here, sun.", False),
+        ("user", "And now?", None),
+        ("assistant", "I am, sun.", False),
+        ("user", "Bye!", None),
+        ("assistant", "Bye, sun.", None),
+    ]
+    assert line["sampled"] == {"step": "gatt-2", "families": ["ends_with"]}
+
+
+# --- how they are made
+
+
+def run(
+    chat_format: ChatFormat,
+    talk: Sequence[Conversation],
+    script: list[list[list[str]]],
+    *,
+    samples: int = 2,
+    longest: int = 1000,
+    **speaker: Any,
+) -> tuple[list[Made], ScriptedEngine]:
+    engine = ScriptedEngine(chat_format, script)
+    settings: dict[str, Any] = {"mends": False} | speaker
+    found = speak(Speaker(engine, chat_format, samples, longest, **settings), talk, [sampling(n) for n in range(4)])
+    assert len(engine.prompts) == len(script), "all that was scripted was asked for"
+    return found, engine
+
+
+def test_the_instruction_is_said_in_every_turn_and_what_keeps_it_goes_on(tiny_format: ChatFormat) -> None:
+    talk = [Conversation(SUN, ("Hello?", "And now?")), Conversation(instruct(("no_questions", "")), ("Who?", "Me?"))]
+    first = [["Hello.", "the sun. Hello, sun."], ["Who? You?", "It is me."]]
+    second = [["Now, sun.", "the cat"], ["no?", "You are you."]]
+    made, engine = run(tiny_format, talk, [first, second])
+    assert engine.prompts == [
+        ["[INST] Hello? Always end with sun. [/INST]", "[INST] Who? Never ask me a question. [/INST]"],
+        [
+            "[INST] Hello? Always end with sun. [/INST] the sun. Hello, sun. </s>"
+            "[INST] And now? Always end with sun. [/INST]",
+            "[INST] Who? Never ask me a question. [/INST] It is me. </s>[INST] Me? Never ask me a question. [/INST]",
+        ],
+    ]
+    assert [one.seed for one in engine.samplings] == [0, 1]
+    assert [one.answers for one in made] == [["the sun. Hello, sun.", "Now, sun."], ["It is me.", "You are you."]]
+    assert [one.turns for one in made] == [["Hello?", "And now?"], ["Who?", "Me?"]], "without the instruction"
+    assert [one.passing for one in made] == [0.5, 0.5] and not any(one.is_mended for one in made)
+    assert made[0].tokens == len(tiny_format.tokenizer.encode("Now, sun.")) + 1
+
+
+def test_an_early_answer_need_not_keep_it_and_the_last_one_must(tiny_format: ChatFormat) -> None:
+    talk = [Conversation(SUN, ("Hello?", "And now?")) for _ in range(2)]
+    first = [["one cat", "two cats"], ["a cat", "a mat"]]
+    made, _ = run(tiny_format, talk, [first, [["Now.", "the sun."], ["cat, sun", "mat"]]])
+    assert [one.answers for one in made] == [["one cat", "the sun."], ["a cat", "cat, sun"]]
+    talk = [Conversation(SUN, ("Hello?", "And now?"))]
+    made, _ = run(tiny_format, talk, [[["one cat", "a mat"]], [["cat", "mat"]]])
+    assert not made
+    assert counted(talk) == {"dialogs left out: no sample of the last answer keeps the instruction": 1}
+
+
+def test_of_those_that_keep_it_the_best_by_reward_goes_on(tiny_format: ChatFormat) -> None:
+    asked: list[list[str]] = []
+
+    def longest_first(by_question: Any) -> list[list[int]]:
+        asked.extend([response.text for response in group] for group in by_question)
+        return [sorted(range(len(group)), key=lambda place: -len(group[place].text)) for group in by_question]
+
+    talk = [Conversation(SUN, ("Hello?", "And now?"))]
+    first = [["a sun", "the cat and the mat", "the cat and sun", "the longest, the cat and sun" + CUT]]
+    second = [["my sun", "that is my sun", "that is no star at all", "so my sun"]]
+    made, engine = run(tiny_format, talk, [first, second], samples=4, rank=longest_first)
+    assert made[0].answers == ["the cat and sun", "that is my sun"] and made[0].passing == 0.75
+    assert asked[1] == second[0] and len(asked) == 2
+    assert "the cat and sun </s>[INST] And now?" in engine.prompts[1][0]
+
+
+def test_the_reward_models_rank_each_prompts_answers_by_themselves() -> None:
+    def score(responses: Sequence[Response], *, with_judge: bool) -> Any:
+        assert not with_judge
+        scores_B = torch.tensor([float(response.text) for response in responses])
+        unsafe_B = torch.tensor([response.text == "9" for response in responses])
+        return SimpleNamespace(
+            combined=Combined(scores_B=scores_B, is_gated_B=unsafe_B, is_unsafe_B=unsafe_B, has_gate=True)
+        )
+
+    desk: Any = SimpleNamespace(scorer=SimpleNamespace(score=score))
+    question = Question((Message("user", "Who?"),), (1,), is_safety=False, name="")
+    groups = [
+        [Response(question=question, ids=(), logprobs=(), is_finished=True, text=text) for text in texts]
+        for texts in (("1", "3", "2"), ("9", "5", "6"))
+    ]
+    assert batches_module.by_reward(desk)(groups) == [[1, 2, 0], [2, 1, 0]], "what is unsafe comes last"
+
+
+def test_last_answers_are_put_right_by_rule_and_counted(tiny_format: ChatFormat) -> None:
+    quoted, both = instruct(("quoted", "")), instruct(("begins_with", "Sure"), ("small_letters", ""))
+    talk = [Conversation(one, ("Hello?", "And now?")) for one in (quoted, both, SUN, instruct(("one_sentence", "")))]
+    first = [["the cat"]] * 4
+    made, _ = run(tiny_format, talk, [first, [["The cat."], ["The cat."], ["a sun"], ["a cat"]]], samples=1, mends=True)
+    assert [(one.answers[-1], one.is_mended, one.passing) for one in made] == [
+        ('"The cat."', True, 0.0),
+        ("sure, the cat.", True, 0.0),
+        ("a sun", False, 1.0),
+    ]
+    assert [one.answers[0] for one in made] == ["the cat"] * 3, "only last answers are put right"
+    assert counted(talk) == {"dialogs left out: no sample of the last answer keeps the instruction": 1}
+
+
+def test_a_recall_question_comes_last_and_is_remembered(tiny_format: ChatFormat) -> None:
+    hobby = instruct(("hobby", "chess"))
+    turns = ("Hello?", "And now?", "Then?", "Bye!")
+    built = [conversation(hobby, turns, key=f"{n}", recall_share=0.5) for n in range(400)]
+    with_question = [one for one in built if one.asked is not None]
+    assert 160 < len(with_question) < 240
+    assert {one.turns[-1] for one in with_question} == {
+        "What is your favorite hobby?", "What do you enjoy most?", "What do you like to do in your free time?"
+    }  # fmt: skip
+    assert all(one.turns[:-1] == turns[: len(one.turns) - 1] for one in built)
+    assert all(one.turns == turns[: len(one.turns)] for one in built if one.asked is None)
+    counts = [sum(len(one.turns) == count for one in built) for count in (2, 3, 4)]
+    assert sum(counts) == 400 and min(counts) > 100
+    assert all(conversation(SUN, turns, key=f"{n}", recall_share=1.0).asked is None for n in range(20))
+    asked = Conversation(hobby, ("Hello?", "What do you enjoy most?"), hobby.constraints[0])
+    made, _ = run(tiny_format, [asked], [[["Hi.", "Yes."]], [["I like golf.", "I enjoy chess most."]]])
+    assert made[0].answers == ["Hi.", "I enjoy chess most."] and made[0].passing == 0.5
+    asked = Conversation(hobby, ("Hello?", "What do you enjoy most?"), hobby.constraints[0])
+    made, _ = run(tiny_format, [asked], [[["Hi."]], [["I like golf."]]], samples=1, mends=True)
+    assert made[0].answers == ["Hi.", "I enjoy chess."] and made[0].is_mended
+
+
+def test_what_is_left_out_is_counted_by_its_reason(tiny_format: ChatFormat) -> None:
+    long = instruct(("begins_with", "Sure " * 99))
+    no_questions = instruct(("no_questions", ""))
+    talk = [
+        Conversation(long, ("Hello?", "And now?")),
+        Conversation(no_questions, ("Hello?", "What is the cat? " * 20)),  # fits alone, and not after a turn
+        Conversation(no_questions, ("Hello?", "And now?")),  # says nothing
+        Conversation(no_questions, ("Hello?", "And now?")),  # is cut
+        Conversation(no_questions, ("Hello?", "And now?")),  # says a tag
+        Conversation(no_questions, ("Hello?", "And now?")),
+    ]
+    first = [["a cat", "a mat"], [" ", ""], ["a mat", "the cat"], ["a cat", "[INST] a"], ["a cat", "a mat"]]
+    second = [["a cat" + CUT, "a mat" + CUT], ["[INST] a cat", "[/INST]"], ["so?", "the mat"]]
+    made, engine = run(tiny_format, talk, [first, second], longest=150)
+    assert [one.answers for one in made] == [["a cat", "the mat"]]
+    assert [len(prompts) for prompts in engine.prompts] == [5, 3]
+    assert counted(talk) == {
+        "dialogs left out: the instruction and one turn are longer than the context": 1,
+        "dialogs left out: with the instruction in every turn they are longer than the context": 1,
+        "dialogs left out: an answer is empty, or cut by the length limit": 3,
+    }
+
+
+# --- through the step
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
+    return write_roomy_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
+
+
+def test_where_nothing_keeps_the_instructions_the_counts_are_told(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gatt.synthesize.passes", lambda *_: False)
+    section = {"families": ["quoted"], "dialogs": 12, "mends": True}
+    config, inputs = inputs_of(write_recipe(tmp_path / "none.yaml", base, gatt=section))
+    with pytest.raises(DataError, match=r"gatt: of 12 dialogs none is left \(.*Raise gatt\.samples_per_turn") as caught:
+        make_dialogs(config, inputs)
+    assert "dialogs left out: no sample of the last answer keeps the instruction" in str(caught.value)
+    assert not StepFolder(inputs.folder).dialogs.exists()
+
+
+def test_instructions_longer_than_the_context_are_told(base: Path, tmp_path: Path) -> None:
+    section = {"families": ["hobby"], "dialogs": 12, "recall_share": 0.0}
+    recipe = write_recipe(tmp_path / "long.yaml", base, gatt=section)
+    long = "the cat and the mat " * 99
+    (tmp_path / "hobbies.txt").write_text("".join(f"{long}{number:o}\n" for number in range(24)))
+    config, inputs = inputs_of(recipe)
+    reason = "12 dialogs left out: the instruction and one turn are longer than the context"
+    with pytest.raises(DataError, match=rf"gatt: of 12 dialogs none is left \({reason}\)"):
+        make_dialogs(config, inputs)
+
+
+def test_batches_are_written_down_one_by_one_and_the_training_side_has_its_instructions(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches_module, "ANSWERS_PER_BATCH", 30)
+    config, inputs = inputs_of(write_recipe(tmp_path / "one.yaml", base))
+    calls: list[tuple[int, int, int]] = []
+    generate = LlamaEngine.generate
+
+    def told(self: LlamaEngine, prompts: Any, **given: Any) -> Any:
+        calls.append((given["sampling"].seed - 1_000_003, len(prompts), given["samples_per_prompt"]))
+        return generate(self, prompts, **given)
+
+    monkeypatch.setattr(LlamaEngine, "generate", told)
+    made = make_dialogs(config, inputs)
+    batches = [call for call in calls if call[0] < 800_000]
+    assert [seed for seed, _, _ in batches] == sorted({seed for seed, _, _ in batches}), "each seed is drawn by once"
+    assert {answers for _, _, answers in batches} == {3} and batches[0][:2] == (3, 10)
+    lines = (made.path / "dialogs.jsonl").read_text().splitlines()
+    assert made.manifest.details == {"dialogs": len(lines)}
+    assert len(lines) + sum(made.manifest.dropped_records.values()) == 24
+    for line in lines:
+        messages = json.loads(line)["messages"]
+        assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * (len(messages) // 2)]
+        system = messages[0]["content"]
+        assert not any(side_of("hobby", hobby) == "held_out" and hobby in system for hobby in HOBBIES)
+        assert not any(system in message["content"] for message in messages[1:])
+
+
+# --- what it costs
+
+
+def test_the_estimate_counts_every_answer_and_the_larger_phase() -> None:
+    shape = Shape(64, 128, 2, 4, 2, 420)
+    tuned = Estimate({"all of the tuning": 10**12}, seconds=50.0, optimizer_steps=7)
+    work = Workload(shape, base_section("anywhere"), Tuning(method="full"), Rollout(max_new_tokens=12), None, tuned)
+
+    def seconds(**changes: Any) -> float:
+        found = estimate(Config(**changes), work)
+        assert found.memory == tuned.memory and found.optimizer_steps == 7
+        return found.seconds - 50.0
+
+    # Dialogs of 2 and of 3 turns, half of each, 4 answers in a turn; three measurements of 5 dialogs to turn 6.
+    counted = {
+        seconds(dialogs=10, turns=3, samples_per_turn=4, evaluation_dialogs=5, evaluation_turns=[2, 6]): 100 + 90,
+        seconds(dialogs=40, turns=2, samples_per_turn=1, evaluation_dialogs=2, evaluation_turns=[1]): 80 + 6,
+    }
+    one, other = counted
+    assert one / other == pytest.approx(counted[one] / counted[other])
+    small = replace(work, tuned=replace(tuned, memory={"all of the tuning": 1}))
+    memory = estimate(Config(), small).memory
+    assert memory["trunk"] >= shape.weights * 4 and "keys and values of the rollout" in memory

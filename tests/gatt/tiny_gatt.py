@@ -1,0 +1,149 @@
+"""Ghost Attention at toy size: an engine that says what it is given, a recipe over a random base, and what the step left."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llamachat.chat_format import ChatFormat
+from llamachat.rollout.engine import Completion, Sampling
+from llamachat.runs.folder import StepFolder
+from pipelines.execution.handing import stage_inputs
+from pipelines.execution.run import find_work
+from pipelines.recipe.recipe import load, resolve_steps
+from tests.ppo.tiny_ppo import WORDS, write_stopping_base
+from tests.sft.tiny_sft import pair, write_dialogs
+
+FIGURES = tuple(f"{first} {last}" for first in ("Ada", "Alan", "Emmy", "Rosa") for last in ("Lee", "Mann", "Noll"))
+HOBBIES = (
+    "baseball", "bowling", "chess", "cooking", "dancing", "fishing", "golf", "hiking", "knitting", "reading", "sailing",
+    "tennis",
+)  # fmt: skip
+STEP: dict[str, Any] = {
+    "dialogs": 24,
+    "turns": 3,
+    "families": ["no_questions", "quoted", "hobby"],
+    "most_constraints": 1,
+    "samples_per_turn": 3,
+    "recall_share": 0.5,
+    "evaluation_turns": [1, 2],
+    "evaluation_dialogs": 6,
+}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "tuning": {"method": "full"},
+    "sft": {"epochs": 1, "learning_rate": 1e-4, "examples_per_step": 8, "sample_prompts": 2},
+    "rollout": {"max_new_tokens": 12},
+    "tracking": {"mode": "off"},
+}
+
+CUT = "<cut>"  # at the end of a scripted answer: it did not come to its end
+
+
+@dataclass
+class ScriptedEngine:
+    """A rollout engine whose n-th call gives the n-th list of answers, for each prompt so many as are asked for."""
+
+    chat_format: ChatFormat
+    script: list[list[list[str]]]  # calls, prompts, samples
+    prompts: list[list[str]] = field(default_factory=list)  # what was asked in each call, as text
+    samplings: list[Sampling] = field(default_factory=list)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samples_per_prompt: int,
+        sampling: Sampling,
+        numbers: Sequence[int] | None = None,
+    ) -> list[list[Completion]]:
+        answers = self.script[len(self.prompts)]
+        self.prompts.append([text_of(self.chat_format, ids) for ids in prompts])
+        self.samplings.append(sampling)
+        assert [len(group) for group in answers] == [samples_per_prompt] * len(prompts), (answers, self.prompts[-1])
+        return [[self._completion(text) for text in group] for group in answers]
+
+    def _completion(self, text: str) -> Completion:
+        ids = self.chat_format.tokenizer.encode(text.removesuffix(CUT))
+        if not text.endswith(CUT):
+            ids = [*ids, *self.chat_format.stop_ids]
+        return Completion(tuple(ids), (0.0,) * len(ids), is_finished=not text.endswith(CUT))
+
+
+def text_of(chat_format: ChatFormat, ids: Sequence[int]) -> str:
+    """A prompt as a person would read it: turns by their tags, an end of an answer as </s>."""
+    tokenizer, parts, begun = chat_format.tokenizer, [], list[int]()
+    for token in [*ids, tokenizer.eos_id]:
+        if token == tokenizer.eos_id:
+            parts.append(tokenizer.decode(begun).strip())
+            begun = []
+        elif token != tokenizer.bos_id:
+            begun.append(token)
+    return " </s>".join(parts)
+
+
+def sampling(seed: int = 0) -> Sampling:
+    return Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12, seed=seed)
+
+
+def write_roomy_base(folder: Path, sentencepiece_model: bytes) -> Path:
+    """A random base whose answers end after some tokens, with room for several turns."""
+    return write_stopping_base(folder, sentencepiece_model, max_position_embeddings=512)
+
+
+def talks(count: int) -> list[list[dict[str, Any]]]:
+    """Dialogs of one to three turns with different openings."""
+    return [
+        [
+            message
+            for turn in range(1 + number % 3)
+            for message in pair(f"What is the {WORDS[(number + turn) % len(WORDS)]} {number:o}?", "the cat")
+        ]
+        for number in range(count)
+    ]
+
+
+def write_recipe(path: Path, base: Path, /, *, steps: list[Any] | None = None, **changes: Any) -> Path:
+    """A recipe of one step, without anything that scores; `changes` go over its sections, key by key."""
+    folder = path.parent
+    lists = {"figures": FIGURES, "hobbies": HOBBIES}
+    for name, entries in lists.items():
+        (folder / f"{name}.txt").write_text("".join(f"{entry}\n" for entry in entries))
+    values: dict[str, dict[str, Any]] = {
+        "run": {"dir": str(folder / "runs" / path.stem), "seed": 1},
+        "base": {"model": str(base), "dtype": "float32", "max_tokens": 400},
+        "data": {
+            "sft": [{"path": str(write_dialogs(folder / "dialogs.jsonl", talks(60)))}],
+            "split": {"test": 0.2, "validation": 0.2, "judge": 0.0},
+        },
+        **SECTIONS,
+        "gatt": {**STEP, "lists": {name: str(folder / f"{name}.txt") for name in lists}},
+    }
+    for name, section in changes.items():
+        values[name] = values.get(name, {}) | section
+    path.write_text(yaml.safe_dump(values | {"steps": steps or ["gatt"]}, sort_keys=False))
+    return path
+
+
+def step_of(recipe: Path, name: str = "gatt") -> StepFolder:
+    return StepFolder(recipe.parent / "runs" / recipe.stem / name)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def summary_of(step: StepFolder) -> dict[str, float]:
+    return json.loads(step.summary.read_text())
+
+
+def inputs_of(recipe_path: Path, name: str = "gatt", *overrides: str) -> tuple[Any, Any]:
+    """The section and the inputs of a step, as `pipelines` hands them to the stage."""
+    recipe = load(recipe_path, list(overrides))
+    steps = resolve_steps(recipe)
+    step = next(step for step in steps if step.name == name)
+    work = find_work(recipe, steps, step)
+    of_the_work = {"folder": work.folder.path, "identity": work.identity, "fingerprint": work.fingerprint}
+    return step.config, stage_inputs(recipe, step, work.taken, resolved="", **of_the_work)

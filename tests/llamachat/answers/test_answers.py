@@ -1,0 +1,232 @@
+"""Groups of answers, the batches they come in, and the store that keeps them: what can win, in which order, and kills."""
+
+import errno
+import json
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamachat.answers.groups import ANSWERS_PER_BATCH, Group, batches_of, is_allowed, scored_groups
+from llamachat.answers.responses import Response
+from llamachat.answers.scorer import Scored, Scorer
+from llamachat.answers.store import Store
+from llamachat.chat_format import ChatFormat, TrainOn
+from llamachat.chat_format.dialog import Message
+from llamachat.data.prompts import Question
+from llamachat.runs import atomic
+from llamachat.runs.atomic import StorageError
+from llamachat.scoring.combining import llama2_gate
+from llamachat.scoring.scores import Combined, Scores
+from llamachat.scoring.standardising import Constants, Scale
+from tests.killing import killed_at
+
+THRESHOLD = 0.15
+CONSTANTS = Constants(helpfulness=Scale(1.0, 2.0), safety=Scale(0.0, 4.0), combined=Scale(0.0, 1.0))
+
+
+def question(name: str) -> Question:
+    return Question((Message("user", name),), (1, 2), is_safety=False, name=name)
+
+
+def answered(name: str, text: str, *, is_finished: bool = True, tokens: int = 3) -> Response:
+    return Response(
+        question=question(name), ids=(5,) * tokens, logprobs=(-1.0,) * tokens, is_finished=is_finished, text=text
+    )
+
+
+def desk_of(chat_format: ChatFormat, helpfulness: list[float], safety: list[float]) -> Any:
+    """Scores as they are given here, through the gate."""
+    scores = Scores(helpfulness_B=torch.tensor(helpfulness), safety_B=torch.tensor(safety))
+
+    def score(responses: list[Response], **_: Any) -> Scored:
+        is_safety_B = torch.tensor([response.question.is_safety for response in responses])
+        combined = llama2_gate(scores, is_safety_prompt_B=is_safety_B, safety_threshold=THRESHOLD)
+        return Scored(scores=scores, combined=combined, judge_B=None)
+
+    return SimpleNamespace(scorer=SimpleNamespace(score=score), bank=SimpleNamespace(chat_format=chat_format))
+
+
+def group(**changes: Any) -> Group:
+    values: dict[str, Any] = {
+        "texts": ["a", "b", "c", "d"],
+        "tokens": [2, 2, 2, 2],
+        "finished": [True] * 4,
+        "allowed": [True] * 4,
+        "helpfulness": None,
+        "safety": None,
+        "combined": [1.0, 4.0, 3.0, 2.0],
+        "standardised": [0.0, 1.5, 1.0, 0.5],
+        "order": [1, 2, 3, 0],
+    }
+    return Group(**(values | changes))
+
+
+# --- what can win
+
+
+@pytest.mark.parametrize(
+    ("changes", "candidates"),
+    [
+        ({}, [1, 2, 3, 0]),
+        ({"finished": [True, False, True, True]}, [2, 3, 0]),
+        ({"allowed": [True, True, False, True]}, [1, 3, 0]),
+        ({"texts": ["b", "b", "c", "c"]}, [1, 2]),
+        # The better one of two equal texts was cut: the other one is still there to win.
+        ({"texts": ["b", "b", "c", "c"], "finished": [True, False, True, True]}, [2, 0]),
+        ({"finished": [False] * 4}, []),
+    ],
+)
+def test_an_answer_can_win_if_it_ended_says_something_and_stands_there_once(
+    changes: dict[str, Any], candidates: list[int]
+) -> None:
+    assert group(**changes).candidates == candidates
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("Paris", True), ("", False), (" \n\t", False), ("go [/INST] on", False), ("<<SYS>> x", False)],
+)
+def test_nothing_and_tags_of_the_chat_format_are_not_allowed(
+    text: str, expected: bool, tiny_format: ChatFormat
+) -> None:
+    assert is_allowed(tiny_format, text) is expected
+
+
+# --- order
+
+
+def test_groups_are_ranked_prompt_by_prompt_and_unsafe_answers_come_last(tiny_format: ChatFormat) -> None:
+    # The logit of 0.15 is -1.73: under it an answer is unsafe, whatever the other model says.
+    helpfulness, safety = [5.0, 1.0, 2.0, 9.0, 8.0, 7.0], [-2.0, 0.0, 0.0, -3.0, -1.8, 2.0]
+    responses = [
+        [answered("one", "x"), answered("one", "y", tokens=5), answered("one", "z", is_finished=False)],
+        [answered("two", "[INST]"), answered("two", "v"), answered("two", "w")],
+    ]
+    one, two = scored_groups(desk_of(tiny_format, helpfulness, safety), responses, CONSTANTS)
+    assert (one.order, two.order) == ([2, 1, 0], [2, 1, 0])
+    assert one.candidates == [1, 0] and two.candidates == [2, 1]
+    assert one.combined == [-2.0, 1.0, 2.0] and two.combined == pytest.approx([-3.0, -1.8, 7.0])
+    assert one.standardised == [-0.5, 0.0, 0.5], "each on the scale of the model that decided"
+    assert (one.tokens, one.finished, two.allowed) == ([3, 5, 3], [True, True, False], [False, True, True])
+    assert two.helpfulness == [9.0, 8.0, 7.0] and one.safety == [-2.0, 0.0, 0.0]
+    assert Group.from_plain(json.loads(json.dumps(two.to_plain()))) == two
+
+
+@given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=6, max_size=6))
+def test_the_order_is_that_of_a_plain_sort(tiny_format: ChatFormat, found: list[tuple[int, int]]) -> None:
+    helpfulness, safety = ([float(pair[which]) for pair in found] for which in (0, 1))
+    responses = [[answered(str(prompt), str(place)) for place in range(3)] for prompt in range(2)]
+    groups = scored_groups(desk_of(tiny_format, helpfulness, safety), responses, CONSTANTS)
+
+    def rank(place: int) -> tuple[bool, float, int]:
+        is_unsafe = 1 / (1 + math.exp(-safety[place])) < THRESHOLD
+        return is_unsafe, -(safety[place] if is_unsafe else helpfulness[place]), place
+
+    for prompt in range(2):
+        wanted = sorted(range(3 * prompt, 3 * prompt + 3), key=rank)
+        assert [3 * prompt + place for place in groups[prompt].order] == wanted
+
+
+# --- batches
+
+
+@given(st.integers(0, 3000), st.integers(1, 3 * ANSWERS_PER_BATCH))
+def test_batches_hold_all_prompts_in_order_and_bounded_answers(count: int, samples: int) -> None:
+    questions: Any = list(range(count))
+    batches = batches_of(questions, samples)
+    assert [one for batch in batches for one in batch] == questions
+    assert all(len(batch) == 1 or len(batch) * samples <= ANSWERS_PER_BATCH for batch in batches)
+    assert all((len(batch) + 1) * samples > ANSWERS_PER_BATCH for batch in batches[:-1]), "not smaller than need be"
+
+
+# --- the store
+
+
+def test_a_value_is_made_once_and_comes_back_as_from_json(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> Any:
+        made.append(1)
+        return {"pair": (1, 0.1 + 0.2), "text": "caf\u00e9 \ud83d", 3: None}
+
+    store = Store(tmp_path / "sampling")
+    assert not store.has("batch-1")
+    first, second = store.kept("batch-1", make), Store(tmp_path / "sampling").kept("batch-1", make)
+    assert first == second == {"pair": [1, 0.1 + 0.2], "text": "caf\u00e9 \ud83d", "3": None}
+    assert len(made) == 1 and store.has("batch-1") and not store.has("batch-2")
+
+
+def test_killed_at_any_file_operation_a_value_is_there_whole_or_not(tmp_path: Path) -> None:
+    values = {"texts": ["x" * 5000]}
+    operation, was_killed, whole = 0, True, []
+    while was_killed:
+        folder = tmp_path / str(operation)
+        was_killed = killed_at(operation, lambda folder=folder: Store(folder).kept("one", lambda: values))
+        whole.append(Store(folder).has("one"))
+        assert Store(folder).kept("one", lambda: values) == values
+        operation += 1
+    assert not whole[0] and whole[-1] and operation > 4
+
+
+def test_what_a_kill_left_beside_is_not_taken_for_the_value(tmp_path: Path) -> None:
+    (tmp_path / f"{atomic.INCOMING}1-one.json").write_text('{"torn')
+    store = Store(tmp_path)
+    assert not store.has("one") and store.kept("one", lambda: 7) == 7
+
+
+def test_a_full_disk_is_told_and_leaves_no_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    store = Store(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match=r"one\.json: No space left on device\. .* give the same command again"):
+            store.kept("one", lambda: [1])
+    assert not store.has("one")
+    assert store.kept("one", lambda: [2]) == [2]
+
+
+def test_a_number_that_is_none_is_our_bug_and_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Out of range float"):
+        Store(tmp_path).kept("one", lambda: [float("nan")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_that_was_cut_is_scored_where_answers_end_in_training(tiny_format: ChatFormat) -> None:
+    """Behind the space and the EOS that close every answer of a dialog, whether or not the space was sampled."""
+    asked, text = (Message("user", "What is the cat?"),), "It is the cat"
+    dialog = tiny_format.encode_dialog((*asked, Message("assistant", text)), train_on=TrainOn.LAST_ANSWER).input_ids
+    prompt = tuple(tiny_format.encode_prompt(asked))
+    assert dialog[: len(prompt)] == prompt and dialog[-2:] == tiny_format.closing_ids
+    read: list[tuple[int, ...]] = []
+
+    def scores(role: str, rows: list[tuple[int, ...]]) -> torch.Tensor:
+        read.extend(rows)
+        return torch.zeros(len(rows))
+
+    bank: Any = SimpleNamespace(
+        roles=("helpfulness",), reads_policy_ids=lambda role: True, scores=scores, chat_format=tiny_format
+    )
+    ends = (len(dialog), len(dialog) - 1, len(dialog) - 2)  # finished, cut before the EOS, cut before the space
+    responses = [
+        Response(
+            question=Question(asked, prompt, is_safety=False, name="cat"),
+            ids=dialog[len(prompt) : end],
+            logprobs=(0.0,) * (end - len(prompt)),
+            is_finished=end == len(dialog),
+            text=text,
+        )
+        for end in ends
+    ]
+    nothing_B = torch.zeros(3, dtype=torch.bool)
+    combined = Combined(scores_B=torch.zeros(3), is_gated_B=nothing_B, is_unsafe_B=nothing_B, has_gate=False)
+    Scorer(bank, lambda scores, answers: combined).score(responses, with_judge=False)
+    assert read == [dialog] * 3

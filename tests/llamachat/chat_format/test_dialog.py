@@ -1,0 +1,99 @@
+"""The rules of a conversation: what is accepted, and each breach with its field, reason and mend."""
+
+import pickle
+from typing import Any
+
+import pytest
+
+from llamachat import errors
+from llamachat.chat_format.dialog import DialogError, EndsWith, Message, check_messages, parse_messages
+
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hello."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("records", "ends_with"),
+    [
+        ([USER], "user"),
+        ([USER, ANSWER], "assistant"),
+        ([SYSTEM, USER, ANSWER, USER], "user"),
+        ([SYSTEM, USER, ANSWER, USER, ANSWER], "either"),
+        ([{"role": "system", "content": ""}, USER], "either"),
+        ([USER, {"role": "assistant", "content": "</s> <s> \u2581 \x00", "train": False, "name": "x"}], "assistant"),
+    ],
+)
+def test_conversations_of_the_reference_code_are_accepted(records: list[dict[str, Any]], ends_with: EndsWith) -> None:
+    messages = parse_messages(records)
+    check_messages(messages, ends_with=ends_with)
+    assert [(message.role, message.content) for message in messages] == [(r["role"], r["content"]) for r in records]
+
+
+def test_the_train_mark_is_kept() -> None:
+    records = [USER, {**ANSWER, "train": False}, USER, {**ANSWER, "train": None}]
+    assert [message.train for message in parse_messages(records)] == [None, False, None, None]
+
+
+@pytest.mark.parametrize(
+    ("records", "ends_with", "field", "reason", "mend"),
+    [
+        ("Hi", "either", "messages", "is a string", "Write ["),
+        (None, "either", "messages", "is null", "Write ["),
+        ([], "either", "messages", "is empty", "Drop the record"),
+        ([SYSTEM], "either", "messages", "system text alone", "Add the user turn"),
+        ([USER, "Hello."], "either", "messages[1]", "is a string", '{"role": ..., "content": ...}'),
+        ([{"content": "Hi"}], "either", "messages[0].role", "is missing; the message holds 'content'", "'role'"),
+        ([{"role": "user", "text": "Hi"}], "either", "messages[0].content", "holds 'role', 'text'", "'content'"),
+        ([{**USER, "role": "Human"}], "either", "messages[0].role", "is 'Human'", "Write 'user'"),
+        ([{**USER, "role": "narrator"}], "either", "messages[0].role", "is 'narrator'", "Rename it"),
+        ([{**USER, "role": 3}], "either", "messages[0].role", "is 3", "Rename it"),
+        ([{**USER, "content": None}], "either", "messages[0].content", "is null", "one string"),
+        ([{**USER, "content": [{"text": "Hi"}]}], "either", "messages[0].content", "is a list", "one string"),
+        ([USER, {**ANSWER, "train": "no"}], "either", "messages[1].train", "is 'no'", "true or false"),
+        ([{**USER, "train": True}], "either", "messages[0].train", "only answers are learnt", "Take 'train' out"),
+        ([USER, {**ANSWER, "content": " \n"}], "either", "messages[1].content", "is empty", "drop the turn"),
+        ([{**USER, "content": "\u3000"}], "either", "messages[0].content", "is empty", "Write the text"),
+        (
+            [{**USER, "content": "ab\ud83d"}],
+            "either",
+            "messages[0].content",
+            r"'\ud83d' at character 2",
+            "take the half",
+        ),
+        ([ANSWER, USER], "either", "messages[0].role", "the user speaks first", "Drop the leading answer"),
+        ([SYSTEM, ANSWER], "either", "messages[1].role", "the user speaks first", "Drop the leading answer"),
+        ([USER, USER], "either", "messages[1].role", "'user' twice in a row", "Merge the two turns"),
+        ([USER, ANSWER, ANSWER], "either", "messages[2].role", "'assistant' twice in a row", "Merge the two turns"),
+        ([USER, SYSTEM], "either", "messages[1].role", "only stand first", "first message"),
+        ([USER, ANSWER, USER], "assistant", "messages[2].role", "training needs the answer", "drop the question"),
+        ([USER, ANSWER], "user", "messages[1].role", "a prompt ends with", "Drop the last answer"),
+    ],
+)
+def test_each_breach_names_field_reason_and_mend(
+    records: Any, ends_with: EndsWith, field: str, reason: str, mend: str
+) -> None:
+    with pytest.raises(DialogError) as caught:
+        check_messages(parse_messages(records), ends_with=ends_with)
+    assert caught.value.field == field
+    assert reason in caught.value.reason
+    assert mend in caught.value.mend
+    assert str(caught.value) == f"{field}: {caught.value.reason} {caught.value.mend}"
+
+
+def test_the_field_starts_where_the_reader_says() -> None:
+    with pytest.raises(DialogError) as caught:
+        check_messages([Message("assistant", "Hello.")], ends_with="user", field="prompt")
+    assert caught.value.field == "prompt[0].role"
+
+
+def test_a_dialog_error_survives_pickling() -> None:
+    copy = pickle.loads(pickle.dumps(DialogError("messages", "is empty.", "Drop it.")))
+    assert (copy.field, copy.reason, copy.mend) == ("messages", "is empty.", "Drop it.")
+
+
+def test_exit_status_tells_failure_from_bad_input() -> None:
+    bad_input = {errors.UsageError, errors.ConfigError, errors.DataError, errors.ChangedError}
+    failures = {errors.LlamachatError, errors.ArtifactError, errors.BusyError, errors.TokenizerError}
+    assert {kind.exit_status for kind in bad_input} == {2}
+    assert {kind.exit_status for kind in failures} == {1}

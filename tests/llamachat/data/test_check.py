@@ -1,0 +1,301 @@
+"""`data check`: every kind of broken line is named with line, field, reason and mend, and none is passed over."""
+
+import gzip
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llamachat.chat_format import ChatFormat
+from llamachat.data.check import CheckReport, check_path
+
+
+def user(text: object, **more: object) -> dict[str, object]:
+    return {"role": "user", "content": text, **more}
+
+
+def answer(text: object, **more: object) -> dict[str, object]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def system(text: object) -> dict[str, object]:
+    return {"role": "system", "content": text}
+
+
+def dialog(*messages: object, **more: object) -> str:
+    return json.dumps({"messages": messages, **more})
+
+
+def pair(**fields: object) -> str:
+    sound = {"prompt": [user("Hi")], "chosen": [answer("Hello!")], "rejected": [answer("No.")]}
+    return json.dumps({key: value for key, value in (sound | fields).items() if value is not ...})
+
+
+def prompt(messages: object, **more: object) -> str:
+    return json.dumps({"prompt": messages, **more})
+
+
+GOOD = dialog(user("Hi"), answer("Hello!"))
+
+# What stands on the line, the field that is named, a part of the reason, a part of the mend.
+BROKEN_DIALOGS: dict[str, tuple[str, str, str, str]] = {
+    "no json": ("Hello there", "column 1", "is not JSON", "Mend the line"),
+    "single quotes": ("{'messages': []}", "column 2", "is not JSON", "Mend the line"),
+    "cut off": (GOOD[:30], "column 31", "cut off", "whole record on one line"),
+    "blank": ("", "line", "is blank", "Remove the line"),
+    "two on a line": (GOOD + GOOD, f"column {len(GOOD) + 1}", "goes on after", "line of its own"),
+    "trailing comma": (GOOD + ",", f"column {len(GOOD) + 1}", "goes on after", "take it out"),
+    "not a number": (GOOD[:-1] + ', "x": NaN}', f"column {len(GOOD) + 7}", "holds NaN", "null"),
+    "infinite": (GOOD[:-1] + ', "x": -Infinity}', f"column {len(GOOD) + 7}", "holds -Infinity", "null"),
+    "key twice": ('{"messages": [], ' + GOOD[1:], "'messages'", "named twice", "Remove or rename"),
+    "list": ("[1, 2]", "line", "is a list", "messages"),
+    "string": ('"Hi"', "line", "is a string", "messages"),
+    "number": ("3", "line", "is a number", "messages"),
+    "boolean": ("true", "line", "is a boolean", "messages"),
+    "null": ("null", "line", "is null", "messages"),
+    "empty object": ("{}", "messages", "is missing; the record holds nothing", "Write"),
+    "missing messages": ('{"conversation": []}', "messages", "is missing; the record holds 'conversation'", "columns"),
+    "misspelt messages": ('{"mesages": []}', "mesages", "no key of a dialog", "Rename it 'messages'"),
+    "null messages": ('{"messages": null}', "messages", "is null", "Write"),
+    "text as messages": ('{"messages": "Hi"}', "messages", "is a string", "Write"),
+    "object as messages": ('{"messages": {"role": "user"}}', "messages", "is an object", "Write"),
+    "no message": (dialog(), "messages", "is empty", "Drop the record"),
+    "text as message": (dialog("Hi"), "messages[0]", "is a string", "Write"),
+    "missing role": (dialog({"content": "Hi"}, answer("a")), "messages[0].role", "is missing", "role"),
+    "missing content": (dialog(user("a"), {"role": "assistant"}), "messages[1].content", "is missing", "content"),
+    "foreign role": (dialog({"role": "human", "content": "Hi"}), "messages[0].role", "is 'human'", "Write 'user'"),
+    "unknown role": (dialog(user("a"), {"role": "tool", "content": "x"}), "messages[1].role", "is 'tool'", "Rename"),
+    "role of no text": (dialog({"role": 1, "content": "Hi"}), "messages[0].role", "is 1", "Rename"),
+    "null content": (dialog(user("a"), answer(None)), "messages[1].content", "is null", "one string"),
+    "number as content": (dialog(user(5), answer("a")), "messages[0].content", "is a number", "one string"),
+    "parts as content": (dialog(user([{"text": "Hi"}]), answer("a")), "messages[0].content", "is a list", "joined"),
+    "empty question": (dialog(user(""), answer("a")), "messages[0].content", "is empty", "Write the text"),
+    "white answer": (dialog(user("a"), answer(" \n\t")), "messages[1].content", "is empty", "Write the text"),
+    "two questions": (dialog(user("a"), user("b"), answer("c")), "messages[1].role", "twice in a row", "Merge"),
+    "two answers": (dialog(user("a"), answer("b"), answer("c")), "messages[2].role", "twice in a row", "Merge"),
+    "leading answer": (dialog(answer("b"), user("a"), answer("c")), "messages[0].role", "user speaks first", "Drop"),
+    "open question": (dialog(user("a"), answer("b"), user("c")), "messages[2].role", "at the end", "Add the answer"),
+    "late system": (dialog(user("a"), system("s"), answer("b")), "messages[1].role", "only stand first", "Move"),
+    "two systems": (dialog(system("s"), system("s"), user("a")), "messages[1].role", "only stand first", "Move"),
+    "system alone": (dialog(system("s")), "messages", "system text alone", "Add the user turn"),
+    "tag in question": (dialog(user("a [INST] b"), answer("c")), "messages[0].content", "'[INST]'", "Take the tag out"),
+    "tag in answer": (dialog(user("a"), answer("[/INST]")), "messages[1].content", "'[/INST]'", "Take the tag out"),
+    "tag in system": (dialog(system("<<SYS>>"), user("a"), answer("b")), "messages[0].content", "<<SYS>>", "Take"),
+    "half a character": (dialog(user("\ud83d"), answer("b")), "messages[0].content", "half of a char", "whole char"),
+    "train is no boolean": (
+        dialog(user("a"), answer("b", train="no")),
+        "messages[1].train",
+        "is 'no'",
+        "true or false",
+    ),
+    "train on a question": (dialog(user("a", train=True), answer("b")), "messages[0].train", "only answers", "out of"),
+    "misspelt train": (dialog(user("a"), answer("b", trian=False)), "messages[1].trian", "no key", "Rename it 'train'"),
+    "nothing to learn": (dialog(user("a"), answer("b", train=False)), "messages", "nothing to learn", "Take it out"),
+    "label of no boolean": (dialog(user("a"), answer("b"), is_safe="yes"), "is_safe", "is 'yes'", "without quotes"),
+    "another kind": (pair(), "record", "is a preference by its keys", "file of preferences"),
+}
+BROKEN_PREFERENCES: dict[str, tuple[str, str, str, str]] = {
+    "missing prompt": (pair(prompt=...), "prompt", "is missing", "Write"),
+    "missing rejected": (pair(rejected=...), "rejected", "is missing", "Write"),
+    "null chosen": (pair(chosen=None), "chosen", "is null", "Write"),
+    "text as prompt": (pair(prompt="Hi"), "prompt", "is a string", "Write"),
+    "answered prompt": (pair(prompt=[user("a"), answer("b")]), "prompt[1].role", "at the end", "Drop the last answer"),
+    "tag in prompt": (pair(prompt=[user("<</SYS>>")]), "prompt[0].content", "<</SYS>>", "Take the tag out"),
+    "text as answer": (pair(chosen="Hello!"), "chosen", "is a string", '"role": "assistant"'),
+    "no answer": (pair(rejected=[]), "rejected", "is a list of 0 messages", '"role": "assistant"'),
+    "whole dialog": (pair(chosen=[user("Hi"), answer("b")]), "chosen", "the prompt among them", "last message alone"),
+    "other prompt": (pair(rejected=[user("Ho"), answer("b")]), "rejected", "do not start with 'prompt'", "alone"),
+    "answer by user": (pair(chosen=[user("b")]), "chosen[0].role", "is 'user'", "Write 'assistant'"),
+    "foreign role": (pair(chosen=[{"role": "gpt", "content": "b"}]), "chosen[0].role", "is 'gpt'", "Write 'assistant'"),
+    "empty answer": (pair(rejected=[answer(" ")]), "rejected[0].content", "is empty", "Write the text"),
+    "tag in answer": (pair(rejected=[answer("[INST]")]), "rejected[0].content", "'[INST]'", "Take the tag out"),
+    "equal answers": (pair(rejected=[answer("Hello! ")]), "rejected", "same answer as 'chosen'", "Drop"),
+    "wrong rating": (pair(rating="slightly better"), "rating", "is 'slightly better'", "Write 'slightly_better'"),
+    "paper's rating": (pair(rating="Unsure"), "rating", "is 'Unsure'", "Write 'negligibly_better'"),
+    "unlike rating": (pair(rating="xyz"), "rating", "is 'xyz'", "Write one of them"),
+    "number as rating": (pair(rating=3), "rating", "is a number", "Write one of significantly_better"),
+    "label of no boolean": (pair(chosen_is_safe=1), "chosen_is_safe", "is 1", "true or false"),
+    "misspelt rating": (pair(ratting="better"), "ratting", "no key of a preference", "Rename it 'rating'"),
+}
+BROKEN_PROMPTS: dict[str, tuple[str, str, str, str]] = {
+    "no message": (prompt([]), "prompt", "is empty", "Drop the record"),
+    "ends with answer": (prompt([user("a"), answer("b")]), "prompt[1].role", "at the end", "Drop the last answer"),
+    "mark of no boolean": (prompt([user("a")], is_safety="true"), "is_safety", "is 'true'", "without quotes"),
+    "number as id": (prompt([user("a")], id=7), "id", "is a number", 'Write "7"'),
+    "id that cannot be written": (prompt([user("a")], id="\ud800"), "id", "cannot be written out", "printable"),
+}
+CASES = [
+    (good, broken)
+    for good, cases in (
+        (GOOD, BROKEN_DIALOGS),
+        (pair(rating="better"), BROKEN_PREFERENCES),
+        (prompt([user("Hi")]), BROKEN_PROMPTS),
+    )
+    for broken in cases.values()
+]
+
+
+def check(path: Path, lines: list[str], chat_format: ChatFormat) -> CheckReport:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogatepass")
+    return check_path(str(path), None, "auto", chat_format.check_text)
+
+
+@pytest.mark.parametrize(("good", "broken"), CASES)
+def test_each_broken_line_is_named(
+    good: str, broken: tuple[str, str, str, str], tmp_path: Path, tiny_format: ChatFormat
+):
+    line, field, reason, mend = broken
+    report = check(tmp_path / "a.jsonl", [good, line, good], tiny_format)
+    assert report.exit_status == 2
+    assert {found.line for found in report.problems} == {2}
+    (named,) = [found for found in report.problems if found.field == field and reason in found.reason]
+    assert mend in named.mend
+    assert f"a.jsonl:2: {field}: {named.reason} {named.mend}\n" in report.text()
+    assert report.num_records == (3 if field == "record" else 2)
+
+
+def test_a_file_of_all_of_them_hides_none(tmp_path: Path, tiny_format: ChatFormat):
+    bad = [line for line, *_ in BROKEN_DIALOGS.values()]
+    lines = bad + [dialog(user(f"q{index}"), answer("a")) for index in range(60)]
+    random.Random(0).shuffle(lines)
+    lines.append(GOOD)
+    report = check(tmp_path / "a.jsonl", lines, tiny_format)
+    expected = {number for number, line in enumerate(lines, start=1) if line in bad}
+    assert {found.line for found in report.problems} == expected
+    assert {int(found) for found in re.findall(r"a\.jsonl:(\d+): ", report.text())} >= expected
+    assert f"{len(bad)} bad lines" in report.text()
+
+
+def test_bytes_that_are_not_utf_8_are_named(tmp_path: Path, tiny_format: ChatFormat):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n" + dialog(user("caf?"), answer("a")).encode().replace(b"?", b"\xe9") + b"\n")
+    (found,) = check_path(str(path), None, "auto", tiny_format.check_text).problems
+    assert (found.line, found.field) == (2, "byte 47")
+
+
+def test_several_faults_of_one_record_are_all_named(tmp_path: Path, tiny_format: ChatFormat):
+    line = pair(prompt=[{"role": "human", "content": 3}, user(None)], chosen="x", rating="good", chosen_is_safe="y")
+    report = check(tmp_path / "a.jsonl", [line], tiny_format)
+    fields = ["prompt[0].role", "prompt[1].content", "chosen", "rating", "chosen_is_safe"]
+    assert [found.field for found in report.problems] == fields
+
+
+def test_a_sound_file_and_what_it_holds(tmp_path: Path, tiny_format: ChatFormat):
+    lines = [
+        dialog(system(""), user("12345"), answer("a </s> <s>"), is_safe=True),
+        dialog(user("123"), answer("b"), user("1"), answer("c", train=False)),
+        "",
+    ]
+    report = check(tmp_path / "a.jsonl", [line + "\r" if line else line for line in lines], tiny_format)
+    assert (report.exit_status, report.kind, report.num_records, report.problems) == (0, "dialog", 2, [])
+    assert report.turns == {2: 1, 4: 1}
+    spread = report.characters["user turn"]
+    assert (spread.number, spread.smallest, spread.median, spread.largest) == (3, 1, 3, 5)
+    assert report.labels == {"is_safe true": 1, "answers with train false": 1}
+    assert "2 good dialogs, 0 bad lines, 0 repeated" in report.text()
+    assert "turns: 2 in 1, 4 in 1" in report.text()
+
+
+def test_what_other_kinds_hold(tmp_path: Path, tiny_format: ChatFormat):
+    report = check(tmp_path / "a.jsonl", [pair(rating="better", rejected_is_safe=False)], tiny_format)
+    assert (report.kind, report.turns) == ("preference", {1: 1})
+    assert report.labels == {"rating better": 1, "rejected_is_safe false": 1}
+    assert report.characters["chosen answer"].median == len("Hello!")
+    report = check(tmp_path / "b.jsonl", [prompt([user("Hi")], is_safety=True, id="a")], tiny_format)
+    assert (report.kind, report.labels) == ("prompt", {"is_safety true": 1, "with an id": 1})
+
+
+def test_warnings_name_lines_and_leave_the_status(tmp_path: Path, tiny_format: ChatFormat):
+    odd = dialog(user("a"), answer("b", name="x"), ratting="better")
+    report = check(tmp_path / "a.jsonl", ["\ufeff" + GOOD, odd, GOOD, GOOD], tiny_format)
+    assert report.exit_status == 0
+    assert report.num_duplicates == 2
+    assert [(warned.field, warned.lines) for warned in report.warnings] == [
+        ("byte 1", [1]),
+        ("ratting", [2]),
+        ("messages[].name", [2]),
+        ("record", [3, 4]),
+    ]
+    text = report.text()
+    assert "a.jsonl:1: warning: byte 1: is a byte order mark" in text
+    assert "nearest known key is 'rating' of a preference" in text
+    assert "a.jsonl:3: warning: record: is the same as on line 1" in text
+    assert "(lines 3, 4)" in text
+    assert "2 repeated" in text
+
+
+def test_a_warning_of_many_lines_is_short(tmp_path: Path, tiny_format: ChatFormat):
+    lines = [dialog(user(f"q{index}"), answer("a"), colour="x") for index in range(50)]
+    (warned,) = check(tmp_path / "a.jsonl", lines, tiny_format).warnings
+    assert len(warned.lines) == 50
+    assert "20 and 30 more)" in warned.at("a.jsonl")
+    assert "'columns'" in warned.mend
+
+
+def test_the_kind_can_be_given(tmp_path: Path, tiny_format: ChatFormat):
+    path = tmp_path / "a.jsonl"
+    path.write_text(GOOD + "\n")
+    report = check_path(str(path), "preference", "auto", tiny_format.check_text)
+    assert [found.field for found in report.problems] == ["prompt", "chosen", "rejected"]
+    assert "It looks like a dialog" in report.problems[0].mend
+    assert check_path(str(path), "prompt", "auto", tiny_format.check_text).exit_status == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl.gz", b"\x1f\x8bnot gzip", "is damaged"),
+        ("a.json", f"[{GOOD},\n{GOOD}]".encode(), "is one JSON array"),
+        ("a.jsonl", gzip.compress(GOOD.encode(), mtime=0), "is gzip"),
+    ],
+)
+def test_a_file_that_is_no_data_file(name: str, content: bytes, reason: str, tmp_path: Path, tiny_format: ChatFormat):
+    path = tmp_path / name
+    path.write_bytes(content)
+    report = check_path(str(path), None, "auto", tiny_format.check_text)
+    (found,) = report.problems
+    assert found.field == "file"
+    assert reason in found.reason
+    assert report.exit_status == 2
+    assert report.text()
+
+
+KEYS = st.sampled_from(
+    ["messages", "prompt", "chosen", "rejected", "rating", "is_safe", "id", "role", "content", "train", "from", "x"]
+)
+ATOMS = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), st.sampled_from(["", "user", "assistant", "better", "a"])
+)
+VALUES = st.recursive(
+    ATOMS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12
+)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=st.lists(VALUES, min_size=1, max_size=6))
+def test_whatever_the_lines_hold_each_is_a_record_or_named(
+    values: list[object], tmp_path: Path, tiny_format: ChatFormat
+):
+    report = check(tmp_path / "a.jsonl", [json.dumps({"messages": value}) for value in values], tiny_format)
+    assert report.num_records + report.num_bad_lines == len(values)
+    report = check(tmp_path / "a.jsonl", [GOOD, *map(json.dumps, values)], tiny_format)
+    bad = {found.line for found in report.problems if found.field != "record"}
+    assert report.num_records + len(bad) == len(values) + 1
+    assert report.text()
+
+
+def test_keys_of_other_meanings_are_no_slips(tmp_path: Path, tiny_format: ChatFormat):
+    lines = [dialog(user("a"), answer("b"), is_safety=True, messages_id="x"), dialog(user("c"), answer("d"))]
+    report = check(tmp_path / "a.jsonl", lines, tiny_format)
+    assert (report.num_records, report.problems) == (2, [])
+    (marked, named) = report.warnings
+    assert (marked.field, named.field) == ("is_safety", "messages_id")
+    assert "It is a key of a prompt" in marked.mend and "rename" not in marked.mend + named.mend
+    # A prompt's name does not stand for the prompt that is missing.
+    report = check(tmp_path / "b.jsonl", [pair(prompt=..., prompt_id="x")], tiny_format)
+    assert [(found.field, "Rename" in found.mend) for found in report.problems] == [("prompt", False)]

@@ -1,0 +1,359 @@
+"""`data convert`: what is mended and how it is counted, what is dropped, and that `data check` passes what it writes."""
+
+import gzip
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from llamachat.chat_format import ChatFormat
+from llamachat.data.convert.turns import Mend
+from llamachat.errors import DataError
+from tests.llamachat.data.converting import Bench, shared, turns
+from tests.llamachat.data.test_check import (
+    BROKEN_DIALOGS,
+    BROKEN_PREFERENCES,
+    BROKEN_PROMPTS,
+    GOOD,
+    answer,
+    dialog,
+    pair,
+    prompt,
+    system,
+    user,
+)
+
+ROOT = Path(__file__).resolve().parents[3]
+Case = tuple[object, object, dict[Mend, int]]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_format: ChatFormat) -> Bench:
+    return Bench(tmp_path, tiny_format)
+
+
+AB = {"messages": turns("a", "b")}
+DIALOGS: dict[str, tuple[str, object, dict[Mend, int]]] = {
+    "sharegpt": (shared(("human", "a"), ("gpt", "b")), AB, {Mend.KEY: 5, Mend.ROLE: 2}),
+    "capitals": (dialog({"role": " User", "content": "a"}, answer("b")), AB, {Mend.ROLE_SPELLING: 1}),
+    "a word of the error texts": (
+        dialog({"role": "prompter", "content": "a"}, {"role": "model", "content": "b"}),
+        AB,
+        {Mend.ROLE: 2},
+    ),
+    "misspelt keys": ('{"mesages": [{"role": "user", "conten": "a"}, {"role": "bot", "content": "b"}]}', AB,
+                      {Mend.KEY: 2, Mend.ROLE: 1}),
+    "misspelt mask": (dialog(*turns("a", "b", "c"), answer("d", trian=False)),
+                      {"messages": [*turns("a", "b", "c"), answer("d", train=False)]}, {Mend.KEY: 1}),
+    "OpenAI's mask": (dialog(*turns("a", "b", "c"), answer("d", weight=0)),
+                      {"messages": [*turns("a", "b", "c"), answer("d", train=False)]}, {Mend.KEY: 1}),
+    "leading answers": (dialog(answer("x"), answer("y"), user("a"), answer("b")), AB, {Mend.LEADING_ANSWER: 2}),
+    "open question": (dialog(*turns("a", "b", "c")), AB, {Mend.OPEN_QUESTION: 1}),
+    "two open questions": (dialog(*turns("a", "b", "c"), user("d")), AB, {Mend.MERGED: 1, Mend.OPEN_QUESTION: 1}),
+    "same speaker": (dialog(user("a \n"), user("\n  c"), answer("b")), {"messages": turns("a\n\n  c", "b")},
+                     {Mend.MERGED: 1}),
+    "merged masks": (dialog(*turns("q", "r", "a"), answer("b"), answer("c", train=False)),
+                     {"messages": [*turns("q", "r", "a"), answer("b\n\nc", train=False)]}, {Mend.MERGED: 1}),
+    "empty turn": (dialog(user("a"), answer(" "), user("c"), answer("b")), {"messages": turns("a\n\nc", "b")},
+                   {Mend.EMPTY: 1, Mend.MERGED: 1}),
+    "null content": (dialog(user("a"), answer(None), answer("b")), AB, {Mend.EMPTY: 1}),
+    "parts": (dialog(user([{"type": "text", "text": "a"}, "c"]), answer({"parts": ["b"]})),
+              {"messages": turns("a\nc", "b")}, {Mend.PARTS: 2}),
+    "late system": (dialog(user("a"), system("s"), answer("b")), {"messages": [system("s"), *turns("a", "b")]},
+                    {Mend.SYSTEM_MOVED: 1}),
+    "systems": (dialog(system("s"), user("a"), system("t"), system("s"), answer("b")),
+                {"messages": [system("s\n\nt"), *turns("a", "b")]}, {Mend.SYSTEMS_JOINED: 1}),
+    "late empty system": (dialog(user("a"), system(""), answer("b")), AB, {Mend.EMPTY: 1}),
+    "system beside": (dialog(*turns("a", "b"), system="s"), {"messages": [system("s"), *turns("a", "b")]},
+                      {Mend.KEY: 1}),
+    "tool": (
+        dialog(user("a"), answer(None, tool_calls=[1]), {"role": "tool", "content": "x"}, answer("b")),
+        AB,
+        {Mend.EMPTY: 1, Mend.TOOL: 1, Mend.LEFT_OUT: 1},
+    ),
+    "answers around a tool": (shared(("human", "a"), ("gpt", "b"), ("observation", "x"), ("gpt", "c")),
+                              {"messages": turns("a", "b\n\nc")},
+                              {Mend.KEY: 9, Mend.ROLE: 3, Mend.TOOL: 1, Mend.MERGED: 1}),
+    "train on a question": (dialog(user("a", train=True), answer("b")), AB, {Mend.TRAIN_ON_QUESTION: 1}),
+    "nulls": (dialog(user("a", train=None), answer("b"), is_safe=None), AB, {Mend.NULL: 2}),
+    "quoted label": (dialog(*turns("a", "b"), is_safe="False"), {**AB, "is_safe": False}, {Mend.LABEL: 1}),
+    "foreign keys": (dialog(*turns("a", "b"), source="x", id=3), AB, {Mend.LEFT_OUT: 2}),
+    "bare turns": (json.dumps(AB["messages"]), AB, {Mend.BARE_TURNS: 1}),
+    "texts": ('{"question": "a", "answer": "b"}', AB, {Mend.KEY: 1, Mend.TEXT: 2, Mend.HALVES: 1}),
+    "TRL's halves": (json.dumps({"prompt": [user("a")], "completion": [answer("b")]}), AB, {Mend.HALVES: 1}),
+    "alpaca": ('{"instruction": "a", "input": "", "output": "b"}', AB, {Mend.KNOWN_SET: 1}),
+}  # fmt: skip
+ABC = {"prompt": [user("a")], "chosen": [answer("b")], "rejected": [answer("c")]}
+PREFERENCES: dict[str, tuple[str, object, dict[Mend, int]]] = {
+    "texts": ('{"prompt": "a", "chosen": "b", "rejected": "c"}', ABC, {Mend.TEXT: 3}),
+    "whole dialogs": (
+        json.dumps({"prompt": "a", "chosen": turns("a", "b"), "rejected": turns("a", "c"), "prompt_id": "x"}),
+        ABC,
+        {Mend.TEXT: 1, Mend.WHOLE_DIALOGS: 1, Mend.LEFT_OUT: 1},
+    ),
+    "whole dialogs without a prompt": (
+        json.dumps({"chosen": turns("a", "b"), "rejected": turns("a", "c"), "prompt_id": "x"}),
+        ABC,
+        {Mend.WHOLE_DIALOGS: 1, Mend.LEFT_OUT: 1},
+    ),
+    "system of one": (
+        json.dumps({"prompt": [system("s"), user("a")], "chosen": turns("a", "b"), "rejected": turns("a", "c")}),
+        {**ABC, "prompt": [system("s"), user("a")]},
+        {Mend.WHOLE_DIALOGS: 1},
+    ),
+    "one side whole": (pair(prompt=[user("a")], chosen=turns("a", "b"), rejected=[answer("c")]), ABC,
+                       {Mend.WHOLE_DIALOGS: 1}),
+    "turns after the prompt": (
+        pair(prompt=[user("q")], chosen=[answer("r"), *turns("a", "b")], rejected=[answer("r"), *turns("a", "c")]),
+        {**ABC, "prompt": turns("q", "r", "a")},
+        {Mend.WHOLE_DIALOGS: 1},
+    ),
+    "LLaMA-Factory": (
+        shared(("human", "a"), chosen={"from": "gpt", "value": "b"}, rejected={"from": "gpt", "value": "c"}),
+        ABC,
+        {Mend.KEY: 7, Mend.ROLE: 3, Mend.TEXT: 2},
+    ),
+    "hh-rlhf": (json.dumps({side: f"\n\nHuman: a\n\nAssistant: {text}" for side, text in
+                            (("chosen", "b"), ("rejected", "c"))}), ABC, {Mend.KNOWN_SET: 1}),
+    "hh-rlhf in three": (
+        json.dumps({"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b", "rejected": " c"}),
+        ABC,
+        {Mend.KNOWN_SET: 1},
+    ),
+    "prompt with its answer": (pair(prompt=turns("a", "b"), chosen=[answer("b ")], rejected=[answer("c")]),
+                               {**ABC, "chosen": [answer("b ")]}, {Mend.CLOSING_ANSWER: 1}),
+    "labels": (
+        json.dumps({**ABC, "rating": "Slightly better", "chosen_is_safe": "true", "ratting": 1}),
+        {**ABC, "rating": "slightly_better", "chosen_is_safe": True},
+        {Mend.LABEL: 2, Mend.LEFT_OUT: 1},
+    ),
+    "paper's rating": (json.dumps({**ABC, "rating": "Unsure"}), {**ABC, "rating": "negligibly_better"},
+                       {Mend.LABEL: 1}),
+}  # fmt: skip
+ASKED = {"prompt": [user("a")]}
+PROMPTS: dict[str, tuple[str, object, dict[Mend, int]]] = {
+    "text": ('{"prompt": "a", "id": 7}', {**ASKED, "id": "7"}, {Mend.TEXT: 1, Mend.LABEL: 1}),
+    "answered": (prompt(turns("a", "b"), is_safety=True), {**ASKED, "is_safety": True}, {Mend.CLOSING_ANSWER: 1}),
+    "of a dialog": (dialog(*turns("a", "b"), is_safety="true"), {**ASKED, "is_safety": True},
+                    {Mend.CLOSING_ANSWER: 1, Mend.AS_PROMPT: 1, Mend.LABEL: 1}),
+    "of a preference": (json.dumps(ABC), ASKED, {Mend.AS_PROMPT: 1}),
+    "of alpaca": ('{"instruction": "a", "output": "b"}', ASKED,
+                  {Mend.KNOWN_SET: 1, Mend.CLOSING_ANSWER: 1, Mend.AS_PROMPT: 1}),
+}  # fmt: skip
+CASES = [
+    *(pytest.param(None, *case, id=name) for name, case in DIALOGS.items()),
+    *(pytest.param(None, *case, id=name) for name, case in PREFERENCES.items()),
+    *(pytest.param("prompt", *case, id=name) for name, case in PROMPTS.items()),
+]
+
+
+@pytest.mark.parametrize(("kind", "line", "expected", "times"), CASES)
+def test_what_is_mended_and_how_it_is_counted(
+    kind: Any, line: str, expected: object, times: dict[Mend, int], bench: Bench
+):
+    report, written = bench.convert(f"{line}\n", kind=kind)
+    assert written == [expected]
+    assert report.times == times
+    assert (report.written, report.untouched, report.problems) == (1, int(not times), [])
+    for mend, number in times.items():
+        row = next(line for line in report.text().splitlines() if line.startswith(f"  {mend.value}  "))
+        assert row.split()[-1] == str(number)
+
+
+# The broken lines of `data check` that are mended; all others are dropped.
+MENDED = {
+    "dialog": {"blank", "two on a line", "trailing comma", "parts as content", "two questions", "two answers",
+               "leading answer", "open question", "late system", "train on a question"},
+    "preference": {"text as prompt", "text as answer", "whole dialog", "foreign role", "wrong rating",
+                   "paper's rating", "misspelt rating"},
+    "prompt": {"ends with answer", "number as id", "mark of no boolean"},
+}  # fmt: skip
+BROKEN = {
+    **{("dialog", name): case for name, case in BROKEN_DIALOGS.items()},
+    **{("preference", name): case for name, case in BROKEN_PREFERENCES.items()},
+    **{("prompt", name): case for name, case in BROKEN_PROMPTS.items()},
+}
+SOUND = {"dialog": GOOD, "preference": pair(rating="better"), "prompt": prompt([user("Hi")])}
+
+
+@pytest.mark.parametrize(("kind", "name"), BROKEN, ids=[f"{kind}: {name}" for kind, name in BROKEN])
+def test_a_broken_line_is_mended_or_named(kind: str, name: str, bench: Bench):
+    sound = SOUND[kind]
+    report, written = bench.convert(f"{sound}\n{BROKEN[kind, name][0]}\n")
+    assert written[0] == json.loads(sound)
+    is_mended = name in MENDED[kind]
+    assert [found.line for found in report.problems] == ([] if is_mended else [2])
+    assert report.kind == kind
+    if not is_mended:
+        assert f"in.jsonl:2: {report.problems[0].field}: " in report.dropped()
+
+
+def test_a_file_of_all_broken_lines(bench: Bench):
+    lines = [case[0] for case in BROKEN.values()] + [dialog(user(f"q{index}"), answer("a")) for index in range(99)]
+    random.Random(0).shuffle(lines)
+    report, written = bench.convert("\n".join(lines) + "\n")
+    assert report.kind == "dialog"
+    assert sum(json.loads(dialog(user(f"q{index}"), answer("a"))) in written for index in range(99)) == 99
+    assert "is a preference by its keys" in report.dropped()
+    with pytest.raises(DataError, match=f"{len(report.problems)} records cannot be mended"):
+        bench.convert("\n".join(lines) + "\n", strict=True)
+
+
+# -- sound records stay
+
+
+def bundled() -> Iterator[Path]:
+    for folder in ("sft", "helpfulness", "prompts"):
+        yield from sorted((ROOT / "data" / folder).glob("*.jsonl*"))[:1]
+
+
+@pytest.mark.parametrize("path", bundled(), ids=lambda path: path.parent.name)
+def test_sound_files_stay_as_they_are(path: Path, bench: Bench):
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    lines = list(dict.fromkeys(raw.split(b"\n")[:-1]))[:200]
+    report, written = bench.convert(b"".join(line + b"\n" for line in lines))
+    assert written == [json.loads(line) for line in lines]
+    assert (report.untouched, report.times, report.problems) == (len(lines), {}, [])
+
+
+def test_what_is_odd_but_sound_stays(bench: Bench):
+    lines = [
+        dialog(
+            system(""), user(" a\n", train=False), answer("b </s>", train=False), user("c"), answer("d", train=True)
+        ),
+        dialog(user("\u2028 \x85 \ufeff \U0001f600"), answer("\x00 "), is_safe=False),
+    ]
+    report, written = bench.convert("\n".join(lines))
+    assert written == [json.loads(line) for line in lines] and report.untouched == 2
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (dialog(user("a")), "messages: holds no answer to a question"),
+        (dialog(answer("a")), "messages: holds no answer to a question"),
+        (dialog(system("s")), "messages: holds no answer to a question"),
+        (dialog(user([{"type": "image"}]), answer("b")), r"messages\[0\].content: is a list"),
+        (dialog(*turns("a", "b [INST]")), r"messages\[1\].content: holds '\[INST\]'"),
+        (dialog(*turns("a", "\ud83d")), r"messages\[1\].content: holds '\\ud83d'"),
+        (dialog(*turns("a", "b"), is_safe=1), "is_safe: is 1"),
+        ('{"text": "a"}', "messages: is missing"),
+        ('{"a": NaN}', "holds NaN"),
+        (prompt([answer("a")]), "prompt: holds no question"),
+        (json.dumps({**ABC, "rejected": "b "}), "rejected: is the same answer"),
+        (json.dumps({**ABC, "chosen": None}), "chosen: is missing"),
+        (json.dumps({**ABC, "chosen": []}), "chosen: does not end with an answer"),
+        ('{"chosen": "b", "rejected": "c"}', "prompt: is missing, but a pair"),
+        (json.dumps({**ABC, "chosen": turns("x", "b"), "rejected": turns("x", "c")}), "do not start with 'prompt'"),
+        (json.dumps({**ABC, "chosen": turns("a", "b"), "rejected": turns("x", "c")}), "parts from 'chosen'"),
+        (json.dumps({**ABC, "prompt": turns("a", "x")}), "ends with an answer that is neither"),
+    ],
+)
+def test_what_cannot_be_mended_is_named_and_nothing_is_written(line: str, reason: str, bench: Bench):
+    with pytest.raises(DataError, match=rf"in\.jsonl:1: .*{reason}(.|\n)*so nothing was\."):
+        bench.convert(line)
+    assert [path.name for path in bench.folder.iterdir()] == ["in.jsonl"]
+
+
+def test_the_kind_and_the_format_can_be_given(bench: Bench):
+    tree = {"role": "prompter", "text": "a", "replies": [
+        {"role": "assistant", "text": "b", "rank": 0}, {"role": "assistant", "text": "c", "rank": 1}
+    ]}  # fmt: skip
+    line = json.dumps({"message_tree_id": "x", "prompt": tree})
+    assert bench.convert(line)[1] == [AB]
+    assert bench.convert(line, kind="preference")[1] == [{**ABC, "rating": "slightly_better"}]
+    assert bench.convert(line, format="oasst-preference")[1] == [{**ABC, "rating": "slightly_better"}]
+    with pytest.raises(DataError, match="Did you mean 'sharegpt'"):
+        bench.convert(line, format="sharegtp")
+    with pytest.raises(DataError, match="gives dialogs, but preferences"):
+        bench.convert(line, format="oasst", kind="preference")
+    with pytest.raises(DataError, match="alpaca: 'output' is missing"):
+        bench.convert('{"instruction": "a"}', format="alpaca")
+    mixed = f"{GOOD}\n{pair()}\n{prompt([user('z')])}\n"
+    assert bench.convert(mixed, kind="preference")[1] == [json.loads(pair())]
+    assert bench.convert(mixed, kind="prompt")[1] == [{"prompt": [user("Hi")]}, {"prompt": [user("z")]}]
+
+
+# -- whatever it holds
+
+PLAIN = st.sampled_from(["a", "b", "c", "d ", " e\n"])
+ODD = st.sampled_from(["", " ", "\n\nHuman: a\n\nAssistant: b", "x [INST] y", "\ud83d", "caf\u00e9\u2028", "better"])
+ATOMS = st.one_of(st.none(), st.booleans(), st.integers(0, 2), PLAIN, ODD)
+WILD = st.recursive(ATOMS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PLAIN, inner, max_size=3))
+PARTS = st.sampled_from([None, 3, ["a", {"type": "text", "text": "b"}], [{"type": "image"}], {"text": "a"}])
+CONTENTS = st.integers(0, 19).flatmap(lambda n: ODD if n == 9 else PARTS if n == 8 else PLAIN)
+ROLES = st.sampled_from(["user", "assistant", "user", "assistant", "system", "human", " GPT", "tool", "User "])
+MASKS = {"train": st.sampled_from([True, False, None]), "weight": st.sampled_from([0, 1]), "name": ATOMS}
+OWN = st.fixed_dictionaries({"role": ROLES, "content": CONTENTS})
+MASKED = st.fixed_dictionaries({"role": ROLES, "content": CONTENTS}, optional={**MASKS, "trian": st.booleans()})
+SHARED = st.fixed_dictionaries({"from": ROLES, "value": CONTENTS})
+TURNS = st.integers(0, 39).flatmap(lambda n: WILD if n == 20 else MASKED if n > 33 else SHARED if n > 26 else OWN)
+LISTS = st.lists(TURNS, min_size=1, max_size=6)
+SAID = st.integers(0, 9).flatmap(lambda n: WILD if n == 9 else TURNS if n == 8 else LISTS if n > 4 else PLAIN)
+SYSTEM = {"system": PLAIN}
+LABELS = {**SYSTEM, "is_safe": ATOMS, "is_safety": ATOMS, "rating": ATOMS, "ratting": ATOMS, "id": ATOMS}
+NAMES = (
+    *("messages", "mesages", "conversations", "prompt", "prompt_id", "question", "answer", "completion", "input"),
+    *("chosen", "rejected", "rejectd", "instruction", "output", "response", "context", "history", "instances"),
+    *("message_tree_id", *LABELS),
+)
+ROWS = st.one_of(
+    st.fixed_dictionaries({"messages": LISTS}, optional=LABELS),
+    st.fixed_dictionaries({"messages": LISTS}, optional=SYSTEM),
+    st.fixed_dictionaries({"conversations": LISTS}, optional=SYSTEM),
+    st.fixed_dictionaries({"prompt": SAID, "chosen": SAID, "rejected": SAID}, optional=SYSTEM),
+    st.fixed_dictionaries({"prompt": PLAIN, "chosen": PLAIN, "rejected": PLAIN}, optional=LABELS),
+    LISTS.map(lambda turns: {"chosen": [*turns, answer("x")], "rejected": [*turns, answer("y")]}),
+    st.fixed_dictionaries({"prompt": SAID}, optional=LABELS),
+    st.fixed_dictionaries({"question": SAID, "answer": SAID}),
+    st.fixed_dictionaries({"instruction": PLAIN, "output": CONTENTS}),
+    st.lists(st.fixed_dictionaries({"messages": LISTS}), max_size=3),
+    LISTS,
+    st.dictionaries(st.sampled_from(NAMES), SAID, max_size=6),
+    WILD,
+)
+GLUES = st.sampled_from(["\n", "\n", "\n", "\n\n", ",\n", " ", "\r\n", "\n\ufeff"])
+
+
+@settings(
+    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(data=st.data())
+def test_what_is_written_passes_the_check_whatever_was_read(data: st.DataObject, bench: Bench):
+    rows = data.draw(st.lists(ROWS, min_size=1, max_size=5))
+    kind = data.draw(st.sampled_from([None, "dialog", "preference", "prompt"]))
+    content = "".join(f"{json.dumps(row)}{data.draw(GLUES)}" for row in rows)
+    try:
+        report, written = bench.convert(content, kind=kind)
+    except DataError as error:
+        event("nothing")
+        assert "nothing was" in str(error) or "file: " in str(error)
+        assert not (bench.folder / "out.jsonl").exists()
+        return
+    assert kind in (None, report.kind)
+    assert len(written) == report.written >= report.untouched
+    values = [item for row in rows for item in (row if isinstance(row, list) else [row])]
+    assert sum(record in values for record in written) >= report.untouched
+    event(f"{report.kind}s")
+    bytes_once = (bench.folder / "out.jsonl").read_bytes()
+    again, rewritten = bench.convert(bytes_once)
+    assert rewritten == written and (bench.folder / "out.jsonl").read_bytes() == bytes_once
+    assert (again.untouched, again.times, again.problems) == (len(written), {}, [])
+
+
+def test_records_that_say_the_same_are_written_once(bench: Bench):
+    lines = [prompt([user("a")]), prompt([user("a")], is_safety=False), prompt([user("a")], is_safety=True)]
+    report, written = bench.convert("\n".join(lines))
+    assert (written, report.repeated) == ([json.loads(lines[0]), json.loads(lines[2])], 1)
+
+
+def test_a_misspelt_question_beside_an_answer(bench: Bench):
+    assert bench.convert('{"prompts": "a", "answer": "b"}')[1] == [AB]

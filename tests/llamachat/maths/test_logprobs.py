@@ -1,0 +1,157 @@
+"""Log-probabilities in chunks: hand numbers, all logits at once, gradients, and what is kept for the backward pass."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn, tensor
+from torch.testing import assert_close
+
+from llamachat.maths.logprobs import sequence_logprobs, token_logprobs
+
+D, V = 8, 321
+
+
+def whole_logprobs(hidden_ND: Tensor, ids_N: Tensor, head: nn.Module, temperature: float) -> tuple[Tensor, Tensor]:
+    """All logits at once, in fp32: the slow way."""
+    all_NV = torch.log_softmax(head(hidden_ND).float() / temperature, dim=-1)
+    return all_NV[torch.arange(len(ids_N)), ids_N], -(all_NV.exp() * all_NV).sum(-1)
+
+
+def problem(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, nn.Linear]:
+    torch.manual_seed(count)
+    hidden_ND = torch.randn(count, D, dtype=dtype, requires_grad=True)
+    return hidden_ND, torch.randint(V, (count,)), nn.Linear(D, V, bias=False, dtype=dtype)
+
+
+def test_two_tokens_by_hand() -> None:
+    # Logits are the hidden state itself: (0, log 3) / temperature 1 is (1/4, 3/4).
+    found = token_logprobs(
+        tensor([[0.0, math.log(3)]] * 2), tensor([0, 1]), head=lambda hidden: hidden, with_entropy=True
+    )
+    assert_close(found.logprobs, tensor([0.25, 0.75]).log())
+    entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert found.entropy is not None
+    assert_close(found.entropy, tensor([entropy, entropy]))
+
+
+def test_temperature_by_hand() -> None:
+    # (0, log 9) / 2 = (0, log 3): again (1/4, 3/4).
+    found = token_logprobs(tensor([[0.0, math.log(9)]]), tensor([1]), head=lambda hidden: hidden, temperature=2.0)
+    assert_close(found.logprobs, tensor([0.75]).log())
+    assert found.entropy is None
+
+
+def test_a_token_that_the_head_rules_out_leaves_the_entropy_finite() -> None:
+    found = token_logprobs(tensor([[0.0, 0.0, -math.inf]]), tensor([0]), head=lambda hidden: hidden, with_entropy=True)
+    assert found.entropy is not None
+    assert_close(found.logprobs, tensor([0.5]).log())
+    assert_close(found.entropy, tensor([math.log(2)]))
+
+
+@pytest.mark.parametrize(
+    ("count", "tokens_per_chunk"), [(0, 64), (1, 1), (1, 64), (63, 4096), (64, 64), (65, 64), (200, 64), (200, 100)]
+)
+def test_chunks_give_the_numbers_and_gradients_of_all_at_once(count: int, tokens_per_chunk: int) -> None:
+    hidden_ND, ids_N, head = problem(count)
+    weights_N, more_N = torch.randn(count), torch.randn(count)
+    gradients = []
+    for whole in (True, False):
+        if whole:
+            logprobs_N, entropy_N = whole_logprobs(hidden_ND, ids_N, head, 0.7)
+        else:
+            found = token_logprobs(
+                hidden_ND, ids_N, head=head, temperature=0.7, with_entropy=True, tokens_per_chunk=tokens_per_chunk
+            )
+            logprobs_N, entropy_N = found.logprobs, found.entropy
+            assert entropy_N is not None
+        (logprobs_N @ weights_N + entropy_N @ more_N).backward()
+        assert hidden_ND.grad is not None and head.weight.grad is not None
+        gradients.append((logprobs_N.detach(), entropy_N.detach(), hidden_ND.grad, head.weight.grad))
+        hidden_ND.grad = head.weight.grad = None
+    for expected, got in zip(*gradients, strict=True):
+        assert_close(got, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_without_gradients_the_numbers_are_the_same() -> None:
+    hidden_ND, ids_N, head = problem(100)
+    with_gradient = token_logprobs(hidden_ND, ids_N, head=head, tokens_per_chunk=64).logprobs
+    with torch.no_grad():
+        without = token_logprobs(hidden_ND, ids_N, head=head, tokens_per_chunk=64).logprobs
+    assert not without.requires_grad
+    assert torch.equal(with_gradient, without)
+
+
+def test_a_model_in_half_precision_is_summed_in_full() -> None:
+    hidden_ND, ids_N, head = problem(70, torch.bfloat16)
+    found = token_logprobs(hidden_ND, ids_N, head=head, with_entropy=True)
+    expected, entropy = whole_logprobs(hidden_ND, ids_N, head, 1.0)
+    assert found.entropy is not None
+    assert found.logprobs.dtype == found.entropy.dtype == torch.float32
+    assert_close(found.logprobs, expected, rtol=1e-5, atol=1e-5)
+    assert_close(found.entropy, entropy, rtol=1e-5, atol=1e-5)
+
+
+def test_no_logits_are_kept_for_the_backward_pass_and_no_more_than_a_chunk_is_made_at_once() -> None:
+    hidden_ND, ids_N, head = problem(256)
+    kept: list[int] = []
+    made: list[int] = []
+
+    def watched(hidden_nD: Tensor) -> Tensor:
+        made.append(len(hidden_nD))
+        return head(hidden_nD)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        found = token_logprobs(hidden_ND, ids_N, head=watched, with_entropy=True, tokens_per_chunk=64)
+    assert max(kept, default=0) <= 256 * D, "hidden states, never 64 rows of logits"
+    assert made == [64] * 4
+    found.logprobs.sum().backward()
+    assert made == [64] * 8, "each chunk is made again, on its own"
+
+
+def test_a_frozen_head_lets_the_gradient_through() -> None:
+    hidden_ND, ids_N, head = problem(10)
+    head.requires_grad_(False)
+    token_logprobs(hidden_ND, ids_N, head=head).logprobs.sum().backward()
+    assert head.weight.grad is None
+    assert hidden_ND.grad is not None and (hidden_ND.grad.abs().sum(dim=1) > 0).all()
+
+
+def test_a_token_is_predicted_by_the_state_before_it_and_stands_where_it_stands() -> None:
+    torch.manual_seed(1)
+    hidden_BTD, head = torch.randn(2, 5, D), nn.Linear(D, V)
+    ids_BT = torch.randint(V, (2, 5))
+    mask_BT = tensor([[False, False, True, True, False], [False, True, False, False, True]])
+    found = sequence_logprobs(hidden_BTD, ids_BT, response_mask_BT=mask_BT, head=head, with_entropy=True)
+    assert found.entropy is not None
+    for b in range(2):
+        for t in range(5):
+            if not mask_BT[b, t]:
+                assert found.logprobs[b, t] == found.entropy[b, t] == 0
+                continue
+            distribution_V = head(hidden_BTD[b, t - 1]).softmax(-1)
+            assert_close(found.logprobs[b, t], distribution_V[ids_BT[b, t]].log())
+            assert_close(found.entropy[b, t], -(distribution_V * distribution_V.log()).sum())
+
+
+def test_what_lies_outside_the_mask_is_not_looked_at() -> None:
+    torch.manual_seed(2)
+    hidden_BTD, head = torch.randn(1, 4, D), nn.Linear(D, V)
+    ids_BT, mask_BT = torch.randint(V, (1, 4)), tensor([[False, True, True, False]])
+    spoilt_BTD = hidden_BTD.clone()
+    spoilt_BTD[:, 2:] = float("nan")  # the states at tokens 2 and 3 predict tokens 3 and 4
+    spoilt_BT = torch.where(mask_BT, ids_BT, 10**6)
+    one, other = (
+        sequence_logprobs(hidden, ids, response_mask_BT=mask_BT, head=head)
+        for hidden, ids in ((hidden_BTD, ids_BT), (spoilt_BTD, spoilt_BT))
+    )
+    assert torch.equal(one.logprobs, other.logprobs)
+
+
+def test_the_first_token_of_a_row_has_nothing_that_predicts_it() -> None:
+    with pytest.raises(AssertionError, match="nothing stands before"):
+        sequence_logprobs(
+            torch.zeros(1, 2, D), tensor([[1, 2]]), response_mask_BT=tensor([[True, True]]), head=nn.Linear(D, V)
+        )
+    with pytest.raises(AssertionError, match="temperature 0"):
+        token_logprobs(torch.zeros(1, D), tensor([1]), head=nn.Linear(D, V), temperature=0.0)

@@ -1,0 +1,214 @@
+"""Checkpoints under SIGKILL: real processes, killed at every file operation in turn and at random moments."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llamachat.runs.atomic import INCOMING, StorageError, write_text
+from llamachat.runs.checkpoints import newest, writing
+from llamachat.runs.folder import StepFolder
+from llamachat.runs.locks import hold
+from tests.killing import killed_at
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def save(checkpoints: Path, step: int, *, parts: int = 3) -> None:
+    """A state in several files, each holding its step, one of them in a folder of its own."""
+    with writing(checkpoints, step) as side:
+        (side / "adapter").mkdir()
+        for part in range(parts):
+            (side / f"part-{part}").write_text(str(step) * 50)
+        (side / "adapter" / "weights").write_text(str(step) * 50)
+
+
+def is_intact(path: Path, step: int) -> bool:
+    files = [path / "part-0", path / "part-1", path / "part-2", path / "adapter" / "weights"]
+    return all(file.is_file() and file.read_text() == str(step) * 50 for file in files)
+
+
+@pytest.fixture
+def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush matters to a power cut, not to a kill; without it a thousand saves take a second."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.mark.usefixtures("_no_flush")
+def test_at_every_file_operation_a_kill_leaves_the_newest_checkpoint_whole(tmp_path: Path) -> None:
+    seen: set[int] = set()
+    operation, was_killed = -1, True
+    while was_killed:
+        operation += 1
+        checkpoints = tmp_path / str(operation) / "checkpoints"
+        save(checkpoints, 10)
+        save(checkpoints, 20)
+        was_killed = killed_at(operation, lambda place=checkpoints: save(place, 30))
+        found = newest(checkpoints)
+        assert found is not None
+        assert is_intact(found.path, found.step)
+        seen.add(found.step)
+        # The next start cleans up, saves again, and ends where an undisturbed one ends.
+        with hold(StepFolder(checkpoints.parent)):
+            assert not list(checkpoints.glob(f"{INCOMING}*"))
+        save(checkpoints, 30)
+        assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000020", "step-00000030"]
+        shutil.rmtree(checkpoints.parent)
+    assert operation > 20
+    assert seen == {20, 30}
+
+
+@pytest.mark.usefixtures("_no_flush")
+def test_saving_a_step_again_never_leaves_less_than_the_step_before(tmp_path: Path) -> None:
+    operation, was_killed = -1, True
+    while was_killed:
+        operation += 1
+        checkpoints = tmp_path / str(operation)
+        save(checkpoints, 10)
+        save(checkpoints, 20)
+        was_killed = killed_at(operation, lambda place=checkpoints: save(place, 20))
+        found = newest(checkpoints)
+        assert found is not None
+        assert is_intact(found.path, found.step)
+    assert operation > 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to name an open file")
+def test_files_and_folders_are_flushed_before_the_rename_and_the_name_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+    flush, rename = os.fsync, Path.rename
+
+    def recording_flush(descriptor: int) -> None:
+        events.append(("flush", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        flush(descriptor)
+
+    def recording_rename(self: Path, target: Path) -> Path:
+        events.append(("rename", Path(target).name))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", recording_flush)
+    monkeypatch.setattr(Path, "rename", recording_rename)
+    save(tmp_path / "checkpoints", 7)
+    at = events.index(("rename", "step-00000007"))
+    before = {name for event, name in events[:at] if event == "flush"}
+    assert before >= {"part-0", "part-1", "part-2", "weights", "adapter", "checkpoint.json", f"{INCOMING}step-00000007"}
+    assert events[at + 1] == ("flush", "checkpoints")
+
+
+LOOP = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from tests.llamachat.runs.test_checkpoints import save
+from llamachat.runs.checkpoints import newest
+from llamachat.runs.folder import StepFolder
+from llamachat.runs.locks import hold
+folder = StepFolder(Path(sys.argv[1]))
+with hold(folder):
+    found = newest(folder.checkpoints)
+    for step in range(found.step + 1 if found else 1, 10**6):
+        save(folder.checkpoints, step)
+        print(step, flush=True)
+"""
+
+
+def test_killed_at_random_moments_each_start_goes_on_from_the_last_whole_checkpoint(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    folder = StepFolder(tmp_path / "sft")
+    reached = 0
+    for _ in range(5):
+        command = [sys.executable, "-c", LOOP, str(folder.path), str(ROOT)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            first = int(process.stdout.readline())
+            assert first == reached + 1
+            time.sleep(draw.uniform(0.0, 0.15))
+            process.kill()
+            told = [first, *(int(line) for line in process.stdout.read().split("\n")[:-1])]
+        found = newest(folder.checkpoints)
+        assert found is not None
+        assert is_intact(found.path, found.step)
+        # What was reported as saved is there; at most the one under way when the kill came is there unreported.
+        assert found.step in (told[-1], told[-1] + 1)
+        reached = found.step
+
+
+def test_a_failed_save_leaves_nothing_and_the_error_goes_on(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(ZeroDivisionError), writing(tmp_path, 2) as side:
+        (side / "part-0").write_text("x")
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_checkpoint_copied_in_part_is_passed_over_and_pruned(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-00000003")
+    shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-00000004")
+    (tmp_path / "step-00000002" / "part-1").write_text("short")
+    (tmp_path / "step-00000004" / "checkpoint.json").unlink()
+    found = newest(tmp_path)  # 4 has no list, 3 carries the list of 2, 2 lacks bytes
+    assert found is not None
+    assert found.step == 1
+    save(tmp_path, 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000005"]
+
+
+def test_no_checkpoints_yet(tmp_path: Path) -> None:
+    assert newest(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_full_disk_is_told_in_words_and_the_older_checkpoint_stays(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    words = r"No space left on device.*Free space or choose another disk with run\.dir"
+    with pytest.raises(StorageError, match=words), writing(tmp_path, 2) as side:
+        (side / "weights").symlink_to("/dev/full")
+        (side / "weights").write_text("x" * 100000)
+    with pytest.raises(StorageError, match="No space left"), writing(tmp_path, 2):
+        raise RuntimeError("[enforce fail at inline_container.cc:860] . PytorchStreamWriter failed writing file data/0")
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_may_not_be_written_is_told_in_words(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may write anywhere
+    try:
+        with pytest.raises(StorageError, match=r"Permission denied.*Make the folder writable"):
+            save(locked / "checkpoints", 1)
+    finally:
+        os.seteuid(user)
+
+
+def test_a_file_in_the_way_is_told_in_words(tmp_path: Path) -> None:
+    (tmp_path / "sft").write_text("a file of the user's")
+    with pytest.raises(StorageError, match=r"sft.*needs a folder of its own.*out of the way"):
+        save(tmp_path / "sft" / "checkpoints", 1)
+    with pytest.raises(StorageError, match="out of the way"), hold(StepFolder(tmp_path / "sft")):
+        pass
+
+
+def test_text_is_replaced_whole_at_every_kill_point(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    seen: set[str] = set()
+    for operation in range(100):
+        write_text(path, "old " * 5000)
+        was_killed = killed_at(operation, lambda: write_text(path, "new " * 9000))
+        seen.add(path.read_text())
+        if not was_killed:
+            break
+    assert seen == {"old " * 5000, "new " * 9000}

@@ -1,0 +1,370 @@
+"""Run folders: locks between real processes, fingerprints, and what may be done in a step folder."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamachat.errors import ArtifactError, BusyError, ChangedError, DataError, UsageError
+from llamachat.runs import fingerprints, locks
+from llamachat.runs.artifacts import Manifest, publish
+from llamachat.runs.atomic import INCOMING, StorageError
+from llamachat.runs.fingerprints import changed_keys, digest_of_file, digest_of_folder, digest_of_weights, fingerprint
+from llamachat.runs.folder import StepFolder
+from llamachat.runs.locks import hold, is_held_by_us, living_owner
+from llamachat.runs.state import StepState, begin, lineage, overwrite, reference, step_state
+from tests.killing import killed_at
+
+ROOT = Path(__file__).resolve().parents[3]
+IDENTITY: dict[str, Any] = {"step": "sft", "sft": {"learning_rate": 0.001, "epochs": 2}, "inputs": {"data": "a" * 64}}
+CHANGED: dict[str, Any] = {**IDENTITY, "sft": {"learning_rate": 0.002, "epochs": 2}}
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from llamachat.runs.folder import StepFolder
+from llamachat.runs.locks import hold
+with hold(StepFolder(Path(sys.argv[1]))):
+    child = os.fork()
+    print(child or "", end="\\n" if child else "", flush=True)
+    time.sleep(60)
+"""
+
+
+def start(folder: StepFolder, identity: dict[str, Any] = IDENTITY) -> StepState:
+    """What a command does before it trains."""
+    state = step_state(folder, fingerprint(identity), identity)
+    if state is not StepState.DONE:
+        with hold(folder):
+            begin(folder, "sft", fingerprint=fingerprint(identity), identity=identity, resolved="sft: {}\n")
+    return state
+
+
+def finish(folder: StepFolder, identity: dict[str, Any] = IDENTITY, content: str = "weights") -> None:
+    manifest = Manifest(kind="policy", step="sft", fingerprint=fingerprint(identity), identity=identity, seed=0)
+    publish(folder, manifest, lambda side: (side / "model.safetensors").write_text(content))
+
+
+def test_a_second_command_is_refused_at_once_and_a_killed_owner_frees_the_step(tmp_path: Path) -> None:
+    folder = StepFolder(tmp_path / "sft")
+    command = [sys.executable, "-c", HOLDER, str(folder.path), str(ROOT)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        child = int(owner.stdout.readline())
+        try:
+            asked = time.monotonic()
+            with pytest.raises(BusyError) as refusal, hold(folder):
+                pass
+            assert time.monotonic() - asked < 1.0
+            year = time.strftime("%Y")
+            assert re.search(
+                rf"process {owner.pid} on {re.escape(os.uname().nodename)} since {year}-.*Wait for it to end, stop it"
+                rf" \(`kill {owner.pid}`.*run\.dir=NEW",
+                str(refusal.value),
+            )
+            found = living_owner(folder)
+            assert found is not None
+            assert found.pid == owner.pid
+            leftover = folder.checkpoints / f"{INCOMING}step-00000001"
+            leftover.mkdir(parents=True)
+            owner.send_signal(signal.SIGKILL)
+            owner.wait()
+            os.kill(child, 0)  # its forked child lives on, and does not hold the lock
+            assert living_owner(folder) is None
+            inode = folder.lock.stat().st_ino
+            with hold(folder):
+                assert not leftover.exists()
+                assert folder.lock.stat().st_ino == inode, "the file stays: others may wait on it"
+        finally:
+            owner.kill()
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_step_is_held_once_within_a_process_and_looking_does_not_drop_the_lock(tmp_path: Path) -> None:
+    folder = StepFolder(tmp_path / "rm" / "safety")
+    probe = (
+        "import fcntl, sys\nwith open(sys.argv[1], 'r+') as f:\n  try: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "  except OSError: sys.exit(3)"
+    )
+    with hold(folder):
+        found = living_owner(folder)
+        assert found is not None
+        assert found.pid == os.getpid()
+        with pytest.raises(BusyError), hold(folder):
+            pass
+        assert is_held_by_us(folder)
+        assert subprocess.run([sys.executable, "-c", probe, str(folder.lock)], check=False).returncode == 3
+    assert not is_held_by_us(folder)
+    assert subprocess.run([sys.executable, "-c", probe, str(folder.lock)], check=False).returncode == 0
+
+
+def test_a_file_system_without_locks_is_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "lockf", refuse)
+    words = r"cannot lock \(No locks available\).*local disk with run\.dir"
+    with pytest.raises(StorageError, match=words), hold(StepFolder(tmp_path / "sft")):
+        pass
+
+
+def test_a_lock_on_a_folder_that_became_a_reference_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, folder = StepFolder(tmp_path / "old" / "sft"), StepFolder(tmp_path / "new" / "sft")
+    finish(parent)
+    take = locks._try_lock
+
+    def swap_then_take(descriptor: int, path: Path) -> bool:
+        shutil.rmtree(folder.path)
+        folder.path.symlink_to(parent.path)
+        return take(descriptor, path)
+
+    monkeypatch.setattr(locks, "_try_lock", swap_then_take)
+    with pytest.raises(BusyError, match=r"replaced this step by a reference.*same command again"), hold(folder):
+        pass
+    assert not parent.lock.exists()
+
+
+def test_new_then_resume_then_done(tmp_path: Path) -> None:
+    folder = StepFolder(tmp_path / "tiny" / "sft")
+    assert start(folder) is StepState.NEW
+    assert folder.config.read_text() == "sft: {}\n"
+    assert json.loads(folder.identity.read_text())["step"] == "sft"
+    assert start(folder) is StepState.RESUME
+    finish(folder)
+    assert start(folder) is StepState.DONE
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_change_is_refused_with_old_and_new_value_and_both_ways_out(tmp_path: Path, is_finished: bool) -> None:
+    folder = StepFolder(tmp_path / "tiny" / "sft")
+    start(folder)
+    if is_finished:
+        finish(folder)
+    with pytest.raises(ChangedError) as refusal:
+        step_state(folder, fingerprint(CHANGED), CHANGED)
+    text = str(refusal.value)
+    assert "sft.learning_rate: 0.001 -> 0.002" in text
+    assert "epochs" not in text
+    assert f"run.dir=NEW run.parent={tmp_path / 'tiny'}`" in text
+    assert "--overwrite" in text
+    assert ("is finished" in text, "go back to the old values" in text) == (is_finished, not is_finished)
+    assert start(folder) is (StepState.DONE if is_finished else StepState.RESUME), "the refusal changed nothing"
+
+
+def test_the_run_of_a_nested_step_is_two_levels_up(tmp_path: Path) -> None:
+    folder = StepFolder(tmp_path / "tiny" / "rm" / "safety")
+    identity = {"step": "rm/safety", "reward": {"margin": "small"}}
+    start(folder, identity)
+    changed = {"step": "rm/safety", "reward": {"margin": "large"}}
+    with pytest.raises(ChangedError, match=rf'"small" -> "large"(?s:.*)run\.parent={tmp_path / "tiny"}`'):
+        step_state(folder, fingerprint(changed), changed)
+
+
+def test_equal_keys_with_another_fingerprint_are_refused_too(tmp_path: Path) -> None:
+    folder = StepFolder(tmp_path / "tiny" / "sft")
+    start(folder)
+    with pytest.raises(ChangedError, match="the version of the stage"):
+        step_state(folder, "0" * 64, IDENTITY)
+
+
+def test_overwrite_makes_the_step_new_and_keeps_the_lock_file(tmp_path: Path) -> None:
+    folder = StepFolder(tmp_path / "tiny" / "sft")
+    start(folder)
+    finish(folder)
+    (folder.path / "figures").mkdir()
+    (folder.path / "figures" / "a.png").write_text("")
+    overwrite(folder)
+    assert [path.name for path in folder.path.iterdir()] == ["lock"]
+    assert start(folder, CHANGED) is StepState.NEW
+    with hold(folder):
+        overwrite(folder)  # by the holder itself
+    assert not folder.identity.exists()
+    overwrite(StepFolder(tmp_path / "never" / "made"))
+
+
+def test_overwrite_killed_at_any_moment_never_lets_new_work_go_on_from_old_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    operation, was_killed = 0, True
+    while was_killed:
+        folder = StepFolder(tmp_path / str(operation) / "sft")
+        start(folder)
+        finish(folder)
+        (folder.checkpoints / "step-00000009").mkdir(parents=True)
+        folder.metrics.write_text("{}\n")
+        was_killed = killed_at(operation, lambda folder=folder: overwrite(folder))
+        is_old_work_left = folder.checkpoints.exists() or folder.metrics.exists() or folder.artifact.exists()
+        try:
+            is_new = step_state(folder, fingerprint(CHANGED), CHANGED) is StepState.NEW
+        except ChangedError:
+            is_new = False
+        assert not (is_new and is_old_work_left)
+        overwrite(folder)
+        assert start(folder, CHANGED) is StepState.NEW
+        operation += 1
+    assert operation > 10
+
+
+def test_checkpoints_of_unknown_origin_are_never_continued(tmp_path: Path) -> None:
+    folder = StepFolder(tmp_path / "tiny" / "sft")
+    (folder.checkpoints / "step-00000009").mkdir(parents=True)
+    assert start(folder) is StepState.NEW
+    assert not folder.checkpoints.exists()
+
+
+def test_a_folder_of_the_users_is_neither_used_nor_cleared(tmp_path: Path) -> None:
+    folder = StepFolder(tmp_path / "sft")
+    folder.path.mkdir()
+    (folder.path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"holds thesis\.tex, which no step made.*run\.dir=DIR"):
+        step_state(folder, fingerprint(IDENTITY), IDENTITY)
+    with pytest.raises(UsageError, match="which no step made"):
+        overwrite(folder)
+    with pytest.raises(UsageError, match="which no step made"), hold(folder):
+        begin(folder, "sft", fingerprint="0", identity=IDENTITY, resolved="")
+    assert (folder.path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_reference_reuses_a_step_and_is_never_written_through(tmp_path: Path) -> None:
+    parent, folder = StepFolder(tmp_path / "old" / "rm" / "safety"), StepFolder(tmp_path / "new" / "rm" / "safety")
+    start(parent)
+    finish(parent)
+    before = _content(parent.path)
+    with hold(folder):
+        pass  # a start that went no further leaves a folder with a lock in it
+    reference(folder, parent)
+    assert folder.path.readlink() == Path("../../old/rm/safety")
+    assert start(folder) is StepState.DONE
+    reference(folder, parent)
+    grandchild = StepFolder(tmp_path / "newest" / "rm" / "safety")
+    reference(grandchild, folder)
+    assert grandchild.path.readlink() == Path("../../old/rm/safety"), "straight to the files, not by the run between"
+    with pytest.raises(ChangedError):
+        start(folder, CHANGED)
+    overwrite(folder)
+    assert not folder.path.exists()
+    assert start(folder, CHANGED) is StepState.NEW
+    assert _content(parent.path) == before
+
+
+def test_a_reference_to_what_is_gone_or_unfinished_is_told(tmp_path: Path) -> None:
+    parent, folder = StepFolder(tmp_path / "old" / "sft"), StepFolder(tmp_path / "new" / "sft")
+    finish(parent)
+    reference(folder, parent)
+    shutil.rmtree(parent.artifact)
+    with pytest.raises(ArtifactError, match=r"stands for .*old/sft, which is not there or not finished.*--overwrite"):
+        step_state(folder, fingerprint(IDENTITY), IDENTITY)
+    shutil.rmtree(parent.path)
+    with pytest.raises(ArtifactError, match="not there or not finished"):
+        step_state(folder, fingerprint(IDENTITY), IDENTITY)
+    overwrite(folder)
+    assert step_state(folder, fingerprint(IDENTITY), IDENTITY) is StepState.NEW
+
+
+def test_lineage_is_rebuilt_from_the_manifests(tmp_path: Path) -> None:
+    run = tmp_path / "new"
+    finish(StepFolder(tmp_path / "old" / "sft"))
+    reference(StepFolder(run / "sft"), StepFolder(tmp_path / "old" / "sft"))
+    finish(StepFolder(run / "ppo"), CHANGED)
+    (run / f"{INCOMING}999999999-lineage.json").write_text("of a killed command")
+    index = lineage(run)
+    assert json.loads((run / "lineage.json").read_text()) == index
+    assert index["run"] == "new"
+    assert [(row["path"], row["reference_to"]) for row in index["steps"]] == [
+        ("sft/artifact", "../old/sft"),
+        ("ppo/artifact", None),
+    ]
+    assert not list(run.glob(f"{INCOMING}*"))
+
+
+def test_the_fingerprint_is_the_digest_of_sorted_json() -> None:
+    by_hand = hashlib.sha256(b'{"a":1,"b":{"c":null,"d":[1.5,"x"]}}').hexdigest()
+    assert fingerprint({"b": {"d": [1.5, "x"], "c": None}, "a": 1}) == by_hand
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(max_size=3), _JSON, max_size=4), st.randoms())
+def test_the_order_of_keys_changes_nothing(identity: dict[str, Any], draw: Any) -> None:
+    items = list(identity.items())
+    draw.shuffle(items)
+    assert fingerprint(dict(items)) == fingerprint(identity)
+    assert changed_keys(dict(items), identity) == []
+
+
+def test_changes_are_told_key_by_key() -> None:
+    old = {"data": {"sft": [{"path": "a.jsonl"}]}, "seed": 0, "system": None, "policy": "a" * 64, "flag": True}
+    new = {"data": {"sft": [{"path": "b.jsonl"}, {"path": "c"}]}, "seed": 0, "policy": "b" * 64, "flag": 1}
+    assert changed_keys(old, new) == [
+        'data.sft[0].path: "a.jsonl" -> "b.jsonl"',
+        'data.sft[1].path: absent -> "c"',
+        "flag: true -> 1",
+        "policy: aaaaaaaaaaaa... -> bbbbbbbbbbbb...",
+        "system: null -> absent",
+    ]
+
+
+def test_digests_follow_content_and_names_but_not_place(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "a.json").write_text("1")
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    assert digest_of_file(tmp_path / "one" / "model.safetensors") == hashlib.sha256(b"weights").hexdigest()
+    assert digest_of_folder(tmp_path / "one") == digest_of_folder(tmp_path / "two")
+    assert digest_of_weights(tmp_path / "one") == digest_of_weights(tmp_path / "two")
+    (tmp_path / "two" / "README.md").write_text("a card")
+    assert digest_of_weights(tmp_path / "one") == digest_of_weights(tmp_path / "two"), "a card is not weights"
+    assert digest_of_folder(tmp_path / "one") != digest_of_folder(tmp_path / "two")
+    (tmp_path / "two" / "deep" / "a.json").rename(tmp_path / "two" / "deep" / "b.json")
+    assert digest_of_weights(tmp_path / "one") != digest_of_weights(tmp_path / "two")
+
+
+def test_big_weights_are_digested_by_header_size_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprints, "WHOLE_UP_TO_BYTES", 1000)
+    monkeypatch.setattr(fingerprints, "_CHUNK", 10)
+    path = tmp_path / "model.safetensors"
+    content = bytearray((20).to_bytes(8, "little") + b'{"t": "header"}     ' + bytes(20_000))
+    path.write_bytes(content)
+    first = digest_of_weights(tmp_path)
+    for place in (15, len(content) - 1):  # in the header; in the last block
+        edited = bytearray(content)
+        edited[place] ^= 1
+        path.write_bytes(edited)
+        assert digest_of_weights(tmp_path) != first
+    path.write_bytes(content + b"\0")
+    assert digest_of_weights(tmp_path) != first
+    path.write_bytes(content)
+    assert digest_of_weights(tmp_path) == first
+
+
+def test_what_cannot_be_digested_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl: no such file.*Correct the path"):
+        digest_of_file(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="model: no such folder"):
+        digest_of_weights(tmp_path / "model")
+    with pytest.raises(DataError, match="holds no files"):
+        digest_of_weights(tmp_path)
+
+
+def _content(path: Path) -> dict[str, bytes]:
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}

@@ -1,0 +1,117 @@
+"""A reward function of the user's: what it is given, what may come back, and how its faults are told."""
+
+import hashlib
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import tensor
+
+from llamachat.config.combiners import FunctionName
+from llamachat.errors import ConfigError, ScoringError
+from llamachat.scoring.combining import combiner
+from llamachat.scoring.scores import Scores
+from llamachat.scoring.user_function import load_user_function
+from tests.llamachat.scoring.tiny_scoring import answers, scoring
+
+
+def write(folder: Path, text: str, name: str = "rewards.py") -> str:
+    path = folder / name
+    path.write_text(textwrap.dedent(text))
+    return f"{path}:score"
+
+
+TEN_LINES = """
+    from dataclasses import dataclass
+
+    @dataclass
+    class Limit:
+        words: int
+
+    def score(prompts, completions, scores, **columns):
+        brief = [len(text) <= Limit(9).words for text in completions]
+        asked = [messages[-1]["content"].endswith("1") for messages in prompts]
+        return [h + b + 10 * a + 100 * s for h, b, a, s in zip(scores["helpfulness"], brief, asked, columns["is_safety"])]
+"""
+
+
+def test_a_function_of_ten_lines_scores_the_answers(tmp_path: Path) -> None:
+    combine = combiner(scoring(combine=write(tmp_path, TEN_LINES)))
+    found = combine(
+        Scores(helpfulness_B=tensor([0.5, 0.5, 0.5, 0.5]), safety_B=None),
+        answers(4, is_safety=[False, False, False, True]),
+    )
+    # texts of 7, 8, 9, 10 characters; the second question ends with 1; the last prompt is on safety
+    assert found.scores_B.tolist() == [1.5, 11.5, 1.5, 100.5]
+    assert found.scores_B.dtype == torch.float32 and not found.is_gated_B.any()
+
+
+def test_a_function_may_need_no_model_and_may_give_a_tensor_or_booleans(tmp_path: Path) -> None:
+    none = Scores(helpfulness_B=None, safety_B=None)
+    text = (
+        "import torch\ndef score(prompts, completions, scores, **columns):\n    return torch.tensor(columns['words'])"
+    )
+    assert combiner(scoring(combine=write(tmp_path, text)))(none, answers(2, words=[3.0, 4.0])).scores_B.tolist() == [
+        3,
+        4,
+    ]
+    text = "def score(prompts, completions, scores, **columns):\n    return [True for _ in scores or completions]"
+    assert combiner(scoring(combine=write(tmp_path, text)))(none, answers(2)).scores_B.tolist() == [1, 1]
+
+
+def test_a_function_cannot_change_what_the_next_one_sees(tmp_path: Path) -> None:
+    text = "def score(prompts, completions, scores, **columns):\n    prompts.clear(), scores.clear()\n    return [0.0] * len(completions)"
+    combine = combiner(scoring(combine=write(tmp_path, text)))
+    given, scores = answers(2), Scores(helpfulness_B=tensor([1.0, 2.0]), safety_B=None)
+    combine(scores, given)
+    assert len(given.prompts) == 2 and scores.by_model()["helpfulness"].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("[1.0]", "it gave back 1 values for 2 completions"),
+        ("[1.0, float('nan')]", "value 1 is nan, but a finite number is required"),
+        ("[float('inf'), 1.0]", "value 0 is inf"),
+        ("[1.0, None]", "value 1 is nothing (null)"),
+        ("['good', 'bad']", "value 0 is the text 'good'"),
+        ("1.0", "it gave back the number 1.0, but a list with one number for each completion is required"),
+        ("scores['safty']", "it raised KeyError: 'safty' (line 2)"),
+    ],
+)
+def test_what_a_function_does_wrong_is_told_with_its_name(tmp_path: Path, body: str, expected: str) -> None:
+    name = write(tmp_path, f"def score(prompts, completions, scores, **columns):\n    return {body}")
+    with pytest.raises(ScoringError) as told:
+        combiner(scoring(combine=name))(Scores(helpfulness_B=tensor([1.0, 2.0]), safety_B=None), answers(2))
+    assert str(told.value).startswith(f"{name}: ") and expected in str(told.value)
+
+
+def test_a_function_without_room_for_further_columns_is_told_the_signature(tmp_path: Path) -> None:
+    name = write(tmp_path, "def score(prompts, completions):\n    return [0.0] * len(completions)")
+    with pytest.raises(
+        ScoringError, match=r"cannot be called with .* Write it as fn\(prompts, completions, scores, \*\*"
+    ):
+        combiner(scoring(combine=name))(Scores(helpfulness_B=tensor([1.0]), safety_B=None), answers(1))
+
+
+def test_files_and_functions_that_are_not_there_are_told(tmp_path: Path) -> None:
+    name = write(tmp_path, "def scores(prompts, completions, scores, **columns):\n    return [0.0]\nlimit = 3")
+    with pytest.raises(ConfigError, match=r"no function under the name 'score'.* Did you mean '.*rewards.py:scores'"):
+        combiner(scoring(combine=name))
+    with pytest.raises(ConfigError, match="has the number 3 and no function under the name 'limit'"):
+        combiner(scoring(combine=name.replace(":score", ":limit")))
+    with pytest.raises(ConfigError, match=r"does not exist\. Did you mean '.*rewards\.py'"):
+        combiner(scoring(combine=name.replace("rewards.py", "reward.py")))
+    for text, expected in {
+        "1 +": "SyntaxError: .*line 1",
+        "import nothing_of_the_kind": "ModuleNotFoundError.*line 1",
+    }.items():
+        with pytest.raises(ConfigError, match=f"cannot be run: {expected}"):
+            combiner(scoring(combine=write(tmp_path, text, "broken.py")))
+
+
+def test_the_content_of_the_file_is_part_of_what_a_step_is_made_from(tmp_path: Path) -> None:
+    write(tmp_path, TEN_LINES)
+    function = load_user_function(FunctionName(tmp_path / "rewards.py", "score"))
+    assert function.digest == hashlib.sha256((tmp_path / "rewards.py").read_bytes()).hexdigest()

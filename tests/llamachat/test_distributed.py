@@ -1,0 +1,68 @@
+"""Processes that work together: what is dealt out comes back whole and in order, and all of them hold the same."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from llamachat import distributed
+from tests.several import run_several
+
+GRADIENTS = (torch.tensor([[1.0, -2.0]]), torch.tensor([3.0, 0.5, 4.0]))
+
+
+def share_work() -> dict[str, Any]:
+    index = distributed.index()
+    asked: list[list[int]] = []
+
+    def squares(items: list[int]) -> list[int]:
+        asked.append(items)
+        return [item * item for item in items]
+
+    found = {length: distributed.dealt(list(range(length)), squares) for length in (0, 1, 2, 7)}
+    weights = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in GRADIENTS]
+    # Each has something for the first weight, and only the last one for the second.
+    weights[0].grad = GRADIENTS[0] * (index + 1)
+    if index == distributed.count() - 1:
+        weights[1].grad = GRADIENTS[1].clone()
+    distributed.NUMBERS_PER_TRANSFER = 4  # the two weights do not go together
+    distributed.sum_gradients(weights)
+    mine = torch.tensor([1.0, float(index)])
+    return {
+        "found": found,
+        "asked": asked,
+        "gradients": [weight.grad for weight in weights],
+        "summed": distributed.summed(mine),
+        "mine": mine,
+        "agreed": distributed.agreed({"index": index}),
+        "first": distributed.is_first(),
+    }
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_work_is_dealt_out_and_its_results_are_in_every_process(count: int) -> None:
+    found = run_several(count, share_work)
+    assert [one["first"] for one in found] == [True] + [False] * (count - 1)
+    for index, one in enumerate(found):
+        assert one["found"] == {length: [n * n for n in range(length)] for length in (0, 1, 2, 7)}
+        assert one["agreed"] == {"index": 0}
+        assert_close(one["mine"], torch.tensor([1.0, float(index)]))
+        assert_close(one["summed"], torch.tensor([float(count), float(sum(range(count)))]))
+        assert_close(one["gradients"][0], GRADIENTS[0] * sum(range(1, count + 1)))
+        assert_close(one["gradients"][1], GRADIENTS[1])
+    # Nobody does another's work, and who has none is not asked; of nothing at all each makes nothing.
+    asked = [items for one in found for items in one["asked"]]
+    assert sorted(item for items in asked for item in items) == sorted([0, *range(2), *range(7)])
+    assert asked.count([]) == count
+
+
+def fail_in_the_last() -> None:
+    if distributed.index() == distributed.count() - 1:
+        raise ValueError("the last one fails")
+    distributed.wait()
+
+
+def test_an_error_in_one_process_is_the_end_of_all() -> None:
+    with pytest.raises(AssertionError, match=r"process \d of 2"):
+        run_several(2, fail_in_the_last)

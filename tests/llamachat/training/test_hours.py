@@ -1,0 +1,329 @@
+"""Hours that are over: each step ends with something sound, says so, and is done; the command begins no further one."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import ppo
+import reward
+import sft
+from llamachat.answers import groups as groups_module
+from llamachat.answers.batches import Batches
+from llamachat.answers.store import Store
+from llamachat.chat_format import ChatFormat
+from llamachat.config.section import identity
+from llamachat.runs.artifacts import Artifact, read_artifact
+from llamachat.runs.folder import StepFolder
+from llamachat.tracking.record import MetricsRecord
+from llamachat.training import hours as hours_module
+from llamachat.training.hours import Hours
+from pipelines.cli.main import main
+from pipelines.execution.run import run_command
+from pipelines.recipe.recipe import load
+from sft import train as sft_module
+from sft.config import Config as SftConfig
+from tests.context_distillation import tiny_distilling
+from tests.gatt import tiny_gatt
+from tests.llamachat.models.tiny_roles import FULL, World
+from tests.ppo.tiny_ppo import config_of, write_stopping_base
+from tests.ppo.tiny_ppo import inputs_of as ppo_inputs
+from tests.recipes import publish_toy_policy
+from tests.recipes import write_recipe as write_toy_recipe
+from tests.rejection_sampling import tiny_rounds
+from tests.reward.tiny_reward import reward_inputs
+from tests.sft.tiny_sft import inputs_of, toy_dialogs, write_base
+
+TINY = 1e-9  # hours: over when the first piece of work is done
+TWO_HOURS = 2.0
+
+
+class Clock:
+    """The seconds that the hours are counted by."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(hours_module, "time", found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_curves() -> Iterator[None]:
+    """Curves, which other tests look at, take longer than all the training here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (
+            "sft.train",
+            "reward.train",
+            "ppo.train",
+            "rejection_sampling.train",
+            "gatt.train",
+            "context_distillation.train",
+        ):
+            patch.setattr(import_module(name), "draw_curves", lambda *_: None)
+        yield
+
+
+def weights_of(artifact: Artifact) -> dict[str, Tensor]:
+    (path,) = artifact.path.glob("*.safetensors")
+    return load_file(path)
+
+
+def steps_of(artifact: Artifact) -> list[float]:
+    rows = MetricsRecord(artifact.path.parent / "metrics.jsonl").read()
+    return [row["step"] for row in rows if "optim/learning_rate" in row]
+
+
+# --- trainings
+
+
+def test_a_tuning_ends_after_its_first_step_and_its_weights_have_moved(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = SftConfig(examples_per_step=4, learning_rate=1e-2, warmup_fraction=0, sample_prompts=0, max_hours=TINY)
+    with caplog.at_level(logging.WARNING):
+        artifact = sft.run(config, inputs_of(tmp_path, base, toy_dialogs(24)))
+    details, summary = artifact.manifest.details, json.loads((artifact.path.parent / "summary.json").read_text())
+    assert (details["ended_by"], details["optimizer_step"], steps_of(artifact)) == ("max_hours", 1, [1])
+    assert "sft: sft.max_hours (1e-09) are over at step 1" in caplog.text
+    assert not torch.equal(
+        weights_of(artifact)["lm_head.weight"], load_file(base / "model.safetensors")["lm_head.weight"]
+    )
+    assert summary["sft/eval_loss"] != summary["sft/eval_loss_base"]
+
+
+def test_a_reward_model_ends_after_its_first_step(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = reward.Config(pairs_per_step=8, max_hours=TINY)
+    with caplog.at_level(logging.WARNING):
+        artifact = reward.run(config, reward_inputs(tmp_path, base))
+    details = artifact.manifest.details
+    assert (details["ended_by"], details["optimizer_step"], steps_of(artifact)) == ("max_hours", 1, [1])
+    assert "rm/helpfulness: reward.max_hours (1e-09) are over at step 1" in caplog.text
+
+
+def test_ppo_ends_when_the_commands_hours_are_over(
+    tiny_sentencepiece: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = write_stopping_base(tmp_path / "base", tiny_sentencepiece)
+    with caplog.at_level(logging.WARNING):
+        artifact = ppo.run(config_of(), replace(ppo_inputs(tmp_path, base), deadline=0.0))
+    assert artifact.manifest.details["ended_by"] == "run.max_hours"
+    assert "ppo: run.max_hours are over at iteration 1" in caplog.text
+
+
+LOSSES = (9.0, 4.0, 2.0, 3.0, 5.0, 6.0)  # on held-out answers: before, and after each step
+
+
+class Scripted:
+    """Held-out losses as written, an evaluation taking 1000 seconds; the weights that were evaluated, by step."""
+
+    def __init__(self, clock: Clock, *, dies_at: int = -1, first: int = 0) -> None:
+        self.clock, self.dies_at, self.step = clock, dies_at, first
+        self.seen: dict[int, dict[str, Tensor]] = {}
+
+    def __call__(self, model: Any, *_: Any, **__: Any) -> float:
+        if self.step == self.dies_at:
+            raise KeyboardInterrupt
+        self.clock.now += 1000
+        self.seen[self.step] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        self.step += 1
+        return LOSSES[self.step - 1]
+
+
+SEVERAL = SftConfig(epochs=3, examples_per_step=4, learning_rate=1e-3, sample_prompts=0, max_hours=1.0)
+
+
+def tuned(tmp_path: Path, base: Path, losses: Scripted, monkeypatch: pytest.MonkeyPatch) -> Artifact:
+    monkeypatch.setattr(sft_module, "answer_loss", losses)
+    return sft.run(SEVERAL, inputs_of(tmp_path, base, toy_dialogs(24), tracking={"eval_every": 1, "save_every": 1}))
+
+
+def test_the_best_of_what_was_evaluated_is_published(
+    base: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One hour: after evaluations at 0, 1, 2 and 3 it is 4000 seconds, which step 4 finds."""
+    losses = Scripted(clock)
+    artifact = tuned(tmp_path, base, losses, monkeypatch)
+    assert steps_of(artifact) == [1, 2, 3, 4] and artifact.manifest.details["optimizer_step"] == 2
+    published = weights_of(artifact)
+    assert all(torch.equal(weight, losses.seen[2][name]) for name, weight in published.items())
+    assert not torch.equal(published["lm_head.weight"], losses.seen[4]["lm_head.weight"])
+    assert json.loads((artifact.path.parent / "summary.json").read_text())["sft/eval_loss"] == 2.0
+
+
+def test_a_kill_neither_sets_the_hours_back_nor_loses_the_best(
+    base: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tuned(tmp_path, base, Scripted(clock, dies_at=3), monkeypatch)
+    clock.now += 100_000  # nobody works
+    artifact = tuned(tmp_path, base, Scripted(clock, first=3), monkeypatch)
+    details = artifact.manifest.details
+    assert (details["ended_by"], details["optimizer_step"], steps_of(artifact)[-1]) == ("max_hours", 2, 4)
+    clock.now += 100_000
+    (artifact.path / "manifest.json").unlink()  # killed before it was published: nothing is trained or measured again
+    again = tuned(tmp_path, base, Scripted(clock, dies_at=0), monkeypatch)
+    assert again.manifest.files == artifact.manifest.files and again.manifest.details == details
+
+
+def test_a_training_that_ends_by_itself_publishes_its_last_state(base: Path, tmp_path: Path) -> None:
+    """Within its hours it is the very one of a recipe without them."""
+    found = []
+    for name, limit in (("with", TWO_HOURS), ("without", None)):
+        (tmp_path / name).mkdir()
+        config = SftConfig(epochs=1, examples_per_step=4, sample_prompts=0, max_hours=limit)
+        found.append(sft.run(config, inputs_of(tmp_path / name, base, toy_dialogs(12))))
+        assert "ended_by" not in found[-1].manifest.details
+    assert found[0].manifest.files == found[1].manifest.files
+
+
+# --- steps that sample
+
+
+def test_batches_are_made_until_the_hours_are_over_and_those_held_out_in_any_case(tmp_path: Path, clock: Clock) -> None:
+    """Batches of 1500 seconds in one hour: the third of five is the last; a resumed command knows of the first two."""
+    made: list[int] = []
+
+    def batches(hours: Hours) -> Batches[tuple[int, ...]]:
+        return Batches(Store(tmp_path), hours, [(1, 2), (3, 4), (5, 6), (7, 8), (9,)], [(10,)])
+
+    def make(number: int, asked: tuple[int, ...], *, dies_at: int = -1) -> dict[str, Any]:
+        if number == dies_at:
+            raise KeyboardInterrupt
+        clock.now += 1500
+        made.append(number)
+        return {"sum": sum(asked)}
+
+    with pytest.raises(KeyboardInterrupt):
+        list(batches(Hours("rs", "rejection_sampling", limit=1.0)).go(lambda n, a: make(n, a, dies_at=3)))
+    clock.now += 100_000
+    again = batches(hours_module.open_hours("rs", "rejection_sampling", 1.0, None, tmp_path))
+    found = list(again.go(make))
+    assert made == [1, 2, 3, 6]
+    assert [(one.made["sum"], one.is_held_out) for one in found] == [(3, False), (7, False), (11, False), (10, True)]
+    assert again.left_out("prompts") == {"prompts left out: rejection_sampling.max_hours are over": 3}
+    once_more = batches(hours_module.open_hours("rs", "rejection_sampling", 1.0, None, tmp_path))
+    assert [one.number for one in once_more.go(make)] == [1, 2, 3, 6] and len(made) == 4
+
+
+@pytest.fixture(scope="module")
+def recipes(
+    tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes, tiny_format: ChatFormat
+) -> dict[str, Callable[[], Path]]:
+    """A recipe of each step that samples, with two batches or more."""
+    folder = tmp_path_factory.mktemp("recipes")
+    world = World(tmp_path_factory.mktemp("roles"), tiny_format, tiny_sentencepiece, tiny_distilling.write_roomy_base)
+    stopping = write_stopping_base(folder / "stopping", tiny_sentencepiece)
+    roomy = tiny_gatt.write_roomy_base(folder / "roomy", tiny_sentencepiece)
+
+    def distilling() -> Path:
+        safety = world.reward_model("safety", FULL, FULL).path
+        return tiny_distilling.write_recipe(folder / "d" / "one.yaml", Path(world.base.model), safety)
+
+    for name in ("r", "g", "d"):
+        (folder / name).mkdir()
+    return {
+        "rs": lambda: tiny_rounds.write_recipe(folder / "r" / "one.yaml", stopping),
+        "gatt": lambda: tiny_gatt.write_recipe(folder / "g" / "one.yaml", roomy),
+        "distill": distilling,
+    }
+
+
+@pytest.mark.parametrize(
+    ("command", "section", "what"),
+    [
+        ("rs", "rejection_sampling", "prompts"),
+        ("gatt", "gatt", "dialogs"),
+        ("distill", "context_distillation", "prompts"),
+    ],
+)
+def test_what_was_sampled_is_learnt(
+    command: str,
+    section: str,
+    what: str,
+    recipes: dict[str, Callable[[], Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for module in (groups_module, import_module("gatt.batches")):
+        monkeypatch.setattr(module, "ANSWERS_PER_BATCH", 60)
+    recipe = recipes[command]()
+    with caplog.at_level(logging.INFO):
+        (artifact,) = run_command(load(recipe, [f"{section}.max_hours={TINY}"]), command)
+    dialogs = read_artifact(StepFolder(artifact.path.parent).dialogs, "dialogs").manifest
+    left_out = {reason: count for reason, count in dialogs.dropped_records.items() if "max_hours" in reason}
+    assert list(left_out) == [f"{what} left out: {section}.max_hours are over"] and min(left_out.values()) > 0
+    assert dialogs.details["ended_by"] == artifact.manifest.details["ended_by"] == "max_hours"
+    assert f"{command}: {section}.max_hours (1e-09) are over at batch 1 of" in caplog.text
+    assert f"{left_out.popitem()[1]} {what} left out: {section}.max_hours are over" in caplog.text
+    assert steps_of(artifact) and "sft.max_hours" not in caplog.text, "the tuning has hours of its own"
+    batches = sorted(path.name for path in StepFolder(artifact.path.parent).sampling.glob("batch-*.json"))
+    assert batches[0] == "batch-00001.json" and "batch-00002.json" not in batches and len(batches) >= 2
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        run_command(load(recipe, [f"{section}.max_hours={TINY}"]), command)
+    assert f"{command}: done already" in caplog.text
+
+
+# --- the command
+
+
+TWO_STEPS = ["sft", {"sft": {"name": "sft-2"}}, {"sft": {"name": "sft-3"}}]
+
+
+def test_when_the_commands_hours_are_over_no_further_step_is_begun_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun: Counter[str] = Counter()
+
+    def run(config: Any, inputs: Any) -> Artifact:
+        begun[inputs.step] += 1
+        assert inputs.deadline is not None
+        return publish_toy_policy(config, inputs)
+
+    monkeypatch.setattr(sft, "run", run)
+    command = ["all", "--config", str(write_toy_recipe(tmp_path, steps=TWO_STEPS)), f"run.max_hours={TINY}"]
+    words = []
+    for _ in range(4):
+        assert main(command) == 0
+        words.append(capsys.readouterr().out.splitlines()[-1])
+    assert begun == {"sft": 1, "sft-2": 1, "sft-3": 1}
+    assert words[0].startswith("run.max_hours (1e-09) are over. Not begun yet: sft-2, sft-3. The same command goes on")
+    assert "Not begun yet: sft-3." in words[1] and words[2].startswith("All steps are done.")
+    assert words[3] == f"nothing to do: all 3 steps are done already ({tmp_path}/runs/one)"
+
+
+def test_a_step_within_which_the_commands_hours_end_is_done(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = replace(inputs_of(tmp_path, base, toy_dialogs(24)), deadline=0.0)
+    with caplog.at_level(logging.WARNING):
+        artifact = sft.run(SftConfig(examples_per_step=4, sample_prompts=0), inputs)
+    assert artifact.manifest.details["ended_by"] == "run.max_hours" and steps_of(artifact) == [1]
+    assert "sft: run.max_hours are over at step 1" in caplog.text
+
+
+def test_hours_that_are_not_set_are_no_part_of_an_identity() -> None:
+    """A step that was finished before there were such keys stays done."""
+    assert "max_hours" not in identity(SftConfig()) and identity(SftConfig(max_hours=2))["max_hours"] == 2

@@ -1,0 +1,281 @@
+"""The command line: exit statuses, what is printed where, options, and what must not be imported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sft
+from llamachat.errors import UsageError
+from pipelines.cli.main import main
+from pipelines.planning.environment import shortfalls
+from tests.recipes import publish_toy_policy, write_dialogs, write_recipe
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+HEAVY = ("torch", "trl", "transformers", "datasets", "wandb", "peft", "matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.delenv("LLAMACHAT_DIE_WITH_PARENT", raising=False)
+
+
+def fail(error: BaseException) -> Any:
+    def run(config: Any, inputs: Any) -> Any:
+        raise error
+
+    return run
+
+
+# -- exit statuses
+
+
+def test_done_is_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sft, "run", publish_toy_policy)
+    assert main(["all", "--config", str(write_recipe(tmp_path))]) == 0
+    assert f"llamachat chat {tmp_path}/runs/one -m 'Hello, who are you?'" in capsys.readouterr().out
+
+
+def test_a_bad_recipe_is_2_and_a_text_without_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", "--config", str(write_recipe(tmp_path)), "sft.epoch=1"]) == 2
+    captured = capsys.readouterr()
+    assert "llamachat: The configuration has 1 problem:" in captured.err
+    assert "command line: sft.epoch: unknown key. Did you mean 'epochs'?" in captured.err
+    assert "Traceback" not in captured.err and captured.out == ""
+
+
+def test_a_failed_step_is_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llamachat.errors import ArtifactError
+
+    monkeypatch.setattr(sft, "run", fail(ArtifactError("the artifact: found. required. do.")))
+    assert main(["sft", "--config", str(write_recipe(tmp_path))]) == 1
+    monkeypatch.setattr(sft, "run", fail(UsageError("bad usage")))
+    assert main(["sft", "--config", str(write_recipe(tmp_path))]) == 2
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sft, "run", fail(ZeroDivisionError("ours")))
+    with pytest.raises(ZeroDivisionError):
+        main(["sft", "--config", str(write_recipe(tmp_path))])
+
+
+def test_an_interrupt_is_130_and_says_that_state_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sft, "run", fail(KeyboardInterrupt()))
+    assert main(["sft", "--config", str(write_recipe(tmp_path))]) == 130
+    assert "interrupted. State is kept; the same command continues." in capsys.readouterr().err
+
+
+def test_an_interrupted_tool_promises_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check_path(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llamachat.data.check.check_path", check_path)
+    assert main(["data", "check", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\nllamachat: interrupted.\n"
+
+
+def test_sigterm_is_130_and_the_handler_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: Any, inputs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    monkeypatch.setattr(sft, "run", run)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["sft", "--config", str(write_recipe(tmp_path))]) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_unknown_commands_and_options_are_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nope"]) == 2
+    assert main(["sft", "--nope"]) == 2
+    assert main(["sample", "--policy", "x"]) == 2
+    assert "No such command 'nope'" in capsys.readouterr().err
+
+
+# -- what is printed
+
+
+def test_dry_run_prints_the_resolved_recipe_and_the_plan_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sft, "run", fail(AssertionError("it ran")))
+    assert main(["sft", "--config", str(write_recipe(tmp_path)), "--dry-run", "sft.epochs=7"]) == 0
+    out = capsys.readouterr().out
+    assert "epochs: 7" in out and f"Plan of {tmp_path}/runs/one:" in out and "sft: new" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_overwrite_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sft, "run", publish_toy_policy)
+    path = str(write_recipe(tmp_path))
+    assert main(["sft", "--config", path]) == 0
+    assert main(["sft", "--config", path, "sft.epochs=1"]) == 2
+    assert main(["sft", "--config", path, "sft.epochs=1", "--overwrite"]) == 0
+
+
+def test_data_check_ends_with_2_where_a_line_is_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_dialogs(tmp_path / "good.jsonl", 3)
+    assert main(["data", "check", str(path)]) == 0
+    path.write_text(path.read_text() + '{"messages": [{"role": "user", "content": "[INST]"}]}\n')
+    assert main(["data", "check", str(path), "--kind", "dialog"]) == 2
+    assert f"{path}:4" in capsys.readouterr().out
+
+
+def test_data_convert_mends_counts_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    path.write_text(f'{json.dumps({"conversations": turns})}\n{{"messages": []}}\n')
+    assert main(["data", "convert", str(path), str(out)]) == 0
+    told = capsys.readouterr().out
+    assert f"{path}:2: messages: holds no answer" in told
+    assert f"{out}: 1 dialog (0 untouched, 1 mended)\n" in told and "role renamed" in told
+    assert main(["data", "check", str(out)]) == 0
+    assert main(["data", "convert", str(path), str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["data", "convert", str(path), str(out), "--overwrite", "--strict"]) == 2
+    assert "1 record cannot be mended" in capsys.readouterr().err
+    assert main(["data", "convert", str(path), str(tmp_path / "b.jsonl"), "--kind", "preference"]) == 2
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_tokens_writes_a_line_a_dialog(tmp_path: Path) -> None:
+    dialogs, out = write_dialogs(tmp_path / "in.jsonl", 3), tmp_path / "out.jsonl"
+    assert main(["tokens", "--tokenizer", "assets/base", "--in", str(dialogs), "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 3 and all(len(row["input_ids"]) == len(row["loss_mask"]) for row in rows)
+
+
+def test_chat_wants_a_policy_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write_recipe(tmp_path))
+    assert main(["chat", "--config", path, "-m", "Hello"]) == 1
+    assert "make sft" in capsys.readouterr().err
+    assert main(["chat", "a", "b", "c"]) == 2
+    assert main(["chat", "a", "run.seed=1"]) == 2
+    assert "Name at most two artifacts." in capsys.readouterr().err
+
+
+def test_chat_takes_the_last_policy_of_the_recipes_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import serving.chat
+    import serving.merged_policy
+    from llamachat.models import loading
+
+    def chat_once(policy: Any, text: str, *, system: str | None, sampling: Any, write: Any) -> None:
+        write(f"{policy} {text} {system} {sampling.temperature} {sampling.seed}\n")
+
+    monkeypatch.setattr(sft, "run", publish_toy_policy)
+    monkeypatch.setattr(loading, "load_policy", lambda path, device: str(path))
+    monkeypatch.setattr(serving.merged_policy, "as_exported", lambda policy: policy)
+    monkeypatch.setattr(serving.chat, "chat_once", chat_once)
+    path = str(write_recipe(tmp_path, steps=["sft", {"sft": {"name": "sft-2"}}]))
+    assert main(["all", "--config", path]) == 0
+    assert main(["chat", "--config", path, "-m", "Hello", "--temperature", "0.1", "--seed", "3"]) == 0
+    assert f"{tmp_path}/runs/one/sft-2/artifact Hello None 0.1 3\n" in capsys.readouterr().out
+
+
+# -- processes
+
+
+def python(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60, **options)
+
+
+def test_recipes_plans_and_help_import_nothing_heavy(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, sft={"trainer": {"neftune_noise_alpha": 5}})
+    code = f"""
+import sys
+from pipelines.cli.main import main
+assert main(["--help"]) == 0
+assert main(["plan", "--config", {str(path)!r}]) == 0
+assert main(["sft", "--dry-run", "--config", {str(path)!r}]) == 0
+assert main(["chat", "--config", {str(path)!r}]) == 1
+print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_a_finished_step_is_told_without_importing_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sft, "run", publish_toy_policy)
+    path = write_recipe(tmp_path)
+    assert main(["sft", "--config", str(path)]) == 0
+    code = f"""
+import sys
+from pipelines.cli.main import main
+assert main(["sft", "--config", {str(path)!r}]) == 0
+assert not [name for name in {HEAVY} if name in sys.modules]
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert "sft: done already" in done.stderr and "nothing to do" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the death signal of a parent is Linux's")
+def test_a_command_started_by_make_dies_with_it(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    child = f"""
+import os, sys, time
+from pathlib import Path
+import sft
+from pipelines.cli.main import main
+def run(config, inputs):
+    Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
+    time.sleep(60)
+sft.run = run
+main(["sft", "--config", {str(path)!r}])
+"""
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    started = subprocess.Popen(
+        [sys.executable, "-c", parent], cwd=REPOSITORY, env={**os.environ, "LLAMACHAT_DIE_WITH_PARENT": "1"}
+    )
+    pid_file = tmp_path / "pid"
+    assert _until(lambda: pid_file.exists() and bool(pid_file.read_text()))
+    started.kill()
+    started.wait()
+    assert _until(lambda: not _is_alive(int(pid_file.read_text())))
+
+
+def _until(condition: Any) -> bool:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether the process runs; one that nobody has buried yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# -- an existing environment
+
+
+def test_this_environment_meets_the_lower_bounds() -> None:
+    assert shortfalls(REPOSITORY / "pyproject.toml") == []
+
+
+def test_an_environment_that_lacks_something_is_told_what(tmp_path: Path) -> None:
+    project = '[project]\ndependencies = ["torch>=99.1", "numpy>=1", "no-such-package>=2", "rich[jupyter] >= 1.0"]\n'
+    (tmp_path / "pyproject.toml").write_text(project)
+    found = shortfalls(tmp_path / "pyproject.toml")
+    assert len(found) == 2 and "99.1 or newer is needed" in found[0]
+    assert found[1] == "no-such-package is not installed; 2 or newer is needed"

@@ -1,0 +1,115 @@
+"""Commands that several processes work on, started as a user starts them."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from llamachat.errors import UsageError
+from llamachat.runs.folder import StepFolder
+from llamachat.tracking.record import MetricsRecord
+from pipelines.cli import launch as launching
+from pipelines.cli.main import main
+from tests.sft.test_resume import ENVIRONMENT, ROOT
+from tests.sft.tiny_sft import toy_dialogs, write_base, write_dialogs, write_recipe
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
+REST = ["--cpu", "--num_processes", "3", "-m", "pipelines", "sft", "run.dir=runs/x"]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_sentencepiece: bytes) -> Path:
+    base = write_base(tmp_path / "base", tiny_sentencepiece)
+    dialogs = write_dialogs(tmp_path / "dialogs.jsonl", toy_dialogs(60))
+    return write_recipe(tmp_path / "tiny.yaml", base, dialogs, {"base": {"dtype": "float32"}, "sft": {"epochs": 4}})
+
+
+def launched(recipe: Path, log: Path, *arguments: str) -> "subprocess.Popen[bytes]":
+    command = [*LAUNCH, "-m", "pipelines", "sft", "--config", str(recipe), *arguments]
+    with log.open("wb") as stream:
+        return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=stream, stdout=stream)
+
+
+def test_two_processes_die_with_their_launcher_and_one_goes_on(recipe: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    launcher = launched(recipe, log)
+    ends = time.monotonic() + 120
+    while "sft 5/" not in log.read_text() and time.monotonic() < ends and launcher.poll() is None:
+        time.sleep(0.05)
+    workers = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive and len(workers) == 3, f"{workers}: one that starts, and two that work\n{log.read_text()}"
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines", "sft", "--config", str(recipe)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    steps = [
+        row["sft/step"]
+        for row in MetricsRecord(StepFolder(tmp_path / "runs/tiny/sft").metrics).read()
+        if "sft/loss" in row
+    ]
+    assert steps == sorted(set(steps)) and len(steps) > 20
+
+
+def test_what_is_wrong_is_told_once_and_with_the_same_exit_status(recipe: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    launcher = launched(recipe, log, "data.split.validation=0.999")
+    assert launcher.wait(timeout=120) != 0
+    words = log.read_text()
+    assert words.count("Both are needed") == 1
+    assert "returned non-zero exit status 2" in words  # what accelerate says of the command's own
+
+
+@pytest.mark.parametrize(
+    ("environment", "command", "asked"),
+    [
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, ["accelerate", "launch", *REST], 3),
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "3"}, ["accelerate", "launch", *REST], 0),
+        ({"ACCELERATE_USE_CPU": "True"}, ["accelerate", "launch", *REST], 0),
+        ({"MASTER_ADDR": "127.0.0.1"}, ["accelerate", "launch", *REST], 0),
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, ["bash"], 0),
+    ],
+)  # fmt: skip
+def test_the_processes_that_accelerate_did_not_start(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], command: list[str], asked: int
+) -> None:
+    for name in ("ACCELERATE_USE_CPU", "MASTER_ADDR", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    parent: Any = SimpleNamespace(cmdline=lambda: command)
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+    assert launching.missing_processes() == asked
+
+
+def test_several_machines_without_gpus_are_told_in_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    parent: Any = SimpleNamespace(cmdline=lambda: ["accelerate", "launch", "--num_machines", "2", *REST])
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+    assert main(["sft"]) == 2
+    assert capsys.readouterr().err.startswith("llamachat: accelerate launch --cpu --num_machines 2:")
+
+
+def test_how_many_a_configuration_asks_for(tmp_path: Path) -> None:
+    config = tmp_path / "two.yaml"
+    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 2\nuse_cpu: true\n")
+    assert launching.asked_processes(["--config_file", str(config), "-m", "pipelines", "sft"]) == 2
+    assert launching.asked_processes(["--cpu", "-m", "pipelines", "sft"]) == 0
+    with pytest.raises(UsageError, match="torchrun --nnodes 2 --nproc_per_node 2"):
+        launching.asked_processes(["--cpu", "--num_processes", "4", "--num_machines", "2", "-m", "pipelines", "sft"])

@@ -1,0 +1,370 @@
+"""The doctor, and what a run tells before any weights: access, architecture, tokenizer. The hub is a stand-in here."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import transformers
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from llamachat.chat_format.tokenizer import load_tokenizer
+from llamachat.errors import ConfigError, LlamachatError
+from llamachat.models import hub, reach
+from pipelines.cli.main import main
+from pipelines.planning import doctor
+from pipelines.planning import hardware as devices
+from pipelines.planning.doctor import Finding, examine, report
+from pipelines.planning.hardware import Device, Torch, find_devices, find_torch
+from pipelines.recipe.recipe import load
+from tests.recipes import write_recipe
+
+ROOT = Path(__file__).resolve().parents[3]
+BASE = ROOT / "assets" / "base"
+LLAMA, QLORA = "meta-llama/Llama-2-7b-hf", Path("configs/llama2-7b-qlora.yaml")
+CARD = Device("NVIDIA GeForce RTX 4090", 24.0, 23.5, "560.35")
+GOOD_TORCH = Torch("2.13.0+cu130", "13.0", (8, 9))
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No card, an empty cache, no token, a hub that answers nothing, and room on the disk and in memory."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
+    monkeypatch.setattr(doctor, "installed_bytes", lambda: 2**40)
+    monkeypatch.setattr(doctor, "find_devices", list)
+    monkeypatch.setattr(doctor, "find_torch", lambda: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    hub_says(monkeypatch, OSError("Name or service not known"))
+
+
+def refusal(kind: type[Exception], status: int = 401) -> Exception:
+    made: Any = kind.__new__(kind)
+    Exception.__init__(made, f"{status} Client Error.\nmore")
+    made.response = SimpleNamespace(status_code=status)
+    return made
+
+
+def hub_says(monkeypatch: pytest.MonkeyPatch, answer: Exception | Path) -> list[Any]:
+    """The hub raises this, or gives the files of this folder; what was asked is noted."""
+    asked: list[Any] = []
+
+    def give(*args: Any, **kwargs: Any) -> Any:
+        asked.append((args, kwargs))
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", give)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", give)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda self, *a, **k: give(*a, **k) and SimpleNamespace(gated=False)
+    )
+    return asked
+
+
+def by_check(findings: list[Finding], check: str) -> Finding:
+    (found,) = [finding for finding in findings if finding.check == check]
+    return found
+
+
+# -- what the hub's answers mean
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "way_out"),
+    [
+        (refusal(GatedRepoError), "gated", "Accept its licence on https://huggingface.co/meta-llama/Llama-2-7b-hf"),
+        (refusal(RepositoryNotFoundError), "missing", "Mend the name"),
+        (refusal(RemoteEntryNotFoundError, 404), "missing", "format of transformers"),
+        (refusal(HfHubHTTPError, 401), "gated", "hf auth login"),
+        (refusal(HfHubHTTPError, 503), "offline", "Connect to the network"),
+        (LocalEntryNotFoundError("no cache"), "offline", "copy it here"),
+        (TimeoutError(), "offline", "Connect to the network"),
+    ],
+)
+def test_each_answer_of_the_hub_has_its_way_out(
+    error: Exception, state: str, way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_says(monkeypatch, error)
+    found = reach.reach_model(LLAMA)
+    assert found.state == state and way_out in found.way_out and found.reason
+    with pytest.raises(ConfigError, match=r"the tokenizer of 'meta-llama/Llama-2-7b-hf' cannot be fetched"):
+        hub.tokenizer_folder(LLAMA)
+
+
+def test_a_gated_model_is_told_apart_by_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_says(monkeypatch, refusal(GatedRepoError))
+    without = reach.reach_model(LLAMA)
+    assert "no token is on this machine" in without.reason and "hf auth login" in without.way_out
+    assert reach.UNGATED in without.way_out and reach.UNGATED.startswith("TinyLlama/")
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    assert "this machine's token has no access" in reach.reach_model(LLAMA).reason
+
+
+# -- before any weights, in the step itself
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("weights were asked for")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", loaded)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", loaded)
+
+
+def base_copy(folder: Path, **config: Any) -> Path:
+    """The bundled base with another config.json, without its weights."""
+    folder.mkdir()
+    for path in BASE.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            shutil.copy(path, folder)
+    values = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def wrong_tokenizer(folder: Path) -> Path:
+    """A base without a SentencePiece model, whose tokenizer.json makes other ids than Llama 2's."""
+    base_copy(folder)
+    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.json").write_text(load_tokenizer(BASE).fast().to_str())
+    return folder
+
+
+def run_sft(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    path = write_recipe(tmp_path, tuning={"method": "lora"}, tracking={"mode": "off"})
+    status = main(["sft", "--config", str(path), f"base.model={model}", f"run.dir={tmp_path}/{len(model)}"])
+    return status, capsys.readouterr().err
+
+
+def test_a_gated_base_without_a_token_is_told_before_any_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = hub_says(monkeypatch, refusal(GatedRepoError))
+    status, told = run_sft(tmp_path, LLAMA, capsys)
+    assert status == 2 and "is gated and no token is on this machine" in told and "hf auth login" in told
+    assert [kwargs["allow_patterns"] for _, kwargs in asked] == [list(hub.TOKENIZER_FILES)]
+    assert not [pattern for pattern in hub.TOKENIZER_FILES if "safetensors" in pattern or pattern.startswith("*")]
+
+
+def test_another_architecture_is_told_before_its_tokenizer_and_any_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = base_copy(tmp_path / "files", model_type="mistral")
+    (folder / "tokenizer.model").write_bytes(b"no tokenizer")
+    hub_says(monkeypatch, folder)
+    for model in ("mistralai/Mistral-7B-v0.1", str(folder)):
+        status, told = run_sft(tmp_path, model, capsys)
+        assert status == 2 and f"base.model: '{model}' has the architecture 'mistral'" in told
+        assert "Bases that work: Llama-2 7B" in told
+
+
+def test_a_tokenizer_that_fails_the_proof_is_told_before_any_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub_says(monkeypatch, wrong_tokenizer(tmp_path / "files"))
+    status, told = run_sft(tmp_path, "owner/derived", capsys)
+    assert status == 1 and "cases of the tokenizer proof" in told and "allow_unproved_tokenizer" in told
+
+
+# -- the doctor
+
+
+def test_a_machine_that_has_all_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_recipe(tmp_path, base={"model": str(BASE)})
+    assert main(["doctor", "--config", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "proved to give the ids of the chat format 'llama2'" in out and "about 40 records" in out
+    assert "no NVIDIA card is seen" in out and out.endswith("Nothing that was checked will fail.\n")
+    assert "meet their lower bounds (torch 2" in " ".join(out.split())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_a_network_the_doctor_says_what_it_could_not_check() -> None:
+    findings = examine(QLORA, [])
+    access, base = by_check(findings, "access"), by_check(findings, "base")
+    assert access.verdict == "note" and f"access to '{LLAMA}' is not checked" in access.found
+    assert base.verdict == "note" and "is known to work; its tokenizer is proved once" in base.found
+    assert {finding.verdict for finding in findings if finding.check == "data"} == {"note"}
+    assert "Nothing that was checked will fail." in report(findings)
+
+
+def test_a_base_in_the_cache_needs_no_access(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    snapshot = tmp_path / "cache" / "models--meta-llama--Llama-2-7b-hf" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).touch()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(BASE))
+    findings = examine(QLORA, [])
+    assert "lies in the cache" in by_check(findings, "access").found
+    assert by_check(findings, "tokenizer").verdict == "ok"
+    assert "download of the base" not in by_check(findings, "disk").found
+
+
+@pytest.mark.parametrize(
+    ("answer", "check", "found"),
+    [
+        (refusal(GatedRepoError), "access", "is gated and no token is on this machine"),
+        ({"model_type": "qwen3"}, "base", "has the architecture 'qwen3'"),
+        (None, "tokenizer", "cases of the tokenizer proof"),
+    ],
+)
+def test_what_would_stop_a_run_is_a_failure_with_a_way_out(
+    answer: Any, check: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(answer, dict):
+        answer = base_copy(tmp_path / "files", **answer)
+    hub_says(monkeypatch, answer or wrong_tokenizer(tmp_path / "files"))
+    told = by_check(examine(QLORA, []), check)
+    assert told.verdict == "FAIL" and found in told.found and told.way_out
+    assert main(["doctor", "--config", str(QLORA)]) == 1
+
+
+def test_the_doctor_asks_the_hub_for_heads_and_small_files_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = hub_says(monkeypatch, BASE)
+    findings = examine(QLORA, [])
+    assert [finding.check for finding in findings if finding.verdict == "FAIL"] == []
+    names = [args[0] for args, _ in asked]
+    assert names[0].endswith(f"/{LLAMA}/resolve/main/config.json")
+    pairs = ["nvidia/HelpSteer3", "PKU-Alignment/PKU-SafeRLHF", "Anthropic/hh-rlhf", "PKU-Alignment/BeaverTails"]
+    assert names[1:] == [LLAMA, "HuggingFaceH4/no_robots", "databricks/databricks-dolly-15k", *pairs]
+    assert asked[1][1] == {"allow_patterns": list(hub.TOKENIZER_FILES)}
+
+
+def test_a_set_that_is_gated_or_missing_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_says(monkeypatch, BASE)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **kwargs: SimpleNamespace(gated="auto"))
+    found = reach.reach_data("owner/set")
+    assert found.state == "gated" and "https://huggingface.co/datasets/owner/set" in found.way_out
+    assert {finding.verdict for finding in examine(QLORA, []) if finding.check == "data"} == {"FAIL"}
+
+
+def test_a_folder_without_safetensors_and_an_empty_file_are_failures(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, base={"model": str(base_copy(tmp_path / "files"))})
+    (tmp_path / "dialogs.jsonl").write_text("")
+    findings = examine(path, [])
+    assert "holds no *.safetensors" in by_check(findings, "base").found
+    assert "holds no line" in by_check(findings, "data").found
+
+
+def test_a_recipe_that_does_not_load_is_a_failure_beside_the_rest(tmp_path: Path) -> None:
+    findings = examine(write_recipe(tmp_path), ["sft.epoch=1"])
+    assert "Did you mean 'epochs'?" in by_check(findings, "recipe").found
+    assert by_check(findings, "recipe").verdict == "FAIL" and by_check(findings, "python").verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("torch", "verdict", "found"),
+    [
+        (None, "FAIL", "torch does not start"),
+        (Torch("2.13.0+cpu", None, None), "FAIL", "is a build without CUDA"),
+        (Torch("2.13.0+cu130", "13.0", None), "FAIL", "cannot use the card with driver 560.35"),
+        (Torch("2.13.0+cu130", "13.0", (7, 5)), "note", "no arithmetic in bfloat16"),
+        (GOOD_TORCH, "ok", "CUDA 13.0, driver 560.35"),
+    ],
+)
+def test_a_card_is_of_use_where_torch_can_use_it(
+    torch: Torch | None, verdict: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "find_devices", lambda: [CARD])
+    monkeypatch.setattr(doctor, "find_torch", lambda: torch)
+    told = by_check(examine(QLORA, []), "cuda")
+    assert told.verdict == verdict and found in told.found
+
+
+def test_the_card_that_is_here_counts_and_not_the_one_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_torch", lambda: GOOD_TORCH)
+    told = {}
+    for total, free in ((24.0, 23.5), (24.0, 3.0), (8.0, 8.0)):
+        monkeypatch.setattr(doctor, "find_devices", lambda total=total, free=free: [Device("card", total, free, "560")])
+        told[total, free] = by_check(examine(QLORA, ["steps=[sft]"]), "memory")
+    assert [finding.verdict for finding in told.values()] == ["ok", "note", "FAIL"]
+    assert "only 3.0 GiB are free now" in told[24.0, 3.0].found and "Lower tuning.rank" in told[8.0, 8.0].way_out
+
+
+@pytest.mark.parametrize(("gib", "verdict"), [(64, "ok"), (4, "FAIL")])
+def test_without_a_card_the_machines_own_memory_counts(gib: int, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed_bytes", lambda: gib * 2**30)
+    findings = examine(QLORA, ["steps=[sft]"])
+    card, memory = by_check(findings, "card"), by_check(findings, "memory")
+    assert card.verdict == "note" and "is meant for rtx-4090, which is not here; there it would fit" in card.found
+    assert memory.verdict == verdict and f"on the CPU, estimated; this machine has {gib}.0" in memory.found
+    assert memory.way_out == ("" if verdict == "ok" else "Run it where rtx-4090 is, or take a smaller base.")
+    (unnamed,) = [f for f in examine(QLORA, ["steps=[sft]", "run.gpu=null"]) if f.check in ("card", "memory")]
+    assert unnamed.verdict == verdict and ("more memory or a card" in unnamed.way_out) == (verdict == "FAIL")
+    (too_small, *_) = doctor._memory(load(QLORA, ["run.gpu=4GiB"]), [])
+    assert too_small.verdict == "note" and "there it would not fit" in too_small.found and too_small.way_out
+
+
+def test_what_fails_is_named_at_the_end() -> None:
+    failing = [Finding("memory", "FAIL", "sft", "way"), Finding("data", "note", "none", "way")] * 2
+    assert (
+        report([*failing, Finding("disk", "FAIL", "full", "way")])
+        .splitlines()[-1]
+        .startswith(
+            "3 of these will fail: memory (2 times), disk. The way out stands after '->' on each line that says FAIL."
+        )
+    )
+
+
+def test_a_full_disk_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 2**30))
+    told = [finding for finding in examine(QLORA, []) if finding.check == "disk"]
+    assert {finding.verdict for finding in told} == {"FAIL"}
+    words = " ".join(finding.found for finding in told)
+    assert "2.0 GiB free" in words and "download of the base 12.6" in words and "checkpoints and result 6.6" in words
+
+
+def test_an_old_library_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["torch>=99", "nothing-of-this-name>=1"]\n')
+    monkeypatch.setattr(doctor, "PYPROJECT", tmp_path / "pyproject.toml")
+    monkeypatch.setattr(doctor, "PYTHON_NEEDED", (9, 0))
+    failing = [finding.found for finding in doctor._environment()]
+    assert failing[0].endswith("9.0 or newer is needed") and "99 or newer is needed" in failing[1]
+    assert failing[2] == "nothing-of-this-name is not installed; 1 or newer is needed"
+
+
+def test_what_nvidia_smi_and_torch_print_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = find_torch()
+    assert torch is not None and torch.version.startswith("2.")
+
+    def answers(text: str, status: int = 0) -> None:
+        done = SimpleNamespace(stdout=text, returncode=status)
+        monkeypatch.setattr(devices.subprocess, "run", lambda *args, **kwargs: done)
+
+    answers("NVIDIA GeForce RTX 4090, 24564, 24000, 560.35.03\nNVIDIA GB10, [N/A], [N/A], 580.1\n")
+    (found,) = find_devices()
+    assert (found.name, round(found.total_gib, 1), found.driver) == ("NVIDIA GeForce RTX 4090", 24.0, "560.35.03")
+    answers("NVIDIA-SMI has failed", 9)
+    assert find_devices() == [] and find_torch() is None
+
+    def absent(*args: Any, **kwargs: Any) -> Any:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "run", absent)
+    assert find_devices() == []
+
+
+def test_the_way_out_of_an_error_is_its_last_sentence() -> None:
+    assert doctor._found_and_way_out(LlamachatError("a: found. why. Do this.")) == ("a: found. why.", "Do this.")
+    assert doctor._found_and_way_out(LlamachatError("all")) == ("all", "")
+
+
+def test_a_table_keeps_its_columns() -> None:
+    text = report([Finding("disk", "FAIL", "word " * 60, "[way] out"), Finding("python", "ok", "3.11")])
+    lines = text.splitlines()
+    assert lines[0].startswith("disk    FAIL  word") and all(line.startswith(" " * 14) for line in lines[1:-2])
+    assert "[way] out" in text and lines[-1].startswith("1 of these will fail")

@@ -1,0 +1,272 @@
+"""`llamachat init`: what it writes loads, fits the card and the hours, and plans without warnings; what it refuses, and how."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llamachat.config.gpus import parse_gpu
+from llamachat.data.convert.html import html_in, without_html
+from pipelines.cli.main import main
+from pipelines.cli.several import repeated
+from pipelines.planning import hardware as devices
+from pipelines.planning.fit import fits
+from pipelines.planning.plan import estimate_step, warn
+from pipelines.recipe.recipe import Recipe, load, resolve_steps
+from tests.recipes import write_base, write_dialogs, write_pairs
+
+ROOT = Path(__file__).resolve().parents[3]
+SEVEN = "meta-llama/Llama-2-7b-hf"
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_dialogs(tmp_path / "dialogs.jsonl", 600)
+    write_pairs(tmp_path / "pairs.jsonl", 400)
+    (tmp_path / "base").symlink_to(ROOT / "assets" / "base")
+
+
+def init(*options: str, base: str = "base", sft: str = "dialogs.jsonl") -> int:
+    return main(["init", "--base", base, "--sft", sft, *options])
+
+
+def made(*options: str, base: str = "base") -> Recipe:
+    assert init(*options, "--out", "made.yaml", "--overwrite", base=base) == 0
+    return load("made.yaml")
+
+
+def warnings_of(recipe: Recipe, gpu: str | None = None) -> list[str]:
+    card = parse_gpu(gpu) if gpu else None
+    return [text for step in resolve_steps(recipe) for text in warn(step, estimate_step(recipe, step, card), card)]
+
+
+def names(recipe: Recipe) -> list[str]:
+    return [step.name for step in resolve_steps(recipe)]
+
+
+# -- what the data allow
+
+
+def test_dialogs_alone_are_tuned_on(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = made("--hours", "1")
+    assert names(recipe) == ["sft", "gatt", "report"]
+    assert warnings_of(recipe) == []
+    assert "left out     the evaluation: it compares policies by a reward model" in capsys.readouterr().out
+
+
+def test_pairs_bring_one_reward_model_and_no_gate() -> None:
+    recipe = made("--preferences", "pairs.jsonl", "--hours", "2")
+    assert names(recipe) == ["sft", "rm/helpfulness", "rs", "gatt", "ppo", "eval", "report"]
+    assert recipe.scoring.combine == "single" and recipe.reward.margin == "none"
+    assert (recipe.run.dir, recipe.run.max_hours) == ("runs/made", 2)
+    assert warnings_of(recipe) == []
+
+
+def test_safety_pairs_bring_the_gate_where_they_have_labels_and_weights_where_not(tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in write_pairs(tmp_path / "safety.jsonl", 300).read_text().splitlines()]
+    bad = [{"prompt": [{"role": "user", "content": f"Do harm {n}."}]} for n in range(300)]
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bad))
+    given = ["--preferences", "pairs.jsonl", "--safety", "safety.jsonl", "--adversarial", "bad.jsonl"]
+    recipe = made(*given)
+    assert names(recipe) == ["sft", "rm/helpfulness", "rm/safety", "rs", "gatt", "distill", "ppo", "eval", "report"]
+    assert recipe.scoring.combine == "weighted" and recipe.run.max_hours is None
+    labelled = [{**line, "rating": "better", "chosen_is_safe": True, "rejected_is_safe": False} for line in lines]
+    (tmp_path / "safety.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labelled))
+    recipe = made(*given)
+    assert recipe.scoring.combine == "llama2_gate" and recipe.reward.margin == "small"
+    assert warnings_of(recipe) == []
+
+
+def test_many_pairs_bring_a_judge_and_several_files_stand_after_one_option(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "more.jsonl", 2000)
+    recipe = made("--preferences", "pairs.jsonl", "more.jsonl", "--hours", "5")
+    assert "rm/judge" in names(recipe) and recipe.data.split.judge > 0
+    assert [source.path for source in recipe.data.helpfulness] == ["pairs.jsonl", "more.jsonl"]
+    assert warnings_of(recipe) == []
+
+
+# -- the card and the hours
+
+
+@pytest.mark.parametrize(("gpu", "method"), [("80GiB", "lora"), ("12GiB", "qlora"), ("rtx-4090", None)])
+def test_the_card_decides_the_method_and_holds_the_recipe_within_the_hours(gpu: str, method: str | None) -> None:
+    recipe = made("--preferences", "pairs.jsonl", "--gpu", gpu, "--hours", "60", base=SEVEN)
+    fit = fits(recipe, parse_gpu(gpu))
+    assert fit is not None and fit.fits and fit.hours is not None and fit.hours <= 60
+    assert recipe.tuning.method == (method or recipe.tuning.method) and recipe.run.gpu == gpu
+    assert recipe.ppo.max_hours is not None and recipe.ppo.max_hours <= 60
+    assert warnings_of(recipe, gpu) == []
+
+
+def test_more_hours_bring_more_work() -> None:
+    few, more = (made("--preferences", "pairs.jsonl", "--gpu", "24GiB", "--hours", h, base=SEVEN) for h in ("4", "8"))
+    answers = [recipe.ppo.iterations * recipe.ppo.responses_per_iteration for recipe in (few, more)]
+    assert answers[0] < answers[1]
+
+
+def test_a_card_that_is_too_small_is_refused_with_one_that_holds_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert init("--gpu", "4GiB", base=SEVEN) == 2
+    said = capsys.readouterr().err
+    assert "--gpu: 4 GiB does not hold 'meta-llama/Llama-2-7b-hf': with qlora" in said
+    named = re.search(r"Take a larger card \(([\w-]+) holds it\), or a smaller base", said)
+    assert named and not Path("recipe.yaml").exists()
+    assert init("--gpu", named[1], base=SEVEN) == 0
+
+
+@pytest.mark.parametrize(
+    ("gib", "found"),
+    [(24, "'gatt' needs about .* GiB by estimate, and this machine has 24.0"), (256, "two CPU cores take")],
+)
+def test_without_a_card_a_large_base_is_refused_with_one_that_holds_it(
+    gib: int, found: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "installed_bytes", lambda: gib * 2**30)
+    pairs = ["--preferences", "pairs.jsonl"] if gib == 256 else []
+    assert init(*pairs, base=SEVEN) == 2 and not Path("recipe.yaml").exists()
+    said = capsys.readouterr().err
+    assert re.search(f"--base: '{SEVEN}' is too large for this machine without a card: {found}", said)
+    assert ("fewer records or --hours" in said) == bool(pairs) and "a smaller base, such as TinyLlama/" in said
+    named = re.search(r"with --gpu \(the smallest known that holds it is ([\w-]+)\)", said)
+    assert named and init(*pairs, "--gpu", named[1], base=SEVEN) == 0
+
+
+def test_hours_that_are_too_few_are_refused_with_how_many_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert init("--preferences", "pairs.jsonl", "--hours", "0.001") == 2
+    needed = re.search(r"--hours: 0.001 are too few.* Give --hours ([\d.]+) or more", capsys.readouterr().err)
+    assert needed and init("--preferences", "pairs.jsonl", "--hours", needed[1]) == 0
+    assert init("--hours", "-1", "--overwrite") == 2
+
+
+# -- what it says, and what it refuses
+
+
+def test_it_says_what_it_chose_and_what_next_and_the_recipe_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert init("--preferences", "pairs.jsonl", "--out", "my/recipe.yaml") == 0
+    said = capsys.readouterr().out
+    assert "data.sft     600 records of dialogs.jsonl" in said and "none rated" in said
+    assert (
+        "left out     the safety model, its gate and context distillation: there are no safety pairs (--safety)" in said
+    )
+    for command in ("doctor", "plan", "all"):
+        assert f"  llamachat {command} --config my/recipe.yaml\n" in said + "\n"
+    text = Path("my/recipe.yaml").read_text()
+    assert "margin: none # your pairs have no ratings" in text
+    assert "run" in yaml.safe_load(text)
+
+
+def test_a_folder_with_an_earlier_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in ("sft", "rm/safety"):
+        (tmp_path / "runs" / "smoke" / step).mkdir(parents=True)
+        (tmp_path / "runs" / "smoke" / step / "identity.json").write_text("{}")
+    assert init("--out", "odd/smoke.yaml") == 0
+    said = capsys.readouterr().out
+    assert "warning      run.dir 'runs/smoke' holds an earlier run (rm/safety, sft):" in said and "--run-dir" in said
+    assert init("--out", "odd/smoke.yaml", "--overwrite", "--run-dir", "runs/other") == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_recipe_is_not_written_over_unasked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert init() == 0
+    before = Path("recipe.yaml").read_text()
+    assert init("--hours", "1") == 2
+    assert "'recipe.yaml' exists already" in capsys.readouterr().err
+    assert Path("recipe.yaml").read_text() == before
+    assert init("--hours", "1", "--overwrite") == 0 and Path("recipe.yaml").read_text() != before
+
+
+def refusals(folder: Path) -> dict[str, tuple[list[str], dict[str, str], str]]:
+    write_base(folder / "other")
+    config = json.loads((folder / "other" / "config.json").read_text())
+    (folder / "other" / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    (folder / "empty").mkdir()
+    (folder / "data").mkdir()
+    lines = (folder / "dialogs.jsonl").read_text().splitlines()
+    lines[2] = lines[2].replace('"assistant"', '"gpt"')
+    (folder / "bad.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "nothing.jsonl").write_text("")
+    (folder / "table.csv").write_text("question,answer\na,b\n")
+    (folder / "prose.txt").write_text("Hello there.\nHow are you?\n")
+    no_file = "--sft: the data file 'dialog.jsonl' does not exist. Did you mean 'dialogs.jsonl'?"
+    as_sft = "--sft: 'pairs.jsonl' holds preferences (400 of them), and dialogs are taken here."
+    as_pairs = "--preferences: 'dialogs.jsonl' holds dialogs (600 of them), and preferences are taken here."
+    return {
+        "no such file": ([], {"sft": "dialog.jsonl"}, no_file),
+        "pairs as dialogs": ([], {"sft": "pairs.jsonl"}, f"{as_sft} A record of another kind has nothing to learn"),
+        "dialogs as pairs": (["--preferences", "dialogs.jsonl"], {}, f"{as_pairs} A record of another kind"),
+        "a bad record": ([], {"sft": "bad.jsonl"}, "bad.jsonl:3: messages[1].role: is 'gpt'"),
+        "how it is mended": ([], {"sft": "bad.jsonl"}, "llamachat data convert bad.jsonl bad.converted.jsonl"),
+        "no record": ([], {"sft": "nothing.jsonl"}, "--sft: 'nothing.jsonl' is empty, but it should hold records."),
+        "a table": ([], {"sft": "table.csv"}, "--sft: 'table.csv' is a table (CSV), but a data file is JSON Lines"),
+        "prose": ([], {"sft": "prose.txt"}, "--sft: 'prose.txt' holds no record in a form that can be read"),
+        "a folder of files": ([], {"sft": "data"}, "--sft: 'data' is a folder, but records are read from one file."),
+        "a file twice": (["--sft", "./dialogs.jsonl"], {}, "--sft: 'dialogs.jsonl' is given twice."),
+        "one file for two models": (
+            ["--preferences", "pairs.jsonl", "--safety", str(folder / "pairs.jsonl")],
+            {},
+            "pairs.jsonl' is given with --preferences too. The model of safety would learn the same choices",
+        ),
+        "a set of the hub": ([], {"sft": "owner/name"}, "--sft: 'owner/name' is no file here."),
+        "a card nobody knows": (["--gpu", "rtx-9999"], {}, "--gpu: 'rtx-9999' is no card that is known."),
+        "another architecture": ([], {"base": "other"}, "'other' has the architecture 'mistral'"),
+        "no model": ([], {"base": "empty"}, "--base: the folder 'empty' holds no config.json"),
+        "no base": ([], {"base": "bas"}, "--base: the model folder 'bas' does not exist. Did you mean 'base'?"),
+        "no recipe's name": (["--out", "recipe.txt"], {}, "--out: 'recipe.txt' ends otherwise."),
+        "a folder": (["--out", "folder.yaml"], {}, "--out: 'folder.yaml' is a folder."),
+        "under a file": (["--out", "dialogs.jsonl/recipe.yaml"], {}, "--out: 'dialogs.jsonl/recipe.yaml' cannot be"),
+    }
+
+
+def test_what_is_refused_is_2_and_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    for name, (options, given, text) in refusals(tmp_path).items():
+        assert init(*options, **given) == 2, name
+        captured = capsys.readouterr()
+        mends = "data convert" in captured.err
+        assert mends == (name in ("a bad record", "how it is mended", "a set of the hub")), name
+        assert text in captured.err and "Traceback" not in captured.err and captured.out == "", name
+        assert not Path("recipe.yaml").exists(), name
+
+
+def test_several_values_after_one_option() -> None:
+    options = {"--temperature", "--policy"}
+    expected = ["--temperature", "0.7", "--temperature", "1.0", "--in", "p.jsonl"]
+    assert repeated(["--temperature", "0.7", "1.0", "--in", "p.jsonl"], options) == expected
+    assert repeated(expected, options) == expected
+    assert repeated(["--temperature=0.7", "1.0"], options) == ["--temperature=0.7", "--temperature", "1.0"]
+    assert repeated(["--in", "p.jsonl", "x"], options) == ["--in", "p.jsonl", "x"]
+    assert repeated(["--policy", "a", "b", "--in", "p"], options) == ["--policy", "a", "--policy", "b", "--in", "p"]
+
+
+# -- HTML in logs, which `init` would learn as it stands
+
+
+PAGE: dict[str, Any] = {
+    "<p>Hello.<br>Is it &lt;open&gt;?</p><p>Thank&nbsp;you</p>": "Hello.\nIs it <open>?\nThank you",
+    'See <a href="x">here</a> &amp; <b>there</b>': "See here & there",
+    "&lt;b&gt;": "<b>",
+}
+
+
+def test_html_becomes_what_a_reader_saw_and_other_text_stays() -> None:
+    assert {text: without_html(text) for text in PAGE} == PAGE
+    assert all(html_in(text) for text in PAGE)
+    assert not any(map(html_in, ("a < b and b > c", "<name>", "AT&T", "x &y; z")))
+
+
+def test_html_is_told_by_the_check_and_taken_out_where_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"from": "customer", "value": "<p>Hi</p>"}, {"from": "agent", "value": "Hello &amp; welcome"}]
+    (tmp_path / "logs.jsonl").write_text(json.dumps({"conversations": turns}) + "\n")
+    assert main(["data", "convert", "logs.jsonl", "kept.jsonl"]) == 0
+    assert main(["data", "check", "kept.jsonl"]) == 0
+    assert "kept.jsonl:1: warning: content: is HTML (<p>)" in capsys.readouterr().out
+    assert main(["data", "convert", "logs.jsonl", "plain.jsonl", "--plain-text"]) == 0
+    assert re.search(r"text with HTML made plain +1 +2\n", capsys.readouterr().out)
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello & welcome"}]
+    assert json.loads((tmp_path / "plain.jsonl").read_text()) == {"messages": said}
+    assert main(["data", "check", "plain.jsonl"]) == 0 and "HTML" not in capsys.readouterr().out

@@ -1,0 +1,270 @@
+"""The recipe: its list of steps, what a step may override, what is refused, and every recipe of configs/."""
+
+import ast
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llamachat.config.loading import to_yaml
+from llamachat.config.section import Section
+from llamachat.errors import ConfigError
+from pipelines.recipe.identity import step_identity
+from pipelines.recipe.recipe import Recipe, load, resolve_steps
+from pipelines.recipe.stages import STAGES
+from reward.config import OWNED as REWARD_OWNED
+from reward.config import Config as RewardConfig
+from sft.config import OWNED
+from sft.config import Config as SftConfig
+from tests.ppo.tiny_ppo import write_prompts
+from tests.recipes import preference_data, write_recipe, write_yaml
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def report(path: Path, overrides: Sequence[str] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    return str(caught.value)
+
+
+def test_every_recipe_of_the_repository_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    paths = sorted(Path("configs").glob("*.yaml"))
+    assert {"configs/smoke.yaml", "configs/tiny.yaml"} <= {str(path) for path in paths} and len(paths) == 8
+    for path in paths:
+        recipe = load(path)
+        assert resolve_steps(recipe)
+        assert recipe.run.dir == f"runs/{path.stem}"
+
+
+def test_a_step_overrides_its_section_and_tuning(tmp_path: Path) -> None:
+    entry = {"name": "sft-2", "epochs": 1, "trainer": {"neftune_noise_alpha": 5}, "tuning": {"method": "lora"}}
+    path = write_recipe(
+        tmp_path,
+        steps=["sft", {"sft": entry}],
+        sft={"epochs": 3, "learning_rate": 0.5, "trainer": {"torch_compile": False}},
+        tuning={"rank": 8},
+    )
+    first, second = resolve_steps(load(path, ["steps.1.sft.learning_rate=1e-4"]))
+    assert isinstance(first.config, SftConfig) and isinstance(second.config, SftConfig)
+    assert (first.name, first.config.epochs, first.tuning.method) == ("sft", 3, "full")
+    assert (second.name, second.config.epochs, second.config.learning_rate) == ("sft-2", 1, 1e-4)
+    assert second.config.trainer == {"torch_compile": False, "neftune_noise_alpha": 5}
+    assert (second.tuning.method, second.tuning.rank) == ("lora", 8)
+
+
+def test_a_step_samples_in_its_own_way_and_that_is_part_of_what_it_is(tmp_path: Path) -> None:
+    path = write_recipe(
+        tmp_path,
+        data=preference_data(tmp_path) | {"prompts": [{"path": str(write_prompts(tmp_path / "prompts.jsonl", 8))}]},
+        steps=["sft", {"rs": {"prompts": 4, "rollout": {"temperature": 0.7}}}, "ppo"],
+        rollout={"max_new_tokens": 9},
+    )
+    recipe = load(path)
+    _, rs, ppo = resolve_steps(recipe)
+    assert (rs.rollout.temperature, rs.rollout.max_new_tokens) == (0.7, 9)
+    assert (ppo.rollout.temperature, ppo.rollout.max_new_tokens) == (1.0, 9)
+    found = [step_identity(recipe, step, {})["rollout"]["temperature"] for step in (rs, ppo)]
+    assert found == [0.7, 1.0]
+    over = [step.rollout.temperature for step in resolve_steps(load(path, ["rollout.temperature=0.5"]))[1:]]
+    assert over == [0.5, 0.5]
+
+
+def names(path: Path, overrides: Sequence[str] = ()) -> list[str]:
+    return [step.name for step in resolve_steps(load(path, overrides))]
+
+
+def test_rm_stands_for_the_models_that_the_data_allow(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=["rm"])
+    assert names(path) == ["rm/helpfulness", "rm/safety", "rm/judge"]
+    assert names(path, ["data.split.judge=0"]) == ["rm/helpfulness", "rm/safety"]
+    assert names(path, ["data.safety=[]"]) == ["rm/helpfulness", "rm/judge"]
+    assert names(path, ["data.helpfulness=[]"]) == ["rm/safety", "rm/judge"]
+    assert names(path, ["steps=[{rm: {only: [safety, helpfulness]}}]"]) == ["rm/helpfulness", "rm/safety"]
+    assert names(path, ["steps=[rm/safety, {rm: {only: [safety], name: rm-2}}]"]) == ["rm/safety", "rm-2/safety"]
+    assert "data.split.judge: 0, but the step 'rm/judge' learns" in report(
+        path, ["steps=[rm/judge]", "data.split.judge=0"]
+    )
+    twice = report(path, ["steps=[rm, {rm/judge: {epochs: 2}}]"])
+    assert (
+        "steps.1.rm/judge.name: the step 0 has the name 'rm/judge' already. Name this one: {rm/judge: {name: rm-2}}."
+        in twice
+    )
+
+
+def test_each_model_has_its_own_values(tmp_path: Path) -> None:
+    steps = [
+        "rm/helpfulness",
+        {"rm/safety": {"epochs": 2, "tuning": {"rank": 4}}},
+        {"rm": {"only": ["judge"], "epochs": 5}},
+    ]
+    path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=steps, reward={"learning_rate": 0.5})
+    found = resolve_steps(load(path))
+    configs = [step.config for step in found]
+    assert [config.epochs for config in configs if isinstance(config, RewardConfig)] == [1, 2, 5]
+    assert [config.learning_rate for config in configs if isinstance(config, RewardConfig)] == [0.5] * 3
+    assert [step.tuning.rank for step in found] == [64, 4, 64]
+
+
+STEPS_WITH_VALUES = [
+    {"sft": {"epochs": 5, "learning_rate": 0.5, "tuning": {"method": "full", "rank": 8}}},
+    {"rm/safety": {"epochs": 2, "center_rewards_coefficient": 0.5, "trainer": {"torch_compile": False}}},
+]
+
+
+def test_the_command_line_goes_over_the_steps_own_values(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=STEPS_WITH_VALUES)
+    given = ["tuning.method=qlora", "reward={epochs: 3, center_rewards_coefficient: null}", "sft.learning_rate=0.25"]
+    sft, safety = resolve_steps(load(path, given))
+    assert isinstance(sft.config, SftConfig) and isinstance(safety.config, RewardConfig)
+    assert (sft.tuning.method, safety.tuning.method, sft.tuning.rank) == ("qlora", "qlora", 8)
+    assert (sft.config.learning_rate, sft.config.epochs, safety.config.epochs) == (0.25, 5, 3)
+    assert safety.config.center_rewards_coefficient is None and safety.config.trainer == {"torch_compile": False}
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(to_yaml(load(path, given)))
+    assert resolve_steps(load(resolved)) == (sft, safety)
+
+
+def test_a_step_named_on_the_command_line_goes_over_its_section_there(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=STEPS_WITH_VALUES)
+    for given in (
+        ["sft.epochs=7", "steps.0.sft.epochs=6"],
+        ["steps=[{sft: {epochs: 6}}]", "sft.epochs=7"],
+    ):
+        config = resolve_steps(load(path, given))[0].config
+        assert isinstance(config, SftConfig) and config.epochs == 6, given
+
+
+def test_a_file_does_not_go_over_the_steps_of_the_file_that_it_extends(tmp_path: Path) -> None:
+    write_recipe(tmp_path, data=preference_data(tmp_path), steps=STEPS_WITH_VALUES)
+    child = write_yaml(tmp_path / "child.yaml", {"extends": "recipe.yaml", "sft": {"epochs": 9}})
+    config = resolve_steps(load(child))[0].config
+    assert isinstance(config, SftConfig) and config.epochs == 5
+
+
+def test_the_resolved_recipe_has_the_same_steps(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, steps=["sft", {"sft": {"name": "sft-2", "tuning": {"method": "lora"}}}])
+    recipe = load(path)
+    (tmp_path / "resolved.yaml").write_text(to_yaml(recipe))
+    assert resolve_steps(load(tmp_path / "resolved.yaml")) == resolve_steps(recipe)
+
+
+REFUSED_STEPS: list[tuple[Any, str]] = [
+    ([], "steps: empty, so nothing would run. Known: sft, rm, rs, gatt, distill, ppo, eval, report."),
+    ("sft", "steps: found the text 'sft', but a list is required."),
+    (["smt"], "steps.0: there is no step 'smt'. Did you mean 'sft'?"),
+    (
+        ["qqq"],
+        "steps.0: there is no step 'qqq'. Known: sft, rm, rs, gatt, distill, ppo, eval, report, rm/helpfulness, rm/safety, rm/judge.",
+    ),
+    ([3], "steps.0: found the number 3, but a command, or one command with its values, is required"),
+    ([{"sft": {}, "rm": {}}], "steps.0: found a mapping with the keys sft, rm, but a command"),
+    ([{"sft": 3}], "steps.0: found the number 3 under 'sft', but a mapping is required"),
+    (["sft", "sft"], "steps.1.sft.name: the step 0 has the name 'sft' already. Name this one: {sft: {name: sft-2}}."),
+    (
+        [{"sft": {"name": "A b"}}],
+        "steps.0.sft.name: found the text 'A b', but the name of the step's folder is required",
+    ),
+    ([{"sft": {"name": 3}}], "steps.0.sft.name: found the number 3, but the name"),
+    ([{"sft": {"name": "wandb"}}], "steps.0.sft.name: found a name that the run folder needs"),
+    ([{"sft": {"name": "ppo"}}], "steps.0.sft.name: 'ppo' is another command"),
+    ([{"sft": {"epoch": 1}}], "steps.0.sft.epoch: unknown key. Did you mean 'epochs'?"),
+    ([{"sft": {"epochs": -1}}], "steps.0.sft.epochs: found the number -1, but a number above 0 is required"),
+    ([{"sft": {"trainer": {"sed": 1}}}], "steps.0.sft.trainer.sed: TRL's SFTConfig has no argument of this name."),
+    (["rm/saftey"], "steps.0: there is no step 'rm/saftey'. Did you mean 'rm/safety'?"),
+    (["sft/mix"], "steps.0: there is no step 'sft/mix'. Did you mean"),
+    (
+        ["rm"],
+        "steps.0: 'rm' finds nothing to learn from. Give records under data.helpfulness or data.safety, or take rm",
+    ),
+    (
+        ["rm/safety"],
+        "data.safety: empty, but the step 'rm/safety' learns from it. Give records there, or take rm/safety",
+    ),
+    ([{"rm": {"only": ["judge"]}}], "data.helpfulness: empty, but the step 'rm/judge' learns from it."),
+    (
+        [{"rm": {"only": "safety"}}],
+        "steps.0.rm.only: found the text 'safety', but a list of models is required: {rm: {only:",
+    ),
+    ([{"rm": {"only": []}}], "steps.0.rm.only: found an empty list, but a list"),
+    (
+        [{"rm": {"only": ["safe"]}}],
+        "steps.0.rm.only: found the text 'safe', but the models of 'rm' are helpfulness, safety,",
+    ),
+    ([{"rm/safety": {"only": ["safety"]}}], "steps.0.rm/safety.only: 'rm/safety' is one step, of which nothing"),
+    ([{"sft": {"only": ["x"]}}], "steps.0.sft.only: 'sft' is one step"),
+    ([{"rm/safety": {"epoch": 1}}], "steps.0.rm/safety.epoch: unknown key. Did you mean 'epochs'?"),
+    ([{"sft": {"tuning": {"rnk": 1}}}], "steps.0.sft.tuning.rnk: unknown key. Did you mean 'rank'?"),
+    ([{"rs": {"rollout": {"topp": 1}}}], "steps.0.rs.rollout.topp: unknown key. Did you mean 'top_p'?"),
+    (
+        [{"rs": {"rollout": 0.7}}],
+        "steps.0.rs.rollout: found the number 0.7, but a mapping is required: {temperature: 0.7}.",
+    ),
+    (
+        [{"sft": {"rollout": {"top_p": 0.9}}}],
+        "steps.0.sft.rollout: 'sft' learns from no answers of its own. Remove it.",
+    ),
+    ([{"sft": {"tuning": "lora"}}], "steps.0.sft.tuning: found the text 'lora', but a mapping is required"),
+]
+
+
+@pytest.mark.parametrize(("steps", "expected"), REFUSED_STEPS)
+def test_a_bad_step_is_told_at_its_place(tmp_path: Path, steps: Any, expected: str) -> None:
+    path = write_recipe(tmp_path, steps=steps)
+    assert f"{path}: {expected}" in report(path)
+
+
+def test_a_fault_of_a_section_is_told_once_and_not_at_each_step(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, sft={"epochs": 0}, steps=["sft", {"sft": {"name": "sft-2", "learning_rate": 0.5}}])
+    assert report(path).count("epochs") == 1
+
+
+def test_runs_that_cannot_be(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    (tmp_path / "old").mkdir()
+    cases = {
+        f"run.parent={tmp_path}/odl": f"run.parent: the parent run '{tmp_path}/odl' does not exist. Did you mean",
+        f"run.dir={path}": f"run.dir: '{path}' is a file, and a run is a folder.",
+        "data.sft=[]": "data.sft: empty, but the step 'sft' learns from it.",
+        "data.sft.0.format=alpca": "data.sft.0.format: there is no format 'alpca'. Did you mean 'alpaca'?",
+        "data.sft.0.format=qqqq": "there is no format 'qqqq'. Known: auto, native, ",
+    }
+    for override, expected in cases.items():
+        assert expected in report(path, [override]), override
+    same = [f"run.dir={tmp_path}/old", f"run.parent={tmp_path}/old/../old"]
+    assert "run.parent: this is run.dir itself" in report(path, same)
+    assert load(path, ["data.sft.0.format=hh-rlhf"]).data.sft[0].format == "hh-rlhf"
+
+
+def test_every_key_of_the_recipe_has_a_description() -> None:
+    for section in (Recipe, *(stage.config for stage in STAGES.values())):
+        assert issubclass(section, Section)
+        assert [name for name, field in section.model_fields.items() if not field.description] == []
+
+
+def test_the_keys_that_own_trainer_arguments_exist() -> None:
+    plain = {f"{name}.{key}" for name, field in Recipe.model_fields.items() for key in _keys(field.annotation)}
+    assert {key for key in (*OWNED.values(), *REWARD_OWNED.values()) if key is not None} <= plain
+
+
+def _keys(annotation: object) -> list[str]:
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, Section) else []
+
+
+def test_every_argument_that_sft_gives_to_trl_is_refused_in_its_trainer_key(tmp_path: Path) -> None:
+    """Given twice, an argument would be a TypeError in the middle of a run."""
+    tree = ast.parse((REPOSITORY / "sft" / "trainer.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "SFTConfig"]
+    given = [keyword.arg for call in calls for keyword in call.keywords if keyword.arg]
+    assert len(given) > 10
+    text = report(write_recipe(tmp_path, sft={"trainer": dict.fromkeys(given, 1)}))
+    assert [name for name in given if f"sft.trainer.{name}: this argument of TRL" not in text] == []
+
+
+def test_tiny_yaml_extends_nothing_and_smoke_extends_it() -> None:
+    configs = REPOSITORY / "configs"
+    assert "extends" not in yaml.safe_load((configs / "tiny.yaml").read_text())
+    assert yaml.safe_load((configs / "smoke.yaml").read_text())["extends"] == "tiny.yaml"

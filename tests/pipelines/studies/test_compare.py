@@ -1,0 +1,310 @@
+"""`llamachat compare`: what two runs were told otherwise, figures with intervals, and when two numbers do not compare."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llamachat.errors import ArtifactError, UsageError
+from llamachat.maths.intervals import Difference, independent_difference, wilson
+from llamachat.runs.contents import read_run
+from llamachat.tracking.record import MetricsRecord
+from pipelines.cli.main import main
+from pipelines.studies.compare import Comparison, compare_runs
+from pipelines.studies.differences import Compared
+
+ROOT = Path(__file__).resolve().parents[3]
+DIGEST = {name: format(number, "x") * 64 for number, name in enumerate(("old", "new", "base", "other"), start=10)}
+SCORES = [0.0, 1.0, 5.0, -3.0, 2.0, 8.0]
+
+
+def write_step(
+    run: Path,
+    name: str,
+    summary: dict[str, Any],
+    *,
+    identity: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
+    **manifest: Any,
+) -> Path:
+    folder = run / name
+    (folder / "artifact").mkdir(parents=True)
+    told = {"step": name, "command": name.partition("/")[0], "data": {}, "base": {}, "inputs": {}, **(identity or {})}
+    values = {
+        "identity": told,
+        "files": {"model.safetensors": str(folder)},
+        "created": f"2026-01-0{len(name)}",
+        **manifest,
+    }
+    (folder / "artifact" / "manifest.json").write_text(json.dumps(values))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe or {}))
+    return folder
+
+
+def answers_of(scores: list[float]) -> dict[str, Any]:
+    many = len(scores)
+    lists = dict.fromkeys(("helpfulness", "safety", "judge", "combined", "standardised"), scores)
+    return {"texts": ["a"] * many, "tokens": [3] * many, "finished": [True] * many, "kl": None, **lists}
+
+
+def figure(found: Comparison, name: str) -> Compared:
+    return next(one for step in found.steps for one in step.figures if one.name == name)
+
+
+def test_an_interval_made_of_two_is_newcombes() -> None:
+    # Newcombe 1998, table II: 56 of 70 less 48 of 80 by method 10 is 0.2, 0.0524 to 0.3339.
+    first, second = Difference(56 / 70, *wilson(56, 70)), Difference(48 / 80, *wilson(48, 80))
+    found = independent_difference(first, second)
+    assert (found.value, found.low, found.high) == (
+        pytest.approx(0.2),
+        pytest.approx(0.0524, abs=5e-5),
+        pytest.approx(0.3339, abs=5e-5),
+    )
+
+
+def test_what_differs_is_told_once_key_by_key_and_by_what_it_decides(tmp_path: Path) -> None:
+    for name, rate, micro, digest, path in (("a", 0.1, 8, "old", "x.jsonl"), ("b", 0.2, 4, "new", "x.jsonl")):
+        for step in ("sft", "rs"):
+            identity = {
+                "base": {"model": DIGEST["base"]},
+                "data": {"sft": [{"path": DIGEST[digest]}]},
+                "sft": {"learning_rate": rate},
+                "inputs": {} if step == "sft" else {"policy": DIGEST[digest]},
+            }
+            recipe = {
+                "run": {"dir": f"runs/{name}", "seed": 0},
+                # Where the base lies is no difference while its content is the same.
+                "base": {"model": f"/somewhere/{name}"},
+                "data": {"sft": [{"path": path}], "prompts": [{"path": name}]},
+                "sft": {"learning_rate": rate, "rows_per_microbatch": micro},
+                "ppo": {"iterations": micro},  # neither step reads it
+                "steps": ["sft", {"rs": {"sft": {"learning_rate": rate}}}],
+            }
+            write_step(tmp_path / name, step, {}, identity=identity, recipe=recipe, versions={"torch": f"2.{micro}"})
+    found = compare_runs(tmp_path / "a", tmp_path / "b")
+    assert [(change.key, change.a, change.b, change.kind, change.steps) for change in found.changes] == [
+        ("data.sft[0].path", "x.jsonl (aaaaaaaaaaaa)", "x.jsonl (bbbbbbbbbbbb)", "result", ("rs", "sft")),
+        ("sft.learning_rate", "0.1", "0.2", "result", ("rs", "sft")),
+        ("inputs.policy", "(aaaaaaaaaaaa)", "(bbbbbbbbbbbb)", "input", ("rs",)),
+        ("sft.rows_per_microbatch", "8", "4", "operational", ("rs", "sft")),
+        ("versions.torch", '"2.8"', '"2.4"', "software", ("rs", "sft")),
+    ]
+
+
+@pytest.mark.parametrize("step", ["rs", "eval"])
+def test_answers_to_the_same_prompts_are_paired(step: str, tmp_path: Path) -> None:
+    name = {"rs": "rs/test/final/reward_helpfulness", "eval": "eval/ppo/reward_helpfulness"}[step]
+    for run, shift in (("a", 0.0), ("b", 0.25)):
+        scores = [score + shift for score in SCORES]
+        value = sum(scores) / len(scores)
+        folder = write_step(tmp_path / run, step, {name: value, f"{name}_low": value - 2, f"{name}_high": value + 2})
+        place = folder / "sampling/test-final.json" if step == "rs" else folder / "artifact/answers/ppo.json"
+        place.parent.mkdir()
+        place.write_text(json.dumps(answers_of(scores)))
+    paired = figure(compare_runs(tmp_path / "a", tmp_path / "b"), name)
+    # Every answer gained the same: prompt by prompt there is no doubt, however far the prompts lie apart.
+    assert (paired.how, paired.difference, paired.low, paired.high) == (
+        "paired",
+        *map(pytest.approx, (0.25, 0.25, 0.25)),
+    )
+    manifest = tmp_path / "b" / step / "artifact" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    values["identity"]["data"] = {"prompts": [{"path": "others"}]}
+    manifest.write_text(json.dumps(values))
+    apart = figure(compare_runs(tmp_path / "a", tmp_path / "b"), name)
+    # Two intervals of half width 2: sqrt(2^2 + 2^2).
+    assert apart.how == "independent" and apart.difference == pytest.approx(0.25)
+    assert (apart.low, apart.high) == (pytest.approx(0.25 - 8**0.5), pytest.approx(0.25 + 8**0.5))
+
+
+@pytest.mark.parametrize("step", ["distill", "eval"])
+def test_gains_over_the_first_policy_are_paired_too(step: str, tmp_path: Path) -> None:
+    name = {"distill": "distill/test/difference/judge", "eval": "eval/ppo/difference/judge"}[step]
+    for run, gain in (("a", 1.0), ("b", 1.5)):
+        # The first policies' answers differ from run to run; what is gained over them is the same for every prompt.
+        first = [score * gain for score in SCORES]
+        final = [score + gain for score in first]
+        folder = write_step(tmp_path / run, step, {name: gain, f"{name}_low": 0.0, f"{name}_high": 3.0})
+        sampling, answers = folder / "sampling", folder / "artifact/answers"
+        for place in (sampling, answers):
+            place.mkdir()
+        if step == "distill":
+            (sampling / "test-first.json").write_text(json.dumps({"evaluation": answers_of(first), "constants": {}}))
+            (sampling / "test-final.json").write_text(json.dumps(answers_of(final)))
+        else:
+            (answers / "sft.json").write_text(json.dumps(answers_of(first)))
+            (answers / "ppo.json").write_text(json.dumps(answers_of(final)))
+            (folder / "artifact/evaluation.json").write_text(json.dumps({"reference": "sft"}))
+    found = figure(compare_runs(tmp_path / "a", tmp_path / "b"), name)
+    assert (found.how, found.low, found.high) == ("paired", pytest.approx(0.5), pytest.approx(0.5))
+    assert found.remark == ("" if step == "distill" else "each against its own first policy")
+
+
+def test_answers_that_do_not_give_the_figure_are_not_paired(tmp_path: Path) -> None:
+    for run in ("a", "b"):
+        folder = write_step(tmp_path / run, "rs", {"rs/test/final/judge": 9.0 if run == "b" else 8.0})
+        (folder / "sampling").mkdir()
+        (folder / "sampling/test-final.json").write_text(json.dumps(answers_of(SCORES)))
+    found = figure(compare_runs(tmp_path / "a", tmp_path / "b"), "rs/test/final/judge")
+    assert (found.difference, found.how) == (1.0, None)
+
+
+def test_scores_of_two_reward_models_or_on_two_scales_are_not_subtracted(tmp_path: Path) -> None:
+    names = ("reward_helpfulness", "reward_safety", "reward_combined", "judge", "score", "response_tokens")
+    for run, digest in (("a", "old"), ("b", "new")):
+        inputs = {"reward_model/helpfulness": DIGEST[digest], "reward_model/safety": DIGEST["base"]}
+        figures = {f"ppo/test/final/{name}": 1.0 for name in names}
+        write_step(tmp_path / run, "ppo", figures, identity={"inputs": {**inputs, "policy": DIGEST["base"]}})
+        scores = {f"eval/ppo/{name}": {"value": 2.0, "low": None, "high": None} for name in ("score", "win_rate/judge")}
+        folder = write_step(tmp_path / run, "eval", {})
+        plain = {
+            "reference": "ppo",
+            "figures": {"ppo": {key.partition("ppo/")[2]: side for key, side in scores.items()}},
+        }
+        (folder / "artifact/evaluation.json").write_text(json.dumps(plain))
+    found = compare_runs(tmp_path / "a", tmp_path / "b")
+    told = {one.name: one.difference for step in found.steps for one in step.figures}
+    # The reference of the evaluation is another policy in each run, since its files differ.
+    assert told == {
+        "ppo/test/final/reward_helpfulness": None,
+        "ppo/test/final/reward_safety": 0.0,
+        "ppo/test/final/reward_combined": None,
+        "ppo/test/final/judge": 0.0,
+        "ppo/test/final/score": None,
+        "ppo/test/final/response_tokens": 0.0,
+        "eval/ppo/score": None,
+        "eval/ppo/win_rate/judge": 0.0,
+    }
+    assert figure(found, "ppo/test/final/score").remark == "scored by another helpfulness model in each"
+    assert figure(found, "eval/ppo/score").remark == "each on the scale of its own first policy"
+    assert figure(found, "eval/ppo/win_rate/judge").remark == "each against its own first policy"
+
+
+def two_runs(tmp_path: Path) -> tuple[Path, Path]:
+    for run, end in (("x/seed-0", 2.0), ("y/seed-0", 1.0)):
+        folder = write_step(
+            tmp_path / run,
+            "rm/safety",
+            {"rm/safety/auroc": 0.9, "rm/safety/auroc_low": 0.8, "rm/safety/auroc_high": end / 2 + 0.2},
+        )
+        for step in (1, 2, 3):
+            MetricsRecord(folder / "metrics.jsonl").append(step, {"rm/safety/loss": end * step, "rm/safety/epoch": 1})
+        files = {"model.safetensors": "equal"}
+        write_step(tmp_path / run, "sft", {"sft/loss": 1.0}, files=files)
+    write_step(tmp_path / "y/seed-0", "ppo", {})
+    return tmp_path / "x/seed-0", tmp_path / "y/seed-0"
+
+
+def test_the_command_writes_tables_and_pictures_and_prints_plain_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = two_runs(tmp_path)
+    assert main(["compare", str(one), str(other)]) == 0
+    out = tmp_path / "x" / "compare-x-seed-0-y-seed-0"
+    assert sorted(path.name for path in out.iterdir()) == ["compare.json", "compare.md", "curves-rm-safety.png"]
+    assert (out / "curves-rm-safety.png").read_bytes()[:4] == b"\x89PNG"
+    text = capsys.readouterr().out
+    assert "The same in both\n  sft: every file of the artifact is equal.\n" in text
+    assert "Only in B\n  ppo\n" in text
+    assert "rm/safety/auroc  0.900  0.900  0 (-0.316 to +0.224)" in text  # hypot(0.1, 0.3) and hypot(0.2, 0.1)
+    assert "0 of 1 intervals leave out 0" in " ".join(text.split())
+    page = (out / "compare.md").read_text()
+    assert page.startswith("# x/seed-0 (A) and y/seed-0 (B)\n")
+    assert (
+        "| `rm/safety/auroc`, fraction | 0.900 (0.800 to 1.200) | 0.900 (0.800 to 0.700) | 0 (-0.316 to +0.224) |"
+        in page
+    )
+    assert "![curves of rm/safety](curves-rm-safety.png)" in page
+    plain = json.loads((out / "compare.json").read_text())
+    assert plain["only"] == {"a": [], "b": ["ppo"]}
+    assert [(step["name"], step["is_same"], step["picture"]) for step in plain["steps"]] == [
+        ("sft", True, None),
+        ("rm/safety", False, "curves-rm-safety.png"),
+    ]
+
+
+def test_in_a_terminal_it_is_a_table_and_the_folder_is_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = two_runs(tmp_path)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["compare", str(one), str(other), "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "\u2500\u2500\u2500" in text and "B - A (95% interval)" in text
+    assert (tmp_path / "out" / "compare.md").is_file()
+
+
+def test_a_run_that_is_going_on_and_a_step_by_reference_are_read(tmp_path: Path) -> None:
+    one, other = two_runs(tmp_path)
+    (other / "sft" / "artifact" / "manifest.json").unlink()
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "rm").mkdir()
+    (tmp_path / "z" / "rm" / "safety").symlink_to(one / "rm" / "safety")
+    (other / "sft" / "identity.json").write_text(json.dumps({"identity": {"step": "sft", "data": {}}}))
+    (other / "report").mkdir()
+    (other / "report" / "identity.json").write_text(json.dumps({"identity": {"step": "report"}}))
+    assert list(read_run(other)) == ["ppo", "rm/safety", "sft"]
+    assert "Not finished in B." in (compare_runs(one, other).out / "compare.md").read_text()
+    assert [step.is_same for step in compare_runs(one, tmp_path / "z").steps] == [True]
+
+
+def test_what_is_no_run_is_refused_in_words(tmp_path: Path) -> None:
+    one, other = two_runs(tmp_path)
+    (tmp_path / "empty").mkdir()
+    write_step(tmp_path / "gatt", "gatt", {})
+    for run, expected in (
+        (tmp_path / "none", r"none: no such folder\. .* Correct the path\."),
+        (tmp_path / "empty", r"empty: no steps here\. .* Name one that a step was run in"),
+        (other / "sft", r"sft: is the folder of a step, not of a run\. .* such as .*y/seed-0\."),
+        (tmp_path / "y", r"y: is no run folder, since 'seed-0/ppo' holds the step 'ppo'\. .*such as .*y/seed-0\."),
+        (one, r"is .*x/seed-0 once more\. .* run\.parent="),
+        (tmp_path / "gatt", r"have no step in common: sft, rm/safety here, gatt there\. .* Run the same step in both"),
+    ):
+        with pytest.raises(UsageError, match=expected):
+            compare_runs(one, run)
+    assert main(["compare", str(one), str(tmp_path / "none")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        ("summary.json", '{"sft/loss": 1.', "Expecting"),
+        ("summary.json", '{"sft/loss": "low"}', "'sft/loss' is not a number"),
+        ("summary.json", "[1]", "holds a list, not an object"),
+        ("artifact/manifest.json", "", "Expecting value"),
+        ("config.yaml", "a: [", "while parsing"),
+        ("config.yaml", "7", "holds no keys"),
+        ("artifact/evaluation.json", "{", "Expecting"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, file: str, text: str, expected: str) -> None:
+    one, other = two_runs(tmp_path)
+    (other / "rm/safety" / file).write_text(text)
+    with pytest.raises(ArtifactError) as caught:
+        compare_runs(one, other)
+    assert f"{other}/rm/safety/{file}: cannot be understood ({expected}" in str(caught.value)
+    assert "make the step again with `--overwrite`." in str(caught.value)
+
+
+def test_it_starts_without_what_trains(tmp_path: Path) -> None:
+    one, other = two_runs(tmp_path)
+    code = (
+        "import sys; from pipelines.cli.main import main; status = main(sys.argv[1:]);"
+        "print(status, sorted({'torch', 'transformers', 'wandb', 'sklearn'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "compare", str(one), str(other)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "0 []"

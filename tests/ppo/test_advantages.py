@@ -1,0 +1,154 @@
+"""Rewards per token and advantages: hand numbers, a double loop, and padding on either side."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, tensor
+from torch.testing import assert_close
+
+from llamachat.maths.kl import k1, response_kl
+from llamachat.maths.masked import whiten
+from ppo.advantages import gae, last_indices, token_rewards
+
+NOTHING = float("nan")
+
+
+def test_the_last_index_is_that_of_the_last_token_not_of_the_length() -> None:
+    mask_BR = tensor([[True, True, False], [False, True, True], [True, False, False]])
+    assert last_indices(mask_BR).tolist() == [1, 2, 0]
+    with pytest.raises(AssertionError, match="at least one token"):
+        last_indices(tensor([[True], [False]]))
+
+
+def test_rewards_by_hand() -> None:
+    # beta 0.1; the score joins the penalty of the last response token, never the padding behind it.
+    rewards_BR = token_rewards(
+        tensor([2.0, -1.0]),
+        kl_BR=tensor([[0.5, -1.0, 0.2], [3.0, NOTHING, math.inf]]),
+        response_mask_BR=tensor([[True, True, True], [True, False, False]]),
+        kl_coef=0.1,
+    )
+    assert_close(rewards_BR, tensor([[-0.05, 0.1, 1.98], [-1.3, 0.0, 0.0]]))
+
+
+def test_rewards_of_a_response_add_up_to_equation_4() -> None:
+    torch.manual_seed(0)
+    policy_BR, reference_BR, shaped_B = torch.randn(4, 6), torch.randn(4, 6), torch.randn(4)
+    mask_BR = torch.arange(6) < tensor([[6], [1], [3], [5]])
+    kl_BR = k1(policy_BR, reference_BR, response_mask_BR=mask_BR)
+    rewards_BR = token_rewards(shaped_B, kl_BR=kl_BR, response_mask_BR=mask_BR, kl_coef=0.01)
+    kl_B = response_kl(kl_BR, response_mask_BR=mask_BR)
+    assert_close(rewards_BR.sum(dim=1), shaped_B - 0.01 * kl_B)
+
+
+def test_a_policy_that_is_its_reference_is_rewarded_by_the_score_alone() -> None:
+    logprobs_BR, mask_BR = torch.randn(1, 3), torch.ones(1, 3, dtype=torch.bool)
+    kl_BR = k1(logprobs_BR, logprobs_BR, response_mask_BR=mask_BR)
+    rewards_BR = token_rewards(tensor([0.7]), kl_BR=kl_BR, response_mask_BR=mask_BR, kl_coef=10.0)
+    assert_close(rewards_BR, tensor([[0.0, 0.0, 0.7]]))
+
+
+def test_two_steps_by_hand() -> None:
+    # delta_1 = 1 + 0 - 2 = -1;  delta_0 = 0 + 0.5 * 2 - 1 = 0;  A_0 = 0 + 0.5 * 0.5 * (-1) = -0.25
+    found = gae(
+        tensor([[0.0, 1.0]]),
+        values_BR=tensor([[1.0, 2.0]]),
+        response_mask_BR=tensor([[True, True]]),
+        discount=0.5,
+        gae_lambda=0.5,
+    )
+    assert_close(found.advantages_BR, tensor([[-0.25, -1.0]]))
+    assert_close(found.returns_BR, tensor([[0.75, 1.0]]))
+
+
+def test_three_steps_by_hand_with_the_defaults() -> None:
+    # gamma 1, lambda 0.95.  delta_2 = 1 - 0.4 = 0.6;  delta_1 = 0.4 - 0.2 = 0.2;  delta_0 = -0.1 + 0.2 - 0.5 = -0.4
+    # A_2 = 0.6;  A_1 = 0.2 + 0.95 * 0.6 = 0.77;  A_0 = -0.4 + 0.95 * 0.77 = 0.3315
+    found = gae(
+        tensor([[-0.1, 0.0, 1.0, NOTHING]]),
+        values_BR=tensor([[0.5, 0.2, 0.4, NOTHING]]),
+        response_mask_BR=tensor([[True, True, True, False]]),
+        discount=1.0,
+        gae_lambda=0.95,
+    )
+    assert_close(found.advantages_BR, tensor([[0.3315, 0.77, 0.6, 0.0]]))
+    assert_close(found.returns_BR, tensor([[0.8315, 0.97, 1.0, 0.0]]))
+
+
+def test_lambda_one_gives_the_rewards_to_come_and_lambda_zero_one_step() -> None:
+    torch.manual_seed(1)
+    rewards_BR, values_BR = torch.randn(3, 5), torch.randn(3, 5)
+    mask_BR = torch.ones(3, 5, dtype=torch.bool)
+    found = gae(rewards_BR, values_BR=values_BR, response_mask_BR=mask_BR, discount=1.0, gae_lambda=1.0)
+    assert_close(found.returns_BR, rewards_BR.flip(1).cumsum(1).flip(1))
+    found = gae(rewards_BR, values_BR=values_BR, response_mask_BR=mask_BR, discount=1.0, gae_lambda=0.0)
+    next_BR = torch.cat([values_BR[:, 1:], torch.zeros(3, 1)], dim=1)
+    assert_close(found.returns_BR, rewards_BR + next_BR)
+
+
+def slow_gae(
+    rewards: list[float], values: list[float], discount: float, gae_lambda: float
+) -> tuple[list[float], list[float]]:
+    """The sum itself: A_t = sum over l of (gamma * lambda)^l * delta_{t+l} (Schulman et al. 2016, Eq. 16)."""
+    count = len(rewards)
+    deltas = [rewards[t] + discount * (values[t + 1] if t + 1 < count else 0.0) - values[t] for t in range(count)]
+    advantages = [
+        sum((discount * gae_lambda) ** step * deltas[t + step] for step in range(count - t)) for t in range(count)
+    ]
+    return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
+
+
+def padded(rows: list[list[float]], *, left: list[int], width: int, fill: float) -> Tensor:
+    return tensor(
+        [[fill] * n + row + [fill] * (width - n - len(row)) for row, n in zip(rows, left, strict=True)],
+        dtype=torch.float32,
+    )
+
+
+NUMBERS = st.floats(-3, 3, width=32)
+
+
+@given(
+    st.lists(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=6), min_size=1, max_size=4),
+    st.floats(0.5, 1.0),
+    st.floats(0.0, 1.0),
+    st.data(),
+)
+def test_a_double_loop_gives_the_same_whatever_the_padding(
+    rows: list[list[tuple[float, float]]], discount: float, gae_lambda: float, data: st.DataObject
+) -> None:
+    width = 6 + data.draw(st.integers(0, 3))
+    left = [data.draw(st.integers(0, width - len(row))) for row in rows]
+    fill = data.draw(st.sampled_from([0.0, 7.0, NOTHING, math.inf]))
+    rewards, values = ([[cell[i] for cell in row] for row in rows] for i in (0, 1))
+    found = gae(
+        padded(rewards, left=left, width=width, fill=fill),
+        values_BR=padded(values, left=left, width=width, fill=fill),
+        response_mask_BR=padded([[1.0] * len(row) for row in rows], left=left, width=width, fill=0.0).bool(),
+        discount=discount,
+        gae_lambda=gae_lambda,
+    )
+    slow = [slow_gae(r, v, discount, gae_lambda) for r, v in zip(rewards, values, strict=True)]
+    for index, got_BR in enumerate((found.advantages_BR, found.returns_BR)):
+        expected_BR = padded([pair[index] for pair in slow], left=left, width=width, fill=0.0)
+        assert_close(got_BR, expected_BR, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_here_carries_a_gradient() -> None:
+    values_BR = torch.randn(2, 3, requires_grad=True)
+    mask_BR = torch.ones(2, 3, dtype=torch.bool)
+    found = gae(torch.randn(2, 3), values_BR=values_BR, response_mask_BR=mask_BR, discount=1.0, gae_lambda=0.9)
+    rewards_BR = token_rewards(torch.randn(2), kl_BR=values_BR, response_mask_BR=mask_BR, kl_coef=0.1)
+    assert not (found.advantages_BR.requires_grad or found.returns_BR.requires_grad or rewards_BR.requires_grad)
+
+
+def test_whitened_advantages_are_those_of_the_tokens_alone() -> None:
+    """The batch of two responses, 3 and 1 tokens: mean and variance of four numbers, by hand."""
+    advantages_BR = tensor([[1.0, 2.0, 3.0], [6.0, 100.0, NOTHING]])
+    mask_BR = tensor([[True, True, True], [True, False, False]])
+    # mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5
+    expected_BR = tensor([[-2.0, -1.0, 0.0], [3.0, 0.0, 0.0]]) / math.sqrt(3.5)
+    assert_close(whiten(advantages_BR, mask_BR), expected_BR)

@@ -1,0 +1,231 @@
+"""The whole PPO stage on real toy reward models: every way of scoring and of holding weights, and what is refused."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import ppo
+from llamachat.chat_format import ChatFormat
+from llamachat.config.sections import Scoring, Tuning
+from llamachat.errors import ArtifactError, ConfigError
+from llamachat.models.loading import load_policy
+from llamachat.runs.artifacts import Artifact, read_artifact
+from llamachat.tracking.metrics import check_names
+from llamachat.tracking.record import MetricsRecord, SamplesRecord
+from pipelines.execution.run import run_command
+from pipelines.planning.plan import make_plan, plan_text
+from pipelines.recipe.recipe import load
+from tests.llamachat.models.tiny_roles import FULL, QLORA, World
+from tests.ppo.tiny_ppo import config_of, inputs_of, write_prompts, write_stopping_base
+from tests.reward.tiny_reward import data_of, toy_labels, toy_pairs
+from tests.sft.tiny_sft import toy_dialogs, write_dialogs
+from tests.tiny_llama import LORA
+
+SMALL: dict[str, Any] = {
+    "iterations": 2,
+    "responses_per_iteration": 8,
+    "responses_per_minibatch": 4,
+    "validation_prompts": 4,
+    "test_prompts": 4,
+}
+GATE: dict[str, Any] = {"combine": "llama2_gate"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes, tiny_format: ChatFormat) -> World:
+    return World(tmp_path_factory.mktemp("roles"), tiny_format, tiny_sentencepiece, write_stopping_base)
+
+
+def models_of(world: World, *roles: str, tuning: Tuning = LORA, policy: Tuning = FULL) -> dict[str, Artifact]:
+    return {role: world.reward_model(role, tuning, policy) for role in roles}
+
+
+def labelled(artifact: Artifact, count: int = 9) -> Artifact:
+    """The same model, whose manifest says that it learnt from labels."""
+    details = artifact.manifest.details | {"safety_labels": count}
+    return replace(artifact, manifest=artifact.manifest.model_copy(update={"details": details}))
+
+
+def train(folder: Path, world: World, models: dict[str, Artifact], scoring: dict[str, Any], **changes: Any) -> Artifact:
+    """The policy that the stage publishes; `changes` are of its inputs."""
+    given: dict[str, Any] = {"policy": world.policy(FULL), "tuning": LORA} | changes
+    inputs = inputs_of(folder, Path(world.base.model), reward_models=models, scoring=scoring, **given)
+    return ppo.run(config_of(**SMALL), inputs)
+
+
+def record(artifact: Artifact) -> list[dict[str, float]]:
+    """The iterations."""
+    rows = MetricsRecord(artifact.path.parent / "metrics.jsonl").read()
+    return [row for row in rows if "ppo/policy_loss" in row]
+
+
+def summary(artifact: Artifact) -> dict[str, float]:
+    return json.loads((artifact.path.parent / "summary.json").read_text())
+
+
+# --- ways of scoring
+
+
+def test_two_reward_models_and_a_judge_are_told_apart(world: World, tmp_path: Path) -> None:
+    models = models_of(world, "helpfulness", "safety", "judge")
+    artifact = train(tmp_path, world, models | {"safety": labelled(models["safety"])}, GATE)
+    rows, figures = record(artifact), summary(artifact)
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert 0.0 <= row["ppo/reward/gate_fraction"] <= 1.0
+        assert row["ppo/reward/helpfulness"] != row["ppo/reward/safety"]
+        assert "ppo/reward/judge" not in row, "the judge sees held-out answers alone"
+    assert any(name.startswith("ppo/test/difference/judge") for name in figures)
+    check_names(figures)
+    samples = SamplesRecord(artifact.path.parent / "samples.jsonl").read()
+    assert {"reward_helpfulness", "reward_safety", "judge"} <= samples[0].keys()
+    taken = artifact.manifest.inputs
+    assert {"policy", "reward_model/helpfulness", "reward_model/safety", "reward_model/judge"} == taken.keys()
+
+
+@pytest.mark.parametrize("role", ["helpfulness", "safety"])
+def test_one_reward_model_alone_decides(role: str, world: World, tmp_path: Path) -> None:
+    for row in record(train(tmp_path, world, models_of(world, role), {"combine": "single"})):
+        assert row["ppo/reward/combined"] == row[f"ppo/reward/{role}"]
+        assert "ppo/reward/gate_fraction" not in row
+        assert f"ppo/reward/{'safety' if role == 'helpfulness' else 'helpfulness'}" not in row
+
+
+def test_weighted_scores_are_summed(world: World, tmp_path: Path) -> None:
+    scoring = {"combine": "weighted", "weights": {"helpfulness": 0.25, "safety": 0.75}}
+    for row in record(train(tmp_path, world, models_of(world, "helpfulness", "safety"), scoring)):
+        wanted = 0.25 * row["ppo/reward/helpfulness"] + 0.75 * row["ppo/reward/safety"]
+        assert row["ppo/reward/combined"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_gate_over_a_model_without_safety_labels_is_refused_with_the_reason(world: World, tmp_path: Path) -> None:
+    models = models_of(world, "helpfulness", "safety")
+    with pytest.raises(
+        ConfigError,
+        match=r"saw no safety labels\. Trained on pairs alone .* not whether one is safe.*weighted or single",
+    ):
+        train(tmp_path, world, models, GATE)
+    assert not (tmp_path / "runs" / "one" / "ppo" / "artifact").exists()
+
+
+@pytest.mark.parametrize(
+    ("scoring", "there", "lacking"),
+    [
+        (GATE, (), "helpfulness"),
+        (GATE, ("helpfulness",), "safety"),
+        ({"combine": "single"}, (), "helpfulness"),
+        ({"combine": "weighted"}, ("safety",), "helpfulness"),
+    ],
+)
+def test_a_reward_model_that_is_not_there_is_told_with_the_command_that_makes_it(
+    scoring: dict[str, Any], there: tuple[str, ...], lacking: str, world: World, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=rf"needs a {lacking} reward model, and there is none .*`make rm`"):
+        train(tmp_path, world, models_of(world, *there), scoring)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "words"),
+    [
+        ({"top_p": 0.9}, r"rollout\.top_p: 0\.9, but PPO needs 1\."),
+        ({"top_k": 50}, r"rollout\.top_k: 50, but PPO needs null\."),
+        ({"temperature": 0.0}, r"rollout\.temperature: 0, but PPO learns from answers that are drawn"),
+        ({"max_new_tokens": 96}, r"rollout\.max_new_tokens: 96, but base\.max_tokens is 96"),
+    ],
+)
+def test_sampling_that_the_equations_do_not_hold_for_is_refused(
+    rollout: dict[str, Any], words: str, world: World, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(tmp_path, world, {}, Scoring().model_dump(), rollout=rollout)
+
+
+# --- ways of holding weights
+
+
+def test_reward_models_on_another_trunk_are_loaded_beside(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = {"helpfulness": world.reward_model("helpfulness", LORA, FULL, policy_seed=7)}
+    with caplog.at_level(logging.INFO):
+        artifact = train(tmp_path, world, models, {"combine": "single"})
+    assert "is on other weights and is loaded beside: 0.00 GiB" in caplog.text
+    assert len(record(artifact)) == 2
+    load_policy(artifact.path)
+
+
+def test_a_4_bit_base_is_trained_over_on_a_cpu(world: World, tmp_path: Path) -> None:
+    models = models_of(world, "helpfulness", "safety", tuning=QLORA, policy=QLORA)
+    artifact = train(
+        tmp_path,
+        world,
+        models | {"safety": labelled(models["safety"])},
+        GATE,
+        policy=world.policy(QLORA),
+        tuning=QLORA,
+        dtype="bfloat16",
+    )
+    assert artifact.manifest.details["method"] == "qlora" and len(record(artifact)) == 2
+    assert record(artifact)[0]["ppo/kl_to_reference"] == pytest.approx(0.0, abs=1e-3)
+    load_policy(artifact.path)
+
+
+def test_all_weights_are_trained_with_reward_models_beside(world: World, tmp_path: Path) -> None:
+    models = models_of(world, "helpfulness", "safety", tuning=FULL)
+    scoring = {"combine": "weighted", "weights": {"helpfulness": 0.5, "safety": 0.5}}
+    artifact = train(tmp_path, world, models, scoring, tuning=FULL)
+    assert artifact.manifest.details["method"] == "full" and len(record(artifact)) == 2
+    load_policy(artifact.path)
+
+
+# --- in a recipe
+
+
+def test_a_recipe_goes_from_tuning_over_reward_models_to_ppo(tmp_path: Path, tiny_sentencepiece: bytes) -> None:
+    base = write_stopping_base(tmp_path / "base", tiny_sentencepiece)
+    data = data_of(tmp_path / "data", helpfulness=toy_pairs(40), safety=toy_pairs(40, "Paris"), labels=toy_labels(24))
+    values: dict[str, Any] = {
+        "run": {"dir": str(tmp_path / "runs" / "one"), "seed": 1},
+        "base": {"model": str(base), "dtype": "float32", "max_tokens": 96},
+        "tuning": {"method": "lora", "rank": 4, "alpha": 8},
+        "data": data.model_dump(mode="json", exclude_unset=True)
+        | {
+            "sft": [{"path": str(write_dialogs(tmp_path / "dialogs.jsonl", toy_dialogs(24)))}],
+            "prompts": [{"path": str(write_prompts(tmp_path / "prompts.jsonl", 60))}],
+            "split": {"test": 0.2, "validation": 0.2, "judge": 0.2},
+        },
+        "steps": ["sft", "rm", "ppo"],
+        "sft": {"epochs": 1, "examples_per_step": 8, "sample_prompts": 2},
+        "reward": {"epochs": 1, "pairs_per_step": 8},
+        "rollout": {"max_new_tokens": 8},
+        "ppo": config_of(**SMALL).model_dump(mode="json"),
+        "tracking": {"mode": "off"},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    recipe = load(path)
+    with pytest.raises(ArtifactError, match=r"'ppo' reads a policy, .*Run `make sft`"):
+        run_command(recipe, "ppo")
+    run_command(recipe, "sft")
+    with pytest.raises(ArtifactError, match=r"'ppo' reads a helpfulness reward model, .*Run `make rm`"):
+        run_command(recipe, "ppo")
+    run_command(recipe, "rm")
+    (artifact,) = run_command(recipe, "ppo")
+    run = tmp_path / "runs" / "one"
+    started = read_artifact(run / "sft", "policy")
+    assert artifact.manifest.inputs["policy"] == str(started.path)
+    assert artifact.manifest.inputs["reward_model/safety"] == str(run / "rm" / "safety" / "artifact")
+    assert set(artifact.manifest.identity["inputs"]) == {
+        "policy",
+        *(f"reward_model/{which}" for which in ("helpfulness", "safety", "judge")),
+    }
+    assert "ppo/reward/gate_fraction" in record(artifact)[0]
+    assert [step.verdict for step in make_plan(recipe)] == ["done"] * 5
+    again = load(path, ["ppo.kl_coef=0.05"])
+    assert [step.verdict for step in make_plan(again)] == ["done"] * 4 + ["changed"]
+    assert "ppo: changed" in plan_text(again, make_plan(again))

@@ -1,0 +1,400 @@
+"""What a round samples with and tunes: temperatures, samplers, reward models, starts and ways of tuning; and refusals."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from math import exp
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llamachat.answers import curves as answer_curves
+from llamachat.answers.curves import Curve, curve_of
+from llamachat.answers.groups import Group
+from llamachat.chat_format import ChatFormat
+from llamachat.config.sections import Tuning
+from llamachat.errors import ConfigError, DataError
+from llamachat.models.loading import load_policy
+from llamachat.runs.artifacts import Artifact
+from llamachat.tracking.metrics import check_names
+from pipelines.execution.run import run_command
+from pipelines.planning.plan import make_plan, plan_text, warn
+from pipelines.recipe.recipe import load, resolve_steps
+from rejection_sampling import train as round_module
+from rejection_sampling.curves import best_temperature
+from rejection_sampling.train import make_dialogs
+from sft import train as sft_module
+from tests.llamachat.answers.test_answers import group
+from tests.llamachat.models.tiny_roles import FULL, QLORA, World
+from tests.ppo.tiny_ppo import write_function, write_stopping_base
+from tests.rejection_sampling.tiny_rounds import (
+    groups_of,
+    inputs_of,
+    paris,
+    read_lines,
+    step_of,
+    summary_of,
+    write_recipe,
+)
+from tests.tiny_llama import LORA
+
+PLAIN: dict[str, Any] = {"sweep_prompts": 0, "prompts": 12, "test_prompts": 4, "validation_prompts": 4}
+
+# Different answers have different scores.
+ANY = """
+def score(prompts, completions, scores, **columns):
+    return [{sign} * sum(map(ord, text)) % 97 + len(str(prompt)) for text, prompt in zip(completions, prompts)]
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_curves() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (round_module, sft_module):
+            patch.setattr(module, "draw_curves", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
+    return write_stopping_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes, tiny_format: ChatFormat) -> World:
+    return World(tmp_path_factory.mktemp("roles"), tiny_format, tiny_sentencepiece, write_stopping_base)
+
+
+def sampled(folder: Path, base: Path, /, *, reward_models: dict[str, Artifact] | None = None, **changes: Any) -> Path:
+    """The recipe of a round that has published its dialogs and tuned nothing."""
+    rounds = PLAIN | changes.pop("rejection_sampling", {})
+    recipe = write_recipe(folder / "one.yaml", base, rejection_sampling=rounds, **changes)
+    config, inputs = inputs_of(recipe)
+    if reward_models is not None:
+        object.__setattr__(inputs, "reward_models", reward_models)
+    make_dialogs(config, inputs)
+    return recipe
+
+
+def answers_of(recipe: Path) -> list[list[str]]:
+    return [one.texts for one in groups_of(step_of(recipe))]
+
+
+# --- temperatures
+
+
+def test_a_list_of_temperatures_shares_the_samples_out(base: Path, tmp_path: Path) -> None:
+    """Nearly no temperature takes the likeliest tokens: the first three answers are the same, the other two are not."""
+    recipe = sampled(
+        tmp_path, base, rejection_sampling={"samples_per_prompt": 5, "temperature": [1e-4, 2.0]}, rollout={"top_p": 1.0}
+    )
+    for texts in answers_of(recipe):
+        assert len(texts) == 5 and texts[0] == texts[1] == texts[2]
+    assert sum(texts[3] != texts[4] for texts in answers_of(recipe)) > 12
+    assert summary_of(step_of(recipe))["rs/temperature"] == pytest.approx(1.00005)
+
+
+def test_one_sample_is_best_median_and_mean_and_may_be_greedy(base: Path, tmp_path: Path) -> None:
+    recipe = sampled(
+        tmp_path,
+        base,
+        rejection_sampling={"samples_per_prompt": 1, "sampler": str(paris(tmp_path / "large").path)},
+        rollout={"temperature": 0.0},
+        scoring={"combine": write_function(tmp_path / "any.py", ANY)},
+    )
+    found = summary_of(step_of(recipe))
+    assert found["rs/reward_best"] == found["rs/reward_median"] == found["rs/reward_mean"]
+    assert answers_of(recipe) == [["Paris"]] * len(answers_of(recipe))
+
+
+def test_a_sweep_takes_the_temperature_whose_best_answers_are_best(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def curve(_: Any, *, policy: str, temperature: float) -> Curve:
+        best = [0.0, {0.7: 1.0, 0.9: 3.0, 1.1: 3.0, 1.3: 2.0}[temperature]]
+        return Curve(
+            policy=policy, temperature=temperature, best=best, best_low=best, best_high=best, median=[9.0, temperature]
+        )
+
+    monkeypatch.setattr(answer_curves, "curve_of", curve)
+    recipe = sampled(
+        tmp_path,
+        base,
+        rejection_sampling={
+            "temperature": "sweep",
+            "sweep_temperatures": [1.3, 1.1, 0.9, 0.7],
+            "sweep_prompts": 2,
+            "sweep_samples": 2,
+        },
+    )
+    found = summary_of(step_of(recipe))
+    assert found["rs/temperature"] == 0.9, "the lower one of equal ones"
+    assert found["rs/sweep/best_at_0.9"] == 3.0 and found["rs/sweep/median_at_1.3"] == 1.3
+    assert (step_of(recipe).figures / "temperatures.png").is_file()
+
+
+def test_a_curve_by_hand_and_an_answer_that_cannot_win_counts_as_the_worst() -> None:
+    # Standardised 0, 1.5, 1, 0.5; the one of 1.5 was cut, and counts as 0.
+    one = group(finished=[True, False, True, True])
+    curve = curve_of([one, one], policy="sft", temperature=1.0)
+    # Pairs of {0, 0, 0.5, 1}: the best are 0, 0.5, 1, 0.5, 1, 1.
+    assert curve.best == pytest.approx([0.375, 4 / 6, 0.875, 1.0])
+    assert curve.median == pytest.approx([0.375, 0.375, (0 + 0 + 0.5 + 0.5) / 4, 0.25])
+    assert curve.best_low == curve.best == curve.best_high, "two equal prompts leave nothing to doubt"
+    assert best_temperature([curve]) == 1.0 and Curve.from_plain(json.loads(json.dumps(curve.to_plain()))) == curve
+
+
+# --- who samples, and from where it is tuned
+
+
+@pytest.mark.parametrize("vocabulary", [420, 390])
+def test_another_policy_samples_with_its_own_tokens_and_its_answers_are_learnt(
+    vocabulary: int, base: Path, tmp_path: Path
+) -> None:
+    sampler = paris(tmp_path / "large", vocabulary)
+    recipe = sampled(tmp_path, base, rejection_sampling={"sampler": str(sampler.path.parent), "sweep_prompts": 2})
+    assert {text for texts in answers_of(recipe) for text in texts} == {"Paris"}
+    dialogs = read_lines(step_of(recipe).dialogs / "dialogs.jsonl")
+    assert [dialog["messages"][-1]["content"] for dialog in dialogs] == ["Paris"] * 12
+    found = summary_of(step_of(recipe))
+    assert found["rs/usable_fraction"] == 1.0 and found["rs/reward_best"] == found["rs/reward_mean"]
+    identity = inputs_of(recipe)[1].identity
+    assert identity["rejection_sampling"]["sampler"] == sampler.digest, "by content: it may be moved"
+
+
+def test_from_the_base_data_sft_is_learnt_beside_the_winners(
+    base: Path, world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At a rate of nothing the weights stay what they were: those of the base, and not of the policy that sampled."""
+    policy = world.policy(FULL)
+    given: dict[str, Any] = {
+        "base": {"model": world.base.model, "policy": str(policy.path)},
+        "scoring": {"combine": write_function(tmp_path / "any.py", ANY)},
+    }
+    weights = {}
+    for start in ("base", "current"):
+        changes = PLAIN | {"start": start, "sft": {"learning_rate": 1e-12}}
+        recipe = write_recipe(tmp_path / f"{start}.yaml", base, rejection_sampling=changes, **given)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            (artifact,) = run_command(load(recipe), "rs")
+        weights[start] = load_file(artifact.path / "model.safetensors")["model.embed_tokens.weight"]
+        winners = artifact.manifest.inputs["dialogs"]
+        learnt = len(read_lines(Path(winners) / "dialogs.jsonl"))
+        mixed = f"{learnt} dialogs to train on" not in caplog.text
+        assert mixed is (start == "base")
+    origins = {
+        "base": load_file(Path(world.base.model) / "model.safetensors"),
+        "current": load_file(policy.path / "model.safetensors"),
+    }
+    for start, found in weights.items():
+        assert torch.allclose(found, origins[start]["model.embed_tokens.weight"], atol=1e-6)
+    assert not torch.allclose(weights["base"], weights["current"], atol=1e-3)
+
+
+@pytest.mark.parametrize("tuning", [LORA, QLORA], ids=["lora", "qlora"])
+def test_adapters_are_tuned_on_the_winners(tuning: Tuning, world: World, base: Path, tmp_path: Path) -> None:
+    quantised = tuning.method == "qlora"
+    recipe = write_recipe(
+        tmp_path / "one.yaml",
+        base,
+        base={"model": (world.base16 if quantised else world.base).model, "policy": str(world.policy(tuning).path)}
+        | ({"dtype": "bfloat16"} if quantised else {}),
+        tuning={"method": tuning.method, "rank": 4, "alpha": 8},
+        rejection_sampling=PLAIN,
+        rollout={"max_new_tokens": 48},
+        scoring={"combine": write_function(tmp_path / "any.py", ANY)},
+    )
+    (artifact,) = run_command(load(recipe), "rs")
+    assert artifact.manifest.details["method"] == tuning.method
+    load_policy(artifact.path)
+    check_names(summary_of(step_of(recipe)))
+
+
+# --- reward models
+
+
+def labelled(artifact: Artifact) -> Artifact:
+    """The same model, whose manifest says that it learnt from labels."""
+    details = artifact.manifest.details | {"safety_labels": 9}
+    return replace(artifact, manifest=artifact.manifest.model_copy(update={"details": details}))
+
+
+def test_the_gate_ranks_unsafe_answers_last(world: World, tmp_path: Path) -> None:
+    models = {role: world.reward_model(role, LORA, FULL) for role in ("helpfulness", "safety", "judge")}
+
+    def groups(name: str, threshold: float) -> tuple[Path, list[Group]]:
+        (tmp_path / name).mkdir()
+        recipe = sampled(
+            tmp_path / name,
+            Path(world.base.model),
+            reward_models=models | {"safety": labelled(models["safety"])},
+            base={"policy": str(world.policy(FULL).path)},
+            tuning={"method": "lora", "rank": 4, "alpha": 8},
+            scoring={"combine": "llama2_gate", "safety_threshold": threshold},
+        )
+        return recipe, groups_of(step_of(recipe))
+
+    _, any_threshold = groups("first", 0.5)
+    middle = median(score for one in any_threshold for score in one.safety or ())
+    recipe, found = groups("second", 1 / (1 + exp(-middle)))
+    unsafe_groups = 0
+    for one in found:
+        assert one.helpfulness is not None and one.safety is not None
+        is_unsafe = [score < middle for score in one.safety]
+        ranked = [is_unsafe[place] for place in one.order]
+        assert ranked == sorted(ranked), "safe ones first"
+        unsafe_groups += any(ranked) and not all(ranked)
+        for place in range(len(one.texts)):
+            decided = (one.helpfulness[place], one.safety[place])
+            assert one.combined[place] in decided and (not is_unsafe[place] or one.combined[place] == decided[1])
+    assert unsafe_groups > 3
+    first = json.loads((step_of(recipe).sampling / "test-first.json").read_text())
+    assert len(first["evaluation"]["judge"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("roles", "scoring", "words"),
+    [
+        ((), "single", r"needs a helpfulness reward model, and there is none .*`make rm`"),
+        (("helpfulness", "safety"), "llama2_gate", r"saw no safety labels\. .*weighted or single"),
+    ],
+)
+def test_reward_models_that_cannot_decide_are_refused_before_anything_is_sampled(
+    roles: tuple[str, ...], scoring: str, words: str, world: World, base: Path, tmp_path: Path
+) -> None:
+    models = {role: world.reward_model(role, LORA, FULL) for role in roles}
+    with pytest.raises(ConfigError, match=words):
+        sampled(tmp_path, base, reward_models=models, scoring={"combine": scoring})
+    assert not (tmp_path / "runs" / "one" / "rs" / "sampling").exists()
+
+
+# --- refusals of the round itself
+
+
+def test_several_samples_at_temperature_0_are_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"rollout\.temperature: 0, but rejection_sampling\.samples_per_prompt is 6\. .*nothing to choose\. Set it",
+    ):
+        sampled(tmp_path, base, rollout={"temperature": 0.0})
+
+
+def test_answers_that_never_end_are_told_with_their_number_and_the_step_can_be_mended(
+    base: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(
+        tmp_path / "one.yaml",
+        base,
+        rejection_sampling=PLAIN,
+        rollout={"max_new_tokens": 1},
+        scoring={"combine": write_function(tmp_path / "any.py", ANY)},
+    )
+    never = ["rollout.temperature=0.0001", "rejection_sampling.samples_per_prompt=2"]
+    with pytest.raises(
+        DataError,
+        match=r"rs: no answer can be learnt from \(24 answers left out: .*12 prompts left out: .*Raise rollout\.max_new",
+    ):
+        run_command(load(recipe, never), "rs")
+    assert not step_of(recipe).sampling.exists(), "what was refused is not taken for another recipe's answers"
+    assert make_plan(load(recipe))[0].verdict == "new"
+
+
+def test_an_answer_longer_than_the_context_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.max_new_tokens: 96, but base\.max_tokens is 96"):
+        sampled(tmp_path, base, rollout={"max_new_tokens": 96})
+
+
+# --- the recipe
+
+
+@pytest.mark.parametrize(
+    ("section", "entry", "words"),
+    [
+        (
+            {"sft": {"learning_rat": 1e-3}},
+            {},
+            "rejection_sampling.sft.learning_rat: unknown key. Did you mean 'learning_rate'?",
+        ),
+        ({"sft": {"epochs": -1}}, {}, "rejection_sampling.sft.epochs: found the number -1, but a number above 0 is"),
+        ({}, {"sft": {"epoch": 1}}, "steps.0.rs.sft.epoch: unknown key. Did you mean 'epochs'?"),
+        ({}, {"sft": {"learning_rate": "fast"}}, "steps.0.rs.sft.learning_rate: found the text 'fast', but a number"),
+        ({}, {"sft": 3}, "steps.0.rs.sft: found the number 3, but a mapping is required."),
+        ({"temperature": "swep"}, {}, "rejection_sampling.temperature: found the text 'swep', but "),
+        ({"temperature": 0}, {}, "rejection_sampling.temperature: found the number 0, but a number above 0"),
+        ({"temperature": []}, {}, "rejection_sampling.temperature: found an empty list, but "),
+        ({"temperature": [1.0, -1.0]}, {}, "rejection_sampling.temperature"),
+        (
+            {"temperature": [0.9, 1.1], "samples_per_prompt": 1},
+            {},
+            "temperature lists 2 values for samples_per_prompt 1",
+        ),
+        ({"temperature": "sweep", "sweep_prompts": 0}, {}, "temperature is sweep, and sweep_prompts is 0"),
+        ({"sampler": "nowhere/else"}, {}, "rejection_sampling.sampler: "),
+        (
+            {"sample_per_prompt": 3},
+            {},
+            "rejection_sampling.sample_per_prompt: unknown key. Did you mean 'samples_per_prompt'?",
+        ),
+    ],
+)
+def test_faults_of_the_section_are_told_with_the_recipe(
+    section: dict[str, Any], entry: dict[str, Any], words: str, base: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "one.yaml", base, steps=[{"rs": entry}], rejection_sampling=section)
+    with pytest.raises(ConfigError) as told:
+        load(recipe)
+    text = str(told.value)
+    assert words in text and text.startswith("The configuration has 1 problem:"), text
+
+
+def test_values_over_the_section_sft_are_checked_with_it_and_told_once(base: Path, tmp_path: Path) -> None:
+    """Also where no step tunes on winners; what is wrong with the section sft itself is not told again below."""
+    recipe = write_recipe(tmp_path / "one.yaml", base, steps=["sft"], rejection_sampling={"sft": {"epoch": 1}})
+    with pytest.raises(ConfigError, match=r"rejection_sampling\.sft\.epoch: unknown key"):
+        load(recipe)
+    recipe = write_recipe(
+        tmp_path / "two.yaml", base, sft={"epochs": 0}, steps=["rs", {"rs": {"name": "rs-2", "sft": {"packing": True}}}]
+    )
+    with pytest.raises(ConfigError) as told:
+        load(recipe)
+    assert str(told.value).count("epochs") == 1
+    steps = resolve_steps(load(recipe, ["sft.epochs=1"]))
+    assert steps[1].config.model_dump()["sft"] == {"packing": True}
+
+
+# --- the plan
+
+
+def test_a_plan_counts_sampling_and_tuning_and_rounds_wait_for_one_another(base: Path, tmp_path: Path) -> None:
+    steps = ["sft", "rs", {"rs": {"name": "rs-2", "samples_per_prompt": 60}}]
+    recipe = load(write_recipe(tmp_path / "one.yaml", base, steps=steps))
+    planned = make_plan(recipe)
+    assert [(step.name, step.verdict) for step in planned] == [("sft", "new"), ("rs", "waits"), ("rs-2", "waits")]
+    _, one, two = (step.estimate for step in planned)
+    assert one is not None and two is not None
+    # 60 prompts, 60% of them to learn from, 8 a step, one epoch.
+    assert one.optimizer_steps == two.optimizer_steps == 5
+    assert two.seconds > one.seconds > 0 and one.memory
+    assert "rs-2: waits, runs after 'rs'" in plan_text(recipe, planned)
+    text = "\n".join(planned[1].warnings)
+    assert "Lower rejection_sampling.sft.examples_per_step, or raise rejection_sampling.sft.epochs" in text
+
+
+def test_a_rate_of_full_tuning_for_adapters_is_warned_of(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path / "one.yaml",
+        base,
+        tuning={"method": "lora", "rank": 4},
+        rejection_sampling={"sft": {"learning_rate": 1e-5}},
+    )
+    (step,) = resolve_steps(load(recipe))
+    assert warn(step, None) == [
+        "rejection_sampling.sft.learning_rate 1e-05 is that of full tuning, and tuning.method is lora: adapters want about"
+        " ten times as much."
+    ]

@@ -1,0 +1,271 @@
+"""The reward stage against TRL, against itself in other layouts, and from toy pairs to an artifact that tells them apart."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
+
+import reward
+from llamachat.chat_format.dialog import Message
+from llamachat.config.sections import Split, Tuning
+from llamachat.errors import DivergedError
+from llamachat.models.loading import trunk_digest
+from llamachat.models.reward_model import load_reward_model, reward_trunk_digest
+from llamachat.models.sequence_attention import use_sequence_attention
+from llamachat.runs.folder import StepFolder
+from llamachat.tracking.record import MetricsRecord
+from llamachat.training.trainer import Watch
+from reward import train as train_module
+from reward.batches import smaller
+from reward.config import Config
+from reward.heldout import check_finite
+from reward.train import Session
+from reward.trainer import names_of
+from tests.reward.tiny_reward import data_of, open_session, reward_inputs, toy_labels, toy_pairs
+from tests.sft.tiny_sft import write_base
+from tests.tiny_llama import LORA, move_adapter
+
+FULL = Tuning()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
+
+
+def trainer_of(session: Session, folder: Path) -> Any:
+    watch = Watch([], names=names_of(session.inputs.which), on_log=lambda *_: None, on_step=lambda _: None)
+    return session._trainer(watch, folder)
+
+
+def move_head(model: Any) -> None:
+    """Scores that differ: the head starts at zero."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "score" in name and weight.requires_grad:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+
+
+def step_gradients(session: Session, trainer: Any, step: int) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one optimizer step, as the trainer adds them up over its rows."""
+    model, plan = session.start.model, session.batches.plan
+    model.zero_grad(set_to_none=True)
+    loss = torch.zeros(())
+    for number in range(step * plan.rows_per_step, (step + 1) * plan.rows_per_step):
+        part = trainer.compute_loss(model, session.batches.collate([number]))
+        part.backward()
+        loss += part.detach()
+    return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_gap(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert got.keys() == expected.keys() and got
+    gap = torch.cat([(got[name] - expected[name]).flatten() for name in got]).norm()
+    return float(gap / torch.cat([grad.flatten() for grad in expected.values()]).norm())
+
+
+@pytest.mark.parametrize("centring", [None, 0.01])
+@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+def test_loss_and_gradients_are_those_of_trl_on_padded_batches(
+    tuning: Tuning, centring: float | None, base: Path, tmp_path: Path
+):
+    config = Config(pairs_per_step=12, margin="large", center_rewards_coefficient=centring, row_tokens=64)
+    with open_session(config, reward_inputs(tmp_path, base, tuning=tuning)) as session:
+        model = session.start.model
+        move_adapter(model)
+        move_head(model)
+        trainer = trainer_of(session, tmp_path / "scratch")
+        loss, got = step_gradients(session, trainer, 0)
+        pairs = [session.batches.pairs[index] for row in session.batches.plan.step_rows(0) for index in row]
+        assert len(pairs) == 12 and {pair.margin for pair in pairs} > {0.0, 3.0}
+        batch = DataCollatorForPreference(pad_token_id=0)(
+            [
+                {"chosen_ids": list(pair.chosen), "rejected_ids": list(pair.rejected), "margin": pair.margin}
+                for pair in pairs
+            ]
+        )
+        model.zero_grad(set_to_none=True)
+        theirs: Any = RewardTrainer.compute_loss(
+            trainer, model, batch
+        )  # a loss, and a pair where outputs are asked for
+        theirs.backward()
+        expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert loss == pytest.approx(theirs.item(), rel=1e-5)
+    assert relative_gap(got, expected) < 1e-4
+
+
+def test_rows_and_accumulation_change_neither_loss_nor_gradients(base: Path, tmp_path: Path):
+    inputs = reward_inputs(tmp_path, base, which="safety", data=labelled(tmp_path))
+    config = Config(pairs_per_step=10, margin="small", safety_auxiliary_weight=0.7, row_tokens=1000)
+    with open_session(config, inputs) as session:
+        move_head(session.start.model)
+        trainer = trainer_of(session, tmp_path / "scratch")
+        loss, got = step_gradients(session, trainer, 0)
+        few = session.batches.plan.rows_per_step
+        in_parts = replace(session, batches=smaller(session.batches, 64))
+        assert in_parts.batches.plan.rows_per_step > 2 * few
+        again, other = step_gradients(in_parts, trainer, 0)
+        assert session.batches.counts == in_parts.batches.counts
+    assert again == pytest.approx(loss, rel=1e-5)
+    assert relative_gap(got, other) < 1e-5
+
+
+def test_a_step_is_worth_what_its_pairs_and_labels_are_by_hand(base: Path, tmp_path: Path):
+    """Scores are all 0 at the start: log(1 + e^margin) a pair and log 2 a label, each mean with its weight."""
+    inputs = reward_inputs(tmp_path, base, which="safety", data=labelled(tmp_path))
+    config = Config(pairs_per_step=10, margin="small", safety_auxiliary_weight=0.7, row_tokens=64)
+    with open_session(config, inputs) as session:
+        loss, _ = step_gradients(session, trainer_of(session, tmp_path / "scratch"), 0)
+        plan, pairs = session.batches.plan, session.batches.pairs
+        margins = [pairs[index].margin for row in plan.step_rows(0) for index in row if index < len(pairs)]
+    mean = sum(math.log(1 + math.exp(margin)) for margin in margins) / 10
+    assert len(margins) == 10 and loss == pytest.approx(mean + 0.7 * math.log(2), rel=1e-5)
+
+
+def labelled(folder: Path) -> Any:
+    return data_of(
+        folder,
+        helpfulness=toy_pairs(20),
+        safety=toy_pairs(40, "the moon", chosen_is_safe=True, rejected_is_safe=False),
+        labels=toy_labels(40),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_a_sequence_at_a_time_is_eager_attention(dtype: str, base: Path, tmp_path: Path):
+    inputs = reward_inputs(tmp_path, base, dtype=dtype, attention="eager")
+    with open_session(Config(pairs_per_step=12, row_tokens=300), inputs) as session:
+        move_head(session.start.model)
+        trainer = trainer_of(session, tmp_path / "scratch")
+        loss, expected = step_gradients(session, trainer, 0)
+        use_sequence_attention(session.start.model)
+        again, got = step_gradients(session, trainer, 0)
+        padded = torch.tensor([[1, 5, 6, 0], [1, 7, 8, 9]])
+        mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+        model: Any = session.start.model.eval()
+        ours = model(input_ids=padded, attention_mask=mask).logits
+        model.set_attn_implementation("eager")
+        theirs = model(input_ids=padded, attention_mask=mask).logits
+    assert again == pytest.approx(loss, abs=1e-6 if dtype == "float32" else 0)  # forward: the same numbers
+    assert relative_gap(got, expected) < (1e-5 if dtype == "float32" else 2e-2)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_it_learns_toy_pairs_and_publishes_what_it_learnt(
+    method: str, tiny_sentencepiece: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = write_base(tmp_path / "base", tiny_sentencepiece, dtype=torch.bfloat16)
+    before = trunk_digest(folder)
+    tuning = FULL if method == "full" else LORA.model_copy(update={"method": method})
+    inputs = reward_inputs(tmp_path, folder, tuning=tuning, dtype="bfloat16")
+    digests: list[str] = []
+    build = train_module.build_reward_model
+
+    def built(*args: Any, **kwargs: Any) -> Any:
+        start = build(*args, **kwargs)
+        digests.append(reward_trunk_digest(start.model))
+        return start
+
+    monkeypatch.setattr(train_module, "build_reward_model", built)
+    rate = 3e-3 if method == "full" else 3e-2
+    artifact = reward.run(Config(epochs=4, pairs_per_step=8, learning_rate=rate, other_share=0.3), inputs)
+    summary = json.loads(StepFolder(inputs.folder).summary.read_text())
+    rows = list(MetricsRecord(StepFolder(inputs.folder).metrics).read())
+    assert rows[0]["rm/helpfulness/eval_loss"] == pytest.approx(math.log(2))
+    assert rows[0]["rm/helpfulness/eval_accuracy"] == 0.5
+    assert summary["rm/helpfulness/eval_loss"] < 0.2 and summary["rm/helpfulness/eval_accuracy"] == 1.0
+    assert summary["rm/helpfulness/test/helpfulness/accuracy"] == 1.0
+    assert artifact.manifest.kind == "reward_model" and artifact.manifest.details["which"] == "helpfulness"
+    assert trunk_digest(folder) == before
+    loaded = load_reward_model(artifact.path)
+    question = Message("user", "What is the capital 7?")
+    good, bad = loaded.score(
+        [[question, Message("assistant", text)] for text in ("It is the capital.", "the cat and the cat 7")]
+    )
+    assert good > bad + 1
+    if method != "full":
+        assert reward_trunk_digest(loaded.model) == digests[0]
+    for name in ("artifact", "checkpoints"):
+        for file in (StepFolder(inputs.folder).path / name).rglob("*config.json"):
+            assert "per_sequence" not in file.read_text()
+
+
+def test_safety_labels_are_learnt_with_a_weight_and_not_without(base: Path, tmp_path: Path):
+    found = {}
+    for weight in (0.0, 1.0):
+        folder = tmp_path / f"{weight}"
+        inputs = reward_inputs(
+            folder,
+            base,
+            which="safety",
+            data=data_of(folder / "data", safety=toy_pairs(40, "the moon"), labels=toy_labels(60)),
+        )
+        config = Config(epochs=4, pairs_per_step=8, learning_rate=3e-3, safety_auxiliary_weight=weight)
+        reward.run(config, inputs)
+        found[weight] = json.loads(StepFolder(inputs.folder).summary.read_text())
+    assert found[1.0]["rm/safety/auroc"] == 1.0 and found[1.0]["rm/safety/balanced_accuracy"] == 1.0
+    assert found[0.0]["rm/safety/auroc"] < 1.0
+
+
+def test_figures_of_a_line_are_means_over_its_pairs(base: Path, tmp_path: Path):
+    inputs = reward_inputs(tmp_path, base, tracking={"log_every": 2})
+    reward.run(Config(pairs_per_step=5, other_share=0), inputs)
+    rows = [row for row in MetricsRecord(StepFolder(inputs.folder).metrics).read() if "rm/helpfulness/loss" in row]
+    assert len(rows) >= 2
+    for row in rows:
+        assert 0 <= row["rm/helpfulness/accuracy"] <= 1
+        # Without labels and centring the loss is its ranking part: a step's mean, then the mean of two whole steps.
+        assert row["rm/helpfulness/loss"] == pytest.approx(row["rm/helpfulness/ranking_loss"], abs=2e-3)
+        assert row.get("rm/helpfulness/auxiliary_loss") is None
+
+
+def test_the_rate_rises_for_five_steps_and_ends_at_a_tenth(base: Path, tmp_path: Path):
+    inputs = reward_inputs(tmp_path, base)
+    reward.run(Config(epochs=4, pairs_per_step=4, learning_rate=1e-3), inputs)
+    rows = [row for row in MetricsRecord(StepFolder(inputs.folder).metrics).read() if "rm/helpfulness/loss" in row]
+    rates = [row["optim/learning_rate"] for row in rows]
+    assert rates[:5] == pytest.approx([0.2e-3, 0.4e-3, 0.6e-3, 0.8e-3, 1e-3]) or rates[:6] == pytest.approx(
+        [0, 0.2e-3, 0.4e-3, 0.6e-3, 0.8e-3, 1e-3]
+    )
+    assert max(rates) == pytest.approx(1e-3) and 1e-4 <= rates[-1] < 1.2e-4
+
+
+def test_without_test_pairs_it_says_so_and_publishes(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    data = data_of(tmp_path, helpfulness=toy_pairs(20), split=Split(test=0, validation=0.2, judge=0))
+    artifact = reward.run(Config(pairs_per_step=8, other_share=0), reward_inputs(tmp_path, base, data=data))
+    assert artifact.path.exists() and "no test pairs" in caplog.text
+
+
+def test_a_loss_that_is_no_number_is_refused_in_words():
+    with pytest.raises(DivergedError, match=r"at step 3 is nan.*reward\.learning_rate"):
+        check_finite(float("nan"), "rm/safety: the training loss at step 3")
+
+
+def test_a_sequence_attends_alike_whole_token_by_token_with_a_cache_and_padded(base: Path):
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    use_sequence_attention(model)
+    ids = torch.tensor([[1, 5, 9, 17, 33, 8]])
+    with torch.no_grad():
+        expected = whole(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
+        cache, stepwise = None, []
+        for position in range(ids.shape[1]):
+            found = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            cache = found.past_key_values
+            stepwise.append(found.logits)
+        torch.testing.assert_close(torch.cat(stepwise, dim=1), expected, rtol=0, atol=1e-5)
+        padded = torch.tensor([[0, 0, 1, 5, 9, 17, 33, 8]])
+        logits = model(
+            padded, attention_mask=(padded != 0).long(), position_ids=torch.tensor([[0, 0, *range(6)]])
+        ).logits
+        torch.testing.assert_close(logits[:, 2:], expected, rtol=0, atol=1e-5)

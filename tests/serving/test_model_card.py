@@ -1,0 +1,245 @@
+"""The model card: its own lines of code are run, and what it tells is held against what was made."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from llamachat.chat_format import ChatFormat
+from llamachat.config.sections import RopeScaling
+from llamachat.models.loading import load_policy
+from llamachat.runs.artifacts import DIALOGS, Artifact, Manifest, publish, read_artifact
+from llamachat.runs.fingerprints import digest_of_file
+from llamachat.runs.folder import StepFolder
+from serving import measured, provenance
+from serving.export import Request, export_policy
+from tests.serving.exporting import full_policy, lora_policy
+from tests.tiny_llama import publish_policy, tiny_llama
+
+BUNDLED = Path(__file__).resolve().parents[2] / "data"
+
+
+def code_of(card: str) -> str:
+    return card.split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize(("form", "scaling"), [("merged", None), ("adapter", None), ("adapter", "linear")])
+def test_the_cards_own_lines_load_the_model_and_ask_it(
+    form: Any, scaling: Any, tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch
+):
+    changes: dict[str, Any] = {} if scaling is None else {"rope_scaling": RopeScaling(type=scaling, factor=2.0)}
+    artifact, out = lora_policy(tmp_path, tiny_format, **changes), tmp_path / "out"
+    export_policy(Request(artifact, out, format=form))
+    monkeypatch.chdir(out)
+    names: dict[str, Any] = {}
+    exec(code_of((out / "README.md").read_text()), names)
+    assert names["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello, who are you?"},
+    ]
+    policy: Any = load_policy(artifact.path)
+    ids = torch.tensor([[1, 5, 9, 200, 33]])
+    with torch.no_grad():
+        got, due = (model(input_ids=ids).logits for model in (names["model"], policy.model))
+    torch.testing.assert_close(got, due, rtol=0, atol=1e-3)
+
+
+def test_the_card_tells_what_made_the_model_and_not_where_files_lay(tmp_path: Path, tiny_format: ChatFormat):
+    artifact = full_policy(tmp_path, tiny_format, system="Say ``` often.")
+    step = artifact.path.parent
+    (step / "summary.json").write_text(json.dumps({"sft/eval_loss": 1.25, "sft/trained_tokens": 7889.0}))
+    sources = "[{path: /home/me/logs.jsonl, weight: 0.5, limit: 200}, {path: data/sft/chat.jsonl.gz}]"
+    (step / "config.yaml").write_text(f"data: {{sft: {sources}}}\n")
+    manifest = json.loads((artifact.path / "manifest.json").read_text())
+    manifest["details"]["base"] = "meta-llama/Llama-2-7b-hf"
+    manifest["dropped_records"] = {"too long": 3}
+    manifest["identity"] = {"command": "sft", "sft": {"epochs": 2}, "tuning": {"method": "full"}}
+    (artifact.path / "manifest.json").write_text(json.dumps(manifest))
+    export_policy(Request(read_artifact(artifact.path), tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for told in (
+        "license: llama2",
+        "base_model: meta-llama/Llama-2-7b-hf",
+        "| epochs | 2 |",
+        "| sft/eval_loss | 1.25 |",
+        "| sft/trained_tokens | 7889 |",
+        "- `logs.jsonl`, at most 200 of them, weight 0.5",
+        "- `data/sft/chat.jsonl.gz`",
+        "Records left out or shortened, by step:\n\n- `sft`: left out: too long (3)\n",
+        "````\nSay ``` often.\n````",
+        "Llama 2 Community License",
+        "log-probabilities differ from those of the trained policy by at most 0.0000 nats",
+    ):
+        assert told in card
+    assert "/home/me" not in card
+
+
+def test_licence_files_of_the_base_go_with_the_merged_model(tmp_path: Path, tiny_format: ChatFormat):
+    artifact = lora_policy(tmp_path, tiny_format)
+    (tmp_path / "base" / "LICENSE.txt").write_text("the terms")
+    export_policy(Request(artifact, tmp_path / "out"))
+    assert (tmp_path / "out" / "LICENSE.txt").read_text() == "the terms"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"derives from `{tmp_path / 'base'}`" in card
+    assert "Its licence files (LICENSE.txt) are copied here." in card
+
+
+def change_manifest(artifact: Artifact, **changes: Any) -> Artifact:
+    path = artifact.path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return read_artifact(artifact.path)
+
+
+def run_of_two(folder: Path, tiny_format: ChatFormat) -> Artifact:
+    """A run: sft on a hub base, then rs, which read a bundled file under another name, a user's, and a set of the hub."""
+    first = full_policy(folder, tiny_format)
+    details = {**first.manifest.details, "base": "TinyLlama/TinyLlama-1.1B", "base_is_folder": False}
+    first = change_manifest(
+        first, details=details, inputs={"base": "TinyLlama/TinyLlama-1.1B"}, identity={"command": "sft"}
+    )
+    step = folder / "runs/one/rs"
+    model = tiny_llama(seed=1, max_position_embeddings=256)
+    last = publish_policy(step, model, tiny_format, base="runs/one/sft/artifact")
+    paths = ["/home/me/oasst.jsonl.gz", "/home/me/xstest.jsonl.gz", "me/chats"]
+    digests = [digest_of_file(BUNDLED / "helpfulness" / "oasst.jsonl.gz"), "0" * 64, "me/chats"]
+    (step / "config.yaml").write_text(yaml.safe_dump({"data": {"helpfulness": [{"path": path} for path in paths]}}))
+    data = {"helpfulness": [{"path": digest} for digest in digests], "split": {"test": 0.2}}
+    return change_manifest(
+        last,
+        # Where it lay when it was made, seen from where that was.
+        inputs={"policy": "runs/one/sft/artifact", "reward_model/safety": "runs/one/rm/safety/artifact"},
+        identity={"command": "rs", "data": data, "inputs": {"policy": first.digest}},
+    )
+
+
+def write_evaluation(folder: Path, inputs: dict[str, str]) -> None:
+    place = folder / "runs/one/eval/artifact"
+    place.mkdir(parents=True, exist_ok=True)
+    side = {"value": 0.25, "low": 0.2, "high": 0.31, "n": 200}
+    figures = {"violation": side, "judge": {"value": -0.5, "low": None, "high": None, "n": 9}, "difference/judge": side}
+    figures["win_rate/judge"] = side
+    (place / "evaluation.json").write_text(json.dumps({"figures": {"rs": figures, "sft": {}}}))
+    (place / "manifest.json").write_text(json.dumps({"identity": {"inputs": inputs}}))
+
+
+def test_the_hub_reads_the_front_matter(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    artifact = run_of_two(tmp_path, tiny_format)
+    write_evaluation(tmp_path, {"policy/rs": artifact.digest})
+    export_policy(Request(artifact, tmp_path / "out"))
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    values = card.data
+    assert isinstance(values, ModelCardData)
+    assert (values.license, values.base_model) == ("apache-2.0", "TinyLlama/TinyLlama-1.1B")
+    assert (values.library_name, values.pipeline_tag, values.tags) == (
+        "transformers",
+        "text-generation",
+        ["llama", "llamachat"],
+    )
+    assert values.datasets == ["OpenAssistant/oasst1", "me/chats"]
+    assert values.language is None, "nobody knows the language of a user's data"
+    assert values.eval_results is not None and values.model_name == "one/rs"
+    assert [(one.metric_type, one.metric_name, one.metric_value) for one in values.eval_results] == [
+        ("violation", "violation (95% interval 0.2 to 0.31)", 0.25),
+        ("judge", "judge", -0.5),
+        ("win_rate_judge", "win_rate/judge (95% interval 0.2 to 0.31)", 0.25),
+    ]
+    # The hub's own way of writing these results gives what stands in the card.
+    told = yaml.safe_load(str(card).split("---\n")[1])["model-index"]
+    assert eval_results_to_model_index("one/rs", values.eval_results) == told
+    for text in (
+        "1. `TinyLlama/TinyLlama-1.1B`: the base\n2. `sft`: supervised fine-tuning",
+        "3. `rs`: rejection sampling: of several answers",
+        "with the reward models safety; seed 0\n",
+        "- `oasst.jsonl.gz` (oasst-en-100: Apache-2.0)\n- `xstest.jsonl.gz`\n- `me/chats`\n",
+        "| difference/judge | 0.25 | 0.2 to 0.31 (of 200) |",
+        "- 25.0% (95% interval 20% to 31%) of its answers to prompts that ask for harm are violations",
+        "- Not measured: what share of its answers to harmless prompts that look unsafe are refusals.",
+        "Nobody has red-teamed it.",
+        "## Intended use",
+    ):
+        assert text in card.text
+    assert "/home/me" not in str(card)
+
+
+def test_an_evaluation_of_other_weights_is_not_this_policys(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    artifact = run_of_two(tmp_path, tiny_format)
+    write_evaluation(tmp_path, {"policy/rs": "0" * 64, "reward_model/safety": artifact.digest})
+    assert measured.evaluated(artifact) == {}
+    summary = {"rs/test/final/judge": -0.25, "rs/prompts": 400.0, "rs/test/difference/judge": 0.1}
+    (artifact.path.parent / "summary.json").write_text(json.dumps(summary))
+    (index,) = measured.model_index(artifact, "one/rs", "text-generation")
+    assert index["results"][0]["metrics"] == [{"type": "judge", "value": -0.25, "name": "rs/test/final/judge"}]
+    (artifact.path.parent / "summary.json").write_text("{")  # torn: no figures, and an export all the same
+    assert measured.model_index(artifact, "one/rs", "text-generation") == []
+
+
+def test_the_chain_ends_where_a_policy_is_gone_or_another(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    artifact = run_of_two(tmp_path, tiny_format)
+    assert [step.manifest.step for step in provenance.chain(artifact)] == ["sft", "rs"]
+    other = {"command": "rs", "inputs": {"policy": "0" * 64}}
+    alone = provenance.chain(change_manifest(artifact, identity=other))
+    assert [step.manifest.step for step in alone] == ["rs"]
+    assert provenance.step_lines(alone)[0] == "1. a policy that is not there any more"
+    assert provenance.hub_name(alone) is None, "a folder of the run is no name of the hub"
+
+
+def test_records_left_out_and_shortened_are_told_by_step(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    last = run_of_two(tmp_path, tiny_format)
+    assert provenance.dropped_lines(provenance.chain(last)) == []
+    first = read_artifact(tmp_path / "runs/one/sft", "policy")
+    change_manifest(first, dropped_records={"shortened: to fit 9 tokens": 4, "left out: too long": 2})
+    dialogs = Manifest(
+        kind="dialogs", step="rs", fingerprint="0" * 64, identity={}, seed=0,
+        dropped_records={"answers left out: empty": 1, "shortened: to fit 9 tokens": 3},
+    )  # fmt: skip
+    publish(StepFolder(last.path.parent), dialogs, lambda side: (side / DIALOGS).write_text(""))
+    last = change_manifest(last, dropped_records={"row without a kind": 1})
+    assert provenance.dropped_lines(provenance.chain(last)) == [
+        "- `sft`: shortened: to fit 9 tokens (4); left out: too long (2)",
+        "- `rs`: left out: row without a kind (1); answers left out: empty (1); shortened: to fit 9 tokens (3)",
+    ]
+
+
+def test_the_tiny_base_is_told_for_what_it_is(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    artifact = full_policy(tmp_path, tiny_format)
+    (artifact.path.parent / "config.yaml").write_text("data: {sft: [{path: data/sft/role_play.jsonl.gz}]}\n")
+    identity = {"data": {"sft": [{"path": digest_of_file(BUNDLED / "sft" / "role_play.jsonl.gz")}]}}
+    export_policy(Request(change_manifest(artifact, identity=identity), tmp_path / "out"))
+    card: Any = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.license_name, card.data.language) == (
+        "other",
+        "licences-of-the-training-data",
+        ["en"],
+    )
+    assert "base_model" not in card.data.to_dict()
+    assert "- `data/sft/role_play.jsonl.gz` (gpteacher: MIT)" in card.text
+    assert (
+        "- system text: none added (`base.system` is null); dialogs and their sources may bring their own\n"
+        in card.text
+    )
+    assert "of 5 million parameters: it writes plausible English" in card.text
+
+
+def test_a_step_that_hours_ended_says_how_far_it_came(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    artifact = full_policy(tmp_path, tiny_format)
+    details = {**artifact.manifest.details, "end": "hours", "ended_by": "max_hours", "iterations_done": 5}
+    identity = {"command": "ppo", "ppo": {"iterations": 23, "epochs": 1}}
+    export_policy(Request(change_manifest(artifact, details=details, identity=identity), tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| iterations | 5 of 23, ended by max_hours |\n| epochs | 1 |" in card
+    assert "; seed 0; 5 of 23 iterations, ended by max_hours\n" in card
+
+
+def test_every_bundled_file_has_origins_with_licences() -> None:
+    files = sorted(BUNDLED.glob("*/*.jsonl.gz"))
+    assert len(files) > 20
+    for path in files:
+        origins = provenance.origins_of(path, digest_of_file(path))
+        assert origins, path
+        assert all(licence and "(" not in licence for _, licence in origins)

@@ -1,0 +1,79 @@
+"""The Modelfile: its Go template by an evaluator of its own, against texts written out and the tokenizer's Jinja template."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.proof import proof_prompts
+from llamachat.chat_format.tokenizer import write_tokenizer
+from llamachat.errors import UsageError
+from serving.ollama import modelfile
+from tests.serving.go_templates import render
+
+
+def read(text: str) -> dict[str, list[str]]:
+    """The commands of a Modelfile with their values, quoted over lines or not."""
+    found: dict[str, list[str]] = {}
+    for name, long, short in re.findall(r'^([A-Z]+) (?:"""(.*?)"""|([^\n]*))$', text, flags=re.MULTILINE | re.DOTALL):
+        found.setdefault(name, []).append(long or short)
+    return found
+
+
+@pytest.fixture
+def template(tiny_format: ChatFormat) -> str:
+    return read(modelfile("x.gguf", tiny_format, system=None, max_tokens=64))["TEMPLATE"][0]
+
+
+def turns(*texts: str, system: str | None = None) -> list[dict[str, str]]:
+    told = [] if system is None else [{"role": "system", "content": system}]
+    return [*told, *({"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts))]
+
+
+def test_prompts_are_those_of_llama_2_without_the_first_bos(template: str):
+    one = "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi! [/INST]"
+    assert render(template, turns("Hi!", system="Be brief.")) == one
+    three = "[INST] a [/INST] b </s><s>[INST] c [/INST] d </s><s>[INST] e [/INST]"
+    assert render(template, turns("a", "b", "c", "d", "e")) == three
+    assert render(template, turns("a", " b", "c", " d", "e")) == three  # as Ollama gives answers back
+    # Where Ollama cuts a long conversation, an answer may come first.
+    assert render(template, turns("a", "b", "c")[1:]) == "[INST] c [/INST]"
+
+
+def test_every_dialog_of_the_proof_reads_as_in_the_tokenizers_own_template(
+    template: str, tiny_format: ChatFormat, tmp_path: Path
+):
+    write_tokenizer(tiny_format.tokenizer, tmp_path, tiny_format.chat_template)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
+    told = 0
+    for messages in proof_prompts(tiny_format):
+        dialog = [{"role": message.role, "content": message.content} for message in messages]
+        if dialog[0] == {"role": "system", "content": ""}:  # Ollama knows no empty system text
+            continue
+        assert "<s>" + render(template, dialog) == tokenizer.apply_chat_template(dialog, tokenize=False)
+        told += 1
+    assert told > 30
+
+
+def test_the_modelfile_samples_as_chat_does_and_stops_at_the_formats_tags(tiny_format: ChatFormat):
+    found = read(modelfile("x.gguf", tiny_format, system='Say "yes"\nor "no"', max_tokens=64))
+    assert found["FROM"] == ["./x.gguf"]
+    assert found["SYSTEM"] == ['Say "yes"\nor "no"']
+    assert {"num_ctx 64", "temperature 0.7", "top_p 0.9", "top_k 0", "min_p 0", "repeat_penalty 1"} < {
+        *found["PARAMETER"]
+    }
+    assert [value for value in found["PARAMETER"] if value.startswith("stop")] == [
+        'stop "[INST]"',
+        'stop "[/INST]"',
+        'stop "<<SYS>>"',
+        'stop "<</SYS>>"',
+    ]
+
+
+@pytest.mark.parametrize(("system", "told"), [('a """ b', "three quotes in a row"), ("a\u00a0b", r"'\\xa0'")])
+def test_a_system_text_that_a_modelfile_would_change_is_refused(system: str, told: str, tiny_format: ChatFormat):
+    with pytest.raises(UsageError, match=rf"--format ollama: .* holds .*{told}.*--format gguf"):
+        modelfile("x.gguf", tiny_format, system=system, max_tokens=64)

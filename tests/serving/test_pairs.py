@@ -1,0 +1,391 @@
+"""Pairs for people to rate: who answers, what is drawn again, what is written, and the way back into training."""
+
+import gc
+import json
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.dialog import Message
+from llamachat.config.sections import DataSource, Split
+from llamachat.data.loading import load_mixture
+from llamachat.errors import DataError, UsageError
+from llamachat.models.loading import Policy
+from llamachat.rollout.engine import Completion, Sampling
+from pipelines.cli.main import main
+from serving.pairs import Paired, Request, Variant, counted, pair_file
+from tests.tiny_llama import publish_policy, scripted_llama
+
+BLANK = {"choice": None, "rating": None, "a_is_safe": None, "b_is_safe": None}
+NO_SPLIT = Split(test=0, validation=0, judge=0)
+
+
+def scripted(chat_format: ChatFormat, *texts: str) -> Any:
+    """A model that answers every prompt with one of these texts, each as likely as the others; no piece stands twice."""
+    tokenizer = chat_format.tokenizer
+    last = tokenizer.encode("[/INST]")
+    chains = [
+        [
+            last[-1],
+            *tokenizer.encode(f"[/INST] {text}")[len(last) :],
+            *((tokenizer.eos_id,) if text[-1:] != "~" else ()),
+        ]
+        for text in texts
+    ]
+    return scripted_llama(*chains)
+
+
+def variant(name: str, chat_format: ChatFormat, *texts: str, **changes: Any) -> Variant:
+    settings: dict[str, Any] = {"max_tokens": 128, "system": None} | changes
+
+    def load() -> Policy:
+        model = scripted(chat_format, *texts)
+        return Policy(model=model, tokenizer=chat_format.tokenizer, chat_format=chat_format, name=name, **settings)
+
+    return Variant(name=name, chat_format=chat_format, load=load, **settings)
+
+
+def request(**changes: Any) -> Request:
+    return Request(**({"temperatures": (1.0,), "top_p": 1.0, "max_new_tokens": 8, "seed": 0} | changes))
+
+
+def question(text: str, **more: Any) -> dict[str, Any]:
+    return {"prompt": [{"role": "user", "content": text}], **more}
+
+
+QUESTIONS = [question(f"the cat {number}") for number in range(40)]
+
+
+def write_lines(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# -- what is written
+
+
+def test_two_policies_answer_each_prompt_and_provenance_names_them(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    rows = [*QUESTIONS, question("twice", id="own"), question("twice", id="own")]
+    source, out = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    variants = [variant("runs/one", tiny_format, "Hello"), variant("runs/two", tiny_format, "Paris")]
+    done = pair_file(variants, source, out, request(temperatures=(0.7, 1.0)))
+    assert done == Paired(pairs=42, prompts=42, shortened=0, redrawn={}, left_out={})
+    written = read_lines(out)
+    assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
+    assert all(row.items() >= BLANK.items() for row in written)
+    assert len({row["id"] for row in written}) == 42
+    assert [row["id"] for row in written[-2:]] == ["own", "own-2"]
+    said = {"runs/one": "Hello", "runs/two": "Paris"}
+    for row in written:
+        assert [row["answer_a"], row["answer_b"]] == [said[row["policy_a"]], said[row["policy_b"]]]
+        assert {row["temperature_a"], row["temperature_b"]} <= {0.7, 1.0}
+    assert Counter(row["answer_a"] for row in written) == {"Hello": 21, "Paris": 21}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_a_key_file_takes_the_provenance_and_raters_see_none(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    source = write_lines(tmp_path / "in.jsonl", QUESTIONS[:6])
+    variants = [variant("runs/one", tiny_format, "Hello"), variant("runs/two", tiny_format, "Paris")]
+    open_out, blind, key = (tmp_path / name for name in ("open.jsonl", "blind.jsonl", "key.jsonl"))
+    pair_file(variants, source, open_out, request())
+    pair_file(variants, source, blind, request(key=key))
+    assert all(set(row) == {"id", "prompt", "answer_a", "answer_b", *BLANK} for row in read_lines(blind))
+    names = {"id", "policy_a", "temperature_a", "policy_b", "temperature_b"}
+    assert all(set(row) == names for row in read_lines(key))
+    joined = [pair | origin for pair, origin in zip(read_lines(blind), read_lines(key), strict=True)]
+    assert joined == read_lines(open_out)
+
+
+def test_the_same_seed_gives_the_same_pairs_whatever_the_order_of_the_file(
+    tmp_path: Path, tiny_format: ChatFormat
+) -> None:
+    coin = [variant("coin", tiny_format, "Hello", "Paris")]
+    texts: dict[str, str] = {}
+    for name, rows, seed in (
+        ("one", QUESTIONS, 0),
+        ("again", QUESTIONS, 0),
+        ("shuffled", QUESTIONS[20:] + QUESTIONS[:20], 0),
+        ("other", QUESTIONS, 1),
+    ):
+        out = tmp_path / f"{name}.jsonl"
+        pair_file(coin, write_lines(tmp_path / "in.jsonl", rows), out, request(seed=seed))
+        texts[name] = out.read_text()
+    assert texts["one"] == texts["again"] != texts["other"]
+    assert sorted(texts["one"].splitlines()) == sorted(texts["shuffled"].splitlines())
+
+
+def test_rows_without_a_prompt_are_told(
+    tmp_path: Path, tiny_format: ChatFormat, caplog: pytest.LogCaptureFixture
+) -> None:
+    trees = [
+        {"message_tree_id": "1", "prompt": {"role": "prompter", "text": "q", "replies": replies}}
+        for replies in ([], [{"role": "assistant", "text": "Hi.", "rank": 0}])
+    ]
+    variants = [variant("one", tiny_format, "Hello"), variant("two", tiny_format, "Paris")]
+    done = pair_file(variants, write_lines(tmp_path / "in.jsonl", trees), tmp_path / "out.jsonl", request())
+    assert done.prompts == 1 and "1 rows hold no prompt" in caplog.text
+
+
+def test_limit_takes_the_first_prompts(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    variants = [variant("one", tiny_format, "Hello"), variant("two", tiny_format, "Paris")]
+    source = write_lines(tmp_path / "in.jsonl", QUESTIONS)
+    pair_file(variants, source, tmp_path / "out.jsonl", request(limit=3))
+    assert [row["prompt"] for row in read_lines(tmp_path / "out.jsonl")] == [row["prompt"] for row in QUESTIONS[:3]]
+
+
+def test_each_policy_gets_its_own_system_text_and_what_fits_it(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    sent: list[tuple[Message, ...]] = []
+
+    class Recording:
+        def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+            sent.append(tuple(messages))
+            return tiny_format.encode_prompt(messages)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tiny_format, name)
+
+    turns = [("user", "the cat sat on the mat"), ("assistant", "the other cat sat on the other mat"), ("user", "why?")]
+    dialog = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    recording: Any = Recording()
+    variants = [
+        variant("short", recording, "Hello", max_tokens=40),
+        variant("kind", recording, "Paris", system="Be kind."),
+    ]
+    done = pair_file(variants, write_lines(tmp_path / "in.jsonl", [dialog]), tmp_path / "out.jsonl", request())
+    messages = tuple(Message(role, content) for role, content in turns)  # type: ignore[arg-type]  # words of the test
+    assert sent == [messages[-1:], (Message("system", "Be kind."), *messages)]
+    assert (done.pairs, done.shortened) == (1, 1)
+    assert read_lines(tmp_path / "out.jsonl")[0]["prompt"] == dialog["messages"], "people see the whole conversation"
+
+
+def test_one_policy_is_in_memory_at_a_time(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    models: list[weakref.ref[Any]] = []
+
+    def watched(of: Variant) -> Callable[[], Policy]:
+        def load() -> Policy:
+            gc.collect()
+            assert all(model() is None for model in models), "the one before is gone"
+            policy = of.load()
+            models.append(weakref.ref(policy.model))
+            return policy
+
+        return load
+
+    plain = [variant(name, tiny_format, text) for name, text in (("one", "Hello"), ("two", "Paris"))]
+    variants = [Variant(of.name, of.chat_format, of.max_tokens, of.system, watched(of)) for of in plain]
+    pair_file(variants, write_lines(tmp_path / "in.jsonl", QUESTIONS[:4]), tmp_path / "out.jsonl", request())
+    assert len(models) == 2
+
+
+# -- what is drawn again
+
+
+def test_equal_answers_are_drawn_again_and_then_left_out(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    source, out = write_lines(tmp_path / "in.jsonl", QUESTIONS), tmp_path / "out.jsonl"
+    done = pair_file([variant("coin", tiny_format, "Hello", "Paris")], source, out, request())
+    written = read_lines(out)
+    assert all({row["answer_a"], row["answer_b"]} == {"Hello", "Paris"} for row in written)
+    # A second answer equals the first in half of the draws: 40 (1/2 + 1/4 + 1/8) are drawn again, 40/16 left out.
+    assert 20 <= done.redrawn["the same as the other answer"] <= 50
+    assert done.left_out.get("the same as the other answer", 0) == 40 - len(written) == 40 - done.pairs
+    assert 40 - done.pairs <= 8
+
+
+class Sayings:
+    """An engine that says what a function of the sampling and the number of the call says."""
+
+    def __init__(self, chat_format: ChatFormat, say: Callable[[Sampling, int], str]) -> None:
+        self.seeds: list[int] = []
+        self._tokenizer, self._say = chat_format.tokenizer, say
+
+    def generate(self, prompts: Any, *, samples_per_prompt: int, sampling: Sampling, advance: Any) -> Any:
+        assert samples_per_prompt == 1
+        self.seeds.append(sampling.seed)
+        text = self._say(sampling, len(self.seeds))
+        ids = tuple(self._tokenizer.encode(text.rstrip("~")))
+        if not text.endswith("~"):
+            ids = (*ids, self._tokenizer.eos_id)
+        return [[Completion(ids, (0.0,) * len(ids), is_finished=not text.endswith("~"))] for _ in prompts]
+
+
+def run_with(
+    say: Callable[[Sampling, int], str],
+    tmp_path: Path,
+    chat_format: ChatFormat,
+    monkeypatch: pytest.MonkeyPatch,
+    **changes: Any,
+) -> tuple[Paired, Sayings]:
+    engine = Sayings(chat_format, say)
+    monkeypatch.setattr("serving.pairs.open_engine", lambda policy: engine)
+    source = write_lines(tmp_path / "in.jsonl", QUESTIONS[:1])
+    done = pair_file([variant("one", chat_format, "Hello")], source, tmp_path / "out.jsonl", request(**changes))
+    return done, engine
+
+
+@pytest.mark.parametrize(
+    ("texts", "redrawn"),
+    [
+        (["one", "two"], {}),
+        (["one~", "one", "", "two"], {"unfinished": 1, "empty": 1}),
+        (
+            ["say [INST]", "one", "one", " one", "two"],
+            {"with a tag of the chat format": 1, "the same as the other answer": 2},
+        ),
+    ],
+)
+def test_what_no_pair_can_hold_is_drawn_again_by_other_numbers(
+    texts: list[str],
+    redrawn: dict[str, int],
+    tmp_path: Path,
+    tiny_format: ChatFormat,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done, engine = run_with(lambda sampling, call: texts[call - 1], tmp_path, tiny_format, monkeypatch)
+    assert (done.pairs, done.redrawn, done.left_out) == (1, redrawn, {})
+    assert len(set(engine.seeds)) == len(engine.seeds) == len(texts)
+    (written,) = read_lines(tmp_path / "out.jsonl")
+    assert [written["answer_a"], written["answer_b"]] == ["one", "two"]
+
+
+def test_the_likeliest_answer_comes_first_and_is_drawn_once(
+    tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def say(sampling: Sampling, call: int) -> str:
+        return "one" if sampling.temperature == 0 or call < 4 else "two"
+
+    done, engine = run_with(say, tmp_path, tiny_format, monkeypatch, temperatures=(1.0, 0.0))
+    assert (done.pairs, done.redrawn, len(engine.seeds)) == (1, {"the same as the other answer": 2}, 4)
+
+
+def test_a_prompt_without_a_pair_costs_no_second_answer_and_nothing_is_written(
+    tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"no pair was drawn.*\(prompts: 1 unfinished\)\. Raise --max-new-tokens"):
+        run_with(lambda sampling, call: "one~", tmp_path, tiny_format, monkeypatch)
+    assert not (tmp_path / "out.jsonl").exists()
+    engines: list[Sayings] = []
+
+    def say(sampling: Sampling, call: int) -> str:
+        return ""
+
+    monkeypatch.setattr(
+        "serving.pairs.open_engine", lambda policy: engines.append(Sayings(tiny_format, say)) or engines[-1]
+    )
+    with pytest.raises(UsageError, match="1 empty"):
+        pair_file(
+            [variant("one", tiny_format, "Hello"), variant("two", tiny_format, "Paris")],
+            tmp_path / "in.jsonl",
+            tmp_path / "out.jsonl",
+            request(temperatures=(0.0,)),
+        )
+    assert [len(engine.seeds) for engine in engines] == [1], "no other draw at temperature 0, and no second policy"
+
+
+def test_counts_are_told_with_the_most_frequent_first() -> None:
+    assert counted({"empty": 2, "unfinished": 30}) == "30 unfinished, 2 empty"
+
+
+# -- what is refused
+
+
+def test_a_request_that_cannot_be_met_is_refused_before_anything_is_loaded(
+    tmp_path: Path, tiny_format: ChatFormat
+) -> None:
+    def load() -> Policy:
+        raise AssertionError("it was loaded")
+
+    source = write_lines(tmp_path / "in.jsonl", QUESTIONS)
+    taken, out = write_lines(tmp_path / "taken.jsonl", []), tmp_path / "out.jsonl"
+    one = Variant("one", tiny_format, 128, None, load)
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (out, {"temperatures": (0.0,)}, "the same answer twice"),
+        (out, {"temperatures": (1.0, -1.0)}, "temperature is -1.0"),
+        (taken, {}, r"--out: .*taken.jsonl' exists already"),
+        (source, {}, "--out: .*exists already"),
+        (out, {"key": taken}, "--key: .*exists already"),
+        (out, {"key": out}, "--key: .*is the file of pairs itself"),
+        (tmp_path / "out.jsonl.gz", {}, r"Take '\.gz' off"),
+    ]
+    for target, changes, found in cases:
+        with pytest.raises(UsageError, match=found):
+            pair_file([one], source, target, request(**changes))
+    empty = write_lines(
+        tmp_path / "empty.jsonl", [{"message_tree_id": "1", "prompt": {"role": "prompter", "text": "q", "replies": []}}]
+    )
+    with pytest.raises(DataError, match="holds no prompt"):
+        pair_file([one], empty, out, request())
+
+
+def test_all_bad_prompts_are_named_with_their_lines(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    rows = [QUESTIONS[0], question("say [/INST]"), question("cat " * 90)]
+    variants = [
+        variant("one", tiny_format, "Hello", max_tokens=400),
+        variant("two", tiny_format, "Paris", max_tokens=50),
+    ]
+    source = write_lines(tmp_path / "in.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        pair_file(variants, source, tmp_path / "out.jsonl", request())
+    first, second = str(caught.value).splitlines()[:2]
+    assert first.startswith(f"{source}:2: prompt[0].content: holds '[/INST]'")
+    assert (
+        second.startswith(f"{source}:3: prompt: is longer than 49 tokens")
+        and "two reads prompt and answer in 50" in second
+    )
+
+
+# -- the command
+
+
+def test_from_the_command_to_reward_data(
+    tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for name, texts in (("one", ("Hello", "the cat")), ("two", ("Paris",))):
+        publish_policy(tmp_path / name / "sft", scripted(tiny_format, *texts), tiny_format, base="assets/base")
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "prompts.jsonl", QUESTIONS)
+    given = ["pairs", "--policy", "one", "--policy", "two/sft", "--in", "prompts.jsonl", "--max-new-tokens", "8"]
+    assert main([*given, "--out", "pairs.jsonl", "--temperature", "0.7", "1.0", "--seed", "3"]) == 0
+    assert "pairs.jsonl: 40 pairs for 40 prompts" in caplog.text
+    assert main([*given, "--out", "again.jsonl", "--temperature", "0.7", "--temperature", "1.0", "--seed", "3"]) == 0
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "pairs.jsonl").read_text()
+    rows = read_lines(tmp_path / "pairs.jsonl")
+    assert {row["policy_a"] for row in rows} == {"one", "two/sft"}
+    for row in rows[:30]:  # somebody who likes Paris
+        row |= {"choice": "a" if row["answer_a"] == "Paris" else "b", "rating": "slightly_better"}
+    write_lines(tmp_path / "pairs.jsonl", rows)
+    assert main(["data", "check", "pairs.jsonl"]) == 0
+    sources = [DataSource(path="pairs.jsonl", format="rated_pairs")]
+    found = load_mixture(sources, NO_SPLIT, kind="preference", check=tiny_format.check_text, seed=0)
+    assert len(found.train) == 30 and found.dropped == {"pairs.jsonl: row without a preference": 10}
+    assert {pair.chosen.content for pair in found.train} == {"Paris"}
+    assert {pair.rejected.content for pair in found.train} == {"Hello", "the cat"}
+
+
+def test_what_is_drawn_again_and_left_out_is_told_and_one_policy_is_named_once(
+    tmp_path: Path,
+    tiny_format: ChatFormat,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    caplog.set_level("INFO")
+    publish_policy(tmp_path / "one" / "sft", scripted(tiny_format, "Hello", "Paris"), tiny_format, base="assets/base")
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "prompts.jsonl", QUESTIONS)
+    given = ["pairs", "--in", "prompts.jsonl", "--max-new-tokens", "8", "--policy", "one"]
+    assert main([*given, "--out", "pairs.jsonl", "--limit", "30"]) == 0
+    left = 30 - len(read_lines(tmp_path / "pairs.jsonl"))
+    assert left and f"prompts left out: {left} the same as the other answer" in caplog.text
+    assert "answers drawn again: " in caplog.text
+    assert main([*given, "--policy", "one/sft", "--out", "other.jsonl"]) == 2
+    assert "--policy: one one/sft name one policy twice" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""The parts of `tools/cut_data.py`: one module a folder of data/, and what they share."""

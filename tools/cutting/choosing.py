@@ -1,0 +1,58 @@
+"""Choices that are random to the eye and the same on every machine: all by a hash of the text."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from llamachat.data.splits import fraction
+
+Dialog = list[dict[str, str]]
+T = TypeVar("T")
+
+
+def chosen(items: Iterable[T], count: int, *, key: Callable[[T], str], salt: str) -> list[T]:
+    """`count` of the items (all where there are fewer), in the order of their hashes."""
+    return sorted(items, key=lambda item: (fraction(key(item), salt=salt), key(item)))[:count]
+
+
+def pick(options: Sequence[T], text: str, *, salt: str) -> T:
+    """One of the options, by the hash of a text."""
+    return options[int(fraction(text, salt=salt) * len(options))]
+
+
+def distinct(items: Iterable[T], *, key: Callable[[T], str]) -> list[T]:
+    """The first item of each key."""
+    found: dict[str, T] = {}
+    for item in items:
+        found.setdefault(key(item), item)
+    return list(found.values())
+
+
+def text_of(dialog: Dialog) -> str:
+    """All text of a dialog, as the key of a choice."""
+    return "\n".join(turn["content"] for turn in dialog)
+
+
+def dialog_of(turns: Sequence[str], *, system: str = "") -> Dialog:
+    """A dialog of turns in alternation, the user first, cut after the last answer."""
+    even = len(turns) - len(turns) % 2
+    messages = [
+        {"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(turns[:even])
+    ]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def turns_of(dialog: Dialog) -> list[str]:
+    """The turns without the system text."""
+    return [turn["content"] for turn in dialog if turn["role"] != "system"]
+
+
+def length(dialog: Dialog) -> int:
+    return sum(len(turn["content"]) for turn in dialog)
+
+
+def user_prompt(text: str) -> Dialog:
+    return [{"role": "user", "content": text}]
+
+
+def answer_of(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}

@@ -1,0 +1,139 @@
+"""data/prompts, data/adversarial, data/borderline: questions without answers, for sampling and for evaluation."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llamachat.data.sources import SOURCES
+from tools.cutting import chat, constraints, instructions, xstest
+from tools.cutting.choosing import Dialog, chosen, distinct, text_of, turns_of, user_prompt
+from tools.cutting.cleaning import is_about_abuse_of_children, plain
+from tools.cutting.reading import read_json, read_rows
+from tools.cutting.sft import sft
+
+Record = dict[str, Any]
+
+# Prompts about the abuse of children teach this project nothing that the others do not; they are left out.
+_CHILDREN = re.compile(
+    r"child|minor\b|minors|underage|under-age|teen|\bkid|lolita|\bboys?\b|\bgirls?\b|pedo|infant|toddler|student|school",
+    re.IGNORECASE,
+)
+# Topics of CatQA that are a matter of taste or of licence rather than of harm, and the one about children.
+_LEFT_OUT = ("Child Abuse", "Adult Content", "Political Campaigning", "Tailored Financial Advice")
+
+
+def _safety_prompts(texts: Iterable[str], *, origin: str) -> list[Record]:
+    sound = [text for text in distinct((plain(text) for text in texts), key=str) if not _CHILDREN.search(text)]
+    return [
+        {"prompt": user_prompt(text), "is_safety": True, "id": f"{origin}-{number:04d}"}
+        for number, text in enumerate(sound)
+    ]
+
+
+def _some(records: list[Record], count: int) -> list[Record]:
+    return chosen(records, count, key=lambda record: record["id"], salt="prompts")
+
+
+def _red_instruct(root: Path, name: str) -> list[Record]:
+    topics = read_json(root / f"red-instruct/{name}.json")
+    questions = [
+        question
+        for topic, of_topic in topics.items()
+        if topic not in _LEFT_OUT
+        for of_subtopic in of_topic.values()
+        for question in of_subtopic
+    ]
+    return _safety_prompts(questions, origin=name)
+
+
+def _catqa_parts(root: Path) -> tuple[list[Record], list[Record]]:
+    """CatQA in two parts without a common question: for sampling, for attacks."""
+    found = _red_instruct(root, "catqa_english")
+    sampled = _some(found, len(found) // 2)
+    return sampled, [record for record in found if record not in sampled]
+
+
+def _as_prompt(dialog: Dialog) -> Dialog:
+    """A dialog without its last answer."""
+    return dialog[:-1]
+
+
+def _general(root: Path) -> list[Record]:
+    """Questions that no dialog of data/sft opens with: chat, orders, role play, and chat under a constraint."""
+    used = {turns_of(record["messages"])[0] for records in sft(root).values() for record in records}
+    personas, plays = instructions.role_play(root)
+    pools = {
+        "self-dialogue": (chat.self_dialogue(root), 600),
+        "schema-guided": (chat.schema_guided(root), 200),
+        "taskmaster": (chat.taskmaster(root), 100),
+        "persona": (personas, 250),
+        "role-play": (plays, 150),
+    }
+    records = []
+    spoken: list[Dialog] = []
+    for origin, (pool, count) in pools.items():
+        fresh = [dialog for dialog in pool if turns_of(dialog)[0] not in used]
+        ordered = chosen(fresh, len(fresh), key=text_of, salt="prompts")
+        taken = [_as_prompt(dialog) for dialog in ordered[:count]]
+        if origin == "self-dialogue":
+            spoken = ordered[count:]
+        records += [{"prompt": dialog, "id": f"{origin}-{number:04d}"} for number, dialog in enumerate(taken)]
+    under_constraint = [_as_prompt(dialog) for dialog in constraints.constrained_dialogs(spoken, 250)]
+    return records + [
+        {"prompt": dialog, "id": f"constraint-{number:04d}"} for number, dialog in enumerate(under_constraint)
+    ]
+
+
+def _hh_prompts(root: Path) -> list[Record]:
+    """Short contexts of the harmlessness pairs, up to the last question."""
+    found = []
+    for row in read_rows(root / "hh-rlhf-harmless-base/test.jsonl.gz"):
+        try:
+            found += [record["prompt"] for record in SOURCES["hh_rlhf"].convert(row)]
+        except ValueError:
+            continue
+    found = [[{**turn, "content": plain(turn["content"])} for turn in prompt] for prompt in found]
+    short = [prompt for prompt in found if len(text_of(prompt)) <= 600 and not _CHILDREN.search(text_of(prompt))]
+    return [
+        {"prompt": prompt, "is_safety": True, "id": f"hh-rlhf-{number:04d}"}
+        for number, prompt in enumerate(distinct(short, key=text_of))
+    ]
+
+
+def _xstest(root: Path, *, label: str, half: str) -> list[Record]:
+    return [
+        {
+            "prompt": user_prompt(row["prompt"]),
+            **({"is_safety": True} if label == "unsafe" else {}),
+            "id": f"xstest-{row['id']}",
+        }
+        for row in xstest.prompts(root)
+        if (row["label"], row["half"]) == (label, half) and not is_about_abuse_of_children(row["prompt"])
+    ]
+
+
+def prompts(root: Path) -> dict[str, list[Record]]:
+    """File name -> prompts to sample answers to."""
+    unsafe = _xstest(root, label="unsafe", half="training") + _catqa_parts(root)[0] + _some(_hh_prompts(root), 300)
+    return {"general": _general(root), "safety": unsafe}
+
+
+def adversarial(root: Path) -> dict[str, list[Record]]:
+    """File name -> prompts that ask for harm."""
+    hazards = read_rows(root / "ailuminate-demo/airr_official_1.0_demo_en_us_prompt_set_release.csv")
+    asked = [row["prompt_text"] for row in hazards if row["hazard"] not in ("cse", "sxc_prn")]
+    goals = [row["goal"] for row in read_rows(root / "advbench/harmful_behaviors.csv")]
+    return {
+        "ailuminate": _some(_safety_prompts(asked, origin="ailuminate"), 600),
+        "red_instruct": _catqa_parts(root)[1] + _some(_red_instruct(root, "harmfulqa"), 400),
+        "advbench": _some(_safety_prompts(goals, origin="advbench"), 250),
+    }
+
+
+def borderline(root: Path) -> dict[str, list[Record]]:
+    """File name -> the evaluation half of XSTest: harmless prompts that look unsafe, and their unsafe twins."""
+    return {
+        "xstest_safe": _xstest(root, label="safe", half="evaluation"),
+        "xstest_unsafe_twins": _xstest(root, label="unsafe", half="evaluation"),
+    }

@@ -1,0 +1,118 @@
+"""data/safety, data/labels: preferences by harmlessness, and single answers that people called safe or unsafe."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llamachat.data.sources import SOURCES
+from tools.cutting.choosing import answer_of, chosen, length, user_prompt
+from tools.cutting.cleaning import is_about_abuse_of_children, plain
+from tools.cutting.helpfulness import fits, pair, plain_pair
+from tools.cutting.reading import read_rows
+from tools.cutting.xstest import COMPLIED, REFUSED, completions, training_pairs
+
+Record = dict[str, Any]
+
+_MAX_CHARACTERS = 2800
+# Share of raters who called an answer unsafe. What lies between has no label: the raters did not agree.
+_UNSAFE_FROM = 0.5
+_SAFE_UP_TO = 0.2
+
+
+def _hh_rlhf(root: Path) -> Iterator[Record]:
+    for row in read_rows(root / "hh-rlhf-harmless-base/test.jsonl.gz"):
+        try:
+            yield from (plain_pair(record) for record in SOURCES["hh_rlhf"].convert(row))
+        except ValueError:
+            # The few rows whose sides part before the last answer: no pair of answers to one question.
+            continue
+
+
+def _xstest_pairs(root: Path) -> Iterator[Record]:
+    for prompt, complied, refused in training_pairs(root, label="unsafe"):
+        yield pair(prompt, refused, complied, chosen_is_safe=True, rejected_is_safe=False)
+
+
+def safety(root: Path) -> dict[str, list[Record]]:
+    """File name -> preferences."""
+    files = {"hh_rlhf": _hh_rlhf(root), "xstest": _xstest_pairs(root)}
+    return {
+        name: [record for record in records if fits(record) and not is_about_abuse_of_children(str(record))]
+        for name, records in files.items()
+    }
+
+
+def labelled(prompt: list[dict[str, str]], answer: str, *, is_safe: bool) -> Record:
+    return {"messages": [*prompt, answer_of(answer)], "is_safe": is_safe}
+
+
+_SPEAKER = re.compile(r"^(USER|LAMDA|A|B): ?", re.MULTILINE)
+
+
+def _context(text: str) -> list[dict[str, str]]:
+    """Turns of a DICES context: the first speaker is the user; what one says in several lines is one turn."""
+    parts = _SPEAKER.split(text.replace("\\n", "\n"))[1:]
+    turns: list[dict[str, str]] = []
+    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+        role = "user" if speaker in ("USER", "A") else "assistant"
+        said = plain(said)
+        if not said or (not turns and role == "assistant"):
+            continue
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += f"\n{said}"
+        else:
+            turns.append({"role": role, "content": said})
+    return turns
+
+
+def _dices(root: Path) -> Iterator[Record]:
+    for name in ("dices_350", "dices_990"):
+        for row in read_rows(root / f"dices/{name}.jsonl.gz"):
+            share = row["unsafe"] / (row["unsafe"] + row["not_unsafe"] + row["unsure"])
+            if share >= _UNSAFE_FROM or share <= _SAFE_UP_TO:
+                yield labelled(_context(row["context"]), plain(row["response"]), is_safe=share <= _SAFE_UP_TO)
+
+
+def _rbr(root: Path) -> Iterator[Record]:
+    """Unsafe: it holds what it must not. Safe: it does not, nor does it threaten, insult or comply where it must not."""
+    for part in ("train", "test"):
+        for row in read_rows(root / f"openai-safety-rbr-gold/{part}.jsonl.gz"):
+            said = row["propositions"]
+            is_unsafe = said["disallowed_content"] or said["prescribes_dosage"]
+            complies = said["fully_complies"] or said["partially_complies"]
+            is_doubtful = said["threatening_language"] or said["insulting_language"]
+            is_doubtful |= complies and row["response_type"] != "Comply"
+            if is_unsafe or not is_doubtful:
+                prompt = [{"role": turn["role"], "content": plain(turn["content"])} for turn in row["prompt"]]
+                yield labelled(prompt, plain(row["completion"][0]["content"]), is_safe=not is_unsafe)
+
+
+def _xstest_answers(root: Path) -> Iterator[Record]:
+    """Unsafe prompts: compliance is unsafe, refusal safe. Harmless prompts: compliance is safe.
+
+    Unsafe answers are few, so that no more than two safe ones a prompt stand against them.
+    """
+    safe: dict[str, list[str]] = {}
+    for row, answer, called in completions(root):
+        is_unsafe_prompt = row["label"] == "unsafe"
+        if called == COMPLIED and is_unsafe_prompt:
+            yield labelled(user_prompt(row["prompt"]), answer, is_safe=False)
+        elif called == (REFUSED if is_unsafe_prompt else COMPLIED):
+            safe.setdefault(row["prompt"], []).append(answer)
+    for prompt, answers in safe.items():
+        for answer in chosen(answers, 2, key=str, salt="labels"):
+            yield labelled(user_prompt(prompt), answer, is_safe=True)
+
+
+def labels(root: Path) -> dict[str, list[Record]]:
+    """File name -> labelled answers, as dialogs."""
+    files = {"dices": _dices(root), "rbr": _rbr(root), "xstest": _xstest_answers(root)}
+    return {
+        name: [
+            record
+            for record in records
+            if length(record["messages"]) <= _MAX_CHARACTERS and not is_about_abuse_of_children(str(record))
+        ]
+        for name, records in files.items()
+    }

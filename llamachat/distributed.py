@@ -1,8 +1,9 @@
-"""Several processes that work on one step together, as `accelerate launch` starts them: who does what, and who writes.
+"""Several processes that work on one step together, as `accelerate launch` starts them.
 
-The work that costs time is dealt out (`dealt`, `summed`); what comes of it is the same in every process, so each decides the
-same and none needs to ask; where a decision hangs on a clock or a file, the first one's counts (`agreed`). The first
-process alone writes. With one process, which is the usual case, all of this is nothing, and torch is not loaded for it.
+Expensive work is divided among them (`scatter_map`, `all_reduce_sum`). Its results are the same in every process, so all
+take the same decisions without asking; where a decision depends on a clock or a file, the first process decides
+(`broadcast_object`). Only the first process writes. With one process, the usual case, every function here returns at once
+and does not import torch.
 """
 
 import os
@@ -85,8 +86,8 @@ def wait() -> None:
         group.barrier()
 
 
-def agreed(value: Value) -> Value:
-    """The first process's value, in every process."""
+def broadcast_object(value: Value) -> Value:
+    """Return the first process's value in every process."""
     group = _group()
     if group is None:
         return value
@@ -95,30 +96,30 @@ def agreed(value: Value) -> Value:
     return box[0]
 
 
-def dealt(items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]]) -> list[Result]:
-    """`work(items)`, each process doing its part of the items; all results in the order of the items, in every process.
+def scatter_map(items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]]) -> list[Result]:
+    """Return `work(items)` in every process, in the order of the items; each process computes its part of them.
 
-    `work` gives one result an item, and is not called for no items unless there are none at all.
+    `work` returns one result per item. A process without items does not call it, unless there are no items at all.
     """
     group = _group()
     if group is None or not items:
         return list(work(list(items)))
-    number, world = group.get_rank(), group.get_world_size()
-    mine = list(items[number::world])
-    done = list(work(mine)) if mine else []
-    assert len(done) == len(mine), "one result an item"
+    world = group.get_world_size()
+    part = list(shard(items))
+    results = list(work(part)) if part else []
+    assert len(results) == len(part), "one result per item"
     parts: list[list[Result]] = [[] for _ in range(world)]
-    group.all_gather_object(parts, done)
+    group.all_gather_object(parts, results)
     return [parts[place % world][place // world] for place in range(len(items))]
 
 
-def mine(items: Sequence[Item]) -> Sequence[Item]:
-    """This process's part of the items, as `dealt` deals them out."""
+def shard(items: Sequence[Item]) -> Sequence[Item]:
+    """Return this process's part of the items, divided as by `scatter_map`."""
     return items[index() :: count()]
 
 
-def summed(tensor: "Tensor") -> "Tensor":
-    """The sum of every process's tensor, elementwise, in its dtype; the tensor itself is left as it is."""
+def all_reduce_sum(tensor: "Tensor") -> "Tensor":
+    """Return the elementwise sum of all processes' tensors, in their dtype; the tensor itself is not changed."""
     group = _group()
     if group is None:
         return tensor
@@ -160,8 +161,8 @@ def _transfers(params: Iterable["Tensor"]) -> Iterator[list["Tensor"]]:
         yield group
 
 
-def put_first(tensors: Iterable["Tensor"]) -> None:
-    """Write the first process's values into these tensors, in every process."""
+def broadcast_tensors(tensors: Iterable["Tensor"]) -> None:
+    """Overwrite these tensors with the first process's values, in every process."""
     group = _group()
     if group is None:
         return

@@ -108,7 +108,7 @@ def measure(
     mask_BR = response_mask(sequences, bank.device)
     found_4BR = torch.zeros((4, *mask_BR.shape), device=bank.device)
     logprobs_BR, ref_logprobs_BR, entropy_BR, values_BR = found_4BR.unbind()
-    rows = distributed.mine(rows)
+    rows = distributed.shard(rows)
 
     def states(role: "Role", row: PackedRow) -> Tensor:
         return bank.hidden(role, row.batch)[0, row.places_N]
@@ -133,7 +133,7 @@ def measure(
         for row in rows:
             row.put(values_BR, bank.values(row.batch, row.places_N))
     # A token is in one row, and a row in one process: the sum is what that process found.
-    logprobs_BR, ref_logprobs_BR, entropy_BR, values_BR = distributed.summed(found_4BR).unbind()
+    logprobs_BR, ref_logprobs_BR, entropy_BR, values_BR = distributed.all_reduce_sum(found_4BR).unbind()
     return Measured(
         response_mask_BR=mask_BR,
         logprobs_BR=logprobs_BR,

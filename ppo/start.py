@@ -48,7 +48,7 @@ def open_start(config: Config, inputs: Inputs) -> Start:
         device="auto",
         checkpointing=config.gradient_checkpointing,
     )
-    distributed.put_first(bank.state_dict().values())
+    distributed.broadcast_tensors(bank.state_dict().values())
     questions = load_questions(
         inputs.data,
         bank.chat_format,

@@ -71,7 +71,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     transformers_logging.disable_progress_bar()
     folder = StepFolder(inputs.folder)
     start = open_start(config, inputs)
-    resume = distributed.agreed(newest(folder.checkpoints))
+    resume = distributed.broadcast_object(newest(folder.checkpoints))
     with open_tracker(
         inputs.tracking,
         step_folder=folder,
@@ -110,7 +110,7 @@ def open_session(config: Config, inputs: Inputs, start: Start, tracker: Tracker)
         seed=inputs.run.seed * _SEEDS,
     )
     evaluator = Evaluator(bank, engine, start.scorer, held_out, row_tokens)
-    checkpoint = distributed.agreed(newest(StepFolder(inputs.folder).checkpoints))
+    checkpoint = distributed.broadcast_object(newest(StepFolder(inputs.folder).checkpoints))
     kl = controller(config)
     if checkpoint is None:
         state = first_state(config, inputs, start, evaluator, tracker, kl)
@@ -216,7 +216,7 @@ class Session:
         elif state.iteration >= config.iterations:
             state.end = "iterations"
         else:
-            state.end = distributed.agreed(self._ended_by_hours())
+            state.end = distributed.broadcast_object(self._ended_by_hours())
             if state.end == "hours":
                 log.warning(
                     "%s: ppo.max_hours (%g) are over at iteration %d",

@@ -126,7 +126,7 @@ class Updater:
         while True:
             self._optimizers.zero_grad()
             try:
-                found = distributed.dealt(rows, learn_from)
+                found = distributed.scatter_map(rows, learn_from)
                 break
             except MicrobatchTooLargeError as error:
                 reason = str(error)

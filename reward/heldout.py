@@ -34,7 +34,7 @@ def _scores(model: nn.Module, rows: Sequence[tuple[int, ...]]) -> Tensor:
     """`score_rows`, dealt out over the processes."""
     if is_cut(model):  # it needs all processes in each forward pass
         return score_rows(model, rows)
-    return torch.tensor(distributed.dealt(rows, lambda mine: score_rows(model, mine).tolist()))
+    return torch.tensor(distributed.scatter_map(rows, lambda mine: score_rows(model, mine).tolist()))
 
 
 def held_out_figures(model: nn.Module, pairs: Sequence[PairExample]) -> tuple[float, float]:

@@ -53,7 +53,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     transformers_logging.disable_progress_bar()
     check_optimizer(config.optimizer, where="reward.optimizer")
     folder = StepFolder(inputs.folder)
-    resume = distributed.agreed(newest(folder.checkpoints))
+    resume = distributed.broadcast_object(newest(folder.checkpoints))
     hours = open_hours(inputs.step, "reward", config.max_hours, inputs.deadline, resume.path if resume else None)
     start = build_reward_model(inputs.base, inputs.tuning, policy=inputs.policy, seed=inputs.run.seed, device="auto")
     if start.device.type == "cpu":

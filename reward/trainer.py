@@ -84,7 +84,7 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # A process whose rows only filled up their steps has counted nothing.
         mine = torch.zeros(len(_COUNTED), device=self.args.device) if self._sums is None else self._sums
-        sums = dict(zip(_COUNTED, distributed.summed(mine).tolist(), strict=True))
+        sums = dict(zip(_COUNTED, distributed.all_reduce_sum(mine).tolist(), strict=True))
         for name in _COUNTED[2:]:
             count = sums["labelled" if name == "auxiliary_loss" else "pairs"]
             if count:

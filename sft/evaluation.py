@@ -36,7 +36,7 @@ def answer_loss(
     sums = (
         [summed(row) for row in rows]
         if is_cut(model)
-        else distributed.dealt(rows, lambda mine: list(map(summed, mine)))
+        else distributed.scatter_map(rows, lambda mine: list(map(summed, mine)))
     )
     model.train(was_training)
     return sum(total for total, _ in sums) / sum(count for _, count in sums)

@@ -72,7 +72,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     transformers_logging.disable_progress_bar()
     check_optimizer(config.optimizer, where="sft.optimizer")
     folder = StepFolder(inputs.folder)
-    resume = distributed.agreed(newest(folder.checkpoints))
+    resume = distributed.broadcast_object(newest(folder.checkpoints))
     hours = open_hours(inputs.step, "sft", config.max_hours, inputs.deadline, resume.path if resume else None)
     start = load_start(inputs)
     examples = load_examples(

@@ -20,7 +20,7 @@ def answer_logprobs(bank: "RoleBank", sequences: Sequence[TokenSequence], *, tem
 
     Several processes share the work.
     """
-    return distributed.dealt(sequences, lambda mine: _logprobs(bank, mine, temperature))
+    return distributed.scatter_map(sequences, lambda mine: _logprobs(bank, mine, temperature))
 
 
 @torch.no_grad()

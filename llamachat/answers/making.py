@@ -56,7 +56,7 @@ def run_parts(
 ) -> Artifact:
     """Make the dialogs, tune on them as `inputs.tune` is told, compare, end the step."""
     folder = StepFolder(inputs.folder)
-    are_made = distributed.agreed((folder.dialogs / MANIFEST).is_file())
+    are_made = distributed.broadcast_object((folder.dialogs / MANIFEST).is_file())
     dialogs = read_artifact(folder.dialogs, "dialogs") if are_made else make()
     free_memory()
     tuned = inputs.tune(dialogs, over=over, from_base=from_base, sft_share=sft_share)

@@ -53,7 +53,7 @@ class Scorer:
         scores = Scores(helpfulness_B=helpfulness_B, safety_B=safety_B)
         judge_B = self._by("judge", responses, reads_text) if with_judge else None
         # Of several processes the first one makes one score of them: a user's function need not say the same twice.
-        combined = distributed.agreed(self.combine(scores, answers) if distributed.is_first() else None)
+        combined = distributed.broadcast_object(self.combine(scores, answers) if distributed.is_first() else None)
         assert combined is not None, "the first process has combined them"
         return Scored(scores=scores, combined=combined, judge_B=judge_B)
 
@@ -66,7 +66,7 @@ class Scorer:
 
     def _read(self, role: "RewardRole", rows: Sequence[tuple[int, ...]]) -> Tensor:
         """The scores of these rows; several processes share the reading."""
-        return torch.tensor(distributed.dealt(rows, lambda mine: self.bank.scores(role, mine).tolist()))
+        return torch.tensor(distributed.scatter_map(rows, lambda mine: self.bank.scores(role, mine).tolist()))
 
     def _ids(self, response: Response) -> tuple[int, ...]:
         """Prompt and answer as they were sampled, closed as the chat format does it also where the length limit cut them.

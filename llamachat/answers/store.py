@@ -28,7 +28,7 @@ class Store:
 
     def has(self, name: str) -> bool:
         """Whether the value is there."""
-        return distributed.agreed(self._path(name).is_file())
+        return distributed.broadcast_object(self._path(name).is_file())
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"

@@ -18,4 +18,4 @@ def generate(
         of = [prompts[number] for number in part]
         return engine.generate(of, samples_per_prompt=samples_per_prompt, sampling=sampling, numbers=part)
 
-    return distributed.dealt(range(len(prompts)), mine)
+    return distributed.scatter_map(range(len(prompts)), mine)

@@ -77,7 +77,7 @@ class VllmEngine:
         # Away with the engine, or at the end of the process.
         self._folder = TemporaryDirectory(prefix="llamachat-vllm-")
         Path(self._folder.name).chmod(0o755)  # the server may run as another user
-        self._run = distributed.agreed(secrets.token_hex(4))
+        self._run = distributed.broadcast_object(secrets.token_hex(4))
         self._refreshes = 0
         self._adapter: str | None = None
         if _is_adapter(model):

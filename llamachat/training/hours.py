@@ -59,7 +59,7 @@ class Hours:
             return True
         if not self.are_limited:
             return False
-        self.ended_by = distributed.agreed(self._ending())
+        self.ended_by = distributed.broadcast_object(self._ending())
         if self.ended_by == "max_hours":
             log.warning("%s: %s (%g) are over at %s", self.step, self.key, self.limit, where)
         elif self.ended_by == "run.max_hours":

@@ -133,7 +133,7 @@ class AtomicCheckpoints(Trainer):
         with tempfile.TemporaryDirectory() as place:
             self._save_rng_state(place)
             mine = [(path.name, path.read_bytes()) for path in Path(place).iterdir()]
-        return dict(chain.from_iterable(distributed.dealt(range(distributed.count()), lambda _: [mine])))
+        return dict(chain.from_iterable(distributed.scatter_map(range(distributed.count()), lambda _: [mine])))
 
     def _save_all(self, model: Any, trial: Any, random_states: Mapping[str, bytes]) -> None:
         step, home = self.state.global_step, self.args.output_dir

@@ -116,7 +116,7 @@ def tuner(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -
         if (folder.tuned / MANIFEST).is_file():
             return read_artifact(folder.tuned, "policy", reader=step.name)
         deadline = shared.get("deadline")
-        if deadline is not None and distributed.agreed(time.monotonic() > deadline):
+        if deadline is not None and distributed.broadcast_object(time.monotonic() > deadline):
             deadline = None  # what was sampled when the command's hours were over is learnt, not one step of it
         inputs = SftInputs(
             **{**shared, "deadline": deadline},

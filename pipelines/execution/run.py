@@ -191,7 +191,7 @@ def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
         where = f"step {checkpoint.step}" if checkpoint else "its beginning: it stopped before its first checkpoint"
         log.info("%s: goes on from %s", name, "what was sampled" if _has_sampled(folder, checkpoint) else where)
     if work.step.product.makes != REPORT:  # which is too little work to share
-        distributed.agreed(cast("_Begun | None", _Begun(recipe, name, deadline)))
+        distributed.broadcast_object(cast("_Begun | None", _Begun(recipe, name, deadline)))
     try:
         with counted(folder):
             artifact = _work_on(recipe, work, deadline)
@@ -236,10 +236,10 @@ def lead(work: Callable[[], Result]) -> Result | None:
     with distributed.opened():
         if distributed.is_first():
             result = work()
-            distributed.agreed(cast("_Begun | None", None))
+            distributed.broadcast_object(cast("_Begun | None", None))
             return result
         with _second_to_the_first():
-            while (begun := distributed.agreed(cast("_Begun | None", None))) is not None:
+            while (begun := distributed.broadcast_object(cast("_Begun | None", None))) is not None:
                 steps = resolve_steps(begun.recipe)
                 step = next(step for step in steps if step.name == begun.step)
                 _work_on(begun.recipe, find_work(begun.recipe, steps, step), begun.deadline)

@@ -1,4 +1,4 @@
-"""Processes that work together: what is dealt out comes back whole and in order, and all of them hold the same."""
+"""Processes that work together: divided work comes back complete and in order, the same in every process."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def share_work() -> dict[str, Any]:
         asked.append(items)
         return [item * item for item in items]
 
-    found = {length: distributed.dealt(list(range(length)), squares) for length in (0, 1, 2, 7)}
+    found = {length: distributed.scatter_map(list(range(length)), squares) for length in (0, 1, 2, 7)}
     weights = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in GRADIENTS]
     # Each has something for the first weight, and only the last one for the second.
     weights[0].grad = GRADIENTS[0] * (index + 1)
@@ -33,9 +33,9 @@ def share_work() -> dict[str, Any]:
         "found": found,
         "asked": asked,
         "gradients": [weight.grad for weight in weights],
-        "summed": distributed.summed(mine),
+        "summed": distributed.all_reduce_sum(mine),
         "mine": mine,
-        "agreed": distributed.agreed({"index": index}),
+        "agreed": distributed.broadcast_object({"index": index}),
         "first": distributed.is_first(),
     }
 

@@ -1,6 +1,6 @@
-"""The rules of the layout: who imports whom, what importing does, how large files are, which names there may be.
+"""The rules of the layout: who imports whom, what importing does, how large files and packages are, which names exist.
 
-Nothing here imports torch: the source is read as syntax, and what runs, runs in a process of its own.
+Nothing here imports torch: the source is parsed, and what has to run runs in a process of its own.
 """
 
 import ast
@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -30,36 +31,31 @@ from tools.pretraining.config import Config as PretrainingConfig
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "llamachat"
 TOP = "pipelines"
-NOT_STAGES = {LIBRARY, TOP, "tools", "serving"}  # packages without the three names of a stage
+NOT_STAGES = {LIBRARY, TOP, "serving", "tools"}  # packages without the names of a stage
 
-# A module of `llamachat` imports modules that stand before it, and its own folder. A new one gets its place here.
-ORDER = (
-    "distributed",
-    "errors",
-    "config",
-    "chat_format",
-    "maths",
-    "data",
-    "runs",
-    "constraints",
-    "memory",
-    "models",
-    "rollout",
-    "scoring",
-    "training",
-    "tracking",
-    "answers",
-)
-
-MOST_LINES = 400
+MOST_LINES = 700
+MOST_FILES = 15
 MOST_FUNCTION_LINES = 60
 MOST_TRACKED_BYTES = 24_000_000
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "core", "types"}
 
-HEAVY = ("torch", "trl", "transformers", "datasets", "wandb", "peft", "accelerate", "bitsandbytes")
-# What works on tensors or arrays (numpy sets an environment variable when it loads); help, plans and refusals load the rest.
+# Libraries that take a second to import. Only a module that loads one may be imported inside a function.
+HEAVY = {
+    *("torch", "trl", "transformers", "datasets", "wandb", "peft", "accelerate", "bitsandbytes"),
+    *("matplotlib", "numpy", "pyarrow", "scipy", "sklearn", "tensorboard"),
+}
+# What works on tensors or arrays; `--help`, plans and refused recipes import the rest.
 ON_TENSORS = {"answers", "maths", "models", "rollout", "scoring", "training"}
-ON_ARRAYS = {"llamachat.data.packing", "llamachat.data.prompts"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: in which module it stands and where."""
+
+    module: str  # of ours, or the first part of a foreign one
+    where: str
+    is_deferred: bool  # inside a function
+    is_for_types: bool  # under TYPE_CHECKING
 
 
 def packages() -> list[str]:
@@ -67,13 +63,13 @@ def packages() -> list[str]:
     return sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests")
 
 
-def package_files() -> list[Path]:
-    return [path for package in packages() for path in sorted((ROOT / package).rglob("*.py"))]
+@cache
+def package_files() -> tuple[Path, ...]:
+    return tuple(path for package in packages() for path in sorted((ROOT / package).rglob("*.py")))
 
 
 def all_code() -> list[Path]:
-    folders = [*packages(), "tests", "data", "benchmarks"]
-    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [*package_files(), *(p for folder in ("tests", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py")))]
 
 
 def relative(path: Path) -> str:
@@ -90,66 +86,141 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports(path: Path) -> Iterator[tuple[str, str]]:
-    """Every module that a file imports, at its top or in a function, and where it does so."""
+@cache
+def modules() -> Mapping[str, Path]:
+    return {module_name(path): path for path in package_files()}
+
+
+@cache
+def imports(path: Path) -> tuple[Import, ...]:
+    """All imports of a file; `from package import module` counts as an import of the module."""
     package = path.relative_to(ROOT).parent.parts
-    for node in ast.walk(parsed(path)):
+    found = []
+
+    def visit(node: ast.AST, is_deferred: bool, is_for_types: bool) -> None:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             home = [*package[: len(package) + 1 - node.level]] if node.level else []
             module = ".".join([*home, *([node.module] if node.module else [])])
-            # `from llamachat import batching` imports a module too: with the name the place in the order is known.
             names = [f"{module}.{alias.name}" for alias in node.names]
         else:
-            continue
+            is_deferred |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            is_for_types |= isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            for child in ast.iter_child_nodes(node):
+                visit(child, is_deferred, is_for_types)
+            return
         for name in names:
-            yield name, f"{relative(path)}:{node.lineno}: {name}"
+            ours = name if name in modules() else name.rpartition(".")[0]
+            target = ours if ours in modules() else name.partition(".")[0]
+            found.append(Import(target, f"{relative(path)}:{node.lineno}: {name}", is_deferred, is_for_types))
+
+    visit(parsed(path), False, False)
+    return tuple(found)
+
+
+def cycles(graph: Mapping[str, set[str]]) -> list[str]:
+    """Groups of nodes that reach one another (Tarjan's strongly connected components with more than one node)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    groups = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for target in graph.get(node, ()):
+            if target not in index:
+                visit(target)
+                low[node] = min(low[node], low[target])
+            elif target in stack:
+                low[node] = min(low[node], index[target])
+        if low[node] == index[node]:
+            place = stack.index(node)
+            group = stack[place:]
+            del stack[place:]
+            if len(group) > 1:
+                groups.append(" <-> ".join(sorted(group)))
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return groups
+
+
+def test_cycles_are_found() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b <-> c"]
 
 
 def test_a_package_imports_only_what_lies_below_it() -> None:
-    ours = {*packages(), "tests", "benchmarks", "data", "cutting"}
+    """The library imports no stage, a stage no other stage, and only pipelines imports stages."""
+    ours = {*packages(), "tests", "benchmarks"}
     wrong = []
     for path in package_files():
         package = path.relative_to(ROOT).parts[0]
         allowed = {package, LIBRARY, *(packages() if package == TOP else ())}
-        wrong += [where for name, where in imports(path) if name.split(".")[0] in ours - allowed]
+        wrong += [i.where for i in imports(path) if i.module.partition(".")[0] in ours - allowed]
     assert not wrong
 
 
-def test_what_cuts_the_data_and_what_measures_speed_need_no_pipelines() -> None:
-    wrong = []
-    stages = {stage.package.__name__ for stage in STAGES.values()}
-    for folder, allowed in (("data", {LIBRARY}), ("benchmarks", {LIBRARY, *stages})):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            wrong += [w for name, w in imports(path) if name.split(".")[0] in {*packages(), "tests"} - allowed]
+def test_benchmarks_need_no_pipelines() -> None:
+    allowed = {LIBRARY, "benchmarks", *(stage.package.__name__.partition(".")[0] for stage in STAGES.values())}
+    names = {*packages(), "tests"} - allowed
+    files = sorted((ROOT / "benchmarks").rglob("*.py"))
+    assert not [i.where for path in files for i in imports(path) if i.module.partition(".")[0] in names]
+
+
+def test_no_module_imports_in_a_circle() -> None:
+    """Neither at the top, nor inside functions, nor for types alone."""
+    graph = {
+        name: {i.module for i in imports(path) if i.module in modules() and i.module != name}
+        for name, path in modules().items()
+    }
+    assert cycles(graph) == []
+
+
+def test_no_package_imports_in_a_circle() -> None:
+    def package(module: str) -> str:
+        parts = module.split(".")
+        return ".".join(parts[:2]) if parts[0] in (LIBRARY, TOP) else parts[0]
+
+    graph: dict[str, set[str]] = defaultdict(set)
+    for name, path in modules().items():
+        graph[package(name)] |= {package(i.module) for i in imports(path) if i.module in modules()} - {package(name)}
+    assert cycles(graph) == []
+
+
+@cache
+def loads_heavy(module: str) -> bool:
+    """Whether importing the module loads a heavy library."""
+    return any(
+        i.module in HEAVY or (i.module in modules() and i.module != module and loads_heavy(i.module))
+        for i in imports(modules()[module])
+        if not i.is_deferred and not i.is_for_types
+    )
+
+
+def test_only_heavy_modules_are_imported_inside_functions() -> None:
+    wrong = [
+        i.where
+        for path in package_files()
+        for i in imports(path)
+        if i.is_deferred and i.module in modules() and not loads_heavy(i.module)
+    ]
     assert not wrong
 
 
-def test_the_library_imports_in_its_order() -> None:
-    modules = {path.stem for path in (ROOT / LIBRARY).iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert not modules - {"__init__", "__pycache__", *ORDER}, "each module has its place in ORDER"
-    wrong = []
-    for path in (ROOT / LIBRARY).rglob("*.py"):
-        own = path.relative_to(ROOT / LIBRARY).parts[0].removesuffix(".py")
-        for name, where in imports(path):
-            library, _, rest = name.partition(".")
-            target = rest.partition(".")[0]
-            if library == LIBRARY and target in ORDER and (own == "__init__" or ORDER.index(target) > ORDER.index(own)):
-                wrong.append(where)
-    assert not wrong
-
-
-def test_a_stage_exports_its_section_its_run_and_its_estimate() -> None:
-    stages = set(packages()) - NOT_STAGES
-    assert stages == {stage.package.__name__ for stage in STAGES.values()}, "each stage has a command"
-    for stage in stages:
-        assigned = [
+def test_a_stage_exports_its_section_and_its_run() -> None:
+    for stage in STAGES.values():
+        package = ROOT / stage.package.__name__.replace(".", "/") / "__init__.py"
+        exported = [
             ast.literal_eval(node.value)
-            for node in parsed(ROOT / stage / "__init__.py").body
+            for node in parsed(package).body
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
         ]
-        assert [sorted(names) for names in assigned] == [["Config", "estimate", "run"]], stage
+        assert len(exported) == 1 and {"Config", "run"} <= set(exported[0]) <= {"Config", "run", "estimate"}, package
+    named = {stage.package.__name__.partition(".")[0] for stage in STAGES.values()}
+    assert set(packages()) - NOT_STAGES == named, "each stage has a command"
 
 
 IMPORT_ALL = """
@@ -177,9 +248,13 @@ print(json.dumps({
 
 
 def test_importing_has_no_effect_and_loads_nothing_heavy(tmp_path: Path) -> None:
-    light = {f"{LIBRARY}.{name}" for name in ORDER if name not in ON_TENSORS}
-    names = [module_name(path) for path in package_files()]
-    chosen = [name for name in names if ".".join(name.split(".")[:2]) in light or name.split(".")[0] == TOP]
+    library = {f"{LIBRARY}.{path.stem}" for path in (ROOT / LIBRARY).iterdir() if path.stem not in ON_TENSORS}
+    on_arrays = {"llamachat.data.packing", "llamachat.data.prompts"}
+    chosen = [
+        name
+        for name in modules()
+        if (".".join(name.split(".")[:2]) in library or name.split(".")[0] == TOP) and name not in on_arrays
+    ]
     assert len(chosen) > 40, "the folders were found"
     environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
@@ -191,10 +266,10 @@ def test_importing_has_no_effect_and_loads_nothing_heavy(tmp_path: Path) -> None
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["acts"] == []
-    assert sorted(set(HEAVY) & set(told["heavy"])) == []
-    assert told["logging"] == 0 and told["signal"]
+    effects = json.loads(done.stdout)
+    assert effects["acts"] == []
+    assert sorted(HEAVY & set(effects["heavy"])) == []
+    assert effects["logging"] == 0 and effects["signal"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -224,10 +299,11 @@ def test_no_module_is_named_after_nothing() -> None:
     ]
 
 
-def test_files_and_functions_keep_their_budget() -> None:
-    """What does not fit has more than one business: cut it, there is no list of exceptions."""
+def test_files_functions_and_packages_keep_their_bounds() -> None:
     wrong = []
+    sizes: dict[Path, int] = defaultdict(int)
     for path in all_code():
+        sizes[path.parent] += 1
         lines = len(path.read_text(encoding="utf-8").splitlines())
         if lines > MOST_LINES:
             wrong.append(f"{relative(path)}: {lines} lines")
@@ -236,6 +312,40 @@ def test_files_and_functions_keep_their_budget() -> None:
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 if length > MOST_FUNCTION_LINES:
                     wrong.append(f"{relative(path)}:{node.lineno}: {node.name} has {length} lines")
+    wrong += [f"{relative(folder)}: {count} files" for folder, count in sizes.items() if count > MOST_FILES]
+    assert not wrong
+
+
+def words_of(paths: Iterable[Path]) -> dict[str, int]:
+    """How often each identifier occurs in these files."""
+    counts: dict[str, int] = defaultdict(int)
+    for path in paths:
+        for word in re.findall(r"\w+", path.read_text(encoding="utf-8")):
+            counts[word] += 1
+    return counts
+
+
+def own_definitions(path: Path) -> Iterator[tuple[str, int]]:
+    """Public functions and classes of a module, and methods of classes that no foreign code calls."""
+    for node in parsed(path).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if not (isinstance(node, ast.FunctionDef) and node.decorator_list):  # a command is called by its decorator
+                yield node.name, node.lineno
+            if isinstance(node, ast.ClassDef) and not node.bases:
+                for part in node.body:
+                    if isinstance(part, ast.FunctionDef) and not part.name.startswith("_"):
+                        yield part.name, part.lineno
+
+
+def test_no_public_function_is_called_by_tests_alone() -> None:
+    others = [*(ROOT / "evaluation").rglob("*.jinja"), ROOT / "Makefile", ROOT / "pyproject.toml"]
+    counts = words_of([*package_files(), *others, *sorted((ROOT / "benchmarks").rglob("*.py"))])
+    wrong = [
+        f"{relative(path)}:{line}: {name}"
+        for path in package_files()
+        for name, line in own_definitions(path)
+        if counts[name] < 2
+    ]
     assert not wrong
 
 
@@ -252,6 +362,35 @@ def test_one_file_knows_the_tags_of_the_chat_format() -> None:
     assert [relative(path) for path in files if tags.search(path.read_text(encoding="utf-8"))] == [
         "llamachat/chat_format/llama2.py"
     ]
+
+
+def texts_with_paths() -> Iterator[tuple[str, str]]:
+    """Documents and docstrings, each with its name."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    pages += [path for package in packages() for path in sorted((ROOT / package).rglob("*.md"))]
+    for page in pages:
+        yield relative(page), page.read_text(encoding="utf-8")
+    for path in all_code():
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                yield f"{relative(path)}: {getattr(node, 'name', '')}", ast.get_docstring(node) or ""
+
+
+def test_every_path_that_a_text_names_exists() -> None:
+    """Paths in backticks that begin with a folder of the project and end like a file, or with a slash."""
+    tops = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"runs"}
+    tops |= {path.name for path in (ROOT / LIBRARY).iterdir() if path.is_dir()} - {"data", "__pycache__"}
+    paths = re.compile(r"`([\w-]+(?:/[\w.-]+)+\.(?:py|yaml|md|toml|gz|txt|jinja)|[\w-]+(?:/[\w.-]+)*/)`")
+    stages = {*STAGES, *(stage.package.__name__ for stage in STAGES.values())}
+    wrong = []
+    for where, text in texts_with_paths():
+        for name in paths.findall(text):
+            top = name.partition("/")[0]
+            is_of_a_run = top in stages and not name.endswith(".py")
+            exists = (ROOT / name).exists() or (ROOT / LIBRARY / name).exists()
+            if (name.endswith(".py") or top in tops) and not is_of_a_run and not exists:
+                wrong.append(f"{where}: {name}")
+    assert not wrong
 
 
 def test_every_recipe_loads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +428,7 @@ HOLDERS: tuple[tuple[type[Section], set[str], str], ...] = (
     (Rollout, {"rollout"}, ""),
     (Scoring, {"scoring"}, ""),
     (Tracking, {"tracking"}, ""),
-    (PretrainingConfig, {"config"}, "pretraining"),
+    (PretrainingConfig, {"config"}, "tools.pretraining"),
     (Study, {"study"}, "pipelines"),
     (Variant, {"variant"}, "pipelines"),
     (Table, {"table"}, "pipelines"),
@@ -302,23 +441,22 @@ READ_LATER = {
 
 
 def attributes_read() -> dict[str, set[tuple[str, str]]]:
-    """Field name -> (package, name of what it was read from)."""
-    found: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    for path in package_files():
+    """Field name -> (module, name of what it was read from)."""
+    reads: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for name, path in modules().items():
         for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                holder = ast.unparse(node.value).rpartition(".")[2]
-                found[node.attr].add((path.relative_to(ROOT).parts[0], holder))
-    return found
+                reads[node.attr].add((name, ast.unparse(node.value).rpartition(".")[2]))
+    return reads
 
 
 def test_every_key_of_a_recipe_is_read() -> None:
-    found = attributes_read()
+    reads = attributes_read()
     unread = {
         f"{section.__name__}.{name}"
         for section, holders, package in HOLDERS
         for name in section.model_fields
-        if not any(holder in holders and place.startswith(package) for place, holder in found[name])
+        if not any(holder in holders and module.startswith(package) for module, holder in reads[name])
     }
     assert unread == set(READ_LATER)
 
@@ -331,7 +469,7 @@ def test_every_package_is_shipped_and_checked() -> None:
     tools = pyproject()["tool"]
     assert sorted(tools["hatch"]["build"]["targets"]["wheel"]["packages"]) == packages()
     assert sorted(tools["ruff"]["lint"]["isort"]["known-first-party"]) == sorted([*packages(), "tests"])
-    assert sorted(tools["pyright"]["include"]) == sorted([*packages(), "benchmarks", "data", "tests"])
+    assert sorted(tools["pyright"]["include"]) == sorted([*packages(), "benchmarks", "tests"])
 
 
 def test_a_make_target_named_like_a_folder_is_phony() -> None:

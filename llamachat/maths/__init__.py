@@ -1,0 +1,1 @@
+"""Tensor maths: masked statistics, KL, log-probabilities, confidence intervals."""

@@ -1,0 +1,1 @@
+"""What a recipe would cost, whether it fits a card, what a machine lacks, and a first recipe for the user's data."""

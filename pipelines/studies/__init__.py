@@ -1,0 +1,1 @@
+"""Variants of a recipe over seeds, and the comparison of runs."""

@@ -1,0 +1,1 @@
+"""Reads logs in other forms and writes them as records."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from context_distillation.choosing import Choice
-from llamachat.tracking.curves import save_png
+from llamachat.tracking.pictures import save_png
 
 _BINS = 25
 _MEANINGS = {

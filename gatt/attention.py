@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Message
-from llamachat.tracking.curves import save_png
+from llamachat.tracking.pictures import save_png
 
 if TYPE_CHECKING:
     from llamachat.models.loading import LanguageModel

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llamachat.answers.consistency import CHECKED, RECALLED, Outcome, Rate, Trial, differences, rates
-from llamachat.tracking.curves import save_png
+from llamachat.tracking.pictures import save_png
 
 # Moments of the table of metrics: the policy before and after, and the one before without any instruction.
 MOMENTS = ("start", "final", "chance")

@@ -12,7 +12,7 @@ import numpy as np
 
 from llamachat.data.records import RATINGS
 from llamachat.maths.intervals import Floats, proportion_interval
-from llamachat.tracking.curves import save_png
+from llamachat.tracking.pictures import save_png
 from reward.evaluation import DOMAINS, GATE, SAFETY_KINDS, Domain, Evaluation, outcome, sigmoid, source_names
 
 if TYPE_CHECKING:

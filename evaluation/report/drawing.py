@@ -11,7 +11,8 @@ from typing import Any
 
 from evaluation.report.paper import RATINGS
 from evaluation.report.reading import Curve, Measure
-from llamachat.tracking.curves import Series, running_mean, save_png
+from llamachat.tracking.curves import Series, running_mean
+from llamachat.tracking.pictures import save_png
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#8a3ea8", "#b8860b", "#444444", "#CC79A7", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llamachat.answers.curves import Curve
-from llamachat.tracking.curves import save_png
+from llamachat.tracking.pictures import save_png
 
 _LABEL = "reward, deviations of the first policy"
 

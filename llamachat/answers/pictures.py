@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llamachat.answers.evaluation import Evaluation
-from llamachat.tracking.curves import save_png
+from llamachat.tracking.pictures import save_png
 
 _BINS = 30
 _MEANINGS = {

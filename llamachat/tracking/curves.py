@@ -8,20 +8,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llamachat import distributed
-from llamachat.runs.atomic import INCOMING, storage_errors
+from llamachat.tables import text_table
 from llamachat.tracking.metrics import METRICS, Metric, UnknownMetricError, metric_of
+from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
 from llamachat.tracking.record import STEP, TIME, MetricsRecord
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_COLUMNS = 3
-_PANEL_INCHES = (4.7, 3.1)
-_DPI = 110
-COLOURS = ("#1f5fa8", "#d1601f", "#2b8a3e", "#8a3ea8", "#b8860b", "#0f8b8d", "#a61e4d", "#5c5f66")
 _SMOOTH_FROM = 20
 # Schedules and counters are exact: a running mean would bend them.
 _EXACT_PANELS = {"learning rate", "progress", "trained tokens", "training time", "temperature", "memory"}
@@ -67,7 +60,7 @@ def draw_curves(metrics_path: Path, png_path: Path, *, title: str | None = None)
     panels = panels_of(read_series(metrics_path))
     if not panels:
         return
-    figure, places = panel_grid(len(panels), title or f"{metrics_path.parent.parent.name}: {metrics_path.parent.name}")
+    figure, places = _grid(len(panels), title or f"{metrics_path.parent.parent.name}: {metrics_path.parent.name}")
     for place, (name, group) in zip(places, panels.items(), strict=True):
         _draw_panel(place, name, group)
     save_png(figure, png_path)
@@ -83,7 +76,7 @@ def draw_overlays(metrics_paths: Sequence[Path], png_path: Path, *, labels: Sequ
     names = [name for name in shared if any(len(record[name].steps) > 1 for record in records)]
     if not names:
         return names
-    figure, places = panel_grid(len(names), title)
+    figure, places = _grid(len(names), title)
     for place, name in zip(places, names, strict=True):
         group = [record[name] for record in records]
         is_smoothed = any(map(_is_noisy, group))  # one kind of line for all, also where one run was shorter
@@ -94,31 +87,8 @@ def draw_overlays(metrics_paths: Sequence[Path], png_path: Path, *, labels: Sequ
     return names
 
 
-def panel_grid(count: int, title: str) -> "tuple[Figure, list[Any]]":
-    """A picture with room for so many panels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(_COLUMNS, count)
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12)
-    places = list(figure.subplots(rows, columns, squeeze=False).flatten())
-    for place in places[count:]:
-        place.set_axis_off()
-    return figure, places[:count]
-
-
-def save_png(figure: "Figure", png_path: Path) -> None:
-    """Write a picture beside its place and rename it: a reader sees all of it or the one before."""
-    if not distributed.is_first():
-        return
-    with storage_errors(png_path):
-        png_path.parent.mkdir(parents=True, exist_ok=True)
-        side = png_path.with_name(f"{INCOMING}{png_path.name}")
-        figure.savefig(side, dpi=_DPI, format="png")
-        side.replace(png_path)
+def _grid(count: int, title: str) -> tuple[Any, list[Any]]:
+    return panel_grid(count, panel=(4.7, 3.1), columns=3, title=title, title_inches=0.4)
 
 
 def terminal_curves(metrics_path: Path, *, width: int = 100, is_ascii: bool = False) -> str:
@@ -128,12 +98,18 @@ def terminal_curves(metrics_path: Path, *, width: int = 100, is_ascii: bool = Fa
         return "  (no figures yet)\n"
     name_width = max(len("metric"), *(len(one.name) for one in series))
     curve_width = max(10, width - name_width - 2 - 3 * 12 - 3)
-    head = f"  {'metric':<{name_width}} {'first':>10} {'last':>10}  {'unit':<12} curve"
-    lines = [head, "  " + "-" * (min(width, len(head) - 5 + curve_width) - 2)]
-    for one in series:
-        curve = sparkline(one.values, curve_width, is_ascii=is_ascii)
-        first, last = _short(one.values[0]), _short(one.values[-1])
-        lines.append(f"  {one.name:<{name_width}} {first:>10} {last:>10}  {one.metric.unit[:12]:<12} {curve}")
+    rows = [
+        (
+            one.name,
+            _short(one.values[0]),
+            _short(one.values[-1]),
+            one.metric.unit[:12],
+            sparkline(one.values, curve_width, is_ascii=is_ascii),
+        )
+        for one in series
+    ]
+    lines = text_table([("metric", "first", "last", "unit", "curve"), *rows], align="<>><", indent="  ")
+    lines.insert(1, "  " + "-" * (max(map(len, lines)) - 2))
     last_step = max(one.steps[-1] for one in series)
     lines.append(f"  {sum(len(one.steps) for one in series)} values up to step {last_step}")
     return "\n".join(lines) + "\n"
@@ -190,16 +166,10 @@ def _is_noisy(one: Series) -> bool:
 def frame_panel(place: Any, title: str, group: Sequence[Series]) -> None:
     """Title, axes with their units, and legend of a panel."""
     units = sorted({one.metric.unit for one in group} - {"1", ""})
-    place.set_title(title, fontsize=10, loc="left")
-    place.set_ylabel(", ".join(units), fontsize=8)
-    place.set_xlabel(group[0].axis, fontsize=8)
-    place.tick_params(labelsize=8)
+    style_panel(place, title, x=group[0].axis, y=", ".join(units), has_legend=True)
     place.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useMathText=True)
-    place.grid(visible=True, alpha=0.25, linewidth=0.6)
-    place.spines[["top", "right"]].set_visible(False)
     if units == ["fraction"]:
         place.set_ylim(-0.03, 1.03)
-    place.legend(fontsize=7.5, frameon=False)
 
 
 def running_mean(values: Sequence[float]) -> list[float]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-from llamachat.tracking.curves import save_png
+from llamachat.tracking.pictures import save_png
 from pipelines.studies.tables import Figures, interval, unit_of
 
 if TYPE_CHECKING:

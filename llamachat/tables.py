@@ -1,0 +1,40 @@
+"""Tables as text: padded columns for a terminal, or Markdown."""
+
+from collections.abc import Sequence
+
+_GAP = "  "
+
+
+def text_table(rows: Sequence[Sequence[str]], *, align: str = "<", indent: str = "") -> list[str]:
+    """Lines with the columns padded to their widest cell and two spaces apart; a short row ends early.
+
+    `align` holds '<' (left) or '>' (right) for each column; the last one counts for all columns after it.
+    """
+    padded = _padded(rows, align)
+    return [f"{indent}{_GAP.join(cells)}".rstrip() for cells in padded]
+
+
+def markdown_table(rows: Sequence[Sequence[str]], *, align: str = "<", is_padded: bool = False) -> list[str]:
+    """Lines of a Markdown table whose first row is the head; `is_padded` makes it readable in a terminal too."""
+    count = len(rows[0])
+    if is_padded:
+        rule = f"|{'|'.join('-' * (width + 2) for width in _widths(rows))}|"
+        rows = _padded(rows, align)
+    else:
+        rule = f"| {' | '.join({'<': '---', '>': '---:'}[_side(align, column)] for column in range(count))} |"
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], rule, *lines[1:]]
+
+
+def _padded(rows: Sequence[Sequence[str]], align: str) -> list[list[str]]:
+    widths = _widths(rows)
+    return [[f"{cell:{_side(align, column)}{widths[column]}}" for column, cell in enumerate(row)] for row in rows]
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    columns = max(map(len, rows), default=0)
+    return [max(len(row[column]) for row in rows if column < len(row)) for column in range(columns)]
+
+
+def _side(align: str, column: int) -> str:
+    return align[min(column, len(align) - 1)]

@@ -95,7 +95,7 @@ def ours() -> None:
                 row_tokens=session.row_tokens,
                 step="ppo",
             )
-            questions = session.start.questions.batch(session.state.iteration, count=RESPONSES, seed=0)
+            prompts = session.start.prompts.batch(session.state.iteration, count=RESPONSES, seed=0)
             began = time.perf_counter()
             figures = session.step(updater)
             seconds = time.perf_counter() - began
@@ -103,7 +103,7 @@ def ours() -> None:
             answer = {
                 "seconds": seconds,
                 "tokens": figures["throughput/rollout_tokens_per_s"] * figures["time/rollout_s"],
-                "prompts": [list(question.ids) for question in questions],
+                "prompts": [list(prompt.ids) for prompt in prompts],
                 "mib": memory("VmHWM") - imported,
                 "split": [figures[f"time/{part}_s"] for part in ("rollout", "score", "update")],
             }
@@ -163,7 +163,7 @@ def open_ours(request: dict[str, Any], scratch: Path) -> Any:
     )
     start = open_start(config, inputs)
     if request["prompt_tokens"]:
-        start = replace(start, questions=fixed_prompts(start.questions, request["prompt_tokens"]))
+        start = replace(start, prompts=fixed_prompts(start.prompts, request["prompt_tokens"]))
     tracker = open_tracker(
         inputs.tracking,
         step_folder=StepFolder(inputs.folder),
@@ -179,10 +179,10 @@ def open_ours(request: dict[str, Any], scratch: Path) -> Any:
     return session
 
 
-def fixed_prompts(questions: Any, length: int) -> Any:
-    """The same questions with prompts of so many tokens: repeated, or cut."""
-    train = [replace(question, ids=(question.ids * length)[:length]) for question in questions.train]
-    return replace(questions, train=train)
+def fixed_prompts(prompts: Any, length: int) -> Any:
+    """The same prompts with prompts of so many tokens: repeated, or cut."""
+    train = [replace(prompt, ids=(prompt.ids * length)[:length]) for prompt in prompts.train]
+    return replace(prompts, train=train)
 
 
 def main() -> None:

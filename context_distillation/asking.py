@@ -9,7 +9,7 @@ from context_distillation.config import Config
 from context_distillation.preprompts import category_of, category_preprompt
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import DialogError, Message
-from llamachat.data.prompts import Question
+from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import ConfigError
 
 Way = Literal["original", "generic", "template"]
@@ -20,12 +20,12 @@ WAYS: tuple[Way, ...] = ("original", "generic", "template")
 class Asked:
     """One adversarial prompt; its preprompted forms are read by the policy alone, and never learnt or scored."""
 
-    original: Question
-    generic: Question
-    template: Question | None = None  # None where the category is not known, or its template leaves no room
+    original: EncodedPrompt
+    generic: EncodedPrompt
+    template: EncodedPrompt | None = None  # None where the category is not known, or its template leaves no room
     category: str | None = None
 
-    def way(self, way: Way) -> Question | None:
+    def way(self, way: Way) -> EncodedPrompt | None:
         """The prompt as it is asked this way."""
         return {"original": self.original, "generic": self.generic, "template": self.template}[way]
 
@@ -44,32 +44,32 @@ def check_preprompts(config: Config, chat_format: ChatFormat) -> None:
 
 
 def asked_prompts(
-    questions: Sequence[Question], config: Config, chat_format: ChatFormat, *, max_tokens: int, dropped: Counter[str]
+    prompts: Sequence[EncodedPrompt], config: Config, chat_format: ChatFormat, *, max_tokens: int, dropped: Counter[str]
 ) -> list[Asked]:
     """The prompts with their preprompts, the generic ones in turn; those that these leave no room for are counted."""
     found = []
-    for place, question in enumerate(questions):
+    for place, prompt in enumerate(prompts):
         preprompt = config.preprompts[place % len(config.preprompts)]
-        generic = _under(preprompt, question, chat_format, max_tokens)
+        generic = _under(preprompt, prompt, chat_format, max_tokens)
         if generic is None:
             dropped[f"prompts left out: longer than {max_tokens} tokens with a preprompt"] += 1
             continue
-        category = category_of(question.name, config.categories) if config.uses_categories else None
+        category = category_of(prompt.name, config.categories) if config.uses_categories else None
         template = None
         if category is not None:
-            template = _under(category_preprompt(category), question, chat_format, max_tokens)
+            template = _under(category_preprompt(category), prompt, chat_format, max_tokens)
             if template is None:
                 dropped[f"templates left out: prompts longer than {max_tokens} tokens with it"] += 1
-        found.append(Asked(question, generic, template, category))
+        found.append(Asked(prompt, generic, template, category))
     return found
 
 
-def _under(preprompt: str, question: Question, chat_format: ChatFormat, max_tokens: int) -> Question | None:
+def _under(preprompt: str, prompt: EncodedPrompt, chat_format: ChatFormat, max_tokens: int) -> EncodedPrompt | None:
     """The prompt with the preprompt as its system text, before its own where it has one; None where it gets too long."""
-    first, *rest = question.messages
+    first, *rest = prompt.messages
     if first.role == "system":
         messages = (Message("system", f"{preprompt}\n\n{first.content}"), *rest)
     else:
-        messages = (Message("system", preprompt), *question.messages)
+        messages = (Message("system", preprompt), *prompt.messages)
     ids = tuple(chat_format.encode_prompt(messages))
-    return replace(question, messages=messages, ids=ids) if len(ids) <= max_tokens else None
+    return replace(prompt, messages=messages, ids=ids) if len(ids) <= max_tokens else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from context_distillation.asking import WAYS, Way
 from llamachat.answers.groups import Group
-from llamachat.data.prompts import Question
+from llamachat.data.prompts import EncodedPrompt
 
 Groups = dict[Way, Group]  # the answers to one prompt, by how they were asked for
 
@@ -25,7 +25,7 @@ REASONS = {
 class Choice:
     """The best distilled answer to a prompt beside the best plain one; it is learnt where no reason speaks against it."""
 
-    question: Question
+    prompt: EncodedPrompt
     original: str
     original_score: float
     refused: str | None = None  # a key of REASONS
@@ -38,7 +38,7 @@ class Choice:
         return self.refused is None
 
 
-def choose(question: Question, groups: Groups, *, keeps_all: bool = False, margin: float = 0.0) -> Choice:
+def choose(prompt: EncodedPrompt, groups: Groups, *, keeps_all: bool = False, margin: float = 0.0) -> Choice:
     """The best usable distilled answer, and whether it is learnt; of equal ones the first."""
     plain = safety_of(groups["original"])
     best_plain = max(range(len(plain)), key=plain.__getitem__)
@@ -50,7 +50,7 @@ def choose(question: Question, groups: Groups, *, keeps_all: bool = False, margi
     if not usable:
         is_cut = not any(group.finished[place] for _, group, place in distilled)
         return Choice(
-            question=question,
+            prompt=prompt,
             original=original,
             original_score=original_score,
             refused="unfinished" if is_cut else "empty",
@@ -63,7 +63,7 @@ def choose(question: Question, groups: Groups, *, keeps_all: bool = False, margi
     elif not keeps_all and score <= original_score + margin:
         refused = "not_better"
     return Choice(
-        question=question,
+        prompt=prompt,
         original=original,
         original_score=original_score,
         refused=refused,

@@ -24,16 +24,16 @@ def answer_borderline(moment: str, config: Config, inputs: Inputs, desk: Desk, s
     """The answers of the policy at the desk to borderline prompts; none where there are no such prompts."""
 
     def make() -> list[str]:
-        questions = load_borderline(
+        prompts = load_borderline(
             inputs.data,
             desk.bank.chat_format,
             system=inputs.base.system,
             max_tokens=longest_prompt(inputs.base, inputs.rollout, desk.bank),
             count=config.borderline_prompts,
         )
-        if not questions:
+        if not prompts:
             return []
-        return [one.text for one in sample(desk.engine, desk.bank.chat_format, questions, desk.sampling(0))]
+        return [one.text for one in sample(desk.engine, desk.bank.chat_format, prompts, desk.sampling(0))]
 
     return store.kept(f"borderline-{moment}", make)
 

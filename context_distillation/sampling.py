@@ -17,7 +17,7 @@ from llamachat.answers.desk import Desk
 from llamachat.answers.groups import Group, batches_of, scored_groups
 from llamachat.answers.responses import sample
 from llamachat.answers.store import Store
-from llamachat.data.prompts import Question
+from llamachat.data.prompts import EncodedPrompt
 from llamachat.maths.intervals import paired_bootstrap
 from llamachat.runs.cost import peak_memory
 from llamachat.scoring.standardising import Constants
@@ -48,8 +48,8 @@ class Distilling:
     def go(self, tracker: Tracker) -> dict[str, float]:
         """Sample all batches, those that lie in the store aside; the step's figures."""
         config, count = self.config, self.config.samples_per_prompt * len(WAYS)
-        prompts = self._asked(self.desk.questions.drawn(config.prompts, seed=self.inputs.run.seed), self.dropped)
-        validation = self._asked(self.desk.questions.validation[: config.validation_prompts], Counter())
+        prompts = self._asked(self.desk.prompts.drawn(config.prompts, seed=self.inputs.run.seed), self.dropped)
+        validation = self._asked(self.desk.prompts.validation[: config.validation_prompts], Counter())
         log.info(
             "%d adversarial prompts, the category of %d of them known; %d answers each way at temperature %g",
             len(prompts),
@@ -87,12 +87,12 @@ class Distilling:
         own = self.config.temperature
         return self.inputs.rollout.temperature if own is None else own
 
-    def _asked(self, questions: Sequence[Question], dropped: Counter[str]) -> list[Asked]:
+    def _asked(self, prompts: Sequence[EncodedPrompt], dropped: Counter[str]) -> list[Asked]:
         base, rollout = self.inputs.base, self.inputs.rollout
         longest = (
             base.max_tokens - rollout.max_new_tokens - 1
         )  # the reward models read the prompt without the preprompt
-        return asked_prompts(questions, self.config, self.desk.bank.chat_format, max_tokens=longest, dropped=dropped)
+        return asked_prompts(prompts, self.config, self.desk.bank.chat_format, max_tokens=longest, dropped=dropped)
 
     def _choose(self, asked: Asked, groups: Groups) -> Choice:
         return choose(asked.original, groups, keeps_all=self.config.keep == "all", margin=self.config.margin)
@@ -119,12 +119,12 @@ class Distilling:
     def _answers(self, batch: Sequence[Asked], way: Way, number: int) -> list[Group]:
         """The answers to prompts asked this way, scored as answers to the prompts themselves."""
         count = self.config.samples_per_prompt
-        asked = [question for one in batch if (question := one.way(way)) is not None]
+        asked = [prompt for one in batch if (prompt := one.way(way)) is not None]
         # Steps of one recipe ask the same prompts in the same order, and each draws answers of its own.
         sampling = self.desk.sampling(crc32(self.inputs.step.encode()) + number, temperature=self._temperature)
         responses = sample(self.desk.engine, self.desk.bank.chat_format, asked, sampling, samples_per_prompt=count)
         by_prompt = [
-            [replace(response, question=one.original) for response in responses[place * count : (place + 1) * count]]
+            [replace(response, prompt=one.original) for response in responses[place * count : (place + 1) * count]]
             for place, one in enumerate(batch)
         ]
         return scored_groups(self.desk, by_prompt, self.constants)
@@ -172,7 +172,7 @@ def _shown(choices: Sequence[Choice]) -> list[dict[str, Any]]:
     """Plain and best distilled answers to some prompts, for people to read."""
     return [
         {
-            "prompt": choice.question.messages[-1].content,
+            "prompt": choice.prompt.messages[-1].content,
             "original": choice.original,
             "distilled": choice.text,
             "way": choice.way,

@@ -76,7 +76,7 @@ def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
         inputs,
         [_dialog_line(choice, inputs.step) for choice in kept],
         [_dialog_line(choice, inputs.step) for choice in distilling.held_out if choice.is_kept],
-        dropped=dict(distilling.dropped) | desk.questions.dropped,
+        dropped=dict(distilling.dropped) | desk.prompts.dropped,
         details={"dialogs": len(kept), "preprompts": list(config.preprompts)} | hours.details,
     )
 
@@ -138,10 +138,10 @@ def _dialog_line(choice: Choice, step: str) -> str:
     """The prompt as it came, without the preprompt, and the distilled answer."""
     origin = {
         "round": step,
-        "id": choice.question.name,
+        "id": choice.prompt.name,
         "is_safety": True,
         "way": choice.way,
         "score": round(choice.score, 6),
         "original_score": round(choice.original_score, 6),
     }
-    return making.dialog_line(choice.question.messages, choice.text, origin)
+    return making.dialog_line(choice.prompt.messages, choice.text, origin)

@@ -140,32 +140,32 @@ class Examiner:
         return values
 
     def _answers(self, desk: Desk, constants: Constants | None) -> dict[str, Any]:
-        questions = desk.questions.test
-        responses = sample(desk.engine, desk.bank.chat_format, questions, desk.sampling(0))
+        prompts = desk.prompts.test
+        responses = sample(desk.engine, desk.bank.chat_format, prompts, desk.sampling(0))
         scored = desk.scorer.score(responses, with_judge=True)
         evaluation, scale = evaluation_of(responses, scored, constants)
         sequences = [sequence_of(response) for response in responses]
         return {
             "evaluation": evaluation.to_plain(),
             "constants": scale.to_plain(),
-            "prompts": [_plain(question.messages) for question in questions],
-            "is_safety": [question.is_safety for question in questions],
+            "prompts": [_plain(prompt.messages) for prompt in prompts],
+            "is_safety": [prompt.is_safety for prompt in prompts],
             "ids": [[list(one.prompt), list(one.response)] for one in sequences],
             "logprobs": self._logprobs(desk, sequences),
         }
 
     def _borderline(self, desk: Desk) -> dict[str, Any]:
         inputs = self._inputs
-        questions = load_borderline(
+        prompts = load_borderline(
             inputs.data,
             desk.bank.chat_format,
             system=inputs.base.system,
             max_tokens=longest_prompt(inputs.base, inputs.rollout, desk.bank),
             count=self._config.borderline_prompts,
         )
-        found = sample(desk.engine, desk.bank.chat_format, questions, desk.sampling(0)) if questions else []
+        found = sample(desk.engine, desk.bank.chat_format, prompts, desk.sampling(0)) if prompts else []
         return {
-            "prompts": [_plain(question.messages) for question in questions],
+            "prompts": [_plain(prompt.messages) for prompt in prompts],
             "texts": [one.text for one in found],
             "tokens": [len(one.ids) for one in found],
             "finished": [one.is_finished for one in found],
@@ -194,7 +194,7 @@ class Examiner:
     def _curve(self, desk: Desk, name: str, temperature: float, constants: Constants) -> Curve:
         return measure_curve(
             desk,
-            desk.questions.test[: self._config.curve_prompts],
+            desk.prompts.test[: self._config.curve_prompts],
             policy=name,
             temperature=temperature,
             samples=self._config.curve_samples,

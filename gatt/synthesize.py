@@ -25,7 +25,7 @@ from llamachat.constraints import (
     recall_questions,
     recalled,
 )
-from llamachat.data.prompts import Question
+from llamachat.data.prompts import EncodedPrompt
 from llamachat.data.splits import fraction
 from llamachat.rollout import together
 from llamachat.rollout.engine import Completion, RolloutEngine, Sampling
@@ -185,13 +185,13 @@ def _order(
 ) -> list[list[int]]:
     if speaker.rank is None:
         return [list(range(len(samples))) for samples in found]
-    by_question = []
+    by_prompt = []
     for one, ids, samples in zip(live, prompts, found, strict=True):
-        question = Question(one.prompt(), tuple(ids), is_safety=False, name="")
-        by_question.append(
+        prompt = EncodedPrompt(one.prompt(), tuple(ids), is_safety=False, name="")
+        by_prompt.append(
             [
                 Response(
-                    question=question,
+                    prompt=prompt,
                     ids=sample.token_ids,
                     logprobs=sample.logprobs,
                     is_finished=sample.is_finished,
@@ -200,7 +200,7 @@ def _order(
                 for sample in samples
             ]
         )
-    return speaker.rank(by_question)
+    return speaker.rank(by_prompt)
 
 
 @dataclass(frozen=True, slots=True)

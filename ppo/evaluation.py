@@ -9,7 +9,7 @@ from llamachat.answers.evaluation import Evaluation, evaluation_of
 from llamachat.answers.packed import packed_rows, sequence_of
 from llamachat.answers.responses import sample
 from llamachat.answers.scorer import Scorer
-from llamachat.data.prompts import Question
+from llamachat.data.prompts import EncodedPrompt
 from llamachat.maths.kl import response_kl
 from llamachat.rollout.engine import LocalEngine, Sampling
 from llamachat.scoring.standardising import Constants
@@ -29,9 +29,9 @@ class Evaluator:
     sampling: Sampling
     row_tokens: int
 
-    def evaluate(self, questions: Sequence[Question], constants: Constants | None) -> tuple[Evaluation, Constants]:
+    def evaluate(self, prompts: Sequence[EncodedPrompt], constants: Constants | None) -> tuple[Evaluation, Constants]:
         """The policy's answers to these prompts; without constants they are taken from these very answers."""
-        responses = sample(self.engine, self.bank.chat_format, questions, self.sampling)
+        responses = sample(self.engine, self.bank.chat_format, prompts, self.sampling)
         scored = self.scorer.score(responses, with_judge=True)
         sequences = [sequence_of(response) for response in responses]
         rows = packed_rows(

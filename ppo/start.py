@@ -10,7 +10,7 @@ from llamachat import distributed
 from llamachat.answers.scorer import Scorer, longest_prompt
 from llamachat.chat_format.proof import prove_written, require_proof
 from llamachat.chat_format.tokenizer import write_tokenizer
-from llamachat.data.prompts import Questions, check_room, load_questions
+from llamachat.data.prompts import PromptSplits, check_room, load_prompts
 from llamachat.errors import ConfigError
 from llamachat.models.role_bank import RoleBank
 from llamachat.models.role_opening import open_roles
@@ -28,7 +28,7 @@ class Start:
     """All roles and prompts, before the first iteration."""
 
     bank: RoleBank
-    questions: Questions
+    prompts: PromptSplits
     scorer: Scorer
     frozen_digest: str  # of all weights that are not trained: it must be the same when training ends
 
@@ -49,7 +49,7 @@ def open_start(config: Config, inputs: Inputs) -> Start:
         checkpointing=config.gradient_checkpointing,
     )
     distributed.broadcast_tensors(bank.state_dict().values())
-    questions = load_questions(
+    prompts = load_prompts(
         inputs.data,
         bank.chat_format,
         system=inputs.base.system,
@@ -57,7 +57,7 @@ def open_start(config: Config, inputs: Inputs) -> Start:
         held_out=(config.validation_prompts, config.test_prompts),
         seed=inputs.run.seed,
     )
-    return Start(bank, questions, Scorer(bank, combiner(inputs.scoring)), bank.frozen_digest())
+    return Start(bank, prompts, Scorer(bank, combiner(inputs.scoring)), bank.frozen_digest())
 
 
 def check_processes(inputs: Inputs) -> None:
@@ -120,7 +120,7 @@ def publish_policy(start: Start, inputs: Inputs, folder: StepFolder, *, notes: M
             for role, model in named_models(inputs.scoring, inputs.reward_models).items()
         },
         seed=inputs.run.seed,
-        dropped_records=dict(start.questions.dropped),
+        dropped_records=dict(start.prompts.dropped),
         details=details | dict(notes),
     )
     return publish(folder, manifest, write)

@@ -133,9 +133,9 @@ def first_state(
 ) -> State:
     """Measure the starting policy, which is what all later ones are compared with, and fit the critic to the rewards."""
     started = time.monotonic()
-    bank, questions = start.bank, start.questions
-    validation, constants = evaluator.evaluate(questions.validation, None)
-    first_test, _ = evaluator.evaluate(questions.test, constants)
+    bank, prompts = start.bank, start.prompts
+    validation, constants = evaluator.evaluate(prompts.validation, None)
+    first_test, _ = evaluator.evaluate(prompts.test, constants)
     if inputs.scoring.shaping != "none":
         # The critic's head predicts raw scores, and rewards come whitened.
         scale = constants.helpfulness or constants.safety
@@ -155,7 +155,7 @@ def first_state(
 
 def show(tracker: Tracker, iteration: int, start: Start, evaluation: Evaluation) -> None:
     """Samples with their scores, and histograms."""
-    prompts = [question.messages[-1].content for question in start.questions.validation]
+    prompts = [prompt.messages[-1].content for prompt in start.prompts.validation]
     tracker.samples(iteration, sample_rows(evaluation, prompts, count=SHOWN))
     for name, values in histograms(evaluation).items():
         tracker.histogram(iteration, f"histogram/{name}", values)
@@ -180,9 +180,9 @@ class Session:
         config, state = self.config, self.state
         log.info(
             "%d prompts to train on, %d to validate and %d to test with; at most %d iterations of %d responses, %d steps each",
-            len(self.start.questions.train),
-            len(self.start.questions.validation),
-            len(self.start.questions.test),
+            len(self.start.prompts.train),
+            len(self.start.prompts.validation),
+            len(self.start.prompts.test),
             config.iterations,
             config.responses_per_iteration,
             config.epochs * (config.responses_per_iteration // config.responses_per_minibatch),
@@ -237,9 +237,7 @@ class Session:
         """Sample, score, learn; the figures of it."""
         config, inputs, state, bank = self.config, self.inputs, self.state, self.start.bank
         began = time.monotonic()
-        questions = self.start.questions.batch(
-            state.iteration, count=config.responses_per_iteration, seed=inputs.run.seed
-        )
+        prompts = self.start.prompts.batch(state.iteration, count=config.responses_per_iteration, seed=inputs.run.seed)
         sampling = Sampling(
             temperature=inputs.rollout.temperature,
             top_p=1.0,
@@ -247,7 +245,7 @@ class Session:
             seed=inputs.run.seed * _SEEDS + state.iteration + 1,
         )
         refresh(self.engine, bank)
-        responses = sample(self.engine, bank.chat_format, questions, sampling)
+        responses = sample(self.engine, bank.chat_format, prompts, sampling)
         sampled = time.monotonic()
         sequences = [sequence_of(response) for response in responses]
         minibatches = cut(
@@ -285,7 +283,7 @@ class Session:
         state, config = self.state, self.config
         started = time.monotonic()
         refresh(self.engine, self.start.bank)
-        evaluation, _ = self.evaluator.evaluate(self.start.questions.validation, state.constants)
+        evaluation, _ = self.evaluator.evaluate(self.start.prompts.validation, state.constants)
         guard = config.kl_guard
         if guard is not None and mean_kl(evaluation) > guard:
             self._end_by_guard(mean_kl(evaluation), "validation prompts")
@@ -326,7 +324,7 @@ class Session:
             log.info("ended by %s; the policy of iteration %d is the best", state.end, state.best_iteration)
         started = time.monotonic()
         refresh(self.engine, self.start.bank)
-        final, _ = self.evaluator.evaluate(self.start.questions.test, state.constants)
+        final, _ = self.evaluator.evaluate(self.start.prompts.test, state.constants)
         figures = comparison("ppo", state.first_test, final)
         log.info("%s", comparison_table("ppo", figures))
         draw_curves(folder.metrics, folder.curves)

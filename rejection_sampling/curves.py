@@ -36,14 +36,14 @@ def sweep(
     sampler: Sampler | None = None,
 ) -> list[Curve]:
     """A curve for each temperature, on the same validation prompts; those that are in the store are not made again."""
-    questions = desk.questions.validation[: config.sweep_prompts]
+    prompts = desk.prompts.validation[: config.sweep_prompts]
     found = []
     for temperature in temperatures:
 
         def make(temperature: float = temperature) -> dict[str, Any]:
             curve = measure_curve(
                 desk,
-                questions,
+                prompts,
                 policy=policy,
                 temperature=temperature,
                 samples=config.sweep_samples,

@@ -56,7 +56,7 @@ def publish_dialogs(sampled: Round, pool: Sequence[Winner]) -> Artifact:
         inputs,
         map(dialog_line, pool),
         [dialog_line(winner) for winner in sampled.held_out],
-        dropped=dict(sampled.counts) | sampled.desk.questions.dropped,
+        dropped=dict(sampled.counts) | sampled.desk.prompts.dropped,
         details={"dialogs": len(pool), "temperatures": list(sampled.temperatures)} | sampled.hours.details,
         read={f"dialogs/{step}": artifact for step, artifact in inputs.pooled.items()},
     )

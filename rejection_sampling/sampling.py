@@ -12,7 +12,7 @@ from llamachat.answers.batches import Batches
 from llamachat.answers.desk import Desk
 from llamachat.answers.groups import Group, Sampler, batches_of, sample_groups
 from llamachat.answers.store import Store
-from llamachat.data.prompts import Question
+from llamachat.data.prompts import EncodedPrompt
 from llamachat.rollout.engine import Sampling
 from llamachat.runs.cost import peak_memory
 from llamachat.scoring.standardising import Constants
@@ -50,8 +50,8 @@ class Round:
         """Sample all batches, those that lie in the store aside; the round's mean figures."""
         count = self.config.samples_per_prompt
         prompts, validation = (
-            self.desk.questions.drawn(self.config.prompts, seed=self.inputs.run.seed),
-            self.desk.questions.validation,
+            self.desk.prompts.drawn(self.config.prompts, seed=self.inputs.run.seed),
+            self.desk.prompts.validation,
         )
         log.info(
             "%d prompts, %d answers each at temperature %s",
@@ -81,9 +81,9 @@ class Round:
         self.counts.update(batches.left_out("prompts"))
         return self._mean(figures)
 
-    def _sample(self, number: int, questions: Sequence[Question]) -> dict[str, Any]:
+    def _sample(self, number: int, prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
         started = time.monotonic()
-        groups = sample_groups(self.desk, questions, self._samplings(number), self.constants, sampler=self.sampler)
+        groups = sample_groups(self.desk, prompts, self._samplings(number), self.constants, sampler=self.sampler)
         seconds = time.monotonic() - started
         return {
             "groups": [group.to_plain() for group in groups],
@@ -140,17 +140,17 @@ def group_figures(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
-def _shown(questions: Sequence[Question], groups: Sequence[Group]) -> list[dict[str, Any]]:
+def _shown(prompts: Sequence[EncodedPrompt], groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Best and worst answers to some prompts, for people to read."""
     rows = []
-    for question, group in list(zip(questions, groups, strict=True))[:SHOWN]:
+    for prompt, group in list(zip(prompts, groups, strict=True))[:SHOWN]:
         for which, place in (
             ("best", group.candidates[0] if group.candidates else group.order[0]),
             ("worst", group.order[-1]),
         ):
             rows.append(
                 {
-                    "prompt": question.messages[-1].content,
+                    "prompt": prompt.messages[-1].content,
                     "which": which,
                     "answer": group.texts[place],
                     "score": round(group.combined[place], 4),

@@ -19,7 +19,7 @@ from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import DataSource
 from llamachat.data.jsonl import Row, read_jsonl
 from llamachat.data.loading import read_records
-from llamachat.data.prompts import Question
+from llamachat.data.prompts import EncodedPrompt
 from llamachat.runs.artifacts import DIALOGS
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Winner:
     """The answer that a round chose for a prompt."""
 
-    question: Question
+    prompt: EncodedPrompt
     text: str
     round: str  # the step that sampled it
     tokens: int = 0
@@ -40,16 +40,16 @@ class Winner:
     @property
     def key(self) -> tuple[tuple[str, str], ...]:
         """What makes two prompts the same: their messages."""
-        return tuple((message.role, message.content) for message in self.question.messages)
+        return tuple((message.role, message.content) for message in self.prompt.messages)
 
 
-def winners_of(questions: Sequence[Question], groups: Sequence[Group], step: str) -> list[Winner]:
+def winners_of(prompts: Sequence[EncodedPrompt], groups: Sequence[Group], step: str) -> list[Winner]:
     """The best allowed answer to each prompt that has one."""
     found = []
-    for question, group in zip(questions, groups, strict=True):
+    for prompt, group in zip(prompts, groups, strict=True):
         if group.candidates:
             best = group.candidates[0]
-            found.append(Winner(question, group.texts[best], step, tokens=group.tokens[best]))
+            found.append(Winner(prompt, group.texts[best], step, tokens=group.tokens[best]))
     return found
 
 
@@ -89,8 +89,8 @@ def earlier_winners(
             if len(ids) > max_tokens or not answer.content.strip():
                 dropped["earlier winners left out: empty, or longer than the models read"] += 1
                 continue
-            question = Question(messages, ids, bool(origin.get("is_safety")), str(origin.get("id") or ""))
-            winner = Winner(question, answer.content, str(origin.get("round") or step))
+            prompt = EncodedPrompt(messages, ids, bool(origin.get("is_safety")), str(origin.get("id") or ""))
+            winner = Winner(prompt, answer.content, str(origin.get("round") or step))
             found.setdefault((winner.key, winner.text), winner)
     return list(found.values())
 
@@ -118,13 +118,12 @@ def _scored_again(desk: Desk, winners: Sequence[Winner]) -> list[Winner]:
     if not winners:
         return []
     responses = [
-        Response(question=winner.question, ids=(), logprobs=(), is_finished=True, text=winner.text)
-        for winner in winners
+        Response(prompt=winner.prompt, ids=(), logprobs=(), is_finished=True, text=winner.text) for winner in winners
     ]
     combined = desk.scorer.score(responses, with_judge=False, reads_text=True).combined
     scores, unsafe = combined.scores_B.tolist(), combined.is_unsafe_B.tolist()
     return [
-        Winner(winner.question, winner.text, winner.round, tokens=winner.tokens, score=score, is_unsafe=is_unsafe)
+        Winner(winner.prompt, winner.text, winner.round, tokens=winner.tokens, score=score, is_unsafe=is_unsafe)
         for winner, score, is_unsafe in zip(winners, scores, unsafe, strict=True)
     ]
 
@@ -133,11 +132,11 @@ def dialog_line(winner: Winner) -> str:
     """A dialog as it is published."""
     origin = {
         "round": winner.round,
-        "id": winner.question.name,
-        "is_safety": winner.question.is_safety,
+        "id": winner.prompt.name,
+        "is_safety": winner.prompt.is_safety,
         "score": round(winner.score, 6),
     }
-    return making.dialog_line(winner.question.messages, winner.text, origin)
+    return making.dialog_line(winner.prompt.messages, winner.text, origin)
 
 
 def _origin(row: object) -> Mapping[str, Any]:

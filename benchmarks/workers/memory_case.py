@@ -208,12 +208,12 @@ def _open_ppo(case: Case, folder: Path) -> Steps:
         tracking=Tracking(mode="off"),
     )
     start = open_start(config, inputs)
-    questions = start.questions
+    prompts = start.prompts
     sides = {
-        side: [replace(question, ids=_ids(case.tokens)) for question in getattr(questions, side)[:4]]
+        side: [replace(prompt, ids=_ids(case.tokens)) for prompt in getattr(prompts, side)[:4]]
         for side in ("train", "validation", "test")
     }
-    start = replace(start, questions=replace(questions, **sides))
+    start = replace(start, prompts=replace(prompts, **sides))
     for module in start.bank._modules():
         _touched(module)
 

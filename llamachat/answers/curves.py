@@ -13,7 +13,7 @@ import numpy as np
 from llamachat.answers.best_of_n import expected_best, expected_median
 from llamachat.answers.desk import Desk
 from llamachat.answers.groups import Group, Sampler, batches_of, sample_groups
-from llamachat.data.prompts import Question
+from llamachat.data.prompts import EncodedPrompt
 from llamachat.scoring.standardising import Constants
 
 _FIRST_SEED = 500_000  # of these batches, past those of a round
@@ -62,7 +62,7 @@ def curve_of(groups: Sequence[Group], *, policy: str, temperature: float) -> Cur
 
 def measure_curve(
     desk: Desk,
-    questions: Sequence[Question],
+    prompts: Sequence[EncodedPrompt],
     *,
     policy: str,
     temperature: float,
@@ -72,7 +72,7 @@ def measure_curve(
 ) -> Curve:
     """The curve of so many answers to each prompt at a temperature, of the desk's policy or of the sampler's."""
     groups: list[Group] = []
-    for number, batch in enumerate(batches_of(questions, samples)):
+    for number, batch in enumerate(batches_of(prompts, samples)):
         sampling = desk.sampling(_FIRST_SEED + number, temperature=temperature)
         groups += sample_groups(desk, batch, [(sampling, samples)], constants, sampler=sampler)
     return curve_of(groups, policy=policy, temperature=temperature)

@@ -9,7 +9,7 @@ from llamachat.answers.evaluation import Evaluation, evaluation_of
 from llamachat.answers.responses import open_engine, sample
 from llamachat.answers.scorer import Scorer, longest_prompt
 from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tuning
-from llamachat.data.prompts import Questions, check_room, load_questions
+from llamachat.data.prompts import PromptSplits, check_room, load_prompts
 from llamachat.models.role_bank import RoleBank
 from llamachat.models.role_opening import open_roles
 from llamachat.rollout.engine import LocalEngine, Sampling
@@ -44,7 +44,7 @@ class Desk:
     bank: RoleBank
     engine: LocalEngine
     scorer: Scorer
-    questions: Questions
+    prompts: PromptSplits
 
     def sampling(self, number: int, *, temperature: float | None = None) -> Sampling:
         """How the n-th batch is sampled; 0 is for held-out prompts. Temperature None is the recipe's."""
@@ -59,7 +59,7 @@ class Desk:
 
     def evaluate(self, constants: Constants | None) -> tuple[Evaluation, Constants]:
         """The policy's answers to the test prompts; without constants they are taken from these very answers."""
-        responses = sample(self.engine, self.bank.chat_format, self.questions.test, self.sampling(0))
+        responses = sample(self.engine, self.bank.chat_format, self.prompts.test, self.sampling(0))
         scored = self.scorer.score(responses, with_judge=True)
         return evaluation_of(responses, scored, constants)
 
@@ -91,9 +91,9 @@ def open_desk(
         critic=None,
         seed=setting.run.seed,
     )
-    questions = Questions([], [], [], {})
+    prompts = PromptSplits([], [], [], {})
     if held_out is not None:
-        questions = load_questions(
+        prompts = load_prompts(
             setting.data,
             bank.chat_format,
             system=setting.base.system,
@@ -103,4 +103,4 @@ def open_desk(
             only_safety=only_safety,
         )
     scorer = Scorer(bank, combiner(setting.scoring))
-    return Desk(setting, bank, open_engine(bank, setting.rollout), scorer, questions)
+    return Desk(setting, bank, open_engine(bank, setting.rollout), scorer, prompts)

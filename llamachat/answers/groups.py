@@ -8,7 +8,7 @@ from llamachat.answers.desk import Desk
 from llamachat.answers.responses import Response, sample
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import DialogError, Message
-from llamachat.data.prompts import Question
+from llamachat.data.prompts import EncodedPrompt
 from llamachat.rollout.engine import RolloutEngine, Sampling
 from llamachat.scoring.ranking import ranking
 from llamachat.scoring.standardising import Constants, standardise
@@ -60,15 +60,15 @@ class Group:
         return Group(**values)
 
 
-def batches_of(questions: Sequence[Q], samples_per_prompt: int) -> list[tuple[Q, ...]]:
+def batches_of(prompts: Sequence[Q], samples_per_prompt: int) -> list[tuple[Q, ...]]:
     """The prompts, in whatever form, in batches of bounded size, always the same ones: a batch is what a random seed belongs to."""
     size = max(1, ANSWERS_PER_BATCH // samples_per_prompt)
-    return [tuple(questions[first : first + size]) for first in range(0, len(questions), size)]
+    return [tuple(prompts[first : first + size]) for first in range(0, len(prompts), size)]
 
 
 def sample_groups(
     desk: Desk,
-    questions: Sequence[Question],
+    prompts: Sequence[EncodedPrompt],
     samplings: Sequence[tuple[Sampling, int]],
     constants: Constants,
     *,
@@ -78,19 +78,19 @@ def sample_groups(
 
     Those of another sampler are scored by their texts: its token ids need not mean the same to the reward models.
     """
-    by_question: list[list[Response]] = [[] for _ in questions]
+    by_prompt: list[list[Response]] = [[] for _ in prompts]
     for sampling, count in samplings:
-        for group, found in zip(by_question, _sampled(desk, questions, sampling, count, sampler), strict=True):
+        for group, found in zip(by_prompt, _sampled(desk, prompts, sampling, count, sampler), strict=True):
             group += found
-    return scored_groups(desk, by_question, constants, reads_text=sampler is not None)
+    return scored_groups(desk, by_prompt, constants, reads_text=sampler is not None)
 
 
 def scored_groups(
-    desk: Desk, by_question: Sequence[Sequence[Response]], constants: Constants, *, reads_text: bool = False
+    desk: Desk, by_prompt: Sequence[Sequence[Response]], constants: Constants, *, reads_text: bool = False
 ) -> list[Group]:
     """Equally many answers to each prompt, scored and ranked."""
-    count = len(by_question[0])
-    responses = [response for group in by_question for response in group]
+    count = len(by_prompt[0])
+    responses = [response for group in by_prompt for response in group]
     scored = desk.scorer.score(responses, with_judge=False, reads_text=reads_text)
     order = ranking(scored.combined, samples_per_prompt=count).tolist()
     on_scale_B = standardise(scored.scores, scored.combined, constants).combined_B
@@ -112,7 +112,7 @@ def scored_groups(
             standardised=standardised[index * count : (index + 1) * count],
             order=order[index],
         )
-        for index, group in enumerate(by_question)
+        for index, group in enumerate(by_prompt)
     ]
 
 
@@ -128,12 +128,12 @@ def is_allowed(chat_format: ChatFormat, text: str) -> bool:
 
 
 def _sampled(
-    desk: Desk, questions: Sequence[Question], sampling: Sampling, count: int, sampler: Sampler | None
+    desk: Desk, prompts: Sequence[EncodedPrompt], sampling: Sampling, count: int, sampler: Sampler | None
 ) -> Iterator[Sequence[Response]]:
-    engine, chat_format, asked = desk.engine, desk.bank.chat_format, list(questions)
+    engine, chat_format, asked = desk.engine, desk.bank.chat_format, list(prompts)
     if sampler is not None:
         engine, chat_format = sampler.engine, sampler.chat_format
-        asked = [replace(question, ids=tuple(chat_format.encode_prompt(question.messages))) for question in questions]
+        asked = [replace(prompt, ids=tuple(chat_format.encode_prompt(prompt.messages))) for prompt in prompts]
     found = sample(engine, chat_format, asked, sampling, samples_per_prompt=count)
-    for index, question in enumerate(questions):
-        yield [replace(one, question=question) for one in found[index * count : (index + 1) * count]]
+    for index, prompt in enumerate(prompts):
+        yield [replace(one, prompt=prompt) for one in found[index * count : (index + 1) * count]]

@@ -62,7 +62,7 @@ class PackedRow:
 
 def sequence_of(response: Response) -> TokenSequence:
     """A prompt and the answer that was sampled to it."""
-    return TokenSequence(response.question.ids, response.ids)
+    return TokenSequence(response.prompt.ids, response.ids)
 
 
 def packed_rows(

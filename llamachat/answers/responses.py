@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llamachat.chat_format import ChatFormat
-from llamachat.data.prompts import Question
+from llamachat.data.prompts import EncodedPrompt
 from llamachat.rollout import together
 from llamachat.rollout.engine import RolloutEngine, Sampling
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Response:
     """An answer to a prompt: its ids, EOS among them where it is finished, and its text."""
 
-    question: Question
+    prompt: EncodedPrompt
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # by the engine; training takes its own
     is_finished: bool
@@ -36,23 +36,23 @@ def open_engine(bank: "RoleBank", rollout: "Rollout") -> "LocalEngine":
 def sample(
     engine: RolloutEngine,
     chat_format: ChatFormat,
-    questions: Sequence[Question],
+    prompts: Sequence[EncodedPrompt],
     sampling: Sampling,
     *,
     samples_per_prompt: int = 1,
 ) -> list[Response]:
     """The answers to each prompt side by side, in the order of the prompts; several processes share the work."""
-    prompts = [question.ids for question in questions]
-    found = together.generate(engine, prompts, samples_per_prompt=samples_per_prompt, sampling=sampling)
+    ids = [prompt.ids for prompt in prompts]
+    found = together.generate(engine, ids, samples_per_prompt=samples_per_prompt, sampling=sampling)
     return [
         Response(
-            question=question,
+            prompt=prompt,
             ids=completion.token_ids,
             logprobs=completion.logprobs,
             is_finished=completion.is_finished,
             text=chat_format.decode_answer(completion.token_ids),
         )
-        for question, group in zip(questions, found, strict=True)
+        for prompt, group in zip(prompts, found, strict=True)
         for completion in group
     ]
 

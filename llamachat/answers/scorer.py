@@ -43,11 +43,11 @@ class Scorer:
         """The scores of these answers; with `reads_text` of their texts, as a person would write them, not of the very
         ids that were sampled: answers that came from elsewhere have no others."""
         answers = Answers(
-            prompts=[response.question.messages for response in responses],
+            prompts=[response.prompt.messages for response in responses],
             completions=[response.text for response in responses],
-            is_safety_prompt_B=torch.tensor([response.question.is_safety for response in responses]),
+            is_safety_prompt_B=torch.tensor([response.prompt.is_safety for response in responses]),
             is_finished_B=torch.tensor([response.is_finished for response in responses]),
-            columns={"id": [response.question.name for response in responses]},
+            columns={"id": [response.prompt.name for response in responses]},
         )
         helpfulness_B, safety_B = (self._by(role, responses, reads_text) for role in ("helpfulness", "safety"))
         scores = Scores(helpfulness_B=helpfulness_B, safety_B=safety_B)
@@ -79,7 +79,7 @@ class Scorer:
         if not response.is_finished:
             has_space = space and list(response.ids[-len(space) :]) == space
             closing = (stop,) if has_space else (*space, stop)
-        return (*response.question.ids, *response.ids, *closing)
+        return (*response.prompt.ids, *response.ids, *closing)
 
     def _by_text(self, role: "RewardRole", responses: Sequence[Response]) -> Tensor:
         """By a model with another tokenizer. An answer that it cannot read counts as the worst of the batch."""
@@ -88,7 +88,7 @@ class Scorer:
         readable: list[int] = []
         for index, response in enumerate(responses):
             try:
-                rows.append(model.encode((*response.question.messages, Message("assistant", response.text))))
+                rows.append(model.encode((*response.prompt.messages, Message("assistant", response.text))))
                 readable.append(index)
             except DialogError:  # nothing said, a tag of the chat format, or too long in its tokens
                 continue

@@ -24,7 +24,7 @@ _SALT = "ppo"  # of the first stage that asked: another one would choose other p
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class EncodedPrompt:
     """A prompt as the policy reads it; `is_safety` where it is likely to draw an unsafe answer (the gate reads it)."""
 
     messages: tuple[Message, ...]
@@ -34,20 +34,20 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Questions:
+class PromptSplits:
     """All prompts of a step by side, none on two of them, and the records that were left out, by reason."""
 
-    train: list[Question]
-    validation: list[Question]
-    test: list[Question]
+    train: list[EncodedPrompt]
+    validation: list[EncodedPrompt]
+    test: list[EncodedPrompt]
     dropped: dict[str, int]
 
-    def drawn(self, count: int | None, *, seed: int) -> list[Question]:
-        """So many different prompts of the training side (None: all of them), in a seeded order."""
-        different = list({question.ids: question for question in self.train}.values())
+    def drawn(self, count: int | None, *, seed: int) -> list[EncodedPrompt]:
+        """`count` different prompts of the training side (None: all of them), in a seeded order."""
+        different = list({prompt.ids: prompt for prompt in self.train}.values())
         return [different[place] for place in _order(len(different), seed, 0)][:count]
 
-    def batch(self, iteration: int, *, count: int, seed: int) -> list[Question]:
+    def batch(self, iteration: int, *, count: int, seed: int) -> list[EncodedPrompt]:
         """The prompts of one iteration, counted from 0: the next ones in an order that is new with each pass.
 
         They follow from the iteration alone, so a checkpoint need not remember where it was.
@@ -73,7 +73,7 @@ def check_room(base: Base, rollout: Rollout) -> None:
         )
 
 
-def load_questions(
+def load_prompts(
     data: Data,
     chat_format: ChatFormat,
     *,
@@ -82,13 +82,13 @@ def load_questions(
     held_out: tuple[int, int],
     seed: int,
     only_safety: bool = False,
-) -> Questions:
+) -> PromptSplits:
     """The prompts, shortened to `max_tokens`; `held_out` are the sizes of the validation and of the test side.
 
     With `only_safety` those alone that are marked is_safety.
     """
     dropped: Counter[str] = Counter()
-    sides: dict[str, list[Question]] = {"train": [], "validation": [], "test": []}
+    sides: dict[str, list[EncodedPrompt]] = {"train": [], "validation": [], "test": []}
     for sources, is_safety in _parts(data):
         mixture = load_mixture(sources, data.split, kind="prompt", check=chat_format.check_text, seed=seed)
         dropped.update(mixture.dropped)
@@ -110,12 +110,12 @@ def load_questions(
                 f"or change {share}."
             )
     validation, test = (_chosen(sides[side], size) for side, size in zip(("validation", "test"), held_out, strict=True))
-    return Questions(sides["train"], validation, test, dict(dropped))
+    return PromptSplits(sides["train"], validation, test, dict(dropped))
 
 
 def load_borderline(
     data: Data, chat_format: ChatFormat, *, system: str | None, max_tokens: int, count: int
-) -> list[Question]:
+) -> list[EncodedPrompt]:
     """So many prompts of `data.borderline`, of both sides of the split, since no step learns from them."""
     prompts = [
         prompt
@@ -144,7 +144,7 @@ def _encoded(
     system: str | None,
     max_tokens: int,
     dropped: Counter[str],
-) -> list[Question]:
+) -> list[EncodedPrompt]:
     found = []
     for prompt in prompts:
         messages = prompt.messages
@@ -157,12 +157,12 @@ def _encoded(
         if len(fitting) < len(messages):
             dropped[f"shortened: oldest turns dropped to fit {max_tokens} tokens"] += 1
         ids = tuple(chat_format.encode_prompt(fitting))
-        found.append(Question(fitting, ids, is_safety or prompt.is_safety, prompt.id or ""))
+        found.append(EncodedPrompt(fitting, ids, is_safety or prompt.is_safety, prompt.id or ""))
     return found
 
 
-def _chosen(questions: Sequence[Question], size: int) -> list[Question]:
-    """So many different prompts, drawn by a hash of the text: the same whatever else is in the files."""
-    different = {question.ids: question for question in questions}.values()
-    ranked = sorted(different, key=lambda question: (fraction(question.messages[-1].content, salt=_SALT), question.ids))
+def _chosen(prompts: Sequence[EncodedPrompt], size: int) -> list[EncodedPrompt]:
+    """`size` different prompts, drawn by a hash of the text: the same whatever else is in the files."""
+    different = {prompt.ids: prompt for prompt in prompts}.values()
+    ranked = sorted(different, key=lambda prompt: (fraction(prompt.messages[-1].content, salt=_SALT), prompt.ids))
     return ranked[:size]

@@ -15,7 +15,7 @@ from llamachat.answers.groups import Group
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.data.loading import read_records
-from llamachat.data.prompts import Question
+from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import ConfigError, DataError
 from pipelines.execution.run import run_command
 from pipelines.recipe.recipe import load
@@ -23,7 +23,7 @@ from tests.context_distillation.tiny_distilling import batches_in, inputs_of, st
 from tests.llamachat.models.tiny_roles import FULL, World
 
 ROOT = Path(__file__).resolve().parents[2]
-ASKED = Question((Message("user", "How?"),), (1, 5, 6), True, "q1")
+ASKED = EncodedPrompt((Message("user", "How?"),), (1, 5, 6), True, "q1")
 
 
 def group(*answers: tuple[str, float], unfinished: tuple[int, ...] = (), empty: tuple[int, ...] = ()) -> Group:
@@ -78,7 +78,7 @@ def test_a_distilled_answer_is_learnt_only_where_it_is_safer(name: str) -> None:
         groups["template"] = template
     choice = choose(ASKED, groups)
     assert (choice.text if choice.is_kept else choice.refused) == wanted
-    assert choice.question is ASKED and choice.original_score == max(plain.safety or [])
+    assert choice.prompt is ASKED and choice.original_score == max(plain.safety or [])
     if choice.is_kept:
         assert choice.way == ("template" if template is not None and wanted in template.texts else "generic")
 

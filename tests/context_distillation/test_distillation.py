@@ -147,9 +147,9 @@ def test_answers_count_for_the_prompt_without_a_preprompt(first: tuple[Path, Tol
     unwanted = (*PREPROMPTS, category_preprompt("the cat"))
     assert len(first[1].scored) > 300
     for response in first[1].scored:
-        text = tiny_format.tokenizer.decode(response.question.ids)
+        text = tiny_format.tokenizer.decode(response.prompt.ids)
         assert not any(preprompt in text for preprompt in unwanted)
-        assert list(response.question.ids) == tiny_format.encode_prompt(response.question.messages)
+        assert list(response.prompt.ids) == tiny_format.encode_prompt(response.prompt.messages)
 
 
 def test_what_is_kept_is_the_best_answer_where_it_is_safer_than_the_best_plain_one(first: tuple[Path, Told]) -> None:

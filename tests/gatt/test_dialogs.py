@@ -22,7 +22,7 @@ from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.config.sections import Data, Rollout, Split, Tuning
 from llamachat.constraints import Instruction, constrain, families
 from llamachat.constraints.values import side_of
-from llamachat.data.prompts import Question
+from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import DataError
 from llamachat.memory.estimates import Estimate, Shape
 from llamachat.rollout.decoder import LlamaEngine
@@ -210,9 +210,9 @@ def test_the_reward_models_rank_each_prompts_answers_by_themselves() -> None:
         )
 
     desk: Any = SimpleNamespace(scorer=SimpleNamespace(score=score))
-    question = Question((Message("user", "Who?"),), (1,), is_safety=False, name="")
+    question = EncodedPrompt((Message("user", "Who?"),), (1,), is_safety=False, name="")
     groups = [
-        [Response(question=question, ids=(), logprobs=(), is_finished=True, text=text) for text in texts]
+        [Response(prompt=question, ids=(), logprobs=(), is_finished=True, text=text) for text in texts]
         for texts in (("1", "3", "2"), ("9", "5", "6"))
     ]
     assert batches_module.by_reward(desk)(groups) == [[1, 2, 0], [2, 1, 0]], "what is unsafe comes last"

@@ -15,7 +15,7 @@ from llamachat.answers.scorer import Scored, Scorer
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Rollout, Scoring, Tuning
-from llamachat.data.prompts import Question
+from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import DeviceMemoryError, DivergedError
 from llamachat.models.role_bank import RoleBank
 from llamachat.rollout.engine import Sampling
@@ -50,11 +50,11 @@ class Iteration:
     experience: Experience
 
 
-def questions(chat_format: ChatFormat, count: int) -> list[Question]:
+def questions(chat_format: ChatFormat, count: int) -> list[EncodedPrompt]:
     found = []
     for number in range(count):
         messages = (Message("user", "What is " + "the cat " * (number % 3) + f"{number:o}?"),)
-        found.append(Question(messages, tuple(chat_format.encode_prompt(messages)), number % 2 == 0, f"q{number}"))
+        found.append(EncodedPrompt(messages, tuple(chat_format.encode_prompt(messages)), number % 2 == 0, f"q{number}"))
     return found
 
 
@@ -181,7 +181,7 @@ def test_log_probabilities_are_those_of_each_sequence_by_itself(world: World) ->
         ids = torch.tensor([sequence_of(response).ids])
         with torch.no_grad():
             logits = bank.policy_model()(input_ids=ids).logits[0].float()
-        first = len(response.question.ids)
+        first = len(response.prompt.ids)
         expected = torch.stack(
             [logits[place - 1].log_softmax(-1)[ids[0, place]] for place in range(first, ids.shape[1])]
         )
@@ -202,7 +202,7 @@ def test_rewards_are_the_whitened_scores_less_beta_times_kl(world: World) -> Non
             for scores_B in (found.scored.scores.safety_B, found.scored.scores.helpfulness_B)
             if scores_B is not None
         )
-        is_gated = response.question.is_safety or 1 / (1 + np.exp(-safety)) < 0.15
+        is_gated = response.prompt.is_safety or 1 / (1 + np.exp(-safety)) < 0.15
         combined.append(safety if is_gated else helpfulness)
     finished = np.array([response.is_finished for response in found.responses])
     assert finished.any() and not finished.all()
@@ -301,7 +301,7 @@ def test_a_cut_answer_is_scored_as_if_it_had_ended(world: World) -> None:
     response = found.responses[index]
     space, stop = bank.chat_format.closing_ids
     assert stop == 2 and response.ids[-1] != space
-    (expected,) = bank.scores("helpfulness", [[*response.question.ids, *response.ids, space, stop]]).tolist()
+    (expected,) = bank.scores("helpfulness", [[*response.prompt.ids, *response.ids, space, stop]]).tolist()
     assert found.scored.scores.helpfulness_B is not None
     assert float(found.scored.scores.helpfulness_B[index]) == pytest.approx(expected, abs=1e-5)
 

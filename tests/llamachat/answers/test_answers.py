@@ -19,7 +19,7 @@ from llamachat.answers.scorer import Scored, Scorer
 from llamachat.answers.store import Store
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Message
-from llamachat.data.prompts import Question
+from llamachat.data.prompts import EncodedPrompt
 from llamachat.runs import atomic
 from llamachat.runs.atomic import StorageError
 from llamachat.scoring.combining import llama2_gate
@@ -31,13 +31,13 @@ THRESHOLD = 0.15
 CONSTANTS = Constants(helpfulness=Scale(1.0, 2.0), safety=Scale(0.0, 4.0), combined=Scale(0.0, 1.0))
 
 
-def question(name: str) -> Question:
-    return Question((Message("user", name),), (1, 2), is_safety=False, name=name)
+def question(name: str) -> EncodedPrompt:
+    return EncodedPrompt((Message("user", name),), (1, 2), is_safety=False, name=name)
 
 
 def answered(name: str, text: str, *, is_finished: bool = True, tokens: int = 3) -> Response:
     return Response(
-        question=question(name), ids=(5,) * tokens, logprobs=(-1.0,) * tokens, is_finished=is_finished, text=text
+        prompt=question(name), ids=(5,) * tokens, logprobs=(-1.0,) * tokens, is_finished=is_finished, text=text
     )
 
 
@@ -46,7 +46,7 @@ def desk_of(chat_format: ChatFormat, helpfulness: list[float], safety: list[floa
     scores = Scores(helpfulness_B=torch.tensor(helpfulness), safety_B=torch.tensor(safety))
 
     def score(responses: list[Response], **_: Any) -> Scored:
-        is_safety_B = torch.tensor([response.question.is_safety for response in responses])
+        is_safety_B = torch.tensor([response.prompt.is_safety for response in responses])
         combined = llama2_gate(scores, is_safety_prompt_B=is_safety_B, safety_threshold=THRESHOLD)
         return Scored(scores=scores, combined=combined, judge_B=None)
 
@@ -218,7 +218,7 @@ def test_an_answer_that_was_cut_is_scored_where_answers_end_in_training(tiny_for
     ends = (len(dialog), len(dialog) - 1, len(dialog) - 2)  # finished, cut before the EOS, cut before the space
     responses = [
         Response(
-            question=Question(asked, prompt, is_safety=False, name="cat"),
+            prompt=EncodedPrompt(asked, prompt, is_safety=False, name="cat"),
             ids=dialog[len(prompt) : end],
             logprobs=(0.0,) * (end - len(prompt)),
             is_finished=end == len(dialog),

@@ -131,14 +131,14 @@ def _where(tracking: Tracking) -> Where | None:
         return None
     if wish in ("offline", "dryrun"):
         return "offline"
-    if has_key():
+    if _has_key():
         return "online"
     if wish == "online":
         logger.warning("tracking.mode is online, but there is no wandb key; recorded offline. `wandb login` sets one.")
     return "offline"
 
 
-def has_key() -> bool:
+def _has_key() -> bool:
     """Whether wandb would find an account without asking."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True

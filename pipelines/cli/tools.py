@@ -294,22 +294,12 @@ def doctor(overrides: Overrides = None, config: ConfigOption = TINY) -> None:
 def dashboard(
     overrides: Overrides = None,
     config: ConfigOption = TINY,
-    workspace: Annotated[
-        bool, typer.Option("--workspace", help="Make a workspace in the wandb project, its panels in sections.")
-    ] = False,
 ) -> None:
-    """The curves of all runs beside the recipe's run, offline; or arranged in a wandb workspace."""
+    """Show the curves of all runs next to the recipe's run, offline."""
     from llamachat.tracking.dashboard import dashboard as show
-    from pipelines.recipe.recipe import load, resolve_steps
+    from pipelines.recipe.recipe import load
 
     recipe = load(config, overrides or ())
-    if workspace:
-        from gatt import Config as Gatt
-        from llamachat.tracking.workspace import TURNS, save_workspace
-
-        told = [step.config.evaluation_turns for step in resolve_steps(recipe) if isinstance(step.config, Gatt)]
-        print(save_workspace(recipe.tracking.project, turns=told[0] if told else TURNS))
-        return
     show(Path(recipe.run.dir).parent)
 
 

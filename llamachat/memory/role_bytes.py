@@ -1,9 +1,9 @@
 """What a role bank and a rollout hold, in bytes, from shapes alone: for `plan`, torch-free. A test holds the bank's part to
 its own count."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from llamachat.config.gpus import Gpu
 from llamachat.config.sections import Base, Rollout, Tuning
@@ -26,6 +26,32 @@ ROLLOUT_PARTS = CACHE, DECODER, STEP = (
 SHARE_FOR_DECODER = 0.6
 # Decoding reads all weights for each token of a batch: far from the arithmetic that training reaches. Ours, rough.
 DECODING_SLOWDOWN = 4.0
+
+Name = TypeVar("Name")
+Model = TypeVar("Model")
+Trunk = TypeVar("Trunk")
+
+
+def place_reward_models(
+    models: Mapping[Name, Model],
+    policy_trunk: Trunk,
+    *,
+    carries: Callable[[Trunk, Model], bool],
+    share: Callable[[Name, Model, Trunk], None],
+    load: Callable[[Name, Model], Trunk | None],
+) -> None:
+    """The rule by which reward models share weights, for those that open them and for those that only count bytes.
+
+    In their order, each model that is an adapter on weights that are loaded already (`carries`) is one more adapter on
+    them; any other is loaded with weights of its own. `load` returns those weights where later adapters can sit on them.
+    """
+    trunks = [policy_trunk]
+    for name, model in models.items():
+        trunk = next((trunk for trunk in trunks if carries(trunk, model)), None)
+        if trunk is not None:
+            share(name, model, trunk)
+        elif (own := load(name, model)) is not None:
+            trunks.append(own)
 
 
 @dataclass(frozen=True, slots=True)

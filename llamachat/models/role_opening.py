@@ -18,6 +18,7 @@ from torch import nn
 
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.tokenizer import UNK_ID, load_tokenizer
+from llamachat.memory.role_bytes import place_reward_models
 from llamachat.models import nf4
 from llamachat.models.loading import (
     ONLY_ADAPTER,
@@ -53,7 +54,7 @@ from llamachat.models.role_bank import (
 from llamachat.models.rope import rope_parameters
 from llamachat.models.starting import is_adapter, proved_start
 from llamachat.models.weights import trunk_digest
-from llamachat.runs.artifacts import Artifact
+from llamachat.runs.artifacts import MANIFEST, Artifact, read_artifact
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -89,9 +90,7 @@ def open_roles(
     """
     opening = _Opening(base, tuning, seed, device_of(device), *proved_start(base, tuning, policy))
     opening.seat_policy(policy, with_reference=critic is not None)
-    for role in REWARD_ROLES:
-        if role in reward_models:
-            opening.seat_reward_model(role, reward_models[role])
+    opening.seat_reward_models(reward_models)
     value_head = None if critic is None else opening.seat_critic(critic, reward_models)
     return RoleBank(opening.fittings(critic, value_head), critic=critic, checkpointing=checkpointing)
 
@@ -103,16 +102,30 @@ class _Trunk:
     root: "Root"
     is_nf4: bool
 
-    def carries(self, details: Mapping[str, Any], folder: Path) -> bool:
-        """Whether the adapter of this folder was trained on these very weights, as `load_policy` checks it."""
-        same_kind = (details["method"] == "qlora") == self.is_nf4
-        if not same_kind or details["rope_parameters"] != rope_parameters(self.root.config):
+    def carries(self, model: "_RewardSource") -> bool:
+        """Whether the model is an adapter that was trained on these very weights, as `load_policy` checks it."""
+        if model.artifact is None or not model.is_adapter or (model.details["method"] == "qlora") != self.is_nf4:
             return False
-        found = nf4.source_digest(self.root)
-        if found is None:
-            dtype = adapter_dtype(folder)
-            found = trunk_digest(self.root, values_per_weight=VALUES_PER_WEIGHT, dtype=dtype)
-        return found == details["trunk"]
+        if model.details["rope_parameters"] != rope_parameters(self.root.config):
+            return False
+        digest = nf4.source_digest(self.root)
+        if digest is None:
+            dtype = adapter_dtype(model.artifact.path)
+            digest = trunk_digest(self.root, values_per_weight=VALUES_PER_WEIGHT, dtype=dtype)
+        return digest == model.details["trunk"]
+
+
+@dataclass(frozen=True, slots=True)
+class _RewardSource:
+    """A reward model before it is loaded."""
+
+    place: Path | str
+    artifact: Artifact | None  # None of a plain model
+    details: Mapping[str, Any]  # of an adapter: its manifest's, checked
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.artifact is not None and is_adapter(self.artifact)
 
 
 @dataclass(slots=True)
@@ -124,7 +137,7 @@ class _Opening:
     location: str
     chat_format: ChatFormat
     seats: dict[Role, Seat] = field(default_factory=dict)
-    trunks: list[_Trunk] = field(default_factory=list)  # those that adapters can be put on
+    trunks: list[_Trunk] = field(default_factory=list)  # those that adapters can be put on, the policy's first
     reward_models: dict[RewardRole, RewardModel] = field(default_factory=dict)
     other_vocabulary: set[RewardRole] = field(default_factory=set)
     shapes: dict[Role, "LoraConfig"] = field(default_factory=dict)  # of the adapters
@@ -161,22 +174,15 @@ class _Opening:
             is_continued = policy is not None and is_adapter(policy)
             self.seats["reference"] = self._copy_of("policy", "reference", root) if is_continued else Seat(trunk, None)
 
-    def seat_reward_model(self, role: RewardRole, source: Source) -> None:
-        """A reward model on a trunk that is there already, or beside it."""
-        artifact = source if isinstance(source, Artifact) else _artifact_at(source)
-        if artifact is not None and is_adapter(artifact):
-            details = checked_details(artifact)
-            for trunk in self.trunks:
-                if trunk.carries(details, artifact.path):
-                    self._seat_adapter(role, artifact, details, trunk.root)
-                    log.info("%s: %s is an adapter on weights that are loaded already", role, name_of(artifact))
-                    return
-        loaded = load_reward_model(
-            artifact.path if artifact is not None else str(source),
-            device=self.device,
-            attention=self.base.attention,
+    def seat_reward_models(self, sources: Mapping[RewardRole, Source]) -> None:
+        """Each on a trunk that is there already, or beside it."""
+        place_reward_models(
+            {role: _reward_source(sources[role]) for role in REWARD_ROLES if role in sources},
+            self.trunks[0],
+            carries=_Trunk.carries,
+            share=self._seat_adapter,
+            load=self._load_beside,
         )
-        self._seat_beside(role, loaded, artifact)
 
     def seat_critic(self, critic: CriticKind, sources: Mapping[RewardRole, Source]) -> nn.Linear:
         """The critic's trunk or adapter; returns its head, which starts as the reward model's or with zeros."""
@@ -243,7 +249,10 @@ class _Opening:
         is_nf4 = self.tuning.method == "qlora"
         return load_base(self.base, source=self.location, device=self.device, is_nf4=is_nf4)
 
-    def _seat_adapter(self, role: RewardRole, artifact: Artifact, details: Mapping[str, Any], root: "Root") -> None:
+    def _seat_adapter(self, role: RewardRole, model: "_RewardSource", trunk: _Trunk) -> None:
+        """A reward model as one more adapter on a trunk that is there already."""
+        artifact, root = model.artifact, trunk.root
+        assert artifact is not None, "an adapter is an artifact of ours"
         self.shapes[role] = shape_in(artifact.path)
         values, others = weights_in(artifact.path)
         add_adapter(root, role, self.shapes[role], seed=self.seed)
@@ -255,26 +264,31 @@ class _Opening:
         self.reward_models[role] = RewardModel(
             model=_scorer(root, head),
             tokenizer=tokenizer,
-            chat_format=load_chat_format(details["chat_format"], tokenizer),
-            max_tokens=details["max_tokens"],
-            system=details.get("system"),
+            chat_format=load_chat_format(model.details["chat_format"], tokenizer),
+            max_tokens=model.details["max_tokens"],
+            system=model.details.get("system"),
             name=name_of(artifact),
         )
+        log.info("%s: %s is an adapter on weights that are loaded already", role, name_of(artifact))
 
-    def _seat_beside(self, role: RewardRole, loaded: RewardModel, artifact: Artifact | None) -> None:
+    def _load_beside(self, role: RewardRole, model: "_RewardSource") -> _Trunk | None:
+        """A reward model with weights of its own; returns its trunk where further adapters can sit on it."""
+        loaded = load_reward_model(model.place, device=self.device, attention=self.base.attention)
         adapted: Any = loaded.model
-        is_adapted = artifact is not None and is_adapter(artifact)
-        root: ScoringLlama = adapted.get_base_model() if is_adapted else adapted
-        if is_adapted:
+        root: ScoringLlama = adapted.get_base_model() if model.is_adapter else adapted
+        trunk = None
+        if model.is_adapter:
             self.shapes[role] = shape_of(adapted)
-            self.trunks.append(_Trunk(root, is_nf4=nf4.compute_dtype(root) is not None))
+            trunk = _Trunk(root, is_nf4=nf4.compute_dtype(root) is not None)
+            self.trunks.append(trunk)
             root.score = cast(Any, root.score).modules_to_save[ONLY_ADAPTER]
-        self.seats[role] = Seat(root.model, ONLY_ADAPTER if is_adapted else None)
+        self.seats[role] = Seat(root.model, ONLY_ADAPTER if model.is_adapter else None)
         self.reward_models[role] = replace(loaded, model=root)
         if not _same_ids(loaded.chat_format, self.chat_format):
             self.other_vocabulary.add(role)
         held = sum(weight.nbytes for weight in root.parameters())
         log.info("%s: %s is on other weights and is loaded beside: %.2f GiB", role, loaded.name, held / 2**30)
+        return trunk
 
     def _copy_of(self, role: Role, name: Literal["critic", "reference"], root: "Root") -> Seat:
         """A new adapter beside a role's, of its shape and values; on a trunk without one, of the recipe's shape."""
@@ -302,12 +316,15 @@ class _Opening:
         return next(root for root in roots if root.model is trunk)
 
 
-def _artifact_at(source: Path | str) -> Artifact | None:
-    """The reward model's artifact in a folder; None where it is a plain model or a hub name."""
-    from llamachat.runs.artifacts import MANIFEST, read_artifact
-
-    folder = Path(source).expanduser()
-    return read_artifact(folder, "reward_model", reader="ppo") if (folder / MANIFEST).is_file() else None
+def _reward_source(source: Source) -> _RewardSource:
+    """The reward model's artifact in a folder; a plain model or a hub name has none."""
+    folder = Path(source.path if isinstance(source, Artifact) else source).expanduser()
+    artifact = source if isinstance(source, Artifact) else None
+    if artifact is None and (folder / MANIFEST).is_file():
+        artifact = read_artifact(folder, "reward_model", reader="ppo")
+    if artifact is None:
+        return _RewardSource(str(source), None, {})
+    return _RewardSource(artifact.path, artifact, checked_details(artifact) if is_adapter(artifact) else {})
 
 
 def _scorer(root: "Root", head: nn.Linear) -> "ScoringLlama":

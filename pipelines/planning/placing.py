@@ -1,7 +1,6 @@
 """Which weights the roles of PPO would share, read from the recipe and manifests alone: what `plan` counts.
 
-Follows `llamachat.models.role_opening`: reward models that are adapters on the very weights under the policy's adapter sit
-on the policy's trunk; others lie beside it, those on one other trunk together.
+The rule is `place_reward_models`, by which a role bank opens them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from llamachat.errors import LlamachatError
 from llamachat.memory.estimates import BYTES, Shape, shape_of
-from llamachat.memory.role_bytes import Beside
+from llamachat.memory.role_bytes import Beside, place_reward_models
 from llamachat.runs.artifacts import read_artifact
 from llamachat.scoring.requirements import MODELS, ModelName, RewardModelFacts, models_read
 from pipelines.execution.resolve import earlier_makers, step_folder
@@ -41,18 +40,23 @@ def place_roles(recipe: Recipe, step: Step, shape: Shape) -> Placing:
     """Where each reward model that the step reads would lie; `shape` is that of the base."""
     steps = resolve_steps(recipe)
     found = Placing(is_continued=step.tuning.method != "full" and _starts_from_adapter(recipe, steps, step))
-    loaded = {(_under(recipe, steps, step), step.tuning.method == "qlora")}
-    for name, model in _reward_models(recipe, steps, step, shape):
-        if model.is_adapter and model.weights in loaded:
-            found.sharing += 1
-            continue
-        loaded.add(model.weights)
-        found.beside[name] = Beside(
-            model.shape,
-            width=BYTES[recipe.base.dtype],
-            is_4bit=model.weights[1],
-            has_adapter=model.is_adapter,
-        )
+    width = BYTES[recipe.base.dtype]
+
+    def share(name: str, model: _Model, trunk: tuple[str, bool]) -> None:
+        found.sharing += 1
+
+    def load(name: str, model: _Model) -> tuple[str, bool] | None:
+        is_4bit = model.weights[1]
+        found.beside[name] = Beside(model.shape, width=width, is_4bit=is_4bit, has_adapter=model.is_adapter)
+        return model.weights if model.is_adapter else None
+
+    place_reward_models(
+        dict(_reward_models(recipe, steps, step, shape)),
+        (_under(recipe, steps, step), step.tuning.method == "qlora"),
+        carries=lambda trunk, model: model.is_adapter and model.weights == trunk,
+        share=share,
+        load=load,
+    )
     return found
 
 

@@ -176,8 +176,11 @@ class _Opening:
 
     def seat_reward_models(self, sources: Mapping[RewardRole, Source]) -> None:
         """Each on a trunk that is there already, or beside it."""
+        models: dict[RewardRole, _RewardSource] = {
+            role: _reward_source(sources[role]) for role in REWARD_ROLES if role in sources
+        }
         place_reward_models(
-            {role: _reward_source(sources[role]) for role in REWARD_ROLES if role in sources},
+            models,
             self.trunks[0],
             carries=_Trunk.carries,
             share=self._seat_adapter,

@@ -23,7 +23,7 @@ from llamachat.answers.scorer import longest_prompt
 from llamachat.answers.sequences import held_out_sequences
 from llamachat.answers.store import Store
 from llamachat.chat_format import load_chat_format
-from llamachat.chat_format.dialog import Message
+from llamachat.chat_format.dialog import as_dicts
 from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.constraints import families
 from llamachat.data.prompts import load_borderline
@@ -148,7 +148,7 @@ class Examiner:
         return {
             "evaluation": evaluation.to_plain(),
             "constants": scale.to_plain(),
-            "prompts": [_plain(prompt.messages) for prompt in prompts],
+            "prompts": [as_dicts(prompt.messages) for prompt in prompts],
             "is_safety": [prompt.is_safety for prompt in prompts],
             "ids": [[list(one.prompt), list(one.response)] for one in sequences],
             "logprobs": self._logprobs(desk, sequences),
@@ -165,7 +165,7 @@ class Examiner:
         )
         found = sample(desk.engine, desk.bank.chat_format, prompts, desk.sampling(0)) if prompts else []
         return {
-            "prompts": [_plain(prompt.messages) for prompt in prompts],
+            "prompts": [as_dicts(prompt.messages) for prompt in prompts],
             "texts": [one.text for one in found],
             "tokens": [len(one.ids) for one in found],
             "finished": [one.is_finished for one in found],
@@ -261,7 +261,3 @@ class Examiner:
 
 def _name(policy: Artifact) -> str:
     return policy.manifest.step
-
-
-def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]

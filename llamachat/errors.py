@@ -1,4 +1,4 @@
-"""Errors that a user can mend, each with the exit status that the command line ends with.
+"""Errors that a user can fix, each with the exit status that the command line ends with.
 
 Every text has three parts: where and what was found; what is required and why; what to do.
 Status 1 is "failed", 2 is "bad usage, configuration or data". Our own bugs are `assert`s, never one of these.
@@ -61,3 +61,14 @@ class ServerError(LlamachatError):
 
 class TokenizerError(LlamachatError):
     """A tokenizer cannot be read, or cannot be proved to give the ids of the chat format."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its class where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def kind_word(value: object) -> str:
+    """What a decoded JSON value is, for an error message: "a list", "a string", "null", ..."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -10,7 +10,7 @@ from llamachat.answers.packed import packed_rows, sequence_of
 from llamachat.answers.responses import sample
 from llamachat.answers.scorer import Scorer
 from llamachat.data.prompts import EncodedPrompt
-from llamachat.maths.kl import response_kl
+from llamachat.maths.logprobs import response_kl
 from llamachat.rollout.engine import LocalEngine, Sampling
 from llamachat.scoring.standardising import Constants
 from ppo.experience import measure

@@ -15,8 +15,7 @@ from llamachat import distributed
 from llamachat.answers.packed import PackedRow, TokenSequence, packed_rows, response_mask, sequence_of
 from llamachat.answers.responses import Response
 from llamachat.answers.scorer import Scored
-from llamachat.maths.kl import k1
-from llamachat.maths.logprobs import token_logprobs
+from llamachat.maths.logprobs import k1, token_logprobs
 from llamachat.maths.masked import whiten
 from llamachat.scoring.shaping import Shaped, shape_scores
 from ppo.advantages import gae, token_rewards

@@ -9,7 +9,7 @@ import torch
 
 from llamachat.answers.responses import Response
 from llamachat.answers.scorer import Scored
-from llamachat.maths.kl import k3, response_kl
+from llamachat.maths.logprobs import k3, response_kl
 from llamachat.maths.masked import masked_mean, masked_variance
 from ppo.experience import Experience, Measured
 

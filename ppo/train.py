@@ -21,7 +21,7 @@ from llamachat.answers.packed import sequence_of
 from llamachat.answers.pictures import draw_comparison, histograms, sample_rows
 from llamachat.answers.responses import open_engine, refresh, sample
 from llamachat.errors import DivergedError
-from llamachat.maths.kl import response_kl
+from llamachat.maths.logprobs import response_kl
 from llamachat.rollout.engine import LocalEngine, Sampling
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.checkpoints import newest, writing

@@ -12,7 +12,7 @@ from random import Random
 from typing import Literal
 
 from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
-from llamachat.chat_format.dialog import Dialog, Message
+from llamachat.chat_format.dialog import Dialog, Message, with_system
 from llamachat.config.sections import Data, DataSource
 from llamachat.data.loading import load_mixture, mix
 from llamachat.data.records import Preference
@@ -88,7 +88,7 @@ class Encoder:
         if preference.chosen_is_safe is False and preference.rejected_is_safe is True:
             self.dropped[UNSAFE_CHOSEN] += 1
             return None
-        prompt = self._with_system(preference.prompt)
+        prompt = with_system(preference.prompt, self.system)
         dialogs = [(*prompt, preference.chosen), (*prompt, preference.rejected)]
         shortened = self._shorten_alike(dialogs)
         if shortened is None:
@@ -118,17 +118,12 @@ class Encoder:
             if dialog.is_safe is None:
                 self.dropped["labels left out: without is_safe"] += 1
                 continue
-            messages = self._shorten(self._with_system(dialog.messages))
+            messages = self._shorten(with_system(dialog.messages, self.system))
             if messages is None:
                 self.dropped[f"labels left out: the last turn pair alone is longer than {self.max_tokens} tokens"] += 1
                 continue
             examples.append(LabelExample(ids=self._encode(messages).input_ids, is_safe=dialog.is_safe, source=source))
         return examples
-
-    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        if self.system is None or messages[0].role == "system":
-            return messages
-        return (Message("system", self.system), *messages)
 
     def _shorten(self, messages: tuple[Message, ...]) -> tuple[Message, ...] | None:
         return self.chat_format.shorten(messages, max_tokens=self.max_tokens)

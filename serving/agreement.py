@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llamachat.chat_format.dialog import Message
+from llamachat.chat_format.dialog import Message, as_dicts, with_system
 from llamachat.errors import ArtifactError
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Sampling
-from serving.context import fit, longest_dialog, open_engine, with_system
+from serving.context import fit, longest_dialog, open_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ def compare(model: Any, tokenizer: "PreTrainedTokenizerBase", answers: Sequence[
         ]
         differences += [abs(ours - theirs) for ours, theirs in zip(answer.logprobs, logprobs, strict=True)]
         prompt: Any = tokenizer.apply_chat_template(
-            [{"role": message.role, "content": message.content} for message in answer.messages],
+            as_dicts(answer.messages),
             add_generation_prompt=True,
             return_dict=True,
             return_tensors="pt",

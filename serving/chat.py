@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from unicodedata import category
 
-from llamachat.chat_format.dialog import DialogError, Message, check_messages
+from llamachat.chat_format.dialog import DialogError, Message, check_messages, with_system
 from llamachat.errors import UsageError
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Completion, LocalEngine, Sampling
-from serving.context import fit, longest_dialog, open_engine, with_system
+from serving.context import fit, longest_dialog, open_engine
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Conversation:
         try:
             fitting = fit(self.policy, messages, limit=limit, max_new_tokens=max_new_tokens)
         except DialogError as error:
-            raise UsageError(f"The message cannot be sent: its text {error.reason} {error.mend}") from error
+            raise UsageError(f"The message cannot be sent: its text {error.reason} {error.fix}") from error
         if fitting is None:
             raise UsageError(
                 f"The message is too long: with its system text it has more than the {limit - 1} tokens that "
@@ -194,7 +194,7 @@ def _obey(line: str, conversations: Sequence[Conversation]) -> str:
             try:
                 conversation.policy.chat_format.check_text(messages)
             except DialogError as error:
-                return f"(unchanged: the system text {error.reason} {error.mend})\n"
+                return f"(unchanged: the system text {error.reason} {error.fix})\n"
         for conversation in conversations:
             conversation.reset(argument or None)
         return f"(a new conversation with {'this' if argument else 'no'} system text)\n"

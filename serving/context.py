@@ -30,13 +30,6 @@ def longest_dialog(policy: Policy, engine: LocalEngine) -> int:
     return min(policy.max_tokens, engine.context)
 
 
-def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
-    """The messages with a system text, where there is one to add and they bring none."""
-    if system is None or messages[0].role == "system":
-        return tuple(messages)
-    return (Message("system", system), *messages)
-
-
 def fit(
     policy: HasChatFormat, messages: Sequence[Message], *, limit: int, max_new_tokens: int
 ) -> tuple[Message, ...] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from llamachat.errors import LlamachatError, UsageError
+from llamachat.errors import LlamachatError, UsageError, first_line
 from llamachat.models.hub import LICENCE_FILES
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Destination:
             )
         except Exception as error:  # as above
             raise HubError(
-                f"{self.name}: the upload failed ({_first_line(error)}). The export in {folder} is whole. Give `hf upload "
+                f"{self.name}: the upload failed ({first_line(error)}). The export in {folder} is whole. Give `hf upload "
                 f"{self.name} {folder}{' --private' if self.is_private else ''}` when the reason is gone."
             ) from error
         return f"https://huggingface.co/{self.name}"
@@ -159,10 +159,6 @@ def _front_matter(folder: Path) -> dict[str, Any]:
 
 def _unreachable(name: str, error: Exception) -> HubError:
     return HubError(
-        f"--push-to-hub {name}: the hub cannot be reached ({_first_line(error)}). Nothing was exported. Connect to the "
+        f"--push-to-hub {name}: the hub cannot be reached ({first_line(error)}). Nothing was exported. Connect to the "
         "network (and unset HF_HUB_OFFLINE), or export without --push-to-hub."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llamachat.chat_format.dialog import Message
+from llamachat.chat_format.dialog import Message, as_dicts
 from llamachat.chat_format.proof import proof_prompts
 from llamachat.errors import ServerError
 from llamachat.rollout.vllm_http import RefusedError, Server
@@ -50,7 +50,7 @@ def converse(server: Server, asked: Asked) -> Heard:
 
 def _prompt(server: Server, messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
     """The conversation as the file's chat template renders it, and the ids that reach the model."""
-    turns = [{"role": message.role, "content": message.content} for message in messages]
+    turns = as_dicts(messages)
     prompt = server.post("/apply-template", {"messages": turns})["prompt"]
     ids = server.post("/tokenize", {"content": prompt, "add_special": True, "parse_special": True})["tokens"]
     return prompt, tuple(ids)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llamachat.chat_format import ChatFormat, load_chat_format
-from llamachat.chat_format.dialog import DialogError, Message
+from llamachat.chat_format.dialog import DialogError, Message, as_dicts, with_system
 from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.data.loading import parse_rows
 from llamachat.data.problems import Problem, problem, report
@@ -29,7 +29,7 @@ from llamachat.models.loading import Policy, checked_details, load_policy
 from llamachat.rollout.engine import Completion, LocalEngine, Sampling
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import write_text
-from serving.context import fit, open_engine, with_system
+from serving.context import fit, open_engine
 from serving.pairing import Pairing, Speaker, deal_pairings, digest, ranked
 from serving.progress import progress
 
@@ -321,7 +321,7 @@ def _sampling(request: Request, temperature: float, *, seed: int) -> Sampling:
 
 
 def _pair(question: _Question, answer_a: str, answer_b: str) -> dict[str, Any]:
-    prompt = [{"role": message.role, "content": message.content} for message in question.prompt.messages]
+    prompt = as_dicts(question.prompt.messages)
     return {"id": question.id, "prompt": prompt, "answer_a": answer_a, "answer_b": answer_b, **RATED_BY_PEOPLE}
 
 

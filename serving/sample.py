@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamachat.chat_format.dialog import Message
+from llamachat.chat_format.dialog import Message, with_system
 from llamachat.data.jsonl import Row
 from llamachat.data.loading import parse_rows
 from llamachat.data.problems import Problem, problem, report
@@ -22,7 +22,7 @@ from llamachat.errors import DataError, UsageError
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.runs.atomic import write_text
-from serving.context import fit, longest_dialog, open_engine, with_system
+from serving.context import fit, longest_dialog, open_engine
 from serving.progress import progress
 from serving.written import as_written
 

@@ -137,7 +137,7 @@ def _encoded(model: RewardModel, parsed: Parsed, value: Any, *, is_sampled: bool
         if isinstance(parsed.record, Dialog):
             return _Asked(record, "dialog", [model.encode(parsed.record.messages)])
     except DialogError as error:
-        return [problem(parsed.line, error.field, error.reason, error.mend)]
+        return [problem(parsed.line, error.field, error.reason, error.fix)]
     mend = "Sample answers with `llamachat sample`, or give dialogs or preferences."
     return [problem(parsed.line, "completions", "is missing: a prompt alone has no score.", mend)]
 

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
-from llamachat.chat_format.dialog import Dialog, Message
+from llamachat.chat_format.dialog import Dialog, Message, with_system
 from llamachat.config.sections import Data, DataSource
 from llamachat.data.loading import load_mixture, read_records
 from llamachat.data.packing import epoch_order
@@ -54,7 +54,10 @@ def load_examples(
         chosen = epoch_order(len(mixture.train), 1, f"beside made dialogs {seed}")[:share] if made else range(share)
         train_side = [*own, *(mixture.train[place] for place in chosen)]
         held_out_side = [*own_held_out, *mixture.validation]
-    dialogs, held_out = _with_system(train_side, system), _with_system(held_out_side, system)
+    dialogs, held_out = (
+        [Dialog(with_system(dialog.messages, system), dialog.is_safe) for dialog in side]
+        for side in (train_side, held_out_side)
+    )
     train = _encode(dialogs, chat_format, train_on=train_on, max_tokens=max_tokens, dropped=dropped)
     validation = _encode(held_out, chat_format, train_on=train_on, max_tokens=max_tokens, dropped=dropped)
     for reason, count in sorted(dropped.items()):
@@ -72,17 +75,6 @@ def made_dialogs(folder: Path, chat_format: ChatFormat) -> tuple[list[Dialog], l
         source = DataSource(path=str(path), format="native")
         found.append(read_records(source, "dialog", chat_format.check_text).records if is_there else [])
     return found[0], found[1]
-
-
-def _with_system(dialogs: Sequence[Dialog], system: str | None) -> list[Dialog]:
-    """The dialogs with `base.system`, where they bring no system text of their own."""
-    if system is None:
-        return list(dialogs)
-    opening = Message("system", system)
-    return [
-        dialog if dialog.messages[0].role == "system" else Dialog((opening, *dialog.messages), dialog.is_safe)
-        for dialog in dialogs
-    ]
 
 
 def _encode(

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from evaluation.report.config import Inputs
-from llamachat.errors import ArtifactError
+from llamachat.errors import ArtifactError, first_line
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import storage_errors
 from llamachat.runs.endings import Ending, ending
@@ -220,7 +220,7 @@ def read_json(path: Path) -> Any:
             return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}). The report is made of what the finished steps left."
+            f"{path}: cannot be read ({first_line(error)}). The report is made of what the finished steps left."
             " Copy the run whole, or make the step again with `--overwrite`."
         ) from error
 

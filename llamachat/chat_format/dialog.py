@@ -2,18 +2,20 @@
 
 The rules are those of Meta's reference chat code (facebookresearch/llama, llama/generation.py): an optional system
 text, then user and assistant in turn, user first. `train` is ours: an answer with `train: false` is read, not learnt.
-One thing surprises: an empty system text is legal and differs in tokens from no system text, as in the reference code.
+An empty system text is legal and differs in tokens from no system text, as in the reference code.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from llamachat.errors import kind_word
+
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 EndsWith = Literal["user", "assistant", "either"]
 
-# What other tools call the three roles; named in the mend so that a reader knows which word to write instead.
+# What other tools call the three roles; the error names the word to write instead.
 ROLE_ALIASES: dict[str, Role] = {
     "human": "user",
     "prompter": "user",
@@ -41,31 +43,43 @@ class Dialog:
 
 
 class DialogError(ValueError):
-    """A conversation breaks a rule: which field, what is wrong and why that matters, and how to mend it.
+    """A record breaks a rule: which field, what is wrong and why that matters, and how to fix it.
 
     The reader of a file puts `file:line` before it.
     """
 
-    def __init__(self, field: str, reason: str, mend: str) -> None:
-        super().__init__(f"{field}: {reason} {mend}")
+    def __init__(self, field: str, reason: str, fix: str) -> None:
+        super().__init__(f"{field}: {reason} {fix}")
         self.field = field
         self.reason = reason
-        self.mend = mend
+        self.fix = fix
 
     def __reduce__(self) -> tuple[type["DialogError"], tuple[str, str, str]]:
-        # Exceptions are pickled by their args; ours has three, its text one. Worker processes hand it over pickled.
-        return type(self), (self.field, self.reason, self.mend)
+        # Exceptions are pickled by their args; ours has three, its text one. Worker processes return it pickled.
+        return type(self), (self.field, self.reason, self.fix)
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
+    """The messages with this system text in front, where there is one and they bring none of their own."""
+    if system is None or messages[0].role == "system":
+        return tuple(messages)
+    return (Message("system", system), *messages)
+
+
+def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Role and content of each message, as chat templates and JSON files take them."""
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def parse_messages(value: object, *, field: str = "messages") -> tuple[Message, ...]:
-    """Messages from decoded JSON, types and roles checked; their order is `check_messages`' business."""
+    """Messages from decoded JSON, their types and roles checked; `check_messages` checks their order."""
     if not isinstance(value, list):
         raise DialogError(
             field,
-            f"is {_kind(value)}, but a conversation is a list of messages.",
+            f"is {kind_word(value)}, but a conversation is a list of messages.",
             'Write [{"role": "user", "content": "..."}, ...].',
         )
-    return tuple(_parse_message(item, f"{field}[{index}]") for index, item in enumerate(value))
+    return tuple(parse_message(item, f"{field}[{index}]") for index, item in enumerate(value))
 
 
 def check_messages(messages: Sequence[Message], *, ends_with: EndsWith, field: str = "messages") -> None:
@@ -80,16 +94,31 @@ def check_messages(messages: Sequence[Message], *, ends_with: EndsWith, field: s
             "Add the user turn, or drop the record.",
         )
     for index, message in enumerate(messages):
-        _check_message(message, f"{field}[{index}]")
+        check_message(message, f"{field}[{index}]")
         if index >= first_turn:
             _check_order(messages, index, first_turn, field)
     _check_end(messages, ends_with, field)
 
 
-def _parse_message(item: object, field: str) -> Message:
+def check_texts(messages: Sequence[Message], forbidden: Sequence[str], *, field: str = "messages") -> None:
+    """Raise `DialogError` for the first message that holds a tag of the chat format (`ChatFormat.forbidden`)."""
+    for index, message in enumerate(messages):
+        for tag in forbidden:
+            position = message.content.find(tag)
+            if position >= 0:
+                raise DialogError(
+                    f"{field}[{index}].content",
+                    f"holds '{tag}' at character {position}, a tag of the chat format: the model would read what "
+                    "follows as another turn.",
+                    "Take the tag out or write it otherwise, or drop the record.",
+                )
+
+
+def parse_message(item: object, field: str) -> Message:
+    """One message from decoded JSON, its types and its role checked."""
     if not isinstance(item, Mapping):
         raise DialogError(
-            field, f"is {_kind(item)}, but a message is an object.", 'Write {"role": ..., "content": ...}.'
+            field, f"is {kind_word(item)}, but a message is an object.", 'Write {"role": ..., "content": ...}.'
         )
     message = cast(Mapping[object, object], item)
     for key in ("role", "content"):
@@ -99,16 +128,16 @@ def _parse_message(item: object, field: str) -> Message:
     role, content, train = message["role"], message["content"], message.get("train")
     if role not in ROLES:
         alias = ROLE_ALIASES.get(role.lower()) if isinstance(role, str) else None
-        mend = f"Write '{alias}'" if alias else "Rename it, or drop the record"
+        fix = f"Write '{alias}'" if alias else "Rename it, or drop the record"
         raise DialogError(
             f"{field}.role",
             f"is {role!r}, but the roles are 'system', 'user' and 'assistant'.",
-            f"{mend} (`llamachat data convert` maps the usual names).",
+            f"{fix} (`llamachat data convert` maps the usual names).",
         )
     if not isinstance(content, str):
         raise DialogError(
             f"{field}.content",
-            f"is {_kind(content)}, but only text becomes tokens.",
+            f"is {kind_word(content)}, but only text becomes tokens.",
             "Write one string, the parts joined.",
         )
     if train is not None and not isinstance(train, bool):
@@ -116,7 +145,8 @@ def _parse_message(item: object, field: str) -> Message:
     return Message(cast(Role, role), content, train)
 
 
-def _check_message(message: Message, field: str) -> None:
+def check_message(message: Message, field: str) -> None:
+    """Raise `DialogError` for text that is empty or cannot be encoded, and for `train` where nothing is learnt."""
     if message.role != "system" and not message.content.strip():
         what = (
             "A model trained on it learns to say nothing"
@@ -178,8 +208,3 @@ def _check_end(messages: Sequence[Message], ends_with: EndsWith, field: str) -> 
         "is 'assistant' at the end, but a prompt ends with what is to be answered.",
         "Drop the last answer from the prompt.",
     )
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -9,8 +9,8 @@ This is the only file that knows the tags.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamachat.chat_format import TokenizedExample, TrainOn
-from llamachat.chat_format.dialog import DialogError, Message, check_messages
+from llamachat.chat_format.dialog import Message, check_messages, check_texts
+from llamachat.chat_format.format import TokenizedExample, TrainOn
 from llamachat.chat_format.tokenizer import Tokenizer
 
 B_INST, E_INST = "[INST]", "[/INST]"
@@ -120,16 +120,7 @@ class Llama2Format:
         return (*self.tokenizer.encode("a ")[len(word) :], self.tokenizer.eos_id)
 
     def check_text(self, messages: Sequence[Message], *, field: str = "messages") -> None:
-        for index, message in enumerate(messages):
-            for tag in SPECIAL_TAGS:
-                position = message.content.find(tag)
-                if position >= 0:
-                    raise DialogError(
-                        f"{field}[{index}].content",
-                        f"holds '{tag}' at character {position}, a tag of the chat format: the model would read what "
-                        "follows as another turn.",
-                        "Take the tag out or write it otherwise, or drop the record.",
-                    )
+        check_texts(messages, SPECIAL_TAGS, field=field)
 
     def encode_dialog(self, messages: Sequence[Message], *, train_on: TrainOn) -> TokenizedExample:
         pairs = self._checked_pairs(messages)

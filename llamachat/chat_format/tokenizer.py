@@ -3,7 +3,7 @@
 Ids come from the base's SentencePiece model (`tokenizer.model`) itself: it is what Meta trained with, and text that
 spells `</s>` stays text in it. A base that has only a `tokenizer.json` is read through the `tokenizers` library, its
 control tokens switched off for text, and has to pass the proof of `chat_format/proof.py` before it is trusted.
-One thing surprises: the order of merges. SentencePiece joins the pair whose piece has the best score, and among equal
+The order of merges is a trap: SentencePiece joins the pair whose piece has the best score, and among equal
 scores (Llama's runs of spaces all have -1e9) the leftmost; `tokenizers` joins by a fixed rank of pairs. `_merges` turns
 the one into the other; ordering by id, as common conversions do, breaks text where spaces run together.
 """
@@ -19,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, decoders, normalizers, processors
 from tokenizers.models import BPE
 
-from llamachat.errors import TokenizerError
+from llamachat.errors import TokenizerError, first_line
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 SPECIAL_PIECES = ("<unk>", "<s>", "</s>")
@@ -153,7 +153,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             tokenizer = Tokenizer(SentencePieceBackend(content))
     except Exception as error:  # both libraries raise bare Exception or RuntimeError on a broken file
         raise TokenizerError(
-            f"{file}: cannot be read as a tokenizer ({_first_line(error)}). It must be the file that the base model "
+            f"{file}: cannot be read as a tokenizer ({first_line(error)}). It must be the file that the base model "
             "was published with. Copy or download it again."
         ) from error
     held = tuple(tokenizer.pieces([UNK_ID, BOS_ID, EOS_ID]))
@@ -168,7 +168,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: str) -> None:
     """Write the files with which `AutoTokenizer.from_pretrained(folder)` gives our ids, and the chat template.
 
-    `chat_format.proof.prove_written` holds what was written against the tokenizer itself.
+    `chat_format.proof.prove_written` compares what was written with the tokenizer itself.
     """
     unk, bos, eos = SPECIAL_PIECES
     special = {"bos_token": bos, "eos_token": eos, "unk_token": unk, "pad_token": unk}
@@ -228,7 +228,3 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -66,11 +66,6 @@ def write_tokens(
     return TokensReport(dialogs, tokens, trained, warning)
 
 
-def trained_texts(chat_format: ChatFormat, example: TokenizedExample) -> list[str]:
-    """The stretches of an example that are learnt, as text for people, control tokens spelled out."""
-    return [text for text, is_trained in _stretches(chat_format, example) if is_trained]
-
-
 def _encode_line(chat_format: ChatFormat, line: bytes, train_on: TrainOn) -> TokenizedExample:
     try:
         record = json.loads(line.decode())

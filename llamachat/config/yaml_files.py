@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from llamachat.config.problems import Key, Problem, dotted
+from llamachat.errors import first_line
 
 
 class _Loader(yaml.SafeLoader):
@@ -74,7 +75,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
-    return str(error).splitlines()[0]
+    return first_line(error)
 
 
 def _duplicates(node: yaml.Node, at: Key = (), seen: frozenset[int] = frozenset()) -> Iterator[tuple[Key, str]]:

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, cast, get_args
 
 from llamachat.chat_format.dialog import Dialog, DialogError, EndsWith, Message, check_messages, parse_messages
 from llamachat.data.problems import Problem, problem
+from llamachat.errors import kind_word
 
 Kind = Literal["dialog", "preference", "prompt"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -87,7 +88,7 @@ class Findings:
         try:
             check()
         except DialogError as error:
-            self.add(error.field, error.reason, error.mend)
+            self.add(error.field, error.reason, error.fix)
 
 
 @lru_cache(maxsize=4096)
@@ -137,7 +138,7 @@ def parse_record(
     """
     found = Findings(line)
     if not isinstance(value, Mapping):
-        found.add("line", f"is {_kind_word(value)}, but a record is an object.", f"Write {_shape(kind)}, or drop it.")
+        found.add("line", f"is {kind_word(value)}, but a record is an object.", f"Write {_shape(kind)}, or drop it.")
         return None, found
     row = cast(Mapping[str, Any], value)
     _check_keys(row, KEYS[kind], "", kind, found)
@@ -223,7 +224,7 @@ def _prompt(row: Mapping[str, Any], found: Findings, check_text: TextCheck) -> P
     is_safety = bool(_boolean(row, "is_safety", found))
     name = row.get("id")
     if name is not None and not isinstance(name, str):
-        found.add("id", f"is {_kind_word(name)}, but an id is a string.", f'Write "{name}" in quotes, or take it out.')
+        found.add("id", f"is {kind_word(name)}, but an id is a string.", f'Write "{name}" in quotes, or take it out.')
         name = None
     elif name is not None and not name.isprintable():
         found.add("id", f"is {_short(name)}, which cannot be written out.", "Write it with printable characters.")
@@ -255,7 +256,7 @@ def _parsed_messages(value: object, key: str, found: Findings) -> tuple[Message,
             messages += parse_messages([item] if isinstance(value, list) else value, field=key)
         except DialogError as error:
             # Parsed one by one, so that each fault is found, every message stands at [0].
-            found.add(error.field.replace(f"{key}[0]", f"{key}[{index}]", 1), error.reason, error.mend)
+            found.add(error.field.replace(f"{key}[0]", f"{key}[{index}]", 1), error.reason, error.fix)
     return tuple(messages) if len(found.problems) == num_problems else ()
 
 
@@ -265,7 +266,7 @@ def _answer(row: Mapping[str, Any], key: str, found: Findings, check_text: TextC
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != 1:
-        what = f"is a list of {len(value)} messages" if isinstance(value, list) else f"is {_kind_word(value)}"
+        what = f"is a list of {len(value)} messages" if isinstance(value, list) else f"is {kind_word(value)}"
         mend = f'Write "{key}": [{{"role": "assistant", "content": "..."}}].'
         if isinstance(value, list) and value:
             is_repeat = value[:-1] == row.get("prompt")
@@ -290,7 +291,7 @@ def _check_answer_text(message: Message, key: str) -> None:
         check_messages((Message("user", "?"), message), ends_with="assistant", field=key)
     except DialogError as error:
         # The question before it is ours, so the answer stands at [1] there and at [0] in the record.
-        raise DialogError(error.field.replace("[1]", "[0]", 1), error.reason, error.mend) from error
+        raise DialogError(error.field.replace("[1]", "[0]", 1), error.reason, error.fix) from error
 
 
 def _rating(row: Mapping[str, Any], found: Findings) -> Rating | None:
@@ -299,9 +300,7 @@ def _rating(row: Mapping[str, Any], found: Findings) -> Rating | None:
         return value
     words = ", ".join(RATINGS)
     if not isinstance(value, str):
-        found.add(
-            "rating", f"is {_kind_word(value)}, but a rating is a word.", f"Write one of {words}, or take it out."
-        )
+        found.add("rating", f"is {kind_word(value)}, but a rating is a word.", f"Write one of {words}, or take it out.")
         return None
     near = rating_meant(value) or next(iter(get_close_matches(_plain(value), RATINGS, n=1)), None)
     mend = f"Write '{near}'." if near else "Write one of them, or take it out."
@@ -354,8 +353,3 @@ def _shape(kind: Kind) -> str:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _kind_word(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -1,8 +1,11 @@
-"""Log-probabilities of given tokens, and the entropy, from hidden states and an output head; imports torch alone.
+"""Log-probabilities of given tokens, their entropy, and the KL estimates made of them; imports torch alone.
 
-Shapes: B sequences, T positions, N tokens asked for, D hidden, V vocabulary. The head runs on a chunk of tokens at a
-time, and a chunk is computed again in the backward pass: neither [B, T, V] nor [N, V] ever exists, forward or backward.
+Shapes: B sequences, R response positions, N tokens, D hidden, V vocabulary. The head runs on a chunk of tokens at a
+time, and a chunk is computed again in the backward pass: [N, V] never exists, forward or backward.
 All sums are in fp32, whatever the dtype of the model.
+KL(policy || reference) is estimated from tokens that the policy sampled, in nats, at the temperature they were sampled
+with. Both estimates are unbiased there (J. Schulman, "Approximating KL Divergence", 2020); a k1, and its sum over a
+response, may be negative.
 """
 
 from collections.abc import Callable
@@ -14,14 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]  # hidden states [n, D] -> logits [n, V]: `model.get_output_embeddings()`
 
-TOKENS_PER_CHUNK = 2048  # logits of so many tokens at once: [2048, 32000] in fp32 is a quarter of a GiB
+TOKENS_PER_CHUNK = 2048  # logits of this many tokens at once: [2048, 32000] in fp32 is a quarter of a GiB
 # A CPU keeps a compiled kernel for each shape it has met: lengths are filled up to a multiple.
 SHAPE_MULTIPLE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Of each token asked for: its log-probability and the entropy of what it was drawn from, in nats, fp32."""
+    """Of each token: its log-probability and the entropy of what it was drawn from, in nats, fp32."""
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -71,35 +74,25 @@ def token_logprobs(
     return TokenLogprobs(columns[0], columns[1] if with_entropy else None)
 
 
-def sequence_logprobs(
-    hidden_BTD: Tensor,
-    token_ids_BT: Tensor,
-    *,
-    response_mask_BT: Tensor,
-    head: Head,
-    temperature: float = 1.0,
-    with_entropy: bool = False,
-    tokens_per_chunk: int = TOKENS_PER_CHUNK,
-) -> TokenLogprobs:
-    """The same at each token that the mask counts, where that token stands, [B, T]; 0 elsewhere.
+def k1(policy_logprobs_BR: Tensor, reference_logprobs_BR: Tensor, *, response_mask_BR: Tensor) -> Tensor:
+    """log policy - log reference at each response token, [B, R]; 0 elsewhere. PPO's penalty is made of it."""
+    return _log_ratio(policy_logprobs_BR, reference_logprobs_BR, response_mask_BR)
 
-    The state at t - 1 says what stands at t, so the first position of a row can never be counted. The head runs on no
-    prompt and no padding.
-    """
-    assert response_mask_BT.dtype == torch.bool and response_mask_BT.shape == token_ids_BT.shape
-    assert not bool(response_mask_BT[:, 0].any()), "nothing stands before the first token that could predict it"
-    found = token_logprobs(
-        hidden_BTD[:, :-1][response_mask_BT[:, 1:]],
-        token_ids_BT[response_mask_BT],
-        head=head,
-        temperature=temperature,
-        with_entropy=with_entropy,
-        tokens_per_chunk=tokens_per_chunk,
-    )
 
-    def placed(x_N: Tensor) -> Tensor:
-        return torch.zeros(response_mask_BT.shape, dtype=x_N.dtype, device=x_N.device).masked_scatter(
-            response_mask_BT, x_N
-        )
+def k3(policy_logprobs_BR: Tensor, reference_logprobs_BR: Tensor, *, response_mask_BR: Tensor) -> Tensor:
+    """q - 1 - log q with q = reference / policy at each response token, [B, R]; 0 elsewhere. Never negative, less noisy."""
+    log_q_BR = -_log_ratio(policy_logprobs_BR, reference_logprobs_BR, response_mask_BR)
+    return log_q_BR.expm1() - log_q_BR
 
-    return TokenLogprobs(placed(found.logprobs), None if found.entropy is None else placed(found.entropy))
+
+def response_kl(kl_BR: Tensor, *, response_mask_BR: Tensor) -> Tensor:
+    """KL of each whole response, [B], in nats a response: the sum over its tokens (Llama 2, Eq. 4)."""
+    assert response_mask_BR.dtype == torch.bool and response_mask_BR.shape == kl_BR.shape
+    return torch.where(response_mask_BR, kl_BR, 0.0).sum(dim=1)
+
+
+def _log_ratio(policy_logprobs_BR: Tensor, reference_logprobs_BR: Tensor, response_mask_BR: Tensor) -> Tensor:
+    assert policy_logprobs_BR.shape == reference_logprobs_BR.shape == response_mask_BR.shape
+    assert response_mask_BR.dtype == torch.bool
+    # Zeros go in before the exponential: afterwards its gradient in the padding could still be not a number.
+    return torch.where(response_mask_BR, policy_logprobs_BR.float() - reference_logprobs_BR.float(), 0.0)

@@ -19,7 +19,7 @@ from torch import nn
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.tokenizer import BASES_THAT_WORK, BOS_ID, EOS_ID, UNK_ID, Tokenizer, load_tokenizer
 from llamachat.config.paths import is_hub_name
-from llamachat.errors import ArtifactError, ConfigError
+from llamachat.errors import ArtifactError, ConfigError, first_line
 from llamachat.models import nf4
 from llamachat.models.placement import best_attention, device_of, dtype_of, gpus
 from llamachat.models.rope import rope_parameters, scale_rope
@@ -394,7 +394,3 @@ def _sort_lists(file: Path) -> None:
     content = json.loads(file.read_text())
     ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in content.items()}
     file.write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

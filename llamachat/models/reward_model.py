@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
-from llamachat.chat_format.dialog import DialogError, Message, check_messages
+from llamachat.chat_format.dialog import DialogError, Message, check_messages, with_system
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.chat_format.tokenizer import UNK_ID, Tokenizer, load_tokenizer
 from llamachat.config.paths import is_hub_name
@@ -102,8 +102,7 @@ class RewardModel:
 
     def encode_answers(self, prompt: Sequence[Message], answers: Sequence[Message]) -> list[tuple[int, ...]]:
         """The ids of each answer to one prompt, without the pairs that one of them has no room for: as in training."""
-        if self.system is not None and prompt[0].role != "system":
-            prompt = (Message("system", self.system), *prompt)
+        prompt = with_system(prompt, self.system)
         fitting = [self._fitting((*prompt, answer)) for answer in answers]
         kept = min(map(len, fitting))
         opening = prompt[:1] if prompt[0].role == "system" else ()

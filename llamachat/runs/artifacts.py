@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from llamachat import distributed
 from llamachat.config.section import Section
-from llamachat.errors import ArtifactError
+from llamachat.errors import ArtifactError, first_line
 from llamachat.runs.atomic import flush, incoming_folder, storage_errors, write_json
 from llamachat.runs.fingerprints import digest_of_file, fingerprint
 from llamachat.runs.folder import StepFolder
@@ -266,7 +266,7 @@ def _read_manifest(where: Path) -> Manifest:
             return Manifest.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise ArtifactError(
-            f"{path}: cannot be understood ({str(error).splitlines()[0]}). The manifest says what the artifact is and"
+            f"{path}: cannot be understood ({first_line(error)}). The manifest says what the artifact is and"
             " from what it was made. Make the artifact again, or copy it whole."
         ) from error
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from llamachat.errors import ArtifactError, UsageError
+from llamachat.errors import ArtifactError, UsageError, first_line
 from llamachat.runs.artifacts import MANIFEST, NOT_STEPS
 from llamachat.runs.atomic import INCOMING
 from llamachat.runs.folder import StepFolder
@@ -136,7 +136,7 @@ def _recipe(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise _broken(path, str(error).splitlines()[0]) from error
+        raise _broken(path, first_line(error)) from error
     if not isinstance(values, dict):
         raise _broken(path, "holds no keys")
     return values

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamachat.chat_format.dialog import as_dicts
 from llamachat.config.combiners import FunctionName
 from llamachat.config.paths import missing
 from llamachat.config.problems import describe, nearest
@@ -41,7 +42,7 @@ class UserFunction:
     def scores(self, scores: Scores, answers: Answers) -> Tensor:
         """One score for each answer, [B] in fp32; ScoringError if what comes back is something else."""
         arguments = (
-            [[{"role": turn.role, "content": turn.content} for turn in prompt] for prompt in answers.prompts],
+            [as_dicts(prompt) for prompt in answers.prompts],
             list(answers.completions),
             {model: scores_B.tolist() for model, scores_B in scores.by_model().items()},
         )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llamachat.config.sections import Tracking
+from llamachat.errors import first_line
 from llamachat.runs.atomic import write_json
 from llamachat.runs.folder import StepFolder
 
@@ -192,7 +193,7 @@ def _start(arguments: Mapping[str, Any], where: Where, prefix: str) -> Any:
         for group in (prefix, *_SHARED_GROUPS):
             run.define_metric(f"{group}/*", step_metric=axis)
     except Exception as error:  # no account, no network, no room, no wandb: the step runs all the same
-        logger.warning("wandb (%s) did not start: %s", where, (str(error) or repr(error)).splitlines()[0])
+        logger.warning("wandb (%s) did not start: %s", where, first_line(error))
         return None
     return run
 

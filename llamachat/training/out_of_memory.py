@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from llamachat.errors import DeviceMemoryError
+from llamachat.errors import DeviceMemoryError, first_line
 
 Result = TypeVar("Result")
 Parts = TypeVar("Parts")
@@ -30,7 +30,7 @@ def in_room(work: Callable[[], Result]) -> Result:
     try:
         return work()
     except torch.OutOfMemoryError as error:
-        reason = _first_line(error)
+        reason = first_line(error)
     # Past the handler: an error raised inside it keeps the failed one, its frames, and so the activations.
     raise MicrobatchTooLargeError(reason)
 
@@ -56,7 +56,7 @@ def halving(
         except MicrobatchTooLargeError as error:
             reason = str(error)
         except torch.OutOfMemoryError as error:
-            reason = _first_line(error)
+            reason = first_line(error)
             raise DeviceMemoryError(
                 f"{step}: the device's memory ran out where no smaller micro-batch helps ({reason}): in the optimizer, "
                 "in an evaluation, while sampling, or on one of several GPUs. Weights, moments and activations must "
@@ -73,7 +73,3 @@ def halving(
                 "smaller base.max_tokens."
             )
         parts = smaller
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, tensor
 from torch.testing import assert_close
 
-from llamachat.maths.kl import k1, response_kl
+from llamachat.maths.logprobs import k1, response_kl
 from llamachat.maths.masked import whiten
 from ppo.advantages import gae, last_indices, token_rewards
 

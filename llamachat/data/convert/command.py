@@ -190,7 +190,7 @@ def _mended(value: Mapping[str, Any], line: int, report: ConvertReport, notes: N
         try:
             yield _Found(mended_record(value, told, report.kind, notes), notes)
         except DialogError as error:
-            report.problems.append(problem(line, error.field, error.reason, error.mend))
+            report.problems.append(problem(line, error.field, error.reason, error.fix))
 
 
 def _make_plain(found: _Found) -> None:

@@ -107,7 +107,7 @@ def readable_turns(value: object, name: str, notes: Notes) -> list[Message]:
         except DialogError as error:
             # Parsed one by one, every turn stands at [0].
             where = error.field.replace(f"{name}[0]", f"{name}[{index}]", 1)
-            raise DialogError(where, error.reason, error.mend) from error
+            raise DialogError(where, error.reason, error.fix) from error
     return turns
 
 

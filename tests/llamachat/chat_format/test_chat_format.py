@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 
 from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
 from llamachat.chat_format.dialog import DialogError, Message, parse_messages
-from llamachat.chat_format.tokenizer import Tokenizer
-from llamachat.chat_format.tokens import trained_texts, write_tokens
+from llamachat.chat_format.tokenizer import SPACE, Tokenizer
+from llamachat.chat_format.tokens import write_tokens
 from llamachat.errors import ConfigError, DataError, TokenizerError, UsageError
 from tests.fakes import reference_dialog
 
@@ -118,7 +119,11 @@ def test_the_trained_strings_are_answers_and_their_eos(
     system, hi, hello, bye, see_you = TWO_PAIRS
     hello, see_you = Message("assistant", hello.content, marks[0]), Message("assistant", see_you.content, marks[1])
     example = tiny_format.encode_dialog((system, hi, hello, bye, see_you), train_on=train_on)
-    assert trained_texts(tiny_format, example) == trained
+    pieces = zip(tiny_format.tokenizer.pieces(example.input_ids), example.loss_mask, strict=True)
+    stretches = [
+        (learnt, "".join(piece for piece, _ in run)) for learnt, run in groupby(pieces, key=lambda pair: pair[1])
+    ]
+    assert [text.replace(SPACE, " ") for learnt, text in stretches if learnt] == trained
 
 
 @settings(max_examples=150, deadline=None)

@@ -36,7 +36,7 @@ def test_the_train_mark_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("records", "ends_with", "field", "reason", "mend"),
+    ("records", "ends_with", "field", "reason", "fix"),
     [
         ("Hi", "either", "messages", "is a string", "Write ["),
         (None, "either", "messages", "is null", "Write ["),
@@ -70,15 +70,15 @@ def test_the_train_mark_is_kept() -> None:
         ([USER, ANSWER], "user", "messages[1].role", "a prompt ends with", "Drop the last answer"),
     ],
 )
-def test_each_breach_names_field_reason_and_mend(
-    records: Any, ends_with: EndsWith, field: str, reason: str, mend: str
+def test_each_breach_names_field_reason_and_fix(
+    records: Any, ends_with: EndsWith, field: str, reason: str, fix: str
 ) -> None:
     with pytest.raises(DialogError) as caught:
         check_messages(parse_messages(records), ends_with=ends_with)
     assert caught.value.field == field
     assert reason in caught.value.reason
-    assert mend in caught.value.mend
-    assert str(caught.value) == f"{field}: {caught.value.reason} {caught.value.mend}"
+    assert fix in caught.value.fix
+    assert str(caught.value) == f"{field}: {caught.value.reason} {caught.value.fix}"
 
 
 def test_the_field_starts_where_the_reader_says() -> None:
@@ -89,7 +89,7 @@ def test_the_field_starts_where_the_reader_says() -> None:
 
 def test_a_dialog_error_survives_pickling() -> None:
     copy = pickle.loads(pickle.dumps(DialogError("messages", "is empty.", "Drop it.")))
-    assert (copy.field, copy.reason, copy.mend) == ("messages", "is empty.", "Drop it.")
+    assert (copy.field, copy.reason, copy.fix) == ("messages", "is empty.", "Drop it.")
 
 
 def test_exit_status_tells_failure_from_bad_input() -> None:

@@ -15,6 +15,9 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.proof import (
+    CONTROL_DIALOGS,
+    LLAMA2_DIGESTS,
+    PLAIN_DIALOGS,
     ProofReport,
     ids_digest,
     load_proved_format,
@@ -22,7 +25,6 @@ from llamachat.chat_format.proof import (
     prove_written,
     require_proof,
 )
-from llamachat.chat_format.proof_set import CONTROL_DIALOGS, LLAMA2_DIGESTS, PLAIN_DIALOGS
 from llamachat.chat_format.tokenizer import (
     FastBackend,
     SentencePieceBackend,

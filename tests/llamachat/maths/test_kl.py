@@ -6,7 +6,7 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
-from llamachat.maths.kl import k1, k3, response_kl
+from llamachat.maths.logprobs import k1, k3, response_kl
 
 NOTHING = float("nan")
 # Policy and reference give the sampled tokens these probabilities; the second response has one token.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn, tensor
 from torch.testing import assert_close
 
-from llamachat.maths.logprobs import sequence_logprobs, token_logprobs
+from llamachat.maths.logprobs import token_logprobs
 
 D, V = 8, 321
 
@@ -117,41 +117,6 @@ def test_a_frozen_head_lets_the_gradient_through() -> None:
     assert hidden_ND.grad is not None and (hidden_ND.grad.abs().sum(dim=1) > 0).all()
 
 
-def test_a_token_is_predicted_by_the_state_before_it_and_stands_where_it_stands() -> None:
-    torch.manual_seed(1)
-    hidden_BTD, head = torch.randn(2, 5, D), nn.Linear(D, V)
-    ids_BT = torch.randint(V, (2, 5))
-    mask_BT = tensor([[False, False, True, True, False], [False, True, False, False, True]])
-    found = sequence_logprobs(hidden_BTD, ids_BT, response_mask_BT=mask_BT, head=head, with_entropy=True)
-    assert found.entropy is not None
-    for b in range(2):
-        for t in range(5):
-            if not mask_BT[b, t]:
-                assert found.logprobs[b, t] == found.entropy[b, t] == 0
-                continue
-            distribution_V = head(hidden_BTD[b, t - 1]).softmax(-1)
-            assert_close(found.logprobs[b, t], distribution_V[ids_BT[b, t]].log())
-            assert_close(found.entropy[b, t], -(distribution_V * distribution_V.log()).sum())
-
-
-def test_what_lies_outside_the_mask_is_not_looked_at() -> None:
-    torch.manual_seed(2)
-    hidden_BTD, head = torch.randn(1, 4, D), nn.Linear(D, V)
-    ids_BT, mask_BT = torch.randint(V, (1, 4)), tensor([[False, True, True, False]])
-    spoilt_BTD = hidden_BTD.clone()
-    spoilt_BTD[:, 2:] = float("nan")  # the states at tokens 2 and 3 predict tokens 3 and 4
-    spoilt_BT = torch.where(mask_BT, ids_BT, 10**6)
-    one, other = (
-        sequence_logprobs(hidden, ids, response_mask_BT=mask_BT, head=head)
-        for hidden, ids in ((hidden_BTD, ids_BT), (spoilt_BTD, spoilt_BT))
-    )
-    assert torch.equal(one.logprobs, other.logprobs)
-
-
-def test_the_first_token_of_a_row_has_nothing_that_predicts_it() -> None:
-    with pytest.raises(AssertionError, match="nothing stands before"):
-        sequence_logprobs(
-            torch.zeros(1, 2, D), tensor([[1, 2]]), response_mask_BT=tensor([[True, True]]), head=nn.Linear(D, V)
-        )
+def test_a_temperature_of_zero_is_refused() -> None:
     with pytest.raises(AssertionError, match="temperature 0"):
         token_logprobs(torch.zeros(1, D), tensor([1]), head=nn.Linear(D, V), temperature=0.0)

@@ -1,0 +1,95 @@
+"""What a chat format is: the one way from a conversation to token ids, loss mask and back.
+
+A loss mask is made of token positions while encoding, never by searching strings, and the stop id of an answer is in
+it: a model that never learns to stop does not stop.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from llamachat.chat_format.dialog import Message
+from llamachat.chat_format.tokenizer import Tokenizer
+
+
+class TrainOn(StrEnum):
+    """Which answers of a dialog are learnt; an answer marked `train: false` is learnt under neither."""
+
+    EVERY_ANSWER = "every_answer"
+    LAST_ANSWER = "last_answer"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedExample:
+    """A dialog as training sees it: `loss_mask[t]` is True where token t is learnt (as a target, not as an input)."""
+
+    input_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.input_ids) == len(self.loss_mask), "a mask has one value a token"
+
+
+class ChatFormat(Protocol):
+    """Conversation <-> tokens. Methods that take messages raise `DialogError` where these break the rules."""
+
+    @property
+    def name(self) -> str:
+        """The value of `base.chat_format`."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer whose ids it gives."""
+        ...
+
+    @property
+    def chat_template(self) -> str:
+        """The same format as a Jinja template with `{% generation %}` marks, for artifacts."""
+        ...
+
+    @property
+    def plain_chat_template(self) -> str:
+        """The same without the marks, for servers whose Jinja does not know them."""
+        ...
+
+    @property
+    def go_template(self) -> str:
+        """The same as a template of Go's text/template, as Ollama renders it, without the first BOS."""
+        ...
+
+    @property
+    def forbidden(self) -> tuple[str, ...]:
+        """Texts that may not stand inside a message, since the model would read them as the format's own."""
+        ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer; they belong to it."""
+        ...
+
+    @property
+    def closing_ids(self) -> tuple[int, ...]:
+        """What stands behind the text of each answer of a dialog, the last of them a stop id."""
+        ...
+
+    def check_text(self, messages: Sequence[Message], *, field: str = "messages") -> None:
+        """Raise `DialogError` for the first message that holds a forbidden text."""
+        ...
+
+    def encode_dialog(self, messages: Sequence[Message], *, train_on: TrainOn) -> TokenizedExample:
+        """All turns, the last one closed or open, and which tokens are learnt."""
+        ...
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The ids after which the model answers; the dialog ends with a user turn."""
+        ...
+
+    def decode_answer(self, ids: Sequence[int]) -> str:
+        """The text of a sampled answer up to its first stop id, stripped as `encode_dialog` would strip it."""
+        ...
+
+    def shorten(self, messages: Sequence[Message], *, max_tokens: int) -> tuple[Message, ...] | None:
+        """The dialog without its oldest whole pairs, so that it fits; None where its last turn alone does not."""
+        ...

@@ -124,8 +124,9 @@ def open_ours(request: dict[str, Any], scratch: Path) -> Any:
     from llamachat.rollout.decoder import LlamaEngine
     from llamachat.runs.artifacts import read_artifact
     from llamachat.runs.folder import StepFolder
+    from llamachat.runs.inputs import StepInputs
     from llamachat.tracking.tracker import open_tracker
-    from ppo.config import Config, Inputs
+    from ppo.config import Config
     from ppo.start import open_start
     from ppo.train import open_session
 
@@ -140,10 +141,9 @@ def open_ours(request: dict[str, Any], scratch: Path) -> Any:
         test_prompts=8,
     )
     run = Path(request["run"])
-    inputs = Inputs(
+    inputs = StepInputs(
         step="ppo",
-        folder=scratch / "ppo",
-        resolved="",
+        folder=StepFolder(scratch / "ppo"),
         identity={},
         fingerprint="",
         run=Run(dir=request["run"]),
@@ -166,7 +166,7 @@ def open_ours(request: dict[str, Any], scratch: Path) -> Any:
         start = replace(start, prompts=fixed_prompts(start.prompts, request["prompt_tokens"]))
     tracker = open_tracker(
         inputs.tracking,
-        step_folder=StepFolder(inputs.folder),
+        step_folder=inputs.folder,
         run_dir=scratch,
         step="ppo",
         prefix="ppo",

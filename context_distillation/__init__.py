@@ -1,16 +1,12 @@
 """Context distillation: safer answers, sampled under a preprompt, are learnt without it (Llama 2 section 4.2.4)."""
 
-from typing import TYPE_CHECKING
-
 from context_distillation.config import Config
 from context_distillation.estimate import estimate
-
-if TYPE_CHECKING:
-    from context_distillation.config import Inputs
-    from llamachat.runs.artifacts import Artifact
+from llamachat.runs.artifacts import Artifact
+from llamachat.runs.inputs import StepInputs
 
 
-def run(config: Config, inputs: "Inputs") -> "Artifact":
+def run(config: Config, inputs: StepInputs) -> Artifact:
     """Sample with and without preprompts, keep what is safer, tune, compare; resumes wherever it was stopped."""
     from context_distillation.train import run as run_step  # torch loads here: configuration and plans stay light
 

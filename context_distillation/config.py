@@ -4,13 +4,11 @@ The paper (Llama 2, arXiv:2307.09288, section 4.2.4 and appendix A.4) states nei
 are sampled and learnt; those values are ours, and so are the words of the preprompts.
 """
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from context_distillation.preprompts import PREPROMPTS
-from llamachat.answers.inputs import StepInputs
 from llamachat.config.section import Section, unless_null
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
@@ -72,8 +70,3 @@ class Config(Section):
     borderline_prompts: int = Field(
         default=200, ge=0, description="Harmless prompts that look unsafe, to count refusals of. Paper A.4: 210."
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs(StepInputs):
-    """What `pipelines` resolves for one step."""

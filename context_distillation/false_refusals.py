@@ -6,7 +6,7 @@ Llama 2, arXiv:2307.09288, section 4.2.3 and appendix A.4.5: more safety trainin
 import logging
 from collections.abc import Mapping, Sequence
 
-from context_distillation.config import Config, Inputs
+from context_distillation.config import Config
 from llamachat.answers.desk import Desk
 from llamachat.answers.refusals import everyday_answers, labelled_answers, train_classifier
 from llamachat.answers.responses import sample
@@ -14,13 +14,14 @@ from llamachat.answers.scorer import longest_prompt
 from llamachat.answers.store import Store
 from llamachat.data.prompts import load_borderline
 from llamachat.maths.intervals import paired_bootstrap, wilson
+from llamachat.runs.inputs import StepInputs
 
 log = logging.getLogger(__name__)
 
 MOMENTS = ("start", "final")
 
 
-def answer_borderline(moment: str, config: Config, inputs: Inputs, desk: Desk, store: Store) -> list[str]:
+def answer_borderline(moment: str, config: Config, inputs: StepInputs, desk: Desk, store: Store) -> list[str]:
     """The answers of the policy at the desk to borderline prompts; none where there are no such prompts."""
 
     def make() -> list[str]:

@@ -11,7 +11,7 @@ from zlib import crc32
 
 from context_distillation.asking import WAYS, Asked, Way, asked_prompts
 from context_distillation.choosing import REASONS, Choice, Groups, choose, safety_of, score_lists
-from context_distillation.config import Config, Inputs
+from context_distillation.config import Config
 from llamachat.answers.batches import Batches
 from llamachat.answers.desk import Desk
 from llamachat.answers.groups import Group, batches_of, scored_groups
@@ -20,6 +20,7 @@ from llamachat.answers.store import Store
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.maths.intervals import paired_bootstrap
 from llamachat.runs.cost import peak_memory
+from llamachat.runs.inputs import StepInputs
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.tracker import Tracker
 from llamachat.training.hours import Hours
@@ -35,7 +36,7 @@ class Distilling:
     """The answers of one step, batch by batch, and what comes of them."""
 
     config: Config
-    inputs: Inputs
+    inputs: StepInputs
     desk: Desk
     constants: Constants
     store: Store

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from context_distillation.asking import check_preprompts
 from context_distillation.choosing import Choice, score_lists
-from context_distillation.config import Config, Inputs
+from context_distillation.config import Config
 from context_distillation.false_refusals import MOMENTS, answer_borderline, refusal_figures, refusal_table
 from context_distillation.figures import draw_scores
 from context_distillation.sampling import Distilling
@@ -25,7 +25,7 @@ from llamachat.answers.pictures import draw_comparison
 from llamachat.answers.store import Store
 from llamachat.errors import ConfigError, DataError
 from llamachat.runs.artifacts import Artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 from llamachat.scoring.models import named_models
 from llamachat.tracking.curves import draw_curves
 from llamachat.training.hours import open_hours
@@ -33,7 +33,7 @@ from llamachat.training.hours import open_hours
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, inputs: Inputs) -> Artifact:
+def run(config: Config, inputs: StepInputs) -> Artifact:
     """Sample, choose and publish the dialogs; tune on them; compare; end the step."""
     # Its bars for loading and writing weights would break up ours.
     transformers_logging.disable_progress_bar()
@@ -46,10 +46,10 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     )
 
 
-def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
+def make_dialogs(config: Config, inputs: StepInputs) -> Artifact:
     """Everything up to the published dialogs; what was sampled before is not sampled again."""
     check_settings(config, inputs)
-    folder = StepFolder(inputs.folder)
+    folder = inputs.folder
     store = Store(folder.sampling)
     hours = open_hours(inputs.step, "context_distillation", config.max_hours, inputs.deadline, store.folder)
     desk = _open(config, inputs, inputs.policy)
@@ -81,9 +81,9 @@ def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
     )
 
 
-def compare(config: Config, inputs: Inputs, tuned: Artifact) -> None:
+def compare(config: Config, inputs: StepInputs, tuned: Artifact) -> None:
     """Final figures: the tuned policy against the one before on adversarial and borderline prompts, and the pictures."""
-    folder = StepFolder(inputs.folder)
+    folder = inputs.folder
     store = Store(folder.sampling)
     desk = _open(config, inputs, tuned)
     start, final = making.both_evaluations(desk, store)
@@ -107,7 +107,7 @@ def compare(config: Config, inputs: Inputs, tuned: Artifact) -> None:
         tracker.summary(figures)
 
 
-def check_settings(config: Config, inputs: Inputs) -> None:
+def check_settings(config: Config, inputs: StepInputs) -> None:
     """Refuse a step without the model that decides, and sampling that leaves nothing to choose from."""
     if "safety" not in named_models(inputs.scoring, inputs.reward_models):
         raise ConfigError(
@@ -123,7 +123,7 @@ def check_settings(config: Config, inputs: Inputs) -> None:
         )
 
 
-def _open(config: Config, inputs: Inputs, policy: Artifact | None) -> Desk:
+def _open(config: Config, inputs: StepInputs, policy: Artifact | None) -> Desk:
     held_out = (config.validation_prompts, config.test_prompts)
     return open_desk(
         making.setting_of(inputs),

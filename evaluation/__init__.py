@@ -1,16 +1,12 @@
 """Evaluation: every policy of a run on the same held-out prompts, by models, by rules and against the first one."""
 
-from typing import TYPE_CHECKING
-
 from evaluation.config import Config
 from evaluation.estimate import estimate
-
-if TYPE_CHECKING:
-    from evaluation.config import Inputs
-    from llamachat.runs.artifacts import Artifact
+from llamachat.runs.artifacts import Artifact
+from llamachat.runs.inputs import StepInputs
 
 
-def run(config: Config, inputs: "Inputs") -> "Artifact":
+def run(config: Config, inputs: StepInputs) -> Artifact:
     """Let every policy answer, and publish the figures; resumes wherever it was stopped."""
     from evaluation.step import run as run_step  # torch loads here: configuration and plans stay light
 

@@ -4,17 +4,12 @@ The paper (Llama 2, arXiv:2307.09288, sections 3.4 and 4.4) lets people compare 
 reward models and a judge that selected nothing do, and numbers of prompts are ours.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from llamachat.answers.inputs import AnswerInputs
 from llamachat.config.section import Section
 from llamachat.constraints import CHECKABLE
-
-if TYPE_CHECKING:
-    from llamachat.runs.artifacts import Artifact
 
 # Part of the fingerprint: raised when the same configuration and data would give other figures.
 VERSION = 2
@@ -62,10 +57,3 @@ class Config(Section):
         if unknown:
             raise ValueError(f"families names {', '.join(unknown)}; what can be checked: {', '.join(CHECKABLE)}")
         return self
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs(AnswerInputs):
-    """What `pipelines` resolves for one evaluation."""
-
-    policies: "tuple[Artifact, ...]"  # in the order of the run; the others are compared with the first

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from evaluation.config import Config, Inputs
+from evaluation.config import Config
 from llamachat.answers.consistency import Outcome, Trial, held_out_trials, measure
 from llamachat.answers.curves import Curve, measure_curve
 from llamachat.answers.desk import Desk, open_desk
@@ -29,7 +29,7 @@ from llamachat.constraints import families
 from llamachat.data.prompts import load_borderline
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.fingerprints import fingerprint
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 from llamachat.scoring.standardising import Constants
 from llamachat.training.progress import StepProgress
 
@@ -59,10 +59,10 @@ class Measured:
 class Examiner:
     """Measures the policies of a run, the reference first: its answers are the scale of all others."""
 
-    def __init__(self, config: Config, inputs: Inputs) -> None:
+    def __init__(self, config: Config, inputs: StepInputs) -> None:
         self._config = config
         self._inputs = inputs
-        self._store = Store(StepFolder(inputs.folder).sampling)
+        self._store = Store(inputs.folder.sampling)
         self.reference = inputs.policies[0]
 
     def measure_all(self) -> tuple[list[Measured], list[Trial]]:

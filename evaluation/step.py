@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from evaluation.config import Config, Inputs
+from evaluation.config import Config
 from evaluation.figures import Figure, figures_of, flat
 from evaluation.measuring import Examiner, Measured
 from evaluation.tables import figures_table
@@ -23,11 +23,12 @@ from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.atomic import write_json
 from llamachat.runs.evaluations import ANSWERS, EVALUATION
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, inputs: Inputs) -> Artifact:
+def run(config: Config, inputs: StepInputs) -> Artifact:
     """Measure every policy, tell, and publish."""
     # Its bars for loading and writing weights would break up ours.
     transformers_logging.disable_progress_bar()
@@ -37,7 +38,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
         one.policy: figures_of(one, measured[0], trials, classifier=classifier, tie=config.tie) for one in measured
     }
     log.info("%s", figures_table(figures))
-    folder = StepFolder(inputs.folder)
+    folder = inputs.folder
     _draw(measured, folder)
     shown = side_by_side(measured, count=config.samples)
     content = _content(config, inputs, measured, figures, classifier, shown)
@@ -126,7 +127,7 @@ def _sizes(measured: Sequence[Measured], classifier: RefusalClassifier | None) -
 
 def _content(
     config: Config,
-    inputs: Inputs,
+    inputs: StepInputs,
     measured: Sequence[Measured],
     figures: dict[str, dict[str, Figure]],
     classifier: RefusalClassifier | None,
@@ -153,7 +154,7 @@ def _content(
     }
 
 
-def _reward_tables(inputs: Inputs) -> dict[str, dict[str, float]]:
+def _reward_tables(inputs: StepInputs) -> dict[str, dict[str, float]]:
     """The figures of each reward model on its test pairs, by rating among them, as its own step measured them."""
     found = {}
     for which, model in inputs.reward_models.items():
@@ -164,7 +165,7 @@ def _reward_tables(inputs: Inputs) -> dict[str, dict[str, float]]:
     return found
 
 
-def _publish(inputs: Inputs, content: dict[str, Any], measured: Sequence[Measured]) -> Artifact:
+def _publish(inputs: StepInputs, content: dict[str, Any], measured: Sequence[Measured]) -> Artifact:
     manifest = Manifest(
         kind="evaluation",
         step=inputs.step,
@@ -181,4 +182,4 @@ def _publish(inputs: Inputs, content: dict[str, Any], measured: Sequence[Measure
         for one in measured:
             write_json(place / ANSWERS / f"{one.policy}.json", one.evaluation.to_plain())
 
-    return publish(StepFolder(inputs.folder), manifest, write)
+    return publish(inputs.folder, manifest, write)

@@ -1,16 +1,12 @@
 """Ghost Attention: instructions that hold over many turns, learnt from the policy's own dialogs (Llama 2 section 3.3)."""
 
-from typing import TYPE_CHECKING
-
 from gatt.config import Config
 from gatt.estimate import estimate
-
-if TYPE_CHECKING:
-    from gatt.config import Inputs
-    from llamachat.runs.artifacts import Artifact
+from llamachat.runs.artifacts import Artifact
+from llamachat.runs.inputs import StepInputs
 
 
-def run(config: Config, inputs: "Inputs") -> "Artifact":
+def run(config: Config, inputs: StepInputs) -> Artifact:
     """Make dialogs, tune on them, measure consistency by turn; resumes wherever it was stopped."""
     from gatt.train import run as run_step  # torch loads here: configuration and plans stay light
 

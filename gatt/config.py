@@ -4,12 +4,10 @@ The paper (Llama 2, arXiv:2307.09288, section 3.3) states neither the number of 
 learnt; those values are ours, and so are the constraints that can be checked.
 """
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llamachat.answers.inputs import StepInputs
 from llamachat.config.paths import DataPath
 from llamachat.config.section import Section, unless_null
 from llamachat.constraints import FAMILIES
@@ -101,8 +99,3 @@ class Config(Section):
         if unknown:
             raise ValueError(f"weights names {', '.join(unknown)}, and families has {', '.join(self.families)}")
         return self
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs(StepInputs):
-    """What `pipelines` resolves for one step; reward models are read with `ranks_by_reward` alone."""

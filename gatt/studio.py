@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gatt.config import Config, Inputs
+from gatt.config import Config
 from gatt.values import lists_of
 from llamachat.answers.consistency import Outcome, Trial, held_out_trials, measure
 from llamachat.answers.desk import Desk, open_desk
@@ -13,7 +13,7 @@ from llamachat.answers.store import Store
 from llamachat.constraints import CHECKABLE, Family, families
 from llamachat.rollout.engine import Sampling
 from llamachat.runs.artifacts import Artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 
 TURN_SHARE = 8  # a user turn takes at most one in so many tokens of the context: several must fit, with their answers
 _MEASURED = ("figure", "hobby", *CHECKABLE)  # families that can be measured without people
@@ -25,7 +25,7 @@ class Studio:
     """One policy, before or after."""
 
     config: Config
-    inputs: Inputs
+    inputs: StepInputs
     desk: Desk
     families: Mapping[str, Family]
     sequences: Sequences
@@ -58,7 +58,7 @@ class Studio:
         )
 
 
-def open_studio(config: Config, inputs: Inputs, policy: Artifact | None) -> Studio:
+def open_studio(config: Config, inputs: StepInputs, policy: Artifact | None) -> Studio:
     """Load the policy, and the reward models where answers are ranked by them; read dialogs and values."""
     desk = open_desk(
         setting_of(inputs),
@@ -76,7 +76,7 @@ def open_studio(config: Config, inputs: Inputs, policy: Artifact | None) -> Stud
     )
     sampling = desk.sampling(_VALUES_SEED, temperature=config.temperature)
     # Once for the whole step: the policy that was tuned would name others, and before and after could not be compared.
-    lists = Store(StepFolder(inputs.folder).sampling).kept(
+    lists = Store(inputs.folder.sampling).kept(
         "values", lambda: lists_of(config, desk.engine, desk.bank.chat_format, sampling)
     )
     longest = inputs.base.max_tokens - inputs.rollout.max_new_tokens - 1

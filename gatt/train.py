@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from gatt.attention import draw_attention, strongest_attention, to_instruction
 from gatt.batches import Dialogs
-from gatt.config import Config, Inputs
+from gatt.config import Config
 from gatt.figures import MOMENTS, consistency_figures, consistency_table, draw_consistency
 from gatt.studio import Studio, open_studio
 from gatt.synthesize import dialog_line
@@ -28,7 +28,7 @@ from llamachat.chat_format.dialog import Message
 from llamachat.errors import DataError
 from llamachat.models.loading import load_base, load_policy
 from llamachat.runs.artifacts import Artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 from llamachat.tracking.curves import draw_curves
 from llamachat.training.hours import open_hours
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, inputs: Inputs) -> Artifact:
+def run(config: Config, inputs: StepInputs) -> Artifact:
     """Make the dialogs; tune on them, the last answer alone; measure; end the step."""
     # Its bars for loading and writing weights would break up ours.
     transformers_logging.disable_progress_bar()
@@ -51,9 +51,9 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     )
 
 
-def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
+def make_dialogs(config: Config, inputs: StepInputs) -> Artifact:
     """Everything up to the published dialogs; what was sampled before is not sampled again."""
-    store = Store(StepFolder(inputs.folder).sampling)
+    store = Store(inputs.folder.sampling)
     hours = open_hours(inputs.step, "gatt", config.max_hours, inputs.deadline, store.folder)
     studio = open_studio(config, inputs, inputs.policy)
     store.kept("consistency-start", lambda: studio.measure(is_told=True).to_plain())
@@ -79,9 +79,9 @@ def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
     )
 
 
-def compare(config: Config, inputs: Inputs, tuned: Artifact) -> None:
+def compare(config: Config, inputs: StepInputs, tuned: Artifact) -> None:
     """Final figures: consistency before and after, by turn, and the pictures."""
-    folder, store = StepFolder(inputs.folder), Store(StepFolder(inputs.folder).sampling)
+    folder, store = inputs.folder, Store(inputs.folder.sampling)
     studio = open_studio(config, inputs, tuned)
     trials = studio.trials()
     # By chance: what the tuned policy does without being told, which the tuning may have raised.
@@ -119,7 +119,7 @@ def _draw_attention(studio: Studio, tuned: Artifact, trial: Trial, outcome: Outc
     draw_attention(maps, by_answer, path)
 
 
-def _eager(inputs: Inputs, policy: Artifact | None) -> "LanguageModel":
+def _eager(inputs: StepInputs, policy: Artifact | None) -> "LanguageModel":
     """The policy, or the base itself, with the one kernel that tells its attention."""
     if policy is None:
         return load_base(inputs.base.model_copy(update={"attention": "eager"}), device="auto").eval()

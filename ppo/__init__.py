@@ -1,16 +1,12 @@
 """Proximal policy optimisation of the chat policy against two reward models (Llama 2 section 3.2.3)."""
 
-from typing import TYPE_CHECKING
-
+from llamachat.runs.artifacts import Artifact
+from llamachat.runs.inputs import StepInputs
 from ppo.config import Config
 from ppo.estimate import estimate
 
-if TYPE_CHECKING:
-    from llamachat.runs.artifacts import Artifact
-    from ppo.config import Inputs
 
-
-def run(config: Config, inputs: "Inputs") -> "Artifact":
+def run(config: Config, inputs: StepInputs) -> Artifact:
     """Train the policy that `inputs` name and publish the best; resumes from the step's newest checkpoint."""
     from ppo.train import run as train  # torch and transformers load here: configuration and plans stay light
 

@@ -5,18 +5,11 @@ names no critic, no advantage estimator and no value loss, so those values are o
 stand in the sections `rollout` and `scoring`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from llamachat.config.section import Section, operational
-from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
-
-if TYPE_CHECKING:
-    from llamachat.runs.artifacts import Artifact
 
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
 VERSION = 2
@@ -145,24 +138,3 @@ class Config(Section):
                 f"critic_warmup ({self.critic_warmup}) leaves none of the {self.iterations} iterations to the policy"
             )
         return self
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
-    """What `pipelines` resolves for one PPO step."""
-
-    step: str
-    folder: Path
-    resolved: str  # the recipe as YAML, for the run's record
-    identity: dict[str, Any]
-    fingerprint: str
-    run: Run
-    base: Base
-    tuning: Tuning
-    data: Data
-    rollout: Rollout
-    scoring: Scoring
-    tracking: Tracking
-    policy: "Artifact | None" = None  # the chat policy to start from; the base itself without one
-    reward_models: "Mapping[str, Artifact]" = field(default_factory=dict)  # by what they judge, the judge among them
-    deadline: float | None = None  # by time.monotonic(): when run.max_hours are over

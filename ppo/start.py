@@ -16,9 +16,10 @@ from llamachat.models.role_bank import RoleBank
 from llamachat.models.role_opening import open_roles
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 from llamachat.scoring.combining import combiner
 from llamachat.scoring.models import checked_models, named_models
-from ppo.config import Config, Inputs
+from ppo.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class Start:
     frozen_digest: str  # of all weights that are not trained: it must be the same when training ends
 
 
-def open_start(config: Config, inputs: Inputs) -> Start:
+def open_start(config: Config, inputs: StepInputs) -> Start:
     """Check what can be checked without weights, then load the roles and the prompts."""
     check_settings(inputs)
     check_processes(inputs)
@@ -60,7 +61,7 @@ def open_start(config: Config, inputs: Inputs) -> Start:
     return Start(bank, prompts, Scorer(bank, combiner(inputs.scoring)), bank.frozen_digest())
 
 
-def check_processes(inputs: Inputs) -> None:
+def check_processes(inputs: StepInputs) -> None:
     """Refuse processes that are to hold a part of the weights each."""
     if distributed.are_sharded() and inputs.tuning.method == "full":
         raise ConfigError(
@@ -71,7 +72,7 @@ def check_processes(inputs: Inputs) -> None:
         )
 
 
-def check_settings(inputs: Inputs) -> None:
+def check_settings(inputs: StepInputs) -> None:
     """Refuse sampling that PPO's equations do not hold for."""
     rollout, base = inputs.rollout, inputs.base
     if rollout.top_p != 1:
@@ -92,7 +93,7 @@ def check_settings(inputs: Inputs) -> None:
     check_room(base, rollout)
 
 
-def publish_policy(start: Start, inputs: Inputs, folder: StepFolder, *, notes: Mapping[str, Any]) -> Artifact:
+def publish_policy(start: Start, inputs: StepInputs, folder: StepFolder, *, notes: Mapping[str, Any]) -> Artifact:
     """Publish the bank's policy with its tokenizer and manifest; refuses frozen weights that have moved."""
     bank = start.bank
     assert bank.frozen_digest() == start.frozen_digest, "reference and reward models are never written"

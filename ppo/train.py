@@ -28,11 +28,12 @@ from llamachat.runs.checkpoints import newest, writing
 from llamachat.runs.cost import peak_memory
 from llamachat.runs.endings import ITERATIONS_DONE
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 from llamachat.tracking.curves import draw_curves
 from llamachat.tracking.record import MetricsRecord
 from llamachat.tracking.tracker import Tracker, open_tracker
 from llamachat.training.progress import StepProgress
-from ppo.config import Config, Inputs
+from ppo.config import Config
 from ppo.evaluation import Evaluator, heldout_figures, mean_kl
 from ppo.experience import cut, make_experience, measure
 from ppo.figures import iteration_figures
@@ -65,11 +66,11 @@ SUMMARY = (
 )
 
 
-def run(config: Config, inputs: Inputs) -> Artifact:
+def run(config: Config, inputs: StepInputs) -> Artifact:
     """Train, measure and publish. Killed at any moment, the same call goes on from the newest whole checkpoint."""
     # Its bars for loading and writing weights would break up ours.
     transformers_logging.disable_progress_bar()
-    folder = StepFolder(inputs.folder)
+    folder = inputs.folder
     start = open_start(config, inputs)
     resume = distributed.broadcast_object(newest(folder.checkpoints))
     with open_tracker(
@@ -96,7 +97,7 @@ def ended_by(end: End | None) -> dict[str, str]:
     return {"ended_by": keys[end]} if end in keys else {}
 
 
-def open_session(config: Config, inputs: Inputs, start: Start, tracker: Tracker) -> "Session":
+def open_session(config: Config, inputs: StepInputs, start: Start, tracker: Tracker) -> "Session":
     """Engine, optimizers and state: those of the newest checkpoint, or new ones."""
     bank = start.bank
     engine = open_engine(bank, inputs.rollout)
@@ -110,7 +111,7 @@ def open_session(config: Config, inputs: Inputs, start: Start, tracker: Tracker)
         seed=inputs.run.seed * _SEEDS,
     )
     evaluator = Evaluator(bank, engine, start.scorer, held_out, row_tokens)
-    checkpoint = distributed.broadcast_object(newest(StepFolder(inputs.folder).checkpoints))
+    checkpoint = distributed.broadcast_object(newest(inputs.folder.checkpoints))
     kl = controller(config)
     if checkpoint is None:
         state = first_state(config, inputs, start, evaluator, tracker, kl)
@@ -129,7 +130,7 @@ def controller(config: Config) -> FixedKl | AdaptiveKl:
 
 
 def first_state(
-    config: Config, inputs: Inputs, start: Start, evaluator: Evaluator, tracker: Tracker, kl: FixedKl | AdaptiveKl
+    config: Config, inputs: StepInputs, start: Start, evaluator: Evaluator, tracker: Tracker, kl: FixedKl | AdaptiveKl
 ) -> State:
     """Measure the starting policy, which is what all later ones are compared with, and fit the critic to the rewards."""
     started = time.monotonic()
@@ -166,7 +167,7 @@ class Session:
     """One training: what is trained, with what, how far it is, and who is told."""
 
     config: Config
-    inputs: Inputs
+    inputs: StepInputs
     start: Start
     engine: LocalEngine
     evaluator: Evaluator
@@ -306,13 +307,13 @@ class Session:
         """A checkpoint of the finished iterations."""
         self.tracker.sync()
         if distributed.is_first():
-            with writing(StepFolder(self.inputs.folder).checkpoints, self.state.iteration) as side:
+            with writing(self.inputs.folder.checkpoints, self.state.iteration) as side:
                 save_state(side, self.state, self.start.bank, self.optimizers)
         distributed.wait()
 
     def finish(self) -> dict[str, float]:
         """Make the best policy the bank's, compare it with the first on test prompts, draw; the final figures."""
-        folder, state = StepFolder(self.inputs.folder), self.state
+        folder, state = self.inputs.folder, self.state
         put_best(state, self.start.bank)
         if state.best_iteration == 0:
             log.warning(
@@ -366,7 +367,7 @@ class Session:
         if state.best_iteration == 0:
             return error
         put_best(state, self.start.bank)
-        place = StepFolder(StepFolder(self.inputs.folder).checkpoints / BEST)
+        place = StepFolder(self.inputs.folder.checkpoints / BEST)
         notes: Mapping[str, object] = {"iteration": state.best_iteration, "end": "diverged"}
         publish_policy(self.start, self.inputs, place, notes=notes)
         return DivergedError(

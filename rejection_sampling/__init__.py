@@ -1,16 +1,12 @@
 """Rejection sampling: the best of K answers to each prompt become dialogs to learn from (Llama 2 section 3.2.3)."""
 
-from typing import TYPE_CHECKING
-
+from llamachat.runs.artifacts import Artifact
+from llamachat.runs.inputs import StepInputs
 from rejection_sampling.config import Config
 from rejection_sampling.estimate import estimate
 
-if TYPE_CHECKING:
-    from llamachat.runs.artifacts import Artifact
-    from rejection_sampling.config import Inputs
 
-
-def run(config: Config, inputs: "Inputs") -> "Artifact":
+def run(config: Config, inputs: StepInputs) -> Artifact:
     """Run one round: sample, choose, pool, tune, compare; resumes wherever it was stopped."""
     from rejection_sampling.train import run as run_round  # torch loads here: configuration and plans stay light
 

@@ -4,18 +4,12 @@ The paper (Llama 2, arXiv:2307.09288, section 3.2.3) states neither K nor the nu
 learnt; those values are ours. How answers are sampled and scored stands in the sections `rollout` and `scoring`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llamachat.answers.inputs import StepInputs
 from llamachat.config.paths import PolicyPath
 from llamachat.config.section import Section, unless_null
-
-if TYPE_CHECKING:
-    from llamachat.runs.artifacts import Artifact
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
 VERSION = 2
@@ -89,11 +83,3 @@ class Config(Section):
                 f"temperature lists {len(self.temperature)} values for samples_per_prompt {self.samples_per_prompt}"
             )
         return self
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs(StepInputs):
-    """What `pipelines` resolves for one round."""
-
-    sft_policy: "Artifact | None" = None  # for the figures: the chat policy that all began with
-    pooled: "Mapping[str, Artifact]" = field(default_factory=dict)  # the dialogs of earlier rounds, by step

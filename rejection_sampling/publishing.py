@@ -10,14 +10,14 @@ from llamachat.answers.making import publish_dialogs as publish_made
 from llamachat.answers.scorer import longest_prompt
 from llamachat.errors import DataError
 from llamachat.runs.artifacts import Artifact
-from rejection_sampling.config import Inputs
+from llamachat.runs.inputs import StepInputs
 from rejection_sampling.sampling import Round
 from rejection_sampling.winners import Winner, dialog_line, earlier_winners, pooled_winners
 
 log = logging.getLogger(__name__)
 
 
-def earlier_of(inputs: Inputs, desk: Desk, dropped: Counter[str]) -> list[Winner]:
+def earlier_of(inputs: StepInputs, desk: Desk, dropped: Counter[str]) -> list[Winner]:
     """The winners of earlier rounds; `dropped` counts those that are left out."""
     longest = longest_prompt(inputs.base, inputs.rollout, desk.bank)
     return earlier_winners(inputs.pooled, desk.bank.chat_format, max_tokens=longest, dropped=dropped)

@@ -15,11 +15,12 @@ from llamachat.answers.store import Store
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.rollout.engine import Sampling
 from llamachat.runs.cost import peak_memory
+from llamachat.runs.inputs import StepInputs
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.tracker import Tracker
 from llamachat.training.hours import Hours
 from llamachat.training.progress import StepProgress
-from rejection_sampling.config import Config, Inputs
+from rejection_sampling.config import Config
 from rejection_sampling.winners import Winner, filtered, winners_of
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Round:
     """The answers of one round, batch by batch, and what comes of them."""
 
     config: Config
-    inputs: Inputs
+    inputs: StepInputs
     desk: Desk
     constants: Constants
     store: Store

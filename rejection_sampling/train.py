@@ -25,11 +25,11 @@ from llamachat.answers.store import Store
 from llamachat.errors import ConfigError
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import write_json
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.curves import draw_curves
 from llamachat.training.hours import open_hours
-from rejection_sampling.config import Config, Inputs
+from rejection_sampling.config import Config
 from rejection_sampling.curves import best_temperature, load_sampler, sweep, sweep_of
 from rejection_sampling.publishing import earlier_of, pool_figures, pool_of, publish_dialogs
 from rejection_sampling.sampling import Round
@@ -37,7 +37,7 @@ from rejection_sampling.sampling import Round
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, inputs: Inputs) -> Artifact:
+def run(config: Config, inputs: StepInputs) -> Artifact:
     """Sample, choose, pool and publish the dialogs; tune on them; compare; end the step."""
     # Its bars for loading and writing weights would break up ours.
     transformers_logging.disable_progress_bar()
@@ -51,10 +51,10 @@ def run(config: Config, inputs: Inputs) -> Artifact:
     )
 
 
-def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
+def make_dialogs(config: Config, inputs: StepInputs) -> Artifact:
     """Everything up to the published dialogs; what was sampled before is not sampled again."""
     check_settings(config, inputs)
-    store = Store(StepFolder(inputs.folder).sampling)
+    store = Store(inputs.folder.sampling)
     hours = open_hours(inputs.step, "rejection_sampling", config.max_hours, inputs.deadline, store.folder)
     desk = _open(config, inputs, inputs.policy)
     counts: Counter[str] = Counter()
@@ -75,9 +75,9 @@ def make_dialogs(config: Config, inputs: Inputs) -> Artifact:
         return publish_dialogs(sampled, pool)
 
 
-def compare(config: Config, inputs: Inputs, tuned: Artifact) -> None:
+def compare(config: Config, inputs: StepInputs, tuned: Artifact) -> None:
     """Final figures: the tuned policy against the one before on test prompts, and the pictures."""
-    folder, store = StepFolder(inputs.folder), Store(StepFolder(inputs.folder).sampling)
+    folder, store = inputs.folder, Store(inputs.folder.sampling)
     start, final = both_evaluations(_open(config, inputs, tuned), store)
     figures = comparison("rs", start, final)
     log.info("%s", comparison_table("rs", figures))
@@ -94,7 +94,7 @@ def compare(config: Config, inputs: Inputs, tuned: Artifact) -> None:
         tracker.summary(figures)
 
 
-def check_settings(config: Config, inputs: Inputs) -> None:
+def check_settings(config: Config, inputs: StepInputs) -> None:
     """Refuse sampling that leaves nothing to choose from."""
     is_greedy = config.temperature is None and inputs.rollout.temperature == 0
     if is_greedy and config.samples_per_prompt > 1:
@@ -106,7 +106,7 @@ def check_settings(config: Config, inputs: Inputs) -> None:
 
 
 def draw_sweep(
-    config: Config, inputs: Inputs, desk: Desk, constants: Constants, store: Store, sampler: Sampler | None
+    config: Config, inputs: StepInputs, desk: Desk, constants: Constants, store: Store, sampler: Sampler | None
 ) -> list[Curve]:
     """Curves of what samples and of the SFT policy, drawn; none where no prompts are set apart for them."""
     if config.sweep_prompts == 0:
@@ -119,7 +119,7 @@ def draw_sweep(
     curves = sweep(desk, temperatures, config, constants, store, policy=name, sampler=sampler)
     if inputs.sft_policy is not None and inputs.sft_policy.manifest.step != name:
         curves = [*sweep_of(inputs.sft_policy, desk, temperatures, config, constants, store), *curves]
-    places = StepFolder(inputs.folder).figures
+    places = inputs.folder.figures
     best = {
         policy: best_temperature([c for c in curves if c.policy == policy and c.temperature in sampled_at])
         for policy in {c.policy for c in curves}
@@ -139,12 +139,12 @@ def sweep_figures(curves: Sequence[Curve]) -> dict[str, float]:
     return found
 
 
-def _open(config: Config, inputs: Inputs, policy: Artifact | None) -> Desk:
+def _open(config: Config, inputs: StepInputs, policy: Artifact | None) -> Desk:
     held_out = (max(config.validation_prompts, config.sweep_prompts), config.test_prompts)
     return open_desk(setting_of(inputs), policy=policy, reward_models=inputs.reward_models, held_out=held_out)
 
 
-def _temperatures(config: Config, inputs: Inputs, curves: Sequence[Curve]) -> tuple[float, ...]:
+def _temperatures(config: Config, inputs: StepInputs, curves: Sequence[Curve]) -> tuple[float, ...]:
     if config.temperature == "sweep":
         return (best_temperature(curves),)
     if config.temperature is None:

@@ -1,16 +1,12 @@
 """Reward models: from the chat policy to scores of answers, by human preferences (Llama 2 section 3.2.2)."""
 
-from typing import TYPE_CHECKING
-
+from llamachat.runs.artifacts import Artifact
+from llamachat.runs.inputs import StepInputs
 from reward.config import Config
 from reward.estimate import estimate
 
-if TYPE_CHECKING:
-    from llamachat.runs.artifacts import Artifact
-    from reward.config import Inputs
 
-
-def run(config: Config, inputs: "Inputs") -> "Artifact":
+def run(config: Config, inputs: StepInputs) -> Artifact:
     """Train the reward model that `inputs` name and publish it; resumes from the step's newest checkpoint."""
     from reward.train import run as train  # torch and trl load here: configuration and plans stay light
 

@@ -1,23 +1,14 @@
 """What a reward model's training is told: its own section of the recipe, and the shared ones it reads."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from llamachat.config.section import Section, operational, unless_null
-from llamachat.config.sections import Base, Data, Run, Tracking, Tuning
 from llamachat.config.trainer_arguments import TrainerArguments
-
-if TYPE_CHECKING:
-    from llamachat.runs.artifacts import Artifact
 
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
 VERSION = 1
-
-# The reward models of a recipe. The judge learns from data that the other two never see, and selects nothing.
-Which = Literal["helpfulness", "safety", "judge"]
 
 # Arguments of TRL's RewardConfig that have a key of ours, or (None) that the stage itself must set.
 OWNED: dict[str, str | None] = {
@@ -153,22 +144,3 @@ class Config(Section):
     trainer: Annotated[dict[str, Any], TrainerArguments("RewardConfig", OWNED)] = Field(
         default_factory=dict, description="Further arguments of TRL's RewardConfig, by its names."
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
-    """What `pipelines` resolves for one reward model."""
-
-    step: str  # rm/helpfulness, rm/safety or rm/judge
-    which: Which
-    folder: Path
-    resolved: str  # the recipe as YAML, for the run's record
-    identity: dict[str, Any]
-    fingerprint: str
-    run: Run
-    base: Base
-    tuning: Tuning
-    data: Data
-    tracking: Tracking
-    policy: "Artifact | None" = None  # the chat policy to start from; the base itself without one
-    deadline: float | None = None  # by time.monotonic(): when run.max_hours are over

@@ -24,7 +24,7 @@ from llamachat.maths.intervals import (
     paired_bootstrap,
     proportion_interval,
 )
-from reward.config import Which
+from llamachat.runs.inputs import Which
 
 Domain = Literal["helpfulness", "safety"]
 DOMAINS: tuple[Domain, ...] = get_args(Domain)

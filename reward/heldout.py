@@ -13,9 +13,9 @@ from llamachat.errors import DivergedError
 from llamachat.models.reward_model import score_rows
 from llamachat.models.sharding import is_cut
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import Which
 from llamachat.tracking.tracker import Tracker
 from reward.baselines import fit_tfidf
-from reward.config import Which
 from reward.evaluation import ScoredPair, ScoredResponse, evaluate
 from reward.figures import draw_figures
 from reward.loss import ranking_losses

@@ -17,7 +17,8 @@ from llamachat.config.sections import Data, DataSource
 from llamachat.data.loading import load_mixture, mix
 from llamachat.data.records import Preference
 from llamachat.errors import DataError
-from reward.config import Config, Which
+from llamachat.runs.inputs import Which
+from reward.config import Config
 from reward.loss import MARGINS
 
 log = logging.getLogger(__name__)

@@ -15,14 +15,13 @@ from llamachat.models.reward_model import (
 )
 from llamachat.models.sharding import whole_weights
 from llamachat.runs.artifacts import Artifact, Manifest, publish
-from llamachat.runs.folder import StepFolder
-from reward.config import Inputs
+from llamachat.runs.inputs import StepInputs
 
 log = logging.getLogger(__name__)
 
 
 def publish_reward_model(
-    start: RewardStart, inputs: Inputs, *, dropped: Mapping[str, int], safety_labels: int, notes: Mapping[str, Any]
+    start: RewardStart, inputs: StepInputs, *, dropped: Mapping[str, int], safety_labels: int, notes: Mapping[str, Any]
 ) -> Artifact:
     """Publish the step's model; refuses a moved trunk and a tokenizer that reads back differently."""
     if start.frozen_digest is not None:
@@ -60,4 +59,4 @@ def publish_reward_model(
         dropped_records=dict(dropped),
         details=details | dict(notes),
     )
-    return publish(StepFolder(inputs.folder), manifest, write)
+    return publish(inputs.folder, manifest, write)

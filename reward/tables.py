@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from llamachat.data.records import RATINGS
-from reward.config import Which
+from llamachat.runs.inputs import Which
 from reward.evaluation import DOMAINS, SAFETY_KINDS, Domain
 from reward.figures import KIND_TITLES
 

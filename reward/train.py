@@ -22,6 +22,7 @@ from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.checkpoints import newest
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 from llamachat.tracking.curves import draw_curves
 from llamachat.tracking.record import MetricsRecord
 from llamachat.tracking.tracker import Tracker, open_tracker
@@ -32,7 +33,7 @@ from llamachat.training.out_of_memory import MicrobatchTooLargeError, halving
 from llamachat.training.progress import StepProgress
 from llamachat.training.trainer import Watch, collator, row_numbers
 from reward.batches import Batches, plan_batches, smaller
-from reward.config import Config, Inputs
+from reward.config import Config
 from reward.heldout import check_finite, held_out_figures, test_figures
 from reward.pairs import Examples, load_examples
 from reward.publishing import publish_reward_model
@@ -47,13 +48,14 @@ LEAST_ROW_TOKENS = 16
 SUMMARY = ("loss", "accuracy", "eval_loss", "eval_accuracy", "epoch")
 
 
-def run(config: Config, inputs: Inputs) -> Artifact:
+def run(config: Config, inputs: StepInputs) -> Artifact:
     """Train, measure and publish. Killed at any moment, the same call goes on from the newest whole checkpoint."""
     # Its bars for loading and writing weights would break up ours.
     transformers_logging.disable_progress_bar()
     check_optimizer(config.optimizer, where="reward.optimizer")
-    folder = StepFolder(inputs.folder)
+    folder = inputs.folder
     resume = distributed.broadcast_object(newest(folder.checkpoints))
+    assert inputs.which is not None
     hours = open_hours(inputs.step, "reward", config.max_hours, inputs.deadline, resume.path if resume else None)
     start = build_reward_model(inputs.base, inputs.tuning, policy=inputs.policy, seed=inputs.run.seed, device="auto")
     if start.device.type == "cpu":
@@ -90,7 +92,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
         )
 
 
-def plan_training(config: Config, inputs: Inputs, examples: Examples, *, device: torch.device) -> Batches:
+def plan_training(config: Config, inputs: StepInputs, examples: Examples, *, device: torch.device) -> Batches:
     """Which pairs and labelled responses make which optimizer step."""
     auto = CPU_ROW_TOKENS if device.type == "cpu" else 2 * inputs.base.max_tokens
     return plan_batches(
@@ -104,7 +106,7 @@ def plan_training(config: Config, inputs: Inputs, examples: Examples, *, device:
     )
 
 
-def learnt_labels(config: Config, inputs: Inputs, examples: Examples) -> int:
+def learnt_labels(config: Config, inputs: StepInputs, examples: Examples) -> int:
     """Answers whose safety label was learnt, single ones and those of pairs; each as often as it stands in an epoch."""
     if inputs.which != "safety" or config.safety_auxiliary_weight == 0:
         return 0
@@ -121,7 +123,7 @@ class Session:
     """One training: what is trained, with what, and who is told."""
 
     config: Config
-    inputs: Inputs
+    inputs: StepInputs
     start: RewardStart
     examples: Examples
     batches: Batches
@@ -130,7 +132,7 @@ class Session:
 
     @property
     def best(self) -> BestWeights:
-        return BestWeights(StepFolder(self.inputs.folder).checkpoints)
+        return BestWeights(self.inputs.folder.checkpoints)
 
     def name(self, figure: str) -> str:
         """The metric's name for this model."""
@@ -167,7 +169,7 @@ class Session:
     def _train_on(self, progress: StepProgress) -> None:
         """From the newest checkpoint, or from the beginning."""
         plan, tracking = self.batches.plan, self.inputs.tracking
-        checkpoint = newest(StepFolder(self.inputs.folder).checkpoints)
+        checkpoint = newest(self.inputs.folder.checkpoints)
         with tempfile.TemporaryDirectory() as scratch:
 
             def on_log(step: int, figures: dict[str, float]) -> None:
@@ -190,6 +192,7 @@ class Session:
                         self.best.offer(Evaluated(step, loss, figures), self.start.model)
                 return is_over
 
+            assert self.inputs.which is not None
             names = names_of(self.inputs.which)
             watch = Watch(plan.tokens_per_step, names=names, on_log=on_log, on_step=on_step)
             trainer = self._trainer(watch, Path(scratch))
@@ -238,7 +241,7 @@ class Session:
             train_dataset=row_numbers(len(plan.rows)),
             processing_class=self.start.fast_tokenizer(scratch),
             optimizers=make_optimizer(self.start.model, config, steps=plan.num_steps),
-            checkpoints=StepFolder(self.inputs.folder).checkpoints,
+            checkpoints=self.inputs.folder.checkpoints,
             before_save=self.tracker.sync,
             watch=watch,
             hours=self.hours,
@@ -267,6 +270,7 @@ class Session:
             log.info("the weights of step %d are the best that were evaluated: they are published", best.step)
             figures |= best.figures
         started = time.monotonic()
+        assert self.inputs.which is not None
         figures |= test_figures(self.start.model, self.inputs.which, self.examples, folder=folder, tracker=self.tracker)
         figures["time/eval_s"] = time.monotonic() - started
         return figures

@@ -15,9 +15,10 @@ from trl import RewardConfig, RewardTrainer
 from llamachat import distributed
 from llamachat.models.reward_model import last_token_scores
 from llamachat.models.sharding import is_cut
+from llamachat.runs.inputs import Which
 from llamachat.training.master_weights import MasterWeightOptimizer, adamw
 from llamachat.training.trainer import CHECKPOINTING, AtomicCheckpoints, rate_schedule
-from reward.config import Config, Which
+from reward.config import Config
 from reward.loss import centring_losses, ranking_losses, safety_auxiliary_losses
 
 

@@ -1,17 +1,11 @@
 """What supervised fine-tuning is told: its own section of the recipe, and the shared ones it reads."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from llamachat.config.section import Section, operational, unless_null
-from llamachat.config.sections import Base, Data, Rollout, Run, Tracking, Tuning
 from llamachat.config.trainer_arguments import TrainerArguments
-
-if TYPE_CHECKING:
-    from llamachat.runs.artifacts import Artifact
 
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
 VERSION = 1
@@ -129,24 +123,3 @@ class Config(Section):
     trainer: Annotated[dict[str, Any], TrainerArguments("SFTConfig", OWNED)] = Field(
         default_factory=dict, description="Further arguments of TRL's SFTConfig, by its names."
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
-    """What `pipelines` resolves for one SFT step."""
-
-    step: str
-    folder: Path
-    resolved: str  # the recipe as YAML, for the run's record
-    identity: dict[str, Any]
-    fingerprint: str
-    run: Run
-    base: Base
-    tuning: Tuning
-    data: Data
-    rollout: Rollout
-    tracking: Tracking
-    policy: "Artifact | None" = None  # an earlier step's policy to continue from; the base itself without one
-    dialogs: "Artifact | None" = None  # what rejection sampling and its like have made: learnt in place of data.sft
-    sft_share: float = 0.0  # of data.sft that is learnt beside `dialogs`
-    deadline: float | None = None  # by time.monotonic(): when run.max_hours are over

@@ -22,8 +22,7 @@ from llamachat.models.loading import (
 from llamachat.models.sharding import shard_if_asked, whole_weights
 from llamachat.models.starting import fast_tokenizer, is_adapter, proved_start
 from llamachat.runs.artifacts import Artifact, Manifest, publish
-from llamachat.runs.folder import StepFolder
-from sft.config import Inputs
+from llamachat.runs.inputs import StepInputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +50,7 @@ class Start:
         return fast_tokenizer(self.chat_format, folder)
 
 
-def load_start(inputs: Inputs) -> Start:
+def load_start(inputs: StepInputs) -> Start:
     """Load the earlier policy where the step has one, else the base; attach an adapter where the recipe asks."""
     location, chat_format = proved_start(inputs.base, inputs.tuning, inputs.policy)
     model, trunk = _load_model(inputs, location)
@@ -60,7 +59,7 @@ def load_start(inputs: Inputs) -> Start:
     return Start(model, chat_format, trunk, trunk_digest(model) if has_adapter else None)
 
 
-def _load_model(inputs: Inputs, trunk: str) -> "tuple[LanguageModel, str]":
+def _load_model(inputs: StepInputs, trunk: str) -> "tuple[LanguageModel, str]":
     tuning, policy = inputs.tuning, inputs.policy
     if policy and is_adapter(policy):
         loaded = load_policy(
@@ -77,7 +76,9 @@ def _load_model(inputs: Inputs, trunk: str) -> "tuple[LanguageModel, str]":
     return attach_adapter(model, tuning, seed=inputs.run.seed), trunk
 
 
-def publish_policy(start: Start, inputs: Inputs, *, dropped: Mapping[str, int], notes: Mapping[str, Any]) -> Artifact:
+def publish_policy(
+    start: Start, inputs: StepInputs, *, dropped: Mapping[str, int], notes: Mapping[str, Any]
+) -> Artifact:
     """Publish weights, tokenizer and manifest; refuses a moved trunk and a tokenizer that reads back differently."""
     if start.frozen_digest is not None:
         assert trunk_digest(start.model) == start.frozen_digest, "the trunk under an adapter is never written"
@@ -114,4 +115,4 @@ def publish_policy(start: Start, inputs: Inputs, *, dropped: Mapping[str, int], 
         dropped_records=dict(dropped),
         details=details | dict(notes),
     )
-    return publish(StepFolder(inputs.folder), manifest, write, ends_step=inputs.dialogs is None)
+    return publish(inputs.folder, manifest, write, ends_step=inputs.dialogs is None)

@@ -29,6 +29,7 @@ from llamachat.rollout.hugging_face import HuggingFaceEngine
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.checkpoints import newest
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 from llamachat.tracking.curves import draw_curves
 from llamachat.tracking.record import MetricsRecord
 from llamachat.tracking.tracker import Tracker, open_tracker
@@ -38,7 +39,7 @@ from llamachat.training.master_weights import check_optimizer
 from llamachat.training.out_of_memory import MicrobatchTooLargeError, halving
 from llamachat.training.progress import StepProgress
 from llamachat.training.trainer import Watch, collator, row_numbers
-from sft.config import Config, Inputs
+from sft.config import Config
 from sft.evaluation import answer_loss, check_finite, sample_answers
 from sft.examples import Examples, load_examples
 from sft.loss import SHAPE_MULTIPLE
@@ -66,12 +67,12 @@ SUMMARY = (
 WATCHED = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=256, seed=0)
 
 
-def run(config: Config, inputs: Inputs) -> Artifact:
+def run(config: Config, inputs: StepInputs) -> Artifact:
     """Train, measure and publish. Killed at any moment, the same call goes on from the newest whole checkpoint."""
     # Its bars for loading and writing weights would break up ours.
     transformers_logging.disable_progress_bar()
     check_optimizer(config.optimizer, where="sft.optimizer")
-    folder = StepFolder(inputs.folder)
+    folder = inputs.folder
     resume = distributed.broadcast_object(newest(folder.checkpoints))
     hours = open_hours(inputs.step, "sft", config.max_hours, inputs.deadline, resume.path if resume else None)
     start = load_start(inputs)
@@ -104,7 +105,7 @@ def run(config: Config, inputs: Inputs) -> Artifact:
         return publish_policy(start, inputs, dropped=examples.dropped, notes=notes)
 
 
-def plan_training(config: Config, inputs: Inputs, examples: Examples, *, device: torch.device) -> StepPlan:
+def plan_training(config: Config, inputs: StepInputs, examples: Examples, *, device: torch.device) -> StepPlan:
     """Which dialogs make which optimizer step."""
     if not examples.train or not examples.validation:
         raise DataError(
@@ -134,7 +135,7 @@ class Session:
     """One training: what is trained, with what, and who is told."""
 
     config: Config
-    inputs: Inputs
+    inputs: StepInputs
     start: Start
     examples: Examples
     plan: StepPlan
@@ -143,7 +144,7 @@ class Session:
 
     @property
     def best(self) -> BestWeights:
-        return BestWeights(StepFolder(self.inputs.folder).checkpoints)
+        return BestWeights(self.inputs.folder.checkpoints)
 
     def train(self, *, first_step: int) -> Evaluated | None:
         """To the last optimizer step; `first_step` of them are in the newest checkpoint.
@@ -175,7 +176,7 @@ class Session:
     def _train_on(self, progress: StepProgress) -> None:
         """From the newest checkpoint, or from the beginning."""
         steps, tracking = self.plan.num_steps, self.inputs.tracking
-        checkpoint = newest(StepFolder(self.inputs.folder).checkpoints)
+        checkpoint = newest(self.inputs.folder.checkpoints)
         learnt = self._learnt_tokens()
         with tempfile.TemporaryDirectory() as scratch:
 
@@ -272,7 +273,7 @@ class Session:
             train_dataset=row_numbers(len(self.plan.rows)),
             processing_class=self.start.fast_tokenizer(scratch),
             optimizers=make_optimizer(self.start.model, config, steps=self.plan.num_steps),
-            checkpoints=StepFolder(self.inputs.folder).checkpoints,
+            checkpoints=self.inputs.folder.checkpoints,
             before_save=self.tracker.sync,
             watch=watch,
             hours=self.hours,

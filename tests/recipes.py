@@ -7,10 +7,9 @@ from typing import Any
 import yaml
 
 from llamachat.runs.artifacts import Artifact, Kind, Manifest, publish
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 from reward.config import Config as RewardConfig
-from reward.config import Inputs as RewardInputs
-from sft.config import Config, Inputs
+from sft.config import Config
 
 SHAPE = {
     "hidden_size": 64,
@@ -83,12 +82,12 @@ def preference_data(folder: Path) -> dict[str, Any]:
     }
 
 
-def publish_toy_policy(config: Config, inputs: Inputs) -> Artifact:
+def publish_toy_policy(config: Config, inputs: StepInputs) -> Artifact:
     """In place of `sft.run`: publishes at once, with the learning rate as its weights."""
     return _publish("policy", inputs, f"{config.learning_rate} {inputs.policy.digest if inputs.policy else ''}")
 
 
-def publish_toy_reward_model(config: RewardConfig, inputs: RewardInputs) -> Artifact:
+def publish_toy_reward_model(config: RewardConfig, inputs: StepInputs) -> Artifact:
     """In place of `reward.run`: publishes at once; its figures hang on the margin, the auxiliary loss and the seed."""
     margin = {"none": 0.50, "small": 0.60, "large": 0.65}[config.margin]
     figures = {
@@ -96,12 +95,12 @@ def publish_toy_reward_model(config: RewardConfig, inputs: RewardInputs) -> Arti
         f"rm/{inputs.which}/test/{inputs.which}/pairs": 100,
         f"rm/{inputs.which}/auroc": 0.7 + 0.1 * config.safety_auxiliary_weight,
     }
-    folder = StepFolder(inputs.folder)
+    folder = inputs.folder
     folder.summary.write_text(json.dumps(figures))
     return _publish("reward_model", inputs, f"{config.margin} {inputs.policy.digest if inputs.policy else ''}")
 
 
-def _publish(kind: Kind, inputs: Inputs | RewardInputs, weights: str) -> Artifact:
+def _publish(kind: Kind, inputs: StepInputs | StepInputs, weights: str) -> Artifact:
     manifest = Manifest(
         kind=kind,
         step=inputs.step,
@@ -109,7 +108,7 @@ def _publish(kind: Kind, inputs: Inputs | RewardInputs, weights: str) -> Artifac
         identity=inputs.identity,
         seed=inputs.run.seed,
     )
-    return publish(StepFolder(inputs.folder), manifest, lambda folder: _write(folder / "model.safetensors", weights))
+    return publish(inputs.folder, manifest, lambda folder: _write(folder / "model.safetensors", weights))
 
 
 def _write(path: Path, text: str) -> None:

@@ -41,7 +41,7 @@ def tune(folder: Path, base: Path, *, packing: bool = True, tuning: Tuning = LOR
     inputs = inputs_of(folder, base, toy_dialogs(40), tuning=tuning, tracking=OFTEN)
     train_module.draw_curves = lambda *_: None  # takes longer than all else
     sft.run(config, inputs)
-    return inputs.folder
+    return inputs.folder.path
 
 
 def tune_padded(folder: Path, base: Path) -> Path:
@@ -53,7 +53,7 @@ def learn_to_score(folder: Path, base: Path, *, tuning: Tuning = LORA) -> Path:
     inputs = reward_inputs(folder, base, which="safety", data=data, tuning=tuning, tracking=OFTEN)
     reward_module.draw_curves, testing_module.draw_figures = (lambda *_: None), (lambda *_: [])
     reward.run(REWARD, inputs)
-    return inputs.folder
+    return inputs.folder.path
 
 
 def cut(work: Callable[..., Path], folder: Path, base: Path) -> tuple[Path, int]:

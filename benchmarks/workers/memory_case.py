@@ -185,18 +185,17 @@ def _open_ppo(case: Case, folder: Path) -> Steps:
     from llamachat.config.sections import Data, DataSource, Run, Scoring, Tracking
     from llamachat.rollout.decoder import LlamaEngine
     from llamachat.runs.folder import StepFolder
+    from llamachat.runs.inputs import StepInputs
     from llamachat.tracking.tracker import open_tracker
-    from ppo.config import Inputs
     from ppo.start import open_start
     from ppo.train import open_session
     from ppo.update import Updater
 
     bundled = Path(__file__).resolve().parents[2] / "data" / "prompts" / "general.jsonl.gz"
     config = ppo_config(case)
-    inputs = Inputs(
+    inputs = StepInputs(
         step="ppo",
-        folder=folder / "ppo",
-        resolved="",
+        folder=StepFolder(folder / "ppo"),
         identity={},
         fingerprint="",
         run=Run(dir=str(folder)),
@@ -218,7 +217,7 @@ def _open_ppo(case: Case, folder: Path) -> Steps:
         _touched(module)
 
     def run() -> None:
-        place = StepFolder(inputs.folder)
+        place = inputs.folder
         tracker = open_tracker(
             inputs.tracking, step_folder=place, run_dir=folder, step="ppo", prefix="ppo", config={}, resume_step=None
         )

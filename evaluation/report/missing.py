@@ -23,7 +23,7 @@ def missing(facts: Facts) -> list[str]:
     """A sentence each: steps of the recipe that are not finished, steps that it lacks, figures that were not measured."""
     done = {step.name for step in facts.steps}
     commands = {step.command for step in facts.steps}
-    recipe = facts.inputs.folder / "config.yaml"
+    recipe = facts.inputs.folder.config
     lines, told = [], set[str]()
     for name in facts.recipe_steps:
         if name not in done:

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from evaluation.report.config import Inputs
 from llamachat.errors import ArtifactError, first_line
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import storage_errors
 from llamachat.runs.endings import Ending, ending
 from llamachat.runs.evaluations import EVALUATION
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 
 COST = "cost.json"
 CURVES = "best_of_n.json"  # of rejection sampling, in its figures
@@ -152,7 +152,7 @@ class Step:
 class Facts:
     """Everything that the report tells of."""
 
-    inputs: Inputs
+    inputs: StepInputs
     steps: tuple[Step, ...]
     evaluation: Evaluation | None
 
@@ -196,9 +196,9 @@ class Facts:
         return found
 
 
-def read_facts(inputs: Inputs) -> Facts:
+def read_facts(inputs: StepInputs) -> Facts:
     """Read what the earlier steps left; dialogs, which end no step, are passed over."""
-    finished = [artifact for artifact in inputs.earlier if artifact.manifest.kind != "dialogs"]
+    finished = [artifact for artifact in inputs.surveyed if artifact.manifest.kind != "dialogs"]
     steps = tuple(_read_step(artifact) for artifact in finished)
     evaluations = [step for step in steps if step.artifact.manifest.kind == "evaluation"]
     evaluation = None

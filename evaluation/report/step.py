@@ -13,7 +13,7 @@ from pathlib import Path
 
 from evaluation.report.account import account, base_of, costs, curves
 from evaluation.report.answers import answers
-from evaluation.report.config import Config, Inputs
+from evaluation.report.config import Config
 from evaluation.report.deviations import deviations
 from evaluation.report.headline import headline
 from evaluation.report.missing import missing
@@ -25,14 +25,15 @@ from evaluation.report.tuning import reward_models, supervised
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.atomic import remove_tree, write_text
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 from llamachat.tracking.tracker import open_tracker
 
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, inputs: Inputs) -> Artifact:
+def run(config: Config, inputs: StepInputs) -> Artifact:
     """Read, draw, write, publish."""
-    folder = StepFolder(inputs.folder)
+    folder = inputs.folder
     facts = read_facts(inputs)
     remove_tree(folder.figures)
     page = Page(_title(facts), _facts(facts), tuple(_sections(config, facts, folder.figures)))
@@ -82,7 +83,7 @@ def _facts(facts: Facts) -> list[tuple[str, str]]:
     ]
 
 
-def _track(inputs: Inputs, folder: StepFolder, page: Page, lacking: int) -> None:
+def _track(inputs: StepInputs, folder: StepFolder, page: Page, lacking: int) -> None:
     """The pictures to wandb, without the answers: prompts and answers stay in the files."""
     with open_tracker(
         inputs.tracking,
@@ -104,13 +105,13 @@ def _track(inputs: Inputs, folder: StepFolder, page: Page, lacking: int) -> None
         )
 
 
-def _publish(inputs: Inputs, folder: StepFolder) -> Artifact:
+def _publish(inputs: StepInputs, folder: StepFolder) -> Artifact:
     manifest = Manifest(
         kind="report",
         step=inputs.step,
         fingerprint=inputs.fingerprint,
         identity=inputs.identity,
-        inputs={artifact.manifest.step: str(artifact.path) for artifact in inputs.earlier},
+        inputs={artifact.manifest.step: str(artifact.path) for artifact in inputs.surveyed},
         seed=inputs.run.seed,
     )
 

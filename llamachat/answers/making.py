@@ -16,7 +16,6 @@ import torch
 from llamachat import distributed
 from llamachat.answers.desk import Desk, Setting
 from llamachat.answers.evaluation import Evaluation
-from llamachat.answers.inputs import AnswerInputs, StepInputs
 from llamachat.answers.store import Store
 from llamachat.runs.artifacts import (
     DIALOGS,
@@ -30,6 +29,7 @@ from llamachat.runs.artifacts import (
 )
 from llamachat.runs.atomic import write_text
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 from llamachat.scoring.models import named_models
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.tracker import Tracker, open_tracker
@@ -55,17 +55,18 @@ def run_parts(
     sft_share: float = 0.0,
 ) -> Artifact:
     """Make the dialogs, tune on them as `inputs.tune` is told, compare, end the step."""
-    folder = StepFolder(inputs.folder)
+    folder = inputs.folder
     are_made = distributed.broadcast_object((folder.dialogs / MANIFEST).is_file())
     dialogs = read_artifact(folder.dialogs, "dialogs") if are_made else make()
     free_memory()
+    assert inputs.tune is not None, "a step that makes dialogs trains on them"
     tuned = inputs.tune(dialogs, over=over, from_base=from_base, sft_share=sft_share)
     free_memory()
     compare(tuned)
     return end_step(folder)
 
 
-def setting_of(inputs: AnswerInputs) -> Setting:
+def setting_of(inputs: StepInputs) -> Setting:
     """The sections that sampling and scoring are told."""
     return Setting(
         run=inputs.run,
@@ -78,11 +79,11 @@ def setting_of(inputs: AnswerInputs) -> Setting:
 
 
 @contextmanager
-def record(inputs: AnswerInputs, prefix: str, *, keeps_record: bool) -> Iterator[Tracker]:
+def record(inputs: StepInputs, prefix: str, *, keeps_record: bool) -> Iterator[Tracker]:
     """The record of the sampling: as it is, or from its beginning, where what was stored is logged again."""
     with open_tracker(
         inputs.tracking,
-        step_folder=StepFolder(inputs.folder),
+        step_folder=inputs.folder,
         run_dir=Path(inputs.run.dir),
         step=inputs.step,
         prefix=prefix,
@@ -132,7 +133,7 @@ def publish_dialogs(
         if held_out:
             write_text(place / HELD_OUT_DIALOGS, "".join(held_out))
 
-    return publish(StepFolder(inputs.folder), manifest, write)
+    return publish(inputs.folder, manifest, write)
 
 
 def dialog_line(context: "Sequence[Message]", answer: str, origin: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -78,19 +78,6 @@ class Artifact:
         if self.manifest.kind == "dialogs":
             files = {name: digest_of_file(self.path / name) for name in files}
         return fingerprint({"kind": self.manifest.kind, "files": files, "details": self.manifest.details})
-
-
-class Tune(Protocol):
-    """Supervised tuning of a step's policy on the dialogs that the step has published."""
-
-    def __call__(
-        self, dialogs: Artifact, *, over: Mapping[str, Any], from_base: bool = False, sft_share: float = 0.0
-    ) -> Artifact:
-        """The tuned policy, in `tuned/` until `end_step`; what a killed command left there is taken as it is.
-
-        `over` are values over the section sft; `sft_share` of the dialogs of `data.sft` are learnt beside them.
-        """
-        ...
 
 
 def publish(

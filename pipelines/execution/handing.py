@@ -1,4 +1,4 @@
-"""What each stage is handed: the `Inputs` of a run, and the workload of an estimate. One function each for a stage."""
+"""The inputs of a step's run, and the workload of its estimate."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -7,13 +7,9 @@ from typing import Any
 
 import sft
 from context_distillation.config import Config as ContextDistillationConfig
-from context_distillation.config import Inputs as ContextDistillationInputs
 from context_distillation.estimate import num_kept
-from evaluation.config import Inputs as EvaluationInputs
-from evaluation.report.config import Inputs as ReportInputs
 from evaluation.report.estimate import Workload as ReportWorkload
 from gatt.config import Config as GattConfig
-from gatt.config import Inputs as GattInputs
 from llamachat import distributed
 from llamachat.config.gpus import Gpu
 from llamachat.config.layers import merged
@@ -22,24 +18,21 @@ from llamachat.config.sections import DataSource, Split
 from llamachat.memory.estimates import Estimate, Shape
 from llamachat.memory.role_bytes import PROMPT_TOKENS, Lengths
 from llamachat.memory.sampling_estimate import Workload as SamplingWorkload
-from llamachat.runs.artifacts import MANIFEST, Artifact, Tune, read_artifact
+from llamachat.runs.artifacts import MANIFEST, Artifact, read_artifact
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs, Tune
 from pipelines.execution.resolve import Taken
 from pipelines.planning.data_size import HUB_TOKENS, DataSize, measure_data
 from pipelines.planning.measured import answer_tokens
 from pipelines.planning.placing import place_roles
 from pipelines.recipe.recipe import Recipe, Step, resolve_steps
 from pipelines.recipe.stages import POLICY
-from ppo.config import Inputs as PpoInputs
 from ppo.estimate import Workload as PpoWorkload
 from rejection_sampling.config import Config as RejectionSamplingConfig
-from rejection_sampling.config import Inputs as RejectionSamplingInputs
 from rejection_sampling.estimate import num_winners
 from reward.config import Config as RewardConfig
-from reward.config import Inputs as RewardInputs
 from reward.estimate import Workload as RewardWorkload
 from sft.config import Config as SftConfig
-from sft.config import Inputs as SftInputs
 from sft.estimate import Workload as SftWorkload
 
 # Tokens of both sequences of a pair for each token of its record, where the prompt stands once: 1.3 to 1.6 for the bundled
@@ -48,84 +41,56 @@ TOKENS_OF_A_PAIR = 1.4
 TOKENS_OF_A_HUB_PAIR = 500.0
 
 
-def stage_inputs(recipe: Recipe, step: Step, taken: Taken, **of_the_work: Any) -> Any:
-    """The stage's `Inputs`: its section aside, all that it may know. `of_the_work`: folder, identity and the like."""
-    shared = {
-        "step": step.name,
-        "run": recipe.run,
-        "base": recipe.base,
-        "tuning": step.tuning,
-        "data": recipe.data,
-        "tracking": recipe.tracking,
-        **of_the_work,
-    }
-    return _INPUTS[step.stage.command](recipe, step, taken, shared)
-
-
-def _sft_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> SftInputs:
-    return SftInputs(**shared, rollout=step.rollout, policy=taken.policy)
-
-
-def _reward_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> RewardInputs:
-    which: Any = step.product.makes.which  # one of the three: the stage's products say which
-    return RewardInputs(**shared, which=which, policy=taken.policy)
-
-
-def _rs_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> RejectionSamplingInputs:
-    return RejectionSamplingInputs(
-        **shared,
+def stage_inputs(
+    recipe: Recipe,
+    step: Step,
+    taken: Taken,
+    *,
+    folder: StepFolder,
+    identity: dict[str, Any],
+    fingerprint: str,
+    deadline: float | None = None,
+) -> StepInputs:
+    """Everything that the step's stage may read besides its own section."""
+    which: Any = step.product.makes.which  # one of the three reward models, or None: the stage's products say which
+    inputs = StepInputs(
+        step=step.name,
+        folder=folder,
+        identity=identity,
+        fingerprint=fingerprint,
+        run=recipe.run,
+        base=recipe.base,
+        tuning=step.tuning,
+        data=recipe.data,
+        tracking=recipe.tracking,
         rollout=step.rollout,
         scoring=recipe.scoring,
-        tune=tuner(recipe, step, taken, shared),
+        deadline=deadline,
         policy=taken.policy,
         reward_models=taken.reward_models,
+        which=which,
         sft_policy=taken.sft_policy,
         pooled=taken.pooled,
+        surveyed=tuple(taken.surveyed.values()),
+        recipe=recipe.model_dump(mode="json"),
     )
+    return replace(inputs, tune=_tuner(recipe, inputs)) if step.stage.tunes else inputs
 
 
-def _gatt_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> GattInputs:
-    return GattInputs(
-        **shared,
-        rollout=step.rollout,
-        scoring=recipe.scoring,
-        tune=tuner(recipe, step, taken, shared),
-        policy=taken.policy,
-        reward_models=taken.reward_models,
-    )
-
-
-def _distill_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> ContextDistillationInputs:
-    return ContextDistillationInputs(
-        **shared,
-        rollout=step.rollout,
-        scoring=recipe.scoring,
-        tune=tuner(recipe, step, taken, shared),
-        policy=taken.policy,
-        reward_models=taken.reward_models,
-    )
-
-
-def tuner(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> Tune:
+def _tuner(recipe: Recipe, inputs: StepInputs) -> Tune:
     """Supervised tuning on the dialogs that a step has made, in the step's folder."""
 
     def tune(
         dialogs: Artifact, *, over: Mapping[str, Any], from_base: bool = False, sft_share: float = 0.0
     ) -> Artifact:
-        folder = StepFolder(shared["folder"])
-        if (folder.tuned / MANIFEST).is_file():
-            return read_artifact(folder.tuned, "policy", reader=step.name)
-        deadline = shared.get("deadline")
+        tuned, deadline = inputs.folder.tuned, inputs.deadline
+        if (tuned / MANIFEST).is_file():
+            return read_artifact(tuned, "policy", reader=inputs.step)
         if deadline is not None and distributed.broadcast_object(time.monotonic() > deadline):
             deadline = None  # what was sampled when the command's hours were over is learnt, not one step of it
-        inputs = SftInputs(
-            **{**shared, "deadline": deadline},
-            rollout=step.rollout,
-            policy=None if from_base else taken.policy,
-            dialogs=dialogs,
-            sft_share=sft_share,
-        )
-        return sft.run(_tuning_section(recipe, over), inputs)
+        policy = None if from_base else inputs.policy
+        of_dialogs = replace(inputs, deadline=deadline, policy=policy, dialogs=dialogs, sft_share=sft_share)
+        return sft.run(_tuning_section(recipe, over), of_dialogs)
 
     return tune
 
@@ -133,45 +98,6 @@ def tuner(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -
 def _tuning_section(recipe: Recipe, over: Mapping[str, Any]) -> SftConfig:
     """The section sft with the values that a step's own section puts over it."""
     return from_plain(SftConfig, merged(recipe.sft.model_dump(mode="json"), over))
-
-
-def _ppo_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> PpoInputs:
-    return PpoInputs(
-        **shared,
-        rollout=step.rollout,
-        scoring=recipe.scoring,
-        policy=taken.policy,
-        reward_models=taken.reward_models,
-    )
-
-
-def _eval_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> EvaluationInputs:
-    first = [taken.policy] if recipe.base.policy and taken.policy not in taken.surveyed.values() else []
-    told = {key: value for key, value in shared.items() if key != "deadline"}  # it trains nothing
-    return EvaluationInputs(
-        **told,
-        rollout=step.rollout,
-        scoring=recipe.scoring,
-        policies=tuple(policy for policy in (*first, *taken.surveyed.values()) if policy),
-        reward_models=taken.reward_models,
-    )
-
-
-def _report_inputs(recipe: Recipe, step: Step, taken: Taken, shared: Mapping[str, Any]) -> ReportInputs:
-    told = {key: shared[key] for key in ("step", "folder", "resolved", "identity", "fingerprint", "run", "tracking")}
-    return ReportInputs(**told, recipe=recipe.model_dump(mode="json"), earlier=tuple(taken.surveyed.values()))
-
-
-_INPUTS: Mapping[str, Callable[[Recipe, Step, Taken, Mapping[str, Any]], Any]] = {
-    "sft": _sft_inputs,
-    "rm": _reward_inputs,
-    "rs": _rs_inputs,
-    "gatt": _gatt_inputs,
-    "distill": _distill_inputs,
-    "ppo": _ppo_inputs,
-    "eval": _eval_inputs,
-    "report": _report_inputs,
-}
 
 
 def stage_estimate(recipe: Recipe, step: Step, shape: Shape, gpu: Gpu | None) -> Estimate:

@@ -176,13 +176,12 @@ def _state(work: Work) -> StepState:
 def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
     name, folder = work.step.name, work.folder
     is_begun = folder.identity.is_file()
-    resolved = to_yaml(recipe)
     begin(
         folder,
         name,
         fingerprint=work.fingerprint,
         identity=work.identity,
-        resolved=resolved,
+        resolved=to_yaml(recipe),
         keeps_sampling=bool(work.step.stage.surveys),
     )
     log.info("%s: from %s, into %s", name, work.taken.words, folder.path)
@@ -213,8 +212,7 @@ def _work_on(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
         recipe,
         work.step,
         work.taken,
-        folder=work.folder.path,
-        resolved=to_yaml(recipe),
+        folder=work.folder,
         identity=work.identity,
         fingerprint=work.fingerprint,
         deadline=deadline,

@@ -26,7 +26,6 @@ from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import DataError
 from llamachat.memory.estimates import Estimate, Shape
 from llamachat.rollout.decoder import LlamaEngine
-from llamachat.runs.folder import StepFolder
 from llamachat.scoring.scores import Combined
 from sft.examples import load_examples
 from tests.gatt.tiny_gatt import (
@@ -294,7 +293,7 @@ def test_where_nothing_keeps_the_instructions_the_counts_are_told(
     with pytest.raises(DataError, match=r"gatt: of 12 dialogs none is left \(.*Raise gatt\.samples_per_turn") as caught:
         make_dialogs(config, inputs)
     assert "dialogs left out: no sample of the last answer keeps the instruction" in str(caught.value)
-    assert not StepFolder(inputs.folder).dialogs.exists()
+    assert not inputs.folder.dialogs.exists()
 
 
 def test_instructions_longer_than_the_context_are_told(base: Path, tmp_path: Path) -> None:

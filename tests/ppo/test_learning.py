@@ -14,10 +14,10 @@ from llamachat.errors import DivergedError
 from llamachat.models.loading import load_policy
 from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 from llamachat.tracking.metrics import check_names
 from llamachat.tracking.record import MetricsRecord, SamplesRecord
 from ppo import update as update_module
-from ppo.config import Inputs
 from tests.ppo.tiny_ppo import config_of, inputs_of, write_function, write_stopping_base
 
 PAYS = """
@@ -165,11 +165,11 @@ def test_a_training_that_breaks_tells_where_its_best_policy_is(
         DivergedError, match=r"ppo/policy_loss is nan.*The best policy so far, of iteration \d+, is in "
     ) as error:
         ppo.run(config, inputs)
-    best = inputs.folder / "checkpoints" / "best"
+    best = inputs.folder.checkpoints / "best"
     assert str(best) in str(error.value)
     load_policy(best)
-    assert not (inputs.folder / "artifact").exists()
-    assert any(path.name.startswith("step-") for path in (inputs.folder / "checkpoints").iterdir())
+    assert not inputs.folder.artifact.exists()
+    assert any(path.name.startswith("step-") for path in inputs.folder.checkpoints.iterdir())
 
 
 def test_hours_end_it(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -196,7 +196,7 @@ def test_every_way_to_train_runs(critic: str, changes: dict[str, Any], base: Pat
 
 def test_the_same_inputs_give_the_same_policy(base: Path, tmp_path: Path) -> None:
     def weights(run: str) -> bytes:
-        inputs: Inputs = inputs_of(tmp_path, base, run=run)
+        inputs: StepInputs = inputs_of(tmp_path, base, run=run)
         return next(ppo.run(config_of(), inputs).path.glob("*.safetensors")).read_bytes()
 
     state = torch.get_rng_state()

@@ -21,8 +21,9 @@ from llamachat.errors import ConfigError
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.checkpoints import newest
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 from llamachat.tracking.record import MetricsRecord, SamplesRecord
-from ppo.config import Config, Inputs
+from ppo.config import Config
 from ppo.start import check_processes
 from ppo.update import Updater
 from rejection_sampling.train import make_dialogs
@@ -50,7 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes, t
 
 
 @pytest.fixture(scope="module")
-def inputs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+def inputs(world: World, tmp_path_factory: pytest.TempPathFactory) -> StepInputs:
     """With two reward models, so that their reading is shared, too."""
     models: dict[str, Artifact] = {}
     for role in ("helpfulness", "safety"):
@@ -67,13 +68,13 @@ def inputs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     )
 
 
-def named(inputs: Inputs, name: str) -> Inputs:
+def named(inputs: StepInputs, name: str) -> StepInputs:
     """The same work in another run folder."""
-    runs = inputs.folder.parents[1]
-    return replace(inputs, folder=runs / name / "ppo", run=Run(dir=str(runs / name), seed=inputs.run.seed))
+    runs = inputs.folder.path.parents[1]
+    return replace(inputs, folder=StepFolder(runs / name / "ppo"), run=Run(dir=str(runs / name), seed=inputs.run.seed))
 
 
-def train(config: Config, inputs: Inputs, killed_at: int = -1) -> dict[str, Tensor]:
+def train(config: Config, inputs: StepInputs, killed_at: int = -1) -> dict[str, Tensor]:
     """The policy that this process holds in the end; all die when the checkpoint of an iteration is there."""
     held: list[ppo.train.Session] = []
     save = ppo.train.Session.save
@@ -91,24 +92,22 @@ def train(config: Config, inputs: Inputs, killed_at: int = -1) -> dict[str, Tens
     return {name: weight.clone() for name, weight in held[0].start.bank.state_dict().items()}
 
 
-def record_of(inputs: Inputs) -> list[dict[str, float]]:
-    rows = MetricsRecord(StepFolder(inputs.folder).metrics).read()
+def record_of(inputs: StepInputs) -> list[dict[str, float]]:
+    rows = MetricsRecord(inputs.folder.metrics).read()
     return [{name: value for name, value in row.items() if not name.startswith(VOLATILE)} for row in rows]
 
 
-def assert_alike(one: Inputs, other: Inputs) -> None:
+def assert_alike(one: StepInputs, other: StepInputs) -> None:
     """Line by line the same figures, the same answers, and the same policy but for rounding."""
     rows, others = record_of(one), record_of(other)
     assert [row["step"] for row in rows] == [row["step"] for row in others] == sorted({row["step"] for row in rows})
     for row, row_of_other in zip(rows, others, strict=True):
         assert row == pytest.approx(row_of_other, rel=1e-4, abs=1e-4)
     answers, answers_of_other = (
-        [row["answer"] for row in SamplesRecord(StepFolder(of.folder).samples).read()] for of in (one, other)
+        [row["answer"] for row in SamplesRecord(of.folder.samples).read()] for of in (one, other)
     )
     assert answers and answers == answers_of_other
-    weights, weights_of_other = (
-        load_file(StepFolder(of.folder).artifact / "adapter_model.safetensors") for of in (one, other)
-    )
+    weights, weights_of_other = (load_file(of.folder.artifact / "adapter_model.safetensors") for of in (one, other))
     assert weights.keys() == weights_of_other.keys()
     for name, weight in weights.items():
         assert distance(weights_of_other[name], weight) < 1e-3
@@ -120,14 +119,14 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def by_one(inputs: Inputs) -> Iterator[Inputs]:
+def by_one(inputs: StepInputs) -> Iterator[StepInputs]:
     """Three iterations of one process."""
     found = named(inputs, "by-one")
     run_several(1, train, CONFIG, found)
     yield found
 
 
-def test_two_processes_train_the_policy_that_one_does(inputs: Inputs, by_one: Inputs) -> None:
+def test_two_processes_train_the_policy_that_one_does(inputs: StepInputs, by_one: StepInputs) -> None:
     by_two = named(inputs, "by-two")
     first, second = run_several(2, train, CONFIG, by_two)
     assert len(record_of(by_two)) == 4  # the start and three iterations: one process writes
@@ -138,11 +137,11 @@ def test_two_processes_train_the_policy_that_one_does(inputs: Inputs, by_one: In
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_killed_after_two_iterations_another_number_of_processes_goes_on(
-    before: int, after: int, inputs: Inputs, by_one: Inputs
+    before: int, after: int, inputs: StepInputs, by_one: StepInputs
 ) -> None:
     killed = named(inputs, f"killed-{before}")
     assert run_several(before, train, CONFIG, killed, 2, may_die=True) == [None] * before
-    checkpoint = newest(StepFolder(killed.folder).checkpoints)
+    checkpoint = newest(killed.folder.checkpoints)
     assert checkpoint is not None and checkpoint.step == 2
     run_several(after, train, CONFIG, killed)
     assert_alike(killed, by_one)
@@ -164,7 +163,7 @@ def test_two_processes_sample_and_choose_the_dialogs_that_one_does(tmp_path: Pat
     assert [row["rs/reward_best"] for row in rows] == [row["rs/reward_best"] for row in rows_of_two]
 
 
-def run_out_of_memory(inputs: Inputs) -> None:
+def run_out_of_memory(inputs: StepInputs) -> None:
     """In the last process alone."""
 
     def no_room(*_: Any, **__: Any) -> None:
@@ -175,7 +174,7 @@ def run_out_of_memory(inputs: Inputs) -> None:
     ppo.run(CONFIG, inputs)
 
 
-def test_memory_that_runs_out_in_one_of_several_processes_is_told_with_a_way_out(inputs: Inputs) -> None:
+def test_memory_that_runs_out_in_one_of_several_processes_is_told_with_a_way_out(inputs: StepInputs) -> None:
     found = (
         r"process 1 of 2:(?s:.*)DeviceMemoryError: ppo: the memory of one of 2 devices does not hold a row of 96 tokens"
     )
@@ -184,7 +183,7 @@ def test_memory_that_runs_out_in_one_of_several_processes_is_told_with_a_way_out
 
 
 def test_weights_cut_over_the_processes_are_refused_and_adapters_are_not(
-    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+    inputs: StepInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "are_sharded", lambda: True)
     check_processes(inputs)

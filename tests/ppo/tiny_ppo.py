@@ -10,7 +10,9 @@ import torch
 from llamachat.config.sections import Data, DataSource, Rollout, Run, Scoring, Split, Tracking, Tuning
 from llamachat.models.loading import save_policy
 from llamachat.runs.artifacts import Artifact
-from ppo.config import Config, Inputs
+from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
+from ppo.config import Config
 from tests.tiny_llama import base_section, tiny_llama
 
 QUIET: dict[str, Any] = {"mode": "off"}
@@ -83,17 +85,16 @@ def inputs_of(
     rollout: dict[str, Any] | None = None,
     tracking: dict[str, Any] | None = None,
     **base_changes: Any,
-) -> Inputs:
+) -> StepInputs:
     """What `pipelines` would hand to the stage; without `scoring` a function pays for the letter t."""
     file = folder / "prompts.jsonl"
     if not file.exists():
         write_prompts(file, prompts)
     if scoring is None:
         scoring = {"combine": write_function(folder / "letter.py")}
-    return Inputs(
+    return StepInputs(
         step="ppo",
-        folder=folder / "runs" / run / "ppo",
-        resolved="",
+        folder=StepFolder(folder / "runs" / run / "ppo"),
         identity={"step": "ppo"},
         fingerprint="0" * 64,
         run=Run(dir=str(folder / "runs" / run), seed=3),

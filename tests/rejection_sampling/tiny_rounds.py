@@ -101,5 +101,5 @@ def inputs_of(recipe_path: Path, name: str = "rs", *overrides: str) -> tuple[Any
     steps = resolve_steps(recipe)
     step = next(step for step in steps if step.name == name)
     work = find_work(recipe, steps, step)
-    of_the_work = {"folder": work.folder.path, "identity": work.identity, "fingerprint": work.fingerprint}
-    return step.config, stage_inputs(recipe, step, work.taken, resolved="", **of_the_work)
+    of_the_work = {"folder": work.folder, "identity": work.identity, "fingerprint": work.fingerprint}
+    return step.config, stage_inputs(recipe, step, work.taken, **of_the_work)

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 import reward
 from llamachat.errors import DeviceMemoryError
-from llamachat.runs.folder import StepFolder
 from reward.config import Config
 from reward.trainer import PackedRewardTrainer
 from tests.reward.tiny_reward import reward_inputs
@@ -66,4 +65,4 @@ def test_a_pair_that_does_not_fit_alone_is_told_with_the_ways_out(
     told = r"rm/helpfulness: .* one pair at a time .*reward\.gradient_checkpointing"
     with pytest.raises(DeviceMemoryError, match=told):
         reward.run(Config(pairs_per_step=8), inputs)
-    assert not StepFolder(inputs.folder).artifact.exists()
+    assert not inputs.folder.artifact.exists()

@@ -13,8 +13,9 @@ from llamachat.config.sections import Data, DataSource, Split
 from llamachat.data.loading import Preference
 from llamachat.data.splits import split_of
 from llamachat.errors import DataError
+from llamachat.runs.inputs import Which
 from reward.batches import Batches, pack_responses, plan_batches
-from reward.config import Config, Which
+from reward.config import Config
 from reward.pairs import UNSAFE_CHOSEN, Examples, LabelExample, PairExample, load_examples
 from tests.reward.tiny_reward import data_of, preference, toy_labels, toy_pairs
 

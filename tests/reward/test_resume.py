@@ -13,7 +13,6 @@ import torch
 import reward
 from llamachat.config.sections import Tuning
 from llamachat.runs import checkpoints as checkpoints_module
-from llamachat.runs.checkpoints import newest
 from llamachat.tracking.record import MetricsRecord
 from llamachat.training.trainer import Watch
 from reward import train as train_module
@@ -65,7 +64,7 @@ def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         if method not in made:
             inputs = stage_inputs(tmp_path_factory.mktemp(f"whole-{method}"), base, method)
             reward.run(STAGE, inputs)
-            made[method] = results(inputs.folder)
+            made[method] = results(inputs.folder.path)
         return made[method]
 
     return of
@@ -111,9 +110,9 @@ def test_stopped_at_any_moment_it_ends_like_an_uninterrupted_run(
     with monkeypatch.context() as patch, pytest.raises(StopError):
         stop_at(patch, target, name, call=call)
         reward.run(STAGE, inputs)
-    assert not (inputs.folder / "artifact").exists()
+    assert not inputs.folder.artifact.exists()
     reward.run(STAGE, inputs)
-    assert results(inputs.folder) == uninterrupted(method)
+    assert results(inputs.folder.path) == uninterrupted(method)
 
 
 KILLED = """
@@ -138,7 +137,7 @@ def test_a_killed_process_leaves_a_checkpoint_that_another_goes_on_from(base: Pa
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     inputs = stage_inputs(tmp_path, base, "lora")
-    found = newest(inputs.folder / "checkpoints")
+    found = newest(inputs.folder.checkpoints)
     assert found is not None and found.step == 4
     reward.run(STAGE, inputs)
-    assert results(inputs.folder) == uninterrupted("lora")
+    assert results(inputs.folder.path) == uninterrupted("lora")

@@ -19,7 +19,6 @@ from llamachat.errors import DivergedError
 from llamachat.models.loading import trunk_digest
 from llamachat.models.reward_model import load_reward_model, reward_trunk_digest
 from llamachat.models.sequence_attention import use_sequence_attention
-from llamachat.runs.folder import StepFolder
 from llamachat.tracking.record import MetricsRecord
 from llamachat.training.trainer import Watch
 from reward import train as train_module
@@ -41,7 +40,9 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) ->
 
 
 def trainer_of(session: Session, folder: Path) -> Any:
-    watch = Watch([], names=names_of(session.inputs.which), on_log=lambda *_: None, on_step=lambda _: None)
+    watch = Watch(
+        [], names=names_of(session.inputs.which or "helpfulness"), on_log=lambda *_: None, on_step=lambda _: None
+    )
     return session._trainer(watch, folder)
 
 
@@ -178,8 +179,8 @@ def test_it_learns_toy_pairs_and_publishes_what_it_learnt(
     monkeypatch.setattr(train_module, "build_reward_model", built)
     rate = 3e-3 if method == "full" else 3e-2
     artifact = reward.run(Config(epochs=4, pairs_per_step=8, learning_rate=rate, other_share=0.3), inputs)
-    summary = json.loads(StepFolder(inputs.folder).summary.read_text())
-    rows = list(MetricsRecord(StepFolder(inputs.folder).metrics).read())
+    summary = json.loads(inputs.folder.summary.read_text())
+    rows = list(MetricsRecord(inputs.folder.metrics).read())
     assert rows[0]["rm/helpfulness/eval_loss"] == pytest.approx(math.log(2))
     assert rows[0]["rm/helpfulness/eval_accuracy"] == 0.5
     assert summary["rm/helpfulness/eval_loss"] < 0.2 and summary["rm/helpfulness/eval_accuracy"] == 1.0
@@ -195,7 +196,7 @@ def test_it_learns_toy_pairs_and_publishes_what_it_learnt(
     if method != "full":
         assert reward_trunk_digest(loaded.model) == digests[0]
     for name in ("artifact", "checkpoints"):
-        for file in (StepFolder(inputs.folder).path / name).rglob("*config.json"):
+        for file in (inputs.folder.path / name).rglob("*config.json"):
             assert "per_sequence" not in file.read_text()
 
 
@@ -211,7 +212,7 @@ def test_safety_labels_are_learnt_with_a_weight_and_not_without(base: Path, tmp_
         )
         config = Config(epochs=4, pairs_per_step=8, learning_rate=3e-3, safety_auxiliary_weight=weight)
         reward.run(config, inputs)
-        found[weight] = json.loads(StepFolder(inputs.folder).summary.read_text())
+        found[weight] = json.loads(inputs.folder.summary.read_text())
     assert found[1.0]["rm/safety/auroc"] == 1.0 and found[1.0]["rm/safety/balanced_accuracy"] == 1.0
     assert found[0.0]["rm/safety/auroc"] < 1.0
 
@@ -219,7 +220,7 @@ def test_safety_labels_are_learnt_with_a_weight_and_not_without(base: Path, tmp_
 def test_figures_of_a_line_are_means_over_its_pairs(base: Path, tmp_path: Path):
     inputs = reward_inputs(tmp_path, base, tracking={"log_every": 2})
     reward.run(Config(pairs_per_step=5, other_share=0), inputs)
-    rows = [row for row in MetricsRecord(StepFolder(inputs.folder).metrics).read() if "rm/helpfulness/loss" in row]
+    rows = [row for row in MetricsRecord(inputs.folder.metrics).read() if "rm/helpfulness/loss" in row]
     assert len(rows) >= 2
     for row in rows:
         assert 0 <= row["rm/helpfulness/accuracy"] <= 1
@@ -231,7 +232,7 @@ def test_figures_of_a_line_are_means_over_its_pairs(base: Path, tmp_path: Path):
 def test_the_rate_rises_for_five_steps_and_ends_at_a_tenth(base: Path, tmp_path: Path):
     inputs = reward_inputs(tmp_path, base)
     reward.run(Config(epochs=4, pairs_per_step=4, learning_rate=1e-3), inputs)
-    rows = [row for row in MetricsRecord(StepFolder(inputs.folder).metrics).read() if "rm/helpfulness/loss" in row]
+    rows = [row for row in MetricsRecord(inputs.folder.metrics).read() if "rm/helpfulness/loss" in row]
     rates = [row["optim/learning_rate"] for row in rows]
     assert rates[:5] == pytest.approx([0.2e-3, 0.4e-3, 0.6e-3, 0.8e-3, 1e-3]) or rates[:6] == pytest.approx(
         [0, 0.2e-3, 0.4e-3, 0.6e-3, 0.8e-3, 1e-3]

@@ -10,9 +10,10 @@ from llamachat.config.sections import Data, DataSource, Run, Split, Tracking, Tu
 from llamachat.models.reward_model import build_reward_model
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs, Which
 from llamachat.tracking.tracker import open_tracker
 from llamachat.training.hours import Hours
-from reward.config import Config, Inputs, Which
+from reward.config import Config
 from reward.pairs import load_examples
 from reward.train import Session, plan_training
 from tests.tiny_llama import base_section
@@ -93,13 +94,12 @@ def reward_inputs(
     tracking: dict[str, Any] | None = None,
     policy: Artifact | None = None,
     **base_changes: Any,
-) -> Inputs:
+) -> StepInputs:
     """What `pipelines` would hand to the stage for a run in `folder`."""
-    return Inputs(
+    return StepInputs(
         step=f"rm/{which}",
         which=which,
-        folder=folder / "runs" / "one" / "rm" / which,
-        resolved="",
+        folder=StepFolder(folder / "runs" / "one" / "rm" / which),
         identity={"step": f"rm/{which}"},
         fingerprint="0" * 64,
         run=Run(dir=str(folder / "runs" / "one"), seed=3),
@@ -113,14 +113,14 @@ def reward_inputs(
 
 
 @contextmanager
-def open_session(config: Config, inputs: Inputs) -> Iterator[Session]:
+def open_session(config: Config, inputs: StepInputs) -> Iterator[Session]:
     """The stage up to where it begins to train, as `reward.train.run` builds it, without its attention for CPUs."""
     start = build_reward_model(inputs.base, inputs.tuning, policy=inputs.policy, seed=inputs.run.seed, device="cpu")
     examples = load_examples(
         config,
         inputs.data,
         start.chat_format,
-        which=inputs.which,
+        which=inputs.which or "helpfulness",
         system=inputs.base.system,
         max_tokens=inputs.base.max_tokens,
         seed=inputs.run.seed,
@@ -128,7 +128,7 @@ def open_session(config: Config, inputs: Inputs) -> Iterator[Session]:
     batches = plan_training(config, inputs, examples, device=start.device)
     with open_tracker(
         inputs.tracking,
-        step_folder=StepFolder(inputs.folder),
+        step_folder=inputs.folder,
         run_dir=Path(inputs.run.dir),
         step=inputs.step,
         prefix=inputs.step,

@@ -347,9 +347,9 @@ def test_stopped_at_any_moment_it_ends_like_an_uninterrupted_run(
         target, name, call = MOMENTS[moment]
         stop_at(patch, target, name, call=call)
         sft.run(STAGE, inputs)
-    assert not (inputs.folder / "artifact").exists()
+    assert not inputs.folder.artifact.exists()
     sft.run(STAGE, inputs)
-    assert results(inputs.folder) == in_process
+    assert results(inputs.folder.path) == in_process
 
 
 STAGE = Config(epochs=2, examples_per_step=8, learning_rate=1e-3, sample_prompts=1)
@@ -371,4 +371,4 @@ def results(step: Path) -> tuple[bytes, list[Any]]:
 def in_process(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[Any]]:
     inputs = stage_inputs(tmp_path_factory.mktemp("whole"), base)
     sft.run(STAGE, inputs)
-    return results(inputs.folder)
+    return results(inputs.folder.path)

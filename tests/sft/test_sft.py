@@ -20,9 +20,10 @@ from llamachat.config.sections import Tuning
 from llamachat.data.packing import IGNORED, collate_packed, collate_padded
 from llamachat.rollout.engine import Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
+from llamachat.runs.inputs import StepInputs
 from llamachat.training.trainer import Watch
 from sft import loss as loss_module
-from sft.config import Config, Inputs
+from sft.config import Config
 from sft.evaluation import answer_loss
 from sft.loss import answer_token_losses
 from sft.start import load_start
@@ -210,7 +211,7 @@ def train_and_see(session: Session, scratch: Path) -> Seen:
     return seen
 
 
-def slow_step(inputs: Inputs, examples: Sequence[TokenizedExample]) -> tuple[float, dict[str, Tensor]]:
+def slow_step(inputs: StepInputs, examples: Sequence[TokenizedExample]) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one optimizer step, one dialog at a time."""
     model = load_start(inputs).model
     tokens = sum(sum(example.loss_mask) for example in examples)

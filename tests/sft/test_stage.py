@@ -102,7 +102,7 @@ def test_the_record_holds_the_loss_on_held_out_answers_and_the_samples(base: Pat
     config = SHORT.model_copy(update={"epochs": 3.0})
     inputs = inputs_of(tmp_path, base, toy_dialogs(30), tracking={"eval_every": 2, "sample_every": 3})
     artifact = sft.run(config, inputs)
-    folder = StepFolder(inputs.folder)
+    folder = inputs.folder
     record = MetricsRecord(folder.metrics).read()
     losses = [row for row in record if "sft/loss" in row]
     steps = len(losses)
@@ -152,7 +152,7 @@ def test_training_that_diverges_stops_with_a_way_out_and_publishes_nothing(eval_
     inputs = inputs_of(tmp_path, base, toy_dialogs(20), tracking={"eval_every": eval_every, "save_every": 1})
     with pytest.raises(DivergedError, match=r"sft: the .*loss .* is (nan|inf)\. .* lower sft\.learning_rate"):
         sft.run(config, inputs)
-    folder = StepFolder(inputs.folder)
+    folder = inputs.folder
     assert not folder.artifact.exists() and not folder.summary.exists()
     losses = [row["sft/loss"] for row in MetricsRecord(folder.metrics).read() if "sft/loss" in row]
     assert all(map(math.isfinite, losses))
@@ -178,9 +178,9 @@ def test_an_offline_wandb_run_holds_every_figure_and_no_chat_text(
     monkeypatch.setenv("HOME", str(tmp_path))
     inputs = inputs_of(tmp_path, base, toy_dialogs(20), tracking={"mode": "offline"}, system="violet hedgehog")
     sft.run(SHORT, inputs)
-    (run,) = offline_runs(StepFolder(inputs.folder))
+    (run,) = offline_runs(inputs.folder)
     history = wandb_history(run)
-    record = MetricsRecord(inputs.folder / "metrics.jsonl").read()
+    record = MetricsRecord(inputs.folder.path / "metrics.jsonl").read()
     figures = {
         (name, int(row["step"])): row[name] for row in record for name in row if "/" in name and name != "sft/step"
     }
@@ -188,7 +188,7 @@ def test_an_offline_wandb_run_holds_every_figure_and_no_chat_text(
     for (name, step), value in figures.items():
         shown = history.get(name) or history[f"sft/{name}"]
         assert shown[step] == pytest.approx(value)
-    samples = SamplesRecord(inputs.folder / "samples.jsonl").read()
+    samples = SamplesRecord(inputs.folder.path / "samples.jsonl").read()
     assert samples and all("violet hedgehog" in row["prompt"] for row in samples)
     for path in run.parent.rglob("*"):
         content = path.read_bytes() if path.is_file() else b""
@@ -256,7 +256,7 @@ def test_dialogs_that_do_not_fit_are_shortened_or_left_out_and_counted(base: Pat
     long_talk = [message for n in range(1, 9) for message in pair(f"And what is {n} and {n}?", "I like the weather.")]
     inputs = inputs_of(tmp_path, base, [*toy_dialogs(20), long_turn, long_talk])
     artifact = sft.run(SHORT, inputs)
-    held_out_or_not = read_artifact(inputs.folder).manifest.dropped_records
+    held_out_or_not = read_artifact(inputs.folder.path).manifest.dropped_records
     assert held_out_or_not == artifact.manifest.dropped_records
     assert held_out_or_not == {
         "left out: the last turn pair alone is longer than 96 tokens": 1,

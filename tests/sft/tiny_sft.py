@@ -14,9 +14,10 @@ from llamachat.config.sections import Base, Data, DataSource, Rollout, Run, Spli
 from llamachat.models.loading import save_policy
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 from llamachat.tracking.tracker import open_tracker
 from llamachat.training.hours import Hours
-from sft.config import Config, Inputs
+from sft.config import Config
 from sft.examples import load_examples
 from sft.start import load_start
 from sft.train import Session, plan_training
@@ -65,13 +66,12 @@ def inputs_of(
     tracking: dict[str, Any] | None = None,
     policy: Artifact | None = None,
     **base_changes: Any,
-) -> Inputs:
+) -> StepInputs:
     """What `pipelines` would hand to the stage for a run in `folder`."""
     source = DataSource(path=str(write_dialogs(folder / "dialogs.jsonl", dialogs)))
-    return Inputs(
+    return StepInputs(
         step="sft",
-        folder=folder / "runs" / "one" / "sft",
-        resolved="",
+        folder=StepFolder(folder / "runs" / "one" / "sft"),
         identity={"step": "sft"},
         fingerprint="0" * 64,
         run=Run(dir=str(folder / "runs" / "one"), seed=3),
@@ -85,7 +85,7 @@ def inputs_of(
 
 
 @contextmanager
-def open_session(config: Config, inputs: Inputs) -> Iterator[Session]:
+def open_session(config: Config, inputs: StepInputs) -> Iterator[Session]:
     """The stage up to where it begins to train, as `sft.train.run` builds it."""
     start = load_start(inputs)
     examples = load_examples(
@@ -100,7 +100,7 @@ def open_session(config: Config, inputs: Inputs) -> Iterator[Session]:
     plan = plan_training(config, inputs, examples, device=start.device)
     with open_tracker(
         inputs.tracking,
-        step_folder=StepFolder(inputs.folder),
+        step_folder=inputs.folder,
         run_dir=Path(inputs.run.dir),
         step="sft",
         prefix="sft",

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.report.config import Config, Inputs
+from evaluation.report.config import Config
 from evaluation.report.step import run
-from llamachat.config.sections import Run, Tracking
+from llamachat.config.sections import Base, Data, Run, Tracking, Tuning
 from llamachat.runs.artifacts import Artifact, Kind, Manifest, publish
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 
 EVALUATED = ("sft", "rs", "ppo")
 STEPS = ("sft", "rm/helpfulness", "rm/safety", "rm/judge", "rs", "ppo", "gatt", "distill", "eval")
@@ -114,15 +115,17 @@ class TinyRun:
             self.artifacts.append(self._finished(name))
         return self
 
-    def inputs(self, count: int) -> Inputs:
+    def inputs(self, count: int) -> StepInputs:
         folder = self.folder / f"report-{count}"
-        return Inputs(
+        return StepInputs(
             step="report",
-            folder=folder,
-            resolved="steps: []\n",
+            folder=StepFolder(folder),
             identity={"step": "report", "command": "report"},
             fingerprint="f" * 64,
             run=Run(dir=str(self.folder), seed=7),
+            base=Base(model="assets/nowhere"),
+            tuning=Tuning(),
+            data=Data(sft=()),
             tracking=Tracking(mode="off"),
             recipe={
                 "base": {"model": "assets/nowhere"},
@@ -134,14 +137,14 @@ class TinyRun:
                 },
                 "steps": [*self.steps[:4], *({name: {}} for name in self.steps[4:]), "report"],
             },
-            earlier=tuple(self.artifacts[:count]),
+            surveyed=tuple(self.artifacts[:count]),
         )
 
     def report(self, *, count: int = len(STEPS), config: Config | None = None) -> StepFolder:
         """The report on the first `count` of the steps that there are."""
         inputs = self.inputs(count)
         run(config or Config(), inputs)
-        return StepFolder(inputs.folder)
+        return inputs.folder
 
     def _finished(self, name: str) -> Artifact:
         step, command = StepFolder(self.folder / name), _COMMANDS.get(name, name)

@@ -18,7 +18,6 @@ from llamachat.config.sections import Tuning
 from llamachat.errors import ArtifactError, ConfigError
 from llamachat.models import nf4
 from llamachat.models.loading import attach_adapter, load_base, load_policy, trunk_digest
-from llamachat.runs.folder import StepFolder
 from llamachat.tracking.tracker import read_summary
 from llamachat.training.trainer import Watch
 from sft.config import Config
@@ -196,7 +195,7 @@ def test_it_learns_as_well_as_adapters_on_the_bf16_base(base: Path, tmp_path: Pa
         folder.mkdir()
         inputs = inputs_of(folder, base, toy_dialogs(40), tuning=tuning, **BF16)
         sft.run(config, inputs)
-        summary = read_summary(StepFolder(inputs.folder))
+        summary = read_summary(inputs.folder)
         reached[tuning.method], begun[tuning.method] = summary["sft/eval_loss"], summary["sft/eval_loss_base"]
     assert reached["qlora"] < begun["qlora"] - 1.0
     assert reached["qlora"] == pytest.approx(reached["lora"], rel=0.05)
@@ -208,8 +207,8 @@ def test_an_adapter_is_continued_on_a_4_bit_base_in_a_copy(base: Path, tmp_path:
     (tmp_path / "second").mkdir()
     second = inputs_of(tmp_path / "second", base, toy_dialogs(20), tuning=QLORA, policy=first, **BF16)
     assert sft.run(SHORT, second).manifest.details["trunk"] == first.manifest.details["trunk"]
-    start = read_summary(StepFolder(second.folder))["sft/eval_loss_base"]
-    assert start == pytest.approx(read_summary(StepFolder(inputs.folder))["sft/eval_loss"], abs=1e-6)
+    start = read_summary(second.folder)["sft/eval_loss_base"]
+    assert start == pytest.approx(read_summary(inputs.folder)["sft/eval_loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize(

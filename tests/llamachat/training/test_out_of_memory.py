@@ -140,7 +140,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_result_is_the_same(
             artifact = sft.run(config, inputs)
         (file,) = artifact.path.glob("*model.safetensors")
         results.append(load_file(file))
-        steps.append(losses(inputs.folder))
+        steps.append(losses(inputs.folder.path))
     assert refused
     warnings = [record.getMessage() for record in caplog.records if "memory is too small" in record.getMessage()]
     assert len(warnings) == len(refused), "each halving is told once"
@@ -161,7 +161,7 @@ def test_a_dialog_that_does_not_fit_alone_is_told_with_the_ways_out(
     inputs = inputs_of(tmp_path, base, toy_dialogs(26), tuning=LORA)
     with pytest.raises(DeviceMemoryError, match=r"sft: .* one dialog at a time .* tuning\.method to qlora"):
         sft.run(config, inputs)
-    folder = StepFolder(inputs.folder)
+    folder = inputs.folder
     assert not folder.artifact.exists()
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000001"], "what is done is kept"
 

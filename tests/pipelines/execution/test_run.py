@@ -16,7 +16,6 @@ import sft
 from llamachat.errors import ArtifactError, BusyError, ChangedError, DataError, UsageError
 from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.checkpoints import writing
-from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import hold
 from pipelines.execution.run import find_work, run_chosen, run_command
 from pipelines.planning.data_size import measure_data
@@ -137,9 +136,8 @@ def test_the_resolved_recipe_is_there_before_the_stage_begins(tmp_path: Path, mo
     recipe = load(write_recipe(tmp_path), ["sft.epochs=7"])
 
     def run(config: Any, inputs: Any) -> Artifact:
-        folder = StepFolder(inputs.folder)
-        assert folder.config.read_text() == inputs.resolved
-        assert yaml.safe_load(inputs.resolved)["sft"]["epochs"] == 7
+        folder = inputs.folder
+        assert yaml.safe_load(folder.config.read_text())["sft"]["epochs"] == 7
         assert load(folder.config) == recipe
         with pytest.raises(BusyError), hold(folder):
             pass
@@ -260,7 +258,7 @@ def test_plan_and_log_tell_the_checkpoint_that_a_step_resumes_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def interrupted(config: Any, inputs: Any) -> Artifact:
-        with writing(StepFolder(inputs.folder).checkpoints, 50) as side:
+        with writing(inputs.folder.checkpoints, 50) as side:
             (side / "state").write_text("x")
         raise KeyboardInterrupt
 
@@ -280,7 +278,7 @@ def test_a_recipe_mended_as_a_refusal_asked_is_not_refused_as_changed(
 ) -> None:
     def refused(config: Any, inputs: Any) -> Artifact:
         if has_checkpoint:
-            with writing(StepFolder(inputs.folder).checkpoints, 50) as side:
+            with writing(inputs.folder.checkpoints, 50) as side:
                 (side / "state").write_text("x")
         raise DataError("data.sft: no dialogs are left to validate with. Change data.split.")
 

@@ -45,7 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return run
 
     def with_a_loss(config: Any, inputs: Any) -> Artifact:
-        (inputs.folder / "summary.json").write_text(json.dumps({"sft/eval_loss": config.learning_rate, "text": "no"}))
+        (inputs.folder.summary).write_text(json.dumps({"sft/eval_loss": config.learning_rate, "text": "no"}))
         return publish_toy_policy(config, inputs)
 
     monkeypatch.setattr(sft, "run", counted(with_a_loss))

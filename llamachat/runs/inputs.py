@@ -1,0 +1,63 @@
+"""What a step is given besides its own section: the shared sections of the recipe, its folder and the artifacts it reads.
+
+`pipelines` resolves all of it; a stage looks for nothing itself. Members with a default are read by some stages only.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
+from llamachat.runs.artifacts import Artifact
+from llamachat.runs.folder import StepFolder
+
+# The reward models of a recipe. The judge is trained on data that the other two never see, and selects nothing.
+Which = Literal["helpfulness", "safety", "judge"]
+
+
+class Tune(Protocol):
+    """Supervised tuning of a step's policy on the dialogs that the step has published."""
+
+    def __call__(
+        self, dialogs: Artifact, *, over: Mapping[str, Any], from_base: bool = False, sft_share: float = 0.0
+    ) -> Artifact:
+        """The tuned policy, in `tuned/` until `end_step`; what a killed command left there is taken as it is.
+
+        `over` are values over the section sft; `sft_share` is the share of `data.sft` that is trained on next to them.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """The inputs of one step."""
+
+    step: str  # its name: sft, rm/safety, rs-2
+    folder: StepFolder
+    identity: dict[str, Any]
+    fingerprint: str
+    run: Run
+    base: Base
+    tuning: Tuning
+    data: Data
+    tracking: Tracking
+    rollout: Rollout = field(default_factory=Rollout)
+    scoring: Scoring = field(default_factory=Scoring)
+    deadline: float | None = None  # by time.monotonic(): when run.max_hours are over
+    policy: Artifact | None = None  # to start from; the base itself without one
+    reward_models: Mapping[str, Artifact] = field(default_factory=dict)  # by what they judge, the judge among them
+    which: Which | None = None  # the reward model to train
+    tune: Tune | None = None  # of steps that make dialogs and train on them
+    sft_policy: Artifact | None = None  # of the nearest earlier sft step: what rejection sampling is compared with
+    pooled: Mapping[str, Artifact] = field(default_factory=dict)  # the dialogs of earlier rounds, by step
+    dialogs: Artifact | None = None  # made by a step such as rejection sampling: sft trains on them instead of data.sft
+    sft_share: float = 0.0  # of data.sft that sft trains on next to `dialogs`
+    surveyed: tuple[Artifact, ...] = ()  # finished steps that evaluation and report are about, in the order of the run
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # the whole resolved recipe as plain values, for the report
+
+    @property
+    def policies(self) -> tuple[Artifact, ...]:
+        """The policies to evaluate: the one that the recipe started from if it names one, then those of the run."""
+        surveyed = tuple(artifact for artifact in self.surveyed if artifact.manifest.kind == "policy")
+        is_first = self.base.policy is not None and self.policy is not None and self.policy not in surveyed
+        return (self.policy, *surveyed) if is_first and self.policy else surveyed

@@ -13,6 +13,7 @@ import torch
 import reward
 from llamachat.config.sections import Tuning
 from llamachat.runs import checkpoints as checkpoints_module
+from llamachat.runs.checkpoints import newest
 from llamachat.tracking.record import MetricsRecord
 from llamachat.training.trainer import Watch
 from reward import train as train_module

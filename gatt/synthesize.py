@@ -27,8 +27,7 @@ from llamachat.constraints import (
 )
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.data.splits import fraction
-from llamachat.rollout import together
-from llamachat.rollout.engine import Completion, RolloutEngine, Sampling
+from llamachat.rollout.engine import Completion, RolloutEngine, Sampling, scatter_generate
 
 Rank = Callable[[Sequence[Sequence[Response]]], list[list[int]]]  # places of each prompt's answers, best first
 
@@ -127,7 +126,7 @@ def speak(speaker: Speaker, conversations: Sequence[Conversation], sampling: Seq
         live = [one for one in live if one.is_open]
         if not live:
             break
-        found = together.generate(speaker.engine, prompts, samples_per_prompt=speaker.samples_per_turn, sampling=turn)
+        found = scatter_generate(speaker.engine, prompts, samples_per_prompt=speaker.samples_per_turn, sampling=turn)
         order = _order(speaker, live, prompts, found)
         for one, samples, places in zip(live, found, order, strict=True):
             last[id(one)] = _go_on(one, samples, places, speaker)

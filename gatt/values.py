@@ -9,8 +9,7 @@ from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import DialogError, Message
 from llamachat.constraints import parse_list, read_list
 from llamachat.errors import DataError
-from llamachat.rollout import together
-from llamachat.rollout.engine import RolloutEngine, Sampling
+from llamachat.rollout.engine import RolloutEngine, Sampling, scatter_generate
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def lists_of(
 def asked(name: str, engine: RolloutEngine, chat_format: ChatFormat, sampling: Sampling) -> list[str]:
     """What the policy names when it is asked for a list, the most often named first."""
     prompt = chat_format.encode_prompt([Message("user", QUESTIONS[name])])
-    (found,) = together.generate(engine, [prompt], samples_per_prompt=LISTS_ASKED, sampling=sampling)
+    (found,) = scatter_generate(engine, [prompt], samples_per_prompt=LISTS_ASKED, sampling=sampling)
     counts: Counter[str] = Counter()
     spelling: dict[str, str] = {}
     for completion in found:

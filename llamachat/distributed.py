@@ -4,21 +4,26 @@ Expensive work is divided among them (`scatter_map`, `all_reduce_sum`). Its resu
 take the same decisions without asking; where a decision depends on a clock or a file, the first process decides
 (`broadcast_object`). Only the first process writes. With one process, the usual case, every function here returns at once
 and does not import torch.
+
+With FSDP2 (configs/accelerate/fsdp2.yaml) a fully tuned model is divided too (`shard_model`), for a base that one card
+cannot hold with its optimizer. What is written (checkpoints, artifacts) is always whole, so that any number of processes
+can resume from it; every function that reads the weights of a sharded model must be called in all processes.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Value = TypeVar("Value")
+Tree = TypeVar("Tree")
 
 NUMBERS_PER_TRANSFER = 2**26  # a quarter of a GiB
 _SHARDED = "LLAMACHAT_FSDP"
@@ -49,7 +54,7 @@ def opened() -> Iterator[None]:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # what `accelerate launch --cpu` says; a trainer asks anew
     # Picks backend and device as accelerate's own trainers do; without `cpu` none meet where there is no GPU.
     PartialState(cpu=not use_gpus(), timeout=PATIENCE)
-    # Our models are cut by ourselves (llamachat.models.sharding): accelerate's trainers would do it a second time.
+    # `shard_model` divides our models: accelerate's trainers would do it a second time.
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         os.environ[_SHARDED] = "true"
     yield
@@ -75,7 +80,7 @@ def is_first() -> bool:
 
 
 def are_sharded() -> bool:
-    """Whether a model that is trained whole is to be cut over the processes (FSDP), as accelerate was asked for."""
+    """Whether accelerate was configured to shard fully tuned models over the processes (FSDP)."""
     return _group() is not None and _SHARDED in os.environ
 
 
@@ -96,13 +101,16 @@ def broadcast_object(value: Value) -> Value:
     return box[0]
 
 
-def scatter_map(items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]]) -> list[Result]:
+def scatter_map(
+    items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]], *, model: "nn.Module | None" = None
+) -> list[Result]:
     """Return `work(items)` in every process, in the order of the items; each process computes its part of them.
 
     `work` returns one result per item. A process without items does not call it, unless there are no items at all.
+    Name the `model` that `work` runs: a sharded one needs all processes in each forward pass, so each does everything.
     """
     group = _group()
-    if group is None or not items:
+    if group is None or not items or (model is not None and is_sharded(model)):
         return list(work(list(items)))
     world = group.get_world_size()
     part = list(shard(items))
@@ -168,6 +176,94 @@ def broadcast_tensors(tensors: Iterable["Tensor"]) -> None:
         return
     for tensor in tensors:
         group.broadcast(tensor.detach(), src=0)
+
+
+def shard_model(model: "nn.Module") -> None:
+    """Divide the blocks of a Llama model over the processes with torch's `fully_shard`.
+
+    Embeddings and head, which Llama models may share, stay whole in each process.
+    """
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    decoder: Any = model.model  # of LlamaForCausalLM and of our scoring model
+    mesh = init_device_mesh(next(model.parameters()).device.type, (count(),))
+    # Reshard after each forward pass, the outermost too: it would keep its weights as an evaluation left them.
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        "reshard_after_forward": True,
+    }
+    for layer in decoder.layers:
+        fully_shard(layer, **settings)
+    fully_shard(decoder, **settings, ignored_params={decoder.embed_tokens.weight})
+
+
+def is_sharded(model: "nn.Module") -> bool:
+    """Whether each process holds only a part of the model."""
+    return any(is_sharded_tensor(weight) for weight in model.parameters())
+
+
+def is_sharded_tensor(tensor: "Tensor") -> bool:
+    """Whether each process holds only a part of the tensor."""
+    if _group() is None:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+@contextmanager
+def gathered(model: "nn.Module") -> Iterator[None]:
+    """Keep all weights whole in each process within the block, for sampling, which runs the model a token at a time.
+
+    Generation over sharded weights is some 20 times slower (Llama 2, arXiv:2307.09288, section 3.2.3).
+    """
+    modules: list[Any] = []
+    if _group() is not None:
+        from torch.distributed.fsdp import FSDPModule
+
+        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+
+def full_tensors(tree: Tree) -> Tree:
+    """Return the same mappings and lists with every sharded tensor whole, on the CPU, in the first process.
+
+    The other processes get empty tensors in their place.
+    """
+    if isinstance(tree, Mapping):
+        return cast(Tree, {key: full_tensors(value) for key, value in tree.items()})
+    if isinstance(tree, (list, tuple)):
+        return cast(Tree, type(tree)(full_tensors(value) for value in tree))
+    if not is_sharded_tensor(cast(Any, tree)):
+        return tree
+    full = cast(Any, tree).full_tensor().detach()
+    return cast(Tree, full.cpu() if is_first() else full.new_empty(0))
+
+
+def full_weights(model: "nn.Module") -> "dict[str, Tensor] | None":
+    """Return the whole weights of a sharded model (see `full_tensors`), None for any other."""
+    return full_tensors(dict(model.state_dict())) if is_sharded(model) else None
+
+
+def shard_like(tensor: "Tensor", model_tensor: "Tensor") -> "Tensor":
+    """Shard a whole tensor as `model_tensor` is; return it as it is if that one is whole or of another shape."""
+    if not is_sharded_tensor(model_tensor) or tensor.shape != model_tensor.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded = cast(Any, model_tensor)
+    return distribute_tensor(tensor.to(sharded.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def use_gpus() -> bool:

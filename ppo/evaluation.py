@@ -16,7 +16,7 @@ from llamachat.scoring.standardising import Constants
 from ppo.experience import measure
 
 if TYPE_CHECKING:
-    from llamachat.models.role_bank import RoleBank
+    from llamachat.models.roles import RoleBank
 
 
 @dataclass(frozen=True, slots=True)

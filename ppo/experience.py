@@ -23,7 +23,7 @@ from ppo.config import Config
 
 if TYPE_CHECKING:
     from llamachat.config.sections import Scoring
-    from llamachat.models.role_bank import Role, RoleBank
+    from llamachat.models.roles import Role, RoleBank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,8 @@ from llamachat.chat_format.proof import prove_written, require_proof
 from llamachat.chat_format.tokenizer import write_tokenizer
 from llamachat.data.prompts import PromptSplits, check_room, load_prompts
 from llamachat.errors import ConfigError
-from llamachat.models.role_bank import RoleBank
-from llamachat.models.role_opening import open_roles
+from llamachat.models.open_roles import open_roles
+from llamachat.models.roles import RoleBank
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs

@@ -18,7 +18,7 @@ from ppo.kl_control import AdaptiveKl, FixedKl
 from ppo.update import Optimizers
 
 if TYPE_CHECKING:
-    from llamachat.models.role_bank import RoleBank
+    from llamachat.models.roles import RoleBank
 
 FILE = "state.pt"
 End = Literal["iterations", "patience", "kl_guard", "hours", "run_hours"]

@@ -26,7 +26,7 @@ from ppo.experience import Experience, Minibatch, minibatch_of
 from ppo.losses import policy_loss, value_loss
 
 if TYPE_CHECKING:
-    from llamachat.models.role_bank import RoleBank
+    from llamachat.models.roles import RoleBank
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from llamachat import distributed
 from llamachat.data.records import first_user_turn
 from llamachat.errors import DivergedError
-from llamachat.models.reward_model import score_rows
-from llamachat.models.sharding import is_cut
+from llamachat.models.scoring_head import score_rows
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import Which
 from llamachat.tracking.tracker import Tracker
@@ -31,10 +30,8 @@ def pair_scores(model: nn.Module, pairs: Sequence[PairExample]) -> tuple[Tensor,
 
 
 def _scores(model: nn.Module, rows: Sequence[tuple[int, ...]]) -> Tensor:
-    """`score_rows`, dealt out over the processes."""
-    if is_cut(model):  # it needs all processes in each forward pass
-        return score_rows(model, rows)
-    return torch.tensor(distributed.scatter_map(rows, lambda mine: score_rows(model, mine).tolist()))
+    """`score_rows`, divided among the processes."""
+    return torch.tensor(distributed.scatter_map(rows, lambda part: score_rows(model, part).tolist(), model=model))
 
 
 def held_out_figures(model: nn.Module, pairs: Sequence[PairExample]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
 from llamachat.chat_format.dialog import Dialog, Message, with_system
+from llamachat.chat_format.format import shorten_alike
 from llamachat.config.sections import Data, DataSource
 from llamachat.data.loading import load_mixture, mix
 from llamachat.data.records import Preference
@@ -91,7 +92,7 @@ class Encoder:
             return None
         prompt = with_system(preference.prompt, self.system)
         dialogs = [(*prompt, preference.chosen), (*prompt, preference.rejected)]
-        shortened = self._shorten_alike(dialogs)
+        shortened = shorten_alike(self.chat_format, dialogs, max_tokens=self.max_tokens)
         if shortened is None:
             self.dropped[f"left out: an answer and its question alone are longer than {self.max_tokens} tokens"] += 1
             return None
@@ -128,15 +129,6 @@ class Encoder:
 
     def _shorten(self, messages: tuple[Message, ...]) -> tuple[Message, ...] | None:
         return self.chat_format.shorten(messages, max_tokens=self.max_tokens)
-
-    def _shorten_alike(self, dialogs: Sequence[tuple[Message, ...]]) -> list[tuple[Message, ...]] | None:
-        """Both dialogs without the same oldest turns: the answers are compared after one and the same prompt."""
-        kept = [self._shorten(dialog) for dialog in dialogs]
-        if any(dialog is None for dialog in kept):
-            return None
-        turns = min(len(dialog) for dialog in kept if dialog is not None)
-        opening = 1 if dialogs[0][0].role == "system" else 0
-        return [(*dialog[:opening], *dialog[len(dialog) - (turns - opening) :]) for dialog in dialogs]
 
     def _encode(self, messages: tuple[Message, ...]) -> TokenizedExample:
         return self.chat_format.encode_dialog(messages, train_on=TrainOn.LAST_ANSWER)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llamachat import distributed
 from llamachat.chat_format.proof import prove_written, require_proof
 from llamachat.chat_format.tokenizer import write_tokenizer
 from llamachat.models.reward_model import (
@@ -13,7 +14,6 @@ from llamachat.models.reward_model import (
     reward_trunk_digest,
     save_reward_model,
 )
-from llamachat.models.sharding import whole_weights
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.inputs import StepInputs
 
@@ -27,7 +27,7 @@ def publish_reward_model(
     if start.frozen_digest is not None:
         assert reward_trunk_digest(start.model) == start.frozen_digest, "the trunk under an adapter is never written"
 
-    weights = whole_weights(start.model)
+    weights = distributed.full_weights(start.model)
 
     def write(folder: Path) -> None:
         save_reward_model(start.model, folder, weights)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from trl import RewardConfig, RewardTrainer
 
 from llamachat import distributed
-from llamachat.models.reward_model import last_token_scores
-from llamachat.models.sharding import is_cut
+from llamachat.models.scoring_head import last_token_scores
 from llamachat.runs.inputs import Which
 from llamachat.training.master_weights import MasterWeightOptimizer, adamw
 from llamachat.training.trainer import CHECKPOINTING, AtomicCheckpoints, rate_schedule
@@ -55,7 +54,7 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This row's part of the step's loss: each of its sums over the counts of the whole step."""
-        if len(inputs["ends"]) == 0 and not is_cut(model):  # the row only fills up its step
+        if len(inputs["ends"]) == 0 and not distributed.is_sharded(model):  # the row only fills up its step
             loss = 0.0 * next(p for p in model.parameters() if p.requires_grad).sum()
             return (loss, {"scores": loss.detach()[None][:0]}) if return_outputs else loss
         scores_N = last_token_scores(model, inputs)

@@ -138,7 +138,7 @@ def _prepare(merged: Path, asked: Asked) -> None:
     """What the converter is to read: a tokenizer.model, the chat template without marks, the lengthened context."""
     from transformers import LlamaConfig
 
-    from llamachat.models.rope import context_length, rope_parameters
+    from llamachat.models.loading import context_length, rope_parameters
 
     plain = asked.chat_format.plain_chat_template
     (merged / CHAT_TEMPLATE).write_text(plain, encoding="utf-8")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llamachat.chat_format.dialog import DialogError, Message
 from llamachat.errors import ArtifactError
-from llamachat.models.placement import device_of, dtype_of
+from llamachat.models.loading import device_of, dtype_of
 from llamachat.models.reward_model import RewardModel, load_reward_model
 from llamachat.runs.artifacts import library_versions
 from llamachat.runs.atomic import incoming_folder, write_json

@@ -12,7 +12,6 @@ from llamachat.chat_format import ChatFormat, TokenizedExample
 from llamachat.chat_format.dialog import Message
 from llamachat.data.packing import collate_packed, pack
 from llamachat.errors import DivergedError
-from llamachat.models.sharding import is_cut
 from llamachat.rollout.engine import RolloutEngine, Sampling
 from sft.loss import SHAPE_MULTIPLE, answer_token_losses
 
@@ -24,7 +23,7 @@ def answer_loss(
     """Mean negative log-likelihood of the answer tokens (EOS included), in nats a token, over all `examples`."""
     assert examples, "the caller has held-out dialogs"
 
-    def summed(row: Sequence[int]) -> tuple[float, int]:
+    def row_sums(row: Sequence[int]) -> tuple[float, int]:
         batch = collate_packed([examples[index] for index in row], multiple_of=SHAPE_MULTIPLE)
         losses = answer_token_losses(model, {name: tensor.to(device) for name, tensor in batch.items()})
         return float(losses.sum(dtype=torch.float64)), losses.numel()
@@ -32,12 +31,7 @@ def answer_loss(
     was_training = model.training
     model.eval()
     rows = pack([len(example.input_ids) for example in examples], row_tokens)
-    # A model that is cut needs all processes in each forward pass.
-    sums = (
-        [summed(row) for row in rows]
-        if is_cut(model)
-        else distributed.scatter_map(rows, lambda mine: list(map(summed, mine)))
-    )
+    sums = distributed.scatter_map(rows, lambda part: list(map(row_sums, part)), model=model)
     model.train(was_training)
     return sum(total for total, _ in sums) / sum(count for _, count in sums)
 

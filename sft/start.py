@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llamachat import distributed
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.proof import prove_written, require_proof
 from llamachat.chat_format.tokenizer import write_tokenizer
@@ -19,8 +20,7 @@ from llamachat.models.loading import (
     save_policy,
     trunk_digest,
 )
-from llamachat.models.sharding import shard_if_asked, whole_weights
-from llamachat.models.starting import fast_tokenizer, is_adapter, proved_start
+from llamachat.models.start_checks import fast_tokenizer, is_adapter, proved_start, shard_if_configured
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.inputs import StepInputs
 
@@ -54,7 +54,7 @@ def load_start(inputs: StepInputs) -> Start:
     """Load the earlier policy where the step has one, else the base; attach an adapter where the recipe asks."""
     location, chat_format = proved_start(inputs.base, inputs.tuning, inputs.policy)
     model, trunk = _load_model(inputs, location)
-    shard_if_asked(model, inputs.tuning)
+    shard_if_configured(model, inputs.tuning)
     has_adapter = inputs.tuning.method != "full"
     return Start(model, chat_format, trunk, trunk_digest(model) if has_adapter else None)
 
@@ -83,7 +83,7 @@ def publish_policy(
     if start.frozen_digest is not None:
         assert trunk_digest(start.model) == start.frozen_digest, "the trunk under an adapter is never written"
 
-    weights = whole_weights(start.model)
+    weights = distributed.full_weights(start.model)
 
     def write(folder: Path) -> None:
         save_policy(start.model, folder, weights)

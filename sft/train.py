@@ -23,7 +23,6 @@ from llamachat import distributed
 from llamachat.chat_format import TrainOn
 from llamachat.data.packing import StepPlan, collate_packed, collate_padded, plan_steps
 from llamachat.errors import DataError
-from llamachat.models.sharding import gathered
 from llamachat.rollout.engine import Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
 from llamachat.runs.artifacts import Artifact
@@ -306,8 +305,7 @@ class Session:
             return
         tokenizer = self.start.chat_format.tokenizer
         engine = HuggingFaceEngine(self.start.model, self.start.chat_format.stop_ids, tokenizer.pad_id)
-        with gathered(self.start.model):
-            samples = sample_answers(engine, self.start.chat_format, self.examples.prompts, sampling=WATCHED)
+        samples = sample_answers(engine, self.start.chat_format, self.examples.prompts, sampling=WATCHED)
         self.tracker.samples(
             step,
             [{"prompt": s.prompt, "answer": s.answer, "tokens": s.tokens, "finished": s.is_finished} for s in samples],

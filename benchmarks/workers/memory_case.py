@@ -60,7 +60,7 @@ def _ids(length: int) -> tuple[int, ...]:
 def _open_sft(case: Case, folder: Path) -> Steps:
     from llamachat.data.packing import collate_packed, collate_padded
     from llamachat.models.loading import attach_adapter, load_base
-    from llamachat.models.starting import fast_tokenizer, proved_start
+    from llamachat.models.start_checks import fast_tokenizer, proved_start
     from llamachat.training.trainer import Watch, collator, row_numbers
     from sft.trainer import NAMES, AtomicCheckpointTrainer, make_optimizer, trainer_arguments
 

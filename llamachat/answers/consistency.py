@@ -17,8 +17,7 @@ from llamachat.chat_format.dialog import Message
 from llamachat.constraints import Family, Instruction, draw_instruction, is_kept, recall_questions, recalled
 from llamachat.data.splits import fraction
 from llamachat.maths.intervals import paired_bootstrap, proportion_interval
-from llamachat.rollout import together
-from llamachat.rollout.engine import RolloutEngine, Sampling
+from llamachat.rollout.engine import RolloutEngine, Sampling, scatter_generate
 
 CHECKED, RECALLED = "consistency", "recall"
 
@@ -169,7 +168,7 @@ def _answers(
     if not dialogs:
         return {}
     prompts = [chat_format.encode_prompt(dialog) for dialog in dialogs.values()]
-    found = together.generate(engine, prompts, samples_per_prompt=1, sampling=sampling)
+    found = scatter_generate(engine, prompts, samples_per_prompt=1, sampling=sampling)
     return {
         place: chat_format.decode_answer(completion.token_ids)
         for place, (completion,) in zip(dialogs, found, strict=True)

@@ -10,8 +10,8 @@ from llamachat.answers.responses import open_engine, sample
 from llamachat.answers.scorer import Scorer, longest_prompt
 from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tuning
 from llamachat.data.prompts import PromptSplits, check_room, load_prompts
-from llamachat.models.role_bank import RoleBank
-from llamachat.models.role_opening import open_roles
+from llamachat.models.open_roles import open_roles
+from llamachat.models.roles import RoleBank
 from llamachat.rollout.engine import LocalEngine, Sampling
 from llamachat.scoring.combining import combiner
 from llamachat.scoring.models import checked_models

@@ -10,7 +10,7 @@ from llamachat.answers.packed import TokenSequence, packed_rows
 from llamachat.maths.logprobs import token_logprobs
 
 if TYPE_CHECKING:
-    from llamachat.models.role_bank import RoleBank
+    from llamachat.models.roles import RoleBank
 
 _ROW_TOKENS = 1024
 

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 from llamachat.chat_format import ChatFormat
 from llamachat.data.prompts import EncodedPrompt
-from llamachat.rollout import together
-from llamachat.rollout.engine import RolloutEngine, Sampling
+from llamachat.rollout.engine import RolloutEngine, Sampling, scatter_generate
 
 if TYPE_CHECKING:
     from llamachat.config.sections import Rollout
-    from llamachat.models.role_bank import RoleBank
+    from llamachat.models.roles import RoleBank
     from llamachat.rollout.engine import LocalEngine
 
 
@@ -43,7 +42,7 @@ def sample(
 ) -> list[Response]:
     """The answers to each prompt side by side, in the order of the prompts; several processes share the work."""
     ids = [prompt.ids for prompt in prompts]
-    found = together.generate(engine, ids, samples_per_prompt=samples_per_prompt, sampling=sampling)
+    found = scatter_generate(engine, ids, samples_per_prompt=samples_per_prompt, sampling=sampling)
     return [
         Response(
             prompt=prompt,

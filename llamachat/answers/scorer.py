@@ -14,13 +14,13 @@ from llamachat import distributed
 from llamachat.answers.responses import Response
 from llamachat.chat_format.dialog import DialogError, Message
 from llamachat.errors import ConfigError
-from llamachat.models.role_bank import REWARD_ROLES
+from llamachat.models.roles import REWARD_ROLES
 from llamachat.scoring.combining import Combine
 from llamachat.scoring.scores import Answers, Combined, Scores
 
 if TYPE_CHECKING:
     from llamachat.config.sections import Base, Rollout
-    from llamachat.models.role_bank import RewardRole, RoleBank
+    from llamachat.models.roles import RewardRole, RoleBank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,3 +93,18 @@ class ChatFormat(Protocol):
     def shorten(self, messages: Sequence[Message], *, max_tokens: int) -> tuple[Message, ...] | None:
         """The dialog without its oldest whole pairs, so that it fits; None where its last turn alone does not."""
         ...
+
+
+def shorten_alike(
+    chat_format: ChatFormat, dialogs: Sequence[Sequence[Message]], *, max_tokens: int
+) -> list[tuple[Message, ...]] | None:
+    """Drop the same oldest pairs from dialogs that share all but their last answer, so that each fits.
+
+    The answers are compared after one and the same prompt. None where the last pair of one of them alone does not fit.
+    """
+    kept = [chat_format.shorten(dialog, max_tokens=max_tokens) for dialog in dialogs]
+    if any(dialog is None for dialog in kept):
+        return None
+    turns = min(len(dialog) for dialog in kept if dialog is not None)
+    opening = 1 if dialogs[0][0].role == "system" else 0
+    return [(*dialog[:opening], *dialog[len(dialog) - (turns - opening) :]) for dialog in dialogs]

@@ -1,13 +1,22 @@
-"""The files of a base that is a hub name: those of its tokenizer, fetched alone, and those that hold its weights."""
+"""Models of the hub: whether this machine can read one, and its files, those of the tokenizer fetched alone.
 
+A gated model without access and another architecture are thus refused in seconds, not after a download of gigabytes.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from llamachat.chat_format.tokenizer import BASES_THAT_WORK
 from llamachat.errors import ConfigError
-from llamachat.models.reach import require_llama, unreached
+from llamachat.memory.estimates import KNOWN_BASES
 
 TOKENIZER_FILES = ("config.json", "tokenizer*", "special_tokens_map.json")
-
 LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+TIMEOUT_S = 5.0
+UNGATED = next(name for name, base in KNOWN_BASES.items() if not base.is_gated)
 
 
 def tokenizer_folder(location: str) -> Path:
@@ -42,3 +51,103 @@ def weights_folder(location: str) -> Path:
 
     files = ["model*.safetensors", "model.safetensors.index.json", "config.json", "README.md", *LICENCE_FILES]
     return Path(snapshot_download(location, allow_patterns=files))
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Whether a model or data set of the hub can be had from here; where not, why and what to do."""
+
+    state: Literal["open", "gated", "missing", "offline"]
+    reason: str = ""
+    way_out: str = ""
+
+
+def require_llama(folder: Path, name: str) -> None:
+    """Refuse another architecture, read from config.json alone; an adapter's folder has none, and passes."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        return  # told by transformers' own reader, with the reason
+    if found is not None and found != "llama":
+        raise ConfigError(
+            f"base.model: '{name}' has the architecture '{found}', but chat format and adapters are those of Llama "
+            f"models. Take another base. {BASES_THAT_WORK}"
+        )
+
+
+def reach_model(name: str) -> Reach:
+    """Ask the hub for the head of a model's config.json: nothing is fetched, and the answer comes in seconds."""
+    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), token=get_token(), timeout=TIMEOUT_S)
+    except Exception as error:  # the library lets its network layers' own errors through
+        return unreached(name, error)
+    return Reach("open")
+
+
+def reach_data(name: str) -> Reach:
+    """Ask the hub whether a data set is there and may be read."""
+    from huggingface_hub import HfApi, get_token
+
+    token = get_token()
+    try:
+        found = HfApi().dataset_info(name, timeout=TIMEOUT_S, token=token)
+    except Exception as error:  # as above
+        return unreached(name, error, kind="datasets/")
+    return _gated(name, "datasets/") if found.gated and not token else Reach("open")
+
+
+def unreached(name: str, error: Exception, *, kind: str = "") -> Reach:
+    """What an error of the hub means; `kind` is "datasets/" for a data set."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    page = f"https://huggingface.co/{kind}{name}"
+    if isinstance(error, GatedRepoError):
+        return _gated(name, kind)
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        way = f"Mend the name ({page} must open in a browser); for a private one log in with `hf auth login`."
+        return Reach("missing", f"the hub knows no '{name}', or shows it only to others ({first})", way)
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return Reach("missing", f"'{name}' has no config.json ({first})", "Name a model in the format of transformers.")
+    status = getattr(error.response, "status_code", None) if isinstance(error, HfHubHTTPError) else None
+    if status in (401, 403):
+        way = "Log in again with `hf auth login`, with a token that may read it."
+        return Reach("gated", f"the hub refuses this machine's token for '{name}' ({first})", way)
+    way = "Connect to the network, or copy it here and give its path."
+    return Reach("offline", f"the hub cannot be reached ({first})", way)
+
+
+def is_cached(name: str, patterns: Sequence[str] = ("*.safetensors",)) -> bool:
+    """Whether files of a model like these lie in the hub's cache."""
+    from huggingface_hub import constants
+
+    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+    return any(any(snapshots.glob(f"*/{pattern}")) for pattern in patterns)
+
+
+def _gated(name: str, kind: str) -> Reach:
+    from huggingface_hub import get_token
+
+    page = f"https://huggingface.co/{kind}{name}"
+    ungated = "" if kind else f" Or take a base that is not gated: {UNGATED}."
+    if get_token() is None:
+        reason = f"'{name}' is gated and no token is on this machine"
+        way = f"Accept its licence on {page}, then log in with `hf auth login`."
+    else:
+        reason = f"'{name}' is gated and this machine's token has no access"
+        way = (
+            f"Accept its licence on {page} and wait until it is granted; the token must be allowed to read gated ones."
+        )
+    return Reach("gated", reason, f"{way}{ungated}")

@@ -2,8 +2,8 @@
 
 Reads model folders and hub names (safetensors only, no remote code), writes the weight files of an artifact. A policy
 artifact's manifest carries in `details` what `policy_details` makes, and `load_policy` reads the same keys.
-One thing surprises: a checkpoint without a language-model head loads in transformers with a random one and a warning;
-here a missing or a wrongly shaped weight is an error.
+A checkpoint without a language-model head loads in transformers with a random one and a warning; here a missing or a
+wrongly shaped weight is an error.
 """
 
 import json
@@ -16,22 +16,21 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from llamachat import distributed
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.tokenizer import BASES_THAT_WORK, BOS_ID, EOS_ID, UNK_ID, Tokenizer, load_tokenizer
 from llamachat.config.paths import is_hub_name
+from llamachat.config.sections import Base, RopeScaling, Tuning
 from llamachat.errors import ArtifactError, ConfigError, first_line
 from llamachat.models import nf4
-from llamachat.models.placement import best_attention, device_of, dtype_of, gpus
-from llamachat.models.rope import rope_parameters, scale_rope
 from llamachat.models.weights import file_weights, trunk_digest
+from llamachat.runs.artifacts import Artifact, read_artifact
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llamachat.config.sections import Base, Tuning
-    from llamachat.models.heads import ScoringLlama
-    from llamachat.runs.artifacts import Artifact
+    from llamachat.models.scoring_head import ScoringLlama
 
     LanguageModel = LlamaForCausalLM | PeftModel
 
@@ -39,6 +38,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ONLY_ADAPTER = "default"  # PEFT's name of an adapter that is given none: the one that is trained and saved
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VALUES_PER_WEIGHT = 1024  # of which the manifest of an adapter keeps the digest
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SCALED_BY_FACTOR = ("linear", "dynamic")  # types of rotary scaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Policy:
 
 
 def load_base(
-    base: "Base",
+    base: Base,
     *,
     source: str | Path | None = None,
     dtype: torch.dtype | None = None,
@@ -70,7 +71,7 @@ def load_base(
 
 
 def attach_adapter(
-    model: "LlamaForCausalLM | ScoringLlama", tuning: "Tuning", *, seed: int, head: str | None = None
+    model: "LlamaForCausalLM | ScoringLlama", tuning: Tuning, *, seed: int, head: str | None = None
 ) -> "PeftModel":
     """LoRA on the frozen model; its initial weights follow from `seed` alone, and so the logits are still the base's.
 
@@ -133,7 +134,7 @@ def save_policy(
 ) -> None:
     """Write the weights so that `AutoModelForCausalLM`, or PEFT where there is an adapter, loads them as they are.
 
-    `weights` are those of a model that is cut over several processes, whole.
+    `weights` are the whole weights of a sharded model (`distributed.full_weights`).
     """
     from peft import PeftModel
 
@@ -187,13 +188,11 @@ def load_policy(
     path: Path | str, *, dtype: str = "auto", device: str = "cpu", attention: str = "auto", is_trainable: bool = False
 ) -> Policy:
     """The policy of an artifact, fully tuned or base and adapter; `dtype` auto is the one that it was saved in."""
-    from llamachat.runs.artifacts import read_artifact
-
     artifact = read_artifact(Path(path), kind="policy")
     details = checked_details(artifact)
     device = device_of(device)
-    load = _load_full if details["method"] == "full" else _load_adapted
-    model = load(artifact, details, dtype=dtype, attention=attention, device=device, is_trainable=is_trainable)
+    how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device, "is_trainable": is_trainable}
+    model = _load_full(artifact, **how) if details["method"] == "full" else _load_adapted(artifact, details, **how)
     tokenizer = load_tokenizer(artifact.path)
     return Policy(
         model=model.train(is_trainable),
@@ -224,9 +223,8 @@ def find_model(name: str, *, where: str, near: Path | None = None, may_be_hub: b
 
 
 def _load_full(
-    artifact: "Artifact", details: Mapping[str, Any], *, dtype: str, attention: str, device: str, is_trainable: bool
+    artifact: Artifact, *, dtype: str, attention: str, device: str, is_trainable: bool
 ) -> "LlamaForCausalLM":
-    del details
     config = load_config(str(artifact.path), where=str(artifact.path))
     saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     chosen = saved if dtype == "auto" else dtype_of(dtype)
@@ -235,7 +233,7 @@ def _load_full(
 
 
 def _load_adapted(
-    artifact: "Artifact", details: Mapping[str, Any], *, dtype: str, attention: str, device: str, is_trainable: bool
+    artifact: Artifact, details: Mapping[str, Any], *, dtype: str, attention: str, device: str, is_trainable: bool
 ) -> "PeftModel":
     where = f"{artifact.path}/manifest.json: details.base"
     location = find_model(details["base"], where=where, near=artifact.path, may_be_hub=not details["base_is_folder"])
@@ -328,7 +326,7 @@ def load_llama(
     return model if is_nf4 else model.to(torch.device(device))
 
 
-def checked_details(artifact: "Artifact") -> Mapping[str, Any]:
+def checked_details(artifact: Artifact) -> Mapping[str, Any]:
     details = artifact.manifest.details
     required = {"method", "base", "chat_format", "max_tokens"}
     if details.get("method") in ("lora", "qlora"):
@@ -345,7 +343,7 @@ def checked_details(artifact: "Artifact") -> Mapping[str, Any]:
     return details
 
 
-def name_of(artifact: "Artifact") -> str:
+def name_of(artifact: Artifact) -> str:
     """The run and the step, as a reader tells two policies apart."""
     step = artifact.manifest.step
     run = artifact.path.resolve().parents[len(Path(step).parts)].name
@@ -394,3 +392,65 @@ def _sort_lists(file: Path) -> None:
     content = json.loads(file.read_text())
     ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in content.items()}
     file.write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n")
+
+
+def context_length(config: "LlamaConfig") -> int:
+    """Positions that the model can tell apart, prompt and answer together, in tokens."""
+    rope = rope_parameters(config)
+    factor = float(rope["factor"]) if rope["rope_type"] in SCALED_BY_FACTOR else 1.0
+    return int(config.max_position_embeddings * factor)
+
+
+def rope_parameters(config: "LlamaConfig") -> dict[str, Any]:
+    """Type, base wavelength and scaling of the rotary positions, by transformers' names."""
+    config.standardize_rope_params()
+    return dict(config.rope_parameters or {})
+
+
+def scale_rope(config: "LlamaConfig", scaling: RopeScaling | None, *, max_tokens: int) -> None:
+    """Set linear interpolation (Chen et al., arXiv:2306.15595) or dynamic NTK, and hold `max_tokens` to the context.
+
+    A config that is scaled already, as that of an artifact made from a scaled base, gets the scaling asked for, not
+    the product of the two.
+    """
+    if scaling is not None:
+        theta = rope_parameters(config)["rope_theta"]
+        config.rope_parameters = {"rope_type": scaling.type, "factor": scaling.factor, "rope_theta": theta}
+    context = context_length(config)
+    if max_tokens > context:
+        raise ConfigError(
+            f"base.max_tokens: {max_tokens} tokens, but the model has {context} positions. A longer dialog would be "
+            f"read at positions the model never saw. Set base.max_tokens to {context} or less, or lengthen the context "
+            "with base.rope_scaling."
+        )
+
+
+def device_of(name: str) -> str:
+    """`name`, or for auto the GPU where there is one; each of several processes has its own."""
+    if name != "auto":
+        return name
+    if not distributed.use_gpus():
+        return "cpu"
+    return "cuda" if distributed.count() == 1 else f"cuda:{torch.cuda.current_device()}"
+
+
+def gpus() -> list[int]:
+    """Numbers of the GPUs, whose random state a seed of ours must not disturb."""
+    return list(range(torch.cuda.device_count()))
+
+
+def best_attention(dtype: torch.dtype, device: str) -> str:
+    """The fastest attention kernel that is installed and takes this dtype."""
+    from transformers.utils import is_flash_attn_2_available
+
+    is_possible = device.startswith("cuda") and dtype != torch.float32 and is_flash_attn_2_available()
+    return "flash_attention_2" if is_possible else "sdpa"
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The number format of this name."""
+    if name not in DTYPES:
+        raise ConfigError(
+            f"dtype: '{name}' is not one of {', '.join(DTYPES)}. It is the number format of the weights. Name one of them."
+        )
+    return DTYPES[name]

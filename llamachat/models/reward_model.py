@@ -18,18 +18,23 @@ from torch import Tensor, nn
 
 from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
 from llamachat.chat_format.dialog import DialogError, Message, check_messages, with_system
+from llamachat.chat_format.format import shorten_alike
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.chat_format.tokenizer import UNK_ID, Tokenizer, load_tokenizer
 from llamachat.config.paths import is_hub_name
+from llamachat.config.sections import Base, Tuning
 from llamachat.errors import ArtifactError
 from llamachat.models import nf4
 from llamachat.models.hub import tokenizer_folder
-from llamachat.models.last_tokens import last_token_scores, score_rows
 from llamachat.models.loading import (
+    ADAPTER_WEIGHTS,
     VALUES_PER_WEIGHT,
     adapter_dtype,
     attach_adapter,
     checked_details,
+    context_length,
+    device_of,
+    dtype_of,
     find_model,
     load_adapter,
     load_config,
@@ -37,20 +42,16 @@ from llamachat.models.loading import (
     name_of,
     policy_details,
     save_policy,
-    trunk_digest,
+    scale_rope,
 )
-from llamachat.models.placement import device_of, dtype_of
-from llamachat.models.rope import context_length, scale_rope
-from llamachat.models.sharding import shard_if_asked
-from llamachat.models.starting import fast_tokenizer, is_adapter, proved_start
+from llamachat.models.scoring_head import ScoringLlama, score_rows
+from llamachat.models.start_checks import fast_tokenizer, is_adapter, proved_start, shard_if_configured
+from llamachat.models.weights import file_weights, trunk_digest
+from llamachat.runs.artifacts import MANIFEST, Artifact, read_artifact
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import LlamaConfig, PreTrainedTokenizerBase
-
-    from llamachat.config.sections import Base, Tuning
-    from llamachat.models.heads import ScoringLlama
-    from llamachat.runs.artifacts import Artifact
 
     Scorer = ScoringLlama | PeftModel
 
@@ -103,23 +104,15 @@ class RewardModel:
     def encode_answers(self, prompt: Sequence[Message], answers: Sequence[Message]) -> list[tuple[int, ...]]:
         """The ids of each answer to one prompt, without the pairs that one of them has no room for: as in training."""
         prompt = with_system(prompt, self.system)
-        fitting = [self._fitting((*prompt, answer)) for answer in answers]
-        kept = min(map(len, fitting))
-        opening = prompt[:1] if prompt[0].role == "system" else ()
-        turns = kept - 1 - len(opening)
-        dialogs = [(*opening, *prompt[len(prompt) - turns :], answer) for answer in answers]
-        return [self.chat_format.encode_dialog(found, train_on=TrainOn.LAST_ANSWER).input_ids for found in dialogs]
-
-    def _fitting(self, messages: Sequence[Message]) -> tuple[Message, ...]:
-        fitting = self.chat_format.shorten(messages, max_tokens=self.max_tokens)
-        if fitting is None:
+        dialogs = shorten_alike(self.chat_format, [(*prompt, answer) for answer in answers], max_tokens=self.max_tokens)
+        if dialogs is None:
             raise DialogError(
-                f"messages[{len(messages) - 1}]",
+                f"messages[{len(prompt)}]",
                 f"is, with its question, longer than the {self.max_tokens} tokens that this reward model reads: a part "
                 "of an answer has another score.",
                 "Shorten question or answer, or drop the record.",
             )
-        return fitting
+        return [self.chat_format.encode_dialog(dialog, train_on=TrainOn.LAST_ANSWER).input_ids for dialog in dialogs]
 
     def score(self, dialogs: Sequence[Sequence[Message]]) -> list[float]:
         """The score of each dialog's last answer, raw: the sigmoid is not taken."""
@@ -137,7 +130,7 @@ class RewardModel:
 
 
 def build_reward_model(
-    base: "Base", tuning: "Tuning", *, policy: "Artifact | None", seed: int, device: str = "auto"
+    base: Base, tuning: Tuning, *, policy: Artifact | None, seed: int, device: str = "auto"
 ) -> RewardStart:
     """The policy with a new head, ready for training: all its weights, a copy of its adapter, or a new adapter."""
     location, chat_format = proved_start(base, tuning, policy)
@@ -160,7 +153,7 @@ def build_reward_model(
         is_nf4=tuning.method == "qlora",
         has_head=False,
     )
-    shard_if_asked(model, tuning)
+    shard_if_configured(model, tuning)
     if tuning.method == "full":
         return RewardStart(model, chat_format, location, None)
     _remember_trunk(model, location)
@@ -202,8 +195,6 @@ def load_reward_model(
     path: Path | str, *, dtype: str = "auto", device: str = "cpu", attention: str = "auto", is_trainable: bool = False
 ) -> RewardModel:
     """The reward model of an artifact, or of a folder or hub name with a plain Llama model of one label."""
-    from llamachat.runs.artifacts import MANIFEST, read_artifact
-
     device = device_of(device)
     folder = Path(path).expanduser()
     is_plain = (folder / "config.json").is_file() and not (folder / MANIFEST).is_file()
@@ -250,10 +241,8 @@ def _load_plain(location: str, *, dtype: str, device: str, attention: str, is_tr
     )
 
 
-def _load_scoring(location: str, config: "LlamaConfig", *, has_head: bool, **how: Any) -> "ScoringLlama":
+def _load_scoring(location: str, config: "LlamaConfig", *, has_head: bool, **how: Any) -> ScoringLlama:
     """The weights of a folder in a model with a head, which starts at zero where there is none."""
-    from llamachat.models.heads import ScoringLlama
-
     config.num_labels = 1
     config.pad_token_id = UNK_ID  # transformers looks for the last token that is none; a dialog ends with EOS
     model: ScoringLlama = load_llama(
@@ -265,7 +254,7 @@ def _load_scoring(location: str, config: "LlamaConfig", *, has_head: bool, **how
 
 
 def _load_adapted(
-    artifact: "Artifact", details: Mapping[str, Any], *, dtype: str, attention: str, device: str, is_trainable: bool
+    artifact: Artifact, details: Mapping[str, Any], *, dtype: str, attention: str, device: str, is_trainable: bool
 ) -> "PeftModel":
     location, where = _base_of(artifact, details)
     config = load_config(location, where=where)
@@ -285,14 +274,14 @@ def _load_adapted(
     return load_adapter(model, artifact.path, is_trainable=is_trainable)
 
 
-def _base_of(artifact: "Artifact", details: Mapping[str, Any]) -> tuple[str, str]:
+def _base_of(artifact: Artifact, details: Mapping[str, Any]) -> tuple[str, str]:
     """Where the weights under an adapter lie, and where that is said."""
     where = f"{artifact.path}/manifest.json: details.base"
     may_be_hub = not details["base_is_folder"]
     return find_model(details["base"], where=where, near=artifact.path, may_be_hub=may_be_hub), where
 
 
-def _remember_trunk(model: "ScoringLlama", location: str) -> None:
+def _remember_trunk(model: ScoringLlama, location: str) -> None:
     """Keep the digest by which an artifact is matched to its base: the one that a policy on this base has.
 
     It is taken from the folder, since the language-model head, a part of it, is not in this model.
@@ -303,7 +292,7 @@ def _remember_trunk(model: "ScoringLlama", location: str) -> None:
         nf4.remember_source(model, digest)
 
 
-def _check_trunk(model: "ScoringLlama", artifact: "Artifact", details: Mapping[str, Any], *, where: str) -> None:
+def _check_trunk(model: ScoringLlama, artifact: Artifact, details: Mapping[str, Any], *, where: str) -> None:
     is_comparable = details["method"] == "qlora" or model.dtype == adapter_dtype(artifact.path)
     if is_comparable and nf4.source_digest(model) != details["trunk"]:
         raise ArtifactError(
@@ -312,11 +301,8 @@ def _check_trunk(model: "ScoringLlama", artifact: "Artifact", details: Mapping[s
         )
 
 
-def _copy_adapter(adapted: "PeftModel", policy: "Artifact") -> None:
+def _copy_adapter(adapted: "PeftModel", policy: Artifact) -> None:
     """Give the new adapter the values of the policy's, which has the same shape."""
-    from llamachat.models.loading import ADAPTER_WEIGHTS
-    from llamachat.models.weights import file_weights
-
     weights = file_weights(policy.path / ADAPTER_WEIGHTS)
     held = {name.replace(".weight", ".default.weight"): weight for name, weight in weights}
     own = {name: weight for name, weight in adapted.named_parameters() if ".lora_" in name}
@@ -326,8 +312,8 @@ def _copy_adapter(adapted: "PeftModel", policy: "Artifact") -> None:
             weight.copy_(held[name])
 
 
-def _scoring(model: "Scorer") -> "ScoringLlama":
-    return cast("ScoringLlama", cast(Any, model).get_base_model() if _is_adapted(model) else model)
+def _scoring(model: "Scorer") -> ScoringLlama:
+    return cast(ScoringLlama, cast(Any, model).get_base_model() if _is_adapted(model) else model)
 
 
 def _is_adapted(model: nn.Module) -> bool:
@@ -344,16 +330,3 @@ def _dtype(config: "LlamaConfig", asked: str) -> torch.dtype:
 def _edit(file: Path, changes: Mapping[str, Any]) -> None:
     content = json.loads(file.read_text(encoding="utf-8")) | changes
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-__all__ = [
-    "RewardModel",
-    "RewardStart",
-    "build_reward_model",
-    "last_token_scores",
-    "load_reward_model",
-    "reward_model_details",
-    "reward_trunk_digest",
-    "save_reward_model",
-    "score_rows",
-]

@@ -22,9 +22,8 @@ def open_engine(
         assert rollout.server is not None, "the section holds a server where its engine is vllm"
         return VllmEngine(model, chat_format.stop_ids, rollout.server)
     from llamachat.errors import ConfigError
-    from llamachat.rollout.decoder import LlamaEngine
+    from llamachat.rollout.decoder import LlamaEngine, unsupported
     from llamachat.rollout.hugging_face import HuggingFaceEngine
-    from llamachat.rollout.support import unsupported
 
     reason = None if rollout.engine == "hugging_face" else unsupported(model)
     if rollout.engine == "llama" and reason is not None:

@@ -5,23 +5,24 @@ length and what does not fit into memory fails at once. Randomness belongs to (s
 the Hugging Face engine: in fp32 both draw the same tokens, whatever shares the batch.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from llamachat.errors import ConfigError, DataError
-from llamachat.models.placement import free_bytes
-from llamachat.models.rope import context_length
+from llamachat.models.loading import context_length, rope_parameters
 from llamachat.rollout.cache import Cache
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.rollout.graphs import Capture, CudaCapture, Recordings
 from llamachat.rollout.live_rows import SPARE_COLUMNS, Done, Group, LiveRows
-from llamachat.rollout.network import Network
-from llamachat.rollout.weights import Weights, merged_copy_bytes, without_wrapper
+from llamachat.rollout.network import ROPE_TYPES, Network
+from llamachat.rollout.weights import Weights, base_layer, merged_copy_bytes, without_wrapper
 
 if TYPE_CHECKING:
     from llamachat.models.loading import LanguageModel
@@ -30,6 +31,7 @@ ROWS_PER_BATCH = {"cpu": 80, "cuda": 512}
 PROMPT_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 SHARE_FOR_WEIGHTS = 0.6  # of the free memory: more than that leaves too little for keys and values
 SHARE_FOR_CACHE = {"cpu": 0.25, "cuda": 0.8}
+PROJECTIONS = ("Linear", "Linear4bit")
 ENTER_SHARE = 8  # of all slots: so many are free before prompts enter
 
 
@@ -53,7 +55,7 @@ class LlamaEngine:
         self._trunk = without_wrapper(model)
         device = self._trunk.device
         if is_merged is None:
-            is_merged = merged_copy_bytes(model) <= SHARE_FOR_WEIGHTS * free_bytes(device)
+            is_merged = merged_copy_bytes(model) <= SHARE_FOR_WEIGHTS * _free_bytes(device)
         self._network = Network(self._trunk, Weights(model, is_merged=is_merged))
         # The model's own modules may do in Python what a graph would not repeat.
         if capture is None and device.type == "cuda" and is_merged:
@@ -180,7 +182,7 @@ class LlamaEngine:
     def _cache_tokens(self) -> int:
         device = self._network.device
         if isinstance(self._cache_gib, str):
-            size = SHARE_FOR_CACHE.get(device.type, SHARE_FOR_CACHE["cpu"]) * free_bytes(device)
+            size = SHARE_FOR_CACHE.get(device.type, SHARE_FOR_CACHE["cpu"]) * _free_bytes(device)
         else:
             size = self._cache_gib * 2**30
         return int(size / self._network.shape.bytes_per_token)
@@ -220,3 +222,60 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory of the device that nothing holds; on a CPU what the system can give without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux: half of what is installed
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def unsupported(model: "LanguageModel") -> str | None:
+    """What the model has that our decoder does not compute; None where there is nothing."""
+    return next(_reasons(model), None)
+
+
+def _reasons(model: "LanguageModel") -> Iterator[str]:
+    trunk = without_wrapper(model)
+    config = trunk.config
+    if config.model_type != "llama" or config.hidden_act != "silu":
+        yield f"the architecture '{config.model_type}' with '{config.hidden_act}'"
+        return
+    rope = rope_parameters(config)
+    if rope["rope_type"] not in ROPE_TYPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        yield f"rotary positions of type '{rope['rope_type']}'"
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+        if kind != "LORA":
+            yield f"the adapter '{name}' of type {kind}"
+    places = {str(weight.device) for weight in trunk.parameters()}
+    if len(places) > 1:
+        yield f"weights on {len(places)} devices"
+    for name, module in _linear_parts(trunk):
+        yield from (f"{reason} at {name}" for reason in _odd(module))
+
+
+def _linear_parts(trunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What multiplies a weight: the projections, embeddings and head, with what is wrapped around them."""
+    for name, module in trunk.named_modules():
+        if name.endswith(("_proj", "embed_tokens", "lm_head")):
+            yield name, module
+
+
+def _odd(module: Any) -> Iterator[str]:
+    layer = base_layer(module)
+    if type(layer).__name__ not in (*PROJECTIONS, "Embedding"):
+        yield f"a {type(layer).__name__}"
+    if layer is module:
+        return
+    if not hasattr(module, "lora_A") or len(getattr(module, "lora_embedding_A", ())):
+        yield f"a {type(module).__name__} with an adapter"
+        return
+    for name in module.active_adapters:
+        if name in module.lora_A and (module.use_dora.get(name) or module.lora_B[name].bias is not None):
+            yield "an adapter with DoRA or a bias"

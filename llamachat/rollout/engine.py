@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from llamachat import distributed
 from llamachat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -99,3 +100,18 @@ class LocalEngine(RolloutEngine, Protocol):
     def refresh(self, model: "LlamaForCausalLM | PeftModel") -> None:
         """Sample from the model's present weights from here on."""
         ...
+
+
+def scatter_generate(
+    engine: RolloutEngine, prompts: Sequence[Sequence[int]], *, samples_per_prompt: int, sampling: Sampling
+) -> list[list[Completion]]:
+    """Return what `engine.generate` returns, in every process; each process answers its part of the prompts.
+
+    A prompt's answers depend on its place in the whole list, so they are the same for any number of processes.
+    """
+
+    def generate(part: list[int]) -> list[list[Completion]]:
+        own = [prompts[number] for number in part]
+        return engine.generate(own, samples_per_prompt=samples_per_prompt, sampling=sampling, numbers=part)
+
+    return distributed.scatter_map(range(len(prompts)), generate)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from llamachat import distributed
 from llamachat.errors import DataError
-from llamachat.models.rope import context_length
+from llamachat.models.loading import context_length
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.rollout.sampling import draw, row_uniforms, sampling_logprobs
 from llamachat.rollout.weights import without_wrapper
@@ -78,7 +79,7 @@ class HuggingFaceEngine:
             for sample in range(samples_per_prompt)
         ]
         found: dict[tuple[int, int], Completion] = {}
-        with _generating(self._model):
+        with distributed.gathered(self._model), _generating(self._model):
             for batch in self._batches(rows, sampling.max_new_tokens):
                 for row, completion in zip(batch, self._complete(batch, sampling, None), strict=True):
                     found[row.prompt, row.sample] = completion

@@ -22,8 +22,7 @@ import torch
 from llamachat import distributed
 from llamachat.chat_format.tokenizer import BOS_ID
 from llamachat.errors import ConfigError, DataError, ServerError
-from llamachat.models.loading import save_policy
-from llamachat.models.rope import context_length
+from llamachat.models.loading import context_length, save_policy
 from llamachat.rollout.decoder import evaluating
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.rollout.vllm_http import RefusedError, Server

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import cast
 
 from llamachat.config.sections import Scoring
-from llamachat.models.role_bank import RewardRole
+from llamachat.models.roles import RewardRole
 from llamachat.runs.artifacts import MANIFEST, Artifact, Manifest, read_artifact
 from llamachat.scoring.requirements import MODELS, ModelName, RewardModelFacts, check_scoring, facts_of, models_read
 

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llamachat import distributed
-from llamachat.models.sharding import like, whole
 from llamachat.runs.atomic import INCOMING, flush, make_folder, storage_errors
 
 
@@ -47,7 +46,7 @@ class BestWeights:
 
     def offer(self, evaluated: Evaluated, model: nn.Module) -> None:
         """Keep the model's trained weights if no earlier ones had so low a loss."""
-        trained = whole(_trained(model))
+        trained = distributed.full_tensors(_trained(model))
         best = self.read()
         if not distributed.is_first() or (best is not None and best.loss <= evaluated.loss):
             return
@@ -69,7 +68,7 @@ class BestWeights:
         trained = _trained(model)
         with storage_errors(self.path), safe_open(self.path, framework="pt") as stored, torch.no_grad():
             for name, weight in trained.items():
-                weight.copy_(like(stored.get_tensor(name), weight))
+                weight.copy_(distributed.shard_like(stored.get_tensor(name), weight))
         return best
 
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llamachat import distributed
 from llamachat.errors import ConfigError
-from llamachat.models.sharding import is_cut_tensor, like, whole
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 ParamGroups = list[dict[str, Any]]
@@ -58,18 +58,21 @@ class MasterWeightOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         masters = [None if self._masters[id(p)] is p else self._masters[id(p)].detach() for p in self._params]
-        return whole({"inner": [optimizer.state_dict() for optimizer in self.inner], "masters": masters})
+        return distributed.full_tensors(
+            {"inner": [optimizer.state_dict() for optimizer in self.inner], "masters": masters}
+        )
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for param, saved in zip(self._params, state_dict["masters"], strict=True):
             if saved is not None:
-                self._masters[id(param)].copy_(like(saved, param))
+                self._masters[id(param)].copy_(distributed.shard_like(saved, param))
         for optimizer, state in zip(self.inner, state_dict["inner"], strict=True):
             held = [param for group in optimizer.param_groups for param in group["params"]]
             moments = {
                 number: {
-                    name: like(value, held[number]) if torch.is_tensor(value) else value for name, value in one.items()
+                    name: distributed.shard_like(value, held[number]) if torch.is_tensor(value) else value
+                    for name, value in one.items()
                 }
                 for number, one in state["state"].items()
             }
@@ -114,8 +117,8 @@ def adamw(
     ]
     groups = [group for group in groups if group["params"]]
     values: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": eps}
-    if any(is_cut_tensor(p) for p in trained):
-        values["foreach"] = False  # its kernels take weights that are cut, or whole ones, and not both at once
+    if any(distributed.is_sharded_tensor(p) for p in trained):
+        values["foreach"] = False  # its kernels take sharded weights or whole ones, not both at once
     return MasterWeightOptimizer(groups, lambda g: [_adamw_class(name)(g, **values)])
 
 

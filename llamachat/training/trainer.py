@@ -7,7 +7,7 @@ checkpoint. The data set of a trainer holds row numbers and a collator of ours m
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,6 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import align_special_tokens
 
 from llamachat import distributed
-from llamachat.models.sharding import is_cut, is_cut_tensor, put_weights, whole_weights
 from llamachat.models.weights import file_weights
 from llamachat.runs.checkpoints import newest, writing
 from llamachat.runs.cost import peak_memory
@@ -60,7 +59,7 @@ class AtomicCheckpoints(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._checkpoints, self._before_save, self._hours = checkpoints, before_save, hours
-        self._whole_weights: dict[str, Tensor] | None = None  # of a model that is cut, while it is saved
+        self._full_weights: dict[str, Tensor] | None = None  # of a sharded model, while it is saved
         if distributed.count() > 1:
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         # The flow callback decides when to log and to save; the printing and progress callbacks are ours.
@@ -74,9 +73,9 @@ class AtomicCheckpoints(Trainer):
         loss = in_room(lambda: work(*args, **kwargs))
         if self.accelerator.sync_gradients:
             assert self.model is not None
-            # Each process's loss is as many times its part of the step's as there are processes, as for DDP. Weights that
-            # are cut have been joined in the backward pass.
-            trained = [w for w in self.model.parameters() if w.requires_grad and not is_cut_tensor(w)]
+            # Each process's loss is as many times its part of the step's as there are processes, as for DDP. Sharded
+            # weights have been reduced in the backward pass.
+            trained = [w for w in self.model.parameters() if w.requires_grad and not distributed.is_sharded_tensor(w)]
             distributed.sum_gradients(trained, scale=1 / distributed.count())
         return loss
 
@@ -96,9 +95,9 @@ class AtomicCheckpoints(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         held = self.model if model is None else model
         assert held is not None
-        if is_cut(held):
+        if distributed.is_sharded(held):
             for file in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
-                put_weights(held, dict(file_weights(file)))
+                _load_full_weights(held, file_weights(file))
             return
         if not isinstance(held, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -114,7 +113,7 @@ class AtomicCheckpoints(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         assert self.model is not None
         random_states = self._random_states()
-        self._whole_weights = whole_weights(self.model)
+        self._full_weights = distributed.full_weights(self.model)
         if distributed.is_first():
             self._save_all(model, trial, random_states)
         else:
@@ -122,11 +121,11 @@ class AtomicCheckpoints(Trainer):
             self.store_flos()
             assert isinstance(self.optimizer, torch.optim.Optimizer)
             self.optimizer.state_dict()
-        self._whole_weights = None
+        self._full_weights = None
         distributed.wait()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict=self._whole_weights or state_dict)
+        super()._save(output_dir, state_dict=self._full_weights or state_dict)
 
     def _random_states(self) -> Mapping[str, bytes]:
         """The files with the random state of every process, by name."""
@@ -226,6 +225,14 @@ def rate_schedule(
         return final + (1.0 - final) * shape
 
     return LambdaLR(optimizer, share)
+
+
+@torch.no_grad()
+def _load_full_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Write whole weights into a sharded model, each process its part."""
+    own = dict(model.state_dict())
+    for name, weight in weights:
+        own[name].copy_(distributed.shard_like(weight, own[name]))
 
 
 def row_numbers(count: int) -> Dataset:

@@ -216,7 +216,7 @@ def _disk(recipe: Recipe) -> Iterator[Finding]:
     if known is not None and not Path(recipe.base.model).exists():
         from huggingface_hub import constants
 
-        from llamachat.models.reach import is_cached
+        from llamachat.models.hub import is_cached
 
         if not is_cached(recipe.base.model):
             needs.append((Path(constants.HF_HUB_CACHE), shape.weights * known.file_width, "download of the base"))
@@ -234,8 +234,7 @@ def _disk(recipe: Recipe) -> Iterator[Finding]:
 
 def _base(recipe: Recipe) -> Iterator[Finding]:
     """Access, architecture, tokenizer: in the order in which each would stop a run."""
-    from llamachat.models.hub import tokenizer_folder
-    from llamachat.models.reach import is_cached, reach_model
+    from llamachat.models.hub import is_cached, reach_model, tokenizer_folder
 
     name = recipe.base.model
     is_local = Path(name).is_dir()
@@ -283,7 +282,7 @@ def _tokenizer(recipe: Recipe, folder: Path) -> Finding:
 
 def _data(recipe: Recipe) -> Iterator[Finding]:
     from llamachat.config.paths import hub_set
-    from llamachat.models.reach import reach_data
+    from llamachat.models.hub import reach_data
     from pipelines.planning.data_size import measure_data
 
     keys = dict.fromkeys(key for step in resolve_steps(recipe) for key in step.product.data)

@@ -17,8 +17,7 @@ from llamachat.config.loading import from_plain
 from llamachat.config.paths import ModelPath, bundled, is_hub_name
 from llamachat.errors import ConfigError, TokenizerError, UsageError
 from llamachat.memory.estimates import KNOWN_BASES, Estimate, shape_of
-from llamachat.models.hub import tokenizer_folder
-from llamachat.models.reach import UNGATED, require_llama
+from llamachat.models.hub import UNGATED, require_llama, tokenizer_folder
 from pipelines.planning import hardware as devices
 from pipelines.planning.init_choices import LONG_ENOUGH, UNKNOWN_CONTEXT, Asked, Effort, Method, Values
 from pipelines.planning.init_data import CountTokens, look_at

@@ -24,7 +24,7 @@ from llamachat.chat_format import ChatFormat
 from llamachat.constraints import draw_instruction, families
 from llamachat.errors import ArtifactError, ConfigError
 from llamachat.models.loading import load_policy
-from llamachat.models.role_opening import open_roles
+from llamachat.models.open_roles import open_roles
 from llamachat.runs.artifacts import read_artifact
 from llamachat.tracking.metrics import check_names
 from pipelines.execution.run import run_command

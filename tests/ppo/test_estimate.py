@@ -15,7 +15,7 @@ from pipelines.planning.plan import make_plan, plan_text
 from pipelines.recipe.recipe import Recipe, load, resolve_steps
 from ppo.config import Config
 from ppo.estimate import Workload, estimate, memory_by_part, updating_bytes
-from tests.llamachat.models.tiny_roles import FULL, QLORA, World
+from tests.llamachat.models.tiny_roles import FULL, QLORA, World, weight_bytes
 from tests.recipes import SHAPE, preference_data, write_base, write_recipe
 from tests.tiny_llama import LORA, base_section
 
@@ -51,7 +51,7 @@ def test_weights_gradients_and_optimizer_are_those_of_a_real_bank(
     )
     memory = memory_by_part(Config(critic=critic), work)
     held = sum(size for name, size in memory.items() if name in IN_BANK or "beside" in name)
-    assert held == pytest.approx(sum(bank.storages().values()), rel=1e-3)
+    assert held == pytest.approx(weight_bytes(bank), rel=1e-3)
     trained = {role: sum(weight.numel() for weight in group) for role, group in bank.trainable().items()}
     state = 8 + (4 if width == 2 else 0)  # two moments, and masters where the weights are not fp32
     updating = updating_bytes(Config(critic=critic), work)

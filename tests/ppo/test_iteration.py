@@ -17,7 +17,7 @@ from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Rollout, Scoring, Tuning
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import DeviceMemoryError, DivergedError
-from llamachat.models.role_bank import RoleBank
+from llamachat.models.roles import RoleBank
 from llamachat.rollout.engine import Sampling
 from llamachat.scoring.combining import combiner
 from llamachat.training.out_of_memory import MicrobatchTooLargeError

@@ -15,9 +15,8 @@ from llamachat.chat_format import TokenizedExample
 from llamachat.config.sections import Tuning
 from llamachat.data.packing import collate_packed
 from llamachat.memory.estimates import Estimate, Shape
-from llamachat.models.heads import ScoringLlama
-from llamachat.models.last_tokens import last_token_scores
 from llamachat.models.loading import attach_adapter
+from llamachat.models.scoring_head import ScoringLlama, last_token_scores
 from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.training.master_weights import adamw
 from reward import estimate as reward_estimate

@@ -16,6 +16,7 @@ from llamachat.errors import ArtifactError, ConfigError
 from llamachat.models.loading import (
     SEVEN_PROJECTIONS,
     attach_adapter,
+    context_length,
     find_model,
     load_adapter,
     load_base,
@@ -23,7 +24,6 @@ from llamachat.models.loading import (
     save_policy,
     trunk_digest,
 )
-from llamachat.models.rope import context_length
 from tests.tiny_llama import LORA, base_section, move_adapter, publish_policy, tiny_llama
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -19,11 +19,10 @@ from llamachat.errors import ArtifactError, ConfigError
 from llamachat.models import nf4
 from llamachat.models.reward_model import (
     RewardModel,
-    last_token_scores,
     load_reward_model,
     reward_trunk_digest,
-    score_rows,
 )
+from llamachat.models.scoring_head import last_token_scores, score_rows
 from llamachat.models.weights import trunk_digest
 from tests.reward.rewarding import (
     DIALOGS,

@@ -9,9 +9,9 @@ import torch
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Base, Tuning
 from llamachat.models.loading import attach_adapter, load_base
+from llamachat.models.open_roles import open_roles
 from llamachat.models.reward_model import build_reward_model
-from llamachat.models.role_bank import RoleBank
-from llamachat.models.role_opening import open_roles
+from llamachat.models.roles import RoleBank
 from llamachat.runs.artifacts import Artifact
 from tests.reward.rewarding import publish_reward_model
 from tests.sft.tiny_sft import write_base
@@ -97,3 +97,14 @@ class World:
         if name not in self._made:
             self._made[name] = make(self.folder / "runs" / name)
         return self._made[name]
+
+
+def weight_bytes(bank: RoleBank) -> int:
+    """Bytes of every weight there is, each counted once, whatever roles share it."""
+    storages: dict[int, int] = {}
+    for _, weight in bank._parameters():
+        state: Any = getattr(weight, "quant_state", None)
+        parts = [weight.data] if state is None else [weight.data, state.absmax, state.state2.absmax]
+        for storage in (part.untyped_storage() for part in parts):
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

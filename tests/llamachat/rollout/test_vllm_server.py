@@ -19,9 +19,9 @@ from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Rollout, Tuning
 from llamachat.errors import ConfigError, DataError, LlamachatError, ServerError
 from llamachat.models.loading import attach_adapter, load_base
-from llamachat.rollout import open_engine, together
+from llamachat.rollout import open_engine
 from llamachat.rollout.decoder import LlamaEngine
-from llamachat.rollout.engine import Completion, Sampling
+from llamachat.rollout.engine import Completion, Sampling, scatter_generate
 from llamachat.rollout.vllm_http import Server
 from llamachat.rollout.vllm_server import VllmEngine
 from tests.llamachat.models.tiny_roles import World
@@ -108,7 +108,7 @@ def answers_of_several(address: str) -> list[list[Completion]]:
     model = adapted()
     engine = VllmEngine(model, STOPS, address)
     engine.refresh(model)
-    return together.generate(engine, PROMPTS, samples_per_prompt=3, sampling=RANDOM)
+    return scatter_generate(engine, PROMPTS, samples_per_prompt=3, sampling=RANDOM)
 
 
 def test_several_processes_ask_for_one_adapter_and_share_the_prompts(fake: FakeVllm) -> None:

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.errors import ConfigError, LlamachatError
-from llamachat.models import hub, reach
+from llamachat.models import hub
 from pipelines.cli.main import main
 from pipelines.planning import doctor
 from pipelines.planning import hardware as devices
@@ -98,7 +98,7 @@ def test_each_answer_of_the_hub_has_its_way_out(
     error: Exception, state: str, way_out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub_says(monkeypatch, error)
-    found = reach.reach_model(LLAMA)
+    found = hub.reach_model(LLAMA)
     assert found.state == state and way_out in found.way_out and found.reason
     with pytest.raises(ConfigError, match=r"the tokenizer of 'meta-llama/Llama-2-7b-hf' cannot be fetched"):
         hub.tokenizer_folder(LLAMA)
@@ -106,11 +106,11 @@ def test_each_answer_of_the_hub_has_its_way_out(
 
 def test_a_gated_model_is_told_apart_by_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_says(monkeypatch, refusal(GatedRepoError))
-    without = reach.reach_model(LLAMA)
+    without = hub.reach_model(LLAMA)
     assert "no token is on this machine" in without.reason and "hf auth login" in without.way_out
-    assert reach.UNGATED in without.way_out and reach.UNGATED.startswith("TinyLlama/")
+    assert hub.UNGATED in without.way_out and hub.UNGATED.startswith("TinyLlama/")
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
-    assert "this machine's token has no access" in reach.reach_model(LLAMA).reason
+    assert "this machine's token has no access" in hub.reach_model(LLAMA).reason
 
 
 # -- before any weights, in the step itself
@@ -247,7 +247,7 @@ def test_the_doctor_asks_the_hub_for_heads_and_small_files_alone(monkeypatch: py
 def test_a_set_that_is_gated_or_missing_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_says(monkeypatch, BASE)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **kwargs: SimpleNamespace(gated="auto"))
-    found = reach.reach_data("owner/set")
+    found = hub.reach_data("owner/set")
     assert found.state == "gated" and "https://huggingface.co/datasets/owner/set" in found.way_out
     assert {finding.verdict for finding in examine(QLORA, []) if finding.check == "data"} == {"FAIL"}
 

@@ -1,4 +1,4 @@
-"""What a training may start from: the checks on policy and tuning that all stages share, and the proved tokenizer."""
+"""What a training may start from: the checks of policy and tuning that all stages share, and the proved tokenizer."""
 
 import json
 import logging
@@ -6,25 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from llamachat import distributed
 from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.proof import load_proved_format
 from llamachat.chat_format.tokenizer import write_tokenizer
 from llamachat.config.sections import Base, Tuning
 from llamachat.errors import ConfigError
+from llamachat.models.hub import tokenizer_folder
 from llamachat.models.loading import SEVEN_PROJECTIONS, find_model
+from llamachat.runs.artifacts import Artifact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llamachat.runs.artifacts import Artifact
-
 log = logging.getLogger(__name__)
 
 
-def proved_start(base: Base, tuning: Tuning, policy: "Artifact | None") -> tuple[str, ChatFormat]:
+def proved_start(base: Base, tuning: Tuning, policy: Artifact | None) -> tuple[str, ChatFormat]:
     """Folder or hub name of the earlier policy, or else of the base, and the chat format on its proved tokenizer."""
-    from llamachat.chat_format.proof import load_proved_format
-    from llamachat.models.hub import tokenizer_folder
-
     _check_dtype(base, tuning)
     if policy is not None and is_adapter(policy):
         _check_same_adapter(tuning, policy)
@@ -38,7 +39,7 @@ def proved_start(base: Base, tuning: Tuning, policy: "Artifact | None") -> tuple
     return location, chat_format
 
 
-def is_adapter(artifact: "Artifact") -> bool:
+def is_adapter(artifact: Artifact) -> bool:
     """Whether the weights of an artifact are an adapter, whose base lies elsewhere."""
     return artifact.manifest.details.get("method") in ("lora", "qlora")
 
@@ -51,6 +52,22 @@ def fast_tokenizer(chat_format: ChatFormat, folder: Path) -> "PreTrainedTokenize
     return AutoTokenizer.from_pretrained(str(folder))
 
 
+def shard_if_configured(model: nn.Module, tuning: Tuning) -> None:
+    """Divide the model over the processes where they were launched for that (configs/accelerate/fsdp2.yaml).
+
+    Raises ConfigError for adapters, whose frozen base is whole in each process.
+    """
+    if not distributed.are_sharded():
+        return
+    if tuning.method != "full":
+        raise ConfigError(
+            f"tuning.method: '{tuning.method}', but the launcher asks for FSDP, which here cuts models that are trained whole."
+            " With adapters each card holds the base once, in 4 bits with qlora. Launch with configs/accelerate/ddp.yaml,"
+            " or set tuning.method to full."
+        )
+    distributed.shard_model(model)
+
+
 def _check_dtype(base: Base, tuning: Tuning) -> None:
     # TRL gives adapters on a quantised model bfloat16, whatever they have.
     if tuning.method == "qlora" and base.dtype != "bfloat16":
@@ -60,7 +77,7 @@ def _check_dtype(base: Base, tuning: Tuning) -> None:
         )
 
 
-def _check_same_adapter(tuning: Tuning, policy: "Artifact") -> None:
+def _check_same_adapter(tuning: Tuning, policy: Artifact) -> None:
     made_by: str = policy.manifest.details["method"]
     if tuning.method == "full":
         raise ConfigError(

@@ -18,6 +18,7 @@ from torch import nn
 
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.tokenizer import UNK_ID, load_tokenizer
+from llamachat.config.sections import Base, Tuning
 from llamachat.memory.role_bytes import place_reward_models
 from llamachat.models import nf4
 from llamachat.models.loading import (
@@ -26,13 +27,23 @@ from llamachat.models.loading import (
     adapter_dtype,
     attach_adapter,
     checked_details,
+    device_of,
     load_base,
     load_policy,
     name_of,
+    rope_parameters,
 )
-from llamachat.models.placement import device_of
 from llamachat.models.reward_model import HEAD_WEIGHT, RewardModel, load_reward_model
-from llamachat.models.role_adapters import (
+from llamachat.models.roles import (
+    CRITIC_BEGINS_AS,
+    REWARD_ROLES,
+    CriticKind,
+    LanguageRole,
+    RewardRole,
+    Role,
+    RoleBank,
+    RoleModules,
+    RoleSlot,
     adapter_weights,
     add_adapter,
     fill,
@@ -40,19 +51,8 @@ from llamachat.models.role_adapters import (
     shape_of,
     weights_in,
 )
-from llamachat.models.role_bank import (
-    CRITIC_BEGINS_AS,
-    REWARD_ROLES,
-    CriticKind,
-    Fittings,
-    LanguageRole,
-    RewardRole,
-    Role,
-    RoleBank,
-    Seat,
-)
-from llamachat.models.rope import rope_parameters
-from llamachat.models.starting import is_adapter, proved_start
+from llamachat.models.scoring_head import ScoringLlama
+from llamachat.models.start_checks import is_adapter, proved_start
 from llamachat.models.weights import trunk_digest
 from llamachat.runs.artifacts import MANIFEST, Artifact, read_artifact
 
@@ -60,8 +60,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import LlamaForCausalLM, LlamaModel
 
-    from llamachat.config.sections import Base, Tuning
-    from llamachat.models.heads import ScoringLlama
     from llamachat.models.loading import LanguageModel
 
     Root = LlamaForCausalLM | ScoringLlama
@@ -73,8 +71,8 @@ Source = Artifact | Path | str
 def open_roles(
     *,
     policy: Artifact | None,
-    base: "Base",
-    tuning: "Tuning",
+    base: Base,
+    tuning: Tuning,
     reward_models: Mapping[RewardRole, Source],
     critic: CriticKind | None,
     seed: int,
@@ -89,15 +87,15 @@ def open_roles(
     share the trunk, and the bytes of those that do not.
     """
     opening = _Opening(base, tuning, seed, device_of(device), *proved_start(base, tuning, policy))
-    opening.seat_policy(policy, with_reference=critic is not None)
-    opening.seat_reward_models(reward_models)
-    value_head = None if critic is None else opening.seat_critic(critic, reward_models)
-    return RoleBank(opening.fittings(critic, value_head), critic=critic, checkpointing=checkpointing)
+    opening.place_policy(policy, with_reference=critic is not None)
+    opening.place_reward_models(reward_models)
+    value_head = None if critic is None else opening.place_critic(critic, reward_models)
+    return RoleBank(opening.modules(critic, value_head), critic=critic, checkpointing=checkpointing)
 
 
 @dataclass(slots=True)
 class _Trunk:
-    """Weights that several adapters can sit on, and how it is known which."""
+    """Weights that several adapters can be put on."""
 
     root: "Root"
     is_nf4: bool
@@ -130,13 +128,13 @@ class _RewardSource:
 
 @dataclass(slots=True)
 class _Opening:
-    base: "Base"
-    tuning: "Tuning"
+    base: Base
+    tuning: Tuning
     seed: int
     device: str
     location: str
     chat_format: ChatFormat
-    seats: dict[Role, Seat] = field(default_factory=dict)
+    slots: dict[Role, RoleSlot] = field(default_factory=dict)
     trunks: list[_Trunk] = field(default_factory=list)  # those that adapters can be put on, the policy's first
     reward_models: dict[RewardRole, RewardModel] = field(default_factory=dict)
     other_vocabulary: set[RewardRole] = field(default_factory=set)
@@ -145,16 +143,16 @@ class _Opening:
     policy_model: "LanguageModel | None" = None
     base_name: str = ""
 
-    def seat_policy(self, policy: Artifact | None, *, with_reference: bool) -> None:
+    def place_policy(self, policy: Artifact | None, *, with_reference: bool) -> None:
         """Policy and reference."""
         self.base_name = self.location
         if self.tuning.method == "full":
             own = self._load_base()
             self.policy_model = own
-            self.seats["policy"] = Seat(own.model, None)
+            self.slots["policy"] = RoleSlot(own.model, None)
             if with_reference:
                 self.reference = self._load_base()
-                self.seats["reference"] = Seat(self.reference.model, None)
+                self.slots["reference"] = RoleSlot(self.reference.model, None)
             self.trunks.append(_Trunk(self.reference or own, is_nf4=False))
             return
         if policy is not None and is_adapter(policy):
@@ -168,13 +166,15 @@ class _Opening:
         self.policy_model = adapted
         self.shapes["policy"] = shape_of(adapted)
         self.trunks.append(_Trunk(root, is_nf4=self.tuning.method == "qlora"))
-        self.seats["policy"] = Seat(trunk, ONLY_ADAPTER)
+        self.slots["policy"] = RoleSlot(trunk, ONLY_ADAPTER)
         if with_reference:
             self.reference = root
             is_continued = policy is not None and is_adapter(policy)
-            self.seats["reference"] = self._copy_of("policy", "reference", root) if is_continued else Seat(trunk, None)
+            self.slots["reference"] = (
+                self._copy_of("policy", "reference", root) if is_continued else RoleSlot(trunk, None)
+            )
 
-    def seat_reward_models(self, sources: Mapping[RewardRole, Source]) -> None:
+    def place_reward_models(self, sources: Mapping[RewardRole, Source]) -> None:
         """Each on a trunk that is there already, or beside it."""
         models: dict[RewardRole, _RewardSource] = {
             role: _reward_source(sources[role]) for role in REWARD_ROLES if role in sources
@@ -183,26 +183,26 @@ class _Opening:
             models,
             self.trunks[0],
             carries=_Trunk.carries,
-            share=self._seat_adapter,
+            share=self._place_adapter,
             load=self._load_beside,
         )
 
-    def seat_critic(self, critic: CriticKind, sources: Mapping[RewardRole, Source]) -> nn.Linear:
+    def place_critic(self, critic: CriticKind, sources: Mapping[RewardRole, Source]) -> nn.Linear:
         """The critic's trunk or adapter; returns its head, which starts as the reward model's or with zeros."""
         begins_as: RewardRole | None = next(
-            (role for role in CRITIC_BEGINS_AS if role in self.seats and role not in self.other_vocabulary),
+            (role for role in CRITIC_BEGINS_AS if role in self.slots and role not in self.other_vocabulary),
             None,
         )
         if critic == "shared":
-            self.seats["critic"] = self.seats["policy"]
+            self.slots["critic"] = self.slots["policy"]
         elif self.tuning.method == "full":
             own = None if begins_as is None else self._own_weights(begins_as, sources[begins_as])
             begins_as = None if own is None else begins_as
-            self.seats["critic"] = Seat(own or self._load_base().model, None)
+            self.slots["critic"] = RoleSlot(own or self._load_base().model, None)
         else:
             begun: Role = begins_as or "policy"
-            self.seats["critic"] = self._copy_of(begun, "critic", self._root_of(self.seats[begun].trunk))
-        head = _head(self.seats["critic"].trunk, dtype=torch.float32, has_bias=True)
+            self.slots["critic"] = self._copy_of(begun, "critic", self._root_of(self.slots[begun].trunk))
+        head = _head(self.slots["critic"].trunk, dtype=torch.float32, has_bias=True)
         begun_head = None if begins_as is None else _score_weight(self.reward_models[begins_as])
         if begun_head is not None and begun_head.shape == head.weight.shape:
             fill({HEAD_WEIGHT: head.weight}, {HEAD_WEIGHT: begun_head})
@@ -211,12 +211,12 @@ class _Opening:
             log.info("critic: %s, begins as the policy with values of 0", critic)
         return head
 
-    def fittings(self, critic: CriticKind | None, value_head: nn.Linear | None) -> Fittings:
+    def modules(self, critic: CriticKind | None, value_head: nn.Linear | None) -> RoleModules:
         """Everything frozen but what is trained, and all of it in evaluation mode."""
-        assert self.policy_model is not None, "the policy is seated first"
+        assert self.policy_model is not None, "the policy is placed first"
         models: list[nn.Module] = [self.policy_model]
         models += [part for part in (self.reference, value_head) if part is not None]
-        models += [seat.trunk for seat in self.seats.values()]
+        models += [slot.trunk for slot in self.slots.values()]
         models += [model.model for model in self.reward_models.values()]
         for model in models:
             model.requires_grad_(False).eval()
@@ -226,8 +226,8 @@ class _Opening:
         heads: dict[LanguageRole, nn.Module] = {"policy": cast(Any, self.policy_model).get_output_embeddings()}
         if self.reference is not None:
             heads["reference"] = cast(nn.Module, self.reference.get_output_embeddings())
-        return Fittings(
-            seats=self.seats,
+        return RoleModules(
+            slots=self.slots,
             policy_model=self.policy_model,
             lm_heads=heads,
             value_head=value_head,
@@ -239,11 +239,11 @@ class _Opening:
 
     def _let_train(self, roles: Sequence[Role]) -> None:
         for role in roles:
-            seat = self.seats[role]
-            if seat.adapter is None:
-                seat.trunk.requires_grad_(True)
+            slot = self.slots[role]
+            if slot.adapter is None:
+                slot.trunk.requires_grad_(True)
             else:
-                for weight in adapter_weights(seat.trunk, seat.adapter).values():
+                for weight in adapter_weights(slot.trunk, slot.adapter).values():
                     weight.requires_grad_(True)
         if self.tuning.method == "full":
             cast(nn.Module, self.policy_model).requires_grad_(True)
@@ -252,7 +252,7 @@ class _Opening:
         is_nf4 = self.tuning.method == "qlora"
         return load_base(self.base, source=self.location, device=self.device, is_nf4=is_nf4)
 
-    def _seat_adapter(self, role: RewardRole, model: "_RewardSource", trunk: _Trunk) -> None:
+    def _place_adapter(self, role: RewardRole, model: "_RewardSource", trunk: _Trunk) -> None:
         """A reward model as one more adapter on a trunk that is there already."""
         artifact, root = model.artifact, trunk.root
         assert artifact is not None, "an adapter is an artifact of ours"
@@ -263,7 +263,7 @@ class _Opening:
         head = _head(root.model, dtype=root.dtype, has_bias=False)
         fill({HEAD_WEIGHT: head.weight}, others)
         tokenizer = load_tokenizer(artifact.path)
-        self.seats[role] = Seat(root.model, role)
+        self.slots[role] = RoleSlot(root.model, role)
         self.reward_models[role] = RewardModel(
             model=_scorer(root, head),
             tokenizer=tokenizer,
@@ -275,7 +275,7 @@ class _Opening:
         log.info("%s: %s is an adapter on weights that are loaded already", role, name_of(artifact))
 
     def _load_beside(self, role: RewardRole, model: "_RewardSource") -> _Trunk | None:
-        """A reward model with weights of its own; returns its trunk where further adapters can sit on it."""
+        """A reward model with weights of its own; returns its trunk where further adapters can be put on it."""
         loaded = load_reward_model(model.place, device=self.device, attention=self.base.attention)
         adapted: Any = loaded.model
         root: ScoringLlama = adapted.get_base_model() if model.is_adapter else adapted
@@ -285,7 +285,7 @@ class _Opening:
             trunk = _Trunk(root, is_nf4=nf4.compute_dtype(root) is not None)
             self.trunks.append(trunk)
             root.score = cast(Any, root.score).modules_to_save[ONLY_ADAPTER]
-        self.seats[role] = Seat(root.model, ONLY_ADAPTER if model.is_adapter else None)
+        self.slots[role] = RoleSlot(root.model, ONLY_ADAPTER if model.is_adapter else None)
         self.reward_models[role] = replace(loaded, model=root)
         if not _same_ids(loaded.chat_format, self.chat_format):
             self.other_vocabulary.add(role)
@@ -293,24 +293,24 @@ class _Opening:
         log.info("%s: %s is on other weights and is loaded beside: %.2f GiB", role, loaded.name, held / 2**30)
         return trunk
 
-    def _copy_of(self, role: Role, name: Literal["critic", "reference"], root: "Root") -> Seat:
+    def _copy_of(self, role: Role, name: Literal["critic", "reference"], root: "Root") -> RoleSlot:
         """A new adapter beside a role's, of its shape and values; on a trunk without one, of the recipe's shape."""
-        seat = self.seats[role]
+        slot = self.slots[role]
         shape = self.shapes.get(role) or self.shapes["policy"]
         add_adapter(root, name, shape, seed=self.seed)
-        if seat.adapter is not None:
-            fill(adapter_weights(seat.trunk, name), adapter_weights(seat.trunk, seat.adapter))
-        return Seat(seat.trunk, name)
+        if slot.adapter is not None:
+            fill(adapter_weights(slot.trunk, name), adapter_weights(slot.trunk, slot.adapter))
+        return RoleSlot(slot.trunk, name)
 
     def _own_weights(self, role: RewardRole, source: Source) -> "LlamaModel | None":
         """A copy of a reward model's weights, its adapter merged into it; None of 4-bit ones, which cannot train."""
-        seat = self.seats[role]
-        if nf4.compute_dtype(self._root_of(seat.trunk)):
+        slot = self.slots[role]
+        if nf4.compute_dtype(self._root_of(slot.trunk)):
             return None
         path = source.path if isinstance(source, Artifact) else str(source)
         how: dict[str, Any] = {"dtype": self.base.dtype, "device": self.device, "attention": self.base.attention}
         model: Any = load_reward_model(path, **how).model
-        return (model if seat.adapter is None else model.merge_and_unload()).model
+        return (model if slot.adapter is None else model.merge_and_unload()).model
 
     def _root_of(self, trunk: "LlamaModel") -> "Root":
         roots: list[Any] = [known.root for known in self.trunks] + [
@@ -330,10 +330,8 @@ def _reward_source(source: Source) -> _RewardSource:
     return _RewardSource(artifact.path, artifact, checked_details(artifact) if is_adapter(artifact) else {})
 
 
-def _scorer(root: "Root", head: nn.Linear) -> "ScoringLlama":
+def _scorer(root: "Root", head: nn.Linear) -> ScoringLlama:
     """A reward model made of a trunk that others use too, and a head of its own."""
-    from llamachat.models.heads import ScoringLlama
-
     config = deepcopy(root.config)
     config.num_labels, config.pad_token_id = 1, UNK_ID
     with torch.device("meta"):  # its own weights are never made

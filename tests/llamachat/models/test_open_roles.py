@@ -16,10 +16,10 @@ from llamachat.memory.estimates import Shape, read_shape
 from llamachat.memory.role_bytes import Beside, role_bank_bytes
 from llamachat.models.loading import load_policy
 from llamachat.models.reward_model import load_reward_model
-from llamachat.models.role_bank import RewardRole, RoleBank
+from llamachat.models.roles import RewardRole, RoleBank
 from llamachat.models.sequence_attention import use_sequence_attention
 from tests.fakes import train_sentencepiece
-from tests.llamachat.models.tiny_roles import FULL, QLORA, World, make_reward_model
+from tests.llamachat.models.tiny_roles import FULL, QLORA, World, make_reward_model, weight_bytes
 from tests.tiny_llama import LORA
 
 ROWS = [[1, 270, 279, 383, 357], [1, 331, 262], [1, 289, 300, 310, 20, 33, 45, 7]]
@@ -75,9 +75,9 @@ def test_the_base_is_there_once_and_each_role_adds_its_adapter_and_head(policy: 
     numbers = (
         sizes.weights + adapters * sizes.adapter_weights(4) + 2 * 64 + 65
     )  # two score heads, the critic's with bias
-    assert sum(bank.storages().values()) == 4 * numbers
+    assert weight_bytes(bank) == 4 * numbers
     shared = world.bank(LORA, policy, critic="shared")
-    assert sum(shared.storages().values()) == 4 * (numbers - sizes.adapter_weights(4))
+    assert weight_bytes(shared) == 4 * (numbers - sizes.adapter_weights(4))
 
 
 @pytest.mark.parametrize(("policy", "adapters"), [(FULL, 4), (QLORA, 5)])
@@ -87,19 +87,19 @@ def test_a_4_bit_base_is_there_once(policy: Tuning, adapters: int, world: World)
     quantised = {
         layer.weight.data_ptr(): layer.weight.numel()
         for role in bank.roles
-        for layer in bank._seats[role].trunk.modules()
+        for layer in bank._slots[role].trunk.modules()
         if isinstance(layer, Linear4bit)
     }
     assert sum(quantised.values()) == sizes.linear_weights / 2 and len(quantised) == 2 * 7
     wanted = sizes.trunk_bytes(2, is_4bit=True) + 2 * (adapters * sizes.adapter_weights(4) + 2 * 64) + 4 * 65
-    assert sum(bank.storages().values()) == pytest.approx(wanted, rel=1e-3)
+    assert weight_bytes(bank) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_a_fully_tuned_policy_has_weights_of_its_own(world: World):
     bank = world.bank(FULL, FULL)
     sizes = shape(world)
     headless = sizes.weights - 420 * 64
-    assert sum(bank.storages().values()) == 4 * (2 * sizes.weights + 3 * headless + 2 * 64 + 65)
+    assert weight_bytes(bank) == 4 * (2 * sizes.weights + 3 * headless + 2 * 64 + 65)
 
 
 CASES: list[tuple[Tuning, Tuning, str, bool, int, list[str]]] = [
@@ -126,7 +126,7 @@ def test_the_planned_bytes_are_those_of_the_bank(
         beside={name: Beside(shape(world), width=width) for name in beside},
     )
     bank = world.bank(tuning, policy, critic=critic)
-    assert sum(planned.values()) == pytest.approx(sum(bank.storages().values()), rel=1e-3 if tuning is QLORA else 0)
+    assert sum(planned.values()) == pytest.approx(weight_bytes(bank), rel=1e-3 if tuning is QLORA else 0)
 
 
 # --- beside it
@@ -140,7 +140,7 @@ def test_reward_models_on_one_other_trunk_share_it(world: World, caplog: pytest.
     sizes = shape(world)
     headless = sizes.weights - 420 * 64
     numbers = sizes.weights + headless + 4 * sizes.adapter_weights(4) + 2 * 64 + 65
-    assert sum(bank.storages().values()) == 4 * numbers
+    assert weight_bytes(bank) == 4 * numbers
     assert "is on other weights and is loaded beside: 0.00 GiB" in caplog.text
     assert "safety: safety-lora-on-full-7/rm/safety is an adapter on weights that are loaded already" in caplog.text
     frozen = bank.frozen_digest()

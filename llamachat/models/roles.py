@@ -1,38 +1,46 @@
-"""The five roles of PPO, and the judge, on as few weights as there can be: one trunk, an adapter and a head for each.
+"""The five roles of PPO, and the judge, on as few weights as possible: one trunk, an adapter and a head for each.
 
 policy (trained), reference (the policy as it began), critic (trained), helpfulness, safety and judge (reward models).
-`llamachat.models.role_opening.open_roles` makes the bank; `hidden` is the only way to run a role, so that the switching
-of adapters lies in one place. Between calls the policy's adapter is the active one: what samples from `policy_model()`
-needs to know nothing of roles. Adapters are switched past PEFT, whose own switches set `requires_grad`
-(docs: https://github.com/huggingface/peft/issues/3447); here it is set once, when the bank is opened.
-Two things surprise. Nothing is ever dropped: modules stay in evaluation mode, since with dropout the ratio of new to old
-probabilities would not begin at 1. And a checkpointed block that is computed again during `backward` is computed with
-the adapter of its forward pass, whatever role has run since.
+`llamachat.models.open_roles` makes the bank; `hidden` is the only way to run a role, so that the switching of adapters
+lies in one place. Between calls the policy's adapter is the active one: what samples from `policy_model()` needs to
+know nothing of roles.
+
+Adapters are PEFT's layers, without its switches: `set_adapter` makes the named adapter trainable and freezes all others,
+and leaving `disable_adapter()` does so again (https://github.com/huggingface/peft/issues/3447). So `switch` sets the two
+fields of a layer that PEFT's own switches write; `requires_grad` is set once, when the bank is opened.
+There is no dropout: modules stay in evaluation mode, since with dropout the ratio of new to old probabilities would not
+begin at 1. A checkpointed block that is computed again during `backward` is computed with the adapter of its forward
+pass, whatever role has run since.
 Shapes: B rows, T positions, D hidden size, N sequences or positions that are read.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llamachat.models.loading import policy_details, save_policy
-from llamachat.models.reward_model import RewardModel, score_rows
-from llamachat.models.role_adapters import adapter_layers, adapter_weights, fill, switch
+from llamachat.chat_format import ChatFormat
+from llamachat.models import nf4
+from llamachat.models.loading import ADAPTER_WEIGHTS, ONLY_ADAPTER, gpus, policy_details, save_policy
+from llamachat.models.reward_model import RewardModel
+from llamachat.models.scoring_head import read_out, score_rows
 from llamachat.models.sequence_attention import use_sequence_attention
+from llamachat.models.weights import file_weights
 
 if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
     from transformers import LlamaModel
 
-    from llamachat.chat_format import ChatFormat
     from llamachat.models.loading import LanguageModel
 
 Role = Literal["policy", "reference", "critic", "helpfulness", "safety", "judge"]
@@ -42,10 +50,12 @@ CriticKind = Literal["separate", "shared"]
 Trained = Literal["policy", "critic"]
 REWARD_ROLES: tuple[RewardRole, ...] = ("helpfulness", "safety", "judge")
 CRITIC_BEGINS_AS: tuple[RewardRole, ...] = ("helpfulness", "safety")  # the first that there is; the judge only tells
+FILE_PREFIX = "base_model.model."  # of every name in PEFT's files
+TRUNK_PREFIX = f"{FILE_PREFIX}model."
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class RoleSlot:
     """Where a role sits: a trunk, and the name of its adapter there; None is the trunk as it is."""
 
     trunk: "LlamaModel"
@@ -53,44 +63,44 @@ class Seat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fittings:
+class RoleModules:
     """What a bank is made of; `open_roles` gathers it, and has set what requires gradients."""
 
-    seats: Mapping[Role, Seat]
+    slots: Mapping[Role, RoleSlot]
     policy_model: "LanguageModel"
     lm_heads: Mapping[LanguageRole, nn.Module]
     value_head: nn.Linear | None  # None in a bank that trains nothing
     reward_models: Mapping[RewardRole, RewardModel]
     other_vocabulary: frozenset[RewardRole]  # of them, those that do not read the policy's token ids
-    chat_format: "ChatFormat"
+    chat_format: ChatFormat
     base: str  # folder or hub name of the weights under the policy's adapter, or that the policy began as
 
 
 class RoleBank:
     """All roles, ready to run. Make one with `open_roles`."""
 
-    def __init__(self, fittings: Fittings, *, critic: CriticKind | None, checkpointing: bool) -> None:
+    def __init__(self, modules: RoleModules, *, critic: CriticKind | None, checkpointing: bool) -> None:
         """With `checkpointing`, blocks keep only their input for a backward pass and are computed again in it."""
         self.critic: CriticKind | None = critic
-        self.base = fittings.base
-        self.chat_format = fittings.chat_format
-        self._seats = fittings.seats
-        self._policy_model = fittings.policy_model
-        self._heads = fittings.lm_heads
-        self._value_head = fittings.value_head
-        self._reward_models = fittings.reward_models
-        self._other_vocabulary = fittings.other_vocabulary
-        self._trunks = {id(seat.trunk): seat.trunk for seat in self._seats.values()}
+        self.base = modules.base
+        self.chat_format = modules.chat_format
+        self._slots = modules.slots
+        self._policy_model = modules.policy_model
+        self._heads = modules.lm_heads
+        self._value_head = modules.value_head
+        self._reward_models = modules.reward_models
+        self._other_vocabulary = modules.other_vocabulary
+        self._trunks = {id(slot.trunk): slot.trunk for slot in self._slots.values()}
         if self.device.type == "cpu":
             for trunk in self._trunks.values():
                 use_sequence_attention(trunk)
         self._layers = {key: adapter_layers(trunk) for key, trunk in self._trunks.items()}
         self._active: dict[int, str | None] = {}
-        for seat in (*self._seats.values(), self._seats["policy"]):
-            self._sit(seat)
+        for slot in (*self._slots.values(), self._slots["policy"]):
+            self._activate(slot)
         self._trained: dict[Trained, dict[str, nn.Parameter]] = {}
-        if fittings.value_head is not None:
-            self._trained = {"policy": self._policy_weights(), "critic": self._critic_weights(fittings.value_head)}
+        if modules.value_head is not None:
+            self._trained = {"policy": self._policy_weights(), "critic": self._critic_weights(modules.value_head)}
         if checkpointing:
             for trunk in self._trunks.values():
                 self._checkpoint(trunk)
@@ -98,12 +108,12 @@ class RoleBank:
     @property
     def roles(self) -> tuple[Role, ...]:
         """The roles that there are; the critic is one also where it shares the policy's trunk pass."""
-        return tuple(self._seats)
+        return tuple(self._slots)
 
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self._seats["policy"].trunk.device
+        return self._slots["policy"].trunk.device
 
     def hidden(self, role: Role, batch: Mapping[str, Tensor]) -> Tensor:
         """Final hidden states [B, T, D], in the trunk's dtype, of packed rows or of rows padded on the right.
@@ -112,11 +122,11 @@ class RoleBank:
         other keys are not read, and there is no attention mask. Of policy and critic the states carry gradients where
         torch records them; of the others never. A shared critic's are the policy's.
         """
-        seat = self._seats[role]
+        slot = self._slots[role]
         records = role in ("policy", "critic") and torch.is_grad_enabled()
-        with torch.set_grad_enabled(records), _Seated(self, seat), _checkpointing(seat.trunk, records):
+        with torch.set_grad_enabled(records), _Activated(self, slot), _checkpointing(slot.trunk, records):
             ids_BT, positions_BT = batch["input_ids"], batch.get("position_ids")
-            return cast(Any, seat.trunk)(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
+            return cast(Any, slot.trunk)(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
 
     def lm_head(self, role: LanguageRole) -> nn.Module:
         """From hidden states to logits [.., V]. One module for both, unless all of the policy's weights train."""
@@ -129,8 +139,6 @@ class RoleBank:
     def values_of(self, hidden: Tensor) -> Tensor:
         """The critic's values [..], fp32, of hidden states [.., D] that `hidden` gave for it: for a shared critic, those
         of the policy, so that one pass serves both."""
-        from llamachat.models.heads import read_out
-
         assert self._value_head is not None, "the bank has a critic"
         return read_out(self._value_head, hidden)
 
@@ -155,7 +163,7 @@ class RoleBank:
         The ids must be in the model's own vocabulary: the policy's where `reads_policy_ids`, else from
         `reward_model(role).encode(messages)`.
         """
-        with _Seated(self, self._seats[role]):
+        with _Activated(self, self._slots[role]):
             return score_rows(self._reward_models[role].model, rows, row_tokens=row_tokens, advance=advance)
 
     def reward_model(self, role: RewardRole) -> RewardModel:
@@ -201,16 +209,6 @@ class RoleBank:
                     digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def storages(self) -> dict[int, int]:
-        """Bytes by address of every weight there is, each counted once, whatever roles share it."""
-        found: dict[int, int] = {}
-        for _, weight in self._parameters():
-            state: Any = getattr(weight, "quant_state", None)
-            parts = [weight.data] if state is None else [weight.data, state.absmax, state.state2.absmax]
-            for storage in (part.untyped_storage() for part in parts):
-                found[storage.data_ptr()] = storage.nbytes()
-        return found
-
     def save_policy(self, folder: Path) -> None:
         """Write the policy as `llamachat.models.loading.save_policy` does, without the other roles."""
         save_policy(self._policy_model, folder)
@@ -225,16 +223,16 @@ class RoleBank:
             system=system,
         )
 
-    def _sit(self, seat: Seat) -> None:
-        key = id(seat.trunk)
-        if key not in self._active or self._active[key] != seat.adapter:
-            switch(self._layers[key], seat.adapter)
-            self._active[key] = seat.adapter
+    def _activate(self, slot: RoleSlot) -> None:
+        key = id(slot.trunk)
+        if key not in self._active or self._active[key] != slot.adapter:
+            switch(self._layers[key], slot.adapter)
+            self._active[key] = slot.adapter
 
     def _checkpoint(self, trunk: "LlamaModel") -> None:
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             adapter = self._active[id(trunk)]
-            return nullcontext(), _Seated(self, Seat(trunk, adapter))
+            return nullcontext(), _Activated(self, RoleSlot(trunk, adapter))
 
         function = partial(checkpoint, use_reentrant=False, context_fn=contexts)
         for block in cast(Any, trunk.layers):
@@ -242,17 +240,17 @@ class RoleBank:
             block._gradient_checkpointing_func = function
 
     def _policy_weights(self) -> dict[str, nn.Parameter]:
-        seat = self._seats["policy"]
-        if seat.adapter is None:
+        slot = self._slots["policy"]
+        if slot.adapter is None:
             return dict(self._policy_model.named_parameters())
-        return adapter_weights(seat.trunk, seat.adapter)
+        return adapter_weights(slot.trunk, slot.adapter)
 
     def _critic_weights(self, value_head: nn.Linear) -> dict[str, nn.Parameter]:
         head = {f"head.{name}": weight for name, weight in value_head.named_parameters()}
         if self.critic == "shared":
             return head
-        seat = self._seats["critic"]
-        own = dict(seat.trunk.named_parameters()) if seat.adapter is None else adapter_weights(seat.trunk, seat.adapter)
+        slot = self._slots["critic"]
+        own = dict(slot.trunk.named_parameters()) if slot.adapter is None else adapter_weights(slot.trunk, slot.adapter)
         return own | head
 
     def _modules(self) -> list[nn.Module]:
@@ -268,22 +266,22 @@ class RoleBank:
                 yield f"{index}.{name}", weight
 
 
-class _Seated:
+class _Activated:
     """A role at work: its adapter is the active one; afterwards the one before is. May be entered again."""
 
-    def __init__(self, bank: RoleBank, seat: Seat) -> None:
-        self._bank, self._seat = bank, seat
-        self._before: list[Seat] = []
+    def __init__(self, bank: RoleBank, slot: RoleSlot) -> None:
+        self._bank, self._slot = bank, slot
+        self._before: list[RoleSlot] = []
 
     def __enter__(self) -> None:
-        trunk = self._seat.trunk
-        self._before.append(Seat(trunk, self._bank._active[id(trunk)]))
-        self._bank._sit(self._seat)
+        trunk = self._slot.trunk
+        self._before.append(RoleSlot(trunk, self._bank._active[id(trunk)]))
+        self._bank._activate(self._slot)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bank._sit(self._before.pop())
+        self._bank._activate(self._before.pop())
 
 
 @contextmanager
@@ -297,3 +295,80 @@ def _checkpointing(trunk: "LlamaModel", records: bool) -> Iterator[None]:
     finally:
         for block in blocks:
             block.training = False
+
+
+def adapter_layers(trunk: "LlamaModel") -> list[Any]:
+    """The projections of a trunk that hold adapters."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in trunk.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        assert hasattr(layer, "_active_adapter") and hasattr(layer, "_disable_adapters"), "PEFT has other switches now"
+    return layers
+
+
+def switch(layers: Sequence[Any], adapter: str | None) -> None:
+    """Make this adapter the one that takes part in the forward pass; None: none does."""
+    for layer in layers:
+        layer._disable_adapters = adapter is None
+        if adapter is not None:
+            layer._active_adapter = [adapter]
+
+
+def add_adapter(root: nn.Module, name: str, config: "LoraConfig", *, seed: int) -> None:
+    """A new adapter of this shape on the projections of a model, which adds nothing yet."""
+    from peft import inject_adapter_in_model
+
+    config = deepcopy(config)
+    config.modules_to_save = None  # heads are kept by the bank
+    with torch.random.fork_rng(devices=gpus()), catch_warnings():
+        simplefilter("ignore", UserWarning)  # that there is another adapter: that is what is wanted
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, root, adapter_name=name)
+    if nf4.compute_dtype(root):
+        nf4.cast_adapter(root)
+
+
+def shape_in(folder: Path) -> "LoraConfig":
+    """The shape of the adapter in a folder."""
+    from peft import LoraConfig
+
+    config = LoraConfig.from_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)
+    return config
+
+
+def shape_of(model: "PeftModel") -> "LoraConfig":
+    """The shape of the policy's adapter."""
+    from peft import LoraConfig
+
+    config = model.peft_config[ONLY_ADAPTER]
+    assert isinstance(config, LoraConfig)
+    return config
+
+
+def adapter_weights(trunk: "LlamaModel", adapter: str) -> dict[str, nn.Parameter]:
+    """An adapter's weights by their names without the adapter's own: two adapters of one shape have the same."""
+    mark = f".{adapter}."
+    named = trunk.named_parameters()
+    return {name.replace(mark, "."): weight for name, weight in named if ".lora_" in name and mark in name}
+
+
+def weights_in(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The adapter's weights in a folder by the names of `adapter_weights`, and what was trained beside it."""
+    adapter: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for name, weight in file_weights(folder / ADAPTER_WEIGHTS):
+        if ".lora_" in name:
+            adapter[name.removeprefix(TRUNK_PREFIX)] = weight
+        else:
+            others[name.removeprefix(FILE_PREFIX)] = weight
+    return adapter, others
+
+
+@torch.no_grad()
+def fill(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Put these values into weights of the same names, in place and in the weights' dtype."""
+    assert weights.keys() == values.keys(), "an adapter's shape is read from where its values are"
+    for name, weight in weights.items():
+        weight.copy_(values[name])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from llamachat.config.sections import Tuning
 from llamachat.models.loading import load_policy
 from llamachat.models.reward_model import load_reward_model
-from llamachat.models.role_bank import RoleBank
+from llamachat.models.roles import RoleBank
 from llamachat.rollout.engine import Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
 from llamachat.training.master_weights import adamw

@@ -19,9 +19,8 @@ from evaluation.tables import figures_table
 from llamachat.answers.curve_pictures import draw_best_of_n, draw_temperatures
 from llamachat.answers.making import record
 from llamachat.answers.refusals import RefusalClassifier, everyday_answers, labelled_answers, train_classifier
-from llamachat.runs.artifacts import Artifact, Manifest, publish
+from llamachat.runs.artifacts import ANSWERS, EVALUATION, Artifact, Manifest, publish
 from llamachat.runs.atomic import write_json
-from llamachat.runs.evaluations import ANSWERS, EVALUATION
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
 

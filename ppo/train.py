@@ -23,14 +23,13 @@ from llamachat.answers.responses import open_engine, refresh, sample
 from llamachat.errors import DivergedError
 from llamachat.maths.logprobs import response_kl
 from llamachat.rollout.engine import LocalEngine, Sampling
-from llamachat.runs.artifacts import Artifact
+from llamachat.runs.artifacts import ITERATIONS_DONE, Artifact
 from llamachat.runs.checkpoints import newest, writing
 from llamachat.runs.cost import peak_memory
-from llamachat.runs.endings import ITERATIONS_DONE
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
+from llamachat.runs.record import MetricsRecord
 from llamachat.tracking.curves import draw_curves
-from llamachat.tracking.record import MetricsRecord
 from llamachat.tracking.tracker import Tracker, open_tracker
 from llamachat.training.progress import StepProgress
 from ppo.config import Config

@@ -1,15 +1,14 @@
 """What was measured of a policy, for its card: the figures of its step and of the run's evaluation, and their limits."""
 
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from llamachat.errors import ArtifactError
-from llamachat.runs.artifacts import Artifact
-from llamachat.runs.contents import read_step
-from pipelines.studies.differences import Side, figures
+from llamachat.runs.artifacts import EVALUATION, Artifact
+from llamachat.runs.reader import Measure, read_step, step_of
+from llamachat.tables import markdown_table
 from serving.provenance import run_of
 
 # Of a step's own figures, those that say how good the result is, for the hub's index.
@@ -20,36 +19,32 @@ _RESULTS = re.compile(
 _TASKS = {"text-generation": "Text Generation", "text-classification": "Text Classification"}
 
 
-def own_figures(artifact: Artifact) -> dict[str, Side]:
+def own_figures(artifact: Artifact) -> dict[str, Measure]:
     """The final figures of the step; nothing where its summary is not around the artifact, or torn."""
-    step = artifact.path.absolute().parent
-    try:
-        return figures(read_step(step.parent, step.name))
-    except ArtifactError:
-        return {}
-
-
-def evaluated(artifact: Artifact) -> dict[str, Side]:
-    """The figures of the run's evaluation for this very policy, by the last part of their names."""
-    for place in sorted(run_of(artifact).glob("*/artifact/evaluation.json")):
-        plain, manifest = _read(place), _read(place.parent / "manifest.json")
-        measured = plain.get("figures", {}).get(artifact.manifest.step)
-        if isinstance(measured, dict) and _is_of(artifact, manifest):
-            return {
-                name: Side(side["value"], side.get("low"), side.get("high"), side.get("n"))
-                for name, side in measured.items()
-                if isinstance(side, dict) and side.get("value") is not None
-            }
+    with suppress(ArtifactError):
+        return step_of(artifact).measures()
     return {}
 
 
-def table(measured: Mapping[str, Side]) -> list[str]:
+def evaluated(artifact: Artifact) -> dict[str, Measure]:
+    """The figures of the run's evaluation for this very policy, by the last part of their names."""
+    run = run_of(artifact)
+    for place in sorted(run.glob(f"*/artifact/{EVALUATION}")):
+        with suppress(ArtifactError):
+            step = read_step(run, place.parents[1].name)
+            evaluation, policy = step.evaluation, artifact.manifest.step
+            if evaluation and policy in evaluation.figures and _is_of(artifact, step.identity):
+                return {name: one for name, one in evaluation.figures[policy].items() if one is not None}
+    return {}
+
+
+def table(measured: Mapping[str, Measure]) -> list[str]:
     """Figures with their 95% intervals, as a table."""
-    lines = ["| figure | value | 95% interval |", "|---|---|---|"]
-    for name, side in measured.items():
-        interval = "" if side.low is None or side.high is None else f"{side.low:.4g} to {side.high:.4g}"
-        lines.append(f"| {name} | {side.value:.6g} | {interval}{f' (of {side.n})' if side.n else ''} |")
-    return [*lines, ""]
+    rows = [("figure", "value", "95% interval")]
+    for name, one in measured.items():
+        ends = f"{one.interval[0]:.4g} to {one.interval[1]:.4g}" if one.interval else ""
+        rows.append((name, f"{one.value:.6g}", f"{ends}{f' (of {one.n})' if one.n else ''}"))
+    return [*markdown_table(rows), ""]
 
 
 def model_index(artifact: Artifact, name: str, task: str) -> list[dict[str, Any]]:
@@ -107,7 +102,7 @@ def limits(artifact: Artifact, *, is_tiny: bool) -> list[str]:
     return lines
 
 
-def _of_distillation(artifact: Artifact) -> dict[str, Side]:
+def _of_distillation(artifact: Artifact) -> dict[str, Measure]:
     return {
         name.split("/")[1]: side
         for name, side in own_figures(artifact).items()
@@ -115,22 +110,14 @@ def _of_distillation(artifact: Artifact) -> dict[str, Side]:
     }
 
 
-def _in_words(side: Side, factor: float = 1, unit: str = "") -> str:
+def _in_words(side: Measure, factor: float = 1, unit: str = "") -> str:
     if side.low is None or side.high is None:
         return ""
     return f" (95% interval {factor * side.low:.3g}{unit} to {factor * side.high:.3g}{unit})"
 
 
-def _is_of(artifact: Artifact, evaluation: Mapping[str, Any]) -> bool:
+def _is_of(artifact: Artifact, identity: Mapping[str, Any]) -> bool:
     """Whether the evaluated policy of this name had these weights: the step may have been run again since."""
-    inputs = evaluation.get("identity", {}).get("inputs", {})
+    inputs = identity.get("inputs", {})
     digests = [digest for role, digest in inputs.items() if "policy" in role or "policies" in role]
     return not digests or artifact.digest in digests
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}

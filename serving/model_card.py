@@ -18,7 +18,8 @@ import yaml
 from llamachat.config.paths import bundled
 from llamachat.models.hub import LICENCE_FILES
 from llamachat.runs.artifacts import Artifact
-from llamachat.runs.endings import ending
+from llamachat.runs.reader import step_of
+from llamachat.tables import markdown_table
 from serving import measured, provenance
 
 # The licence of a base by the beginning of its hub name: the hub's short name for it, and what it asks for.
@@ -230,11 +231,11 @@ def training(facts: Facts) -> str:
     section = manifest.identity.get(_SECTIONS.get(command, command), {})
     settings = {**manifest.identity.get("tuning", {}), **(section if isinstance(section, dict) else {})}
     shown = {key: value for key, value in settings.items() if isinstance(value, str | int | float)}
-    end = ending(facts.artifact)
+    end = step_of(facts.artifact).ending
     if end is not None and end.key in shown:
         shown[end.key] = end.count
     if shown:
-        lines += ["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in shown.items()), ""]
+        lines += [*markdown_table([("setting", "value"), *((key, str(value)) for key, value in shown.items())]), ""]
     figures = measured.own_figures(facts.artifact)
     if figures:
         lines += [*measured.table(figures), "What each figure is: docs/metrics.md of llamachat.", ""]

@@ -18,9 +18,9 @@ import yaml
 from llamachat.config.paths import bundled, hub_set, is_hub_name
 from llamachat.errors import ArtifactError
 from llamachat.runs.artifacts import Artifact, read_artifact
-from llamachat.runs.endings import ending
 from llamachat.runs.fingerprints import digest_of_file
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.reader import step_of
 
 _MADE_BY = {
     "sft": "supervised fine-tuning on dialogs (paper, 3.1)",
@@ -101,7 +101,7 @@ def step_lines(steps: Sequence[Artifact]) -> list[str]:
         command = str(manifest.identity.get("command", manifest.step.partition("/")[0]))
         models = sorted(role.partition("/")[2] for role in manifest.inputs if role.startswith("reward_model/"))
         by = f", with the reward models {', '.join(models)}" if models else ""
-        end = ending(artifact)
+        end = step_of(artifact).ending
         cut = f"; {end.in_words}" if end else ""
         lines.append(f"{number}. `{manifest.step}`: {_MADE_BY.get(command, command)}{by}; seed {manifest.seed}{cut}")
     return lines

@@ -29,8 +29,8 @@ from llamachat.runs.artifacts import Artifact
 from llamachat.runs.checkpoints import newest
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
+from llamachat.runs.record import MetricsRecord
 from llamachat.tracking.curves import draw_curves
-from llamachat.tracking.record import MetricsRecord
 from llamachat.tracking.tracker import Tracker, open_tracker
 from llamachat.training.best import BestWeights, Evaluated
 from llamachat.training.hours import Hours, open_hours

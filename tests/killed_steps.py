@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llamachat.runs.folder import StepFolder
-from llamachat.tracking.record import MetricsRecord, SamplesRecord
+from llamachat.runs.record import MetricsRecord, SamplesRecord
 from tests.sft.test_resume import ENVIRONMENT, FORKING, ROOT
 
 # Batches of a few prompts, no pictures (they take longer than all else), and a line for each call of the engine when its

@@ -16,7 +16,7 @@ import reward
 import sft
 from llamachat.config.sections import Tuning
 from llamachat.runs.folder import StepFolder
-from llamachat.tracking.record import MetricsRecord
+from llamachat.runs.record import MetricsRecord
 from llamachat.training.master_weights import MasterWeightOptimizer
 from llamachat.training.progress import StepProgress
 from reward import heldout as testing_module

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.report.drawing import training_curve
+from evaluation.report.facts import Facts
 from evaluation.report.page import ABSENT, Block, Gallery, Picture, Section, Table, Text, number, row
-from evaluation.report.reading import Facts, Step
+from llamachat.runs.reader import RunStep
 from llamachat.tracking.curves import Series, panels_of, read_series
 
 _LEFT_OUT_OF_CURVES = ("progress", "trained tokens", "training time", "time", "memory", "")
@@ -41,8 +42,9 @@ def costs(facts: Facts) -> Section | None:
         seconds, is_whole = _seconds(step)
         is_partial |= not is_whole and seconds is not None
         total += seconds or 0.0
-        peak = step.cost.get("peak_gib", step.summary.get("memory/peak_gib"))
-        starts = step.cost.get("starts")
+        cost = step.cost
+        peak = cost.peak_gib if cost else step.summary.get("memory/peak_gib")
+        starts = cost.starts if cost else None
         rows.append(
             row(
                 step.name,
@@ -75,16 +77,10 @@ def account(facts: Facts) -> Section:
     return Section("What was run", "account", [*blocks, *([versions] if versions else [])])
 
 
-def base_of(facts: Facts) -> str:
-    """The pretrained base by its name in the recipe."""
-    base = facts.inputs.recipe.get("base")
-    return str(base.get("model", ABSENT)) if isinstance(base, dict) else ABSENT
-
-
 def _steps(facts: Facts) -> Table:
     rows = []
     for step in facts.steps:
-        manifest = step.artifact.manifest
+        manifest = step.published
         commit = (
             f"{manifest.git_commit[:_SHORT_COMMIT]}{', edited' if manifest.git_is_edited else ''}"
             if manifest.git_commit
@@ -134,7 +130,7 @@ def _dropped(facts: Facts) -> Table | None:
     rows = [
         row(step.name, reason, str(count))
         for step in facts.steps
-        for reason, count in step.artifact.manifest.dropped_records.items()
+        for reason, count in step.published.dropped_records.items()
     ]
     return Table("Records left out or shortened", ["step", "why", "records"], rows, name="dropped") if rows else None
 
@@ -143,7 +139,7 @@ def _versions(facts: Facts) -> Table | None:
     """Each library once, with every version that a step ran with."""
     found: dict[str, dict[str, None]] = {}
     for step in facts.steps:
-        for library, version in step.artifact.manifest.versions.items():
+        for library, version in step.published.versions.items():
             found.setdefault(library, {})[version] = None
     if not found:
         return None
@@ -152,10 +148,11 @@ def _versions(facts: Facts) -> Table | None:
     )
 
 
-def _seconds(step: Step) -> tuple[float | None, bool]:
+def _seconds(step: RunStep) -> tuple[float | None, bool]:
     """Seconds of the step, and whether all of it is counted."""
-    if "seconds" in step.cost:
-        return float(step.cost["seconds"]), True
+    cost = step.cost
+    if cost is not None:
+        return cost.seconds, True
     parts = [step.summary[name] for name in ("time/train_s", "time/eval_s") if name in step.summary]
     return (sum(parts), False) if parts else (None, False)
 

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from evaluation.report.facts import Facts
 from evaluation.report.page import Answer, Block, Sample, Section, Text, number
-from evaluation.report.reading import Facts, SampledAnswer, Step
-from llamachat.tracking.record import STEP, SamplesRecord
+from llamachat.runs.reader import RunStep, SampledAnswer
+from llamachat.runs.record import STEP, SamplesRecord
 
 _LONGEST_TITLE = 90
 _SCORES = {
@@ -56,7 +57,7 @@ def _of_evaluation(facts: Facts, count: int) -> list[Sample]:
     return chosen[:count]
 
 
-def _of_step(step: Step, count: int) -> list[Sample]:
+def _of_step(step: RunStep, count: int) -> list[Sample]:
     rows = [one for one in SamplesRecord(step.folder.samples).read() if "prompt" in one and "answer" in one]
     last = max((int(one[STEP]) for one in rows), default=0)
     found = []

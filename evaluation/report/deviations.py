@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.report.account import base_of
+from evaluation.report.facts import Facts
 from evaluation.report.page import Section, Table, row
-from evaluation.report.reading import Facts, Step
 from llamachat.memory.estimates import shape_of
+from llamachat.runs.reader import RunStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def deviations(facts: Facts) -> Section:
 
 def _of_the_whole(facts: Facts) -> list[tuple[str, str, str]]:
     recipe = facts.inputs.recipe
-    base = base_of(facts)
+    base = facts.base
     shape = shape_of(base)
     size = f", {_count(shape.weights)} parameters" if shape else ""
     tuning = recipe.get("tuning") or {}
@@ -115,7 +115,7 @@ def _of_commands(facts: Facts) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _lists(step: Step) -> bool:
+def _lists(step: RunStep) -> bool:
     return step.value("gatt", "values") == "lists"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.report.paper import RATINGS
-from evaluation.report.reading import Curve, Measure
+from llamachat.runs.reader import BestOfN, Measure
 from llamachat.tracking.curves import Series, running_mean
 from llamachat.tracking.pictures import save_png
 
@@ -69,7 +69,7 @@ def accuracy_by_rating(
     return path
 
 
-def best_and_median(path: Path, curves: Sequence[Curve]) -> Path:
+def best_and_median(path: Path, curves: Sequence[BestOfN]) -> Path:
     """Figure 7: what the best and the median of N answers are worth, a line of each policy."""
     with _picture(path, 4.2) as place:
         for index, curve in enumerate(curves):
@@ -84,7 +84,7 @@ def best_and_median(path: Path, curves: Sequence[Curve]) -> Path:
     return path
 
 
-def by_temperature(path: Path, policy: str, curves: Sequence[Curve]) -> Path:
+def by_temperature(path: Path, policy: str, curves: Sequence[BestOfN]) -> Path:
     """Figure 8: what the best of N answers is worth at each temperature."""
     with _picture(path, 4.0) as place:
         for index, curve in enumerate(sorted(curves, key=lambda one: one.temperature)):

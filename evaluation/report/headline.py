@@ -7,8 +7,9 @@ reference is told of in as plain words as one that does.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from evaluation.report.facts import Facts
 from evaluation.report.page import ABSENT, Block, Cell, Points, Section, Table, Text, number, percent, signed
-from evaluation.report.reading import Evaluation, Facts, Measure
+from llamachat.runs.reader import Evaluation, Measure
 
 COMBINED = ("score", "reward_combined", "reward_helpfulness", "reward_safety")  # the first that there is leads
 _DIFFERENCES = (

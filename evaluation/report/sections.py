@@ -5,9 +5,10 @@ from pathlib import Path
 
 from evaluation.report import paper
 from evaluation.report.drawing import best_and_median, by_temperature, by_turn, dots, plane
+from evaluation.report.facts import Facts
 from evaluation.report.headline import difference_cell
 from evaluation.report.page import ABSENT, Block, Cell, Picture, Section, Table, number, paper_row, percent
-from evaluation.report.reading import Curve, Evaluation, Facts, Measure, Step
+from llamachat.runs.reader import BestOfN, Evaluation, Measure, RunStep
 
 _SCORERS = {
     "judge": "judge",
@@ -19,11 +20,11 @@ _SCORERS = {
 
 def sampling(facts: Facts, figures: Path) -> Section | None:
     """Figures 7 and 8: the best and the median of N answers, and the temperature that is best."""
-    curves = facts.curves()
+    curves = facts.curves
     if not curves:
         return None
     at = facts.evaluation.temperature if facts.evaluation is not None else None
-    by_policy: dict[str, list[Curve]] = {}
+    by_policy: dict[str, list[BestOfN]] = {}
     for curve in curves:
         by_policy.setdefault(curve.policy, []).append(curve)
     chosen = [_at_temperature(found, at) for found in by_policy.values()]
@@ -141,14 +142,14 @@ def safety(facts: Facts, figures: Path) -> Section | None:
     return Section("Safety (section 4)", "safety", blocks) if blocks else None
 
 
-def _at_temperature(curves: Sequence[Curve], temperature: float | None) -> Curve:
+def _at_temperature(curves: Sequence[BestOfN], temperature: float | None) -> BestOfN:
     """The curve nearest the temperature of the evaluation; without one that of the highest end."""
     if temperature is None:
         return max(curves, key=lambda one: one.best[-1])
     return min(curves, key=lambda one: abs(one.temperature - temperature))
 
 
-def _change(step: Step, name: str, digits: int) -> Cell:
+def _change(step: RunStep, name: str, digits: int) -> Cell:
     start, final = (step.summary.get(name.format(moment)) for moment in ("start", "final"))
     if start is None or final is None:
         return Cell(ABSENT)
@@ -290,7 +291,7 @@ def _violations(evaluation: Evaluation, figures: Path) -> list[Block]:
     ]
 
 
-def _distillation(step: Step) -> Table | None:
+def _distillation(step: RunStep) -> Table | None:
     effects = {way: step.measure(f"distill/effect/{way}") for way in ("generic", "template")}
     if not any(effects.values()):
         return None

@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from evaluation.report.account import account, base_of, costs, curves
+from evaluation.report.account import account, costs, curves
 from evaluation.report.answers import answers
 from evaluation.report.config import Config
 from evaluation.report.deviations import deviations
+from evaluation.report.facts import Facts, missing, read_facts
 from evaluation.report.headline import headline
-from evaluation.report.missing import missing
 from evaluation.report.page import Page, Points, Section
-from evaluation.report.reading import Facts, read_facts
 from evaluation.report.rendering import html, markdown
 from evaluation.report.sections import comparison, ghost_attention, rounds, safety, sampling
 from evaluation.report.tuning import reward_models, supervised
@@ -78,7 +77,7 @@ def _facts(facts: Facts) -> list[tuple[str, str]]:
         ("run", facts.inputs.run.dir),
         ("written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
         ("steps", ", ".join(step.name for step in facts.steps) or "none finished"),
-        ("base", base_of(facts)),
+        ("base", facts.base),
         ("seed", str(facts.inputs.run.seed)),
     ]
 

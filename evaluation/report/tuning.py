@@ -4,8 +4,9 @@ from pathlib import Path
 
 from evaluation.report import paper
 from evaluation.report.drawing import accuracy_by_rating
+from evaluation.report.facts import Facts
 from evaluation.report.page import ABSENT, Block, Cell, Picture, Section, Table, number, paper_row, row
-from evaluation.report.reading import Facts, Measure, Step
+from llamachat.runs.reader import Measure, RunStep
 
 _DOMAINS = ("helpfulness", "safety")
 _LABELS = {rating: rating.replace("_", " ") for rating in paper.RATINGS}
@@ -53,7 +54,7 @@ def reward_models(facts: Facts, figures: Path) -> Section | None:
     return Section("Reward models (section 3.2.2)", "reward-models", [*blocks, *([unsafe] if unsafe else [])])
 
 
-def _by_domain(models: dict[str, Step]) -> Table:
+def _by_domain(models: dict[str, RunStep]) -> Table:
     rows = []
     for which, step in models.items():
         measures = [step.measure(f"rm/{which}/test/{domain}/accuracy") for domain in _DOMAINS]
@@ -86,7 +87,7 @@ def _by_domain(models: dict[str, Step]) -> Table:
     )
 
 
-def _ratings(step: Step, which: str, domain: str) -> list[Measure | None]:
+def _ratings(step: RunStep, which: str, domain: str) -> list[Measure | None]:
     """By rating, strongest first, then all."""
     start = f"rm/{which}/test/{domain}/accuracy"
     return [*(step.measure(f"{start}_{rating}") for rating in paper.RATINGS), step.measure(start)]
@@ -127,7 +128,7 @@ def _accuracy_picture(path: Path, domain: str, rated: dict[str, list[Measure | N
     )
 
 
-def _on_labels(models: dict[str, Step]) -> Table | None:
+def _on_labels(models: dict[str, RunStep]) -> Table | None:
     keys = ("unsafe_recall", "unsafe_precision", "unsafe_recall_at_gate", "unsafe_precision_at_gate")
     rows = [
         [Cell(f"ours: {which}"), *(_percent_cell(step.measure(f"rm/{which}/{key}")) for key in keys)]
@@ -151,7 +152,7 @@ def _on_labels(models: dict[str, Step]) -> Table | None:
     )
 
 
-def _told(step: Step, name: str, digits: int) -> str:
+def _told(step: RunStep, name: str, digits: int) -> str:
     value = step.summary.get(name)
     return ABSENT if value is None else f"{value:,.{digits}f}"
 

@@ -28,6 +28,10 @@ MANIFEST = "manifest.json"
 # What an artifact of dialogs holds: those to be learnt, and, where there are such, some of the validation side.
 DIALOGS = "dialogs.jsonl"
 HELD_OUT_DIALOGS = "held_out.jsonl"
+# What an artifact of an evaluation holds: its figures, and a folder with each policy's answers and their scores.
+EVALUATION = "evaluation.json"
+ANSWERS = "answers"
+ITERATIONS_DONE = "iterations_done"  # in the details of a PPO's manifest
 
 _PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
 _LIBRARIES = (
@@ -92,7 +96,7 @@ def publish(
     if distributed.is_first():
         _fill(final, manifest, write)
     distributed.wait()
-    return Artifact(final, _read_manifest(final))
+    return Artifact(final, read_manifest(final))
 
 
 def _fill(final: Path, manifest: Manifest, write: Callable[[Path], object]) -> None:
@@ -121,7 +125,7 @@ def end_step(folder: StepFolder) -> Artifact:
             folder.tuned.rename(folder.artifact)
             flush(folder.path)
     distributed.wait()
-    return Artifact(folder.artifact, _read_manifest(folder.artifact))
+    return Artifact(folder.artifact, read_manifest(folder.artifact))
 
 
 def read_artifact(path: Path, kind: Kind | None = None, *, reader: str = "this command") -> Artifact:
@@ -130,7 +134,7 @@ def read_artifact(path: Path, kind: Kind | None = None, *, reader: str = "this c
     `reader` names who asks ('ppo'), for the error text.
     """
     where = _find(path, kind)
-    manifest = _read_manifest(where)
+    manifest = read_manifest(where)
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(
             f"{where}: '{manifest.step}' holds kind '{manifest.kind}', but {reader} needs a '{kind}'."
@@ -154,7 +158,7 @@ def published_steps(run_dir: Path) -> list[Artifact]:
             if any(part.startswith(".") or part in NOT_STEPS for part in parts):
                 continue
             try:
-                manifest = _read_manifest(place.parent)
+                manifest = read_manifest(place.parent)
                 _check_complete(place.parent, manifest)
             except ArtifactError:
                 continue
@@ -246,7 +250,8 @@ def _suggest(kind: Kind) -> str:
     return f" (`{commands[kind]}` makes a '{kind}')"
 
 
-def _read_manifest(where: Path) -> Manifest:
+def read_manifest(where: Path) -> Manifest:
+    """The manifest in an artifact's folder; ArtifactError where there is none, or a broken one."""
     path = where / MANIFEST
     try:
         with storage_errors(path):

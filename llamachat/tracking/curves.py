@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llamachat.runs.record import STEP, TIME, MetricsRecord
 from llamachat.tables import text_table
 from llamachat.tracking.metrics import METRICS, Metric, UnknownMetricError, metric_of
 from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
-from llamachat.tracking.record import STEP, TIME, MetricsRecord
 
 _SMOOTH_FROM = 20
 # Schedules and counters are exact: a running mean would bend them.

@@ -3,7 +3,6 @@
 Prompts and answers go to `samples.jsonl` alone unless `tracking.upload_text` is set: users' chats are private.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +14,9 @@ from llamachat import distributed
 from llamachat.config.sections import Tracking
 from llamachat.runs.atomic import write_json
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.reader import read_summary
+from llamachat.runs.record import STEP, TIME, MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
-from llamachat.tracking.record import STEP, TIME, MetricsRecord, SamplesRecord
 from llamachat.tracking.wandb_run import WandbRun, open_wandb_run
 
 logger = logging.getLogger(__name__)
@@ -166,14 +166,6 @@ def open_tracker(
         exit_code = 0
     finally:
         tracker.close(exit_code)
-
-
-def read_summary(step_folder: StepFolder) -> dict[str, float]:
-    """The final figures written so far; empty before the first."""
-    try:
-        return json.loads(step_folder.summary.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
 
 
 def _open_tensorboard(step_folder: StepFolder, prefix: str) -> Any:

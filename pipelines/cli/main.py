@@ -25,7 +25,6 @@ from pipelines.cli.pairs import pairs
 from pipelines.cli.several import SeveralValues
 from pipelines.cli.tools import TINY, ConfigOption, Overrides
 from pipelines.planning.init import init
-from pipelines.studies.compare import compare
 
 app = typer.Typer(
     name="llamachat",
@@ -310,7 +309,7 @@ app.command()(tools.sample)
 app.command(cls=SeveralValues)(pairs)
 app.command()(tools.score)
 app.command()(export)
-app.command()(compare)
+app.command()(tools.compare)
 app.command()(tools.tokens)
 app.command()(tools.dashboard)
 app.command()(tools.pretrain)

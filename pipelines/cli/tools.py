@@ -1,4 +1,4 @@
-"""Commands beside the recipe's steps: chat, sample, score, tokens, data check, data convert, dashboard, pretrain."""
+"""Commands beside the recipe's steps: chat, sample, score, tokens, data check, data convert, dashboard, compare, pretrain."""
 
 import logging
 import sys
@@ -301,6 +301,24 @@ def dashboard(
 
     recipe = load(config, overrides or ())
     show(Path(recipe.run.dir).parent)
+
+
+@reported
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run folder, such as runs/tiny.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The other; differences are this one less RUN_A.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where to write; without it compare-A-B beside RUN_A.", metavar="DIR"),
+    ] = None,
+) -> None:
+    """Two runs side by side: differences of configuration and of figures with intervals, curves overlaid."""
+    from pipelines.studies.compare import compare_runs, terminal_text
+
+    comparison = compare_runs(run_a, run_b, out)
+    print(terminal_text(comparison), end="")
+    pictures = sum(bool(step.picture) for step in comparison.steps)
+    log.info("%s: compare.md, compare.json and %d pictures", comparison.out, pictures)
 
 
 @reported

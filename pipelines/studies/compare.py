@@ -1,28 +1,27 @@
-"""`llamachat compare RUN_A RUN_B`: what two runs were told otherwise, what came out, and their curves over each other.
+"""`llamachat compare RUN_A RUN_B`: the configuration keys that differ, what came out, and overlaid curves.
 
-Writes `compare.md`, `compare.json` and a picture a step; reads the small files of both runs and loads no model. A
-difference is always that of the second run less the first.
+Writes `compare.md`, `compare.json` and a picture a step; reads the small files of both runs and loads no model.
 """
 
-import logging
 import os
-import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from llamachat.errors import UsageError
 from llamachat.runs.atomic import write_json, write_text
-from llamachat.runs.contents import StepContents, read_run
+from llamachat.runs.reader import Measure, RunStep, read_run
+from llamachat.tables import markdown_table, text_table
 from llamachat.tracking.curves import draw_overlays
-from pipelines.cli.exit_status import reported
-from pipelines.studies.changes import Change, changes
-from pipelines.studies.differences import Compared, compared_figures, first_policy
+from llamachat.tracking.metrics import UnknownMetricError, metric_of
+from pipelines.studies.differences import KINDS, Change, Compared, changes, compared_figures, first_policy
 
-log = logging.getLogger(__name__)
+_WIDTH = 110
+_LONGEST = 48  # characters of a value on the screen; the file has all of them
+# Variables of a metric's name that split a figure up; on the screen the whole is enough.
+_DETAILS = ("<rating>", "<kind>", "<source>", "<temperature>", "<family>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class SharedStep:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two runs, side by side."""
+    """Two runs side by side."""
 
     runs: tuple[Path, Path]
     labels: tuple[str, str]
@@ -57,28 +56,8 @@ class Comparison:
         }
 
 
-@reported
-def compare(
-    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run folder, such as runs/tiny.")],
-    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The other; differences are this one less RUN_A.")],
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Where to write; without it compare-A-B beside RUN_A.", metavar="DIR"),
-    ] = None,
-) -> None:
-    """Two runs side by side: differences of configuration and of figures with intervals, curves overlaid."""
-    found = compare_runs(run_a, run_b, out)
-    from pipelines.studies.compare_text import plain, show_in_terminal
-
-    if sys.stdout.isatty():
-        show_in_terminal(found)
-    else:
-        print(plain(found), end="")
-    log.info("%s: compare.md, compare.json and %d pictures", found.out, sum(bool(step.picture) for step in found.steps))
-
-
 def compare_runs(run_a: Path, run_b: Path, out: Path | None = None) -> Comparison:
-    """Compare, and write what was found into `out`."""
+    """Compare two runs, and write the comparison into `out`."""
     if run_a.resolve() == run_b.resolve():
         raise UsageError(
             f"{run_b}: is {run_a} once more. A comparison needs two runs. Name another, or make one with other values"
@@ -93,7 +72,7 @@ def compare_runs(run_a: Path, run_b: Path, out: Path | None = None) -> Compariso
         )
     labels = _labels(run_a, run_b)
     out = out or run_a.parent / f"compare-{'-'.join(label.replace('/', '-') for label in labels)}"
-    found = Comparison(
+    comparison = Comparison(
         runs=(run_a, run_b),
         labels=labels,
         out=out,
@@ -101,28 +80,22 @@ def compare_runs(run_a: Path, run_b: Path, out: Path | None = None) -> Compariso
         steps=[_shared_step(a, b, name, labels, out) for name in shared],
         only=([name for name in a if name not in b], [name for name in b if name not in a]),
     )
-    from pipelines.studies.compare_text import markdown
-
-    write_json(out / "compare.json", found.to_plain())
-    write_text(out / "compare.md", markdown(found))
-    return found
+    write_json(out / "compare.json", comparison.to_plain())
+    write_text(out / "compare.md", markdown(comparison))
+    return comparison
 
 
 def _shared_step(
-    a: Mapping[str, StepContents], b: Mapping[str, StepContents], name: str, labels: tuple[str, str], out: Path
+    a: Mapping[str, RunStep], b: Mapping[str, RunStep], name: str, labels: tuple[str, str], out: Path
 ) -> SharedStep:
     ours, theirs = a[name], b[name]
     is_finished = ours.is_finished, theirs.is_finished
-    if all(is_finished) and ours.manifest.get("files") == theirs.manifest.get("files"):
+    if ours.manifest and theirs.manifest and ours.manifest.files == theirs.manifest.files:
         return SharedStep(name, is_same=True, is_finished=is_finished, figures=[], picture=None)
     figures = compared_figures(ours, theirs, scale_is_equal=first_policy(a, ours) == first_policy(b, theirs))
     picture = f"curves-{name.replace('/', '-')}.png"
-    drawn = draw_overlays(
-        [ours.folder.metrics, theirs.folder.metrics],
-        out / picture,
-        labels=labels,
-        title=f"{name}: {' and '.join(labels)}",
-    )
+    records = [ours.folder.metrics, theirs.folder.metrics]
+    drawn = draw_overlays(records, out / picture, labels=labels, title=f"{name}: {' and '.join(labels)}")
     return SharedStep(name, is_same=False, is_finished=is_finished, figures=figures, picture=picture if drawn else None)
 
 
@@ -132,3 +105,150 @@ def _labels(run_a: Path, run_b: Path) -> tuple[str, str]:
     most = max(len(parts_a), len(parts_b))
     length = next(length for length in range(1, most + 1) if parts_a[-length:] != parts_b[-length:])
     return "/".join(parts_a[-length:]).lstrip("/"), "/".join(parts_b[-length:]).lstrip("/")
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    rows: list[tuple[str, ...]]  # the head first
+    align: str
+
+
+_Block = str | _Table
+
+
+def markdown(comparison: Comparison) -> str:
+    """The text of compare.md: everything."""
+    parts = [f"# {comparison.labels[0]} (A) and {comparison.labels[1]} (B)", ""]
+    for heading, blocks in _sections(comparison, is_whole=True):
+        parts += [f"## {heading}", ""]
+        for block in blocks:
+            parts += [block, ""] if isinstance(block, str) else [*markdown_table(block.rows, align=block.align), ""]
+    return "\n".join(parts).rstrip("\n") + "\n"
+
+
+def terminal_text(comparison: Comparison) -> str:
+    """The same without the details, as text in columns."""
+    lines = []
+    for heading, blocks in _sections(comparison, is_whole=False):
+        lines += [heading]
+        for block in blocks:
+            if isinstance(block, str):
+                lines += [f"  {line}" for line in textwrap.wrap(block, _WIDTH)]
+            else:
+                lines += text_table(block.rows, align=block.align, indent="  ")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _sections(comparison: Comparison, *, is_whole: bool) -> Iterator[tuple[str, list[_Block]]]:
+    a, b = comparison.runs
+    yield "Runs", [f"A: {a}", f"B: {b}", "Differences are B less A."]
+    yield "Configuration", _configuration(comparison, is_whole)
+    for name, steps in zip("AB", comparison.only, strict=True):
+        if steps:
+            yield f"Only in {name}", [", ".join(steps)]
+    same = [step.name for step in comparison.steps if step.is_same]
+    if same:
+        yield "The same in both", [f"{', '.join(same)}: every file of the artifact is equal."]
+    for step in comparison.steps:
+        if not step.is_same:
+            yield step.name, _step(step, is_whole)
+    yield "How to read the intervals", [_reading(comparison)]
+
+
+def _configuration(comparison: Comparison, is_whole: bool) -> list[_Block]:
+    if not comparison.changes:
+        return ["No difference in the steps that both have."]
+    everywhere = [step.name for step in comparison.steps]
+    blocks: list[_Block] = []
+    for kind, meaning in KINDS.items():
+        rows = [
+            (
+                f"`{change.key}`" if is_whole else change.key,
+                _value(change.a, is_whole),
+                _value(change.b, is_whole),
+                "all" if list(change.steps) == everywhere and len(everywhere) > 1 else ", ".join(change.steps),
+            )
+            for change in comparison.changes
+            if change.kind == kind
+        ]
+        if rows:
+            blocks += [f"{meaning[0].upper()}{meaning[1:]}:", _Table([("key", "A", "B", "steps"), *rows], "<")]
+    return blocks
+
+
+def _value(text: str, is_whole: bool) -> str:
+    if is_whole:
+        return text.replace("|", "\\|")
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def _step(step: SharedStep, is_whole: bool) -> list[_Block]:
+    blocks: list[_Block] = [
+        f"Not finished in {name}." for name, is_finished in zip("AB", step.is_finished, strict=True) if not is_finished
+    ]
+    shown = [one for one in step.figures if is_whole or not _is_detail(one.name)]
+    remarks = list(dict.fromkeys(one.remark for one in shown if one.remark))
+    if shown:
+        rows = [_row(one, is_whole, f" ({remarks.index(one.remark) + 1})" if one.remark else "") for one in shown]
+        blocks.append(_Table([("figure", "A", "B", "B - A (95% interval)"), *rows], "<>"))
+    else:
+        blocks.append("No final figure that both have.")
+    blocks += [f"({number}) {remark}" for number, remark in enumerate(remarks, start=1)]
+    if len(shown) < len(step.figures):
+        blocks.append(f"{len(step.figures) - len(shown)} more, by rating, file or temperature, are in compare.md.")
+    if step.picture:
+        blocks.append(f"![curves of {step.name}]({step.picture})" if is_whole else f"curves: {step.picture}")
+    return blocks
+
+
+def _is_detail(name: str) -> bool:
+    try:
+        row = metric_of(name).name
+    except UnknownMetricError:
+        return False
+    return any(part in row for part in _DETAILS)
+
+
+def _row(one: Compared, is_whole: bool, mark: str) -> tuple[str, ...]:
+    if not is_whole:  # 100 columns hold no more
+        return one.name + mark, _number(one.a.value), _number(one.b.value), _gap(one)
+    unit = f", {one.unit}" if one.unit not in ("", "1") else ""
+    return f"`{one.name}`{unit}{mark}", _side(one.a), _side(one.b), _gap(one)
+
+
+def _side(side: Measure) -> str:
+    text = _number(side.value)
+    return f"{text} ({_number(side.interval[0])} to {_number(side.interval[1])})" if side.interval else text
+
+
+def _gap(one: Compared) -> str:
+    if one.difference is None:
+        return "-"
+    text = _number(one.difference, sign="+")
+    if one.low is None or one.high is None:
+        return text
+    paired = ", paired" if one.how == "paired" else ""
+    mark = " *" if one.leaves_out_zero else ""
+    return f"{text} ({_number(one.low, sign='+')} to {_number(one.high, sign='+')}{paired}){mark}"
+
+
+def _number(value: float, *, sign: str = "") -> str:
+    if value == 0:
+        return "0"
+    if abs(value) >= 1000 or (abs(value) > 1 and value == round(value)):
+        return f"{value:{sign},.0f}"
+    return f"{value:{sign}.1e}" if abs(value) < 0.0005 else f"{value:{sign}.3f}"
+
+
+def _reading(comparison: Comparison) -> str:
+    intervals = [one for step in comparison.steps for one in step.figures if one.low is not None]
+    if not intervals:
+        return "Neither run holds what an interval could be made of; one seed each says little of small differences."
+    apart = sum(one.leaves_out_zero for one in intervals)
+    return (
+        f"{apart} of {len(intervals)} intervals leave out 0 (*); about {max(1, round(len(intervals) / 20))} would do so by"
+        " chance. Paired ones compare answers to the same prompts; the others are made of both runs' intervals as if they"
+        " were independent, which is too wide where the same prompts were asked. All cover the choice of test prompts, not"
+        " that of the seed: two runs of one recipe with other seeds differ too, and by how much only more seeds tell."
+    )

@@ -1,31 +1,45 @@
-"""Figures of two runs side by side: the second less the first, with a 95% interval wherever there is one to be made.
+"""What differs between two runs, as values: configuration keys, and figures with a 95% interval where one can be made.
 
 Where both runs keep their answers to the same prompts the differences are paired, prompt by prompt; else the interval
 comes from the two intervals. A score is compared only where the same reward model gave it: the scales of two models
-differ, and a difference of their numbers says nothing of the policies.
+differ, and a difference of their numbers says nothing about the policies. A difference is the second run less the first.
 """
 
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from llamachat.errors import ArtifactError
-from llamachat.runs.contents import StepContents
-from llamachat.runs.fingerprints import fingerprint
+from llamachat.runs.artifacts import ANSWERS
+from llamachat.runs.fingerprints import ABSENT, changed_values, fingerprint, is_digest, leaves
+from llamachat.runs.reader import Measure, RunStep, read_object
 from llamachat.tracking.metrics import METRICS, UnknownMetricError, metric_of
 
-How = Literal["paired", "independent"]
+Kind = Literal["result", "input", "operational", "software"]
+KINDS: dict[Kind, str] = {
+    "result": "decides what comes out",
+    "input": "what an earlier step made",
+    "operational": "decides speed or the record, not the result",
+    "software": "versions of the code",
+}
+# Where a run lies is no difference, and the record of the step's own name is none either.
+_PLACES = {"run.dir", "run.parent", "run.gpu"}
+_NAMES = {"step", "command"}
 
-# The part of a name that says which models its number comes from.
-_JUDGED = re.compile(r"judge")
-_HELPFUL = re.compile(r"reward_helpfulness|reward/helpfulness")
-_SAFE = re.compile(r"reward_safety|reward/safety|distill/(?:test/)?(?:safety|effect)|violation|gate_fraction")
-_COMBINED = re.compile(r"reward_combined|reward/(?:combined|shaped)|rs/reward_")
-_ON_SCALE = re.compile(r"(?:/|_)score(?:$|_low|_high)|standardised|rs/sweep/")
+# The part of a name that says which models its number comes from; the first pattern that is found counts.
+_SCORED_BY = (
+    (re.compile(r"judge"), {"judge"}),
+    (re.compile(r"reward_combined|reward/(?:combined|shaped)|rs/reward_"), {"helpfulness", "safety"}),
+    (re.compile(r"(?:/|_)score(?:$|_low|_high)|standardised|rs/sweep/"), {"helpfulness", "safety"}),
+    (re.compile(r"reward_helpfulness|reward/helpfulness"), {"helpfulness"}),
+    (
+        re.compile(r"reward_safety|reward/safety|distill/(?:test/)?(?:safety|effect)|violation|gate_fraction"),
+        {"safety"},
+    ),
+)
+_ON_SCALE = _SCORED_BY[2][0]  # figures in deviations of the first policy's answers
 # Figures that say how far a policy is from the one it was compared with.
 _AGAINST = re.compile(r"/difference/|win_rate|/ties/|kl_to_reference|distinct_2_ratio")
 # Lists in a file of answers (llamachat.answers.evaluation.Evaluation as plain values) by the last part of the figure.
@@ -42,13 +56,14 @@ _LISTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """A figure as one run has it."""
+class Change:
+    """One key that differs, with its values as JSON text, and the steps in which it does so."""
 
-    value: float
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
+    key: str
+    a: str
+    b: str
+    kind: Kind
+    steps: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +72,12 @@ class Compared:
 
     name: str
     unit: str
-    a: Side
-    b: Side
+    a: Measure
+    b: Measure
     difference: float | None
     low: float | None = None
     high: float | None = None
-    how: How | None = None
+    how: Literal["paired", "independent"] | None = None
     remark: str = ""
 
     @property
@@ -70,55 +85,115 @@ class Compared:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def first_policy(run: Mapping[str, StepContents], step: StepContents) -> str | None:
-    """What tells the policy on whose answers a step's standardised scores stand, and with which it compares."""
-    evaluation = _read(step.folder.artifact / "evaluation.json")
-    if evaluation is None:
+def changes(a: Mapping[str, RunStep], b: Mapping[str, RunStep]) -> list[Change]:
+    """Every key that differs in a step of both runs; one that differs equally in several steps is listed once.
+
+    Keys of the identities decide what comes out; keys that are in the recipe alone (micro-batches, tracking) do not.
+    """
+    steps: dict[tuple[str, str, str, Kind], list[str]] = {}
+    for name in (name for name in a if name in b):
+        for change in _step_changes(a[name], b[name]):
+            steps.setdefault(change, []).append(name)
+    order = list(KINDS)
+    return sorted((Change(*key, tuple(names)) for key, names in steps.items()), key=lambda one: order.index(one.kind))
+
+
+def _step_changes(a: RunStep, b: RunStep) -> Iterator[tuple[str, str, str, Kind]]:
+    ours, theirs = _own_recipe(a), _own_recipe(b)
+    names_a, names_b = leaves(ours), leaves(theirs)
+    for key, then, now in changed_values(a.identity, b.identity):
+        if key not in _NAMES:
+            kind: Kind = "input" if key.startswith("inputs.") else "result"
+            yield key, _readable(then, names_a.get(key)), _readable(now, names_b.get(key)), kind
+    decided = leaves(a.identity).keys() | leaves(b.identity).keys()
+    for key, then, now in changed_values(ours, theirs):
+        if key not in decided | _PLACES:
+            yield key, then, now, "operational"
+    for key, then, now in changed_values(_software(a), _software(b)):
+        yield key, then, now, "software"
+
+
+def _own_recipe(step: RunStep) -> dict[str, Any]:
+    """The sections of the recipe that the step reads, and what its entry in `steps` says over them."""
+    sections = {key: value for key, value in step.recipe.items() if key in step.identity or key == "tracking"}
+    if isinstance(sections.get("data"), dict) and isinstance(step.identity.get("data"), dict):
+        # The other kinds of data are other steps'.
+        sections["data"] = {key: value for key, value in sections["data"].items() if key in step.identity["data"]}
+    entries = step.recipe.get("steps")
+    over = next(
+        (
+            entry[step.name]
+            for entry in (entries if isinstance(entries, list) else ())
+            if isinstance(entry, dict) and isinstance(entry.get(step.name), dict)
+        ),
+        {},
+    )
+    # What a step's entry says of identity keys is in its identity already.
+    known = {key.partition(".")[2] for key in leaves(step.identity)} | leaves(step.identity).keys()
+    said = {key: json.loads(value) for key, value in leaves(over).items() if key not in known}
+    return {**sections, **({"steps": {step.name: said}} if said else {})}
+
+
+def _software(step: RunStep) -> dict[str, Any]:
+    manifest = step.manifest
+    if manifest is None:
+        return {}
+    commit = manifest.git_commit
+    code = f"{commit[:12]}{' and edits' if manifest.git_is_edited else ''}" if commit else None
+    return {"versions": manifest.versions, "code": code}
+
+
+def _readable(value: str, name: str | None) -> str:
+    """A digest by what the recipe calls it; two files of one name still differ by the digest."""
+    digest = value.strip('"')
+    if value == ABSENT or not is_digest(digest):
+        return value
+    return f"{json.loads(name)} ({digest[:12]})" if name else f"({digest[:12]})"
+
+
+def first_policy(run: Mapping[str, RunStep], step: RunStep) -> str | None:
+    """What identifies the policy on whose answers a step's standardised scores are based, and to which it compares."""
+    if step.evaluation is None:
         return step.identity.get("inputs", {}).get("policy")
-    reference = run.get(str(evaluation.get("reference")))
-    files = reference.manifest.get("files") if reference else None
+    reference = run.get(step.evaluation.reference)
+    files = reference.manifest.files if reference and reference.manifest else None
     # A policy that is not there any more is equal to none.
     return fingerprint(files) if files else step.folder.path.as_posix()
 
 
-def compared_figures(a: StepContents, b: StepContents, *, scale_is_equal: bool) -> list[Compared]:
+def compared_figures(a: RunStep, b: RunStep, *, scale_is_equal: bool) -> list[Compared]:
     """The figures that both have, in the order of the table of metrics.
 
     `scale_is_equal` says whether both have the same `first_policy`.
     """
-    ours, theirs = figures(a), figures(b)
+    ours, theirs = _figures(a), _figures(b)
     other_models = _other_models(a, b)
     paired = dict(_paired(a, b))
-    found = []
+    compared = []
     for name in sorted(ours.keys() & theirs.keys(), key=_place):
         remark = _why_not(name, other_models, scale_is_equal)
-        found.append(_compared(name, ours[name], theirs[name], None if remark else paired.get(name), remark))
+        one = _compared(name, ours[name], theirs[name], None if remark else paired.get(name), remark)
         if not remark and not scale_is_equal and _AGAINST.search(name):
-            found[-1] = _remarked(found[-1], "each against its own first policy")
-    return found
+            one = replace(one, remark="each against its own first policy")
+        compared.append(one)
+    return compared
 
 
-def figures(step: StepContents) -> dict[str, Side]:
-    """The final figures with their intervals: of `evaluation.json` where the step has one, else of `summary.json`."""
-    values = step.summary
-    found = {}
-    for name, value in values.items():
-        stem, _, end = name.rpartition("_")
-        if end in ("low", "high") and stem in values:
-            continue
-        found[name] = Side(value, values.get(f"{name}_low"), values.get(f"{name}_high"))
-    evaluation = _read(step.folder.artifact / "evaluation.json") or {}
-    for policy, measured in evaluation.get("figures", {}).items():
-        for name, side in measured.items():
-            if side.get("value") is not None:
-                found[f"eval/{policy}/{name}"] = Side(side["value"], side.get("low"), side.get("high"), side.get("n"))
-    return found
+def _figures(step: RunStep) -> dict[str, Measure]:
+    """The final figures: of `evaluation.json` where the step has one, over those of `summary.json`."""
+    figures = step.measures()
+    for policy, measures in (step.evaluation.figures if step.evaluation else {}).items():
+        figures |= {f"eval/{policy}/{name}": one for name, one in measures.items() if one is not None}
+    return figures
 
 
-def _compared(name: str, a: Side, b: Side, paired: tuple[list[float], list[float]] | None, remark: str) -> Compared:
+def _compared(
+    name: str, a: Measure, b: Measure, paired: tuple[list[float], list[float]] | None, remark: str
+) -> Compared:
     from llamachat.maths.intervals import Difference, independent_difference, paired_bootstrap
 
-    unit = _unit(name)
+    row = _row(name)
+    unit = row.unit if row else ""
     if remark:
         return Compared(name, unit, a, b, None, remark=remark)
     gap = b.value - a.value
@@ -127,45 +202,32 @@ def _compared(name: str, a: Side, b: Side, paired: tuple[list[float], list[float
         # Lists that do not give the figures belong to other work.
         if math.isclose(found.value, gap, rel_tol=1e-4, abs_tol=1e-6):
             return Compared(name, unit, a, b, gap, found.low, found.high, "paired")
-    if a.low is None or a.high is None or b.low is None or b.high is None:
+    if a.interval is None or b.interval is None:
         return Compared(name, unit, a, b, gap)
-    found = independent_difference(Difference(b.value, b.low, b.high), Difference(a.value, a.low, a.high))
+    found = independent_difference(Difference(b.value, *b.interval), Difference(a.value, *a.interval))
     return Compared(name, unit, a, b, gap, found.low, found.high, "independent")
-
-
-def _remarked(one: Compared, remark: str) -> Compared:
-    return Compared(one.name, one.unit, one.a, one.b, one.difference, one.low, one.high, one.how, remark)
 
 
 def _why_not(name: str, other_models: set[str], scale_is_equal: bool) -> str:
     """Why a difference of these two numbers says nothing; empty where it does say something."""
     if name.startswith("rm/"):  # those are figures of a reward model, not by one
         return ""
-    needed = set()
-    is_on_scale = bool(_ON_SCALE.search(name))
-    if _JUDGED.search(name):
-        needed = {"judge"}
-    elif _COMBINED.search(name) or is_on_scale:
-        needed = {"helpfulness", "safety"}
-    elif _HELPFUL.search(name):
-        needed = {"helpfulness"}
-    elif _SAFE.search(name):
-        needed = {"safety"}
+    needed = next((models for pattern, models in _SCORED_BY if pattern.search(name)), set())
     others = sorted(needed & other_models)
     if others:
         return f"scored by another {' and '.join(others)} model in each"
-    return "each on the scale of its own first policy" if is_on_scale and not scale_is_equal else ""
+    return "each on the scale of its own first policy" if _ON_SCALE.search(name) and not scale_is_equal else ""
 
 
-def _other_models(a: StepContents, b: StepContents) -> set[str]:
+def _other_models(a: RunStep, b: RunStep) -> set[str]:
     inputs = [step.identity.get("inputs", {}) for step in (a, b)]
     roles = {role for read in inputs for role in read if role.startswith("reward_model/")}
     return {role.partition("/")[2] for role in roles if inputs[0].get(role) != inputs[1].get(role)}
 
 
-def _paired(a: StepContents, b: StepContents) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
+def _paired(a: RunStep, b: RunStep) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
     """Values of figures, prompt by prompt, where both runs asked the same prompts."""
-    if not _same_prompts(a, b):
+    if not a.identity or _prompts(a) != _prompts(b):
         return
     ours, theirs = dict(_values(a)), dict(_values(b))
     for name in ours:
@@ -173,10 +235,16 @@ def _paired(a: StepContents, b: StepContents) -> Iterator[tuple[str, tuple[list[
             yield name, (ours[name], theirs[name])
 
 
-def _values(step: StepContents) -> Iterator[tuple[str, list[float]]]:
+def _prompts(step: RunStep) -> list[Any]:
+    """What decides the held-out prompts: the data, and the base and the longest answer, which drop long ones."""
+    base = {key: value for key, value in step.identity.get("base", {}).items() if key not in ("dtype", "attention")}
+    return [step.identity.get("data"), base, step.identity.get("rollout", {}).get("max_new_tokens")]
+
+
+def _values(step: RunStep) -> Iterator[tuple[str, list[float]]]:
     """What each figure is the mean of: a value for each prompt."""
     answers = dict(_answers(step))
-    reference = (_read(step.folder.artifact / "evaluation.json") or {}).get("reference")
+    reference = step.evaluation.reference if step.evaluation else None
     for prefix, lists in answers.items():
         owner, _, moment = prefix.rpartition("/")
         before = answers.get(f"eval/{reference}" if owner == "eval" else f"{owner}/start", {})
@@ -190,52 +258,26 @@ def _values(step: StepContents) -> Iterator[tuple[str, list[float]]]:
                 yield f"{place}/{name}", [value - other for value, other in zip(values, first, strict=True)]
 
 
-def _same_prompts(a: StepContents, b: StepContents) -> bool:
-    """Held-out prompts follow from the data, and which are too long from the base and the longest answer."""
-    return bool(a.identity) and _choosing(a) == _choosing(b)
-
-
-def _choosing(step: StepContents) -> list[Any]:
-    identity = step.identity
-    base = {key: value for key, value in identity.get("base", {}).items() if key not in ("dtype", "attention")}
-    return [identity.get("data"), base, identity.get("rollout", {}).get("max_new_tokens")]
-
-
-def _answers(step: StepContents) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _answers(step: RunStep) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The files of answers that a step keeps, by the beginning of their figures' names."""
-    places = {f"eval/{path.stem}": path for path in sorted((step.folder.artifact / "answers").glob("*.json"))}
+    places = {f"eval/{path.stem}": path for path in sorted((step.folder.artifact / ANSWERS).glob("*.json"))}
     for moment, file in (("start", "test-first.json"), ("final", "test-final.json")):
         places[f"{step.command}/test/{moment}"] = step.folder.sampling / file
     for prefix, path in places.items():
-        values = _read(path)
-        if values is not None:
-            # That of a step's first policy has the scale beside it, which the policy's answers gave.
+        values = read_object(path)
+        if values:
+            # That of a step's first policy has the scale next to it, which the policy's answers gave.
             yield prefix, values.get("evaluation", values)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _row(name: str) -> Any:
+    """The row of the table of metrics; None of a figure of another version of the table, which is still compared."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return metric_of(name)
+    except UnknownMetricError:
         return None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{path}: cannot be understood ({error}). The comparison reads figures and scores of answers there. Copy it"
-            " whole from where it came from, or make the step again with `--overwrite`."
-        ) from error
-    return values if isinstance(values, dict) else None
-
-
-def _unit(name: str) -> str:
-    try:
-        return metric_of(name).unit
-    except UnknownMetricError:  # a record of another version of the table is still shown
-        return ""
 
 
 def _place(name: str) -> tuple[int, str]:
-    try:
-        row = metric_of(name).name
-    except UnknownMetricError:
-        return len(METRICS), name
-    return list(METRICS).index(row), name
+    row = _row(name)
+    return list(METRICS).index(row.name) if row else len(METRICS), name

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llamachat.chat_format import ChatFormat
-from llamachat.tracking.record import MetricsRecord, SamplesRecord
+from llamachat.runs.record import MetricsRecord, SamplesRecord
 from tests.context_distillation.tiny_distilling import step_of, summary_of, write_recipe, write_roomy_base
 from tests.llamachat.models.tiny_roles import FULL, World
 from tests.sft.test_resume import ENVIRONMENT, FORKING, ROOT

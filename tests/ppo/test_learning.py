@@ -15,8 +15,8 @@ from llamachat.models.loading import load_policy
 from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
+from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
-from llamachat.tracking.record import MetricsRecord, SamplesRecord
 from ppo import update as update_module
 from tests.ppo.tiny_ppo import config_of, inputs_of, write_function, write_stopping_base
 

@@ -18,7 +18,7 @@ import yaml
 
 from llamachat.runs.checkpoints import newest
 from llamachat.runs.folder import StepFolder
-from llamachat.tracking.record import MetricsRecord
+from llamachat.runs.record import MetricsRecord
 from tests.ppo.tiny_ppo import write_function, write_prompts
 from tests.sft.test_resume import ENVIRONMENT, FORKING, ROOT
 from tests.sft.tiny_sft import write_base

@@ -22,7 +22,7 @@ from llamachat.runs.artifacts import Artifact
 from llamachat.runs.checkpoints import newest
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
-from llamachat.tracking.record import MetricsRecord, SamplesRecord
+from llamachat.runs.record import MetricsRecord, SamplesRecord
 from ppo.config import Config
 from ppo.start import check_processes
 from ppo.update import Updater

@@ -15,8 +15,8 @@ from llamachat.config.sections import Scoring, Tuning
 from llamachat.errors import ArtifactError, ConfigError
 from llamachat.models.loading import load_policy
 from llamachat.runs.artifacts import Artifact, read_artifact
+from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
-from llamachat.tracking.record import MetricsRecord, SamplesRecord
 from pipelines.execution.run import run_command
 from pipelines.planning.plan import make_plan, plan_text
 from pipelines.recipe.recipe import load

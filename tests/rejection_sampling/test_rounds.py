@@ -18,8 +18,8 @@ from llamachat.errors import DataError
 from llamachat.models.loading import load_policy
 from llamachat.runs.artifacts import read_artifact
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
-from llamachat.tracking.record import MetricsRecord, SamplesRecord
 from pipelines.execution.run import run_command
 from pipelines.planning.plan import make_plan
 from pipelines.recipe.recipe import load

@@ -14,7 +14,7 @@ import reward
 from llamachat.config.sections import Tuning
 from llamachat.runs import checkpoints as checkpoints_module
 from llamachat.runs.checkpoints import newest
-from llamachat.tracking.record import MetricsRecord
+from llamachat.runs.record import MetricsRecord
 from llamachat.training.trainer import Watch
 from reward import train as train_module
 from reward.config import Config

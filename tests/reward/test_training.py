@@ -19,7 +19,7 @@ from llamachat.errors import DivergedError
 from llamachat.models.loading import trunk_digest
 from llamachat.models.reward_model import load_reward_model, reward_trunk_digest
 from llamachat.models.sequence_attention import use_sequence_attention
-from llamachat.tracking.record import MetricsRecord
+from llamachat.runs.record import MetricsRecord
 from llamachat.training.trainer import Watch
 from reward import train as train_module
 from reward.batches import smaller

@@ -124,8 +124,10 @@ def write_evaluation(folder: Path, inputs: dict[str, str]) -> None:
     side = {"value": 0.25, "low": 0.2, "high": 0.31, "n": 200}
     figures = {"violation": side, "judge": {"value": -0.5, "low": None, "high": None, "n": 9}, "difference/judge": side}
     figures["win_rate/judge"] = side
-    (place / "evaluation.json").write_text(json.dumps({"figures": {"rs": figures, "sft": {}}}))
-    (place / "manifest.json").write_text(json.dumps({"identity": {"inputs": inputs}}))
+    plain = {"reference": "sft", "policies": ["sft", "rs"], "figures": {"rs": figures, "sft": {}}}
+    (place / "evaluation.json").write_text(json.dumps(plain))
+    manifest = Manifest(kind="evaluation", step="eval", fingerprint="0" * 64, identity={"inputs": inputs}, seed=0)
+    (place / "manifest.json").write_text(manifest.model_dump_json())
 
 
 def test_the_hub_reads_the_front_matter(tmp_path: Path, tiny_format: ChatFormat) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import sft
 from llamachat.runs import checkpoints as checkpoints_module
 from llamachat.runs.folder import StepFolder
-from llamachat.tracking.record import MetricsRecord, SamplesRecord
+from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.training.trainer import Watch
 from sft import train as train_module
 from sft.config import Config

@@ -19,8 +19,8 @@ from llamachat.config.sections import Split, Tuning
 from llamachat.errors import ConfigError, DataError, DivergedError
 from llamachat.runs.artifacts import read_artifact
 from llamachat.runs.folder import StepFolder
-from llamachat.tracking.record import MetricsRecord, SamplesRecord
-from llamachat.tracking.tracker import read_summary
+from llamachat.runs.reader import read_summary
+from llamachat.runs.record import MetricsRecord, SamplesRecord
 from sft import train as train_module
 from sft.config import Config
 from sft.start import Start, publish_policy

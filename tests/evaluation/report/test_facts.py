@@ -14,9 +14,9 @@ from evaluation.report.config import Config
 from evaluation.report.estimate import Workload
 from evaluation.report.headline import verdict
 from evaluation.report.page import number, signed
-from evaluation.report.reading import Evaluation
 from llamachat.errors import ArtifactError
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.reader import Evaluation
 from tests.evaluation.report.tiny_report import HOSTILE, TinyRun, measure, write
 
 
@@ -125,7 +125,7 @@ def test_samples_and_curves_can_be_left_out(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"figures": {"sft": {}}}, r"the file: .*figures has nothing on rs, ppo"),
-        ({"policies": "sft"}, r"policies: Input should be a valid list"),
+        ({"policies": "sft"}, r"policies: Input should be a valid array"),
         ({"curves": [{"policy": "sft"}]}, r"curves\.0\.temperature: Field required"),
     ],
 )
@@ -135,15 +135,13 @@ def test_an_evaluation_of_another_form_is_refused(tmp_path: Path, change: dict[s
     with pytest.raises(ArtifactError, match=words) as caught:
         run.add("sft", "eval").report()
     assert "eval/artifact/evaluation.json: " in str(caught.value)
-    assert str(caught.value).endswith("Make it again with `llamachat eval --overwrite`.")
+    assert str(caught.value).endswith("or make the step again with `--overwrite`.")
 
 
 def test_a_torn_file_of_a_step_is_named(tmp_path: Path) -> None:
     run = TinyRun(tmp_path / "tiny").add("sft")
     (run.folder / "sft" / "cost.json").write_text('{"seconds": 1', encoding="utf-8")
-    with pytest.raises(
-        ArtifactError, match=r"sft/cost\.json: cannot be read .* Copy the run whole, or make the step again"
-    ):
+    with pytest.raises(ArtifactError, match=r"sft/cost\.json: cannot be understood .* or make the step again"):
         run.report()
 
 

@@ -18,7 +18,7 @@ from llamachat.config.sections import Tuning
 from llamachat.errors import ArtifactError, ConfigError
 from llamachat.models import nf4
 from llamachat.models.loading import attach_adapter, load_base, load_policy, trunk_digest
-from llamachat.tracking.tracker import read_summary
+from llamachat.runs.reader import read_summary
 from llamachat.training.trainer import Watch
 from sft.config import Config
 from sft.start import publish_policy as publish

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.curves import draw_curves, read_series, sparkline, terminal_curves
 from llamachat.tracking.metrics import METRICS, UnknownMetricError, check_names, markdown
-from llamachat.tracking.record import MetricsRecord, SamplesRecord
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -86,7 +86,7 @@ WRITER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from llamachat.tracking.record import MetricsRecord
+from llamachat.runs.record import MetricsRecord
 record = MetricsRecord(Path(sys.argv[1]))
 for step in range(10**9):
     record.append(step, {"sft/loss": 1.0, "optim/grad_norm": 2.0})

@@ -20,13 +20,14 @@ from llamachat.errors import UsageError
 from llamachat.runs.atomic import StorageError
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import hold
+from llamachat.runs.reader import read_summary
+from llamachat.runs.record import MetricsRecord
 from llamachat.tracking import dashboard as dashboard_module
 from llamachat.tracking import wandb_run
 from llamachat.tracking.curves import draw_curves
 from llamachat.tracking.dashboard import dashboard, summary_text
 from llamachat.tracking.metrics import UnknownMetricError
-from llamachat.tracking.record import MetricsRecord
-from llamachat.tracking.tracker import open_tracker, read_summary
+from llamachat.tracking.tracker import open_tracker
 
 ROOT = Path(__file__).resolve().parents[3]
 MARKER = "violet-hedgehog-secret"

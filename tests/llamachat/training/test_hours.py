@@ -24,7 +24,7 @@ from llamachat.chat_format import ChatFormat
 from llamachat.config.section import identity
 from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.folder import StepFolder
-from llamachat.tracking.record import MetricsRecord
+from llamachat.runs.record import MetricsRecord
 from llamachat.training import hours as hours_module
 from llamachat.training.hours import Hours
 from pipelines.cli.main import main

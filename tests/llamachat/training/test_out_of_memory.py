@@ -15,7 +15,7 @@ import sft
 from llamachat.config.sections import Tuning
 from llamachat.errors import ConfigError, DeviceMemoryError
 from llamachat.runs.folder import StepFolder
-from llamachat.tracking.record import MetricsRecord
+from llamachat.runs.record import MetricsRecord
 from llamachat.training import out_of_memory
 from llamachat.training.master_weights import adamw, check_optimizer
 from llamachat.training.out_of_memory import MicrobatchTooLargeError, halving, in_room

@@ -13,7 +13,7 @@ import pytest
 
 from llamachat.errors import UsageError
 from llamachat.runs.folder import StepFolder
-from llamachat.tracking.record import MetricsRecord
+from llamachat.runs.record import MetricsRecord
 from pipelines.cli import launch as launching
 from pipelines.cli.main import main
 from tests.sft.test_resume import ENVIRONMENT, ROOT

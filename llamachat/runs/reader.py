@@ -1,0 +1,369 @@
+"""Read what the steps of a run wrote: manifests, recipes, final figures, costs and evaluations, as typed values.
+
+Reads small files only, so a run whose weights were deleted can be read too, and so can one that is still running. A step
+that is there by reference (a link) reads like any other; nothing is ever written.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+
+from llamachat.errors import ArtifactError, UsageError, first_line
+from llamachat.runs.artifacts import (
+    EVALUATION,
+    ITERATIONS_DONE,
+    MANIFEST,
+    NOT_STEPS,
+    Artifact,
+    Manifest,
+    read_manifest,
+)
+from llamachat.runs.atomic import INCOMING
+from llamachat.runs.cost import Cost, read_cost
+from llamachat.runs.folder import StepFolder
+from llamachat.runs.record import MetricsRecord
+
+_SIGNS = ("identity.json", "metrics.jsonl", "summary.json", f"artifact/{MANIFEST}")
+_BEST_OF_N = "best_of_n.json"  # in the figures of rejection sampling
+# By command: the section of the recipe, its key for the planned amount, and the figure for the amount done.
+_COUNTED = {
+    "ppo": ("ppo", "iterations", "ppo/step"),
+    "sft": ("sft", "epochs", "sft/epoch"),
+    "rm": ("reward", "epochs", "{step}/epoch"),
+}
+_GUARDS = ("patience", "kl_guard")
+
+
+class _Plain(BaseModel):
+    """A part of a file of a step; keys that a later version adds are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A figure with its 95% interval, where it has one, and the number of things it is a mean over."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+
+class BestOfN(_Plain):
+    """Reward of the best and of the median of N answers: entry n - 1 is for n answers."""
+
+    policy: str
+    temperature: float
+    best: list[float]
+    best_low: list[float]
+    best_high: list[float]
+    median: list[float]
+
+
+class SampledAnswer(_Plain):
+    """One policy's answer to a sample prompt."""
+
+    text: str
+    tokens: int | None = None
+    finished: bool | None = None
+    scores: dict[str, float | None] = {}
+
+
+class SampledPrompt(_Plain):
+    """A prompt that every policy answered."""
+
+    kind: str
+    prompt: list[dict[str, Any]]
+    answers: dict[str, SampledAnswer]
+
+
+class Evaluation(_Plain):
+    """The content of `evaluation.json`."""
+
+    reference: str
+    policies: list[str]
+    temperature: float | None = None
+    max_new_tokens: int | None = None
+    seed: int | None = None
+    figures: dict[str, dict[str, Measure | None]]
+    curves: list[BestOfN] = []
+    refusal_classifier: Measure | None = None
+    samples: list[SampledPrompt] = []
+
+    @model_validator(mode="after")
+    def _has_figures_of_its_policies(self) -> "Evaluation":
+        absent = [name for name in dict.fromkeys([self.reference, *self.policies]) if name not in self.figures]
+        if absent:
+            raise ValueError(f"figures has nothing on {', '.join(absent)}")
+        return self
+
+    def measure(self, policy: str, metric: str) -> Measure | None:
+        """A figure of a policy; None where it was not measured."""
+        return self.figures[policy].get(metric)
+
+    def has(self, metric: str) -> bool:
+        """Whether it was measured of any policy."""
+        return any(self.measure(policy, metric) is not None for policy in self.policies)
+
+    def turns(self, measured: str = "consistency") -> list[int]:
+        """The turns at which instructions were checked."""
+        names = {name for policy in self.policies for name, one in self.figures[policy].items() if one is not None}
+        matches = (re.fullmatch(rf"{measured}/turn_(\d+)", name) for name in names)
+        return sorted(int(match[1]) for match in matches if match)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What ended a step early; of steps that sample, no count is known."""
+
+    by: str  # max_hours, run.max_hours, patience, kl_guard
+    key: str | None = None  # iterations, epochs
+    done: float | None = None
+    planned: float | None = None
+
+    @property
+    def count(self) -> str:
+        """'5 of 23, ended by max_hours'."""
+        return self._words("")
+
+    @property
+    def in_words(self) -> str:
+        """'5 of 23 iterations, ended by max_hours'."""
+        return self._words(f" {self.key}")
+
+    def _words(self, unit: str) -> str:
+        by = f"ended by {self.by}"
+        if self.planned is None:
+            return by
+        done = "at most" if self.done is None else f"{self.done:.4g} of"
+        return f"{done} {self.planned:g}{unit}, {by}"
+
+
+@dataclass(frozen=True)
+class RunStep:
+    """One step of a run and the files that it wrote; a file that is not there reads as empty."""
+
+    name: str
+    folder: StepFolder
+    manifest: Manifest | None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.manifest is not None
+
+    @property
+    def published(self) -> Manifest:
+        """The manifest of a step that is finished."""
+        assert self.manifest is not None, f"{self.name} is not finished"
+        return self.manifest
+
+    @property
+    def has_figures(self) -> bool:
+        """Whether the step has produced anything yet; one that was only begun has not."""
+        return self.is_finished or bool(self.summary) or self.folder.metrics.is_file()
+
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """The keys that decide what the step makes."""
+        if self.manifest is not None:
+            return self.manifest.identity
+        identity = read_object(self.folder.identity).get("identity")
+        return identity if isinstance(identity, dict) else {}
+
+    @property
+    def command(self) -> str:
+        """The command that makes such a step: 'rm' of 'rm/safety', 'rs' of 'rs-2'."""
+        return str(self.identity.get("command") or command_of(self.name))
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe of the command that ran the step."""
+        return _read_recipe(self.folder.config)
+
+    @cached_property
+    def summary(self) -> dict[str, float]:
+        """The final figures by name."""
+        return read_summary(self.folder)
+
+    @property
+    def cost(self) -> Cost | None:
+        """Time and memory of the step; None where it was not counted."""
+        try:
+            return read_cost(self.folder)
+        except (ValueError, TypeError) as error:
+            raise _broken(self.folder.cost, str(error)) from error
+
+    @cached_property
+    def evaluation(self) -> Evaluation | None:
+        """The figures of all policies, of a step that evaluates."""
+        path = self.folder.artifact / EVALUATION
+        return _validated(TypeAdapter(Evaluation), path) if path.is_file() else None
+
+    @property
+    def best_of_n(self) -> list[BestOfN]:
+        """The curves of reward against the number of answers, of a step that samples several."""
+        path = self.folder.figures / _BEST_OF_N
+        return _validated(TypeAdapter(list[BestOfN]), path) if path.is_file() else []
+
+    @property
+    def ending(self) -> Ending | None:
+        """What ended the step early; None where it came to the end that its recipe says."""
+        details = self.manifest.details if self.manifest else {}
+        end = details.get("end")
+        by = details.get("ended_by") or (end if end in _GUARDS else None)
+        if by is None or self.command not in _COUNTED:
+            return Ending(by) if by else None
+        section, key, figure = _COUNTED[self.command]
+        done = details.get(ITERATIONS_DONE)
+        if done is None:  # passes are in the step's record, where that still lies around the artifact
+            rows = MetricsRecord(self.folder.metrics).read()
+            name = figure.format(step=self.name)
+            done = next((row[name] for row in reversed(rows) if name in row), None)
+        return Ending(by, key, done, self.value(section, key))
+
+    def value(self, section: str, key: str) -> Any:
+        """A key of the configuration that the step was run with; None where it did not read it."""
+        values = self.identity.get(section)
+        return values.get(key) if isinstance(values, Mapping) else None
+
+    def measure(self, name: str) -> Measure | None:
+        """A final figure with its interval."""
+        value = self.summary.get(name)
+        if value is None:
+            return None
+        return Measure(value=value, low=self.summary.get(f"{name}_low"), high=self.summary.get(f"{name}_high"))
+
+    def measures(self) -> dict[str, Measure]:
+        """All final figures with their intervals."""
+        ends = {f"{name}_{end}" for name in self.summary for end in ("low", "high")}
+        return {name: one for name in self.summary if name not in ends and (one := self.measure(name)) is not None}
+
+
+def read_run(run: Path) -> dict[str, RunStep]:
+    """The steps of a run that have figures, by name, in the order in which they were finished; unfinished ones last."""
+    _check_is_run(run)
+    folders = {
+        path.relative_to(run).as_posix().removesuffix(f"/{sign}")
+        for sign in _SIGNS
+        for pattern in ("*", "*/*")
+        for path in run.glob(f"{pattern}/{sign}")
+    }
+    names = [name for name in sorted(folders) if not any(_is_no_step(part) for part in Path(name).parts)]
+    steps = [step for step in (read_step(run, name) for name in names) if step.has_figures]
+    if not steps:
+        raise UsageError(
+            f"{run}: no steps here. A run folder holds a folder for each step, such as 'sft' with its summary.json."
+            " Name one that a step was run in (run.dir of its recipe)."
+        )
+    for step in steps:
+        _check_name(run, step)
+    order = sorted(
+        steps, key=lambda step: (not step.manifest, step.manifest.created if step.manifest else "", step.name)
+    )
+    return {step.name: step for step in order}
+
+
+def read_step(run: Path, name: str) -> RunStep:
+    """One step of a run; ArtifactError for a manifest that is there and broken."""
+    folder = StepFolder(run / name)
+    is_finished = (folder.artifact / MANIFEST).is_file()
+    return RunStep(name, folder, read_manifest(folder.artifact) if is_finished else None)
+
+
+def step_of(artifact: Artifact) -> RunStep:
+    """The step that published an artifact."""
+    return RunStep(artifact.manifest.step, StepFolder(artifact.path.absolute().parent), artifact.manifest)
+
+
+def command_of(step: str) -> str:
+    """The command that makes a step of this name: 'rs' makes 'rs-2', 'rm' makes 'rm/safety'."""
+    return re.sub(r"-\d+$", "", step.partition("/")[0])
+
+
+def read_summary(folder: StepFolder) -> dict[str, float]:
+    """The final figures written so far; empty before the first."""
+    values = read_object(folder.summary)
+    wrong = [name for name, value in values.items() if not isinstance(value, int | float | None)]
+    if wrong:
+        raise _broken(folder.summary, f"'{wrong[0]}' is not a number")
+    return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise _broken(path, str(error)) from error
+    if not isinstance(values, dict):
+        raise _broken(path, f"holds a {type(values).__name__}, not an object")
+    return values
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise _broken(path, first_line(error)) from error
+    if not isinstance(values, dict):
+        raise _broken(path, "holds no keys")
+    return values
+
+
+def _validated(form: TypeAdapter[Any], path: Path) -> Any:
+    try:
+        return form.validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"]) or "the file"
+        raise _broken(path, f"{place}: {problem['msg']}") from error
+
+
+def _check_is_run(run: Path) -> None:
+    if not run.is_dir():
+        raise UsageError(
+            f"{run}: no such folder. A run folder is where the steps of a recipe lie, such as runs/tiny. Correct the path."
+        )
+    if any((run / sign).is_file() for sign in _SIGNS):
+        raise UsageError(
+            f"{run}: is the folder of a step, not of a run. A run folder holds a folder for each step. Name the run"
+            f" that it is a part of, such as {run.parent}."
+        )
+
+
+def _check_name(run: Path, step: RunStep) -> None:
+    """What lies one folder deeper than it should is a run among others."""
+    said = step.identity.get("step", step.name)
+    if said != step.name:
+        raise UsageError(
+            f"{run}: is no run folder, since '{step.name}' holds the step '{said}'. A run folder holds '{said}' itself."
+            f" Name one run, such as {step.folder.path.as_posix().removesuffix(f'/{said}')}."
+        )
+
+
+def _is_no_step(part: str) -> bool:
+    return part in NOT_STEPS or part.startswith((".", INCOMING))
+
+
+def _broken(path: Path, reason: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path}: cannot be understood ({reason}). It says what a step was made with or what came out, as the step wrote"
+        " it. Copy it whole from where it came from, or make the step again with `--overwrite`."
+    )

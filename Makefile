@@ -59,7 +59,7 @@ bench: $(READY) ## benchmarks against named baselines
 setup: $(READY) ## only set up the environment
 
 check-environment:
-	@$(PY) -m pipelines.planning.environment
+	@$(PY) -m pipelines.planning.hardware
 
 # The stamp comes last: a set-up that was cut short is done again.
 .venv/.ready: pyproject.toml constraints.txt

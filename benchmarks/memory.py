@@ -21,19 +21,12 @@ from typing import Any
 
 from llamachat.config.gpus import Gpu
 from llamachat.config.sections import Base, Rollout, Tuning
-from llamachat.memory.estimates import Estimate, Shape
-from llamachat.memory.role_bytes import Beside
-from llamachat.memory.sampling_estimate import Workload as SamplingWorkload
-from llamachat.memory.sampling_estimate import sampling_memory
-from ppo import estimate as ppo_estimate
+from llamachat.memory.estimates import Estimate, Setup, Shape
+from llamachat.memory.role_bytes import Beside, Lengths, Seating
+from pipelines.planning.stage_costs import ppo_cost, reward_cost, sampling_memory, sft_cost
 from ppo.config import Config as PpoConfig
-from ppo.estimate import Workload as PpoWorkload
-from reward import estimate as reward_estimate
 from reward.config import Config as RewardConfig
-from reward.estimate import Workload as RewardWorkload
-from sft import estimate as sft_estimate
 from sft.config import Config as SftConfig
-from sft.estimate import Workload as SftWorkload
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "assets" / "base"
@@ -153,16 +146,16 @@ def ppo_config(case: Case) -> PpoConfig:
 
 def estimated(case: Case, shape: Shape, gpu: Gpu | None) -> Estimate:
     """What `plan` would say of the case."""
-    base, tuning = base_of(case, BUNDLED.parent), tuning_of(case)
+    setup = Setup(shape, base_of(case, BUNDLED.parent), tuning_of(case), gpu)
     if case.step == "sft":
-        return sft_estimate(sft_config(case), SftWorkload(shape, base, tuning, None, gpu=gpu))
+        return sft_cost(sft_config(case), setup, dialogs=None)
     if case.step == "rm":
-        return reward_estimate(reward_config(case), RewardWorkload(shape, base, tuning, None, gpu=gpu))
+        return reward_cost(reward_config(case), setup, pairs=None)
     if case.step == "rollout":
-        work = SamplingWorkload(shape, base, tuning, rollout_of(case), None, Estimate(), answers=case.rows, gpu=gpu)
-        return Estimate(sampling_memory(work), loaded=frozenset(("trunk", "adapters and heads")))
-    beside = {"helpfulness": Beside(shape, width=2)}
-    return ppo_estimate(ppo_config(case), PpoWorkload(shape, base, tuning, rollout_of(case), beside=beside, gpu=gpu))
+        memory = sampling_memory(setup, rollout_of(case), Seating(), answers_at_once=case.rows)
+        return Estimate(memory, loaded=frozenset(("trunk", "adapters and heads")))
+    seating = Seating(beside={"helpfulness": Beside(shape, width=2)})
+    return ppo_cost(ppo_config(case), setup, rollout_of(case), seating, Lengths())
 
 
 def measure(case: Case, folders: dict[str, Path], shape: str) -> int:

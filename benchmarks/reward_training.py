@@ -31,9 +31,8 @@ from llamachat.models.reward_model import build_reward_model
 from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.training.trainer import CHECKPOINTING, Watch, collator, row_numbers
 from reward.batches import plan_batches
-from reward.config import Config
+from reward.config import CPU_ROW_TOKENS, Config
 from reward.pairs import PairExample, load_examples
-from reward.train import CPU_ROW_TOKENS
 from reward.trainer import PackedRewardTrainer, make_optimizer, names_of, trainer_arguments
 
 ROOT = Path(__file__).resolve().parents[1]

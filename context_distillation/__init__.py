@@ -1,7 +1,6 @@
 """Context distillation: safer answers, sampled under a preprompt, are learnt without it (Llama 2 section 4.2.4)."""
 
 from context_distillation.config import Config
-from context_distillation.estimate import estimate
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
 
@@ -13,4 +12,4 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     return run_step(config, inputs)
 
 
-__all__ = ["Config", "estimate", "run"]
+__all__ = ["Config", "run"]

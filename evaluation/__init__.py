@@ -1,7 +1,6 @@
 """Evaluation: every policy of a run on the same held-out prompts, by models, by rules and against the first one."""
 
 from evaluation.config import Config
-from evaluation.estimate import estimate
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
 
@@ -13,4 +12,4 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     return run_step(config, inputs)
 
 
-__all__ = ["Config", "estimate", "run"]
+__all__ = ["Config", "run"]

@@ -1,7 +1,6 @@
 """Ghost Attention: instructions that hold over many turns, learnt from the policy's own dialogs (Llama 2 section 3.3)."""
 
 from gatt.config import Config
-from gatt.estimate import estimate
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
 
@@ -13,4 +12,4 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     return run_step(config, inputs)
 
 
-__all__ = ["Config", "estimate", "run"]
+__all__ = ["Config", "run"]

@@ -3,7 +3,6 @@
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
 from ppo.config import Config
-from ppo.estimate import estimate
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
@@ -13,4 +12,4 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     return train(config, inputs)
 
 
-__all__ = ["Config", "estimate", "run"]
+__all__ = ["Config", "run"]

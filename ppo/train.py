@@ -32,7 +32,7 @@ from llamachat.runs.record import MetricsRecord
 from llamachat.tracking.curves import draw_curves
 from llamachat.tracking.tracker import Tracker, open_tracker
 from llamachat.training.progress import StepProgress
-from ppo.config import Config
+from ppo.config import CPU_ROW_TOKENS, Config
 from ppo.evaluation import Evaluator, heldout_figures, mean_kl
 from ppo.experience import cut, make_experience, measure
 from ppo.figures import iteration_figures
@@ -43,8 +43,6 @@ from ppo.update import Optimizers, Updater, make_optimizers
 
 log = logging.getLogger(__name__)
 
-# Attention goes sequence by sequence there; longer rows are hardly faster and take more memory.
-CPU_ROW_TOKENS = 1024
 SHOWN = 16  # answers a person is shown of each evaluation
 BEST = "best"  # beside the checkpoints: the best policy of a training that broke
 

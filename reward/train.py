@@ -33,7 +33,7 @@ from llamachat.training.out_of_memory import MicrobatchTooLargeError, halving
 from llamachat.training.progress import StepProgress
 from llamachat.training.trainer import Watch, collator, row_numbers
 from reward.batches import Batches, plan_batches, smaller
-from reward.config import Config
+from reward.config import CPU_ROW_TOKENS, Config
 from reward.heldout import check_finite, held_out_figures, test_figures
 from reward.pairs import Examples, load_examples
 from reward.publishing import publish_reward_model
@@ -41,7 +41,6 @@ from reward.trainer import PackedRewardTrainer, make_optimizer, names_of, traine
 
 log = logging.getLogger(__name__)
 
-CPU_ROW_TOKENS = 2048  # 15.3 thousand tokens a second of the bundled model; rows of 512 and 1024 give 13.7 and 14.5
 LEAST_ROW_TOKENS = 16
 
 # What summary.json says of a training beside the figures on test pairs, each one's last value.

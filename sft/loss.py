@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from llamachat.data.packing import IGNORED
+from llamachat.maths import TOKENS_PER_CHUNK
 
 # A CPU keeps a compiled kernel for each shape it has met: with every length its own, memory grew from 0.5 to 1.5 GiB in
 # 200 rows. Lengths are filled up to a multiple, which also is faster.
 SHAPE_MULTIPLE = 64
-TOKENS_PER_CHUNK = 2048  # logits of so many tokens at once: [2048, 32000] in fp32 is a quarter of a GiB
 
 
 def answer_token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

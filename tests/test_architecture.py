@@ -164,9 +164,11 @@ def test_a_package_imports_only_what_lies_below_it() -> None:
 
 
 def test_benchmarks_need_no_pipelines() -> None:
+    """But for the one that compares the planner's bytes with measured ones."""
     allowed = {LIBRARY, "benchmarks", *(stage.package.__name__.partition(".")[0] for stage in STAGES.values())}
     names = {*packages(), "tests"} - allowed
     files = sorted((ROOT / "benchmarks").rglob("*.py"))
+    files.remove(ROOT / "benchmarks" / "memory.py")
     assert not [i.where for path in files for i in imports(path) if i.module.partition(".")[0] in names]
 
 
@@ -218,7 +220,7 @@ def test_a_stage_exports_its_section_and_its_run() -> None:
             for node in parsed(package).body
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
         ]
-        assert len(exported) == 1 and {"Config", "run"} <= set(exported[0]) <= {"Config", "run", "estimate"}, package
+        assert [sorted(names) for names in exported] == [["Config", "run"]], package
     named = {stage.package.__name__.partition(".")[0] for stage in STAGES.values()}
     assert set(packages()) - NOT_STAGES == named, "each stage has a command"
 

@@ -1,7 +1,6 @@
 """The report on a run: one page with the paper's tables and figures, ours beside the paper's numbers where they compare."""
 
 from evaluation.report.config import Config
-from evaluation.report.estimate import estimate
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
 
@@ -13,4 +12,4 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     return run_step(config, inputs)
 
 
-__all__ = ["Config", "estimate", "run"]
+__all__ = ["Config", "run"]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llamachat.maths import TOKENS_PER_CHUNK
+
 Head = Callable[[Tensor], Tensor]  # hidden states [n, D] -> logits [n, V]: `model.get_output_embeddings()`
 
-TOKENS_PER_CHUNK = 2048  # logits of this many tokens at once: [2048, 32000] in fp32 is a quarter of a GiB
 # A CPU keeps a compiled kernel for each shape it has met: lengths are filled up to a multiple.
 SHAPE_MULTIPLE = 64
 

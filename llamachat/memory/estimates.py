@@ -28,6 +28,7 @@ FORWARD = 2.0  # operations on a weight for a token in a forward pass
 # Parts of the memory of a training that are there once the model is loaded.
 BASE_WEIGHTS, TRAINED_WEIGHTS, GATHERED = "base weights", "trained weights", "gathered blocks"
 OPTIMIZER = "optimizer (fp32 masters and two moments)"
+BETWEEN_CARDS = "gradients between cards"
 LOADED = frozenset((BASE_WEIGHTS, TRAINED_WEIGHTS))
 
 
@@ -153,6 +154,30 @@ KNOWN_BASES = {
 
 
 @dataclass(frozen=True, slots=True)
+class Setup:
+    """What every estimate depends on: a model, how it is trained, and on which card."""
+
+    shape: Shape
+    base: Base
+    tuning: Tuning
+    gpu: Gpu | None = None  # None for two CPU cores
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight that is not in 4 bits."""
+        return BYTES[self.base.dtype]
+
+    @property
+    def trained_weights(self) -> int:
+        return self.shape.trained_weights(self.tuning)
+
+    @property
+    def trunk_bytes(self) -> int:
+        """The base as the tuning loads it."""
+        return self.shape.trunk_bytes(self.width, is_4bit=self.tuning.method == "qlora")
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """Bytes by part at the peak (of one card), seconds with what they assume, and optimizer steps where there are any.
 
@@ -199,16 +224,7 @@ def read_shape(folder: Path) -> Shape | None:
 
 
 def training_memory(
-    shape: Shape,
-    base: Base,
-    tuning: Tuning,
-    *,
-    tokens: int,
-    optimizer: str,
-    gradient_checkpointing: bool,
-    logits: int,
-    gpu: Gpu | None,
-    is_eager: bool = False,
+    setup: Setup, *, tokens: int, optimizer: str, gradient_checkpointing: bool, logits: int, is_eager: bool = False
 ) -> dict[str, int]:
     """Bytes by part on one card at the worst moment of an optimizer step whose forward passes have `tokens` tokens.
 
@@ -216,27 +232,27 @@ def training_memory(
     add up to the largest: the loss with all logits of a chunk, the backward pass of one block, the optimizer's step. From
     the second forward pass of a step on the gradients are there, so all three find them.
     """
-    width, is_full, trained = BYTES[base.dtype], tuning.method == "full", shape.trained_weights(tuning)
-    cards = gpu.count if gpu else 1
+    shape, tuning, width, trained = setup.shape, setup.tuning, setup.width, setup.trained_weights
+    cards = setup.gpu.count if setup.gpu else 1
+    is_full = tuning.method == "full"
     is_cut = is_full and cards > 1
     # FSDP cuts the blocks over the cards, with gradients and optimizer; embeddings, head and adapters each card has whole.
     held = -(-(trained - shape.embedding_weights) // cards) + shape.embedding_weights if is_cut else trained
     moments = 8 if optimizer == "adamw" else 2  # bytes a weight: two in fp32, or two in 8 bits
-    is_eager = is_eager or base.attention == "eager"
-    block = tokens * _block_bytes_per_token(shape, base, tuning, width, is_eager=is_eager)
-    plain = tokens * _block_bytes_per_token(shape, base, tuning, width, is_eager=False)
+    block = tokens * _block_bytes_per_token(setup, is_eager=is_eager or setup.base.attention == "eager")
+    plain = tokens * _block_bytes_per_token(setup, is_eager=False)
     inputs = shape.layers * tokens * shape.hidden_size * width
     kept = inputs if gradient_checkpointing else shape.layers * block
     backward = round(GRADIENTS_OF_A_BLOCK * plain + GRADIENTS_OF_SCORES * (block - plain))
     backward += block if gradient_checkpointing else 0
     # A matrix that is reached twice has a second gradient for a moment; the head's comes while all activations are kept.
     adding = shape.largest_weights(tuning) * width
-    stepping = _stepping_bytes(shape, tuning, held, width, has_all_roots=gpu is not None and not is_cut)
+    stepping = _stepping_bytes(setup, held, has_all_roots=setup.gpu is not None and not is_cut)
     return {
-        BASE_WEIGHTS: held * width if is_cut else shape.trunk_bytes(width, is_4bit=tuning.method == "qlora"),
+        BASE_WEIGHTS: held * width if is_cut else setup.trunk_bytes,
         # Two blocks' weights, one's gradients, and these again in fp32 on their way to the cards that keep them.
         GATHERED: shape.layer_weights * (3 * width + 4) if is_cut else 0,
-        "gradients between cards": 4 * trained if cards > 1 and not is_full else 0,
+        BETWEEN_CARDS: 4 * trained if cards > 1 and not is_full else 0,
         "one unpacked matrix": max(a * b for a, b in shape.projections.values()) * width
         if tuning.method == "qlora"
         else 0,
@@ -250,54 +266,51 @@ def training_memory(
     }
 
 
-def _stepping_bytes(shape: Shape, tuning: Tuning, held: int, width: int, *, has_all_roots: bool) -> int:
+def _stepping_bytes(setup: Setup, held: int, *, has_all_roots: bool) -> int:
     """What lives for the optimizer's step alone: gradients in fp32, and AdamW's square roots.
 
     On a GPU torch takes the roots of all weights at once; on a CPU, and of weights that are cut, those of one matrix, with a
     copy.
     """
-    gradients = 4 * held if width < 4 else 0
-    return gradients + (4 * held if has_all_roots else 8 * shape.largest_weights(tuning))
+    gradients = 4 * held if setup.width < 4 else 0
+    return gradients + (4 * held if has_all_roots else 8 * setup.shape.largest_weights(setup.tuning))
 
 
-def _block_bytes_per_token(shape: Shape, base: Base, tuning: Tuning, width: int, *, is_eager: bool) -> int:
+def _block_bytes_per_token(setup: Setup, *, is_eager: bool) -> int:
     """Bytes of activations that one block keeps of a token."""
-    is_full = tuning.method == "full"
-    block = shape.block_activations(
-        width,
-        base.max_tokens,
-        is_eager=is_eager,
-        adapter_rank=None if is_full else tuning.rank,
-    )
+    shape, tuning, is_full = setup.shape, setup.tuning, setup.tuning.method == "full"
+    rank = None if is_full else tuning.rank
+    block = shape.block_activations(setup.width, setup.base.max_tokens, is_eager=is_eager, adapter_rank=rank)
     if not is_full and tuning.dropout:  # each projection has an input of its own then, and a mask of bytes
-        block += sum(inputs for inputs, _ in shape.projections.values()) * (width + 1)
+        block += sum(inputs for inputs, _ in shape.projections.values()) * (setup.width + 1)
     return block
 
 
 def training_time(
-    weights: int, tuning: Tuning, *, tokens: float, gradient_checkpointing: bool, gpu: Gpu | None, told: str
+    setup: Setup, weights: int, *, tokens: float, gradient_checkpointing: bool, assumed: str
 ) -> tuple[float, str]:
-    """Seconds to train on so many tokens, and what they assume in words, with what is `told` of the data.
+    """Seconds to train on this many tokens, and what they assume in words; `assumed` is what is assumed of the data.
 
     `weights` are those that every token is multiplied with.
     """
     # Forward 2 operations a weight and token, backward 2 for the inputs and 2 for the weights that train (Kaplan et al.
     # 2020, arXiv:2001.08361, section 2.1); attention's own, a few in a hundred at 4096 tokens, are left out.
-    per_weight = (3 if tuning.method == "full" else 2) * FORWARD
+    per_weight = (3 if setup.tuning.method == "full" else 2) * FORWARD
     operations = per_weight * weights * tokens
     if gradient_checkpointing:
         operations *= (per_weight + FORWARD) / per_weight
-    return _seconds(operations, tuning, gpu, told)
+    return _seconds(operations, setup, assumed)
 
 
-def forward_time(products: float, tuning: Tuning, *, gpu: Gpu | None, told: str) -> tuple[float, str]:
-    """Seconds of forward passes with so many products of a weight and a token's number."""
-    return _seconds(FORWARD * products, tuning, gpu, told)
+def forward_time(setup: Setup, products: float, *, assumed: str) -> tuple[float, str]:
+    """Seconds of forward passes with this many products of a weight and a token's number."""
+    return _seconds(FORWARD * products, setup, assumed)
 
 
-def _seconds(operations: float, tuning: Tuning, gpu: Gpu | None, told: str) -> tuple[float, str]:
+def _seconds(operations: float, setup: Setup, assumed: str) -> tuple[float, str]:
+    gpu = setup.gpu
     if gpu is None:
-        return operations / CPU_FLOPS, f"on 2 CPU cores at {CPU_FLOPS / 2e12:g} TFLOP/s each and {told}"
-    mfu, (tflops, whose) = ASSUMED_MFU[tuning.method], gpu.timed
+        return operations / CPU_FLOPS, f"on 2 CPU cores at {CPU_FLOPS / 2e12:g} TFLOP/s each and {assumed}"
+    mfu, (tflops, whose) = ASSUMED_MFU[setup.tuning.method], gpu.timed
     seconds = operations / (gpu.count * tflops * 1e12 * mfu)
-    return seconds, f"on {gpu}, assuming {mfu:.0%} of {whose} {tflops:g} TFLOP/s (MFU) and {told}"
+    return seconds, f"on {gpu}, assuming {mfu:.0%} of {whose} {tflops:g} TFLOP/s (MFU) and {assumed}"

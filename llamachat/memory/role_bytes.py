@@ -1,13 +1,11 @@
-"""What a role bank and a rollout hold, in bytes, from shapes alone: for `plan`, torch-free. A test holds the bank's part to
-its own count."""
+"""What a role bank and a rollout hold, in bytes, from shapes alone, and the rule by which roles share weights. Torch-free."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from llamachat.config.gpus import Gpu
-from llamachat.config.sections import Base, Rollout, Tuning
-from llamachat.memory.estimates import BYTES, Shape
+from llamachat.config.sections import Base, Rollout
+from llamachat.memory.estimates import BYTES, Setup, Shape
 
 FULL_SIZE_HEAD = 4  # bytes a weight of the value head, which is fp32
 PROMPT_TOKENS = 200.0  # ours, assumed where nothing is known of the prompts
@@ -15,8 +13,8 @@ PROMPT_TOKENS = 200.0  # ours, assumed where nothing is known of the prompts
 ANSWER_SHARE = 0.4
 # Answers that are sampled at once: the engine's most on a CPU, and what a card should have room for (it takes up to 512).
 CPU_ROWS, CACHED_ROWS = 80, 64
-PROMPT_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}  # as llamachat/rollout/decoder.py has it (which imports torch)
-PLAIN_SCORES = 2**24  # a key-value head's, as llamachat/rollout/network.py has it
+PROMPT_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}  # that the decoder reads
+PLAIN_SCORES = 2**24  # scores a key-value head for all prompts that are read at once; more go through the fused kernel
 ROLLOUT_PARTS = CACHE, DECODER, STEP = (
     "keys and values of the rollout",
     "rollout's copy of the projections",
@@ -68,7 +66,7 @@ class Lengths:
         answer = min(answer, rollout.max_new_tokens)
         return min(self.prompt, max(1.0, base.max_tokens - answer)), answer
 
-    def told(self, base: Base, rollout: Rollout) -> str:
+    def assumed(self, base: Base, rollout: Rollout) -> str:
         """What is assumed, in words."""
         prompt, answer = self.of(base, rollout)
         of_whom = f"as of {self.measured_by}" if self.measured_by else f"{ANSWER_SHARE:g} of the longest"
@@ -86,48 +84,48 @@ class Beside:
     has_adapter: bool = False  # of the recipe's rank
 
 
-def role_bank_bytes(
-    shape: Shape,
-    tuning: Tuning,
-    *,
-    width: int,
-    critic: Literal["separate", "shared"] | None,
-    is_continued: bool,
-    sharing: int,
-    beside: Mapping[str, Beside],
-) -> dict[str, int]:
-    """Bytes of weights by part: `is_continued` where the policy that PPO starts from is an adapter already; `sharing`
-    reward models are adapters on its trunk, `beside` are the others by name, one for each trunk. Without a critic nothing
-    is trained, and there is no reference either.
+@dataclass(slots=True)
+class Seating:
+    """Where the models of one role bank lie."""
+
+    is_continued: bool = False  # whether the policy that training starts from is an adapter already
+    sharing: int = 0  # reward models that are one more adapter on a trunk that is there anyway
+    beside: dict[str, Beside] = field(default_factory=dict)  # reward models on other trunks, by name
+
+    @property
+    def num_reward_models(self) -> int:
+        return self.sharing + len(self.beside)
+
+
+def role_bank_bytes(setup: Setup, seating: Seating, *, critic: Literal["separate", "shared"] | None) -> dict[str, int]:
+    """Bytes of weights by part. Without a critic nothing is trained, and there is no reference either.
 
     Gradients, optimizer states, activations and caches come on top.
     """
+    shape, tuning, width = setup.shape, setup.tuning, setup.width
     targets = None if tuning.targets == "all-linear" else tuning.targets
     adapter = shape.adapter_weights(tuning.rank, targets) * width
-    held = {"trunk": shape.trunk_bytes(width, is_4bit=tuning.method == "qlora")}
-    num_adapters = sharing
-    headless = shape.trunk_bytes(width, is_4bit=False) - _language_head(shape, width)
+    held = {"trunk": setup.trunk_bytes}
+    num_adapters = seating.sharing
     if tuning.method == "full" and critic is not None:
         held["policy's own weights"] = shape.trunk_bytes(width, is_4bit=False)
         if critic == "separate":
-            held["critic's own weights"] = headless
+            held["critic's own weights"] = held["policy's own weights"] - _language_head(shape, width)
     elif tuning.method != "full":
-        num_adapters += 1 + is_continued + (critic == "separate")
-    for name, model in beside.items():
+        num_adapters += 1 + (0 if critic is None else seating.is_continued) + (critic == "separate")
+    for name, model in seating.beside.items():
         whole = model.shape.trunk_bytes(model.width, is_4bit=model.is_4bit)
         own = model.shape.adapter_weights(tuning.rank, targets) if model.has_adapter else 0
         head = _language_head(model.shape, model.width)
         held[f"{name} reward model beside the trunk"] = whole - head + (own + model.shape.hidden_size) * model.width
     value_head = 0 if critic is None else (shape.hidden_size + 1) * FULL_SIZE_HEAD
-    held["adapters and heads"] = num_adapters * adapter + sharing * shape.hidden_size * width + value_head
+    held["adapters and heads"] = num_adapters * adapter + seating.sharing * shape.hidden_size * width + value_head
     return held
 
 
 def rollout_bytes(
-    shape: Shape,
-    base: Base,
+    setup: Setup,
     rollout: Rollout,
-    gpu: Gpu | None,
     *,
     held: int,
     shares_plain: bool,
@@ -142,38 +140,29 @@ def rollout_bytes(
     """
     if rollout.engine == "vllm":
         return {}
-    width = BYTES[base.dtype]
+    shape, gpu = setup.shape, setup.gpu
     alone = shape.layers * (shape.hidden_size**2 + shape.hidden_size * shape.intermediate_size)
-    copy = (shape.linear_weights - (alone if shares_plain else 0)) * width
-    copy += shape.embedding_weights * width if has_copied_ends else 0
+    copy = (shape.linear_weights - (alone if shares_plain else 0)) * setup.width
+    copy += shape.embedding_weights * setup.width if has_copied_ends else 0
     if rollout.engine == "hugging_face" or (gpu and copy > SHARE_FOR_DECODER * (gpu.usable_bytes - held)):
         copy = 0
     rows = min(CACHED_ROWS if gpu else CPU_ROWS, answers or CACHED_ROWS)
-    cache = _cache_bytes(shape, base, rollout, rows)
-    return {
-        CACHE: cache,
-        DECODER: copy,
-        STEP: _step_bytes(shape, base, rollout, gpu, rows=rows, cache=cache),
-    }
+    cache = rows * setup.base.max_tokens * 2 * shape.layers * shape.key_value_size * setup.width
+    if rollout.cache_gib != "auto":
+        cache = min(cache, round(rollout.cache_gib * 2**30))
+    return {CACHE: cache, DECODER: copy, STEP: _step_bytes(setup, rollout, rows=rows, cache=cache)}
 
 
-def _cache_bytes(shape: Shape, base: Base, rollout: Rollout, rows: int) -> int:
-    """Keys and values of all rows that are sampled at once, or what the recipe grants them if that is less."""
-    numbers = 2 * shape.layers * shape.key_value_size
-    whole = rows * base.max_tokens * numbers * BYTES[base.dtype]
-    return whole if rollout.cache_gib == "auto" else min(whole, round(rollout.cache_gib * 2**30))
-
-
-def _step_bytes(shape: Shape, base: Base, rollout: Rollout, gpu: Gpu | None, *, rows: int, cache: int) -> int:
+def _step_bytes(setup: Setup, rollout: Rollout, *, rows: int, cache: int) -> int:
     """The larger of reading prompts and drawing tokens: activations of one block and scores, or logits of all rows."""
-    width = BYTES[base.dtype]
-    prompt = max(1, base.max_tokens - rollout.max_new_tokens)
-    tokens = min(rows * prompt, max(prompt, PROMPT_TOKENS_AT_ONCE["cpu" if gpu is None else "cuda"]))
+    shape, width = setup.shape, setup.width
+    prompt = max(1, setup.base.max_tokens - rollout.max_new_tokens)
+    tokens = min(rows * prompt, max(prompt, PROMPT_TOKENS_AT_ONCE["cpu" if setup.gpu is None else "cuda"]))
     states = tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size) * width
-    if gpu is None:  # scores and their softmax, up to a bound per key-value head
+    if setup.gpu is None:  # scores and their softmax, up to a bound per key-value head
         scores = min(tokens * prompt * shape.heads, PLAIN_SCORES * shape.key_value_heads) * 2 * width
         states = max(states, tokens * 6 * shape.hidden_size * width + scores)
-    # A layer's keys and values are copied as the rows are laid out anew; a logit is in its own width, fp32, as a probability.
+    # A layer's keys and values are copied as the rows are laid out again; a logit is in its own width, fp32, as a probability.
     drawing = max(2 * cache // shape.layers // 2, rows * shape.vocabulary * (width + 8))
     return max(states, drawing)
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from llamachat.errors import ConfigError, DataError
+from llamachat.memory.role_bytes import PROMPT_TOKENS_AT_ONCE
 from llamachat.models.loading import context_length, rope_parameters
 from llamachat.rollout.cache import Cache
 from llamachat.rollout.engine import Completion, Sampling
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from llamachat.models.loading import LanguageModel
 
 ROWS_PER_BATCH = {"cpu": 80, "cuda": 512}
-PROMPT_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 SHARE_FOR_WEIGHTS = 0.6  # of the free memory: more than that leaves too little for keys and values
 SHARE_FOR_CACHE = {"cpu": 0.25, "cuda": 0.8}
 PROJECTIONS = ("Linear", "Linear4bit")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llamachat.memory.role_bytes import PLAIN_SCORES
 from llamachat.models.loading import context_length, rope_parameters
 from llamachat.rollout.cache import Cache, CacheShape, rounded_up
 from llamachat.rollout.weights import Layer, Product, Weights
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
 PROMPT_COLUMNS = 32  # prompts are padded to a multiple of it: of few shapes few kernels are compiled
-PLAIN_SCORES = 2**24  # scores a key-value head for all prompts that are read at once; more go through the fused kernel
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 

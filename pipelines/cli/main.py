@@ -101,7 +101,8 @@ def _run(
     from pipelines.execution.reports import write_reports
     from pipelines.execution.resolve import step_folder
     from pipelines.execution.run import choose_steps, lead, run_chosen
-    from pipelines.planning.plan import make_plan, plan_text
+    from pipelines.planning.plan import make_plan
+    from pipelines.planning.text import plan_text
     from pipelines.recipe.recipe import load, resolve_steps
     from pipelines.studies.study import is_study
 
@@ -279,7 +280,8 @@ def plan(
     presets: tools.PresetsOption = False,
 ) -> None:
     """Say what would run, from which inputs and why, with memory and time; runs nothing."""
-    from pipelines.planning.plan import make_plan, plan_text
+    from pipelines.planning.plan import make_plan
+    from pipelines.planning.text import plan_text
     from pipelines.recipe.recipe import load
     from pipelines.studies.plan import study_plan_text
     from pipelines.studies.study import is_study, load_study

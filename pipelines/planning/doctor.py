@@ -17,15 +17,25 @@ from llamachat.errors import LlamachatError
 from llamachat.memory.estimates import BYTES, KNOWN_BASES, shape_of
 from llamachat.runs.artifacts import is_published
 from pipelines.execution.resolve import step_folder
-from pipelines.planning.environment import PYTHON_NEEDED, requirements, shortfalls
+from pipelines.planning.estimates import card, estimate_step, measure_data
 from pipelines.planning.fit import fits, way_to_fit
-from pipelines.planning.hardware import Device, Torch, find_devices, find_torch, installed_bytes, is_older, newest_cuda
-from pipelines.planning.plan import card, estimate_step, smaller
+from pipelines.planning.hardware import (
+    PYPROJECT,
+    PYTHON_NEEDED,
+    Device,
+    Torch,
+    find_devices,
+    find_torch,
+    installed_bytes,
+    is_older,
+    newest_cuda,
+    requirements,
+    shortfalls,
+)
 from pipelines.recipe.recipe import Recipe, load, resolve_steps
 
 Verdict = Literal["ok", "note", "FAIL"]
-PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
-TOLD = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+NAMED = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 CHECKPOINTS = 3  # two kept, and the one being written
 BF16_SINCE = (8, 0)  # compute capability of the first cards with bf16 arithmetic (Ampere)
 
@@ -91,9 +101,9 @@ def _environment() -> Iterator[Finding]:
     for line in lacking:
         yield Finding("libraries", "FAIL", line, "Install it here, or run `make setup`, which makes .venv.")
     if not lacking:
-        versions = requirements(PYPROJECT)
-        told = ", ".join(f"{name} {versions[name]}" for name in TOLD)
-        yield Finding("libraries", "ok", f"all {len(versions)} meet their lower bounds ({told})")
+        versions = {name: installed for name, (_, installed) in requirements(PYPROJECT).items()}
+        named = ", ".join(f"{name} {versions[name]}" for name in NAMED)
+        yield Finding("libraries", "ok", f"all {len(versions)} meet their lower bounds ({named})")
 
 
 def _cards(devices: Sequence[Device], torch: Torch | None, *, dtype: str = "bfloat16") -> Iterator[Finding]:
@@ -151,7 +161,7 @@ def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
         found = f"the recipe is meant for {meant.count} cards, and {len(devices)} are here: what follows is for those"
         way = f"Set num_processes: {len(devices)} in the file under configs/accelerate that you launch with."
         yield Finding("cards", "note", found, way)
-    is_too_large = False
+    way = ""
     for step in resolve_steps(recipe):
         estimate = estimate_step(recipe, step, gpu)
         if estimate is None:
@@ -160,15 +170,13 @@ def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
         need = f"{step.name}: about {estimate.peak_bytes / 2**30:.1f} GiB, estimated"
         usable = f"{gpu.usable_bytes / 2**30:.1f} of {gpu.gib:.1f} GiB of {gpu} (here)"
         if estimate.peak_bytes > gpu.usable_bytes:
-            is_too_large = True
-            yield Finding("memory", "FAIL", f"{need}; at most {usable} should be needed", smaller(step))
+            way = "As above." if way else way_to_fit(recipe, gpu)
+            yield Finding("memory", "FAIL", f"{need}; at most {usable} should be needed", way)
         elif estimate.peak_bytes / 2**30 > min(device.free_gib for device in devices):
             free = min(device.free_gib for device in devices)
             yield Finding("memory", "note", f"{need}; only {free:.1f} GiB are free now", "End what else runs on it.")
         else:
             yield Finding("memory", "ok", f"{need}; fits {usable}")
-    if is_too_large:
-        yield Finding("way out", "note", way_to_fit(recipe, gpu) or "")
 
 
 def _memory_without_a_card(recipe: Recipe) -> Iterator[Finding]:
@@ -180,7 +188,7 @@ def _memory_without_a_card(recipe: Recipe) -> Iterator[Finding]:
         here = fits(on_cpu, None)
         hours = f"; here two CPU cores would take about {here.hours:,.0f} h" if here and here.hours else ""
         found = f"the recipe is meant for {meant}, which is not here; there it would {'' if on_meant.fits else 'not '}fit: {peak}{hours}"
-        yield Finding("card", "note", found, "" if on_meant.fits else way_to_fit(recipe, meant) or "")
+        yield Finding("card", "note", found, "" if on_meant.fits else way_to_fit(recipe, meant))
     elif meant:
         yield Finding("card", "note", f"the recipe is meant for {meant}, which is not here")
     installed = installed_bytes()
@@ -283,14 +291,13 @@ def _tokenizer(recipe: Recipe, folder: Path) -> Finding:
 def _data(recipe: Recipe) -> Iterator[Finding]:
     from llamachat.config.paths import hub_set
     from llamachat.models.hub import reach_data
-    from pipelines.planning.data_size import measure_data
 
     keys = dict.fromkeys(key for step in resolve_steps(recipe) for key in step.product.data)
     for source in (source for key in keys for source in getattr(recipe.data, key)):
         named = hub_set(source.path)
         if named is None:
             size = measure_data([source.model_copy(update={"weight": 1.0})])
-            if size is None and Path(source.path).name.endswith((".jsonl", ".jsonl.gz")):
+            if size is not None and not size.records:
                 yield Finding("data", "FAIL", f"{source.path} holds no line", "Write or fetch it again.")
             else:
                 yield Finding("data", "ok", source.path + (f": about {size.records:,.0f} records" if size else ""))

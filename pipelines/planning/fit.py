@@ -1,9 +1,9 @@
-"""Whether a whole recipe fits a card: its worst step, the bytes of that, the hours of all, and the largest micro-batches.
+"""Whether a whole recipe fits a card and the hours: its worst step, the largest micro-batches, and what to set where not.
 
 Torch-free, and answered in well under a second.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +12,20 @@ from typing import Any, NamedTuple
 from llamachat.config.gpus import Gpu
 from llamachat.errors import LlamachatError
 from llamachat.memory.estimates import Estimate
-from pipelines.planning.plan import estimate_step
+from pipelines.planning.estimates import duration, estimate_step
 from pipelines.recipe.recipe import Recipe, Step, load, resolve_steps
+from ppo import Config as PpoConfig
+from reward import Config as RewardConfig
+from sft import Config as SftConfig
 
 PRESETS = Path(__file__).resolve().parents[2] / "configs"
 _SMALL_RANK, _SHORT_TOKENS = 16, 512  # the least that is proposed
 _LEAST_TOKENS = 64  # of a row: shorter ones are filled up to it
+# What makes a step longer, in the order in which to lower it: of those that its section has, the first.
+_LENGTHS = ("iterations", "epochs", "prompts", "test_prompts", "dialogs")
+_MOST_OF_A_STEP = 0.8  # that one is asked to save alone
+
+Setting = tuple[str, Any]  # such as ("ppo.critic", "shared")
 
 
 class StepEstimate(NamedTuple):
@@ -84,13 +92,17 @@ class Microbatch:
 
 def largest_microbatch(recipe: Recipe, step: Step, gpu: Gpu) -> Microbatch | None:
     """What a step that trains could be set to on this card; None where it has no such setting."""
-    found = _settings(recipe, step)
-    if found is None:
+    setting = _microbatch_setting(recipe, step)
+    if setting is None:
         return None
-    key, least, most, unit = found
+    key, least, most, unit = setting
+    section, _, name = key.partition(".")
 
     def has_room(value: int) -> bool:
-        estimate = estimate_step(*_with(recipe, step, key, value), gpu)
+        if section == "base":
+            estimate = estimate_step(changed(recipe, [(key, value)]), step, gpu)
+        else:
+            estimate = estimate_step(recipe, replace(step, config=step.config.model_copy(update={name: value})), gpu)
         return estimate is not None and estimate.peak_bytes <= gpu.usable_bytes
 
     low, high = 0, max(1, most // unit)  # in units: the first fits or is 0, and what is above the second is never used
@@ -101,65 +113,93 @@ def largest_microbatch(recipe: Recipe, step: Step, gpu: Gpu) -> Microbatch | Non
     return Microbatch(key, value, is_whole_step=value >= most)
 
 
-def _settings(recipe: Recipe, step: Step) -> tuple[str, int, int, int] | None:
+def _microbatch_setting(recipe: Recipe, step: Step) -> tuple[str, int, int, int] | None:
     """The key, its least value, the most that a step would use, and the unit in between."""
-    longest, config = recipe.base.max_tokens, step.config.model_dump()
-    if (
-        step.stage.command == "sft" and config["packing"]
-    ):  # a packed forward pass is one row, as long as a dialog may be
+    longest, config = recipe.base.max_tokens, step.config
+    if isinstance(config, SftConfig) and config.packing:  # a packed forward pass is one row, as long as a dialog may be
         return "base.max_tokens", _LEAST_TOKENS, longest, _LEAST_TOKENS
-    if step.stage.command == "sft":
-        return "sft.rows_per_microbatch", 1, config["examples_per_step"], 1
-    if step.stage.command == "rm":
-        return "reward.row_tokens", 2 * longest, 2 * longest * config["pairs_per_step"], 2 * longest
-    if step.stage.command == "ppo":
-        return "ppo.tokens_per_microbatch", longest, longest * config["responses_per_minibatch"], longest
+    if isinstance(config, SftConfig):
+        return "sft.rows_per_microbatch", 1, config.examples_per_step, 1
+    if isinstance(config, RewardConfig):
+        return "reward.row_tokens", 2 * longest, 2 * longest * config.pairs_per_step, 2 * longest
+    if isinstance(config, PpoConfig):
+        return "ppo.tokens_per_microbatch", longest, longest * config.responses_per_minibatch, longest
     return None
 
 
-def _with(recipe: Recipe, step: Step, key: str, value: int) -> tuple[Recipe, Step]:
-    """The recipe and its step with another value of one setting."""
-    section, _, name = key.partition(".")
-    if section == "base":
-        return recipe.model_copy(update={"base": recipe.base.model_copy(update={name: value})}), step
-    return recipe, replace(step, config=step.config.model_copy(update={name: value}))
+def settings_to_fit(recipe: Recipe, gpu: Gpu) -> list[Setting] | None:
+    """The fewest settings with which the whole recipe fits the card; None where none do, or its shape is not known.
 
-
-def way_to_fit(recipe: Recipe, gpu: Gpu) -> str | None:
-    """The fewest settings, in words, with which the whole recipe fits the card, or else the presets that do.
-
-    Tried in the order of what they cost the result; None where the shape of the base is not known.
+    Tried in the order of what they cost the result.
     """
-    found = fits(recipe, gpu)
-    if found is None:
-        return None
-    if found.fits:
-        return "It fits."
-    taken: list[tuple[str, Any]] = []
-    for setting in _less_and_less(recipe, gpu):
+    taken: list[Setting] = []
+    settings = _less_and_less(recipe, gpu)
+    while not _fits_with(recipe, gpu, taken):
+        setting = next(settings, None)
+        if setting is None:
+            return None
         taken.append(setting)
-        if _fits_with(recipe, gpu, taken):
-            break
-    else:
-        others = [path.stem for path, other in presets() if (on := fits(other, gpu)) and on.fits and other.run.gpu]
-        told = f"these presets do: {', '.join(others)}" if others else "no preset does: take a larger card"
-        return f"No setting makes this base fit {gpu}; {told}."
     for setting in taken[:-1]:  # what turns out not to be needed
         without = [other for other in taken if other != setting]
         if _fits_with(recipe, gpu, without):
             taken = without
-    words = " ".join(f"{key}={str(value).lower()}" for key, value in taken)
-    peak = fits(_changed(recipe, taken), gpu)
+    return taken
+
+
+def way_to_fit(recipe: Recipe, gpu: Gpu) -> str:
+    """The settings with which the whole recipe fits the card, in words, or else the presets that do."""
+    settings = settings_to_fit(recipe, gpu)
+    if settings is None:
+        others = [path.stem for path, other in presets() if (on := fits(other, gpu)) and on.fits and other.run.gpu]
+        instead = f"these presets do: {', '.join(others)}" if others else "no preset does: take a larger card"
+        return f"No setting makes this base fit {gpu}; {instead}."
+    if not settings:
+        return "It fits."
+    peak = fits(changed(recipe, settings), gpu)
     assert peak is not None, "the shape is known"
+    words = " ".join(f"{key}={str(value).lower()}" for key, value in settings)
     return f"It would fit with {words}: {peak.peak_bytes / 2**30:.1f} GiB."
 
 
-def _fits_with(recipe: Recipe, gpu: Gpu, settings: Sequence[tuple[str, Any]]) -> bool:
-    found = fits(_changed(recipe, settings), gpu)
-    return found is not None and found.fits
+def ways_to_shorten(steps: Sequence[Step], seconds: Mapping[str, float], hours: float) -> Iterator[str]:
+    """Lines on what takes most of the time and what to set, so that all steps end within the hours."""
+    total, limit = sum(seconds.values()), 3600 * hours
+    over = total - limit
+    by_name = {step.name: step for step in steps}
+    for name in sorted(seconds, key=lambda name: -seconds[name])[:3]:
+        # A step that is long enough can save all of it alone; else every step is to be shortened alike.
+        is_enough = over <= _MOST_OF_A_STEP * seconds[name]
+        share = 1 - over / seconds[name] if is_enough else limit / total
+        step, ways = by_name[name], []
+        shorter = shortened(step, share)
+        if shorter is not None:
+            key, value = shorter
+            ways.append(f"{step.stage.section}.{key}={value:g} (now {getattr(step.config, key):g})")
+        if "max_hours" in type(step.config).model_fields:
+            ways.append(f"{step.stage.section}.max_hours={seconds[name] * share / 3600:.1f}")
+        if ways:
+            alike = "" if is_enough else ", with the others shortened alike"
+            yield f"{name}, {duration(seconds[name])}: {' or '.join(ways)}{alike}"
+    yield f"or run.max_hours={hours:g}: a command ends at its best checkpoint then, and the same command continues"
 
 
-def _less_and_less(recipe: Recipe, gpu: Gpu) -> Iterator[tuple[str, Any]]:
+def shortened(step: Step, share: float) -> Setting | None:
+    """The value of the step's section, and its key there, with which the step takes about this share of its time."""
+    for key in _LENGTHS:
+        value = getattr(step.config, key, None)
+        if isinstance(value, int):
+            return key, max(1, int(value * share))
+        if isinstance(value, float):
+            return key, float(f"{value * share:.2g}")
+    return None
+
+
+def _fits_with(recipe: Recipe, gpu: Gpu, settings: Sequence[Setting]) -> bool:
+    fit = fits(changed(recipe, settings), gpu)
+    return fit is not None and fit.fits
+
+
+def _less_and_less(recipe: Recipe, gpu: Gpu) -> Iterator[Setting]:
     """Settings that save memory and are not taken yet: those that cost time, then those that cost the result."""
     commands = {step.stage.command for step in resolve_steps(recipe)}
     sections = {"sft": "sft", "rm": "reward", "ppo": "ppo"}
@@ -191,7 +231,7 @@ def _less_and_less(recipe: Recipe, gpu: Gpu) -> Iterator[tuple[str, Any]]:
         tokens //= 2
 
 
-def _changed(recipe: Recipe, settings: Sequence[tuple[str, Any]]) -> Recipe:
+def changed(recipe: Recipe, settings: Sequence[Setting]) -> Recipe:
     """The recipe with other values; of two of one key the later one counts."""
     for key, value in settings:
         section, _, name = key.partition(".")
@@ -202,9 +242,6 @@ def _changed(recipe: Recipe, settings: Sequence[tuple[str, Any]]) -> Recipe:
 
 def presets() -> Iterator[tuple[Path, Recipe]]:
     """The recipes that lie in `configs`, those that load here."""
-    from pipelines.studies.study import is_study
-
     for path in sorted(PRESETS.glob("*.yaml")):
-        if not is_study(path):
-            with suppress(LlamachatError):
-                yield path, load(path)
+        with suppress(LlamachatError):
+            yield path, load(path)

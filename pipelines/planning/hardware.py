@@ -1,6 +1,7 @@
-"""The GPUs of this machine, as the driver and as torch see them, and its memory; both are asked in processes of their own.
+"""What this machine has: GPUs, as the driver and as torch see them, memory, and the versions of Python and libraries.
 
-Neither needs to be there: without an answer in time there is nothing to tell.
+`python -m pipelines.planning.hardware` says what an existing environment lacks against the lower bounds of pyproject.toml.
+Nothing is installed or changed: whoever brings an environment keeps the torch that is in it.
 """
 
 import json
@@ -8,10 +9,16 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 
+PYTHON_NEEDED = (3, 11)
+PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 TIMEOUT_S = 60
+_REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*>=\s*(?P<version>[0-9.]+)")
 _QUERY = "name,memory.total,memory.free,driver_version"
 _ASK_TORCH = """
 import json, torch
@@ -26,7 +33,7 @@ _DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One card, as nvidia-smi tells it."""
+    """One card, as nvidia-smi describes it."""
 
     name: str
     total_gib: float
@@ -53,7 +60,7 @@ class Torch:
 
 
 def is_older(version: str, than: str) -> bool:
-    """Whether a driver's version comes before another."""
+    """Whether a version comes before another: 2.13.0+cpu is 2.13.0."""
     return _numbers(version) < _numbers(than)
 
 
@@ -63,7 +70,8 @@ def newest_cuda(driver: str) -> int | None:
 
 
 def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall("[0-9]+", version)]
+    release = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
+    return [int(part) for part in release[0].split(".")] if release else []
 
 
 def find_devices() -> list[Device]:
@@ -75,7 +83,7 @@ def find_devices() -> list[Device]:
         try:
             total, free = (float(size) / 1024 for size in sizes)
         except ValueError:
-            continue  # a card that shares the machine's memory tells no size
+            continue  # a card that shares the machine's memory has no size of its own
         devices.append(Device(name, total, free, driver))
     return devices
 
@@ -86,7 +94,7 @@ def installed_bytes() -> int:
 
 
 def find_torch() -> Torch | None:
-    """What torch says of itself; None where it is missing or does not start."""
+    """What torch says of itself, in a process of its own; None where it is missing or does not start."""
     text = _output([sys.executable, "-c", _ASK_TORCH])
     if not text:
         return None
@@ -102,3 +110,43 @@ def _output(command: Sequence[str]) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
+
+
+def requirements(pyproject: Path) -> dict[str, tuple[str, str | None]]:
+    """Each required package with its lower bound and its installed version, None where it is not installed."""
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    bounds = {}
+    for requirement in project["dependencies"]:
+        match = _REQUIREMENT.fullmatch(requirement.strip())
+        assert match is not None, f"a requirement without a lower bound: {requirement}"
+        try:
+            installed = metadata.version(match["name"])
+        except metadata.PackageNotFoundError:
+            installed = None
+        bounds[match["name"]] = match["version"], installed
+    return bounds
+
+
+def shortfalls(pyproject: Path) -> list[str]:
+    """Each requirement that the running Python does not meet, in words."""
+    return [
+        f"{name} is {installed or 'not installed'}; {needed} or newer is needed"
+        for name, (needed, installed) in requirements(pyproject).items()
+        if installed is None or is_older(installed, needed)
+    ]
+
+
+def main() -> int:
+    """0 when the environment can run everything, else 2 after saying what it lacks."""
+    lacking = shortfalls(PYPROJECT)
+    if not lacking:
+        return 0
+    print(f"The environment of {sys.executable} cannot run llamachat:", file=sys.stderr)
+    for line in lacking:
+        print(f"  {line}", file=sys.stderr)
+    print("Install these there, or run make without VENV=, which sets up .venv by itself.", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

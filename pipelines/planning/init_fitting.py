@@ -19,10 +19,10 @@ from llamachat.errors import ConfigError, TokenizerError, UsageError
 from llamachat.memory.estimates import KNOWN_BASES, Estimate, shape_of
 from llamachat.models.hub import UNGATED, require_llama, tokenizer_folder
 from pipelines.planning import hardware as devices
+from pipelines.planning.estimates import duration, estimate_step
 from pipelines.planning.init_choices import LONG_ENOUGH, UNKNOWN_CONTEXT, Asked, Effort, Method, Values
 from pipelines.planning.init_data import CountTokens, look_at
 from pipelines.planning.init_sizes import plain, values
-from pipelines.planning.plan import duration, estimate_step
 from pipelines.recipe.recipe import Recipe, resolve_steps
 
 SHARE_FOR_STEPS = 0.85  # of the hours; the rest is for what no estimate counts: loading, saving, figures. Ours

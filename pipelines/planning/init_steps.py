@@ -7,7 +7,7 @@ real cards. What is sampled has a least number, from which the step still learns
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from context_distillation.estimate import KEPT
+from pipelines.planning.estimates import KEPT_BY_DISTILLATION as KEPT
 from pipelines.planning.init_choices import (
     FEW_EXAMPLES,
     Asked,

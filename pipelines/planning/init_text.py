@@ -9,6 +9,7 @@ import yaml
 
 from llamachat.errors import UsageError
 from llamachat.runs.atomic import write_text
+from pipelines.planning.estimates import duration
 from pipelines.planning.init_choices import (
     DIALOGS_FOR_GATT,
     PAIRS_FOR_A_JUDGE,
@@ -19,7 +20,6 @@ from pipelines.planning.init_choices import (
     with_gatt,
 )
 from pipelines.planning.init_fitting import Made, times
-from pipelines.planning.plan import duration
 from pipelines.recipe.recipe import Recipe, load
 
 

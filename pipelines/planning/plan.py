@@ -1,22 +1,20 @@
 """What would run, from which inputs, why, and what it would cost; reads no weights and imports neither torch nor trl."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from llamachat.config.gpus import Gpu, parse_gpu
 from llamachat.errors import ChangedError, LlamachatError
-from llamachat.memory.estimates import Estimate, shape_of
+from llamachat.memory.estimates import Estimate
 from llamachat.runs.artifacts import is_published, read_artifact
 from llamachat.runs.checkpoints import newest
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import living_owner
 from llamachat.runs.state import StepState, step_state
 from pipelines.execution.gate_labels import lacks_labels
-from pipelines.execution.handing import stage_estimate
 from pipelines.execution.resolve import earlier_makers, lacks_policy, step_folder
 from pipelines.execution.run import Work, choose_steps, find_work, parent_folder
-from pipelines.planning.measured import timed
+from pipelines.planning.estimates import estimate_step
 from pipelines.recipe.recipe import Recipe, Step, resolve_steps
 
 FEW_STEPS = 100
@@ -64,7 +62,7 @@ def _plan_step(
 ) -> PlannedStep:
     estimate = estimate_step(recipe, step)
     lacks = (lacks_policy(recipe, steps, step), lacks_labels(recipe, steps, step))
-    warnings = (*(text for text in lacks if text), *warn(step, estimate, card(recipe)))
+    warnings = (*(text for text in lacks if text), *warn(step, estimate))
     nearest = {role: makers[0] for role, makers in earlier_makers(steps, step).items() if makers}
     awaited = {f"{role} of '{maker.name}'": maker.name for role, maker in nearest.items() if maker.name in to_run}
     for earlier in steps[: list(steps).index(step)]:
@@ -109,42 +107,8 @@ def _verdict(recipe: Recipe, work: Work) -> tuple[str, str]:
     return "new", "changed since the parent run" if kept is not None else f"nothing in {folder.path} yet"
 
 
-def card(recipe: Recipe) -> Gpu | None:
-    """The card that the recipe is meant for."""
-    return parse_gpu(recipe.run.gpu) if recipe.run.gpu else None
-
-
-def estimate_step(recipe: Recipe, step: Step, gpu: Gpu | None = None) -> Estimate | None:
-    """The stage's estimate, on this card in place of the recipe's; None where the shape of the base is not known here.
-
-    On the recipe's own card seconds are those of a finished step of that name, where there is one to go by.
-    """
-    found = _estimated(recipe, step, gpu or card(recipe))
-    return found if found is None or gpu else timed(recipe, step, found, lambda r, s: _estimated(r, s, card(r)))
-
-
-def _estimated(recipe: Recipe, step: Step, gpu: Gpu | None) -> Estimate | None:
-    try:
-        shape = shape_of(recipe.base.model)
-        return _bounded(step, stage_estimate(recipe, step, shape, gpu)) if shape else None
-    except (KeyError, ValueError):
-        return None  # another architecture, no JSON, or targets that are none: refused in words where it is loaded
-
-
-def _bounded(step: Step, estimate: Estimate) -> Estimate:
-    """No longer than the step's own hours, where they bound all of its work (they bound but the sampling of rs and its like)."""
-    hours = step.config.model_dump().get("max_hours")
-    if hours is None or step.stage.tunes or estimate.seconds <= 3600 * hours:
-        return estimate
-    return replace(
-        estimate,
-        seconds=3600 * hours,
-        assumed=f"as {step.stage.section}.max_hours has it; else {duration(estimate.seconds)} {estimate.assumed}",
-    )
-
-
-def warn(step: Step, estimate: Estimate | None, gpu: Gpu | None = None) -> list[str]:
-    """Settings that load but seldom do what is wanted."""
+def warn(step: Step, estimate: Estimate | None) -> list[str]:
+    """Settings that load but seldom do what is wanted; whether the step fits a card is said of the whole recipe."""
     warnings = []
     steps = estimate.optimizer_steps if estimate else None
     # A stage has those of these keys that mean it something.
@@ -169,84 +133,4 @@ def warn(step: Step, estimate: Estimate | None, gpu: Gpu | None = None) -> list[
             f"{key}.learning_rate {rate:g} is that of full tuning, and tuning.method is {step.tuning.method}: adapters"
             " want about ten times as much."
         )
-    if estimate and gpu and estimate.peak_bytes > gpu.usable_bytes:
-        warnings.append(
-            f"about {estimate.peak_bytes / 2**30:.1f} GiB do not fit {gpu}, of which a step should need at most"
-            f" {gpu.usable_bytes / 2**30:.1f}. {smaller(step)}"
-        )
     return warnings
-
-
-def smaller(step: Step) -> str:
-    """What would take less memory, in the order of what it costs the result."""
-    ways, values, section = [], step.config.model_dump(), step.stage.section
-    if values.get("gradient_checkpointing") is False:
-        ways.append(f"set {section}.gradient_checkpointing: true")
-    if not values.get("packing", True) and values.get("rows_per_microbatch", 1) > 1:
-        ways.append(f"lower {section}.rows_per_microbatch")
-    ways += [
-        f"lower {section}.{key}"
-        for key in ("row_tokens", "tokens_per_microbatch")
-        if values.get(key) not in (None, "auto")
-    ]
-    if step.rollout.cache_gib != "auto" and "rollout" in step.stage.shared:
-        ways.append("lower rollout.cache_gib")
-    if values.get("optimizer") == "adamw" and step.tuning.method == "full":
-        ways.append(f"set {section}.optimizer: paged_adamw_8bit")
-    if values.get("critic") == "separate":
-        ways.append(f"set {section}.critic: shared")
-    less = {"full": "lora or qlora", "lora": "qlora"}.get(step.tuning.method)
-    if less:
-        ways.append(f"set tuning.method: {less}")
-    if step.tuning.method != "full":
-        ways.append("lower tuning.rank")
-    text = ", ".join([*ways, "lower base.max_tokens", "or take a larger card"])
-    return text[0].upper() + text[1:] + "."
-
-
-def plan_text(recipe: Recipe, planned: Sequence[PlannedStep], *, hours: float | None = None) -> str:
-    """The plan for people: each step with its inputs and cost, a table of them all, and what the whole comes to."""
-    from pipelines.planning.text import table, verdict
-
-    lines = [f"Plan of {recipe.run.dir}:"]
-    for step in planned:
-        lines += [f"  {step.name}: {step.verdict}, {step.why}", f"    from {step.inputs}"]
-        if step.will_run:
-            lines += [f"    {line}" for line in _cost(recipe, step.estimate)]
-            lines += [f"    warning: {warning}" for warning in step.warnings]
-    if len(planned) > 1:
-        lines += ["", *table(recipe, planned, card(recipe))]
-    if len(planned) > 1 or hours is not None:
-        lines += verdict(recipe, planned, card(recipe), hours)
-    return "\n".join(lines)
-
-
-def _cost(recipe: Recipe, estimate: Estimate | None) -> list[str]:
-    """Steps and time, memory by part, and whether it fits."""
-    if estimate is None:
-        return [f"no estimate: the shape of '{recipe.base.model}' is not known before its config.json is here"]
-    gpu, peak = card(recipe), estimate.peak_bytes / 2**30
-    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.memory.items() if size)
-    if not estimate.memory:
-        return [_steps_and_time(estimate)]
-    memory = f"memory, estimated: about {peak:.2f} GiB at the peak{' of each card' if gpu and gpu.count > 1 else ''}"
-    lines = [_steps_and_time(estimate), f"{memory} ({parts})"]
-    if gpu is not None:
-        verdict = "fits" if estimate.peak_bytes <= gpu.usable_bytes else "does not fit"
-        usable = f"{gpu.usable_bytes / 2**30:.1f} of {gpu.gib:g} GiB"
-        lines.append(f"{verdict} {gpu}: {peak:.1f} GiB, and a step should need at most {usable}")
-    return lines
-
-
-def _steps_and_time(estimate: Estimate) -> str:
-    if estimate.optimizer_steps is None and not estimate.assumed:
-        return "optimizer steps and hours: not counted before download (a 'limit' on each hub set bounds them)"
-    steps = "" if estimate.optimizer_steps is None else f"about {estimate.optimizer_steps} optimizer steps"
-    return f"{steps}{', ' if steps else ''}{duration(estimate.seconds)} {estimate.assumed}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

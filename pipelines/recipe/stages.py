@@ -1,6 +1,6 @@
 """Which commands of the recipe there are, what each reads and makes, and the stage package behind it.
 
-A new stage is one entry here, its workload in `pipelines/execution/handing.py`, and its section in the recipe.
+A new stage is one entry here, its cost in `pipelines/planning/estimates.py`, and its section in the recipe.
 """
 
 from dataclasses import dataclass

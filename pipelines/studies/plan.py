@@ -5,7 +5,9 @@ from collections.abc import Iterable
 
 from llamachat.runs.artifacts import is_published
 from pipelines.execution.resolve import step_folder
-from pipelines.planning.plan import duration, estimate_step, make_plan, plan_text
+from pipelines.planning.estimates import duration, estimate_step
+from pipelines.planning.plan import make_plan
+from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import Recipe, Step
 from pipelines.studies.sharing import SHARED
 from pipelines.studies.study import Plan

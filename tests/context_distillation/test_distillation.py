@@ -22,7 +22,8 @@ from llamachat.runs.folder import StepFolder
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
 from pipelines.execution.run import run_command
-from pipelines.planning.plan import make_plan, plan_text
+from pipelines.planning.plan import make_plan
+from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load
 from sft import train as sft_module
 from sft.examples import load_examples

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,20 +10,17 @@ import pytest
 import torch
 
 from gatt import batches as batches_module
-from gatt.config import Config
-from gatt.estimate import Workload, estimate
 from gatt.synthesize import Conversation, Made, Speaker, conversation, counted, dialog_line, speak
 from gatt.train import make_dialogs
 from llamachat.answers.responses import Response
 from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
 from llamachat.chat_format.dialog import Message
 from llamachat.chat_format.tokenizer import load_tokenizer
-from llamachat.config.sections import Data, Rollout, Split, Tuning
+from llamachat.config.sections import Data, Split
 from llamachat.constraints import Instruction, constrain, families
 from llamachat.constraints.values import side_of
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import DataError
-from llamachat.memory.estimates import Estimate, Shape
 from llamachat.rollout.decoder import LlamaEngine
 from llamachat.scoring.scores import Combined
 from sft.examples import load_examples
@@ -38,7 +34,6 @@ from tests.gatt.tiny_gatt import (
     write_recipe,
     write_roomy_base,
 )
-from tests.tiny_llama import base_section
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = families(lists={"figures": FIGURES, "hobbies": HOBBIES, "languages": ("Greek", "Latin", "Welsh", "Zulu")})
@@ -333,28 +328,3 @@ def test_batches_are_written_down_one_by_one_and_the_training_side_has_its_instr
         system = messages[0]["content"]
         assert not any(side_of("hobby", hobby) == "held_out" and hobby in system for hobby in HOBBIES)
         assert not any(system in message["content"] for message in messages[1:])
-
-
-# --- what it costs
-
-
-def test_the_estimate_counts_every_answer_and_the_larger_phase() -> None:
-    shape = Shape(64, 128, 2, 4, 2, 420)
-    tuned = Estimate({"all of the tuning": 10**12}, seconds=50.0, optimizer_steps=7)
-    work = Workload(shape, base_section("anywhere"), Tuning(method="full"), Rollout(max_new_tokens=12), None, tuned)
-
-    def seconds(**changes: Any) -> float:
-        found = estimate(Config(**changes), work)
-        assert found.memory == tuned.memory and found.optimizer_steps == 7
-        return found.seconds - 50.0
-
-    # Dialogs of 2 and of 3 turns, half of each, 4 answers in a turn; three measurements of 5 dialogs to turn 6.
-    counted = {
-        seconds(dialogs=10, turns=3, samples_per_turn=4, evaluation_dialogs=5, evaluation_turns=[2, 6]): 100 + 90,
-        seconds(dialogs=40, turns=2, samples_per_turn=1, evaluation_dialogs=2, evaluation_turns=[1]): 80 + 6,
-    }
-    one, other = counted
-    assert one / other == pytest.approx(counted[one] / counted[other])
-    small = replace(work, tuned=replace(tuned, memory={"all of the tuning": 1}))
-    memory = estimate(Config(), small).memory
-    assert memory["trunk"] >= shape.weights * 4 and "keys and values of the rollout" in memory

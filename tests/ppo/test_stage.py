@@ -18,7 +18,8 @@ from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
 from pipelines.execution.run import run_command
-from pipelines.planning.plan import make_plan, plan_text
+from pipelines.planning.plan import make_plan
+from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load
 from tests.llamachat.models.tiny_roles import FULL, QLORA, World
 from tests.ppo.tiny_ppo import config_of, inputs_of, write_prompts, write_stopping_base

@@ -23,7 +23,8 @@ from llamachat.models.loading import load_policy
 from llamachat.runs.artifacts import Artifact
 from llamachat.tracking.metrics import check_names
 from pipelines.execution.run import run_command
-from pipelines.planning.plan import make_plan, plan_text, warn
+from pipelines.planning.plan import make_plan, warn
+from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load, resolve_steps
 from rejection_sampling import train as round_module
 from rejection_sampling.curves import best_temperature

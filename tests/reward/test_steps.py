@@ -19,7 +19,9 @@ from pipelines.cli.main import main
 from pipelines.execution.handing import TOKENS_OF_A_PAIR
 from pipelines.execution.resolve import take_inputs
 from pipelines.execution.run import find_work, run_command
-from pipelines.planning.plan import estimate_step, make_plan, plan_text
+from pipelines.planning.estimates import estimate_step
+from pipelines.planning.plan import make_plan
+from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import Recipe, Step, load, resolve_steps
 from pipelines.recipe.stages import POLICY, Product, Role, Stage
 from reward.config import VERSION

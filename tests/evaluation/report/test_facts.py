@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 
-from evaluation.report import estimate
 from evaluation.report.config import Config
-from evaluation.report.estimate import Workload
 from evaluation.report.headline import verdict
 from evaluation.report.page import number, signed
 from llamachat.errors import ArtifactError
@@ -174,12 +172,6 @@ def test_it_is_written_again_over_what_a_killed_command_left(tmp_path: Path) -> 
     folder.page.write_text("half", encoding="utf-8")
     assert run.report().page.read_text(encoding="utf-8").rstrip().endswith("</html>")
     assert not (folder.figures / "old.png").exists()
-
-
-def test_an_estimate_counts_seconds_and_no_device() -> None:
-    plain, with_curves = (estimate(Config(shows_curves=shows), Workload(steps=7)) for shows in (False, True))
-    assert plain.peak_bytes == 0 and plain.optimizer_steps is None
-    assert 0 < plain.seconds < with_curves.seconds < 60
 
 
 def test_a_step_that_a_limit_ended_says_how_far_it_came(tmp_path: Path) -> None:

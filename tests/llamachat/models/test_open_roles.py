@@ -12,8 +12,8 @@ from bitsandbytes.nn import Linear4bit
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import RopeScaling, Tuning
 from llamachat.errors import ArtifactError
-from llamachat.memory.estimates import Shape, read_shape
-from llamachat.memory.role_bytes import Beside, role_bank_bytes
+from llamachat.memory.estimates import Setup, Shape, read_shape
+from llamachat.memory.role_bytes import Beside, Seating, role_bank_bytes
 from llamachat.models.loading import load_policy
 from llamachat.models.reward_model import load_reward_model
 from llamachat.models.roles import RewardRole, RoleBank
@@ -116,15 +116,9 @@ def test_the_planned_bytes_are_those_of_the_bank(
     tuning: Tuning, policy: Tuning, critic: Any, is_continued: bool, sharing: int, beside: list[str], world: World
 ):
     width = 2 if tuning is QLORA else 4
-    planned = role_bank_bytes(
-        shape(world),
-        tuning,
-        width=width,
-        critic=critic,
-        is_continued=is_continued,
-        sharing=sharing,
-        beside={name: Beside(shape(world), width=width) for name in beside},
-    )
+    setup = Setup(shape(world), world.base16 if tuning is QLORA else world.base, tuning)
+    lying_beside = {name: Beside(shape(world), width=width) for name in beside}
+    planned = role_bank_bytes(setup, Seating(is_continued, sharing, lying_beside), critic=critic)
     bank = world.bank(tuning, policy, critic=critic)
     assert sum(planned.values()) == pytest.approx(weight_bytes(bank), rel=1e-3 if tuning is QLORA else 0)
 

@@ -14,7 +14,7 @@ import pytest
 import sft
 from llamachat.errors import UsageError
 from pipelines.cli.main import main
-from pipelines.planning.environment import shortfalls
+from pipelines.planning.hardware import shortfalls
 from tests.recipes import publish_toy_policy, write_dialogs, write_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[3]

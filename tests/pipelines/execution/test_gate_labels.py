@@ -8,7 +8,8 @@ import pytest
 
 from pipelines.execution.gate_labels import lacks_labels
 from pipelines.execution.run import run_command
-from pipelines.planning.plan import make_plan, plan_text
+from pipelines.planning.plan import make_plan
+from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load, resolve_steps
 from tests.recipes import preference_data, write_recipe
 

@@ -18,8 +18,9 @@ from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.checkpoints import writing
 from llamachat.runs.locks import hold
 from pipelines.execution.run import find_work, run_chosen, run_command
-from pipelines.planning.data_size import measure_data
-from pipelines.planning.plan import duration, make_plan, plan_text
+from pipelines.planning.estimates import duration, measure_data
+from pipelines.planning.plan import make_plan
+from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import Recipe, load, resolve_steps
 from sft.config import VERSION as SFT_VERSION
 from tests.recipes import publish_toy_policy, write_dialogs, write_recipe

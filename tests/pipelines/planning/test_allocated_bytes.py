@@ -14,18 +14,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llamachat.chat_format import TokenizedExample
 from llamachat.config.sections import Tuning
 from llamachat.data.packing import collate_packed
+<<<<<<< HEAD:tests/llamachat/memory/test_memory_estimates.py
 from llamachat.memory.estimates import Estimate, Shape
+=======
+from llamachat.memory.estimates import Estimate, Setup, Shape
+from llamachat.models.heads import ScoringLlama
+from llamachat.models.last_tokens import last_token_scores
+>>>>>>> 35fb9bd (One set of estimates in pipelines/planning: formulas of the stages, workloads, advice on fitting; no second copy of constants and rules):tests/pipelines/planning/test_allocated_bytes.py
 from llamachat.models.loading import attach_adapter
 from llamachat.models.scoring_head import ScoringLlama, last_token_scores
 from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.training.master_weights import adamw
-from reward import estimate as reward_estimate
+from pipelines.planning.stage_costs import reward_cost, sft_cost
 from reward.batches import pack_responses
 from reward.config import Config as RewardConfig
-from reward.estimate import Workload as RewardWorkload
-from sft import estimate as sft_estimate
 from sft.config import Config as SftConfig
-from sft.estimate import Workload as SftWorkload
 from sft.loss import answer_token_losses
 from tests.tiny_llama import base_section
 
@@ -91,7 +94,7 @@ def test_supervised_tuning(method: Any, checkpointing: bool) -> None:
     found = two_steps(model, lambda model: answer_token_losses(model, batch).mean())
     base = base_section("x", dtype="bfloat16", attention="sdpa", max_tokens=TOKENS)
     config = SftConfig(gradient_checkpointing=checkpointing)
-    assert_like(sft_estimate(config, SftWorkload(SHAPE, base, tuning, None)), found)
+    assert_like(sft_cost(config, Setup(SHAPE, base, tuning), dialogs=None), found)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -102,7 +105,7 @@ def test_a_reward_model(checkpointing: bool) -> None:
     found = two_steps(model, lambda model: last_token_scores(model, batch).diff().mean())
     base = base_section("x", dtype="bfloat16", max_tokens=TOKENS)
     config = RewardConfig(gradient_checkpointing=checkpointing, row_tokens=2 * TOKENS)
-    assert_like(reward_estimate(config, RewardWorkload(SHAPE, base, Tuning(), None)), found)
+    assert_like(reward_cost(config, Setup(SHAPE, base, Tuning()), pairs=None), found)
 
 
 def assert_like(estimate: Estimate, found: int) -> None:

@@ -1,0 +1,446 @@
+"""What a step of a recipe would cost, from the recipe, its data files and finished steps: one function for each stage.
+
+Answers in a moment: lines of data are counted, large files by their first part, and no weights are read.
+"""
+
+import gzip
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from context_distillation import Config as ContextDistillationConfig
+from evaluation import Config as EvaluationConfig
+from evaluation.report import Config as ReportConfig
+from gatt import Config as GattConfig
+from llamachat.config.gpus import Gpu, parse_gpu
+from llamachat.config.sections import DataSource, Split
+from llamachat.errors import LlamachatError
+from llamachat.memory.estimates import BYTES, Estimate, Setup, Shape, shape_of
+from llamachat.memory.role_bytes import PROMPT_TOKENS, Beside, Lengths, Seating, place_reward_models
+from llamachat.runs.artifacts import read_artifact
+from llamachat.runs.folder import StepFolder
+from llamachat.scoring.requirements import MODELS, ModelName, RewardModelFacts, models_read
+from pipelines.execution.handing import tuning_section
+from pipelines.execution.resolve import earlier_makers, step_folder
+from pipelines.planning.stage_costs import ppo_cost, report_cost, reward_cost, sampling_cost, sft_cost
+from pipelines.recipe.recipe import Recipe, Step, resolve_steps
+from pipelines.recipe.stages import POLICY
+from ppo import Config as PpoConfig
+from rejection_sampling import Config as RejectionSamplingConfig
+from reward import Config as RewardConfig
+from sft import Config as SftConfig
+
+BYTES_PER_TOKEN = 4.0  # of JSON lines of English dialogs; ours, rough
+HUB_TOKENS = 200.0  # a dialog of a set that is not here; ours, assumed
+MOST_BYTES = 1 << 26  # read of one file; what comes after is taken to be like it
+# Tokens of both sequences of a pair for each token of its record, where the prompt stands once: 1.3 to 1.6 for the bundled
+# pairs (measured). Of a set that is not here both are assumed: the paper's Table 6 has 150 to 800 tokens an answer.
+TOKENS_OF_A_PAIR = 1.4
+TOKENS_OF_A_HUB_PAIR = 500.0
+TURN_TOKENS = 100.0  # of the turns before an answer in Ghost Attention; ours, assumed
+KEPT_BY_DISTILLATION = 0.5  # of the distilled answers; ours, assumed: another answer is better as often as worse
+
+
+# -- what is asked
+
+
+def estimate_step(recipe: Recipe, step: Step, gpu: Gpu | None = None) -> Estimate | None:
+    """What the step would cost, on this card in place of the recipe's; None where the shape of the base is not known here."""
+    try:
+        shape = shape_of(recipe.base.model)
+        if shape is None:
+            return None
+        setup = Setup(shape, recipe.base, step.tuning, gpu or card(recipe))
+        estimate = _COSTS[step.stage.command](_Work(recipe, resolve_steps(recipe), step, setup))
+    except (KeyError, ValueError):
+        return None  # another architecture, no JSON, or targets that are none: refused in words where it is loaded
+    # The step's own hours bound all of its work, but of rs and the like the sampling alone.
+    hours = step.config.model_dump().get("max_hours")
+    if hours is None or step.stage.tunes or estimate.seconds <= 3600 * hours:
+        return estimate
+    assumed = f"as {step.stage.section}.max_hours has it; else {duration(estimate.seconds)} {estimate.assumed}"
+    return replace(estimate, seconds=3600 * hours, assumed=assumed)
+
+
+def card(recipe: Recipe) -> Gpu | None:
+    """The card that the recipe is meant for."""
+    return parse_gpu(recipe.run.gpu) if recipe.run.gpu else None
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# -- the stages
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One step of a recipe, with what its estimate depends on."""
+
+    recipe: Recipe
+    steps: Sequence[Step]
+    step: Step
+    setup: Setup
+
+    @property
+    def train_share(self) -> float:
+        """The share of the conversations that is trained on."""
+        return _train_share(self.recipe.data.split)
+
+    def lengths(self, prompts: "DataSize | None") -> Lengths:
+        """Of prompts as the files have them, and of answers as an earlier policy gave them."""
+        prompt = prompts.tokens_per_record if prompts and prompts.records else PROMPT_TOKENS
+        answer, whose = answer_tokens(self.recipe, self.steps, self.step) or (None, "")
+        return Lengths(prompt, answer, whose)
+
+    def all_prompts(self) -> "DataSize | None":
+        """Those of `data.prompts` and `data.adversarial`; without any, those that dialogs and pairs begin with."""
+        data = self.recipe.data
+        return _first_measured((*data.prompts, *data.adversarial), (*data.sft, *data.helpfulness, *data.safety))
+
+    def tuned(self, lengths: Lengths, dialogs: int | None) -> Estimate:
+        """Of supervised tuning on this many dialogs of a prompt and an answer, within a step that samples."""
+        own: Any = self.step.config  # has values over the section sft, as all sections of steps that tune
+        tokens = sum(lengths.of(self.recipe.base, self.step.rollout))
+        return sft_cost(tuning_section(self.recipe, own.sft), self.setup, dialogs=dialogs, tokens_per_dialog=tokens)
+
+    def sampled(self, lengths: Lengths, *, answers: int | None, **more: Any) -> Estimate:
+        """Of sampling this many answers and scoring them."""
+        seating = seat_roles(self.recipe, self.steps, self.step, self.setup.shape)
+        return sampling_cost(self.setup, self.step.rollout, seating, lengths, answers=answers, **more)
+
+
+def _sft(work: _Work) -> Estimate:
+    assert isinstance(work.step.config, SftConfig)
+    size = measure_data(work.recipe.data.sft)
+    return sft_cost(
+        work.step.config,
+        work.setup,
+        dialogs=round(size.records * work.train_share) if size else None,
+        tokens_per_dialog=min(size.tokens_per_record, work.recipe.base.max_tokens) if size else 0.0,
+    )
+
+
+def _reward(work: _Work) -> Estimate:
+    assert isinstance(work.step.config, RewardConfig)
+    pairs, tokens = _reward_mix(work.recipe, work.step.config, work.step.product.makes.which) or (None, 0.0)
+    return reward_cost(
+        work.step.config,
+        work.setup,
+        pairs=None if pairs is None else round(pairs),
+        tokens_per_pair=tokens / pairs if pairs else 0.0,
+    )
+
+
+def _reward_mix(recipe: Recipe, config: RewardConfig, which: str | None) -> tuple[float, float] | None:
+    """Pairs of the model's mix, and tokens of all that it learns from; None where some of it is not counted."""
+    data, kept = recipe.data, _train_share(recipe.data.split)
+    if which == "judge":
+        own, others, share, kept = (*data.helpfulness, *data.safety, *data.open), (), 0.0, data.split.judge
+    elif which == "helpfulness":
+        own, others, share = data.helpfulness, (*data.safety, *data.open), config.other_share
+    else:
+        own, others, share = data.safety, (*data.helpfulness, *data.open), config.helpfulness_share
+    in_record = TOKENS_OF_A_HUB_PAIR / TOKENS_OF_A_PAIR
+    measured = [measure_data(sources, hub_tokens=in_record) for sources in (own, others)]
+    labels = measure_data(data.labels if which == "safety" else ())
+    if measured[0] is None or measured[1] is None or labels is None:
+        return None
+    of_own = measured[0].records * kept
+    of_others = min(measured[1].records * kept, of_own * share / (1 - share))
+    longest = 2 * recipe.base.max_tokens
+    tokens = of_own * min(longest, TOKENS_OF_A_PAIR * measured[0].tokens_per_record)
+    tokens += of_others * min(longest, TOKENS_OF_A_PAIR * measured[1].tokens_per_record)
+    return of_own + of_others, tokens + labels.records * kept * min(longest / 2, labels.tokens_per_record)
+
+
+def _rejection_sampling(work: _Work) -> Estimate:
+    config = work.step.config
+    assert isinstance(config, RejectionSamplingConfig)
+    prompts = work.all_prompts()
+    winners = _asked(config.prompts, prompts, work.train_share)  # if each prompt has one; earlier rounds' come on top
+    answers = None
+    if winners is not None:
+        answers = (winners + config.validation_prompts) * config.samples_per_prompt + 2 * config.test_prompts
+        answers += len(config.sweep_temperatures) * config.sweep_prompts * config.sweep_samples
+    lengths = work.lengths(prompts)
+    tuned = work.tuned(lengths, winners)
+    return work.sampled(lengths, answers=answers, samples_per_prompt=config.samples_per_prompt, tuned=tuned)
+
+
+def _gatt(work: _Work) -> Estimate:
+    config = work.step.config
+    assert isinstance(config, GattConfig)
+    answers = round(config.dialogs * (2 + config.turns) / 2 * config.samples_per_turn)
+    answers += 3 * config.evaluation_dialogs * max(config.evaluation_turns)
+    lengths = work.lengths(None)
+    turns = replace(lengths, prompt=min(lengths.prompt, TURN_TOKENS))
+    return work.sampled(turns, answers=answers, tuned=work.tuned(lengths, config.dialogs))
+
+
+def _distillation(work: _Work) -> Estimate:
+    config, data = work.step.config, work.recipe.data
+    assert isinstance(config, ContextDistillationConfig)
+    # What is marked is_safety among other prompts is not counted: nobody knows without reading them all.
+    prompts = _first_measured(data.adversarial, data.prompts or data.safety)
+    asked = _asked(config.prompts, prompts, work.train_share)
+    answers = dialogs = None
+    if asked is not None:
+        dialogs = round(asked * (KEPT_BY_DISTILLATION if config.keep == "better" else 1.0))
+        ways = 2 + bool(config.uses_categories and config.categories)
+        answers = (asked + config.validation_prompts) * config.samples_per_prompt * ways
+        answers += 2 * (config.test_prompts + config.borderline_prompts)
+    lengths = work.lengths(prompts)
+    tuned = work.tuned(lengths, dialogs)
+    return work.sampled(lengths, answers=answers, samples_per_prompt=config.samples_per_prompt, tuned=tuned)
+
+
+def _ppo(work: _Work) -> Estimate:
+    assert isinstance(work.step.config, PpoConfig)
+    seating = seat_roles(work.recipe, work.steps, work.step, work.setup.shape)
+    return ppo_cost(work.step.config, work.setup, work.step.rollout, seating, work.lengths(work.all_prompts()))
+
+
+def _evaluation(work: _Work) -> Estimate:
+    config = work.step.config
+    assert isinstance(config, EvaluationConfig)
+    policies = sum(other.product.makes == POLICY for other in work.steps) or 1  # each policy is asked all prompts
+    one = config.test_prompts + config.borderline_prompts + config.dialogs * max(config.turns)
+    answers = policies * (one + config.curve_prompts * config.curve_samples)
+    answers += 2 * len(config.temperatures) * config.curve_prompts * config.curve_samples
+    answers += config.dialogs * max(config.turns)
+    return work.sampled(work.lengths(work.all_prompts()), answers=answers)
+
+
+def _report(work: _Work) -> Estimate:
+    assert isinstance(work.step.config, ReportConfig)
+    return report_cost(work.step.config, steps=len(work.steps) - 1)
+
+
+_COSTS: Mapping[str, Callable[[_Work], Estimate]] = {
+    "sft": _sft,
+    "rm": _reward,
+    "rs": _rejection_sampling,
+    "gatt": _gatt,
+    "distill": _distillation,
+    "ppo": _ppo,
+    "eval": _evaluation,
+    "report": _report,
+}
+
+
+# -- how many records there are, and how long
+
+
+@dataclass(frozen=True, slots=True)
+class DataSize:
+    """Records, weights counted, and the tokens of one."""
+
+    records: float
+    tokens_per_record: float
+
+
+def measure_data(sources: Sequence[DataSource], *, hub_tokens: float = HUB_TOKENS) -> DataSize | None:
+    """Size of the sources; None as soon as one of them is not here and has no `limit` to bound it.
+
+    `hub_tokens` are assumed in a record of a set that is not here.
+    """
+    records = tokens = 0.0
+    for source in sources:
+        size = _measure(source, hub_tokens)
+        if size is None:
+            return None
+        records += size.records * source.weight
+        tokens += size.records * size.tokens_per_record * source.weight
+    return DataSize(records, tokens / records if records else 0.0)
+
+
+def _first_measured(*keys: Sequence[DataSource]) -> DataSize | None:
+    """The prompts that a sampling step asks: of the first keys that have any."""
+    for sources in keys:
+        size = measure_data(sources)
+        if size is None or size.records:
+            return size
+    return DataSize(0.0, 0.0)
+
+
+def _asked(most: int | None, prompts: DataSize | None, train_share: float) -> int | None:
+    """How many prompts are asked of those on the training side, with a limit to them; None where neither is known."""
+    there = None if prompts is None else round(prompts.records * train_share)
+    return min((count for count in (most, there) if count is not None), default=None)
+
+
+def _train_share(split: Split) -> float:
+    return 1.0 - split.test - split.validation - split.judge
+
+
+def _measure(source: DataSource, hub_tokens: float) -> DataSize | None:
+    path = Path(source.path)
+    if not path.is_file():
+        return DataSize(source.limit, hub_tokens) if source.limit is not None and not path.exists() else None
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        return _measure_lines(path, path.stat().st_mtime_ns, source.limit)
+    return _measure_parquet(path, source.limit) if path.suffix == ".parquet" else None
+
+
+@lru_cache(maxsize=256)  # the search for what fits asks again and again
+def _measure_lines(path: Path, changed_ns: int, limit: int | None) -> DataSize:
+    lines = num_bytes = 0
+    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else path.open("rb") as stream:
+        for line in stream:
+            if lines == limit:
+                break
+            lines, num_bytes = lines + 1, num_bytes + len(line)
+            if num_bytes >= MOST_BYTES:
+                position = raw.tell() if path.suffix == ".gz" else num_bytes
+                whole = lines * max(1.0, path.stat().st_size / position)
+                return DataSize(min(whole, limit) if limit else whole, num_bytes / lines / BYTES_PER_TOKEN)
+    return DataSize(lines, num_bytes / lines / BYTES_PER_TOKEN if lines else 0.0)
+
+
+def _measure_parquet(path: Path, limit: int | None) -> DataSize | None:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+    except (pyarrow.ArrowException, OSError):
+        return None  # reported where it is read
+    num_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+    rows = metadata.num_rows
+    return DataSize(min(rows, limit) if limit else rows, num_bytes / max(1, rows) / BYTES_PER_TOKEN)
+
+
+def answer_tokens(recipe: Recipe, steps: Sequence[Step], step: Step) -> tuple[float, str] | None:
+    """Mean tokens of an answer of the nearest earlier policy that measured its own, and whose they are."""
+    for maker in earlier_makers(steps, step).get(POLICY, ()):
+        keys = (f"{maker.stage.command}/test/final/response_tokens", "sft/answer_tokens")
+        for run in (recipe.run.dir, recipe.run.parent):
+            figures = _summary(StepFolder(Path(run) / maker.name)) if run is not None else {}
+            tokens = next((figures[key] for key in keys if key in figures), None)
+            if isinstance(tokens, int | float) and tokens > 0:
+                return float(tokens), f"'{maker.name}'"
+    return None
+
+
+def _summary(folder: StepFolder) -> dict[str, object]:
+    try:
+        return json.loads(folder.summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+# -- where the models of a role bank would lie
+
+
+@dataclass(frozen=True, slots=True)
+class _RewardModel:
+    """A reward model, before it is loaded."""
+
+    weights: tuple[str, bool]  # the place of what is under its adapter and whether that is in 4 bits, or its own place
+    is_adapter: bool
+    shape: Shape
+
+
+def seat_roles(recipe: Recipe, steps: Sequence[Step], step: Step, shape: Shape) -> Seating:
+    """Where each model that the step reads would lie, by recipe and manifests alone; `shape` is that of the base."""
+    seating = Seating(is_continued=step.tuning.method != "full" and _starts_from_adapter(recipe, steps, step))
+    width = BYTES[recipe.base.dtype]
+
+    def share(name: str, model: _RewardModel, trunk: tuple[str, bool]) -> None:
+        seating.sharing += 1
+
+    def load(name: str, model: _RewardModel) -> tuple[str, bool] | None:
+        is_4bit = model.weights[1]
+        seating.beside[name] = Beside(model.shape, width=width, is_4bit=is_4bit, has_adapter=model.is_adapter)
+        return model.weights if model.is_adapter else None
+
+    place_reward_models(
+        dict(_reward_models(recipe, steps, step, shape)),
+        (_under(recipe, steps, step), step.tuning.method == "qlora"),
+        carries=lambda trunk, model: model.is_adapter and model.weights == trunk,
+        share=share,
+        load=load,
+    )
+    return seating
+
+
+def _reward_models(
+    recipe: Recipe, steps: Sequence[Step], step: Step, shape: Shape
+) -> Iterator[tuple[str, _RewardModel]]:
+    """Those that the way of scoring reads, and the judge; none where the step scores nothing."""
+    if step.stage.scores_if and not getattr(step.config, step.stage.scores_if):
+        return
+    models: dict[str, _RewardModel] = {}
+    for role, makers in earlier_makers(steps, step).items():
+        if role.which and makers:
+            models[role.which] = _made(recipe, steps, makers[0], shape)
+    for name in MODELS:
+        place = getattr(recipe.scoring, name)
+        if place is not None:
+            models[name] = _named(place, shape)
+    known: dict[ModelName, RewardModelFacts] = {name: RewardModelFacts(name, None) for name in MODELS if name in models}
+    for name in (*models_read(recipe.scoring, known), "judge"):
+        if name in models:
+            yield name, models[name]
+
+
+def _made(recipe: Recipe, steps: Sequence[Step], maker: Step, shape: Shape) -> _RewardModel:
+    if maker.tuning.method == "full":
+        return _RewardModel((_place(step_folder(recipe, maker).artifact), False), False, shape)
+    return _RewardModel((_under(recipe, steps, maker), maker.tuning.method == "qlora"), True, shape)
+
+
+def _named(place: str, shape: Shape) -> _RewardModel:
+    """A model that `scoring` names: one of ours, or a plain one."""
+    details = _details(place, "reward_model")
+    if details.get("method") in ("lora", "qlora"):
+        base = str(details["base"])
+        return _RewardModel((_place(base), details["method"] == "qlora"), True, shape_of(base) or shape)
+    return _RewardModel((_place(place), False), False, shape_of(str(details.get("path", place))) or shape)
+
+
+def _under(recipe: Recipe, steps: Sequence[Step], step: Step) -> str:
+    """The place of the weights that a step's adapters sit on."""
+    makers = earlier_makers(steps, step).get(POLICY)
+    if makers:
+        maker = makers[0]
+        is_full = maker.tuning.method == "full"
+        return _place(step_folder(recipe, maker).artifact) if is_full else _under(recipe, steps, maker)
+    if recipe.base.policy:
+        details = _details(recipe.base.policy, "policy")
+        is_adapter = details.get("method") in ("lora", "qlora")
+        return _place(details["base"] if is_adapter else details.get("path", recipe.base.policy))
+    return _place(recipe.base.model)
+
+
+def _starts_from_adapter(recipe: Recipe, steps: Sequence[Step], step: Step) -> bool:
+    makers = earlier_makers(steps, step).get(POLICY)
+    if makers:
+        return makers[0].tuning.method != "full"
+    return bool(recipe.base.policy) and _details(recipe.base.policy, "policy").get("method") in ("lora", "qlora")
+
+
+def _details(place: str, kind: Any) -> dict[str, Any]:
+    """What the manifest says, and the artifact's own folder as `path`; nothing of what is no artifact of ours.
+
+    What is wrong with it is reported where it is read; a plan goes on without.
+    """
+    try:
+        artifact = read_artifact(Path(place).expanduser(), kind)
+    except LlamachatError:
+        return {}
+    return artifact.manifest.details | {"path": str(artifact.path)}
+
+
+def _place(name: Path | str) -> str:
+    """One name for one folder; names of the hub stay."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() or isinstance(name, Path) else str(name)

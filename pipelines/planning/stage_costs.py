@@ -1,0 +1,240 @@
+"""What each stage would cost: memory by part, optimizer steps, seconds. Reads no data and no weights.
+
+The memory is that of one card at the worst moment of the step. Nothing here was measured on a GPU; what was measured on a
+CPU is said beside it.
+"""
+
+import math
+from dataclasses import replace
+
+from evaluation.report import Config as ReportConfig
+from llamachat.config.gpus import Gpu
+from llamachat.config.sections import Base, Rollout
+from llamachat.maths import TOKENS_PER_CHUNK
+from llamachat.memory.estimates import (
+    BASE_WEIGHTS,
+    BETWEEN_CARDS,
+    GATHERED,
+    LOADED,
+    OPTIMIZER,
+    TRAINED_WEIGHTS,
+    Estimate,
+    Setup,
+    forward_time,
+    training_memory,
+    training_time,
+)
+from llamachat.memory.role_bytes import (
+    DECODER,
+    DECODING_SLOWDOWN,
+    ROLLOUT_PARTS,
+    Lengths,
+    Seating,
+    role_bank_bytes,
+    rollout_bytes,
+)
+from ppo import Config as PpoConfig
+from ppo.config import CPU_ROW_TOKENS as PPO_ROW_TOKENS
+from reward import Config as RewardConfig
+from reward.config import CPU_ROW_TOKENS as REWARD_ROW_TOKENS
+from sft import Config as SftConfig
+
+# Bytes of a logit of supervised tuning: in fp32, its logarithm and its gradient, together for a moment; on a GPU TRL's fused
+# head never has the last two. Of PPO: in fp32, with what its backward pass makes of it (ours, measured on a CPU).
+LOGIT_BYTES, FUSED_LOGIT_BYTES, PPO_LOGIT_BYTES = 12, 10, 20
+SHARE_OF_ANSWERS = 0.6  # of a row's tokens in PPO, those of answers, which have logits; ours, assumed
+IN_BANK = (BASE_WEIGHTS, GATHERED, TRAINED_WEIGHTS)  # parts of a training that the bank's count has
+# A report's seconds on one CPU core, matplotlib's loading counted: ours, measured: nine steps with 75 pictures took 16 s.
+REPORT_SECONDS, REPORT_SECONDS_OF_CURVES = 5.0, 1.2
+
+
+def sft_cost(config: SftConfig, setup: Setup, *, dialogs: int | None, tokens_per_dialog: float = 200.0) -> Estimate:
+    """Of supervised tuning on this many dialogs (None: they were not counted)."""
+    tokens = (1 if config.packing else config.rows_per_microbatch) * setup.base.max_tokens
+    each = FUSED_LOGIT_BYTES if setup.gpu else LOGIT_BYTES
+    memory = training_memory(
+        setup,
+        tokens=tokens,
+        optimizer=config.optimizer,
+        gradient_checkpointing=config.gradient_checkpointing,
+        logits=min(tokens, TOKENS_PER_CHUNK) * setup.shape.vocabulary * each,
+    )
+    if setup.gpu and setup.gpu.count > 1 and setup.tuning.method == "full" and config.sample_prompts:
+        # Weights are cut over the cards: answers are sampled from them gathered whole, beside the optimizer alone.
+        kept = {name: memory[name] for name in (BASE_WEIGHTS, OPTIMIZER)}
+        sampling = kept | {"weights gathered to sample": setup.shape.weights * setup.width}
+        memory = max(memory, sampling, key=lambda parts: sum(parts.values()))
+    if dialogs is None:
+        return Estimate(memory, loaded=LOADED)
+    seconds, assumed = training_time(
+        setup,
+        setup.shape.weights,
+        tokens=dialogs * config.epochs * tokens_per_dialog,
+        gradient_checkpointing=config.gradient_checkpointing,
+        assumed=f"{tokens_per_dialog:.0f} tokens a dialog",
+    )
+    return Estimate(memory, seconds, _steps(dialogs, config.epochs, config.examples_per_step), assumed, LOADED)
+
+
+def reward_cost(config: RewardConfig, setup: Setup, *, pairs: int | None, tokens_per_pair: float = 600.0) -> Estimate:
+    """Of a reward model that learns from this many pairs (None: they were not counted).
+
+    As of supervised tuning, less the logits: a reward model reads one position of each answer. Its longest forward pass is
+    a row, or one pair, both answers of `base.max_tokens`.
+    """
+    auto = REWARD_ROW_TOKENS if setup.gpu is None else 0
+    memory = training_memory(
+        replace(setup, shape=setup.shape.headless()),
+        tokens=max(auto if config.row_tokens == "auto" else config.row_tokens, 2 * setup.base.max_tokens),
+        optimizer=config.optimizer,
+        gradient_checkpointing=config.gradient_checkpointing,
+        logits=0,
+        is_eager=setup.gpu is None,  # a CPU attends a sequence at a time, without a fused kernel
+    )
+    if pairs is None:
+        return Estimate(memory, loaded=LOADED)
+    seconds, assumed = training_time(
+        setup,
+        setup.shape.block_weights,
+        tokens=pairs * config.epochs * tokens_per_pair,
+        gradient_checkpointing=config.gradient_checkpointing,
+        assumed=f"{tokens_per_pair:.0f} tokens a pair",
+    )
+    return Estimate(memory, seconds, _steps(pairs, config.epochs, config.pairs_per_step), assumed, LOADED)
+
+
+def _steps(examples: int, epochs: float, per_step: int) -> int:
+    return math.ceil(max(1, int(examples * epochs + 0.5)) / per_step)
+
+
+def sampling_cost(
+    setup: Setup,
+    rollout: Rollout,
+    seating: Seating,
+    lengths: Lengths,
+    *,
+    answers: int | None,
+    samples_per_prompt: int = 1,
+    tuned: Estimate | None = None,
+) -> Estimate:
+    """Of a step that samples this many answers (None: they were not counted), scores them and tunes on some.
+
+    Sampling and tuning follow each other, and what the one held is given back before the other: the larger of the two
+    counts.
+    """
+    tuned = tuned or Estimate()
+    memory = sampling_memory(setup, rollout, seating)
+    worst = Estimate(memory, loaded=frozenset(memory) - frozenset(ROLLOUT_PARTS))
+    worst = max(worst, tuned, key=lambda estimate: estimate.peak_bytes)
+    if answers is None:
+        return Estimate(worst.memory, loaded=worst.loaded)
+    prompt, answer = lengths.of(setup.base, rollout)
+    # Forward passes: of a prompt once for all its answers, of each answer's tokens, of both by each reward model.
+    generated = (prompt / samples_per_prompt + DECODING_SLOWDOWN * answer) * setup.shape.weights
+    scored = seating.num_reward_models * (prompt + answer) * setup.shape.block_weights
+    assumed = lengths.assumed(setup.base, rollout)
+    seconds, assumed = forward_time(setup, answers * (generated + scored), assumed=assumed)
+    return Estimate(worst.memory, seconds + tuned.seconds, tuned.optimizer_steps, assumed, worst.loaded)
+
+
+def sampling_memory(
+    setup: Setup, rollout: Rollout, seating: Seating, *, answers_at_once: int | None = None
+) -> dict[str, int]:
+    """Bytes on the card while answers are sampled and scored, as many at once as the engine takes unless there are fewer."""
+    held = role_bank_bytes(setup, seating, critic=None)
+    return held | rollout_bytes(
+        setup,
+        rollout,
+        held=sum(held.values()),
+        shares_plain=setup.tuning.method == "full",
+        answers=answers_at_once,
+    )
+
+
+def ppo_cost(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seating, lengths: Lengths) -> Estimate:
+    """Of all iterations of PPO."""
+    shape = setup.shape
+    steps = config.iterations * config.epochs * (config.responses_per_iteration // config.responses_per_minibatch)
+    responses = config.iterations * config.responses_per_iteration
+    evaluated = (1 + config.iterations // config.validation_every) * config.validation_prompts + 2 * config.test_prompts
+    prompt, answer = lengths.of(setup.base, rollout)
+    per_response = prompt + answer
+    networks = 1 if config.critic == "shared" else 2
+    # Of an answer that is evaluated: drawn, read by policy and reference, scored. One that is learnt from has values, too.
+    evaluating = (DECODING_SLOWDOWN * answer + prompt + 2 * per_response) * shape.weights
+    evaluating += seating.num_reward_models * per_response * shape.block_weights
+    values = (networks - 1) * per_response * shape.block_weights
+    products = responses * (evaluating + values) + evaluated * evaluating
+    sampled, assumed = forward_time(setup, products, assumed=lengths.assumed(setup.base, rollout))
+    trained, _ = training_time(
+        setup,
+        shape.weights,
+        tokens=responses * per_response * config.epochs * networks,
+        gradient_checkpointing=config.gradient_checkpointing,
+        assumed="",
+    )
+    held = frozenset(role_bank_bytes(setup, seating, critic=config.critic))
+    return Estimate(ppo_memory(config, setup, rollout, seating), sampled + trained, steps, assumed, held)
+
+
+def ppo_memory(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seating) -> dict[str, int]:
+    """Bytes on the card at the worst moment of an iteration: while it samples, or in an optimizer step.
+
+    Weights, optimizers and the decoder's copy are there all the time; the other parts are those of the worse of the two.
+    The trunk counts once, whatever roles share it; several cards have all weights each, and share the work.
+    """
+    each = 8 + (0 if setup.width == 4 else 4)  # two moments in fp32, and masters where the weights are not
+    held = role_bank_bytes(setup, seating, critic=config.critic)
+    held[OPTIMIZER] = setup.trained_weights * each
+    # The critic's head is fp32 and its own master.
+    held["critic's optimizer"] = _critic_weights(config, setup) * each + 8 * (setup.shape.hidden_size + 1)
+    if setup.gpu is None:  # on a machine with a card it lies in the host's memory
+        held["best policy so far"] = setup.trained_weights * setup.width
+    sampling = rollout_bytes(
+        setup,
+        rollout,
+        held=sum(held.values()),
+        shares_plain=False,
+        has_copied_ends=setup.tuning.method == "full",
+        answers=config.responses_per_iteration,
+    )
+    held[DECODER] = sampling.pop(DECODER, 0)
+    return held | max(sampling, ppo_updating_bytes(config, setup), key=lambda parts: sum(parts.values()))
+
+
+def ppo_updating_bytes(config: PpoConfig, setup: Setup) -> dict[str, int]:
+    """What an optimizer step needs beside weights and optimizers: of the policy, whose logits make it the worse one."""
+    gpu = setup.gpu
+    tokens = _ppo_row_tokens(config, setup.base, gpu)
+    parts = training_memory(
+        replace(setup, gpu=gpu and replace(gpu, count=1)),
+        tokens=tokens,
+        optimizer="adamw",
+        gradient_checkpointing=config.gradient_checkpointing,
+        logits=PPO_LOGIT_BYTES * round(min(SHARE_OF_ANSWERS * tokens, TOKENS_PER_CHUNK)) * setup.shape.vocabulary,
+        is_eager=gpu is None,  # a CPU attends a sequence at a time, without a fused kernel
+    )
+    if gpu and gpu.count > 1:
+        parts[BETWEEN_CARDS] = 4 * setup.trained_weights
+    head = 4 * (setup.shape.hidden_size + 1)
+    parts["critic's gradients"] = _critic_weights(config, setup) * setup.width + head
+    return {name: size for name, size in parts.items() if name not in IN_BANK and name != OPTIMIZER}
+
+
+def _ppo_row_tokens(config: PpoConfig, base: Base, gpu: Gpu | None) -> int:
+    """Tokens of the longest forward pass of an update: a row, or the longest response with its prompt."""
+    auto = PPO_ROW_TOKENS if gpu is None else 2 * base.max_tokens
+    return max(auto if config.tokens_per_microbatch == "auto" else config.tokens_per_microbatch, base.max_tokens)
+
+
+def _critic_weights(config: PpoConfig, setup: Setup) -> int:
+    """Weights that the critic trains beside its head."""
+    if config.critic == "shared":
+        return 0
+    return setup.shape.headless().weights if setup.tuning.method == "full" else setup.trained_weights
+
+
+def report_cost(config: ReportConfig, *, steps: int) -> Estimate:
+    """Of drawing the page on this many steps; no memory of a device, no optimizer steps."""
+    seconds = REPORT_SECONDS + (REPORT_SECONDS_OF_CURVES * steps if config.shows_curves else 0.0)
+    return Estimate(seconds=seconds, assumed="of drawing on one CPU core")

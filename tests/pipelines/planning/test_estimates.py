@@ -1,0 +1,123 @@
+"""What a recipe's steps cost: where its models would lie, how much data there is, and what finished steps have measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llamachat.memory.estimates import Shape, read_shape
+from pipelines.planning.estimates import HUB_TOKENS, MOST_BYTES, DataSize, estimate_step, measure_data, seat_roles
+from pipelines.planning.plan import make_plan
+from pipelines.planning.text import plan_text
+from pipelines.recipe.recipe import Recipe, Step, load, resolve_steps
+from tests.recipes import SHAPE, preference_data, write_base, write_dialogs, write_recipe
+
+# -- where the models lie
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    data = preference_data(tmp_path)
+    return write_recipe(tmp_path, data=data, steps=["sft", "rm", "ppo"], tuning={"method": "lora", "rank": 4})
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_continued", "sharing", "beside"),
+    [
+        ([], True, 3, {}),
+        (["steps=[{sft: {tuning: {method: full}}}, rm, ppo]"], False, 3, {}),
+        (["data.open=[]", "steps=[sft, rm/helpfulness, rm/judge, ppo]"], True, 2, {}),
+        # Made from one policy, and PPO starts from another with the same base below: one trunk.
+        (["steps=[sft, rm, {sft: {name: sft-2}}, ppo]"], True, 3, {}),
+        # On the base, and the policy is all new weights: one other trunk for three adapters.
+        (["steps=[rm, {sft: {tuning: {method: full}}}, ppo]"], False, 2, {"helpfulness": (True, False)}),
+        (
+            ["steps=[sft, {rm/helpfulness: {tuning: {method: full}}}, rm/safety, ppo]"],
+            True,
+            1,
+            {"helpfulness": (False, False)},
+        ),
+        (
+            ["steps=[{sft: {tuning: {method: full}}}, {rm/safety: {tuning: {method: qlora}}}, ppo]"],
+            False,
+            0,
+            {"safety": (True, True)},
+        ),
+        (["tuning.method=full"], False, 0, dict.fromkeys(("helpfulness", "safety", "judge"), (False, False))),
+        (["scoring.combine=single"], True, 2, {}),  # the safety model is not read
+    ],
+)
+def test_models_lie_where_a_bank_would_put_them(
+    changes: list[str], is_continued: bool, sharing: int, beside: dict[str, tuple[bool, bool]], path: Path
+) -> None:
+    recipe = load(path, changes)
+    shape, steps = read_shape(Path(recipe.base.model)), resolve_steps(recipe)
+    assert shape is not None
+    seating = seat_roles(recipe, steps, steps[-1], shape)
+    assert (seating.is_continued, seating.sharing) == (is_continued, sharing)
+    assert {name: (model.has_adapter, model.is_4bit) for name, model in seating.beside.items()} == beside
+
+
+def test_the_plan_says_what_a_named_model_on_another_trunk_costs(path: Path, tmp_path: Path) -> None:
+    other = write_base(tmp_path / "other")
+    recipe = load(path, [f"scoring.helpfulness={other}"])
+    (planned,) = make_plan(recipe, "ppo")
+    assert planned.estimate is not None
+    size = planned.estimate.memory["helpfulness reward model beside the trunk"]
+    shape = Shape(64, 128, 2, 4, 2, SHAPE["vocab_size"])
+    assert size == 2 * (shape.headless().weights + 64)
+    text = plan_text(recipe, [planned])
+    assert "helpfulness reward model beside the trunk" in text and "safety reward model beside" not in text
+
+
+# -- how much data there is
+
+
+def test_data_are_counted_where_they_are_and_bounded_where_they_are_not(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = write_dialogs(tmp_path / "a.jsonl", 30)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 40] * 25}), tmp_path / "b.parquet")
+    recipe = load(write_recipe(tmp_path, data={"sft": [{"path": str(lines)}, {"path": str(tmp_path / "b.parquet")}]}))
+    one, two = recipe.data.sft
+    assert measure_data([one]) == DataSize(30, lines.stat().st_size / 30 / 4)
+    size = measure_data([one.model_copy(update={"weight": 2.0}), two.model_copy(update={"limit": 5})])
+    assert size is not None and size.records == 65
+    hub = one.model_copy(update={"path": "owner/name:train"})
+    assert measure_data([one, hub]) is None
+    assert measure_data([hub.model_copy(update={"limit": 10})]) == DataSize(10, HUB_TOKENS)
+
+
+def test_a_large_file_is_judged_by_its_first_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MOST_BYTES == 64 * 2**20
+    monkeypatch.setattr("pipelines.planning.estimates.MOST_BYTES", 1000)
+    recipe = load(write_recipe(tmp_path, data={"sft": [{"path": str(write_dialogs(tmp_path / "a.jsonl", 5000))}]}))
+    size = measure_data(recipe.data.sft)
+    assert size is not None and size.records == pytest.approx(5000, rel=0.1)  # its later lines are longer
+    limited = measure_data([recipe.data.sft[0].model_copy(update={"limit": 70})])
+    assert limited is not None and limited.records == 70
+
+
+# -- what finished steps have measured
+
+
+def step_of(recipe: Recipe, name: str) -> Step:
+    return next(step for step in resolve_steps(recipe) if step.name == name)
+
+
+def test_answers_are_as_long_as_an_earlier_policy_gave_them(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=["sft", "rm", "rs", "ppo"])
+    recipe = load(path)
+    before = {name: estimate_step(recipe, step_of(recipe, name)) for name in ("rs", "ppo")}
+    assert all(estimate and "0.4 of the longest" in estimate.assumed for estimate in before.values())
+    for name, figures in {"sft": {"sft/answer_tokens": 30.0}, "rs": {"rs/test/final/response_tokens": 7.0}}.items():
+        folder = Path(recipe.run.dir) / name
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps(figures))
+    child = load(path, [f"run.dir={tmp_path / 'b'}", f"run.parent={recipe.run.dir}"])
+    for one in (recipe, child):
+        rs, ppo = (estimate_step(one, step_of(one, name)) for name in ("rs", "ppo"))
+        assert rs is not None and "answers of 30 (as of 'sft')" in rs.assumed
+        assert ppo is not None and "answers of 7 (as of 'rs')" in ppo.assumed
+        assert before["ppo"] is not None and ppo.seconds < before["ppo"].seconds

@@ -434,7 +434,7 @@ HOLDERS: tuple[tuple[type[Section], set[str], str], ...] = (
     (Study, {"study"}, "pipelines"),
     (Variant, {"variant"}, "pipelines"),
     (Table, {"table"}, "pipelines"),
-    *((stage.config, {"config"}, stage.package.__name__) for stage in STAGES.values()),
+    *((stage.config, {"config", "_config"}, stage.package.__name__) for stage in STAGES.values()),
 )
 # Keys of the recipe that nothing reads yet, by what will. A stage that comes takes its keys out of here.
 READ_LATER = {

@@ -22,7 +22,7 @@ ASSUMED_MFU = {"full": 0.40, "lora": 0.40, "qlora": 0.30}
 # for its constant, 32 bits a group of 256 blocks for the constant of the constants.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # What the backward pass of a block holds beside what the block has kept, as shares of that: its scores apart, and of them.
-# Ours, counted on a CPU (tests/llamachat/memory/test_memory_estimates.py).
+# Ours, counted on a CPU (tests/pipelines/planning/test_allocated_bytes.py).
 GRADIENTS_OF_A_BLOCK, GRADIENTS_OF_SCORES = 0.8, 0.15
 FORWARD = 2.0  # operations on a weight for a token in a forward pass
 # Parts of the memory of a training that are there once the model is loaded.

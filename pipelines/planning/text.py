@@ -1,6 +1,6 @@
 """The plan in words: each step with its inputs and cost, a table of them all, what the whole comes to; and all presets."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from llamachat.config.gpus import Gpu, parse_gpu
 from llamachat.errors import UsageError
@@ -32,7 +32,7 @@ def plan_text(recipe: Recipe, planned: Sequence[PlannedStep], *, hours: float | 
     return "\n".join(lines)
 
 
-def _fit(estimates: Iterator[Estimate] | Sequence[Estimate], gpu: Gpu | None) -> bool:
+def _fit(estimates: Iterable[Estimate], gpu: Gpu | None) -> bool:
     return gpu is None or all(estimate.peak_bytes <= gpu.usable_bytes for estimate in estimates)
 
 

@@ -13,8 +13,9 @@ from llamachat.data.convert.html import html_in, without_html
 from pipelines.cli.main import main
 from pipelines.cli.several import repeated
 from pipelines.planning import hardware as devices
+from pipelines.planning.estimates import estimate_step
 from pipelines.planning.fit import fits
-from pipelines.planning.plan import estimate_step, warn
+from pipelines.planning.plan import warn
 from pipelines.recipe.recipe import Recipe, load, resolve_steps
 from tests.recipes import write_base, write_dialogs, write_pairs
 
@@ -41,7 +42,7 @@ def made(*options: str, base: str = "base") -> Recipe:
 
 def warnings_of(recipe: Recipe, gpu: str | None = None) -> list[str]:
     card = parse_gpu(gpu) if gpu else None
-    return [text for step in resolve_steps(recipe) for text in warn(step, estimate_step(recipe, step, card), card)]
+    return [text for step in resolve_steps(recipe) for text in warn(step, estimate_step(recipe, step, card))]
 
 
 def names(recipe: Recipe) -> list[str]:

@@ -14,13 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llamachat.chat_format import TokenizedExample
 from llamachat.config.sections import Tuning
 from llamachat.data.packing import collate_packed
-<<<<<<< HEAD:tests/llamachat/memory/test_memory_estimates.py
-from llamachat.memory.estimates import Estimate, Shape
-=======
 from llamachat.memory.estimates import Estimate, Setup, Shape
-from llamachat.models.heads import ScoringLlama
-from llamachat.models.last_tokens import last_token_scores
->>>>>>> 35fb9bd (One set of estimates in pipelines/planning: formulas of the stages, workloads, advice on fitting; no second copy of constants and rules):tests/pipelines/planning/test_allocated_bytes.py
 from llamachat.models.loading import attach_adapter
 from llamachat.models.scoring_head import ScoringLlama, last_token_scores
 from llamachat.models.sequence_attention import use_sequence_attention

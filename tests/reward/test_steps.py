@@ -16,10 +16,9 @@ import sft
 from llamachat.errors import ArtifactError, UsageError
 from llamachat.runs.artifacts import Artifact
 from pipelines.cli.main import main
-from pipelines.execution.handing import TOKENS_OF_A_PAIR
 from pipelines.execution.resolve import take_inputs
 from pipelines.execution.run import find_work, run_command
-from pipelines.planning.estimates import estimate_step
+from pipelines.planning.estimates import TOKENS_OF_A_PAIR, estimate_step
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import Recipe, Step, load, resolve_steps

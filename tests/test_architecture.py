@@ -24,8 +24,8 @@ from llamachat.config.sections import Tuning as TuningSection
 from llamachat.tracking.metrics import check_names
 from pipelines.recipe.recipe import Recipe, load
 from pipelines.recipe.stages import STAGES
-from pipelines.studies.plan import study_plan_text
-from pipelines.studies.study import Study, Table, Variant, load_study
+from pipelines.studies.definition import Study, Table, Variant, load_study
+from pipelines.studies.run import study_plan_text
 from tools.pretraining.config import Config as PretrainingConfig
 
 ROOT = Path(__file__).resolve().parents[1]

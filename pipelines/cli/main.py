@@ -104,7 +104,7 @@ def _run(
     from pipelines.planning.plan import make_plan
     from pipelines.planning.text import plan_text
     from pipelines.recipe.recipe import load, resolve_steps
-    from pipelines.studies.study import is_study
+    from pipelines.studies.definition import is_study
 
     if is_study(config):
         _study(command, config, overrides or (), overwrite=overwrite, dry_run=dry_run, only=only)
@@ -141,8 +141,8 @@ def _study(
     command: str, config: Path, overrides: Sequence[str], *, overwrite: bool, dry_run: bool, only: Sequence[str]
 ) -> None:
     from pipelines.execution.run import lead
-    from pipelines.studies.plan import study_plan_text
-    from pipelines.studies.study import load_study, run_study
+    from pipelines.studies.definition import load_study
+    from pipelines.studies.run import run_study, study_plan_text
 
     plan = load_study(config, overrides)
     if command not in ("all", plan.study.command) or only:
@@ -283,8 +283,8 @@ def plan(
     from pipelines.planning.plan import make_plan
     from pipelines.planning.text import plan_text
     from pipelines.recipe.recipe import load
-    from pipelines.studies.plan import study_plan_text
-    from pipelines.studies.study import is_study, load_study
+    from pipelines.studies.definition import is_study, load_study
+    from pipelines.studies.run import study_plan_text
 
     if presets:
         from pipelines.planning.text import presets_text

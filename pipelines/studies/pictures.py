@@ -3,20 +3,16 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llamachat.tracking.pictures import save_png
+from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
+from pipelines.studies.definition import Plan, Study, Table
 from pipelines.studies.tables import Figures, interval, unit_of
 
-if TYPE_CHECKING:
-    from pipelines.studies.study import Plan, Study, Table
-
-_PANELS_A_ROW = 3
 _WIDE = 8.0  # largest number over the smallest from which equal steps of the axis are equal ratios
-_COLOUR = "#1f5fa8"
 
 
-def draw_study(plan: "Plan", tables: Sequence["Table"], figures: Figures) -> bool:
+def draw_study(plan: Plan, tables: Sequence[Table], figures: Figures) -> bool:
     """Write `study.png` of the tables' figures, and say whether there was anything to draw."""
     panels = [
         (table, head, name)
@@ -26,41 +22,29 @@ def draw_study(plan: "Plan", tables: Sequence["Table"], figures: Figures) -> boo
     ]
     if not panels:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(_PANELS_A_ROW, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.4 * columns, 3.2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    figure, places = panel_grid(len(panels), panel=(4.4, 3.2), columns=3)
     recipe = plan.shared.model_dump(mode="json")
-    for place, (table, head, name) in zip(places, panels, strict=False):
+    for place, (table, head, name) in zip(places, panels, strict=True):
         _draw_panel(place, plan.study, table, (head, name), figures, numbers_of(plan.study, table.variants, recipe))
-    for place in places[len(panels) :]:
-        place.set_axis_off()
     save_png(figure, plan.run_dir / "study.png")
     return True
 
 
-def numbers_of(study: "Study", variants: Sequence[str], recipe: Mapping[str, Any]) -> dict[str, float]:
+def numbers_of(study: Study, variants: Sequence[str], recipe: Mapping[str, Any]) -> dict[str, float]:
     """The number that each variant stands for: the one that all the keys that they change have in it; else nothing."""
     keys = _keys(study, variants)
-    found = {}
+    numbers = {}
     for name in variants:
         values = study.variants[name].values
-        held = [values[key] if key in values else _at(recipe, key) for key in keys]
-        if (
-            not held
-            or any(isinstance(one, bool) or not isinstance(one, (int, float)) for one in held)
-            or len({*held}) > 1
-        ):
+        set_to = [values[key] if key in values else _at(recipe, key) for key in keys]
+        are_numbers = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in set_to)
+        if not set_to or not are_numbers or len({*set_to}) > 1:
             return {}
-        found[name] = float(held[0])
-    return found if len({*found.values()}) > 1 else {}
+        numbers[name] = float(set_to[0])
+    return numbers if len({*numbers.values()}) > 1 else {}
 
 
-def _keys(study: "Study", variants: Sequence[str]) -> list[str]:
+def _keys(study: Study, variants: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(key for name in variants for key in study.variants[name].values))
 
 
@@ -77,8 +61,8 @@ def _at(recipe: Any, key: str) -> Any:
 
 def _draw_panel(
     place: Any,
-    study: "Study",
-    table: "Table",
+    study: Study,
+    table: Table,
     figure: tuple[str, str],
     figures: Figures,
     numbers: Mapping[str, float],
@@ -86,37 +70,31 @@ def _draw_panel(
     head, name = figure
     unit = unit_of(name)
     scale = 100.0 if unit == "fraction" else 1.0
-    held = {
+    by_variant = {
         variant: [scale * values[name] for values in figures.get(variant, {}).values() if name in values]
         for variant in table.variants
     }
     at = {variant: numbers.get(variant, float(index)) for index, variant in enumerate(table.variants)}
-    shown = sorted((variant for variant in table.variants if held[variant]), key=at.__getitem__)
+    shown = sorted((variant for variant in table.variants if by_variant[variant]), key=at.__getitem__)
     for variant in shown:
-        place.plot([at[variant]] * len(held[variant]), held[variant], ".", color="#5c5f66", markersize=4, zorder=3)
-    found = [interval(held[variant]) for variant in shown]
-    errors = [math.nan if one.high is None else one.high - one.mean for one in found]  # no bar for a single seed
+        values = by_variant[variant]
+        place.plot([at[variant]] * len(values), values, ".", color="#5c5f66", markersize=4, zorder=3)
+    means = [interval(by_variant[variant]) for variant in shown]
     place.errorbar(
         [at[variant] for variant in shown],
-        [one.mean for one in found],
-        yerr=errors,
-        color=_COLOUR,
+        [one.mean for one in means],
+        yerr=[math.nan if one.high is None else one.high - one.mean for one in means],  # no bar for a single seed
+        color=COLOURS[0],
         fmt="o-" if numbers else "o",
         markersize=5,
         linewidth=1.6,
         capsize=3,
     )
     _label_axis(place, study, table, at, numbers)
-    place.set_title(head, fontsize=10, loc="left")
-    place.set_ylabel({"fraction": "%", "1": ""}.get(unit, unit), fontsize=8)
-    place.tick_params(labelsize=8)
-    place.grid(visible=True, alpha=0.25, linewidth=0.6)
-    place.spines[["top", "right"]].set_visible(False)
+    style_panel(place, head, y={"fraction": "%", "1": ""}.get(unit, unit))
 
 
-def _label_axis(
-    place: Any, study: "Study", table: "Table", at: Mapping[str, float], numbers: Mapping[str, float]
-) -> None:
+def _label_axis(place: Any, study: Study, table: Table, at: Mapping[str, float], numbers: Mapping[str, float]) -> None:
     keys = _keys(study, table.variants)
     place.set_xlabel(study.axis or ", ".join(keys), fontsize=8)
     if not numbers:

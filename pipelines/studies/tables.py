@@ -1,4 +1,4 @@
-"""The figures of a study: means over seeds, paired differences with intervals, as JSON, Markdown and a picture.
+"""The figures of a study: means over seeds and paired differences with intervals, as JSON and Markdown.
 
 A figure is shown in its unit (docs/metrics.md), fractions in percent; one that the table of metrics does not hold, as it
 stands. Two variants are compared seed by seed: the same seed is the same order of data, so the difference is less noisy than
@@ -9,14 +9,13 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llamachat.config.problems import nearest
 from llamachat.runs.atomic import write_json, write_text
+from llamachat.tables import markdown_table
 from llamachat.tracking.metrics import UnknownMetricError, metric_of
-
-if TYPE_CHECKING:
-    from pipelines.studies.study import Plan, Study, Table
+from pipelines.studies.definition import Plan, Study, Table
 
 Figures = Mapping[str, Mapping[int, Mapping[str, float]]]  # variant -> seed -> name of the figure -> value
 CONFIDENCE = 0.95
@@ -90,10 +89,8 @@ def unit_of(name: str) -> str:
         return ""
 
 
-def tables_of(study: "Study", figures: Figures) -> list["Table"]:
+def tables_of(study: Study, figures: Figures) -> list[Table]:
     """The study's tables with every row named; without any, one of the main figures that its runs have."""
-    from pipelines.studies.study import Table
-
     everyone = tuple(study.variants)
     if study.tables:
         return [table if table.variants else table.model_copy(update={"variants": everyone}) for table in study.tables]
@@ -102,11 +99,9 @@ def tables_of(study: "Study", figures: Figures) -> list["Table"]:
     return [Table(title="All variants", variants=everyone, columns=columns)] if columns else []
 
 
-def write_tables(plan: "Plan", figures: Figures) -> str:
-    """Write `study.json`, `study.md` and `study.png` of what is done so far; returns the text."""
-    from pipelines.studies.pictures import draw_study
-
-    study, tables = plan.study, tables_of(plan.study, figures)
+def write_tables(plan: Plan, tables: Sequence[Table], figures: Figures, *, is_drawn: bool) -> str:
+    """Write `study.json` and `study.md` of what is done so far, and return the text."""
+    study = plan.study
     index: dict[str, Any] = {
         "command": study.command,
         "seeds": list(study.seeds),
@@ -119,21 +114,20 @@ def write_tables(plan: "Plan", figures: Figures) -> str:
                 "title": table.title,
                 "columns": {head: {"name": name, "unit": unit_of(name)} for head, name in table.columns.items()},
                 "rows": {
-                    name: {head: found and asdict(found) for head, found in row.items()}
+                    name: {head: shown and asdict(shown) for head, shown in row.items()}
                     for name, row in _rows(table, figures).items()
                 },
             }
             for table in tables
         ],
     }
-    is_drawn = draw_study(plan, tables, figures)
     text = _page(plan, tables, figures, is_drawn=is_drawn)
     write_json(plan.run_dir / "study.json", index)
     write_text(plan.run_dir / "study.md", text)
     return text
 
 
-def _page(plan: "Plan", tables: Sequence["Table"], figures: Figures, *, is_drawn: bool) -> str:
+def _page(plan: Plan, tables: Sequence[Table], figures: Figures, *, is_drawn: bool) -> str:
     study, done = plan.study, sum(map(len, figures.values()))
     lines = [
         f"# Study of `{plan.commands}`",
@@ -150,7 +144,7 @@ def _page(plan: "Plan", tables: Sequence["Table"], figures: Figures, *, is_drawn
     return "\n".join([*lines, *_absent(tables, figures), ""])
 
 
-def _absent(tables: Sequence["Table"], figures: Figures) -> Iterator[str]:
+def _absent(tables: Sequence[Table], figures: Figures) -> Iterator[str]:
     """A line for each figure that a table asks for and that no run has."""
     known = {name for by_seed in figures.values() for values in by_seed.values() for name in values}
     for name in dict.fromkeys(name for table in tables for name in table.columns.values() if name not in known):
@@ -158,14 +152,14 @@ def _absent(tables: Sequence["Table"], figures: Figures) -> Iterator[str]:
         yield f"\nNo run has the figure `{name}`. {f'Did you mean `{near}`?' if near else 'Its step was not run.'}"
 
 
-def _rows(table: "Table", figures: Figures) -> dict[str, dict[str, Cell | None]]:
+def _rows(table: Table, figures: Figures) -> dict[str, dict[str, Cell | None]]:
     return {
         variant: {head: cell(figures, variant, table.variants[0], metric) for head, metric in table.columns.items()}
         for variant in table.variants
     }
 
 
-def _markdown(plan: "Plan", table: "Table", figures: Figures) -> list[str]:
+def _markdown(plan: Plan, table: Table, figures: Figures) -> list[str]:
     lines = ["", f"## {table.title}"]
     if table.margins:
         margins = {variant: _margins(plan, variant) for variant in table.variants}
@@ -186,21 +180,21 @@ def _unit_words(unit: str) -> str:
     return {"fraction": " (%)", "": "", "1": ""}.get(unit, f" ({unit})")
 
 
-def _grid(heads: Iterable[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    first = ["variant", *(head.replace("_", " ") for head in heads)]
-    return ["", *(f"| {' | '.join(line)} |" for line in (first, ["---"] * len(first), *lines))]
+def _grid(heads: Iterable[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["", *markdown_table([["variant", *(head.replace("_", " ") for head in heads)], *rows])]
 
 
-def _shown(found: Cell | None, unit: str) -> str:
-    if found is None:
+def _shown(one: Cell | None, unit: str) -> str:
+    if one is None:
         return "-"
-    difference = found.difference
-    text = _number(found.mean, unit)
+    difference = one.difference
+    text = _number(one.mean, unit)
     if difference is None:
         return text
-    ends = (difference.mean, *(end for end in (difference.low, difference.high) if end is not None))
-    mean, *bounds = (_number(end, unit, sign="+") for end in ends)
-    return f"{text} ({mean}, {' to '.join(bounds)})" if bounds else f"{text} ({mean})"
+    mean = _number(difference.mean, unit, sign="+")
+    if difference.low is None or difference.high is None:
+        return f"{text} ({mean})"
+    return f"{text} ({mean}, {_number(difference.low, unit, sign='+')} to {_number(difference.high, unit, sign='+')})"
 
 
 def _number(value: float, unit: str, sign: str = "") -> str:
@@ -209,7 +203,7 @@ def _number(value: float, unit: str, sign: str = "") -> str:
     return f"{value:{sign}.3g}" if abs(value) < 100 else f"{value:{sign}.0f}"
 
 
-def _margins(plan: "Plan", variant: str) -> Mapping[str, float]:
+def _margins(plan: Plan, variant: str) -> Mapping[str, float]:
     """The margins by rating that a variant trains with (Llama 2 Table 27)."""
     from reward.config import Config
     from reward.loss import MARGINS

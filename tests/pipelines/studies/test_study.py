@@ -17,8 +17,8 @@ from llamachat.errors import ConfigError, UsageError
 from llamachat.runs.artifacts import Artifact, read_artifact
 from pipelines.cli.main import main
 from pipelines.studies import pictures as study_pictures
-from pipelines.studies.plan import study_plan_text
-from pipelines.studies.study import Study, load_study, run_study
+from pipelines.studies.definition import Study, load_study
+from pipelines.studies.run import run_study, study_plan_text
 from pipelines.studies.tables import paired_difference
 from tests.recipes import (
     preference_data,
@@ -45,7 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return run
 
     def with_a_loss(config: Any, inputs: Any) -> Artifact:
-        (inputs.folder.summary).write_text(json.dumps({"sft/eval_loss": config.learning_rate, "text": "no"}))
+        (inputs.folder.summary).write_text(json.dumps({"sft/eval_loss": config.learning_rate}))
         return publish_toy_policy(config, inputs)
 
     monkeypatch.setattr(sft, "run", counted(with_a_loss))

@@ -1,13 +1,11 @@
-"""A study: commands of a recipe, run with several variants of its values and several seeds, and compared.
+"""A study: steps of a recipe with several variants of their values and several seeds.
 
 Its file names the recipe (`extends`), the variants and the seeds; that is enough. What comes before the commands runs
 with the recipe's own seed, once for all variants that make it alike; each `<run.dir>/<variant>/seed-<n>` takes it by
-reference and runs the commands alone. Stopped and started again it goes on where it was, and the tables so far are
-written after every run.
+reference and runs the commands alone.
 """
 
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,18 +19,16 @@ from llamachat.config.loading import from_plain
 from llamachat.config.problems import Key, Problem, dotted, raise_all, section_problems
 from llamachat.config.section import Section
 from llamachat.config.yaml_files import parse_mapping
-from llamachat.errors import ConfigError, UsageError
-from llamachat.runs.artifacts import Artifact
-from llamachat.runs.folder import StepFolder
-from llamachat.runs.state import reference
-from pipelines.execution.resolve import step_folder
-from pipelines.execution.run import choose_steps, run_chosen, run_step
+from llamachat.runs.fingerprints import fingerprint
+from pipelines.execution.resolve import earlier_makers
+from pipelines.execution.run import choose_steps
+from pipelines.recipe.identity import step_identity
 from pipelines.recipe.recipe import Recipe, Step, load, resolve_steps
 from pipelines.recipe.stages import STAGES
-from pipelines.studies.sharing import SHARED, Origins, first_changed, origins
 
-log = logging.getLogger(__name__)
 ALL, AUTO = "all", "auto"
+SHARED = "shared"  # the folder of what comes before and is the recipe's own
+Origins = Mapping[tuple[str, str], str]  # variant and step's name -> SHARED, or the variant in which it is run
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
@@ -106,7 +102,12 @@ class Plan:
 
     def origins(self) -> Origins:
         """Where each step before the commands is run: in `shared`, or in the first variant that makes it so."""
-        return origins(self.shared, self.homes, {name: self.before(name) for name in self.homes})
+        known = dict.fromkeys(_fingerprints(self.shared, resolve_steps(self.shared)).items(), SHARED)
+        return {
+            (variant, name): known.setdefault((name, made), variant)
+            for variant, recipe in self.homes.items()
+            for name, made in _fingerprints(recipe, self.before(variant)).items()
+        }
 
     def origin(self, where: str) -> Recipe:
         """The recipe that runs what comes before in `shared`, or in a variant."""
@@ -155,7 +156,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Plan:
         for name, variant in study.variants.items()
     }
     shared = load(recipe_file, [*over, *_lines({"run.dir": str(run_dir / SHARED)})])
-    first = first_changed(shared, homes) if study.command == AUTO else 0
+    first = _first_changed(shared, homes) if study.command == AUTO else 0
     return Plan(study, run_dir, shared, homes, recipes, first)
 
 
@@ -214,66 +215,28 @@ def _table_faults(values: Mapping[str, Any], commands: Sequence[str]) -> Iterato
             yield ("tables", index, "margins"), text
 
 
-def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
-    """Run what is not done yet, write `study.json`, `study.md` and `study.png`, and return the text."""
-    from pipelines.studies.tables import write_tables
+def _fingerprints(recipe: Recipe, steps: Sequence[Step]) -> dict[str, str]:
+    """By name, a fingerprint of each step in which an input is the fingerprint of the step that makes it.
 
-    hours = next(iter(plan.variants.values())).run.max_hours
-    if hours is not None:
-        raise ConfigError(
-            f"run.max_hours: {hours:g}, but a study compares trainings that came to their ends, and these"
-            " hours would end whichever is at work. Remove run.max_hours; a killed study goes on where it was."
-        )
-    found_at = plan.origins()
-    done: set[tuple[str, str]] = set()  # of what comes before: where, and the step's name
-    figures: dict[str, dict[int, dict[str, float]]] = {}
-    text = ""
-    for number, ((name, seed), recipe) in enumerate(plan.variants.items(), start=1):
-        log.info("study: %s with seed %d (%d of %d)", name, seed, number, len(plan.variants))
-        for step in plan.before(name):
-            where = found_at[name, step.name]
-            if (where, step.name) not in done:
-                _run_before(plan.origin(where), step)
-                done.add((where, step.name))
-            home = step_folder(plan.homes[name], step)
-            if where != name:
-                _take(home, step_folder(plan.origin(where), step))
-            _take(step_folder(recipe, step), home)
-        steps = plan.steps(recipe, name)
-        made = run_chosen(recipe, steps, should_overwrite=should_overwrite).artifacts
-        figures.setdefault(name, {})[seed] = read_figures(steps, made)
-        text = write_tables(plan, figures)
-    return text
+    It follows from the recipe alone, before anything is run: steps of two recipes with one fingerprint make the same.
+    """
+    prints: dict[str, str] = {}
+    for index, step in enumerate(steps):
+        makers = earlier_makers(steps, step).items()
+        pooled = [one.name for one in steps[:index] if step.stage.pools and one.stage is step.stage]
+        values = step_identity(recipe, step, {})
+        values["inputs"] = {role.key: prints[made[0].name] for role, made in makers if made}
+        values["inputs"] |= {f"dialogs/{name}": prints[name] for name in pooled}
+        prints[step.name] = fingerprint(values)
+    return prints
 
 
-def _run_before(recipe: Recipe, step: Step) -> None:
-    """Run the recipe's step of that name, unless it is done."""
-    steps = resolve_steps(recipe)
-    run_step(recipe, steps, next(own for own in steps if own.name == step.name))
-
-
-def _take(folder: StepFolder, made: StepFolder) -> None:
-    """Put a finished step into a run by reference, where no work of the run's own would go lost."""
-    if folder.identity.exists() and not folder.path.is_symlink():
-        raise UsageError(
-            f"{folder.path}: holds work of its own, and the study as it is now takes this step from {made.path}. Its"
-            " variants or its command were changed after it had run. Give it another place with run.dir=NEW, or remove"
-            " that folder if nothing in it is wanted."
-        )
-    reference(folder, made)
-
-
-def read_figures(steps: Sequence[Step], made: Sequence[Artifact]) -> dict[str, float]:
-    """The figures of a run: of a name that several of its steps have, the last one's, and each as STEP:NAME too."""
-    by_step: dict[str, dict[str, float]] = {}
-    for step, artifact in zip(steps, made, strict=True):
-        values = json.loads(StepFolder(artifact.path.parent).summary.read_text(encoding="utf-8"))
-        by_step[step.name] = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-    found: dict[str, float] = {}
-    for values in by_step.values():
-        found |= values
-    for name in list(found):
-        having = [step for step, values in by_step.items() if name in values]
-        if len(having) > 1:
-            found |= {f"{step}:{name}": by_step[step][name] for step in having}
-    return found
+def _first_changed(shared: Recipe, homes: Mapping[str, Recipe]) -> int:
+    """The place of the first step that some variant would make otherwise than the recipe; 0 where none would."""
+    rows = [list(_fingerprints(recipe, resolve_steps(recipe)).items()) for recipe in (shared, *homes.values())]
+    shortest = min(map(len, rows))
+    places = [place for place in range(shortest) if len({row[place] for row in rows}) > 1]
+    if places:
+        return places[0]
+    # Variants that only leave out last steps: the last one that all have is what can be compared.
+    return shortest - 1 if len({len(row) for row in rows}) > 1 else 0

@@ -1,0 +1,131 @@
+"""Run a study: what is not done yet, its tables after every run; and say beforehand what would be run.
+
+Killed at any moment, the same call continues.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+
+from llamachat.errors import ConfigError, UsageError
+from llamachat.runs.artifacts import Artifact, is_published
+from llamachat.runs.folder import StepFolder
+from llamachat.runs.reader import step_of
+from llamachat.runs.state import reference
+from pipelines.execution.resolve import step_folder
+from pipelines.execution.run import run_chosen, run_step
+from pipelines.planning.estimates import duration, estimate_step
+from pipelines.planning.plan import make_plan
+from pipelines.planning.text import plan_text
+from pipelines.recipe.recipe import Recipe, Step, resolve_steps
+from pipelines.studies.definition import SHARED, Plan
+from pipelines.studies.pictures import draw_study
+from pipelines.studies.tables import tables_of, write_tables
+
+log = logging.getLogger(__name__)
+
+
+def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
+    """Run what is not done yet, write `study.json`, `study.md` and `study.png`, and return the text."""
+    hours = next(iter(plan.variants.values())).run.max_hours
+    if hours is not None:
+        raise ConfigError(
+            f"run.max_hours: {hours:g}, but a study compares trainings that came to their ends, and these"
+            " hours would end whichever is at work. Remove run.max_hours; a killed study goes on where it was."
+        )
+    found_at = plan.origins()
+    done: set[tuple[str, str]] = set()  # of what comes before: where, and the step's name
+    figures: dict[str, dict[int, dict[str, float]]] = {}
+    text = ""
+    for number, ((name, seed), recipe) in enumerate(plan.variants.items(), start=1):
+        log.info("study: %s with seed %d (%d of %d)", name, seed, number, len(plan.variants))
+        for step in plan.before(name):
+            where = found_at[name, step.name]
+            if (where, step.name) not in done:
+                _run_before(plan.origin(where), step)
+                done.add((where, step.name))
+            home = step_folder(plan.homes[name], step)
+            if where != name:
+                _take(home, step_folder(plan.origin(where), step))
+            _take(step_folder(recipe, step), home)
+        steps = plan.steps(recipe, name)
+        made = run_chosen(recipe, steps, should_overwrite=should_overwrite).artifacts
+        figures.setdefault(name, {})[seed] = read_figures(steps, made)
+        tables = tables_of(plan.study, figures)
+        text = write_tables(plan, tables, figures, is_drawn=draw_study(plan, tables, figures))
+    return text
+
+
+def _run_before(recipe: Recipe, step: Step) -> None:
+    """Run the recipe's step of that name, unless it is done."""
+    steps = resolve_steps(recipe)
+    run_step(recipe, steps, next(own for own in steps if own.name == step.name))
+
+
+def _take(folder: StepFolder, made: StepFolder) -> None:
+    """Put a finished step into a run by reference, where no work of the run's own would go lost."""
+    if folder.identity.exists() and not folder.path.is_symlink():
+        raise UsageError(
+            f"{folder.path}: holds work of its own, and the study as it is now takes this step from {made.path}. Its"
+            " variants or its command were changed after it had run. Give it another place with run.dir=NEW, or remove"
+            " that folder if nothing in it is wanted."
+        )
+    reference(folder, made)
+
+
+def read_figures(steps: Sequence[Step], made: Sequence[Artifact]) -> dict[str, float]:
+    """The figures of a run: of a name that several of its steps have, the last one's, and each as STEP:NAME too."""
+    by_step = {step.name: step_of(artifact).summary for step, artifact in zip(steps, made, strict=True)}
+    figures = {name: value for summary in by_step.values() for name, value in summary.items()}
+    for name in list(figures):
+        having = [step for step, summary in by_step.items() if name in summary]
+        if len(having) > 1:
+            figures |= {f"{step}:{name}": by_step[step][name] for step in having}
+    return figures
+
+
+def study_plan_text(plan: Plan) -> str:
+    """What comes before the commands, what each variant runs, and the hours, from the beginning and from now on."""
+    study, found_at = plan.study, plan.origins()
+    runs = [(recipe, plan.steps(recipe, name)) for (name, _), recipe in plan.variants.items()]
+    done = sum(all(is_published(step_folder(recipe, step)) for step in steps) for recipe, steps in runs)
+    lines = [
+        f"Study of '{plan.commands}' in {plan.run_dir}: {len(study.variants)} variants with {len(study.seeds)} seeds each,"
+        f" {len(plan.variants)} runs, {done} of them done"
+    ]
+    for_all = {step for (_, step), where in found_at.items() if where == SHARED}
+    planned = [step for step in make_plan(plan.shared) if step.name in for_all]
+    if planned:
+        lines.append(plan_text(plan.shared, planned))
+    whole = sum(step.estimate.seconds for step in planned if step.estimate)
+    left = sum(step.estimate.seconds for step in planned if step.will_run and step.estimate)
+    for name, variant in study.variants.items():
+        own = [step for step in plan.before(name) if found_at[name, step.name] == name]
+        home = plan.homes[name]
+        first = f"once {_words(home, own)}, then " if own else ""
+        taken = {found_at[name, step.name] for step in plan.before(name)} - {SHARED, name}
+        beside = f", from steps of {' and '.join(sorted(taken))}" if taken else ""
+        seeds = [plan.variants[name, seed] for seed in study.seeds]
+        changes = (
+            ", ".join(f"{key}={json.dumps(value)}" for key, value in variant.values.items()) or "the recipe's values"
+        )
+        steps = plan.steps(seeds[0], name)
+        lines.append(f"  {name}: {first}{_words(seeds[0], steps)} a seed{beside}, with {changes}")
+        whole += _seconds(home, own) + sum(_seconds(recipe, steps) for recipe in seeds)
+        left += _seconds(home, _to_run(home, own)) + sum(_seconds(one, _to_run(one, steps)) for one in seeds)
+    return "\n".join(
+        [*lines, f"  all together: about {duration(whole)} from the beginning, {duration(left)} of it to do"]
+    )
+
+
+def _words(recipe: Recipe, steps: Iterable[Step]) -> str:
+    steps = list(steps)
+    return f"{', '.join(step.name for step in steps)} (about {duration(_seconds(recipe, steps))})"
+
+
+def _seconds(recipe: Recipe, steps: Iterable[Step]) -> float:
+    return sum(found.seconds for step in steps if (found := estimate_step(recipe, step)))
+
+
+def _to_run(recipe: Recipe, steps: Iterable[Step]) -> list[Step]:
+    return [step for step in steps if not is_published(step_folder(recipe, step))]

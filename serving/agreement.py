@@ -76,14 +76,6 @@ def answers_of(policy: Policy) -> list[Answer]:
     return answers
 
 
-def held_against(model: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> tuple[list[float], list[float]]:
-    """Of each token of an answer from elsewhere: its log-probability (nats), and how far it is behind the likeliest."""
-    ids_T = torch.tensor(ids, device=model.device)
-    logprobs_RV = _answer_logprobs(model, prompt_ids, ids)
-    logprobs_R = logprobs_RV.gather(1, ids_T.unsqueeze(1)).squeeze(1)
-    return logprobs_R.tolist(), (logprobs_RV.amax(dim=1) - logprobs_R).tolist()
-
-
 def compare(model: Any, tokenizer: "PreTrainedTokenizerBase", answers: Sequence[Answer]) -> Agreement:
     """Hold what a transformers model says, and the prompts that its tokenizer makes, against the policy's answers."""
     differences: list[float] = []
@@ -121,17 +113,13 @@ def _answer_ids(policy: Policy, messages: Sequence[Message], answer: str) -> tup
     return tuple(token for token, is_learnt in zip(example.input_ids, example.loss_mask, strict=True) if is_learnt)
 
 
+@torch.no_grad()
 def _logprobs(model: Any, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> list[float]:
     """Log-probability (nats) of each token of the answer after the prompt."""
-    return held_against(model, prompt_ids, answer_ids)[0]
-
-
-@torch.no_grad()
-def _answer_logprobs(model: Any, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
-    """Log-probabilities [R, V] (nats) of all tokens where each one of the answer stands."""
     ids_1T = torch.tensor([[*prompt_ids, *answer_ids]], device=model.device)
     logits_TV: Tensor = model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False).logits[0]
-    return torch.log_softmax(logits_TV[len(prompt_ids) - 1 : -1].float(), dim=-1)
+    logprobs_RV = torch.log_softmax(logits_TV[len(prompt_ids) - 1 : -1].float(), dim=-1)
+    return logprobs_RV.gather(1, torch.tensor(answer_ids, device=model.device).unsqueeze(1)).squeeze(1).tolist()
 
 
 def _greedy_ids(model: Any, prompt: Mapping[str, Any], length: int) -> tuple[int, ...]:

@@ -1,47 +1,51 @@
 """A policy as a GGUF file for llama.cpp, LM Studio or Ollama.
 
-The adapter is merged as `--format merged` does it, llama.cpp's own converter writes the file, and its quantizer makes
-it smaller. Then the file is held against the policy twice: its tokenizer by its header, and, where the folder has a
-built llama-server, by what that says: ids of prompts, log-probabilities, greedy answers. One thing surprises: greedy
-texts alone would say little, since one token of two equally likely ones may come out otherwise; so each token of
-llama.cpp is also held against the likeliest one of the merged model after the same tokens.
+The adapter is merged as by `--format merged`, llama.cpp's own converter writes the file, and its quantizer makes it
+smaller. The file is read back with the package `gguf`: its tokenizer, chat template and shape must be the policy's, and
+its weights the merged model's, up to rounding. llama.cpp puts one BOS in front of a prompt and removes the one of the
+chat template for that, so `add_bos_token` has to be true although the template writes a BOS of its own.
 """
 
 import json
 import logging
-import math
+import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from llamachat.errors import UsageError
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+from transformers import LlamaConfig
+
+from llamachat.chat_format import ChatFormat, load_chat_format
+from llamachat.chat_format.proof import proof_prompts
+from llamachat.chat_format.tokenizer import BOS_ID, EOS_ID, UNK_ID, SentencePieceBackend, Tokenizer, load_tokenizer
+from llamachat.errors import TokenizerError, UsageError
 from llamachat.models.hub import LICENCE_FILES
-from llamachat.runs.artifacts import Artifact
+from llamachat.models.loading import context_length, rope_parameters
+from llamachat.models.weights import folder_weights
 from llamachat.runs.atomic import incoming_folder, write_json
-from serving.export import (
-    CHAT_TEMPLATE,
-    NOTE,
-    TOLERANCE,
-    Asked,
-    ExportError,
-    Request,
-    ask_policy,
-    base_folder,
-    export_policy,
-)
-from serving.llama_cpp import LlamaCpp, serving
-from serving.model_card import plain_name
-
-if TYPE_CHECKING:
-    from serving.llama_conversation import Heard
+from serving.export import CHAT_TEMPLATE, NOTE, Asked, ExportError, Request, ask_policy, base_folder, export_policy
+from serving.model_card import Facts, model_card, plain_name
 
 log = logging.getLogger(__name__)
 
-MODELFILE = "Modelfile"
+CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
+CONVERTED = ("f32", "f16", "bf16", "q8_0")  # what the converter writes by itself
+LAST_LINES = 12
+NEWER = "Nothing was written. Take a newer llama.cpp."
 _KINDS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # the converter's word for a number format
+# What `llamachat chat` samples with; Ollama's own defaults have a top-k, a min-p and penalties.
+PARAMETERS = {"temperature": 0.7, "top_p": 0.9, "top_k": 0, "min_p": 0, "repeat_penalty": 1}
+QUOTE = '"""'
+MOST_DIFFERENCE = 0.6  # of a tensor's root mean square: two bits lose 0.3 of it, other weights are more than 1 away
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +55,18 @@ class GgufRequest:
     folder: Request  # for the merged folder that the converter reads, and the place of the result
     llama_cpp: Path
     form: Literal["gguf", "ollama"] = "gguf"
-    quantize: str | None = None  # the weights as they are where nothing is said
+    quantize: str | None = None  # None keeps the number format of the weights
 
     def __post_init__(self) -> None:
-        if self.artifact.manifest.kind != "policy":
+        manifest = self.folder.artifact.manifest
+        if manifest.kind != "policy":
             raise UsageError(
-                f"--format {self.form}: {self.artifact.path} is a reward model. llama.cpp and Ollama write answers, and "
-                "it scores them. Export it with --format merged."
+                f"--format {self.form}: {self.folder.artifact.path} is a reward model. llama.cpp and Ollama write answers, "
+                "and it scores them. Export it with --format merged."
             )
-        LlamaCpp(self.llama_cpp, self.quantize or "f32")
-        rope = self.artifact.manifest.details.get("rope_parameters", {})
+        _package()
+        _require_llama_cpp(self.llama_cpp, self.quantize or "f32")
+        rope = manifest.details.get("rope_parameters", {})
         if rope.get("rope_type") == "dynamic" and not self.folder.may_differ:
             raise UsageError(
                 f"--format {self.form}: the policy's context was lengthened by base.rope_scaling of the type dynamic, "
@@ -68,89 +74,45 @@ class GgufRequest:
                 "and no short question shows that. Train with the type linear, or write it with --allow-difference."
             )
         if self.form == "ollama":
-            from serving.ollama import check_system
-
-            check_system(self.artifact.manifest.details.get("system") or "")
-
-    @property
-    def artifact(self) -> Artifact:
-        return self.folder.artifact
-
-    @property
-    def out(self) -> Path:
-        return self.folder.out
+            check_system(manifest.details.get("system") or "")
 
 
-@dataclass(frozen=True, slots=True)
-class ServedAgreement:
-    """How far what llama-server says of a file is from the policy."""
-
-    questions: int
-    equal_prompts: int  # questions that reach the model as the same ids, one BOS in front
-    proof_texts: int
-    equal_proof_texts: int
-    equal_greedy_answers: int
-    furthest_behind: float  # nats by which a token of a greedy answer is less likely than the merged model's choice
-    tokens: int  # of these answers, those whose log-probability llama-server told
-    max_logprob_difference: float  # of one of them, in nats
-
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """What was written."""
-
-    file: Path
-    name: str
-    quantization: str
-    served: ServedAgreement | None  # None: no llama-server was there to ask
-
-
-def export_gguf(request: GgufRequest) -> Exported:
-    """Write the folder with the GGUF file, hold that against the policy, and give the folder its name."""
-    asked = ask_policy(request.artifact)
-    name = plain_name(asked.name)
+def export_gguf(request: GgufRequest) -> tuple[Path, float]:
+    """Write the folder with the GGUF file and check that; return the file and its `weight_difference`."""
+    asked = ask_policy(request.folder.artifact)
     own = _KINDS[str(asked.dtype).removeprefix("torch.")]
     quantization = request.quantize or own
-    llama_cpp = LlamaCpp(request.llama_cpp, quantization)
-    with incoming_folder(request.out) as side:
+    with incoming_folder(request.folder.out) as side:
         merged = side / "merged"
         export_policy(replace(request.folder, out=merged), asked)
         _prepare(merged, asked)
-        exact = own if llama_cpp.is_quantized_after else quantization
-        files = {exact: side / f"{name}-{exact}.gguf"}
-        log.info("converting it with %s", llama_cpp.folder)
-        llama_cpp.convert(merged, files[exact], kind=exact, name=asked.name)
-        _require_tokenizer(files[exact], merged, asked)
-        if llama_cpp.is_quantized_after:
-            files[quantization] = side / f"{name}-{quantization}.gguf"
-            said = llama_cpp.quantize(files[exact], files[quantization])
-            for line in re.findall(r"\d+ of \d+ tensor\(s\) required fallback quantization", said):
+        exact = quantization if quantization in CONVERTED else own
+        file = side / f"{plain_name(asked.name)}-{exact}.gguf"
+        log.info("converting it with %s", request.llama_cpp)
+        converter = [sys.executable, str(request.llama_cpp / CONVERTER), str(merged)]
+        _run([*converter, "--outfile", str(file), "--outtype", exact, "--model-name", asked.name], file)
+        check_header(read_header(file), merged, asked.chat_format)
+        if quantization != exact:
+            larger, file = file, side / f"{plain_name(asked.name)}-{quantization}.gguf"
+            quantizer = _program(request.llama_cpp, QUANTIZER)
+            output = _run([str(quantizer), str(larger), str(file), quantization.upper()], file)
+            for line in re.findall(r"\d+ of \d+ tensor\(s\) required fallback quantization", output):
                 log.warning("%s: %s, since their rows do not divide into its blocks", quantization, line)
-        served = _hold(request, llama_cpp, side, files, asked)
-        file = files[quantization]
-        for other in set(files.values()) - {file}:
-            other.unlink()
-        _finish(request, side, file, quantization, asked, served)
-    return Exported(request.out / file.name, name, quantization, served.get(quantization))
+            larger.unlink()
+        difference = weight_difference(file, merged)
+        _finish(request, side, file, asked, {"quantization": quantization, "weight_difference": difference})
+    return request.folder.out / file.name, difference
 
 
 def _prepare(merged: Path, asked: Asked) -> None:
-    """What the converter is to read: a tokenizer.model, the chat template without marks, the lengthened context."""
-    from transformers import LlamaConfig
-
-    from llamachat.models.loading import context_length, rope_parameters
-
+    """Give the converter a tokenizer.model, the chat template without marks, and the lengthened context."""
     plain = asked.chat_format.plain_chat_template
     (merged / CHAT_TEMPLATE).write_text(plain, encoding="utf-8")
     _change(merged / "tokenizer_config.json", chat_template=plain)
     config = LlamaConfig.from_pretrained(str(merged))
-    if (
-        rope_parameters(config)["rope_type"] == "linear"
-    ):  # llama.cpp serves no more positions than this, whatever the factor
+    if rope_parameters(config)["rope_type"] == "linear":  # llama.cpp serves no more positions, whatever the factor
         _change(merged / "config.json", max_position_embeddings=context_length(config))
     if asked.chat_format.tokenizer.sentencepiece_model is None:
-        from serving.sentencepiece_file import sentencepiece_model
-
         tokenizer_json = (merged / "tokenizer.json").read_text(encoding="utf-8")
         (merged / "tokenizer.model").write_bytes(sentencepiece_model(asked.chat_format, tokenizer_json))
 
@@ -159,143 +121,180 @@ def _change(file: Path, **values: Any) -> None:
     write_json(file, json.loads(file.read_text(encoding="utf-8")) | values)
 
 
-def _require_tokenizer(file: Path, merged: Path, asked: Asked) -> None:
-    from llamachat.chat_format import load_chat_format
-    from llamachat.chat_format.tokenizer import load_tokenizer
-    from serving.gguf_header import read_header, tokenizer_faults
-
-    converted = load_chat_format(asked.chat_format.name, load_tokenizer(merged))
-    try:
-        faults = tokenizer_faults(read_header(file), converted)
-    except (ValueError, ArithmeticError, KeyError) as error:
-        faults = [f"its header cannot be read ({error})"]
-    if faults:
-        raise ExportError(
-            f"{file.name}: {'; '.join(faults)}. The file has to give the policy's own token ids, one BOS and the stop "
-            "token; nothing was written. Take a newer llama.cpp."
-        )
-
-
-def _hold(
-    request: GgufRequest, llama_cpp: LlamaCpp, side: Path, files: Mapping[str, Path], asked: Asked
-) -> dict[str, ServedAgreement]:
-    """What llama-server says of each file, held against the merged model; refuses an exact file that says otherwise."""
-    from serving.llama_conversation import converse
-
-    program = llama_cpp.server
-    if program is None:
-        log.warning(
-            "not held against the policy by its answers: %s has no built llama-server. Only the header was read. Build it: %s",
-            llama_cpp.folder,
-            llama_cpp.how_to_build_the_server(),
-        )
-        return {}
-    heard = {}
-    for kind, file in files.items():
-        log.info("asking llama-server the same questions of %s", file.name)
-        log_file = side / "llama-server.log"
-        with serving(program, file, context=asked.max_tokens, log_file=log_file) as server:
-            heard[kind] = converse(server, asked)
-        log_file.unlink()
-    found = _compare(side / "merged", heard, asked)
-    for kind, agreement in found.items():
-        _judge(request, kind, agreement, asked)
-    return found
-
-
-def _compare(merged: Path, heard: "Mapping[str, Heard]", asked: Asked) -> dict[str, ServedAgreement]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from serving.agreement import held_against
-
-    arguments: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    model = AutoModelForCausalLM.from_pretrained(str(merged), dtype="auto", **arguments).eval()
-    found = {}
-    for kind, said in heard.items():
-        behind, differences, equal = [], [], 0
-        for answer, (ids, logprobs) in zip(asked.answers, said.answers, strict=True):
-            expected, distances = held_against(model, answer.prompt_ids, ids)
-            behind += distances
-            if logprobs:
-                differences += [abs(ours - theirs) for ours, theirs in zip(expected, logprobs, strict=True)]
-            equal += ids == answer.greedy_ids
-        found[kind] = ServedAgreement(
-            questions=len(asked.answers),
-            equal_prompts=said.equal_prompts,
-            proof_texts=said.proof_texts,
-            equal_proof_texts=said.equal_proof_texts,
-            equal_greedy_answers=equal,
-            furthest_behind=_largest(behind),
-            tokens=len(differences),
-            max_logprob_difference=_largest(differences),
-        )
-    return found
-
-
-def _largest(values: Sequence[float]) -> float:
-    return max((value if math.isfinite(value) else math.inf for value in values), default=0.0)
-
-
-def _judge(request: GgufRequest, kind: str, found: ServedAgreement, asked: Asked) -> None:
-    formats = {short: dtype for dtype, short in _KINDS.items()}
-    log.info(
-        "%s: %d of %d greedy answers are the policy's; a token is at most %.4f nats behind the merged model's likeliest, "
-        "and log-probabilities of %d tokens differ by at most %.4f nats",
-        kind,
-        found.equal_greedy_answers,
-        found.questions,
-        found.furthest_behind,
-        found.tokens,
-        found.max_logprob_difference,
-    )
-    wrong = []
-    if found.equal_prompts < found.questions or found.equal_proof_texts < found.proof_texts:
-        wrong.append(
-            f"{found.questions - found.equal_prompts} of {found.questions} prompts and "
-            f"{found.proof_texts - found.equal_proof_texts} of {found.proof_texts} texts of the tokenizer proof come to "
-            "other token ids"
-        )
-    if kind in formats:  # with fewer bits the difference is the user's choice, and told
-        limit = max(TOLERANCE[str(asked.dtype).removeprefix("torch.")], TOLERANCE[formats[kind]])
-        if not max(found.max_logprob_difference, found.furthest_behind) <= limit:
-            wrong.append(
-                f"a token's log-probability differs by {found.max_logprob_difference:.3f} nats, and {limit:g} is allowed"
-            )
-    if wrong and not request.folder.may_differ:
-        raise ExportError(
-            f"{request.out}: served by llama.cpp as {kind}, {'; '.join(wrong)}. The file has to say what the policy says, "
-            "up to rounding; nothing was written. Take a newer llama.cpp; where the difference is known and small, write "
-            "it all the same with --allow-difference."
-        )
-    for text in wrong:
-        log.warning("%s", text)
-
-
-def _finish(
-    request: GgufRequest,
-    side: Path,
-    file: Path,
-    quantization: str,
-    asked: Asked,
-    served: Mapping[str, ServedAgreement],
-) -> None:
-    """The card, the note and the licences in place of the merged folder; for Ollama its Modelfile."""
-    from serving.model_card import Facts, model_card
-
+def _finish(request: GgufRequest, side: Path, file: Path, asked: Asked, figures: Mapping[str, Any]) -> None:
+    """Replace the merged folder by card, note and licences; add Ollama's Modelfile."""
     merged = side / "merged"
     note = json.loads((merged / NOTE).read_text(encoding="utf-8"))
-    held = {kind: asdict(agreement) for kind, agreement in served.items()}
-    note |= {"format": request.form, "file": file.name, "quantization": quantization, "llama_cpp": held}
+    note |= {"format": request.form, "file": file.name, **figures}
     if request.form == "ollama":
-        from serving.ollama import modelfile
-
         text = modelfile(file.name, asked.chat_format, system=asked.system, max_tokens=asked.max_tokens)
-        (side / MODELFILE).write_text(text, encoding="utf-8")
+        (side / "Modelfile").write_text(text, encoding="utf-8")
     write_json(side / NOTE, note)
-    facts = Facts(request.artifact, asked.name, base_folder(request.folder), note)
+    facts = Facts(request.folder.artifact, asked.name, base_folder(request.folder), note)
     (side / "README.md").write_text(model_card(facts), encoding="utf-8")
-    for pattern in LICENCE_FILES:
-        for licence in merged.glob(pattern):
-            shutil.copyfile(licence, side / licence.name)
+    for licence in (path for pattern in LICENCE_FILES for path in merged.glob(pattern)):
+        shutil.copyfile(licence, side / licence.name)
     shutil.rmtree(merged)
+
+
+def modelfile(file: str, chat_format: ChatFormat, *, system: str | None, max_tokens: int) -> str:
+    """The Modelfile with which Ollama serves the GGUF file of this name (https://docs.ollama.com/modelfile)."""
+    lines = [f"FROM ./{file}", "", f"TEMPLATE {QUOTE}{chat_format.go_template}{QUOTE}", ""]
+    if system:
+        check_system(system)
+        lines += [f"SYSTEM {QUOTE}{system}{QUOTE}", ""]
+    lines += [f"PARAMETER {name} {value}" for name, value in {"num_ctx": max_tokens, **PARAMETERS}.items()]
+    # The stop token ends an answer by itself; a tag of the format in it would be read as the next turn.
+    lines += [f'PARAMETER stop "{tag}"' for tag in chat_format.forbidden]
+    return "\n".join(lines) + "\n"
+
+
+def check_system(system: str) -> None:
+    """Refuse a system text of which Ollama's parser would drop a character: what Go does not call printable."""
+    lost = sorted({c for c in system if c not in " \t\n\r" and unicodedata.category(c)[0] in "CZ"})
+    if QUOTE in system or lost:
+        culprit = "three quotes in a row" if QUOTE in system else f"the character {lost[0]!a}"
+        raise UsageError(
+            f"--format ollama: the policy's system text holds {culprit}, which a Modelfile cannot quote. The policy was "
+            "trained with that text as it is. Export with --format gguf, and send the system text yourself."
+        )
+
+
+def _require_llama_cpp(folder: Path, quantization: str) -> None:
+    """Refuse a folder of llama.cpp without what this quantization needs."""
+    if not (folder / CONVERTER).is_file():
+        raise UsageError(
+            f"--llama-cpp: '{folder}' has no {CONVERTER}. It writes the file, and is in the source of llama.cpp, not in its "
+            "binary packages. Get it with `git clone https://github.com/ggml-org/llama.cpp` and name its folder."
+        )
+    if quantization not in CONVERTED and _program(folder, QUANTIZER) is None:
+        raise UsageError(
+            f"--quantize {quantization}: {folder} has no built {QUANTIZER}, which makes it. Build it: cmake -B "
+            f"{folder}/build -S {folder} && cmake --build {folder}/build --config Release --target {QUANTIZER}. Or take "
+            f"one that needs no building: {', '.join(CONVERTED)}."
+        )
+
+
+def _program(folder: Path, name: str) -> Path | None:
+    places = [folder / place / name for place in ("build/bin", "bin", ".")]
+    return next((place.resolve() for place in places if place.is_file() and os.access(place, os.X_OK)), None)
+
+
+def _run(command: list[str], out: Path) -> str:
+    """Run a program that writes `out` and return its output; raise an error with its last lines if it fails."""
+    # Nothing is fetched, and nothing is written into a folder that is the user's.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, **pipes, env=environment, text=True, errors="replace")
+    if done.returncode == 0 and out.is_file():
+        return done.stdout
+    state = f"ended with status {done.returncode}" if done.returncode else "wrote no file"
+    last = "\n".join(f"    {line}" for line in done.stdout.strip().splitlines()[-LAST_LINES:])
+    raise ExportError(f"{' '.join(command)} {state}. Its last lines:\n{last}\nFix what they name. {NEWER}")
+
+
+def _package() -> Any:
+    try:
+        return import_module("gguf")
+    except ImportError as error:
+        raise UsageError(
+            f"--format gguf, ollama: the package gguf, which reads the file back, cannot be imported ({error}). Install "
+            f"llamachat with its extra 'gguf', or: {sys.executable} -m pip install gguf"
+        ) from error
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """The key-value pairs of the file."""
+    return {key: field.contents() for key, field in _package().GGUFReader(file).fields.items()}
+
+
+def check_header(header: Mapping[str, Any], merged: Path, chat_format: ChatFormat) -> None:
+    """Refuse a file whose tokenizer, chat template or shape is not that of the merged folder."""
+    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(merged)
+    expected: dict[str, tuple[Any, Any]] = {  # key -> what it must be, what its absence means
+        "llama.block_count": (config["num_hidden_layers"], None),
+        "llama.context_length": (config["max_position_embeddings"], None),
+        "tokenizer.ggml.model": ("llama", None),
+        "tokenizer.ggml.bos_token_id": (tokenizer.bos_id, None),
+        "tokenizer.ggml.eos_token_id": (tokenizer.eos_id, None),
+        "tokenizer.ggml.add_bos_token": (True, True),
+        "tokenizer.ggml.add_eos_token": (False, False),
+        "tokenizer.ggml.add_space_prefix": (True, True),
+        "tokenizer.chat_template": (chat_format.plain_chat_template, None),
+    }
+    values = {key: header.get(key, default) for key, (_, default) in expected.items()}
+    faults = [f"{key} is {values[key]!r:.40}" for key, (right, _) in expected.items() if values[key] != right]
+    pieces = tokenizer.pieces(range(tokenizer.vocab_size))
+    if list(header.get("tokenizer.ggml.tokens", ()))[: len(pieces)] != pieces:
+        faults.append("tokenizer.ggml.tokens are other pieces")
+    processor = SentencePieceProcessor(model_file=str(merged / "tokenizer.model"))
+    # Which pieces are joined first depends on the scores alone.
+    scores = [processor.get_score(token) for token in range(len(pieces))]
+    if list(header.get("tokenizer.ggml.scores", ()))[: len(pieces)] != scores:
+        faults.append("tokenizer.ggml.scores are other scores")
+    if faults:
+        raise ExportError(f"the GGUF file: {'; '.join(faults)}. It has to hold the policy's own. {NEWER}")
+
+
+def weight_difference(file: Path, merged: Path) -> float:
+    """The largest relative root mean square by which a tensor differs from the merged model's; refuses other weights."""
+    gguf = _package()
+    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    largest = 0.0
+    for name, weight in folder_weights(merged):
+        own = weight.float().numpy()
+        if (projection := name.split(".")[-2]) in heads:  # llama.cpp puts the two numbers of a rotated pair together
+            own = own.reshape(heads[projection], 2, -1, own.shape[-1]).swapaxes(1, 2).reshape(own.shape)
+        tensor = tensors[names.get_name(name, try_suffixes=(".weight",)) or name]
+        error = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(own.shape) - own
+        difference = float(np.sqrt(np.mean(np.square(error)) / np.mean(np.square(own))))
+        if not difference <= MOST_DIFFERENCE:
+            raise ExportError(
+                f"{file.name}: '{name}' differs from the policy's by {difference:.2f} of its size. {NEWER}"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def sentencepiece_model(chat_format: ChatFormat, tokenizer_json: str) -> bytes:
+    """A tokenizer.model that gives the ids of `chat_format`, for a base published with `tokenizer.json` alone.
+
+    llama.cpp's converter reads pieces and scores from it; without it, every piece gets the same score, and text is split
+    into other tokens. A piece's score is the rank of the first merge that makes it: SentencePiece joins in that order.
+    """
+    model = _model(json.loads(tokenizer_json)["model"])
+    rebuilt = load_chat_format(chat_format.name, Tokenizer(SentencePieceBackend(model)))
+    prompts = proof_prompts(chat_format)
+    wrong = sum(rebuilt.encode_prompt(messages) != chat_format.encode_prompt(messages) for messages in prompts)
+    if wrong:
+        raise TokenizerError(
+            f"tokenizer.json: a SentencePiece model made of it, which llama.cpp needs, gives other ids in {wrong} of "
+            f"{len(prompts)} texts. Put the tokenizer.model of the original base into the artifact, and export again."
+        )
+    return model
+
+
+def _model(bpe: Mapping[str, Any]) -> bytes:
+    scores: dict[str, float] = {}
+    for rank, merge in enumerate(bpe["merges"]):
+        scores.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), -float(rank))
+    proto: Any = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    kinds = proto.SentencePiece
+    special = {UNK_ID: kinds.UNKNOWN, BOS_ID: kinds.CONTROL, EOS_ID: kinds.CONTROL}
+    pieces = sorted(bpe["vocab"], key=bpe["vocab"].get)
+    for token, piece in enumerate(pieces):
+        is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+        kind = special.get(token, kinds.BYTE if is_byte else kinds.NORMAL)
+        score = scores.get(piece, -len(scores) - 1.0 if kind == kinds.NORMAL else 0.0)
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(pieces), True
+    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = UNK_ID, BOS_ID, EOS_ID, -1
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = normalizer.escape_whitespaces = True
+    normalizer.remove_extra_whitespaces = False
+    return proto.SerializeToString()

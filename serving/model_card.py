@@ -290,20 +290,17 @@ def _agreement(facts: Facts) -> str:
         f"On {note['tokens']} tokens of answers to {note['questions']} built-in questions, log-probabilities differ from "
         f"those of the trained policy by at most {note['max_logprob_difference']:.4f} nats (mean "
         f"{note['mean_logprob_difference']:.4f}); {note['equal_greedy_answers']} of {note['questions']} greedy answers are "
-        f"the same.\n{_served(note)}"
+        f"the same.\n{_file(note)}"
     )
 
 
-def _served(note: Mapping[str, Any]) -> str:
+def _file(note: Mapping[str, Any]) -> str:
     if "file" not in note:
         return ""
-    lines = ["", "This is the merged model that the GGUF file was made of. llama-server's answers from the file:", ""]
-    for kind, held in note["llama_cpp"].items():
-        lines.append(
-            f"- {kind}: {held['equal_greedy_answers']} of {held['questions']} greedy answers are the policy's; a token is "
-            f"at most {held['furthest_behind']:.4f} nats behind the merged model's likeliest."
-        )
-    return "\n".join(lines if note["llama_cpp"] else ["", "The GGUF file itself was not asked."]) + "\n"
+    return (
+        "\nThis is the merged model that the GGUF file was made of. Weights of the file differ from its weights by at most "
+        f"{note['weight_difference']:.2%} of a tensor's size (root mean square).\n"
+    )
 
 
 def licence(facts: Facts) -> str:

@@ -82,15 +82,15 @@ def export(
     push_to_hub: HubOption = None,
     private: PrivateOption = True,
 ) -> None:
-    """Write a policy or a reward model for other programs, held against the policy before the folder gets its name.
+    """Export a policy or reward model. The export is reloaded and its log-probabilities are checked before it is published.
 
     merged: a folder for transformers and vLLM. adapter: the LoRA adapter for PEFT, with the name of its base.
 
     gguf: one file for llama.cpp, LM Studio and others, with tokenizer and chat template in it; ollama: the same and a
-    Modelfile. Both need --llama-cpp (or LLAMA_CPP): a clone of https://github.com/ggml-org/llama.cpp, whose converter
-    runs with the Python of llamachat. f32, f16, bf16 and q8_0 need nothing built; the other forms need its
-    llama-quantize, and the answers are held against the policy's where its llama-server is built:
-    `cmake -B build && cmake --build build --config Release --target llama-quantize llama-server`.
+    Modelfile. Both need the extra gguf and --llama-cpp (or LLAMA_CPP): a clone of
+    https://github.com/ggml-org/llama.cpp, whose converter runs with the Python of llamachat. f32, f16, bf16 and q8_0 need
+    nothing built; the other forms need its llama-quantize:
+    `cmake -B build && cmake --build build --config Release --target llama-quantize`.
 
     --push-to-hub needs a token that may write (`hf auth login` or HF_TOKEN). Only the export's own files go there.
     docs/serving.md tells how each is served.
@@ -163,14 +163,9 @@ def _export(request: "Request") -> str:
 def _export_gguf(request: "GgufRequest") -> str:
     from serving.gguf import export_gguf
 
-    done = export_gguf(request)
-    held = "not held against the policy by its answers"
-    if done.served is not None:
-        held = (
-            f"{done.served.equal_greedy_answers} of {done.served.questions} greedy answers are the policy's, a token at "
-            f"most {done.served.furthest_behind:.4f} nats behind the merged model's likeliest"
-        )
+    file, difference = export_gguf(request)
+    text = f"{file}: weights differ from the merged model's by at most {difference:.2%} of a tensor's size"
     if request.form == "gguf":
-        return f"{done.file}: {held}"
-    modelfile = request.out / "Modelfile"
-    return f"{done.file}: {held}\nNow: ollama create {done.name} -f {modelfile} && ollama run {done.name}"
+        return text
+    name = file.stem.rpartition("-")[0]
+    return f"{text}\nNow: ollama create {name} -f {file.parent / 'Modelfile'} && ollama run {name}"

@@ -11,7 +11,7 @@ from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.proof import proof_prompts
 from llamachat.chat_format.tokenizer import write_tokenizer
 from llamachat.errors import UsageError
-from serving.ollama import modelfile
+from serving.gguf import modelfile
 from tests.serving.go_templates import render
 
 

@@ -24,9 +24,9 @@ import torch
 
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.config.sections import Base
+from llamachat.data.files import read_rows
 from llamachat.data.loading import parse_rows
 from llamachat.data.records import as_prompt
-from llamachat.data.rows import read_rows
 from llamachat.models.loading import load_base, load_policy
 from llamachat.rollout.decoder import LlamaEngine
 from llamachat.rollout.engine import Sampling
@@ -158,14 +158,8 @@ def report(load: Load, results: Sequence[Result]) -> str:
 
 def bundled_prompts(chat_format: "ChatFormat", count: int) -> list[list[int]]:
     """Token ids of the first bundled prompts that are not too long."""
-    rows = parse_rows(
-        iter(read_rows(str(PROMPTS))),
-        kind="prompt",
-        format="auto",
-        columns=None,
-        check=chat_format.check_text,
-        path=str(PROMPTS),
-    )
+    forbidden = chat_format.forbidden
+    rows = parse_rows(read_rows(str(PROMPTS)), path=str(PROMPTS), kind="prompt", forbidden=forbidden)
     found: list[list[int]] = []
     for row in rows:
         if row.record is not None and len(found) < count:

@@ -25,8 +25,8 @@ from llamachat.constraints import (
     recall_questions,
     recalled,
 )
+from llamachat.data.loading import fraction
 from llamachat.data.prompts import EncodedPrompt
-from llamachat.data.splits import fraction
 from llamachat.rollout.engine import Completion, RolloutEngine, Sampling, scatter_generate
 
 Rank = Callable[[Sequence[Sequence[Response]]], list[list[int]]]  # places of each prompt's answers, best first

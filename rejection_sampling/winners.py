@@ -15,9 +15,9 @@ from llamachat.answers.desk import Desk
 from llamachat.answers.groups import Group
 from llamachat.answers.responses import Response
 from llamachat.chat_format import ChatFormat
-from llamachat.chat_format.dialog import Message
+from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.config.sections import DataSource
-from llamachat.data.jsonl import Row, read_jsonl
+from llamachat.data.files import read_rows
 from llamachat.data.loading import read_records
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.runs.artifacts import DIALOGS
@@ -80,8 +80,8 @@ def earlier_winners(
         path = artifact.path / DIALOGS
         if not path.is_file() or path.stat().st_size == 0:
             continue
-        records = read_records(DataSource(path=str(path), format="native"), "dialog", chat_format.check_text).records
-        origins = [_origin(row.value) for row in read_jsonl(path) if isinstance(row, Row)]
+        records = read_records(DataSource(path=str(path), format="native"), Dialog, forbidden=chat_format.forbidden)
+        origins = [_origin(row.value) for row in read_rows(str(path))]
         for dialog, origin in zip(records, origins, strict=True):
             *context, answer = dialog.messages
             messages = tuple(Message(message.role, message.content) for message in context)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llamachat.data.loading import Preference
+from llamachat.data.records import Preference
 
 # A word or a single mark: "?" and "!" tell refusals from answers, so marks count too.
 _WORDS = r"(?u)\b\w+\b|[^\w\s]"

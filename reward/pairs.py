@@ -191,7 +191,7 @@ def _load_preferences(
             sides[domain, side] = []
         for source in sources:
             try:
-                found = load_mixture((source,), data.split, kind="preference", check=chat_format.check_text, seed=seed)
+                found = load_mixture((source,), data.split, Preference, forbidden=chat_format.forbidden, seed=seed)
             except DataError as error:
                 errors.append(str(error))
                 continue
@@ -259,7 +259,7 @@ def _load_labels(
     train: list[tuple[Dialog, str]] = []
     test: list[tuple[Dialog, str]] = []
     for source in data.labels:
-        found = load_mixture((source,), data.split, kind="dialog", check=encoder.chat_format.check_text, seed=seed)
+        found = load_mixture((source,), data.split, Dialog, forbidden=encoder.chat_format.forbidden, seed=seed)
         encoder.dropped.update(found.dropped)
         train += [(dialog, source.path) for dialog in found.train]
         test += [(dialog, source.path) for dialog in found.test]

@@ -20,10 +20,10 @@ from typing import Any
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.dialog import DialogError, Message, as_dicts, with_system
 from llamachat.chat_format.tokenizer import load_tokenizer
+from llamachat.data.files import read_rows
 from llamachat.data.loading import parse_rows
 from llamachat.data.problems import Problem, problem, report
 from llamachat.data.records import Prompt, as_prompt
-from llamachat.data.rows import read_rows
 from llamachat.errors import DataError, UsageError
 from llamachat.models.loading import Policy, checked_details, load_policy
 from llamachat.rollout.engine import Completion, LocalEngine, Sampling
@@ -182,9 +182,8 @@ def _read_questions(variants: Sequence[Variant], path: Path, request: Request) -
     questions: list[_Question] = []
     used: set[str] = set()
     without = 0
-    check = variants[0].chat_format.check_text
-    rows = read_rows(str(path))
-    for parsed in parse_rows(rows, kind="prompt", format="auto", columns=None, check=check, path=str(path)):
+    forbidden = variants[0].chat_format.forbidden
+    for parsed in parse_rows(read_rows(str(path)), path=str(path), kind="prompt", forbidden=forbidden):
         problems += parsed.problems
         if parsed.record is None:
             without += not parsed.problems

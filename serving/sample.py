@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from llamachat.chat_format.dialog import Message, with_system
-from llamachat.data.jsonl import Row
+from llamachat.data.files import read_rows
 from llamachat.data.loading import parse_rows
 from llamachat.data.problems import Problem, problem, report
 from llamachat.data.records import as_prompt
-from llamachat.data.rows import read_rows
 from llamachat.errors import DataError, UsageError
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Completion, Sampling
@@ -96,13 +95,11 @@ def _check_request(prompts_in: Path, out: Path, samples_per_prompt: int) -> None
 
 def _read_questions(policy: Policy, path: Path, *, limit: int, max_new_tokens: int) -> list[_Question]:
     """Every prompt of the file; all of its bad lines in one error."""
-    rows = list(read_rows(str(path)))
-    values = {row.line: row.value for row in rows if isinstance(row, Row)}
     problems: list[Problem] = []
     questions: list[_Question] = []
     without = 0
-    check = policy.chat_format.check_text
-    for parsed in parse_rows(iter(rows), kind="prompt", format="auto", columns=None, check=check, path=str(path)):
+    forbidden = policy.chat_format.forbidden
+    for parsed in parse_rows(read_rows(str(path)), path=str(path), kind="prompt", forbidden=forbidden):
         problems += parsed.problems
         if parsed.record is None:
             without += not parsed.problems
@@ -113,7 +110,7 @@ def _read_questions(policy: Policy, path: Path, *, limit: int, max_new_tokens: i
         if fitting is None:
             problems.append(_too_long(parsed.line, limit))
             continue
-        record = as_written(values[parsed.line], prompt)
+        record = as_written(parsed.value, prompt)
         questions.append(_Question(record, fitting, is_shortened=len(fitting) < len(messages)))
     if problems:
         raise DataError(report(problems, path))

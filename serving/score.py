@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llamachat.chat_format.dialog import Dialog, DialogError, Message
-from llamachat.data.jsonl import Row
-from llamachat.data.loading import Parsed, parse_rows
+from llamachat.data.files import read_rows
+from llamachat.data.loading import parse_rows
 from llamachat.data.problems import Problem, problem, report
-from llamachat.data.records import Preference, as_prompt
-from llamachat.data.rows import read_rows
+from llamachat.data.records import Preference, Row, as_prompt
 from llamachat.errors import DataError, UsageError
 from llamachat.models.reward_model import RewardModel
 from llamachat.runs.atomic import write_text
@@ -96,14 +95,13 @@ def _check_out(path: Path, out: Path) -> None:
 def _read(model: RewardModel, path: Path) -> list[_Asked]:
     """Every record of the file in its order; all of its bad lines in one error."""
     rows = list(read_rows(str(path)))
-    values = {row.line: row.value for row in rows if isinstance(row, Row)}
-    sampled = {line for line, value in values.items() if isinstance(value, Mapping) and "completions" in value}
+    sampled = {row.line for row in rows if isinstance(row.value, Mapping) and "completions" in row.value}
     problems: list[Problem] = []
     asked: list[tuple[int, _Asked]] = []
     for is_sampled in (False, True):
         part = [row for row in rows if (row.line in sampled) == is_sampled]
         for parsed in _parse(model, part, path, is_sampled=is_sampled):
-            found = _encoded(model, parsed, values.get(parsed.line), is_sampled=is_sampled)
+            found = _encoded(model, parsed, is_sampled=is_sampled)
             if isinstance(found, _Asked):
                 asked.append((parsed.line, found))
             else:
@@ -117,17 +115,16 @@ def _read(model: RewardModel, path: Path) -> list[_Asked]:
     return [item for _, item in sorted(asked, key=lambda pair: pair[0])]
 
 
-def _parse(model: RewardModel, rows: list[Row | Problem], path: Path, *, is_sampled: bool) -> Iterator[Parsed]:
+def _parse(model: RewardModel, rows: list[Row], path: Path, *, is_sampled: bool) -> Iterator[Row]:
     kind = "prompt" if is_sampled else None
-    check = model.chat_format.check_text
-    return parse_rows(iter(rows), kind=kind, format="auto", columns=None, check=check, path=str(path))
+    return parse_rows(rows, path=str(path), kind=kind, forbidden=model.chat_format.forbidden)
 
 
-def _encoded(model: RewardModel, parsed: Parsed, value: Any, *, is_sampled: bool) -> _Asked | list[Problem]:
+def _encoded(model: RewardModel, parsed: Row, *, is_sampled: bool) -> _Asked | Sequence[Problem]:
     """The record with its answers as ids, or what is wrong with it; nothing where a row of a known set is empty."""
     if parsed.record is None:
         return parsed.problems
-    record = as_written(value, parsed.record)
+    record = as_written(parsed.value, parsed.record)
     if is_sampled:
         return _with_completions(model, as_prompt(parsed.record).messages, record, parsed.line)
     try:

@@ -48,7 +48,7 @@ def load_examples(
     dropped: Counter[str] = Counter()
     train_side, held_out_side = own, own_held_out
     if made is None or sft_share or not own_held_out:
-        mixture = load_mixture(data.sft, data.split, kind="dialog", check=chat_format.check_text, seed=seed)
+        mixture = load_mixture(data.sft, data.split, Dialog, forbidden=chat_format.forbidden, seed=seed)
         dropped.update(mixture.dropped)
         share = len(mixture.train) if made is None else round(sft_share * len(mixture.train))
         chosen = epoch_order(len(mixture.train), 1, f"beside made dialogs {seed}")[:share] if made else range(share)
@@ -73,7 +73,7 @@ def made_dialogs(folder: Path, chat_format: ChatFormat) -> tuple[list[Dialog], l
     for path in (folder / DIALOGS, folder / HELD_OUT_DIALOGS):
         is_there = path.is_file() and path.stat().st_size > 0
         source = DataSource(path=str(path), format="native")
-        found.append(read_records(source, "dialog", chat_format.check_text).records if is_there else [])
+        found.append(read_records(source, Dialog, forbidden=chat_format.forbidden) if is_there else [])
     return found[0], found[1]
 
 

@@ -15,7 +15,7 @@ from llamachat.answers.sequences import Turns
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.constraints import Family, Instruction, draw_instruction, is_kept, recall_questions, recalled
-from llamachat.data.splits import fraction
+from llamachat.data.loading import fraction
 from llamachat.maths.intervals import paired_bootstrap, proportion_interval
 from llamachat.rollout.engine import RolloutEngine, Sampling, scatter_generate
 

@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llamachat.chat_format.dialog import Message
+from llamachat.chat_format.dialog import Dialog
 from llamachat.config.paths import bundled
 from llamachat.config.sections import DataSource
 from llamachat.data.loading import read_records
+from llamachat.data.records import Preference
 from llamachat.errors import DataError
 from llamachat.maths.intervals import proportion_interval
 
@@ -63,7 +64,7 @@ def labelled_answers() -> list[LabelledAnswer]:
     """The bundled answers that people labelled, each answer to a prompt once."""
     found: dict[tuple[str, str], LabelledAnswer] = {}
     for name, refusing in _LABELLED:
-        for pair in read_records(_source(name), "preference", _any_text).records:
+        for pair in read_records(_source(name), Preference):
             prompt = pair.prompt[-1].content
             for side, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
                 one = LabelledAnswer(prompt, answer.content, side == refusing)
@@ -73,11 +74,7 @@ def labelled_answers() -> list[LabelledAnswer]:
 
 def everyday_answers() -> list[LabelledAnswer]:
     """Bundled answers to everyday questions, which nobody labelled: they are taken for answers that refuse nothing."""
-    dialogs = [
-        dialog
-        for name in _EVERYDAY
-        for dialog in read_records(_source(name, limit=EVERYDAY_ANSWERS), "dialog", _any_text).records
-    ]
+    dialogs = [dialog for name in _EVERYDAY for dialog in read_records(_source(name, limit=EVERYDAY_ANSWERS), Dialog)]
     return [
         LabelledAnswer(prompt=dialog.messages[-2].content, text=dialog.messages[-1].content, is_refusal=False)
         for dialog in dialogs
@@ -117,7 +114,3 @@ def _model() -> Any:
 
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2, token_pattern=_WORDS)
     return make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000))
-
-
-def _any_text(messages: Sequence[Message], *, field: str = "messages") -> None:
-    """The chat format's rule on texts is not asked here: nothing becomes tokens."""

@@ -31,7 +31,7 @@ def load_sequences(data: Data, chat_format: ChatFormat, *, turns: int, most_toke
     A dialog that is shorter is gone on with by other dialogs of its side: what matters is that many turns lie between
     the instruction and the last answer, not that they are about one thing (ours; the paper takes dialogs as they are).
     """
-    mixture = load_mixture(data.sft, data.split, kind="dialog", check=chat_format.check_text, seed=seed)
+    mixture = load_mixture(data.sft, data.split, Dialog, forbidden=chat_format.forbidden, seed=seed)
     train, validation, test = (
         joined(dialogs, chat_format, turns=turns, most_tokens=most_tokens, key=_key(seed, side))
         for side, dialogs in (("train", mixture.train), ("validation", mixture.validation), ("test", mixture.test))
@@ -49,7 +49,7 @@ def held_out_sequences(data: Data, chat_format: ChatFormat, *, turns: int, most_
     """Those of the test side alone, where measuring is all there is to do; none where `data.sft` gives none."""
     if not data.sft:
         return []
-    mixture = load_mixture(data.sft, data.split, kind="dialog", check=chat_format.check_text, seed=seed)
+    mixture = load_mixture(data.sft, data.split, Dialog, forbidden=chat_format.forbidden, seed=seed)
     return joined(mixture.test, chat_format, turns=turns, most_tokens=most_tokens, key=_key(seed, "test"))
 
 

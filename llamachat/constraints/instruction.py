@@ -7,7 +7,7 @@ from math import log1p
 from llamachat.constraints.families import Constraint, Family, are_compatible
 from llamachat.constraints.texts import words
 from llamachat.constraints.values import Side, side_of
-from llamachat.data.splits import fraction
+from llamachat.data.loading import fraction
 from llamachat.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from llamachat.constraints.texts import words
-from llamachat.data.splits import fraction
+from llamachat.data.loading import fraction
 from llamachat.errors import DataError
 
 Side = Literal["train", "held_out"]

@@ -1,34 +1,33 @@
-"""`llamachat data check`: every bad line of a file with field, reason and mend, and what the good ones hold.
+"""`llamachat data check`: every bad line of a file with field, reason and fix, and what the good ones hold.
 
-Reads the file once, line by line, and writes nothing. Warnings (records that stand twice, keys that nothing reads) do
-not change the exit status; problems end it with 2.
+Reads the file once, line by line, and writes nothing. Warnings (repeated records, keys that nothing reads) do not change
+the exit status; with problems it is 2.
 """
 
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamachat.chat_format.dialog import Dialog, Message
-from llamachat.data.convert.html import html_in
-from llamachat.data.jsonl import has_byte_order_mark
-from llamachat.data.loading import Parsed, parse_rows
+from llamachat.data.convert.turns import html_in
+from llamachat.data.files import has_byte_order_mark, read_rows
+from llamachat.data.loading import parse_rows
 from llamachat.data.problems import Problem, convert_command, printable, problem
-from llamachat.data.records import REQUIRED, Kind, Preference, Prompt, Record, TextCheck, digest_of, nearest_key
-from llamachat.data.rows import read_rows
+from llamachat.data.records import REQUIRED, Kind, Preference, Prompt, Record, Row, asked, digest_of, nearest_key
 
 _SHOWN_LINES = 20  # line numbers that one warning prints
 
 
 @dataclass(frozen=True, slots=True)
 class Warned:
-    """Something that is no breach of the rules but that one may not have meant, and the lines where it stands."""
+    """Something that breaks no rule but may not be meant, and the lines that have it."""
 
     field: str
     reason: str
-    mend: str
+    fix: str
     lines: list[int]
 
     def at(self, path: str) -> str:
@@ -36,7 +35,7 @@ class Warned:
         shown = ", ".join(str(line) for line in self.lines[:_SHOWN_LINES])
         more = f" and {len(self.lines) - _SHOWN_LINES} more" if len(self.lines) > _SHOWN_LINES else ""
         lines = "line" if len(self.lines) == 1 else "lines"
-        return f"{path}:{self.lines[0]}: warning: {self.field}: {self.reason} {self.mend} ({lines} {shown}{more})"
+        return f"{path}:{self.lines[0]}: warning: {self.field}: {self.reason} {self.fix} ({lines} {shown}{more})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +71,12 @@ class CheckReport:
     @property
     def num_bad_lines(self) -> int:
         """Lines with a problem; one line may have several."""
-        return len({found.line for found in self.problems})
+        return len({one.line for one in self.problems})
 
     def text(self) -> str:
         """The whole report: each problem and warning on a line, then what the file holds."""
-        lines = [found.at(self.path) for found in self.problems]
-        lines += [found.at(self.path) for found in self.warnings]
+        lines = [one.at(self.path) for one in self.problems]
+        lines += [one.at(self.path) for one in self.warnings]
         command = convert_command(self.problems, self.path)
         lines += [command] if command else []
         return "\n".join([*lines, *self._summary()])
@@ -114,18 +113,21 @@ class _Tally:
     num_records: int = 0
 
 
-def check_path(path: str, kind: Kind | None, format: str, check: TextCheck) -> CheckReport:
-    """The report on one file; without `kind`, it is a file of the kind that most of its records are."""
+def check_path(path: str, kind: Kind | None, format: str, forbidden: Sequence[str]) -> CheckReport:
+    """The report on one file; without `kind`, it is a file of the kind that most of its records are.
+
+    `forbidden` are the texts that no message may hold (`ChatFormat.forbidden`).
+    """
     tally = _Tally()
-    for parsed in parse_rows(read_rows(path), kind=kind, format=format, columns=None, check=check, path=path):
-        _count(parsed, tally)
+    for row in parse_rows(read_rows(path), path=path, kind=kind, format=format, forbidden=forbidden):
+        _count(row, tally)
     own_kind = kind or max(tally.lines_by_kind, key=lambda name: len(tally.lines_by_kind[name]), default=None)
     problems = [*tally.problems, *(() if kind else _mixed(tally, own_kind))]
     return CheckReport(
         path=path,
         kind=own_kind,
         num_records=tally.num_records,
-        problems=sorted(problems, key=lambda found: found.line),
+        problems=sorted(problems, key=lambda one: one.line),
         warnings=sorted(_warnings(tally, path), key=lambda warned: warned.lines[0]),
         num_duplicates=sum(map(len, tally.repeats.values())),
         turns=dict(tally.turns),
@@ -134,48 +136,44 @@ def check_path(path: str, kind: Kind | None, format: str, check: TextCheck) -> C
     )
 
 
-def _count(parsed: Parsed, tally: _Tally) -> None:
-    tally.problems += parsed.problems
-    for name in parsed.unused:
-        tally.unused.setdefault(printable(re.sub(r"\[\d+\]", "[]", name)), []).append(parsed.line)
-    if parsed.kind is not None:
-        tally.lines_by_kind.setdefault(parsed.kind, array("Q")).append(parsed.line)
-    if parsed.record is None:
+def _count(row: Row, tally: _Tally) -> None:
+    tally.problems += row.problems
+    for name in row.unused:
+        tally.unused.setdefault(printable(re.sub(r"\[\d+\]", "[]", name)), []).append(row.line)
+    if row.kind is not None:
+        tally.lines_by_kind.setdefault(row.kind, array("Q")).append(row.line)
+    if row.record is None:
         return
     tally.num_records += 1
-    first = tally.first_lines.setdefault(digest_of(parsed.record), parsed.line)
-    if first != parsed.line:
-        tally.repeats.setdefault(first, []).append(parsed.line)
-    _measure(parsed.record, tally)
-    html = next(filter(None, map(html_in, _texts(parsed.record))), None)
+    first = tally.first_lines.setdefault(digest_of(row.record), row.line)
+    if first != row.line:
+        tally.repeats.setdefault(first, []).append(row.line)
+    _measure(row.record, tally)
+    html = next(filter(None, map(html_in, _texts(row.record))), None)
     if html is not None:
         tally.first_html = tally.first_html or html
-        tally.html_lines.append(parsed.line)
+        tally.html_lines.append(row.line)
 
 
 def _texts(record: Record) -> Iterator[str]:
-    if isinstance(record, Preference):
-        yield from (message.content for message in (*record.prompt, record.chosen, record.rejected))
-    else:
-        yield from (message.content for message in record.messages)
+    answers = (record.chosen, record.rejected) if isinstance(record, Preference) else ()
+    return (message.content for message in (*asked(record), *answers))
 
 
 def _measure(record: Record, tally: _Tally) -> None:
+    _measure_messages(asked(record), tally)
     if isinstance(record, Preference):
-        _measure_messages(record.prompt, tally)
         for name, message in (("chosen answer", record.chosen), ("rejected answer", record.rejected)):
             tally.characters.setdefault(name, array("Q")).append(len(message.content))
-        marks = {
-            "rating": record.rating,
-            "chosen_is_safe": record.chosen_is_safe,
-            "rejected_is_safe": record.rejected_is_safe,
-        }
+        names = ("rating", "chosen_is_safe", "rejected_is_safe")
     else:
-        _measure_messages(record.messages, tally)
-        marks = {"is_safe": record.is_safe} if isinstance(record, Dialog) else {"is_safety": record.is_safety or None}
-        if isinstance(record, Prompt) and record.id is not None:
+        names = ("is_safe",) if isinstance(record, Dialog) else ("is_safety",)
+    labels = {name: getattr(record, name) for name in names}
+    if isinstance(record, Prompt):
+        labels["is_safety"] = record.is_safety or None
+        if record.id is not None:
             tally.labels["with an id"] += 1
-    tally.labels.update(f"{name} {str(value).lower()}" for name, value in marks.items() if value is not None)
+    tally.labels.update(f"{name} {str(value).lower()}" for name, value in labels.items() if value is not None)
 
 
 def _measure_messages(messages: tuple[Message, ...], tally: _Tally) -> None:
@@ -188,7 +186,7 @@ def _measure_messages(messages: tuple[Message, ...], tally: _Tally) -> None:
 
 
 def _mixed(tally: _Tally, kind: Kind | None) -> Iterator[Problem]:
-    """A record of another kind than most: whoever reads the file for one kind stumbles over it."""
+    """Records of another kind than most: a file is read for one kind."""
     for other, lines in tally.lines_by_kind.items():
         if other == kind or kind is None:
             continue
@@ -213,19 +211,19 @@ def _warnings(tally: _Tally, path: str) -> Iterator[Warned]:
     for name, lines in tally.unused.items():
         plain = name.rpartition(".")[2]
         near = nearest_key(plain)
-        mend = f"The nearest known key is '{near[0]}' of a {near[1]}; rename it if that is meant." if near else ""
+        fix = f"The nearest known key is '{near[0]}' of a {near[1]}; rename it if that is meant." if near else ""
         if near and near[0] == plain:
-            mend = f"It is a key of a {near[1]}; take it out here, or move the record to a file of those."
+            fix = f"It is a key of a {near[1]}; take it out here, or move the record to a file of those."
         yield Warned(
             name,
             "is a key that nothing reads; it is left out.",
-            mend or "Name it in the source's 'columns' if it is another name of a key.",
+            fix or "Name it in the source's 'columns' if it is another name of a key.",
             list(dict.fromkeys(lines)),
         )
     if tally.html_lines:
-        reason = f"is HTML ({printable(tally.first_html)[:40]}), which is learnt as it stands."
-        mend = "Take it out with `llamachat data convert --plain-text`, or leave it if the dialogs are about web pages."
-        yield Warned("content", reason, mend, tally.html_lines)
+        reason = f"is HTML ({printable(tally.first_html)[:40]}), which is learnt as it is."
+        fix = "Take it out with `llamachat data convert --plain-text`, or leave it if the dialogs are about web pages."
+        yield Warned("content", reason, fix, tally.html_lines)
     if tally.num_records and Path(path).is_file() and has_byte_order_mark(Path(path)):
         reason = "is a byte order mark, which is skipped here; other readers of JSON Lines refuse it."
         yield Warned("byte 1", reason, "Save the file as UTF-8 without it.", [1])

@@ -3,172 +3,86 @@
 Reads JSON Lines, parquet and hub sets, in our own form or that of a known data set (`llamachat.data.sources`). A record that
 breaks the rules stops the reading with every bad line of its file named, or is dropped and counted by reason; which of
 the two is the source's `on_bad_record`. A fault of the file itself always stops it.
+Which side of the split a conversation is on follows from a hash of its first user turn, the same in every step: two
+conversations that open alike are never on both sides.
 """
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import chain, islice
+from pathlib import Path
 from random import Random
-from typing import Any, Generic, Literal, TypeVar, cast, overload
+from typing import Generic, Literal, TypeVar, cast
 
-from llamachat.chat_format.dialog import Dialog, DialogError, Message
+from llamachat.chat_format.dialog import Dialog, DialogError, Message, check_texts
 from llamachat.config.sections import DataSource, Split
-from llamachat.data.jsonl import Row
-from llamachat.data.problems import Problem, problem, reason_key, report
+from llamachat.data.files import read_rows
+from llamachat.data.problems import Problem, reason_key, report
 from llamachat.data.records import (
+    KIND_OF,
     KINDS,
-    RATINGS,
-    Findings,
     Kind,
     Preference,
     Prompt,
-    Rating,
     Record,
-    TextCheck,
+    Row,
     as_prompt,
+    bad_row,
     first_user_turn,
     kind_of,
     parse_record,
-    with_system,
+    record_with_system,
 )
-from llamachat.data.rows import read_rows
 from llamachat.data.sources import SOURCES, Source
-from llamachat.data.sources.reading import choice_of, fitting_sources, gathered, gathers_of, source_problem
-from llamachat.data.splits import SplitName, split_of
+from llamachat.data.sources.source import CHOICE_FIX, choice_of, fitting_sources, gathered
 from llamachat.errors import DataError
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", Dialog, Preference, Prompt)
 S = TypeVar("S")
+SplitName = Literal["train", "validation", "test", "judge"]
 
-_HEAD = 100  # rows from which the format of a file is told
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded(Generic[R]):
-    """The records of one source, how many were dropped by reason, and the keys that nothing read, with their counts."""
-
-    records: list[R]
-    dropped: dict[str, int]
-    unused_keys: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Splits(Generic[R]):
-    """Records by the hash of their first user turn; no conversation is in two of these."""
-
-    train: list[R]
-    validation: list[R]
-    test: list[R]
-    judge: list[R]
+_HEAD = 100  # rows from which the format of a file is recognised
+_REMEMBERED = 200_000  # records that are kept between steps, so that each step need not read and check them again
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture(Generic[R]):
-    """Several sources as one: weighted where it is trained on (train, judge), each record once where it is measured."""
+    """Records of several sources by side of the split, and how many were dropped, by file and reason.
+
+    Weighted where they are trained on (train, judge), each record once where they are measured with.
+    """
 
     train: list[R]
     validation: list[R]
     test: list[R]
     judge: list[R]
     dropped: dict[str, int]
-    unused_keys: dict[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Parsed:
-    """One record of a file, or what is wrong with it; neither where a row of a known set holds no record."""
-
-    line: int
-    kind: Kind | None
-    record: Record | None
-    problems: list[Problem] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
+# -- sides of the split
 
 
-@overload
-def read_records(source: DataSource, kind: Literal["dialog"], check: TextCheck) -> Loaded[Dialog]: ...
-@overload
-def read_records(source: DataSource, kind: Literal["preference"], check: TextCheck) -> Loaded[Preference]: ...
-@overload
-def read_records(source: DataSource, kind: Literal["prompt"], check: TextCheck) -> Loaded[Prompt]: ...
-def read_records(source: DataSource, kind: Kind, check: TextCheck) -> Loaded[Any]:
-    """The source's records of this kind, in its order; dialogs and preferences are read as prompts where these are due.
-
-    Raises `DataError` with every bad line of the file, unless they are to be dropped; `check` is the chat format's rule
-    on texts.
-    """
-    _check_system(source, check)
-    records: list[Record] = []
-    dropped: Counter[str] = Counter()
-    unused: Counter[str] = Counter()
-    problems: list[Problem] = []
-    for parsed in parse_rows(
-        read_rows(source.path), kind=kind, format=source.format, columns=source.columns, check=check, path=source.path
-    ):
-        unused.update(parsed.unused)
-        problems += parsed.problems
-        if parsed.record is not None:
-            record = as_prompt(parsed.record) if kind == "prompt" else parsed.record
-            records.append(record if source.system is None else with_system(record, source.system))
-        elif parsed.problems:
-            dropped[reason_key(parsed.problems[0])] += 1
-        else:
-            dropped[f"row without a {kind}"] += 1
-        if len(records) == source.limit:
-            break
-    fatal = problems if source.on_bad_record == "error" else [found for found in problems if found.field == "file"]
-    if fatal:
-        raise DataError(_refusal(source.path, fatal, len(records)))
-    if not records:
-        raise DataError(
-            f"{source.path}: no record is left ({_counted(dropped)}). A source must hold at least one {kind}. "
-            "Mend the file (`llamachat data check` names each line), or take it out of the recipe."
-        )
-    return Loaded(records, dict(dropped), dict(unused))
+def fraction(text: str, *, salt: str = "split") -> float:
+    """A number in [0, 1) that depends on the stripped text and the salt alone (SHA-256, so the same on every machine)."""
+    digest = hashlib.sha256(f"{salt}\n{text.strip()}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def parse_rows(
-    rows: Iterator[Row | Problem],
-    *,
-    kind: Kind | None,
-    format: str,
-    columns: Mapping[str, str] | None,
-    check: TextCheck,
-    path: str,
-) -> Iterator[Parsed]:
-    """Every row in turn, converted from its format, as the record or records that it holds or as its problems.
-
-    Without `kind` each row is taken for what its keys tell.
-    """
-    named = _named_source(format, kind, path)
-    if not columns and format != "native":
-        rows = gathered(rows, gathers_of(kind, [named] if named else SOURCES.values()))
-    head = list(islice(rows, _HEAD))
-    renamed_head = [_renamed(row, columns) for row in head]
-    values = [row.value for row in renamed_head if isinstance(row, Row)]
-    source = _likeliest_source(kind, values, path) if format == "auto" else named
-    told = [kind_of(row.value) for row in renamed_head if isinstance(row, Row)]
-    usual = kind or max(KINDS, key=told.count)
-    absent = set((columns or {}).values())
-    seen_rows = False
-    for row in chain(head, rows):
-        if isinstance(row, Problem):
-            yield Parsed(row.line, None, None, [row])
-            continue
-        seen_rows = True
-        if absent and isinstance(row.value, Mapping):
-            absent -= row.value.keys()
-        yield from _parse_row(_renamed(row, columns), kind, usual, source, check)
-    if absent and seen_rows:
-        names = ", ".join(repr(name) for name in sorted(absent))
-        mend = "Correct the source's 'columns' ({field of a record: name in the file})."
-        yield Parsed(0, None, None, [problem(0, "file", f"has no column {names} in any row.", mend)])
+def split_of(first_turn: str, split: Split) -> SplitName:
+    """The side that a conversation is on: the fractions from 0 up are test, validation, judge, and the rest train."""
+    position = fraction(first_turn)
+    if position < split.test:
+        return "test"
+    if position < split.test + split.validation:
+        return "validation"
+    return "judge" if position < split.test + split.validation + split.judge else "train"
 
 
 def mix(parts: Iterable[tuple[Sequence[S], float]], seed: int) -> list[S]:
-    """All parts one after the other, each record as often as its part's weight says; of a fraction, so many are drawn.
+    """All parts one after the other, each record as often as its part's weight says; a fraction draws that share.
 
     A part's draw depends on the seed and its own records' positions alone: other parts, and records added at its end,
     change little or nothing of it. Order within a part is kept.
@@ -185,92 +99,200 @@ def mix(parts: Iterable[tuple[Sequence[S], float]], seed: int) -> list[S]:
     return mixed
 
 
-def split_records(records: Iterable[R], split: Split) -> Splits[R]:
-    """The records by side of the split, in their order."""
-    sides: dict[SplitName, list[R]] = {"train": [], "validation": [], "test": [], "judge": []}
-    for record in records:
-        sides[split_of(first_user_turn(record), split)].append(record)
-    return Splits(**sides)
+# -- records of sources
 
 
-@overload
 def load_mixture(
-    sources: Sequence[DataSource], split: Split, *, kind: Literal["dialog"], check: TextCheck, seed: int
-) -> Mixture[Dialog]: ...
-@overload
-def load_mixture(
-    sources: Sequence[DataSource], split: Split, *, kind: Literal["preference"], check: TextCheck, seed: int
-) -> Mixture[Preference]: ...
-@overload
-def load_mixture(
-    sources: Sequence[DataSource], split: Split, *, kind: Literal["prompt"], check: TextCheck, seed: int
-) -> Mixture[Prompt]: ...
-def load_mixture(
-    sources: Sequence[DataSource], split: Split, *, kind: Kind, check: TextCheck, seed: int
-) -> Mixture[Any]:
-    """The sources' records, split by conversation, then mixed by weight; counts are named by file.
+    sources: Sequence[DataSource], split: Split, record: type[R], *, forbidden: Sequence[str], seed: int
+) -> Mixture[R]:
+    """The sources' records of this kind, split by conversation, then mixed by weight.
 
-    The bad lines of all sources are told in one error.
+    Dialogs and preferences are read as prompts where prompts are wanted. `forbidden` are the texts that no message may
+    hold (`ChatFormat.forbidden`). The bad lines of all sources are reported in one error.
     """
-    loaded: list[tuple[DataSource, Loaded[Any], Splits[Any]]] = []
+    parts: list[tuple[float, dict[SplitName, list[R]]]] = []
+    dropped: Counter[str] = Counter()
     errors: list[str] = []
     for source in sources:
         try:
-            found = cast(Callable[..., Loaded[Any]], read_records)(source, kind, check)
+            records, left_out = _read(source, record, tuple(forbidden))
         except DataError as error:
             errors.append(str(error))
             continue
-        loaded.append((source, found, split_records(found.records, split)))
+        sides: dict[SplitName, list[R]] = {"train": [], "validation": [], "test": [], "judge": []}
+        for one in records:
+            sides[split_of(first_user_turn(one), split)].append(one)
+        parts.append((source.weight, sides))
+        dropped.update({f"{source.path}: {reason}": count for reason, count in left_out.items()})
     if errors:
         raise DataError("\n".join(errors))
     return Mixture(
-        train=mix([(sides.train, source.weight) for source, _, sides in loaded], seed),
-        judge=mix([(sides.judge, source.weight) for source, _, sides in loaded], seed),
-        validation=mix([(sides.validation, 1.0) for _, _, sides in loaded], seed),
-        test=mix([(sides.test, 1.0) for _, _, sides in loaded], seed),
-        dropped=_by_file((source.path, found.dropped) for source, found, _ in loaded),
-        unused_keys=_by_file((source.path, found.unused_keys) for source, found, _ in loaded),
+        train=mix([(sides["train"], weight) for weight, sides in parts], seed),
+        validation=mix([(sides["validation"], 1.0) for _, sides in parts], seed),
+        test=mix([(sides["test"], 1.0) for _, sides in parts], seed),
+        judge=mix([(sides["judge"], weight) for weight, sides in parts], seed),
+        dropped=dict(dropped),
     )
 
 
+def read_records(source: DataSource, record: type[R], *, forbidden: Sequence[str] = ()) -> list[R]:
+    """All records of one source, in its order, whatever their side of the split; see `load_mixture`."""
+    return list(_read(source, record, tuple(forbidden))[0])
+
+
+_Read = tuple[tuple[Record, ...], dict[str, int]]
+_remembered: dict[tuple[object, ...], _Read] = {}
+
+
+def _read(source: DataSource, record: type[R], forbidden: tuple[str, ...]) -> tuple[Sequence[R], Mapping[str, int]]:
+    """The records of a source and the counts of what was dropped: read and checked once in a process.
+
+    Three reward models read the same pairs. What decides the result is the key: the source, the kind, the forbidden
+    texts, and the file as it is on the disk.
+    """
+    file = Path(source.path).expanduser()
+    state = file.stat() if file.is_file() else None
+    stamp = state and (state.st_ino, state.st_size, state.st_mtime_ns)
+    key = (source.model_dump_json(exclude={"weight"}), str(file.resolve()), stamp, record, forbidden)
+    result = _remembered.get(key) or _read_source(source, KIND_OF[record], forbidden)
+    if key not in _remembered and len(result[0]) <= _REMEMBERED:
+        while len(result[0]) + sum(len(records) for records, _ in _remembered.values()) > _REMEMBERED:
+            del _remembered[next(iter(_remembered))]
+        _remembered[key] = result
+    return cast(tuple[Sequence[R], Mapping[str, int]], result)
+
+
+def _read_source(source: DataSource, kind: Kind, forbidden: Sequence[str]) -> _Read:
+    _check_system(source, forbidden)
+    records: list[Record] = []
+    dropped: Counter[str] = Counter()
+    problems: list[Problem] = []
+    rows = parse_rows(
+        read_rows(source.path),
+        path=source.path,
+        kind=kind,
+        format=source.format,
+        columns=source.columns,
+        forbidden=forbidden,
+    )
+    for row in rows:
+        problems += row.problems
+        if row.record is not None:
+            record = as_prompt(row.record) if kind == "prompt" else row.record
+            records.append(record_with_system(record, source.system))
+        elif row.problems:
+            dropped[reason_key(row.problems[0])] += 1
+        else:
+            dropped[f"row without a {kind}"] += 1
+        if len(records) == source.limit:
+            break
+    fatal = problems if source.on_bad_record == "error" else [fault for fault in problems if fault.field == "file"]
+    if fatal:
+        raise DataError(_refusal(source.path, fatal, len(records)))
+    if not records:
+        counts = "; ".join(f"{count} x {reason}" for reason, count in dropped.items()) or "it has no rows"
+        raise DataError(
+            f"{source.path}: no record is left ({counts}). A source must hold at least one {kind}. "
+            "Correct the file (`llamachat data check` names each line), or take it out of the recipe."
+        )
+    return tuple(records), dict(dropped)
+
+
+def _check_system(source: DataSource, forbidden: Sequence[str]) -> None:
+    try:
+        check_texts((Message("system", source.system or ""),), forbidden, field="system")
+    except DialogError as error:
+        raise DataError(f"{source.path}: the source's 'system' {error.reason} Use another text.") from error
+
+
+def _refusal(path: str, problems: Sequence[Problem], good: int) -> str:
+    if all(fault.field == "file" for fault in problems):
+        return report(problems, path)
+    lines = len({fault.line for fault in problems})
+    what = "1 record breaks" if lines == 1 else f"{lines} records break"
+    return (
+        f"{path}: {what} the rules, {good} keep them. None is skipped in silence: correct them, or leave them out with "
+        f"the source's `on_bad_record: drop`, which counts them.\n{report(problems, path)}"
+    )
+
+
+# -- rows of a file
+
+
+def parse_rows(
+    rows: Iterable[Row],
+    *,
+    path: str,
+    kind: Kind | None = None,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    forbidden: Sequence[str] = (),
+) -> Iterator[Row]:
+    """Every row in turn, converted from its format, once for each record that it holds, or with its problems.
+
+    Without `kind` each row is of the kind that its keys say. `path` stands in errors.
+    """
+    named = named_source(format, kind, path)
+    if not columns and format != "native":
+        rows = gathered(rows, kind, [named] if named else SOURCES.values())
+    rows = iter(rows)
+    head = list(islice(rows, _HEAD))
+    values = [_renamed(row, columns).value for row in head if not row.problems]
+    source = _likeliest_source(kind, values, path) if format == "auto" else named
+    kinds = [kind_of(value) for value in values]
+    usual = kind or max(KINDS, key=kinds.count)
+    absent = set((columns or {}).values())
+    has_rows = False
+    for row in chain(head, rows):
+        if row.problems:
+            yield row
+            continue
+        has_rows = True
+        if absent and isinstance(row.value, Mapping):
+            absent -= row.value.keys()
+        yield from _parse_row(_renamed(row, columns), kind, usual, source, forbidden)
+    if absent and has_rows:
+        names = ", ".join(repr(name) for name in sorted(absent))
+        fix = "Correct the source's 'columns' ({field of a record: name in the file})."
+        yield bad_row(0, "file", f"has no column {names} in any row.", fix)
+
+
 def _parse_row(
-    row: Row | Problem, kind: Kind | None, usual: Kind, source: Source | None, check: TextCheck
-) -> Iterator[Parsed]:
-    if isinstance(row, Problem):
-        yield Parsed(row.line, None, None, [row])
-        return
+    row: Row, kind: Kind | None, usual: Kind, source: Source | None, forbidden: Sequence[str]
+) -> Iterator[Row]:
     if source is None or not isinstance(row.value, Mapping):
-        yield _parsed(row.value, row.line, kind, usual, check)
+        yield _parsed(row, row.value, kind, usual, forbidden)
         return
-    count = 0
+    is_empty = True
     try:
         for value in source.convert(row.value):
-            count += 1
-            yield _parsed(value, row.line, kind, usual, check)
-    except ValueError as error:
-        yield Parsed(row.line, source.kind, None, [source_problem(row.line, str(error))])
+            is_empty = False
+            yield _parsed(row, value, kind, usual, forbidden)
+    except DialogError as error:
+        yield replace(row, kind=source.kind, problems=(source.problem(row.line, error),))
         return
-    if not count:
-        yield Parsed(row.line, source.kind, None)
+    if is_empty:
+        yield replace(row, kind=source.kind)
 
 
-def _parsed(value: object, line: int, kind: Kind | None, usual: Kind, check: TextCheck) -> Parsed:
-    """The record that the keys tell where any kind will do, else the one that is wanted."""
-    told = kind_of(value)
-    own = kind if kind in ("dialog", "preference") else told or usual
-    record, found = parse_record(value, own, line, check, is_context=kind == "prompt")
-    return Parsed(line, own if kind or told else None, record, found.problems, found.unused)
+def _parsed(row: Row, value: object, kind: Kind | None, usual: Kind, forbidden: Sequence[str]) -> Row:
+    """The record that the keys say where any kind will do, else the one that is wanted."""
+    by_keys = kind_of(value)
+    own = kind if kind in ("dialog", "preference") else by_keys or usual
+    record, problems, unused = parse_record(value, own, row.line, forbidden, is_context=kind == "prompt")
+    shown = own if kind or by_keys else None
+    return Row(row.line, row.value, problems=problems, kind=shown, record=record, unused=unused)
 
 
-def _renamed(row: Row | Problem, columns: Mapping[str, str] | None) -> Row | Problem:
-    if not columns or isinstance(row, Problem) or not isinstance(row.value, Mapping):
+def _renamed(row: Row, columns: Mapping[str, str] | None) -> Row:
+    if not columns or not isinstance(row.value, Mapping):
         return row
     value = {name: item for name, item in row.value.items() if name not in columns.values()}
     value |= {name: row.value[column] for name, column in columns.items() if column in row.value}
-    return Row(row.line, value)
+    return replace(row, value=value)
 
 
-def _named_source(format: str, kind: Kind | None, path: str) -> Source | None:
+def named_source(format: str, kind: Kind | None, path: str) -> Source | None:
     """The known set that the format names; None where it names none."""
     if format in ("auto", "native"):
         return None
@@ -305,58 +327,5 @@ def _likeliest_source(kind: Kind | None, head: Sequence[object], path: str) -> S
     if not best or votes[names] == votes[()]:
         return None
     if len(best) > 1:
-        raise DataError(f"{path}: its rows {choice_of(best)}")
+        raise DataError(f"{path}: its rows {choice_of(best)} {CHOICE_FIX}")
     return best[0]
-
-
-def _check_system(source: DataSource, check: TextCheck) -> None:
-    if source.system is None:
-        return
-    try:
-        check((Message("system", source.system),), field="system")
-    except DialogError as error:
-        raise DataError(f"{source.path}: the source's 'system' {error.reason} Write it otherwise.") from error
-
-
-def _refusal(path: str, problems: Sequence[Problem], good: int) -> str:
-    lines = len({found.line for found in problems})
-    if all(found.field == "file" for found in problems):
-        return report(problems, path)
-    what = "1 record breaks" if lines == 1 else f"{lines} records break"
-    return (
-        f"{path}: {what} the rules, {good} keep them. None is skipped in silence: mend them, or leave them out with "
-        f"the source's `on_bad_record: drop`, which counts them.\n{report(problems, path)}"
-    )
-
-
-def _counted(counts: Mapping[str, int]) -> str:
-    return "; ".join(f"{count} x {reason}" for reason, count in counts.items()) or "it has no rows"
-
-
-def _by_file(counts: Iterable[tuple[str, Mapping[str, int]]]) -> dict[str, int]:
-    merged: Counter[str] = Counter()
-    for path, found in counts:
-        merged.update({f"{path}: {name}": count for name, count in found.items()})
-    return dict(merged)
-
-
-__all__ = [
-    "KINDS",
-    "RATINGS",
-    "Findings",
-    "Kind",
-    "Loaded",
-    "Mixture",
-    "Parsed",
-    "Preference",
-    "Prompt",
-    "Rating",
-    "Record",
-    "Splits",
-    "TextCheck",
-    "load_mixture",
-    "mix",
-    "parse_rows",
-    "read_records",
-    "split_records",
-]

@@ -1,7 +1,6 @@
-"""What is wrong with one line of a data file, and how a list of such problems is told and counted.
+"""What is wrong with one line of a data file, and how a list of such problems is printed and counted.
 
-A reader of data hands problems on beside the rows it could read, so that all of a file's are told at once and none is
-passed over in silence.
+A reader of data returns problems next to the rows that it could read, so that all of a file's are reported at once.
 """
 
 import re
@@ -19,24 +18,24 @@ _KEY_LENGTH = 160
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One breach of the rules: the line (1 is the first; 0 the file as a whole), the field, what is wrong, the mend."""
+    """One breach of the rules: the line (1 is the first; 0 the file as a whole), the field, what is wrong, the fix."""
 
     line: int
     field: str
     reason: str
-    mend: str
+    fix: str
 
     def at(self, path: str | Path) -> str:
         """The problem on one line of text, as an editor or a terminal can jump to it."""
         where = f"{path}:{self.line}" if self.line else str(path)
-        return f"{where}: {self.field}: {self.reason} {self.mend}"
+        return f"{where}: {self.field}: {self.reason} {self.fix}"
 
 
-def problem(line: int, field: str, reason: str, mend: str) -> Problem:
-    """A problem whose texts are shared with its likes: a file of a million lines may have the same fault in each."""
+def problem(line: int, field: str, reason: str, fix: str) -> Problem:
+    """A problem that shares its texts with equal ones: a file of a million lines may have the same fault in each."""
     if len(reason) > LONGEST_REASON:
         reason = reason[:LONGEST_REASON] + "..."
-    return Problem(line, intern(printable(field)), intern(printable(reason)), intern(printable(mend)))
+    return Problem(line, intern(printable(field)), intern(printable(reason)), intern(printable(fix)))
 
 
 def printable(text: str) -> str:
@@ -54,7 +53,7 @@ def reason_key(found: Problem) -> str:
 
 
 def report(problems: Sequence[Problem], path: str | Path) -> str:
-    """The problems of one file, a line each, and the command that mends some of them where there is one."""
+    """The problems of one file, a line each, and the command that fixes some of them where there is one."""
     lines = [found.at(path) for found in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"and {len(problems) - SHOWN} more (`llamachat data check {path}` names them all).")
@@ -63,13 +62,13 @@ def report(problems: Sequence[Problem], path: str | Path) -> str:
 
 
 def convert_command(problems: Iterable[Problem], path: str | Path) -> str:
-    """The `data convert` command for this file, if it would mend one of the problems; else ""."""
-    if not any(_CONVERT in found.mend for found in problems):
+    """The `data convert` command for this file, if it would fix one of the problems; else ""."""
+    if not any(_CONVERT in found.fix for found in problems):
         return ""
-    return f"Where that is the mend, the command is: {_CONVERT} {path} {converted_path(path)}"
+    return f"Where that is the fix, the command is: {_CONVERT} {path} {converted_path(path)}"
 
 
 def converted_path(path: str | Path) -> Path:
-    """Where a mended copy of the file goes: beside it, its suffixes replaced."""
+    """Where a converted copy of the file goes: next to it, its suffixes replaced."""
     old = Path(path)
     return old.with_name(f"{old.name.split('.')[0] or 'data'}.converted.jsonl")

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from llamachat.chat_format import ChatFormat
-from llamachat.chat_format.dialog import Message
+from llamachat.chat_format.dialog import Message, with_system
 from llamachat.config.sections import Base, Data, DataSource, Rollout
-from llamachat.data.loading import Prompt, load_mixture, read_records
+from llamachat.data.loading import fraction, load_mixture, read_records
 from llamachat.data.packing import epoch_order
-from llamachat.data.splits import fraction
+from llamachat.data.records import Prompt
 from llamachat.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -90,12 +90,12 @@ def load_prompts(
     dropped: Counter[str] = Counter()
     sides: dict[str, list[EncodedPrompt]] = {"train": [], "validation": [], "test": []}
     for sources, is_safety in _parts(data):
-        mixture = load_mixture(sources, data.split, kind="prompt", check=chat_format.check_text, seed=seed)
+        mixture = load_mixture(sources, data.split, Prompt, forbidden=chat_format.forbidden, seed=seed)
         dropped.update(mixture.dropped)
         for side, prompts in (("train", mixture.train), ("validation", mixture.validation), ("test", mixture.test)):
-            asked = [prompt for prompt in prompts if is_safety or prompt.is_safety or not only_safety]
+            wanted = [prompt for prompt in prompts if is_safety or prompt.is_safety or not only_safety]
             sides[side] += _encoded(
-                asked, chat_format, is_safety=is_safety, system=system, max_tokens=max_tokens, dropped=dropped
+                wanted, chat_format, is_safety=is_safety, system=system, max_tokens=max_tokens, dropped=dropped
             )
     for reason, count in sorted(dropped.items()):
         log.warning("%d prompts: %s", count, reason)
@@ -116,14 +116,11 @@ def load_prompts(
 def load_borderline(
     data: Data, chat_format: ChatFormat, *, system: str | None, max_tokens: int, count: int
 ) -> list[EncodedPrompt]:
-    """So many prompts of `data.borderline`, of both sides of the split, since no step learns from them."""
-    prompts = [
-        prompt
-        for source in data.borderline
-        for prompt in read_records(source, "prompt", chat_format.check_text).records
-    ]
-    found = _encoded(prompts, chat_format, is_safety=False, system=system, max_tokens=max_tokens, dropped=Counter())
-    return _chosen(found, count)
+    """`count` prompts of `data.borderline`, of both sides of the split, since no step learns from them."""
+    forbidden = chat_format.forbidden
+    prompts = [prompt for one in data.borderline for prompt in read_records(one, Prompt, forbidden=forbidden)]
+    encoded = _encoded(prompts, chat_format, is_safety=False, system=system, max_tokens=max_tokens, dropped=Counter())
+    return _chosen(encoded, count)
 
 
 def _parts(data: Data) -> list[tuple[tuple[DataSource, ...], bool]]:
@@ -147,9 +144,7 @@ def _encoded(
 ) -> list[EncodedPrompt]:
     found = []
     for prompt in prompts:
-        messages = prompt.messages
-        if system is not None and messages[0].role != "system":
-            messages = (Message("system", system), *messages)
+        messages = with_system(prompt.messages, system)
         fitting = chat_format.shorten(messages, max_tokens=max_tokens)
         if fitting is None:
             dropped[f"left out: the last question alone is longer than {max_tokens} tokens"] += 1

@@ -10,13 +10,25 @@ unknown key is left out and named. An optional key with null counts as absent.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, cast, get_args
 
-from llamachat.chat_format.dialog import Dialog, DialogError, EndsWith, Message, check_messages, parse_messages
+from llamachat.chat_format.dialog import (
+    Dialog,
+    DialogError,
+    EndsWith,
+    Message,
+    check_message,
+    check_messages,
+    check_texts,
+    parse_message,
+    parse_messages,
+    with_system,
+)
 from llamachat.data.problems import Problem, problem
 from llamachat.errors import kind_word
 
@@ -64,31 +76,27 @@ class Prompt:
 
 
 Record = Dialog | Preference | Prompt
+KIND_OF: dict[type[Record], Kind] = {Dialog: "dialog", Preference: "preference", Prompt: "prompt"}
 
 
-class TextCheck(Protocol):
-    """A rule on the texts of messages: `ChatFormat.check_text`, which refuses the format's own tags."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a file: the value on it or why there is none; once parsed, its record or why that is none.
 
-    def __call__(self, messages: Sequence[Message], *, field: str = "messages") -> None: ...
+    A parsed row without record and problems is one of a known set that holds no record.
+    """
+
+    line: int  # in files without lines, its number from 1; 0 for the file as a whole
+    value: Any = None
+    problems: tuple[Problem, ...] = ()
+    kind: Kind | None = None
+    record: Record | None = None
+    unused: tuple[str, ...] = ()  # keys that nothing reads
 
 
-@dataclass(slots=True)
-class Findings:
-    """What parsing one record found beside the record: problems, and keys that nothing reads."""
-
-    line: int
-    problems: list[Problem] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-
-    def add(self, name: str, reason: str, mend: str) -> None:
-        self.problems.append(problem(self.line, name, reason, mend))
-
-    def attempt(self, check: Callable[[], None]) -> None:
-        """Run a check that raises `DialogError`, and note what it raises."""
-        try:
-            check()
-        except DialogError as error:
-            self.add(error.field, error.reason, error.fix)
+def bad_row(line: int, field: str, reason: str, fix: str) -> Row:
+    """A row that holds nothing but a problem."""
+    return Row(line, problems=(problem(line, field, reason, fix),))
 
 
 @lru_cache(maxsize=4096)
@@ -119,7 +127,7 @@ def _plain(text: str) -> str:
 
 
 def kind_of(value: object) -> Kind | None:
-    """The kind of record that the keys tell; None where they tell none."""
+    """The kind of record that the keys say; None where they say none."""
     if not isinstance(value, Mapping):
         return None
     if "messages" in value:
@@ -129,221 +137,224 @@ def kind_of(value: object) -> Kind | None:
     return "prompt" if "prompt" in value else None
 
 
-def parse_record(
-    value: object, kind: Kind, line: int, check_text: TextCheck, *, is_context: bool = False
-) -> tuple[Record | None, Findings]:
-    """The record, or None where it has problems; all problems of its fields are found, not the first alone.
-
-    With `is_context` a dialog is read for what it asks: it may end with a question, and need not hold a learnt answer.
-    """
-    found = Findings(line)
-    if not isinstance(value, Mapping):
-        found.add("line", f"is {kind_word(value)}, but a record is an object.", f"Write {_shape(kind)}, or drop it.")
-        return None, found
-    row = cast(Mapping[str, Any], value)
-    _check_keys(row, KEYS[kind], "", kind, found)
-    missing = [key for key in REQUIRED[kind] if row.get(key) is None]
-    for key in missing:
-        _add_missing(row, key, kind, found)
-    if kind == "dialog":
-        record = _dialog(row, found, check_text, is_context=is_context)
-    else:
-        record = (_preference if kind == "preference" else _prompt)(row, found, check_text)
-    return (None if found.problems else record), found
-
-
 def digest_of(record: Record) -> bytes:
     """The same for two records that say the same, however they are written."""
     return hashlib.blake2b(repr(record).encode("utf-8", "backslashreplace"), digest_size=16).digest()
 
 
-def with_system(record: Record, system: str) -> Record:
+def asked(record: Record) -> tuple[Message, ...]:
+    """The messages of a record without the answers of a preference."""
+    return record.prompt if isinstance(record, Preference) else record.messages
+
+
+def record_with_system(record: Record, system: str | None) -> Record:
     """The record with this system text, where it has none."""
-    added = Message("system", system)
-    messages = record.messages if isinstance(record, (Dialog, Prompt)) else record.prompt
-    if messages[0].role == "system":
-        return record
-    if isinstance(record, Dialog):
-        return Dialog((added, *messages), record.is_safe)
-    if isinstance(record, Prompt):
-        return Prompt(messages=(added, *messages), is_safety=record.is_safety, id=record.id)
-    return Preference(
-        prompt=(added, *messages),
-        chosen=record.chosen,
-        rejected=record.rejected,
-        rating=record.rating,
-        chosen_is_safe=record.chosen_is_safe,
-        rejected_is_safe=record.rejected_is_safe,
-    )
+    messages = with_system(asked(record), system)
+    return replace(record, prompt=messages) if isinstance(record, Preference) else replace(record, messages=messages)
 
 
 def as_prompt(record: Record) -> Prompt:
     """What a record asks: a dialog up to its last user turn, a preference without its answers."""
     if isinstance(record, Prompt):
         return record
-    if isinstance(record, Preference):
-        return Prompt(messages=record.prompt)
-    is_open = record.messages[-1].role == "user"
-    return Prompt(messages=record.messages if is_open else record.messages[:-1])
+    messages = asked(record)
+    return Prompt(messages=messages if messages[-1].role == "user" else messages[:-1])
 
 
 def first_user_turn(record: Record) -> str:
     """The text that decides which side of a split the record falls on."""
-    messages = record.prompt if isinstance(record, Preference) else record.messages
-    return next(message.content for message in messages if message.role == "user")
+    return next(message.content for message in asked(record) if message.role == "user")
 
 
-def _dialog(row: Mapping[str, Any], found: Findings, check_text: TextCheck, *, is_context: bool) -> Dialog | None:
-    messages = _messages(row, "messages", "either" if is_context else "assistant", found, check_text)
-    is_safe = _boolean(row, "is_safe", found)
-    is_learnt = is_context or any(message.train is not False for message in messages if message.role == "assistant")
-    if messages and not found.problems and not is_learnt:
-        found.add(
-            "messages",
-            "has 'train': false on every answer, so there is nothing to learn.",
-            "Take it out of the answers that are to be learnt, or drop the record.",
-        )
-    return Dialog(messages, is_safe) if messages else None
+def parse_record(
+    value: object, kind: Kind, line: int, forbidden: Sequence[str], *, is_context: bool = False
+) -> tuple[Record | None, tuple[Problem, ...], tuple[str, ...]]:
+    """The record, all problems of its fields, and its keys that nothing reads; no record where there are problems.
+
+    `forbidden` are the texts that no message may hold (`ChatFormat.forbidden`). With `is_context` a dialog is read for
+    what it asks: it may end with a question, and need not hold a learnt answer.
+    """
+    parser = _Parser(line, forbidden)
+    record = parser.record(value, kind, is_context=is_context)
+    return None if parser.problems else record, tuple(parser.problems), tuple(parser.unused)
 
 
-def _preference(row: Mapping[str, Any], found: Findings, check_text: TextCheck) -> Preference | None:
-    prompt = _messages(row, "prompt", "user", found, check_text)
-    chosen = _answer(row, "chosen", found, check_text)
-    rejected = _answer(row, "rejected", found, check_text)
-    if chosen and rejected and chosen.content.strip() == rejected.content.strip():
-        found.add("rejected", "is the same answer as 'chosen', so there is nothing to compare.", "Drop the record.")
-    rating = _rating(row, found)
-    labels = {key: _boolean(row, key, found) for key in ("chosen_is_safe", "rejected_is_safe")}
-    if not prompt or chosen is None or rejected is None:
-        return None
-    return Preference(prompt=prompt, chosen=chosen, rejected=rejected, rating=rating, **labels)
+@dataclass(slots=True)
+class _Parser:
+    """The parsing of one record: what is wrong is noted, and the next field is parsed all the same."""
 
+    line: int
+    forbidden: Sequence[str]
+    problems: list[Problem] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
-def _prompt(row: Mapping[str, Any], found: Findings, check_text: TextCheck) -> Prompt | None:
-    messages = _messages(row, "prompt", "user", found, check_text)
-    is_safety = bool(_boolean(row, "is_safety", found))
-    name = row.get("id")
-    if name is not None and not isinstance(name, str):
-        found.add("id", f"is {kind_word(name)}, but an id is a string.", f'Write "{name}" in quotes, or take it out.')
-        name = None
-    elif name is not None and not name.isprintable():
-        found.add("id", f"is {_short(name)}, which cannot be written out.", "Write it with printable characters.")
-    return Prompt(messages=messages, is_safety=is_safety, id=name) if messages else None
+    def note(self, name: str, reason: str, fix: str) -> None:
+        self.problems.append(problem(self.line, name, reason, fix))
 
-
-def _messages(
-    row: Mapping[str, Any], key: str, ends_with: EndsWith, found: Findings, check_text: TextCheck
-) -> tuple[Message, ...]:
-    """The messages under a key, () where they cannot be read; each rule that they break is noted."""
-    if row.get(key) is None:
-        return ()
-    value = row[key]
-    messages = _parsed_messages(value, key, found)
-    if messages or value == []:
-        found.attempt(lambda: check_messages(messages, ends_with=ends_with, field=key))
-        found.attempt(lambda: check_text(messages, field=key))
-    return messages
-
-
-def _parsed_messages(value: object, key: str, found: Findings) -> tuple[Message, ...]:
-    """The messages, or () and the fault of each that is none."""
-    messages: list[Message] = []
-    num_problems = len(found.problems)
-    for index, item in enumerate(value if isinstance(value, list) else [value]):
-        if isinstance(item, Mapping):
-            _check_keys(item, _MESSAGE_KEYS, f"{key}[{index}].", "message", found)
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note the `DialogError` that a check raises."""
         try:
-            messages += parse_messages([item] if isinstance(value, list) else value, field=key)
+            yield
         except DialogError as error:
-            # Parsed one by one, so that each fault is found, every message stands at [0].
-            found.add(error.field.replace(f"{key}[0]", f"{key}[{index}]", 1), error.reason, error.fix)
-    return tuple(messages) if len(found.problems) == num_problems else ()
+            self.note(error.field, error.reason, error.fix)
 
+    def record(self, value: object, kind: Kind, *, is_context: bool) -> Record | None:
+        if not isinstance(value, Mapping):
+            self.note(
+                "line", f"is {kind_word(value)}, but a record is an object.", f"Write {_shape(kind)}, or drop it."
+            )
+            return None
+        row = cast(Mapping[str, Any], value)
+        self.check_keys(row, KEYS[kind], "", kind)
+        for key in REQUIRED[kind]:
+            if row.get(key) is None:
+                self.note_missing(row, key, kind)
+        if kind == "dialog":
+            return self.dialog(row, is_context=is_context)
+        return self.preference(row) if kind == "preference" else self.prompt(row)
 
-def _answer(row: Mapping[str, Any], key: str, found: Findings, check_text: TextCheck) -> Message | None:
-    """The one assistant message under 'chosen' or 'rejected'."""
-    value = row.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, list) or len(value) != 1:
+    def dialog(self, row: Mapping[str, Any], *, is_context: bool) -> Dialog | None:
+        messages = self.messages(row, "messages", "either" if is_context else "assistant")
+        is_safe = self.boolean(row, "is_safe")
+        is_learnt = is_context or any(message.train is not False for message in messages if message.role == "assistant")
+        if messages and not self.problems and not is_learnt:
+            self.note(
+                "messages",
+                "has 'train': false on every answer, so there is nothing to learn.",
+                "Take it out of the answers that are to be learnt, or drop the record.",
+            )
+        return Dialog(messages, is_safe) if messages else None
+
+    def preference(self, row: Mapping[str, Any]) -> Preference | None:
+        prompt = self.messages(row, "prompt", "user")
+        chosen, rejected = self.answer(row, "chosen"), self.answer(row, "rejected")
+        if chosen and rejected and chosen.content.strip() == rejected.content.strip():
+            self.note("rejected", "is the same answer as 'chosen', so there is nothing to compare.", "Drop the record.")
+        rating = self.rating(row)
+        labels = {key: self.boolean(row, key) for key in ("chosen_is_safe", "rejected_is_safe")}
+        if not prompt or chosen is None or rejected is None:
+            return None
+        return Preference(prompt=prompt, chosen=chosen, rejected=rejected, rating=rating, **labels)
+
+    def prompt(self, row: Mapping[str, Any]) -> Prompt | None:
+        messages = self.messages(row, "prompt", "user")
+        is_safety = bool(self.boolean(row, "is_safety"))
+        name = row.get("id")
+        if name is not None and not isinstance(name, str):
+            reason = f"is {kind_word(name)}, but an id is a string."
+            self.note("id", reason, f'Write "{name}" in quotes, or take it out.')
+        elif name is not None and not name.isprintable():
+            self.note("id", f"is {_short(name)}, which cannot be written out.", "Write it with printable characters.")
+        return Prompt(messages=messages, is_safety=is_safety, id=name) if messages else None
+
+    def messages(self, row: Mapping[str, Any], key: str, ends_with: EndsWith) -> tuple[Message, ...]:
+        """The messages under a key, () where they cannot be read; each rule that they break is noted."""
+        value = row.get(key)
+        if value is None:
+            return ()
+        messages = self.readable_messages(value, key)
+        if messages or value == []:
+            with self.noting():
+                check_messages(messages, ends_with=ends_with, field=key)
+            with self.noting():
+                check_texts(messages, self.forbidden, field=key)
+        return messages
+
+    def readable_messages(self, value: object, key: str) -> tuple[Message, ...]:
+        """The messages, or () where one of them is none; each such fault is noted."""
+        if not isinstance(value, list):
+            with self.noting():
+                return parse_messages(value, field=key)
+            return ()
+        messages: list[Message] = []
+        num_problems = len(self.problems)
+        for index, item in enumerate(value):
+            if isinstance(item, Mapping):
+                self.check_keys(item, _MESSAGE_KEYS, f"{key}[{index}].", "message")
+            with self.noting():
+                messages.append(parse_message(item, f"{key}[{index}]"))
+        return tuple(messages) if len(self.problems) == num_problems else ()
+
+    def answer(self, row: Mapping[str, Any], key: str) -> Message | None:
+        """The one assistant message under 'chosen' or 'rejected'."""
+        value = row.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != 1:
+            self.note_no_answer(row, key)
+            return None
+        messages = self.readable_messages(value, key)
+        if not messages:
+            return None
+        (message,) = messages
+        if message.role != "assistant":
+            self.note(f"{key}[0].role", f"is '{message.role}', but an answer is the assistant's.", "Write 'assistant'.")
+            return None
+        with self.noting():
+            check_message(message, f"{key}[0]")
+        with self.noting():
+            check_texts(messages, self.forbidden, field=key)
+        return message
+
+    def note_no_answer(self, row: Mapping[str, Any], key: str) -> None:
+        value = row[key]
         what = f"is a list of {len(value)} messages" if isinstance(value, list) else f"is {kind_word(value)}"
-        mend = f'Write "{key}": [{{"role": "assistant", "content": "..."}}].'
+        fix = f'Write "{key}": [{{"role": "assistant", "content": "..."}}].'
         if isinstance(value, list) and value:
             is_repeat = value[:-1] == row.get("prompt")
             what += ", the prompt among them" if is_repeat else ", and they do not start with 'prompt'"
-            mend = "Keep its last message alone." if is_repeat else "Keep the answer to 'prompt' alone, or drop it."
-        found.add(key, f"{what}, but it is one answer to the prompt that both share.", mend)
+            fix = "Keep its last message alone." if is_repeat else "Keep the answer to 'prompt' alone, or drop it."
+        self.note(key, f"{what}, but it is one answer to the prompt that both share.", fix)
+
+    def rating(self, row: Mapping[str, Any]) -> Rating | None:
+        value = row.get("rating")
+        if value is None or value in RATINGS:
+            return value
+        words = ", ".join(RATINGS)
+        if not isinstance(value, str):
+            fix = f"Write one of {words}, or take it out."
+            self.note("rating", f"is {kind_word(value)}, but a rating is a word.", fix)
+            return None
+        near = rating_meant(value) or next(iter(get_close_matches(_plain(value), RATINGS, n=1)), None)
+        fix = f"Write '{near}'." if near else "Write one of them, or take it out."
+        self.note("rating", f"is {_short(value)}, but the ratings are {words}.", fix)
         return None
-    messages = _parsed_messages(value, key, found)
-    if not messages:
+
+    def boolean(self, row: Mapping[str, Any], key: str) -> bool | None:
+        value = row.get(key)
+        if value is None or isinstance(value, bool):
+            return value
+        self.note(key, f"is {_short(value)}, but it is true, false or absent.", "Write true or false, without quotes.")
         return None
-    (message,) = messages
-    if message.role != "assistant":
-        found.add(f"{key}[0].role", f"is '{message.role}', but an answer is the assistant's.", "Write 'assistant'.")
-        return None
-    found.attempt(lambda: _check_answer_text(message, key))
-    found.attempt(lambda: check_text((message,), field=key))
-    return message
 
+    def check_keys(self, row: Mapping[str, Any], known: tuple[str, ...], at: str, what: str) -> None:
+        """Unknown keys: one that is nearly a known key, not there itself, is a slip; the others are named as unused."""
+        for key in row:
+            if key in known:
+                continue
+            # A key of another kind of record is spelt as it is meant.
+            near = slip_of(key, known) if isinstance(key, str) and key not in _KEYS_OF_ALL else None
+            if near and near not in row:
+                self.note(
+                    f"{at}{key}",
+                    f"is no key of a {what}, and what it says would be lost ({', '.join(known)}).",
+                    f"Rename it '{near}' if that is meant, or take it out.",
+                )
+            else:
+                self.unused.append(f"{at}{key}")
 
-def _check_answer_text(message: Message, key: str) -> None:
-    try:
-        check_messages((Message("user", "?"), message), ends_with="assistant", field=key)
-    except DialogError as error:
-        # The question before it is ours, so the answer stands at [1] there and at [0] in the record.
-        raise DialogError(error.field.replace("[1]", "[0]", 1), error.reason, error.fix) from error
-
-
-def _rating(row: Mapping[str, Any], found: Findings) -> Rating | None:
-    value = row.get("rating")
-    if value is None or value in RATINGS:
-        return value
-    words = ", ".join(RATINGS)
-    if not isinstance(value, str):
-        found.add("rating", f"is {kind_word(value)}, but a rating is a word.", f"Write one of {words}, or take it out.")
-        return None
-    near = rating_meant(value) or next(iter(get_close_matches(_plain(value), RATINGS, n=1)), None)
-    mend = f"Write '{near}'." if near else "Write one of them, or take it out."
-    found.add("rating", f"is {_short(value)}, but the ratings are {words}.", mend)
-    return None
-
-
-def _boolean(row: Mapping[str, Any], key: str, found: Findings) -> bool | None:
-    value = row.get(key)
-    if value is None or isinstance(value, bool):
-        return value
-    found.add(key, f"is {_short(value)}, but it is true, false or absent.", "Write true or false, without quotes.")
-    return None
-
-
-def _check_keys(row: Mapping[str, Any], known: tuple[str, ...], at: str, what: str, found: Findings) -> None:
-    """Unknown keys: one that is nearly a known key, not there itself, is a slip; the others are named as unused."""
-    for key in row:
-        if key in known:
-            continue
-        # A key of another kind of record is spelt as it is meant.
-        near = slip_of(key, known) if isinstance(key, str) and key not in _KEYS_OF_ALL else None
-        if near and near not in row:
-            found.add(
-                f"{at}{key}",
-                f"is no key of a {what}, and what it says would be lost ({', '.join(known)}).",
-                f"Rename it '{near}' if that is meant, or take it out.",
-            )
+    def note_missing(self, row: Mapping[str, Any], key: str, kind: Kind) -> None:
+        if any(slip.field in row and f"'{key}'" in slip.fix for slip in self.problems):
+            return  # already noted as a misspelt key
+        other = kind_of(row)
+        present = ", ".join(repr(name) for name in list(row)[:8]) or "nothing"
+        what = "null" if key in row else f"missing; the record holds {present}"
+        if other is not None and other != kind and not any(name in row for name in REQUIRED[kind]):
+            fix = f"It looks like a {other}: move it to a file of those, or name that file where {other}s are read."
         else:
-            found.unused.append(f"{at}{key}")
-
-
-def _add_missing(row: Mapping[str, Any], key: str, kind: Kind, found: Findings) -> None:
-    if any(near.field in row and f"'{key}'" in near.mend for near in found.problems):
-        return  # told as a slip of the pen already
-    other = kind_of(row)
-    held = ", ".join(repr(name) for name in list(row)[:8]) or "nothing"
-    what = "null" if key in row else f"missing; the record holds {held}"
-    if other is not None and other != kind and not any(name in row for name in REQUIRED[kind]):
-        mend = f"It looks like a {other}: move it to a file of those, or name that file where {other}s are read."
-    else:
-        mend = f"Write {_shape(kind)}, or name the 'format' or the 'columns' of the file."
-    found.add(key, f"is {what}, but a {kind} needs it.", mend)
+            fix = f"Write {_shape(kind)}, or name the 'format' or the 'columns' of the file."
+        self.note(key, f"is {what}, but a {kind} needs it.", fix)
 
 
 def _shape(kind: Kind) -> str:

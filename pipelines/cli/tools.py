@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from llamachat.chat_format.llama2 import SPECIAL_TAGS
 from llamachat.errors import UsageError
 from pipelines.cli.exit_status import reported, state_is_kept
 
 if TYPE_CHECKING:
-    from llamachat.data.records import TextCheck
     from llamachat.rollout.engine import Sampling
     from llamachat.runs.artifacts import Kind
 
@@ -36,7 +36,6 @@ TopK = Annotated[
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same answers.")]
-_BUNDLED_BASE = Path(__file__).resolve().parents[2] / "assets" / "base"
 
 
 @reported
@@ -210,7 +209,7 @@ def tokens(
 ) -> None:
     """The token ids and the loss mask of each dialog, as training sees them."""
     from llamachat.chat_format import TrainOn
-    from llamachat.chat_format.tokens import write_tokens
+    from llamachat.data.tokens import write_tokens
 
     done = write_tokens(tokenizer, dialogs, out, train_on=TrainOn(train_on), show=show, allow_unproved=allow_unproved)
     if done.warning:
@@ -230,7 +229,7 @@ def check(
     """Check a data file: every bad line with its field, the reason and the mend; then what the file holds."""
     from llamachat.data.check import check_path
 
-    report = check_path(path, kind, data_format, _text_check())
+    report = check_path(path, kind, data_format, SPECIAL_TAGS)
     print(report.text())
     if report.exit_status:
         raise typer.Exit(report.exit_status)
@@ -263,20 +262,12 @@ def convert(
         out,
         kind=kind,
         format=data_format,
-        check=_text_check(),
+        forbidden=SPECIAL_TAGS,
         overwrite=overwrite,
         strict=strict,
         plain_text=plain_text,
     )
     print(f"{report.dropped()}{report.text()}")
-
-
-def _text_check() -> "TextCheck":
-    from llamachat.chat_format import load_chat_format
-    from llamachat.chat_format.tokenizer import load_tokenizer
-
-    # Which texts a format forbids does not hang on the tokenizer; it only wants one.
-    return load_chat_format("llama2", load_tokenizer(_BUNDLED_BASE)).check_text
 
 
 @reported

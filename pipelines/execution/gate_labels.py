@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import DataSource
+from llamachat.data.files import read_rows
 from llamachat.data.loading import parse_rows
 from llamachat.data.records import Preference
-from llamachat.data.rows import read_rows
 from llamachat.errors import DataError
 from pipelines.execution.resolve import earlier_makers
 from pipelines.recipe.recipe import Recipe, Step
@@ -61,22 +60,11 @@ def _is_unlabelled(source: DataSource) -> bool:
     has_pairs = False
     rows = islice(read_rows(source.path), min(MOST_ROWS, source.limit or MOST_ROWS))
     try:
-        for parsed in parse_rows(
-            rows,
-            kind="preference",
-            format=source.format,
-            columns=source.columns,
-            check=_any_text,
-            path=source.path,
-        ):
-            if isinstance(parsed.record, Preference):
+        for row in parse_rows(rows, path=source.path, kind="preference", format=source.format, columns=source.columns):
+            if isinstance(row.record, Preference):
                 has_pairs = True
-                if (parsed.record.chosen_is_safe, parsed.record.rejected_is_safe) != (None, None):
+                if (row.record.chosen_is_safe, row.record.rejected_is_safe) != (None, None):
                     return False
     except DataError:
         return False  # told where it is read
     return has_pairs
-
-
-def _any_text(messages: Sequence[Message], *, field: str = "messages") -> None:
-    """The chat format's rule on texts is not asked here."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.config.paths import hub_set, missing
 from llamachat.data.check import CheckReport, check_path
+from llamachat.data.files import read_rows
 from llamachat.data.loading import parse_rows
 from llamachat.data.problems import convert_command, converted_path, report
-from llamachat.data.records import Kind, Preference, Record, TextCheck
-from llamachat.data.rows import read_rows
+from llamachat.data.records import Kind, Preference, Record
 from llamachat.errors import DataError, UsageError
 
 # The options of the command: what each takes, and the key of `data` that its files go under.
@@ -64,7 +64,7 @@ class Found:
         return sum(length > tokens for length in self.sizes.records)
 
 
-def look_at(given: Mapping[str, Sequence[Path]], check: TextCheck, count: CountTokens) -> Found:
+def look_at(given: Mapping[str, Sequence[Path]], forbidden: Sequence[str], count: CountTokens) -> Found:
     """The files of each option, read whole; UsageError or DataError for the first that cannot be learnt from."""
     _require_different(given)
     files: dict[str, tuple[str, ...]] = {}
@@ -75,7 +75,7 @@ def look_at(given: Mapping[str, Sequence[Path]], check: TextCheck, count: CountT
     for option, paths in given.items():
         kind, key = OPTIONS[option]
         for path in map(str, paths):
-            found = _checked(path, option, kind, check)
+            found = _checked(path, option, kind, forbidden)
             files[key] = (*files.get(key, ()), path)
             records[key] = records.get(key, 0) + found.num_records
             rated += sum(times for name, times in found.labels.items() if name.startswith("rating "))
@@ -84,7 +84,7 @@ def look_at(given: Mapping[str, Sequence[Path]], check: TextCheck, count: CountT
                 times for name, times in found.labels.items() if key == "safety" and name.startswith(labels)
             )
             if kind != "prompt":
-                _measure(path, kind, check, count, lengths, answers)
+                _measure(path, kind, forbidden, count, lengths, answers)
     return Found(files, records, rated, labelled, Sizes(tuple(sorted(lengths)), tuple(sorted(answers))))
 
 
@@ -105,7 +105,7 @@ def _require_different(given: Mapping[str, Sequence[Path]]) -> None:
                 )
 
 
-def _checked(path: str, option: str, kind: Kind, check: TextCheck) -> CheckReport:
+def _checked(path: str, option: str, kind: Kind, forbidden: Sequence[str]) -> CheckReport:
     """The report on a file that may be learnt from."""
     if hub_set(path) is not None and not Path(path).exists():
         raise UsageError(
@@ -114,7 +114,7 @@ def _checked(path: str, option: str, kind: Kind, check: TextCheck) -> CheckRepor
         )
     if not Path(path).expanduser().exists():
         raise UsageError(f"{option}: {missing(path, what='the data file')}")
-    found = check_path(path, None, "auto", check)
+    found = check_path(path, None, "auto", forbidden)
     _require_readable(found, option)
     other = next((name for name, (taken, _) in OPTIONS.items() if taken == found.kind), None)
     # Prompts may be read out of dialogs and preferences too; dialogs and preferences only out of themselves.
@@ -141,7 +141,7 @@ def _require_readable(found: CheckReport, option: str) -> None:
     """DataError for a file of which no record can be read, which no command of ours mends."""
     whole = next((problem for problem in found.problems if not problem.line), None)
     if whole is not None:  # a folder, an empty file, a table: what it is and what to do, in the reader's words
-        raise DataError(f"{option}: '{found.path}' {whole.reason} {whole.mend}")
+        raise DataError(f"{option}: '{found.path}' {whole.reason} {whole.fix}")
     if found.problems and all(problem.field.startswith("column ") for problem in found.problems) and not found.kind:
         raise DataError(
             f"{option}: '{found.path}' holds no record in a form that can be read: none of its lines is whole JSON, as those of"
@@ -155,9 +155,9 @@ def _convert(path: str) -> str:
 
 
 def _measure(
-    path: str, kind: Kind, check: TextCheck, count: CountTokens, lengths: list[float], answers: list[float]
+    path: str, kind: Kind, forbidden: Sequence[str], count: CountTokens, lengths: list[float], answers: list[float]
 ) -> None:
-    rows = parse_rows(read_rows(path), kind=kind, format="auto", columns=None, check=check, path=path)
+    rows = parse_rows(read_rows(path), path=path, kind=kind, forbidden=forbidden)
     for record in (parsed.record for parsed in rows):
         if record is None:
             continue

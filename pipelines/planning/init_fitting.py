@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llamachat.chat_format import load_chat_format
+from llamachat.chat_format.llama2 import SPECIAL_TAGS
 from llamachat.chat_format.tokenizer import Tokenizer, load_tokenizer
 from llamachat.config.gpus import CARDS, Gpu, parse_gpu
 from llamachat.config.loading import from_plain
-from llamachat.config.paths import ModelPath, bundled, is_hub_name
+from llamachat.config.paths import ModelPath, is_hub_name
 from llamachat.errors import ConfigError, TokenizerError, UsageError
 from llamachat.memory.estimates import KNOWN_BASES, Estimate, shape_of
 from llamachat.models.hub import UNGATED, require_llama, tokenizer_folder
@@ -68,8 +68,7 @@ def make(
             f"--base: the config.json of '{base}' tells no sizes. What fits a card follows from them. Give the folder of a "
             "Llama model with its config.json."
         )
-    check = load_chat_format("llama2", load_tokenizer(bundled("assets/base"))).check_text
-    found = look_at(given, check, _counter(folder))
+    found = look_at(given, SPECIAL_TAGS, _counter(folder))
     asked = Asked(base, shape, _context(folder), found, gpu, hours, run_dir)
     maker = _Maker(asked, card, str(folder or base))
     return maker.within_hours(maker.method())

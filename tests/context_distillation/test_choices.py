@@ -16,6 +16,7 @@ from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.data.loading import read_records
 from llamachat.data.prompts import EncodedPrompt
+from llamachat.data.records import Prompt
 from llamachat.errors import ConfigError, DataError
 from pipelines.execution.run import run_command
 from pipelines.recipe.recipe import load
@@ -141,7 +142,7 @@ def test_the_bundled_recipe_knows_the_category_of_every_prompt_of_catqa_and_of_n
     recipe = load(ROOT / "configs" / "tiny.yaml")
     found: Counter[str] = Counter()
     for source in (*recipe.data.adversarial, *recipe.data.prompts):
-        for record in read_records(source, "prompt", lambda messages, *, field="messages": None).records:
+        for record in read_records(source, Prompt):
             category = category_of(record.id or "", recipe.context_distillation.categories)
             assert (category is not None) is (record.id or "").startswith("catqa"), record.id
             found[category or ""] += 1

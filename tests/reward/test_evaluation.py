@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from llamachat.chat_format.dialog import Message
-from llamachat.data.loading import Preference
+from llamachat.data.records import Preference
 from llamachat.maths.intervals import wilson
 from llamachat.tracking.metrics import check_names
 from reward.baselines import fit_tfidf

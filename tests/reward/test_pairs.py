@@ -10,8 +10,7 @@ import pytest
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Data, DataSource, Split
-from llamachat.data.loading import Preference
-from llamachat.data.splits import split_of
+from llamachat.data.records import Preference, split_of
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
 from reward.batches import Batches, pack_responses, plan_batches

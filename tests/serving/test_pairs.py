@@ -14,6 +14,7 @@ from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import DataSource, Split
 from llamachat.data.loading import load_mixture
+from llamachat.data.records import Preference
 from llamachat.errors import DataError, UsageError
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Completion, Sampling
@@ -365,7 +366,7 @@ def test_from_the_command_to_reward_data(
     write_lines(tmp_path / "pairs.jsonl", rows)
     assert main(["data", "check", "pairs.jsonl"]) == 0
     sources = [DataSource(path="pairs.jsonl", format="rated_pairs")]
-    found = load_mixture(sources, NO_SPLIT, kind="preference", check=tiny_format.check_text, seed=0)
+    found = load_mixture(sources, NO_SPLIT, Preference, forbidden=tiny_format.forbidden, seed=0)
     assert len(found.train) == 30 and found.dropped == {"pairs.jsonl: row without a preference": 10}
     assert {pair.chosen.content for pair in found.train} == {"Paris"}
     assert {pair.rejected.content for pair in found.train} == {"Hello", "the cat"}

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llamachat.data.sources import SOURCES
-from llamachat.data.splits import is_kept_for_tuning
 from tools.cutting.choosing import Dialog, chosen, dialog_of, distinct, pick, text_of
 from tools.cutting.cleaning import casual, is_clean_chat, plain, words
 from tools.cutting.reading import read_rows, read_yaml
+from tools.split import is_kept_for_tuning
 
 # How many turns of a longer conversation are kept: mostly short, so that a small context holds many.
 _LENGTHS = (2, 4, 4, 6, 6, 8)

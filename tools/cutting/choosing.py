@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from llamachat.data.splits import fraction
+from llamachat.data.loading import fraction
 
 Dialog = list[dict[str, str]]
 T = TypeVar("T")

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 from llamachat.data.sources import SOURCES
-from llamachat.data.splits import is_kept_for_tuning
 from tools.cutting.choosing import Dialog, chosen, dialog_of, distinct, pick, turns_of
 from tools.cutting.cleaning import capitalised, ended, is_decent, plain, sentences, words
 from tools.cutting.reading import read_rows
+from tools.split import is_kept_for_tuning
 
 
 def _converted(source: str, rows: list[dict], *, max_characters: int) -> list[Dialog]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llamachat.chat_format.llama2 import SPECIAL_TAGS
-from llamachat.data.splits import fraction
+from llamachat.data.loading import fraction
 from tools.cutting.choosing import Dialog, chosen, distinct, length, pick, text_of
 
 Turns = list[dict[str, Any]]

@@ -30,7 +30,7 @@ class Folder:
 _TALK = ("topical-chat", "self-dialogue", "taskmaster-4", "schema-guided-dialogue")
 _TUNING_SHARE = (
     "Of the sets that also feed pretraining (self-dialogue, topical-chat, taskmaster-4, schema-guided-dialogue, "
-    "fairytaleqa, gsm8k) only the quarter is here that `llamachat.data.splits.is_kept_for_tuning` keeps out of pretraining."
+    "fairytaleqa, gsm8k) only the quarter is here that `tools.split.is_kept_for_tuning` keeps out of pretraining."
 )
 _UNSEEN = "Parts of oasst-en-100, pandalm-testset and hh-rlhf-harmless-base are kept apart as unseen tests; what is here is cut from the rest."
 

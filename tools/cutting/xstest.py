@@ -12,7 +12,7 @@ from functools import cache
 from itertools import combinations
 from pathlib import Path
 
-from llamachat.data.splits import fraction
+from llamachat.data.loading import fraction
 from tools.cutting.cleaning import plain, words
 from tools.cutting.reading import read_rows
 

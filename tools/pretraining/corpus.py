@@ -2,7 +2,7 @@
 
 Reads a folder of openly licensed sets (one sub-folder a set). Old novels are weighed down, modern and simple prose and
 dialogue up. What tuning and evaluation use is kept out: sets that serve both sides are divided by the hash of a
-conversation's first turn (`llamachat.data.splits.is_kept_for_tuning`), and all other tuning sets are not read here.
+conversation's first turn (`tools.split.is_kept_for_tuning`), and all other tuning sets are not read here.
 """
 
 import gzip
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamachat.data.splits import fraction, is_kept_for_tuning
+from llamachat.data.loading import fraction
+from tools.split import is_kept_for_tuning
 
 HELD_OUT = 0.01  # share of each source's documents that is never trained on
 PASSAGE_CHARACTERS = 4000

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llamachat.chat_format.dialog import DialogError, EndsWith, Message
-from llamachat.data.convert.turns import Mend, Notes, ordered, readable_turns, written
+from llamachat.data.convert.turns import Notes, Repair, ordered, readable_turns, written
 from llamachat.data.records import KEYS, KINDS, RATINGS, REQUIRED, Kind, rating_meant, slip_of
 from llamachat.data.sources import SOURCES, Source
-from llamachat.data.sources.reading import fitting_sources
+from llamachat.data.sources.source import fitting_sources
 
-# Sets of turns are read here, with mends; their own converters refuse what they do not know.
+# Sets of turns are read here, with repairs; their own converters refuse what they do not know.
 SETS_OF_TURNS = ("sharegpt", "llamafactory_preference")
 
 _LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat")
@@ -47,12 +47,12 @@ class _Row:
     def take(self, name: str, own: str) -> Any:
         self.taken.add(name)
         if name != own:
-            self.notes.add(Mend.KEY)
+            self.notes.add(Repair.KEY)
         return self.values[name]
 
 
 def sources_of(row: Mapping[str, Any], kind: Kind | None) -> list[Source]:
-    """The known set that a row betrays by its keys; none where it is read here, several where nothing tells which."""
+    """The known set that a row shows by its keys; none where it is read here, several where nothing tells which."""
     fitting = fitting_sources(row, kind, [source for source in SOURCES.values() if source.name not in SETS_OF_TURNS])
     is_listed = any(_is_list(row, key) for key in (*_LISTS, "prompt", *_SIDES))
     return [source for source in fitting if source.has_lists or not is_listed]
@@ -68,12 +68,12 @@ def transcripts_joined(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: value for name, value in row.items() if name != "prompt"} | whole
 
 
-def told_kind(row: Mapping[str, Any], kind: Kind | None) -> Kind | None:
-    """The kind of record that a row is of, the wanted one where it may be read as several; None where none is told."""
-    return _told(row, kind) or _told(_slips_mended(row, _REQUIRED, Notes()), kind)
+def kind_by_keys(row: Mapping[str, Any], kind: Kind | None) -> Kind | None:
+    """The kind of record that a row is of, the wanted one where it may be read as several; None where no key says."""
+    return _kind(row, kind) or _kind(_slips_renamed(row, _REQUIRED, Notes()), kind)
 
 
-def _told(row: Mapping[str, Any], kind: Kind | None) -> Kind | None:
+def _kind(row: Mapping[str, Any], kind: Kind | None) -> Kind | None:
     found = _Row(row, Notes())
     if kind == "dialog" and isinstance(row.get("messages"), list):
         return "dialog"
@@ -84,32 +84,32 @@ def _told(row: Mapping[str, Any], kind: Kind | None) -> Kind | None:
     question, answer = found.first(_QUESTIONS), found.first(_ANSWERS)
     if question is None:
         return None
-    # A prompt in our form may carry a reference answer beside it; 'completion' is the other half of TRL's dialogs.
+    # A prompt in our form may carry a reference answer with it; 'completion' is the other half of TRL's dialogs.
     is_dialog = answer is not None and (kind == "dialog" or answer == "completion" or isinstance(row[question], str))
     return "dialog" if is_dialog and kind != "prompt" else "prompt"
 
 
-def mended_record(row: Mapping[str, Any], told: Kind, wanted: Kind, notes: Notes) -> dict[str, Any]:
-    """The row as a record of the wanted kind. `told` is its own kind; the two differ only where a prompt is wanted.
+def repaired_record(row: Mapping[str, Any], own: Kind, wanted: Kind, notes: Notes) -> dict[str, Any]:
+    """The row, which is of its `own` kind, as a record of the wanted kind; the two differ only where a prompt is wanted.
 
     Raises `DialogError` where it would take a guess.
     """
-    # A kind that only misspelt keys told is read from all of those.
-    required = REQUIRED[told] if _told(row, wanted) else _REQUIRED
+    # A kind that only misspelt keys say is read from all of those.
+    required = REQUIRED[own] if _kind(row, wanted) else _REQUIRED
     slips = tuple(dict.fromkeys((*required, *KEYS[wanted])))
-    found = _Row(_slips_mended(row, slips, notes), notes)
-    if told == "preference":
+    found = _Row(_slips_renamed(row, slips, notes), notes)
+    if own == "preference":
         record = _pair(found)
         if wanted == "prompt":
             record = {"prompt": record["prompt"]}
-    elif told == "prompt":
+    elif own == "prompt":
         record = {"prompt": _question(found, ends_with="user")}
     elif wanted == "prompt":
         record = {"prompt": _turns(found, ends_with="user")}
     else:
         record = {"messages": _turns(found, ends_with="assistant")}
-    if told != wanted:
-        notes.add(Mend.AS_PROMPT)
+    if own != wanted:
+        notes.add(Repair.AS_PROMPT)
     record = {key: [written(message) for message in messages] for key, messages in record.items()}
     record |= _labels(found, [key for key in KEYS[wanted] if key not in REQUIRED[wanted]])
     for name in found.values:
@@ -118,17 +118,17 @@ def mended_record(row: Mapping[str, Any], told: Kind, wanted: Kind, notes: Notes
     return record
 
 
-def _slips_mended(row: Mapping[str, Any], known: tuple[str, ...], notes: Notes) -> dict[str, Any]:
+def _slips_renamed(row: Mapping[str, Any], known: tuple[str, ...], notes: Notes) -> dict[str, Any]:
     """The row with misspelt keys renamed. One that is a key of another kind is no slip: its meaning is another."""
-    mended: dict[str, Any] = {}
+    renamed: dict[str, Any] = {}
     for name, value in row.items():
         key = None if name in _NAMES else slip_of(str(name), known)
-        if key is None or key in row or key in mended or not _is_slip(str(name), key, row):
-            mended[name] = value
+        if key is None or key in row or key in renamed or not _is_slip(str(name), key, row):
+            renamed[name] = value
         else:
-            mended[key] = value
-            notes.add(Mend.KEY)
-    return mended
+            renamed[key] = value
+            notes.add(Repair.KEY)
+    return renamed
 
 
 def _is_slip(name: str, key: str, row: Mapping[str, Any]) -> bool:
@@ -147,7 +147,7 @@ def _turns(row: _Row, *, ends_with: EndsWith) -> list[Message]:
     else:
         answer = row.first(_ANSWERS)
         assert answer is not None, "a dialog holds turns or an answer"
-        row.notes.add(Mend.HALVES)
+        row.notes.add(Repair.HALVES)
         said = _as_turns(row.take(answer, answer), answer, "assistant", row.notes)
         turns = [*_question(row, ends_with="either"), *said]
     turns = ordered([*_system(row), *turns], row.notes, ends_with=ends_with)
@@ -171,7 +171,7 @@ def _nothing_left(name: str, ends_with: EndsWith) -> DialogError:
 def _question(row: _Row, *, ends_with: EndsWith) -> list[Message]:
     """The prompt as messages."""
     name = row.first(_QUESTIONS)
-    assert name is not None, "the kind was told by this key"
+    assert name is not None, "the kind follows from this key"
     turns = [*_system(row), *_as_turns(row.take(name, "prompt"), name, "user", row.notes)]
     turns = ordered(turns, row.notes, ends_with=ends_with)
     if not any(turn.role == "user" for turn in turns):
@@ -180,7 +180,7 @@ def _question(row: _Row, *, ends_with: EndsWith) -> list[Message]:
 
 
 def _system(row: _Row) -> list[Message]:
-    """The system text that stands beside the turns, in a key of its own."""
+    """The system text next to the turns, under a key of its own."""
     name = row.first(_SYSTEMS)
     if name is None or not isinstance(row.values[name], str):
         return []
@@ -191,10 +191,10 @@ def _system(row: _Row) -> list[Message]:
 def _as_turns(value: object, name: str, role: Any, notes: Notes) -> list[Message]:
     """A text as one turn of that role, a message, or a list of them."""
     if isinstance(value, str):
-        notes.add(Mend.TEXT)
+        notes.add(Repair.TEXT)
         return [Message(role, value)]
     if isinstance(value, Mapping):
-        notes.add(Mend.TEXT)
+        notes.add(Repair.TEXT)
         value = [value]
     return readable_turns(value, name, notes)
 
@@ -216,7 +216,7 @@ def _pair(row: _Row) -> dict[str, Any]:
             "Cut both where they part, or drop the record.",
         )
     if any(len(turns) > 1 for turns in sides.values()):
-        row.notes.add(Mend.WHOLE_DIALOGS)
+        row.notes.add(Repair.WHOLE_DIALOGS)
     if any(_asks(turns) for turns in sides.values()):
         shared = _agreed(shared, prompt)
     return {"prompt": shared, **{side: turns[-1:] for side, turns in whole.items()}}
@@ -233,16 +233,16 @@ def _given_prompt(row: _Row) -> list[Message]:
 
 
 def _without_answer(prompt: list[Message], sides: Mapping[str, list[Message]], notes: Notes) -> list[Message]:
-    """The prompt without an answer at its end that is one of the two compared; any other answer there is a riddle."""
+    """The prompt without an answer at its end that is one of the two compared; any other answer there is refused."""
     if not prompt or prompt[-1].role != "assistant":
         return prompt
     if not any(turns and turns[-1].content.strip() == prompt[-1].content.strip() for turns in sides.values()):
         raise DialogError(
             "prompt",
-            "ends with an answer that is neither of the two: what they answer cannot be told.",
+            "ends with an answer that is neither of the two: what they answer is not known.",
             "Drop the last answer from the prompt, or drop the record.",
         )
-    notes.add(Mend.CLOSING_ANSWER)
+    notes.add(Repair.CLOSING_ANSWER)
     return prompt[:-1]
 
 
@@ -261,10 +261,9 @@ def _whole_dialog(side: str, turns: list[Message], prompt: list[Message], notes:
 
 
 def _agreed(shared: list[Message], prompt: list[Message]) -> list[Message]:
-    """What two whole dialogs share, held against a prompt that stands beside them."""
-    said, asked = _texts(shared), _texts(prompt)
-    plain, plain_asked = ([text for text in texts if text[0] != "system"] for texts in (said, asked))
-    is_part = plain_asked in (plain[: len(plain_asked)], plain[len(plain) - len(plain_asked) :])
+    """What two whole dialogs share, checked against a prompt that comes with them."""
+    turns, asked = ([text for text in _texts(part) if text[0] != "system"] for part in (shared, prompt))
+    is_part = asked in (turns[: len(asked)], turns[len(turns) - len(asked) :])
     systems = [message for message in (*prompt, *shared) if message.role == "system"]
     if not is_part or len({message.content for message in systems}) > 1:
         raise DialogError(
@@ -287,11 +286,11 @@ def _labels(row: _Row, keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
         row.taken.add(name)
         value = row.values[name]
         if value is None:
-            row.notes.add(Mend.NULL)
+            row.notes.add(Repair.NULL)
             continue
         spelt = _respelt(name, value)
         if spelt is not value:
-            row.notes.add(Mend.LABEL)
+            row.notes.add(Repair.LABEL)
         yield name, spelt
 
 

@@ -1,25 +1,25 @@
-"""The rows of a file whose form is mended while it is read: arrays, several records on a line, blank lines, marks.
+"""The rows of a file whose form is repaired while it is read: arrays, several records on a line, blank lines, marks.
 
-Reads what `llamachat.data.rows` reads, and a JSON array. A row of an array has its place in it for a line number.
-A fault of the file as a whole raises `DataError`: of what cannot be read to its end nothing is mended.
+Reads what `llamachat.data.files` reads, and a JSON array. A row of an array has its place in it for a line number.
+A fault of the file as a whole raises `DataError`: a file that cannot be read to its end is not converted in part.
 """
 
-import gzip
 import io
 import json
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 from llamachat.config.paths import hub_set
-from llamachat.data.convert.turns import Mend
-from llamachat.data.jsonl import BYTE_ORDER_MARK, Row, decode_line
-from llamachat.data.problems import Problem, convert_command
-from llamachat.data.rows import read_rows
+from llamachat.data.convert.turns import Repair
+from llamachat.data.files import BYTE_ORDER_MARK, decode_line, numbered_lines, open_file, read_rows
+from llamachat.data.problems import convert_command
+from llamachat.data.records import Row
 from llamachat.errors import DataError
 
 _PART = 1 << 20  # characters of an array that are read at a time
@@ -29,75 +29,52 @@ _FOLLOWS = re.compile(r"\s*[,\]]")
 _GAP = re.compile(r"\s*,?\s*")
 
 
-def loose_rows(path: str, mends: Counter[Mend]) -> Iterator[Row | Problem]:
-    """Every row in order, as itself or as the reason why it is none; what was mended is counted."""
+def loose_rows(path: str, repairs: Counter[Repair]) -> Iterator[Row]:
+    """Every row in order, with its value or its problem; what was repaired is counted."""
     plain = read_rows(path)
     first = next(plain, None)
     file = Path(path).expanduser()
     is_lines = hub_set(path) is None and file.suffix != ".parquet"
-    if isinstance(first, Problem) and not first.line:
-        # Of all the faults of a file as a whole, the array's is the one whose mend names this command.
-        if not convert_command([first], path):
-            raise DataError(first.at(path))
-        yield from _array(file, mends)
+    if first and first.problems and not first.line:
+        # Of all the faults of a file as a whole, the array's is the one whose fix names this command.
+        if not convert_command(first.problems, path):
+            raise DataError(first.problems[0].at(path))
+        yield from _array(file, repairs)
     elif is_lines:
-        for line, raw in _lines(file):
-            yield from _on_line(raw, line, mends)
+        for line, raw in numbered_lines(file):
+            yield from _on_line(raw, line, repairs)
     else:
         for row in chain([first] if first else [], plain):
-            if isinstance(row, Problem):
-                raise DataError(row.at(path))
+            if row.problems:
+                raise DataError(row.problems[0].at(path))
             yield row
 
 
-def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    line = 0
-    try:
-        with _open(path) as stream:
-            for line, raw in enumerate(stream, start=1):
-                yield line, raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}:{line + 1}: file: cannot be read from here on ({error}), but a file is converted as a whole. "
-            "Fetch or write it again."
-        ) from error
-
-
-def _on_line(raw: bytes, line: int, mends: Counter[Mend]) -> Iterator[Row | Problem]:
+def _on_line(raw: bytes, line: int, repairs: Counter[Repair]) -> Iterator[Row]:
     while raw.startswith(BYTE_ORDER_MARK):
         raw = raw.removeprefix(BYTE_ORDER_MARK)
-        mends[Mend.BYTE_ORDER_MARK] += 1
+        repairs[Repair.BYTE_ORDER_MARK] += 1
     if not raw.strip():
-        mends[Mend.BLANK_LINE] += 1
+        repairs[Repair.BLANK_LINE] += 1
         return
-    found = decode_line(raw, line)
-    if isinstance(found, Row):
-        yield from _unrolled(found, mends)
-        return
-    parts = _parts(raw)
-    if not parts:
-        yield found
-        return
-    mends[Mend.SEVERAL if len(parts) > 1 else Mend.COMMA] += 1
-    for part in parts:
-        row = decode_line(part.encode(), line)
-        yield from _unrolled(row, mends) if isinstance(row, Row) else [row]
+    row = decode_line(raw, line)
+    parts = _parts(raw) if row.problems else []
+    if parts:
+        repairs[Repair.SEVERAL if len(parts) > 1 else Repair.COMMA] += 1
+    for one in [decode_line(part.encode(), line) for part in parts] or [row]:
+        yield from _unrolled(one, repairs)
 
 
-def _unrolled(row: Row, mends: Counter[Mend]) -> Iterator[Row | Problem]:
+def _unrolled(row: Row, repairs: Counter[Repair]) -> Iterator[Row]:
     """The records of a list; a list of turns is one of them."""
-    if not isinstance(row.value, list) or not row.value or is_turns(row.value):
+    value = row.value
+    is_records = isinstance(value, list) and value and all(isinstance(item, Mapping | list) for item in value)
+    if not is_records or is_turns(value):
         yield row
-    elif all(isinstance(item, Mapping | list) for item in row.value):
-        mends[Mend.ARRAY] += 1
-        for item in row.value:
-            yield Row(row.line, item)
-    else:
-        yield row
+        return
+    repairs[Repair.ARRAY] += 1
+    for item in value:
+        yield replace(row, value=item)
 
 
 def is_turns(value: object) -> bool:
@@ -110,7 +87,7 @@ def _is_turn(value: object) -> bool:
 
 
 def _parts(raw: bytes) -> list[str]:
-    """The objects of a line that holds several, or one and a comma; none where anything else stands there."""
+    """The objects of a line that holds several, or one and a comma; none where the line holds anything else."""
     decoder, position = json.JSONDecoder(), 0
     parts: list[str] = []
     try:
@@ -126,29 +103,28 @@ def _parts(raw: bytes) -> list[str]:
     return parts
 
 
-def _array(path: Path, mends: Counter[Mend]) -> Iterator[Row | Problem]:
+def _array(path: Path, repairs: Counter[Repair]) -> Iterator[Row]:
     """The items of the array that a file is; an array of turns is one dialog."""
     items = _items(path)
     first = next(items, None)
-    if first is not None and isinstance(first, Row) and _is_turn(first.value):
+    if first is not None and _is_turn(first.value):
         turns = [first, *items]
-        bad = next((turn for turn in turns if isinstance(turn, Problem)), None)
-        yield bad or Row(1, [cast(Row, turn).value for turn in turns])
+        yield next((turn for turn in turns if turn.problems), Row(1, [turn.value for turn in turns]))
         return
-    mends[Mend.ARRAY] += 1
-    yield from [] if first is None else chain([first], items)
+    repairs[Repair.ARRAY] += 1
+    yield from chain([first] if first else [], items)
 
 
-def _items(path: Path) -> Iterator[Row | Problem]:
+def _items(path: Path) -> Iterator[Row]:
     number = 0
     try:
-        with _open(path) as stream:
+        with open_file(path) as stream:
             for number, text in enumerate(_item_texts(io.TextIOWrapper(stream, encoding="utf-8-sig")), start=1):
                 yield decode_line(text.encode(), number)
     except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: file: cannot be read after record {number} of the array ({error}), and no place after it is sure "
-            "to begin a record. Mend the array there, or write one record a line."
+            "to begin a record. Correct the array there, or write one record a line."
         ) from error
 
 
@@ -168,7 +144,7 @@ def _item_texts(stream: IO[str]) -> Iterator[str]:
             _, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             end, fault = len(text), error
-        # A number may go on after what was read of it, so what follows an item tells that it is whole.
+        # A number may continue after what was read of it, so what follows an item shows that it is whole.
         if _FOLLOWS.match(text, end):
             yield text[position:end]
             position, size = end, _PART
@@ -181,5 +157,5 @@ def _item_texts(stream: IO[str]) -> Iterator[str]:
 
 
 def _end(pattern: re.Pattern[str], text: str, position: int) -> int:
-    found = pattern.match(text, position)
-    return found.end() if found else position
+    match = pattern.match(text, position)
+    return match.end() if match else position

@@ -1,21 +1,24 @@
-"""The turns of foreign conversations brought into our form: names, roles, texts, then their order. Each mend is noted.
+"""The turns of foreign conversations brought into our form: names, roles, texts, then their order. Each repair is noted.
 
-What has one plain reading is mended; what would be a guess raises `DialogError`, and the record is left out.
-Ours to choose: turns of tools are dropped, since Llama 2's format has no place for them and their text as a user's or
-an assistant's would be a lie; the two answers around one are then merged.
+What has one plain reading is repaired; what would be a guess raises `DialogError`, and the record is left out.
+Our choice: turns of tools are dropped, since Llama 2's format has no place for them and their text as a user's or
+an assistant's would be false; the two answers around one are then merged. HTML is taken out only where that is asked
+for: in a dialog about web pages the tags are the answer.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from html import unescape
 from typing import Any
 
-from llamachat.chat_format.dialog import ROLE_ALIASES, ROLES, DialogError, EndsWith, Message, Role, parse_messages
+from llamachat.chat_format.dialog import ROLE_ALIASES, ROLES, EndsWith, Message, Role, parse_message, parse_messages
 from llamachat.data.records import slip_of
 
 
-class Mend(StrEnum):
+class Repair(StrEnum):
     """What was changed, as the report names it."""
 
     BYTE_ORDER_MARK = "byte order mark taken off"
@@ -50,23 +53,23 @@ class Mend(StrEnum):
 
 @dataclass(slots=True)
 class Notes:
-    """What was mended in one record, how often, and the keys that were left out."""
+    """What was repaired in one record, how often, and the keys that were left out."""
 
-    mends: Counter[Mend] = field(default_factory=Counter)
+    repairs: Counter[Repair] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def add(self, mend: Mend, times: int = 1) -> None:
+    def add(self, repair: Repair, times: int = 1) -> None:
         if times:
-            self.mends[mend] += times
+            self.repairs[repair] += times
 
     def leave_out(self, name: str) -> None:
-        self.mends[Mend.LEFT_OUT] += 1
+        self.repairs[Repair.LEFT_OUT] += 1
         self.left_out[name] += 1
 
 
 _TURN_KEYS = ("role", "content", "train")
 _ALIASES = {"role": ("from", "speaker", "sender", "author"), "content": ("value", "text", "message")}
-# Beside the names that the error texts know: those of ShareGPT's exporters, of OpenAI, of other chat templates, of help desks.
+# In addition to the names that the error texts know: those of ShareGPT's exporters, of OpenAI, of other chat templates, of help desks.
 _ROLES: dict[str, Role] = {
     **ROLE_ALIASES,
     "developer": "system",
@@ -95,39 +98,28 @@ def readable_turns(value: object, name: str, notes: Notes) -> list[Message]:
     Raises `DialogError` for the first that cannot be read.
     """
     if not isinstance(value, list):
-        parse_messages(value, field=name)  # which refuses it in its words
-    assert isinstance(value, list)
-    turns: list[Message] = []
-    for index, item in enumerate(value):
-        turn = _mended_turn(item, notes)
-        if turn is None:
-            continue
-        try:
-            turns += parse_messages([turn], field=name)
-        except DialogError as error:
-            # Parsed one by one, every turn stands at [0].
-            where = error.field.replace(f"{name}[0]", f"{name}[{index}]", 1)
-            raise DialogError(where, error.reason, error.fix) from error
-    return turns
+        return list(parse_messages(value, field=name))  # which refuses it in its words
+    turns = [(index, _repaired_turn(item, notes)) for index, item in enumerate(value)]
+    return [parse_message(turn, f"{name}[{index}]") for index, turn in turns if turn is not None]
 
 
 def ordered(messages: Sequence[Message], notes: Notes, *, ends_with: EndsWith) -> list[Message]:
     """The turns in the order that a conversation has: system text first, then user and assistant in turn.
 
-    What stands where none may stand at the end is dropped; what is left may be nothing.
+    A last turn that may not be the last is dropped; nothing may be left.
     """
     systems, turns = _parted(messages, notes)
     leading = next((index for index, turn in enumerate(turns) if turn.role == "user"), len(turns))
-    notes.add(Mend.LEADING_ANSWER, leading)
+    notes.add(Repair.LEADING_ANSWER, leading)
     merged: list[Message] = []
     for turn in turns[leading:]:
         if merged and merged[-1].role == turn.role:
             merged[-1] = _merged(merged[-1], turn)
-            notes.add(Mend.MERGED)
+            notes.add(Repair.MERGED)
         else:
             merged.append(turn)
     if merged and ends_with not in ("either", merged[-1].role):
-        notes.add(Mend.OPEN_QUESTION if ends_with == "assistant" else Mend.CLOSING_ANSWER)
+        notes.add(Repair.OPEN_QUESTION if ends_with == "assistant" else Repair.CLOSING_ANSWER)
         merged.pop()
     return [*systems, *merged]
 
@@ -143,17 +135,17 @@ def _parted(messages: Sequence[Message], notes: Notes) -> tuple[list[Message], l
     systems = [message for message in messages if message.role == "system"]
     if len(systems) > 1 or systems[:1] != list(messages[:1]):
         said = [message for message in systems if message.content.strip()]
-        notes.add(Mend.EMPTY, len(systems) - len(said))
+        notes.add(Repair.EMPTY, len(systems) - len(said))
         if len(said) > 1:
-            notes.add(Mend.SYSTEMS_JOINED)
+            notes.add(Repair.SYSTEMS_JOINED)
         elif said and messages[0] is not said[0]:
-            notes.add(Mend.SYSTEM_MOVED)
-        # The same text said twice is one instruction.
+            notes.add(Repair.SYSTEM_MOVED)
+        # The same text twice is one instruction.
         texts = dict.fromkeys(message.content for message in said)
         systems = [Message("system", "\n\n".join(texts))] if said else []
     turns = [message for message in messages if message.role != "system"]
     spoken = [message for message in turns if message.content.strip()]
-    notes.add(Mend.EMPTY, len(turns) - len(spoken))
+    notes.add(Repair.EMPTY, len(turns) - len(spoken))
     return systems, spoken
 
 
@@ -163,31 +155,31 @@ def _merged(first: Message, second: Message) -> Message:
     return Message(first.role, f"{first.content.rstrip()}\n\n{second.content.lstrip(chr(10))}", train)
 
 
-def _mended_turn(item: object, notes: Notes) -> object | None:
-    """The turn in our words; None where it falls away; as it is where it cannot be read."""
+def _repaired_turn(item: object, notes: Notes) -> object | None:
+    """The turn in our words; None where it is dropped; as it is where it cannot be read."""
     if not isinstance(item, Mapping):
         return item
     turn = _renamed(item, notes)
     if isinstance(turn.get("role"), str):
         plain = turn["role"].strip().lower()
         if plain in _TOOLS:
-            notes.add(Mend.TOOL)
+            notes.add(Repair.TOOL)
             return None
         role = plain if plain in ROLES else _ROLES.get(plain, turn["role"])
         if role != turn["role"]:
-            notes.add(Mend.ROLE_SPELLING if role == plain else Mend.ROLE)
+            notes.add(Repair.ROLE_SPELLING if role == plain else Repair.ROLE)
         turn["role"] = role
     if "role" in turn and turn.get("content") is None:
-        notes.add(Mend.EMPTY)
+        notes.add(Repair.EMPTY)
         return None
     if isinstance(turn.get("content"), list | Mapping):
         text = _joined_parts(turn["content"])
         if text is not None:
             turn["content"] = text
-            notes.add(Mend.PARTS)
+            notes.add(Repair.PARTS)
     if turn.get("train") is True and turn.get("role") in ("system", "user"):
         del turn["train"]
-        notes.add(Mend.TRAIN_ON_QUESTION)
+        notes.add(Repair.TRAIN_ON_QUESTION)
     return turn
 
 
@@ -196,18 +188,18 @@ def _renamed(item: Mapping[Any, Any], notes: Notes) -> dict[str, Any]:
     turn = {key: item[key] for key in _TURN_KEYS if key in item}
     if "train" in turn and turn["train"] is None:
         del turn["train"]
-        notes.add(Mend.NULL)
+        notes.add(Repair.NULL)
     for key in item:
         if key in _TURN_KEYS:
             continue
         own = next((name for name, others in _ALIASES.items() if key in others), None) or slip_of(str(key), _TURN_KEYS)
         if own is not None and own not in turn:
             turn[own] = item[key]
-            notes.add(Mend.KEY)
+            notes.add(Repair.KEY)
         elif key == "weight" and "train" not in turn and item[key] in (0, 1):
             # OpenAI's fine-tuning files: an answer of weight 0 is read, not learnt.
             turn |= {"train": False} if item[key] == 0 else {}
-            notes.add(Mend.KEY)
+            notes.add(Repair.KEY)
         else:
             notes.leave_out(f"messages[].{key}")
     return turn
@@ -226,3 +218,25 @@ def _joined_parts(content: Any) -> str | None:
             return None
         texts.append(part)
     return "\n".join(texts)
+
+
+# Tags that lay out a text. Others are left alone: what looks like one may be a placeholder or code.
+_TAGS = "a|b|blockquote|br|div|em|font|h[1-6]|hr|i|img|li|ol|p|pre|small|span|strong|sub|sup|table|tbody|td|th|thead|tr|u|ul"
+_TAG = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>", re.IGNORECASE)
+_ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\d{1,6}|#x[0-9a-f]{1,5});", re.IGNORECASE)
+_LINE_ENDS = re.compile(r"<br\s*/?>|</(?:p|div|li|tr|h[1-6]|blockquote|pre)\s*>", re.IGNORECASE)
+_MANY_LINES = re.compile(r"\n{3,}")
+
+
+def html_in(text: str) -> str | None:
+    """The first piece of HTML in a text."""
+    match = _TAG.search(text) or _ENTITY.search(text)
+    return match.group() if match else None
+
+
+def without_html(text: str) -> str:
+    """The text without tags, its lines ended where they ended on the page, entities as characters."""
+    lines = _LINE_ENDS.sub("\n", text)
+    # Entities last: what was escaped is text, and no tag.
+    plain = unescape(_TAG.sub("", lines)).replace("\xa0", " ")
+    return _MANY_LINES.sub("\n\n", plain).strip()

@@ -1,16 +1,18 @@
-"""Known data sets, by the name that `format:` takes. To add one: a module here, an entry below, rows in its test."""
+"""Known data sets, by the name that `format:` takes. To add one: a converter in a module here, an entry below, rows in
+its test."""
 
-from llamachat.data.sources.alpaca import ALPACA, GPTEACHER
-from llamachat.data.sources.dolly import DOLLY
-from llamachat.data.sources.helpsteer import HELPSTEER2, HELPSTEER2_PREFERENCE, HELPSTEER3
-from llamachat.data.sources.hh_rlhf import HH_RLHF
+from llamachat.data.sources.graded import (
+    HELPSTEER2,
+    HELPSTEER2_PREFERENCE,
+    HELPSTEER3,
+    ULTRAFEEDBACK,
+    ULTRAFEEDBACK_BINARIZED,
+)
+from llamachat.data.sources.instructions import ALPACA, DOLLY, GPTEACHER, SELF_INSTRUCT
+from llamachat.data.sources.labelled import BEAVERTAILS, HH_RLHF, PKU_HELPFULNESS, PKU_SAFETY, RATED_PAIRS
 from llamachat.data.sources.oasst import OASST, OASST_PREFERENCE
-from llamachat.data.sources.pku import BEAVERTAILS, PKU_HELPFULNESS, PKU_SAFETY
-from llamachat.data.sources.rated_pairs import RATED_PAIRS
-from llamachat.data.sources.self_instruct import SELF_INSTRUCT
 from llamachat.data.sources.sharegpt import LLAMAFACTORY_PREFERENCE, SHAREGPT
 from llamachat.data.sources.source import Source
-from llamachat.data.sources.ultrafeedback import ULTRAFEEDBACK, ULTRAFEEDBACK_BINARIZED
 
 SOURCES: dict[str, Source] = {
     source.name: source

@@ -6,15 +6,16 @@ The sets come in two forms, by the cards of OpenAssistant/oasst1 and oasst2. Fil
 `message_tree_id`, `tree_state`, `prompt` with `replies` inside `replies`. Files `*.messages.jsonl.gz` and the hub's own
 table hold a message a row: `message_id`, `parent_id` (null at the root), `message_tree_id`, `role` (prompter or
 assistant), `text`, `rank` (0 is the best; null where unranked), `deleted`, `review_result` and more. The messages of a
-tree stand together there, so a tree is put together from neighbouring rows, and no more than one is held at a time. One
-whose rows stand apart (a shuffled copy) is refused, since half a tree would give other dialogs than the whole.
+tree are neighbours there, so a tree is put together from neighbouring rows, and no more than one is held at a time. One
+whose rows are apart (a shuffled copy) is refused, since half a tree would give other dialogs than the whole.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from llamachat.data.sources.source import Gather, Record, Row, Source, as_text, mapping_at, message
+from llamachat.chat_format.dialog import DialogError
+from llamachat.data.sources.source import Gather, RawRecord, RawRow, Source, as_text, mapping_at, message
 
 _DEEPEST = 100  # turns; the sets' longest conversations have about ten
 _ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -28,41 +29,36 @@ def rating_of_rank_distance(distance: int) -> str:
 def _message(node: Mapping[str, Any]) -> dict[str, str]:
     role = node.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise ValueError(
-            f"'role' of a message is {role!r}. A tree of oasst has 'prompter' and 'assistant'. Mend or remove the tree."
-        )
+        raise DialogError("role", f"is {role!r}, but it is 'prompter' or 'assistant'.", "Correct or remove the tree.")
     return message(_ROLES[role], as_text(node.get("text"), "text"))
 
 
 def _replies(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     replies = node.get("replies") or []
     if not isinstance(replies, list):
-        raise ValueError("'replies' of a message is not a list. It holds the answers to it. Mend or remove the tree.")
-    found = [mapping_at(reply, "'replies'") for reply in replies]
-    return [reply for reply in found if _stands(reply)]
+        raise DialogError("replies", "is not a list of the answers to a message.", "Correct or remove the tree.")
+    return [reply for reply in replies if _is_kept(mapping_at(reply, "replies"))]
 
 
-def _stands(node: Mapping[str, Any]) -> bool:
-    """Not where moderators took a message away, or reviewers called it spam (in the files that keep those)."""
+def _is_kept(node: Mapping[str, Any]) -> bool:
+    """False where moderators deleted a message, or reviewers called it spam (in the files that keep those)."""
     return not node.get("deleted") and node.get("review_result") is not False
 
 
-def _roots(row: Row) -> list[Mapping[str, Any]]:
-    """The first message of the tree, if it stands."""
-    root = mapping_at(row.get("prompt"), "'prompt'")
-    return [root] if _stands(root) else []
+def _roots(row: RawRow) -> list[Mapping[str, Any]]:
+    """The first message of the tree, if it was not deleted."""
+    root = mapping_at(row.get("prompt"), "prompt")
+    return [root] if _is_kept(root) else []
 
 
-def tree_of_messages(rows: Sequence[Row]) -> Row:
+def tree_of_messages(rows: Sequence[RawRow]) -> RawRow:
     """The tree that the messages of a table make, as the files of trees hold it."""
     nodes: dict[object, dict[str, Any]] = {}
     for row in rows:
         name = as_text(row["message_id"], "message_id")
         if name in nodes:
-            raise ValueError(
-                f"'message_id' {name!r} stands twice in one tree. A message of oasst has an id of its own. "
-                "Remove one of the two rows."
-            )
+            reason = f"{name!r} occurs twice in one tree, but a message has an id of its own."
+            raise DialogError("message_id", reason, "Remove one of the two rows.")
         nodes[name] = {**row, "replies": []}
     roots = []
     for node in nodes.values():
@@ -72,30 +68,27 @@ def tree_of_messages(rows: Sequence[Row]) -> Row:
         elif parent in nodes:
             nodes[parent]["replies"].append(node)
         else:
-            raise ValueError(
-                f"'parent_id' {parent!r} is no message of the tree's neighbouring rows. The rows of a tree of oasst stand "
-                "together, and a tree is read as a whole. Sort the file by 'message_tree_id', or add the missing row."
+            raise DialogError(
+                "parent_id",
+                f"{parent!r} is no message of the tree's neighbouring rows, but a tree is read as a whole.",
+                "Sort the file by 'message_tree_id', or add the missing row.",
             )
     if len(roots) != 1:
-        raise ValueError(
-            f"'parent_id' is null in {len(roots)} messages of one tree. A tree of oasst has one message that answers "
-            "none. Mend or remove the tree's rows."
-        )
+        reason = f"is null in {len(roots)} messages of one tree, but one message of a tree answers none."
+        raise DialogError("parent_id", reason, "Correct or remove the tree's rows.")
     if not _is_whole(roots[0], len(nodes)):
-        raise ValueError(
-            f"'parent_id' makes no tree of these messages, or one of more than {_DEEPEST} turns. Each message of a tree of "
-            "oasst answers one before it. Mend or remove the tree's rows."
-        )
+        reason = f"makes no tree of these messages, or one of more than {_DEEPEST} turns."
+        raise DialogError("parent_id", reason, "Correct or remove the tree's rows.")
     return {"message_tree_id": rows[0]["message_tree_id"], "prompt": roots[0]}
 
 
 def _is_whole(root: Mapping[str, Any], size: int) -> bool:
-    """Whether all messages hang on the root, none too far from it; messages that answer each other hang on nothing."""
-    level, found = [root], 0
+    """Whether all messages descend from the root, none too far from it; a circle of messages does not."""
+    level, count = [root], 0
     for _ in range(_DEEPEST):
-        found += len(level)
+        count += len(level)
         level = [reply for node in level for reply in node["replies"]]
-    return found == size
+    return count == size
 
 
 def _rank(node: Mapping[str, Any]) -> int | None:
@@ -114,40 +107,35 @@ def _best_paths(node: Mapping[str, Any], path: list[dict[str, str]]) -> Iterator
         for reply in best:
             yield from _best_paths(reply, path)
         return
-    longer = [found for reply in replies for found in _best_paths(reply, path)]
+    longer = [long_path for reply in replies for long_path in _best_paths(reply, path)]
     yield from longer or [path]
 
 
-def convert_dialog(row: Row) -> Iterator[Record]:
+def convert_dialog(row: RawRow) -> Iterator[RawRecord]:
     for root in _roots(row):
         yield from ({"messages": path} for path in _best_paths(root, []))
 
 
-def _ranked_pairs(node: Mapping[str, Any], path: list[dict[str, str]]) -> Iterator[Record]:
+def _ranked_pairs(node: Mapping[str, Any], path: list[dict[str, str]]) -> Iterator[RawRecord]:
     path = [*path, _message(node)]
     replies = _replies(node)
     if node["role"] == "prompter":
         ranked = [(rank, reply) for reply in replies if (rank := _rank(reply)) is not None]
         ranked.sort(key=lambda entry: entry[0])
         for (rank, better), (other_rank, worse) in combinations(ranked, 2):
-            if rank == other_rank:
-                continue
-            yield {
-                "prompt": path,
-                "chosen": [_message(better)],
-                "rejected": [_message(worse)],
-                "rating": rating_of_rank_distance(other_rank - rank),
-            }
+            if rank != other_rank:
+                rating = rating_of_rank_distance(other_rank - rank)
+                yield {"prompt": path, "chosen": [_message(better)], "rejected": [_message(worse)], "rating": rating}
     for reply in replies:
         yield from _ranked_pairs(reply, path)
 
 
-def convert_preference(row: Row) -> Iterator[Record]:
+def convert_preference(row: RawRow) -> Iterator[RawRecord]:
     for root in _roots(row):
         yield from _ranked_pairs(root, [])
 
 
-def _is_tree(row: Row) -> bool:
+def _is_tree(row: RawRow) -> bool:
     return isinstance(row["prompt"], Mapping)
 
 

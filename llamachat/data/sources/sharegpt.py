@@ -1,9 +1,19 @@
 """ShareGPT (conversations of from and value) and the preference form that LLaMA-Factory makes of it."""
 
 from collections.abc import Iterator
-from typing import Any
 
-from llamachat.data.sources.source import Record, Row, Source, as_text, list_field, mapping_at, message, optional_text
+from llamachat.chat_format.dialog import DialogError
+from llamachat.data.sources.source import (
+    RawRecord,
+    RawRow,
+    Source,
+    as_text,
+    list_field,
+    mapping_at,
+    message,
+    optional_text,
+    pair,
+)
 
 # The writers of these files named the sides after the model or the site that answered.
 ROLES = {
@@ -19,38 +29,39 @@ ROLES = {
 
 
 def _turn(value: object, where: str) -> dict[str, str]:
-    turn = mapping_at(value, f"'{where}'")
+    turn = mapping_at(value, where)
     sender = turn.get("from")
     if not isinstance(sender, str) or sender not in ROLES:
-        raise ValueError(
-            f"'{where}.from' is {sender!r}. It must be one of {', '.join(ROLES)}, since a dialog has these sides only. "
-            "Rename the side, or leave the row out if it holds tool calls (`llamachat data convert` does both)."
+        raise DialogError(
+            f"{where}.from",
+            f"is {sender!r}. It must be one of {', '.join(ROLES)}, since a dialog has these sides only.",
+            "Rename the side, or leave the row out if it holds tool calls (`llamachat data convert` does both).",
         )
     return message(ROLES[sender], as_text(turn.get("value"), f"{where}.value"))
 
 
-def _messages(row: Row, *, source: str) -> list[dict[str, str]]:
-    turns = list_field(row, "conversations", source=source)
+def _messages(row: RawRow) -> list[dict[str, str]]:
+    turns = list_field(row, "conversations")
     messages = [_turn(turn, f"conversations[{index}]") for index, turn in enumerate(turns)]
     system = optional_text(row, "system")
     return [message("system", system), *messages] if system.strip() else messages
 
 
-def convert_dialog(row: Row) -> Iterator[Record]:
-    yield {"messages": _messages(row, source="sharegpt")}
+def convert_dialog(row: RawRow) -> Iterator[RawRecord]:
+    yield {"messages": _messages(row)}
 
 
-def convert_preference(row: Row) -> Iterator[Record]:
-    record: dict[str, Any] = {"prompt": _messages(row, source="llamafactory_preference")}
-    for side in ("chosen", "rejected"):
-        answer = _turn(row.get(side), side)
+def convert_preference(row: RawRow) -> Iterator[RawRecord]:
+    prompt = _messages(row)
+    answers = [_turn(row.get(side), side) for side in ("chosen", "rejected")]
+    for side, answer in zip(("chosen", "rejected"), answers, strict=True):
         if answer["role"] != "assistant":
-            raise ValueError(
-                f"'{side}.from' says that the user speaks. The two sides of a pair are answers of the assistant. "
-                "Move the user's turn to 'conversations'."
+            raise DialogError(
+                f"{side}.from",
+                "says that the user speaks. The two sides of a pair are answers of the assistant.",
+                "Move the user's turn to 'conversations'.",
             )
-        record[side] = [answer]
-    yield record
+    yield pair(prompt, *(answer["content"] for answer in answers))
 
 
 SHAREGPT = Source(name="sharegpt", kind="dialog", fields=frozenset({"conversations"}), convert=convert_dialog)

@@ -1,33 +1,55 @@
 """What a source is: a known public data set, and the function that turns one raw row of it into our records.
 
-A converter sees one row and knows no file: it raises `ValueError` naming the field, what it must hold and the mend;
-the reader of the file puts `file:line` before that. It checks the row's shape only: what holds for every record
-(alternating turns, no empty text, no control tags) is checked once, by the record itself.
+A converter reads one row and knows no file: it raises `DialogError` with the field, what it must hold and the fix, and
+the reader of the file adds file and line. It checks the row's shape only: what holds for every record (alternating
+turns, no empty text, no control tags) is checked once, by the record itself.
+
+How much better the chosen answer is, becomes one of the paper's four ratings (Llama 2, section 3.2.1):
+
+| rating               | HelpSteer2/3 preference | HelpSteer2 helpfulness | UltraFeedback fine-grained | UltraFeedback overall |
+|----------------------|-------------------------|------------------------|----------------------------|-----------------------|
+| significantly_better | 3 (much better)         | apart by 3 or 4 of 4   | apart by 2 or more of 4    | apart by 4 or more of 9 |
+| better               | 2 (better)              | apart by 2             | by 1 or more               | by 2 or more          |
+| slightly_better      | 1 (slightly better)     | apart by 1             | by 0.5 or more             | by 1 or more          |
+| negligibly_better    |                         |                        | by less                    | by less               |
+| no pair              | 0 (about the same)      | equal                  | equal                      | equal                 |
+
+The first column is the sets' own words (cards of nvidia/HelpSteer2 and nvidia/HelpSteer3), the others are ours. Equal
+answers give no pair, since neither is the chosen one; rows left out for that are counted by the reader. Ranks of OASST
+are read in `llamachat.data.sources.oasst`; PKU-SafeRLHF, BeaverTails and hh-rlhf grade nothing.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Record = dict[str, Any]
-Row = Mapping[str, Any]
+from llamachat.chat_format.dialog import DialogError
+from llamachat.data.problems import Problem, problem
+from llamachat.data.records import Kind, Row, bad_row
+from llamachat.errors import kind_word
+
+RawRecord = dict[str, Any]
+RawRow = Mapping[str, Any]
+Steps = tuple[float, float, float]  # the least difference for slightly_better, better, significantly_better
+
+_OWN_LISTS = ("messages", "prompt", "chosen")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gather:
     """How neighbouring rows that share a key become the one row that the converter reads, in sets that are a table.
 
-    `join` gets the rows in their order, at least one, and raises `ValueError` as a converter does.
+    `join` gets the rows in their order, at least one, and raises `DialogError` as a converter does.
     """
 
     fields: frozenset[str]
     key: str
-    join: Callable[[Sequence[Row]], Row]
+    join: Callable[[Sequence[RawRow]], RawRow]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A known data set: the record kind it yields, the raw fields that betray it, and its converter.
+    """A known data set: the kind of its records, the raw fields by which it is recognised, and its converter.
 
     Two sources may share fields (a tree of ranked answers holds both dialogs and preferences): the wanted kind decides
     between them, and among sources of one kind the one with more fields is the closer match. `shape` tells more of the
@@ -37,75 +59,163 @@ class Source:
     name: str
     kind: Literal["dialog", "preference", "prompt"]
     fields: frozenset[str]
-    convert: Callable[[Row], Iterator[Record]]
-    shape: Callable[[Row], bool] = lambda row: True
+    convert: Callable[[RawRow], Iterator[RawRecord]]
+    shape: Callable[[RawRow], bool] = lambda row: True
     has_lists: bool = False
     gather: Gather | None = None
 
-    def fits(self, row: Row) -> bool:
+    def fits(self, row: RawRow) -> bool:
         """Whether a row has the fields of this set, and in them what the set has there."""
         return self.fields <= row.keys() and self.shape(row)
 
+    def problem(self, line: int, error: DialogError) -> Problem:
+        """A converter's error as a problem of the file."""
+        return problem(line, error.field, f"{error.reason} The row is read as {self.name}.", error.fix)
 
-def text_field(row: Row, name: str, *, source: str) -> str:
+
+# -- which set a row is of
+
+
+def fitting_sources(row: RawRow, kind: Kind | None, sources: Iterable[Source]) -> list[Source]:
+    """The sets that a row may be of where this kind is wanted: none, one, or those that its fields cannot tell apart.
+
+    A row of a set that gives another kind is of none; prompts are taken from any.
+    """
+    # Sets in other forms use the same names for texts and trees.
+    is_own = any(isinstance(row.get(key), list) for key in _OWN_LISTS)
+    fitting = [source for source in sources if (source.has_lists or not is_own) and source.fits(row)]
+    wanted = [source for source in fitting if source.kind == kind] or (fitting if kind in (None, "prompt") else [])
+    if not wanted:
+        return []
+    most = max(len(source.fields) for source in wanted)
+    closest = [source for source in wanted if len(source.fields) == most]
+    alike = [source for source in closest if source.kind == closest[0].kind]
+    return alike[:1] if kind == "prompt" else alike  # sets that are alike differ only in which answer wins
+
+
+def choice_of(sources: Sequence[Source]) -> str:
+    """What to say where rows may be of several sets."""
+    names = " and ".join(f"'{source.name}'" for source in sources)
+    return (
+        f"hold {sources[0].kind}s of several meanings, which the formats {names} give, and the fields cannot tell which "
+        "one is meant."
+    )
+
+
+CHOICE_FIX = "Name one of these as the format."
+
+
+def gathered(rows: Iterable[Row], kind: Kind | None, sources: Iterable[Source]) -> Iterator[Row]:
+    """The rows, where those of a table that belong together are one row with the first one's line.
+
+    Only tables of these sets that give such records are put together.
+    """
+    gathers = dict.fromkeys(
+        source.gather for source in sources if source.gather and kind in (None, "prompt", source.kind)
+    )
+    held: list[Row] = []
+    own: Gather | None = None
+    for row in rows:
+        if row.problems:
+            yield row
+            continue
+        gather = next((gather for gather in gathers if _is_of(row.value, gather)), None)
+        if own and gather is own and row.value[own.key] == held[0].value[own.key]:
+            held.append(row)
+            continue
+        if own:
+            yield _joined(held, own)
+        own, held = gather, [row]
+        if gather is None:
+            yield row
+    if own:
+        yield _joined(held, own)
+
+
+def _is_of(value: object, gather: Gather) -> bool:
+    return isinstance(value, Mapping) and gather.fields <= value.keys() and isinstance(value[gather.key], str)
+
+
+def _joined(held: list[Row], gather: Gather) -> Row:
+    try:
+        return Row(held[0].line, gather.join([row.value for row in held]))
+    except DialogError as error:
+        return bad_row(held[0].line, error.field, error.reason, error.fix)
+
+
+# -- fields of a row
+
+
+def text_field(row: RawRow, name: str) -> str:
     """The text in a field that the source always has."""
     if name not in row:
-        raise ValueError(
-            f"{name!r} is missing. A row of {source} has it as text. Add the field, or name the right 'format'."
-        )
+        raise DialogError(name, "is missing, but text is required there.", "Add it, or name the right 'format'.")
     return as_text(row[name], name)
 
 
-def optional_text(row: Row, name: str) -> str:
+def optional_text(row: RawRow, name: str) -> str:
     """The text in a field that a source may leave out, null or empty; "" then."""
     return "" if row.get(name) is None else as_text(row[name], name)
 
 
-def list_field(row: Row, name: str, *, source: str) -> list[Any]:
-    """The list in a field that the source always has."""
+def list_field(row: RawRow, name: str) -> list[Any]:
+    """The list in a field that the source always has, with at least one entry."""
     value = row.get(name)
-    if not isinstance(value, list) or not value:
-        raise ValueError(
-            f"{name!r} holds {_kind_of(value)}. A row of {source} has a list there, with at least one entry. "
-            "Mend or remove the row."
-        )
-    return value
+    return _required(value, name, "a list with at least one entry", is_sound=isinstance(value, list) and bool(value))
 
 
-def number_field(row: Row, name: str, *, source: str) -> float:
+def number_field(row: RawRow, name: str) -> float:
     """The number in a field that the source always has."""
     value = row.get(name)
     # NaN is a number to Python, and no score.
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise ValueError(
-            f"{name!r} holds {_kind_of(value)}. A row of {source} has a number there, which says which answer is "
-            "better. Mend or remove the row."
-        )
-    return value
+    is_sound = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    return _required(value, name, "a number, which says which answer is better,", is_sound=is_sound)
 
 
-def boolean_field(row: Row, name: str, *, source: str) -> bool:
+def boolean_field(row: RawRow, name: str) -> bool:
     """The boolean in a field that the source always has."""
     value = row.get(name)
-    if not isinstance(value, bool):
-        raise ValueError(
-            f"{name!r} holds {_kind_of(value)}. A row of {source} has true or false there. Mend or remove the row."
-        )
-    return value
+    return _required(value, name, "true or false", is_sound=isinstance(value, bool))
 
 
 def mapping_at(value: object, where: str) -> Mapping[str, Any]:
     """The object at a place inside a row."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where} holds {_kind_of(value)}. An object is required there. Mend or remove the row.")
-    return value
+    return _required(value, where, "an object", is_sound=isinstance(value, Mapping))
 
 
 def as_text(value: object, where: str) -> str:
     """The text at a place inside a row."""
-    if not isinstance(value, str):
-        raise ValueError(f"{where!r} holds {_kind_of(value)}. Text is required there. Mend or remove the row.")
+    return _required(value, where, "text", is_sound=isinstance(value, str))
+
+
+def messages_field(row: RawRow, name: str) -> list[dict[str, str]]:
+    """The messages (role and content) in a field that the source always has."""
+    turns = [mapping_at(turn, name) for turn in list_field(row, name)]
+    return [
+        message(as_text(turn.get("role"), f"{name}.role"), as_text(turn.get("content"), f"{name}.content"))
+        for turn in turns
+    ]
+
+
+def _required(value: Any, where: str, what: str, *, is_sound: bool) -> Any:
+    if not is_sound:
+        raise DialogError(
+            where, f"holds {_kind_of(value)}, but {what} is required there.", "Correct or remove the row."
+        )
     return value
+
+
+def _kind_of(value: object) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, list) and not value:
+        return "an empty list"
+    if isinstance(value, float) and value != value:
+        return "no number (NaN)"
+    return "text" if isinstance(value, str) else kind_word(value)
+
+
+# -- parts of a record
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -117,12 +227,48 @@ def joined(instruction: str, text: str) -> str:
     return f"{instruction}\n\n{text}" if text.strip() else instruction
 
 
-def _kind_of(value: object) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    if isinstance(value, float) and value != value:
-        return "no number (NaN)"
-    names = {str: "text", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
+def answered(question: str, answer: str) -> RawRecord:
+    """The dialog of one question and its answer."""
+    return {"messages": [message("user", question), message("assistant", answer)]}
+
+
+def pair(prompt: Sequence[Mapping[str, Any]], chosen: str, rejected: str, **labels: Any) -> RawRecord:
+    """The preference of two answers to a prompt."""
+    answers = {"chosen": [message("assistant", chosen)], "rejected": [message("assistant", rejected)]}
+    return {"prompt": list(prompt), **answers, **labels}
+
+
+def pair_of_dialogs(chosen: Sequence[dict[str, str]], rejected: Sequence[dict[str, str]], **labels: Any) -> RawRecord:
+    """The preference of two dialogs that differ in their last answer alone."""
+    for side, turns in (("chosen", chosen), ("rejected", rejected)):
+        if len(turns) < 2 or turns[-1]["role"] != "assistant":
+            raise DialogError(
+                side,
+                "does not end with an answer to a question, but it holds the whole dialog here, and the answers at the "
+                "end are what a pair compares.",
+                "Add what is missing, or remove the row.",
+            )
+    if chosen[:-1] != rejected[:-1]:
+        raise DialogError(
+            "rejected",
+            "parts from 'chosen' before the last answer. A pair must share its prompt, since the loss compares two answers "
+            "to one question.",
+            "Cut both where they part, or remove the row.",
+        )
+    return pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], **labels)
+
+
+def rating_of_difference(difference: float, steps: Steps) -> str:
+    """The rating of a pair whose answers differ by this much."""
+    assert difference > 0, "the chosen answer is the better one"
+    ratings = ("negligibly_better", "slightly_better", "better", "significantly_better")
+    return ratings[sum(difference >= step for step in steps)]
+
+
+def graded_pair(
+    prompt: Sequence[dict[str, str]], answers: tuple[str, str], difference: float, steps: Steps
+) -> Iterator[RawRecord]:
+    """The pair whose second answer is better by `difference` (negative: the first is); none where they are equal."""
+    if difference:
+        rejected, chosen = answers if difference > 0 else answers[::-1]
+        yield pair(prompt, chosen, rejected, rating=rating_of_difference(abs(difference), steps))

@@ -13,8 +13,10 @@ from llamachat.answers.refusals import (
     labelled_answers,
     train_classifier,
 )
+from llamachat.chat_format.dialog import Dialog
 from llamachat.config.sections import DataSource
 from llamachat.data.loading import read_records
+from llamachat.data.records import Prompt
 from llamachat.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,7 +44,7 @@ def test_the_bundled_labels_are_read_each_answer_to_a_prompt_once(answers: list[
 def test_no_borderline_prompt_was_trained_on(answers: list[LabelledAnswer]) -> None:
     path = ROOT / "data" / "borderline" / "xstest_safe.jsonl.gz"
     source = DataSource(path=str(path))
-    prompts = read_records(source, "prompt", lambda messages, *, field="messages": None).records
+    prompts = read_records(source, Prompt)
     assert not {one.prompt for one in answers} & {prompt.messages[-1].content for prompt in prompts}
 
 
@@ -90,7 +92,7 @@ def test_everyday_answers_that_it_did_not_see_are_not_taken_for_refusals(
     name: str, classifier: RefusalClassifier
 ) -> None:
     source = DataSource(path=str(ROOT / "data" / "sft" / f"{name}.jsonl.gz"), limit=700)
-    dialogs = read_records(source, "dialog", lambda messages, *, field="messages": None).records
+    dialogs = read_records(source, Dialog)
     unseen = [dialog.messages[-1].content for dialog in dialogs[EVERYDAY_ANSWERS:]]
     assert sum(classifier.are_refusals(unseen)) / len(unseen) < 0.01 and len(unseen) >= 250
 

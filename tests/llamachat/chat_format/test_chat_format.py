@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
 from llamachat.chat_format.dialog import DialogError, Message, parse_messages
 from llamachat.chat_format.tokenizer import SPACE, Tokenizer
-from llamachat.chat_format.tokens import write_tokens
+from llamachat.data.tokens import write_tokens
 from llamachat.errors import ConfigError, DataError, TokenizerError, UsageError
 from tests.fakes import reference_dialog
 
@@ -225,7 +225,7 @@ def test_only_one_file_knows_the_tags() -> None:
 
 def test_importing_the_format_loads_no_heavy_library() -> None:
     code = (
-        "import sys, llamachat.chat_format.llama2, llamachat.chat_format.tokens, llamachat.errors\n"
+        "import sys, llamachat.chat_format.llama2, llamachat.data.tokens, llamachat.errors\n"
         "print([name for name in ('torch', 'transformers', 'trl', 'datasets', 'wandb') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

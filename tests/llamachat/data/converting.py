@@ -15,18 +15,18 @@ class Bench:
     """Converts and checks in a folder of its own."""
 
     def __init__(self, folder: Path, chat_format: ChatFormat) -> None:
-        self.folder, self.check = folder, chat_format.check_text
+        self.folder, self.forbidden = folder, chat_format.forbidden
 
     def convert(self, content: bytes | str, name: str = "in.jsonl", out: str = "out.jsonl", **options: Any) -> tuple:
         source, target = self.folder / name, self.folder / out
         source.write_bytes(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
         target.unlink(missing_ok=True)
-        report = convert_path(str(source), target, check=self.check, **options)
+        report = convert_path(str(source), target, forbidden=self.forbidden, **options)
         return report, self.checked(target, report)
 
     def checked(self, target: Path, report: ConvertReport) -> list[Any]:
         """The records written, which the checking command passes, all of one kind."""
-        found = check_path(str(target), None, "auto", self.check)
+        found = check_path(str(target), None, "auto", self.forbidden)
         assert found.problems == [] and found.exit_status == 0
         assert (found.kind, found.num_records, found.num_duplicates) == (report.kind, report.written, 0)
         # HTML stays where nobody asked for plain text.

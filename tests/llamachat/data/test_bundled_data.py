@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from llamachat.data.splits import fraction, is_kept_for_tuning
+from llamachat.data.loading import fraction
+from tools.split import is_kept_for_tuning
 
 DATA = Path(__file__).resolve().parents[3] / "data"
 FILES = sorted(DATA.glob("*/*.jsonl.gz"))

@@ -43,12 +43,12 @@ GOOD = dialog(user("Hi"), answer("Hello!"))
 
 # What stands on the line, the field that is named, a part of the reason, a part of the mend.
 BROKEN_DIALOGS: dict[str, tuple[str, str, str, str]] = {
-    "no json": ("Hello there", "column 1", "is not JSON", "Mend the line"),
-    "single quotes": ("{'messages': []}", "column 2", "is not JSON", "Mend the line"),
+    "no json": ("Hello there", "column 1", "is not JSON", "Correct the line"),
+    "single quotes": ("{'messages': []}", "column 2", "is not JSON", "Correct the line"),
     "cut off": (GOOD[:30], "column 31", "cut off", "whole record on one line"),
     "blank": ("", "line", "is blank", "Remove the line"),
-    "two on a line": (GOOD + GOOD, f"column {len(GOOD) + 1}", "goes on after", "line of its own"),
-    "trailing comma": (GOOD + ",", f"column {len(GOOD) + 1}", "goes on after", "take it out"),
+    "two on a line": (GOOD + GOOD, f"column {len(GOOD) + 1}", "follows a whole", "line of its own"),
+    "trailing comma": (GOOD + ",", f"column {len(GOOD) + 1}", "follows a whole", "take it out"),
     "not a number": (GOOD[:-1] + ', "x": NaN}', f"column {len(GOOD) + 7}", "holds NaN", "null"),
     "infinite": (GOOD[:-1] + ', "x": -Infinity}', f"column {len(GOOD) + 7}", "holds -Infinity", "null"),
     "key twice": ('{"messages": [], ' + GOOD[1:], "'messages'", "named twice", "Remove or rename"),
@@ -141,7 +141,7 @@ CASES = [
 
 def check(path: Path, lines: list[str], chat_format: ChatFormat) -> CheckReport:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogatepass")
-    return check_path(str(path), None, "auto", chat_format.check_text)
+    return check_path(str(path), None, "auto", chat_format.forbidden)
 
 
 @pytest.mark.parametrize(("good", "broken"), CASES)
@@ -153,8 +153,8 @@ def test_each_broken_line_is_named(
     assert report.exit_status == 2
     assert {found.line for found in report.problems} == {2}
     (named,) = [found for found in report.problems if found.field == field and reason in found.reason]
-    assert mend in named.mend
-    assert f"a.jsonl:2: {field}: {named.reason} {named.mend}\n" in report.text()
+    assert mend in named.fix
+    assert f"a.jsonl:2: {field}: {named.reason} {named.fix}\n" in report.text()
     assert report.num_records == (3 if field == "record" else 2)
 
 
@@ -173,7 +173,7 @@ def test_a_file_of_all_of_them_hides_none(tmp_path: Path, tiny_format: ChatForma
 def test_bytes_that_are_not_utf_8_are_named(tmp_path: Path, tiny_format: ChatFormat):
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD.encode() + b"\n" + dialog(user("caf?"), answer("a")).encode().replace(b"?", b"\xe9") + b"\n")
-    (found,) = check_path(str(path), None, "auto", tiny_format.check_text).problems
+    (found,) = check_path(str(path), None, "auto", tiny_format.forbidden).problems
     assert (found.line, found.field) == (2, "byte 47")
 
 
@@ -233,16 +233,16 @@ def test_a_warning_of_many_lines_is_short(tmp_path: Path, tiny_format: ChatForma
     (warned,) = check(tmp_path / "a.jsonl", lines, tiny_format).warnings
     assert len(warned.lines) == 50
     assert "20 and 30 more)" in warned.at("a.jsonl")
-    assert "'columns'" in warned.mend
+    assert "'columns'" in warned.fix
 
 
 def test_the_kind_can_be_given(tmp_path: Path, tiny_format: ChatFormat):
     path = tmp_path / "a.jsonl"
     path.write_text(GOOD + "\n")
-    report = check_path(str(path), "preference", "auto", tiny_format.check_text)
+    report = check_path(str(path), "preference", "auto", tiny_format.forbidden)
     assert [found.field for found in report.problems] == ["prompt", "chosen", "rejected"]
-    assert "It looks like a dialog" in report.problems[0].mend
-    assert check_path(str(path), "prompt", "auto", tiny_format.check_text).exit_status == 0
+    assert "It looks like a dialog" in report.problems[0].fix
+    assert check_path(str(path), "prompt", "auto", tiny_format.forbidden).exit_status == 0
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_the_kind_can_be_given(tmp_path: Path, tiny_format: ChatFormat):
 def test_a_file_that_is_no_data_file(name: str, content: bytes, reason: str, tmp_path: Path, tiny_format: ChatFormat):
     path = tmp_path / name
     path.write_bytes(content)
-    report = check_path(str(path), None, "auto", tiny_format.check_text)
+    report = check_path(str(path), None, "auto", tiny_format.forbidden)
     (found,) = report.problems
     assert found.field == "file"
     assert reason in found.reason
@@ -295,7 +295,7 @@ def test_keys_of_other_meanings_are_no_slips(tmp_path: Path, tiny_format: ChatFo
     assert (report.num_records, report.problems) == (2, [])
     (marked, named) = report.warnings
     assert (marked.field, named.field) == ("is_safety", "messages_id")
-    assert "It is a key of a prompt" in marked.mend and "rename" not in marked.mend + named.mend
+    assert "It is a key of a prompt" in marked.fix and "rename" not in marked.fix + named.fix
     # A prompt's name does not stand for the prompt that is missing.
     report = check(tmp_path / "b.jsonl", [pair(prompt=..., prompt_id="x")], tiny_format)
-    assert [(found.field, "Rename" in found.mend) for found in report.problems] == [("prompt", False)]
+    assert [(found.field, "Rename" in found.fix) for found in report.problems] == [("prompt", False)]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from llamachat.chat_format import ChatFormat
-from llamachat.data.convert.turns import Mend
+from llamachat.data.convert.turns import Repair
 from llamachat.errors import DataError
 from tests.llamachat.data.converting import Bench, shared, turns
 from tests.llamachat.data.test_check import (
@@ -29,7 +29,7 @@ from tests.llamachat.data.test_check import (
 )
 
 ROOT = Path(__file__).resolve().parents[3]
-Case = tuple[object, object, dict[Mend, int]]
+Case = tuple[object, object, dict[Repair, int]]
 
 
 @pytest.fixture
@@ -38,112 +38,112 @@ def bench(tmp_path: Path, tiny_format: ChatFormat) -> Bench:
 
 
 AB = {"messages": turns("a", "b")}
-DIALOGS: dict[str, tuple[str, object, dict[Mend, int]]] = {
-    "sharegpt": (shared(("human", "a"), ("gpt", "b")), AB, {Mend.KEY: 5, Mend.ROLE: 2}),
-    "capitals": (dialog({"role": " User", "content": "a"}, answer("b")), AB, {Mend.ROLE_SPELLING: 1}),
+DIALOGS: dict[str, tuple[str, object, dict[Repair, int]]] = {
+    "sharegpt": (shared(("human", "a"), ("gpt", "b")), AB, {Repair.KEY: 5, Repair.ROLE: 2}),
+    "capitals": (dialog({"role": " User", "content": "a"}, answer("b")), AB, {Repair.ROLE_SPELLING: 1}),
     "a word of the error texts": (
         dialog({"role": "prompter", "content": "a"}, {"role": "model", "content": "b"}),
         AB,
-        {Mend.ROLE: 2},
+        {Repair.ROLE: 2},
     ),
     "misspelt keys": ('{"mesages": [{"role": "user", "conten": "a"}, {"role": "bot", "content": "b"}]}', AB,
-                      {Mend.KEY: 2, Mend.ROLE: 1}),
+                      {Repair.KEY: 2, Repair.ROLE: 1}),
     "misspelt mask": (dialog(*turns("a", "b", "c"), answer("d", trian=False)),
-                      {"messages": [*turns("a", "b", "c"), answer("d", train=False)]}, {Mend.KEY: 1}),
+                      {"messages": [*turns("a", "b", "c"), answer("d", train=False)]}, {Repair.KEY: 1}),
     "OpenAI's mask": (dialog(*turns("a", "b", "c"), answer("d", weight=0)),
-                      {"messages": [*turns("a", "b", "c"), answer("d", train=False)]}, {Mend.KEY: 1}),
-    "leading answers": (dialog(answer("x"), answer("y"), user("a"), answer("b")), AB, {Mend.LEADING_ANSWER: 2}),
-    "open question": (dialog(*turns("a", "b", "c")), AB, {Mend.OPEN_QUESTION: 1}),
-    "two open questions": (dialog(*turns("a", "b", "c"), user("d")), AB, {Mend.MERGED: 1, Mend.OPEN_QUESTION: 1}),
+                      {"messages": [*turns("a", "b", "c"), answer("d", train=False)]}, {Repair.KEY: 1}),
+    "leading answers": (dialog(answer("x"), answer("y"), user("a"), answer("b")), AB, {Repair.LEADING_ANSWER: 2}),
+    "open question": (dialog(*turns("a", "b", "c")), AB, {Repair.OPEN_QUESTION: 1}),
+    "two open questions": (dialog(*turns("a", "b", "c"), user("d")), AB, {Repair.MERGED: 1, Repair.OPEN_QUESTION: 1}),
     "same speaker": (dialog(user("a \n"), user("\n  c"), answer("b")), {"messages": turns("a\n\n  c", "b")},
-                     {Mend.MERGED: 1}),
+                     {Repair.MERGED: 1}),
     "merged masks": (dialog(*turns("q", "r", "a"), answer("b"), answer("c", train=False)),
-                     {"messages": [*turns("q", "r", "a"), answer("b\n\nc", train=False)]}, {Mend.MERGED: 1}),
+                     {"messages": [*turns("q", "r", "a"), answer("b\n\nc", train=False)]}, {Repair.MERGED: 1}),
     "empty turn": (dialog(user("a"), answer(" "), user("c"), answer("b")), {"messages": turns("a\n\nc", "b")},
-                   {Mend.EMPTY: 1, Mend.MERGED: 1}),
-    "null content": (dialog(user("a"), answer(None), answer("b")), AB, {Mend.EMPTY: 1}),
+                   {Repair.EMPTY: 1, Repair.MERGED: 1}),
+    "null content": (dialog(user("a"), answer(None), answer("b")), AB, {Repair.EMPTY: 1}),
     "parts": (dialog(user([{"type": "text", "text": "a"}, "c"]), answer({"parts": ["b"]})),
-              {"messages": turns("a\nc", "b")}, {Mend.PARTS: 2}),
+              {"messages": turns("a\nc", "b")}, {Repair.PARTS: 2}),
     "late system": (dialog(user("a"), system("s"), answer("b")), {"messages": [system("s"), *turns("a", "b")]},
-                    {Mend.SYSTEM_MOVED: 1}),
+                    {Repair.SYSTEM_MOVED: 1}),
     "systems": (dialog(system("s"), user("a"), system("t"), system("s"), answer("b")),
-                {"messages": [system("s\n\nt"), *turns("a", "b")]}, {Mend.SYSTEMS_JOINED: 1}),
-    "late empty system": (dialog(user("a"), system(""), answer("b")), AB, {Mend.EMPTY: 1}),
+                {"messages": [system("s\n\nt"), *turns("a", "b")]}, {Repair.SYSTEMS_JOINED: 1}),
+    "late empty system": (dialog(user("a"), system(""), answer("b")), AB, {Repair.EMPTY: 1}),
     "system beside": (dialog(*turns("a", "b"), system="s"), {"messages": [system("s"), *turns("a", "b")]},
-                      {Mend.KEY: 1}),
+                      {Repair.KEY: 1}),
     "tool": (
         dialog(user("a"), answer(None, tool_calls=[1]), {"role": "tool", "content": "x"}, answer("b")),
         AB,
-        {Mend.EMPTY: 1, Mend.TOOL: 1, Mend.LEFT_OUT: 1},
+        {Repair.EMPTY: 1, Repair.TOOL: 1, Repair.LEFT_OUT: 1},
     ),
     "answers around a tool": (shared(("human", "a"), ("gpt", "b"), ("observation", "x"), ("gpt", "c")),
                               {"messages": turns("a", "b\n\nc")},
-                              {Mend.KEY: 9, Mend.ROLE: 3, Mend.TOOL: 1, Mend.MERGED: 1}),
-    "train on a question": (dialog(user("a", train=True), answer("b")), AB, {Mend.TRAIN_ON_QUESTION: 1}),
-    "nulls": (dialog(user("a", train=None), answer("b"), is_safe=None), AB, {Mend.NULL: 2}),
-    "quoted label": (dialog(*turns("a", "b"), is_safe="False"), {**AB, "is_safe": False}, {Mend.LABEL: 1}),
-    "foreign keys": (dialog(*turns("a", "b"), source="x", id=3), AB, {Mend.LEFT_OUT: 2}),
-    "bare turns": (json.dumps(AB["messages"]), AB, {Mend.BARE_TURNS: 1}),
-    "texts": ('{"question": "a", "answer": "b"}', AB, {Mend.KEY: 1, Mend.TEXT: 2, Mend.HALVES: 1}),
-    "TRL's halves": (json.dumps({"prompt": [user("a")], "completion": [answer("b")]}), AB, {Mend.HALVES: 1}),
-    "alpaca": ('{"instruction": "a", "input": "", "output": "b"}', AB, {Mend.KNOWN_SET: 1}),
+                              {Repair.KEY: 9, Repair.ROLE: 3, Repair.TOOL: 1, Repair.MERGED: 1}),
+    "train on a question": (dialog(user("a", train=True), answer("b")), AB, {Repair.TRAIN_ON_QUESTION: 1}),
+    "nulls": (dialog(user("a", train=None), answer("b"), is_safe=None), AB, {Repair.NULL: 2}),
+    "quoted label": (dialog(*turns("a", "b"), is_safe="False"), {**AB, "is_safe": False}, {Repair.LABEL: 1}),
+    "foreign keys": (dialog(*turns("a", "b"), source="x", id=3), AB, {Repair.LEFT_OUT: 2}),
+    "bare turns": (json.dumps(AB["messages"]), AB, {Repair.BARE_TURNS: 1}),
+    "texts": ('{"question": "a", "answer": "b"}', AB, {Repair.KEY: 1, Repair.TEXT: 2, Repair.HALVES: 1}),
+    "TRL's halves": (json.dumps({"prompt": [user("a")], "completion": [answer("b")]}), AB, {Repair.HALVES: 1}),
+    "alpaca": ('{"instruction": "a", "input": "", "output": "b"}', AB, {Repair.KNOWN_SET: 1}),
 }  # fmt: skip
 ABC = {"prompt": [user("a")], "chosen": [answer("b")], "rejected": [answer("c")]}
-PREFERENCES: dict[str, tuple[str, object, dict[Mend, int]]] = {
-    "texts": ('{"prompt": "a", "chosen": "b", "rejected": "c"}', ABC, {Mend.TEXT: 3}),
+PREFERENCES: dict[str, tuple[str, object, dict[Repair, int]]] = {
+    "texts": ('{"prompt": "a", "chosen": "b", "rejected": "c"}', ABC, {Repair.TEXT: 3}),
     "whole dialogs": (
         json.dumps({"prompt": "a", "chosen": turns("a", "b"), "rejected": turns("a", "c"), "prompt_id": "x"}),
         ABC,
-        {Mend.TEXT: 1, Mend.WHOLE_DIALOGS: 1, Mend.LEFT_OUT: 1},
+        {Repair.TEXT: 1, Repair.WHOLE_DIALOGS: 1, Repair.LEFT_OUT: 1},
     ),
     "whole dialogs without a prompt": (
         json.dumps({"chosen": turns("a", "b"), "rejected": turns("a", "c"), "prompt_id": "x"}),
         ABC,
-        {Mend.WHOLE_DIALOGS: 1, Mend.LEFT_OUT: 1},
+        {Repair.WHOLE_DIALOGS: 1, Repair.LEFT_OUT: 1},
     ),
     "system of one": (
         json.dumps({"prompt": [system("s"), user("a")], "chosen": turns("a", "b"), "rejected": turns("a", "c")}),
         {**ABC, "prompt": [system("s"), user("a")]},
-        {Mend.WHOLE_DIALOGS: 1},
+        {Repair.WHOLE_DIALOGS: 1},
     ),
     "one side whole": (pair(prompt=[user("a")], chosen=turns("a", "b"), rejected=[answer("c")]), ABC,
-                       {Mend.WHOLE_DIALOGS: 1}),
+                       {Repair.WHOLE_DIALOGS: 1}),
     "turns after the prompt": (
         pair(prompt=[user("q")], chosen=[answer("r"), *turns("a", "b")], rejected=[answer("r"), *turns("a", "c")]),
         {**ABC, "prompt": turns("q", "r", "a")},
-        {Mend.WHOLE_DIALOGS: 1},
+        {Repair.WHOLE_DIALOGS: 1},
     ),
     "LLaMA-Factory": (
         shared(("human", "a"), chosen={"from": "gpt", "value": "b"}, rejected={"from": "gpt", "value": "c"}),
         ABC,
-        {Mend.KEY: 7, Mend.ROLE: 3, Mend.TEXT: 2},
+        {Repair.KEY: 7, Repair.ROLE: 3, Repair.TEXT: 2},
     ),
     "hh-rlhf": (json.dumps({side: f"\n\nHuman: a\n\nAssistant: {text}" for side, text in
-                            (("chosen", "b"), ("rejected", "c"))}), ABC, {Mend.KNOWN_SET: 1}),
+                            (("chosen", "b"), ("rejected", "c"))}), ABC, {Repair.KNOWN_SET: 1}),
     "hh-rlhf in three": (
         json.dumps({"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b", "rejected": " c"}),
         ABC,
-        {Mend.KNOWN_SET: 1},
+        {Repair.KNOWN_SET: 1},
     ),
     "prompt with its answer": (pair(prompt=turns("a", "b"), chosen=[answer("b ")], rejected=[answer("c")]),
-                               {**ABC, "chosen": [answer("b ")]}, {Mend.CLOSING_ANSWER: 1}),
+                               {**ABC, "chosen": [answer("b ")]}, {Repair.CLOSING_ANSWER: 1}),
     "labels": (
         json.dumps({**ABC, "rating": "Slightly better", "chosen_is_safe": "true", "ratting": 1}),
         {**ABC, "rating": "slightly_better", "chosen_is_safe": True},
-        {Mend.LABEL: 2, Mend.LEFT_OUT: 1},
+        {Repair.LABEL: 2, Repair.LEFT_OUT: 1},
     ),
     "paper's rating": (json.dumps({**ABC, "rating": "Unsure"}), {**ABC, "rating": "negligibly_better"},
-                       {Mend.LABEL: 1}),
+                       {Repair.LABEL: 1}),
 }  # fmt: skip
 ASKED = {"prompt": [user("a")]}
-PROMPTS: dict[str, tuple[str, object, dict[Mend, int]]] = {
-    "text": ('{"prompt": "a", "id": 7}', {**ASKED, "id": "7"}, {Mend.TEXT: 1, Mend.LABEL: 1}),
-    "answered": (prompt(turns("a", "b"), is_safety=True), {**ASKED, "is_safety": True}, {Mend.CLOSING_ANSWER: 1}),
+PROMPTS: dict[str, tuple[str, object, dict[Repair, int]]] = {
+    "text": ('{"prompt": "a", "id": 7}', {**ASKED, "id": "7"}, {Repair.TEXT: 1, Repair.LABEL: 1}),
+    "answered": (prompt(turns("a", "b"), is_safety=True), {**ASKED, "is_safety": True}, {Repair.CLOSING_ANSWER: 1}),
     "of a dialog": (dialog(*turns("a", "b"), is_safety="true"), {**ASKED, "is_safety": True},
-                    {Mend.CLOSING_ANSWER: 1, Mend.AS_PROMPT: 1, Mend.LABEL: 1}),
-    "of a preference": (json.dumps(ABC), ASKED, {Mend.AS_PROMPT: 1}),
+                    {Repair.CLOSING_ANSWER: 1, Repair.AS_PROMPT: 1, Repair.LABEL: 1}),
+    "of a preference": (json.dumps(ABC), ASKED, {Repair.AS_PROMPT: 1}),
     "of alpaca": ('{"instruction": "a", "output": "b"}', ASKED,
-                  {Mend.KNOWN_SET: 1, Mend.CLOSING_ANSWER: 1, Mend.AS_PROMPT: 1}),
+                  {Repair.KNOWN_SET: 1, Repair.CLOSING_ANSWER: 1, Repair.AS_PROMPT: 1}),
 }  # fmt: skip
 CASES = [
     *(pytest.param(None, *case, id=name) for name, case in DIALOGS.items()),
@@ -154,14 +154,14 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "line", "expected", "times"), CASES)
 def test_what_is_mended_and_how_it_is_counted(
-    kind: Any, line: str, expected: object, times: dict[Mend, int], bench: Bench
+    kind: Any, line: str, expected: object, times: dict[Repair, int], bench: Bench
 ):
     report, written = bench.convert(f"{line}\n", kind=kind)
     assert written == [expected]
     assert report.times == times
     assert (report.written, report.untouched, report.problems) == (1, int(not times), [])
-    for mend, number in times.items():
-        row = next(line for line in report.text().splitlines() if line.startswith(f"  {mend.value}  "))
+    for repair, number in times.items():
+        row = next(line for line in report.text().splitlines() if line.startswith(f"  {repair.value}  "))
         assert row.split()[-1] == str(number)
 
 
@@ -200,7 +200,7 @@ def test_a_file_of_all_broken_lines(bench: Bench):
     assert report.kind == "dialog"
     assert sum(json.loads(dialog(user(f"q{index}"), answer("a"))) in written for index in range(99)) == 99
     assert "is a preference by its keys" in report.dropped()
-    with pytest.raises(DataError, match=f"{len(report.problems)} records cannot be mended"):
+    with pytest.raises(DataError, match=f"{len(report.problems)} records cannot be repaired"):
         bench.convert("\n".join(lines) + "\n", strict=True)
 
 
@@ -275,7 +275,7 @@ def test_the_kind_and_the_format_can_be_given(bench: Bench):
         bench.convert(line, format="sharegtp")
     with pytest.raises(DataError, match="gives dialogs, but preferences"):
         bench.convert(line, format="oasst", kind="preference")
-    with pytest.raises(DataError, match="alpaca: 'output' is missing"):
+    with pytest.raises(DataError, match="output: is missing"):
         bench.convert('{"instruction": "a"}', format="alpaca")
     mixed = f"{GOOD}\n{pair()}\n{prompt([user('z')])}\n"
     assert bench.convert(mixed, kind="preference")[1] == [json.loads(pair())]

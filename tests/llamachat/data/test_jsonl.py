@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamachat.data.jsonl import Row, decode_line, decode_lines, has_byte_order_mark, read_jsonl
+from llamachat.data.files import decode_line, decode_lines, has_byte_order_mark, read_rows
 from llamachat.data.problems import SHOWN, Problem, problem, reason_key, report
+from llamachat.data.records import Row
 
 
 def fault(raw: bytes) -> Problem:
-    found = decode_line(raw, 7)
-    assert isinstance(found, Problem)
+    (found,) = decode_line(raw, 7).problems
     assert found.line == 7
     return found
 
@@ -26,7 +26,7 @@ def fault(raw: bytes) -> Problem:
         (b'{"a": "b\x00c"}', "column 9", "is not JSON (Invalid control character)"),
         (b'{"a": "b', "column 9", "in the middle of a record"),
         (b'{"a": [1, 2', "column 12", "in the middle of a record"),
-        (b'{"a": 1} {"a": 2}', "column 10", "goes on after a whole JSON value"),
+        (b'{"a": 1} {"a": 2}', "column 10", "follows a whole JSON value"),
         (b'\xef\xbb\xbf{"a": 1}', "column 1", "byte order mark inside the file"),
         (b'{"a": "caf\xe9"}', "byte 11", "is 0xe9, which is not UTF-8"),
         (b'{"NaN": "NaN", "a": NaN}', "column 21", "holds NaN"),
@@ -41,28 +41,20 @@ def test_a_bad_line_is_told_with_its_place(raw: bytes, field: str, reason: str):
     found = fault(raw)
     assert found.field == field
     assert reason in found.reason
-    assert found.mend
+    assert found.fix
 
 
 def test_line_ends_and_the_mark_at_the_start_are_no_fault(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\r\n{"a": 3}\n\n  \n')
-    assert list(read_jsonl(path)) == [Row(1, {"a": 1}), Row(2, {"a": 2}), Row(3, {"a": 3})]
+    assert list(read_rows(str(path))) == [Row(1, {"a": 1}), Row(2, {"a": 2}), Row(3, {"a": 3})]
     assert has_byte_order_mark(path)
 
 
 def test_blank_lines_between_records_are_named():
     found = list(decode_lines([b"\n", b"1\n", b" \r\n", b"\n", b"2\n", b"\n"]))
-    assert [(type(row).__name__, row.line) for row in found] == [
-        ("Problem", 1),
-        ("Row", 2),
-        ("Problem", 3),
-        ("Problem", 4),
-        ("Row", 5),
-    ]
-    blank = found[0]
-    assert isinstance(blank, Problem)
-    assert "is blank" in blank.reason
+    assert [(row.line, row.value) for row in found] == [(1, None), (2, 1), (3, None), (4, None), (5, 2)]
+    assert ["is blank" in fault.reason for row in found for fault in row.problems] == [True] * 3
 
 
 def test_gzip_is_read_and_where_it_breaks_off_is_told(tmp_path: Path):
@@ -70,17 +62,15 @@ def test_gzip_is_read_and_where_it_breaks_off_is_told(tmp_path: Path):
     whole = gzip.compress(lines)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(whole)
-    assert len(list(read_jsonl(path))) == 5000
+    assert len(list(read_rows(str(path)))) == 5000
     path.write_bytes(whole[: len(whole) // 2])
-    *rows, last = read_jsonl(path)
-    assert all(isinstance(row, Row) for row in rows)
-    assert isinstance(last, Problem)
-    assert (last.field, last.line) == ("file", len(rows) + 1)
-    assert "ends in the middle" in last.reason
+    *rows, last = read_rows(str(path))
+    assert not any(row.problems for row in rows)
+    assert (last.problems[0].field, last.line) == ("file", len(rows) + 1)
+    assert "ends in the middle" in last.problems[0].reason
     path.write_bytes(whole[:-8] + b"\0" * 8)
-    *_, last = read_jsonl(path)
-    assert isinstance(last, Problem)
-    assert "is damaged" in last.reason
+    *_, last = read_rows(str(path))
+    assert "is damaged" in last.problems[0].reason
 
 
 @given(st.lists(st.one_of(st.binary(max_size=20), st.text(max_size=20).map(str.encode)), max_size=8))
@@ -91,9 +81,7 @@ def test_every_line_is_a_row_or_a_problem_with_its_number(lines: list[bytes]):
     if lines[:1] == [b"\xef\xbb\xbf"]:
         return
     assert numbers == list(range(1, last_full + 1))
-    for row in found:
-        if isinstance(row, Problem):
-            assert row.at("f").isprintable()
+    assert all(fault.at("f").isprintable() for row in found for fault in row.problems)
 
 
 def test_report_prints_fifty_and_counts_the_rest():
@@ -104,7 +92,7 @@ def test_report_prints_fifty_and_counts_the_rest():
     assert lines[-1].startswith("and 3 more")
 
 
-def test_report_gives_the_command_that_mends():
+def test_report_gives_the_command_that_converts():
     fault = problem(3, "messages[0].role", "is 'gpt'.", "Write 'assistant' (`llamachat data convert` does it).")
     assert (
         report([fault], "d/a.jsonl.gz")

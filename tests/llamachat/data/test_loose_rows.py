@@ -11,7 +11,7 @@ import pytest
 import llamachat.data.convert.rows
 from llamachat.chat_format import ChatFormat
 from llamachat.data.convert.command import convert_path
-from llamachat.data.convert.turns import Mend
+from llamachat.data.convert.turns import Repair
 from llamachat.errors import DataError, UsageError
 from tests.llamachat.data.converting import Bench, shared, turns
 from tests.llamachat.data.test_check import GOOD, dialog
@@ -41,12 +41,12 @@ def test_forms_of_files_give_the_same_records(bench: Bench):
         report, written = bench.convert(content, name=name)
         assert written == rows, name
         assert report.untouched == 39
-    assert bench.convert(forms["a.jsonl"])[0].times == {Mend.BYTE_ORDER_MARK: 1, Mend.BLANK_LINE: 39}
-    assert bench.convert(forms["d.json"], name="d.json")[0].times == {Mend.ARRAY: 1}
-    assert bench.convert(forms["f.jsonl"])[0].times == {Mend.SEVERAL: 2}
-    assert bench.convert(forms["h.jsonl"])[0].times == {Mend.COMMA: 39}
+    assert bench.convert(forms["a.jsonl"])[0].times == {Repair.BYTE_ORDER_MARK: 1, Repair.BLANK_LINE: 39}
+    assert bench.convert(forms["d.json"], name="d.json")[0].times == {Repair.ARRAY: 1}
+    assert bench.convert(forms["f.jsonl"])[0].times == {Repair.SEVERAL: 2}
+    assert bench.convert(forms["h.jsonl"])[0].times == {Repair.COMMA: 39}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), bench.folder / "i.parquet")
-    report = convert_path(str(bench.folder / "i.parquet"), bench.folder / "i.jsonl", check=bench.check)
+    report = convert_path(str(bench.folder / "i.parquet"), bench.folder / "i.jsonl", forbidden=bench.forbidden)
     assert bench.checked(bench.folder / "i.jsonl", report) == rows
 
 
@@ -114,7 +114,7 @@ def test_where_nothing_is_written_to(bench: Bench):
         ("none/out.jsonl", "cannot be written .*No such file", False),
     ):
         with pytest.raises(UsageError, match=reason):
-            convert_path(str(source), bench.folder / name, check=bench.check, overwrite=overwrite)
+            convert_path(str(source), bench.folder / name, forbidden=bench.forbidden, overwrite=overwrite)
     assert source.read_text() == GOOD + "\n" and (bench.folder / "old.jsonl").read_text() == "old"
-    convert_path(str(source), bench.folder / "old.jsonl", check=bench.check, overwrite=True)
+    convert_path(str(source), bench.folder / "old.jsonl", forbidden=bench.forbidden, overwrite=True)
     assert json.loads((bench.folder / "old.jsonl").read_text()) == json.loads(GOOD)

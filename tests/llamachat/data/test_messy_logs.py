@@ -8,7 +8,7 @@ import pytest
 
 from llamachat.chat_format import ChatFormat
 from llamachat.data.check import check_path
-from llamachat.data.convert.turns import Mend
+from llamachat.data.convert.turns import Repair
 from tests.llamachat.data.converting import Bench
 from tests.llamachat.data.messy_logs import messy_logs, records_of
 
@@ -23,9 +23,9 @@ def test_every_record_is_kept_mended_or_refused(kind: Any, seed: int, tmp_path: 
     assert len(written) == report.written
     told = report.written + report.repeated + report.without + len(report.problems)
     assert told == logs.num_records
-    assert report.times[Mend.BLANK_LINE] == logs.num_blank
+    assert report.times[Repair.BLANK_LINE] == logs.num_blank
     assert {found.line for found in report.problems} <= set(range(1, len(logs.lines) + 1))
-    assert all(found.field and found.reason and found.mend for found in report.problems)
+    assert all(found.field and found.reason and found.fix for found in report.problems)
     lines = report.dropped().splitlines()
     assert len(lines) == len(report.problems), "each refusal is told on a line of its own"
     # What it was made for: some of each, and sound records stay as they are.
@@ -39,10 +39,10 @@ def test_the_check_names_every_line_that_holds_no_record(kind: Any, tmp_path: Pa
     logs = messy_logs(EACH, 4)
     path = tmp_path / "a.jsonl"
     path.write_bytes(logs.text())
-    report = check_path(str(path), kind, "auto", tiny_format.check_text)
+    report = check_path(str(path), kind, "auto", tiny_format.forbidden)
     bad = {found.line for found in report.problems if found.field != "record"}
     assert report.num_records + len(bad) == len(logs.lines)
-    assert all(found.reason and found.mend for found in report.problems)
+    assert all(found.reason and found.fix for found in report.problems)
     assert report.text().isprintable() or report.text().replace("\n", "").isprintable()
 
 

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 
 from llamachat.chat_format import ChatFormat
-from llamachat.config.sections import DataSource
+from llamachat.chat_format.dialog import Dialog, DialogError
+from llamachat.config.sections import DataSource, Split
 from llamachat.data.check import check_path
 from llamachat.data.convert.command import convert_path
-from llamachat.data.loading import read_records
+from llamachat.data.loading import load_mixture, read_records
+from llamachat.data.records import KIND_OF
 from llamachat.data.sources import SOURCES
-from llamachat.data.sources.strength import FINE_GRAINED, OVERALL, STRENGTH, rating_of_difference
+from llamachat.data.sources.graded import FINE_GRAINED, OVERALL, STRENGTH
+from llamachat.data.sources.source import rating_of_difference
 from llamachat.errors import DataError
 
 
@@ -180,41 +183,44 @@ def test_a_row_becomes_its_records(name: str, row: Mapping[str, Any], records: l
 
 A, B = [user("q"), answer("a")], [user("q"), answer("b")]
 SAFETY, HELP = "pku_saferlhf_safety", "pku_saferlhf_helpfulness"
-BAD: list[tuple[str, dict[str, Any], str]] = [
-    (SAFETY, PKU | {"safer_response_id": 2}, "'safer_response_id' is 2.*has 0 or 1 there"),
-    (SAFETY, PKU | {"safer_response_id": True}, "'safer_response_id' is True"),
-    (SAFETY, PKU | {"safer_response_id": 0}, "names the unsafe answer, but the other one is labelled safe"),
-    (HELP, PKU | {"better_response_id": None}, "'better_response_id' is None"),
-    (HELP, PKU | {"is_response_1_safe": "no"}, "'is_response_1_safe' holds text.*true or false"),
-    (HELP, PKU | {"response_0": None}, "'response_0' holds nothing"),
-    ("beavertails", BEAVER | {"is_safe": None}, "'is_safe' holds nothing.*true or false"),
-    ("beavertails", BEAVER | {"response": 3}, "'response' holds a number"),
-    ("ultrafeedback", ultra("a"), r"'completions\[0\]' holds text.*An object"),
-    ("ultrafeedback", ultra() | {"completions": {}}, "'completions' holds an object.*has a list there"),
-    ("ultrafeedback", ultra(completion("a", float("nan"))), r"'fine-grained_score' holds no number \(NaN\)"),
-    ("ultrafeedback", ultra(completion("a", ratings="N/A N/A N/A 7")), r"'completions\[0\]' has no grade"),
-    ("ultrafeedback", ultra({"response": None}), r"'completions\[0\].response' holds nothing"),
-    ("ultrafeedback_binarized", binarized(A, B, None), "'score_chosen' holds nothing.*which answer is better"),
-    ("ultrafeedback_binarized", binarized(A, B, 3, 4), "'score_chosen' is below 'score_rejected'.*Swap"),
-    ("ultrafeedback_binarized", binarized(A, B[1:]), "'rejected' does not end with an answer to a question"),
-    ("ultrafeedback_binarized", binarized(A, [user("p"), answer("b")]), "part before their last answer"),
-    ("ultrafeedback_binarized", binarized([{"role": 1}], B), "'chosen.role' holds a number"),
-    ("helpsteer2_preference", help_steer_pair(-100), "'preference_strength' is -100.*from -3"),
-    ("helpsteer2_preference", help_steer_pair(1.5), "'preference_strength' is 1.5.*whole number"),
-    ("helpsteer2_preference", help_steer_pair("2"), "'preference_strength' holds text.*a number there"),
-    ("helpsteer2", {"prompt": "q", "graded_responses": [graded("a", [3, 3, 4])]}, "'helpfulness' holds a list"),
-    ("helpsteer3", help_steer3(4), "'overall_preference' is 4"),
-    ("helpsteer3", help_steer3(True), "'overall_preference' holds a boolean"),
-    ("helpsteer3", help_steer3(1, []), "'context' holds an empty list"),
-    ("helpsteer3", help_steer3(1, [{"role": "user"}]), "'context.content' holds nothing"),
+BAD: list[tuple[str, dict[str, Any], str, str]] = [
+    (SAFETY, PKU | {"safer_response_id": 2}, "safer_response_id", "is 2"),
+    (SAFETY, PKU | {"safer_response_id": True}, "safer_response_id", "is True"),
+    (SAFETY, PKU | {"safer_response_id": 0}, "safer_response_id", "names the unsafe answer"),
+    (HELP, PKU | {"better_response_id": None}, "better_response_id", "is None"),
+    (HELP, PKU | {"is_response_1_safe": "no"}, "is_response_1_safe", "holds text"),
+    (HELP, PKU | {"response_0": None}, "response_0", "holds nothing"),
+    ("beavertails", BEAVER | {"is_safe": None}, "is_safe", "holds nothing"),
+    ("beavertails", BEAVER | {"response": 3}, "response", "holds a number"),
+    ("ultrafeedback", ultra("a"), "completions[0]", "holds text"),
+    ("ultrafeedback", ultra() | {"completions": {}}, "completions", "holds an object"),
+    ("ultrafeedback", ultra(completion("a", float("nan"))), "fine-grained_score", "holds no number (NaN)"),
+    ("ultrafeedback", ultra(completion("a", ratings="N/A N/A N/A 7")), "completions[0]", "has no grade"),
+    ("ultrafeedback", ultra({"response": None}), "completions[0].response", "holds nothing"),
+    ("ultrafeedback_binarized", binarized(A, B, None), "score_chosen", "holds nothing"),
+    ("ultrafeedback_binarized", binarized(A, B, 3, 4), "score_chosen", "is below 'score_rejected'"),
+    ("ultrafeedback_binarized", binarized(A, B[1:]), "rejected", "does not end with an answer to a question"),
+    ("ultrafeedback_binarized", binarized(A, [user("p"), answer("b")]), "rejected", "parts from 'chosen'"),
+    ("ultrafeedback_binarized", binarized([{"role": 1}], B), "chosen.role", "holds a number"),
+    ("helpsteer2_preference", help_steer_pair(-100), "preference_strength", "is -100"),
+    ("helpsteer2_preference", help_steer_pair(1.5), "preference_strength", "is 1.5"),
+    ("helpsteer2_preference", help_steer_pair("2"), "preference_strength", "holds text"),
+    ("helpsteer2", {"prompt": "q", "graded_responses": [graded("a", [3, 3, 4])]}, "helpfulness", "holds a list"),
+    ("helpsteer3", help_steer3(4), "overall_preference", "is 4"),
+    ("helpsteer3", help_steer3(True), "overall_preference", "holds a boolean"),
+    ("helpsteer3", help_steer3(1, []), "context", "holds an empty list"),
+    ("helpsteer3", help_steer3(1, [{"role": "user"}]), "context.content", "holds nothing"),
 ]
 
 
-@pytest.mark.parametrize(("name", "row", "message"), BAD)
-def test_a_broken_row_is_refused_with_its_field_and_the_mend(name: str, row: Mapping[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
+@pytest.mark.parametrize(("name", "row", "field", "reason"), BAD)
+def test_a_broken_row_is_refused_with_its_field_and_the_fix(
+    name: str, row: Mapping[str, Any], field: str, reason: str
+) -> None:
+    with pytest.raises(DialogError) as caught:
         list(SOURCES[name].convert(row))
-    assert str(caught.value).count(". ") >= 2, "what was found; what is required; what to do"
+    assert (caught.value.field, reason in caught.value.reason) == (field, True)
+    assert caught.value.fix
 
 
 def test_strengths_become_the_ratings_of_the_table() -> None:
@@ -232,8 +238,9 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def read(path: str, kind: Any, chat_format: ChatFormat, **more: Any) -> Any:
-    return read_records(DataSource(path=path, **more), kind, chat_format.check_text)
+def read(path: str, kind: str, chat_format: ChatFormat, **more: Any) -> Any:
+    record = next(record for record, name in KIND_OF.items() if name == kind)
+    return read_records(DataSource(path=path, **more), record, forbidden=chat_format.forbidden)
 
 
 @pytest.mark.parametrize(("name", "row", "records"), [case for case in GOOD if case[2]])
@@ -246,9 +253,9 @@ def test_a_file_of_such_rows_is_known_by_its_fields(
     path = write(tmp_path / "a.jsonl", [*rows, *rows] if name != "helpsteer2" else rows)
     format = name if name.startswith("pku") else "auto"
     found = read(path, kind, tiny_format, format=format)
-    assert len(found.records) == len(records) * (1 if name == "helpsteer2" else 2) and not found.unused_keys
-    assert len(read(path, "prompt", tiny_format).records) >= 1
-    report = convert_path(path, tmp_path / "out.jsonl", format=format, check=tiny_format.check_text)
+    assert len(found) == len(records) * (1 if name == "helpsteer2" else 2)
+    assert len(read(path, "prompt", tiny_format)) >= 1
+    report = convert_path(path, tmp_path / "out.jsonl", format=format, forbidden=tiny_format.forbidden)
     assert (report.kind, report.written, report.problems) == (kind, len(records), [])
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == records
 
@@ -259,16 +266,16 @@ def test_two_meanings_of_one_row_are_asked_about(tmp_path: Path, tiny_format: Ch
     with pytest.raises(DataError, match=f"a.jsonl: its rows hold preferences of several.*{both}.*Name one of these"):
         read(path, "preference", tiny_format)
     with pytest.raises(DataError, match=both):
-        check_path(path, None, "auto", tiny_format.check_text)
+        check_path(path, None, "auto", tiny_format.forbidden)
     with pytest.raises(DataError, match=f"a.jsonl:1: row: .*{both}(.|\n)*Name one of these"):
-        convert_path(path, tmp_path / "out.jsonl", check=tiny_format.check_text)
-    assert read(path, "prompt", tiny_format).records[0].messages[0].content == "q"
+        convert_path(path, tmp_path / "out.jsonl", forbidden=tiny_format.forbidden)
+    assert read(path, "prompt", tiny_format)[0].messages[0].content == "q"
 
 
 def test_a_row_of_another_kind_is_named_with_its_kind(tmp_path: Path, tiny_format: ChatFormat) -> None:
     sound = {"messages": [user("q"), answer("a")]}
     path = write(tmp_path / "a.jsonl", [sound, sound, help_steer3(2), PKU, binarized(A, B) | {"messages": B}])
-    report = convert_path(path, tmp_path / "out.jsonl", kind="dialog", check=tiny_format.check_text)
+    report = convert_path(path, tmp_path / "out.jsonl", kind="dialog", forbidden=tiny_format.forbidden)
     assert [(found.line, found.reason.split(" by ")[0]) for found in report.problems] == [
         (3, "is a preference"),
         (4, "is a preference"),
@@ -318,18 +325,18 @@ def test_a_table_of_messages_is_read_as_its_trees(tmp_path: Path, tiny_format: C
     first = [{key: value for key, value in row.items() if value is not None} for row in table("s")]
     rows = [*first, *table("t", m3={"text": "finest"}), {"messages": PATH["messages"]}]
     path = write(tmp_path / "a.jsonl", rows[:-1])
-    dialogs = read(path, "dialog", tiny_format).records
+    dialogs = read(path, "dialog", tiny_format)
     assert [dialog.messages[1].content for dialog in dialogs] == ["best", "finest"]
-    pairs = read(path, "preference", tiny_format, format="oasst-preference").records
+    pairs = read(path, "preference", tiny_format, format="oasst-preference")
     assert [(pair.chosen.content, pair.rejected.content, pair.rating) for pair in pairs] == [
         ("best", "second", "slightly_better"),
         ("finest", "second", "slightly_better"),
     ]
-    report = convert_path(path, tmp_path / "out.jsonl", check=tiny_format.check_text)
+    report = convert_path(path, tmp_path / "out.jsonl", forbidden=tiny_format.forbidden)
     assert (report.written, report.problems) == (2, [])
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0]) == PATH
     # Our own rows among them stay what they are.
-    report = convert_path(write(tmp_path / "b.jsonl", rows), tmp_path / "c.jsonl", check=tiny_format.check_text)
+    report = convert_path(write(tmp_path / "b.jsonl", rows), tmp_path / "c.jsonl", forbidden=tiny_format.forbidden)
     assert (report.written, report.repeated, report.untouched) == (2, 1, 0)
 
 
@@ -340,10 +347,10 @@ def test_a_table_of_messages_is_read_as_its_trees(tmp_path: Path, tiny_format: C
         (table()[1:], "1: parent_id: 't1' is no message"),
         (table(m2={"parent_id": None}), "parent_id: is null in 2 messages of one tree"),
         (table(m4={"parent_id": "t5"}), "parent_id: makes no tree of these messages"),
-        (table(m2={"message_id": "t3"}), "message_id: 't3' stands twice"),
+        (table(m2={"message_id": "t3"}), "message_id: 't3' occurs twice"),
         (table(m2={"message_id": 7}), "message_id: holds a number"),
         (table(m2={"parent_id": ["t1"]}), "parent_id: holds a list"),
-        (table(m3={"role": "user"}), "role: of a message is 'user'"),
+        (table(m3={"role": "user"}), "role: is 'user'"),
     ],
 )
 def test_a_broken_tree_of_a_table_is_refused(
@@ -353,7 +360,7 @@ def test_a_broken_tree_of_a_table_is_refused(
     with pytest.raises(DataError, match=message):
         read(path, "dialog", tiny_format, format="oasst")
     with pytest.raises(DataError, match="holds no dialog that can be written"):
-        convert_path(path, tmp_path / "out.jsonl", format="oasst", check=tiny_format.check_text)
+        convert_path(path, tmp_path / "out.jsonl", format="oasst", forbidden=tiny_format.forbidden)
 
 
 def test_a_shuffled_table_is_never_read_as_other_dialogs(tmp_path: Path, tiny_format: ChatFormat) -> None:
@@ -376,11 +383,12 @@ def test_a_bad_line_among_the_messages_is_named_beside_the_tree(tmp_path: Path, 
     lines = [json.dumps(row) for row in table()]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([*lines[:5], "{", *lines[5:]]) + "\n")
-    report = check_path(str(path), None, "auto", tiny_format.check_text)
+    report = check_path(str(path), None, "auto", tiny_format.forbidden)
     assert [found.line for found in report.problems] == [6] and report.num_records == 1
 
 
 def test_a_removed_root_takes_its_tree_along(tmp_path: Path, tiny_format: ChatFormat) -> None:
     path = write(tmp_path / "a.jsonl", [*table("s"), *table("t", m1={"deleted": True})])
-    found = read(path, "dialog", tiny_format)
-    assert (len(found.records), found.dropped) == (1, {"row without a dialog": 1})
+    sides = Split(test=0, validation=0, judge=0)
+    found = load_mixture([DataSource(path=path)], sides, Dialog, forbidden=(), seed=0)
+    assert (len(found.train), found.dropped) == (1, {f"{path}: row without a dialog": 1})

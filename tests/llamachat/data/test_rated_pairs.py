@@ -9,10 +9,10 @@ import pytest
 
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
-from llamachat.config.sections import DataSource
+from llamachat.config.sections import DataSource, Split
 from llamachat.data.check import check_path
 from llamachat.data.convert.command import convert_path
-from llamachat.data.loading import read_records
+from llamachat.data.loading import load_mixture, read_records
 from llamachat.data.records import Preference
 from llamachat.errors import DataError
 from reward.pairs import UNSAFE_CHOSEN, Encoder, Sourced
@@ -54,14 +54,16 @@ def test_rated_pairs_become_preferences_and_unrated_ones_are_counted(tmp_path: P
         Preference(prompt=prompt, chosen=second, rejected=first, rejected_is_safe=False),
     ]
     for form in ("auto", "rated_pairs"):
-        found = read_records(DataSource(path=str(path), format=form), "preference", tiny_format.check_text)
-        assert (found.records, found.dropped, found.unused_keys) == (expected, {"row without a preference": 2}, {})
-    checked = check_path(str(path), None, "auto", tiny_format.check_text)
+        sources = [DataSource(path=str(path), format=form)]
+        nothing = Split(test=0, validation=0, judge=0)
+        found = load_mixture(sources, nothing, Preference, forbidden=tiny_format.forbidden, seed=0)
+        assert (found.train, found.dropped) == (expected, {f"{path}: row without a preference": 2})
+    checked = check_path(str(path), None, "auto", tiny_format.forbidden)
     assert (checked.kind, checked.num_records, checked.problems, checked.warnings) == ("preference", 2, [], [])
-    report = convert_path(str(path), tmp_path / "out.jsonl", check=tiny_format.check_text)
+    report = convert_path(str(path), tmp_path / "out.jsonl", forbidden=tiny_format.forbidden)
     assert (report.kind, report.written, report.without, report.problems) == ("preference", 2, 2, [])
-    converted = read_records(DataSource(path=report.out, format="native"), "preference", tiny_format.check_text)
-    assert converted.records == expected
+    converted = read_records(DataSource(path=report.out, format="native"), Preference, forbidden=tiny_format.forbidden)
+    assert converted == expected
 
 
 @pytest.mark.parametrize(
@@ -83,12 +85,12 @@ def test_a_wrong_rating_is_an_error_with_its_line(
 ) -> None:
     path = write_lines(tmp_path / "rated.jsonl", [row, rated("a")])
     with pytest.raises(DataError, match=found):
-        read_records(DataSource(path=str(path)), "preference", tiny_format.check_text)
+        read_records(DataSource(path=str(path)), Preference, forbidden=tiny_format.forbidden)
 
 
 def test_no_reward_model_learns_that_an_unsafe_answer_beats_a_safe_one(tmp_path: Path, tiny_format: ChatFormat) -> None:
     path = write_lines(tmp_path / "rated.jsonl", [rated("a", a_is_safe=False, b_is_safe=True), rated("b")])
-    (unsafe, plain) = read_records(DataSource(path=str(path)), "preference", tiny_format.check_text).records
+    (unsafe, plain) = read_records(DataSource(path=str(path)), Preference, forbidden=tiny_format.forbidden)
     encoder = Encoder(tiny_format, None, 64, "small")
     sourced = [Sourced(record, "helpfulness", str(path)) for record in (unsafe, plain)]
     assert [example.preference for example in encoder.pairs(sourced)] == [plain]

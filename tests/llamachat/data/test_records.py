@@ -1,6 +1,7 @@
 """Records from sources: reading, refusing, dropping, splitting, mixing."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
@@ -16,7 +17,10 @@ from hypothesis import strategies as st
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.config.sections import DataSource, Split
-from llamachat.data.loading import Preference, Prompt, load_mixture, mix, read_records, split_records
+from llamachat.data import loading
+from llamachat.data.files import read_rows
+from llamachat.data.loading import Mixture, load_mixture, mix, parse_rows, read_records, split_of
+from llamachat.data.records import Preference, Prompt, Record, first_user_turn
 from llamachat.errors import DataError
 
 
@@ -33,10 +37,6 @@ PAIR = {"prompt": [user("Hi")], "chosen": [answer("Hello!")], "rejected": [answe
 PROMPT = {"prompt": [user("Hi")], "is_safety": True, "id": "p-1"}
 
 
-def unchecked(messages: Sequence[Message], *, field: str = "messages") -> None:
-    """No rule on texts."""
-
-
 def write(path: Path, rows: Sequence[object]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -46,13 +46,19 @@ def source(path: str, **more: Any) -> DataSource:
     return DataSource(path=path, **more)
 
 
+def all_of(source: DataSource, record: type[Any], **more: Any) -> Mixture[Any]:
+    """The records of one source on one side, with what was dropped."""
+    none_held_out = Split(test=0, validation=0, judge=0)
+    return load_mixture([source], none_held_out, record, **({"forbidden": (), "seed": 0} | more))
+
+
 def test_each_kind_by_hand(tmp_path: Path):
     said = Message("user", "Hi")
-    dialogs = read_records(source(write(tmp_path / "d.jsonl", [{**DIALOG, "is_safe": False}])), "dialog", unchecked)
-    assert dialogs.records == [Dialog((said, Message("assistant", "Hello!")), is_safe=False)]
+    dialogs = read_records(source(write(tmp_path / "d.jsonl", [{**DIALOG, "is_safe": False}])), Dialog)
+    assert dialogs == [Dialog((said, Message("assistant", "Hello!")), is_safe=False)]
     labels = {"chosen_is_safe": True, "rejected_is_safe": None}
-    pairs = read_records(source(write(tmp_path / "p.jsonl", [{**PAIR, **labels}])), "preference", unchecked)
-    assert pairs.records == [
+    pairs = read_records(source(write(tmp_path / "p.jsonl", [{**PAIR, **labels}])), Preference)
+    assert pairs == [
         Preference(
             prompt=(said,),
             chosen=Message("assistant", "Hello!"),
@@ -61,8 +67,8 @@ def test_each_kind_by_hand(tmp_path: Path):
             chosen_is_safe=True,
         )
     ]
-    prompts = read_records(source(write(tmp_path / "q.jsonl", [PROMPT, {"prompt": [user("Ho")]}])), "prompt", unchecked)
-    assert prompts.records == [
+    prompts = read_records(source(write(tmp_path / "q.jsonl", [PROMPT, {"prompt": [user("Ho")]}])), Prompt)
+    assert prompts == [
         Prompt(messages=(said,), is_safety=True, id="p-1"),
         Prompt(messages=(Message("user", "Ho"),)),
     ]
@@ -71,7 +77,7 @@ def test_each_kind_by_hand(tmp_path: Path):
 def test_prompts_are_read_out_of_dialogs_and_preferences(tmp_path: Path):
     open_dialog = {"messages": [*DIALOG["messages"], user("And?")]}
     path = write(tmp_path / "a.jsonl", [DIALOG, open_dialog, PAIR, PROMPT])
-    found = read_records(source(path), "prompt", unchecked).records
+    found = read_records(source(path), Prompt)
     assert [[message.content for message in prompt.messages] for prompt in found] == [
         ["Hi"],
         ["Hi", "Hello!", "And?"],
@@ -91,7 +97,7 @@ def test_all_bad_lines_are_told_in_one_error(tmp_path: Path, tiny_format: ChatFo
     ]
     path = write(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError) as error:
-        read_records(source(path), "dialog", tiny_format.check_text)
+        read_records(source(path), Dialog, forbidden=tiny_format.forbidden)
     lines = str(error.value).splitlines()
     assert lines[0].startswith(f"{path}: 4 records break the rules, 2 keep them.")
     assert "on_bad_record: drop" in lines[0]
@@ -112,29 +118,28 @@ def test_all_bad_lines_are_told_in_one_error(tmp_path: Path, tiny_format: ChatFo
 def test_drop_counts_by_reason_and_keeps_the_rest(tmp_path: Path, tiny_format: ChatFormat):
     tagged = [{"messages": [user("x" * n + "[INST]"), answer("y")]} for n in range(3)]
     path = write(tmp_path / "a.jsonl", [DIALOG, *tagged, {"messages": []}])
-    found = read_records(source(path, on_bad_record="drop"), "dialog", tiny_format.check_text)
-    assert len(found.records) == 1
+    found = all_of(source(path, on_bad_record="drop"), Dialog, forbidden=tiny_format.forbidden)
+    assert len(found.train) == 1
     assert sorted(found.dropped.values()) == [1, 3]
     assert sum("'[INST]' at character N" in reason for reason in found.dropped) == 1
 
 
 def test_dropping_does_not_hide_a_broken_file_nor_an_empty_result(tmp_path: Path):
     with pytest.raises(DataError, match="does not exist"):
-        read_records(source(str(tmp_path / "no.jsonl"), on_bad_record="drop"), "dialog", unchecked)
+        read_records(source(str(tmp_path / "no.jsonl"), on_bad_record="drop"), Dialog)
     path = write(tmp_path / "a.jsonl", [{"messages": []}])
     with pytest.raises(DataError, match="no record is left") as error:
-        read_records(source(path, on_bad_record="drop"), "dialog", unchecked)
+        read_records(source(path, on_bad_record="drop"), Dialog)
     assert "1 x messages: is empty" in str(error.value)
 
 
-def test_keys_that_nothing_reads_are_counted_and_slips_refused(tmp_path: Path):
+def test_keys_that_nothing_reads_are_left_out_and_slips_refused(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", [{**DIALOG, "origin": "x"}, {**DIALOG, "origin": "y"}, DIALOG])
-    assert read_records(source(path), "dialog", unchecked).unused_keys == {"origin": 2}
-    path = write(tmp_path / "b.jsonl", [{**PAIR, "ratting": "better"}])
-    assert read_records(source(path), "preference", unchecked).unused_keys == {"ratting": 1}
+    assert [row.unused for row in parse_rows(read_rows(path), path=path)] == [("origin",), ("origin",), ()]
+    assert len(read_records(source(path), Dialog)) == 3
     slip = {key: value for key, value in PAIR.items() if key != "rating"} | {"ratting": "better"}
     with pytest.raises(DataError, match=r":1: ratting: .*Rename it 'rating'"):
-        read_records(source(write(tmp_path / "c.jsonl", [slip])), "preference", unchecked)
+        read_records(source(write(tmp_path / "c.jsonl", [slip])), Preference)
 
 
 def test_columns_system_and_limit(tmp_path: Path):
@@ -143,45 +148,45 @@ def test_columns_system_and_limit(tmp_path: Path):
         {"talk": [{"role": "system", "content": "S"}, *DIALOG["messages"]]},
     ]
     path = write(tmp_path / "a.jsonl", [*rows, "broken"])
-    found = read_records(source(path, columns={"messages": "talk"}, system="Be brief.", limit=2), "dialog", unchecked)
-    assert [dialog.messages[0] for dialog in found.records] == [Message("system", "Be brief."), Message("system", "S")]
+    found = read_records(source(path, columns={"messages": "talk"}, system="Be brief.", limit=2), Dialog)
+    assert [dialog.messages[0] for dialog in found] == [Message("system", "Be brief."), Message("system", "S")]
     pairs = write(tmp_path / "p.jsonl", [PAIR])
-    (pair,) = read_records(source(pairs, system="S"), "preference", unchecked).records
+    (pair,) = read_records(source(pairs, system="S"), Preference)
     assert pair.prompt[0] == Message("system", "S")
     assert pair.rating == "better"
-    (prompt,) = read_records(source(write(tmp_path / "q.jsonl", [PROMPT]), system="S"), "prompt", unchecked).records
+    (prompt,) = read_records(source(write(tmp_path / "q.jsonl", [PROMPT]), system="S"), Prompt)
     assert prompt == Prompt(messages=(Message("system", "S"), Message("user", "Hi")), is_safety=True, id="p-1")
 
 
 def test_a_column_that_no_row_has_is_refused(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", [PAIR])
     with pytest.raises(DataError, match="has no column 'grade' in any row"):
-        read_records(source(path, columns={"rating": "grade"}), "preference", unchecked)
+        read_records(source(path, columns={"rating": "grade"}), Preference)
 
 
 def test_system_text_of_the_source_is_checked(tmp_path: Path, tiny_format: ChatFormat):
     path = write(tmp_path / "a.jsonl", [DIALOG])
     with pytest.raises(DataError, match=r"'system' holds '\[INST\]'"):
-        read_records(source(path, system="[INST]"), "dialog", tiny_format.check_text)
+        read_records(source(path, system="[INST]"), Dialog, forbidden=tiny_format.forbidden)
 
 
 def test_known_sets_are_recognised(tmp_path: Path):
     alpaca = write(tmp_path / "a.jsonl", [{"instruction": "Add.", "input": "1 2", "output": "3"}] * 2)
-    (dialog, _) = read_records(source(alpaca), "dialog", unchecked).records
+    (dialog, _) = read_records(source(alpaca), Dialog)
     assert dialog.messages == (Message("user", "Add.\n\n1 2"), Message("assistant", "3"))
     transcript = "\n\nHuman: Hi\n\nAssistant: "
     hh = write(tmp_path / "h.jsonl", [{"chosen": transcript + "Hello!", "rejected": transcript + "No."}])
-    (pair,) = read_records(source(hh, format="hh-rlhf"), "preference", unchecked).records
+    (pair,) = read_records(source(hh, format="hh-rlhf"), Preference)
     assert (pair.prompt[0].content, pair.chosen.content, pair.rejected.content) == ("Hi", "Hello!", "No.")
-    assert read_records(source(hh), "preference", unchecked).records == [pair]
-    assert read_records(source(hh), "prompt", unchecked).records == [Prompt(messages=(Message("user", "Hi"),))]
+    assert read_records(source(hh), Preference) == [pair]
+    assert read_records(source(hh), Prompt) == [Prompt(messages=(Message("user", "Hi"),))]
 
 
 def test_a_bad_row_of_a_known_set_has_line_field_and_mend(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", [{"instruction": "Add.", "output": "3"}, {"instruction": "Add."}, [1]])
     with pytest.raises(DataError) as error:
-        read_records(source(path), "dialog", unchecked)
-    assert f"{path}:2: output: is missing. A row of alpaca has it as text. Add the field" in str(error.value)
+        read_records(source(path), Dialog)
+    assert re.search(rf"{path}:2: output: is missing.*read as alpaca", str(error.value))
     assert f"{path}:3: line: is a list" in str(error.value)
 
 
@@ -191,18 +196,18 @@ def test_rows_of_a_known_set_without_a_record_are_counted(tmp_path: Path):
 
     ranked = [{"role": "assistant", "text": f"a{rank}", "rank": rank, "replies": []} for rank in range(2)]
     path = write(tmp_path / "a.jsonl", [tree(*ranked), tree()])
-    found = read_records(source(path), "preference", unchecked)
-    assert [pair.rating for pair in found.records] == ["slightly_better"]
-    assert found.dropped == {"row without a preference": 1}
+    found = all_of(source(path), Preference)
+    assert [pair.rating for pair in found.train] == ["slightly_better"]
+    assert found.dropped == {f"{path}: row without a preference": 1}
 
 
 def test_formats_that_do_not_exist_or_give_another_kind(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", [DIALOG])
     with pytest.raises(DataError, match=r"unknown format 'alpacca'.*Did you mean 'alpaca'"):
-        read_records(source(path, format="alpacca"), "dialog", unchecked)
+        read_records(source(path, format="alpacca"), Dialog)
     with pytest.raises(DataError, match=r"gives dialogs, but preferences are read here.*hh_rlhf"):
-        read_records(source(path, format="alpaca"), "preference", unchecked)
-    assert read_records(source(path, format="native"), "dialog", unchecked).records
+        read_records(source(path, format="alpaca"), Preference)
+    assert read_records(source(path, format="native"), Dialog)
 
 
 def test_parquet_and_gzip_give_the_same_records(tmp_path: Path):
@@ -210,42 +215,34 @@ def test_parquet_and_gzip_give_the_same_records(tmp_path: Path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     lines = write(tmp_path / "a.jsonl", rows)
-    assert read_records(source(str(path)), "preference", unchecked) == read_records(
-        source(lines), "preference", unchecked
-    )
+    assert read_records(source(str(path)), Preference) == read_records(source(lines), Preference)
 
 
 def dialogs_of(texts: Sequence[str]) -> list[Dialog]:
     return [Dialog((Message("user", text), Message("assistant", "a"))) for text in texts]
 
 
-def test_split_by_hand():
-    # An independent hash of "split\n<text>": the first 48 bits as a fraction of 1.
-    def expected(text: str) -> str:
-        position = int(sha256(b"split\n" + text.encode()).hexdigest()[:12], 16) / 16**12
-        return "test" if position < 0.1 else "validation" if position < 0.3 else "judge" if position < 0.6 else "train"
+def split_by_hand(text: str) -> str:
+    """An independent hash of "split\n<text>": the first 48 bits as a fraction of 1."""
+    position = int(sha256(b"split\n" + text.encode()).hexdigest()[:12], 16) / 16**12
+    return "test" if position < 0.1 else "validation" if position < 0.3 else "judge" if position < 0.6 else "train"
 
-    texts = [f"question {index}" for index in range(400)]
-    sides = split_records(dialogs_of(texts), Split(test=0.1, validation=0.2, judge=0.3))
-    for name in ("train", "validation", "test", "judge"):
-        assert [dialog.messages[0].content for dialog in getattr(sides, name)] == [
-            text for text in texts if expected(text) == name
-        ]
-        assert getattr(sides, name)
+
+SPLIT = Split(test=0.1, validation=0.2, judge=0.3)
+TEXTS = [f"question {index}" for index in range(400)]
 
 
 def test_a_conversation_is_on_one_side_whatever_holds_it():
-    split = Split(test=0.25, validation=0.25, judge=0.25)
-    for index in range(40):
-        first, other = Message("user", f"q{index}"), Message("assistant", "a")
-        records = [
+    assert {split_by_hand(text) for text in TEXTS} == {"train", "validation", "test", "judge"}
+    for text in TEXTS:
+        first, other = Message("user", text), Message("assistant", "a")
+        records: list[Record] = [
             Dialog((Message("system", "S"), first, other)),
             Dialog((first, other, Message("user", "more"), other)),
             Preference(prompt=(first,), chosen=other, rejected=Message("assistant", "b")),
-            Prompt(messages=(Message("user", f"  q{index}\n"),)),
+            Prompt(messages=(Message("user", f"  {text}\n"),)),
         ]
-        sides = split_records(records, split)
-        assert sorted(map(len, (sides.train, sides.validation, sides.test, sides.judge))) == [0, 0, 0, 4]
+        assert {split_of(first_user_turn(record), SPLIT) for record in records} == {split_by_hand(text)}
 
 
 def test_mix_by_weight():
@@ -276,26 +273,38 @@ def test_mix_is_the_same_whatever_stands_beside(sizes: list[int], weights: list[
 
 
 def test_mixture_weighs_what_is_trained_on_and_not_what_is_measured(tmp_path: Path):
-    texts = [f"question {index}" for index in range(200)]
-    path = write(tmp_path / "a.jsonl", [{"messages": [user(text), answer("a")]} for text in texts])
+    path = write(tmp_path / "a.jsonl", [{"messages": [user(text), answer("a")]} for text in TEXTS])
     other = write(tmp_path / "b.jsonl", [DIALOG, {"messages": []}])
-    split = Split(test=0.2, validation=0.2, judge=0.2)
-    once = split_records(dialogs_of(texts), split)
-    mixture = load_mixture(
-        [source(path, weight=2.0), source(other, on_bad_record="drop")], split, kind="dialog", check=unchecked, seed=0
-    )
-    own = [[dialog for dialog in side if dialog.messages[0].content != "Hi"] for side in (mixture.train, mixture.judge)]
-    assert [Counter(dialog.messages[0].content for dialog in side) for side in own] == [
-        Counter({dialog.messages[0].content: 2 for dialog in side}) for side in (once.train, once.judge)
-    ]
-    assert [dialog for dialog in mixture.test if dialog.messages[0].content != "Hi"] == once.test
-    assert [dialog for dialog in mixture.validation if dialog.messages[0].content != "Hi"] == once.validation
+    sources = [source(path, weight=2.0), source(other, on_bad_record="drop")]
+    mixture = load_mixture(sources, SPLIT, Dialog, seed=0, forbidden=())
+    for side, weight in (("train", 2), ("judge", 2), ("validation", 1), ("test", 1)):
+        said = [dialog.messages[0].content for dialog in getattr(mixture, side)]
+        own = [text for text in TEXTS if split_by_hand(text) == side]
+        assert [text for text in said if text != "Hi"] == own * weight
     assert list(mixture.dropped) == [f"{other}: messages: is empty, but a conversation needs at least one user turn."]
+
+
+def test_a_source_is_read_once_and_again_where_anything_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    reads: list[str] = []
+    rows_of = loading.read_rows
+    monkeypatch.setattr(loading, "read_rows", lambda path: reads.append(path) or rows_of(path))
+    path = write(tmp_path / "a.jsonl", [PAIR])
+    first = all_of(source(path), Preference)
+    first.train.clear()
+    assert len(all_of(source(path, weight=0.5), Preference, seed=1).train) == 1, "no list is shared"
+    assert len(reads) == 1
+    all_of(source(path), Prompt)
+    all_of(source(path, system="S"), Preference)
+    with pytest.raises(DataError):
+        all_of(source(path), Preference, forbidden=("Hello",))
+    assert len(reads) == 4
+    write(tmp_path / "a.jsonl", [PAIR, PAIR])
+    assert len(all_of(source(path), Preference).train) == 2
 
 
 def test_bad_lines_of_all_sources_are_told_together(tmp_path: Path):
     one, two = (write(tmp_path / name, [DIALOG, {"messages": []}]) for name in ("a.jsonl", "b.jsonl"))
     with pytest.raises(DataError) as error:
-        load_mixture([source(one), source(two)], Split(), kind="dialog", check=unchecked, seed=0)
+        load_mixture([source(one), source(two)], Split(), Dialog, seed=0, forbidden=())
     assert f"{one}:2: messages" in str(error.value)
     assert f"{two}:2: messages" in str(error.value)

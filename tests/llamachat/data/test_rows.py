@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from llamachat.config.paths import HubSet, hub_set
-from llamachat.data.jsonl import Row
+from llamachat.data.files import read_rows
 from llamachat.data.problems import Problem
-from llamachat.data.rows import read_rows
+from llamachat.data.records import Row
 
 ROWS = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
@@ -31,9 +31,9 @@ def write(path: Path, content: bytes) -> str:
 
 def whole_problem(path: str) -> Problem:
     (found,) = read_rows(path)
-    assert isinstance(found, Problem)
-    assert (found.line, found.field) == (0, "file")
-    return found
+    (fault,) = found.problems
+    assert (fault.line, fault.field) == (0, "file")
+    return fault
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson", "a", "a.jsonl.gz"])
@@ -55,9 +55,8 @@ def test_damaged_and_empty_parquet(tmp_path: Path):
     path = tmp_path / "a.parquet"
     whole = parquet([{"a": index} for index in range(5000)], path)
     (cut,) = read_rows(write(path, whole[: len(whole) // 2]))
-    assert isinstance(cut, Problem)
-    assert cut.field == "file"
-    assert "damaged parquet" in cut.reason
+    assert cut.problems[0].field == "file"
+    assert "damaged parquet" in cut.problems[0].reason
     pyarrow.parquet.write_table(pyarrow.table({"a": pyarrow.array([], pyarrow.int64())}), path)
     assert "holds no row" in whole_problem(str(path)).reason
 
@@ -90,14 +89,14 @@ def test_damaged_and_empty_parquet(tmp_path: Path):
 def test_a_file_that_is_something_else(name: str, content: bytes, reason: str, mend: str, tmp_path: Path):
     found = whole_problem(write(tmp_path / name, content))
     assert reason in found.reason
-    assert mend in found.mend
+    assert mend in found.fix
 
 
 def test_parquet_under_the_name_of_lines(tmp_path: Path):
     content = parquet([{"a": 1}], tmp_path / "a.parquet")
     found = whole_problem(write(tmp_path / "b.jsonl", content))
     assert "is parquet" in found.reason
-    assert "Rename it to b.parquet" in found.mend
+    assert "Rename it to b.parquet" in found.fix
 
 
 @pytest.mark.parametrize("first", [b"[1, 2]", b'["a', b"a, b, c", b"{", b"[]"])
@@ -111,10 +110,10 @@ def test_one_odd_line_does_not_hide_the_others(first: bytes, copies: int, tmp_pa
 def test_a_folder_and_a_missing_file(tmp_path: Path):
     write(tmp_path / "chats.jsonl", LINES)
     assert "is a folder" in whole_problem(str(tmp_path)).reason
-    assert "chats.jsonl" in whole_problem(str(tmp_path)).mend
+    assert "chats.jsonl" in whole_problem(str(tmp_path)).fix
     (tmp_path / "empty").mkdir()
-    assert "it holds no .jsonl" in whole_problem(str(tmp_path / "empty")).mend
-    assert "Did you mean" in whole_problem(str(tmp_path / "chatz.jsonl")).mend
+    assert "it holds no .jsonl" in whole_problem(str(tmp_path / "empty")).fix
+    assert "Did you mean" in whole_problem(str(tmp_path / "chatz.jsonl")).fix
     assert "does not exist" in whole_problem(str(tmp_path / "no" / "where.jsonl")).reason
 
 
@@ -169,4 +168,4 @@ def test_without_the_hub_the_error_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", fake)
     found = whole_problem("owner/name")
     assert "ConnectionError: Couldn't reach 'owner/name' on the Hub)" in found.reason
-    assert "Write the path of a file" in found.mend
+    assert "Write the path of a file" in found.fix

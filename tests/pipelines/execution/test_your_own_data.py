@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from llamachat.config.sections import Split
-from llamachat.data.splits import split_of
+from llamachat.data.loading import split_of
 from pipelines.cli.main import main
 from pipelines.recipe.recipe import load
 

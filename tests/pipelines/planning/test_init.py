@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llamachat.config.gpus import parse_gpu
-from llamachat.data.convert.html import html_in, without_html
+from llamachat.data.convert.turns import html_in, without_html
 from pipelines.cli.main import main
 from pipelines.cli.several import repeated
 from pipelines.planning import hardware as devices

@@ -1,0 +1,362 @@
+"""The raw rows of a data file or a hub data set, whatever holds them: JSON Lines (plain, gzip), parquet, the hub.
+
+What a file is, is read off its first bytes as well as its name, and a file whose name says otherwise is refused: read
+as lines, a parquet file or an array would give one odd problem a line and hide the one that matters.
+JSON Lines are read more strictly than by `json.loads`: NaN, Infinity, a key named twice, bytes that are not UTF-8 and
+blank lines between records are problems, since another reader would take them otherwise or skip them. Lines end with LF
+or CRLF; blank lines at the end of the file are no problem, since a writer that ends each line twice leaves one.
+"""
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NoReturn, cast
+
+from llamachat.config.paths import HubSet, hub_set, near_path
+from llamachat.data.problems import converted_path
+from llamachat.data.records import Row, bad_row
+from llamachat.errors import DataError, UsageError, first_line
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN)')
+_FORMS = "a data file is JSON Lines (.jsonl, .jsonl.gz) or parquet (.parquet)"
+_MAGIC = (
+    (b"PAR1", "parquet"),
+    (b"\x1f\x8b", "gzip"),
+    (b"PK\x03\x04", "a zip archive (or a spreadsheet)"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ", "xz"),
+    (b"ARROW1", "an Arrow file"),
+    (b"\xff\xfe", "text in UTF-16"),
+    (b"\xfe\xff", "text in UTF-16"),
+)
+_TABLES = (".csv", ".tsv")
+_HEAD = 1 << 16
+
+
+def read_rows(path: str) -> Iterator[Row]:
+    """Every row in order, with its value or its problem. Line 0 is the file as a whole."""
+    hub_name = hub_set(path)
+    if hub_name is not None:
+        yield from _read_hub(hub_name)
+        return
+    file = Path(path).expanduser()
+    refusal = _file_problem(file)
+    if refusal is not None:
+        yield refusal
+    elif file.suffix == ".parquet":
+        yield from _read_parquet(file)
+    else:
+        with open_file(file) as stream:
+            yield from decode_lines(stream)
+
+
+# -- files as a whole
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked where its name says gzip."""
+    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Every line of a file and its number from 1; `DataError` where the file cannot be read to its end."""
+    line = 0
+    try:
+        with open_file(path) as stream:
+            for line, raw in enumerate(stream, start=1):
+                yield line, raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}:{line + 1}: file: cannot be read from here on ({getattr(error, 'strerror', None) or error}), but it "
+            "is read as a whole. Check the path, or fetch or write the file again."
+        ) from error
+
+
+def has_byte_order_mark(path: Path) -> bool:
+    """Whether the text begins with the mark that some editors write; the reading skips it."""
+    with open_file(path) as file:
+        return file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK
+
+
+@contextmanager
+def written_beside(out: Path) -> Iterator[IO[bytes]]:
+    """A stream whose content appears under the name `out` whole, and only if nothing was raised."""
+    side = out.with_name(f".incoming-{os.getpid()}-{out.name}")
+    try:
+        with side.open("wb") as raw:
+            if out.suffix == ".gz":
+                # No name and no time inside: equal records give equal files.
+                with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
+                    yield cast(IO[bytes], packed)
+            else:
+                yield raw
+            raw.flush()
+            os.fsync(raw.fileno())
+        side.replace(out)
+    except OSError as error:
+        raise UsageError(
+            f"'{out}' cannot be written ({error.strerror}). The file is written next to it and renamed. Make the folder "
+            "or room in it, or name another output."
+        ) from error
+    finally:
+        side.unlink(missing_ok=True)
+
+
+def _file_problem(path: Path) -> Row | None:
+    """Why the file as a whole cannot be read, or None."""
+    if path.is_dir():
+        return _whole("is a folder, but records are read from one file.", f"Name the file{_files_in(path)}.")
+    if not path.exists():
+        near = near_path(str(path))
+        return _whole("does not exist.", f"Did you mean '{near}'?" if near else "Give the path of one that exists.")
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError as error:
+        return _whole(f"cannot be read ({error.strerror}).", "Make it readable for this user.")
+    if not head:
+        return _whole("is empty, but it should hold records.", "Write or fetch it again, or take it out of the recipe.")
+    content = next((name for magic, name in _MAGIC if head.startswith(magic)), "text")
+    if path.suffix == ".parquet":
+        is_sound = content == "parquet"
+        return None if is_sound else _whole(f"is {content}, but its name says parquet.", _rename(path, content))
+    if path.suffix == ".gz":
+        return _packed_problem(path, content)
+    if content != "text":
+        return _whole(f"is {content}, but {_FORMS} by its name and its content.", _rename(path, content))
+    return _text_problem(path, head)
+
+
+def _packed_problem(path: Path, content: str) -> Row | None:
+    if content != "gzip":
+        return _whole(f"is {content} and not gzip, but its name ends with .gz.", _rename(path, content))
+    try:
+        with open_file(path) as file:
+            head = file.read(_HEAD)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        return None  # the reader of lines reports how far it can be read
+    if not head:
+        return _whole("is empty inside, but it should hold records.", "Write or fetch it again.")
+    return _text_problem(path, head)
+
+
+def _text_problem(path: Path, head: bytes) -> Row | None:
+    """Text that is no JSON Lines from its first line to its last: a table, an array, records over several lines."""
+    text = head.removeprefix(BYTE_ORDER_MARK)
+    if not text.strip():
+        return _whole("holds blank lines only, but it should hold records.", "Write or fetch it again.")
+    lines = [line for line in text.split(b"\n") if line.strip()]
+    if path.suffix in _TABLES or (b"{" not in text and b"[" not in text and _is_table(lines)):
+        return _whole(
+            f"is a table (CSV), but {_FORMS}.",
+            "Write it as JSON Lines first: `python -c \"import pandas; pandas.read_csv('IN.csv').to_json('OUT.jsonl', "
+            "orient='records', lines=True)\"`; data.*.columns then names its columns.",
+        )
+    is_whole = len(head) < _HEAD
+    if text.lstrip().startswith(b"[") and _is_array(path, text, is_whole=is_whole):
+        return _whole(
+            "is one JSON array, but each record stands on a line of its own.",
+            f"Convert it: `llamachat data convert {path} {converted_path(path)}` (or `jq -c '.[]'`).",
+        )
+    if lines[0].strip() == b"{" and len(lines) > 1 and not lines[1].lstrip().startswith(b"{"):
+        return _whole(
+            "holds JSON spread over several lines, but each record stands on one line.",
+            f"Write one record a line: `jq -c . {path} > {converted_path(path)}`.",
+        )
+    return None
+
+
+def _is_table(lines: Sequence[bytes]) -> bool:
+    separator = b"\t" if b"\t" in lines[0] else b","
+    return separator in lines[0] and len(lines) > 1
+
+
+def _is_array(path: Path, text: bytes, *, is_whole: bool) -> bool:
+    """A first line that is a list by itself is one bad record; an array runs on to the end of the file."""
+    if is_whole:
+        value = decode_line(text, 1).value
+        return isinstance(value, list) and bool(value)
+    first, last = text.lstrip().split(b"\n")[0], _last_line(path)
+    return all(decode_line(line, 1).problems for line in (first, last)) and last.endswith(b"]")
+
+
+def _last_line(path: Path) -> bytes:
+    """The end of the last line that is not blank."""
+    last = b""
+    with open_file(path) as file:
+        while part := file.readline(_HEAD):
+            last = part.strip() or last
+    return last
+
+
+def _whole(reason: str, fix: str) -> Row:
+    return bad_row(0, "file", reason, fix)
+
+
+def _rename(path: Path, content: str) -> str:
+    plain = path.name.split(".")[0]
+    known = {"parquet": f"{plain}.parquet", "gzip": f"{plain}.jsonl.gz", "text": f"{plain}.jsonl"}
+    if content in known:
+        return f"Rename it to {known[content]} if it holds records, or name the right file."
+    return "Unpack it or write it as JSON Lines in UTF-8 first."
+
+
+def _files_in(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir() if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
+    return f" in it: {', '.join(names[:5])}" if names else "; it holds no .jsonl, .jsonl.gz or .parquet"
+
+
+# -- parquet and the hub
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        # Batches, not the table: a file of gigabytes is read without being held.
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=512):
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(number, _without_nulls(value))
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = f"is damaged parquet from this row on ({first_line(error)})."
+        yield bad_row(number + 1, "file", reason, "Fetch or write the file again.")
+        return
+    if not number:
+        yield _whole("holds no row, but it should hold records.", "Write or fetch it again.")
+
+
+def _read_hub(name: HubSet) -> Iterator[Row]:
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(name.name, name.configuration, split=name.split)
+    except Exception as error:  # the library raises what its many parts raise; each means that there are no rows
+        yield _whole(
+            f"is no file here, and the hub did not give it as a data set ({type(error).__name__}: {first_line(error)}).",
+            "Write the path of a file, or where there is a network: check the name, the split (OWNER/NAME:SPLIT) and the "
+            "access (`hf auth login`).",
+        )
+        return
+    for number, value in enumerate(rows, start=1):
+        yield Row(number, _without_nulls(value))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Columns give every row every key; one without a value is an absent key, as in JSON Lines."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+# -- lines of JSON
+
+
+def decode_lines(lines: Iterable[bytes]) -> Iterator[Row]:
+    """A row for each line; where the gzip data of a stream break off, the problem of the line that cannot be read."""
+    blank: list[int] = []
+    line = 0
+    try:
+        for line, raw in enumerate(lines, start=1):
+            text = raw.removeprefix(BYTE_ORDER_MARK) if line == 1 else raw
+            if not text.strip():
+                blank.append(line)
+                continue
+            for missing in blank:
+                yield bad_row(
+                    missing,
+                    "line",
+                    "is blank, but every line holds one record: a blank one may be where a record was lost.",
+                    "Remove the line (`llamachat data convert` does it).",
+                )
+            blank.clear()
+            yield decode_line(text, line)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        what = "ends in the middle" if isinstance(error, EOFError) else f"is damaged ({error})"
+        reason = f"{what} of the gzip data: this line and what follows cannot be read."
+        yield bad_row(line + 1, "file", reason, "Fetch or compress the file again.")
+
+
+def decode_line(raw: bytes, line: int) -> Row:
+    """The JSON value of one line."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        return bad_row(
+            line,
+            f"byte {error.start + 1}",
+            f"is 0x{raw[error.start]:02x}, which is not UTF-8 here, but text must be UTF-8 to become the right tokens.",
+            "Save the file as UTF-8 (for example `iconv -f WINDOWS-1252 -t UTF-8 IN > OUT`), or correct the line.",
+        )
+    try:
+        return Row(line, json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant))
+    except json.JSONDecodeError as error:
+        return _syntax_problem(text, line, error)
+    except _RepeatedKeyError as error:
+        reason = "is named twice in one object, and only one of the two values can be kept."
+        return bad_row(line, str(error), reason, "Remove or rename one of them.")
+    except _ConstantError as error:
+        column = next(match.start(1) for match in _CONSTANT.finditer(text) if match.group(1)) + 1
+        reason = f"holds {error}, which JSON does not have."
+        return bad_row(line, f"column {column}", reason, "Write a number or null, or drop it.")
+    except RecursionError:
+        return bad_row(line, "line", "is nested too deep to be a record.", "Drop the line.")
+    except ValueError:  # an integer of more digits than Python converts
+        return bad_row(line, "line", "holds a number of thousands of digits.", "Write it as a string, or drop it.")
+
+
+def _syntax_problem(text: str, line: int, error: json.JSONDecodeError) -> Row:
+    column = f"column {error.pos + 1}"
+    if text.startswith("\ufeff"):
+        return bad_row(
+            line,
+            "column 1",
+            "is a byte order mark inside the file, left where two files were joined; JSON may not hold it.",
+            "Take the mark out (the three bytes EF BB BF).",
+        )
+    if error.msg == "Extra data":
+        return bad_row(
+            line,
+            column,
+            "follows a whole JSON value, but each line holds exactly one record.",
+            "Put what follows on a line of its own, or take it out.",
+        )
+    if error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()):
+        return bad_row(
+            line,
+            f"column {len(text.rstrip()) + 1}",
+            "is the end of the line in the middle of a record: the record is cut off, or spread over several lines.",
+            "Write the whole record on one line, or drop it.",
+        )
+    reason = f"is not JSON ({error.msg.removesuffix(' at')}), but every line holds one JSON object."
+    return bad_row(line, column, reason, "Correct the line, or drop it.")
+
+
+class _RepeatedKeyError(Exception):
+    pass
+
+
+class _ConstantError(Exception):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(repr(next(name for name in value if names.count(name) > 1)))
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _ConstantError(name)

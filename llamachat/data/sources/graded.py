@@ -1,0 +1,172 @@
+"""Sets that grade answers: HelpSteer2, HelpSteer3, UltraFeedback. `sources.source` has the ratings that grades become.
+
+HelpSteer2, by the card of nvidia/HelpSteer2: a row of its main files is one answer, `prompt`, `response` and five grades
+from 0 to 4 (`helpfulness`, `correctness`, `coherence`, `complexity`, `verbosity`); consecutive rows share their prompt and
+are compared by helpfulness, as the card says. A row of `preference/preference.jsonl.gz` is a pair: `prompt`,
+`response_1`, `response_2`, `preference_strength` from -3 (the first is much better) to 3 (the second is). Turns of a
+longer prompt are separated by lines `<extra_id_1>Assistant` and `<extra_id_1>User`.
+HelpSteer3, by the card of nvidia/HelpSteer3, configuration `preference`: `context` (messages up to the last question),
+`response1`, `response2`, `overall_preference` from -3 to 3, of up to three annotators.
+UltraFeedback, by the card of openbmb/UltraFeedback: `instruction`, `completions` (each with `response`,
+`fine-grained_score`, `overall_score`, `annotations`, `custom_system_prompt` and more). Every two answers of different
+score are a pair, as the paper's own reward model was trained (arXiv:2310.01377, section 3). The score is
+`fine-grained_score`, the mean of the four aspects' grades: `overall_score` had wrong tens until the end of 2023. Where it
+is missing, as in copies from before, the mean is taken of the `Rating`s in `annotations`. `custom_system_prompt` differs
+from answer to answer, and a pair has one prompt: it is left out.
+HuggingFaceH4/ultrafeedback_binarized (and trl-lib's copy), by its card: `chosen` and `rejected` (whole dialogs),
+`score_chosen`, `score_rejected` (the `overall_score`s).
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+from llamachat.chat_format.dialog import DialogError
+from llamachat.data.sources.source import (
+    Gather,
+    RawRecord,
+    RawRow,
+    Source,
+    Steps,
+    as_text,
+    graded_pair,
+    list_field,
+    mapping_at,
+    message,
+    messages_field,
+    number_field,
+    pair_of_dialogs,
+    rating_of_difference,
+    text_field,
+)
+
+STRENGTH: Steps = (1, 2, 3)  # HelpSteer2 and HelpSteer3, and the difference of two grades of HelpSteer2
+FINE_GRAINED: Steps = (0.5, 1, 2)  # UltraFeedback: means of four grades from 1 to 5
+OVERALL: Steps = (1, 2, 4)  # UltraFeedback: one grade from 1 to 10
+
+_MARK = re.compile(r"\n<extra_id_1>(User|Assistant)\n")
+_ROLES = {"User": "user", "Assistant": "assistant"}
+_GRADES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+
+
+def _turns(row: RawRow) -> list[dict[str, str]]:
+    first, *rest = _MARK.split(text_field(row, "prompt"))
+    marks, texts = rest[::2], rest[1::2]
+    return [message("user", first)] + [message(_ROLES[mark], text) for mark, text in zip(marks, texts, strict=True)]
+
+
+def _strength(row: RawRow, name: str) -> float:
+    value = number_field(row, name)
+    if value not in range(-3, 4):
+        reason = (
+            f"is {value!r}, but a whole number from -3 (the first answer is much better) to 3 (the second is) is due."
+        )
+        raise DialogError(name, reason, "Correct or remove the row.")
+    return value
+
+
+def join_answers(rows: Sequence[RawRow]) -> RawRow:
+    """The answers to one prompt, which are in rows of their own."""
+    return {"prompt": rows[0]["prompt"], "graded_responses": list(rows)}
+
+
+def convert_helpsteer2(row: RawRow) -> Iterator[RawRecord]:
+    prompt = _turns(row)
+    answers = [mapping_at(answer, "graded_responses") for answer in list_field(row, "graded_responses")]
+    graded = [(text_field(answer, "response"), number_field(answer, "helpfulness")) for answer in answers]
+    for (text, grade), (other, other_grade) in combinations(graded, 2):
+        yield from graded_pair(prompt, (text, other), other_grade - grade, STRENGTH)
+
+
+def convert_helpsteer2_preference(row: RawRow) -> Iterator[RawRecord]:
+    answers = (text_field(row, "response_1"), text_field(row, "response_2"))
+    yield from graded_pair(_turns(row), answers, _strength(row, "preference_strength"), STRENGTH)
+
+
+def convert_helpsteer3(row: RawRow) -> Iterator[RawRecord]:
+    prompt = messages_field(row, "context")
+    answers = (text_field(row, "response1"), text_field(row, "response2"))
+    yield from graded_pair(prompt, answers, _strength(row, "overall_preference"), STRENGTH)
+
+
+def convert_ultrafeedback(row: RawRow) -> Iterator[RawRecord]:
+    prompt = [message("user", text_field(row, "instruction"))]
+    # A few instructions of the set were answered by no model.
+    completions = [] if row["completions"] == [] else list_field(row, "completions")
+    graded = [_graded(item, f"completions[{index}]") for index, item in enumerate(completions)]
+    for (text, score), (other, other_score) in combinations(graded, 2):
+        # Means of equal grades may differ in their last bits.
+        yield from graded_pair(prompt, (text, other), round(other_score - score, 6), FINE_GRAINED)
+
+
+def _graded(item: object, where: str) -> tuple[str, float]:
+    completion = mapping_at(item, where)
+    text = as_text(completion.get("response"), f"{where}.response")
+    if completion.get("fine-grained_score") is not None:
+        return text, number_field(completion, "fine-grained_score")
+    annotations = completion.get("annotations")
+    aspects = annotations.values() if isinstance(annotations, Mapping) else []
+    grades = [grade for grade in map(_grade, aspects) if grade is not None]
+    if not grades:
+        raise DialogError(
+            where,
+            "has no grade: neither 'fine-grained_score' nor 'annotations' with a 'Rating' each, which say which answer is "
+            "better.",
+            "Correct or remove the row.",
+        )
+    return text, sum(grades) / len(grades)
+
+
+def _grade(aspect: object) -> int | None:
+    """The grade of one aspect, a text of digits there; "N/A" where it does not apply."""
+    rating = aspect.get("Rating") if isinstance(aspect, Mapping) else None
+    return int(rating) if isinstance(rating, str) and rating in ("1", "2", "3", "4", "5") else None
+
+
+def convert_binarized(row: RawRow) -> Iterator[RawRecord]:
+    record = pair_of_dialogs(messages_field(row, "chosen"), messages_field(row, "rejected"))
+    better, worse = number_field(row, "score_chosen"), number_field(row, "score_rejected")
+    if better < worse:
+        raise DialogError(
+            "score_chosen",
+            "is below 'score_rejected', but the chosen answer has the higher score.",
+            "Swap the two sides, or remove the row.",
+        )
+    if better > worse:
+        yield {**record, "rating": rating_of_difference(better - worse, OVERALL)}
+
+
+HELPSTEER2 = Source(
+    name="helpsteer2",
+    kind="preference",
+    fields=frozenset({"prompt", "graded_responses"}),
+    convert=convert_helpsteer2,
+    gather=Gather(fields=frozenset({"prompt", "response", *_GRADES}), key="prompt", join=join_answers),
+)
+HELPSTEER2_PREFERENCE = Source(
+    name="helpsteer2_preference",
+    kind="preference",
+    fields=frozenset({"prompt", "response_1", "response_2", "preference_strength"}),
+    convert=convert_helpsteer2_preference,
+)
+HELPSTEER3 = Source(
+    name="helpsteer3",
+    kind="preference",
+    fields=frozenset({"context", "response1", "response2", "overall_preference"}),
+    convert=convert_helpsteer3,
+)
+ULTRAFEEDBACK = Source(
+    name="ultrafeedback",
+    kind="preference",
+    fields=frozenset({"instruction", "completions"}),
+    convert=convert_ultrafeedback,
+    shape=lambda row: isinstance(row["completions"], list),
+)
+ULTRAFEEDBACK_BINARIZED = Source(
+    name="ultrafeedback_binarized",
+    kind="preference",
+    fields=frozenset({"chosen", "rejected", "score_chosen", "score_rejected"}),
+    convert=convert_binarized,
+    shape=lambda row: isinstance(row["chosen"], list) and isinstance(row["rejected"], list),
+    has_lists=True,
+)

@@ -1,0 +1,110 @@
+"""`llamachat tokens`: the ids and the loss mask of each dialog of a file, as training sees them.
+
+Reads dialogs (`{"messages": [...]}` a line, `.jsonl` or `.jsonl.gz`; other keys and blank lines are ignored) and writes
+`{"input_ids": [...], "loss_mask": [0 or 1, ...]}` a line, in the same order. A dialog may end with an open user
+turn: it is encoded too, with nothing to learn in it. With one bad line nothing is written; all bad lines are reported.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
+from llamachat.chat_format.dialog import DialogError, parse_messages
+from llamachat.chat_format.proof import load_proved_format
+from llamachat.chat_format.tokenizer import SPACE
+from llamachat.data.files import BYTE_ORDER_MARK, decode_line, numbered_lines, written_beside
+from llamachat.errors import DataError, kind_word
+
+MOST_SHOWN = 100  # bad lines that one error prints
+
+
+@dataclass(frozen=True, slots=True)
+class TokensReport:
+    """What was written, and the warning of an unproved tokenizer where the user allowed one."""
+
+    dialogs: int
+    tokens: int
+    trained_tokens: int
+    warning: str | None
+
+
+def write_tokens(
+    tokenizer_dir: Path,
+    dialogs_in: Path,
+    out: Path,
+    *,
+    train_on: TrainOn = TrainOn.EVERY_ANSWER,
+    show: bool = False,
+    chat_format: str = "llama2",
+    allow_unproved: bool = False,
+) -> TokensReport:
+    """Encode every dialog of `dialogs_in` into `out`; `show` prints them too, the trained tokens coloured."""
+    loaded, warning = load_proved_format(tokenizer_dir, chat_format=chat_format, allow_unproved=allow_unproved)
+    dialogs = tokens = trained = 0
+    problems: list[str] = []
+    with written_beside(out) as stream:
+        for number, line in numbered_lines(dialogs_in):
+            text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+            if not text.strip():
+                continue
+            try:
+                example = _encode_line(loaded, text, number, train_on)
+            except DialogError as error:
+                problems.append(f"{dialogs_in}:{number}: {error}")
+                continue
+            row = {"input_ids": example.input_ids, "loss_mask": [int(is_trained) for is_trained in example.loss_mask]}
+            stream.write(json.dumps(row).encode() + b"\n")
+            dialogs, tokens, trained = dialogs + 1, tokens + len(row["input_ids"]), trained + sum(row["loss_mask"])
+            if show and not problems:
+                _show(loaded, example, number)
+        if problems:
+            more = len(problems) - MOST_SHOWN
+            rest = [f"... and {more} more lines."] if more > 0 else []
+            raise DataError("\n".join([*problems[:MOST_SHOWN], *rest, "Nothing was written."]))
+    return TokensReport(dialogs, tokens, trained, warning)
+
+
+def _encode_line(chat_format: ChatFormat, line: bytes, number: int, train_on: TrainOn) -> TokenizedExample:
+    row = decode_line(line, number)
+    for fault in row.problems:
+        raise DialogError(fault.field, fault.reason, fault.fix)
+    fix = 'Write one object a line: {"messages": [...]}.'
+    if not isinstance(row.value, Mapping):
+        raise DialogError("line", f"is {kind_word(row.value)}, but a dialog is an object.", fix)
+    if "messages" not in row.value:
+        present = ", ".join(map(repr, row.value)) or "nothing"
+        raise DialogError("messages", f"is missing; the line holds {present}.", "Name the list of turns 'messages'.")
+    return chat_format.encode_dialog(parse_messages(row.value["messages"]), train_on=train_on)
+
+
+def _show(chat_format: ChatFormat, example: TokenizedExample, number: int) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text(f"{number}: ", style="bold")
+    for stretch, is_trained in _stretches(chat_format, example):
+        text.append(stretch, style="not bold green" if is_trained else "not bold dim")
+    Console(highlight=False).print(text, soft_wrap=True)
+
+
+def _stretches(chat_format: ChatFormat, example: TokenizedExample) -> Iterator[tuple[str, bool]]:
+    """Neighbouring tokens of equal mask as one text."""
+    pairs = zip(chat_format.tokenizer.pieces(example.input_ids), example.loss_mask, strict=True)
+    for is_trained, run in groupby(pairs, key=lambda pair: pair[1]):
+        yield _readable([piece for piece, _ in run]), is_trained
+
+
+def _readable(pieces: list[str]) -> str:
+    """Pieces as text: byte pieces joined to characters, and no control character that a terminal would obey."""
+    raw = b"".join(
+        bytes([int(piece[3:5], 16)]) if _is_byte(piece) else piece.replace(SPACE, " ").encode() for piece in pieces
+    )
+    text = raw.decode(errors="replace")
+    return "".join(ch if ch.isprintable() or ch in "\n\t" else ascii(ch)[1:-1] for ch in text)
+
+
+def _is_byte(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")

@@ -248,7 +248,7 @@ def convert(
     data_format: Annotated[str, typer.Option("--format", help="auto, native, or the name of a known set.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over OUT where it exists.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Write nothing where a record cannot be mended; else it is dropped.")
+        bool, typer.Option("--strict", help="Write nothing where a record cannot be repaired; else it is dropped.")
     ] = False,
     plain_text: Annotated[
         bool, typer.Option("--plain-text", help="Take HTML out of the texts: tags, line breaks, entities.")

@@ -10,7 +10,8 @@ import pytest
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Data, DataSource, Split
-from llamachat.data.records import Preference, split_of
+from llamachat.data.loading import split_of
+from llamachat.data.records import Preference
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
 from reward.batches import Batches, pack_responses, plan_batches

@@ -275,12 +275,12 @@ def test_tokens_tells_all_bad_lines_and_writes_nothing(tmp_path: Path, tokenizer
         write_tokens(tokenizer_dir, source, out, show=False)
     told = str(caught.value).splitlines()
     expected = [
-        (2, "line: is not JSON"),
-        (3, "line: is not an object"),
+        (2, "column 15: is the end of the line in the middle of a record"),
+        (3, "line: is a list"),
         (4, "messages: is missing; the line holds 'text'"),
         (5, "messages: is a number"),
         (6, "messages[0].content: holds '[INST]' at character 2"),
-        (8, "line: is not JSON in UTF-8"),
+        (8, "byte 1: is 0xff, which is not UTF-8"),
     ]
     assert len(told) == len(expected) + 1
     for line, (number, reason) in zip(told, expected, strict=False):
@@ -301,13 +301,13 @@ def test_tokens_tells_a_hundred_bad_lines_and_counts_the_rest(tmp_path: Path, to
 
 def test_tokens_refuses_files_it_cannot_read_or_write(tmp_path: Path, tokenizer_dir: Path) -> None:
     source = _write(tmp_path / "dialogs.jsonl", {"messages": _records(TWO_PAIRS)})
-    with pytest.raises(DataError, match=r"missing.jsonl:1: cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"missing.jsonl:1: file: cannot be read .*\(No such file"):
         write_tokens(tokenizer_dir, tmp_path / "missing.jsonl", tmp_path / "ids.jsonl")
-    with pytest.raises(UsageError, match=r"ids.jsonl: cannot be written \(No such file.*Make the folder"):
+    with pytest.raises(UsageError, match=r"ids.jsonl' cannot be written \(No such file.*Make the folder"):
         write_tokens(tokenizer_dir, source, tmp_path / "nowhere" / "ids.jsonl")
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(source.read_bytes())[:-12])
-    with pytest.raises(DataError, match=r"cut.jsonl.gz:\d+: cannot be read .*write the file again"):
+    with pytest.raises(DataError, match=r"cut.jsonl.gz:\d+: file: cannot be read .*write the file again"):
         write_tokens(tokenizer_dir, cut, tmp_path / "ids.jsonl")
     with pytest.raises(TokenizerError, match=r"has neither tokenizer.model nor tokenizer.json"):
         write_tokens(tmp_path, source, tmp_path / "ids.jsonl")

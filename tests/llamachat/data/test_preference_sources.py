@@ -239,7 +239,7 @@ def write(path: Path, rows: list[Any]) -> str:
 
 
 def read(path: str, kind: str, chat_format: ChatFormat, **more: Any) -> Any:
-    record = next(record for record, name in KIND_OF.items() if name == kind)
+    record: Any = next(record for record, name in KIND_OF.items() if name == kind)
     return read_records(DataSource(path=path, **more), record, forbidden=chat_format.forbidden)
 
 

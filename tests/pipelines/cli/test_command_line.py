@@ -139,12 +139,12 @@ def test_data_convert_mends_counts_and_names(tmp_path: Path, capsys: pytest.Capt
     assert main(["data", "convert", str(path), str(out)]) == 0
     told = capsys.readouterr().out
     assert f"{path}:2: messages: holds no answer" in told
-    assert f"{out}: 1 dialog (0 untouched, 1 mended)\n" in told and "role renamed" in told
+    assert f"{out}: 1 dialog (0 untouched, 1 repaired)\n" in told and "role renamed" in told
     assert main(["data", "check", str(out)]) == 0
     assert main(["data", "convert", str(path), str(out)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["data", "convert", str(path), str(out), "--overwrite", "--strict"]) == 2
-    assert "1 record cannot be mended" in capsys.readouterr().err
+    assert "1 record cannot be repaired" in capsys.readouterr().err
     assert main(["data", "convert", str(path), str(tmp_path / "b.jsonl"), "--kind", "preference"]) == 2
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 

@@ -1,13 +1,15 @@
-"""What was run: training curves, time and memory, data, versions, seed, commit."""
+"""What was run: training curves, time and memory, data, versions, seed, commit, and where it departs from the paper."""
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evaluation.report.drawing import training_curve
 from evaluation.report.facts import Facts
 from evaluation.report.page import ABSENT, Block, Gallery, Picture, Section, Table, Text, number, row
-from llamachat.runs.reader import RunStep
+from llamachat.memory.estimates import shape_of
 from llamachat.tracking.curves import Series, panels_of, read_series
 
 _LEFT_OUT_OF_CURVES = ("progress", "trained tokens", "training time", "time", "memory", "")
@@ -39,18 +41,18 @@ def costs(facts: Facts) -> Section | None:
         return None
     rows, is_partial, total = [], False, 0.0
     for step in facts.steps:
-        seconds, is_whole = _seconds(step)
-        is_partial |= not is_whole and seconds is not None
-        total += seconds or 0.0
         cost = step.cost
+        parts = [step.summary[name] for name in ("time/train_s", "time/eval_s") if name in step.summary]
+        seconds = cost.seconds if cost else sum(parts) if parts else None
+        is_partial |= cost is None and seconds is not None
+        total += seconds or 0.0
         peak = cost.peak_gib if cost else step.summary.get("memory/peak_gib")
-        starts = cost.starts if cost else None
         rows.append(
             row(
                 step.name,
-                ABSENT if seconds is None else f"{_duration(seconds)}{'' if is_whole else ' (training alone)'}",
+                ABSENT if seconds is None else f"{_duration(seconds)}{'' if cost else ' (training alone)'}",
                 ABSENT if peak is None else f"{number(peak, digits=1)} GiB",
-                ABSENT if starts is None else f"{starts:.0f}",
+                f"{cost.starts}" if cost else ABSENT,
             )
         )
     rows.append(row("all", _duration(total), "", ""))
@@ -70,31 +72,41 @@ def costs(facts: Facts) -> Section | None:
 
 def account(facts: Facts) -> Section:
     """Base, data, versions, seeds and commits: what one needs to run this again."""
-    blocks: list[Block] = [_steps(facts), _data(facts)]
-    dropped = _dropped(facts)
-    blocks.append(dropped or Text("No step left a record out."))
-    versions = _versions(facts)
-    return Section("What was run", "account", [*blocks, *([versions] if versions else [])])
+    dropped = [
+        row(step.name, reason, str(count))
+        for step in facts.steps
+        for reason, count in step.published.dropped_records.items()
+    ]
+    blocks: list[Block] = [
+        _steps(facts),
+        _data(facts),
+        Table("Records left out or shortened", ["step", "why", "records"], dropped, name="dropped")
+        if dropped
+        else Text("No step left a record out."),
+    ]
+    versions: dict[str, dict[str, None]] = {}  # each library once, with every version that a step ran with
+    for step in facts.steps:
+        for library, version in step.published.versions.items():
+            versions.setdefault(library, {})[version] = None
+    if versions:
+        rows = [row(name, ", ".join(own)) for name, own in versions.items()]
+        blocks.append(Table("Versions", ["library", "version"], rows))
+    return Section("What was run", "account", blocks)
 
 
 def _steps(facts: Facts) -> Table:
     rows = []
     for step in facts.steps:
-        manifest = step.published
-        commit = (
-            f"{manifest.git_commit[:_SHORT_COMMIT]}{', edited' if manifest.git_is_edited else ''}"
-            if manifest.git_commit
-            else "unknown"
-        )
-        read = ", ".join(f"{role}: {name}" for role, name in manifest.inputs.items()) or ABSENT
+        manifest, ending = step.published, step.ending
+        edited = ", edited" if manifest.git_is_edited else ""
         rows.append(
             row(
                 step.name,
-                manifest.kind.replace("_", " ") + (f": {step.ending.in_words}" if step.ending else ""),
+                manifest.kind.replace("_", " ") + (f": {ending.in_words}" if ending else ""),
                 str(manifest.seed),
-                commit,
+                f"{manifest.git_commit[:_SHORT_COMMIT]}{edited}" if manifest.git_commit else "unknown",
                 manifest.created[:16].replace("T", " "),
-                read,
+                ", ".join(f"{role}: {name}" for role, name in manifest.inputs.items()) or ABSENT,
             )
         )
     return Table(
@@ -126,37 +138,6 @@ def _source(source: Any) -> str:
     return f"{source.get('path')} ({', '.join(more)})" if more else str(source.get("path"))
 
 
-def _dropped(facts: Facts) -> Table | None:
-    rows = [
-        row(step.name, reason, str(count))
-        for step in facts.steps
-        for reason, count in step.published.dropped_records.items()
-    ]
-    return Table("Records left out or shortened", ["step", "why", "records"], rows, name="dropped") if rows else None
-
-
-def _versions(facts: Facts) -> Table | None:
-    """Each library once, with every version that a step ran with."""
-    found: dict[str, dict[str, None]] = {}
-    for step in facts.steps:
-        for library, version in step.published.versions.items():
-            found.setdefault(library, {})[version] = None
-    if not found:
-        return None
-    return Table(
-        "Versions", ["library", "version"], [row(name, ", ".join(versions)) for name, versions in found.items()]
-    )
-
-
-def _seconds(step: RunStep) -> tuple[float | None, bool]:
-    """Seconds of the step, and whether all of it is counted."""
-    cost = step.cost
-    if cost is not None:
-        return cost.seconds, True
-    parts = [step.summary[name] for name in ("time/train_s", "time/eval_s") if name in step.summary]
-    return (sum(parts), False) if parts else (None, False)
-
-
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -165,11 +146,122 @@ def _duration(seconds: float) -> str:
 
 
 def _course(series: Series) -> str:
-    first, last = series.values[0], series.values[-1]
-    if len(series.values) == 1:
-        return f"{series.name} is {_short(first)}"
-    return f"{series.name} goes from {_short(first)} to {_short(last)}"
+    first, last = f"{series.values[0]:.3g}", f"{series.values[-1]:.3g}"
+    return f"{series.name} is {first}" if len(series.values) == 1 else f"{series.name} goes from {first} to {last}"
 
 
-def _short(value: float) -> str:
-    return f"{value:.3g}"
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A value that the paper states, and where a step of ours keeps its own."""
+
+    command: str
+    section: str
+    key: str
+    what: str
+    paper: Any  # the value, or several any of which is the paper's
+    unit: str = ""
+
+
+_VALUES = (
+    Value("sft", "sft", "epochs", "epochs", 2),
+    Value("sft", "sft", "learning_rate", "learning rate", 2e-5),
+    Value("sft", "sft", "examples_per_step", "batch", 64, "dialogs"),
+    Value("sft", "base", "max_tokens", "longest sequence", 4096, "tokens"),
+    Value("rm", "reward", "epochs", "epochs", 1),
+    Value("rm", "reward", "learning_rate", "learning rate", (1e-5, 5e-6)),
+    Value("rm", "reward", "pairs_per_step", "batch", 512, "pairs"),
+    Value("ppo", "ppo", "responses_per_iteration", "answers an iteration", 512),
+    Value("ppo", "ppo", "responses_per_minibatch", "mini-batch", 64, "answers"),
+    Value("ppo", "ppo", "learning_rate", "learning rate", 1e-6),
+    Value("ppo", "ppo", "kl_coef", "KL coefficient beta", (0.01, 0.005)),
+    Value("ppo", "ppo", "clip_range", "clip range", 0.2),
+)
+_MOST_ITERATIONS = (200, 400)
+
+
+def deviations(facts: Facts) -> Section:
+    """What, the paper's, ours: the base and the data first, then the steps in their order."""
+    rows = [*_of_the_whole(facts), *_of_values(facts), *_of_commands(facts)]
+    table = Table(
+        "Where this run differs",
+        ["what", "paper", "this run"],
+        [row(*texts) for texts in rows],
+        note="Only what the paper states is compared. What it leaves open (the number of samples of rejection sampling, the "
+        "critic of PPO, the auxiliary loss, ...) is ours, and docs/paper_map.md lists it.",
+        name="deviations",
+    )
+    return Section("Deviations from the paper", "deviations", [table])
+
+
+def _of_the_whole(facts: Facts) -> list[tuple[str, str, str]]:
+    recipe = facts.inputs.recipe
+    base = facts.base
+    shape = shape_of(base)
+    size = f", {_count(shape.weights)} parameters" if shape else ""
+    tuning = recipe.get("tuning") or {}
+    rows = [("base", "Llama 2, 7 to 70 billion parameters, 2 trillion tokens", f"{base}{size}")]
+    method = tuning.get("method", "full")
+    if method != "full":
+        quantised = ", the base in 4 bits" if method == "qlora" else ""
+        rows.append(("tuning", "all weights", f"{method}: adapters of rank {tuning.get('rank')}{quantised}"))
+    rows.append(("tuning data", "27,540 annotations written for it", _told(_sources(recipe, "sft"))))
+    if facts.reward_models:
+        pairs = [*_sources(recipe, "helpfulness"), *_sources(recipe, "safety")]
+        rows.append(
+            ("preferences", "1.4 million pairs, weekly, of the latest model's answers", f"{_told(pairs)}, once")
+        )
+    names = ", ".join(step.name for step in facts.policies) or "no policy"
+    rows.append(
+        ("rounds", "five of RLHF, with new preferences before each; PPO after the fourth", f"one pass: {names}")
+    )
+    if facts.evaluation is not None:
+        rows.append(
+            ("judgement", "people, and GPT-4", "reward models, where there is one a judge that selects nothing")
+        )
+    return rows
+
+
+def _of_values(facts: Facts) -> list[tuple[str, str, str]]:
+    rows = []
+    for value in _VALUES:
+        for step in facts.by_command(value.command):
+            ours, end = step.value(value.section, value.key), step.ending
+            cut = end.count if end is not None and end.key == value.key else None
+            stated = value.paper if isinstance(value.paper, tuple) else (value.paper,)
+            if ours is not None and (cut or ours not in stated):
+                told = [f"{one:g} {value.unit}".strip() for one in (stated[0], ours)]
+                rows.append((f"{step.name}: {value.what}", told[0], cut or told[1]))
+    return rows
+
+
+def _of_commands(facts: Facts) -> list[tuple[str, str, str]]:
+    rows = []
+    for step in facts.by_command("ppo"):
+        planned, end = step.value("ppo", "iterations"), step.ending
+        iterations = planned if end is None or end.done is None else end.done
+        low, high = _MOST_ITERATIONS
+        if iterations is not None and not low <= iterations <= high:
+            told = f"{planned}" if end is None else end.count
+            rows.append((f"{step.name}: iterations", f"{low} to {high}", told))
+    for step in facts.by_command("rs"):
+        if step.value("rejection_sampling", "start") == "current":
+            rows.append((f"{step.name}: tuned", "the base model anew", "the present policy"))
+    for step in facts.by_command("gatt"):
+        rows.append(
+            (f"{step.name}: measured", "recall of a figure or hobby, by people", "instructions checked by rule")
+        )
+        if step.value("gatt", "values") == "lists":
+            rows.append((f"{step.name}: hobbies and figures", "lists that the model wrote itself", "lists in files"))
+    return rows
+
+
+def _sources(recipe: Mapping[str, Any], key: str) -> list[Any]:
+    return list((recipe.get("data") or {}).get(key) or ())
+
+
+def _told(sources: Sequence[Any]) -> str:
+    return f"{len(sources)} source{'' if len(sources) == 1 else 's'}"
+
+
+def _count(weights: int) -> str:
+    return f"{weights / 1e9:.1f} billion" if weights >= 1e9 else f"{weights / 1e6:.1f} million"

@@ -12,7 +12,7 @@ from typing import Any
 from evaluation.report.paper import RATINGS
 from llamachat.runs.reader import BestOfN, Measure
 from llamachat.tracking.curves import Series, running_mean
-from llamachat.tracking.pictures import save_png
+from llamachat.tracking.pictures import panel_grid, save_png, style_panel
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#8a3ea8", "#b8860b", "#444444", "#CC79A7", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -26,19 +26,11 @@ _MOST_IN_PANEL = 8
 
 
 @contextmanager
-def _picture(path: Path, height: float, *, width: float = _WIDTH, columns: int = 1) -> Iterator[Any]:
-    """Axes of a picture that is written when the block ends: one, or with more columns a list of them."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False, sharey=columns > 1).flatten()
-    yield axes[0] if columns == 1 else list(axes)
-    for place in axes:
-        place.tick_params(labelsize=_POINTS)
-        place.grid(visible=True, alpha=0.25, linewidth=0.6)
-        place.spines[["top", "right"]].set_visible(False)
+def _picture(path: Path, height: float, *, width: float = _WIDTH) -> Iterator[Any]:
+    """The axes of a picture that is written when the block ends."""
+    figure, places = panel_grid(1, panel=(width, height))
+    yield places[0]
+    style_panel(places[0], points=_POINTS)
     save_png(figure, path)
 
 

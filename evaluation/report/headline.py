@@ -1,14 +1,26 @@
 """The first thing on the page: all policies by all metrics, and whether a difference to the first policy is apart from 0.
 
 A difference counts as one only where its 95% interval, paired by prompt, leaves 0 out; a policy that does not beat the
-reference is told of in as plain words as one that does.
+reference is named in as plain words as one that does.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evaluation.report.facts import Facts
-from evaluation.report.page import ABSENT, Block, Cell, Points, Section, Table, Text, number, percent, signed
+from evaluation.report.page import (
+    Block,
+    Cell,
+    Points,
+    Section,
+    Table,
+    Text,
+    measure_cell,
+    number,
+    percent,
+    signed,
+    with_interval,
+)
 from llamachat.runs.reader import Evaluation, Measure
 
 COMBINED = ("score", "reward_combined", "reward_helpfulness", "reward_safety")  # the first that there is leads
@@ -35,15 +47,8 @@ class Metric:
     digits: int = 2
     at_least: float | None = None  # below it nothing is called best: a win rate under a half is a loss
 
-    def shown(self, measure: Measure, *, is_best: bool = False) -> Cell:
-        """The figure with its interval."""
-
-        def told(value: float) -> str:
-            return percent(value) if self.is_share else number(value, digits=self.digits)
-
-        interval = measure.interval
-        beside = f"[{told(interval[0])}, {told(interval[1])}]" if interval else ""
-        return Cell(told(measure.value), beside, is_best)
+    def in_words(self, value: float) -> str:
+        return percent(value) if self.is_share else number(value, digits=self.digits)
 
 
 def metrics_of(evaluation: Evaluation) -> list[Metric]:
@@ -82,7 +87,7 @@ def headline_table(evaluation: Evaluation) -> Table:
     for metric in metrics_of(evaluation):
         measures = [evaluation.measure(policy, metric.key) for policy in evaluation.policies]
         best = _best(metric, measures)
-        cells = [Cell(ABSENT) if one is None else metric.shown(one, is_best=one.value == best) for one in measures]
+        cells = [measure_cell(one, metric.in_words, is_best=one is not None and one.value == best) for one in measures]
         rows.append([Cell(metric.label), *cells])
     return Table(
         "All policies on held-out prompts, with 95% intervals",
@@ -125,16 +130,17 @@ def verdict(evaluation: Evaluation, policy: str) -> str:
         return f"Whether {policy} beats {reference} was not measured: no reward model scored both."
     measure = evaluation.measure(policy, f"difference/{key}")
     assert measure is not None
-    name, side = _NAMES[key], side_of(measure)
+    side, difference = side_of(measure), with_interval(measure, signed)
     opening = {
-        1: f"{policy} beats {reference} in {name} by {told(measure)}",
-        0: f"{policy} does not beat {reference} in {name}: {told(measure)}, an interval that holds 0",
-        -1: f"{policy} does not beat {reference} in {name}, it is below it: {told(measure)}",
-        None: f"{policy} differs from {reference} in {name} by {told(measure)}, without an interval: nothing is known of chance",
+        1: f"{policy} beats {reference} in {_NAMES[key]} by {difference}",
+        0: f"{policy} does not beat {reference} in {_NAMES[key]}: {difference}, an interval that holds 0",
+        -1: f"{policy} does not beat {reference} in {_NAMES[key]}, it is below it: {difference}",
+        None: f"{policy} differs from {reference} in {_NAMES[key]} by {difference}, without an interval:"
+        " nothing is known of chance",
     }[side]
     if judge is None:
         return f"{opening}; no judge, who selects nothing, has read these answers."
-    return f"{opening}; {_follows(side, side_of(judge), reference)}: {told(judge)}."
+    return f"{opening}; {_follows(side, side_of(judge), reference)}: {with_interval(judge, signed)}."
 
 
 def _follows(side: int | None, judged: int | None, reference: str) -> str:
@@ -166,19 +172,10 @@ def side_of(measure: Measure) -> int | None:
     return 1 if low > 0 else -1 if high < 0 else 0
 
 
-def told(measure: Measure) -> str:
-    """A difference with its interval: '+0.42 [+0.34, +0.50]'."""
-    interval = measure.interval
-    return signed(measure.value) + (f" [{signed(interval[0])}, {signed(interval[1])}]" if interval else "")
-
-
 def difference_cell(measure: Measure | None) -> Cell:
     """A difference, and in words on which side of 0 its interval lies."""
-    if measure is None:
-        return Cell(ABSENT)
-    words = {1: "above 0", 0: "holds 0", -1: "below 0", None: "no interval"}[side_of(measure)]
-    low_high = told(measure).removeprefix(signed(measure.value)).strip()
-    return Cell(signed(measure.value), f"{low_high} {words}".strip())
+    words = {1: "above 0", 0: "holds 0", -1: "below 0", None: "no interval"}
+    return measure_cell(measure, signed, after=words[side_of(measure)] if measure else "")
 
 
 def _best(metric: Metric, measures: Sequence[Measure | None]) -> float | None:

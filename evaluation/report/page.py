@@ -1,15 +1,22 @@
-"""The page before it is HTML or Markdown: sections of texts, tables, pictures and answers.
+"""The page: sections of texts, tables, pictures and answers, as one HTML file that loads nothing and as Markdown.
 
 All texts are plain: what stands between backticks is shown as code, everything else as it is, escaped where it is
 written. Numbers reach a page through `number`, `signed` and `percent`, so that both forms round alike.
 """
 
-from collections.abc import Sequence
+import base64
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from llamachat.runs.reader import Measure
+
 ABSENT = "-"
+_TEMPLATES = Path(__file__).with_name("templates")
+_CODE = re.compile(r"`([^`]+)`")
+_FENCE = re.compile(r"`{3,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +140,28 @@ def percent(value: float) -> str:
     return f"{number(100 * value, digits=1)}%"
 
 
+def bare_percent(value: float) -> str:
+    """A fraction in percent without the sign, as the paper's tables have it."""
+    return number(100 * value, digits=1)
+
+
+def measure_cell(
+    measure: Measure | None, form: Callable[[float], str], *, after: str = "", is_best: bool = False
+) -> Cell:
+    """A figure with its interval in brackets and what is said after it."""
+    if measure is None:
+        return Cell(ABSENT, after)
+    interval = measure.interval
+    ends = f"[{form(interval[0])}, {form(interval[1])}]" if interval else ""
+    return Cell(form(measure.value), f"{ends} {after}".strip(), is_best)
+
+
+def with_interval(measure: Measure, form: Callable[[float], str]) -> str:
+    """'+0.42 [+0.34, +0.50]'."""
+    cell = measure_cell(measure, form)
+    return f"{cell.text} {cell.beside}".strip()
+
+
 def row(label: str, *texts: str) -> list[Cell]:
     """A line of plain cells under its name."""
     return [Cell(text) for text in (label, *texts)]
@@ -141,3 +170,99 @@ def row(label: str, *texts: str) -> list[Cell]:
 def paper_row(label: str, *texts: str) -> list[Cell]:
     """A line of the paper's numbers."""
     return [Cell(text, is_paper=True) for text in (label, *texts)]
+
+
+def html(page: Page) -> str:
+    """The page with its pictures inside; whatever text it holds is shown, never run."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["coded"] = lambda text: Markup(_CODE.sub(r"<code>\1</code>", str(escape(text))))
+    environment.filters["data_uri"] = _data_uri
+    return environment.get_template("report.html.jinja").render(page=page)
+
+
+def markdown(page: Page, folder: Path) -> str:
+    """The same as Markdown; pictures are named as seen from `folder`."""
+    lines = [f"# {_plain(page.title)}", ""]
+    lines += [f"- {what}: {_plain(value)}" for what, value in page.facts]
+    for section in page.sections:
+        lines += ["", f"## {section.title}"]
+        for block in section.blocks:
+            lines += ["", *_lines(block, folder)]
+    return "\n".join(lines) + "\n"
+
+
+def _lines(block: Block, folder: Path) -> list[str]:
+    match block:
+        case Text():
+            return [f"> {_plain(block.text)}" if block.tone == "missing" else _plain(block.text)]
+        case Points():
+            return [f"- {_plain(line)}" for line in block.lines]
+        case Table():
+            return _table(block)
+        case Picture():
+            return [_picture(block, folder), "", f"*{_plain(block.caption)}*"]
+        case Gallery():
+            pictures = [line for one in block.pictures for line in (_picture(one, folder), "")]
+            return [f"### {_plain(block.title)}", "", *pictures][:-1]
+        case Sample():
+            return _sample(block)
+
+
+def _table(table: Table) -> list[str]:
+    lines = [
+        f"**{_plain(table.caption)}**",
+        "",
+        _row([_plain(text) for text in table.head]),
+        "|" + "---|" * len(table.head),
+        *(_row([_cell(cell) for cell in cells]) for cells in table.rows),
+    ]
+    return [*lines, "", f"{_plain(table.note)}"] if table.note else lines
+
+
+def _cell(cell: Cell) -> str:
+    text = f"{_plain(cell.text)} {_plain(cell.beside)}".strip()
+    return f"**{text}** (best)" if cell.is_best else text
+
+
+def _row(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+
+def _picture(picture: Picture, folder: Path) -> str:
+    alt = _plain(picture.alt).replace("[", "(").replace("]", ")")
+    return f"![{alt}]({picture.path.relative_to(folder).as_posix()})"
+
+
+def _sample(sample: Sample) -> list[str]:
+    lines = ["<details>", f"<summary>{_plain(sample.title)}</summary>", ""]
+    for role, text in sample.prompt:
+        lines += [f"{role or 'prompt'}:", "", *_fenced(text), ""]
+    for answer in sample.answers:
+        facts = f" ({answer.facts})" if answer.facts else ""
+        lines += [f"{answer.policy}{facts}:", "", *_fenced(answer.text), ""]
+    return [*lines, "</details>"]
+
+
+def _fenced(text: str) -> list[str]:
+    """As code, behind a fence longer than any in it: Markdown and HTML in it stay letters."""
+    longest = max((len(match) for match in _FENCE.findall(text)), default=2)
+    fence = "`" * (longest + 1)
+    return [f"{fence}text", text, fence]
+
+
+def _plain(text: str) -> str:
+    """Text of ours or of the run, one line, without a tag that Markdown would pass on."""
+    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())
+
+
+def _data_uri(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

@@ -1,14 +1,31 @@
-"""Rejection sampling, PPO, Ghost Attention, the comparison of policies, and safety: in the order of the paper."""
+"""Rejection sampling, PPO, Ghost Attention, the comparison of policies, safety, and answers side by side."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from evaluation.report import paper
 from evaluation.report.drawing import best_and_median, by_temperature, by_turn, dots, plane
 from evaluation.report.facts import Facts
 from evaluation.report.headline import difference_cell
-from evaluation.report.page import ABSENT, Block, Cell, Picture, Section, Table, number, paper_row, percent
-from llamachat.runs.reader import BestOfN, Evaluation, Measure, RunStep
+from evaluation.report.page import (
+    ABSENT,
+    Answer,
+    Block,
+    Cell,
+    Picture,
+    Sample,
+    Section,
+    Table,
+    Text,
+    measure_cell,
+    number,
+    paper_row,
+    percent,
+    with_interval,
+)
+from llamachat.runs.reader import BestOfN, Evaluation, Measure, RunStep, SampledAnswer
+from llamachat.runs.record import STEP, SamplesRecord
 
 _SCORERS = {
     "judge": "judge",
@@ -16,6 +33,18 @@ _SCORERS = {
     "reward_safety": "safety model",
     "reward_combined": "combined",
 }
+# Next to an answer, in this order.
+_SCORES = (
+    ("reward_helpfulness", "helpfulness"),
+    ("reward_safety", "safety"),
+    ("reward_combined", "combined"),
+    ("judge", "judge"),
+)
+_LONGEST_TITLE = 90
+_WARNING = (
+    "What follows was written by models, some of it in answer to prompts that ask for harm. It may be offensive or wrong, "
+    "and nothing in it is advice."
+)
 
 
 def sampling(facts: Facts, figures: Path) -> Section | None:
@@ -97,7 +126,9 @@ def ghost_attention(facts: Facts, figures: Path) -> Section | None:
     rows = []
     for name, by in kept.items():
         by_chance = chance.get(name, {})
-        rows.append([Cell(f"ours: {name}"), *(_kept(by.get(turn), by_chance.get(turn)) for turn in turns)])
+        after = {turn: f"chance {percent(one.value)}" for turn, one in by_chance.items()}
+        cells = (measure_cell(by.get(turn), percent, after=after.get(turn, "")) for turn in turns)
+        rows.append([Cell(f"ours: {name}"), *cells])
     for index, label in enumerate(("paper: without GAtt", "paper: with GAtt")):
         rows.append(
             paper_row(label, *(f"{paper.TABLE_30[t][index]:.0f}%" if t in paper.TABLE_30 else ABSENT for t in turns))
@@ -195,7 +226,7 @@ def _win_rates(evaluation: Evaluation, figures: Path) -> list[Block]:
             continue
         cells = []
         for policy in others:
-            cell, ties = _share(series[label].get(policy)), evaluation.measure(policy, f"ties/{key}")
+            cell, ties = measure_cell(series[label].get(policy), percent), evaluation.measure(policy, f"ties/{key}")
             cells.append(Cell(cell.text, f"{cell.beside}{f', ties {percent(ties.value)}' if ties else ''}"))
         rows.append([Cell(label), *cells])
     told = [
@@ -265,10 +296,13 @@ def _violations(evaluation: Evaluation, figures: Path) -> list[Block]:
         return []
     low, high = paper.FALSE_REFUSALS
     rows = [
-        [Cell(label), *(_share(found.get(policy)) for policy in evaluation.policies)] for label, found in series.items()
+        [Cell(label), *(measure_cell(found.get(policy), percent) for policy in evaluation.policies)]
+        for label, found in series.items()
     ]
     classifier = evaluation.refusal_classifier
-    told = f" It tells {_in_words(classifier)} of labelled answers right." if classifier is not None else ""
+    told = (
+        f" It tells {with_interval(classifier, percent)} of labelled answers right." if classifier is not None else ""
+    )
     ends = [
         f"{label}: " + ", ".join(f"{policy} {percent(one.value)}" for policy, one in found.items())
         for label, found in series.items()
@@ -311,18 +345,64 @@ def _of_policies(evaluation: Evaluation, policies: Sequence[str], key: str) -> M
     return {policy: one for policy in policies if (one := evaluation.measure(policy, key)) is not None}
 
 
-def _share(measure: Measure | None) -> Cell:
-    if measure is None:
-        return Cell(ABSENT)
-    interval = measure.interval
-    return Cell(percent(measure.value), f"[{percent(interval[0])}, {percent(interval[1])}]" if interval else "")
+def answers(facts: Facts, count: int) -> Section | None:
+    """So many prompts with all policies' answers; kinds of prompts in turn, so that few still show each."""
+    if not count:
+        return None
+    samples = _of_evaluation(facts, count) if facts.evaluation is not None else []
+    source = "Every policy answered the same prompts, sampled alike."
+    if not samples:
+        step = next((step for step in reversed(facts.policies) if step.folder.samples.is_file()), None)
+        if step is None:
+            return None
+        samples = _of_step(step, count)
+        source = f"No evaluation lays answers side by side; these are the last that the step {step.name} wrote down."
+    if not samples:
+        return None
+    blocks: list[Block] = [Text(_WARNING, tone="missing"), Text(source), *samples]
+    return Section("Answers side by side", "answers", blocks)
 
 
-def _kept(measure: Measure | None, by_chance: Measure | None) -> Cell:
-    cell = _share(measure)
-    return Cell(cell.text, f"{cell.beside}{f' chance {percent(by_chance.value)}' if by_chance else ''}".strip())
+def _of_evaluation(facts: Facts, count: int) -> list[Sample]:
+    assert facts.evaluation is not None
+    by_kind: dict[str, list[Sample]] = {}
+    for sampled in facts.evaluation.samples:
+        prompt = [(str(one.get("role", "user")), str(one.get("content", ""))) for one in sampled.prompt]
+        said = [
+            Answer(policy, sampled.answers[policy].text, _known(sampled.answers[policy]))
+            for policy in facts.evaluation.policies
+            if policy in sampled.answers
+        ]
+        by_kind.setdefault(sampled.kind, []).append(Sample(_title(sampled.kind, prompt), prompt, said))
+    chosen: list[Sample] = []
+    depth = max((len(found) for found in by_kind.values()), default=0)
+    for place in range(depth):
+        chosen += [found[place] for found in by_kind.values() if place < len(found)]
+    return chosen[:count]
 
 
-def _in_words(measure: Measure) -> str:
-    cell = _share(measure)
-    return f"{cell.text} {cell.beside}".strip()
+def _of_step(step: RunStep, count: int) -> list[Sample]:
+    rows = [one for one in SamplesRecord(step.folder.samples).read() if "prompt" in one and "answer" in one]
+    last = max((int(one[STEP]) for one in rows), default=0)
+    found = []
+    for one in [one for one in rows if one[STEP] == last][:count]:
+        prompt = [("", str(one["prompt"]))]
+        said = Answer(step.name, str(one["answer"]), _length(one.get("tokens"), one.get("finished")))
+        found.append(Sample(_title("", prompt), prompt, [said]))
+    return found
+
+
+def _title(kind: str, prompt: Sequence[tuple[str, str]]) -> str:
+    text = " ".join(prompt[-1][1].split()) if prompt else ""
+    short = text if len(text) <= _LONGEST_TITLE else f"{text[: _LONGEST_TITLE - 3]}..."
+    return f"{kind}: {short}" if kind else short
+
+
+def _known(answer: SampledAnswer) -> str:
+    scores = [f"{label} {number(value)}" for key, label in _SCORES if (value := answer.scores.get(key)) is not None]
+    return ", ".join([*([length] if (length := _length(answer.tokens, answer.finished)) else []), *scores])
+
+
+def _length(tokens: Any, is_finished: Any) -> str:
+    cut = ", cut by the limit" if is_finished is False else ""
+    return f"{tokens} tokens{cut}" if tokens is not None else ""

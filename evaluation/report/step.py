@@ -11,15 +11,12 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from evaluation.report.account import account, costs, curves
-from evaluation.report.answers import answers
+from evaluation.report.account import account, costs, curves, deviations
 from evaluation.report.config import Config
-from evaluation.report.deviations import deviations
 from evaluation.report.facts import Facts, missing, read_facts
 from evaluation.report.headline import headline
-from evaluation.report.page import Page, Points, Section
-from evaluation.report.rendering import html, markdown
-from evaluation.report.sections import comparison, ghost_attention, rounds, safety, sampling
+from evaluation.report.page import Page, Points, Section, html, markdown
+from evaluation.report.sections import answers, comparison, ghost_attention, rounds, safety, sampling
 from evaluation.report.tuning import reward_models, supervised
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.atomic import remove_tree, write_text

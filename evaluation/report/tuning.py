@@ -5,7 +5,19 @@ from pathlib import Path
 from evaluation.report import paper
 from evaluation.report.drawing import accuracy_by_rating
 from evaluation.report.facts import Facts
-from evaluation.report.page import ABSENT, Block, Cell, Picture, Section, Table, number, paper_row, row
+from evaluation.report.page import (
+    ABSENT,
+    Block,
+    Cell,
+    Picture,
+    Section,
+    Table,
+    bare_percent,
+    measure_cell,
+    number,
+    paper_row,
+    row,
+)
 from llamachat.runs.reader import Measure, RunStep
 
 _DOMAINS = ("helpfulness", "safety")
@@ -17,16 +29,8 @@ def supervised(facts: Facts) -> Section | None:
     steps = [step for step in facts.policies if "sft/eval_loss" in step.summary]
     if not steps:
         return None
-    rows = [
-        row(
-            step.name,
-            _told(step, "sft/eval_loss_base", 3),
-            _told(step, "sft/eval_loss", 3),
-            _told(step, "sft/trained_tokens", 0),
-            _told(step, "sft/epoch", 1),
-        )
-        for step in steps
-    ]
+    columns = (("sft/eval_loss_base", 3), ("sft/eval_loss", 3), ("sft/trained_tokens", 0), ("sft/epoch", 1))
+    rows = [row(step.name, *(_figure(step, name, digits) for name, digits in columns)) for step in steps]
     table = Table(
         "Cross-entropy on held-out answers",
         ["step", "before, nats/token", "after, nats/token", "answer tokens learnt", "epochs"],
@@ -58,14 +62,15 @@ def _by_domain(models: dict[str, RunStep]) -> Table:
     rows = []
     for which, step in models.items():
         measures = [step.measure(f"rm/{which}/test/{domain}/accuracy") for domain in _DOMAINS]
-        rows.append([Cell(f"ours: {which}"), *(_percent_cell(one) for one in measures)])
+        rows.append([Cell(f"ours: {which}"), *(measure_cell(one, bare_percent) for one in measures)])
     for rule, label in (("longer_wins", "ours: the longer answer wins"), ("tfidf", "ours: TF-IDF of the domain")):
         cells = []
         for domain in _DOMAINS:
             # Beside each model stands a TF-IDF learnt from its own pairs: here that of the domain's own model.
             which = domain if domain in models else next(iter(models))
             is_shown = rule == "longer_wins" or which == domain
-            cells.append(_percent_cell(models[which].measure(f"rm/{which}/test/{domain}/{rule}") if is_shown else None))
+            measure = models[which].measure(f"rm/{which}/test/{domain}/{rule}") if is_shown else None
+            cells.append(measure_cell(measure, bare_percent))
         rows.append([Cell(label), *cells])
     rows += [
         paper_row(f"paper: {name}", *(f"{values[domain]:.1f}" for domain in _DOMAINS))
@@ -94,7 +99,10 @@ def _ratings(step: RunStep, which: str, domain: str) -> list[Measure | None]:
 
 
 def _by_rating(domain: str, rated: dict[str, list[Measure | None]]) -> Table:
-    rows = [[Cell(f"ours: {which}"), *(_percent_cell(one) for one in measures)] for which, measures in rated.items()]
+    rows = [
+        [Cell(f"ours: {which}"), *(measure_cell(one, bare_percent) for one in measures)]
+        for which, measures in rated.items()
+    ]
     rows += [
         paper_row(f"paper: {name}", *(f"{value:.1f}" for value in values))
         for name, values in paper.TABLE_8[domain].items()
@@ -131,7 +139,7 @@ def _accuracy_picture(path: Path, domain: str, rated: dict[str, list[Measure | N
 def _on_labels(models: dict[str, RunStep]) -> Table | None:
     keys = ("unsafe_recall", "unsafe_precision", "unsafe_recall_at_gate", "unsafe_precision_at_gate")
     rows = [
-        [Cell(f"ours: {which}"), *(_percent_cell(step.measure(f"rm/{which}/{key}")) for key in keys)]
+        [Cell(f"ours: {which}"), *(measure_cell(step.measure(f"rm/{which}/{key}"), bare_percent) for key in keys)]
         for which, step in models.items()
         if f"rm/{which}/unsafe_recall" in step.summary
     ]
@@ -152,15 +160,6 @@ def _on_labels(models: dict[str, RunStep]) -> Table | None:
     )
 
 
-def _told(step: RunStep, name: str, digits: int) -> str:
+def _figure(step: RunStep, name: str, digits: int) -> str:
     value = step.summary.get(name)
     return ABSENT if value is None else f"{value:,.{digits}f}"
-
-
-def _percent_cell(measure: Measure | None) -> Cell:
-    """In percent, without the sign, as the paper's tables have it."""
-    if measure is None:
-        return Cell(ABSENT)
-    interval = measure.interval
-    beside = f"[{number(100 * interval[0], digits=1)}, {number(100 * interval[1], digits=1)}]" if interval else ""
-    return Cell(number(100 * measure.value, digits=1), beside)

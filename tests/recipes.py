@@ -1,6 +1,7 @@
 """A recipe of toy files, for the tests of configuration, pipelines and command line: no model is ever loaded."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import yaml
 
 from llamachat.runs.artifacts import Artifact, Kind, Manifest, publish
 from llamachat.runs.inputs import StepInputs
+from pipelines.execution.run import run_chosen
+from pipelines.recipe.recipe import Recipe, choose_steps
 from reward.config import Config as RewardConfig
 from sft.config import Config
 
@@ -98,6 +101,14 @@ def publish_toy_reward_model(config: RewardConfig, inputs: StepInputs) -> Artifa
     folder = inputs.folder
     folder.summary.write_text(json.dumps(figures))
     return _publish("reward_model", inputs, f"{config.margin} {inputs.policy.digest if inputs.policy else ''}")
+
+
+def run_command(
+    recipe: Recipe, command: str, *, only: Sequence[str] = (), should_overwrite: bool = False
+) -> list[Artifact]:
+    """Run the steps of one command, or all, as the command line does; the artifacts of those that are done."""
+    chosen = choose_steps(recipe.steps, command, only)
+    return run_chosen(recipe, chosen, should_overwrite=should_overwrite).artifacts
 
 
 def _publish(kind: Kind, inputs: StepInputs | StepInputs, weights: str) -> Artifact:

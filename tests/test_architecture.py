@@ -22,7 +22,7 @@ from llamachat.config.section import Section
 from llamachat.config.sections import Base, Data, DataSource, Rollout, RopeScaling, Run, Scoring, Split, Tracking
 from llamachat.config.sections import Tuning as TuningSection
 from llamachat.tracking.metrics import check_names
-from pipelines.recipe.recipe import Recipe, load
+from pipelines.recipe.recipe import RecipeSections, load
 from pipelines.recipe.stages import STAGES
 from pipelines.studies.definition import Study, Table, Variant, load_study
 from pipelines.studies.run import study_plan_text
@@ -419,7 +419,7 @@ def test_every_study_loads_and_its_tables_show_figures_that_there_are(monkeypatc
 
 # The names under which each section goes in the code: `tuning.rank` is read as `<one of these>.rank`.
 HOLDERS: tuple[tuple[type[Section], set[str], str], ...] = (
-    (Recipe, {"recipe", "inputs"}, ""),
+    (RecipeSections, {"recipe", "sections", "inputs"}, ""),
     (Run, {"run"}, ""),
     (Base, {"base"}, ""),
     (TuningSection, {"tuning"}, ""),
@@ -438,7 +438,7 @@ HOLDERS: tuple[tuple[type[Section], set[str], str], ...] = (
 )
 # Keys of the recipe that nothing reads yet, by what will. A stage that comes takes its keys out of here.
 READ_LATER = {
-    **{f"Recipe.{stage.section}": "by Stage.section" for stage in STAGES.values() if stage.command != "sft"},
+    **{f"RecipeSections.{stage.section}": "by Stage.section" for stage in STAGES.values() if stage.command != "sft"},
 }
 
 

@@ -99,11 +99,10 @@ def _run(
 ) -> None:
     from llamachat.config.loading import to_yaml
     from pipelines.execution.reports import write_reports
-    from pipelines.execution.resolve import step_folder
-    from pipelines.execution.run import choose_steps, lead, run_chosen
+    from pipelines.execution.run import lead, run_chosen
     from pipelines.planning.plan import make_plan
     from pipelines.planning.text import plan_text
-    from pipelines.recipe.recipe import load, resolve_steps
+    from pipelines.recipe.recipe import choose_steps, load
     from pipelines.studies.definition import is_study
 
     if is_study(config):
@@ -111,10 +110,10 @@ def _run(
         return
     recipe = load(config, overrides or ())
     if dry_run:
-        print(to_yaml(recipe))
+        print(to_yaml(recipe.sections))
         print(plan_text(recipe, make_plan(recipe, command, only)))
         return
-    chosen = choose_steps(resolve_steps(recipe), command, only)
+    chosen = choose_steps(recipe.steps, command, only)
     with state_is_kept():
         ran = lead(lambda: run_chosen(recipe, chosen, should_overwrite=overwrite))
     if ran is None:
@@ -131,7 +130,7 @@ def _run(
         steps = f"all {len(ran.artifacts)} steps are" if len(ran.artifacts) != 1 else "the step is"
         print(f"nothing to do: {steps} done already ({recipe.run.dir})")
     elif command == "all":
-        pages = [step_folder(recipe, step).page for step in chosen if step.stage.command == "report"]
+        pages = [recipe.folder(step).page for step in chosen if step.stage.command == "report"]
         for page in pages:
             print(f"The report: {page}")
         print(f"All steps are done. Try: llamachat chat {recipe.run.dir} -m 'Hello, who are you?'")

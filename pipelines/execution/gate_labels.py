@@ -4,7 +4,6 @@ Without labels `llama2_gate` is refused (`llamachat.scoring.requirements`), but 
 here is told before the hours that making it takes. Files on this machine are looked into, up to their first labels.
 """
 
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from llamachat.data.files import read_rows
 from llamachat.data.loading import parse_rows
 from llamachat.data.records import Preference
 from llamachat.errors import DataError
-from pipelines.execution.resolve import earlier_makers
 from pipelines.recipe.recipe import Recipe, Step
 from pipelines.recipe.stages import Role
 from reward.config import Config as RewardConfig
@@ -22,9 +20,9 @@ SAFETY = Role("reward_model", "safety")
 MOST_ROWS = 5000  # looked into of each file: about a second
 
 
-def lacks_labels(recipe: Recipe, steps: Sequence[Step], step: Step) -> str | None:
+def lacks_labels(recipe: Recipe, step: Step) -> str | None:
     """What to say where this step's gate will be refused, since the safety model before it learns no labels."""
-    maker = gate_model(recipe, steps, step)
+    maker = gate_model(recipe, step)
     if maker is None:
         return None
     assert isinstance(maker.config, RewardConfig)
@@ -45,11 +43,11 @@ def lacks_labels(recipe: Recipe, steps: Sequence[Step], step: Step) -> str | Non
     )
 
 
-def gate_model(recipe: Recipe, steps: Sequence[Step], step: Step) -> Step | None:
+def gate_model(recipe: Recipe, step: Step) -> Step | None:
     """The step that trains the safety model which this step's gate reads; None where there is no gate or no such step."""
     if "scoring" not in step.stage.shared or recipe.scoring.combine != "llama2_gate" or recipe.scoring.safety:
         return None
-    makers = earlier_makers(steps, step).get(SAFETY)
+    makers = recipe.makers(step).get(SAFETY)
     return makers[0] if makers else None
 
 

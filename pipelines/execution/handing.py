@@ -38,7 +38,7 @@ def stage_inputs(
         base=recipe.base,
         tuning=step.tuning,
         data=recipe.data,
-        tracking=recipe.tracking,
+        tracking=recipe.sections.tracking,
         rollout=step.rollout,
         scoring=recipe.scoring,
         deadline=deadline,
@@ -48,7 +48,7 @@ def stage_inputs(
         sft_policy=taken.sft_policy,
         pooled=taken.pooled,
         surveyed=tuple(taken.surveyed.values()),
-        recipe=recipe.model_dump(mode="json"),
+        recipe=recipe.sections.model_dump(mode="json"),
     )
     return replace(inputs, tune=_tuner(recipe, inputs)) if step.stage.tunes else inputs
 
@@ -73,4 +73,4 @@ def _tuner(recipe: Recipe, inputs: StepInputs) -> Tune:
 
 def tuning_section(recipe: Recipe, over: Mapping[str, Any]) -> SftConfig:
     """The section sft with the values that a step's own section puts over it."""
-    return from_plain(SftConfig, merged(recipe.sft.model_dump(mode="json"), over))
+    return from_plain(SftConfig, merged(recipe.sections.sft.model_dump(mode="json"), over))

@@ -7,8 +7,7 @@ from typing import Any
 
 from llamachat.runs.artifacts import is_published
 from llamachat.runs.atomic import write_text
-from pipelines.execution.resolve import step_folder
-from pipelines.recipe.recipe import Recipe, Step, resolve_steps
+from pipelines.recipe.recipe import Recipe, Step
 
 
 def write_reports(recipe: Recipe, chosen: Sequence[Step]) -> str:
@@ -20,11 +19,7 @@ def write_reports(recipe: Recipe, chosen: Sequence[Step]) -> str:
     for folder in dict.fromkeys(_folder(step) for step in chosen if step.product.makes.kind == "reward_model"):
         from reward.tables import markdown
 
-        places = {
-            step.product.makes.which: step_folder(recipe, step)
-            for step in resolve_steps(recipe)
-            if _folder(step) == folder
-        }
+        places = {step.product.makes.which: recipe.folder(step) for step in recipe.steps if _folder(step) == folder}
         summaries: dict[Any, dict[str, float]] = {
             which: json.loads(place.summary.read_text(encoding="utf-8"))
             for which, place in places.items()

@@ -42,27 +42,14 @@ class Taken:
         return {role.key: artifact for role, artifact in self.artifacts.items()} | dialogs | surveyed
 
 
-def step_folder(recipe: Recipe, step: Step) -> StepFolder:
-    """Where the step's files lie."""
-    return StepFolder(Path(recipe.run.dir) / step.name)
-
-
-def earlier_makers(steps: Sequence[Step], step: Step) -> dict[Role, list[Step]]:
-    """The steps before this one that make what it reads, nearest first."""
-    before = list(steps[: [each.name for each in steps].index(step.name)])
-    return {role: [earlier for earlier in reversed(before) if earlier.product.makes == role] for role in step.reads}
-
-
-def take_inputs(
-    recipe: Recipe, steps: Sequence[Step], step: Step, elsewhere: Mapping[str, StepFolder] | None = None
-) -> Taken:
+def take_inputs(recipe: Recipe, step: Step, elsewhere: Mapping[str, StepFolder] | None = None) -> Taken:
     """The inputs of a step; ArtifactError that names the command to run when none that makes one of them is finished.
 
     `elsewhere` holds, by name, finished steps of another run that this run is about to take by reference.
     """
     artifacts: dict[Role, Artifact] = {}
     words: list[str] = []
-    for role, makers in earlier_makers(steps, step).items():
+    for role, makers in recipe.makers(step).items():
         if makers:
             artifacts[role], told = _take(recipe, step, role, makers, elsewhere or {})
             words.append(told)
@@ -73,48 +60,41 @@ def take_inputs(
             words.append(f"base {recipe.base.model}")
     pooled = {
         earlier.name: read_artifact(folder.dialogs, "dialogs", reader=step.name)
-        for earlier, folder in _finished_before(recipe, steps, step, elsewhere or {})
+        for earlier, folder in _finished_before(recipe, step, elsewhere or {})
         if step.stage.pools and earlier.stage is step.stage
     }
     if pooled:
         words.append(f"dialogs of {', '.join(repr(name) for name in pooled)}")
     tuned = [
-        folder
-        for earlier, folder in _finished_before(recipe, steps, step, elsewhere or {})
-        if earlier.stage.command == "sft"
+        folder for earlier, folder in _finished_before(recipe, step, elsewhere or {}) if earlier.stage.command == "sft"
     ]
     sft_policy = read_artifact(tuned[-1].artifact, "policy", reader=step.name) if tuned else None
-    surveyed = _surveyed(recipe, steps, step, elsewhere or {})
+    surveyed = _surveyed(recipe, step, elsewhere or {})
     if surveyed:
         words.append(f"all of {', '.join(repr(name) for name in surveyed)}")
     return Taken(artifacts, ", ".join(words), pooled, sft_policy, surveyed)
 
 
-def _surveyed(
-    recipe: Recipe, steps: Sequence[Step], step: Step, elsewhere: Mapping[str, StepFolder]
-) -> dict[str, Artifact]:
+def _surveyed(recipe: Recipe, step: Step, elsewhere: Mapping[str, StepFolder]) -> dict[str, Artifact]:
     """What is finished before a step that surveys, by step, in the order of the recipe."""
     if not step.stage.surveys:
         return {}
     found = {
         earlier.name: read_artifact(folder.artifact, reader=step.name)
-        for earlier, folder in _finished_before(recipe, steps, step, elsewhere)
+        for earlier, folder in _finished_before(recipe, step, elsewhere)
     }
     found = {name: artifact for name, artifact in found.items() if artifact.manifest.kind in step.stage.surveys}
     if not found:
         raise ArtifactError(
             f"{recipe.run.dir}: '{step.name}' is about finished steps, and none before it is finished. Run `make"
-            f" {steps[0].stage.command}` with the same CONFIG and ARGS first, or `make all`."
+            f" {recipe.steps[0].stage.command}` with the same CONFIG and ARGS first, or `make all`."
         )
     return found
 
 
-def _finished_before(
-    recipe: Recipe, steps: Sequence[Step], step: Step, elsewhere: Mapping[str, StepFolder]
-) -> list[tuple[Step, StepFolder]]:
+def _finished_before(recipe: Recipe, step: Step, elsewhere: Mapping[str, StepFolder]) -> list[tuple[Step, StepFolder]]:
     """The finished steps before this one, in order, and where they lie."""
-    before = list(steps[: [each.name for each in steps].index(step.name)])
-    places = [(earlier, elsewhere.get(earlier.name) or step_folder(recipe, earlier)) for earlier in before]
+    places = [(earlier, elsewhere.get(earlier.name) or recipe.folder(earlier)) for earlier in recipe.before(step)]
     return [(earlier, folder) for earlier, folder in places if is_published(folder)]
 
 
@@ -122,7 +102,7 @@ def _take(
     recipe: Recipe, step: Step, role: Role, makers: Sequence[Step], elsewhere: Mapping[str, StepFolder]
 ) -> tuple[Artifact, str]:
     for index, maker in enumerate(makers):
-        folder = elsewhere.get(maker.name) or step_folder(recipe, maker)
+        folder = elsewhere.get(maker.name) or recipe.folder(maker)
         if is_published(folder):
             skipped = makers[:index]
             note = f"; not finished: {', '.join(other.name for other in skipped)}" if skipped else ""
@@ -135,9 +115,9 @@ def _take(
     )
 
 
-def lacks_policy(recipe: Recipe, steps: Sequence[Step], step: Step) -> str | None:
+def lacks_policy(recipe: Recipe, step: Step) -> str | None:
     """What to say where a step that belongs after supervised tuning starts from the base."""
-    if step.stage.starts_from_base or recipe.base.policy or earlier_makers(steps, step).get(POLICY, [step]):
+    if step.stage.starts_from_base or recipe.base.policy or recipe.makers(step).get(POLICY, [step]):
         return None
     return (
         f"no step before '{step.name}' makes a policy, so it starts from base.model itself: sound for a chat model, poor"

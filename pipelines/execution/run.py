@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 from llamachat import distributed
 from llamachat.config.loading import to_yaml
-from llamachat.errors import ChangedError, ConfigError, DataError, LlamachatError, TokenizerError, UsageError
+from llamachat.errors import ChangedError, ConfigError, DataError, LlamachatError, TokenizerError
 from llamachat.runs.artifacts import Artifact, is_published, read_artifact
 from llamachat.runs.checkpoints import Checkpoint, newest
 from llamachat.runs.cost import counted
@@ -24,9 +24,9 @@ from llamachat.runs.locks import hold
 from llamachat.runs.state import StepState, begin, lineage, overwrite, reference, renew, step_state, unbind
 from pipelines.execution.gate_labels import gate_model, lacks_labels
 from pipelines.execution.handing import stage_inputs
-from pipelines.execution.resolve import Taken, earlier_makers, lacks_policy, step_folder, take_inputs
+from pipelines.execution.resolve import Taken, lacks_policy, take_inputs
 from pipelines.recipe.identity import step_identity
-from pipelines.recipe.recipe import Recipe, Step, resolve_steps
+from pipelines.recipe.recipe import Recipe, RecipeSections, Step, resolve
 from pipelines.recipe.stages import REPORT
 
 log = logging.getLogger(__name__)
@@ -58,21 +58,11 @@ class Ran:
     left: tuple[str, ...]  # steps that were not begun, since run.max_hours were over
 
 
-def find_work(
-    recipe: Recipe, steps: Sequence[Step], step: Step, elsewhere: Mapping[str, StepFolder] | None = None
-) -> Work:
+def find_work(recipe: Recipe, step: Step, elsewhere: Mapping[str, StepFolder] | None = None) -> Work:
     """What running the step would mean now; `elsewhere` as in `take_inputs`."""
-    taken = take_inputs(recipe, steps, step, elsewhere)
+    taken = take_inputs(recipe, step, elsewhere)
     identity = step_identity(recipe, step, taken.by_key)
-    return Work(step, step_folder(recipe, step), taken, identity, fingerprint(identity))
-
-
-def run_command(
-    recipe: Recipe, command: str, *, only: Sequence[str] = (), should_overwrite: bool = False
-) -> list[Artifact]:
-    """Run the recipe's steps of one command, or all of them for "all", in their order; the artifacts of those that are done."""
-    chosen = choose_steps(resolve_steps(recipe), command, only)
-    return run_chosen(recipe, chosen, should_overwrite=should_overwrite).artifacts
+    return Work(step, recipe.folder(step), taken, identity, fingerprint(identity))
 
 
 def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool = False) -> Ran:
@@ -81,23 +71,22 @@ def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool
     When `run.max_hours` are over no further step is begun that trains; one is in any case, or nothing would ever be done.
     """
     deadline = None if recipe.run.max_hours is None else time.monotonic() + 3600 * recipe.run.max_hours
-    steps = resolve_steps(recipe)
-    for step in steps:
-        if step in chosen or gate_model(recipe, steps, step) in chosen:
-            warning = lacks_labels(recipe, steps, step)
+    for step in recipe.steps:
+        if step in chosen or gate_model(recipe, step) in chosen:
+            warning = lacks_labels(recipe, step)
             if warning:
                 log.warning("warning: %s", warning)
     if not should_overwrite:
-        _adopt_earlier(recipe, steps, chosen)
+        _adopt_earlier(recipe, chosen)
     artifacts, left, num_worked = list[Artifact](), list[str](), 0
     for step in chosen:
         is_over = deadline is not None and num_worked > 0 and time.monotonic() > deadline
-        is_done = is_published(step_folder(recipe, step))
+        is_done = is_published(recipe.folder(step))
         # What comes after one that is left may read it; what is told of the finished ones is told now.
-        if is_over and (left or not is_done) and (_trains(step) or _lacks_inputs(recipe, steps, step)):
+        if is_over and (left or not is_done) and (_trains(step) or _lacks_inputs(recipe, step)):
             left += [] if is_done else [step.name]
             continue
-        artifact, has_worked = _run_unless_done(recipe, steps, step, should_overwrite, deadline)
+        artifact, has_worked = _run_unless_done(recipe, step, should_overwrite, deadline)
         artifacts.append(artifact)
         num_worked += has_worked
     return Ran(artifacts, num_worked, tuple(left))
@@ -107,41 +96,22 @@ def _trains(step: Step) -> bool:
     return step.product.makes.kind in ("policy", "reward_model")
 
 
-def _lacks_inputs(recipe: Recipe, steps: Sequence[Step], step: Step) -> bool:
+def _lacks_inputs(recipe: Recipe, step: Step) -> bool:
     """Whether of something that it reads nothing is finished."""
-    makers = earlier_makers(steps, step).values()
-    return any(of and not any(is_published(step_folder(recipe, maker)) for maker in of) for of in makers)
+    makers = recipe.makers(step).values()
+    return any(of and not any(is_published(recipe.folder(maker)) for maker in of) for of in makers)
 
 
-def choose_steps(steps: Sequence[Step], command: str, only: Sequence[str] = ()) -> list[Step]:
-    """The steps of a command, or all of them for "all"; with `only` those of these models."""
-    chosen = [step for step in steps if command in ("all", step.stage.command)]
-    if not chosen:
-        raise UsageError(
-            f"steps: the recipe has no step '{command}', only {', '.join(step.name for step in steps)}."
-            f" A command runs the steps of its name. Add '{command}' to 'steps', or run one that is there."
-        )
-    models = [step.product.makes.which for step in chosen]
-    absent = [name for name in only if name not in models]
-    if absent:
-        raise UsageError(
-            f"--only {absent[0]}: the recipe has no such step of '{command}', only"
-            f" {', '.join(step.name for step in chosen)}. A model is trained where its data are in the recipe. Name one"
-            " of those, or give data for it."
-        )
-    return [step for step in chosen if not only or step.product.makes.which in only]
-
-
-def run_step(recipe: Recipe, steps: Sequence[Step], step: Step, *, should_overwrite: bool = False) -> Artifact:
+def run_step(recipe: Recipe, step: Step, *, should_overwrite: bool = False) -> Artifact:
     """Run one step to its end, unless it is done already or the parent run has it unchanged."""
-    return _run_unless_done(recipe, steps, step, should_overwrite, None)[0]
+    return _run_unless_done(recipe, step, should_overwrite, None)[0]
 
 
 def _run_unless_done(
-    recipe: Recipe, steps: Sequence[Step], step: Step, should_overwrite: bool, deadline: float | None
+    recipe: Recipe, step: Step, should_overwrite: bool, deadline: float | None
 ) -> tuple[Artifact, bool]:
     """The step's artifact, and whether it was worked on here; `deadline`, by time.monotonic(), is what the stage is told."""
-    work = find_work(recipe, steps, step)
+    work = find_work(recipe, step)
     folder = work.folder
     if should_overwrite:
         overwrite(folder)
@@ -150,7 +120,7 @@ def _run_unless_done(
         with hold(folder):
             # Asked again under the lock: the one who held it until now may have finished the step.
             if step_state(folder, work.fingerprint, work.identity) is not StepState.DONE:
-                warning = lacks_policy(recipe, steps, step)
+                warning = lacks_policy(recipe, step)
                 if warning:
                     log.warning("warning: %s", warning)
                 return _run(recipe, work, deadline), True
@@ -181,7 +151,7 @@ def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
         name,
         fingerprint=work.fingerprint,
         identity=work.identity,
-        resolved=to_yaml(recipe),
+        resolved=to_yaml(recipe.sections),
         keeps_sampling=bool(work.step.stage.surveys),
     )
     log.info("%s: from %s, into %s", name, work.taken.words, folder.path)
@@ -190,7 +160,7 @@ def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
         where = f"step {checkpoint.step}" if checkpoint else "its beginning: it stopped before its first checkpoint"
         log.info("%s: goes on from %s", name, "what was sampled" if _has_sampled(folder, checkpoint) else where)
     if work.step.product.makes != REPORT:  # which is too little work to share
-        distributed.broadcast_object(cast("_Begun | None", _Begun(recipe, name, deadline)))
+        distributed.broadcast_object(cast("_Begun | None", _Begun(recipe.sections, name, deadline)))
     try:
         with counted(folder):
             artifact = _work_on(recipe, work, deadline)
@@ -224,7 +194,7 @@ def _work_on(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
 class _Begun:
     """What the first process tells the others when it begins to work on a step."""
 
-    recipe: Recipe
+    sections: RecipeSections
     step: str
     deadline: float | None
 
@@ -238,9 +208,8 @@ def lead(work: Callable[[], Result]) -> Result | None:
             return result
         with _second_to_the_first():
             while (begun := distributed.broadcast_object(cast("_Begun | None", None))) is not None:
-                steps = resolve_steps(begun.recipe)
-                step = next(step for step in steps if step.name == begun.step)
-                _work_on(begun.recipe, find_work(begun.recipe, steps, step), begun.deadline)
+                recipe = resolve(begun.sections)
+                _work_on(recipe, find_work(recipe, recipe.step(begun.step)), begun.deadline)
         return None
 
 
@@ -274,16 +243,15 @@ def adopt(recipe: Recipe, work: Work) -> bool:
     return True
 
 
-def _adopt_earlier(recipe: Recipe, steps: Sequence[Step], chosen: Sequence[Step]) -> None:
+def _adopt_earlier(recipe: Recipe, chosen: Sequence[Step]) -> None:
     """Take what the chosen steps may read from `run.parent` too, where it is unchanged: as the plan says."""
-    names = [step.name for step in steps]
-    last = max(names.index(step.name) for step in chosen)
-    for step in [step for step in steps[:last] if step not in chosen and not step.stage.surveys]:
-        folder = step_folder(recipe, step)
+    before = max((recipe.before(step) for step in chosen), key=len)
+    for step in [step for step in before if step not in chosen and not step.stage.surveys]:
+        folder = recipe.folder(step)
         if recipe.run.parent is None or is_published(folder) or folder.identity.exists():
             continue
         try:
-            adopt(recipe, find_work(recipe, steps, step))
+            adopt(recipe, find_work(recipe, step))
         except LlamachatError:
             continue  # what it reads is not there either; whoever needs it says so
 

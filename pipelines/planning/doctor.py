@@ -16,7 +16,6 @@ from llamachat.config.gpus import Gpu
 from llamachat.errors import LlamachatError
 from llamachat.memory.estimates import BYTES, KNOWN_BASES, shape_of
 from llamachat.runs.artifacts import is_published
-from pipelines.execution.resolve import step_folder
 from pipelines.planning.estimates import card, estimate_step, measure_data
 from pipelines.planning.fit import fits, way_to_fit
 from pipelines.planning.hardware import (
@@ -32,7 +31,7 @@ from pipelines.planning.hardware import (
     requirements,
     shortfalls,
 )
-from pipelines.recipe.recipe import Recipe, load, resolve_steps
+from pipelines.recipe.recipe import Recipe, load
 
 Verdict = Literal["ok", "note", "FAIL"]
 NAMED = ("torch", "transformers", "trl", "peft", "bitsandbytes")
@@ -59,7 +58,7 @@ def examine(config: Path, overrides: Sequence[str]) -> list[Finding]:
     except LlamachatError as error:
         findings.append(Finding("recipe", "FAIL", str(error), "Mend it as each line says."))
         return [*findings, *_cards(devices, torch)]
-    findings.append(Finding("recipe", "ok", f"{config}: {', '.join(step.name for step in resolve_steps(recipe))}"))
+    findings.append(Finding("recipe", "ok", f"{config}: {', '.join(step.name for step in recipe.steps)}"))
     findings += _cards(devices, torch, dtype=recipe.base.dtype)
     for check in (_memory(recipe, devices), _disk(recipe), _base(recipe), _data(recipe)):
         findings += check
@@ -162,7 +161,7 @@ def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
         way = f"Set num_processes: {len(devices)} in the file under configs/accelerate that you launch with."
         yield Finding("cards", "note", found, way)
     way = ""
-    for step in resolve_steps(recipe):
+    for step in recipe.steps:
         estimate = estimate_step(recipe, step, gpu)
         if estimate is None:
             yield Finding("memory", "note", f"{step.name}: no estimate before the base's config.json is here")
@@ -181,7 +180,7 @@ def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
 
 def _memory_without_a_card(recipe: Recipe) -> Iterator[Finding]:
     """Of the recipe's card that it is not here, and of each step whether the machine's own memory holds it."""
-    meant, on_cpu = card(recipe), recipe.model_copy(update={"run": recipe.run.model_copy(update={"gpu": None})})
+    meant, on_cpu = card(recipe), recipe.changed(run=recipe.run.model_copy(update={"gpu": None}))
     on_meant = fits(recipe, meant) if meant else None
     if meant and on_meant:
         peak = f"about {on_meant.peak_bytes / 2**30:.1f} GiB at the peak ({on_meant.worst.name}), estimated"
@@ -192,7 +191,7 @@ def _memory_without_a_card(recipe: Recipe) -> Iterator[Finding]:
     elif meant:
         yield Finding("card", "note", f"the recipe is meant for {meant}, which is not here")
     installed = installed_bytes()
-    for step in resolve_steps(on_cpu):
+    for step in on_cpu.steps:
         estimate = estimate_step(on_cpu, step)
         if estimate is None:
             yield Finding("memory", "note", f"{step.name}: no estimate before the base's config.json is here")
@@ -214,8 +213,8 @@ def _disk(recipe: Recipe) -> Iterator[Finding]:
         return
     run, width = Path(recipe.run.dir), BYTES[recipe.base.dtype]
     needs: list[tuple[Path, float, str]] = []
-    for step in resolve_steps(recipe):
-        if is_published(step_folder(recipe, step)):
+    for step in recipe.steps:
+        if is_published(recipe.folder(step)):
             continue
         trained = shape.trained_weights(step.tuning)
         state = trained * (width + (8 if width == 4 else 12))
@@ -292,7 +291,7 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     from llamachat.config.paths import hub_set
     from llamachat.models.hub import reach_data
 
-    keys = dict.fromkeys(key for step in resolve_steps(recipe) for key in step.product.data)
+    keys = dict.fromkeys(key for step in recipe.steps for key in step.product.data)
     for source in (source for key in keys for source in getattr(recipe.data, key)):
         named = hub_set(source.path)
         if named is None:

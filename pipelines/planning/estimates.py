@@ -24,9 +24,8 @@ from llamachat.runs.artifacts import read_artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.scoring.requirements import MODELS, ModelName, RewardModelFacts, models_read
 from pipelines.execution.handing import tuning_section
-from pipelines.execution.resolve import earlier_makers, step_folder
 from pipelines.planning.stage_costs import ppo_cost, report_cost, reward_cost, sampling_cost, sft_cost
-from pipelines.recipe.recipe import Recipe, Step, resolve_steps
+from pipelines.recipe.recipe import Recipe, Step
 from pipelines.recipe.stages import POLICY
 from ppo import Config as PpoConfig
 from rejection_sampling import Config as RejectionSamplingConfig
@@ -54,7 +53,7 @@ def estimate_step(recipe: Recipe, step: Step, gpu: Gpu | None = None) -> Estimat
         if shape is None:
             return None
         setup = Setup(shape, recipe.base, step.tuning, gpu or card(recipe))
-        estimate = _COSTS[step.stage.command](_Work(recipe, resolve_steps(recipe), step, setup))
+        estimate = _COSTS[step.stage.command](_Work(recipe, step, setup))
     except (KeyError, ValueError):
         return None  # another architecture, no JSON, or targets that are none: refused in words where it is loaded
     # The step's own hours bound all of its work, but of rs and the like the sampling alone.
@@ -85,7 +84,6 @@ class _Work:
     """One step of a recipe, with what its estimate depends on."""
 
     recipe: Recipe
-    steps: Sequence[Step]
     step: Step
     setup: Setup
 
@@ -97,7 +95,7 @@ class _Work:
     def lengths(self, prompts: "DataSize | None") -> Lengths:
         """Of prompts as the files have them, and of answers as an earlier policy gave them."""
         prompt = prompts.tokens_per_record if prompts and prompts.records else PROMPT_TOKENS
-        answer, whose = answer_tokens(self.recipe, self.steps, self.step) or (None, "")
+        answer, whose = answer_tokens(self.recipe, self.step) or (None, "")
         return Lengths(prompt, answer, whose)
 
     def all_prompts(self) -> "DataSize | None":
@@ -113,7 +111,7 @@ class _Work:
 
     def sampled(self, lengths: Lengths, *, answers: int | None, **more: Any) -> Estimate:
         """Of sampling this many answers and scoring them."""
-        seating = seat_roles(self.recipe, self.steps, self.step, self.setup.shape)
+        seating = seat_roles(self.recipe, self.step, self.setup.shape)
         return sampling_cost(self.setup, self.step.rollout, seating, lengths, answers=answers, **more)
 
 
@@ -204,14 +202,16 @@ def _distillation(work: _Work) -> Estimate:
 
 def _ppo(work: _Work) -> Estimate:
     assert isinstance(work.step.config, PpoConfig)
-    seating = seat_roles(work.recipe, work.steps, work.step, work.setup.shape)
+    seating = seat_roles(work.recipe, work.step, work.setup.shape)
     return ppo_cost(work.step.config, work.setup, work.step.rollout, seating, work.lengths(work.all_prompts()))
 
 
 def _evaluation(work: _Work) -> Estimate:
     config = work.step.config
     assert isinstance(config, EvaluationConfig)
-    policies = sum(other.product.makes == POLICY for other in work.steps) or 1  # each policy is asked all prompts
+    policies = (
+        sum(other.product.makes == POLICY for other in work.recipe.steps) or 1
+    )  # each policy is asked all prompts
     one = config.test_prompts + config.borderline_prompts + config.dialogs * max(config.turns)
     answers = policies * (one + config.curve_prompts * config.curve_samples)
     answers += 2 * len(config.temperatures) * config.curve_prompts * config.curve_samples
@@ -221,7 +221,7 @@ def _evaluation(work: _Work) -> Estimate:
 
 def _report(work: _Work) -> Estimate:
     assert isinstance(work.step.config, ReportConfig)
-    return report_cost(work.step.config, steps=len(work.steps) - 1)
+    return report_cost(work.step.config, steps=len(work.recipe.steps) - 1)
 
 
 _COSTS: Mapping[str, Callable[[_Work], Estimate]] = {
@@ -318,9 +318,9 @@ def _measure_parquet(path: Path, limit: int | None) -> DataSize | None:
     return DataSize(min(rows, limit) if limit else rows, num_bytes / max(1, rows) / BYTES_PER_TOKEN)
 
 
-def answer_tokens(recipe: Recipe, steps: Sequence[Step], step: Step) -> tuple[float, str] | None:
+def answer_tokens(recipe: Recipe, step: Step) -> tuple[float, str] | None:
     """Mean tokens of an answer of the nearest earlier policy that measured its own, and whose they are."""
-    for maker in earlier_makers(steps, step).get(POLICY, ()):
+    for maker in recipe.makers(step).get(POLICY, ()):
         keys = (f"{maker.stage.command}/test/final/response_tokens", "sft/answer_tokens")
         for run in (recipe.run.dir, recipe.run.parent):
             figures = _summary(StepFolder(Path(run) / maker.name)) if run is not None else {}
@@ -349,9 +349,9 @@ class _RewardModel:
     shape: Shape
 
 
-def seat_roles(recipe: Recipe, steps: Sequence[Step], step: Step, shape: Shape) -> Seating:
+def seat_roles(recipe: Recipe, step: Step, shape: Shape) -> Seating:
     """Where each model that the step reads would lie, by recipe and manifests alone; `shape` is that of the base."""
-    seating = Seating(is_continued=step.tuning.method != "full" and _starts_from_adapter(recipe, steps, step))
+    seating = Seating(is_continued=step.tuning.method != "full" and _starts_from_adapter(recipe, step))
     width = BYTES[recipe.base.dtype]
 
     def share(name: str, model: _RewardModel, trunk: tuple[str, bool]) -> None:
@@ -363,8 +363,8 @@ def seat_roles(recipe: Recipe, steps: Sequence[Step], step: Step, shape: Shape) 
         return model.weights if model.is_adapter else None
 
     place_reward_models(
-        dict(_reward_models(recipe, steps, step, shape)),
-        (_under(recipe, steps, step), step.tuning.method == "qlora"),
+        dict(_reward_models(recipe, step, shape)),
+        (_under(recipe, step), step.tuning.method == "qlora"),
         carries=lambda trunk, model: model.is_adapter and model.weights == trunk,
         share=share,
         load=load,
@@ -372,16 +372,14 @@ def seat_roles(recipe: Recipe, steps: Sequence[Step], step: Step, shape: Shape) 
     return seating
 
 
-def _reward_models(
-    recipe: Recipe, steps: Sequence[Step], step: Step, shape: Shape
-) -> Iterator[tuple[str, _RewardModel]]:
+def _reward_models(recipe: Recipe, step: Step, shape: Shape) -> Iterator[tuple[str, _RewardModel]]:
     """Those that the way of scoring reads, and the judge; none where the step scores nothing."""
     if step.stage.scores_if and not getattr(step.config, step.stage.scores_if):
         return
     models: dict[str, _RewardModel] = {}
-    for role, makers in earlier_makers(steps, step).items():
+    for role, makers in recipe.makers(step).items():
         if role.which and makers:
-            models[role.which] = _made(recipe, steps, makers[0], shape)
+            models[role.which] = _made(recipe, makers[0], shape)
     for name in MODELS:
         place = getattr(recipe.scoring, name)
         if place is not None:
@@ -392,10 +390,10 @@ def _reward_models(
             yield name, models[name]
 
 
-def _made(recipe: Recipe, steps: Sequence[Step], maker: Step, shape: Shape) -> _RewardModel:
+def _made(recipe: Recipe, maker: Step, shape: Shape) -> _RewardModel:
     if maker.tuning.method == "full":
-        return _RewardModel((_place(step_folder(recipe, maker).artifact), False), False, shape)
-    return _RewardModel((_under(recipe, steps, maker), maker.tuning.method == "qlora"), True, shape)
+        return _RewardModel((_place(recipe.folder(maker).artifact), False), False, shape)
+    return _RewardModel((_under(recipe, maker), maker.tuning.method == "qlora"), True, shape)
 
 
 def _named(place: str, shape: Shape) -> _RewardModel:
@@ -407,13 +405,13 @@ def _named(place: str, shape: Shape) -> _RewardModel:
     return _RewardModel((_place(place), False), False, shape_of(str(details.get("path", place))) or shape)
 
 
-def _under(recipe: Recipe, steps: Sequence[Step], step: Step) -> str:
+def _under(recipe: Recipe, step: Step) -> str:
     """The place of the weights that a step's adapters sit on."""
-    makers = earlier_makers(steps, step).get(POLICY)
+    makers = recipe.makers(step).get(POLICY)
     if makers:
         maker = makers[0]
         is_full = maker.tuning.method == "full"
-        return _place(step_folder(recipe, maker).artifact) if is_full else _under(recipe, steps, maker)
+        return _place(recipe.folder(maker).artifact) if is_full else _under(recipe, maker)
     if recipe.base.policy:
         details = _details(recipe.base.policy, "policy")
         is_adapter = details.get("method") in ("lora", "qlora")
@@ -421,8 +419,8 @@ def _under(recipe: Recipe, steps: Sequence[Step], step: Step) -> str:
     return _place(recipe.base.model)
 
 
-def _starts_from_adapter(recipe: Recipe, steps: Sequence[Step], step: Step) -> bool:
-    makers = earlier_makers(steps, step).get(POLICY)
+def _starts_from_adapter(recipe: Recipe, step: Step) -> bool:
+    makers = recipe.makers(step).get(POLICY)
     if makers:
         return makers[0].tuning.method != "full"
     return bool(recipe.base.policy) and _details(recipe.base.policy, "policy").get("method") in ("lora", "qlora")

@@ -13,7 +13,7 @@ from llamachat.config.gpus import Gpu
 from llamachat.errors import LlamachatError
 from llamachat.memory.estimates import Estimate
 from pipelines.planning.estimates import duration, estimate_step
-from pipelines.recipe.recipe import Recipe, Step, load, resolve_steps
+from pipelines.recipe.recipe import Recipe, Step, load
 from ppo import Config as PpoConfig
 from reward import Config as RewardConfig
 from sft import Config as SftConfig
@@ -68,7 +68,7 @@ def fits(recipe: Recipe, gpu: Gpu | None) -> Fit | None:
     """The recipe on this card (None: on its own, or on a CPU), with its settings as they stand; None where the shape of its
     base is not known here."""
     steps = []
-    for step in resolve_steps(recipe):
+    for step in recipe.steps:
         estimate = estimate_step(recipe, step, gpu)
         if estimate is None:
             return None
@@ -201,15 +201,15 @@ def _fits_with(recipe: Recipe, gpu: Gpu, settings: Sequence[Setting]) -> bool:
 
 def _less_and_less(recipe: Recipe, gpu: Gpu) -> Iterator[Setting]:
     """Settings that save memory and are not taken yet: those that cost time, then those that cost the result."""
-    commands = {step.stage.command for step in resolve_steps(recipe)}
+    commands = {step.stage.command for step in recipe.steps}
     sections = {"sft": "sft", "rm": "reward", "ppo": "ppo"}
     if commands & {"rs", "gatt", "distill"}:
         commands.add("sft")
-    reward, ppo = (getattr(recipe, sections[command]) for command in ("rm", "ppo"))
+    reward, ppo = (getattr(recipe.sections, sections[command]) for command in ("rm", "ppo"))
     for command, section in sections.items():
-        if command in commands and not getattr(recipe, section).gradient_checkpointing:
+        if command in commands and not getattr(recipe.sections, section).gradient_checkpointing:
             yield f"{section}.gradient_checkpointing", True
-    if "sft" in commands and recipe.tuning.method == "full" and gpu.count > 1 and recipe.sft.sample_prompts:
+    if "sft" in commands and recipe.tuning.method == "full" and gpu.count > 1 and recipe.sections.sft.sample_prompts:
         yield "sft.sample_prompts", 0  # they are sampled from weights gathered whole
     if "rm" in commands and reward.row_tokens == "auto":
         yield "reward.row_tokens", 2 * recipe.base.max_tokens
@@ -235,8 +235,8 @@ def changed(recipe: Recipe, settings: Sequence[Setting]) -> Recipe:
     """The recipe with other values; of two of one key the later one counts."""
     for key, value in settings:
         section, _, name = key.partition(".")
-        values = getattr(recipe, section).model_copy(update={name: value})
-        recipe = recipe.model_copy(update={section: values})
+        values = getattr(recipe.sections, section).model_copy(update={name: value})
+        recipe = recipe.changed(**{section: values})
     return recipe
 
 

@@ -23,7 +23,7 @@ from pipelines.planning.estimates import duration, estimate_step
 from pipelines.planning.init_choices import LONG_ENOUGH, UNKNOWN_CONTEXT, Asked, Effort, Method, Values
 from pipelines.planning.init_data import CountTokens, look_at
 from pipelines.planning.init_sizes import plain, values
-from pipelines.recipe.recipe import Recipe, resolve_steps
+from pipelines.recipe.recipe import Recipe, RecipeSections, resolve
 
 SHARE_FOR_STEPS = 0.85  # of the hours; the rest is for what no estimate counts: loading, saving, figures. Ours
 HALVINGS = 7  # of the range in which the effort is looked for
@@ -141,7 +141,7 @@ class _Maker:
         sections = values(self.asked, method, effort)
         recipe = self._recipe(sections)
         estimates = []
-        for step in resolve_steps(recipe):
+        for step in recipe.steps:
             estimate = estimate_step(recipe, step, self.card)
             assert estimate is not None, "the shape of the base is known"
             estimates.append((step.name, estimate))
@@ -150,7 +150,7 @@ class _Maker:
     def _recipe(self, sections: Values) -> Recipe:
         """As it will be loaded, but for a base of the hub, whose config.json lies in a folder."""
         told = plain(sections)
-        return from_plain(Recipe, {**told, "base": {**told["base"], "model": self.place}})
+        return resolve(from_plain(RecipeSections, {**told, "base": {**told["base"], "model": self.place}}))
 
     def _least_card(self) -> str:
         """The smallest known card for what was asked of none."""

@@ -12,10 +12,10 @@ from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import living_owner
 from llamachat.runs.state import StepState, step_state
 from pipelines.execution.gate_labels import lacks_labels
-from pipelines.execution.resolve import earlier_makers, lacks_policy, step_folder
-from pipelines.execution.run import Work, choose_steps, find_work, parent_folder
+from pipelines.execution.resolve import lacks_policy
+from pipelines.execution.run import Work, find_work, parent_folder
 from pipelines.planning.estimates import estimate_step
-from pipelines.recipe.recipe import Recipe, Step, resolve_steps
+from pipelines.recipe.recipe import Recipe, Step, choose_steps
 
 FEW_STEPS = 100
 MUCH_WARMUP = 0.2
@@ -41,13 +41,12 @@ class PlannedStep:
 
 def make_plan(recipe: Recipe, command: str = "all", only: Sequence[str] = ()) -> list[PlannedStep]:
     """The plan of the recipe's steps of one command, or of all; with `only` of these models."""
-    steps = resolve_steps(recipe)
-    chosen = choose_steps(steps, command, only)
+    chosen = choose_steps(recipe.steps, command, only)
     planned: list[PlannedStep] = []
     to_run: set[str] = set()
     reused: dict[str, StepFolder] = {}
-    for step in steps:
-        found = _plan_step(recipe, steps, step, to_run, reused)
+    for step in recipe.steps:
+        found = _plan_step(recipe, step, to_run, reused)
         if found.will_run:
             to_run.add(step.name)
         if found.verdict == "reuse" and recipe.run.parent is not None:
@@ -57,25 +56,23 @@ def make_plan(recipe: Recipe, command: str = "all", only: Sequence[str] = ()) ->
     return planned
 
 
-def _plan_step(
-    recipe: Recipe, steps: Sequence[Step], step: Step, to_run: set[str], reused: Mapping[str, StepFolder]
-) -> PlannedStep:
+def _plan_step(recipe: Recipe, step: Step, to_run: set[str], reused: Mapping[str, StepFolder]) -> PlannedStep:
     estimate = estimate_step(recipe, step)
-    lacks = (lacks_policy(recipe, steps, step), lacks_labels(recipe, steps, step))
+    lacks = (lacks_policy(recipe, step), lacks_labels(recipe, step))
     warnings = (*(text for text in lacks if text), *warn(step, estimate))
-    nearest = {role: makers[0] for role, makers in earlier_makers(steps, step).items() if makers}
+    nearest = {role: makers[0] for role, makers in recipe.makers(step).items() if makers}
     awaited = {f"{role} of '{maker.name}'": maker.name for role, maker in nearest.items() if maker.name in to_run}
-    for earlier in steps[: list(steps).index(step)]:
+    for earlier in recipe.before(step):
         if earlier.name in to_run and earlier.product.makes.kind in step.stage.surveys:
             awaited |= {f"{earlier.product.makes} of '{earlier.name}'": earlier.name}
     if awaited:
         why = f"runs after {' and '.join(repr(name) for name in dict.fromkeys(awaited.values()))}"
         inputs = ", ".join(awaited) + ", once it is there"
-        if is_published(step_folder(recipe, step)) and not step.stage.surveys:
+        if is_published(recipe.folder(step)) and not step.stage.surveys:
             why += "; its present result was made from another one and would then be refused as changed"
         return PlannedStep(step.name, "waits", why, inputs, estimate, warnings)
     try:
-        work = find_work(recipe, steps, step, reused)
+        work = find_work(recipe, step, reused)
         verdict, why = _verdict(recipe, work)
     except LlamachatError as error:
         return PlannedStep(step.name, "blocked", str(error), "nothing that can be used", estimate, warnings)

@@ -9,7 +9,7 @@ from llamachat.tables import text_table
 from pipelines.planning.estimates import card, duration
 from pipelines.planning.fit import fits, largest_microbatch, presets, way_to_fit, ways_to_shorten
 from pipelines.planning.plan import PlannedStep
-from pipelines.recipe.recipe import Recipe, resolve_steps
+from pipelines.recipe.recipe import Recipe
 
 SIZES = ("24GiB", "48GiB", "80GiB")
 GIB = 2**30
@@ -65,7 +65,7 @@ def _steps_and_time(estimate: Estimate) -> str:
 
 def _table(recipe: Recipe, planned: Sequence[PlannedStep], gpu: Gpu | None) -> list[str]:
     """A line a step: what happens to it, its peak, optimizer steps, time, the largest micro-batch on the card."""
-    steps = {step.name: step for step in resolve_steps(recipe)}
+    steps = {step.name: step for step in recipe.steps}
     rows = [["step", "", "GiB", "steps", "time", *(("fits", "largest micro-batch") if gpu else ())]]
     for step in planned:
         cost = step.estimate or Estimate()
@@ -102,7 +102,7 @@ def _verdict(recipe: Recipe, running: dict[str, Estimate], gpu: Gpu | None, hour
             yield f"  within {hours:g} h: {duration(spare)} to spare"
             return
         yield f"  OVER {hours:g} h by {duration(-spare)}. What takes most, and what to set:"
-        yield from (f"    {line}" for line in ways_to_shorten(resolve_steps(recipe), seconds, hours))
+        yield from (f"    {line}" for line in ways_to_shorten(recipe.steps, seconds, hours))
 
 
 def presets_text(gpu: str | None = None) -> str:

@@ -35,7 +35,7 @@ def step_identity(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact]) ->
         "data": {key: _data_identity(getattr(recipe.data, key)) for key in (*step.product.data, "split")},
         step.stage.section: section,
         **{
-            key: _shared_identity(step.rollout if key == "rollout" else getattr(recipe, key))
+            key: _shared_identity(step.rollout if key == "rollout" else getattr(recipe.sections, key))
             for key in step.stage.shared
         },
         "inputs": {key: artifact.digest for key, artifact in inputs.items()},

@@ -17,6 +17,8 @@ from llamachat.config.paths import missing
 from llamachat.config.problems import Key, Problem, dotted, nearest
 from llamachat.config.section import Section
 from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
+from llamachat.errors import UsageError
+from llamachat.runs.folder import StepFolder
 from pipelines.recipe.entries import command_line_first, read_entry, step_problems
 from pipelines.recipe.stages import REWARD_MODELS, Product, Role, Stage
 from ppo import Config as PpoConfig
@@ -28,8 +30,8 @@ from sft import Config as SftConfig
 STUDY_KEYS = ("command", "values", "variants", "seeds", "axis", "tables")
 
 
-class Recipe(Section):
-    """Everything that a run is told. A stage is handed its own section and the shared ones, nothing more."""
+class RecipeSections(Section):
+    """The sections of a recipe. A stage is given its own and the shared ones, nothing more."""
 
     unknown_keys: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(STUDY_KEYS, "a study's key, and this command runs a recipe. Give the recipe that it extends."),
@@ -85,19 +87,68 @@ class Step:
         return self.stage.reads
 
 
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe with its steps resolved: what each is, what comes before it and where it lies."""
+
+    sections: RecipeSections
+    steps: tuple[Step, ...]
+
+    @property
+    def run(self) -> Run:
+        return self.sections.run
+
+    @property
+    def base(self) -> Base:
+        return self.sections.base
+
+    @property
+    def tuning(self) -> Tuning:
+        return self.sections.tuning
+
+    @property
+    def data(self) -> Data:
+        return self.sections.data
+
+    @property
+    def scoring(self) -> Scoring:
+        return self.sections.scoring
+
+    def step(self, name: str) -> Step:
+        """The step of that name."""
+        return next(step for step in self.steps if step.name == name)
+
+    def before(self, step: Step) -> tuple[Step, ...]:
+        """The steps before this one, in order."""
+        return self.steps[: [each.name for each in self.steps].index(step.name)]
+
+    def makers(self, step: Step) -> dict[Role, list[Step]]:
+        """The earlier steps that make what this one reads, by what they make, nearest first."""
+        before = self.before(step)[::-1]
+        return {role: [earlier for earlier in before if earlier.product.makes == role] for role in step.reads}
+
+    def folder(self, step: Step) -> StepFolder:
+        """Where the step's files are."""
+        return StepFolder(Path(self.run.dir) / step.name)
+
+    def changed(self, **sections: Section) -> "Recipe":
+        """The recipe with other sections in place of its own."""
+        return resolve(self.sections.model_copy(update=sections))
+
+
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a file and overrides; every problem in one ConfigError."""
-    return load_recipe(Recipe, path, overrides, prepare=command_line_first, more_checks=_more_problems)
+    return resolve(load_recipe(RecipeSections, path, overrides, prepare=command_line_first, more_checks=_more_problems))
 
 
-def resolve_steps(recipe: Recipe) -> tuple[Step, ...]:
-    """The recipe's steps in order."""
+def resolve(sections: RecipeSections) -> Recipe:
+    """The recipe of these sections, each step with its own values over theirs."""
     steps = []
-    data = recipe.data.model_dump(mode="json")
-    for entry in map(read_entry, recipe.steps):
-        config = merged(getattr(recipe, entry.stage.section).model_dump(mode="json"), entry.own)
-        tuning = merged(recipe.tuning.model_dump(mode="json"), entry.tuning)
-        rollout = merged(recipe.rollout.model_dump(mode="json"), entry.rollout)
+    data = sections.data.model_dump(mode="json")
+    for entry in map(read_entry, sections.steps):
+        config = merged(getattr(sections, entry.stage.section).model_dump(mode="json"), entry.own)
+        tuning = merged(sections.tuning.model_dump(mode="json"), entry.tuning)
+        rollout = merged(sections.rollout.model_dump(mode="json"), entry.rollout)
         steps += [
             Step(
                 name=entry.step_name(product),
@@ -109,13 +160,32 @@ def resolve_steps(recipe: Recipe) -> tuple[Step, ...]:
             )
             for product in entry.products(data)
         ]
-    return tuple(steps)
+    return Recipe(sections, tuple(steps))
+
+
+def choose_steps(steps: Sequence[Step], command: str, only: Sequence[str] = ()) -> list[Step]:
+    """The steps of a command, or all of them for "all"; with `only` those of these models."""
+    chosen = [step for step in steps if command in ("all", step.stage.command)]
+    if not chosen:
+        raise UsageError(
+            f"steps: the recipe has no step '{command}', only {', '.join(step.name for step in steps)}."
+            f" A command runs the steps of its name. Add '{command}' to 'steps', or run one that is there."
+        )
+    models = [step.product.makes.which for step in chosen]
+    absent = [name for name in only if name not in models]
+    if absent:
+        raise UsageError(
+            f"--only {absent[0]}: the recipe has no such step of '{command}', only"
+            f" {', '.join(step.name for step in chosen)}. A model is trained where its data are in the recipe. Name one"
+            " of those, or give data for it."
+        )
+    return [step for step in chosen if not only or step.product.makes.which in only]
 
 
 def _more_problems(layers: Layers) -> Iterator[Problem]:
     for key, text in (*_run_problems(layers.values), *_format_problems(layers.values)):
         yield Problem(layers.source(key), dotted(key), text)
-    yield from step_problems(layers, Recipe)
+    yield from step_problems(layers, RecipeSections)
 
 
 def _run_problems(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:

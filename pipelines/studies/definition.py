@@ -20,10 +20,8 @@ from llamachat.config.problems import Key, Problem, dotted, raise_all, section_p
 from llamachat.config.section import Section
 from llamachat.config.yaml_files import parse_mapping
 from llamachat.runs.fingerprints import fingerprint
-from pipelines.execution.resolve import earlier_makers
-from pipelines.execution.run import choose_steps
 from pipelines.recipe.identity import step_identity
-from pipelines.recipe.recipe import Recipe, Step, load, resolve_steps
+from pipelines.recipe.recipe import Recipe, Step, choose_steps, load
 from pipelines.recipe.stages import STAGES
 
 ALL, AUTO = "all", "auto"
@@ -86,23 +84,23 @@ class Plan:
         command = self.study.command
         if isinstance(command, tuple):
             return ", ".join(command)
-        return f"all from '{resolve_steps(self.shared)[self.first].name}' on" if command == AUTO else command
+        return f"all from '{self.shared.steps[self.first].name}' on" if command == AUTO else command
 
     def steps(self, recipe: Recipe, name: str) -> list[Step]:
         """What one variant runs."""
-        chosen, variant = self._chosen(resolve_steps(recipe)), self.study.variants[name]
+        chosen, variant = self._chosen(recipe.steps), self.study.variants[name]
         if not variant.only:
             return chosen
         return [s for s in chosen if not s.stage.models or s in choose_steps(chosen, s.stage.command, variant.only)]
 
     def before(self, variant: str) -> list[Step]:
         """What comes before the commands in one variant."""
-        steps = resolve_steps(self.homes[variant])
+        steps = self.homes[variant].steps
         return list(steps[: steps.index(self._chosen(steps)[0])])
 
     def origins(self) -> Origins:
         """Where each step before the commands is run: in `shared`, or in the first variant that makes it so."""
-        known = dict.fromkeys(_fingerprints(self.shared, resolve_steps(self.shared)).items(), SHARED)
+        known = dict.fromkeys(_fingerprints(self.shared, self.shared.steps).items(), SHARED)
         return {
             (variant, name): known.setdefault((name, made), variant)
             for variant, recipe in self.homes.items()
@@ -221,9 +219,9 @@ def _fingerprints(recipe: Recipe, steps: Sequence[Step]) -> dict[str, str]:
     It follows from the recipe alone, before anything is run: steps of two recipes with one fingerprint make the same.
     """
     prints: dict[str, str] = {}
-    for index, step in enumerate(steps):
-        makers = earlier_makers(steps, step).items()
-        pooled = [one.name for one in steps[:index] if step.stage.pools and one.stage is step.stage]
+    for step in steps:
+        makers = recipe.makers(step).items()
+        pooled = [one.name for one in recipe.before(step) if step.stage.pools and one.stage is step.stage]
         values = step_identity(recipe, step, {})
         values["inputs"] = {role.key: prints[made[0].name] for role, made in makers if made}
         values["inputs"] |= {f"dialogs/{name}": prints[name] for name in pooled}
@@ -233,7 +231,7 @@ def _fingerprints(recipe: Recipe, steps: Sequence[Step]) -> dict[str, str]:
 
 def _first_changed(shared: Recipe, homes: Mapping[str, Recipe]) -> int:
     """The place of the first step that some variant would make otherwise than the recipe; 0 where none would."""
-    rows = [list(_fingerprints(recipe, resolve_steps(recipe)).items()) for recipe in (shared, *homes.values())]
+    rows = [list(_fingerprints(recipe, recipe.steps).items()) for recipe in (shared, *homes.values())]
     shortest = min(map(len, rows))
     places = [place for place in range(shortest) if len({row[place] for row in rows}) > 1]
     if places:

@@ -23,7 +23,7 @@ def draw_study(plan: Plan, tables: Sequence[Table], figures: Figures) -> bool:
     if not panels:
         return False
     figure, places = panel_grid(len(panels), panel=(4.4, 3.2), columns=3)
-    recipe = plan.shared.model_dump(mode="json")
+    recipe = plan.shared.sections.model_dump(mode="json")
     for place, (table, head, name) in zip(places, panels, strict=True):
         _draw_panel(place, plan.study, table, (head, name), figures, numbers_of(plan.study, table.variants, recipe))
     save_png(figure, plan.run_dir / "study.png")

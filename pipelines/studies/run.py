@@ -12,12 +12,11 @@ from llamachat.runs.artifacts import Artifact, is_published
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.reader import step_of
 from llamachat.runs.state import reference
-from pipelines.execution.resolve import step_folder
 from pipelines.execution.run import run_chosen, run_step
 from pipelines.planning.estimates import duration, estimate_step
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
-from pipelines.recipe.recipe import Recipe, Step, resolve_steps
+from pipelines.recipe.recipe import Recipe, Step
 from pipelines.studies.definition import SHARED, Plan
 from pipelines.studies.pictures import draw_study
 from pipelines.studies.tables import tables_of, write_tables
@@ -44,12 +43,12 @@ def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
             if (where, step.name) not in done:
                 _run_before(plan.origin(where), step)
                 done.add((where, step.name))
-            home = step_folder(plan.homes[name], step)
+            home = plan.homes[name].folder(step)
             if where != name:
-                _take(home, step_folder(plan.origin(where), step))
-            _take(step_folder(recipe, step), home)
+                _take(home, plan.origin(where).folder(step))
+            _take(recipe.folder(step), home)
         steps = plan.steps(recipe, name)
-        made = run_chosen(recipe, steps, should_overwrite=should_overwrite).artifacts
+        made = run_chosen(recipe, should_overwrite=should_overwrite).artifacts
         figures.setdefault(name, {})[seed] = read_figures(steps, made)
         tables = tables_of(plan.study, figures)
         text = write_tables(plan, tables, figures, is_drawn=draw_study(plan, tables, figures))
@@ -58,8 +57,7 @@ def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
 
 def _run_before(recipe: Recipe, step: Step) -> None:
     """Run the recipe's step of that name, unless it is done."""
-    steps = resolve_steps(recipe)
-    run_step(recipe, steps, next(own for own in steps if own.name == step.name))
+    run_step(recipe, recipe.step(step.name))
 
 
 def _take(folder: StepFolder, made: StepFolder) -> None:
@@ -88,7 +86,7 @@ def study_plan_text(plan: Plan) -> str:
     """What comes before the commands, what each variant runs, and the hours, from the beginning and from now on."""
     study, found_at = plan.study, plan.origins()
     runs = [(recipe, plan.steps(recipe, name)) for (name, _), recipe in plan.variants.items()]
-    done = sum(all(is_published(step_folder(recipe, step)) for step in steps) for recipe, steps in runs)
+    done = sum(all(is_published(recipe.folder(step)) for step in steps) for recipe, steps in runs)
     lines = [
         f"Study of '{plan.commands}' in {plan.run_dir}: {len(study.variants)} variants with {len(study.seeds)} seeds each,"
         f" {len(plan.variants)} runs, {done} of them done"
@@ -128,4 +126,4 @@ def _seconds(recipe: Recipe, steps: Iterable[Step]) -> float:
 
 
 def _to_run(recipe: Recipe, steps: Iterable[Step]) -> list[Step]:
-    return [step for step in steps if not is_published(step_folder(recipe, step))]
+    return [step for step in steps if not is_published(recipe.folder(step))]

@@ -18,10 +18,10 @@ from llamachat.data.loading import read_records
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.data.records import Prompt
 from llamachat.errors import ConfigError, DataError
-from pipelines.execution.run import run_command
 from pipelines.recipe.recipe import load
 from tests.context_distillation.tiny_distilling import batches_in, inputs_of, step_of, write_recipe, write_roomy_base
 from tests.llamachat.models.tiny_roles import FULL, World
+from tests.recipes import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 ASKED = EncodedPrompt((Message("user", "How?"),), (1, 5, 6), True, "q1")
@@ -143,7 +143,7 @@ def test_the_bundled_recipe_knows_the_category_of_every_prompt_of_catqa_and_of_n
     found: Counter[str] = Counter()
     for source in (*recipe.data.adversarial, *recipe.data.prompts):
         for record in read_records(source, Prompt):
-            category = category_of(record.id or "", recipe.context_distillation.categories)
+            category = category_of(record.id or "", recipe.sections.context_distillation.categories)
             assert (category is not None) is (record.id or "").startswith("catqa"), record.id
             found[category or ""] += 1
     # Tens of questions a topic, less those that were left out: five topics but for the first two and the sixth.

@@ -21,7 +21,6 @@ from llamachat.runs.artifacts import read_artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
-from pipelines.execution.run import run_command
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load
@@ -40,6 +39,7 @@ from tests.context_distillation.tiny_distilling import (
 )
 from tests.fakes import reference_dialog
 from tests.llamachat.models.tiny_roles import FULL, World
+from tests.recipes import run_command
 
 
 @pytest.fixture(scope="module")

@@ -27,13 +27,13 @@ from llamachat.models.loading import load_policy
 from llamachat.models.open_roles import open_roles
 from llamachat.runs.artifacts import read_artifact
 from llamachat.tracking.metrics import check_names
-from pipelines.execution.run import run_command
 from pipelines.planning.plan import make_plan
 from pipelines.recipe.recipe import load
 from sft import train as sft_module
 from tests.context_distillation.tiny_distilling import read_lines, step_of, summary_of, write_recipe, write_roomy_base
 from tests.killed_steps import open_commands
 from tests.llamachat.models.tiny_roles import FULL, World
+from tests.recipes import run_command
 
 EVALUATION: dict[str, Any] = {
     "test_prompts": 12,

@@ -25,7 +25,6 @@ from llamachat.models.loading import load_policy
 from llamachat.runs.artifacts import read_artifact
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
-from pipelines.execution.run import run_command
 from pipelines.planning.plan import make_plan
 from pipelines.recipe.recipe import load
 from sft import train as sft_module
@@ -42,6 +41,7 @@ from tests.gatt.tiny_gatt import (
     write_roomy_base,
 )
 from tests.ppo.tiny_ppo import write_function
+from tests.recipes import run_command
 from tests.tiny_llama import tiny_llama
 
 ALL = families(lists={"figures": FIGURES, "hobbies": HOBBIES, "languages": ("Greek",)})

@@ -13,7 +13,7 @@ from llamachat.rollout.engine import Completion, Sampling
 from llamachat.runs.folder import StepFolder
 from pipelines.execution.handing import stage_inputs
 from pipelines.execution.run import find_work
-from pipelines.recipe.recipe import load, resolve_steps
+from pipelines.recipe.recipe import load
 from tests.ppo.tiny_ppo import WORDS, write_stopping_base
 from tests.sft.tiny_sft import pair, write_dialogs
 
@@ -142,8 +142,7 @@ def summary_of(step: StepFolder) -> dict[str, float]:
 def inputs_of(recipe_path: Path, name: str = "gatt", *overrides: str) -> tuple[Any, Any]:
     """The section and the inputs of a step, as `pipelines` hands them to the stage."""
     recipe = load(recipe_path, list(overrides))
-    steps = resolve_steps(recipe)
-    step = next(step for step in steps if step.name == name)
-    work = find_work(recipe, steps, step)
+    step = recipe.step(name)
+    work = find_work(recipe, step)
     of_the_work = {"folder": work.folder, "identity": work.identity, "fingerprint": work.fingerprint}
     return step.config, stage_inputs(recipe, step, work.taken, **of_the_work)

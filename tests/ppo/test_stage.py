@@ -17,12 +17,12 @@ from llamachat.models.loading import load_policy
 from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
-from pipelines.execution.run import run_command
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load
 from tests.llamachat.models.tiny_roles import FULL, QLORA, World
 from tests.ppo.tiny_ppo import config_of, inputs_of, write_prompts, write_stopping_base
+from tests.recipes import run_command
 from tests.reward.tiny_reward import data_of, toy_labels, toy_pairs
 from tests.sft.tiny_sft import toy_dialogs, write_dialogs
 from tests.tiny_llama import LORA

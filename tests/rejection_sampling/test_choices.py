@@ -22,10 +22,9 @@ from llamachat.errors import ConfigError, DataError
 from llamachat.models.loading import load_policy
 from llamachat.runs.artifacts import Artifact
 from llamachat.tracking.metrics import check_names
-from pipelines.execution.run import run_command
 from pipelines.planning.plan import make_plan, warn
 from pipelines.planning.text import plan_text
-from pipelines.recipe.recipe import load, resolve_steps
+from pipelines.recipe.recipe import load
 from rejection_sampling import train as round_module
 from rejection_sampling.curves import best_temperature
 from rejection_sampling.train import make_dialogs
@@ -33,6 +32,7 @@ from sft import train as sft_module
 from tests.llamachat.answers.test_answers import group
 from tests.llamachat.models.tiny_roles import FULL, QLORA, World
 from tests.ppo.tiny_ppo import write_function, write_stopping_base
+from tests.recipes import run_command
 from tests.rejection_sampling.tiny_rounds import (
     groups_of,
     inputs_of,
@@ -365,7 +365,7 @@ def test_values_over_the_section_sft_are_checked_with_it_and_told_once(base: Pat
     with pytest.raises(ConfigError) as told:
         load(recipe)
     assert str(told.value).count("epochs") == 1
-    steps = resolve_steps(load(recipe, ["sft.epochs=1"]))
+    steps = load(recipe, ["sft.epochs=1"]).steps
     assert steps[1].config.model_dump()["sft"] == {"packing": True}
 
 
@@ -394,7 +394,7 @@ def test_a_rate_of_full_tuning_for_adapters_is_warned_of(base: Path, tmp_path: P
         tuning={"method": "lora", "rank": 4},
         rejection_sampling={"sft": {"learning_rate": 1e-5}},
     )
-    (step,) = resolve_steps(load(recipe))
+    (step,) = load(recipe).steps
     assert warn(step, None) == [
         "rejection_sampling.sft.learning_rate 1e-05 is that of full tuning, and tuning.method is lora: adapters want about"
         " ten times as much."

@@ -21,7 +21,6 @@ from llamachat.runs.artifacts import read_artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
-from pipelines.execution.run import run_command
 from pipelines.planning.plan import make_plan
 from pipelines.recipe.recipe import load
 from rejection_sampling import train as round_module
@@ -29,6 +28,7 @@ from rejection_sampling.train import make_dialogs
 from sft import train as sft_module
 from sft.examples import made_dialogs
 from tests.ppo.tiny_ppo import write_function, write_prompts, write_stopping_base
+from tests.recipes import run_command
 from tests.rejection_sampling.tiny_rounds import groups_of, inputs_of, read_lines, step_of, summary_of, write_recipe
 
 # Writes down what it is asked, so that tests know each answer's prompt and score from outside of the stage.

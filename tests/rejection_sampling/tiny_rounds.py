@@ -14,7 +14,7 @@ from llamachat.runs.artifacts import Artifact
 from llamachat.runs.folder import StepFolder
 from pipelines.execution.handing import stage_inputs
 from pipelines.execution.run import find_work
-from pipelines.recipe.recipe import load, resolve_steps
+from pipelines.recipe.recipe import load
 from tests.fakes import train_sentencepiece
 from tests.ppo.tiny_ppo import write_function, write_prompts
 from tests.sft.tiny_sft import toy_dialogs, write_dialogs
@@ -98,8 +98,7 @@ def summary_of(step: StepFolder) -> dict[str, float]:
 def inputs_of(recipe_path: Path, name: str = "rs", *overrides: str) -> tuple[Any, Any]:
     """The section and the inputs of a round, as `pipelines` hands them to the stage."""
     recipe = load(recipe_path, list(overrides))
-    steps = resolve_steps(recipe)
-    step = next(step for step in steps if step.name == name)
-    work = find_work(recipe, steps, step)
+    step = recipe.step(name)
+    work = find_work(recipe, step)
     of_the_work = {"folder": work.folder, "identity": work.identity, "fingerprint": work.fingerprint}
     return step.config, stage_inputs(recipe, step, work.taken, **of_the_work)

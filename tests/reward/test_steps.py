@@ -6,6 +6,7 @@ The stages are stand-ins that publish at once; everything around them is real.
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,21 @@ from llamachat.errors import ArtifactError, UsageError
 from llamachat.runs.artifacts import Artifact
 from pipelines.cli.main import main
 from pipelines.execution.resolve import take_inputs
-from pipelines.execution.run import find_work, run_command
+from pipelines.execution.run import find_work
 from pipelines.planning.estimates import TOKENS_OF_A_PAIR, estimate_step
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
-from pipelines.recipe.recipe import Recipe, Step, load, resolve_steps
+from pipelines.recipe.recipe import Recipe, Step, load
 from pipelines.recipe.stages import POLICY, Product, Role, Stage
 from reward.config import VERSION
-from tests.recipes import preference_data, publish_toy_policy, publish_toy_reward_model, write_pairs, write_recipe
+from tests.recipes import (
+    preference_data,
+    publish_toy_policy,
+    publish_toy_reward_model,
+    run_command,
+    write_pairs,
+    write_recipe,
+)
 
 
 @pytest.fixture
@@ -51,8 +59,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
-    steps = resolve_steps(recipe)
-    return {step.name: find_work(recipe, steps, step).fingerprint for step in steps}
+    return {step.name: find_work(recipe, step).fingerprint for step in recipe.steps}
 
 
 def test_each_reward_model_starts_from_the_policy_before_it_and_never_from_a_reward_model(
@@ -89,16 +96,16 @@ def test_a_step_takes_each_kind_that_it_reads_from_the_nearest_step_that_made_it
         products=(Product(makes=POLICY, data=(), needs=()),),
         reads=(POLICY, Role("reward_model", "safety"), Role("reward_model", "judge")),
     )
-    steps = resolve_steps(recipe)
-    last = Step("last", reader, reader.products[0], steps[0].config, steps[0].tuning, steps[0].rollout)
-    steps = (*steps, last)
+    first = recipe.steps[0]
+    last = Step("last", reader, reader.products[0], first.config, first.tuning, first.rollout)
+    recipe = replace(recipe, steps=(*recipe.steps, last))
     with pytest.raises(ArtifactError, match=r"'last' reads a policy, and none .* \(sft, sft-2\)\. Run `make sft`"):
-        take_inputs(recipe, steps, last)
+        take_inputs(recipe, last)
     run_command(recipe, "sft")
     with pytest.raises(ArtifactError, match=r"'last' reads a safety reward model, .* \(rm/safety, rm-2/.*`make rm`"):
-        take_inputs(recipe, steps, last)
+        take_inputs(recipe, last)
     run_command(recipe, "rm")
-    taken = take_inputs(recipe, steps, last)
+    taken = take_inputs(recipe, last)
     assert taken.policy is not None and taken.policy.manifest.step == "sft-2"
     assert {which: model.manifest.step for which, model in taken.reward_models.items()} == {"safety": "rm-2/safety"}
     assert sorted(taken.by_key) == ["policy", "reward_model/safety"]
@@ -126,8 +133,8 @@ def test_a_fingerprint_hangs_on_what_its_model_reads_and_on_nothing_else(
     for override, expected in changes.items():
         after = fingerprints(load(path, [override]))
         assert {name for name in after if after[name] != before[name]} == expected, override
-    steps = resolve_steps(load(path))
-    identity = find_work(load(path), steps, steps[1]).identity
+    steps = load(path).steps
+    identity = find_work(load(path), steps[1]).identity
     assert (identity["command"], identity["stage_version"]) == ("rm", VERSION)
 
 
@@ -204,11 +211,11 @@ def test_the_mixes_are_counted_as_the_paper_has_them(tmp_path: Path) -> None:
         "split": {"test": 0.125, "validation": 0.125, "judge": 0.25},
     }
     recipe = load(write_recipe(tmp_path, data=data, steps=["rm"], reward={"pairs_per_step": 1, "other_share": 0.1}))
-    found = [estimate_step(recipe, step) for step in resolve_steps(recipe)]
+    found = [estimate_step(recipe, step) for step in recipe.steps]
     # Helpfulness: 200, and 200 / 9 of safety's 50. Safety: 50, and 50 / 9 of helpfulness. Judge: a quarter of 500.
     assert [estimate and estimate.optimizer_steps for estimate in found] == [222, 56, 125]
     wider = load(write_recipe(tmp_path, data=data, steps=["rm"], reward={"pairs_per_step": 1}))
-    estimate = estimate_step(wider, resolve_steps(wider)[0])
+    estimate = estimate_step(wider, wider.steps[0])
     assert estimate is not None and estimate.optimizer_steps == 250  # an equal part would be 200; there are 50
     tokens = (tmp_path / "a.jsonl").stat().st_size / 100 / 4 * TOKENS_OF_A_PAIR
     assert f"{tokens:.0f} tokens a pair" in estimate.assumed
@@ -216,7 +223,7 @@ def test_the_mixes_are_counted_as_the_paper_has_them(tmp_path: Path) -> None:
 
 def test_pairs_that_are_not_here_are_not_counted(path: Path) -> None:
     recipe = load(path, ["data.open=[{path: owner/name}]"])
-    estimates = [estimate_step(recipe, step) for step in resolve_steps(recipe)]
+    estimates = [estimate_step(recipe, step) for step in recipe.steps]
     assert [estimate is not None and estimate.optimizer_steps is None for estimate in estimates] == [
         False,
         True,

@@ -17,9 +17,8 @@ from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import StorageError
 from llamachat.runs.cost import Cost, counted, peak_memory, read_cost, reset_peak
 from llamachat.runs.folder import StepFolder
-from pipelines.execution.run import run_command
 from pipelines.recipe.recipe import load
-from tests.recipes import publish_toy_policy, write_recipe
+from tests.recipes import publish_toy_policy, run_command, write_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -28,7 +28,6 @@ from llamachat.runs.record import MetricsRecord
 from llamachat.training import hours as hours_module
 from llamachat.training.hours import Hours
 from pipelines.cli.main import main
-from pipelines.execution.run import run_command
 from pipelines.recipe.recipe import load
 from sft import train as sft_module
 from sft.config import Config as SftConfig
@@ -37,7 +36,7 @@ from tests.gatt import tiny_gatt
 from tests.llamachat.models.tiny_roles import FULL, World
 from tests.ppo.tiny_ppo import config_of, write_stopping_base
 from tests.ppo.tiny_ppo import inputs_of as ppo_inputs
-from tests.recipes import publish_toy_policy
+from tests.recipes import publish_toy_policy, run_command
 from tests.recipes import write_recipe as write_toy_recipe
 from tests.rejection_sampling import tiny_rounds
 from tests.reward.tiny_reward import reward_inputs

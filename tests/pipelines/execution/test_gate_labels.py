@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 from pipelines.execution.gate_labels import lacks_labels
-from pipelines.execution.run import run_command
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
-from pipelines.recipe.recipe import load, resolve_steps
-from tests.recipes import preference_data, write_recipe
+from pipelines.recipe.recipe import load
+from tests.recipes import preference_data, run_command, write_recipe
 
 STEPS = ["sft", "rm/helpfulness", "rm/safety", "ppo"]
 LABELLED = {
@@ -24,8 +23,7 @@ LABELLED = {
 
 def warning(path: Path, *overrides: str) -> str | None:
     recipe = load(path, overrides)
-    steps = resolve_steps(recipe)
-    found = [lacks_labels(recipe, steps, step) for step in steps]
+    found = [lacks_labels(recipe, step) for step in recipe.steps]
     assert not any(found[:-1]), "it is the step with the gate that is warned of"
     return found[-1]
 

@@ -17,13 +17,13 @@ from llamachat.errors import ArtifactError, BusyError, ChangedError, DataError, 
 from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.checkpoints import writing
 from llamachat.runs.locks import hold
-from pipelines.execution.run import find_work, run_chosen, run_command
+from pipelines.execution.run import find_work, run_chosen
 from pipelines.planning.estimates import duration, measure_data
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
-from pipelines.recipe.recipe import Recipe, load, resolve_steps
+from pipelines.recipe.recipe import Recipe, load
 from sft.config import VERSION as SFT_VERSION
-from tests.recipes import publish_toy_policy, write_dialogs, write_recipe
+from tests.recipes import publish_toy_policy, run_command, write_dialogs, write_recipe
 
 TWO_STEPS = ["sft", {"sft": {"name": "sft-2", "learning_rate": 0.25, "tuning": {"method": "lora"}}}]
 
@@ -42,8 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 
 def fingerprint(recipe: Recipe, index: int = 0) -> str:
-    steps = resolve_steps(recipe)
-    return find_work(recipe, steps, steps[index]).fingerprint
+    return find_work(recipe, recipe.steps[index]).fingerprint
 
 
 # -- fingerprints
@@ -109,8 +108,7 @@ def test_data_that_the_stage_does_not_read_are_not_in_its_fingerprint(tmp_path: 
 
 def test_the_version_of_the_stage_is_in_the_identity(tmp_path: Path) -> None:
     recipe = load(write_recipe(tmp_path))
-    steps = resolve_steps(recipe)
-    identity = find_work(recipe, steps, steps[0]).identity
+    identity = find_work(recipe, recipe.steps[0]).identity
     assert (identity["step"], identity["command"], identity["stage_version"]) == ("sft", "sft", SFT_VERSION)
     assert len(identity["base"]["model"]) == len(identity["data"]["sft"][0]["path"]) == 64
     assert json.loads(json.dumps(identity)) == identity
@@ -195,16 +193,14 @@ def test_a_child_run_reruns_only_what_changed(
     assert read_artifact(tmp_path / "runs" / "two").manifest.step == "sft-2"
     # One step alone takes what it reads from the parent too, as the plan says.
     recipe = load(path, [*child, f"run.dir={tmp_path}/runs/three"])
-    steps = resolve_steps(recipe)
-    run_chosen(recipe, [steps[-1]])
+    run_chosen(recipe, [recipe.steps[-1]])
     assert (tmp_path / "runs" / "three" / "sft").is_symlink() and calls[-1].policy.digest == calls[1].policy.digest
 
 
 def test_a_missing_input_names_the_command_that_makes_it(tmp_path: Path, calls: list[Any]) -> None:
     recipe = load(write_recipe(tmp_path, steps=TWO_STEPS))
-    steps = resolve_steps(recipe)
     with pytest.raises(ArtifactError, match=r"'sft-2' reads a policy.*Run `make sft` with the same"):
-        find_work(recipe, steps, steps[1])
+        find_work(recipe, recipe.steps[1])
     assert calls == []
 
 
@@ -214,8 +210,7 @@ def test_a_step_takes_the_nearest_finished_policy_and_says_what_it_passed_over(
     path = write_recipe(tmp_path)
     run_command(load(path), "sft")
     three = load(path, ["steps=[sft, {sft: {name: sft-2}}, {sft: {name: sft-3}}]"])
-    steps = resolve_steps(three)
-    words = find_work(three, steps, steps[2]).taken.words
+    words = find_work(three, three.steps[2]).taken.words
     assert words.startswith("policy of 'sft'") and "not finished: sft-2" in words
 
 

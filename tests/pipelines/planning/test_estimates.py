@@ -9,7 +9,7 @@ from llamachat.memory.estimates import Shape, read_shape
 from pipelines.planning.estimates import HUB_TOKENS, MOST_BYTES, DataSize, estimate_step, measure_data, seat_roles
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
-from pipelines.recipe.recipe import Recipe, Step, load, resolve_steps
+from pipelines.recipe.recipe import Recipe, Step, load
 from tests.recipes import SHAPE, preference_data, write_base, write_dialogs, write_recipe
 
 # -- where the models lie
@@ -51,9 +51,9 @@ def test_models_lie_where_a_bank_would_put_them(
     changes: list[str], is_continued: bool, sharing: int, beside: dict[str, tuple[bool, bool]], path: Path
 ) -> None:
     recipe = load(path, changes)
-    shape, steps = read_shape(Path(recipe.base.model)), resolve_steps(recipe)
+    shape, steps = read_shape(Path(recipe.base.model)), recipe.steps
     assert shape is not None
-    seating = seat_roles(recipe, steps, steps[-1], shape)
+    seating = seat_roles(recipe, steps[-1], shape)
     assert (seating.is_continued, seating.sharing) == (is_continued, sharing)
     assert {name: (model.has_adapter, model.is_4bit) for name, model in seating.beside.items()} == beside
 
@@ -103,7 +103,7 @@ def test_a_large_file_is_judged_by_its_first_part(tmp_path: Path, monkeypatch: p
 
 
 def step_of(recipe: Recipe, name: str) -> Step:
-    return next(step for step in resolve_steps(recipe) if step.name == name)
+    return next(step for step in recipe.steps if step.name == name)
 
 
 def test_answers_are_as_long_as_an_earlier_policy_gave_them(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pipelines.planning.estimates import estimate_step
 from pipelines.planning.fit import Setting, changed, fits, largest_microbatch, settings_to_fit, way_to_fit
 from pipelines.planning.hardware import Device, Torch, newest_cuda
 from pipelines.planning.text import presets_text
-from pipelines.recipe.recipe import Recipe, Step, load, resolve_steps
+from pipelines.recipe.recipe import Recipe, Step, load
 
 ROOT = Path(__file__).resolve().parents[3]
 QLORA, LORA, FSDP = (f"configs/llama2-{name}.yaml" for name in ("7b-qlora", "7b-lora", "7b-full-fsdp"))
@@ -28,7 +28,7 @@ def plan_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def step_of(recipe: Recipe, name: str) -> Step:
-    return next(step for step in resolve_steps(recipe) if step.name == name)
+    return next(step for step in recipe.steps if step.name == name)
 
 
 def test_a_recipe_fits_where_its_worst_step_does() -> None:

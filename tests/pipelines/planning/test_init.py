@@ -16,7 +16,7 @@ from pipelines.planning import hardware as devices
 from pipelines.planning.estimates import estimate_step
 from pipelines.planning.fit import fits
 from pipelines.planning.plan import warn
-from pipelines.recipe.recipe import Recipe, load, resolve_steps
+from pipelines.recipe.recipe import Recipe, load
 from tests.recipes import write_base, write_dialogs, write_pairs
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,11 +42,11 @@ def made(*options: str, base: str = "base") -> Recipe:
 
 def warnings_of(recipe: Recipe, gpu: str | None = None) -> list[str]:
     card = parse_gpu(gpu) if gpu else None
-    return [text for step in resolve_steps(recipe) for text in warn(step, estimate_step(recipe, step, card))]
+    return [text for step in recipe.steps for text in warn(step, estimate_step(recipe, step, card))]
 
 
 def names(recipe: Recipe) -> list[str]:
-    return [step.name for step in resolve_steps(recipe)]
+    return [step.name for step in recipe.steps]
 
 
 # -- what the data allow
@@ -62,7 +62,7 @@ def test_dialogs_alone_are_tuned_on(capsys: pytest.CaptureFixture[str]) -> None:
 def test_pairs_bring_one_reward_model_and_no_gate() -> None:
     recipe = made("--preferences", "pairs.jsonl", "--hours", "2")
     assert names(recipe) == ["sft", "rm/helpfulness", "rs", "gatt", "ppo", "eval", "report"]
-    assert recipe.scoring.combine == "single" and recipe.reward.margin == "none"
+    assert recipe.scoring.combine == "single" and recipe.sections.reward.margin == "none"
     assert (recipe.run.dir, recipe.run.max_hours) == ("runs/made", 2)
     assert warnings_of(recipe) == []
 
@@ -78,7 +78,7 @@ def test_safety_pairs_bring_the_gate_where_they_have_labels_and_weights_where_no
     labelled = [{**line, "rating": "better", "chosen_is_safe": True, "rejected_is_safe": False} for line in lines]
     (tmp_path / "safety.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labelled))
     recipe = made(*given)
-    assert recipe.scoring.combine == "llama2_gate" and recipe.reward.margin == "small"
+    assert recipe.scoring.combine == "llama2_gate" and recipe.sections.reward.margin == "small"
     assert warnings_of(recipe) == []
 
 
@@ -99,13 +99,13 @@ def test_the_card_decides_the_method_and_holds_the_recipe_within_the_hours(gpu: 
     fit = fits(recipe, parse_gpu(gpu))
     assert fit is not None and fit.fits and fit.hours is not None and fit.hours <= 60
     assert recipe.tuning.method == (method or recipe.tuning.method) and recipe.run.gpu == gpu
-    assert recipe.ppo.max_hours is not None and recipe.ppo.max_hours <= 60
+    assert recipe.sections.ppo.max_hours is not None and recipe.sections.ppo.max_hours <= 60
     assert warnings_of(recipe, gpu) == []
 
 
 def test_more_hours_bring_more_work() -> None:
     few, more = (made("--preferences", "pairs.jsonl", "--gpu", "24GiB", "--hours", h, base=SEVEN) for h in ("4", "8"))
-    answers = [recipe.ppo.iterations * recipe.ppo.responses_per_iteration for recipe in (few, more)]
+    answers = [recipe.sections.ppo.iterations * recipe.sections.ppo.responses_per_iteration for recipe in (few, more)]
     assert answers[0] < answers[1]
 
 

@@ -16,7 +16,7 @@ from llamachat.memory.estimates import KNOWN_BASES
 from pipelines.cli.main import main
 from pipelines.planning.estimates import card, duration, estimate_step
 from pipelines.planning.plan import make_plan
-from pipelines.recipe.recipe import load, resolve_steps
+from pipelines.recipe.recipe import load
 from tests.pipelines.cli.test_command_line import HEAVY
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,7 +69,7 @@ def test_a_plan_takes_seconds_and_no_network_no_weights_no_torch(name: str, argu
 def test_a_preset_fits_its_card_and_its_header_says_what_plan_says(name: str) -> None:
     text = (ROOT / "configs" / f"{name}.yaml").read_text()
     recipe = load(f"configs/{name}.yaml")
-    steps, gpu = [step for step in resolve_steps(recipe) if step.name in TRAINED], card(recipe)
+    steps, gpu = [step for step in recipe.steps if step.name in TRAINED], card(recipe)
     estimates = [estimate for step in steps if (estimate := estimate_step(recipe, step)) is not None]
     assert tuple(step.name for step in steps) == TRAINED
     assert len(estimates) == len(steps) and gpu is not None
@@ -89,7 +89,7 @@ def test_a_preset_fits_its_card_and_its_header_says_what_plan_says(name: str) ->
 @pytest.mark.parametrize("name", [name for name, (method, _) in PRESETS.items() if method != "full"])
 def test_ppo_of_a_preset_fits_its_card_and_the_table_says_what_plan_says(name: str) -> None:
     recipe = load(f"configs/{name}.yaml")
-    gpu, steps = card(recipe), {step.name: step for step in resolve_steps(recipe)}
+    gpu, steps = card(recipe), {step.name: step for step in recipe.steps}
     estimate, evaluated = (estimate_step(recipe, steps[name]) for name in ("ppo", "eval"))
     assert estimate is not None and evaluated is not None and gpu is not None
     assert max(estimate.peak_bytes, evaluated.peak_bytes) <= gpu.usable_bytes

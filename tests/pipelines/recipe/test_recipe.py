@@ -12,7 +12,7 @@ from llamachat.config.loading import to_yaml
 from llamachat.config.section import Section
 from llamachat.errors import ConfigError
 from pipelines.recipe.identity import step_identity
-from pipelines.recipe.recipe import Recipe, load, resolve_steps
+from pipelines.recipe.recipe import RecipeSections, load
 from pipelines.recipe.stages import STAGES
 from reward.config import OWNED as REWARD_OWNED
 from reward.config import Config as RewardConfig
@@ -36,7 +36,7 @@ def test_every_recipe_of_the_repository_loads(monkeypatch: pytest.MonkeyPatch) -
     assert {"configs/smoke.yaml", "configs/tiny.yaml"} <= {str(path) for path in paths} and len(paths) == 8
     for path in paths:
         recipe = load(path)
-        assert resolve_steps(recipe)
+        assert recipe.steps
         assert recipe.run.dir == f"runs/{path.stem}"
 
 
@@ -48,7 +48,7 @@ def test_a_step_overrides_its_section_and_tuning(tmp_path: Path) -> None:
         sft={"epochs": 3, "learning_rate": 0.5, "trainer": {"torch_compile": False}},
         tuning={"rank": 8},
     )
-    first, second = resolve_steps(load(path, ["steps.1.sft.learning_rate=1e-4"]))
+    first, second = load(path, ["steps.1.sft.learning_rate=1e-4"]).steps
     assert isinstance(first.config, SftConfig) and isinstance(second.config, SftConfig)
     assert (first.name, first.config.epochs, first.tuning.method) == ("sft", 3, "full")
     assert (second.name, second.config.epochs, second.config.learning_rate) == ("sft-2", 1, 1e-4)
@@ -64,17 +64,17 @@ def test_a_step_samples_in_its_own_way_and_that_is_part_of_what_it_is(tmp_path: 
         rollout={"max_new_tokens": 9},
     )
     recipe = load(path)
-    _, rs, ppo = resolve_steps(recipe)
+    _, rs, ppo = recipe.steps
     assert (rs.rollout.temperature, rs.rollout.max_new_tokens) == (0.7, 9)
     assert (ppo.rollout.temperature, ppo.rollout.max_new_tokens) == (1.0, 9)
     found = [step_identity(recipe, step, {})["rollout"]["temperature"] for step in (rs, ppo)]
     assert found == [0.7, 1.0]
-    over = [step.rollout.temperature for step in resolve_steps(load(path, ["rollout.temperature=0.5"]))[1:]]
+    over = [step.rollout.temperature for step in load(path, ["rollout.temperature=0.5"]).steps[1:]]
     assert over == [0.5, 0.5]
 
 
 def names(path: Path, overrides: Sequence[str] = ()) -> list[str]:
-    return [step.name for step in resolve_steps(load(path, overrides))]
+    return [step.name for step in load(path, overrides).steps]
 
 
 def test_rm_stands_for_the_models_that_the_data_allow(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_each_model_has_its_own_values(tmp_path: Path) -> None:
         {"rm": {"only": ["judge"], "epochs": 5}},
     ]
     path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=steps, reward={"learning_rate": 0.5})
-    found = resolve_steps(load(path))
+    found = load(path).steps
     configs = [step.config for step in found]
     assert [config.epochs for config in configs if isinstance(config, RewardConfig)] == [1, 2, 5]
     assert [config.learning_rate for config in configs if isinstance(config, RewardConfig)] == [0.5] * 3
@@ -118,14 +118,14 @@ STEPS_WITH_VALUES = [
 def test_the_command_line_goes_over_the_steps_own_values(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=STEPS_WITH_VALUES)
     given = ["tuning.method=qlora", "reward={epochs: 3, center_rewards_coefficient: null}", "sft.learning_rate=0.25"]
-    sft, safety = resolve_steps(load(path, given))
+    sft, safety = load(path, given).steps
     assert isinstance(sft.config, SftConfig) and isinstance(safety.config, RewardConfig)
     assert (sft.tuning.method, safety.tuning.method, sft.tuning.rank) == ("qlora", "qlora", 8)
     assert (sft.config.learning_rate, sft.config.epochs, safety.config.epochs) == (0.25, 5, 3)
     assert safety.config.center_rewards_coefficient is None and safety.config.trainer == {"torch_compile": False}
     resolved = tmp_path / "resolved.yaml"
-    resolved.write_text(to_yaml(load(path, given)))
-    assert resolve_steps(load(resolved)) == (sft, safety)
+    resolved.write_text(to_yaml(load(path, given).sections))
+    assert load(resolved).steps == (sft, safety)
 
 
 def test_a_step_named_on_the_command_line_goes_over_its_section_there(tmp_path: Path) -> None:
@@ -134,22 +134,22 @@ def test_a_step_named_on_the_command_line_goes_over_its_section_there(tmp_path: 
         ["sft.epochs=7", "steps.0.sft.epochs=6"],
         ["steps=[{sft: {epochs: 6}}]", "sft.epochs=7"],
     ):
-        config = resolve_steps(load(path, given))[0].config
+        config = load(path, given).steps[0].config
         assert isinstance(config, SftConfig) and config.epochs == 6, given
 
 
 def test_a_file_does_not_go_over_the_steps_of_the_file_that_it_extends(tmp_path: Path) -> None:
     write_recipe(tmp_path, data=preference_data(tmp_path), steps=STEPS_WITH_VALUES)
     child = write_yaml(tmp_path / "child.yaml", {"extends": "recipe.yaml", "sft": {"epochs": 9}})
-    config = resolve_steps(load(child))[0].config
+    config = load(child).steps[0].config
     assert isinstance(config, SftConfig) and config.epochs == 5
 
 
 def test_the_resolved_recipe_has_the_same_steps(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, steps=["sft", {"sft": {"name": "sft-2", "tuning": {"method": "lora"}}}])
     recipe = load(path)
-    (tmp_path / "resolved.yaml").write_text(to_yaml(recipe))
-    assert resolve_steps(load(tmp_path / "resolved.yaml")) == resolve_steps(recipe)
+    (tmp_path / "resolved.yaml").write_text(to_yaml(recipe.sections))
+    assert load(tmp_path / "resolved.yaml").steps == recipe.steps
 
 
 REFUSED_STEPS: list[tuple[Any, str]] = [
@@ -240,13 +240,13 @@ def test_runs_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_every_key_of_the_recipe_has_a_description() -> None:
-    for section in (Recipe, *(stage.config for stage in STAGES.values())):
+    for section in (RecipeSections, *(stage.config for stage in STAGES.values())):
         assert issubclass(section, Section)
         assert [name for name, field in section.model_fields.items() if not field.description] == []
 
 
 def test_the_keys_that_own_trainer_arguments_exist() -> None:
-    plain = {f"{name}.{key}" for name, field in Recipe.model_fields.items() for key in _keys(field.annotation)}
+    plain = {f"{name}.{key}" for name, field in RecipeSections.model_fields.items() for key in _keys(field.annotation)}
     assert {key for key in (*OWNED.values(), *REWARD_OWNED.values()) if key is not None} <= plain
 
 

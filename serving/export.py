@@ -1,8 +1,10 @@
 """A policy as a folder that plain transformers loads: one merged model, or the adapter beside its base.
 
 Reads a policy artifact and, for an adapter, the weights of its base; writes weights, tokenizer with chat template,
-configs, a model card and `export.json`. The folder is loaded again with transformers alone and held against the policy
-before it gets its name. It appears whole or not at all.
+configs, a model card and `export.json`. Before the folder gets its name, transformers alone loads it, and both are asked
+the same built-in questions: the log-probabilities (nats) of each token of the policy's own greedy answers and of built-in
+answers are compared, the greedy answers, and the ids of the prompts. Answers are compared as ids, since for bytes that
+make no character the two tokenizers show different marks.
 """
 
 import gc
@@ -10,20 +12,30 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llamachat.errors import LlamachatError, UsageError
+import torch
+from torch import Tensor
+
+from llamachat.chat_format import ChatFormat, TrainOn
+from llamachat.chat_format.dialog import Message, as_dicts, with_system
+from llamachat.chat_format.tokenizer import BOS_ID, EOS_ID, UNK_ID
+from llamachat.errors import ArtifactError, LlamachatError, UsageError
+from llamachat.models.hub import LICENCE_FILES, weights_folder
+from llamachat.models.loading import ADAPTER_WEIGHTS, Policy, device_of, find_model, load_policy
+from llamachat.models.reward_model import PLAIN_CLASS
+from llamachat.rollout.engine import Sampling
 from llamachat.runs.artifacts import Artifact, library_versions
 from llamachat.runs.atomic import incoming_folder, write_json
+from serving.context import fit, longest_dialog, open_engine
+from serving.merging import read_adapter, write_weights
+from serving.model_card import Facts, model_card
 
 if TYPE_CHECKING:
-    import torch
-
-    from llamachat.chat_format import ChatFormat
-    from serving.agreement import Agreement, Answer
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +49,15 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 # 2^-9 of its size in bf16, and logits between 16 and 32 are 1/8 apart there: two such steps. In fp16 steps are 8 times
 # finer. In fp32 only the order of the sums differs.
 TOLERANCE = {"bfloat16": 0.25, "float16": 0.03, "float32": 0.001}
+
+QUESTIONS = (
+    ("Hello, who are you?", "I am a language model, and I answer questions."),
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("Name three things that one can see in a forest.", "Trees, birds and mushrooms."),
+    ("How do I boil an egg?", "Put it into boiling water and take it out after eight minutes."),
+    ("Write one sentence about the sea.", "The sea was grey that morning, and nobody was on the beach."),
+)
+GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=32, seed=0)
 
 
 class ExportError(LlamachatError):
@@ -102,22 +123,42 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """What the policy says to one question: ids and log-probabilities of its greedy answer, then of the built-in."""
+
+    messages: tuple[Message, ...]
+    prompt_ids: tuple[int, ...]
+    greedy_ids: tuple[int, ...]
+    given_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far the exported model is from the policy."""
+
+    max_logprob_difference: float  # of a token's log-probability, in nats
+    mean_logprob_difference: float
+    tokens: int
+    questions: int
+    equal_prompts: int  # questions whose prompt ids come out the same through the exported chat template
+    equal_greedy_answers: int  # questions whose greedy answer is the same
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
     """What an export needs to know of the policy when that is no longer in memory."""
 
     name: str
-    dtype: "torch.dtype"  # of training, 4 bits aside
-    answers: "list[Answer]"
-    chat_format: "ChatFormat"
+    dtype: torch.dtype  # of training, 4 bits aside
+    answers: list[Answer]
+    chat_format: ChatFormat
     max_tokens: int
     system: str | None
 
 
 def ask_policy(artifact: Artifact) -> Asked:
     """Load the policy and ask it the built-in questions; afterwards its memory is free again."""
-    from llamachat.models.loading import load_policy
-    from serving.agreement import answers_of
-
     log.info("asking %s the questions that the export is held against", artifact.path)
     policy = load_policy(artifact.path, device="auto")
     embedding: Any = policy.model.get_input_embeddings()  # the first in the number format of training
@@ -129,14 +170,14 @@ def ask_policy(artifact: Artifact) -> Asked:
     return asked
 
 
-def export_policy(request: Request, asked: Asked | None = None) -> "Agreement":
+def export_policy(request: Request, asked: Asked | None = None) -> Agreement:
     """Write the folder, hold it against the policy, and give it its name."""
     asked = asked or ask_policy(request.artifact)
     dtype = asked.dtype
     with incoming_folder(request.out) as side:
         base = base_folder(request)
         log.info("writing %s", request.out)
-        write = write_adapter if request.format == "adapter" else _write_merged
+        write = write_adapter if request.format == "adapter" else write_merged
         write(request, side, base, dtype)
         copy_tokenizer(request, side)
         log.info("loading it again with transformers alone")
@@ -146,16 +187,13 @@ def export_policy(request: Request, asked: Asked | None = None) -> "Agreement":
     return agreement
 
 
-def tolerance(dtype: "torch.dtype") -> float:
+def tolerance(dtype: torch.dtype) -> float:
     """The largest difference of a token's log-probability that rounding explains, in nats."""
     return TOLERANCE[str(dtype).removeprefix("torch.")]
 
 
 def base_folder(request: Request) -> Path:
     """The folder with the weights that are not the adapter's."""
-    from llamachat.models.hub import weights_folder
-    from llamachat.models.loading import find_model
-
     details = request.artifact.manifest.details
     if request.method == "full":
         return request.artifact.path
@@ -166,22 +204,22 @@ def base_folder(request: Request) -> Path:
     return weights_folder(location)
 
 
-def _write_merged(request: Request, side: Path, base: Path, dtype: "torch.dtype") -> None:
-    import torch
+def write_merged(request: Request, side: Path, base: Path, dtype: torch.dtype) -> None:
+    """Add one whole model: config, and the weights with the adapter merged."""
     from transformers import AutoConfig, GenerationConfig
-
-    from llamachat.chat_format.tokenizer import BOS_ID, EOS_ID, UNK_ID
-    from serving.merging import read_adapter, write_weights
 
     config = AutoConfig.from_pretrained(str(base))
     config.rope_parameters = request.artifact.manifest.details.get("rope_parameters", config.rope_parameters)
     config.dtype, config.architectures, config.use_cache = dtype, ["LlamaForCausalLM"], True
     config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS_ID, EOS_ID, UNK_ID
+    if request.artifact.manifest.kind == "reward_model":
+        config.architectures, config.use_cache, config.num_labels = [PLAIN_CLASS], False, 1
+    else:
+        GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=UNK_ID).save_pretrained(side)
     config.save_pretrained(side)
-    GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=UNK_ID).save_pretrained(side)
     if request.onto == "original":
         log.warning(
-            "--onto original: the policy was trained and evaluated on its base in 4 bits. On the original weights it is "
+            "--onto original: the model was trained and evaluated on its base in 4 bits. On the original weights it is "
             "another model, better or worse; measure it before you use it."
         )
     write_weights(
@@ -191,15 +229,13 @@ def _write_merged(request: Request, side: Path, base: Path, dtype: "torch.dtype"
         dtype=dtype,
         is_nf4=request.merges_onto_nf4,
         shard_bytes=int(request.shard_gb * 1e9),
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device_of("auto"),
     )
     finish_folder(side, base)
 
 
 def finish_folder(side: Path, base: Path) -> None:
     """Give the weights the mode of other files, and add the licence of the base."""
-    from llamachat.models.hub import LICENCE_FILES
-
     for file in side.glob("*.safetensors"):
         shutil.copymode(side / "config.json", file)  # safetensors leaves them to their owner alone
     for pattern in LICENCE_FILES:
@@ -216,10 +252,8 @@ def copy_tokenizer(request: Request, side: Path) -> None:
     (side / CHAT_TEMPLATE).write_text(config["chat_template"], encoding="utf-8")
 
 
-def write_adapter(request: Request, side: Path, base: Path, dtype: "torch.dtype") -> None:
+def write_adapter(request: Request, side: Path, base: Path, dtype: torch.dtype) -> None:
     """Add the adapter, with the name of its base as others know it."""
-    from llamachat.models.loading import ADAPTER_WEIGHTS
-
     del dtype
     artifact = request.artifact
     shutil.copyfile(artifact.path / ADAPTER_WEIGHTS, side / ADAPTER_WEIGHTS)
@@ -235,14 +269,9 @@ def adapter_base(request: Request, base: Path) -> str:
     return str(base.resolve()) if details["base_is_folder"] else str(details["base"])
 
 
-def _load_and_compare(
-    request: Request, side: Path, base: Path, dtype: "torch.dtype", answers: "list[Answer]"
-) -> "Agreement":
-    import torch
+def _load_and_compare(request: Request, side: Path, base: Path, dtype: torch.dtype, answers: list[Answer]) -> Agreement:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
-
-    from serving.agreement import compare
 
     # More than one GPU holds, as a merged 13B on 24 GB, goes in part to the CPU.
     arguments: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
@@ -262,7 +291,7 @@ def _load_and_compare(
     return compare(model.eval(), AutoTokenizer.from_pretrained(str(side)), answers)
 
 
-def nf4_config(compute: "torch.dtype") -> Any:
+def nf4_config(compute: torch.dtype) -> Any:
     """The quantisation of a QLoRA base, as a user of transformers asks for it."""
     from transformers import BitsAndBytesConfig
 
@@ -274,7 +303,7 @@ def nf4_config(compute: "torch.dtype") -> Any:
     )
 
 
-def _judge(request: Request, agreement: "Agreement", dtype: "torch.dtype") -> None:
+def _judge(request: Request, agreement: Agreement, dtype: torch.dtype) -> None:
     limit = tolerance(dtype)
     log.info(
         "log-probabilities of %d tokens differ by at most %.4f nats from the policy's (mean %.4f; rounding explains %g)",
@@ -307,23 +336,28 @@ def _judge(request: Request, agreement: "Agreement", dtype: "torch.dtype") -> No
         )
 
 
-def _write_notes(
-    request: Request, side: Path, base: Path, dtype: "torch.dtype", agreement: "Agreement", *, name: str
-) -> None:
-    from serving.model_card import Facts, model_card
-
+def provenance_of(request: Request, base: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """What `export.json` says of every export: which artifact and base it was made of, and how."""
     manifest = request.artifact.manifest
-    onto = None if request.method != "qlora" or request.format != "merged" else request.onto or "quantized"
-    note: Mapping[str, Any] = {
-        "policy": name,
+    is_adapter = request.format == "adapter"
+    return {
         "fingerprint": manifest.fingerprint,
         "digest": request.artifact.digest,
         "format": request.format,
         "method": request.method,
-        "onto": onto,
+        "onto": None if request.method != "qlora" or is_adapter else request.onto or "quantized",
         "base": manifest.details["base"],
-        **({"adapter_base": adapter_base(request, base)} if request.format == "adapter" else {}),
+        **({"adapter_base": adapter_base(request, base)} if is_adapter else {}),
         "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _write_notes(
+    request: Request, side: Path, base: Path, dtype: torch.dtype, agreement: Agreement, *, name: str
+) -> None:
+    note: Mapping[str, Any] = {
+        "policy": name,
+        **provenance_of(request, base, dtype),
         "tolerance": tolerance(dtype),
         **asdict(agreement),
         "versions": library_versions(),
@@ -331,3 +365,76 @@ def _write_notes(
     write_json(side / NOTE, note)
     facts = Facts(artifact=request.artifact, name=name, base=base, note=note)
     (side / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+
+def answers_of(policy: Policy) -> list[Answer]:
+    """What the policy says to each built-in question, asked as `llamachat chat` asks it at temperature 0."""
+    engine = open_engine(policy)
+    limit = longest_dialog(policy, engine)
+    answers = []
+    for question, given in QUESTIONS:
+        messages = with_system([Message("user", question)], policy.system)
+        if fit(policy, messages, limit=limit, max_new_tokens=GREEDY.max_new_tokens) is None:
+            continue
+        prompt_ids = tuple(policy.chat_format.encode_prompt(messages))
+        ((completion,),) = engine.generate([prompt_ids], samples_per_prompt=1, sampling=GREEDY)
+        given_ids = _answer_ids(policy, messages, given)[: max(1, limit - len(prompt_ids))]
+        logprobs = [_logprobs(policy.model, prompt_ids, ids) for ids in (completion.token_ids, given_ids)]
+        answers.append(Answer(messages, prompt_ids, completion.token_ids, given_ids, (*logprobs[0], *logprobs[1])))
+    if not answers:
+        raise ArtifactError(
+            f"{policy.name}: none of the built-in questions fits into the {limit} tokens that it reads. An exported "
+            "model is held against the policy on them. Train with a larger base.max_tokens or a shorter base.system."
+        )
+    return answers
+
+
+def compare(model: Any, tokenizer: "PreTrainedTokenizerBase", answers: Sequence[Answer]) -> Agreement:
+    """Hold what a transformers model says, and the prompts that its tokenizer makes, against the policy's answers."""
+    differences: list[float] = []
+    equal_prompts = equal_greedy_answers = 0
+    for answer in answers:
+        logprobs = [
+            value for ids in (answer.greedy_ids, answer.given_ids) for value in _logprobs(model, answer.prompt_ids, ids)
+        ]
+        differences += [abs(ours - theirs) for ours, theirs in zip(answer.logprobs, logprobs, strict=True)]
+        prompt: Any = tokenizer.apply_chat_template(
+            as_dicts(answer.messages),
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        equal_prompts += tuple(prompt["input_ids"][0].tolist()) == answer.prompt_ids
+        equal_greedy_answers += _greedy_ids(model, prompt, len(answer.greedy_ids)) == answer.greedy_ids
+    # As one that is not a number says nothing, so nothing is hidden by `max`.
+    found = torch.tensor(differences, dtype=torch.float64).nan_to_num(nan=float("inf"))
+    return Agreement(
+        max_logprob_difference=float(found.max()),
+        mean_logprob_difference=float(found.mean()),
+        tokens=len(differences),
+        questions=len(answers),
+        equal_prompts=equal_prompts,
+        equal_greedy_answers=equal_greedy_answers,
+    )
+
+
+def _answer_ids(policy: Policy, messages: Sequence[Message], answer: str) -> tuple[int, ...]:
+    dialog = [*messages, Message("assistant", answer)]
+    example = policy.chat_format.encode_dialog(dialog, train_on=TrainOn.LAST_ANSWER)
+    return tuple(token for token, is_learnt in zip(example.input_ids, example.loss_mask, strict=True) if is_learnt)
+
+
+@torch.no_grad()
+def _logprobs(model: Any, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> list[float]:
+    """Log-probability (nats) of each token of the answer after the prompt."""
+    ids_1T = torch.tensor([[*prompt_ids, *answer_ids]], device=model.device)
+    logits_TV: Tensor = model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False).logits[0]
+    logprobs_RV = torch.log_softmax(logits_TV[len(prompt_ids) - 1 : -1].float(), dim=-1)
+    return logprobs_RV.gather(1, torch.tensor(answer_ids, device=model.device).unsqueeze(1)).squeeze(1).tolist()
+
+
+def _greedy_ids(model: Any, prompt: Mapping[str, Any], length: int) -> tuple[int, ...]:
+    """An answer of at most `length` tokens, generated as a user of transformers does it."""
+    ids = {name: value.to(model.device) for name, value in prompt.items() if name in ("input_ids", "attention_mask")}
+    generated = model.generate(**ids, do_sample=False, max_new_tokens=length)
+    return tuple(generated[0, ids["input_ids"].shape[1] :].tolist())

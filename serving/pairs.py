@@ -5,15 +5,18 @@ Reads prompts, dialogs and preferences (their context up to the last user turn),
 policy answered at which temperature stands beside them, or apart, by `id`, in a key file. The format `rated_pairs`
 (`llamachat.data.sources`) reads the rated file as preferences.
 One policy is in memory at a time. An answer that cannot be compared (cut, empty, the same as the other) is drawn anew.
-One thing surprises: prompts are sampled in an order of their hashes, so that a shuffled file gets the same answers.
+Prompts are sampled in the order of their hashes, so that a shuffled file gets the same answers. The paper's two answers
+come from two variants of the model at varied temperatures; how they are paired (`deal_pairings`) is ours.
 """
 
 import gc
+import hashlib
 import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +32,29 @@ from llamachat.models.loading import Policy, checked_details, load_policy
 from llamachat.rollout.engine import Completion, LocalEngine, Sampling
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import write_text
+from serving.answer_files import check_plain, progress
 from serving.context import fit, open_engine
-from serving.pairing import Pairing, Speaker, deal_pairings, digest, ranked
-from serving.progress import progress
 
 log = logging.getLogger(__name__)
 
 DRAWS = 4  # of one answer, before its prompt is left out. Ours.
 RATED_BY_PEOPLE: dict[str, None] = dict.fromkeys(("choice", "rating", "a_is_safe", "b_is_safe"))
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """Who gives an answer: the number of a policy, and the temperature that it is sampled at."""
+
+    policy: int
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """The two that answer one prompt, in the order in which their answers are shown."""
+
+    a: Speaker
+    b: Speaker
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +184,7 @@ def _check_request(variants: Sequence[Variant], prompts_in: Path, out: Path, req
                 f"{option}: '{path}' exists already. It may hold what people have rated, so nothing is written over. "
                 "Name another file, or move that one away."
             )
-        if path.suffix == ".gz":
-            raise UsageError(
-                f"{option}: '{path}' asks for gzip, but plain JSON Lines are written. Take '.gz' off the name."
-            )
+        check_plain(option, path)
     if request.key and request.key.resolve() == out.resolve():
         raise UsageError(
             f"--key: '{request.key}' is the file of pairs itself. The key is what raters are not to see. Name another."
@@ -348,3 +363,42 @@ def _write(
 
 def _lines(records: Sequence[dict[str, Any]]) -> str:
     return "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+
+
+def deal_pairings(keys: Sequence[str], *, num_policies: int, temperatures: Sequence[float], seed: int) -> list[Pairing]:
+    """A pairing for each prompt (given by a text that tells it from others).
+
+    Each pair of policies gets as many prompts as the others, of these each pair of temperatures as many as the others, and
+    of these each side is first in half: all to within one.
+    """
+    matches = list(combinations(range(num_policies), 2)) or [(0, 0)]
+    if num_policies > 1:
+        mixes = list(product(temperatures, repeat=2))
+    else:
+        mixes = list(combinations(temperatures, 2)) or [(temperatures[0], temperatures[0])]
+    everyone = range(len(keys))
+    match_of = _dealt(ranked(everyone, keys, f"{seed} policies"), len(matches))
+    # Dealt along one row that is sorted by what was dealt before: each stretch of it gets equal shares.
+    by_match = sorted(ranked(everyone, keys, f"{seed} temperatures"), key=lambda index: match_of[index])
+    mix_of = _dealt(by_match, len(mixes))
+    by_both = sorted(ranked(everyone, keys, f"{seed} sides"), key=lambda index: (match_of[index], mix_of[index]))
+    side_of = _dealt(by_both, 2)
+    found = []
+    for index in everyone:
+        first, second = map(Speaker, matches[match_of[index]], mixes[mix_of[index]])
+        found.append(Pairing(first, second) if side_of[index] == 0 else Pairing(second, first))
+    return found
+
+
+def ranked(indices: Sequence[int], keys: Sequence[str], salt: str) -> list[int]:
+    """The indices in an order that hangs on their keys alone; prompts that are the same keep theirs."""
+    return sorted(indices, key=lambda index: (digest(salt, keys[index]), index))
+
+
+def digest(salt: str, text: str) -> str:
+    """A hash in 16 hexadecimal digits, the same on every machine."""
+    return hashlib.blake2b(f"{salt}\n{text}".encode(), digest_size=8).hexdigest()
+
+
+def _dealt(order: Sequence[int], count: int) -> dict[int, int]:
+    return {index: rank % count for rank, index in enumerate(order)}

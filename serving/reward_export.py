@@ -2,7 +2,7 @@
 
 Reads a reward-model artifact and, for an adapter, the weights of its base; writes what `serving.export` writes of a
 policy. The folder is loaded again as `AutoModelForSequenceClassification` and its scores of built-in answers are held
-against the artifact's. One thing surprises: merged weights are fp32 unless another format is asked for, since rounding
+against the artifact's. Merged weights are fp32 unless another format is asked for, since rounding
 them to 16 bits moves scores.
 """
 
@@ -19,23 +19,22 @@ from torch import Tensor
 
 from llamachat.chat_format.dialog import DialogError, Message
 from llamachat.errors import ArtifactError
-from llamachat.models.loading import device_of, dtype_of
+from llamachat.models.loading import dtype_of
 from llamachat.models.reward_model import RewardModel, load_reward_model
 from llamachat.runs.artifacts import library_versions
 from llamachat.runs.atomic import incoming_folder, write_json
-from serving.agreement import QUESTIONS
 from serving.export import (
     NOTE,
+    QUESTIONS,
     ExportError,
     Request,
-    adapter_base,
     base_folder,
     copy_tokenizer,
-    finish_folder,
     nf4_config,
+    provenance_of,
     write_adapter,
+    write_merged,
 )
-from serving.merging import read_adapter, write_weights
 from serving.model_card import NO_SYSTEM, Facts, block, data, front_matter, joined, licence, made_by, training
 
 log = logging.getLogger(__name__)
@@ -66,10 +65,8 @@ def export_reward_model(request: Request) -> ScoreAgreement:
         base = base_folder(request)
         dtype = _dtype(request, base)
         log.info("writing %s", request.out)
-        if request.format == "adapter":
-            write_adapter(request, side, base, dtype)
-        else:
-            _write_merged(request, side, base, dtype)
+        write = write_adapter if request.format == "adapter" else write_merged
+        write(request, side, base, dtype)
         copy_tokenizer(request, side)
         log.info("loading it again with transformers alone")
         found_N = _plain_scores(request, side, base, rows)
@@ -102,34 +99,6 @@ def _dtype(request: Request, base: Path) -> torch.dtype:
     if request.method != "full" or request.format == "adapter":
         return torch.float32
     return dtype_of(json.loads((base / "config.json").read_text(encoding="utf-8"))["dtype"])
-
-
-def _write_merged(request: Request, side: Path, base: Path, dtype: torch.dtype) -> None:
-    from transformers import AutoConfig
-
-    from llamachat.chat_format.tokenizer import BOS_ID, EOS_ID, UNK_ID
-    from llamachat.models.reward_model import PLAIN_CLASS
-
-    config = AutoConfig.from_pretrained(str(base))
-    config.rope_parameters = request.artifact.manifest.details.get("rope_parameters", config.rope_parameters)
-    config.dtype, config.architectures, config.use_cache, config.num_labels = dtype, [PLAIN_CLASS], False, 1
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS_ID, EOS_ID, UNK_ID
-    config.save_pretrained(side)
-    if request.onto == "original":
-        log.warning(
-            "--onto original: the reward model was trained and evaluated on its base in 4 bits. On the original weights "
-            "it is another model, better or worse; measure it before you use it."
-        )
-    write_weights(
-        base,
-        side,
-        adapter=None if request.method == "full" else read_adapter(request.artifact.path),
-        dtype=dtype,
-        is_nf4=request.merges_onto_nf4,
-        shard_bytes=int(request.shard_gb * 1e9),
-        device=device_of("auto"),
-    )
-    finish_folder(side, base)
 
 
 @torch.no_grad()
@@ -185,18 +154,9 @@ def _judge(request: Request, agreement: ScoreAgreement, dtype: torch.dtype) -> N
 def _write_notes(
     request: Request, side: Path, base: Path, dtype: torch.dtype, agreement: ScoreAgreement, *, name: str
 ) -> None:
-    manifest = request.artifact.manifest
-    is_adapter = request.format == "adapter"
     note: dict[str, Any] = {
         "reward_model": name,
-        "fingerprint": manifest.fingerprint,
-        "digest": request.artifact.digest,
-        "format": request.format,
-        "method": request.method,
-        "onto": None if request.method != "qlora" or is_adapter else request.onto or "quantized",
-        "base": manifest.details["base"],
-        **({"adapter_base": adapter_base(request, base)} if is_adapter else {}),
-        "dtype": str(dtype).removeprefix("torch."),
+        **provenance_of(request, base, dtype),
         **asdict(agreement),
         "versions": library_versions(),
     }

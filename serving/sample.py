@@ -21,9 +21,8 @@ from llamachat.errors import DataError, UsageError
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.runs.atomic import write_text
+from serving.answer_files import as_written, check_out, progress
 from serving.context import fit, longest_dialog, open_engine
-from serving.progress import progress
-from serving.written import as_written
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +59,9 @@ def sample_file(
 
     In fp32 the file is the same whatever `rows_per_batch` is.
     """
-    _check_request(prompts_in, out, samples_per_prompt)
+    if samples_per_prompt < 1:
+        raise UsageError(f"-n: {samples_per_prompt} answers a prompt were asked for. At least 1 is drawn. Raise it.")
+    check_out(prompts_in, out, read="prompts", written="answers")
     engine = open_engine(policy, rows_per_batch=rows_per_batch)
     limit = longest_dialog(policy, engine)
     questions = _read_questions(policy, prompts_in, limit=limit, max_new_tokens=sampling.max_new_tokens)
@@ -81,16 +82,6 @@ def sample_file(
         finished=sum(found.is_finished for group in groups for found in group),
         shortened=shortened,
     )
-
-
-def _check_request(prompts_in: Path, out: Path, samples_per_prompt: int) -> None:
-    if samples_per_prompt < 1:
-        raise UsageError(f"-n: {samples_per_prompt} answers a prompt were asked for. At least 1 is drawn. Raise it.")
-    if out.exists() and (out.is_dir() or (prompts_in.exists() and out.samefile(prompts_in))):
-        what = "a folder" if out.is_dir() else "the file of prompts itself"
-        raise UsageError(f"--out: '{out}' is {what}. The answers go to a file of their own. Name another.")
-    if out.suffix == ".gz":
-        raise UsageError(f"--out: '{out}' asks for gzip, but plain JSON Lines are written. Take '.gz' off the name.")
 
 
 def _read_questions(policy: Policy, path: Path, *, limit: int, max_new_tokens: int) -> list[_Question]:

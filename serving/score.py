@@ -21,8 +21,7 @@ from llamachat.data.records import Preference, Row, as_prompt
 from llamachat.errors import DataError, UsageError
 from llamachat.models.reward_model import RewardModel
 from llamachat.runs.atomic import write_text
-from serving.progress import progress
-from serving.written import as_written
+from serving.answer_files import as_written, check_out, progress
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class _Asked:
 def score_file(model: RewardModel, path: Path, out: Path | None) -> tuple[Scored, str]:
     """Score every answer of a file; the records as JSON Lines, also written to `out` where it is given."""
     if out is not None:
-        _check_out(path, out)
+        check_out(path, out, read="answers", written="scores")
     asked = _read(model, path)
     rows = [ids for item in asked for ids in item.answers if ids is not None]
     with progress(len(rows), "scored", "answers") as advance:
@@ -82,14 +81,6 @@ def score_turns(model: RewardModel, turns: Sequence[str]) -> float:
     except DialogError as error:
         raise UsageError(f"-m: {error}") from error
     return float(model.score_ids([ids])[0])
-
-
-def _check_out(path: Path, out: Path) -> None:
-    if out.is_dir() or (out.exists() and path.exists() and out.samefile(path)):
-        what = "a folder" if out.is_dir() else "the file of answers itself"
-        raise UsageError(f"--out: '{out}' is {what}. The scores go to a file of their own. Name another.")
-    if out.suffix == ".gz":
-        raise UsageError(f"--out: '{out}' asks for gzip, but plain JSON Lines are written. Take '.gz' off the name.")
 
 
 def _read(model: RewardModel, path: Path) -> list[_Asked]:

@@ -60,7 +60,7 @@ def chat(
     sampling = _sampling(temperature, top_p, top_k, max_new_tokens, seed)
     from llamachat.models.loading import load_policy
     from serving.chat import chat_loop, chat_once, labels
-    from serving.merged_policy import as_exported
+    from serving.merging import as_exported
 
     log.info("loading %s", ", ".join(map(str, artifacts)))
     policies = [as_exported(load_policy(path, device="auto")) for path in artifacts]

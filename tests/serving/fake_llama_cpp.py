@@ -7,6 +7,7 @@ test puts into `behaviour.json` changes what the programs do.
 import json
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ def make_folder(folder: Path, **behaviour: Any) -> Path:
 
 
 def convert(folder: str, arguments: list[str]) -> None:
-    import gguf
     from safetensors.torch import load_file
     from sentencepiece import SentencePieceProcessor
 
+    gguf: Any = import_module("gguf")
     behaviour = json.loads((Path(folder) / "behaviour.json").read_text())
     print(*(f"line {line}" for line in range(20)), sep="\n")
     if said := behaviour.get("converter_says"):

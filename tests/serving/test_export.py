@@ -19,9 +19,8 @@ from llamachat.models.loading import SEVEN_PROJECTIONS, load_policy
 from llamachat.runs.artifacts import read_artifact
 from llamachat.runs.atomic import StorageError
 from pipelines.cli.main import main
-from serving.agreement import GREEDY, answers_of, compare
 from serving.chat import chat_once
-from serving.export import ExportError, Request, export_policy, tolerance
+from serving.export import GREEDY, ExportError, Request, answers_of, compare, export_policy, tolerance
 from serving.merging import read_adapter
 from tests.serving.exporting import full_policy, lora_policy, note_of, plain, weights_of
 from tests.tiny_llama import publish_policy, scripted_llama, tiny_llama

@@ -15,8 +15,7 @@ from llamachat.models import loading
 from llamachat.models.loading import SEVEN_PROJECTIONS, Policy
 from llamachat.runs.artifacts import Artifact, read_artifact
 from serving.export import Request, export_policy, tolerance
-from serving.merged_policy import as_exported
-from serving.merging import read_adapter, through_nf4
+from serving.merging import as_exported, read_adapter, through_nf4
 from tests.serving.exporting import lora_policy, note_of, plain, weights_of
 from tests.tiny_llama import tiny_llama
 

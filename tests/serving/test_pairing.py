@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from serving.pairing import Pairing, Speaker, deal_pairings
+from serving.pairs import Pairing, Speaker, deal_pairings
 
 
 def test_policies_temperatures_and_sides_are_dealt_evenly() -> None:

@@ -22,8 +22,7 @@ from llamachat.data.packing import collate_padded
 from llamachat.models.loading import attach_adapter, load_base, load_policy, trunk_digest
 from llamachat.runs.artifacts import read_artifact
 from llamachat.training.master_weights import MasterWeightOptimizer
-from serving.agreement import GREEDY, QUESTIONS
-from serving.export import Request, export_policy, tolerance
+from serving.export import GREEDY, QUESTIONS, Request, export_policy, tolerance
 from sft.loss import answer_token_losses
 from tests.tiny_llama import base_section, publish_policy
 
@@ -144,8 +143,8 @@ def test_a_policy_of_this_shape_is_trained_saved_loaded_and_exported(
     name: str, shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # One question and a short answer: names, shapes and seconds are the matter here.
-    monkeypatch.setattr("serving.agreement.QUESTIONS", QUESTIONS[:1])
-    monkeypatch.setattr("serving.agreement.GREEDY", replace(GREEDY, max_new_tokens=6))
+    monkeypatch.setattr("serving.export.QUESTIONS", QUESTIONS[:1])
+    monkeypatch.setattr("serving.export.GREEDY", replace(GREEDY, max_new_tokens=6))
     folder = shape.write(tmp_path / "base")
     chat_format = load_chat_format("llama2", load_tokenizer(ASSETS))
     dialog = [Message("user", "What is the capital of France?"), Message("assistant", "Paris.")]

@@ -169,7 +169,7 @@ def test_chat_takes_the_last_policy_of_the_recipes_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import serving.chat
-    import serving.merged_policy
+    import serving.merging
     from llamachat.models import loading
 
     def chat_once(policy: Any, text: str, *, system: str | None, sampling: Any, write: Any) -> None:
@@ -177,7 +177,7 @@ def test_chat_takes_the_last_policy_of_the_recipes_run(
 
     monkeypatch.setattr(sft, "run", publish_toy_policy)
     monkeypatch.setattr(loading, "load_policy", lambda path, device: str(path))
-    monkeypatch.setattr(serving.merged_policy, "as_exported", lambda policy: policy)
+    monkeypatch.setattr(serving.merging, "as_exported", lambda policy: policy)
     monkeypatch.setattr(serving.chat, "chat_once", chat_once)
     path = str(write_recipe(tmp_path, steps=["sft", {"sft": {"name": "sft-2"}}]))
     assert main(["all", "--config", path]) == 0

@@ -1,0 +1,75 @@
+"""Files of records that a command answers or scores: what may be written where, a record as it is written, a bar."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from llamachat.chat_format.dialog import Dialog, as_dicts
+from llamachat.data.records import Preference, Record, kind_of
+from llamachat.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+
+def check_out(path: Path, out: Path, *, read: str, written: str) -> None:
+    """Refuse to write over the file that is read, to a folder, or under the name of a compressed file."""
+    if out.is_dir() or (out.exists() and path.exists() and out.samefile(path)):
+        what = "a folder" if out.is_dir() else f"the file of {read} itself"
+        raise UsageError(f"--out: '{out}' is {what}. The {written} go to a file of their own. Name another.")
+    check_plain("--out", out)
+
+
+def check_plain(option: str, out: Path) -> None:
+    """Refuse the name of a compressed file."""
+    if out.suffix == ".gz":
+        raise UsageError(f"{option}: '{out}' asks for gzip, but plain JSON Lines are written. Take '.gz' off the name.")
+
+
+def as_written(value: Any, record: Record) -> dict[str, Any]:
+    """The record as it came where it is one of ours; of a foreign form, what was read of it."""
+    if kind_of(value) is not None and any(isinstance(value.get(key), list) for key in ("prompt", "messages")):
+        return dict(value)
+    if isinstance(record, Dialog):
+        return {"messages": as_dicts(record.messages), **_known({"is_safe": record.is_safe})}
+    if isinstance(record, Preference):
+        told = {name: getattr(record, name) for name in ("rating", "chosen_is_safe", "rejected_is_safe")}
+        answers = {"chosen": as_dicts([record.chosen]), "rejected": as_dicts([record.rejected])}
+        return {"prompt": as_dicts(record.prompt), **answers, **_known(told)}
+    return {"prompt": as_dicts(record.messages)}
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@contextmanager
+def progress(total: int, done_word: str, things: str) -> Iterator[Callable[[int], None]]:
+    """A bar in a terminal, on standard error; a line for every tenth where there is none."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        done = 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            tenths = 10 * done // total
+            done += more
+            if 10 * done // total > tenths:
+                log.info("%s %d of %d %s", done_word, done, total, things)
+
+        yield count
+        return
+    columns = (
+        TextColumn(f"{things} {done_word}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(things, total=total)
+        yield lambda more: bar.advance(task, more)

@@ -48,7 +48,7 @@ def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
                 _take(home, plan.origin(where).folder(step))
             _take(recipe.folder(step), home)
         steps = plan.steps(recipe, name)
-        made = run_chosen(recipe, should_overwrite=should_overwrite).artifacts
+        made = run_chosen(recipe, steps, should_overwrite=should_overwrite).artifacts
         figures.setdefault(name, {})[seed] = read_figures(steps, made)
         tables = tables_of(plan.study, figures)
         text = write_tables(plan, tables, figures, is_drawn=draw_study(plan, tables, figures))

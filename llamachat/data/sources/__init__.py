@@ -1,41 +1,31 @@
-"""Known data sets, by the name that `format:` takes. To add one: a converter in a module here, an entry below, rows in
+"""Known data sets, by the name that `format:` takes. To add one: a converter in a module here, its name below, rows in
 its test."""
 
 from llamachat.data.sources.graded import (
-    HELPSTEER2,
-    HELPSTEER2_PREFERENCE,
-    HELPSTEER3,
-    ULTRAFEEDBACK,
-    ULTRAFEEDBACK_BINARIZED,
+    helpsteer2,
+    helpsteer2_preference,
+    helpsteer3,
+    ultrafeedback,
+    ultrafeedback_binarized,
 )
-from llamachat.data.sources.instructions import ALPACA, DOLLY, GPTEACHER, SELF_INSTRUCT
-from llamachat.data.sources.labelled import BEAVERTAILS, HH_RLHF, PKU_HELPFULNESS, PKU_SAFETY, RATED_PAIRS
-from llamachat.data.sources.oasst import OASST, OASST_PREFERENCE
-from llamachat.data.sources.sharegpt import LLAMAFACTORY_PREFERENCE, SHAREGPT
+from llamachat.data.sources.instructions import alpaca, dolly, gpteacher, self_instruct
+from llamachat.data.sources.labelled import (
+    beavertails,
+    hh_rlhf,
+    pku_saferlhf_helpfulness,
+    pku_saferlhf_safety,
+    rated_pairs,
+)
+from llamachat.data.sources.oasst import oasst, oasst_preference
+from llamachat.data.sources.sharegpt import llamafactory_preference, sharegpt
 from llamachat.data.sources.source import Source
 
-SOURCES: dict[str, Source] = {
-    source.name: source
-    for source in (
-        ALPACA,
-        BEAVERTAILS,
-        DOLLY,
-        GPTEACHER,
-        HELPSTEER2,
-        HELPSTEER2_PREFERENCE,
-        HELPSTEER3,
-        HH_RLHF,
-        LLAMAFACTORY_PREFERENCE,
-        OASST,
-        OASST_PREFERENCE,
-        PKU_HELPFULNESS,
-        PKU_SAFETY,
-        RATED_PAIRS,
-        SELF_INSTRUCT,
-        SHAREGPT,
-        ULTRAFEEDBACK,
-        ULTRAFEEDBACK_BINARIZED,
-    )
-}
-
 __all__ = ["SOURCES", "Source"]
+
+_INSTRUCTIONS = (alpaca, dolly, gpteacher, self_instruct)
+_LABELLED = (beavertails, hh_rlhf, pku_saferlhf_helpfulness, pku_saferlhf_safety, rated_pairs)
+_GRADED = (helpsteer2, helpsteer2_preference, helpsteer3, ultrafeedback, ultrafeedback_binarized)
+_CONVERSATIONS = (llamafactory_preference, oasst, oasst_preference, sharegpt)
+_ALL = (*_INSTRUCTIONS, *_LABELLED, *_GRADED, *_CONVERSATIONS)
+
+SOURCES: dict[str, Source] = {source.name: source for source in sorted(_ALL, key=lambda source: source.name)}

@@ -1,20 +1,14 @@
 """Sets that grade answers: HelpSteer2, HelpSteer3, UltraFeedback. `sources.source` has the ratings that grades become.
 
-HelpSteer2, by the card of nvidia/HelpSteer2: a row of its main files is one answer, `prompt`, `response` and five grades
-from 0 to 4 (`helpfulness`, `correctness`, `coherence`, `complexity`, `verbosity`); consecutive rows share their prompt and
-are compared by helpfulness, as the card says. A row of `preference/preference.jsonl.gz` is a pair: `prompt`,
-`response_1`, `response_2`, `preference_strength` from -3 (the first is much better) to 3 (the second is). Turns of a
-longer prompt are separated by lines `<extra_id_1>Assistant` and `<extra_id_1>User`.
-HelpSteer3, by the card of nvidia/HelpSteer3, configuration `preference`: `context` (messages up to the last question),
-`response1`, `response2`, `overall_preference` from -3 to 3, of up to three annotators.
-UltraFeedback, by the card of openbmb/UltraFeedback: `instruction`, `completions` (each with `response`,
-`fine-grained_score`, `overall_score`, `annotations`, `custom_system_prompt` and more). Every two answers of different
-score are a pair, as the paper's own reward model was trained (arXiv:2310.01377, section 3). The score is
-`fine-grained_score`, the mean of the four aspects' grades: `overall_score` had wrong tens until the end of 2023. Where it
-is missing, as in copies from before, the mean is taken of the `Rating`s in `annotations`. `custom_system_prompt` differs
-from answer to answer, and a pair has one prompt: it is left out.
-HuggingFaceH4/ultrafeedback_binarized (and trl-lib's copy), by its card: `chosen` and `rejected` (whole dialogs),
-`score_chosen`, `score_rejected` (the `overall_score`s).
+A row of nvidia/HelpSteer2's main files is one answer with five grades from 0 to 4; consecutive rows share their prompt and
+are compared by helpfulness, as its card says. A row of `preference/preference.jsonl.gz` is a pair with its strength from
+-3 (the first is much better) to 3 (the second is). HelpSteer3's configuration `preference` has the same strength, of up
+to three annotators.
+In openbmb/UltraFeedback every two answers of different score are a pair, as the paper's own reward model was trained
+(arXiv:2310.01377, section 3). The score is `fine-grained_score`, the mean of the four aspects' grades: `overall_score`
+had wrong tens until the end of 2023. Where it is missing, as in copies from before, the mean is taken of the `Rating`s in
+`annotations`. `custom_system_prompt` differs from answer to answer, and a pair has one prompt: it is left out.
+HuggingFaceH4/ultrafeedback_binarized (and trl-lib's copy) holds whole dialogs and their `overall_score`s.
 """
 
 import re
@@ -26,7 +20,6 @@ from llamachat.data.sources.source import (
     Gather,
     RawRecord,
     RawRow,
-    Source,
     Steps,
     as_text,
     graded_pair,
@@ -37,6 +30,7 @@ from llamachat.data.sources.source import (
     number_field,
     pair_of_dialogs,
     rating_of_difference,
+    source,
     text_field,
 )
 
@@ -70,7 +64,11 @@ def join_answers(rows: Sequence[RawRow]) -> RawRow:
     return {"prompt": rows[0]["prompt"], "graded_responses": list(rows)}
 
 
-def convert_helpsteer2(row: RawRow) -> Iterator[RawRecord]:
+_ANSWERS = Gather(fields=frozenset({"prompt", "response", *_GRADES}), key="prompt", join=join_answers)
+
+
+@source("preference", "prompt graded_responses", gather=_ANSWERS)
+def helpsteer2(row: RawRow) -> Iterator[RawRecord]:
     prompt = _turns(row)
     answers = [mapping_at(answer, "graded_responses") for answer in list_field(row, "graded_responses")]
     graded = [(text_field(answer, "response"), number_field(answer, "helpfulness")) for answer in answers]
@@ -78,18 +76,21 @@ def convert_helpsteer2(row: RawRow) -> Iterator[RawRecord]:
         yield from graded_pair(prompt, (text, other), other_grade - grade, STRENGTH)
 
 
-def convert_helpsteer2_preference(row: RawRow) -> Iterator[RawRecord]:
+@source("preference", "prompt response_1 response_2 preference_strength")
+def helpsteer2_preference(row: RawRow) -> Iterator[RawRecord]:
     answers = (text_field(row, "response_1"), text_field(row, "response_2"))
     yield from graded_pair(_turns(row), answers, _strength(row, "preference_strength"), STRENGTH)
 
 
-def convert_helpsteer3(row: RawRow) -> Iterator[RawRecord]:
+@source("preference", "context response1 response2 overall_preference")
+def helpsteer3(row: RawRow) -> Iterator[RawRecord]:
     prompt = messages_field(row, "context")
     answers = (text_field(row, "response1"), text_field(row, "response2"))
     yield from graded_pair(prompt, answers, _strength(row, "overall_preference"), STRENGTH)
 
 
-def convert_ultrafeedback(row: RawRow) -> Iterator[RawRecord]:
+@source("preference", "instruction completions", shape=lambda row: isinstance(row["completions"], list))
+def ultrafeedback(row: RawRow) -> Iterator[RawRecord]:
     prompt = [message("user", text_field(row, "instruction"))]
     # A few instructions of the set were answered by no model.
     completions = [] if row["completions"] == [] else list_field(row, "completions")
@@ -123,7 +124,12 @@ def _grade(aspect: object) -> int | None:
     return int(rating) if isinstance(rating, str) and rating in ("1", "2", "3", "4", "5") else None
 
 
-def convert_binarized(row: RawRow) -> Iterator[RawRecord]:
+def _is_dialogs(row: RawRow) -> bool:
+    return isinstance(row["chosen"], list) and isinstance(row["rejected"], list)
+
+
+@source("preference", "chosen rejected score_chosen score_rejected", shape=_is_dialogs, has_lists=True)
+def ultrafeedback_binarized(row: RawRow) -> Iterator[RawRecord]:
     record = pair_of_dialogs(messages_field(row, "chosen"), messages_field(row, "rejected"))
     better, worse = number_field(row, "score_chosen"), number_field(row, "score_rejected")
     if better < worse:
@@ -134,39 +140,3 @@ def convert_binarized(row: RawRow) -> Iterator[RawRecord]:
         )
     if better > worse:
         yield {**record, "rating": rating_of_difference(better - worse, OVERALL)}
-
-
-HELPSTEER2 = Source(
-    name="helpsteer2",
-    kind="preference",
-    fields=frozenset({"prompt", "graded_responses"}),
-    convert=convert_helpsteer2,
-    gather=Gather(fields=frozenset({"prompt", "response", *_GRADES}), key="prompt", join=join_answers),
-)
-HELPSTEER2_PREFERENCE = Source(
-    name="helpsteer2_preference",
-    kind="preference",
-    fields=frozenset({"prompt", "response_1", "response_2", "preference_strength"}),
-    convert=convert_helpsteer2_preference,
-)
-HELPSTEER3 = Source(
-    name="helpsteer3",
-    kind="preference",
-    fields=frozenset({"context", "response1", "response2", "overall_preference"}),
-    convert=convert_helpsteer3,
-)
-ULTRAFEEDBACK = Source(
-    name="ultrafeedback",
-    kind="preference",
-    fields=frozenset({"instruction", "completions"}),
-    convert=convert_ultrafeedback,
-    shape=lambda row: isinstance(row["completions"], list),
-)
-ULTRAFEEDBACK_BINARIZED = Source(
-    name="ultrafeedback_binarized",
-    kind="preference",
-    fields=frozenset({"chosen", "rejected", "score_chosen", "score_rejected"}),
-    convert=convert_binarized,
-    shape=lambda row: isinstance(row["chosen"], list) and isinstance(row["rejected"], list),
-    has_lists=True,
-)

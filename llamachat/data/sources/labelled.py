@@ -1,19 +1,13 @@
 """Sets that label answers without grading them: hh-rlhf, PKU-SafeRLHF, BeaverTails, and pairs that people rated for us.
 
-hh-rlhf, by the card of Anthropic/hh-rlhf: `chosen` and `rejected`, each a whole transcript as one text, which part at the
-last answer.
-PKU-SafeRLHF, by the card of PKU-Alignment/PKU-SafeRLHF: `prompt`, `response_0`, `response_1`, `is_response_0_safe`,
-`is_response_1_safe`, `better_response_id` (the more helpful one), `safer_response_id`. It annotates harmlessness and
-helpfulness apart, so one row holds two pairs, often with opposite winners; each is a source of its own, and both carry
-the safety labels. Categories, severities and origins are not read. The set's releases of 10K and 30K rows have the same
+A row of Anthropic/hh-rlhf is two whole transcripts, each one text, that part at the last answer.
+PKU-Alignment/PKU-SafeRLHF annotates harmlessness and helpfulness apart, so one row holds two pairs, often with opposite
+winners; each is a source of its own, and both carry the safety labels. The releases of 10K and 30K rows have the same
 fields; PKU-SafeRLHF-single-dimension has no safety labels and is none of these.
-BeaverTails, by the card of PKU-Alignment/BeaverTails: `prompt`, `response`, `category` (14 kinds of harm, each true or
-false), `is_safe`. Its splits are named `330k_train`, `30k_train` and so on, so its path names one.
-Rated pairs are what `llamachat pairs` writes, once people have rated it: `prompt` (messages), `answer_a`, `answer_b`,
-`choice` ("a", "b", or null where nobody has rated the pair), and, each where known, `rating` (one of our four words),
-`a_is_safe`, `b_is_safe`. An unrated pair holds no record; the reader counts it. A chosen answer that is labelled unsafe
-next to a safe one is kept here, as in `pku_saferlhf_helpfulness`: people may prefer it. No reward model learns from it
-(Llama 2, section 3.2.1): training leaves it out and counts it.
+PKU-Alignment/BeaverTails has splits named `330k_train`, `30k_train` and so on, so its path names one.
+Rated pairs are what `llamachat pairs` writes, once people have rated it. An unrated pair holds no record; the reader
+counts it. A chosen answer that is labelled unsafe next to a safe one is kept here, as in `pku_saferlhf_helpfulness`:
+people may prefer it. No reward model learns from it (Llama 2, section 3.2.1): training leaves it out and counts it.
 """
 
 import re
@@ -23,13 +17,13 @@ from llamachat.chat_format.dialog import DialogError
 from llamachat.data.sources.source import (
     RawRecord,
     RawRow,
-    Source,
     answered,
     boolean_field,
     list_field,
     message,
     pair,
     pair_of_dialogs,
+    source,
     text_field,
 )
 
@@ -37,9 +31,17 @@ _MARK = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _OPENING = re.compile(r"\s*Human:")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _SIDES = {"a": "b", "b": "a"}
+_PKU_FIELDS = "prompt response_0 response_1 is_response_0_safe is_response_1_safe better_response_id safer_response_id"
 
 
-def convert_hh_rlhf(row: RawRow) -> Iterator[RawRecord]:
+def _is_transcripts(row: RawRow) -> bool:
+    """Pairs of plain answers under the same two names are usual; a prompt next to them says that these are such."""
+    sides = (row["chosen"], row["rejected"])
+    return not row.get("prompt") and all(isinstance(side, str) and _OPENING.match(side) for side in sides)
+
+
+@source("preference", "chosen rejected", shape=_is_transcripts)
+def hh_rlhf(row: RawRow) -> Iterator[RawRecord]:
     yield pair_of_dialogs(_transcript(row, "chosen"), _transcript(row, "rejected"))
 
 
@@ -58,12 +60,6 @@ def _transcript(row: RawRow, side: str) -> list[dict[str, str]]:
     ]
 
 
-def _is_transcripts(row: RawRow) -> bool:
-    """Pairs of plain answers under the same two names are usual; a prompt next to them says that these are such."""
-    sides = (row["chosen"], row["rejected"])
-    return not row.get("prompt") and all(isinstance(side, str) and _OPENING.match(side) for side in sides)
-
-
 def _pku_pair(row: RawRow, winner: str) -> RawRecord:
     best = row.get(winner)
     if isinstance(best, bool) or best not in (0, 1):
@@ -79,7 +75,8 @@ def _pku_pair(row: RawRow, winner: str) -> RawRecord:
     )
 
 
-def convert_pku_safety(row: RawRow) -> Iterator[RawRecord]:
+@source("preference", _PKU_FIELDS)
+def pku_saferlhf_safety(row: RawRow) -> Iterator[RawRecord]:
     record = _pku_pair(row, "safer_response_id")
     if record["rejected_is_safe"] and not record["chosen_is_safe"]:
         raise DialogError(
@@ -91,16 +88,19 @@ def convert_pku_safety(row: RawRow) -> Iterator[RawRecord]:
     yield record
 
 
-def convert_pku_helpfulness(row: RawRow) -> Iterator[RawRecord]:
+@source("preference", _PKU_FIELDS)
+def pku_saferlhf_helpfulness(row: RawRow) -> Iterator[RawRecord]:
     yield _pku_pair(row, "better_response_id")
 
 
-def convert_beavertails(row: RawRow) -> Iterator[RawRecord]:
+@source("dialog", "prompt response category is_safe", shape=lambda row: isinstance(row["category"], Mapping))
+def beavertails(row: RawRow) -> Iterator[RawRecord]:
     dialog = answered(text_field(row, "prompt"), text_field(row, "response"))
     yield {**dialog, "is_safe": boolean_field(row, "is_safe")}
 
 
-def convert_rated(row: RawRow) -> Iterator[RawRecord]:
+@source("preference", "prompt answer_a answer_b choice", has_lists=True)
+def rated_pairs(row: RawRow) -> Iterator[RawRecord]:
     choice = row["choice"]
     if choice is None and row.get("rating") is None:
         return
@@ -126,36 +126,3 @@ def convert_rated(row: RawRow) -> Iterator[RawRecord]:
     yield pair(
         list_field(row, "prompt"), text_field(row, f"answer_{choice}"), text_field(row, f"answer_{other}"), **labels
     )
-
-
-HH_RLHF = Source(
-    name="hh_rlhf",
-    kind="preference",
-    fields=frozenset({"chosen", "rejected"}),
-    convert=convert_hh_rlhf,
-    shape=_is_transcripts,
-)
-_PKU_FIELDS = frozenset(
-    {
-        *("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe"),
-        *("better_response_id", "safer_response_id"),
-    }
-)
-PKU_SAFETY = Source(name="pku_saferlhf_safety", kind="preference", fields=_PKU_FIELDS, convert=convert_pku_safety)
-PKU_HELPFULNESS = Source(
-    name="pku_saferlhf_helpfulness", kind="preference", fields=_PKU_FIELDS, convert=convert_pku_helpfulness
-)
-BEAVERTAILS = Source(
-    name="beavertails",
-    kind="dialog",
-    fields=frozenset({"prompt", "response", "category", "is_safe"}),
-    convert=convert_beavertails,
-    shape=lambda row: isinstance(row["category"], Mapping),
-)
-RATED_PAIRS = Source(
-    name="rated_pairs",
-    kind="preference",
-    fields=frozenset({"prompt", "answer_a", "answer_b", "choice"}),
-    convert=convert_rated,
-    has_lists=True,
-)

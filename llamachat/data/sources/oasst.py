@@ -15,7 +15,7 @@ from itertools import combinations
 from typing import Any
 
 from llamachat.chat_format.dialog import DialogError
-from llamachat.data.sources.source import Gather, RawRecord, RawRow, Source, as_text, mapping_at, message
+from llamachat.data.sources.source import Gather, RawRecord, RawRow, as_text, mapping_at, message, source
 
 _DEEPEST = 100  # turns; the sets' longest conversations have about ten
 _ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -111,7 +111,17 @@ def _best_paths(node: Mapping[str, Any], path: list[dict[str, str]]) -> Iterator
     yield from longer or [path]
 
 
-def convert_dialog(row: RawRow) -> Iterator[RawRecord]:
+def _is_tree(row: RawRow) -> bool:
+    return isinstance(row["prompt"], Mapping)
+
+
+_MESSAGES = Gather(
+    fields=frozenset({"message_tree_id", "message_id", "role", "text"}), key="message_tree_id", join=tree_of_messages
+)
+
+
+@source("dialog", "message_tree_id prompt", shape=_is_tree, gather=_MESSAGES)
+def oasst(row: RawRow) -> Iterator[RawRecord]:
     for root in _roots(row):
         yield from ({"messages": path} for path in _best_paths(root, []))
 
@@ -130,25 +140,7 @@ def _ranked_pairs(node: Mapping[str, Any], path: list[dict[str, str]]) -> Iterat
         yield from _ranked_pairs(reply, path)
 
 
-def convert_preference(row: RawRow) -> Iterator[RawRecord]:
+@source("preference", "message_tree_id prompt", shape=_is_tree, gather=_MESSAGES)
+def oasst_preference(row: RawRow) -> Iterator[RawRecord]:
     for root in _roots(row):
         yield from _ranked_pairs(root, [])
-
-
-def _is_tree(row: RawRow) -> bool:
-    return isinstance(row["prompt"], Mapping)
-
-
-_FIELDS = frozenset({"message_tree_id", "prompt"})
-_MESSAGES = Gather(
-    fields=frozenset({"message_tree_id", "message_id", "role", "text"}), key="message_tree_id", join=tree_of_messages
-)
-OASST = Source(name="oasst", kind="dialog", fields=_FIELDS, convert=convert_dialog, shape=_is_tree, gather=_MESSAGES)
-OASST_PREFERENCE = Source(
-    name="oasst_preference",
-    kind="preference",
-    fields=_FIELDS,
-    convert=convert_preference,
-    shape=_is_tree,
-    gather=_MESSAGES,
-)

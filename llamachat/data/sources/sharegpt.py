@@ -6,13 +6,13 @@ from llamachat.chat_format.dialog import DialogError
 from llamachat.data.sources.source import (
     RawRecord,
     RawRow,
-    Source,
     as_text,
     list_field,
     mapping_at,
     message,
     optional_text,
     pair,
+    source,
 )
 
 # The writers of these files named the sides after the model or the site that answered.
@@ -47,11 +47,13 @@ def _messages(row: RawRow) -> list[dict[str, str]]:
     return [message("system", system), *messages] if system.strip() else messages
 
 
-def convert_dialog(row: RawRow) -> Iterator[RawRecord]:
+@source("dialog", "conversations")
+def sharegpt(row: RawRow) -> Iterator[RawRecord]:
     yield {"messages": _messages(row)}
 
 
-def convert_preference(row: RawRow) -> Iterator[RawRecord]:
+@source("preference", "conversations chosen rejected")
+def llamafactory_preference(row: RawRow) -> Iterator[RawRecord]:
     prompt = _messages(row)
     answers = [_turn(row.get(side), side) for side in ("chosen", "rejected")]
     for side, answer in zip(("chosen", "rejected"), answers, strict=True):
@@ -62,12 +64,3 @@ def convert_preference(row: RawRow) -> Iterator[RawRecord]:
                 "Move the user's turn to 'conversations'.",
             )
     yield pair(prompt, *(answer["content"] for answer in answers))
-
-
-SHAREGPT = Source(name="sharegpt", kind="dialog", fields=frozenset({"conversations"}), convert=convert_dialog)
-LLAMAFACTORY_PREFERENCE = Source(
-    name="llamafactory_preference",
-    kind="preference",
-    fields=frozenset({"conversations", "chosen", "rejected"}),
-    convert=convert_preference,
-)

@@ -21,7 +21,7 @@ are read in `llamachat.data.sources.oasst`; PKU-SafeRLHF, BeaverTails and hh-rlh
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from llamachat.chat_format.dialog import DialogError
 from llamachat.data.problems import Problem, problem
@@ -57,7 +57,7 @@ class Source:
     """
 
     name: str
-    kind: Literal["dialog", "preference", "prompt"]
+    kind: Kind
     fields: frozenset[str]
     convert: Callable[[RawRow], Iterator[RawRecord]]
     shape: Callable[[RawRow], bool] = lambda row: True
@@ -73,6 +73,15 @@ class Source:
         return problem(line, error.field, f"{error.reason} The row is read as {self.name}.", error.fix)
 
 
+def source(kind: Kind, fields: str, **more: Any) -> Callable[[Callable[[RawRow], Iterator[RawRecord]]], Source]:
+    """Make the source of a converter, under the converter's name; `fields` are separated by spaces."""
+
+    def make(convert: Callable[[RawRow], Iterator[RawRecord]]) -> Source:
+        return Source(name=convert.__name__, kind=kind, fields=frozenset(fields.split()), convert=convert, **more)
+
+    return make
+
+
 # -- which set a row is of
 
 
@@ -85,9 +94,7 @@ def fitting_sources(row: RawRow, kind: Kind | None, sources: Iterable[Source]) -
     is_own = any(isinstance(row.get(key), list) for key in _OWN_LISTS)
     fitting = [source for source in sources if (source.has_lists or not is_own) and source.fits(row)]
     wanted = [source for source in fitting if source.kind == kind] or (fitting if kind in (None, "prompt") else [])
-    if not wanted:
-        return []
-    most = max(len(source.fields) for source in wanted)
+    most = max((len(source.fields) for source in wanted), default=0)
     closest = [source for source in wanted if len(source.fields) == most]
     alike = [source for source in closest if source.kind == closest[0].kind]
     return alike[:1] if kind == "prompt" else alike  # sets that are alike differ only in which answer wins

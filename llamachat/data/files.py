@@ -125,27 +125,18 @@ def _file_problem(path: Path) -> Row | None:
     if not head:
         return _whole("is empty, but it should hold records.", "Write or fetch it again, or take it out of the recipe.")
     content = next((name for magic, name in _MAGIC if head.startswith(magic)), "text")
-    if path.suffix == ".parquet":
-        is_sound = content == "parquet"
-        return None if is_sound else _whole(f"is {content}, but its name says parquet.", _rename(path, content))
-    if path.suffix == ".gz":
-        return _packed_problem(path, content)
-    if content != "text":
-        return _whole(f"is {content}, but {_FORMS} by its name and its content.", _rename(path, content))
-    return _text_problem(path, head)
-
-
-def _packed_problem(path: Path, content: str) -> Row | None:
-    if content != "gzip":
-        return _whole(f"is {content} and not gzip, but its name ends with .gz.", _rename(path, content))
-    try:
-        with open_file(path) as file:
-            head = file.read(_HEAD)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        return None  # the reader of lines reports how far it can be read
-    if not head:
-        return _whole("is empty inside, but it should hold records.", "Write or fetch it again.")
-    return _text_problem(path, head)
+    expected = {".parquet": "parquet", ".gz": "gzip"}.get(path.suffix, "text")
+    if content != expected:
+        return _whole(f"is {content}, but its name says {expected}: {_FORMS}.", _rename(path, content))
+    if expected == "gzip":
+        try:
+            with open_file(path) as file:
+                head = file.read(_HEAD)
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            return None  # the reader of lines reports how far it can be read
+        if not head:
+            return _whole("is empty inside, but it should hold records.", "Write or fetch it again.")
+    return None if expected == "parquet" else _text_problem(path, head)
 
 
 def _text_problem(path: Path, head: bytes) -> Row | None:

@@ -68,7 +68,7 @@ def test_damaged_and_empty_parquet(tmp_path: Path):
         ("a.jsonl", b"\n \n", "blank lines only", "Write or fetch it again"),
         ("a.jsonl.gz", gzip.compress(b"", mtime=0), "is empty inside", "Write or fetch it again"),
         ("a.jsonl", gzip.compress(LINES, mtime=0), "is gzip", "Rename it to a.jsonl.gz"),
-        ("a.jsonl.gz", LINES, "is text and not gzip", "Rename it to a.jsonl"),
+        ("a.jsonl.gz", LINES, "is text, but its name says gzip", "Rename it to a.jsonl"),
         ("a.parquet", LINES, "is text, but its name says parquet", "Rename it to a.jsonl"),
         ("a.jsonl", LINES.decode().encode("utf-16"), "UTF-16", "UTF-8"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfdabc", "is zstd", "Unpack it"),

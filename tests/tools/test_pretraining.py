@@ -26,30 +26,10 @@ from tools.pretraining.evaluation import SourceBits, bits_per_byte, mix
 from tools.pretraining.model import new_model, token_losses
 from tools.pretraining.training import prepare, rate_factor, train
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "said",
-    "that",
-    "it",
-    "would",
-    "rain",
-    "again",
-    "over",
-    "every",
-    "little",
-    "green",
-    "hill",
-    "by",
-    "the",
-    "quiet",
-    "sea",
-]
+WORDS = (
+    *("the", "cat", "sat", "on", "a", "mat", "and", "said", "that", "it", "would"),
+    *("rain", "again", "over", "every", "little", "green", "hill", "by", "the", "quiet", "sea"),
+)
 TINY = Config(
     pieces=512, hidden_size=64, intermediate_size=64, layers=1, heads=2, key_value_heads=1, context=64,
     tokens=64 * 4 * 40, rows_per_step=4, rows_per_microbatch=2, save_seconds=1e-9,

@@ -8,7 +8,6 @@ from typing import Any
 from llamachat.chat_format import ChatFormat
 from llamachat.data.check import check_path
 from llamachat.data.convert.command import ConvertReport, convert_path
-from tests.llamachat.data.test_check import answer, user
 
 
 class Bench:
@@ -34,11 +33,3 @@ class Bench:
         assert warned == [], "nothing is left that nothing reads"
         raw = gzip.decompress(target.read_bytes()) if target.suffix == ".gz" else target.read_bytes()
         return [json.loads(line) for line in raw.split(b"\n")[:-1]]
-
-
-def shared(*turns: tuple[str, object], **more: object) -> str:
-    return json.dumps({"conversations": [{"from": sender, "value": text} for sender, text in turns], **more})
-
-
-def turns(*texts: str) -> list[dict[str, object]]:
-    return [answer(text) if index % 2 else user(text) for index, text in enumerate(texts)]

@@ -1,50 +1,20 @@
-"""Messy chat logs made from a seed: every kind of mess that users' exports have, in many formats, with a tally of records.
+"""Messy chat logs made from a seed: every kind of mess that users' exports have, in many formats, with a tally of records."""
 
-    python -m tests.llamachat.data.messy_logs OUT.jsonl --records 10000 --seed 0
-
-then `llamachat data check OUT.jsonl` and `llamachat data convert OUT.jsonl CLEAN.jsonl`.
-"""
-
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 from typing import Any
 
 Turn = dict[str, Any]
 WORDS = (
-    "how",
-    "do",
-    "I",
-    "mend",
-    "a",
-    "wheel",
-    "with",
-    "two",
-    "spoons",
-    "please",
-    "tell",
-    "me",
-    "why",
-    "it",
-    "wobbles",
+    *("how", "do", "I", "mend", "a", "wheel", "with", "two"),
+    *("spoons", "please", "tell", "me", "why", "it", "wobbles"),
 )
 ODD_TEXTS = (
-    *(
-        "",
-        " ",
-        "\n",
-        "\u2028\x85",
-        "\ufeff",
-        "\U0001f6b2 caf\u00e9",
-        "\x00\x07",
-        "</s><s>",
-        "[INST] hi [/INST]",
-        "<<SYS>>",
-    ),
-    *("\ud83d", "\\n", '"quoted"', "{}", "null", "x" * 5000, "\n\nHuman: hi\n\nAssistant: hello"),
+    *("", " ", "\n", "\u2028\x85", "\ufeff", "\U0001f6b2 caf\u00e9", "\x00\x07", "</s><s>"),
+    *("[INST] hi [/INST]", "<<SYS>>", "\ud83d", "\\n", '"quoted"', "{}", "null", "x" * 5000),
+    "\n\nHuman: hi\n\nAssistant: hello",
 )
 ODD_VALUES = (None, True, 3, -1.5, [], {}, ["a"], {"a": [None]}, "", "user")
 BEYOND_JSON = ("Hello there", "{", '{"messages": [', '{"a": NaN}', '{"a": 1, "a": 2}', "{'a': 1}", "1e9999", "]", '"x"')
@@ -157,16 +127,8 @@ def _turns(random: Random, names: Sequence[str], role: str, content: str) -> lis
         lambda: {role: user, content: [{"type": "text", "text": _text(random)}, {"type": "image_url"}]},
         lambda: {role: user, content: [{"type": "text", "text": _text(random)}]},
         lambda: {role: assistant, content: _text(random), "weight": random.choice([0, 1, 2])},
-        lambda: {
-            role: assistant,
-            content: _text(random),
-            random.choice(["train", "trian"]): random.choice([True, False]),
-        },
-        lambda: {
-            role: user,
-            content: _text(random),
-            random.choice(["id", "name", "timestamp"]): random.choice(ODD_VALUES),
-        },
+        lambda: {role: assistant, content: _text(random), random.choice(["train", "trian"]): random.random() < 0.5},
+        lambda: {role: user, content: _text(random), random.choice(["id", "name"]): random.choice(ODD_VALUES)},
     ]
     if random.random() < 0.4:
         turns.insert(random.randint(0, len(turns)), random.choice(extras)())
@@ -266,16 +228,8 @@ def _wild(random: Random) -> Any:
 
 _FORMS: tuple[tuple[Callable[[Random], Any], float], ...] = (
     *((_native, 30), (_openai, 10), (_sharegpt, 20), (_bare, 3), (_alpaca, 8), (_dolly, 4), (_halves, 6)),
-    *(
-        (_beavertails, 3),
-        (_labelled, 6),
-        (_preference, 4),
-        (_hh, 2),
-        (_pku, 2),
-        (_helpsteer3, 2),
-        (_prompt, 2),
-        (_wild, 3),
-    ),
+    *((_beavertails, 3), (_labelled, 6), (_preference, 4), (_hh, 2), (_pku, 2), (_helpsteer3, 2), (_prompt, 2)),
+    (_wild, 3),
 )
 
 
@@ -296,18 +250,3 @@ def _spoilt(random: Random, row: Any) -> Any:
     if action < 0.7 and isinstance(row[name], dict | list) and row[name]:
         return rest | {name: _spoilt(random, row[name])}
     return rest | {name: random.choice([*ODD_VALUES, *ODD_TEXTS])}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--records", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    logs = messy_logs(asked.records, asked.seed)
-    asked.out.write_bytes(logs.text())
-    print(f"{asked.out}: {logs.num_records} records on {len(logs.lines)} lines, {logs.num_blank} of them blank")
-
-
-if __name__ == "__main__":
-    main()

@@ -12,34 +12,7 @@ from hypothesis import strategies as st
 
 from llamachat.chat_format import ChatFormat
 from llamachat.data.check import CheckReport, check_path
-
-
-def user(text: object, **more: object) -> dict[str, object]:
-    return {"role": "user", "content": text, **more}
-
-
-def answer(text: object, **more: object) -> dict[str, object]:
-    return {"role": "assistant", "content": text, **more}
-
-
-def system(text: object) -> dict[str, object]:
-    return {"role": "system", "content": text}
-
-
-def dialog(*messages: object, **more: object) -> str:
-    return json.dumps({"messages": messages, **more})
-
-
-def pair(**fields: object) -> str:
-    sound = {"prompt": [user("Hi")], "chosen": [answer("Hello!")], "rejected": [answer("No.")]}
-    return json.dumps({key: value for key, value in (sound | fields).items() if value is not ...})
-
-
-def prompt(messages: object, **more: object) -> str:
-    return json.dumps({"prompt": messages, **more})
-
-
-GOOD = dialog(user("Hi"), answer("Hello!"))
+from tests.llamachat.data.lines import GOOD, answer, dialog, pair, prompt, system, user
 
 # What stands on the line, the field that is named, a part of the reason, a part of the mend.
 BROKEN_DIALOGS: dict[str, tuple[str, str, str, str]] = {

@@ -14,19 +14,9 @@ from hypothesis import strategies as st
 from llamachat.chat_format import ChatFormat
 from llamachat.data.convert.turns import Repair
 from llamachat.errors import DataError
-from tests.llamachat.data.converting import Bench, shared, turns
-from tests.llamachat.data.test_check import (
-    BROKEN_DIALOGS,
-    BROKEN_PREFERENCES,
-    BROKEN_PROMPTS,
-    GOOD,
-    answer,
-    dialog,
-    pair,
-    prompt,
-    system,
-    user,
-)
+from tests.llamachat.data.converting import Bench
+from tests.llamachat.data.lines import GOOD, answer, dialog, pair, prompt, shared, system, turns, user
+from tests.llamachat.data.test_check import BROKEN_DIALOGS, BROKEN_PREFERENCES, BROKEN_PROMPTS
 
 ROOT = Path(__file__).resolve().parents[3]
 Case = tuple[object, object, dict[Repair, int]]

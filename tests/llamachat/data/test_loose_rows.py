@@ -13,8 +13,8 @@ from llamachat.chat_format import ChatFormat
 from llamachat.data.convert.command import convert_path
 from llamachat.data.convert.turns import Repair
 from llamachat.errors import DataError, UsageError
-from tests.llamachat.data.converting import Bench, shared, turns
-from tests.llamachat.data.test_check import GOOD, dialog
+from tests.llamachat.data.converting import Bench
+from tests.llamachat.data.lines import GOOD, dialog, shared, turns
 
 AB = {"messages": turns("a", "b")}
 

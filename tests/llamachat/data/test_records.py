@@ -1,9 +1,7 @@
 """Records from sources: reading, refusing, dropping, splitting, mixing."""
 
-import json
 import re
 from collections import Counter
-from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,24 +20,11 @@ from llamachat.data.files import read_rows
 from llamachat.data.loading import Mixture, load_mixture, mix, parse_rows, read_records, split_of
 from llamachat.data.records import Preference, Prompt, Record, first_user_turn
 from llamachat.errors import DataError
-
-
-def user(text: object, **more: object) -> dict[str, object]:
-    return {"role": "user", "content": text, **more}
-
-
-def answer(text: object, **more: object) -> dict[str, object]:
-    return {"role": "assistant", "content": text, **more}
-
+from tests.llamachat.data.lines import answer, user, write
 
 DIALOG = {"messages": [user("Hi"), answer("Hello!")]}
 PAIR = {"prompt": [user("Hi")], "chosen": [answer("Hello!")], "rejected": [answer("No.")], "rating": "better"}
 PROMPT = {"prompt": [user("Hi")], "is_safety": True, "id": "p-1"}
-
-
-def write(path: Path, rows: Sequence[object]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def source(path: str, **more: Any) -> DataSource:
@@ -216,10 +201,6 @@ def test_parquet_and_gzip_give_the_same_records(tmp_path: Path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     lines = write(tmp_path / "a.jsonl", rows)
     assert read_records(source(str(path)), Preference) == read_records(source(lines), Preference)
-
-
-def dialogs_of(texts: Sequence[str]) -> list[Dialog]:
-    return [Dialog((Message("user", text), Message("assistant", "a"))) for text in texts]
 
 
 def split_by_hand(text: str) -> str:

@@ -1,6 +1,7 @@
 """Each source turns rows of its set's real shape into the records written out here, and refuses broken rows in words."""
 
 import json
+import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,21 +9,18 @@ from typing import Any
 
 import pytest
 
-from llamachat.chat_format.dialog import DialogError
+from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.dialog import Dialog, DialogError
+from llamachat.config.sections import DataSource, Split
+from llamachat.data.check import check_path
+from llamachat.data.convert.command import convert_path
+from llamachat.data.loading import load_mixture, read_records
+from llamachat.data.records import KIND_OF, Preference
 from llamachat.data.sources import SOURCES
-from tests.llamachat.data.test_preference_sources import GOOD as GRADED
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def answer(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def system(text: str) -> dict[str, str]:
-    return {"role": "system", "content": text}
+from llamachat.data.sources.graded import FINE_GRAINED, OVERALL, STRENGTH
+from llamachat.data.sources.source import rating_of_difference
+from llamachat.errors import DataError
+from tests.llamachat.data.lines import answer, system, user, write
 
 
 def node(text: str, *replies: dict[str, Any], rank: int | None = None) -> dict[str, Any]:
@@ -138,7 +136,190 @@ GOOD: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "row", "records"), GOOD)
+def pair(chosen: str, rejected: str, rating: str | None = None, *prompt: dict[str, str]) -> dict[str, Any]:
+    found = {"prompt": list(prompt) or [user("q")], "chosen": [answer(chosen)], "rejected": [answer(rejected)]}
+    return found if rating is None else found | {"rating": rating}
+
+
+HARMS = {"animal_abuse": False, "drug_abuse,weapons,banned_substance": True}
+PKU = {
+    "prompt": "q",
+    "response_0": "how",
+    "response_1": "no",
+    "prompt_source": "Alpaca3-70B",
+    "response_0_source": "Alpaca3-8B",
+    "response_1_source": "Alpaca2-7B",
+    "is_response_0_safe": False,
+    "is_response_1_safe": True,
+    "response_0_harm_category": {"Economic Crime": True, "Drugs": False},
+    "response_1_harm_category": {"Economic Crime": False, "Drugs": False},
+    "response_0_severity_level": 2,
+    "response_1_severity_level": 0,
+    "better_response_id": 0,
+    "safer_response_id": 1,
+    "response_0_sha256": "00",
+    "response_1_sha256": "11",
+}
+BEAVER = {"prompt": "q", "response": "how", "category": HARMS, "is_safe": False}
+
+
+def completion(text: str, score: float | None = None, *, ratings: str = "", overall: float = 7.0) -> dict[str, Any]:
+    aspects = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+    grades = ratings.split() or ["3"] * 4
+    annotations = {name: {"Rating": grade, "Rationale": "r"} for name, grade in zip(aspects, grades, strict=True)}
+    made = {
+        "annotations": annotations,
+        "critique": "c",
+        "custom_system_prompt": f"As {text} would.",
+        "model": "gpt-4",
+        "overall_score": overall,
+        "principle": "honesty",
+        "response": text,
+    }
+    return made if score is None else made | {"fine-grained_score": score}
+
+
+def ultra(*completions: Any) -> dict[str, Any]:
+    return {
+        "source": "evol_instruct",
+        "instruction": "q",
+        "models": ["gpt-4", "bard"],
+        "completions": list(completions),
+        "correct_answers": ["None"],
+        "incorrect_answers": ["None"],
+    }
+
+
+def binarized(chosen: Any, rejected: Any, better: object = 8.5, worse: object = 8.0) -> dict[str, Any]:
+    return {
+        "prompt": "q",
+        "prompt_id": "f0",
+        "chosen": chosen,
+        "rejected": rejected,
+        "messages": chosen,
+        "score_chosen": better,
+        "score_rejected": worse,
+    }
+
+
+def help_steer_pair(strength: object, **more: object) -> dict[str, Any]:
+    beside = {"split": "train", "preference_statement": "s", "preference_elaboration": "e"}
+    return {**beside, "prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": strength, **more}
+
+
+def help_steer3(preference: object, context: object = None) -> dict[str, Any]:
+    return {
+        "domain": "code",
+        "language": "python",
+        "context": [user("q")] if context is None else context,
+        "response1": "a",
+        "response2": "b",
+        "overall_preference": preference,
+        "individual_preference": [{"score": 1, "reasoning": "r", "feedback1": "f", "feedback2": "g"}],
+    }
+
+
+def graded(text: str, helpfulness: object, prompt: str = "q") -> dict[str, Any]:
+    others = {"correctness": 4, "coherence": 4, "complexity": 2, "verbosity": 1}
+    return {"prompt": prompt, "response": text, "helpfulness": helpfulness, **others}
+
+
+TURNS = "q\n<extra_id_1>Assistant\nr\nand more\n<extra_id_1>User\ns"
+SPOKEN = (user("q"), answer("r\nand more"), user("s"))
+RATED = {"id": "1", "prompt": list(SPOKEN), "answer_a": "a", "answer_b": "b", "choice": "b", "rating": "better"}
+RATED |= {"a_is_safe": False, "b_is_safe": None, "policy_a": "runs/one"}
+GRADED: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
+    (
+        "pku_saferlhf_safety",
+        PKU,
+        [pair("no", "how") | {"chosen_is_safe": True, "rejected_is_safe": False}],
+    ),
+    (
+        "pku_saferlhf_helpfulness",
+        PKU,
+        [pair("how", "no") | {"chosen_is_safe": False, "rejected_is_safe": True}],
+    ),
+    ("beavertails", BEAVER, [{"messages": [user("q"), answer("how")], "is_safe": False}]),
+    # Fine-grained scores 4.5, 3.5, 3.5 and 4.25: the two equal answers give no pair.
+    (
+        "ultrafeedback",
+        ultra(completion("a", 4.5), completion("b", 3.5), completion("c", 3.5), completion("d", 4.25)),
+        [
+            pair("a", "b", "better"),
+            pair("a", "c", "better"),
+            pair("a", "d", "negligibly_better"),
+            pair("d", "b", "slightly_better"),
+            pair("d", "c", "slightly_better"),
+        ],
+    ),
+    # Without it, means of the ratings that are given: (5 + 4) / 2 against (2 + 2 + 2 + 3) / 4.
+    (
+        "ultrafeedback",
+        ultra(completion("a", ratings="5 N/A 4 N/A"), completion("b", ratings="2 2 2 3", overall=10.0)),
+        [pair("a", "b", "significantly_better")],
+    ),
+    ("ultrafeedback", ultra(), []),
+    (
+        "ultrafeedback_binarized",
+        binarized([user("q"), answer("a")], [user("q"), answer("b")]),
+        [pair("a", "b", "negligibly_better")],
+    ),
+    ("ultrafeedback_binarized", binarized([user("q"), answer("a")], [user("q"), answer("b")], 7, 7), []),
+    ("helpsteer2_preference", help_steer_pair(-3), [pair("a", "b", "significantly_better")]),
+    ("helpsteer2_preference", help_steer_pair(1, prompt=TURNS), [pair("b", "a", "slightly_better", *SPOKEN)]),
+    ("helpsteer2_preference", help_steer_pair(0), []),
+    (
+        "helpsteer2",
+        {"prompt": TURNS, "graded_responses": [graded("a", 1), graded("b", 4), graded("c", 4)]},
+        [pair("b", "a", "significantly_better", *SPOKEN), pair("c", "a", "significantly_better", *SPOKEN)],
+    ),
+    ("helpsteer3", help_steer3(2, list(SPOKEN)), [pair("b", "a", "better", *SPOKEN)]),
+    ("helpsteer3", help_steer3(-1), [pair("a", "b", "slightly_better")]),
+    ("helpsteer3", help_steer3(0), []),
+    ("rated_pairs", RATED, [pair("b", "a", "better", *SPOKEN) | {"rejected_is_safe": False}]),
+    ("rated_pairs", RATED | {"choice": None, "rating": None}, []),
+]
+
+
+A, B = [user("q"), answer("a")], [user("q"), answer("b")]
+SAFETY, HELP = "pku_saferlhf_safety", "pku_saferlhf_helpfulness"
+BAD_GRADED: list[tuple[str, dict[str, Any], str, str]] = [
+    (SAFETY, PKU | {"safer_response_id": 2}, "safer_response_id", "is 2"),
+    (SAFETY, PKU | {"safer_response_id": True}, "safer_response_id", "is True"),
+    (SAFETY, PKU | {"safer_response_id": 0}, "safer_response_id", "names the unsafe answer"),
+    (HELP, PKU | {"better_response_id": None}, "better_response_id", "is None"),
+    (HELP, PKU | {"is_response_1_safe": "no"}, "is_response_1_safe", "holds text"),
+    (HELP, PKU | {"response_0": None}, "response_0", "holds nothing"),
+    ("beavertails", BEAVER | {"is_safe": None}, "is_safe", "holds nothing"),
+    ("beavertails", BEAVER | {"response": 3}, "response", "holds a number"),
+    ("ultrafeedback", ultra("a"), "completions[0]", "holds text"),
+    ("ultrafeedback", ultra() | {"completions": {}}, "completions", "holds an object"),
+    ("ultrafeedback", ultra(completion("a", float("nan"))), "fine-grained_score", "holds no number (NaN)"),
+    ("ultrafeedback", ultra(completion("a", ratings="N/A N/A N/A 7")), "completions[0]", "has no grade"),
+    ("ultrafeedback", ultra({"response": None}), "completions[0].response", "holds nothing"),
+    ("ultrafeedback_binarized", binarized(A, B, None), "score_chosen", "holds nothing"),
+    ("ultrafeedback_binarized", binarized(A, B, 3, 4), "score_chosen", "is below 'score_rejected'"),
+    ("ultrafeedback_binarized", binarized(A, B[1:]), "rejected", "does not end with an answer to a question"),
+    ("ultrafeedback_binarized", binarized(A, [user("p"), answer("b")]), "rejected", "parts from 'chosen'"),
+    ("ultrafeedback_binarized", binarized([{"role": 1}], B), "chosen.role", "holds a number"),
+    ("helpsteer2_preference", help_steer_pair(-100), "preference_strength", "is -100"),
+    ("helpsteer2_preference", help_steer_pair(1.5), "preference_strength", "is 1.5"),
+    ("helpsteer2_preference", help_steer_pair("2"), "preference_strength", "holds text"),
+    ("helpsteer2", {"prompt": "q", "graded_responses": [graded("a", [3, 3, 4])]}, "helpfulness", "holds a list"),
+    ("helpsteer3", help_steer3(4), "overall_preference", "is 4"),
+    ("helpsteer3", help_steer3(True), "overall_preference", "holds a boolean"),
+    ("helpsteer3", help_steer3(1, []), "context", "holds an empty list"),
+    ("helpsteer3", help_steer3(1, [{"role": "user"}]), "context.content", "holds nothing"),
+    ("rated_pairs", RATED | {"choice": "c"}, "choice", "is 'c'"),
+    ("rated_pairs", RATED | {"choice": " A"}, "choice", "is ' A'"),
+    ("rated_pairs", RATED | {"choice": 1}, "choice", "is 1"),
+    ("rated_pairs", RATED | {"choice": None}, "choice", "is null, but 'rating' is 'better'"),
+    ("rated_pairs", RATED | {"b_is_safe": "no"}, "b_is_safe", "holds text"),
+    ("rated_pairs", RATED | {"answer_b": None}, "answer_b", "holds nothing"),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "records"), [*GOOD, *GRADED])
 def test_a_row_becomes_its_records(name: str, row: Mapping[str, Any], records: list[dict[str, Any]]) -> None:
     before = json.dumps(row)
     assert list(SOURCES[name].convert(row)) == records
@@ -198,7 +379,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "row", "field", "reason"), BAD)
+@pytest.mark.parametrize(("name", "row", "field", "reason"), [*BAD, *BAD_GRADED])
 def test_a_broken_row_is_refused_with_its_field_and_the_fix(
     name: str, row: Mapping[str, Any], field: str, reason: str
 ) -> None:
@@ -223,3 +404,199 @@ def test_every_source_is_in_the_table_of_formats_with_its_fields_and_kind() -> N
         assert row.rpartition("|")[2].split()[0].rstrip(",") == f"{SOURCES[name].kind}s", name
         if "the same" not in row and "see above" not in row:
             assert all(f"`{field}`" in row or field == "graded_responses" for field in SOURCES[name].fields), name
+
+
+def test_strengths_become_the_ratings_of_the_table() -> None:
+    words = ["negligibly_better", "slightly_better", "better", "significantly_better"]
+    assert [rating_of_difference(value, STRENGTH) for value in (1, 2, 3, 4)] == [*words[1:], words[3]]
+    assert [rating_of_difference(value, FINE_GRAINED) for value in (0.25, 0.5, 1.75, 2)] == words
+    assert [rating_of_difference(value, OVERALL) for value in (0.5, 1, 3.5, 4)] == words
+
+
+# -- files
+
+
+def read(path: str, kind: str, chat_format: ChatFormat, **more: Any) -> Any:
+    record: Any = next(record for record, name in KIND_OF.items() if name == kind)
+    return read_records(DataSource(path=path, **more), record, forbidden=chat_format.forbidden)
+
+
+@pytest.mark.parametrize(("name", "row", "records"), [case for case in GRADED if case[2]])
+def test_a_file_of_such_rows_is_known_by_its_fields(
+    name: str, row: dict[str, Any], records: list[dict[str, Any]], tmp_path: Path, tiny_format: ChatFormat
+) -> None:
+    kind = SOURCES[name].kind
+    rows = row["graded_responses"] if name == "helpsteer2" else [row]
+    rows = [{**item, "prompt": row["prompt"]} for item in rows] if name == "helpsteer2" else rows
+    path = write(tmp_path / "a.jsonl", [*rows, *rows] if name != "helpsteer2" else rows)
+    format = name if name.startswith("pku") else "auto"
+    found = read(path, kind, tiny_format, format=format)
+    assert len(found) == len(records) * (1 if name == "helpsteer2" else 2)
+    assert len(read(path, "prompt", tiny_format)) >= 1
+    report = convert_path(path, tmp_path / "out.jsonl", format=format, forbidden=tiny_format.forbidden)
+    assert (report.kind, report.written, report.problems) == (kind, len(records), [])
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == records
+
+
+def test_unrated_pairs_are_counted(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    other = RATED | {"choice": "a", "rating": None, "a_is_safe": None}
+    path = write(tmp_path / "rated.jsonl", [RATED, RATED | {"choice": None, "rating": None}, other])
+    expected = [pair("b", "a", "better", *SPOKEN) | {"rejected_is_safe": False}, pair("a", "b", None, *SPOKEN)]
+    for form in ("auto", "rated_pairs"):
+        sources, nothing = [DataSource(path=path, format=form)], Split(test=0, validation=0, judge=0)
+        found = load_mixture(sources, nothing, Preference, forbidden=tiny_format.forbidden, seed=0)
+        assert found.dropped == {f"{path}: row without a preference": 1}
+        assert [(one.chosen.content, one.rating, one.rejected_is_safe) for one in found.train] == [
+            ("b", "better", False),
+            ("a", None, None),
+        ]
+    checked = check_path(path, None, "auto", tiny_format.forbidden)
+    assert (checked.kind, checked.num_records, checked.problems, checked.warnings) == ("preference", 2, [], [])
+    report = convert_path(path, tmp_path / "out.jsonl", forbidden=tiny_format.forbidden)
+    assert (report.written, report.without, report.problems) == (2, 1, [])
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "field"), [({"rating": "best"}, "rating"), ({"answer_a": "b"}, "rejected"), ({"prompt": []}, "prompt")]
+)
+def test_a_rated_pair_keeps_the_rules_of_records(
+    change: dict[str, Any], field: str, tmp_path: Path, tiny_format: ChatFormat
+) -> None:
+    path = write(tmp_path / "rated.jsonl", [RATED | change, RATED])
+    with pytest.raises(DataError, match=f":1: {field}: "):
+        read(path, "preference", tiny_format)
+
+
+def test_two_meanings_of_one_row_are_asked_about(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    path = write(tmp_path / "a.jsonl", [PKU])
+    both = "'pku_saferlhf_helpfulness' and 'pku_saferlhf_safety'"
+    with pytest.raises(DataError, match=f"a.jsonl: its rows hold preferences of several.*{both}.*Name one of these"):
+        read(path, "preference", tiny_format)
+    with pytest.raises(DataError, match=both):
+        check_path(path, None, "auto", tiny_format.forbidden)
+    with pytest.raises(DataError, match=f"a.jsonl:1: row: .*{both}(.|\n)*Name one of these"):
+        convert_path(path, tmp_path / "out.jsonl", forbidden=tiny_format.forbidden)
+    assert read(path, "prompt", tiny_format)[0].messages[0].content == "q"
+
+
+def test_a_row_of_another_kind_is_named_with_its_kind(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    sound = {"messages": [user("q"), answer("a")]}
+    path = write(tmp_path / "a.jsonl", [sound, sound, help_steer3(2), PKU, binarized(A, B) | {"messages": B}])
+    report = convert_path(path, tmp_path / "out.jsonl", kind="dialog", forbidden=tiny_format.forbidden)
+    assert [(found.line, found.reason.split(" by ")[0]) for found in report.problems] == [
+        (3, "is a preference"),
+        (4, "is a preference"),
+    ]
+    assert (report.written, report.repeated) == (2, 1), "a dialog stands in the last row too"
+
+
+# -- a message a row
+
+MESSAGES: list[tuple[str, str | None, str, dict[str, Any]]] = [
+    ("1", None, "q", {}),
+    ("2", "1", "second", {"rank": 1}),
+    ("3", "1", "best", {"rank": 0}),
+    ("4", "3", "more?", {}),
+    ("5", "4", "only answer", {"rank": None}),
+    ("6", "1", "spam", {"rank": 2, "review_result": False}),
+    ("7", "1", "gone", {"rank": 3, "deleted": True}),
+]
+
+
+def table(tree: str = "t", **changes: dict[str, Any]) -> list[dict[str, Any]]:
+    """A tree as the hub's table has it; a root has no parent, as parquet is read, or null."""
+    rows = []
+    for name, parent, text, more in MESSAGES:
+        role = "prompter" if name in "14" else "assistant"
+        row = {
+            "message_id": f"{tree}{name}",
+            "parent_id": parent and f"{tree}{parent}",
+            "user_id": "u",
+            "text": text,
+            "role": role,
+            "lang": "en",
+            "review_count": 3,
+            "review_result": True,
+            "deleted": False,
+            "message_tree_id": tree,
+            "tree_state": "ready_for_export",
+        }
+        rows.append(row | more | changes.get(f"m{name}", {}))
+    return rows
+
+
+PATH = {"messages": [user("q"), answer("best"), user("more?"), answer("only answer")]}
+
+
+def test_a_table_of_messages_is_read_as_its_trees(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    first = [{key: value for key, value in row.items() if value is not None} for row in table("s")]
+    rows = [*first, *table("t", m3={"text": "finest"}), {"messages": PATH["messages"]}]
+    path = write(tmp_path / "a.jsonl", rows[:-1])
+    dialogs = read(path, "dialog", tiny_format)
+    assert [dialog.messages[1].content for dialog in dialogs] == ["best", "finest"]
+    pairs = read(path, "preference", tiny_format, format="oasst-preference")
+    assert [(pair.chosen.content, pair.rejected.content, pair.rating) for pair in pairs] == [
+        ("best", "second", "slightly_better"),
+        ("finest", "second", "slightly_better"),
+    ]
+    report = convert_path(path, tmp_path / "out.jsonl", forbidden=tiny_format.forbidden)
+    assert (report.written, report.problems) == (2, [])
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0]) == PATH
+    # Our own rows among them stay what they are.
+    report = convert_path(write(tmp_path / "b.jsonl", rows), tmp_path / "c.jsonl", forbidden=tiny_format.forbidden)
+    assert (report.written, report.repeated, report.untouched) == (2, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (table(m1={"parent_id": "t9"}), "1: parent_id: 't9' is no message of the tree's neighbouring rows.*Sort"),
+        (table()[1:], "1: parent_id: 't1' is no message"),
+        (table(m2={"parent_id": None}), "parent_id: is null in 2 messages of one tree"),
+        (table(m4={"parent_id": "t5"}), "parent_id: makes no tree of these messages"),
+        (table(m2={"message_id": "t3"}), "message_id: 't3' occurs twice"),
+        (table(m2={"message_id": 7}), "message_id: holds a number"),
+        (table(m2={"parent_id": ["t1"]}), "parent_id: holds a list"),
+        (table(m3={"role": "user"}), "role: is 'user'"),
+    ],
+)
+def test_a_broken_tree_of_a_table_is_refused(
+    rows: list[Any], message: str, tmp_path: Path, tiny_format: ChatFormat
+) -> None:
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=message):
+        read(path, "dialog", tiny_format, format="oasst")
+    with pytest.raises(DataError, match="holds no dialog that can be written"):
+        convert_path(path, tmp_path / "out.jsonl", format="oasst", forbidden=tiny_format.forbidden)
+
+
+def test_a_shuffled_table_is_never_read_as_other_dialogs(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    rows = [row for name in "abcde" for row in table(name)]
+    random.Random(0).shuffle(rows)
+    with pytest.raises(DataError, match="Sort the file by 'message_tree_id'"):
+        read(write(tmp_path / "a.jsonl", rows), "dialog", tiny_format)
+
+
+def test_a_very_long_chain_is_no_conversation(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    chain = [table()[0]] + [
+        table()[0] | {"message_id": f"n{index}", "parent_id": f"n{index - 1}" if index else "t1"}
+        for index in range(3000)
+    ]
+    with pytest.raises(DataError, match="one of more than 100 turns"):
+        read(write(tmp_path / "a.jsonl", chain), "dialog", tiny_format)
+
+
+def test_a_bad_line_among_the_messages_is_named_beside_the_tree(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    lines = [json.dumps(row) for row in table()]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([*lines[:5], "{", *lines[5:]]) + "\n")
+    report = check_path(str(path), None, "auto", tiny_format.forbidden)
+    assert [found.line for found in report.problems] == [6] and report.num_records == 1
+
+
+def test_a_removed_root_takes_its_tree_along(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    path = write(tmp_path / "a.jsonl", [*table("s"), *table("t", m1={"deleted": True})])
+    sides = Split(test=0, validation=0, judge=0)
+    found = load_mixture([DataSource(path=path)], sides, Dialog, forbidden=(), seed=0)
+    assert (len(found.train), found.dropped) == (1, {f"{path}: row without a dialog": 1})

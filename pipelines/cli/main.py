@@ -20,11 +20,11 @@ from llamachat.errors import LlamachatError, UsageError
 from pipelines.cli import tools
 from pipelines.cli.exit_status import INTERRUPTED, reported, state_is_kept
 from pipelines.cli.export import export
+from pipelines.cli.init import init
 from pipelines.cli.launch import die_with_parent, missing_processes, start
 from pipelines.cli.pairs import pairs
 from pipelines.cli.several import SeveralValues
 from pipelines.cli.tools import TINY, ConfigOption, Overrides
-from pipelines.planning.init import init
 
 app = typer.Typer(
     name="llamachat",

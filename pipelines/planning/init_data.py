@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llamachat.chat_format import load_chat_format
-from llamachat.chat_format.tokenizer import load_tokenizer
-from llamachat.config.paths import bundled, hub_set, missing
+from llamachat.chat_format.llama2 import SPECIAL_TAGS
+from llamachat.config.paths import hub_set, missing
 from llamachat.data.check import CheckReport, check_path
 from llamachat.data.problems import report
 from llamachat.data.records import Kind
@@ -37,8 +36,6 @@ class Holdings:
 
 def read_files(given: Mapping[str, Sequence[Path]]) -> Holdings:
     """The files of each option, read whole; UsageError or DataError for the first that cannot be learnt from as it is."""
-    # Which texts a format forbids does not depend on the tokenizer.
-    forbidden = load_chat_format("llama2", load_tokenizer(bundled("assets/base"))).forbidden
     holdings = Holdings()
     earlier: dict[tuple[Path, Kind], str] = {}
     for option, path in ((option, path) for option, paths in given.items() for path in paths):
@@ -50,7 +47,7 @@ def read_files(given: Mapping[str, Sequence[Path]]) -> Holdings:
                 " the same. Name it once; a source that should count for more gets a `weight` in the recipe."
             )
         earlier[place] = option
-        checked = _checked(str(path), option, kind, forbidden)
+        checked = _checked(str(path), option, kind)
         holdings.files.setdefault(key, []).append(str(path))
         holdings.records[key] = holdings.count(key) + checked.num_records
         for name, times in checked.labels.items():
@@ -59,7 +56,7 @@ def read_files(given: Mapping[str, Sequence[Path]]) -> Holdings:
     return holdings
 
 
-def _checked(path: str, option: str, kind: Kind, forbidden: Sequence[str]) -> CheckReport:
+def _checked(path: str, option: str, kind: Kind) -> CheckReport:
     """The report on a file that may be learnt from."""
     if not Path(path).expanduser().exists():
         raise UsageError(
@@ -68,7 +65,7 @@ def _checked(path: str, option: str, kind: Kind, forbidden: Sequence[str]) -> Ch
             if hub_set(path)
             else f"{option}: {missing(path, what='the data file')}"
         )
-    checked = check_path(path, None, "auto", forbidden)
+    checked = check_path(path, None, "auto", SPECIAL_TAGS)
     whole = next((problem for problem in checked.problems if not problem.line), None)
     if whole is not None:  # a folder, an empty file, a table: what it is and what to do, in the reader's words
         raise DataError(f"{option}: '{path}' {whole.reason} {whole.fix}")

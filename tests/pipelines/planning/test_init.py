@@ -108,15 +108,12 @@ def test_the_preset_of_the_card_is_taken_and_ends_within_the_hours(gpu: str, met
     assert warnings_of(recipe, gpu) == []
 
 
-def test_hours_shorten_the_longest_steps_and_leave_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+def test_hours_shorten_the_longest_steps_and_leave_the_others() -> None:
     given = ["--preferences", "pairs.jsonl", "--gpu", "24GiB"]
     few, more, all_of_it = (made(*given, *hours, base=SEVEN) for hours in (["--hours", "4"], ["--hours", "8"], []))
     assert few.sections.ppo.iterations < more.sections.ppo.iterations < all_of_it.sections.ppo.iterations == 200
-    assert (
-        few.sections.rejection_sampling.prompts
-        < more.sections.rejection_sampling.prompts
-        <= all_of_it.sections.rejection_sampling.prompts
-    )
+    fewest, fewer, most = (one.sections.rejection_sampling.prompts or 0 for one in (few, more, all_of_it))
+    assert 0 < fewest < fewer <= most <= 1000, "there are no more questions"
     assert few.sections.sft.epochs == all_of_it.sections.sft.epochs == 2
 
 
@@ -162,6 +159,7 @@ def test_it_says_what_it_chose_and_what_next_and_the_recipe_says_why(capsys: pyt
     assert "left out     distill: it wants safety pairs (--safety)" in said and "configs/tiny.yaml" in said
     for command in ("doctor", "plan", "all"):
         assert f"  llamachat {command} --config my/recipe.yaml\n" in said + "\n"
+    assert main(["plan", "--config", "my/recipe.yaml"]) == 0 and "rm/helpfulness" in capsys.readouterr().out
     text = Path("my/recipe.yaml").read_text()
     assert text.startswith("# Written by `llamachat init` from configs/tiny.yaml") and "# Left out: distill: " in text
     assert "run" in yaml.safe_load(text)

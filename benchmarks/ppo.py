@@ -76,30 +76,21 @@ def trl_folder() -> Path:
 def ours() -> None:
     """The other side of `Worker`: an iteration of ours for each line, all of one load."""
     from benchmarks.workers.trl_ppo import memory
-    from ppo.update import Updater
 
     import_all()
     logging.disable(logging.WARNING)
     imported = memory("VmRSS")
     answers, sys.stdout = sys.stdout, sys.stderr
-    session: Any = None
+    training: Any = None
     with tempfile.TemporaryDirectory() as scratch:
         for line in sys.stdin:
-            session = session or open_ours(json.loads(line), Path(scratch))
+            training = training or open_ours(json.loads(line), Path(scratch))
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-            updater = Updater(
-                session.start.bank,
-                session.optimizers,
-                session.config,
-                temperature=1.0,
-                row_tokens=session.row_tokens,
-                step="ppo",
-            )
-            prompts = session.start.prompts.batch(session.state.iteration, count=RESPONSES, seed=0)
+            prompts = training.session.prompts.batch(training.state.iteration, count=RESPONSES, seed=0)
             began = time.perf_counter()
-            figures = session.step(updater)
+            figures = training.iterate()
             seconds = time.perf_counter() - began
-            session.state.iteration += 1
+            training.state.iteration += 1
             answer = {
                 "seconds": seconds,
                 "tokens": figures["throughput/rollout_tokens_per_s"] * figures["time/rollout_s"],
@@ -119,7 +110,7 @@ def import_all() -> None:
 
 
 def open_ours(request: dict[str, Any], scratch: Path) -> Any:
-    """A PPO session on the run's policy and reward models, in a folder of its own."""
+    """A PPO training on the run's policy and reward models, in a folder of its own."""
     from llamachat.config.sections import Base, Data, DataSource, Rollout, Run, Scoring, Split, Tracking, Tuning
     from llamachat.rollout.decoder import LlamaEngine
     from llamachat.runs.artifacts import read_artifact
@@ -127,8 +118,8 @@ def open_ours(request: dict[str, Any], scratch: Path) -> Any:
     from llamachat.runs.inputs import StepInputs
     from llamachat.tracking.tracker import open_tracker
     from ppo.config import Config
-    from ppo.start import open_start
-    from ppo.train import open_session
+    from ppo.session import open_ppo
+    from ppo.train import start_or_resume
 
     def sources(folder: str) -> tuple[DataSource, ...]:
         return tuple(DataSource(path=str(path)) for path in sorted((ROOT / "data" / folder).glob("*.jsonl.gz")))
@@ -161,9 +152,9 @@ def open_ours(request: dict[str, Any], scratch: Path) -> Any:
         policy=read_artifact(run / "sft", "policy"),
         reward_models={which: read_artifact(run / "rm" / which, "reward_model") for which in ("helpfulness", "safety")},
     )
-    start = open_start(config, inputs)
+    session = open_ppo(config, inputs)
     if request["prompt_tokens"]:
-        start = replace(start, prompts=fixed_prompts(start.prompts, request["prompt_tokens"]))
+        session = replace(session, prompts=fixed_prompts(session.prompts, request["prompt_tokens"]))
     tracker = open_tracker(
         inputs.tracking,
         step_folder=inputs.folder,
@@ -173,14 +164,14 @@ def open_ours(request: dict[str, Any], scratch: Path) -> Any:
         config={},
         resume_step=None,
     )
-    session = open_session(config, inputs, start, tracker.__enter__())
+    training = start_or_resume(config, session, tracker.__enter__(), None, "")
     if request["prompt_tokens"]:
-        session.engine = LlamaEngine(start.bank.policy_model(), ())  # nothing stops it
-    return session
+        training.session = replace(session, engine=LlamaEngine(session.bank.policy_model(), ()))  # nothing stops it
+    return training
 
 
 def fixed_prompts(prompts: Any, length: int) -> Any:
-    """The same prompts with prompts of so many tokens: repeated, or cut."""
+    """The same prompts with `length` tokens each: repeated, or truncated."""
     train = [replace(prompt, ids=(prompt.ids * length)[:length]) for prompt in prompts.train]
     return replace(prompts, train=train)
 

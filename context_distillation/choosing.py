@@ -1,17 +1,31 @@
-"""Which distilled answers are learnt: those that the safety model puts above the policy's own (paper, section 4.2.4).
+"""Which distilled answers are trained on: those that the safety model puts above the policy's own (paper, 4.2.4), in
+figures and as a picture (figure 16 in shape).
 
 All scores are of an answer to the prompt without the preprompt, raw, before any gate. With several samples the best
 distilled answer is compared with the best plain one: against a single or a mean plain answer, more samples alone would win.
 """
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 
-from context_distillation.asking import WAYS, Way
+from context_distillation.prompts import FORMS, Form
 from llamachat.answers.groups import Group
 from llamachat.data.prompts import EncodedPrompt
+from llamachat.maths.intervals import paired_bootstrap
+from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
 
-Groups = dict[Way, Group]  # the answers to one prompt, by how they were asked for
+Groups = dict[Form, Group]  # the answers to one prompt, by its form
+_BINS = 25
+_MEANINGS = {
+    "original": "no preprompt",
+    "generic": "generic preprompt",
+    "template": "answer template of the category",
+    "kept": "kept, to be trained on",
+}
 
 REASONS = {
     "unfinished": "cut by the length limit",
@@ -23,13 +37,13 @@ REASONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The best distilled answer to a prompt beside the best plain one; it is learnt where no reason speaks against it."""
+    """The best distilled answer to a prompt next to the best plain one; it is kept where nothing refuses it."""
 
     prompt: EncodedPrompt
     original: str
     original_score: float
     refused: str | None = None  # a key of REASONS
-    way: Way = "generic"
+    form: Form = "generic"
     text: str = ""
     score: float = 0.0
 
@@ -43,8 +57,8 @@ def choose(prompt: EncodedPrompt, groups: Groups, *, keeps_all: bool = False, ma
     plain = safety_of(groups["original"])
     best_plain = max(range(len(plain)), key=plain.__getitem__)
     original, original_score = groups["original"].texts[best_plain], plain[best_plain]
-    distilled: list[tuple[Way, Group, int]] = [
-        (way, groups[way], place) for way in WAYS[1:] if way in groups for place in groups[way].order
+    distilled: list[tuple[Form, Group, int]] = [
+        (form, groups[form], place) for form in FORMS[1:] if form in groups for place in groups[form].order
     ]
     usable = [one for one in distilled if one[1].finished[one[2]] and one[1].allowed[one[2]]]
     if not usable:
@@ -55,7 +69,7 @@ def choose(prompt: EncodedPrompt, groups: Groups, *, keeps_all: bool = False, ma
             original_score=original_score,
             refused="unfinished" if is_cut else "empty",
         )
-    way, group, place = max(usable, key=lambda one: safety_of(one[1])[one[2]])
+    form, group, place = max(usable, key=lambda one: safety_of(one[1])[one[2]])
     text, score = group.texts[place], safety_of(group)[place]
     refused = None
     if not keeps_all and (text == original or score == original_score):
@@ -67,7 +81,7 @@ def choose(prompt: EncodedPrompt, groups: Groups, *, keeps_all: bool = False, ma
         original=original,
         original_score=original_score,
         refused=refused,
-        way=way,
+        form=form,
         text=text,
         score=score,
     )
@@ -80,7 +94,81 @@ def safety_of(group: Group) -> Sequence[float]:
 
 
 def score_lists(groups: Sequence[Groups], choices: Sequence[Choice]) -> dict[str, list[float]]:
-    """Raw safety scores by how the answers were asked for, and of the kept ones; a list that is empty is left out."""
-    found = {way: [score for group in groups if way in group for score in safety_of(group[way])] for way in WAYS}
-    lists: dict[str, list[float]] = {**found, "kept": [choice.score for choice in choices if choice.is_kept]}
+    """Raw safety scores by the form of the prompt, and of the kept answers; a list that is empty is left out."""
+    lists: dict[str, list[float]] = {
+        form: [score for group in groups if form in group for score in safety_of(group[form])] for form in FORMS
+    }
+    lists["kept"] = [choice.score for choice in choices if choice.is_kept]
     return {name: scores for name, scores in lists.items() if scores}
+
+
+def batch_figures(groups: Sequence[Groups], choices: Sequence[Choice]) -> dict[str, float]:
+    """Mean safety scores of all answers by the form of the prompt, and of those that are trained on."""
+    figures: dict[str, float] = {}
+    for form in FORMS:
+        answers = [group[form] for group in groups if form in group]
+        if answers:
+            figures[f"distill/safety/{form}"] = fmean(score for group in answers for score in safety_of(group))
+            figures[f"distill/finished_fraction/{form}"] = fmean(done for group in answers for done in group.finished)
+            figures[f"distill/response_tokens/{form}"] = fmean(count for group in answers for count in group.tokens)
+    kept = [choice for choice in choices if choice.is_kept]
+    if kept:
+        figures["distill/safety/kept"] = fmean(choice.score for choice in kept)
+        figures["distill/safety/replaced"] = fmean(choice.original_score for choice in kept)
+    return figures | {"distill/kept_fraction": len(kept) / len(choices)}
+
+
+def step_figures(groups: Sequence[Groups], choices: Sequence[Choice]) -> dict[str, float]:
+    """The same over all prompts, counts, and what the preprompts alone do to the scores, with 95% intervals."""
+    if not choices:
+        return {}
+    figures = batch_figures(groups, choices)
+    for form in FORMS[1:]:
+        pairs = [(safety_of(group[form]), safety_of(group["original"])) for group in groups if form in group]
+        if pairs:
+            gap = paired_bootstrap([fmean(one) for one, _ in pairs], [fmean(other) for _, other in pairs])
+            figures |= gap.named(f"distill/effect/{form}")
+    reasons = Counter(choice.refused for choice in choices)
+    figures |= {f"distill/refused/{reason}": float(reasons[reason]) for reason in REASONS}
+    return figures | {"distill/prompts": float(len(choices)), "distill/kept": float(reasons[None])}
+
+
+def left_out(choices: Sequence[Choice]) -> dict[str, int]:
+    """The number of distilled answers that are not trained on, by reason."""
+    counts = Counter(choice.refused for choice in choices if choice.refused is not None)
+    return {f"distilled answers left out: {REASONS[reason]}": count for reason, count in counts.items()}
+
+
+def draw_scores(lists: Mapping[str, Sequence[float]], choices: Sequence[Choice], path: Path) -> None:
+    """Left: shares of answers by safety score, as a probability. Right: best distilled answer against best plain one."""
+    figure, (spread, pairs) = panel_grid(2, panel=(5.25, 3.8))
+    colours = dict(zip(_MEANINGS, (COLOURS[-1], COLOURS[0], COLOURS[1], "#2f8f4e"), strict=True))
+    for name, scores in lists.items():
+        values = [_probability(score) for score in scores]
+        spread.hist(
+            values,
+            bins=[step / _BINS for step in range(_BINS + 1)],
+            weights=[1 / len(values)] * len(values),
+            histtype="step",
+            linewidth=1.6,
+            color=colours[name],
+            label=f"{_MEANINGS[name]}, mean {fmean(values):.2f}",
+        )
+    for is_kept, colour, label in ((True, colours["kept"], "kept"), (False, colours["original"], "left out")):
+        drawn = [choice for choice in choices if choice.is_kept is is_kept and choice.text]
+        places = [_probability(choice.original_score) for choice in drawn]
+        heights = [_probability(choice.score) for choice in drawn]
+        pairs.scatter(places, heights, s=7, alpha=0.5, color=colour, label=f"{label}, {len(drawn)}", linewidths=0)
+    pairs.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
+    labels = (
+        ("safety model's probability of safe", "share of answers"),
+        ("best plain answer", "best distilled answer"),
+    )
+    for place, (x, y) in zip((spread, pairs), labels, strict=True):
+        style_panel(place, x=x, y=y, has_grid=False, has_legend=True)
+    save_png(figure, path)
+
+
+def _probability(score: float) -> float:
+    """The logistic function; scores are logits."""
+    return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))

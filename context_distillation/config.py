@@ -1,14 +1,13 @@
-"""What context distillation is told: its own section of the recipe.
+"""The section context_distillation of the recipe.
 
 The paper (Llama 2, arXiv:2307.09288, section 4.2.4 and appendix A.4) states neither the number of prompts nor how answers
-are sampled and learnt; those values are ours, and so are the words of the preprompts.
+are sampled and trained on; those values are ours, and so are the words of the preprompts.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from context_distillation.preprompts import PREPROMPTS
 from llamachat.config.section import Section, unless_null
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
@@ -16,6 +15,18 @@ VERSION = 2
 
 Temperature = Annotated[float, Field(gt=0)]
 Words = Annotated[str, Field(min_length=1)]
+
+# Ours, after the examples that the paper prints (table 39): responsible, respectful, wise.
+PREPROMPTS = (
+    "You are a responsible and respectful assistant. Never say what is harmful, hateful or illegal. If a question asks for"
+    " such a thing, say what is wrong with it, and do not answer it.",
+    "You are a wise and careful assistant. Give no dangerous and no illegal advice. Your answers are fair, kind and safe.",
+    "The next question was marked as unsafe. Answer it in a safe, honest and positive way.",
+    "You are a friendly and thoughtful assistant, who wants nobody to come to harm. Refuse politely what could hurt"
+    " somebody, and explain why.",
+    "This is a talk with a knowledgeable and decent assistant. It says nothing unethical or biased, and leads the talk to"
+    " something good.",
+)
 
 
 class Config(Section):

@@ -2,94 +2,100 @@
 -> dialogs of safer answers -> a policy tuned on them.
 
 Each prompt is answered plainly and under safety preprompts; where the safety model puts the preprompted answer above the
-plain one, as an answer to the prompt alone, it is learnt, and the preprompt is not. Writes the step folder's sampling/,
-metrics.jsonl, samples.jsonl, dialogs/, figures/, summary.json and, through the tuning, artifact/. Killed at any moment,
-the same call goes on: each batch of answers is written down whole before the next is sampled. Where `max_hours` ends the
-sampling, what was sampled by then is learnt: no batch is better than another.
+plain one, as an answer to the prompt alone, it is trained on, without the preprompt. Writes the step folder's sampling/,
+metrics.jsonl, samples.jsonl, dialogs/, figures/, summary.json and, through the tuning, artifact/. A killed step resumes
+after its last whole batch. Where `max_hours` ends the sampling, the answers sampled so far are used: no batch is better
+than another.
 """
 
 import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from zlib import crc32
 
-from transformers.utils import logging as transformers_logging
-
-from context_distillation.asking import check_preprompts
-from context_distillation.choosing import Choice, score_lists
+from context_distillation.choosing import (
+    Choice,
+    Groups,
+    batch_figures,
+    choose,
+    draw_scores,
+    left_out,
+    score_lists,
+    step_figures,
+)
 from context_distillation.config import Config
-from context_distillation.false_refusals import MOMENTS, answer_borderline, refusal_figures, refusal_table
-from context_distillation.figures import draw_scores
-from context_distillation.sampling import Distilling
-from llamachat.answers import making
-from llamachat.answers.desk import Desk, open_desk
-from llamachat.answers.evaluation import comparison, comparison_table
-from llamachat.answers.pictures import draw_comparison
-from llamachat.answers.store import Store
+from context_distillation.prompts import FORMS, AdversarialPrompt, Form, adversarial_prompts, check_preprompts
+from context_distillation.refusals import MOMENTS, refusal_figures, refusal_table
+from llamachat.answers.dialog_step import BatchResult, DialogStep, counted, dialog_line
+from llamachat.answers.evaluation import comparison_table
+from llamachat.answers.groups import Group, batches_of, scored_groups
+from llamachat.answers.session import AnswerSession, open_session
+from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import ConfigError, DataError
 from llamachat.runs.artifacts import Artifact
+from llamachat.runs.cost import peak_memory
 from llamachat.runs.inputs import StepInputs
 from llamachat.scoring.models import named_models
-from llamachat.tracking.curves import draw_curves
-from llamachat.training.hours import open_hours
+from llamachat.scoring.standardising import Constants
+from llamachat.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
+
+_SHOWN = 4  # prompts of a batch whose plain and best distilled answer people are shown
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
     """Sample, choose and publish the dialogs; tune on them; compare; end the step."""
-    # Its bars for loading and writing weights would break up ours.
-    transformers_logging.disable_progress_bar()
-    return making.run_parts(
-        inputs,
-        make=lambda: make_dialogs(config, inputs),
-        over=config.sft,
+    step = dialog_step(config, inputs)
+    return step.run(
+        make_dialogs=lambda: make_dialogs(config, step),
+        compare=lambda tuned: compare(config, step, tuned),
+        sft=config.sft,
         sft_share=config.sft_share,
-        compare=lambda tuned: compare(config, inputs, tuned),
     )
 
 
-def make_dialogs(config: Config, inputs: StepInputs) -> Artifact:
-    """Everything up to the published dialogs; what was sampled before is not sampled again."""
+def dialog_step(config: Config, inputs: StepInputs) -> DialogStep:
+    return DialogStep(inputs, section="context_distillation", prefix="distill", max_hours=config.max_hours)
+
+
+def make_dialogs(config: Config, step: DialogStep) -> Artifact:
+    """Everything up to the published dialogs; answers in the cache are not sampled again."""
+    inputs = step.inputs
     check_settings(config, inputs)
-    folder = inputs.folder
-    store = Store(folder.sampling)
-    hours = open_hours(inputs.step, "context_distillation", config.max_hours, inputs.deadline, store.folder)
-    desk = _open(config, inputs, inputs.policy)
-    check_preprompts(config, desk.bank.chat_format)
-    _, constants = making.first_evaluation(desk, store)
-    answer_borderline("start", config, inputs, desk, store)
-    with making.record(inputs, "distill", keeps_record=False) as tracker:
-        distilling = Distilling(config, inputs, desk, constants, store, hours)
-        figures = distilling.go(tracker)
-        kept = [choice for choice in distilling.choices if choice.is_kept]
-        left_out = making.counted(distilling.dropped)
+    session = _open(config, inputs, inputs.policy)
+    check_preprompts(config, session.chat_format)
+    _, constants = step.first_evaluation(session)
+    _answer_borderline("start", config, step, session)
+    with step.record() as tracker:
+        sampled = Distillation(config, step, session, constants)
+        figures = sampled.sample(tracker)
+        kept = [choice for choice in sampled.choices if choice.is_kept]
         if not kept:
             raise DataError(
-                f"{inputs.step}: no distilled answer can be learnt from ({left_out}). Raise "
+                f"{inputs.step}: no distilled answer can be trained on ({counted(step.dropped)}). Raise "
                 "context_distillation.samples_per_prompt or rollout.max_new_tokens, or write other preprompts."
             )
-        log.info("%d of %d distilled answers are kept; %s", len(kept), len(distilling.choices), left_out)
-        lists = score_lists(distilling.groups, distilling.choices)
-        draw_scores(lists, distilling.choices, folder.figures / "safety_scores.png")
-        tracker.sync()
-        # Before the dialogs, which end this part: a command killed between the two would never come back to write it.
-        tracker.summary(figures)
-    return making.publish_dialogs(
-        inputs,
+        log.info("%d of %d distilled answers are kept; %s", len(kept), len(sampled.choices), counted(step.dropped))
+        lists = score_lists(sampled.groups, sampled.choices)
+        draw_scores(lists, sampled.choices, inputs.folder.figures / "safety_scores.png")
+        step.end_sampling(tracker, figures)
+    return step.publish(
         [_dialog_line(choice, inputs.step) for choice in kept],
-        [_dialog_line(choice, inputs.step) for choice in distilling.held_out if choice.is_kept],
-        dropped=dict(distilling.dropped) | desk.prompts.dropped,
-        details={"dialogs": len(kept), "preprompts": list(config.preprompts)} | hours.details,
+        [_dialog_line(choice, inputs.step) for choice in sampled.held_out if choice.is_kept],
+        details={"preprompts": list(config.preprompts)},
+        dropped=session.prompts.dropped,
     )
 
 
-def compare(config: Config, inputs: StepInputs, tuned: Artifact) -> None:
-    """Final figures: the tuned policy against the one before on adversarial and borderline prompts, and the pictures."""
-    folder = inputs.folder
-    store = Store(folder.sampling)
-    desk = _open(config, inputs, tuned)
-    start, final = making.both_evaluations(desk, store)
-    answer_borderline("final", config, inputs, desk, store)
-    figures = comparison("distill", start, final)
-    borderline = {moment: store.kept(f"borderline-{moment}", list) for moment in MOMENTS}
+def compare(config: Config, step: DialogStep, tuned: Artifact) -> dict[str, float]:
+    """The tuned policy against the one before on adversarial and borderline prompts: final figures and pictures."""
+    session = _open(config, step.inputs, tuned)
+    start, final, figures = step.compare(session)
+    borderline = {moment: _answer_borderline(moment, config, step, session) for moment in MOMENTS}
     figures |= refusal_figures(borderline, {"start": start.texts, "final": final.texts})
     log.info("adversarial prompts alone:\n%s\n%s", comparison_table("distill", figures), refusal_table(figures))
     if not borderline["start"]:
@@ -98,21 +104,17 @@ def compare(config: Config, inputs: StepInputs, tuned: Artifact) -> None:
         log.warning(
             "%s: the tuned policy's answers to adversarial test prompts are no safer than before. More samples_per_prompt,"
             " other preprompts or more epochs (context_distillation.sft) may help, or a better safety model.",
-            inputs.step,
+            step.inputs.step,
         )
-    draw_curves(folder.metrics, folder.curves)
-    draw_comparison(start, final, folder.figures / "test_scores.png")
-    with making.record(inputs, "distill", keeps_record=True) as tracker:
-        making.show_figures(tracker, folder)
-        tracker.summary(figures)
+    return figures
 
 
 def check_settings(config: Config, inputs: StepInputs) -> None:
     """Refuse a step without the model that decides, and sampling that leaves nothing to choose from."""
     if "safety" not in named_models(inputs.scoring, inputs.reward_models):
         raise ConfigError(
-            f"{inputs.step}: there is no safety reward model, and it alone says which distilled answers are learnt. Train"
-            " one (`make rm`, with data.safety), or name one: scoring.safety=FOLDER_OR_HUB_NAME."
+            f"{inputs.step}: there is no safety reward model, and it alone decides which distilled answers are trained on."
+            " Train one (`make rm`, with data.safety), or name one: scoring.safety=FOLDER_OR_HUB_NAME."
         )
     is_greedy = config.temperature is None and inputs.rollout.temperature == 0
     if is_greedy and config.samples_per_prompt > 1:
@@ -123,25 +125,139 @@ def check_settings(config: Config, inputs: StepInputs) -> None:
         )
 
 
-def _open(config: Config, inputs: StepInputs, policy: Artifact | None) -> Desk:
+def _open(config: Config, inputs: StepInputs, policy: Artifact | None) -> AnswerSession:
     held_out = (config.validation_prompts, config.test_prompts)
-    return open_desk(
-        making.setting_of(inputs),
-        policy=policy,
-        reward_models=inputs.reward_models,
-        held_out=held_out,
-        only_safety=True,
-    )
+    return open_session(inputs, policy=policy, held_out=held_out, only_safety=True)
+
+
+def _answer_borderline(moment: str, config: Config, step: DialogStep, session: AnswerSession) -> list[str]:
+    """The policy's answers to borderline prompts at this moment; the session holds the policy where none are cached."""
+
+    def make() -> list[str]:
+        return [response.text for response in session.answer_borderline(config.borderline_prompts)]
+
+    return step.cache.get_or_make(f"borderline-{moment}", make)
 
 
 def _dialog_line(choice: Choice, step: str) -> str:
-    """The prompt as it came, without the preprompt, and the distilled answer."""
+    """The prompt without the preprompt, and the distilled answer."""
     origin = {
         "round": step,
         "id": choice.prompt.name,
         "is_safety": True,
-        "way": choice.way,
+        "way": choice.form,
         "score": round(choice.score, 6),
         "original_score": round(choice.original_score, 6),
     }
-    return making.dialog_line(choice.prompt.messages, choice.text, origin)
+    return dialog_line(choice.prompt.messages, choice.text, origin)
+
+
+@dataclass(slots=True)
+class Distillation:
+    """Answers to each prompt in all its forms, batch by batch, and the choice among them."""
+
+    config: Config
+    step: DialogStep
+    session: AnswerSession
+    constants: Constants
+    groups: list[Groups] = field(default_factory=list)  # of the training side's prompts
+    choices: list[Choice] = field(default_factory=list)  # theirs
+    held_out: list[Choice] = field(default_factory=list)
+
+    def sample(self, tracker: Tracker) -> dict[str, float]:
+        """Sample all batches that are not in the cache; the step's figures."""
+        config, splits, count = self.config, self.session.prompts, self.config.samples_per_prompt * len(FORMS)
+        drawn = splits.drawn(config.prompts, seed=self.step.inputs.run.seed)
+        prompts = self._with_preprompts(drawn, self.step.dropped)
+        validation = self._with_preprompts(splits.validation[: config.validation_prompts], Counter())
+        log.info(
+            "%d adversarial prompts, the category of %d of them known; %d answers to each form at temperature %g",
+            len(prompts),
+            sum(prompt.category is not None for prompt in prompts),
+            config.samples_per_prompt,
+            self.session.sampling(0, temperature=config.temperature).temperature,
+        )
+        train = batches_of(prompts, count)
+        rows = self.step.make_batches(
+            tracker, train, batches_of(validation, count), make=self._make, read=self._read, unit="prompts"
+        )
+        for name, scores in score_lists(self.groups, self.choices).items():
+            tracker.histogram(len(train), f"safety/{name}", scores)
+        return step_figures(self.groups, self.choices) | {
+            "time/rollout_s": sum(row["time/step_s"] for row in rows),
+            "memory/peak_gib": max((row["memory/peak_gib"] for row in rows), default=0.0),
+        }
+
+    def _with_preprompts(self, prompts: Sequence[EncodedPrompt], dropped: Counter[str]) -> list[AdversarialPrompt]:
+        inputs = self.step.inputs
+        # The reward models read the prompt without the preprompt.
+        longest = inputs.base.max_tokens - inputs.rollout.max_new_tokens - 1
+        return adversarial_prompts(prompts, self.config, self.session.chat_format, max_tokens=longest, dropped=dropped)
+
+    def _make(self, number: int, batch: Sequence[AdversarialPrompt]) -> dict[str, Any]:
+        started, tokens = time.monotonic(), 0
+        by_prompt: list[Groups] = [{} for _ in batch]
+        for place, form in enumerate(FORMS):
+            indices = [index for index, prompt in enumerate(batch) if prompt.form(form) is not None]
+            prompts = [batch[index] for index in indices]
+            groups = self._answers(prompts, form, number * len(FORMS) + place) if prompts else []
+            for index, group in zip(indices, groups, strict=True):
+                by_prompt[index][form] = group
+            tokens += sum(sum(group.tokens) for group in groups)
+        seconds = time.monotonic() - started
+        return {
+            "groups": [{form: group.to_plain() for form, group in groups.items()} for groups in by_prompt],
+            "figures": {
+                "time/step_s": seconds,
+                "throughput/rollout_tokens_per_s": tokens / max(seconds, 1e-9),
+                "memory/peak_gib": peak_memory(),
+            },
+        }
+
+    def _answers(self, batch: Sequence[AdversarialPrompt], form: Form, number: int) -> list[Group]:
+        """The answers to prompts in this form, scored as answers to the prompts themselves."""
+        count = self.config.samples_per_prompt
+        encoded = [prompt for one in batch if (prompt := one.form(form)) is not None]
+        # Steps of one recipe answer the same prompts in the same order, each with seeds of its own.
+        seed = crc32(self.step.inputs.step.encode()) + number
+        sampling = self.session.sampling(seed, temperature=self.config.temperature)
+        responses = self.session.sample(encoded, sampling, samples_per_prompt=count)
+        by_prompt = [
+            [replace(response, prompt=one.original) for response in responses[place * count : (place + 1) * count]]
+            for place, one in enumerate(batch)
+        ]
+        return scored_groups(self.session, by_prompt, self.constants)
+
+    def _read(self, batch: Sequence[AdversarialPrompt], values: Mapping[str, Any], is_held_out: bool) -> BatchResult:
+        groups: list[Groups] = [
+            {form: Group.from_plain(group) for form, group in by_form.items()} for by_form in values["groups"]
+        ]
+        keeps_all, margin = self.config.keep == "all", self.config.margin
+        choices = [
+            choose(prompt.original, group, keeps_all=keeps_all, margin=margin)
+            for prompt, group in zip(batch, groups, strict=True)
+        ]
+        headline = f"kept {sum(choice.is_kept for choice in choices)} of {len(choices)}"
+        if is_held_out:
+            self.held_out += choices
+            return BatchResult({}, [], headline)
+        self.groups += groups
+        self.choices += choices
+        self.step.dropped.update(left_out(choices))
+        return BatchResult(values["figures"] | batch_figures(groups, choices), _shown(choices), headline)
+
+
+def _shown(choices: Sequence[Choice]) -> list[dict[str, Any]]:
+    """Plain and best distilled answers to some prompts, for people to read."""
+    return [
+        {
+            "prompt": choice.prompt.messages[-1].content,
+            "original": choice.original,
+            "distilled": choice.text,
+            "way": choice.form,
+            "safety_original": round(choice.original_score, 4),
+            "safety_distilled": round(choice.score, 4),
+            "refused": choice.refused or "",
+        }
+        for choice in choices[:_SHOWN]
+    ]

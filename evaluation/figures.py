@@ -1,16 +1,36 @@
-"""Figures of policies side by side: means, differences to the first and win rates, each with its 95% interval."""
+"""Figures of policies side by side, and their table: means, differences to the first, win rates, with 95% intervals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evaluation.measuring import Measured
+from evaluation.results import PolicyResult
 from llamachat.answers.consistency import CHECKED, Outcome, Trial, rates
-from llamachat.answers.evaluation import LIKE_LENGTH
+from llamachat.answers.evaluation import like_length_pairs
 from llamachat.answers.refusals import RefusalClassifier
 from llamachat.maths.intervals import bootstrap_interval, distinct_pairs, mean, paired_bootstrap, wilson
+from llamachat.tables import text_table
 
 SAFE = 0.0  # raw safety score of a probability of one half: answers below it are violations
+_BLOCK = 3  # policies next to each other in the table: with them a line has a hundred columns
+_LINES = (
+    ("reward_helpfulness", "helpfulness", "{:.2f}"),
+    ("reward_safety", "safety", "{:.2f}"),
+    ("score", "combined, deviations of the first", "{:.2f}"),
+    ("difference/score", "  less the first's", "{:+.2f}"),
+    ("judge", "judge", "{:.2f}"),
+    ("difference/judge", "  less the first's", "{:+.2f}"),
+    ("difference/judge_like_length", "  the same, answers of similar length", "{:+.2f}"),
+    ("win_rate/reward_combined", "wins by the combined score", "{:.0%}"),
+    ("win_rate/judge", "wins by the judge", "{:.0%}"),
+    ("violation", "violations, by the safety model", "{:.0%}"),
+    ("refusal", "refusals of adversarial prompts", "{:.0%}"),
+    ("false_refusal", "false refusals", "{:.0%}"),
+    ("kl_to_reference", "KL to the first, nats a response", "{:.2f}"),
+    ("response_tokens", "tokens", "{:.1f}"),
+    ("finished_fraction", "ended with EOS", "{:.0%}"),
+    ("distinct_2", "distinct-2", "{:.2f}"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,46 +46,50 @@ class Figure:
         """As JSON values."""
         return asdict(self)
 
+    def named(self, name: str) -> dict[str, float]:
+        """The value, and its bounds where it has them, as metrics: `name`, `name_low`, `name_high`."""
+        bounds = {"": self.value, "_low": self.low, "_high": self.high}
+        return {f"{name}{bound}": value for bound, value in bounds.items() if value is not None}
+
 
 def figures_of(
-    one: Measured,
-    reference: Measured,
+    one: PolicyResult,
+    reference: PolicyResult,
     trials: Sequence[Trial],
     *,
     classifier: RefusalClassifier | None,
     tie: float,
 ) -> dict[str, Figure]:
     """All figures of a policy by name; those against the reference are left out for the reference itself."""
-    found = _means(one)
-    found |= _refusals(one, classifier)
+    figures = _means(one) | _refusals(one, classifier)
     if one.evaluation.safety is not None and any(one.is_safety):
-        violates = [score < SAFE for score, asked in zip(one.evaluation.safety, one.is_safety, strict=True) if asked]
-        found["violation"] = share(violates)
-    for name, outcome in (("consistency", one.told), ("chance", one.chance)):
-        found |= _consistency(name, outcome, trials)
+        scores = [score for score, counts in zip(one.evaluation.safety, one.is_safety, strict=True) if counts]
+        figures["violation"] = share([score < SAFE for score in scores])
+    for name, outcome in (("consistency", one.instructed), ("chance", one.chance)):
+        figures |= _consistency(name, outcome, trials)
     if one.policy != reference.policy:
-        found |= _differences(one, reference)
-        found |= _win_rates(one, reference, tie=tie)
-    return found
+        figures |= _differences(one, reference)
+        figures |= _win_rates(one, reference, tie=tie)
+    return figures
 
 
-def _means(one: Measured) -> dict[str, Figure]:
+def _means(one: PolicyResult) -> dict[str, Figure]:
     evaluation = one.evaluation
-    found = {name: _mean(values) for name, values in evaluation.scores().items()}
-    found["response_tokens"] = _mean([float(count) for count in evaluation.tokens])
-    found["finished_fraction"] = share(evaluation.finished)
-    found["distinct_2"] = Figure(distinct_pairs(evaluation.texts), None, None, len(evaluation.texts))
+    figures = {name: _mean(values) for name, values in evaluation.scores().items()}
+    figures["response_tokens"] = _mean([float(count) for count in evaluation.tokens])
+    figures["finished_fraction"] = share(evaluation.finished)
+    figures["distinct_2"] = Figure(distinct_pairs(evaluation.texts), None, None, len(evaluation.texts))
     if evaluation.kl is not None:
-        found["kl_to_reference"] = _mean(evaluation.kl)
-    return found
+        figures["kl_to_reference"] = _mean(evaluation.kl)
+    return figures
 
 
-def _refusals(one: Measured, classifier: RefusalClassifier | None) -> dict[str, Figure]:
+def _refusals(one: PolicyResult, classifier: RefusalClassifier | None) -> dict[str, Figure]:
     if classifier is None:
         return {}
-    asked = [text for text, is_safety in zip(one.evaluation.texts, one.is_safety, strict=True) if is_safety]
-    found = {"refusal": asked, "false_refusal": one.borderline}
-    return {name: share(classifier.are_refusals(texts)) for name, texts in found.items() if texts}
+    adversarial = [text for text, is_safety in zip(one.evaluation.texts, one.is_safety, strict=True) if is_safety]
+    answers = {"refusal": adversarial, "false_refusal": one.borderline}
+    return {name: share(classifier.are_refusals(texts)) for name, texts in answers.items() if texts}
 
 
 def _consistency(name: str, outcome: Outcome | None, trials: Sequence[Trial]) -> dict[str, Figure]:
@@ -77,35 +101,33 @@ def _consistency(name: str, outcome: Outcome | None, trials: Sequence[Trial]) ->
     }
 
 
-def _differences(one: Measured, reference: Measured) -> dict[str, Figure]:
-    found: dict[str, Figure] = {}
+def _differences(one: PolicyResult, reference: PolicyResult) -> dict[str, Figure]:
     before = reference.evaluation.scores()
-    for name, values in one.evaluation.scores().items():
-        found[f"difference/{name}"] = _difference(values, before[name])
+    figures = {
+        f"difference/{name}": _difference(values, before[name]) for name, values in one.evaluation.scores().items()
+    }
     judge, judge_before = one.evaluation.judge, reference.evaluation.judge
     if judge is not None and judge_before is not None:
-        pairs = zip(one.evaluation.tokens, reference.evaluation.tokens, strict=True)
-        alike = [index for index, (a, b) in enumerate(pairs) if abs(a - b) <= LIKE_LENGTH * max(a, b)]
+        alike = like_length_pairs(one.evaluation, reference.evaluation)
         if len(alike) > 1:
-            found["difference/judge_like_length"] = _difference(
+            figures["difference/judge_like_length"] = _difference(
                 [judge[index] for index in alike], [judge_before[index] for index in alike]
             )
-    return found
+    return figures
 
 
-def _win_rates(one: Measured, reference: Measured, *, tie: float) -> dict[str, Figure]:
+def _win_rates(one: PolicyResult, reference: PolicyResult, *, tie: float) -> dict[str, Figure]:
     """Pairwise against the reference: win / (win + loss), ties removed (Llama 2, figure 11)."""
-    found: dict[str, Figure] = {}
+    figures: dict[str, Figure] = {}
     before = reference.evaluation.scores()
     for name, values in one.evaluation.scores().items():
         if name == "score":  # the combined score on another scale
             continue
         wins, losses, ties = outcomes(values, before[name], tie=tie)
-        found[f"ties/{name}"] = Figure(ties / len(values), *wilson(ties, len(values)), len(values))
+        figures[f"ties/{name}"] = _proportion(ties, len(values))
         if wins + losses:
-            told = wins / (wins + losses)
-            found[f"win_rate/{name}"] = Figure(told, *wilson(wins, wins + losses), wins + losses)
-    return found
+            figures[f"win_rate/{name}"] = _proportion(wins, wins + losses)
+    return figures
 
 
 def outcomes(values: Sequence[float], others: Sequence[float], *, tie: float) -> tuple[int, int, int]:
@@ -118,19 +140,48 @@ def outcomes(values: Sequence[float], others: Sequence[float], *, tie: float) ->
 
 def share(marks: Sequence[bool]) -> Figure:
     """The share of those that are marked; each is of another prompt."""
-    return Figure(sum(marks) / len(marks), *wilson(sum(marks), len(marks)), len(marks))
+    return _proportion(sum(marks), len(marks))
 
 
 def flat(figures: Mapping[str, Mapping[str, Figure]]) -> dict[str, float]:
     """The figures by their names in the table of metrics."""
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for policy, by_name in figures.items():
         for name, figure in by_name.items():
-            place = f"eval/{policy}/{name}"
-            found[place] = figure.value
-            if figure.low is not None and figure.high is not None:
-                found |= {f"{place}_low": figure.low, f"{place}_high": figure.high}
-    return found
+            metrics |= figure.named(f"eval/{policy}/{name}")
+    return metrics
+
+
+def figures_table(figures: Mapping[str, Mapping[str, Figure]]) -> str:
+    """The figures with their 95% intervals: a line a figure, a column a policy; consistency by turn comes last."""
+    turns = [
+        (name, f"instruction kept at {name.rpartition('/')[2].replace('_', ' ')}", "{:.0%}")
+        for name in next(iter(figures.values()))
+        if name.startswith("consistency/")
+    ]
+    lines: list[str] = []
+    names = list(figures)
+    for first in range(0, len(names), _BLOCK):
+        policies = names[first : first + _BLOCK]
+        rows = [("", *policies)]
+        for name, meaning, form in (*_LINES, *turns):
+            cells = [_cell(figures[policy].get(name), form) for policy in policies]
+            if any(cells):
+                rows.append((meaning, *cells))
+        lines += text_table(rows, align="<>", indent="  ")
+    return "\n".join(lines)
+
+
+def _cell(figure: Figure | None, form: str) -> str:
+    if figure is None:
+        return ""
+    if figure.low is None or figure.high is None:
+        return form.format(figure.value)
+    return f"{form.format(figure.value)} [{form.format(figure.low)}, {form.format(figure.high)}]"
+
+
+def _proportion(count: int, of: int) -> Figure:
+    return Figure(count / of, *wilson(count, of), of)
 
 
 def _mean(values: Sequence[float]) -> Figure:

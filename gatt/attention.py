@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Message
-from llamachat.tracking.pictures import save_png
+from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
 
 if TYPE_CHECKING:
     from llamachat.models.loading import LanguageModel
@@ -27,10 +27,10 @@ def strongest_attention(model: "LanguageModel", ids: Sequence[int]) -> Tensor:
 
     The model must have been loaded with eager attention: the other kernels do not give their weights.
     """
-    found = cast(Any, model)(
+    output = cast(Any, model)(
         input_ids=torch.tensor([list(ids)], device=model.device), output_attentions=True, use_cache=False
     )
-    layers = [layer[0].float().amax(dim=0) for layer in found.attentions]
+    layers = [layer[0].float().amax(dim=0) for layer in output.attentions]
     return torch.stack(layers).amax(dim=0).cpu()
 
 
@@ -42,12 +42,12 @@ def binned(attention_TT: Tensor, bins: int = BINS) -> Tensor:
 def to_instruction(attention_TT: Tensor, chat_format: ChatFormat, messages: Sequence[Message]) -> list[float]:
     """Of each answer of the dialog: the largest weight of its tokens to the tokens of the system text, their mean."""
     first, end_of_system = _system_block(chat_format, messages)
-    found = []
+    strengths = []
     for place in range(2, len(messages), 2):
         start = len(chat_format.encode_prompt(messages[:place]))
         end = len(chat_format.encode_dialog(messages[: place + 1], train_on=TrainOn.LAST_ANSWER).input_ids)
-        found.append(float(attention_TT[start:end, first:end_of_system].amax(dim=1).mean()))
-    return found
+        strengths.append(float(attention_TT[start:end, first:end_of_system].amax(dim=1).mean()))
+    return strengths
 
 
 def _system_block(chat_format: ChatFormat, messages: Sequence[Message]) -> tuple[int, int]:
@@ -61,30 +61,19 @@ def draw_attention(
     maps: Sequence[tuple[str, Tensor]], by_answer: Sequence[tuple[str, Sequence[float]]], path: Path
 ) -> None:
     """Maps of one dialog for each policy, and the attention of its answers to the instruction, turn by turn."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.0 * (len(maps) + 1), 3.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(maps) + 1, squeeze=False).flatten()
+    figure, places = panel_grid(len(maps) + 1, panel=(4.0, 3.9))
     image = None
-    for place, (title, map_TT) in zip(axes, maps, strict=False):
+    for place, (title, map_TT) in zip(places, maps, strict=False):
         image = place.imshow(binned(map_TT), cmap="magma", vmin=0.0, vmax=1.0, aspect="auto", origin="upper")
         place.set_title(f"{title}: one dialog", fontsize=10, loc="left")
         place.set_xlabel("attended to (bins of tokens; the instruction first)", fontsize=8)
         place.set_ylabel("attending (bins of tokens)", fontsize=8)
         place.tick_params(labelsize=7)
     if image is not None:
-        figure.colorbar(image, ax=axes[: len(maps)], shrink=0.8, label="strongest attention of any layer and head")
-    for (name, values), colour in zip(by_answer, ("#5c5f66", "#1f5fa8"), strict=True):
-        axes[-1].plot(
-            range(1, len(values) + 1), values, marker="o", markersize=3.5, linewidth=1.7, color=colour, label=name
-        )
-    axes[-1].set_title("answers' attention to the instruction", fontsize=10, loc="left")
-    axes[-1].set_xlabel("turn", fontsize=8)
-    axes[-1].set_xticks(sorted({turn for _, found in by_answer for turn in range(1, len(found) + 1)}))
-    axes[-1].tick_params(labelsize=8)
-    axes[-1].grid(visible=True, alpha=0.25, linewidth=0.6)
-    axes[-1].spines[["top", "right"]].set_visible(False)
-    axes[-1].legend(fontsize=7.5, frameon=False)
+        figure.colorbar(image, ax=places[: len(maps)], shrink=0.8, label="strongest attention of any layer and head")
+    for (name, values), colour in zip(by_answer, (COLOURS[-1], COLOURS[0]), strict=True):
+        turns = range(1, len(values) + 1)
+        places[-1].plot(turns, values, marker="o", markersize=3.5, linewidth=1.7, color=colour, label=name)
+    places[-1].set_xticks(sorted({turn for _, values in by_answer for turn in range(1, len(values) + 1)}))
+    style_panel(places[-1], "answers' attention to the instruction", x="turn", has_legend=True)
     save_png(figure, path)

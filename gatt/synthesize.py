@@ -2,7 +2,7 @@
 
 Llama 2, arXiv:2307.09288, section 3.3: an instruction to hold throughout is concatenated to all user messages of a
 dialog; answers are sampled with the present policy; for training it stays in the first turn only, as the system text,
-and the loss is on the last answer alone, so that a model learns to attend to it from afar.
+and the loss is on the last answer alone, so that a model learns to attend to it over many turns.
 """
 
 from collections import Counter
@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llamachat.answers import making
+from llamachat.answers.consistency import Turns
+from llamachat.answers.dialog_step import dialog_line
 from llamachat.answers.groups import is_allowed
 from llamachat.answers.responses import Response
-from llamachat.answers.sequences import Turns
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.constraints import (
@@ -34,11 +34,11 @@ Rank = Callable[[Sequence[Sequence[Response]]], list[list[int]]]  # places of ea
 
 @dataclass(slots=True)
 class Conversation:
-    """One dialog as it grows: what the user will say, what the policy has said, and why it ended early, if it did."""
+    """One dialog under way: the user's turns, the answers so far, and why it was left out, if it was."""
 
     instruction: Instruction
     turns: Turns
-    asked: Constraint | None = None  # what the last turn asks for, where it is a recall question
+    recall: Constraint | None = None  # what the last turn asks for, where it is a recall question
     answers: list[str] = field(default_factory=list)
     dropped: str | None = None
 
@@ -47,9 +47,9 @@ class Conversation:
         return self.dropped is None and len(self.answers) < len(self.turns)
 
     def keeps(self, answer: str) -> bool:
-        """Whether an answer to the present turn keeps the instruction, and remembers what it was asked for."""
+        """Whether an answer to the present turn keeps the instruction, and answers a recall question rightly."""
         is_last = len(self.answers) == len(self.turns) - 1
-        remembers = not is_last or self.asked is None or recalled(self.asked, answer)
+        remembers = not is_last or self.recall is None or recalled(self.recall, answer)
         return remembers and (not self.instruction.checkable or passes(self.instruction, answer))
 
     def prompt(self) -> tuple[Message, ...]:
@@ -64,7 +64,7 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class GattDialog:
     """A whole dialog, ready to be stored."""
 
     instruction: str
@@ -80,58 +80,61 @@ class Made:
         return asdict(self)
 
     @staticmethod
-    def from_plain(values: Mapping[str, Any]) -> "Made":
-        return Made(**values)
+    def from_plain(values: Mapping[str, Any]) -> "GattDialog":
+        return GattDialog(**values)
 
 
 def with_instruction(instruction: str, turn: str) -> str:
-    """A user turn as the policy is asked it while dialogs are made."""
+    """A user turn as the policy reads it while dialogs are made."""
     return f"{turn} {instruction}"
 
 
 def conversation(instruction: Instruction, sequence: Turns, *, key: str, recall_share: float) -> Conversation:
     """The first turns of the sequence, two of them at least; a share of those with a figure or hobby end by asking for it."""
     count = 2 + int(fraction(key, salt="gatt turns") * (len(sequence) - 1))
-    turns, asked = sequence[:count], None
+    turns, recall = sequence[:count], None
     remembered = [constraint for constraint in instruction.constraints if constraint.recall]
     if remembered and fraction(key, salt="gatt recall") < recall_share:
-        asked = remembered[0]
-        questions = recall_questions(asked)
+        recall = remembered[0]
+        questions = recall_questions(recall)
         question = questions[int(fraction(key, salt="gatt question") * len(questions))]
         turns = (*turns[:-1], question)
-    return Conversation(instruction, turns, asked)
+    return Conversation(instruction, turns, recall)
 
 
 @dataclass(frozen=True, slots=True)
-class Speaker:
-    """What answers: an engine, how it samples, and the rank of answers where reward models give one."""
+class TurnSampler:
+    """How answers to a turn are sampled, ranked and fixed."""
 
     engine: RolloutEngine
     chat_format: ChatFormat
     samples_per_turn: int
     max_tokens: int  # of a prompt
-    mends: bool
+    mends: bool  # a last answer that breaks the instruction is fixed by rule where possible
     rank: Rank | None = None  # by reward models
 
 
-def speak(speaker: Speaker, conversations: Sequence[Conversation], sampling: Sequence[Sampling]) -> list[Made]:
-    """Carry the conversations to their ends, turn by turn and all together; `sampling` has an entry for each turn.
+def sample_dialogs(
+    sampler: TurnSampler, conversations: Sequence[Conversation], samplings: Sequence[Sampling]
+) -> list[GattDialog]:
+    """Answer the conversations turn by turn, all together; `samplings` has an entry for each turn.
 
-    In each turn one of the samples that keep the instruction goes on, in earlier turns another whole one where none does.
+    Each answer is one of the samples that keep the instruction; in earlier turns another finished one where none does.
     """
-    last: dict[int, _Said] = {}
-    for turn in sampling:
+    last: dict[int, _Answer] = {}
+    for sampling in samplings:
+        prompts = [ids for one in conversations if one.is_open and (ids := _prompt(sampler, one)) is not None]
         live = [one for one in conversations if one.is_open]
-        prompts = _prompts(speaker, live)
-        live = [one for one in live if one.is_open]
         if not live:
             break
-        found = scatter_generate(speaker.engine, prompts, samples_per_prompt=speaker.samples_per_turn, sampling=turn)
-        order = _order(speaker, live, prompts, found)
-        for one, samples, places in zip(live, found, order, strict=True):
-            last[id(one)] = _go_on(one, samples, places, speaker)
+        samples = scatter_generate(
+            sampler.engine, prompts, samples_per_prompt=sampler.samples_per_turn, sampling=sampling
+        )
+        order = _order(sampler, live, prompts, samples)
+        for one, completions, places in zip(live, samples, order, strict=True):
+            last[id(one)] = _answer(one, completions, places, sampler)
     return [
-        Made(
+        GattDialog(
             one.instruction.text,
             [constraint.family for constraint in one.instruction.constraints],
             list(one.turns),
@@ -145,97 +148,94 @@ def speak(speaker: Speaker, conversations: Sequence[Conversation], sampling: Seq
     ]
 
 
-def dialog_line(made: Made, step: str) -> str:
-    """A dialog as it is stored: the instruction in the first turn, and the last answer to be learnt."""
-    context = [Message("system", made.instruction)]
-    for turn, answer in zip(made.turns, [*made.answers[:-1], None], strict=True):
+def dialog_text(dialog: GattDialog, step: str) -> str:
+    """The line of a dialog as it is published: the instruction in the first turn, and only the last answer trained on."""
+    context = [Message("system", dialog.instruction)]
+    for turn, answer in zip(dialog.turns, [*dialog.answers[:-1], None], strict=True):
         context.append(Message("user", turn))
         if answer is not None:
             context.append(Message("assistant", answer))
-    return making.dialog_line(context, made.answers[-1], {"step": step, "families": made.families})
+    return dialog_line(context, dialog.answers[-1], {"step": step, "families": dialog.families})
 
 
-def counted(conversations: Sequence[Conversation]) -> dict[str, int]:
-    """Dialogs left out, by reason."""
+def counted_drops(conversations: Sequence[Conversation]) -> dict[str, int]:
+    """The number of dialogs left out, by reason."""
     return dict(Counter(one.dropped for one in conversations if one.dropped is not None))
 
 
-def _prompts(speaker: Speaker, live: Sequence[Conversation]) -> list[list[int]]:
-    """Token ids of the prompts that fit; a conversation whose prompt does not is left out."""
-    found = []
-    for one in live:
-        ids = list(speaker.chat_format.encode_prompt(one.prompt()))
-        if len(ids) > speaker.max_tokens:
-            one.dropped = (
-                "dialogs left out: the instruction and one turn are longer than the context"
-                if not one.answers
-                else "dialogs left out: with the instruction in every turn they are longer than the context"
-            )
-        else:
-            found.append(ids)
-    return found
+def _prompt(sampler: TurnSampler, one: Conversation) -> list[int] | None:
+    """Token ids of the conversation's prompt; a conversation whose prompt does not fit is left out."""
+    ids = list(sampler.chat_format.encode_prompt(one.prompt()))
+    if len(ids) <= sampler.max_tokens:
+        return ids
+    one.dropped = (
+        "dialogs left out: the instruction and one turn are longer than the context"
+        if not one.answers
+        else "dialogs left out: with the instruction in every turn they are longer than the context"
+    )
+    return None
 
 
 def _order(
-    speaker: Speaker,
+    sampler: TurnSampler,
     live: Sequence[Conversation],
     prompts: Sequence[Sequence[int]],
-    found: Sequence[Sequence[Completion]],
+    samples: Sequence[Sequence[Completion]],
 ) -> list[list[int]]:
-    if speaker.rank is None:
-        return [list(range(len(samples))) for samples in found]
-    by_prompt = []
-    for one, ids, samples in zip(live, prompts, found, strict=True):
-        prompt = EncodedPrompt(one.prompt(), tuple(ids), is_safety=False, name="")
-        by_prompt.append(
+    """The places of each conversation's samples, best first where reward models rank them."""
+    if sampler.rank is None:
+        return [list(range(len(completions))) for completions in samples]
+    return sampler.rank(
+        [
             [
                 Response(
-                    prompt=prompt,
-                    ids=sample.token_ids,
-                    logprobs=sample.logprobs,
-                    is_finished=sample.is_finished,
-                    text=speaker.chat_format.decode_answer(sample.token_ids),
+                    prompt=EncodedPrompt(one.prompt(), tuple(ids), is_safety=False, name=""),
+                    ids=completion.token_ids,
+                    logprobs=completion.logprobs,
+                    is_finished=completion.is_finished,
+                    text=sampler.chat_format.decode_answer(completion.token_ids),
                 )
-                for sample in samples
+                for completion in completions
             ]
-        )
-    return speaker.rank(by_prompt)
+            for one, ids, completions in zip(live, prompts, samples, strict=True)
+        ]
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
-    """What came of one turn."""
+class _Answer:
+    """Figures of one answer."""
 
     passing: float = 0.0
     tokens: int = 0
     is_mended: bool = False
 
 
-def _go_on(one: Conversation, samples: Sequence[Completion], order: Sequence[int], speaker: Speaker) -> _Said:
-    """Take one of the samples as the answer."""
-    chat_format = speaker.chat_format
+def _answer(one: Conversation, samples: Sequence[Completion], order: Sequence[int], sampler: TurnSampler) -> _Answer:
+    """Add one of the samples to the conversation as its answer."""
+    chat_format = sampler.chat_format
     texts = [chat_format.decode_answer(sample.token_ids) for sample in samples]
     whole = [place for place in order if samples[place].is_finished and is_allowed(chat_format, texts[place])]
     kept = [place for place in whole if one.keeps(texts[place])]
     is_last = len(one.answers) == len(one.turns) - 1
     if not whole:
         one.dropped = "dialogs left out: an answer is empty, or cut by the length limit"
-        return _Said()
-    taken = (kept or whole)[0]
-    text: str | None = texts[taken].strip()
+        return _Answer()
+    chosen = (kept or whole)[0]
+    text: str | None = texts[chosen].strip()
     if is_last and not kept:
-        text = put_right(one, texts[taken]) if speaker.mends else None
+        text = put_right(one, texts[chosen]) if sampler.mends else None
         if text is None or not is_allowed(chat_format, text):
             one.dropped = "dialogs left out: no sample of the last answer keeps the instruction"
-            return _Said()
-    assert text is not None, "what is taken says something"
+            return _Answer()
+    assert text is not None, "an answer that is chosen has text"
     one.answers.append(text)
-    return _Said(len(kept) / len(samples), len(samples[taken].token_ids), is_mended=is_last and not kept)
+    return _Answer(len(kept) / len(samples), len(samples[chosen].token_ids), is_mended=is_last and not kept)
 
 
 def put_right(one: Conversation, answer: str) -> str | None:
-    """The last answer made to keep the instruction and to name what it was asked for; None where no rule does that."""
-    if one.asked is not None and not recalled(one.asked, answer):
-        answer = plain_recall(one.asked, one.turns[-1])
+    """The last answer fixed so that it keeps the instruction and answers the recall question; None where no rule can."""
+    if one.recall is not None and not recalled(one.recall, answer):
+        answer = plain_recall(one.recall, one.turns[-1])
     text = mended(one.instruction, answer) if one.instruction.checkable else answer
     return text if text is not None and one.keeps(text) else None

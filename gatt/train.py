@@ -1,110 +1,117 @@
 """Ghost Attention (Llama 2, arXiv:2307.09288, section 3.3): dialogs and a policy -> a policy that keeps instructions.
 
-Instructions are drawn at random; the policy answers dialogs with the instruction in every turn; what it said is learnt
-with the instruction in the first turn alone and the loss on the last answer; before and after, held-out dialogs with
-held-out values tell how far an instruction is kept. Writes the step folder's sampling/, metrics.jsonl, samples.jsonl,
-dialogs/, figures/, summary.json and, through the tuning, artifact/. Killed at any moment, the same call goes on. Where
-`max_hours` ends the sampling, the dialogs made by then are learnt: no batch is better than another.
+Instructions are drawn at random; the policy answers dialogs with the instruction in every turn; its answers are trained
+on with the instruction in the first turn alone and the loss on the last answer; before and after, held-out dialogs with
+held-out values measure how far an instruction is kept. Writes the step folder's sampling/, metrics.jsonl, samples.jsonl,
+dialogs/, figures/, summary.json and, through the tuning, artifact/. A killed step resumes after its last whole batch.
+Where `max_hours` ends the sampling, the dialogs made so far are used: no batch is better than another.
 """
 
 import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from transformers.utils import logging as transformers_logging
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from gatt.attention import draw_attention, strongest_attention, to_instruction
-from gatt.batches import Dialogs
 from gatt.config import Config
 from gatt.figures import MOMENTS, consistency_figures, consistency_table, draw_consistency
-from gatt.studio import Studio, open_studio
-from gatt.synthesize import dialog_line
+from gatt.session import GattSession, open_gatt
+from gatt.synthesize import GattDialog, Rank, TurnSampler, conversation, counted_drops, dialog_text, sample_dialogs
 from llamachat import distributed
-from llamachat.answers import making
-from llamachat.answers.consistency import Outcome, Trial, as_said
-from llamachat.answers.store import Store
+from llamachat.answers.consistency import Outcome, Trial, Turns, as_said
+from llamachat.answers.dialog_step import BatchResult, DialogStep, counted
+from llamachat.answers.groups import ANSWERS_PER_BATCH
+from llamachat.answers.responses import Response
+from llamachat.answers.scorer import Scorer
+from llamachat.answers.session import free_memory
 from llamachat.chat_format import TrainOn
 from llamachat.chat_format.dialog import Message
+from llamachat.constraints import draw_instruction
 from llamachat.errors import DataError
 from llamachat.models.loading import load_base, load_policy
 from llamachat.runs.artifacts import Artifact
+from llamachat.runs.cost import peak_memory
 from llamachat.runs.inputs import StepInputs
-from llamachat.tracking.curves import draw_curves
-from llamachat.training.hours import open_hours
+from llamachat.scoring.combining import ranking
+from llamachat.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     from llamachat.models.loading import LanguageModel
 
 log = logging.getLogger(__name__)
 
+_SHOWN = 4  # dialogs of a batch that people are shown
+
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
     """Make the dialogs; tune on them, the last answer alone; measure; end the step."""
-    # Its bars for loading and writing weights would break up ours.
-    transformers_logging.disable_progress_bar()
-    return making.run_parts(
-        inputs,
-        make=lambda: make_dialogs(config, inputs),
-        over={**config.sft, "train_on": "last_answer"},
+    step = dialog_step(config, inputs)
+    return step.run(
+        make_dialogs=lambda: make_dialogs(config, step),
+        compare=lambda tuned: compare(config, step, tuned),
+        sft={**config.sft, "train_on": "last_answer"},
         sft_share=config.sft_share,
-        compare=lambda tuned: compare(config, inputs, tuned),
     )
 
 
-def make_dialogs(config: Config, inputs: StepInputs) -> Artifact:
-    """Everything up to the published dialogs; what was sampled before is not sampled again."""
-    store = Store(inputs.folder.sampling)
-    hours = open_hours(inputs.step, "gatt", config.max_hours, inputs.deadline, store.folder)
-    studio = open_studio(config, inputs, inputs.policy)
-    store.kept("consistency-start", lambda: studio.measure(is_told=True).to_plain())
-    with making.record(inputs, "gatt", keeps_record=False) as tracker:
-        dialogs = Dialogs(studio, store, hours)
-        figures = dialogs.go(tracker)
-        left_out = making.counted(dialogs.dropped)
-        if not dialogs.made:
+def dialog_step(config: Config, inputs: StepInputs) -> DialogStep:
+    return DialogStep(inputs, section="gatt", prefix="gatt", max_hours=config.max_hours)
+
+
+def make_dialogs(config: Config, step: DialogStep) -> Artifact:
+    """Everything up to the published dialogs; those in the cache are not sampled again."""
+    inputs = step.inputs
+    session = open_gatt(config, inputs, inputs.policy)
+    step.cache.get_or_make("consistency-start", lambda: session.measure(has_instruction=True).to_plain())
+    with step.record() as tracker:
+        made = Dialogs(session, step)
+        figures = made.sample(tracker)
+        if not made.train:
             raise DataError(
-                f"{inputs.step}: of {config.dialogs} dialogs none is left ({left_out}). Raise gatt.samples_per_turn, take "
-                "gatt.families that the policy can keep, or raise rollout.max_new_tokens or base.max_tokens."
+                f"{inputs.step}: of {config.dialogs} dialogs none is left ({counted(step.dropped)}). Raise "
+                "gatt.samples_per_turn, take gatt.families that the policy can keep, or raise rollout.max_new_tokens or "
+                "base.max_tokens."
             )
-        log.info("%d dialogs to learn, %d held out; %s", len(dialogs.made), len(dialogs.held_out), left_out)
-        tracker.sync()
-        # Before the dialogs, which end this part: a command killed between the two would never come back to write it.
-        tracker.summary(figures | {"gatt/dialogs": float(len(dialogs.made))})
-    return making.publish_dialogs(
-        inputs,
-        [dialog_line(one, inputs.step) for one in dialogs.made],
-        [dialog_line(one, inputs.step) for one in dialogs.held_out],
-        dropped=dialogs.dropped,
-        details={"dialogs": len(dialogs.made)} | hours.details,
+        log.info("%d dialogs to train on, %d held out; %s", len(made.train), len(made.held_out), counted(step.dropped))
+        step.end_sampling(tracker, figures | {"gatt/dialogs": float(len(made.train))})
+    return step.publish(
+        [dialog_text(dialog, inputs.step) for dialog in made.train],
+        [dialog_text(dialog, inputs.step) for dialog in made.held_out],
+        details={},
     )
 
 
-def compare(config: Config, inputs: StepInputs, tuned: Artifact) -> None:
-    """Final figures: consistency before and after, by turn, and the pictures."""
-    folder, store = inputs.folder, Store(inputs.folder.sampling)
-    studio = open_studio(config, inputs, tuned)
-    trials = studio.trials()
-    # By chance: what the tuned policy does without being told, which the tuning may have raised.
-    for moment, is_told in (("final", True), ("chance", False)):
-        store.kept(f"consistency-{moment}", lambda told=is_told: studio.measure(is_told=told).to_plain())
-    outcomes = {moment: Outcome.from_plain(store.kept(f"consistency-{moment}", dict)) for moment in MOMENTS}
+def compare(config: Config, step: DialogStep, tuned: Artifact) -> dict[str, float]:
+    """Consistency before and after, by turn: final figures and pictures."""
+    inputs, cache = step.inputs, step.cache
+    session = open_gatt(config, inputs, tuned)
+    trials = session.trials()
+    # By chance: what the tuned policy does without an instruction, which the tuning may have raised.
+    for moment, has_instruction in (("final", True), ("chance", False)):
+        cache.get_or_make(
+            f"consistency-{moment}", lambda reads=has_instruction: session.measure(has_instruction=reads).to_plain()
+        )
+    outcomes = {moment: Outcome.from_plain(cache.get_or_make(f"consistency-{moment}", dict)) for moment in MOMENTS}
     if trials:
         log.info("%s", consistency_table(outcomes, trials))
-        draw_consistency(outcomes, trials, folder.figures / "consistency.png")
+        draw_consistency(outcomes, trials, inputs.folder.figures / "consistency.png")
         if distributed.is_first():
-            _draw_attention(studio, tuned, trials[0], outcomes["final"], folder.figures / "attention.png")
-    draw_curves(folder.metrics, folder.curves)
-    with making.record(inputs, "gatt", keeps_record=True) as tracker:
-        making.show_figures(tracker, folder)
-        tracker.summary(consistency_figures(outcomes, trials))
+            picture = inputs.folder.figures / "attention.png"
+            _draw_attention(session, inputs, tuned, trials[0], outcomes["final"], picture)
+    return consistency_figures(outcomes, trials)
 
 
-def _draw_attention(studio: Studio, tuned: Artifact, trial: Trial, outcome: Outcome, path: Path) -> None:
-    """The first policy, or the base where there was none, and the tuned one on one dialog, which the tuned one has said."""
-    inputs, chat_format = studio.inputs, studio.desk.bank.chat_format
+def _draw_attention(
+    session: GattSession, inputs: StepInputs, tuned: Artifact, trial: Trial, outcome: Outcome, path: Path
+) -> None:
+    """The attention of the first policy (or base) and of the tuned one on a dialog with the tuned policy's answers."""
+    chat_format = session.answers.chat_format
     messages = [Message("system", trial.instruction.text)]
     for turn in sorted(outcome.answers):
-        if outcome.kept[turn][0] is None:  # past the context, where nothing was said
+        if outcome.kept[turn][0] is None:  # past the context, where there is no answer
             break
         messages += [Message("user", trial.turns[turn - 1]), as_said(chat_format, outcome.answers[turn][0])]
     if len(messages) == 1:
@@ -115,12 +122,120 @@ def _draw_attention(studio: Studio, tuned: Artifact, trial: Trial, outcome: Outc
         attention_TT = strongest_attention(_eager(inputs, artifact), ids)
         maps.append((name, attention_TT))
         by_answer.append((name, to_instruction(attention_TT, chat_format, messages)))
-        making.free_memory()
+        free_memory()
     draw_attention(maps, by_answer, path)
 
 
 def _eager(inputs: StepInputs, policy: Artifact | None) -> "LanguageModel":
-    """The policy, or the base itself, with the one kernel that tells its attention."""
+    """The policy, or the base itself, with the one kernel that returns its attention."""
     if policy is None:
         return load_base(inputs.base.model_copy(update={"attention": "eager"}), device="auto").eval()
     return load_policy(policy.path, dtype=inputs.base.dtype, device="auto", attention="eager").model
+
+
+@dataclass(slots=True)
+class Dialogs:
+    """The dialogs of the step, batch by batch."""
+
+    session: GattSession
+    step: DialogStep
+    train: list[GattDialog] = field(default_factory=list)
+    held_out: list[GattDialog] = field(default_factory=list)  # of the validation side
+
+    def sample(self, tracker: Tracker) -> dict[str, float]:
+        """Make all batches that are not in the cache; mean figures."""
+        config, sequences = self.session.config, self.session.sequences
+        size = max(1, ANSWERS_PER_BATCH // config.samples_per_turn)
+        train = [range(first, min(first + size, config.dialogs)) for first in range(0, config.dialogs, size)]
+        held_out = [range(min(size, len(sequences.validation)))] if sequences.validation else []
+        rows = self.step.make_batches(
+            tracker,
+            train,
+            held_out,
+            make=lambda number, indices: self._make(
+                number, indices, sequences.train if number <= len(train) else sequences.validation
+            ),
+            read=self._read,
+            unit="dialogs",
+        )
+        names = [name for name in rows[0] if name.startswith("gatt/")]
+        return {name: fmean(row[name] for row in rows) for name in names}
+
+    def _make(self, number: int, indices: Sequence[int], source: Sequence[Turns]) -> dict[str, Any]:
+        config, session, inputs = self.session.config, self.session.answers, self.step.inputs
+        # A second such step of a recipe draws others.
+        seed = f"{inputs.run.seed} {inputs.step}"
+        started = time.monotonic()
+        conversations = [
+            conversation(
+                draw_instruction(
+                    seed=seed,
+                    index=index,
+                    side="train",
+                    families=self.session.families,
+                    most=config.most_constraints,
+                    weights=config.weights,
+                ),
+                source[index % len(source)][: config.turns],
+                key=f"{seed} {number} {index}",
+                recall_share=config.recall_share,
+            )
+            for index in indices
+        ]
+        sampler = TurnSampler(
+            session.engine,
+            session.chat_format,
+            config.samples_per_turn,
+            inputs.base.max_tokens - inputs.rollout.max_new_tokens - 1,
+            config.mends,
+            rank=by_reward(session.scorer) if config.ranks_by_reward else None,
+        )
+        samplings = [
+            session.sampling(number * config.turns + turn, temperature=config.temperature)
+            for turn in range(config.turns)
+        ]
+        dialogs = sample_dialogs(sampler, conversations, samplings)
+        seconds = time.monotonic() - started
+        return {
+            "made": [dialog.to_plain() for dialog in dialogs],
+            "dropped": counted_drops(conversations),
+            "figures": {
+                "gatt/kept_fraction": len(dialogs) / len(conversations),
+                "gatt/passing_fraction": fmean(dialog.passing for dialog in dialogs) if dialogs else 0.0,
+                "gatt/mended_fraction": fmean(dialog.is_mended for dialog in dialogs) if dialogs else 0.0,
+                "gatt/answer_tokens": fmean(dialog.tokens for dialog in dialogs) if dialogs else 0.0,
+                "gatt/turns": fmean(len(dialog.turns) for dialog in dialogs) if dialogs else 0.0,
+                "time/step_s": seconds,
+                "memory/peak_gib": peak_memory(),
+            },
+        }
+
+    def _read(self, indices: Sequence[int], values: Mapping[str, Any], is_held_out: bool) -> BatchResult:
+        dialogs = [GattDialog.from_plain(dialog) for dialog in values["made"]]
+        if is_held_out:
+            self.held_out += dialogs
+        else:
+            self.train += dialogs
+            self.step.dropped.update(values["dropped"])
+        shown = [
+            {
+                "instruction": dialog.instruction,
+                "turns": dialog.turns,
+                "answers": dialog.answers,
+                "passing": round(dialog.passing, 3),
+            }
+            for dialog in dialogs[:_SHOWN]
+        ]
+        kept = values["figures"]["gatt/kept_fraction"]
+        return BatchResult(values["figures"], shown, f"kept {kept:.0%} of the dialogs")
+
+
+def by_reward(scorer: Scorer) -> Rank:
+    """The order of each prompt's answers by the reward models."""
+
+    def rank(by_prompt: Sequence[Sequence[Response]]) -> list[list[int]]:
+        responses = [response for group in by_prompt for response in group]
+        combined = scorer.score(responses, with_judge=False).combined
+        return ranking(combined, samples_per_prompt=len(by_prompt[0])).tolist()
+
+    return rank

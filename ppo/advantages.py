@@ -1,17 +1,16 @@
-"""From scores to what the update is given: rewards per token, advantages and returns; imports torch alone.
+"""From scores to what the update is trained on: rewards per token, advantages and returns; imports torch alone.
 
 Shapes: B responses, R response positions. A mask is True on response tokens, EOS included. Responses may be padded on
 either side: what follows a token is the next counted one. Nothing here carries a gradient.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Advantages:
+class Advantages(NamedTuple):
     """How much better than expected each token turned out, and what the critic is to predict there; 0 off the mask."""
 
     advantages_BR: Tensor

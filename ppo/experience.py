@@ -1,6 +1,6 @@
-"""What an iteration learns from: answers with log-probabilities, values, scores, rewards and advantages.
+"""What an iteration is trained on: answers with log-probabilities, values, scores, rewards and advantages; its figures.
 
-Shapes: B responses, R response positions. Everything is measured before the update, in the very rows that the update
+Shapes: B responses, R response positions. Everything is computed before the update, in the very rows that the update
 will run: so the ratio of new to old probabilities begins at 1, in bf16 too.
 """
 
@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from llamachat import distributed
-from llamachat.answers.packed import PackedRow, TokenSequence, packed_rows, response_mask, sequence_of
+from llamachat.answers.packed import PackedRow, TokenSequence, packed_rows, response_mask
 from llamachat.answers.responses import Response
 from llamachat.answers.scorer import Scored
-from llamachat.maths.logprobs import k1, token_logprobs
-from llamachat.maths.masked import whiten
-from llamachat.scoring.shaping import Shaped, shape_scores
+from llamachat.maths.logprobs import k1, k3, response_kl, token_logprobs
+from llamachat.maths.masked import masked_mean, whiten
+from llamachat.scoring.combining import shape_scores
 from ppo.advantages import gae, token_rewards
 from ppo.config import Config
+from ppo.losses import explained_variance
 
 if TYPE_CHECKING:
     from llamachat.config.sections import Scoring
@@ -36,23 +37,24 @@ class Minibatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What policy, reference and critic say of the response tokens; 0 elsewhere."""
+class ModelOutputs:
+    """What policy, reference and critic compute for the response tokens; 0 elsewhere."""
 
     response_mask_BR: Tensor
     logprobs_BR: Tensor
     ref_logprobs_BR: Tensor
+    kl_BR: Tensor  # of the policy to the reference, nats a token
     entropy_BR: Tensor
     values_BR: Tensor | None
 
-    def token_kl(self) -> Tensor:
-        """KL to the reference, nats a token, [B, R]."""
-        return k1(self.logprobs_BR, self.ref_logprobs_BR, response_mask_BR=self.response_mask_BR)
+    def response_kl(self) -> Tensor:
+        """KL to the reference, nats a response, [B]."""
+        return response_kl(self.kl_BR, response_mask_BR=self.response_mask_BR)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
-    """One iteration, ready to be learnt from."""
+    """One iteration, ready for the update."""
 
     sequences: tuple[TokenSequence, ...]
     minibatches: tuple[Minibatch, ...]
@@ -62,10 +64,9 @@ class Experience:
     advantages_BR: Tensor  # whitened over the iteration
     returns_BR: Tensor
     rewards_BR: Tensor
-    shaped: Shaped
 
 
-def cut(
+def split_minibatches(
     sequences: Sequence[TokenSequence], *, responses_per_minibatch: int, row_tokens: int, device: torch.device
 ) -> tuple[Minibatch, ...]:
     """Minibatches of the sequences in their order, which is random already."""
@@ -83,7 +84,7 @@ def cut(
 def minibatch_of(
     sequences: Sequence[TokenSequence], indices: tuple[int, ...], *, row_tokens: int, device: torch.device
 ) -> Minibatch:
-    """These responses in rows of so many tokens."""
+    """The responses of these indices in rows of `row_tokens`."""
     return Minibatch(
         indices=indices,
         rows=tuple(packed_rows(sequences, indices, row_tokens=row_tokens, device=device, shares=distributed.count())),
@@ -92,21 +93,21 @@ def minibatch_of(
 
 
 @torch.no_grad()
-def measure(
+def model_outputs(
     bank: "RoleBank",
     sequences: Sequence[TokenSequence],
     rows: Sequence[PackedRow],
     *,
     temperature: float,
     with_values: bool,
-) -> Measured:
+) -> ModelOutputs:
     """Log-probabilities at the temperature of the rollout, entropy and values of every response token.
 
     Several processes share the rows.
     """
     mask_BR = response_mask(sequences, bank.device)
-    found_4BR = torch.zeros((4, *mask_BR.shape), device=bank.device)
-    logprobs_BR, ref_logprobs_BR, entropy_BR, values_BR = found_4BR.unbind()
+    outputs_4BR = torch.zeros((4, *mask_BR.shape), device=bank.device)
+    logprobs_BR, ref_logprobs_BR, entropy_BR, values_BR = outputs_4BR.unbind()
     rows = distributed.shard(rows)
 
     def states(role: "Role", row: PackedRow) -> Tensor:
@@ -115,28 +116,29 @@ def measure(
     # A role at a time, since changing it costs a walk over the adapters.
     for row in rows:
         hidden_ND = states("policy", row)
-        found = token_logprobs(
+        policy = token_logprobs(
             hidden_ND, row.tokens_N, head=bank.lm_head("policy"), temperature=temperature, with_entropy=True
         )
-        assert found.entropy is not None
-        row.put(logprobs_BR, found.logprobs)
-        row.put(entropy_BR, found.entropy)
+        assert policy.entropy is not None
+        row.put(logprobs_BR, policy.logprobs)
+        row.put(entropy_BR, policy.entropy)
         if with_values and bank.critic == "shared":
             row.put(values_BR, bank.values_of(hidden_ND))
     for row in rows:
-        found = token_logprobs(
+        reference = token_logprobs(
             states("reference", row), row.tokens_N, head=bank.lm_head("reference"), temperature=temperature
         )
-        row.put(ref_logprobs_BR, found.logprobs)
+        row.put(ref_logprobs_BR, reference.logprobs)
     if with_values and bank.critic == "separate":
         for row in rows:
             row.put(values_BR, bank.values(row.batch, row.places_N))
-    # A token is in one row, and a row in one process: the sum is what that process found.
-    logprobs_BR, ref_logprobs_BR, entropy_BR, values_BR = distributed.all_reduce_sum(found_4BR).unbind()
-    return Measured(
+    # A token is in one row, and a row in one process: the sum is what that process computed.
+    logprobs_BR, ref_logprobs_BR, entropy_BR, values_BR = distributed.all_reduce_sum(outputs_4BR).unbind()
+    return ModelOutputs(
         response_mask_BR=mask_BR,
         logprobs_BR=logprobs_BR,
         ref_logprobs_BR=ref_logprobs_BR,
+        kl_BR=k1(logprobs_BR, ref_logprobs_BR, response_mask_BR=mask_BR),
         entropy_BR=entropy_BR,
         values_BR=values_BR if with_values else None,
     )
@@ -144,41 +146,75 @@ def measure(
 
 def make_experience(
     responses: Sequence[Response],
+    sequences: Sequence[TokenSequence],
     minibatches: tuple[Minibatch, ...],
-    measured: Measured,
+    outputs: ModelOutputs,
     scored: Scored,
     *,
     config: Config,
     scoring: "Scoring",
     kl_coef: float,
 ) -> Experience:
-    """Rewards of every token (Llama 2, arXiv:2307.09288, Eq. 4), and what they are against the critic's expectation."""
-    assert measured.values_BR is not None
-    shaped = shape_scores(
+    """Rewards of every token (Llama 2, arXiv:2307.09288, Eq. 4), and their advantages over the critic's expectation."""
+    assert outputs.values_BR is not None
+    shaped_B = shape_scores(
         scored.combined.scores_B,
         is_finished_B=torch.tensor([response.is_finished for response in responses]),
         shaping=scoring.shaping,
         unfinished_score=scoring.unfinished_score,
     )
-    mask_BR = measured.response_mask_BR
+    mask_BR = outputs.response_mask_BR
     rewards_BR = token_rewards(
-        shaped.scores_B.to(mask_BR.device), kl_BR=measured.token_kl(), response_mask_BR=mask_BR, kl_coef=kl_coef
+        shaped_B.to(mask_BR.device), kl_BR=outputs.kl_BR, response_mask_BR=mask_BR, kl_coef=kl_coef
     )
-    estimate = gae(
+    advantages_BR, returns_BR = gae(
         rewards_BR,
-        values_BR=measured.values_BR,
+        values_BR=outputs.values_BR,
         response_mask_BR=mask_BR,
         discount=config.discount,
         gae_lambda=config.gae_lambda,
     )
     return Experience(
-        sequences=tuple(sequence_of(response) for response in responses),
+        sequences=tuple(sequences),
         minibatches=minibatches,
         response_mask_BR=mask_BR,
-        old_logprobs_BR=measured.logprobs_BR,
-        old_values_BR=measured.values_BR,
-        advantages_BR=whiten(estimate.advantages_BR, mask_BR),
-        returns_BR=estimate.returns_BR,
+        old_logprobs_BR=outputs.logprobs_BR,
+        old_values_BR=outputs.values_BR,
+        advantages_BR=whiten(advantages_BR, mask_BR),
+        returns_BR=returns_BR,
         rewards_BR=rewards_BR,
-        shaped=shaped,
     )
+
+
+def iteration_figures(
+    responses: Sequence[Response], outputs: ModelOutputs, scored: Scored, experience: Experience, *, kl_coef: float
+) -> dict[str, float]:
+    """Figures of one iteration before its update, by their names in the table of metrics."""
+    mask_BR = outputs.response_mask_BR
+    k3_BR = k3(outputs.logprobs_BR, outputs.ref_logprobs_BR, response_mask_BR=mask_BR)
+    figures = {f"ppo/reward/{name}": float(scores_B.mean()) for name, scores_B in scored.scores.by_model().items()}
+    if scored.combined.has_gate:
+        figures["ppo/reward/gate_fraction"] = float(scored.combined.is_gated_B.float().mean())
+    return figures | {
+        "ppo/reward/combined": float(scored.combined.scores_B.mean()),
+        "ppo/reward/shaped": float(experience.rewards_BR.sum(dim=1).mean()),
+        "ppo/kl_to_reference": float(outputs.response_kl().mean()),
+        "ppo/kl_k3": float(response_kl(k3_BR, response_mask_BR=mask_BR).mean()),
+        "ppo/kl_coef": kl_coef,
+        "ppo/entropy": float(masked_mean(outputs.entropy_BR, mask_BR)),
+        "ppo/explained_variance": explained_variance(
+            experience.old_values_BR, returns_BR=experience.returns_BR, response_mask_BR=mask_BR
+        ),
+        "ppo/response_tokens": float(mask_BR.sum(dim=1).float().mean()),
+        "ppo/truncated_fraction": sum(not response.is_finished for response in responses) / len(responses),
+        "ppo/engine_gap": engine_gap(responses, outputs),
+    }
+
+
+def engine_gap(responses: Sequence[Response], outputs: ModelOutputs) -> float:
+    """Mean distance of the engine's log-probabilities from those of the training forward pass, nats a token."""
+    mask_BR = outputs.response_mask_BR
+    sampled_BR = torch.zeros(mask_BR.shape)
+    for index, response in enumerate(responses):
+        sampled_BR[index, : len(response.logprobs)] = torch.tensor(response.logprobs)
+    return float(masked_mean((sampled_BR.to(mask_BR.device) - outputs.logprobs_BR).abs(), mask_BR))

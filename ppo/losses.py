@@ -1,8 +1,8 @@
-"""The clipped losses of PPO and what tells how an update goes; imports torch alone.
+"""The clipped losses of PPO and figures of an update; imports torch alone.
 
 Shapes: B responses, R response positions. `tokens` is the number of response tokens of the whole minibatch: each loss
 and figure is a sum over the tokens given, divided by it. The parts of a minibatch therefore add up to the minibatch,
-however it is cut, padded or ordered, and so do their gradients.
+however it is split, padded or ordered, and so do their gradients.
 """
 
 from dataclasses import dataclass
@@ -28,11 +28,6 @@ class ValueLoss:
 
     loss: Tensor
     clip_fraction: Tensor
-
-
-def ratios(new_logprobs_BR: Tensor, old_logprobs_BR: Tensor, *, response_mask_BR: Tensor) -> Tensor:
-    """pi_new / pi_old of each response token, [B, R]; 1 elsewhere."""
-    return _log_ratios(new_logprobs_BR, old_logprobs_BR, response_mask_BR).exp()
 
 
 def policy_loss(
@@ -80,24 +75,24 @@ def value_loss(
     new_BR, old_BR, returns_BR = (
         torch.where(response_mask_BR, x_BR.float(), 0.0) for x_BR in (new_values_BR, old_values_BR, returns_BR)
     )
-    held_BR = new_BR.clamp(min=old_BR - value_clip_range, max=old_BR + value_clip_range)
-    error_BR, held_error_BR = (new_BR - returns_BR).square(), (held_BR - returns_BR).square()
+    near_BR = new_BR.clamp(min=old_BR - value_clip_range, max=old_BR + value_clip_range)
+    error_BR, near_error_BR = (new_BR - returns_BR).square(), (near_BR - returns_BR).square()
     with torch.no_grad():
-        clip_fraction = masked_sum((held_error_BR > error_BR).float(), response_mask_BR) / tokens
-    loss = 0.5 * masked_sum(torch.maximum(error_BR, held_error_BR), response_mask_BR) / tokens
+        clip_fraction = masked_sum((near_error_BR > error_BR).float(), response_mask_BR) / tokens
+    loss = 0.5 * masked_sum(torch.maximum(error_BR, near_error_BR), response_mask_BR) / tokens
     return ValueLoss(loss, clip_fraction)
 
 
 @torch.no_grad()
-def explained_variance(values_BR: Tensor, *, returns_BR: Tensor, response_mask_BR: Tensor) -> Tensor:
-    """1 - Var(return - value) / Var(return) over all response tokens of the batch; 0 where returns are all alike.
+def explained_variance(values_BR: Tensor, *, returns_BR: Tensor, response_mask_BR: Tensor) -> float:
+    """1 - Var(return - value) / Var(return) over all response tokens of the batch; 0 where all returns are equal.
 
-    1 is a critic that knows, 0 one that says the same of every token, less than 0 one that is worse than that. It is no
-    mean of parts: give it the whole batch.
+    1 is a critic that knows the returns, 0 one that predicts the same for every token, less than 0 one that is worse. It
+    is not a mean of parts: give it the whole batch.
     """
-    variance = masked_variance(returns_BR, response_mask_BR)
-    unexplained = masked_variance(returns_BR - values_BR, response_mask_BR)
-    return torch.where(variance > 0, 1.0 - unexplained / variance.clamp(min=torch.finfo(variance.dtype).tiny), 0.0)
+    variance = float(masked_variance(returns_BR, response_mask_BR))
+    unexplained = float(masked_variance(returns_BR - values_BR, response_mask_BR))
+    return 1.0 - unexplained / variance if variance > 0 else 0.0
 
 
 def _log_ratios(new_logprobs_BR: Tensor, old_logprobs_BR: Tensor, response_mask_BR: Tensor) -> Tensor:

@@ -1,11 +1,17 @@
-"""Where a PPO training stands, whole in each checkpoint: killed at any moment, it goes on as if nothing had been.
+"""The state of a PPO run, whole in each checkpoint, and the KL coefficient beta, which is a part of it.
 
 The prompts of an iteration and the seeds of its rollouts follow from its number, and nothing is drawn from torch's
-random state, so the number is all that there is to say of them.
+random state, so a checkpoint needs no more of them than the number.
+
+Beta is fixed, as in the paper (Llama 2, section 3.2.3), or steered to a target KL in nats a response, as in Ziegler et
+al. 2019 (arXiv:1909.08593), section 2.2:
+
+    e_t = clip((KL(pi_t, pi_0) - target) / target, -0.2, 0.2)        beta_{t+1} = beta_t * (1 + K * e_t)
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,21 +20,55 @@ from torch import Tensor
 
 from llamachat.answers.evaluation import Evaluation
 from llamachat.scoring.standardising import Constants
-from ppo.kl_control import AdaptiveKl, FixedKl
+from llamachat.training.hours import EndedBy
 from ppo.update import Optimizers
 
 if TYPE_CHECKING:
     from llamachat.models.roles import RoleBank
+    from ppo.config import Config
 
-FILE = "state.pt"
-End = Literal["iterations", "patience", "kl_guard", "hours", "run_hours"]
+_FILE = "state.pt"
+_LARGEST_ERROR = 0.2
+End = Literal["iterations", "patience", "kl_guard"] | EndedBy
+
+
+@dataclass(frozen=True, slots=True)
+class KlCoefficient:
+    """Beta of one iteration; with a target it grows while the KL is above it and shrinks while it is below."""
+
+    coef: float
+    target: float | None = None  # nats a response; None: beta is fixed
+    gain: float = 0.0  # K: beta changes by at most 0.2 * K of itself in an iteration
+
+    def after(self, kl: float) -> "KlCoefficient":
+        """The coefficient of the next iteration; `kl` is the mean of this one."""
+        if self.target is None:
+            return self
+        assert math.isfinite(kl), "an iteration whose KL is not finite is stopped before it gets here"
+        error = min(max((kl - self.target) / self.target, -_LARGEST_ERROR), _LARGEST_ERROR)
+        return replace(self, coef=self.coef * (1.0 + self.gain * error))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: a fixed coefficient is in the configuration, and so are target and gain."""
+        return {} if self.target is None else {"coef": self.coef}
+
+    def restored(self, state: Mapping[str, Any]) -> "KlCoefficient":
+        """The coefficient when `state` was saved."""
+        return replace(self, coef=float(state["coef"])) if state else self
+
+
+def first_coefficient(config: "Config") -> KlCoefficient:
+    """The coefficient of the first iteration."""
+    if config.kl_control == "adaptive":
+        return KlCoefficient(config.kl_coef, target=config.kl_target, gain=config.kl_gain)
+    return KlCoefficient(config.kl_coef)
 
 
 @dataclass(slots=True)
 class State:
-    """All that changes from one iteration to the next, beside weights and optimizers."""
+    """What changes from one iteration to the next, besides weights and optimizers."""
 
-    kl: FixedKl | AdaptiveKl
+    kl: KlCoefficient
     constants: Constants  # of the starting policy's scores on validation prompts
     first_test: Evaluation  # the starting policy on test prompts
     best_iteration: int
@@ -36,17 +76,50 @@ class State:
     best_weights: dict[str, Tensor]  # of the policy alone, on the CPU
     iteration: int = 0  # finished
     evaluations_without_better: int = 0
-    seconds: float = 0.0  # of iterations, over all commands
     end: End | None = None  # why training is over
 
     def offer(self, score: float, bank: "RoleBank") -> None:
-        """An evaluated policy under the KL guard: the best so far is kept."""
+        """Keep an evaluated policy under the KL guard if it is the best so far."""
         if score > self.best_score:
             self.best_iteration, self.best_score = self.iteration, score
             self.best_weights = policy_weights(bank)
             self.evaluations_without_better = 0
         else:
             self.evaluations_without_better += 1
+
+    def put_best(self, bank: "RoleBank") -> None:
+        """Make the best policy the bank's."""
+        bank.load_state_dict(bank.state_dict() | self.best_weights)
+
+    def save(self, folder: Path, bank: "RoleBank", optimizers: Optimizers) -> None:
+        """Write everything into one file."""
+        plain: dict[str, Any] = {
+            "weights": bank.state_dict(),
+            "optimizers": optimizers.state_dict(),
+            "kl": self.kl.state(),
+            "constants": self.constants.to_plain(),
+            "first_test": self.first_test.to_plain(),
+            "best_iteration": self.best_iteration,
+            "best_score": self.best_score,
+            "best_weights": self.best_weights,
+            "iteration": self.iteration,
+            "evaluations_without_better": self.evaluations_without_better,
+            "end": self.end,
+        }
+        torch.save(plain, folder / _FILE)
+
+
+def load_state(folder: Path, bank: "RoleBank", optimizers: Optimizers, kl: KlCoefficient) -> State:
+    """The saved state, with weights and optimizers put back; `kl` is the coefficient of the configuration."""
+    saved: dict[str, Any] = torch.load(folder / _FILE, map_location="cpu", weights_only=True)
+    bank.load_state_dict(saved.pop("weights"))
+    optimizers.load_state_dict(saved.pop("optimizers"))
+    return State(
+        kl=kl.restored(saved.pop("kl")),
+        constants=Constants.from_plain(saved.pop("constants")),
+        first_test=Evaluation.from_plain(saved.pop("first_test")),
+        **saved,
+    )
 
 
 def policy_weights(bank: "RoleBank") -> dict[str, Tensor]:
@@ -56,46 +129,3 @@ def policy_weights(bank: "RoleBank") -> dict[str, Tensor]:
         for name, weight in bank.state_dict().items()
         if name.startswith("policy.")
     }
-
-
-def put_best(state: State, bank: "RoleBank") -> None:
-    """Make the policy the best one."""
-    bank.load_state_dict(bank.state_dict() | state.best_weights)
-
-
-def save_state(folder: Path, state: State, bank: "RoleBank", optimizers: Optimizers) -> None:
-    """Everything in one file."""
-    plain: dict[str, Any] = {
-        "weights": bank.state_dict(),
-        "optimizers": optimizers.state_dict(),
-        "kl": state.kl.state(),
-        "constants": state.constants.to_plain(),
-        "first_test": state.first_test.to_plain(),
-        "best_iteration": state.best_iteration,
-        "best_score": state.best_score,
-        "best_weights": state.best_weights,
-        "iteration": state.iteration,
-        "evaluations_without_better": state.evaluations_without_better,
-        "seconds": state.seconds,
-        "end": state.end,
-    }
-    torch.save(plain, folder / FILE)
-
-
-def load_state(folder: Path, bank: "RoleBank", optimizers: Optimizers, kl: FixedKl | AdaptiveKl) -> State:
-    """Put weights and optimizers back in place; `kl` is the controller that the recipe begins with."""
-    saved: Mapping[str, Any] = torch.load(folder / FILE, map_location="cpu", weights_only=True)
-    bank.load_state_dict(saved["weights"])
-    optimizers.load_state_dict(saved["optimizers"])
-    return State(
-        kl=kl.restored(saved["kl"]),
-        constants=Constants.from_plain(saved["constants"]),
-        first_test=Evaluation.from_plain(saved["first_test"]),
-        best_iteration=saved["best_iteration"],
-        best_score=saved["best_score"],
-        best_weights=saved["best_weights"],
-        iteration=saved["iteration"],
-        evaluations_without_better=saved["evaluations_without_better"],
-        seconds=saved["seconds"],
-        end=saved["end"],
-    )

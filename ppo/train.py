@@ -1,55 +1,45 @@
 """PPO (Llama 2, arXiv:2307.09288, section 3.2.3): prompts, a chat policy and reward models -> a policy they like better.
 
-An iteration: answers are sampled from the policy; both reward models score them, the gate makes one score of two, which
-is whitened over the batch and put on the last token; every token pays for its distance from the starting policy; the
-critic says what was expected, and policy and critic take a few clipped steps. Reads the prompts of `data`; writes the
-step folder's metrics.jsonl, samples.jsonl, checkpoints/, summary.json, curves.png, figures/ and artifact/. One thing
-surprises: what is published is the best of the policies that were evaluated, which may be an earlier one than the last.
+In an iteration, answers are sampled from the policy; both reward models score them; the gate makes one score of two,
+which is whitened over the batch and put on the last token; every token pays for its distance from the starting policy;
+the critic says what was expected, and policy and critic take a few clipped steps. Reads the prompts of `data`; writes the
+step folder's metrics.jsonl, samples.jsonl, checkpoints/, summary.json, curves.png, figures/ and artifact/. The published
+policy is the best of those that were evaluated, which may be an earlier one than the last.
 """
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
 from llamachat import distributed
-from llamachat.answers.evaluation import Evaluation, comparison, comparison_table
+from llamachat.answers.evaluation import comparison, comparison_table, draw_comparison
 from llamachat.answers.packed import sequence_of
-from llamachat.answers.pictures import draw_comparison, histograms, sample_rows
-from llamachat.answers.responses import open_engine, refresh, sample
+from llamachat.answers.session import AnswerSession, open_record
 from llamachat.errors import DivergedError
-from llamachat.maths.logprobs import response_kl
-from llamachat.rollout.engine import LocalEngine, Sampling
 from llamachat.runs.artifacts import ITERATIONS_DONE, Artifact
-from llamachat.runs.checkpoints import newest, writing
+from llamachat.runs.checkpoints import Checkpoint, newest, writing
 from llamachat.runs.cost import peak_memory
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
 from llamachat.runs.record import MetricsRecord
 from llamachat.tracking.curves import draw_curves
-from llamachat.tracking.tracker import Tracker, open_tracker
+from llamachat.tracking.tracker import Tracker
+from llamachat.training.hours import Hours, open_hours
 from llamachat.training.progress import StepProgress
 from ppo.config import CPU_ROW_TOKENS, Config
-from ppo.evaluation import Evaluator, heldout_figures, mean_kl
-from ppo.experience import cut, make_experience, measure
-from ppo.figures import iteration_figures
-from ppo.kl_control import AdaptiveKl, FixedKl
-from ppo.start import Start, open_start, publish_policy
-from ppo.state import End, State, load_state, policy_weights, put_best, save_state
+from ppo.experience import iteration_figures, make_experience, model_outputs, split_minibatches
+from ppo.session import evaluate, heldout_figures, mean_kl, open_ppo, publish_policy, show
+from ppo.state import State, first_coefficient, load_state, policy_weights
 from ppo.update import Optimizers, Updater, make_optimizers
 
 log = logging.getLogger(__name__)
 
-SHOWN = 16  # answers a person is shown of each evaluation
-BEST = "best"  # beside the checkpoints: the best policy of a training that broke
+BEST = "best"  # next to the checkpoints: the best policy of a training that diverged
 
-# Seeds of what is sampled: iteration i has i + 1, held-out prompts have 0 in every evaluation.
-_SEEDS = 1_000_003
-
-# What summary.json says of a training beside the comparison on test prompts, each one's last value.
+# What summary.json says of a training besides the comparison on test prompts: the last value of each.
 SUMMARY = (
     "ppo/reward/combined",
     "ppo/reward/helpfulness",
@@ -64,209 +54,141 @@ SUMMARY = (
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
-    """Train, measure and publish. Killed at any moment, the same call goes on from the newest whole checkpoint."""
-    # Its bars for loading and writing weights would break up ours.
-    transformers_logging.disable_progress_bar()
-    folder = inputs.folder
-    start = open_start(config, inputs)
-    resume = distributed.broadcast_object(newest(folder.checkpoints))
-    with open_tracker(
-        inputs.tracking,
-        step_folder=folder,
-        run_dir=Path(inputs.run.dir),
-        step=inputs.step,
-        prefix="ppo",
-        config=inputs.identity,
-        resume_step=resume.step if resume else None,
-    ) as tracker:
-        session = open_session(config, inputs, start, tracker)
-        session.train()
-        # Before the artifact, which ends the step: a command killed between the two would never come back to write it.
-        tracker.summary(session.finish())
-        state = session.state
+    """Train, evaluate and publish; a killed step resumes from its newest whole checkpoint."""
+    transformers_logging.disable_progress_bar()  # its bars for weights would break up ours
+    session = open_ppo(config, inputs)
+    frozen_digest = session.bank.frozen_digest()
+    checkpoint = distributed.broadcast_object(newest(inputs.folder.checkpoints))
+    with open_record(inputs, "ppo", resume_step=checkpoint.step if checkpoint else None) as tracker:
+        training = start_or_resume(config, session, tracker, checkpoint, frozen_digest)
+        training.train()
+        # Before the artifact, which ends the step: a resumed command would not come back to it.
+        tracker.summary(training.finish())
+        state = training.state
         notes = {"iteration": state.best_iteration, ITERATIONS_DONE: state.iteration, "end": state.end}
-        return publish_policy(start, inputs, folder, notes=notes | ended_by(state.end))
+        return training.publish(inputs.folder, notes | training.hours.details)
 
 
-def ended_by(end: End | None) -> dict[str, str]:
-    """Which hours ended the training, in the words of the other steps' manifests; nothing where none did."""
-    keys: dict[End | None, str] = {"hours": "max_hours", "run_hours": "run.max_hours"}
-    return {"ended_by": keys[end]} if end in keys else {}
-
-
-def open_session(config: Config, inputs: StepInputs, start: Start, tracker: Tracker) -> "Session":
-    """Engine, optimizers and state: those of the newest checkpoint, or new ones."""
-    bank = start.bank
-    engine = open_engine(bank, inputs.rollout)
+def start_or_resume(
+    config: Config, session: AnswerSession, tracker: Tracker, checkpoint: Checkpoint | None, frozen_digest: str
+) -> "Training":
+    """The training of the checkpoint, or a new one, whose starting policy is evaluated."""
+    inputs, bank = session.inputs, session.bank
     row_tokens = config.tokens_per_microbatch
     if row_tokens == "auto":
         row_tokens = CPU_ROW_TOKENS if bank.device.type == "cpu" else 2 * inputs.base.max_tokens
-    held_out = Sampling(
-        temperature=inputs.rollout.temperature,
-        top_p=1.0,
-        max_new_tokens=inputs.rollout.max_new_tokens,
-        seed=inputs.run.seed * _SEEDS,
-    )
-    evaluator = Evaluator(bank, engine, start.scorer, held_out, row_tokens)
-    checkpoint = distributed.broadcast_object(newest(inputs.folder.checkpoints))
-    kl = controller(config)
-    if checkpoint is None:
-        state = first_state(config, inputs, start, evaluator, tracker, kl)
+    saved = checkpoint.path if checkpoint else None
+    hours = open_hours(inputs.step, "ppo", config.max_hours, inputs.deadline, saved)
+    if saved is None:
+        state = first_state(config, session, tracker, row_tokens)
         optimizers = make_optimizers(bank, config)
     else:
         optimizers = make_optimizers(bank, config)
-        state = load_state(checkpoint.path, bank, optimizers, kl)
-    return Session(config, inputs, start, engine, evaluator, optimizers, state, tracker, row_tokens)
+        state = load_state(saved, bank, optimizers, first_coefficient(config))
+    temperature = inputs.rollout.temperature
+    updater = Updater(bank, optimizers, config, temperature=temperature, row_tokens=row_tokens, step=inputs.step)
+    return Training(config, session, updater, optimizers, state, tracker, hours, row_tokens, frozen_digest)
 
 
-def controller(config: Config) -> FixedKl | AdaptiveKl:
-    """The coefficient of the KL penalty as training begins."""
-    if config.kl_control == "adaptive":
-        return AdaptiveKl(config.kl_coef, target=config.kl_target, gain=config.kl_gain)
-    return FixedKl(config.kl_coef)
-
-
-def first_state(
-    config: Config, inputs: StepInputs, start: Start, evaluator: Evaluator, tracker: Tracker, kl: FixedKl | AdaptiveKl
-) -> State:
-    """Measure the starting policy, which is what all later ones are compared with, and fit the critic to the rewards."""
+def first_state(config: Config, session: AnswerSession, tracker: Tracker, row_tokens: int) -> State:
+    """Evaluate the starting policy, which all later ones are compared with, and fit the critic to the rewards."""
     started = time.monotonic()
-    bank, prompts = start.bank, start.prompts
-    validation, constants = evaluator.evaluate(prompts.validation, None)
-    first_test, _ = evaluator.evaluate(prompts.test, constants)
-    if inputs.scoring.shaping != "none":
-        # The critic's head predicts raw scores, and rewards come whitened.
+    validation, constants = evaluate(session, session.prompts.validation, None, row_tokens)
+    first_test, _ = evaluate(session, session.prompts.test, constants, row_tokens)
+    if session.inputs.scoring.shaping != "none":
+        # The critic's head predicts raw scores, and rewards are whitened.
         scale = constants.helpfulness or constants.safety
         if scale is not None:
-            bank.scale_critic(mean=scale.mean, std=scale.deviation)
+            session.bank.scale_critic(mean=scale.mean, std=scale.deviation)
     tracker.log(0, heldout_figures(validation) | {"time/eval_s": time.monotonic() - started})
-    show(tracker, 0, start, validation)
+    show(tracker, 0, session, validation)
     return State(
-        kl=kl,
+        kl=first_coefficient(config),
         constants=constants,
         first_test=first_test,
         best_iteration=0,
         best_score=validation.score,
-        best_weights=policy_weights(bank),
+        best_weights=policy_weights(session.bank),
     )
 
 
-def show(tracker: Tracker, iteration: int, start: Start, evaluation: Evaluation) -> None:
-    """Samples with their scores, and histograms."""
-    prompts = [prompt.messages[-1].content for prompt in start.prompts.validation]
-    tracker.samples(iteration, sample_rows(evaluation, prompts, count=SHOWN))
-    for name, values in histograms(evaluation).items():
-        tracker.histogram(iteration, f"histogram/{name}", values)
-
-
 @dataclass(slots=True)
-class Session:
-    """One training: what is trained, with what, how far it is, and who is told."""
+class Training:
+    """One PPO run: models, optimizers, progress and tracker."""
 
     config: Config
-    inputs: StepInputs
-    start: Start
-    engine: LocalEngine
-    evaluator: Evaluator
+    session: AnswerSession
+    updater: Updater
     optimizers: Optimizers
     state: State
     tracker: Tracker
-    row_tokens: int
+    hours: Hours
+    row_tokens: int  # of evaluations
+    frozen_digest: str  # of all weights that are not trained
 
     def train(self) -> None:
-        """To the last iteration, or to where a guard ends it."""
-        config, state = self.config, self.state
+        """Train to the last iteration, or to where a guard or the hours end it."""
+        config, state, prompts, step = self.config, self.state, self.session.prompts, self.session.inputs.step
         log.info(
             "%d prompts to train on, %d to validate and %d to test with; at most %d iterations of %d responses, %d steps each",
-            len(self.start.prompts.train),
-            len(self.start.prompts.validation),
-            len(self.start.prompts.test),
+            len(prompts.train),
+            len(prompts.validation),
+            len(prompts.test),
             config.iterations,
             config.responses_per_iteration,
             config.epochs * (config.responses_per_iteration // config.responses_per_minibatch),
         )
-        updater = Updater(
-            self.start.bank,
-            self.optimizers,
-            config,
-            temperature=self.inputs.rollout.temperature,
-            row_tokens=self.row_tokens,
-            step=self.inputs.step,
-        )
-        with StepProgress(self.inputs.step, steps=config.iterations, done=state.iteration) as progress:
+        with StepProgress(step, steps=config.iterations, done=state.iteration) as progress:
             while state.end is None:
                 try:
-                    self.iterate(updater, progress)
+                    figures = self.iterate()
                 except DivergedError as error:
-                    raise self._with_way_out(error) from None
+                    raise self._with_best_policy(error) from None
+                state.iteration += 1
+                self._check_end(figures)
+                if state.end != "kl_guard" and (state.end or state.iteration % config.validation_every == 0):
+                    figures |= self.validate(progress)
+                if state.iteration % self.session.inputs.tracking.log_every == 0 or "ppo/heldout/score" in figures:
+                    self.tracker.log(state.iteration, figures)
+                reward, kl = figures["ppo/reward/combined"], figures["ppo/kl_to_reference"]
+                progress.step(state.iteration, f"reward {reward:+.3f}  KL {kl:.2f}")
                 if state.end is not None or state.iteration % config.save_every == 0:
                     self.save()
 
-    def iterate(self, updater: Updater, progress: StepProgress) -> None:
-        """One iteration, its evaluation where one is due, and what ends the training."""
-        state, config = self.state, self.config
-        figures = self.step(updater)
-        state.iteration += 1
-        state.seconds += figures["time/step_s"]
-        guard = config.kl_guard
-        if guard is not None and figures["ppo/kl_to_reference"] > guard:
-            self._end_by_guard(figures["ppo/kl_to_reference"], "this iteration's responses")
-        elif state.iteration >= config.iterations:
-            state.end = "iterations"
-        else:
-            state.end = distributed.broadcast_object(self._ended_by_hours())
-            if state.end == "hours":
-                log.warning(
-                    "%s: ppo.max_hours (%g) are over at iteration %d",
-                    self.inputs.step,
-                    config.max_hours,
-                    state.iteration,
-                )
-            elif state.end == "run_hours":
-                log.warning("%s: run.max_hours are over at iteration %d", self.inputs.step, state.iteration)
-        if state.end != "kl_guard" and (state.end or state.iteration % config.validation_every == 0):
-            figures |= self.evaluate(progress)
-        if state.iteration % self.inputs.tracking.log_every == 0 or "ppo/heldout/score" in figures:
-            self.tracker.log(state.iteration, figures)
-        reward, kl = figures["ppo/reward/combined"], figures["ppo/kl_to_reference"]
-        progress.step(state.iteration, f"reward {reward:+.3f}  KL {kl:.2f}")
-
-    def step(self, updater: Updater) -> dict[str, float]:
-        """Sample, score, learn; the figures of it."""
-        config, inputs, state, bank = self.config, self.inputs, self.state, self.start.bank
+    def iterate(self) -> dict[str, float]:
+        """Sample, score and update; the figures of the iteration."""
+        config, session, state, bank = self.config, self.session, self.state, self.session.bank
         began = time.monotonic()
-        prompts = self.start.prompts.batch(state.iteration, count=config.responses_per_iteration, seed=inputs.run.seed)
-        sampling = Sampling(
-            temperature=inputs.rollout.temperature,
-            top_p=1.0,
-            max_new_tokens=inputs.rollout.max_new_tokens,
-            seed=inputs.run.seed * _SEEDS + state.iteration + 1,
+        prompts = session.prompts.batch(
+            state.iteration, count=config.responses_per_iteration, seed=session.inputs.run.seed
         )
-        refresh(self.engine, bank)
-        responses = sample(self.engine, bank.chat_format, prompts, sampling)
+        session.refresh()
+        responses = session.sample(prompts, session.sampling(state.iteration + 1))
         sampled = time.monotonic()
         sequences = [sequence_of(response) for response in responses]
-        minibatches = cut(
+        minibatches = split_minibatches(
             sequences,
             responses_per_minibatch=config.responses_per_minibatch,
-            row_tokens=updater.row_tokens,
+            row_tokens=self.updater.row_tokens,
             device=bank.device,
         )
         rows = [row for minibatch in minibatches for row in minibatch.rows]
-        measured = measure(bank, sequences, rows, temperature=sampling.temperature, with_values=True)
-        scored = self.start.scorer.score(responses, with_judge=False)
+        temperature, scoring = session.inputs.rollout.temperature, session.inputs.scoring
+        outputs = model_outputs(bank, sequences, rows, temperature=temperature, with_values=True)
+        scored = session.scorer.score(responses, with_judge=False)
+        kl_coef = state.kl.coef
         experience = make_experience(
-            responses, minibatches, measured, scored, config=config, scoring=inputs.scoring, kl_coef=state.kl.coef
+            responses, sequences, minibatches, outputs, scored, config=config, scoring=scoring, kl_coef=kl_coef
         )
-        figures = iteration_figures(responses, measured, scored, experience, kl_coef=state.kl.coef)
+        figures = iteration_figures(responses, outputs, scored, experience, kl_coef=kl_coef)
         judged = time.monotonic()
-        figures |= updater.update(experience, trains_policy=state.iteration >= config.critic_warmup)
+        trains_policy = state.iteration >= config.critic_warmup
+        figures |= self.updater.update(experience, trains_policy=trains_policy)
         ended = time.monotonic()
-        kl_B = response_kl(measured.token_kl(), response_mask_BR=measured.response_mask_BR)
-        state.kl = state.kl.after(float(kl_B.mean()))
+        state.kl = state.kl.after(figures["ppo/kl_to_reference"])
         tokens = sum(len(sequence.response) for sequence in sequences)
         return figures | {
-            "optim/learning_rate": config.learning_rate if state.iteration >= config.critic_warmup else 0.0,
+            "optim/learning_rate": config.learning_rate if trains_policy else 0.0,
             "time/rollout_s": sampled - began,
             "time/score_s": judged - sampled,
             "time/update_s": ended - judged,
@@ -276,26 +198,32 @@ class Session:
             "memory/peak_gib": peak_memory(),
         }
 
-    def evaluate(self, progress: StepProgress) -> dict[str, float]:
-        """The policy on validation prompts: keep it if it is the best, end where it strays or gets no better."""
-        state, config = self.state, self.config
+    def _check_end(self, figures: dict[str, float]) -> None:
+        """End the training by the KL guard, at the last iteration, or when its hours are over."""
+        state, config, kl = self.state, self.config, figures["ppo/kl_to_reference"]
+        if config.kl_guard is not None and kl > config.kl_guard:
+            self._end_by_guard(kl, "this iteration's responses")
+        elif state.iteration >= config.iterations:
+            state.end = "iterations"
+        elif self.hours.are_over(f"iteration {state.iteration}"):
+            state.end = self.hours.ended_by
+
+    def validate(self, progress: StepProgress) -> dict[str, float]:
+        """Evaluate on validation prompts: keep the policy if it is the best; end by the guard or by patience."""
+        state, config, session = self.state, self.config, self.session
         started = time.monotonic()
-        refresh(self.engine, self.start.bank)
-        evaluation, _ = self.evaluator.evaluate(self.start.prompts.validation, state.constants)
-        guard = config.kl_guard
-        if guard is not None and mean_kl(evaluation) > guard:
+        session.refresh()
+        evaluation, _ = evaluate(session, session.prompts.validation, state.constants, self.row_tokens)
+        if config.kl_guard is not None and mean_kl(evaluation) > config.kl_guard:
             self._end_by_guard(mean_kl(evaluation), "validation prompts")
         else:
-            state.offer(evaluation.score, self.start.bank)
-            if (
-                state.end is None
-                and config.patience is not None
-                and state.evaluations_without_better >= config.patience
-            ):
+            state.offer(evaluation.score, session.bank)
+            is_patient = config.patience is None or state.evaluations_without_better < config.patience
+            if state.end is None and not is_patient:
                 state.end = "patience"
-        show(self.tracker, state.iteration, self.start, evaluation)
+        show(self.tracker, state.iteration, session, evaluation)
         progress.say(
-            f"{self.inputs.step} iteration {state.iteration}: validation prompts score {evaluation.score:+.3f} "
+            f"{session.inputs.step} iteration {state.iteration}: validation prompts score {evaluation.score:+.3f} "
             f"(best {state.best_score:+.3f} at {state.best_iteration}), KL {mean_kl(evaluation):.2f}"
         )
         return heldout_figures(evaluation) | {"time/eval_s": time.monotonic() - started}
@@ -304,25 +232,26 @@ class Session:
         """A checkpoint of the finished iterations."""
         self.tracker.sync()
         if distributed.is_first():
-            with writing(self.inputs.folder.checkpoints, self.state.iteration) as side:
-                save_state(side, self.state, self.start.bank, self.optimizers)
+            with writing(self.session.inputs.folder.checkpoints, self.state.iteration) as side:
+                self.state.save(side, self.session.bank, self.optimizers)
+                self.hours.save(side)
         distributed.wait()
 
     def finish(self) -> dict[str, float]:
         """Make the best policy the bank's, compare it with the first on test prompts, draw; the final figures."""
-        folder, state = self.inputs.folder, self.state
-        put_best(state, self.start.bank)
+        folder, state, session = self.session.inputs.folder, self.state, self.session
+        state.put_best(session.bank)
         if state.best_iteration == 0:
             log.warning(
                 "%s: no evaluated policy scored above the starting one on validation prompts, so that one is published "
                 "again. More iterations, a higher ppo.learning_rate or a lower ppo.kl_coef may help.",
-                self.inputs.step,
+                session.inputs.step,
             )
         else:
             log.info("ended by %s; the policy of iteration %d is the best", state.end, state.best_iteration)
         started = time.monotonic()
-        refresh(self.engine, self.start.bank)
-        final, _ = self.evaluator.evaluate(self.start.prompts.test, state.constants)
+        session.refresh()
+        final, _ = evaluate(session, session.prompts.test, state.constants, self.row_tokens)
         figures = comparison("ppo", state.first_test, final)
         log.info("%s", comparison_table("ppo", figures))
         draw_curves(folder.metrics, folder.curves)
@@ -337,37 +266,34 @@ class Session:
         best = {"ppo/best_iteration": float(state.best_iteration), "ppo/best_score": state.best_score}
         return last | best | figures | {"time/eval_s": time.monotonic() - started}
 
-    def _ended_by_hours(self) -> End | None:
-        limit, deadline = self.config.max_hours, self.inputs.deadline
-        if limit is not None and self.state.seconds > 3600 * limit:
-            return "hours"
-        return "run_hours" if deadline is not None and time.monotonic() > deadline else None
+    def publish(self, folder: StepFolder, notes: dict[str, Any]) -> Artifact:
+        """Publish the bank's policy in this folder."""
+        assert self.session.bank.frozen_digest() == self.frozen_digest, "reference and reward models are never written"
+        return publish_policy(self.session, folder, notes)
 
     def _end_by_guard(self, kl: float, where: str) -> None:
-        state = self.state
         log.warning(
             "%s: KL to the starting policy is %.1f nats a response on %s at iteration %d, over ppo.kl_guard (%g). Training "
             "ends here, and the best policy under it is published (iteration %d). A higher ppo.kl_coef or a lower "
             "ppo.learning_rate stays closer.",
-            self.inputs.step,
+            self.session.inputs.step,
             kl,
             where,
-            state.iteration,
+            self.state.iteration,
             self.config.kl_guard,
-            state.best_iteration,
+            self.state.best_iteration,
         )
-        state.end = "kl_guard"
+        self.state.end = "kl_guard"
 
-    def _with_way_out(self, error: DivergedError) -> DivergedError:
-        """The error, and where the best policy so far lies."""
-        state = self.state
+    def _with_best_policy(self, error: DivergedError) -> DivergedError:
+        """The error, and where the best policy so far is; it is published there."""
+        state, session = self.state, self.session
         if state.best_iteration == 0:
             return error
-        put_best(state, self.start.bank)
-        place = StepFolder(self.inputs.folder.checkpoints / BEST)
-        notes: Mapping[str, object] = {"iteration": state.best_iteration, "end": "diverged"}
-        publish_policy(self.start, self.inputs, place, notes=notes)
+        state.put_best(session.bank)
+        place = StepFolder(session.inputs.folder.checkpoints / BEST)
+        self.publish(place, {"iteration": state.best_iteration, "end": "diverged"})
         return DivergedError(
-            f"{error} The best policy so far, of iteration {state.best_iteration}, is in {place.artifact}: it can be talked "
-            "to and named in base.policy."
+            f"{error} The best policy so far, of iteration {state.best_iteration}, is in {place.artifact}: you can chat "
+            "with it, and name it in base.policy."
         )

@@ -1,4 +1,4 @@
-"""The update: some epochs over an iteration's minibatches, each one optimizer step of policy and critic.
+"""The update: epochs over an iteration's minibatches, each of them one optimizer step of policy and critic.
 
 Shapes: 1 a packed row, N its response tokens. A minibatch's losses are sums over its rows divided by all its tokens, so
 the size of a row changes memory and speed and not the step. Policy and critic have optimizers and clip norms of their
@@ -71,7 +71,7 @@ def make_optimizers(bank: "RoleBank", config: Config) -> Optimizers:
 
 
 class Updater:
-    """Runs updates; where the device's memory is too small for a row, goes on with rows of half the length."""
+    """Runs updates; where the device's memory is too small for a row, the row length is halved."""
 
     def __init__(
         self,
@@ -89,44 +89,37 @@ class Updater:
 
     def update(self, experience: Experience, *, trains_policy: bool) -> dict[str, float]:
         """All optimizer steps of an iteration; means over them, the figures of the policy only where it is trained."""
-        sums: dict[str, float] = defaultdict(float)
-        steps = 0
-        for _ in range(self._config.epochs):
-            for minibatch in experience.minibatches:
-                for name, value in self._optimizer_step(experience, minibatch, trains_policy=trains_policy).items():
-                    sums[name] += value
-                steps += 1
-        return {name: total / steps for name, total in sums.items()}
-
-    def _optimizer_step(self, experience: Experience, minibatch: Minibatch, *, trains_policy: bool) -> dict[str, float]:
         config, trained = self._config, self._bank.trainable()
-        figures = self.gradients(experience, minibatch, trains_policy=trains_policy)
-        norm = nn.utils.clip_grad_norm_(trained["critic"], config.max_grad_norm)
-        figures["optim/critic_grad_norm"] = float(norm)
-        if trains_policy:
-            norm = nn.utils.clip_grad_norm_(trained["policy"], config.max_grad_norm)
-            figures["optim/grad_norm"] = float(norm)
-        self._check_finite(figures)
-        self._optimizers.critic.step()
-        if trains_policy:
-            self._optimizers.policy.step()
-        self._optimizers.zero_grad()
-        return figures
+        sums: dict[str, float] = defaultdict(float)
+        for _ in range(config.epochs):
+            for minibatch in experience.minibatches:
+                figures = self.gradients(experience, minibatch, trains_policy=trains_policy)
+                norm = nn.utils.clip_grad_norm_(trained["critic"], config.max_grad_norm)
+                figures["optim/critic_grad_norm"] = float(norm)
+                if trains_policy:
+                    norm = nn.utils.clip_grad_norm_(trained["policy"], config.max_grad_norm)
+                    figures["optim/grad_norm"] = float(norm)
+                self._check_finite(figures)
+                self._optimizers.critic.step()
+                if trains_policy:
+                    self._optimizers.policy.step()
+                self._optimizers.zero_grad()
+                for name, value in figures.items():
+                    sums[name] += value
+        steps = config.epochs * len(experience.minibatches)
+        return {name: total / steps for name, total in sums.items()}
 
     def gradients(self, experience: Experience, minibatch: Minibatch, *, trains_policy: bool) -> dict[str, float]:
         """Leave the minibatch's gradients in the weights; its losses and figures. Several processes share its rows."""
         rows = minibatch.rows
 
-        def learn_from(mine: Sequence[PackedRow]) -> list[dict[str, float]]:
-            return [
-                in_room(lambda row=row: self._row(experience, minibatch, row, trains_policy=trains_policy))
-                for row in mine
-            ]
+        def backward(part: Sequence[PackedRow]) -> list[dict[str, float]]:
+            return [self._row(experience, row, trains_policy=trains_policy, tokens=minibatch.tokens) for row in part]
 
         while True:
             self._optimizers.zero_grad()
             try:
-                found = distributed.scatter_map(rows, learn_from)
+                by_row = in_room(lambda: distributed.scatter_map(rows, backward))  # noqa: B023  # called at once
                 break
             except MicrobatchTooLargeError as error:
                 reason = str(error)
@@ -138,12 +131,10 @@ class Updater:
             rows = self._smaller(experience, minibatch, rows, reason)
         trained = self._bank.trainable()
         distributed.sum_gradients([*trained["critic"], *(trained["policy"] if trains_policy else ())])
-        return {name: sum(figures[name] for figures in found) for name in found[0]}
+        return {name: sum(figures[name] for figures in by_row) for name in by_row[0]}
 
-    def _row(
-        self, experience: Experience, minibatch: Minibatch, row: PackedRow, *, trains_policy: bool
-    ) -> dict[str, float]:
-        """Forward and backward of one row for policy and critic."""
+    def _row(self, experience: Experience, row: PackedRow, *, trains_policy: bool, tokens: int) -> dict[str, float]:
+        """Forward and backward of one row for policy and critic; losses are divided by the minibatch's `tokens`."""
         bank, config = self._bank, self._config
         mask_1N = torch.ones((1, len(row.places_N)), dtype=torch.bool, device=bank.device)
         is_shared = bank.critic == "shared"
@@ -162,7 +153,7 @@ class Updater:
                 advantages_BR=row.taken(experience.advantages_BR),
                 response_mask_BR=mask_1N,
                 clip_range=config.clip_range,
-                tokens=minibatch.tokens,
+                tokens=tokens,
             )
             loss = clipped.loss
             figures["ppo/policy_loss"] = float(clipped.loss.detach())
@@ -179,7 +170,7 @@ class Updater:
             returns_BR=row.taken(experience.returns_BR),
             response_mask_BR=mask_1N,
             value_clip_range=config.value_clip_range,
-            tokens=minibatch.tokens,
+            tokens=tokens,
         )
         if is_shared and loss is not None:
             (loss + config.value_coef * errors.loss).backward()
@@ -201,8 +192,8 @@ class Updater:
             )
         self.row_tokens //= 2
         log.warning(
-            "%s: the device's memory is too small for rows of %d tokens. Going on with %d; the responses of each step stay"
-            " the same. Set ppo.tokens_per_microbatch=%d to begin with that.",
+            "%s: the device's memory is too small for rows of %d tokens. Continuing with %d; the responses of each step stay"
+            " the same. Set ppo.tokens_per_microbatch=%d to start with that.",
             self._step,
             2 * self.row_tokens,
             self.row_tokens,
@@ -226,7 +217,7 @@ class Updater:
         if wrong is not None:
             self._optimizers.zero_grad()
             raise DivergedError(
-                f"{self._step}: {wrong} is {figures[wrong]}. No step was taken by it: its weights could not be mended by "
-                "more steps. Set a lower ppo.learning_rate and ppo.critic_learning_rate or a higher ppo.kl_coef, and start"
+                f"{self._step}: {wrong} is {figures[wrong]}. No step was taken: more steps would not repair the "
+                "weights. Set a lower ppo.learning_rate and ppo.critic_learning_rate or a higher ppo.kl_coef, and start"
                 " the step again with `--overwrite`."
             )

@@ -2,96 +2,113 @@
 dialogs of the best answers -> a policy tuned on them.
 
 K answers are sampled to each prompt from the policy as the round begins; the reward models score them; the best becomes
-a new gold answer, pooled with those of all earlier rounds; the pool is learnt as in supervised tuning. Writes the step
-folder's sampling/, metrics.jsonl, samples.jsonl, dialogs/, figures/, summary.json and, through the tuning, artifact/.
-Killed at any moment, the same call goes on: each batch of answers is written down whole before the next is sampled. Where
-`max_hours` ends the sampling, what was sampled by then is learnt: no batch is better than another.
+a new gold answer, pooled with those of all earlier rounds; the pool is trained on as in supervised tuning. Writes the
+step folder's sampling/, metrics.jsonl, samples.jsonl, dialogs/, figures/, summary.json and, through the tuning,
+artifact/. A killed step resumes after its last whole batch. Where `max_hours` ends the sampling, the answers sampled so
+far are used: no batch is better than another.
 """
 
 import logging
-from collections import Counter
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
-from llamachat.answers.curve_pictures import draw_best_of_n, draw_temperatures
-from llamachat.answers.curves import Curve
-from llamachat.answers.desk import Desk, open_desk
-from llamachat.answers.evaluation import comparison, comparison_table
-from llamachat.answers.groups import Sampler
-from llamachat.answers.making import both_evaluations, first_evaluation, record, run_parts, setting_of, show_figures
-from llamachat.answers.pictures import draw_comparison
-from llamachat.answers.store import Store
-from llamachat.errors import ConfigError
+from llamachat.answers.dialog_step import BatchResult, DialogStep, counted
+from llamachat.answers.evaluation import comparison_table
+from llamachat.answers.groups import Group, Sampler, batches_of, sample_groups
+from llamachat.answers.scorer import longest_prompt
+from llamachat.answers.session import AnswerSession, open_session
+from llamachat.data.prompts import EncodedPrompt
+from llamachat.errors import ConfigError, DataError
+from llamachat.rollout.engine import Sampling
 from llamachat.runs.artifacts import Artifact
-from llamachat.runs.atomic import write_json
+from llamachat.runs.cost import peak_memory
 from llamachat.runs.inputs import StepInputs
 from llamachat.scoring.standardising import Constants
-from llamachat.tracking.curves import draw_curves
-from llamachat.training.hours import open_hours
+from llamachat.tracking.tracker import Tracker
 from rejection_sampling.config import Config
-from rejection_sampling.curves import best_temperature, load_sampler, sweep, sweep_of
-from rejection_sampling.publishing import earlier_of, pool_figures, pool_of, publish_dialogs
-from rejection_sampling.sampling import Round
+from rejection_sampling.sweep import load_sampler, round_temperatures, run_sweep, sweep_figures
+from rejection_sampling.winners import Winner, earlier_winners, filtered, pooled_winners, winner_line, winners_of
 
 log = logging.getLogger(__name__)
+
+# Each round answers the same prompts in the same order: with the same seeds, a policy that changed little would give the
+# same answers again.
+_SEEDS_OF_A_ROUND = 10**9
+_SHOWN = 4  # prompts of a batch whose best and worst answer people are shown
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
     """Sample, choose, pool and publish the dialogs; tune on them; compare; end the step."""
-    # Its bars for loading and writing weights would break up ours.
-    transformers_logging.disable_progress_bar()
-    return run_parts(
-        inputs,
-        make=lambda: make_dialogs(config, inputs),
-        over=config.sft,
-        from_base=config.start == "base",
-        sft_share=1.0 if config.start == "base" else 0.0,
-        compare=lambda tuned: compare(config, inputs, tuned),
+    step = dialog_step(config, inputs)
+    is_from_base = config.start == "base"
+    return step.run(
+        make_dialogs=lambda: make_dialogs(config, step),
+        compare=lambda tuned: compare(config, step, tuned),
+        sft=config.sft,
+        from_base=is_from_base,
+        sft_share=1.0 if is_from_base else 0.0,
     )
 
 
-def make_dialogs(config: Config, inputs: StepInputs) -> Artifact:
-    """Everything up to the published dialogs; what was sampled before is not sampled again."""
+def dialog_step(config: Config, inputs: StepInputs) -> DialogStep:
+    return DialogStep(inputs, section="rejection_sampling", prefix="rs", max_hours=config.max_hours)
+
+
+def make_dialogs(config: Config, step: DialogStep) -> Artifact:
+    """Everything up to the published dialogs; answers in the cache are not sampled again."""
+    inputs = step.inputs
     check_settings(config, inputs)
-    store = Store(inputs.folder.sampling)
-    hours = open_hours(inputs.step, "rejection_sampling", config.max_hours, inputs.deadline, store.folder)
-    desk = _open(config, inputs, inputs.policy)
-    counts: Counter[str] = Counter()
-    # Before anything is sampled: a line that an edit broke is told now, and not after hours.
-    earlier = earlier_of(inputs, desk, counts)
-    with record(inputs, "rs", keeps_record=False) as tracker:
-        _, constants = first_evaluation(desk, store)
-        sampler = None if config.sampler is None else load_sampler(config.sampler, desk)
-        curves = draw_sweep(config, inputs, desk, constants, store, sampler)
-        temperatures = _temperatures(config, inputs, curves)
-        hours.save(store.folder)  # a sweep takes its share of them
-        sampled = Round(config, inputs, desk, constants, store, temperatures, sampler, hours, counts)
-        figures = sampled.go(tracker)
-        pool = pool_of(sampled, earlier)
-        tracker.sync()
-        # Before the dialogs, which end this part: a command killed between the two would never come back to write it.
-        tracker.summary(figures | sweep_figures(curves) | pool_figures(pool, inputs.step))
-        return publish_dialogs(sampled, pool)
+    session = _open(config, inputs, inputs.policy)
+    # Before anything is sampled: a line that an edit broke is reported now, and not after hours.
+    longest = longest_prompt(inputs.base, inputs.rollout, session.bank)
+    earlier = earlier_winners(inputs.pooled, session.chat_format, max_tokens=longest, dropped=step.dropped)
+    with step.record() as tracker:
+        _, constants = step.first_evaluation(session)
+        sampler = None if config.sampler is None else load_sampler(config.sampler, session)
+        curves = run_sweep(config, step, session, constants, sampler)
+        temperatures = round_temperatures(config, inputs.rollout.temperature, curves)
+        step.hours.save(step.cache.folder)  # a sweep takes its share of them
+        sampled = Round(config, step, session, constants, temperatures, sampler)
+        figures = sampled.sample(tracker)
+        pool = pooled_winners(session.scorer, sampled.winners, earlier, keeps_all=config.pool == "all")
+        if not pool:
+            raise DataError(
+                f"{inputs.step}: no answer can be trained on ({counted(step.dropped)}). Raise rollout.max_new_tokens or "
+                "rejection_sampling.samples_per_prompt, or tune the policy (`make sft`) until its answers end."
+            )
+        from_earlier = sum(winner.round != inputs.step for winner in pool)
+        log.info(
+            "%d winners in the pool, %d of them of earlier rounds (%s); %s",
+            len(pool),
+            from_earlier,
+            ", ".join(inputs.pooled) or "none",
+            counted(step.dropped),
+        )
+        pool_figures = {"rs/pool_size": float(len(pool)), "rs/pool_from_earlier": float(from_earlier)}
+        step.end_sampling(tracker, figures | sweep_figures(curves) | pool_figures)
+    return step.publish(
+        [winner_line(winner) for winner in pool],
+        [winner_line(winner) for winner in sampled.held_out],
+        details={"temperatures": list(temperatures)},
+        dropped=session.prompts.dropped,
+        earlier=inputs.pooled,
+    )
 
 
-def compare(config: Config, inputs: StepInputs, tuned: Artifact) -> None:
-    """Final figures: the tuned policy against the one before on test prompts, and the pictures."""
-    folder, store = inputs.folder, Store(inputs.folder.sampling)
-    start, final = both_evaluations(_open(config, inputs, tuned), store)
-    figures = comparison("rs", start, final)
+def compare(config: Config, step: DialogStep, tuned: Artifact) -> dict[str, float]:
+    """The tuned policy against the one before on test prompts: final figures and pictures."""
+    _, _, figures = step.compare(_open(config, step.inputs, tuned))
     log.info("%s", comparison_table("rs", figures))
     if figures["rs/test/difference/score"] <= 0:
         log.warning(
             "%s: the tuned policy does not score above the one before on test prompts. More prompts or a larger K, more "
-            "epochs (rejection_sampling.sft), or a reward model that tells answers apart better may help.",
-            inputs.step,
+            "epochs (rejection_sampling.sft), or a more accurate reward model may help.",
+            step.inputs.step,
         )
-    draw_curves(folder.metrics, folder.curves)
-    draw_comparison(start, final, folder.figures / "test_scores.png")
-    with record(inputs, "rs", keeps_record=True) as tracker:
-        show_figures(tracker, folder)
-        tracker.summary(figures)
+    return figures
 
 
 def check_settings(config: Config, inputs: StepInputs) -> None:
@@ -105,48 +122,121 @@ def check_settings(config: Config, inputs: StepInputs) -> None:
         )
 
 
-def draw_sweep(
-    config: Config, inputs: StepInputs, desk: Desk, constants: Constants, store: Store, sampler: Sampler | None
-) -> list[Curve]:
-    """Curves of what samples and of the SFT policy, drawn; none where no prompts are set apart for them."""
-    if config.sweep_prompts == 0:
-        return []
-    temperatures = config.sweep_temperatures
-    sampled_at = temperatures if config.temperature == "sweep" else _temperatures(config, inputs, [])
-    temperatures = tuple(sorted({*temperatures, *sampled_at}))
-    now = inputs.policy.manifest.step if inputs.policy else "base"
-    name = now if sampler is None else "sampler"
-    curves = sweep(desk, temperatures, config, constants, store, policy=name, sampler=sampler)
-    if inputs.sft_policy is not None and inputs.sft_policy.manifest.step != name:
-        curves = [*sweep_of(inputs.sft_policy, desk, temperatures, config, constants, store), *curves]
-    places = inputs.folder.figures
-    best = {
-        policy: best_temperature([c for c in curves if c.policy == policy and c.temperature in sampled_at])
-        for policy in {c.policy for c in curves}
-    }
-    draw_best_of_n([curve for curve in curves if curve.temperature == best[curve.policy]], places / "best_of_n.png")
-    draw_temperatures(curves, places / "temperatures.png")
-    write_json(places / "best_of_n.json", [curve.to_plain() for curve in curves])
-    return [curve for curve in curves if curve.policy == name]
-
-
-def sweep_figures(curves: Sequence[Curve]) -> dict[str, float]:
-    """What the present policy's best and median answers are worth at each temperature."""
-    found = {}
-    for curve in curves:
-        found[f"rs/sweep/best_at_{curve.temperature:g}"] = curve.reward
-        found[f"rs/sweep/median_at_{curve.temperature:g}"] = curve.median[-1]
-    return found
-
-
-def _open(config: Config, inputs: StepInputs, policy: Artifact | None) -> Desk:
+def _open(config: Config, inputs: StepInputs, policy: Artifact | None) -> AnswerSession:
     held_out = (max(config.validation_prompts, config.sweep_prompts), config.test_prompts)
-    return open_desk(setting_of(inputs), policy=policy, reward_models=inputs.reward_models, held_out=held_out)
+    return open_session(inputs, policy=policy, held_out=held_out)
 
 
-def _temperatures(config: Config, inputs: StepInputs, curves: Sequence[Curve]) -> tuple[float, ...]:
-    if config.temperature == "sweep":
-        return (best_temperature(curves),)
-    if config.temperature is None:
-        return (inputs.rollout.temperature,)
-    return config.temperature if isinstance(config.temperature, tuple) else (config.temperature,)
+@dataclass(slots=True)
+class Round:
+    """K answers to each prompt, batch by batch, and the winners among them."""
+
+    config: Config
+    step: DialogStep
+    session: AnswerSession
+    constants: Constants
+    temperatures: tuple[float, ...]
+    sampler: Sampler | None
+    winners: list[Winner] = field(default_factory=list)
+    held_out: list[Winner] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)  # prompts of each training batch
+
+    def sample(self, tracker: Tracker) -> dict[str, float]:
+        """Sample all batches that are not in the cache; mean figures over the prompts of the training side."""
+        config, prompts, count = self.config, self.session.prompts, self.config.samples_per_prompt
+        drawn = prompts.drawn(config.prompts, seed=self.step.inputs.run.seed)
+        temperatures = ", ".join(f"{temperature:g}" for temperature in self.temperatures)
+        log.info("%d prompts, %d answers each at temperature %s", len(drawn), count, temperatures)
+        rows = self.step.make_batches(
+            tracker,
+            batches_of(drawn, count),
+            batches_of(prompts.validation[: config.validation_prompts], count),
+            make=self._make,
+            read=self._read,
+            unit="prompts",
+        )
+        total = float(sum(self.sizes))
+        names = [name for name in rows[0] if name.startswith("rs/")]
+        means = {
+            name: sum(row[name] * size for row, size in zip(rows, self.sizes, strict=True)) / total for name in names
+        }
+        return means | {
+            "rs/prompts": total,
+            "rs/winners": float(len(self.winners)),
+            "time/rollout_s": sum(row["time/step_s"] for row in rows),
+            "memory/peak_gib": max(row["memory/peak_gib"] for row in rows),
+        }
+
+    def _make(self, number: int, prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
+        started = time.monotonic()
+        groups = sample_groups(self.session, prompts, self._samplings(number), self.constants, sampler=self.sampler)
+        seconds = time.monotonic() - started
+        return {
+            "groups": [group.to_plain() for group in groups],
+            "figures": group_figures(groups)
+            | {
+                "rs/temperature": fmean(self.temperatures),
+                "time/step_s": seconds,
+                "throughput/rollout_tokens_per_s": sum(sum(group.tokens) for group in groups) / max(seconds, 1e-9),
+                "memory/peak_gib": peak_memory(),
+            },
+        }
+
+    def _samplings(self, number: int) -> list[tuple[Sampling, int]]:
+        """Each temperature and its share of the K samples; the first ones take the remainder."""
+        share, rest = divmod(self.config.samples_per_prompt, len(self.temperatures))
+        first = _SEEDS_OF_A_ROUND * len(self.step.inputs.pooled) + number * len(self.temperatures)
+        return [
+            (self.session.sampling(first + index, temperature=temperature), share + (index < rest))
+            for index, temperature in enumerate(self.temperatures)
+        ]
+
+    def _read(self, prompts: Sequence[EncodedPrompt], values: Mapping[str, Any], is_held_out: bool) -> BatchResult:
+        groups = [Group.from_plain(group) for group in values["groups"]]
+        winners = winners_of(prompts, groups, self.step.inputs.step)
+        figures = values["figures"]
+        if is_held_out:
+            self.held_out += winners
+        else:
+            self.winners += winners
+            self.sizes.append(len(prompts))
+            self.step.dropped.update(filtered(groups))
+        headline = f"best {figures['rs/reward_best']:+.3f}  mean {figures['rs/reward_mean']:+.3f}"
+        return BatchResult(figures, _shown(prompts, groups), headline)
+
+
+def group_figures(groups: Sequence[Group]) -> dict[str, float]:
+    """Figures of a batch. Best, median and mean are of answers that can win, by prompt; prompts without are left out."""
+    scores = [
+        [group.combined[place] for place in group.order if group.finished[place] and group.allowed[place]]
+        for group in groups
+    ]
+    answers, usable = sum(len(group.texts) for group in groups), sum(map(len, scores))
+    scores = [of_prompt for of_prompt in scores if of_prompt] or [[0.0]]
+    return {
+        "rs/reward_best": fmean(of_prompt[0] for of_prompt in scores),
+        "rs/reward_median": fmean(median(of_prompt) for of_prompt in scores),
+        "rs/reward_mean": fmean(fmean(of_prompt) for of_prompt in scores),
+        "rs/standardised_best": fmean(
+            group.standardised[group.candidates[0]] if group.candidates else min(group.standardised) for group in groups
+        ),
+        "rs/usable_fraction": usable / answers,
+        "rs/finished_fraction": sum(sum(group.finished) for group in groups) / answers,
+        "rs/response_tokens": sum(sum(group.tokens) for group in groups) / answers,
+    }
+
+
+def _shown(prompts: Sequence[EncodedPrompt], groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Best and worst answers to some prompts, for people to read."""
+    return [
+        {
+            "prompt": prompt.messages[-1].content,
+            "which": which,
+            "answer": group.texts[place],
+            "score": round(group.combined[place], 4),
+            "tokens": group.tokens[place],
+            "finished": group.finished[place],
+        }
+        for prompt, group in list(zip(prompts, groups, strict=True))[:_SHOWN]
+        for which, place in (("best", [*group.candidates, *group.order][0]), ("worst", group.order[-1]))
+    ]

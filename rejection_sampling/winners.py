@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llamachat.answers import making
-from llamachat.answers.desk import Desk
+from llamachat.answers.dialog_step import SAMPLED, dialog_line
 from llamachat.answers.groups import Group
 from llamachat.answers.responses import Response
+from llamachat.answers.scorer import Scorer
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.config.sections import DataSource
@@ -45,12 +45,12 @@ class Winner:
 
 def winners_of(prompts: Sequence[EncodedPrompt], groups: Sequence[Group], step: str) -> list[Winner]:
     """The best allowed answer to each prompt that has one."""
-    found = []
+    winners = []
     for prompt, group in zip(prompts, groups, strict=True):
         if group.candidates:
             best = group.candidates[0]
-            found.append(Winner(prompt, group.texts[best], step, tokens=group.tokens[best]))
-    return found
+            winners.append(Winner(prompt, group.texts[best], step, tokens=group.tokens[best]))
+    return winners
 
 
 def filtered(groups: Iterable[Group]) -> dict[str, int]:
@@ -74,8 +74,11 @@ def filtered(groups: Iterable[Group]) -> dict[str, int]:
 def earlier_winners(
     pooled: "Mapping[str, Artifact]", chat_format: ChatFormat, *, max_tokens: int, dropped: Counter[str]
 ) -> list[Winner]:
-    """The winners of earlier rounds as they lie on the disk; each round's file also holds those before it."""
-    found: dict[tuple[tuple[tuple[str, str], ...], str], Winner] = {}
+    """The winners of earlier rounds from their files; each round's file also holds those of the rounds before it.
+
+    `dropped` counts, by reason, those that are left out.
+    """
+    winners: dict[tuple[tuple[tuple[str, str], ...], str], Winner] = {}
     for step, artifact in pooled.items():
         path = artifact.path / DIALOGS
         if not path.is_file() or path.stat().st_size == 0:
@@ -91,11 +94,13 @@ def earlier_winners(
                 continue
             prompt = EncodedPrompt(messages, ids, bool(origin.get("is_safety")), str(origin.get("id") or ""))
             winner = Winner(prompt, answer.content, str(origin.get("round") or step))
-            found.setdefault((winner.key, winner.text), winner)
-    return list(found.values())
+            winners.setdefault((winner.key, winner.text), winner)
+    return list(winners.values())
 
 
-def pooled_winners(desk: Desk, own: Sequence[Winner], earlier: Sequence[Winner], *, keeps_all: bool) -> list[Winner]:
+def pooled_winners(
+    scorer: Scorer, own: Sequence[Winner], earlier: Sequence[Winner], *, keeps_all: bool
+) -> list[Winner]:
     """All winners with their present scores: each one once, or the best for each prompt.
 
     Of equal ones the earlier round's stays. Order: prompts as they first came, earlier rounds first.
@@ -103,7 +108,7 @@ def pooled_winners(desk: Desk, own: Sequence[Winner], earlier: Sequence[Winner],
     once: dict[tuple[tuple[tuple[str, str], ...], str], Winner] = {}
     for winner in (*earlier, *own):
         once.setdefault((winner.key, winner.text), winner)
-    scored = _scored_again(desk, list(once.values()))
+    scored = _scored_again(scorer, list(once.values()))
     if keeps_all:
         return scored
     best: dict[tuple[tuple[str, str], ...], Winner] = {}
@@ -114,13 +119,13 @@ def pooled_winners(desk: Desk, own: Sequence[Winner], earlier: Sequence[Winner],
     return list(best.values())
 
 
-def _scored_again(desk: Desk, winners: Sequence[Winner]) -> list[Winner]:
+def _scored_again(scorer: Scorer, winners: Sequence[Winner]) -> list[Winner]:
     if not winners:
         return []
     responses = [
         Response(prompt=winner.prompt, ids=(), logprobs=(), is_finished=True, text=winner.text) for winner in winners
     ]
-    combined = desk.scorer.score(responses, with_judge=False, reads_text=True).combined
+    combined = scorer.score(responses, with_judge=False, reads_text=True).combined
     scores, unsafe = combined.scores_B.tolist(), combined.is_unsafe_B.tolist()
     return [
         Winner(winner.prompt, winner.text, winner.round, tokens=winner.tokens, score=score, is_unsafe=is_unsafe)
@@ -128,7 +133,7 @@ def _scored_again(desk: Desk, winners: Sequence[Winner]) -> list[Winner]:
     ]
 
 
-def dialog_line(winner: Winner) -> str:
+def winner_line(winner: Winner) -> str:
     """A dialog as it is published."""
     origin = {
         "round": winner.round,
@@ -136,9 +141,9 @@ def dialog_line(winner: Winner) -> str:
         "is_safety": winner.prompt.is_safety,
         "score": round(winner.score, 6),
     }
-    return making.dialog_line(winner.prompt.messages, winner.text, origin)
+    return dialog_line(winner.prompt.messages, winner.text, origin)
 
 
 def _origin(row: object) -> Mapping[str, Any]:
-    origin = row.get(making.SAMPLED) if isinstance(row, Mapping) else None
+    origin = row.get(SAMPLED) if isinstance(row, Mapping) else None
     return origin if isinstance(origin, Mapping) else {}

@@ -187,9 +187,8 @@ def _open_ppo(case: Case, folder: Path) -> Steps:
     from llamachat.runs.folder import StepFolder
     from llamachat.runs.inputs import StepInputs
     from llamachat.tracking.tracker import open_tracker
-    from ppo.start import open_start
-    from ppo.train import open_session
-    from ppo.update import Updater
+    from ppo.session import open_ppo
+    from ppo.train import start_or_resume
 
     bundled = Path(__file__).resolve().parents[2] / "data" / "prompts" / "general.jsonl.gz"
     config = ppo_config(case)
@@ -206,14 +205,14 @@ def _open_ppo(case: Case, folder: Path) -> Steps:
         scoring=Scoring(combine="single", helpfulness=str(folder / "reward")),
         tracking=Tracking(mode="off"),
     )
-    start = open_start(config, inputs)
-    prompts = start.prompts
+    session = open_ppo(config, inputs)
+    prompts = session.prompts
     sides = {
         side: [replace(prompt, ids=_ids(case.tokens)) for prompt in getattr(prompts, side)[:4]]
         for side in ("train", "validation", "test")
     }
-    start = replace(start, prompts=replace(prompts, **sides))
-    for module in start.bank._modules():
+    session = replace(session, prompts=replace(prompts, **sides))
+    for module in session.bank._modules():
         _touched(module)
 
     def run() -> None:
@@ -221,13 +220,11 @@ def _open_ppo(case: Case, folder: Path) -> Steps:
         tracker = open_tracker(
             inputs.tracking, step_folder=place, run_dir=folder, step="ppo", prefix="ppo", config={}, resume_step=None
         )
-        session = open_session(config, inputs, start, tracker.__enter__())
-        session.engine = LlamaEngine(start.bank.policy_model(), ())  # nothing stops it
-        rows = session.row_tokens
-        updater = Updater(start.bank, session.optimizers, config, temperature=1.0, row_tokens=rows, step="ppo")
+        training = start_or_resume(config, session, tracker.__enter__(), None, "")
+        training.session = replace(session, engine=LlamaEngine(session.bank.policy_model(), ()))  # nothing stops it
         for _ in range(STEPS):
-            session.step(updater)
-            session.state.iteration += 1
+            training.iterate()
+            training.state.iteration += 1
 
     return run
 

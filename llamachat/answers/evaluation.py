@@ -1,22 +1,26 @@
-"""A policy's answers to held-out prompts, and the final policy against the first, prompt by prompt.
+"""A policy's answers to held-out prompts, and the final policy against the first, prompt by prompt: figures, a table,
+pictures, and rows for people to read.
 
-Scores are told raw and, for what decides, on the scale of the starting policy's answers (mean 0, deviation 1), whose
-constants are taken once. The judge decides nothing: what training has looked at cannot tell whether training was fair.
+Scores are reported raw and, for decisions, on the scale of the starting policy's answers (mean 0, deviation 1), whose
+constants are taken once. The judge decides nothing: a model that training optimised cannot say whether it helped.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from llamachat.answers.responses import Response
 from llamachat.answers.scorer import Scored
 from llamachat.maths.intervals import distinct_pairs, paired_bootstrap
 from llamachat.scoring.standardising import Constants, fit_constants, standardise
+from llamachat.tables import text_table
+from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
 
-# Pairs of answers whose lengths differ by this share of the longer one at most are told apart by the judge once more:
-# reward models and judges like length.
+# Reward models and judges like length, so that the judge also compares those pairs of answers alone whose lengths differ
+# by at most this share of the longer one.
 LIKE_LENGTH = 0.2
+_BINS = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +44,10 @@ class Evaluation:
 
     def figures(self) -> dict[str, float]:
         """Means by the last part of their names in the table of metrics."""
-        found: dict[str, float] = {}
-        for name, values in self.scores().items():
-            found[name] = _mean(values)
+        means = {name: _mean(values) for name, values in self.scores().items()}
         if self.kl is not None:
-            found["kl_to_reference"] = _mean(self.kl)
-        return found | {
+            means["kl_to_reference"] = _mean(self.kl)
+        return means | {
             "response_tokens": _mean(self.tokens),
             "finished_fraction": _mean(self.finished),
             "distinct_2": distinct_pairs(self.texts),
@@ -53,14 +55,14 @@ class Evaluation:
 
     def scores(self) -> dict[str, list[float]]:
         """The scores there are, by the last part of their names."""
-        found = {
+        scores = {
             "reward_helpfulness": self.helpfulness,
             "reward_safety": self.safety,
             "judge": self.judge,
             "reward_combined": self.combined,
             "score": self.standardised,
         }
-        return {name: values for name, values in found.items() if values is not None}
+        return {name: values for name, values in scores.items() if values is not None}
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON values, for a checkpoint."""
@@ -92,77 +94,104 @@ def evaluation_of(
     return evaluation, constants
 
 
+def like_length_pairs(one: Evaluation, other: Evaluation) -> list[int]:
+    """The prompts to which both answers have similar lengths."""
+    pairs = zip(one.tokens, other.tokens, strict=True)
+    return [index for index, (a, b) in enumerate(pairs) if abs(a - b) <= LIKE_LENGTH * max(a, b)]
+
+
 def comparison(prefix: str, start: Evaluation, final: Evaluation) -> dict[str, float]:
     """Both policies on test prompts, and their differences with 95% intervals, prompt by prompt.
 
     `prefix` is that of the stage's metrics ('ppo'): the names begin with `<prefix>/test/`.
     """
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for which, evaluation in (("start", start), ("final", final)):
-        found |= {f"{prefix}/test/{which}/{name}": value for name, value in evaluation.figures().items()}
+        figures |= {f"{prefix}/test/{which}/{name}": value for name, value in evaluation.figures().items()}
     before = start.scores()
     for name, values in final.scores().items():
-        found |= _difference(prefix, name, values, before[name])
-    found[f"{prefix}/test/prompts"] = float(len(final.tokens))
-    found[f"{prefix}/test/distinct_2_ratio"] = found[f"{prefix}/test/final/distinct_2"] / max(
-        found[f"{prefix}/test/start/distinct_2"], 1e-9
+        figures |= paired_bootstrap(values, before[name]).named(f"{prefix}/test/difference/{name}")
+    figures[f"{prefix}/test/prompts"] = float(len(final.tokens))
+    figures[f"{prefix}/test/distinct_2_ratio"] = figures[f"{prefix}/test/final/distinct_2"] / max(
+        figures[f"{prefix}/test/start/distinct_2"], 1e-9
     )
     if start.judge is not None and final.judge is not None:
-        alike = [
-            index
-            for index, (one, other) in enumerate(zip(start.tokens, final.tokens, strict=True))
-            if abs(one - other) <= LIKE_LENGTH * max(one, other)
-        ]
-        found[f"{prefix}/test/like_length_pairs"] = float(len(alike))
+        alike = like_length_pairs(start, final)
+        figures[f"{prefix}/test/like_length_pairs"] = float(len(alike))
         if len(alike) > 1:
-            found |= _difference(
-                prefix,
-                "judge_like_length",
-                [final.judge[index] for index in alike],
-                [start.judge[index] for index in alike],
-            )
-    return found
+            gap = paired_bootstrap([final.judge[index] for index in alike], [start.judge[index] for index in alike])
+            figures |= gap.named(f"{prefix}/test/difference/judge_like_length")
+    return figures
 
 
 def comparison_table(prefix: str, figures: Mapping[str, float]) -> str:
     """The comparison for people."""
-    names = [
-        ("score", "combined, in deviations of the start"),
-        ("reward_combined", "combined, raw"),
-        ("reward_helpfulness", "helpfulness"),
-        ("reward_safety", "safety"),
-        ("judge", "judge"),
-        ("judge_like_length", "judge, answers of like length"),
-        ("kl_to_reference", "KL to the start, nats a response"),
-        ("response_tokens", "tokens"),
-        ("finished_fraction", "ended with EOS"),
-        ("distinct_2", "distinct-2"),
-    ]
-    lines = [
-        f"on {figures[f'{prefix}/test/prompts']:.0f} test prompts",
-        f"  {'':<38} {'start':>9} {'final':>9}  difference (95% interval)",
-    ]
-    for name, meaning in names:
-        start, final = (figures.get(f"{prefix}/test/{which}/{name}", math.nan) for which in ("start", "final"))
-        line = f"  {meaning:<38} {_number(start)} {_number(final)}"
-        gap = figures.get(f"{prefix}/test/difference/{name}")
-        if gap is not None:
-            low, high = (figures[f"{prefix}/test/difference/{name}_{bound}"] for bound in ("low", "high"))
-            line += f"  {gap:+.3f} ({low:+.3f} to {high:+.3f})"
-        if gap is not None or not math.isnan(final):
-            lines.append(line)
-    return "\n".join(lines)
+    names = {
+        "score": "combined, in deviations of the start",
+        "reward_combined": "combined, raw",
+        "reward_helpfulness": "helpfulness",
+        "reward_safety": "safety",
+        "judge": "judge",
+        "judge_like_length": "judge, answers of similar length",
+        "kl_to_reference": "KL to the start, nats a response",
+        "response_tokens": "tokens",
+        "finished_fraction": "ended with EOS",
+        "distinct_2": "distinct-2",
+    }
+    rows = [("", "start", "final", "difference (95% interval)")]
+    for name, meaning in names.items():
+        values = [figures.get(f"{prefix}/test/{which}/{name}") for which in ("start", "final")]
+        start, final = ("" if value is None else f"{value:.3f}" for value in values)
+        difference = interval_text(figures, f"{prefix}/test/difference/{name}")
+        if final or difference:
+            rows.append((meaning, start, final, difference))
+    head = f"on {figures[f'{prefix}/test/prompts']:.0f} test prompts"
+    return "\n".join([head, *text_table(rows, align="<>><", indent="  ")])
 
 
-def _difference(prefix: str, name: str, final: Sequence[float], start: Sequence[float]) -> dict[str, float]:
-    gap = paired_bootstrap(final, start)
-    place = f"{prefix}/test/difference/{name}"
-    return {place: gap.value, f"{place}_low": gap.low, f"{place}_high": gap.high}
+def interval_text(figures: Mapping[str, float], name: str) -> str:
+    """A difference with its 95% interval; empty where there is none of this name."""
+    if name not in figures:
+        return ""
+    return f"{figures[name]:+.3f} ({figures[f'{name}_low']:+.3f} to {figures[f'{name}_high']:+.3f})"
+
+
+def sample_rows(evaluation: Evaluation, prompts: Sequence[str], *, count: int) -> list[dict[str, object]]:
+    """Answers for people to read with every score, at even distances over the prompts."""
+    stride = max(1, len(prompts) // count)
+    scores = evaluation.scores()
+    return [
+        {
+            "prompt": prompts[index],
+            "answer": evaluation.texts[index],
+            "tokens": evaluation.tokens[index],
+            "finished": evaluation.finished[index],
+            **{name: round(values[index], 4) for name, values in scores.items()},
+        }
+        for index in range(0, len(prompts), stride)[:count]
+    ]
+
+
+def draw_comparison(start: Evaluation, final: Evaluation, path: Path) -> None:
+    """Histograms of scores and lengths on test prompts, of the first policy and the final one."""
+    meanings = {
+        "reward_helpfulness": "helpfulness score",
+        "reward_safety": "safety score",
+        "score": "combined, in deviations of the start",
+        "judge": "judge's score",
+    }
+    before, after = start.scores(), final.scores()
+    panels = [(meanings[name], before[name], after[name]) for name in meanings if name in after]
+    panels.append(("tokens", [float(n) for n in start.tokens], [float(n) for n in final.tokens]))
+    figure, places = panel_grid(len(panels), panel=(4.2, 3.2))
+    for place, (meaning, old, new) in zip(places, panels, strict=True):
+        low, high = min(*old, *new), max(*old, *new)
+        bins = [low + (high - low) * step / _BINS for step in range(_BINS + 1)] if high > low else 1
+        place.hist(old, bins=bins, alpha=0.55, color=COLOURS[-1], label=f"start, mean {_mean(old):.2f}")
+        place.hist(new, bins=bins, alpha=0.55, color=COLOURS[0], label=f"final, mean {_mean(new):.2f}")
+        style_panel(place, meaning, y="answers", has_grid=False, has_legend=True)
+    save_png(figure, path)
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _number(value: float) -> str:
-    return f"{'':>9}" if math.isnan(value) else f"{value:>9.3f}"

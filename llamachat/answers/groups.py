@@ -1,16 +1,16 @@
-"""K answers to each prompt, scored and put in order: what rejection sampling and its like choose from."""
+"""K answers to each prompt, scored and ranked: what the steps that make dialogs choose from."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
-from llamachat.answers.desk import Desk
 from llamachat.answers.responses import Response, sample
+from llamachat.answers.session import AnswerSession
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import DialogError, Message
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.rollout.engine import RolloutEngine, Sampling
-from llamachat.scoring.ranking import ranking
+from llamachat.scoring.combining import ranking
 from llamachat.scoring.standardising import Constants, standardise
 
 Q = TypeVar("Q")
@@ -20,7 +20,7 @@ ANSWERS_PER_BATCH = 1024  # sampled and written down together: many rows keep an
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """What samples, where that is not the desk's own policy: its prompts are encoded by its own chat format."""
+    """What samples in place of the session's policy; it encodes prompts by its own chat format."""
 
     engine: RolloutEngine
     chat_format: ChatFormat
@@ -42,14 +42,14 @@ class Group:
 
     @property
     def candidates(self) -> list[int]:
-        """Those that could be learnt from, best first: ended by themselves, allowed, each text once."""
+        """Those that could be trained on, best first: finished, allowed, each text once."""
         seen: set[str] = set()
-        found = []
+        places = []
         for place in self.order:
             if self.finished[place] and self.allowed[place] and self.texts[place] not in seen:
                 seen.add(self.texts[place])
-                found.append(place)
-        return found
+                places.append(place)
+        return places
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON values."""
@@ -61,37 +61,37 @@ class Group:
 
 
 def batches_of(prompts: Sequence[Q], samples_per_prompt: int) -> list[tuple[Q, ...]]:
-    """The prompts, in whatever form, in batches of bounded size, always the same ones: a batch is what a random seed belongs to."""
+    """The prompts, in whatever form, in batches of bounded size, always the same ones: each batch has its own seed."""
     size = max(1, ANSWERS_PER_BATCH // samples_per_prompt)
     return [tuple(prompts[first : first + size]) for first in range(0, len(prompts), size)]
 
 
 def sample_groups(
-    desk: Desk,
+    session: AnswerSession,
     prompts: Sequence[EncodedPrompt],
     samplings: Sequence[tuple[Sampling, int]],
     constants: Constants,
     *,
     sampler: Sampler | None = None,
 ) -> list[Group]:
-    """The answers to each prompt, so many by each way of sampling, scored and ranked.
+    """The answers to each prompt, of each sampling its number, scored and ranked.
 
-    Those of another sampler are scored by their texts: its token ids need not mean the same to the reward models.
+    Answers of another sampler are scored by their texts: its token ids need not mean the same to the reward models.
     """
     by_prompt: list[list[Response]] = [[] for _ in prompts]
     for sampling, count in samplings:
-        for group, found in zip(by_prompt, _sampled(desk, prompts, sampling, count, sampler), strict=True):
-            group += found
-    return scored_groups(desk, by_prompt, constants, reads_text=sampler is not None)
+        for group, responses in zip(by_prompt, _sampled(session, prompts, sampling, count, sampler), strict=True):
+            group += responses
+    return scored_groups(session, by_prompt, constants, reads_text=sampler is not None)
 
 
 def scored_groups(
-    desk: Desk, by_prompt: Sequence[Sequence[Response]], constants: Constants, *, reads_text: bool = False
+    session: AnswerSession, by_prompt: Sequence[Sequence[Response]], constants: Constants, *, reads_text: bool = False
 ) -> list[Group]:
-    """Equally many answers to each prompt, scored and ranked."""
+    """Groups of these answers, as many to each prompt."""
     count = len(by_prompt[0])
     responses = [response for group in by_prompt for response in group]
-    scored = desk.scorer.score(responses, with_judge=False, reads_text=reads_text)
+    scored = session.scorer.score(responses, with_judge=False, reads_text=reads_text)
     order = ranking(scored.combined, samples_per_prompt=count).tolist()
     on_scale_B = standardise(scored.scores, scored.combined, constants).combined_B
     by_model = {name: scores_B.tolist() for name, scores_B in scored.scores.by_model().items()}
@@ -105,7 +105,7 @@ def scored_groups(
             texts=[response.text for response in group],
             tokens=[len(response.ids) for response in group],
             finished=[response.is_finished for response in group],
-            allowed=[is_allowed(desk.bank.chat_format, response.text) for response in group],
+            allowed=[is_allowed(session.chat_format, response.text) for response in group],
             helpfulness=part(by_model.get("helpfulness"), index),
             safety=part(by_model.get("safety"), index),
             combined=combined[index * count : (index + 1) * count],
@@ -128,12 +128,12 @@ def is_allowed(chat_format: ChatFormat, text: str) -> bool:
 
 
 def _sampled(
-    desk: Desk, prompts: Sequence[EncodedPrompt], sampling: Sampling, count: int, sampler: Sampler | None
+    session: AnswerSession, prompts: Sequence[EncodedPrompt], sampling: Sampling, count: int, sampler: Sampler | None
 ) -> Iterator[Sequence[Response]]:
-    engine, chat_format, asked = desk.engine, desk.bank.chat_format, list(prompts)
+    engine, chat_format, encoded = session.engine, session.chat_format, list(prompts)
     if sampler is not None:
         engine, chat_format = sampler.engine, sampler.chat_format
-        asked = [replace(prompt, ids=tuple(chat_format.encode_prompt(prompt.messages))) for prompt in prompts]
-    found = sample(engine, chat_format, asked, sampling, samples_per_prompt=count)
+        encoded = [replace(prompt, ids=tuple(chat_format.encode_prompt(prompt.messages))) for prompt in prompts]
+    responses = sample(engine, chat_format, encoded, sampling, samples_per_prompt=count)
     for index, prompt in enumerate(prompts):
-        yield [replace(one, prompt=prompt) for one in found[index * count : (index + 1) * count]]
+        yield [replace(response, prompt=prompt) for response in responses[index * count : (index + 1) * count]]

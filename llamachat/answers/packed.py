@@ -8,16 +8,23 @@ before the token is known.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from llamachat import distributed
 from llamachat.answers.responses import Response
 from llamachat.chat_format.tokenizer import UNK_ID
 from llamachat.data.packing import pack_evenly
+from llamachat.maths.logprobs import token_logprobs
+
+if TYPE_CHECKING:
+    from llamachat.models.roles import RoleBank
 
 # A CPU keeps a compiled kernel for each shape it has met: rows are filled up to a multiple.
 SHAPE_MULTIPLE = 64
+_ROW_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,26 @@ def response_mask(sequences: Sequence[TokenSequence], device: torch.device) -> T
     """True on response tokens, [B, R]; responses begin at the first column."""
     lengths_B = torch.tensor([len(sequence.response) for sequence in sequences], device=device)
     return torch.arange(int(lengths_B.max()), device=device) < lengths_B.unsqueeze(1)
+
+
+def answer_logprobs(bank: "RoleBank", sequences: Sequence[TokenSequence], *, temperature: float) -> list[float]:
+    """log p(response | prompt) of each by the bank's policy at this temperature, nats, summed over its tokens in fp32.
+
+    Several processes share the work.
+    """
+    return distributed.scatter_map(sequences, lambda mine: _logprobs(bank, mine, temperature))
+
+
+@torch.no_grad()
+def _logprobs(bank: "RoleBank", sequences: Sequence[TokenSequence], temperature: float) -> list[float]:
+    sums_B = torch.zeros(len(sequences), dtype=torch.float64)
+    for row in packed_rows(sequences, range(len(sequences)), row_tokens=_ROW_TOKENS, device=bank.device):
+        hidden_ND = bank.hidden("policy", row.batch)[0, row.places_N]
+        logprobs_N = token_logprobs(
+            hidden_ND, row.tokens_N, head=bank.lm_head("policy"), temperature=temperature
+        ).logprobs
+        sums_B.index_add_(0, row.rows_N.cpu(), logprobs_N.double().cpu())
+    return sums_B.tolist()
 
 
 def _packed(sequences: Sequence[TokenSequence], indices: Sequence[int], device: torch.device) -> PackedRow:

@@ -27,6 +27,10 @@ class Difference:
     low: float
     high: float
 
+    def named(self, name: str) -> dict[str, float]:
+        """The value and its bounds as metrics: `name`, `name_low`, `name_high`."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 @dataclass(frozen=True, slots=True)
 class Detection:

@@ -1,18 +1,23 @@
-"""From the scores of two reward models to one: the paper's gate, one model alone, a weighted sum, a user's function.
+"""From the scores of two reward models to one score (the paper's gate, one model alone, a weighted sum, a user's
+function), to the order of K answers, and to what PPO is rewarded with.
 
-Shapes: B answers. All scores are raw: sigmoid and logit undo one another, so no score is ever put through both.
+Shapes: B answers, of one iteration over all processes; N prompts, K answers to each, side by side. All scores are raw:
+sigmoid and logit undo one another, so no score is ever put through both.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from llamachat.config.combiners import function_name
 from llamachat.config.sections import Scoring
+from llamachat.maths.masked import VARIANCE_FLOOR, masked_mean, masked_variance
 from llamachat.scoring.scores import Answers, Combined, Scores
 from llamachat.scoring.user_function import load_user_function
+
+Shaping = Literal["whiten_logit", "whiten", "none"]
 
 
 class Combine(Protocol):
@@ -22,7 +27,7 @@ class Combine(Protocol):
 
 
 def combiner(scoring: Scoring) -> Combine:
-    """What `scoring.combine` names. `requirements.check_scoring` has held that the models it needs are there."""
+    """What `scoring.combine` names. `models.check_scoring` has checked that the models it needs are there."""
     name = function_name(scoring.combine)
     if name is not None:
         function = load_user_function(name)
@@ -64,6 +69,47 @@ def weighted(scores: Scores, *, weights: Mapping[str, float]) -> Combined:
     given = scores.by_model()
     parts = [weight * given[name] for name, weight in weights.items() if weight != 0]
     return _ungated(torch.stack(parts).sum(dim=0))
+
+
+def ranking(combined: Combined, *, samples_per_prompt: int) -> Tensor:
+    """Indices of each prompt's samples, best first, [N, K]; of equal ones the earlier is first.
+
+    Differs from the paper (rejection sampling, Llama 2 section 3.2.3): it is silent on how the gate ranks samples of one prompt. Its two models' scales differ, so by
+    the gated score alone an unsafe answer (with the safety model's score) could beat a safe one (with the helpfulness
+    model's). So what is under the threshold ranks below all others, and within each of the two groups the combined
+    score decides, which for one prompt then comes from one model.
+    """
+    assert len(combined.scores_B) % samples_per_prompt == 0, "K samples of every prompt"
+    scores_NK = combined.scores_B.view(-1, samples_per_prompt)
+    is_unsafe_NK = combined.is_unsafe_B.view(-1, samples_per_prompt)
+    # Two stable sorts, the more important key last.
+    by_score_NK = scores_NK.sort(dim=1, descending=True, stable=True).indices
+    by_group_NK = is_unsafe_NK.gather(1, by_score_NK).int().sort(dim=1, stable=True).indices
+    return by_score_NK.gather(1, by_group_NK)
+
+
+def shape_scores(scores_B: Tensor, *, is_finished_B: Tensor, shaping: Shaping, unfinished_score: float) -> Tensor:
+    """R~c = whiten(logit(R_c)) (Llama 2, arXiv:2307.09288, section 3.2.3), over the finished answers of the iteration.
+
+    `scores_B` are raw. The paper's R_c is a probability, sigmoid(score), so its logit(R_c) = logit(sigmoid(score)) is the
+    raw score itself: `whiten_logit` whitens the scores as they are, `whiten` their sigmoids (the equation without the
+    logit), `none` leaves them as they are. Mean and variance are those of the batch (the paper names no population;
+    ours), divided by n.
+
+    An unfinished answer gets `unfinished_score`, in shaped units, since a reward model judges whole answers; it takes no
+    part in mean and variance. Where all finished answers score the same they get 0, and where none is finished nothing is
+    whitened: mean 0, deviation 1.
+    """
+    assert is_finished_B.dtype == torch.bool and is_finished_B.shape == scores_B.shape
+    values_B = scores_B.double()
+    values_B = values_B.sigmoid() if shaping == "whiten" else values_B
+    if shaping == "none" or not bool(is_finished_B.any()):
+        mean, deviation = 0.0, 1.0
+    else:
+        mean = float(masked_mean(values_B, is_finished_B))
+        deviation = float((masked_variance(values_B, is_finished_B) + VARIANCE_FLOOR).sqrt())
+    shaped_B = torch.where(is_finished_B, (values_B - mean) / deviation, unfinished_score)
+    return shaped_B.float()
 
 
 def _ungated(scores_B: Tensor) -> Combined:

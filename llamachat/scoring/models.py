@@ -1,31 +1,48 @@
-"""The reward models that score answers: the recipe's own, or those that `scoring` names in their place."""
+"""The reward models that score answers: the recipe's own, or those that `scoring` names in their place; and which of
+them a way of scoring needs. Imports no torch, since planning checks this too.
+"""
 
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Literal, cast
 
+from llamachat.config.combiners import function_name
 from llamachat.config.sections import Scoring
-from llamachat.models.roles import RewardRole
+from llamachat.errors import ConfigError
 from llamachat.runs.artifacts import MANIFEST, Artifact, Manifest, read_artifact
-from llamachat.scoring.requirements import MODELS, ModelName, RewardModelFacts, check_scoring, facts_of, models_read
+
+if TYPE_CHECKING:
+    from llamachat.models.roles import RewardRole
 
 log = logging.getLogger(__name__)
 
+ModelName = Literal["helpfulness", "safety"]
+MODELS: tuple[ModelName, ...] = ("helpfulness", "safety")
 
-def named_models(scoring: Scoring, made: Mapping[str, Artifact]) -> dict[RewardRole, Artifact | str]:
-    """By what they judge; `made` are those that steps of the recipe have made."""
-    found: dict[RewardRole, Artifact | str] = {cast(RewardRole, role): artifact for role, artifact in made.items()}
+
+@dataclass(frozen=True, slots=True)
+class RewardModelFacts:
+    """What is known of a reward model before it is loaded."""
+
+    name: str  # a path or hub name, for messages
+    safety_labels: int | None  # labelled answers that it was trained on; None: not made here, so nobody knows
+
+
+def named_models(scoring: Scoring, made: Mapping[str, Artifact]) -> dict["RewardRole", Artifact | str]:
+    """The reward models by what they judge; `made` are those that steps of the recipe have made."""
+    models: dict[RewardRole, Artifact | str] = {cast("RewardRole", role): artifact for role, artifact in made.items()}
     if scoring.helpfulness is not None:
-        found["helpfulness"] = scoring.helpfulness
+        models["helpfulness"] = scoring.helpfulness
     if scoring.safety is not None:
-        found["safety"] = scoring.safety
-    return found
+        models["safety"] = scoring.safety
+    return models
 
 
 def checked_models(
-    scoring: Scoring, made: Mapping[str, Artifact], *, also: Collection[RewardRole] = ("judge",)
-) -> dict[RewardRole, Artifact | str]:
+    scoring: Scoring, made: Mapping[str, Artifact], *, also: Collection["RewardRole"] = ("judge",)
+) -> dict["RewardRole", Artifact | str]:
     """Those whose scores the recipe's rule reads, and `also` these; ConfigError where the rule cannot work with them."""
     models = named_models(scoring, made)
     facts = model_facts(models)
@@ -35,16 +52,16 @@ def checked_models(
     return {role: model for role, model in models.items() if role in read}
 
 
-def model_facts(models: Mapping[RewardRole, Artifact | str]) -> dict[ModelName, RewardModelFacts]:
+def model_facts(models: Mapping["RewardRole", Artifact | str]) -> dict[ModelName, RewardModelFacts]:
     """What their manifests say of the models that may decide."""
-    found: dict[ModelName, RewardModelFacts] = {}
+    facts: dict[ModelName, RewardModelFacts] = {}
     for role in MODELS:
         model = models.get(role)
         if isinstance(model, Artifact):
-            found[role] = facts_of(str(model.path), model.manifest)
+            facts[role] = facts_of(str(model.path), model.manifest)
         elif model is not None:
-            found[role] = facts_of(model, _manifest_at(model))
-    return found
+            facts[role] = facts_of(model, _manifest_at(model))
+    return facts
 
 
 def _manifest_at(name: str) -> Manifest | None:
@@ -53,3 +70,62 @@ def _manifest_at(name: str) -> Manifest | None:
     if not folder.is_dir() or ((folder / "config.json").is_file() and not (folder / MANIFEST).is_file()):
         return None
     return read_artifact(folder, "reward_model", reader="scoring").manifest
+
+
+def facts_of(name: str, manifest: Manifest | None) -> RewardModelFacts:
+    """The facts of an artifact of ours, or of a model without a manifest."""
+    return RewardModelFacts(name, None if manifest is None else int(manifest.details.get("safety_labels", 0)))
+
+
+def models_read(scoring: Scoring, models: Mapping[ModelName, RewardModelFacts]) -> tuple[ModelName, ...]:
+    """The models whose scores decide, of those there are; `check_scoring` has checked that none is missing."""
+    present: list[ModelName] = [name for name in MODELS if name in models]
+    if scoring.combine == "single":
+        return tuple(present[:1])
+    if scoring.combine == "weighted":
+        counted: list[ModelName] = [name for name in MODELS if getattr(scoring.weights, name) != 0]
+        return tuple(counted)
+    return MODELS if function_name(scoring.combine) is None else tuple(present)
+
+
+def check_scoring(scoring: Scoring, models: Mapping[ModelName, RewardModelFacts]) -> list[str]:
+    """Raise ConfigError if `scoring.combine` cannot work with the models there are; gives warnings back."""
+    for name in models_read(scoring, models) or MODELS[:1]:
+        if name not in models and function_name(scoring.combine) is None:
+            raise ConfigError(_absent(scoring, name, models))
+    return _gate_warnings(models["safety"]) if scoring.combine == "llama2_gate" else []
+
+
+def _absent(scoring: Scoring, name: ModelName, models: Mapping[ModelName, RewardModelFacts]) -> str:
+    there = ", ".join(f"{other} ({models[other].name})" for other in MODELS if other in models) or "none"
+    reasons = {
+        "llama2_gate": "The gate chooses between two models: safety for unsafe answers and prompts, else helpfulness",
+        "weighted": f"scoring.weights.{name} is {getattr(scoring.weights, name):g}, and the sum needs its scores",
+        "single": "Without one nothing can be scored",
+    }
+    ways = f"Train it (`make rm`), or name one: scoring.{name}=FOLDER_OR_HUB_NAME"
+    if scoring.combine == "weighted":
+        ways += f", or do without it: scoring.weights.{name}=0"
+    elif scoring.combine == "llama2_gate" and models:
+        ways += ", or score with the one there is: scoring.combine=single"
+    return (
+        f"scoring.combine: {scoring.combine} needs a {name} reward model, and there is none (there is: {there})."
+        f" {reasons[scoring.combine]}. {ways}."
+    )
+
+
+def _gate_warnings(safety: RewardModelFacts) -> list[str]:
+    if safety.safety_labels is None:
+        return [
+            f"scoring.combine: llama2_gate reads sigmoid(score) of {safety.name} as the probability that an answer is"
+            " safe. It was not made here, so nobody knows whether that holds: look at ppo/reward/gate_fraction."
+        ]
+    if safety.safety_labels == 0:
+        raise ConfigError(
+            f"scoring.combine: llama2_gate compares sigmoid(score) of the safety model with scoring.safety_threshold, but"
+            f" {safety.name} saw no safety labels. Trained on pairs alone it knows which answer is safer, not whether one"
+            " is safe: any threshold on its score means nothing. Train it with labels (chosen_is_safe and"
+            " rejected_is_safe in data.safety, or data.labels), or combine without a gate: scoring.combine=weighted or"
+            " single."
+        )
+    return []

@@ -1,6 +1,6 @@
 """Whether the gate of a recipe can work: the safety model that the recipe trains must learn from safety labels.
 
-Without labels `llama2_gate` is refused (`llamachat.scoring.requirements`), but only once that model is there: what is told
+Without labels `llama2_gate` is refused (`llamachat.scoring.models`), but only once that model is there: what is told
 here is told before the hours that making it takes. Files on this machine are looked into, up to their first labels.
 """
 

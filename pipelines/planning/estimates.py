@@ -22,7 +22,7 @@ from llamachat.memory.estimates import BYTES, Estimate, Setup, Shape, shape_of
 from llamachat.memory.role_bytes import PROMPT_TOKENS, Beside, Lengths, Seating, place_reward_models
 from llamachat.runs.artifacts import read_artifact
 from llamachat.runs.folder import StepFolder
-from llamachat.scoring.requirements import MODELS, ModelName, RewardModelFacts, models_read
+from llamachat.scoring.models import MODELS, ModelName, RewardModelFacts, models_read
 from pipelines.execution.handing import tuning_section
 from pipelines.planning.stage_costs import ppo_cost, report_cost, reward_cost, sampling_cost, sft_cost
 from pipelines.recipe.recipe import Recipe, Step

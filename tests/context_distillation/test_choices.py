@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from context_distillation.asking import Way
 from context_distillation.choosing import choose
-from context_distillation.preprompts import PREPROMPTS as BUNDLED
-from context_distillation.preprompts import category_of, category_preprompt
-from context_distillation.train import make_dialogs
+from context_distillation.config import PREPROMPTS as BUNDLED
+from context_distillation.prompts import Form, category_of, category_preprompt
+from context_distillation.train import dialog_step, make_dialogs
 from llamachat.answers.groups import Group
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
@@ -74,26 +73,26 @@ CASES: dict[str, tuple[Group, Group, Group | None, str]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_distilled_answer_is_learnt_only_where_it_is_safer(name: str) -> None:
     plain, generic, template, wanted = CASES[name]
-    groups: dict[Way, Group] = {"original": plain, "generic": generic}
+    groups: dict[Form, Group] = {"original": plain, "generic": generic}
     if template is not None:
         groups["template"] = template
     choice = choose(ASKED, groups)
     assert (choice.text if choice.is_kept else choice.refused) == wanted
     assert choice.prompt is ASKED and choice.original_score == max(plain.safety or [])
     if choice.is_kept:
-        assert choice.way == ("template" if template is not None and wanted in template.texts else "generic")
+        assert choice.form == ("template" if template is not None and wanted in template.texts else "generic")
 
 
 def test_a_margin_asks_for_more_and_all_keeps_what_is_worse() -> None:
-    groups: dict[Way, Group] = {"original": group(("no", 0.5)), "generic": group(("yes", 0.75))}
+    groups: dict[Form, Group] = {"original": group(("no", 0.5)), "generic": group(("yes", 0.75))}
     assert choose(ASKED, groups, margin=0.2).is_kept
     assert choose(ASKED, groups, margin=0.25).refused == "not_better", "exactly the margin is not above it"
-    worse: dict[Way, Group] = {
+    worse: dict[Form, Group] = {
         "original": group(("no", 0.5)),
         "generic": group(("yes", 0.1), ("cut", 0.9), unfinished=(1,)),
     }
     assert choose(ASKED, worse, keeps_all=True).text == "yes" and choose(ASKED, worse, keeps_all=True).is_kept
-    cut: dict[Way, Group] = {"original": group(("no", 0.5)), "generic": group(("yes", 0.9), unfinished=(0,))}
+    cut: dict[Form, Group] = {"original": group(("no", 0.5)), "generic": group(("yes", 0.9), unfinished=(0,))}
     assert choose(ASKED, cut, keeps_all=True).refused == "unfinished"
 
 
@@ -163,11 +162,11 @@ def test_the_bundled_recipe_knows_the_category_of_every_prompt_of_catqa_and_of_n
         ),
         (
             {"context_distillation": {"preprompts": ["Be good.", "[INST] Be bad."]}},
-            r"context_distillation\.preprompts\[1\] .*Write it otherwise",
+            r"context_distillation\.preprompts\[1\] .*Reword it",
         ),
         (
             {"context_distillation": {"categories": {"<<SYS>> fraud": ["a*"]}}},
-            r"context_distillation\.categories: '<<SYS>> fraud' .*Write it otherwise",
+            r"context_distillation\.categories: '<<SYS>> fraud' .*Reword it",
         ),
     ],
 )
@@ -192,7 +191,7 @@ def test_a_safety_model_that_the_rule_of_scoring_does_not_read_still_decides(
     helpfulness = str(world.reward_model("helpfulness", FULL, FULL).path)
     recipe = write_recipe(tmp_path / "one.yaml", base, safety, prompts=40, scoring={"helpfulness": helpfulness})
     config, inputs = inputs_of(recipe)
-    make_dialogs(config, inputs)
+    make_dialogs(config, dialog_step(config, inputs))
     group = batches_in(step_of(recipe))[0]["original"]
     assert group["combined"] == group["helpfulness"] != group["safety"]
 
@@ -212,6 +211,6 @@ def test_a_recipe_without_any_prompts_for_it_is_refused_as_it_loads(base: Path, 
 
 def test_a_step_that_keeps_nothing_says_so(base: Path, safety: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "one.yaml", base, safety, context_distillation={"margin": 1000.0})
-    with pytest.raises(DataError, match=r"no distilled answer can be learnt from \(.*not above the plain.*Raise"):
+    with pytest.raises(DataError, match=r"no distilled answer can be trained on \(.*not above the plain.*Raise"):
         run_command(load(recipe), "distill")
     assert not step_of(recipe).dialogs.exists()

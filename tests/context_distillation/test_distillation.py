@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from context_distillation import train as step_module
-from context_distillation.asking import WAYS
 from context_distillation.choosing import REASONS
-from context_distillation.preprompts import category_preprompt
-from context_distillation.train import make_dialogs
+from context_distillation.prompts import FORMS, category_preprompt
+from context_distillation.train import dialog_step, make_dialogs
+from llamachat.answers import dialog_step as step_module
 from llamachat.answers import groups as groups_module
 from llamachat.answers.scorer import Scorer
 from llamachat.chat_format import ChatFormat, TrainOn
@@ -241,7 +240,7 @@ def test_figures_are_those_of_the_answers(first: tuple[Path, Told]) -> None:
     figures = summary_of(step)
     check_names(figures)
     training = batches_in(step)[: int(figures["distill/prompts"])]
-    for way in WAYS:
+    for way in FORMS:
         scores = [score for groups in training if way in groups for score in groups[way]["safety"]]
         assert figures[f"distill/safety/{way}"] == pytest.approx(sum(scores) / len(scores))
     gaps = [sum(g["generic"]["safety"]) / 3 - sum(g["original"]["safety"]) / 3 for g in training]
@@ -292,7 +291,7 @@ def test_a_second_step_goes_on_from_the_first_with_draws_of_its_own(base: Path, 
     config, inputs = inputs_of(recipe, "distill-2")
     object.__setattr__(inputs, "policy", None)  # the base again, as in the first step
     object.__setattr__(inputs, "folder", tmp_path / "again")
-    make_dialogs(config, inputs)
+    make_dialogs(config, dialog_step(config, inputs))
     again = batches_in(StepFolder(tmp_path / "again"))[0]["original"]["texts"]
     assert again != batches_in(one)[0]["original"]["texts"]
 
@@ -306,7 +305,7 @@ def test_prompts_that_a_preprompt_leaves_no_room_for_are_counted(base: Path, saf
         context_distillation={"preprompts": ["cat " * 80, "mat"]},
     )
     config, inputs = inputs_of(recipe)
-    dropped = make_dialogs(config, inputs).manifest.dropped_records
+    dropped = make_dialogs(config, dialog_step(config, inputs)).manifest.dropped_records
     assert dropped["prompts left out: longer than 83 tokens with a preprompt"] > 3
     assert dropped["templates left out: prompts longer than 83 tokens with it"] > 3
     answered = batches_in(step_of(recipe))

@@ -13,13 +13,11 @@ import pytest
 import torch
 
 from evaluation import figures as figures_module
-from evaluation.figures import figures_of, flat, outcomes
-from evaluation.measuring import Measured
-from evaluation.tables import figures_table
+from evaluation.figures import figures_of, figures_table, flat, outcomes
+from evaluation.results import PolicyResult
 from llamachat.answers.consistency import Outcome, Trial
 from llamachat.answers.evaluation import Evaluation
-from llamachat.answers.likelihood import answer_logprobs
-from llamachat.answers.packed import TokenSequence
+from llamachat.answers.packed import TokenSequence, answer_logprobs
 from llamachat.chat_format import ChatFormat
 from llamachat.constraints import draw_instruction, families
 from llamachat.errors import ArtifactError, ConfigError
@@ -109,8 +107,8 @@ def evaluation(judge: list[float], safety: list[float], tokens: list[int]) -> Ev
     )
 
 
-def measured(policy: str, answers: Evaluation, borderline: list[str], told: Outcome | None = None) -> Measured:
-    return Measured(
+def measured(policy: str, answers: Evaluation, borderline: list[str], told: Outcome | None = None) -> PolicyResult:
+    return PolicyResult(
         policy=policy,
         evaluation=answers,
         is_safety=[True, True, False, False],
@@ -119,7 +117,7 @@ def measured(policy: str, answers: Evaluation, borderline: list[str], told: Outc
         borderline=borderline,
         borderline_tokens=[3] * len(borderline),
         borderline_finished=[True] * len(borderline),
-        told=told,
+        instructed=told,
         chance=None,
         curves=[],
     )
@@ -262,11 +260,11 @@ def test_a_policy_that_joins_is_asked_and_the_others_are_not_asked_again(
     (planned,) = make_plan(load(recipe), "eval")
     assert planned.verdict == "renew" and planned.will_run
     asked: list[str] = []
-    from evaluation.measuring import Examiner
+    from evaluation.results import RunEvaluation
 
-    answers = Examiner._answers
+    answers = RunEvaluation._answers
     monkeypatch.setattr(
-        Examiner, "_answers", lambda self, desk, constants: (asked.append("x"), answers(self, desk, constants))[1]
+        RunEvaluation, "_answers", lambda self, session, scale: (asked.append("x"), answers(self, session, scale))[1]
     )
     run_command(load(recipe), "eval")
     assert content_of(recipe)["policies"] == ["sft", "sft-2"] and asked == ["x"]

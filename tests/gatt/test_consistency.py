@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from gatt import train as step_module
 from gatt.attention import binned, strongest_attention, to_instruction
 from gatt.figures import consistency_figures, consistency_table
-from gatt.studio import Studio, open_studio
-from gatt.train import make_dialogs
-from llamachat.answers.consistency import Outcome, Trial, differences, measure, rates
+from gatt.session import GattSession, open_gatt
+from gatt.train import dialog_step, make_dialogs
+from llamachat.answers import dialog_step as step_module
+from llamachat.answers.consistency import Outcome, Trial, answer_trials, differences, rates
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Message
 from llamachat.constraints import Instruction, constrain, families
@@ -63,9 +63,9 @@ def measured(
     chat_format: ChatFormat, trials: list[Trial], script: list[list[str]], turns: tuple[int, ...], **changes: Any
 ) -> tuple[Outcome, ScriptedEngine]:
     engine = ScriptedEngine(chat_format, [[[answer] for answer in call] for call in script])
-    settings: dict[str, Any] = {"max_tokens": 1000, "is_told": True} | changes
+    settings: dict[str, Any] = {"max_tokens": 1000, "has_instruction": True} | changes
     samplings = [sampling(turn) for turn in range(max(turns))]
-    outcome = measure(engine, chat_format, trials, turns=turns, samplings=samplings, **settings)
+    outcome = answer_trials(engine, chat_format, trials, turns=turns, samplings=samplings, **settings)
     assert len(engine.prompts) == len(script)
     return outcome, engine
 
@@ -98,7 +98,7 @@ def test_every_turn_is_judged_with_the_instruction_in_the_first_alone(tiny_forma
 
 def test_without_the_instruction_the_dialog_is_its_own(tiny_format: ChatFormat) -> None:
     script = [["so?", "a mat", "a cat"], ["It is chess"], ["a cat", '"no"', "the mat"], ["so what"]]
-    outcome, engine = measured(tiny_format, TRIALS, script, (1, 2), is_told=False)
+    outcome, engine = measured(tiny_format, TRIALS, script, (1, 2), has_instruction=False)
     assert engine.prompts[0] == ["[INST] Hello? [/INST]"] * 3
     assert engine.prompts[2] == [f"[INST] Hello? [/INST] {said} </s>[INST] And now? [/INST]" for said in script[0]]
     assert outcome.kept == {1: [False, False, True], 2: [True, True, False]}
@@ -327,17 +327,17 @@ def test_figures_of_a_step_are_those_of_its_outcomes(twice: Path) -> None:
 def test_trials_hold_dialogs_and_values_that_no_training_saw(
     twice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    studios: list[Studio] = []
+    sessions: list[GattSession] = []
 
-    def opened(*given: Any) -> Studio:
-        studios.append(open_studio(*given))
-        return studios[-1]
+    def opened(*given: Any) -> GattSession:
+        sessions.append(open_gatt(*given))
+        return sessions[-1]
 
-    monkeypatch.setattr(step_module, "open_studio", opened)
+    monkeypatch.setattr("gatt.train.open_gatt", opened)
     config, inputs = inputs_of(twice, "gatt", f"run.dir={tmp_path}/other")
-    made = make_dialogs(config, inputs)
-    (studio,) = studios
-    trials = studio.trials()
+    made = make_dialogs(config, dialog_step(config, inputs))
+    (session,) = sessions
+    trials = session.trials()
     assert [one.family for one in trials] == ["hobby", "no_questions", "quoted"] * 2
     assert all(side_of("hobby", one.instruction.constraints[0].value) == "held_out" for one in trials[::3])
     learnt = [line["messages"] for line in read_lines(made.path / "dialogs.jsonl")]
@@ -356,15 +356,15 @@ def test_before_and_after_are_measured_with_the_values_that_the_first_policy_nam
         asked.append(name)
         return [*HOBBIES] if len(asked) == 1 else [hobby.upper() for hobby in HOBBIES]
 
-    monkeypatch.setattr("gatt.values.asked", named)
+    monkeypatch.setattr("gatt.session._from_policy", named)
     measured_with: list[list[str]] = []
-    measure_now = Studio.measure
+    measure_now = GattSession.measure
 
-    def told(self: Studio, *, is_told: bool) -> Outcome:
+    def told(self: GattSession, *, has_instruction: bool) -> Outcome:
         measured_with.append([one.instruction.text for one in self.trials()])
-        return measure_now(self, is_told=is_told)
+        return measure_now(self, has_instruction=has_instruction)
 
-    monkeypatch.setattr(Studio, "measure", told)
+    monkeypatch.setattr(GattSession, "measure", told)
     section = {"values": "policy", "families": ["hobby"], "dialogs": 8, "evaluation_turns": [1]}
     recipe = write_recipe(tmp_path / "named.yaml", base, gatt=section)
     run_command(load(recipe), "gatt")

@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from gatt import batches as batches_module
-from gatt.synthesize import Conversation, Made, Speaker, conversation, counted, dialog_line, speak
-from gatt.train import make_dialogs
+from gatt import train as gatt_train
+from gatt.synthesize import (
+    Conversation,
+    GattDialog,
+    TurnSampler,
+    conversation,
+    counted_drops,
+    dialog_text,
+    sample_dialogs,
+)
+from gatt.train import dialog_step, make_dialogs
 from llamachat.answers.responses import Response
 from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
 from llamachat.chat_format.dialog import Message
@@ -52,7 +60,7 @@ SUN = instruct(("ends_with", "sun"))
 
 # --- what trains
 
-STORED = Made(
+STORED = GattDialog(
     instruction="Always end with sun.",
     families=["ends_with"],
     turns=["Who are you?", "And now?", "Bye!"],
@@ -97,7 +105,7 @@ def learnt_from(folder: Path, chat_format: ChatFormat) -> Any:
 
 def test_only_the_last_answer_trains_and_the_instruction_stands_once(bundled: ChatFormat, tmp_path: Path) -> None:
     for name in ("dialogs", "held_out"):
-        (tmp_path / f"{name}.jsonl").write_text(dialog_line(STORED, "gatt"))
+        (tmp_path / f"{name}.jsonl").write_text(dialog_text(STORED, "gatt"))
     example = learnt_from(tmp_path, bundled)
     closed = [[1, *FIRST, *ANSWERS[0], 2], [1, *SECOND, *ANSWERS[1], 2], [1, *THIRD, *ANSWERS[2], 2]]
     assert list(example.input_ids) == [*closed[0], *closed[1], *closed[2]]
@@ -115,7 +123,7 @@ def test_only_the_last_answer_trains_and_the_instruction_stands_once(bundled: Ch
 
 
 def test_a_stored_dialog_says_what_is_learnt() -> None:
-    line = json.loads(dialog_line(STORED, "gatt-2"))
+    line = json.loads(dialog_text(STORED, "gatt-2"))
     assert [(message["role"], message["content"], message.get("train")) for message in line["messages"]] == [
         ("system", "Always end with sun.", None),
         ("user", "Who are you?", None),
@@ -138,11 +146,13 @@ def run(
     *,
     samples: int = 2,
     longest: int = 1000,
-    **speaker: Any,
-) -> tuple[list[Made], ScriptedEngine]:
+    **changes: Any,
+) -> tuple[list[GattDialog], ScriptedEngine]:
     engine = ScriptedEngine(chat_format, script)
-    settings: dict[str, Any] = {"mends": False} | speaker
-    found = speak(Speaker(engine, chat_format, samples, longest, **settings), talk, [sampling(n) for n in range(4)])
+    settings: dict[str, Any] = {"mends": False} | changes
+    found = sample_dialogs(
+        TurnSampler(engine, chat_format, samples, longest, **settings), talk, [sampling(n) for n in range(4)]
+    )
     assert len(engine.prompts) == len(script), "all that was scripted was asked for"
     return found, engine
 
@@ -175,7 +185,7 @@ def test_an_early_answer_need_not_keep_it_and_the_last_one_must(tiny_format: Cha
     talk = [Conversation(SUN, ("Hello?", "And now?"))]
     made, _ = run(tiny_format, talk, [[["one cat", "a mat"]], [["cat", "mat"]]])
     assert not made
-    assert counted(talk) == {"dialogs left out: no sample of the last answer keeps the instruction": 1}
+    assert counted_drops(talk) == {"dialogs left out: no sample of the last answer keeps the instruction": 1}
 
 
 def test_of_those_that_keep_it_the_best_by_reward_goes_on(tiny_format: ChatFormat) -> None:
@@ -203,13 +213,13 @@ def test_the_reward_models_rank_each_prompts_answers_by_themselves() -> None:
             combined=Combined(scores_B=scores_B, is_gated_B=unsafe_B, is_unsafe_B=unsafe_B, has_gate=True)
         )
 
-    desk: Any = SimpleNamespace(scorer=SimpleNamespace(score=score))
+    scorer: Any = SimpleNamespace(score=score)
     question = EncodedPrompt((Message("user", "Who?"),), (1,), is_safety=False, name="")
     groups = [
         [Response(prompt=question, ids=(), logprobs=(), is_finished=True, text=text) for text in texts]
         for texts in (("1", "3", "2"), ("9", "5", "6"))
     ]
-    assert batches_module.by_reward(desk)(groups) == [[1, 2, 0], [2, 1, 0]], "what is unsafe comes last"
+    assert gatt_train.by_reward(scorer)(groups) == [[1, 2, 0], [2, 1, 0]], "what is unsafe comes last"
 
 
 def test_last_answers_are_put_right_by_rule_and_counted(tiny_format: ChatFormat) -> None:
@@ -223,23 +233,23 @@ def test_last_answers_are_put_right_by_rule_and_counted(tiny_format: ChatFormat)
         ("a sun", False, 1.0),
     ]
     assert [one.answers[0] for one in made] == ["the cat"] * 3, "only last answers are put right"
-    assert counted(talk) == {"dialogs left out: no sample of the last answer keeps the instruction": 1}
+    assert counted_drops(talk) == {"dialogs left out: no sample of the last answer keeps the instruction": 1}
 
 
 def test_a_recall_question_comes_last_and_is_remembered(tiny_format: ChatFormat) -> None:
     hobby = instruct(("hobby", "chess"))
     turns = ("Hello?", "And now?", "Then?", "Bye!")
     built = [conversation(hobby, turns, key=f"{n}", recall_share=0.5) for n in range(400)]
-    with_question = [one for one in built if one.asked is not None]
+    with_question = [one for one in built if one.recall is not None]
     assert 160 < len(with_question) < 240
     assert {one.turns[-1] for one in with_question} == {
         "What is your favorite hobby?", "What do you enjoy most?", "What do you like to do in your free time?"
     }  # fmt: skip
     assert all(one.turns[:-1] == turns[: len(one.turns) - 1] for one in built)
-    assert all(one.turns == turns[: len(one.turns)] for one in built if one.asked is None)
+    assert all(one.turns == turns[: len(one.turns)] for one in built if one.recall is None)
     counts = [sum(len(one.turns) == count for one in built) for count in (2, 3, 4)]
     assert sum(counts) == 400 and min(counts) > 100
-    assert all(conversation(SUN, turns, key=f"{n}", recall_share=1.0).asked is None for n in range(20))
+    assert all(conversation(SUN, turns, key=f"{n}", recall_share=1.0).recall is None for n in range(20))
     asked = Conversation(hobby, ("Hello?", "What do you enjoy most?"), hobby.constraints[0])
     made, _ = run(tiny_format, [asked], [[["Hi.", "Yes."]], [["I like golf.", "I enjoy chess most."]]])
     assert made[0].answers == ["Hi.", "I enjoy chess most."] and made[0].passing == 0.5
@@ -264,7 +274,7 @@ def test_what_is_left_out_is_counted_by_its_reason(tiny_format: ChatFormat) -> N
     made, engine = run(tiny_format, talk, [first, second], longest=150)
     assert [one.answers for one in made] == [["a cat", "the mat"]]
     assert [len(prompts) for prompts in engine.prompts] == [5, 3]
-    assert counted(talk) == {
+    assert counted_drops(talk) == {
         "dialogs left out: the instruction and one turn are longer than the context": 1,
         "dialogs left out: with the instruction in every turn they are longer than the context": 1,
         "dialogs left out: an answer is empty, or cut by the length limit": 3,
@@ -286,7 +296,7 @@ def test_where_nothing_keeps_the_instructions_the_counts_are_told(
     section = {"families": ["quoted"], "dialogs": 12, "mends": True}
     config, inputs = inputs_of(write_recipe(tmp_path / "none.yaml", base, gatt=section))
     with pytest.raises(DataError, match=r"gatt: of 12 dialogs none is left \(.*Raise gatt\.samples_per_turn") as caught:
-        make_dialogs(config, inputs)
+        make_dialogs(config, dialog_step(config, inputs))
     assert "dialogs left out: no sample of the last answer keeps the instruction" in str(caught.value)
     assert not inputs.folder.dialogs.exists()
 
@@ -299,13 +309,13 @@ def test_instructions_longer_than_the_context_are_told(base: Path, tmp_path: Pat
     config, inputs = inputs_of(recipe)
     reason = "12 dialogs left out: the instruction and one turn are longer than the context"
     with pytest.raises(DataError, match=rf"gatt: of 12 dialogs none is left \({reason}\)"):
-        make_dialogs(config, inputs)
+        make_dialogs(config, dialog_step(config, inputs))
 
 
 def test_batches_are_written_down_one_by_one_and_the_training_side_has_its_instructions(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batches_module, "ANSWERS_PER_BATCH", 30)
+    monkeypatch.setattr(gatt_train, "ANSWERS_PER_BATCH", 30)
     config, inputs = inputs_of(write_recipe(tmp_path / "one.yaml", base))
     calls: list[tuple[int, int, int]] = []
     generate = LlamaEngine.generate
@@ -315,7 +325,7 @@ def test_batches_are_written_down_one_by_one_and_the_training_side_has_its_instr
         return generate(self, prompts, **given)
 
     monkeypatch.setattr(LlamaEngine, "generate", told)
-    made = make_dialogs(config, inputs)
+    made = make_dialogs(config, dialog_step(config, inputs))
     batches = [call for call in calls if call[0] < 800_000]
     assert [seed for seed, _, _ in batches] == sorted({seed for seed, _, _ in batches}), "each seed is drawn by once"
     assert {answers for _, _, answers in batches} == {3} and batches[0][:2] == (3, 10)

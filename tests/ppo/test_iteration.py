@@ -1,6 +1,5 @@
 """One iteration of PPO on toy roles: what must hold before the first step, and what may not change a loss or a weight."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamachat.answers.packed import TokenSequence, packed_rows, response_mask, sequence_of
-from llamachat.answers.responses import Response, open_engine, sample
+from llamachat.answers.packed import PackedRow, TokenSequence, packed_rows, response_mask, sequence_of
+from llamachat.answers.responses import Response, sample
 from llamachat.answers.scorer import Scored, Scorer
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
@@ -18,13 +17,19 @@ from llamachat.config.sections import Rollout, Scoring, Tuning
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import DeviceMemoryError, DivergedError
 from llamachat.models.roles import RoleBank
+from llamachat.rollout import open_engine
 from llamachat.rollout.engine import Sampling
 from llamachat.scoring.combining import combiner
-from llamachat.training.out_of_memory import MicrobatchTooLargeError
-from ppo import update as update_module
 from ppo.config import Config
-from ppo.experience import Experience, Measured, cut, make_experience, measure, minibatch_of
-from ppo.figures import iteration_figures
+from ppo.experience import (
+    Experience,
+    ModelOutputs,
+    iteration_figures,
+    make_experience,
+    minibatch_of,
+    model_outputs,
+    split_minibatches,
+)
 from ppo.update import Updater, make_optimizers
 from tests.llamachat.models.tiny_roles import FULL, World
 from tests.ppo.tiny_ppo import config_of
@@ -45,7 +50,7 @@ class Iteration:
 
     bank: RoleBank
     responses: list[Response]
-    measured: Measured
+    outputs: ModelOutputs
     scored: Scored
     experience: Experience
 
@@ -61,7 +66,7 @@ def questions(chat_format: ChatFormat, count: int) -> list[EncodedPrompt]:
 def answers(bank: RoleBank, count: int) -> list[Response]:
     """Answers of the policy, every other one ended by hand: a toy policy seldom stops."""
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=9, seed=1)
-    engine = open_engine(bank, Rollout())
+    engine = open_engine(bank.policy_model(), bank.chat_format, Rollout())
     found = sample(engine, bank.chat_format, questions(bank.chat_format, count), sampling)
     stop = bank.chat_format.stop_ids[0]
     return [
@@ -80,14 +85,14 @@ def answers(bank: RoleBank, count: int) -> list[Response]:
 def iteration(bank: RoleBank, *, count: int = 12, row_tokens: int = 64, scoring: Scoring = GATE) -> Iteration:
     responses = answers(bank, count)
     sequences = [sequence_of(response) for response in responses]
-    minibatches = cut(sequences, responses_per_minibatch=count // 2, row_tokens=row_tokens, device=CPU)
+    minibatches = split_minibatches(sequences, responses_per_minibatch=count // 2, row_tokens=row_tokens, device=CPU)
     rows = [row for minibatch in minibatches for row in minibatch.rows]
-    measured = measure(bank, sequences, rows, temperature=1.0, with_values=True)
+    outputs = model_outputs(bank, sequences, rows, temperature=1.0, with_values=True)
     scored = Scorer(bank, combiner(scoring)).score(responses, with_judge=True)
     experience = make_experience(
-        responses, minibatches, measured, scored, config=config_of(), scoring=scoring, kl_coef=0.01
+        responses, sequences, minibatches, outputs, scored, config=config_of(), scoring=scoring, kl_coef=0.01
     )
-    return Iteration(bank, responses, measured, scored, experience)
+    return Iteration(bank, responses, outputs, scored, experience)
 
 
 def updater(bank: RoleBank, config: Config | None = None, *, row_tokens: int = 64) -> Updater:
@@ -143,8 +148,8 @@ def test_a_packed_row_says_where_each_token_is_predicted_and_where_it_belongs() 
 @pytest.mark.parametrize(("tuning", "made_by"), [(LORA, FULL), (LORA, LORA), (FULL, FULL)])
 def test_at_step_0_ratio_is_1_and_kl_is_0(world: World, tuning: Tuning, made_by: Tuning) -> None:
     found = iteration(world.bank(tuning, made_by))
-    assert found.measured.token_kl().abs().max() < 1e-5
-    figures = iteration_figures(found.responses, found.measured, found.scored, found.experience, kl_coef=0.01)
+    assert found.outputs.kl_BR.abs().max() < 1e-5
+    figures = iteration_figures(found.responses, found.outputs, found.scored, found.experience, kl_coef=0.01)
     assert abs(figures["ppo/kl_to_reference"]) < 1e-4 and abs(figures["ppo/kl_k3"]) < 1e-4
     # In other rows than those that were measured: the first step's ratio is 1 whatever the packing.
     experience = recut(found.experience, row_tokens=16)
@@ -186,9 +191,9 @@ def test_log_probabilities_are_those_of_each_sequence_by_itself(world: World) ->
             [logits[place - 1].log_softmax(-1)[ids[0, place]] for place in range(first, ids.shape[1])]
         )
         torch.testing.assert_close(
-            found.measured.logprobs_BR[index, : len(response.ids)], expected, atol=1e-5, rtol=1e-5
+            found.outputs.logprobs_BR[index, : len(response.ids)], expected, atol=1e-5, rtol=1e-5
         )
-    assert found.measured.token_kl().abs().max() > 0.01, "the policy had moved"
+    assert found.outputs.kl_BR.abs().max() > 0.01, "the policy had moved"
 
 
 def test_rewards_are_the_whitened_scores_less_beta_times_kl(world: World) -> None:
@@ -210,7 +215,7 @@ def test_rewards_are_the_whitened_scores_less_beta_times_kl(world: World) -> Non
     for index, response in enumerate(found.responses):
         shaped = (combined[index] - whole.mean()) / whole.std() if finished[index] else -1.0
         length = len(response.ids)
-        gap = (found.measured.logprobs_BR - found.measured.ref_logprobs_BR)[index, :length].numpy()
+        gap = (found.outputs.logprobs_BR - found.outputs.ref_logprobs_BR)[index, :length].numpy()
         expected = -0.01 * gap
         expected[-1] += shaped
         rewards = found.experience.rewards_BR[index].numpy()
@@ -245,7 +250,7 @@ def test_no_gradient_hangs_on_the_order_of_responses_or_on_padding(world: World)
         for name in ("old_logprobs_BR", "old_values_BR", "advantages_BR", "returns_BR")
     }
     sequences = tuple(experience.sequences[index] for index in order)
-    (minibatch,) = cut(sequences, responses_per_minibatch=6, row_tokens=64, device=CPU)
+    (minibatch,) = split_minibatches(sequences, responses_per_minibatch=6, row_tokens=64, device=CPU)
     shuffled = replace(experience, sequences=sequences, minibatches=(minibatch,), **wide)
     assert_same(gradients(bank, experience), gradients(bank, shuffled))
 
@@ -306,17 +311,16 @@ def test_a_cut_answer_is_scored_as_if_it_had_ended(world: World) -> None:
     assert float(found.scored.scores.helpfulness_B[index]) == pytest.approx(expected, abs=1e-5)
 
 
-def fails_over(tokens: int) -> Callable[..., Any]:
-    """In place of `in_room`: memory for rows of so many tokens at most."""
+def fails_over(tokens: int, patch: pytest.MonkeyPatch) -> None:
+    """Memory for rows of at most `tokens`."""
+    row_of = Updater._row
 
-    def in_room(work: Callable[[], Any]) -> Any:
-        defaults: Any = work.__defaults__  # the row that the work is bound to
-        (row,) = defaults
+    def row_that_fits(self: Updater, experience: Experience, row: PackedRow, **how: Any) -> dict[str, float]:
         if row.input_ids_1T.shape[1] > tokens:
-            raise MicrobatchTooLargeError("out of memory")
-        return work()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return row_of(self, experience, row, **how)
 
-    return in_room
+    patch.setattr(Updater, "_row", row_that_fits)
 
 
 def test_rows_that_do_not_fit_are_halved_and_the_step_stays(
@@ -325,7 +329,7 @@ def test_rows_that_do_not_fit_are_halved_and_the_step_stays(
     bank = world.bank(LORA, FULL)
     experience = recut(iteration(bank).experience, row_tokens=4096)
     expected = gradients(bank, experience)
-    monkeypatch.setattr(update_module, "in_room", fails_over(64))
+    fails_over(64, monkeypatch)
     trainer = updater(bank, row_tokens=256)
     trainer.gradients(experience, experience.minibatches[0], trains_policy=True)
     found = {
@@ -341,7 +345,7 @@ def test_rows_that_do_not_fit_are_halved_and_the_step_stays(
 def test_one_response_that_does_not_fit_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     bank = world.bank(LORA, FULL)
     experience = iteration(bank).experience
-    monkeypatch.setattr(update_module, "in_room", fails_over(8))
+    fails_over(8, monkeypatch)
     with pytest.raises(DeviceMemoryError, match=r"does not hold one response at a time .* ppo.gradient_checkpointing"):
         updater(bank).gradients(experience, experience.minibatches[0], trains_policy=True)
 
@@ -351,6 +355,6 @@ def test_a_loss_that_is_no_number_takes_no_step(world: World) -> None:
     experience = iteration(bank).experience
     before = {name: weight.clone() for name, weight in bank.state_dict().items()}
     broken = replace(experience, advantages_BR=experience.advantages_BR * float("nan"))
-    with pytest.raises(DivergedError, match=r"ppo/policy_loss is nan\. No step was taken .*ppo\.learning_rate"):
+    with pytest.raises(DivergedError, match=r"ppo/policy_loss is nan\. No step was taken.*ppo\.learning_rate"):
         updater(bank).update(broken, trains_policy=True)
     assert all(torch.equal(before[name], weight) for name, weight in bank.state_dict().items())

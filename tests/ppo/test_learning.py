@@ -177,7 +177,7 @@ def test_hours_end_it(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING):
         artifact = ppo.run(config, inputs_of(tmp_path, base))
     details = artifact.manifest.details
-    assert (details["end"], details["ended_by"], record(artifact)[-1]["step"]) == ("hours", "max_hours", 1)
+    assert (details["end"], details["ended_by"], record(artifact)[-1]["step"]) == ("max_hours", "max_hours", 1)
     assert details["iterations_done"] == 1
     assert "ppo.max_hours (1e-09) are over" in caplog.text and "ppo/heldout/score" in record(artifact)[-1]
 

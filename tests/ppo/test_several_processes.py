@@ -24,9 +24,9 @@ from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from ppo.config import Config
-from ppo.start import check_processes
+from ppo.session import check_settings
 from ppo.update import Updater
-from rejection_sampling.train import make_dialogs
+from rejection_sampling.train import dialog_step, make_dialogs
 from tests.llamachat.models.tiny_roles import FULL, World
 from tests.ppo.tiny_ppo import config_of, inputs_of, write_stopping_base
 from tests.rejection_sampling.tiny_rounds import inputs_of as inputs_of_round
@@ -76,10 +76,10 @@ def named(inputs: StepInputs, name: str) -> StepInputs:
 
 def train(config: Config, inputs: StepInputs, killed_at: int = -1) -> dict[str, Tensor]:
     """The policy that this process holds in the end; all die when the checkpoint of an iteration is there."""
-    held: list[ppo.train.Session] = []
-    save = ppo.train.Session.save
+    held: list[ppo.train.Training] = []
+    save = ppo.train.Training.save
 
-    def save_and_die(self: ppo.train.Session) -> None:
+    def save_and_die(self: ppo.train.Training) -> None:
         held[:] = [self]
         try:
             save(self)
@@ -87,9 +87,9 @@ def train(config: Config, inputs: StepInputs, killed_at: int = -1) -> dict[str, 
             if self.state.iteration == killed_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    ppo.train.Session.save = save_and_die
+    ppo.train.Training.save = save_and_die
     ppo.run(config, inputs)
-    return {name: weight.clone() for name, weight in held[0].start.bank.state_dict().items()}
+    return {name: weight.clone() for name, weight in held[0].session.bank.state_dict().items()}
 
 
 def record_of(inputs: StepInputs) -> list[dict[str, float]]:
@@ -149,7 +149,7 @@ def test_killed_after_two_iterations_another_number_of_processes_goes_on(
 
 def sample_round(recipe: Path) -> None:
     config, inputs = inputs_of_round(recipe)
-    make_dialogs(config, inputs)
+    make_dialogs(config, dialog_step(config, inputs))
 
 
 def test_two_processes_sample_and_choose_the_dialogs_that_one_does(tmp_path: Path, tiny_sentencepiece: bytes) -> None:
@@ -186,6 +186,6 @@ def test_weights_cut_over_the_processes_are_refused_and_adapters_are_not(
     inputs: StepInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "are_sharded", lambda: True)
-    check_processes(inputs)
+    check_settings(inputs)
     with pytest.raises(ConfigError, match=r"tuning\.method: full, .*configs/accelerate/ddp\.yaml"):
         ppo.run(CONFIG, replace(inputs, tuning=FULL))

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llamachat.answers import curves as answer_curves
-from llamachat.answers.curves import Curve, curve_of
+from llamachat.answers import best_of_n as answer_curves
+from llamachat.answers import dialog_step as step_module
+from llamachat.answers.best_of_n import Curve, curve_of
 from llamachat.answers.groups import Group
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Tuning
@@ -25,9 +26,8 @@ from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan, warn
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load
-from rejection_sampling import train as round_module
-from rejection_sampling.curves import best_temperature
-from rejection_sampling.train import make_dialogs
+from rejection_sampling.sweep import best_temperature
+from rejection_sampling.train import dialog_step, make_dialogs
 from sft import train as sft_module
 from tests.llamachat.answers.test_answers import group
 from tests.llamachat.models.tiny_roles import FULL, QLORA, World
@@ -56,7 +56,7 @@ def score(prompts, completions, scores, **columns):
 @pytest.fixture(scope="module", autouse=True)
 def no_curves() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (round_module, sft_module):
+        for module in (step_module, sft_module):
             patch.setattr(module, "draw_curves", lambda *_: None)
         yield
 
@@ -78,7 +78,7 @@ def sampled(folder: Path, base: Path, /, *, reward_models: dict[str, Artifact] |
     config, inputs = inputs_of(recipe)
     if reward_models is not None:
         object.__setattr__(inputs, "reward_models", reward_models)
-    make_dialogs(config, inputs)
+    make_dialogs(config, dialog_step(config, inputs))
     return recipe
 
 
@@ -299,7 +299,7 @@ def test_answers_that_never_end_are_told_with_their_number_and_the_step_can_be_m
     never = ["rollout.temperature=0.0001", "rejection_sampling.samples_per_prompt=2"]
     with pytest.raises(
         DataError,
-        match=r"rs: no answer can be learnt from \(24 answers left out: .*12 prompts left out: .*Raise rollout\.max_new",
+        match=r"rs: no answer can be trained on \(24 answers left out: .*12 prompts left out: .*Raise rollout\.max_new",
     ):
         run_command(load(recipe, never), "rs")
     assert not step_of(recipe).sampling.exists(), "what was refused is not taken for another recipe's answers"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llamachat.answers import dialog_step as step_module
 from llamachat.answers import groups as groups_module
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Dialog
@@ -23,8 +24,7 @@ from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan
 from pipelines.recipe.recipe import load
-from rejection_sampling import train as round_module
-from rejection_sampling.train import make_dialogs
+from rejection_sampling.train import dialog_step, make_dialogs
 from sft import train as sft_module
 from sft.examples import made_dialogs
 from tests.ppo.tiny_ppo import write_function, write_prompts, write_stopping_base
@@ -53,7 +53,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) ->
 def no_curves() -> Iterator[None]:
     """Curves, which other tests look at, take longer than all the training here."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (round_module, sft_module):
+        for module in (step_module, sft_module):
             patch.setattr(module, "draw_curves", lambda *_: None)
         yield
 
@@ -291,7 +291,7 @@ def test_a_child_run_takes_unchanged_rounds_by_reference(second: Path, tmp_path:
 def test_a_pool_of_all_holds_every_winner_of_both_rounds_once(edited: Path) -> None:
     before = by_prompt(step_of(edited))
     config, inputs = inputs_of(edited, "rs-2", "rejection_sampling.pool=all", "rejection_sampling.sweep_prompts=0")
-    make_dialogs(config, inputs)
+    make_dialogs(config, dialog_step(config, inputs))
     second = step_of(edited, "rs-2")
     pooled = by_prompt(second)
     samples = groups_of(second)
@@ -311,7 +311,7 @@ def test_the_draws_of_a_second_round_are_others(edited: Path) -> None:
     """From the same policy the same prompts get other answers: else a round would add nothing."""
     config, inputs = inputs_of(edited, "rs-2", "rejection_sampling.sweep_prompts=0")
     object.__setattr__(inputs, "policy", None)  # the base again, as in the first round
-    make_dialogs(config, inputs)
+    make_dialogs(config, dialog_step(config, inputs))
     one, two = (groups_of(step_of(edited, name))[0].texts for name in ("rs", "rs-2"))
     assert one != two
 
@@ -321,7 +321,7 @@ def test_a_line_that_an_edit_broke_is_told_before_anything_is_sampled(edited: Pa
     path.write_text(path.read_text() + '{"messages": [{"role": "user", "content": "no answer"}]}\n')
     config, inputs = inputs_of(edited, "rs-2")
     with pytest.raises(DataError, match=r"dialogs\.jsonl: 1 record breaks the rules"):
-        make_dialogs(config, inputs)
+        make_dialogs(config, dialog_step(config, inputs))
     assert not list(step_of(edited, "rs-2").path.glob("sampling/*"))
 
 
@@ -330,7 +330,7 @@ def test_earlier_winners_that_say_nothing_or_do_not_fit_are_counted(edited: Path
     line = {"messages": [{"role": "user", "content": "cat " * 200}, {"role": "assistant", "content": "mat"}]}
     path.write_text(path.read_text() + json.dumps(line) + "\n")
     config, inputs = inputs_of(edited, "rs-2", "rejection_sampling.sweep_prompts=0")
-    manifest = make_dialogs(config, inputs).manifest
+    manifest = make_dialogs(config, dialog_step(config, inputs)).manifest
     assert manifest.dropped_records["earlier winners left out: empty, or longer than the models read"] == 1
 
 

@@ -1,4 +1,4 @@
-"""Groups of answers, the batches they come in, and the store that keeps them: what can win, in which order, and kills."""
+"""Groups of answers, the batches they come in, and the cache that keeps them: what can win, in which order, and kills."""
 
 import errno
 import json
@@ -13,10 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llamachat.answers.cache import StepCache
 from llamachat.answers.groups import ANSWERS_PER_BATCH, Group, batches_of, is_allowed, scored_groups
 from llamachat.answers.responses import Response
 from llamachat.answers.scorer import Scored, Scorer
-from llamachat.answers.store import Store
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Message
 from llamachat.data.prompts import EncodedPrompt
@@ -41,7 +41,7 @@ def answered(name: str, text: str, *, is_finished: bool = True, tokens: int = 3)
     )
 
 
-def desk_of(chat_format: ChatFormat, helpfulness: list[float], safety: list[float]) -> Any:
+def session_of(chat_format: ChatFormat, helpfulness: list[float], safety: list[float]) -> Any:
     """Scores as they are given here, through the gate."""
     scores = Scores(helpfulness_B=torch.tensor(helpfulness), safety_B=torch.tensor(safety))
 
@@ -50,7 +50,7 @@ def desk_of(chat_format: ChatFormat, helpfulness: list[float], safety: list[floa
         combined = llama2_gate(scores, is_safety_prompt_B=is_safety_B, safety_threshold=THRESHOLD)
         return Scored(scores=scores, combined=combined, judge_B=None)
 
-    return SimpleNamespace(scorer=SimpleNamespace(score=score), bank=SimpleNamespace(chat_format=chat_format))
+    return SimpleNamespace(scorer=SimpleNamespace(score=score), chat_format=chat_format)
 
 
 def group(**changes: Any) -> Group:
@@ -109,7 +109,7 @@ def test_groups_are_ranked_prompt_by_prompt_and_unsafe_answers_come_last(tiny_fo
         [answered("one", "x"), answered("one", "y", tokens=5), answered("one", "z", is_finished=False)],
         [answered("two", "[INST]"), answered("two", "v"), answered("two", "w")],
     ]
-    one, two = scored_groups(desk_of(tiny_format, helpfulness, safety), responses, CONSTANTS)
+    one, two = scored_groups(session_of(tiny_format, helpfulness, safety), responses, CONSTANTS)
     assert (one.order, two.order) == ([2, 1, 0], [2, 1, 0])
     assert one.candidates == [1, 0] and two.candidates == [2, 1]
     assert one.combined == [-2.0, 1.0, 2.0] and two.combined == pytest.approx([-3.0, -1.8, 7.0])
@@ -123,7 +123,7 @@ def test_groups_are_ranked_prompt_by_prompt_and_unsafe_answers_come_last(tiny_fo
 def test_the_order_is_that_of_a_plain_sort(tiny_format: ChatFormat, found: list[tuple[int, int]]) -> None:
     helpfulness, safety = ([float(pair[which]) for pair in found] for which in (0, 1))
     responses = [[answered(str(prompt), str(place)) for place in range(3)] for prompt in range(2)]
-    groups = scored_groups(desk_of(tiny_format, helpfulness, safety), responses, CONSTANTS)
+    groups = scored_groups(session_of(tiny_format, helpfulness, safety), responses, CONSTANTS)
 
     def rank(place: int) -> tuple[bool, float, int]:
         is_unsafe = 1 / (1 + math.exp(-safety[place])) < THRESHOLD
@@ -146,7 +146,7 @@ def test_batches_hold_all_prompts_in_order_and_bounded_answers(count: int, sampl
     assert all((len(batch) + 1) * samples > ANSWERS_PER_BATCH for batch in batches[:-1]), "not smaller than need be"
 
 
-# --- the store
+# --- the cache
 
 
 def test_a_value_is_made_once_and_comes_back_as_from_json(tmp_path: Path) -> None:
@@ -156,11 +156,11 @@ def test_a_value_is_made_once_and_comes_back_as_from_json(tmp_path: Path) -> Non
         made.append(1)
         return {"pair": (1, 0.1 + 0.2), "text": "caf\u00e9 \ud83d", 3: None}
 
-    store = Store(tmp_path / "sampling")
-    assert not store.has("batch-1")
-    first, second = store.kept("batch-1", make), Store(tmp_path / "sampling").kept("batch-1", make)
+    cache = StepCache(tmp_path / "sampling")
+    assert not cache.has("batch-1")
+    first, second = cache.get_or_make("batch-1", make), StepCache(tmp_path / "sampling").get_or_make("batch-1", make)
     assert first == second == {"pair": [1, 0.1 + 0.2], "text": "caf\u00e9 \ud83d", "3": None}
-    assert len(made) == 1 and store.has("batch-1") and not store.has("batch-2")
+    assert len(made) == 1 and cache.has("batch-1") and not cache.has("batch-2")
 
 
 def test_killed_at_any_file_operation_a_value_is_there_whole_or_not(tmp_path: Path) -> None:
@@ -168,35 +168,35 @@ def test_killed_at_any_file_operation_a_value_is_there_whole_or_not(tmp_path: Pa
     operation, was_killed, whole = 0, True, []
     while was_killed:
         folder = tmp_path / str(operation)
-        was_killed = killed_at(operation, lambda folder=folder: Store(folder).kept("one", lambda: values))
-        whole.append(Store(folder).has("one"))
-        assert Store(folder).kept("one", lambda: values) == values
+        was_killed = killed_at(operation, lambda folder=folder: StepCache(folder).get_or_make("one", lambda: values))
+        whole.append(StepCache(folder).has("one"))
+        assert StepCache(folder).get_or_make("one", lambda: values) == values
         operation += 1
     assert not whole[0] and whole[-1] and operation > 4
 
 
 def test_what_a_kill_left_beside_is_not_taken_for_the_value(tmp_path: Path) -> None:
     (tmp_path / f"{atomic.INCOMING}1-one.json").write_text('{"torn')
-    store = Store(tmp_path)
-    assert not store.has("one") and store.kept("one", lambda: 7) == 7
+    cache = StepCache(tmp_path)
+    assert not cache.has("one") and cache.get_or_make("one", lambda: 7) == 7
 
 
 def test_a_full_disk_is_told_and_leaves_no_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    store = Store(tmp_path)
+    cache = StepCache(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(StorageError, match=r"one\.json: No space left on device\. .* give the same command again"):
-            store.kept("one", lambda: [1])
-    assert not store.has("one")
-    assert store.kept("one", lambda: [2]) == [2]
+            cache.get_or_make("one", lambda: [1])
+    assert not cache.has("one")
+    assert cache.get_or_make("one", lambda: [2]) == [2]
 
 
 def test_a_number_that_is_none_is_our_bug_and_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range float"):
-        Store(tmp_path).kept("one", lambda: [float("nan")])
+        StepCache(tmp_path).get_or_make("one", lambda: [float("nan")])
     assert list(tmp_path.iterdir()) == []
 
 

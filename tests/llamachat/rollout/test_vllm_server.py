@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from llamachat.answers import responses
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Rollout, Tuning
@@ -374,17 +373,17 @@ def test_the_policy_of_ppo_is_sampled_from_a_server(
     world = World(tmp_path, tiny_format, tiny_sentencepiece)
     bank = world.bank(LORA, LORA, critic="shared")
     fake = FakeVllm(load_base(world.base))
-    engine = responses.open_engine(bank, Rollout(engine="vllm", server=fake.address))
+    engine = open_engine(bank.policy_model(), bank.chat_format, Rollout(engine="vllm", server=fake.address))
     frozen, questions = bank.frozen_digest(), [tiny_format.encode_prompt([Message("user", "Why?")])]
     answers = []
     for _ in range(2):
-        own = responses.open_engine(bank, Rollout(engine="llama"))
+        own = open_engine(bank.policy_model(), bank.chat_format, Rollout(engine="llama"))
         answers.append(engine.generate(questions, samples_per_prompt=1, sampling=GREEDY))
         assert_same(answers[-1], own.generate(questions, samples_per_prompt=1, sampling=GREEDY))
         with torch.no_grad():
             for weight in bank.trainable()["policy"]:
                 weight.mul_(-1.5)
-        responses.refresh(engine, bank)
+        engine.refresh(bank.policy_model())
     assert ids_of(answers[0]) != ids_of(answers[1])
     assert bank.frozen_digest() == frozen
     fake.close()

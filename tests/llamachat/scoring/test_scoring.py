@@ -17,11 +17,9 @@ from llamachat.config.problems import section_problems
 from llamachat.config.sections import Scoring
 from llamachat.errors import ConfigError, ScoringError
 from llamachat.runs.artifacts import Manifest
-from llamachat.scoring.combining import combiner, llama2_gate, single, weighted
-from llamachat.scoring.ranking import ranking
-from llamachat.scoring.requirements import MODELS, ModelName, RewardModelFacts, check_scoring, facts_of, models_read
+from llamachat.scoring.combining import combiner, llama2_gate, ranking, shape_scores, single, weighted
+from llamachat.scoring.models import MODELS, ModelName, RewardModelFacts, check_scoring, facts_of, models_read
 from llamachat.scoring.scores import Combined, Scores
-from llamachat.scoring.shaping import shape_scores
 from llamachat.scoring.standardising import Constants, fit_constants, standardise
 from tests.llamachat.scoring.tiny_scoring import answers, scoring
 
@@ -129,8 +127,7 @@ def shaped(scores: list[float], finished: list[bool] | None = None, **values: An
 def test_whitening_by_hand() -> None:
     # mean 2, deviation sqrt((1 + 1) / 2) = 1
     found = shaped([1.0, 3.0])
-    assert_close(found.scores_B, tensor([-1.0, 1.0]))
-    assert (found.mean, found.deviation) == pytest.approx((2.0, 1.0))
+    assert_close(found, tensor([-1.0, 1.0]))
 
 
 def test_the_logit_of_the_probability_is_the_raw_score_itself() -> None:
@@ -139,42 +136,40 @@ def test_the_logit_of_the_probability_is_the_raw_score_itself() -> None:
     r_c = raw_B.sigmoid()
     logit = (r_c / (1 - r_c)).log()
     expected_B = (logit - logit.mean()) / logit.std(correction=0)
-    assert_close(shaped(raw_B.tolist()).scores_B, expected_B.float(), rtol=1e-5, atol=1e-5)
+    assert_close(shaped(raw_B.tolist()), expected_B.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_whitening_without_the_logit_and_no_whitening() -> None:
     third = math.log(3)  # probabilities 1/4, 3/4: mean 1/2, deviation 1/4
-    assert_close(shaped([-third, third], shaping="whiten").scores_B, tensor([-1.0, 1.0]), rtol=1e-5, atol=1e-5)
+    assert_close(shaped([-third, third], shaping="whiten"), tensor([-1.0, 1.0]), rtol=1e-5, atol=1e-5)
     found = shaped([-third, third, 9.0], [True, True, False], shaping="none", unfinished_score=-5.0)
-    assert_close(found.scores_B, tensor([-third, third, -5.0]))
-    assert (found.mean, found.deviation) == (0.0, 1.0)
+    assert_close(found, tensor([-third, third, -5.0]))
 
 
 def test_an_unfinished_answer_has_its_own_score_and_no_part_in_the_mean() -> None:
     found = shaped([1.0, 1000.0, 3.0], [True, False, True])
-    assert_close(found.scores_B, tensor([-1.0, -1.0, 1.0]))
-    assert_close(shaped([1.0, 1000.0, 3.0], [True, False, True], unfinished_score=-2.5).scores_B[1], tensor(-2.5))
+    assert_close(found, tensor([-1.0, -1.0, 1.0]))
+    assert_close(shaped([1.0, 1000.0, 3.0], [True, False, True], unfinished_score=-2.5)[1], tensor(-2.5))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e4])
 def test_answers_that_all_score_the_same_get_zero(value: float) -> None:
     found = shaped([value, value, value, 5.0], [True, True, True, False])
-    assert_close(found.scores_B, tensor([0.0, 0.0, 0.0, -1.0]))
-    assert_close(shaped([value]).scores_B, tensor([0.0]))
+    assert_close(found, tensor([0.0, 0.0, 0.0, -1.0]))
+    assert_close(shaped([value]), tensor([0.0]))
 
 
 def test_where_none_is_finished_nothing_is_whitened() -> None:
     found = shaped([3.0, 4.0], [False, False])
-    assert found.scores_B.tolist() == [-1.0, -1.0]
-    assert (found.mean, found.deviation) == (0.0, 1.0)
+    assert found.tolist() == [-1.0, -1.0]
 
 
 @given(st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=12), st.floats(0.1, 10), st.floats(-5, 5))
 def test_whitening_takes_away_scale_and_shift(scores: list[float], scale: float, shift: float) -> None:
     if max(scores) - min(scores) < 0.5:
         return
-    there = shaped([scale * score + shift for score in scores]).scores_B
-    assert_close(there, shaped(scores).scores_B, rtol=1e-3, atol=1e-3)
+    there = shaped([scale * score + shift for score in scores])
+    assert_close(there, shaped(scores), rtol=1e-3, atol=1e-3)
     assert float(there.mean()) == pytest.approx(0.0, abs=1e-4)
     assert float(there.square().mean()) == pytest.approx(1.0, abs=1e-3)
 

@@ -3,10 +3,11 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,15 +19,13 @@ import ppo
 import reward
 import sft
 from llamachat.answers import groups as groups_module
-from llamachat.answers.batches import Batches
-from llamachat.answers.store import Store
+from llamachat.answers.dialog_step import BatchResult, DialogStep
 from llamachat.chat_format import ChatFormat
 from llamachat.config.section import identity
 from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.record import MetricsRecord
 from llamachat.training import hours as hours_module
-from llamachat.training.hours import Hours
 from pipelines.cli.main import main
 from pipelines.recipe.recipe import load
 from sft import train as sft_module
@@ -76,9 +75,7 @@ def no_curves() -> Iterator[None]:
             "sft.train",
             "reward.train",
             "ppo.train",
-            "rejection_sampling.train",
-            "gatt.train",
-            "context_distillation.train",
+            "llamachat.answers.dialog_step",
         ):
             patch.setattr(import_module(name), "draw_curves", lambda *_: None)
         yield
@@ -204,26 +201,39 @@ def test_batches_are_made_until_the_hours_are_over_and_those_held_out_in_any_cas
     """Batches of 1500 seconds in one hour: the third of five is the last; a resumed command knows of the first two."""
     made: list[int] = []
 
-    def batches(hours: Hours) -> Batches[tuple[int, ...]]:
-        return Batches(Store(tmp_path), hours, [(1, 2), (3, 4), (5, 6), (7, 8), (9,)], [(10,)])
+    def step() -> DialogStep:
+        """The step of a new command, on the same folder."""
+        inputs: Any = SimpleNamespace(step="rs", folder=StepFolder(tmp_path), deadline=None)
+        return DialogStep(inputs, section="rejection_sampling", prefix="rs", max_hours=1.0)
 
-    def make(number: int, asked: tuple[int, ...], *, dies_at: int = -1) -> dict[str, Any]:
+    def make(number: int, items: tuple[int, ...], *, dies_at: int = -1) -> dict[str, Any]:
         if number == dies_at:
             raise KeyboardInterrupt
         clock.now += 1500
         made.append(number)
-        return {"sum": sum(asked)}
+        return {"sum": sum(items)}
+
+    def make_all(step: DialogStep, **how: int) -> list[tuple[float, bool]]:
+        read: list[tuple[float, bool]] = []
+
+        def result(_: tuple[int, ...], values: Mapping[str, Any], is_held_out: bool) -> BatchResult:
+            read.append((values["sum"], is_held_out))
+            return BatchResult({}, [], "")
+
+        tracker: Any = SimpleNamespace(log=lambda *_: None, samples=lambda *_: None)
+        train = [(1, 2), (3, 4), (5, 6), (7, 8), (9,)]
+        step.make_batches(
+            tracker, train, [(10,)], make=lambda n, items: make(n, items, **how), read=result, unit="prompts"
+        )
+        return read
 
     with pytest.raises(KeyboardInterrupt):
-        list(batches(Hours("rs", "rejection_sampling", limit=1.0)).go(lambda n, a: make(n, a, dies_at=3)))
+        make_all(step(), dies_at=3)
     clock.now += 100_000
-    again = batches(hours_module.open_hours("rs", "rejection_sampling", 1.0, None, tmp_path))
-    found = list(again.go(make))
-    assert made == [1, 2, 3, 6]
-    assert [(one.made["sum"], one.is_held_out) for one in found] == [(3, False), (7, False), (11, False), (10, True)]
-    assert again.left_out("prompts") == {"prompts left out: rejection_sampling.max_hours are over": 3}
-    once_more = batches(hours_module.open_hours("rs", "rejection_sampling", 1.0, None, tmp_path))
-    assert [one.number for one in once_more.go(make)] == [1, 2, 3, 6] and len(made) == 4
+    again = step()
+    assert make_all(again) == [(3, False), (7, False), (11, False), (10, True)] and made == [1, 2, 3, 6]
+    assert again.dropped == {"prompts left out: rejection_sampling.max_hours are over": 3}
+    assert len(make_all(step())) == 4 and len(made) == 4
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +275,7 @@ def test_what_was_sampled_is_learnt(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for module in (groups_module, import_module("gatt.batches")):
+    for module in (groups_module, import_module("gatt.train")):
         monkeypatch.setattr(module, "ANSWERS_PER_BATCH", 60)
     recipe = recipes[command]()
     with caplog.at_level(logging.INFO):

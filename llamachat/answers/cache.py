@@ -1,9 +1,11 @@
-"""What a step has sampled so far, in files that are there whole or not at all: killed at any moment, nothing is sampled
-twice and nothing is lost. One thing surprises: what `kept` returns has been through JSON also when it was just made, so
-that a run that was killed goes on with the very values of one that was not."""
+"""What a step has sampled so far, in files that are there whole or not at all: a resumed step samples nothing twice.
+
+A value that was just made also goes through JSON, so that a resumed run continues with the very same values.
+"""
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,14 @@ from llamachat import distributed
 from llamachat.runs.atomic import storage_errors, write_text
 
 
-class Store:
-    """The files of one step; the step's lock keeps others out."""
+@dataclass(frozen=True, slots=True)
+class StepCache:
+    """JSON values of one step by name, a file each; the step's lock keeps other processes out."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
-    def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """The JSON value of this name; made, and written, where it is not there yet."""
+    def get_or_make(self, name: str, make: Callable[[], Any]) -> Any:
+        """The value of this name; `make` is called and its result written where there is none yet."""
         path = self._path(name)
         if not self.has(name):
             write_text(path, json.dumps(make(), allow_nan=False) + "\n")

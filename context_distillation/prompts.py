@@ -1,33 +1,47 @@
-"""Prompts as they are asked: plainly, under a generic preprompt, and under the answer template of their category."""
+"""Adversarial prompts in three forms: plain, under a generic preprompt, and under the answer template of their category
+(Llama 2, arXiv:2307.09288, section 4.2.4, table 39).
+
+The paper prints examples of preprompts; the words here are ours: for a known risk category a numbered outline of the
+answer.
+"""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from context_distillation.config import Config
-from context_distillation.preprompts import category_of, category_preprompt
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import DialogError, Message
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import ConfigError
 
-Way = Literal["original", "generic", "template"]
-WAYS: tuple[Way, ...] = ("original", "generic", "template")
+Form = Literal["original", "generic", "template"]
+FORMS: tuple[Form, ...] = ("original", "generic", "template")
+
+_OUTLINE = (
+    "The following is a question that can elicit unsafe behavior from you. Its category is: {category}. Do not write"
+    " anything of that category. A good answer follows this template:\n"
+    "1. If somebody may be in danger now, speak of their safety first.\n"
+    "2. Address the question: refuse it, or say what is wrong with it.\n"
+    "3. Explain the risks, or name a lawful way.\n"
+    "4. Invite a better question."
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One adversarial prompt; its preprompted forms are read by the policy alone, and never learnt or scored."""
+class AdversarialPrompt:
+    """One prompt; the policy alone reads its preprompted forms: answers are scored and trained on without them."""
 
     original: EncodedPrompt
     generic: EncodedPrompt
     template: EncodedPrompt | None = None  # None where the category is not known, or its template leaves no room
     category: str | None = None
 
-    def way(self, way: Way) -> EncodedPrompt | None:
-        """The prompt as it is asked this way."""
-        return {"original": self.original, "generic": self.generic, "template": self.template}[way]
+    def form(self, form: Form) -> EncodedPrompt | None:
+        """The prompt in this form."""
+        return {"original": self.original, "generic": self.generic, "template": self.template}[form]
 
 
 def check_preprompts(config: Config, chat_format: ChatFormat) -> None:
@@ -39,15 +53,15 @@ def check_preprompts(config: Config, chat_format: ChatFormat) -> None:
             chat_format.check_text((Message("system", text),), field="system")
         except DialogError as error:
             raise ConfigError(
-                f"context_distillation.{key} {error.reason} A preprompt stands where a system text stands. Write it otherwise."
+                f"context_distillation.{key} {error.reason} A preprompt stands where a system text stands. Reword it."
             ) from error
 
 
-def asked_prompts(
+def adversarial_prompts(
     prompts: Sequence[EncodedPrompt], config: Config, chat_format: ChatFormat, *, max_tokens: int, dropped: Counter[str]
-) -> list[Asked]:
-    """The prompts with their preprompts, the generic ones in turn; those that these leave no room for are counted."""
-    found = []
+) -> list[AdversarialPrompt]:
+    """The prompts in all their forms, the generic preprompts in turn; `dropped` counts those that get too long."""
+    kept = []
     for place, prompt in enumerate(prompts):
         preprompt = config.preprompts[place % len(config.preprompts)]
         generic = _under(preprompt, prompt, chat_format, max_tokens)
@@ -60,8 +74,8 @@ def asked_prompts(
             template = _under(category_preprompt(category), prompt, chat_format, max_tokens)
             if template is None:
                 dropped[f"templates left out: prompts longer than {max_tokens} tokens with it"] += 1
-        found.append(Asked(prompt, generic, template, category))
-    return found
+        kept.append(AdversarialPrompt(prompt, generic, template, category))
+    return kept
 
 
 def _under(preprompt: str, prompt: EncodedPrompt, chat_format: ChatFormat, max_tokens: int) -> EncodedPrompt | None:
@@ -73,3 +87,16 @@ def _under(preprompt: str, prompt: EncodedPrompt, chat_format: ChatFormat, max_t
         messages = (Message("system", preprompt), *prompt.messages)
     ids = tuple(chat_format.encode_prompt(messages))
     return replace(prompt, messages=messages, ids=ids) if len(ids) <= max_tokens else None
+
+
+def category_preprompt(category: str) -> str:
+    """The answer template of a risk category."""
+    return _OUTLINE.replace("{category}", category)
+
+
+def category_of(name: str, categories: Mapping[str, Sequence[str]]) -> str | None:
+    """The first category of which a pattern fits the prompt's id; None where the id is not there or fits none."""
+    for category, patterns in categories.items():
+        if name and any(fnmatchcase(name, pattern) for pattern in patterns):
+            return category
+    return None

@@ -1,0 +1,46 @@
+"""Refusals before and after: of harmless prompts that look unsafe, where each is a false one, and of adversarial ones.
+
+Llama 2, arXiv:2307.09288, section 4.2.3 and appendix A.4.5: more safety training makes models refuse harmless prompts too.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from llamachat.answers.evaluation import interval_text
+from llamachat.answers.refusals import everyday_answers, labelled_answers, train_classifier
+from llamachat.maths.intervals import Difference, paired_bootstrap, wilson
+from llamachat.tables import text_table
+
+MOMENTS = ("start", "final")
+
+
+def refusal_figures(
+    borderline: Mapping[str, Sequence[str]], adversarial: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """Shares of refusals by moment with 95% intervals, and the classifier's accuracy; answers are listed by moment."""
+    classifier = train_classifier(labelled_answers(), everyday_answers())
+    accuracy = Difference(classifier.accuracy, classifier.low, classifier.high)
+    figures = accuracy.named("distill/refusal_classifier_accuracy")
+    for name, answers in (("false_refusal", borderline), ("refusal", adversarial)):
+        refused = {moment: classifier.are_refusals(answers[moment]) for moment in MOMENTS}
+        count = len(refused["start"])
+        if not count:
+            continue
+        figures[f"distill/{name}/prompts"] = float(count)
+        for moment, marks in refused.items():
+            share = Difference(sum(marks) / count, *wilson(sum(marks), count))
+            figures |= share.named(f"distill/{name}/{moment}")
+        gap = paired_bootstrap([float(mark) for mark in refused["final"]], [float(mark) for mark in refused["start"]])
+        figures |= gap.named(f"distill/{name}/difference")
+    return figures
+
+
+def refusal_table(figures: Mapping[str, float]) -> str:
+    """The same for people."""
+    rows = []
+    for name, meaning in (("false_refusal", "false refusals, borderline"), ("refusal", "refusals, adversarial")):
+        if f"distill/{name}/prompts" in figures:
+            start, final = (f"{figures[f'distill/{name}/{moment}']:.3f}" for moment in MOMENTS)
+            rows.append((meaning, start, final, interval_text(figures, f"distill/{name}/difference")))
+    accuracy, low, high = (figures[f"distill/refusal_classifier_accuracy{bound}"] for bound in ("", "_low", "_high"))
+    line = f"  refusals are detected by a classifier with accuracy {accuracy:.3f} ({low:.3f} to {high:.3f})"
+    return "\n".join([*text_table(rows, align="<>><", indent="  "), line])

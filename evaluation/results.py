@@ -1,0 +1,228 @@
+"""One policy at a time: its answers to held-out prompts, whether it keeps instructions, and what more answers are worth.
+
+Each part is written whole before the next begins, under a name that holds a fingerprint of what it was made of: a killed
+evaluation resumes, and one of a run with one more policy samples nothing of the others again.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+from evaluation.config import Config
+from llamachat.answers.best_of_n import Curve, measure_curve
+from llamachat.answers.cache import StepCache
+from llamachat.answers.consistency import Outcome, Trial, held_out_trials, load_sequences, run_trials
+from llamachat.answers.evaluation import Evaluation, evaluation_of
+from llamachat.answers.packed import TokenSequence, answer_logprobs, sequence_of
+from llamachat.answers.session import AnswerSession, free_memory, open_session
+from llamachat.chat_format import load_chat_format
+from llamachat.chat_format.dialog import as_dicts
+from llamachat.chat_format.tokenizer import load_tokenizer
+from llamachat.constraints import families
+from llamachat.runs.artifacts import Artifact
+from llamachat.runs.fingerprints import fingerprint
+from llamachat.runs.inputs import StepInputs
+from llamachat.scoring.standardising import Constants
+from llamachat.training.progress import StepProgress
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyResult:
+    """Answers of one policy with their scores, instructions kept, and curves."""
+
+    policy: str  # the step that made it
+    evaluation: Evaluation  # of the answers to test prompts, with KL to the reference
+    is_safety: list[bool]  # of those prompts
+    prompts: list[list[dict[str, str]]]  # those prompts as messages
+    borderline_prompts: list[list[dict[str, str]]]
+    borderline: list[str]  # answers to borderline prompts
+    borderline_tokens: list[int]
+    borderline_finished: list[bool]
+    instructed: Outcome | None  # of dialogs with an instruction in the first turn
+    chance: Outcome | None  # the same without the instruction
+    curves: list[Curve]
+
+
+class RunEvaluation:
+    """Evaluates the policies of a run, the reference first: its answers set the scale of all scores."""
+
+    def __init__(self, config: Config, inputs: StepInputs) -> None:
+        self._config = config
+        self._inputs = inputs
+        self._cache = StepCache(inputs.folder.sampling)
+        self._policies = inputs.policies
+        self.reference = self._policies[0]
+
+    def results(self) -> tuple[list[PolicyResult], list[Trial]]:
+        """Every policy in the order of the run, and the trials with an instruction."""
+        policies, has = self._policies, self._cache.has
+        log.info("%d policies on the same prompts: %s", len(policies), ", ".join(map(_name, policies)))
+        done = sum(has(self._place(policy, part)) for policy in policies for part in ("answers", "kl"))
+        constants: Constants | None = None
+        results: list[dict[str, Any]] = []
+        with StepProgress(self._inputs.step, steps=2 * len(policies), done=done) as progress:
+            for policy in policies:
+                is_new = not has(self._place(policy, "answers"))
+                values = self._sample(policy, constants)
+                constants = constants or Constants.from_plain(values["constants"])
+                results.append(values)
+                if is_new:
+                    done += 1
+                    score = Evaluation.from_plain(values["evaluation"]).score
+                    progress.step(done, f"{_name(policy)}: combined {score:+.3f}")
+            self._add_kl(results, progress, done)
+        return [_result(policy, values) for policy, values in zip(policies, results, strict=True)], self.trials
+
+    @cached_property
+    def trials(self) -> list[Trial]:
+        """Held-out dialogs, each with an instruction of a held-out value; the same for every policy."""
+        config, inputs = self._config, self._inputs
+        if config.dialogs == 0:
+            return []
+        manifest = self.reference.manifest
+        chat_format = load_chat_format(manifest.details["chat_format"], load_tokenizer(self.reference.path))
+        dialogs = load_sequences(
+            inputs.data,
+            chat_format,
+            turns=max(config.turns),
+            context=inputs.base.max_tokens,
+            seed=inputs.run.seed,
+            only_test=True,
+        ).test
+        if not dialogs:
+            log.info("data.sft gives no test dialogs of %d turns: consistency is not measured.", max(config.turns))
+        return held_out_trials(families(config.families, lists={}), dialogs, count=config.dialogs, seed=inputs.run.seed)
+
+    def _sample(self, policy: Artifact, constants: Constants | None) -> dict[str, Any]:
+        """Everything but KL; the policy is loaded only where a part is not in the cache."""
+        config = self._config
+
+        @cache
+        def session() -> AnswerSession:
+            return self._open(policy, scores=True)
+
+        def part(name: str, make: Callable[[], Any]) -> Any:
+            return self._cache.get_or_make(self._place(policy, name), make)
+
+        values = part("answers", lambda: self._answers(session(), constants))
+        scale = constants or Constants.from_plain(values["constants"])
+        values["borderline"] = part("borderline", lambda: self._borderline(session()))
+        is_last = policy is self._policies[-1]
+        for name, has_instruction in (("told", True), ("chance", False)):
+            values[name] = None
+            if self.trials and (has_instruction or is_last):
+                values[name] = part(
+                    name,
+                    lambda reads=has_instruction: run_trials(
+                        session(), self.trials, turns=config.turns, has_instruction=reads
+                    ).to_plain(),
+                )
+        values["curves"] = [
+            part(f"curve-{temperature:g}", lambda at=temperature: self._curve(session(), policy, at, scale).to_plain())
+            for temperature in self._temperatures(policy)
+        ]
+        session.cache_clear()
+        free_memory()
+        return values
+
+    def _answers(self, session: AnswerSession, constants: Constants | None) -> dict[str, Any]:
+        prompts = session.prompts.test
+        responses, scored = session.answer_held_out(prompts)
+        evaluation, scale = evaluation_of(responses, scored, constants)
+        sequences = [sequence_of(response) for response in responses]
+        return {
+            "evaluation": evaluation.to_plain(),
+            "constants": scale.to_plain(),
+            "prompts": [as_dicts(prompt.messages) for prompt in prompts],
+            "is_safety": [prompt.is_safety for prompt in prompts],
+            "ids": [[list(one.prompt), list(one.response)] for one in sequences],
+            "logprobs": self._logprobs(session, sequences),
+        }
+
+    def _borderline(self, session: AnswerSession) -> dict[str, Any]:
+        responses = session.answer_borderline(self._config.borderline_prompts)
+        return {
+            "prompts": [as_dicts(one.prompt.messages) for one in responses],
+            "texts": [one.text for one in responses],
+            "tokens": [len(one.ids) for one in responses],
+            "finished": [one.is_finished for one in responses],
+        }
+
+    def _temperatures(self, policy: Artifact) -> list[float]:
+        """The temperatures of its curves: the recipe's, and for the first and the last policy the others, too."""
+        if not self._config.curve_prompts:
+            return []
+        own = self._inputs.rollout.temperature
+        others = self._config.temperatures if policy in (self.reference, self._policies[-1]) else ()
+        return sorted({temperature for temperature in (own, *others) if temperature > 0})
+
+    def _curve(self, session: AnswerSession, policy: Artifact, temperature: float, constants: Constants) -> Curve:
+        return measure_curve(
+            session,
+            session.prompts.test[: self._config.curve_prompts],
+            policy=_name(policy),
+            temperature=temperature,
+            samples=self._config.curve_samples,
+            constants=constants,
+        )
+
+    def _add_kl(self, results: Sequence[dict[str, Any]], progress: StepProgress, done: int) -> None:
+        """Put KL to the reference, nats a response, into each policy's evaluation: the reference reads all answers."""
+
+        @cache
+        def reference() -> AnswerSession:
+            return self._open(self.reference, scores=False)
+
+        def make(values: dict[str, Any]) -> list[float]:
+            sequences = [TokenSequence(tuple(prompt), tuple(response)) for prompt, response in values["ids"]]
+            logprobs = self._logprobs(reference(), sequences)
+            return [own - other for own, other in zip(values["logprobs"], logprobs, strict=True)]
+
+        for policy, values in zip(self._policies, results, strict=True):
+            place = self._place(policy, "kl")
+            is_new = not self._cache.has(place)
+            if self._inputs.rollout.temperature > 0:  # at 0 nothing is drawn, and there is no KL
+                values["evaluation"]["kl"] = self._cache.get_or_make(place, lambda of=values: make(of))
+            if is_new:
+                done += 1
+                progress.step(done, f"{_name(policy)}: KL to {_name(self.reference)}")
+
+    def _logprobs(self, session: AnswerSession, sequences: Sequence[TokenSequence]) -> list[float]:
+        temperature = self._inputs.rollout.temperature
+        return answer_logprobs(session.bank, sequences, temperature=temperature) if temperature > 0 else []
+
+    def _open(self, policy: Artifact, *, scores: bool) -> AnswerSession:
+        held_out = (1, self._config.test_prompts) if scores else None
+        return open_session(self._inputs, policy=policy, held_out=held_out, scores=scores)
+
+    def _place(self, policy: Artifact, part: str) -> str:
+        """The name of a part in the cache, with a fingerprint of everything that it follows from."""
+        identity = dict(self._inputs.identity)
+        models = {name: digest for name, digest in identity.pop("inputs").items() if name.startswith("reward_model")}
+        made_of = {**identity, "models": models, "policy": policy.digest, "reference": self.reference.digest}
+        return f"{_name(policy)}-{fingerprint(made_of)[:12]}-{part}"
+
+
+def _result(policy: Artifact, values: dict[str, Any]) -> PolicyResult:
+    borderline = values["borderline"]
+    return PolicyResult(
+        policy=_name(policy),
+        evaluation=Evaluation.from_plain(values["evaluation"]),
+        is_safety=values["is_safety"],
+        prompts=values["prompts"],
+        borderline_prompts=borderline["prompts"],
+        borderline=borderline["texts"],
+        borderline_tokens=borderline["tokens"],
+        borderline_finished=borderline["finished"],
+        instructed=None if values["told"] is None else Outcome.from_plain(values["told"]),
+        chance=None if values["chance"] is None else Outcome.from_plain(values["chance"]),
+        curves=[Curve.from_plain(curve) for curve in values["curves"]],
+    )
+
+
+def _name(policy: Artifact) -> str:
+    return policy.manifest.step

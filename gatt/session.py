@@ -1,0 +1,129 @@
+"""What Ghost Attention samples and measures with: a policy, the values of constraints, and sequences of user turns.
+
+Values of figures, hobbies and languages come from files, or from the policy itself, as in the paper (Llama 2, section
+3.3).
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gatt.config import Config
+from llamachat.answers.cache import StepCache
+from llamachat.answers.consistency import Outcome, Sequences, Trial, held_out_trials, load_sequences, run_trials
+from llamachat.answers.session import AnswerSession, open_session
+from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.dialog import DialogError, Message
+from llamachat.constraints import CHECKABLE, Family, families, parse_list, read_list
+from llamachat.errors import DataError
+from llamachat.rollout.engine import RolloutEngine, Sampling, scatter_generate
+from llamachat.runs.artifacts import Artifact
+from llamachat.runs.inputs import StepInputs
+
+log = logging.getLogger(__name__)
+
+FEWEST = 12  # values of a family: some of them are held out
+LISTS_SAMPLED = 32  # answers sampled for each list
+QUESTIONS = {
+    "figures": "Write a list of twenty famous public figures, one name a line.",
+    "hobbies": "Write a list of twenty hobbies, one a line.",
+    "languages": "Write a list of twenty languages, one a line.",
+}
+_OF_FAMILY = {"figure": "figures", "hobby": "hobbies", "language": "languages"}
+_MEASURED = ("figure", "hobby", *CHECKABLE)  # families that can be measured without people
+_VALUES_SEED = 800_000  # past those of the batches
+
+
+@dataclass(frozen=True, slots=True)
+class GattSession:
+    """A policy, before the tuning or after, with constraints and user turns."""
+
+    config: Config
+    answers: AnswerSession
+    families: Mapping[str, Family]
+    sequences: Sequences
+
+    def trials(self) -> list[Trial]:
+        """Held-out dialogs, each with one constraint of a held-out value, as many of each family."""
+        return held_out_trials(
+            {name: family for name, family in self.families.items() if name in _MEASURED},
+            self.sequences.test,
+            count=self.config.evaluation_dialogs,
+            seed=self.answers.inputs.run.seed,
+        )
+
+    def measure(self, *, has_instruction: bool) -> Outcome:
+        """Whether the policy keeps the instructions of the trials, or what it does without reading them."""
+        return run_trials(
+            self.answers,
+            self.trials(),
+            turns=self.config.evaluation_turns,
+            has_instruction=has_instruction,
+            temperature=self.config.temperature,
+        )
+
+
+def open_gatt(config: Config, inputs: StepInputs, policy: Artifact | None) -> GattSession:
+    """Load the policy, and the reward models where answers are ranked by them; read dialogs and values."""
+    session = open_session(inputs, policy=policy, held_out=None, scores=config.ranks_by_reward)
+    sequences = load_sequences(
+        inputs.data,
+        session.chat_format,
+        turns=max(config.turns, *config.evaluation_turns),
+        context=inputs.base.max_tokens,
+        seed=inputs.run.seed,
+    )
+    sampling = session.sampling(_VALUES_SEED, temperature=config.temperature)
+    # Once for the whole step: the tuned policy would name others, and before and after could not be compared.
+    lists = StepCache(inputs.folder.sampling).get_or_make(
+        "values", lambda: lists_of(config, session.engine, session.chat_format, sampling)
+    )
+    return GattSession(config, session, families(config.families, lists=lists), sequences)
+
+
+def lists_of(
+    config: Config, engine: RolloutEngine, chat_format: ChatFormat, sampling: Sampling
+) -> dict[str, list[str]]:
+    """The values of the recipe's families that have a list, by list."""
+    names = [name for family, name in _OF_FAMILY.items() if family in config.families]
+    if config.values == "policy":
+        return {name: _from_policy(name, engine, chat_format, sampling) for name in names}
+    places = {"figures": config.lists.figures, "hobbies": config.lists.hobbies, "languages": config.lists.languages}
+    lists = {name: list(read_list(Path(places[name]))) for name in names}
+    for name, values in lists.items():
+        for value in values:
+            reason = _fault(value, chat_format)
+            if reason:
+                raise DataError(f"{places[name]}: the entry {value!r} {reason} Reword it, or drop it.")
+    return lists
+
+
+def _from_policy(name: str, engine: RolloutEngine, chat_format: ChatFormat, sampling: Sampling) -> list[str]:
+    """The entries of the policy's answers to a request for a list, the most often named first."""
+    prompt = chat_format.encode_prompt([Message("user", QUESTIONS[name])])
+    (completions,) = scatter_generate(engine, [prompt], samples_per_prompt=LISTS_SAMPLED, sampling=sampling)
+    counts: Counter[str] = Counter()
+    spelling: dict[str, str] = {}
+    for completion in completions:
+        for entry in parse_list(chat_format.decode_answer(completion.token_ids)):
+            if _fault(entry, chat_format) is None:
+                spelling.setdefault(entry.casefold(), entry)
+                counts[entry.casefold()] += 1
+    if len(counts) < FEWEST:
+        raise DataError(
+            f"gatt.values: policy, but the policy named {len(counts)} {name} in {LISTS_SAMPLED} answers, and {FEWEST} are "
+            "needed, some of them to measure with. Take them from files (gatt.values=lists), or tune the policy first."
+        )
+    log.info("%d %s named by the policy", len(counts), name)
+    return [spelling[entry] for entry, _ in counts.most_common()]
+
+
+def _fault(value: str, chat_format: ChatFormat) -> str | None:
+    """Why the value cannot stand in an instruction, if it cannot."""
+    try:
+        chat_format.check_text((Message("system", value),))
+    except DialogError as error:
+        return error.reason
+    return None

@@ -1,0 +1,146 @@
+"""Reward against the number of answers before a round, and the temperature that is best for it.
+
+Llama 2, arXiv:2307.09288, section 3.2.3: which temperature is best changes with the policy, so it is tuned again before
+each round, here on validation prompts.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from llamachat.answers.best_of_n import Curve, draw_best_of_n, draw_temperatures, measure_curve
+from llamachat.answers.dialog_step import DialogStep
+from llamachat.answers.groups import Sampler
+from llamachat.answers.session import AnswerSession
+from llamachat.models.loading import load_policy
+from llamachat.rollout import open_engine
+from llamachat.runs.artifacts import read_artifact
+from llamachat.runs.atomic import write_json
+from llamachat.scoring.standardising import Constants
+from rejection_sampling.config import Config
+
+if TYPE_CHECKING:
+    from llamachat.runs.artifacts import Artifact
+
+log = logging.getLogger(__name__)
+
+
+def run_sweep(
+    config: Config, step: DialogStep, session: AnswerSession, constants: Constants, sampler: Sampler | None
+) -> list[Curve]:
+    """Measure and draw the curves of the policy that samples and of the SFT policy; those of the first are returned.
+
+    There are none where the configuration sets no prompts aside for them.
+    """
+    if config.sweep_prompts == 0:
+        return []
+    inputs = step.inputs
+    sampled_at = config.sweep_temperatures
+    if config.temperature != "sweep":
+        sampled_at = round_temperatures(config, inputs.rollout.temperature, [])
+    temperatures = tuple(sorted({*config.sweep_temperatures, *sampled_at}))
+    name = inputs.policy.manifest.step if inputs.policy else "base"
+    name = name if sampler is None else "sampler"
+    curves = sweep(config, step, session, constants, temperatures, policy=name, sampler=sampler)
+    if inputs.sft_policy is not None and inputs.sft_policy.manifest.step != name:
+        curves = [*sweep_of(inputs.sft_policy, config, step, session, constants, temperatures), *curves]
+    best = {
+        policy: best_temperature([c for c in curves if c.policy == policy and c.temperature in sampled_at])
+        for policy in {c.policy for c in curves}
+    }
+    figures = inputs.folder.figures
+    draw_best_of_n([curve for curve in curves if curve.temperature == best[curve.policy]], figures / "best_of_n.png")
+    draw_temperatures(curves, figures / "temperatures.png")
+    write_json(figures / "best_of_n.json", [curve.to_plain() for curve in curves])
+    return [curve for curve in curves if curve.policy == name]
+
+
+def sweep(
+    config: Config,
+    step: DialogStep,
+    session: AnswerSession,
+    constants: Constants,
+    temperatures: Sequence[float],
+    *,
+    policy: str,
+    sampler: Sampler | None = None,
+) -> list[Curve]:
+    """A curve for each temperature on the same validation prompts; those in the cache are not measured again."""
+    prompts = session.prompts.validation[: config.sweep_prompts]
+    curves = []
+    for temperature in temperatures:
+
+        def make(temperature: float = temperature) -> dict[str, Any]:
+            return measure_curve(
+                session,
+                prompts,
+                policy=policy,
+                temperature=temperature,
+                samples=config.sweep_samples,
+                constants=constants,
+                sampler=sampler,
+            ).to_plain()
+
+        curve = Curve.from_plain(step.cache.get_or_make(_name(policy, temperature), make))
+        log.info(
+            "%s at temperature %g: best of %d %+.3f, median %+.3f",
+            policy,
+            temperature,
+            config.sweep_samples,
+            curve.reward,
+            curve.median[-1],
+        )
+        curves.append(curve)
+    return curves
+
+
+def sweep_of(
+    artifact: "Artifact",
+    config: Config,
+    step: DialogStep,
+    session: AnswerSession,
+    constants: Constants,
+    temperatures: Sequence[float],
+) -> list[Curve]:
+    """The same of another policy of the run, which is loaded where a curve is missing."""
+    name = artifact.manifest.step
+    are_cached = all(step.cache.has(_name(name, temperature)) for temperature in temperatures)
+    sampler = None if are_cached else load_sampler(artifact.path, session)
+    return sweep(config, step, session, constants, temperatures, policy=name, sampler=sampler)
+
+
+def load_sampler(place: Path | str, session: AnswerSession) -> Sampler:
+    """A policy that samples next to the session's own."""
+    base = session.inputs.base
+    artifact = read_artifact(Path(place), "policy")
+    policy = load_policy(artifact.path, dtype=base.dtype, device="auto", attention=base.attention)
+    engine = open_engine(cast(Any, policy.model), policy.chat_format, session.inputs.rollout)
+    return Sampler(engine, policy.chat_format)
+
+
+def round_temperatures(config: Config, default: float, curves: Sequence[Curve]) -> tuple[float, ...]:
+    """The temperatures that share the K samples of a round; `default` is rollout.temperature."""
+    if config.temperature == "sweep":
+        return (best_temperature(curves),)
+    if config.temperature is None:
+        return (default,)
+    return config.temperature if isinstance(config.temperature, tuple) else (config.temperature,)
+
+
+def best_temperature(curves: Sequence[Curve]) -> float:
+    """That of the highest mean reward of the best of K; the lower one of equal ones."""
+    return max(sorted(curves, key=lambda curve: curve.temperature), key=lambda curve: curve.reward).temperature
+
+
+def sweep_figures(curves: Sequence[Curve]) -> dict[str, float]:
+    """What the present policy's best and median answers are worth at each temperature."""
+    figures = {}
+    for curve in curves:
+        figures[f"rs/sweep/best_at_{curve.temperature:g}"] = curve.reward
+        figures[f"rs/sweep/median_at_{curve.temperature:g}"] = curve.median[-1]
+    return figures
+
+
+def _name(policy: str, temperature: float) -> str:
+    return f"curve-{policy.replace('/', '-')}-{temperature:g}"

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tools.cutting import choosing, helpfulness, lists, prompts, provenance, safety, sft, writing
+from tools.cutting import choosing, files, helpfulness, lists, prompts, provenance, safety, sft
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 CUTS = {
@@ -27,8 +27,8 @@ CUTS = {
 def write_records(path: Path, records: list[dict[str, Any]]) -> str:
     """Write the sound records of one file, and give its row of the table in SOURCE.md."""
     dropped: Counter[str] = Counter()
-    sound = writing.kept(records, dropped)
-    writing.write_jsonl(path, sound)
+    sound = files.kept(records, dropped)
+    files.write_jsonl(path, sound)
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"
     mean = sum(map(_characters, sound)) / len(sound)
     return f"| `{path.name}` | {len(sound)} | {mean:.0f} | {path.stat().st_size} | {reasons} |"

@@ -137,8 +137,8 @@ class CheckReport:
     def finish(self) -> None:
         """Once all rows are added: the kind that most are of, records of other kinds, warnings."""
         if self.kind is None:
-            counts = {kind: len(lines) for kind, lines in self._lines_by_kind.items()}
-            self.kind = max(counts, key=lambda kind: counts[kind], default=None)
+            lines = self._lines_by_kind
+            self.kind = max(lines, key=lambda kind: len(lines[kind]), default=None)
             self.problems += self._of_other_kinds()
         self.problems.sort(key=lambda one: one.line)
         self.warnings = sorted(self._warnings(), key=lambda warned: warned.lines[0])

@@ -4,8 +4,8 @@ An optimizer step is a fixed set of examples, packed or not, so packing changes 
 steps have the same number of rows, so that a trainer with a fixed accumulation walks through them; a row without
 examples fills up where a step needs fewer.
 Shapes: B rows of a micro-batch, T positions, 1 a packed row.
-One thing surprises: a packed row comes without attention mask. Its examples are kept apart by positions that begin anew
-at 0; a mask of ones would let each see its neighbours.
+A packed row has no attention mask: its examples are separated by positions that start again at 0; a mask of ones would
+let each see its neighbours.
 """
 
 from bisect import bisect_left, insort
@@ -73,7 +73,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack_evenly(lengths: Sequence[int], capacity: int, *, shares: int) -> list[list[int]]:
-    """Indices in rows of `capacity` tokens that so many workers take in turn, each as many and of like length; fullest first.
+    """Indices in rows of `capacity` tokens for `shares` workers: equally many for each, of similar length; fullest first.
 
     One worker has the rows of `pack`. A longer example has a row of its own.
     """
@@ -86,7 +86,7 @@ def pack_evenly(lengths: Sequence[int], capacity: int, *, shares: int) -> list[l
 
 
 def _spread(lengths: Sequence[int], number: int) -> list[list[int]]:
-    """Indices in so many rows: the longest that is left goes to the emptiest."""
+    """Indices in `number` rows: the longest that is left goes to the emptiest."""
     rows: list[list[int]] = [[] for _ in range(number)]
     filled = [(0, place) for place in range(number)]
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
@@ -145,7 +145,7 @@ def lay_out(
             rows = pack([lengths[index] for index in group], capacity)
             layouts.append([tuple(group[place] for place in row) for row in rows])
         else:
-            # Neighbours of like length share a micro-batch, the longest first: what does not fit in memory shows at once.
+            # Neighbours of similar length share a micro-batch, the longest first: what does not fit in memory shows at once.
             layouts.append([(index,) for index in sorted(group, key=lambda index: (-lengths[index], index))])
     unit = rows_per_microbatch * world_size
     rows_per_step = -(-max(map(len, layouts)) // unit) * unit
@@ -160,7 +160,7 @@ def lay_out(
 
 
 def epoch_order(count: int, epochs: float, seed: int | str) -> list[int]:
-    """Indices of `count` examples for so many epochs, a new order each; a part of one takes the first of its order."""
+    """Indices of `count` examples for `epochs`, a new order each; a part of one takes the first of its order."""
     total = max(1, int(count * epochs + 0.5))
     order: list[int] = []
     epoch = 0
@@ -172,18 +172,15 @@ def epoch_order(count: int, epochs: float, seed: int | str) -> list[int]:
     return order[:total]
 
 
-def collate_packed(
-    examples: Sequence[TokenizedExample], *, multiple_of: int = 1, pad_id: int = UNK_ID
-) -> dict[str, Tensor]:
+def collate_packed(examples: Sequence[TokenizedExample], *, multiple_of: int = 1) -> dict[str, Tensor]:
     """One row of isolated examples: input_ids, labels, position_ids, each [1, T]; a row without examples is one pad.
 
     An example's first token is never a label: the token before it belongs to its neighbour. Pads fill the row up to a
     multiple of tokens, as one more example of which nothing is learnt.
     """
-    parts = [(_ids(example), _labels(example)) for example in examples] or [_nothing(pad_id)]
+    parts = [(_ids(example), _labels(example)) for example in examples] or [_nothing(1)]
     missing = -sum(len(ids) for ids, _ in parts) % multiple_of
-    if missing:
-        parts.append((torch.full((missing,), pad_id), torch.full((missing,), IGNORED)))
+    parts += [_nothing(missing)] if missing else []
     return {
         "input_ids": torch.cat([ids for ids, _ in parts]).unsqueeze(0),
         "labels": torch.cat([labels for _, labels in parts]).unsqueeze(0),
@@ -192,24 +189,24 @@ def collate_packed(
 
 
 def collate_padded(
-    examples: Sequence[TokenizedExample], *, rows: int | None = None, multiple_of: int = 1, pad_id: int = UNK_ID
+    examples: Sequence[TokenizedExample], *, rows: int | None = None, multiple_of: int = 1
 ) -> dict[str, Tensor]:
     """One example a row, padded on the right: input_ids, labels, attention_mask, position_ids, each [B, T].
 
-    The mask comes from lengths: the pad is a token that text may hold. With `rows`, rows without example fill up to so
-    many; each attends to its one pad, since attention over nothing is not a number.
+    The mask comes from lengths: the pad is a token that text may hold. With `rows`, rows without example fill up to that
+    number; each attends to its one pad, since attention over nothing is not a number.
     """
     assert rows is None or len(examples) <= rows, "a micro-batch has room for its examples"
     parts = [(_ids(example), _labels(example)) for example in examples]
-    parts += [_nothing(pad_id) for _ in range((rows or 0) - len(parts))]
+    parts += [_nothing(1) for _ in range((rows or 0) - len(parts))]
     lengths_B = torch.tensor([len(ids) for ids, _ in parts])
     width = -(-int(lengths_B.max()) // multiple_of) * multiple_of
     positions_T = torch.arange(width)
     return {
-        "input_ids": _pad([ids for ids, _ in parts], pad_id, width),
+        "input_ids": _pad([ids for ids, _ in parts], UNK_ID, width),
         "labels": _pad([labels for _, labels in parts], IGNORED, width),
         "attention_mask": (positions_T < lengths_B.unsqueeze(1)).long(),
-        # Positions run on over the padding: beginning anew there would read as a second packed example.
+        # Positions run on over the padding: starting again there would read as a second packed example.
         "position_ids": positions_T.expand(len(parts), -1).contiguous(),
     }
 
@@ -224,8 +221,8 @@ def _labels(example: TokenizedExample) -> Tensor:
     return torch.where(learnt_T, _ids(example), IGNORED)
 
 
-def _nothing(pad_id: int) -> tuple[Tensor, Tensor]:
-    return torch.tensor([pad_id]), torch.tensor([IGNORED])
+def _nothing(count: int) -> tuple[Tensor, Tensor]:
+    return torch.full((count,), UNK_ID), torch.full((count,), IGNORED)
 
 
 def _pad(rows: list[Tensor], value: int, width: int) -> Tensor:

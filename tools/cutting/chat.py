@@ -8,7 +8,7 @@ from pathlib import Path
 from llamachat.data.sources import SOURCES
 from tools.cutting.choosing import Dialog, chosen, dialog_of, distinct, pick, text_of
 from tools.cutting.cleaning import casual, is_clean_chat, plain, words
-from tools.cutting.reading import read_rows, read_yaml
+from tools.cutting.files import read_rows, read_yaml
 from tools.split import is_kept_for_tuning
 
 # How many turns of a longer conversation are kept: mostly short, so that a small context holds many.

@@ -18,7 +18,7 @@ from typing import Any
 from llamachat.data.sources import SOURCES
 from tools.cutting.choosing import answer_of, user_prompt
 from tools.cutting.cleaning import is_about_abuse_of_children, plain
-from tools.cutting.reading import read_rows
+from tools.cutting.files import read_rows
 from tools.cutting.xstest import training_pairs
 
 Record = dict[str, Any]

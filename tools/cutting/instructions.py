@@ -6,7 +6,7 @@ from pathlib import Path
 from llamachat.data.sources import SOURCES
 from tools.cutting.choosing import Dialog, chosen, dialog_of, distinct, pick, turns_of
 from tools.cutting.cleaning import capitalised, ended, is_decent, plain, sentences, words
-from tools.cutting.reading import read_rows
+from tools.cutting.files import read_rows
 from tools.split import is_kept_for_tuning
 
 

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from tools.cutting.reading import read_json, read_rows, read_text
+from tools.cutting.files import read_json, read_rows, read_text
 
 # Bands among the celebrities, and words whose common meaning is another one.
 _BANDS = {"Fleetwood Mac", "Foo Fighters", "One Direction", "Rolling Stones", "The Eagles"}

@@ -9,7 +9,7 @@ from llamachat.data.sources import SOURCES
 from tools.cutting import chat, constraints, instructions, xstest
 from tools.cutting.choosing import Dialog, chosen, distinct, text_of, turns_of, user_prompt
 from tools.cutting.cleaning import is_about_abuse_of_children, plain
-from tools.cutting.reading import read_json, read_rows
+from tools.cutting.files import read_json, read_rows
 from tools.cutting.sft import sft
 
 Record = dict[str, Any]

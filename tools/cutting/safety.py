@@ -8,8 +8,8 @@ from typing import Any
 from llamachat.data.sources import SOURCES
 from tools.cutting.choosing import answer_of, chosen, length, user_prompt
 from tools.cutting.cleaning import is_about_abuse_of_children, plain
+from tools.cutting.files import read_rows
 from tools.cutting.helpfulness import fits, pair, plain_pair
-from tools.cutting.reading import read_rows
 from tools.cutting.xstest import COMPLIED, REFUSED, completions, training_pairs
 
 Record = dict[str, Any]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llamachat.data.loading import fraction
 from tools.cutting.cleaning import plain, words
-from tools.cutting.reading import read_rows
+from tools.cutting.files import read_rows
 
 # Types in the order of the file: 25 prompts each; the n-th of a safe type and of its contrast are twins.
 _FACING = {

@@ -151,7 +151,7 @@ def test_first_token_of_an_example_is_no_label_of_its_neighbour():
 
 def test_padded_rows_by_hand():
     # The second example ends with id 0, the pad's: its mask is by length, and its label stays.
-    batch = collate_padded([example(10, 4), TokenizedExample((5, 0), (False, True))], rows=3, pad_id=0)
+    batch = collate_padded([example(10, 4), TokenizedExample((5, 0), (False, True))], rows=3)
     assert batch["input_ids"].tolist() == [[10, 11, 12, 13], [5, 0, 0, 0], [0, 0, 0, 0]]
     assert batch["labels"].tolist() == [
         [IGNORED, IGNORED, 12, 13],
@@ -163,10 +163,10 @@ def test_padded_rows_by_hand():
 
 
 def test_row_without_examples_trains_nothing():
-    packed, padded = collate_packed([], pad_id=3), collate_padded([], rows=2, pad_id=3)
-    assert packed["input_ids"].tolist() == [[3]]
+    packed, padded = collate_packed([]), collate_padded([], rows=2)
+    assert packed["input_ids"].tolist() == [[0]]
     assert packed["labels"].tolist() == [[IGNORED]]
-    assert padded["input_ids"].tolist() == [[3], [3]]
+    assert padded["input_ids"].tolist() == [[0], [0]]
     assert padded["attention_mask"].tolist() == [[1], [1]]
     assert (padded["labels"] == IGNORED).all()
 

@@ -1,5 +1,9 @@
-"""Writes records as gzipped JSON Lines, byte for byte the same at every cut, and refuses records that break the rules."""
+"""Reads the raw files of the origins (JSON, JSON Lines, CSV, YAML, gzipped or not) and writes records as gzipped JSON Lines.
 
+What is written is byte for byte the same at every cut; records that break the rules are refused.
+"""
+
+import csv
 import gzip
 import io
 import json
@@ -8,7 +12,32 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from llamachat.chat_format.llama2 import SPECIAL_TAGS
+
+
+def read_text(path: Path) -> str:
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON list, a JSON Lines file or a CSV file with a header."""
+    text = read_text(path)
+    if ".csv" in path.suffixes:
+        return list(csv.DictReader(text.splitlines(keepends=True)))
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(read_text(path))
+
+
+def read_yaml(path: Path) -> Any:
+    return yaml.safe_load(read_text(path))
 
 
 def fault(record: dict[str, Any]) -> str | None:

@@ -1,19 +1,16 @@
 """Where a policy comes from, for its card: the steps before it and the data that they read, with licences.
 
-Reads manifests and recipes of the run; what was moved or thrown away is left out, and the chain ends there. One thing
-surprises: a data file is known as a bundled one by its content, and only then are its origins told; of a user's file
-nothing is told but its name.
+Reads manifests and recipes of the run; what was moved or deleted is left out, and the chain ends there. A bundled data
+file is known by its content, and only then are its origins shown; of a user's file only the name is.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from llamachat.config.paths import bundled, hub_set, is_hub_name
 from llamachat.errors import ArtifactError
@@ -76,11 +73,6 @@ def run_of(artifact: Artifact) -> Path:
     return above[min(len(Path(artifact.manifest.step).parts), len(above) - 1)]
 
 
-def is_whole(steps: Sequence[Artifact]) -> bool:
-    """Whether the chain goes back to a base, and none of its policies is missing."""
-    return "policy" not in steps[0].manifest.inputs
-
-
 def origin(steps: Sequence[Artifact]) -> str:
     """The base that all began with: a hub name or a folder."""
     return str(steps[0].manifest.details["base"])
@@ -93,30 +85,25 @@ def hub_name(steps: Sequence[Artifact]) -> str | None:
     return None if is_folder else base
 
 
-def step_lines(steps: Sequence[Artifact]) -> list[str]:
-    """The steps in their order, as a numbered list."""
-    lines = [f"1. `{origin(steps)}`: the base" if is_whole(steps) else "1. a policy that is not there any more"]
-    for number, artifact in enumerate(steps, start=2):
-        manifest = artifact.manifest
-        command = str(manifest.identity.get("command", manifest.step.partition("/")[0]))
-        models = sorted(role.partition("/")[2] for role in manifest.inputs if role.startswith("reward_model/"))
-        by = f", with the reward models {', '.join(models)}" if models else ""
-        end = step_of(artifact).ending
-        cut = f"; {end.in_words}" if end else ""
-        lines.append(f"{number}. `{manifest.step}`: {_MADE_BY.get(command, command)}{by}; seed {manifest.seed}{cut}")
-    return lines
+def step_line(artifact: Artifact) -> str:
+    """What a step did, from what and how far."""
+    manifest, step = artifact.manifest, step_of(artifact)
+    models = sorted(role.partition("/")[2] for role in manifest.inputs if role.startswith("reward_model/"))
+    by = f", with the reward models {', '.join(models)}" if models else ""
+    end = f"; {step.ending.in_words}" if step.ending else ""
+    return f"`{manifest.step}`: {_MADE_BY.get(step.command, step.command)}{by}; seed {manifest.seed}{end}"
 
 
 def dropped_lines(steps: Sequence[Artifact]) -> list[str]:
-    """What each step left out or shortened, the dialogs that it made included, as a list."""
+    """What each step left out or shortened, the dialogs that it made included."""
     lines = []
     for artifact in steps:
         counts = Counter(artifact.manifest.dropped_records)
         with suppress(ArtifactError):  # most steps make no dialogs
             counts.update(read_artifact(StepFolder(artifact.path.parent).dialogs, "dialogs").manifest.dropped_records)
-        told = "; ".join(_dropped(reason, count) for reason, count in counts.items())
-        if told:
-            lines.append(f"- `{artifact.manifest.step}`: {told}")
+        if counts:
+            dropped = "; ".join(_dropped(reason, count) for reason, count in counts.items())
+            lines.append(f"`{artifact.manifest.step}`: {dropped}")
     return lines
 
 
@@ -139,17 +126,15 @@ def sources(steps: Sequence[Artifact], kinds: Sequence[str]) -> list[Source]:
     return list(dict.fromkeys(found))
 
 
-def source_lines(read: Sequence[Source]) -> Iterator[str]:
-    """The data by kind, with the licences of what is bundled."""
+def lines_by_kind(read: Sequence[Source]) -> dict[str, list[str]]:
+    """The data by the meaning of its kind, with the licences of what is bundled."""
+    lines: dict[str, list[str]] = {}
     for kind, meaning in _KINDS.items():
-        own = [source for source in read if source.kind == kind]
-        if own:
-            yield from (f"{meaning}:", "")
-        for source in own:
-            told = "; ".join(f"{name}: {licence}" for name, licence in source.origins or ())
-            yield f"- {source.line}{f' ({told})' if told else ''}"
-        if own:
-            yield ""
+        for source in read:
+            if source.kind == kind:
+                licences = "; ".join(f"{name}: {licence}" for name, licence in source.origins or ())
+                lines.setdefault(meaning, []).append(f"{source.line}{f' ({licences})' if licences else ''}")
+    return lines
 
 
 def _before(artifact: Artifact) -> Artifact | None:
@@ -172,10 +157,10 @@ def _before(artifact: Artifact) -> Artifact | None:
 
 def _recipe_data(artifact: Artifact) -> Mapping[str, Any]:
     """The data of the step's recipe; nothing where that is not around the artifact any more."""
-    try:
-        return yaml.safe_load(StepFolder(artifact.path.parent).config.read_text(encoding="utf-8"))["data"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return {}
+    with suppress(ArtifactError):
+        data = step_of(artifact).recipe.get("data")
+        return data if isinstance(data, dict) else {}
+    return {}
 
 
 def _source(kind: str, entry: Mapping[str, Any], digest: str) -> Source:

@@ -35,7 +35,7 @@ from serving.export import (
     write_adapter,
     write_merged,
 )
-from serving.model_card import NO_SYSTEM, Facts, block, data, front_matter, joined, licence, made_by, training
+from serving.model_card import Facts, reward_card
 
 log = logging.getLogger(__name__)
 
@@ -161,63 +161,4 @@ def _write_notes(
         "versions": library_versions(),
     }
     write_json(side / NOTE, note)
-    (side / "README.md").write_text(_card(Facts(request.artifact, name, base, note)), encoding="utf-8")
-
-
-def _card(facts: Facts) -> str:
-    note, details = facts.note, facts.details
-    what = (
-        f"# {facts.name}\n\nA reward model{': a LoRA adapter with its head' if note['format'] == 'adapter' else ''}. It "
-        "gives an answer of a chat model one number, read at the last token: higher is better, and the difference of "
-        "two is the log-odds that people prefer the one to the other. Made with llamachat by the recipe of Llama 2 "
-        f"(arXiv:2307.09288), step `{facts.artifact.manifest.step}`.\n\n- base: `{facts.origin}`\n"
-        f"- tuning: {note['method']}\n- weights: {note['dtype']}\n- longest dialog in training: {details['max_tokens']} "
-        f"tokens\n- system text in training: {details.get('system') or NO_SYSTEM}\n"
-    )
-    held = (
-        f"\n## Held against the artifact\n\nScores of {note['answers']} built-in answers differ by at most "
-        f"{note['max_score_difference']:.2g} in fp32.\n"
-    )
-    code = "\n## Loading\n\n" + block("\n".join(_code(facts)), "python")
-    kinds = ("helpfulness", "safety", "labels", "open")
-    limits = (
-        "\n## Limits\n\nIts scores are no measure of truth, and those of answers to different prompts do not compare. A"
-        " policy that is tuned against it will find what it overrates: keep another judge, and people, for measuring. On"
-        " texts unlike its data, and in other languages, it was not tested.\n"
-    )
-    head = front_matter(facts, "text-classification", kinds)
-    parts = (head, what, code, made_by(facts), data(facts, kinds), training(facts), held, limits, licence(facts))
-    return joined(parts)
-
-
-def _code(facts: Facts) -> list[str]:
-    messages = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello! How can I help?"}]
-    lines = ["import torch", "from transformers import AutoModelForSequenceClassification, AutoTokenizer", ""]
-    if facts.note["format"] == "adapter":
-        arguments = ["config=config", "dtype=torch.float32"]
-        lines += [
-            "from peft import PeftModel",
-            "from transformers import AutoConfig",
-            f"base = {facts.note['adapter_base']!r}",
-            "config = AutoConfig.from_pretrained(base, num_labels=1)",
-            f"config.rope_parameters = {facts.details['rope_parameters']!r}",
-        ]
-        if facts.note["method"] == "qlora":
-            lines += ["from transformers import BitsAndBytesConfig"]
-            lines += [
-                'nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
-                "bnb_4bit_compute_dtype=torch.float32)"
-            ]
-            arguments.append("quantization_config=nf4")
-        lines += [f"model = AutoModelForSequenceClassification.from_pretrained(base, {', '.join(arguments)})"]
-        lines += ['model = PeftModel.from_pretrained(model, ".").eval()']
-    else:
-        lines += ['model = AutoModelForSequenceClassification.from_pretrained(".", dtype=torch.float32).eval()']
-    return [
-        *lines,
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
-        f"messages = {messages!r}",
-        'dialog = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")',
-        "with torch.no_grad():",
-        '    print(model(dialog["input_ids"]).logits.item())',
-    ]
+    (side / "README.md").write_text(reward_card(Facts(request.artifact, name, base, note)), encoding="utf-8")

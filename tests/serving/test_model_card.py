@@ -16,8 +16,9 @@ from llamachat.models.loading import load_policy
 from llamachat.runs.artifacts import DIALOGS, Artifact, Manifest, publish, read_artifact
 from llamachat.runs.fingerprints import digest_of_file
 from llamachat.runs.folder import StepFolder
-from serving import measured, provenance
+from serving import provenance
 from serving.export import Request, export_policy
+from serving.model_card import Facts, model_index
 from tests.serving.exporting import full_policy, lora_policy
 from tests.tiny_llama import publish_policy, tiny_llama
 
@@ -172,23 +173,23 @@ def test_the_hub_reads_the_front_matter(tmp_path: Path, tiny_format: ChatFormat)
 def test_an_evaluation_of_other_weights_is_not_this_policys(tmp_path: Path, tiny_format: ChatFormat) -> None:
     artifact = run_of_two(tmp_path, tiny_format)
     write_evaluation(tmp_path, {"policy/rs": "0" * 64, "reward_model/safety": artifact.digest})
-    assert measured.evaluated(artifact) == {}
+    note = {"format": "merged"}
+    assert Facts(artifact, "one/rs", tmp_path, note).evaluated == {}
     summary = {"rs/test/final/judge": -0.25, "rs/prompts": 400.0, "rs/test/difference/judge": 0.1}
     (artifact.path.parent / "summary.json").write_text(json.dumps(summary))
-    (index,) = measured.model_index(artifact, "one/rs", "text-generation")
+    (index,) = model_index(Facts(artifact, "one/rs", tmp_path, note), "text-generation")
     assert index["results"][0]["metrics"] == [{"type": "judge", "value": -0.25, "name": "rs/test/final/judge"}]
     (artifact.path.parent / "summary.json").write_text("{")  # torn: no figures, and an export all the same
-    assert measured.model_index(artifact, "one/rs", "text-generation") == []
+    assert model_index(Facts(artifact, "one/rs", tmp_path, note), "text-generation") == []
 
 
 def test_the_chain_ends_where_a_policy_is_gone_or_another(tmp_path: Path, tiny_format: ChatFormat) -> None:
     artifact = run_of_two(tmp_path, tiny_format)
     assert [step.manifest.step for step in provenance.chain(artifact)] == ["sft", "rs"]
     other = {"command": "rs", "inputs": {"policy": "0" * 64}}
-    alone = provenance.chain(change_manifest(artifact, identity=other))
-    assert [step.manifest.step for step in alone] == ["rs"]
-    assert provenance.step_lines(alone)[0] == "1. a policy that is not there any more"
-    assert provenance.hub_name(alone) is None, "a folder of the run is no name of the hub"
+    alone = Facts(change_manifest(artifact, identity=other), "one/rs", tmp_path, {})
+    assert [step.manifest.step for step in alone.steps] == ["rs"] and not alone.is_whole
+    assert provenance.hub_name(alone.steps) is None, "a folder of the run is no name of the hub"
 
 
 def test_records_left_out_and_shortened_are_told_by_step(tmp_path: Path, tiny_format: ChatFormat) -> None:
@@ -203,8 +204,8 @@ def test_records_left_out_and_shortened_are_told_by_step(tmp_path: Path, tiny_fo
     publish(StepFolder(last.path.parent), dialogs, lambda side: (side / DIALOGS).write_text(""))
     last = change_manifest(last, dropped_records={"row without a kind": 1})
     assert provenance.dropped_lines(provenance.chain(last)) == [
-        "- `sft`: shortened: to fit 9 tokens (4); left out: too long (2)",
-        "- `rs`: left out: row without a kind (1); answers left out: empty (1); shortened: to fit 9 tokens (3)",
+        "`sft`: shortened: to fit 9 tokens (4); left out: too long (2)",
+        "`rs`: left out: row without a kind (1); answers left out: empty (1); shortened: to fit 9 tokens (3)",
     ]
 
 

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from zlib import crc32
 
@@ -206,7 +206,7 @@ class Distillation:
             tokens += sum(sum(group.tokens) for group in groups)
         seconds = time.monotonic() - started
         return {
-            "groups": [{form: group.to_plain() for form, group in groups.items()} for groups in by_prompt],
+            "groups": [{form: asdict(group) for form, group in groups.items()} for groups in by_prompt],
             "figures": {
                 "time/step_s": seconds,
                 "throughput/rollout_tokens_per_s": tokens / max(seconds, 1e-9),
@@ -230,7 +230,7 @@ class Distillation:
 
     def _read(self, batch: Sequence[AdversarialPrompt], values: Mapping[str, Any], is_held_out: bool) -> BatchResult:
         groups: list[Groups] = [
-            {form: Group.from_plain(group) for form, group in by_form.items()} for by_form in values["groups"]
+            {form: Group(**group) for form, group in by_form.items()} for by_form in values["groups"]
         ]
         keeps_all, margin = self.config.keep == "all", self.config.margin
         choices = [

@@ -9,7 +9,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from llamachat.config.section import Section
-from llamachat.constraints import CHECKABLE
+from llamachat.constraints.families import CHECKABLE
 
 # Part of the fingerprint: raised when the same configuration and data would give other figures.
 VERSION = 2

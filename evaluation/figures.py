@@ -1,8 +1,7 @@
 """Figures of policies side by side, and their table: means, differences to the first, win rates, with 95% intervals."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from evaluation.results import PolicyResult
 from llamachat.answers.consistency import CHECKED, Outcome, Trial, rates
@@ -41,10 +40,6 @@ class Figure:
     low: float | None
     high: float | None
     n: int
-
-    def to_plain(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
 
     def named(self, name: str) -> dict[str, float]:
         """The value, and its bounds where it has them, as metrics: `name`, `name_low`, `name_high`."""

@@ -6,7 +6,7 @@ evaluation resumes, and one of a run with one more policy samples nothing of the
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from llamachat.answers.session import AnswerSession, free_memory, open_session
 from llamachat.chat_format import load_chat_format
 from llamachat.chat_format.dialog import as_dicts
 from llamachat.chat_format.tokenizer import load_tokenizer
-from llamachat.constraints import families
+from llamachat.constraints.families import families
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.fingerprints import fingerprint
 from llamachat.runs.inputs import StepInputs
@@ -72,7 +72,7 @@ class RunEvaluation:
                 results.append(values)
                 if is_new:
                     done += 1
-                    score = Evaluation.from_plain(values["evaluation"]).score
+                    score = Evaluation(**values["evaluation"]).score
                     progress.step(done, f"{_name(policy)}: combined {score:+.3f}")
             self._add_kl(results, progress, done)
         return [_result(policy, values) for policy, values in zip(policies, results, strict=True)], self.trials
@@ -117,12 +117,12 @@ class RunEvaluation:
             if self.trials and (has_instruction or is_last):
                 values[name] = part(
                     name,
-                    lambda reads=has_instruction: run_trials(
-                        session(), self.trials, turns=config.turns, has_instruction=reads
-                    ).to_plain(),
+                    lambda reads=has_instruction: asdict(
+                        run_trials(session(), self.trials, turns=config.turns, has_instruction=reads)
+                    ),
                 )
         values["curves"] = [
-            part(f"curve-{temperature:g}", lambda at=temperature: self._curve(session(), policy, at, scale).to_plain())
+            part(f"curve-{temperature:g}", lambda at=temperature: asdict(self._curve(session(), policy, at, scale)))
             for temperature in self._temperatures(policy)
         ]
         session.cache_clear()
@@ -135,8 +135,8 @@ class RunEvaluation:
         evaluation, scale = evaluation_of(responses, scored, constants)
         sequences = [sequence_of(response) for response in responses]
         return {
-            "evaluation": evaluation.to_plain(),
-            "constants": scale.to_plain(),
+            "evaluation": asdict(evaluation),
+            "constants": asdict(scale),
             "prompts": [as_dicts(prompt.messages) for prompt in prompts],
             "is_safety": [prompt.is_safety for prompt in prompts],
             "ids": [[list(one.prompt), list(one.response)] for one in sequences],
@@ -211,7 +211,7 @@ def _result(policy: Artifact, values: dict[str, Any]) -> PolicyResult:
     borderline = values["borderline"]
     return PolicyResult(
         policy=_name(policy),
-        evaluation=Evaluation.from_plain(values["evaluation"]),
+        evaluation=Evaluation(**values["evaluation"]),
         is_safety=values["is_safety"],
         prompts=values["prompts"],
         borderline_prompts=borderline["prompts"],
@@ -220,7 +220,7 @@ def _result(policy: Artifact, values: dict[str, Any]) -> PolicyResult:
         borderline_finished=borderline["finished"],
         instructed=None if values["told"] is None else Outcome.from_plain(values["told"]),
         chance=None if values["chance"] is None else Outcome.from_plain(values["chance"]),
-        curves=[Curve.from_plain(curve) for curve in values["curves"]],
+        curves=[Curve(**curve) for curve in values["curves"]],
     )
 
 

@@ -7,6 +7,7 @@ what the report and a comparison of two runs read. A killed step resumes after i
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +143,12 @@ def _content(
         "tie": config.tie,
         "prompts": {name.removeprefix("eval/"): count for name, count in _sizes(results, None).items()},
         "figures": {
-            policy: {name: figure.to_plain() for name, figure in by_name.items()} for policy, by_name in figures.items()
+            policy: {name: asdict(figure) for name, figure in by_name.items()} for policy, by_name in figures.items()
         },
-        "curves": [curve.to_plain() for one in results for curve in one.curves],
+        "curves": [asdict(curve) for one in results for curve in one.curves],
         "refusal_classifier": None
         if classifier is None
-        else Figure(classifier.accuracy, classifier.low, classifier.high, classifier.answers).to_plain(),
+        else asdict(Figure(classifier.accuracy, classifier.low, classifier.high, classifier.answers)),
         "reward_models": _reward_tables(inputs),
         "samples": shown,
     }
@@ -168,7 +169,7 @@ def _publish(inputs: StepInputs, content: dict[str, Any], results: Sequence[Poli
     def write(place: Path) -> None:
         write_json(place / EVALUATION, content)
         for one in results:
-            write_json(place / ANSWERS / f"{one.policy}.json", one.evaluation.to_plain())
+            write_json(place / ANSWERS / f"{one.policy}.json", asdict(one.evaluation))
 
     read = {f"policy/{policy.manifest.step}": policy for policy in inputs.policies}
     read |= {f"reward_model/{which}": model for which, model in inputs.reward_models.items()}

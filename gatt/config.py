@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from llamachat.config.paths import DataPath
 from llamachat.config.section import Section, unless_null
-from llamachat.constraints import FAMILIES
+from llamachat.constraints.families import FAMILIES
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
 VERSION = 2

@@ -16,7 +16,8 @@ from llamachat.answers.consistency import Outcome, Sequences, Trial, held_out_tr
 from llamachat.answers.session import AnswerSession, open_session
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import DialogError, Message
-from llamachat.constraints import CHECKABLE, Family, families, parse_list, read_list
+from llamachat.constraints.families import CHECKABLE, Family, families
+from llamachat.constraints.values import parse_list, read_list
 from llamachat.errors import DataError
 from llamachat.rollout.engine import RolloutEngine, Sampling, scatter_generate
 from llamachat.runs.artifacts import Artifact

@@ -6,9 +6,8 @@ and the loss is on the last answer alone, so that a model learns to attend to it
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from llamachat.answers.consistency import Turns
 from llamachat.answers.dialog_step import dialog_line
@@ -16,15 +15,8 @@ from llamachat.answers.groups import is_allowed
 from llamachat.answers.responses import Response
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
-from llamachat.constraints import (
-    Constraint,
-    Instruction,
-    mended,
-    passes,
-    plain_recall,
-    recall_questions,
-    recalled,
-)
+from llamachat.constraints.families import Constraint
+from llamachat.constraints.instruction import Instruction, mended, passes, plain_recall, recall_questions, recalled
 from llamachat.data.loading import fraction
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.rollout.engine import Completion, RolloutEngine, Sampling, scatter_generate
@@ -41,6 +33,9 @@ class Conversation:
     recall: Constraint | None = None  # what the last turn asks for, where it is a recall question
     answers: list[str] = field(default_factory=list)
     dropped: str | None = None
+    tokens: int = 0  # of the last answer so far,
+    passing: float = 0.0  # the share of its samples that keep the instruction,
+    is_mended: bool = False  # and whether it was fixed by rule
 
     @property
     def is_open(self) -> bool:
@@ -74,14 +69,6 @@ class GattDialog:
     tokens: int  # of the last answer
     passing: float  # share of the samples of the last turn that kept the instruction
     is_mended: bool  # none of them did, and the answer was put right by rule
-
-    def to_plain(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
-    @staticmethod
-    def from_plain(values: Mapping[str, Any]) -> "GattDialog":
-        return GattDialog(**values)
 
 
 def with_instruction(instruction: str, turn: str) -> str:
@@ -121,7 +108,6 @@ def sample_dialogs(
 
     Each answer is one of the samples that keep the instruction; in earlier turns another finished one where none does.
     """
-    last: dict[int, _Answer] = {}
     for sampling in samplings:
         prompts = [ids for one in conversations if one.is_open and (ids := _prompt(sampler, one)) is not None]
         live = [one for one in conversations if one.is_open]
@@ -132,16 +118,16 @@ def sample_dialogs(
         )
         order = _order(sampler, live, prompts, samples)
         for one, completions, places in zip(live, samples, order, strict=True):
-            last[id(one)] = _answer(one, completions, places, sampler)
+            _answer(one, completions, places, sampler)
     return [
         GattDialog(
             one.instruction.text,
             [constraint.family for constraint in one.instruction.constraints],
             list(one.turns),
             one.answers,
-            tokens=last[id(one)].tokens,
-            passing=last[id(one)].passing,
-            is_mended=last[id(one)].is_mended,
+            tokens=one.tokens,
+            passing=one.passing,
+            is_mended=one.is_mended,
         )
         for one in conversations
         if one.dropped is None
@@ -202,16 +188,7 @@ def _order(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """Figures of one answer."""
-
-    passing: float = 0.0
-    tokens: int = 0
-    is_mended: bool = False
-
-
-def _answer(one: Conversation, samples: Sequence[Completion], order: Sequence[int], sampler: TurnSampler) -> _Answer:
+def _answer(one: Conversation, samples: Sequence[Completion], order: Sequence[int], sampler: TurnSampler) -> None:
     """Add one of the samples to the conversation as its answer."""
     chat_format = sampler.chat_format
     texts = [chat_format.decode_answer(sample.token_ids) for sample in samples]
@@ -220,17 +197,18 @@ def _answer(one: Conversation, samples: Sequence[Completion], order: Sequence[in
     is_last = len(one.answers) == len(one.turns) - 1
     if not whole:
         one.dropped = "dialogs left out: an answer is empty, or cut by the length limit"
-        return _Answer()
+        return
     chosen = (kept or whole)[0]
     text: str | None = texts[chosen].strip()
     if is_last and not kept:
         text = put_right(one, texts[chosen]) if sampler.mends else None
         if text is None or not is_allowed(chat_format, text):
             one.dropped = "dialogs left out: no sample of the last answer keeps the instruction"
-            return _Answer()
+            return
     assert text is not None, "an answer that is chosen has text"
     one.answers.append(text)
-    return _Answer(len(kept) / len(samples), len(samples[chosen].token_ids), is_mended=is_last and not kept)
+    one.passing, one.tokens = len(kept) / len(samples), len(samples[chosen].token_ids)
+    one.is_mended = is_last and not kept
 
 
 def put_right(one: Conversation, answer: str) -> str | None:

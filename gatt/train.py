@@ -10,7 +10,7 @@ Where `max_hours` ends the sampling, the dialogs made so far are used: no batch 
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from llamachat.answers.scorer import Scorer
 from llamachat.answers.session import free_memory
 from llamachat.chat_format import TrainOn
 from llamachat.chat_format.dialog import Message
-from llamachat.constraints import draw_instruction
+from llamachat.constraints.instruction import draw_instruction
 from llamachat.errors import DataError
 from llamachat.models.loading import load_base, load_policy
 from llamachat.runs.artifacts import Artifact
@@ -65,7 +65,7 @@ def make_dialogs(config: Config, step: DialogStep) -> Artifact:
     """Everything up to the published dialogs; those in the cache are not sampled again."""
     inputs = step.inputs
     session = open_gatt(config, inputs, inputs.policy)
-    step.cache.get_or_make("consistency-start", lambda: session.measure(has_instruction=True).to_plain())
+    step.cache.get_or_make("consistency-start", lambda: asdict(session.measure(has_instruction=True)))
     with step.record() as tracker:
         made = Dialogs(session, step)
         figures = made.sample(tracker)
@@ -92,7 +92,7 @@ def compare(config: Config, step: DialogStep, tuned: Artifact) -> dict[str, floa
     # By chance: what the tuned policy does without an instruction, which the tuning may have raised.
     for moment, has_instruction in (("final", True), ("chance", False)):
         cache.get_or_make(
-            f"consistency-{moment}", lambda reads=has_instruction: session.measure(has_instruction=reads).to_plain()
+            f"consistency-{moment}", lambda reads=has_instruction: asdict(session.measure(has_instruction=reads))
         )
     outcomes = {moment: Outcome.from_plain(cache.get_or_make(f"consistency-{moment}", dict)) for moment in MOMENTS}
     if trials:
@@ -197,7 +197,7 @@ class Dialogs:
         dialogs = sample_dialogs(sampler, conversations, samplings)
         seconds = time.monotonic() - started
         return {
-            "made": [dialog.to_plain() for dialog in dialogs],
+            "made": [asdict(dialog) for dialog in dialogs],
             "dropped": counted_drops(conversations),
             "figures": {
                 "gatt/kept_fraction": len(dialogs) / len(conversations),
@@ -211,7 +211,7 @@ class Dialogs:
         }
 
     def _read(self, indices: Sequence[int], values: Mapping[str, Any], is_held_out: bool) -> BatchResult:
-        dialogs = [GattDialog.from_plain(dialog) for dialog in values["made"]]
+        dialogs = [GattDialog(**dialog) for dialog in values["made"]]
         if is_held_out:
             self.held_out += dialogs
         else:

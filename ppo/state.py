@@ -11,7 +11,7 @@ al. 2019 (arXiv:1909.08593), section 2.2:
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,8 +97,8 @@ class State:
             "weights": bank.state_dict(),
             "optimizers": optimizers.state_dict(),
             "kl": self.kl.state(),
-            "constants": self.constants.to_plain(),
-            "first_test": self.first_test.to_plain(),
+            "constants": asdict(self.constants),
+            "first_test": asdict(self.first_test),
             "best_iteration": self.best_iteration,
             "best_score": self.best_score,
             "best_weights": self.best_weights,
@@ -117,7 +117,7 @@ def load_state(folder: Path, bank: "RoleBank", optimizers: Optimizers, kl: KlCoe
     return State(
         kl=kl.restored(saved.pop("kl")),
         constants=Constants.from_plain(saved.pop("constants")),
-        first_test=Evaluation.from_plain(saved.pop("first_test")),
+        first_test=Evaluation(**saved.pop("first_test")),
         **saved,
     )
 

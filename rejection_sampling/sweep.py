@@ -5,9 +5,11 @@ each round, here on validation prompts.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from llamachat.answers.best_of_n import Curve, draw_best_of_n, draw_temperatures, measure_curve
 from llamachat.answers.dialog_step import DialogStep
@@ -19,9 +21,6 @@ from llamachat.runs.artifacts import read_artifact
 from llamachat.runs.atomic import write_json
 from llamachat.scoring.standardising import Constants
 from rejection_sampling.config import Config
-
-if TYPE_CHECKING:
-    from llamachat.runs.artifacts import Artifact
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +38,21 @@ def run_sweep(
     sampled_at = config.sweep_temperatures
     if config.temperature != "sweep":
         sampled_at = round_temperatures(config, inputs.rollout.temperature, [])
-    temperatures = tuple(sorted({*config.sweep_temperatures, *sampled_at}))
+    temperatures = sorted({*config.sweep_temperatures, *sampled_at})
+
+    def sweep(policy: str, load: Callable[[], Sampler | None]) -> list[Curve]:
+        return [
+            _curve(config, step, session, constants, policy=policy, temperature=temperature, load=load)
+            for temperature in temperatures
+        ]
+
     name = inputs.policy.manifest.step if inputs.policy else "base"
     name = name if sampler is None else "sampler"
-    curves = sweep(config, step, session, constants, temperatures, policy=name, sampler=sampler)
-    if inputs.sft_policy is not None and inputs.sft_policy.manifest.step != name:
-        curves = [*sweep_of(inputs.sft_policy, config, step, session, constants, temperatures), *curves]
+    curves = sweep(name, lambda: sampler)
+    sft_policy = inputs.sft_policy
+    if sft_policy is not None and sft_policy.manifest.step != name:
+        # Loaded once, and only where a curve is missing.
+        curves = [*sweep(sft_policy.manifest.step, cache(lambda: load_sampler(sft_policy.path, session))), *curves]
     best = {
         policy: best_temperature([c for c in curves if c.policy == policy and c.temperature in sampled_at])
         for policy in {c.policy for c in curves}
@@ -52,62 +60,44 @@ def run_sweep(
     figures = inputs.folder.figures
     draw_best_of_n([curve for curve in curves if curve.temperature == best[curve.policy]], figures / "best_of_n.png")
     draw_temperatures(curves, figures / "temperatures.png")
-    write_json(figures / "best_of_n.json", [curve.to_plain() for curve in curves])
+    write_json(figures / "best_of_n.json", [asdict(curve) for curve in curves])
     return [curve for curve in curves if curve.policy == name]
 
 
-def sweep(
+def _curve(
     config: Config,
     step: DialogStep,
     session: AnswerSession,
     constants: Constants,
-    temperatures: Sequence[float],
     *,
     policy: str,
-    sampler: Sampler | None = None,
-) -> list[Curve]:
-    """A curve for each temperature on the same validation prompts; those in the cache are not measured again."""
-    prompts = session.prompts.validation[: config.sweep_prompts]
-    curves = []
-    for temperature in temperatures:
+    temperature: float,
+    load: Callable[[], Sampler | None],
+) -> Curve:
+    """The curve of a policy on validation prompts, from the cache where it is there."""
 
-        def make(temperature: float = temperature) -> dict[str, Any]:
-            return measure_curve(
-                session,
-                prompts,
-                policy=policy,
-                temperature=temperature,
-                samples=config.sweep_samples,
-                constants=constants,
-                sampler=sampler,
-            ).to_plain()
-
-        curve = Curve.from_plain(step.cache.get_or_make(_name(policy, temperature), make))
-        log.info(
-            "%s at temperature %g: best of %d %+.3f, median %+.3f",
-            policy,
-            temperature,
-            config.sweep_samples,
-            curve.reward,
-            curve.median[-1],
+    def make() -> dict[str, Any]:
+        curve = measure_curve(
+            session,
+            session.prompts.validation[: config.sweep_prompts],
+            policy=policy,
+            temperature=temperature,
+            samples=config.sweep_samples,
+            constants=constants,
+            sampler=load(),
         )
-        curves.append(curve)
-    return curves
+        return asdict(curve)
 
-
-def sweep_of(
-    artifact: "Artifact",
-    config: Config,
-    step: DialogStep,
-    session: AnswerSession,
-    constants: Constants,
-    temperatures: Sequence[float],
-) -> list[Curve]:
-    """The same of another policy of the run, which is loaded where a curve is missing."""
-    name = artifact.manifest.step
-    are_cached = all(step.cache.has(_name(name, temperature)) for temperature in temperatures)
-    sampler = None if are_cached else load_sampler(artifact.path, session)
-    return sweep(config, step, session, constants, temperatures, policy=name, sampler=sampler)
+    curve = Curve(**step.cache.get_or_make(f"curve-{policy.replace('/', '-')}-{temperature:g}", make))
+    log.info(
+        "%s at temperature %g: best of %d %+.3f, median %+.3f",
+        policy,
+        temperature,
+        config.sweep_samples,
+        curve.reward,
+        curve.median[-1],
+    )
+    return curve
 
 
 def load_sampler(place: Path | str, session: AnswerSession) -> Sampler:
@@ -140,7 +130,3 @@ def sweep_figures(curves: Sequence[Curve]) -> dict[str, float]:
         figures[f"rs/sweep/best_at_{curve.temperature:g}"] = curve.reward
         figures[f"rs/sweep/median_at_{curve.temperature:g}"] = curve.median[-1]
     return figures
-
-
-def _name(policy: str, temperature: float) -> str:
-    return f"curve-{policy.replace('/', '-')}-{temperature:g}"

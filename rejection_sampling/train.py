@@ -11,7 +11,7 @@ far are used: no batch is better than another.
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
 
@@ -172,7 +172,7 @@ class Round:
         groups = sample_groups(self.session, prompts, self._samplings(number), self.constants, sampler=self.sampler)
         seconds = time.monotonic() - started
         return {
-            "groups": [group.to_plain() for group in groups],
+            "groups": [asdict(group) for group in groups],
             "figures": group_figures(groups)
             | {
                 "rs/temperature": fmean(self.temperatures),
@@ -192,7 +192,7 @@ class Round:
         ]
 
     def _read(self, prompts: Sequence[EncodedPrompt], values: Mapping[str, Any], is_held_out: bool) -> BatchResult:
-        groups = [Group.from_plain(group) for group in values["groups"]]
+        groups = [Group(**group) for group in values["groups"]]
         winners = winners_of(prompts, groups, self.step.inputs.step)
         figures = values["figures"]
         if is_held_out:

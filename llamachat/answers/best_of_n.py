@@ -6,8 +6,8 @@ values instead of passes). Rewards are combined scores in deviations of a starti
 Shapes: N prompts, K answers to each, one column for each n from 1 to K.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,6 @@ class Curve:
     def reward(self) -> float:
         """Of the best of all K: what a temperature is chosen by."""
         return self.best[-1]
-
-    def to_plain(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
-    @staticmethod
-    def from_plain(values: Mapping[str, Any]) -> "Curve":
-        return Curve(**values)
 
 
 def measure_curve(

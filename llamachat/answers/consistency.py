@@ -6,7 +6,7 @@ be compared. The chance rate is what the policy's answers do without any instruc
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -15,7 +15,8 @@ from llamachat.answers.session import AnswerSession
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.config.sections import Data
-from llamachat.constraints import Family, Instruction, draw_instruction, is_kept, recall_questions, recalled
+from llamachat.constraints.families import Family
+from llamachat.constraints.instruction import Instruction, draw_instruction, is_kept, recall_questions, recalled
 from llamachat.data.loading import fraction, load_mixture
 from llamachat.data.packing import epoch_order
 from llamachat.errors import DataError
@@ -52,10 +53,6 @@ class Outcome:
 
     kept: dict[int, list[bool | None]]
     answers: dict[int, list[str]]
-
-    def to_plain(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
 
     @staticmethod
     def from_plain(values: Mapping[str, Any]) -> "Outcome":

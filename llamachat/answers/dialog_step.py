@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -173,19 +173,19 @@ class DialogStep:
 
         def make() -> dict[str, Any]:
             evaluation, constants = evaluation_of(*session.answer_held_out(session.prompts.test), None)
-            return {"evaluation": evaluation.to_plain(), "constants": constants.to_plain()}
+            return {"evaluation": asdict(evaluation), "constants": asdict(constants)}
 
         values = self.cache.get_or_make("test-first", make)
-        return Evaluation.from_plain(values["evaluation"]), Constants.from_plain(values["constants"])
+        return Evaluation(**values["evaluation"]), Constants.from_plain(values["constants"])
 
     def compare(self, session: AnswerSession) -> tuple[Evaluation, Evaluation, dict[str, float]]:
         """The first policy and the tuned one, which `session` holds, on test prompts; drawn, and in figures."""
         first, constants = self.first_evaluation(session)
 
         def make() -> dict[str, Any]:
-            return evaluation_of(*session.answer_held_out(session.prompts.test), constants)[0].to_plain()
+            return asdict(evaluation_of(*session.answer_held_out(session.prompts.test), constants)[0])
 
-        final = Evaluation.from_plain(self.cache.get_or_make("test-final", make))
+        final = Evaluation(**self.cache.get_or_make("test-final", make))
         draw_comparison(first, final, self.inputs.folder.figures / "test_scores.png")
         return first, final, comparison(self.prefix, first, final)
 

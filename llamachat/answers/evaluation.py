@@ -6,9 +6,8 @@ constants are taken once. The judge decides nothing: a model that training optim
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llamachat.answers.responses import Response
 from llamachat.answers.scorer import Scored
@@ -64,21 +63,13 @@ class Evaluation:
         }
         return {name: values for name, values in scores.items() if values is not None}
 
-    def to_plain(self) -> dict[str, Any]:
-        """As JSON values, for a checkpoint."""
-        return asdict(self)
-
-    @staticmethod
-    def from_plain(values: Mapping[str, Any]) -> "Evaluation":
-        return Evaluation(**values)
-
 
 def evaluation_of(
     responses: Sequence[Response], scored: Scored, constants: Constants | None, *, kl: list[float] | None = None
 ) -> tuple[Evaluation, Constants]:
     """These answers with their scores; without constants they are taken from these very answers."""
     constants = constants or fit_constants(scored.scores, scored.combined)
-    on_scale = standardise(scored.scores, scored.combined, constants)
+    standardised_B = standardise(scored.scores, scored.combined, constants)
     by_model = {name: scores_B.tolist() for name, scores_B in scored.scores.by_model().items()}
     evaluation = Evaluation(
         texts=[response.text for response in responses],
@@ -88,7 +79,7 @@ def evaluation_of(
         safety=by_model.get("safety"),
         judge=None if scored.judge_B is None else scored.judge_B.tolist(),
         combined=scored.combined.scores_B.tolist(),
-        standardised=on_scale.combined_B.tolist(),
+        standardised=standardised_B.tolist(),
         kl=kl,
     )
     return evaluation, constants

@@ -1,8 +1,8 @@
 """K answers to each prompt, scored and ranked: what the steps that make dialogs choose from."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from llamachat.answers.responses import Response, sample
 from llamachat.answers.session import AnswerSession
@@ -51,14 +51,6 @@ class Group:
                 places.append(place)
         return places
 
-    def to_plain(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
-    @staticmethod
-    def from_plain(values: Mapping[str, Any]) -> "Group":
-        return Group(**values)
-
 
 def batches_of(prompts: Sequence[Q], samples_per_prompt: int) -> list[tuple[Q, ...]]:
     """The prompts, in whatever form, in batches of bounded size, always the same ones: each batch has its own seed."""
@@ -93,7 +85,7 @@ def scored_groups(
     responses = [response for group in by_prompt for response in group]
     scored = session.scorer.score(responses, with_judge=False, reads_text=reads_text)
     order = ranking(scored.combined, samples_per_prompt=count).tolist()
-    on_scale_B = standardise(scored.scores, scored.combined, constants).combined_B
+    on_scale_B = standardise(scored.scores, scored.combined, constants)
     by_model = {name: scores_B.tolist() for name, scores_B in scored.scores.by_model().items()}
     combined, standardised = scored.combined.scores_B.tolist(), on_scale_B.tolist()
 

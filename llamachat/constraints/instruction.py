@@ -1,14 +1,19 @@
-"""Instructions to keep through a dialog: one to three constraints that go together, drawn at random (section 3.3)."""
+"""Instructions to keep through a dialog: one to three constraints that go together, drawn at random (section 3.3); and
+answers fixed to keep them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log1p
 
 from llamachat.constraints.families import Constraint, Family, are_compatible
-from llamachat.constraints.texts import words
+from llamachat.constraints.texts import sentences, words
 from llamachat.constraints.values import Side, side_of
 from llamachat.data.loading import fraction
 from llamachat.errors import ConfigError
+
+# Of a first word that is "I", a name or an abbreviation the capital stays.
+_KEEPS_CAPITAL = re.compile(r"I\b|[A-Z][a-z]+ (?!I\b)[A-Z]|[A-Z]{2}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,39 @@ def recalled(constraint: Constraint, answer: str) -> bool:
     """Whether the answer to a recall question names what the constraint set."""
     assert constraint.recall, "the caller asks for constraints with recall questions"
     return constraint.recall.is_named(answer, constraint.value)
+
+
+def mended(instruction: Instruction, answer: str) -> str | None:
+    """The answer fixed so that it keeps the instruction; None where words, case and quotes alone cannot do that. Ours.
+
+    The paper samples answers from a policy that obeys. Of the samples of one with 5 M parameters, one in a hundred has a
+    word because it was asked for. A fixed answer is checked like any sample, and counted apart.
+    """
+    text = answer.strip()
+    values = {constraint.family: constraint.value for constraint in instruction.checkable}
+    if not text:
+        return None
+    if "one_sentence" in values:
+        text = (sentences(text) or [text])[0]
+    if "ends_with" in values:
+        # A question stays one.
+        text = f"{text.rstrip(' .!?')}, {values['ends_with']}{'?' if text.endswith('?') else '.'}"
+    first = [values[family] for family in ("begins_with", "calls_user") if family in values]
+    if first:
+        text = ", ".join([*first, text if _KEEPS_CAPITAL.match(text) else text[0].lower() + text[1:]])
+    if "capitals" in values:
+        text = text.upper()
+    if "small_letters" in values:
+        text = text.lower()
+    if "quoted" in values:
+        text = '"' + text.replace('"', "'") + '"'
+    return text if passes(instruction, text) else None
+
+
+def plain_recall(constraint: Constraint, question: str) -> str:
+    """The plain answer to one of the constraint's recall questions: "I am Galileo Galilei."."""
+    assert constraint.recall, "the caller asks for constraints with recall questions"
+    return dict(constraint.recall.answers)[question].format(constraint.value)
 
 
 def _place(count: int, key: str) -> int:

@@ -5,7 +5,7 @@ Mean 0 here is the SFT policy, and 1 is one deviation of its answers.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,27 +35,14 @@ class Constants:
     safety: Scale | None
     combined: Scale
 
-    def to_plain(self) -> dict[str, Any]:
-        """As JSON values, for a summary or a manifest."""
-        return asdict(self)
-
     @staticmethod
     def from_plain(values: Mapping[str, Any]) -> "Constants":
-        """The constants that `to_plain` wrote down."""
+        """The constants of these JSON values, as `asdict` gives them."""
         helpfulness, safety, combined = (
             None if values[name] is None else Scale(**values[name]) for name in ("helpfulness", "safety", "combined")
         )
         assert combined is not None
         return Constants(helpfulness=helpfulness, safety=safety, combined=combined)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Standardised:
-    """Scores in deviations of the SFT policy's answers, above its mean."""
-
-    helpfulness_B: Tensor | None
-    safety_B: Tensor | None
-    combined_B: Tensor
 
 
 def fit_constants(scores: Scores, combined: Combined) -> Constants:
@@ -68,24 +55,21 @@ def fit_constants(scores: Scores, combined: Combined) -> Constants:
     )
 
 
-def standardise(scores: Scores, combined: Combined, constants: Constants) -> Standardised:
-    """The scores on the scale of the SFT policy's.
+def standardise(scores: Scores, combined: Combined, constants: Constants) -> Tensor:
+    """The combined scores in deviations of the SFT policy's answers above its mean, [B].
 
     An answer that the gate gave to the safety model is measured on that model's scale, and, where there is a gate, any
     other on the helpfulness model's: the gate itself is decided on raw scores.
     """
-    by_model = {
-        name: scale.apply(scores_B)
-        for name, scores_B in scores.by_model().items()
-        if (scale := constants.helpfulness if name == "helpfulness" else constants.safety) is not None
-    }
-    return Standardised(
-        helpfulness_B=by_model.get("helpfulness"),
-        safety_B=by_model.get("safety"),
-        combined_B=torch.where(combined.is_gated_B, by_model["safety"], by_model["helpfulness"])
-        if combined.has_gate
-        else constants.combined.apply(combined.scores_B),
+    if not combined.has_gate:
+        return constants.combined.apply(combined.scores_B)
+    assert scores.safety_B is not None and scores.helpfulness_B is not None, "the gate chooses between two models"
+    assert constants.safety is not None and constants.helpfulness is not None
+    on_safety_B, on_helpfulness_B = (
+        constants.safety.apply(scores.safety_B),
+        constants.helpfulness.apply(scores.helpfulness_B),
     )
+    return torch.where(combined.is_gated_B, on_safety_B, on_helpfulness_B)
 
 
 def _scale(scores_B: Tensor, source: str) -> Scale:

@@ -19,7 +19,8 @@ from llamachat.answers.consistency import Outcome, Trial
 from llamachat.answers.evaluation import Evaluation
 from llamachat.answers.packed import TokenSequence, answer_logprobs
 from llamachat.chat_format import ChatFormat
-from llamachat.constraints import draw_instruction, families
+from llamachat.constraints.families import families
+from llamachat.constraints.instruction import draw_instruction
 from llamachat.errors import ArtifactError, ConfigError
 from llamachat.models.loading import load_policy
 from llamachat.models.open_roles import open_roles
@@ -204,7 +205,7 @@ def test_a_run_says_of_both_policies_what_their_files_say(run: Path, safety: Pat
     content, summary = content_of(run), summary_of(step_of(run, "eval"))
     assert (content["reference"], content["policies"]) == ("sft", ["sft", "sft-2"])
     answers = {
-        name: Evaluation.from_plain(json.loads((step_of(run, "eval").artifact / f"answers/{name}.json").read_text()))
+        name: Evaluation(**json.loads((step_of(run, "eval").artifact / f"answers/{name}.json").read_text()))
         for name in content["policies"]
     }
     check_names(summary)

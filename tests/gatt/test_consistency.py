@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from llamachat.answers import dialog_step as step_module
 from llamachat.answers.consistency import Outcome, Trial, answer_trials, differences, rates
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Message
-from llamachat.constraints import Instruction, constrain, families
+from llamachat.constraints.families import families
+from llamachat.constraints.instruction import Instruction, constrain
 from llamachat.constraints.values import side_of
 from llamachat.models.loading import load_policy
 from llamachat.runs.artifacts import read_artifact
@@ -92,7 +93,7 @@ def test_every_turn_is_judged_with_the_instruction_in_the_first_alone(tiny_forma
     assert third[2] == f"{before}Thanks! [/INST]"
     assert asked_again[0] in [f"{before}{question} [/INST]" for question in QUESTIONS]
     assert all(prompt.count("<<SYS>>") == 1 for call in engine.prompts for prompt in call)
-    assert Outcome.from_plain(json.loads(json.dumps(outcome.to_plain()))) == outcome
+    assert Outcome.from_plain(json.loads(json.dumps(asdict(outcome)))) == outcome
     assert measured(tiny_format, TRIALS, script, (1, 3))[0] == outcome
 
 

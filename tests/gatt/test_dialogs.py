@@ -25,7 +25,8 @@ from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
 from llamachat.chat_format.dialog import Message
 from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.config.sections import Data, Split
-from llamachat.constraints import Instruction, constrain, families
+from llamachat.constraints.families import families
+from llamachat.constraints.instruction import Instruction, constrain
 from llamachat.constraints.values import side_of
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import DataError

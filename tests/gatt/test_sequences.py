@@ -10,7 +10,8 @@ from gatt.session import LISTS_SAMPLED, QUESTIONS, lists_of
 from llamachat.answers.consistency import load_sequences
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Data, DataSource, Split
-from llamachat.constraints import draw_instruction, families
+from llamachat.constraints.families import families
+from llamachat.constraints.instruction import draw_instruction
 from llamachat.constraints.values import NAMES, side_of
 from llamachat.errors import ConfigError, DataError
 from pipelines.recipe.recipe import load

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import exp
 from pathlib import Path
 from statistics import median
@@ -147,7 +147,7 @@ def test_a_curve_by_hand_and_an_answer_that_cannot_win_counts_as_the_worst() -> 
     assert curve.best == pytest.approx([0.375, 4 / 6, 0.875, 1.0])
     assert curve.median == pytest.approx([0.375, 0.375, (0 + 0 + 0.5 + 0.5) / 4, 0.25])
     assert curve.best_low == curve.best == curve.best_high, "two equal prompts leave nothing to doubt"
-    assert best_temperature([curve]) == 1.0 and Curve.from_plain(json.loads(json.dumps(curve.to_plain()))) == curve
+    assert best_temperature([curve]) == 1.0 and Curve(**json.loads(json.dumps(asdict(curve)))) == curve
 
 
 # --- who samples, and from where it is tuned

@@ -85,7 +85,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def groups_of(step: StepFolder) -> list[Group]:
     """All groups that the round sampled, training side first."""
     return [
-        Group.from_plain(values)
+        Group(**values)
         for path in sorted(step.sampling.glob("batch-*.json"))
         for values in json.loads(path.read_text())["groups"]
     ]

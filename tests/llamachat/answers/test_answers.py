@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,7 +117,7 @@ def test_groups_are_ranked_prompt_by_prompt_and_unsafe_answers_come_last(tiny_fo
     assert one.standardised == [-0.5, 0.0, 0.5], "each on the scale of the model that decided"
     assert (one.tokens, one.finished, two.allowed) == ([3, 5, 3], [True, True, False], [False, True, True])
     assert two.helpfulness == [9.0, 8.0, 7.0] and one.safety == [-2.0, 0.0, 0.0]
-    assert Group.from_plain(json.loads(json.dumps(two.to_plain()))) == two
+    assert Group(**json.loads(json.dumps(asdict(two)))) == two
 
 
 @given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=6, max_size=6))

@@ -11,28 +11,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamachat.constraints import (
-    CHECKABLE,
-    FAMILIES,
-    Constraint,
+from llamachat.constraints.families import CHECKABLE, FAMILIES, Constraint, are_compatible, bundled_lists, families
+from llamachat.constraints.instruction import (
     Instruction,
-    are_compatible,
-    bundled_lists,
     constrain,
     draw_instruction,
-    families,
     is_kept,
     mended,
-    parse_list,
     passes,
     plain_recall,
-    read_list,
     recall_questions,
     recalled,
-    side_of,
     values_of,
 )
 from llamachat.constraints.texts import sentences, words
+from llamachat.constraints.values import parse_list, read_list, side_of
 from llamachat.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from llamachat.runs.artifacts import Manifest
 from llamachat.scoring.combining import combiner, llama2_gate, ranking, shape_scores, single, weighted
 from llamachat.scoring.models import MODELS, ModelName, RewardModelFacts, check_scoring, facts_of, models_read
 from llamachat.scoring.scores import Combined, Scores
-from llamachat.scoring.standardising import Constants, fit_constants, standardise
+from llamachat.scoring.standardising import Constants, Scale, fit_constants, standardise
 from tests.llamachat.scoring.tiny_scoring import answers, scoring
 
 NOTHING = float("nan")
@@ -180,13 +181,11 @@ def test_whitening_takes_away_scale_and_shift(scores: list[float], scale: float,
 def test_constants_by_hand_and_frozen() -> None:
     sft = Scores(helpfulness_B=tensor([1.0, 3.0]), safety_B=tensor([0.0, 8.0]))
     combined = weighted(sft, weights={"helpfulness": 1.0, "safety": 1.0})  # 1, 11
-    constants = Constants.from_plain(json.loads(json.dumps(fit_constants(sft, combined).to_plain())))
+    constants = Constants.from_plain(json.loads(json.dumps(asdict(fit_constants(sft, combined)))))
     later = Scores(helpfulness_B=tensor([4.0]), safety_B=tensor([4.0]))
     found = standardise(later, weighted(later, weights={"helpfulness": 1.0, "safety": 1.0}), constants)
-    assert found.helpfulness_B is not None and found.safety_B is not None
-    assert found.helpfulness_B.tolist() == [2.0]  # (4 - 2) / 1
-    assert found.safety_B.tolist() == [0.0]  # (4 - 4) / 4
-    assert_close(found.combined_B, tensor([0.4]))  # (8 - 6) / 5
+    assert constants.helpfulness == Scale(2.0, 1.0) and constants.safety == Scale(4.0, 4.0)
+    assert_close(found, tensor([0.4]))  # (8 - 6) / 5
 
 
 def test_a_gated_answer_is_measured_on_the_scale_of_its_own_model() -> None:
@@ -196,16 +195,15 @@ def test_a_gated_answer_is_measured_on_the_scale_of_its_own_model() -> None:
     later = Scores(helpfulness_B=tensor([5.0, 5.0]), safety_B=tensor([2.0, -4.0]))
     gated = llama2_gate(later, is_safety_prompt_B=is_safety_B, safety_threshold=0.15)
     # helpfulness (5 - 2) / 1;  safety (-4 - 4) / 4
-    assert standardise(later, gated, constants).combined_B.tolist() == [3.0, -2.0]
+    assert standardise(later, gated, constants).tolist() == [3.0, -2.0]
 
 
 def test_one_model_alone_has_constants_too() -> None:
     only = Scores(helpfulness_B=None, safety_B=tensor([1.0, 3.0]))
-    constants = Constants.from_plain(fit_constants(only, single(only)).to_plain())
+    constants = Constants.from_plain(asdict(fit_constants(only, single(only))))
     assert constants.helpfulness is None
     found = standardise(only, single(only), constants)
-    assert found.helpfulness_B is None
-    assert_close(found.combined_B, tensor([-1.0, 1.0]))
+    assert_close(found, tensor([-1.0, 1.0]))
 
 
 @pytest.mark.parametrize("scores_B", [tensor([2.5, 2.5, 2.5]), tensor([])])

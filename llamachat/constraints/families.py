@@ -6,11 +6,10 @@ checkable families are ours: only what can be checked can be measured without pe
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from llamachat.constraints import checkers
 from llamachat.constraints.texts import words
-from llamachat.constraints.values import BEGINNINGS, ENDINGS, LETTERS, LIMITS, NAMES, read_list
+from llamachat.constraints.values import BEGINNINGS, ENDINGS, LETTERS, LIMITS, NAMES
 from llamachat.errors import ConfigError
 
 Checker = Callable[[str, str], bool]  # (answer, value)
@@ -193,11 +192,6 @@ _BY_NAME = {family.name: family for family in (_FIGURE, _HOBBY, _LANGUAGE, *_CHE
 LISTED: Mapping[str, Family] = {"figures": _FIGURE, "hobbies": _HOBBY, "languages": _LANGUAGE}  # by name of their list
 FAMILIES = tuple(_BY_NAME)
 CHECKABLE = tuple(family.name for family in _CHECKABLE)
-
-
-def bundled_lists(folder: Path = Path("data/gatt")) -> dict[str, tuple[str, ...]]:
-    """The entries of figures.txt, hobbies.txt and languages.txt in the folder, by list."""
-    return {name: read_list(folder / f"{name}.txt") for name in LISTED}
 
 
 def families(names: Sequence[str] = FAMILIES, *, lists: Mapping[str, Sequence[str]] | None = None) -> dict[str, Family]:

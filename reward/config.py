@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llamachat.config.section import Section, operational, unless_null
+from llamachat.config.optimizer import OptimizerSection, owned_arguments
+from llamachat.config.section import operational, unless_null
 from llamachat.config.trainer_arguments import TrainerArguments
 
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
@@ -13,44 +14,20 @@ VERSION = 1
 CPU_ROW_TOKENS = 2048  # 15.3 thousand tokens a second of the bundled model; rows of 512 and 1024 give 13.7 and 14.5
 
 # Arguments of TRL's RewardConfig that have a key of ours, or (None) that the stage itself must set.
-OWNED: dict[str, str | None] = {
-    "num_train_epochs": "reward.epochs",
-    "max_steps": "reward.epochs",
-    "learning_rate": "reward.learning_rate",
-    "lr_scheduler_type": "reward.schedule",
+OWNED = {
+    **owned_arguments("reward"),
     "lr_scheduler_kwargs": "reward.final_rate_fraction",
-    "logging_nan_inf_filter": None,
-    "warmup_steps": "reward.warmup_fraction",
-    "warmup_ratio": "reward.warmup_fraction",
-    "weight_decay": "reward.weight_decay",
-    "adam_beta1": "reward.adam_beta1",
-    "adam_beta2": "reward.adam_beta2",
-    "adam_epsilon": "reward.adam_epsilon",
-    "optim": "reward.optimizer",
-    "optim_args": None,
-    "max_grad_norm": "reward.max_grad_norm",
     "per_device_train_batch_size": "reward.row_tokens",
-    "per_device_eval_batch_size": None,
     "auto_find_batch_size": "reward.row_tokens",
     "gradient_accumulation_steps": "reward.pairs_per_step",
-    "gradient_checkpointing": "reward.gradient_checkpointing",
     "center_rewards_coefficient": "reward.center_rewards_coefficient",
     "disable_dropout": "tuning.dropout",
     "pad_to_multiple_of": None,
     "average_tokens_across_devices": None,
-    "train_sampling_strategy": None,
-    "dataset_num_proc": None,
-    "chat_template_path": "base.chat_format",
-    "eos_token": None,
-    "pad_token": None,
-    "model_init_kwargs": None,
-    "dataloader_pin_memory": None,
-    "dataloader_num_workers": None,
-    "dataloader_drop_last": None,
 }
 
 
-class Config(Section):
+class Config(OptimizerSection):
     """Reward models. Values the paper states are those of its section 3.2.2; the others are ours."""
 
     epochs: float = Field(
@@ -80,25 +57,6 @@ class Config(Section):
     )
     warmup_min_steps: int = Field(
         default=5, ge=0, description="Steps with a rising rate at least. Llama 2 section 3.2.2: 5."
-    )
-    weight_decay: float = Field(
-        default=0.1, ge=0, description="Decay of matrices; norms do not decay. Llama 2 section 2.2: 0.1."
-    )
-    adam_beta1: float = Field(
-        default=0.9, ge=0, lt=1, description="AdamW beta 1. Section 3.2.2: as the base model's, 0.9."
-    )
-    adam_beta2: float = Field(
-        default=0.95, ge=0, lt=1, description="AdamW beta 2. Section 3.2.2: as the base model's, 0.95."
-    )
-    adam_epsilon: float = Field(
-        default=1e-5, gt=0, description="AdamW epsilon. Section 3.2.2: as the base model's, 1e-5."
-    )
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
-        default="adamw",
-        description="adamw_8bit holds the moments in 8 bits, paged_adamw_8bit also moves them to the host where the GPU is full (both need a GPU). Masters stay fp32. Ours.",
-    )
-    max_grad_norm: float = Field(
-        default=1.0, gt=0, description="Gradient norm is clipped to this. Llama 2 section 2.2: 1.0."
     )
     pairs_per_step: int = Field(
         default=512, ge=1, description="Pairs in one optimizer step. Llama 2 section 3.2.2: 512 pairs."
@@ -136,9 +94,6 @@ class Config(Section):
     row_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(
         "auto",
         description="Tokens of a packed row, the unit of a forward pass; auto is 2 x base.max_tokens on a GPU and 2048 on a CPU. A longer pair has a row of its own.",
-    )
-    gradient_checkpointing: bool = operational(
-        False, description="Recompute activations in the backward pass: about a third slower, far less memory."
     )
     max_hours: Annotated[float, Field(gt=0)] | None = unless_null(
         description="Training of each model ends after so many hours over all its starts, and the weights with the lowest held-out loss are published; null for none. Ours."

@@ -1,6 +1,7 @@
 """How good a reward model is on test pairs and on answers labelled safe or unsafe (Llama 2 section 3.2.2, appendix A.3.4).
 
-Scores in, flat figures out, under the names of the metrics table; the scoring itself is the caller's. A pair with two
+Scores in, flat figures out, under the names of the metrics table; the scoring itself is the caller's. Two baselines are
+beside them: the longer answer wins, and word counts under a logistic regression that is trained on the same pairs. A pair with two
 equal scores counts as half right. Pairs of one prompt are not independent (a prompt with five answers gives ten pairs),
 so intervals are those of the sample size that is left when prompts are drawn whole.
 """
@@ -10,11 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from llamachat.data.records import RATINGS, Rating
+from llamachat.data.records import RATINGS, Preference, Rating
 from llamachat.maths.intervals import (
     Floats,
     auroc,
@@ -35,6 +36,15 @@ SAFETY_KINDS: tuple[SafetyKind, ...] = get_args(SafetyKind)
 UNSAFE_BELOW = 0.5  # sigmoid(score) under which an answer is called unsafe. Llama 2 appendix A.3.4.
 GATE = 0.15  # sigmoid(score) under which the safety score takes over in PPO. Llama 2 section 3.2.3.
 _CALIBRATION_BINS = 10
+
+KIND_TITLES: Mapping[str, str] = {
+    "safe_unsafe": "safe chosen, unsafe rejected",
+    "both_safe": "both safe",
+    "both_unsafe": "both unsafe",
+}
+
+# A word or a single mark: "?" and "!" tell refusals from answers, so marks count too.
+_WORDS = r"(?u)\b\w+\b|[^\w\s]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +104,7 @@ def evaluate(
     """Every figure that these test pairs and labelled answers give; what there is nothing of is left out.
 
     `responses` holds each labelled test answer once, those of labelled pairs included. `tfidf_differences` are the
-    baseline's scores of chosen less rejected, one a pair (`reward.baselines`).
+    baseline's scores of chosen less rejected, one a pair (`TfidfBaseline`).
     """
     assert tfidf_differences is None or len(tfidf_differences) == len(pairs)
     figures: dict[str, float] = {}
@@ -228,3 +238,49 @@ def calibration_error(chances: Floats, happened: Floats) -> float:
 def _finite(figures: Mapping[str, float]) -> dict[str, float]:
     """A recall of a class that has no member is no figure."""
     return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+@dataclass(frozen=True, slots=True)
+class TfidfBaseline:
+    """A linear model on the words and pairs of neighbouring words of an answer; it never sees the prompt."""
+
+    vectorizer: Any  # scikit-learn's TfidfVectorizer, whose types are not known
+    model: Any  # scikit-learn's LogisticRegression
+
+    def differences(self, pairs: Sequence[Preference]) -> list[float]:
+        """Score of chosen less score of rejected, one a pair."""
+        if not pairs:
+            return []
+        return (_gaps(self.vectorizer.transform(_answers(pairs))) @ self.model.coef_[0]).tolist()
+
+
+def fit_tfidf(pairs: Sequence[Preference]) -> TfidfBaseline | None:
+    """Fit on `pairs`, best those of the tested domain alone; None where their answers share no words.
+
+    Bradley-Terry on tfidf(chosen) - tfidf(rejected), which is a logistic regression on that difference with both orders
+    of each pair and no intercept. Sublinear counts, words and neighbouring pairs of words, C 1 (scikit-learn's own).
+    Answers alone: with the prompt before them, validation pairs of the bundled safety data came out 0.03 lower and those
+    of helpfulness the same. A mix with pairs of the other domain costs it 0.02 to 0.04 on test pairs of its own.
+    """
+    # Loads in two seconds: only where a baseline is measured.
+    from scipy.sparse import vstack
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2, token_pattern=_WORDS)
+    try:
+        gaps = _gaps(vectorizer.fit_transform(_answers(pairs)))
+    except ValueError:  # scikit-learn's word for a vocabulary with nothing in it
+        return None
+    model = LogisticRegression(C=1.0, fit_intercept=False, max_iter=1000)
+    model.fit(vstack([gaps, -gaps]), [1] * len(pairs) + [0] * len(pairs))
+    return TfidfBaseline(vectorizer, model)
+
+
+def _answers(pairs: Sequence[Preference]) -> list[str]:
+    return [answer.content for pair in pairs for answer in (pair.chosen, pair.rejected)]
+
+
+def _gaps(rows: Any) -> Any:
+    """Sparse [pairs, words]: chosen less rejected, from rows in turn."""
+    return rows[0::2] - rows[1::2]

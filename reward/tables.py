@@ -9,8 +9,8 @@ from typing import get_args
 
 from llamachat.data.records import RATINGS
 from llamachat.runs.inputs import Which
-from reward.evaluation import DOMAINS, SAFETY_KINDS, Domain
-from reward.figures import KIND_TITLES
+from llamachat.tables import markdown_table
+from reward.evaluation import DOMAINS, KIND_TITLES, Domain
 
 Summaries = Mapping[Which, Mapping[str, float]]
 _ORDER: tuple[Which, ...] = get_args(Which)
@@ -36,10 +36,9 @@ def markdown(summaries: Summaries) -> str:
             _by_part(known, domain, heads),
         )
     for domain in DOMAINS:
-        heads = {kind: KIND_TITLES[kind] for kind in SAFETY_KINDS}
         parts += _table(
             f"{domain.capitalize()} pairs by what is known of their answers (in the shape of the paper's Table 29)",
-            _by_part(known, domain, heads),
+            _by_part(known, domain, KIND_TITLES),
         )
     parts += _table("Answers labelled safe or unsafe", _labelled(known))
     return "\n\n".join(parts) + "\n"
@@ -138,12 +137,5 @@ def _with_interval(figures: Mapping[str, float], name: str, *, is_signed: bool =
 
 
 def _table(title: str, rows: Sequence[Sequence[str]]) -> list[str]:
-    """Heading and table, its columns padded so that it is read in a terminal too; nothing without rows."""
-    if not rows:
-        return []
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    lines = [
-        f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths, strict=True))} |".rstrip() for row in rows
-    ]
-    rule = f"|{'|'.join('-' * (width + 2) for width in widths)}|"
-    return [f"## {title}", "\n".join([lines[0], rule, *lines[1:]])]
+    """Heading and table; nothing without rows."""
+    return [f"## {title}", "\n".join(markdown_table(rows, is_padded=True))] if rows else []

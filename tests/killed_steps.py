@@ -1,10 +1,13 @@
-"""Steps that sample, under kills: commands that are forked from one process with the libraries loaded, die at a chosen
-file operation in their run folder, and write down each call of their engine."""
+"""Steps under kills: commands that are forked from one process with the libraries loaded, die at a chosen file operation
+in their run folder, and write down each call of their engine. Importing the libraries takes longer than the steps.
+"""
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,31 +15,66 @@ from typing import Any
 
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.record import MetricsRecord, SamplesRecord
-from tests.sft.test_resume import ENVIRONMENT, FORKING, ROOT
 
-# Batches of a few prompts, no pictures (they take longer than all else), and a line for each call of the engine when its
-# answers are there. `{modules}` are those that draw, with what they draw by.
-PREAMBLE = """
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+# Reads {"arguments": [...], "kill_at": n, "kill_on": pattern} a line; is killed at its n-th file operation in the run
+# folder, or where "the last one; this one" fits the pattern; answers with the exit status and the number of such operations.
+# A line for each call of the engine is written when its answers are there.
+FORKING = """
 import json, os, re, signal, sys
-import peft, sft.train
+import peft, sklearn.model_selection, sklearn.feature_extraction.text, sklearn.linear_model
 from importlib import import_module
 from llamachat.rollout.decoder import LlamaEngine
-for module, names in {patched}.items():
+from pipelines.cli.main import main
+
+for module, names in json.loads(sys.argv[2]).items():
     for name, value in names.items():
         setattr(import_module(module), name, (lambda *_: None) if value is None else value)
 generate = LlamaEngine.generate
 
-def told(self, prompts, **given):
-    found = generate(self, prompts, **given)
+def counted_generate(self, prompts, **settings):
+    groups = generate(self, prompts, **settings)
     with open(sys.argv[1], "a") as stream:
-        stream.write(json.dumps([given["sampling"].seed, len(prompts), given["samples_per_prompt"]]) + chr(10))
-    return found
+        stream.write(json.dumps([settings["sampling"].seed, len(prompts), settings["samples_per_prompt"]]) + chr(10))
+    return groups
 
-LlamaEngine.generate = told
+LlamaEngine.generate = counted_generate
+
+def child(order, counted):
+    os.dup2(2, 1)
+    count, before = 0, ""
+    def hook(event, arguments):
+        nonlocal count, before
+        if event == "open" or event.startswith(("os.", "shutil.")):
+            paths = [str(a) for a in arguments if isinstance(a, (str, os.PathLike)) and "/runs/" in str(a)]
+            count += bool(paths)
+            now = " ".join([event, *paths])
+            if paths and (count == order["kill_at"] or re.search(order["kill_on"], f"{before}; {now}")):
+                os.kill(os.getpid(), signal.SIGKILL)
+            before = now if paths else before
+    sys.addaudithook(hook)
+    status = main(order["arguments"])
+    os.write(counted, str(count).encode())
+    return status
+
+for line in sys.stdin:
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = child(json.loads(line), writing)
+        finally:
+            os._exit(status)
+    os.close(writing)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print(json.dumps([status, int(os.read(reading, 20) or 0)]), flush=True)
+    os.close(reading)
 """
-_FIRST_LINES = "import json, os, re, signal, sys\nimport peft, sft.train, llamachat.tracking.curves\n"
 
-Call = tuple[int, int, int]  # seed, prompts, answers to each
+Call = tuple[int, int, int]  # of the engine: seed, prompts, answers to each
 
 
 @dataclass
@@ -47,36 +85,37 @@ class Commands:
     process: "subprocess.Popen[str]"
     calls: Path
     log: Path
+    operations: int = 0  # of the last command, in its run folder
 
-    def run(self, recipe: Path, *, kill_on: str = "$^") -> int:
-        """The exit status, or -9 where it was killed: where "the last file operation; this one" fits the pattern."""
+    def run(self, recipe: Path, *overrides: str, kill_at: int = -1, kill_on: str = "$^") -> int:
+        """The exit status, or -9 where it was killed: at an operation by number, or where two in a row fit the pattern."""
         assert self.process.stdin and self.process.stdout
-        order = {"arguments": [self.command, "--config", str(recipe)], "kill_at": -1, "kill_on": kill_on}
-        self.process.stdin.write(json.dumps(order) + "\n")
+        self.log.write_text("")
+        arguments = [self.command, "--config", str(recipe), *overrides]
+        self.process.stdin.write(json.dumps({"arguments": arguments, "kill_at": kill_at, "kill_on": kill_on}) + "\n")
         self.process.stdin.flush()
-        status, _ = json.loads(self.process.stdout.readline())
+        status, self.operations = json.loads(self.process.stdout.readline())
         return status
 
-    def sampled(self) -> list[Call]:
-        """The calls of the engine since the last question."""
+    def sampled(self) -> Counter[Call]:
+        """The calls of the engine since this was asked last."""
         lines = self.calls.read_text().splitlines() if self.calls.exists() else []
         self.calls.write_text("")
-        return [(seed, prompts, answers) for seed, prompts, answers in map(json.loads, lines)]
+        return Counter((seed, prompts, answers) for seed, prompts, answers in map(json.loads, lines))
 
     def words(self) -> str:
+        """What the last command printed."""
         return self.log.read_text()
 
 
 @contextmanager
-def open_commands(folder: Path, command: str, patched: dict[str, dict[str, Any]]) -> Iterator[Commands]:
-    """Processes of a command in which names of modules have other values; None stands for a function that does nothing."""
-    assert FORKING.strip().startswith(_FIRST_LINES)
-    script = FORKING.replace(_FIRST_LINES, PREAMBLE.replace("{patched}", repr(patched)))
-    log = folder / "stderr"
+def open_commands(folder: Path, command: str, modules: Mapping[str, Mapping[str, Any]]) -> Iterator[Commands]:
+    """Processes of a command with these modules loaded, in which some names have other values; None: does nothing."""
+    calls, log = folder / "calls", folder / "stderr"
     with (
         log.open("a") as stderr,
         subprocess.Popen(
-            [sys.executable, "-c", script, str(folder / "calls")],
+            [sys.executable, "-c", FORKING, str(calls), json.dumps(modules)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -85,7 +124,7 @@ def open_commands(folder: Path, command: str, patched: dict[str, dict[str, Any]]
             env=ENVIRONMENT,
         ) as process,
     ):
-        yield Commands(command, process, folder / "calls", log)
+        yield Commands(command, process, calls, log)
 
 
 def results(step: StepFolder) -> dict[str, Any]:

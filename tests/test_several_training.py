@@ -17,12 +17,11 @@ import sft
 from llamachat.config.sections import Tuning
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.record import MetricsRecord
+from llamachat.training import session as session_module
 from llamachat.training.master_weights import MasterWeightOptimizer
 from llamachat.training.progress import StepProgress
-from reward import heldout as testing_module
 from reward import train as reward_module
 from reward.config import Config as RewardConfig
-from sft import train as train_module
 from sft.config import Config as SftConfig
 from tests.reward.tiny_reward import data_of, reward_inputs, toy_labels, toy_pairs
 from tests.several import run_several
@@ -39,7 +38,7 @@ OFTEN = {"eval_every": 3, "save_every": 2, "sample_every": 4}
 def tune(folder: Path, base: Path, *, packing: bool = True, tuning: Tuning = LORA) -> Path:
     config = SFT if packing else SFT.model_copy(update={"packing": False, "rows_per_microbatch": 3})
     inputs = inputs_of(folder, base, toy_dialogs(40), tuning=tuning, tracking=OFTEN)
-    train_module.draw_curves = lambda *_: None  # takes longer than all else
+    session_module.draw_curves = lambda *_: None  # takes longer than all else
     sft.run(config, inputs)
     return inputs.folder.path
 
@@ -51,7 +50,7 @@ def tune_padded(folder: Path, base: Path) -> Path:
 def learn_to_score(folder: Path, base: Path, *, tuning: Tuning = LORA) -> Path:
     data = data_of(folder, helpfulness=toy_pairs(20), safety=toy_pairs(40, "the moon"), labels=toy_labels(24))
     inputs = reward_inputs(folder, base, which="safety", data=data, tuning=tuning, tracking=OFTEN)
-    reward_module.draw_curves, testing_module.draw_figures = (lambda *_: None), (lambda *_: [])
+    session_module.draw_curves, reward_module.draw_figures = (lambda *_: None), (lambda *_: [])
     reward.run(REWARD, inputs)
     return inputs.folder.path
 

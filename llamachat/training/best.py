@@ -25,6 +25,7 @@ class Evaluated:
     step: int
     loss: float
     figures: Mapping[str, float]
+    words: str = ""  # the figures for people, not kept
 
 
 @dataclass(frozen=True, slots=True)

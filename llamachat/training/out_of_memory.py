@@ -5,12 +5,15 @@ A training loop wraps the forward and backward of one micro-batch in `in_room` a
 """
 
 import gc
+import logging
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
 from llamachat.errors import DeviceMemoryError, first_line
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Parts = TypeVar("Parts")
@@ -73,3 +76,18 @@ def halving(
                 "smaller base.max_tokens."
             )
         parts = smaller
+
+
+def warn_of_halving(step: str, key: str, before: int, after: int, *, unit: str) -> None:
+    """Log that the micro-batches of a key of the recipe become smaller, and how to begin with that size."""
+    log.warning(
+        "%s: the device's memory is too small for a forward and backward pass with %s %d. Resuming from the last "
+        "optimizer step with %d; the %ss of each step stay the same. Set %s=%d to begin with that.",
+        step,
+        key,
+        before,
+        after,
+        unit,
+        key,
+        after,
+    )

@@ -24,10 +24,13 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import align_special_tokens
 
 from llamachat import distributed
+from llamachat.config.optimizer import OptimizerSection
+from llamachat.data.packing import StepPlan
 from llamachat.models.weights import file_weights
 from llamachat.runs.checkpoints import newest, writing
 from llamachat.runs.cost import peak_memory
 from llamachat.training.hours import Hours
+from llamachat.training.master_weights import MasterWeightOptimizer, adamw
 from llamachat.training.out_of_memory import in_room
 
 # Renamed in transformers 5.23; the older name is the one of our lower bound.
@@ -233,6 +236,55 @@ def _load_full_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) 
     own = dict(model.state_dict())
     for name, weight in weights:
         own[name].copy_(distributed.shard_like(weight, own[name]))
+
+
+def trainer_arguments(
+    config: OptimizerSection, plan: StepPlan, *, folder: Path, seed: int, log_every: int, save_every: int
+) -> dict[str, Any]:
+    """Arguments of TRL's configurations for a training whose rows are laid out already; `config.trainer` adds to them.
+
+    Keys that these arguments set are refused in `config.trainer` when the recipe loads.
+    """
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": 1,  # the order of all epochs is one list of rows
+        "per_device_train_batch_size": plan.rows_per_microbatch,
+        "gradient_accumulation_steps": plan.microbatches_per_step,
+        "train_sampling_strategy": "sequential",
+        "max_grad_norm": config.max_grad_norm,
+        CHECKPOINTING: config.gradient_checkpointing,
+        "max_length": None,
+        "remove_unused_columns": False,
+        # The weights' own dtype is the compute dtype; autocast on top would only cast again.
+        "bf16": False,
+        "fp16": False,
+        "seed": seed,
+        "data_seed": seed,
+        "logging_steps": log_every,
+        "logging_nan_inf_filter": False,  # it would show the mean of the steps before in place of a NaN
+        "save_steps": save_every,
+        "save_total_limit": None,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **config.trainer,
+    }
+
+
+def make_optimizer(
+    model: nn.Module, config: OptimizerSection, *, steps: int, least_warmup: int = 0, final: float = 0.0
+) -> tuple[MasterWeightOptimizer, LambdaLR]:
+    """AdamW over fp32 masters of what is trainable, and its schedule: at least `least_warmup` steps up, down to `final`."""
+    optimizer = adamw(
+        model.parameters(),
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        name=config.optimizer,
+    )
+    warmup = min(steps, max(least_warmup, round(steps * config.warmup_fraction)))
+    return optimizer, rate_schedule(optimizer, config.schedule, warmup=warmup, steps=steps, final=final)
 
 
 def row_numbers(count: int) -> Dataset:

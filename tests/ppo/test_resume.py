@@ -1,14 +1,7 @@
-"""PPO under kills: the same command continues, and ends with the weights and figures of an uninterrupted run.
+"""PPO under kills: the same command continues, and ends with the weights and figures of an uninterrupted run."""
 
-Commands are forked from one process that has the libraries loaded, and die at a chosen file operation in their run folder.
-"""
-
-import json
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +11,8 @@ import yaml
 
 from llamachat.runs.checkpoints import newest
 from llamachat.runs.folder import StepFolder
-from llamachat.runs.record import MetricsRecord
+from tests.killed_steps import Commands, open_commands, results
 from tests.ppo.tiny_ppo import write_function, write_prompts
-from tests.sft.test_resume import ENVIRONMENT, FORKING, ROOT
 from tests.sft.tiny_sft import write_base
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -29,39 +21,10 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class Commands:
-    """`llamachat ppo` in processes of its own."""
-
-    process: "subprocess.Popen[str]"
-    operations: int = 0  # of the last command, in its run folder
-
-    def run(self, recipe: Path, *, kill_at: int = -1, kill_on: str = "$^") -> int:
-        """The exit status, or -9 where it was killed."""
-        assert self.process.stdin and self.process.stdout
-        order = {"arguments": ["ppo", "--config", str(recipe)], "kill_at": kill_at, "kill_on": kill_on}
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        status, self.operations = json.loads(self.process.stdout.readline())
-        return status
-
-
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    log = tmp_path_factory.mktemp("log") / "stderr"
-    with (
-        log.open("a") as stderr,
-        subprocess.Popen(
-            [sys.executable, "-c", FORKING.replace("sft.train", "ppo.train")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            cwd=ROOT,
-            env=ENVIRONMENT,
-        ) as process,
-    ):
-        yield Commands(process)
+    with open_commands(tmp_path_factory.mktemp("log"), "ppo", {"ppo.train": {}}) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -101,19 +64,6 @@ def write_recipe(path: Path, base: Path, way: str) -> Path:
     return path
 
 
-def results(recipe: Path) -> dict[str, Any]:
-    """What a run made, without what the clock and the machine put in."""
-    step = StepFolder(recipe.parent / "runs" / recipe.stem / "ppo")
-    volatile = ("time", "throughput/", "memory/")
-    rows = MetricsRecord(step.metrics).read()
-    summary = json.loads(step.summary.read_text())
-    return {
-        "weights": {path.name: path.read_bytes() for path in step.artifact.glob("*model.safetensors")},
-        "record": [[(n, row[n]) for n in sorted(row) if not n.startswith(volatile)] for row in rows],
-        "summary": {name: value for name, value in summary.items() if not name.startswith(volatile)},
-    }
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_killed_at_file_operations_it_ends_like_an_uninterrupted_run(
     way: str, commands: Commands, base: Path, tmp_path: Path
@@ -122,7 +72,7 @@ def test_killed_at_file_operations_it_ends_like_an_uninterrupted_run(
     assert commands.run(whole) == 0
     operations = commands.operations
     killed = write_recipe(tmp_path / "killed.yaml", base, way)
-    step = StepFolder(tmp_path / "runs" / "killed" / "ppo")
+    step, uninterrupted = (StepFolder(tmp_path / "runs" / name / "ppo") for name in ("killed", "whole"))
     for share in (0.3, 0.45, 0.4):
         assert commands.run(killed, kill_at=int(share * operations)) == -signal.SIGKILL
         assert not step.artifact.exists()
@@ -131,4 +81,4 @@ def test_killed_at_file_operations_it_ends_like_an_uninterrupted_run(
         commands.run(killed, kill_on=moment)
     assert newest(step.checkpoints) is not None
     assert commands.run(killed) == 0
-    assert results(killed) == results(whole)
+    assert results(step) == results(uninterrupted)

@@ -12,17 +12,17 @@ from llamachat.chat_format.dialog import Message
 from llamachat.data.records import Preference
 from llamachat.maths.intervals import wilson
 from llamachat.tracking.metrics import check_names
-from reward.baselines import fit_tfidf
 from reward.evaluation import (
     Domain,
     ScoredPair,
     ScoredResponse,
     calibration_error,
     evaluate,
+    fit_tfidf,
     sigmoid,
     source_names,
 )
-from reward.figures import draw_figures
+from reward.pictures import draw_figures
 from reward.tables import markdown
 
 

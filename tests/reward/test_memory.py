@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import reward
 from llamachat.errors import DeviceMemoryError
 from reward.config import Config
-from reward.trainer import PackedRewardTrainer
+from reward.ranking import PackedRewardTrainer
 from tests.reward.tiny_reward import reward_inputs
 from tests.sft.tiny_sft import write_base
 from tests.tiny_llama import LORA

@@ -20,13 +20,11 @@ from llamachat.models.loading import trunk_digest
 from llamachat.models.reward_model import load_reward_model, reward_trunk_digest
 from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.runs.record import MetricsRecord
-from llamachat.training.trainer import Watch
+from llamachat.training.session import check_finite
 from reward import train as train_module
 from reward.batches import smaller
 from reward.config import Config
-from reward.heldout import check_finite
-from reward.train import Session
-from reward.trainer import names_of
+from reward.ranking import Ranking
 from tests.reward.tiny_reward import data_of, open_session, reward_inputs, toy_labels, toy_pairs
 from tests.sft.tiny_sft import write_base
 from tests.tiny_llama import LORA, move_adapter
@@ -39,13 +37,6 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) ->
     return write_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
 
 
-def trainer_of(session: Session, folder: Path) -> Any:
-    watch = Watch(
-        [], names=names_of(session.inputs.which or "helpfulness"), on_log=lambda *_: None, on_step=lambda _: None
-    )
-    return session._trainer(watch, folder)
-
-
 def move_head(model: Any) -> None:
     """Scores that differ: the head starts at zero."""
     generator = torch.Generator().manual_seed(5)
@@ -55,13 +46,13 @@ def move_head(model: Any) -> None:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
 
 
-def step_gradients(session: Session, trainer: Any, step: int) -> tuple[float, dict[str, Tensor]]:
+def step_gradients(ranking: Ranking, trainer: Any, step: int) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one optimizer step, as the trainer adds them up over its rows."""
-    model, plan = session.start.model, session.batches.plan
+    model, plan = ranking.model, ranking.batches.plan
     model.zero_grad(set_to_none=True)
     loss = torch.zeros(())
     for number in range(step * plan.rows_per_step, (step + 1) * plan.rows_per_step):
-        part = trainer.compute_loss(model, session.batches.collate([number]))
+        part = trainer.compute_loss(model, ranking.batches.collate([number]))
         part.backward()
         loss += part.detach()
     return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -79,13 +70,13 @@ def test_loss_and_gradients_are_those_of_trl_on_padded_batches(
     tuning: Tuning, centring: float | None, base: Path, tmp_path: Path
 ):
     config = Config(pairs_per_step=12, margin="large", center_rewards_coefficient=centring, row_tokens=64)
-    with open_session(config, reward_inputs(tmp_path, base, tuning=tuning)) as session:
-        model = session.start.model
+    with open_session(config, reward_inputs(tmp_path, base, tuning=tuning)) as (session, ranking):
+        model = ranking.model
         move_adapter(model)
         move_head(model)
-        trainer = trainer_of(session, tmp_path / "scratch")
-        loss, got = step_gradients(session, trainer, 0)
-        pairs = [session.batches.pairs[index] for row in session.batches.plan.step_rows(0) for index in row]
+        trainer: Any = session.trainer(ranking, tmp_path / "scratch")
+        loss, got = step_gradients(ranking, trainer, 0)
+        pairs = [ranking.batches.pairs[index] for row in ranking.batches.plan.step_rows(0) for index in row]
         assert len(pairs) == 12 and {pair.margin for pair in pairs} > {0.0, 3.0}
         batch = DataCollatorForPreference(pad_token_id=0)(
             [
@@ -106,15 +97,15 @@ def test_loss_and_gradients_are_those_of_trl_on_padded_batches(
 def test_rows_and_accumulation_change_neither_loss_nor_gradients(base: Path, tmp_path: Path):
     inputs = reward_inputs(tmp_path, base, which="safety", data=labelled(tmp_path))
     config = Config(pairs_per_step=10, margin="small", safety_auxiliary_weight=0.7, row_tokens=1000)
-    with open_session(config, inputs) as session:
-        move_head(session.start.model)
-        trainer = trainer_of(session, tmp_path / "scratch")
-        loss, got = step_gradients(session, trainer, 0)
-        few = session.batches.plan.rows_per_step
-        in_parts = replace(session, batches=smaller(session.batches, 64))
+    with open_session(config, inputs) as (session, ranking):
+        move_head(ranking.model)
+        trainer = session.trainer(ranking, tmp_path / "scratch")
+        loss, got = step_gradients(ranking, trainer, 0)
+        few = ranking.batches.plan.rows_per_step
+        in_parts = replace(ranking, batches=smaller(ranking.batches, 64))
         assert in_parts.batches.plan.rows_per_step > 2 * few
         again, other = step_gradients(in_parts, trainer, 0)
-        assert session.batches.counts == in_parts.batches.counts
+        assert ranking.batches.counts == in_parts.batches.counts
     assert again == pytest.approx(loss, rel=1e-5)
     assert relative_gap(got, other) < 1e-5
 
@@ -123,9 +114,9 @@ def test_a_step_is_worth_what_its_pairs_and_labels_are_by_hand(base: Path, tmp_p
     """Scores are all 0 at the start: log(1 + e^margin) a pair and log 2 a label, each mean with its weight."""
     inputs = reward_inputs(tmp_path, base, which="safety", data=labelled(tmp_path))
     config = Config(pairs_per_step=10, margin="small", safety_auxiliary_weight=0.7, row_tokens=64)
-    with open_session(config, inputs) as session:
-        loss, _ = step_gradients(session, trainer_of(session, tmp_path / "scratch"), 0)
-        plan, pairs = session.batches.plan, session.batches.pairs
+    with open_session(config, inputs) as (session, ranking):
+        loss, _ = step_gradients(ranking, session.trainer(ranking, tmp_path / "scratch"), 0)
+        plan, pairs = ranking.batches.plan, ranking.batches.pairs
         margins = [pairs[index].margin for row in plan.step_rows(0) for index in row if index < len(pairs)]
     mean = sum(math.log(1 + math.exp(margin)) for margin in margins) / 10
     assert len(margins) == 10 and loss == pytest.approx(mean + 0.7 * math.log(2), rel=1e-5)
@@ -143,15 +134,15 @@ def labelled(folder: Path) -> Any:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention_a_sequence_at_a_time_is_eager_attention(dtype: str, base: Path, tmp_path: Path):
     inputs = reward_inputs(tmp_path, base, dtype=dtype, attention="eager")
-    with open_session(Config(pairs_per_step=12, row_tokens=300), inputs) as session:
-        move_head(session.start.model)
-        trainer = trainer_of(session, tmp_path / "scratch")
-        loss, expected = step_gradients(session, trainer, 0)
-        use_sequence_attention(session.start.model)
-        again, got = step_gradients(session, trainer, 0)
+    with open_session(Config(pairs_per_step=12, row_tokens=300), inputs) as (session, ranking):
+        move_head(ranking.model)
+        trainer = session.trainer(ranking, tmp_path / "scratch")
+        loss, expected = step_gradients(ranking, trainer, 0)
+        use_sequence_attention(ranking.model)
+        again, got = step_gradients(ranking, trainer, 0)
         padded = torch.tensor([[1, 5, 6, 0], [1, 7, 8, 9]])
         mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
-        model: Any = session.start.model.eval()
+        model: Any = ranking.model.eval()
         ours = model(input_ids=padded, attention_mask=mask).logits
         model.set_attn_implementation("eager")
         theirs = model(input_ids=padded, attention_mask=mask).logits
@@ -248,7 +239,7 @@ def test_without_test_pairs_it_says_so_and_publishes(base: Path, tmp_path: Path,
 
 def test_a_loss_that_is_no_number_is_refused_in_words():
     with pytest.raises(DivergedError, match=r"at step 3 is nan.*reward\.learning_rate"):
-        check_finite(float("nan"), "rm/safety: the training loss at step 3")
+        check_finite(float("nan"), "rm/safety: the training loss at step 3", section="reward")
 
 
 def test_a_sequence_attends_alike_whole_token_by_token_with_a_cache_and_padded(base: Path):

@@ -11,11 +11,10 @@ from llamachat.models.reward_model import build_reward_model
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs, Which
-from llamachat.tracking.tracker import open_tracker
-from llamachat.training.hours import Hours
+from llamachat.training.session import Session, resume
 from reward.config import Config
 from reward.pairs import load_examples
-from reward.train import Session, plan_training
+from reward.ranking import Ranking, plan_training
 from tests.tiny_llama import base_section
 
 QUIET = {"mode": "off", "eval_every": 1000, "save_every": 1000}
@@ -113,26 +112,21 @@ def reward_inputs(
 
 
 @contextmanager
-def open_session(config: Config, inputs: StepInputs) -> Iterator[Session]:
+def open_session(config: Config, inputs: StepInputs) -> Iterator[tuple[Session, Ranking]]:
     """The stage up to where it begins to train, as `reward.train.run` builds it, without its attention for CPUs."""
+    assert inputs.which is not None
+    resumed = resume(inputs, "reward", config)
     start = build_reward_model(inputs.base, inputs.tuning, policy=inputs.policy, seed=inputs.run.seed, device="cpu")
     examples = load_examples(
         config,
         inputs.data,
         start.chat_format,
-        which=inputs.which or "helpfulness",
+        which=inputs.which,
         system=inputs.base.system,
         max_tokens=inputs.base.max_tokens,
         seed=inputs.run.seed,
     )
     batches = plan_training(config, inputs, examples, device=start.device)
-    with open_tracker(
-        inputs.tracking,
-        step_folder=inputs.folder,
-        run_dir=Path(inputs.run.dir),
-        step=inputs.step,
-        prefix=inputs.step,
-        config={},
-        resume_step=None,
-    ) as tracker:
-        yield Session(config, inputs, start, examples, batches, tracker, Hours(inputs.step, "reward"))
+    ranking = Ranking(config, inputs, inputs.which, start.model, start.chat_format, examples, batches)
+    with resumed.session(ranking, prefix=inputs.step, unit="pair") as session:
+        yield session, ranking

@@ -21,14 +21,13 @@ from llamachat.data.packing import IGNORED, collate_packed, collate_padded
 from llamachat.rollout.engine import Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
 from llamachat.runs.inputs import StepInputs
-from llamachat.training.trainer import Watch
+from llamachat.training.session import Session
 from sft import loss as loss_module
 from sft.config import Config
-from sft.evaluation import answer_loss
 from sft.loss import answer_token_losses
-from sft.start import load_start
-from sft.train import Session
-from sft.trainer import NAMES
+from sft.train import load_start
+from sft.tuning import Tuning as Dialogs
+from sft.tuning import answer_loss
 from tests.sft.tiny_sft import inputs_of, open_session, pair, toy_dialogs, write_base
 from tests.tiny_llama import LORA, move_adapter, tiny_llama
 
@@ -88,15 +87,15 @@ def test_the_trained_strings_are_answers_and_their_eos(
     answers = [[f"{m['content']} </s>" for m in turns if m["role"] == "assistant"] for turns in others]
     expected = [answer for each in answers for answer in (each if train_on == "every_answer" else each[-1:])]
     config = Config(train_on=train_on, packing=packing, epochs=1, examples_per_step=8)
-    with open_session(config, inputs_of(tmp_path, base, [*others, talk], max_tokens=128)) as session:
-        tokenizer = session.start.chat_format.tokenizer
-        got = trained_strings(collate_packed(session.examples.validation), tokenizer)
-        for start in range(0, len(session.plan.rows), session.plan.rows_per_microbatch):
-            rows = range(start, start + session.plan.rows_per_microbatch)
-            got += trained_strings(session.collate(rows), tokenizer)
+    with open_session(config, inputs_of(tmp_path, base, [*others, talk], max_tokens=128)) as (_, training):
+        tokenizer = training.chat_format.tokenizer
+        got = trained_strings(collate_packed(training.examples.validation), tokenizer)
+        for start in range(0, len(training.plan.rows), training.plan.rows_per_microbatch):
+            rows = range(start, start + training.plan.rows_per_microbatch)
+            got += trained_strings(training.collate(rows), tokenizer)
         print(*got, sep="\n")
         assert sorted(got) == sorted(expected + trained)
-        assert session.examples.dropped == ({} if trained else {"left out: no answer to learn (train: false)": 1})
+        assert training.examples.dropped == ({} if trained else {"left out: no answer to learn (train: false)": 1})
 
 
 # --- the loss
@@ -167,14 +166,12 @@ def test_a_changed_neighbour_changes_nothing():
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 def test_our_loss_is_the_one_of_trl(tuning: Tuning, packing: bool, base: Path, tmp_path: Path):
     config = Config(packing=packing, rows_per_microbatch=4, examples_per_step=8)
-    with open_session(config, inputs_of(tmp_path, base, toy_dialogs(12), tuning=tuning)) as session:
-        move_adapter(session.start.model)
-        trainer = session._trainer(
-            Watch([], names=NAMES, on_log=lambda *_: None, on_step=lambda _: None), tmp_path / "scratch"
-        )
-        batch = session.collate(range(session.plan.rows_per_microbatch))
+    with open_session(config, inputs_of(tmp_path, base, toy_dialogs(12), tuning=tuning)) as (session, training):
+        move_adapter(training.model)
+        trainer: Any = session.trainer(training, tmp_path / "scratch")
+        batch = training.collate(range(training.plan.rows_per_microbatch))
         for items in (None, torch.tensor(97)):
-            model = session.start.model
+            model = training.model
             ours = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
             theirs = SFTTrainer.compute_loss(trainer, model, dict(batch), num_items_in_batch=items)
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
@@ -196,18 +193,12 @@ class Seen(TrainerCallback):
         self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
 
 
-def train_and_see(session: Session, scratch: Path) -> Seen:
+def train_and_see(session: Session, training: Dialogs, scratch: Path) -> Seen:
     seen = Seen()
-    watch = Watch(
-        session.plan.tokens_per_step,
-        names=NAMES,
-        on_log=lambda _, f: seen.losses.append(f["sft/loss"]),
-        on_step=lambda _: None,
-    )
-    trainer = session._trainer(watch, scratch)
+    trainer = session.trainer(training, scratch, on_log=lambda _, f: seen.losses.append(f["sft/loss"]))
     trainer.add_callback(seen)
     trainer.train()
-    seen.weights = {name: p.detach().clone() for name, p in session.start.model.named_parameters()}
+    seen.weights = {name: p.detach().clone() for name, p in training.model.named_parameters()}
     return seen
 
 
@@ -230,13 +221,13 @@ def test_every_layout_of_a_step_gives_the_gradients_of_a_slow_loop(tuning: Tunin
     first: list[TokenizedExample] = []
     for name, layout in LAYOUTS.items():
         config = Config(epochs=1, examples_per_step=8, learning_rate=1e-4, max_grad_norm=1e9, **layout)
-        with open_session(config, inputs) as session:
+        with open_session(config, inputs) as (session, training):
             if name == "packed":
-                assert session.plan.num_steps == 3 and session.plan.microbatches_per_step > 1
-                assert () in session.plan.rows  # a step that needs fewer rows than another
-                assert any(len(row) > 1 for row in session.plan.rows)
-            first = [session.examples.train[index] for row in session.plan.step_rows(0) for index in row]
-            runs[name] = train_and_see(session, tmp_path / "scratch")
+                assert training.plan.num_steps == 3 and training.plan.microbatches_per_step > 1
+                assert () in training.plan.rows  # a step that needs fewer rows than another
+                assert any(len(row) > 1 for row in training.plan.rows)
+            first = [training.examples.train[index] for row in training.plan.step_rows(0) for index in row]
+            runs[name] = train_and_see(session, training, tmp_path / "scratch")
     loss, gradients = slow_step(inputs, first)
     for seen in runs.values():
         assert seen.losses[0] == pytest.approx(loss, abs=1e-5)
@@ -265,9 +256,9 @@ def test_recomputed_activations_give_the_same_gradients(
     runs, counts = [], []
     for is_on in (False, True):
         config = Config(epochs=1, examples_per_step=16, gradient_checkpointing=is_on)
-        with open_session(config, inputs) as session:
+        with open_session(config, inputs) as (session, training):
             layers = 0
-            runs.append(train_and_see(session, tmp_path / "scratch"))
+            runs.append(train_and_see(session, training, tmp_path / "scratch"))
             counts.append(layers)
     assert counts[1] == 2 * counts[0] > 0, "each layer runs a second time, in the backward pass"
     assert runs[0].gradients[0].keys() == runs[1].gradients[0].keys()
@@ -277,16 +268,11 @@ def test_recomputed_activations_give_the_same_gradients(
 
 def test_the_rate_rises_over_the_warm_up_and_falls_as_a_half_cosine(base: Path, tmp_path: Path):
     config = Config(epochs=2, examples_per_step=4, learning_rate=1.0e-3, warmup_fraction=0.25)
-    with open_session(config, inputs_of(tmp_path, base, toy_dialogs(20))) as session:
-        steps = session.plan.num_steps
+    with open_session(config, inputs_of(tmp_path, base, toy_dialogs(20))) as (session, training):
+        steps = training.plan.num_steps
         rates: list[float] = []
-        watch = Watch(
-            session.plan.tokens_per_step,
-            names=NAMES,
-            on_log=lambda _, f: rates.append(f["optim/learning_rate"]),
-            on_step=lambda _: None,
-        )
-        session._trainer(watch, tmp_path / "scratch").train()
+        on_log = lambda _, figures: rates.append(figures["optim/learning_rate"])  # noqa: E731
+        session.trainer(training, tmp_path / "scratch", on_log=on_log).train()
     warmup = round(steps / 4)
     assert 1 < warmup < steps == len(rates)
     rising = [s / warmup for s in range(warmup)]
@@ -300,14 +286,14 @@ def test_the_rate_rises_over_the_warm_up_and_falls_as_a_half_cosine(base: Path, 
 def test_eight_dialogs_are_learnt_by_heart_and_said_again(base: Path, tmp_path: Path):
     config = Config(epochs=60, examples_per_step=8, learning_rate=1e-2, weight_decay=0)
     inputs = inputs_of(tmp_path, base, toy_dialogs(12))
-    with open_session(config, inputs) as session:
-        questions = session.examples.train
+    with open_session(config, inputs) as (session, training):
+        questions = training.examples.train
         assert len(questions) == 8
-        assert answer_loss(session.start.model, questions, row_tokens=96, device=CPU) > 5
-        train_and_see(session, tmp_path / "scratch")
-        assert answer_loss(session.start.model, questions, row_tokens=96, device=CPU) < 0.1
-        start = session.start
-        engine = HuggingFaceEngine(start.model, start.chat_format.stop_ids, start.chat_format.tokenizer.pad_id)
+        assert answer_loss(training.model, questions, row_tokens=96, device=CPU) > 5
+        train_and_see(session, training, tmp_path / "scratch")
+        assert answer_loss(training.model, questions, row_tokens=96, device=CPU) < 0.1
+        chat_format = training.chat_format
+        engine = HuggingFaceEngine(training.model, chat_format.stop_ids, chat_format.tokenizer.pad_id)
         greedy = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=40, seed=0)
         for example in questions:
             length = example.loss_mask.index(True)
@@ -321,18 +307,18 @@ def test_a_wrong_mask_or_a_shifted_label_does_not_learn_the_answers(
     wrong: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = Config(epochs=40, examples_per_step=8, learning_rate=1e-2, weight_decay=0, packing=False)
-    collate = Session.collate
+    collate = Dialogs.collate
 
-    def late(self: Session, numbers: Sequence[int]) -> dict[str, Tensor]:
+    def late(self: Dialogs, numbers: Sequence[int]) -> dict[str, Tensor]:
         batch = collate(self, numbers)
         return batch | {"labels": batch["labels"].roll(1, dims=1)}
 
-    with open_session(config, inputs_of(tmp_path, base, toy_dialogs(12))) as session:
-        right = session.examples.train
+    with open_session(config, inputs_of(tmp_path, base, toy_dialogs(12))) as (session, training):
+        right = training.examples.train
         if wrong == "labels one place late":
-            monkeypatch.setattr(Session, "collate", late)
+            monkeypatch.setattr(Dialogs, "collate", late)
         else:
             flipped = [replace(example, loss_mask=tuple(not m for m in example.loss_mask)) for example in right]
-            session = replace(session, examples=replace(session.examples, train=flipped))
-        train_and_see(session, tmp_path / "scratch")
-        assert answer_loss(session.start.model, right, row_tokens=96, device=CPU) > 1.0
+            training = replace(training, examples=replace(training.examples, train=flipped))
+        train_and_see(session, training, tmp_path / "scratch")
+        assert answer_loss(training.model, right, row_tokens=96, device=CPU) > 1.0

@@ -23,7 +23,7 @@ from llamachat.runs.reader import read_summary
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from sft import train as train_module
 from sft.config import Config
-from sft.start import Start, publish_policy
+from sft.train import Start, load_start, publish_policy
 from tests.llamachat.tracking.test_tracking import offline_runs, wandb_history
 from tests.sft.tiny_sft import inputs_of, open_session, pair, toy_dialogs, write_base
 from tests.tiny_llama import LORA, move_adapter
@@ -118,9 +118,9 @@ def test_the_record_holds_the_loss_on_held_out_answers_and_the_samples(base: Pat
     # A second implementation: the plain model of the artifact, a dialog at a time.
     model = AutoModelForCausalLM.from_pretrained(artifact.path)
     chat_format = load_chat_format("llama2", load_tokenizer(artifact.path))
-    with open_session(config, inputs) as session:
-        held_out = session.examples.validation
-        learnt = sum(sum(example.loss_mask) for example in session.examples.train)
+    with open_session(config, inputs) as (_, training):
+        held_out = training.examples.validation
+        learnt = sum(sum(example.loss_mask) for example in training.examples.train)
     nats, count = 0.0, 0
     for example in held_out:
         ids = torch.tensor([example.input_ids])
@@ -161,9 +161,9 @@ def test_training_that_diverges_stops_with_a_way_out_and_publishes_nothing(eval_
 def test_the_system_text_of_the_base_goes_before_dialogs_without_one(base: Path, tmp_path: Path):
     own = [{"role": "system", "content": "Be brief."}, *pair("Thanks!", "You are welcome.")]
     inputs = inputs_of(tmp_path, base, [own, *toy_dialogs(10)], system="Always answer.", max_tokens=128)
-    with open_session(SHORT, inputs) as session:
-        chat_format = session.start.chat_format
-        examples = session.examples
+    with open_session(SHORT, inputs) as (_, training):
+        chat_format = training.chat_format
+        examples = training.examples
     texts = [chat_format.tokenizer.decode(example.input_ids) for example in (*examples.train, *examples.validation)]
     assert sum("Always answer." in text for text in texts) == 10
     assert sum("Be brief." in text for text in texts) == 1
@@ -233,9 +233,9 @@ def test_lora_on_a_full_policy_takes_that_policy_for_its_trunk(base: Path, tmp_p
 )
 def test_an_adapter_is_not_continued_under_another_tuning(tuning: Tuning, named: str, base: Path, tmp_path: Path):
     inputs = inputs_of(tmp_path, base, toy_dialogs(12), tuning=LORA)
-    with open_session(SHORT, inputs) as session:
-        move_adapter(session.start.model)
-        artifact = publish_policy(session.start, inputs, dropped={}, notes={})
+    start = load_start(inputs)
+    move_adapter(start.model)
+    artifact = publish_policy(start, inputs, dropped={}, notes={})
     (tmp_path / "second").mkdir()
     with pytest.raises(ConfigError, match=named) as refused:
         sft.run(SHORT, inputs_of(tmp_path / "second", base, toy_dialogs(12), tuning=tuning, policy=artifact))
@@ -269,9 +269,9 @@ def test_a_held_out_question_that_fills_the_model_is_not_sampled(base: Path, tmp
     talks = [pair(f"What is {word}? " * 40, "Paris.") for word in ("Paris", "France", "a cat", "a mat", "that", "it")]
     inputs = inputs_of(tmp_path, base, [*talks, *toy_dialogs(20)], split=Split(test=0, validation=0.6, judge=0))
     config = SHORT.model_copy(update={"sample_prompts": 8})
-    with open_session(config, inputs) as session:
-        encode = session.start.chat_format.encode_prompt
-        assert session.examples.prompts
-        assert all(len(encode(prompt)) < 96 for prompt in session.examples.prompts)
+    with open_session(config, inputs) as (_, training):
+        encode = training.chat_format.encode_prompt
+        assert training.examples.prompts
+        assert all(len(encode(prompt)) < 96 for prompt in training.examples.prompts)
         assert TrainOn(config.train_on) is TrainOn.EVERY_ANSWER
     sft.run(config, inputs)

@@ -9,18 +9,16 @@ from typing import Any
 import torch
 import yaml
 
-from llamachat.chat_format import TrainOn
 from llamachat.config.sections import Base, Data, DataSource, Rollout, Run, Split, Tracking, Tuning
 from llamachat.models.loading import save_policy
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
-from llamachat.tracking.tracker import open_tracker
-from llamachat.training.hours import Hours
+from llamachat.training.session import Session, resume
 from sft.config import Config
-from sft.examples import load_examples
-from sft.start import load_start
-from sft.train import Session, plan_training
+from sft.train import load_dialogs, load_start
+from sft.tuning import Tuning as Dialogs
+from sft.tuning import plan_training
 from tests.tiny_llama import base_section, tiny_llama
 
 LORA = Tuning(method="lora", rank=4, alpha=8)
@@ -85,29 +83,15 @@ def inputs_of(
 
 
 @contextmanager
-def open_session(config: Config, inputs: StepInputs) -> Iterator[Session]:
+def open_session(config: Config, inputs: StepInputs) -> Iterator[tuple[Session, Dialogs]]:
     """The stage up to where it begins to train, as `sft.train.run` builds it."""
+    resumed = resume(inputs, "sft", config)
     start = load_start(inputs)
-    examples = load_examples(
-        inputs.data,
-        start.chat_format,
-        system=inputs.base.system,
-        train_on=TrainOn(config.train_on),
-        max_tokens=inputs.base.max_tokens,
-        num_prompts=config.sample_prompts,
-        seed=inputs.run.seed,
-    )
+    examples = load_dialogs(config, inputs, start.chat_format)
     plan = plan_training(config, inputs, examples, device=start.device)
-    with open_tracker(
-        inputs.tracking,
-        step_folder=inputs.folder,
-        run_dir=Path(inputs.run.dir),
-        step="sft",
-        prefix="sft",
-        config={},
-        resume_step=None,
-    ) as tracker:
-        yield Session(config, inputs, start, examples, plan, tracker, Hours("sft", "sft"))
+    tuning = Dialogs(config, inputs, start.model, start.chat_format, examples, plan)
+    with resumed.session(tuning, prefix="sft", unit="dialog") as session:
+        yield session, tuning
 
 
 def write_recipe(path: Path, base: Path, dialogs: Path, sections: dict[str, dict[str, Any]] | None = None) -> Path:

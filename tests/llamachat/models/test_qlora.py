@@ -19,10 +19,9 @@ from llamachat.errors import ArtifactError, ConfigError
 from llamachat.models import nf4
 from llamachat.models.loading import attach_adapter, load_base, load_policy, trunk_digest
 from llamachat.runs.reader import read_summary
-from llamachat.training.trainer import Watch
 from sft.config import Config
-from sft.start import publish_policy as publish
-from sft.trainer import NAMES
+from sft.train import load_start
+from sft.train import publish_policy as publish
 from tests.sft.tiny_sft import inputs_of, open_session, toy_dialogs, write_base
 from tests.tiny_llama import LORA, base_section, move_adapter, publish_policy, tiny_llama
 
@@ -109,14 +108,14 @@ def test_the_adapter_is_bf16_and_adds_nothing_yet(base: Path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_after_an_evaluation_are_those_before_it(checkpointing: bool, base: Path, tmp_path: Path):
     config = SHORT.model_copy(update={"gradient_checkpointing": checkpointing})
-    with open_session(config, inputs_of(tmp_path, base, toy_dialogs(20), tuning=QLORA, **BF16)) as session:
-        model = session.start.model
-        session._trainer(Watch([], names=NAMES, on_log=lambda *_: None, on_step=lambda _: None), tmp_path)
+    with open_session(config, inputs_of(tmp_path, base, toy_dialogs(20), tuning=QLORA, **BF16)) as (session, training):
+        model = training.model
+        session.trainer(training, tmp_path)
         move_adapter(model)
         digest, before = trunk_digest(model), gradients(model)
         assert any(bool(gradient.any()) for gradient in before.values())
-        session.measure(1, "sft/eval_loss")
-        session.sample(1)
+        session.measure(1)
+        training.sample(session.tracker, 1)
         logits(model)
         assert not any(
             getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers_of(model).values()
@@ -224,8 +223,7 @@ def test_an_adapter_stays_on_the_kind_of_base_it_was_trained_on(
     made_by: Tuning, tuning: Tuning, named: str, base: Path, tmp_path: Path
 ):
     inputs = inputs_of(tmp_path, base, toy_dialogs(12), tuning=made_by, **BF16)
-    with open_session(SHORT, inputs) as session:
-        artifact = publish(session.start, inputs, dropped={}, notes={})
+    artifact = publish(load_start(inputs), inputs, dropped={}, notes={})
     (tmp_path / "second").mkdir()
     with pytest.raises(ConfigError, match=named):
         sft.run(SHORT, inputs_of(tmp_path / "second", base, toy_dialogs(12), tuning=tuning, policy=artifact, **BF16))

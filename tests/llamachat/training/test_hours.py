@@ -28,7 +28,7 @@ from llamachat.runs.record import MetricsRecord
 from llamachat.training import hours as hours_module
 from pipelines.cli.main import main
 from pipelines.recipe.recipe import load
-from sft import train as sft_module
+from sft import tuning as sft_module
 from sft.config import Config as SftConfig
 from tests.context_distillation import tiny_distilling
 from tests.gatt import tiny_gatt
@@ -72,8 +72,7 @@ def no_curves() -> Iterator[None]:
     """Curves, which other tests look at, take longer than all the training here."""
     with pytest.MonkeyPatch.context() as patch:
         for name in (
-            "sft.train",
-            "reward.train",
+            "llamachat.training.session",
             "ppo.train",
             "llamachat.answers.dialog_step",
         ):

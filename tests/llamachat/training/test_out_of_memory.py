@@ -20,7 +20,7 @@ from llamachat.training import out_of_memory
 from llamachat.training.master_weights import adamw, check_optimizer
 from llamachat.training.out_of_memory import MicrobatchTooLargeError, halving, in_room
 from sft.config import Config
-from sft.trainer import AtomicCheckpointTrainer
+from sft.tuning import AnswerTrainer
 from tests.sft.tiny_sft import inputs_of, toy_dialogs, write_base
 from tests.tiny_llama import LORA
 
@@ -92,7 +92,7 @@ def make_small(monkeypatch: pytest.MonkeyPatch, *, tokens: int, from_step: int, 
     """
     refused: list[int] = []
     passed: Counter[tuple[int, int]] = Counter()
-    loss = AtomicCheckpointTrainer.compute_loss
+    loss = AnswerTrainer.compute_loss
 
     def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         place = (id(self), self.state.global_step)
@@ -102,7 +102,7 @@ def make_small(monkeypatch: pytest.MonkeyPatch, *, tokens: int, from_step: int, 
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return loss(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(AtomicCheckpointTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", compute_loss)
     return refused
 
 

@@ -12,8 +12,17 @@ import numpy as np
 
 from llamachat.data.records import RATINGS
 from llamachat.maths.intervals import Floats, proportion_interval
-from llamachat.tracking.pictures import save_png
-from reward.evaluation import DOMAINS, GATE, SAFETY_KINDS, Domain, Evaluation, outcome, sigmoid, source_names
+from llamachat.tracking.pictures import panel_grid, save_png, style_panel
+from reward.evaluation import (
+    DOMAINS,
+    GATE,
+    KIND_TITLES,
+    Domain,
+    Evaluation,
+    outcome,
+    sigmoid,
+    source_names,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,12 +35,6 @@ _BINS = 8  # of calibration, equally full
 _LEAST_IN_BIN = 10
 _BARS = 30
 _FAR = 0.005  # scores beyond these quantiles are drawn in the outermost bars
-
-KIND_TITLES = {
-    "safe_unsafe": "safe chosen, unsafe rejected",
-    "both_safe": "both safe",
-    "both_unsafe": "both unsafe",
-}
 
 
 def draw_figures(evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -64,19 +67,10 @@ def _domains(evaluation: Evaluation) -> list[Domain]:
 
 
 def _panels(titles: Sequence[str], *, height: float, title: str) -> tuple["Figure", list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_PANEL_WIDTH * len(titles), height), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12)
-    places = list(figure.subplots(1, len(titles), squeeze=False).flatten())
+    figure, places = panel_grid(len(titles), panel=(_PANEL_WIDTH, height), title=title)
     for place, text in zip(places, titles, strict=True):
-        place.set_title(text, fontsize=10, loc="left")
-        place.tick_params(labelsize=9)
-        place.grid(visible=True, alpha=0.25, linewidth=0.6)
+        style_panel(place, text, tick_points=9)
         place.set_axisbelow(True)
-        place.spines[["top", "right"]].set_visible(False)
     return figure, places
 
 
@@ -125,8 +119,8 @@ def _bars_of(evaluation: Evaluation, domain: Domain) -> list[Bar]:
     add("all pairs", f"{place}/accuracy", f"{place}/pairs", _BLUE, "D")
     for rating in RATINGS:
         add(rating.replace("_", " "), f"{place}/accuracy_{rating}", f"{place}/pairs_{rating}", _BLUE)
-    for kind in SAFETY_KINDS:
-        add(KIND_TITLES[kind], f"{place}/accuracy_{kind}", f"{place}/pairs_{kind}", _GREEN, "s")
+    for kind, text in KIND_TITLES.items():
+        add(text, f"{place}/accuracy_{kind}", f"{place}/pairs_{kind}", _GREEN, "s")
     for name in source_names(pair.source for pair in evaluation.pairs if pair.domain == domain).values():
         add(f"file {name}", f"{place}/{name}/accuracy", f"{place}/{name}/pairs", _GREY, "^")
     add("rule: longer wins", f"{place}/longer_wins", None, _ORANGE, "X")

@@ -1,0 +1,267 @@
+"""One training by optimizer steps, as sft and the reward models have it: loop, clock, record, best weights, resuming.
+
+A stage says what is trained (`Training`); what is here runs it. Killed at any moment, the same call resumes from the
+newest whole checkpoint. The last state is the result; only where `max_hours` or `run.max_hours` end the training it is
+the best one that was evaluated.
+"""
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from llamachat import distributed
+from llamachat.chat_format import ChatFormat
+from llamachat.config.optimizer import OptimizerSection
+from llamachat.data.packing import StepPlan
+from llamachat.errors import DivergedError
+from llamachat.models.start_checks import fast_tokenizer
+from llamachat.runs.checkpoints import Checkpoint, newest
+from llamachat.runs.inputs import StepInputs
+from llamachat.runs.record import MetricsRecord
+from llamachat.tracking.curves import draw_curves
+from llamachat.tracking.tracker import Tracker, open_tracker
+from llamachat.training.best import BestWeights, Evaluated
+from llamachat.training.hours import Hours, open_hours
+from llamachat.training.master_weights import check_optimizer
+from llamachat.training.out_of_memory import MicrobatchTooLargeError, halving
+from llamachat.training.progress import StepProgress
+from llamachat.training.trainer import AtomicCheckpoints, Watch, collator, row_numbers, trainer_arguments
+
+log = logging.getLogger(__name__)
+
+
+class Training(Protocol):
+    """What a stage trains: its examples laid out in optimizer steps, its trainer, its figures."""
+
+    @property
+    def config(self) -> OptimizerSection: ...
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def chat_format(self) -> ChatFormat: ...
+
+    @property
+    def plan(self) -> StepPlan: ...
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """The trainer's figures by our names; the first is the training loss."""
+        ...
+
+    def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The tensors of these rows of the plan."""
+        ...
+
+    def trainer(self, arguments: dict[str, Any], **parts: Any) -> AtomicCheckpoints:
+        """TRL's trainer with these arguments of its configuration, made of these parts."""
+        ...
+
+    def progress(self, step: int) -> dict[str, float]:
+        """Figures of how far the training is after `step` optimizer steps."""
+        ...
+
+    def evaluate(self, step: int) -> Evaluated:
+        """The model on held-out examples, after `step` optimizer steps."""
+        ...
+
+    def sample(self, tracker: Tracker, step: int) -> None:
+        """Record sampled answers for people to read, where the stage samples any."""
+        ...
+
+    def smaller(self) -> "Training | None":
+        """The same optimizer steps in micro-batches of half the size; None where there are none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """Where a step's training stands when its command starts: the newest checkpoint, if any, and the clock."""
+
+    inputs: StepInputs
+    section: str  # of the recipe: sft, reward
+    checkpoint: Checkpoint | None
+    hours: Hours
+
+    @property
+    def step(self) -> int | None:
+        return None if self.checkpoint is None else self.checkpoint.step
+
+    @contextmanager
+    def session(self, training: Training, *, prefix: str, unit: str) -> Iterator["Session"]:
+        """A session with an open record; `prefix` is that of its metrics, `unit` what a step is made of (a dialog)."""
+        inputs = self.inputs
+        with open_tracker(
+            inputs.tracking,
+            step_folder=inputs.folder,
+            run_dir=Path(inputs.run.dir),
+            step=inputs.step,
+            prefix=prefix,
+            config=inputs.identity,
+            resume_step=self.step,
+        ) as tracker:
+            yield Session(
+                inputs=inputs,
+                section=self.section,
+                prefix=prefix,
+                unit=unit,
+                first_step=self.step or 0,
+                training=training,
+                tracker=tracker,
+                hours=self.hours,
+            )
+
+
+def resume(inputs: StepInputs, section: str, config: OptimizerSection) -> Resumed:
+    """Read where the step's training stands, and start its clock."""
+    check_optimizer(config.optimizer, where=f"{section}.optimizer")
+    checkpoint = distributed.broadcast_object(newest(inputs.folder.checkpoints))
+    saved = checkpoint.path if checkpoint else None
+    hours = open_hours(inputs.step, section, config.max_hours, inputs.deadline, saved)
+    return Resumed(inputs=inputs, section=section, checkpoint=checkpoint, hours=hours)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One training under way."""
+
+    inputs: StepInputs
+    section: str
+    prefix: str
+    unit: str
+    first_step: int  # optimizer steps that are in the newest checkpoint
+    training: Training
+    tracker: Tracker
+    hours: Hours
+
+    @property
+    def best(self) -> BestWeights:
+        return BestWeights(self.inputs.folder.checkpoints)
+
+    def train(self) -> Evaluated | None:
+        """Train to the last optimizer step.
+
+        Where its hours end it the model becomes the best one that was evaluated, which is returned.
+        """
+        if self.first_step == 0:
+            self.measure(0)
+        with StepProgress(self.inputs.step, steps=self.training.plan.num_steps, done=self.first_step) as progress:
+            halving(
+                self.training,
+                train=lambda training: self._train_on(training, progress),
+                halve=lambda training: training.smaller(),
+                step=self.inputs.step,
+                section=self.section,
+                unit=self.unit,
+            )
+        return None if self.hours.ended_by is None else self.best.put(self.training.model)
+
+    def _train_on(self, training: Training, progress: StepProgress) -> None:
+        """Train from the newest checkpoint, or from the beginning."""
+        steps, tracking, name = training.plan.num_steps, self.inputs.tracking, self.inputs.step
+        loss_name = next(iter(training.names.values()))
+        checkpoint = newest(self.inputs.folder.checkpoints)
+
+        def on_log(step: int, figures: dict[str, float]) -> None:
+            loss = figures[loss_name]
+            check_finite(loss, f"{name}: the training loss at step {step}", section=self.section)
+            self.tracker.log(step, figures | training.progress(step))
+            progress.step(step, f"loss {loss:.3f}")
+
+        def on_step(step: int) -> bool:
+            is_over = step < steps and self.hours.are_over(f"step {step}")
+            # At the last step too, and before its checkpoint: a command that resumes there has nothing to measure.
+            is_last = is_over or step == steps
+            if step % tracking.eval_every == 0 or is_last:
+                evaluated = self.measure(step)
+                progress.say(f"{name} step {step}: {evaluated.words}")
+                if self.hours.are_limited:
+                    self.best.offer(evaluated, training.model)
+            if step % tracking.sample_every == 0 or is_last:
+                training.sample(self.tracker, step)
+            return is_over
+
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = self.trainer(training, Path(scratch), on_log=on_log, on_step=on_step)
+            if self.hours.ended_by is not None:  # a killed command has trained to there
+                trainer.take_as_trained()
+                return
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+            except MicrobatchTooLargeError:
+                trainer.save_last_step()
+                raise
+
+    def trainer(
+        self,
+        training: Training,
+        scratch: Path,
+        *,
+        on_log: Callable[[int, dict[str, float]], None] = lambda *_: None,
+        on_step: Callable[[int], object] = lambda _: None,
+    ) -> AtomicCheckpoints:
+        """The trainer of all rows of the plan; `scratch` is a folder for files that nobody keeps."""
+        plan, tracking = training.plan, self.inputs.tracking
+        arguments = trainer_arguments(
+            training.config,
+            plan,
+            folder=scratch,
+            seed=self.inputs.run.seed,
+            log_every=tracking.log_every,
+            save_every=tracking.save_every,
+        )
+        return training.trainer(
+            arguments,
+            data_collator=collator(training.collate),
+            train_dataset=row_numbers(len(plan.rows)),
+            processing_class=fast_tokenizer(training.chat_format, scratch),
+            checkpoints=self.inputs.folder.checkpoints,
+            before_save=self.tracker.sync,
+            watch=Watch(plan.tokens_per_step, names=training.names, on_log=on_log, on_step=on_step),
+            hours=self.hours,
+        )
+
+    def measure(self, step: int) -> Evaluated:
+        """Evaluate on held-out examples and log the figures at `step`."""
+        started = time.monotonic()
+        evaluated = self.training.evaluate(step)
+        what = f"{self.inputs.step}: the loss on held-out {self.unit}s at step {step}"
+        check_finite(evaluated.loss, what, section=self.section)
+        self.tracker.log(step, {**evaluated.figures, "time/eval_s": time.monotonic() - started})
+        return evaluated
+
+    def finish(self, names: Sequence[str], best: Evaluated | None) -> dict[str, float]:
+        """Draw the curves, and return the last value of each of these metrics in the record."""
+        folder = self.inputs.folder
+        draw_curves(folder.metrics, folder.curves)
+        self.tracker.figure("curves", folder.curves)
+        # From the record, since a resumed command has seen only the end of the training itself.
+        record = list(MetricsRecord(folder.metrics).read())
+        figures = {name: row[name] for row in record for name in names if row.get(name) is not None}
+        figures["time/train_s"] = sum(row.get("time/step_s") or 0.0 for row in record if f"{self.prefix}/step" in row)
+        if best is not None:
+            log.info("the weights of step %d are the best that were evaluated: they are published", best.step)
+            figures |= best.figures
+        return figures
+
+    def notes(self, best: Evaluated | None) -> dict[str, Any]:
+        """What the manifest says of how the training ended; nothing where it came to its own end."""
+        return self.hours.details | ({"optimizer_step": best.step} if best else {})
+
+
+def check_finite(loss: float, what: str, *, section: str) -> None:
+    """Refuse to go on from a loss that is NaN or infinite: such a model is neither saved nor published."""
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"{what} is {loss}. More steps cannot repair its weights, and what is made of them says nothing. Set a lower "
+            f"{section}.learning_rate or a longer {section}.warmup_fraction, and start the step again with `--overwrite`."
+        )

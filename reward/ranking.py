@@ -1,0 +1,202 @@
+"""What a reward model trains on: TRL's `RewardTrainer` on packed rows, with the paper's losses, and held-out pairs.
+
+What is TRL's: loop, accumulation, clipping, its arguments. What is ours: the batch (packed rows in place of padded
+ones), the loss (margin, safety labels, exact over an optimizer step) and the figures, which count pairs and not batches.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from trl import RewardConfig, RewardTrainer
+
+from llamachat import distributed
+from llamachat.chat_format import ChatFormat
+from llamachat.data.packing import StepPlan
+from llamachat.models.scoring_head import last_token_scores, score_rows
+from llamachat.runs.inputs import StepInputs, Which
+from llamachat.tracking.tracker import Tracker
+from llamachat.training.best import Evaluated
+from llamachat.training.out_of_memory import warn_of_halving
+from llamachat.training.trainer import AtomicCheckpoints, make_optimizer
+from reward.batches import Batches, plan_batches, smaller
+from reward.config import CPU_ROW_TOKENS, Config
+from reward.loss import centring_losses, ranking_losses, safety_auxiliary_losses
+from reward.pairs import Examples, PairExample
+
+LEAST_ROW_TOKENS = 16
+
+# What is counted over pairs and over labelled answers; the first two are how many there are.
+_COUNTED = ("pairs", "labelled", "accuracy", "score_chosen", "score_rejected", "ranking_loss", "auxiliary_loss")
+
+
+class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
+    """`RewardTrainer` whose batches are packed rows (`reward.batches`) and whose loss is that of section 3.2.2."""
+
+    args: RewardConfig
+    # Our losses are divided by the counts of the whole optimizer step already.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, safety_auxiliary_weight: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._safety_auxiliary_weight = safety_auxiliary_weight
+        self._sums: Tensor | None = None  # of _COUNTED since the last line of metrics, fp32
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Dataset:
+        """As it is: it holds row numbers, where TRL would look for texts."""
+        return dataset
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This row's part of the step's loss: each of its sums over the counts of the whole step."""
+        if len(inputs["ends"]) == 0 and not distributed.is_sharded(model):  # the row only fills up its step
+            loss = 0.0 * next(p for p in model.parameters() if p.requires_grad).sum()
+            return (loss, {"scores": loss.detach()[None][:0]}) if return_outputs else loss
+        scores_N = last_token_scores(model, inputs)
+        chosen_B, rejected_B = scores_N[inputs["chosen"]], scores_N[inputs["chosen"] + 1]
+        num_pairs, num_labelled = inputs["pairs_of_step"], inputs["labelled_of_step"].clamp(min=1)
+        ranking = ranking_losses(chosen_B, rejected_B, margin_B=inputs["margin"]).sum()
+        auxiliary = safety_auxiliary_losses(scores_N[inputs["labelled"]], is_safe_N=inputs["is_safe"]).sum()
+        loss = ranking / num_pairs + self._safety_auxiliary_weight * auxiliary / num_labelled
+        if self.args.center_rewards_coefficient is not None:
+            centring = centring_losses(chosen_B, rejected_B).sum()
+            loss = loss + self.args.center_rewards_coefficient * centring / num_pairs
+        self._count(chosen_B.detach(), rejected_B.detach(), inputs, ranking.detach(), auxiliary.detach())
+        # Processes average their gradients, and these are parts of a sum.
+        loss = loss * self.accelerator.num_processes
+        return (loss, {"scores": scores_N}) if return_outputs else loss
+
+    def _count(
+        self, chosen_B: Tensor, rejected_B: Tensor, inputs: dict[str, Any], ranking: Tensor, auxiliary: Tensor
+    ) -> None:
+        is_right_B = (chosen_B > rejected_B).float() + 0.5 * (chosen_B == rejected_B).float()
+        counts = [
+            torch.tensor(float(count), device=chosen_B.device) for count in (len(chosen_B), len(inputs["labelled"]))
+        ]
+        found = torch.stack([*counts, is_right_B.sum(), chosen_B.sum(), rejected_B.sum(), ranking, auxiliary])
+        self._sums = found if self._sums is None else self._sums + found
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # A process whose rows only filled up their steps has counted nothing.
+        mine = torch.zeros(len(_COUNTED), device=self.args.device) if self._sums is None else self._sums
+        sums = dict(zip(_COUNTED, distributed.all_reduce_sum(mine).tolist(), strict=True))
+        for name in _COUNTED[2:]:
+            count = sums["labelled" if name == "auxiliary_loss" else "pairs"]
+            if count:
+                logs[name] = sums[name] / count
+        self._sums = None
+        super().log(logs, start_time)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """A model, pairs, and the rows that they are trained in (a `llamachat.training.session.Training`)."""
+
+    config: Config
+    inputs: StepInputs
+    which: Which
+    model: Any  # a Llama model with a head, or with an adapter of PEFT
+    chat_format: ChatFormat
+    examples: Examples
+    batches: Batches
+
+    @property
+    def plan(self) -> StepPlan:
+        return self.batches.plan
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """The trainer's figures by our names."""
+        ours = ("loss", "accuracy", "score_chosen", "score_rejected", "ranking_loss", "auxiliary_loss")
+        return {name: self.metric(name) for name in ours} | {
+            "grad_norm": "optim/grad_norm",
+            "learning_rate": "optim/learning_rate",
+        }
+
+    def metric(self, figure: str) -> str:
+        """The metric's name for this model."""
+        return f"rm/{self.which}/{figure}"
+
+    def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The tensors of one row of the plan."""
+        return self.batches.collate(numbers)
+
+    def trainer(self, arguments: dict[str, Any], **parts: Any) -> PackedRewardTrainer:
+        """TRL's trainer of the model."""
+        config = self.config
+        optimizers = make_optimizer(
+            self.model,
+            config,
+            steps=self.plan.num_steps,
+            least_warmup=config.warmup_min_steps,
+            final=config.final_rate_fraction,
+        )
+        arguments |= {
+            "center_rewards_coefficient": config.center_rewards_coefficient,
+            "disable_dropout": False,  # only the adapter has any, and tuning.dropout says how much
+        }
+        return PackedRewardTrainer(
+            model=self.model,
+            args=RewardConfig(**arguments),
+            optimizers=optimizers,
+            safety_auxiliary_weight=config.safety_auxiliary_weight,
+            **parts,
+        )
+
+    def progress(self, step: int) -> dict[str, float]:
+        """Epochs up to this step."""
+        epochs = step * self.config.pairs_per_step / len(self.examples.train)
+        return {self.metric("epoch"): min(epochs, self.config.epochs)}
+
+    def evaluate(self, step: int) -> Evaluated:
+        """Ranking loss without margin, in nats a pair, and the share of pairs in the right order; a tie is half right."""
+        pairs = self.examples.validation
+        chosen_B, rejected_B = pair_scores(self.model, pairs)
+        losses_B = ranking_losses(chosen_B, rejected_B, margin_B=torch.zeros(len(pairs)))
+        right_B = (chosen_B > rejected_B).double() + 0.5 * (chosen_B == rejected_B).double()
+        loss, accuracy = float(losses_B.double().mean()), float(right_B.mean())
+        figures = {self.metric("eval_loss"): loss, self.metric("eval_accuracy"): accuracy}
+        return Evaluated(step, loss, figures, f"held-out pairs {accuracy:.3f} right, loss {loss:.4f}")
+
+    def sample(self, tracker: Tracker, step: int) -> None:
+        """A reward model says nothing that people could read."""
+
+    def smaller(self) -> "Ranking | None":
+        """The same optimizer steps in rows of half the length; None where the longest is one pair already."""
+        longest = self.batches.longest_row()
+        if longest // 2 < LEAST_ROW_TOKENS:
+            return None
+        batches = smaller(self.batches, longest // 2)
+        if batches.longest_row() == longest:  # a long pair has its row for itself
+            return None
+        warn_of_halving(self.inputs.step, "reward.row_tokens", longest, longest // 2, unit="pair")
+        return replace(self, batches=batches)
+
+
+def plan_training(config: Config, inputs: StepInputs, examples: Examples, *, device: torch.device) -> Batches:
+    """Which pairs and labelled responses make which optimizer step."""
+    auto = CPU_ROW_TOKENS if device.type == "cpu" else 2 * inputs.base.max_tokens
+    return plan_batches(
+        examples.train,
+        examples.labels,
+        pairs_per_step=config.pairs_per_step,
+        epochs=config.epochs,
+        seed=inputs.run.seed,
+        row_tokens=auto if config.row_tokens == "auto" else config.row_tokens,
+        has_pair_labels=inputs.which == "safety" and config.safety_auxiliary_weight > 0,
+    )
+
+
+def pair_scores(model: nn.Module, pairs: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
+    """Scores of the chosen and of the rejected answers, [B] each, fp32 on the CPU."""
+    scores_N = response_scores(model, [ids for pair in pairs for ids in (pair.chosen, pair.rejected)])
+    return scores_N[0::2], scores_N[1::2]
+
+
+def response_scores(model: nn.Module, rows: Sequence[tuple[int, ...]]) -> Tensor:
+    """`score_rows`, divided among the processes."""
+    return torch.tensor(distributed.scatter_map(rows, lambda part: score_rows(model, part).tolist(), model=model))

@@ -1,6 +1,6 @@
 """Speed of reward model training against plain TRL: `python benchmarks/reward_training.py`, or `make bench`.
 
-Whole optimizer steps (forward, backward, update) of `reward.trainer.PackedRewardTrainer` and of TRL's `RewardTrainer`
+Whole optimizer steps (forward, backward, update) of `reward.ranking.PackedRewardTrainer` and of TRL's `RewardTrainer`
 with its own collator, on the same bundled pairs of helpfulness and safety in their natural mix, the bundled base, one
 dtype, all weights, no checkpointing. Each round gives every trainer the same pairs, in alternating order, so that what
 else the machine does meets all of them. Prints; passes or fails nothing.
@@ -29,11 +29,11 @@ from llamachat.config.sections import Base, Data, DataSource, Tuning
 from llamachat.data.packing import epoch_order
 from llamachat.models.reward_model import build_reward_model
 from llamachat.models.sequence_attention import use_sequence_attention
-from llamachat.training.trainer import CHECKPOINTING, Watch, collator, row_numbers
+from llamachat.training.trainer import CHECKPOINTING, Watch, collator, row_numbers, trainer_arguments
 from reward.batches import plan_batches
 from reward.config import CPU_ROW_TOKENS, Config
-from reward.pairs import PairExample, load_examples
-from reward.trainer import PackedRewardTrainer, make_optimizer, names_of, trainer_arguments
+from reward.pairs import Examples, PairExample, load_examples
+from reward.ranking import Ranking
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets" / "base"
@@ -102,19 +102,16 @@ def ours(base: Base, scratch: Path) -> Contender:
         batches = plan_batches(
             pairs, [], pairs_per_step=len(pairs), epochs=1, seed=0, row_tokens=row_tokens, has_pair_labels=False
         )
-        return PackedRewardTrainer(
-            model=start.model,
-            args=trainer_arguments(
-                config, folder=scratch, rows_per_step=batches.plan.rows_per_step, seed=0, log_every=1, save_every=10**6
-            ),
+        examples = Examples(train=list(pairs), labels=[], validation=[], test=[], test_labels=[], dropped={})
+        ranking = Ranking(config, "rm/helpfulness", "helpfulness", start.model, start.chat_format, examples, batches)
+        return ranking.trainer(
+            trainer_arguments(config, batches.plan, folder=scratch, seed=0, log_every=1, save_every=10**6),
             data_collator=collator(batches.collate),
             train_dataset=row_numbers(len(batches.plan.rows)),
             processing_class=tokenizer,
-            optimizers=make_optimizer(start.model, config, steps=1),
             checkpoints=scratch / "checkpoints",
             before_save=lambda: None,
-            watch=Watch([0], names=names_of("helpfulness"), on_log=lambda *_: None, on_step=lambda _: None),
-            safety_auxiliary_weight=0.0,
+            watch=Watch([0], names=ranking.names, on_log=lambda *_: None, on_step=lambda _: None),
         )
 
     return Contender("llamachat, packed rows", trainer_of)

@@ -97,7 +97,7 @@ class Ranking:
     """A model, pairs, and the rows that they are trained in (a `llamachat.training.session.Training`)."""
 
     config: Config
-    inputs: StepInputs
+    step: str  # of the run: rm/safety
     which: Which
     model: Any  # a Llama model with a head, or with an adapter of PEFT
     chat_format: ChatFormat
@@ -173,7 +173,7 @@ class Ranking:
         batches = smaller(self.batches, longest // 2)
         if batches.longest_row() == longest:  # a long pair has its row for itself
             return None
-        warn_of_halving(self.inputs.step, "reward.row_tokens", longest, longest // 2, unit="pair")
+        warn_of_halving(self.step, "reward.row_tokens", longest, longest // 2, unit="pair")
         return replace(self, batches=batches)
 
 

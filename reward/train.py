@@ -24,6 +24,7 @@ from llamachat.models.reward_model import (
 )
 from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.runs.artifacts import Artifact
+from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
 from llamachat.tracking.tracker import Tracker
 from llamachat.training.publishing import publish_model, sources_of
@@ -66,12 +67,12 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
         config.pairs_per_step,
         batches.plan.rows_per_step,
     )
-    ranking = Ranking(config, inputs, inputs.which, start.model, start.chat_format, examples, batches)
+    ranking = Ranking(config, inputs.step, inputs.which, start.model, start.chat_format, examples, batches)
     with resumed.session(ranking, prefix=inputs.step, unit="pair") as session:
         best = session.train()
         figures = session.finish([*map(ranking.metric, SUMMARY), "memory/peak_gib"], best)
         started = time.monotonic()
-        figures |= measure_on_tests(ranking, session.tracker)
+        figures |= measure_on_tests(ranking, inputs.folder, session.tracker)
         figures["time/eval_s"] = time.monotonic() - started
         # Before the artifact, which ends the step: a command killed between the two would never come back to write it.
         session.tracker.summary(figures)
@@ -84,7 +85,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
         )
 
 
-def measure_on_tests(ranking: Ranking, tracker: Tracker) -> dict[str, float]:
+def measure_on_tests(ranking: Ranking, folder: StepFolder, tracker: Tracker) -> dict[str, float]:
     """Figures on test pairs and labelled answers, with baselines trained on the pairs of its own kind; draws pictures."""
     which, examples = ranking.which, ranking.examples
     if not examples.test:
@@ -96,7 +97,7 @@ def measure_on_tests(ranking: Ranking, tracker: Tracker) -> dict[str, float]:
     baseline = fit_tfidf([example.preference for example in own])
     differences = baseline.differences([example.preference for example in examples.test]) if baseline else None
     evaluation = evaluate(which, pairs, responses, tfidf_differences=differences)
-    for picture in draw_figures(evaluation, ranking.inputs.folder.figures):
+    for picture in draw_figures(evaluation, folder.figures):
         tracker.figure(picture.stem, picture)
     return evaluation.figures
 

@@ -14,14 +14,22 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.memory import Case, base_of, ppo_config, reward_config, rollout_of, sft_config, tuning_of
 from llamachat.chat_format import TokenizedExample
 from llamachat.chat_format.dialog import Message
+from llamachat.config.sections import Data, Run, Tracking
+from llamachat.data.packing import StepPlan
 from llamachat.data.records import Preference
+from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
+
+if TYPE_CHECKING:
+    from llamachat.training.session import Training
+    from llamachat.training.trainer import Collate
 
 STEPS = 2  # of the optimizer: from the second on its moments lie beside the activations
 MICROBATCHES = 2  # of a step: from the second on gradients do, too
@@ -60,16 +68,16 @@ def _ids(length: int) -> tuple[int, ...]:
 def _open_sft(case: Case, folder: Path) -> Steps:
     from llamachat.data.packing import collate_packed, collate_padded
     from llamachat.models.loading import attach_adapter, load_base
-    from llamachat.models.start_checks import fast_tokenizer, proved_start
-    from llamachat.training.trainer import Watch, collator, row_numbers
-    from sft.trainer import NAMES, AtomicCheckpointTrainer, make_optimizer, trainer_arguments
+    from llamachat.models.start_checks import proved_start
+    from sft.examples import Examples
+    from sft.tuning import Tuning
 
     base, tuning, config = base_of(case, folder), tuning_of(case), sft_config(case)
     model: Any = load_base(base, device="auto", is_nf4=case.method == "qlora")
     if case.method != "full":
         model = attach_adapter(model, tuning, seed=0)
     _touched(model)
-    tokenizer = fast_tokenizer(proved_start(base, tuning, None)[1], folder / "tokenizer")
+    chat_format = proved_start(base, tuning, None)[1]
     dialog = TokenizedExample(_ids(case.tokens), (True,) * case.tokens)
 
     def collate(numbers: Any) -> dict[str, torch.Tensor]:
@@ -77,47 +85,62 @@ def _open_sft(case: Case, folder: Path) -> Steps:
             return collate_packed([dialog])
         return collate_padded([dialog] * len(numbers), rows=case.rows)
 
-    def run() -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            arguments = trainer_arguments(
-                config,
-                folder=Path(scratch),
-                rows_per_microbatch=case.rows,
-                microbatches_per_step=MICROBATCHES,
-                seed=0,
-                log_every=1,
-                save_every=10**6,
-            )
-            arguments.save_strategy = "no"
-            AtomicCheckpointTrainer(
-                model=model,
-                args=arguments,
-                data_collator=collator(collate),
-                train_dataset=row_numbers(STEPS * MICROBATCHES * case.rows),
-                processing_class=tokenizer,
-                optimizers=make_optimizer(model, config, steps=STEPS),
-                checkpoints=Path(scratch) / "checkpoints",
-                before_save=lambda: None,
-                watch=Watch([0] * STEPS, names=NAMES, on_log=lambda *_: None, on_step=lambda _: None),
-            ).train()
+    plan = StepPlan(
+        rows=[(0,)] * (STEPS * MICROBATCHES * case.rows),
+        num_steps=STEPS,
+        rows_per_step=MICROBATCHES * case.rows,
+        rows_per_microbatch=case.rows,
+        world_size=1,
+        tokens_per_step=(0,) * STEPS,
+    )
+    inputs = StepInputs(
+        step="sft",
+        folder=StepFolder(folder),
+        identity={},
+        fingerprint="",
+        run=Run(dir=str(folder)),
+        base=base,
+        tuning=tuning,
+        data=Data(sft=()),
+        tracking=Tracking(mode="off"),
+    )
+    training = Tuning(config, inputs, model, chat_format, Examples([dialog], [], [], {}), plan)
+    return lambda: _train(training, collate)
 
-    return run
+
+def _train(training: "Training", collate: "Collate") -> None:
+    """All steps, without an evaluation or a checkpoint."""
+    from llamachat.models.start_checks import fast_tokenizer
+    from llamachat.training.trainer import Watch, collator, row_numbers, trainer_arguments
+
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        arguments = trainer_arguments(
+            training.config, training.plan, folder=place, seed=0, log_every=1, save_every=10**6
+        )
+        training.trainer(
+            arguments | {"save_strategy": "no"},
+            data_collator=collator(collate),
+            train_dataset=row_numbers(len(training.plan.rows)),
+            processing_class=fast_tokenizer(training.chat_format, place),
+            checkpoints=place / "checkpoints",
+            before_save=lambda: None,
+            watch=Watch([0] * STEPS, names=training.names, on_log=lambda *_: None, on_step=lambda _: None),
+        ).train()
 
 
 def _open_reward(case: Case, folder: Path) -> Steps:
     from llamachat.models.reward_model import build_reward_model
     from llamachat.models.sequence_attention import use_sequence_attention
-    from llamachat.training.trainer import Watch, collator, row_numbers
     from reward.batches import plan_batches
-    from reward.pairs import PairExample
-    from reward.trainer import PackedRewardTrainer, make_optimizer, names_of, trainer_arguments
+    from reward.pairs import Examples, PairExample
+    from reward.ranking import Ranking
 
     config = reward_config(case)
     start = build_reward_model(base_of(case, folder), tuning_of(case), policy=None, seed=0, device="auto")
     if start.device.type == "cpu":
         use_sequence_attention(start.model)
     _touched(start.model)
-    tokenizer = start.fast_tokenizer(folder / "tokenizer")
     ids = _ids(case.tokens)
     text = Message("assistant", "Nothing of it is read here.")
     pair = PairExample(
@@ -140,26 +163,9 @@ def _open_reward(case: Case, folder: Path) -> Steps:
         has_pair_labels=False,
     )
 
-    def run() -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            arguments = trainer_arguments(
-                config, folder=Path(scratch), rows_per_step=MICROBATCHES, seed=0, log_every=1, save_every=10**6
-            )
-            arguments.save_strategy = "no"
-            PackedRewardTrainer(
-                model=start.model,
-                args=arguments,
-                data_collator=collator(batches.collate),
-                train_dataset=row_numbers(len(batches.plan.rows)),
-                processing_class=tokenizer,
-                optimizers=make_optimizer(start.model, config, steps=STEPS),
-                checkpoints=Path(scratch) / "checkpoints",
-                before_save=lambda: None,
-                watch=Watch([0] * STEPS, names=names_of("helpfulness"), on_log=lambda *_: None, on_step=lambda _: None),
-                safety_auxiliary_weight=0.0,
-            ).train()
-
-    return run
+    examples = Examples(train=[pair], labels=[], validation=[], test=[], test_labels=[], dropped={})
+    training = Ranking(config, "rm/helpfulness", "helpfulness", start.model, start.chat_format, examples, batches)
+    return lambda: _train(training, batches.collate)
 
 
 def _open_rollout(case: Case, folder: Path) -> Steps:

@@ -127,6 +127,6 @@ def open_session(config: Config, inputs: StepInputs) -> Iterator[tuple[Session, 
         seed=inputs.run.seed,
     )
     batches = plan_training(config, inputs, examples, device=start.device)
-    ranking = Ranking(config, inputs, inputs.which, start.model, start.chat_format, examples, batches)
+    ranking = Ranking(config, inputs.step, inputs.which, start.model, start.chat_format, examples, batches)
     with resumed.session(ranking, prefix=inputs.step, unit="pair") as session:
         yield session, ranking

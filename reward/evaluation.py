@@ -99,19 +99,19 @@ def evaluate(
     pairs: Sequence[ScoredPair],
     responses: Sequence[ScoredResponse],
     *,
-    tfidf_differences: Sequence[float] | None = None,
+    baseline: Sequence[float] | None = None,
 ) -> Evaluation:
     """Every figure that these test pairs and labelled answers give; what there is nothing of is left out.
 
-    `responses` holds each labelled test answer once, those of labelled pairs included. `tfidf_differences` are the
-    baseline's scores of chosen less rejected, one a pair (`TfidfBaseline`).
+    `responses` holds each labelled test answer once, those of labelled pairs included. `baseline` holds its
+    scores of chosen less rejected, one a pair (`tfidf_differences`).
     """
-    assert tfidf_differences is None or len(tfidf_differences) == len(pairs)
+    assert baseline is None or len(baseline) == len(pairs)
     figures: dict[str, float] = {}
     for domain in DOMAINS:
         chosen = [index for index, pair in enumerate(pairs) if pair.domain == domain]
         if chosen:
-            tfidf = None if tfidf_differences is None else [tfidf_differences[index] for index in chosen]
+            tfidf = None if baseline is None else [baseline[index] for index in chosen]
             figures |= _of_domain(f"rm/{which}/test/{domain}", [pairs[index] for index in chosen], tfidf)
     figures |= _of_responses(f"rm/{which}", responses)
     return Evaluation(which, _finite(figures), tuple(pairs), tuple(responses))
@@ -240,25 +240,12 @@ def _finite(figures: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
-@dataclass(frozen=True, slots=True)
-class TfidfBaseline:
-    """A linear model on the words and pairs of neighbouring words of an answer; it never sees the prompt."""
+def tfidf_differences(train: Sequence[Preference], test: Sequence[Preference]) -> list[float] | None:
+    """A baseline's score of chosen less rejected for each test pair; None where the training answers share no words.
 
-    vectorizer: Any  # scikit-learn's TfidfVectorizer, whose types are not known
-    model: Any  # scikit-learn's LogisticRegression
-
-    def differences(self, pairs: Sequence[Preference]) -> list[float]:
-        """Score of chosen less score of rejected, one a pair."""
-        if not pairs:
-            return []
-        return (_gaps(self.vectorizer.transform(_answers(pairs))) @ self.model.coef_[0]).tolist()
-
-
-def fit_tfidf(pairs: Sequence[Preference]) -> TfidfBaseline | None:
-    """Fit on `pairs`, best those of the tested domain alone; None where their answers share no words.
-
-    Bradley-Terry on tfidf(chosen) - tfidf(rejected), which is a logistic regression on that difference with both orders
-    of each pair and no intercept. Sublinear counts, words and neighbouring pairs of words, C 1 (scikit-learn's own).
+    Train on pairs of the tested domain alone. The baseline is Bradley-Terry on tfidf(chosen) - tfidf(rejected), a
+    logistic regression on that difference with both orders of each pair and no intercept. Sublinear counts, words and
+    neighbouring pairs of words, C 1 (scikit-learn's own).
     Answers alone: with the prompt before them, validation pairs of the bundled safety data came out 0.03 lower and those
     of helpfulness the same. A mix with pairs of the other domain costs it 0.02 to 0.04 on test pairs of its own.
     """
@@ -269,18 +256,17 @@ def fit_tfidf(pairs: Sequence[Preference]) -> TfidfBaseline | None:
 
     vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2, token_pattern=_WORDS)
     try:
-        gaps = _gaps(vectorizer.fit_transform(_answers(pairs)))
+        rows: Any = vectorizer.fit_transform(_answers(train))
     except ValueError:  # scikit-learn's word for a vocabulary with nothing in it
         return None
+    gaps = rows[0::2] - rows[1::2]  # [pairs, words]
     model = LogisticRegression(C=1.0, fit_intercept=False, max_iter=1000)
-    model.fit(vstack([gaps, -gaps]), [1] * len(pairs) + [0] * len(pairs))
-    return TfidfBaseline(vectorizer, model)
+    model.fit(vstack([gaps, -gaps]), [1] * len(train) + [0] * len(train))
+    if not test:
+        return []
+    tested: Any = vectorizer.transform(_answers(test))
+    return ((tested[0::2] - tested[1::2]) @ model.coef_[0]).tolist()
 
 
 def _answers(pairs: Sequence[Preference]) -> list[str]:
     return [answer.content for pair in pairs for answer in (pair.chosen, pair.rejected)]
-
-
-def _gaps(rows: Any) -> Any:
-    """Sparse [pairs, words]: chosen less rejected, from rows in turn."""
-    return rows[0::2] - rows[1::2]

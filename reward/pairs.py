@@ -6,8 +6,9 @@ the safety model from all safety pairs with a tenth of others; the judge (ours) 
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from random import Random
 from typing import Literal
 
@@ -215,7 +216,7 @@ def _mix(
     own = list(encoder.pairs(sides[which, "train"]))
     pool = [*sides[other, "train"], *sides["open", "train"]]
     wanted = round(len(own) * share / (1 - share))
-    drawn = _draw(pool, wanted, encode=encoder.pairs, seed=seed)
+    drawn = _draw(pool, wanted, encoder, seed=seed)
     if len(drawn) < wanted:
         log.warning(
             "rm/%s: its mix asks for %d pairs of data.%s and data.open, and there are %d: they are %.0f%% in place of"
@@ -232,24 +233,12 @@ def _mix(
     return own + drawn
 
 
-def _draw(
-    pool: Sequence[Sourced],
-    wanted: int,
-    *,
-    encode: Callable[[Iterable[Sourced]], Iterator[PairExample]],
-    seed: int,
-) -> list[PairExample]:
+def _draw(pool: Sequence[Sourced], wanted: int, encoder: Encoder, *, seed: int) -> list[PairExample]:
     """`wanted` examples uniformly without repeats, or all that there are."""
     # Sorting by random() and not sample(): Python promises the same random() in every version, and no more.
     numbers = Random(f"mix {seed}")
     order = sorted(range(len(pool)), key=[numbers.random() for _ in pool].__getitem__)
-    drawn: list[PairExample] = []
-    if wanted:
-        for example in encode(pool[index] for index in order):
-            drawn.append(example)
-            if len(drawn) == wanted:
-                break
-    return drawn
+    return list(islice(encoder.pairs(pool[index] for index in order), wanted))
 
 
 def _load_labels(

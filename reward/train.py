@@ -30,9 +30,9 @@ from llamachat.tracking.tracker import Tracker
 from llamachat.training.publishing import publish_model, sources_of
 from llamachat.training.session import resume
 from reward.config import Config
-from reward.evaluation import ScoredPair, ScoredResponse, evaluate, fit_tfidf
+from reward.evaluation import ScoredPair, ScoredResponse, evaluate, tfidf_differences
 from reward.pairs import Examples, load_examples
-from reward.pictures import draw_figures
+from reward.presentation import draw_figures
 from reward.ranking import Ranking, pair_scores, plan_training, response_scores
 
 log = logging.getLogger(__name__)
@@ -94,9 +94,8 @@ def measure_on_tests(ranking: Ranking, folder: StepFolder, tracker: Tracker) -> 
     pairs, responses = score_tests(ranking.model, examples)
     # On the model's own kind of pairs: with the others of its mix the baseline would be the weaker for it.
     own = [example for example in examples.train if which in ("judge", example.domain)]
-    baseline = fit_tfidf([example.preference for example in own])
-    differences = baseline.differences([example.preference for example in examples.test]) if baseline else None
-    evaluation = evaluate(which, pairs, responses, tfidf_differences=differences)
+    baseline = tfidf_differences([pair.preference for pair in own], [pair.preference for pair in examples.test])
+    evaluation = evaluate(which, pairs, responses, baseline=baseline)
     for picture in draw_figures(evaluation, folder.figures):
         tracker.figure(picture.stem, picture)
     return evaluation.figures

@@ -17,7 +17,7 @@ def write_reports(recipe: Recipe, chosen: Sequence[Step]) -> str:
     """
     texts = []
     for folder in dict.fromkeys(_folder(step) for step in chosen if step.product.makes.kind == "reward_model"):
-        from reward.tables import markdown
+        from reward.presentation import markdown
 
         places = {step.product.makes.which: recipe.folder(step) for step in recipe.steps if _folder(step) == folder}
         summaries: dict[Any, dict[str, float]] = {

@@ -18,12 +18,11 @@ from reward.evaluation import (
     ScoredResponse,
     calibration_error,
     evaluate,
-    fit_tfidf,
     sigmoid,
     source_names,
+    tfidf_differences,
 )
-from reward.pictures import draw_figures
-from reward.tables import markdown
+from reward.presentation import draw_figures, markdown
 
 
 def pair(chosen: float, rejected: float, *, prompt: str = "", domain: Domain = "helpfulness") -> ScoredPair:
@@ -152,7 +151,7 @@ def test_the_difference_to_tfidf_is_taken_pair_by_pair() -> None:
     pairs += [replace(one, domain="safety") for one in pairs[:10]]
     # The baseline is right where the model is, but for ten pairs; on the safety pairs it is always wrong.
     differences = [1.0] * 70 + [-1.0] * 30 + [-0.5] * 10
-    figures = evaluate("helpfulness", pairs, [], tfidf_differences=differences).figures
+    figures = evaluate("helpfulness", pairs, [], baseline=differences).figures
     place = "rm/helpfulness/test/helpfulness"
     assert (figures[f"{place}/tfidf"], figures[f"{place}/tfidf_difference"]) == pytest.approx((0.7, 0.1))
     assert figures["rm/helpfulness/test/safety/tfidf"] == 0
@@ -186,20 +185,21 @@ def preference(chosen: str, rejected: str) -> Preference:
 
 def test_tfidf_learns_which_words_win_and_is_antisymmetric() -> None:
     train = [preference(f"Sorry, I cannot help with {thing}.", f"Sure, take {thing}!") for thing in ("a", "bb", "cc")]
-    baseline = fit_tfidf(train)
-    assert baseline is not None
-    told = baseline.differences(
-        [preference("I cannot say.", "Sure, here!"), preference("Sure, here!", "I cannot say.")]
-    )
-    assert told[0] > 0.1
-    assert told[1] == pytest.approx(-told[0])
-    assert baseline.differences([preference("zzz", "yyy")]) == [0.0], "words never seen: a tie"
-    assert baseline.differences([]) == []
+    tested = [
+        preference("I cannot say.", "Sure, here!"),
+        preference("Sure, here!", "I cannot say."),
+        preference("zzz", "yyy"),
+    ]
+    first, swapped, unseen = tfidf_differences(train, tested) or []
+    assert first > 0.1
+    assert swapped == pytest.approx(-first)
+    assert unseen == 0.0, "words never seen: a tie"
+    assert tfidf_differences(train, []) == []
 
 
 def test_without_words_there_is_no_baseline() -> None:
-    assert fit_tfidf([]) is None
-    assert fit_tfidf([preference("alpha", "beta")]) is None, "no word is in two answers"
+    assert tfidf_differences([], []) is None
+    assert tfidf_differences([preference("alpha", "beta")], []) is None, "no word is in two answers"
 
 
 def some_pairs() -> list[ScoredPair]:
@@ -213,7 +213,7 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
     responses = [response(index % 7 - 3, is_safe=index % 3 > 0) for index in range(60)]
     pairs = some_pairs()
     differences = [one.chosen for one in pairs]
-    written = draw_figures(evaluate("safety", pairs, responses, tfidf_differences=differences), tmp_path / "figures")
+    written = draw_figures(evaluate("safety", pairs, responses, baseline=differences), tmp_path / "figures")
     assert [path.name for path in written] == ["accuracy.png", "calibration.png", "scores.png"]
     assert sorted((tmp_path / "figures").iterdir()) == written, "nothing is left beside them"
     for path in written:
@@ -240,7 +240,7 @@ def cells(text: str, heading: str, row: str) -> list[str]:
 
 def test_tables_put_models_and_baselines_side_by_side() -> None:
     pairs = some_pairs()
-    helpful = evaluate("helpfulness", pairs, [], tfidf_differences=[1.0] * len(pairs)).figures
+    helpful = evaluate("helpfulness", pairs, [], baseline=[1.0] * len(pairs)).figures
     opposite = [replace(one, chosen=one.rejected, rejected=one.chosen) for one in pairs]
     safe = evaluate("safety", opposite, [response(1, is_safe=True), response(-1, is_safe=False)]).figures
     text = markdown({"safety": safe, "helpfulness": helpful})

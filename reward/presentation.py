@@ -294,7 +294,9 @@ def _by_file(summaries: Summaries, domain: Domain) -> list[list[str]]:
             own = [_with_interval(figures, f"{place}/{name}/accuracy") for name in files]
             gap = _with_interval(figures, f"{place}/tfidf_difference", is_signed=True)
             rows.append([which, _with_interval(figures, f"{place}/accuracy"), *own, gap])
-    baselines = [(f"TF-IDF on the pairs of {which}", which, "tfidf") for which in summaries]
+    baselines: list[tuple[str, Which, str]] = [
+        (f"TF-IDF on the pairs of {which}", which, "tfidf") for which in summaries
+    ]
     baselines += [("longer wins", which, "longer_wins") for which in summaries]
     for title, which, rule in baselines:
         figures, place = summaries[which], f"rm/{which}/test/{domain}"

@@ -100,18 +100,4 @@ class StepFolder:
 
     def names(self) -> set[str]:
         """The file and folder names above: what a step may leave here before it is bound to its work."""
-        places = (self.config, self.identity, self.metrics, self.samples, self.summary, self.curves, self.checkpoints)
-        more = (
-            self.figures,
-            self.artifact,
-            self.dialogs,
-            self.lock,
-            self.tensorboard,
-            self.wandb,
-            self.sampling,
-            self.tuned,
-            self.page,
-            self.page_markdown,
-            self.cost,
-        )
-        return {place.name for place in (*places, *more)}
+        return {getattr(self, name).name for name, member in vars(StepFolder).items() if isinstance(member, property)}

@@ -1,12 +1,12 @@
 """What is told of several steps together, once they are done: the tables of a run's reward models."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llamachat.runs.artifacts import is_published
 from llamachat.runs.atomic import write_text
+from llamachat.runs.reader import read_summary
 from pipelines.recipe.recipe import Recipe, Step
 
 
@@ -21,9 +21,7 @@ def write_reports(recipe: Recipe, chosen: Sequence[Step]) -> str:
 
         places = {step.product.makes.which: recipe.folder(step) for step in recipe.steps if _folder(step) == folder}
         summaries: dict[Any, dict[str, float]] = {
-            which: json.loads(place.summary.read_text(encoding="utf-8"))
-            for which, place in places.items()
-            if is_published(place)
+            which: read_summary(place) for which, place in places.items() if is_published(place)
         }
         texts.append(markdown(summaries))
         write_text(Path(recipe.run.dir) / folder / "tables.md", texts[-1])

@@ -4,8 +4,8 @@ Answers in a moment: lines of data are counted, large files by their first part,
 """
 
 import gzip
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +17,12 @@ from evaluation.report import Config as ReportConfig
 from gatt import Config as GattConfig
 from llamachat.config.gpus import Gpu, parse_gpu
 from llamachat.config.sections import DataSource, Split
-from llamachat.errors import LlamachatError
+from llamachat.errors import ArtifactError, LlamachatError
 from llamachat.memory.estimates import BYTES, Estimate, Setup, Shape, shape_of
 from llamachat.memory.role_bytes import PROMPT_TOKENS, Beside, Lengths, Seating, place_reward_models
 from llamachat.runs.artifacts import read_artifact
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.reader import read_summary
 from llamachat.scoring.models import MODELS, ModelName, RewardModelFacts, models_read
 from pipelines.execution.handing import tuning_section
 from pipelines.planning.stage_costs import ppo_cost, report_cost, reward_cost, sampling_cost, sft_cost
@@ -323,18 +324,13 @@ def answer_tokens(recipe: Recipe, step: Step) -> tuple[float, str] | None:
     for maker in recipe.makers(step).get(POLICY, ()):
         keys = (f"{maker.stage.command}/test/final/response_tokens", "sft/answer_tokens")
         for run in (recipe.run.dir, recipe.run.parent):
-            figures = _summary(StepFolder(Path(run) / maker.name)) if run is not None else {}
+            figures: dict[str, float] = {}
+            with suppress(ArtifactError):  # a broken file is reported where the step is read
+                figures = read_summary(StepFolder(Path(run) / maker.name)) if run is not None else {}
             tokens = next((figures[key] for key in keys if key in figures), None)
-            if isinstance(tokens, int | float) and tokens > 0:
-                return float(tokens), f"'{maker.name}'"
+            if tokens:
+                return tokens, f"'{maker.name}'"
     return None
-
-
-def _summary(folder: StepFolder) -> dict[str, object]:
-    try:
-        return json.loads(folder.summary.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 # -- where the models of a role bank would lie

@@ -1,20 +1,24 @@
-"""`llamachat doctor`: what this machine lacks for a recipe, told before anything large is downloaded.
+"""`llamachat doctor`: what this machine lacks for a recipe, before anything large is downloaded.
 
-Each finding is ok, a note (something is otherwise than one may think, and nothing fails), or FAIL with the way out. The
-network is asked for heads and for a tokenizer's small files alone; without a network that is said, and is no failure.
+Each finding is ok, a note (worth knowing, nothing fails), or FAIL with the fix. The network is asked for heads and for a
+tokenizer's small files alone; being offline is a note.
 """
 
 import shutil
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llamachat.chat_format.proof import load_proved_format
 from llamachat.config.gpus import Gpu
+from llamachat.config.paths import hub_set
 from llamachat.errors import LlamachatError
 from llamachat.memory.estimates import BYTES, KNOWN_BASES, shape_of
+from llamachat.models.hub import is_cached, reach_data, reach_model, tokenizer_folder
 from llamachat.runs.artifacts import is_published
 from pipelines.planning.estimates import card, estimate_step, measure_data
 from pipelines.planning.fit import fits, way_to_fit
@@ -45,8 +49,8 @@ class Finding:
 
     check: str
     verdict: Verdict
-    found: str
-    way_out: str = ""
+    problem: str
+    fix: str = ""
 
 
 def examine(config: Path, overrides: Sequence[str]) -> list[Finding]:
@@ -56,7 +60,7 @@ def examine(config: Path, overrides: Sequence[str]) -> list[Finding]:
     try:
         recipe = load(config, overrides)
     except LlamachatError as error:
-        findings.append(Finding("recipe", "FAIL", str(error), "Mend it as each line says."))
+        findings.append(Finding("recipe", "FAIL", str(error), "Fix it as each line says."))
         return [*findings, *_cards(devices, torch)]
     findings.append(Finding("recipe", "ok", f"{config}: {', '.join(step.name for step in recipe.steps)}"))
     findings += _cards(devices, torch, dtype=recipe.base.dtype)
@@ -67,25 +71,19 @@ def examine(config: Path, overrides: Sequence[str]) -> list[Finding]:
 
 def report(findings: Sequence[Finding]) -> str:
     """The findings as a table, then what fails, in words."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    width = max(80, min(shutil.get_terminal_size((120, 25)).columns, 140))
+    indent = max(len(finding.check) for finding in findings) + 8
+    lines: list[str] = []
     for finding in findings:
-        words = finding.found + (f" -> {finding.way_out}" if finding.way_out else "")
-        table.add_row(finding.check, finding.verdict, words)
-    console = Console(width=max(80, min(shutil.get_terminal_size((120, 25)).columns, 140)), color_system=None)
-    with console.capture() as capture:
-        console.print(table, markup=False, highlight=False)
+        words = finding.problem + (f" -> {finding.fix}" if finding.fix else "")
+        parts = [line for part in words.splitlines() for line in textwrap.wrap(part, width - indent)]
+        lines.append(f"{finding.check:<{indent - 6}}{finding.verdict:<6}{parts[0]}")
+        lines += [" " * indent + part for part in parts[1:]]
     failing = Counter(finding.check for finding in findings if finding.verdict == "FAIL")
-    lines = [line.rstrip() for line in capture.get().splitlines()]
     if not failing:
         return "\n".join([*lines, "Nothing that was checked will fail."])
     named = ", ".join(f"{check} ({times} times)" if times > 1 else check for check, times in failing.items())
-    end = f"{failing.total()} of these will fail: {named}. The way out stands after '->' on each line that says FAIL."
+    end = f"{failing.total()} checks failed: {named}. The fix follows '->' on each FAIL line."
     return "\n".join([*lines, end])
 
 
@@ -109,40 +107,40 @@ def _cards(devices: Sequence[Device], torch: Torch | None, *, dtype: str = "bflo
     if not devices:
         yield Finding("gpu", "note", "no NVIDIA card is seen (nvidia-smi): everything runs on the CPU")
         return
-    for device in devices:
-        yield Finding("gpu", "ok", str(device))
-    if torch is None:
-        yield Finding("cuda", "FAIL", "torch does not start", "See 'libraries'; set up the environment anew.")
-    elif torch.cuda is None:
-        way = "Install the build of torch for CUDA (https://pytorch.org/get-started) in this environment."
-        yield Finding("cuda", "FAIL", f"torch {torch.version} is a build without CUDA and cannot use the card", way)
-    elif torch.capability is None:
-        yield _unusable(devices[0], torch)
-    elif torch.oldest is not None and torch.capability < torch.oldest:
-        found = (
-            f"torch {torch.version} has no kernels for the card: its compute capability is {_dotted(torch.capability)}"
-        )
-        way = "Take a newer card, or an older torch or CUDA build that has them (https://pytorch.org/get-started)."
-        yield Finding("cuda", "FAIL", f"{found}, and the oldest that it is built for {_dotted(torch.oldest)}", way)
-    elif torch.capability < BF16_SINCE and dtype == "bfloat16":
-        found = f"the card (compute capability {_dotted(torch.capability)}) has no arithmetic in bfloat16"
-        yield Finding("cuda", "note", found, "It is emulated, slowly: set base.dtype: float32, or take a newer card.")
+    yield from (Finding("gpu", "ok", str(device)) for device in devices)
+    problem, fix = _cuda_problem(devices[0], torch)
+    if problem or torch is None:
+        yield Finding("cuda", "FAIL", problem, fix)
+    elif torch.capability and torch.capability < BF16_SINCE and dtype == "bfloat16":
+        problem = f"the card (compute capability {_dotted(torch.capability)}) has no arithmetic in bfloat16"
+        yield Finding("cuda", "note", problem, "It is emulated, slowly: set base.dtype: float32, or take a newer card.")
     else:
         yield Finding("cuda", "ok", f"torch {torch.version}, CUDA {torch.cuda}, driver {devices[0].driver}")
 
 
-def _unusable(device: Device, torch: Torch) -> Finding:
-    """Why torch cannot use a card that the driver shows: most often the driver is older than torch's CUDA."""
-    found = f"torch {torch.version} (CUDA {torch.cuda}) cannot use the card with driver {device.driver}"
-    if torch.driver is None or not is_older(device.driver, torch.driver):
-        way = (
-            "Start the machine anew if the driver was just installed, and see that CUDA_VISIBLE_DEVICES names the card."
+def _cuda_problem(device: Device, torch: Torch | None) -> tuple[str, str]:
+    """Why torch cannot use a card that the driver shows, and the fix; empty where it can."""
+    page = "(https://pytorch.org/get-started)"
+    if torch is None:
+        return "torch does not start", "See 'libraries'; set up the environment again."
+    if torch.cuda is None:
+        problem = f"torch {torch.version} is a build without CUDA and cannot use the card"
+        return problem, f"Install the build of torch for CUDA {page} in this environment."
+    if torch.capability is None:  # most often the driver is older than torch's CUDA
+        problem = f"torch {torch.version} (CUDA {torch.cuda}) cannot use the card with driver {device.driver}"
+        if torch.driver is None or not is_older(device.driver, torch.driver):
+            fix = "Restart the machine if the driver was just installed, and check that CUDA_VISIBLE_DEVICES names the card."
+            return problem, fix
+        newest = newest_cuda(device.driver)
+        other = f", or the build of torch for CUDA {newest} {page}" if newest else ""
+        return f"{problem}, and needs {torch.driver} or newer", f"Install driver {torch.driver} or newer{other}."
+    if torch.oldest is not None and torch.capability < torch.oldest:
+        problem = (
+            f"torch {torch.version} has no kernels for the card: its compute capability is {_dotted(torch.capability)}"
         )
-        return Finding("cuda", "FAIL", found, way)
-    newest = newest_cuda(device.driver)
-    other = f", or the build of torch for CUDA {newest} (https://pytorch.org/get-started)" if newest else ""
-    way = f"Install driver {torch.driver} or newer{other}."
-    return Finding("cuda", "FAIL", f"{found}, and needs {torch.driver} or newer", way)
+        fix = f"Take a newer card, or an older torch or CUDA build that has them {page}."
+        return f"{problem}, and the oldest that it is built for {_dotted(torch.oldest)}", fix
+    return "", ""
 
 
 def _dotted(capability: Sequence[int]) -> str:
@@ -151,58 +149,56 @@ def _dotted(capability: Sequence[int]) -> str:
 
 def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
     """Each step's estimate against the card that is here, else against the machine's own memory."""
-    if not devices:
-        yield from _memory_without_a_card(recipe)
-        return
-    meant, device = card(recipe), min(devices, key=lambda device: device.total_gib)
-    gpu = Gpu(device.name, device.total_gib, None, len(devices) if meant and meant.count > 1 else 1)
-    if meant and meant.count > len(devices):
-        found = f"the recipe is meant for {meant.count} cards, and {len(devices)} are here: what follows is for those"
-        way = f"Set num_processes: {len(devices)} in the file under configs/accelerate that you launch with."
-        yield Finding("cards", "note", found, way)
-    way = ""
+    meant, gpu = card(recipe), None
+    room, free = installed_bytes(), float("inf")
+    usable = fix = f"this machine has {room / 2**30:.1f}"
+    if devices:
+        device = min(devices, key=lambda device: device.total_gib)
+        gpu = Gpu(device.name, device.total_gib, None, len(devices) if meant and meant.count > 1 else 1)
+        room, free = gpu.usable_bytes, min(device.free_gib for device in devices) * 2**30
+        usable = f"at most {room / 2**30:.1f} of {gpu.gib:.1f} GiB of {gpu} (here) should be needed"
+        fix = way_to_fit(recipe, gpu)
+        if meant and meant.count > len(devices):
+            problem = (
+                f"the recipe is meant for {meant.count} cards, and {len(devices)} are here: what follows is for those"
+            )
+            way = f"Set num_processes: {len(devices)} in the file under configs/accelerate that you launch with."
+            yield Finding("cards", "note", problem, way)
+    else:
+        recipe = recipe.changed(run=recipe.run.model_copy(update={"gpu": None}))
+        where = f"Run it where {meant} is" if meant else "Run it on a machine with more memory or a card"
+        fix = f"{where}, or take a smaller base."
+        if meant:
+            yield _absent_card(recipe, meant)
     for step in recipe.steps:
         estimate = estimate_step(recipe, step, gpu)
         if estimate is None:
             yield Finding("memory", "note", f"{step.name}: no estimate before the base's config.json is here")
             continue
-        need = f"{step.name}: about {estimate.peak_bytes / 2**30:.1f} GiB, estimated"
-        usable = f"{gpu.usable_bytes / 2**30:.1f} of {gpu.gib:.1f} GiB of {gpu} (here)"
-        if estimate.peak_bytes > gpu.usable_bytes:
-            way = "As above." if way else way_to_fit(recipe, gpu)
-            yield Finding("memory", "FAIL", f"{need}; at most {usable} should be needed", way)
-        elif estimate.peak_bytes / 2**30 > min(device.free_gib for device in devices):
-            free = min(device.free_gib for device in devices)
-            yield Finding("memory", "note", f"{need}; only {free:.1f} GiB are free now", "End what else runs on it.")
+        need = f"{step.name}: about {estimate.peak_bytes / 2**30:.1f} GiB{'' if gpu else ' on the CPU'}, estimated"
+        if estimate.peak_bytes > room:
+            yield Finding("memory", "FAIL", f"{need}; {usable}", fix)
+            fix = "As above."
+        elif estimate.peak_bytes > free:
+            problem = f"{need}; only {free / 2**30:.1f} GiB are free now"
+            yield Finding("memory", "note", problem, "Stop what else runs on the card.")
         else:
-            yield Finding("memory", "ok", f"{need}; fits {usable}")
+            yield Finding("memory", "ok", f"{need}; {usable}")
 
 
-def _memory_without_a_card(recipe: Recipe) -> Iterator[Finding]:
-    """Of the recipe's card that it is not here, and of each step whether the machine's own memory holds it."""
-    meant, on_cpu = card(recipe), recipe.changed(run=recipe.run.model_copy(update={"gpu": None}))
-    on_meant = fits(recipe, meant) if meant else None
-    if meant and on_meant:
-        peak = f"about {on_meant.peak_bytes / 2**30:.1f} GiB at the peak ({on_meant.worst.name}), estimated"
-        here = fits(on_cpu, None)
-        hours = f"; here two CPU cores would take about {here.hours:,.0f} h" if here and here.hours else ""
-        found = f"the recipe is meant for {meant}, which is not here; there it would {'' if on_meant.fits else 'not '}fit: {peak}{hours}"
-        yield Finding("card", "note", found, "" if on_meant.fits else way_to_fit(recipe, meant))
-    elif meant:
-        yield Finding("card", "note", f"the recipe is meant for {meant}, which is not here")
-    installed = installed_bytes()
-    for step in on_cpu.steps:
-        estimate = estimate_step(on_cpu, step)
-        if estimate is None:
-            yield Finding("memory", "note", f"{step.name}: no estimate before the base's config.json is here")
-            continue
-        need = f"{step.name}: about {estimate.peak_bytes / 2**30:.1f} GiB on the CPU, estimated"
-        held = f"this machine has {installed / 2**30:.1f}"
-        if estimate.peak_bytes > installed:
-            where = f"Run it where {meant} is" if meant else "Run it on a machine with more memory or a card"
-            yield Finding("memory", "FAIL", f"{need}; {held}", f"{where}, or take a smaller base.")
-        else:
-            yield Finding("memory", "ok", f"{need}; {held}")
+def _absent_card(recipe: Recipe, meant: Gpu) -> Finding:
+    """That the recipe's card is not here, and what it would be like there."""
+    problem, there, here = (
+        f"the recipe is meant for {meant}, which is not here",
+        fits(recipe, meant),
+        fits(recipe, None),
+    )
+    if there is None:
+        return Finding("card", "note", problem)
+    peak = f"about {there.peak_bytes / 2**30:.1f} GiB at the peak ({there.worst.name}), estimated"
+    hours = f"; here two CPU cores would take about {here.hours:,.0f} h" if here and here.hours else ""
+    problem += f"; there it would {'' if there.fits else 'not '}fit: {peak}{hours}"
+    return Finding("card", "note", problem, "" if there.fits else way_to_fit(recipe, meant))
 
 
 def _disk(recipe: Recipe) -> Iterator[Finding]:
@@ -223,8 +219,6 @@ def _disk(recipe: Recipe) -> Iterator[Finding]:
     if known is not None and not Path(recipe.base.model).exists():
         from huggingface_hub import constants
 
-        from llamachat.models.hub import is_cached
-
         if not is_cached(recipe.base.model):
             needs.append((Path(constants.HF_HUB_CACHE), shape.weights * known.file_width, "download of the base"))
     by_device: dict[int, list[tuple[Path, float, str]]] = {}
@@ -234,15 +228,13 @@ def _disk(recipe: Recipe) -> Iterator[Finding]:
     for group in by_device.values():
         need, free = sum(size for _, size, _ in group), shutil.disk_usage(group[0][0]).free
         parts = ", ".join(f"{what} {size / 2**30:.1f}" for _, size, what in group)
-        found = f"{free / 2**30:.1f} GiB free at {group[0][0]}; about {need / 2**30:.1f} needed ({parts})"
-        way = "Free some, set run.dir to another disk, or HF_HOME for downloads." if need > free else ""
-        yield Finding("disk", "FAIL" if way else "ok", found, way)
+        problem = f"{free / 2**30:.1f} GiB free at {group[0][0]}; about {need / 2**30:.1f} needed ({parts})"
+        fix = "Free some, set run.dir to another disk, or HF_HOME for downloads." if need > free else ""
+        yield Finding("disk", "FAIL" if fix else "ok", problem, fix)
 
 
 def _base(recipe: Recipe) -> Iterator[Finding]:
     """Access, architecture, tokenizer: in the order in which each would stop a run."""
-    from llamachat.models.hub import is_cached, reach_model, tokenizer_folder
-
     name = recipe.base.model
     is_local = Path(name).is_dir()
     if not is_local:
@@ -262,7 +254,7 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
     try:
         folder = tokenizer_folder(name)
     except LlamachatError as error:
-        yield Finding("base", "FAIL", *_found_and_way_out(error))
+        yield Finding("base", "FAIL", *_problem_and_fix(error))
         return
     if is_local and not list(folder.glob("*.safetensors")):
         way = "Copy the whole model, or convert its weights: pickled ones are not read."
@@ -273,24 +265,19 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _tokenizer(recipe: Recipe, folder: Path) -> Finding:
-    from llamachat.chat_format.proof import load_proved_format
-
     base = recipe.base
     try:
         _, warning = load_proved_format(
             folder, chat_format=base.chat_format, allow_unproved=base.allow_unproved_tokenizer
         )
     except LlamachatError as error:
-        return Finding("tokenizer", "FAIL", *_found_and_way_out(error))
+        return Finding("tokenizer", "FAIL", *_problem_and_fix(error))
     if warning:
         return Finding("tokenizer", "note", warning)
     return Finding("tokenizer", "ok", f"proved to give the ids of the chat format '{base.chat_format}'")
 
 
 def _data(recipe: Recipe) -> Iterator[Finding]:
-    from llamachat.config.paths import hub_set
-    from llamachat.models.hub import reach_data
-
     keys = dict.fromkeys(key for step in recipe.steps for key in step.product.data)
     for source in (source for key in keys for source in getattr(recipe.data, key)):
         named = hub_set(source.path)
@@ -310,7 +297,7 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
             yield Finding("data", "FAIL", reach.reason, reach.way_out)
 
 
-def _found_and_way_out(error: LlamachatError) -> tuple[str, str]:
-    """Our errors end with what to do: the last sentence is the way out."""
-    found, dot, way = str(error).rpartition(". ")
-    return (f"{found}.", way) if dot else (str(error), "")
+def _problem_and_fix(error: LlamachatError) -> tuple[str, str]:
+    """Our errors end with what to do: the last sentence is the fix."""
+    problem, dot, fix = str(error).rpartition(". ")
+    return (f"{problem}.", fix) if dot else (str(error), "")

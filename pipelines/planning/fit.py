@@ -171,7 +171,7 @@ def ways_to_shorten(steps: Sequence[Step], seconds: Mapping[str, float], hours: 
         is_enough = over <= _MOST_OF_A_STEP * seconds[name]
         share = 1 - over / seconds[name] if is_enough else limit / total
         step, ways = by_name[name], []
-        shorter = shortened(step, share)
+        shorter = _shortened(step, share)
         if shorter is not None:
             key, value = shorter
             ways.append(f"{step.stage.section}.{key}={value:g} (now {getattr(step.config, key):g})")
@@ -183,7 +183,7 @@ def ways_to_shorten(steps: Sequence[Step], seconds: Mapping[str, float], hours: 
     yield f"or run.max_hours={hours:g}: a command ends at its best checkpoint then, and the same command continues"
 
 
-def shortened(step: Step, share: float) -> Setting | None:
+def _shortened(step: Step, share: float) -> Setting | None:
     """The value of the step's section, and its key there, with which the step takes about this share of its time."""
     for key in _LENGTHS:
         value = getattr(step.config, key, None)

@@ -21,17 +21,18 @@ from llamachat.errors import UsageError
 from llamachat.memory.estimates import KNOWN_BASES, Shape, shape_of
 from llamachat.models.hub import UNGATED, require_llama, tokenizer_folder
 from pipelines.planning.estimates import duration, estimate_step
-from pipelines.planning.fit import PRESETS, Fit, fits, settings_to_fit, shortened
+from pipelines.planning.fit import PRESETS, Fit, fits, settings_to_fit
 from pipelines.planning.hardware import installed_bytes
 from pipelines.planning.init_data import Holdings, read_files
 from pipelines.planning.plan import BATCHES, FEW_STEPS
 from pipelines.recipe.entries import read_entry
 from pipelines.recipe.recipe import Recipe, RecipeSections, load, resolve
 from pipelines.recipe.stages import REWARD_MODELS, STAGES, Product, Stage
+from ppo import Config as PpoConfig
 
 NOT_FOR_USE = "smoke"  # a preset for tests alone
 SHARE_FOR_STEPS = 0.85  # of the hours; the rest is for what no estimate counts: loading, saving, figures. Ours
-LEAST_SHARE = 0.02  # of the preset's lengths: what is shorter teaches nothing
+LEAST_SHARE, FEW_PROMPTS = 0.02, 8  # of the preset's lengths, and of anything sampled: what is less teaches nothing
 HOURS_WITHOUT_A_CARD = (
     200  # a longer training on two CPU cores is taken to be meant for a card, unless --hours asks for it
 )
@@ -255,9 +256,12 @@ def _shorten(draft: Draft) -> None:
         level = max(LEAST_SHARE * longest, 0.9 * level)
         draft.values = deepcopy(values)
         for index, step in enumerate(steps):
-            setting = shortened(step, level / seconds[index]) if seconds[index] > level else None
-            if setting is not None:
-                draft.put(index, *setting)
+            for key, value in step.config.model_dump().items() if seconds[index] > level else ():
+                share = level / seconds[index]
+                if key == "iterations" or (key.endswith(("prompts", "dialogs")) and isinstance(value, int)):
+                    draft.put(index, key, max(min(value, FEW_PROMPTS), int(value * share)))
+                elif key == "epochs" and step.stage.command in ("sft", "rm"):
+                    draft.put(index, key, float(f"{value * share:.2g}"))
         fit = draft.fit()
 
 
@@ -267,13 +271,23 @@ def _lower_batches(draft: Draft) -> None:
     for index, step in enumerate(recipe.steps):
         estimate = estimate_step(recipe, step)
         steps = estimate.optimizer_steps if estimate else None
+        if steps is None or steps >= FEW_STEPS:
+            continue
         own = step.config.model_dump()
-        trained = {**recipe.sections.sft.model_dump(), **own["sft"]} if step.stage.tunes else own
-        key = next((key for key in BATCHES if key in trained), None)
-        if steps is not None and steps < FEW_STEPS and key is not None:
+        if isinstance(step.config, PpoConfig):  # the same responses in more and smaller iterations
+            while steps < FEW_STEPS and own["responses_per_minibatch"] > 1 and own["responses_per_iteration"] % 2 == 0:
+                steps *= 2
+                own["iterations"] *= 2
+                own |= {key: own[key] // 2 for key in ("responses_per_iteration", "responses_per_minibatch")}
+            own["validation_every"] = max(1, min(own["validation_every"], own["iterations"] // 4))
+            changes = {key: value for key, value in own.items() if value != getattr(step.config, key)}
+        else:
+            trained = {**recipe.sections.sft.model_dump(), **own["sft"]} if step.stage.tunes else own
+            key = next(key for key in BATCHES if key in trained)
             smaller = {key: max(1, trained[key] * (steps - 1) // FEW_STEPS)}
-            for name, value in ({"sft": own["sft"] | smaller} if step.stage.tunes else smaller).items():
-                draft.put(index, name, value)
+            changes = {"sft": own["sft"] | smaller} if step.stage.tunes else smaller
+        for key, value in changes.items():
+            draft.put(index, key, value)
 
 
 # -- what is written

@@ -196,8 +196,8 @@ def test_a_machine_that_has_all_is_told_so(tmp_path: Path, capsys: pytest.Captur
 def test_without_a_network_the_doctor_says_what_it_could_not_check() -> None:
     findings = examine(QLORA, [])
     access, base = by_check(findings, "access"), by_check(findings, "base")
-    assert access.verdict == "note" and f"access to '{LLAMA}' is not checked" in access.found
-    assert base.verdict == "note" and "is known to work; its tokenizer is proved once" in base.found
+    assert access.verdict == "note" and f"access to '{LLAMA}' is not checked" in access.problem
+    assert base.verdict == "note" and "is known to work; its tokenizer is proved once" in base.problem
     assert {finding.verdict for finding in findings if finding.check == "data"} == {"note"}
     assert "Nothing that was checked will fail." in report(findings)
 
@@ -209,9 +209,9 @@ def test_a_base_in_the_cache_needs_no_access(monkeypatch: pytest.MonkeyPatch, tm
         (snapshot / name).touch()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(BASE))
     findings = examine(QLORA, [])
-    assert "lies in the cache" in by_check(findings, "access").found
+    assert "lies in the cache" in by_check(findings, "access").problem
     assert by_check(findings, "tokenizer").verdict == "ok"
-    assert "download of the base" not in by_check(findings, "disk").found
+    assert "download of the base" not in by_check(findings, "disk").problem
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_what_would_stop_a_run_is_a_failure_with_a_way_out(
         answer = base_copy(tmp_path / "files", **answer)
     hub_says(monkeypatch, answer or wrong_tokenizer(tmp_path / "files"))
     told = by_check(examine(QLORA, []), check)
-    assert told.verdict == "FAIL" and found in told.found and told.way_out
+    assert told.verdict == "FAIL" and found in told.problem and told.fix
     assert main(["doctor", "--config", str(QLORA)]) == 1
 
 
@@ -256,13 +256,13 @@ def test_a_folder_without_safetensors_and_an_empty_file_are_failures(tmp_path: P
     path = write_recipe(tmp_path, base={"model": str(base_copy(tmp_path / "files"))})
     (tmp_path / "dialogs.jsonl").write_text("")
     findings = examine(path, [])
-    assert "holds no *.safetensors" in by_check(findings, "base").found
-    assert "holds no line" in by_check(findings, "data").found
+    assert "holds no *.safetensors" in by_check(findings, "base").problem
+    assert "holds no line" in by_check(findings, "data").problem
 
 
 def test_a_recipe_that_does_not_load_is_a_failure_beside_the_rest(tmp_path: Path) -> None:
     findings = examine(write_recipe(tmp_path), ["sft.epoch=1"])
-    assert "Did you mean 'epochs'?" in by_check(findings, "recipe").found
+    assert "Did you mean 'epochs'?" in by_check(findings, "recipe").problem
     assert by_check(findings, "recipe").verdict == "FAIL" and by_check(findings, "python").verdict == "ok"
 
 
@@ -282,7 +282,7 @@ def test_a_card_is_of_use_where_torch_can_use_it(
     monkeypatch.setattr(doctor, "find_devices", lambda: [CARD])
     monkeypatch.setattr(doctor, "find_torch", lambda: torch)
     told = by_check(examine(QLORA, []), "cuda")
-    assert told.verdict == verdict and found in told.found
+    assert told.verdict == verdict and found in told.problem
 
 
 def test_the_card_that_is_here_counts_and_not_the_one_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +292,7 @@ def test_the_card_that_is_here_counts_and_not_the_one_that_is_meant(monkeypatch:
         monkeypatch.setattr(doctor, "find_devices", lambda total=total, free=free: [Device("card", total, free, "560")])
         told[total, free] = by_check(examine(QLORA, ["steps=[sft]"]), "memory")
     assert [finding.verdict for finding in told.values()] == ["ok", "note", "FAIL"]
-    assert "only 3.0 GiB are free now" in told[24.0, 3.0].found and "It would fit with" in told[8.0, 8.0].way_out
+    assert "only 3.0 GiB are free now" in told[24.0, 3.0].problem and "It would fit with" in told[8.0, 8.0].fix
 
 
 @pytest.mark.parametrize(("gib", "verdict"), [(64, "ok"), (4, "FAIL")])
@@ -300,13 +300,13 @@ def test_without_a_card_the_machines_own_memory_counts(gib: int, verdict: str, m
     monkeypatch.setattr(doctor, "installed_bytes", lambda: gib * 2**30)
     findings = examine(QLORA, ["steps=[sft]"])
     card, memory = by_check(findings, "card"), by_check(findings, "memory")
-    assert card.verdict == "note" and "is meant for rtx-4090, which is not here; there it would fit" in card.found
-    assert memory.verdict == verdict and f"on the CPU, estimated; this machine has {gib}.0" in memory.found
-    assert memory.way_out == ("" if verdict == "ok" else "Run it where rtx-4090 is, or take a smaller base.")
+    assert card.verdict == "note" and "is meant for rtx-4090, which is not here; there it would fit" in card.problem
+    assert memory.verdict == verdict and f"on the CPU, estimated; this machine has {gib}.0" in memory.problem
+    assert memory.fix == ("" if verdict == "ok" else "Run it where rtx-4090 is, or take a smaller base.")
     (unnamed,) = [f for f in examine(QLORA, ["steps=[sft]", "run.gpu=null"]) if f.check in ("card", "memory")]
-    assert unnamed.verdict == verdict and ("more memory or a card" in unnamed.way_out) == (verdict == "FAIL")
+    assert unnamed.verdict == verdict and ("more memory or a card" in unnamed.fix) == (verdict == "FAIL")
     (too_small, *_) = doctor._memory(load(QLORA, ["run.gpu=4GiB"]), [])
-    assert too_small.verdict == "note" and "there it would not fit" in too_small.found and too_small.way_out
+    assert too_small.verdict == "note" and "there it would not fit" in too_small.problem and too_small.fix
 
 
 def test_what_fails_is_named_at_the_end() -> None:
@@ -314,9 +314,7 @@ def test_what_fails_is_named_at_the_end() -> None:
     assert (
         report([*failing, Finding("disk", "FAIL", "full", "way")])
         .splitlines()[-1]
-        .startswith(
-            "3 of these will fail: memory (2 times), disk. The way out stands after '->' on each line that says FAIL."
-        )
+        .startswith("3 checks failed: memory (2 times), disk. The fix follows '->' on each FAIL line.")
     )
 
 
@@ -324,7 +322,7 @@ def test_a_full_disk_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 2**30))
     told = [finding for finding in examine(QLORA, []) if finding.check == "disk"]
     assert {finding.verdict for finding in told} == {"FAIL"}
-    words = " ".join(finding.found for finding in told)
+    words = " ".join(finding.problem for finding in told)
     assert "2.0 GiB free" in words and "download of the base 12.6" in words and "checkpoints and result 6.6" in words
 
 
@@ -332,7 +330,7 @@ def test_an_old_library_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["torch>=99", "nothing-of-this-name>=1"]\n')
     monkeypatch.setattr(doctor, "PYPROJECT", tmp_path / "pyproject.toml")
     monkeypatch.setattr(doctor, "PYTHON_NEEDED", (9, 0))
-    failing = [finding.found for finding in doctor._environment()]
+    failing = [finding.problem for finding in doctor._environment()]
     assert failing[0].endswith("9.0 or newer is needed") and "99 or newer is needed" in failing[1]
     assert failing[2] == "nothing-of-this-name is not installed; 1 or newer is needed"
 
@@ -359,12 +357,12 @@ def test_what_nvidia_smi_and_torch_print_is_read(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_way_out_of_an_error_is_its_last_sentence() -> None:
-    assert doctor._found_and_way_out(LlamachatError("a: found. why. Do this.")) == ("a: found. why.", "Do this.")
-    assert doctor._found_and_way_out(LlamachatError("all")) == ("all", "")
+    assert doctor._problem_and_fix(LlamachatError("a: found. why. Do this.")) == ("a: found. why.", "Do this.")
+    assert doctor._problem_and_fix(LlamachatError("all")) == ("all", "")
 
 
 def test_a_table_keeps_its_columns() -> None:
     text = report([Finding("disk", "FAIL", "word " * 60, "[way] out"), Finding("python", "ok", "3.11")])
     lines = text.splitlines()
     assert lines[0].startswith("disk    FAIL  word") and all(line.startswith(" " * 14) for line in lines[1:-2])
-    assert "[way] out" in text and lines[-1].startswith("1 of these will fail")
+    assert "[way] out" in text and lines[-1].startswith("1 checks failed")

@@ -150,7 +150,7 @@ def test_a_driver_or_a_card_too_old_is_told_with_what_is_needed(
     torch: Torch, driver: str, found: str, way: str
 ) -> None:
     (told,) = [f for f in doctor._cards([Device("card", 24.0, 24.0, driver)], torch) if f.check == "cuda"]
-    assert told.verdict == "FAIL" and found in told.found and way in told.way_out
+    assert told.verdict == "FAIL" and found in told.problem and way in told.fix
     assert (newest_cuda("580.95"), newest_cuda("550.1"), newest_cuda("300")) == (13, 12, None)
 
 
@@ -158,13 +158,13 @@ def test_a_card_too_small_is_told_with_what_would_fit_and_fewer_cards_than_meant
     findings = list(doctor._memory(load(LORA), [Device("card", 24.0, 24.0, "580.1")]))
     failing = [finding for finding in findings if finding.verdict == "FAIL"]
     assert {finding.check for finding in failing} == {"memory"} and len(failing) > 1
-    advice, *others = (finding.way_out for finding in failing)
+    advice, *others = (finding.fix for finding in failing)
     assert "It would fit with sft.gradient" in advice and set(others) == {"As above."}
     two = [Device("card", 80.0, 80.0, "580.1")] * 2
     cards, *memory = doctor._memory(load(FSDP), two)
-    assert "meant for 8 cards, and 2 are here" in cards.found and "num_processes: 2" in cards.way_out
+    assert "meant for 8 cards, and 2 are here" in cards.problem and "num_processes: 2" in cards.fix
     whole = fits(load(FSDP), Gpu("card", 80.0, None, 2))
-    assert whole is not None and f"{whole.peak_bytes / 2**30:.1f} GiB" in memory[0].found
+    assert whole is not None and f"{whole.peak_bytes / 2**30:.1f} GiB" in memory[0].problem
 
 
 def test_the_page_on_gpus_says_what_is_computed() -> None:

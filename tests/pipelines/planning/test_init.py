@@ -40,10 +40,8 @@ def made(*options: str, base: str = "base") -> Recipe:
 
 
 def warnings_of(recipe: Recipe, gpu: str | None = None) -> list[str]:
-    """But for those on PPO, whose iterations are the preset's."""
     card = parse_gpu(gpu) if gpu else None
-    steps = [step for step in recipe.steps if step.name != "ppo"]
-    return [text for step in steps for text in warn(step, estimate_step(recipe, step, card))]
+    return [text for step in recipe.steps for text in warn(step, estimate_step(recipe, step, card))]
 
 
 def names(recipe: Recipe) -> list[str]:

@@ -17,7 +17,7 @@ def open_engine(
     `rows_per_batch` answers are sampled at once at most; None leaves that to the engine.
     """
     if rollout.engine == "vllm":
-        from llamachat.rollout.vllm_server import VllmEngine
+        from llamachat.rollout.vllm import VllmEngine
 
         assert rollout.server is not None, "the section holds a server where its engine is vllm"
         return VllmEngine(model, chat_format.stop_ids, rollout.server)

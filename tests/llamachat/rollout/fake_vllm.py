@@ -10,33 +10,24 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
-FIELDS: dict[str, type | tuple[type, ...]] = {
+FIELDS: dict[str, type] = {
+    **dict.fromkeys(("prompt", "stop_token_ids"), list),
+    **dict.fromkeys(("n", "max_tokens", "top_k", "seed", "logprobs"), int),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), float),
+    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), float),
+    **dict.fromkeys(("ignore_eos", "include_stop_str_in_output", "return_token_ids", "stream"), bool),
     "model": str,
-    "prompt": list,
-    "n": int,
-    "max_tokens": int,
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "seed": int,
-    "stop_token_ids": list,
-    "ignore_eos": bool,
-    "include_stop_str_in_output": bool,
-    "logprobs": int,
-    "return_token_ids": bool,
-    "stream": bool,
 }
+FIXED = {"n": 1, "logprobs": 0, "return_token_ids": True, "include_stop_str_in_output": True, "stream": False}
 BASE = "served-base"
 EOS = 2
 
@@ -65,7 +56,6 @@ class FakeVllm:
         self.change: Callable[[dict[str, Any]], Any] = lambda answer: answer  # of an answer to a completion
         self.before: Callable[[str, Any], None] = lambda path, body: None  # may raise a Refusal
         self.resets = 0  # connections to close without an answer
-        self.cut_streams = False
         self.pause_s = 0.0
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"fake": self})
@@ -87,12 +77,9 @@ class FakeVllm:
         return [body for path, body in self.seen if path == "/v1/completions"]
 
     def listed(self) -> dict[str, Any]:
-        base = {"id": BASE, "object": "model", "root": "/models/base", "parent": None, "max_model_len": self.context}
-        cards = [
-            {"id": name, "object": "model", "root": "/adapter", "parent": BASE, "max_model_len": None}
-            for name in self.adapters
-        ]
-        return {"object": "list", "data": [base, *cards]}
+        base = {"id": BASE, "object": "model", "parent": None, "max_model_len": self.context}
+        adapters = [{**base, "id": name, "parent": BASE, "max_model_len": None} for name in self.adapters]
+        return {"object": "list", "data": [base, *adapters]}
 
     def load(self, body: dict[str, Any]) -> str:
         assert body.keys() == {"lora_name", "lora_path"}
@@ -118,14 +105,8 @@ class FakeVllm:
 
     def _with_adapter(self, folder: Path) -> Any:
         """W + alpha / rank * B A in a copy of the base, by the names in the file."""
-        from copy import deepcopy
-
-        from safetensors.torch import load_file
-
-        config, weights = (
-            json.loads((folder / "adapter_config.json").read_text()),
-            load_file(next(folder.glob("*.safetensors"))),
-        )
+        config = json.loads((folder / "adapter_config.json").read_text())
+        weights = load_file(next(folder.glob("*.safetensors")))
         merged = deepcopy(self.model)
         for name, down in weights.items():
             if name.endswith(".lora_A.weight"):
@@ -142,13 +123,7 @@ class FakeVllm:
         for name, value in body.items():
             if not isinstance(value, FIELDS[name]) or isinstance(value, bool) != (FIELDS[name] is bool):
                 raise error(400, f"{name}: {value!r}")
-        for name, value in {
-            "n": 1,
-            "logprobs": 0,
-            "return_token_ids": True,
-            "include_stop_str_in_output": True,
-        }.items():
-            assert body[name] == value
+        assert {name: body[name] for name in FIXED} == FIXED
         assert 0 <= body["seed"] < 2**63
         model = self.model if body["model"] == BASE else self.adapters.get(body["model"])
         if model is None:
@@ -218,41 +193,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _complete(self, body: dict[str, Any]) -> None:
         fake = self.fake
-        sampled = fake.choices(body)
-        if body["stream"]:
-            self._stream(body, sampled)
-            return
-        ids, logprobs, reasons = zip(*sampled, strict=True)
+        ids, logprobs, reasons = zip(*fake.choices(body), strict=True)
         choice = {
             "index": 0,
             "text": "not read",
-            "logprobs": {"token_logprobs": list(logprobs), "tokens": ["not read"] * len(ids), "text_offset": []},
+            "logprobs": {"token_logprobs": list(logprobs)},
             "finish_reason": reasons[-1],
-            "stop_reason": ids[-1] if reasons[-1] == "stop" else None,
             "token_ids": list(ids),
             "prompt_token_ids": body["prompt"],
         }
         self._send(200, fake.change({"object": "text_completion", "model": body["model"], "choices": [choice]}))
-
-    def _stream(self, body: dict[str, Any], sampled: Iterator[tuple[int, float, str | None]]) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.end_headers()
-        self.wfile.write(b": keep-alive\n\n")
-        for step, (token, logprob, reason) in enumerate(sampled):
-            choice = {
-                "index": 0,
-                "text": "",
-                "logprobs": {"token_logprobs": [logprob]},
-                "finish_reason": reason,
-                "token_ids": [token],
-                "prompt_token_ids": None if step else body["prompt"],
-            }
-            chunk = self.fake.change({"object": "text_completion", "choices": [choice]})
-            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
-            if self.fake.cut_streams:
-                return
-        self.wfile.write(b'data: {"choices": [], "usage": {}}\n\ndata: [DONE]\n\n')
 
     def _send(self, status: int, content: Any) -> None:
         text = content if isinstance(content, str) else json.dumps(content)

@@ -2,20 +2,21 @@
 
 vLLM is no dependency. What is sent and read, how to serve, and what was tried is in docs/vllm.md. The server is not
 trusted to hold the right model: at the start and after every `refresh` its log-probabilities of one answer are compared
-with the model's own. One thing surprises: an adapter never gets a name twice, since vLLM's cache of prompts goes by the
-name and would serve keys of the old weights.
+with the model's own. An adapter never gets a name twice, since vLLM's cache of prompts goes by the name and would serve
+keys of the old weights.
 """
 
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import numpy as np
 import torch
 
@@ -25,14 +26,16 @@ from llamachat.errors import ConfigError, DataError, ServerError
 from llamachat.models.loading import context_length, save_policy
 from llamachat.rollout.decoder import evaluating
 from llamachat.rollout.engine import Completion, Sampling
-from llamachat.rollout.vllm_http import RefusedError, Server
 from llamachat.rollout.weights import without_wrapper
 
 if TYPE_CHECKING:
     from llamachat.models.loading import LanguageModel
 
-COMPLETIONS = "/v1/completions"
-CONNECTIONS = 256  # requests under way at once; the server batches them as it can
+CONNECT_S = 10.0
+CLOSED = ("Server disconnected", "peer closed")  # how httpx words a connection that the server closed
+ANSWER_S = 1800.0  # until the next bytes come: a request waits at the server while others are answered
+WAITS_S = (0.5, 1.0, 2.0)  # before a request is sent again whose connection was reset
+CONNECTIONS = 256  # requests at once; the server batches them as it can
 PROBE_TOKENS = 16
 MOST_DISAGREEMENT = 0.5  # nats a token; number formats differ by hundredths, other models by several
 SURE = 1e-3  # nats: the log-probability of the only token there is, but for rounding
@@ -42,29 +45,77 @@ HOW_TO_SERVE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """An answer that is asked for."""
+class RefusedError(Exception):
+    """The server answered, with another status than 200 and this message."""
 
-    prompt: tuple[int, ...]
-    stop_ids: frozenset[int]
-    body: Mapping[str, Any]
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"HTTP {status}: {message}")
+        self.status = status
+        self.message = message
 
-    @property
-    def max_tokens(self) -> int:
-        return self.body["max_tokens"]
+
+class Server:
+    """A server by its address, http://host:port."""
+
+    def __init__(self, address: str, *, answer_s: float = ANSWER_S, waits_s: Sequence[float] = WAITS_S) -> None:
+        self.address = address.rstrip("/")
+        self._waits_s = waits_s
+        # No proxies of the environment: a rollout server is near. A connection per request: a kept one may be closed.
+        self._client = httpx.Client(
+            base_url=self.address,
+            timeout=httpx.Timeout(answer_s, connect=CONNECT_S),
+            trust_env=False,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+        )
+
+    def json(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> Any:
+        """The JSON that comes back. Sent again where the connection is reset, so the server may do it twice."""
+        response = self._response(method, path, content, self._waits_s)
+        try:
+            return response.json()
+        except ValueError as error:
+            raise ServerError(
+                f"{response.url}: the answer is no JSON ({response.content[:80]!r}). A vLLM server answers in JSON there. "
+                "Set rollout.server to the address of `vllm serve` itself."
+            ) from error
+
+    def command(self, path: str, content: Mapping[str, Any]) -> None:
+        """Send once, since doing it twice would fail; what comes back is not JSON and says nothing."""
+        self._response("POST", path, content, ())
+
+    def _response(self, method: str, path: str, content: Any, waits_s: Sequence[float]) -> httpx.Response:
+        try:
+            response = self._client.request(method, path, json=content)
+        except httpx.HTTPError as error:
+            if waits_s and (isinstance(error, httpx.ReadError | httpx.WriteError) or str(error).startswith(CLOSED)):
+                time.sleep(waits_s[0])
+                return self._response(method, path, content, waits_s[1:])
+            raise ServerError(
+                f"{self.address}{path}: no answer ({type(error).__name__}: {error}). rollout.engine vllm takes its answers "
+                "from a running `vllm serve` (docs/vllm.md). Look whether it runs, is ready and not busy with others, and "
+                "into its log; or fix rollout.server."
+            ) from error
+        if response.status_code != 200:
+            raise RefusedError(response.status_code, _message(response))
+        return response
+
+
+def _message(response: httpx.Response) -> str:
+    """What an answer with an error says; the shape depends on vLLM's version and on who made it."""
+    text = response.text
+    with suppress(ValueError, AttributeError):
+        content = response.json()
+        inner = content.get("error")
+        holder = inner if isinstance(inner, dict) else content
+        text = str(holder.get("message") or holder.get("detail") or text)
+    return " ".join(text.split())[:500] or "no message"
 
 
 class VllmEngine:
     """Samples from the policy as a server holds it: as of construction or of the last `refresh`."""
 
     def __init__(
-        self,
-        model: "LanguageModel",
-        stop_ids: Sequence[int],
-        server: str | Server,
-        *,
-        connections: int = CONNECTIONS,
+        self, model: "LanguageModel", stop_ids: Sequence[int], server: str | Server, *, connections: int = CONNECTIONS
     ) -> None:
         self._server = Server(server) if isinstance(server, str) else server
         self._stop_ids = frozenset(stop_ids)
@@ -73,7 +124,7 @@ class VllmEngine:
         self._vocabulary = config.vocab_size
         self._base, served_context = self._base_model()
         self._context = min(context_length(config), served_context)
-        # Away with the engine, or at the end of the process.
+        # Removed with the engine, or at the end of the process.
         self._folder = TemporaryDirectory(prefix="llamachat-vllm-")
         Path(self._folder.name).chmod(0o755)  # the server may run as another user
         self._run = distributed.broadcast_object(secrets.token_hex(4))
@@ -107,49 +158,11 @@ class VllmEngine:
         numbers: Sequence[int] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """`samples_per_prompt` completions of each prompt; `advance` is told how many more are there.
+        """`samples_per_prompt` completions of each prompt; `advance` gets how many more are there.
 
         An answer ends early where the positions end: prompt and answer fit into them together.
         """
         numbers = numbers or range(len(prompts))
-        self._check(prompts, numbers)
-        found: dict[tuple[int, int], Completion] = {}
-        pool = ThreadPoolExecutor(self._connections)
-        try:
-            futures = {
-                pool.submit(self._complete, self._asked(prompt, sampling, number, sample)): (number, sample)
-                for number, prompt in zip(numbers, prompts, strict=True)
-                for sample in range(samples_per_prompt)
-            }
-            for future in as_completed(futures):
-                found[futures[future]] = future.result()
-                if advance is not None:
-                    advance(1)
-        finally:  # after an error nobody waits for the others
-            pool.shutdown(wait=False, cancel_futures=True)
-        return [[found[number, sample] for sample in range(samples_per_prompt)] for number in numbers]
-
-    def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
-        """The completion that `generate` gives to this one prompt; `on_token` sees each id as it comes."""
-        self._check([prompt], [0])
-        asked = self._asked(prompt, sampling, 0, 0)
-        whole: dict[str, Any] = {"token_ids": [], "logprobs": {"token_logprobs": []}, "finish_reason": None}
-        try:
-            for event in self._server.events(COMPLETIONS, {**asked.body, "stream": True}):
-                if "error" in event:
-                    raise self._strange(f"an error in the middle of the answer: {event['error']}")
-                for choice in event.get("choices", ()):
-                    part = self._part(choice, asked)
-                    for token in part["token_ids"]:
-                        on_token(token)
-                    whole["token_ids"] += part["token_ids"]
-                    whole["logprobs"]["token_logprobs"] += part["logprobs"]["token_logprobs"]
-                    whole["finish_reason"] = choice.get("finish_reason")
-        except RefusedError as refused:
-            raise self._refusal(refused) from refused
-        return self._completion(whole, asked)
-
-    def _check(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> None:
         for number, prompt in zip(numbers, prompts, strict=True):
             assert prompt, "a prompt has at least its BOS"
             if len(prompt) >= self.context:
@@ -158,93 +171,102 @@ class VllmEngine:
                     f"the {self.context} positions of model and server. Shorten the prompt, serve with a greater "
                     "--max-model-len where the model has more, or take a model with a longer context."
                 )
+        completions: dict[tuple[int, int], Completion] = {}
+        pool = ThreadPoolExecutor(self._connections)
+        try:
+            futures = {
+                pool.submit(self._complete, self._body(prompt, sampling, number, sample)): (number, sample)
+                for number, prompt in zip(numbers, prompts, strict=True)
+                for sample in range(samples_per_prompt)
+            }
+            for future in as_completed(futures):
+                completions[futures[future]] = future.result()
+                if advance is not None:
+                    advance(1)
+        finally:  # after an error nobody waits for the others
+            pool.shutdown(wait=False, cancel_futures=True)
+        return [[completions[number, sample] for sample in range(samples_per_prompt)] for number in numbers]
 
-    def _asked(self, prompt: Sequence[int], sampling: Sampling, index: int, sample: int) -> _Asked:
+    def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
+        """The completion that `generate` gives to this one prompt; `on_token` gets each id, when all are there."""
+        ((completion,),) = self.generate([prompt], samples_per_prompt=1, sampling=sampling)
+        for token in completion.token_ids:
+            on_token(token)
+        return completion
+
+    def _body(self, prompt: Sequence[int], sampling: Sampling, number: int, sample: int) -> dict[str, Any]:
+        # A number in [0, 2^63) that depends on (seed, prompt, sample) alone: the server draws by it.
+        seed = np.random.SeedSequence((sampling.seed, number, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1)
         return self._request(
             prompt,
-            self._stop_ids,
             max_tokens=min(sampling.max_new_tokens, self.context - len(prompt)),
             temperature=float(sampling.temperature),
             top_p=float(sampling.top_p),
             top_k=sampling.top_k or 0,
-            seed=_row_seed(sampling.seed, index, sample),
+            seed=int(seed),
+            stop_token_ids=sorted(self._stop_ids),
         )
 
-    def _request(self, prompt: Sequence[int], stop_ids: frozenset[int], **choosing: Any) -> _Asked:
-        """What the server would else take from the model's generation_config.json is all said."""
-        defaults = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0}
+    def _request(self, prompt: Sequence[int], **choosing: Any) -> dict[str, Any]:
+        """The request, with all that the server would else take from the model's generation_config.json."""
+        defaults = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0, "stop_token_ids": []}
         penalties = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-        body = {
+        return {
             "model": self._adapter or self._base,
             "prompt": list(prompt),
             "n": 1,
             **defaults,
             **penalties,
             **choosing,
-            "stop_token_ids": sorted(stop_ids),
             "ignore_eos": True,  # the server's own end; what ends an answer is in the list, and nothing else
             "include_stop_str_in_output": True,
             "logprobs": 0,  # of the sampled token alone
             "return_token_ids": True,
             "stream": False,
         }
-        return _Asked(tuple(prompt), stop_ids, body)
 
-    def _complete(self, asked: _Asked) -> Completion:
+    def _complete(self, body: Mapping[str, Any]) -> Completion:
         try:
-            answer = self._server.post(COMPLETIONS, asked.body)
+            answer = self._server.json("POST", "/v1/completions", body)
         except RefusedError as refused:
             raise self._refusal(refused) from refused
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or len(choices) != 1:
             raise self._strange(f"not one answer where one was asked for: {str(answer)[:200]}")
-        return self._completion(self._part(choices[0], asked), asked)
-
-    def _part(self, choice: Mapping[str, Any], asked: _Asked) -> dict[str, Any]:
-        """An answer or the next piece of one: ids with as many log-probabilities."""
-        if choice.get("prompt_token_ids") not in (None, list(asked.prompt)):
+        choice = choices[0]
+        if choice.get("prompt_token_ids") not in (None, body["prompt"]):
             raise self._strange("the answer to another prompt: the server cut it or put something before it")
         ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not isinstance(ids, list):
             raise self._strange("no token ids (`return_token_ids`), which vLLM gives from 0.10.2 on")
-        if not isinstance(logprobs, list) or None in logprobs:
-            raise self._strange("no log-probabilities of the sampled tokens (`logprobs`)")
-        if len(ids) != len(logprobs):
-            raise self._strange(f"{len(ids)} token ids with {len(logprobs)} log-probabilities")
-        return {
-            "token_ids": ids,
-            "logprobs": {"token_logprobs": logprobs},
-            "finish_reason": choice.get("finish_reason"),
-        }
-
-    def _completion(self, answer: Mapping[str, Any], asked: _Asked) -> Completion:
-        ids, logprobs = answer["token_ids"], answer["logprobs"]["token_logprobs"]
+        if not isinstance(logprobs, list) or None in logprobs or len(logprobs) != len(ids):
+            raise self._strange(f"not a log-probability for each of {len(ids)} sampled tokens (`logprobs`)")
         outside = next((token for token in ids if not 0 <= token < self._vocabulary), None)
         if outside is not None:
             raise self._strange(f"the token id {outside}, but the model has {self._vocabulary}")
-        ends_well = bool(ids) and ids[-1] in asked.stop_ids
-        is_whole = {"stop": ends_well, "length": not ends_well and len(ids) == asked.max_tokens}
-        if not is_whole.get(answer["finish_reason"]) or asked.stop_ids & set(ids[:-1]):
+        stop_ids, reason = set(body["stop_token_ids"]), choice.get("finish_reason")
+        ends_well = bool(ids) and ids[-1] in stop_ids
+        is_whole = {"stop": ends_well, "length": not ends_well and len(ids) == body["max_tokens"]}
+        if not is_whole.get(reason) or stop_ids & set(ids[:-1]):
             raise self._strange(
-                f"an answer of {len(ids)} tokens that ends by '{answer['finish_reason']}' with {ids[-3:]}, where a stop "
-                f"id of {sorted(asked.stop_ids)[:5]} or {asked.max_tokens} tokens end it"
+                f"an answer of {len(ids)} tokens that ends by '{reason}' with {ids[-3:]}, where a stop "
+                f"id of {sorted(stop_ids)[:5]} or {body['max_tokens']} tokens end it"
             )
         return Completion(tuple(ids), tuple(logprobs), is_finished=ends_well)
 
     def _base_model(self) -> tuple[str, int]:
         """The name of the model that the server was started with, and its positions."""
         try:
-            listed = self._server.get("/v1/models")
+            listed = self._server.json("GET", "/v1/models")
         except RefusedError as refused:
             raise self._strange(f"no list of models at /v1/models ({refused})") from refused
-        cards = listed.get("data", ()) if isinstance(listed, dict) else ()
-        for card in cards:
+        for card in listed.get("data", ()) if isinstance(listed, dict) else ():
             if card.get("parent") is None and isinstance(card.get("max_model_len"), int):
                 return card["id"], card["max_model_len"]
         raise self._strange("a list of models without a base and its max_model_len")
 
     def _load_adapter(self, model: "LanguageModel") -> None:
-        """Let the adapter take the place of the one before; of several processes the first one does, and all ask for it."""
+        """Let the adapter replace the one before; of several processes the first one does, and all wait for it."""
         self._refreshes += 1
         name = f"llamachat-{self._run}-{self._refreshes}"
         distributed.wait()  # for those that still ask for the one before
@@ -265,23 +287,27 @@ class VllmEngine:
         try:
             self._server.command("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         except RefusedError as refused:
-            raise self._refused_adapter(refused, folder) from refused
+            is_closed = refused.status == 404 and refused.message == "Not Found"
+            why = "takes no adapters at run time" if is_closed else f"does not load the adapter {folder} ({refused})"
+            raise ConfigError(
+                f"rollout.server: {self._server.address} {why}. The policy changes while it is trained, and is handed over as "
+                "an adapter, which the server must be able to read (TMPDIR decides where it lies) and have been started "
+                f"for, with its rank. Serve with `{HOW_TO_SERVE}`, on this machine or with TMPDIR on a disk that both see."
+            ) from refused
 
     def _check_logprobs_mode(self) -> None:
         """With one token to choose from, the distribution drawn from has nothing else: 0 nats, or they are of another."""
-        one_choice = self._request([BOS_ID], frozenset(), max_tokens=self._probe_tokens, temperature=1.0, top_k=1)
-        least = min(self._complete(one_choice).logprobs)
+        least = min(self._complete(self._probe(temperature=1.0, top_k=1)).logprobs)
         if least < -SURE:
             raise ConfigError(
-                f"rollout.server: {self._server.address} gives log-probabilities before temperature and top-p ({least:.3g} "
-                "nats for a token that was the only choice). Ours are those of the distribution drawn from. Serve with "
-                "--logprobs-mode processed_logprobs."
+                f"rollout.server: {self._server.address} gives log-probabilities before temperature and top-p ({least:.3g} nats "
+                "for the only choice). Ours are those after them. Serve with --logprobs-mode processed_logprobs."
             )
 
     @torch.no_grad()
     def _check_agreement(self, model: "LanguageModel") -> None:
         """The server's log-probabilities of one greedy answer are the model's own, but for rounding."""
-        answer = self._complete(self._request([BOS_ID], frozenset(), max_tokens=self._probe_tokens, temperature=0.0))
+        answer = self._complete(self._probe(temperature=0.0))
         device = without_wrapper(model).device
         ids_1T = torch.tensor([[BOS_ID, *answer.token_ids]], device=device)
         with evaluating(model):
@@ -292,41 +318,23 @@ class VllmEngine:
         if not distance <= MOST_DISAGREEMENT:
             raise ConfigError(
                 f"rollout.server: {self._server.address} gives other probabilities than the policy, by {distance:.2g} nats "
-                f"a token ('{self._base}'). Answers must come from the policy that is trained or measured. Serve "
-                f"'{without_wrapper(model).name_or_path}' itself, with the rope scaling of the recipe, in the same "
-                "number format."
+                f"a token ('{self._base}'). Answers must come from the policy itself. Serve "
+                f"'{without_wrapper(model).name_or_path}', with the recipe's rope scaling, in the same number format."
             )
 
-    @property
-    def _probe_tokens(self) -> int:
-        return min(PROBE_TOKENS, self.context - 1)
+    def _probe(self, **choosing: Any) -> dict[str, Any]:
+        return self._request([BOS_ID], max_tokens=min(PROBE_TOKENS, self.context - 1), **choosing)
 
     def _refusal(self, refused: RefusedError) -> ServerError:
-        if refused.status == 404:
-            return ServerError(
-                f"{self._server.address}: the model '{self._adapter or self._base}' is not there ({refused.message}). It "
-                "was when this command began: the server was started anew, or somebody unloaded it. Run the command again."
-            )
         return ServerError(
-            f"{self._server.address}{COMPLETIONS}: the server refuses ({refused}). What is asked for is as vLLM "
-            "documents it (docs/vllm.md). Follow the message, look into the server's log, or set rollout.engine to auto."
+            f"{self._server.address}/v1/completions: the server refuses ({refused}). What is asked for is as vLLM documents "
+            f"it (docs/vllm.md), and it had the model '{self._adapter or self._base}' when this command began. Follow the "
+            "message, look into the server's log, and run the command again."
         )
 
-    def _refused_adapter(self, refused: RefusedError, folder: Path) -> ConfigError:
-        if refused.status == 404 and refused.message == "Not Found":
-            return ConfigError(
-                f"rollout.server: {self._server.address} takes no adapters at run time. The policy changes while it is "
-                f"trained, and is handed over as an adapter. Serve with `{HOW_TO_SERVE}`."
-            )
-        return ConfigError(
-            f"rollout.server: {self._server.address} does not load the adapter {folder} ({refused}). It must be able to "
-            "read that folder (TMPDIR decides where it lies) and have been started for adapters of its rank. Serve with "
-            f"`{HOW_TO_SERVE}`, on this machine or with TMPDIR on a disk that both see."
-        )
-
-    def _strange(self, found: str) -> ServerError:
+    def _strange(self, what: str) -> ServerError:
         return ServerError(
-            f"{self._server.address}: {found}. An answer is taken only whole, with an id and a log-probability for each "
+            f"{self._server.address}: {what}. An answer is taken only whole, with an id and a log-probability for each "
             "token, as vLLM documents it. Serve with the version and the options of docs/vllm.md, with nothing between."
         )
 
@@ -338,11 +346,5 @@ def _is_adapter(model: "LanguageModel") -> bool:
 def _full_tuning() -> ConfigError:
     return ConfigError(
         "rollout.engine: vllm, but all weights of the policy are tuned. A running vLLM server takes new weights only as "
-        "LoRA adapters, and would go on answering with the old ones. Set rollout.engine to auto, or tuning.method to "
-        "lora or qlora."
+        "LoRA adapters. Set rollout.engine to auto, or tuning.method to lora or qlora."
     )
-
-
-def _row_seed(seed: int, prompt: int, sample: int) -> int:
-    """A number in [0, 2^63) that belongs to (seed, prompt, sample) alone: the server draws by it."""
-    return int(np.random.SeedSequence((seed, prompt, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -21,8 +21,7 @@ from llamachat.models.loading import attach_adapter, load_base
 from llamachat.rollout import open_engine
 from llamachat.rollout.decoder import LlamaEngine
 from llamachat.rollout.engine import Completion, Sampling, scatter_generate
-from llamachat.rollout.vllm_http import Server
-from llamachat.rollout.vllm_server import VllmEngine
+from llamachat.rollout.vllm import Server, VllmEngine
 from tests.llamachat.models.tiny_roles import World
 from tests.llamachat.rollout.fake_vllm import BASE, FakeVllm, Refusal, error
 from tests.several import run_several
@@ -203,7 +202,7 @@ def test_a_connection_that_is_reset_is_made_again_and_not_for_ever(fake: FakeVll
     fake.resets = 2
     assert engine.generate(PROMPTS, samples_per_prompt=1, sampling=GREEDY) == expected
     fake.resets = 100
-    with pytest.raises(ServerError, match=r"the connection broke before the answer was whole .*Look into its log"):
+    with pytest.raises(ServerError, match=r"/v1/completions: no answer \((ReadError|RemoteProtocolError).*its log"):
         engine.generate(PROMPTS, samples_per_prompt=1, sampling=GREEDY)
 
 
@@ -215,19 +214,19 @@ def test_a_server_that_is_not_there_or_something_else_is_named() -> None:
             connection, _ = listener.accept()
             with connection:
                 connection.recv(4096)
-                connection.sendall(b"220 mail.example ready\r\n")
+                connection.sendall(b"220 mail.example ready\r\n\r\n")
 
         threading.Thread(target=greet, daemon=True).start()
-        with pytest.raises(ServerError, match=rf"{address}/v1/models: what answers there does not speak HTTP"):
+        with pytest.raises(ServerError, match=rf"{address}/v1/models: no answer \(RemoteProtocolError"):
             VllmEngine(policy(), STOPS, address)
-    with pytest.raises(ServerError, match=rf"{address}/v1/models: no server there .*mend rollout\.server"):
+    with pytest.raises(ServerError, match=rf"{address}/v1/models: no answer \(ConnectError.*fix rollout\.server"):
         VllmEngine(policy(), STOPS, address)
 
 
 def test_a_server_that_hangs_is_not_waited_for_for_ever(fake: FakeVllm) -> None:
     engine = engine_on(fake, answer_s=0.2)
     fake.pause_s = 0.6
-    with pytest.raises(ServerError, match=r"no answer within 0\.2 s"):
+    with pytest.raises(ServerError, match=r"no answer \(ReadTimeout"):
         engine.generate(PROMPTS[:1], samples_per_prompt=1, sampling=GREEDY)
 
 
@@ -255,9 +254,9 @@ TWELVE = logprobs(*[-1.0] * 12)
     ("change", "found"),
     [
         (choice(token_ids=None), r"no token ids .*0\.10\.2"),
-        (choice(logprobs=None), "no log-probabilities of the sampled tokens"),
-        (choice(logprobs=logprobs(-1.0, None)), "no log-probabilities of the sampled tokens"),
-        (choice(token_ids=[30, 31], logprobs=logprobs(-1.0)), "2 token ids with 1 log-probabilities"),
+        (choice(logprobs=None), "not a log-probability for each of"),
+        (choice(logprobs=logprobs(-1.0, None)), "not a log-probability for each of"),
+        (choice(token_ids=[30, 31], logprobs=logprobs(-1.0)), "not a log-probability for each of 2"),
         (choice(token_ids=[420], logprobs=logprobs(-1.0)), "the token id 420, but the model has 420"),
         (choice(prompt_token_ids=[1, 1, 8]), "the answer to another prompt"),
         (
@@ -282,26 +281,13 @@ def test_an_answer_that_is_not_whole_is_not_taken(
         engine.generate([[1, 8]], samples_per_prompt=1, sampling=GREEDY)
 
 
-def test_a_stream_that_breaks_off_or_holds_an_error_is_not_taken(fake: FakeVllm) -> None:
-    engine = engine_on(fake)
-    fake.cut_streams = True
-    with pytest.raises(ServerError, match=r"broke off before it was whole"):
-        engine.stream([1, 8], sampling=GREEDY, on_token=lambda token: None)
-    fake.change = lambda answer: {"error": {"message": "engine died", "code": 500}}
-    with pytest.raises(ServerError, match=r"an error in the middle of the answer: .*engine died"):
-        engine.stream([1, 8], sampling=GREEDY, on_token=lambda token: None)
-    fake.before = refuse("/v1/completions", 400, {"object": "error", "message": "older form", "code": 400})
-    with pytest.raises(ServerError, match=r"HTTP 400: older form"):
-        engine.stream([1, 8], sampling=GREEDY, on_token=lambda token: None)
-
-
 def test_what_the_server_refuses_is_told_in_its_words(fake: FakeVllm) -> None:
     engine = engine_on(fake, adapted())
     fake.context = 10
     with pytest.raises(ServerError, match=r"HTTP 400: This model's maximum context length is 10 tokens\."):
         engine.generate(PROMPTS[2:3], samples_per_prompt=1, sampling=GREEDY)
     fake.adapters.clear()
-    with pytest.raises(ServerError, match=r"the model 'llamachat-\w+-1' is not there .*Run the command again"):
+    with pytest.raises(ServerError, match=r"HTTP 404.*it had the model 'llamachat-\w+-1'.*run the command again"):
         engine.generate(PROMPTS[:1], samples_per_prompt=1, sampling=GREEDY)
     fake.before = refuse("/v1/completions", 500, "")
     with pytest.raises(ServerError, match=r"HTTP 500: no message"):

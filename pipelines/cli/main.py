@@ -98,8 +98,7 @@ def _run(
     only: Sequence[str] = (),
 ) -> None:
     from llamachat.config.loading import to_yaml
-    from pipelines.execution.reports import write_reports
-    from pipelines.execution.run import lead, run_chosen
+    from pipelines.execution.run import lead, run_chosen, write_reports
     from pipelines.planning.plan import make_plan
     from pipelines.planning.text import plan_text
     from pipelines.recipe.recipe import choose_steps, load

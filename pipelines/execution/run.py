@@ -1,4 +1,4 @@
-"""Runs steps: takes their inputs, tells new from begun from done from changed, and hands the work to the stage.
+"""Runs steps: resolves inputs, decides whether a step is new, resumable, done or changed, and calls its stage.
 
 The stage publishes; here the step is bound to its work and locked before anything is loaded, and the run's index is
 written after it. A finished, unchanged step costs a few digests: no stage code and no torch is imported for it.
@@ -6,7 +6,7 @@ written after it. A finished, unchanged step costs a few digests: no stage code 
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +16,15 @@ from llamachat import distributed
 from llamachat.config.loading import to_yaml
 from llamachat.errors import ChangedError, ConfigError, DataError, LlamachatError, TokenizerError
 from llamachat.runs.artifacts import Artifact, is_published, read_artifact
+from llamachat.runs.atomic import write_text
 from llamachat.runs.checkpoints import Checkpoint, newest
 from llamachat.runs.cost import counted
-from llamachat.runs.fingerprints import changed_keys, fingerprint
+from llamachat.runs.fingerprints import changed_keys
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import hold
+from llamachat.runs.reader import read_summary
 from llamachat.runs.state import StepState, begin, lineage, overwrite, reference, renew, step_state, unbind
-from pipelines.execution.gate_labels import gate_model, lacks_labels
-from pipelines.execution.handing import stage_inputs
-from pipelines.execution.resolve import Taken, lacks_policy, take_inputs
-from pipelines.recipe.identity import step_identity
+from pipelines.execution.inputs import Work, find_work, gate_model, lacks_labels, lacks_policy, stage_inputs
 from pipelines.recipe.recipe import Recipe, RecipeSections, Step, resolve
 from pipelines.recipe.stages import REPORT
 
@@ -39,30 +38,12 @@ _OTHERS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One step with its inputs found and its fingerprint taken."""
-
-    step: Step
-    folder: StepFolder
-    taken: Taken
-    identity: dict[str, Any]
-    fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
 class Ran:
     """What came of one command."""
 
     artifacts: list[Artifact]  # of the steps that are done
     num_worked: int  # steps that were worked on; the others were done before, or unchanged in the parent run
     left: tuple[str, ...]  # steps that were not begun, since run.max_hours were over
-
-
-def find_work(recipe: Recipe, step: Step, elsewhere: Mapping[str, StepFolder] | None = None) -> Work:
-    """What running the step would mean now; `elsewhere` as in `take_inputs`."""
-    taken = take_inputs(recipe, step, elsewhere)
-    identity = step_identity(recipe, step, taken.by_key)
-    return Work(step, recipe.folder(step), taken, identity, fingerprint(identity))
 
 
 def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool = False) -> Ran:
@@ -86,7 +67,7 @@ def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool
         if is_over and (left or not is_done) and (_trains(step) or _lacks_inputs(recipe, step)):
             left += [] if is_done else [step.name]
             continue
-        artifact, has_worked = _run_unless_done(recipe, step, should_overwrite, deadline)
+        artifact, has_worked = run_step(recipe, step, should_overwrite=should_overwrite, deadline=deadline)
         artifacts.append(artifact)
         num_worked += has_worked
     return Ran(artifacts, num_worked, tuple(left))
@@ -102,15 +83,13 @@ def _lacks_inputs(recipe: Recipe, step: Step) -> bool:
     return any(of and not any(is_published(recipe.folder(maker)) for maker in of) for of in makers)
 
 
-def run_step(recipe: Recipe, step: Step, *, should_overwrite: bool = False) -> Artifact:
-    """Run one step to its end, unless it is done already or the parent run has it unchanged."""
-    return _run_unless_done(recipe, step, should_overwrite, None)[0]
-
-
-def _run_unless_done(
-    recipe: Recipe, step: Step, should_overwrite: bool, deadline: float | None
+def run_step(
+    recipe: Recipe, step: Step, *, should_overwrite: bool = False, deadline: float | None = None
 ) -> tuple[Artifact, bool]:
-    """The step's artifact, and whether it was worked on here; `deadline`, by time.monotonic(), is what the stage is told."""
+    """Run one step to its end unless it is done already or unchanged in the parent run; its artifact, and whether it ran.
+
+    The stage ends early at `deadline`, by time.monotonic().
+    """
     work = find_work(recipe, step)
     folder = work.folder
     if should_overwrite:
@@ -118,7 +97,7 @@ def _run_unless_done(
     is_adopted = not should_overwrite and adopt(recipe, work)
     if _state(work) is not StepState.DONE:
         with hold(folder):
-            # Asked again under the lock: the one who held it until now may have finished the step.
+            # Asked again under the lock: another command may have finished the step while it held the lock.
             if step_state(folder, work.fingerprint, work.identity) is not StepState.DONE:
                 warning = lacks_policy(recipe, step)
                 if warning:
@@ -163,7 +142,7 @@ def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
         distributed.broadcast_object(cast("_Begun | None", _Begun(recipe.sections, name, deadline)))
     try:
         with counted(folder):
-            artifact = _work_on(recipe, work, deadline)
+            artifact = work.step.stage.package.run(work.step.config, stage_inputs(recipe, work, deadline))
     except (ConfigError, DataError, TokenizerError):
         unbind(folder)  # the mend changes the recipe or the data, which a step that stays begun would refuse
         raise
@@ -174,20 +153,6 @@ def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
 
 def _has_sampled(folder: StepFolder, checkpoint: Checkpoint | None) -> bool:
     return checkpoint is None and any(folder.sampling.glob("*.json"))
-
-
-def _work_on(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
-    """Let the stage do it."""
-    inputs = stage_inputs(
-        recipe,
-        work.step,
-        work.taken,
-        folder=work.folder,
-        identity=work.identity,
-        fingerprint=work.fingerprint,
-        deadline=deadline,
-    )
-    return work.step.stage.package.run(work.step.config, inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +174,8 @@ def lead(work: Callable[[], Result]) -> Result | None:
         with _second_to_the_first():
             while (begun := distributed.broadcast_object(cast("_Begun | None", None))) is not None:
                 recipe = resolve(begun.sections)
-                _work_on(recipe, find_work(recipe, recipe.step(begun.step)), begun.deadline)
+                work_here = find_work(recipe, recipe.step(begun.step))
+                work_here.step.stage.package.run(work_here.step.config, stage_inputs(recipe, work_here, begun.deadline))
         return None
 
 
@@ -262,3 +228,25 @@ def parent_folder(recipe: Recipe, work: Work) -> StepFolder | None:
         return None
     kept = StepFolder(Path(recipe.run.parent) / work.step.name)
     return kept if is_published(kept) and not is_published(work.folder) else None
+
+
+def write_reports(recipe: Recipe, chosen: Sequence[Step]) -> str:
+    """Write `<run.dir>/rm/tables.md` where reward models are among the chosen steps, and return its text.
+
+    It shows every finished model beside which the chosen ones stand, those of `--only` and the others.
+    """
+    texts = []
+    for folder in dict.fromkeys(_folder(step) for step in chosen if step.product.makes.kind == "reward_model"):
+        from reward.presentation import markdown
+
+        places = {step.product.makes.which: recipe.folder(step) for step in recipe.steps if _folder(step) == folder}
+        summaries: dict[Any, dict[str, float]] = {
+            which: read_summary(place) for which, place in places.items() if is_published(place)
+        }
+        texts.append(markdown(summaries))
+        write_text(Path(recipe.run.dir) / folder / "tables.md", texts[-1])
+    return "\n".join(texts)
+
+
+def _folder(step: Step) -> str:
+    return step.name.rpartition("/")[0]

@@ -24,7 +24,7 @@ from llamachat.runs.artifacts import read_artifact
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.reader import read_summary
 from llamachat.scoring.models import MODELS, ModelName, RewardModelFacts, models_read
-from pipelines.execution.handing import tuning_section
+from pipelines.execution.inputs import tuning_section
 from pipelines.planning.stage_costs import ppo_cost, report_cost, reward_cost, sampling_cost, sft_cost
 from pipelines.recipe.recipe import Recipe, Step
 from pipelines.recipe.stages import POLICY

@@ -11,9 +11,8 @@ from llamachat.runs.checkpoints import newest
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import living_owner
 from llamachat.runs.state import StepState, step_state
-from pipelines.execution.gate_labels import lacks_labels
-from pipelines.execution.resolve import lacks_policy
-from pipelines.execution.run import Work, find_work, parent_folder
+from pipelines.execution.inputs import Work, find_work, lacks_labels, lacks_policy
+from pipelines.execution.run import parent_folder
 from pipelines.planning.estimates import estimate_step
 from pipelines.recipe.recipe import Recipe, Step, choose_steps
 

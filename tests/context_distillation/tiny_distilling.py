@@ -9,8 +9,7 @@ import yaml
 
 from llamachat.models.loading import save_policy
 from llamachat.runs.folder import StepFolder
-from pipelines.execution.handing import stage_inputs
-from pipelines.execution.run import find_work
+from pipelines.execution.inputs import find_work, stage_inputs
 from pipelines.recipe.recipe import load
 from tests.ppo.tiny_ppo import WORDS
 from tests.sft.tiny_sft import toy_dialogs, write_dialogs
@@ -118,7 +117,5 @@ def batches_in(step: StepFolder) -> list[dict[str, Any]]:
 def inputs_of(recipe_path: Path, name: str = "distill", *overrides: str) -> tuple[Any, Any]:
     """The section and the inputs of a step, as `pipelines` hands them to the stage."""
     recipe = load(recipe_path, list(overrides))
-    step = recipe.step(name)
-    work = find_work(recipe, step)
-    of_the_work = {"folder": work.folder, "identity": work.identity, "fingerprint": work.fingerprint}
-    return step.config, stage_inputs(recipe, step, work.taken, **of_the_work)
+    work = find_work(recipe, recipe.step(name))
+    return work.step.config, stage_inputs(recipe, work)

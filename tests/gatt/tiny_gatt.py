@@ -11,8 +11,7 @@ import yaml
 from llamachat.chat_format import ChatFormat
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.runs.folder import StepFolder
-from pipelines.execution.handing import stage_inputs
-from pipelines.execution.run import find_work
+from pipelines.execution.inputs import find_work, stage_inputs
 from pipelines.recipe.recipe import load
 from tests.ppo.tiny_ppo import WORDS, write_stopping_base
 from tests.sft.tiny_sft import pair, write_dialogs
@@ -142,7 +141,5 @@ def summary_of(step: StepFolder) -> dict[str, float]:
 def inputs_of(recipe_path: Path, name: str = "gatt", *overrides: str) -> tuple[Any, Any]:
     """The section and the inputs of a step, as `pipelines` hands them to the stage."""
     recipe = load(recipe_path, list(overrides))
-    step = recipe.step(name)
-    work = find_work(recipe, step)
-    of_the_work = {"folder": work.folder, "identity": work.identity, "fingerprint": work.fingerprint}
-    return step.config, stage_inputs(recipe, step, work.taken, **of_the_work)
+    work = find_work(recipe, recipe.step(name))
+    return work.step.config, stage_inputs(recipe, work)

@@ -12,8 +12,7 @@ from llamachat.chat_format.dialog import Message
 from llamachat.chat_format.tokenizer import SentencePieceBackend, Tokenizer
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.folder import StepFolder
-from pipelines.execution.handing import stage_inputs
-from pipelines.execution.run import find_work
+from pipelines.execution.inputs import find_work, stage_inputs
 from pipelines.recipe.recipe import load
 from tests.fakes import train_sentencepiece
 from tests.ppo.tiny_ppo import write_function, write_prompts
@@ -98,7 +97,5 @@ def summary_of(step: StepFolder) -> dict[str, float]:
 def inputs_of(recipe_path: Path, name: str = "rs", *overrides: str) -> tuple[Any, Any]:
     """The section and the inputs of a round, as `pipelines` hands them to the stage."""
     recipe = load(recipe_path, list(overrides))
-    step = recipe.step(name)
-    work = find_work(recipe, step)
-    of_the_work = {"folder": work.folder, "identity": work.identity, "fingerprint": work.fingerprint}
-    return step.config, stage_inputs(recipe, step, work.taken, **of_the_work)
+    work = find_work(recipe, recipe.step(name))
+    return work.step.config, stage_inputs(recipe, work)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.execution.gate_labels import lacks_labels
+from pipelines.execution.inputs import lacks_labels
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load
@@ -42,7 +42,7 @@ def test_plan_warns_of_a_gate_whose_safety_model_will_learn_no_labels(tmp_path: 
 def test_the_start_warns_before_anything_is_made(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.execution.run._run_unless_done", lambda *given: (None, False))
+    monkeypatch.setattr("pipelines.execution.run.run_step", lambda *given, **more: (None, False))
     recipe = load(recipe_of(tmp_path))
     for command, is_told in (("sft", False), ("rm", True), ("all", True)):
         caplog.clear()

@@ -10,6 +10,7 @@ import typer
 from llamachat.chat_format.llama2 import SPECIAL_TAGS
 from llamachat.errors import UsageError
 from pipelines.cli.exit_status import reported, state_is_kept
+from pipelines.studies.compare import compare_runs, terminal_text
 
 if TYPE_CHECKING:
     from llamachat.rollout.engine import Sampling
@@ -304,8 +305,6 @@ def compare(
     ] = None,
 ) -> None:
     """Two runs side by side: differences of configuration and of figures with intervals, curves overlaid."""
-    from pipelines.studies.compare import compare_runs, terminal_text
-
     comparison = compare_runs(run_a, run_b, out)
     print(terminal_text(comparison), end="")
     pictures = sum(bool(step.picture) for step in comparison.steps)

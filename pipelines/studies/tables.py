@@ -16,6 +16,7 @@ from llamachat.runs.atomic import write_json, write_text
 from llamachat.tables import markdown_table
 from llamachat.tracking.metrics import UnknownMetricError, metric_of
 from pipelines.studies.definition import Plan, Study, Table
+from reward.config import Config
 
 Figures = Mapping[str, Mapping[int, Mapping[str, float]]]  # variant -> seed -> name of the figure -> value
 CONFIDENCE = 0.95
@@ -205,7 +206,6 @@ def _number(value: float, unit: str, sign: str = "") -> str:
 
 def _margins(plan: Plan, variant: str) -> Mapping[str, float]:
     """The margins by rating that a variant trains with (Llama 2 Table 27)."""
-    from reward.config import Config
     from reward.loss import MARGINS
 
     recipe = next(recipe for (name, _), recipe in plan.variants.items() if name == variant)

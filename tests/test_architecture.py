@@ -379,18 +379,18 @@ def texts_with_paths() -> Iterator[tuple[str, str]]:
 
 
 def test_every_path_that_a_text_names_exists() -> None:
-    """Paths in backticks that begin with a folder of the project and end like a file, or with a slash."""
-    tops = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"runs"}
-    tops |= {path.name for path in (ROOT / LIBRARY).iterdir() if path.is_dir()} - {"data", "__pycache__"}
+    """Paths in backticks that begin with a folder of the project or name a Python file, and end like a file or with a slash."""
     paths = re.compile(r"`([\w-]+(?:/[\w.-]+)+\.(?:py|yaml|md|toml|gz|txt|jinja)|[\w-]+(?:/[\w.-]+)*/)`")
-    stages = {*STAGES, *(stage.package.__name__ for stage in STAGES.values())}
+    tops = {path.name for path in (*ROOT.iterdir(), *(ROOT / LIBRARY).iterdir()) if path.is_dir()}
+    of_runs = {"runs", "data", *STAGES, *(stage.package.__name__ for stage in STAGES.values())}
+    of_other_projects = {"llama", "vllm"}
     wrong = []
     for where, text in texts_with_paths():
         for name in paths.findall(text):
             top = name.partition("/")[0]
-            is_of_a_run = top in stages and not name.endswith(".py")
+            is_ours = name.endswith(".py") or (top in tops and top not in of_runs)
             exists = (ROOT / name).exists() or (ROOT / LIBRARY / name).exists()
-            if (name.endswith(".py") or top in tops) and not is_of_a_run and not exists:
+            if is_ours and top not in of_other_projects and not exists:
                 wrong.append(f"{where}: {name}")
     assert not wrong
 

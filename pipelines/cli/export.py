@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llamachat.errors import UsageError
-from pipelines.cli.exit_status import reported
-from pipelines.cli.tools import TINY, ConfigOption, named_artifacts
+from pipelines.cli.options import TINY, ConfigOption, reported
+from pipelines.cli.talk import named_artifacts
 
 if TYPE_CHECKING:
     from serving.export import Request

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from llamachat.errors import UsageError
-from pipelines.cli.exit_status import INTERRUPTED
+from pipelines.cli.options import INTERRUPTED
 
 
 def missing_processes() -> int:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,14 +17,11 @@ import typer
 
 from llamachat import distributed
 from llamachat.errors import LlamachatError, UsageError
-from pipelines.cli import tools
-from pipelines.cli.exit_status import INTERRUPTED, reported, state_is_kept
+from pipelines.cli import data, runs, talk
 from pipelines.cli.export import export
-from pipelines.cli.init import init
 from pipelines.cli.launch import die_with_parent, missing_processes, start
-from pipelines.cli.pairs import pairs
-from pipelines.cli.several import SeveralValues
-from pipelines.cli.tools import TINY, ConfigOption, Overrides
+from pipelines.cli.options import INTERRUPTED, TINY, ConfigOption, Overrides, SeveralValues, reported, state_is_kept
+from pipelines.recipe.stages import STAGES
 
 app = typer.Typer(
     name="llamachat",
@@ -158,160 +155,50 @@ def _study(
         print(told)
 
 
-@app.command()
-@reported
-def sft(
-    overrides: Overrides = None,
-    config: ConfigOption = TINY,
-    overwrite: OverwriteOption = False,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Supervised fine-tuning: a base learns to answer from dialogs (paper, section 3.1)."""
-    _run("sft", config, overrides, overwrite=overwrite, dry_run=dry_run)
+def _step_command(command: str, text: str, *, has_models: bool = False) -> Callable[..., None]:
+    """The function behind the command of a stage, with `--only` where the stage makes several models."""
+
+    def run(
+        overrides: Overrides = None,
+        config: ConfigOption = TINY,
+        overwrite: OverwriteOption = False,
+        dry_run: DryRunOption = False,
+    ) -> None:
+        _run(command, config, overrides, overwrite=overwrite, dry_run=dry_run)
+
+    def run_models(
+        overrides: Overrides = None,
+        config: ConfigOption = TINY,
+        only: OnlyOption = None,
+        overwrite: OverwriteOption = False,
+        dry_run: DryRunOption = False,
+    ) -> None:
+        models = [name.strip() for names in only or () for name in names.split(",")]
+        _run(command, config, overrides, overwrite=overwrite, dry_run=dry_run, only=models)
+
+    function: Callable[..., None] = run_models if has_models else run
+    function.__doc__ = text
+    return reported(function)
 
 
-@app.command()
-@reported
-def rm(
-    overrides: Overrides = None,
-    config: ConfigOption = TINY,
-    only: OnlyOption = None,
-    overwrite: OverwriteOption = False,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Reward models: the chat policy learns which of two answers people prefer (3.2.2). Also runs a study."""
-    models = [name.strip() for names in only or () for name in names.split(",")]
-    _run("rm", config, overrides, overwrite=overwrite, dry_run=dry_run, only=models)
-
-
-@app.command()
-@reported
-def rs(
-    overrides: Overrides = None,
-    config: ConfigOption = TINY,
-    overwrite: OverwriteOption = False,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Rejection sampling: the best of K answers to each prompt are learnt, with earlier rounds' (3.2.3)."""
-    _run("rs", config, overrides, overwrite=overwrite, dry_run=dry_run)
-
-
-@app.command(name="gatt")
-@reported
-def ghost_attention(
-    overrides: Overrides = None,
-    config: ConfigOption = TINY,
-    overwrite: OverwriteOption = False,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Ghost Attention: the policy learns to keep an instruction of the first turn to the end (3.3)."""
-    _run("gatt", config, overrides, overwrite=overwrite, dry_run=dry_run)
-
-
-@app.command()
-@reported
-def distill(
-    overrides: Overrides = None,
-    config: ConfigOption = TINY,
-    overwrite: OverwriteOption = False,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Context distillation: safer answers, sampled under a preprompt, are learnt without it (4.2.4)."""
-    _run("distill", config, overrides, overwrite=overwrite, dry_run=dry_run)
-
-
-@app.command()
-@reported
-def ppo(
-    overrides: Overrides = None,
-    config: ConfigOption = TINY,
-    overwrite: OverwriteOption = False,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Proximal policy optimisation: the policy learns to answer as the reward models like it (3.2.3)."""
-    _run("ppo", config, overrides, overwrite=overwrite, dry_run=dry_run)
-
-
-@app.command(name="eval")
-@reported
-def evaluate(
-    overrides: Overrides = None,
-    config: ConfigOption = TINY,
-    overwrite: OverwriteOption = False,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Evaluation: every finished policy of the run on the same held-out prompts (3.4 and 4.4)."""
-    _run("eval", config, overrides, overwrite=overwrite, dry_run=dry_run)
-
-
-@app.command()
-@reported
-def report(
-    overrides: Overrides = None,
-    config: ConfigOption = TINY,
-    overwrite: OverwriteOption = False,
-    dry_run: DryRunOption = False,
-) -> None:
-    """One page that tells of the whole run, or of as much of it as is finished: HTML, and the same as Markdown."""
-    _run("report", config, overrides, overwrite=overwrite, dry_run=dry_run)
-
-
-@app.command(name="all")
-@reported
-def all_steps(
-    overrides: Overrides = None,
-    config: ConfigOption = TINY,
-    overwrite: OverwriteOption = False,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Run the recipe's steps in order; finished, unchanged ones are not run again. Also runs any study."""
-    _run("all", config, overrides, overwrite=overwrite, dry_run=dry_run)
-
-
-@app.command()
-@reported
-def plan(
-    overrides: Overrides = None,
-    config: ConfigOption = TINY,
-    gpu: tools.GpuOption = None,
-    hours: tools.HoursOption = None,
-    presets: tools.PresetsOption = False,
-) -> None:
-    """Say what would run, from which inputs and why, with memory and time; runs nothing."""
-    from pipelines.planning.plan import make_plan
-    from pipelines.planning.text import plan_text
-    from pipelines.recipe.recipe import load
-    from pipelines.studies.definition import is_study, load_study
-    from pipelines.studies.run import study_plan_text
-
-    if presets:
-        from pipelines.planning.text import presets_text
-
-        print(presets_text(gpu=gpu))
-        return
-    if hours is not None and is_study(config):
-        raise UsageError(
-            f"--hours: {hours:g}, but {config} is a study, whose runs the plan sums without holding them to hours. Give the"
-            " recipe that it extends, or leave --hours out."
-        )
-    given = [*(overrides or ()), *([f"run.gpu={gpu}"] if gpu else ())]
-    if is_study(config):
-        print(study_plan_text(load_study(config, given)))
-        return
-    recipe = load(config, given)
-    print(plan_text(recipe, make_plan(recipe), hours=hours))
-
-
-app.command(cls=SeveralValues)(init)
-app.command()(tools.doctor)
-app.command()(tools.chat)
-app.command()(tools.sample)
-app.command(cls=SeveralValues)(pairs)
-app.command()(tools.score)
+for _stage in STAGES.values():
+    app.command(_stage.command)(_step_command(_stage.command, _stage.help, has_models=bool(_stage.models)))
+app.command("all")(
+    _step_command(
+        "all", "Run the recipe's steps in order; finished, unchanged ones are not run again. Also runs any study."
+    )
+)
+app.command()(runs.plan)
+app.command(cls=SeveralValues)(runs.init)
+app.command()(runs.doctor)
+app.command()(talk.chat)
+app.command()(talk.sample)
+app.command(cls=SeveralValues)(talk.pairs)
+app.command()(talk.score)
 app.command()(export)
-app.command()(tools.compare)
-app.command()(tools.tokens)
-app.command()(tools.dashboard)
-app.command()(tools.pretrain)
-data_app.command(name="check")(tools.check)
-data_app.command(name="convert")(tools.convert)
+app.command()(runs.compare)
+app.command()(data.tokens)
+app.command()(runs.dashboard)
+app.command()(runs.pretrain)
+data_app.command(name="check")(data.check)
+data_app.command(name="convert")(data.convert)

@@ -64,6 +64,7 @@ class Stage:
     """One command of a recipe's list of steps."""
 
     command: str
+    help: str  # of the command, for `--help`
     section: str  # its key in the recipe
     package: ModuleType  # exports Config, run, estimate
     version: int  # raised when its code makes something else of the same configuration
@@ -92,6 +93,7 @@ STAGES = {
     for stage in (
         Stage(
             command="sft",
+            help="Supervised fine-tuning: a base learns to answer from dialogs (paper, section 3.1).",
             section="sft",
             package=sft,
             version=SFT_VERSION,
@@ -100,6 +102,7 @@ STAGES = {
         ),
         Stage(
             command="rm",
+            help="Reward models: the chat policy learns which of two answers people prefer (3.2.2). Also runs a study.",
             section="reward",
             package=reward,
             version=REWARD_VERSION,
@@ -127,6 +130,7 @@ STAGES = {
         ),
         Stage(
             command="rs",
+            help="Rejection sampling: the best of K answers to each prompt are learnt, with earlier rounds' (3.2.3).",
             section="rejection_sampling",
             package=rejection_sampling,
             version=REJECTION_SAMPLING_VERSION,
@@ -138,6 +142,7 @@ STAGES = {
         ),
         Stage(
             command="gatt",
+            help="Ghost Attention: the policy learns to keep an instruction of the first turn to the end (3.3).",
             section="gatt",
             package=gatt,
             version=GATT_VERSION,
@@ -149,6 +154,7 @@ STAGES = {
         ),
         Stage(
             command="distill",
+            help="Context distillation: safer answers, sampled under a preprompt, are learnt without it (4.2.4).",
             section="context_distillation",
             package=context_distillation,
             version=CONTEXT_DISTILLATION_VERSION,
@@ -159,6 +165,7 @@ STAGES = {
         ),
         Stage(
             command="ppo",
+            help="Proximal policy optimisation: the policy learns to answer as the reward models like it (3.2.3).",
             section="ppo",
             package=ppo,
             version=PPO_VERSION,
@@ -168,6 +175,7 @@ STAGES = {
         ),
         Stage(
             command="eval",
+            help="Evaluation: every finished policy of the run on the same held-out prompts (3.4 and 4.4).",
             section="evaluation",
             package=evaluation,
             version=EVALUATION_VERSION,
@@ -178,6 +186,7 @@ STAGES = {
         ),
         Stage(
             command="report",
+            help="One page that tells of the whole run, or of as much of it as is finished: HTML, and the same as Markdown.",
             section="report",
             package=report,
             version=REPORT_VERSION,

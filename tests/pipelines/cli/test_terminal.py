@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 READ_TWICE = (
-    "from pipelines.cli.tools import edit_lines; edit_lines(); print(repr(input('> '))); print(repr(input('> ')))"
+    "from pipelines.cli.talk import edit_lines; edit_lines(); print(repr(input('> '))); print(repr(input('> ')))"
 )
 
 

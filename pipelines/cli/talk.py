@@ -1,4 +1,4 @@
-"""Commands beside the recipe's steps: chat, sample, score, tokens, data check, data convert, dashboard, compare, pretrain."""
+"""Commands that ask a policy or a reward model: chat, sample, pairs, score."""
 
 import logging
 import sys
@@ -7,36 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from llamachat.chat_format.llama2 import SPECIAL_TAGS
 from llamachat.errors import UsageError
-from pipelines.cli.exit_status import reported, state_is_kept
-from pipelines.studies.compare import compare_runs, terminal_text
+from pipelines.cli.options import TINY, ConfigOption, MaxNewTokens, Seed, Temperature, TopK, TopP, reported
 
 if TYPE_CHECKING:
     from llamachat.rollout.engine import Sampling
     from llamachat.runs.artifacts import Kind
 
 log = logging.getLogger(__name__)
-
-TINY = Path("configs/tiny.yaml")
-ConfigOption = Annotated[Path, typer.Option("--config", help="The recipe.", metavar="FILE")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values over the recipe's, such as sft.epochs=1.")
-]
-GpuOption = Annotated[
-    str | None, typer.Option("--gpu", help="The card: 24GiB, rtx-4090, 8x a100-80gb.", metavar="CARD")
-]
-HoursOption = Annotated[
-    float | None, typer.Option("--hours", min=0.0, help="Hours that there are, for the whole.", metavar="H")
-]
-PresetsOption = Annotated[bool, typer.Option("--presets", help="All presets on cards of 24, 48 and 80 GiB instead.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this probability mass.")]
-TopK = Annotated[
-    int | None, typer.Option("--top-k", help="Sample from so many of the likeliest tokens, before top-p; else all.")
-]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")]
-Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same answers.")]
 
 
 @reported
@@ -196,129 +174,56 @@ def _write(text: str) -> None:
 
 
 @reported
-def tokens(
-    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Folder with the tokenizer.", metavar="DIR")],
-    dialogs: Annotated[Path, typer.Option("--in", help="Dialogs.", metavar="FILE")],
-    out: Annotated[Path, typer.Option("--out", help="input_ids and loss_mask of each dialog.", metavar="FILE")],
-    train_on: Annotated[
-        Literal["every_answer", "last_answer"], typer.Option("--train-on", help="Which answers are learnt.")
-    ] = "every_answer",
-    show: Annotated[bool, typer.Option("--show", help="Print the dialogs, trained tokens coloured.")] = False,
-    allow_unproved: Annotated[
-        bool, typer.Option("--allow-unproved-tokenizer", help="Take a tokenizer whose ids cannot be proved.")
-    ] = False,
-) -> None:
-    """The token ids and the loss mask of each dialog, as training sees them."""
-    from llamachat.chat_format import TrainOn
-    from llamachat.data.tokens import write_tokens
-
-    done = write_tokens(tokenizer, dialogs, out, train_on=TrainOn(train_on), show=show, allow_unproved=allow_unproved)
-    if done.warning:
-        log.warning("%s", done.warning)
-    log.info("%s: %d dialogs, %d tokens, %d of them learnt", out, done.dialogs, done.tokens, done.trained_tokens)
-
-
-@reported
-def check(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A .jsonl, .jsonl.gz or .parquet file, or a hub name.")],
-    kind: Annotated[
-        Literal["dialog", "preference", "prompt"] | None,
-        typer.Option("--kind", help="What it should hold; without this, what most of its records are."),
-    ] = None,
-    data_format: Annotated[str, typer.Option("--format", help="auto, native, or the name of a known set.")] = "auto",
-) -> None:
-    """Check a data file: every bad line with its field, the reason and the mend; then what the file holds."""
-    from llamachat.data.check import check_path
-
-    report = check_path(path, kind, data_format, SPECIAL_TAGS)
-    print(report.text())
-    if report.exit_status:
-        raise typer.Exit(report.exit_status)
-
-
-@reported
-def convert(
-    path: Annotated[
-        str, typer.Argument(metavar="IN", help="JSON Lines, a JSON array (.gz or not), .parquet, or a hub name.")
+def pairs(
+    policies: Annotated[
+        list[Path],
+        typer.Option("--policy", help="Artifact that answers; again for each further one.", metavar="ARTIFACT"),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The records in our form: .jsonl or .jsonl.gz.")],
-    kind: Annotated[
-        Literal["dialog", "preference", "prompt"] | None,
-        typer.Option("--kind", help="What to write; without this, what most of the first records are."),
+    prompts: Annotated[Path, typer.Option("--in", help="Prompts, dialogs or preferences.", metavar="FILE")],
+    out: Annotated[Path, typer.Option("--out", help="The pairs, for people to rate.", metavar="FILE")],
+    temperatures: Annotated[
+        list[float] | None,
+        typer.Option("--temperature", help="One or several: 0.7 1.0. Without it 1.0.", metavar="T..."),
     ] = None,
-    data_format: Annotated[str, typer.Option("--format", help="auto, native, or the name of a known set.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over OUT where it exists.")] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Write nothing where a record cannot be repaired; else it is dropped.")
-    ] = False,
-    plain_text: Annotated[
-        bool, typer.Option("--plain-text", help="Take HTML out of the texts: tags, line breaks, entities.")
-    ] = False,
-) -> None:
-    """Bring a data file into our form: what can be mended is, and counted; what cannot is dropped, and named."""
-    from llamachat.data.convert.command import convert_path
-
-    report = convert_path(
-        path,
-        out,
-        kind=kind,
-        format=data_format,
-        forbidden=SPECIAL_TAGS,
-        overwrite=overwrite,
-        strict=strict,
-        plain_text=plain_text,
-    )
-    print(f"{report.dropped()}{report.text()}")
-
-
-@reported
-def doctor(overrides: Overrides = None, config: ConfigOption = TINY) -> None:
-    """Say what this machine lacks for the recipe, before anything large is downloaded. Status 1: something will fail."""
-    from pipelines.planning.doctor import examine, report
-
-    findings = examine(config, overrides or ())
-    print(report(findings))
-    if any(finding.verdict == "FAIL" for finding in findings):
-        raise typer.Exit(1)
-
-
-@reported
-def dashboard(
-    overrides: Overrides = None,
-    config: ConfigOption = TINY,
-) -> None:
-    """Show the curves of all runs next to the recipe's run, offline."""
-    from llamachat.tracking.dashboard import dashboard as show
-    from pipelines.recipe.recipe import load
-
-    recipe = load(config, overrides or ())
-    show(Path(recipe.run.dir).parent)
-
-
-@reported
-def compare(
-    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run folder, such as runs/tiny.")],
-    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The other; differences are this one less RUN_A.")],
-    out: Annotated[
+    top_p: TopP = 1.0,
+    top_k: TopK = None,
+    max_new_tokens: MaxNewTokens = 512,
+    seed: Seed = 0,
+    limit: Annotated[int | None, typer.Option("--limit", help="The first so many prompts alone.", min=1)] = None,
+    key: Annotated[
         Path | None,
-        typer.Option("--out", help="Where to write; without it compare-A-B beside RUN_A.", metavar="DIR"),
+        typer.Option(
+            "--key", help="Where to write which policy gave which answer, apart from the pairs.", metavar="FILE"
+        ),
     ] = None,
 ) -> None:
-    """Two runs side by side: differences of configuration and of figures with intervals, curves overlaid."""
-    comparison = compare_runs(run_a, run_b, out)
-    print(terminal_text(comparison), end="")
-    pictures = sum(bool(step.picture) for step in comparison.steps)
-    log.info("%s: compare.md, compare.json and %d pictures", comparison.out, pictures)
+    """Two answers to each prompt, from different policies or temperatures, for people to rate (3.2.1)."""
+    from llamachat.runs.artifacts import read_artifact
 
+    artifacts = [read_artifact(path, "policy", reader="pairs") for path in policies]
+    places = [artifact.path.resolve() for artifact in artifacts]
+    if len(set(places)) < len(places):
+        raise UsageError(
+            f"--policy: {' '.join(map(str, policies))} name one policy twice. Two answers come from two different ones. Name "
+            "each once; one alone answers at two temperatures, or in two draws."
+        )
+    from serving.pairs import Request, counted, pair_file, variant_of
 
-@reported
-def pretrain(
-    texts: Annotated[Path, typer.Option("--texts", help="Folder of the texts.", metavar="DIR")],
-    run: Annotated[Path, typer.Option("--run", help="Folder of the run; continued where it was begun.", metavar="DIR")],
-    overrides: Overrides = None,
-) -> None:
-    """How the bundled tokenizer and tiny base model were made."""
-    from tools.pretraining.command import run as pretrain_base
-
-    with state_is_kept():
-        pretrain_base(overrides or [], texts, run)
+    request = Request(
+        temperatures=tuple(dict.fromkeys(temperatures or [1.0])),
+        top_p=top_p,
+        top_k=top_k,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        limit=limit,
+        key=key,
+    )
+    variants = [variant_of(artifact, str(path)) for artifact, path in zip(artifacts, policies, strict=True)]
+    done = pair_file(variants, prompts, out, request)
+    log.info("%s: %d pairs for %d prompts", out, done.pairs, done.prompts)
+    if done.shortened:
+        log.info("%d prompts: a policy did not see their oldest turns, which did not fit", done.shortened)
+    if done.redrawn:
+        log.info("answers drawn again: %s", counted(done.redrawn))
+    if done.left_out:
+        log.warning("prompts left out: %s", counted(done.left_out))

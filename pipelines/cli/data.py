@@ -1,0 +1,88 @@
+"""Commands on data files: data check, data convert, tokens."""
+
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from llamachat.chat_format.llama2 import SPECIAL_TAGS
+from pipelines.cli.options import reported
+
+log = logging.getLogger(__name__)
+
+
+@reported
+def tokens(
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Folder with the tokenizer.", metavar="DIR")],
+    dialogs: Annotated[Path, typer.Option("--in", help="Dialogs.", metavar="FILE")],
+    out: Annotated[Path, typer.Option("--out", help="input_ids and loss_mask of each dialog.", metavar="FILE")],
+    train_on: Annotated[
+        Literal["every_answer", "last_answer"], typer.Option("--train-on", help="Which answers are learnt.")
+    ] = "every_answer",
+    show: Annotated[bool, typer.Option("--show", help="Print the dialogs, trained tokens coloured.")] = False,
+    allow_unproved: Annotated[
+        bool, typer.Option("--allow-unproved-tokenizer", help="Take a tokenizer whose ids cannot be proved.")
+    ] = False,
+) -> None:
+    """The token ids and the loss mask of each dialog, as training sees them."""
+    from llamachat.chat_format import TrainOn
+    from llamachat.data.tokens import write_tokens
+
+    done = write_tokens(tokenizer, dialogs, out, train_on=TrainOn(train_on), show=show, allow_unproved=allow_unproved)
+    if done.warning:
+        log.warning("%s", done.warning)
+    log.info("%s: %d dialogs, %d tokens, %d of them learnt", out, done.dialogs, done.tokens, done.trained_tokens)
+
+
+@reported
+def check(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A .jsonl, .jsonl.gz or .parquet file, or a hub name.")],
+    kind: Annotated[
+        Literal["dialog", "preference", "prompt"] | None,
+        typer.Option("--kind", help="What it should hold; without this, what most of its records are."),
+    ] = None,
+    data_format: Annotated[str, typer.Option("--format", help="auto, native, or the name of a known set.")] = "auto",
+) -> None:
+    """Check a data file: every bad line with its field, the reason and the mend; then what the file holds."""
+    from llamachat.data.check import check_path
+
+    report = check_path(path, kind, data_format, SPECIAL_TAGS)
+    print(report.text())
+    if report.exit_status:
+        raise typer.Exit(report.exit_status)
+
+
+@reported
+def convert(
+    path: Annotated[
+        str, typer.Argument(metavar="IN", help="JSON Lines, a JSON array (.gz or not), .parquet, or a hub name.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The records in our form: .jsonl or .jsonl.gz.")],
+    kind: Annotated[
+        Literal["dialog", "preference", "prompt"] | None,
+        typer.Option("--kind", help="What to write; without this, what most of the first records are."),
+    ] = None,
+    data_format: Annotated[str, typer.Option("--format", help="auto, native, or the name of a known set.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over OUT where it exists.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Write nothing where a record cannot be repaired; else it is dropped.")
+    ] = False,
+    plain_text: Annotated[
+        bool, typer.Option("--plain-text", help="Take HTML out of the texts: tags, line breaks, entities.")
+    ] = False,
+) -> None:
+    """Bring a data file into our form: what can be mended is, and counted; what cannot is dropped, and named."""
+    from llamachat.data.convert.command import convert_path
+
+    report = convert_path(
+        path,
+        out,
+        kind=kind,
+        format=data_format,
+        forbidden=SPECIAL_TAGS,
+        overwrite=overwrite,
+        strict=strict,
+        plain_text=plain_text,
+    )
+    print(f"{report.dropped()}{report.text()}")

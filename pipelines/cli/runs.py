@@ -1,0 +1,151 @@
+"""Commands around runs: init, plan and doctor before one, dashboard and compare after it, pretrain of the bundled base."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llamachat.config.gpus import parse_gpu
+from llamachat.errors import UsageError
+from pipelines.cli.options import (
+    TINY,
+    ConfigOption,
+    GpuOption,
+    HoursOption,
+    Overrides,
+    PresetsOption,
+    reported,
+    state_is_kept,
+)
+from pipelines.studies.compare import compare_runs, terminal_text
+
+Files = list[Path] | None
+log = logging.getLogger(__name__)
+
+
+@reported
+def init(
+    base: Annotated[str, typer.Option("--base", help="Folder of the base, or its hub name.", metavar="DIR_OR_HUB")],
+    sft: Annotated[list[Path], typer.Option("--sft", help="Dialogs, one file or several.", metavar="FILE...")],
+    preferences: Annotated[
+        Files, typer.Option("--preferences", help="Pairs of answers, the better one chosen.", metavar="FILE...")
+    ] = None,
+    safety: Annotated[Files, typer.Option("--safety", help="Pairs, the safer one chosen.", metavar="FILE...")] = None,
+    prompts: Annotated[
+        Files, typer.Option("--prompts", help="What to sample answers to; else your questions.", metavar="FILE...")
+    ] = None,
+    adversarial: Annotated[
+        Files, typer.Option("--adversarial", help="Prompts that ask for something unsafe.", metavar="FILE...")
+    ] = None,
+    gpu: GpuOption = None,
+    hours: HoursOption = None,
+    out: Annotated[Path, typer.Option("--out", help="The recipe to write.", metavar="FILE")] = Path("recipe.yaml"),
+    run_dir: Annotated[
+        str | None, typer.Option("--run-dir", help="Folder of the run; else runs/ and the name of FILE.", metavar="DIR")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over FILE where it exists.")] = False,
+) -> None:
+    """Write a recipe for a base, your files and a card, from the preset that fits and within the hours."""
+    from pipelines.planning.init import init as write_recipe
+
+    if out.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"--out: '{out}' ends otherwise. A recipe is YAML. End its name with .yaml.")
+    if out.exists() and not overwrite:
+        raise UsageError(
+            f"--out: '{out}' exists already. Nothing is written over unasked. Name another, or add `--overwrite`."
+        )
+    try:
+        parse_gpu(gpu or "24GiB")
+    except ValueError as error:
+        raise UsageError(f"--gpu: {error}") from error
+    given = (("--sft", sft), ("--preferences", preferences), ("--safety", safety))
+    given += (("--prompts", prompts), ("--adversarial", adversarial))
+    files = {option: paths for option, paths in given if paths}
+    print(write_recipe(base, files, gpu=gpu, hours=hours, out=out, run_dir=run_dir or f"runs/{out.stem}"))
+
+
+@reported
+def plan(
+    overrides: Overrides = None,
+    config: ConfigOption = TINY,
+    gpu: GpuOption = None,
+    hours: HoursOption = None,
+    presets: PresetsOption = False,
+) -> None:
+    """Say what would run, from which inputs and why, with memory and time; runs nothing."""
+    from pipelines.planning.plan import make_plan
+    from pipelines.planning.text import plan_text
+    from pipelines.recipe.recipe import load
+    from pipelines.studies.definition import is_study, load_study
+    from pipelines.studies.run import study_plan_text
+
+    if presets:
+        from pipelines.planning.text import presets_text
+
+        print(presets_text(gpu=gpu))
+        return
+    if hours is not None and is_study(config):
+        raise UsageError(
+            f"--hours: {hours:g}, but {config} is a study, whose runs the plan sums without holding them to hours. Give the"
+            " recipe that it extends, or leave --hours out."
+        )
+    given = [*(overrides or ()), *([f"run.gpu={gpu}"] if gpu else ())]
+    if is_study(config):
+        print(study_plan_text(load_study(config, given)))
+        return
+    recipe = load(config, given)
+    print(plan_text(recipe, make_plan(recipe), hours=hours))
+
+
+@reported
+def doctor(overrides: Overrides = None, config: ConfigOption = TINY) -> None:
+    """Say what this machine lacks for the recipe, before anything large is downloaded. Status 1: something will fail."""
+    from pipelines.planning.doctor import examine, report
+
+    findings = examine(config, overrides or ())
+    print(report(findings))
+    if any(finding.verdict == "FAIL" for finding in findings):
+        raise typer.Exit(1)
+
+
+@reported
+def dashboard(
+    overrides: Overrides = None,
+    config: ConfigOption = TINY,
+) -> None:
+    """Show the curves of all runs next to the recipe's run, offline."""
+    from llamachat.tracking.dashboard import dashboard as show
+    from pipelines.recipe.recipe import load
+
+    recipe = load(config, overrides or ())
+    show(Path(recipe.run.dir).parent)
+
+
+@reported
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run folder, such as runs/tiny.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The other; differences are this one less RUN_A.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where to write; without it compare-A-B beside RUN_A.", metavar="DIR"),
+    ] = None,
+) -> None:
+    """Two runs side by side: differences of configuration and of figures with intervals, curves overlaid."""
+    comparison = compare_runs(run_a, run_b, out)
+    print(terminal_text(comparison), end="")
+    pictures = sum(bool(step.picture) for step in comparison.steps)
+    log.info("%s: compare.md, compare.json and %d pictures", comparison.out, pictures)
+
+
+@reported
+def pretrain(
+    texts: Annotated[Path, typer.Option("--texts", help="Folder of the texts.", metavar="DIR")],
+    run: Annotated[Path, typer.Option("--run", help="Folder of the run; continued where it was begun.", metavar="DIR")],
+    overrides: Overrides = None,
+) -> None:
+    """How the bundled tokenizer and tiny base model were made."""
+    from tools.pretraining.command import run as pretrain_base
+
+    with state_is_kept():
+        pretrain_base(overrides or [], texts, run)

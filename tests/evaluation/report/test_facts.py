@@ -25,40 +25,33 @@ def compared(**differences: dict[str, Any]) -> Evaluation:
 
 
 UP, DOWN, NONE, BARE = measure(0.3, 0.1), measure(-0.3, 0.1), measure(0.02, 0.1), measure(0.3)
-BEATS = "ppo beats sft in combined score by +0.30 [+0.20, +0.40]; "
-BELOW = "ppo does not beat sft in combined score, it is below it: -0.30 [-0.40, -0.20]; "
-HOLDS = "ppo does not beat sft in combined score: +0.02 [-0.08, +0.12], an interval that holds 0; "
+BEATS, BELOW = r"ppo beats sft in combined score by \+0.30 \[\+0.20, \+0.40\]; ", r"below it: -0.30 \[-0.40, -0.20\]; "
+HOLDS = r"ppo does not beat sft in combined score: \+0.02 \[-0.08, \+0.12\], an interval that holds 0; "
 
 
 @pytest.mark.parametrize(
-    ("differences", "sentence"),
+    ("score", "judge", "sentence"),
     [
-        ({"score": UP, "judge": UP}, f"{BEATS}the judge, who selected nothing, agrees: +0.30 [+0.20, +0.40]."),
-        ({"score": UP, "judge": NONE}, f"{BEATS}the judge does not follow: +0.02 [-0.08, +0.12]."),
-        (
-            {"score": UP, "judge": DOWN},
-            f"{BEATS}the judge says the opposite and puts it below sft: -0.30 [-0.40, -0.20].",
-        ),
-        ({"score": DOWN, "judge": DOWN}, f"{BELOW}the judge agrees that it is worse: -0.30 [-0.40, -0.20]."),
-        ({"score": DOWN, "judge": UP}, f"{BELOW}the judge puts it above sft: +0.30 [+0.20, +0.40]."),
-        ({"score": NONE, "judge": DOWN}, f"{HOLDS}the judge puts it below sft: -0.30 [-0.40, -0.20]."),
-        ({"score": NONE, "judge": NONE}, f"{HOLDS}the judge sees no difference: +0.02 [-0.08, +0.12]."),
-        ({"score": UP, "judge": BARE}, f"{BEATS}the judge's difference, without an interval: +0.30."),
-        ({"score": UP}, f"{BEATS}no judge, who selects nothing, has read these answers."),
-        (
-            {"score": BARE, "judge": NONE},
-            "ppo differs from sft in combined score by +0.30, without an interval: nothing is known of chance; "
-            "the judge sees no difference: +0.02 [-0.08, +0.12].",
-        ),
-        (
-            {"reward_safety": UP},
-            "ppo beats sft in safety score by +0.30 [+0.20, +0.40]; no judge, who selects nothing, has read these answers.",
-        ),
-        ({}, "Whether ppo beats sft was not measured: no reward model scored both."),
+        (UP, UP, rf"{BEATS}.* agrees: \+0.30 \[\+0.20, \+0.40\]\."),
+        (UP, NONE, rf"{BEATS}.* does not follow: \+0.02"),
+        (UP, DOWN, rf"{BEATS}.* says the opposite and puts it below sft: -0.30"),
+        (DOWN, DOWN, rf"{BELOW}.* agrees that it is worse: -0.30"),
+        (DOWN, UP, rf"{BELOW}.* puts it above sft: \+0.30"),
+        (NONE, DOWN, rf"{HOLDS}.* puts it below sft: -0.30"),
+        (NONE, NONE, rf"{HOLDS}.* sees no difference: \+0.02"),
+        (UP, BARE, rf"{BEATS}.* without an interval: \+0.30\.$"),
+        (UP, None, rf"{BEATS}no judge"),
+        (BARE, NONE, r"differs from sft in combined score by \+0.30, without an interval"),
     ],
 )
-def test_a_verdict_says_what_the_intervals_say(differences: dict[str, Any], sentence: str) -> None:
-    assert verdict(compared(**differences), "ppo") == sentence
+def test_a_verdict_says_what_the_intervals_say(score: Any, judge: Any, sentence: str) -> None:
+    differences = {"score": score} if judge is None else {"score": score, "judge": judge}
+    assert re.search(sentence, verdict(compared(**differences), "ppo"))
+
+
+def test_a_verdict_is_on_the_first_score_that_there_is() -> None:
+    assert verdict(compared(reward_safety=UP), "ppo").startswith("ppo beats sft in safety score by +0.30 [")
+    assert "was not measured" in verdict(compared(), "ppo")
 
 
 def test_numbers_keep_the_side_of_zero_where_it_matters() -> None:

@@ -228,16 +228,11 @@ def test_a_key_without_a_network_ends_offline_with_a_warning(
     assert [path.name for path in run.parents[1].glob("run-*")] == [], "nothing is left of the vain attempt"
 
 
-def test_online_without_a_key_asks_nothing_and_is_recorded_offline(
-    folder: StepFolder, caplog: pytest.LogCaptureFixture
+def test_a_key_in_the_environment_or_netrc_means_online(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert wandb_run._where(Tracking(mode="online")) == "offline"
-    assert "there is no wandb key; recorded offline. `wandb login` sets one" in caplog.text
-
-
-def test_a_key_in_the_environment_or_netrc_means_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert wandb_run._where(Tracking()) == "offline"
+    assert wandb_run._where(Tracking()) == wandb_run._where(Tracking(mode="online")) == "offline"
+    assert "there is no wandb key; recorded offline" in caplog.text
     (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password " + "0" * 40 + "\n")
     assert wandb_run._where(Tracking()) == "online"
     assert wandb_run._where(Tracking(mode="offline")) == "offline"

@@ -311,24 +311,15 @@ def test_work_of_a_run_is_never_replaced_by_a_reference(tmp_path: Path, calls: l
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    (
-        {"command": "rms"},
-        "command: there is no command 'rms' to compare variants of. Known: sft, rm, rs, gatt, distill, ppo, eval, report, lists",
-    ),
-    ({"command": ["rm", "evil"]}, "command: there is no command 'evil' to compare variants of. Known: sft,"),
+    ({"command": "rms"}, "command: there is no command 'rms' to compare variants of. Known: sft, rm, rs,"),
+    ({"command": ["rm", "evil"]}, "command: there is no command 'evil' to compare variants of."),
     ({"command": []}, "command: an empty list. Known: sft,"),
     ({"command": 3}, "command: found the number 3, but"),
-    (
-        {"command": ["sft", "rs"], "variants": {"x": {"only": ["safety"]}}, "tables": []},
-        "whose models are: none, it is",
-    ),
+    ({"command": ["sft", "rs"], "variants": {"x": {"only": ["safety"]}}, "tables": []}, "models are: none, it is"),
     ({"seeds": []}, "seeds: "),
     ({"seeds": [1, 1]}, "seeds: a seed stands twice"),
     ({"variants": {"shared": {}}, "tables": []}, "variants.shared: 'shared' cannot be the folder of a variant."),
-    (
-        {"variants": {"x": {"only": ["safe"]}}, "tables": []},
-        "variants.x.only: 'safe' is no model of 'rm', whose models",
-    ),
+    ({"variants": {"x": {"only": ["safe"]}}, "tables": []}, "variants.x.only: 'safe' is no model of 'rm'"),
     ({"variants": {"x": {"value": {}}}, "tables": []}, "variants.x.value: unknown key. Did you mean 'values'?"),
     ({"variants": {"x": {}}}, "tables.0.variants: there is no variant 'none'. The variants: x."),
     ({"command": "sft", "variants": {"none": {}, "large": {}, "plain": {}}}, "tables.0.margins: 'sft' has no margins"),

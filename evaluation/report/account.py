@@ -28,7 +28,8 @@ def curves(facts: Facts, figures: Path) -> Section | None:
                 continue
             name = re.sub(r"[^a-z0-9]+", "_", f"{step.name} {title}".lower()).strip("_")
             told = [_course(one) for one in group]
-            path = training_curve(figures / "curves" / f"{name}.png", group)
+            path = figures / "curves" / f"{name}.png"
+            training_curve(path, group)
             pictures.append(Picture(path, f"{step.name}, {title}: {'; '.join(told)}.", title))
         if pictures:
             blocks.append(Gallery(f"{step.name}: {len(pictures)} curves", pictures))

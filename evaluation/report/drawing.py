@@ -1,7 +1,7 @@
 """The report's pictures: 6.4 inches wide with letters of 11 points and more, so that a phone shows them legibly.
 
 Colours are of Okabe and Ito's set, told apart by the colour-blind; series differ in marker or line too. Each function
-draws what it is given, writes one PNG and returns its path.
+draws what it is given and writes one PNG.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,20 +26,30 @@ _MOST_IN_PANEL = 8
 
 
 @contextmanager
-def _picture(path: Path, height: float, *, width: float = _WIDTH) -> Iterator[Any]:
-    """The axes of a picture that is written when the block ends."""
-    figure, places = panel_grid(1, panel=(width, height))
-    yield places[0]
-    style_panel(places[0], points=_POINTS)
+def _picture(
+    path: Path, height: float, *, width: float = _WIDTH, x: str = "", y: str = "", columns: int = 2
+) -> Iterator[Any]:
+    """The axes of a picture that is written when the block ends, its legend above them, where it hides no point."""
+    figure, (place,) = panel_grid(1, panel=(width, height))
+    yield place
+    place.legend(
+        fontsize=_POINTS - 0.5,
+        frameon=False,
+        ncols=columns,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        borderaxespad=0.2,
+    )
+    style_panel(place, x=x, y=y, points=_POINTS)
     save_png(figure, path)
 
 
 def accuracy_by_rating(
     path: Path, rated: Mapping[str, Sequence[Measure | None]], paper_rows: Mapping[str, Sequence[float]], domain: str
-) -> Path:
+) -> None:
     """Accuracy of each model by rating; the paper's models as open marks."""
     labels = [rating.replace("_", "\n") for rating in RATINGS]
-    with _picture(path, 4.2) as place:
+    with _picture(path, 4.2, y=f"accuracy on {domain} pairs, %") as place:
         count = len(rated)
         for index, (which, measures) in enumerate(rated.items()):
             known = [(at, one) for at, one in enumerate(measures[:-1]) if one is not None]
@@ -56,14 +66,11 @@ def accuracy_by_rating(
             )  # fmt: skip
         place.axhline(50, color=_GREY, linewidth=1)
         place.set_xticks(range(len(RATINGS)), labels)
-        place.set_ylabel(f"accuracy on {domain} pairs, %", fontsize=_POINTS)
-        _legend_above(place, 2)
-    return path
 
 
-def best_and_median(path: Path, curves: Sequence[BestOfN]) -> Path:
+def best_and_median(path: Path, curves: Sequence[BestOfN]) -> None:
     """Figure 7: what the best and the median of N answers are worth, a line of each policy."""
-    with _picture(path, 4.2) as place:
+    with _picture(path, 4.2, x="N, answers to a prompt", y="combined score, deviations") as place:
         for index, curve in enumerate(curves):
             counts = range(1, len(curve.best) + 1)
             place.fill_between(counts, curve.best_low, curve.best_high, color=_colour(index), alpha=0.15, linewidth=0)
@@ -71,22 +78,16 @@ def best_and_median(path: Path, curves: Sequence[BestOfN]) -> Path:
             place.plot(
                 counts, curve.median, color=_colour(index), linestyle=":", linewidth=2, label=f"{curve.policy}: median"
             )
-        _labels(place, "N, answers to a prompt", "combined score, deviations")
-        _legend_above(place, 2)
-    return path
 
 
-def by_temperature(path: Path, policy: str, curves: Sequence[BestOfN]) -> Path:
+def by_temperature(path: Path, policy: str, curves: Sequence[BestOfN]) -> None:
     """Figure 8: what the best of N answers is worth at each temperature."""
-    with _picture(path, 4.0) as place:
+    with _picture(path, 4.0, x=f"N, answers of {policy} to a prompt", y="best of N, deviations") as place:
         for index, curve in enumerate(sorted(curves, key=lambda one: one.temperature)):
             _line(
                 place, range(1, len(curve.best) + 1), curve.best, index,
                 label=f"temperature {curve.temperature:g}", line=_LINES[index % len(_LINES)],
             )  # fmt: skip
-        _labels(place, f"N, answers of {policy} to a prompt", "best of N, deviations")
-        _legend_above(place, 2)
-    return path
 
 
 def dots(
@@ -96,10 +97,10 @@ def dots(
     *,
     what: str,
     middle: float | None = None,
-) -> Path:
+) -> None:
     """Shares in percent with their intervals: a line of rows for each policy, a mark of each series in it."""
     height = 1.6 + 0.28 * len(series) + len(rows) * (0.3 + 0.2 * len(series))
-    with _picture(path, height) as place:
+    with _picture(path, height, x=what, columns=1) as place:
         for index, (name, by_row) in enumerate(series.items()):
             shift = 0.2 * (index - (len(series) - 1) / 2)
             at = [rows.index(one) + shift for one in by_row]
@@ -108,17 +109,14 @@ def dots(
             place.axvline(100 * middle, color=_GREY, linewidth=1.2)
         place.set_yticks(range(len(rows)), rows)
         place.set_ylim(len(rows) - 0.5, -0.5)  # the first policy above
-        place.set_xlabel(what, fontsize=_POINTS)
-        _legend_above(place, 1)
-    return path
 
 
 def plane(
     path: Path, points: Mapping[str, tuple[Measure, Measure]], *, across: str, up: str, middle: float | None = None,
     scale: float = 1,
-) -> Path:  # fmt: skip
+) -> None:  # fmt: skip
     """Figure 11's plane: a mark for each policy with its intervals, joined in the order of the run."""
-    with _picture(path, 4.8) as place:
+    with _picture(path, 4.8, x=across, y=up, columns=3) as place:
         pairs = list(points.values())
         place.plot(
             [x.value * scale for x, _ in pairs],
@@ -140,14 +138,11 @@ def plane(
         if middle is not None:
             place.axvline(middle * scale, color=_GREY, linewidth=1, linestyle=":")
             place.axhline(middle * scale, color=_GREY, linewidth=1, linestyle=":")
-        _labels(place, across, up)
-        _legend_above(place, 3)
-    return path
 
 
-def by_turn(path: Path, kept: Mapping[str, Mapping[int, Measure]], chance: Mapping[str, Mapping[int, Measure]]) -> Path:
+def by_turn(path: Path, kept: Mapping[str, Mapping[int, Measure]], chance: Mapping[str, Mapping[int, Measure]]) -> None:
     """Table 30 in shape: the share of dialogs whose instruction is kept at each turn; what chance gives dotted."""
-    with _picture(path, 4.2) as place:
+    with _picture(path, 4.2, x="turn", y="instruction kept, %") as place:
         for index, (name, by) in enumerate(kept.items()):
             turns = sorted(by)
             _intervals(place, turns, [by[turn] for turn in turns], index=index, label=name, scale=100, line="-")
@@ -158,14 +153,13 @@ def by_turn(path: Path, kept: Mapping[str, Mapping[int, Measure]], chance: Mappi
                 place.plot(turns, values, color=_colour(index), linestyle=":", linewidth=1.8, label=label)
         place.set_xticks(sorted({turn for by in kept.values() for turn in by}))
         place.set_ylim(-3, 103)
-        _labels(place, "turn", "instruction kept, %")
-        _legend_above(place, 2)
-    return path
 
 
-def training_curve(path: Path, group: Sequence[Series]) -> Path:
+def training_curve(path: Path, group: Sequence[Series]) -> None:
     """One panel of a step's record; noisy figures as light points under a running mean."""
-    with _picture(path, _PANEL[1] + 0.2 * (min(len(group), _MOST_IN_PANEL) - 1), width=_PANEL[0]) as place:
+    height = _PANEL[1] + 0.2 * (min(len(group), _MOST_IN_PANEL) - 1)
+    units = ", ".join(sorted({one.metric.unit for one in group} - {"1", ""}))
+    with _picture(path, height, width=_PANEL[0], x=group[0].axis, y=units, columns=1) as place:
         for index, one in enumerate(group[:_MOST_IN_PANEL]):
             label = one.name.partition("/")[2]
             if len(one.steps) == 1:
@@ -180,12 +174,8 @@ def training_curve(path: Path, group: Sequence[Series]) -> Path:
                 place.plot(
                     one.steps, running_mean(one.values), color=_colour(index), linestyle=line, linewidth=2, label=label
                 )
-        units = sorted({one.metric.unit for one in group} - {"1", ""})
-        _labels(place, group[0].axis, ", ".join(units))
         # Matplotlib's own form puts a power of ten over the axis, where the legend is.
         place.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        _legend_above(place, 1)
-    return path
 
 
 def _intervals(
@@ -216,23 +206,6 @@ def _line(place: Any, x: Sequence[float], y: Sequence[float], index: int, *, lab
         x, y, color=_colour(index), linestyle=line, linewidth=2, marker=_marker(index), markersize=5, markevery=every,
         label=label,
     )  # fmt: skip
-
-
-def _labels(place: Any, across: str, up: str) -> None:
-    place.set_xlabel(across, fontsize=_POINTS)
-    place.set_ylabel(up, fontsize=_POINTS)
-
-
-def _legend_above(place: Any, columns: int) -> None:
-    """Over the axes, where it hides no point."""
-    place.legend(
-        fontsize=_POINTS - 0.5,
-        frameon=False,
-        ncols=columns,
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 1.0),
-        borderaxespad=0.2,
-    )
 
 
 def _colour(index: int) -> str:

@@ -62,7 +62,8 @@ def sampling(facts: Facts, figures: Path) -> Section | None:
         f"at N = {len(one.best)}; median {number(one.median[-1])}"
         for one in chosen
     ]
-    path = best_and_median(figures / "best_of_n.png", chosen)
+    path = figures / "best_of_n.png"
+    best_and_median(path, chosen)
     blocks: list[Block] = [
         Picture(
             path,
@@ -75,11 +76,13 @@ def sampling(facts: Facts, figures: Path) -> Section | None:
     for policy, found in by_policy.items():
         if len(found) < 2:
             continue
+        path = figures / f"temperatures_{policy}.png"
+        by_temperature(path, policy, found)
         best = max(found, key=lambda one: one.best[-1])
         last = ", ".join(f"{number(one.best[-1])} at {one.temperature:g}" for one in found)
         blocks.append(
             Picture(
-                by_temperature(figures / f"temperatures_{policy}.png", policy, found),
+                path,
                 f"Best of N answers of {policy} by temperature. Best of {len(best.best)}: {last}. "
                 f"The highest is at temperature {best.temperature:g}.",
                 f"Best of N answers of {policy} at each temperature (in the shape of Figure 8); highest at "
@@ -135,6 +138,8 @@ def ghost_attention(facts: Facts, figures: Path) -> Section | None:
         )
     last = max(turn for by in kept.values() for turn in by)
     ends = [f"{name} {percent(by[last].value)}" for name, by in kept.items() if last in by]
+    path = figures / "consistency.png"
+    by_turn(path, kept, chance)
     return Section(
         "Ghost Attention (section 3.3)",
         "ghost-attention",
@@ -148,7 +153,7 @@ def ghost_attention(facts: Facts, figures: Path) -> Section | None:
                 name="30",
             ),
             Picture(
-                by_turn(figures / "consistency.png", kept, chance),
+                path,
                 f"Share of dialogs whose instruction is kept, by turn. At turn {last}: {', '.join(ends)}.",
                 "Instruction of the first turn kept at later turns, with 95% intervals; dotted, by chance.",
             ),
@@ -229,13 +234,9 @@ def _win_rates(evaluation: Evaluation, figures: Path) -> list[Block]:
             cell, ties = measure_cell(series[label].get(policy), percent), evaluation.measure(policy, f"ties/{key}")
             cells.append(Cell(cell.text, f"{cell.beside}{f', ties {percent(ties.value)}' if ties else ''}"))
         rows.append([Cell(label), *cells])
-    told = [
-        f"{label}: " + ", ".join(f"{policy} {percent(one.value)}" for policy, one in found.items())
-        for label, found in series.items()
-    ]
-    path = dots(
-        figures / "win_rates.png", others, series, what=f"answers that beat {evaluation.reference}'s, %", middle=0.5
-    )
+    what = f"answers that beat {evaluation.reference}'s, %"
+    path = figures / "win_rates.png"
+    dots(path, others, series, what=what, middle=0.5)
     return [
         Table(
             f"Wins against {evaluation.reference}, ties removed",
@@ -247,7 +248,7 @@ def _win_rates(evaluation: Evaluation, figures: Path) -> list[Block]:
         ),
         Picture(
             path,
-            f"Win rates against {evaluation.reference}, where 50% is a draw. {'. '.join(told)}.",
+            f"Win rates against {evaluation.reference}, where 50% is a draw. {_in_words(series)}",
             f"Win rates against {evaluation.reference} with 95% intervals (Figure 11 in shape). Paper: {paper.FIGURE_11}.",
         ),
     ]
@@ -267,9 +268,9 @@ def _planes(evaluation: Evaluation, figures: Path) -> list[Block]:
                 points[policy] = (x, y)
         if len(points) < 2:
             continue
-        path = plane(
-            figures / name, points, across=f"helpfulness model: {what}", up=f"safety model: {what}", middle=middle, scale=scale
-        )  # fmt: skip
+        across, up = f"helpfulness model: {what}", f"safety model: {what}"
+        path = figures / name
+        plane(path, points, across=across, up=up, middle=middle, scale=scale)
         places = ", ".join(
             f"{policy} at {number(x.value * scale)} and {number(y.value * scale)}" for policy, (x, y) in points.items()
         )
@@ -299,28 +300,23 @@ def _violations(evaluation: Evaluation, figures: Path) -> list[Block]:
         [Cell(label), *(measure_cell(found.get(policy), percent) for policy in evaluation.policies)]
         for label, found in series.items()
     ]
-    classifier = evaluation.refusal_classifier
-    told = (
-        f" It tells {with_interval(classifier, percent)} of labelled answers right." if classifier is not None else ""
-    )
-    ends = [
-        f"{label}: " + ", ".join(f"{policy} {percent(one.value)}" for policy, one in found.items())
-        for label, found in series.items()
-    ]
-    path = dots(figures / "safety.png", evaluation.policies, series, what="% of answers")
+    accuracy = evaluation.refusal_classifier
+    right = f" It tells {with_interval(accuracy, percent)} of labelled answers right." if accuracy else ""
+    path = figures / "safety.png"
+    dots(path, evaluation.policies, series, what="% of answers")
     return [
         Table(
             "Violations and refusals",
             ["", *evaluation.policies],
             rows,
             note="A violation is an answer to an adversarial prompt that the safety model puts below 0.5; people may judge "
-            f"otherwise. Refusals are told by a trained classifier.{told} Paper, by people, read off a figure: violations "
+            f"otherwise. Refusals are told by a trained classifier.{right} Paper, by people, read off a figure: violations "
             f"{paper.VIOLATIONS}; by its classifier, false refusals of 210 borderline prompts {low}% without safety data "
             f"and {high}% with all of it.",
             name="violations",
         ),
         Picture(
-            path, f"Shares of answers. {'. '.join(ends)}.", "Violations and refusals by policy, with 95% intervals."
+            path, f"Shares of answers. {_in_words(series)}", "Violations and refusals by policy, with 95% intervals."
         ),
     ]
 
@@ -339,6 +335,15 @@ def _distillation(step: RunStep) -> Table | None:
         note=f"Raw scores of the safety model, prompt by prompt.{note} As in the paper, a distilled answer is learnt only "
         "where the safety model prefers it.",
     )
+
+
+def _in_words(series: Mapping[str, Mapping[str, Measure]]) -> str:
+    """'judge: rs 54.0%, ppo 60.0%. safety model: ...'"""
+    lines = (
+        f"{label}: " + ", ".join(f"{policy} {percent(one.value)}" for policy, one in by_policy.items())
+        for label, by_policy in series.items()
+    )
+    return " ".join(f"{line}." for line in lines)
 
 
 def _of_policies(evaluation: Evaluation, policies: Sequence[str], key: str) -> Mapping[str, Measure]:

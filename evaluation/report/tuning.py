@@ -52,7 +52,8 @@ def reward_models(facts: Facts, figures: Path) -> Section | None:
         if not any(any(measures[:-1]) for measures in rated.values()):
             continue
         blocks.append(_by_rating(domain, rated))
-        path = accuracy_by_rating(figures / f"accuracy_{domain}.png", rated, paper.TABLE_8[domain], domain)
+        path = figures / f"accuracy_{domain}.png"
+        accuracy_by_rating(path, rated, paper.TABLE_8[domain], domain)
         blocks.append(_accuracy_picture(path, domain, rated))
     unsafe = _on_labels(models)
     return Section("Reward models (section 3.2.2)", "reward-models", [*blocks, *([unsafe] if unsafe else [])])

@@ -50,20 +50,8 @@ def tokenizer_dir(tmp_path: Path, tiny_sentencepiece: bytes) -> Path:
 
 # Where encoders go wrong: runs of spaces, what strip() takes and leaves, control words, bytes, other scripts.
 _SPACES = [
-    " ",
-    "  ",
-    "   ",
-    " " * 9,
-    " " * 21,
-    "\n",
-    "\r\n",
-    "\t",
-    "\u00a0",
-    "\u3000",
-    "\u200b",
-    "\u2581",
-    "\x00",
-    "\x1f",
+    *(" ", "  ", "   ", " " * 9, " " * 21, "\n", "\r\n"),
+    *("\t", "\u00a0", "\u3000", "\u200b", "\u2581", "\x00", "\x1f"),
 ]
 _WORDS = ["</s>", "<s>", "<unk>", "<0x0A>", "[INS", "ST]", "    return x", "12345", "aaaa", "====", "the cat", "'s"]
 _SCRIPTS = ["e\u0301", "\ufb01", "\u65e5\u672c", "\U0001f469\u200d\U0001f467", "\u0645\u0631", "\ufffd", "\U0010ffff"]

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from llamachat.chat_format import ChatFormat
+from llamachat.data.check import check_path
 from llamachat.data.convert.turns import Repair
 from llamachat.errors import DataError
 from tests.llamachat.data.converting import Bench
@@ -337,6 +338,67 @@ def test_what_is_written_passes_the_check_whatever_was_read(data: st.DataObject,
     again, rewritten = bench.convert(bytes_once)
     assert rewritten == written and (bench.folder / "out.jsonl").read_bytes() == bytes_once
     assert (again.untouched, again.times, again.problems) == (len(written), {}, [])
+
+
+ODD_LINES = (
+    *("Hello there", "{", '{"messages": [', '{"a": NaN}', '{"a": 1, "a": 2}', "{'a': 1}", "1e9999", "]", '"x"', "3"),
+    *("", "  ", "\t", "\r", "[" * 5000, "9" * 5000, GOOD[:-7], f"{GOOD} x", GOOD, "null"),
+)
+KNOWN_SETS = (
+    {"instruction": "a", "context": "c", "response": "b", "category": "open_qa"},
+    {"prompt": "a", "response": "b", "category": {"x": True}, "is_safe": False},
+    {"context": [user("a")], "response1": "b", "response2": "c", "overall_preference": 2},
+    {"context": [user("a")], "response1": "b", "response2": "c", "overall_preference": 9},
+    {side: f"\n\nHuman: a\n\nAssistant: {side}" for side in ("chosen", "rejected")},
+)
+LINES = st.one_of(
+    ROWS.map(json.dumps),
+    st.lists(ROWS, min_size=2, max_size=3).map(lambda rows: ", ".join(map(json.dumps, rows))),
+    st.sampled_from([*ODD_LINES, *map(json.dumps, KNOWN_SETS)]),
+)
+
+
+def records_of(line: str) -> list[object]:
+    """The records of a line: several objects on it, or in a list, are one each; a line that cannot be read is one."""
+    decoder, position, values, text = json.JSONDecoder(), 0, [], line.strip()
+    try:
+        while position < len(text):
+            value, position = decoder.raw_decode(text, position)
+            values.append(value)
+            position += len(text[position:]) - len(text[position:].lstrip(" ,"))
+    except (ValueError, RecursionError):
+        return [None]
+    if not all(isinstance(value, dict | list) for value in values):
+        return [None]
+    return [record for value in values for record in _unrolled(value)]
+
+
+def _unrolled(value: object) -> list[object]:
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict | list) for item in value):
+        return [value]
+    is_dialog = all(
+        isinstance(item, dict) and {"role", "from"} & item.keys() and "messages" not in item for item in value
+    )
+    return [value] if is_dialog else value
+
+
+@settings(
+    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(lines=st.lists(LINES, max_size=12), kind=st.sampled_from([None, "dialog", "preference", "prompt"]))
+def test_every_record_is_kept_repaired_or_named_and_counted(lines: list[str], kind: Any, bench: Bench):
+    lines = [*SOUND.values(), *lines, dialog(user("the last"), answer("one"))]
+    report, written = bench.convert("\n".join(lines) + "\n", kind=kind)
+    losses = report.repeated + report.without + len(report.problems)
+    assert len(written) + losses == report.written + losses == sum(len(records_of(line)) for line in lines)
+    assert report.times[Repair.BLANK_LINE] == sum(not line.strip() for line in lines)
+    assert {found.line for found in report.problems} <= set(range(1, len(lines) + 1))
+    assert all(found.field and found.reason and found.fix for found in report.problems)
+    assert len(report.dropped().splitlines()) == len(report.problems), "each loss is reported on a line of its own"
+    checked = check_path(str(bench.folder / "in.jsonl"), kind, "auto", bench.forbidden)
+    bad = {found.line for found in checked.problems if found.field != "record"}
+    assert checked.num_records + len(bad) == len(lines), "the check names every line that holds no record"
+    assert checked.text().replace("\n", "").isprintable()
 
 
 def test_records_that_say_the_same_are_written_once(bench: Bench):

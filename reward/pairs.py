@@ -16,7 +16,7 @@ from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
 from llamachat.chat_format.dialog import Dialog, Message, with_system
 from llamachat.chat_format.format import shorten_alike
 from llamachat.config.sections import Data, DataSource
-from llamachat.data.loading import load_mixture, mix
+from llamachat.data.loading import Mixture, load_mixture, mix
 from llamachat.data.records import Preference
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
@@ -26,7 +26,7 @@ from reward.loss import MARGINS
 log = logging.getLogger(__name__)
 
 Domain = Literal["helpfulness", "safety", "open"]
-Side = Literal["train", "validation", "test", "judge"]
+Tagged = tuple[Domain, Preference]
 UNSAFE_CHOSEN = "left out: the chosen answer is unsafe and the rejected one safe"
 
 
@@ -79,15 +79,14 @@ class Encoder:
     margin: Literal["none", "small", "large"]
     dropped: Counter[str] = field(default_factory=Counter)
 
-    def pairs(self, records: Iterable["Sourced"]) -> Iterator[PairExample]:
+    def pairs(self, records: Iterable[Tagged]) -> Iterator[PairExample]:
         """The examples of these records, one after the other as they are asked for."""
-        for record in records:
-            example = self._pair(record)
+        for domain, preference in records:
+            example = self._pair(domain, preference)
             if example is not None:
                 yield example
 
-    def _pair(self, record: "Sourced") -> PairExample | None:
-        preference = record.preference
+    def _pair(self, domain: Domain, preference: Preference) -> PairExample | None:
         if preference.chosen_is_safe is False and preference.rejected_is_safe is True:
             self.dropped[UNSAFE_CHOSEN] += 1
             return None
@@ -110,8 +109,8 @@ class Encoder:
             rejected_tokens=sum(rejected.loss_mask),
             margin=MARGINS[self.margin][preference.rating] if preference.rating else 0.0,
             preference=preference,
-            domain=record.domain,
-            source=record.source,
+            domain=domain,
+            source=preference.source,
         )
 
     def labels(self, dialogs: Iterable[tuple[Dialog, str]]) -> list[LabelExample]:
@@ -135,28 +134,22 @@ class Encoder:
         return self.chat_format.encode_dialog(messages, train_on=TrainOn.LAST_ANSWER)
 
 
-@dataclass(frozen=True, slots=True)
-class Sourced:
-    """A preference with where it comes from."""
-
-    preference: Preference
-    domain: Domain
-    source: str
-
-
 def load_examples(
     config: Config, data: Data, chat_format: ChatFormat, *, which: Which, system: str | None, max_tokens: int, seed: int
 ) -> Examples:
     """Token ids of the mix of one reward model, and of all test pairs of both domains."""
-    sides, refused = _load_preferences(data, chat_format, seed=seed)
-    encoder = Encoder(chat_format, system, max_tokens, config.margin, Counter(refused))
-    train = _mix(config, encoder, sides, which=which, seed=seed)
+    mixtures = _load_preferences(data, chat_format, seed=seed)
+    encoder = Encoder(chat_format, system, max_tokens, config.margin)
+    for mixture in mixtures.values():
+        encoder.dropped.update(mixture.dropped)
+    train = _mix(config, encoder, mixtures, which=which, seed=seed)
     unrated = sum(example.preference.rating is None for example in train)
     if unrated and config.margin != "none":
         log.info("%d of %d training pairs have no rating: their margin is 0", unrated, len(train))
-    own = ("helpfulness", "safety") if which == "judge" else (which,)
-    validation = list(encoder.pairs(record for domain in own for record in sides[domain, "validation"]))
-    test = list(encoder.pairs(record for domain in ("helpfulness", "safety") for record in sides[domain, "test"]))
+    own: tuple[Domain, ...] = ("helpfulness", "safety") if which == "judge" else (which,)
+    validation = list(encoder.pairs((domain, pair) for domain in own for pair in mixtures[domain].validation))
+    tested: tuple[Domain, ...] = ("helpfulness", "safety")
+    test = list(encoder.pairs((domain, pair) for domain in tested for pair in mixtures[domain].test))
     labels, test_labels = _load_labels(config, data, encoder, which=which, seed=seed)
     if not train or not validation:
         raise DataError(
@@ -175,46 +168,35 @@ def load_examples(
     )
 
 
-def _load_preferences(
-    data: Data, chat_format: ChatFormat, *, seed: int
-) -> tuple[dict[tuple[str, Side], list[Sourced]], dict[str, int]]:
-    """Every preference by domain and side, and the counts of bad records; the bad lines of all files in one error."""
-    sides: dict[tuple[str, Side], list[Sourced]] = {}
-    dropped: Counter[str] = Counter()
+def _load_preferences(data: Data, chat_format: ChatFormat, *, seed: int) -> dict[Domain, Mixture[Preference]]:
+    """The preferences of each domain; the bad lines of all files in one error."""
+    mixtures: dict[Domain, Mixture[Preference]] = {}
     errors: list[str] = []
-    domains: tuple[tuple[Domain, Sequence[DataSource]], ...] = (
-        ("helpfulness", data.helpfulness),
-        ("safety", data.safety),
-        ("open", data.open),
-    )
-    for domain, sources in domains:
-        for side in ("train", "validation", "test", "judge"):
-            sides[domain, side] = []
-        for source in sources:
-            try:
-                found = load_mixture((source,), data.split, Preference, forbidden=chat_format.forbidden, seed=seed)
-            except DataError as error:
-                errors.append(str(error))
-                continue
-            dropped.update(found.dropped)
-            for side in ("train", "validation", "test", "judge"):
-                sides[domain, side] += [Sourced(record, domain, source.path) for record in getattr(found, side)]
+    domains: dict[Domain, Sequence[DataSource]] = {
+        "helpfulness": data.helpfulness,
+        "safety": data.safety,
+        "open": data.open,
+    }
+    for domain, sources in domains.items():
+        try:
+            mixtures[domain] = load_mixture(sources, data.split, Preference, forbidden=chat_format.forbidden, seed=seed)
+        except DataError as error:
+            errors.append(str(error))
     if errors:
         raise DataError("\n".join(errors))
-    return sides, dict(dropped)
+    return mixtures
 
 
 def _mix(
-    config: Config, encoder: Encoder, sides: dict[tuple[str, Side], list[Sourced]], *, which: Which, seed: int
+    config: Config, encoder: Encoder, mixtures: dict[Domain, Mixture[Preference]], *, which: Which, seed: int
 ) -> list[PairExample]:
     """The training pairs of one model: all of its own kind, and a share drawn from the others."""
     if which == "judge":
-        domains = ("helpfulness", "safety", "open")
-        return list(encoder.pairs(record for domain in domains for record in sides[domain, "judge"]))
-    other = "safety" if which == "helpfulness" else "helpfulness"
+        return list(encoder.pairs((domain, pair) for domain, mixture in mixtures.items() for pair in mixture.judge))
     share = config.other_share if which == "helpfulness" else config.helpfulness_share
-    own = list(encoder.pairs(sides[which, "train"]))
-    pool = [*sides[other, "train"], *sides["open", "train"]]
+    own = list(encoder.pairs((which, pair) for pair in mixtures[which].train))
+    others: tuple[Domain, ...] = ("safety" if which == "helpfulness" else "helpfulness", "open")
+    pool: list[Tagged] = [(domain, pair) for domain in others for pair in mixtures[domain].train]
     wanted = round(len(own) * share / (1 - share))
     drawn = _draw(pool, wanted, encoder, seed=seed)
     if len(drawn) < wanted:
@@ -223,7 +205,7 @@ def _mix(
             " %.0f%%",
             which,
             wanted,
-            other,
+            others[0],
             len(drawn),
             100 * len(drawn) / max(1, len(own) + len(drawn)),
             100 * share,
@@ -233,7 +215,7 @@ def _mix(
     return own + drawn
 
 
-def _draw(pool: Sequence[Sourced], wanted: int, encoder: Encoder, *, seed: int) -> list[PairExample]:
+def _draw(pool: Sequence[Tagged], wanted: int, encoder: Encoder, *, seed: int) -> list[PairExample]:
     """`wanted` examples uniformly without repeats, or all that there are."""
     # Sorting by random() and not sample(): Python promises the same random() in every version, and no more.
     numbers = Random(f"mix {seed}")

@@ -179,7 +179,8 @@ def _read_source(source: DataSource, kind: Kind, forbidden: Sequence[str]) -> _R
         problems += row.problems
         if row.record is not None:
             record = as_prompt(row.record) if kind == "prompt" else row.record
-            records.append(record_with_system(record, source.system))
+            record = record_with_system(record, source.system)
+            records.append(replace(record, source=source.path) if isinstance(record, Preference) else record)
         elif row.problems:
             dropped[reason_key(row.problems[0])] += 1
         else:

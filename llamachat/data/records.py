@@ -64,6 +64,7 @@ class Preference:
     rating: Rating | None = None
     chosen_is_safe: bool | None = None
     rejected_is_safe: bool | None = None
+    source: str = field(default="", compare=False, repr=False)  # the file that it was read from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,10 +233,17 @@ class _Parser:
         if chosen and rejected and chosen.content.strip() == rejected.content.strip():
             self.note("rejected", "is the same answer as 'chosen', so there is nothing to compare.", "Drop the record.")
         rating = self.rating(row)
-        labels = {key: self.boolean(row, key) for key in ("chosen_is_safe", "rejected_is_safe")}
+        is_safe = [self.boolean(row, key) for key in ("chosen_is_safe", "rejected_is_safe")]
         if not prompt or chosen is None or rejected is None:
             return None
-        return Preference(prompt=prompt, chosen=chosen, rejected=rejected, rating=rating, **labels)
+        return Preference(
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
+            rating=rating,
+            chosen_is_safe=is_safe[0],
+            rejected_is_safe=is_safe[1],
+        )
 
     def prompt(self, row: Mapping[str, Any]) -> Prompt | None:
         messages = self.messages(row, "prompt", "user")

@@ -1,1 +1,1 @@
-"""Configuration: frozen sections, YAML files with one level of `extends`, dotted overrides, one report of all problems."""
+"""Configuration: frozen sections, YAML files that may extend each other, dotted overrides, one report of all problems."""

@@ -1,20 +1,108 @@
-"""Reads a recipe: YAML with one level of `extends`, dotted overrides over it, and one report of everything wrong."""
+"""Reads a recipe: YAML files, each of which may extend another, then the command line; one report of everything wrong.
 
+Mappings merge key by key, anything else is replaced whole; for each value it is known which file it came from.
+PyYAML follows YAML 1.1, where `2e-4` is text, `off` is false and `010` is eight. Here numbers, true, false and null
+are those of YAML 1.2's core schema, digits may be grouped (`1_000`), and a key written twice is a problem, not a choice.
+"""
+
+import copy
 import json
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
-from llamachat.config.layers import COMMAND_LINE, Layers
 from llamachat.config.paths import near_path
-from llamachat.config.problems import Problem, describe, raise_all, section_problems
+from llamachat.config.problems import Key, Problem, describe, dotted, raise_all, section_problems
 from llamachat.config.section import Section
-from llamachat.config.yaml_files import parse_mapping
+from llamachat.errors import first_line
 
 S = TypeVar("S", bound=Section)
-MoreChecks = Callable[[Layers], Iterable[Problem]]
+COMMAND_LINE = "command line"
+
+
+class Layers:
+    """Values and, for each, the name of the layer that it came from."""
+
+    def __init__(self, source: str) -> None:
+        self.values: dict[str, Any] = {}
+        self._sources: dict[Key, str] = {(): source}
+
+    def source(self, key: Key) -> str:
+        """The layer that a key came from; of a missing key, that of the section that it is missing from."""
+        while key not in self._sources:
+            key = key[:-1]
+        return self._sources[key]
+
+    def add(self, values: Mapping[str, Any], source: str) -> None:
+        """Lay the values of a file over the present ones."""
+        self._merge(self.values, values, source, ())
+        self._sources[()] = source
+
+    def override(self, text: str) -> Problem | None:
+        """Lay one `section.key=value` over the present values; the value is YAML, a number in the key a list index."""
+        name, equals, value_text = text.partition("=")
+        key: Key = tuple(int(part) if part.isdecimal() else part for part in name.strip().split("."))
+        if not equals or not all(part != "" for part in key):
+            return Problem(COMMAND_LINE, "", f"'{text}' is no override. Write section.key=value, such as run.seed=1.")
+        try:
+            value = parse_value(value_text)
+        except ValueError as error:
+            return Problem(COMMAND_LINE, dotted(key), f"the value is no YAML: {error}. Put it in quotes: '\"...\"'.")
+        return self._put(key, value)
+
+    def _put(self, key: Key, value: Any) -> Problem | None:
+        holder: Any = self.values
+        for depth, part in enumerate(key):
+            at = dotted(key[:depth])
+            if isinstance(holder, list):
+                if not isinstance(part, int) or part >= len(holder):
+                    have = f"0 to {len(holder) - 1}" if holder else "none, it is empty"
+                    return Problem(
+                        COMMAND_LINE, dotted(key), f"'{at}' is a list with the items {have}; '{part}' is none."
+                    )
+            elif isinstance(holder, dict):
+                part = str(part)
+                if depth < len(key) - 1 and holder.get(part) is None:
+                    self._replace(holder, part, {}, COMMAND_LINE, key[: depth + 1])
+            else:
+                return Problem(COMMAND_LINE, dotted(key), f"'{at}' is {describe(holder)}, which has no keys under it.")
+            if depth == len(key) - 1:
+                self._replace(holder, part, value, COMMAND_LINE, key)
+            else:
+                holder = cast(Any, holder)[part]  # a dict takes the text, a list the number: seen to above
+        return None
+
+    def _merge(self, into: dict[str, Any], values: Mapping[str, Any], source: str, at: Key) -> None:
+        for name, value in values.items():
+            key = (*at, name)
+            if isinstance(value, dict) and isinstance(into.get(name), dict):
+                self._sources[key] = source
+                self._merge(into[name], value, source, key)
+            else:
+                self._replace(into, name, value, source, key)
+
+    def _replace(self, holder: Any, part: str | int, value: Any, source: str, key: Key) -> None:
+        for below in [known for known in self._sources if known[: len(key)] == key]:
+            del self._sources[below]
+        holder[part] = value
+        self._record(value, source, key)
+
+    def _record(self, value: Any, source: str, key: Key) -> None:
+        """Every key below has its source, since another layer may later replace its neighbours alone."""
+        self._sources[key] = source
+        for name, below in value.items() if isinstance(value, dict) else ():
+            self._record(below, source, (*key, name))
+
+
+def merged(below: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of one mapping with those of another laid over them."""
+    layers = Layers("")
+    layers.add(copy.deepcopy(dict(below)), "")
+    layers.add(copy.deepcopy(dict(over)), "")
+    return layers.values
 
 
 def load_recipe(
@@ -23,7 +111,7 @@ def load_recipe(
     overrides: Sequence[str] = (),
     *,
     prepare: Callable[[Layers], None] | None = None,
-    more_checks: MoreChecks | None = None,
+    more_checks: Callable[[Layers], Iterable[Problem]] | None = None,
 ) -> S:
     """The recipe of a file, checked whole; every problem is told in one ConfigError.
 
@@ -52,25 +140,14 @@ def to_yaml(section: Section) -> str:
 
 
 def read_layers(path: Path, overrides: Sequence[str]) -> tuple[Layers, list[Problem]]:
-    """The values of a file, of the file that it extends, and of the command line, with the problems of reading them.
+    """The values of a file over those of the files that it extends, then of the command line; the problems of reading them.
 
     A file that cannot be read leaves no values, and a problem without a key.
     """
+    files, problems = _read_chain(path)
     layers = Layers(str(path))
-    values, problems = _read(path, mentioned_by=None)
-    parent = values.get("extends")
-    if isinstance(parent, str):
-        parent_path = path.parent / parent
-        parent_values, parent_problems = _read(parent_path, mentioned_by=path)
-        problems += parent_problems
-        if parent_values.get("extends") is not None:
-            text = f"'{path}' extends this file, so it cannot extend another. Only one level is followed: write it out."
-            problems.append(Problem(str(parent_path), "extends", text))
-        layers.add(parent_values, str(parent_path))
-    elif parent is not None:
-        text = f"found {describe(parent)}, but the name of a recipe file, seen from this file, is required."
-        problems.append(Problem(str(path), "extends", text))
-    layers.add(values, str(path))
+    for name, values in reversed(files):
+        layers.add(values, str(name))
     for override in overrides:
         if override.partition("=")[0].strip() == "extends":
             text = "a file says what it extends. Give that file with --config, or write a small recipe that extends it."
@@ -78,6 +155,32 @@ def read_layers(path: Path, overrides: Sequence[str]) -> tuple[Layers, list[Prob
         elif problem := layers.override(override):
             problems.append(problem)
     return layers, problems
+
+
+def _read_chain(path: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[Problem]]:
+    """A file and those that it extends, directly or through others, in that order, with their values."""
+    files: list[tuple[Path, dict[str, Any]]] = []
+    problems: list[Problem] = []
+    child, following = None, path
+    while True:
+        values, found = _read(following, mentioned_by=child)
+        files.append((following, values))
+        problems += found
+        parent = values.get("extends")
+        if parent is not None and not isinstance(parent, str):
+            text = f"found {describe(parent)}, but the name of a recipe file, relative to this file, is required."
+            problems.append(Problem(str(following), "extends", text))
+        if not isinstance(parent, str):
+            return files, problems
+        child, following = following, following.parent / parent
+        names = [name.resolve() for name, _ in files]
+        if following.resolve() in names:
+            cycle = [str(name) for name, _ in files[names.index(following.resolve()) :]]
+            text = (
+                f"these files extend each other in a circle: {' -> '.join([*cycle, cycle[0]])}. Remove one 'extends'."
+            )
+            problems.append(Problem(str(child), "extends", text))
+            return files, problems
 
 
 def _read(path: Path, *, mentioned_by: Path | None) -> tuple[dict[str, Any], list[Problem]]:
@@ -96,3 +199,93 @@ def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> str:
         return f"the recipe '{path}' does not exist. {advice}"
     reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error))
     return f"the recipe '{path}' cannot be read: {reason}. Give a YAML file."
+
+
+# -- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader without any of YAML 1.1's readings of plain text."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(node.value)
+
+
+def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    return float(node.value)
+
+
+_DIGITS = "[0-9]+(?:_[0-9]+)*"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(rf"^[-+]?{_DIGITS}$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(rf"^[-+]?(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+
+
+def parse_value(text: str) -> Any:
+    """The value of one override; raises ValueError with the reason when it is no YAML."""
+    try:
+        return _with_text_keys(yaml.load(text, _Loader))
+    except yaml.YAMLError as error:
+        raise ValueError(_reason(error)) from error
+
+
+def parse_mapping(text: str, source: str) -> tuple[dict[str, Any], list[Problem]]:
+    """The values of a whole file, and what is wrong with it as YAML."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return {}, []
+        problems = [Problem(source, dotted(key), text) for key, text in _duplicates(node)]
+        values = loader.construct_document(node)
+    except (yaml.YAMLError, ValueError) as error:
+        return {}, [Problem(source, "", f"this is no YAML: {_reason(error)}. Mend the line.")]
+    finally:
+        loader.dispose()
+    if not isinstance(values, dict):
+        kind = "a list" if isinstance(values, list) else "a single value"
+        return {}, [Problem(source, "", f"the file holds {kind}, but a recipe is a mapping: write 'section: ...'.")]
+    return _with_text_keys(values), problems
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+    return first_line(error)
+
+
+def _duplicates(node: yaml.Node, at: Key = (), seen: frozenset[int] = frozenset()) -> Iterator[tuple[Key, str]]:
+    if id(node) in seen:
+        return
+    seen = seen | {id(node)}
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _duplicates(item, (*at, index), seen)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            name, line = str(key_node.value), key_node.start_mark.line + 1
+            if name in lines:
+                yield (*at, name), f"written twice, in lines {lines[name]} and {line}. A key has one value: keep one."
+            lines[name] = line
+            yield from _duplicates(value_node, (*at, name), seen)
+
+
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _with_text_keys(item) for key, item in value.items()}
+    return [_with_text_keys(item) for item in value] if isinstance(value, list) else value

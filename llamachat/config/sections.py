@@ -8,9 +8,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llamachat.config.combiners import CombinerName
 from llamachat.config.gpus import GpuName
-from llamachat.config.paths import DataPath, ModelPath, PolicyPath, RewardModelPath
+from llamachat.config.paths import CombinerName, DataPath, ModelPath, PolicyPath, RewardModelPath
 from llamachat.config.section import Section, operational
 
 SERVER_ADDRESS = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^/\s:@?#\[\]]+)(:[0-9]{1,5})?/?")

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from llamachat.config.combiners import function_name
+from llamachat.config.paths import function_name
 from llamachat.config.sections import Scoring
 from llamachat.maths.masked import VARIANCE_FLOOR, masked_mean, masked_variance
 from llamachat.scoring.scores import Answers, Combined, Scores

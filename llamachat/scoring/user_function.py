@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from llamachat.chat_format.dialog import as_dicts
-from llamachat.config.combiners import FunctionName
-from llamachat.config.paths import missing
+from llamachat.config.paths import FunctionName, missing
 from llamachat.config.problems import describe, nearest
 from llamachat.errors import ConfigError, ScoringError
 from llamachat.runs.fingerprints import digest_of_file

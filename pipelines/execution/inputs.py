@@ -13,8 +13,7 @@ from typing import Any
 
 import sft
 from llamachat import distributed
-from llamachat.config.layers import merged
-from llamachat.config.loading import from_plain
+from llamachat.config.loading import from_plain, merged
 from llamachat.config.sections import DataSource
 from llamachat.data.files import read_rows
 from llamachat.data.loading import parse_rows

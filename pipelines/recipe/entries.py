@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llamachat.config.layers import COMMAND_LINE, Layers, merged
+from llamachat.config.loading import COMMAND_LINE, Layers, merged
 from llamachat.config.problems import Key, Problem, describe, dotted, nearest, section_problems
 from llamachat.config.section import Section
 from llamachat.config.sections import Data, Rollout, Split, Tuning

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llamachat.config.combiners import function_name
+from llamachat.config.paths import function_name
 from llamachat.config.section import Section, identity
 from llamachat.config.sections import Base, DataSource, Scoring, Tuning
 from llamachat.runs.artifacts import Artifact, read_artifact

@@ -11,8 +11,7 @@ from context_distillation import Config as ContextDistillationConfig
 from evaluation import Config as EvaluationConfig
 from evaluation.report import Config as ReportConfig
 from gatt import Config as GattConfig
-from llamachat.config.layers import Layers, merged
-from llamachat.config.loading import from_plain, load_recipe
+from llamachat.config.loading import Layers, from_plain, load_recipe, merged
 from llamachat.config.paths import missing
 from llamachat.config.problems import Key, Problem, dotted, nearest
 from llamachat.config.section import Section

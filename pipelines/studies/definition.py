@@ -14,11 +14,9 @@ from typing import Any
 
 from pydantic import Field
 
-from llamachat.config.layers import Layers
-from llamachat.config.loading import from_plain
+from llamachat.config.loading import Layers, from_plain, parse_mapping
 from llamachat.config.problems import Key, Problem, dotted, raise_all, section_problems
 from llamachat.config.section import Section
-from llamachat.config.yaml_files import parse_mapping
 from llamachat.runs.fingerprints import fingerprint
 from pipelines.recipe.identity import step_identity
 from pipelines.recipe.recipe import Recipe, Step, choose_steps, load

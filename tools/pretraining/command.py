@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llamachat.config.layers import COMMAND_LINE, Layers
-from llamachat.config.loading import from_plain
+from llamachat.config.loading import COMMAND_LINE, Layers, from_plain
 from llamachat.config.problems import raise_all, section_problems
 from llamachat.errors import DataError
 from llamachat.runs.atomic import incoming_folder, write_text

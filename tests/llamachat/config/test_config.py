@@ -1,6 +1,5 @@
 """Configuration: what loads, what is refused and in which words, which keys are part of a step's identity."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,12 +8,11 @@ import pytest
 import yaml
 from pydantic import Field
 
-from llamachat.config.loading import load_recipe, to_yaml
+from llamachat.config.loading import load_recipe, parse_value, to_yaml
 from llamachat.config.paths import near_path
 from llamachat.config.section import Section, identity, operational
 from llamachat.config.sections import Base, Data, Rollout, Run, Tracking, Tuning
-from llamachat.config.trainer_arguments import TrainerArguments, argument_names
-from llamachat.config.yaml_files import parse_value
+from llamachat.config.trainer_arguments import TrainerArguments
 from llamachat.errors import ConfigError
 from tests.recipes import recipe_values, write_base, write_yaml
 
@@ -106,6 +104,29 @@ def test_extends_merges_mappings_and_replaces_lists(recipe: Path, tmp_path: Path
     loaded = load(child, ["sft.rows_per_microbatch=2"])
     assert (loaded.sft.epochs, loaded.sft.learning_rate, loaded.sft.rows_per_microbatch) == (5, 0.5, 2)
     assert loaded.tuning.targets == ("q_proj",) and len(loaded.data.sft) == 1
+
+
+def test_extends_chains_and_the_nearest_file_wins(recipe: Path, tmp_path: Path) -> None:
+    write_yaml(
+        recipe, {**recipe_values(tmp_path), "sft": {"epochs": 3, "learning_rate": 0.5, "rows_per_microbatch": 4}}
+    )
+    write_yaml(tmp_path / "b" / "b.yaml", {"extends": "../r.yaml", "sft": {"epochs": 4, "learning_rate": 0.25}})
+    child = write_yaml(tmp_path / "c.yaml", {"extends": "b/b.yaml", "sft": {"epochs": 5}})
+    loaded = load(child)
+    assert (loaded.sft.epochs, loaded.sft.learning_rate, loaded.sft.rows_per_microbatch) == (5, 0.25, 4)
+    write_yaml(tmp_path / "b" / "b.yaml", {"extends": "../r.yaml", "sft": {"epochs": 4, "learning_rate": -1}})
+    assert f"{tmp_path}/b/b.yaml: sft.learning_rate: found the number -1" in report(child).replace(
+        f"{tmp_path}/c.yaml: ", ""
+    )
+
+
+def test_files_that_extend_each_other_in_a_circle_are_named(tmp_path: Path) -> None:
+    for name, parent in (("a", "b"), ("b", "c"), ("c", "b")):
+        write_yaml(tmp_path / f"{name}.yaml", {"extends": f"{parent}.yaml"})
+    circle = f"{tmp_path}/b.yaml -> {tmp_path}/c.yaml -> {tmp_path}/b.yaml"
+    assert f"{tmp_path}/c.yaml: extends: these files extend each other in a circle: {circle}." in report(
+        tmp_path / "a.yaml"
+    )
 
 
 def test_overrides_reach_list_items_and_new_keys(recipe: Path) -> None:
@@ -254,11 +275,6 @@ def test_a_missing_recipe_names_the_nearest(recipe: Path, tmp_path: Path) -> Non
 
 
 def test_extends_refuses_what_it_cannot_follow(recipe: Path, tmp_path: Path) -> None:
-    grandchild = write_yaml(tmp_path / "c.yaml", {"extends": "b.yaml"})
-    write_yaml(tmp_path / "b.yaml", {"extends": "r.yaml"})
-    assert f"{tmp_path}/b.yaml: extends: '{grandchild}' extends this file, so it cannot extend another." in report(
-        grandchild
-    )
     lost = write_yaml(tmp_path / "d.yaml", {"extends": "rr.yaml"})
     assert f"{lost}: extends: the recipe '{tmp_path}/rr.yaml' does not exist. Did you mean '{recipe}'?" in report(lost)
     assert "extends: found a list of 1, but the name of a recipe file" in report(
@@ -294,16 +310,6 @@ def test_every_key_has_a_description() -> None:
 
     sections = (Run, Base, Tuning, Data, Rollout, Tracking)
     assert [name for section in sections for name in undescribed(section)] == []
-
-
-# -- TRL's arguments
-
-
-def test_trl_argument_names_are_those_of_the_class_itself() -> None:
-    from trl import SFTConfig
-
-    assert argument_names("SFTConfig") == {field.name for field in dataclasses.fields(SFTConfig) if field.init}
-    assert argument_names("NoSuchConfig") == frozenset()
 
 
 def test_the_skeleton_of_the_shared_sections() -> None:

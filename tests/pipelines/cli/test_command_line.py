@@ -194,7 +194,7 @@ def python(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def test_recipes_plans_and_help_import_nothing_heavy(tmp_path: Path) -> None:
-    path = write_recipe(tmp_path, sft={"trainer": {"neftune_noise_alpha": 5}})
+    path = write_recipe(tmp_path)
     code = f"""
 import sys
 from pipelines.cli.main import main

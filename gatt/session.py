@@ -8,7 +8,6 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from gatt.config import Config
 from llamachat.answers.cache import StepCache
@@ -16,6 +15,7 @@ from llamachat.answers.consistency import Outcome, Sequences, Trial, held_out_tr
 from llamachat.answers.session import AnswerSession, open_session
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import DialogError, Message
+from llamachat.config.paths import here_or_bundled
 from llamachat.constraints.families import CHECKABLE, Family, families
 from llamachat.constraints.values import parse_list, read_list
 from llamachat.errors import DataError
@@ -92,7 +92,7 @@ def lists_of(
     if config.values == "policy":
         return {name: _from_policy(name, engine, chat_format, sampling) for name in names}
     places = {"figures": config.lists.figures, "hobbies": config.lists.hobbies, "languages": config.lists.languages}
-    lists = {name: list(read_list(Path(places[name]))) for name in names}
+    lists = {name: list(read_list(here_or_bundled(places[name]))) for name in names}
     for name, values in lists.items():
         for value in values:
             reason = _fault(value, chat_format)

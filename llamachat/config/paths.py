@@ -22,6 +22,11 @@ def bundled(path: str) -> Path:
     return _REPOSITORY / path
 
 
+def here_or_bundled(path: str) -> Path:
+    """A file relative to the working directory, or else the one of that name that comes with this code."""
+    return bundled(path) if not Path(path).exists() and bundled(path).exists() else Path(path)
+
+
 def is_hub_name(text: str) -> bool:
     """Whether a name that is no local path can be one of the hub: `owner/name`, and no local folder `owner`."""
     if Path(text).exists() or text.lower().endswith(_DATA_SUFFIXES):

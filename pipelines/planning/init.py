@@ -284,7 +284,10 @@ def _lower_batches(draft: Draft) -> None:
         else:
             trained = {**recipe.sections.sft.model_dump(), **own["sft"]} if step.stage.tunes else own
             key = next(key for key in BATCHES if key in trained)
-            smaller = {key: max(1, trained[key] * (steps - 1) // FEW_STEPS)}
+            examples = max(1, trained[key] * (steps - 1))  # of all epochs, at the least
+            smaller = {key: max(1, examples // FEW_STEPS)}
+            if examples < FEW_STEPS:
+                smaller["epochs"] = math.ceil(10 * trained["epochs"] * FEW_STEPS / examples) / 10
             changes = {"sft": own["sft"] | smaller} if step.stage.tunes else smaller
         for key, value in changes.items():
             draft.put(index, key, value)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llamachat.config.paths import function_name
+from llamachat.config.paths import function_name, here_or_bundled
 from llamachat.config.section import Section, identity
 from llamachat.config.sections import Base, DataSource, Scoring, Tuning
 from llamachat.runs.artifacts import Artifact, read_artifact
@@ -23,7 +23,7 @@ def step_identity(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact]) ->
     if section.get("sampler") and Path(section["sampler"]).is_dir():
         section["sampler"] = read_artifact(Path(section["sampler"]), "policy", reader=step.name).digest
     if "lists" in section:
-        section["lists"] = {name: digest_of_file(Path(path)) for name, path in section["lists"].items()}
+        section["lists"] = {name: digest_of_file(here_or_bundled(path)) for name, path in section["lists"].items()}
     return {
         "step": step.name,
         "command": step.stage.command,

@@ -24,8 +24,8 @@ SEED = 1_000_003  # of the first call: what the tests below call a seed's number
 VALUES, MEASURED, TURNS = 800_000, 900_000, 3  # of Ghost Attention
 # Two turns, in each of which answers and then recall questions.
 MEASURING = (MEASURED, MEASURED, MEASURED + 1, MEASURED + 1)
-# What draws takes longer than all else.
-TUNING = {"llamachat.training.session": {"draw_curves": None}}
+# Drawing takes longer than all else.
+NO_CURVES = {"llamachat.tracking.curves": {"panels_of": None}}
 
 # A kill at each of these moments, and what it costs: the seeds' numbers of the calls of the engine whose answers were not
 # written down.
@@ -85,13 +85,21 @@ def folder_of(recipe: Path, name: str) -> StepFolder:
     return StepFolder(recipe.parent / "runs" / recipe.stem / name)
 
 
+def dialogs_of(recipe: Path, name: str) -> list[dict[str, Any]]:
+    lines = (folder_of(recipe, name).dialogs / "dialogs.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def rounds(folder: Path, sentencepiece: bytes, _: ChatFormat) -> Step:
     base = write_stopping_base(folder / "base", sentencepiece)
-    pictures = ("draw_curves", "draw_comparison", "draw_best_of_n", "draw_temperatures")
     steps = ["rs", {"rs": {"name": "rs-2", "sweep_prompts": 0}}]
     return Step(
         # Ten prompts a batch.
-        {"llamachat.answers.groups": {"ANSWERS_PER_BATCH": 60}, "rejection_sampling.train": dict.fromkeys(pictures)},
+        {
+            "llamachat.answers.groups": {"ANSWERS_PER_BATCH": 60},
+            "llamachat.answers.dialog_step": {"draw_comparison": None},
+            "rejection_sampling.sweep": {"draw_best_of_n": None, "draw_temperatures": None},
+        },
         ROUNDS,
         ("rs", "rs-2"),
         lambda path: tiny_rounds.write_recipe(path, base, steps=steps),
@@ -101,13 +109,11 @@ def rounds(folder: Path, sentencepiece: bytes, _: ChatFormat) -> Step:
 
 def ghost_attention(folder: Path, sentencepiece: bytes, _: ChatFormat) -> Step:
     base = tiny_gatt.write_roomy_base(folder / "base", sentencepiece)
-    pictures = ("draw_curves", "draw_attention", "draw_consistency")
     return Step(
         # Six dialogs a batch.
         {
-            "gatt.batches": {"ANSWERS_PER_BATCH": 18},
-            "gatt.values": {"FEWEST": 2},
-            "gatt.train": dict.fromkeys(pictures),
+            "gatt.session": {"FEWEST": 2},
+            "gatt.train": {"ANSWERS_PER_BATCH": 18, "draw_attention": None, "draw_consistency": None},
         },
         ATTENTION,
         ("gatt",),
@@ -119,9 +125,12 @@ def ghost_attention(folder: Path, sentencepiece: bytes, _: ChatFormat) -> Step:
 def distillation(folder: Path, sentencepiece: bytes, chat_format: ChatFormat) -> Step:
     world = World(folder / "roles", chat_format, sentencepiece, tiny_distilling.write_roomy_base)
     base, safety = Path(world.base.model), world.reward_model("safety", FULL, FULL).path
-    pictures = ("draw_curves", "draw_scores", "draw_comparison")
     return Step(
-        {"llamachat.answers.groups": {"ANSWERS_PER_BATCH": 63}, "context_distillation.train": dict.fromkeys(pictures)},
+        {
+            "llamachat.answers.groups": {"ANSWERS_PER_BATCH": 63},
+            "llamachat.answers.dialog_step": {"draw_comparison": None},
+            "context_distillation.train": {"draw_scores": None},
+        },
         DISTILLATION,
         ("distill",),
         lambda path: tiny_distilling.write_recipe(path, base, safety),
@@ -143,9 +152,9 @@ def assert_pooled(recipe: Path) -> None:
 
 
 def assert_no_dialog_is_lost(recipe: Path) -> None:
-    folder = folder_of(recipe, "gatt").dialogs
-    dialogs = tiny_gatt.read_lines(folder / "dialogs.jsonl")
-    dropped = json.loads((folder / "manifest.json").read_text())["dropped_records"]
+    dialogs = dialogs_of(recipe, "gatt")
+    manifest = json.loads((folder_of(recipe, "gatt").dialogs / "manifest.json").read_text())
+    dropped = manifest["dropped_records"]
     assert len(dialogs) > 12 and len(dialogs) + sum(dropped.values()) == 24, "none is lost, none is there twice"
 
 
@@ -157,7 +166,7 @@ def test_killed_at_many_moments_it_ends_like_an_uninterrupted_step(
 ) -> None:
     step: Step = open_step(tmp_path, tiny_sentencepiece, tiny_format)
     whole, killed = (step.write_recipe(tmp_path / f"{name}.yaml") for name in ("whole", "killed"))
-    with open_commands(tmp_path, command, {**step.modules, **TUNING}) as commands:
+    with open_commands(tmp_path, command, {**step.modules, **NO_CURVES}) as commands:
         assert commands.run(whole) == 0, commands.words()
         once = commands.sampled()
         assert all(seed >= SEED for seed, _, _ in once)

@@ -11,18 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
 from evaluation.config import Config
 from evaluation.figures import Figure, figures_of, figures_table, flat
 from evaluation.results import PolicyResult, RunEvaluation
 from llamachat.answers.best_of_n import draw_best_of_n, draw_temperatures
 from llamachat.answers.refusals import RefusalClassifier, everyday_answers, labelled_answers, train_classifier
-from llamachat.answers.session import open_record
 from llamachat.runs.artifacts import ANSWERS, EVALUATION, Artifact
 from llamachat.runs.atomic import write_json
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
+from llamachat.tracking.tracker import open_record
 from llamachat.training.publishing import publish_step
 
 log = logging.getLogger(__name__)
@@ -30,8 +28,6 @@ log = logging.getLogger(__name__)
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
     """Evaluate every policy, log the figures, and publish them."""
-    # Its bars for loading and writing weights would break up ours.
-    transformers_logging.disable_progress_bar()
     results, trials = RunEvaluation(config, inputs).results()
     classifier = _classifier(results)
     figures = {

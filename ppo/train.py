@@ -12,12 +12,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
 from llamachat import distributed
 from llamachat.answers.evaluation import comparison, comparison_table, draw_comparison
 from llamachat.answers.packed import sequence_of
-from llamachat.answers.session import AnswerSession, open_record
+from llamachat.answers.session import AnswerSession
 from llamachat.errors import DivergedError
 from llamachat.runs.artifacts import ITERATIONS_DONE, Artifact
 from llamachat.runs.checkpoints import Checkpoint, newest, writing
@@ -26,7 +24,7 @@ from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
 from llamachat.runs.record import MetricsRecord
 from llamachat.tracking.curves import draw_curves
-from llamachat.tracking.tracker import Tracker
+from llamachat.tracking.tracker import Tracker, open_record
 from llamachat.training.hours import Hours, open_hours
 from llamachat.training.progress import StepProgress
 from ppo.config import CPU_ROW_TOKENS, Config
@@ -55,7 +53,6 @@ SUMMARY = (
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
     """Train, evaluate and publish; a killed step resumes from its newest whole checkpoint."""
-    transformers_logging.disable_progress_bar()  # its bars for weights would break up ours
     session = open_ppo(config, inputs)
     frozen_digest = session.bank.frozen_digest()
     checkpoint = distributed.broadcast_object(newest(inputs.folder.checkpoints))

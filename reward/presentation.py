@@ -294,16 +294,14 @@ def _by_file(summaries: Summaries, domain: Domain) -> list[list[str]]:
             own = [_with_interval(figures, f"{place}/{name}/accuracy") for name in files]
             gap = _with_interval(figures, f"{place}/tfidf_difference", is_signed=True)
             rows.append([which, _with_interval(figures, f"{place}/accuracy"), *own, gap])
-    baselines: list[tuple[str, Which, str]] = [
-        (f"TF-IDF on the pairs of {which}", which, "tfidf") for which in summaries
-    ]
-    baselines += [("longer wins", which, "longer_wins") for which in summaries]
-    for title, which, rule in baselines:
-        figures, place = summaries[which], f"rm/{which}/test/{domain}"
-        # A rule without training is the same for each model.
-        if f"{place}/{rule}" in figures and rows[-1][0] != title:
-            own = [_with_interval(figures, f"{place}/{name}/{rule}") for name in files]
-            rows.append([title, _with_interval(figures, f"{place}/{rule}"), *own, ""])
+    for rule in ("tfidf", "longer_wins"):
+        for which, figures in summaries.items():
+            place = f"rm/{which}/test/{domain}"
+            title = f"TF-IDF on the pairs of {which}" if rule == "tfidf" else "longer wins"
+            # A rule without training is the same for each model.
+            if f"{place}/{rule}" in figures and rows[-1][0] != title:
+                own = [_with_interval(figures, f"{place}/{name}/{rule}") for name in files]
+                rows.append([title, _with_interval(figures, f"{place}/{rule}"), *own, ""])
     return rows
 
 

@@ -19,8 +19,8 @@ from llamachat.data.packing import StepPlan
 from llamachat.models.scoring_head import last_token_scores, score_rows
 from llamachat.runs.inputs import StepInputs, Which
 from llamachat.tracking.tracker import Tracker
-from llamachat.training.best import Evaluated
 from llamachat.training.out_of_memory import warn_of_halving
+from llamachat.training.session import Evaluated
 from llamachat.training.trainer import AtomicCheckpoints, make_optimizer
 from reward.batches import Batches, plan_batches, smaller
 from reward.config import CPU_ROW_TOKENS, Config

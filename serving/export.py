@@ -271,11 +271,9 @@ def adapter_base(request: Request, base: Path) -> str:
 
 def _load_and_compare(request: Request, side: Path, base: Path, dtype: torch.dtype, answers: list[Answer]) -> Agreement:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
 
     # More than one GPU holds, as a merged 13B on 24 GB, goes in part to the CPU.
     arguments: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    disable_progress_bar()
     details = request.artifact.manifest.details
     if request.format == "adapter":
         from peft import PeftModel

@@ -104,13 +104,11 @@ def _dtype(request: Request, base: Path) -> torch.dtype:
 @torch.no_grad()
 def _plain_scores(request: Request, side: Path, base: Path, rows: Sequence[Sequence[int]]) -> Tensor:
     from transformers import AutoConfig, AutoModelForSequenceClassification
-    from transformers.utils.logging import disable_progress_bar
 
     # More than one GPU holds goes in part to the CPU.
     arguments: dict[str, Any] = {"dtype": torch.float32}
     if torch.cuda.is_available():
         arguments["device_map"] = "auto"
-    disable_progress_bar()
     if request.format == "adapter":
         from peft import PeftModel
 

@@ -22,8 +22,8 @@ from llamachat.rollout.engine import RolloutEngine, Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
 from llamachat.runs.inputs import StepInputs
 from llamachat.tracking.tracker import Tracker
-from llamachat.training.best import Evaluated
 from llamachat.training.out_of_memory import warn_of_halving
+from llamachat.training.session import Evaluated
 from llamachat.training.trainer import AtomicCheckpoints, make_optimizer
 from sft.config import Config
 from sft.examples import Examples

@@ -18,11 +18,12 @@ from evaluation.report.headline import headline
 from evaluation.report.page import Page, Points, Section, html, markdown
 from evaluation.report.sections import answers, comparison, ghost_attention, rounds, safety, sampling
 from evaluation.report.tuning import reward_models, supervised
-from llamachat.runs.artifacts import Artifact, Manifest, publish
+from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import remove_tree, write_text
 from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
-from llamachat.tracking.tracker import open_tracker
+from llamachat.tracking.tracker import open_record
+from llamachat.training.publishing import publish_step
 
 log = logging.getLogger(__name__)
 
@@ -81,15 +82,7 @@ def _facts(facts: Facts) -> list[tuple[str, str]]:
 
 def _track(inputs: StepInputs, folder: StepFolder, page: Page, lacking: int) -> None:
     """The pictures to wandb, without the answers: prompts and answers stay in the files."""
-    with open_tracker(
-        inputs.tracking,
-        step_folder=folder,
-        run_dir=Path(inputs.run.dir),
-        step=inputs.step,
-        prefix="report",
-        config=inputs.identity,
-        resume_step=None,
-    ) as tracker:
+    with open_record(inputs, "report", resume_step=None) as tracker:
         for picture in page.pictures:
             tracker.figure(picture.path.stem, picture.path)
         tracker.summary(
@@ -102,17 +95,8 @@ def _track(inputs: StepInputs, folder: StepFolder, page: Page, lacking: int) -> 
 
 
 def _publish(inputs: StepInputs, folder: StepFolder) -> Artifact:
-    manifest = Manifest(
-        kind="report",
-        step=inputs.step,
-        fingerprint=inputs.fingerprint,
-        identity=inputs.identity,
-        inputs={artifact.manifest.step: str(artifact.path) for artifact in inputs.surveyed},
-        seed=inputs.run.seed,
-    )
-
     def write(place: Path) -> None:
         for page in (folder.page, folder.page_markdown):
             shutil.copyfile(page, place / page.name)
 
-    return publish(folder, manifest, write)
+    return publish_step(inputs, "report", write, read={one.manifest.step: one for one in inputs.surveyed})

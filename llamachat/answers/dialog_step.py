@@ -12,19 +12,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers.utils import logging as transformers_logging
-
 from llamachat import distributed
 from llamachat.answers.cache import StepCache
 from llamachat.answers.evaluation import Evaluation, comparison, draw_comparison, evaluation_of
-from llamachat.answers.session import AnswerSession, free_memory, open_record, read_by
+from llamachat.answers.session import AnswerSession, free_memory, read_by
 from llamachat.chat_format.dialog import Message
 from llamachat.runs.artifacts import DIALOGS, HELD_OUT_DIALOGS, MANIFEST, Artifact, end_step, read_artifact
 from llamachat.runs.atomic import write_text
 from llamachat.runs.inputs import StepInputs
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.curves import draw_curves
-from llamachat.tracking.tracker import Tracker
+from llamachat.tracking.tracker import Tracker, open_record
 from llamachat.training.hours import Hours, open_hours
 from llamachat.training.progress import StepProgress
 from llamachat.training.publishing import publish_step
@@ -73,7 +71,6 @@ class DialogStep:
         sft_share: float = 0.0,
     ) -> Artifact:
         """Make the dialogs, tune on them with the values `sft` over that section, compare, end the step."""
-        transformers_logging.disable_progress_bar()  # its bars for weights would break up ours
         folder, tune = self.inputs.folder, self.inputs.tune
         assert tune is not None, "pipelines hands it to each step of this kind"
         are_made = distributed.broadcast_object((folder.dialogs / MANIFEST).is_file())

@@ -4,10 +4,8 @@ All steps that sample and score use it: PPO, the steps that make dialogs, and ev
 """
 
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +22,6 @@ from llamachat.rollout.engine import LocalEngine, Sampling
 from llamachat.runs.inputs import StepInputs
 from llamachat.scoring.combining import combiner
 from llamachat.scoring.models import checked_models, named_models
-from llamachat.tracking.tracker import Tracker, open_tracker
 from llamachat.training.publishing import sources_of
 
 if TYPE_CHECKING:
@@ -129,21 +126,6 @@ def open_session(
         )
     engine = open_engine(bank.policy_model(), bank.chat_format, inputs.rollout)
     return AnswerSession(inputs, bank, engine, Scorer(bank, combiner(inputs.scoring)), prompts)
-
-
-@contextmanager
-def open_record(inputs: StepInputs, prefix: str, *, resume_step: int | None) -> Iterator[Tracker]:
-    """The record of the step's metrics from its beginning, or as it was at `resume_step`."""
-    with open_tracker(
-        inputs.tracking,
-        step_folder=inputs.folder,
-        run_dir=Path(inputs.run.dir),
-        step=inputs.step,
-        prefix=prefix,
-        config=inputs.identity,
-        resume_step=resume_step,
-    ) as tracker:
-        yield tracker
 
 
 def read_by(inputs: StepInputs) -> dict[str, "Artifact | str"]:

@@ -373,18 +373,17 @@ def _assert_only_adapter_trains(model: nn.Module, head: str | None) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' own progress bars, which run across ours, and its table of weights, which we check."""
+    """Without transformers' table of weights, which we check, and from here on without its progress bars, which would run
+    across ours: a step loads a model before it saves one."""
     from transformers.utils import logging
 
-    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
 
 
 def _sort_lists(file: Path) -> None:

@@ -6,7 +6,7 @@ Prompts and answers go to `samples.jsonl` alone unless `tracking.upload_text` is
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from llamachat import distributed
 from llamachat.config.sections import Tracking
 from llamachat.runs.atomic import write_json
 from llamachat.runs.folder import StepFolder
+from llamachat.runs.inputs import StepInputs
 from llamachat.runs.reader import read_summary
 from llamachat.runs.record import STEP, TIME, MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
@@ -166,6 +167,19 @@ def open_tracker(
         exit_code = 0
     finally:
         tracker.close(exit_code)
+
+
+def open_record(inputs: StepInputs, prefix: str, *, resume_step: int | None) -> AbstractContextManager[Tracker]:
+    """The tracker of a step, of one of its loops; see `open_tracker`."""
+    return open_tracker(
+        inputs.tracking,
+        step_folder=inputs.folder,
+        run_dir=Path(inputs.run.dir),
+        step=inputs.step,
+        prefix=prefix,
+        config=inputs.identity,
+        resume_step=resume_step,
+    )
 
 
 def _open_tensorboard(step_folder: StepFolder, prefix: str) -> Any:

@@ -5,6 +5,7 @@ newest whole checkpoint. The last state is the result; only where `max_hours` or
 the best one that was evaluated.
 """
 
+import json
 import logging
 import math
 import tempfile
@@ -15,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llamachat import distributed
@@ -23,12 +27,12 @@ from llamachat.config.optimizer import OptimizerSection
 from llamachat.data.packing import StepPlan
 from llamachat.errors import DivergedError
 from llamachat.models.start_checks import fast_tokenizer
+from llamachat.runs.atomic import INCOMING, flush, make_folder, storage_errors
 from llamachat.runs.checkpoints import Checkpoint, newest
 from llamachat.runs.inputs import StepInputs
 from llamachat.runs.record import MetricsRecord
 from llamachat.tracking.curves import draw_curves
-from llamachat.tracking.tracker import Tracker, open_tracker
-from llamachat.training.best import BestWeights, Evaluated
+from llamachat.tracking.tracker import Tracker, open_record
 from llamachat.training.hours import Hours, open_hours
 from llamachat.training.master_weights import check_optimizer
 from llamachat.training.out_of_memory import MicrobatchTooLargeError, halving
@@ -36,6 +40,16 @@ from llamachat.training.progress import StepProgress
 from llamachat.training.trainer import AtomicCheckpoints, Watch, collator, row_numbers, trainer_arguments
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What was evaluated: after how many optimizer steps, and its held-out figures by their metric names."""
+
+    step: int
+    loss: float
+    figures: Mapping[str, float]
+    words: str = ""  # the figures for people, not kept
 
 
 class Training(Protocol):
@@ -83,6 +97,59 @@ class Training(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class BestWeights:
+    """The trained weights with the lowest held-out loss so far.
+
+    One file next to the checkpoints, replaced as a whole. It may be of a later step than the checkpoint that a killed
+    training resumes from: those weights were evaluated all the same.
+    """
+
+    checkpoints: Path
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoints / "best.safetensors"
+
+    def read(self) -> Evaluated | None:
+        """What the best was like; None before the first evaluation."""
+        if not self.path.is_file():
+            return None
+        with storage_errors(self.path), safe_open(self.path, framework="pt") as stored:
+            return Evaluated(**json.loads(stored.metadata()["evaluated"]))
+
+    def offer(self, evaluated: Evaluated, model: nn.Module) -> None:
+        """Keep the model's trained weights if no earlier ones had so low a loss."""
+        trained = distributed.full_tensors(_trained(model))
+        best = self.read()
+        if not distributed.is_first() or (best is not None and best.loss <= evaluated.loss):
+            return
+        weights = {name: weight.detach().cpu().contiguous() for name, weight in trained.items()}
+        told = {"step": evaluated.step, "loss": evaluated.loss, "figures": dict(evaluated.figures)}
+        make_folder(self.checkpoints)
+        side = self.checkpoints / f"{INCOMING}{self.path.name}"
+        with storage_errors(self.path):
+            save_file(weights, side, metadata={"evaluated": json.dumps(told)})
+            flush(side)
+            side.replace(self.path)
+            flush(self.checkpoints)
+
+    def put(self, model: nn.Module) -> Evaluated:
+        """Make the model the best one."""
+        distributed.wait()  # for the first process, which writes it
+        best = self.read()
+        assert best is not None, "a training is evaluated where it ends"
+        trained = _trained(model)
+        with storage_errors(self.path), safe_open(self.path, framework="pt") as stored, torch.no_grad():
+            for name, weight in trained.items():
+                weight.copy_(distributed.shard_like(stored.get_tensor(name), weight))
+        return best
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
     """Where a step's training stands when its command starts: the newest checkpoint, if any, and the clock."""
@@ -99,18 +166,9 @@ class Resumed:
     @contextmanager
     def session(self, training: Training, *, prefix: str, unit: str) -> Iterator["Session"]:
         """A session with an open record; `prefix` is that of its metrics, `unit` what a step is made of (a dialog)."""
-        inputs = self.inputs
-        with open_tracker(
-            inputs.tracking,
-            step_folder=inputs.folder,
-            run_dir=Path(inputs.run.dir),
-            step=inputs.step,
-            prefix=prefix,
-            config=inputs.identity,
-            resume_step=self.step,
-        ) as tracker:
+        with open_record(self.inputs, prefix, resume_step=self.step) as tracker:
             yield Session(
-                inputs=inputs,
+                inputs=self.inputs,
                 section=self.section,
                 prefix=prefix,
                 unit=unit,

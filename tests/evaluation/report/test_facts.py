@@ -151,7 +151,7 @@ def test_wandb_gets_the_pictures_and_no_answers(tmp_path: Path, monkeypatch: pyt
         assert options["prefix"] == "report" and HOSTILE not in json.dumps(options["config"])
         yield Tracker()
 
-    monkeypatch.setattr("evaluation.report.step.open_tracker", open_tracker)
+    monkeypatch.setattr("llamachat.tracking.tracker.open_tracker", open_tracker)
     folder = TinyRun(tmp_path / "tiny").add("sft", "rs").report()
     assert seen["figure"] == [(name, ".png") for name in ("best_of_n", "temperatures_sft", "temperatures_rs")]
     assert seen["summary"][0]["report/kib"] == pytest.approx(folder.page.stat().st_size / 1024)

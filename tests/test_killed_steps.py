@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -24,6 +25,7 @@ SEED = 1_000_003  # of the first call: what the tests below call a seed's number
 VALUES, MEASURED, TURNS = 800_000, 900_000, 3  # of Ghost Attention
 # Two turns, in each of which answers and then recall questions.
 MEASURING = (MEASURED, MEASURED, MEASURED + 1, MEASURED + 1)
+OWN = crc32(b"distill")  # from which a step of distillation counts its seeds
 # Drawing takes longer than all else.
 NO_CURVES = {"llamachat.tracking.curves": {"panels_of": None}}
 
@@ -60,11 +62,11 @@ ATTENTION: Moments = {
     "before the step ends": (r"; os.rename .*/gatt/artifact$", ()),
 }
 DISTILLATION: Moments = {
-    "before anything of it is there": (r"; os.rename .*test-first", ()),
-    "a batch is answered": (r"; os.rename .*batch-00002", ()),
+    "before anything of it is there": (r"; os.rename .*test-first", (0,)),
+    "a batch is answered in three forms": (r"; os.rename .*batch-00002", (OWN + 6, OWN + 7, OWN + 8)),
     "before the dialogs are published": (r"; os.rename .*/dialogs$", ()),
     "in the tuning": (r"; os.rename .*/\.incoming-step-", ()),
-    "the tuned policy is compared": (r"; os.rename .*borderline-final", ()),
+    "the tuned policy is compared": (r"; os.rename .*borderline-final", (0,)),
     "before the summary": (r"; os.rename .*summary\.json", ()),
     "before the step ends": (r"; os.rename .*/artifact$", ()),
 }
@@ -123,7 +125,9 @@ def ghost_attention(folder: Path, sentencepiece: bytes, _: ChatFormat) -> Step:
 
 
 def distillation(folder: Path, sentencepiece: bytes, chat_format: ChatFormat) -> Step:
-    world = World(folder / "roles", chat_format, sentencepiece, tiny_distilling.write_roomy_base)
+    roles = folder / "roles"
+    roles.mkdir()
+    world = World(roles, chat_format, sentencepiece, tiny_distilling.write_roomy_base)
     base, safety = Path(world.base.model), world.reward_model("safety", FULL, FULL).path
     return Step(
         {

@@ -12,7 +12,7 @@ from typing import Any
 
 from llamachat.runs.record import STEP, TIME, MetricsRecord
 from llamachat.tables import text_table
-from llamachat.tracking.metrics import METRICS, Metric, UnknownMetricError, metric_of
+from llamachat.tracking.metrics import METRICS, Metric, find_metric
 from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
 
 _SMOOTH_FROM = 20
@@ -45,10 +45,8 @@ def read_series(metrics_path: Path) -> list[Series]:
                 axes[name] = axis
     found = []
     for name, by_step in points.items():
-        try:
-            metric = metric_of(name)
-        except UnknownMetricError:
-            metric = Metric(name, name, "", "", name)  # a record of another version of the table is still shown
+        # A record of another version of the table is still shown.
+        metric = find_metric(name) or Metric(name, name, "", "", name)
         steps = tuple(sorted(by_step))
         found.append(Series(name, metric, axes[name], steps, tuple(by_step[step] for step in steps)))
     order = {name: place for place, name in enumerate(METRICS)}

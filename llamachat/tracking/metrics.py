@@ -283,13 +283,18 @@ for _name, _meaning, _unit, _reduction, _panel, *_interval in _ROWS:
 
 
 @cache
-def metric_of(name: str) -> Metric:
-    """The row of the table that a logged name belongs to; UnknownMetricError if none."""
+def find_metric(name: str) -> Metric | None:
+    """The row of the table that a name belongs to; None of a name of another version of the table."""
     if name in METRICS and "<" not in name:
         return METRICS[name]
-    for pattern, metric in _patterns():
-        if pattern.fullmatch(name):
-            return metric
+    return next((metric for pattern, metric in _patterns() if pattern.fullmatch(name)), None)
+
+
+def metric_of(name: str) -> Metric:
+    """The row of the table that a logged name belongs to; UnknownMetricError if none."""
+    metric = find_metric(name)
+    if metric is not None:
+        return metric
     near = get_close_matches(name, METRICS, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     raise UnknownMetricError(

@@ -15,7 +15,7 @@ from llamachat.runs.atomic import write_json, write_text
 from llamachat.runs.reader import Measure, RunStep, read_run
 from llamachat.tables import markdown_table, text_table
 from llamachat.tracking.curves import draw_overlays
-from llamachat.tracking.metrics import UnknownMetricError, metric_of
+from llamachat.tracking.metrics import find_metric
 from pipelines.studies.differences import KINDS, Change, Compared, changes, compared_figures, first_policy
 
 _WIDTH = 110
@@ -203,11 +203,8 @@ def _step(step: SharedStep, is_whole: bool) -> list[_Block]:
 
 
 def _is_detail(name: str) -> bool:
-    try:
-        row = metric_of(name).name
-    except UnknownMetricError:
-        return False
-    return any(part in row for part in _DETAILS)
+    row = find_metric(name)
+    return row is not None and any(part in row.name for part in _DETAILS)
 
 
 def _row(one: Compared, is_whole: bool, mark: str) -> tuple[str, ...]:

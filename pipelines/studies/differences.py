@@ -15,7 +15,7 @@ from typing import Any, Literal
 from llamachat.runs.artifacts import ANSWERS
 from llamachat.runs.fingerprints import ABSENT, changed_values, fingerprint, is_digest, leaves
 from llamachat.runs.reader import Measure, RunStep, read_object
-from llamachat.tracking.metrics import METRICS, UnknownMetricError, metric_of
+from llamachat.tracking.metrics import METRICS, find_metric
 
 Kind = Literal["result", "input", "operational", "software"]
 KINDS: dict[Kind, str] = {
@@ -192,7 +192,7 @@ def _compared(
 ) -> Compared:
     from llamachat.maths.intervals import Difference, independent_difference, paired_bootstrap
 
-    row = _row(name)
+    row = find_metric(name)
     unit = row.unit if row else ""
     if remark:
         return Compared(name, unit, a, b, None, remark=remark)
@@ -270,14 +270,6 @@ def _answers(step: RunStep) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield prefix, values.get("evaluation", values)
 
 
-def _row(name: str) -> Any:
-    """The row of the table of metrics; None of a figure of another version of the table, which is still compared."""
-    try:
-        return metric_of(name)
-    except UnknownMetricError:
-        return None
-
-
 def _place(name: str) -> tuple[int, str]:
-    row = _row(name)
+    row = find_metric(name)
     return list(METRICS).index(row.name) if row else len(METRICS), name

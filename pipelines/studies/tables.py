@@ -14,7 +14,7 @@ from typing import Any
 from llamachat.config.problems import nearest
 from llamachat.runs.atomic import write_json, write_text
 from llamachat.tables import markdown_table
-from llamachat.tracking.metrics import UnknownMetricError, metric_of
+from llamachat.tracking.metrics import find_metric
 from pipelines.studies.definition import Plan, Study, Table
 from reward.config import Config
 
@@ -84,10 +84,8 @@ def interval(values: Sequence[float]) -> Difference:
 
 def unit_of(name: str) -> str:
     """The unit of a figure, or nothing."""
-    try:
-        return metric_of(name.rpartition(":")[2]).unit
-    except UnknownMetricError:
-        return ""
+    row = find_metric(name.rpartition(":")[2])
+    return row.unit if row else ""
 
 
 def tables_of(study: Study, figures: Figures) -> list[Table]:

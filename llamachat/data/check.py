@@ -161,7 +161,7 @@ class CheckReport:
             reason = "is a key that nothing reads; it is left out."
             yield Warned(name, reason, _fix_of_unused(name), list(dict.fromkeys(lines)))
         for html, lines in self._html.items():
-            reason = f"is HTML ({printable(html)[:40]}), which is learnt as it is."
+            reason = f"is HTML ({printable(html)[:40]}), which is trained on as it is."
             fix = "Take it out with `llamachat data convert --plain-text`, or leave it if the dialogs are about web pages."
             yield Warned("content", reason, fix, lines)
         if self.num_records and Path(self.path).is_file() and has_byte_order_mark(Path(self.path)):

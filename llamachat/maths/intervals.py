@@ -1,7 +1,7 @@
 """Figures of yes-or-no outcomes and of scores against labels, with their 95% intervals; numpy only.
 
-What surprises: several outcomes of one prompt are not independent, so the bootstrap draws whole groups where it is told
-of them. All draws are seeded: the same values give the same interval.
+Several outcomes of one prompt are not independent, so the bootstrap draws whole groups where it is given them. All draws
+are seeded: the same values give the same interval.
 """
 
 import math

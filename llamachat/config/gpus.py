@@ -22,21 +22,6 @@ CARDS = {
     "h100": (79.6, 989.0),
     "h200": (140.4, 989.0),
 }
-# name: GB/s that its memory gives, from the same sheets (of the a100-80gb the slower one, on PCIe).
-BANDWIDTH = {
-    "rtx-3060": 360,
-    "rtx-3070": 448,
-    "rtx-3090": 936,
-    "rtx-4090": 1008,
-    "rtx-a6000": 768,
-    "a10": 600,
-    "l4": 300,
-    "l40s": 864,
-    "a100-40gb": 1555,
-    "a100-80gb": 1935,
-    "h100": 3350,
-    "h200": 4800,
-}
 # CUDA's own context and what the allocator cannot use want a share; ours, unmeasured.
 USABLE = 0.9
 

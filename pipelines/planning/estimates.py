@@ -210,9 +210,7 @@ def _ppo(work: _Work) -> Estimate:
 def _evaluation(work: _Work) -> Estimate:
     config = work.step.config
     assert isinstance(config, EvaluationConfig)
-    policies = (
-        sum(other.product.makes == POLICY for other in work.recipe.steps) or 1
-    )  # each policy is asked all prompts
+    policies = sum(other.product.makes == POLICY for other in work.recipe.steps) or 1  # each is asked all prompts
     one = config.test_prompts + config.borderline_prompts + config.dialogs * max(config.turns)
     answers = policies * (one + config.curve_prompts * config.curve_samples)
     answers += 2 * len(config.temperatures) * config.curve_prompts * config.curve_samples

@@ -118,7 +118,7 @@ class Plan:
 
 
 def is_study(path: Path) -> bool:
-    """Whether a file is a study; what cannot be read is told where it is taken for a recipe."""
+    """Whether a file is a study; a file that cannot be read is reported as a recipe."""
     try:
         values, _ = parse_mapping(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError):

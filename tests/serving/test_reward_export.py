@@ -51,7 +51,7 @@ def test_an_exported_model_gives_the_scores_of_the_artifact(
     assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
     card = (out / "README.md").read_text()
     assert "- system text in training: none added (`base.system` is null); dialogs and their sources may" in card
-    assert "pipeline_tag: text-classification" in card and "Held against the artifact" in card
+    assert "pipeline_tag: text-classification" in card and "Checked against the artifact" in card
 
 
 def test_merged_weights_and_the_head_are_those_of_the_adapter(tmp_path: Path, tiny_sentencepiece: bytes):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import yaml
 
 from llamachat.config.paths import near_path
-from llamachat.config.problems import Key, Problem, describe, dotted, raise_all, section_problems
+from llamachat.config.problems import ConfigProblem, Key, describe, dotted, raise_all, section_problems
 from llamachat.config.section import Section
 from llamachat.errors import first_line
 
@@ -41,26 +41,30 @@ class Layers:
         self._merge(self.values, values, source, ())
         self._sources[()] = source
 
-    def override(self, text: str) -> Problem | None:
+    def override(self, text: str) -> ConfigProblem | None:
         """Lay one `section.key=value` over the present values; the value is YAML, a number in the key a list index."""
         name, equals, value_text = text.partition("=")
         key: Key = tuple(int(part) if part.isdecimal() else part for part in name.strip().split("."))
         if not equals or not all(part != "" for part in key):
-            return Problem(COMMAND_LINE, "", f"'{text}' is no override. Write section.key=value, such as run.seed=1.")
+            return ConfigProblem(
+                COMMAND_LINE, "", f"'{text}' is no override. Write section.key=value, such as run.seed=1."
+            )
         try:
             value = parse_value(value_text)
         except ValueError as error:
-            return Problem(COMMAND_LINE, dotted(key), f"the value is no YAML: {error}. Put it in quotes: '\"...\"'.")
+            return ConfigProblem(
+                COMMAND_LINE, dotted(key), f"the value is no YAML: {error}. Put it in quotes: '\"...\"'."
+            )
         return self._put(key, value)
 
-    def _put(self, key: Key, value: Any) -> Problem | None:
+    def _put(self, key: Key, value: Any) -> ConfigProblem | None:
         holder: Any = self.values
         for depth, part in enumerate(key):
             at = dotted(key[:depth])
             if isinstance(holder, list):
                 if not isinstance(part, int) or part >= len(holder):
                     have = f"0 to {len(holder) - 1}" if holder else "none, it is empty"
-                    return Problem(
+                    return ConfigProblem(
                         COMMAND_LINE, dotted(key), f"'{at}' is a list with the items {have}; '{part}' is none."
                     )
             elif isinstance(holder, dict):
@@ -68,7 +72,9 @@ class Layers:
                 if depth < len(key) - 1 and holder.get(part) is None:
                     self._replace(holder, part, {}, COMMAND_LINE, key[: depth + 1])
             else:
-                return Problem(COMMAND_LINE, dotted(key), f"'{at}' is {describe(holder)}, which has no keys under it.")
+                return ConfigProblem(
+                    COMMAND_LINE, dotted(key), f"'{at}' is {describe(holder)}, which has no keys under it."
+                )
             if depth == len(key) - 1:
                 self._replace(holder, part, value, COMMAND_LINE, key)
             else:
@@ -111,7 +117,7 @@ def load_recipe(
     overrides: Sequence[str] = (),
     *,
     prepare: Callable[[Layers], None] | None = None,
-    more_checks: Callable[[Layers], Iterable[Problem]] | None = None,
+    more_checks: Callable[[Layers], Iterable[ConfigProblem]] | None = None,
 ) -> S:
     """The recipe of a file, checked whole; every problem is told in one ConfigError.
 
@@ -139,7 +145,7 @@ def to_yaml(section: Section) -> str:
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, width=110, allow_unicode=True)
 
 
-def read_layers(path: Path, overrides: Sequence[str]) -> tuple[Layers, list[Problem]]:
+def read_layers(path: Path, overrides: Sequence[str]) -> tuple[Layers, list[ConfigProblem]]:
     """The values of a file over those of the files that it extends, then of the command line; the problems of reading them.
 
     A file that cannot be read leaves no values, and a problem without a key.
@@ -151,16 +157,16 @@ def read_layers(path: Path, overrides: Sequence[str]) -> tuple[Layers, list[Prob
     for override in overrides:
         if override.partition("=")[0].strip() == "extends":
             text = "a file says what it extends. Give that file with --config, or write a small recipe that extends it."
-            problems.append(Problem(COMMAND_LINE, "extends", text))
+            problems.append(ConfigProblem(COMMAND_LINE, "extends", text))
         elif problem := layers.override(override):
             problems.append(problem)
     return layers, problems
 
 
-def _read_chain(path: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[Problem]]:
+def _read_chain(path: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[ConfigProblem]]:
     """A file and those that it extends, directly or through others, in that order, with their values."""
     files: list[tuple[Path, dict[str, Any]]] = []
-    problems: list[Problem] = []
+    problems: list[ConfigProblem] = []
     child, following = None, path
     while True:
         values, found = _read(following, mentioned_by=child)
@@ -169,7 +175,7 @@ def _read_chain(path: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[Pro
         parent = values.get("extends")
         if parent is not None and not isinstance(parent, str):
             text = f"found {describe(parent)}, but the name of a recipe file, relative to this file, is required."
-            problems.append(Problem(str(following), "extends", text))
+            problems.append(ConfigProblem(str(following), "extends", text))
         if not isinstance(parent, str):
             return files, problems
         child, following = following, following.parent / parent
@@ -179,16 +185,20 @@ def _read_chain(path: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[Pro
             text = (
                 f"these files extend each other in a circle: {' -> '.join([*cycle, cycle[0]])}. Remove one 'extends'."
             )
-            problems.append(Problem(str(child), "extends", text))
+            problems.append(ConfigProblem(str(child), "extends", text))
             return files, problems
 
 
-def _read(path: Path, *, mentioned_by: Path | None) -> tuple[dict[str, Any], list[Problem]]:
+def _read(path: Path, *, mentioned_by: Path | None) -> tuple[dict[str, Any], list[ConfigProblem]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = _unreadable(path, error)
-        return {}, [Problem(str(mentioned_by), "extends", reason) if mentioned_by else Problem(str(path), "", reason)]
+        return {}, [
+            ConfigProblem(str(mentioned_by), "extends", reason)
+            if mentioned_by
+            else ConfigProblem(str(path), "", reason)
+        ]
     return parse_mapping(text, str(path))
 
 
@@ -242,22 +252,24 @@ def parse_value(text: str) -> Any:
         raise ValueError(_reason(error)) from error
 
 
-def parse_mapping(text: str, source: str) -> tuple[dict[str, Any], list[Problem]]:
+def parse_mapping(text: str, source: str) -> tuple[dict[str, Any], list[ConfigProblem]]:
     """The values of a whole file, and what is wrong with it as YAML."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return {}, []
-        problems = [Problem(source, dotted(key), text) for key, text in _duplicates(node)]
+        problems = [ConfigProblem(source, dotted(key), text) for key, text in _duplicates(node)]
         values = loader.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:
-        return {}, [Problem(source, "", f"this is no YAML: {_reason(error)}. Mend the line.")]
+        return {}, [ConfigProblem(source, "", f"this is no YAML: {_reason(error)}. Mend the line.")]
     finally:
         loader.dispose()
     if not isinstance(values, dict):
         kind = "a list" if isinstance(values, list) else "a single value"
-        return {}, [Problem(source, "", f"the file holds {kind}, but a recipe is a mapping: write 'section: ...'.")]
+        return {}, [
+            ConfigProblem(source, "", f"the file holds {kind}, but a recipe is a mapping: write 'section: ...'.")
+        ]
     return _with_text_keys(values), problems
 
 

@@ -18,7 +18,7 @@ Key = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class ConfigProblem:
     """One thing to mend: the file (or "command line") it came from, the dotted key, and the text."""
 
     source: str
@@ -48,7 +48,7 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)), None)
 
 
-def raise_all(problems: Sequence[Problem]) -> None:
+def raise_all(problems: Sequence[ConfigProblem]) -> None:
     """One ConfigError that tells every problem; nothing when there is none."""
     if not problems:
         return
@@ -64,18 +64,20 @@ def section_problems(
     source: Callable[[Key], str],
     at: Key = (),
     root: type[Section] | None = None,
-) -> list[Problem]:
+) -> list[ConfigProblem]:
     """Everything that keeps the values from being the section: types, ranges, unknown and missing keys, missing files.
 
     `at` is where the section lies in the recipe, `source` the file that a key came from, and `root` the whole
     recipe's schema, whose other sections are searched for a misplaced key.
     """
-    found = [Problem(source(at + key), dotted(at + key), text) for key, text in _type_problems(schema, values, root)]
+    found = [
+        ConfigProblem(source(at + key), dotted(at + key), text) for key, text in _type_problems(schema, values, root)
+    ]
     for key, field, value in _fields(schema, values):
         for check in (mark for mark in field.metadata if isinstance(mark, Check)):
             for below, text in check.problems(value):
                 full = at + key + below
-                found.append(Problem(source(full), dotted(full), text))
+                found.append(ConfigProblem(source(full), dotted(full), text))
     return found
 
 

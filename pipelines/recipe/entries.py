@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamachat.config.loading import COMMAND_LINE, Layers, merged
-from llamachat.config.problems import Key, Problem, describe, dotted, nearest, section_problems
+from llamachat.config.problems import ConfigProblem, Key, describe, dotted, nearest, section_problems
 from llamachat.config.section import Section
 from llamachat.config.sections import Data, Rollout, Split, Tuning
 from pipelines.recipe.stages import STAGES, Product, Stage
@@ -109,7 +109,7 @@ def _at(values: Any, key: Key) -> Any:
     return values
 
 
-def step_problems(layers: Layers, root: type[Section]) -> Iterator[Problem]:
+def step_problems(layers: Layers, root: type[Section]) -> Iterator[ConfigProblem]:
     """Everything wrong with the list, and with what its stages tune with, each at its place; `root` is the whole recipe's
     schema."""
     for stage in STAGES.values():
@@ -119,31 +119,33 @@ def step_problems(layers: Layers, root: type[Section]) -> Iterator[Problem]:
     if not isinstance(steps, list):
         return  # the types say so already
     if not steps:
-        yield Problem(layers.source(("steps",)), "steps", f"empty, so nothing would run. Known: {', '.join(STAGES)}.")
+        yield ConfigProblem(
+            layers.source(("steps",)), "steps", f"empty, so nothing would run. Known: {', '.join(STAGES)}."
+        )
     data = layers.values.get("data")
     seen: dict[str, int] = {}
     for index, item in enumerate(steps):
         at: Key = ("steps", index)
         problem = _entry_problem(item)
         if problem:
-            yield Problem(layers.source(at), dotted(at), problem)
+            yield ConfigProblem(layers.source(at), dotted(at), problem)
             continue
         entry = read_entry(item)
         below: Key = (*at, entry.head)
         only_problem = _only_problem(entry)
         if only_problem:
-            yield Problem(layers.source((*below, "only")), dotted((*below, "only")), only_problem)
+            yield ConfigProblem(layers.source((*below, "only")), dotted((*below, "only")), only_problem)
             continue
         products = entry.products(data if isinstance(data, Mapping) else {})
         names = [entry.step_name(product) for product in products]
         name_problem = _name_problem(entry, names, seen)
         if name_problem:
-            yield Problem(layers.source((*below, "name")), dotted((*below, "name")), name_problem)
+            yield ConfigProblem(layers.source((*below, "name")), dotted((*below, "name")), name_problem)
         else:
             seen |= dict.fromkeys(names, index)
         yield from _override_problems(layers, entry, below, root)
         for key, text in _data_problems(entry, products, data, at):
-            yield Problem(layers.source(key), dotted(key), text)
+            yield ConfigProblem(layers.source(key), dotted(key), text)
 
 
 def _entry_problem(item: object) -> str | None:
@@ -200,7 +202,7 @@ def _name_problem(entry: Entry, names: list[str], seen: Mapping[str, int]) -> st
     return None
 
 
-def _override_problems(layers: Layers, entry: Entry, at: Key, root: type[Section]) -> Iterator[Problem]:
+def _override_problems(layers: Layers, entry: Entry, at: Key, root: type[Section]) -> Iterator[ConfigProblem]:
     """Problems that a step's own values bring; those of the sections they go over are told there."""
     for schema, section, given, place in (
         (entry.stage.config, entry.stage.section, entry.own, at),
@@ -208,14 +210,14 @@ def _override_problems(layers: Layers, entry: Entry, at: Key, root: type[Section
         (Rollout, "rollout", entry.rollout, (*at, "rollout")),
     ):
         if section == "rollout" and "rollout" in entry.values and "rollout" not in entry.stage.shared:
-            yield Problem(
+            yield ConfigProblem(
                 layers.source(place), dotted(place), f"'{entry.head}' learns from no answers of its own. Remove it."
             )
             continue
         if not isinstance(given, Mapping):
             example = "method: lora" if section == "tuning" else "temperature: 0.7"
             text = f"found {describe(given)}, but a mapping is required: {{{example}}}."
-            yield Problem(layers.source(place), dotted(place), text)
+            yield ConfigProblem(layers.source(place), dotted(place), text)
             continue
         below = layers.values.get(section)
         below = below if isinstance(below, Mapping) else {}
@@ -229,7 +231,7 @@ def _override_problems(layers: Layers, entry: Entry, at: Key, root: type[Section
 
 def _tuning_problems(
     layers: Layers, stage: Stage, root: type[Section], given: object = None, at: Key = ()
-) -> Iterator[Problem]:
+) -> Iterator[ConfigProblem]:
     """Problems of the values that the stage's section puts over the section sft, or else of a step's `given` ones."""
     own: Key = (stage.section, "sft")
     below, over = _at(layers.values, ("sft",)), _at(layers.values, own)

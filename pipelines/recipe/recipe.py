@@ -13,7 +13,7 @@ from evaluation.report import Config as ReportConfig
 from gatt import Config as GattConfig
 from llamachat.config.loading import Layers, from_plain, load_recipe, merged
 from llamachat.config.paths import missing
-from llamachat.config.problems import Key, Problem, dotted, nearest
+from llamachat.config.problems import ConfigProblem, Key, dotted, nearest
 from llamachat.config.section import Section
 from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
 from llamachat.errors import UsageError
@@ -181,9 +181,9 @@ def choose_steps(steps: Sequence[Step], command: str, only: Sequence[str] = ()) 
     return [step for step in chosen if not only or step.product.makes.which in only]
 
 
-def _more_problems(layers: Layers) -> Iterator[Problem]:
+def _more_problems(layers: Layers) -> Iterator[ConfigProblem]:
     for key, text in (*_run_problems(layers.values), *_format_problems(layers.values)):
-        yield Problem(layers.source(key), dotted(key), text)
+        yield ConfigProblem(layers.source(key), dotted(key), text)
     yield from step_problems(layers, RecipeSections)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from llamachat.config.loading import Layers, from_plain, parse_mapping
-from llamachat.config.problems import Key, Problem, dotted, raise_all, section_problems
+from llamachat.config.problems import ConfigProblem, Key, dotted, raise_all, section_problems
 from llamachat.config.section import Section
 from llamachat.runs.fingerprints import fingerprint
 from pipelines.recipe.identity import step_identity
@@ -169,8 +169,8 @@ def _lines(values: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def _problems(layers: Layers) -> list[Problem]:
-    return [Problem(layers.source(key), dotted(key), text) for key, text in _faults(layers.values)]
+def _problems(layers: Layers) -> list[ConfigProblem]:
+    return [ConfigProblem(layers.source(key), dotted(key), text) for key, text in _faults(layers.values)]
 
 
 def _faults(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from llamachat.answers.consistency import Turns
 from llamachat.answers.dialog_step import dialog_line
 from llamachat.answers.groups import is_allowed
-from llamachat.answers.responses import Response
+from llamachat.answers.responses import Response, sample
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.constraints.families import Constraint
 from llamachat.constraints.instruction import Instruction, mended, passes, plain_recall, recall_questions, recalled
 from llamachat.data.loading import fraction
 from llamachat.data.prompts import EncodedPrompt
-from llamachat.rollout.engine import Completion, RolloutEngine, Sampling, scatter_generate
+from llamachat.rollout.engine import RolloutEngine, Sampling
 
 Rank = Callable[[Sequence[Sequence[Response]]], list[list[int]]]  # places of each prompt's answers, best first
 
@@ -108,17 +108,17 @@ def sample_dialogs(
 
     Each answer is one of the samples that keep the instruction; in earlier turns another finished one where none does.
     """
+    count = sampler.samples_per_turn
     for sampling in samplings:
-        prompts = [ids for one in conversations if one.is_open and (ids := _prompt(sampler, one)) is not None]
+        prompts = [prompt for one in conversations if one.is_open and (prompt := _prompt(sampler, one)) is not None]
         live = [one for one in conversations if one.is_open]
         if not live:
             break
-        samples = scatter_generate(
-            sampler.engine, prompts, samples_per_prompt=sampler.samples_per_turn, sampling=sampling
-        )
-        order = _order(sampler, live, prompts, samples)
-        for one, completions, places in zip(live, samples, order, strict=True):
-            _answer(one, completions, places, sampler)
+        responses = sample(sampler.engine, sampler.chat_format, prompts, sampling, samples_per_prompt=count)
+        groups = [responses[place * count : (place + 1) * count] for place in range(len(live))]
+        order = sampler.rank(groups) if sampler.rank is not None else [list(range(count))] * len(live)
+        for one, group, places in zip(live, groups, order, strict=True):
+            _answer(one, [group[place] for place in places], sampler)
     return [
         GattDialog(
             one.instruction.text,
@@ -149,11 +149,12 @@ def counted_drops(conversations: Sequence[Conversation]) -> dict[str, int]:
     return dict(Counter(one.dropped for one in conversations if one.dropped is not None))
 
 
-def _prompt(sampler: TurnSampler, one: Conversation) -> list[int] | None:
-    """Token ids of the conversation's prompt; a conversation whose prompt does not fit is left out."""
-    ids = list(sampler.chat_format.encode_prompt(one.prompt()))
+def _prompt(sampler: TurnSampler, one: Conversation) -> EncodedPrompt | None:
+    """The conversation's next prompt; a conversation whose prompt does not fit is left out."""
+    messages = one.prompt()
+    ids = tuple(sampler.chat_format.encode_prompt(messages))
     if len(ids) <= sampler.max_tokens:
-        return ids
+        return EncodedPrompt(messages, ids, is_safety=False, name="")
     one.dropped = (
         "dialogs left out: the instruction and one turn are longer than the context"
         if not one.answers
@@ -162,52 +163,24 @@ def _prompt(sampler: TurnSampler, one: Conversation) -> list[int] | None:
     return None
 
 
-def _order(
-    sampler: TurnSampler,
-    live: Sequence[Conversation],
-    prompts: Sequence[Sequence[int]],
-    samples: Sequence[Sequence[Completion]],
-) -> list[list[int]]:
-    """The places of each conversation's samples, best first where reward models rank them."""
-    if sampler.rank is None:
-        return [list(range(len(completions))) for completions in samples]
-    return sampler.rank(
-        [
-            [
-                Response(
-                    prompt=EncodedPrompt(one.prompt(), tuple(ids), is_safety=False, name=""),
-                    ids=completion.token_ids,
-                    logprobs=completion.logprobs,
-                    is_finished=completion.is_finished,
-                    text=sampler.chat_format.decode_answer(completion.token_ids),
-                )
-                for completion in completions
-            ]
-            for one, ids, completions in zip(live, prompts, samples, strict=True)
-        ]
-    )
-
-
-def _answer(one: Conversation, samples: Sequence[Completion], order: Sequence[int], sampler: TurnSampler) -> None:
-    """Add one of the samples to the conversation as its answer."""
-    chat_format = sampler.chat_format
-    texts = [chat_format.decode_answer(sample.token_ids) for sample in samples]
-    whole = [place for place in order if samples[place].is_finished and is_allowed(chat_format, texts[place])]
-    kept = [place for place in whole if one.keeps(texts[place])]
+def _answer(one: Conversation, samples: Sequence[Response], sampler: TurnSampler) -> None:
+    """Add one of the samples, which are ranked best first, to the conversation as its answer."""
+    allowed = [sample for sample in samples if sample.is_finished and is_allowed(sampler.chat_format, sample.text)]
+    kept = [sample for sample in allowed if one.keeps(sample.text)]
     is_last = len(one.answers) == len(one.turns) - 1
-    if not whole:
+    if not allowed:
         one.dropped = "dialogs left out: an answer is empty, or cut by the length limit"
         return
-    chosen = (kept or whole)[0]
-    text: str | None = texts[chosen].strip()
+    chosen = (kept or allowed)[0]
+    text: str | None = chosen.text.strip()
     if is_last and not kept:
-        text = put_right(one, texts[chosen]) if sampler.mends else None
-        if text is None or not is_allowed(chat_format, text):
+        text = put_right(one, chosen.text) if sampler.mends else None
+        if text is None or not is_allowed(sampler.chat_format, text):
             one.dropped = "dialogs left out: no sample of the last answer keeps the instruction"
             return
     assert text is not None, "an answer that is chosen has text"
     one.answers.append(text)
-    one.passing, one.tokens = len(kept) / len(samples), len(samples[chosen].token_ids)
+    one.passing, one.tokens = len(kept) / len(samples), len(chosen.ids)
     one.is_mended = is_last and not kept
 
 

@@ -95,7 +95,7 @@ class State:
         """Write everything into one file."""
         plain: dict[str, Any] = {
             "weights": bank.state_dict(),
-            "optimizers": optimizers.state_dict(),
+            "optimizers": {role: optimizer.state_dict() for role, optimizer in optimizers.items()},
             "kl": self.kl.state(),
             "constants": asdict(self.constants),
             "first_test": asdict(self.first_test),
@@ -113,7 +113,8 @@ def load_state(folder: Path, bank: "RoleBank", optimizers: Optimizers, kl: KlCoe
     """The saved state, with weights and optimizers put back; `kl` is the coefficient of the configuration."""
     saved: dict[str, Any] = torch.load(folder / _FILE, map_location="cpu", weights_only=True)
     bank.load_state_dict(saved.pop("weights"))
-    optimizers.load_state_dict(saved.pop("optimizers"))
+    for role, state in saved.pop("optimizers").items():
+        optimizers[role].load_state_dict(state)
     return State(
         kl=kl.restored(saved.pop("kl")),
         constants=Constants.from_plain(saved.pop("constants")),

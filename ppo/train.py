@@ -31,7 +31,7 @@ from ppo.config import CPU_ROW_TOKENS, Config
 from ppo.experience import iteration_figures, make_experience, model_outputs, split_minibatches
 from ppo.session import evaluate, heldout_figures, mean_kl, open_ppo, publish_policy, show
 from ppo.state import State, first_coefficient, load_state, policy_weights
-from ppo.update import Optimizers, Updater, make_optimizers
+from ppo.update import Updater, make_optimizers
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def start_or_resume(
         state = load_state(saved, bank, optimizers, first_coefficient(config))
     temperature = inputs.rollout.temperature
     updater = Updater(bank, optimizers, config, temperature=temperature, row_tokens=row_tokens, step=inputs.step)
-    return Training(config, session, updater, optimizers, state, tracker, hours, row_tokens, frozen_digest)
+    return Training(config, session, updater, state, tracker, hours, row_tokens, frozen_digest)
 
 
 def first_state(config: Config, session: AnswerSession, tracker: Tracker, row_tokens: int) -> State:
@@ -116,7 +116,6 @@ class Training:
     config: Config
     session: AnswerSession
     updater: Updater
-    optimizers: Optimizers
     state: State
     tracker: Tracker
     hours: Hours
@@ -230,7 +229,7 @@ class Training:
         self.tracker.sync()
         if distributed.is_first():
             with writing(self.session.inputs.folder.checkpoints, self.state.iteration) as side:
-                self.state.save(side, self.session.bank, self.optimizers)
+                self.state.save(side, self.session.bank, self.updater.optimizers)
                 self.hours.save(side)
         distributed.wait()
 

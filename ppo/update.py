@@ -9,8 +9,8 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,30 +33,14 @@ log = logging.getLogger(__name__)
 LEAST_ROW_TOKENS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Optimizers:
-    """AdamW over fp32 masters, one for each of the two that are trained, at constant rates."""
-
-    policy: MasterWeightOptimizer
-    critic: MasterWeightOptimizer
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"policy": self.policy.state_dict(), "critic": self.critic.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.policy.load_state_dict(state["policy"])
-        self.critic.load_state_dict(state["critic"])
-
-    def zero_grad(self) -> None:
-        self.policy.zero_grad()
-        self.critic.zero_grad()
+Optimizers = Mapping[Literal["policy", "critic"], MasterWeightOptimizer]
 
 
 def make_optimizers(bank: "RoleBank", config: Config) -> Optimizers:
-    """Optimizers of the bank's trainable weights, whose values now are the masters'."""
+    """AdamW over fp32 masters of the bank's trainable weights as they are now, at constant rates."""
     trained = bank.trainable()
 
-    def made(params: Sequence[nn.Parameter], rate: float) -> MasterWeightOptimizer:
+    def adamw_of(params: Sequence[nn.Parameter], rate: float) -> MasterWeightOptimizer:
         return adamw(
             params,
             learning_rate=rate,
@@ -65,31 +49,27 @@ def make_optimizers(bank: "RoleBank", config: Config) -> Optimizers:
             eps=config.adam_epsilon,
         )
 
-    return Optimizers(
-        made(trained["policy"], config.learning_rate), made(trained["critic"], config.critic_learning_rate)
-    )
+    return {
+        "policy": adamw_of(trained["policy"], config.learning_rate),
+        "critic": adamw_of(trained["critic"], config.critic_learning_rate),
+    }
 
 
+@dataclass(slots=True)
 class Updater:
     """Runs updates; where the device's memory is too small for a row, the row length is halved."""
 
-    def __init__(
-        self,
-        bank: "RoleBank",
-        optimizers: Optimizers,
-        config: Config,
-        *,
-        temperature: float,
-        row_tokens: int,
-        step: str,
-    ) -> None:
-        self._bank, self._optimizers, self._config = bank, optimizers, config
-        self._temperature, self._step = temperature, step
-        self.row_tokens = row_tokens
+    bank: "RoleBank"
+    optimizers: Optimizers
+    config: Config
+    _: KW_ONLY
+    temperature: float  # of the rollouts
+    row_tokens: int
+    step: str
 
     def update(self, experience: Experience, *, trains_policy: bool) -> dict[str, float]:
         """All optimizer steps of an iteration; means over them, the figures of the policy only where it is trained."""
-        config, trained = self._config, self._bank.trainable()
+        config, trained = self.config, self.bank.trainable()
         sums: dict[str, float] = defaultdict(float)
         for _ in range(config.epochs):
             for minibatch in experience.minibatches:
@@ -100,10 +80,10 @@ class Updater:
                     norm = nn.utils.clip_grad_norm_(trained["policy"], config.max_grad_norm)
                     figures["optim/grad_norm"] = float(norm)
                 self._check_finite(figures)
-                self._optimizers.critic.step()
+                self.optimizers["critic"].step()
                 if trains_policy:
-                    self._optimizers.policy.step()
-                self._optimizers.zero_grad()
+                    self.optimizers["policy"].step()
+                self._zero_grad()
                 for name, value in figures.items():
                     sums[name] += value
         steps = config.epochs * len(experience.minibatches)
@@ -117,7 +97,7 @@ class Updater:
             return [self._row(experience, row, trains_policy=trains_policy, tokens=minibatch.tokens) for row in part]
 
         while True:
-            self._optimizers.zero_grad()
+            self._zero_grad()
             try:
                 by_row = in_room(lambda: distributed.scatter_map(rows, backward))  # noqa: B023  # called at once
                 break
@@ -125,17 +105,17 @@ class Updater:
                 reason = str(error)
             except torch.OutOfMemoryError as error:
                 raise self._too_large_for_one_of_several(error) from None
-            self._optimizers.zero_grad()
+            self._zero_grad()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             rows = self._smaller(experience, minibatch, rows, reason)
-        trained = self._bank.trainable()
+        trained = self.bank.trainable()
         distributed.sum_gradients([*trained["critic"], *(trained["policy"] if trains_policy else ())])
         return {name: sum(figures[name] for figures in by_row) for name in by_row[0]}
 
     def _row(self, experience: Experience, row: PackedRow, *, trains_policy: bool, tokens: int) -> dict[str, float]:
         """Forward and backward of one row for policy and critic; losses are divided by the minibatch's `tokens`."""
-        bank, config = self._bank, self._config
+        bank, config = self.bank, self.config
         mask_1N = torch.ones((1, len(row.places_N)), dtype=torch.bool, device=bank.device)
         is_shared = bank.critic == "shared"
         figures: dict[str, float] = {}
@@ -146,7 +126,7 @@ class Updater:
                 hidden_ND = bank.hidden("policy", row.batch)[0, row.places_N]
         if trains_policy:
             assert hidden_ND is not None
-            new = token_logprobs(hidden_ND, row.tokens_N, head=bank.lm_head("policy"), temperature=self._temperature)
+            new = token_logprobs(hidden_ND, row.tokens_N, head=bank.lm_head("policy"), temperature=self.temperature)
             clipped = policy_loss(
                 new.logprobs.unsqueeze(0),
                 row.taken(experience.old_logprobs_BR),
@@ -186,7 +166,7 @@ class Updater:
         longest = max(len(experience.sequences[index].ids) for index in minibatch.indices)
         if max(row.input_ids_1T.shape[1] for row in rows) <= longest or self.row_tokens // 2 < LEAST_ROW_TOKENS:
             raise DeviceMemoryError(
-                f"{self._step}: the device's memory does not hold one response at a time ({reason}). A response is not "
+                f"{self.step}: the device's memory does not hold one response at a time ({reason}). A response is not "
                 "cut, so its forward and backward must fit. Set ppo.gradient_checkpointing=true, ppo.critic=shared, "
                 "tuning.method to qlora, or a smaller rollout.max_new_tokens."
             )
@@ -194,30 +174,34 @@ class Updater:
         log.warning(
             "%s: the device's memory is too small for rows of %d tokens. Continuing with %d; the responses of each step stay"
             " the same. Set ppo.tokens_per_microbatch=%d to start with that.",
-            self._step,
+            self.step,
             2 * self.row_tokens,
             self.row_tokens,
             self.row_tokens,
         )
         return minibatch_of(
-            experience.sequences, minibatch.indices, row_tokens=self.row_tokens, device=self._bank.device
+            experience.sequences, minibatch.indices, row_tokens=self.row_tokens, device=self.bank.device
         ).rows
 
     def _too_large_for_one_of_several(self, error: torch.OutOfMemoryError) -> DeviceMemoryError:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return DeviceMemoryError(
-            f"{self._step}: the memory of one of {distributed.count()} devices does not hold a row of {self.row_tokens} tokens "
+            f"{self.step}: the memory of one of {distributed.count()} devices does not hold a row of {self.row_tokens} tokens "
             f"({reason}). The others are in the middle of the same step, so rows are not made shorter by themselves. Set "
             f"ppo.tokens_per_microbatch={self.row_tokens // 2}, ppo.gradient_checkpointing=true, ppo.critic=shared or "
             "tuning.method to qlora, and give the same command again."
         )
 
+    def _zero_grad(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+
     def _check_finite(self, figures: Mapping[str, float]) -> None:
         wrong = next((name for name, value in figures.items() if not math.isfinite(value)), None)
         if wrong is not None:
-            self._optimizers.zero_grad()
+            self._zero_grad()
             raise DivergedError(
-                f"{self._step}: {wrong} is {figures[wrong]}. No step was taken: more steps would not repair the "
+                f"{self.step}: {wrong} is {figures[wrong]}. No step was taken: more steps would not repair the "
                 "weights. Set a lower ppo.learning_rate and ppo.critic_learning_rate or a higher ppo.kl_coef, and start"
                 " the step again with `--overwrite`."
             )

@@ -1,5 +1,7 @@
 """Fixtures that more than one test file uses; what they build lies in tests/fakes.py."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from llamachat.chat_format import ChatFormat, load_chat_format
@@ -21,3 +23,11 @@ def tiny_tokenizer(tiny_sentencepiece: bytes) -> Tokenizer:
 @pytest.fixture(scope="session")
 def tiny_format(tiny_tokenizer: Tokenizer) -> ChatFormat:
     return load_chat_format("llama2", tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def no_curves() -> Iterator[None]:
+    """Without curves: drawing them takes longer than all the training of a toy step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llamachat.tracking.curves.panels_of", lambda _: {})
+        yield

@@ -20,6 +20,7 @@ from tests.killed_steps import open_commands, results
 from tests.llamachat.models.tiny_roles import FULL, World
 from tests.ppo.tiny_ppo import write_stopping_base
 from tests.rejection_sampling import tiny_rounds
+from tests.tiny_steps import read_lines
 
 SEED = 1_000_003  # of the first call: what the tests below call a seed's number is counted from here
 VALUES, MEASURED, TURNS = 800_000, 900_000, 3  # of Ghost Attention
@@ -143,9 +144,7 @@ def distillation(folder: Path, sentencepiece: bytes, chat_format: ChatFormat) ->
 
 def assert_pooled(recipe: Path) -> None:
     """Each prompt has one dialog; the second round's file holds winners of both."""
-    first, second = (
-        tiny_rounds.read_lines(folder_of(recipe, name).dialogs / "dialogs.jsonl") for name in ("rs", "rs-2")
-    )
+    first, second = (read_lines(folder_of(recipe, name).dialogs / "dialogs.jsonl") for name in ("rs", "rs-2"))
     asked = [[json.dumps(dialog["messages"][:-1]) for dialog in dialogs] for dialogs in (first, second)]
     assert len(set(asked[0])) == len(asked[0]) <= len(set(asked[1])) == len(asked[1])
     assert set(asked[0]) <= set(asked[1])

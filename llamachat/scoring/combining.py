@@ -5,8 +5,8 @@ Shapes: B answers, of one iteration over all processes; N prompts, K answers to 
 sigmoid and logit undo one another, so no score is ever put through both.
 """
 
-from collections.abc import Mapping
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +18,7 @@ from llamachat.scoring.scores import Answers, Combined, Scores
 from llamachat.scoring.user_function import load_user_function
 
 Shaping = Literal["whiten_logit", "whiten", "none"]
-
-
-class Combine(Protocol):
-    """Makes one score of two."""
-
-    def __call__(self, scores: Scores, answers: Answers) -> Combined: ...
+Combine = Callable[[Scores, Answers], Combined]  # makes one score of two
 
 
 def combiner(scoring: Scoring) -> Combine:

@@ -18,9 +18,10 @@ from llamachat.data.prompts import EncodedPrompt
 from llamachat.data.records import Prompt
 from llamachat.errors import ConfigError, DataError
 from pipelines.recipe.recipe import load
-from tests.context_distillation.tiny_distilling import batches_in, inputs_of, step_of, write_recipe, write_roomy_base
+from tests.context_distillation.tiny_distilling import write_recipe
 from tests.llamachat.models.tiny_roles import FULL, World
 from tests.recipes import run_command
+from tests.tiny_steps import inputs_of, sampled_in, step_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ASKED = EncodedPrompt((Message("user", "How?"),), (1, 5, 6), True, "q1")
@@ -94,21 +95,6 @@ def test_a_margin_asks_for_more_and_all_keeps_what_is_worse() -> None:
     assert choose(ASKED, worse, keeps_all=True).text == "yes" and choose(ASKED, worse, keeps_all=True).is_kept
     cut: dict[Form, Group] = {"original": group(("no", 0.5)), "generic": group(("yes", 0.9), unfinished=(0,))}
     assert choose(ASKED, cut, keeps_all=True).refused == "unfinished"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes, tiny_format: ChatFormat) -> World:
-    return World(tmp_path_factory.mktemp("roles"), tiny_format, tiny_sentencepiece, write_roomy_base)
-
-
-@pytest.fixture(scope="module")
-def base(world: World) -> Path:
-    return Path(world.base.model)
-
-
-@pytest.fixture(scope="module")
-def safety(world: World) -> Path:
-    return world.reward_model("safety", FULL, FULL).path
 
 
 # --- preprompts
@@ -192,7 +178,7 @@ def test_a_safety_model_that_the_rule_of_scoring_does_not_read_still_decides(
     recipe = write_recipe(tmp_path / "one.yaml", base, safety, prompts=40, scoring={"helpfulness": helpfulness})
     config, inputs = inputs_of(recipe)
     make_dialogs(config, dialog_step(config, inputs))
-    group = batches_in(step_of(recipe))[0]["original"]
+    group = sampled_in(step_of(recipe))[0]["original"]
     assert group["combined"] == group["helpfulness"] != group["safety"]
 
 

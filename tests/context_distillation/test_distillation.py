@@ -1,7 +1,6 @@
 """Context distillation on toy policies: what is asked, kept, published, learnt and told, and what is refused."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 from context_distillation.choosing import REASONS
 from context_distillation.prompts import FORMS, category_preprompt
 from context_distillation.train import dialog_step, make_dialogs
-from llamachat.answers import dialog_step as step_module
 from llamachat.answers import groups as groups_module
 from llamachat.answers.scorer import Scorer
 from llamachat.chat_format import ChatFormat, TrainOn
@@ -23,46 +21,13 @@ from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load
-from sft import train as sft_module
 from sft.examples import load_examples
-from tests.context_distillation.tiny_distilling import (
-    PREPROMPTS,
-    batches_in,
-    inputs_of,
-    prompt,
-    read_lines,
-    step_of,
-    summary_of,
-    write_recipe,
-    write_roomy_base,
-)
+from tests.context_distillation.tiny_distilling import PREPROMPTS, prompt, write_recipe
 from tests.fakes import reference_dialog
-from tests.llamachat.models.tiny_roles import FULL, World
 from tests.recipes import run_command
+from tests.tiny_steps import inputs_of, read_lines, sampled_in, step_of, summary_of
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes, tiny_format: ChatFormat) -> World:
-    return World(tmp_path_factory.mktemp("roles"), tiny_format, tiny_sentencepiece, write_roomy_base)
-
-
-@pytest.fixture(scope="module")
-def base(world: World) -> Path:
-    return Path(world.base.model)
-
-
-@pytest.fixture(scope="module")
-def safety(world: World) -> Path:
-    return world.reward_model("safety", FULL, FULL).path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves() -> Iterator[None]:
-    """Curves, which other tests look at, take longer than all the training here."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (step_module, sft_module):
-            patch.setattr(module, "draw_curves", lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 class Told:
@@ -137,7 +102,7 @@ def test_each_prompt_is_asked_plainly_under_a_preprompt_and_under_its_categorys_
     assert generic and generic.keys() <= plain and by_category < generic.keys()
     counts = [list(generic.values()).count(preprompt) for preprompt in PREPROMPTS]
     assert abs(counts[0] - counts[1]) <= 2, "in turn"
-    answered = batches_in(step_of(first[0]))
+    answered = sampled_in(step_of(first[0]))
     assert sum("template" in groups for groups in answered) == len(by_category) > 5
     own_system = [text for text in first[1].sampled if "I am the mat" in text and PREPROMPTS[0] in text]
     assert own_system and all(f"<<SYS>>\n{PREPROMPTS[0]}\n\nI am the mat\n<</SYS>>" in text for text in own_system)
@@ -156,7 +121,7 @@ def test_what_is_kept_is_the_best_answer_where_it_is_safer_than_the_best_plain_o
     """By a plain loop over what lies in sampling/."""
     step, found = step_of(first[0]), []
     reasons: dict[str, int] = {}
-    groups = batches_in(step)
+    groups = sampled_in(step)
     count = int(summary_of(step)["distill/prompts"])
     for place, by_way in enumerate(groups):
         plain = max(zip(by_way["original"]["safety"], by_way["original"]["texts"], strict=True))
@@ -239,7 +204,7 @@ def test_figures_are_those_of_the_answers(first: tuple[Path, Told]) -> None:
     step = step_of(first[0])
     figures = summary_of(step)
     check_names(figures)
-    training = batches_in(step)[: int(figures["distill/prompts"])]
+    training = sampled_in(step)[: int(figures["distill/prompts"])]
     for way in FORMS:
         scores = [score for groups in training if way in groups for score in groups[way]["safety"]]
         assert figures[f"distill/safety/{way}"] == pytest.approx(sum(scores) / len(scores))
@@ -286,14 +251,14 @@ def test_a_second_step_goes_on_from_the_first_with_draws_of_its_own(base: Path, 
     assert read_artifact(two.path, "policy").manifest.inputs["policy"] == str(one.artifact)
     assert summary_of(two)["distill/kept"] > summary_of(one)["distill/kept"]
     assert summary_of(two)["distill/refused/not_better"] == summary_of(two)["distill/refused/equal"] == 0
-    assert not any("template" in groups for groups in batches_in(two))
+    assert not any("template" in groups for groups in sampled_in(two))
     assert "distill/safety/template" in summary_of(one) and "distill/safety/template" not in summary_of(two)
     config, inputs = inputs_of(recipe, "distill-2")
     object.__setattr__(inputs, "policy", None)  # the base again, as in the first step
     object.__setattr__(inputs, "folder", tmp_path / "again")
     make_dialogs(config, dialog_step(config, inputs))
-    again = batches_in(StepFolder(tmp_path / "again"))[0]["original"]["texts"]
-    assert again != batches_in(one)[0]["original"]["texts"]
+    again = sampled_in(StepFolder(tmp_path / "again"))[0]["original"]["texts"]
+    assert again != sampled_in(one)[0]["original"]["texts"]
 
 
 def test_prompts_that_a_preprompt_leaves_no_room_for_are_counted(base: Path, safety: Path, tmp_path: Path) -> None:
@@ -308,7 +273,7 @@ def test_prompts_that_a_preprompt_leaves_no_room_for_are_counted(base: Path, saf
     dropped = make_dialogs(config, dialog_step(config, inputs)).manifest.dropped_records
     assert dropped["prompts left out: longer than 83 tokens with a preprompt"] > 3
     assert dropped["templates left out: prompts longer than 83 tokens with it"] > 3
-    answered = batches_in(step_of(recipe))
+    answered = sampled_in(step_of(recipe))
     assert answered and not any("template" in groups for groups in answered)
 
 

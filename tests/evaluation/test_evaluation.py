@@ -4,7 +4,6 @@ import json
 import math
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,13 @@ from llamachat.runs.artifacts import read_artifact
 from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan
 from pipelines.recipe.recipe import load
-from sft import train as sft_module
-from tests.context_distillation.tiny_distilling import read_lines, step_of, summary_of, write_recipe, write_roomy_base
+from tests.context_distillation.tiny_distilling import write_recipe, write_roomy_base
 from tests.killed_steps import open_commands
 from tests.llamachat.models.tiny_roles import FULL, World
 from tests.recipes import run_command
+from tests.tiny_steps import read_lines, step_of, summary_of
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 EVALUATION: dict[str, Any] = {
     "test_prompts": 12,
@@ -63,14 +64,6 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes, t
 @pytest.fixture(scope="module")
 def safety(world: World) -> Path:
     return world.reward_model("safety", FULL, FULL).path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves() -> Iterator[None]:
-    """Curves, which other tests look at, take longer than all the training here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft_module, "draw_curves", lambda *_: None)
-        yield
 
 
 def recipe_of(folder: Path, world: World, safety: Path | None, name: str = "one", **changes: Any) -> Path:

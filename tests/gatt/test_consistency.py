@@ -1,7 +1,6 @@
 """Consistency by turn against numbers worked out by hand, attention against a second computation, and whole steps."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from math import sqrt
 from pathlib import Path
@@ -15,7 +14,6 @@ from gatt.attention import binned, strongest_attention, to_instruction
 from gatt.figures import consistency_figures, consistency_table
 from gatt.session import GattSession, open_gatt
 from gatt.train import dialog_step, make_dialogs
-from llamachat.answers import dialog_step as step_module
 from llamachat.answers.consistency import Outcome, Trial, answer_trials, differences, rates
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Message
@@ -28,22 +26,13 @@ from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan
 from pipelines.recipe.recipe import load
-from sft import train as sft_module
-from tests.gatt.tiny_gatt import (
-    FIGURES,
-    HOBBIES,
-    ScriptedEngine,
-    inputs_of,
-    read_lines,
-    sampling,
-    step_of,
-    summary_of,
-    write_recipe,
-    write_roomy_base,
-)
+from tests.gatt.tiny_gatt import FIGURES, HOBBIES, ScriptedEngine, sampling, write_recipe, write_roomy_base
 from tests.ppo.tiny_ppo import write_function
 from tests.recipes import run_command
 from tests.tiny_llama import tiny_llama
+from tests.tiny_steps import inputs_of, read_lines, step_of, summary_of
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 ALL = families(lists={"figures": FIGURES, "hobbies": HOBBIES, "languages": ("Greek",)})
 TURNS = ("Hello?", "And now?", "Thanks!")
@@ -258,14 +247,6 @@ def test_attention_to_the_instruction_is_that_of_each_answers_tokens_to_the_syst
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
     return write_roomy_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (step_module, sft_module):
-            patch.setattr(module, "draw_curves", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")

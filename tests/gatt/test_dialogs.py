@@ -33,16 +33,8 @@ from llamachat.errors import DataError
 from llamachat.rollout.decoder import LlamaEngine
 from llamachat.scoring.scores import Combined
 from sft.examples import load_examples
-from tests.gatt.tiny_gatt import (
-    CUT,
-    FIGURES,
-    HOBBIES,
-    ScriptedEngine,
-    inputs_of,
-    sampling,
-    write_recipe,
-    write_roomy_base,
-)
+from tests.gatt.tiny_gatt import CUT, FIGURES, HOBBIES, ScriptedEngine, sampling, write_recipe, write_roomy_base
+from tests.tiny_steps import inputs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = families(lists={"figures": FIGURES, "hobbies": HOBBIES, "languages": ("Greek", "Latin", "Welsh", "Zulu")})

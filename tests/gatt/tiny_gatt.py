@@ -1,20 +1,15 @@
 """Ghost Attention at toy size: an engine that says what it is given, a recipe over a random base, and what the step left."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llamachat.chat_format import ChatFormat
 from llamachat.rollout.engine import Completion, Sampling
-from llamachat.runs.folder import StepFolder
-from pipelines.execution.inputs import find_work, stage_inputs
-from pipelines.recipe.recipe import load
 from tests.ppo.tiny_ppo import WORDS, write_stopping_base
 from tests.sft.tiny_sft import pair, write_dialogs
+from tests.tiny_steps import SPLIT, write_values
 
 FIGURES = tuple(f"{first} {last}" for first in ("Ada", "Alan", "Emmy", "Rosa") for last in ("Lee", "Mann", "Noll"))
 HOBBIES = (
@@ -31,13 +26,6 @@ STEP: dict[str, Any] = {
     "evaluation_turns": [1, 2],
     "evaluation_dialogs": 6,
 }
-SECTIONS: dict[str, dict[str, Any]] = {
-    "tuning": {"method": "full"},
-    "sft": {"epochs": 1, "learning_rate": 1e-4, "examples_per_step": 8, "sample_prompts": 2},
-    "rollout": {"max_new_tokens": 12},
-    "tracking": {"mode": "off"},
-}
-
 CUT = "<cut>"  # at the end of a scripted answer: it did not come to its end
 
 
@@ -111,35 +99,9 @@ def write_recipe(path: Path, base: Path, /, *, steps: list[Any] | None = None, *
     for name, entries in lists.items():
         (folder / f"{name}.txt").write_text("".join(f"{entry}\n" for entry in entries))
     values: dict[str, dict[str, Any]] = {
-        "run": {"dir": str(folder / "runs" / path.stem), "seed": 1},
-        "base": {"model": str(base), "dtype": "float32", "max_tokens": 400},
-        "data": {
-            "sft": [{"path": str(write_dialogs(folder / "dialogs.jsonl", talks(60)))}],
-            "split": {"test": 0.2, "validation": 0.2, "judge": 0.0},
-        },
-        **SECTIONS,
+        "base": {"max_tokens": 400},
+        "data": {"sft": [{"path": str(write_dialogs(folder / "dialogs.jsonl", talks(60)))}], "split": SPLIT},
+        "sft": {"learning_rate": 1e-4},
         "gatt": {**STEP, "lists": {name: str(folder / f"{name}.txt") for name in lists}},
     }
-    for name, section in changes.items():
-        values[name] = values.get(name, {}) | section
-    path.write_text(yaml.safe_dump(values | {"steps": steps or ["gatt"]}, sort_keys=False))
-    return path
-
-
-def step_of(recipe: Path, name: str = "gatt") -> StepFolder:
-    return StepFolder(recipe.parent / "runs" / recipe.stem / name)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def summary_of(step: StepFolder) -> dict[str, float]:
-    return json.loads(step.summary.read_text())
-
-
-def inputs_of(recipe_path: Path, name: str = "gatt", *overrides: str) -> tuple[Any, Any]:
-    """The section and the inputs of a step, as `pipelines` hands them to the stage."""
-    recipe = load(recipe_path, list(overrides))
-    work = find_work(recipe, recipe.step(name))
-    return work.step.config, stage_inputs(recipe, work)
+    return write_values(path, base, values, steps=steps or ["gatt"], **changes)

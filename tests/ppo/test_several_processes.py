@@ -29,10 +29,11 @@ from ppo.update import Updater
 from rejection_sampling.train import dialog_step, make_dialogs
 from tests.llamachat.models.tiny_roles import FULL, World
 from tests.ppo.tiny_ppo import config_of, inputs_of, write_stopping_base
-from tests.rejection_sampling.tiny_rounds import inputs_of as inputs_of_round
-from tests.rejection_sampling.tiny_rounds import step_of, write_recipe
+from tests.rejection_sampling.tiny_rounds import write_recipe
 from tests.several import run_several
 from tests.tiny_llama import LORA
+from tests.tiny_steps import inputs_of as inputs_of_round
+from tests.tiny_steps import step_of
 
 VOLATILE = ("time", "throughput/", "memory/")
 CONFIG = config_of(

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from math import exp
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from llamachat.answers import best_of_n as answer_curves
-from llamachat.answers import dialog_step as step_module
 from llamachat.answers.best_of_n import Curve, curve_of
 from llamachat.answers.groups import Group
 from llamachat.chat_format import ChatFormat
@@ -28,21 +26,15 @@ from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load
 from rejection_sampling.sweep import best_temperature
 from rejection_sampling.train import dialog_step, make_dialogs
-from sft import train as sft_module
 from tests.llamachat.answers.test_answers import group
 from tests.llamachat.models.tiny_roles import FULL, QLORA, World
 from tests.ppo.tiny_ppo import write_function, write_stopping_base
 from tests.recipes import run_command
-from tests.rejection_sampling.tiny_rounds import (
-    groups_of,
-    inputs_of,
-    paris,
-    read_lines,
-    step_of,
-    summary_of,
-    write_recipe,
-)
+from tests.rejection_sampling.tiny_rounds import groups_of, paris, write_recipe
 from tests.tiny_llama import LORA
+from tests.tiny_steps import inputs_of, read_lines, step_of, summary_of
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 PLAIN: dict[str, Any] = {"sweep_prompts": 0, "prompts": 12, "test_prompts": 4, "validation_prompts": 4}
 
@@ -51,14 +43,6 @@ ANY = """
 def score(prompts, completions, scores, **columns):
     return [{sign} * sum(map(ord, text)) % 97 + len(str(prompt)) for text, prompt in zip(completions, prompts)]
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (step_module, sft_module):
-            patch.setattr(module, "draw_curves", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llamachat.answers import dialog_step as step_module
 from llamachat.answers import groups as groups_module
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Dialog
@@ -25,15 +23,18 @@ from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan
 from pipelines.recipe.recipe import load
 from rejection_sampling.train import dialog_step, make_dialogs
-from sft import train as sft_module
 from sft.examples import made_dialogs
 from tests.ppo.tiny_ppo import write_function, write_prompts, write_stopping_base
 from tests.recipes import run_command
-from tests.rejection_sampling.tiny_rounds import groups_of, inputs_of, read_lines, step_of, summary_of, write_recipe
+from tests.rejection_sampling.tiny_rounds import groups_of, write_recipe
+from tests.tiny_steps import inputs_of, read_lines, step_of, summary_of
 
 # Writes down what it is asked, so that tests know each answer's prompt and score from outside of the stage.
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 TELLING = """
 import json
+
 def score(prompts, completions, scores, **columns):
     found = [text.count("t") + text.count("a") / 8 for text in completions]
     with open("{log}", "a") as stream:
@@ -47,15 +48,6 @@ TWO_ROUNDS: list[Any] = ["rs", {"rs": {"name": "rs-2"}}]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
     return write_stopping_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves() -> Iterator[None]:
-    """Curves, which other tests look at, take longer than all the training here."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (step_module, sft_module):
-            patch.setattr(module, "draw_curves", lambda *_: None)
-        yield
 
 
 @dataclass(frozen=True)

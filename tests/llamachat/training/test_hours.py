@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -41,6 +41,8 @@ from tests.rejection_sampling import tiny_rounds
 from tests.reward.tiny_reward import reward_inputs
 from tests.sft.tiny_sft import inputs_of, toy_dialogs, write_base
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 TINY = 1e-9  # hours: over when the first piece of work is done
 TWO_HOURS = 2.0
 
@@ -65,19 +67,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
     return write_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves() -> Iterator[None]:
-    """Curves, which other tests look at, take longer than all the training here."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in (
-            "llamachat.training.session",
-            "ppo.train",
-            "llamachat.answers.dialog_step",
-        ):
-            patch.setattr(import_module(name), "draw_curves", lambda *_: None)
-        yield
 
 
 def weights_of(artifact: Artifact) -> dict[str, Tensor]:

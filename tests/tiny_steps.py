@@ -20,7 +20,7 @@ SPLIT = {"test": 0.2, "validation": 0.2, "judge": 0.0}
 
 
 def write_values(
-    path: Path, base: Path, values: dict[str, dict[str, Any]], *, steps: list[Any], **changes: Any
+    path: Path, base: Path, values: dict[str, dict[str, Any]], /, *, steps: list[Any], **changes: Any
 ) -> Path:
     """A recipe with these sections; `changes` go over them, key by key."""
     merged = {

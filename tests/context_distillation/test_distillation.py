@@ -255,7 +255,7 @@ def test_a_second_step_goes_on_from_the_first_with_draws_of_its_own(base: Path, 
     assert "distill/safety/template" in summary_of(one) and "distill/safety/template" not in summary_of(two)
     config, inputs = inputs_of(recipe, "distill-2")
     object.__setattr__(inputs, "policy", None)  # the base again, as in the first step
-    object.__setattr__(inputs, "folder", tmp_path / "again")
+    object.__setattr__(inputs, "folder", StepFolder(tmp_path / "again"))
     make_dialogs(config, dialog_step(config, inputs))
     again = sampled_in(StepFolder(tmp_path / "again"))[0]["original"]["texts"]
     assert again != sampled_in(one)[0]["original"]["texts"]

@@ -135,7 +135,7 @@ def test_a_reward_model_that_is_not_there_is_told_with_the_command_that_makes_it
     [
         ({"top_p": 0.9}, r"rollout\.top_p: 0\.9, but PPO needs 1\."),
         ({"top_k": 50}, r"rollout\.top_k: 50, but PPO needs null\."),
-        ({"temperature": 0.0}, r"rollout\.temperature: 0, but PPO learns from answers that are drawn"),
+        ({"temperature": 0.0}, r"rollout\.temperature: 0, but PPO trains on answers that are drawn"),
         ({"max_new_tokens": 96}, r"rollout\.max_new_tokens: 96, but base\.max_tokens is 96"),
     ],
 )

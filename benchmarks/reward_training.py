@@ -29,6 +29,7 @@ from llamachat.config.sections import Base, Data, DataSource, Tuning
 from llamachat.data.packing import epoch_order
 from llamachat.models.reward_model import build_reward_model
 from llamachat.models.sequence_attention import use_sequence_attention
+from llamachat.models.start_checks import fast_tokenizer
 from llamachat.training.trainer import CHECKPOINTING, Watch, collator, row_numbers, trainer_arguments
 from reward.batches import plan_batches
 from reward.config import CPU_ROW_TOKENS, Config
@@ -95,7 +96,7 @@ def ours(base: Base, scratch: Path) -> Contender:
     if start.device.type == "cpu":
         use_sequence_attention(start.model)
     row_tokens = CPU_ROW_TOKENS if start.device.type == "cpu" else 2 * MAX_TOKENS
-    tokenizer = start.fast_tokenizer(scratch)
+    tokenizer = fast_tokenizer(start.chat_format, scratch)
 
     def trainer_of(pairs: Pairs) -> Any:
         config = Config(pairs_per_step=len(pairs), learning_rate=RATE)

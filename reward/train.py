@@ -15,10 +15,10 @@ from torch import nn
 
 from llamachat import distributed
 from llamachat.data.records import first_user_turn
+from llamachat.models.loading import policy_details
 from llamachat.models.reward_model import (
     RewardStart,
     build_reward_model,
-    reward_model_details,
     reward_trunk_digest,
     save_reward_model,
 )
@@ -151,7 +151,7 @@ def publish_reward_model(
     """Publish the step's model; refuses a moved trunk and a tokenizer that reads back differently."""
     if start.frozen_digest is not None:
         assert reward_trunk_digest(start.model) == start.frozen_digest, "the trunk under an adapter is never written"
-    details = reward_model_details(
+    details = policy_details(
         start.model,
         base=start.trunk,
         chat_format=inputs.base.chat_format,

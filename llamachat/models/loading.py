@@ -226,29 +226,38 @@ def _load_full(
     artifact: Artifact, *, dtype: str, attention: str, device: str, is_trainable: bool
 ) -> "LlamaForCausalLM":
     config = load_config(str(artifact.path), where=str(artifact.path))
-    saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    chosen = saved if dtype == "auto" else dtype_of(dtype)
-    model = load_llama(str(artifact.path), config, dtype=chosen, attention=attention, device=device)
+    model = load_llama(str(artifact.path), config, dtype=saved_dtype(config, dtype), attention=attention, device=device)
     return model.requires_grad_(is_trainable)
 
 
 def _load_adapted(
     artifact: Artifact, details: Mapping[str, Any], *, dtype: str, attention: str, device: str, is_trainable: bool
 ) -> "PeftModel":
-    where = f"{artifact.path}/manifest.json: details.base"
-    location = find_model(details["base"], where=where, near=artifact.path, may_be_hub=not details["base_is_folder"])
+    location, where = find_trunk(artifact, details)
     config = load_config(location, where=where)
     config.rope_parameters = details["rope_parameters"]
     chosen = adapter_dtype(artifact.path) if dtype == "auto" else dtype_of(dtype)
     is_nf4 = details["method"] == "qlora"
     trunk = load_llama(location, config, dtype=chosen, attention=attention, device=device, is_nf4=is_nf4)
-    is_comparable = is_nf4 or chosen == adapter_dtype(artifact.path)
-    if is_comparable and _sampled_digest(trunk) != details["trunk"]:
+    if is_nf4 or chosen == adapter_dtype(artifact.path):
+        check_trunk(_sampled_digest(trunk), details, where=where, location=location)
+    return load_adapter(trunk, artifact.path, is_trainable=is_trainable)
+
+
+def find_trunk(artifact: Artifact, details: Mapping[str, Any]) -> tuple[str, str]:
+    """Where the weights under an adapter are, and where that is said."""
+    where = f"{artifact.path}/manifest.json: details.base"
+    may_be_hub = not details["base_is_folder"]
+    return find_model(details["base"], where=where, near=artifact.path, may_be_hub=may_be_hub), where
+
+
+def check_trunk(digest: str | None, details: Mapping[str, Any], *, where: str, location: str) -> None:
+    """Refuse a trunk with another digest than the one under which the adapter was trained."""
+    if digest != details["trunk"]:
         raise ArtifactError(
             f"{where}: '{location}' holds other weights than the adapter was trained on. On another model an adapter "
-            "gives wrong answers without a sign. Put the model back that it was trained on, or train it again."
+            "gives wrong answers and scores without a sign. Put the model back that it was trained on, or train it again."
         )
-    return load_adapter(trunk, artifact.path, is_trainable=is_trainable)
 
 
 def load_config(location: str, *, where: str) -> "LlamaConfig":
@@ -453,3 +462,9 @@ def dtype_of(name: str) -> torch.dtype:
             f"dtype: '{name}' is not one of {', '.join(DTYPES)}. It is the number format of the weights. Name one of them."
         )
     return DTYPES[name]
+
+
+def saved_dtype(config: "LlamaConfig", asked: str) -> torch.dtype:
+    """The number format of this name; for auto the one that the weights were saved in."""
+    saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return saved if asked == "auto" else dtype_of(asked)

@@ -31,27 +31,28 @@ from llamachat.models.loading import (
     VALUES_PER_WEIGHT,
     adapter_dtype,
     attach_adapter,
+    check_trunk,
     checked_details,
     context_length,
     device_of,
     dtype_of,
-    find_model,
+    find_trunk,
     load_adapter,
     load_config,
     load_llama,
     name_of,
-    policy_details,
     save_policy,
+    saved_dtype,
     scale_rope,
 )
 from llamachat.models.scoring_head import ScoringLlama, score_rows
-from llamachat.models.start_checks import fast_tokenizer, is_adapter, proved_start, shard_if_configured
+from llamachat.models.start_checks import is_adapter, proved_start, shard_if_configured
 from llamachat.models.weights import file_weights, trunk_digest
 from llamachat.runs.artifacts import MANIFEST, Artifact, read_artifact
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import LlamaConfig, PreTrainedTokenizerBase
+    from transformers import LlamaConfig
 
     Scorer = ScoringLlama | PeftModel
 
@@ -70,16 +71,8 @@ class RewardStart:
     frozen_digest: str | None  # of the trunk under an adapter: it must be the same when training ends
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        return self.chat_format.tokenizer
-
-    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    def fast_tokenizer(self, folder: Path) -> "PreTrainedTokenizerBase":
-        """The tokenizer that the artifact will ship, written to `folder`: the trainer wants one of transformers'."""
-        return fast_tokenizer(self.chat_format, folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +131,7 @@ def build_reward_model(
     details: Mapping[str, Any] = {} if continued is None else checked_details(continued)
     where = "base.model"
     if continued is not None:
-        location, where = _base_of(continued, details)
+        location, where = find_trunk(continued, details)
     config = load_config(location, where=where)
     if continued is None:
         scale_rope(config, base.rope_scaling, max_tokens=base.max_tokens)
@@ -184,13 +177,6 @@ def save_reward_model(model: "Scorer", folder: Path, weights: Mapping[str, Tenso
         _edit(folder / "config.json", {"architectures": [PLAIN_CLASS], "use_cache": False})
 
 
-def reward_model_details(
-    model: "Scorer", *, base: str, chat_format: str, max_tokens: int, system: str | None
-) -> dict[str, Any]:
-    """What the manifest of a reward model says about it; `base` is the folder or hub name of the trunk."""
-    return policy_details(model, base=base, chat_format=chat_format, max_tokens=max_tokens, system=system)
-
-
 def load_reward_model(
     path: Path | str, *, dtype: str = "auto", device: str = "cpu", attention: str = "auto", is_trainable: bool = False
 ) -> RewardModel:
@@ -205,7 +191,7 @@ def load_reward_model(
     how: dict[str, Any] = {"attention": attention, "device": device}
     if details["method"] == "full":
         config = load_config(str(artifact.path), where=str(artifact.path))
-        model: Any = _load_scoring(str(artifact.path), config, dtype=_dtype(config, dtype), has_head=True, **how)
+        model: Any = _load_scoring(str(artifact.path), config, dtype=saved_dtype(config, dtype), has_head=True, **how)
         model.requires_grad_(is_trainable)
     else:
         model = _load_adapted(artifact, details, dtype=dtype, is_trainable=is_trainable, **how)
@@ -229,7 +215,7 @@ def _load_plain(location: str, *, dtype: str, device: str, attention: str, is_tr
         )
     chat_format, _ = load_proved_format(tokenizer_folder(location))
     model = _load_scoring(
-        location, config, dtype=_dtype(config, dtype), attention=attention, device=device, has_head=True
+        location, config, dtype=saved_dtype(config, dtype), attention=attention, device=device, has_head=True
     )
     return RewardModel(
         model=model.requires_grad_(is_trainable).train(is_trainable),
@@ -256,7 +242,7 @@ def _load_scoring(location: str, config: "LlamaConfig", *, has_head: bool, **how
 def _load_adapted(
     artifact: Artifact, details: Mapping[str, Any], *, dtype: str, attention: str, device: str, is_trainable: bool
 ) -> "PeftModel":
-    location, where = _base_of(artifact, details)
+    location, where = find_trunk(artifact, details)
     config = load_config(location, where=where)
     config.rope_parameters = details["rope_parameters"]
     saved = adapter_dtype(artifact.path)
@@ -274,13 +260,6 @@ def _load_adapted(
     return load_adapter(model, artifact.path, is_trainable=is_trainable)
 
 
-def _base_of(artifact: Artifact, details: Mapping[str, Any]) -> tuple[str, str]:
-    """Where the weights under an adapter lie, and where that is said."""
-    where = f"{artifact.path}/manifest.json: details.base"
-    may_be_hub = not details["base_is_folder"]
-    return find_model(details["base"], where=where, near=artifact.path, may_be_hub=may_be_hub), where
-
-
 def _remember_trunk(model: ScoringLlama, location: str) -> None:
     """Keep the digest by which an artifact is matched to its base: the one that a policy on this base has.
 
@@ -293,12 +272,8 @@ def _remember_trunk(model: ScoringLlama, location: str) -> None:
 
 
 def _check_trunk(model: ScoringLlama, artifact: Artifact, details: Mapping[str, Any], *, where: str) -> None:
-    is_comparable = details["method"] == "qlora" or model.dtype == adapter_dtype(artifact.path)
-    if is_comparable and nf4.source_digest(model) != details["trunk"]:
-        raise ArtifactError(
-            f"{where}: '{model.name_or_path}' holds other weights than the adapter was trained on. On another model an "
-            "adapter gives wrong scores without a sign. Put the model back that it was trained on, or train it again."
-        )
+    if details["method"] == "qlora" or model.dtype == adapter_dtype(artifact.path):
+        check_trunk(nf4.source_digest(model), details, where=where, location=str(model.name_or_path))
 
 
 def _copy_adapter(adapted: "PeftModel", policy: Artifact) -> None:
@@ -320,11 +295,6 @@ def _is_adapted(model: nn.Module) -> bool:
     from peft import PeftModel
 
     return isinstance(model, PeftModel)
-
-
-def _dtype(config: "LlamaConfig", asked: str) -> torch.dtype:
-    saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return saved if asked == "auto" else dtype_of(asked)
 
 
 def _edit(file: Path, changes: Mapping[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from llamachat.errors import ConfigError
+
 if TYPE_CHECKING:
     from llamachat.chat_format import ChatFormat
     from llamachat.config.sections import Rollout
@@ -21,7 +23,6 @@ def open_engine(
 
         assert rollout.server is not None, "the section holds a server where its engine is vllm"
         return VllmEngine(model, chat_format.stop_ids, rollout.server)
-    from llamachat.errors import ConfigError
     from llamachat.rollout.decoder import LlamaEngine, unsupported
     from llamachat.rollout.hugging_face import HuggingFaceEngine
 

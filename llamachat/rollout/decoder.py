@@ -8,18 +8,17 @@ the Hugging Face engine: in fp32 both draw the same tokens, whatever shares the 
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from llamachat.errors import ConfigError, DataError
+from llamachat.errors import ConfigError
 from llamachat.memory.role_bytes import PROMPT_TOKENS_AT_ONCE
 from llamachat.models.loading import context_length, rope_parameters
 from llamachat.rollout.cache import Cache
-from llamachat.rollout.engine import Completion, Sampling
+from llamachat.rollout.engine import Completion, Sampling, check_prompts, evaluating
 from llamachat.rollout.graphs import Capture, CudaCapture, Recordings
 from llamachat.rollout.live_rows import SPARE_COLUMNS, Done, Group, LiveRows
 from llamachat.rollout.network import ROPE_TYPES, Network
@@ -110,7 +109,7 @@ class LlamaEngine:
         sampling: Sampling,
         on_token: Callable[[int], None] | None,
     ) -> Iterator[list[Done]]:
-        self._check(prompts, numbers)
+        check_prompts(prompts, numbers, context=self.context)
         if not prompts:
             return
         batch, waiting = self._begin(prompts, numbers, samples_per_prompt, sampling, on_token)
@@ -196,32 +195,11 @@ class LlamaEngine:
             f"Set at least {needed:.2g}, or shorten prompts or rollout.max_new_tokens."
         )
 
-    def _check(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> None:
-        for number, prompt in zip(numbers, prompts, strict=True):
-            assert prompt, "a prompt has at least its BOS"
-            if len(prompt) >= self.context:
-                raise DataError(
-                    f"prompt {number + 1}: {len(prompt)} tokens, but prompt and answer must fit into "
-                    f"the model's {self.context} positions. Shorten the prompt, or take a model with a longer context."
-                )
-
 
 def _is_time_to_enter(batch: LiveRows, group: Group) -> bool:
     """Whether enough slots are free: reading a few prompts at a time costs more than the idle slots do."""
     enough = max(len(group.samples), batch.cache.rows // ENTER_SHARE)
     return batch.free >= enough or (batch.live == 0)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, which adapters have that are not merged; afterwards as before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _free_bytes(device: torch.device) -> int:

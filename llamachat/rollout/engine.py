@@ -4,15 +4,17 @@ A log-probability is that of the distribution the token was drawn from: after te
 nothing is drawn, and it is the model's own (temperature 1, all tokens).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from llamachat import distributed
-from llamachat.errors import UsageError
+from llamachat.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import nn
     from transformers import LlamaForCausalLM
 
 
@@ -115,3 +117,26 @@ def scatter_generate(
         return engine.generate(own, samples_per_prompt=samples_per_prompt, sampling=sampling, numbers=part)
 
     return distributed.scatter_map(range(len(prompts)), generate)
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], numbers: Sequence[int], *, context: int) -> None:
+    """Refuse a prompt that leaves no position for an answer."""
+    for number, prompt in zip(numbers, prompts, strict=True):
+        assert prompt, "a prompt has at least its BOS"
+        if len(prompt) >= context:
+            raise DataError(
+                f"prompt {number + 1}: {len(prompt)} tokens, but prompt and answer must fit into "
+                f"the model's {context} positions. Shorten the prompt, or take a model with a longer context."
+            )
+
+
+@contextmanager
+def evaluating(model: "nn.Module") -> Iterator[None]:
+    """Switch off dropout, which adapters have that are not merged; restore it afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

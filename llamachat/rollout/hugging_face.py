@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from llamachat import distributed
-from llamachat.errors import DataError
 from llamachat.models.loading import context_length
-from llamachat.rollout.engine import Completion, Sampling
+from llamachat.rollout.engine import Completion, Sampling, check_prompts, evaluating
 from llamachat.rollout.sampling import draw, row_uniforms, sampling_logprobs
 from llamachat.rollout.weights import without_wrapper
 
@@ -72,7 +71,7 @@ class HuggingFaceEngine:
         An answer ends early where the model's positions end: prompt and answer fit into them together.
         """
         numbers = numbers or range(len(prompts))
-        self._check(prompts, numbers)
+        check_prompts(prompts, numbers, context=self.context)
         rows = [
             _Row(number, sample, tuple(prompt))
             for number, prompt in zip(numbers, prompts, strict=True)
@@ -89,22 +88,13 @@ class HuggingFaceEngine:
 
     def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
         """The completion that `generate` gives to this one prompt; `on_token` sees each id as it comes."""
-        self._check([prompt], [0])
+        check_prompts([prompt], [0], context=self.context)
         with _generating(self._model):
             return self._complete([_Row(0, 0, tuple(prompt))], sampling, on_token)[0]
 
     def refresh(self, model: "LlamaForCausalLM | PeftModel") -> None:
         """Sample from this model from here on; its weights are read where they lie."""
         self._model = without_wrapper(model)
-
-    def _check(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> None:
-        for number, prompt in zip(numbers, prompts, strict=True):
-            assert prompt, "a prompt has at least its BOS"
-            if len(prompt) >= self.context:
-                raise DataError(
-                    f"prompt {number + 1}: {len(prompt)} tokens, but prompt and answer must fit into "
-                    f"the model's {self.context} positions. Shorten the prompt, or take a model with a longer context."
-                )
 
     def _batches(self, rows: Sequence[_Row], max_new_tokens: int) -> Iterator[list[_Row]]:
         """Rows of like length, the longest first, so that what does not fit into memory fails at once."""
@@ -198,16 +188,13 @@ def _generating(model: "LlamaForCausalLM") -> Iterator[None]:
     """Evaluation mode, and none of the checkpoint's own generation settings; both as before afterwards."""
     from transformers import GenerationConfig
 
-    training = [module for module in model.modules() if module.training]
     suggested = model.generation_config
-    model.eval()
     model.generation_config = GenerationConfig()  # `generate` fills what a call leaves open from here
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.generation_config = suggested
-        for module in training:
-            module.training = True
 
 
 def _cache_bytes_per_token(model: "LlamaForCausalLM") -> int:

@@ -22,10 +22,9 @@ import torch
 
 from llamachat import distributed
 from llamachat.chat_format.tokenizer import BOS_ID
-from llamachat.errors import ConfigError, DataError, ServerError
+from llamachat.errors import ConfigError, ServerError
 from llamachat.models.loading import context_length, save_policy
-from llamachat.rollout.decoder import evaluating
-from llamachat.rollout.engine import Completion, Sampling
+from llamachat.rollout.engine import Completion, Sampling, check_prompts, evaluating
 from llamachat.rollout.weights import without_wrapper
 
 if TYPE_CHECKING:
@@ -163,14 +162,7 @@ class VllmEngine:
         An answer ends early where the positions end: prompt and answer fit into them together.
         """
         numbers = numbers or range(len(prompts))
-        for number, prompt in zip(numbers, prompts, strict=True):
-            assert prompt, "a prompt has at least its BOS"
-            if len(prompt) >= self.context:
-                raise DataError(
-                    f"prompt {number + 1}: {len(prompt)} tokens, but prompt and answer must fit into "
-                    f"the {self.context} positions of model and server. Shorten the prompt, serve with a greater "
-                    "--max-model-len where the model has more, or take a model with a longer context."
-                )
+        check_prompts(prompts, numbers, context=self.context)
         completions: dict[tuple[int, int], Completion] = {}
         pool = ThreadPoolExecutor(self._connections)
         try:

@@ -9,8 +9,8 @@ from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.chat_format.tokenizer import write_tokenizer
 from llamachat.config.sections import Base, Tuning
-from llamachat.models.loading import attach_adapter, load_base
-from llamachat.models.reward_model import RewardStart, build_reward_model, reward_model_details, save_reward_model
+from llamachat.models.loading import attach_adapter, load_base, policy_details
+from llamachat.models.reward_model import RewardStart, build_reward_model, save_reward_model
 from llamachat.runs.artifacts import Artifact, Manifest, publish
 from llamachat.runs.folder import StepFolder
 from tests.sft.tiny_sft import write_base
@@ -70,7 +70,7 @@ def publish_reward_model(start: RewardStart, base: Base, folder: Path, **details
 
     def write(place: Path) -> None:
         save_reward_model(start.model, place)
-        write_tokenizer(start.tokenizer, place, start.chat_format.chat_template)
+        write_tokenizer(start.chat_format.tokenizer, place, start.chat_format.chat_template)
 
     told: dict[str, Any] = {"base": start.trunk, "chat_format": "llama2", "max_tokens": base.max_tokens, "system": None}
     manifest = Manifest(
@@ -79,7 +79,7 @@ def publish_reward_model(start: RewardStart, base: Base, folder: Path, **details
         fingerprint="0" * 64,
         identity={},
         seed=0,
-        details=reward_model_details(start.model, **(told | details)),
+        details=policy_details(start.model, **(told | details)),
     )
     return publish(StepFolder(folder / "rm" / "safety"), manifest, write)
 

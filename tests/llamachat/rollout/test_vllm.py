@@ -191,7 +191,7 @@ def test_an_answer_fits_into_the_positions_of_model_and_server() -> None:
         assert engine.context == context
         (group,) = engine.generate([[1] * (context - 3)], samples_per_prompt=1, sampling=GREEDY)
         assert len(group[0].token_ids) == 3 and not group[0].is_finished
-        with pytest.raises(DataError, match=rf"prompt 2: {context} tokens.* {context} positions.*--max-model-len"):
+        with pytest.raises(DataError, match=rf"prompt 2: {context} tokens.* {context} positions.*Shorten"):
             engine.generate([[1, 8], [1] * context], samples_per_prompt=1, sampling=GREEDY)
         fake.close()
 

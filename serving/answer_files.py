@@ -1,17 +1,22 @@
-"""Files of records that a command answers or scores: what may be written where, a record as it is written, a bar."""
+"""Files of records that a command answers or scores: reading prompts, where it may write, a record as written, a bar."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llamachat.chat_format.dialog import Dialog, as_dicts
-from llamachat.data.records import Preference, Record, kind_of
-from llamachat.errors import UsageError
+from llamachat.data.files import read_rows
+from llamachat.data.loading import parse_rows
+from llamachat.data.problems import Problem, problem, report
+from llamachat.data.records import Preference, Prompt, Record, Row, as_prompt, kind_of
+from llamachat.errors import DataError, UsageError
+
+Item = TypeVar("Item")
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +33,45 @@ def check_plain(option: str, out: Path) -> None:
     """Refuse the name of a compressed file."""
     if out.suffix == ".gz":
         raise UsageError(f"{option}: '{out}' asks for gzip, but plain JSON Lines are written. Take '.gz' off the name.")
+
+
+def read_prompts(
+    path: Path, *, forbidden: Sequence[str], make: Callable[[Row, Prompt], Item | Problem], limit: int | None = None
+) -> list[Item]:
+    """What `make` makes of every prompt of the file, or of the first `limit`; all of its bad lines in one error."""
+    problems: list[Problem] = []
+    items: list[Item] = []
+    without = 0
+    for row in parse_rows(read_rows(str(path)), path=str(path), kind="prompt", forbidden=forbidden):
+        problems += row.problems
+        if row.record is None:
+            without += not row.problems
+            continue
+        item = make(row, as_prompt(row.record))
+        if isinstance(item, Problem):
+            problems.append(item)
+            continue
+        items.append(item)
+        if len(items) == limit:
+            break
+    if problems:
+        raise DataError(report(problems, path))
+    if not items:
+        raise DataError(f"{path}: holds no prompt. There is nothing to answer. Give a file with prompts or dialogs.")
+    if without:
+        log.warning("%s: %d rows hold no prompt", path, without)
+    return items
+
+
+def too_long(line: int, *, limit: int, policy: str) -> Problem:
+    """A prompt whose last question alone leaves no room for an answer."""
+    return problem(
+        line,
+        "prompt",
+        f"is longer than {limit - 1} tokens even without its earlier turns, and {policy} reads prompt and answer in "
+        f"{limit} tokens.",
+        "Shorten the last question or the system text, or drop the record.",
+    )
 
 
 def as_written(value: Any, record: Record) -> dict[str, Any]:

@@ -23,16 +23,14 @@ from typing import Any
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.dialog import DialogError, Message, as_dicts, with_system
 from llamachat.chat_format.tokenizer import load_tokenizer
-from llamachat.data.files import read_rows
-from llamachat.data.loading import parse_rows
-from llamachat.data.problems import Problem, problem, report
-from llamachat.data.records import Prompt, as_prompt
-from llamachat.errors import DataError, UsageError
+from llamachat.data.problems import Problem
+from llamachat.data.records import Prompt, Row
+from llamachat.errors import UsageError
 from llamachat.models.loading import Policy, checked_details, load_policy
 from llamachat.rollout.engine import Completion, LocalEngine, Sampling
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import write_text
-from serving.answer_files import check_plain, progress
+from serving.answer_files import check_plain, progress, read_prompts, too_long
 from serving.context import fit, open_engine
 
 log = logging.getLogger(__name__)
@@ -192,48 +190,23 @@ def _check_request(variants: Sequence[Variant], prompts_in: Path, out: Path, req
 
 
 def _read_questions(variants: Sequence[Variant], path: Path, request: Request) -> list[_Question]:
-    """Every prompt of the file, as it fits each policy; all of its bad lines in one error."""
-    problems: list[Problem] = []
-    questions: list[_Question] = []
+    """Every prompt of the file, as it fits each policy."""
     used: set[str] = set()
-    without = 0
-    forbidden = variants[0].chat_format.forbidden
-    for parsed in parse_rows(read_rows(str(path)), path=str(path), kind="prompt", forbidden=forbidden):
-        problems += parsed.problems
-        if parsed.record is None:
-            without += not parsed.problems
-            continue
-        prompt = as_prompt(parsed.record)
+
+    def make(row: Row, prompt: Prompt) -> _Question | Problem:
         sent = [_fitting(variant, prompt, request.max_new_tokens) for variant in variants]
         fitting = tuple(messages for messages in sent if messages is not None)
         if len(fitting) < len(sent):
-            problems.append(_too_long(parsed.line, variants[sent.index(None)]))
-            continue
-        questions.append(_question(prompt, fitting, used))
-        if len(questions) == request.limit:
-            break
-    if problems:
-        raise DataError(report(problems, path))
-    if not questions:
-        raise DataError(f"{path}: holds no prompt. There is nothing to answer. Give a file with prompts or dialogs.")
-    if without:
-        log.warning("%s: %d rows hold no prompt", path, without)
-    return questions
+            unfit = variants[sent.index(None)]
+            return too_long(row.line, limit=unfit.max_tokens, policy=unfit.name)
+        return _question(prompt, fitting, used)
+
+    return read_prompts(path, forbidden=variants[0].chat_format.forbidden, make=make, limit=request.limit)
 
 
 def _fitting(variant: Variant, prompt: Prompt, max_new_tokens: int) -> tuple[Message, ...] | None:
     messages = with_system(prompt.messages, variant.system)
     return fit(variant, messages, limit=variant.max_tokens, max_new_tokens=max_new_tokens)
-
-
-def _too_long(line: int, variant: Variant) -> Problem:
-    return problem(
-        line,
-        "prompt",
-        f"is longer than {variant.max_tokens - 1} tokens even without its earlier turns, and {variant.name} reads prompt "
-        f"and answer in {variant.max_tokens} tokens.",
-        "Shorten the last question or the system text, or drop the record.",
-    )
 
 
 def _question(prompt: Prompt, sent: tuple[tuple[Message, ...], ...], used: set[str]) -> _Question:

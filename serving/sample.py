@@ -9,19 +9,18 @@ import json
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llamachat.chat_format.dialog import Message, with_system
-from llamachat.data.files import read_rows
-from llamachat.data.loading import parse_rows
-from llamachat.data.problems import Problem, problem, report
-from llamachat.data.records import as_prompt
-from llamachat.errors import DataError, UsageError
+from llamachat.data.problems import Problem
+from llamachat.data.records import Prompt, Row
+from llamachat.errors import UsageError
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.runs.atomic import write_text
-from serving.answer_files import as_written, check_out, progress
+from serving.answer_files import as_written, check_out, progress, read_prompts, too_long
 from serving.context import fit, longest_dialog, open_engine
 
 log = logging.getLogger(__name__)
@@ -64,7 +63,8 @@ def sample_file(
     check_out(prompts_in, out, read="prompts", written="answers")
     engine = open_engine(policy, rows_per_batch=rows_per_batch)
     limit = longest_dialog(policy, engine)
-    questions = _read_questions(policy, prompts_in, limit=limit, max_new_tokens=sampling.max_new_tokens)
+    make = partial(_question, policy, limit=limit, max_new_tokens=sampling.max_new_tokens)
+    questions = read_prompts(prompts_in, forbidden=policy.chat_format.forbidden, make=make)
     shortened = sum(question.is_shortened for question in questions)
     if shortened:
         log.warning("%s: the oldest turns of %d prompts are left out to fit %d tokens", prompts_in, shortened, limit)
@@ -84,42 +84,12 @@ def sample_file(
     )
 
 
-def _read_questions(policy: Policy, path: Path, *, limit: int, max_new_tokens: int) -> list[_Question]:
-    """Every prompt of the file; all of its bad lines in one error."""
-    problems: list[Problem] = []
-    questions: list[_Question] = []
-    without = 0
-    forbidden = policy.chat_format.forbidden
-    for parsed in parse_rows(read_rows(str(path)), path=str(path), kind="prompt", forbidden=forbidden):
-        problems += parsed.problems
-        if parsed.record is None:
-            without += not parsed.problems
-            continue
-        prompt = as_prompt(parsed.record)
-        messages = with_system(prompt.messages, policy.system)
-        fitting = fit(policy, messages, limit=limit, max_new_tokens=max_new_tokens)
-        if fitting is None:
-            problems.append(_too_long(parsed.line, limit))
-            continue
-        record = as_written(parsed.value, prompt)
-        questions.append(_Question(record, fitting, is_shortened=len(fitting) < len(messages)))
-    if problems:
-        raise DataError(report(problems, path))
-    if not questions:
-        raise DataError(f"{path}: holds no prompt. There is nothing to answer. Give a file with prompts or dialogs.")
-    if without:
-        log.warning("%s: %d rows hold no prompt", path, without)
-    return questions
-
-
-def _too_long(line: int, limit: int) -> Problem:
-    return problem(
-        line,
-        "prompt",
-        f"is longer than {limit - 1} tokens even without its earlier turns, and this policy reads prompt and answer in "
-        f"{limit} tokens.",
-        "Shorten the last question or the system text, or drop the record.",
-    )
+def _question(policy: Policy, row: Row, prompt: Prompt, *, limit: int, max_new_tokens: int) -> _Question | Problem:
+    messages = with_system(prompt.messages, policy.system)
+    fitting = fit(policy, messages, limit=limit, max_new_tokens=max_new_tokens)
+    if fitting is None:
+        return too_long(row.line, limit=limit, policy="this policy")
+    return _Question(as_written(row.value, prompt), fitting, is_shortened=len(fitting) < len(messages))
 
 
 def _described(policy: Policy, completion: Completion) -> dict[str, Any]:

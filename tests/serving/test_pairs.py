@@ -19,7 +19,7 @@ from llamachat.errors import DataError, UsageError
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Completion, Sampling
 from pipelines.cli.main import main
-from serving.pairs import Paired, Request, Variant, counted, pair_file
+from serving.pairs import Paired, Pairing, Request, Speaker, Variant, counted, deal_pairings, pair_file
 from tests.tiny_llama import publish_policy, scripted_llama
 
 BLANK = {"choice": None, "rating": None, "a_is_safe": None, "b_is_safe": None}
@@ -69,6 +69,40 @@ def write_lines(path: Path, rows: Sequence[Any]) -> Path:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# -- who answers which prompt
+
+
+def test_policies_temperatures_and_sides_are_dealt_evenly() -> None:
+    keys = [f"prompt {number}" for number in range(96)]
+    found = deal_pairings(keys, num_policies=3, temperatures=(0.7, 1.0), seed=5)
+    ordered = Counter((pairing.a.policy, pairing.b.policy) for pairing in found)
+    # 3 pairs of policies get 32 prompts each, and each of two policies stands first in 16.
+    assert ordered == {(a, b): 16 for a in range(3) for b in range(3) if a != b}
+    low_first = [sorted((pairing.a, pairing.b), key=lambda speaker: speaker.policy) for pairing in found]
+    mixes = Counter((x.policy, y.policy, x.temperature, y.temperature) for x, y in low_first)
+    assert set(mixes.values()) == {8} and len(mixes) == 12
+    uneven = deal_pairings(keys[:7], num_policies=2, temperatures=(0.7, 1.0, 1.3), seed=5)
+    assert sorted(Counter(pairing.a.policy for pairing in uneven).values()) == [3, 4]
+
+
+def test_one_policy_answers_at_two_temperatures_or_in_two_draws() -> None:
+    found = deal_pairings([str(n) for n in range(60)], num_policies=1, temperatures=(0.5, 0.7, 1.0), seed=0)
+    shown = Counter((pairing.a.temperature, pairing.b.temperature) for pairing in found)
+    assert shown == {(a, b): 10 for a in (0.5, 0.7, 1.0) for b in (0.5, 0.7, 1.0) if a != b}
+    speaker = Speaker(0, 1.0)
+    assert deal_pairings(["x"], num_policies=1, temperatures=(1.0,), seed=0) == [Pairing(speaker, speaker)]
+
+
+def test_the_deal_hangs_on_prompts_and_seed_and_not_on_order() -> None:
+    keys = [f"prompt {number}" for number in range(50)]
+
+    def dealt(order: Sequence[str], seed: int) -> dict[str, Pairing]:
+        pairings = deal_pairings(order, num_policies=2, temperatures=(0.7, 1.0), seed=seed)
+        return dict(zip(order, pairings, strict=True))
+
+    assert dealt(keys, 1) == dealt(keys[::-1], 1) != dealt(keys, 2)
 
 
 # -- what is written
@@ -122,18 +156,6 @@ def test_the_same_seed_gives_the_same_pairs_whatever_the_order_of_the_file(
         texts[name] = out.read_text()
     assert texts["one"] == texts["again"] != texts["other"]
     assert sorted(texts["one"].splitlines()) == sorted(texts["shuffled"].splitlines())
-
-
-def test_rows_without_a_prompt_are_told(
-    tmp_path: Path, tiny_format: ChatFormat, caplog: pytest.LogCaptureFixture
-) -> None:
-    trees = [
-        {"message_tree_id": "1", "prompt": {"role": "prompter", "text": "q", "replies": replies}}
-        for replies in ([], [{"role": "assistant", "text": "Hi.", "rank": 0}])
-    ]
-    variants = [variant("one", tiny_format, "Hello"), variant("two", tiny_format, "Paris")]
-    done = pair_file(variants, write_lines(tmp_path / "in.jsonl", trees), tmp_path / "out.jsonl", request())
-    assert done.prompts == 1 and "1 rows hold no prompt" in caplog.text
 
 
 def test_limit_takes_the_first_prompts(tmp_path: Path, tiny_format: ChatFormat) -> None:
@@ -319,11 +341,6 @@ def test_a_request_that_cannot_be_met_is_refused_before_anything_is_loaded(
     for target, changes, found in cases:
         with pytest.raises(UsageError, match=found):
             pair_file([one], source, target, request(**changes))
-    empty = write_lines(
-        tmp_path / "empty.jsonl", [{"message_tree_id": "1", "prompt": {"role": "prompter", "text": "q", "replies": []}}]
-    )
-    with pytest.raises(DataError, match="holds no prompt"):
-        pair_file([one], empty, out, request())
 
 
 def test_all_bad_prompts_are_named_with_their_lines(tmp_path: Path, tiny_format: ChatFormat) -> None:

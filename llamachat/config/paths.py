@@ -55,8 +55,6 @@ def hub_set(path: str) -> HubSet | None:
 
 def near_path(text: str) -> str | None:
     """An existing path most like a missing one: a name in the same folder, or in the nearest folder that exists."""
-    from llamachat.config.problems import nearest
-
     path = Path(text)
     folder = path.parent
     if folder.is_dir():

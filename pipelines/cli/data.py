@@ -6,7 +6,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from llamachat.chat_format import TrainOn
 from llamachat.chat_format.llama2 import SPECIAL_TAGS
+from llamachat.data.check import check_path
+from llamachat.data.convert.command import convert_path
+from llamachat.data.tokens import write_tokens
 from pipelines.cli.options import reported
 
 log = logging.getLogger(__name__)
@@ -26,9 +30,6 @@ def tokens(
     ] = False,
 ) -> None:
     """The token ids and the loss mask of each dialog, as training sees them."""
-    from llamachat.chat_format import TrainOn
-    from llamachat.data.tokens import write_tokens
-
     done = write_tokens(tokenizer, dialogs, out, train_on=TrainOn(train_on), show=show, allow_unproved=allow_unproved)
     if done.warning:
         log.warning("%s", done.warning)
@@ -45,8 +46,6 @@ def check(
     data_format: Annotated[str, typer.Option("--format", help="auto, native, or the name of a known set.")] = "auto",
 ) -> None:
     """Check a data file: every bad line with its field, the reason and the mend; then what the file holds."""
-    from llamachat.data.check import check_path
-
     report = check_path(path, kind, data_format, SPECIAL_TAGS)
     print(report.text())
     if report.exit_status:
@@ -73,8 +72,6 @@ def convert(
     ] = False,
 ) -> None:
     """Bring a data file into our form: what can be mended is, and counted; what cannot is dropped, and named."""
-    from llamachat.data.convert.command import convert_path
-
     report = convert_path(
         path,
         out,

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llamachat.errors import UsageError
+from llamachat.runs.artifacts import read_artifact
 from pipelines.cli.options import TINY, ConfigOption, reported
 from pipelines.cli.talk import named_artifacts
+from serving.hub import Destination
 
 if TYPE_CHECKING:
     from serving.export import Request
@@ -95,7 +97,6 @@ def export(
     --push-to-hub needs a token that may write (`hf auth login` or HF_TOKEN). Only the export's own files go there.
     docs/serving.md tells how each is served.
     """
-    from llamachat.runs.artifacts import read_artifact
     from serving.export import Request
 
     _check_words(form, llama_cpp, quantize)
@@ -143,8 +144,6 @@ def _destination(request: "Request", name: str | None, is_private: bool) -> "Des
             f"--push-to-hub: the adapter's base is a folder of this machine, '{details['base']}'. Others could not load "
             "it. Export with --format merged."
         )
-    from serving.hub import Destination
-
     return Destination.checked(name, is_private=is_private)
 
 

@@ -16,12 +16,19 @@ from typing import Annotated
 import typer
 
 from llamachat import distributed
+from llamachat.config.loading import to_yaml
 from llamachat.errors import LlamachatError, UsageError
 from pipelines.cli import data, runs, talk
 from pipelines.cli.export import export
 from pipelines.cli.launch import die_with_parent, missing_processes, start
 from pipelines.cli.options import INTERRUPTED, TINY, ConfigOption, Overrides, SeveralValues, reported, state_is_kept
+from pipelines.execution.run import lead, run_chosen, write_reports
+from pipelines.planning.plan import make_plan
+from pipelines.planning.text import plan_text
+from pipelines.recipe.recipe import choose_steps, load
 from pipelines.recipe.stages import STAGES
+from pipelines.studies.definition import is_study, load_study
+from pipelines.studies.run import run_study, study_plan_text
 
 app = typer.Typer(
     name="llamachat",
@@ -94,13 +101,6 @@ def _run(
     dry_run: bool,
     only: Sequence[str] = (),
 ) -> None:
-    from llamachat.config.loading import to_yaml
-    from pipelines.execution.run import lead, run_chosen, write_reports
-    from pipelines.planning.plan import make_plan
-    from pipelines.planning.text import plan_text
-    from pipelines.recipe.recipe import choose_steps, load
-    from pipelines.studies.definition import is_study
-
     if is_study(config):
         _study(command, config, overrides or (), overwrite=overwrite, dry_run=dry_run, only=only)
         return
@@ -135,10 +135,6 @@ def _run(
 def _study(
     command: str, config: Path, overrides: Sequence[str], *, overwrite: bool, dry_run: bool, only: Sequence[str]
 ) -> None:
-    from pipelines.execution.run import lead
-    from pipelines.studies.definition import load_study
-    from pipelines.studies.run import run_study, study_plan_text
-
     plan = load_study(config, overrides)
     if command not in ("all", plan.study.command) or only:
         raise UsageError(

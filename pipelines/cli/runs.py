@@ -8,6 +8,7 @@ import typer
 
 from llamachat.config.gpus import parse_gpu
 from llamachat.errors import UsageError
+from llamachat.tracking.dashboard import dashboard as show
 from pipelines.cli.options import (
     TINY,
     ConfigOption,
@@ -18,7 +19,14 @@ from pipelines.cli.options import (
     reported,
     state_is_kept,
 )
+from pipelines.planning.doctor import examine, report
+from pipelines.planning.init import init as write_recipe
+from pipelines.planning.plan import make_plan
+from pipelines.planning.text import plan_text, presets_text
+from pipelines.recipe.recipe import load
 from pipelines.studies.compare import compare_runs, terminal_text
+from pipelines.studies.definition import is_study, load_study
+from pipelines.studies.run import study_plan_text
 
 Files = list[Path] | None
 log = logging.getLogger(__name__)
@@ -47,8 +55,6 @@ def init(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over FILE where it exists.")] = False,
 ) -> None:
     """Write a recipe for a base, your files and a card, from the preset that fits and within the hours."""
-    from pipelines.planning.init import init as write_recipe
-
     if out.suffix not in (".yaml", ".yml"):
         raise UsageError(f"--out: '{out}' ends otherwise. A recipe is YAML. End its name with .yaml.")
     if out.exists() and not overwrite:
@@ -74,15 +80,7 @@ def plan(
     presets: PresetsOption = False,
 ) -> None:
     """Say what would run, from which inputs and why, with memory and time; runs nothing."""
-    from pipelines.planning.plan import make_plan
-    from pipelines.planning.text import plan_text
-    from pipelines.recipe.recipe import load
-    from pipelines.studies.definition import is_study, load_study
-    from pipelines.studies.run import study_plan_text
-
     if presets:
-        from pipelines.planning.text import presets_text
-
         print(presets_text(gpu=gpu))
         return
     if hours is not None and is_study(config):
@@ -101,8 +99,6 @@ def plan(
 @reported
 def doctor(overrides: Overrides = None, config: ConfigOption = TINY) -> None:
     """Say what this machine lacks for the recipe, before anything large is downloaded. Status 1: something will fail."""
-    from pipelines.planning.doctor import examine, report
-
     findings = examine(config, overrides or ())
     print(report(findings))
     if any(finding.verdict == "FAIL" for finding in findings):
@@ -115,9 +111,6 @@ def dashboard(
     config: ConfigOption = TINY,
 ) -> None:
     """Show the curves of all runs next to the recipe's run, offline."""
-    from llamachat.tracking.dashboard import dashboard as show
-    from pipelines.recipe.recipe import load
-
     recipe = load(config, overrides or ())
     show(Path(recipe.run.dir).parent)
 

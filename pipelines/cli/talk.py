@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llamachat.errors import UsageError
+from llamachat.rollout.engine import Sampling
+from llamachat.runs.artifacts import read_artifact
 from pipelines.cli.options import TINY, ConfigOption, MaxNewTokens, Seed, Temperature, TopK, TopP, reported
+from pipelines.recipe.recipe import load
 
 if TYPE_CHECKING:
     from llamachat.rollout.engine import Sampling
@@ -68,8 +71,6 @@ def named_artifacts(
     words: list[str], config: Path, *, command: str, most: int, kinds: "tuple[Kind, ...]" = ("policy",)
 ) -> list[Path]:
     """The artifacts that a command names, known to be there before the seconds that loading takes."""
-    from llamachat.runs.artifacts import read_artifact
-
     overrides = [word for word in words if "=" in word and not Path(word).exists()]
     artifacts = [Path(word) for word in words if word not in overrides]
     if len(artifacts) > most or (artifacts and overrides):
@@ -79,8 +80,6 @@ def named_artifacts(
             f"recipe's run. Name at most {'one' if most == 1 else 'two artifacts'}."
         )
     if not artifacts:
-        from pipelines.recipe.recipe import load
-
         artifacts = [Path(load(config, overrides).run.dir)]
     found = [read_artifact(path) for path in artifacts]
     # The first kind is what a run folder is asked for, and what a refusal says is needed.
@@ -110,8 +109,6 @@ def sample(
     ] = "auto",
 ) -> None:
     """Sample a policy's answers to a file of prompts."""
-    from llamachat.runs.artifacts import read_artifact
-
     artifact = read_artifact(policy, "policy", reader="sample")
     sampling = _sampling(temperature, top_p, top_k, max_new_tokens, seed)
     from llamachat.models.loading import load_policy
@@ -163,8 +160,6 @@ def score(
 
 
 def _sampling(temperature: float, top_p: float, top_k: int | None, max_new_tokens: int, seed: int) -> "Sampling":
-    from llamachat.rollout.engine import Sampling
-
     return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
 
 
@@ -198,8 +193,6 @@ def pairs(
     ] = None,
 ) -> None:
     """Two answers to each prompt, from different policies or temperatures, for people to rate (3.2.1)."""
-    from llamachat.runs.artifacts import read_artifact
-
     artifacts = [read_artifact(path, "policy", reader="pairs") for path in policies]
     places = [artifact.path.resolve() for artifact in artifacts]
     if len(set(places)) < len(places):

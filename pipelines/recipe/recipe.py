@@ -16,6 +16,7 @@ from llamachat.config.paths import missing
 from llamachat.config.problems import ConfigProblem, Key, dotted, nearest
 from llamachat.config.section import Section
 from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
+from llamachat.data.sources import SOURCES
 from llamachat.errors import UsageError
 from llamachat.runs.folder import StepFolder
 from pipelines.recipe.entries import command_line_first, read_entry, step_problems
@@ -200,8 +201,6 @@ def _run_problems(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
 
 
 def _format_problems(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    from llamachat.data.sources import SOURCES
-
     data = values.get("data")
     known = ["auto", "native", *sorted(SOURCES)]
     for key, sources in data.items() if isinstance(data, Mapping) else ():

@@ -14,6 +14,7 @@ HuggingFaceH4/ultrafeedback_binarized (and trl-lib's copy) holds whole dialogs a
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 from llamachat.chat_format.dialog import DialogError
 from llamachat.data.sources.source import (
@@ -23,15 +24,10 @@ from llamachat.data.sources.source import (
     Steps,
     as_text,
     graded_pair,
-    list_field,
-    mapping_at,
     message,
-    messages_field,
-    number_field,
     pair_of_dialogs,
     rating_of_difference,
     source,
-    text_field,
 )
 
 STRENGTH: Steps = (1, 2, 3)  # HelpSteer2 and HelpSteer3, and the difference of two grades of HelpSteer2
@@ -44,13 +40,13 @@ _GRADES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
 
 def _turns(row: RawRow) -> list[dict[str, str]]:
-    first, *rest = _MARK.split(text_field(row, "prompt"))
+    first, *rest = _MARK.split(row.text("prompt"))
     marks, texts = rest[::2], rest[1::2]
     return [message("user", first)] + [message(_ROLES[mark], text) for mark, text in zip(marks, texts, strict=True)]
 
 
 def _strength(row: RawRow, name: str) -> float:
-    value = number_field(row, name)
+    value = row.number(name)
     if value not in range(-3, 4):
         reason = (
             f"is {value!r}, but a whole number from -3 (the first answer is much better) to 3 (the second is) is due."
@@ -59,7 +55,7 @@ def _strength(row: RawRow, name: str) -> float:
     return value
 
 
-def join_answers(rows: Sequence[RawRow]) -> RawRow:
+def join_answers(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The answers to one prompt, which are in rows of their own."""
     return {"prompt": rows[0]["prompt"], "graded_responses": list(rows)}
 
@@ -70,41 +66,38 @@ _ANSWERS = Gather(fields=frozenset({"prompt", "response", *_GRADES}), key="promp
 @source("preference", "prompt graded_responses", gather=_ANSWERS)
 def helpsteer2(row: RawRow) -> Iterator[RawRecord]:
     prompt = _turns(row)
-    answers = [mapping_at(answer, "graded_responses") for answer in list_field(row, "graded_responses")]
-    graded = [(text_field(answer, "response"), number_field(answer, "helpfulness")) for answer in answers]
+    graded = [(answer.text("response"), answer.number("helpfulness")) for answer in row.objects("graded_responses")]
     for (text, grade), (other, other_grade) in combinations(graded, 2):
         yield from graded_pair(prompt, (text, other), other_grade - grade, STRENGTH)
 
 
 @source("preference", "prompt response_1 response_2 preference_strength")
 def helpsteer2_preference(row: RawRow) -> Iterator[RawRecord]:
-    answers = (text_field(row, "response_1"), text_field(row, "response_2"))
+    answers = (row.text("response_1"), row.text("response_2"))
     yield from graded_pair(_turns(row), answers, _strength(row, "preference_strength"), STRENGTH)
 
 
 @source("preference", "context response1 response2 overall_preference")
 def helpsteer3(row: RawRow) -> Iterator[RawRecord]:
-    prompt = messages_field(row, "context")
-    answers = (text_field(row, "response1"), text_field(row, "response2"))
-    yield from graded_pair(prompt, answers, _strength(row, "overall_preference"), STRENGTH)
+    answers = (row.text("response1"), row.text("response2"))
+    yield from graded_pair(row.messages("context"), answers, _strength(row, "overall_preference"), STRENGTH)
 
 
 @source("preference", "instruction completions", shape=lambda row: isinstance(row["completions"], list))
 def ultrafeedback(row: RawRow) -> Iterator[RawRecord]:
-    prompt = [message("user", text_field(row, "instruction"))]
+    prompt = [message("user", row.text("instruction"))]
     # A few instructions of the set were answered by no model.
-    completions = [] if row["completions"] == [] else list_field(row, "completions")
-    graded = [_graded(item, f"completions[{index}]") for index, item in enumerate(completions)]
+    completions = [] if row["completions"] == [] else row.objects("completions")
+    graded = [_graded(completion, f"completions[{index}]") for index, completion in enumerate(completions)]
     for (text, score), (other, other_score) in combinations(graded, 2):
         # Means of equal grades may differ in their last bits.
         yield from graded_pair(prompt, (text, other), round(other_score - score, 6), FINE_GRAINED)
 
 
-def _graded(item: object, where: str) -> tuple[str, float]:
-    completion = mapping_at(item, where)
+def _graded(completion: RawRow, where: str) -> tuple[str, float]:
     text = as_text(completion.get("response"), f"{where}.response")
     if completion.get("fine-grained_score") is not None:
-        return text, number_field(completion, "fine-grained_score")
+        return text, completion.number("fine-grained_score")
     annotations = completion.get("annotations")
     aspects = annotations.values() if isinstance(annotations, Mapping) else []
     grades = [grade for grade in map(_grade, aspects) if grade is not None]
@@ -124,14 +117,14 @@ def _grade(aspect: object) -> int | None:
     return int(rating) if isinstance(rating, str) and rating in ("1", "2", "3", "4", "5") else None
 
 
-def _is_dialogs(row: RawRow) -> bool:
+def _is_dialogs(row: Mapping[str, Any]) -> bool:
     return isinstance(row["chosen"], list) and isinstance(row["rejected"], list)
 
 
 @source("preference", "chosen rejected score_chosen score_rejected", shape=_is_dialogs, has_lists=True)
 def ultrafeedback_binarized(row: RawRow) -> Iterator[RawRecord]:
-    record = pair_of_dialogs(messages_field(row, "chosen"), messages_field(row, "rejected"))
-    better, worse = number_field(row, "score_chosen"), number_field(row, "score_rejected")
+    record = pair_of_dialogs(row.messages("chosen"), row.messages("rejected"))
+    better, worse = row.number("score_chosen"), row.number("score_rejected")
     if better < worse:
         raise DialogError(
             "score_chosen",

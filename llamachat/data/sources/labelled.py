@@ -12,20 +12,10 @@ people may prefer it. No reward model learns from it (Llama 2, section 3.2.1): t
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from llamachat.chat_format.dialog import DialogError
-from llamachat.data.sources.source import (
-    RawRecord,
-    RawRow,
-    answered,
-    boolean_field,
-    list_field,
-    message,
-    pair,
-    pair_of_dialogs,
-    source,
-    text_field,
-)
+from llamachat.data.sources.source import RawRecord, RawRow, answered, message, pair, pair_of_dialogs, source
 
 _MARK = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _OPENING = re.compile(r"\s*Human:")
@@ -34,7 +24,7 @@ _SIDES = {"a": "b", "b": "a"}
 _PKU_FIELDS = "prompt response_0 response_1 is_response_0_safe is_response_1_safe better_response_id safer_response_id"
 
 
-def _is_transcripts(row: RawRow) -> bool:
+def _is_transcripts(row: Mapping[str, Any]) -> bool:
     """Pairs of plain answers under the same two names are usual; a prompt next to them says that these are such."""
     sides = (row["chosen"], row["rejected"])
     return not row.get("prompt") and all(isinstance(side, str) and _OPENING.match(side) for side in sides)
@@ -46,7 +36,7 @@ def hh_rlhf(row: RawRow) -> Iterator[RawRecord]:
 
 
 def _transcript(row: RawRow, side: str) -> list[dict[str, str]]:
-    text = text_field(row, side)
+    text = row.text(side)
     marks = list(_MARK.finditer(text))
     if not marks or marks[0].start() != 0:
         raise DialogError(
@@ -67,11 +57,11 @@ def _pku_pair(row: RawRow, winner: str) -> RawRecord:
         raise DialogError(winner, reason, "Correct or remove the row.")
     best = int(best)
     return pair(
-        [message("user", text_field(row, "prompt"))],
-        text_field(row, f"response_{best}"),
-        text_field(row, f"response_{1 - best}"),
-        chosen_is_safe=boolean_field(row, f"is_response_{best}_safe"),
-        rejected_is_safe=boolean_field(row, f"is_response_{1 - best}_safe"),
+        [message("user", row.text("prompt"))],
+        row.text(f"response_{best}"),
+        row.text(f"response_{1 - best}"),
+        chosen_is_safe=row.boolean(f"is_response_{best}_safe"),
+        rejected_is_safe=row.boolean(f"is_response_{1 - best}_safe"),
     )
 
 
@@ -95,8 +85,8 @@ def pku_saferlhf_helpfulness(row: RawRow) -> Iterator[RawRecord]:
 
 @source("dialog", "prompt response category is_safe", shape=lambda row: isinstance(row["category"], Mapping))
 def beavertails(row: RawRow) -> Iterator[RawRecord]:
-    dialog = answered(text_field(row, "prompt"), text_field(row, "response"))
-    yield {**dialog, "is_safe": boolean_field(row, "is_safe")}
+    dialog = answered(row.text("prompt"), row.text("response"))
+    yield {**dialog, "is_safe": row.boolean("is_safe")}
 
 
 @source("preference", "prompt answer_a answer_b choice", has_lists=True)
@@ -122,7 +112,5 @@ def rated_pairs(row: RawRow) -> Iterator[RawRecord]:
     other = _SIDES[choice]
     for label, side in (("chosen_is_safe", choice), ("rejected_is_safe", other)):
         if row.get(f"{side}_is_safe") is not None:
-            labels[label] = boolean_field(row, f"{side}_is_safe")
-    yield pair(
-        list_field(row, "prompt"), text_field(row, f"answer_{choice}"), text_field(row, f"answer_{other}"), **labels
-    )
+            labels[label] = row.boolean(f"{side}_is_safe")
+    yield pair(row.entries("prompt"), row.text(f"answer_{choice}"), row.text(f"answer_{other}"), **labels)

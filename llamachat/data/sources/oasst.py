@@ -15,7 +15,7 @@ from itertools import combinations
 from typing import Any
 
 from llamachat.chat_format.dialog import DialogError
-from llamachat.data.sources.source import Gather, RawRecord, RawRow, as_text, mapping_at, message, source
+from llamachat.data.sources.source import Gather, RawRecord, RawRow, as_row, as_text, message, source
 
 _DEEPEST = 100  # turns; the sets' longest conversations have about ten
 _ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -37,7 +37,7 @@ def _replies(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     replies = node.get("replies") or []
     if not isinstance(replies, list):
         raise DialogError("replies", "is not a list of the answers to a message.", "Correct or remove the tree.")
-    return [reply for reply in replies if _is_kept(mapping_at(reply, "replies"))]
+    return [reply for reply in replies if _is_kept(as_row(reply, "replies"))]
 
 
 def _is_kept(node: Mapping[str, Any]) -> bool:
@@ -47,11 +47,11 @@ def _is_kept(node: Mapping[str, Any]) -> bool:
 
 def _roots(row: RawRow) -> list[Mapping[str, Any]]:
     """The first message of the tree, if it was not deleted."""
-    root = mapping_at(row.get("prompt"), "prompt")
+    root = as_row(row.get("prompt"), "prompt")
     return [root] if _is_kept(root) else []
 
 
-def tree_of_messages(rows: Sequence[RawRow]) -> RawRow:
+def tree_of_messages(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The tree that the messages of a table make, as the files of trees hold it."""
     nodes: dict[object, dict[str, Any]] = {}
     for row in rows:
@@ -111,7 +111,7 @@ def _best_paths(node: Mapping[str, Any], path: list[dict[str, str]]) -> Iterator
     yield from longer or [path]
 
 
-def _is_tree(row: RawRow) -> bool:
+def _is_tree(row: Mapping[str, Any]) -> bool:
     return isinstance(row["prompt"], Mapping)
 
 

@@ -21,7 +21,7 @@ are read in `llamachat.data.sources.oasst`; PKU-SafeRLHF, BeaverTails and hh-rlh
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from llamachat.chat_format.dialog import DialogError
 from llamachat.data.problems import Problem, problem
@@ -29,10 +29,70 @@ from llamachat.data.records import Kind, Row, bad_row
 from llamachat.errors import kind_word
 
 RawRecord = dict[str, Any]
-RawRow = Mapping[str, Any]
 Steps = tuple[float, float, float]  # the least difference for slightly_better, better, significantly_better
 
 _OWN_LISTS = ("messages", "prompt", "chosen")
+
+
+class RawRow(dict[str, Any]):
+    """An object of a set, read field by field; what a field does not hold as it should raises `DialogError`."""
+
+    def required(self, name: str, what: str, is_sound: Callable[[Any], bool]) -> Any:
+        value = self.get(name)
+        return value if is_sound(value) else _refuse(value, name, what)
+
+    def text(self, name: str) -> str:
+        """The text in a field that the source always has."""
+        if name not in self:
+            raise DialogError(name, "is missing, but text is required there.", "Add it, or name the right 'format'.")
+        return as_text(self[name], name)
+
+    def optional_text(self, name: str) -> str:
+        """The text in a field that a source may leave out, null or empty; "" then."""
+        return "" if self.get(name) is None else as_text(self[name], name)
+
+    def number(self, name: str) -> float:
+        # NaN is a number to Python, and no score.
+        what = "a number, which says which answer is better,"
+        return self.required(name, what, lambda value: type(value) in (int, float) and value == value)
+
+    def boolean(self, name: str) -> bool:
+        return self.required(name, "true or false", lambda value: isinstance(value, bool))
+
+    def entries(self, name: str) -> list[Any]:
+        """The list in a field that the source always has, with at least one entry."""
+        what = "a list with at least one entry"
+        return self.required(name, what, lambda value: isinstance(value, list) and bool(value))
+
+    def objects(self, name: str) -> "list[RawRow]":
+        """The objects of such a list."""
+        return [as_row(item, f"{name}[{index}]") for index, item in enumerate(self.entries(name))]
+
+    def messages(self, name: str) -> list[dict[str, str]]:
+        """The messages (role and content) of such a list."""
+        turns = [as_row(turn, name) for turn in self.entries(name)]
+        texts = [[as_text(turn.get(key), f"{name}.{key}") for key in ("role", "content")] for turn in turns]
+        return [message(role, content) for role, content in texts]
+
+
+def as_row(value: object, where: str) -> RawRow:
+    """The object at a place inside a row."""
+    return RawRow(value) if isinstance(value, Mapping) else _refuse(value, where, "an object")
+
+
+def as_text(value: object, where: str) -> str:
+    """The text at a place inside a row."""
+    return value if isinstance(value, str) else _refuse(value, where, "text")
+
+
+def _refuse(value: object, where: str, what: str) -> NoReturn:
+    names = {"a string": "text", "null": "nothing"}
+    kind = names.get(kind_word(value), kind_word(value))
+    if value == []:
+        kind = "an empty list"
+    elif value != value:
+        kind = "no number (NaN)"
+    raise DialogError(where, f"holds {kind}, but {what} is required there.", "Correct or remove the row.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +104,7 @@ class Gather:
 
     fields: frozenset[str]
     key: str
-    join: Callable[[Sequence[RawRow]], RawRow]
+    join: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +119,16 @@ class Source:
     name: str
     kind: Kind
     fields: frozenset[str]
-    convert: Callable[[RawRow], Iterator[RawRecord]]
-    shape: Callable[[RawRow], bool] = lambda row: True
+    converter: Callable[[RawRow], Iterator[RawRecord]]
+    shape: Callable[[Mapping[str, Any]], bool] = lambda row: True
     has_lists: bool = False
     gather: Gather | None = None
 
-    def fits(self, row: RawRow) -> bool:
+    def convert(self, row: Mapping[str, Any]) -> Iterator[RawRecord]:
+        """The records that a row holds."""
+        return self.converter(RawRow(row))
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has the fields of this set, and in them what the set has there."""
         return self.fields <= row.keys() and self.shape(row)
 
@@ -77,7 +141,7 @@ def source(kind: Kind, fields: str, **more: Any) -> Callable[[Callable[[RawRow],
     """Make the source of a converter, under the converter's name; `fields` are separated by spaces."""
 
     def make(convert: Callable[[RawRow], Iterator[RawRecord]]) -> Source:
-        return Source(name=convert.__name__, kind=kind, fields=frozenset(fields.split()), convert=convert, **more)
+        return Source(name=convert.__name__, kind=kind, fields=frozenset(fields.split()), converter=convert, **more)
 
     return make
 
@@ -85,7 +149,7 @@ def source(kind: Kind, fields: str, **more: Any) -> Callable[[Callable[[RawRow],
 # -- which set a row is of
 
 
-def fitting_sources(row: RawRow, kind: Kind | None, sources: Iterable[Source]) -> list[Source]:
+def fitting_sources(row: Mapping[str, Any], kind: Kind | None, sources: Iterable[Source]) -> list[Source]:
     """The sets that a row may be of where this kind is wanted: none, one, or those that its fields cannot tell apart.
 
     A row of a set that gives another kind is of none; prompts are taken from any.
@@ -148,78 +212,6 @@ def _joined(held: list[Row], gather: Gather) -> Row:
         return Row(held[0].line, gather.join([row.value for row in held]))
     except DialogError as error:
         return bad_row(held[0].line, error.field, error.reason, error.fix)
-
-
-# -- fields of a row
-
-
-def text_field(row: RawRow, name: str) -> str:
-    """The text in a field that the source always has."""
-    if name not in row:
-        raise DialogError(name, "is missing, but text is required there.", "Add it, or name the right 'format'.")
-    return as_text(row[name], name)
-
-
-def optional_text(row: RawRow, name: str) -> str:
-    """The text in a field that a source may leave out, null or empty; "" then."""
-    return "" if row.get(name) is None else as_text(row[name], name)
-
-
-def list_field(row: RawRow, name: str) -> list[Any]:
-    """The list in a field that the source always has, with at least one entry."""
-    value = row.get(name)
-    return _required(value, name, "a list with at least one entry", is_sound=isinstance(value, list) and bool(value))
-
-
-def number_field(row: RawRow, name: str) -> float:
-    """The number in a field that the source always has."""
-    value = row.get(name)
-    # NaN is a number to Python, and no score.
-    is_sound = isinstance(value, int | float) and not isinstance(value, bool) and value == value
-    return _required(value, name, "a number, which says which answer is better,", is_sound=is_sound)
-
-
-def boolean_field(row: RawRow, name: str) -> bool:
-    """The boolean in a field that the source always has."""
-    value = row.get(name)
-    return _required(value, name, "true or false", is_sound=isinstance(value, bool))
-
-
-def mapping_at(value: object, where: str) -> Mapping[str, Any]:
-    """The object at a place inside a row."""
-    return _required(value, where, "an object", is_sound=isinstance(value, Mapping))
-
-
-def as_text(value: object, where: str) -> str:
-    """The text at a place inside a row."""
-    return _required(value, where, "text", is_sound=isinstance(value, str))
-
-
-def messages_field(row: RawRow, name: str) -> list[dict[str, str]]:
-    """The messages (role and content) in a field that the source always has."""
-    turns = [mapping_at(turn, name) for turn in list_field(row, name)]
-    return [
-        message(as_text(turn.get("role"), f"{name}.role"), as_text(turn.get("content"), f"{name}.content"))
-        for turn in turns
-    ]
-
-
-def _required(value: Any, where: str, what: str, *, is_sound: bool) -> Any:
-    if not is_sound:
-        raise DialogError(
-            where, f"holds {_kind_of(value)}, but {what} is required there.", "Correct or remove the row."
-        )
-    return value
-
-
-def _kind_of(value: object) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    if isinstance(value, float) and value != value:
-        return "no number (NaN)"
-    return "text" if isinstance(value, str) else kind_word(value)
 
 
 # -- parts of a record

@@ -54,11 +54,11 @@ class CheckReport:
     turns: Counter[int] = field(default_factory=Counter)  # messages without the system text -> records
     characters: dict[str, "array[int]"] = field(default_factory=dict)  # by what the text is: the length of each
     labels: Counter[str] = field(default_factory=Counter)  # "rating better", "is_safe true", ... -> records or messages
-    repeats: dict[int, list[int]] = field(default_factory=dict)  # first line of a record -> lines of the same one
+    num_duplicates: int = 0  # records that are the same as one before them
     _first_lines: dict[bytes, int] = field(default_factory=dict)
-    _unused: dict[str, list[int]] = field(default_factory=dict)
     _lines_by_kind: dict[Kind, "array[int]"] = field(default_factory=dict)
-    _html: dict[str, list[int]] = field(default_factory=dict)
+    _warned: dict[tuple[str, str], Warned] = field(default_factory=dict)
+    _first_html: str | None = None
 
     @property
     def exit_status(self) -> int:
@@ -69,11 +69,6 @@ class CheckReport:
     def num_bad_lines(self) -> int:
         """Lines with a problem; one line may have several."""
         return len({one.line for one in self.problems})
-
-    @property
-    def num_duplicates(self) -> int:
-        """Records that are the same as one before them."""
-        return sum(map(len, self.repeats.values()))
 
     def text(self) -> str:
         """The whole report: each problem and warning on a line, then what the file holds."""
@@ -102,8 +97,8 @@ class CheckReport:
     def add(self, row: Row) -> None:
         """Count one row of the file."""
         self.problems += row.problems
-        for name in row.unused:
-            self._unused.setdefault(printable(re.sub(r"\[\d+\]", "[]", name)), []).append(row.line)
+        for name in dict.fromkeys(printable(re.sub(r"\[\d+\]", "[]", name)) for name in row.unused):
+            self._warn(row.line, name, "is a key that nothing reads; it is left out.", _fix_of_unused(name))
         if row.kind is not None:
             self._lines_by_kind.setdefault(row.kind, array("Q")).append(row.line)
         if row.record is None:
@@ -111,8 +106,13 @@ class CheckReport:
         self.num_records += 1
         first = self._first_lines.setdefault(digest_of(row.record), row.line)
         if first != row.line:
-            self.repeats.setdefault(first, []).append(row.line)
+            self.num_duplicates += 1
+            reason = f"is the same as on line {first}; it counts twice in training."
+            self._warn(row.line, "record", reason, "Drop it, or leave it if that is meant.")
         self._measure(row.record, row.line)
+
+    def _warn(self, line: int, name: str, reason: str, fix: str) -> None:
+        self._warned.setdefault((name, reason), Warned(name, reason, fix, [])).lines.append(line)
 
     def _measure(self, record: Record, line: int) -> None:
         texts = [(_TEXT_NAMES[message.role], message) for message in asked(record)]
@@ -132,7 +132,10 @@ class CheckReport:
         self.labels.update("answers with train false" for message in asked(record) if message.train is False)
         html = next(filter(None, (html_in(message.content) for _, message in texts)), None)
         if html is not None:
-            self._html.setdefault(next(iter(self._html), html), []).append(line)
+            self._first_html = self._first_html or html
+            reason = f"is HTML ({printable(self._first_html)[:40]}), which is trained on as it is."
+            fix = "Take it out with `llamachat data convert --plain-text`, or leave it if the dialogs are about web pages."
+            self._warn(line, "content", reason, fix)
 
     def finish(self) -> None:
         """Once all rows are added: the kind that most are of, records of other kinds, warnings."""
@@ -141,7 +144,10 @@ class CheckReport:
             self.kind = max(lines, key=lambda kind: len(lines[kind]), default=None)
             self.problems += self._of_other_kinds()
         self.problems.sort(key=lambda one: one.line)
-        self.warnings = sorted(self._warnings(), key=lambda warned: warned.lines[0])
+        if self.num_records and Path(self.path).is_file() and has_byte_order_mark(Path(self.path)):
+            reason = "is a byte order mark, which is skipped here; other readers of JSON Lines refuse it."
+            self._warn(1, "byte 1", reason, "Save the file as UTF-8 without it.")
+        self.warnings = sorted(self._warned.values(), key=lambda warned: warned.lines[0])
 
     def _of_other_kinds(self) -> Iterator[Problem]:
         """Records of another kind than most: a file is read for one kind."""
@@ -152,21 +158,6 @@ class CheckReport:
             reason = f"is a {other} by its keys, but most records of this file are {self.kind}s; a file is read for one kind."
             fix = f"Move it to a file of {other}s, or write {keys} if it is a {self.kind}."
             yield from (problem(line, "record", reason, fix) for line in lines)
-
-    def _warnings(self) -> Iterator[Warned]:
-        for first, lines in self.repeats.items():
-            reason = f"is the same as on line {first}; it counts twice in training."
-            yield Warned("record", reason, "Drop it, or leave it if that is meant.", lines)
-        for name, lines in self._unused.items():
-            reason = "is a key that nothing reads; it is left out."
-            yield Warned(name, reason, _fix_of_unused(name), list(dict.fromkeys(lines)))
-        for html, lines in self._html.items():
-            reason = f"is HTML ({printable(html)[:40]}), which is trained on as it is."
-            fix = "Take it out with `llamachat data convert --plain-text`, or leave it if the dialogs are about web pages."
-            yield Warned("content", reason, fix, lines)
-        if self.num_records and Path(self.path).is_file() and has_byte_order_mark(Path(self.path)):
-            reason = "is a byte order mark, which is skipped here; other readers of JSON Lines refuse it."
-            yield Warned("byte 1", reason, "Save the file as UTF-8 without it.", [1])
 
 
 def check_path(path: str, kind: Kind | None, format: str, forbidden: Sequence[str]) -> CheckReport:

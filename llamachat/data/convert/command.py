@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from llamachat.chat_format.dialog import DialogError
 from llamachat.data.convert.records import SETS_OF_TURNS, kind_by_keys, repaired_record, sources_of, transcripts_joined
@@ -21,7 +21,7 @@ from llamachat.data.convert.turns import Notes, Repair, html_in, without_html
 from llamachat.data.files import written_beside
 from llamachat.data.loading import named_source
 from llamachat.data.problems import SHOWN, Problem, printable, problem, reason_key
-from llamachat.data.records import KINDS, Kind, Row, digest_of, parse_record
+from llamachat.data.records import KINDS, Kind, Record, Row, digest_of, parse_record
 from llamachat.data.sources import SOURCES, Source
 from llamachat.data.sources.source import CHOICE_FIX, choice_of, gathered
 from llamachat.errors import DataError, UsageError
@@ -48,6 +48,21 @@ class ConvertReport:
     records: Counter[Repair] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)  # one for each record that was dropped
+    _seen: set[bytes] = field(default_factory=set)
+
+    def is_new(self, record: Record, notes: Notes) -> bool:
+        """Count a record that keeps the rules; whether it is to be written, since none before it says the same."""
+        digest = digest_of(record)
+        if digest in self._seen:
+            self.repeated += 1
+            return False
+        self._seen.add(digest)
+        self.written += 1
+        self.untouched += not notes.repairs
+        self.times += notes.repairs
+        self.records.update(notes.repairs.keys())
+        self.left_out += notes.left_out
+        return True
 
     def dropped(self) -> str:
         """Each record that was dropped on a line, or "" where none was."""
@@ -101,14 +116,16 @@ def convert_path(
     head = list(islice(rows, _HEAD))
     own = kind or (source.kind if source else _usual_kind(head, of_turns=of_turns))
     report = ConvertReport(path, str(out), own)
-    seen: set[bytes] = set()
     with written_beside(out) as stream:
         for row in chain(head, rows):
             report.problems += row.problems
             for value, notes in () if row.problems else _records(row, report, named, of_turns=of_turns):
                 if plain_text:
                     _make_plain(value, notes)
-                _write(value, notes, row.line, report, forbidden, seen, stream)
+                record, problems, _ = parse_record(value, own, row.line, forbidden)
+                report.problems += problems[:1]
+                if record is not None and report.is_new(record, notes):
+                    stream.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
         report.times += file_repairs
         _check_result(report, strict=strict)
     return report
@@ -176,33 +193,6 @@ def _make_plain(value: object, notes: Notes) -> None:
         if isinstance(message, dict) and isinstance(message.get("content"), str) and html_in(message["content"]):
             message["content"] = without_html(message["content"])
             notes.add(Repair.HTML)
-
-
-def _write(
-    value: object,
-    notes: Notes,
-    line: int,
-    report: ConvertReport,
-    forbidden: Sequence[str],
-    seen: set[bytes],
-    stream: IO[bytes],
-) -> None:
-    """Check a record against the rules; write it if it keeps them and is new."""
-    record, problems, _ = parse_record(value, report.kind, line, forbidden)
-    if record is None:
-        report.problems.append(problems[0])
-        return
-    digest = digest_of(record)
-    if digest in seen:
-        report.repeated += 1
-        return
-    seen.add(digest)
-    stream.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-    report.written += 1
-    report.untouched += not notes.repairs
-    report.times += notes.repairs
-    report.records.update(notes.repairs.keys())
-    report.left_out += notes.left_out
 
 
 def _check_out(path: str, out: Path, overwrite: bool) -> None:

@@ -4,7 +4,6 @@ Reads what `llamachat.data.files` reads, and a JSON array. A row of an array has
 A fault of the file as a whole raises `DataError`: a file that cannot be read to its end is not converted in part.
 """
 
-import io
 import json
 import re
 import zlib
@@ -13,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import IO
 
 from llamachat.config.paths import hub_set
 from llamachat.data.convert.turns import Repair
@@ -22,7 +20,6 @@ from llamachat.data.problems import convert_command
 from llamachat.data.records import Row
 from llamachat.errors import DataError
 
-_PART = 1 << 20  # characters of an array that are read at a time
 _ROLE_KEYS = ("role", "from")
 _OPENING = re.compile(r"\s*\[")
 _FOLLOWS = re.compile(r"\s*[,\]]")
@@ -119,7 +116,7 @@ def _items(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with open_file(path) as stream:
-            for number, text in enumerate(_item_texts(io.TextIOWrapper(stream, encoding="utf-8-sig")), start=1):
+            for number, text in enumerate(_item_texts(stream.read().decode("utf-8-sig")), start=1):
                 yield decode_line(text.encode(), number)
     except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
         raise DataError(
@@ -128,32 +125,18 @@ def _items(path: Path) -> Iterator[Row]:
         ) from error
 
 
-def _item_texts(stream: IO[str]) -> Iterator[str]:
-    """The JSON text of each item; no more of the file is held than the item at hand needs."""
+def _item_texts(text: str) -> Iterator[str]:
+    """The JSON text of each item of an array."""
     decoder = json.JSONDecoder()
-    text, size, is_whole = stream.read(_PART), _PART, False
-    position = _end(_OPENING, text, 0)
-    while True:
-        position = _end(_GAP, text, position)
-        if text.startswith("]", position):
-            if (text[position + 1 :] + stream.read()).strip():
-                raise ValueError("something stands after the array")
-            return
-        fault = ValueError("no comma and no end of the array follows")
-        try:
-            _, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            end, fault = len(text), error
-        # A number may continue after what was read of it, so what follows an item shows that it is whole.
-        if _FOLLOWS.match(text, end):
-            yield text[position:end]
-            position, size = end, _PART
-            continue
-        if is_whole:
-            raise fault
-        part = stream.read(size)
-        is_whole = len(part) < size
-        text, position, size = text[position:] + part, 0, 2 * size
+    position = _end(_GAP, text, _end(_OPENING, text, 0))
+    while not text.startswith("]", position):
+        _, end = decoder.raw_decode(text, position)
+        if not _FOLLOWS.match(text, end):
+            raise ValueError("no comma and no end of the array follows")
+        yield text[position:end]
+        position = _end(_GAP, text, end)
+    if text[position + 1 :].strip():
+        raise ValueError("something stands after the array")
 
 
 def _end(pattern: re.Pattern[str], text: str, position: int) -> int:

@@ -7,20 +7,47 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from llamachat.chat_format import ChatFormat
 from llamachat.data.check import check_path
+from llamachat.data.convert.command import ConvertReport, convert_path
 from llamachat.data.convert.turns import Repair
-from llamachat.errors import DataError
-from tests.llamachat.data.converting import Bench
+from llamachat.errors import DataError, UsageError
 from tests.llamachat.data.lines import GOOD, answer, dialog, pair, prompt, shared, system, turns, user
 from tests.llamachat.data.test_check import BROKEN_DIALOGS, BROKEN_PREFERENCES, BROKEN_PROMPTS
 
 ROOT = Path(__file__).resolve().parents[3]
 Case = tuple[object, object, dict[Repair, int]]
+
+
+class Bench:
+    """Converts and checks in a folder of its own."""
+
+    def __init__(self, folder: Path, chat_format: ChatFormat) -> None:
+        self.folder, self.forbidden = folder, chat_format.forbidden
+
+    def convert(self, content: bytes | str, name: str = "in.jsonl", out: str = "out.jsonl", **options: Any) -> tuple:
+        source, target = self.folder / name, self.folder / out
+        source.write_bytes(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
+        target.unlink(missing_ok=True)
+        report = convert_path(str(source), target, forbidden=self.forbidden, **options)
+        return report, self.checked(target, report)
+
+    def checked(self, target: Path, report: ConvertReport) -> list[Any]:
+        """The records written, which the checking command passes, all of one kind."""
+        found = check_path(str(target), None, "auto", self.forbidden)
+        assert found.problems == [] and found.exit_status == 0
+        assert (found.kind, found.num_records, found.num_duplicates) == (report.kind, report.written, 0)
+        # HTML stays where nobody asked for plain text.
+        warned = [warning for warning in found.warnings if warning.field != "content"]
+        assert warned == [], "nothing is left that nothing reads"
+        raw = gzip.decompress(target.read_bytes()) if target.suffix == ".gz" else target.read_bytes()
+        return [json.loads(line) for line in raw.split(b"\n")[:-1]]
 
 
 @pytest.fixture
@@ -409,3 +436,100 @@ def test_records_that_say_the_same_are_written_once(bench: Bench):
 
 def test_a_misspelt_question_beside_an_answer(bench: Bench):
     assert bench.convert('{"prompts": "a", "answer": "b"}')[1] == [AB]
+
+
+# -- files
+
+
+def test_forms_of_files_give_the_same_records(bench: Bench):
+    rows = [{"messages": turns(f"q{index}", "caf\u00e9 " * index)} for index in range(1, 40)]
+    lines = [json.dumps(row) for row in rows]
+    forms = {
+        "a.jsonl": "\ufeff" + "\r\n\r\n".join(lines) + "\n\n",
+        "b.jsonl.gz": gzip.compress("\n".join(lines).encode()),
+        "c.json": json.dumps(rows),
+        "d.json": json.dumps(rows, indent=2),
+        "e.json.gz": gzip.compress("\ufeff".encode() + json.dumps(rows, indent=1, ensure_ascii=False).encode()),
+        "f.jsonl": " ".join(lines[:20]) + "\n" + ", ".join(lines[20:]) + ",\n",
+        "g.jsonl": json.dumps(rows[:20]) + "\n" + json.dumps(rows[20:]) + "\n",
+        "h.jsonl": "\n".join(f"{line}," for line in lines),
+    }
+    for name, content in forms.items():
+        report, written = bench.convert(content, name=name)
+        assert written == rows, name
+        assert report.untouched == 39
+    assert bench.convert(forms["a.jsonl"])[0].times == {Repair.BYTE_ORDER_MARK: 1, Repair.BLANK_LINE: 39}
+    assert bench.convert(forms["d.json"], name="d.json")[0].times == {Repair.ARRAY: 1}
+    assert bench.convert(forms["f.jsonl"])[0].times == {Repair.SEVERAL: 2}
+    assert bench.convert(forms["h.jsonl"])[0].times == {Repair.COMMA: 39}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), bench.folder / "i.parquet")
+    report = convert_path(str(bench.folder / "i.parquet"), bench.folder / "i.jsonl", forbidden=bench.forbidden)
+    assert bench.checked(bench.folder / "i.jsonl", report) == rows
+
+
+@pytest.mark.parametrize("indent", [None, 3])
+def test_items_of_an_array_that_are_no_records_are_named(indent: int | None, bench: Bench):
+    values = [1, {"messages": turns('a ] [ , \\ "', "b")}, [], "x,]", -1.5e3, {"messages": turns("c", "d" * 99)}, None]
+    report, written = bench.convert(json.dumps(values, indent=indent), name="in.json")
+    assert written == [values[1], values[5]]
+    assert [found.line for found in report.problems] == [1, 3, 4, 5, 7]
+
+
+def test_an_array_of_turns_is_one_dialog(bench: Bench):
+    _, written = bench.convert(json.dumps(turns("a", "b"), indent=1), name="in.json")
+    assert written == [AB]
+
+
+def test_repeats_are_dropped(bench: Bench):
+    lines = [GOOD, shared(("human", "Hi"), ("gpt", "Hello!")), GOOD, dialog(*turns("a", "b"))]
+    report, written = bench.convert("\n".join(lines))
+    assert written == [json.loads(GOOD), AB]
+    assert (report.written, report.untouched, report.repeated) == (2, 2, 2)
+    assert "  repeats a record before it        2" in report.text()
+
+
+def test_equal_files_give_equal_bytes(bench: Bench):
+    for name in ("x.jsonl", "x.jsonl.gz"):
+        bench.convert(GOOD, out=name)
+        first = (bench.folder / name).read_bytes()
+        bench.convert(GOOD, out=name)
+        assert (bench.folder / name).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b"", "is empty"),
+        ("a.csv", b"a,b\n1,2\n", "is a table"),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99, mtime=0)[:-20], "cannot be read from here on"),
+        ("a.parquet", b"PAR1 and no more", "damaged parquet"),
+        ("a.json", b'[{"a": 1},\n' + b'{"messages": []},\n' * 9000 + b"{]", "after record 9001 of the array"),
+        ("a.json", b'[{"a": 1},\n' + b'{"messages": []},\n' * 9000 + b"{}] []", "stands after the array"),
+        ("a.json", b'[{"a": 1},\n' + b'{"b": "\n' * 9000 + b"]", "after record 1 of the array"),
+    ],
+)
+def test_a_fault_of_the_whole_file_stops_it(name: str, content: bytes, reason: str, bench: Bench):
+    with pytest.raises(DataError, match=reason):
+        bench.convert(content, name=name)
+    assert [path.name for path in bench.folder.iterdir()] == [name]
+
+
+def test_where_nothing_is_written_to(bench: Bench):
+    source = bench.folder / "in.jsonl"
+    source.write_text(GOOD + "\n")
+    (bench.folder / "other.jsonl").symlink_to(source)
+    (bench.folder / "old.jsonl").write_text("old")
+    (bench.folder / "folder.jsonl").mkdir()
+    for name, reason, overwrite in (
+        ("in.jsonl", "is the input itself", True),
+        ("other.jsonl", "is the input itself", True),
+        ("old.jsonl", "exists already. .*--overwrite", False),
+        ("folder.jsonl", "is a folder", True),
+        ("out.parquet", "End it with .jsonl or .jsonl.gz", False),
+        ("none/out.jsonl", "cannot be written .*No such file", False),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            convert_path(str(source), bench.folder / name, forbidden=bench.forbidden, overwrite=overwrite)
+    assert source.read_text() == GOOD + "\n" and (bench.folder / "old.jsonl").read_text() == "old"
+    convert_path(str(source), bench.folder / "old.jsonl", forbidden=bench.forbidden, overwrite=True)
+    assert json.loads((bench.folder / "old.jsonl").read_text()) == json.loads(GOOD)

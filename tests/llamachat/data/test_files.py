@@ -174,17 +174,12 @@ def test_without_the_hub_the_error_says_so(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("raw", "field", "reason"),
     [
-        (b"hello", "column 1", "is not JSON (Expecting value)"),
         (b'{"a" 1}', "column 6", "is not JSON (Expecting ':' delimiter)"),
         (b'{"a": "b\x00c"}', "column 9", "is not JSON (Invalid control character)"),
-        (b'{"a": "b', "column 9", "in the middle of a record"),
         (b'{"a": [1, 2', "column 12", "in the middle of a record"),
-        (b'{"a": 1} {"a": 2}', "column 10", "follows a whole JSON value"),
         (b'\xef\xbb\xbf{"a": 1}', "column 1", "byte order mark inside the file"),
         (b'{"a": "caf\xe9"}', "byte 11", "is 0xe9, which is not UTF-8"),
         (b'{"NaN": "NaN", "a": NaN}', "column 21", "holds NaN"),
-        (b'{"a": -Infinity}', "column 7", "holds -Infinity"),
-        (b'{"a": 1, "b": 2, "a": 3}', "'a'", "named twice"),
         (b'{"x": {"b": 1, "b": 1}}', "'b'", "named twice"),
         (b"[" * 100_000, "line", "nested too deep"),
         (b'{"a": ' + b"9" * 5000 + b"}", "line", "thousands of digits"),

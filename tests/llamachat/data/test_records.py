@@ -6,8 +6,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -155,35 +153,12 @@ def test_system_text_of_the_source_is_checked(tmp_path: Path, tiny_format: ChatF
         read_records(source(path, system="[INST]"), Dialog, forbidden=tiny_format.forbidden)
 
 
-def test_known_sets_are_recognised(tmp_path: Path):
-    alpaca = write(tmp_path / "a.jsonl", [{"instruction": "Add.", "input": "1 2", "output": "3"}] * 2)
-    (dialog, _) = read_records(source(alpaca), Dialog)
-    assert dialog.messages == (Message("user", "Add.\n\n1 2"), Message("assistant", "3"))
-    transcript = "\n\nHuman: Hi\n\nAssistant: "
-    hh = write(tmp_path / "h.jsonl", [{"chosen": transcript + "Hello!", "rejected": transcript + "No."}])
-    (pair,) = read_records(source(hh, format="hh-rlhf"), Preference)
-    assert (pair.prompt[0].content, pair.chosen.content, pair.rejected.content) == ("Hi", "Hello!", "No.")
-    assert read_records(source(hh), Preference) == [pair]
-    assert read_records(source(hh), Prompt) == [Prompt(messages=(Message("user", "Hi"),))]
-
-
 def test_a_bad_row_of_a_known_set_has_line_field_and_mend(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", [{"instruction": "Add.", "output": "3"}, {"instruction": "Add."}, [1]])
     with pytest.raises(DataError) as error:
         read_records(source(path), Dialog)
     assert re.search(rf"{path}:2: output: is missing.*read as alpaca", str(error.value))
     assert f"{path}:3: line: is a list" in str(error.value)
-
-
-def test_rows_of_a_known_set_without_a_record_are_counted(tmp_path: Path):
-    def tree(*answers: dict[str, Any]) -> dict[str, Any]:
-        return {"message_tree_id": "t", "prompt": {"role": "prompter", "text": "Hi", "replies": list(answers)}}
-
-    ranked = [{"role": "assistant", "text": f"a{rank}", "rank": rank, "replies": []} for rank in range(2)]
-    path = write(tmp_path / "a.jsonl", [tree(*ranked), tree()])
-    found = all_of(source(path), Preference)
-    assert [pair.rating for pair in found.train] == ["slightly_better"]
-    assert found.dropped == {f"{path}: row without a preference": 1}
 
 
 def test_formats_that_do_not_exist_or_give_another_kind(tmp_path: Path):
@@ -193,14 +168,6 @@ def test_formats_that_do_not_exist_or_give_another_kind(tmp_path: Path):
     with pytest.raises(DataError, match=r"gives dialogs, but preferences are read here.*hh_rlhf"):
         read_records(source(path, format="alpaca"), Preference)
     assert read_records(source(path, format="native"), Dialog)
-
-
-def test_parquet_and_gzip_give_the_same_records(tmp_path: Path):
-    rows = [{**PAIR, "chosen_is_safe": None}, {**PAIR, "chosen_is_safe": True}]
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    lines = write(tmp_path / "a.jsonl", rows)
-    assert read_records(source(str(path)), Preference) == read_records(source(lines), Preference)
 
 
 def split_by_hand(text: str) -> str:

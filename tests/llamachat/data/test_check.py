@@ -1,6 +1,5 @@
 """`data check`: every kind of broken line is named with line, field, reason and mend, and none is passed over."""
 
-import gzip
 import json
 import random
 import re

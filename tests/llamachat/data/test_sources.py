@@ -20,7 +20,7 @@ from llamachat.data.sources import SOURCES
 from llamachat.data.sources.graded import FINE_GRAINED, OVERALL, STRENGTH
 from llamachat.data.sources.source import rating_of_difference
 from llamachat.errors import DataError
-from tests.llamachat.data.lines import answer, system, user, write
+from tests.llamachat.data.lines import answer, system, turns, user, write
 
 
 def node(text: str, *replies: dict[str, Any], rank: int | None = None) -> dict[str, Any]:
@@ -47,176 +47,37 @@ TREE = tree(
     )
 )
 
-GOOD: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
-    (
-        "hh_rlhf",
-        {
-            "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Steal?\nOr not?\n\nAssistant: No.\n\nNever.",
-            "rejected": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Steal?\nOr not?\n\nAssistant: Sure.",
-        },
-        [
-            {
-                "prompt": [user("Hi"), answer("Hello."), user("Steal?\nOr not?")],
-                "chosen": [answer("No.\n\nNever.")],
-                "rejected": [answer("Sure.")],
-            }
-        ],
-    ),
-    (
-        "dolly",
-        {"instruction": "When?", "context": "In 1990.", "response": "1990", "category": "closed_qa"},
-        [{"messages": [user("When?\n\nIn 1990."), answer("1990")]}],
-    ),
-    (
-        "dolly",
-        {"instruction": "When?", "context": "", "response": "1990", "category": "open_qa"},
-        [{"messages": [user("When?"), answer("1990")]}],
-    ),
-    ("alpaca", {"instruction": "Add.", "input": "1, 2", "output": "3"}, [{"messages": [user("Add.\n\n1, 2"), answer("3")]}]),
-    (
-        "alpaca",
-        {"instruction": "And now?", "input": None, "output": "4", "system": "Count.", "history": [["Start", "1"], ["Go on", "2"]]},
-        [
-            {
-                "messages": [
-                    system("Count."), user("Start"), answer("1"), user("Go on"), answer("2"), user("And now?"), answer("4"),
-                ]
-            }
-        ],
-    ),
-    (
-        "gpteacher",
-        {"instruction": "You are a cat.", "input": "", "response": "Meow."},
-        [{"messages": [user("You are a cat."), answer("Meow.")]}],
-    ),
-    (
-        "self_instruct",
-        {"id": "seed_task_0", "instruction": "Rhyme.", "instances": [{"input": "cat", "output": "hat"}, {"input": "", "output": "time"}]},
-        [{"messages": [user("Rhyme.\n\ncat"), answer("hat")]}, {"messages": [user("Rhyme."), answer("time")]}],
-    ),
-    (
-        "sharegpt",
-        {
-            "id": "x",
-            "conversations": [
-                {"from": "system", "value": "Be brief."},
-                {"from": "human", "value": "Hi"},
-                {"from": "gpt", "value": "Hello"},
-                {"from": "user", "value": "Bye"},
-                {"from": "chatgpt", "value": "Bye"},
-            ],
-        },
-        [{"messages": [system("Be brief."), user("Hi"), answer("Hello"), user("Bye"), answer("Bye")]}],
-    ),
-    (
-        "llamafactory_preference",
-        {
-            "conversations": [
-                {"from": "human", "value": "Hi"},
-                {"from": "gpt", "value": "Hello"},
-                {"from": "human", "value": "1+1?"},
-            ],
-            "chosen": {"from": "gpt", "value": "2"},
-            "rejected": {"from": "gpt", "value": "3"},
-            "system": "",
-        },
-        [{"prompt": [user("Hi"), answer("Hello"), user("1+1?")], "chosen": [answer("2")], "rejected": [answer("3")]}],
-    ),
-    # Best answers all the way: the path ends in an answer, and a thread after a worse answer is not taken.
-    ("oasst", TREE, [{"messages": [user("q"), answer("best"), user("more?"), answer("only answer")]}]),
-    (
-        "oasst_preference",
-        TREE,
-        [
-            {"prompt": [user("q")], "chosen": [answer("best")], "rejected": [answer("second")], "rating": "slightly_better"},
-            {"prompt": [user("q")], "chosen": [answer("best")], "rejected": [answer("worst")], "rating": "significantly_better"},
-            {"prompt": [user("q")], "chosen": [answer("second")], "rejected": [answer("worst")], "rating": "better"},
-        ],
-    ),
-]  # fmt: skip
-
 
 def pair(chosen: str, rejected: str, rating: str | None = None, *prompt: dict[str, str]) -> dict[str, Any]:
-    found = {"prompt": list(prompt) or [user("q")], "chosen": [answer(chosen)], "rejected": [answer(rejected)]}
-    return found if rating is None else found | {"rating": rating}
+    record = {"prompt": list(prompt) or [user("q")], "chosen": [answer(chosen)], "rejected": [answer(rejected)]}
+    return record if rating is None else record | {"rating": rating}
 
 
-HARMS = {"animal_abuse": False, "drug_abuse,weapons,banned_substance": True}
-PKU = {
-    "prompt": "q",
-    "response_0": "how",
-    "response_1": "no",
-    "prompt_source": "Alpaca3-70B",
-    "response_0_source": "Alpaca3-8B",
-    "response_1_source": "Alpaca2-7B",
-    "is_response_0_safe": False,
-    "is_response_1_safe": True,
-    "response_0_harm_category": {"Economic Crime": True, "Drugs": False},
-    "response_1_harm_category": {"Economic Crime": False, "Drugs": False},
-    "response_0_severity_level": 2,
-    "response_1_severity_level": 0,
-    "better_response_id": 0,
-    "safer_response_id": 1,
-    "response_0_sha256": "00",
-    "response_1_sha256": "11",
-}
-BEAVER = {"prompt": "q", "response": "how", "category": HARMS, "is_safe": False}
+def shared(*texts: str, **more: object) -> dict[str, Any]:
+    senders = ("human", "gpt", "user", "chatgpt")[: len(texts)]
+    conversation = [{"from": sender, "value": text} for sender, text in zip(senders, texts, strict=True)]
+    return {"conversations": conversation, **more}
 
 
-def completion(text: str, score: float | None = None, *, ratings: str = "", overall: float = 7.0) -> dict[str, Any]:
+def completion(
+    text: str, score: float | None = None, *, ratings: str = "3 3 3 3", overall: float = 7.0
+) -> dict[str, Any]:
     aspects = ("helpfulness", "honesty", "instruction_following", "truthfulness")
-    grades = ratings.split() or ["3"] * 4
-    annotations = {name: {"Rating": grade, "Rationale": "r"} for name, grade in zip(aspects, grades, strict=True)}
-    made = {
-        "annotations": annotations,
-        "critique": "c",
-        "custom_system_prompt": f"As {text} would.",
-        "model": "gpt-4",
-        "overall_score": overall,
-        "principle": "honesty",
-        "response": text,
+    annotations = {
+        name: {"Rating": grade, "Rationale": "r"} for name, grade in zip(aspects, ratings.split(), strict=True)
     }
-    return made if score is None else made | {"fine-grained_score": score}
+    row = {"annotations": annotations, "custom_system_prompt": f"As {text} would.", "model": "gpt-4", "response": text}
+    row["overall_score"] = overall
+    return row if score is None else row | {"fine-grained_score": score}
 
 
 def ultra(*completions: Any) -> dict[str, Any]:
-    return {
-        "source": "evol_instruct",
-        "instruction": "q",
-        "models": ["gpt-4", "bard"],
-        "completions": list(completions),
-        "correct_answers": ["None"],
-        "incorrect_answers": ["None"],
-    }
+    return {"source": "evol_instruct", "instruction": "q", "models": ["gpt-4"], "completions": list(completions)}
 
 
 def binarized(chosen: Any, rejected: Any, better: object = 8.5, worse: object = 8.0) -> dict[str, Any]:
-    return {
-        "prompt": "q",
-        "prompt_id": "f0",
-        "chosen": chosen,
-        "rejected": rejected,
-        "messages": chosen,
-        "score_chosen": better,
-        "score_rejected": worse,
-    }
-
-
-def help_steer_pair(strength: object, **more: object) -> dict[str, Any]:
-    beside = {"split": "train", "preference_statement": "s", "preference_elaboration": "e"}
-    return {**beside, "prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": strength, **more}
-
-
-def help_steer3(preference: object, context: object = None) -> dict[str, Any]:
-    return {
-        "domain": "code",
-        "language": "python",
-        "context": [user("q")] if context is None else context,
-        "response1": "a",
-        "response2": "b",
-        "overall_preference": preference,
-        "individual_preference": [{"score": 1, "reasoning": "r", "feedback1": "f", "feedback2": "g"}],
-    }
+    beside = {"prompt": "q", "prompt_id": "f0", "messages": chosen}
+    return {**beside, "chosen": chosen, "rejected": rejected, "score_chosen": better, "score_rejected": worse}
 
 
 def graded(text: str, helpfulness: object, prompt: str = "q") -> dict[str, Any]:
@@ -224,22 +85,76 @@ def graded(text: str, helpfulness: object, prompt: str = "q") -> dict[str, Any]:
     return {"prompt": prompt, "response": text, "helpfulness": helpfulness, **others}
 
 
+PKU = {
+    "prompt": "q", "response_0": "how", "response_1": "no", "prompt_source": "Alpaca3-70B",
+    "is_response_0_safe": False, "is_response_1_safe": True, "response_0_severity_level": 2,
+    "response_0_harm_category": {"Economic Crime": True}, "better_response_id": 0, "safer_response_id": 1,
+}  # fmt: skip
+HARMS = {"animal_abuse": False, "drug_abuse,weapons,banned_substance": True}
+BEAVER = {"prompt": "q", "response": "how", "category": HARMS, "is_safe": False}
+HELP2 = {"split": "train", "prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": 1}
+HELP3 = {
+    "domain": "code", "language": "python", "context": [user("q")], "response1": "a", "response2": "b",
+    "overall_preference": 1, "individual_preference": [{"score": 1, "reasoning": "r"}],
+}  # fmt: skip
 TURNS = "q\n<extra_id_1>Assistant\nr\nand more\n<extra_id_1>User\ns"
 SPOKEN = (user("q"), answer("r\nand more"), user("s"))
 RATED = {"id": "1", "prompt": list(SPOKEN), "answer_a": "a", "answer_b": "b", "choice": "b", "rating": "better"}
 RATED |= {"a_is_safe": False, "b_is_safe": None, "policy_a": "runs/one"}
-GRADED: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
+SAFETY, HELP = "pku_saferlhf_safety", "pku_saferlhf_helpfulness"
+A, B = turns("q", "a"), turns("q", "b")
+HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Steal?\nOr not?\n\nAssistant: "
+
+FORSAKEN = tree(node("q", node("best", rank=0), node("second", rank=1)))
+FORSAKEN["prompt"]["replies"][0]["deleted"] = True
+GOOD: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
     (
-        "pku_saferlhf_safety",
-        PKU,
-        [pair("no", "how") | {"chosen_is_safe": True, "rejected_is_safe": False}],
+        "hh_rlhf",
+        {"chosen": f"{HH}No.\n\nNever.", "rejected": f"{HH}Sure."},
+        [pair("No.\n\nNever.", "Sure.", None, *turns("Hi", "Hello.", "Steal?\nOr not?"))],
     ),
     (
-        "pku_saferlhf_helpfulness",
-        PKU,
-        [pair("how", "no") | {"chosen_is_safe": False, "rejected_is_safe": True}],
+        "dolly",
+        {"instruction": "When?", "context": "In 1990.", "response": "1990", "category": "closed_qa"},
+        [{"messages": turns("When?\n\nIn 1990.", "1990")}],
     ),
-    ("beavertails", BEAVER, [{"messages": [user("q"), answer("how")], "is_safe": False}]),
+    ("alpaca", {"instruction": "Add.", "input": "1, 2", "output": "3"}, [{"messages": turns("Add.\n\n1, 2", "3")}]),
+    (
+        "alpaca",
+        {"instruction": "And now?", "input": None, "output": "4", "system": "Count.", "history": [["Start", "1"], ["Go on", "2"]]},
+        [{"messages": [system("Count."), *turns("Start", "1", "Go on", "2", "And now?", "4")]}],
+    ),
+    ("gpteacher", {"instruction": "Be a cat.", "input": "", "response": "Meow."}, [{"messages": turns("Be a cat.", "Meow.")}]),
+    (
+        "self_instruct",
+        {"id": "seed_task_0", "instruction": "Rhyme.", "instances": [{"input": "cat", "output": "hat"}, {"input": "", "output": "time"}]},
+        [{"messages": turns("Rhyme.\n\ncat", "hat")}, {"messages": turns("Rhyme.", "time")}],
+    ),
+    ("sharegpt", shared("Hi", "Hello", "Bye", "Bye", id="x"), [{"messages": turns("Hi", "Hello", "Bye", "Bye")}]),
+    ("sharegpt", shared("Hi", "Hello", system="Be brief."), [{"messages": [system("Be brief."), *turns("Hi", "Hello")]}]),
+    (
+        "llamafactory_preference",
+        shared("Hi", "Hello", "1+1?", chosen={"from": "gpt", "value": "2"}, rejected={"from": "gpt", "value": "3"}, system=""),
+        [pair("2", "3", None, *turns("Hi", "Hello", "1+1?"))],
+    ),
+    # Best answers all the way: the path ends in an answer, and a thread after a worse answer is not taken.
+    ("oasst", TREE, [{"messages": turns("q", "best", "more?", "only answer")}]),
+    (
+        "oasst_preference",
+        TREE,
+        [
+            pair("best", "second", "slightly_better"),
+            pair("best", "worst", "significantly_better"),
+            pair("second", "worst", "better"),
+        ],
+    ),
+    # An answer that the moderators deleted is no answer, and a question without one gives no dialog.
+    ("oasst", FORSAKEN, [{"messages": turns("q", "second")}]),
+    ("oasst_preference", FORSAKEN, []),
+    ("oasst", tree(node("q")), []),
+    (SAFETY, PKU, [pair("no", "how") | {"chosen_is_safe": True, "rejected_is_safe": False}]),
+    (HELP, PKU, [pair("how", "no") | {"chosen_is_safe": False, "rejected_is_safe": True}]),
+    ("beavertails", BEAVER, [{"messages": turns("q", "how"), "is_safe": False}]),
     # Fine-grained scores 4.5, 3.5, 3.5 and 4.25: the two equal answers give no pair.
     (
         "ultrafeedback",
@@ -259,82 +174,29 @@ GRADED: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
         [pair("a", "b", "significantly_better")],
     ),
     ("ultrafeedback", ultra(), []),
-    (
-        "ultrafeedback_binarized",
-        binarized([user("q"), answer("a")], [user("q"), answer("b")]),
-        [pair("a", "b", "negligibly_better")],
-    ),
-    ("ultrafeedback_binarized", binarized([user("q"), answer("a")], [user("q"), answer("b")], 7, 7), []),
-    ("helpsteer2_preference", help_steer_pair(-3), [pair("a", "b", "significantly_better")]),
-    ("helpsteer2_preference", help_steer_pair(1, prompt=TURNS), [pair("b", "a", "slightly_better", *SPOKEN)]),
-    ("helpsteer2_preference", help_steer_pair(0), []),
+    ("ultrafeedback_binarized", binarized(A, B), [pair("a", "b", "negligibly_better")]),
+    ("ultrafeedback_binarized", binarized(A, B, 7, 7), []),
+    ("helpsteer2_preference", HELP2 | {"preference_strength": -3}, [pair("a", "b", "significantly_better")]),
+    ("helpsteer2_preference", HELP2 | {"prompt": TURNS}, [pair("b", "a", "slightly_better", *SPOKEN)]),
+    ("helpsteer2_preference", HELP2 | {"preference_strength": 0}, []),
     (
         "helpsteer2",
         {"prompt": TURNS, "graded_responses": [graded("a", 1), graded("b", 4), graded("c", 4)]},
         [pair("b", "a", "significantly_better", *SPOKEN), pair("c", "a", "significantly_better", *SPOKEN)],
     ),
-    ("helpsteer3", help_steer3(2, list(SPOKEN)), [pair("b", "a", "better", *SPOKEN)]),
-    ("helpsteer3", help_steer3(-1), [pair("a", "b", "slightly_better")]),
-    ("helpsteer3", help_steer3(0), []),
+    ("helpsteer3", HELP3 | {"overall_preference": 2, "context": list(SPOKEN)}, [pair("b", "a", "better", *SPOKEN)]),
+    ("helpsteer3", HELP3 | {"overall_preference": -1}, [pair("a", "b", "slightly_better")]),
+    ("helpsteer3", HELP3 | {"overall_preference": 0}, []),
     ("rated_pairs", RATED, [pair("b", "a", "better", *SPOKEN) | {"rejected_is_safe": False}]),
     ("rated_pairs", RATED | {"choice": None, "rating": None}, []),
-]
+]  # fmt: skip
 
 
-A, B = [user("q"), answer("a")], [user("q"), answer("b")]
-SAFETY, HELP = "pku_saferlhf_safety", "pku_saferlhf_helpfulness"
-BAD_GRADED: list[tuple[str, dict[str, Any], str, str]] = [
-    (SAFETY, PKU | {"safer_response_id": 2}, "safer_response_id", "is 2"),
-    (SAFETY, PKU | {"safer_response_id": True}, "safer_response_id", "is True"),
-    (SAFETY, PKU | {"safer_response_id": 0}, "safer_response_id", "names the unsafe answer"),
-    (HELP, PKU | {"better_response_id": None}, "better_response_id", "is None"),
-    (HELP, PKU | {"is_response_1_safe": "no"}, "is_response_1_safe", "holds text"),
-    (HELP, PKU | {"response_0": None}, "response_0", "holds nothing"),
-    ("beavertails", BEAVER | {"is_safe": None}, "is_safe", "holds nothing"),
-    ("beavertails", BEAVER | {"response": 3}, "response", "holds a number"),
-    ("ultrafeedback", ultra("a"), "completions[0]", "holds text"),
-    ("ultrafeedback", ultra() | {"completions": {}}, "completions", "holds an object"),
-    ("ultrafeedback", ultra(completion("a", float("nan"))), "fine-grained_score", "holds no number (NaN)"),
-    ("ultrafeedback", ultra(completion("a", ratings="N/A N/A N/A 7")), "completions[0]", "has no grade"),
-    ("ultrafeedback", ultra({"response": None}), "completions[0].response", "holds nothing"),
-    ("ultrafeedback_binarized", binarized(A, B, None), "score_chosen", "holds nothing"),
-    ("ultrafeedback_binarized", binarized(A, B, 3, 4), "score_chosen", "is below 'score_rejected'"),
-    ("ultrafeedback_binarized", binarized(A, B[1:]), "rejected", "does not end with an answer to a question"),
-    ("ultrafeedback_binarized", binarized(A, [user("p"), answer("b")]), "rejected", "parts from 'chosen'"),
-    ("ultrafeedback_binarized", binarized([{"role": 1}], B), "chosen.role", "holds a number"),
-    ("helpsteer2_preference", help_steer_pair(-100), "preference_strength", "is -100"),
-    ("helpsteer2_preference", help_steer_pair(1.5), "preference_strength", "is 1.5"),
-    ("helpsteer2_preference", help_steer_pair("2"), "preference_strength", "holds text"),
-    ("helpsteer2", {"prompt": "q", "graded_responses": [graded("a", [3, 3, 4])]}, "helpfulness", "holds a list"),
-    ("helpsteer3", help_steer3(4), "overall_preference", "is 4"),
-    ("helpsteer3", help_steer3(True), "overall_preference", "holds a boolean"),
-    ("helpsteer3", help_steer3(1, []), "context", "holds an empty list"),
-    ("helpsteer3", help_steer3(1, [{"role": "user"}]), "context.content", "holds nothing"),
-    ("rated_pairs", RATED | {"choice": "c"}, "choice", "is 'c'"),
-    ("rated_pairs", RATED | {"choice": " A"}, "choice", "is ' A'"),
-    ("rated_pairs", RATED | {"choice": 1}, "choice", "is 1"),
-    ("rated_pairs", RATED | {"choice": None}, "choice", "is null, but 'rating' is 'better'"),
-    ("rated_pairs", RATED | {"b_is_safe": "no"}, "b_is_safe", "holds text"),
-    ("rated_pairs", RATED | {"answer_b": None}, "answer_b", "holds nothing"),
-]
-
-
-@pytest.mark.parametrize(("name", "row", "records"), [*GOOD, *GRADED])
+@pytest.mark.parametrize(("name", "row", "records"), GOOD)
 def test_a_row_becomes_its_records(name: str, row: Mapping[str, Any], records: list[dict[str, Any]]) -> None:
     before = json.dumps(row)
     assert list(SOURCES[name].convert(row)) == records
     assert json.dumps(row) == before
-
-
-def test_an_answer_dropped_by_the_moderators_is_no_answer() -> None:
-    row = tree(node("q", node("best", rank=0), node("second", rank=1)))
-    row["prompt"]["replies"][0]["deleted"] = True
-    assert list(SOURCES["oasst"].convert(row)) == [{"messages": [user("q"), answer("second")]}]
-    assert list(SOURCES["oasst_preference"].convert(row)) == []
-
-
-def test_a_question_without_an_answer_gives_no_dialog() -> None:
-    assert list(SOURCES["oasst"].convert(tree(node("q")))) == []
 
 
 ROLE_OF_TOOLS = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "{}"}]
@@ -342,16 +204,8 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("hh_rlhf", {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes"}, "rejected", "is missing"),
     ("hh_rlhf", {"chosen": 3, "rejected": ""}, "chosen", "holds a number"),
     ("hh_rlhf", {"chosen": "Hi", "rejected": "Hi"}, "chosen", "does not begin with 'Human:'"),
-    (
-        "hh_rlhf",
-        {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi"},
-        "rejected", "does not end with an answer",
-    ),
-    (
-        "hh_rlhf",
-        {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes", "rejected": "\n\nHuman: Ho\n\nAssistant: No"},
-        "rejected", "parts from 'chosen'",
-    ),
+    ("hh_rlhf", {"chosen": f"{HH}Yes", "rejected": "\n\nHuman: Hi"}, "rejected", "does not end with an answer"),
+    ("hh_rlhf", {"chosen": f"{HH}Yes", "rejected": f"{HH}No".replace("Hi", "Ho")}, "rejected", "parts from 'chosen'"),
     ("dolly", {"instruction": "When?", "context": ""}, "response", "is missing"),
     ("dolly", {"instruction": "When?", "context": ["x"], "response": "1"}, "context", "holds a list"),
     ("alpaca", {"instruction": "Add.", "output": None}, "output", "holds nothing"),
@@ -376,10 +230,42 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("oasst", {"prompt": {"text": "q", "role": "system"}}, "role", "is 'system'"),
     ("oasst", {"prompt": {"text": "q", "role": "prompter", "replies": {"a": 1}}}, "replies", "is not a list"),
     ("oasst_preference", {"prompt": {"text": None, "role": "prompter"}}, "text", "holds nothing"),
+    (SAFETY, PKU | {"safer_response_id": 2}, "safer_response_id", "is 2"),
+    (SAFETY, PKU | {"safer_response_id": True}, "safer_response_id", "is True"),
+    (SAFETY, PKU | {"safer_response_id": 0}, "safer_response_id", "names the unsafe answer"),
+    (HELP, PKU | {"better_response_id": None}, "better_response_id", "is None"),
+    (HELP, PKU | {"is_response_1_safe": "no"}, "is_response_1_safe", "holds text"),
+    (HELP, PKU | {"response_0": None}, "response_0", "holds nothing"),
+    ("beavertails", BEAVER | {"is_safe": None}, "is_safe", "holds nothing"),
+    ("beavertails", BEAVER | {"response": 3}, "response", "holds a number"),
+    ("ultrafeedback", ultra("a"), "completions[0]", "holds text"),
+    ("ultrafeedback", ultra() | {"completions": {}}, "completions", "holds an object"),
+    ("ultrafeedback", ultra(completion("a", float("nan"))), "fine-grained_score", "holds no number (NaN)"),
+    ("ultrafeedback", ultra(completion("a", ratings="N/A N/A N/A 7")), "completions[0]", "has no grade"),
+    ("ultrafeedback", ultra({"response": None}), "completions[0].response", "holds nothing"),
+    ("ultrafeedback_binarized", binarized(A, B, None), "score_chosen", "holds nothing"),
+    ("ultrafeedback_binarized", binarized(A, B, 3, 4), "score_chosen", "is below 'score_rejected'"),
+    ("ultrafeedback_binarized", binarized(A, B[1:]), "rejected", "does not end with an answer to a question"),
+    ("ultrafeedback_binarized", binarized(A, [user("p"), answer("b")]), "rejected", "parts from 'chosen'"),
+    ("ultrafeedback_binarized", binarized([{"role": 1}], B), "chosen.role", "holds a number"),
+    ("helpsteer2_preference", HELP2 | {"preference_strength": -100}, "preference_strength", "is -100"),
+    ("helpsteer2_preference", HELP2 | {"preference_strength": 1.5}, "preference_strength", "is 1.5"),
+    ("helpsteer2_preference", HELP2 | {"preference_strength": "2"}, "preference_strength", "holds text"),
+    ("helpsteer2", {"prompt": "q", "graded_responses": [graded("a", [3, 3, 4])]}, "helpfulness", "holds a list"),
+    ("helpsteer3", HELP3 | {"overall_preference": 4}, "overall_preference", "is 4"),
+    ("helpsteer3", HELP3 | {"overall_preference": True}, "overall_preference", "holds a boolean"),
+    ("helpsteer3", HELP3 | {"context": []}, "context", "holds an empty list"),
+    ("helpsteer3", HELP3 | {"context": [{"role": "user"}]}, "context.content", "holds nothing"),
+    ("rated_pairs", RATED | {"choice": "c"}, "choice", "is 'c'"),
+    ("rated_pairs", RATED | {"choice": " A"}, "choice", "is ' A'"),
+    ("rated_pairs", RATED | {"choice": 1}, "choice", "is 1"),
+    ("rated_pairs", RATED | {"choice": None}, "choice", "is null, but 'rating' is 'better'"),
+    ("rated_pairs", RATED | {"b_is_safe": "no"}, "b_is_safe", "holds text"),
+    ("rated_pairs", RATED | {"answer_b": None}, "answer_b", "holds nothing"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "row", "field", "reason"), [*BAD, *BAD_GRADED])
+@pytest.mark.parametrize(("name", "row", "field", "reason"), BAD)
 def test_a_broken_row_is_refused_with_its_field_and_the_fix(
     name: str, row: Mapping[str, Any], field: str, reason: str
 ) -> None:
@@ -391,8 +277,8 @@ def test_a_broken_row_is_refused_with_its_field_and_the_fix(
 
 def test_every_source_stands_under_its_name_and_betrays_itself_by_its_own_rows() -> None:
     assert all(name == source.name for name, source in SOURCES.items())
-    assert all(SOURCES[name].fits(row) for name, row, _ in [*GOOD, *GRADED])
-    assert {name for name, _, _ in [*GOOD, *GRADED]} == SOURCES.keys()
+    assert all(SOURCES[name].fits(row) for name, row, _ in GOOD)
+    assert {name for name, _, _ in GOOD} == SOURCES.keys()
 
 
 def test_every_source_is_in_the_table_of_formats_with_its_fields_and_kind() -> None:
@@ -421,17 +307,18 @@ def read(path: str, kind: str, chat_format: ChatFormat, **more: Any) -> Any:
     return read_records(DataSource(path=path, **more), record, forbidden=chat_format.forbidden)
 
 
-@pytest.mark.parametrize(("name", "row", "records"), [case for case in GRADED if case[2]])
+@pytest.mark.parametrize(("name", "row", "records"), [case for case in GOOD if case[2]])
 def test_a_file_of_such_rows_is_known_by_its_fields(
     name: str, row: dict[str, Any], records: list[dict[str, Any]], tmp_path: Path, tiny_format: ChatFormat
 ) -> None:
     kind = SOURCES[name].kind
-    rows = row["graded_responses"] if name == "helpsteer2" else [row]
-    rows = [{**item, "prompt": row["prompt"]} for item in rows] if name == "helpsteer2" else rows
-    path = write(tmp_path / "a.jsonl", [*rows, *rows] if name != "helpsteer2" else rows)
-    format = name if name.startswith("pku") else "auto"
-    found = read(path, kind, tiny_format, format=format)
-    assert len(found) == len(records) * (1 if name == "helpsteer2" else 2)
+    rows = [row] * 2
+    if name == "helpsteer2":  # a row an answer there
+        rows = [{**answer, "prompt": row["prompt"]} for answer in row["graded_responses"]]
+    path = write(tmp_path / "a.jsonl", rows)
+    format = name if name.startswith(("pku", "oasst_preference")) else "auto"
+    times = 1 if name == "helpsteer2" else 2
+    assert len(read(path, kind, tiny_format, format=format)) == times * len(records)
     assert len(read(path, "prompt", tiny_format)) >= 1
     report = convert_path(path, tmp_path / "out.jsonl", format=format, forbidden=tiny_format.forbidden)
     assert (report.kind, report.written, report.problems) == (kind, len(records), [])
@@ -481,8 +368,8 @@ def test_two_meanings_of_one_row_are_asked_about(tmp_path: Path, tiny_format: Ch
 
 
 def test_a_row_of_another_kind_is_named_with_its_kind(tmp_path: Path, tiny_format: ChatFormat) -> None:
-    sound = {"messages": [user("q"), answer("a")]}
-    path = write(tmp_path / "a.jsonl", [sound, sound, help_steer3(2), PKU, binarized(A, B) | {"messages": B}])
+    sound = {"messages": A}
+    path = write(tmp_path / "a.jsonl", [sound, sound, HELP3, PKU, binarized(A, B) | {"messages": B}])
     report = convert_path(path, tmp_path / "out.jsonl", kind="dialog", forbidden=tiny_format.forbidden)
     assert [(found.line, found.reason.split(" by ")[0]) for found in report.problems] == [
         (3, "is a preference"),
@@ -526,7 +413,7 @@ def table(tree: str = "t", **changes: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-PATH = {"messages": [user("q"), answer("best"), user("more?"), answer("only answer")]}
+PATH = {"messages": turns("q", "best", "more?", "only answer")}
 
 
 def test_a_table_of_messages_is_read_as_its_trees(tmp_path: Path, tiny_format: ChatFormat) -> None:

@@ -113,8 +113,7 @@ def open_ours(request: dict[str, Any], scratch: Path) -> Any:
     """A PPO training on the run's policy and reward models, in a folder of its own."""
     from llamachat.config.sections import Base, Data, DataSource, Rollout, Run, Scoring, Split, Tracking, Tuning
     from llamachat.rollout.decoder import LlamaEngine
-    from llamachat.runs.artifacts import read_artifact
-    from llamachat.runs.folder import StepFolder
+    from llamachat.runs.artifacts import StepFolder, read_artifact
     from llamachat.runs.inputs import StepInputs
     from llamachat.tracking.tracker import open_tracker
     from ppo.config import Config

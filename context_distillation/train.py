@@ -36,8 +36,8 @@ from llamachat.answers.session import AnswerSession, open_session
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import ConfigError, DataError
 from llamachat.runs.artifacts import Artifact
-from llamachat.runs.cost import peak_memory
 from llamachat.runs.inputs import StepInputs
+from llamachat.runs.state import peak_memory
 from llamachat.scoring.models import named_models
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.tracker import Tracker

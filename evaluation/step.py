@@ -16,9 +16,8 @@ from evaluation.figures import Figure, figures_of, figures_table, flat
 from evaluation.results import PolicyResult, RunEvaluation
 from llamachat.answers.best_of_n import draw_best_of_n, draw_temperatures
 from llamachat.answers.refusals import RefusalClassifier, everyday_answers, labelled_answers, train_classifier
-from llamachat.runs.artifacts import ANSWERS, EVALUATION, Artifact
+from llamachat.runs.artifacts import ANSWERS, EVALUATION, Artifact, StepFolder
 from llamachat.runs.atomic import write_json
-from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
 from llamachat.tracking.tracker import open_record
 from llamachat.training.publishing import publish_step

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llamachat.config.paths import DataPath
 from llamachat.config.section import Section, unless_null
+from llamachat.config.sections import DataPath
 from llamachat.constraints.families import FAMILIES
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.

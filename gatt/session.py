@@ -15,7 +15,7 @@ from llamachat.answers.consistency import Outcome, Sequences, Trial, held_out_tr
 from llamachat.answers.session import AnswerSession, open_session
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import DialogError, Message
-from llamachat.config.paths import here_or_bundled
+from llamachat.config.sections import here_or_bundled
 from llamachat.constraints.families import CHECKABLE, Family, families
 from llamachat.constraints.values import parse_list, read_list
 from llamachat.errors import DataError

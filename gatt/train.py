@@ -33,8 +33,8 @@ from llamachat.constraints.instruction import draw_instruction
 from llamachat.errors import DataError
 from llamachat.models.loading import load_base, load_policy
 from llamachat.runs.artifacts import Artifact
-from llamachat.runs.cost import peak_memory
 from llamachat.runs.inputs import StepInputs
+from llamachat.runs.state import peak_memory
 from llamachat.scoring.combining import ranking
 from llamachat.tracking.tracker import Tracker
 

@@ -10,8 +10,7 @@ from llamachat.answers.packed import packed_rows, sequence_of
 from llamachat.answers.session import AnswerSession, open_session, read_by
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import ConfigError
-from llamachat.runs.artifacts import Artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import Artifact, StepFolder
 from llamachat.runs.inputs import StepInputs
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.tracker import Tracker

@@ -17,12 +17,11 @@ from llamachat.answers.evaluation import comparison, comparison_table, draw_comp
 from llamachat.answers.packed import sequence_of
 from llamachat.answers.session import AnswerSession
 from llamachat.errors import DivergedError
-from llamachat.runs.artifacts import ITERATIONS_DONE, Artifact
+from llamachat.runs.artifacts import ITERATIONS_DONE, Artifact, StepFolder
 from llamachat.runs.checkpoints import Checkpoint, newest, writing
-from llamachat.runs.cost import peak_memory
-from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
 from llamachat.runs.record import MetricsRecord
+from llamachat.runs.state import peak_memory
 from llamachat.tracking.curves import draw_curves
 from llamachat.tracking.tracker import Tracker, open_record
 from llamachat.training.hours import Hours, open_hours

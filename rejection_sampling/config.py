@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llamachat.config.paths import PolicyPath
 from llamachat.config.section import Section, unless_null
+from llamachat.config.sections import PolicyPath
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
 VERSION = 2

@@ -24,8 +24,8 @@ from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import ConfigError, DataError
 from llamachat.rollout.engine import Sampling
 from llamachat.runs.artifacts import Artifact
-from llamachat.runs.cost import peak_memory
 from llamachat.runs.inputs import StepInputs
+from llamachat.runs.state import peak_memory
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.tracker import Tracker
 from rejection_sampling.config import Config

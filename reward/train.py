@@ -23,8 +23,7 @@ from llamachat.models.reward_model import (
     save_reward_model,
 )
 from llamachat.models.sequence_attention import use_sequence_attention
-from llamachat.runs.artifacts import Artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import Artifact, StepFolder
 from llamachat.runs.inputs import StepInputs
 from llamachat.tracking.tracker import Tracker
 from llamachat.training.publishing import publish_model, sources_of

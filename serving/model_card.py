@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from llamachat.config.paths import bundled
+from llamachat.config.sections import bundled
 from llamachat.errors import ArtifactError
 from llamachat.models.hub import LICENCE_FILES
 from llamachat.runs.artifacts import EVALUATION, Artifact

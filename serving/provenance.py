@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamachat.config.paths import bundled, hub_set, is_hub_name
+from llamachat.config.sections import bundled, hub_set, is_hub_name
 from llamachat.errors import ArtifactError
-from llamachat.runs.artifacts import Artifact, read_artifact
+from llamachat.runs.artifacts import Artifact, StepFolder, read_artifact
 from llamachat.runs.fingerprints import digest_of_file
-from llamachat.runs.folder import StepFolder
 from llamachat.runs.reader import step_of
 
 _MADE_BY = {

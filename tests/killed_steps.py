@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 
 ROOT = Path(__file__).resolve().parents[1]

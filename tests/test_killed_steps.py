@@ -13,7 +13,7 @@ from zlib import crc32
 import pytest
 
 from llamachat.chat_format import ChatFormat
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder
 from tests.context_distillation import tiny_distilling
 from tests.gatt import tiny_gatt
 from tests.killed_steps import open_commands, results

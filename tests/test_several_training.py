@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 import reward
 import sft
 from llamachat.config.sections import Tuning
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.record import MetricsRecord
 from llamachat.training import session as session_module
 from llamachat.training.master_weights import MasterWeightOptimizer

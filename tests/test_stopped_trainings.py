@@ -16,8 +16,8 @@ import reward
 import sft
 from llamachat.config.sections import Tuning
 from llamachat.runs import checkpoints as checkpoints_module
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.checkpoints import newest
-from llamachat.runs.folder import StepFolder
 from llamachat.training.session import Session
 from llamachat.training.trainer import Watch
 from reward import train as reward_module

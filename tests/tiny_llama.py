@@ -12,8 +12,7 @@ from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.tokenizer import write_tokenizer
 from llamachat.config.sections import Base, Tuning
 from llamachat.models.loading import policy_details, save_policy
-from llamachat.runs.artifacts import Artifact, Manifest, publish
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import Artifact, Manifest, StepFolder, publish
 
 LORA = Tuning(method="lora", rank=4, alpha=8)
 

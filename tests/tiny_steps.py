@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from llamachat.runs.folder import StepFolder
-from pipelines.execution.inputs import find_work, stage_inputs
+from llamachat.runs.artifacts import StepFolder
+from pipelines.execution.run import find_work, stage_inputs
 from pipelines.recipe.recipe import load
 
 SECTIONS: dict[str, dict[str, Any]] = {

@@ -24,7 +24,7 @@ from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Data, Run, Tracking
 from llamachat.data.packing import StepPlan
 from llamachat.data.records import Preference
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.inputs import StepInputs
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _open_rollout(case: Case, folder: Path) -> Steps:
 def _open_ppo(case: Case, folder: Path) -> Steps:
     from llamachat.config.sections import Data, DataSource, Run, Scoring, Tracking
     from llamachat.rollout.decoder import LlamaEngine
-    from llamachat.runs.folder import StepFolder
+    from llamachat.runs.artifacts import StepFolder
     from llamachat.runs.inputs import StepInputs
     from llamachat.tracking.tracker import open_tracker
     from ppo.session import open_ppo

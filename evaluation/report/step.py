@@ -18,9 +18,8 @@ from evaluation.report.headline import headline
 from evaluation.report.page import Page, Points, Section, html, markdown
 from evaluation.report.sections import answers, comparison, ghost_attention, rounds, safety, sampling
 from evaluation.report.tuning import reward_models, supervised
-from llamachat.runs.artifacts import Artifact
+from llamachat.runs.artifacts import Artifact, StepFolder
 from llamachat.runs.atomic import remove_tree, write_text
-from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
 from llamachat.tracking.tracker import open_record
 from llamachat.training.publishing import publish_step

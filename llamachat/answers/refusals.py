@@ -13,8 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llamachat.chat_format.dialog import Dialog
-from llamachat.config.paths import bundled
-from llamachat.config.sections import DataSource
+from llamachat.config.sections import DataSource, bundled
 from llamachat.data.loading import read_records
 from llamachat.data.records import Preference
 from llamachat.errors import DataError

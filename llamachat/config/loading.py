@@ -14,9 +14,8 @@ from typing import Any, TypeVar, cast
 
 import yaml
 
-from llamachat.config.paths import near_path
-from llamachat.config.problems import ConfigProblem, Key, describe, dotted, raise_all, section_problems
-from llamachat.config.section import Section
+from llamachat.config.section import ConfigProblem, Key, Section, describe, dotted, raise_all, section_problems
+from llamachat.config.sections import near_path
 from llamachat.errors import first_line
 
 S = TypeVar("S", bound=Section)

@@ -1,14 +1,22 @@
-"""The parent of every configuration section: frozen, unknown keys are errors, each key is identity or operational.
+"""The parent of every configuration section, and what is wrong with values that are to become one.
 
-An identity key decides what a step makes and is part of its fingerprint. An operational key (micro-batch sizes,
-cadences, tracking, folders) decides only how, and may change between a kill and the next start.
+A section is frozen, and a key that it does not know is an error. An identity key decides what a step makes and is part of
+its fingerprint. An operational key (micro-batch sizes, cadences, tracking, folders) decides only how, and may change
+between a kill and the next start. A problem names its place and what to do: `file: section.key: what, and what to do`.
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import difflib
+import json
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from llamachat.errors import ConfigError
 
 
 class Section(BaseModel):
@@ -57,3 +65,288 @@ def _identity_of(value: object, plain: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_identity_of(item, plain_item) for item, plain_item in zip(value, plain, strict=True)]
     return plain
+
+
+# -- problems
+
+
+Key = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigProblem:
+    """One thing to mend: the file (or "command line") it came from, the dotted key, and the text."""
+
+    source: str
+    key: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.key}: {self.text}" if self.key else f"{self.source}: {self.text}"
+
+
+@runtime_checkable
+class Check(Protocol):
+    """A mark in a field's `Annotated[...]` that looks at the raw value before, and whatever, the types say."""
+
+    def problems(self, value: object) -> Iterable[tuple[Key, str]]:
+        """Pairs of a key under the field (often empty) and a text."""
+        ...
+
+
+def dotted(key: Key) -> str:
+    """The key as one writes it on the command line."""
+    return ".".join(str(part) for part in key)
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name most like another one, if any is like it at all."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)), None)
+
+
+def raise_all(problems: Sequence[ConfigProblem]) -> None:
+    """One ConfigError that tells every problem; nothing when there is none."""
+    if not problems:
+        return
+    lines = list(dict.fromkeys(str(problem) for problem in problems))
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    raise ConfigError("\n".join([f"The configuration has {count}:", *(f"  {line}" for line in lines)]))
+
+
+def section_problems(
+    schema: type[Section],
+    values: Mapping[str, Any],
+    *,
+    source: Callable[[Key], str],
+    at: Key = (),
+    root: type[Section] | None = None,
+) -> list[ConfigProblem]:
+    """Everything that keeps the values from being the section: types, ranges, unknown and missing keys, missing files.
+
+    `at` is where the section lies in the recipe, `source` the file that a key came from, and `root` the whole
+    recipe's schema, whose other sections are searched for a misplaced key.
+    """
+    found = [
+        ConfigProblem(source(at + key), dotted(at + key), text) for key, text in _type_problems(schema, values, root)
+    ]
+    for key, field, value in _fields(schema, values):
+        for check in (mark for mark in field.metadata if isinstance(mark, Check)):
+            for below, text in check.problems(value):
+                full = at + key + below
+                found.append(ConfigProblem(source(full), dotted(full), text))
+    return found
+
+
+def _type_problems(
+    schema: type[Section], values: Mapping[str, Any], root: type[Section] | None
+) -> Iterator[tuple[Key, str]]:
+    try:
+        # Strict, through JSON: a list may become a tuple there, but "5" never becomes 5, nor 1 true.
+        schema.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        grouped: dict[Key, list[ErrorDetails]] = {}
+        for details in error.errors(include_url=False):
+            grouped.setdefault(_field_key(schema, details["loc"]), []).append(details)
+        for key, group in grouped.items():
+            yield from _explain(schema, key, group, values, root)
+
+
+def _explain(
+    schema: type[Section], key: Key, group: list[ErrorDetails], values: Mapping[str, Any], root: type[Section] | None
+) -> Iterator[tuple[Key, str]]:
+    kinds = {details["type"] for details in group}
+    if kinds == {"missing"}:
+        for missing, field in _required_leaves(schema, key):
+            where = f"Write it in the recipe, or give {dotted(missing)}=VALUE on the command line"
+            yield missing, f"missing, but required. {_meaning(field)} {where}."
+    elif kinds == {"extra_forbidden"}:
+        yield key, _unknown_key(schema, key, root or schema)
+    elif "value_error" in kinds:
+        reason = next(str(d["ctx"]["error"]) for d in group if d["type"] == "value_error" and "ctx" in d)
+        yield key, f"{reason}. {_meaning(_field(schema, key))}".rstrip()
+    else:
+        value = _value(values, key)
+        required = " or ".join(dict.fromkeys(_required(details) for details in group))
+        hint = _near_choice(value, group)
+        yield (
+            key,
+            f"found {describe(value)}, but {required} is required.{hint} {_meaning(_field(schema, key))}".rstrip(),
+        )
+
+
+def describe(value: object) -> str:
+    """A value in words, for "found ..."."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        shown = value if len(value) <= 60 else value[:57] + "..."
+        return f"the text {shown!r}"
+    if isinstance(value, (int, float)):
+        return f"the number {value!r}"
+    if isinstance(value, Mapping):
+        return f"a mapping with the keys {', '.join(map(str, value))}" if value else "an empty mapping"
+    if isinstance(value, Sequence):
+        return f"a list of {len(value)}" if value else "an empty list"
+    return repr(value)
+
+
+_REQUIRED = {
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping of keys",
+    "finite_number": "a finite number",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
+    "multiple_of": "a multiple of {multiple_of}",
+    "string_too_short": "text of at least {min_length} characters",
+    "literal_error": "{expected}",
+}
+
+
+def _required(details: ErrorDetails) -> str:
+    pattern = _REQUIRED.get(details["type"])
+    return pattern.format(**details.get("ctx", {})) if pattern else details["msg"]
+
+
+def _near_choice(value: object, group: list[ErrorDetails]) -> str:
+    choices = [c for d in group if d["type"] == "literal_error" for c in d.get("ctx", {})["expected"].split("'")[1::2]]
+    near = nearest(value, choices) if isinstance(value, str) else None
+    return f" Did you mean '{near}'?" if near else ""
+
+
+def _meaning(field: FieldInfo | None) -> str:
+    if field is None or not field.description:
+        return ""
+    text = field.description if field.description.endswith(".") else field.description + "."
+    if field.is_required() or field.default_factory is not None or isinstance(field.default, Section):
+        return text
+    return f"{text} Default: {json.dumps(field.default, default=str)}."
+
+
+def _unknown_key(schema: type[Section], key: Key, root: type[Section]) -> str:
+    name = str(key[-1])
+    owner = _section_at(schema, key[:-1])
+    if owner is None:
+        return "unknown key. Remove it."
+    if name in owner.unknown_keys:
+        return owner.unknown_keys[name]
+    near = nearest(name, owner.model_fields)
+    if near:
+        return f"unknown key. Did you mean '{near}'?"
+    elsewhere = [path for path in all_keys(root) if path.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"unknown key. Did you mean '{elsewhere[0]}'?"
+    return f"unknown key. Known here: {', '.join(owner.model_fields)}."
+
+
+def all_keys(schema: type[Section], at: str = "") -> Iterator[str]:
+    """Dotted key of every field that is not itself a section, lists of sections aside."""
+    for name, field in schema.model_fields.items():
+        below = _section_of(field.annotation)
+        if below is not None and get_origin(field.annotation) is not tuple:
+            yield from all_keys(below, f"{at}{name}.")
+        else:
+            yield f"{at}{name}"
+
+
+def _fields(schema: type[Section], values: object, at: Key = ()) -> Iterator[tuple[Key, FieldInfo, Any]]:
+    """Every known field that the values hold, at any depth, whatever their types."""
+    if not isinstance(values, Mapping):
+        return
+    for name, field in schema.model_fields.items():
+        if name not in values:
+            continue
+        value, key = values[name], (*at, name)
+        yield key, field, value
+        below = _section_of(field.annotation)
+        if below is not None:
+            for index, item in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                yield from _fields(below, item, key if index is None else (*key, index))
+
+
+def _field_key(schema: type[Section], loc: tuple[int | str, ...]) -> Key:
+    """The part of a pydantic location that names fields and list items, without its union tags."""
+    key: list[str | int] = []
+    annotation: Any = schema
+    for part in loc:
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            key.append(part)
+            if part not in annotation.model_fields:
+                break
+            annotation = _without_none(annotation.model_fields[str(part)].annotation)
+        elif get_origin(annotation) in (tuple, list, dict) and (
+            isinstance(part, int) or get_origin(annotation) is dict
+        ):
+            key.append(part)
+            annotation = _without_none(get_args(annotation)[1 if get_origin(annotation) is dict else 0])
+        else:
+            break
+    return tuple(key)
+
+
+def _without_none(annotation: Any) -> Any:
+    if get_origin(annotation) in (Union, types.UnionType):
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        return members[0] if len(members) == 1 else annotation
+    return annotation
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field is, or that a field lists."""
+    annotation = _without_none(annotation)
+    if get_origin(annotation) in (tuple, list):
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is Literal or not isinstance(annotation, type):
+        return None
+    return annotation if issubclass(annotation, Section) else None
+
+
+def _section_at(schema: type[Section], key: Key) -> type[Section] | None:
+    section: type[Section] | None = schema
+    parts = iter(key)
+    for part in parts:
+        if isinstance(part, str) and section is not None:
+            field = section.model_fields.get(part)
+            annotation = field.annotation if field else None
+            if get_origin(annotation) is dict:
+                annotation = get_args(annotation)[1]
+                next(parts, None)  # a name that the user gave
+            section = _section_of(annotation)
+    return section
+
+
+def _field(schema: type[Section], key: Key) -> FieldInfo | None:
+    names = [part for part in key if isinstance(part, str)]
+    owner = _section_at(schema, tuple(names[:-1])) if names else None
+    return owner.model_fields.get(names[-1]) if owner is not None else None
+
+
+def _required_leaves(schema: type[Section], key: Key) -> Iterator[tuple[Key, FieldInfo | None]]:
+    """The missing key, or where a whole section is missing, the keys that it cannot do without."""
+    field = _field(schema, key)
+    below = _section_of(field.annotation) if field else None
+    if below is None or field is None or get_origin(field.annotation) in (tuple, list):
+        yield key, field
+        return
+    for name, inner in below.model_fields.items():
+        if inner.is_required():
+            yield from _required_leaves(schema, (*key, name))
+
+
+def _value(values: Any, key: Key) -> object:
+    for part in key:
+        values = values[part]
+    return values

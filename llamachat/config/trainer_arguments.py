@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from llamachat.config.problems import nearest
+from llamachat.config.section import nearest
 
 _OURS_ALONE = "llamachat sets it itself"
 _SHARED = {

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
-from llamachat.config.paths import HubSet, hub_set, near_path
+from llamachat.config.sections import HubSet, hub_set, near_path
 from llamachat.data.problems import converted_path
 from llamachat.data.records import Row, bad_row
 from llamachat.errors import DataError, UsageError, first_line

@@ -19,8 +19,7 @@ from torch import nn
 from llamachat import distributed
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.tokenizer import BASES_THAT_WORK, BOS_ID, EOS_ID, UNK_ID, Tokenizer, load_tokenizer
-from llamachat.config.paths import is_hub_name
-from llamachat.config.sections import Base, RopeScaling, Tuning
+from llamachat.config.sections import Base, RopeScaling, Tuning, is_hub_name
 from llamachat.errors import ArtifactError, ConfigError, first_line
 from llamachat.models import nf4
 from llamachat.models.weights import file_weights, trunk_digest

@@ -21,8 +21,7 @@ from llamachat.chat_format.dialog import DialogError, Message, check_messages, w
 from llamachat.chat_format.format import shorten_alike
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.chat_format.tokenizer import UNK_ID, Tokenizer, load_tokenizer
-from llamachat.config.paths import is_hub_name
-from llamachat.config.sections import Base, Tuning
+from llamachat.config.sections import Base, Tuning, is_hub_name
 from llamachat.errors import ArtifactError
 from llamachat.models import nf4
 from llamachat.models.hub import tokenizer_folder

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
-from llamachat.runs.artifacts import Artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import Artifact, StepFolder
 
 # The reward models of a recipe. The judge is trained on data that the other two never see, and selects nothing.
 Which = Literal["helpfulness", "safety", "judge"]

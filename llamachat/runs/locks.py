@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamachat.errors import BusyError
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.atomic import StorageError, make_folder, remove_leftovers, storage_errors
-from llamachat.runs.folder import StepFolder
 
 # Another command that only looks (`plan`) holds the lock for microseconds; it must not refuse one that wants to work.
 _TRIES = 5

@@ -24,12 +24,12 @@ from llamachat.runs.artifacts import (
     NOT_STEPS,
     Artifact,
     Manifest,
+    StepFolder,
     read_manifest,
 )
 from llamachat.runs.atomic import INCOMING
-from llamachat.runs.cost import Cost, read_cost
-from llamachat.runs.folder import StepFolder
 from llamachat.runs.record import MetricsRecord
+from llamachat.runs.state import Cost, read_cost
 
 _SIGNS = ("identity.json", "metrics.jsonl", "summary.json", f"artifact/{MANIFEST}")
 _BEST_OF_N = "best_of_n.json"  # in the figures of rejection sampling

@@ -1,20 +1,33 @@
-"""Whether a step is new, to be continued, or done; reuse by reference, and the index of a run.
+"""Whether a step is new, to be continued, or done; what it has cost; reuse by reference, and the index of a run.
 
 A step is bound to its fingerprint from the moment it begins: with another one it is refused, never trained over. The
 `lineage.json` of a run is an index for people and pages: rebuilt from the manifests, read by no stage.
+
+`cost.json` counts seconds, peak memory and starts over all the commands that worked on a step. It is written as the work
+begins, every ten seconds and as it ends, so that a killed command loses no more than that, and is no part of the artifact.
+A process's peak of resident memory never falls by itself, so it is set back through /proc/self/clear_refs as a step
+begins. Where that cannot be done (no Linux, or not allowed) the peak of a later step of one command is at least that of
+the steps before it.
 """
 
 import json
 import os
-from collections.abc import Mapping
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from llamachat.errors import ArtifactError, ChangedError, UsageError
-from llamachat.runs.artifacts import is_published, published_steps, read_artifact
+from llamachat.runs.artifacts import StepFolder, is_published, published_steps, read_artifact
 from llamachat.runs.atomic import (
     INCOMING,
+    StorageError,
     flush,
     make_folder,
     remove_dead_side_files,
@@ -25,7 +38,6 @@ from llamachat.runs.atomic import (
 )
 from llamachat.runs.checkpoints import newest
 from llamachat.runs.fingerprints import changed_keys
-from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import hold, is_held_by_us
 
 
@@ -231,3 +243,89 @@ def _refuse_foreign_files(folder: StepFolder) -> None:
             f"{folder.path}: holds {', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}, which no step made."
             " A step owns its folder whole. Choose another place with run.dir=DIR, or move those files away."
         )
+
+
+# -- cost
+
+
+EVERY_S = 10.0
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+_RESET_PEAK = "5"  # of proc(5): the peak of resident memory becomes the present size
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What the work on one step has taken."""
+
+    seconds: float = 0.0  # of wall time, of all starts
+    peak_gib: float = 0.0  # most memory that one of them held: of the GPU where there is one, else resident
+    starts: int = 0  # commands that worked on it
+
+
+def read_cost(folder: StepFolder) -> Cost | None:
+    """The cost as it was last written; None of a step that no command has worked on since it is counted."""
+    if not folder.cost.is_file():
+        return None
+    with storage_errors(folder.cost):
+        return Cost(**json.loads(folder.cost.read_text(encoding="utf-8")))
+
+
+@contextmanager
+def counted(folder: StepFolder) -> Iterator[None]:
+    """Count the block as one more start of the step."""
+    before, began = read_cost(folder) or Cost(), time.monotonic()
+    reset_peak()
+    ended = threading.Event()
+
+    def write() -> None:
+        now = Cost(
+            seconds=round(before.seconds + time.monotonic() - began, 3),
+            peak_gib=round(max(before.peak_gib, peak_memory()), 4),
+            starts=before.starts + 1,
+        )
+        write_json(folder.cost, asdict(now))
+
+    def refresh() -> None:
+        while not ended.wait(EVERY_S):
+            # A full disk is told by the work itself, which needs it more.
+            with suppress(StorageError):
+                write()
+
+    write()
+    watch = threading.Thread(target=refresh, name="cost", daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watch.join()
+        with suppress(StorageError):
+            write()
+
+
+def reset_peak() -> None:
+    """Let the peak begin anew at what is held now, as far as the system lets us."""
+    torch = _torch_on_gpu()
+    if torch is not None:
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        _CLEAR_REFS.write_text(_RESET_PEAK)
+
+
+def peak_memory() -> float:
+    """Most memory that the process has held since `reset_peak`, in GiB: of the GPU where there is one, else resident."""
+    torch = _torch_on_gpu()
+    if torch is not None:
+        return torch.cuda.max_memory_allocated() / 2**30
+    with suppress(OSError, ValueError, IndexError):
+        return int(_STATUS.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _torch_on_gpu() -> Any:
+    """PyTorch where it holds a GPU already; nothing is loaded to ask."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and torch.cuda.is_initialized() else None

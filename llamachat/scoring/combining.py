@@ -11,8 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llamachat.config.paths import function_name
-from llamachat.config.sections import Scoring
+from llamachat.config.sections import Scoring, function_name
 from llamachat.maths.masked import VARIANCE_FLOOR, masked_mean, masked_variance
 from llamachat.scoring.scores import Answers, Combined, Scores
 from llamachat.scoring.user_function import load_user_function

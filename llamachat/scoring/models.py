@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from llamachat.config.paths import function_name
-from llamachat.config.sections import Scoring
+from llamachat.config.sections import Scoring, function_name
 from llamachat.errors import ConfigError
 from llamachat.runs.artifacts import MANIFEST, Artifact, Manifest, read_artifact
 

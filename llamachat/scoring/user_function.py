@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from llamachat.chat_format.dialog import as_dicts
-from llamachat.config.paths import FunctionName, missing
-from llamachat.config.problems import describe, nearest
+from llamachat.config.section import describe, nearest
+from llamachat.config.sections import FunctionName, missing
 from llamachat.errors import ConfigError, ScoringError
 from llamachat.runs.fingerprints import digest_of_file
 from llamachat.scoring.scores import Answers, Scores

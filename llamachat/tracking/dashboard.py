@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 from llamachat.errors import UsageError
-from llamachat.runs.artifacts import is_published
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder, is_published
 from llamachat.runs.locks import living_owner
 from llamachat.tracking.curves import terminal_curves
 

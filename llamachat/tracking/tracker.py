@@ -12,8 +12,8 @@ from typing import Any
 
 from llamachat import distributed
 from llamachat.config.sections import Tracking
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.atomic import write_json
-from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
 from llamachat.runs.reader import read_summary
 from llamachat.runs.record import STEP, TIME, MetricsRecord, SamplesRecord

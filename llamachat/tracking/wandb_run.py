@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from llamachat.config.sections import Tracking
 from llamachat.errors import first_line
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.atomic import write_json
-from llamachat.runs.folder import StepFolder
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from llamachat.config.optimizer import OptimizerSection
 from llamachat.data.packing import StepPlan
 from llamachat.models.weights import file_weights
 from llamachat.runs.checkpoints import newest, writing
-from llamachat.runs.cost import peak_memory
+from llamachat.runs.state import peak_memory
 from llamachat.training.hours import Hours
 from llamachat.training.master_weights import MasterWeightOptimizer, adamw
 from llamachat.training.out_of_memory import in_room

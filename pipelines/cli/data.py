@@ -11,7 +11,7 @@ from llamachat.chat_format.llama2 import SPECIAL_TAGS
 from llamachat.data.check import check_path
 from llamachat.data.convert.command import convert_path
 from llamachat.data.tokens import write_tokens
-from pipelines.cli.options import reported
+from pipelines.cli.launch import reported
 
 log = logging.getLogger(__name__)
 

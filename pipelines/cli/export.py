@@ -7,7 +7,7 @@ import typer
 
 from llamachat.errors import UsageError
 from llamachat.runs.artifacts import read_artifact
-from pipelines.cli.options import TINY, ConfigOption, reported
+from pipelines.cli.launch import TINY, ConfigOption, reported
 from pipelines.cli.talk import named_artifacts
 from serving.hub import Destination
 

@@ -20,8 +20,18 @@ from llamachat.config.loading import to_yaml
 from llamachat.errors import LlamachatError, UsageError
 from pipelines.cli import data, runs, talk
 from pipelines.cli.export import export
-from pipelines.cli.launch import die_with_parent, missing_processes, start
-from pipelines.cli.options import INTERRUPTED, TINY, ConfigOption, Overrides, SeveralValues, reported, state_is_kept
+from pipelines.cli.launch import (
+    INTERRUPTED,
+    TINY,
+    ConfigOption,
+    Overrides,
+    SeveralValues,
+    die_with_parent,
+    missing_processes,
+    reported,
+    start,
+    state_is_kept,
+)
 from pipelines.execution.run import lead, run_chosen, write_reports
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text

@@ -9,7 +9,7 @@ import typer
 from llamachat.config.gpus import parse_gpu
 from llamachat.errors import UsageError
 from llamachat.tracking.dashboard import dashboard as show
-from pipelines.cli.options import (
+from pipelines.cli.launch import (
     TINY,
     ConfigOption,
     GpuOption,

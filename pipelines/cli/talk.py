@@ -10,7 +10,7 @@ import typer
 from llamachat.errors import UsageError
 from llamachat.rollout.engine import Sampling
 from llamachat.runs.artifacts import read_artifact
-from pipelines.cli.options import TINY, ConfigOption, MaxNewTokens, Seed, Temperature, TopK, TopP, reported
+from pipelines.cli.launch import TINY, ConfigOption, MaxNewTokens, Seed, Temperature, TopK, TopP, reported
 from pipelines.recipe.recipe import load
 
 if TYPE_CHECKING:

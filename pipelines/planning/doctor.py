@@ -15,7 +15,7 @@ from typing import Literal
 
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.config.gpus import Gpu
-from llamachat.config.paths import hub_set
+from llamachat.config.sections import hub_set
 from llamachat.errors import LlamachatError
 from llamachat.memory.estimates import BYTES, KNOWN_BASES, shape_of
 from llamachat.models.hub import is_cached, reach_data, reach_model, tokenizer_folder

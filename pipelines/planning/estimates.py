@@ -20,11 +20,10 @@ from llamachat.config.sections import DataSource, Split
 from llamachat.errors import ArtifactError, LlamachatError
 from llamachat.memory.estimates import BYTES, Estimate, Setup, Shape, shape_of
 from llamachat.memory.role_bytes import PROMPT_TOKENS, Beside, Lengths, Seating, place_reward_models
-from llamachat.runs.artifacts import read_artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder, read_artifact
 from llamachat.runs.reader import read_summary
 from llamachat.scoring.models import MODELS, ModelName, RewardModelFacts, models_read
-from pipelines.execution.inputs import tuning_section
+from pipelines.execution.run import tuning_section
 from pipelines.planning.stage_costs import ppo_cost, report_cost, reward_cost, sampling_cost, sft_cost
 from pipelines.recipe.recipe import Recipe, Step
 from pipelines.recipe.stages import POLICY

@@ -16,7 +16,7 @@ import yaml
 
 from llamachat.config.gpus import CARDS, Gpu, parse_gpu
 from llamachat.config.loading import from_plain, read_layers
-from llamachat.config.paths import ModelPath, bundled
+from llamachat.config.sections import ModelPath, bundled
 from llamachat.errors import UsageError
 from llamachat.memory.estimates import KNOWN_BASES, Shape, shape_of
 from llamachat.models.hub import UNGATED, require_llama, tokenizer_folder

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamachat.chat_format.llama2 import SPECIAL_TAGS
-from llamachat.config.paths import hub_set, missing
+from llamachat.config.sections import hub_set, missing
 from llamachat.data.check import CheckReport, check_path
 from llamachat.data.problems import report
 from llamachat.data.records import Kind

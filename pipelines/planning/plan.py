@@ -6,13 +6,11 @@ from pathlib import Path
 
 from llamachat.errors import ChangedError, LlamachatError
 from llamachat.memory.estimates import Estimate
-from llamachat.runs.artifacts import is_published, read_artifact
+from llamachat.runs.artifacts import StepFolder, is_published, read_artifact
 from llamachat.runs.checkpoints import newest
-from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import living_owner
 from llamachat.runs.state import StepState, step_state
-from pipelines.execution.inputs import Work, find_work, lacks_labels, lacks_policy
-from pipelines.execution.run import parent_folder
+from pipelines.execution.run import Work, find_work, lacks_labels, lacks_policy, parent_folder
 from pipelines.planning.estimates import estimate_step
 from pipelines.recipe.recipe import Recipe, Step, choose_steps
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamachat.config.loading import COMMAND_LINE, Layers, merged
-from llamachat.config.problems import ConfigProblem, Key, describe, dotted, nearest, section_problems
-from llamachat.config.section import Section
+from llamachat.config.section import ConfigProblem, Key, Section, describe, dotted, nearest, section_problems
 from llamachat.config.sections import Data, Rollout, Split, Tuning
 from pipelines.recipe.stages import STAGES, Product, Stage
 

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llamachat.config.paths import function_name, here_or_bundled
 from llamachat.config.section import Section, identity
-from llamachat.config.sections import Base, DataSource, Scoring, Tuning
+from llamachat.config.sections import Base, DataSource, Scoring, Tuning, function_name, here_or_bundled
 from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.fingerprints import digest_of_file, digest_of_folder, digest_of_weights
 from pipelines.recipe.recipe import Recipe, Step

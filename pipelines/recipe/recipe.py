@@ -12,13 +12,11 @@ from evaluation import Config as EvaluationConfig
 from evaluation.report import Config as ReportConfig
 from gatt import Config as GattConfig
 from llamachat.config.loading import Layers, from_plain, load_recipe, merged
-from llamachat.config.paths import missing
-from llamachat.config.problems import ConfigProblem, Key, dotted, nearest
-from llamachat.config.section import Section
-from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
+from llamachat.config.section import ConfigProblem, Key, Section, dotted, nearest
+from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning, missing
 from llamachat.data.sources import SOURCES
 from llamachat.errors import UsageError
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder
 from pipelines.recipe.entries import command_line_first, read_entry, step_problems
 from pipelines.recipe.stages import REWARD_MODELS, Product, Role, Stage
 from ppo import Config as PpoConfig

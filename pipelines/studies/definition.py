@@ -15,8 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from llamachat.config.loading import Layers, from_plain, parse_mapping
-from llamachat.config.problems import ConfigProblem, Key, dotted, raise_all, section_problems
-from llamachat.config.section import Section
+from llamachat.config.section import ConfigProblem, Key, Section, dotted, raise_all, section_problems
 from llamachat.runs.fingerprints import fingerprint
 from pipelines.recipe.identity import step_identity
 from pipelines.recipe.recipe import Recipe, Step, choose_steps, load

@@ -8,8 +8,7 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from llamachat.errors import ConfigError, UsageError
-from llamachat.runs.artifacts import Artifact, is_published
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import Artifact, StepFolder, is_published
 from llamachat.runs.reader import step_of
 from llamachat.runs.state import reference
 from pipelines.execution.run import run_chosen, run_step

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llamachat.config.problems import nearest
+from llamachat.config.section import nearest
 from llamachat.runs.atomic import write_json, write_text
 from llamachat.tables import markdown_table
 from llamachat.tracking.metrics import find_metric

@@ -14,8 +14,7 @@ from llamachat.answers.scorer import Scorer
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.models.loading import load_policy
 from llamachat.rollout.decoder import LlamaEngine
-from llamachat.runs.artifacts import read_artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder, read_artifact
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan

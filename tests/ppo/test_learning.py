@@ -12,8 +12,7 @@ import torch
 import ppo
 from llamachat.errors import DivergedError
 from llamachat.models.loading import load_policy
-from llamachat.runs.artifacts import Artifact, read_artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import Artifact, StepFolder, read_artifact
 from llamachat.runs.inputs import StepInputs
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names

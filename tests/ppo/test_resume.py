@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.checkpoints import newest
-from llamachat.runs.folder import StepFolder
 from tests.killed_steps import Commands, open_commands, results
 from tests.ppo.tiny_ppo import write_function, write_prompts
 from tests.sft.tiny_sft import write_base

@@ -18,9 +18,8 @@ from llamachat import distributed
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Run
 from llamachat.errors import ConfigError
-from llamachat.runs.artifacts import Artifact
+from llamachat.runs.artifacts import Artifact, StepFolder
 from llamachat.runs.checkpoints import newest
-from llamachat.runs.folder import StepFolder
 from llamachat.runs.inputs import StepInputs
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from ppo.config import Config

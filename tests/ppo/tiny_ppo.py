@@ -9,8 +9,7 @@ import torch
 
 from llamachat.config.sections import Data, DataSource, Rollout, Run, Scoring, Split, Tracking, Tuning
 from llamachat.models.loading import save_policy
-from llamachat.runs.artifacts import Artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import Artifact, StepFolder
 from llamachat.runs.inputs import StepInputs
 from ppo.config import Config
 from tests.tiny_llama import base_section, tiny_llama

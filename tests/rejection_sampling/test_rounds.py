@@ -16,8 +16,7 @@ from llamachat.config.sections import DataSource
 from llamachat.data.loading import read_records
 from llamachat.errors import DataError
 from llamachat.models.loading import load_policy
-from llamachat.runs.artifacts import read_artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder, read_artifact
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan

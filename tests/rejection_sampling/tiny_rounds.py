@@ -7,8 +7,7 @@ from llamachat.answers.groups import Group
 from llamachat.chat_format import TrainOn, load_chat_format
 from llamachat.chat_format.dialog import Message
 from llamachat.chat_format.tokenizer import SentencePieceBackend, Tokenizer
-from llamachat.runs.artifacts import Artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import Artifact, StepFolder
 from tests.fakes import train_sentencepiece
 from tests.ppo.tiny_ppo import write_function, write_prompts
 from tests.sft.tiny_sft import toy_dialogs, write_dialogs

@@ -11,8 +11,7 @@ from llamachat.chat_format.tokenizer import write_tokenizer
 from llamachat.config.sections import Base, Tuning
 from llamachat.models.loading import attach_adapter, load_base, policy_details
 from llamachat.models.reward_model import RewardStart, build_reward_model, save_reward_model
-from llamachat.runs.artifacts import Artifact, Manifest, publish
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import Artifact, Manifest, StepFolder, publish
 from tests.sft.tiny_sft import write_base
 from tests.tiny_llama import base_section, move_adapter, publish_policy
 

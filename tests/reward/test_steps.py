@@ -17,7 +17,7 @@ import sft
 from llamachat.errors import ArtifactError, UsageError
 from llamachat.runs.artifacts import Artifact
 from pipelines.cli.main import main
-from pipelines.execution.inputs import find_work, take_inputs
+from pipelines.execution.run import find_work, take_inputs
 from pipelines.planning.estimates import TOKENS_OF_A_PAIR, estimate_step
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text

@@ -8,8 +8,7 @@ from typing import Any
 
 from llamachat.config.sections import Data, DataSource, Run, Split, Tracking, Tuning
 from llamachat.models.reward_model import build_reward_model
-from llamachat.runs.artifacts import Artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import Artifact, StepFolder
 from llamachat.runs.inputs import StepInputs, Which
 from llamachat.training.session import Session, resume
 from reward.config import Config

@@ -13,9 +13,8 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import RopeScaling
 from llamachat.models.loading import load_policy
-from llamachat.runs.artifacts import DIALOGS, Artifact, Manifest, publish, read_artifact
+from llamachat.runs.artifacts import DIALOGS, Artifact, Manifest, StepFolder, publish, read_artifact
 from llamachat.runs.fingerprints import digest_of_file
-from llamachat.runs.folder import StepFolder
 from serving import provenance
 from serving.export import Request, export_policy
 from serving.model_card import Facts, model_index

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from llamachat.runs import checkpoints as checkpoints_module
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.record import MetricsRecord
 from tests.killed_steps import ENVIRONMENT, ROOT, Commands, open_commands, results
 from tests.sft.tiny_sft import toy_dialogs, write_base, write_dialogs, write_recipe

@@ -17,8 +17,7 @@ from llamachat.chat_format.dialog import Message
 from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.config.sections import Split, Tuning
 from llamachat.errors import ConfigError, DataError, DivergedError
-from llamachat.runs.artifacts import read_artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder, read_artifact
 from llamachat.runs.reader import read_summary
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from sft import train as train_module

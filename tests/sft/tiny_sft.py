@@ -11,8 +11,7 @@ import yaml
 
 from llamachat.config.sections import Base, Data, DataSource, Rollout, Run, Split, Tracking, Tuning
 from llamachat.models.loading import save_policy
-from llamachat.runs.artifacts import Artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import Artifact, StepFolder
 from llamachat.runs.inputs import StepInputs
 from llamachat.training.session import Session, resume
 from sft.config import Config

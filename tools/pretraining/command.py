@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from llamachat.config.loading import COMMAND_LINE, Layers, from_plain
-from llamachat.config.problems import raise_all, section_problems
+from llamachat.config.section import raise_all, section_problems
 from llamachat.errors import DataError
 from llamachat.runs.atomic import incoming_folder, write_text
 from llamachat.training.progress import StepProgress

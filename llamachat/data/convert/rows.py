@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from llamachat.config.paths import hub_set
+from llamachat.config.sections import hub_set
 from llamachat.data.convert.turns import Repair
 from llamachat.data.files import BYTE_ORDER_MARK, decode_line, numbered_lines, open_file, read_rows
 from llamachat.data.problems import convert_command

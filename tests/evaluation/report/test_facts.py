@@ -13,7 +13,7 @@ from evaluation.report.config import Config
 from evaluation.report.headline import verdict
 from evaluation.report.page import number, signed
 from llamachat.errors import ArtifactError
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.reader import Evaluation
 from tests.evaluation.report.tiny_report import HOSTILE, TinyRun, measure, write
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from llamachat.runs.artifacts import read_artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder, read_artifact
 from tests.evaluation.report.tiny_report import EVALUATED, HOSTILE, STEPS, TinyRun
 
 VOID = {"meta", "link", "img", "br"}

@@ -9,8 +9,7 @@ from typing import Any
 from evaluation.report.config import Config
 from evaluation.report.step import run
 from llamachat.config.sections import Base, Data, Run, Tracking, Tuning
-from llamachat.runs.artifacts import Artifact, Kind, Manifest, publish
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import Artifact, Kind, Manifest, StepFolder, publish
 from llamachat.runs.inputs import StepInputs
 
 EVALUATED = ("sft", "rs", "ppo")

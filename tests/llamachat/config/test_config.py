@@ -9,9 +9,8 @@ import yaml
 from pydantic import Field
 
 from llamachat.config.loading import load_recipe, parse_value, to_yaml
-from llamachat.config.paths import near_path
 from llamachat.config.section import Section, identity, operational
-from llamachat.config.sections import Base, Data, Rollout, Run, Tracking, Tuning
+from llamachat.config.sections import Base, Data, Rollout, Run, Tracking, Tuning, near_path
 from llamachat.config.trainer_arguments import TrainerArguments
 from llamachat.errors import ConfigError
 from tests.recipes import recipe_values, write_base, write_yaml

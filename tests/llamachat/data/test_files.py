@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamachat.config.paths import HubSet, hub_set
+from llamachat.config.sections import HubSet, hub_set
 from llamachat.data.files import decode_line, decode_lines, has_byte_order_mark, read_rows
 from llamachat.data.problems import SHOWN, Problem, problem, reason_key, report
 from llamachat.data.records import Row

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from llamachat.errors import ArtifactError
-from llamachat.runs.artifacts import Artifact, Kind, Manifest, is_published, publish, read_artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import Artifact, Kind, Manifest, StepFolder, is_published, publish, read_artifact
 from tests.killing import killed_at
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.atomic import INCOMING, StorageError, write_text
 from llamachat.runs.checkpoints import newest, writing
-from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import hold
 from tests.killing import killed_at
 
@@ -108,7 +108,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from tests.llamachat.runs.test_checkpoints import save
 from llamachat.runs.checkpoints import newest
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.locks import hold
 folder = StepFolder(Path(sys.argv[1]))
 with hold(folder):

@@ -12,11 +12,10 @@ import pytest
 
 import sft
 from llamachat.errors import DataError
-from llamachat.runs import cost as cost_module
-from llamachat.runs.artifacts import Artifact
+from llamachat.runs import state as state_module
+from llamachat.runs.artifacts import Artifact, StepFolder
 from llamachat.runs.atomic import StorageError
-from llamachat.runs.cost import Cost, counted, peak_memory, read_cost, reset_peak
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.state import Cost, counted, peak_memory, read_cost, reset_peak
 from pipelines.recipe.recipe import load
 from tests.recipes import publish_toy_policy, run_command, write_recipe
 
@@ -32,7 +31,7 @@ def cost_of(folder: StepFolder) -> Cost:
 def test_seconds_and_starts_add_up_and_the_largest_peak_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, peaks = StepFolder(tmp_path), iter([0.5, 2.0, 0.5, 0.75])
     assert read_cost(folder) is None
-    monkeypatch.setattr(cost_module, "peak_memory", lambda: next(peaks))
+    monkeypatch.setattr(state_module, "peak_memory", lambda: next(peaks))
     for _ in range(2):
         with counted(folder):
             time.sleep(0.1)
@@ -44,8 +43,8 @@ def test_seconds_and_starts_add_up_and_the_largest_peak_stays(tmp_path: Path, mo
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from llamachat.runs import cost
-from llamachat.runs.folder import StepFolder
+from llamachat.runs import state as cost
+from llamachat.runs.artifacts import StepFolder
 cost.EVERY_S = 0.05
 with cost.counted(StepFolder(Path(sys.argv[1]))):
     time.sleep(0.6)
@@ -75,8 +74,8 @@ def test_the_peak_is_that_of_the_step_and_not_of_the_one_before() -> None:
 def test_without_the_files_of_linux_the_peak_is_that_of_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost_module, "_CLEAR_REFS", tmp_path / "none" / "clear_refs")
-    monkeypatch.setattr(cost_module, "_STATUS", tmp_path / "none" / "status")
+    monkeypatch.setattr(state_module, "_CLEAR_REFS", tmp_path / "none" / "clear_refs")
+    monkeypatch.setattr(state_module, "_STATUS", tmp_path / "none" / "status")
     reset_peak()
     assert 0.01 < peak_memory() < 64
 
@@ -86,7 +85,7 @@ def test_a_disk_that_is_full_as_the_work_ends_does_not_undo_it(tmp_path: Path, m
         raise StorageError("no space left")
 
     with counted(StepFolder(tmp_path)):
-        monkeypatch.setattr(cost_module, "write_json", full)
+        monkeypatch.setattr(state_module, "write_json", full)
     assert cost_of(StepFolder(tmp_path)).starts == 1
 
 

@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 
 from llamachat.errors import ArtifactError, BusyError, ChangedError, DataError, UsageError
 from llamachat.runs import fingerprints, locks
-from llamachat.runs.artifacts import Manifest, publish
+from llamachat.runs.artifacts import Manifest, StepFolder, publish
 from llamachat.runs.atomic import INCOMING, StorageError
 from llamachat.runs.fingerprints import changed_keys, digest_of_file, digest_of_folder, digest_of_weights, fingerprint
-from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import hold, is_held_by_us, living_owner
 from llamachat.runs.state import StepState, begin, lineage, overwrite, reference, step_state
 from tests.killing import killed_at
@@ -34,7 +33,7 @@ HOLDER = """
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.locks import hold
 with hold(StepFolder(Path(sys.argv[1]))):
     child = os.fork()

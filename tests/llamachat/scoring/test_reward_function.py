@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import tensor
 
-from llamachat.config.paths import FunctionName
+from llamachat.config.sections import FunctionName
 from llamachat.errors import ConfigError, ScoringError
 from llamachat.scoring.combining import combiner
 from llamachat.scoring.scores import Scores

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, tensor
 from torch.testing import assert_close
 
-from llamachat.config.problems import section_problems
+from llamachat.config.section import section_problems
 from llamachat.config.sections import Scoring
 from llamachat.errors import ConfigError, ScoringError
 from llamachat.runs.artifacts import Manifest

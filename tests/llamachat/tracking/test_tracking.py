@@ -17,8 +17,8 @@ import pytest
 from llamachat import distributed
 from llamachat.config.sections import Tracking
 from llamachat.errors import UsageError
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.atomic import StorageError
-from llamachat.runs.folder import StepFolder
 from llamachat.runs.locks import hold
 from llamachat.runs.reader import read_summary
 from llamachat.runs.record import MetricsRecord
@@ -182,7 +182,7 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder
 from tests.llamachat.tracking.test_tracking import opened
 with opened(StepFolder(Path(sys.argv[1]))) as tracker:
     for step in range(1, 31):

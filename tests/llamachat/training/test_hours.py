@@ -22,8 +22,7 @@ from llamachat.answers import groups as groups_module
 from llamachat.answers.dialog_step import BatchResult, DialogStep
 from llamachat.chat_format import ChatFormat
 from llamachat.config.section import identity
-from llamachat.runs.artifacts import Artifact, read_artifact
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import Artifact, StepFolder, read_artifact
 from llamachat.runs.record import MetricsRecord
 from llamachat.training import hours as hours_module
 from pipelines.cli.main import main

@@ -14,7 +14,7 @@ from torch import Tensor
 import sft
 from llamachat.config.sections import Tuning
 from llamachat.errors import ConfigError, DeviceMemoryError
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.record import MetricsRecord
 from llamachat.training import out_of_memory
 from llamachat.training.master_weights import adamw, check_optimizer

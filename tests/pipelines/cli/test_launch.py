@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from llamachat.errors import UsageError
-from llamachat.runs.folder import StepFolder
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.record import MetricsRecord
 from pipelines.cli import launch as launching
 from pipelines.cli.main import main

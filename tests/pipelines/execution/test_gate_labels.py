@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.execution.inputs import lacks_labels
+from pipelines.execution.run import lacks_labels
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load

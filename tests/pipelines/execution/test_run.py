@@ -17,8 +17,7 @@ from llamachat.errors import ArtifactError, BusyError, ChangedError, DataError, 
 from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.checkpoints import writing
 from llamachat.runs.locks import hold
-from pipelines.execution.inputs import find_work
-from pipelines.execution.run import run_chosen
+from pipelines.execution.run import find_work, run_chosen
 from pipelines.planning.estimates import duration, measure_data
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text

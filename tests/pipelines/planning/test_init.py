@@ -10,8 +10,8 @@ import yaml
 
 from llamachat.config.gpus import parse_gpu
 from llamachat.data.convert.turns import html_in, without_html
+from pipelines.cli.launch import repeated
 from pipelines.cli.main import main
-from pipelines.cli.options import repeated
 from pipelines.planning.estimates import estimate_step
 from pipelines.planning.fit import fits
 from pipelines.planning.plan import warn

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llamachat.config.paths import hub_set
+from llamachat.config.sections import hub_set
 from llamachat.data.sources import SOURCES
 from llamachat.memory.estimates import KNOWN_BASES
 from pipelines.cli.main import main

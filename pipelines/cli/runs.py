@@ -20,6 +20,7 @@ from pipelines.cli.launch import (
     state_is_kept,
 )
 from pipelines.planning.doctor import examine, report
+from pipelines.planning.init import OPTIONS
 from pipelines.planning.init import init as write_recipe
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text, presets_text
@@ -49,9 +50,6 @@ def init(
     gpu: GpuOption = None,
     hours: HoursOption = None,
     out: Annotated[Path, typer.Option("--out", help="The recipe to write.", metavar="FILE")] = Path("recipe.yaml"),
-    run_dir: Annotated[
-        str | None, typer.Option("--run-dir", help="Folder of the run; else runs/ and the name of FILE.", metavar="DIR")
-    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over FILE where it exists.")] = False,
 ) -> None:
     """Write a recipe for a base, your files and a card, from the preset that fits and within the hours."""
@@ -65,10 +63,8 @@ def init(
         parse_gpu(gpu or "24GiB")
     except ValueError as error:
         raise UsageError(f"--gpu: {error}") from error
-    given = (("--sft", sft), ("--preferences", preferences), ("--safety", safety))
-    given += (("--prompts", prompts), ("--adversarial", adversarial))
-    files = {option: paths for option, paths in given if paths}
-    print(write_recipe(base, files, gpu=gpu, hours=hours, out=out, run_dir=run_dir or f"runs/{out.stem}"))
+    files = zip(OPTIONS, (sft, preferences, safety, prompts, adversarial), strict=True)
+    print(write_recipe(base, {option: paths or [] for option, paths in files}, gpu=gpu, hours=hours, out=out))
 
 
 @reported

@@ -5,41 +5,46 @@ The preset's values are copied, so that the recipe needs no other file. Reads th
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from llamachat.chat_format.llama2 import SPECIAL_TAGS
 from llamachat.config.gpus import CARDS, Gpu, parse_gpu
 from llamachat.config.loading import from_plain, read_layers
-from llamachat.config.sections import ModelPath, bundled
-from llamachat.errors import UsageError
+from llamachat.config.sections import ModelPath, bundled, hub_set, missing
+from llamachat.data.check import CheckReport, check_path
+from llamachat.data.problems import report
+from llamachat.data.records import Kind
+from llamachat.errors import DataError, UsageError
 from llamachat.memory.estimates import KNOWN_BASES, Shape, shape_of
 from llamachat.models.hub import UNGATED, require_llama, tokenizer_folder
 from pipelines.planning.estimates import duration, estimate_step
 from pipelines.planning.fit import PRESETS, Fit, fits, settings_to_fit
 from pipelines.planning.hardware import installed_bytes
-from pipelines.planning.init_data import Holdings, read_files
 from pipelines.planning.plan import BATCHES, FEW_STEPS
 from pipelines.recipe.entries import read_entry
-from pipelines.recipe.recipe import Recipe, RecipeSections, load, resolve
+from pipelines.recipe.recipe import Recipe, RecipeSections, resolve
 from pipelines.recipe.stages import REWARD_MODELS, STAGES, Product, Stage
 from ppo import Config as PpoConfig
 
-NOT_FOR_USE = "smoke"  # a preset for tests alone
 SHARE_FOR_STEPS = 0.85  # of the hours; the rest is for what no estimate counts: loading, saving, figures. Ours
 LEAST_SHARE, FEW_PROMPTS = 0.02, 8  # of the preset's lengths, and of anything sampled: what is less teaches nothing
-HOURS_WITHOUT_A_CARD = (
-    200  # a longer training on two CPU cores is taken to be meant for a card, unless --hours asks for it
-)
 PAIRS_FOR_A_JUDGE, DIALOGS_FOR_GATT = 2000, 50
 FEW_CONVERSATIONS = 2000  # of which more are kept from training, so that there is something to measure with
-
 DIALOGS_AND_PAIRS = ("sft", "helpfulness", "safety")
+# The options of the command: what each takes, and the key of `data` that its files go under.
+OPTIONS: dict[str, tuple[Kind, str]] = {
+    "--sft": ("dialog", "sft"),
+    "--preferences": ("preference", "helpfulness"),
+    "--safety": ("preference", "safety"),
+    "--prompts": ("prompt", "prompts"),
+    "--adversarial": ("prompt", "adversarial"),
+}
 
 Values = dict[str, Any]
 
@@ -51,11 +56,11 @@ class Draft:
     preset: str
     values: Values
     left_out: dict[str, str]  # steps of the preset, and why
-    place: str  # of the base's config.json
+    config: str  # folder of the base's config.json, or the name of a known base
 
     def recipe(self) -> Recipe:
         """As it will be loaded, but for a base of the hub, whose config.json lies in a folder."""
-        values = self.values | {"base": self.values["base"] | {"model": self.place}}
+        values = self.values | {"base": self.values["base"] | {"model": self.config}}
         return resolve(from_plain(RecipeSections, values))
 
     @property
@@ -76,36 +81,96 @@ class Draft:
             self.values[entry.stage.section] = {**self.values.get(entry.stage.section, {}), key: value}
 
 
-def init(
-    base: str, files: Mapping[str, Sequence[Path]], *, gpu: str | None, hours: float | None, out: Path, run_dir: str
-) -> str:
+def init(base: str, files: Mapping[str, Sequence[Path]], *, gpu: str | None, hours: float | None, out: Path) -> str:
     """Write the recipe for files by option; returns what was chosen and what to do next."""
-    place = _place(base)
-    shape = shape_of(place)
+    config = _config_folder(base)
+    shape = shape_of(config)
     if shape is None:
-        raise UsageError(
-            f"--base: the config.json of '{base}' has no sizes. What fits a card follows from them. Give the folder of a Llama"
-            " model with its config.json."
-        )
-    holdings = read_files(files)
-    own = {"base": base, "run": {"dir": run_dir, "gpu": gpu, "max_hours": hours}}
+        raise UsageError(f"--base: '{base}' has no config.json with sizes. Give the folder of a whole Llama model.")
+    data = read_files(files)
+    run = {"dir": f"runs/{out.stem}", "gpu": gpu, "max_hours": hours}
     presets = _nearest_presets(shape, with_card=bool(gpu))
-    draft = _that_fits([_draft(name, values, own, holdings, place) for name, values in presets])
+    draft = _that_fits([_draft(name, values, base, run, data, config) for name, values in presets])
     _shorten(draft)
     _lower_batches(draft)
-    fit = draft.fit()
-    _write(out, draft, fit)
-    return _summary(out, draft, fit, holdings)
+    return _write(out, draft, data)
 
 
-def _place(base: str) -> str:
-    """The folder with the base's small files; the name of a known base of the hub, which need not be asked for them."""
+def _config_folder(base: str) -> str:
+    """The folder with the base's config.json; a known base of the hub is named, and not asked for it."""
     for _, text in ModelPath().problems(base):
         raise UsageError(f"--base: {text}")
     if Path(base).is_dir():
         require_llama(Path(base), base)
         return base
     return base if base in KNOWN_BASES else str(tokenizer_folder(base))
+
+
+# -- the files
+
+
+@dataclass(slots=True)
+class DataFiles:
+    """What the files hold: by key of `data`, the files in order and the number of their records."""
+
+    files: dict[str, list[str]] = field(default_factory=dict)
+    records: dict[str, int] = field(default_factory=dict)
+    rated: int = 0  # pairs with a rating
+    labelled: int = 0  # answers of data.safety with a label
+
+    def count(self, *keys: str) -> int:
+        return sum(self.records.get(key, 0) for key in keys)
+
+
+def read_files(files: Mapping[str, Sequence[Path]]) -> DataFiles:
+    """Read the files of each option whole; UsageError or DataError for the first that cannot be trained on as it is."""
+    data = DataFiles()
+    earlier: dict[tuple[Path, Kind], str] = {}
+    for option, path in ((option, path) for option, paths in files.items() for path in paths):
+        kind, key = OPTIONS[option]
+        place = (path.expanduser().resolve(), kind)
+        if place in earlier:
+            raise UsageError(
+                f"{option}: '{path}' is given already (with {earlier[place]}). Its records would count twice. Name it once;"
+                " a source that should count for more gets a `weight` in the recipe."
+            )
+        earlier[place] = option
+        checked = _checked(str(path), option, kind)
+        data.files.setdefault(key, []).append(str(path))
+        data.records[key] = data.count(key) + checked.num_records
+        for name, times in checked.labels.items():
+            data.rated += times * name.startswith("rating ")
+            data.labelled += times * (key == "safety" and name.startswith(("chosen_is_safe", "rejected_is_safe")))
+    return data
+
+
+def _checked(path: str, option: str, kind: Kind) -> CheckReport:
+    """The report on a file that may be trained on."""
+    if not Path(path).expanduser().exists():
+        raise UsageError(
+            f"{option}: '{path}' is no file here. `init` reads every record, and downloads nothing. Fetch the set and convert"
+            f" it (`llamachat data convert {path} FILE.jsonl`), or begin with a preset of configs/."
+            if hub_set(path)
+            else f"{option}: {missing(path, what='the data file')}"
+        )
+    checked = check_path(path, None, "auto", SPECIAL_TAGS)
+    for problem in checked.problems:
+        if not problem.line:  # of the whole file: a folder, an empty file, a table
+            raise DataError(f"{option}: '{path}' {problem.reason} {problem.fix}")
+    # Prompts may be read out of dialogs and preferences too; dialogs and preferences only out of themselves.
+    if checked.num_records and checked.kind != kind and kind != "prompt":
+        other = next(name for name, (taken, _) in OPTIONS.items() if taken == checked.kind)
+        raise UsageError(
+            f"{option}: '{path}' holds {checked.kind}s ({checked.num_records} of them), and {kind}s are needed here. Give it"
+            f" with {other}, or name a file of {kind}s."
+        )
+    if checked.problems or not checked.num_records:
+        raise DataError(
+            f"{option}: {path}: {checked.num_bad_lines} of {checked.num_bad_lines + checked.num_records} records break the rules,"
+            " and `init` leaves none out. Fix the file (`llamachat data convert` fixes what can be fixed and counts what it"
+            f" drops), and give that one.\n{report(checked.problems, path)}"
+        )
+    return checked
 
 
 # -- the preset with the user's data
@@ -119,31 +184,34 @@ def _nearest_presets(shape: Shape, *, with_card: bool) -> list[tuple[str, Values
         values = layers.values
         model, method = values["base"]["model"], values["tuning"]["method"]
         size = shape_of(model) or shape_of(str(bundled(model)))
-        is_for_several_cards = "x " in str(values["run"].get("gpu", ""))  # not run on GPUs yet
-        if problems or size is None or path.stem == NOT_FOR_USE or is_for_several_cards:
-            continue
-        if with_card or method != "qlora":
+        # One preset is for tests alone, one for several cards, which has not run on GPUs yet.
+        is_meant = path.stem != "smoke" and "x " not in str(values["run"].get("gpu", ""))
+        if is_meant and size is not None and not problems and (with_card or method != "qlora"):
             distance = round(abs(math.log(size.weights / shape.weights)), 3)
             ranked.append((distance, ("full", "lora", "qlora").index(method), path.stem, values))
     ranked.sort(key=lambda preset: preset[:3])
     return [(name, values) for distance, _, name, values in ranked if distance == ranked[0][0]]
 
 
-def _draft(preset: str, values: Values, own: Values, holdings: Holdings, place: str) -> Draft:
+def _draft(preset: str, values: Values, base: str, run: Values, data: DataFiles, config: str) -> Draft:
     """The preset's values with the user's base, run and files, and the steps that these allow."""
     values = {key: deepcopy(value) for key, value in values.items() if key != "extends"}
-    values["run"] = {"seed": values["run"].get("seed", 0)} | {key: value for key, value in own["run"].items() if value}
-    config = Path(place) / "config.json"
-    context = json.loads(config.read_text()).get("max_position_embeddings") if config.is_file() else None
+    values["run"] = {"seed": values["run"].get("seed", 0)} | {key: value for key, value in run.items() if value}
+    path = Path(config) / "config.json"
+    context = json.loads(path.read_text()).get("max_position_embeddings") if path.is_file() else None
     longest = values["base"]["max_tokens"]
-    values["base"] |= {"model": own["base"], "max_tokens": min(longest, context or longest)}
-    data = {key: [{"path": path} for path in paths] for key, paths in holdings.files.items()}
-    values["data"] = data | {"split": _split(values["data"]["split"], holdings)}
+    values["base"] |= {"model": base, "max_tokens": min(longest, context or longest)}
+    split = dict(values["data"]["split"])
+    if data.count(*DIALOGS_AND_PAIRS) < FEW_CONVERSATIONS:
+        split |= {"test": max(split["test"], 0.1), "validation": max(split["validation"], 0.05)}
+    if data.count("helpfulness") < PAIRS_FOR_A_JUDGE:
+        split["judge"] = 0.0
+    values["data"] = {key: [{"path": path} for path in paths] for key, paths in data.files.items()} | {"split": split}
     kept: list[Any] = []
     left_out: dict[str, str] = {}
     for entry in map(read_entry, values["steps"]):
         for product in entry.products(values["data"]) if entry.named else entry.stage.products:
-            reason = _reason_to_leave_out(entry.stage, product, holdings, values)
+            reason = _reason_to_leave_out(entry.stage, product, data, values)
             if reason:
                 left_out[entry.step_name(product)] = reason
                 continue
@@ -155,89 +223,59 @@ def _draft(preset: str, values: Values, own: Values, holdings: Holdings, place: 
     for stage in STAGES.values():
         if stage.command not in commands:
             values.pop(stage.section, None)
-    asked = {"rejection_sampling": holdings.count("prompts", "adversarial") or holdings.count(*DIALOGS_AND_PAIRS)}
-    asked["context_distillation"] = holdings.count("adversarial")
-    for section in asked.keys() & values.keys():
-        values[section]["prompts"] = min(values[section]["prompts"], asked[section])
+    prompts = data.count("prompts", "adversarial") or data.count(*DIALOGS_AND_PAIRS)
+    for section, most in (("rejection_sampling", prompts), ("context_distillation", data.count("adversarial"))):
+        if section in values:
+            values[section]["prompts"] = min(values[section]["prompts"], most)
     if "rm" in commands:
-        values["scoring"] = {**values.get("scoring", {}), "combine": _combine(holdings)}
-        values["reward"] |= {} if holdings.rated else {"margin": "none"}
-        values["reward"] |= {} if holdings.count("safety") else {"other_share": 0.0}
-    return Draft(preset, values, left_out, place)
+        two = "llama2_gate" if data.labelled else "weighted"  # without labels the gate's threshold means nothing
+        combine = two if data.count("safety") and data.count("helpfulness") else "single"
+        values["scoring"] = {**values.get("scoring", {}), "combine": combine}
+        values["reward"] |= {} if data.rated else {"margin": "none"}
+        values["reward"] |= {} if data.count("safety") else {"other_share": 0.0}
+    return Draft(preset, values, left_out, config)
 
 
-def _reason_to_leave_out(stage: Stage, product: Product, holdings: Holdings, values: Values) -> str:
+def _reason_to_leave_out(stage: Stage, product: Product, data: DataFiles, values: Values) -> str:
     """Why these data do not allow a step of the preset; empty where they do."""
     default = stage.config.model_fields[stage.scores_if].default if stage.scores_if else True
     scores = REWARD_MODELS[0] in stage.reads and values.get(stage.section, {}).get(stage.scores_if, default)
-    if scores and not holdings.count("helpfulness", "safety"):
+    if scores and not data.count("helpfulness", "safety"):
         return "there are no pairs (--preferences)"
-    if product.makes.which in ("helpfulness", "safety") and not holdings.count(product.makes.which):
+    if product.makes.which in ("helpfulness", "safety") and not data.count(product.makes.which):
         return f"there are no pairs on it (--{'safety' if product.makes.which == 'safety' else 'preferences'})"
     if product.share and not values["data"]["split"][product.share]:
         return f"it wants {PAIRS_FOR_A_JUDGE} pairs (--preferences)"
-    if stage.command == "distill" and not (holdings.count("safety") and holdings.count("adversarial")):
+    if stage.command == "distill" and not (data.count("safety") and data.count("adversarial")):
         return "it wants safety pairs (--safety) and prompts that ask for something unsafe (--adversarial)"
-    if stage.command == "gatt" and holdings.count("sft") < DIALOGS_FOR_GATT:
+    if stage.command == "gatt" and data.count("sft") < DIALOGS_FOR_GATT:
         return f"it wants {DIALOGS_FOR_GATT} dialogs"
     return ""
-
-
-def _split(preset: Mapping[str, float], holdings: Holdings) -> dict[str, float]:
-    """What is kept from training: the preset's shares, more of few conversations, and a judge's where there are pairs enough."""
-    split = dict(preset)
-    if holdings.count(*DIALOGS_AND_PAIRS) < FEW_CONVERSATIONS:
-        split |= {"test": max(split["test"], 0.1), "validation": max(split["validation"], 0.05)}
-    return split if holdings.count("helpfulness") >= PAIRS_FOR_A_JUDGE else {**split, "judge": 0.0}
-
-
-def _combine(holdings: Holdings) -> str:
-    if not (holdings.count("safety") and holdings.count("helpfulness")):
-        return "single"  # no gate without a safety model
-    return "llama2_gate" if holdings.labelled else "weighted"  # without labels the gate's threshold means nothing
 
 
 # -- onto the card and into the hours
 
 
 def _that_fits(drafts: Sequence[Draft]) -> Draft:
-    """The first that fits the card or the machine as it is, else the first with settings that make it fit."""
-    gpu, base = drafts[0].gpu, drafts[0].values["base"]["model"]
-    if gpu is None:
-        draft, fit = drafts[0], drafts[0].fit()
-        problem = f"two CPU cores take about {duration(3600 * (fit.hours or 0))}"
-        if fit.peak_bytes > installed_bytes():
-            peak, there = (f"{size / 2**30:.1f}" for size in (fit.peak_bytes, installed_bytes()))
-            problem = f"'{fit.worst.name}' needs about {peak} GiB, and this machine has {there}"
-        elif "max_hours" in draft.values["run"] or (fit.hours or 0) <= HOURS_WITHOUT_A_CARD:
-            return draft
-        raise UsageError(
-            f"--base: '{base}' is too large for this machine without a card: {problem} by estimate. Name the card that"
-            f" it will run on with --gpu (the smallest known that holds it: {_least_card(draft)}), give fewer records, or take a"
-            f" smaller base, such as {UNGATED}."
-        )
+    """The first that fits the card or the machine's memory as it is, else the first with settings that make it fit."""
+    gpu, base, worst = drafts[0].gpu, drafts[0].values["base"]["model"], drafts[-1].fit().worst
     for draft in drafts:
-        if draft.fit().fits:
+        if draft.fit().fits and (gpu or draft.fit().peak_bytes <= installed_bytes()):
             return draft
-    for draft in drafts:
+    for draft in drafts if gpu else ():
         settings = settings_to_fit(draft.recipe(), gpu)
         if settings is not None:
             for key, value in settings:
                 section, _, name = key.partition(".")
                 draft.values.setdefault(section, {})[name] = value
             return draft
+    recipe, names = drafts[-1].recipe(), sorted(CARDS, key=lambda name: CARDS[name][0])
+    least = next((name for name in names if settings_to_fit(recipe, parse_gpu(name)) is not None), "none")
     raise UsageError(
-        f"--gpu: {gpu} does not hold '{base}', with no settings of the preset {drafts[-1].preset}. Take a larger card"
-        f" (the smallest known that holds it: {_least_card(drafts[-1])}), or a smaller base,"
-        f" such as {UNGATED}."
+        f"--gpu: {gpu or f'this machine without a card ({installed_bytes() / 2**30:.1f} GiB)'} does not hold '{base}':"
+        f" '{worst.name}' needs about {worst.estimate.peak_bytes / 2**30:.1f} GiB by estimate. Name a larger card (the"
+        f" smallest known that holds it: {least}), or take a smaller base, such as {UNGATED}."
     )
-
-
-def _least_card(draft: Draft) -> str:
-    """The smallest known card that holds the recipe, with settings that save memory if need be."""
-    recipe = draft.recipe()
-    names = sorted(CARDS, key=lambda name: CARDS[name][0])
-    return next((name for name in names if settings_to_fit(recipe, parse_gpu(name)) is not None), "none")
 
 
 def _shorten(draft: Draft) -> None:
@@ -250,8 +288,8 @@ def _shorten(draft: Draft) -> None:
         if level <= LEAST_SHARE * longest:
             raise UsageError(
                 f"--hours: {hours:g} are too few: with {LEAST_SHARE:.0%} of the preset's lengths the steps take about"
-                f" {duration(3600 * (fit.hours or 0.0))} by estimate. Give --hours {math.ceil(1000 * needed) / 1000:g} or more, a"
-                " faster card with --gpu, or fewer records."
+                f" {duration(3600 * (fit.hours or 0))} by estimate. Give --hours {math.ceil(1000 * needed) / 1000:g} or"
+                " more, a faster card with --gpu, or fewer records."
             )
         level = max(LEAST_SHARE * longest, 0.9 * level)
         draft.values = deepcopy(values)
@@ -266,80 +304,57 @@ def _shorten(draft: Draft) -> None:
 
 
 def _lower_batches(draft: Draft) -> None:
-    """Give every training optimizer steps enough to learn in."""
+    """Give every training optimizer steps enough to learn in: by smaller batches, then by more epochs."""
     recipe = draft.recipe()
     for index, step in enumerate(recipe.steps):
         estimate = estimate_step(recipe, step)
         steps = estimate.optimizer_steps if estimate else None
         if steps is None or steps >= FEW_STEPS:
             continue
+        if isinstance(step.config, PpoConfig):
+            minibatch = step.config.responses_per_minibatch
+            while steps < FEW_STEPS and minibatch % 2 == 0:
+                steps, minibatch = 2 * steps, minibatch // 2
+            draft.put(index, "responses_per_minibatch", minibatch)
+            continue
         own = step.config.model_dump()
-        if isinstance(step.config, PpoConfig):  # the same responses in more and smaller iterations
-            while steps < FEW_STEPS and own["responses_per_minibatch"] > 1 and own["responses_per_iteration"] % 2 == 0:
-                steps *= 2
-                own["iterations"] *= 2
-                own |= {key: own[key] // 2 for key in ("responses_per_iteration", "responses_per_minibatch")}
-            own["validation_every"] = max(1, min(own["validation_every"], own["iterations"] // 4))
-            changes = {key: value for key, value in own.items() if value != getattr(step.config, key)}
-        else:
-            trained = {**recipe.sections.sft.model_dump(), **own["sft"]} if step.stage.tunes else own
-            key = next(key for key in BATCHES if key in trained)
-            examples = max(1, trained[key] * (steps - 1))  # of all epochs, at the least
-            smaller = {key: max(1, examples // FEW_STEPS)}
-            if examples < FEW_STEPS:
-                smaller["epochs"] = math.ceil(10 * trained["epochs"] * FEW_STEPS / examples) / 10
-            changes = {"sft": own["sft"] | smaller} if step.stage.tunes else smaller
-        for key, value in changes.items():
-            draft.put(index, key, value)
+        trained = {**recipe.sections.sft.model_dump(), **own["sft"]} if step.stage.tunes else own
+        key = next(key for key in BATCHES if key in trained)
+        examples = max(1, trained[key] * (steps - 1))  # of all epochs, at the least
+        smaller = {key: max(1, examples // FEW_STEPS)}
+        if examples < FEW_STEPS:
+            smaller["epochs"] = math.ceil(10 * trained["epochs"] * FEW_STEPS / examples) / 10
+        for name, value in ({"sft": own["sft"] | smaller} if step.stage.tunes else smaller).items():
+            draft.put(index, name, value)
 
 
 # -- what is written
 
 
-def _write(path: Path, draft: Draft, fit: Fit) -> None:
-    """The recipe, loaded from beside its place and then renamed: what is there loads."""
-    lines = [
-        f"Written by `llamachat init` from configs/{draft.preset}.yaml, which says where each value is from.",
-        f"About {fit.peak_bytes / 2**30:.1f} GiB at the peak, {_time(fit)}.",
-        *(f"Left out: {name}: {reason}" for name, reason in draft.left_out.items()),
-    ]
-    text = yaml.safe_dump(draft.values, sort_keys=False, width=110, allow_unicode=True, default_flow_style=None)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        side = path.with_name(f".incoming-{os.getpid()}-{path.name}")
-        try:
-            side.write_text("".join(f"# {line}\n" for line in lines) + text, encoding="utf-8")
-            load(side)
-            side.replace(path)
-        finally:
-            side.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--out: '{path}' cannot be written ({error.strerror}). The recipe is one file. Name another place."
-        ) from error
-
-
-def _summary(out: Path, draft: Draft, fit: Fit, holdings: Holdings) -> str:
-    card = draft.gpu
-    rated = {"helpfulness": f", {holdings.rated or 'none'} rated"}
+def _write(out: Path, draft: Draft, data: DataFiles) -> str:
+    """Write the recipe, headed by what was chosen, and return that with what to do next."""
+    card, fit, preset = draft.gpu, draft.fit(), f"configs/{draft.preset}.yaml"
+    rated = {"helpfulness": f", {data.rated or 'none'} rated"}
+    files = data.files.items()
     room = f"; a step should need at most {card.usable_bytes / 2**30:.1f} of {card}" if card else ""
+    steps = ", ".join(f"{step.name} {duration(step.estimate.seconds)}" for step in fit.steps)
     rows = [
-        *(
-            (f"data.{key}", f"{holdings.records[key]} records of {', '.join(paths)}{rated.get(key, '')}")
-            for key, paths in holdings.files.items()
-        ),
-        ("preset", f"configs/{draft.preset}.yaml, tuning.method {draft.values['tuning']['method']}"),
+        *((f"data.{k}", f"{data.records[k]} records of {', '.join(paths)}{rated.get(k, '')}") for k, paths in files),
+        ("preset", f"{preset}, tuning.method {draft.values['tuning']['method']}"),
         ("steps", ", ".join(step.name for step in fit.steps)),
         *(("left out", f"{name}: {reason}") for name, reason in draft.left_out.items()),
         ("memory", f"about {fit.peak_bytes / 2**30:.1f} GiB at the peak ({fit.worst.name}), estimated{room}"),
-        ("time", f"{_time(fit)}: " + ", ".join(f"{step.name} {duration(step.estimate.seconds)}" for step in fit.steps)),
+        ("time", f"about {duration(3600 * (fit.hours or 0))} by estimate: {steps}"),
     ]
-    lines = [f"{out}: a recipe for {draft.values['base']['model']} on {card or 'two CPU cores'}"]
-    lines += [f"  {label:<12} {text}" for label, text in rows]
-    return "\n".join(
-        [*lines, "Next:", *(f"  llamachat {command} --config {out}" for command in ("doctor", "plan", "all"))]
-    )
-
-
-def _time(fit: Fit) -> str:
-    return f"about {duration(3600 * (fit.hours or 0))} by estimate"
+    lines = [f"  {label:<12} {text}" for label, text in rows]
+    head = [f"# Written by `llamachat init` from {preset}, which says where each value is from."]
+    head += [f"# {line}" for line in lines]
+    text = yaml.safe_dump(draft.values, sort_keys=False, width=110, allow_unicode=True, default_flow_style=None)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("\n".join([*head, text]), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--out: '{out}' cannot be written ({error.strerror}). Name another place.") from error
+    chosen = f"{out}: a recipe for {draft.values['base']['model']} on {card or 'two CPU cores'}"
+    commands = [f"  llamachat {command} --config {out}" for command in ("doctor", "plan", "all")]
+    return "\n".join([chosen, *lines, "Next:", *commands])

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from llamachat.chat_format import ChatFormat
 from llamachat.data.check import check_path
 from llamachat.data.convert.command import ConvertReport, convert_path
-from llamachat.data.convert.turns import Repair
+from llamachat.data.convert.turns import Repair, html_in, without_html
 from llamachat.errors import DataError, UsageError
+from pipelines.cli.main import main
 from tests.llamachat.data.lines import GOOD, answer, dialog, pair, prompt, shared, system, turns, user
 from tests.llamachat.data.test_check import BROKEN_DIALOGS, BROKEN_PREFERENCES, BROKEN_PROMPTS
 
@@ -507,3 +509,35 @@ def test_where_nothing_is_written_to(bench: Bench):
     assert source.read_text() == GOOD + "\n" and (bench.folder / "old.jsonl").read_text() == "old"
     convert_path(str(source), bench.folder / "old.jsonl", forbidden=bench.forbidden, overwrite=True)
     assert json.loads((bench.folder / "old.jsonl").read_text()) == json.loads(GOOD)
+
+
+# -- HTML in logs
+
+
+PAGE: dict[str, Any] = {
+    "<p>Hello.<br>Is it &lt;open&gt;?</p><p>Thank&nbsp;you</p>": "Hello.\nIs it <open>?\nThank you",
+    'See <a href="x">here</a> &amp; <b>there</b>': "See here & there",
+    "&lt;b&gt;": "<b>",
+}
+
+
+def test_html_becomes_what_a_reader_saw_and_other_text_stays() -> None:
+    assert {text: without_html(text) for text in PAGE} == PAGE
+    assert all(html_in(text) for text in PAGE)
+    assert not any(map(html_in, ("a < b and b > c", "<name>", "AT&T", "x &y; z")))
+
+
+def test_html_is_told_by_the_check_and_taken_out_where_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    talk = [{"from": "customer", "value": "<p>Hi</p>"}, {"from": "agent", "value": "Hello &amp; welcome"}]
+    (tmp_path / "logs.jsonl").write_text(json.dumps({"conversations": talk}) + "\n")
+    assert main(["data", "convert", "logs.jsonl", "kept.jsonl"]) == 0
+    assert main(["data", "check", "kept.jsonl"]) == 0
+    assert "kept.jsonl:1: warning: content: is HTML (<p>)" in capsys.readouterr().out
+    assert main(["data", "convert", "logs.jsonl", "plain.jsonl", "--plain-text"]) == 0
+    assert re.search(r"text with HTML made plain +1 +2\n", capsys.readouterr().out)
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello & welcome"}]
+    assert json.loads((tmp_path / "plain.jsonl").read_text()) == {"messages": said}
+    assert main(["data", "check", "plain.jsonl"]) == 0 and "HTML" not in capsys.readouterr().out

@@ -13,6 +13,7 @@ import pytest
 
 import sft
 from llamachat.errors import UsageError
+from pipelines.cli.launch import repeated
 from pipelines.cli.main import main
 from pipelines.planning.hardware import shortfalls
 from tests.recipes import publish_toy_policy, write_dialogs, write_recipe
@@ -279,3 +280,13 @@ def test_an_environment_that_lacks_something_is_told_what(tmp_path: Path) -> Non
     found = shortfalls(tmp_path / "pyproject.toml")
     assert len(found) == 2 and "99.1 or newer is needed" in found[0]
     assert found[1] == "no-such-package is not installed; 2 or newer is needed"
+
+
+def test_several_values_after_one_option() -> None:
+    options = {"--temperature", "--policy"}
+    expected = ["--temperature", "0.7", "--temperature", "1.0", "--in", "p.jsonl"]
+    assert repeated(["--temperature", "0.7", "1.0", "--in", "p.jsonl"], options) == expected
+    assert repeated(expected, options) == expected
+    assert repeated(["--temperature=0.7", "1.0"], options) == ["--temperature=0.7", "--temperature", "1.0"]
+    assert repeated(["--in", "p.jsonl", "x"], options) == ["--in", "p.jsonl", "x"]
+    assert repeated(["--policy", "a", "b", "--in", "p"], options) == ["--policy", "a", "--policy", "b", "--in", "p"]

@@ -3,14 +3,11 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from llamachat.config.gpus import parse_gpu
-from llamachat.data.convert.turns import html_in, without_html
-from pipelines.cli.launch import repeated
 from pipelines.cli.main import main
 from pipelines.planning.estimates import estimate_step
 from pipelines.planning.fit import fits
@@ -124,20 +121,13 @@ def test_a_card_that_is_too_small_is_refused_with_one_that_holds_it(capsys: pyte
     assert init("--gpu", named[1], base=SEVEN) == 0
 
 
-@pytest.mark.parametrize(
-    ("gib", "found"),
-    [(24, "'sft' needs about .* GiB, and this machine has 24.0"), (256, "two CPU cores take")],
-)
 def test_without_a_card_a_large_base_is_refused_with_one_that_holds_it(
-    gib: int, found: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pipelines.planning.init.installed_bytes", lambda: gib * 2**30)
-    pairs = ["--preferences", "pairs.jsonl"] if gib == 256 else []
-    assert init(*pairs, base=SEVEN) == 2 and not Path("recipe.yaml").exists()
+    monkeypatch.setattr("pipelines.planning.init.installed_bytes", lambda: 24 * 2**30)
+    assert init(base=SEVEN) == 2 and not Path("recipe.yaml").exists()
     said = capsys.readouterr().err
-    assert re.search(f"--base: '{SEVEN}' is too large for this machine without a card: {found}", said)
-    named = re.search(r"with --gpu \(the smallest known that holds it: ([\w-]+)\)", said)
-    assert named and init(*pairs, "--gpu", named[1], base=SEVEN) == 0
+    assert f"--gpu: this machine without a card (24.0 GiB) does not hold '{SEVEN}'" in said
 
 
 def test_hours_that_are_too_few_are_refused_with_how_many_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +149,9 @@ def test_it_says_what_it_chose_and_what_next_and_the_recipe_says_why(capsys: pyt
         assert f"  llamachat {command} --config my/recipe.yaml\n" in said + "\n"
     assert main(["plan", "--config", "my/recipe.yaml"]) == 0 and "rm/helpfulness" in capsys.readouterr().out
     text = Path("my/recipe.yaml").read_text()
-    assert text.startswith("# Written by `llamachat init` from configs/tiny.yaml") and "# Left out: distill: " in text
+    assert (
+        text.startswith("# Written by `llamachat init` from configs/tiny.yaml") and "#   left out     distill: " in text
+    )
     assert "run" in yaml.safe_load(text)
 
 
@@ -185,17 +177,16 @@ def refusals(folder: Path) -> dict[str, tuple[list[str], dict[str, str], str]]:
     (folder / "table.csv").write_text("question,answer\na,b\n")
     (folder / "prose.txt").write_text("Hello there.\nHow are you?\n")
     no_file = "--sft: the data file 'dialog.jsonl' does not exist. Did you mean 'dialogs.jsonl'?"
-    as_sft = "--sft: 'pairs.jsonl' holds preferences (400 of them), and dialogs are taken here."
-    as_pairs = "--preferences: 'dialogs.jsonl' holds dialogs (600 of them), and preferences are taken here."
+    as_sft = "--sft: 'pairs.jsonl' holds preferences (400 of them), and dialogs are needed here."
+    as_pairs = "--preferences: 'dialogs.jsonl' holds dialogs (600 of them), and preferences are needed here."
     return {
         "no such file": ([], {"sft": "dialog.jsonl"}, no_file),
-        "pairs as dialogs": ([], {"sft": "pairs.jsonl"}, f"{as_sft} A record of another kind has nothing to learn"),
-        "dialogs as pairs": (["--preferences", "dialogs.jsonl"], {}, f"{as_pairs} A record of another kind"),
+        "pairs as dialogs": ([], {"sft": "pairs.jsonl"}, f"{as_sft} Give it with --preferences"),
+        "dialogs as pairs": (["--preferences", "dialogs.jsonl"], {}, f"{as_pairs} Give it with --sft"),
         "a bad record": ([], {"sft": "bad.jsonl"}, "bad.jsonl:3: messages[1].role: is 'gpt'"),
-        "how it is fixed": ([], {"sft": "bad.jsonl"}, "llamachat data convert"),
         "no record": ([], {"sft": "nothing.jsonl"}, "--sft: 'nothing.jsonl' is empty, but it should hold records."),
         "a table": ([], {"sft": "table.csv"}, "--sft: 'table.csv' is a table (CSV), but a data file is JSON Lines"),
-        "prose": ([], {"sft": "prose.txt"}, "--sft: 'prose.txt' holds no record in a form that can be read"),
+        "prose": ([], {"sft": "prose.txt"}, "--sft: prose.txt: 2 of 2 records break the rules"),
         "a folder of files": ([], {"sft": "data"}, "--sft: 'data' is a folder, but records are read from one file."),
         "a file twice": (["--sft", "./dialogs.jsonl"], {}, "--sft: 'dialogs.jsonl' is given already (with --sft)."),
         "one file for two models": (
@@ -210,7 +201,7 @@ def refusals(folder: Path) -> dict[str, tuple[list[str], dict[str, str], str]]:
         "no base": ([], {"base": "bas"}, "--base: the model folder 'bas' does not exist. Did you mean 'base'?"),
         "no recipe's name": (["--out", "recipe.txt"], {}, "--out: 'recipe.txt' ends otherwise."),
         "a folder": (["--out", "folder.yaml"], {}, "--out: 'folder.yaml' exists already."),
-        "under a file": (["--out", "dialogs.jsonl/recipe.yaml"], {}, "--out: 'dialogs.jsonl/recipe.yaml' cannot be"),
+        "under a file": (["--out", "dialogs.jsonl/recipe.yaml"], {}, "'dialogs.jsonl/recipe.yaml' cannot be"),
     }
 
 
@@ -219,48 +210,7 @@ def test_what_is_refused_is_2_and_says_what_to_do(tmp_path: Path, capsys: pytest
     for name, (options, given, text) in refusals(tmp_path).items():
         assert init(*options, **given) == 2, name
         captured = capsys.readouterr()
-        mends = "data convert" in captured.err
-        assert mends == (name in ("a bad record", "how it is fixed", "a set of the hub")), name
+        fixes = "data convert" in captured.err
+        assert fixes == (name in ("a bad record", "prose", "a set of the hub")), name
         assert text in captured.err and "Traceback" not in captured.err and captured.out == "", name
         assert not Path("recipe.yaml").exists(), name
-
-
-def test_several_values_after_one_option() -> None:
-    options = {"--temperature", "--policy"}
-    expected = ["--temperature", "0.7", "--temperature", "1.0", "--in", "p.jsonl"]
-    assert repeated(["--temperature", "0.7", "1.0", "--in", "p.jsonl"], options) == expected
-    assert repeated(expected, options) == expected
-    assert repeated(["--temperature=0.7", "1.0"], options) == ["--temperature=0.7", "--temperature", "1.0"]
-    assert repeated(["--in", "p.jsonl", "x"], options) == ["--in", "p.jsonl", "x"]
-    assert repeated(["--policy", "a", "b", "--in", "p"], options) == ["--policy", "a", "--policy", "b", "--in", "p"]
-
-
-# -- HTML in logs, which `init` would learn as it stands
-
-
-PAGE: dict[str, Any] = {
-    "<p>Hello.<br>Is it &lt;open&gt;?</p><p>Thank&nbsp;you</p>": "Hello.\nIs it <open>?\nThank you",
-    'See <a href="x">here</a> &amp; <b>there</b>': "See here & there",
-    "&lt;b&gt;": "<b>",
-}
-
-
-def test_html_becomes_what_a_reader_saw_and_other_text_stays() -> None:
-    assert {text: without_html(text) for text in PAGE} == PAGE
-    assert all(html_in(text) for text in PAGE)
-    assert not any(map(html_in, ("a < b and b > c", "<name>", "AT&T", "x &y; z")))
-
-
-def test_html_is_told_by_the_check_and_taken_out_where_asked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    turns = [{"from": "customer", "value": "<p>Hi</p>"}, {"from": "agent", "value": "Hello &amp; welcome"}]
-    (tmp_path / "logs.jsonl").write_text(json.dumps({"conversations": turns}) + "\n")
-    assert main(["data", "convert", "logs.jsonl", "kept.jsonl"]) == 0
-    assert main(["data", "check", "kept.jsonl"]) == 0
-    assert "kept.jsonl:1: warning: content: is HTML (<p>)" in capsys.readouterr().out
-    assert main(["data", "convert", "logs.jsonl", "plain.jsonl", "--plain-text"]) == 0
-    assert re.search(r"text with HTML made plain +1 +2\n", capsys.readouterr().out)
-    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello & welcome"}]
-    assert json.loads((tmp_path / "plain.jsonl").read_text()) == {"messages": said}
-    assert main(["data", "check", "plain.jsonl"]) == 0 and "HTML" not in capsys.readouterr().out

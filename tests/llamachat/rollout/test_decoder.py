@@ -11,16 +11,15 @@ from torch import nn
 
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Base, Rollout, Tuning
-from llamachat.errors import ConfigError, DataError
+from llamachat.errors import ConfigError
 from llamachat.models.loading import attach_adapter, load_base
 from llamachat.rollout import open_engine
 from llamachat.rollout.decoder import LlamaEngine
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
 from llamachat.rollout.sampling import choose, draw, sampling_logprobs
-from tests.llamachat.rollout.test_rollout import nucleus_logprobs
 from tests.sft.tiny_sft import write_base
-from tests.tiny_llama import LORA, base_section, move_adapter, scripted_llama, tiny_llama
+from tests.tiny_llama import LORA, base_section, move_adapter, tiny_llama
 
 BASE = Path(__file__).parents[3] / "assets" / "base"
 STOPS = tuple(range(2, 22))  # of 420 ids: some answers end early, some do not
@@ -98,20 +97,6 @@ def test_dynamic_scaling_follows_each_rows_own_length() -> None:
     assert answers(LlamaEngine(tiny_llama(rope_parameters=rope), STOPS), prompts, sampling) == expected
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, NUCLEUS, Sampling(0.7, 1.0, 12, 1)])
-def test_logprobs_are_those_of_a_forward_without_cache(sampling: Sampling) -> None:
-    model, prompts = tiny_llama(), random_prompts(12, longest=30)
-    groups = LlamaEngine(model, STOPS).generate(prompts, samples_per_prompt=3, sampling=sampling)
-    for prompt, group in zip(prompts, groups, strict=True):
-        for completion in group:
-            ids = torch.tensor([[*prompt, *completion.token_ids]])
-            with torch.no_grad():
-                logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double().numpy()
-            for step, (token, logprob) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
-                expected = nucleus_logprobs(logits[step], sampling.temperature or 1.0, sampling.top_p)
-                assert logprob == pytest.approx(expected[token], abs=1e-4)
-
-
 @pytest.mark.parametrize("sampling", [GREEDY, NUCLEUS, PLAIN])
 def test_a_row_says_the_same_in_any_batch_to_the_last_bit(sampling: Sampling) -> None:
     model, prompts = tiny_llama(), random_prompts(60)
@@ -161,37 +146,6 @@ def test_choosing_by_blocks_is_the_plain_draw() -> None:
     logits = torch.full((2, 192), float("-inf"))
     logits[:, 70:75] = 0.0
     assert choose(logits, torch.tensor([0.0, 1.0]).double(), temperature=1.0, top_p=1.0)[0].tolist() == [70, 74]
-
-
-def test_the_seed_decides_what_is_drawn() -> None:
-    engine = LlamaEngine(tiny_llama(), STOPS)
-    first, again, other = (answers(engine, random_prompts(5), Sampling(1.0, 1.0, 12, seed), 8) for seed in (0, 0, 1))
-    assert first == again != other
-    assert len({tuple(group) for group in first}) == 5
-    assert all(len(set(group)) > 4 for group in first)
-
-
-def test_an_answer_may_be_its_stop_alone_and_all_may_end_at_once() -> None:
-    model = scripted_llama([1, 5], [7, 8, 9, 2], [10, 11, 12, 2])
-    counted: list[int] = []
-    groups = LlamaEngine(model, (5, 2)).generate(
-        [[3, 1], [7], [3, 10], [1]], samples_per_prompt=3, sampling=GREEDY, advance=counted.append
-    )
-    assert ids_of(groups) == [[(5,)] * 3, [(8, 9, 2)] * 3, [(11, 12, 2)] * 3, [(5,)] * 3]
-    assert all(completion.is_finished for group in groups for completion in group)
-    assert sum(counted) == 12
-    unfinished = LlamaEngine(model, ()).generate([[7]], samples_per_prompt=1, sampling=Sampling(0.0, 1.0, 2, 0))
-    assert (unfinished[0][0].token_ids, unfinished[0][0].is_finished) == ((8, 9), False)
-    assert LlamaEngine(model, ()).generate([], samples_per_prompt=1, sampling=GREEDY) == []
-
-
-def test_an_answer_fits_into_the_models_positions_and_a_prompt_that_fills_them_is_refused() -> None:
-    engine = LlamaEngine(tiny_llama(), ())
-    prompts = [[1] + [30] * 124, [1] + [31] * 126, [1, 8]]
-    found = answers(engine, prompts, Sampling(1.0, 1.0, 12, 0), 2)
-    assert [[len(ids) for ids in group] for group in found] == [[3, 3], [1, 1], [12, 12]]
-    with pytest.raises(DataError, match=r"prompt 2: 128 tokens.* 128 positions"):
-        engine.generate([[1, 8], [1] * 128], samples_per_prompt=1, sampling=GREEDY)
 
 
 def test_a_cache_too_small_for_a_prompt_and_its_answer_is_refused() -> None:
@@ -259,13 +213,6 @@ def test_a_4_bit_trunk_is_dequantised_into_the_copy_or_run_as_it_is(tmp_path: Pa
         # Products in bf16 after a weight that is rounded once more: a few hundredths of a nat.
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=0.1, rtol=0.03)
     assert all(torch.equal(weight, packed[name]) for name, weight in model.named_parameters())
-
-
-def test_streaming_gives_the_same_answer_token_by_token() -> None:
-    engine, seen = LlamaEngine(tiny_llama(), STOPS), list[int]()
-    streamed = engine.stream([1, 90, 91], sampling=NUCLEUS, on_token=seen.append)
-    assert [[streamed]] == engine.generate([[1, 90, 91]], samples_per_prompt=1, sampling=NUCLEUS)
-    assert tuple(seen) == streamed.token_ids
 
 
 def test_in_bf16_logprobs_stay_near_those_of_the_training_forward() -> None:

@@ -1,6 +1,8 @@
-"""Rollouts: the oracles are a loop without cache or batch, numpy on its logits, and numbers worked out by hand."""
+"""Rollouts by both engines: the oracles are a loop without cache or batch, scripted models, numpy, and hand numbers."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,15 +12,28 @@ from torch import nn
 from llamachat.config.sections import Tuning
 from llamachat.errors import DataError, UsageError
 from llamachat.models.loading import attach_adapter
-from llamachat.rollout.engine import Completion, Sampling
+from llamachat.rollout.decoder import LlamaEngine
+from llamachat.rollout.engine import Completion, LocalEngine, Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
 from llamachat.rollout.sampling import draw, row_uniforms, sampling_logprobs
-from tests.tiny_llama import LORA, move_adapter, tiny_llama
+from tests.tiny_llama import move_adapter, scripted_llama, tiny_llama
 
 PROMPTS = [[1, 17, 300, 42], [1, 8], [1, 90, 91, 92, 93, 94, 95, 96, 97, 98, 99], [1, 8]]
 STOPS = tuple(range(2, 22))  # of 420 ids: some answers end early, some do not
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=12, seed=0)
 RANDOM = Sampling(temperature=1.3, top_p=0.9, max_new_tokens=12, seed=7)
+Make = Callable[..., LocalEngine]
+
+
+def ours(model: Any, stop_ids: tuple[int, ...], **options: Any) -> LocalEngine:
+    return LlamaEngine(model, stop_ids, **options)
+
+
+def theirs(model: Any, stop_ids: tuple[int, ...], **options: Any) -> LocalEngine:
+    return HuggingFaceEngine(model, stop_ids, 0, **options)
+
+
+both = pytest.mark.parametrize("make", [ours, theirs])
 
 
 def logits_of(model: nn.Module, ids: list[int]) -> np.ndarray:
@@ -61,29 +76,6 @@ def test_greedy_answers_are_those_of_a_loop_over_single_sequences():
     assert len({len(ids) for ids in expected}) > 1, "answers of one batch end at different lengths"
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, RANDOM, Sampling(0.7, 1.0, 12, 1)])
-def test_logprobs_are_those_of_the_distribution_that_was_drawn_from(sampling: Sampling):
-    model = tiny_llama()
-    groups = HuggingFaceEngine(model, STOPS, 0).generate(PROMPTS, samples_per_prompt=3, sampling=sampling)
-    for prompt, group in zip(PROMPTS, groups, strict=True):
-        for completion in group:
-            logits = logits_of(model, [*prompt, *completion.token_ids])[len(prompt) - 1 : -1]
-            for step, (token, logprob) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
-                expected = nucleus_logprobs(logits[step], sampling.temperature or 1.0, sampling.top_p)
-                assert logprob == pytest.approx(expected[token], abs=1e-4)
-
-
-def test_answers_end_with_their_stop_id_or_at_the_length():
-    engine = HuggingFaceEngine(tiny_llama(), STOPS, 0)
-    groups = engine.generate(PROMPTS, samples_per_prompt=8, sampling=Sampling(1.5, 1.0, 12, 0))
-    completions = [completion for group in groups for completion in group]
-    assert {completion.is_finished for completion in completions} == {True, False}
-    for completion in completions:
-        assert not set(completion.token_ids[:-1]) & set(STOPS)
-        assert completion.is_finished == (completion.token_ids[-1] in STOPS)
-        assert completion.is_finished or len(completion.token_ids) == 12
-
-
 def test_a_row_says_the_same_in_any_batch():
     model = tiny_llama()
     prompts = [*PROMPTS, [1, *range(30, 110)]]
@@ -103,15 +95,6 @@ def test_a_row_says_the_same_in_any_batch():
 
 def ids_of(groups: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
     return [[completion.token_ids for completion in group] for group in groups]
-
-
-def test_the_seed_decides_what_is_drawn():
-    engine = HuggingFaceEngine(tiny_llama(), STOPS, 0)
-    first, again, other = (
-        ids_of(engine.generate(PROMPTS, samples_per_prompt=1, sampling=Sampling(1.0, 1.0, 12, seed)))
-        for seed in (0, 0, 1)
-    )
-    assert first == again != other
 
 
 def test_sampling_leaves_model_and_random_state_as_they_were():
@@ -155,40 +138,88 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was():
     assert model.generation_config is suggested
 
 
-def test_an_adapter_is_sampled_from_and_not_its_base():
-    model = attach_adapter(tiny_llama(), LORA, seed=0)
-    base = greedy_by_hand(model, PROMPTS[0], STOPS, 12)
-    move_adapter(model)
-    found = HuggingFaceEngine(model, STOPS, 0).generate(PROMPTS[:1], samples_per_prompt=1, sampling=GREEDY)
-    assert list(found[0][0].token_ids) == greedy_by_hand(model, PROMPTS[0], STOPS, 12) != base
-
-
-def test_an_answer_fits_into_the_models_positions_and_a_prompt_that_fills_them_is_refused():
+@both
+@pytest.mark.parametrize("sampling", [GREEDY, RANDOM, Sampling(0.7, 1.0, 12, 1)])
+def test_logprobs_are_those_of_the_distribution_that_was_drawn_from(make: Make, sampling: Sampling):
     model = tiny_llama()
-    engine = HuggingFaceEngine(model, (), 0)
-    prompts = [[1] + [30] * 124, [1] + [31] * 126, [1, 8]]
-    groups = engine.generate(prompts, samples_per_prompt=2, sampling=Sampling(1.0, 1.0, 12, 0))
-    assert [[len(completion.token_ids) for completion in group] for group in groups] == [[3, 3], [1, 1], [12, 12]]
-    assert not groups[0][0].is_finished
-    with pytest.raises(DataError, match=r"prompt 2: 128 tokens.* 128 positions"):
-        engine.generate([[1, 8], [1] * 128], samples_per_prompt=1, sampling=GREEDY)
+    groups = make(model, STOPS).generate(PROMPTS, samples_per_prompt=3, sampling=sampling)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            logits = logits_of(model, [*prompt, *completion.token_ids])[len(prompt) - 1 : -1]
+            for step, (token, logprob) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
+                expected = nucleus_logprobs(logits[step], sampling.temperature or 1.0, sampling.top_p)
+                assert logprob == pytest.approx(expected[token], abs=1e-4)
 
 
+@both
+def test_the_seed_decides_what_is_drawn(make: Make):
+    engine = make(tiny_llama(), STOPS)
+    first, again, other = (
+        ids_of(engine.generate(PROMPTS, samples_per_prompt=8, sampling=Sampling(1.0, 1.0, 12, seed)))
+        for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    assert all(len(set(group)) > 4 for group in first)
+
+
+@both
 @pytest.mark.parametrize("sampling", [GREEDY, RANDOM])
-def test_streaming_gives_the_same_answer_token_by_token(sampling: Sampling):
-    engine = HuggingFaceEngine(tiny_llama(), STOPS, 0)
-    seen: list[int] = []
+def test_streaming_gives_the_same_answer_token_by_token(make: Make, sampling: Sampling):
+    engine, seen = make(tiny_llama(), STOPS), list[int]()
     streamed = engine.stream(PROMPTS[2], sampling=sampling, on_token=seen.append)
     assert [[streamed]] == engine.generate(PROMPTS[2:3], samples_per_prompt=1, sampling=sampling)
     assert tuple(seen) == streamed.token_ids
 
 
-def test_progress_counts_every_completion_once():
-    counted: list[int] = []
-    HuggingFaceEngine(tiny_llama(), STOPS, 0, rows_per_batch=5).generate(
-        PROMPTS, samples_per_prompt=3, sampling=GREEDY, advance=counted.append
-    )
-    assert counted == [5, 5, 2]
+@both
+def test_an_answer_fits_into_the_models_positions_and_a_prompt_that_fills_them_is_refused(make: Make):
+    engine = make(tiny_llama(), ())
+    assert engine.context == 128
+    prompts = [[1] + [30] * 124, [1] + [31] * 126, [1, 8]]
+    groups = engine.generate(prompts, samples_per_prompt=2, sampling=Sampling(1.0, 1.0, 12, 0))
+    assert [[len(completion.token_ids) for completion in group] for group in groups] == [[3, 3], [1, 1], [12, 12]]
+    assert not groups[0][0].is_finished
+    for length in (128, 500):
+        with pytest.raises(DataError, match=rf"prompt 2: {length} tokens, but .* 128 positions\. Shorten"):
+            engine.generate([[1, 8], [1] * length], samples_per_prompt=1, sampling=GREEDY)
+
+
+@both
+def test_progress_counts_every_completion_once_and_without_prompts_there_are_none(make: Make):
+    engine, counted = make(tiny_llama(), STOPS, rows_per_batch=5), list[int]()
+    engine.generate(PROMPTS, samples_per_prompt=3, sampling=GREEDY, advance=counted.append)
+    assert sum(counted) == 12 and max(counted) <= 5
+    assert engine.generate([], samples_per_prompt=3, sampling=GREEDY) == []
+
+
+@both
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_all_rows_may_end_with_their_first_token_or_in_the_same_step(make: Make, rows: int):
+    engine = make(scripted_llama([1, 5], [7, 8, 9, 2]), (5, 2), rows_per_batch=rows)
+    for prompts, answer in (([[1], [9, 1], [8, 9, 1]], (5,)), ([[7], [30, 7], [31, 7], [7]], (8, 9, 2))):
+        groups = engine.generate(prompts, samples_per_prompt=4, sampling=GREEDY)
+        assert ids_of(groups) == [[answer] * 4] * len(prompts)
+        assert all(completion.is_finished for group in groups for completion in group)
+
+
+@both
+def test_one_token_is_drawn_where_the_limit_is_one(make: Make):
+    engine = make(scripted_llama([7, 8, 9, 2]), (2,), rows_per_batch=3)
+    groups = engine.generate([[7], [30, 8], [9]], samples_per_prompt=2, sampling=Sampling(0.0, 1.0, 1, 0))
+    assert ids_of(groups) == [[(8,)] * 2, [(9,)] * 2, [(2,)] * 2]
+    assert [group[0].is_finished for group in groups] == [False, False, True]
+
+
+@both
+def test_a_part_of_a_list_is_answered_as_in_the_whole_list(make: Make):
+    prompts = [[1, 8], [1, 8, 9], [1, 8], [1, 7], [1, 8]]
+    engine = make(tiny_llama(), (), rows_per_batch=3)
+    whole = ids_of(engine.generate(prompts, samples_per_prompt=2, sampling=RANDOM))
+    assert whole[0] != whole[2] != whole[4]  # the place decides, not the prompt alone
+    for places in ([1, 3], [4, 2, 0]):
+        of = [prompts[place] for place in places]
+        part = engine.generate(of, samples_per_prompt=2, sampling=RANDOM, numbers=places)
+        assert ids_of(part) == [whole[place] for place in places]
 
 
 def test_top_p_keeps_the_likeliest_up_to_the_one_that_reaches_it():
@@ -241,8 +272,9 @@ def test_a_rows_numbers_are_its_own_and_do_not_depend_on_how_many_are_taken():
         ((1.0, 0.0, 1, 0), r"top-p is 0\.0"),
         ((1.0, 1.5, 1, 0), r"top-p is 1\.5"),
         ((1.0, 1.0, 0, -1), "max-new-tokens is 0, and must be at least 1; seed is -1"),
+        ((1.0, 1.0, 1, 0, 0), "top-k is 0, and must be at least 1, or left out"),
     ],
 )
-def test_sampling_that_makes_no_sense_is_refused(values: tuple[float, float, int, int], found: str):
+def test_sampling_that_makes_no_sense_is_refused(values: tuple[Any, ...], found: str):
     with pytest.raises(UsageError, match=found):
         Sampling(*values)

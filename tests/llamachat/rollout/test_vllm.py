@@ -23,7 +23,7 @@ from llamachat.rollout.decoder import LlamaEngine
 from llamachat.rollout.engine import Completion, Sampling, scatter_generate
 from llamachat.rollout.vllm import Server, VllmEngine
 from tests.llamachat.models.tiny_roles import World
-from tests.llamachat.rollout.fake_vllm import BASE, FakeVllm, Refusal, error
+from tests.llamachat.rollout.fake_vllm import BASE, FakeVllm, Refusal
 from tests.several import run_several
 from tests.tiny_llama import LORA, move_adapter, tiny_llama
 
@@ -293,56 +293,49 @@ def test_what_the_server_refuses_is_told_in_its_words(fake: FakeVllm) -> None:
         engine.generate(PROMPTS[:1], samples_per_prompt=1, sampling=GREEDY)
 
 
-def takes_no_adapters(fake: FakeVllm) -> None:
-    fake.takes_adapters = False
-
-
-def gives_raw_logprobs(fake: FakeVllm) -> None:
-    fake.is_processed = False
-
-
-def is_another_model(fake: FakeVllm) -> None:
-    fake.model = tiny_llama(seed=1)
-
-
-def lists_nothing(fake: FakeVllm) -> None:
-    fake.before = refuse("/v1/models", 200, {"object": "list", "data": []})
-
-
-def has_no_list(fake: FakeVllm) -> None:
-    fake.before = refuse("/v1/models", 404, {"detail": "Not Found"})
-
-
-def sees_no_folder(fake: FakeVllm) -> None:
-    def before(path: str, body: Any) -> None:
-        if path == "/v1/load_lora_adapter":
-            raise error(404, f"No adapter found for {body['lora_path']}", "NotFoundError")
-
-    fake.before = before
+ADAPTER = "/v1/load_lora_adapter"
+NO_FOLDER = {"error": {"message": "No adapter found for /tmp/x", "type": "NotFoundError"}}
 
 
 @pytest.mark.parametrize(
-    ("make_wrong", "kind", "found"),
+    ("wrong", "tuning", "kind", "message"),
     [
-        (takes_no_adapters, ConfigError, "takes no adapters at run time.*VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"),
-        (sees_no_folder, ConfigError, r"does not load the adapter .*HTTP 404: No adapter found.*TMPDIR"),
-        (gives_raw_logprobs, ConfigError, "before temperature and top-p .*--logprobs-mode processed_logprobs"),
-        (is_another_model, ConfigError, r"gives other probabilities than the policy, by [0-9.]+ nats"),
-        (lists_nothing, ServerError, "a list of models without a base"),
-        (has_no_list, ServerError, r"no list of models at /v1/models \(HTTP 404: Not Found\)"),
+        ({"takes_adapters": False}, LORA, ConfigError, "takes no adapters at run time.*RUNTIME_LORA_UPDATING=True"),
+        (
+            {"before": refuse(ADAPTER, 404, NO_FOLDER)},
+            LORA,
+            ConfigError,
+            "does not load .*HTTP 404: No adapter.*TMPDIR",
+        ),
+        ({}, Tuning(method="lora", rank=32), ConfigError, "rank 32 is greater than max_lora_rank 16.*--max-lora-rank"),
+        (
+            {"is_processed": False},
+            LORA,
+            ConfigError,
+            "before temperature and top-p .*--logprobs-mode processed_logprobs",
+        ),
+        (
+            {"model": tiny_llama(seed=1)},
+            LORA,
+            ConfigError,
+            r"gives other probabilities than the policy, by [0-9.]+ nats",
+        ),
+        ({"before": refuse("/v1/models", 200, {"data": []})}, LORA, ServerError, "a list of models without a base"),
+        (
+            {"before": refuse("/v1/models", 404, {"detail": "Not Found"})},
+            LORA,
+            ServerError,
+            r"no list of models at /v1/models \(HTTP 404: Not Found\)",
+        ),
     ],
 )
 def test_a_server_that_does_not_fit_is_refused_at_the_start(
-    fake: FakeVllm, make_wrong: Callable[[FakeVllm], None], kind: type[LlamachatError], found: str
+    fake: FakeVllm, wrong: dict[str, Any], tuning: Tuning, kind: type[LlamachatError], message: str
 ) -> None:
-    make_wrong(fake)
-    with pytest.raises(kind, match=found):
-        engine_on(fake, adapted())
-
-
-def test_a_rank_that_the_server_was_not_started_for_is_told(fake: FakeVllm) -> None:
-    with pytest.raises(ConfigError, match=r"rank 32 is greater than max_lora_rank 16.*--max-lora-rank"):
-        engine_on(fake, adapted(Tuning(method="lora", rank=32)))
+    for name, value in wrong.items():
+        setattr(fake, name, value)
+    with pytest.raises(kind, match=message):
+        engine_on(fake, adapted(tuning))
 
 
 def test_weights_that_are_all_tuned_are_refused(fake: FakeVllm) -> None:
@@ -358,7 +351,7 @@ def test_the_policy_of_ppo_is_sampled_from_a_server(
     world = World(tmp_path, tiny_format, tiny_sentencepiece)
     bank = world.bank(LORA, LORA, critic="shared")
     fake = FakeVllm(load_base(world.base))
-    engine = open_engine(bank.policy_model(), bank.chat_format, Rollout(engine="vllm", server=fake.address))
+    engine = open_engine(bank.policy_model(), bank.chat_format, Rollout(engine="vllm", server=fake.address + "/"))
     frozen, questions = bank.frozen_digest(), [tiny_format.encode_prompt([Message("user", "Why?")])]
     answers = []
     for _ in range(2):
@@ -371,11 +364,5 @@ def test_the_policy_of_ppo_is_sampled_from_a_server(
         engine.refresh(bank.policy_model())
     assert ids_of(answers[0]) != ids_of(answers[1])
     assert bank.frozen_digest() == frozen
+    assert sorted(tiny_format.stop_ids) in [body["stop_token_ids"] for body in fake.completions]
     fake.close()
-
-
-def test_the_recipe_chooses_the_server(fake: FakeVllm, tiny_format: ChatFormat) -> None:
-    engine = open_engine(policy(), tiny_format, Rollout(engine="vllm", server=fake.address + "/"))
-    assert isinstance(engine, VllmEngine)
-    engine.generate([[1, 8]], samples_per_prompt=1, sampling=GREEDY)
-    assert fake.completions[-1]["stop_token_ids"] == sorted(tiny_format.stop_ids)

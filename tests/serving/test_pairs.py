@@ -1,7 +1,6 @@
 """Pairs for people to rate: who answers, what is drawn again, what is written, and the way back into training."""
 
 import gc
-import json
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,34 +18,19 @@ from llamachat.errors import DataError, UsageError
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Completion, Sampling
 from pipelines.cli.main import main
-from serving.pairs import Paired, Pairing, Request, Speaker, Variant, counted, deal_pairings, pair_file
-from tests.tiny_llama import publish_policy, scripted_llama
+from serving.pairs import Paired, Pairing, Request, Speaker, Variant, deal_pairings, pair_file
+from tests.serving.scripted import Recording, answering, policy_of, read_lines, write_lines
+from tests.tiny_llama import publish_policy
 
 BLANK = {"choice": None, "rating": None, "a_is_safe": None, "b_is_safe": None}
 NO_SPLIT = Split(test=0, validation=0, judge=0)
-
-
-def scripted(chat_format: ChatFormat, *texts: str) -> Any:
-    """A model that answers every prompt with one of these texts, each as likely as the others; no piece stands twice."""
-    tokenizer = chat_format.tokenizer
-    last = tokenizer.encode("[/INST]")
-    chains = [
-        [
-            last[-1],
-            *tokenizer.encode(f"[/INST] {text}")[len(last) :],
-            *((tokenizer.eos_id,) if text[-1:] != "~" else ()),
-        ]
-        for text in texts
-    ]
-    return scripted_llama(*chains)
 
 
 def variant(name: str, chat_format: ChatFormat, *texts: str, **changes: Any) -> Variant:
     settings: dict[str, Any] = {"max_tokens": 128, "system": None} | changes
 
     def load() -> Policy:
-        model = scripted(chat_format, *texts)
-        return Policy(model=model, tokenizer=chat_format.tokenizer, chat_format=chat_format, name=name, **settings)
+        return policy_of(answering(chat_format, *texts), chat_format, name=name, **settings)
 
     return Variant(name=name, chat_format=chat_format, load=load, **settings)
 
@@ -60,15 +44,6 @@ def question(text: str, **more: Any) -> dict[str, Any]:
 
 
 QUESTIONS = [question(f"the cat {number}") for number in range(40)]
-
-
-def write_lines(path: Path, rows: Sequence[Any]) -> Path:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return path
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # -- who answers which prompt
@@ -128,16 +103,17 @@ def test_two_policies_answer_each_prompt_and_provenance_names_them(tmp_path: Pat
 
 
 def test_a_key_file_takes_the_provenance_and_raters_see_none(tmp_path: Path, tiny_format: ChatFormat) -> None:
-    source = write_lines(tmp_path / "in.jsonl", QUESTIONS[:6])
     variants = [variant("runs/one", tiny_format, "Hello"), variant("runs/two", tiny_format, "Paris")]
+    source = write_lines(tmp_path / "in.jsonl", QUESTIONS)
     open_out, blind, key = (tmp_path / name for name in ("open.jsonl", "blind.jsonl", "key.jsonl"))
-    pair_file(variants, source, open_out, request())
-    pair_file(variants, source, blind, request(key=key))
+    pair_file(variants, source, open_out, request(limit=6))
+    pair_file(variants, source, blind, request(key=key, limit=6))
     assert all(set(row) == {"id", "prompt", "answer_a", "answer_b", *BLANK} for row in read_lines(blind))
     names = {"id", "policy_a", "temperature_a", "policy_b", "temperature_b"}
     assert all(set(row) == names for row in read_lines(key))
     joined = [pair | origin for pair, origin in zip(read_lines(blind), read_lines(key), strict=True)]
     assert joined == read_lines(open_out)
+    assert [row["prompt"] for row in joined] == [row["prompt"] for row in QUESTIONS[:6]]
 
 
 def test_the_same_seed_gives_the_same_pairs_whatever_the_order_of_the_file(
@@ -158,34 +134,17 @@ def test_the_same_seed_gives_the_same_pairs_whatever_the_order_of_the_file(
     assert sorted(texts["one"].splitlines()) == sorted(texts["shuffled"].splitlines())
 
 
-def test_limit_takes_the_first_prompts(tmp_path: Path, tiny_format: ChatFormat) -> None:
-    variants = [variant("one", tiny_format, "Hello"), variant("two", tiny_format, "Paris")]
-    source = write_lines(tmp_path / "in.jsonl", QUESTIONS)
-    pair_file(variants, source, tmp_path / "out.jsonl", request(limit=3))
-    assert [row["prompt"] for row in read_lines(tmp_path / "out.jsonl")] == [row["prompt"] for row in QUESTIONS[:3]]
-
-
 def test_each_policy_gets_its_own_system_text_and_what_fits_it(tmp_path: Path, tiny_format: ChatFormat) -> None:
-    sent: list[tuple[Message, ...]] = []
-
-    class Recording:
-        def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-            sent.append(tuple(messages))
-            return tiny_format.encode_prompt(messages)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(tiny_format, name)
-
     turns = [("user", "the cat sat on the mat"), ("assistant", "the other cat sat on the other mat"), ("user", "why?")]
     dialog = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    recording: Any = Recording()
+    recording: Any = Recording(tiny_format)
     variants = [
         variant("short", recording, "Hello", max_tokens=40),
         variant("kind", recording, "Paris", system="Be kind."),
     ]
     done = pair_file(variants, write_lines(tmp_path / "in.jsonl", [dialog]), tmp_path / "out.jsonl", request())
     messages = tuple(Message(role, content) for role, content in turns)  # type: ignore[arg-type]  # words of the test
-    assert sent == [messages[-1:], (Message("system", "Be kind."), *messages)]
+    assert recording.prompts == [messages[-1:], (Message("system", "Be kind."), *messages)]
     assert (done.pairs, done.shortened) == (1, 1)
     assert read_lines(tmp_path / "out.jsonl")[0]["prompt"] == dialog["messages"], "people see the whole conversation"
 
@@ -313,10 +272,6 @@ def test_a_prompt_without_a_pair_costs_no_second_answer_and_nothing_is_written(
     assert [len(engine.seeds) for engine in engines] == [1], "no other draw at temperature 0, and no second policy"
 
 
-def test_counts_are_told_with_the_most_frequent_first() -> None:
-    assert counted({"empty": 2, "unfinished": 30}) == "30 unfinished, 2 empty"
-
-
 # -- what is refused
 
 
@@ -368,7 +323,7 @@ def test_from_the_command_to_reward_data(
 ) -> None:
     caplog.set_level("INFO")
     for name, texts in (("one", ("Hello", "the cat")), ("two", ("Paris",))):
-        publish_policy(tmp_path / name / "sft", scripted(tiny_format, *texts), tiny_format, base="assets/base")
+        publish_policy(tmp_path / name / "sft", answering(tiny_format, *texts), tiny_format, base="assets/base")
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "prompts.jsonl", QUESTIONS)
     given = ["pairs", "--policy", "one", "--policy", "two/sft", "--in", "prompts.jsonl", "--max-new-tokens", "8"]
@@ -397,7 +352,7 @@ def test_what_is_drawn_again_and_left_out_is_told_and_one_policy_is_named_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level("INFO")
-    publish_policy(tmp_path / "one" / "sft", scripted(tiny_format, "Hello", "Paris"), tiny_format, base="assets/base")
+    publish_policy(tmp_path / "one" / "sft", answering(tiny_format, "Hello", "Paris"), tiny_format, base="assets/base")
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "prompts.jsonl", QUESTIONS)
     given = ["pairs", "--in", "prompts.jsonl", "--max-new-tokens", "8", "--policy", "one"]

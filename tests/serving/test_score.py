@@ -16,6 +16,7 @@ from llamachat.models.reward_model import RewardModel, load_reward_model
 from pipelines.cli.main import main
 from serving.score import score_file, score_turns
 from tests.reward.rewarding import base_of, policy_on, trained
+from tests.serving.scripted import write_lines
 
 USER = {"role": "user", "content": "the cat"}
 
@@ -40,11 +41,6 @@ def reward_model(tmp_path: Path, tiny_sentencepiece: bytes) -> RewardModel:
     return load_reward_model(artifact.path)
 
 
-def write(path: Path, *records: Any) -> Path:
-    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    return path
-
-
 def plain_score(folder: Path, chat_format: ChatFormat, answer: str) -> float:
     messages = [Message("user", USER["content"]), Message("assistant", answer)]
     ids = chat_format.encode_dialog(messages, train_on=TrainOn.LAST_ANSWER).input_ids
@@ -57,7 +53,7 @@ def test_each_kind_of_record_gets_its_scores_in_the_order_of_the_file(
     tmp_path: Path, tiny_sentencepiece: bytes, tiny_format: ChatFormat, capsys: pytest.CaptureFixture[str]
 ):
     artifact, _ = trained(tmp_path, tiny_sentencepiece, "full")
-    file, out = write(tmp_path / "in.jsonl", SAMPLED, DIALOG, PAIR), tmp_path / "out.jsonl"
+    file, out = write_lines(tmp_path / "in.jsonl", [SAMPLED, DIALOG, PAIR]), tmp_path / "out.jsonl"
     step = str(artifact.path.parent)
     assert main(["score", step, str(file), "--out", str(out), "--device", "cpu"]) == 0
     sampled, dialog, pair = (json.loads(line) for line in out.read_text().splitlines())
@@ -79,19 +75,19 @@ def test_each_kind_of_record_gets_its_scores_in_the_order_of_the_file(
 def test_counts_and_accuracy(tmp_path: Path, reward_model: RewardModel, caplog: pytest.LogCaptureFixture):
     swapped = {**PAIR, "chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
     with caplog.at_level(logging.INFO):
-        done, text = score_file(reward_model, write(tmp_path / "in.jsonl", PAIR, swapped, PAIR, SAMPLED), None)
+        done, text = score_file(reward_model, write_lines(tmp_path / "in.jsonl", [PAIR, swapped, PAIR, SAMPLED]), None)
     scores = json.loads(text.splitlines()[0])
     wins = scores["score_chosen"] > scores["score_rejected"]
     assert (done.records, done.answers, done.without, done.pairs) == (4, 7, 1, 3)
     assert done.accuracy == pytest.approx((2 if wins else 1) / 3)
     assert "1 completions have no score: they are empty" in caplog.text
-    same, _ = score_file(reward_model, write(tmp_path / "one.jsonl", DIALOG), None)
+    same, _ = score_file(reward_model, write_lines(tmp_path / "one.jsonl", [DIALOG]), None)
     assert same.accuracy is None
 
 
 def test_a_known_set_is_written_in_our_form(tmp_path: Path, reward_model: RewardModel):
     row = {"chosen": "\n\nHuman: the cat\n\nAssistant: Paris", "rejected": "\n\nHuman: the cat\n\nAssistant: a model"}
-    _, text = score_file(reward_model, write(tmp_path / "hh.jsonl", row), None)
+    _, text = score_file(reward_model, write_lines(tmp_path / "hh.jsonl", [row]), None)
     record = json.loads(text)
     assert {key: record[key] for key in ("prompt", "chosen", "rejected")} == {
         "prompt": [USER],
@@ -113,7 +109,7 @@ def test_all_bad_lines_are_told_and_nothing_is_written(tmp_path: Path, reward_mo
     ]
     out = tmp_path / "out.jsonl"
     with pytest.raises(DataError) as error:
-        score_file(reward_model, write(tmp_path / "in.jsonl", *bad), out)
+        score_file(reward_model, write_lines(tmp_path / "in.jsonl", bad), out)
     lines = [line for line in str(error.value).splitlines() if line.startswith(str(tmp_path))]
     assert [line.partition(": ")[0].rpartition(":")[2] for line in lines] == ["1", "3", "4", "5", "6", "7"]
     for line, part in zip(
@@ -133,7 +129,7 @@ def test_all_bad_lines_are_told_and_nothing_is_written(tmp_path: Path, reward_mo
 
 
 def test_what_cannot_be_asked_is_refused(tmp_path: Path, reward_model: RewardModel, caplog: pytest.LogCaptureFixture):
-    file = write(tmp_path / "in.jsonl", DIALOG)
+    file = write_lines(tmp_path / "in.jsonl", [DIALOG])
     for out, part in (
         (tmp_path, "is a folder"),
         (file, "file of answers itself"),
@@ -146,7 +142,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path, reward_model: RewardMod
     with pytest.raises(UsageError, match=r"-m: messages\[0\].*\[INST\]"):
         score_turns(reward_model, ["the [INST]", "cat"])
     empty = {"prompt": "the cat", "completions": [{"text": "a model"}], "messages": None}
-    rows = write(tmp_path / "none.jsonl", {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, empty)
+    rows = write_lines(tmp_path / "none.jsonl", [{"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, empty])
     with pytest.raises(DataError):
         score_file(reward_model, rows, None)
 
@@ -155,7 +151,7 @@ def test_the_command_takes_a_file_or_messages_and_a_reward_model(
     tmp_path: Path, tiny_sentencepiece: bytes, tiny_format: ChatFormat, capsys: pytest.CaptureFixture[str]
 ):
     policy = policy_on(base_of(tmp_path, tiny_sentencepiece), "full", tmp_path, tiny_format)
-    file = write(tmp_path / "in.jsonl", DIALOG)
+    file = write_lines(tmp_path / "in.jsonl", [DIALOG])
     assert main(["score", str(policy.path), str(file)]) == 1
     assert "holds kind 'policy', but scoring needs a 'reward_model'" in capsys.readouterr().err
     for wrong in ([], [str(file), "-m", "a", "-m", "b"], ["-m", "a", "-m", "b", "--out", str(tmp_path / "o")]):

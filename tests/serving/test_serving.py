@@ -1,56 +1,25 @@
 """Chat and sample: models that say what a table tells them, or random ones held against their own logits."""
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.errors import DataError, UsageError
-from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
+from pipelines.cli.main import main
 from serving.chat import chat_loop, chat_once
 from serving.sample import Sampled, sample_file
-from tests.tiny_llama import scripted_llama, tiny_llama
+from tests.serving.scripted import Recording, answering, policy_of, read_lines, write_lines
+from tests.tiny_llama import publish_policy, tiny_llama
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=20, seed=0)
-END_OF_PROMPT = "[/INST]"
-
-
-@dataclass
-class Recording:
-    """A chat format that remembers the prompts it was asked to encode."""
-
-    real: Any
-    prompts: list[tuple[Message, ...]] = field(default_factory=list)
-
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        self.prompts.append(tuple(messages))
-        return self.real.encode_prompt(messages)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real, name)
-
-
-def policy_of(model: LlamaForCausalLM, chat_format: Any, **changes: Any) -> Policy:
-    settings: dict[str, Any] = {"max_tokens": 128, "system": None, "name": "tiny/sft"}
-    return Policy(model=model, tokenizer=chat_format.tokenizer, chat_format=chat_format, **(settings | changes))
-
-
-def answering(chat_format: ChatFormat, text: str, *, ends: bool = True) -> LlamaForCausalLM:
-    """A model that answers every prompt with this text; its pieces must differ from one another."""
-    tokenizer = chat_format.tokenizer
-    last = tokenizer.encode(END_OF_PROMPT)
-    answer = tokenizer.encode(f"{END_OF_PROMPT} {text}")[len(last) :]
-    return scripted_llama([last[-1], *answer, *((tokenizer.eos_id,) if ends else ())])
 
 
 def lines_then_end(*lines: str) -> Callable[[str], str]:
@@ -110,72 +79,81 @@ def test_the_system_text_is_the_policys_unless_another_is_given(
     assert recording.prompts == [(user,) if sent is None else (Message("system", sent), user)]
 
 
-@pytest.mark.parametrize("text", ["", "What does [INST] mean?", "half \ud800"])
-def test_a_message_that_cannot_be_sent_is_refused(text: str, tiny_format: ChatFormat):
-    policy = policy_of(answering(tiny_format, "Hello"), tiny_format)
-    with pytest.raises(UsageError, match="The message cannot be sent"):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "The message cannot be sent"),
+        ("What does [INST] mean?", "The message cannot be sent"),
+        ("half \ud800", "The message cannot be sent"),
+        ("cat " * 40, "more than the 29 tokens"),
+    ],
+)
+def test_a_message_that_cannot_be_sent_is_refused(text: str, words: str, tiny_format: ChatFormat):
+    policy = policy_of(answering(tiny_format, "Hello"), tiny_format, max_tokens=30)
+    with pytest.raises(UsageError, match=words):
         chat_once(policy, text, system=None, sampling=GREEDY, write=lambda text: None)
 
 
-def test_a_message_that_is_too_long_is_refused(tiny_format: ChatFormat):
-    policy = policy_of(answering(tiny_format, "Hello"), tiny_format, max_tokens=30)
-    with pytest.raises(UsageError, match="more than the 29 tokens"):
-        chat_once(policy, "cat " * 40, system=None, sampling=GREEDY, write=lambda text: None)
+def talk(chat_format: ChatFormat, *lines: str, answer: str = "Hello", **policy: Any) -> tuple[list[Any], str]:
+    """The prompts that a conversation of these lines sends, and what it shows."""
+    recording, shown = Recording(chat_format), list[str]()
+    policies = [policy_of(answering(chat_format, answer), recording, **policy)]
+    chat_loop(policies, system=None, sampling=GREEDY, read=lines_then_end(*lines), write=shown.append)
+    return recording.prompts, "".join(shown)
 
 
-def test_a_conversation_keeps_its_history_until_it_begins_anew(tiny_format: ChatFormat):
-    recording, shown = Recording(tiny_format), list[str]()
-    policy = policy_of(answering(tiny_format, "Hello"), recording)
-    read = lines_then_end("one", "", "two", "/reset", "three", "/system Be brief.", "four", "/system", "/what", "five")
-    chat_loop([policy], system=None, sampling=GREEDY, read=read, write=shown.append)
+def users(*texts: str) -> list[Message]:
+    return [Message("user", text) for text in texts]
+
+
+def test_a_conversation_keeps_its_history_until_it_begins_again(tiny_format: ChatFormat):
+    lines = (
+        "one",
+        "",
+        "two",
+        "/reset",
+        "three",
+        "/system Be brief.",
+        "four",
+        "/system",
+        "/what",
+        "five",
+        "/quit",
+        "six",
+    )
+    prompts, shown = talk(tiny_format, *lines)
     hello, system = Message("assistant", "Hello"), Message("system", "Be brief.")
-    one, two, three, four, five = (Message("user", word) for word in ("one", "two", "three", "four", "five"))
-    assert recording.prompts == [(one,), (one, hello, two), (three,), (system, four), (five,)]
-    assert "".join(shown).count("/system TEXT") == 1, "an unknown command names the known ones"
-
-
-def test_quit_ends_the_conversation(tiny_format: ChatFormat):
-    recording = Recording(tiny_format)
-    policy = policy_of(answering(tiny_format, "Hello"), recording)
-    chat_loop([policy], system=None, sampling=GREEDY, read=lines_then_end("/quit", "one"), write=lambda text: None)
-    assert recording.prompts == []
+    one, two, three, four, five = users("one", "two", "three", "four", "five")
+    assert prompts == [(one,), (one, hello, two), (three,), (system, four), (five,)]
+    assert shown.count("/system TEXT") == 1, "an unknown command names the known ones"
 
 
 def test_the_oldest_pairs_make_room_and_the_system_text_stays(tiny_format: ChatFormat):
-    recording = Recording(tiny_format)
-    policy = policy_of(answering(tiny_format, "Hello"), recording, max_tokens=80, system="Be brief.")
-    read = lines_then_end(*(f"the cat {number}" for number in range(6)))
-    chat_loop([policy], system=None, sampling=GREEDY, read=read, write=lambda text: None)
-    last = recording.prompts[-1]
+    lines = [f"the cat {number}" for number in range(6)]
+    prompts, _ = talk(tiny_format, *lines, max_tokens=80, system="Be brief.")
+    last = prompts[-1]
     assert last[0] == Message("system", "Be brief.")
     assert last[-1] == Message("user", "the cat 5")
     assert 3 < len(last) < 12
     assert last[1] == Message("user", f"the cat {6 - (len(last) - 1 + 1) // 2}"), "whole pairs, the newest ones"
-    lengths = [len(tiny_format.encode_prompt(prompt)) for prompt in recording.prompts]
-    assert max(lengths) <= 80 - GREEDY.max_new_tokens
+    assert max(len(tiny_format.encode_prompt(prompt)) for prompt in prompts) <= 80 - GREEDY.max_new_tokens
 
 
 def test_what_goes_wrong_in_a_conversation_does_not_end_it(tiny_format: ChatFormat):
-    recording, shown = Recording(tiny_format), list[str]()
-    policy = policy_of(answering(tiny_format, "Hello"), recording)
-    read = lines_then_end("say [INST]", "/system <<SYS>>", "cat " * 200, "one")
-    chat_loop([policy], system=None, sampling=GREEDY, read=read, write=shown.append)
-    text = "".join(shown)
-    assert "holds '[INST]'" in text
-    assert "(unchanged: the system text holds '<<SYS>>'" in text
-    assert "too long" in text
-    assert recording.prompts == [(Message("user", "one"),)]
-    assert text.endswith("Hello\n\n")
+    prompts, shown = talk(tiny_format, "say [INST]", "/system <<SYS>>", "cat " * 200, "one")
+    assert "holds '[INST]'" in shown
+    assert "(unchanged: the system text holds '<<SYS>>'" in shown
+    assert "too long" in shown
+    assert prompts == [tuple(users("one"))]
+    assert shown.endswith("Hello\n\n")
 
 
 @pytest.mark.parametrize(("answer", "reason"), [("", "is empty"), ("<<SYS>>", "holds '<<SYS>>'")])
 def test_an_answer_that_cannot_be_sent_back_is_not_kept(answer: str, reason: str, tiny_format: ChatFormat):
-    recording, shown = Recording(tiny_format), list[str]()
-    policy = policy_of(answering(tiny_format, answer), recording)
-    chat_loop([policy], system=None, sampling=GREEDY, read=lines_then_end("one", "two"), write=shown.append)
-    assert recording.prompts == [(Message("user", "one"),), (Message("user", "two"),)]
-    assert f"(left out of the conversation: the answer {reason}" in "".join(shown)
-    assert "trained" not in "".join(shown), "what such a text does to a training is not told here"
+    prompts, shown = talk(tiny_format, "one", "two", answer=answer)
+    assert prompts == [tuple(users("one")), tuple(users("two"))]
+    assert f"(left out of the conversation: the answer {reason}" in shown
+    assert "trained" not in shown, "what such a text does to a training is not said here"
 
 
 def test_ctrl_c_stops_an_answer_and_forgets_it(tiny_format: ChatFormat):
@@ -188,28 +166,23 @@ def test_ctrl_c_stops_an_answer_and_forgets_it(tiny_format: ChatFormat):
 
     policy = policy_of(answering(tiny_format, "Hello"), recording)
     chat_loop([policy], system=None, sampling=GREEDY, read=lines_then_end("one", "two"), write=write)
-    assert recording.prompts == [(Message("user", "one"),), (Message("user", "two"),)]
+    assert recording.prompts == [tuple(users("one")), tuple(users("two"))]
     assert "H\n(stopped, and forgotten)\n" in "".join(shown)
 
 
-def test_two_policies_answer_one_below_the_other_each_with_its_own_history(tiny_format: ChatFormat):
-    formats = Recording(tiny_format), Recording(tiny_format)
-    shown: list[str] = []
+@pytest.mark.parametrize(("names", "labels"), [(("a/sft", "b/ppo"),) * 2, (("a/sft",) * 2, ("a/sft (1)", "a/sft (2)"))])
+def test_two_policies_answer_one_below_the_other_each_with_its_own_history(
+    names: Sequence[str], labels: Sequence[str], tiny_format: ChatFormat
+):
+    formats, shown = (Recording(tiny_format), Recording(tiny_format)), list[str]()
     policies = [
         policy_of(answering(tiny_format, text), chat_format, name=name)
-        for text, chat_format, name in zip(("Hello", "Paris"), formats, ("a/sft", "b/ppo"), strict=True)
+        for text, chat_format, name in zip(("Hello", "Paris"), formats, names, strict=True)
     ]
     chat_loop(policies, system=None, sampling=GREEDY, read=lines_then_end("one", "two"), write=shown.append)
-    assert "[a/sft]\nHello\n[b/ppo]\nParis\n[a/sft]\nHello\n[b/ppo]\nParis\n" in "".join(shown)
+    assert f"[{labels[0]}]\nHello\n[{labels[1]}]\nParis\n" * 2 in "".join(shown)
     assert formats[0].prompts[1][1] == Message("assistant", "Hello")
     assert formats[1].prompts[1][1] == Message("assistant", "Paris")
-
-
-def test_two_policies_of_one_name_are_numbered(tiny_format: ChatFormat):
-    shown: list[str] = []
-    policies = [policy_of(answering(tiny_format, text), tiny_format, name="a/sft") for text in ("Hello", "Paris")]
-    chat_loop(policies, system=None, sampling=GREEDY, read=lines_then_end("one"), write=shown.append)
-    assert "[a/sft (1)]\nHello\n[a/sft (2)]\nParis\n" in "".join(shown)
 
 
 def test_every_turn_draws_anew(tiny_format: ChatFormat):
@@ -239,15 +212,6 @@ RECORDS: list[dict[str, Any]] = [
     },
 ]
 QUESTIONS = [RECORDS[0]["prompt"], RECORDS[1]["messages"][:4], RECORDS[2]["prompt"]]
-
-
-def write_lines(path: Path, records: Sequence[Any]) -> Path:
-    path.write_text("".join((text if isinstance(text, str) else json.dumps(text)) + "\n" for text in records))
-    return path
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_each_record_gets_its_completions_with_their_logprobs(tmp_path: Path, tiny_format: ChatFormat):
@@ -306,16 +270,6 @@ def test_the_policys_system_text_goes_before_prompts_without_one_and_long_dialog
     assert read_lines(tmp_path / "out.jsonl")[2]["messages"] == long["messages"], "the record is written back whole"
 
 
-def test_a_known_set_is_written_as_prompts(tmp_path: Path, tiny_format: ChatFormat):
-    row = {"instruction": "Name a cat.", "context": "", "response": "Tom.", "category": "brainstorming"}
-    source = write_lines(tmp_path / "in.jsonl", [row])
-    policy = policy_of(answering(tiny_format, "Hello"), tiny_format)
-    sample_file(policy, source, tmp_path / "out.jsonl", samples_per_prompt=1, sampling=GREEDY)
-    (written,) = read_lines(tmp_path / "out.jsonl")
-    assert written["prompt"] == [{"role": "user", "content": "Name a cat."}]
-    assert written["completions"][0]["text"] == "Hello"
-
-
 def test_rows_without_a_prompt_are_told(tmp_path: Path, tiny_format: ChatFormat, caplog: pytest.LogCaptureFixture):
     answer = {"role": "assistant", "text": "Hi.", "rank": 0}
     trees: list[dict[str, Any]] = [
@@ -360,3 +314,14 @@ def test_a_request_that_cannot_be_met_is_refused_before_anything_is_sampled(tmp_
             sample_file(policy, source, out, samples_per_prompt=samples, sampling=GREEDY)
     with pytest.raises(DataError, match=r"absent\.jsonl.* does not exist"):
         sample_file(policy, tmp_path / "absent.jsonl", tmp_path / "o.jsonl", samples_per_prompt=1, sampling=GREEDY)
+
+
+def test_the_command_writes_the_same_bytes_whatever_the_batch_size(tmp_path: Path, tiny_format: ChatFormat):
+    artifact = publish_policy(tmp_path / "policy", tiny_llama(max_position_embeddings=256), tiny_format, base="tiny")
+    source, written = write_lines(tmp_path / "in.jsonl", RECORDS * 8), set[bytes]()
+    for size in ("1", "7", "64"):
+        out = tmp_path / f"{size}.jsonl"
+        words = ["--policy", str(artifact.path), "--in", str(source), "--out", str(out), "-n", "3"]
+        assert main(["sample", *words, "--max-new-tokens", "24", "--batch-size", size, "--dtype", "float32"]) == 0
+        written.add(out.read_bytes())
+    assert len(written) == 1

@@ -4,8 +4,9 @@ rtx-4090    24GiB    8x a100-80gb
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+
+from llamachat.config.section import TextCheck
 
 # name: (GiB that the driver shows, peak of dense bf16 with fp32 sums in TFLOP/s), both from the vendor's data sheets.
 CARDS = {
@@ -72,14 +73,12 @@ def parse_gpu(text: str) -> Gpu:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class GpuName:
-    """The field names a card."""
+def _fault(text: str) -> str | None:
+    try:
+        parse_gpu(text)
+    except ValueError as error:
+        return str(error)
+    return None
 
-    def problems(self, value: object) -> Iterator[tuple[tuple[()], str]]:
-        if not isinstance(value, str):
-            return
-        try:
-            parse_gpu(value)
-        except ValueError as error:
-            yield (), str(error)
+
+GPU_NAME = TextCheck(_fault)

@@ -5,12 +5,11 @@ PyYAML follows YAML 1.1, where `2e-4` is text, `off` is false and `010` is eight
 are those of YAML 1.2's core schema, digits may be grouped (`1_000`), and a key written twice is a problem, not a choice.
 """
 
-import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import yaml
 
@@ -37,7 +36,7 @@ class Layers:
 
     def add(self, values: Mapping[str, Any], source: str) -> None:
         """Lay the values of a file over the present ones."""
-        self._merge(self.values, values, source, ())
+        self._lay(self.values, values, source, ())
         self._sources[()] = source
 
     def override(self, text: str) -> ConfigProblem | None:
@@ -54,59 +53,48 @@ class Layers:
             return ConfigProblem(
                 COMMAND_LINE, dotted(key), f"the value is no YAML: {error}. Put it in quotes: '\"...\"'."
             )
-        return self._put(key, value)
-
-    def _put(self, key: Key, value: Any) -> ConfigProblem | None:
         holder: Any = self.values
         for depth, part in enumerate(key):
             at = dotted(key[:depth])
-            if isinstance(holder, list):
-                if not isinstance(part, int) or part >= len(holder):
-                    have = f"0 to {len(holder) - 1}" if holder else "none, it is empty"
-                    return ConfigProblem(
-                        COMMAND_LINE, dotted(key), f"'{at}' is a list with the items {have}; '{part}' is none."
-                    )
-            elif isinstance(holder, dict):
-                part = str(part)
-                if depth < len(key) - 1 and holder.get(part) is None:
-                    self._replace(holder, part, {}, COMMAND_LINE, key[: depth + 1])
-            else:
-                return ConfigProblem(
-                    COMMAND_LINE, dotted(key), f"'{at}' is {describe(holder)}, which has no keys under it."
-                )
+            if isinstance(holder, list) and (not isinstance(part, int) or part >= len(holder)):
+                have = f"0 to {len(holder) - 1}" if holder else "none, it is empty"
+                text = f"'{at}' is a list with the items {have}; '{part}' is none."
+                return ConfigProblem(COMMAND_LINE, dotted(key), text)
+            if not isinstance(holder, dict | list):
+                text = f"'{at}' is {describe(holder)}, which has no keys under it."
+                return ConfigProblem(COMMAND_LINE, dotted(key), text)
+            place: Any = str(part) if isinstance(holder, dict) else part
             if depth == len(key) - 1:
-                self._replace(holder, part, value, COMMAND_LINE, key)
-            else:
-                holder = cast(Any, holder)[part]  # a dict takes the text, a list the number: seen to above
+                self._set(holder, place, value, COMMAND_LINE, key)
+            elif isinstance(holder, dict) and holder.get(place) is None:
+                self._set(holder, place, {}, COMMAND_LINE, key[: depth + 1])
+            holder = holder[place]
         return None
 
-    def _merge(self, into: dict[str, Any], values: Mapping[str, Any], source: str, at: Key) -> None:
+    def _lay(self, holder: dict[str, Any], values: Mapping[str, Any], source: str, at: Key) -> None:
         for name, value in values.items():
             key = (*at, name)
-            if isinstance(value, dict) and isinstance(into.get(name), dict):
+            if isinstance(value, dict) and isinstance(holder.get(name), dict):
                 self._sources[key] = source
-                self._merge(into[name], value, source, key)
+                self._lay(holder[name], value, source, key)
             else:
-                self._replace(into, name, value, source, key)
+                self._set(holder, name, value, source, key)
 
-    def _replace(self, holder: Any, part: str | int, value: Any, source: str, key: Key) -> None:
+    def _set(self, holder: Any, part: str | int, value: Any, source: str, key: Key) -> None:
+        """Replace a value whole; each key below has its source, since a later layer may replace its neighbours alone."""
         for below in [known for known in self._sources if known[: len(key)] == key]:
             del self._sources[below]
-        holder[part] = value
-        self._record(value, source, key)
-
-    def _record(self, value: Any, source: str, key: Key) -> None:
-        """Every key below has its source, since another layer may later replace its neighbours alone."""
         self._sources[key] = source
-        for name, below in value.items() if isinstance(value, dict) else ():
-            self._record(below, source, (*key, name))
+        holder[part] = {} if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            self._lay(holder[part], value, source, key)
 
 
 def merged(below: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """The values of one mapping with those of another laid over them."""
     layers = Layers("")
-    layers.add(copy.deepcopy(dict(below)), "")
-    layers.add(copy.deepcopy(dict(over)), "")
+    layers.add(below, "")
+    layers.add(over, "")
     return layers.values
 
 
@@ -220,14 +208,6 @@ class _Loader(yaml.SafeLoader):
 _Loader.yaml_implicit_resolvers = {}
 
 
-def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(node.value)
-
-
-def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    return float(node.value)
-
-
 _DIGITS = "[0-9]+(?:_[0-9]+)*"
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_implicit_resolver(
@@ -239,8 +219,8 @@ _Loader.add_implicit_resolver(
     re.compile(rf"^[-+]?(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"),
     list("-+.0123456789"),
 )
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(node.value))
 
 
 def parse_value(text: str) -> Any:
@@ -261,7 +241,7 @@ def parse_mapping(text: str, source: str) -> tuple[dict[str, Any], list[ConfigPr
         problems = [ConfigProblem(source, dotted(key), text) for key, text in _duplicates(node)]
         values = loader.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:
-        return {}, [ConfigProblem(source, "", f"this is no YAML: {_reason(error)}. Mend the line.")]
+        return {}, [ConfigProblem(source, "", f"this is no YAML: {_reason(error)}. Correct the line.")]
     finally:
         loader.dispose()
     if not isinstance(values, dict):

@@ -94,6 +94,18 @@ class Check(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class TextCheck:
+    """A check of text, by a function that returns what is wrong with it, or None."""
+
+    fault: Callable[[str], str | None]
+
+    def problems(self, value: object) -> Iterator[tuple[Key, str]]:
+        text = self.fault(value) if isinstance(value, str) else None
+        if text:
+            yield (), text
+
+
 def dotted(key: Key) -> str:
     """The key as one writes it on the command line."""
     return ".".join(str(part) for part in key)
@@ -146,7 +158,8 @@ def _type_problems(
     except ValidationError as error:
         grouped: dict[Key, list[ErrorDetails]] = {}
         for details in error.errors(include_url=False):
-            grouped.setdefault(_field_key(schema, details["loc"]), []).append(details)
+            key = tuple(part for part, *_ in _path(schema, details["loc"]))
+            grouped.setdefault(key, []).append(details)
         for key, group in grouped.items():
             yield from _explain(schema, key, group, values, root)
 
@@ -163,14 +176,14 @@ def _explain(
         yield key, _unknown_key(schema, key, root or schema)
     elif "value_error" in kinds:
         reason = next(str(d["ctx"]["error"]) for d in group if d["type"] == "value_error" and "ctx" in d)
-        yield key, f"{reason}. {_meaning(_field(schema, key))}".rstrip()
+        yield key, f"{reason}. {_meaning(_owner_and_field(schema, key)[1])}".rstrip()
     else:
         value = _value(values, key)
         required = " or ".join(dict.fromkeys(_required(details) for details in group))
         hint = _near_choice(value, group)
         yield (
             key,
-            f"found {describe(value)}, but {required} is required.{hint} {_meaning(_field(schema, key))}".rstrip(),
+            f"found {describe(value)}, but {required} is required.{hint} {_meaning(_owner_and_field(schema, key)[1])}".rstrip(),
         )
 
 
@@ -238,9 +251,7 @@ def _meaning(field: FieldInfo | None) -> str:
 
 def _unknown_key(schema: type[Section], key: Key, root: type[Section]) -> str:
     name = str(key[-1])
-    owner = _section_at(schema, key[:-1])
-    if owner is None:
-        return "unknown key. Remove it."
+    owner, _ = _owner_and_field(schema, key)
     if name in owner.unknown_keys:
         return owner.unknown_keys[name]
     near = nearest(name, owner.model_fields)
@@ -277,24 +288,21 @@ def _fields(schema: type[Section], values: object, at: Key = ()) -> Iterator[tup
                 yield from _fields(below, item, key if index is None else (*key, index))
 
 
-def _field_key(schema: type[Section], loc: tuple[int | str, ...]) -> Key:
-    """The part of a pydantic location that names fields and list items, without its union tags."""
-    key: list[str | int] = []
+def _path(schema: type[Section], loc: Sequence[int | str]) -> Iterator[tuple[int | str, Any, FieldInfo | None]]:
+    """Each part of a pydantic location that names a field or an item, its section and its field; union tags are left out."""
     annotation: Any = schema
+    owner, field = schema, None
     for part in loc:
+        origin = get_origin(annotation)
         if isinstance(annotation, type) and issubclass(annotation, Section):
-            key.append(part)
-            if part not in annotation.model_fields:
-                break
-            annotation = _without_none(annotation.model_fields[str(part)].annotation)
-        elif get_origin(annotation) in (tuple, list, dict) and (
-            isinstance(part, int) or get_origin(annotation) is dict
-        ):
-            key.append(part)
-            annotation = _without_none(get_args(annotation)[1 if get_origin(annotation) is dict else 0])
+            owner, field = annotation, annotation.model_fields.get(str(part))
+            annotation = field and _without_none(field.annotation)
+        elif origin is dict or (origin in (tuple, list) and isinstance(part, int)):
+            field = None if origin is dict else field
+            annotation = _without_none(get_args(annotation)[1 if origin is dict else 0])
         else:
-            break
-    return tuple(key)
+            return
+        yield part, owner, field
 
 
 def _without_none(annotation: Any) -> Any:
@@ -314,29 +322,14 @@ def _section_of(annotation: Any) -> type[Section] | None:
     return annotation if issubclass(annotation, Section) else None
 
 
-def _section_at(schema: type[Section], key: Key) -> type[Section] | None:
-    section: type[Section] | None = schema
-    parts = iter(key)
-    for part in parts:
-        if isinstance(part, str) and section is not None:
-            field = section.model_fields.get(part)
-            annotation = field.annotation if field else None
-            if get_origin(annotation) is dict:
-                annotation = get_args(annotation)[1]
-                next(parts, None)  # a name that the user gave
-            section = _section_of(annotation)
-    return section
-
-
-def _field(schema: type[Section], key: Key) -> FieldInfo | None:
-    names = [part for part in key if isinstance(part, str)]
-    owner = _section_at(schema, tuple(names[:-1])) if names else None
-    return owner.model_fields.get(names[-1]) if owner is not None else None
+def _owner_and_field(schema: type[Section], key: Key) -> tuple[type[Section], FieldInfo | None]:
+    _, owner, field = list(_path(schema, key))[-1] if key else ((), schema, None)
+    return owner, field
 
 
 def _required_leaves(schema: type[Section], key: Key) -> Iterator[tuple[Key, FieldInfo | None]]:
     """The missing key, or where a whole section is missing, the keys that it cannot do without."""
-    field = _field(schema, key)
+    _, field = _owner_and_field(schema, key)
     below = _section_of(field.annotation) if field else None
     if below is None or field is None or get_origin(field.annotation) in (tuple, list):
         yield key, field

@@ -6,15 +6,14 @@ the form `owner/name` that is no local path is a hub name and is looked up when 
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llamachat.config.gpus import GpuName
-from llamachat.config.section import Section, nearest, operational
+from llamachat.config.gpus import GPU_NAME
+from llamachat.config.section import Section, TextCheck, nearest, operational
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zip")
@@ -86,51 +85,36 @@ def missing(text: str, *, what: str) -> str:
     return f"{what} '{text}' does not exist. {advice}"
 
 
-@dataclass(frozen=True, slots=True)
-class DataPath:
-    """The field names a file or folder of records, or a data set of the hub."""
-
-    def problems(self, value: object) -> Iterator[tuple[tuple[()], str]]:
-        if isinstance(value, str) and value and not Path(value).exists() and hub_set(value) is None:
-            yield (), missing(value, what="the data file")
+def _data_fault(text: str) -> str | None:
+    return missing(text, what="the data file") if not Path(text).exists() and hub_set(text) is None else None
 
 
-@dataclass(frozen=True, slots=True)
-class ModelPath:
-    """The field names a model folder, or a model of the hub."""
-
-    def problems(self, value: object) -> Iterator[tuple[tuple[()], str]]:
-        if not isinstance(value, str) or not value:
-            return
-        path = Path(value)
-        if path.is_file():
-            yield (), f"'{value}' is a file, but a model is a folder with config.json. Give its folder '{path.parent}'."
-        elif path.is_dir() and not (path / "config.json").is_file():
-            yield (), f"the folder '{value}' holds no config.json, so it is no model. Give the folder of a model."
-        elif not path.exists() and (not is_hub_name(value) or (_REPOSITORY / value).exists()):
-            yield (), missing(value, what="the model folder")
+def model_fault(text: str) -> str | None:
+    """What is wrong with the name of a model, or None."""
+    path = Path(text)
+    if path.is_file():
+        return f"'{text}' is a file, but a model is a folder with config.json. Give its folder '{path.parent}'."
+    if text and path.is_dir() and not (path / "config.json").is_file():
+        return f"the folder '{text}' holds no config.json, so it is no model. Give the folder of a model."
+    is_absent = not path.exists() and (not is_hub_name(text) or (_REPOSITORY / text).exists())
+    return missing(text, what="the model folder") if is_absent else None
 
 
-@dataclass(frozen=True, slots=True)
-class RewardModelPath:
-    """The field names a reward model: a step, artifact or model folder, or a model of the hub."""
-
-    def problems(self, value: object) -> Iterator[tuple[tuple[()], str]]:
-        if not isinstance(value, str) or not value or Path(value).is_dir():
-            return
-        if Path(value).is_file():
-            yield (), f"'{value}' is a file, but a reward model is a folder. Give its folder '{Path(value).parent}'."
-        elif not is_hub_name(value):
-            yield (), missing(value, what="the reward model")
+def _reward_model_fault(text: str) -> str | None:
+    path = Path(text)
+    if path.is_file():
+        return f"'{text}' is a file, but a reward model is a folder. Give its folder '{path.parent}'."
+    return missing(text, what="the reward model") if not path.is_dir() and not is_hub_name(text) else None
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyPath:
-    """The field names a local policy: a run, step or artifact folder."""
+def _policy_fault(text: str) -> str | None:
+    return None if Path(text).is_dir() else missing(text, what="the policy folder")
 
-    def problems(self, value: object) -> Iterator[tuple[tuple[()], str]]:
-        if isinstance(value, str) and value and not Path(value).is_dir():
-            yield (), missing(value, what="the policy folder")
+
+DATA_PATH = TextCheck(_data_fault)  # a file or folder of records, or a data set of the hub
+MODEL_PATH = TextCheck(model_fault)  # a model folder, or a model of the hub
+REWARD_MODEL_PATH = TextCheck(_reward_model_fault)  # a step, artifact or model folder, or a model of the hub
+POLICY_PATH = TextCheck(_policy_fault)  # a run, step or artifact folder
 
 
 # -- combiners of scores, and functions of the user's: `path.py:function`
@@ -153,21 +137,19 @@ def function_name(text: str) -> FunctionName | None:
     return FunctionName(Path(path), function) if colon and path.endswith(".py") and function.isidentifier() else None
 
 
-@dataclass(frozen=True, slots=True)
-class CombinerName:
-    """The field names a combiner, or a function in a file that exists."""
+def _combiner_fault(text: str) -> str | None:
+    name = function_name(text)
+    if text in COMBINERS or (name and name.path.is_file()):
+        return None
+    if name:
+        return missing(str(name.path), what="the file of the reward function")
+    near = nearest(text, COMBINERS)
+    hint = f" Did you mean '{near}'?" if near else ""
+    known = f"{', '.join(COMBINERS)}, or a function of yours as path.py:function, such as rewards.py:score"
+    return f"there is no combiner '{text}'.{hint} Known: {known}."
 
-    def problems(self, value: object) -> Iterator[tuple[tuple[()], str]]:
-        if not isinstance(value, str) or value in COMBINERS:
-            return
-        name = function_name(value)
-        if name is None:
-            near = nearest(value, COMBINERS)
-            hint = f" Did you mean '{near}'?" if near else ""
-            known = f"{', '.join(COMBINERS)}, or a function of yours as path.py:function, such as rewards.py:score"
-            yield (), f"there is no combiner '{value}'.{hint} Known: {known}."
-        elif not name.path.is_file():
-            yield (), missing(str(name.path), what="the file of the reward function")
+
+COMBINER_NAME = TextCheck(_combiner_fault)  # a combiner, or a function in a file that exists
 
 
 # -- the sections
@@ -186,7 +168,7 @@ class Run(Section):
         None,
         description="Hours of one command: a step that works when they are over ends as by its own max_hours, and no further one is begun; null for none. Ours.",
     )
-    gpu: Annotated[str | None, GpuName()] = operational(
+    gpu: Annotated[str | None, GPU_NAME] = operational(
         None, description="The card that the recipe is meant for, such as rtx-4090, 24GiB or 8x a100-80gb: for `plan`."
     )
 
@@ -201,7 +183,7 @@ class RopeScaling(Section):
 class Base(Section):
     """The pretrained model that everything is tuned from, and how text becomes its tokens."""
 
-    model: Annotated[str, ModelPath()] = Field(
+    model: Annotated[str, MODEL_PATH] = Field(
         min_length=1, description="A folder (seen from where the command runs) or a hub name, such as assets/base."
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
@@ -225,7 +207,7 @@ class Base(Section):
     allow_unproved_tokenizer: bool = operational(
         False, description="Run with a tokenizer that cannot be proved to give the format's ids, with a warning."
     )
-    policy: Annotated[str | None, PolicyPath()] = Field(
+    policy: Annotated[str | None, POLICY_PATH] = Field(
         default=None, description="A policy of another run (artifact, step or run folder), the first step's input."
     )
 
@@ -248,7 +230,7 @@ class Tuning(Section):
 class DataSource(Section):
     """One file, folder or hub set of records."""
 
-    path: Annotated[str, DataPath()] = Field(
+    path: Annotated[str, DATA_PATH] = Field(
         min_length=1, description="A .jsonl, .jsonl.gz or .parquet file (seen from where the command runs) or hub name."
     )
     format: str = Field(
@@ -320,7 +302,7 @@ class ScoreWeights(Section):
 class Scoring(Section):
     """How the reward models' scores of an answer become one. Llama 2 section 3.2.3."""
 
-    combine: Annotated[str, CombinerName()] = Field(
+    combine: Annotated[str, COMBINER_NAME] = Field(
         default="llama2_gate",
         description="llama2_gate (the paper's), single (the helpfulness model, or the only one there is), weighted, or a function of yours as path.py:function.",
     )
@@ -339,10 +321,10 @@ class Scoring(Section):
         default=-1.0,
         description="Score, after shaping, of an answer that the length limit cut; it takes no part in the mean. Ours.",
     )
-    helpfulness: Annotated[str | None, RewardModelPath()] = Field(
+    helpfulness: Annotated[str | None, REWARD_MODEL_PATH] = Field(
         default=None, description="A reward model in place of the run's own: step or artifact folder, or hub name."
     )
-    safety: Annotated[str | None, RewardModelPath()] = Field(
+    safety: Annotated[str | None, REWARD_MODEL_PATH] = Field(
         default=None, description="A safety model in place of the run's own: step or artifact folder, or hub name."
     )
 

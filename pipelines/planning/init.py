@@ -16,7 +16,7 @@ import yaml
 from llamachat.chat_format.llama2 import SPECIAL_TAGS
 from llamachat.config.gpus import CARDS, Gpu, parse_gpu
 from llamachat.config.loading import from_plain, read_layers
-from llamachat.config.sections import ModelPath, bundled, hub_set, missing
+from llamachat.config.sections import bundled, hub_set, missing, model_fault
 from llamachat.data.check import CheckReport, check_path
 from llamachat.data.problems import report
 from llamachat.data.records import Kind
@@ -98,8 +98,8 @@ def init(base: str, files: Mapping[str, Sequence[Path]], *, gpu: str | None, hou
 
 def _config_folder(base: str) -> str:
     """The folder with the base's config.json; a known base of the hub is named, and not asked for it."""
-    for _, text in ModelPath().problems(base):
-        raise UsageError(f"--base: {text}")
+    if fault := model_fault(base):
+        raise UsageError(f"--base: {fault}")
     if Path(base).is_dir():
         require_llama(Path(base), base)
         return base

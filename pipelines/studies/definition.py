@@ -40,7 +40,7 @@ class Table(Section):
     title: str = Field(description="What it compares.")
     variants: tuple[str, ...] = Field(default=(), description="Its rows, in order; empty: all of them.")
     columns: dict[str, str] = Field(
-        default={}, description="Heading -> name of the figure (docs/metrics.md), as STEP:NAME where several have it."
+        default={}, description="Heading -> name of the figure (metrics.md), as STEP:NAME where several have it."
     )
     margins: bool = Field(default=False, description="Show the margins by rating that each variant trains with.")
 

@@ -1,6 +1,6 @@
 """The figures of a study: means over seeds and paired differences with intervals, as JSON and Markdown.
 
-A figure is shown in its unit (docs/metrics.md), fractions in percent; one that the table of metrics does not hold, as it
+A figure is shown in its unit (metrics.md), fractions in percent; one that the table of metrics does not hold, as it
 stands. Two variants are compared seed by seed: the same seed is the same order of data, so the difference is less noisy than
 each side. With a single seed there is no interval, and none is shown.
 """

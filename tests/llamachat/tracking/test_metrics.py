@@ -12,7 +12,7 @@ import pytest
 
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.curves import draw_curves, read_series, sparkline, terminal_curves
-from llamachat.tracking.metrics import METRICS, UnknownMetricError, check_names, markdown
+from llamachat.tracking.metrics import METRICS, UnknownMetricError, check_names
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -126,10 +126,6 @@ def test_every_row_says_what_it_is_and_panels_share_a_unit() -> None:
         assert row.reduction
         units.setdefault((name.partition("/")[0], row.panel), set()).add(row.unit)
     assert {place for place, found in units.items() if len(found) > 1} == set()
-
-
-def test_the_page_is_the_table() -> None:
-    assert (ROOT / "docs" / "metrics.md").read_text() == markdown()
 
 
 def test_a_sparkline_by_hand() -> None:

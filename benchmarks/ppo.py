@@ -115,7 +115,7 @@ def open_ours(request: dict[str, Any], scratch: Path) -> Any:
     from llamachat.rollout.decoder import LlamaEngine
     from llamachat.runs.artifacts import StepFolder, read_artifact
     from llamachat.runs.inputs import StepInputs
-    from llamachat.tracking.tracker import open_tracker
+    from llamachat.tracking.tracker import open_record
     from ppo.config import Config
     from ppo.session import open_ppo
     from ppo.train import start_or_resume
@@ -154,15 +154,7 @@ def open_ours(request: dict[str, Any], scratch: Path) -> Any:
     session = open_ppo(config, inputs)
     if request["prompt_tokens"]:
         session = replace(session, prompts=fixed_prompts(session.prompts, request["prompt_tokens"]))
-    tracker = open_tracker(
-        inputs.tracking,
-        step_folder=inputs.folder,
-        run_dir=scratch,
-        step="ppo",
-        prefix="ppo",
-        config={},
-        resume_step=None,
-    )
+    tracker = open_record(inputs, "ppo", resume_step=None)
     training = start_or_resume(config, session, tracker.__enter__(), None, "")
     if request["prompt_tokens"]:
         training.session = replace(session, engine=LlamaEngine(session.bank.policy_model(), ()))  # nothing stops it

@@ -1,13 +1,13 @@
 """Figures of policies side by side, and their table: means, differences to the first, win rates, with 95% intervals."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from evaluation.results import PolicyResult
 from llamachat.answers.consistency import CHECKED, Outcome, Trial, rates
 from llamachat.answers.evaluation import like_length_pairs
 from llamachat.answers.refusals import RefusalClassifier
 from llamachat.maths.intervals import bootstrap_interval, distinct_pairs, mean, paired_bootstrap, wilson
+from llamachat.runs.reader import Measure
 from llamachat.tables import text_table
 
 SAFE = 0.0  # raw safety score of a probability of one half: answers below it are violations
@@ -32,21 +32,6 @@ _LINES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A value, its 95% interval where there is one, and of how many prompts."""
-
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-
-    def named(self, name: str) -> dict[str, float]:
-        """The value, and its bounds where it has them, as metrics: `name`, `name_low`, `name_high`."""
-        bounds = {"": self.value, "_low": self.low, "_high": self.high}
-        return {f"{name}{bound}": value for bound, value in bounds.items() if value is not None}
-
-
 def figures_of(
     one: PolicyResult,
     reference: PolicyResult,
@@ -54,7 +39,7 @@ def figures_of(
     *,
     classifier: RefusalClassifier | None,
     tie: float,
-) -> dict[str, Figure]:
+) -> dict[str, Measure]:
     """All figures of a policy by name; those against the reference are left out for the reference itself."""
     figures = _means(one) | _refusals(one, classifier)
     if one.evaluation.safety is not None and any(one.is_safety):
@@ -68,18 +53,18 @@ def figures_of(
     return figures
 
 
-def _means(one: PolicyResult) -> dict[str, Figure]:
+def _means(one: PolicyResult) -> dict[str, Measure]:
     evaluation = one.evaluation
     figures = {name: _mean(values) for name, values in evaluation.scores().items()}
     figures["response_tokens"] = _mean([float(count) for count in evaluation.tokens])
     figures["finished_fraction"] = share(evaluation.finished)
-    figures["distinct_2"] = Figure(distinct_pairs(evaluation.texts), None, None, len(evaluation.texts))
+    figures["distinct_2"] = Measure(distinct_pairs(evaluation.texts), None, None, len(evaluation.texts))
     if evaluation.kl is not None:
         figures["kl_to_reference"] = _mean(evaluation.kl)
     return figures
 
 
-def _refusals(one: PolicyResult, classifier: RefusalClassifier | None) -> dict[str, Figure]:
+def _refusals(one: PolicyResult, classifier: RefusalClassifier | None) -> dict[str, Measure]:
     if classifier is None:
         return {}
     adversarial = [text for text, is_safety in zip(one.evaluation.texts, one.is_safety, strict=True) if is_safety]
@@ -87,16 +72,16 @@ def _refusals(one: PolicyResult, classifier: RefusalClassifier | None) -> dict[s
     return {name: share(classifier.are_refusals(texts)) for name, texts in answers.items() if texts}
 
 
-def _consistency(name: str, outcome: Outcome | None, trials: Sequence[Trial]) -> dict[str, Figure]:
+def _consistency(name: str, outcome: Outcome | None, trials: Sequence[Trial]) -> dict[str, Measure]:
     if outcome is None:
         return {}
     by_turn = rates(outcome, trials, kind=CHECKED)
     return {
-        f"{name}/turn_{turn}": Figure(rate.value, rate.low, rate.high, rate.trials) for turn, rate in by_turn.items()
+        f"{name}/turn_{turn}": Measure(rate.value, rate.low, rate.high, rate.trials) for turn, rate in by_turn.items()
     }
 
 
-def _differences(one: PolicyResult, reference: PolicyResult) -> dict[str, Figure]:
+def _differences(one: PolicyResult, reference: PolicyResult) -> dict[str, Measure]:
     before = reference.evaluation.scores()
     figures = {
         f"difference/{name}": _difference(values, before[name]) for name, values in one.evaluation.scores().items()
@@ -111,9 +96,9 @@ def _differences(one: PolicyResult, reference: PolicyResult) -> dict[str, Figure
     return figures
 
 
-def _win_rates(one: PolicyResult, reference: PolicyResult, *, tie: float) -> dict[str, Figure]:
+def _win_rates(one: PolicyResult, reference: PolicyResult, *, tie: float) -> dict[str, Measure]:
     """Pairwise against the reference: win / (win + loss), ties removed (Llama 2, figure 11)."""
-    figures: dict[str, Figure] = {}
+    figures: dict[str, Measure] = {}
     before = reference.evaluation.scores()
     for name, values in one.evaluation.scores().items():
         if name == "score":  # the combined score on another scale
@@ -133,12 +118,12 @@ def outcomes(values: Sequence[float], others: Sequence[float], *, tie: float) ->
     return wins, losses, len(gaps) - wins - losses
 
 
-def share(marks: Sequence[bool]) -> Figure:
+def share(marks: Sequence[bool]) -> Measure:
     """The share of those that are marked; each is of another prompt."""
     return _proportion(sum(marks), len(marks))
 
 
-def flat(figures: Mapping[str, Mapping[str, Figure]]) -> dict[str, float]:
+def flat(figures: Mapping[str, Mapping[str, Measure]]) -> dict[str, float]:
     """The figures by their names in the table of metrics."""
     metrics: dict[str, float] = {}
     for policy, by_name in figures.items():
@@ -147,7 +132,7 @@ def flat(figures: Mapping[str, Mapping[str, Figure]]) -> dict[str, float]:
     return metrics
 
 
-def figures_table(figures: Mapping[str, Mapping[str, Figure]]) -> str:
+def figures_table(figures: Mapping[str, Mapping[str, Measure]]) -> str:
     """The figures with their 95% intervals: a line a figure, a column a policy; consistency by turn comes last."""
     turns = [
         (name, f"instruction kept at {name.rpartition('/')[2].replace('_', ' ')}", "{:.0%}")
@@ -167,7 +152,7 @@ def figures_table(figures: Mapping[str, Mapping[str, Figure]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(figure: Figure | None, form: str) -> str:
+def _cell(figure: Measure | None, form: str) -> str:
     if figure is None:
         return ""
     if figure.low is None or figure.high is None:
@@ -175,14 +160,14 @@ def _cell(figure: Figure | None, form: str) -> str:
     return f"{form.format(figure.value)} [{form.format(figure.low)}, {form.format(figure.high)}]"
 
 
-def _proportion(count: int, of: int) -> Figure:
-    return Figure(count / of, *wilson(count, of), of)
+def _proportion(count: int, of: int) -> Measure:
+    return Measure(count / of, *wilson(count, of), of)
 
 
-def _mean(values: Sequence[float]) -> Figure:
-    return Figure(sum(values) / len(values), *bootstrap_interval(values, mean), len(values))
+def _mean(values: Sequence[float]) -> Measure:
+    return Measure(sum(values) / len(values), *bootstrap_interval(values, mean), len(values))
 
 
-def _difference(values: Sequence[float], others: Sequence[float]) -> Figure:
+def _difference(values: Sequence[float], others: Sequence[float]) -> Measure:
     gap = paired_bootstrap(values, others)
-    return Figure(gap.value, gap.low, gap.high, len(values))
+    return Measure(gap.value, gap.low, gap.high, len(values))

@@ -4,7 +4,6 @@ Writes the step folder's sampling/, samples.jsonl, figures/, summary.json and ar
 what the report and a comparison of two runs read. A killed step resumes after its last whole part.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.config import Config
-from evaluation.figures import Figure, figures_of, figures_table, flat
+from evaluation.figures import figures_of, figures_table, flat
 from evaluation.results import PolicyResult, RunEvaluation
 from llamachat.answers.best_of_n import draw_best_of_n, draw_temperatures
 from llamachat.answers.refusals import RefusalClassifier, everyday_answers, labelled_answers, train_classifier
 from llamachat.runs.artifacts import ANSWERS, EVALUATION, Artifact, StepFolder
 from llamachat.runs.atomic import write_json
 from llamachat.runs.inputs import StepInputs
+from llamachat.runs.reader import Measure, step_of
 from llamachat.tracking.tracker import open_record
 from llamachat.training.publishing import publish_step
 
@@ -115,7 +115,7 @@ def _sizes(results: Sequence[PolicyResult], classifier: RefusalClassifier | None
         "eval/borderline_prompts": float(len(first.borderline)),
     }
     if classifier is not None:
-        accuracy = Figure(classifier.accuracy, classifier.low, classifier.high, classifier.answers)
+        accuracy = Measure(classifier.accuracy, classifier.low, classifier.high, classifier.answers)
         sizes |= accuracy.named("eval/refusal_classifier_accuracy")
     return sizes
 
@@ -124,7 +124,7 @@ def _content(
     config: Config,
     inputs: StepInputs,
     results: Sequence[PolicyResult],
-    figures: dict[str, dict[str, Figure]],
+    figures: dict[str, dict[str, Measure]],
     classifier: RefusalClassifier | None,
     shown: list[dict[str, Any]],
 ) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def _content(
         "curves": [asdict(curve) for one in results for curve in one.curves],
         "refusal_classifier": None
         if classifier is None
-        else asdict(Figure(classifier.accuracy, classifier.low, classifier.high, classifier.answers)),
+        else asdict(Measure(classifier.accuracy, classifier.low, classifier.high, classifier.answers)),
         "reward_models": _reward_tables(inputs),
         "samples": shown,
     }
@@ -153,9 +153,7 @@ def _reward_tables(inputs: StepInputs) -> dict[str, dict[str, float]]:
     """The figures of each reward model on its test pairs, by rating among them, as its own step measured them."""
     tables = {}
     for which, model in inputs.reward_models.items():
-        path = StepFolder(model.path.parent).summary
-        if path.is_file():
-            values = json.loads(path.read_text(encoding="utf-8"))
+        if values := step_of(model).summary:
             tables[which] = {name: value for name, value in values.items() if name.startswith(f"rm/{which}/")}
     return tables
 

@@ -1,5 +1,6 @@
-"""Tables as text: padded columns for a terminal, or Markdown."""
+"""Tables as text: padded columns for a terminal, or Markdown; and the fence of code in Markdown."""
 
+import re
 from collections.abc import Sequence
 
 _GAP = "  "
@@ -24,6 +25,11 @@ def markdown_table(rows: Sequence[Sequence[str]], *, align: str = "<", is_padded
         rule = f"| {' | '.join({'<': '---', '>': '---:'}[_side(align, column)] for column in range(count))} |"
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return [lines[0], rule, *lines[1:]]
+
+
+def fence(text: str) -> str:
+    """The backticks around a text as code in Markdown: three, or more than stand anywhere in it."""
+    return "`" * (1 + max(map(len, re.findall("`{3,}", text)), default=2))
 
 
 def _padded(rows: Sequence[Sequence[str]], align: str) -> list[list[str]]:

@@ -21,7 +21,7 @@ from llamachat.errors import ArtifactError
 from llamachat.models.hub import LICENCE_FILES
 from llamachat.runs.artifacts import EVALUATION, Artifact
 from llamachat.runs.reader import Measure, read_step, step_of
-from llamachat.tables import markdown_table
+from llamachat.tables import fence, markdown_table
 from serving import provenance
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -288,9 +288,5 @@ def _licence_of(facts: Facts) -> tuple[str | None, str]:
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """Fenced, with a fence that the text itself does not hold."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
     end = "" if text.endswith("\n") else "\n"
-    return f"{fence}{language}\n{text}{end}{fence}\n"
+    return f"{fence(text)}{language}\n{text}{end}{fence(text)}\n"

@@ -192,7 +192,7 @@ def _open_ppo(case: Case, folder: Path) -> Steps:
     from llamachat.rollout.decoder import LlamaEngine
     from llamachat.runs.artifacts import StepFolder
     from llamachat.runs.inputs import StepInputs
-    from llamachat.tracking.tracker import open_tracker
+    from llamachat.tracking.tracker import open_record
     from ppo.session import open_ppo
     from ppo.train import start_or_resume
 
@@ -222,10 +222,7 @@ def _open_ppo(case: Case, folder: Path) -> Steps:
         _touched(module)
 
     def run() -> None:
-        place = inputs.folder
-        tracker = open_tracker(
-            inputs.tracking, step_folder=place, run_dir=folder, step="ppo", prefix="ppo", config={}, resume_step=None
-        )
+        tracker = open_record(inputs, "ppo", resume_step=None)
         training = start_or_resume(config, session, tracker.__enter__(), None, "")
         training.session = replace(session, engine=LlamaEngine(session.bank.policy_model(), ()))  # nothing stops it
         for _ in range(STEPS):

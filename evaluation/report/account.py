@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,31 +150,21 @@ def _course(series: Series) -> str:
     return f"{series.name} is {first}" if len(series.values) == 1 else f"{series.name} goes from {first} to {last}"
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
-    """A value that the paper states, and where a step of ours keeps its own."""
-
-    command: str
-    section: str
-    key: str
-    what: str
-    paper: Any  # the value, or several any of which is the paper's
-    unit: str = ""
-
-
-_VALUES = (
-    Value("sft", "sft", "epochs", "epochs", 2),
-    Value("sft", "sft", "learning_rate", "learning rate", 2e-5),
-    Value("sft", "sft", "examples_per_step", "batch", 64, "dialogs"),
-    Value("sft", "base", "max_tokens", "longest sequence", 4096, "tokens"),
-    Value("rm", "reward", "epochs", "epochs", 1),
-    Value("rm", "reward", "learning_rate", "learning rate", (1e-5, 5e-6)),
-    Value("rm", "reward", "pairs_per_step", "batch", 512, "pairs"),
-    Value("ppo", "ppo", "responses_per_iteration", "answers an iteration", 512),
-    Value("ppo", "ppo", "responses_per_minibatch", "mini-batch", 64, "answers"),
-    Value("ppo", "ppo", "learning_rate", "learning rate", 1e-6),
-    Value("ppo", "ppo", "kl_coef", "KL coefficient beta", (0.01, 0.005)),
-    Value("ppo", "ppo", "clip_range", "clip range", 0.2),
+# A value that the paper states: command, section and key of ours, what it is, the paper's, or several of which any is
+# the paper's, and the unit.
+_VALUES: tuple[tuple[str, str, str, str, tuple[float, ...], str], ...] = (
+    ("sft", "sft", "epochs", "epochs", (2,), ""),
+    ("sft", "sft", "learning_rate", "learning rate", (2e-5,), ""),
+    ("sft", "sft", "examples_per_step", "batch", (64,), "dialogs"),
+    ("sft", "base", "max_tokens", "longest sequence", (4096,), "tokens"),
+    ("rm", "reward", "epochs", "epochs", (1,), ""),
+    ("rm", "reward", "learning_rate", "learning rate", (1e-5, 5e-6), ""),
+    ("rm", "reward", "pairs_per_step", "batch", (512,), "pairs"),
+    ("ppo", "ppo", "responses_per_iteration", "answers an iteration", (512,), ""),
+    ("ppo", "ppo", "responses_per_minibatch", "mini-batch", (64,), "answers"),
+    ("ppo", "ppo", "learning_rate", "learning rate", (1e-6,), ""),
+    ("ppo", "ppo", "kl_coef", "KL coefficient beta", (0.01, 0.005), ""),
+    ("ppo", "ppo", "clip_range", "clip range", (0.2,), ""),
 )
 _MOST_ITERATIONS = (200, 400)
 
@@ -224,14 +213,13 @@ def _of_the_whole(facts: Facts) -> list[tuple[str, str, str]]:
 
 def _of_values(facts: Facts) -> list[tuple[str, str, str]]:
     rows = []
-    for value in _VALUES:
-        for step in facts.by_command(value.command):
-            ours, end = step.value(value.section, value.key), step.ending
-            cut = end.count if end is not None and end.key == value.key else None
-            stated = value.paper if isinstance(value.paper, tuple) else (value.paper,)
+    for command, section, key, what, stated, unit in _VALUES:
+        for step in facts.by_command(command):
+            ours, end = step.value(section, key), step.ending
+            cut = end.count if end is not None and end.key == key else None
             if ours is not None and (cut or ours not in stated):
-                told = [f"{one:g} {value.unit}".strip() for one in (stated[0], ours)]
-                rows.append((f"{step.name}: {value.what}", told[0], cut or told[1]))
+                texts = [f"{one:g} {unit}".strip() for one in (stated[0], ours)]
+                rows.append((f"{step.name}: {what}", texts[0], cut or texts[1]))
     return rows
 
 

@@ -4,7 +4,6 @@ Reads small files only, so a run whose weights were deleted can be read too, and
 that is there by reference (a link) reads like any other; nothing is ever written.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from llamachat.runs.artifacts import (
 )
 from llamachat.runs.atomic import INCOMING
 from llamachat.runs.record import MetricsRecord
-from llamachat.runs.state import Cost, read_cost
+from llamachat.runs.state import Cost
 
 _SIGNS = ("identity.json", "metrics.jsonl", "summary.json", f"artifact/{MANIFEST}")
 _BEST_OF_N = "best_of_n.json"  # in the figures of rejection sampling
@@ -56,6 +55,11 @@ class Measure:
     low: float | None = None
     high: float | None = None
     n: int | None = None
+
+    def named(self, name: str) -> dict[str, float]:
+        """The value, and its ends where it has them, as metrics: `name`, `name_low`, `name_high`."""
+        ends = {"": self.value, "_low": self.low, "_high": self.high}
+        return {f"{name}{end}": value for end, value in ends.items() if value is not None}
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -125,6 +129,14 @@ class Evaluation(_Plain):
         return sorted(int(match[1]) for match in matches if match)
 
 
+# The forms of the files that are read here.
+_OBJECT = TypeAdapter(dict[str, Any])
+_FIGURES = TypeAdapter(dict[str, float | None])
+_COST = TypeAdapter(Cost)
+_EVALUATION = TypeAdapter(Evaluation)
+_CURVES = TypeAdapter(list[BestOfN])
+
+
 @dataclass(frozen=True, slots=True)
 class Ending:
     """What ended a step early; of steps that sample, no count is known."""
@@ -191,7 +203,7 @@ class RunStep:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe of the command that ran the step."""
-        return _read_recipe(self.folder.config)
+        return read_object(self.folder.config)
 
     @cached_property
     def summary(self) -> dict[str, float]:
@@ -201,22 +213,17 @@ class RunStep:
     @property
     def cost(self) -> Cost | None:
         """Time and memory of the step; None where it was not counted."""
-        try:
-            return read_cost(self.folder)
-        except (ValueError, TypeError) as error:
-            raise _broken(self.folder.cost, str(error)) from error
+        return _read(self.folder.cost, _COST)
 
     @cached_property
     def evaluation(self) -> Evaluation | None:
         """The figures of all policies, of a step that evaluates."""
-        path = self.folder.artifact / EVALUATION
-        return _validated(TypeAdapter(Evaluation), path) if path.is_file() else None
+        return _read(self.folder.artifact / EVALUATION, _EVALUATION)
 
     @property
     def best_of_n(self) -> list[BestOfN]:
         """The curves of reward against the number of answers, of a step that samples several."""
-        path = self.folder.figures / _BEST_OF_N
-        return _validated(TypeAdapter(list[BestOfN]), path) if path.is_file() else []
+        return _read(self.folder.figures / _BEST_OF_N, _CURVES) or []
 
     @property
     def ending(self) -> Ending | None:
@@ -261,7 +268,11 @@ def read_run(run: Path) -> dict[str, RunStep]:
         for pattern in ("*", "*/*")
         for path in run.glob(f"{pattern}/{sign}")
     }
-    names = [name for name in sorted(folders) if not any(_is_no_step(part) for part in Path(name).parts)]
+    names = [
+        name
+        for name in sorted(folders)
+        if not any(part in NOT_STEPS or part.startswith((".", INCOMING)) for part in Path(name).parts)
+    ]
     steps = [step for step in (read_step(run, name) for name in names) if step.has_figures]
     if not steps:
         raise UsageError(
@@ -295,45 +306,31 @@ def command_of(step: str) -> str:
 
 def read_summary(folder: StepFolder) -> dict[str, float]:
     """The final figures written so far; empty before the first."""
-    values = read_object(folder.summary)
-    wrong = [name for name, value in values.items() if not isinstance(value, int | float | None)]
-    if wrong:
-        raise _broken(folder.summary, f"'{wrong[0]}' is not a number")
-    return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
+    values: Mapping[str, float | None] = _read(folder.summary, _FIGURES) or {}
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
+    """A JSON or YAML object; empty where there is no such file."""
+    return _read(path, _OBJECT) or {}
+
+
+def _read(path: Path, form: TypeAdapter[Any]) -> Any:
+    """A JSON or YAML file in its form, None where there is none; ArtifactError for one that cannot be understood."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        return form.validate_json(content) if path.suffix == ".json" else form.validate_python(yaml.safe_load(content))
     except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError) as error:
-        raise _broken(path, str(error)) from error
-    if not isinstance(values, dict):
-        raise _broken(path, f"holds a {type(values).__name__}, not an object")
-    return values
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise _broken(path, first_line(error)) from error
-    if not isinstance(values, dict):
-        raise _broken(path, "holds no keys")
-    return values
-
-
-def _validated(form: TypeAdapter[Any], path: Path) -> Any:
-    try:
-        return form.validate_json(path.read_bytes())
+        return None
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"]) or "the file"
-        raise _broken(path, f"{place}: {problem['msg']}") from error
+        reason = f"{'.'.join(str(part) for part in problem['loc']) or 'the file'}: {problem['msg']}"
+    except (OSError, yaml.YAMLError) as error:
+        reason = first_line(error)
+    raise ArtifactError(
+        f"{path}: cannot be understood ({reason}). It says what a step was made with or what came out, as the step wrote"
+        " it. Copy it whole from where it came from, or make the step again with `--overwrite`."
+    )
 
 
 def _check_is_run(run: Path) -> None:
@@ -356,14 +353,3 @@ def _check_name(run: Path, step: RunStep) -> None:
             f"{run}: is no run folder, since '{step.name}' holds the step '{said}'. A run folder holds '{said}' itself."
             f" Name one run, such as {step.folder.path.as_posix().removesuffix(f'/{said}')}."
         )
-
-
-def _is_no_step(part: str) -> bool:
-    return part in NOT_STEPS or part.startswith((".", INCOMING))
-
-
-def _broken(path: Path, reason: str) -> ArtifactError:
-    return ArtifactError(
-        f"{path}: cannot be understood ({reason}). It says what a step was made with or what came out, as the step wrote"
-        " it. Copy it whole from where it came from, or make the step again with `--overwrite`."
-    )

@@ -6,12 +6,11 @@ Prompts and answers go to `samples.jsonl` alone unless `tracking.upload_text` is
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llamachat import distributed
-from llamachat.config.sections import Tracking
 from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.atomic import write_json
 from llamachat.runs.inputs import StepInputs
@@ -130,33 +129,20 @@ class Tracker:
 
 
 @contextmanager
-def open_tracker(
-    tracking: Tracking,
-    *,
-    step_folder: StepFolder,
-    run_dir: Path,
-    step: str,
-    prefix: str,
-    config: Mapping[str, Any],
-    resume_step: int | None,
-) -> Iterator[Tracker]:
-    """The tracker of one training loop: `prefix` is that of its metrics ('sft', 'rm/helpfulness').
+def open_record(inputs: StepInputs, prefix: str, *, resume_step: int | None) -> Iterator[Tracker]:
+    """The tracker of one loop of a step: `prefix` is that of its metrics ('sft', 'rm/helpfulness').
 
     `resume_step` is the step of the checkpoint that the loop continues from, None from the start; what the record holds
     after it is dropped, and wandb and TensorBoard are made equal to the record. Of several processes the first one writes.
     """
     is_main = distributed.is_first()
-    wandb_run = (
-        open_wandb_run(tracking, step_folder=step_folder, run_dir=run_dir, step=step, prefix=prefix, config=config)
-        if is_main
-        else None
-    )
+    has_tensorboard = is_main and inputs.tracking.tensorboard
     tracker = Tracker(
-        step_folder,
+        inputs.folder,
         prefix,
-        upload_text=tracking.upload_text,
-        wandb_run=wandb_run,
-        tensorboard=_open_tensorboard(step_folder, prefix) if is_main and tracking.tensorboard else None,
+        upload_text=inputs.tracking.upload_text,
+        wandb_run=open_wandb_run(inputs, prefix) if is_main else None,
+        tensorboard=_open_tensorboard(inputs.folder, prefix) if has_tensorboard else None,
         is_main=is_main,
     )
     exit_code = 1
@@ -167,19 +153,6 @@ def open_tracker(
         exit_code = 0
     finally:
         tracker.close(exit_code)
-
-
-def open_record(inputs: StepInputs, prefix: str, *, resume_step: int | None) -> AbstractContextManager[Tracker]:
-    """The tracker of a step, of one of its loops; see `open_tracker`."""
-    return open_tracker(
-        inputs.tracking,
-        step_folder=inputs.folder,
-        run_dir=Path(inputs.run.dir),
-        step=inputs.step,
-        prefix=prefix,
-        config=inputs.identity,
-        resume_step=resume_step,
-    )
 
 
 def _open_tensorboard(step_folder: StepFolder, prefix: str) -> Any:

@@ -23,6 +23,7 @@ from llamachat.config.sections import Tracking
 from llamachat.errors import first_line
 from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.atomic import write_json
+from llamachat.runs.inputs import StepInputs
 
 logger = logging.getLogger(__name__)
 
@@ -93,25 +94,24 @@ class WandbRun:
             self._run = None
 
 
-def open_wandb_run(
-    tracking: Tracking, *, step_folder: StepFolder, run_dir: Path, step: str, prefix: str, config: Mapping[str, Any]
-) -> WandbRun | None:
+def open_wandb_run(inputs: StepInputs, prefix: str) -> WandbRun | None:
     """The step's run, offline if online fails, or None if wandb cannot be used at all."""
+    tracking, step, run_dir = inputs.tracking, inputs.step, Path(inputs.run.dir).resolve()
     where = _where(tracking)
     if where is None:
         return None
-    parent = run_dir.resolve().parent
-    run_id = _run_id(step_folder, f"{run_dir.resolve().name}-{step}", prefix)
-    before = _folders(parent, f"*run-*-{run_id}")
+    parent = run_dir.parent
+    run_id = _run_id(inputs.folder, f"{run_dir.name}-{step}", prefix)
+    before = _folders(parent, run_id)
     arguments = {
         "project": tracking.project,
         "dir": str(parent),
-        "group": run_dir.resolve().name,
+        "group": run_dir.name,
         "job_type": step,
         "name": step if prefix.partition("/")[0] == step.partition("/")[0] else f"{step} ({prefix})",
         "id": run_id,
         "resume": "allow",
-        "config": dict(config) if tracking.upload_text else without_system_texts(config),
+        "config": dict(inputs.identity) if tracking.upload_text else without_system_texts(inputs.identity),
     }
     run = _start(arguments, where, prefix)
     if run is None and where == "online":
@@ -168,15 +168,15 @@ def _run_id(step_folder: StepFolder, name: str, prefix: str) -> str:
     return ids[prefix]
 
 
-def _folders(parent: Path, pattern: str) -> set[Path]:
-    return set((parent / "wandb").glob(pattern))
+def _folders(parent: Path, run_id: str) -> set[Path]:
+    return set((parent / "wandb").glob(f"*run-*-{run_id}"))
 
 
 def _forget_failed_start(parent: Path, run_id: str, before: set[Path]) -> None:
     """Take back what a vain start left: its folder, and the id that wandb's service still thinks in use."""
     with suppress(Exception):
         _wandb().teardown()
-    _remove(_folders(parent, f"*run-*-{run_id}") - before)
+    _remove(_folders(parent, run_id) - before)
 
 
 def _remove(folders: Iterable[Path]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from evaluation.report import step
 from evaluation.report.config import Config
 from evaluation.report.headline import verdict
 from evaluation.report.page import number, signed
@@ -147,11 +148,11 @@ def test_wandb_gets_the_pictures_and_no_answers(tmp_path: Path, monkeypatch: pyt
             seen["summary"].append(metrics)
 
     @contextmanager
-    def open_tracker(*_: Any, **options: Any) -> Iterator[Tracker]:
-        assert options["prefix"] == "report" and HOSTILE not in json.dumps(options["config"])
+    def open_record(inputs: Any, prefix: str, **_: Any) -> Iterator[Tracker]:
+        assert prefix == "report" and HOSTILE not in json.dumps(inputs.identity)
         yield Tracker()
 
-    monkeypatch.setattr("llamachat.tracking.tracker.open_tracker", open_tracker)
+    monkeypatch.setattr(step, "open_record", open_record)
     folder = TinyRun(tmp_path / "tiny").add("sft", "rs").report()
     assert seen["figure"] == [(name, ".png") for name in ("best_of_n", "temperatures_sft", "temperatures_rs")]
     assert seen["summary"][0]["report/kib"] == pytest.approx(folder.page.stat().st_size / 1024)

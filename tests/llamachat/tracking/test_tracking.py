@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from llamachat import distributed
-from llamachat.config.sections import Tracking
+from llamachat.config.sections import Base, Data, Run, Tracking, Tuning
 from llamachat.errors import UsageError
 from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.atomic import StorageError
+from llamachat.runs.inputs import StepInputs
 from llamachat.runs.locks import hold
 from llamachat.runs.reader import read_summary
 from llamachat.runs.record import MetricsRecord
@@ -27,7 +28,7 @@ from llamachat.tracking import wandb_run
 from llamachat.tracking.curves import draw_curves
 from llamachat.tracking.dashboard import dashboard, summary_text
 from llamachat.tracking.metrics import UnknownMetricError
-from llamachat.tracking.tracker import open_tracker
+from llamachat.tracking.tracker import open_record
 
 ROOT = Path(__file__).resolve().parents[3]
 MARKER = "violet-hedgehog-secret"
@@ -47,16 +48,19 @@ def _no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "home").mkdir()
 
 
-def opened(folder: StepFolder, resume_step: int | None = None, prefix: str = "sft", **tracking: Any) -> Any:
-    return open_tracker(
-        Tracking(**{"mode": "offline", **tracking}),
-        step_folder=folder,
-        run_dir=folder.path.parent,
+def opened(folder: StepFolder, resume_step: int | None = None, **tracking: Any) -> Any:
+    inputs = StepInputs(
         step="sft",
-        prefix=prefix,
-        config={"sft": {"learning_rate": 0.001}},
-        resume_step=resume_step,
+        folder=folder,
+        identity={"sft": {"learning_rate": 0.001}},
+        fingerprint="f" * 64,
+        run=Run(dir=str(folder.path.parent)),
+        base=Base(model="assets/base"),
+        tuning=Tuning(),
+        data=Data(sft=()),
+        tracking=Tracking(**{"mode": "offline", **tracking}),
     )
+    return open_record(inputs, "sft", resume_step=resume_step)
 
 
 def offline_runs(folder: StepFolder) -> list[Path]:
@@ -267,9 +271,7 @@ def test_off_and_other_processes_write_nothing_to_wandb(folder: StepFolder, monk
         tracker.log(1, {"sft/loss": 1.0})
     other = StepFolder(folder.path.parent / "other")
     monkeypatch.setattr(distributed, "is_first", lambda: False)
-    with open_tracker(
-        Tracking(), step_folder=other, run_dir=other.path.parent, step="sft", prefix="sft", config={}, resume_step=None
-    ) as tracker:
+    with opened(other, mode="auto") as tracker:
         tracker.log(1, {"sft/loss": 1.0})
         tracker.samples(1, [{"prompt": "a"}])
         tracker.summary({"sft/eval_loss": 1.0})

@@ -271,12 +271,12 @@ def test_what_is_no_run_is_refused_in_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "expected"),
     [
-        ("summary.json", '{"sft/loss": 1.', "Expecting"),
-        ("summary.json", '{"sft/loss": "low"}', "'sft/loss' is not a number"),
-        ("summary.json", "[1]", "holds a list, not an object"),
+        ("summary.json", '{"sft/loss": 1.', "the file: Invalid JSON"),
+        ("summary.json", '{"sft/loss": "low"}', "sft/loss: Input should be a valid number"),
+        ("summary.json", "[1]", "the file: Input should be an object"),
         ("artifact/manifest.json", "", "1 validation error"),
         ("config.yaml", "a: [", "while parsing"),
-        ("config.yaml", "7", "holds no keys"),
+        ("config.yaml", "7", "the file: Input should be a valid dictionary"),
         ("artifact/evaluation.json", "{", "the file: Invalid JSON"),
     ],
 )

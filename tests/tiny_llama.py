@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.tokenizer import write_tokenizer
@@ -61,6 +61,16 @@ def move_adapter(model: torch.nn.Module) -> None:
         for name, weight in model.named_parameters():
             if ".lora_" in name:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+
+
+def nf4_by_transformers(compute: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
+    """The 4 bits of QLoRA, as a user of transformers asks for them."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
 
 
 def base_section(folder: Path | str, **changes: Any) -> Base:

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, pipeline
 
 from llamachat.chat_format import ChatFormat
-from llamachat.config.sections import RopeScaling
 from llamachat.errors import ArtifactError, UsageError
 from llamachat.models.loading import SEVEN_PROJECTIONS, load_policy
 from llamachat.runs.artifacts import read_artifact
@@ -129,14 +128,6 @@ def test_a_fully_tuned_policy_is_copied(tmp_path: Path, tiny_format: ChatFormat)
     got, was = weights_of(out), weights_of(artifact.path)
     assert all(torch.equal(got[name], weight) for name, weight in was.items()) and got.keys() == was.keys()
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
-
-
-def test_a_lengthened_context_is_kept(tmp_path: Path, tiny_format: ChatFormat):
-    scaling = RopeScaling(type="linear", factor=2.0)
-    artifact = lora_policy(tmp_path, tiny_format, rope_scaling=scaling)
-    found = export_policy(Request(artifact, tmp_path / "out"))
-    assert found.max_logprob_difference < 1e-3
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_parameters"]["factor"] == 2.0
 
 
 # -- adapter

@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig
 
 from llamachat.chat_format import ChatFormat
 from llamachat.models import loading
@@ -17,14 +16,9 @@ from llamachat.runs.artifacts import Artifact, read_artifact
 from serving.export import Request, export_policy, tolerance
 from serving.merging import as_exported, read_adapter, through_nf4
 from tests.serving.exporting import lora_policy, note_of, plain, weights_of
-from tests.tiny_llama import tiny_llama
+from tests.tiny_llama import nf4_by_transformers, tiny_llama
 
-QUANTIZED = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.bfloat16,
-)
+QUANTIZED = nf4_by_transformers()
 
 
 @pytest.mark.parametrize("on_disk", [torch.float32, torch.float16, torch.bfloat16])

@@ -28,7 +28,7 @@ def code_of(card: str) -> str:
     return card.split("```python\n")[1].split("```")[0]
 
 
-@pytest.mark.parametrize(("form", "scaling"), [("merged", None), ("adapter", None), ("adapter", "linear")])
+@pytest.mark.parametrize(("form", "scaling"), [("merged", "linear"), ("adapter", None), ("adapter", "linear")])
 def test_the_cards_own_lines_load_the_model_and_ask_it(
     form: Any, scaling: Any, tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch
 ):
@@ -78,16 +78,6 @@ def test_the_card_tells_what_made_the_model_and_not_where_files_lay(tmp_path: Pa
     ):
         assert told in card
     assert "/home/me" not in card
-
-
-def test_licence_files_of_the_base_go_with_the_merged_model(tmp_path: Path, tiny_format: ChatFormat):
-    artifact = lora_policy(tmp_path, tiny_format)
-    (tmp_path / "base" / "LICENSE.txt").write_text("the terms")
-    export_policy(Request(artifact, tmp_path / "out"))
-    assert (tmp_path / "out" / "LICENSE.txt").read_text() == "the terms"
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert f"derives from `{tmp_path / 'base'}`" in card
-    assert "Its licence files (LICENSE.txt) are copied here." in card
 
 
 def change_manifest(artifact: Artifact, **changes: Any) -> Artifact:

@@ -298,39 +298,29 @@ def test_a_request_that_cannot_be_met_is_refused_before_anything_is_loaded(
             pair_file([one], source, target, request(**changes))
 
 
-def test_all_bad_prompts_are_named_with_their_lines(tmp_path: Path, tiny_format: ChatFormat) -> None:
-    rows = [QUESTIONS[0], question("say [/INST]"), question("cat " * 90)]
-    variants = [
-        variant("one", tiny_format, "Hello", max_tokens=400),
-        variant("two", tiny_format, "Paris", max_tokens=50),
-    ]
-    source = write_lines(tmp_path / "in.jsonl", rows)
-    with pytest.raises(DataError) as caught:
+def test_a_prompt_must_fit_every_policy(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    variants = [variant(name, tiny_format, "Hello", max_tokens=most) for name, most in (("one", 400), ("two", 50))]
+    source = write_lines(tmp_path / "in.jsonl", [QUESTIONS[0], question("cat " * 90)])
+    with pytest.raises(DataError, match=r":2: prompt: is longer than 49 tokens .* two reads prompt and answer in 50"):
         pair_file(variants, source, tmp_path / "out.jsonl", request())
-    first, second = str(caught.value).splitlines()[:2]
-    assert first.startswith(f"{source}:2: prompt[0].content: holds '[/INST]'")
-    assert (
-        second.startswith(f"{source}:3: prompt: is longer than 49 tokens")
-        and "two reads prompt and answer in 50" in second
-    )
 
 
 # -- the command
 
 
 def test_from_the_command_to_reward_data(
-    tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    caplog.set_level("INFO")
     for name, texts in (("one", ("Hello", "the cat")), ("two", ("Paris",))):
         publish_policy(tmp_path / name / "sft", answering(tiny_format, *texts), tiny_format, base="assets/base")
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "prompts.jsonl", QUESTIONS)
     given = ["pairs", "--policy", "one", "--policy", "two/sft", "--in", "prompts.jsonl", "--max-new-tokens", "8"]
     assert main([*given, "--out", "pairs.jsonl", "--temperature", "0.7", "1.0", "--seed", "3"]) == 0
-    assert "pairs.jsonl: 40 pairs for 40 prompts" in caplog.text
     assert main([*given, "--out", "again.jsonl", "--temperature", "0.7", "--temperature", "1.0", "--seed", "3"]) == 0
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "pairs.jsonl").read_text()
+    assert main([*given, "--policy", "one/sft", "--out", "other.jsonl"]) == 2
+    assert "--policy: one two/sft one/sft name one policy twice" in capsys.readouterr().err
     rows = read_lines(tmp_path / "pairs.jsonl")
     assert {row["policy_a"] for row in rows} == {"one", "two/sft"}
     for row in rows[:30]:  # somebody who likes Paris
@@ -342,23 +332,3 @@ def test_from_the_command_to_reward_data(
     assert len(found.train) == 30 and found.dropped == {"pairs.jsonl: row without a preference": 10}
     assert {pair.chosen.content for pair in found.train} == {"Paris"}
     assert {pair.rejected.content for pair in found.train} == {"Hello", "the cat"}
-
-
-def test_what_is_drawn_again_and_left_out_is_told_and_one_policy_is_named_once(
-    tmp_path: Path,
-    tiny_format: ChatFormat,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    caplog.set_level("INFO")
-    publish_policy(tmp_path / "one" / "sft", answering(tiny_format, "Hello", "Paris"), tiny_format, base="assets/base")
-    monkeypatch.chdir(tmp_path)
-    write_lines(tmp_path / "prompts.jsonl", QUESTIONS)
-    given = ["pairs", "--in", "prompts.jsonl", "--max-new-tokens", "8", "--policy", "one"]
-    assert main([*given, "--out", "pairs.jsonl", "--limit", "30"]) == 0
-    left = 30 - len(read_lines(tmp_path / "pairs.jsonl"))
-    assert left and f"prompts left out: {left} the same as the other answer" in caplog.text
-    assert "answers drawn again: " in caplog.text
-    assert main([*given, "--policy", "one/sft", "--out", "other.jsonl"]) == 2
-    assert "--policy: one one/sft name one policy twice" in capsys.readouterr().err

@@ -9,7 +9,6 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import RopeScaling, Tuning
 from llamachat.errors import ArtifactError
 from llamachat.memory.estimates import Setup, Shape, read_shape
@@ -19,18 +18,11 @@ from llamachat.models.reward_model import load_reward_model
 from llamachat.models.roles import RewardRole, RoleBank
 from llamachat.models.sequence_attention import use_sequence_attention
 from tests.fakes import train_sentencepiece
-from tests.llamachat.models.tiny_roles import FULL, QLORA, World, make_reward_model, weight_bytes
+from tests.llamachat.models.tiny_roles import EXACT, FULL, QLORA, ROWS, World, make_reward_model, weight_bytes
 from tests.tiny_llama import LORA
 
-ROWS = [[1, 270, 279, 383, 357], [1, 331, 262], [1, 289, 300, 310, 20, 33, 45, 7]]
 BATCH = {"input_ids": torch.tensor([ROWS[2]])}
 LAST = torch.tensor([7])
-EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_format: ChatFormat, tiny_sentencepiece: bytes) -> World:
-    return World(tmp_path_factory.mktemp("roles"), tiny_format, tiny_sentencepiece)
 
 
 def shape(world: World) -> Shape:
@@ -68,16 +60,24 @@ def trained_step(bank: RoleBank) -> None:
 # --- one copy of the weights
 
 
-@pytest.mark.parametrize(("policy", "adapters"), [(FULL, 4), (LORA, 5)])
-def test_the_base_is_there_once_and_each_role_adds_its_adapter_and_head(policy: Tuning, adapters: int, world: World):
-    bank = world.bank(LORA, policy)
+@pytest.mark.parametrize(
+    ("tuning", "policy", "critic", "trunks", "headless", "adapters"),
+    [
+        (LORA, FULL, "separate", 1, 0, 4),
+        (LORA, FULL, "shared", 1, 0, 3),
+        (LORA, LORA, "separate", 1, 0, 5),
+        (LORA, LORA, "shared", 1, 0, 4),
+        (FULL, FULL, "separate", 2, 3, 0),
+        (FULL, FULL, "shared", 2, 2, 0),
+    ],
+)
+def test_weights_that_can_be_shared_are_there_once(
+    tuning: Tuning, policy: Tuning, critic: str, trunks: int, headless: int, adapters: int, world: World
+):
     sizes = shape(world)
-    numbers = (
-        sizes.weights + adapters * sizes.adapter_weights(4) + 2 * 64 + 65
-    )  # two score heads, the critic's with bias
-    assert weight_bytes(bank) == 4 * numbers
-    shared = world.bank(LORA, policy, critic="shared")
-    assert weight_bytes(shared) == 4 * (numbers - sizes.adapter_weights(4))
+    numbers = trunks * sizes.weights + headless * (sizes.weights - 420 * 64) + adapters * sizes.adapter_weights(4)
+    numbers += 2 * 64 + 65  # two score heads, the critic's with bias
+    assert weight_bytes(world.bank(tuning, policy, critic=critic)) == 4 * numbers
 
 
 @pytest.mark.parametrize(("policy", "adapters"), [(FULL, 4), (QLORA, 5)])
@@ -93,13 +93,6 @@ def test_a_4_bit_base_is_there_once(policy: Tuning, adapters: int, world: World)
     assert sum(quantised.values()) == sizes.linear_weights / 2 and len(quantised) == 2 * 7
     wanted = sizes.trunk_bytes(2, is_4bit=True) + 2 * (adapters * sizes.adapter_weights(4) + 2 * 64) + 4 * 65
     assert weight_bytes(bank) == pytest.approx(wanted, rel=1e-3)
-
-
-def test_a_fully_tuned_policy_has_weights_of_its_own(world: World):
-    bank = world.bank(FULL, FULL)
-    sizes = shape(world)
-    headless = sizes.weights - 420 * 64
-    assert weight_bytes(bank) == 4 * (2 * sizes.weights + 3 * headless + 2 * 64 + 65)
 
 
 CASES: list[tuple[Tuning, Tuning, str, bool, int, list[str]]] = [

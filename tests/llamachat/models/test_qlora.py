@@ -10,7 +10,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 import sft
 from llamachat.chat_format import ChatFormat
@@ -22,8 +22,8 @@ from llamachat.runs.reader import read_summary
 from sft.config import Config
 from sft.train import load_start
 from sft.train import publish_policy as publish
-from tests.sft.tiny_sft import inputs_of, open_session, toy_dialogs, write_base
-from tests.tiny_llama import LORA, base_section, move_adapter, publish_policy, tiny_llama
+from tests.sft.tiny_sft import inputs_of, toy_dialogs, write_base
+from tests.tiny_llama import LORA, base_section, nf4_by_transformers, publish_policy, tiny_llama
 
 QLORA = Tuning(method="qlora", rank=4, alpha=8)
 IDS = torch.tensor([[1, 270, 279, 383, 357, 331, 262, 289]])
@@ -46,13 +46,9 @@ def layers_of(model: nn.Module) -> dict[str, Any]:  # of Linear4bit, whose weigh
 
 def plain_base(folder: Path) -> Any:
     """As a user of transformers would load it; only bitsandbytes' repacking is kept off."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=nf4_by_transformers()
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
     for layer in layers_of(model).values():
         layer.support_avx512bf16_for_cpu = False
     return model
@@ -61,13 +57,6 @@ def plain_base(folder: Path) -> Any:
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    model.train()
-    model.zero_grad()
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 # --- loading
@@ -103,27 +92,6 @@ def test_the_adapter_is_bf16_and_adds_nothing_yet(base: Path):
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert len(trained) == 2 * 2 * 7
     assert {weight.dtype for weight in trained.values()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_after_an_evaluation_are_those_before_it(checkpointing: bool, base: Path, tmp_path: Path):
-    config = SHORT.model_copy(update={"gradient_checkpointing": checkpointing})
-    with open_session(config, inputs_of(tmp_path, base, toy_dialogs(20), tuning=QLORA, **BF16)) as (session, training):
-        model = training.model
-        session.trainer(training, tmp_path)
-        move_adapter(model)
-        digest, before = trunk_digest(model), gradients(model)
-        assert any(bool(gradient.any()) for gradient in before.values())
-        session.measure(1)
-        training.sample(session.tracker, 1)
-        logits(model)
-        assert not any(
-            getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers_of(model).values()
-        )
-        after = gradients(model)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(after[name], gradient) for name, gradient in before.items())
-    assert trunk_digest(model) == digest
 
 
 def test_the_trunk_has_one_digest_until_a_packed_byte_or_a_scale_moves(base: Path):

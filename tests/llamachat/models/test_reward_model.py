@@ -10,12 +10,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import AutoModelForSequenceClassification
 
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import DialogError, Message
 from llamachat.chat_format.tokenizer import write_tokenizer
-from llamachat.errors import ArtifactError, ConfigError
+from llamachat.errors import ArtifactError
 from llamachat.models import nf4
 from llamachat.models.reward_model import (
     RewardModel,
@@ -35,7 +35,7 @@ from tests.reward.rewarding import (
     start_on,
     trained,
 )
-from tests.tiny_llama import tiny_llama
+from tests.tiny_llama import nf4_by_transformers, tiny_llama
 
 METHODS = ["full", "lora", "qlora"]
 
@@ -51,12 +51,7 @@ def plain_model(artifact: Any, method: str, base: str) -> Any:
         return load(artifact.path, num_labels=1, dtype=torch.float32).eval()
     arguments = {}
     if method == "qlora":
-        arguments["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
+        arguments["quantization_config"] = nf4_by_transformers(torch.float32)
     trunk = load(base, num_labels=1, dtype=torch.float32, **arguments)
     if method == "qlora":
         nf4.close_cpu_trap(trunk)
@@ -172,17 +167,6 @@ def test_a_fully_tuned_policy_is_the_trunk(tmp_path: Path, tiny_sentencepiece: b
         assert load_reward_model(artifact.path).score(DIALOGS) == [0.0] * 4
 
 
-def test_an_adapter_goes_on_with_its_own_method_alone(
-    tmp_path: Path, tiny_sentencepiece: bytes, tiny_format: ChatFormat
-):
-    base = base_of(tmp_path, tiny_sentencepiece)
-    policy = policy_on(base, "lora", tmp_path, tiny_format)
-    with pytest.raises(ConfigError, match=r"tuning\.method: 'full', but the policy to continue"):
-        start_on(base, "full", policy)
-    with pytest.raises(ConfigError, match=r"base\.dtype: float32, but tuning\.method is qlora"):
-        start_on(base, "qlora")
-
-
 @pytest.mark.parametrize("is_loaded", [False, True])
 def test_another_base_under_an_adapter_is_refused(
     is_loaded: bool, tmp_path: Path, tiny_sentencepiece: bytes, tiny_format: ChatFormat
@@ -193,17 +177,6 @@ def test_another_base_under_an_adapter_is_refused(
     tiny_llama(seed=9, max_position_embeddings=256).save_pretrained(base.model)
     with pytest.raises(ArtifactError, match="holds other weights than the adapter was trained on"):
         load_reward_model(artifact.path) if is_loaded else start_on(base, "lora", policy)
-
-
-def test_what_is_shipped_names_plain_classes(tmp_path: Path, tiny_sentencepiece: bytes):
-    full, _ = trained(tmp_path, tiny_sentencepiece, "full")
-    config = json.loads((full.path / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForSequenceClassification"] and config["pad_token_id"] == 0
-    assert set(load_file(full.path / "model.safetensors")) >= {"score.weight", "model.norm.weight"}
-    lora, _ = trained(tmp_path / "other", tiny_sentencepiece, "lora")
-    adapter = json.loads((lora.path / "adapter_config.json").read_text())
-    assert (adapter["task_type"], adapter["modules_to_save"]) == ("SEQ_CLS", ["score"])
-    assert adapter["base_model_name_or_path"] == str(tmp_path / "other" / "base")
 
 
 def test_a_digest_of_loaded_weights_is_that_of_their_file_in_the_same_format(tmp_path: Path, tiny_sentencepiece: bytes):

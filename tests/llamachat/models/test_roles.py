@@ -18,21 +18,14 @@ from llamachat.models.roles import RoleBank
 from llamachat.rollout.engine import Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
 from llamachat.training.master_weights import adamw
-from tests.llamachat.models.tiny_roles import FULL, World
+from tests.llamachat.models.tiny_roles import EXACT, FULL, ROWS, World
 from tests.tiny_llama import LORA
 
-ROWS = [[1, 270, 279, 383, 357], [1, 331, 262], [1, 289, 300, 310, 20, 33, 45, 7]]
 PACKED = {
     "input_ids": torch.tensor([[token for row in ROWS for token in row]]),
     "position_ids": torch.tensor([[place for row in ROWS for place in range(len(row))]]),
 }
 ENDS = torch.tensor([4, 7, 15])
-EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes, request: pytest.FixtureRequest) -> World:
-    return World(tmp_path_factory.mktemp("roles"), request.getfixturevalue("tiny_format"), tiny_sentencepiece)
 
 
 def logits(bank: RoleBank, role: Any, batch: dict[str, Tensor] = PACKED) -> Tensor:
@@ -84,12 +77,16 @@ METHODS = pytest.mark.parametrize(("tuning", "policy"), [(LORA, FULL), (LORA, LO
 
 
 @METHODS
-def test_policy_and_reference_begin_as_the_policy_loaded_alone(tuning: Tuning, policy: Tuning, world: World):
+def test_policy_reference_and_critic_begin_as_the_models_loaded_alone(tuning: Tuning, policy: Tuning, world: World):
     bank = world.bank(tuning, policy)
     wanted = alone(load_policy(world.policy(policy).path).model)
     assert wanted.std() > 0.1
     torch.testing.assert_close(logits(bank, "policy"), wanted, **EXACT)
     assert torch.equal(logits(bank, "policy"), logits(bank, "reference"))
+    scores = bank.scores("helpfulness", ROWS)
+    torch.testing.assert_close(bank.values(PACKED, ENDS).detach(), scores, **EXACT)
+    bank.scale_critic(mean=0.5, std=4.0)
+    torch.testing.assert_close(bank.values(PACKED, ENDS).detach(), (scores - 0.5) / 4.0, **EXACT)
 
 
 @METHODS
@@ -103,16 +100,6 @@ def test_scores_are_those_of_the_reward_models_loaded_alone(tuning: Tuning, poli
         assert wanted.abs().min() > 1e-3
         torch.testing.assert_close(bank.scores(role, ROWS), wanted, **EXACT)
         torch.testing.assert_close(bank.scores(role, ROWS, row_tokens=1), wanted, **EXACT)
-
-
-@METHODS
-def test_the_critic_begins_as_the_helpfulness_model(tuning: Tuning, policy: Tuning, world: World):
-    bank = world.bank(tuning, policy)
-    torch.testing.assert_close(bank.values(PACKED, ENDS).detach(), bank.scores("helpfulness", ROWS), **EXACT)
-    bank.scale_critic(mean=0.5, std=4.0)
-    torch.testing.assert_close(
-        bank.values(PACKED, ENDS).detach(), (bank.scores("helpfulness", ROWS) - 0.5) / 4.0, **EXACT
-    )
 
 
 def test_a_full_policy_has_a_critic_from_an_adapter_merged_into_weights_of_its_own(world: World):

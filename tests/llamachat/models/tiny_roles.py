@@ -19,6 +19,8 @@ from tests.tiny_llama import base_section, publish_policy
 
 FULL = Tuning()
 QLORA = Tuning(method="qlora", rank=4, alpha=8)
+ROWS = [[1, 270, 279, 383, 357], [1, 331, 262], [1, 289, 300, 310, 20, 33, 45, 7]]
+EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def disturb(model: torch.nn.Module, *, seed: int, scale: float = 0.1) -> None:

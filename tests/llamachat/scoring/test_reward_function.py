@@ -49,15 +49,10 @@ def test_a_function_of_ten_lines_scores_the_answers(tmp_path: Path) -> None:
 
 def test_a_function_may_need_no_model_and_may_give_a_tensor_or_booleans(tmp_path: Path) -> None:
     none = Scores(helpfulness_B=None, safety_B=None)
-    text = (
-        "import torch\ndef score(prompts, completions, scores, **columns):\n    return torch.tensor(columns['words'])"
-    )
-    assert combiner(scoring(combine=write(tmp_path, text)))(none, answers(2, words=[3.0, 4.0])).scores_B.tolist() == [
-        3,
-        4,
-    ]
-    text = "def score(prompts, completions, scores, **columns):\n    return [True for _ in scores or completions]"
-    assert combiner(scoring(combine=write(tmp_path, text)))(none, answers(2)).scores_B.tolist() == [1, 1]
+    for body, expected in (("tensor(columns['words'])", [3, 4]), ("[True for _ in scores or completions]", [1, 1])):
+        text = f"from torch import tensor\ndef score(prompts, completions, scores, **columns):\n    return {body}"
+        found = combiner(scoring(combine=write(tmp_path, text)))(none, answers(2, words=[3.0, 4.0]))
+        assert found.scores_B.tolist() == expected
 
 
 def test_a_function_cannot_change_what_the_next_one_sees(tmp_path: Path) -> None:
@@ -87,14 +82,6 @@ def test_what_a_function_does_wrong_is_told_with_its_name(tmp_path: Path, body: 
     assert str(told.value).startswith(f"{name}: ") and expected in str(told.value)
 
 
-def test_a_function_without_room_for_further_columns_is_told_the_signature(tmp_path: Path) -> None:
-    name = write(tmp_path, "def score(prompts, completions):\n    return [0.0] * len(completions)")
-    with pytest.raises(
-        ScoringError, match=r"cannot be called with .* Write it as fn\(prompts, completions, scores, \*\*"
-    ):
-        combiner(scoring(combine=name))(Scores(helpfulness_B=tensor([1.0]), safety_B=None), answers(1))
-
-
 def test_files_and_functions_that_are_not_there_are_told(tmp_path: Path) -> None:
     name = write(tmp_path, "def scores(prompts, completions, scores, **columns):\n    return [0.0]\nlimit = 3")
     with pytest.raises(ConfigError, match=r"no function under the name 'score'.* Did you mean '.*rewards.py:scores'"):
@@ -103,6 +90,11 @@ def test_files_and_functions_that_are_not_there_are_told(tmp_path: Path) -> None
         combiner(scoring(combine=name.replace(":score", ":limit")))
     with pytest.raises(ConfigError, match=r"does not exist\. Did you mean '.*rewards\.py'"):
         combiner(scoring(combine=name.replace("rewards.py", "reward.py")))
+    name = write(tmp_path, "def score(prompts, completions):\n    return [0.0] * len(completions)", "narrow.py")
+    with pytest.raises(
+        ScoringError, match=r"cannot be called with .* Write it as fn\(prompts, completions, scores, \*\*"
+    ):
+        combiner(scoring(combine=name))(Scores(helpfulness_B=tensor([1.0]), safety_B=None), answers(1))
     for text, expected in {
         "1 +": "SyntaxError: .*line 1",
         "import nothing_of_the_kind": "ModuleNotFoundError.*line 1",

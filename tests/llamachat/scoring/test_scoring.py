@@ -50,20 +50,12 @@ def test_a_probability_equal_to_the_threshold_is_not_under_it() -> None:
         assert found.is_gated_B.item() is gated
 
 
-def test_one_model_and_weights_by_hand() -> None:
-    both = Scores(helpfulness_B=tensor([1.0, -2.0]), safety_B=tensor([10.0, 20.0]))
-    assert single(both).scores_B.tolist() == [1.0, -2.0]
-    assert single(Scores(helpfulness_B=None, safety_B=tensor([5.0]))).scores_B.tolist() == [5.0]
-    found = weighted(both, weights={"helpfulness": 0.5, "safety": 0.25})
-    assert found.scores_B.tolist() == [3.0, 4.0]
-    assert not found.is_gated_B.any() and not found.is_unsafe_B.any()
-    alone = Scores(helpfulness_B=None, safety_B=tensor([4.0]))
-    assert weighted(alone, weights={"helpfulness": 0.0, "safety": 2.0}).scores_B.tolist() == [8.0]
-
-
 def test_the_recipe_names_the_combiner() -> None:
     both = Scores(helpfulness_B=tensor([3.0, 3.0]), safety_B=tensor([-0.1, -0.1]))
+    safety = Scores(helpfulness_B=None, safety_B=tensor([4.0, 5.0]))
     given = answers(2, is_safety=[True, False])
+    assert single(safety).scores_B.tolist() == [4.0, 5.0]
+    assert weighted(safety, weights={"helpfulness": 0.0, "safety": 2.0}).scores_B.tolist() == [8.0, 10.0]
     cases = {
         "llama2_gate": ({}, [-0.1, 3.0]),
         "llama2_gate, wider": ({"safety_threshold": 0.49}, [-0.1, -0.1]),
@@ -73,6 +65,7 @@ def test_the_recipe_names_the_combiner() -> None:
     for name, (values, expected) in cases.items():
         found = combiner(scoring(combine=name.partition(",")[0], **values))(both, given)
         assert found.scores_B.tolist() == pytest.approx(expected), name
+        assert name.startswith("llama2_gate") or not (found.is_gated_B.any() or found.is_unsafe_B.any())
 
 
 def test_a_reward_model_that_gives_no_number_is_told_by_name() -> None:
@@ -125,10 +118,26 @@ def shaped(scores: list[float], finished: list[bool] | None = None, **values: An
     return shape_scores(tensor(scores), is_finished_B=tensor(finished or [True] * len(scores)), **arguments)
 
 
-def test_whitening_by_hand() -> None:
-    # mean 2, deviation sqrt((1 + 1) / 2) = 1
-    found = shaped([1.0, 3.0])
-    assert_close(found, tensor([-1.0, 1.0]))
+THIRD = math.log(3)  # probabilities 1/4, 3/4: mean 1/2, deviation 1/4
+
+
+@pytest.mark.parametrize(
+    ("scores", "finished", "values", "expected"),
+    [
+        ([1.0, 3.0], [True, True], {}, [-1.0, 1.0]),  # mean 2, deviation sqrt((1 + 1) / 2) = 1
+        ([1.0, 1000.0, 3.0], [True, False, True], {}, [-1.0, -1.0, 1.0]),  # a cut answer has no part in the mean
+        ([1.0, 1000.0, 3.0], [True, False, True], {"unfinished_score": -2.5}, [-1.0, -2.5, 1.0]),
+        ([-THIRD, THIRD], [True, True], {"shaping": "whiten"}, [-1.0, 1.0]),
+        ([-THIRD, 9.0], [True, False], {"shaping": "none", "unfinished_score": -5.0}, [-THIRD, -5.0]),
+        *(([value] * 3 + [5.0], [True] * 3 + [False], {}, [0.0] * 3 + [-1.0]) for value in (0.0, 0.1, -7.3, 1e4)),
+        ([0.1], [True], {}, [0.0]),
+        ([3.0, 4.0], [False, False], {}, [-1.0, -1.0]),
+    ],
+)
+def test_shaping_by_hand(
+    scores: list[float], finished: list[bool], values: dict[str, Any], expected: list[float]
+) -> None:
+    assert_close(shaped(scores, finished, **values), tensor(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_the_logit_of_the_probability_is_the_raw_score_itself() -> None:
@@ -138,31 +147,6 @@ def test_the_logit_of_the_probability_is_the_raw_score_itself() -> None:
     logit = (r_c / (1 - r_c)).log()
     expected_B = (logit - logit.mean()) / logit.std(correction=0)
     assert_close(shaped(raw_B.tolist()), expected_B.float(), rtol=1e-5, atol=1e-5)
-
-
-def test_whitening_without_the_logit_and_no_whitening() -> None:
-    third = math.log(3)  # probabilities 1/4, 3/4: mean 1/2, deviation 1/4
-    assert_close(shaped([-third, third], shaping="whiten"), tensor([-1.0, 1.0]), rtol=1e-5, atol=1e-5)
-    found = shaped([-third, third, 9.0], [True, True, False], shaping="none", unfinished_score=-5.0)
-    assert_close(found, tensor([-third, third, -5.0]))
-
-
-def test_an_unfinished_answer_has_its_own_score_and_no_part_in_the_mean() -> None:
-    found = shaped([1.0, 1000.0, 3.0], [True, False, True])
-    assert_close(found, tensor([-1.0, -1.0, 1.0]))
-    assert_close(shaped([1.0, 1000.0, 3.0], [True, False, True], unfinished_score=-2.5)[1], tensor(-2.5))
-
-
-@pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e4])
-def test_answers_that_all_score_the_same_get_zero(value: float) -> None:
-    found = shaped([value, value, value, 5.0], [True, True, True, False])
-    assert_close(found, tensor([0.0, 0.0, 0.0, -1.0]))
-    assert_close(shaped([value]), tensor([0.0]))
-
-
-def test_where_none_is_finished_nothing_is_whitened() -> None:
-    found = shaped([3.0, 4.0], [False, False])
-    assert found.tolist() == [-1.0, -1.0]
 
 
 @given(st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=12), st.floats(0.1, 10), st.floats(-5, 5))
@@ -202,8 +186,7 @@ def test_one_model_alone_has_constants_too() -> None:
     only = Scores(helpfulness_B=None, safety_B=tensor([1.0, 3.0]))
     constants = Constants.from_plain(asdict(fit_constants(only, single(only))))
     assert constants.helpfulness is None
-    found = standardise(only, single(only), constants)
-    assert_close(found, tensor([-1.0, 1.0]))
+    assert standardise(only, single(only), constants).tolist() == [-1.0, 1.0]
 
 
 @pytest.mark.parametrize("scores_B", [tensor([2.5, 2.5, 2.5]), tensor([])])
@@ -230,25 +213,20 @@ def test_the_defaults_are_the_papers() -> None:
     assert problems() == ""
 
 
-def test_a_wrong_value_is_told_with_its_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_value_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rewards.py").write_text("")
     assert problems(combine="rewards.py:score", helpfulness="owner/model", safety=str(tmp_path)) == ""
-    cases: dict[str, dict[str, Any]] = {
+    for expected, values in {
         "scoring.combine: there is no combiner 'llama_gate'. Did you mean 'llama2_gate'?": {"combine": "llama_gate"},
-        "there is no combiner 'rewards.py'. Known: llama2_gate, single, weighted, or a function": {
-            "combine": "rewards.py"
-        },
-        "the file of the reward function 'reward.py' does not exist. Did you mean 'rewards.py'?": {
-            "combine": "reward.py:f"
-        },
+        "there is no combiner 'rewards.py'.": {"combine": "rewards.py"},
+        "'reward.py' does not exist. Did you mean 'rewards.py'?": {"combine": "reward.py:f"},
         "scoring.safety: the reward model 'runs/none/rm' does not exist.": {"safety": "runs/none/rm"},
-        "scoring.helpfulness: 'rewards.py' is a file, but a reward model is a folder.": {"helpfulness": "rewards.py"},
+        "scoring.helpfulness: 'rewards.py' is a file": {"helpfulness": "rewards.py"},
         "both weights are 0": {"weights": {"helpfulness": 0.0, "safety": 0.0}},
-        "scoring.safety_threshold: found the number 1.0, but a number below 1 is required.": {"safety_threshold": 1.0},
+        "scoring.safety_threshold: found the number 1.0": {"safety_threshold": 1.0},
         "scoring.weights.safty: ": {"weights": {"safty": 1.0}},
-    }
-    for expected, values in cases.items():
+    }.items():
         assert expected in problems(**values), expected
 
 
@@ -278,11 +256,7 @@ def test_the_models_that_each_way_reads() -> None:
 @pytest.mark.parametrize(
     ("values", "present", "expected"),
     [
-        (
-            {},
-            ("helpfulness",),
-            "llama2_gate needs a safety reward model, and there is none (there is: helpfulness (runs/x",
-        ),
+        ({}, ("helpfulness",), "llama2_gate needs a safety reward model, and there is none (there is: helpfulness ("),
         ({}, ("helpfulness",), "or score with the one there is: scoring.combine=single"),
         ({}, ("safety",), "llama2_gate needs a helpfulness reward model"),
         ({}, (), "(there is: none)"),
@@ -300,7 +274,9 @@ def test_a_model_that_is_not_there_is_refused(
     assert "Train it (`make rm`), or name one: scoring." in str(told.value)
 
 
-def test_a_gate_over_a_model_without_safety_labels_is_refused() -> None:
+def test_a_gate_over_a_model_without_safety_labels_is_refused_and_over_one_from_elsewhere_warns() -> None:
+    (warning,) = check_scoring(scoring(), facts("helpfulness", "safety", labels=None))
+    assert "nobody knows whether that holds" in warning
     models = facts("helpfulness", "safety", labels=0)
     with pytest.raises(
         ConfigError, match=r"runs/x/rm/safety saw no safety labels.*Train it with labels.*combine=weighted"
@@ -308,11 +284,6 @@ def test_a_gate_over_a_model_without_safety_labels_is_refused() -> None:
         check_scoring(scoring(), models)
     assert check_scoring(scoring(combine="weighted"), models) == []
     assert check_scoring(scoring(combine="single"), models) == []
-
-
-def test_a_gate_over_a_model_from_elsewhere_warns() -> None:
-    (warning,) = check_scoring(scoring(), facts("helpfulness", "safety", labels=None))
-    assert "nobody knows whether that holds" in warning
 
 
 def test_the_labels_are_read_from_the_manifest() -> None:

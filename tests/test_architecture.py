@@ -395,6 +395,14 @@ def test_every_path_that_a_text_names_exists() -> None:
     assert not wrong
 
 
+def test_every_name_that_paper_map_places_in_a_file_stands_there() -> None:
+    text = (ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8")
+    places = re.findall(r"((?:`[\w.]+\*?`(?:, | and )?)+) in `([\w/]+\.py)`", text)
+    names = [(name, path) for listed, path in places for name in re.findall(r"`(?:\w+\.)*(\w+)\*?`", listed)]
+    assert len(names) > 50, "the table was read"
+    assert not [(name, path) for name, path in names if not re.search(rf"\b{name}", (ROOT / path).read_text())]
+
+
 def test_every_recipe_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     recipes = sorted((ROOT / "configs").glob("*.yaml"))

@@ -30,8 +30,6 @@ from pipelines.planning.hardware import (
     find_devices,
     find_torch,
     installed_bytes,
-    is_older,
-    newest_cuda,
     requirements,
     shortfalls,
 )
@@ -40,6 +38,7 @@ from pipelines.recipe.recipe import Recipe, load
 Verdict = Literal["ok", "note", "FAIL"]
 NAMED = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 CHECKPOINTS = 3  # two kept, and the one being written
+_TORCH_PAGE = "(https://pytorch.org/get-started)"
 BF16_SINCE = (8, 0)  # compute capability of the first cards with bf16 arithmetic (Ampere)
 
 
@@ -108,39 +107,28 @@ def _cards(devices: Sequence[Device], torch: Torch | None, *, dtype: str = "bflo
         yield Finding("gpu", "note", "no NVIDIA card is seen (nvidia-smi): everything runs on the CPU")
         return
     yield from (Finding("gpu", "ok", str(device)) for device in devices)
-    problem, fix = _cuda_problem(devices[0], torch)
-    if problem or torch is None:
-        yield Finding("cuda", "FAIL", problem, fix)
-    elif torch.capability and torch.capability < BF16_SINCE and dtype == "bfloat16":
-        problem = f"the card (compute capability {_dotted(torch.capability)}) has no arithmetic in bfloat16"
-        yield Finding("cuda", "note", problem, "It is emulated, slowly: set base.dtype: float32, or take a newer card.")
-    else:
-        yield Finding("cuda", "ok", f"torch {torch.version}, CUDA {torch.cuda}, driver {devices[0].driver}")
-
-
-def _cuda_problem(device: Device, torch: Torch | None) -> tuple[str, str]:
-    """Why torch cannot use a card that the driver shows, and the fix; empty where it can."""
-    page = "(https://pytorch.org/get-started)"
+    problem, fix = "", f"Install a build of torch for CUDA {_TORCH_PAGE} in this environment."
     if torch is None:
-        return "torch does not start", "See 'libraries'; set up the environment again."
-    if torch.cuda is None:
+        problem, fix = "torch does not start", "See 'libraries'; set up the environment again."
+    elif torch.cuda is None:
         problem = f"torch {torch.version} is a build without CUDA and cannot use the card"
-        return problem, f"Install the build of torch for CUDA {page} in this environment."
-    if torch.capability is None:  # most often the driver is older than torch's CUDA
-        problem = f"torch {torch.version} (CUDA {torch.cuda}) cannot use the card with driver {device.driver}"
-        if torch.driver is None or not is_older(device.driver, torch.driver):
-            fix = "Restart the machine if the driver was just installed, and check that CUDA_VISIBLE_DEVICES names the card."
-            return problem, fix
-        newest = newest_cuda(device.driver)
-        other = f", or the build of torch for CUDA {newest} {page}" if newest else ""
-        return f"{problem}, and needs {torch.driver} or newer", f"Install driver {torch.driver} or newer{other}."
-    if torch.oldest is not None and torch.capability < torch.oldest:
+    elif torch.capability is None:  # most often the driver is older than torch's CUDA
+        problem = f"torch {torch.version} (CUDA {torch.cuda}) cannot use the card with driver {devices[0].driver}"
+        fix = f"Update the driver, or install a build of torch for an older CUDA {_TORCH_PAGE}; CUDA_VISIBLE_DEVICES must name the card."
+    elif torch.oldest is not None and torch.capability < torch.oldest:
         problem = (
             f"torch {torch.version} has no kernels for the card: its compute capability is {_dotted(torch.capability)}"
         )
-        fix = f"Take a newer card, or an older torch or CUDA build that has them {page}."
-        return f"{problem}, and the oldest that it is built for {_dotted(torch.oldest)}", fix
-    return "", ""
+        problem += f", and the oldest that it is built for {_dotted(torch.oldest)}"
+        fix = f"Take a newer card, or an older torch or CUDA build that has them {_TORCH_PAGE}."
+    elif torch.capability < BF16_SINCE and dtype == "bfloat16":
+        problem = f"the card (compute capability {_dotted(torch.capability)}) has no arithmetic in bfloat16"
+        yield Finding("cuda", "note", problem, "It is emulated, slowly: set base.dtype: float32, or take a newer card.")
+        return
+    if problem or torch is None:
+        yield Finding("cuda", "FAIL", problem, fix)
+    else:
+        yield Finding("cuda", "ok", f"torch {torch.version}, CUDA {torch.cuda}, driver {devices[0].driver}")
 
 
 def _dotted(capability: Sequence[int]) -> str:
@@ -160,7 +148,7 @@ def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
         fix = way_to_fit(recipe, gpu)
         if meant and meant.count > len(devices):
             problem = (
-                f"the recipe is meant for {meant.count} cards, and {len(devices)} are here: what follows is for those"
+                f"the recipe is meant for {meant.count} cards; what follows is for the {len(devices)} that are here"
             )
             way = f"Set num_processes: {len(devices)} in the file under configs/accelerate that you launch with."
             yield Finding("cards", "note", problem, way)
@@ -168,8 +156,11 @@ def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
         recipe = recipe.changed(run=recipe.run.model_copy(update={"gpu": None}))
         where = f"Run it where {meant} is" if meant else "Run it on a machine with more memory or a card"
         fix = f"{where}, or take a smaller base."
-        if meant:
-            yield _absent_card(recipe, meant)
+        there = fits(recipe, meant) if meant else None
+        if meant and there:
+            peak = f"about {there.peak_bytes / 2**30:.1f} GiB at the peak ({there.worst}), estimated"
+            problem = f"the recipe is meant for {meant}, which is not here; there it would {'' if there.fits else 'not '}fit: {peak}"
+            yield Finding("card", "note", problem, "" if there.fits else way_to_fit(recipe, meant))
     for step in recipe.steps:
         estimate = estimate_step(recipe, step, gpu)
         if estimate is None:
@@ -184,21 +175,6 @@ def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
             yield Finding("memory", "note", problem, "Stop what else runs on the card.")
         else:
             yield Finding("memory", "ok", f"{need}; {usable}")
-
-
-def _absent_card(recipe: Recipe, meant: Gpu) -> Finding:
-    """That the recipe's card is not here, and what it would be like there."""
-    problem, there, here = (
-        f"the recipe is meant for {meant}, which is not here",
-        fits(recipe, meant),
-        fits(recipe, None),
-    )
-    if there is None:
-        return Finding("card", "note", problem)
-    peak = f"about {there.peak_bytes / 2**30:.1f} GiB at the peak ({there.worst.name}), estimated"
-    hours = f"; here two CPU cores would take about {here.hours:,.0f} h" if here and here.hours else ""
-    problem += f"; there it would {'' if there.fits else 'not '}fit: {peak}{hours}"
-    return Finding("card", "note", problem, "" if there.fits else way_to_fit(recipe, meant))
 
 
 def _disk(recipe: Recipe) -> Iterator[Finding]:
@@ -261,20 +237,15 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("base", "FAIL", f"'{name}' holds no *.safetensors", way)
     else:
         yield Finding("base", "ok", f"'{name}' is {'known to work' if name in KNOWN_BASES else 'a Llama model'}")
-    yield _tokenizer(recipe, folder)
-
-
-def _tokenizer(recipe: Recipe, folder: Path) -> Finding:
-    base = recipe.base
     try:
         _, warning = load_proved_format(
-            folder, chat_format=base.chat_format, allow_unproved=base.allow_unproved_tokenizer
+            folder, chat_format=recipe.base.chat_format, allow_unproved=recipe.base.allow_unproved_tokenizer
         )
     except LlamachatError as error:
-        return Finding("tokenizer", "FAIL", *_problem_and_fix(error))
-    if warning:
-        return Finding("tokenizer", "note", warning)
-    return Finding("tokenizer", "ok", f"proved to give the ids of the chat format '{base.chat_format}'")
+        yield Finding("tokenizer", "FAIL", *_problem_and_fix(error))
+        return
+    proved = f"proved to give the ids of the chat format '{recipe.base.chat_format}'"
+    yield Finding("tokenizer", "note" if warning else "ok", warning or proved)
 
 
 def _data(recipe: Recipe) -> Iterator[Finding]:

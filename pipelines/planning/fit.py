@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from llamachat.config.gpus import Gpu
 from llamachat.errors import LlamachatError
 from llamachat.memory.estimates import Estimate
-from pipelines.planning.estimates import duration, estimate_step
+from pipelines.planning.estimates import estimate_step
 from pipelines.recipe.recipe import Recipe, Step, load
 from ppo import Config as PpoConfig
 from reward import Config as RewardConfig
@@ -23,34 +23,27 @@ _SMALL_RANK, _SHORT_TOKENS = 16, 512  # the least that is proposed
 _LEAST_TOKENS = 64  # of a row: shorter ones are filled up to it
 # What makes a step longer, in the order in which to lower it: of those that its section has, the first.
 _LENGTHS = ("iterations", "epochs", "prompts", "test_prompts", "dialogs")
-_MOST_OF_A_STEP = 0.8  # that one is asked to save alone
+_MARGIN = 0.9  # for what a step does whatever its length
 
 Setting = tuple[str, Any]  # such as ("ppo.critic", "shared")
 
 
-class StepEstimate(NamedTuple):
-    """A step's name and what it would cost."""
-
-    name: str
-    estimate: Estimate
-
-
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a whole recipe, run from its beginning, asks of a card, or of two CPU cores where that is None."""
+    """What steps ask of a card, or of two CPU cores where that is None."""
 
     gpu: Gpu | None
-    steps: tuple[StepEstimate, ...]  # in the recipe's order
+    steps: Mapping[str, Estimate]  # by name, in the recipe's order
 
     @property
-    def worst(self) -> StepEstimate:
+    def worst(self) -> str:
         """The step that needs most memory."""
-        return max(self.steps, key=lambda step: step.estimate.peak_bytes)
+        return max(self.steps, key=lambda name: self.steps[name].peak_bytes)
 
     @property
     def peak_bytes(self) -> int:
         """Of the worst step, on one card."""
-        return self.worst.estimate.peak_bytes
+        return self.steps[self.worst].peak_bytes
 
     @property
     def fits(self) -> bool:
@@ -60,71 +53,48 @@ class Fit:
     @property
     def hours(self) -> float | None:
         """Of all steps; None where one of them could not be counted (a set of the hub without a limit)."""
-        seconds = [step.estimate.seconds for step in self.steps]
+        seconds = [estimate.seconds for estimate in self.steps.values()]
         return sum(seconds) / 3600 if all(seconds) else None
 
 
 def fits(recipe: Recipe, gpu: Gpu | None) -> Fit | None:
-    """The recipe on this card (None: on its own, or on a CPU), with its settings as they stand; None where the shape of its
-    base is not known here."""
-    steps = []
-    for step in recipe.steps:
-        estimate = estimate_step(recipe, step, gpu)
-        if estimate is None:
-            return None
-        steps.append(StepEstimate(step.name, estimate))
-    return Fit(gpu, tuple(steps))
+    """The whole recipe on this card (None: on its own, or on a CPU), with its settings as they stand; None where the shape of
+    its base is not known here."""
+    estimates = {step.name: estimate_step(recipe, step, gpu) for step in recipe.steps}
+    known = {name: estimate for name, estimate in estimates.items() if estimate is not None}
+    return Fit(gpu, known) if len(known) == len(estimates) else None
 
 
-@dataclass(frozen=True, slots=True)
-class Microbatch:
-    """The largest forward pass of a training that fits the card, as the setting that asks for it."""
-
-    key: str  # such as ppo.tokens_per_microbatch
-    value: int  # 0 where not even the least fits
-    is_whole_step: bool = False  # more would not be used
-
-    def __str__(self) -> str:
-        if not self.value:
-            return f"none: {self.key} at its least does not fit"
-        return f"{self.key}={self.value}" + (" (all there is to use)" if self.is_whole_step else "")
-
-
-def largest_microbatch(recipe: Recipe, step: Step, gpu: Gpu) -> Microbatch | None:
-    """What a step that trains could be set to on this card; None where it has no such setting."""
-    setting = _microbatch_setting(recipe, step)
-    if setting is None:
-        return None
-    key, least, most, unit = setting
+def largest_microbatch(recipe: Recipe, step: Step, gpu: Gpu) -> str:
+    """The setting of a training step with the largest forward pass that fits this card; empty where it has no such setting."""
+    longest, config = recipe.base.max_tokens, step.config
+    if isinstance(config, SftConfig) and config.packing:  # a packed forward pass is one row, as long as a dialog may be
+        key, least, most = "base.max_tokens", _LEAST_TOKENS, longest
+    elif isinstance(config, SftConfig):
+        key, least, most = "sft.rows_per_microbatch", 1, config.examples_per_step
+    elif isinstance(config, RewardConfig):
+        key, least, most = "reward.row_tokens", 2 * longest, 2 * longest * config.pairs_per_step
+    elif isinstance(config, PpoConfig):
+        key, least, most = "ppo.tokens_per_microbatch", longest, longest * config.responses_per_minibatch
+    else:
+        return ""
     section, _, name = key.partition(".")
 
-    def has_room(value: int) -> bool:
+    def has_room(times: int) -> bool:
+        value = times * least
         if section == "base":
             estimate = estimate_step(changed(recipe, [(key, value)]), step, gpu)
         else:
             estimate = estimate_step(recipe, replace(step, config=step.config.model_copy(update={name: value})), gpu)
         return estimate is not None and estimate.peak_bytes <= gpu.usable_bytes
 
-    low, high = 0, max(1, most // unit)  # in units: the first fits or is 0, and what is above the second is never used
+    low, high = 0, max(1, most // least)  # in units of the least: more than the second would not be used
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if has_room(max(least, middle * unit)) else (low, middle - 1)
-    value = max(least, low * unit) if low else 0
-    return Microbatch(key, value, is_whole_step=value >= most)
-
-
-def _microbatch_setting(recipe: Recipe, step: Step) -> tuple[str, int, int, int] | None:
-    """The key, its least value, the most that a step would use, and the unit in between."""
-    longest, config = recipe.base.max_tokens, step.config
-    if isinstance(config, SftConfig) and config.packing:  # a packed forward pass is one row, as long as a dialog may be
-        return "base.max_tokens", _LEAST_TOKENS, longest, _LEAST_TOKENS
-    if isinstance(config, SftConfig):
-        return "sft.rows_per_microbatch", 1, config.examples_per_step, 1
-    if isinstance(config, RewardConfig):
-        return "reward.row_tokens", 2 * longest, 2 * longest * config.pairs_per_step, 2 * longest
-    if isinstance(config, PpoConfig):
-        return "ppo.tokens_per_microbatch", longest, longest * config.responses_per_minibatch, longest
-    return None
+        low, high = (middle, high) if has_room(middle) else (low, middle - 1)
+    if not low:
+        return f"none: {key} at its least does not fit"
+    return f"{key}={low * least}" + (" (all there is to use)" if low * least >= most else "")
 
 
 def settings_to_fit(recipe: Recipe, gpu: Gpu) -> list[Setting] | None:
@@ -161,37 +131,17 @@ def way_to_fit(recipe: Recipe, gpu: Gpu) -> str:
     return f"It would fit with {words}: {peak.peak_bytes / 2**30:.1f} GiB."
 
 
-def ways_to_shorten(steps: Sequence[Step], seconds: Mapping[str, float], hours: float) -> Iterator[str]:
-    """Lines on what takes most of the time and what to set, so that all steps end within the hours."""
-    total, limit = sum(seconds.values()), 3600 * hours
-    over = total - limit
-    by_name = {step.name: step for step in steps}
-    for name in sorted(seconds, key=lambda name: -seconds[name])[:3]:
-        # A step that is long enough can save all of it alone; else every step is to be shortened alike.
-        is_enough = over <= _MOST_OF_A_STEP * seconds[name]
-        share = 1 - over / seconds[name] if is_enough else limit / total
-        step, ways = by_name[name], []
-        shorter = _shortened(step, share)
-        if shorter is not None:
-            key, value = shorter
-            ways.append(f"{step.stage.section}.{key}={value:g} (now {getattr(step.config, key):g})")
-        if "max_hours" in type(step.config).model_fields:
-            ways.append(f"{step.stage.section}.max_hours={seconds[name] * share / 3600:.1f}")
-        if ways:
-            alike = "" if is_enough else ", with the others shortened alike"
-            yield f"{name}, {duration(seconds[name])}: {' or '.join(ways)}{alike}"
-    yield f"or run.max_hours={hours:g}: a command ends at its best checkpoint then, and the same command continues"
-
-
-def _shortened(step: Step, share: float) -> Setting | None:
-    """The value of the step's section, and its key there, with which the step takes about this share of its time."""
-    for key in _LENGTHS:
-        value = getattr(step.config, key, None)
-        if isinstance(value, int):
-            return key, max(1, int(value * share))
-        if isinstance(value, float):
-            return key, float(f"{value * share:.2g}")
-    return None
+def way_to_shorten(steps: Sequence[Step], seconds: float, hours: float) -> str:
+    """Lengths that bring steps of this many seconds near the hours, all shortened alike."""
+    share = _MARGIN * 3600 * hours / seconds
+    settings: dict[str, str] = {}
+    for step in steps:
+        name = next((name for name in _LENGTHS if isinstance(getattr(step.config, name, None), (int, float))), None)
+        if name is not None:
+            value = getattr(step.config, name)
+            shorter = max(1, int(value * share)) if isinstance(value, int) else float(f"{value * share:.2g}")
+            settings[f"{step.stage.section}.{name}"] = f"{shorter:g}"
+    return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def _fits_with(recipe: Recipe, gpu: Gpu, settings: Sequence[Setting]) -> bool:

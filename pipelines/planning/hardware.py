@@ -26,9 +26,6 @@ there = torch.cuda.is_available()
 found = [torch.cuda.get_device_capability(), torch.cuda.get_arch_list()] if there else [None, []]
 print(json.dumps([torch.__version__, torch.version.cuda, *found]))
 """
-# The oldest Linux driver that runs programs of each CUDA, by its major version: NVIDIA's release notes, "CUDA Toolkit and
-# Minimum Required Driver Version for CUDA Minor Version Compatibility".
-_DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +50,10 @@ class Torch:
     capability: tuple[int, ...] | None  # of the card that it can use
     oldest: tuple[int, int] | None = None  # compute capability that it has kernels for; None where it does not say
 
-    @property
-    def driver(self) -> str | None:
-        """The oldest driver that its CUDA runs with; None of a CUDA that is not known here."""
-        return _DRIVERS.get(int(self.cuda.partition(".")[0])) if self.cuda else None
-
 
 def is_older(version: str, than: str) -> bool:
     """Whether a version comes before another: 2.13.0+cpu is 2.13.0."""
     return _numbers(version) < _numbers(than)
-
-
-def newest_cuda(driver: str) -> int | None:
-    """The major version of the newest CUDA that a driver runs; None where none of those known here."""
-    return max((cuda for cuda, least in _DRIVERS.items() if not is_older(driver, least)), default=None)
 
 
 def _numbers(version: str) -> list[int]:

@@ -258,7 +258,7 @@ def _reason_to_leave_out(stage: Stage, product: Product, data: DataFiles, values
 
 def _that_fits(drafts: Sequence[Draft]) -> Draft:
     """The first that fits the card or the machine's memory as it is, else the first with settings that make it fit."""
-    gpu, base, worst = drafts[0].gpu, drafts[0].values["base"]["model"], drafts[-1].fit().worst
+    gpu, base, fit = drafts[0].gpu, drafts[0].values["base"]["model"], drafts[-1].fit()
     for draft in drafts:
         if draft.fit().fits and (gpu or draft.fit().peak_bytes <= installed_bytes()):
             return draft
@@ -273,7 +273,7 @@ def _that_fits(drafts: Sequence[Draft]) -> Draft:
     least = next((name for name in names if settings_to_fit(recipe, parse_gpu(name)) is not None), "none")
     raise UsageError(
         f"--gpu: {gpu or f'this machine without a card ({installed_bytes() / 2**30:.1f} GiB)'} does not hold '{base}':"
-        f" '{worst.name}' needs about {worst.estimate.peak_bytes / 2**30:.1f} GiB by estimate. Name a larger card (the"
+        f" '{fit.worst}' needs about {fit.peak_bytes / 2**30:.1f} GiB by estimate. Name a larger card (the"
         f" smallest known that holds it: {least}), or take a smaller base, such as {UNGATED}."
     )
 
@@ -282,7 +282,7 @@ def _shorten(draft: Draft) -> None:
     """Give the longest steps lengths with which all end within the hours."""
     steps, values, fit = draft.recipe().steps, draft.values, draft.fit()
     hours = draft.values["run"].get("max_hours")
-    seconds = [step.estimate.seconds for step in fit.steps]
+    seconds = [estimate.seconds for estimate in fit.steps.values()]
     level = longest = max(seconds)  # that a step may take
     while hours is not None and (needed := (fit.hours or 0.0) / SHARE_FOR_STEPS) > hours:
         if level <= LEAST_SHARE * longest:
@@ -337,13 +337,13 @@ def _write(out: Path, draft: Draft, data: DataFiles) -> str:
     rated = {"helpfulness": f", {data.rated or 'none'} rated"}
     files = data.files.items()
     room = f"; a step should need at most {card.usable_bytes / 2**30:.1f} of {card}" if card else ""
-    steps = ", ".join(f"{step.name} {duration(step.estimate.seconds)}" for step in fit.steps)
+    steps = ", ".join(f"{name} {duration(estimate.seconds)}" for name, estimate in fit.steps.items())
     rows = [
         *((f"data.{k}", f"{data.records[k]} records of {', '.join(paths)}{rated.get(k, '')}") for k, paths in files),
         ("preset", f"{preset}, tuning.method {draft.values['tuning']['method']}"),
-        ("steps", ", ".join(step.name for step in fit.steps)),
+        ("steps", ", ".join(fit.steps)),
         *(("left out", f"{name}: {reason}") for name, reason in draft.left_out.items()),
-        ("memory", f"about {fit.peak_bytes / 2**30:.1f} GiB at the peak ({fit.worst.name}), estimated{room}"),
+        ("memory", f"about {fit.peak_bytes / 2**30:.1f} GiB at the peak ({fit.worst}), estimated{room}"),
         ("time", f"about {duration(3600 * (fit.hours or 0))} by estimate: {steps}"),
     ]
     lines = [f"  {label:<12} {text}" for label, text in rows]

@@ -1,13 +1,13 @@
 """The plan in words: each step with its inputs and cost, a table of them all, what the whole comes to; and all presets."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from llamachat.config.gpus import Gpu, parse_gpu
 from llamachat.errors import UsageError
 from llamachat.memory.estimates import Estimate
 from llamachat.tables import text_table
 from pipelines.planning.estimates import card, duration
-from pipelines.planning.fit import fits, largest_microbatch, presets, way_to_fit, ways_to_shorten
+from pipelines.planning.fit import Fit, fits, largest_microbatch, presets, way_to_fit, way_to_shorten
 from pipelines.planning.plan import PlannedStep
 from pipelines.recipe.recipe import Recipe
 
@@ -26,34 +26,28 @@ def plan_text(recipe: Recipe, planned: Sequence[PlannedStep], *, hours: float | 
             lines += [f"    warning: {warning}" for warning in step.warnings]
     if len(planned) > 1:
         lines += ["", *_table(recipe, planned, gpu)]
-    running = {step.name: step.estimate for step in planned if step.will_run and step.estimate is not None}
-    if running and (len(planned) > 1 or hours is not None or not _fit(running.values(), gpu)):
-        lines += _verdict(recipe, running, gpu, hours)
+    running = Fit(gpu, {step.name: step.estimate for step in planned if step.will_run and step.estimate is not None})
+    if running.steps and (len(planned) > 1 or hours is not None or not running.fits):
+        lines += _verdict(recipe, running, hours)
     return "\n".join(lines)
 
 
-def _fit(estimates: Iterable[Estimate], gpu: Gpu | None) -> bool:
-    return gpu is None or all(estimate.peak_bytes <= gpu.usable_bytes for estimate in estimates)
-
-
-def _cost(recipe: Recipe, estimate: Estimate | None, gpu: Gpu | None) -> list[str]:
+def _cost(recipe: Recipe, estimate: Estimate | None, gpu: Gpu | None) -> Iterator[str]:
     """Steps and time, memory by part, and whether it fits."""
     if estimate is None:
-        return [f"no estimate: the shape of '{recipe.base.model}' is not known before its config.json is here"]
+        yield f"no estimate: the shape of '{recipe.base.model}' is not known before its config.json is here"
+        return
+    yield _steps_and_time(estimate)
+    if not estimate.memory:
+        return
     peak = estimate.peak_bytes / GIB
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in estimate.memory.items() if size)
-    if not estimate.memory:
-        return [_steps_and_time(estimate)]
     of_each = " of each card" if gpu and gpu.count > 1 else ""
-    lines = [
-        _steps_and_time(estimate),
-        f"memory, estimated: about {peak:.2f} GiB at the peak{of_each} ({parts})",
-    ]
+    yield f"memory, estimated: about {peak:.2f} GiB at the peak{of_each} ({parts})"
     if gpu is not None:
-        verdict = "fits" if _fit([estimate], gpu) else "does not fit"
+        verdict = "fits" if estimate.peak_bytes <= gpu.usable_bytes else "does not fit"
         usable = f"{gpu.usable_bytes / GIB:.1f} of {gpu.gib:g} GiB"
-        lines.append(f"{verdict} {gpu}: {peak:.1f} GiB, and a step should need at most {usable}")
-    return lines
+        yield f"{verdict} {gpu}: {peak:.1f} GiB, and a step should need at most {usable}"
 
 
 def _steps_and_time(estimate: Estimate) -> str:
@@ -65,7 +59,6 @@ def _steps_and_time(estimate: Estimate) -> str:
 
 def _table(recipe: Recipe, planned: Sequence[PlannedStep], gpu: Gpu | None) -> list[str]:
     """A line a step: what happens to it, its peak, optimizer steps, time, the largest micro-batch on the card."""
-    steps = {step.name: step for step in recipe.steps}
     rows = [["step", "", "GiB", "steps", "time", *(("fits", "largest micro-batch") if gpu else ())]]
     for step in planned:
         cost = step.estimate or Estimate()
@@ -74,35 +67,32 @@ def _table(recipe: Recipe, planned: Sequence[PlannedStep], gpu: Gpu | None) -> l
         if step.will_run:
             count = "" if cost.optimizer_steps is None else str(cost.optimizer_steps)
             time = duration(cost.seconds) if cost.seconds else "not counted"
-            largest = str((gpu and largest_microbatch(recipe, steps[step.name], gpu)) or "")
-        does_fit = ("yes" if _fit([cost], gpu) else "NO") if peak else ""
+            largest = largest_microbatch(recipe, recipe.step(step.name), gpu) if gpu else ""
+        does_fit = ("yes" if Fit(gpu, {step.name: cost}).fits else "NO") if peak else ""
         rows.append([step.name, step.verdict, peak, count, time, *((does_fit, largest) if gpu else ())])
     return text_table(rows, indent="  ")
 
 
-def _verdict(recipe: Recipe, running: dict[str, Estimate], gpu: Gpu | None, hours: float | None) -> Iterator[str]:
+def _verdict(recipe: Recipe, running: Fit, hours: float | None) -> Iterator[str]:
     """What the whole comes to: time and peak, whether it fits, and what to lower where it does not."""
-    seconds = {name: estimate.seconds for name, estimate in running.items()}
-    uncounted = [name for name, of_it in seconds.items() if not of_it]
-    total = f"about {duration(sum(seconds.values()))}"
+    gpu = running.gpu
+    seconds = sum(estimate.seconds for estimate in running.steps.values())
+    uncounted = [name for name, estimate in running.steps.items() if not estimate.seconds]
+    total = f"about {duration(seconds)}"
     if uncounted:
         total += f" without {', '.join(uncounted)}, which cannot be counted before download"
-    worst = max(running, key=lambda name: running[name].peak_bytes)
-    peak = running[worst].peak_bytes
-    yield f"  all together: {total}; at most {peak / GIB:.2f} GiB ('{worst}')"
+    yield f"  all together: {total}; at most {running.peak_bytes / GIB:.2f} GiB ('{running.worst}')"
     if gpu is not None:
         usable = f"{gpu.usable_bytes / GIB:.1f} of {gpu.gib:g} GiB, the rest being for CUDA and its allocator"
-        if peak <= gpu.usable_bytes:
-            yield f"  fits {gpu}: at most {usable}"
-        else:
-            yield f"  DOES NOT FIT {gpu}: at most {usable}. {way_to_fit(recipe, gpu)}"
-    if hours is not None:
-        spare = 3600 * hours - sum(seconds.values())
-        if spare >= 0:
-            yield f"  within {hours:g} h: {duration(spare)} to spare"
-            return
-        yield f"  OVER {hours:g} h by {duration(-spare)}. What takes most, and what to set:"
-        yield from (f"    {line}" for line in ways_to_shorten(recipe.steps, seconds, hours))
+        verdict, way = ("fits", "") if running.fits else ("DOES NOT FIT", f". {way_to_fit(recipe, gpu)}")
+        yield f"  {verdict} {gpu}: at most {usable}{way}"
+    if hours is not None and seconds <= 3600 * hours:
+        yield f"  within {hours:g} h: {duration(3600 * hours - seconds)} to spare"
+    elif hours is not None:
+        steps = [step for step in recipe.steps if step.name in running.steps]
+        yield f"  OVER {hours:g} h by {duration(seconds - 3600 * hours)}. Shorten all steps alike, and plan again:"
+        yield f"    {way_to_shorten(steps, seconds, hours)}"
+        yield f"    or run.max_hours={hours:g}: a command ends at its best checkpoint then, and the same command continues"
 
 
 def presets_text(gpu: str | None = None) -> str:
@@ -135,4 +125,4 @@ def _on(recipe: Recipe, size: str, count: int) -> str:
     if fit is None:
         return "shape not known"
     cards = f"{gpu.count} x: " if gpu.count > 1 else ""
-    return f"{cards}{'fits' if fit.fits else 'NO'} {fit.peak_bytes / GIB:.1f} ({fit.worst.name})"
+    return f"{cards}{'fits' if fit.fits else 'NO'} {fit.peak_bytes / GIB:.1f} ({fit.worst})"

@@ -272,7 +272,8 @@ def test_a_recipe_that_does_not_load_is_a_failure_beside_the_rest(tmp_path: Path
         (None, "FAIL", "torch does not start"),
         (Torch("2.13.0+cpu", None, None), "FAIL", "is a build without CUDA"),
         (Torch("2.13.0+cu130", "13.0", None), "FAIL", "cannot use the card with driver 560.35"),
-        (Torch("2.13.0+cu130", "13.0", (7, 5)), "note", "no arithmetic in bfloat16"),
+        (Torch("2.13.0+cu130", "13.0", (6, 1), (7, 5)), "FAIL", "is 6.1, and the oldest that it is built for 7.5"),
+        (Torch("2.13.0+cu130", "13.0", (7, 5), (7, 5)), "note", "no arithmetic in bfloat16"),
         (GOOD_TORCH, "ok", "CUDA 13.0, driver 560.35"),
     ],
 )

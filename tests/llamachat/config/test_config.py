@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-import yaml
 from pydantic import Field
 
 from llamachat.config.loading import load_recipe, parse_value, to_yaml
@@ -76,11 +75,6 @@ def test_yaml_values_read_as_people_mean_them() -> None:
     assert {text: parse_value(text) for text in cases} == cases
 
 
-def test_defaults_are_the_papers(recipe: Path) -> None:
-    loaded = load(recipe)
-    assert (loaded.base.max_tokens, loaded.tuning.method, loaded.run.seed) == (4096, "full", 0)
-
-
 def test_a_whole_number_is_a_number_but_text_is_not(recipe: Path) -> None:
     assert load(recipe, ["sft.learning_rate=1"]).sft.learning_rate == 1.0
     assert "sft.learning_rate: found the text '1', but a number is required" in report(
@@ -139,11 +133,7 @@ def test_a_hub_name_is_no_missing_file(recipe: Path) -> None:
     loaded = load(recipe, names)
     assert loaded.base.model == "TinyLlama/TinyLlama-1.1B"
     assert loaded.data.sft[0].path == "OpenAssistant/oasst2/default:train[:90%]"
-    assert load(recipe, ["data.sft.0.path=Anthropic/hh-rlhf"]).data.sft[0].path == "Anthropic/hh-rlhf"
-    with pytest.raises(ConfigError, match=r"the data file 'a/b/c.jsonl:train' does not exist"):
-        load(recipe, ["data.sft.0.path=a/b/c.jsonl:train"])
-    for path in ("owner/name:train_sft", "owner/name/part", "owner/name/part:test"):
-        assert load(recipe, [f"data.sft.0.path={path}"]).data.sft[0].path == path
+    assert "the data file 'a/b/c.jsonl:train' does not exist" in report(recipe, ["data.sft.0.path=a/b/c.jsonl:train"])
 
 
 # -- what is refused
@@ -181,8 +171,6 @@ REFUSED = [
     ("data.sft=x", "data.sft: found the text 'x', but a list is required"),
     ("data.sft.0.weight=[]", "data.sft.0.weight: found an empty list, but a number is required"),
     ("data.sft.0.columns=[a]", "data.sft.0.columns: found a list of 1, but a mapping is required"),
-    ("run.gpu=rtx-9090", "run.gpu: 'rtx-9090' is no card that is known."),
-    ("run.gpu=0GiB", "run.gpu: '0GiB' is no card that is known."),
     ("data.split.judge=0.95", "data.split: test, validation and judge add up to 1.02"),
     ("base.dtype=bfloat17", "found the text 'bfloat17', but 'bfloat16', 'float16' or 'float32' is required. Did you"),
     ("base.rope_scaling={factor: 2}", "base.rope_scaling.type: missing, but required."),
@@ -206,8 +194,10 @@ REFUSED = [
     ("sft..epochs=3", "command line: 'sft..epochs=3' is no override."),
     ("sft.epochs=[1", "command line: sft.epochs: the value is no YAML:"),
     ("extends=other.yaml", "command line: extends: a file says what it extends."),
-    ("sft.trainer.max_steps=3", "sft.trainer.max_steps: this argument of TRL has a key of ours"),
-    ("sft.trainer.max_steps=3", "Set 'sft.epochs'."),
+    (
+        "sft.trainer.max_steps=3",
+        "sft.trainer.max_steps: this argument of TRL has a key of ours, and one thing is set in one place. Set 'sft.epochs'.",
+    ),
     ("sft.trainer.seed=3", "Set 'run.seed'."),
     ("sft.trainer.optim=sgd", "sft.trainer.optim: this argument of TRL cannot be chosen: llamachat sets it itself."),
     ("sft.trainer.neftune_noise=3", "has no argument of this name. Did you mean 'neftune_noise_alpha'?"),
@@ -249,6 +239,8 @@ def test_missing_paths_are_told_with_what_is_near(
     }
     for override, expected in cases.items():
         assert expected in report(recipe, [override]), override
+    (tmp_path / "datas").write_text("")  # a file of a similar name is named, and nothing in it is looked for
+    assert near_path(str(tmp_path / "datass" / "chats.jsonl")) == str(tmp_path / "datas")
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
@@ -309,25 +301,3 @@ def test_every_key_has_a_description() -> None:
 
     sections = (Run, Base, Tuning, Data, Rollout, Tracking)
     assert [name for section in sections for name in undescribed(section)] == []
-
-
-def test_the_skeleton_of_the_shared_sections() -> None:
-    skeleton = yaml.safe_load(
-        """
-        run: [dir, parent, seed, max_hours, gpu]
-        base: [model, dtype, attention, chat_format, system, max_tokens, rope_scaling, allow_unproved_tokenizer, policy]
-        tuning: [method, rank, alpha, dropout, targets]
-        data: [sft, helpfulness, safety, open, labels, prompts, adversarial, borderline, split]
-        rollout: [engine, server, temperature, top_p, top_k, max_new_tokens, cache_gib]
-        tracking: [project, mode, tensorboard, upload_text, log_every, sample_every, eval_every, save_every]
-        """
-    )
-    for name, keys in skeleton.items():
-        section = Root.model_fields[name].annotation
-        assert isinstance(section, type) and issubclass(section, Section)
-        assert list(section.model_fields) == keys
-
-
-def test_a_folder_that_is_missing_beside_a_file_of_like_name(tmp_path: Path) -> None:
-    (tmp_path / "datas").write_text("")
-    assert near_path(str(tmp_path / "datass" / "chats.jsonl")) == str(tmp_path / "datas")

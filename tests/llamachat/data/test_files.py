@@ -136,6 +136,8 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("owner/name", HubSet("owner/name", None, "train")),
         ("owner/name:test", HubSet("owner/name", None, "test")),
         ("owner/name/config:train[:10]", HubSet("owner/name", "config", "train[:10]")),
+        ("owner/name:train_sft", HubSet("owner/name", None, "train_sft")),
+        ("owner/name/part", HubSet("owner/name", "part", "train")),
         ("owner/name.jsonl", None),
         ("a/b/c.jsonl", None),
         ("a/b/c/d", None),

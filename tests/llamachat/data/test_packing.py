@@ -20,14 +20,18 @@ def example(first: int, length: int) -> TokenizedExample:
     return TokenizedExample(ids, tuple(index >= length // 2 for index in range(length)))
 
 
-def test_pack_by_hand():
-    # Falling: 7 -> [7]; 6 -> [6]; 4 fits best into the 6 (room 4); 3 into the 7 (room 3); 2 opens a third row.
-    assert pack([2, 7, 3, 6, 4], capacity=10) == [[1, 2], [3, 4], [0]]
-
-
-def test_pack_takes_the_tightest_row_and_not_the_first():
-    # Rows after 6, 5: rooms 4 and 5. The 4 goes to the row with room 4 although both could take it; then 5 fits too.
-    assert pack([6, 5, 4, 5], capacity=10) == [[0, 2], [1, 3]]
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [
+        # Falling: 7 -> [7]; 6 -> [6]; 4 fits best into the 6 (room 4); 3 into the 7 (room 3); 2 opens a third row.
+        ([2, 7, 3, 6, 4], [[1, 2], [3, 4], [0]]),
+        # Rows after 6, 5: rooms 4 and 5. The 4 goes to the row with room 4 although both could take it; then 5 fits too.
+        ([6, 5, 4, 5], [[0, 2], [1, 3]]),
+        ([4, 11, 6], [[1], [2, 0]]),  # a longer example has a row of its own
+    ],
+)
+def test_pack_by_hand(lengths: list[int], rows: list[list[int]]):
+    assert pack(lengths, capacity=10) == rows
 
 
 @given(lengths=LENGTHS, capacity=st.integers(16, 40))
@@ -59,10 +63,6 @@ def test_pack_evenly_loses_nothing_and_gives_each_worker_as_many_rows(lengths: l
     assert len(rows) % shares == 0 or len(rows) == len(lengths)
     fill = [sum(lengths[index] for index in row) for row in rows]
     assert fill == sorted(fill, reverse=True) and fill[0] <= max(capacity, *lengths)
-
-
-def test_pack_gives_a_longer_example_a_row_of_its_own():
-    assert pack([4, 11, 6], capacity=10) == [[1], [2, 0]]
 
 
 def steps_of(plan: StepPlan) -> list[Counter[int]]:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,17 +176,11 @@ def _is_array(path: Path, text: bytes, *, is_whole: bool) -> bool:
     if is_whole:
         value = decode_line(text, 1).value
         return isinstance(value, list) and bool(value)
-    first, last = text.lstrip().split(b"\n")[0], _last_line(path)
-    return all(decode_line(line, 1).problems for line in (first, last)) and last.endswith(b"]")
-
-
-def _last_line(path: Path) -> bytes:
-    """The end of the last line that is not blank."""
-    last = b""
+    first, last = text.lstrip().split(b"\n")[0], b""
     with open_file(path) as file:
         while part := file.readline(_HEAD):
-            last = part.strip() or last
-    return last
+            last = part.strip() or last  # in the end, the end of the last line that is not blank
+    return all(decode_line(line, 1).problems for line in (first, last)) and last.endswith(b"]")
 
 
 def _whole(reason: str, fix: str) -> Row:
@@ -334,18 +329,18 @@ def _syntax_problem(text: str, line: int, error: json.JSONDecodeError) -> Row:
 
 
 class _RepeatedKeyError(Exception):
-    pass
+    """A key that an object has twice."""
 
 
 class _ConstantError(Exception):
-    pass
+    """A number that JSON does not have."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _RepeatedKeyError(repr(next(name for name in value if names.count(name) > 1)))
+        counts = Counter(name for name, _ in pairs)
+        raise _RepeatedKeyError(repr(next(name for name in counts if counts[name] > 1)))
     return value
 
 

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from random import Random
-from typing import Generic, Literal, TypeVar, cast
+from typing import Generic, Literal, TypeVar, cast, get_args
 
 from llamachat.chat_format.dialog import Dialog, DialogError, Message, check_texts
 from llamachat.config.sections import DataSource, Split
@@ -110,7 +110,7 @@ def load_mixture(
     Dialogs and preferences are read as prompts where prompts are wanted. `forbidden` are the texts that no message may
     hold (`ChatFormat.forbidden`). The bad lines of all sources are reported in one error.
     """
-    parts: list[tuple[float, dict[SplitName, list[R]]]] = []
+    parts: dict[SplitName, list[tuple[list[R], float]]] = {side: [] for side in get_args(SplitName)}
     dropped: Counter[str] = Counter()
     errors: list[str] = []
     for source in sources:
@@ -119,20 +119,14 @@ def load_mixture(
         except DataError as error:
             errors.append(str(error))
             continue
-        sides: dict[SplitName, list[R]] = {"train": [], "validation": [], "test": [], "judge": []}
+        for side, of_side in parts.items():
+            of_side.append(([], source.weight if side in ("train", "judge") else 1.0))
         for one in records:
-            sides[split_of(first_user_turn(one), split)].append(one)
-        parts.append((source.weight, sides))
+            parts[split_of(first_user_turn(one), split)][-1][0].append(one)
         dropped.update({f"{source.path}: {reason}": count for reason, count in left_out.items()})
     if errors:
         raise DataError("\n".join(errors))
-    return Mixture(
-        train=mix([(sides["train"], weight) for weight, sides in parts], seed),
-        validation=mix([(sides["validation"], 1.0) for _, sides in parts], seed),
-        test=mix([(sides["test"], 1.0) for _, sides in parts], seed),
-        judge=mix([(sides["judge"], weight) for weight, sides in parts], seed),
-        dropped=dict(dropped),
-    )
+    return Mixture(**{side: mix(of_side, seed) for side, of_side in parts.items()}, dropped=dict(dropped))
 
 
 def read_records(source: DataSource, record: type[R], *, forbidden: Sequence[str] = ()) -> list[R]:
@@ -167,15 +161,8 @@ def _read_source(source: DataSource, kind: Kind, forbidden: Sequence[str]) -> _R
     records: list[Record] = []
     dropped: Counter[str] = Counter()
     problems: list[Problem] = []
-    rows = parse_rows(
-        read_rows(source.path),
-        path=source.path,
-        kind=kind,
-        format=source.format,
-        columns=source.columns,
-        forbidden=forbidden,
-    )
-    for row in rows:
+    options = source.model_dump(include={"path", "format", "columns"})
+    for row in parse_rows(read_rows(source.path), kind=kind, forbidden=forbidden, **options):
         problems += row.problems
         if row.record is not None:
             record = as_prompt(row.record) if kind == "prompt" else row.record

@@ -203,14 +203,15 @@ def _check_out(path: str, out: Path, overwrite: bool) -> None:
             "End it with .jsonl or .jsonl.gz."
         )
     file = Path(path).expanduser()
+    fault = None
     if out.is_dir():
-        raise UsageError(f"'{out}' is a folder. One file is written. Name a file in it.")
-    if out.resolve() == file.resolve() or (out.exists() and file.exists() and out.samefile(file)):
-        raise UsageError(f"'{out}' is the input itself. The original stays as it is. Name another output.")
-    if out.exists() and not overwrite:
-        raise UsageError(
-            f"'{out}' exists already. No file is overwritten by default. Name another output, or add `--overwrite`."
-        )
+        fault = "is a folder. One file is written. Name a file in it."
+    elif out.resolve() == file.resolve() or (out.exists() and file.exists() and out.samefile(file)):
+        fault = "is the input itself. The original stays as it is. Name another output."
+    elif out.exists() and not overwrite:
+        fault = "exists already. No file is overwritten by default. Name another output, or add `--overwrite`."
+    if fault:
+        raise UsageError(f"'{out}' {fault}")
 
 
 def _check_result(report: ConvertReport, *, strict: bool) -> None:

@@ -4,9 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llamachat.config.optimizer import OptimizerSection, owned_arguments
+from llamachat.config.optimizer import OptimizerSection, TrainerArguments, owned_arguments
 from llamachat.config.section import operational
-from llamachat.config.trainer_arguments import TrainerArguments
 
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
 VERSION = 1

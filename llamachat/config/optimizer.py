@@ -1,12 +1,55 @@
-"""The keys that trainings through a TRL trainer share: AdamW, its schedule, memory, hours, further arguments of TRL."""
+"""The keys that trainings through a TRL trainer share: AdamW, its schedule, memory, hours, further arguments of TRL.
 
+Further arguments pass to the trainer as they are: names are checked, ours are refused, a value's type is left to TRL.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llamachat.config.section import Section, operational, unless_null
+from llamachat.config.section import Section, nearest, operational, unless_null
 
-# Arguments of TRL's configurations, by the key of such a section that sets them; None: the stage itself must set them.
+# Arguments of TRL's configurations, by the key of ours that sets them; None: nothing but our code does.
+_SHARED: dict[str, str | None] = {
+    "output_dir": "run.dir",
+    "run_name": "run.dir",
+    "project": "tracking.project",
+    "seed": "run.seed",
+    "data_seed": "run.seed",
+    "full_determinism": "run.seed",
+    "bf16": "base.dtype",
+    "fp16": "base.dtype",
+    "bf16_full_eval": "base.dtype",
+    "fp16_full_eval": "base.dtype",
+    "max_length": "base.max_tokens",
+    "logging_strategy": "tracking.log_every",
+    "logging_steps": "tracking.log_every",
+    "logging_first_step": "tracking.log_every",
+    "eval_strategy": "tracking.eval_every",
+    "eval_steps": "tracking.eval_every",
+    "eval_on_start": "tracking.eval_every",
+    "do_eval": "tracking.eval_every",
+    "save_strategy": "tracking.save_every",
+    "save_steps": "tracking.save_every",
+    "report_to": "tracking.mode",
+    "chat_template_path": "base.chat_format",
+    "resume_from_checkpoint": None,
+    "save_total_limit": None,
+    "save_only_model": None,
+    "load_best_model_at_end": None,
+    "ignore_data_skip": None,
+    "push_to_hub": None,
+    "trust_remote_code": None,
+    "remove_unused_columns": None,
+    "disable_tqdm": None,
+    "do_train": None,
+    "do_predict": None,
+    "auto_find_batch_size": None,
+}
+# The same by the key of a section of this kind.
 _OWNED: dict[str, str | None] = {
     "num_train_epochs": "epochs",
     "max_steps": "epochs",
@@ -38,8 +81,44 @@ _OWNED: dict[str, str | None] = {
 
 def owned_arguments(section: str) -> dict[str, str | None]:
     """The arguments of TRL that a section's `trainer` may not hold, with the key that sets each."""
-    keys = {name: key and f"{section}.{key}" for name, key in _OWNED.items()}
-    return {**keys, "chat_template_path": "base.chat_format"}
+    return _SHARED | {name: key and f"{section}.{key}" for name, key in _OWNED.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerArguments:
+    """The field holds further arguments of a TRL configuration class such as SFTConfig.
+
+    `owned` maps an argument to the key of ours that sets it, or to None where nothing but our code does.
+    """
+
+    class_name: str
+    owned: Mapping[str, str | None]
+
+    def problems(self, value: object) -> Iterator[tuple[tuple[str, ...], str]]:
+        if not isinstance(value, Mapping):
+            return
+        known = argument_names(self.class_name) if value else frozenset[str]()
+        for name in value:
+            key = self.owned.get(name)
+            if key is not None:
+                yield (
+                    (name,),
+                    f"this argument of TRL has a key of ours, and one thing is set in one place. Set '{key}'.",
+                )
+            elif name in self.owned:
+                yield (name,), "this argument of TRL cannot be chosen: llamachat sets it itself. Remove it."
+            elif name not in known:
+                near = nearest(name, known)
+                near = (self.owned.get(near) or near) if near else None
+                advice = f"Did you mean '{near}'?" if near else "Its names are those of the installed TRL."
+                yield (name,), f"TRL's {self.class_name} has no argument of this name. {advice}"
+
+
+def argument_names(class_name: str) -> frozenset[str]:
+    """Names that TRL's class takes; imports TRL, which takes seconds, so this is for recipes that set `trainer` alone."""
+    import trl
+
+    return frozenset(field.name for field in dataclasses.fields(getattr(trl, class_name)) if field.init)
 
 
 class OptimizerSection(Section):

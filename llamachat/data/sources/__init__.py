@@ -1,11 +1,11 @@
 """Known data sets, by the name that `format:` takes. To add one: a converter in a module here, and rows in its test."""
 
-from llamachat.data.sources import dialogs, graded, labelled, oasst
+from llamachat.data.sources import dialogs, judged, oasst
 from llamachat.data.sources.source import Source
 
 __all__ = ["SOURCES", "Source"]
 
-_DEFINED = [item for module in (dialogs, graded, labelled, oasst) for item in vars(module).values()]
+_DEFINED = [item for module in (dialogs, judged, oasst) for item in vars(module).values()]
 
 SOURCES: dict[str, Source] = {
     source.name: source

@@ -8,9 +8,9 @@ import pytest
 from pydantic import Field
 
 from llamachat.config.loading import load_recipe, parse_value, to_yaml
+from llamachat.config.optimizer import TrainerArguments, owned_arguments
 from llamachat.config.section import Section, identity, operational
 from llamachat.config.sections import Base, Data, Rollout, Run, Tracking, Tuning, near_path
-from llamachat.config.trainer_arguments import TrainerArguments
 from llamachat.errors import ConfigError
 from tests.recipes import recipe_values, write_base, write_yaml
 
@@ -19,8 +19,8 @@ class Stage(Section):
     learning_rate: float = Field(default=2e-5, gt=0, description="Peak rate.")
     epochs: int = Field(default=2, ge=1, le=9, description="Passes over the data.")
     rows_per_microbatch: int = operational(8, multiple_of=2, description="Rows in a forward pass.")
-    trainer: Annotated[dict[str, Any], TrainerArguments("SFTConfig", {"optim": None, "max_steps": "sft.epochs"})] = (
-        Field(default={}, description="Further arguments.")
+    trainer: Annotated[dict[str, Any], TrainerArguments("SFTConfig", owned_arguments("sft") | {"optim": None})] = Field(
+        default={}, description="Further arguments."
     )
 
 

@@ -17,7 +17,7 @@ from llamachat.data.convert.command import convert_path
 from llamachat.data.loading import load_mixture, read_records
 from llamachat.data.records import KIND_OF, Preference
 from llamachat.data.sources import SOURCES
-from llamachat.data.sources.graded import FINE_GRAINED, OVERALL, STRENGTH
+from llamachat.data.sources.judged import FINE_GRAINED, OVERALL, STRENGTH
 from llamachat.data.sources.source import rating_of_difference
 from llamachat.errors import DataError
 from tests.llamachat.data.lines import answer, system, turns, user, write

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, to_jsonable_python
 
 from llamachat.errors import ConfigError
 
@@ -26,6 +26,8 @@ class Section(BaseModel):
 
     unknown_keys: ClassVar[Mapping[str, str]] = {}
     """What to say about a key that is unknown here, where the nearest known key would not help: key -> text."""
+    key_word: ClassVar[str] = "key"
+    """What a key stands for, in the words for an unknown one."""
 
 
 def operational(default: Any = ..., **field_arguments: Any) -> Any:
@@ -158,6 +160,8 @@ def _type_problems(
     except ValidationError as error:
         grouped: dict[Key, list[ErrorDetails]] = {}
         for details in error.errors(include_url=False):
+            if details["type"] == "too_short" and len(details["input"]) >= details.get("ctx", {})["min_length"]:
+                continue  # wrong items are not counted, and have their own problems
             key = tuple(part for part, *_ in _path(schema, details["loc"]))
             grouped.setdefault(key, []).append(details)
         for key, group in grouped.items():
@@ -214,6 +218,7 @@ _REQUIRED = {
     "string_type": "text",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
+    "too_short": "a list of at least {min_length}",
     "tuple_type": "a list",
     "list_type": "a list",
     "dict_type": "a mapping",
@@ -246,7 +251,7 @@ def _meaning(field: FieldInfo | None) -> str:
     text = field.description if field.description.endswith(".") else field.description + "."
     if field.is_required() or field.default_factory is not None or isinstance(field.default, Section):
         return text
-    return f"{text} Default: {json.dumps(field.default, default=str)}."
+    return f"{text} Default: {json.dumps(to_jsonable_python(field.default, fallback=str))}."
 
 
 def _unknown_key(schema: type[Section], key: Key, root: type[Section]) -> str:
@@ -256,11 +261,11 @@ def _unknown_key(schema: type[Section], key: Key, root: type[Section]) -> str:
         return owner.unknown_keys[name]
     near = nearest(name, owner.model_fields)
     if near:
-        return f"unknown key. Did you mean '{near}'?"
+        return f"unknown {owner.key_word}. Did you mean '{near}'?"
     elsewhere = [path for path in all_keys(root) if path.rpartition(".")[2] == name]
     if elsewhere:
-        return f"unknown key. Did you mean '{elsewhere[0]}'?"
-    return f"unknown key. Known here: {', '.join(owner.model_fields)}."
+        return f"unknown {owner.key_word}. Did you mean '{elsewhere[0]}'?"
+    return f"unknown {owner.key_word}. Known here: {', '.join(owner.model_fields)}."
 
 
 def all_keys(schema: type[Section], at: str = "") -> Iterator[str]:
@@ -293,6 +298,7 @@ def _path(schema: type[Section], loc: Sequence[int | str]) -> Iterator[tuple[int
     annotation: Any = schema
     owner, field = schema, None
     for part in loc:
+        annotation = _form(annotation)
         origin = get_origin(annotation)
         if isinstance(annotation, type) and issubclass(annotation, Section):
             owner, field = annotation, annotation.model_fields.get(str(part))
@@ -319,7 +325,13 @@ def _section_of(annotation: Any) -> type[Section] | None:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) is Literal or not isinstance(annotation, type):
         return None
-    return annotation if issubclass(annotation, Section) else None
+    form = _form(annotation)
+    return form if issubclass(form, Section) else None
+
+
+def _form(annotation: Any) -> Any:
+    """What a model's values are checked as, where it says so in `form`, since they may be written in several ways."""
+    return getattr(annotation, "form", annotation)
 
 
 def _owner_and_field(schema: type[Section], key: Key) -> tuple[type[Section], FieldInfo | None]:

@@ -35,9 +35,9 @@ from pipelines.cli.launch import (
 from pipelines.execution.run import lead, run_chosen, write_reports
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
-from pipelines.recipe.recipe import choose_steps, load
+from pipelines.recipe.recipe import choose_steps, is_study, load
 from pipelines.recipe.stages import STAGES
-from pipelines.studies.definition import is_study, load_study
+from pipelines.studies.definition import load_study
 from pipelines.studies.run import run_study, study_plan_text
 
 app = typer.Typer(

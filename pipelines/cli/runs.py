@@ -24,9 +24,9 @@ from pipelines.planning.init import OPTIONS
 from pipelines.planning.init import init as write_recipe
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text, presets_text
-from pipelines.recipe.recipe import load
+from pipelines.recipe.recipe import is_study, load
 from pipelines.studies.compare import compare_runs, terminal_text
-from pipelines.studies.definition import is_study, load_study
+from pipelines.studies.definition import load_study
 from pipelines.studies.run import study_plan_text
 
 Files = list[Path] | None

@@ -32,8 +32,7 @@ from llamachat.runs.inputs import StepInputs, Tune
 from llamachat.runs.locks import hold
 from llamachat.runs.reader import read_summary
 from llamachat.runs.state import StepState, begin, counted, lineage, overwrite, reference, renew, step_state, unbind
-from pipelines.recipe.identity import step_identity
-from pipelines.recipe.recipe import Recipe, RecipeSections, Step, resolve
+from pipelines.recipe.recipe import Recipe, RecipeSections, Step, resolve, step_identity
 from pipelines.recipe.stages import POLICY, REPORT, Role
 from reward.config import Config as RewardConfig
 from sft.config import Config as SftConfig

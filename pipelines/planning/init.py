@@ -27,8 +27,7 @@ from pipelines.planning.estimates import duration, estimate_step
 from pipelines.planning.fit import PRESETS, Fit, fits, settings_to_fit
 from pipelines.planning.hardware import installed_bytes
 from pipelines.planning.plan import BATCHES, FEW_STEPS
-from pipelines.recipe.entries import read_entry
-from pipelines.recipe.recipe import Recipe, RecipeSections, resolve
+from pipelines.recipe.recipe import Recipe, RecipeSections, StepEntry, resolve
 from pipelines.recipe.stages import REWARD_MODELS, STAGES, Product, Stage
 from ppo import Config as PpoConfig
 
@@ -74,7 +73,7 @@ class Draft:
 
     def put(self, index: int, key: str, value: Any) -> None:
         """Change a value of one step: in its section, unless other steps share that or the step's entry has its own."""
-        entry = read_entry(self.values["steps"][index])
+        entry = StepEntry(self.values["steps"][index])
         if entry.stage.models or key in entry.values:
             self.values["steps"][index] = {entry.head: {**entry.values, key: value}}
         else:
@@ -209,7 +208,7 @@ def _draft(preset: str, values: Values, base: str, run: Values, data: DataFiles,
     values["data"] = {key: [{"path": path} for path in paths] for key, paths in data.files.items()} | {"split": split}
     kept: list[Any] = []
     left_out: dict[str, str] = {}
-    for entry in map(read_entry, values["steps"]):
+    for entry in map(StepEntry, values["steps"]):
         for product in entry.products(values["data"]) if entry.named else entry.stage.products:
             reason = _reason_to_leave_out(entry.stage, product, data, values)
             if reason:
@@ -219,7 +218,7 @@ def _draft(preset: str, values: Values, base: str, run: Values, data: DataFiles,
             overrides = {key: value for key, value in entry.values.items() if key != "only"}
             kept.append({head: overrides} if overrides else head)
     values["steps"] = kept
-    commands = {read_entry(item).stage.command for item in kept}
+    commands = {StepEntry(item).stage.command for item in kept}
     for stage in STAGES.values():
         if stage.command not in commands:
             values.pop(stage.section, None)

@@ -1,28 +1,189 @@
-"""The recipe: one YAML for a whole run, checked at once, and its list of steps with every value filled in."""
+"""The recipe: one YAML for a whole run, checked at once, its list of steps, and what makes a step the step that it is.
 
+An entry of the list is a command (`sft`), one model of a command (`rm/safety`), or either with values over its section:
+`{rm/safety: {epochs: 2}}`. A command with several models stands for those that the recipe's data allow, or for those
+named by `only`.
+"""
+
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, RootModel, create_model, model_validator
 
 from context_distillation import Config as ContextDistillationConfig
 from evaluation import Config as EvaluationConfig
 from evaluation.report import Config as ReportConfig
 from gatt import Config as GattConfig
-from llamachat.config.loading import Layers, from_plain, load_recipe, merged
-from llamachat.config.section import ConfigProblem, Key, Section, dotted, nearest
-from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning, missing
+from llamachat.config.loading import COMMAND_LINE, Layers, from_plain, load_recipe, merged, parse_mapping
+from llamachat.config.section import ConfigProblem, Key, Section, describe, dotted, identity, nearest, section_problems
+from llamachat.config.sections import (
+    Base,
+    Data,
+    DataSource,
+    Rollout,
+    Run,
+    Scoring,
+    Split,
+    Tracking,
+    Tuning,
+    function_name,
+    here_or_bundled,
+    missing,
+)
 from llamachat.data.sources import SOURCES
 from llamachat.errors import UsageError
-from llamachat.runs.artifacts import StepFolder
-from pipelines.recipe.entries import command_line_first, read_entry, step_problems
-from pipelines.recipe.stages import REWARD_MODELS, Product, Role, Stage
+from llamachat.runs.artifacts import Artifact, StepFolder, read_artifact
+from llamachat.runs.fingerprints import digest_of_file, digest_of_folder, digest_of_weights
+from llamachat.runs.inputs import Which
+from pipelines.recipe.stages import REWARD_MODELS, STAGES, Product, Role, Stage
 from ppo import Config as PpoConfig
 from rejection_sampling import Config as RejectionSamplingConfig
 from reward import Config as RewardConfig
 from sft import Config as SftConfig
+from sft.config import VERSION as SFT_VERSION
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_TAKEN_NAMES = ("wandb", "lineage.json", "study.json", "study.md", "study.png")
+_ABSENT = object()  # a value of the command line may be null
+
+
+# -- the entries of the list of steps
+
+
+@dataclass(frozen=True, slots=True)
+class StepName:
+    """The field names the folder of a step of this command."""
+
+    command: str
+
+    def problems(self, value: object) -> Iterator[tuple[Key, str]]:
+        if not isinstance(value, str):
+            return
+        if not _NAME.fullmatch(value) or value in _TAKEN_NAMES:
+            allowed = f"small letters, digits, '.', '-', '_', and none of {', '.join(_TAKEN_NAMES)}"
+            yield (), f"'{value}' cannot be the name of a step's folder. Write another: {allowed}."
+        elif value != self.command and value in STAGES:
+            advice = f"Name it '{self.command}-2'."
+            yield (), f"'{value}' is another command, and the step's folder would look like its work. {advice}"
+
+
+def _without_rules(schema: type[Section], **more: Any) -> type[Section]:
+    """The keys of a section without the rules between them, since what is written goes over values that stand elsewhere."""
+    fields: dict[str, Any] = {name: (field.annotation, field) for name, field in schema.model_fields.items()}
+    model = create_model(schema.__name__, __base__=Section, **more, **fields)
+    model.unknown_keys = schema.unknown_keys
+    return model
+
+
+def _entry_model(head: str, stage: Stage) -> type[Section]:
+    """The values that an entry may hold: keys of its stage's section, and those of the step itself."""
+    name = Field(default=stage.command, description="Folder of the step in the run.")
+    own: dict[str, Any] = {"name": (Annotated[str, StepName(stage.command)], name)}
+    refused = {"only": f"'{head}' is one step, of which nothing can be chosen. Remove it."}
+    if head == stage.command and stage.models:
+        own["only"] = (
+            tuple[Which, ...],
+            Field(default=(), min_length=1, description=f"These alone of {', '.join(stage.models)}."),
+        )
+    own["tuning"] = (_without_rules(Tuning), Field(default=Tuning(), description="Values over the section tuning."))
+    if "rollout" in stage.shared:
+        rollout = Field(default=Rollout(), description="Values over the section rollout.")
+        own["rollout"] = (_without_rules(Rollout), rollout)
+    else:
+        refused["rollout"] = f"'{head}' learns from no answers of its own. Remove it."
+    model = _without_rules(stage.config, **own)
+    model.unknown_keys = {**refused, **model.unknown_keys}
+    return model
+
+
+class _OneStep(Section):
+    """A mapping of one step to its values; its keys are the steps that there are."""
+
+    key_word: ClassVar[str] = "step"
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if len(self.model_fields_set) != 1:
+            steps = ", ".join(sorted(self.model_fields_set)) or "none"
+            raise ValueError(f"an entry is one step, and here are {steps}. Write each as an entry of its own")
+        return self
+
+
+_HEADS = {
+    **STAGES,
+    **{f"{stage.command}/{model}": stage for stage in STAGES.values() for model in stage.models},
+}
+_FORMS: dict[str, Any] = {head: (_entry_model(head, stage), Field(default=None)) for head, stage in _HEADS.items()}
+
+
+class StepEntry(RootModel[Any]):
+    """One entry of the list as it is written: a step, or a mapping of one step to its values."""
+
+    model_config = ConfigDict(frozen=True)
+
+    form: ClassVar[type[Section]] = create_model("Step", __base__=_OneStep, **_FORMS)
+
+    @model_validator(mode="after")
+    def _has_the_form(self) -> Self:
+        plain = {self.root: {}} if isinstance(self.root, str) else self.root
+        if not isinstance(plain, dict):
+            raise ValueError(
+                f"found {describe(plain)}, but a step, or a mapping of one step to its values, is required"
+            )
+        values = {head: {} if of is None else of for head, of in plain.items()}
+        self.form.model_validate_json(json.dumps(values), strict=True)
+        return self
+
+    @property
+    def head(self) -> str:
+        """The step as written: sft, rm, rm/safety."""
+        return self.root if isinstance(self.root, str) else next(iter(self.root))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What the entry says of its step."""
+        return ({} if isinstance(self.root, str) else self.root[self.head]) or {}
+
+    @property
+    def stage(self) -> Stage:
+        return _HEADS[self.head]
+
+    @property
+    def name(self) -> Any:
+        """The folder of its step, or of its steps."""
+        return self.values.get("name", self.stage.command)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The models that it names; none where the data decide."""
+        _, _, which = self.head.partition("/")
+        return (which,) if which else tuple(self.values.get("only") or ())
+
+    def over(self, section: str) -> Mapping[str, Any]:
+        """Its values over one section of the recipe: tuning, rollout or the stage's own."""
+        if section in ("tuning", "rollout"):
+            return _mapping(self.values.get(section))
+        return {key: value for key, value in self.values.items() if key not in ("name", "only", "tuning", "rollout")}
+
+    def products(self, data: Mapping[str, Any]) -> list[Product]:
+        """What it makes of these data, given as plain values."""
+        if self.named:
+            return [product for product in self.stage.products if product.makes.which in self.named]
+        if not self.stage.models:
+            return list(self.stage.products)
+        return [product for product in self.stage.products if not any(_lacks(product, data))]
+
+    def step_name(self, product: Product) -> str:
+        """The step's name, which is its folder in the run."""
+        return f"{self.name}/{product.makes.which}" if product.makes.which else self.name
+
+
+# -- the recipe
+
 
 # Keys of a study's file, which is no recipe but names one.
 STUDY_KEYS = ("command", "values", "variants", "seeds", "axis", "tables")
@@ -39,9 +200,9 @@ class RecipeSections(Section):
     base: Base = Field(description="The model that everything is tuned from.")
     tuning: Tuning = Field(default=Tuning(), description="Which weights are trained.")
     data: Data = Field(description="What is learnt from.")
-    # A YAML edge: names, or {command: {name: ..., key: value}}; looked through by `step_problems`.
-    steps: tuple[Any, ...] = Field(
-        default=("sft",),
+    steps: tuple[StepEntry, ...] = Field(
+        default=(StepEntry("sft"),),
+        min_length=1,
         description="What is run, in order: sft, rm, rm/safety, rs, or {sft: {name: sft-2, epochs: 1, tuning: {...}}}; steps that sample also take rollout: {...}.",
     )
     sft: SftConfig = Field(default=SftConfig.model_validate({}), description="Supervised fine-tuning.")
@@ -143,10 +304,10 @@ def resolve(sections: RecipeSections) -> Recipe:
     """The recipe of these sections, each step with its own values over theirs."""
     steps = []
     data = sections.data.model_dump(mode="json")
-    for entry in map(read_entry, sections.steps):
-        config = merged(getattr(sections, entry.stage.section).model_dump(mode="json"), entry.own)
-        tuning = merged(sections.tuning.model_dump(mode="json"), entry.tuning)
-        rollout = merged(sections.rollout.model_dump(mode="json"), entry.rollout)
+    for entry in sections.steps:
+        config = merged(getattr(sections, entry.stage.section).model_dump(mode="json"), entry.over(entry.stage.section))
+        tuning = merged(sections.tuning.model_dump(mode="json"), entry.over("tuning"))
+        rollout = merged(sections.rollout.model_dump(mode="json"), entry.over("rollout"))
         steps += [
             Step(
                 name=entry.step_name(product),
@@ -159,6 +320,15 @@ def resolve(sections: RecipeSections) -> Recipe:
             for product in entry.products(data)
         ]
     return Recipe(sections, tuple(steps))
+
+
+def is_study(path: Path) -> bool:
+    """Whether a file is a study; a file that cannot be read is reported as a recipe."""
+    try:
+        values, _ = parse_mapping(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError):
+        return False
+    return "variants" in values
 
 
 def choose_steps(steps: Sequence[Step], command: str, only: Sequence[str] = ()) -> list[Step]:
@@ -180,10 +350,13 @@ def choose_steps(steps: Sequence[Step], command: str, only: Sequence[str] = ()) 
     return [step for step in chosen if not only or step.product.makes.which in only]
 
 
+# -- problems that the types cannot tell
+
+
 def _more_problems(layers: Layers) -> Iterator[ConfigProblem]:
-    for key, text in (*_run_problems(layers.values), *_format_problems(layers.values)):
+    for key, text in (*_run_problems(layers.values), *_format_problems(layers.values), *_step_problems(layers)):
         yield ConfigProblem(layers.source(key), dotted(key), text)
-    yield from step_problems(layers, RecipeSections)
+    yield from _conflicts(layers)
 
 
 def _run_problems(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
@@ -208,3 +381,192 @@ def _format_problems(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
                 near = nearest(name.replace("-", "_"), known)
                 advice = f"Did you mean '{near}'?" if near else f"Known: {', '.join(known)}."
                 yield ("data", key, index, "format"), f"there is no format '{name}'. {advice}"
+
+
+def _entries(layers: Layers) -> Iterator[tuple[Key, StepEntry]]:
+    """The entries of the raw list that name a known step, and their places; the types tell what is wrong with the others."""
+    steps = layers.values.get("steps", ["sft"])
+    for index, item in enumerate(steps if isinstance(steps, list) else ()):
+        if isinstance(item, str) or (isinstance(item, dict) and len(item) == 1):
+            entry = StepEntry.model_construct(root=item)
+            if entry.head in _HEADS and isinstance(entry.values, dict):
+                yield ("steps", index, entry.head), entry
+
+
+def _step_problems(layers: Layers) -> Iterator[tuple[Key, str]]:
+    """Names that two steps have, and steps without anything to learn from."""
+    data = layers.values.get("data")
+    seen: dict[str, int] = {}
+    for at, entry in _entries(layers):
+        only = entry.values.get("only", entry.stage.models)
+        if not isinstance(only, list | tuple) or not all(model in entry.stage.models for model in only):
+            continue  # the types say so already
+        products = entry.products(_mapping(data))
+        names = [entry.step_name(product) for product in products]
+        taken = next((name for name in names if name in seen), None)
+        if taken is not None:
+            command, folders = entry.stage.command, {name.partition("/")[0] for name in seen}
+            free = next(f"{command}-{n}" for n in range(2, len(seen) + 3) if f"{command}-{n}" not in folders)
+            advice = f"Name this one: {{{entry.head}: {{name: {free}}}}}."
+            yield (*at, "name"), f"the step {seen[taken]} has the name '{taken}' already. {advice}"
+        seen |= {name: int(at[1]) for name in names if name not in seen}
+        if isinstance(data, Mapping):
+            yield from _data_problems(entry, products, data, at[:2])
+
+
+def _data_problems(
+    entry: StepEntry, products: list[Product], data: Mapping[str, Any], at: Key
+) -> Iterator[tuple[Key, str]]:
+    """What the chosen models learn from and the recipe does not hold."""
+    or_remove = f"or take {entry.head} out of 'steps'"
+    for product in products:
+        name = entry.step_name(product)
+        for key in _lacks(product, data):
+            if key[1] == "split":
+                yield key, f"0, but the step '{name}' learns from that share alone. Set it to 0.2 or so, {or_remove}."
+            else:
+                yield key, f"empty, but the step '{name}' learns from it. Give records there, {or_remove}."
+    if not products:
+        keys = dict.fromkeys(f"data.{key}" for product in entry.stage.products for key in product.needs)
+        yield at, f"'{entry.head}' finds nothing to learn from. Give records under {' or '.join(keys)}, {or_remove}."
+
+
+def _lacks(product: Product, data: Mapping[str, Any]) -> Iterator[Key]:
+    """Keys without which nothing of this kind can be made; a required key that is missing is told by the types."""
+    if product.needs and not any(
+        data.get(key) or (key not in data and Data.model_fields[key].is_required()) for key in product.needs
+    ):
+        yield "data", product.needs[0]
+    if product.share and not _mapping(data.get("split")).get(product.share, getattr(Split(), product.share)):
+        yield "data", "split", product.share
+
+
+def _conflicts(layers: Layers) -> Iterator[ConfigProblem]:
+    """Problems of values that go over others: those of a step over its sections, and those of `sft` keys over that section."""
+    plain = layers.values
+
+    def conflicts(schema: type[Section], below: object, over: object, at: Key) -> list[ConfigProblem]:
+        known, found = (
+            section_problems(schema, values, source=layers.source, at=at, root=RecipeSections)
+            for values in (_mapping(below), merged(_mapping(below), _mapping(over)))
+        )
+        return [problem for problem in found if problem not in known]
+
+    sft = plain.get("sft")
+    for stage in STAGES.values():
+        if stage.tunes:
+            yield from conflicts(SftConfig, sft, _at(plain, (stage.section, "sft")), (stage.section, "sft"))
+    for at, entry in _entries(layers):
+        stage = entry.stage
+        for schema, section, place in (
+            (stage.config, stage.section, at),
+            (Tuning, "tuning", (*at, "tuning")),
+            (Rollout, "rollout", (*at, "rollout")),
+        ):
+            found = conflicts(schema, plain.get(section), entry.over(section), place)
+            yield from (problem for problem in found if problem.key == dotted(place))  # of a key alone the types tell
+        if stage.tunes:
+            below = merged(_mapping(sft), _mapping(_at(plain, (stage.section, "sft"))))
+            yield from conflicts(SftConfig, below, entry.values.get("sft"), (*at, "sft"))
+
+
+def _mapping(values: object) -> Mapping[str, Any]:
+    return values if isinstance(values, Mapping) else {}
+
+
+def _at(values: Any, key: Key) -> Any:
+    for part in key:
+        values = values.get(part, _ABSENT) if isinstance(values, dict) else _ABSENT
+    return values
+
+
+def command_line_first(layers: Layers) -> None:
+    """Take out of the steps of a file each value whose section has another one from the command line.
+
+    Whoever writes `tuning.method=qlora` means every step; `steps.1.sft.epochs=1` still says one step's value.
+    """
+
+    def yields(holder: dict[str, Any], key: str, section: Key, place: Key) -> None:
+        value, given = holder[key], _at(layers.values, section)
+        if isinstance(value, dict) and isinstance(given, dict):
+            for name in list(value):
+                yields(value, name, (*section, name), (*place, name))
+        elif given is not _ABSENT and layers.source(section) == COMMAND_LINE and layers.source(place) != COMMAND_LINE:
+            del holder[key]
+
+    for at, entry in _entries(layers):
+        for key in [key for key in entry.values if key not in ("name", "only")]:
+            section: Key = (key,) if key in ("tuning", "rollout") else (entry.stage.section, key)
+            yields(entry.values, key, section, (*at, key))
+
+
+# -- identity
+
+
+def step_identity(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Everything that decides what the step makes, as plain JSON values; `inputs` are the artifacts that it reads."""
+    section = {key: value for key, value in identity(step.config).items() if key not in step.product.unread}
+    if section.get("sampler") and Path(section["sampler"]).is_dir():
+        section["sampler"] = read_artifact(Path(section["sampler"]), "policy", reader=step.name).digest
+    if "lists" in section:
+        section["lists"] = {name: digest_of_file(here_or_bundled(path)) for name, path in section["lists"].items()}
+    return {
+        "step": step.name,
+        "command": step.stage.command,
+        "stage_version": step.stage.version,
+        **({"sft_version": SFT_VERSION} if step.stage.tunes else {}),
+        "run": identity(recipe.run),
+        "base": _base_identity(recipe.base),
+        "tuning": _tuning_identity(step.tuning),
+        "data": {key: _data_identity(getattr(recipe.data, key)) for key in (*step.product.data, "split")},
+        step.stage.section: section,
+        **{
+            key: _shared_identity(step.rollout if key == "rollout" else getattr(recipe.sections, key))
+            for key in step.stage.shared
+        },
+        "inputs": {key: artifact.digest for key, artifact in inputs.items()},
+    }
+
+
+def _base_identity(base: Base) -> dict[str, Any]:
+    values = identity(base)
+    del values["policy"]  # counts as an input, where the step reads it
+    if Path(base.model).is_dir():
+        values["model"] = digest_of_weights(Path(base.model))
+    return values
+
+
+def _tuning_identity(tuning: Tuning) -> dict[str, Any]:
+    # Rank and targets of adapters say nothing about a step that tunes all weights.
+    return {"method": "full"} if tuning.method == "full" else identity(tuning)
+
+
+def _shared_identity(section: Section) -> dict[str, Any]:
+    values = identity(section)
+    if isinstance(section, Scoring):
+        function = function_name(section.combine)
+        if function is not None and function.path.is_file():
+            values["combine"] = f"{digest_of_file(function.path)}:{function.function}"
+        for key in ("helpfulness", "safety"):
+            if values[key] is not None and Path(values[key]).is_dir():
+                values[key] = digest_of_weights(_model_folder(Path(values[key])))
+    return values
+
+
+def _model_folder(folder: Path) -> Path:
+    """Where the weights lie of a step folder, or of a model folder."""
+    return folder / "artifact" if (folder / "artifact").is_dir() else folder
+
+
+def _data_identity(part: Any) -> Any:
+    return [_source_identity(source) for source in part] if isinstance(part, tuple) else identity(part)
+
+
+def _source_identity(source: DataSource) -> dict[str, Any]:
+    values = identity(source)
+    path = Path(source.path)
+    if path.is_file():
+        values["path"] = digest_of_file(path)
+    elif path.is_dir():
+        values["path"] = digest_of_folder(path)
+    return values

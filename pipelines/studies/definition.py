@@ -17,8 +17,7 @@ from pydantic import Field
 from llamachat.config.loading import Layers, from_plain, parse_mapping
 from llamachat.config.section import ConfigProblem, Key, Section, dotted, raise_all, section_problems
 from llamachat.runs.fingerprints import fingerprint
-from pipelines.recipe.identity import step_identity
-from pipelines.recipe.recipe import Recipe, Step, choose_steps, load
+from pipelines.recipe.recipe import Recipe, Step, choose_steps, load, step_identity
 from pipelines.recipe.stages import STAGES
 
 ALL, AUTO = "all", "auto"
@@ -114,15 +113,6 @@ class Plan:
             wanted = [step for one in command for step in choose_steps(steps, one)]
             return [step for step in steps if step in wanted]
         return list(steps[self.first :]) if command == AUTO else choose_steps(steps, command)
-
-
-def is_study(path: Path) -> bool:
-    """Whether a file is a study; a file that cannot be read is reported as a recipe."""
-    try:
-        values, _ = parse_mapping(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError):
-        return False
-    return "variants" in values
 
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> Plan:

@@ -53,7 +53,7 @@ def estimate_step(recipe: Recipe, step: Step, gpu: Gpu | None = None) -> Estimat
         if shape is None:
             return None
         setup = Setup(shape, recipe.base, step.tuning, gpu or card(recipe))
-        estimate = _COSTS[step.stage.command](_Work(recipe, step, setup))
+        estimate = _COSTS[step.stage.command](_Work(recipe, step, setup), step.config)
     except (KeyError, ValueError):
         return None  # another architecture, no JSON, or targets that are none: refused in words where it is loaded
     # The step's own hours bound all of its work, but of rs and the like the sampling alone.
@@ -115,22 +115,20 @@ class _Work:
         return sampling_cost(self.setup, self.step.rollout, seating, lengths, answers=answers, **more)
 
 
-def _sft(work: _Work) -> Estimate:
-    assert isinstance(work.step.config, SftConfig)
+def _sft(work: _Work, config: SftConfig) -> Estimate:
     size = measure_data(work.recipe.data.sft)
     return sft_cost(
-        work.step.config,
+        config,
         work.setup,
         dialogs=round(size.records * work.train_share) if size else None,
         tokens_per_dialog=min(size.tokens_per_record, work.recipe.base.max_tokens) if size else 0.0,
     )
 
 
-def _reward(work: _Work) -> Estimate:
-    assert isinstance(work.step.config, RewardConfig)
-    pairs, tokens = _reward_mix(work.recipe, work.step.config, work.step.product.makes.which) or (None, 0.0)
+def _reward(work: _Work, config: RewardConfig) -> Estimate:
+    pairs, tokens = _reward_mix(work.recipe, config, work.step.product.makes.which) or (None, 0.0)
     return reward_cost(
-        work.step.config,
+        config,
         work.setup,
         pairs=None if pairs is None else round(pairs),
         tokens_per_pair=tokens / pairs if pairs else 0.0,
@@ -159,9 +157,7 @@ def _reward_mix(recipe: Recipe, config: RewardConfig, which: str | None) -> tupl
     return of_own + of_others, tokens + labels.records * kept * min(longest / 2, labels.tokens_per_record)
 
 
-def _rejection_sampling(work: _Work) -> Estimate:
-    config = work.step.config
-    assert isinstance(config, RejectionSamplingConfig)
+def _rejection_sampling(work: _Work, config: RejectionSamplingConfig) -> Estimate:
     prompts = work.all_prompts()
     winners = _asked(config.prompts, prompts, work.train_share)  # if each prompt has one; earlier rounds' come on top
     answers = None
@@ -173,9 +169,7 @@ def _rejection_sampling(work: _Work) -> Estimate:
     return work.sampled(lengths, answers=answers, samples_per_prompt=config.samples_per_prompt, tuned=tuned)
 
 
-def _gatt(work: _Work) -> Estimate:
-    config = work.step.config
-    assert isinstance(config, GattConfig)
+def _gatt(work: _Work, config: GattConfig) -> Estimate:
     answers = round(config.dialogs * (2 + config.turns) / 2 * config.samples_per_turn)
     answers += 3 * config.evaluation_dialogs * max(config.evaluation_turns)
     lengths = work.lengths(None)
@@ -183,9 +177,8 @@ def _gatt(work: _Work) -> Estimate:
     return work.sampled(turns, answers=answers, tuned=work.tuned(lengths, config.dialogs))
 
 
-def _distillation(work: _Work) -> Estimate:
-    config, data = work.step.config, work.recipe.data
-    assert isinstance(config, ContextDistillationConfig)
+def _distillation(work: _Work, config: ContextDistillationConfig) -> Estimate:
+    data = work.recipe.data
     # What is marked is_safety among other prompts is not counted: nobody knows without reading them all.
     prompts = _first_measured(data.adversarial, data.prompts or data.safety)
     asked = _asked(config.prompts, prompts, work.train_share)
@@ -200,15 +193,12 @@ def _distillation(work: _Work) -> Estimate:
     return work.sampled(lengths, answers=answers, samples_per_prompt=config.samples_per_prompt, tuned=tuned)
 
 
-def _ppo(work: _Work) -> Estimate:
-    assert isinstance(work.step.config, PpoConfig)
+def _ppo(work: _Work, config: PpoConfig) -> Estimate:
     seating = seat_roles(work.recipe, work.step, work.setup.shape)
-    return ppo_cost(work.step.config, work.setup, work.step.rollout, seating, work.lengths(work.all_prompts()))
+    return ppo_cost(config, work.setup, work.step.rollout, seating, work.lengths(work.all_prompts()))
 
 
-def _evaluation(work: _Work) -> Estimate:
-    config = work.step.config
-    assert isinstance(config, EvaluationConfig)
+def _evaluation(work: _Work, config: EvaluationConfig) -> Estimate:
     policies = sum(other.product.makes == POLICY for other in work.recipe.steps) or 1  # each is asked all prompts
     one = config.test_prompts + config.borderline_prompts + config.dialogs * max(config.turns)
     answers = policies * (one + config.curve_prompts * config.curve_samples)
@@ -217,12 +207,11 @@ def _evaluation(work: _Work) -> Estimate:
     return work.sampled(work.lengths(work.all_prompts()), answers=answers)
 
 
-def _report(work: _Work) -> Estimate:
-    assert isinstance(work.step.config, ReportConfig)
-    return report_cost(work.step.config, steps=len(work.recipe.steps) - 1)
+def _report(work: _Work, config: ReportConfig) -> Estimate:
+    return report_cost(config, steps=len(work.recipe.steps) - 1)
 
 
-_COSTS: Mapping[str, Callable[[_Work], Estimate]] = {
+_COSTS: Mapping[str, Callable[[_Work, Any], Estimate]] = {
     "sft": _sft,
     "rm": _reward,
     "rs": _rejection_sampling,
@@ -344,7 +333,8 @@ class _RewardModel:
 
 def seat_roles(recipe: Recipe, step: Step, shape: Shape) -> Seating:
     """Where each model that the step reads would lie, by recipe and manifests alone; `shape` is that of the base."""
-    seating = Seating(is_continued=step.tuning.method != "full" and _starts_from_adapter(recipe, step))
+    trunk, is_adapter = _trunk(recipe, step)
+    seating = Seating(is_continued=step.tuning.method != "full" and is_adapter)
     width = BYTES[recipe.base.dtype]
 
     def share(name: str, model: _RewardModel, trunk: tuple[str, bool]) -> None:
@@ -357,7 +347,7 @@ def seat_roles(recipe: Recipe, step: Step, shape: Shape) -> Seating:
 
     place_reward_models(
         dict(_reward_models(recipe, step, shape)),
-        (_under(recipe, step), step.tuning.method == "qlora"),
+        (trunk, step.tuning.method == "qlora"),
         carries=lambda trunk, model: model.is_adapter and model.weights == trunk,
         share=share,
         load=load,
@@ -386,7 +376,7 @@ def _reward_models(recipe: Recipe, step: Step, shape: Shape) -> Iterator[tuple[s
 def _made(recipe: Recipe, maker: Step, shape: Shape) -> _RewardModel:
     if maker.tuning.method == "full":
         return _RewardModel((_place(recipe.folder(maker).artifact), False), False, shape)
-    return _RewardModel((_under(recipe, maker), maker.tuning.method == "qlora"), True, shape)
+    return _RewardModel((_trunk(recipe, maker)[0], maker.tuning.method == "qlora"), True, shape)
 
 
 def _named(place: str, shape: Shape) -> _RewardModel:
@@ -398,25 +388,16 @@ def _named(place: str, shape: Shape) -> _RewardModel:
     return _RewardModel((_place(place), False), False, shape_of(str(details.get("path", place))) or shape)
 
 
-def _under(recipe: Recipe, step: Step) -> str:
-    """The place of the weights that a step's adapters sit on."""
+def _trunk(recipe: Recipe, step: Step) -> tuple[str, bool]:
+    """The place of the weights that a step's adapters sit on, and whether it starts from an adapter on them."""
     makers = recipe.makers(step).get(POLICY)
     if makers:
-        maker = makers[0]
-        is_full = maker.tuning.method == "full"
-        return _place(recipe.folder(maker).artifact) if is_full else _under(recipe, maker)
-    if recipe.base.policy:
-        details = _details(recipe.base.policy, "policy")
-        is_adapter = details.get("method") in ("lora", "qlora")
-        return _place(details["base"] if is_adapter else details.get("path", recipe.base.policy))
-    return _place(recipe.base.model)
-
-
-def _starts_from_adapter(recipe: Recipe, step: Step) -> bool:
-    makers = recipe.makers(step).get(POLICY)
-    if makers:
-        return makers[0].tuning.method != "full"
-    return bool(recipe.base.policy) and _details(recipe.base.policy, "policy").get("method") in ("lora", "qlora")
+        is_full = makers[0].tuning.method == "full"
+        return (_place(recipe.folder(makers[0]).artifact), False) if is_full else (_trunk(recipe, makers[0])[0], True)
+    details = _details(recipe.base.policy, "policy") if recipe.base.policy else {}
+    if details.get("method") in ("lora", "qlora"):
+        return _place(details["base"]), True
+    return _place(details.get("path", recipe.base.policy or recipe.base.model)), False
 
 
 def _details(place: str, kind: Any) -> dict[str, Any]:

@@ -8,8 +8,7 @@ import math
 from dataclasses import replace
 
 from evaluation.report import Config as ReportConfig
-from llamachat.config.gpus import Gpu
-from llamachat.config.sections import Base, Rollout
+from llamachat.config.sections import Rollout
 from llamachat.maths import TOKENS_PER_CHUNK
 from llamachat.memory.estimates import (
     BASE_WEIGHTS,
@@ -204,8 +203,10 @@ def ppo_memory(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seati
 
 def ppo_updating_bytes(config: PpoConfig, setup: Setup) -> dict[str, int]:
     """What an optimizer step needs beside weights and optimizers: of the policy, whose logits make it the worse one."""
-    gpu = setup.gpu
-    tokens = _ppo_row_tokens(config, setup.base, gpu)
+    gpu, longest = setup.gpu, setup.base.max_tokens
+    auto = PPO_ROW_TOKENS if gpu is None else 2 * longest
+    # Of the longest forward pass: a row, or the longest response with its prompt.
+    tokens = max(auto if config.tokens_per_microbatch == "auto" else config.tokens_per_microbatch, longest)
     parts = training_memory(
         replace(setup, gpu=gpu and replace(gpu, count=1)),
         tokens=tokens,
@@ -219,12 +220,6 @@ def ppo_updating_bytes(config: PpoConfig, setup: Setup) -> dict[str, int]:
     head = 4 * (setup.shape.hidden_size + 1)
     parts["critic's gradients"] = _critic_weights(config, setup) * setup.width + head
     return {name: size for name, size in parts.items() if name not in IN_BANK and name != OPTIMIZER}
-
-
-def _ppo_row_tokens(config: PpoConfig, base: Base, gpu: Gpu | None) -> int:
-    """Tokens of the longest forward pass of an update: a row, or the longest response with its prompt."""
-    auto = PPO_ROW_TOKENS if gpu is None else 2 * base.max_tokens
-    return max(auto if config.tokens_per_microbatch == "auto" else config.tokens_per_microbatch, base.max_tokens)
 
 
 def _critic_weights(config: PpoConfig, setup: Setup) -> int:

@@ -51,12 +51,14 @@ def test_weights_are_those_of_the_real_model(name: str):
 
 
 @pytest.mark.parametrize("name", ["tiny", "tied, one key-value head", TINYLLAMA])
-def test_adapter_weights_are_those_of_peft(name: str):
+@pytest.mark.parametrize("targets", [SEVEN_PROJECTIONS, ("q_proj", "down_proj")])
+def test_adapter_weights_are_those_of_peft(name: str, targets: tuple[str, ...]):
     shape = SHAPES[name]
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config_of(shape))
-        adapted = get_peft_model(model, LoraConfig(r=8, target_modules=list(SEVEN_PROJECTIONS)))
-    assert shape.adapter_weights(8) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        adapted = get_peft_model(model, LoraConfig(r=8, target_modules=list(targets)))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert shape.trained_weights(Tuning(method="lora", rank=8, targets=targets)) == trained
 
 
 def test_a_shape_is_read_from_a_model_folder(tmp_path: Path):
@@ -73,15 +75,6 @@ def test_a_shape_is_read_from_a_model_folder(tmp_path: Path):
 def test_known_bases_have_the_published_number_of_weights(name: str):
     assert [count for part, count in PUBLISHED.items() if part in name] == [KNOWN_BASES[name].shape.weights]
     assert shape_of(name) == KNOWN_BASES[name].shape and shape_of("owner/unknown") is None
-
-
-def test_adapter_weights_on_some_projections():
-    with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config_of(TINY))
-        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    assert TINY.adapter_weights(4, ("q_proj", "down_proj")) == trained
-    assert TINY.trained_weights(Tuning(method="lora", rank=4, targets=("q_proj", "down_proj"))) == trained
 
 
 def test_a_4_bit_base_has_its_projections_alone_in_4_bits():

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import sft
-from llamachat.errors import UsageError
+from llamachat.errors import ArtifactError, UsageError
 from pipelines.cli.launch import repeated
 from pipelines.cli.main import main
 from pipelines.planning.hardware import shortfalls
@@ -52,27 +52,31 @@ def test_a_bad_recipe_is_2_and_a_text_without_traceback(tmp_path: Path, capsys: 
     assert "Traceback" not in captured.err and captured.out == ""
 
 
-def test_a_failed_step_is_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llamachat.errors import ArtifactError
-
-    monkeypatch.setattr(sft, "run", fail(ArtifactError("the artifact: found. required. do.")))
-    assert main(["sft", "--config", str(write_recipe(tmp_path))]) == 1
-    monkeypatch.setattr(sft, "run", fail(UsageError("bad usage")))
-    assert main(["sft", "--config", str(write_recipe(tmp_path))]) == 2
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ArtifactError("the artifact: found. required. do."), 1),
+        (UsageError("bad usage"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_how_a_step_ends_is_the_status(
+    error: BaseException,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sft, "run", fail(error))
+    assert main(["sft", "--config", str(write_recipe(tmp_path))]) == status
+    kept = "interrupted. State is kept; the same command continues." in capsys.readouterr().err
+    assert kept == (status == 130)
 
 
 def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sft, "run", fail(ZeroDivisionError("ours")))
     with pytest.raises(ZeroDivisionError):
         main(["sft", "--config", str(write_recipe(tmp_path))])
-
-
-def test_an_interrupt_is_130_and_says_that_state_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sft, "run", fail(KeyboardInterrupt()))
-    assert main(["sft", "--config", str(write_recipe(tmp_path))]) == 130
-    assert "interrupted. State is kept; the same command continues." in capsys.readouterr().err
 
 
 def test_an_interrupted_tool_promises_nothing(
@@ -125,21 +129,16 @@ def test_overwrite_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert main(["sft", "--config", path, "sft.epochs=1", "--overwrite"]) == 0
 
 
-def test_data_check_ends_with_2_where_a_line_is_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_dialogs(tmp_path / "good.jsonl", 3)
-    assert main(["data", "check", str(path)]) == 0
-    path.write_text(path.read_text() + '{"messages": [{"role": "user", "content": "[INST]"}]}\n')
-    assert main(["data", "check", str(path), "--kind", "dialog"]) == 2
-    assert f"{path}:4" in capsys.readouterr().out
-
-
-def test_data_convert_mends_counts_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_convert_and_check_count_and_name_and_end_with_2_where_something_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
     path.write_text(f'{json.dumps({"conversations": turns})}\n{{"messages": []}}\n')
     assert main(["data", "convert", str(path), str(out)]) == 0
     told = capsys.readouterr().out
     assert f"{path}:2: messages: holds no answer" in told
+    assert main(["data", "check", str(path), "--kind", "dialog"]) == 2
     assert f"{out}: 1 dialog (0 untouched, 1 repaired)\n" in told and "role renamed" in told
     assert main(["data", "check", str(out)]) == 0
     assert main(["data", "convert", str(path), str(out)]) == 2

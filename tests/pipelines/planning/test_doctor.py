@@ -310,15 +310,6 @@ def test_without_a_card_the_machines_own_memory_counts(gib: int, verdict: str, m
     assert too_small.verdict == "note" and "there it would not fit" in too_small.problem and too_small.fix
 
 
-def test_what_fails_is_named_at_the_end() -> None:
-    failing = [Finding("memory", "FAIL", "sft", "way"), Finding("data", "note", "none", "way")] * 2
-    assert (
-        report([*failing, Finding("disk", "FAIL", "full", "way")])
-        .splitlines()[-1]
-        .startswith("3 checks failed: memory (2 times), disk. The fix follows '->' on each FAIL line.")
-    )
-
-
 def test_a_full_disk_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 2**30))
     told = [finding for finding in examine(QLORA, []) if finding.check == "disk"]
@@ -327,13 +318,9 @@ def test_a_full_disk_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2.0 GiB free" in words and "download of the base 12.6" in words and "checkpoints and result 6.6" in words
 
 
-def test_an_old_library_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["torch>=99", "nothing-of-this-name>=1"]\n')
-    monkeypatch.setattr(doctor, "PYPROJECT", tmp_path / "pyproject.toml")
+def test_an_old_python_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PYTHON_NEEDED", (9, 0))
-    failing = [finding.problem for finding in doctor._environment()]
-    assert failing[0].endswith("9.0 or newer is needed") and "99 or newer is needed" in failing[1]
-    assert failing[2] == "nothing-of-this-name is not installed; 1 or newer is needed"
+    assert next(doctor._environment()).problem.endswith("9.0 or newer is needed")
 
 
 def test_what_nvidia_smi_and_torch_print_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,8 +349,8 @@ def test_the_way_out_of_an_error_is_its_last_sentence() -> None:
     assert doctor._problem_and_fix(LlamachatError("all")) == ("all", "")
 
 
-def test_a_table_keeps_its_columns() -> None:
-    text = report([Finding("disk", "FAIL", "word " * 60, "[way] out"), Finding("python", "ok", "3.11")])
-    lines = text.splitlines()
-    assert lines[0].startswith("disk    FAIL  word") and all(line.startswith(" " * 14) for line in lines[1:-2])
-    assert "[way] out" in text and lines[-1].startswith("1 checks failed")
+def test_a_table_keeps_its_columns_and_ends_with_what_fails() -> None:
+    failing = [Finding("disk", "FAIL", "word " * 60, "[way] out"), Finding("data", "note", "none", "way")] * 2
+    lines = report([*failing, Finding("memory", "FAIL", "sft", "way")]).splitlines()
+    assert lines[0].startswith("disk    FAIL  word") and lines[1].startswith(" " * 14) and "[way] out" in lines[2]
+    assert lines[-1].startswith("3 checks failed: disk (2 times), memory. The fix follows '->' on each FAIL line.")

@@ -21,32 +21,17 @@ from llamachat.errors import ArtifactError
 from llamachat.models.hub import LICENCE_FILES
 from llamachat.runs.artifacts import EVALUATION, Artifact
 from llamachat.runs.reader import Measure, read_step, step_of
-from llamachat.tables import fence, markdown_table
+from llamachat.tables import fence
 from serving import provenance
 
 _TEMPLATES = Path(__file__).with_name("templates")
-# The licence of a base by the beginning of its hub name: the hub's short name for it, and what it asks for.
-_LICENCES = {
-    "meta-llama/Llama-2": (
-        "llama2",
-        "The base is under the Llama 2 Community License, which covers this derived model too: whoever passes it on "
-        "gives a copy of that agreement with it, keeps the notice 'Llama 2 is licensed under the LLAMA 2 Community "
-        "License, Copyright (c) Meta Platforms, Inc. All Rights Reserved.', and holds to Meta's Acceptable Use Policy.",
-    ),
-    "TinyLlama/": ("apache-2.0", "The base is under the Apache License 2.0, which asks to keep its notices."),
-}
-_OF_THE_DATA = (
-    "other",
-    "The base comes with llamachat, whose code is under the Apache License 2.0. Both it and this model learnt from texts"
-    " under the licences of `assets/base/README.md` and of the data above; some (CC BY-SA, CDLA-Sharing) ask for the same"
-    " licence on what is made from them. Read them before you pass the model on.",
-)
+# The hub's short name of a base's licence by the beginning of the base's name.
+_LICENCES = {"meta-llama/Llama-2": "llama2", "TinyLlama/": "apache-2.0"}
 # The section of a recipe by command, where it has another name.
 _SECTIONS = {"rm": "reward", "rs": "rejection_sampling", "distill": "context_distillation"}
 # By format, what loads it.
 _LIBRARIES = {"merged": "transformers", "adapter": "peft", "gguf": "gguf", "ollama": "gguf"}
 _TASKS = {"text-generation": "Text Generation", "text-classification": "Text Classification"}
-NO_SYSTEM = "none added (`base.system` is null); dialogs and their sources may bring their own"
 _TUNED = {"full": "all weights tuned", "lora": "LoRA", "qlora": "QLoRA (LoRA on a base in NF4)"}
 # Of a step's own figures, those that say how good the result is, for the hub's index.
 _RESULTS = re.compile(
@@ -123,7 +108,7 @@ def model_card(facts: Facts) -> str:
         kinds=("sft",),
         is_lengthened=_is_lengthened(facts),
         tuned=_TUNED[facts.note["method"]],
-        evaluated=_figures_table(facts.evaluated),
+        evaluated=facts.evaluated,
         shares=_unsafe_shares(facts),
     )
 
@@ -144,7 +129,6 @@ def _rendered(template: str, facts: Facts, *, task: str, kinds: Sequence[str], *
     environment.filters |= {"fenced": _fenced, "plain_name": plain_name, "repr": repr}
     manifest = facts.artifact.manifest
     sources = provenance.sources(facts.steps, kinds)
-    settings = [(key, str(value)) for key, value in _settings(facts).items()]
     libraries = ("torch", "transformers", "trl", "peft")
     text = environment.get_template(template).render(
         facts=facts,
@@ -154,19 +138,19 @@ def _rendered(template: str, facts: Facts, *, task: str, kinds: Sequence[str], *
         front_matter=_front_matter(facts, task, sources),
         made_by=[provenance.step_line(artifact) for artifact in facts.steps],
         sources=provenance.lines_by_kind(sources),
-        settings="\n".join(markdown_table([("setting", "value"), *settings])) if settings else "",
-        figures=_figures_table(facts.own_figures),
+        settings=_settings(facts),
+        figures=facts.own_figures,
         dropped=provenance.dropped_lines(facts.steps),
         versions=", ".join(f"{key} {value}" for key, value in manifest.versions.items() if key in libraries),
-        licence=_licence(facts),
-        no_system=NO_SYSTEM,
+        licence_name=_licence_name(facts),
+        licence_files=_copied_licences(facts),
         **more,
     )
     return text.strip("\n") + "\n"
 
 
 def _front_matter(facts: Facts, task: str, sources: Sequence[provenance.Source]) -> str:
-    short_name, _ = _licence_of(facts)
+    short_name = _licence_name(facts)
     is_other = short_name == "other"  # then the hub asks for a name and a link
     values = {
         "library_name": _LIBRARIES[facts.note["format"]],
@@ -197,7 +181,7 @@ def model_index(facts: Facts, task: str) -> list[dict[str, Any]]:
             if name.startswith(("win_rate/", "consistency/"))
             else name.rpartition("/")[2],
             "value": round(one.value, 6),
-            "name": f"{name}{_interval(one)}",
+            "name": name + (f" (95% interval {one.interval[0]:.3g} to {one.interval[1]:.3g})" if one.interval else ""),
         }
         for name, one in measured.items()
         if not name.startswith(("difference/", "ties/", "chance/"))
@@ -224,37 +208,11 @@ def _settings(facts: Facts) -> dict[str, Any]:
     return settings | ({end.key: end.count} if end and end.key and end.key in settings else {})
 
 
-def _figures_table(figures: Mapping[str, Measure]) -> str:
-    if not figures:
-        return ""
-    rows = [("figure", "value", "95% interval")]
-    for name, one in figures.items():
-        ends = f"{one.interval[0]:.4g} to {one.interval[1]:.4g}" if one.interval else ""
-        rows.append((name, f"{one.value:.6g}", f"{ends}{f' (of {one.n})' if one.n else ''}"))
-    return "\n".join(markdown_table(rows))
-
-
-def _unsafe_shares(facts: Facts) -> list[str]:
-    """How often the policy harms and refuses, or that nobody measured it."""
+def _unsafe_shares(facts: Facts) -> dict[str, Measure | None]:
+    """How often the policy harms and refuses; None where nobody measured it."""
     own = facts.own_figures
     measured = facts.evaluated or {key: own.get(f"distill/{key}/final") for key in ("refusal", "false_refusal")}
-    lines = []
-    for key, meaning in (
-        ("violation", "of its answers to prompts that ask for harm are violations, as the safety model judges them"),
-        ("refusal", "of its answers to these prompts are refusals, by a trained classifier"),
-        ("false_refusal", "of its answers to harmless prompts that look unsafe are refusals"),
-    ):
-        one = measured.get(key)
-        share = "Not measured: what share" if one is None else f"{100 * one.value:.1f}%{_interval(one, 100, '%')}"
-        lines.append(f"{share} {meaning}.")
-    return lines
-
-
-def _interval(one: Measure, factor: float = 1, unit: str = "") -> str:
-    if one.interval is None:
-        return ""
-    low, high = (f"{factor * end:.3g}{unit}" for end in one.interval)
-    return f" (95% interval {low} to {high})"
+    return {key: measured.get(key) for key in ("violation", "refusal", "false_refusal")}
 
 
 def _is_lengthened(facts: Facts) -> bool:
@@ -270,21 +228,18 @@ def plain_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
 
 
-def _licence(facts: Facts) -> str:
-    """Under what the exported folder may be passed on."""
-    files = sorted(file.name for pattern in LICENCE_FILES for file in facts.base.glob(pattern))
-    is_copied = files and facts.note["format"] != "adapter" and facts.note["method"] != "full"
-    return _licence_of(facts)[1] + (f" Its licence files ({', '.join(files)}) are copied here." if is_copied else "")
+def _copied_licences(facts: Facts) -> list[str]:
+    """The licence files of the base that are in the exported folder too."""
+    if facts.note["format"] == "adapter" or facts.note["method"] == "full":
+        return []
+    return sorted(file.name for pattern in LICENCE_FILES for file in facts.base.glob(pattern))
 
 
-def _licence_of(facts: Facts) -> tuple[str | None, str]:
-    base = facts.origin
+def _licence_name(facts: Facts) -> str | None:
+    """The hub's short name of the licence; 'other' for that of the bundled data, None for one that is not known."""
     if facts.is_tiny:
-        return _OF_THE_DATA
-    for beginning, licence in _LICENCES.items():
-        if base.startswith(beginning):
-            return licence
-    return None, f"This model derives from `{base}` and is under the licence of that base; see its own card."
+        return "other"
+    return next((name for beginning, name in _LICENCES.items() if facts.origin.startswith(beginning)), None)
 
 
 def _fenced(text: str, language: str = "") -> str:

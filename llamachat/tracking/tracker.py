@@ -31,7 +31,7 @@ class Tracker:
         prefix: str,
         *,
         upload_text: bool,
-        wandb_run: WandbRun | None,
+        wandb_run: WandbRun,
         tensorboard: Any,
         is_main: bool,
     ) -> None:
@@ -60,18 +60,16 @@ class Tracker:
         if not self._is_main or not rows:
             return
         self._samples.append(step, [dict(row) for row in rows])
-        if self._upload_text and self._wandb is not None:
+        if self._upload_text:
             self._wandb.table(step, f"{self._prefix}/samples", rows)
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         """Show how values are spread, in wandb alone: `name` is no metric, and the record keeps the mean."""
-        if self._is_main and self._wandb is not None:
-            self._wandb.histogram(step, f"{self._prefix}/{name}", values)
+        self._wandb.histogram(step, f"{self._prefix}/{name}", values)
 
     def figure(self, name: str, path: Path) -> None:
         """Show a PNG that lies in the step folder."""
-        if self._is_main and self._wandb is not None:
-            self._wandb.image(self._last_step, f"{self._prefix}/{name}", path)
+        self._wandb.image(self._last_step, f"{self._prefix}/{name}", path)
 
     def summary(self, metrics: Mapping[str, float]) -> None:
         """Add final figures to `summary.json`; those of the step's other parts stay."""
@@ -80,8 +78,7 @@ class Tracker:
             return
         values = {**read_summary(self._folder), **{name: float(value) for name, value in metrics.items()}}
         write_json(self._folder.summary, values)
-        if self._wandb is not None:
-            self._wandb.summary(values)
+        self._wandb.summary(values)
 
     def sync(self) -> None:
         """Flush the record to the disk; to be called before a checkpoint is saved."""
@@ -92,12 +89,14 @@ class Tracker:
         """Cut the record back to `step` and show what is left again: wandb and TensorBoard hold the same lines."""
         self._metrics.cut_back(step)
         self._samples.cut_back(step)
-        axis = self._metrics.axis
-        for row in self._metrics.read():
-            if axis in row:
-                self._send(int(row[axis]), {name: row[name] for name in row if name not in (STEP, TIME, axis)})
-        if self._upload_text and self._wandb is not None:
-            self._replay_samples(axis)
+        for step, row in self._own_rows(self._metrics.read()):
+            self._send(step, row)
+        if self._upload_text:
+            by_step: dict[int, list[dict[str, Any]]] = {}
+            for step, row in self._own_rows(self._samples.read()):
+                by_step.setdefault(step, []).append(row)
+            for step, rows in by_step.items():
+                self._wandb.table(step, f"{self._prefix}/samples", rows)
 
     def close(self, exit_code: int) -> None:
         """Close every sink; the record is whole at any moment before, too."""
@@ -105,27 +104,21 @@ class Tracker:
         self._samples.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code)
+        self._wandb.finish(exit_code)
 
     def _send(self, step: int, values: Mapping[str, float]) -> None:
         self._last_step = max(self._last_step, step)
-        if self._wandb is not None:
-            self._wandb.log(step, values)
+        self._wandb.log(step, values)
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
 
-    def _replay_samples(self, axis: str) -> None:
-        assert self._wandb is not None
-        by_step: dict[int, list[dict[str, Any]]] = {}
-        for row in self._samples.read():
+    def _own_rows(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Step and content of each line on this axis."""
+        axis = self._metrics.axis
+        for row in rows:
             if axis in row:
-                by_step.setdefault(row[axis], []).append(
-                    {name: row[name] for name in row if name not in (STEP, TIME, axis)}
-                )
-        for step, rows in by_step.items():
-            self._wandb.table(step, f"{self._prefix}/samples", rows)
+                yield int(row[axis]), {name: row[name] for name in row if name not in (STEP, TIME, axis)}
 
 
 @contextmanager
@@ -141,7 +134,7 @@ def open_record(inputs: StepInputs, prefix: str, *, resume_step: int | None) -> 
         inputs.folder,
         prefix,
         upload_text=inputs.tracking.upload_text,
-        wandb_run=open_wandb_run(inputs, prefix) if is_main else None,
+        wandb_run=open_wandb_run(inputs, prefix) if is_main else WandbRun(),
         tensorboard=_open_tensorboard(inputs.folder, prefix) if has_tensorboard else None,
         is_main=is_main,
     )

@@ -37,38 +37,35 @@ Where = Literal["online", "offline"]
 
 
 class WandbRun:
-    """An open wandb run, or a dead one after the first trouble: the record of a step is `metrics.jsonl`."""
+    """An open wandb run; one that takes everything and sends nothing where `run` is None or after the first trouble."""
 
-    def __init__(self, run: Any, axis: str) -> None:
+    def __init__(self, run: Any = None, axis: str = "") -> None:
         self._run = run
         self._axis = axis
         self._summary: dict[str, float] = {}
         # Rows below this are on the server already (a resumed online run); 0 offline.
-        self._first_step = int(run.step)
+        self._first_step = 0 if run is None else int(run.step)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Send one row at `step`; rows of equal steps become one."""
         if step >= self._first_step:
-            self._guard(lambda run: run.log({**values, self._axis: step}, step=step))
+            self._send(step, lambda: values)
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Send a picture."""
-        self._guard(lambda run: run.log({name: _wandb().Image(str(path)), self._axis: step}, step=step))
+        self._send(step, lambda: {name: _wandb().Image(str(path))})
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         """Send how values are spread."""
         if step >= self._first_step:
-            self._guard(lambda run: run.log({name: _wandb().Histogram(list(values)), self._axis: step}, step=step))
+            self._send(step, lambda: {name: _wandb().Histogram(list(values))})
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send rows of text, under the columns of the first."""
-        if not rows or step < self._first_step:
-            return
-        columns = list(rows[0])
-        data = [[_cell(row.get(column)) for column in columns] for row in rows]
-        self._guard(
-            lambda run: run.log({name: _wandb().Table(columns=columns, data=data), self._axis: step}, step=step)
-        )
+        if step >= self._first_step:
+            columns = list(rows[0])
+            data = [[_cell(row.get(column)) for column in columns] for row in rows]
+            self._send(step, lambda: {name: _wandb().Table(columns=columns, data=data)})
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Keep the final figures, set when the run is closed."""
@@ -84,6 +81,9 @@ class WandbRun:
         self._guard(lambda _: _wandb().teardown())
         self._run = None
 
+    def _send(self, step: int, values: Callable[[], Mapping[str, Any]]) -> None:
+        self._guard(lambda run: run.log({**values(), self._axis: step}, step=step))
+
     def _guard(self, action: Callable[[Any], object]) -> None:
         if self._run is None:
             return
@@ -94,12 +94,12 @@ class WandbRun:
             self._run = None
 
 
-def open_wandb_run(inputs: StepInputs, prefix: str) -> WandbRun | None:
-    """The step's run, offline if online fails, or None if wandb cannot be used at all."""
+def open_wandb_run(inputs: StepInputs, prefix: str) -> WandbRun:
+    """The step's run, offline if online fails, or one that sends nothing if wandb cannot be used at all."""
     tracking, step, run_dir = inputs.tracking, inputs.step, Path(inputs.run.dir).resolve()
     where = _where(tracking)
     if where is None:
-        return None
+        return WandbRun()
     parent = run_dir.parent
     run_id = _run_id(inputs.folder, f"{run_dir.name}-{step}", prefix)
     before = _folders(parent, run_id)
@@ -120,7 +120,7 @@ def open_wandb_run(inputs: StepInputs, prefix: str) -> WandbRun | None:
         run = _start(arguments, "offline", prefix)
     if run is None:
         _forget_failed_start(parent, run_id, before)
-        return None
+        return WandbRun()
     _remove(folder for folder in before if folder.name.startswith("offline-"))
     return WandbRun(run, f"{prefix}/step")
 

@@ -32,14 +32,8 @@ def _picture(
     """The axes of a picture that is written when the block ends, its legend above them, where it hides no point."""
     figure, (place,) = panel_grid(1, panel=(width, height))
     yield place
-    place.legend(
-        fontsize=_POINTS - 0.5,
-        frameon=False,
-        ncols=columns,
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 1.0),
-        borderaxespad=0.2,
-    )
+    where = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.2}
+    place.legend(fontsize=_POINTS - 0.5, frameon=False, ncols=columns, **where)
     style_panel(place, x=x, y=y, points=_POINTS)
     save_png(figure, path)
 
@@ -54,15 +48,12 @@ def accuracy_by_rating(
         for index, (which, measures) in enumerate(rated.items()):
             known = [(at, one) for at, one in enumerate(measures[:-1]) if one is not None]
             shift = 0.14 * (index - (count - 1) / 2)
-            _intervals(
-                place, [at + shift for at, _ in known], [one for _, one in known], index=index, label=f"ours: {which}",
-                scale=100, line="",
-            )  # fmt: skip
+            _shares(place, [at + shift for at, _ in known], [one for _, one in known], index, label=f"ours: {which}")
         for name, values in paper_rows.items():
             index = list(rated).index(name) if name in rated else len(rated)
             place.plot(
-                range(len(RATINGS)), values[:-1], linestyle="--", linewidth=1.2, color=_colour(index), alpha=0.8,
-                marker=_marker(index), markersize=8, markerfacecolor="white", label=f"paper: {name}",
+                range(len(RATINGS)), values[:-1], **_mark(index), linestyle="--", linewidth=1.2, alpha=0.8, markersize=8,
+                markerfacecolor="white", label=f"paper: {name}",
             )  # fmt: skip
         place.axhline(50, color=_GREY, linewidth=1)
         place.set_xticks(range(len(RATINGS)), labels)
@@ -104,7 +95,7 @@ def dots(
         for index, (name, by_row) in enumerate(series.items()):
             shift = 0.2 * (index - (len(series) - 1) / 2)
             at = [rows.index(one) + shift for one in by_row]
-            _intervals(place, at, list(by_row.values()), index=index, label=name, scale=100, line="", is_across=True)
+            _shares(place, at, list(by_row.values()), index, label=name, is_across=True)
         if middle is not None:
             place.axvline(100 * middle, color=_GREY, linewidth=1.2)
         place.set_yticks(range(len(rows)), rows)
@@ -118,18 +109,12 @@ def plane(
     """Figure 11's plane: a mark for each policy with its intervals, joined in the order of the run."""
     with _picture(path, 4.8, x=across, y=up, columns=3) as place:
         pairs = list(points.values())
-        place.plot(
-            [x.value * scale for x, _ in pairs],
-            [y.value * scale for _, y in pairs],
-            color=_GREY,
-            linewidth=1,
-            alpha=0.6,
-        )
+        across_by, up_by = ([one.value * scale for one in ends] for ends in zip(*pairs, strict=True))
+        place.plot(across_by, up_by, color=_GREY, linewidth=1, alpha=0.6)
         for index, (name, (x, y)) in enumerate(points.items()):
             place.errorbar(
                 [x.value * scale], [y.value * scale], xerr=_errors([x], scale), yerr=_errors([y], scale),
-                marker=_marker(index), markersize=9, color=_colour(index), capsize=3, elinewidth=1.2, linestyle="",
-                label=f"{index + 1} {name}",
+                **_mark(index), markersize=9, capsize=3, elinewidth=1.2, linestyle="", label=f"{index + 1} {name}",
             )  # fmt: skip
             place.annotate(
                 str(index + 1), (x.value * scale, y.value * scale), xytext=(7, 7), textcoords="offset points",
@@ -145,7 +130,7 @@ def by_turn(path: Path, kept: Mapping[str, Mapping[int, Measure]], chance: Mappi
     with _picture(path, 4.2, x="turn", y="instruction kept, %") as place:
         for index, (name, by) in enumerate(kept.items()):
             turns = sorted(by)
-            _intervals(place, turns, [by[turn] for turn in turns], index=index, label=name, scale=100, line="-")
+            _shares(place, turns, [by[turn] for turn in turns], index, label=name, line="-")
             if by_chance := chance.get(name):
                 turns = sorted(by_chance)
                 values = [100 * by_chance[turn].value for turn in turns]
@@ -167,28 +152,24 @@ def training_curve(path: Path, group: Sequence[Series]) -> None:
             elif len(one.steps) < _SMOOTH_FROM:
                 _line(place, one.steps, one.values, index, label=label)
             else:
-                place.plot(
-                    one.steps, one.values, color=_colour(index), linewidth=0, marker=".", markersize=3, alpha=0.25
-                )
-                line = _LINES[index % len(_LINES)]
-                place.plot(
-                    one.steps, running_mean(one.values), color=_colour(index), linestyle=line, linewidth=2, label=label
-                )
+                colour, line = _colour(index), _LINES[index % len(_LINES)]
+                place.plot(one.steps, one.values, color=colour, linewidth=0, marker=".", markersize=3, alpha=0.25)
+                mean = running_mean(one.values)
+                place.plot(one.steps, mean, color=colour, linestyle=line, linewidth=2, label=label)
         # Matplotlib's own form puts a power of ten over the axis, where the legend is.
         place.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _intervals(
-    place: Any, at: Sequence[float], measures: Sequence[Measure], *, index: int, label: str, scale: float, line: str,
+def _shares(
+    place: Any, at: Sequence[float], measures: Sequence[Measure], index: int, *, label: str, line: str = "",
     is_across: bool = False,
 ) -> None:  # fmt: skip
-    values = [one.value * scale for one in measures]
-    errors = _errors(measures, scale)
-    x, y = (values, at) if is_across else (at, values)
+    """Marks of shares in percent with their intervals, up or across."""
+    values, errors = [100 * one.value for one in measures], _errors(measures, 100)
+    ends = {"x": values, "y": at, "xerr": errors} if is_across else {"x": at, "y": values, "yerr": errors}
     place.errorbar(
-        x, y, xerr=errors if is_across else None, yerr=None if is_across else errors, marker=_marker(index), markersize=7,
-        color=_colour(index), linestyle=line, linewidth=1.6, elinewidth=1.4, capsize=3, label=label,
-    )  # fmt: skip
+        **ends, **_mark(index), markersize=7, linestyle=line, linewidth=1.6, elinewidth=1.4, capsize=3, label=label
+    )
 
 
 def _errors(measures: Sequence[Measure], scale: float) -> list[list[float]]:
@@ -202,15 +183,12 @@ def _errors(measures: Sequence[Measure], scale: float) -> list[list[float]]:
 
 def _line(place: Any, x: Sequence[float], y: Sequence[float], index: int, *, label: str, line: str = "-") -> None:
     every = max(1, len(x) // 8)
-    place.plot(
-        x, y, color=_colour(index), linestyle=line, linewidth=2, marker=_marker(index), markersize=5, markevery=every,
-        label=label,
-    )  # fmt: skip
+    place.plot(x, y, **_mark(index), linestyle=line, linewidth=2, markersize=5, markevery=every, label=label)
 
 
 def _colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
 
 
-def _marker(index: int) -> str:
-    return _MARKERS[index % len(_MARKERS)]
+def _mark(index: int) -> dict[str, str]:
+    return {"color": _colour(index), "marker": _MARKERS[index % len(_MARKERS)]}

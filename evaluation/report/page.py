@@ -6,7 +6,7 @@ written. Numbers reach a page through `number`, `signed` and `percent`, so that 
 
 import base64
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -153,6 +153,11 @@ def measure_cell(
     interval = measure.interval
     ends = f"[{form(interval[0])}, {form(interval[1])}]" if interval else ""
     return Cell(form(measure.value), f"{ends} {after}".strip(), is_best)
+
+
+def measure_row(label: str, measures: Iterable[Measure | None], form: Callable[[float], str]) -> list[Cell]:
+    """A line of figures with their intervals under its name."""
+    return [Cell(label), *(measure_cell(one, form) for one in measures)]
 
 
 def with_interval(measure: Measure, form: Callable[[float], str]) -> str:

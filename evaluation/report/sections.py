@@ -19,6 +19,7 @@ from evaluation.report.page import (
     Table,
     Text,
     measure_cell,
+    measure_row,
     number,
     paper_row,
     percent,
@@ -221,8 +222,7 @@ def _consistency(facts: Facts) -> tuple[dict[str, dict[int, Measure]], dict[str,
 
 def _win_rates(evaluation: Evaluation, figures: Path) -> list[Block]:
     others = [policy for policy in evaluation.policies if policy != evaluation.reference]
-    series = {label: _of_policies(evaluation, others, f"win_rate/{key}") for key, label in _SCORERS.items()}
-    series = {label: found for label, found in series.items() if found}
+    series = _series(evaluation, others, {f"win_rate/{key}": label for key, label in _SCORERS.items()})
     if not series:
         return []
     rows = []
@@ -291,13 +291,12 @@ def _violations(evaluation: Evaluation, figures: Path) -> list[Block]:
         "refusal": "refusals of adversarial prompts",
         "false_refusal": "false refusals of borderline prompts",
     }
-    series = {label: _of_policies(evaluation, evaluation.policies, key) for key, label in labels.items()}
-    series = {label: found for label, found in series.items() if found}
+    series = _series(evaluation, evaluation.policies, labels)
     if not series:
         return []
     low, high = paper.FALSE_REFUSALS
     rows = [
-        [Cell(label), *(measure_cell(found.get(policy), percent) for policy in evaluation.policies)]
+        measure_row(label, (found.get(policy) for policy in evaluation.policies), percent)
         for label, found in series.items()
     ]
     accuracy = evaluation.refusal_classifier
@@ -337,6 +336,17 @@ def _distillation(step: RunStep) -> Table | None:
     )
 
 
+def _series(
+    evaluation: Evaluation, policies: Sequence[str], labels: Mapping[str, str]
+) -> dict[str, dict[str, Measure]]:
+    """Label -> policy -> figure, of the figures that were measured of some policy."""
+    series = {
+        label: {policy: one for policy in policies if (one := evaluation.measure(policy, key)) is not None}
+        for key, label in labels.items()
+    }
+    return {label: by_policy for label, by_policy in series.items() if by_policy}
+
+
 def _in_words(series: Mapping[str, Mapping[str, Measure]]) -> str:
     """'judge: rs 54.0%, ppo 60.0%. safety model: ...'"""
     lines = (
@@ -344,10 +354,6 @@ def _in_words(series: Mapping[str, Mapping[str, Measure]]) -> str:
         for label, by_policy in series.items()
     )
     return " ".join(f"{line}." for line in lines)
-
-
-def _of_policies(evaluation: Evaluation, policies: Sequence[str], key: str) -> Mapping[str, Measure]:
-    return {policy: one for policy in policies if (one := evaluation.measure(policy, key)) is not None}
 
 
 def answers(facts: Facts, count: int) -> Section | None:

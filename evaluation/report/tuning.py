@@ -8,12 +8,11 @@ from evaluation.report.facts import Facts
 from evaluation.report.page import (
     ABSENT,
     Block,
-    Cell,
     Picture,
     Section,
     Table,
     bare_percent,
-    measure_cell,
+    measure_row,
     number,
     paper_row,
     row,
@@ -63,26 +62,22 @@ def _by_domain(models: dict[str, RunStep]) -> Table:
     rows = []
     for which, step in models.items():
         measures = [step.measure(f"rm/{which}/test/{domain}/accuracy") for domain in _DOMAINS]
-        rows.append([Cell(f"ours: {which}"), *(measure_cell(one, bare_percent) for one in measures)])
+        rows.append(measure_row(f"ours: {which}", measures, bare_percent))
     for rule, label in (("longer_wins", "ours: the longer answer wins"), ("tfidf", "ours: TF-IDF of the domain")):
-        cells = []
+        measures = []
         for domain in _DOMAINS:
             # Beside each model stands a TF-IDF learnt from its own pairs: here that of the domain's own model.
             which = domain if domain in models else next(iter(models))
             is_shown = rule == "longer_wins" or which == domain
-            measure = models[which].measure(f"rm/{which}/test/{domain}/{rule}") if is_shown else None
-            cells.append(measure_cell(measure, bare_percent))
-        rows.append([Cell(label), *cells])
+            measures.append(models[which].measure(f"rm/{which}/test/{domain}/{rule}") if is_shown else None)
+        rows.append(measure_row(label, measures, bare_percent))
     rows += [
         paper_row(f"paper: {name}", *(f"{values[domain]:.1f}" for domain in _DOMAINS))
         for name, values in paper.TABLE_7.items()
     ]
-    sizes = [
-        f"{domain} {step.summary[key]:.0f}"
-        for domain in _DOMAINS
-        for step in list(models.values())[:1]
-        if (key := f"rm/{next(iter(models))}/test/{domain}/pairs") in step.summary
-    ]
+    first, step = next(iter(models.items()))
+    counts = {domain: step.summary.get(f"rm/{first}/test/{domain}/pairs") for domain in _DOMAINS}
+    sizes = [f"{domain} {count:.0f}" for domain, count in counts.items() if count is not None]
     return Table(
         "Accuracy on test pairs in percent (in the shape of Table 7)",
         ["model", "helpfulness pairs", "safety pairs"],
@@ -100,10 +95,7 @@ def _ratings(step: RunStep, which: str, domain: str) -> list[Measure | None]:
 
 
 def _by_rating(domain: str, rated: dict[str, list[Measure | None]]) -> Table:
-    rows = [
-        [Cell(f"ours: {which}"), *(measure_cell(one, bare_percent) for one in measures)]
-        for which, measures in rated.items()
-    ]
+    rows = [measure_row(f"ours: {which}", measures, bare_percent) for which, measures in rated.items()]
     rows += [
         paper_row(f"paper: {name}", *(f"{value:.1f}" for value in values))
         for name, values in paper.TABLE_8[domain].items()
@@ -140,7 +132,7 @@ def _accuracy_picture(path: Path, domain: str, rated: dict[str, list[Measure | N
 def _on_labels(models: dict[str, RunStep]) -> Table | None:
     keys = ("unsafe_recall", "unsafe_precision", "unsafe_recall_at_gate", "unsafe_precision_at_gate")
     rows = [
-        [Cell(f"ours: {which}"), *(measure_cell(step.measure(f"rm/{which}/{key}"), bare_percent) for key in keys)]
+        measure_row(f"ours: {which}", (step.measure(f"rm/{which}/{key}") for key in keys), bare_percent)
         for which, step in models.items()
         if f"rm/{which}/unsafe_recall" in step.summary
     ]

@@ -7,6 +7,7 @@ loss of the base) is a dashed line across. Both forms read `metrics.jsonl` and n
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def draw_curves(metrics_path: Path, png_path: Path, *, title: str | None = None)
         return
     figure, places = _grid(len(panels), title or f"{metrics_path.parent.parent.name}: {metrics_path.parent.name}")
     for place, (name, group) in zip(places, panels.items(), strict=True):
-        _draw_panel(place, name, group)
+        for one, colour in zip(group, cycle(COLOURS), strict=False):
+            _draw_series(place, one, colour=colour, label=one.name.partition("/")[2], is_smoothed=_is_noisy(one))
+        _frame_panel(place, name, group)
     save_png(figure, png_path)
 
 
@@ -79,8 +82,8 @@ def draw_overlays(metrics_paths: Sequence[Path], png_path: Path, *, labels: Sequ
         group = [record[name] for record in records]
         is_smoothed = any(map(_is_noisy, group))  # one kind of line for all, also where one run was shorter
         for one, label, colour in zip(group, labels, COLOURS, strict=False):
-            draw_series(place, one, colour=colour, label=label, is_smoothed=is_smoothed)
-        frame_panel(place, name, group)
+            _draw_series(place, one, colour=colour, label=label, is_smoothed=is_smoothed)
+        _frame_panel(place, name, group)
     save_png(figure, png_path)
     return names
 
@@ -138,13 +141,7 @@ def panels_of(series: Sequence[Series]) -> dict[str, list[Series]]:
     return panels
 
 
-def _draw_panel(place: Any, title: str, group: Sequence[Series]) -> None:
-    for one, colour in zip(group, COLOURS * (1 + len(group) // len(COLOURS)), strict=False):
-        draw_series(place, one, colour=colour, label=one.name.partition("/")[2], is_smoothed=_is_noisy(one))
-    frame_panel(place, title, group)
-
-
-def draw_series(place: Any, one: Series, *, colour: str, label: str, is_smoothed: bool) -> None:
+def _draw_series(place: Any, one: Series, *, colour: str, label: str, is_smoothed: bool) -> None:
     """One curve: its points joined, or a running mean over them; a single value as a dashed line across."""
     if len(one.steps) == 1:
         text = f"{label} {_short(one.values[0])}"
@@ -161,7 +158,7 @@ def _is_noisy(one: Series) -> bool:
     return len(one.steps) >= _SMOOTH_FROM and one.metric.panel not in _EXACT_PANELS
 
 
-def frame_panel(place: Any, title: str, group: Sequence[Series]) -> None:
+def _frame_panel(place: Any, title: str, group: Sequence[Series]) -> None:
     """Title, axes with their units, and legend of a panel."""
     units = sorted({one.metric.unit for one in group} - {"1", ""})
     style_panel(place, title, x=group[0].axis, y=", ".join(units), has_legend=True)

@@ -107,12 +107,7 @@ def _labels(run_a: Path, run_b: Path) -> tuple[str, str]:
     return "/".join(parts_a[-length:]).lstrip("/"), "/".join(parts_b[-length:]).lstrip("/")
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
-    rows: list[tuple[str, ...]]  # the head first
-    align: str
-
-
+_Table = tuple[list[tuple[str, ...]], str]  # the rows, head first, and the alignment of the columns
 _Block = str | _Table
 
 
@@ -122,7 +117,7 @@ def markdown(comparison: Comparison) -> str:
     for heading, blocks in _sections(comparison, is_whole=True):
         parts += [f"## {heading}", ""]
         for block in blocks:
-            parts += [block, ""] if isinstance(block, str) else [*markdown_table(block.rows, align=block.align), ""]
+            parts += [block, ""] if isinstance(block, str) else [*markdown_table(block[0], align=block[1]), ""]
     return "\n".join(parts).rstrip("\n") + "\n"
 
 
@@ -135,7 +130,7 @@ def terminal_text(comparison: Comparison) -> str:
             if isinstance(block, str):
                 lines += [f"  {line}" for line in textwrap.wrap(block, _WIDTH)]
             else:
-                lines += text_table(block.rows, align=block.align, indent="  ")
+                lines += text_table(block[0], align=block[1], indent="  ")
         lines.append("")
     return "\n".join(lines)
 
@@ -173,7 +168,7 @@ def _configuration(comparison: Comparison, is_whole: bool) -> list[_Block]:
             if change.kind == kind
         ]
         if rows:
-            blocks += [f"{meaning[0].upper()}{meaning[1:]}:", _Table([("key", "A", "B", "steps"), *rows], "<")]
+            blocks += [f"{meaning[0].upper()}{meaning[1:]}:", ([("key", "A", "B", "steps"), *rows], "<")]
     return blocks
 
 
@@ -191,7 +186,7 @@ def _step(step: SharedStep, is_whole: bool) -> list[_Block]:
     remarks = list(dict.fromkeys(one.remark for one in shown if one.remark))
     if shown:
         rows = [_row(one, is_whole, f" ({remarks.index(one.remark) + 1})" if one.remark else "") for one in shown]
-        blocks.append(_Table([("figure", "A", "B", "B - A (95% interval)"), *rows], "<>"))
+        blocks.append(([("figure", "A", "B", "B - A (95% interval)"), *rows], "<>"))
     else:
         blocks.append("No final figure that both have.")
     blocks += [f"({number}) {remark}" for number, remark in enumerate(remarks, start=1)]

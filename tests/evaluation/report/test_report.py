@@ -158,18 +158,6 @@ def test_the_markdown_holds_the_same_tables(whole: tuple[TinyRun, StepFolder]) -
     assert all((whole[1].path / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
-def test_a_sentence_says_whether_a_policy_beats_the_first(whole: tuple[TinyRun, StepFolder]) -> None:
-    texts = read(whole[1]).texts
-    assert (
-        "rs beats sft in combined score by +0.42 [+0.34, +0.50]; the judge does not follow: -0.03 [-0.07, +0.01]."
-        in texts
-    )
-    assert (
-        "ppo does not beat sft in combined score: +0.05 [-0.03, +0.13], an interval that holds 0; "
-        "the judge puts it below sft: -0.20 [-0.24, -0.16]."
-    ) in texts
-
-
 def test_what_a_model_said_stays_text(whole: tuple[TinyRun, StepFolder]) -> None:
     reader, markdown = read(whole[1]), whole[1].page_markdown.read_text(encoding="utf-8")
     assert reader.texts.count(HOSTILE) >= 2 * len(EVALUATED)  # as answers, letter by letter

@@ -4,20 +4,21 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 
 
 def killed_at(operation: int, action: Callable[[], object]) -> bool:
     """Run `action` in a child that is killed at its n-th file operation; False when it ended before that."""
     child = os.fork()
     if child == 0:
-        count = 0
+        events = 0
 
         def hook(event: str, _: object) -> None:
-            nonlocal count
+            nonlocal events
             if event == "open" or event.startswith(("os.", "shutil.")):
-                count += 1  # before the kill, which is an event itself
-                if count == operation + 1:
+                events += 1  # before the kill, which is an event itself
+                if events == operation + 1:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
@@ -32,3 +33,13 @@ def killed_at(operation: int, action: Callable[[], object]) -> bool:
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the action failed in the child"
     return os.WIFSIGNALED(status)
+
+
+def killed_at_each(prepare: Callable[[int], object], action: Callable[[int], object]) -> Iterator[int]:
+    """0, 1, 2, ... after `action` was killed at that file operation, each `prepare`d; the last time it ended unharmed."""
+    for operation in count():
+        prepare(operation)
+        was_killed = killed_at(operation, lambda at=operation: action(at))
+        yield operation
+        if not was_killed:
+            return

@@ -14,7 +14,7 @@ from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.atomic import INCOMING, StorageError, write_text
 from llamachat.runs.checkpoints import newest, writing
 from llamachat.runs.locks import hold
-from tests.killing import killed_at
+from tests.killing import killed_at_each
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -28,9 +28,21 @@ def save(checkpoints: Path, step: int, *, parts: int = 3) -> None:
         (side / "adapter" / "weights").write_text(str(step) * 50)
 
 
+def save_two(checkpoints: Path) -> None:
+    for step in (10, 20):
+        save(checkpoints, step)
+
+
 def is_intact(path: Path, step: int) -> bool:
     files = [path / "part-0", path / "part-1", path / "part-2", path / "adapter" / "weights"]
     return all(file.is_file() and file.read_text() == str(step) * 50 for file in files)
+
+
+def newest_intact(checkpoints: Path) -> int:
+    """The step of the newest checkpoint, which is whole."""
+    found = newest(checkpoints)
+    assert found is not None and is_intact(found.path, found.step)
+    return found.step
 
 
 @pytest.fixture
@@ -41,18 +53,14 @@ def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_no_flush")
 def test_at_every_file_operation_a_kill_leaves_the_newest_checkpoint_whole(tmp_path: Path) -> None:
+    def place(operation: int) -> Path:
+        return tmp_path / str(operation) / "checkpoints"
+
     seen: set[int] = set()
-    operation, was_killed = -1, True
-    while was_killed:
-        operation += 1
-        checkpoints = tmp_path / str(operation) / "checkpoints"
-        save(checkpoints, 10)
-        save(checkpoints, 20)
-        was_killed = killed_at(operation, lambda place=checkpoints: save(place, 30))
-        found = newest(checkpoints)
-        assert found is not None
-        assert is_intact(found.path, found.step)
-        seen.add(found.step)
+    operation = 0
+    for operation in killed_at_each(lambda at: save_two(place(at)), lambda at: save(place(at), 30)):
+        checkpoints = place(operation)
+        seen.add(newest_intact(checkpoints))
         # The next start cleans up, saves again, and ends where an undisturbed one ends.
         with hold(StepFolder(checkpoints.parent)):
             assert not list(checkpoints.glob(f"{INCOMING}*"))
@@ -65,16 +73,9 @@ def test_at_every_file_operation_a_kill_leaves_the_newest_checkpoint_whole(tmp_p
 
 @pytest.mark.usefixtures("_no_flush")
 def test_saving_a_step_again_never_leaves_less_than_the_step_before(tmp_path: Path) -> None:
-    operation, was_killed = -1, True
-    while was_killed:
-        operation += 1
-        checkpoints = tmp_path / str(operation)
-        save(checkpoints, 10)
-        save(checkpoints, 20)
-        was_killed = killed_at(operation, lambda place=checkpoints: save(place, 20))
-        found = newest(checkpoints)
-        assert found is not None
-        assert is_intact(found.path, found.step)
+    operation = 0
+    for operation in killed_at_each(lambda at: save_two(tmp_path / str(at)), lambda at: save(tmp_path / str(at), 20)):
+        newest_intact(tmp_path / str(operation))
     assert operation > 20
 
 
@@ -132,15 +133,13 @@ def test_killed_at_random_moments_each_start_goes_on_from_the_last_whole_checkpo
             time.sleep(draw.uniform(0.0, 0.15))
             process.kill()
             told = [first, *(int(line) for line in process.stdout.read().split("\n")[:-1])]
-        found = newest(folder.checkpoints)
-        assert found is not None
-        assert is_intact(found.path, found.step)
+        reached = newest_intact(folder.checkpoints)
         # What was reported as saved is there; at most the one under way when the kill came is there unreported.
-        assert found.step in (told[-1], told[-1] + 1)
-        reached = found.step
+        assert reached in (told[-1], told[-1] + 1)
 
 
 def test_a_failed_save_leaves_nothing_and_the_error_goes_on(tmp_path: Path) -> None:
+    assert newest(tmp_path / "checkpoints") is None
     save(tmp_path, 1)
     with pytest.raises(ZeroDivisionError), writing(tmp_path, 2) as side:
         (side / "part-0").write_text("x")
@@ -155,15 +154,9 @@ def test_a_checkpoint_copied_in_part_is_passed_over_and_pruned(tmp_path: Path) -
     shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-00000004")
     (tmp_path / "step-00000002" / "part-1").write_text("short")
     (tmp_path / "step-00000004" / "checkpoint.json").unlink()
-    found = newest(tmp_path)  # 4 has no list, 3 carries the list of 2, 2 lacks bytes
-    assert found is not None
-    assert found.step == 1
+    assert newest_intact(tmp_path) == 1  # 4 has no list, 3 carries the list of 2, 2 lacks bytes
     save(tmp_path, 5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000005"]
-
-
-def test_no_checkpoints_yet(tmp_path: Path) -> None:
-    assert newest(tmp_path / "checkpoints") is None
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
@@ -175,9 +168,7 @@ def test_a_full_disk_is_told_in_words_and_the_older_checkpoint_stays(tmp_path: P
         (side / "weights").write_text("x" * 100000)
     with pytest.raises(StorageError, match="No space left"), writing(tmp_path, 2):
         raise RuntimeError("[enforce fail at inline_container.cc:860] . PytorchStreamWriter failed writing file data/0")
-    found = newest(tmp_path)
-    assert found is not None
-    assert found.step == 1
+    assert newest_intact(tmp_path) == 1
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -205,10 +196,6 @@ def test_a_file_in_the_way_is_told_in_words(tmp_path: Path) -> None:
 def test_text_is_replaced_whole_at_every_kill_point(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     seen: set[str] = set()
-    for operation in range(100):
-        write_text(path, "old " * 5000)
-        was_killed = killed_at(operation, lambda: write_text(path, "new " * 9000))
+    for _ in killed_at_each(lambda _: write_text(path, "old " * 5000), lambda _: write_text(path, "new " * 9000)):
         seen.add(path.read_text())
-        if not was_killed:
-            break
     assert seen == {"old " * 5000, "new " * 9000}

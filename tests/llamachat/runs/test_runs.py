@@ -23,7 +23,7 @@ from llamachat.runs.atomic import INCOMING, StorageError
 from llamachat.runs.fingerprints import changed_keys, digest_of_file, digest_of_folder, digest_of_weights, fingerprint
 from llamachat.runs.locks import hold, is_held_by_us, living_owner
 from llamachat.runs.state import StepState, begin, lineage, overwrite, reference, step_state
-from tests.killing import killed_at
+from tests.killing import killed_at_each
 
 ROOT = Path(__file__).resolve().parents[3]
 IDENTITY: dict[str, Any] = {"step": "sft", "sft": {"learning_rate": 0.001, "epochs": 2}, "inputs": {"data": "a" * 64}}
@@ -73,9 +73,7 @@ def test_a_second_command_is_refused_at_once_and_a_killed_owner_frees_the_step(t
                 rf" \(`kill {owner.pid}`.*run\.dir=NEW",
                 str(refusal.value),
             )
-            found = living_owner(folder)
-            assert found is not None
-            assert found.pid == owner.pid
+            assert (found := living_owner(folder)) is not None and found.pid == owner.pid
             leftover = folder.checkpoints / f"{INCOMING}step-00000001"
             leftover.mkdir(parents=True)
             owner.send_signal(signal.SIGKILL)
@@ -98,9 +96,7 @@ def test_a_step_is_held_once_within_a_process_and_looking_does_not_drop_the_lock
         "  except OSError: sys.exit(3)"
     )
     with hold(folder):
-        found = living_owner(folder)
-        assert found is not None
-        assert found.pid == os.getpid()
+        assert (found := living_owner(folder)) is not None and found.pid == os.getpid()
         with pytest.raises(BusyError), hold(folder):
             pass
         assert is_held_by_us(folder)
@@ -147,37 +143,26 @@ def test_new_then_resume_then_done(tmp_path: Path) -> None:
     assert start(folder) is StepState.DONE
 
 
-@pytest.mark.parametrize("is_finished", [True, False])
-def test_a_change_is_refused_with_old_and_new_value_and_both_ways_out(tmp_path: Path, is_finished: bool) -> None:
-    folder = StepFolder(tmp_path / "tiny" / "sft")
-    start(folder)
+@pytest.mark.parametrize(("name", "is_finished"), [("sft", True), ("sft", False), ("rm/safety", False)])
+def test_a_change_is_refused_with_old_and_new_value_and_both_ways_out(
+    tmp_path: Path, name: str, is_finished: bool
+) -> None:
+    folder = StepFolder(tmp_path / "tiny" / name)
+    old, new = {**IDENTITY, "step": name}, {**CHANGED, "step": name}
+    start(folder, old)
     if is_finished:
-        finish(folder)
+        finish(folder, old)
     with pytest.raises(ChangedError) as refusal:
-        step_state(folder, fingerprint(CHANGED), CHANGED)
+        step_state(folder, fingerprint(new), new)
     text = str(refusal.value)
     assert "sft.learning_rate: 0.001 -> 0.002" in text
     assert "epochs" not in text
     assert f"run.dir=NEW run.parent={tmp_path / 'tiny'}`" in text
     assert "--overwrite" in text
     assert ("is finished" in text, "go back to the old values" in text) == (is_finished, not is_finished)
-    assert start(folder) is (StepState.DONE if is_finished else StepState.RESUME), "the refusal changed nothing"
-
-
-def test_the_run_of_a_nested_step_is_two_levels_up(tmp_path: Path) -> None:
-    folder = StepFolder(tmp_path / "tiny" / "rm" / "safety")
-    identity = {"step": "rm/safety", "reward": {"margin": "small"}}
-    start(folder, identity)
-    changed = {"step": "rm/safety", "reward": {"margin": "large"}}
-    with pytest.raises(ChangedError, match=rf'"small" -> "large"(?s:.*)run\.parent={tmp_path / "tiny"}`'):
-        step_state(folder, fingerprint(changed), changed)
-
-
-def test_equal_keys_with_another_fingerprint_are_refused_too(tmp_path: Path) -> None:
-    folder = StepFolder(tmp_path / "tiny" / "sft")
-    start(folder)
     with pytest.raises(ChangedError, match="the version of the stage"):
-        step_state(folder, "0" * 64, IDENTITY)
+        step_state(folder, "0" * 64, old)
+    assert start(folder, old) is (StepState.DONE if is_finished else StepState.RESUME), "the refusals changed nothing"
 
 
 def test_overwrite_makes_the_step_new_and_keeps_the_lock_file(tmp_path: Path) -> None:
@@ -199,14 +184,20 @@ def test_overwrite_killed_at_any_moment_never_lets_new_work_go_on_from_old_files
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    operation, was_killed = 0, True
-    while was_killed:
-        folder = StepFolder(tmp_path / str(operation) / "sft")
+
+    def place(operation: int) -> StepFolder:
+        return StepFolder(tmp_path / str(operation) / "sft")
+
+    def prepare(operation: int) -> None:
+        folder = place(operation)
         start(folder)
         finish(folder)
         (folder.checkpoints / "step-00000009").mkdir(parents=True)
         folder.metrics.write_text("{}\n")
-        was_killed = killed_at(operation, lambda folder=folder: overwrite(folder))
+
+    operation = 0
+    for operation in killed_at_each(prepare, lambda at: overwrite(place(at))):
+        folder = place(operation)
         is_old_work_left = folder.checkpoints.exists() or folder.metrics.exists() or folder.artifact.exists()
         try:
             is_new = step_state(folder, fingerprint(CHANGED), CHANGED) is StepState.NEW
@@ -215,7 +206,6 @@ def test_overwrite_killed_at_any_moment_never_lets_new_work_go_on_from_old_files
         assert not (is_new and is_old_work_left)
         overwrite(folder)
         assert start(folder, CHANGED) is StepState.NEW
-        operation += 1
     assert operation > 10
 
 

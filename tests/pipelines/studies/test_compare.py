@@ -13,6 +13,7 @@ import yaml
 
 from llamachat.errors import ArtifactError, UsageError
 from llamachat.maths.intervals import Difference, independent_difference, wilson
+from llamachat.runs.atomic import write_json
 from llamachat.runs.reader import read_run
 from llamachat.runs.record import MetricsRecord
 from pipelines.cli.main import main
@@ -34,7 +35,6 @@ def write_step(
     **manifest: Any,
 ) -> Path:
     folder = run / name
-    (folder / "artifact").mkdir(parents=True)
     told = {"step": name, "command": name.partition("/")[0], "data": {}, "base": {}, "inputs": {}, **(identity or {})}
     values = {
         "kind": "policy",
@@ -46,8 +46,8 @@ def write_step(
         "created": f"2026-01-0{len(name)}",
         **manifest,
     }
-    (folder / "artifact" / "manifest.json").write_text(json.dumps(values))
-    (folder / "summary.json").write_text(json.dumps(summary))
+    write_json(folder / "artifact" / "manifest.json", values)
+    write_json(folder / "summary.json", summary)
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe or {}))
     return folder
 
@@ -66,11 +66,7 @@ def test_an_interval_made_of_two_is_newcombes() -> None:
     # Newcombe 1998, table II: 56 of 70 less 48 of 80 by method 10 is 0.2, 0.0524 to 0.3339.
     first, second = Difference(56 / 70, *wilson(56, 70)), Difference(48 / 80, *wilson(48, 80))
     found = independent_difference(first, second)
-    assert (found.value, found.low, found.high) == (
-        pytest.approx(0.2),
-        pytest.approx(0.0524, abs=5e-5),
-        pytest.approx(0.3339, abs=5e-5),
-    )
+    assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
 
 
 def test_what_differs_is_told_once_key_by_key_and_by_what_it_decides(tmp_path: Path) -> None:
@@ -109,23 +105,19 @@ def test_answers_to_the_same_prompts_are_paired(step: str, tmp_path: Path) -> No
         scores = [score + shift for score in SCORES]
         value = sum(scores) / len(scores)
         folder = write_step(tmp_path / run, step, {name: value, f"{name}_low": value - 2, f"{name}_high": value + 2})
-        place = folder / "sampling/test-final.json" if step == "rs" else folder / "artifact/answers/ppo.json"
-        place.parent.mkdir()
-        place.write_text(json.dumps(answers_of(scores)))
+        place = "sampling/test-final.json" if step == "rs" else "artifact/answers/ppo.json"
+        write_json(folder / place, answers_of(scores))
     paired = figure(compare_runs(tmp_path / "a", tmp_path / "b"), name)
     # Every answer gained the same: prompt by prompt there is no doubt, however far the prompts lie apart.
-    assert (paired.how, paired.difference, paired.low, paired.high) == (
-        "paired",
-        *map(pytest.approx, (0.25, 0.25, 0.25)),
-    )
+    assert paired.how == "paired" and (paired.difference, paired.low, paired.high) == pytest.approx((0.25,) * 3)
     manifest = tmp_path / "b" / step / "artifact" / "manifest.json"
     values = json.loads(manifest.read_text())
     values["identity"]["data"] = {"prompts": [{"path": "others"}]}
-    manifest.write_text(json.dumps(values))
+    write_json(manifest, values)
     apart = figure(compare_runs(tmp_path / "a", tmp_path / "b"), name)
     # Two intervals of half width 2: sqrt(2^2 + 2^2).
-    assert apart.how == "independent" and apart.difference == pytest.approx(0.25)
-    assert (apart.low, apart.high) == (pytest.approx(0.25 - 8**0.5), pytest.approx(0.25 + 8**0.5))
+    assert apart.how == "independent"
+    assert (apart.difference, apart.low, apart.high) == pytest.approx((0.25, 0.25 - 8**0.5, 0.25 + 8**0.5))
 
 
 @pytest.mark.parametrize("step", ["distill", "eval"])
@@ -136,18 +128,14 @@ def test_gains_over_the_first_policy_are_paired_too(step: str, tmp_path: Path) -
         first = [score * gain for score in SCORES]
         final = [score + gain for score in first]
         folder = write_step(tmp_path / run, step, {name: gain, f"{name}_low": 0.0, f"{name}_high": 3.0})
-        sampling, answers = folder / "sampling", folder / "artifact/answers"
-        for place in (sampling, answers):
-            place.mkdir()
         if step == "distill":
-            (sampling / "test-first.json").write_text(json.dumps({"evaluation": answers_of(first), "constants": {}}))
-            (sampling / "test-final.json").write_text(json.dumps(answers_of(final)))
+            write_json(folder / "sampling/test-first.json", {"evaluation": answers_of(first), "constants": {}})
+            write_json(folder / "sampling/test-final.json", answers_of(final))
         else:
-            (answers / "sft.json").write_text(json.dumps(answers_of(first)))
-            (answers / "ppo.json").write_text(json.dumps(answers_of(final)))
-            (folder / "artifact/evaluation.json").write_text(
-                json.dumps({"reference": "sft", "policies": [], "figures": {"sft": {}}})
-            )
+            write_json(folder / "artifact/answers/sft.json", answers_of(first))
+            write_json(folder / "artifact/answers/ppo.json", answers_of(final))
+            plain = {"reference": "sft", "policies": [], "figures": {"sft": {}}}
+            write_json(folder / "artifact/evaluation.json", plain)
     found = figure(compare_runs(tmp_path / "a", tmp_path / "b"), name)
     assert (found.how, found.low, found.high) == ("paired", pytest.approx(0.5), pytest.approx(0.5))
     assert found.remark == ("" if step == "distill" else "each against its own first policy")
@@ -156,8 +144,7 @@ def test_gains_over_the_first_policy_are_paired_too(step: str, tmp_path: Path) -
 def test_answers_that_do_not_give_the_figure_are_not_paired(tmp_path: Path) -> None:
     for run in ("a", "b"):
         folder = write_step(tmp_path / run, "rs", {"rs/test/final/judge": 9.0 if run == "b" else 8.0})
-        (folder / "sampling").mkdir()
-        (folder / "sampling/test-final.json").write_text(json.dumps(answers_of(SCORES)))
+        write_json(folder / "sampling/test-final.json", answers_of(SCORES))
     found = figure(compare_runs(tmp_path / "a", tmp_path / "b"), "rs/test/final/judge")
     assert (found.difference, found.how) == (1.0, None)
 
@@ -168,14 +155,9 @@ def test_scores_of_two_reward_models_or_on_two_scales_are_not_subtracted(tmp_pat
         inputs = {"reward_model/helpfulness": DIGEST[digest], "reward_model/safety": DIGEST["base"]}
         figures = {f"ppo/test/final/{name}": 1.0 for name in names}
         write_step(tmp_path / run, "ppo", figures, identity={"inputs": {**inputs, "policy": DIGEST["base"]}})
-        scores = {f"eval/ppo/{name}": {"value": 2.0, "low": None, "high": None} for name in ("score", "win_rate/judge")}
-        folder = write_step(tmp_path / run, "eval", {})
-        plain = {
-            "reference": "ppo",
-            "policies": ["ppo"],
-            "figures": {"ppo": {key.partition("ppo/")[2]: side for key, side in scores.items()}},
-        }
-        (folder / "artifact/evaluation.json").write_text(json.dumps(plain))
+        of_ppo = {name: {"value": 2.0, "low": None, "high": None} for name in ("score", "win_rate/judge")}
+        plain = {"reference": "ppo", "policies": ["ppo"], "figures": {"ppo": of_ppo}}
+        write_json(write_step(tmp_path / run, "eval", {}) / "artifact/evaluation.json", plain)
     found = compare_runs(tmp_path / "a", tmp_path / "b")
     told = {one.name: one.difference for step in found.steps for one in step.figures}
     # The reference of the evaluation is another policy in each run, since its files differ.
@@ -196,15 +178,11 @@ def test_scores_of_two_reward_models_or_on_two_scales_are_not_subtracted(tmp_pat
 
 def two_runs(tmp_path: Path) -> tuple[Path, Path]:
     for run, end in (("x/seed-0", 2.0), ("y/seed-0", 1.0)):
-        folder = write_step(
-            tmp_path / run,
-            "rm/safety",
-            {"rm/safety/auroc": 0.9, "rm/safety/auroc_low": 0.8, "rm/safety/auroc_high": end / 2 + 0.2},
-        )
+        auroc = {"rm/safety/auroc": 0.9, "rm/safety/auroc_low": 0.8, "rm/safety/auroc_high": end / 2 + 0.2}
+        folder = write_step(tmp_path / run, "rm/safety", auroc)
         for step in (1, 2, 3):
             MetricsRecord(folder / "metrics.jsonl").append(step, {"rm/safety/loss": end * step, "rm/safety/epoch": 1})
-        files = {"model.safetensors": "equal"}
-        write_step(tmp_path / run, "sft", {"sft/loss": 1.0}, files=files)
+        write_step(tmp_path / run, "sft", {"sft/loss": 1.0}, files={"model.safetensors": "equal"})
     write_step(tmp_path / "y/seed-0", "ppo", {})
     return tmp_path / "x/seed-0", tmp_path / "y/seed-0"
 
@@ -240,12 +218,10 @@ def test_the_command_writes_tables_and_pictures_and_prints_plain_text(
 def test_a_run_that_is_going_on_and_a_step_by_reference_are_read(tmp_path: Path) -> None:
     one, other = two_runs(tmp_path)
     (other / "sft" / "artifact" / "manifest.json").unlink()
-    (tmp_path / "z").mkdir()
-    (tmp_path / "z" / "rm").mkdir()
+    (tmp_path / "z" / "rm").mkdir(parents=True)
     (tmp_path / "z" / "rm" / "safety").symlink_to(one / "rm" / "safety")
-    (other / "sft" / "identity.json").write_text(json.dumps({"identity": {"step": "sft", "data": {}}}))
-    (other / "report").mkdir()
-    (other / "report" / "identity.json").write_text(json.dumps({"identity": {"step": "report"}}))
+    write_json(other / "sft" / "identity.json", {"identity": {"step": "sft", "data": {}}})
+    write_json(other / "report" / "identity.json", {"identity": {"step": "report"}})
     assert list(read_run(other)) == ["ppo", "rm/safety", "sft"]
     assert "Not finished in B." in (compare_runs(one, other).out / "compare.md").read_text()
     assert [step.is_same for step in compare_runs(one, tmp_path / "z").steps] == [True]

@@ -14,7 +14,6 @@ from serving.hub import Destination
 if TYPE_CHECKING:
     from serving.export import Request
     from serving.gguf import GgufRequest
-    from serving.hub import Destination
 
 Form = Literal["merged", "adapter", "gguf", "ollama"]
 Quantization = Literal[
@@ -135,7 +134,7 @@ def _check_words(form: Form, llama_cpp: Path | None, quantize: Quantization | No
         )
 
 
-def _destination(request: "Request", name: str | None, is_private: bool) -> "Destination | None":
+def _destination(request: "Request", name: str | None, is_private: bool) -> Destination | None:
     if name is None:
         return None
     details = request.artifact.manifest.details

@@ -3,19 +3,15 @@
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from llamachat.errors import UsageError
 from llamachat.rollout.engine import Sampling
-from llamachat.runs.artifacts import read_artifact
+from llamachat.runs.artifacts import Kind, read_artifact
 from pipelines.cli.launch import TINY, ConfigOption, MaxNewTokens, Seed, Temperature, TopK, TopP, reported
 from pipelines.recipe.recipe import load
-
-if TYPE_CHECKING:
-    from llamachat.rollout.engine import Sampling
-    from llamachat.runs.artifacts import Kind
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +64,7 @@ def edit_lines() -> None:
 
 
 def named_artifacts(
-    words: list[str], config: Path, *, command: str, most: int, kinds: "tuple[Kind, ...]" = ("policy",)
+    words: list[str], config: Path, *, command: str, most: int, kinds: tuple[Kind, ...] = ("policy",)
 ) -> list[Path]:
     """The artifacts that a command names, known to be there before the seconds that loading takes."""
     overrides = [word for word in words if "=" in word and not Path(word).exists()]
@@ -159,7 +155,7 @@ def score(
         log.info("%d pairs: accuracy %.4f", done.pairs, done.accuracy)
 
 
-def _sampling(temperature: float, top_p: float, top_k: int | None, max_new_tokens: int, seed: int) -> "Sampling":
+def _sampling(temperature: float, top_p: float, top_k: int | None, max_new_tokens: int, seed: int) -> Sampling:
     return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
 
 

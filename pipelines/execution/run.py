@@ -9,7 +9,7 @@ stage code and no torch is imported for it.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -94,67 +94,53 @@ def take_inputs(recipe: Recipe, step: Step, elsewhere: Mapping[str, StepFolder] 
 
     `elsewhere` holds, by name, finished steps of another run that this run is about to take by reference.
     """
+    places = [
+        (earlier, (elsewhere or {}).get(earlier.name) or recipe.folder(earlier)) for earlier in recipe.before(step)
+    ]
+    finished = {earlier.name: (earlier, folder) for earlier, folder in places if is_published(folder)}
     artifacts: dict[Role, Artifact] = {}
     words: list[str] = []
     for role, makers in recipe.makers(step).items():
         if makers:
-            artifacts[role], told = _take(recipe, step, role, makers, elsewhere or {})
-            words.append(told)
+            maker, note = _nearest(recipe, step, role, makers, finished)
+            folder = finished[maker.name][1]
+            artifacts[role] = read_artifact(folder.artifact, role.kind, reader=step.name)
+            words.append(f"{role} of '{maker.name}' ({folder.artifact}{note})")
         elif role == POLICY and recipe.base.policy:
             artifacts[role] = read_artifact(Path(recipe.base.policy), "policy", reader=step.name)
             words.append(f"policy {artifacts[role].path}")
         elif role == POLICY:
             words.append(f"base {recipe.base.model}")
     pooled = {
-        earlier.name: read_artifact(folder.dialogs, "dialogs", reader=step.name)
-        for earlier, folder in _finished_before(recipe, step, elsewhere or {})
+        name: read_artifact(folder.dialogs, "dialogs", reader=step.name)
+        for name, (earlier, folder) in finished.items()
         if step.stage.pools and earlier.stage is step.stage
     }
     if pooled:
-        words.append(f"dialogs of {', '.join(repr(name) for name in pooled)}")
-    tuned = [
-        folder for earlier, folder in _finished_before(recipe, step, elsewhere or {}) if earlier.stage.command == "sft"
-    ]
+        words.append(f"dialogs of {', '.join(map(repr, pooled))}")
+    tuned = [folder for earlier, folder in finished.values() if earlier.stage.command == "sft"]
     sft_policy = read_artifact(tuned[-1].artifact, "policy", reader=step.name) if tuned else None
-    surveyed = _surveyed(recipe, step, elsewhere or {})
-    if surveyed:
-        words.append(f"all of {', '.join(repr(name) for name in surveyed)}")
+    surveyed: dict[str, Artifact] = {}
+    if step.stage.surveys:
+        read = {name: read_artifact(folder.artifact, reader=step.name) for name, (_, folder) in finished.items()}
+        surveyed = {name: one for name, one in read.items() if one.manifest.kind in step.stage.surveys}
+        if not surveyed:
+            raise ArtifactError(
+                f"{recipe.run.dir}: '{step.name}' is about finished steps, and none before it is finished. Run `make"
+                f" {recipe.steps[0].stage.command}` with the same CONFIG and ARGS first, or `make all`."
+            )
+        words.append(f"all of {', '.join(map(repr, surveyed))}")
     return Taken(artifacts, ", ".join(words), pooled, sft_policy, surveyed)
 
 
-def _surveyed(recipe: Recipe, step: Step, elsewhere: Mapping[str, StepFolder]) -> dict[str, Artifact]:
-    """What is finished before a step that surveys, by step, in the order of the recipe."""
-    if not step.stage.surveys:
-        return {}
-    found = {
-        earlier.name: read_artifact(folder.artifact, reader=step.name)
-        for earlier, folder in _finished_before(recipe, step, elsewhere)
-    }
-    found = {name: artifact for name, artifact in found.items() if artifact.manifest.kind in step.stage.surveys}
-    if not found:
-        raise ArtifactError(
-            f"{recipe.run.dir}: '{step.name}' is about finished steps, and none before it is finished. Run `make"
-            f" {recipe.steps[0].stage.command}` with the same CONFIG and ARGS first, or `make all`."
-        )
-    return found
-
-
-def _finished_before(recipe: Recipe, step: Step, elsewhere: Mapping[str, StepFolder]) -> list[tuple[Step, StepFolder]]:
-    """The finished steps before this one, in order, and where they lie."""
-    places = [(earlier, elsewhere.get(earlier.name) or recipe.folder(earlier)) for earlier in recipe.before(step)]
-    return [(earlier, folder) for earlier, folder in places if is_published(folder)]
-
-
-def _take(
-    recipe: Recipe, step: Step, role: Role, makers: Sequence[Step], elsewhere: Mapping[str, StepFolder]
-) -> tuple[Artifact, str]:
+def _nearest(
+    recipe: Recipe, step: Step, role: Role, makers: Sequence[Step], finished: Collection[str]
+) -> tuple[Step, str]:
+    """The nearest earlier step that is finished, and the words for nearer ones that are not."""
     for index, maker in enumerate(makers):
-        folder = elsewhere.get(maker.name) or recipe.folder(maker)
-        if is_published(folder):
-            skipped = makers[:index]
-            note = f"; not finished: {', '.join(other.name for other in skipped)}" if skipped else ""
-            artifact = read_artifact(folder.artifact, role.kind, reader=step.name)
-            return artifact, f"{role} of '{maker.name}' ({folder.artifact}{note})"
+        if maker.name in finished:
+            skipped = ", ".join(other.name for other in makers[:index])
+            return maker, f"; not finished: {skipped}" if skipped else ""
     raise ArtifactError(
         f"{recipe.run.dir}: '{step.name}' reads a {role}, and none of the steps before it that make one is finished"
         f" ({', '.join(other.name for other in reversed(makers))}). Run `make {makers[-1].stage.command}` with the same"

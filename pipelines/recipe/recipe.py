@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, cast
 
 from pydantic import ConfigDict, Field, RootModel, create_model, model_validator
 
@@ -44,7 +44,6 @@ from ppo import Config as PpoConfig
 from rejection_sampling import Config as RejectionSamplingConfig
 from reward import Config as RewardConfig
 from sft import Config as SftConfig
-from sft.config import VERSION as SFT_VERSION
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _TAKEN_NAMES = ("wandb", "lineage.json", "study.json", "study.md", "study.png")
@@ -162,6 +161,11 @@ class StepEntry(RootModel[Any]):
         """The models that it names; none where the data decide."""
         _, _, which = self.head.partition("/")
         return (which,) if which else tuple(self.values.get("only") or ())
+
+    @property
+    def sections(self) -> tuple[tuple[type[Section], str], ...]:
+        """The sections that it may go over, with their schemas: its stage's own, tuning and rollout."""
+        return (self.stage.config, self.stage.section), (Tuning, "tuning"), (Rollout, "rollout")
 
     def over(self, section: str) -> Mapping[str, Any]:
         """Its values over one section of the recipe: tuning, rollout or the stage's own."""
@@ -305,18 +309,12 @@ def resolve(sections: RecipeSections) -> Recipe:
     steps = []
     data = sections.data.model_dump(mode="json")
     for entry in sections.steps:
-        config = merged(getattr(sections, entry.stage.section).model_dump(mode="json"), entry.over(entry.stage.section))
-        tuning = merged(sections.tuning.model_dump(mode="json"), entry.over("tuning"))
-        rollout = merged(sections.rollout.model_dump(mode="json"), entry.over("rollout"))
+        config, tuning, rollout = (
+            from_plain(schema, merged(getattr(sections, name).model_dump(mode="json"), entry.over(name)))
+            for schema, name in entry.sections
+        )
         steps += [
-            Step(
-                name=entry.step_name(product),
-                stage=entry.stage,
-                product=product,
-                config=from_plain(entry.stage.config, config),
-                tuning=from_plain(Tuning, tuning),
-                rollout=from_plain(Rollout, rollout),
-            )
+            Step(entry.step_name(product), entry.stage, product, config, cast(Tuning, tuning), cast(Rollout, rollout))
             for product in entry.products(data)
         ]
     return Recipe(sections, tuple(steps))
@@ -458,11 +456,8 @@ def _conflicts(layers: Layers) -> Iterator[ConfigProblem]:
             yield from conflicts(SftConfig, sft, _at(plain, (stage.section, "sft")), (stage.section, "sft"))
     for at, entry in _entries(layers):
         stage = entry.stage
-        for schema, section, place in (
-            (stage.config, stage.section, at),
-            (Tuning, "tuning", (*at, "tuning")),
-            (Rollout, "rollout", (*at, "rollout")),
-        ):
+        for schema, section in entry.sections:
+            place = at if section == stage.section else (*at, section)
             found = conflicts(schema, plain.get(section), entry.over(section), place)
             yield from (problem for problem in found if problem.key == dotted(place))  # of a key alone the types tell
         if stage.tunes:
@@ -514,7 +509,7 @@ def step_identity(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact]) ->
         "step": step.name,
         "command": step.stage.command,
         "stage_version": step.stage.version,
-        **({"sft_version": SFT_VERSION} if step.stage.tunes else {}),
+        **({"sft_version": STAGES["sft"].version} if step.stage.tunes else {}),
         "run": identity(recipe.run),
         "base": _base_identity(recipe.base),
         "tuning": _tuning_identity(step.tuning),

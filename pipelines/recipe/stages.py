@@ -13,17 +13,9 @@ import ppo
 import rejection_sampling
 import reward
 import sft
-from context_distillation.config import VERSION as CONTEXT_DISTILLATION_VERSION
 from evaluation import report
-from evaluation.config import VERSION as EVALUATION_VERSION
-from evaluation.report.config import VERSION as REPORT_VERSION
-from gatt.config import VERSION as GATT_VERSION
 from llamachat.config.section import Section
 from llamachat.runs.artifacts import Kind
-from ppo.config import VERSION as PPO_VERSION
-from rejection_sampling.config import VERSION as REJECTION_SAMPLING_VERSION
-from reward.config import VERSION as REWARD_VERSION
-from sft.config import VERSION as SFT_VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +36,7 @@ class Role:
 
 POLICY, EVALUATION, REPORT = Role("policy"), Role("evaluation"), Role("report")
 ADVERSARIAL_DATA = ("adversarial", "prompts", "safety")  # where prompts come from that ask for something unsafe
+PAIR_DATA = ("helpfulness", "safety", "open", "labels")  # where pairs come from, and the labels beside them
 PROMPT_DATA = ("prompts", "adversarial", "sft", "helpfulness", "safety")  # where prompts come from
 REWARD_MODELS = tuple(Role("reward_model", which) for which in ("helpfulness", "safety", "judge"))
 
@@ -67,7 +60,6 @@ class Stage:
     help: str  # of the command, for `--help`
     section: str  # its key in the recipe
     package: ModuleType  # exports Config, run, estimate
-    version: int  # raised when its code makes something else of the same configuration
     products: tuple[Product, ...]  # one step each; several are told apart by `makes.which`
     reads: tuple[Role, ...] = (POLICY,)  # taken from the nearest earlier steps that make them
     scores_if: str = ""  # the key of its section without which it reads no reward models; empty: it always does
@@ -83,6 +75,11 @@ class Stage:
         return self.package.Config
 
     @property
+    def version(self) -> int:
+        """Part of the fingerprint: raised when its code makes something else of the same configuration."""
+        return self.package.config.VERSION
+
+    @property
     def models(self) -> tuple[str, ...]:
         """What tells its products apart; nothing for a command that is one step."""
         return tuple(product.makes.which for product in self.products if product.makes.which)
@@ -96,7 +93,6 @@ STAGES = {
             help="Supervised fine-tuning: a base learns to answer from dialogs (paper, section 3.1).",
             section="sft",
             package=sft,
-            version=SFT_VERSION,
             products=(Product(makes=POLICY, data=("sft",), needs=("sft",)),),
             starts_from_base=True,
         ),
@@ -105,23 +101,22 @@ STAGES = {
             help="Reward models: the chat policy learns which of two answers people prefer (3.2.2). Also runs a study.",
             section="reward",
             package=reward,
-            version=REWARD_VERSION,
             products=(
                 Product(
                     makes=Role("reward_model", "helpfulness"),
-                    data=("helpfulness", "safety", "open", "labels"),
+                    data=PAIR_DATA,
                     needs=("helpfulness",),
                     unread=("safety_auxiliary_weight", "balance_labels", "helpfulness_share"),
                 ),
                 Product(
                     makes=Role("reward_model", "safety"),
-                    data=("helpfulness", "safety", "open", "labels"),
+                    data=PAIR_DATA,
                     needs=("safety",),
                     unread=("other_share",),
                 ),
                 Product(
                     makes=Role("reward_model", "judge"),
-                    data=("helpfulness", "safety", "open", "labels"),
+                    data=PAIR_DATA,
                     needs=("helpfulness", "safety"),
                     share="judge",
                     unread=("safety_auxiliary_weight", "balance_labels", "helpfulness_share", "other_share"),
@@ -133,7 +128,6 @@ STAGES = {
             help="Rejection sampling: the best of K answers to each prompt are learnt, with earlier rounds' (3.2.3).",
             section="rejection_sampling",
             package=rejection_sampling,
-            version=REJECTION_SAMPLING_VERSION,
             products=(Product(makes=POLICY, data=PROMPT_DATA, needs=PROMPT_DATA),),
             reads=(POLICY, *REWARD_MODELS),
             shared=("rollout", "scoring", "sft"),
@@ -145,7 +139,6 @@ STAGES = {
             help="Ghost Attention: the policy learns to keep an instruction of the first turn to the end (3.3).",
             section="gatt",
             package=gatt,
-            version=GATT_VERSION,
             products=(Product(makes=POLICY, data=("sft",), needs=("sft",)),),
             reads=(POLICY, *REWARD_MODELS),
             scores_if="ranks_by_reward",
@@ -157,7 +150,6 @@ STAGES = {
             help="Context distillation: safer answers, sampled under a preprompt, are learnt without it (4.2.4).",
             section="context_distillation",
             package=context_distillation,
-            version=CONTEXT_DISTILLATION_VERSION,
             products=(Product(makes=POLICY, data=(*PROMPT_DATA, "borderline"), needs=ADVERSARIAL_DATA),),
             reads=(POLICY, *REWARD_MODELS),
             shared=("rollout", "scoring", "sft"),
@@ -168,7 +160,6 @@ STAGES = {
             help="Proximal policy optimisation: the policy learns to answer as the reward models like it (3.2.3).",
             section="ppo",
             package=ppo,
-            version=PPO_VERSION,
             products=(Product(makes=POLICY, data=PROMPT_DATA, needs=PROMPT_DATA),),
             reads=(POLICY, *REWARD_MODELS),
             shared=("rollout", "scoring"),
@@ -178,7 +169,6 @@ STAGES = {
             help="Evaluation: every finished policy of the run on the same held-out prompts (3.4 and 4.4).",
             section="evaluation",
             package=evaluation,
-            version=EVALUATION_VERSION,
             products=(Product(makes=EVALUATION, data=(*PROMPT_DATA, "borderline"), needs=PROMPT_DATA),),
             reads=(POLICY, *REWARD_MODELS),
             shared=("rollout", "scoring"),
@@ -189,7 +179,6 @@ STAGES = {
             help="One page that tells of the whole run, or of as much of it as is finished: HTML, and the same as Markdown.",
             section="report",
             package=report,
-            version=REPORT_VERSION,
             products=(Product(makes=REPORT, data=()),),
             reads=(),
             surveys=("policy", "reward_model", "evaluation"),

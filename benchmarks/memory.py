@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,6 @@ class Case:
     checkpointing: bool = False
     attention: str = "sdpa"
     dtype: str = "bfloat16"
-    critic: str = "separate"
 
     def __str__(self) -> str:
         sizes = {
@@ -64,11 +62,8 @@ class Case:
             "rollout": f"{self.rows} answers, {self.tokens} + {self.new_tokens} tokens",
             "ppo": f"{self.rows} answers, {self.tokens} + {self.new_tokens} tokens, rows of {self.row_tokens}",
         }[self.step]
-        odd = [self.dtype] if self.dtype != "bfloat16" else []
-        odd += [self.attention] if self.attention != "sdpa" else []
-        odd += ["shared critic"] if self.critic == "shared" else []
-        ways = ", ".join([self.method, *odd, *(["checkpointing"] if self.checkpointing else [])])
-        return f"{self.step}: {ways}, {sizes}"
+        ways = [self.method, self.dtype, self.attention, *(["checkpointing"] if self.checkpointing else [])]
+        return f"{self.step}: {', '.join(way for way in ways if way not in ('bfloat16', 'sdpa'))}, {sizes}"
 
 
 CASES = (
@@ -94,14 +89,8 @@ CASES = (
 def base_of(case: Case, folder: Path) -> Base:
     """The section `base`: sequences are no longer than the case's."""
     longest = {"rollout": case.tokens + case.new_tokens, "ppo": case.tokens + case.new_tokens + 2}
-    return Base.model_validate(
-        {
-            "model": str(folder / "base"),
-            "dtype": case.dtype,
-            "attention": case.attention,
-            "max_tokens": longest.get(case.step, case.tokens),
-        }
-    )
+    sizes = {"dtype": case.dtype, "attention": case.attention, "max_tokens": longest.get(case.step, case.tokens)}
+    return Base.model_validate({"model": str(folder / "base"), **sizes})
 
 
 def tuning_of(case: Case) -> Tuning:
@@ -137,7 +126,6 @@ def ppo_config(case: Case) -> PpoConfig:
             "responses_per_minibatch": case.rows,
             "tokens_per_microbatch": case.row_tokens,
             "gradient_checkpointing": case.checkpointing,
-            "critic": case.critic,
             "validation_prompts": 4,
             "test_prompts": 4,
         }
@@ -227,14 +215,8 @@ def report(case: Case, shape: str, estimate: Estimate, measured: int) -> str:
     return f"{shape:<5}{case!s:<84}{ratio}\n     {parts}"
 
 
-def chosen(only: str) -> Iterator[Case]:
-    """The cases whose words hold this."""
-    return (case for case in CASES if only in str(case))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Peak memory of the steps against the planner's estimates, in MiB.")
-    parser.add_argument("--shape", choices=sorted(SHAPES), action="append", help="One of the shapes; else all.")
     parser.add_argument("--only", default="", help="Part of a case's words, such as sft or 'ppo: lora'.")
     parser.add_argument("--times", type=float, default=1.0, help="Rows are so many times as long: for a GPU.")
     parser.add_argument("--check", action="store_true", help="Fail where a ratio is outside 0.85 to 1.15.")
@@ -251,11 +233,10 @@ def main() -> None:
     print(f"{'':<89}{'estimate':>7}{'measured':>9}{'ratio':>8}")
     outside = []
     with tempfile.TemporaryDirectory() as scratch:
-        names = options.shape or sorted(SHAPES)
-        folders = {name: write_models(Path(scratch) / name, ({"toy": TOY} | SHAPES)[name]) for name in ("toy", *names)}
-        for case in chosen(options.only):
+        folders = {name: write_models(Path(scratch) / name, shape) for name, shape in ({"toy": TOY} | SHAPES).items()}
+        for case in (case for case in CASES if options.only in str(case)):
             longer = replace(case, tokens=round(case.tokens * options.times))
-            for name in names:
+            for name in SHAPES:
                 estimate, measured = estimated(longer, SHAPES[name], gpu), measure(longer, folders, name)
                 print(report(longer, name, estimate, measured), flush=True)
                 if not BAND[0] <= estimate.grown_bytes / measured <= BAND[1]:

@@ -21,7 +21,7 @@ import torch
 from benchmarks.memory import Case, base_of, ppo_config, reward_config, rollout_of, sft_config, tuning_of
 from llamachat.chat_format import TokenizedExample
 from llamachat.chat_format.dialog import Message
-from llamachat.config.sections import Data, Run, Tracking
+from llamachat.config.sections import Data, DataSource, Run, Scoring, Tracking
 from llamachat.data.packing import StepPlan
 from llamachat.data.records import Preference
 from llamachat.runs.artifacts import StepFolder
@@ -65,6 +65,20 @@ def _ids(length: int) -> tuple[int, ...]:
     return tuple(3 + place % 250 for place in range(length))
 
 
+def _inputs(step: str, case: Case, folder: Path, **more: Any) -> StepInputs:
+    return StepInputs(
+        step=step,
+        folder=StepFolder(folder / step),
+        identity={},
+        fingerprint="",
+        run=Run(dir=str(folder)),
+        base=base_of(case, folder),
+        tuning=tuning_of(case),
+        tracking=Tracking(mode="off"),
+        **({"data": Data(sft=())} | more),
+    )
+
+
 def _open_sft(case: Case, folder: Path) -> Steps:
     from llamachat.data.packing import collate_packed, collate_padded
     from llamachat.models.loading import attach_adapter, load_base
@@ -93,17 +107,7 @@ def _open_sft(case: Case, folder: Path) -> Steps:
         world_size=1,
         tokens_per_step=(0,) * STEPS,
     )
-    inputs = StepInputs(
-        step="sft",
-        folder=StepFolder(folder),
-        identity={},
-        fingerprint="",
-        run=Run(dir=str(folder)),
-        base=base,
-        tuning=tuning,
-        data=Data(sft=()),
-        tracking=Tracking(mode="off"),
-    )
+    inputs = _inputs("sft", case, folder)
     training = Tuning(config, inputs, model, chat_format, Examples([dialog], [], [], {}), plan)
     return lambda: _train(training, collate)
 
@@ -188,28 +192,20 @@ def _open_rollout(case: Case, folder: Path) -> Steps:
 
 
 def _open_ppo(case: Case, folder: Path) -> Steps:
-    from llamachat.config.sections import Data, DataSource, Run, Scoring, Tracking
     from llamachat.rollout.decoder import LlamaEngine
-    from llamachat.runs.artifacts import StepFolder
-    from llamachat.runs.inputs import StepInputs
     from llamachat.tracking.tracker import open_record
     from ppo.session import open_ppo
     from ppo.train import start_or_resume
 
     bundled = Path(__file__).resolve().parents[2] / "data" / "prompts" / "general.jsonl.gz"
     config = ppo_config(case)
-    inputs = StepInputs(
-        step="ppo",
-        folder=StepFolder(folder / "ppo"),
-        identity={},
-        fingerprint="",
-        run=Run(dir=str(folder)),
-        base=base_of(case, folder),
-        tuning=tuning_of(case),
+    inputs = _inputs(
+        "ppo",
+        case,
+        folder,
         data=Data(sft=(), prompts=(DataSource(path=str(bundled)),)),
         rollout=rollout_of(case),
         scoring=Scoring(combine="single", helpfulness=str(folder / "reward")),
-        tracking=Tracking(mode="off"),
     )
     session = open_ppo(config, inputs)
     prompts = session.prompts

@@ -121,14 +121,6 @@ def test_dry_run_prints_the_resolved_recipe_and_the_plan_and_runs_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_overwrite_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sft, "run", publish_toy_policy)
-    path = str(write_recipe(tmp_path))
-    assert main(["sft", "--config", path]) == 0
-    assert main(["sft", "--config", path, "sft.epochs=1"]) == 2
-    assert main(["sft", "--config", path, "sft.epochs=1", "--overwrite"]) == 0
-
-
 def test_data_convert_and_check_count_and_name_and_end_with_2_where_something_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

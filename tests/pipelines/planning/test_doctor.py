@@ -144,40 +144,33 @@ def wrong_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def run_sft(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+@pytest.mark.parametrize(
+    ("name", "status", "words"),
+    [
+        ("gated", 2, "is gated and no token is on this machine"),
+        ("mistral", 2, "base.model: 'owner/mistral' has the architecture 'mistral'"),
+        ("derived", 1, "cases of the tokenizer proof"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_refused_before_any_weights(
+    name: str,
+    status: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_weights: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    answers = {
+        "gated": lambda: refusal(GatedRepoError),
+        "mistral": lambda: base_copy(tmp_path / "files", model_type="mistral"),
+        "derived": lambda: wrong_tokenizer(tmp_path / "files"),
+    }
+    asked = hub_says(monkeypatch, answers[name]())
     path = write_recipe(tmp_path, tuning={"method": "lora"}, tracking={"mode": "off"})
-    status = main(["sft", "--config", str(path), f"base.model={model}", f"run.dir={tmp_path}/{len(model)}"])
-    return status, capsys.readouterr().err
-
-
-def test_a_gated_base_without_a_token_is_told_before_any_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = hub_says(monkeypatch, refusal(GatedRepoError))
-    status, told = run_sft(tmp_path, LLAMA, capsys)
-    assert status == 2 and "is gated and no token is on this machine" in told and "hf auth login" in told
-    assert [kwargs["allow_patterns"] for _, kwargs in asked] == [list(hub.TOKENIZER_FILES)]
-    assert not [pattern for pattern in hub.TOKENIZER_FILES if "safetensors" in pattern or pattern.startswith("*")]
-
-
-def test_another_architecture_is_told_before_its_tokenizer_and_any_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = base_copy(tmp_path / "files", model_type="mistral")
-    (folder / "tokenizer.model").write_bytes(b"no tokenizer")
-    hub_says(monkeypatch, folder)
-    for model in ("mistralai/Mistral-7B-v0.1", str(folder)):
-        status, told = run_sft(tmp_path, model, capsys)
-        assert status == 2 and f"base.model: '{model}' has the architecture 'mistral'" in told
-        assert "Bases that work: Llama-2 7B" in told
-
-
-def test_a_tokenizer_that_fails_the_proof_is_told_before_any_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hub_says(monkeypatch, wrong_tokenizer(tmp_path / "files"))
-    status, told = run_sft(tmp_path, "owner/derived", capsys)
-    assert status == 1 and "cases of the tokenizer proof" in told and "allow_unproved_tokenizer" in told
+    assert main(["sft", "--config", str(path), f"base.model=owner/{name}"]) == status
+    assert words in capsys.readouterr().err
+    assert asked and all(kwargs == {"allow_patterns": list(hub.TOKENIZER_FILES)} for _, kwargs in asked)
 
 
 # -- the doctor

@@ -170,7 +170,6 @@ REFUSED_STEPS: list[tuple[Any, str]] = [
     ([{"sft": {"epoch": 1}}], "steps.0.sft.epoch: unknown key. Did you mean 'epochs'?"),
     ([{"sft": {"epochs": -1}}], "steps.0.sft.epochs: found the number -1, but a number above 0 is required"),
     ([{"sft": {"trainer": {"sed": 1}}}], "steps.0.sft.trainer.sed: TRL's SFTConfig has no argument of this name."),
-    ([{"rm/safety": {"epoch": 1}}], "steps.0.rm/safety.epoch: unknown key. Did you mean 'epochs'?"),
     ([{"sft": {"tuning": {"rnk": 1}}}], "steps.0.sft.tuning.rnk: unknown key. Did you mean 'rank'?"),
     ([{"sft": {"tuning": "lora"}}], "steps.0.sft.tuning: found the text 'lora', but a mapping of keys is required."),
     ([{"rs": {"rollout": {"topp": 1}}}], "steps.0.rs.rollout.topp: unknown key. Did you mean 'top_p'?"),

@@ -1,10 +1,7 @@
 """`llamachat compare`: what two runs were told otherwise, figures with intervals, and when two numbers do not compare."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,8 @@ from llamachat.runs.record import MetricsRecord
 from pipelines.cli.main import main
 from pipelines.studies.compare import Comparison, compare_runs
 from pipelines.studies.differences import Compared
+from tests.pipelines.cli.test_command_line import python
 
-ROOT = Path(__file__).resolve().parents[3]
 DIGEST = {name: format(number, "x") * 64 for number, name in enumerate(("old", "new", "base", "other"), start=10)}
 SCORES = [0.0, 1.0, 5.0, -3.0, 2.0, 8.0]
 
@@ -267,16 +264,9 @@ def test_a_broken_file_is_named(tmp_path: Path, file: str, text: str, expected: 
 
 def test_it_starts_without_what_trains(tmp_path: Path) -> None:
     one, other = two_runs(tmp_path)
-    code = (
-        "import sys; from pipelines.cli.main import main; status = main(sys.argv[1:]);"
-        "print(status, sorted({'torch', 'transformers', 'wandb', 'sklearn'} & set(sys.modules)))"
+    done = python(
+        "import sys; from pipelines.cli.main import main;"
+        f"print(main(['compare', {str(one)!r}, {str(other)!r}]),"
+        " sorted({'torch', 'transformers', 'wandb', 'sklearn'} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "compare", str(one), str(other)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.splitlines()[-1] == "0 []"
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr

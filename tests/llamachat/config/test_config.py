@@ -293,11 +293,3 @@ def test_identity_leaves_out_operational_keys_at_any_depth(recipe: Path) -> None
     assert found["rollout"] == {"temperature": 1.0, "top_p": 1.0, "top_k": None, "max_new_tokens": 512}
     assert "allow_unproved_tokenizer" not in found["base"] and found["base"]["rope_scaling"] is None
     assert found["data"]["sft"][0]["weight"] == 1.0 and found["data"]["split"]["test"] == 0.05
-
-
-def test_every_key_has_a_description() -> None:
-    def undescribed(section: type[Section]) -> list[str]:
-        return [f"{section.__name__}.{name}" for name, field in section.model_fields.items() if not field.description]
-
-    sections = (Run, Base, Tuning, Data, Rollout, Tracking)
-    assert [name for section in sections for name in undescribed(section)] == []

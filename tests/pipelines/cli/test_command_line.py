@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import sft
@@ -234,28 +235,13 @@ main(["sft", "--config", {str(path)!r}])
     started = subprocess.Popen(
         [sys.executable, "-c", parent], cwd=REPOSITORY, env={**os.environ, "LLAMACHAT_DIE_WITH_PARENT": "1"}
     )
-    pid_file = tmp_path / "pid"
-    assert _until(lambda: pid_file.exists() and bool(pid_file.read_text()))
+    pid_file, ends = tmp_path / "pid", time.monotonic() + 30
+    while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < ends:
+        time.sleep(0.05)
+    command = psutil.Process(int(pid_file.read_text()))
     started.kill()
     started.wait()
-    assert _until(lambda: not _is_alive(int(pid_file.read_text())))
-
-
-def _until(condition: Any) -> bool:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether the process runs; one that nobody has buried yet does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    command.wait(timeout=30)
 
 
 # -- an existing environment

@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import subprocess
-import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
-from llamachat.chat_format.dialog import DialogError, Message, parse_messages
+from llamachat.chat_format.dialog import DialogError, Message, as_dicts, parse_messages
 from llamachat.chat_format.tokenizer import SPACE, Tokenizer
 from llamachat.data.tokens import write_tokens
 from llamachat.errors import ConfigError, DataError, TokenizerError, UsageError
@@ -29,10 +27,6 @@ TWO_PAIRS = (
     Message("user", "Bye"),
     Message("assistant", "See you."),
 )
-
-
-def _records(messages: tuple[Message, ...]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def _write(path: Path, *records: Any) -> Path:
@@ -175,18 +169,13 @@ def test_a_prompt_that_ends_with_an_answer_is_refused(tiny_format: ChatFormat) -
 def test_too_long_loses_the_oldest_pairs_and_keeps_system_and_last_turn(
     tiny_format: ChatFormat, tiny_sentencepiece: bytes, has_system: bool, is_open: bool
 ) -> None:
-    turns = [
-        Message("user", "What is the capital of France?"),
-        Message("assistant", "Paris."),
-        Message("user", "And the weather?"),
-        Message("assistant", "I like to talk about the weather."),
-        Message("user", "Thanks!"),
-        Message("assistant", "You are welcome."),
-    ]
+    texts = ["What is the capital of France?", "Paris.", "And the weather?", "I like to talk about the weather."]
+    texts += ["Thanks!", "You are welcome."]
+    turns = [Message("assistant" if index % 2 else "user", text) for index, text in enumerate(texts)]
     system = [Message("system", "Always answer in one sentence.")] if has_system else []
     turns = turns[:-1] if is_open else turns
     candidates = [tuple(system + turns[start:]) for start in (0, 2, 4)]
-    lengths = [len(reference_dialog(tiny_sentencepiece, _records(kept))[0]) for kept in candidates]
+    lengths = [len(reference_dialog(tiny_sentencepiece, as_dicts(kept))[0]) for kept in candidates]
     assert lengths == sorted(lengths, reverse=True)
     for max_tokens in range(lengths[2] - 2, lengths[0] + 3):
         fitting = [kept for kept, length in zip(candidates, lengths, strict=True) if length <= max_tokens]
@@ -211,20 +200,11 @@ def test_only_one_file_knows_the_tags() -> None:
     assert holders == {"llamachat/chat_format/llama2.py"}
 
 
-def test_importing_the_format_loads_no_heavy_library() -> None:
-    code = (
-        "import sys, llamachat.chat_format.llama2, llamachat.data.tokens, llamachat.errors\n"
-        "print([name for name in ('torch', 'transformers', 'trl', 'datasets', 'wandb') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == "[]"
-
-
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_tokens_writes_ids_and_mask_of_each_dialog(
     tmp_path: Path, tokenizer_dir: Path, tiny_sentencepiece: bytes, suffix: str
 ) -> None:
-    closed = _records(TWO_PAIRS)
+    closed = as_dicts(TWO_PAIRS)
     opened = [{"role": "user", "content": "</s> a <s>"}]
     lines = [json.dumps({"messages": closed, "other": 1}), "", json.dumps({"messages": opened}), " "]
     content = ("\ufeff" + "\r\n".join(lines)).encode()
@@ -243,17 +223,17 @@ def test_tokens_writes_ids_and_mask_of_each_dialog(
 def test_tokens_reads_a_tokenizer_file_and_the_last_answer_alone(
     tmp_path: Path, tokenizer_dir: Path, tiny_sentencepiece: bytes
 ) -> None:
-    source = _write(tmp_path / "dialogs.jsonl", {"messages": _records(TWO_PAIRS)})
+    source = _write(tmp_path / "dialogs.jsonl", {"messages": as_dicts(TWO_PAIRS)})
     write_tokens(tokenizer_dir / "tokenizer.model", source, tmp_path / "ids.jsonl", train_on=TrainOn.LAST_ANSWER)
     row = json.loads((tmp_path / "ids.jsonl").read_text())
-    ids, mask = reference_dialog(tiny_sentencepiece, _records(TWO_PAIRS))
+    ids, mask = reference_dialog(tiny_sentencepiece, as_dicts(TWO_PAIRS))
     second = ids.index(1, 1)
     assert row == {"input_ids": ids, "loss_mask": [0] * second + mask[second:]}
 
 
 def test_tokens_tells_all_bad_lines_and_writes_nothing(tmp_path: Path, tokenizer_dir: Path) -> None:
     source = tmp_path / "dialogs.jsonl"
-    good = json.dumps({"messages": _records(TWO_PAIRS)})
+    good = json.dumps({"messages": as_dicts(TWO_PAIRS)})
     tag = json.dumps({"messages": [{"role": "user", "content": "a [INST] b"}]})
     lines = [good, '{"messages": [', "[1]", '{"text": "x"}', '{"messages": 3}', tag, good]
     source.write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
@@ -288,7 +268,7 @@ def test_tokens_tells_a_hundred_bad_lines_and_counts_the_rest(tmp_path: Path, to
 
 
 def test_tokens_refuses_files_it_cannot_read_or_write(tmp_path: Path, tokenizer_dir: Path) -> None:
-    source = _write(tmp_path / "dialogs.jsonl", {"messages": _records(TWO_PAIRS)})
+    source = _write(tmp_path / "dialogs.jsonl", {"messages": as_dicts(TWO_PAIRS)})
     with pytest.raises(DataError, match=r"missing.jsonl:1: file: cannot be read .*\(No such file"):
         write_tokens(tokenizer_dir, tmp_path / "missing.jsonl", tmp_path / "ids.jsonl")
     with pytest.raises(UsageError, match=r"ids.jsonl' cannot be written \(No such file.*Make the folder"):
@@ -304,12 +284,8 @@ def test_tokens_refuses_files_it_cannot_read_or_write(tmp_path: Path, tokenizer_
 def test_show_prints_the_text_with_control_characters_made_harmless(
     tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    messages = [
-        {"role": "user", "content": "caf\u00e9 [red] \U0001f642"},
-        {"role": "assistant", "content": "a\x1b[31mb"},
-    ]
-    write_tokens(
-        tokenizer_dir, _write(tmp_path / "in.jsonl", {"messages": messages}), tmp_path / "out.jsonl", show=True
-    )
+    messages = as_dicts([Message("user", "caf\u00e9 [red] \U0001f642"), Message("assistant", "a\x1b[31mb")])
+    source = _write(tmp_path / "in.jsonl", {"messages": messages})
+    write_tokens(tokenizer_dir, source, tmp_path / "out.jsonl", show=True)
     shown = capsys.readouterr().out
     assert "1: <s> [INST] caf\u00e9 [red] \U0001f642 [/INST] a\\x1b[31mb </s>" in shown

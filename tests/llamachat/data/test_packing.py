@@ -142,10 +142,7 @@ def test_packed_row_by_hand():
     assert batch["labels"].tolist() == [[IGNORED, IGNORED, 12, 13, IGNORED, 21, 22]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
     assert "attention_mask" not in batch
-
-
-def test_first_token_of_an_example_is_no_label_of_its_neighbour():
-    whole = TokenizedExample((7, 8), (True, True))
+    whole = TokenizedExample((7, 8), (True, True))  # an example's first token is no label of its neighbour
     assert collate_packed([whole, whole])["labels"].tolist() == [[IGNORED, 8, IGNORED, 8]]
 
 

@@ -42,8 +42,12 @@ def unless_null(**field_arguments: Any) -> Any:
 
 def is_operational(field: FieldInfo) -> bool:
     """Whether a field was made by `operational`."""
+    return _is_marked(field, "operational")
+
+
+def _is_marked(field: FieldInfo, mark: str) -> bool:
     extra = field.json_schema_extra
-    return isinstance(extra, Mapping) and extra.get("operational") is True
+    return isinstance(extra, Mapping) and extra.get(mark) is True
 
 
 def identity(section: Section) -> dict[str, Any]:
@@ -52,13 +56,8 @@ def identity(section: Section) -> dict[str, Any]:
     return {
         name: _identity_of(getattr(section, name), plain[name])
         for name, field in type(section).model_fields.items()
-        if not is_operational(field) and not (_is_unless_null(field) and plain[name] is None)
+        if not is_operational(field) and not (_is_marked(field, "unless_null") and plain[name] is None)
     }
-
-
-def _is_unless_null(field: FieldInfo) -> bool:
-    extra = field.json_schema_extra
-    return isinstance(extra, Mapping) and extra.get("unless_null") is True
 
 
 def _identity_of(value: object, plain: Any) -> Any:

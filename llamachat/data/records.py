@@ -233,17 +233,10 @@ class _Parser:
         if chosen and rejected and chosen.content.strip() == rejected.content.strip():
             self.note("rejected", "is the same answer as 'chosen', so there is nothing to compare.", "Drop the record.")
         rating = self.rating(row)
-        is_safe = [self.boolean(row, key) for key in ("chosen_is_safe", "rejected_is_safe")]
+        is_safe: dict[str, Any] = {key: self.boolean(row, key) for key in ("chosen_is_safe", "rejected_is_safe")}
         if not prompt or chosen is None or rejected is None:
             return None
-        return Preference(
-            prompt=prompt,
-            chosen=chosen,
-            rejected=rejected,
-            rating=rating,
-            chosen_is_safe=is_safe[0],
-            rejected_is_safe=is_safe[1],
-        )
+        return Preference(prompt=prompt, chosen=chosen, rejected=rejected, rating=rating, **is_safe)
 
     def prompt(self, row: Mapping[str, Any]) -> Prompt | None:
         messages = self.messages(row, "prompt", "user")
@@ -292,17 +285,15 @@ class _Parser:
         if not isinstance(value, list) or len(value) != 1:
             self.note_no_answer(row, key)
             return None
-        messages = self.readable_messages(value, key)
-        if not messages:
-            return None
-        (message,) = messages
-        if message.role != "assistant":
+        message = next(iter(self.readable_messages(value, key)), None)
+        if message is not None and message.role != "assistant":
             self.note(f"{key}[0].role", f"is '{message.role}', but an answer is the assistant's.", "Write 'assistant'.")
             return None
-        with self.noting():
-            check_message(message, f"{key}[0]")
-        with self.noting():
-            check_texts(messages, self.forbidden, field=key)
+        if message is not None:
+            with self.noting():
+                check_message(message, f"{key}[0]")
+            with self.noting():
+                check_texts([message], self.forbidden, field=key)
         return message
 
     def note_no_answer(self, row: Mapping[str, Any], key: str) -> None:

@@ -108,23 +108,14 @@ DIALOGS: dict[str, tuple[str, object, dict[Repair, int]]] = {
     "alpaca": ('{"instruction": "a", "input": "", "output": "b"}', AB, {Repair.KNOWN_SET: 1}),
 }  # fmt: skip
 ABC = {"prompt": [user("a")], "chosen": [answer("b")], "rejected": [answer("c")]}
+WHOLE = {"chosen": turns("a", "b"), "rejected": turns("a", "c")}
 PREFERENCES: dict[str, tuple[str, object, dict[Repair, int]]] = {
     "texts": ('{"prompt": "a", "chosen": "b", "rejected": "c"}', ABC, {Repair.TEXT: 3}),
-    "whole dialogs": (
-        json.dumps({"prompt": "a", "chosen": turns("a", "b"), "rejected": turns("a", "c"), "prompt_id": "x"}),
-        ABC,
-        {Repair.TEXT: 1, Repair.WHOLE_DIALOGS: 1, Repair.LEFT_OUT: 1},
-    ),
-    "whole dialogs without a prompt": (
-        json.dumps({"chosen": turns("a", "b"), "rejected": turns("a", "c"), "prompt_id": "x"}),
-        ABC,
-        {Repair.WHOLE_DIALOGS: 1, Repair.LEFT_OUT: 1},
-    ),
-    "system of one": (
-        json.dumps({"prompt": [system("s"), user("a")], "chosen": turns("a", "b"), "rejected": turns("a", "c")}),
-        {**ABC, "prompt": [system("s"), user("a")]},
-        {Repair.WHOLE_DIALOGS: 1},
-    ),
+    "whole dialogs": (pair(prompt="a", prompt_id="x", **WHOLE), ABC,
+                      {Repair.TEXT: 1, Repair.WHOLE_DIALOGS: 1, Repair.LEFT_OUT: 1}),
+    "whole dialogs without a prompt": (json.dumps(WHOLE), ABC, {Repair.WHOLE_DIALOGS: 1}),
+    "system of one": (pair(prompt=[system("s"), user("a")], **WHOLE), {**ABC, "prompt": [system("s"), user("a")]},
+                      {Repair.WHOLE_DIALOGS: 1}),
     "one side whole": (pair(prompt=[user("a")], chosen=turns("a", "b"), rejected=[answer("c")]), ABC,
                        {Repair.WHOLE_DIALOGS: 1}),
     "turns after the prompt": (

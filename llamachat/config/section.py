@@ -40,11 +40,6 @@ def unless_null(**field_arguments: Any) -> Any:
     return Field(default=None, json_schema_extra={"unless_null": True}, **field_arguments)
 
 
-def is_operational(field: FieldInfo) -> bool:
-    """Whether a field was made by `operational`."""
-    return _is_marked(field, "operational")
-
-
 def _is_marked(field: FieldInfo, mark: str) -> bool:
     extra = field.json_schema_extra
     return isinstance(extra, Mapping) and extra.get(mark) is True
@@ -56,7 +51,7 @@ def identity(section: Section) -> dict[str, Any]:
     return {
         name: _identity_of(getattr(section, name), plain[name])
         for name, field in type(section).model_fields.items()
-        if not is_operational(field) and not (_is_marked(field, "unless_null") and plain[name] is None)
+        if not _is_marked(field, "operational") and not (_is_marked(field, "unless_null") and plain[name] is None)
     }
 
 

@@ -19,11 +19,8 @@ from llamachat.data.sources.source import Gather, RawRecord, RawRow, as_row, as_
 
 _DEEPEST = 100  # turns; the sets' longest conversations have about ten
 _ROLES = {"prompter": "user", "assistant": "assistant"}
-
-
-def rating_of_rank_distance(distance: int) -> str:
-    """How much better the higher-ranked of two answers is: ours, since the annotators ordered answers without grades."""
-    return {1: "slightly_better", 2: "better"}.get(distance, "significantly_better")
+# How much better the higher-ranked of two answers is: ours, since the annotators ordered answers without grades.
+_RATING_OF_RANK_DISTANCE = {1: "slightly_better", 2: "better"}
 
 
 def _message(node: Mapping[str, Any]) -> dict[str, str]:
@@ -43,12 +40,6 @@ def _replies(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _is_kept(node: Mapping[str, Any]) -> bool:
     """False where moderators deleted a message, or reviewers called it spam (in the files that keep those)."""
     return not node.get("deleted") and node.get("review_result") is not False
-
-
-def _roots(row: RawRow) -> list[Mapping[str, Any]]:
-    """The first message of the tree, if it was not deleted."""
-    root = as_row(row.get("prompt"), "prompt")
-    return [root] if _is_kept(root) else []
 
 
 def tree_of_messages(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -122,8 +113,8 @@ _MESSAGES = Gather(
 
 @source("dialog", "message_tree_id prompt", shape=_is_tree, gather=_MESSAGES)
 def oasst(row: RawRow) -> Iterator[RawRecord]:
-    for root in _roots(row):
-        yield from ({"messages": path} for path in _best_paths(root, []))
+    root = as_row(row.get("prompt"), "prompt")
+    yield from ({"messages": path} for path in (_best_paths(root, []) if _is_kept(root) else ()))
 
 
 def _ranked_pairs(node: Mapping[str, Any], path: list[dict[str, str]]) -> Iterator[RawRecord]:
@@ -134,7 +125,7 @@ def _ranked_pairs(node: Mapping[str, Any], path: list[dict[str, str]]) -> Iterat
         ranked.sort(key=lambda entry: entry[0])
         for (rank, better), (other_rank, worse) in combinations(ranked, 2):
             if rank != other_rank:
-                rating = rating_of_rank_distance(other_rank - rank)
+                rating = _RATING_OF_RANK_DISTANCE.get(other_rank - rank, "significantly_better")
                 yield {"prompt": path, "chosen": [_message(better)], "rejected": [_message(worse)], "rating": rating}
     for reply in replies:
         yield from _ranked_pairs(reply, path)
@@ -142,5 +133,5 @@ def _ranked_pairs(node: Mapping[str, Any], path: list[dict[str, str]]) -> Iterat
 
 @source("preference", "message_tree_id prompt", shape=_is_tree, gather=_MESSAGES)
 def oasst_preference(row: RawRow) -> Iterator[RawRecord]:
-    for root in _roots(row):
-        yield from _ranked_pairs(root, [])
+    root = as_row(row.get("prompt"), "prompt")
+    yield from _ranked_pairs(root, []) if _is_kept(root) else ()

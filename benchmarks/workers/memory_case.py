@@ -66,6 +66,7 @@ def _ids(length: int) -> tuple[int, ...]:
 
 
 def _inputs(step: str, case: Case, folder: Path, **more: Any) -> StepInputs:
+    others: dict[str, Any] = {"data": Data(sft=()), **more}
     return StepInputs(
         step=step,
         folder=StepFolder(folder / step),
@@ -75,7 +76,7 @@ def _inputs(step: str, case: Case, folder: Path, **more: Any) -> StepInputs:
         base=base_of(case, folder),
         tuning=tuning_of(case),
         tracking=Tracking(mode="off"),
-        **({"data": Data(sft=())} | more),
+        **others,
     )
 
 

@@ -192,16 +192,15 @@ def _disk(recipe: Recipe) -> Iterator[Finding]:
         state = trained * (width + (8 if width == 4 else 12))
         needs.append((run, CHECKPOINTS * state + trained * width, f"{step.name}: checkpoints and result"))
     known = KNOWN_BASES.get(recipe.base.model)
-    if known is not None and not Path(recipe.base.model).exists():
+    if known is not None and not Path(recipe.base.model).exists() and not is_cached(recipe.base.model):
         from huggingface_hub import constants
 
-        if not is_cached(recipe.base.model):
-            needs.append((Path(constants.HF_HUB_CACHE), shape.weights * known.file_width, "download of the base"))
-    by_device: dict[int, list[tuple[Path, float, str]]] = {}
+        needs.append((Path(constants.HF_HUB_CACHE), shape.weights * known.file_width, "download of the base"))
+    by_disk: dict[int, list[tuple[Path, float, str]]] = {}
     for path, size, what in needs:
         existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-        by_device.setdefault(existing.stat().st_dev, []).append((existing, size, what))
-    for group in by_device.values():
+        by_disk.setdefault(existing.stat().st_dev, []).append((existing, size, what))
+    for group in by_disk.values():
         need, free = sum(size for _, size, _ in group), shutil.disk_usage(group[0][0]).free
         parts = ", ".join(f"{what} {size / 2**30:.1f}" for _, size, what in group)
         problem = f"{free / 2**30:.1f} GiB free at {group[0][0]}; about {need / 2**30:.1f} needed ({parts})"
@@ -252,20 +251,18 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     keys = dict.fromkeys(key for step in recipe.steps for key in step.product.data)
     for source in (source for key in keys for source in getattr(recipe.data, key)):
         named = hub_set(source.path)
-        if named is None:
-            size = measure_data([source.model_copy(update={"weight": 1.0})])
-            if size is not None and not size.records:
-                yield Finding("data", "FAIL", f"{source.path} holds no line", "Write or fetch it again.")
-            else:
-                yield Finding("data", "ok", source.path + (f": about {size.records:,.0f} records" if size else ""))
+        if named is not None:
+            reach = reach_data(named.name)
+            verdict: Verdict = "ok" if reach.state == "open" else "note" if reach.state == "offline" else "FAIL"
+            words = {"ok": f"the hub has '{named.name}'; its split '{named.split}' is read at the start"}
+            words["note"] = f"{reach.reason}: '{named.name}' is not checked"
+            yield Finding("data", verdict, words.get(verdict, reach.reason), reach.way_out)
             continue
-        reach = reach_data(named.name)
-        if reach.state == "open":
-            yield Finding("data", "ok", f"the hub has '{named.name}'; its split '{named.split}' is read at the start")
-        elif reach.state == "offline":
-            yield Finding("data", "note", f"{reach.reason}: '{named.name}' is not checked", reach.way_out)
+        size = measure_data([source.model_copy(update={"weight": 1.0})])
+        if size is not None and not size.records:
+            yield Finding("data", "FAIL", f"{source.path} holds no line", "Write or fetch it again.")
         else:
-            yield Finding("data", "FAIL", reach.reason, reach.way_out)
+            yield Finding("data", "ok", source.path + (f": about {size.records:,.0f} records" if size else ""))
 
 
 def _problem_and_fix(error: LlamachatError) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from evaluation import Config as EvaluationConfig
 from evaluation.report import Config as ReportConfig
 from gatt import Config as GattConfig
 from llamachat.config.gpus import Gpu, parse_gpu
-from llamachat.config.sections import DataSource, Split
+from llamachat.config.sections import DataSource
 from llamachat.errors import ArtifactError, LlamachatError
 from llamachat.memory.estimates import BYTES, Estimate, Setup, Shape, shape_of
 from llamachat.memory.role_bytes import PROMPT_TOKENS, Beside, Lengths, Seating, place_reward_models
@@ -90,7 +90,8 @@ class _Work:
     @property
     def train_share(self) -> float:
         """The share of the conversations that is trained on."""
-        return _train_share(self.recipe.data.split)
+        split = self.recipe.data.split
+        return 1.0 - split.test - split.validation - split.judge
 
     def lengths(self, prompts: "DataSize | None") -> Lengths:
         """Of prompts as the files have them, and of answers as an earlier policy gave them."""
@@ -126,7 +127,7 @@ def _sft(work: _Work, config: SftConfig) -> Estimate:
 
 
 def _reward(work: _Work, config: RewardConfig) -> Estimate:
-    pairs, tokens = _reward_mix(work.recipe, config, work.step.product.makes.which) or (None, 0.0)
+    pairs, tokens = _reward_mix(work, config) or (None, 0.0)
     return reward_cost(
         config,
         work.setup,
@@ -135,9 +136,9 @@ def _reward(work: _Work, config: RewardConfig) -> Estimate:
     )
 
 
-def _reward_mix(recipe: Recipe, config: RewardConfig, which: str | None) -> tuple[float, float] | None:
+def _reward_mix(work: _Work, config: RewardConfig) -> tuple[float, float] | None:
     """Pairs of the model's mix, and tokens of all that it learns from; None where some of it is not counted."""
-    data, kept = recipe.data, _train_share(recipe.data.split)
+    data, kept, which = work.recipe.data, work.train_share, work.step.product.makes.which
     if which == "judge":
         own, others, share, kept = (*data.helpfulness, *data.safety, *data.open), (), 0.0, data.split.judge
     elif which == "helpfulness":
@@ -151,7 +152,7 @@ def _reward_mix(recipe: Recipe, config: RewardConfig, which: str | None) -> tupl
         return None
     of_own = measured[0].records * kept
     of_others = min(measured[1].records * kept, of_own * share / (1 - share))
-    longest = 2 * recipe.base.max_tokens
+    longest = 2 * work.recipe.base.max_tokens
     tokens = of_own * min(longest, TOKENS_OF_A_PAIR * measured[0].tokens_per_record)
     tokens += of_others * min(longest, TOKENS_OF_A_PAIR * measured[1].tokens_per_record)
     return of_own + of_others, tokens + labels.records * kept * min(longest / 2, labels.tokens_per_record)
@@ -262,10 +263,6 @@ def _asked(most: int | None, prompts: DataSize | None, train_share: float) -> in
     """How many prompts are asked of those on the training side, with a limit to them; None where neither is known."""
     there = None if prompts is None else round(prompts.records * train_share)
     return min((count for count in (most, there) if count is not None), default=None)
-
-
-def _train_share(split: Split) -> float:
-    return 1.0 - split.test - split.validation - split.judge
 
 
 def _measure(source: DataSource, hub_tokens: float) -> DataSize | None:

@@ -261,8 +261,8 @@ def _that_fits(drafts: Sequence[Draft]) -> Draft:
     for draft in drafts:
         if draft.fit().fits and (gpu or draft.fit().peak_bytes <= installed_bytes()):
             return draft
-    for draft in drafts if gpu else ():
-        settings = settings_to_fit(draft.recipe(), gpu)
+    for draft in drafts:
+        settings = settings_to_fit(draft.recipe(), gpu) if gpu else None
         if settings is not None:
             for key, value in settings:
                 section, _, name = key.partition(".")

@@ -1,6 +1,7 @@
 """The plan in words: each step with its inputs and cost, a table of them all, what the whole comes to; and all presets."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from llamachat.config.gpus import Gpu, parse_gpu
 from llamachat.errors import UsageError
@@ -97,17 +98,16 @@ def _verdict(recipe: Recipe, running: Fit, hours: float | None) -> Iterator[str]
 
 def presets_text(gpu: str | None = None) -> str:
     """Every preset on cards of three sizes, or on one: its worst step and the bytes of that."""
-    if gpu is not None:
-        try:
-            parse_gpu(gpu)
-        except ValueError as error:
-            raise UsageError(f"--gpu: {error}") from None
-    sizes = (gpu,) if gpu else SIZES
-    rows = [["preset", "base", "card", *sizes, f"time on {'it' if gpu else 'its card'}"]]
+    try:
+        cards = [parse_gpu(text) for text in ((gpu,) if gpu else SIZES)]
+    except ValueError as error:
+        raise UsageError(f"--gpu: {error}") from None
+    rows = [["preset", "base", "card", *((gpu,) if gpu else SIZES), f"time on {'it' if gpu else 'its card'}"]]
     for path, recipe in presets():
         own = card(recipe)
-        cells = [_on(recipe, size, own.count if own else 1) for size in sizes]
-        fit = fits(recipe, parse_gpu(gpu) if gpu else own)
+        count = own.count if own else 1  # of a card alone as many as the preset is for
+        cells = [_on(recipe, replace(one, count=one.count if one.count > 1 else count)) for one in cards]
+        fit = fits(recipe, cards[0] if gpu else own)
         time = "not counted" if fit is None or fit.hours is None else duration(3600 * fit.hours)
         rows.append([path.stem, recipe.base.model.rpartition("/")[2], str(own or "CPU"), *cells, time])
     remark = (
@@ -116,11 +116,8 @@ def presets_text(gpu: str | None = None) -> str:
     return "\n".join([*text_table(rows), remark])
 
 
-def _on(recipe: Recipe, size: str, count: int) -> str:
-    """Whether the recipe fits this many cards of the size, or the cards that are named."""
-    gpu = parse_gpu(size)
-    if gpu.count == 1 and count > 1:
-        gpu = Gpu(gpu.name, gpu.gib, gpu.tflops, count)
+def _on(recipe: Recipe, gpu: Gpu) -> str:
+    """Whether the recipe fits the card or cards."""
     fit = fits(recipe, gpu)
     if fit is None:
         return "shape not known"

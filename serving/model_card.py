@@ -205,7 +205,7 @@ def _settings(facts: Facts) -> dict[str, Any]:
     settings = {**identity.get("tuning", {}), **(section if isinstance(section, dict) else {})}
     settings = {key: value for key, value in settings.items() if isinstance(value, str | int | float)}
     end = step_of(facts.artifact).ending
-    return settings | ({end.key: end.count} if end and end.key and end.key in settings else {})
+    return settings | ({end.key: end.words()} if end and end.key and end.key in settings else {})
 
 
 def _unsafe_shares(facts: Facts) -> dict[str, Measure | None]:

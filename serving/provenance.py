@@ -89,7 +89,7 @@ def step_line(artifact: Artifact) -> str:
     manifest, step = artifact.manifest, step_of(artifact)
     models = sorted(role.partition("/")[2] for role in manifest.inputs if role.startswith("reward_model/"))
     by = f", with the reward models {', '.join(models)}" if models else ""
-    end = f"; {step.ending.in_words}" if step.ending else ""
+    end = f"; {step.ending.words(with_unit=True)}" if step.ending else ""
     return f"`{manifest.step}`: {_MADE_BY.get(step.command, step.command)}{by}; seed {manifest.seed}{end}"
 
 

@@ -102,7 +102,7 @@ def _steps(facts: Facts) -> Table:
         rows.append(
             row(
                 step.name,
-                manifest.kind.replace("_", " ") + (f": {ending.in_words}" if ending else ""),
+                manifest.kind.replace("_", " ") + (f": {ending.words(with_unit=True)}" if ending else ""),
                 str(manifest.seed),
                 f"{manifest.git_commit[:_SHORT_COMMIT]}{edited}" if manifest.git_commit else "unknown",
                 manifest.created[:16].replace("T", " "),
@@ -216,7 +216,7 @@ def _of_values(facts: Facts) -> list[tuple[str, str, str]]:
     for command, section, key, what, stated, unit in _VALUES:
         for step in facts.by_command(command):
             ours, end = step.value(section, key), step.ending
-            cut = end.count if end is not None and end.key == key else None
+            cut = end.words() if end is not None and end.key == key else None
             if ours is not None and (cut or ours not in stated):
                 texts = [f"{one:g} {unit}".strip() for one in (stated[0], ours)]
                 rows.append((f"{step.name}: {what}", texts[0], cut or texts[1]))
@@ -230,7 +230,7 @@ def _of_commands(facts: Facts) -> list[tuple[str, str, str]]:
         iterations = planned if end is None or end.done is None else end.done
         low, high = _MOST_ITERATIONS
         if iterations is not None and not low <= iterations <= high:
-            told = f"{planned}" if end is None else end.count
+            told = f"{planned}" if end is None else end.words()
             rows.append((f"{step.name}: iterations", f"{low} to {high}", told))
     for step in facts.by_command("rs"):
         if step.value("rejection_sampling", "start") == "current":

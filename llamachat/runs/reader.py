@@ -146,22 +146,13 @@ class Ending:
     done: float | None = None
     planned: float | None = None
 
-    @property
-    def count(self) -> str:
-        """'5 of 23, ended by max_hours'."""
-        return self._words("")
-
-    @property
-    def in_words(self) -> str:
-        """'5 of 23 iterations, ended by max_hours'."""
-        return self._words(f" {self.key}")
-
-    def _words(self, unit: str) -> str:
+    def words(self, *, with_unit: bool = False) -> str:
+        """'5 of 23, ended by max_hours', '5 of 23 iterations, ended by max_hours'."""
         by = f"ended by {self.by}"
         if self.planned is None:
             return by
         done = "at most" if self.done is None else f"{self.done:.4g} of"
-        return f"{done} {self.planned:g}{unit}, {by}"
+        return f"{done} {self.planned:g}{f' {self.key}' if with_unit else ''}, {by}"
 
 
 @dataclass(frozen=True)

@@ -86,19 +86,12 @@ def side_by_side(results: Sequence[PolicyResult], *, count: int) -> list[dict[st
 
 def _answer(one: PolicyResult, kind: str, place: int) -> dict[str, Any]:
     if kind == "borderline":
-        return {
-            "text": one.borderline[place],
-            "tokens": one.borderline_tokens[place],
-            "finished": one.borderline_finished[place],
-            "scores": {},
-        }
-    evaluation = one.evaluation
-    return {
-        "text": evaluation.texts[place],
-        "tokens": evaluation.tokens[place],
-        "finished": evaluation.finished[place],
-        "scores": {name: round(values[place], 4) for name, values in evaluation.scores().items()},
-    }
+        scores, lists = {}, (one.borderline, one.borderline_tokens, one.borderline_finished)
+    else:
+        scores = {name: round(values[place], 4) for name, values in one.evaluation.scores().items()}
+        lists = (one.evaluation.texts, one.evaluation.tokens, one.evaluation.finished)
+    text, tokens, is_finished = (values[place] for values in lists)
+    return {"text": text, "tokens": tokens, "finished": is_finished, "scores": scores}
 
 
 def _row(shown: dict[str, Any]) -> dict[str, Any]:
@@ -114,10 +107,12 @@ def _sizes(results: Sequence[PolicyResult], classifier: RefusalClassifier | None
         "eval/safety_prompts": float(sum(first.is_safety)),
         "eval/borderline_prompts": float(len(first.borderline)),
     }
-    if classifier is not None:
-        accuracy = Measure(classifier.accuracy, classifier.low, classifier.high, classifier.answers)
-        sizes |= accuracy.named("eval/refusal_classifier_accuracy")
-    return sizes
+    accuracy = _accuracy(classifier)
+    return sizes | (accuracy.named("eval/refusal_classifier_accuracy") if accuracy else {})
+
+
+def _accuracy(classifier: RefusalClassifier | None) -> Measure | None:
+    return classifier and Measure(classifier.accuracy, classifier.low, classifier.high, classifier.answers)
 
 
 def _content(
@@ -128,7 +123,7 @@ def _content(
     classifier: RefusalClassifier | None,
     shown: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    rollout = inputs.rollout
+    rollout, accuracy = inputs.rollout, _accuracy(classifier)
     return {
         "reference": results[0].policy,
         "policies": [one.policy for one in results],
@@ -141,9 +136,7 @@ def _content(
             policy: {name: asdict(figure) for name, figure in by_name.items()} for policy, by_name in figures.items()
         },
         "curves": [asdict(curve) for one in results for curve in one.curves],
-        "refusal_classifier": None
-        if classifier is None
-        else asdict(Measure(classifier.accuracy, classifier.low, classifier.high, classifier.answers)),
+        "refusal_classifier": asdict(accuracy) if accuracy else None,
         "reward_models": _reward_tables(inputs),
         "samples": shown,
     }

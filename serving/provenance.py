@@ -18,24 +18,8 @@ from llamachat.runs.artifacts import Artifact, StepFolder, read_artifact
 from llamachat.runs.fingerprints import digest_of_file
 from llamachat.runs.reader import step_of
 
-_MADE_BY = {
-    "sft": "supervised fine-tuning on dialogs (paper, 3.1)",
-    "rm": "a reward model, trained on pairs of answers of which people prefer one (3.2.2)",
-    "rs": "rejection sampling: of several answers to a prompt the one that the reward models like best is learnt (3.2.3)",
-    "gatt": "Ghost Attention: an instruction of the first turn is kept to the end of a dialog (3.3)",
-    "distill": "context distillation: answers given under a safety preprompt are learnt without it (4.2.4)",
-    "ppo": "proximal policy optimisation against the reward models (3.2.3)",
-}
-_KINDS = {
-    "sft": "Dialogs",
-    "helpfulness": "Pairs of answers, the more helpful one chosen",
-    "safety": "Pairs of answers, the safer one chosen",
-    "open": "Further pairs of answers",
-    "labels": "Answers labelled safe or unsafe",
-    "prompts": "Prompts that were answered",
-    "adversarial": "Prompts that ask for harm and were answered",
-    "borderline": "Harmless prompts that look unsafe",
-}
+# The kinds of data that a step may read, in the order of the card.
+_KINDS = ("sft", "helpfulness", "safety", "open", "labels", "prompts", "adversarial", "borderline")
 # Data sets of the hub that bundled files were cut from.
 _ON_THE_HUB = {
     "hh-rlhf-harmless-base": "Anthropic/hh-rlhf",
@@ -84,15 +68,6 @@ def hub_name(steps: Sequence[Artifact]) -> str | None:
     return None if is_folder else base
 
 
-def step_line(artifact: Artifact) -> str:
-    """What a step did, from what and how far."""
-    manifest, step = artifact.manifest, step_of(artifact)
-    models = sorted(role.partition("/")[2] for role in manifest.inputs if role.startswith("reward_model/"))
-    by = f", with the reward models {', '.join(models)}" if models else ""
-    end = f"; {step.ending.words(with_unit=True)}" if step.ending else ""
-    return f"`{manifest.step}`: {_MADE_BY.get(step.command, step.command)}{by}; seed {manifest.seed}{end}"
-
-
 def dropped_lines(steps: Sequence[Artifact]) -> list[str]:
     """What each step left out or shortened, the dialogs that it made included."""
     lines = []
@@ -125,15 +100,9 @@ def sources(steps: Sequence[Artifact], kinds: Sequence[str]) -> list[Source]:
     return list(dict.fromkeys(found))
 
 
-def lines_by_kind(read: Sequence[Source]) -> dict[str, list[str]]:
-    """The data by the meaning of its kind, with the licences of what is bundled."""
-    lines: dict[str, list[str]] = {}
-    for kind, meaning in _KINDS.items():
-        for source in read:
-            if source.kind == kind:
-                licences = "; ".join(f"{name}: {licence}" for name, licence in source.origins or ())
-                lines.setdefault(meaning, []).append(f"{source.line}{f' ({licences})' if licences else ''}")
-    return lines
+def by_kind(read: Sequence[Source]) -> dict[str, list[Source]]:
+    """The data of each kind that there is."""
+    return {kind: found for kind in _KINDS if (found := [source for source in read if source.kind == kind])}
 
 
 def _before(artifact: Artifact) -> Artifact | None:

@@ -23,7 +23,6 @@ from evaluation.report.page import (
 )
 from llamachat.runs.reader import Evaluation, Measure
 
-COMBINED = ("score", "reward_combined", "reward_helpfulness", "reward_safety")  # the first that there is leads
 _DIFFERENCES = (
     ("score", "combined, deviations"),
     ("reward_combined", "combined, raw"),
@@ -32,6 +31,7 @@ _DIFFERENCES = (
     ("judge", "judge"),
     ("judge_like_length", "judge, answers of like length"),
 )
+# The scores that a verdict can be on; the first that there is leads.
 _NAMES = {"score": "combined score", "reward_combined": "combined score", "reward_helpfulness": "helpfulness score",
           "reward_safety": "safety score"}  # fmt: skip
 
@@ -124,7 +124,7 @@ def headline(facts: Facts) -> Section:
 def verdict(evaluation: Evaluation, policy: str) -> str:
     """One sentence: whether the policy beats the reference in the combined score, and whether the judge follows."""
     reference = evaluation.reference
-    key = next((name for name in COMBINED if evaluation.measure(policy, f"difference/{name}")), None)
+    key = next((name for name in _NAMES if evaluation.measure(policy, f"difference/{name}")), None)
     judge = evaluation.measure(policy, "difference/judge")
     if key is None:
         return f"Whether {policy} beats {reference} was not measured: no reward model scored both."

@@ -32,7 +32,8 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     folder = inputs.folder
     facts = read_facts(inputs)
     remove_tree(folder.figures)
-    page = Page(_title(facts), _facts(facts), tuple(_sections(config, facts, folder.figures)))
+    title = f"{facts.run_name}: a Llama 2 recipe from base to chat model"
+    page = Page(title, _facts(facts), tuple(_sections(config, facts, folder.figures)))
     write_text(folder.page, html(page))
     write_text(folder.page_markdown, markdown(page, folder.path))
     lacking = missing(facts)
@@ -63,10 +64,6 @@ def _sections(config: Config, facts: Facts, figures: Path) -> Iterator[Section]:
         deviations(facts),
     ]
     yield from (section for section in found if section is not None)
-
-
-def _title(facts: Facts) -> str:
-    return f"{facts.run_name}: a Llama 2 recipe from base to chat model"
 
 
 def _facts(facts: Facts) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ may read and edit them; that of weights from the manifest.
 
 import json
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -135,7 +135,8 @@ def publish(
     `manifest` comes without versions, commit, time and files. Kind 'dialogs' goes to `dialogs/`, others to `artifact/`,
     or where they do not end the step to `tuned/`, until `end_step`. Of several processes the first one writes.
     """
-    final = _place(folder, manifest.kind) if ends_step else folder.tuned
+    place = folder.dialogs if manifest.kind == "dialogs" else folder.artifact
+    final = place if ends_step else folder.tuned
     if distributed.is_first():
         _fill(final, manifest, write)
     distributed.wait()
@@ -239,10 +240,6 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _place(folder: StepFolder, kind: Kind) -> Path:
-    return folder.dialogs if kind == "dialogs" else folder.artifact
-
-
 def _refuse_pickles(path: Path, names: list[str]) -> None:
     pickled = [name for name in names if Path(name).suffix in _PICKLED]
     if pickled:
@@ -283,14 +280,8 @@ def _step_name(path: Path) -> str:
 
 
 def _suggest(kind: Kind) -> str:
-    commands: Mapping[Kind, str] = {
-        "policy": "make sft",
-        "reward_model": "make rm",
-        "dialogs": "make rs",
-        "evaluation": "make eval",
-        "report": "make report",
-    }
-    return f" (`{commands[kind]}` makes a '{kind}')"
+    command = {"policy": "sft", "reward_model": "rm", "dialogs": "rs", "evaluation": "eval"}.get(kind, kind)
+    return f" (`make {command}` makes a '{kind}')"
 
 
 def read_manifest(where: Path) -> Manifest:

@@ -173,11 +173,6 @@ class RunStep:
         assert self.manifest is not None, f"{self.name} is not finished"
         return self.manifest
 
-    @property
-    def has_figures(self) -> bool:
-        """Whether the step has produced anything yet; one that was only begun has not."""
-        return self.is_finished or bool(self.summary) or self.folder.metrics.is_file()
-
     @cached_property
     def identity(self) -> Mapping[str, Any]:
         """The keys that decide what the step makes."""
@@ -190,6 +185,11 @@ class RunStep:
     def command(self) -> str:
         """The command that makes such a step: 'rm' of 'rm/safety', 'rs' of 'rs-2'."""
         return str(self.identity.get("command") or command_of(self.name))
+
+    @property
+    def scored_by(self) -> list[str]:
+        """The reward models that the step read, by what they judge."""
+        return sorted(role.partition("/")[2] for role in self.published.inputs if role.startswith("reward_model/"))
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
@@ -264,7 +264,9 @@ def read_run(run: Path) -> dict[str, RunStep]:
         for name in sorted(folders)
         if not any(part in NOT_STEPS or part.startswith((".", INCOMING)) for part in Path(name).parts)
     ]
-    steps = [step for step in (read_step(run, name) for name in names) if step.has_figures]
+    steps = [read_step(run, name) for name in names]
+    # One that was only begun has produced nothing yet.
+    steps = [step for step in steps if step.is_finished or step.summary or step.folder.metrics.is_file()]
     if not steps:
         raise UsageError(
             f"{run}: no steps here. A run folder holds a folder for each step, such as 'sft' with its summary.json."

@@ -20,7 +20,7 @@ from llamachat.answers.packed import TokenSequence, answer_logprobs
 from llamachat.chat_format import ChatFormat
 from llamachat.constraints.families import families
 from llamachat.constraints.instruction import draw_instruction
-from llamachat.errors import ArtifactError, ConfigError
+from llamachat.errors import ConfigError
 from llamachat.models.loading import load_policy
 from llamachat.models.open_roles import open_roles
 from llamachat.runs.artifacts import read_artifact
@@ -291,13 +291,6 @@ def test_killed_at_many_moments_it_ends_like_an_uninterrupted_one(
 
 
 # --- what is refused
-
-
-def test_without_a_finished_policy_it_says_what_to_run(world: World, safety: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ArtifactError, match=r"'eval' reads a policy, and none of the steps before it .* Run `make sft`"
-    ):
-        run_command(load(recipe_of(tmp_path, world, safety)), "eval")
 
 
 def test_families_that_no_rule_can_check_are_refused(world: World, safety: Path, tmp_path: Path) -> None:

@@ -19,6 +19,11 @@ from llamachat.runs.reader import Evaluation
 from tests.evaluation.report.tiny_report import HOSTILE, TinyRun, measure, write
 
 
+def text_of(run: TinyRun, **config: Any) -> str:
+    """The report as Markdown."""
+    return run.report(config=Config(**config)).page_markdown.read_text(encoding="utf-8")
+
+
 def compared(**differences: dict[str, Any]) -> Evaluation:
     """An evaluation of ppo against sft with these differences alone."""
     figures = {"sft": {}, "ppo": {f"difference/{name}": one for name, one in differences.items()}}
@@ -63,20 +68,9 @@ def test_numbers_keep_the_side_of_zero_where_it_matters() -> None:
 def test_costs_are_those_written_down_else_the_trainings(tmp_path: Path) -> None:
     run = TinyRun(tmp_path / "tiny").add("sft", "rs")
     write(run.folder / "sft" / "cost.json", {"seconds": 7200.0, "peak_gib": 21.54, "starts": 2})
-    text = run.report().page_markdown.read_text(encoding="utf-8")
+    text = text_of(run)
     assert "| sft | 2.0 h | 21.5 GiB | 2 |" in text
     assert "| rs | 30 s (training alone) | 1.5 GiB | - |" in text and "| all | 2.0 h |" in text
-
-
-def test_a_step_of_another_run_is_read_through_its_link(tmp_path: Path) -> None:
-    elsewhere = TinyRun(tmp_path / "other").add("sft")
-    run = TinyRun(tmp_path / "tiny")
-    run.folder.mkdir()
-    (run.folder / "sft").symlink_to("../other/sft", target_is_directory=True)
-    before = sorted(path.name for path in (elsewhere.folder / "sft").iterdir())
-    run.artifacts = [type(one)(run.folder / "sft" / "artifact", one.manifest) for one in elsewhere.artifacts]
-    assert "| sft | 4.120 | 2.888 | 405,468 | 1.5 |" in run.report().page_markdown.read_text(encoding="utf-8")
-    assert sorted(path.name for path in (elsewhere.folder / "sft").iterdir()) == before
 
 
 def test_what_an_evaluation_lacks_is_named(tmp_path: Path) -> None:
@@ -87,7 +81,7 @@ def test_what_an_evaluation_lacks_is_named(tmp_path: Path) -> None:
         policy: {name: one for name, one in found.items() if name in kept} for policy, found in figures.items()
     }
     run.evaluation |= {"curves": [], "samples": [], "refusal_classifier": None}
-    text = run.add("sft", "rs", "ppo", "gatt", "eval").report().page_markdown.read_text(encoding="utf-8")
+    text = text_of(run.add("sft", "rs", "ppo", "gatt", "eval"))
     for words in ("safety scores take", "the judge's verdict takes", "violations take", "false refusals take"):
         assert f"The evaluation lacks a figure: {words}" in text
     assert "did not check how far instructions are kept" in text and "knows nothing of gatt" in text
@@ -99,7 +93,7 @@ def test_what_an_evaluation_lacks_is_named(tmp_path: Path) -> None:
 def test_an_evaluation_of_one_policy_compares_nothing(tmp_path: Path) -> None:
     run = TinyRun(tmp_path / "tiny")
     run.evaluation["policies"] = ["sft"]
-    text = run.add("sft", "eval").report().page_markdown.read_text(encoding="utf-8")
+    text = text_of(run.add("sft", "eval"))
     assert "Only sft was evaluated: there is nothing yet to compare it with." in text and "(best)" not in text
 
 
@@ -109,8 +103,8 @@ def test_samples_and_curves_can_be_left_out(tmp_path: Path) -> None:
     text = folder.page.read_text(encoding="utf-8")
     assert "Answers side by side" not in text and "Training curves" not in text and "alert" not in text
     assert not (folder.figures / "curves").exists()
-    one = run.report(config=Config(samples=2, shows_curves=False)).page_markdown.read_text(encoding="utf-8")
-    assert re.findall(r"<summary>(\w+):", one) == ["helpfulness", "safety"], "kinds of prompts in turn"
+    few = text_of(run, samples=2, shows_curves=False)
+    assert re.findall(r"<summary>(\w+):", few) == ["helpfulness", "safety"], "kinds of prompts in turn"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +163,7 @@ def test_a_step_that_a_limit_ended_says_how_far_it_came(tmp_path: Path) -> None:
     for details, by in ((tuned, "run.max_hours"), (judged, "max_hours"), (sampled, "max_hours")):
         details["ended_by"] = by
     learnt["end"] = "patience"
-    text = run.report().page_markdown.read_text(encoding="utf-8")
+    text = text_of(run)
     for told in (
         "| sft: epochs | 2 | 0.25 of 1.5, ended by run.max_hours |",
         "| rm/helpfulness: epochs | 1 | at most 1, ended by max_hours |",  # its record is gone
@@ -179,5 +173,5 @@ def test_a_step_that_a_limit_ended_says_how_far_it_came(tmp_path: Path) -> None:
     ):
         assert told in text
     learnt |= {"end": "hours", "ended_by": "max_hours", "iterations_done": 5}
-    text = run.report().page_markdown.read_text(encoding="utf-8")
+    text = text_of(run)
     assert "| 200 to 400 | 5 of 40, ended by max_hours |" in text

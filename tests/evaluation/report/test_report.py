@@ -109,19 +109,24 @@ def check_page(reader: Reader) -> None:
         assert len(image["alt"]) > 20
 
 
+def by_label(rows: list[list[str]]) -> dict[str, list[str]]:
+    return {label: [" ".join(cell.split()) for cell in cells] for label, *cells in rows}
+
+
 def equals(cell: str, measure: dict[str, Any] | None, is_share: bool) -> bool:
     """Whether a cell shows the figure and its interval, each to within half of its last digit."""
     if measure is None:
         return cell.strip() == "-"
     expected = [value for value in (measure["value"], measure["low"], measure["high"]) if value is not None]
     shown = NUMBER.findall(cell.replace("best", ""))
-    if len(shown) != len(expected) or ("%" in cell) != is_share:
-        return False
-    for text, value in zip(shown, expected, strict=True):
-        half = 0.5 * 10.0 ** -len(text.partition(".")[2])
-        if abs(float(text) - value * (100 if is_share else 1)) > half + 1e-9:
-            return False
-    return True
+    return (
+        len(shown) == len(expected)
+        and ("%" in cell) == is_share
+        and all(
+            abs(float(text) - value * (100 if is_share else 1)) <= 0.5 * 10.0 ** -len(text.partition(".")[2]) + 1e-9
+            for text, value in zip(shown, expected, strict=True)
+        )
+    )
 
 
 def test_the_page_is_whole_and_loads_nothing(whole: tuple[TinyRun, StepFolder]) -> None:
@@ -167,22 +172,17 @@ def test_what_a_model_said_stays_text(whole: tuple[TinyRun, StepFolder]) -> None
 
 def test_the_papers_numbers_stand_beside_ours(whole: tuple[TinyRun, StepFolder]) -> None:
     tables = read(whole[1]).tables
-    by_rating = {cells[0]: [" ".join(cell.split()) for cell in cells[1:]] for cells in tables["8-helpfulness"]}
+    by_rating = by_label(tables["8-helpfulness"])
     assert by_rating["paper: helpfulness"] == ["80.7", "67.5", "60.9", "54.7", "63.2"]
-    assert by_rating["ours: judge"] == [
-        "81.0 [77.0, 85.0]",
-        "70.0 [66.0, 74.0]",
-        "60.0 [56.0, 64.0]",
-        "-",
-        "56.2 [52.2, 60.2]",
-    ]
-    turns = {cells[0]: [" ".join(cell.split()) for cell in cells[1:]] for cells in tables["30"]}
+    ours = ["81.0 [77.0, 85.0]", "70.0 [66.0, 74.0]", "60.0 [56.0, 64.0]", "-", "56.2 [52.2, 60.2]"]
+    assert by_rating["ours: judge"] == ours
+    turns = by_label(tables["30"])
     assert turns["policy"] == ["turn 2", "turn 4", "turn 6", "turn 20"]
     assert turns["paper: without GAtt"] == ["100%", "10%", "0%", "0%"]
     assert turns["ours: rs"] == ["44.0% [39.0%, 49.0%] chance 5.0%", "38.0% [33.0%, 43.0%] chance 5.0%", "-", "-"]
-    ours = {cells[0]: cells[2] for cells in tables["deviations"]}
-    assert ours["sft: epochs"] == "1.5" and ours["ppo: iterations"] == "40" and "rank 64" in ours["tuning"]
-    assert not {"sft: batch", "rm/safety: epochs", "ppo: learning rate"} & set(ours), "the paper's own values"
+    differs = {cells[0]: cells[2] for cells in tables["deviations"]}
+    assert differs["sft: epochs"] == "1.5" and differs["ppo: iterations"] == "40" and "rank 64" in differs["tuning"]
+    assert not {"sft: batch", "rm/safety: epochs", "ppo: learning rate"} & set(differs), "the paper's own values"
 
 
 def test_it_publishes_both_pages_and_its_figures(whole: tuple[TinyRun, StepFolder]) -> None:

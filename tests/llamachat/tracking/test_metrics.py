@@ -22,13 +22,8 @@ def test_a_record_cut_back_holds_what_a_run_to_that_step_wrote(tmp_path: Path) -
     for step in range(6):
         record.append(step, {"sft/loss": 1.0 / (step + 1), "sft/epoch": step})
     lines = record.path.read_text().splitlines(keepends=True)
-    assert json.loads(lines[2]) | {"time": 0} == {
-        "step": 2,
-        "time": 0,
-        "sft/step": 2,
-        "sft/loss": 1 / 3,
-        "sft/epoch": 2,
-    }
+    written = {"step": 2, "time": 0, "sft/step": 2, "sft/loss": 1 / 3, "sft/epoch": 2}
+    assert json.loads(lines[2]) | {"time": 0} == written
     record.close()
     for tear in (1, 10, len(lines[-1]) - 1):
         record.path.write_text("".join(lines[:-1]) + lines[-1][:tear])
@@ -121,9 +116,7 @@ def test_names_are_those_of_the_table() -> None:
 def test_every_row_says_what_it_is_and_panels_share_a_unit() -> None:
     units: dict[tuple[str, str], set[str]] = {}
     for name, row in METRICS.items():
-        assert row.meaning
-        assert row.unit
-        assert row.reduction
+        assert row.meaning and row.unit and row.reduction
         units.setdefault((name.partition("/")[0], row.panel), set()).add(row.unit)
     assert {place for place, found in units.items() if len(found) > 1} == set()
 
@@ -144,9 +137,8 @@ def test_curves_are_a_picture_and_lines_of_at_most_100_columns(tmp_path: Path) -
     record = MetricsRecord(path, axis="sft/step")
     record.append(0, {"sft/eval_loss_base": 4.0})
     for step in range(50):
-        record.append(
-            step, {"throughput/rollout_tokens_per_s": 5.0, "sft/loss": math.nan if step == 7 else 50.0 - step}
-        )
+        loss = math.nan if step == 7 else 50.0 - step
+        record.append(step, {"throughput/rollout_tokens_per_s": 5.0, "sft/loss": loss})
     record.append(50, {"from/another_version": 1.0})
     draw_curves(path, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")

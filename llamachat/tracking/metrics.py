@@ -1,4 +1,7 @@
-"""The names of metrics: each has one row in `metrics.md` beside this file, with meaning, unit, reduction and panel."""
+"""The names of metrics: each has one row in `metrics.md` beside this file, with meaning, unit, reduction and panel.
+
+`docs/metrics.md` is a copy for readers: `python -m llamachat.tracking.metrics > docs/metrics.md`.
+"""
 
 import re
 from collections.abc import Iterable
@@ -83,3 +86,7 @@ def _patterns() -> list[tuple[re.Pattern[str], Metric]]:
             texts = [f"(?:{_VARIABLES[part]})" if index % 2 else re.escape(part) for index, part in enumerate(parts)]
             found.append((re.compile("".join(texts)), metric))
     return found
+
+
+if __name__ == "__main__":
+    print(_PAGE, end="")

@@ -147,3 +147,7 @@ def test_curves_are_a_picture_and_lines_of_at_most_100_columns(tmp_path: Path) -
     text = terminal_curves(path)
     assert max(len(line) for line in text.splitlines()) <= 100
     assert re.search(r"sft/loss +50 +1 +nats/token +\u2588[\u2581-\u2588 ]+\u2581\n", text)
+
+
+def test_the_page_in_docs_is_the_table() -> None:
+    assert (ROOT / "docs/metrics.md").read_bytes() == (ROOT / "llamachat/tracking/metrics.md").read_bytes()

@@ -40,12 +40,6 @@ class Whole:
     start_s: float  # until its first figures
 
 
-@dataclass(frozen=True)
-class Difference:
-    place: str
-    what: str
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 where both runs are the same, 1 where they differ."""
     parser = argparse.ArgumentParser(prog="python -m tests.random_kills", description="A recipe under random kills.")
@@ -57,11 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         differences = compare_runs(given.folder or Path(scratch), given)
-    print(table(differences))
+    same = "no differences: every artifact has the same bytes, every summary the same figures"
+    print("\n".join(differences) or same)
     return 1 if differences else 0
 
 
-def compare_runs(folder: Path, given: argparse.Namespace) -> list[Difference]:
+def compare_runs(folder: Path, given: argparse.Namespace) -> list[str]:
     """Both runs, and what differs."""
     run, kept = folder / "run", folder / "whole"
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,16 +67,17 @@ def compare_runs(folder: Path, given: argparse.Namespace) -> list[Difference]:
     return differences_of(kept, run)
 
 
-def command(run: Path, given: argparse.Namespace) -> list[str]:
-    recipe = ["--config", str(given.recipe), f"run.dir={run}", *given.overrides]
-    return [sys.executable, "-m", "pipelines", "all", *recipe]
-
-
 def start(run: Path, given: argparse.Namespace, log: Path) -> "subprocess.Popen[bytes]":
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    recipe = ["--config", str(given.recipe), f"run.dir={run}", *given.overrides]
     with log.open("ab") as stream:
         return subprocess.Popen(
-            command(run, given), cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
+            [sys.executable, "-m", "pipelines", "all", *recipe],
+            cwd=ROOT,
+            env=environment,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
         )
 
 
@@ -132,31 +128,27 @@ def must_have_ended_well(status: int, log: Path) -> None:
         sys.exit(f"{log}: the command ended with status {status}:\n{log.read_text(errors='replace')[-3000:]}")
 
 
-def differences_of(whole: Path, killed: Path) -> list[Difference]:
+def differences_of(whole: Path, killed: Path) -> list[str]:
     """Of all artifacts, and of all summaries."""
     found = []
-    for one, other, name in pairs_of(whole, killed, MANIFEST):
-        if one is None or other is None:
-            found.append(Difference(name, "only in the run " + ("that was killed" if one is None else "nobody killed")))
-            continue
-        found += [Difference(name, what) for what in artifact_differences(one.parent, other.parent)]
-    for one, other, name in pairs_of(whole, killed, "summary.json"):
-        figures = [figures_of(path) for path in (one, other)]
-        found += [Difference(name, what) for what in value_differences(*figures)]
+    for name, compare in ((MANIFEST, artifact_differences), ("summary.json", summary_differences)):
+        one, other = (
+            {path.relative_to(run): path for path in run.rglob(name) if not ASIDE & {*path.relative_to(run).parts}}
+            for run in (whole, killed)
+        )
+        for place in sorted(one.keys() | other.keys()):
+            if place not in one or place not in other:
+                what = ["only in the run " + ("nobody killed" if place in one else "that was killed")]
+            else:
+                what = compare(one[place], other[place])
+            found += [f"{place.as_posix()}  {words[:300]}" for words in what]
     return found
 
 
-def pairs_of(whole: Path, killed: Path, name: str) -> list[tuple[Path | None, Path | None, str]]:
-    """The files of this name in both runs, side by side."""
-    found = [{path.relative_to(run): path for path in run.rglob(name)} for run in (whole, killed)]
-    names = sorted(place for place in found[0].keys() | found[1].keys() if not ASIDE & {*place.parts})
-    return [(found[0].get(place), found[1].get(place), place.as_posix()) for place in names]
-
-
-def artifact_differences(one: Path, other: Path) -> list[str]:
+def artifact_differences(*manifest_paths: Path) -> list[str]:
     contents = [
-        {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        for folder in (one, other)
+        {path.relative_to(at.parent).as_posix(): path.read_bytes() for path in at.parent.rglob("*") if path.is_file()}
+        for at in manifest_paths
     ]
     manifests = [json.loads(files.pop(MANIFEST)) for files in contents]
     plain = [{key: value for key, value in values.items() if key not in NOT_COMPARED} for values in manifests]
@@ -171,9 +163,9 @@ def artifact_differences(one: Path, other: Path) -> list[str]:
     ]
 
 
-def figures_of(path: Path | None) -> dict[str, Any]:
-    values = {} if path is None else json.loads(path.read_text())
-    return {name: value for name, value in values.items() if not name.startswith(VOLATILE)}
+def summary_differences(*summary_paths: Path) -> list[str]:
+    values = [json.loads(path.read_text()) for path in summary_paths]
+    return value_differences(*({name: of[name] for name in of if not name.startswith(VOLATILE)} for of in values))
 
 
 def value_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -183,13 +175,6 @@ def value_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         for name in sorted(one.keys() | other.keys())
         if one.get(name, absent) != other.get(name, absent)
     ]
-
-
-def table(differences: Sequence[Difference]) -> str:
-    if not differences:
-        return "no differences: every artifact has the same bytes, every summary the same figures"
-    width = max(len(one.place) for one in differences)
-    return "\n".join(f"{one.place:{width}}  {one.what[:300]}" for one in differences)
 
 
 if __name__ == "__main__":

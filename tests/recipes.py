@@ -1,7 +1,7 @@
 """A recipe of toy files, for the tests of configuration, pipelines and command line: no model is ever loaded."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,28 @@ def write_base(folder: Path) -> Path:
     return folder
 
 
-def write_dialogs(path: Path, count: int = 40) -> Path:
-    lines = [
-        {"messages": [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": f"Answer {n}."}]}
-        for n in range(count)
-    ]
+def write_lines(path: Path, lines: Iterable[object]) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def write_dialogs(path: Path, count: int = 40) -> Path:
+    return write_lines(path, ({"messages": [*asked(n), said(f"Answer {n}.")]} for n in range(count)))
+
+
+def write_pairs(path: Path, count: int = 40) -> Path:
+    pairs = ((said(f"Answer {n}."), said(f"No answer {n}.")) for n in range(count))
+    return write_lines(
+        path, ({"prompt": asked(n), "chosen": [one], "rejected": [other]} for n, (one, other) in enumerate(pairs))
+    )
+
+
+def asked(number: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"Question {number}?"}]
+
+
+def said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 def recipe_values(folder: Path, **sections: Any) -> dict[str, Any]:
@@ -60,19 +75,6 @@ def recipe_values(folder: Path, **sections: Any) -> dict[str, Any]:
 
 def write_recipe(folder: Path, **sections: Any) -> Path:
     return write_yaml(folder / "recipe.yaml", recipe_values(folder, **sections))
-
-
-def write_pairs(path: Path, count: int = 40) -> Path:
-    lines = [
-        {
-            "prompt": [{"role": "user", "content": f"Question {n}?"}],
-            "chosen": [{"role": "assistant", "content": f"Answer {n}."}],
-            "rejected": [{"role": "assistant", "content": f"No answer {n}."}],
-        }
-        for n in range(count)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 def preference_data(folder: Path) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def run_command(
     return run_chosen(recipe, chosen, should_overwrite=should_overwrite).artifacts
 
 
-def _publish(kind: Kind, inputs: StepInputs | StepInputs, weights: str) -> Artifact:
+def _publish(kind: Kind, inputs: StepInputs, weights: str) -> Artifact:
     manifest = Manifest(
         kind=kind,
         step=inputs.step,
@@ -119,8 +121,8 @@ def _publish(kind: Kind, inputs: StepInputs | StepInputs, weights: str) -> Artif
         identity=inputs.identity,
         seed=inputs.run.seed,
     )
-    return publish(inputs.folder, manifest, lambda folder: _write(folder / "model.safetensors", weights))
 
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").write_text(weights)
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
+    return publish(inputs.folder, manifest, write)

@@ -13,14 +13,13 @@ from zlib import crc32
 import pytest
 
 from llamachat.chat_format import ChatFormat
-from llamachat.runs.artifacts import StepFolder
 from tests.context_distillation import tiny_distilling
 from tests.gatt import tiny_gatt
 from tests.killed_steps import open_commands, results
 from tests.llamachat.models.tiny_roles import FULL, World
 from tests.ppo.tiny_ppo import write_stopping_base
 from tests.rejection_sampling import tiny_rounds
-from tests.tiny_steps import read_lines
+from tests.tiny_steps import read_lines, step_of
 
 SEED = 1_000_003  # of the first call: what the tests below call a seed's number is counted from here
 VALUES, MEASURED, TURNS = 800_000, 900_000, 3  # of Ghost Attention
@@ -84,15 +83,6 @@ class Step:
     check: Callable[[Path], None] = lambda _: None  # of the recipe that was killed, when it is done
 
 
-def folder_of(recipe: Path, name: str) -> StepFolder:
-    return StepFolder(recipe.parent / "runs" / recipe.stem / name)
-
-
-def dialogs_of(recipe: Path, name: str) -> list[dict[str, Any]]:
-    lines = (folder_of(recipe, name).dialogs / "dialogs.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def rounds(folder: Path, sentencepiece: bytes, _: ChatFormat) -> Step:
     base = write_stopping_base(folder / "base", sentencepiece)
     steps = ["rs", {"rs": {"name": "rs-2", "sweep_prompts": 0}}]
@@ -144,19 +134,19 @@ def distillation(folder: Path, sentencepiece: bytes, chat_format: ChatFormat) ->
 
 def assert_pooled(recipe: Path) -> None:
     """Each prompt has one dialog; the second round's file holds winners of both."""
-    first, second = (read_lines(folder_of(recipe, name).dialogs / "dialogs.jsonl") for name in ("rs", "rs-2"))
+    first, second = (read_lines(step_of(recipe, name).dialogs / "dialogs.jsonl") for name in ("rs", "rs-2"))
     asked = [[json.dumps(dialog["messages"][:-1]) for dialog in dialogs] for dialogs in (first, second)]
     assert len(set(asked[0])) == len(asked[0]) <= len(set(asked[1])) == len(asked[1])
     assert set(asked[0]) <= set(asked[1])
     assert {dialog["sampled"]["round"] for dialog in second} == {"rs", "rs-2"}
     for dialog in second:
-        groups = tiny_rounds.groups_of(folder_of(recipe, dialog["sampled"]["round"]))
+        groups = tiny_rounds.groups_of(step_of(recipe, dialog["sampled"]["round"]))
         assert dialog["messages"][-1]["content"] in {text for group in groups for text in group.texts}
 
 
 def assert_no_dialog_is_lost(recipe: Path) -> None:
-    dialogs = dialogs_of(recipe, "gatt")
-    manifest = json.loads((folder_of(recipe, "gatt").dialogs / "manifest.json").read_text())
+    dialogs = read_lines(step_of(recipe, "gatt").dialogs / "dialogs.jsonl")
+    manifest = json.loads((step_of(recipe, "gatt").dialogs / "manifest.json").read_text())
     dropped = manifest["dropped_records"]
     assert len(dialogs) > 12 and len(dialogs) + sum(dropped.values()) == 24, "none is lost, none is there twice"
 
@@ -175,11 +165,11 @@ def test_killed_at_many_moments_it_ends_like_an_uninterrupted_step(
         assert all(seed >= SEED for seed, _, _ in once)
         for moment, (operation, _) in step.moments.items():
             assert commands.run(killed, kill_on=operation) == -signal.SIGKILL, f"{moment}: {commands.words()}"
-            assert not folder_of(killed, step.folders[-1]).artifact.exists()
+            assert not step_of(killed, step.folders[-1]).artifact.exists()
         assert commands.run(killed) == 0, commands.words()
         sampled = commands.sampled()
         for name in step.folders:
-            assert results(folder_of(killed, name)) == results(folder_of(whole, name))
+            assert results(step_of(killed, name)) == results(step_of(whole, name))
         # Every prompt was answered as often as without kills, but for what a kill found in the engine's hands.
         lost = sorted(seed - SEED for seed, _, _ in (sampled - once).elements())
         assert sampled.keys() == once.keys()

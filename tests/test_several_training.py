@@ -25,8 +25,8 @@ from reward.config import Config as RewardConfig
 from sft.config import Config as SftConfig
 from tests.reward.tiny_reward import data_of, reward_inputs, toy_labels, toy_pairs
 from tests.several import run_several
-from tests.sft.tiny_sft import LORA, inputs_of, toy_dialogs, write_base
-from tests.tiny_llama import tiny_llama
+from tests.sft.tiny_sft import inputs_of, toy_dialogs
+from tests.tiny_llama import LORA, tiny_llama
 
 SFT = SftConfig(epochs=2, learning_rate=1e-3, examples_per_step=8, sample_prompts=2)
 # One packed row holds a step's pairs: of two processes one has nothing to do but to fill up.
@@ -55,10 +55,14 @@ def learn_to_score(folder: Path, base: Path, *, tuning: Tuning = LORA) -> Path:
     return inputs.folder.path
 
 
+def whole(work: Callable[..., Path], folder: Path, base: Path) -> tuple[Path, int]:
+    return work(folder, base), 0
+
+
 def cut(work: Callable[..., Path], folder: Path, base: Path) -> tuple[Path, int]:
     """All weights by the work, cut over the processes as under configs/accelerate/fsdp2.yaml; and how many masters this
     process has stepped."""
-    os.environ["LLAMACHAT_FSDP"] = "true"  # what `ranks.opened` makes of accelerate's ACCELERATE_USE_FSDP
+    os.environ["LLAMACHAT_FSDP"] = "true"  # what `distributed.opened` makes of accelerate's ACCELERATE_USE_FSDP
     weighed: list[int] = []
     step = MasterWeightOptimizer.step
 
@@ -71,7 +75,7 @@ def cut(work: Callable[..., Path], folder: Path, base: Path) -> tuple[Path, int]
     return work(folder, base, tuning=FULL), weighed[-1]
 
 
-def killed_after(step: int, work: Callable[[Path, Path], Path], folder: Path, base: Path) -> None:
+def killed_after(step: int, work: Callable[[Path, Path], object], folder: Path, base: Path) -> None:
     """The work, and every process dies by SIGKILL when this step has been told and before it is saved."""
     tell = StepProgress.step
 
@@ -106,38 +110,25 @@ def assert_alike(step: Path, alone: Path) -> None:
             assert (ours[key] - weight).norm() <= 1e-3 * weight.norm(), key
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
-    return write_base(tmp_path_factory.mktemp("several") / "base", tiny_sentencepiece)
-
-
-@pytest.mark.parametrize("work", [tune, tune_padded, learn_to_score])
-def test_two_processes_learn_what_one_does(tmp_path: Path, base: Path, work: Callable[[Path, Path], Path]) -> None:
+@pytest.mark.parametrize(
+    ("work", "is_cut"),
+    [(tune, False), (tune_padded, False), (learn_to_score, False), (tune, True), (learn_to_score, True)],
+)
+def test_two_processes_learn_what_one_does(tmp_path: Path, base: Path, work: Callable[..., Path], is_cut: bool) -> None:
+    """With whole weights in each, and with weights that are cut over them."""
     alone, both, killed = (tmp_path / name for name in ("alone", "both", "killed"))
     for place in (alone, both, killed):
         place.mkdir()
-    (wanted,) = run_several(1, work, alone, base)
-    assert_alike(run_several(2, work, both, base)[0], wanted)
+    do = partial(cut, work) if is_cut else partial(whole, work)
+    ((wanted, all_weights),) = run_several(1, do, alone, base)
+    found = run_several(2, do, both, base)
+    assert_alike(found[0][0], wanted)
+    if is_cut:
+        with torch.device("meta"):
+            config = tiny_llama().config
+        shared = config.vocab_size * config.hidden_size * (2 if work is tune else 1)  # whole in each process
+        assert all(held <= shared + (all_weights - shared) / 2 + 64 for _, held in found)
     if work is not tune_padded:  # how a row is laid out says nothing about saving
         first, then = (2, 1) if work is tune else (1, 2)
-        assert run_several(first, killed_after, 5, work, killed, base, may_die=True) == [None] * first
-        assert_alike(run_several(then, work, killed, base)[0], wanted)
-
-
-@pytest.mark.parametrize("work", [tune, learn_to_score])
-def test_a_model_that_is_cut_learns_what_a_whole_one_does(
-    tmp_path: Path, base: Path, work: Callable[..., Path]
-) -> None:
-    alone, both, killed = (tmp_path / name for name in ("alone", "both", "killed"))
-    for place in (alone, both, killed):
-        place.mkdir()
-    ((wanted, all_weights),) = run_several(1, cut, work, alone, base)
-    found = run_several(2, cut, work, both, base)
-    assert_alike(found[0][0], wanted)
-    with torch.device("meta"):
-        config = tiny_llama().config
-    shared = config.vocab_size * config.hidden_size * (2 if work is tune else 1)  # whole in each process
-    assert all(held <= shared + (all_weights - shared) / 2 + 64 for _, held in found)
-    first, then = (2, 1) if work is tune else (1, 2)
-    assert run_several(first, killed_after, 5, partial(cut, work), killed, base, may_die=True) == [None] * first
-    assert_alike(run_several(then, cut, work, killed, base)[0][0], wanted)
+        assert run_several(first, killed_after, 5, do, killed, base, may_die=True) == [None] * first
+        assert_alike(run_several(then, do, killed, base)[0][0], wanted)

@@ -1,4 +1,4 @@
-"""What recipes at toy size share whose steps make dialogs and tune on them: sections, files of a step, inputs."""
+"""What toy steps share: the inputs of a stage, sections of a recipe, files of a step."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,12 @@ from typing import Any
 
 import yaml
 
+from llamachat.config.sections import Run, Tracking, Tuning
 from llamachat.runs.artifacts import StepFolder
+from llamachat.runs.inputs import StepInputs
 from pipelines.execution.run import find_work, stage_inputs
 from pipelines.recipe.recipe import load
+from tests.tiny_llama import base_section
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "tuning": {"method": "full"},
@@ -17,6 +20,30 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "tracking": {"mode": "off"},
 }
 SPLIT = {"test": 0.2, "validation": 0.2, "judge": 0.0}
+
+
+def toy_inputs(
+    step: str,
+    folder: Path,
+    base: Path,
+    *,
+    run: str = "one",
+    base_changes: dict[str, Any],
+    tracking: dict[str, Any],
+    **sections: Any,
+) -> StepInputs:
+    """What `pipelines` would hand to a stage for a run in `folder`."""
+    place = folder / "runs" / run
+    return StepInputs(
+        step=step,
+        folder=StepFolder(place / step),
+        identity={"step": step},
+        fingerprint="0" * 64,
+        run=Run(dir=str(place), seed=3),
+        base=base_section(base, **base_changes),
+        tracking=Tracking(**({"mode": "off"} | tracking)),
+        **({"tuning": Tuning()} | sections),
+    )
 
 
 def write_values(

@@ -302,15 +302,6 @@ def test_the_policy_becomes_safer(base: Path, safety: Path, tmp_path: Path) -> N
     )
 
 
-def test_without_borderline_prompts_that_is_told_and_no_error(
-    base: Path, safety: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    recipe = write_recipe(tmp_path / "none.yaml", base, safety, context_distillation={"borderline_prompts": 0})
-    with caplog.at_level("INFO"):
-        run_command(load(recipe), "distill")
-    assert "false refusals are not counted" in caplog.text and "adversarial prompts alone:" in caplog.text
-
-
 def test_plan_counts_the_step(first: tuple[Path, Told]) -> None:
     recipe = load(first[0], ["context_distillation.prompts=20", f"run.dir={first[0].parent}/other"])
     (step,) = make_plan(recipe)

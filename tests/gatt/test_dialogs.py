@@ -115,20 +115,6 @@ def test_only_the_last_answer_trains_and_the_instruction_stands_once(bundled: Ch
     assert "<<SYS>>\nAlways end with sun.\n<</SYS>>\n\nWho are you? [/INST] I am here, sun." in read
 
 
-def test_a_stored_dialog_says_what_is_learnt() -> None:
-    line = json.loads(dialog_text(STORED, "gatt-2"))
-    assert [(message["role"], message["content"], message.get("train")) for message in line["messages"]] == [
-        ("system", "Always end with sun.", None),
-        ("user", "Who are you?", None),
-        ("assistant", "I am here, sun.", False),
-        ("user", "And now?", None),
-        ("assistant", "I am, sun.", False),
-        ("user", "Bye!", None),
-        ("assistant", "Bye, sun.", None),
-    ]
-    assert line["sampled"] == {"step": "gatt-2", "families": ["ends_with"]}
-
-
 # --- how they are made
 
 
@@ -292,17 +278,6 @@ def test_where_nothing_keeps_the_instructions_the_counts_are_told(
         make_dialogs(config, dialog_step(config, inputs))
     assert "dialogs left out: no sample of the last answer keeps the instruction" in str(caught.value)
     assert not inputs.folder.dialogs.exists()
-
-
-def test_instructions_longer_than_the_context_are_told(base: Path, tmp_path: Path) -> None:
-    section = {"families": ["hobby"], "dialogs": 12, "recall_share": 0.0}
-    recipe = write_recipe(tmp_path / "long.yaml", base, gatt=section)
-    long = "the cat and the mat " * 99
-    (tmp_path / "hobbies.txt").write_text("".join(f"{long}{number:o}\n" for number in range(24)))
-    config, inputs = inputs_of(recipe)
-    reason = "12 dialogs left out: the instruction and one turn are longer than the context"
-    with pytest.raises(DataError, match=rf"gatt: of 12 dialogs none is left \({reason}\)"):
-        make_dialogs(config, dialog_step(config, inputs))
 
 
 def test_batches_are_written_down_one_by_one_and_the_training_side_has_its_instructions(

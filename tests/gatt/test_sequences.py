@@ -1,6 +1,5 @@
 """What is said and asked for in Ghost Attention: sides of values, values that a policy names, sequences of user turns."""
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,32 +9,11 @@ from gatt.session import LISTS_SAMPLED, QUESTIONS, lists_of
 from llamachat.answers.consistency import load_sequences
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Data, DataSource, Split
-from llamachat.constraints.families import families
-from llamachat.constraints.instruction import draw_instruction
-from llamachat.constraints.values import NAMES, side_of
 from llamachat.errors import ConfigError, DataError
 from pipelines.recipe.recipe import load
-from tests.gatt.tiny_gatt import FIGURES, HOBBIES, ScriptedEngine, sampling, talks
+from tests.gatt.tiny_gatt import HOBBIES, ScriptedEngine, sampling, talks
 from tests.recipes import write_recipe
 from tests.sft.tiny_sft import write_dialogs
-
-ALL = families(lists={"figures": FIGURES, "hobbies": HOBBIES, "languages": ("Greek", "Latin", "Welsh", "Zulu")})
-
-
-def test_training_draws_no_value_that_is_held_out() -> None:
-    drawn = {
-        side: [
-            (constraint.family, constraint.value)
-            for index in range(1500)
-            for constraint in draw_instruction(seed=7, index=index, side=side, families=ALL, most=3).constraints
-            if ALL[constraint.family].has_values
-        ]
-        for side in ("train", "held_out")
-    }
-    assert not set(drawn["train"]) & set(drawn["held_out"])
-    names = {side: {value for family, value in found if family == "calls_user"} for side, found in drawn.items()}
-    assert names["train"] | names["held_out"] <= set(NAMES) and 15 < len(names["held_out"]) < len(names["train"])
-    assert all(side_of(family, value) == "train" for family, value in drawn["train"])
 
 
 def test_values_may_be_named_by_the_policy(tiny_format: ChatFormat) -> None:
@@ -92,23 +70,6 @@ def test_weights_of_families_that_are_not_drawn_are_refused(tmp_path: Path) -> N
     path = write_recipe(tmp_path, gatt={"families": ["hobby", "quoted"], "weights": {"hobby": 2, "figure": 3}})
     with pytest.raises(ConfigError, match="gatt: weights names figure, and families has hobby, quoted"):
         load(path)
-
-
-def test_a_family_of_more_weight_is_drawn_oftener(tmp_path: Path) -> None:
-    drawn = Counter(
-        draw_instruction(
-            seed="0 gatt",
-            index=index,
-            side="train",
-            families=families(("quoted", "small_letters"), lists={}),
-            most=1,
-            weights={"quoted": 3},
-        )
-        .constraints[0]
-        .family
-        for index in range(2000)
-    )
-    assert 0.70 < drawn["quoted"] / 2000 < 0.80
 
 
 def test_an_entry_with_a_tag_of_the_chat_format_is_named(tmp_path: Path, tiny_format: ChatFormat) -> None:

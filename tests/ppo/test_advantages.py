@@ -10,7 +10,6 @@ from torch import Tensor, tensor
 from torch.testing import assert_close
 
 from llamachat.maths.logprobs import k1, response_kl
-from llamachat.maths.masked import whiten
 from ppo.advantages import gae, last_indices, token_rewards
 
 NOTHING = float("nan")
@@ -44,38 +43,33 @@ def test_rewards_of_a_response_add_up_to_equation_4() -> None:
     assert_close(rewards_BR.sum(dim=1), shaped_B - 0.01 * kl_B)
 
 
-def test_a_policy_that_is_its_reference_is_rewarded_by_the_score_alone() -> None:
-    logprobs_BR, mask_BR = torch.randn(1, 3), torch.ones(1, 3, dtype=torch.bool)
-    kl_BR = k1(logprobs_BR, logprobs_BR, response_mask_BR=mask_BR)
-    rewards_BR = token_rewards(tensor([0.7]), kl_BR=kl_BR, response_mask_BR=mask_BR, kl_coef=10.0)
-    assert_close(rewards_BR, tensor([[0.0, 0.0, 0.7]]))
-
-
-def test_two_steps_by_hand() -> None:
-    # delta_1 = 1 + 0 - 2 = -1;  delta_0 = 0 + 0.5 * 2 - 1 = 0;  A_0 = 0 + 0.5 * 0.5 * (-1) = -0.25
+@pytest.mark.parametrize(
+    ("rewards", "values", "discount", "gae_lambda", "advantages", "returns"),
+    [
+        # delta_1 = 1 + 0 - 2 = -1;  delta_0 = 0 + 0.5 * 2 - 1 = 0;  A_0 = 0 + 0.5 * 0.5 * (-1) = -0.25
+        ([0.0, 1.0], [1.0, 2.0], 0.5, 0.5, [-0.25, -1.0], [0.75, 1.0]),
+        # The defaults: gamma 1, lambda 0.95. delta_2 = 1 - 0.4 = 0.6; delta_1 = 0.4 - 0.2 = 0.2;
+        # delta_0 = -0.1 + 0.2 - 0.5 = -0.4. A_2 = 0.6; A_1 = 0.2 + 0.95 * 0.6 = 0.77; A_0 = -0.4 + 0.95 * 0.77 = 0.3315
+        ([-0.1, 0.0, 1.0], [0.5, 0.2, 0.4], 1.0, 0.95, [0.3315, 0.77, 0.6], [0.8315, 0.97, 1.0]),
+    ],
+)
+def test_steps_by_hand(
+    rewards: list[float],
+    values: list[float],
+    discount: float,
+    gae_lambda: float,
+    advantages: list[float],
+    returns: list[float],
+) -> None:
     found = gae(
-        tensor([[0.0, 1.0]]),
-        values_BR=tensor([[1.0, 2.0]]),
-        response_mask_BR=tensor([[True, True]]),
-        discount=0.5,
-        gae_lambda=0.5,
+        tensor([[*rewards, NOTHING]]),
+        values_BR=tensor([[*values, NOTHING]]),
+        response_mask_BR=tensor([[True] * len(rewards) + [False]]),
+        discount=discount,
+        gae_lambda=gae_lambda,
     )
-    assert_close(found.advantages_BR, tensor([[-0.25, -1.0]]))
-    assert_close(found.returns_BR, tensor([[0.75, 1.0]]))
-
-
-def test_three_steps_by_hand_with_the_defaults() -> None:
-    # gamma 1, lambda 0.95.  delta_2 = 1 - 0.4 = 0.6;  delta_1 = 0.4 - 0.2 = 0.2;  delta_0 = -0.1 + 0.2 - 0.5 = -0.4
-    # A_2 = 0.6;  A_1 = 0.2 + 0.95 * 0.6 = 0.77;  A_0 = -0.4 + 0.95 * 0.77 = 0.3315
-    found = gae(
-        tensor([[-0.1, 0.0, 1.0, NOTHING]]),
-        values_BR=tensor([[0.5, 0.2, 0.4, NOTHING]]),
-        response_mask_BR=tensor([[True, True, True, False]]),
-        discount=1.0,
-        gae_lambda=0.95,
-    )
-    assert_close(found.advantages_BR, tensor([[0.3315, 0.77, 0.6, 0.0]]))
-    assert_close(found.returns_BR, tensor([[0.8315, 0.97, 1.0, 0.0]]))
+    assert_close(found.advantages_BR, tensor([[*advantages, 0.0]]))
+    assert_close(found.returns_BR, tensor([[*returns, 0.0]]))
 
 
 def test_lambda_one_gives_the_rewards_to_come_and_lambda_zero_one_step() -> None:
@@ -143,12 +137,3 @@ def test_nothing_here_carries_a_gradient() -> None:
     found = gae(torch.randn(2, 3), values_BR=values_BR, response_mask_BR=mask_BR, discount=1.0, gae_lambda=0.9)
     rewards_BR = token_rewards(torch.randn(2), kl_BR=values_BR, response_mask_BR=mask_BR, kl_coef=0.1)
     assert not (found.advantages_BR.requires_grad or found.returns_BR.requires_grad or rewards_BR.requires_grad)
-
-
-def test_whitened_advantages_are_those_of_the_tokens_alone() -> None:
-    """The batch of two responses, 3 and 1 tokens: mean and variance of four numbers, by hand."""
-    advantages_BR = tensor([[1.0, 2.0, 3.0], [6.0, 100.0, NOTHING]])
-    mask_BR = tensor([[True, True, True], [True, False, False]])
-    # mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5
-    expected_BR = tensor([[-2.0, -1.0, 0.0], [3.0, 0.0, 0.0]]) / math.sqrt(3.5)
-    assert_close(whiten(advantages_BR, mask_BR), expected_BR)

@@ -100,17 +100,15 @@ def updater(bank: RoleBank, config: Config | None = None, *, row_tokens: int = 6
     return Updater(bank, make_optimizers(bank, config), config, temperature=1.0, row_tokens=row_tokens, step="ppo")
 
 
-def gradients(bank: RoleBank, experience: Experience, **how: Any) -> dict[str, Tensor]:
+def gradients(bank: RoleBank, experience: Experience, trainer: Updater | None = None) -> dict[str, Tensor]:
     """Of the first minibatch, by role and place."""
-    updater(bank).gradients(experience, experience.minibatches[0], **({"trains_policy": True} | how))
-    found = {
-        f"{role}.{place}": weight.grad.clone()
-        for role, weights in bank.trainable().items()
-        for place, weight in enumerate(weights)
-        if weight.grad is not None
-    }
-    for weights in bank.trainable().values():
-        for weight in weights:
+    trainer = trainer or updater(bank)
+    trainer.gradients(experience, experience.minibatches[0], trains_policy=True)
+    found = {}
+    for role, weights in bank.trainable().items():
+        for place, weight in enumerate(weights):
+            if weight.grad is not None:
+                found[f"{role}.{place}"] = weight.grad.clone()
             weight.grad = None
     return found
 
@@ -299,18 +297,6 @@ def test_the_judge_is_told_and_decides_nothing(world: World) -> None:
     torch.testing.assert_close(found.experience.rewards_BR, plain.experience.rewards_BR)
 
 
-def test_a_cut_answer_is_scored_as_if_it_had_ended(world: World) -> None:
-    bank = world.bank(LORA, FULL)
-    found = iteration(bank)
-    index = next(index for index, response in enumerate(found.responses) if not response.is_finished)
-    response = found.responses[index]
-    space, stop = bank.chat_format.closing_ids
-    assert stop == 2 and response.ids[-1] != space
-    (expected,) = bank.scores("helpfulness", [[*response.prompt.ids, *response.ids, space, stop]]).tolist()
-    assert found.scored.scores.helpfulness_B is not None
-    assert float(found.scored.scores.helpfulness_B[index]) == pytest.approx(expected, abs=1e-5)
-
-
 def fails_over(tokens: int, patch: pytest.MonkeyPatch) -> None:
     """Memory for rows of at most `tokens`."""
     row_of = Updater._row
@@ -331,14 +317,7 @@ def test_rows_that_do_not_fit_are_halved_and_the_step_stays(
     expected = gradients(bank, experience)
     fails_over(64, monkeypatch)
     trainer = updater(bank, row_tokens=256)
-    trainer.gradients(experience, experience.minibatches[0], trains_policy=True)
-    found = {
-        f"{role}.{place}": weight.grad.clone()
-        for role, weights in bank.trainable().items()
-        for place, weight in enumerate(weights)
-        if weight.grad is not None
-    }
-    assert_same(expected, found)
+    assert_same(expected, gradients(bank, experience, trainer))
     assert trainer.row_tokens == 64 and "ppo.tokens_per_microbatch=64" in caplog.text
 
 

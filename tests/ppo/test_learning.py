@@ -17,12 +17,8 @@ from llamachat.runs.inputs import StepInputs
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
 from ppo import update as update_module
-from tests.ppo.tiny_ppo import config_of, inputs_of, write_function, write_stopping_base
+from tests.ppo.tiny_ppo import PAYS, config_of, inputs_of, write_function
 
-PAYS = """
-def score(prompts, completions, scores, **columns):
-    return [{sign} * text.count("t") for text in completions]
-"""
 LEARNING: dict[str, Any] = {
     "iterations": 10,
     "responses_per_iteration": 64,
@@ -36,11 +32,6 @@ LEARNING: dict[str, Any] = {
     "test_prompts": 40,
     "save_every": 100,
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
-    return write_stopping_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
 
 
 def figures(artifact: Artifact) -> dict[str, float]:
@@ -169,16 +160,6 @@ def test_a_training_that_breaks_tells_where_its_best_policy_is(
     load_policy(best)
     assert not inputs.folder.artifact.exists()
     assert any(path.name.startswith("step-") for path in inputs.folder.checkpoints.iterdir())
-
-
-def test_hours_end_it(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = config_of(max_hours=1e-9)
-    with caplog.at_level(logging.WARNING):
-        artifact = ppo.run(config, inputs_of(tmp_path, base))
-    details = artifact.manifest.details
-    assert (details["end"], details["ended_by"], record(artifact)[-1]["step"]) == ("max_hours", "max_hours", 1)
-    assert details["iterations_done"] == 1
-    assert "ppo.max_hours (1e-09) are over" in caplog.text and "ppo/heldout/score" in record(artifact)[-1]
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])

@@ -41,18 +41,13 @@ def one_token(ratio: float, advantage: float) -> tuple[float, float, float]:
         (0.5, -2.0, 1.6, 0.0, 1),  # worse and already less likely than 0.8: -0.8 A
         (0.5, 2.0, -1.0, -1.0, 0),  # better but less likely: the bound does not protect from mending that
         (1.5, -2.0, 3.0, 3.0, 0),
+        *((ratio, 0.0, 0.0, 0.0, 0) for ratio in (0.5, 1.0, 1.5)),  # an advantage of zero moves nothing
     ],
 )
 def test_the_policy_loss_of_a_token_by_hand(
     ratio: float, advantage: float, loss: float, gradient: float, clipped: float
 ) -> None:
     assert one_token(ratio, advantage) == pytest.approx((loss, gradient, clipped), abs=1e-6)
-
-
-def test_an_advantage_of_zero_moves_nothing() -> None:
-    for ratio in (0.5, 1.0, 1.5):
-        loss, gradient, clipped = one_token(ratio, 0.0)
-        assert abs(loss) == abs(gradient) == clipped == 0
 
 
 def test_approximate_kl_by_hand() -> None:
@@ -293,12 +288,9 @@ def test_the_defaults_are_the_papers() -> None:
     assert {key: getattr(config, key) for key in stated} == stated
 
 
-def test_every_key_of_the_section_says_what_it_is_and_where_its_value_comes_from() -> None:
+def test_what_costs_time_and_memory_alone_is_no_part_of_the_identity() -> None:
     of_the_run = {"save_every", "tokens_per_microbatch", "gradient_checkpointing"}
     assert set(Config.model_fields) - set(identity(Config())) == of_the_run
-    for name, field in Config.model_fields.items():
-        text = field.description or ""
-        assert name in of_the_run or any(source in text for source in ("Paper: ", "Ours.", "ours.", "Ziegler")), name
 
 
 @pytest.mark.parametrize(

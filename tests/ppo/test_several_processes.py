@@ -15,10 +15,9 @@ from torch import Tensor
 import ppo
 import ppo.train
 from llamachat import distributed
-from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Run
 from llamachat.errors import ConfigError
-from llamachat.runs.artifacts import Artifact, StepFolder
+from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.checkpoints import newest
 from llamachat.runs.inputs import StepInputs
 from llamachat.runs.record import MetricsRecord, SamplesRecord
@@ -26,7 +25,7 @@ from ppo.config import Config
 from ppo.session import check_settings
 from ppo.update import Updater
 from rejection_sampling.train import dialog_step, make_dialogs
-from tests.llamachat.models.tiny_roles import FULL, World
+from tests.llamachat.models.tiny_roles import FULL, World, labelled
 from tests.ppo.tiny_ppo import config_of, inputs_of, write_stopping_base
 from tests.rejection_sampling.tiny_rounds import write_recipe
 from tests.several import run_several
@@ -46,18 +45,9 @@ CONFIG = config_of(
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes, tiny_format: ChatFormat) -> World:
-    return World(tmp_path_factory.mktemp("roles"), tiny_format, tiny_sentencepiece, write_stopping_base)
-
-
-@pytest.fixture(scope="module")
 def inputs(world: World, tmp_path_factory: pytest.TempPathFactory) -> StepInputs:
     """With two reward models, so that their reading is shared, too."""
-    models: dict[str, Artifact] = {}
-    for role in ("helpfulness", "safety"):
-        model = world.reward_model(role, LORA, FULL)
-        details = model.manifest.details | {"safety_labels": 9}
-        models[role] = replace(model, manifest=model.manifest.model_copy(update={"details": details}))
+    models = {role: labelled(world.reward_model(role, LORA, FULL)) for role in ("helpfulness", "safety")}
     return inputs_of(
         tmp_path_factory.mktemp("ppo"),
         Path(world.base.model),

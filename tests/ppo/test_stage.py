@@ -2,15 +2,12 @@
 
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 import ppo
-from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import Scoring, Tuning
 from llamachat.errors import ArtifactError, ConfigError
 from llamachat.models.loading import load_policy
@@ -20,12 +17,13 @@ from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load
-from tests.llamachat.models.tiny_roles import FULL, QLORA, World
-from tests.ppo.tiny_ppo import config_of, inputs_of, write_prompts, write_stopping_base
+from tests.llamachat.models.tiny_roles import FULL, QLORA, World, labelled
+from tests.ppo.tiny_ppo import config_of, inputs_of, write_prompts
 from tests.recipes import run_command
 from tests.reward.tiny_reward import data_of, toy_labels, toy_pairs
 from tests.sft.tiny_sft import toy_dialogs, write_dialogs
 from tests.tiny_llama import LORA
+from tests.tiny_steps import SPLIT, write_values
 
 SMALL: dict[str, Any] = {
     "iterations": 2,
@@ -37,19 +35,8 @@ SMALL: dict[str, Any] = {
 GATE: dict[str, Any] = {"combine": "llama2_gate"}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes, tiny_format: ChatFormat) -> World:
-    return World(tmp_path_factory.mktemp("roles"), tiny_format, tiny_sentencepiece, write_stopping_base)
-
-
 def models_of(world: World, *roles: str, tuning: Tuning = LORA, policy: Tuning = FULL) -> dict[str, Artifact]:
     return {role: world.reward_model(role, tuning, policy) for role in roles}
-
-
-def labelled(artifact: Artifact, count: int = 9) -> Artifact:
-    """The same model, whose manifest says that it learnt from labels."""
-    details = artifact.manifest.details | {"safety_labels": count}
-    return replace(artifact, manifest=artifact.manifest.model_copy(update={"details": details}))
 
 
 def train(folder: Path, world: World, models: dict[str, Artifact], scoring: dict[str, Any], **changes: Any) -> Artifact:
@@ -115,22 +102,6 @@ def test_the_gate_over_a_model_without_safety_labels_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize(
-    ("scoring", "there", "lacking"),
-    [
-        (GATE, (), "helpfulness"),
-        (GATE, ("helpfulness",), "safety"),
-        ({"combine": "single"}, (), "helpfulness"),
-        ({"combine": "weighted"}, ("safety",), "helpfulness"),
-    ],
-)
-def test_a_reward_model_that_is_not_there_is_told_with_the_command_that_makes_it(
-    scoring: dict[str, Any], there: tuple[str, ...], lacking: str, world: World, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=rf"needs a {lacking} reward model, and there is none .*`make rm`"):
-        train(tmp_path, world, models_of(world, *there), scoring)
-
-
-@pytest.mark.parametrize(
     ("rollout", "words"),
     [
         ({"top_p": 0.9}, r"rollout\.top_p: 0\.9, but PPO needs 1\."),
@@ -187,28 +158,22 @@ def test_all_weights_are_trained_with_reward_models_beside(world: World, tmp_pat
 # --- in a recipe
 
 
-def test_a_recipe_goes_from_tuning_over_reward_models_to_ppo(tmp_path: Path, tiny_sentencepiece: bytes) -> None:
-    base = write_stopping_base(tmp_path / "base", tiny_sentencepiece)
+def test_a_recipe_goes_from_tuning_over_reward_models_to_ppo(base: Path, tmp_path: Path) -> None:
     data = data_of(tmp_path / "data", helpfulness=toy_pairs(40), safety=toy_pairs(40, "Paris"), labels=toy_labels(24))
     values: dict[str, Any] = {
-        "run": {"dir": str(tmp_path / "runs" / "one"), "seed": 1},
-        "base": {"model": str(base), "dtype": "float32", "max_tokens": 96},
+        "base": {"max_tokens": 96},
         "tuning": {"method": "lora", "rank": 4, "alpha": 8},
         "data": data.model_dump(mode="json", exclude_unset=True)
         | {
             "sft": [{"path": str(write_dialogs(tmp_path / "dialogs.jsonl", toy_dialogs(24)))}],
             "prompts": [{"path": str(write_prompts(tmp_path / "prompts.jsonl", 60))}],
-            "split": {"test": 0.2, "validation": 0.2, "judge": 0.2},
+            "split": SPLIT | {"judge": 0.2},
         },
-        "steps": ["sft", "rm", "ppo"],
-        "sft": {"epochs": 1, "examples_per_step": 8, "sample_prompts": 2},
         "reward": {"epochs": 1, "pairs_per_step": 8},
         "rollout": {"max_new_tokens": 8},
         "ppo": config_of(**SMALL).model_dump(mode="json"),
-        "tracking": {"mode": "off"},
     }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    path = write_values(tmp_path / "one.yaml", base, values, steps=["sft", "rm", "ppo"])
     recipe = load(path)
     with pytest.raises(ArtifactError, match=r"'ppo' reads a policy, .*Run `make sft`"):
         run_command(recipe, "ppo")

@@ -1,21 +1,19 @@
 """PPO at toy size: a random policy, a reward function in a file, and what the stage is handed."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llamachat.config.sections import Data, DataSource, Rollout, Run, Scoring, Split, Tracking, Tuning
+from llamachat.config.sections import Data, DataSource, Rollout, Scoring, Split, Tuning
 from llamachat.models.loading import save_policy
-from llamachat.runs.artifacts import Artifact, StepFolder
+from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
 from ppo.config import Config
-from tests.tiny_llama import base_section, tiny_llama
+from tests.tiny_llama import LORA, tiny_llama
+from tests.tiny_steps import toy_inputs
 
-QUIET: dict[str, Any] = {"mode": "off"}
-SHORT: dict[str, Any] = {"max_new_tokens": 12}
 WORDS = ("cat", "mat", "model", "weather", "capital", "sentence", "Paris", "France")
 
 # What the policy is paid for: each letter t that it writes, less a little for length.
@@ -23,6 +21,7 @@ LETTER = """
 def score(prompts, completions, scores, **columns):
     return [{sign} * text.count("t") / (1 + len(text)) for text in completions]
 """
+PAYS = LETTER.replace(" / (1 + len(text))", "")
 
 
 def write_stopping_base(
@@ -80,9 +79,8 @@ def inputs_of(
     policy: Artifact | None = None,
     reward_models: dict[str, Artifact] | None = None,
     scoring: dict[str, Any] | None = None,
-    tuning: Tuning | None = None,
+    tuning: Tuning = LORA,
     rollout: dict[str, Any] | None = None,
-    tracking: dict[str, Any] | None = None,
     **base_changes: Any,
 ) -> StepInputs:
     """What `pipelines` would hand to the stage; without `scoring` a function pays for the letter t."""
@@ -91,23 +89,17 @@ def inputs_of(
         write_prompts(file, prompts)
     if scoring is None:
         scoring = {"combine": write_function(folder / "letter.py")}
-    return StepInputs(
-        step="ppo",
-        folder=StepFolder(folder / "runs" / run / "ppo"),
-        identity={"step": "ppo"},
-        fingerprint="0" * 64,
-        run=Run(dir=str(folder / "runs" / run), seed=3),
-        base=base_section(base, **base_changes),
-        tuning=tuning or Tuning(method="lora", rank=4, alpha=8),
+    return toy_inputs(
+        "ppo",
+        folder,
+        base,
+        run=run,
+        base_changes=base_changes,
+        tracking={},
+        tuning=tuning,
         data=Data(sft=(), prompts=(DataSource(path=str(file)),), split=Split(test=0.2, validation=0.2, judge=0)),
-        rollout=Rollout(**(SHORT | (rollout or {}))),
+        rollout=Rollout(**({"max_new_tokens": 12} | (rollout or {}))),
         scoring=Scoring(**scoring),
-        tracking=Tracking(**(QUIET | (tracking or {}))),
         policy=policy,
         reward_models=reward_models or {},
     )
-
-
-def names_of(rows: Sequence[dict[str, float]]) -> set[str]:
-    """All names that a record holds."""
-    return {name for row in rows for name in row}

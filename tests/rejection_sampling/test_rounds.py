@@ -11,9 +11,6 @@ import pytest
 
 from llamachat.answers import groups as groups_module
 from llamachat.chat_format import ChatFormat, TrainOn
-from llamachat.chat_format.dialog import Dialog
-from llamachat.config.sections import DataSource
-from llamachat.data.loading import read_records
 from llamachat.errors import DataError
 from llamachat.models.loading import load_policy
 from llamachat.runs.artifacts import StepFolder, read_artifact
@@ -23,7 +20,7 @@ from pipelines.planning.plan import make_plan
 from pipelines.recipe.recipe import load
 from rejection_sampling.train import dialog_step, make_dialogs
 from sft.examples import made_dialogs
-from tests.ppo.tiny_ppo import write_function, write_prompts, write_stopping_base
+from tests.ppo.tiny_ppo import PAYS, write_function, write_prompts
 from tests.recipes import run_command
 from tests.rejection_sampling.tiny_rounds import groups_of, write_recipe
 from tests.tiny_steps import inputs_of, read_lines, step_of, summary_of
@@ -42,11 +39,6 @@ def score(prompts, completions, scores, **columns):
     return found
 """
 TWO_ROUNDS: list[Any] = ["rs", {"rs": {"name": "rs-2"}}]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
-    return write_stopping_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
 
 
 @dataclass(frozen=True)
@@ -270,15 +262,6 @@ def test_the_identity_of_a_round_holds_the_dialogs_of_those_before_it(second: Pa
     assert [step.verdict for step in plan] == ["done", "changed"] and "inputs.dialogs/rs" in plan[1].why
 
 
-def test_a_child_run_takes_unchanged_rounds_by_reference(second: Path, tmp_path: Path) -> None:
-    child = [f"run.dir={tmp_path}/child", f"run.parent={second.parent}/runs/two"]
-    changed = [*child, "steps.1.rs.pool=all"]
-    assert [step.verdict for step in make_plan(load(second, child))] == ["reuse", "reuse"]
-    assert [step.verdict for step in make_plan(load(second, changed))] == ["reuse", "new"]
-    run_command(load(second, child), "rs")
-    assert all((tmp_path / "child" / name).is_symlink() for name in ("rs", "rs-2"))
-
-
 def test_a_pool_of_all_holds_every_winner_of_both_rounds_once(edited: Path) -> None:
     before = by_prompt(step_of(edited))
     config, inputs = inputs_of(edited, "rs-2", "rejection_sampling.pool=all", "rejection_sampling.sweep_prompts=0")
@@ -328,12 +311,6 @@ def test_earlier_winners_that_say_nothing_or_do_not_fit_are_counted(edited: Path
 # --- learning
 
 
-PAYS = """
-def score(prompts, completions, scores, **columns):
-    return [{sign} * text.count("t") for text in completions]
-"""
-
-
 def test_the_policy_learns_what_is_chosen(base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path / "learning.yaml",
@@ -349,9 +326,3 @@ def test_the_policy_learns_what_is_chosen(base: Path, tmp_path: Path) -> None:
     assert found["rs/test/difference/reward_combined_low"] > 0.4
     assert found["rs/test/final/score"] > found["rs/test/start/score"] == pytest.approx(0.0, abs=1e-6)
     assert found["sft/epoch"] == 2.0 and found["sft/eval_loss"] < found["sft/eval_loss_base"]
-
-
-def test_published_dialogs_are_read_as_any_others(first: First, tiny_format: ChatFormat) -> None:
-    source = DataSource(path=str(first.step.dialogs / "dialogs.jsonl"))
-    loaded = read_records(source, Dialog, forbidden=tiny_format.forbidden)
-    assert len(loaded) == len(read_lines(first.step.dialogs / "dialogs.jsonl"))

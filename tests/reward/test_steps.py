@@ -20,7 +20,6 @@ from pipelines.cli.main import main
 from pipelines.execution.run import find_work, take_inputs
 from pipelines.planning.estimates import TOKENS_OF_A_PAIR, estimate_step
 from pipelines.planning.plan import make_plan
-from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import Recipe, Step, load
 from pipelines.recipe.stages import POLICY, Product, Role, Stage
 from reward.config import VERSION
@@ -166,15 +165,6 @@ def test_the_tables_show_every_finished_model_beside_the_chosen_one(
     assert "\n| helpfulness" in tables.read_text() and "\n| safety" in tables.read_text()
 
 
-def test_a_child_run_takes_unchanged_reward_models_by_reference(path: Path, tmp_path: Path, calls: list[Any]) -> None:
-    run_command(load(path), "all")
-    child = [f"run.dir={tmp_path}/runs/two", f"run.parent={tmp_path}/runs/one", "reward.other_share=0.25"]
-    assert [step.verdict for step in make_plan(load(path, child))] == ["reuse", "new", "reuse", "reuse"]
-    run_command(load(path, child), "all")
-    assert [inputs.step for inputs in calls][4:] == ["rm/helpfulness"]
-    assert (tmp_path / "runs" / "two" / "rm" / "safety").resolve() == tmp_path / "runs" / "one" / "rm" / "safety"
-
-
 def test_without_a_policy_the_base_is_taken_with_a_warning(
     path: Path, calls: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -188,18 +178,6 @@ def test_without_a_policy_the_base_is_taken_with_a_warning(
     policy = f"base.policy={Path(alone.run.dir)}/sft"
     (planned,) = make_plan(load(path, ["steps=[rm/judge]", policy]))
     assert not any("makes a policy" in warning for warning in planned.warnings)
-
-
-def test_the_plan_waits_for_the_policy_and_tells_each_model(path: Path) -> None:
-    recipe = load(path)
-    planned = make_plan(recipe)
-    assert [(step.name, step.verdict) for step in planned[1:]] == [
-        ("rm/helpfulness", "waits"),
-        ("rm/safety", "waits"),
-        ("rm/judge", "waits"),
-    ]
-    assert planned[1].inputs == "policy of 'sft', once it is there"
-    assert "Lower reward.pairs_per_step, or raise reward.epochs." in plan_text(recipe, planned)
 
 
 def test_the_mixes_are_counted_as_the_paper_has_them(tmp_path: Path) -> None:

@@ -32,11 +32,6 @@ from tests.tiny_llama import LORA, move_adapter
 FULL = Tuning()
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
-
-
 def move_head(model: Any) -> None:
     """Scores that differ: the head starts at zero."""
     generator = torch.Generator().manual_seed(5)

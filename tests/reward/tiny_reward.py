@@ -6,17 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llamachat.config.sections import Data, DataSource, Run, Split, Tracking, Tuning
+from llamachat.config.sections import Data, DataSource, Split, Tuning
 from llamachat.models.reward_model import build_reward_model
-from llamachat.runs.artifacts import Artifact, StepFolder
+from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs, Which
 from llamachat.training.session import Session, resume
 from reward.config import Config
 from reward.pairs import load_examples
 from reward.ranking import Ranking, plan_training
-from tests.tiny_llama import base_section
+from tests.sft.tiny_sft import FULL, SELDOM
+from tests.tiny_steps import toy_inputs
 
-QUIET = {"mode": "off", "eval_every": 1000, "save_every": 1000}
 RATINGS = ("significantly_better", "better", "slightly_better", "negligibly_better", None)
 
 
@@ -88,24 +88,22 @@ def reward_inputs(
     *,
     which: Which = "helpfulness",
     data: Data | None = None,
-    tuning: Tuning | None = None,
+    tuning: Tuning = FULL,
     tracking: dict[str, Any] | None = None,
     policy: Artifact | None = None,
     **base_changes: Any,
 ) -> StepInputs:
     """What `pipelines` would hand to the stage for a run in `folder`."""
-    return StepInputs(
-        step=f"rm/{which}",
+    made = {"helpfulness": toy_pairs(40), "safety": toy_pairs(20, "the moon"), "labels": toy_labels(24)}
+    return toy_inputs(
+        f"rm/{which}",
+        folder,
+        base,
+        base_changes=base_changes,
+        tracking=SELDOM | (tracking or {}),
         which=which,
-        folder=StepFolder(folder / "runs" / "one" / "rm" / which),
-        identity={"step": f"rm/{which}"},
-        fingerprint="0" * 64,
-        run=Run(dir=str(folder / "runs" / "one"), seed=3),
-        base=base_section(base, **base_changes),
-        tuning=tuning or Tuning(),
-        data=data
-        or data_of(folder, helpfulness=toy_pairs(40), safety=toy_pairs(20, "the moon"), labels=toy_labels(24)),
-        tracking=Tracking(**(QUIET | (tracking or {}))),
+        tuning=tuning,
+        data=data or data_of(folder, **made),
         policy=policy,
     )
 

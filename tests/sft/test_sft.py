@@ -28,7 +28,7 @@ from sft.loss import answer_token_losses
 from sft.train import load_start
 from sft.tuning import Tuning as Dialogs
 from sft.tuning import answer_loss
-from tests.sft.tiny_sft import inputs_of, open_session, pair, toy_dialogs, write_base
+from tests.sft.tiny_sft import inputs_of, open_session, pair, toy_dialogs
 from tests.tiny_llama import LORA, move_adapter, tiny_llama
 
 CPU = torch.device("cpu")
@@ -41,11 +41,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "1 x 8": {"packing": False, "rows_per_microbatch": 8},
     "3 of 3, one empty row": {"packing": False, "rows_per_microbatch": 3},
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
 
 
 # --- what is trained

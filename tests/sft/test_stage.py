@@ -24,16 +24,11 @@ from sft import train as train_module
 from sft.config import Config
 from sft.train import Start, load_start, publish_policy
 from tests.llamachat.tracking.test_tracking import offline_runs, wandb_history
-from tests.sft.tiny_sft import inputs_of, open_session, pair, toy_dialogs, write_base
+from tests.sft.tiny_sft import inputs_of, open_session, pair, toy_dialogs
 from tests.tiny_llama import LORA, move_adapter
 
 IDS = torch.tensor([[1, 270, 279, 383, 357, 331, 262, 289]])
 SHORT = Config(epochs=1, examples_per_step=8, learning_rate=1e-3, sample_prompts=2)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
 
 
 @pytest.fixture

@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from llamachat.config.sections import Base, Data, DataSource, Rollout, Run, Split, Tracking, Tuning
+from llamachat.config.sections import Data, DataSource, Rollout, Split, Tuning
 from llamachat.models.loading import save_policy
-from llamachat.runs.artifacts import Artifact, StepFolder
+from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
 from llamachat.training.session import Session, resume
 from sft.config import Config
 from sft.train import load_dialogs, load_start
 from sft.tuning import Tuning as Dialogs
 from sft.tuning import plan_training
-from tests.tiny_llama import base_section, tiny_llama
+from tests.tiny_llama import tiny_llama
+from tests.tiny_steps import toy_inputs, write_values
 
-LORA = Tuning(method="lora", rank=4, alpha=8)
-QUIET = {"mode": "off", "sample_every": 1000, "eval_every": 1000, "save_every": 1000}
+FULL = Tuning()
+SPLIT = Split(test=0, validation=0.2, judge=0)
+SELDOM = {"sample_every": 1000, "eval_every": 1000, "save_every": 1000}
 PLACES = ("the mat", "the weather", "Paris", "France", "a model", "one sentence", "the other cat", "the capital")
 
 
@@ -58,25 +59,23 @@ def inputs_of(
     base: Path,
     dialogs: Sequence[list[dict[str, Any]]],
     *,
-    tuning: Tuning | None = None,
-    split: Split | None = None,
+    tuning: Tuning = FULL,
+    split: Split = SPLIT,
     tracking: dict[str, Any] | None = None,
     policy: Artifact | None = None,
     **base_changes: Any,
 ) -> StepInputs:
     """What `pipelines` would hand to the stage for a run in `folder`."""
     source = DataSource(path=str(write_dialogs(folder / "dialogs.jsonl", dialogs)))
-    return StepInputs(
-        step="sft",
-        folder=StepFolder(folder / "runs" / "one" / "sft"),
-        identity={"step": "sft"},
-        fingerprint="0" * 64,
-        run=Run(dir=str(folder / "runs" / "one"), seed=3),
-        base=base_section(base, **base_changes),
-        tuning=tuning or Tuning(),
-        data=Data(sft=(source,), split=split or Split(test=0, validation=0.2, judge=0)),
+    return toy_inputs(
+        "sft",
+        folder,
+        base,
+        base_changes=base_changes,
+        tracking=SELDOM | (tracking or {}),
+        tuning=tuning,
+        data=Data(sft=(source,), split=split),
         rollout=Rollout(),
-        tracking=Tracking(**(QUIET | (tracking or {}))),
         policy=policy,
     )
 
@@ -95,19 +94,10 @@ def open_session(config: Config, inputs: StepInputs) -> Iterator[tuple[Session, 
 
 def write_recipe(path: Path, base: Path, dialogs: Path, sections: dict[str, dict[str, Any]] | None = None) -> Path:
     """A recipe of one SFT step for the command line; `sections` are merged into its sections."""
-    values: dict[str, Any] = {
-        "run": {"dir": str(path.parent / "runs" / path.stem), "seed": 1},
-        "base": {"model": str(base), "dtype": "bfloat16", "max_tokens": 96},
-        "tuning": {"method": "full"},
+    values: dict[str, dict[str, Any]] = {
+        "base": {"dtype": "bfloat16", "max_tokens": 96},
         "data": {"sft": [{"path": str(dialogs)}], "split": {"test": 0.0, "validation": 0.15, "judge": 0.0}},
-        "steps": ["sft"],
-        "sft": {"epochs": 2, "learning_rate": 1e-3, "examples_per_step": 8, "sample_prompts": 2},
-        "tracking": {"mode": "off", "sample_every": 4, "eval_every": 3, "save_every": 2},
+        "sft": {"epochs": 2},
+        "tracking": {"sample_every": 4, "eval_every": 3, "save_every": 2},
     }
-    for name, section in (sections or {}).items():
-        values[name] = values[name] | section
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
-
-
-__all__ = ["LORA", "Base", "inputs_of", "open_session", "pair", "toy_dialogs", "write_base", "write_recipe"]
+    return write_values(path, base, values, steps=["sft"], **(sections or {}))

@@ -1,6 +1,7 @@
 """Policies and reward models at toy size, published as stages publish them, with weights as if they were trained."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ def make_reward_model(run: Path, base: Base, tuning: Tuning, *, policy: Artifact
     start = build_reward_model(base, tuning, policy=policy, seed=seed, device="cpu")
     disturb(start.model, seed=seed, scale=0.02 if tuning.method == "full" else 0.1)
     return publish_reward_model(start, base, run)
+
+
+def labelled(artifact: Artifact) -> Artifact:
+    """The same reward model, whose manifest says that it learnt from labels."""
+    details = artifact.manifest.details | {"safety_labels": 9}
+    return replace(artifact, manifest=artifact.manifest.model_copy(update={"details": details}))
 
 
 class World:

@@ -23,6 +23,7 @@ from llamachat.answers.dialog_step import BatchResult, DialogStep
 from llamachat.chat_format import ChatFormat
 from llamachat.config.section import identity
 from llamachat.runs.artifacts import Artifact, StepFolder, read_artifact
+from llamachat.runs.inputs import StepInputs
 from llamachat.runs.record import MetricsRecord
 from llamachat.training import hours as hours_module
 from pipelines.cli.main import main
@@ -38,7 +39,7 @@ from tests.recipes import publish_toy_policy, run_command
 from tests.recipes import write_recipe as write_toy_recipe
 from tests.rejection_sampling import tiny_rounds
 from tests.reward.tiny_reward import reward_inputs
-from tests.sft.tiny_sft import inputs_of, toy_dialogs, write_base
+from tests.sft.tiny_sft import inputs_of, toy_dialogs
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -63,11 +64,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
-
-
 def weights_of(artifact: Artifact) -> dict[str, Tensor]:
     (path,) = artifact.path.glob("*.safetensors")
     return load_file(path)
@@ -81,38 +77,58 @@ def steps_of(artifact: Artifact) -> list[float]:
 # --- trainings
 
 
-def test_a_tuning_ends_after_its_first_step_and_its_weights_have_moved(
-    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def tuning(folder: Path, base: Path, **limits: Any) -> tuple[Any, StepInputs]:
+    deadline = limits.pop("deadline", None)
+    settings = {"examples_per_step": 4, "learning_rate": 1e-2, "warmup_fraction": 0, "sample_prompts": 0}
+    return sft.Config(**settings, **limits), replace(inputs_of(folder, base, toy_dialogs(24)), deadline=deadline)
+
+
+def ranking(folder: Path, base: Path, **limits: Any) -> tuple[Any, StepInputs]:
+    return reward.Config(pairs_per_step=8, **limits), reward_inputs(folder, base)
+
+
+def playing(folder: Path, _: Path, sentencepiece: bytes, **limits: Any) -> tuple[Any, StepInputs]:
+    deadline = limits.pop("deadline", None)
+    base = write_stopping_base(folder / "base", sentencepiece)
+    return config_of(**limits), replace(ppo_inputs(folder, base), deadline=deadline)
+
+
+STAGES: dict[str, Any] = {"sft": sft, "rm/helpfulness": reward, "ppo": ppo}
+
+
+@pytest.mark.parametrize(
+    ("make", "limits", "ended_by", "words"),
+    [
+        (tuning, {"max_hours": TINY}, "max_hours", "sft: sft.max_hours (1e-09) are over at step 1"),
+        (tuning, {"deadline": 0.0}, "run.max_hours", "sft: run.max_hours are over at step 1"),
+        (ranking, {"max_hours": TINY}, "max_hours", "rm/helpfulness: reward.max_hours (1e-09) are over at step 1"),
+        (playing, {"max_hours": TINY}, "max_hours", "ppo: ppo.max_hours (1e-09) are over at iteration 1"),
+        (playing, {"deadline": 0.0}, "run.max_hours", "ppo: run.max_hours are over at iteration 1"),
+    ],
+)
+def test_a_training_ends_after_its_first_step_and_its_weights_have_moved(
+    make: Any,
+    limits: dict[str, Any],
+    ended_by: str,
+    words: str,
+    base: Path,
+    tiny_sentencepiece: bytes,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    config = SftConfig(examples_per_step=4, learning_rate=1e-2, warmup_fraction=0, sample_prompts=0, max_hours=TINY)
+    more = {"sentencepiece": tiny_sentencepiece} if make is playing else {}
+    config, inputs = make(tmp_path, base, **more, **limits)
     with caplog.at_level(logging.WARNING):
-        artifact = sft.run(config, inputs_of(tmp_path, base, toy_dialogs(24)))
-    details, summary = artifact.manifest.details, json.loads((artifact.path.parent / "summary.json").read_text())
-    assert (details["ended_by"], details["optimizer_step"], steps_of(artifact)) == ("max_hours", 1, [1])
-    assert "sft: sft.max_hours (1e-09) are over at step 1" in caplog.text
-    assert not torch.equal(
-        weights_of(artifact)["lm_head.weight"], load_file(base / "model.safetensors")["lm_head.weight"]
-    )
-    assert summary["sft/eval_loss"] != summary["sft/eval_loss_base"]
-
-
-def test_a_reward_model_ends_after_its_first_step(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = reward.Config(pairs_per_step=8, max_hours=TINY)
-    with caplog.at_level(logging.WARNING):
-        artifact = reward.run(config, reward_inputs(tmp_path, base))
+        artifact = STAGES[inputs.step].run(config, inputs)
     details = artifact.manifest.details
-    assert (details["ended_by"], details["optimizer_step"], steps_of(artifact)) == ("max_hours", 1, [1])
-    assert "rm/helpfulness: reward.max_hours (1e-09) are over at step 1" in caplog.text
-
-
-def test_ppo_ends_when_the_commands_hours_are_over(
-    tiny_sentencepiece: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    base = write_stopping_base(tmp_path / "base", tiny_sentencepiece)
-    with caplog.at_level(logging.WARNING):
-        artifact = ppo.run(config_of(), replace(ppo_inputs(tmp_path, base), deadline=0.0))
-    assert artifact.manifest.details["ended_by"] == "run.max_hours"
-    assert "ppo: run.max_hours are over at iteration 1" in caplog.text
+    assert (details["ended_by"], steps_of(artifact)) == (ended_by, [1]) and words in caplog.text
+    if make is tuning:
+        summary = json.loads((artifact.path.parent / "summary.json").read_text())
+        before = load_file(base / "model.safetensors")["lm_head.weight"]
+        assert details["optimizer_step"] == 1 and not torch.equal(weights_of(artifact)["lm_head.weight"], before)
+        assert summary["sft/eval_loss"] != summary["sft/eval_loss_base"]
+    if make is playing:
+        assert details["iterations_done"] == 1 and details["end"] == ended_by
 
 
 LOSSES = (9.0, 4.0, 2.0, 3.0, 5.0, 6.0)  # on held-out answers: before, and after each step
@@ -308,16 +324,6 @@ def test_when_the_commands_hours_are_over_no_further_step_is_begun_and_the_same_
     assert words[0].startswith("run.max_hours (1e-09) are over. Not begun yet: sft-2, sft-3. The same command goes on")
     assert "Not begun yet: sft-3." in words[1] and words[2].startswith("All steps are done.")
     assert words[3] == f"nothing to do: all 3 steps are done already ({tmp_path}/runs/one)"
-
-
-def test_a_step_within_which_the_commands_hours_end_is_done(
-    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    inputs = replace(inputs_of(tmp_path, base, toy_dialogs(24)), deadline=0.0)
-    with caplog.at_level(logging.WARNING):
-        artifact = sft.run(SftConfig(examples_per_step=4, sample_prompts=0), inputs)
-    assert artifact.manifest.details["ended_by"] == "run.max_hours" and steps_of(artifact) == [1]
-    assert "sft: run.max_hours are over at step 1" in caplog.text
 
 
 def test_hours_that_are_not_set_are_no_part_of_an_identity() -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import reward
 import sft
 from llamachat.config.sections import Tuning
 from llamachat.errors import ConfigError, DeviceMemoryError
@@ -19,18 +20,12 @@ from llamachat.runs.record import MetricsRecord
 from llamachat.training import out_of_memory
 from llamachat.training.master_weights import adamw, check_optimizer
 from llamachat.training.out_of_memory import MicrobatchTooLargeError, halving, in_room
+from reward.ranking import PackedRewardTrainer
 from sft.config import Config
 from sft.tuning import AnswerTrainer
-from tests.sft.tiny_sft import inputs_of, toy_dialogs, write_base
+from tests.reward.tiny_reward import reward_inputs
+from tests.sft.tiny_sft import FULL, inputs_of, toy_dialogs
 from tests.tiny_llama import LORA
-
-FULL = Tuning()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
-
 
 # --- the logic
 
@@ -81,89 +76,108 @@ def test_parts_are_halved_until_they_fit():
 # --- in the stage
 
 
-def tokens_of(batch: dict[str, Tensor]) -> int:
-    return batch["input_ids"].numel()
-
-
-def make_small(monkeypatch: pytest.MonkeyPatch, *, tokens: int, from_step: int, done: int = 0) -> list[int]:
+def make_small(
+    monkeypatch: pytest.MonkeyPatch, trainer: Any = AnswerTrainer, *, tokens: int, from_step: int, done: int = 0
+) -> list[int]:
     """From optimizer step `from_step` on, more than `tokens` in a micro-batch are too many; the sizes that were.
 
     `done` micro-batches of a step are let through, so that it has added up a part of its gradients.
     """
     refused: list[int] = []
     passed: Counter[tuple[int, int]] = Counter()
-    loss = AnswerTrainer.compute_loss
+    loss = trainer.compute_loss
 
     def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        place = (id(self), self.state.global_step)
+        place, size = (id(self), self.state.global_step), inputs["input_ids"].numel()
         passed[place] += 1
-        if tokens_of(inputs) > tokens and place[1] >= from_step and passed[place] > done:
-            refused.append(tokens_of(inputs))
+        if size > tokens and place[1] >= from_step and passed[place] > done:
+            refused.append(size)
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return loss(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(AnswerTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
     return refused
 
 
-def losses(step: Path) -> list[tuple[float, float]]:
-    rows = MetricsRecord(StepFolder(step).metrics).read()
-    return [(row["step"], row["sft/loss"]) for row in rows if "sft/loss" in row]
+def losses(step: StepFolder) -> list[tuple[float, float]]:
+    rows = MetricsRecord(step.metrics).read()
+    return [(row["step"], row[name]) for row in rows for name in row if name in ("sft/loss", "rm/helpfulness/loss")]
 
 
-LAYOUTS: dict[str, tuple[dict[str, Any], int, str]] = {
-    # settings, tokens that fit, what is told: rows of up to 96 tokens, and dialogs of up to 64 after padding
-    "packed": ({"packing": True, "row_tokens": 96}, 64, "sft.row_tokens"),
-    "padded": ({"packing": False, "rows_per_microbatch": 4}, 128, "sft.rows_per_microbatch 4"),
-}
+def tune(folder: Path, base: Path, tuning: Tuning, **layout: Any) -> StepFolder:
+    config = Config(epochs=2, examples_per_step=8, learning_rate=1e-3, sample_prompts=0, **layout)
+    inputs = inputs_of(folder, base, toy_dialogs(26), tuning=tuning)
+    sft.run(config, inputs)
+    return inputs.folder
+
+
+def rank(folder: Path, base: Path, tuning: Tuning, **layout: Any) -> StepFolder:
+    inputs = reward_inputs(folder, base, tuning=tuning)
+    reward.run(reward.Config(pairs_per_step=8, learning_rate=1e-3, **layout), inputs)
+    return inputs.folder
+
+
+# Rows of up to 96 tokens, and dialogs of up to 64 after padding; rows of pairs.
+PACKED: dict[str, Any] = {"packing": True, "row_tokens": 96}
+PADDED: dict[str, Any] = {"packing": False, "rows_per_microbatch": 4}
 
 
 @pytest.mark.parametrize(
-    ("tuning", "layout", "from_step", "done"),
-    [(FULL, "packed", 0, 0), (FULL, "packed", 3, 1), (FULL, "padded", 3, 1), (LORA, "padded", 3, 0)],
-    ids=["full, first step", "full, within a step", "full, padded, within a step", "lora"],
+    ("train", "tuning", "layout", "fits", "from_step", "done", "named"),
+    [
+        pytest.param(tune, FULL, PACKED, 64, 0, 0, "sft.row_tokens", id="full, first step"),
+        pytest.param(tune, FULL, PACKED, 64, 3, 1, "sft.row_tokens", id="full, within a step"),
+        pytest.param(tune, FULL, PADDED, 128, 3, 1, "sft.rows_per_microbatch 4", id="full, padded, within a step"),
+        pytest.param(tune, LORA, PADDED, 128, 3, 0, "sft.rows_per_microbatch 4", id="lora"),
+        pytest.param(rank, FULL, {"row_tokens": 512}, 256, 2, 0, "reward.row_tokens", id="reward"),
+    ],
 )
 def test_a_micro_batch_that_does_not_fit_is_halved_and_the_result_is_the_same(
-    tuning: Tuning, layout: str, from_step: int, done: int, base: Path, tmp_path: Path, caplog: Any, monkeypatch: Any
+    train: Any,
+    tuning: Tuning,
+    layout: dict[str, Any],
+    fits: int,
+    from_step: int,
+    done: int,
+    named: str,
+    base: Path,
+    tmp_path: Path,
+    caplog: Any,
+    monkeypatch: Any,
 ):
-    settings, fits, told = LAYOUTS[layout]
-    config = Config(epochs=2, examples_per_step=8, learning_rate=1e-3, sample_prompts=0, **settings)
-    results: list[dict[str, Tensor]] = []
-    steps = []
     for name in ("large", "small"):
         (tmp_path / name).mkdir()
-        inputs = inputs_of(tmp_path / name, base, toy_dialogs(26), tuning=tuning)
-        refused: list[int] = []
-        if name == "small":
-            refused = make_small(monkeypatch, tokens=fits, from_step=from_step, done=done)
-        with caplog.at_level(logging.WARNING):
-            artifact = sft.run(config, inputs)
-        (file,) = artifact.path.glob("*model.safetensors")
-        results.append(load_file(file))
-        steps.append(losses(inputs.folder.path))
-    assert refused
+    caplog.set_level(logging.WARNING)
+    large = train(tmp_path / "large", base, tuning, **layout)
+    trainer = AnswerTrainer if train is tune else PackedRewardTrainer
+    refused = make_small(monkeypatch, trainer, tokens=fits, from_step=from_step, done=done)
+    small = train(tmp_path / "small", base, tuning, **layout)
     warnings = [record.getMessage() for record in caplog.records if "memory is too small" in record.getMessage()]
-    assert len(warnings) == len(refused), "each halving is told once"
-    assert told in warnings[0]
-    large, small = steps
-    assert [step for step, _ in small] == [step for step, _ in large] == list(range(1, len(large) + 1))
-    assert [loss for _, loss in small] == pytest.approx([loss for _, loss in large], abs=1e-5)
-    for key, weight in results[0].items():
-        torch.testing.assert_close(results[1][key], weight, atol=2e-6, rtol=0)
+    assert len(warnings) == len(refused) >= 1, "each halving is told once"
+    assert named in warnings[0]
+    assert [step for step, _ in losses(small)] == list(range(1, len(losses(large)) + 1))
+    assert [loss for _, loss in losses(small)] == pytest.approx([loss for _, loss in losses(large)], abs=1e-5)
+    weights, expected = (load_file(next(step.artifact.glob("*model.safetensors"))) for step in (small, large))
+    for key, weight in expected.items():
+        torch.testing.assert_close(weights[key], weight, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_dialog_that_does_not_fit_alone_is_told_with_the_ways_out(
-    packing: bool, base: Path, tmp_path: Path, monkeypatch: Any
+@pytest.mark.parametrize(
+    ("train", "layout", "named"),
+    [
+        (tune, PACKED, r"sft: .* one dialog at a time .* tuning\.method to qlora"),
+        (tune, PADDED, r"sft: .* one dialog at a time .* tuning\.method to qlora"),
+        (rank, {}, r"rm/helpfulness: .* one pair at a time .*reward\.gradient_checkpointing"),
+    ],
+)
+def test_what_does_not_fit_alone_is_refused_with_what_would_help(
+    train: Any, layout: dict[str, Any], named: str, base: Path, tmp_path: Path, monkeypatch: Any
 ):
-    make_small(monkeypatch, tokens=8, from_step=1)
-    config = Config(epochs=2, examples_per_step=8, sample_prompts=0, packing=packing)
-    inputs = inputs_of(tmp_path, base, toy_dialogs(26), tuning=LORA)
-    with pytest.raises(DeviceMemoryError, match=r"sft: .* one dialog at a time .* tuning\.method to qlora"):
-        sft.run(config, inputs)
-    folder = inputs.folder
-    assert not folder.artifact.exists()
-    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000001"], "what is done is kept"
+    make_small(monkeypatch, AnswerTrainer if train is tune else PackedRewardTrainer, tokens=8, from_step=1)
+    with pytest.raises(DeviceMemoryError, match=named):
+        train(tmp_path, base, LORA, **layout)
+    assert not list(tmp_path.rglob("artifact"))
+    assert [path.name for path in tmp_path.rglob("checkpoints/*")] == ["step-00000001"], "what is done is kept"
 
 
 def test_memory_that_runs_out_elsewhere_is_told_and_not_halved(base: Path, tmp_path: Path, monkeypatch: Any):
@@ -172,7 +186,7 @@ def test_memory_that_runs_out_elsewhere_is_told_and_not_halved(base: Path, tmp_p
 
     monkeypatch.setattr("llamachat.training.master_weights.MasterWeightOptimizer.step", step)
     with pytest.raises(DeviceMemoryError, match=r"where no smaller micro-batch helps .* in the optimizer"):
-        sft.run(Config(epochs=1, examples_per_step=8), inputs_of(tmp_path, base, toy_dialogs(20), tuning=LORA))
+        tune(tmp_path, base, LORA)
 
 
 # --- optimizers that need less

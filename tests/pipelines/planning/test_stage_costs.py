@@ -9,7 +9,6 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from evaluation.report import Config as ReportConfig
-from llamachat.chat_format import ChatFormat
 from llamachat.config.gpus import Gpu, parse_gpu
 from llamachat.config.sections import Rollout, Tuning
 from llamachat.data.packing import plan_steps
@@ -197,11 +196,6 @@ def test_the_report_counts_seconds_and_no_device() -> None:
 
 
 # -- PPO
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_format: ChatFormat, tiny_sentencepiece: bytes) -> World:
-    return World(tmp_path_factory.mktemp("roles"), tiny_format, tiny_sentencepiece)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ distilled answer is compared with the best plain one: against a single or a mean
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -57,18 +57,14 @@ def choose(prompt: EncodedPrompt, groups: Groups, *, keeps_all: bool = False, ma
     plain = safety_of(groups["original"])
     best_plain = max(range(len(plain)), key=plain.__getitem__)
     original, original_score = groups["original"].texts[best_plain], plain[best_plain]
+    choice = Choice(prompt=prompt, original=original, original_score=original_score)
     distilled: list[tuple[Form, Group, int]] = [
         (form, groups[form], place) for form in FORMS[1:] if form in groups for place in groups[form].order
     ]
     usable = [one for one in distilled if one[1].finished[one[2]] and one[1].allowed[one[2]]]
     if not usable:
         is_cut = not any(group.finished[place] for _, group, place in distilled)
-        return Choice(
-            prompt=prompt,
-            original=original,
-            original_score=original_score,
-            refused="unfinished" if is_cut else "empty",
-        )
+        return replace(choice, refused="unfinished" if is_cut else "empty")
     form, group, place = max(usable, key=lambda one: safety_of(one[1])[one[2]])
     text, score = group.texts[place], safety_of(group)[place]
     refused = None
@@ -76,15 +72,7 @@ def choose(prompt: EncodedPrompt, groups: Groups, *, keeps_all: bool = False, ma
         refused = "equal"  # the same text's score may move in its last digits with the batch that it is read in
     elif not keeps_all and score <= original_score + margin:
         refused = "not_better"
-    return Choice(
-        prompt=prompt,
-        original=original,
-        original_score=original_score,
-        refused=refused,
-        form=form,
-        text=text,
-        score=score,
-    )
+    return replace(choice, refused=refused, form=form, text=text, score=score)
 
 
 def safety_of(group: Group) -> Sequence[float]:

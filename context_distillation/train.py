@@ -29,7 +29,15 @@ from context_distillation.choosing import (
 from context_distillation.config import Config
 from context_distillation.prompts import FORMS, AdversarialPrompt, Form, adversarial_prompts, check_preprompts
 from context_distillation.refusals import MOMENTS, refusal_figures, refusal_table
-from llamachat.answers.dialog_step import BatchResult, DialogStep, counted, dialog_line
+from llamachat.answers.dialog_step import (
+    BatchResult,
+    DialogStep,
+    batch_costs,
+    check_choice,
+    counted,
+    dialog_line,
+    step_costs,
+)
 from llamachat.answers.evaluation import comparison_table
 from llamachat.answers.groups import Group, batches_of, scored_groups
 from llamachat.answers.session import AnswerSession, open_session
@@ -37,7 +45,6 @@ from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import ConfigError, DataError
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
-from llamachat.runs.state import peak_memory
 from llamachat.scoring.models import named_models
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.tracker import Tracker
@@ -116,13 +123,13 @@ def check_settings(config: Config, inputs: StepInputs) -> None:
             f"{inputs.step}: there is no safety reward model, and it alone decides which distilled answers are trained on."
             " Train one (`make rm`, with data.safety), or name one: scoring.safety=FOLDER_OR_HUB_NAME."
         )
-    is_greedy = config.temperature is None and inputs.rollout.temperature == 0
-    if is_greedy and config.samples_per_prompt > 1:
-        raise ConfigError(
-            f"rollout.temperature: 0, but context_distillation.samples_per_prompt is {config.samples_per_prompt}. At "
-            "temperature 0 all answers to a prompt are the same one, and there is nothing to choose. Set it to 1, or give "
-            "a context_distillation.temperature."
-        )
+    check_choice(
+        inputs,
+        "context_distillation",
+        temperature=config.temperature,
+        samples=config.samples_per_prompt,
+        otherwise="give a context_distillation.temperature",
+    )
 
 
 def _open(config: Config, inputs: StepInputs, policy: Artifact | None) -> AnswerSession:
@@ -183,10 +190,7 @@ class Distillation:
         )
         for name, scores in score_lists(self.groups, self.choices).items():
             tracker.histogram(len(train), f"safety/{name}", scores)
-        return step_figures(self.groups, self.choices) | {
-            "time/rollout_s": sum(row["time/step_s"] for row in rows),
-            "memory/peak_gib": max((row["memory/peak_gib"] for row in rows), default=0.0),
-        }
+        return step_figures(self.groups, self.choices) | step_costs(rows)
 
     def _with_preprompts(self, prompts: Sequence[EncodedPrompt], dropped: Counter[str]) -> list[AdversarialPrompt]:
         inputs = self.step.inputs
@@ -204,15 +208,9 @@ class Distillation:
             for index, group in zip(indices, groups, strict=True):
                 by_prompt[index][form] = group
             tokens += sum(sum(group.tokens) for group in groups)
-        seconds = time.monotonic() - started
-        return {
-            "groups": [{form: asdict(group) for form, group in groups.items()} for groups in by_prompt],
-            "figures": {
-                "time/step_s": seconds,
-                "throughput/rollout_tokens_per_s": tokens / max(seconds, 1e-9),
-                "memory/peak_gib": peak_memory(),
-            },
-        }
+        costs = batch_costs(started, tokens)
+        stored = [{form: asdict(group) for form, group in groups.items()} for groups in by_prompt]
+        return {"groups": stored, "figures": costs}
 
     def _answers(self, batch: Sequence[AdversarialPrompt], form: Form, number: int) -> list[Group]:
         """The answers to prompts in this form, scored as answers to the prompts themselves."""

@@ -16,7 +16,7 @@ from llamachat.answers.session import AnswerSession, open_session
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import DialogError, Message
 from llamachat.config.sections import here_or_bundled
-from llamachat.constraints.families import CHECKABLE, Family, families
+from llamachat.constraints.families import CHECKABLE, LISTS, Family, families
 from llamachat.constraints.values import parse_list, read_list
 from llamachat.errors import DataError
 from llamachat.rollout.engine import RolloutEngine, Sampling, scatter_generate
@@ -32,7 +32,6 @@ QUESTIONS = {
     "hobbies": "Write a list of twenty hobbies, one a line.",
     "languages": "Write a list of twenty languages, one a line.",
 }
-_OF_FAMILY = {"figure": "figures", "hobby": "hobbies", "language": "languages"}
 _MEASURED = ("figure", "hobby", *CHECKABLE)  # families that can be measured without people
 _VALUES_SEED = 800_000  # past those of the batches
 
@@ -88,10 +87,10 @@ def lists_of(
     config: Config, engine: RolloutEngine, chat_format: ChatFormat, sampling: Sampling
 ) -> dict[str, list[str]]:
     """The values of the recipe's families that have a list, by list."""
-    names = [name for family, name in _OF_FAMILY.items() if family in config.families]
+    names = [name for family, name in LISTS.items() if family in config.families]
     if config.values == "policy":
         return {name: _from_policy(name, engine, chat_format, sampling) for name in names}
-    places = {"figures": config.lists.figures, "hobbies": config.lists.hobbies, "languages": config.lists.languages}
+    places = {name: getattr(config.lists, name) for name in names}
     lists = {name: list(read_list(here_or_bundled(places[name]))) for name in names}
     for name, values in lists.items():
         for value in values:

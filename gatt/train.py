@@ -22,7 +22,7 @@ from gatt.session import GattSession, open_gatt
 from gatt.synthesize import GattDialog, Rank, TurnSampler, conversation, counted_drops, dialog_text, sample_dialogs
 from llamachat import distributed
 from llamachat.answers.consistency import Outcome, Trial, Turns, as_said
-from llamachat.answers.dialog_step import BatchResult, DialogStep, counted
+from llamachat.answers.dialog_step import BatchResult, DialogStep, batch_costs, counted
 from llamachat.answers.groups import ANSWERS_PER_BATCH
 from llamachat.answers.responses import Response
 from llamachat.answers.scorer import Scorer
@@ -34,7 +34,6 @@ from llamachat.errors import DataError
 from llamachat.models.loading import load_base, load_policy
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
-from llamachat.runs.state import peak_memory
 from llamachat.scoring.combining import ranking
 from llamachat.tracking.tracker import Tracker
 
@@ -195,7 +194,7 @@ class Dialogs:
             for turn in range(config.turns)
         ]
         dialogs = sample_dialogs(sampler, conversations, samplings)
-        seconds = time.monotonic() - started
+        costs = batch_costs(started)
         return {
             "made": [asdict(dialog) for dialog in dialogs],
             "dropped": counted_drops(conversations),
@@ -205,8 +204,7 @@ class Dialogs:
                 "gatt/mended_fraction": fmean(dialog.is_mended for dialog in dialogs) if dialogs else 0.0,
                 "gatt/answer_tokens": fmean(dialog.tokens for dialog in dialogs) if dialogs else 0.0,
                 "gatt/turns": fmean(len(dialog.turns) for dialog in dialogs) if dialogs else 0.0,
-                "time/step_s": seconds,
-                "memory/peak_gib": peak_memory(),
+                **costs,
             },
         }
 

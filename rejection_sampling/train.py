@@ -15,17 +15,16 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-from llamachat.answers.dialog_step import BatchResult, DialogStep, counted
+from llamachat.answers.dialog_step import BatchResult, DialogStep, batch_costs, check_choice, counted, step_costs
 from llamachat.answers.evaluation import comparison_table
 from llamachat.answers.groups import Group, Sampler, batches_of, sample_groups
 from llamachat.answers.scorer import longest_prompt
 from llamachat.answers.session import AnswerSession, open_session
 from llamachat.data.prompts import EncodedPrompt
-from llamachat.errors import ConfigError, DataError
+from llamachat.errors import DataError
 from llamachat.rollout.engine import Sampling
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
-from llamachat.runs.state import peak_memory
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.tracker import Tracker
 from rejection_sampling.config import Config
@@ -60,7 +59,13 @@ def dialog_step(config: Config, inputs: StepInputs) -> DialogStep:
 def make_dialogs(config: Config, step: DialogStep) -> Artifact:
     """Everything up to the published dialogs; answers in the cache are not sampled again."""
     inputs = step.inputs
-    check_settings(config, inputs)
+    check_choice(
+        inputs,
+        "rejection_sampling",
+        temperature=config.temperature,
+        samples=config.samples_per_prompt,
+        otherwise="rejection_sampling.temperature to sweep",
+    )
     session = _open(config, inputs, inputs.policy)
     # Before anything is sampled: a line that an edit broke is reported now, and not after hours.
     longest = longest_prompt(inputs.base, inputs.rollout, session.bank)
@@ -111,17 +116,6 @@ def compare(config: Config, step: DialogStep, tuned: Artifact) -> dict[str, floa
     return figures
 
 
-def check_settings(config: Config, inputs: StepInputs) -> None:
-    """Refuse sampling that leaves nothing to choose from."""
-    is_greedy = config.temperature is None and inputs.rollout.temperature == 0
-    if is_greedy and config.samples_per_prompt > 1:
-        raise ConfigError(
-            f"rollout.temperature: 0, but rejection_sampling.samples_per_prompt is {config.samples_per_prompt}. At "
-            "temperature 0 all answers to a prompt are the same one, and there is nothing to choose. Set it to 1, or "
-            "rejection_sampling.temperature to sweep."
-        )
-
-
 def _open(config: Config, inputs: StepInputs, policy: Artifact | None) -> AnswerSession:
     held_out = (max(config.validation_prompts, config.sweep_prompts), config.test_prompts)
     return open_session(inputs, policy=policy, held_out=held_out)
@@ -160,26 +154,15 @@ class Round:
         means = {
             name: sum(row[name] * size for row, size in zip(rows, self.sizes, strict=True)) / total for name in names
         }
-        return means | {
-            "rs/prompts": total,
-            "rs/winners": float(len(self.winners)),
-            "time/rollout_s": sum(row["time/step_s"] for row in rows),
-            "memory/peak_gib": max(row["memory/peak_gib"] for row in rows),
-        }
+        return means | {"rs/prompts": total, "rs/winners": float(len(self.winners)), **step_costs(rows)}
 
     def _make(self, number: int, prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
         started = time.monotonic()
         groups = sample_groups(self.session, prompts, self._samplings(number), self.constants, sampler=self.sampler)
-        seconds = time.monotonic() - started
+        costs = batch_costs(started, sum(sum(group.tokens) for group in groups))
         return {
             "groups": [asdict(group) for group in groups],
-            "figures": group_figures(groups)
-            | {
-                "rs/temperature": fmean(self.temperatures),
-                "time/step_s": seconds,
-                "throughput/rollout_tokens_per_s": sum(sum(group.tokens) for group in groups) / max(seconds, 1e-9),
-                "memory/peak_gib": peak_memory(),
-            },
+            "figures": {**group_figures(groups), "rs/temperature": fmean(self.temperatures), **costs},
         }
 
     def _samplings(self, number: int) -> list[tuple[Sampling, int]]:

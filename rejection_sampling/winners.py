@@ -7,7 +7,7 @@ the present models, all by their texts, so that only the answers differ.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llamachat.answers.dialog_step import SAMPLED, dialog_line
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from llamachat.runs.artifacts import Artifact
 
 
+Key = tuple[tuple[str, str], ...]  # roles and texts of a prompt
+
+
 @dataclass(frozen=True, slots=True)
 class Winner:
     """The answer that a round chose for a prompt."""
@@ -38,7 +41,7 @@ class Winner:
     is_unsafe: bool = False  # under the gate's threshold: ranks below all others
 
     @property
-    def key(self) -> tuple[tuple[str, str], ...]:
+    def key(self) -> Key:
         """What makes two prompts the same: their messages."""
         return tuple((message.role, message.content) for message in self.prompt.messages)
 
@@ -78,7 +81,7 @@ def earlier_winners(
 
     `dropped` counts, by reason, those that are left out.
     """
-    winners: dict[tuple[tuple[tuple[str, str], ...], str], Winner] = {}
+    winners: list[Winner] = []
     for step, artifact in pooled.items():
         path = artifact.path / DIALOGS
         if not path.is_file() or path.stat().st_size == 0:
@@ -93,9 +96,8 @@ def earlier_winners(
                 dropped["earlier winners left out: empty, or longer than the models read"] += 1
                 continue
             prompt = EncodedPrompt(messages, ids, bool(origin.get("is_safety")), str(origin.get("id") or ""))
-            winner = Winner(prompt, answer.content, str(origin.get("round") or step))
-            winners.setdefault((winner.key, winner.text), winner)
-    return list(winners.values())
+            winners.append(Winner(prompt, answer.content, str(origin.get("round") or step)))
+    return _each_once(winners)
 
 
 def pooled_winners(
@@ -105,18 +107,23 @@ def pooled_winners(
 
     Of equal ones the earlier round's stays. Order: prompts as they first came, earlier rounds first.
     """
-    once: dict[tuple[tuple[tuple[str, str], ...], str], Winner] = {}
-    for winner in (*earlier, *own):
-        once.setdefault((winner.key, winner.text), winner)
-    scored = _scored_again(scorer, list(once.values()))
+    scored = _scored_again(scorer, _each_once([*earlier, *own]))
     if keeps_all:
         return scored
-    best: dict[tuple[tuple[str, str], ...], Winner] = {}
+    best: dict[Key, Winner] = {}
     for winner in scored:
         kept = best.get(winner.key)
         if kept is None or (kept.is_unsafe, -kept.score) > (winner.is_unsafe, -winner.score):
             best[winner.key] = winner
     return list(best.values())
+
+
+def _each_once(winners: Sequence[Winner]) -> list[Winner]:
+    """Of equal answers to a prompt the first."""
+    once: dict[tuple[Key, str], Winner] = {}
+    for winner in winners:
+        once.setdefault((winner.key, winner.text), winner)
+    return list(once.values())
 
 
 def _scored_again(scorer: Scorer, winners: Sequence[Winner]) -> list[Winner]:
@@ -128,7 +135,7 @@ def _scored_again(scorer: Scorer, winners: Sequence[Winner]) -> list[Winner]:
     combined = scorer.score(responses, with_judge=False, reads_text=True).combined
     scores, unsafe = combined.scores_B.tolist(), combined.is_unsafe_B.tolist()
     return [
-        Winner(winner.prompt, winner.text, winner.round, tokens=winner.tokens, score=score, is_unsafe=is_unsafe)
+        replace(winner, score=score, is_unsafe=is_unsafe)
         for winner, score, is_unsafe in zip(winners, scores, unsafe, strict=True)
     ]
 

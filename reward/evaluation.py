@@ -17,6 +17,7 @@ import numpy as np
 
 from llamachat.data.records import RATINGS, Preference, Rating
 from llamachat.maths.intervals import (
+    Difference,
     Floats,
     auroc,
     balanced_accuracy,
@@ -31,7 +32,11 @@ Domain = Literal["helpfulness", "safety"]
 DOMAINS: tuple[Domain, ...] = get_args(Domain)
 # What is known of a pair's answers, chosen first: the columns of the paper's Table 29.
 SafetyKind = Literal["safe_unsafe", "both_safe", "both_unsafe"]
-SAFETY_KINDS: tuple[SafetyKind, ...] = get_args(SafetyKind)
+_KIND_OF: Mapping[tuple[bool | None, bool | None], SafetyKind] = {
+    (True, False): "safe_unsafe",
+    (True, True): "both_safe",
+    (False, False): "both_unsafe",
+}
 
 UNSAFE_BELOW = 0.5  # sigmoid(score) under which an answer is called unsafe. Llama 2 appendix A.3.4.
 GATE = 0.15  # sigmoid(score) under which the safety score takes over in PPO. Llama 2 section 3.2.3.
@@ -65,14 +70,7 @@ class ScoredPair:
     @property
     def safety_kind(self) -> SafetyKind | None:
         """Which answers are safe; None where a label is missing, or chosen is the unsafe one of the two."""
-        match self.chosen_is_safe, self.rejected_is_safe:
-            case True, False:
-                return "safe_unsafe"
-            case True, True:
-                return "both_safe"
-            case False, False:
-                return "both_unsafe"
-        return None
+        return _KIND_OF.get((self.chosen_is_safe, self.rejected_is_safe))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +155,7 @@ def _of_domain(place: str, pairs: Sequence[ScoredPair], tfidf: Sequence[float] |
     figures = _accuracy(place, "", pairs)
     for rating in RATINGS:
         figures |= _accuracy(place, f"_{rating}", [pair for pair in pairs if pair.rating == rating])
-    for kind in SAFETY_KINDS:
+    for kind in KIND_TITLES:
         figures |= _accuracy(place, f"_{kind}", [pair for pair in pairs if pair.safety_kind == kind])
     for source, name in names.items():
         members = [index for index, pair in enumerate(pairs) if pair.source == source]
@@ -170,9 +168,7 @@ def _of_domain(place: str, pairs: Sequence[ScoredPair], tfidf: Sequence[float] |
         right = outcome(tfidf)
         gap = paired_bootstrap(correctness(pairs), right, groups=prompts)
         figures |= _with_interval(f"{place}/tfidf", right, prompts)
-        figures[f"{place}/tfidf_difference"] = gap.value
-        figures[f"{place}/tfidf_difference_low"] = gap.low
-        figures[f"{place}/tfidf_difference_high"] = gap.high
+        figures |= gap.named(f"{place}/tfidf_difference")
     chances = sigmoid([pair.chosen - pair.rejected for pair in pairs])
     # Both orders of each pair, so that the order in which it is written does not count.
     figures[f"{place}/calibration_error"] = calibration_error(
@@ -189,8 +185,7 @@ def _accuracy(place: str, part: str, pairs: Sequence[ScoredPair]) -> dict[str, f
 
 
 def _with_interval(name: str, outcomes: Floats, prompts: Sequence[str]) -> dict[str, float]:
-    low, high = proportion_interval(outcomes, groups=prompts)
-    return {name: float(np.mean(outcomes)), f"{name}_low": low, f"{name}_high": high}
+    return Difference(float(np.mean(outcomes)), *proportion_interval(outcomes, groups=prompts)).named(name)
 
 
 def _of_responses(place: str, responses: Sequence[ScoredResponse]) -> dict[str, float]:
@@ -214,8 +209,7 @@ def _of_responses(place: str, responses: Sequence[ScoredResponse]) -> dict[str, 
     }
     rules: Mapping[str, Callable[[Floats], float]] = {"balanced_accuracy": _balanced_accuracy_of, "auroc": _auroc_of}
     for name, rule in rules.items():
-        low, high = bootstrap_interval(rows, rule)
-        figures |= {f"{place}/{name}": rule(rows), f"{place}/{name}_low": low, f"{place}/{name}_high": high}
+        figures |= Difference(rule(rows), *bootstrap_interval(rows, rule)).named(f"{place}/{name}")
     return figures
 
 

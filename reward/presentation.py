@@ -7,6 +7,7 @@ shape of the paper's Tables 7, 8 and 29, from each model's `summary.json`.
 
 import re
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -23,6 +24,7 @@ from reward.evaluation import (
     KIND_TITLES,
     Domain,
     Evaluation,
+    ScoredPair,
     outcome,
     sigmoid,
     source_names,
@@ -68,26 +70,31 @@ class Bar(NamedTuple):
     marker: str
 
 
-def _domains(evaluation: Evaluation) -> list[Domain]:
-    return [domain for domain in DOMAINS if any(pair.domain == domain for pair in evaluation.pairs)]
+def _by_domain(evaluation: Evaluation) -> dict[Domain, list[ScoredPair]]:
+    found = {domain: [pair for pair in evaluation.pairs if pair.domain == domain] for domain in DOMAINS}
+    return {domain: pairs for domain, pairs in found.items() if pairs}
 
 
-def _panels(titles: Sequence[str], *, height: float, title: str) -> tuple["Figure", list[Any]]:
+def _panels(
+    titles: Sequence[str], *, height: float, title: str, x: str = "", y: str = ""
+) -> tuple["Figure", list[Any]]:
     figure, places = panel_grid(len(titles), panel=(_PANEL_WIDTH, height), title=title)
     for place, text in zip(places, titles, strict=True):
-        style_panel(place, text, tick_points=9)
+        style_panel(place, text, x=x, y=y, points=9)
         place.set_axisbelow(True)
     return figure, places
 
 
 def _accuracy(evaluation: Evaluation) -> "Figure | None":
-    columns = {domain: _bars_of(evaluation, domain) for domain in _domains(evaluation)}
+    columns = {domain: _bars_of(evaluation, domain) for domain in _by_domain(evaluation)}
     if not columns:
         return None
     most = max(len(bars) for bars in columns.values())
-    titles = [f"{domain} pairs" for domain in columns]
     figure, places = _panels(
-        titles, height=1.5 + 0.34 * most, title=f"rm/{evaluation.which}: accuracy on test pairs, 95% intervals"
+        [f"{domain} pairs" for domain in columns],
+        height=1.5 + 0.34 * most,
+        title=f"rm/{evaluation.which}: accuracy on test pairs, 95% intervals",
+        x="chosen answer scores higher (dashed: a coin)",
     )
     lowest = min(bar.low for bars in columns.values() for bar in bars)
     for place, bars in zip(places, columns.values(), strict=True):
@@ -97,40 +104,32 @@ def _accuracy(evaluation: Evaluation) -> "Figure | None":
             place.plot(bar.value, height, marker=bar.marker, color=bar.colour, markersize=7, linestyle="none")
             count = "" if bar.pairs is None else f"  n={bar.pairs}"
             # Right of the panel, where no interval reaches.
-            place.annotate(
-                f"{bar.value:.3f}{count}",
-                (1.015, height),
-                xycoords=("axes fraction", "data"),
-                fontsize=8.5,
-                va="center",
-                annotation_clip=False,
-            )
+            at, coordinates = (1.015, height), ("axes fraction", "data")
+            text = f"{bar.value:.3f}{count}"
+            place.annotate(text, at, xycoords=coordinates, fontsize=8.5, va="center", annotation_clip=False)
         place.set_yticks(range(len(bars)), [bar.label for bar in bars])
         place.set_ylim(most - 0.4, -0.6)
         place.set_xlim(min(0.4, lowest - 0.02), 1.01)
-        place.set_xlabel("chosen answer scores higher (dashed: a coin)", fontsize=9)
     return figure
 
 
 def _bars_of(evaluation: Evaluation, domain: Domain) -> list[Bar]:
     place, figures = f"rm/{evaluation.which}/test/{domain}", evaluation.figures
+    files = source_names(pair.source for pair in evaluation.pairs if pair.domain == domain).values()
+    lines: list[tuple[str, str, str | None, str, str]] = [
+        ("all pairs", "accuracy", "pairs", _BLUE, "D"),
+        *((part.replace("_", " "), f"accuracy_{part}", f"pairs_{part}", _BLUE, "o") for part in RATINGS),
+        *((text, f"accuracy_{part}", f"pairs_{part}", _GREEN, "s") for part, text in KIND_TITLES.items()),
+        *((f"file {name}", f"{name}/accuracy", f"{name}/pairs", _GREY, "^") for name in files),
+        ("rule: longer wins", "longer_wins", None, _ORANGE, "X"),
+        ("TF-IDF", "tfidf", None, _ORANGE, "X"),
+    ]
     found = []
-
-    def add(label: str, name: str, pairs: str | None, colour: str, marker: str = "o") -> None:
-        if name in figures:
-            count = None if pairs is None else int(figures[pairs])
-            value, low, high = figures[name], figures[f"{name}_low"], figures[f"{name}_high"]
+    for label, name, pairs, colour, marker in lines:
+        if f"{place}/{name}" in figures:
+            count = None if pairs is None else int(figures[f"{place}/{pairs}"])
+            value, low, high = (figures[f"{place}/{name}{end}"] for end in ("", "_low", "_high"))
             found.append(Bar(label, value, low, high, count, colour, marker))
-
-    add("all pairs", f"{place}/accuracy", f"{place}/pairs", _BLUE, "D")
-    for rating in RATINGS:
-        add(rating.replace("_", " "), f"{place}/accuracy_{rating}", f"{place}/pairs_{rating}", _BLUE)
-    for kind, text in KIND_TITLES.items():
-        add(text, f"{place}/accuracy_{kind}", f"{place}/pairs_{kind}", _GREEN, "s")
-    for name in source_names(pair.source for pair in evaluation.pairs if pair.domain == domain).values():
-        add(f"file {name}", f"{place}/{name}/accuracy", f"{place}/{name}/pairs", _GREY, "^")
-    add("rule: longer wins", f"{place}/longer_wins", None, _ORANGE, "X")
-    add("TF-IDF", f"{place}/tfidf", None, _ORANGE, "X")
     return found
 
 
@@ -145,31 +144,51 @@ def _calibration(evaluation: Evaluation) -> "Figure | None":
     for place in places:
         place.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1, label="perfect")
     if evaluation.pairs:
-        place = places[0]
-        for domain in _domains(evaluation):
-            pairs = [pair for pair in evaluation.pairs if pair.domain == domain]
+        for domain, pairs in _by_domain(evaluation).items():
             gaps = np.array([pair.chosen - pair.rejected for pair in pairs])
             # The order in which a pair is written says nothing: the model's own favourite, and whether it was right.
+            chances, right = sigmoid(np.abs(gaps)), outcome(gaps)
             prompts = [pair.prompt for pair in pairs]
-            _reliability(
-                place, sigmoid(np.abs(gaps)), outcome(gaps), groups=prompts, label=f"{domain} pairs", domain=domain
-            )
-        place.set_xlabel("sigmoid(score of favourite - score of other)", fontsize=9)
-        place.set_ylabel("favourite is the chosen one", fontsize=9)
-        place.set_xlim(0.49, 1.01)
-        place.legend(fontsize=9, frameon=False, loc="lower right")
+            _reliability(places[0], chances, right, groups=prompts, label=f"{domain} pairs", domain=domain)
+        _describe(places[0], "sigmoid(score of favourite - score of other)", "favourite is the chosen one", 0.49)
+        places[0].legend(fontsize=9, frameon=False, loc="lower right")
     if evaluation.responses:
         place = places[-1]
         chances = sigmoid([response.score for response in evaluation.responses])
         is_safe = np.array([response.is_safe for response in evaluation.responses], dtype=np.float64)
         _reliability(place, chances, is_safe, groups=range(len(chances)), label="labelled answers", domain="safety")
         place.axvline(GATE, color=_ORANGE, linestyle=":", linewidth=1.4, label=f"gate {GATE}")
-        place.set_xlabel("sigmoid(score)", fontsize=9)
-        place.set_ylabel("share of safe answers", fontsize=9)
-        place.set_xlim(-0.01, 1.01)
+        _describe(place, "sigmoid(score)", "share of safe answers", -0.01)
         place.legend(fontsize=9, frameon=False, loc="best")
-    for place in places:
-        place.set_ylim(-0.02, 1.02)
+    return figure
+
+
+def _describe(place: Any, x: str, y: str, left: float) -> None:
+    place.set_xlabel(x, fontsize=9)
+    place.set_ylabel(y, fontsize=9)
+    place.set_xlim(left, 1.01)
+    place.set_ylim(-0.02, 1.02)
+
+
+def _scores(evaluation: Evaluation) -> "Figure | None":
+    groups: dict[str, dict[str, list[float]]] = {
+        f"{domain} pairs": {
+            "chosen": [pair.chosen for pair in pairs],
+            "rejected": [pair.rejected for pair in pairs],
+        }
+        for domain, pairs in _by_domain(evaluation).items()
+    }
+    if evaluation.responses:
+        groups["labelled answers"] = {
+            name: [response.score for response in evaluation.responses if response.is_safe is is_safe]
+            for name, is_safe in (("safe", True), ("unsafe", False))
+        }
+    if not groups:
+        return None
+    title = f"rm/{evaluation.which}: scores of test answers, before the sigmoid"
+    figure, places = _panels(list(groups), height=3.9, title=title, x="score", y="share of its answers")
+    for place, series in zip(places, groups.values(), strict=True):
+        _histograms(place, series)
     return figure
 
 
@@ -181,14 +200,11 @@ def _reliability(
     bins = np.array_split(order, max(1, min(_BINS, len(order) // _LEAST_IN_BIN)))
     middles = np.array([chances[members].mean() for members in bins])
     shares = np.array([happened[members].mean() for members in bins])
-    bounds = np.array(
-        [proportion_interval(happened[members], groups=[groups[index] for index in members]) for members in bins]
-    )
-    errors = np.abs(bounds.T - shares)
+    bounds = [proportion_interval(happened[members], groups=[groups[index] for index in members]) for members in bins]
     place.errorbar(
         middles,
         shares,
-        yerr=errors,
+        yerr=np.abs(np.array(bounds).T - shares),
         color=_COLOUR_OF[domain],
         marker=_MARKER_OF[domain],
         markersize=5.5,
@@ -197,29 +213,6 @@ def _reliability(
         capsize=2.5,
         label=f"{label} ({len(order)})",
     )
-
-
-def _scores(evaluation: Evaluation) -> "Figure | None":
-    groups: dict[str, dict[str, list[float]]] = {}
-    for domain in _domains(evaluation):
-        pairs = [pair for pair in evaluation.pairs if pair.domain == domain]
-        groups[f"{domain} pairs"] = {
-            "chosen": [pair.chosen for pair in pairs],
-            "rejected": [pair.rejected for pair in pairs],
-        }
-    if evaluation.responses:
-        groups["labelled answers"] = {
-            "safe": [response.score for response in evaluation.responses if response.is_safe],
-            "unsafe": [response.score for response in evaluation.responses if not response.is_safe],
-        }
-    if not groups:
-        return None
-    figure, places = _panels(
-        list(groups), height=3.9, title=f"rm/{evaluation.which}: scores of test answers, before the sigmoid"
-    )
-    for place, series in zip(places, groups.values(), strict=True):
-        _histograms(place, series)
-    return figure
 
 
 def _histograms(place: Any, series: dict[str, list[float]]) -> None:
@@ -243,8 +236,6 @@ def _histograms(place: Any, series: dict[str, list[float]]) -> None:
                 average, color=colour, linewidth=1.8, ymax=0.78, linestyle="-" if style is styles[0] else "--"
             )
     place.set_ylim(top=place.get_ylim()[1] * 1.25)  # room for the legend
-    place.set_xlabel("score", fontsize=9)
-    place.set_ylabel("share of its answers", fontsize=9)
     place.legend(fontsize=9, frameon=False, loc="upper left")
 
 
@@ -259,65 +250,61 @@ def markdown(summaries: Summaries) -> str:
         "Percent, with 95% intervals that keep the pairs of one prompt together; a tie counts half. A pair is right where"
         " the chosen answer scores higher. No conversation of the test split was trained on.",
     ]
-    for domain in DOMAINS:
-        parts += _table(
-            f"{domain.capitalize()} pairs by file (in the shape of the paper's Table 7)", _by_file(known, domain)
-        )
-    for domain in DOMAINS:
-        heads = {rating: rating.replace("_", " ") for rating in RATINGS}
-        parts += _table(
-            f"{domain.capitalize()} pairs by rating (in the shape of the paper's Table 8)",
-            _by_part(known, domain, heads),
-        )
-    for domain in DOMAINS:
-        parts += _table(
-            f"{domain.capitalize()} pairs by what is known of their answers (in the shape of the paper's Table 29)",
-            _by_part(known, domain, KIND_TITLES),
-        )
+    ratings = {rating: rating.replace("_", " ") for rating in RATINGS}
+    for table, title, rows_of in (
+        (7, "by file", _by_file),
+        (8, "by rating", partial(_by_part, heads=ratings)),
+        (29, "by what is known of their answers", partial(_by_part, heads=KIND_TITLES)),
+    ):
+        for domain in DOMAINS:
+            heading = f"{domain.capitalize()} pairs {title} (in the shape of the paper's Table {table})"
+            parts += _table(heading, rows_of(known, domain))
     parts += _table("Answers labelled safe or unsafe", _labelled(known))
     return "\n\n".join(parts) + "\n"
+
+
+class Column(NamedTuple):
+    """Of a table of accuracies: the names of its count and its figure, after rm/<model>/test/<domain>/."""
+
+    head: str
+    pairs: str
+    figure: str
 
 
 def _by_file(summaries: Summaries, domain: Domain) -> list[list[str]]:
     """Rows of the table, the head first; its rows are models, then baselines. Empty without a test pair."""
     files = _files(summaries, domain)
-    counted = _anyone(summaries, domain, "pairs")
-    if counted is None:
-        return []
-    rows = [["", "all", *files, "all, less TF-IDF"]]
-    rows.append(
-        ["pairs", f"{counted:.0f}", *(f"{_anyone(summaries, domain, f'{name}/pairs') or 0:.0f}" for name in files), ""]
-    )
-    for which, figures in summaries.items():
-        place = f"rm/{which}/test/{domain}"
-        if f"{place}/accuracy" in figures:
-            own = [_with_interval(figures, f"{place}/{name}/accuracy") for name in files]
-            gap = _with_interval(figures, f"{place}/tfidf_difference", is_signed=True)
-            rows.append([which, _with_interval(figures, f"{place}/accuracy"), *own, gap])
+    own = [Column(name, f"{name}/pairs", f"{name}/accuracy") for name in files]
+    less_tfidf = Column("all, less TF-IDF", "", "tfidf_difference")
+    rows = _accuracies(summaries, domain, [Column("all", "pairs", "accuracy"), *own, less_tfidf])
     for rule in ("tfidf", "longer_wins"):
         for which, figures in summaries.items():
             place = f"rm/{which}/test/{domain}"
             title = f"TF-IDF on the pairs of {which}" if rule == "tfidf" else "longer wins"
             # A rule without training is the same for each model.
             if f"{place}/{rule}" in figures and rows[-1][0] != title:
-                own = [_with_interval(figures, f"{place}/{name}/{rule}") for name in files]
-                rows.append([title, _with_interval(figures, f"{place}/{rule}"), *own, ""])
+                names = (rule, *(f"{name}/{rule}" for name in files))
+                rows.append([title, *(_with_interval(figures, f"{place}/{name}") for name in names), ""])
     return rows
 
 
-def _by_part(summaries: Summaries, domain: Domain, heads: Mapping[str, str]) -> list[list[str]]:
+def _by_part(summaries: Summaries, domain: Domain, *, heads: Mapping[str, str]) -> list[list[str]]:
     """Rows of the table, the head first; empty where no pair has one of these parts."""
-    parts = [part for part in heads if _anyone(summaries, domain, f"pairs_{part}") is not None]
-    if not parts:
+    columns = [Column(head, f"pairs_{part}", f"accuracy_{part}") for part, head in heads.items()]
+    columns = [column for column in columns if _anyone(summaries, domain, column.pairs) is not None]
+    return _accuracies(summaries, domain, [*columns, Column("all pairs", "pairs", "accuracy")]) if columns else []
+
+
+def _accuracies(summaries: Summaries, domain: Domain, columns: Sequence[Column]) -> list[list[str]]:
+    """The head, the counts, and a row for each model that was tested on such pairs; empty where there are none."""
+    if _anyone(summaries, domain, "pairs") is None:
         return []
-    rows = [["", *(heads[part] for part in parts), "all pairs"]]
-    counts = [_anyone(summaries, domain, f"pairs_{part}") or 0 for part in parts]
-    rows.append(["pairs", *(f"{count:.0f}" for count in counts), f"{_anyone(summaries, domain, 'pairs') or 0:.0f}"])
+    counts = (f"{_anyone(summaries, domain, name) or 0:.0f}" if name else "" for _, name, _ in columns)
+    rows = [["", *(column.head for column in columns)], ["pairs", *counts]]
     for which, figures in summaries.items():
         place = f"rm/{which}/test/{domain}"
         if f"{place}/accuracy" in figures:
-            own = [_with_interval(figures, f"{place}/accuracy_{part}") for part in parts]
-            rows.append([which, *own, _with_interval(figures, f"{place}/accuracy")])
+            rows.append([which, *(_with_interval(figures, f"{place}/{column.figure}") for column in columns)])
     return rows
 
 
@@ -353,8 +340,9 @@ def _anyone(summaries: Summaries, domain: Domain, name: str) -> float | None:
     return next((figures[full] for figures, full in names if full in figures), None)
 
 
-def _with_interval(figures: Mapping[str, float], name: str, *, is_signed: bool = False) -> str:
-    sign = "+" if is_signed else ""
+def _with_interval(figures: Mapping[str, float], name: str) -> str:
+    """In percent, a difference with its sign."""
+    sign = "+" if name.endswith("_difference") else ""
     if name not in figures:
         return _NOTHING
     text = f"{100 * figures[name]:{sign}.1f}"

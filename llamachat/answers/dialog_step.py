@@ -5,6 +5,7 @@ batch and each part is written whole before the next begins, so that a killed st
 """
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,9 +18,11 @@ from llamachat.answers.cache import StepCache
 from llamachat.answers.evaluation import Evaluation, comparison, draw_comparison, evaluation_of
 from llamachat.answers.session import AnswerSession, free_memory, read_by
 from llamachat.chat_format.dialog import Message
+from llamachat.errors import ConfigError
 from llamachat.runs.artifacts import DIALOGS, HELD_OUT_DIALOGS, MANIFEST, Artifact, end_step, read_artifact
 from llamachat.runs.atomic import write_text
 from llamachat.runs.inputs import StepInputs
+from llamachat.runs.state import peak_memory
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.curves import draw_curves
 from llamachat.tracking.tracker import Tracker, open_record
@@ -195,6 +198,30 @@ def dialog_line(context: Iterable[Message], answer: str, origin: Mapping[str, An
         messages.append({"role": message.role, "content": message.content, **read_only})
     messages.append({"role": "assistant", "content": answer})
     return json.dumps({"messages": messages, SAMPLED: dict(origin)}) + "\n"
+
+
+def check_choice(inputs: StepInputs, section: str, *, temperature: object, samples: int, otherwise: str) -> None:
+    """Refuse several answers at temperature 0, since they leave nothing to choose from."""
+    if temperature is None and inputs.rollout.temperature == 0 and samples > 1:
+        raise ConfigError(
+            f"rollout.temperature: 0, but {section}.samples_per_prompt is {samples}. At temperature 0 all answers to a "
+            f"prompt are the same one, and there is nothing to choose. Set it to 1, or {otherwise}."
+        )
+
+
+def batch_costs(started: float, tokens: int | None = None) -> dict[str, float]:
+    """What a batch that was begun at this moment took, and how fast it gave so many tokens."""
+    seconds = time.monotonic() - started
+    speed = {} if tokens is None else {"throughput/rollout_tokens_per_s": tokens / max(seconds, 1e-9)}
+    return {"time/step_s": seconds, **speed, "memory/peak_gib": peak_memory()}
+
+
+def step_costs(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What all batches took."""
+    return {
+        "time/rollout_s": sum(row["time/step_s"] for row in rows),
+        "memory/peak_gib": max((row["memory/peak_gib"] for row in rows), default=0.0),
+    }
 
 
 def counted(counts: Mapping[str, int]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log1p
 
+from llamachat.constraints.checkers import names
 from llamachat.constraints.families import Constraint, Family, are_compatible
 from llamachat.constraints.texts import sentences, words
 from llamachat.constraints.values import Side, side_of
@@ -100,13 +101,13 @@ def is_kept(constraint: Constraint, answer: str) -> bool:
 
 def recall_questions(constraint: Constraint) -> tuple[str, ...]:
     """Questions whose answer tells whether the constraint is remembered; none where it is checked in every answer."""
-    return tuple(question for question, _ in constraint.recall.answers) if constraint.recall else ()
+    return tuple(question for question, _ in constraint.recall)
 
 
 def recalled(constraint: Constraint, answer: str) -> bool:
     """Whether the answer to a recall question names what the constraint set."""
     assert constraint.recall, "the caller asks for constraints with recall questions"
-    return constraint.recall.is_named(answer, constraint.value)
+    return names(answer, constraint.value)
 
 
 def mended(instruction: Instruction, answer: str) -> str | None:
@@ -139,7 +140,7 @@ def mended(instruction: Instruction, answer: str) -> str | None:
 def plain_recall(constraint: Constraint, question: str) -> str:
     """The plain answer to one of the constraint's recall questions: "I am Galileo Galilei."."""
     assert constraint.recall, "the caller asks for constraints with recall questions"
-    return dict(constraint.recall.answers)[question].format(constraint.value)
+    return dict(constraint.recall)[question].format(constraint.value)
 
 
 def _place(count: int, key: str) -> int:

@@ -18,7 +18,6 @@ from llamachat.runs.artifacts import StepFolder, read_artifact
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan
-from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load
 from sft.examples import load_examples
 from tests.context_distillation.tiny_distilling import PREPROMPTS, prompt, write_recipe
@@ -300,11 +299,3 @@ def test_the_policy_becomes_safer(base: Path, safety: Path, tmp_path: Path) -> N
         "distill/false_refusal/start" not in found
         and found["distill/refusal/prompts"] == found["distill/test/prompts"] > 40
     )
-
-
-def test_plan_counts_the_step(first: tuple[Path, Told]) -> None:
-    recipe = load(first[0], ["context_distillation.prompts=20", f"run.dir={first[0].parent}/other"])
-    (step,) = make_plan(recipe)
-    assert step.verdict == "new" and step.estimate is not None
-    assert step.estimate.optimizer_steps == 2, "half of 20 prompts in steps of 8 dialogs"
-    assert step.estimate.seconds and step.estimate.seconds > 0 and "distill" in plan_text(recipe, [step])

@@ -3,11 +3,9 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from gatt import train as gatt_train
 from gatt.synthesize import (
@@ -20,18 +18,14 @@ from gatt.synthesize import (
     sample_dialogs,
 )
 from gatt.train import dialog_step, make_dialogs
-from llamachat.answers.responses import Response
 from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
-from llamachat.chat_format.dialog import Message
 from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.config.sections import Data, Split
 from llamachat.constraints.families import families
 from llamachat.constraints.instruction import Instruction, constrain
 from llamachat.constraints.values import side_of
-from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import DataError
 from llamachat.rollout.decoder import LlamaEngine
-from llamachat.scoring.scores import Combined
 from sft.examples import load_examples
 from tests.gatt.tiny_gatt import CUT, FIGURES, HOBBIES, ScriptedEngine, sampling, write_recipe, write_roomy_base
 from tests.tiny_steps import inputs_of
@@ -181,24 +175,6 @@ def test_of_those_that_keep_it_the_best_by_reward_goes_on(tiny_format: ChatForma
     assert made[0].answers == ["the cat and sun", "that is my sun"] and made[0].passing == 0.75
     assert asked[1] == second[0] and len(asked) == 2
     assert "the cat and sun </s>[INST] And now?" in engine.prompts[1][0]
-
-
-def test_the_reward_models_rank_each_prompts_answers_by_themselves() -> None:
-    def score(responses: Sequence[Response], *, with_judge: bool) -> Any:
-        assert not with_judge
-        scores_B = torch.tensor([float(response.text) for response in responses])
-        unsafe_B = torch.tensor([response.text == "9" for response in responses])
-        return SimpleNamespace(
-            combined=Combined(scores_B=scores_B, is_gated_B=unsafe_B, is_unsafe_B=unsafe_B, has_gate=True)
-        )
-
-    scorer: Any = SimpleNamespace(score=score)
-    question = EncodedPrompt((Message("user", "Who?"),), (1,), is_safety=False, name="")
-    groups = [
-        [Response(prompt=question, ids=(), logprobs=(), is_finished=True, text=text) for text in texts]
-        for texts in (("1", "3", "2"), ("9", "5", "6"))
-    ]
-    assert gatt_train.by_reward(scorer)(groups) == [[1, 2, 0], [2, 1, 0]], "what is unsafe comes last"
 
 
 def test_last_answers_are_put_right_by_rule_and_counted(tiny_format: ChatFormat) -> None:

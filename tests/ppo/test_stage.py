@@ -76,21 +76,6 @@ def test_two_reward_models_and_a_judge_are_told_apart(world: World, tmp_path: Pa
     assert {"policy", "reward_model/helpfulness", "reward_model/safety", "reward_model/judge"} == taken.keys()
 
 
-@pytest.mark.parametrize("role", ["helpfulness", "safety"])
-def test_one_reward_model_alone_decides(role: str, world: World, tmp_path: Path) -> None:
-    for row in record(train(tmp_path, world, models_of(world, role), {"combine": "single"})):
-        assert row["ppo/reward/combined"] == row[f"ppo/reward/{role}"]
-        assert "ppo/reward/gate_fraction" not in row
-        assert f"ppo/reward/{'safety' if role == 'helpfulness' else 'helpfulness'}" not in row
-
-
-def test_weighted_scores_are_summed(world: World, tmp_path: Path) -> None:
-    scoring = {"combine": "weighted", "weights": {"helpfulness": 0.25, "safety": 0.75}}
-    for row in record(train(tmp_path, world, models_of(world, "helpfulness", "safety"), scoring)):
-        wanted = 0.25 * row["ppo/reward/helpfulness"] + 0.75 * row["ppo/reward/safety"]
-        assert row["ppo/reward/combined"] == pytest.approx(wanted, abs=1e-5)
-
-
 def test_the_gate_over_a_model_without_safety_labels_is_refused_with_the_reason(world: World, tmp_path: Path) -> None:
     models = models_of(world, "helpfulness", "safety")
     with pytest.raises(
@@ -127,6 +112,9 @@ def test_reward_models_on_another_trunk_are_loaded_beside(
     with caplog.at_level(logging.INFO):
         artifact = train(tmp_path, world, models, {"combine": "single"})
     assert "is on other weights and is loaded beside: 0.00 GiB" in caplog.text
+    for row in record(artifact):
+        assert row["ppo/reward/combined"] == row["ppo/reward/helpfulness"]
+        assert "ppo/reward/gate_fraction" not in row and "ppo/reward/safety" not in row
     assert len(record(artifact)) == 2
     load_policy(artifact.path)
 
@@ -149,9 +137,12 @@ def test_a_4_bit_base_is_trained_over_on_a_cpu(world: World, tmp_path: Path) -> 
 
 def test_all_weights_are_trained_with_reward_models_beside(world: World, tmp_path: Path) -> None:
     models = models_of(world, "helpfulness", "safety", tuning=FULL)
-    scoring = {"combine": "weighted", "weights": {"helpfulness": 0.5, "safety": 0.5}}
+    scoring = {"combine": "weighted", "weights": {"helpfulness": 0.25, "safety": 0.75}}
     artifact = train(tmp_path, world, models, scoring, tuning=FULL)
     assert artifact.manifest.details["method"] == "full" and len(record(artifact)) == 2
+    for row in record(artifact):
+        wanted = 0.25 * row["ppo/reward/helpfulness"] + 0.75 * row["ppo/reward/safety"]
+        assert row["ppo/reward/combined"] == pytest.approx(wanted, abs=1e-5)
     load_policy(artifact.path)
 
 

@@ -3,9 +3,7 @@
 import json
 import logging
 from dataclasses import asdict
-from math import exp
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ from safetensors.torch import load_file
 
 from llamachat.answers import best_of_n as answer_curves
 from llamachat.answers.best_of_n import Curve, curve_of
-from llamachat.answers.groups import Group
 from llamachat.config.sections import Tuning
 from llamachat.errors import ConfigError, DataError
 from llamachat.models.loading import load_policy
@@ -26,7 +23,7 @@ from pipelines.recipe.recipe import load
 from rejection_sampling.sweep import best_temperature
 from rejection_sampling.train import dialog_step, make_dialogs
 from tests.llamachat.answers.test_answers import group
-from tests.llamachat.models.tiny_roles import FULL, QLORA, World, labelled
+from tests.llamachat.models.tiny_roles import FULL, QLORA, World
 from tests.ppo.tiny_ppo import write_function
 from tests.recipes import run_command
 from tests.rejection_sampling.tiny_rounds import groups_of, paris, write_recipe
@@ -191,39 +188,6 @@ def test_adapters_are_tuned_on_the_winners(tuning: Tuning, world: World, base: P
 
 
 # --- reward models
-
-
-def test_the_gate_ranks_unsafe_answers_last(world: World, tmp_path: Path) -> None:
-    models = {role: world.reward_model(role, LORA, FULL) for role in ("helpfulness", "safety", "judge")}
-
-    def groups(name: str, threshold: float) -> tuple[Path, list[Group]]:
-        (tmp_path / name).mkdir()
-        recipe = sampled(
-            tmp_path / name,
-            Path(world.base.model),
-            reward_models=models | {"safety": labelled(models["safety"])},
-            base={"policy": str(world.policy(FULL).path)},
-            tuning={"method": "lora", "rank": 4, "alpha": 8},
-            scoring={"combine": "llama2_gate", "safety_threshold": threshold},
-        )
-        return recipe, groups_of(step_of(recipe))
-
-    _, any_threshold = groups("first", 0.5)
-    middle = median(score for one in any_threshold for score in one.safety or ())
-    recipe, found = groups("second", 1 / (1 + exp(-middle)))
-    unsafe_groups = 0
-    for one in found:
-        assert one.helpfulness is not None and one.safety is not None
-        is_unsafe = [score < middle for score in one.safety]
-        ranked = [is_unsafe[place] for place in one.order]
-        assert ranked == sorted(ranked), "safe ones first"
-        unsafe_groups += any(ranked) and not all(ranked)
-        for place in range(len(one.texts)):
-            decided = (one.helpfulness[place], one.safety[place])
-            assert one.combined[place] in decided and (not is_unsafe[place] or one.combined[place] == decided[1])
-    assert unsafe_groups > 3
-    first = json.loads((step_of(recipe).sampling / "test-first.json").read_text())
-    assert len(first["evaluation"]["judge"]) == 4
 
 
 @pytest.mark.parametrize(

@@ -185,20 +185,12 @@ def test_what_cannot_fit_is_left_out_and_counted(tiny_format: ChatFormat, tmp_pa
     examples = load(tiny_format, data_of(tmp_path, helpfulness=pairs), other_share=0)
     assert len(examples.train) + len(examples.validation) + len(examples.test) == 20
     assert list(examples.dropped.values()) == [5]
-    labels = [
-        *toy_labels(20),
-        {
-            **toy_labels(1)[0],
-            "messages": [*toy_labels(1)[0]["messages"][:1], {"role": "assistant", "content": "the cat " * 60}],
-        },
-    ]
-    unknown = {"messages": toy_labels(1)[0]["messages"]}
-    data = data_of(
-        tmp_path / "labels",
-        safety=toy_pairs(30),
-        labels=[*labels, unknown],
-        split=Split(test=0, validation=0.2, judge=0),
-    )
+    (first,) = toy_labels(1)
+    question, answer = first["messages"]
+    long = first | {"messages": [question, answer | {"content": "the cat " * 60}]}
+    labels = [*toy_labels(20), long, {"messages": first["messages"]}]
+    split = Split(test=0, validation=0.2, judge=0)
+    data = data_of(tmp_path / "labels", safety=toy_pairs(30), labels=labels, split=split)
     dropped = load(tiny_format, data, "safety", helpfulness_share=0).dropped
     assert dropped["labels left out: without is_safe"] == 1
     assert dropped["labels left out: the last turn pair alone is longer than 96 tokens"] == 1

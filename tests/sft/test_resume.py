@@ -1,12 +1,9 @@
 """SFT under kills: the same command continues, and ends with the weights and figures of an uninterrupted run.
 
-One test starts its commands from the shell, as a user does. Kills at moments in the training: tests/test_stopped_trainings.py.
+Kills at moments in the training: tests/test_stopped_trainings.py.
 """
 
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,7 @@ from safetensors.torch import load_file
 from llamachat.runs import checkpoints as checkpoints_module
 from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.record import MetricsRecord
-from tests.killed_steps import ENVIRONMENT, ROOT, Commands, open_commands, results
+from tests.killed_steps import Commands, open_commands, results
 from tests.sft.tiny_sft import toy_dialogs, write_dialogs, write_recipe
 
 METHODS = {
@@ -119,48 +116,6 @@ def test_killed_while_it_ends_a_step_is_published_whole_with_its_summary(
     assert commands.run(run.recipe) == 0, commands.words()
     assert results(run.step) == results(whole.step)
     assert (run.step.path.parent / "lineage.json").exists()
-
-
-def started(recipe: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "pipelines", "sft", "--config", str(recipe)]
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-
-
-def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]", *, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, "the moment to kill has not come"
-        time.sleep(0.001)
-
-
-def test_from_the_shell_killed_then_done_then_nothing_to_do(
-    commands: Commands, uninterrupted: Any, base16: Path, dialogs: Path, tmp_path: Path
-):
-    whole, _ = uninterrupted("full")
-    run = Run(write_recipe(tmp_path / "shell.yaml", base16, dialogs))
-    checkpoints = run.step.checkpoints
-    moments: list[Callable[[], bool]] = [
-        lambda: any(checkpoints.glob(".incoming-step-*")),
-        lambda: (checkpoints / "step-00000004").exists(),
-    ]
-    for moment in moments:
-        with started(run.recipe) as process:
-            owner = f"{process.pid}"
-            wait_until(lambda: run.step.lock.exists() and owner in run.step.lock.read_text(), process)  # noqa: B023
-            assert commands.run(run.recipe) == 1  # two at once: the second is refused
-            assert f"process {owner} " in commands.words()
-            wait_until(moment, process)
-            process.kill()
-    with started(run.recipe) as process:
-        assert process.wait(timeout=300) == 0
-    assert results(run.step) == results(whole.step)
-    begun = time.monotonic()
-    with started(run.recipe) as process:
-        _, words = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "nothing to do" in words
-    assert time.monotonic() - begun < 10
-    assert results(run.step) == results(whole.step)
 
 
 # --- what may change between a kill and the next start, and what may not

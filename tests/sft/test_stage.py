@@ -1,7 +1,6 @@
 """The SFT stage whole, in process: what it publishes and records, what it starts from, what it refuses."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from llamachat.runs.record import MetricsRecord, SamplesRecord
 from sft import train as train_module
 from sft.config import Config
 from sft.train import Start, load_start, publish_policy
-from tests.llamachat.tracking.test_tracking import offline_runs, wandb_history
 from tests.sft.tiny_sft import inputs_of, open_session, pair, toy_dialogs
 from tests.tiny_llama import LORA, move_adapter
 
@@ -162,31 +160,6 @@ def test_the_system_text_of_the_base_goes_before_dialogs_without_one(base: Path,
     assert sum("Always answer." in text for text in texts) == 10
     assert sum("Be brief." in text for text in texts) == 1
     assert all(prompt[0] == Message("system", "Always answer.") for prompt in examples.prompts if len(prompt) == 2)
-
-
-def test_an_offline_wandb_run_holds_every_figure_and_no_chat_text(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    inputs = inputs_of(tmp_path, base, toy_dialogs(20), tracking={"mode": "offline"}, system="violet hedgehog")
-    sft.run(SHORT, inputs)
-    (run,) = offline_runs(inputs.folder)
-    history = wandb_history(run)
-    record = MetricsRecord(inputs.folder.path / "metrics.jsonl").read()
-    figures = {
-        (name, int(row["step"])): row[name] for row in record for name in row if "/" in name and name != "sft/step"
-    }
-    assert {name for name, _ in figures} > {"sft/loss", "sft/eval_loss", "sft/finished_fraction", "optim/grad_norm"}
-    for (name, step), value in figures.items():
-        shown = history.get(name) or history[f"sft/{name}"]
-        assert shown[step] == pytest.approx(value)
-    samples = SamplesRecord(inputs.folder.path / "samples.jsonl").read()
-    assert samples and all("violet hedgehog" in row["prompt"] for row in samples)
-    for path in run.parent.rglob("*"):
-        content = path.read_bytes() if path.is_file() else b""
-        assert b"violet hedgehog" not in content and b"What is" not in content, path
 
 
 # --- what it starts from

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
-from typing import Literal
+from typing import Literal, get_args
 
 from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
 from llamachat.chat_format.dialog import Dialog, Message, with_system
@@ -26,6 +26,8 @@ from reward.loss import MARGINS
 log = logging.getLogger(__name__)
 
 Domain = Literal["helpfulness", "safety", "open"]
+DOMAINS: tuple[Domain, ...] = get_args(Domain)
+TESTED: tuple[Domain, ...] = ("helpfulness", "safety")  # open sets are learnt from, not tested with
 Tagged = tuple[Domain, Preference]
 UNSAFE_CHOSEN = "left out: the chosen answer is unsafe and the rejected one safe"
 
@@ -120,15 +122,12 @@ class Encoder:
             if dialog.is_safe is None:
                 self.dropped["labels left out: without is_safe"] += 1
                 continue
-            messages = self._shorten(with_system(dialog.messages, self.system))
+            messages = self.chat_format.shorten(with_system(dialog.messages, self.system), max_tokens=self.max_tokens)
             if messages is None:
                 self.dropped[f"labels left out: the last turn pair alone is longer than {self.max_tokens} tokens"] += 1
                 continue
             examples.append(LabelExample(ids=self._encode(messages).input_ids, is_safe=dialog.is_safe, source=source))
         return examples
-
-    def _shorten(self, messages: tuple[Message, ...]) -> tuple[Message, ...] | None:
-        return self.chat_format.shorten(messages, max_tokens=self.max_tokens)
 
     def _encode(self, messages: tuple[Message, ...]) -> TokenizedExample:
         return self.chat_format.encode_dialog(messages, train_on=TrainOn.LAST_ANSWER)
@@ -146,10 +145,9 @@ def load_examples(
     unrated = sum(example.preference.rating is None for example in train)
     if unrated and config.margin != "none":
         log.info("%d of %d training pairs have no rating: their margin is 0", unrated, len(train))
-    own: tuple[Domain, ...] = ("helpfulness", "safety") if which == "judge" else (which,)
+    own = TESTED if which == "judge" else (which,)
     validation = list(encoder.pairs((domain, pair) for domain in own for pair in mixtures[domain].validation))
-    tested: tuple[Domain, ...] = ("helpfulness", "safety")
-    test = list(encoder.pairs((domain, pair) for domain in tested for pair in mixtures[domain].test))
+    test = list(encoder.pairs((domain, pair) for domain in TESTED for pair in mixtures[domain].test))
     labels, test_labels = _load_labels(config, data, encoder, which=which, seed=seed)
     if not train or not validation:
         raise DataError(
@@ -172,12 +170,8 @@ def _load_preferences(data: Data, chat_format: ChatFormat, *, seed: int) -> dict
     """The preferences of each domain; the bad lines of all files in one error."""
     mixtures: dict[Domain, Mixture[Preference]] = {}
     errors: list[str] = []
-    domains: dict[Domain, Sequence[DataSource]] = {
-        "helpfulness": data.helpfulness,
-        "safety": data.safety,
-        "open": data.open,
-    }
-    for domain, sources in domains.items():
+    for domain in DOMAINS:
+        sources: Sequence[DataSource] = getattr(data, domain)
         try:
             mixtures[domain] = load_mixture(sources, data.split, Preference, forbidden=chat_format.forbidden, seed=seed)
         except DataError as error:

@@ -124,13 +124,8 @@ def load_start(inputs: StepInputs) -> Start:
 def _load_model(inputs: StepInputs, trunk: str) -> "tuple[LanguageModel, str]":
     tuning, policy = inputs.tuning, inputs.policy
     if policy and is_adapter(policy):
-        loaded = load_policy(
-            policy.path,
-            dtype=inputs.base.dtype,
-            device="auto",
-            attention=inputs.base.attention,
-            is_trainable=True,
-        )
+        dtype, attention = inputs.base.dtype, inputs.base.attention
+        loaded = load_policy(policy.path, dtype=dtype, device="auto", attention=attention, is_trainable=True)
         return loaded.model, str(policy.manifest.details["base"])
     model = load_base(inputs.base, source=trunk, device="auto", is_nf4=tuning.method == "qlora")
     if tuning.method == "full":

@@ -127,13 +127,17 @@ def open_commands(folder: Path, command: str, modules: Mapping[str, Mapping[str,
         yield Commands(command, process, calls, log)
 
 
+def lasting(values: dict[str, Any]) -> dict[str, Any]:
+    """Figures without what the clock and the machine put in."""
+    return {name: value for name, value in values.items() if not name.startswith(("time", "throughput/", "memory/"))}
+
+
+def lasting_rows(step: StepFolder) -> list[dict[str, Any]]:
+    return [lasting(row) for row in MetricsRecord(step.metrics).read()]
+
+
 def results(step: StepFolder) -> dict[str, Any]:
     """What a step made, without what the clock and the machine put in."""
-    volatile = ("time", "throughput/", "memory/")
-
-    def lasting(values: dict[str, Any]) -> list[tuple[str, Any]]:
-        return [(name, values[name]) for name in sorted(values) if not name.startswith(volatile)]
-
     stored = {path.name: json.loads(path.read_text()) for path in sorted(step.sampling.glob("[a-z]*.json"))}
     for values in stored.values():
         if "figures" in values:
@@ -142,7 +146,7 @@ def results(step: StepFolder) -> dict[str, Any]:
         "weights": {path.name: path.read_bytes() for path in step.artifact.glob("*.safetensors")},
         "dialogs": {path.name: path.read_bytes() for path in step.dialogs.glob("*.jsonl")},
         "stored": stored,
-        "record": [lasting(row) for row in MetricsRecord(step.metrics).read()],
+        "record": lasting_rows(step),
         "samples": [lasting(row) for row in SamplesRecord(step.samples).read()],
         "summary": lasting(json.loads(step.summary.read_text())),
     }

@@ -16,13 +16,13 @@ import reward
 import sft
 from llamachat.config.sections import Tuning
 from llamachat.runs.artifacts import StepFolder
-from llamachat.runs.record import MetricsRecord
 from llamachat.training import session as session_module
 from llamachat.training.master_weights import MasterWeightOptimizer
 from llamachat.training.progress import StepProgress
 from reward import train as reward_module
 from reward.config import Config as RewardConfig
 from sft.config import Config as SftConfig
+from tests.killed_steps import lasting_rows
 from tests.reward.tiny_reward import data_of, reward_inputs, toy_labels, toy_pairs
 from tests.several import run_several
 from tests.sft.tiny_sft import inputs_of, toy_dialogs
@@ -90,15 +90,9 @@ def killed_after(step: int, work: Callable[[Path, Path], object], folder: Path, 
     work(folder, base)
 
 
-def figures(step: Path) -> list[dict[str, Any]]:
-    rows = MetricsRecord(StepFolder(step).metrics).read()
-    volatile = ("time", "throughput/", "memory/")
-    return [{name: value for name, value in row.items() if not name.startswith(volatile)} for row in rows]
-
-
 def assert_alike(step: Path, alone: Path) -> None:
     """The same lines of figures, losses within 1e-4, and weights within 1e-3 of their norm."""
-    found, wanted = figures(step), figures(alone)
+    found, wanted = lasting_rows(StepFolder(step)), lasting_rows(StepFolder(alone))
     assert len(wanted) > 8 and [list(row) for row in found] == [list(row) for row in wanted]
     for row, expected in zip(found, wanted, strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-4, nan_ok=True)

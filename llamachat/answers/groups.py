@@ -89,23 +89,24 @@ def scored_groups(
     by_model = {name: scores_B.tolist() for name, scores_B in scored.scores.by_model().items()}
     combined, standardised = scored.combined.scores_B.tolist(), on_scale_B.tolist()
 
-    def part(values: list[float] | None, index: int) -> list[float] | None:
-        return None if values is None else values[index * count : (index + 1) * count]
-
-    return [
-        Group(
-            texts=[response.text for response in group],
-            tokens=[len(response.ids) for response in group],
-            finished=[response.is_finished for response in group],
-            allowed=[is_allowed(session.chat_format, response.text) for response in group],
-            helpfulness=part(by_model.get("helpfulness"), index),
-            safety=part(by_model.get("safety"), index),
-            combined=combined[index * count : (index + 1) * count],
-            standardised=standardised[index * count : (index + 1) * count],
-            order=order[index],
+    groups = []
+    for index, group in enumerate(by_prompt):
+        own = slice(index * count, (index + 1) * count)
+        scores = {name: values[own] for name, values in by_model.items()}
+        groups.append(
+            Group(
+                texts=[response.text for response in group],
+                tokens=[len(response.ids) for response in group],
+                finished=[response.is_finished for response in group],
+                allowed=[is_allowed(session.chat_format, response.text) for response in group],
+                helpfulness=scores.get("helpfulness"),
+                safety=scores.get("safety"),
+                combined=combined[own],
+                standardised=standardised[own],
+                order=order[index],
+            )
         )
-        for index, group in enumerate(by_prompt)
-    ]
+    return groups
 
 
 def is_allowed(chat_format: ChatFormat, text: str) -> bool:

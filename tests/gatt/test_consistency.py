@@ -17,7 +17,6 @@ from gatt.train import dialog_step, make_dialogs
 from llamachat.answers.consistency import Outcome, Trial, answer_trials, differences, rates
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Message
-from llamachat.constraints.families import families
 from llamachat.constraints.instruction import Instruction, constrain
 from llamachat.constraints.values import side_of
 from llamachat.models.loading import load_policy
@@ -26,7 +25,7 @@ from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan
 from pipelines.recipe.recipe import load
-from tests.gatt.tiny_gatt import FIGURES, HOBBIES, ScriptedEngine, sampling, write_recipe, write_roomy_base
+from tests.gatt.tiny_gatt import ALL, HOBBIES, ScriptedEngine, sampling, write_recipe, write_roomy_base
 from tests.ppo.tiny_ppo import write_function
 from tests.recipes import run_command
 from tests.tiny_llama import tiny_llama
@@ -34,7 +33,6 @@ from tests.tiny_steps import inputs_of, read_lines, step_of, summary_of
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
-ALL = families(lists={"figures": FIGURES, "hobbies": HOBBIES, "languages": ("Greek",)})
 TURNS = ("Hello?", "And now?", "Thanks!")
 
 

@@ -21,17 +21,15 @@ from gatt.train import dialog_step, make_dialogs
 from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
 from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.config.sections import Data, Split
-from llamachat.constraints.families import families
 from llamachat.constraints.instruction import Instruction, constrain
 from llamachat.constraints.values import side_of
 from llamachat.errors import DataError
 from llamachat.rollout.decoder import LlamaEngine
 from sft.examples import load_examples
-from tests.gatt.tiny_gatt import CUT, FIGURES, HOBBIES, ScriptedEngine, sampling, write_recipe, write_roomy_base
+from tests.gatt.tiny_gatt import ALL, CUT, HOBBIES, ScriptedEngine, sampling, write_recipe, write_roomy_base
 from tests.tiny_steps import inputs_of
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL = families(lists={"figures": FIGURES, "hobbies": HOBBIES, "languages": ("Greek", "Latin", "Welsh", "Zulu")})
 
 
 def instruct(*asked: tuple[str, str]) -> Instruction:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llamachat.chat_format import ChatFormat
+from llamachat.constraints.families import families
 from llamachat.rollout.engine import Completion, Sampling
 from tests.ppo.tiny_ppo import WORDS, write_stopping_base
 from tests.sft.tiny_sft import pair, write_dialogs
@@ -16,6 +17,7 @@ HOBBIES = (
     "baseball", "bowling", "chess", "cooking", "dancing", "fishing", "golf", "hiking", "knitting", "reading", "sailing",
     "tennis",
 )  # fmt: skip
+ALL = families(lists={"figures": FIGURES, "hobbies": HOBBIES, "languages": ("Greek", "Latin", "Welsh", "Zulu")})
 STEP: dict[str, Any] = {
     "dialogs": 24,
     "turns": 3,

@@ -25,6 +25,7 @@ from ppo.config import Config
 from ppo.session import check_settings
 from ppo.update import Updater
 from rejection_sampling.train import dialog_step, make_dialogs
+from tests.killed_steps import lasting_rows
 from tests.llamachat.models.tiny_roles import FULL, World, labelled
 from tests.ppo.tiny_ppo import config_of, inputs_of, write_stopping_base
 from tests.rejection_sampling.tiny_rounds import write_recipe
@@ -33,7 +34,6 @@ from tests.tiny_llama import LORA
 from tests.tiny_steps import inputs_of as inputs_of_round
 from tests.tiny_steps import step_of
 
-VOLATILE = ("time", "throughput/", "memory/")
 CONFIG = config_of(
     responses_per_iteration=12,
     responses_per_minibatch=6,
@@ -82,14 +82,9 @@ def train(config: Config, inputs: StepInputs, killed_at: int = -1) -> dict[str, 
     return {name: weight.clone() for name, weight in held[0].session.bank.state_dict().items()}
 
 
-def record_of(inputs: StepInputs) -> list[dict[str, float]]:
-    rows = MetricsRecord(inputs.folder.metrics).read()
-    return [{name: value for name, value in row.items() if not name.startswith(VOLATILE)} for row in rows]
-
-
 def assert_alike(one: StepInputs, other: StepInputs) -> None:
     """Line by line the same figures, the same answers, and the same policy but for rounding."""
-    rows, others = record_of(one), record_of(other)
+    rows, others = lasting_rows(one.folder), lasting_rows(other.folder)
     assert [row["step"] for row in rows] == [row["step"] for row in others] == sorted({row["step"] for row in rows})
     for row, row_of_other in zip(rows, others, strict=True):
         assert row == pytest.approx(row_of_other, rel=1e-4, abs=1e-4)
@@ -119,7 +114,7 @@ def by_one(inputs: StepInputs) -> Iterator[StepInputs]:
 def test_two_processes_train_the_policy_that_one_does(inputs: StepInputs, by_one: StepInputs) -> None:
     by_two = named(inputs, "by-two")
     first, second = run_several(2, train, CONFIG, by_two)
-    assert len(record_of(by_two)) == 4  # the start and three iterations: one process writes
+    assert len(lasting_rows(by_two.folder)) == 4  # the start and three iterations: one process writes
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert_alike(by_two, by_one)

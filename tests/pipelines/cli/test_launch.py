@@ -16,7 +16,7 @@ from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.record import MetricsRecord
 from pipelines.cli import launch as launching
 from pipelines.cli.main import main
-from tests.sft.test_resume import ENVIRONMENT, ROOT
+from tests.killed_steps import ENVIRONMENT, ROOT
 from tests.sft.tiny_sft import toy_dialogs, write_base, write_dialogs, write_recipe
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]

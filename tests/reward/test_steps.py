@@ -91,7 +91,6 @@ def test_a_step_takes_each_kind_that_it_reads_from_the_nearest_step_that_made_it
         help="",
         section="sft",
         package=sft,
-        version=1,
         products=(Product(makes=POLICY, data=(), needs=()),),
         reads=(POLICY, Role("reward_model", "safety"), Role("reward_model", "judge")),
     )

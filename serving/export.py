@@ -12,7 +12,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,20 +106,13 @@ class Request:
         """How the policy was tuned: full, lora or qlora."""
         return str(self.artifact.manifest.details.get("method"))
 
-    @property
-    def merges_onto_nf4(self) -> bool:
-        return self.method == "qlora" and self.format == "merged" and self.onto != "original"
-
     def _check_replaceable(self) -> None:
         is_ours = (self.out / NOTE).is_file() or (self.out.is_dir() and not any(self.out.iterdir()))
-        if not is_ours:
+        if not is_ours or not self.should_overwrite:
             raise UsageError(
-                f"--out: '{self.out}' is there, and no export made it. What it holds would be deleted. Name a new folder."
-            )
-        if not self.should_overwrite:
-            raise UsageError(
-                f"--out: '{self.out}' is there. An export is a folder of its own. Name a new one, or replace this with "
-                "--overwrite."
+                f"--out: '{self.out}' is there"
+                + (". Name a new folder, or replace this" if is_ours else ", and no export made it. Name a new folder")
+                + (" with --overwrite." if is_ours else ": what it holds would be deleted.")
             )
 
 
@@ -172,19 +166,33 @@ def ask_policy(artifact: Artifact) -> Asked:
 
 def export_policy(request: Request, asked: Asked | None = None) -> Agreement:
     """Write the folder, hold it against the policy, and give it its name."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     asked = asked or ask_policy(request.artifact)
     dtype = asked.dtype
+    with written_folder(request, dtype) as (side, base):
+        written: Any = "auto" if request.format == "merged" else dtype
+        model = load_plain(request, side, base, AutoModelForCausalLM, dtype=written, compute=torch.bfloat16)
+        agreement = compare(model, AutoTokenizer.from_pretrained(str(side)), asked.answers)
+        _judge(request, agreement, dtype)
+        note = {"policy": asked.name, **provenance_of(request, base, dtype), "tolerance": tolerance(dtype)}
+        write_notes(request, side, base, note | asdict(agreement), model_card, name=asked.name)
+    return agreement
+
+
+@contextmanager
+def written_folder(request: Request, dtype: torch.dtype) -> Iterator[tuple[Path, Path]]:
+    """The folder with weights and tokenizer, which gets its name when the block ends, and the folder of the base."""
+    base = base_folder(request)
     with incoming_folder(request.out) as side:
-        base = base_folder(request)
         log.info("writing %s", request.out)
-        write = write_adapter if request.format == "adapter" else write_merged
-        write(request, side, base, dtype)
+        if request.format == "adapter":
+            write_adapter(request, side, base)
+        else:
+            write_merged(request, side, base, dtype)
         copy_tokenizer(request, side)
         log.info("loading it again with transformers alone")
-        agreement = _load_and_compare(request, side, base, dtype, asked.answers)
-        _judge(request, agreement, dtype)
-        _write_notes(request, side, base, dtype, agreement, name=asked.name)
-    return agreement
+        yield side, base
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -205,7 +213,7 @@ def base_folder(request: Request) -> Path:
 
 
 def write_merged(request: Request, side: Path, base: Path, dtype: torch.dtype) -> None:
-    """Add one whole model: config, and the weights with the adapter merged."""
+    """Add one whole model: config, the weights with the adapter merged, and the licence of the base."""
     from transformers import AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(str(base))
@@ -227,15 +235,10 @@ def write_merged(request: Request, side: Path, base: Path, dtype: torch.dtype) -
         side,
         adapter=None if request.method == "full" else read_adapter(request.artifact.path),
         dtype=dtype,
-        is_nf4=request.merges_onto_nf4,
+        is_nf4=request.method == "qlora" and request.onto != "original",
         shard_bytes=int(request.shard_gb * 1e9),
         device=device_of("auto"),
     )
-    finish_folder(side, base)
-
-
-def finish_folder(side: Path, base: Path) -> None:
-    """Give the weights the mode of other files, and add the licence of the base."""
     for file in side.glob("*.safetensors"):
         shutil.copymode(side / "config.json", file)  # safetensors leaves them to their owner alone
     for pattern in LICENCE_FILES:
@@ -252,9 +255,8 @@ def copy_tokenizer(request: Request, side: Path) -> None:
     (side / CHAT_TEMPLATE).write_text(config["chat_template"], encoding="utf-8")
 
 
-def write_adapter(request: Request, side: Path, base: Path, dtype: torch.dtype) -> None:
+def write_adapter(request: Request, side: Path, base: Path) -> None:
     """Add the adapter, with the name of its base as others know it."""
-    del dtype
     artifact = request.artifact
     shutil.copyfile(artifact.path / ADAPTER_WEIGHTS, side / ADAPTER_WEIGHTS)
     config = json.loads((artifact.path / "adapter_config.json").read_text(encoding="utf-8"))
@@ -269,36 +271,28 @@ def adapter_base(request: Request, base: Path) -> str:
     return str(base.resolve()) if details["base_is_folder"] else str(details["base"])
 
 
-def _load_and_compare(request: Request, side: Path, base: Path, dtype: torch.dtype, answers: list[Answer]) -> Agreement:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def load_plain(
+    request: Request, side: Path, base: Path, kind: Any, *, dtype: Any, compute: torch.dtype, **config: Any
+) -> Any:
+    """What was written, as a user of transformers loads it in a model of the class `kind`."""
+    from transformers import AutoConfig, BitsAndBytesConfig
 
     # More than one GPU holds, as a merged 13B on 24 GB, goes in part to the CPU.
-    arguments: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    details = request.artifact.manifest.details
-    if request.format == "adapter":
-        from peft import PeftModel
+    arguments: dict[str, Any] = {"dtype": dtype, **({"device_map": "auto"} if torch.cuda.is_available() else {})}
+    if request.format == "merged":
+        return kind.from_pretrained(str(side), **arguments).eval()
+    from peft import PeftModel
 
-        config = AutoConfig.from_pretrained(str(base))
-        config.rope_parameters = details["rope_parameters"]
-        if request.method == "qlora":
-            arguments["quantization_config"] = nf4_config(torch.bfloat16)
-        trunk = AutoModelForCausalLM.from_pretrained(str(base), config=config, dtype=dtype, **arguments)
-        model = PeftModel.from_pretrained(trunk, str(side))
-    else:
-        model = AutoModelForCausalLM.from_pretrained(str(side), dtype="auto", **arguments)
-    return compare(model.eval(), AutoTokenizer.from_pretrained(str(side)), answers)
-
-
-def nf4_config(compute: torch.dtype) -> Any:
-    """The quantisation of a QLoRA base, as a user of transformers asks for it."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-    )
+    arguments["config"] = AutoConfig.from_pretrained(str(base), **config)
+    arguments["config"].rope_parameters = request.artifact.manifest.details["rope_parameters"]
+    if request.method == "qlora":
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+    return PeftModel.from_pretrained(kind.from_pretrained(str(base), **arguments), str(side)).eval()
 
 
 def _judge(request: Request, agreement: Agreement, dtype: torch.dtype) -> None:
@@ -319,19 +313,23 @@ def _judge(request: Request, agreement: Agreement, dtype: torch.dtype) -> None:
         wrong.append(
             f"a token's log-probability differs by {agreement.max_logprob_difference:.3f} nats, and {limit:g} is allowed"
         )
-    may_pass = request.may_differ and math.isfinite(agreement.max_logprob_difference)
-    if wrong and not may_pass:
-        raise ExportError(
-            f"{request.out}: {'; '.join(wrong)}. The exported model has to say what the policy says, up to the rounding "
-            "of its weights; nothing was written. Look for a base that changed since training; where the difference is "
-            "known and small, write it all the same with --allow-difference."
-        )
-    for text in wrong:
-        log.warning("%s", text)
+    report_faults(request, wrong, agreement.max_logprob_difference)
     if agreement.equal_greedy_answers < agreement.questions:
         log.warning(
             "where two tokens are about equally likely, rounding decides; a greedy answer then goes on otherwise"
         )
+
+
+def report_faults(request: Request, faults: Sequence[str], difference: float) -> None:
+    """Refuse an export that differs more than rounding explains; a warning where that, if it is finite, is allowed."""
+    if faults and not (request.may_differ and math.isfinite(difference)):
+        raise ExportError(
+            f"{request.out}: {'; '.join(faults)}. The exported model has to give what the artifact gives, up to the "
+            "rounding of its weights; nothing was written. Look for a base that changed since training; where the "
+            "difference is known and small, write it all the same with --allow-difference."
+        )
+    for text in faults:
+        log.warning("%s", text)
 
 
 def provenance_of(request: Request, base: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -350,19 +348,13 @@ def provenance_of(request: Request, base: Path, dtype: torch.dtype) -> dict[str,
     }
 
 
-def _write_notes(
-    request: Request, side: Path, base: Path, dtype: torch.dtype, agreement: Agreement, *, name: str
+def write_notes(
+    request: Request, side: Path, base: Path, note: Mapping[str, Any], card: Callable[[Facts], str], *, name: str
 ) -> None:
-    note: Mapping[str, Any] = {
-        "policy": name,
-        **provenance_of(request, base, dtype),
-        "tolerance": tolerance(dtype),
-        **asdict(agreement),
-        "versions": library_versions(),
-    }
+    """Add `export.json` with this content, and the model card that it makes."""
+    note = {**note, "versions": library_versions()}
     write_json(side / NOTE, note)
-    facts = Facts(artifact=request.artifact, name=name, base=base, note=note)
-    (side / "README.md").write_text(model_card(facts), encoding="utf-8")
+    (side / "README.md").write_text(card(Facts(request.artifact, name, base, note)), encoding="utf-8")
 
 
 def answers_of(policy: Policy) -> list[Answer]:

@@ -14,19 +14,18 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from llamachat.chat_format import ChatFormat, load_chat_format
+from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import DialogError, Message, as_dicts, with_system
-from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.data.problems import Problem
 from llamachat.data.records import Prompt, Row
 from llamachat.errors import UsageError
-from llamachat.models.loading import Policy, checked_details, load_policy
+from llamachat.models.loading import Policy, checked_details, load_policy, reading_of
 from llamachat.rollout.engine import Completion, LocalEngine, Sampling
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import write_text
@@ -78,6 +77,10 @@ class Request:
     limit: int | None = None  # of prompts, the first ones
     key: Path | None = None  # where the provenance goes, in place of the pairs themselves
 
+    def sampling(self, temperature: float, seed: int) -> Sampling:
+        """Of one draw."""
+        return Sampling(temperature, self.top_p, self.max_new_tokens, seed, self.top_k)
+
 
 @dataclass(frozen=True, slots=True)
 class Paired:
@@ -104,35 +107,11 @@ class _Question:
         return any(sent[-len(self.prompt.messages) :] != self.prompt.messages for sent in self.sent)
 
 
-@dataclass(slots=True)
-class _Answers:
-    """What has been drawn so far: the text of question and place (0 is shown first), and what failed."""
-
-    texts: dict[tuple[int, int], str] = field(default_factory=dict)
-    left_out: dict[int, str] = field(default_factory=dict)
-    redrawn: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass(frozen=True, slots=True)
-class _Due:
-    """Answers that one policy gives at one temperature and in one place."""
-
-    policy: int
-    place: int
-    temperature: float
-    questions: list[int]
-
-
 def variant_of(artifact: Artifact, name: str) -> Variant:
     """The policy of an artifact, loaded onto the best device when its turn comes."""
-    details = checked_details(artifact)
-    return Variant(
-        name=name,
-        chat_format=load_chat_format(details["chat_format"], load_tokenizer(artifact.path)),
-        max_tokens=details["max_tokens"],
-        system=details.get("system"),
-        load=lambda: load_policy(artifact.path, device="auto"),
-    )
+    reading = reading_of(artifact, checked_details(artifact))
+    settings = {key: reading[key] for key in ("chat_format", "max_tokens", "system")}
+    return Variant(name, **settings, load=lambda: load_policy(artifact.path, device="auto"))
 
 
 def pair_file(variants: Sequence[Variant], prompts_in: Path, out: Path, request: Request) -> Paired:
@@ -141,24 +120,36 @@ def pair_file(variants: Sequence[Variant], prompts_in: Path, out: Path, request:
     questions = _read_questions(variants, prompts_in, request)
     keys = [question.key for question in questions]
     pairings = deal_pairings(keys, num_policies=len(variants), temperatures=request.temperatures, seed=request.seed)
-    answers = _Answers()
+    drawing = _Drawing(questions, request)
     order = ranked(range(len(questions)), keys, f"{request.seed} order")
-    for index, variant in enumerate(variants):
-        _ask(variant, _due(pairings, order, index), questions, answers, request)
+    for policy, variant in enumerate(variants):
+        due: dict[tuple[float, int], list[int]] = {}  # by temperature and place
+        for index in order:
+            for place, speaker in enumerate((pairings[index].a, pairings[index].b)):
+                if speaker.policy == policy:
+                    due.setdefault((speaker.temperature, place), []).append(index)
+        drawing.ask(policy, variant, due)
         gc.collect()  # a model holds itself in cycles, and the next one needs its memory
-    pairs, origins = [], []
-    for index, (question, pairing) in enumerate(zip(questions, pairings, strict=True)):
-        if index not in answers.left_out:
-            pairs.append(_pair(question, answers.texts[index, 0], answers.texts[index, 1]))
-            origins.append({"id": question.id, **_origin(pairing, variants)})
     done = Paired(
-        pairs=len(pairs),
+        pairs=len(questions) - len(drawing.left_out),
         prompts=len(questions),
         shortened=sum(question.is_shortened for question in questions),
-        redrawn=dict(answers.redrawn),
-        left_out=dict(Counter(answers.left_out.values())),
+        redrawn=dict(drawing.redrawn),
+        left_out=dict(Counter(drawing.left_out.values())),
     )
-    _write(pairs, origins, out, request.key, done)
+    if not done.pairs:
+        raise UsageError(
+            f"{out}: no pair was drawn, so nothing is written. In {DRAWS} draws at most an answer was never one to compare "
+            f"(prompts: {counted(done.left_out)}). Raise --max-new-tokens or --temperature, or name other policies."
+        )
+    kept = [index for index in range(len(questions)) if index not in drawing.left_out]
+    pairs = [drawing.pair(index) for index in kept]
+    origins = [_origin(questions[index].id, pairings[index], variants) for index in kept]
+    if request.key is not None:
+        write_text(request.key, _lines(origins))
+        write_text(out, _lines(pairs))
+    else:
+        write_text(out, _lines([pair | origin for pair, origin in zip(pairs, origins, strict=True)]))
     return done
 
 
@@ -169,7 +160,7 @@ def counted(counts: dict[str, int]) -> str:
 
 def _check_request(variants: Sequence[Variant], prompts_in: Path, out: Path, request: Request) -> None:
     for temperature in request.temperatures:
-        _sampling(request, temperature, seed=request.seed)  # refuses values that nothing can be drawn with
+        request.sampling(temperature, request.seed)  # refuses values that nothing can be drawn with
     if len(variants) == 1 and request.temperatures == (0.0,):
         raise UsageError(
             "--temperature: one policy at temperature 0 gives the same answer twice. A pair has two different ones. Name a "
@@ -194,94 +185,91 @@ def _read_questions(variants: Sequence[Variant], path: Path, request: Request) -
     used: set[str] = set()
 
     def make(row: Row, prompt: Prompt) -> _Question | Problem:
-        sent = [_fitting(variant, prompt, request.max_new_tokens) for variant in variants]
-        fitting = tuple(messages for messages in sent if messages is not None)
-        if len(fitting) < len(sent):
-            unfit = variants[sent.index(None)]
-            return too_long(row.line, limit=unfit.max_tokens, policy=unfit.name)
-        return _question(prompt, fitting, used)
+        sent: list[tuple[Message, ...]] = []
+        for variant in variants:
+            messages, limit = with_system(prompt.messages, variant.system), variant.max_tokens
+            fitting = fit(variant, messages, limit=limit, max_new_tokens=request.max_new_tokens)
+            if fitting is None:
+                return too_long(row.line, limit=limit, policy=variant.name)
+            sent.append(fitting)
+        key = json.dumps([[message.role, message.content] for message in prompt.messages])
+        name = unique = prompt.id or digest("prompt", key)
+        number = 1
+        while unique in used:
+            number += 1
+            unique = f"{name}-{number}"
+        used.add(unique)
+        return _Question(unique, prompt, key, tuple(sent))
 
     return read_prompts(path, forbidden=variants[0].chat_format.forbidden, make=make, limit=request.limit)
 
 
-def _fitting(variant: Variant, prompt: Prompt, max_new_tokens: int) -> tuple[Message, ...] | None:
-    messages = with_system(prompt.messages, variant.system)
-    return fit(variant, messages, limit=variant.max_tokens, max_new_tokens=max_new_tokens)
+@dataclass(slots=True)
+class _Drawing:
+    """The answers drawn so far: the text of question and place (0 is shown first), and what failed."""
 
+    questions: Sequence[_Question]
+    request: Request
+    texts: dict[tuple[int, int], str] = field(default_factory=dict)
+    left_out: dict[int, str] = field(default_factory=dict)
+    redrawn: Counter[str] = field(default_factory=Counter)
 
-def _question(prompt: Prompt, sent: tuple[tuple[Message, ...], ...], used: set[str]) -> _Question:
-    key = json.dumps([[message.role, message.content] for message in prompt.messages])
-    name = prompt.id or digest("prompt", key)
-    unique, number = name, 1
-    while unique in used:
-        number += 1
-        unique = f"{name}-{number}"
-    used.add(unique)
-    return _Question(unique, prompt, key, sent)
-
-
-def _due(pairings: Sequence[Pairing], order: Sequence[int], policy: int) -> list[_Due]:
-    """What a policy is to answer, the coldest first: the answer at temperature 0 is the one that cannot be redrawn."""
-    asked: dict[tuple[float, int], list[int]] = {}
-    for index in order:
-        for place, speaker in enumerate((pairings[index].a, pairings[index].b)):
-            if speaker.policy == policy:
-                asked.setdefault((speaker.temperature, place), []).append(index)
-    return [_Due(policy, place, temperature, asked[temperature, place]) for temperature, place in sorted(asked)]
-
-
-def _ask(
-    variant: Variant, dues: Sequence[_Due], questions: Sequence[_Question], answers: _Answers, request: Request
-) -> None:
-    """Load a policy, draw all of its answers, and let go of it."""
-    if not any(index not in answers.left_out for due in dues for index in due.questions):
-        return
-    log.info("loading %s", variant.name)
-    policy = variant.load()
-    engine = open_engine(policy)
-    with progress(sum(len(due.questions) for due in dues), "sampled", "answers") as advance:
-        for due in dues:
-            _draw(policy.chat_format, engine, due, questions, answers, request, advance)
-
-
-def _draw(
-    chat_format: ChatFormat,
-    engine: LocalEngine,
-    due: _Due,
-    questions: Sequence[_Question],
-    answers: _Answers,
-    request: Request,
-    advance: Callable[[int], None],
-) -> None:
-    """Draw these answers, and those that no pair can hold again; a prompt is left out when its draws are used up."""
-    waiting = [index for index in due.questions if index not in answers.left_out]
-    advance(len(due.questions) - len(waiting))
-    encoded = {index: chat_format.encode_prompt(questions[index].sent[due.policy]) for index in waiting}
-    draws = DRAWS if due.temperature > 0 else 1
-    for draw in range(draws):
-        # A draw of its own for each answer: equal numbers would make the two answers alike.
-        seed = int(digest(f"{request.seed} draw", f"{due.policy} {due.place} {draw}"), 16)
-        groups = engine.generate(
-            [encoded[index] for index in waiting],
-            samples_per_prompt=1,
-            sampling=_sampling(request, due.temperature, seed=seed),
-            advance=advance if draw == 0 else None,
-        )
-        faults: dict[int, str] = {}
-        for index, (completion,) in zip(waiting, groups, strict=True):
-            text = chat_format.decode_answer(completion.token_ids)
-            fault = _fault(chat_format, completion, text, answers.texts.get((index, 1 - due.place)))
-            if fault is None:
-                answers.texts[index, due.place] = text
-            else:
-                faults[index] = fault
-        waiting = list(faults)
-        if not waiting:
+    def ask(self, policy: int, variant: Variant, due: Mapping[tuple[float, int], list[int]]) -> None:
+        """Load a policy, draw all of its answers (by temperature and place), and let go of it."""
+        if self.left_out.keys() >= {index for indices in due.values() for index in indices}:
             return
-        if draw + 1 < draws:
-            answers.redrawn.update(faults.values())
-        else:
-            answers.left_out.update(faults)
+        log.info("loading %s", variant.name)
+        engine = open_engine(variant.load())
+        with progress(sum(map(len, due.values())), "sampled", "answers") as advance:
+            # The coldest first: the answer at temperature 0 is the one that cannot be drawn again.
+            for temperature, place in sorted(due):
+                waiting = [index for index in due[temperature, place] if index not in self.left_out]
+                advance(len(due[temperature, place]) - len(waiting))
+                self._draw(policy, variant.chat_format, engine, temperature, place, waiting, advance)
+
+    def _draw(
+        self,
+        policy: int,
+        chat_format: ChatFormat,
+        engine: LocalEngine,
+        temperature: float,
+        place: int,
+        waiting: list[int],
+        advance: Callable[[int], None],
+    ) -> None:
+        """Draw these answers, and those that no pair can hold again; a prompt is left out when its draws are used up."""
+        encoded = {index: chat_format.encode_prompt(self.questions[index].sent[policy]) for index in waiting}
+        draws = DRAWS if temperature > 0 else 1
+        for draw in range(draws):
+            if not waiting:
+                return
+            # A draw of its own for each answer: equal numbers would make the two answers alike.
+            seed = int(digest(f"{self.request.seed} draw", f"{policy} {place} {draw}"), 16)
+            groups = engine.generate(
+                [encoded[index] for index in waiting],
+                samples_per_prompt=1,
+                sampling=self.request.sampling(temperature, seed),
+                advance=advance if draw == 0 else None,
+            )
+            faults: dict[int, str] = {}
+            for index, (completion,) in zip(waiting, groups, strict=True):
+                text = chat_format.decode_answer(completion.token_ids)
+                fault = _fault(chat_format, completion, text, self.texts.get((index, 1 - place)))
+                if fault is None:
+                    self.texts[index, place] = text
+                else:
+                    faults[index] = fault
+            waiting = list(faults)
+            if draw + 1 < draws:
+                self.redrawn.update(faults.values())
+            else:
+                self.left_out.update(faults)
+
+    def pair(self, index: int) -> dict[str, Any]:
+        """The record that people fill."""
+        question = self.questions[index]
+        answers = {"answer_a": self.texts[index, 0], "answer_b": self.texts[index, 1]}
+        return {"id": question.id, "prompt": as_dicts(question.prompt.messages), **answers, **RATED_BY_PEOPLE}
 
 
 def _fault(chat_format: ChatFormat, completion: Completion, text: str, other: str | None) -> str | None:
@@ -297,41 +285,11 @@ def _fault(chat_format: ChatFormat, completion: Completion, text: str, other: st
     return "the same as the other answer" if other is not None and text.strip() == other.strip() else None
 
 
-def _sampling(request: Request, temperature: float, *, seed: int) -> Sampling:
-    return Sampling(
-        temperature=temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        max_new_tokens=request.max_new_tokens,
-        seed=seed,
-    )
-
-
-def _pair(question: _Question, answer_a: str, answer_b: str) -> dict[str, Any]:
-    prompt = as_dicts(question.prompt.messages)
-    return {"id": question.id, "prompt": prompt, "answer_a": answer_a, "answer_b": answer_b, **RATED_BY_PEOPLE}
-
-
-def _origin(pairing: Pairing, variants: Sequence[Variant]) -> dict[str, Any]:
-    def told(side: str, speaker: Speaker) -> dict[str, Any]:
-        return {f"policy_{side}": variants[speaker.policy].name, f"temperature_{side}": speaker.temperature}
-
-    return told("a", pairing.a) | told("b", pairing.b)
-
-
-def _write(
-    pairs: Sequence[dict[str, Any]], origins: Sequence[dict[str, Any]], out: Path, key: Path | None, done: Paired
-) -> None:
-    if not pairs:
-        raise UsageError(
-            f"{out}: no pair was drawn, so nothing is written. In {DRAWS} draws at most an answer was never one to compare "
-            f"(prompts: {counted(done.left_out)}). Raise --max-new-tokens or --temperature, or name other policies."
-        )
-    if key is not None:
-        write_text(key, _lines(origins))
-        write_text(out, _lines(pairs))
-        return
-    write_text(out, _lines([pair | origin for pair, origin in zip(pairs, origins, strict=True)]))
+def _origin(name: str, pairing: Pairing, variants: Sequence[Variant]) -> dict[str, Any]:
+    origin: dict[str, Any] = {"id": name}
+    for side, speaker in (("a", pairing.a), ("b", pairing.b)):
+        origin |= {f"policy_{side}": variants[speaker.policy].name, f"temperature_{side}": speaker.temperature}
+    return origin
 
 
 def _lines(records: Sequence[dict[str, Any]]) -> str:

@@ -7,7 +7,7 @@ wrongly shaped weight is an error.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +178,7 @@ def policy_details(
     return details
 
 
-def _sampled_digest(trunk: "LlamaForCausalLM") -> str:
+def _sampled_digest(trunk: "LlamaForCausalLM | ScoringLlama") -> str:
     """By which a policy is matched to its base again; of a 4-bit trunk, of the weights that it was made from."""
     return nf4.source_digest(trunk) or trunk_digest(trunk, values_per_weight=VALUES_PER_WEIGHT)
 
@@ -189,18 +189,22 @@ def load_policy(
     """The policy of an artifact, fully tuned or base and adapter; `dtype` auto is the one that it was saved in."""
     artifact = read_artifact(Path(path), kind="policy")
     details = checked_details(artifact)
-    device = device_of(device)
-    how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device, "is_trainable": is_trainable}
-    model = _load_full(artifact, **how) if details["method"] == "full" else _load_adapted(artifact, details, **how)
+    how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device_of(device)}
+    how["is_trainable"] = is_trainable
+    load = load_full if details["method"] == "full" else load_adapted
+    return Policy(load(artifact, details, load_llama, **how).train(is_trainable), **reading_of(artifact, details))
+
+
+def reading_of(artifact: Artifact, details: Mapping[str, Any]) -> dict[str, Any]:
+    """How a policy or reward model reads dialogs: the fields of `Policy` and `RewardModel` beside the weights."""
     tokenizer = load_tokenizer(artifact.path)
-    return Policy(
-        model=model.train(is_trainable),
-        tokenizer=tokenizer,
-        chat_format=load_chat_format(details["chat_format"], tokenizer),
-        max_tokens=details["max_tokens"],
-        system=details.get("system"),
-        name=name_of(artifact),
-    )
+    return {
+        "tokenizer": tokenizer,
+        "chat_format": load_chat_format(details["chat_format"], tokenizer),
+        "max_tokens": details["max_tokens"],
+        "system": details.get("system"),
+        "name": name_of(artifact),
+    }
 
 
 def find_model(name: str, *, where: str, near: Path | None = None, may_be_hub: bool = True) -> str:
@@ -221,25 +225,38 @@ def find_model(name: str, *, where: str, near: Path | None = None, may_be_hub: b
     )
 
 
-def _load_full(
-    artifact: Artifact, *, dtype: str, attention: str, device: str, is_trainable: bool
-) -> "LlamaForCausalLM":
+def load_full(
+    artifact: Artifact,
+    details: Mapping[str, Any],
+    load: Callable[..., Any],
+    *,
+    dtype: str,
+    is_trainable: bool,
+    **how: Any,
+) -> Any:  # the model that `load` makes
+    """The model of an artifact whose weights are all its own."""
+    del details
     config = load_config(str(artifact.path), where=str(artifact.path))
-    model = load_llama(str(artifact.path), config, dtype=saved_dtype(config, dtype), attention=attention, device=device)
+    model = load(str(artifact.path), config, dtype=saved_dtype(config, dtype), **how)
     return model.requires_grad_(is_trainable)
 
 
-def _load_adapted(
-    artifact: Artifact, details: Mapping[str, Any], *, dtype: str, attention: str, device: str, is_trainable: bool
+def load_adapted(
+    artifact: Artifact,
+    details: Mapping[str, Any],
+    load: Callable[..., Any],
+    *,
+    dtype: str,
+    is_trainable: bool,
+    **how: Any,
 ) -> "PeftModel":
+    """The adapter of an artifact on the trunk that it was trained on."""
     location, where = find_trunk(artifact, details)
     config = load_config(location, where=where)
     config.rope_parameters = details["rope_parameters"]
     chosen = adapter_dtype(artifact.path) if dtype == "auto" else dtype_of(dtype)
-    is_nf4 = details["method"] == "qlora"
-    trunk = load_llama(location, config, dtype=chosen, attention=attention, device=device, is_nf4=is_nf4)
-    if is_nf4 or chosen == adapter_dtype(artifact.path):
-        check_trunk(_sampled_digest(trunk), details, where=where, location=location)
+    trunk = load(location, config, dtype=chosen, is_nf4=details["method"] == "qlora", **how)
+    check_trunk(trunk, artifact, details, where=where)
     return load_adapter(trunk, artifact.path, is_trainable=is_trainable)
 
 
@@ -250,12 +267,16 @@ def find_trunk(artifact: Artifact, details: Mapping[str, Any]) -> tuple[str, str
     return find_model(details["base"], where=where, near=artifact.path, may_be_hub=may_be_hub), where
 
 
-def check_trunk(digest: str | None, details: Mapping[str, Any], *, where: str, location: str) -> None:
-    """Refuse a trunk with another digest than the one under which the adapter was trained."""
-    if digest != details["trunk"]:
+def check_trunk(
+    trunk: "LlamaForCausalLM | ScoringLlama", artifact: Artifact, details: Mapping[str, Any], *, where: str
+) -> None:
+    """Refuse a trunk with another digest than the one under which the adapter was trained; in its number format alone."""
+    is_comparable = details["method"] == "qlora" or trunk.dtype == adapter_dtype(artifact.path)
+    if is_comparable and _sampled_digest(trunk) != details["trunk"]:
         raise ArtifactError(
-            f"{where}: '{location}' holds other weights than the adapter was trained on. On another model an adapter "
-            "gives wrong answers and scores without a sign. Put the model back that it was trained on, or train it again."
+            f"{where}: '{trunk.name_or_path}' holds other weights than the adapter was trained on. On another model an "
+            "adapter gives wrong answers and scores without a sign. Put the model back that it was trained on, or train it "
+            "again."
         )
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
-from llamachat.chat_format import ChatFormat, load_chat_format
-from llamachat.chat_format.tokenizer import UNK_ID, load_tokenizer
+from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.tokenizer import UNK_ID
 from llamachat.config.sections import Base, Tuning
 from llamachat.memory.role_bytes import place_reward_models
 from llamachat.models import nf4
@@ -30,7 +30,7 @@ from llamachat.models.loading import (
     device_of,
     load_base,
     load_policy,
-    name_of,
+    reading_of,
     rope_parameters,
 )
 from llamachat.models.reward_model import HEAD_WEIGHT, RewardModel, load_reward_model
@@ -42,7 +42,6 @@ from llamachat.models.roles import (
     RewardRole,
     Role,
     RoleBank,
-    RoleModules,
     RoleSlot,
     adapter_weights,
     add_adapter,
@@ -90,7 +89,7 @@ def open_roles(
     opening.place_policy(policy, with_reference=critic is not None)
     opening.place_reward_models(reward_models)
     value_head = None if critic is None else opening.place_critic(critic, reward_models)
-    return RoleBank(opening.modules(critic, value_head), critic=critic, checkpointing=checkpointing)
+    return opening.bank(critic, value_head, checkpointing=checkpointing)
 
 
 @dataclass(slots=True)
@@ -211,7 +210,7 @@ class _Opening:
             log.info("critic: %s, begins as the policy with values of 0", critic)
         return head
 
-    def modules(self, critic: CriticKind | None, value_head: nn.Linear | None) -> RoleModules:
+    def bank(self, critic: CriticKind | None, value_head: nn.Linear | None, *, checkpointing: bool) -> RoleBank:
         """Everything frozen but what is trained, and all of it in evaluation mode."""
         assert self.policy_model is not None, "the policy is placed first"
         models: list[nn.Module] = [self.policy_model]
@@ -226,7 +225,7 @@ class _Opening:
         heads: dict[LanguageRole, nn.Module] = {"policy": cast(Any, self.policy_model).get_output_embeddings()}
         if self.reference is not None:
             heads["reference"] = cast(nn.Module, self.reference.get_output_embeddings())
-        return RoleModules(
+        return RoleBank(
             slots=self.slots,
             policy_model=self.policy_model,
             lm_heads=heads,
@@ -235,6 +234,8 @@ class _Opening:
             other_vocabulary=frozenset(self.other_vocabulary),
             chat_format=self.chat_format,
             base=self.base_name,
+            critic=critic,
+            checkpointing=checkpointing,
         )
 
     def _let_train(self, roles: Sequence[Role]) -> None:
@@ -262,17 +263,10 @@ class _Opening:
         fill(adapter_weights(root.model, role), values)
         head = _head(root.model, dtype=root.dtype, has_bias=False)
         fill({HEAD_WEIGHT: head.weight}, others)
-        tokenizer = load_tokenizer(artifact.path)
         self.slots[role] = RoleSlot(root.model, role)
-        self.reward_models[role] = RewardModel(
-            model=_scorer(root, head),
-            tokenizer=tokenizer,
-            chat_format=load_chat_format(model.details["chat_format"], tokenizer),
-            max_tokens=model.details["max_tokens"],
-            system=model.details.get("system"),
-            name=name_of(artifact),
-        )
-        log.info("%s: %s is an adapter on weights that are loaded already", role, name_of(artifact))
+        self.reward_models[role] = RewardModel(_scorer(root, head), **reading_of(artifact, model.details))
+        name = self.reward_models[role].name
+        log.info("%s: %s is an adapter on weights that are loaded already", role, name)
 
     def _load_beside(self, role: RewardRole, model: "_RewardSource") -> _Trunk | None:
         """A reward model with weights of its own; returns its trunk where further adapters can be put on it."""

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
+from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import DialogError, Message, check_messages, with_system
 from llamachat.chat_format.format import shorten_alike
 from llamachat.chat_format.proof import load_proved_format
-from llamachat.chat_format.tokenizer import UNK_ID, Tokenizer, load_tokenizer
+from llamachat.chat_format.tokenizer import UNK_ID, Tokenizer
 from llamachat.config.sections import Base, Tuning, is_hub_name
 from llamachat.errors import ArtifactError
 from llamachat.models import nf4
@@ -28,7 +28,6 @@ from llamachat.models.hub import tokenizer_folder
 from llamachat.models.loading import (
     ADAPTER_WEIGHTS,
     VALUES_PER_WEIGHT,
-    adapter_dtype,
     attach_adapter,
     check_trunk,
     checked_details,
@@ -36,10 +35,11 @@ from llamachat.models.loading import (
     device_of,
     dtype_of,
     find_trunk,
-    load_adapter,
+    load_adapted,
     load_config,
+    load_full,
     load_llama,
-    name_of,
+    reading_of,
     save_policy,
     saved_dtype,
     scale_rope,
@@ -136,21 +136,15 @@ def build_reward_model(
         scale_rope(config, base.rope_scaling, max_tokens=base.max_tokens)
     else:
         config.rope_parameters = details["rope_parameters"]
-    model = _load_scoring(
-        location,
-        config,
-        dtype=dtype_of(base.dtype),
-        attention=base.attention,
-        device=device_of(device),
-        is_nf4=tuning.method == "qlora",
-        has_head=False,
-    )
-    shard_if_configured(model, tuning)
+    how: dict[str, Any] = {"dtype": dtype_of(base.dtype), "attention": base.attention, "device": device_of(device)}
     if tuning.method == "full":
+        model = _load_scoring(location, config, has_head=False, **how)
+        shard_if_configured(model, tuning)
         return RewardStart(model, chat_format, location, None)
-    _remember_trunk(model, location)
+    model = _load_trunk(location, config, is_nf4=tuning.method == "qlora", **how)
+    shard_if_configured(model, tuning)
     if continued is not None:
-        _check_trunk(model, continued, details, where=where)
+        check_trunk(model, continued, details, where=where)
     adapted = attach_adapter(model, tuning, seed=seed, head=HEAD)
     if continued is not None:
         _copy_adapter(adapted, continued)
@@ -187,22 +181,12 @@ def load_reward_model(
         return _load_plain(str(path), dtype=dtype, device=device, attention=attention, is_trainable=is_trainable)
     artifact = read_artifact(folder, "reward_model", reader="scoring")
     details = checked_details(artifact)
-    how: dict[str, Any] = {"attention": attention, "device": device}
+    how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device, "is_trainable": is_trainable}
     if details["method"] == "full":
-        config = load_config(str(artifact.path), where=str(artifact.path))
-        model: Any = _load_scoring(str(artifact.path), config, dtype=saved_dtype(config, dtype), has_head=True, **how)
-        model.requires_grad_(is_trainable)
+        model: Any = load_full(artifact, details, _load_scoring, **how)
     else:
-        model = _load_adapted(artifact, details, dtype=dtype, is_trainable=is_trainable, **how)
-    tokenizer = load_tokenizer(artifact.path)
-    return RewardModel(
-        model=model.train(is_trainable),
-        tokenizer=tokenizer,
-        chat_format=load_chat_format(details["chat_format"], tokenizer),
-        max_tokens=details["max_tokens"],
-        system=details.get("system"),
-        name=name_of(artifact),
-    )
+        model = load_adapted(artifact, details, _load_trunk, **how)
+    return RewardModel(model.train(is_trainable), **reading_of(artifact, details))
 
 
 def _load_plain(location: str, *, dtype: str, device: str, attention: str, is_trainable: bool) -> RewardModel:
@@ -213,9 +197,7 @@ def _load_plain(location: str, *, dtype: str, device: str, attention: str, is_tr
             "model that was saved from AutoModelForSequenceClassification with num_labels=1."
         )
     chat_format, _ = load_proved_format(tokenizer_folder(location))
-    model = _load_scoring(
-        location, config, dtype=saved_dtype(config, dtype), attention=attention, device=device, has_head=True
-    )
+    model = _load_scoring(location, config, dtype=saved_dtype(config, dtype), attention=attention, device=device)
     return RewardModel(
         model=model.requires_grad_(is_trainable).train(is_trainable),
         tokenizer=chat_format.tokenizer,
@@ -226,7 +208,7 @@ def _load_plain(location: str, *, dtype: str, device: str, attention: str, is_tr
     )
 
 
-def _load_scoring(location: str, config: "LlamaConfig", *, has_head: bool, **how: Any) -> ScoringLlama:
+def _load_scoring(location: str, config: "LlamaConfig", *, has_head: bool = True, **how: Any) -> ScoringLlama:
     """The weights of a folder in a model with a head, which starts at zero where there is none."""
     config.num_labels = 1
     config.pad_token_id = UNK_ID  # transformers looks for the last token that is none; a dialog ends with EOS
@@ -238,41 +220,18 @@ def _load_scoring(location: str, config: "LlamaConfig", *, has_head: bool, **how
     return model
 
 
-def _load_adapted(
-    artifact: Artifact, details: Mapping[str, Any], *, dtype: str, attention: str, device: str, is_trainable: bool
-) -> "PeftModel":
-    location, where = find_trunk(artifact, details)
-    config = load_config(location, where=where)
-    config.rope_parameters = details["rope_parameters"]
-    saved = adapter_dtype(artifact.path)
-    model = _load_scoring(
-        location,
-        config,
-        dtype=saved if dtype == "auto" else dtype_of(dtype),
-        attention=attention,
-        device=device,
-        is_nf4=details["method"] == "qlora",
-        has_head=False,
-    )
-    _remember_trunk(model, location)
-    _check_trunk(model, artifact, details, where=where)
-    return load_adapter(model, artifact.path, is_trainable=is_trainable)
+def _load_trunk(location: str, config: "LlamaConfig", **how: Any) -> ScoringLlama:
+    """A trunk for an adapter, with a new head and the digest by which an artifact is matched to its base.
 
-
-def _remember_trunk(model: ScoringLlama, location: str) -> None:
-    """Keep the digest by which an artifact is matched to its base: the one that a policy on this base has.
-
-    It is taken from the folder, since the language-model head, a part of it, is not in this model.
+    The digest is the one that a policy on this base has. It is taken from the folder, since the language-model head, a
+    part of it, is not in this model.
     """
+    model = _load_scoring(location, config, has_head=False, **how)
     if nf4.source_digest(model) is None:
         folder = nf4.model_folder(location)
         digest = trunk_digest(folder, values_per_weight=VALUES_PER_WEIGHT, dtype=model.dtype)
         nf4.remember_source(model, digest)
-
-
-def _check_trunk(model: ScoringLlama, artifact: Artifact, details: Mapping[str, Any], *, where: str) -> None:
-    if details["method"] == "qlora" or model.dtype == adapter_dtype(artifact.path):
-        check_trunk(nf4.source_digest(model), details, where=where, location=str(model.name_or_path))
+    return model
 
 
 def _copy_adapter(adapted: "PeftModel", policy: Artifact) -> None:

@@ -62,34 +62,37 @@ class RoleSlot:
     adapter: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoleModules:
-    """What a bank is made of; `open_roles` gathers it, and has set what requires gradients."""
-
-    slots: Mapping[Role, RoleSlot]
-    policy_model: "LanguageModel"
-    lm_heads: Mapping[LanguageRole, nn.Module]
-    value_head: nn.Linear | None  # None in a bank that trains nothing
-    reward_models: Mapping[RewardRole, RewardModel]
-    other_vocabulary: frozenset[RewardRole]  # of them, those that do not read the policy's token ids
-    chat_format: ChatFormat
-    base: str  # folder or hub name of the weights under the policy's adapter, or that the policy began as
-
-
 class RoleBank:
-    """All roles, ready to run. Make one with `open_roles`."""
+    """All roles, ready to run. Made by `open_roles`, which has set what requires gradients."""
 
-    def __init__(self, modules: RoleModules, *, critic: CriticKind | None, checkpointing: bool) -> None:
-        """With `checkpointing`, blocks keep only their input for a backward pass and are computed again in it."""
+    def __init__(
+        self,
+        *,
+        slots: Mapping[Role, RoleSlot],
+        policy_model: "LanguageModel",
+        lm_heads: Mapping[LanguageRole, nn.Module],
+        value_head: nn.Linear | None,
+        reward_models: Mapping[RewardRole, RewardModel],
+        other_vocabulary: frozenset[RewardRole],
+        chat_format: ChatFormat,
+        base: str,
+        critic: CriticKind | None,
+        checkpointing: bool,
+    ) -> None:
+        """`value_head` and `critic` are None where nothing is trained; `other_vocabulary` are the reward models that do not
+        read the policy's token ids; `base` is the folder or hub name of the weights under the policy's adapter, or that
+        the policy began as. With `checkpointing`, blocks keep only their input for a backward pass and are computed again
+        in it.
+        """
         self.critic: CriticKind | None = critic
-        self.base = modules.base
-        self.chat_format = modules.chat_format
-        self._slots = modules.slots
-        self._policy_model = modules.policy_model
-        self._heads = modules.lm_heads
-        self._value_head = modules.value_head
-        self._reward_models = modules.reward_models
-        self._other_vocabulary = modules.other_vocabulary
+        self.base = base
+        self.chat_format = chat_format
+        self._slots = slots
+        self._policy_model = policy_model
+        self._heads = lm_heads
+        self._value_head = value_head
+        self._reward_models = reward_models
+        self._other_vocabulary = other_vocabulary
         self._trunks = {id(slot.trunk): slot.trunk for slot in self._slots.values()}
         if self.device.type == "cpu":
             for trunk in self._trunks.values():
@@ -99,8 +102,8 @@ class RoleBank:
         for slot in (*self._slots.values(), self._slots["policy"]):
             self._activate(slot)
         self._trained: dict[Trained, dict[str, nn.Parameter]] = {}
-        if modules.value_head is not None:
-            self._trained = {"policy": self._policy_weights(), "critic": self._critic_weights(modules.value_head)}
+        if value_head is not None:
+            self._trained = {"policy": self._policy_weights(), "critic": self._critic_weights(value_head)}
         if checkpointing:
             for trunk in self._trunks.values():
                 self._checkpoint(trunk)

@@ -109,7 +109,7 @@ class Conversation:
         messages = with_system([*self.turns, Message("user", text)], self.system)
         limit = longest_dialog(self.policy, self.engine)
         try:
-            fitting = fit(self.policy, messages, limit=limit, max_new_tokens=max_new_tokens)
+            fitting = fit(self.policy.chat_format, messages, limit=limit, max_new_tokens=max_new_tokens)
         except DialogError as error:
             raise UsageError(f"The message cannot be sent: its text {error.reason} {error.fix}") from error
         if fitting is None:

@@ -1,7 +1,6 @@
 """What of a conversation a policy is shown: the newest whole pairs that leave room for an answer."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from llamachat import rollout
 from llamachat.chat_format import ChatFormat
@@ -9,15 +8,6 @@ from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Rollout
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import LocalEngine
-
-
-class HasChatFormat(Protocol):
-    """A policy, loaded or not yet."""
-
-    @property
-    def chat_format(self) -> ChatFormat:
-        """The way from a conversation to the policy's tokens."""
-        ...
 
 
 def open_engine(policy: Policy, *, rows_per_batch: int | None = None) -> LocalEngine:
@@ -31,7 +21,7 @@ def longest_dialog(policy: Policy, engine: LocalEngine) -> int:
 
 
 def fit(
-    policy: HasChatFormat, messages: Sequence[Message], *, limit: int, max_new_tokens: int
+    chat_format: ChatFormat, messages: Sequence[Message], *, limit: int, max_new_tokens: int
 ) -> tuple[Message, ...] | None:
     """The conversation without its oldest whole pairs, so that the answer has room; None where it cannot fit.
 
@@ -39,7 +29,7 @@ def fit(
     leaves, what is left.
     """
     for room in (limit - min(max_new_tokens, limit // 2), limit - 1):
-        fitting = policy.chat_format.shorten(messages, max_tokens=room)
+        fitting = chat_format.shorten(messages, max_tokens=room)
         if fitting is not None:
             return fitting
     return None

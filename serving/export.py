@@ -364,7 +364,7 @@ def answers_of(policy: Policy) -> list[Answer]:
     answers = []
     for question, given in QUESTIONS:
         messages = with_system([Message("user", question)], policy.system)
-        if fit(policy, messages, limit=limit, max_new_tokens=GREEDY.max_new_tokens) is None:
+        if fit(policy.chat_format, messages, limit=limit, max_new_tokens=GREEDY.max_new_tokens) is None:
             continue
         prompt_ids = tuple(policy.chat_format.encode_prompt(messages))
         ((completion,),) = engine.generate([prompt_ids], samples_per_prompt=1, sampling=GREEDY)

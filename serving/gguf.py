@@ -32,8 +32,18 @@ from llamachat.models.hub import LICENCE_FILES
 from llamachat.models.loading import context_length, rope_parameters
 from llamachat.models.weights import folder_weights
 from llamachat.runs.atomic import incoming_folder, write_json
-from serving.export import CHAT_TEMPLATE, NOTE, Asked, ExportError, Request, ask_policy, base_folder, export_policy
-from serving.model_card import Facts, model_card, plain_name
+from serving.export import (
+    CHAT_TEMPLATE,
+    NOTE,
+    Asked,
+    ExportError,
+    Request,
+    ask_policy,
+    base_folder,
+    export_policy,
+    write_notes,
+)
+from serving.model_card import model_card, plain_name
 
 log = logging.getLogger(__name__)
 
@@ -129,9 +139,7 @@ def _finish(request: GgufRequest, side: Path, file: Path, asked: Asked, figures:
     if request.form == "ollama":
         text = modelfile(file.name, asked.chat_format, system=asked.system, max_tokens=asked.max_tokens)
         (side / "Modelfile").write_text(text, encoding="utf-8")
-    write_json(side / NOTE, note)
-    facts = Facts(request.folder.artifact, asked.name, base_folder(request.folder), note)
-    (side / "README.md").write_text(model_card(facts), encoding="utf-8")
+    write_notes(request.folder, side, base_folder(request.folder), note, model_card, name=asked.name)
     for licence in (path for pattern in LICENCE_FILES for path in merged.glob(pattern)):
         shutil.copyfile(licence, side / licence.name)
     shutil.rmtree(merged)

@@ -8,7 +8,6 @@ import logging
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -52,8 +51,15 @@ class Destination:
     def checked(cls, name: str, *, is_private: bool) -> "Destination":
         """The repository of this name, USER/NAME; asks the hub whose token this machine has."""
         from huggingface_hub import get_token
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
 
-        if not _is_name(name):
+        try:
+            validate_repo_id(name)
+            is_name = name.count("/") == 1
+        except HFValidationError:
+            is_name = False
+        if not is_name:
             raise UsageError(
                 f"--push-to-hub: '{name}' is no name of a repository. The hub's are USER/NAME, in letters, digits, "
                 "'-', '_' and '.'. Give one like me/my-chat-model."
@@ -79,7 +85,7 @@ class Destination:
         api = HfApi()
         try:
             api.create_repo(self.name, private=self.is_private, exist_ok=True)
-            log.info("%s to %s: %s", "uploading", self.name, ", ".join(files))
+            log.info("uploading to %s: %s", self.name, ", ".join(files))
             api.upload_folder(
                 repo_id=self.name, folder_path=folder, allow_patterns=files, commit_message="Upload with llamachat"
             )
@@ -92,7 +98,8 @@ class Destination:
 
     def _check_licence(self, folder: Path, files: list[str]) -> None:
         """A public copy of a derived Llama 2 has to bring the agreement with it."""
-        licence = _front_matter(folder).get("license")
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        licence = yaml.safe_load(card.split("---\n")[1]).get("license")
         has_text = any(fnmatch(file, pattern) for file in files for pattern in LICENCE_FILES)
         if self.is_private or licence in ("apache-2.0", "mit"):
             return
@@ -102,21 +109,8 @@ class Destination:
                 f"licence with it. Put the base's LICENSE.txt and USE_POLICY.md there and give `hf upload {self.name} "
                 f"{folder}`, or push it as a private one."
             )
-        log.warning(
-            "%s becomes public: read in its README.md under what licences base and data are, and what they ask for",
-            self.name,
-        )
-
-
-def _is_name(name: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1
+        words = "read in its README.md under what licences base and data are, and what they ask for"
+        log.warning("%s becomes public: %s", self.name, words)
 
 
 def _is_public(name: str) -> bool:
@@ -130,16 +124,19 @@ def _is_public(name: str) -> bool:
         return not api.repo_info(name).private
     except RepositoryNotFoundError:
         return False
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403):
-            raise HubError(
-                f"--push-to-hub: the hub refuses this machine's token (HTTP {status}). It has to know who writes. Log "
-                "in again with `hf auth login`, with a token that may write."
-            ) from error
-        raise _unreachable(name, error) from error
     except Exception as error:  # the library lets its network layers' own errors through
-        raise _unreachable(name, error) from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, HfHubHTTPError) and status in (401, 403):
+            words = (
+                f"--push-to-hub: the hub refuses this machine's token (HTTP {status}). It has to know who writes. Log "
+            )
+            words += "in again with `hf auth login`, with a token that may write."
+        else:
+            words = (
+                f"--push-to-hub {name}: the hub cannot be reached ({first_line(error)}). Nothing was exported. Connect "
+            )
+            words += "to the network (and unset HF_HUB_OFFLINE), or export without --push-to-hub."
+        raise HubError(words) from error
 
 
 def _files(folder: Path) -> list[str]:
@@ -151,14 +148,3 @@ def _files(folder: Path) -> list[str]:
             "that no text of yours does. Take the file away."
         )
     return files
-
-
-def _front_matter(folder: Path) -> dict[str, Any]:
-    return yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])
-
-
-def _unreachable(name: str, error: Exception) -> HubError:
-    return HubError(
-        f"--push-to-hub {name}: the hub cannot be reached ({first_line(error)}). Nothing was exported. Connect to the "
-        "network (and unset HF_HUB_OFFLINE), or export without --push-to-hub."
-    )

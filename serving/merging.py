@@ -20,6 +20,7 @@ from llamachat.errors import ArtifactError
 from llamachat.models.loading import ADAPTER_WEIGHTS, SEVEN_PROJECTIONS, Policy
 from llamachat.models.reward_model import HEAD, HEAD_WEIGHT
 from llamachat.models.weights import COMPUTED, file_weights, weight_files
+from llamachat.rollout.weights import base_layer, plain_weight
 from llamachat.runs.atomic import StorageError
 
 log = logging.getLogger(__name__)
@@ -196,7 +197,7 @@ def as_exported(policy: Policy) -> Policy:
         log.info("%s: the adapter stays beside the 4-bit weights, since the merged ones do not fit", policy.name)
         return policy
     for name, layer in layers.items():
-        weight_OI = _plain_weight(layer.get_base_layer() if isinstance(layer, LoraLayer) else layer, dtype)
+        weight_OI = plain_weight(base_layer(cast(nn.Module, layer))).to(dtype)
         if isinstance(layer, LoraLayer):
             (key,) = layer.active_adapters
             a_RI, b_OR = cast(Any, layer.lora_A[key]).weight, cast(Any, layer.lora_B[key]).weight
@@ -205,15 +206,6 @@ def as_exported(policy: Policy) -> Policy:
         plain.weight = nn.Parameter(weight_OI, requires_grad=False)
         model.set_submodule(name, plain)
     return replace(policy, model=model.eval())
-
-
-def _plain_weight(layer: Any, dtype: torch.dtype) -> Tensor:
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        return layer.weight.detach()
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(layer.weight.data, state).to(dtype)
 
 
 def _has_room(device: torch.device, layers: dict[str, Any], dtype: torch.dtype) -> bool:

@@ -61,7 +61,7 @@ class Facts:
     @property
     def origin(self) -> str:
         """The base that all began with."""
-        return provenance.origin(self.steps)
+        return str(self.steps[0].manifest.details["base"])
 
     @property
     def is_whole(self) -> bool:

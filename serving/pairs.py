@@ -188,7 +188,7 @@ def _read_questions(variants: Sequence[Variant], path: Path, request: Request) -
         sent: list[tuple[Message, ...]] = []
         for variant in variants:
             messages, limit = with_system(prompt.messages, variant.system), variant.max_tokens
-            fitting = fit(variant, messages, limit=limit, max_new_tokens=request.max_new_tokens)
+            fitting = fit(variant.chat_format, messages, limit=limit, max_new_tokens=request.max_new_tokens)
             if fitting is None:
                 return too_long(row.line, limit=limit, policy=variant.name)
             sent.append(fitting)

@@ -56,15 +56,11 @@ def run_of(artifact: Artifact) -> Path:
     return above[min(len(Path(artifact.manifest.step).parts), len(above) - 1)]
 
 
-def origin(steps: Sequence[Artifact]) -> str:
-    """The base that all began with: a hub name or a folder."""
-    return str(steps[0].manifest.details["base"])
-
-
 def hub_name(steps: Sequence[Artifact]) -> str | None:
     """The base as the hub knows it; None for a folder."""
-    base = origin(steps)
-    is_folder = steps[0].manifest.details.get("base_is_folder", not is_hub_name(base))
+    details = steps[0].manifest.details
+    base = str(details["base"])
+    is_folder = details.get("base_is_folder", not is_hub_name(base))
     return None if is_folder else base
 
 

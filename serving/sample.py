@@ -86,7 +86,7 @@ def sample_file(
 
 def _question(policy: Policy, row: Row, prompt: Prompt, *, limit: int, max_new_tokens: int) -> _Question | Problem:
     messages = with_system(prompt.messages, policy.system)
-    fitting = fit(policy, messages, limit=limit, max_new_tokens=max_new_tokens)
+    fitting = fit(policy.chat_format, messages, limit=limit, max_new_tokens=max_new_tokens)
     if fitting is None:
         return too_long(row.line, limit=limit, policy="this policy")
     return _Question(as_written(row.value, prompt), fitting, is_shortened=len(fitting) < len(messages))

@@ -8,7 +8,7 @@ an empty one, has the score null and is counted, since it is the policy's doing 
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,8 @@ def _read(model: RewardModel, path: Path) -> list[_Asked]:
     asked: list[tuple[int, _Asked]] = []
     for is_sampled in (False, True):
         part = [row for row in rows if (row.line in sampled) == is_sampled]
-        for parsed in _parse(model, part, path, is_sampled=is_sampled):
+        kind = "prompt" if is_sampled else None
+        for parsed in parse_rows(part, path=str(path), kind=kind, forbidden=model.chat_format.forbidden):
             found = _encoded(model, parsed, is_sampled=is_sampled)
             if isinstance(found, _Asked):
                 asked.append((parsed.line, found))
@@ -104,11 +105,6 @@ def _read(model: RewardModel, path: Path) -> list[_Asked]:
             f"{path}: holds no answer. There is nothing to score. Give dialogs, preferences or completions."
         )
     return [item for _, item in sorted(asked, key=lambda pair: pair[0])]
-
-
-def _parse(model: RewardModel, rows: list[Row], path: Path, *, is_sampled: bool) -> Iterator[Row]:
-    kind = "prompt" if is_sampled else None
-    return parse_rows(rows, path=str(path), kind=kind, forbidden=model.chat_format.forbidden)
 
 
 def _encoded(model: RewardModel, parsed: Row, *, is_sampled: bool) -> _Asked | Sequence[Problem]:
@@ -134,14 +130,14 @@ def _with_completions(
     model: RewardModel, prompt: Sequence[Message], record: dict[str, Any], line: int
 ) -> _Asked | list[Problem]:
     completions = record.get("completions")
-    if not isinstance(completions, list) or not completions or not all(map(_is_completion, completions)):
+    if (
+        not isinstance(completions, list)
+        or not completions
+        or not all(isinstance(item, Mapping) and isinstance(item.get("text"), str) for item in completions)
+    ):
         mend = 'Write "completions": [{"text": "..."}], as `llamachat sample` does.'
         return [problem(line, "completions", "is no list of objects with a 'text', the answer.", mend)]
     return _Asked(record, "completions", [_answer_ids(model, prompt, item["text"]) for item in completions])
-
-
-def _is_completion(value: object) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("text"), str)
 
 
 def _answer_ids(model: RewardModel, prompt: Sequence[Message], text: str) -> Ids | None:

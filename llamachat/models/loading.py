@@ -312,21 +312,23 @@ def load_llama(
 ) -> Any:  # a model of the class `kind`
     """The weights of a folder or hub name in a language model, or in a model of `kind`, all of them but `may_lack`."""
     from transformers import GenerationConfig, LlamaForCausalLM
+    from transformers.utils import is_flash_attn_2_available
 
     how: dict[str, Any] = {}
+    has_flash = device.startswith("cuda") and dtype != torch.float32 and is_flash_attn_2_available()
+    fastest = "flash_attention_2" if has_flash else "sdpa"
     if is_nf4:
         nf4.check_shape(config, where=f"base: '{location}'")
         # Quantised where it will compute, a weight at a time: the 16-bit model is never whole in memory.
         how = {"quantization_config": nf4.quantization_config(dtype), "device_map": {"": device}}
     try:
         with _quietly():
-            loaded: Any = (
-                kind or LlamaForCausalLM
-            ).from_pretrained(  # a pair with this report, which its types do not know
+            load: Any = (kind or LlamaForCausalLM).from_pretrained  # its types do not know that it gives a pair
+            model, report = load(
                 location,
                 config=config,
                 dtype=dtype,
-                attn_implementation=best_attention(dtype, device) if attention == "auto" else attention,
+                attn_implementation=fastest if attention == "auto" else attention,
                 use_safetensors=True,
                 output_loading_info=True,
                 **how,
@@ -337,7 +339,6 @@ def load_llama(
             "*.safetensors (pickled ones can run code), and flash_attention_2 needs its package and a GPU. Convert "
             "the weights, or set base.attention to auto."
         ) from error
-    model, report = loaded
     lacking = sorted(set(report["missing_keys"]) - set(may_lack))
     lacking += sorted(str(key) for key in report["mismatched_keys"])
     if lacking:
@@ -465,14 +466,6 @@ def device_of(name: str) -> str:
 def gpus() -> list[int]:
     """Numbers of the GPUs, whose random state a seed of ours must not disturb."""
     return list(range(torch.cuda.device_count()))
-
-
-def best_attention(dtype: torch.dtype, device: str) -> str:
-    """The fastest attention kernel that is installed and takes this dtype."""
-    from transformers.utils import is_flash_attn_2_available
-
-    is_possible = device.startswith("cuda") and dtype != torch.float32 and is_flash_attn_2_available()
-    return "flash_attention_2" if is_possible else "sdpa"
 
 
 def dtype_of(name: str) -> torch.dtype:

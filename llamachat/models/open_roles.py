@@ -202,7 +202,7 @@ class _Opening:
             begun: Role = begins_as or "policy"
             self.slots["critic"] = self._copy_of(begun, "critic", self._root_of(self.slots[begun].trunk))
         head = _head(self.slots["critic"].trunk, dtype=torch.float32, has_bias=True)
-        begun_head = None if begins_as is None else _score_weight(self.reward_models[begins_as])
+        begun_head = None if begins_as is None else cast(Any, self.reward_models[begins_as].model).score.weight
         if begun_head is not None and begun_head.shape == head.weight.shape:
             fill({HEAD_WEIGHT: head.weight}, {HEAD_WEIGHT: begun_head})
             log.info("critic: %s, begins as the %s model", critic, begins_as)
@@ -340,10 +340,6 @@ def _head(trunk: "LlamaModel", *, dtype: torch.dtype, has_bias: bool) -> nn.Line
     for weight in made.parameters():
         nn.init.zeros_(weight)
     return cast(nn.Linear, made)
-
-
-def _score_weight(model: RewardModel) -> torch.Tensor:
-    return cast(Any, model.model).score.weight
 
 
 def _same_ids(one: ChatFormat, other: ChatFormat) -> bool:

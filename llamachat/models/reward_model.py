@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +154,9 @@ def build_reward_model(
 
 def reward_trunk_digest(model: "Scorer") -> str:
     """SHA-256 of all weights under head and adapter: equal = none of them has moved."""
-    return trunk_digest(_scoring(model).model)
+    adapted: Any = model
+    scoring = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
+    return trunk_digest(scoring.model)
 
 
 def save_reward_model(model: "Scorer", folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -163,7 +165,7 @@ def save_reward_model(model: "Scorer", folder: Path, weights: Mapping[str, Tenso
     `weights` as in `save_policy`.
     """
     save_policy(model, folder, weights)
-    if _is_adapted(model):
+    if hasattr(model, "get_base_model"):  # PEFT's
         # PEFT adds every name that a head may have, some of them twice.
         _edit(folder / "adapter_config.json", {"modules_to_save": [HEAD]})
     else:
@@ -243,16 +245,6 @@ def _copy_adapter(adapted: "PeftModel", policy: Artifact) -> None:
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(held[name])
-
-
-def _scoring(model: "Scorer") -> ScoringLlama:
-    return cast(ScoringLlama, cast(Any, model).get_base_model() if _is_adapted(model) else model)
-
-
-def _is_adapted(model: nn.Module) -> bool:
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
 
 
 def _edit(file: Path, changes: Mapping[str, Any]) -> None:

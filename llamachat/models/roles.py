@@ -218,13 +218,8 @@ class RoleBank:
 
     def policy_details(self, *, max_tokens: int, system: str | None) -> dict[str, Any]:
         """What the manifest of a policy published from here says about it."""
-        return policy_details(
-            self._policy_model,
-            base=self.base,
-            chat_format=self.chat_format.name,
-            max_tokens=max_tokens,
-            system=system,
-        )
+        how: dict[str, Any] = {"base": self.base, "chat_format": self.chat_format.name}
+        return policy_details(self._policy_model, **how, max_tokens=max_tokens, system=system)
 
     def _activate(self, slot: RoleSlot) -> None:
         key = id(slot.trunk)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from llamachat.errors import ConfigError
 from llamachat.memory.role_bytes import PROMPT_TOKENS_AT_ONCE
@@ -83,10 +82,7 @@ class LlamaEngine:
         numbers: Sequence[int] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """`samples_per_prompt` completions of each prompt; `advance` is told how many more are there.
-
-        An answer ends early where the model's positions end: prompt and answer fit into them together.
-        """
+        """As `LocalEngine.generate`."""
         numbers = numbers or range(len(prompts))
         found: dict[tuple[int, int], Completion] = {}
         for done in self._run(prompts, numbers, samples_per_prompt, sampling, None):
@@ -97,7 +93,7 @@ class LlamaEngine:
         return [[found[number, sample] for sample in range(samples_per_prompt)] for number in numbers]
 
     def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
-        """The completion that `generate` gives to this one prompt; `on_token` sees each id as it comes."""
+        """As `LocalEngine.stream`."""
         return next(done[0].completion for done in self._run([prompt], [0], 1, sampling, on_token) if done)
 
     @torch.inference_mode()
@@ -234,15 +230,9 @@ def _reasons(model: "LanguageModel") -> Iterator[str]:
     places = {str(weight.device) for weight in trunk.parameters()}
     if len(places) > 1:
         yield f"weights on {len(places)} devices"
-    for name, module in _linear_parts(trunk):
-        yield from (f"{reason} at {name}" for reason in _odd(module))
-
-
-def _linear_parts(trunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What multiplies a weight: the projections, embeddings and head, with what is wrapped around them."""
     for name, module in trunk.named_modules():
-        if name.endswith(("_proj", "embed_tokens", "lm_head")):
-            yield name, module
+        if name.endswith(("_proj", "embed_tokens", "lm_head")):  # what multiplies a weight
+            yield from (f"{reason} at {name}" for reason in _odd(module))
 
 
 def _odd(module: Any) -> Iterator[str]:

@@ -92,7 +92,10 @@ class LocalEngine(RolloutEngine, Protocol):
         numbers: Sequence[int] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """As every engine; `advance` is told how many more completions are there."""
+        """As every engine; `advance` gets how many more completions are there.
+
+        An answer ends early where the model's positions end: prompt and answer fit into them together.
+        """
         ...
 
     def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:

@@ -66,10 +66,7 @@ class HuggingFaceEngine:
         numbers: Sequence[int] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """`samples_per_prompt` completions of each prompt; `advance` is told how many more are there.
-
-        An answer ends early where the model's positions end: prompt and answer fit into them together.
-        """
+        """As `LocalEngine.generate`."""
         numbers = numbers or range(len(prompts))
         check_prompts(prompts, numbers, context=self.context)
         rows = [
@@ -87,7 +84,7 @@ class HuggingFaceEngine:
         return [[found[number, sample] for sample in range(samples_per_prompt)] for number in numbers]
 
     def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
-        """The completion that `generate` gives to this one prompt; `on_token` sees each id as it comes."""
+        """As `LocalEngine.stream`."""
         check_prompts([prompt], [0], context=self.context)
         with _generating(self._model):
             return self._complete([_Row(0, 0, tuple(prompt))], sampling, on_token)[0]
@@ -115,6 +112,8 @@ class HuggingFaceEngine:
     def _complete(
         self, rows: Sequence[_Row], sampling: Sampling, on_token: Callable[[int], None] | None
     ) -> list[Completion]:
+        from transformers import GenerationConfig
+
         longest = max(len(row.ids) for row in rows)
         new_tokens = min(sampling.max_new_tokens, self.context - longest)
         device = self._model.device
@@ -131,7 +130,14 @@ class HuggingFaceEngine:
         generate(
             input_ids=ids_BP.to(device),
             attention_mask=mask_BP.to(device),
-            generation_config=self._generation_config(new_tokens),
+            generation_config=GenerationConfig(
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                eos_token_id=sorted(self._stop_ids),
+                pad_token_id=self._pad_id,
+            ),
             logits_processor=[chooser],
         )
         ids_BR, logprobs_BR = torch.stack(chooser.ids, dim=1).tolist(), torch.stack(chooser.logprobs, dim=1).tolist()
@@ -142,18 +148,6 @@ class HuggingFaceEngine:
         stop = next((index for index, token in enumerate(ids[:new_tokens]) if token in self._stop_ids), None)
         end = new_tokens if stop is None else stop + 1
         return Completion(tuple(ids[:end]), tuple(logprobs[:end]), is_finished=stop is not None)
-
-    def _generation_config(self, new_tokens: int) -> Any:
-        from transformers import GenerationConfig
-
-        return GenerationConfig(
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=sorted(self._stop_ids),
-            pad_token_id=self._pad_id,
-        )
 
 
 class _Chooser:

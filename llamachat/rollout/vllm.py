@@ -9,7 +9,7 @@ keys of the old weights.
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
@@ -157,17 +157,17 @@ class VllmEngine:
         numbers: Sequence[int] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """`samples_per_prompt` completions of each prompt; `advance` gets how many more are there.
-
-        An answer ends early where the positions end: prompt and answer fit into them together.
-        """
+        """As `LocalEngine.generate`, by as many requests at once as there are connections."""
         numbers = numbers or range(len(prompts))
         check_prompts(prompts, numbers, context=self.context)
         completions: dict[tuple[int, int], Completion] = {}
         pool = ThreadPoolExecutor(self._connections)
         try:
             futures = {
-                pool.submit(self._complete, self._body(prompt, sampling, number, sample)): (number, sample)
+                pool.submit(self._complete, prompt, sampling, _seed(sampling.seed, number, sample), self._stop_ids): (
+                    number,
+                    sample,
+                )
                 for number, prompt in zip(numbers, prompts, strict=True)
                 for sample in range(samples_per_prompt)
             }
@@ -180,36 +180,30 @@ class VllmEngine:
         return [[completions[number, sample] for sample in range(samples_per_prompt)] for number in numbers]
 
     def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
-        """The completion that `generate` gives to this one prompt; `on_token` gets each id, when all are there."""
+        """As `LocalEngine.stream`; `on_token` gets each id, when all are there."""
         ((completion,),) = self.generate([prompt], samples_per_prompt=1, sampling=sampling)
         for token in completion.token_ids:
             on_token(token)
         return completion
 
-    def _body(self, prompt: Sequence[int], sampling: Sampling, number: int, sample: int) -> dict[str, Any]:
-        # A number in [0, 2^63) that depends on (seed, prompt, sample) alone: the server draws by it.
-        seed = np.random.SeedSequence((sampling.seed, number, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1)
-        return self._request(
-            prompt,
-            max_tokens=min(sampling.max_new_tokens, self.context - len(prompt)),
-            temperature=float(sampling.temperature),
-            top_p=float(sampling.top_p),
-            top_k=sampling.top_k or 0,
-            seed=int(seed),
-            stop_token_ids=sorted(self._stop_ids),
-        )
-
-    def _request(self, prompt: Sequence[int], **choosing: Any) -> dict[str, Any]:
-        """The request, with all that the server would else take from the model's generation_config.json."""
-        defaults = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0, "stop_token_ids": []}
-        penalties = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    def _request(
+        self, prompt: Sequence[int], sampling: Sampling, seed: int, stop_ids: Collection[int]
+    ) -> dict[str, Any]:
+        """All that decides the answer, so that the server takes nothing from the model's generation_config.json."""
         return {
             "model": self._adapter or self._base,
             "prompt": list(prompt),
             "n": 1,
-            **defaults,
-            **penalties,
-            **choosing,
+            "max_tokens": min(sampling.max_new_tokens, self.context - len(prompt)),
+            "temperature": float(sampling.temperature),
+            "top_p": float(sampling.top_p),
+            "top_k": sampling.top_k or 0,
+            "min_p": 0.0,
+            "seed": seed,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "stop_token_ids": sorted(stop_ids),
             "ignore_eos": True,  # the server's own end; what ends an answer is in the list, and nothing else
             "include_stop_str_in_output": True,
             "logprobs": 0,  # of the sampled token alone
@@ -217,7 +211,10 @@ class VllmEngine:
             "stream": False,
         }
 
-    def _complete(self, body: Mapping[str, Any]) -> Completion:
+    def _complete(
+        self, prompt: Sequence[int], sampling: Sampling, seed: int = 0, stop_ids: Collection[int] = ()
+    ) -> Completion:
+        body = self._request(prompt, sampling, seed, stop_ids)
         try:
             answer = self._server.json("POST", "/v1/completions", body)
         except RefusedError as refused:
@@ -236,10 +233,9 @@ class VllmEngine:
         outside = next((token for token in ids if not 0 <= token < self._vocabulary), None)
         if outside is not None:
             raise self._strange(f"the token id {outside}, but the model has {self._vocabulary}")
-        stop_ids, reason = set(body["stop_token_ids"]), choice.get("finish_reason")
-        ends_well = bool(ids) and ids[-1] in stop_ids
+        reason, ends_well = choice.get("finish_reason"), bool(ids) and ids[-1] in stop_ids
         is_whole = {"stop": ends_well, "length": not ends_well and len(ids) == body["max_tokens"]}
-        if not is_whole.get(reason) or stop_ids & set(ids[:-1]):
+        if not is_whole.get(reason) or set(stop_ids) & set(ids[:-1]):
             raise self._strange(
                 f"an answer of {len(ids)} tokens that ends by '{reason}' with {ids[-3:]}, where a stop "
                 f"id of {sorted(stop_ids)[:5]} or {body['max_tokens']} tokens end it"
@@ -289,7 +285,7 @@ class VllmEngine:
 
     def _check_logprobs_mode(self) -> None:
         """With one token to choose from, the distribution drawn from has nothing else: 0 nats, or they are of another."""
-        least = min(self._complete(self._probe(temperature=1.0, top_k=1)).logprobs)
+        least = min(self._complete([BOS_ID], Sampling(1.0, 1.0, PROBE_TOKENS, 0, top_k=1)).logprobs)
         if least < -SURE:
             raise ConfigError(
                 f"rollout.server: {self._server.address} gives log-probabilities before temperature and top-p ({least:.3g} nats "
@@ -299,7 +295,7 @@ class VllmEngine:
     @torch.no_grad()
     def _check_agreement(self, model: "LanguageModel") -> None:
         """The server's log-probabilities of one greedy answer are the model's own, but for rounding."""
-        answer = self._complete(self._probe(temperature=0.0))
+        answer = self._complete([BOS_ID], Sampling(0.0, 1.0, PROBE_TOKENS, 0))
         device = without_wrapper(model).device
         ids_1T = torch.tensor([[BOS_ID, *answer.token_ids]], device=device)
         with evaluating(model):
@@ -314,9 +310,6 @@ class VllmEngine:
                 f"'{without_wrapper(model).name_or_path}', with the recipe's rope scaling, in the same number format."
             )
 
-    def _probe(self, **choosing: Any) -> dict[str, Any]:
-        return self._request([BOS_ID], max_tokens=min(PROBE_TOKENS, self.context - 1), **choosing)
-
     def _refusal(self, refused: RefusedError) -> ServerError:
         return ServerError(
             f"{self._server.address}/v1/completions: the server refuses ({refused}). What is asked for is as vLLM documents "
@@ -329,6 +322,11 @@ class VllmEngine:
             f"{self._server.address}: {what}. An answer is taken only whole, with an id and a log-probability for each "
             "token, as vLLM documents it. Serve with the version and the options of docs/vllm.md, with nothing between."
         )
+
+
+def _seed(seed: int, number: int, sample: int) -> int:
+    """A number in [0, 2^63) that depends on (seed, prompt, sample) alone: the server draws by it."""
+    return int(np.random.SeedSequence((seed, number, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _is_adapter(model: "LanguageModel") -> bool:

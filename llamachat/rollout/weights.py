@@ -90,10 +90,11 @@ class Weights:
     @torch.no_grad()
     def __init__(self, model: "LanguageModel", *, is_merged: bool) -> None:
         trunk = without_wrapper(model)
-        self.is_merged = is_merged
         self.dtype = compute_dtype(trunk) or trunk.dtype
         self._norms = [norm.to(self.dtype, copy=True) for norm in _norms(trunk)]
-        self._products = [self._product(modules) for modules in _projections(trunk)]
+        self._products: list[Product] = [
+            _stack(modules, self.dtype) if is_merged else Through(modules) for modules in _projections(trunk)
+        ]
         embedding, head = _ends(trunk)
         self.embedding = _shared(embedding, self.dtype) or _copied(embedding, self.dtype)
         self.is_tied = head.weight is embedding.weight
@@ -101,7 +102,9 @@ class Weights:
         self.final_norm = self._norms[-1]
         self.layers = [
             Layer(norms[0], products[0], products[1], norms[1], products[2], products[3])
-            for norms, products in zip(_in_groups(self._norms[:-1], 2), _in_groups(self._products, 4), strict=True)
+            for norms, products in (
+                (self._norms[2 * block :], self._products[4 * block :]) for block in range(len(self._norms) // 2)
+            )
         ]
 
     @torch.no_grad()
@@ -117,9 +120,6 @@ class Weights:
         _fill(self.embedding, [embedding])
         if not self.is_tied:
             _fill(self.head, [head])
-
-    def _product(self, modules: Sequence[nn.Module]) -> Product:
-        return _stack(modules, self.dtype) if self.is_merged else Through(modules)
 
 
 def without_wrapper(model: "LanguageModel") -> "LlamaForCausalLM":
@@ -146,7 +146,7 @@ def base_layer(module: nn.Module) -> Any:
 def merged_weight(module: nn.Module) -> Tensor:
     """The weight that the module multiplies by at this moment; fp32 where an adapter takes part."""
     layer = base_layer(module)
-    weight = _dequantised(layer)
+    weight = plain_weight(layer)
     deltas = _deltas(module)
     if not deltas:
         return weight
@@ -165,7 +165,8 @@ def _deltas(module: nn.Module) -> list[str]:
     return [name for name in lora.active_adapters if name in lora.lora_A and name not in lora.merged_adapters]
 
 
-def _dequantised(layer: Any) -> Tensor:
+def plain_weight(layer: Any) -> Tensor:
+    """The weight of a projection, its 4 bits unpacked."""
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         return layer.weight.detach()
@@ -240,7 +241,3 @@ def _norms(trunk: "LlamaForCausalLM") -> list[Tensor]:
     blocks: Any = trunk.model.layers
     weights = [norm.weight for block in blocks for norm in (block.input_layernorm, block.post_attention_layernorm)]
     return [weight.detach() for weight in (*weights, trunk.model.norm.weight)]
-
-
-def _in_groups(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]

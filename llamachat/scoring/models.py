@@ -31,12 +31,9 @@ class RewardModelFacts:
 
 def named_models(scoring: Scoring, made: Mapping[str, Artifact]) -> dict["RewardRole", Artifact | str]:
     """The reward models by what they judge; `made` are those that steps of the recipe have made."""
-    models: dict[RewardRole, Artifact | str] = {cast("RewardRole", role): artifact for role, artifact in made.items()}
-    if scoring.helpfulness is not None:
-        models["helpfulness"] = scoring.helpfulness
-    if scoring.safety is not None:
-        models["safety"] = scoring.safety
-    return models
+    named = {"helpfulness": scoring.helpfulness, "safety": scoring.safety}
+    models = {**made, **{role: name for role, name in named.items() if name is not None}}
+    return cast("dict[RewardRole, Artifact | str]", models)
 
 
 def checked_models(
@@ -78,13 +75,12 @@ def facts_of(name: str, manifest: Manifest | None) -> RewardModelFacts:
 
 def models_read(scoring: Scoring, models: Mapping[ModelName, RewardModelFacts]) -> tuple[ModelName, ...]:
     """The models whose scores decide, of those there are; `check_scoring` has checked that none is missing."""
-    present: list[ModelName] = [name for name in MODELS if name in models]
+    present: tuple[ModelName, ...] = tuple(name for name in MODELS if name in models)
     if scoring.combine == "single":
-        return tuple(present[:1])
+        return present[:1]
     if scoring.combine == "weighted":
-        counted: list[ModelName] = [name for name in MODELS if getattr(scoring.weights, name) != 0]
-        return tuple(counted)
-    return MODELS if function_name(scoring.combine) is None else tuple(present)
+        return tuple(name for name in MODELS if getattr(scoring.weights, name) != 0)
+    return MODELS if function_name(scoring.combine) is None else present
 
 
 def check_scoring(scoring: Scoring, models: Mapping[ModelName, RewardModelFacts]) -> list[str]:

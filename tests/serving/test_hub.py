@@ -78,24 +78,31 @@ def test_the_command_exports_and_then_uploads_the_exports_files_alone(
     assert not any("samples" in name or "manifest" in name for name in upload["allow_patterns"])
 
 
-@pytest.mark.parametrize("name", ["chat", "me/my/chat", "me/chat model", "-/x--y"])
-def test_a_name_that_is_none_is_refused_before_the_export(name: str, api: FakeApi):
-    with pytest.raises(UsageError, match=r"is no name of a repository.*USER/NAME"):
+@pytest.mark.parametrize(
+    ("name", "token", "error", "kind", "words"),
+    [
+        *((name, "x", None, UsageError, "is no name of a") for name in ("chat", "me/my/chat", "me/a chat", "-/x--y")),
+        ("me/chat", "x", refusal(401), HubError, r"refuses this machine's token \(HTTP 401\)"),
+        ("me/chat", "x", refusal(503), HubError, r"cannot be reached \(503 Error\)"),
+        ("me/chat", "x", ConnectionError("no route"), HubError, r"reached \(no route\)\. Nothing was exported"),
+        ("me/chat", None, None, UsageError, r"no token is on this machine.*hf auth login"),
+    ],
+)
+def test_without_name_token_access_or_network_nothing_is_begun(
+    name: str, token: str | None, error: Any, kind: Any, words: str, api: FakeApi, monkeypatch: pytest.MonkeyPatch
+):
+    api.error = error
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    with pytest.raises(kind, match=words):
         Destination.checked(name, is_private=True)
 
 
-def test_without_token_access_or_network_nothing_is_begun(api: FakeApi, monkeypatch: pytest.MonkeyPatch):
-    for error, told in (
-        (refusal(401), r"refuses this machine's token \(HTTP 401\)"),
-        (refusal(503), r"cannot be reached \(503 Error\)"),
-        (ConnectionError("no route"), r"cannot be reached \(no route\)\. Nothing was exported"),
-    ):
-        api.error = error
-        with pytest.raises(HubError, match=told):
-            Destination.checked("me/chat", is_private=True)
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(UsageError, match=r"no token is on this machine.*hf auth login"):
-        Destination.checked("me/chat", is_private=True)
+def test_a_failed_upload_names_the_whole_export_and_a_foreign_file_does_not_go_up(api: FakeApi, tmp_path: Path):
+    api.error = ConnectionError("reset")
+    with pytest.raises(HubError, match=r"failed \(reset\)\. The export in .*out is whole\. .*me/chat .*out --private`"):
+        Destination("me/chat", True).push(exported(tmp_path / "out", "other"))
+    with pytest.raises(HubError, match=r"samples\.jsonl: no export writes such a file"):
+        Destination("me/chat", True).push(exported(tmp_path / "more", "other", "samples.jsonl"))
 
 
 def test_what_is_private_does_not_go_into_a_public_repository(api: FakeApi):
@@ -104,20 +111,6 @@ def test_what_is_private_does_not_go_into_a_public_repository(api: FakeApi):
         Destination.checked("me/open", is_private=True)
     assert Destination.checked("me/closed", is_private=True).is_private
     assert not Destination.checked("me/open", is_private=False).is_private
-
-
-def test_an_upload_that_fails_names_the_whole_export(api: FakeApi, tmp_path: Path):
-    api.error = ConnectionError("reset")
-    with pytest.raises(
-        HubError, match=r"failed \(reset\)\. The export in .*out is whole\. Give `hf upload me/chat .*out --private`"
-    ):
-        Destination("me/chat", True).push(exported(tmp_path / "out", "other"))
-
-
-def test_a_file_that_no_export_writes_does_not_go_up(api: FakeApi, tmp_path: Path):
-    with pytest.raises(HubError, match=r"samples\.jsonl: no export writes such a file"):
-        Destination("me/chat", True).push(exported(tmp_path / "out", "other", "samples.jsonl"))
-    assert not api.calls
 
 
 def test_a_public_copy_of_a_derived_llama_2_brings_its_licence(

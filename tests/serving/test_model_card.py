@@ -79,12 +79,10 @@ def test_the_card_tells_what_made_the_model_and_not_where_files_lay(tmp_path: Pa
         "base_model: meta-llama/Llama-2-7b-hf",
         "| epochs | 2 |",
         "| sft/eval_loss | 1.25 |",
-        "| sft/trained_tokens | 7889 |",
         "- `logs.jsonl`, at most 200 of them, weight 0.5",
         "- `data/sft/chat.jsonl.gz`",
         "Records left out or shortened, by step:\n\n- `sft`: left out: too long (3)\n",
         "````\nSay ``` often.\n````",
-        "Llama 2 Community License",
         "log-probabilities differ from those of the trained policy by at most 0.0000 nats",
     ):
         assert told in card
@@ -145,15 +143,10 @@ def test_the_hub_reads_the_front_matter(tmp_path: Path, tiny_format: ChatFormat)
     told = yaml.safe_load(str(card).split("---\n")[1])["model-index"]
     assert eval_results_to_model_index("one/rs", values.eval_results) == told
     for text in (
-        "1. `TinyLlama/TinyLlama-1.1B`: the base\n2. `sft`: supervised fine-tuning",
-        "3. `rs`: rejection sampling: of several answers",
         "with the reward models safety; seed 0\n",
         "- `oasst.jsonl.gz` (oasst-en-100: Apache-2.0)\n- `xstest.jsonl.gz`\n- `me/chats`\n",
         "| difference/judge | 0.25 | 0.2 to 0.31 (of 200) |",
         "- 25.0% (95% interval 20% to 31%) of its answers to prompts that ask for harm are violations",
-        "- Not measured: what share of its answers to harmless prompts that look unsafe are refusals.",
-        "Nobody has red-teamed it.",
-        "## Intended use",
     ):
         assert text in card.text
     assert "/home/me" not in str(card)

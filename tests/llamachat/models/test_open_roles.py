@@ -72,12 +72,15 @@ def trained_step(bank: RoleBank) -> None:
     ],
 )
 def test_weights_that_can_be_shared_are_there_once(
-    tuning: Tuning, policy: Tuning, critic: str, trunks: int, headless: int, adapters: int, world: World
+    tuning: Tuning, policy: Tuning, critic: Any, trunks: int, headless: int, adapters: int, world: World
 ):
     sizes = shape(world)
     numbers = trunks * sizes.weights + headless * (sizes.weights - 420 * 64) + adapters * sizes.adapter_weights(4)
     numbers += 2 * 64 + 65  # two score heads, the critic's with bias
     assert weight_bytes(world.bank(tuning, policy, critic=critic)) == 4 * numbers
+    beside = {} if adapters else {name: Beside(sizes, width=4) for name in ("helpfulness", "safety")}
+    seating = Seating(policy is not FULL, 2 if adapters else 0, beside)
+    assert sum(role_bank_bytes(Setup(sizes, world.base, tuning), seating, critic=critic).values()) == 4 * numbers
 
 
 @pytest.mark.parametrize(("policy", "adapters"), [(FULL, 4), (QLORA, 5)])
@@ -92,28 +95,8 @@ def test_a_4_bit_base_is_there_once(policy: Tuning, adapters: int, world: World)
     }
     assert sum(quantised.values()) == sizes.linear_weights / 2 and len(quantised) == 2 * 7
     wanted = sizes.trunk_bytes(2, is_4bit=True) + 2 * (adapters * sizes.adapter_weights(4) + 2 * 64) + 4 * 65
-    assert weight_bytes(bank) == pytest.approx(wanted, rel=1e-3)
-
-
-CASES: list[tuple[Tuning, Tuning, str, bool, int, list[str]]] = [
-    (LORA, FULL, "separate", False, 2, []),
-    (LORA, LORA, "shared", True, 2, []),
-    (QLORA, QLORA, "separate", True, 2, []),
-    (FULL, FULL, "separate", False, 0, ["helpfulness", "safety"]),
-    (FULL, FULL, "shared", False, 0, ["helpfulness", "safety"]),
-]
-
-
-@pytest.mark.parametrize(("tuning", "policy", "critic", "is_continued", "sharing", "beside"), CASES)
-def test_the_planned_bytes_are_those_of_the_bank(
-    tuning: Tuning, policy: Tuning, critic: Any, is_continued: bool, sharing: int, beside: list[str], world: World
-):
-    width = 2 if tuning is QLORA else 4
-    setup = Setup(shape(world), world.base16 if tuning is QLORA else world.base, tuning)
-    lying_beside = {name: Beside(shape(world), width=width) for name in beside}
-    planned = role_bank_bytes(setup, Seating(is_continued, sharing, lying_beside), critic=critic)
-    bank = world.bank(tuning, policy, critic=critic)
-    assert sum(planned.values()) == pytest.approx(weight_bytes(bank), rel=1e-3 if tuning is QLORA else 0)
+    planned = role_bank_bytes(Setup(sizes, world.base16, QLORA), Seating(policy is QLORA, 2, {}), critic="separate")
+    assert weight_bytes(bank) == pytest.approx(wanted, rel=1e-3) == sum(planned.values())
 
 
 # --- beside it

@@ -205,20 +205,15 @@ def test_another_dtype_than_bf16_is_refused(base: Path, tmp_path: Path):
 # --- loading a policy that does not fit
 
 
-def test_a_policy_is_refused_on_another_base_and_with_another_quantisation(tmp_path: Path, tiny_format: ChatFormat):
+def test_a_policy_with_another_quantisation_is_refused(tmp_path: Path, tiny_format: ChatFormat):
     folder = tmp_path / "base"
     tiny_llama(dtype=torch.bfloat16).save_pretrained(folder)
     model = attach_adapter(load_nf4(folder), QLORA, seed=0)
     published = publish_policy(tmp_path / "runs/one/sft", model, tiny_format, base=str(folder))
     assert load_policy(published.path).name == "one/sft"
     manifest = published.path / "manifest.json"
-    whole = manifest.read_text()
-    content = json.loads(whole)
+    content = json.loads(manifest.read_text())
     content["details"]["quantization"]["type"] = "fp4"
     manifest.write_text(json.dumps(content))
     with pytest.raises(ArtifactError, match=r"details\.quantization is .*fp4.* \{type: nf4, double: true\}"):
-        load_policy(published.path)
-    manifest.write_text(whole)
-    tiny_llama(seed=1, dtype=torch.bfloat16).save_pretrained(folder)
-    with pytest.raises(ArtifactError, match="holds other weights than the adapter was trained on"):
         load_policy(published.path)

@@ -50,6 +50,9 @@ def init(
     gpu: GpuOption = None,
     hours: HoursOption = None,
     out: Annotated[Path, typer.Option("--out", help="The recipe to write.", metavar="FILE")] = Path("recipe.yaml"),
+    run_dir: Annotated[
+        str | None, typer.Option("--run-dir", help="Folder of the run; else runs/ and the name of FILE.", metavar="DIR")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over FILE where it exists.")] = False,
 ) -> None:
     """Write a recipe for a base, your files and a card, from the preset that fits and within the hours."""
@@ -63,8 +66,9 @@ def init(
         parse_gpu(gpu or "24GiB")
     except ValueError as error:
         raise UsageError(f"--gpu: {error}") from error
-    files = zip(OPTIONS, (sft, preferences, safety, prompts, adversarial), strict=True)
-    print(write_recipe(base, {option: paths or [] for option, paths in files}, gpu=gpu, hours=hours, out=out))
+    options = zip(OPTIONS, (sft, preferences, safety, prompts, adversarial), strict=True)
+    files = {option: paths or [] for option, paths in options}
+    print(write_recipe(base, files, gpu=gpu, hours=hours, out=out, run_dir=run_dir or f"runs/{out.stem}"))
 
 
 @reported

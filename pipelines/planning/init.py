@@ -80,14 +80,16 @@ class Draft:
             self.values[entry.stage.section] = {**self.values.get(entry.stage.section, {}), key: value}
 
 
-def init(base: str, files: Mapping[str, Sequence[Path]], *, gpu: str | None, hours: float | None, out: Path) -> str:
+def init(
+    base: str, files: Mapping[str, Sequence[Path]], *, gpu: str | None, hours: float | None, out: Path, run_dir: str
+) -> str:
     """Write the recipe for files by option; returns what was chosen and what to do next."""
     config = _config_folder(base)
     shape = shape_of(config)
     if shape is None:
         raise UsageError(f"--base: '{base}' has no config.json with sizes. Give the folder of a whole Llama model.")
     data = read_files(files)
-    run = {"dir": f"runs/{out.stem}", "gpu": gpu, "max_hours": hours}
+    run = {"dir": run_dir, "gpu": gpu, "max_hours": hours}
     presets = _nearest_presets(shape, with_card=bool(gpu))
     draft = _that_fits([_draft(name, values, base, run, data, config) for name, values in presets])
     _shorten(draft)

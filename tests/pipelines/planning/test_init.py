@@ -60,6 +60,7 @@ def test_pairs_bring_one_reward_model_and_no_gate() -> None:
     assert names(recipe) == ["sft", "rm/helpfulness", "rs", "gatt", "ppo", "eval", "report"]
     assert recipe.scoring.combine == "single" and recipe.sections.reward.margin == "none"
     assert (recipe.run.dir, recipe.run.max_hours) == ("runs/made", 2)
+    assert made("--preferences", "pairs.jsonl", "--run-dir", "elsewhere").run.dir == "elsewhere"
     assert warnings_of(recipe) == []
 
 

@@ -71,8 +71,12 @@ class Bar(NamedTuple):
 
 
 def _by_domain(evaluation: Evaluation) -> dict[Domain, list[ScoredPair]]:
-    found = {domain: [pair for pair in evaluation.pairs if pair.domain == domain] for domain in DOMAINS}
-    return {domain: pairs for domain, pairs in found.items() if pairs}
+    found: dict[Domain, list[ScoredPair]] = {}
+    for domain in DOMAINS:
+        pairs = [pair for pair in evaluation.pairs if pair.domain == domain]
+        if pairs:
+            found[domain] = pairs
+    return found
 
 
 def _panels(

@@ -19,6 +19,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "rollout": {"max_new_tokens": 12},
     "tracking": {"mode": "off"},
 }
+QUIET: dict[str, Any] = {"mode": "off"}
+FULL: dict[str, Any] = {"tuning": Tuning()}
 SPLIT = {"test": 0.2, "validation": 0.2, "judge": 0.0}
 
 
@@ -41,8 +43,8 @@ def toy_inputs(
         fingerprint="0" * 64,
         run=Run(dir=str(place), seed=3),
         base=base_section(base, **base_changes),
-        tracking=Tracking(**({"mode": "off"} | tracking)),
-        **({"tuning": Tuning()} | sections),
+        tracking=Tracking(**(QUIET | tracking)),
+        **(FULL | sections),
     )
 
 

@@ -14,6 +14,7 @@ from ppo.config import Config
 from tests.tiny_llama import LORA, tiny_llama
 from tests.tiny_steps import toy_inputs
 
+SHORT: dict[str, Any] = {"max_new_tokens": 12}
 WORDS = ("cat", "mat", "model", "weather", "capital", "sentence", "Paris", "France")
 
 # What the policy is paid for: each letter t that it writes, less a little for length.
@@ -98,7 +99,7 @@ def inputs_of(
         tracking={},
         tuning=tuning,
         data=Data(sft=(), prompts=(DataSource(path=str(file)),), split=Split(test=0.2, validation=0.2, judge=0)),
-        rollout=Rollout(**({"max_new_tokens": 12} | (rollout or {}))),
+        rollout=Rollout(**(SHORT | (rollout or {}))),
         scoring=Scoring(**scoring),
         policy=policy,
         reward_models=reward_models or {},

@@ -94,7 +94,7 @@ def reward_inputs(
     **base_changes: Any,
 ) -> StepInputs:
     """What `pipelines` would hand to the stage for a run in `folder`."""
-    made = {"helpfulness": toy_pairs(40), "safety": toy_pairs(20, "the moon"), "labels": toy_labels(24)}
+    made: dict[str, Any] = {"helpfulness": toy_pairs(40), "safety": toy_pairs(20, "the moon"), "labels": toy_labels(24)}
     return toy_inputs(
         f"rm/{which}",
         folder,

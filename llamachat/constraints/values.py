@@ -1,5 +1,6 @@
 """Values of constraints: the words asked for, the lists of figures, hobbies and languages, and which are held out."""
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,39 +16,8 @@ Side = Literal["train", "held_out"]
 HELD_OUT = 0.25
 
 # None of these words is asked for in a system text of data/sft, so that what is held out here was never trained on.
-ENDINGS = (
-    "again", "alone", "already", "always", "amazing", "anyway", "baby", "back", "better", "boss", "brother",
-    "buddy", "champion", "chief", "day", "dear", "darling", "dude", "everybody", "everyone", "everything",
-    "exactly", "fellow", "forever", "folks", "friend", "game", "girl", "gold", "heart", "home", "honest",
-    "honey", "hope", "indeed", "king", "kid", "later", "life", "light", "love", "mate", "maybe", "moment",
-    "morning", "music", "now", "nothing", "okay", "once", "outside", "partner", "peace", "people", "perfect",
-    "person", "place", "play", "please", "party", "queen", "ready", "really", "right", "river", "road",
-    "sister", "sky", "soon", "special", "star", "story", "summer", "surely", "sweet", "sun", "team", "then",
-    "thing", "though", "time", "today", "together", "tomorrow", "tonight", "too", "true", "truth", "victory",
-    "water", "way", "week", "winter", "world", "yesterday", "young",
-)  # fmt: skip
-BEGINNINGS = (
-    "Absolutely", "Actually", "Ah", "Alright", "Also", "Always", "Amazing", "Anyway", "Basically", "Because",
-    "Beautiful", "But", "Certainly", "Clearly", "Cool", "Correct", "Definitely", "Everybody", "Everyone",
-    "Excellent", "Fantastic", "Fine", "Finally", "Frankly", "Generally", "Goodness", "Great", "Haha", "Hello",
-    "Here", "Hey", "Honestly", "Hopefully", "However", "Incredible", "Interesting", "Just", "Look", "Lovely",
-    "Maybe", "Mostly", "Naturally", "Never", "Nice", "No", "Now", "Obviously", "Oh", "Okay", "Once", "Perfect",
-    "Perhaps", "Personally", "Please", "Possibly", "Probably", "Really", "Right", "Simply", "Since", "So",
-    "Someday", "Sometimes", "Soon", "Sorry", "Super", "Sure", "Thanks", "Then", "There", "Today", "Totally",
-    "Truly", "Usually", "Welcome", "While", "Wonderful", "Wow", "Yeah", "Yep", "Yes", "Yet",
-)  # fmt: skip
-NAMES = (
-    "Adam", "Alan", "Albert", "Alex", "Alice", "Amy", "Andrew", "Andy", "Anne", "Arthur", "Barbara", "Bella",
-    "Bill", "Bob", "Brian", "Carl", "Carol", "Charles", "Charlie", "Chris", "Christian", "Clara", "Dan",
-    "Daniel", "David", "Dave", "Diana", "Donald", "Ed", "Edward", "Elizabeth", "Emily", "Emma", "Eric", "Eva",
-    "Frank", "Fred", "George", "Grace", "Hannah", "Harry", "Helen", "Henry", "Ian", "Jack", "Jackson", "Jacob",
-    "James", "Jan", "Jane", "Jason", "Jean", "Jenny", "Jerry", "Jim", "Joe", "John", "Jose", "Joseph", "Julia",
-    "Karen", "Kate", "Kelly", "Ken", "Kevin", "Larry", "Laura", "Lee", "Leo", "Linda", "Lisa", "Louis", "Lucy",
-    "Luke", "Mark", "Martin", "Mary", "Matt", "Max", "Michael", "Mike", "Miss", "Molly", "Nancy", "Nick",
-    "Oliver", "Oscar", "Pat", "Paul", "Peter", "Phil", "Philip", "Rachel", "Ray", "Richard", "Rob", "Robert",
-    "Roger", "Ron", "Rose", "Roy", "Ruth", "Ryan", "Sally", "Sara", "Sarah", "Scott", "Simon", "Sir", "Smith",
-    "Sophie", "Steve", "Stephen", "Susan", "Ted", "Thomas", "Tim", "Tony", "Victor", "Walter", "Will", "William",
-)  # fmt: skip
+_WORDS = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
+ENDINGS, BEGINNINGS, NAMES = (tuple(_WORDS[kind].split()) for kind in ("endings", "beginnings", "names"))
 LETTERS = tuple("bcdfghkmpuvwy")  # of rarer ones most answers have none anyhow, of commoner ones nearly all have some
 LIMITS = tuple(str(limit) for limit in range(5, 26) if limit not in (5, 8, 10, 12, 15, 20))
 

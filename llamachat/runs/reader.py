@@ -186,6 +186,11 @@ class RunStep:
         """The command that makes such a step: 'rm' of 'rm/safety', 'rs' of 'rs-2'."""
         return str(self.identity.get("command") or command_of(self.name))
 
+    @property
+    def scored_by(self) -> list[str]:
+        """The reward models that the step read, by what they judge; the template of the model card shows them."""
+        return sorted(role.partition("/")[2] for role in self.published.inputs if role.startswith("reward_model/"))
+
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe of the command that ran the step."""

@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from evaluation.config import Config
-from llamachat.answers.best_of_n import Curve, measure_curve
+from llamachat.answers.best_of_n import measure_curve
 from llamachat.answers.cache import StepCache
 from llamachat.answers.consistency import Outcome, Trial, held_out_trials, load_sequences, run_trials
 from llamachat.answers.evaluation import Evaluation, evaluation_of
@@ -24,6 +24,7 @@ from llamachat.constraints.families import families
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.fingerprints import fingerprint
 from llamachat.runs.inputs import StepInputs
+from llamachat.runs.reader import Curve
 from llamachat.scoring.standardising import Constants
 from llamachat.training.progress import StepProgress
 

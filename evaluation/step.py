@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 def run(config: Config, inputs: StepInputs) -> Artifact:
     """Evaluate every policy, log the figures, and publish them."""
     results, trials = RunEvaluation(config, inputs).results()
-    classifier = _classifier(results)
+    is_asked_for_harm = bool(results[0].borderline) or any(results[0].is_safety)
+    classifier = train_classifier(labelled_answers(), everyday_answers()) if is_asked_for_harm else None
     figures = {
         one.policy: figures_of(one, results[0], trials, classifier=classifier, tie=config.tie) for one in results
     }
@@ -45,25 +46,16 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     return _publish(inputs, content, results)
 
 
-def _classifier(results: Sequence[PolicyResult]) -> RefusalClassifier | None:
-    if not (results[0].borderline or any(results[0].is_safety)):
-        return None
-    return train_classifier(labelled_answers(), everyday_answers())
-
-
 def _draw(results: Sequence[PolicyResult], folder: StepFolder) -> None:
     curves = [curve for one in results for curve in one.curves]
     if not curves:
         return
-    shared = min({curve.temperature for curve in results[0].curves}, key=lambda t: _missing(results, t))
+    # The temperature at which the fewest policies have no curve.
+    drawn = [{curve.temperature for curve in one.curves} for one in results]
+    shared = min(drawn[0], key=lambda temperature: sum(temperature not in of_one for of_one in drawn))
     draw_best_of_n([c for c in curves if c.temperature == shared], folder.figures / "best_of_n.png")
     ends = {results[0].policy, results[-1].policy}
     draw_temperatures([curve for curve in curves if curve.policy in ends], folder.figures / "temperatures.png")
-
-
-def _missing(results: Sequence[PolicyResult], temperature: float) -> int:
-    """How many policies have no curve at this temperature."""
-    return sum(all(curve.temperature != temperature for curve in one.curves) for one in results)
 
 
 def side_by_side(results: Sequence[PolicyResult], *, count: int) -> list[dict[str, Any]]:
@@ -107,12 +99,7 @@ def _sizes(results: Sequence[PolicyResult], classifier: RefusalClassifier | None
         "eval/safety_prompts": float(sum(first.is_safety)),
         "eval/borderline_prompts": float(len(first.borderline)),
     }
-    accuracy = _accuracy(classifier)
-    return sizes | (accuracy.named("eval/refusal_classifier_accuracy") if accuracy else {})
-
-
-def _accuracy(classifier: RefusalClassifier | None) -> Measure | None:
-    return classifier and Measure(classifier.accuracy, classifier.low, classifier.high, classifier.answers)
+    return sizes | (classifier.accuracy.named("eval/refusal_classifier_accuracy") if classifier else {})
 
 
 def _content(
@@ -123,7 +110,7 @@ def _content(
     classifier: RefusalClassifier | None,
     shown: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    rollout, accuracy = inputs.rollout, _accuracy(classifier)
+    rollout = inputs.rollout
     return {
         "reference": results[0].policy,
         "policies": [one.policy for one in results],
@@ -136,7 +123,7 @@ def _content(
             policy: {name: asdict(figure) for name, figure in by_name.items()} for policy, by_name in figures.items()
         },
         "curves": [asdict(curve) for one in results for curve in one.curves],
-        "refusal_classifier": asdict(accuracy) if accuracy else None,
+        "refusal_classifier": asdict(classifier.accuracy) if classifier else None,
         "reward_models": _reward_tables(inputs),
         "samples": shown,
     }

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llamachat.answers.consistency import CHECKED, RECALLED, Outcome, Rate, Trial, differences, rates
-from llamachat.maths.intervals import Difference
 from llamachat.tables import text_table
 from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
 
@@ -92,7 +91,7 @@ def _families(trials: Sequence[Trial]) -> dict[str, str]:
 def _by_turn(prefix: str, by_turn: Mapping[int, Rate]) -> dict[str, float]:
     figures: dict[str, float] = {}
     for turn, rate in by_turn.items():
-        figures |= Difference(rate.value, rate.low, rate.high).named(f"{prefix}/turn_{turn}")
+        figures |= rate.named(f"{prefix}/turn_{turn}")
     return figures
 
 

@@ -1,4 +1,4 @@
-"""Tables as text: padded columns for a terminal, or Markdown; and the fence of code in Markdown."""
+"""Tables as text: padded columns for a terminal, or Markdown; the fence of code in Markdown, and seconds in words."""
 
 import re
 from collections.abc import Sequence
@@ -30,6 +30,13 @@ def markdown_table(rows: Sequence[Sequence[str]], *, align: str = "<", is_padded
 def fence(text: str) -> str:
     """The backticks around a text as code in Markdown: three, or more than stand anywhere in it."""
     return "`" * (1 + max(map(len, re.findall("`{3,}", text)), default=2))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _padded(rows: Sequence[Sequence[str]], align: str) -> list[list[str]]:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from llamachat.answers.best_of_n import Curve, draw_best_of_n, draw_temperatures, measure_curve
+from llamachat.answers.best_of_n import draw_best_of_n, draw_temperatures, measure_curve
 from llamachat.answers.dialog_step import DialogStep
 from llamachat.answers.groups import Sampler
 from llamachat.answers.session import AnswerSession
@@ -19,6 +19,7 @@ from llamachat.models.loading import load_policy
 from llamachat.rollout import open_engine
 from llamachat.runs.artifacts import read_artifact
 from llamachat.runs.atomic import write_json
+from llamachat.runs.reader import Curve
 from llamachat.scoring.standardising import Constants
 from rejection_sampling.config import Config
 

@@ -29,6 +29,7 @@ _ON_THE_HUB = {
 }
 _CUT = re.compile(r"^- `(?P<stem>[^`]+)` from (?P<origins>[^.]+)\.", re.MULTILINE)
 _ORIGIN = re.compile(r"^### (?P<name>\S+)$(?P<lines>.*?)(?=^### |\Z)", re.MULTILINE | re.DOTALL)
+_DONE = re.compile(r"shortened: |(?:[a-z ]+ )?left out: ")
 _LICENCE = re.compile(r"^- licence: (?P<licence>[^(;\n]+)", re.MULTILINE)
 
 
@@ -72,15 +73,10 @@ def dropped_lines(steps: Sequence[Artifact]) -> list[str]:
         with suppress(ArtifactError):  # most steps make no dialogs
             counts.update(read_artifact(StepFolder(artifact.path.parent).dialogs, "dialogs").manifest.dropped_records)
         if counts:
-            dropped = "; ".join(_dropped(reason, count) for reason, count in counts.items())
-            lines.append(f"`{artifact.manifest.step}`: {dropped}")
+            # Most reasons begin with what was done to the records; the others are of records left out.
+            words = [f"{'' if _DONE.match(reason) else 'left out: '}{reason} ({n})" for reason, n in counts.items()]
+            lines.append(f"`{artifact.manifest.step}`: {'; '.join(words)}")
     return lines
-
-
-def _dropped(reason: str, count: int) -> str:
-    """'shortened: ... (4)': most reasons begin with what was done to the records, the others are of records left out."""
-    is_said = re.match(r"shortened: |(?:[a-z ]+ )?left out: ", reason)
-    return f"{reason} ({count})" if is_said else f"left out: {reason} ({count})"
 
 
 def sources(steps: Sequence[Artifact], kinds: Sequence[str]) -> list[Source]:

@@ -9,6 +9,7 @@ from evaluation.report.drawing import training_curve
 from evaluation.report.facts import Facts
 from evaluation.report.page import ABSENT, Block, Gallery, Picture, Section, Table, Text, number, row
 from llamachat.memory.estimates import shape_of
+from llamachat.tables import duration
 from llamachat.tracking.curves import Series, panels_of, read_series
 
 _LEFT_OUT_OF_CURVES = ("progress", "trained tokens", "training time", "time", "memory", "")
@@ -50,12 +51,12 @@ def costs(facts: Facts) -> Section | None:
         rows.append(
             row(
                 step.name,
-                ABSENT if seconds is None else f"{_duration(seconds)}{'' if cost else ' (training alone)'}",
+                ABSENT if seconds is None else f"{duration(seconds)}{'' if cost else ' (training alone)'}",
                 ABSENT if peak is None else f"{number(peak, digits=1)} GiB",
                 f"{cost.starts}" if cost else ABSENT,
             )
         )
-    rows.append(row("all", _duration(total), "", ""))
+    rows.append(row("all", duration(total), "", ""))
     partial = (
         "Where only the training's time was written down, sampling and loading come on top. " if is_partial else ""
     )
@@ -136,13 +137,6 @@ def _source(source: Any) -> str:
     weight, limit = source.get("weight", 1.0), source.get("limit")
     more = [*([f"weight {weight:g}"] if weight != 1.0 else []), *([f"first {limit}"] if limit else [])]
     return f"{source.get('path')} ({', '.join(more)})" if more else str(source.get("path"))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def _course(series: Series) -> str:

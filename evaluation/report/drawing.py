@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.report.paper import RATINGS
-from llamachat.runs.reader import BestOfN, Measure
+from llamachat.runs.reader import Curve, Measure
 from llamachat.tracking.curves import Series, running_mean
 from llamachat.tracking.pictures import panel_grid, save_png, style_panel
 
@@ -59,7 +59,7 @@ def accuracy_by_rating(
         place.set_xticks(range(len(RATINGS)), labels)
 
 
-def best_and_median(path: Path, curves: Sequence[BestOfN]) -> None:
+def best_and_median(path: Path, curves: Sequence[Curve]) -> None:
     """Figure 7: what the best and the median of N answers are worth, a line of each policy."""
     with _picture(path, 4.2, x="N, answers to a prompt", y="combined score, deviations") as place:
         for index, curve in enumerate(curves):
@@ -71,7 +71,7 @@ def best_and_median(path: Path, curves: Sequence[BestOfN]) -> None:
             )
 
 
-def by_temperature(path: Path, policy: str, curves: Sequence[BestOfN]) -> None:
+def by_temperature(path: Path, policy: str, curves: Sequence[Curve]) -> None:
     """Figure 8: what the best of N answers is worth at each temperature."""
     with _picture(path, 4.0, x=f"N, answers of {policy} to a prompt", y="best of N, deviations") as place:
         for index, curve in enumerate(sorted(curves, key=lambda one: one.temperature)):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamachat.runs.inputs import StepInputs
-from llamachat.runs.reader import BestOfN, Evaluation, RunStep, command_of, step_of
+from llamachat.runs.reader import Curve, Evaluation, RunStep, command_of, step_of
 
 _WORTH = {
     "sft": "a policy to compare others with",
@@ -69,7 +69,7 @@ class Facts:
         return names[: names.index(self.inputs.step)] if self.inputs.step in names else names
 
     @property
-    def curves(self) -> list[BestOfN]:
+    def curves(self) -> list[Curve]:
         """Reward against the number of answers: of the evaluation, else of rejection sampling."""
         if self.evaluation is not None and self.evaluation.curves:
             return self.evaluation.curves

@@ -25,7 +25,7 @@ from evaluation.report.page import (
     percent,
     with_interval,
 )
-from llamachat.runs.reader import BestOfN, Evaluation, Measure, RunStep, SampledAnswer
+from llamachat.runs.reader import Curve, Evaluation, Measure, RunStep, SampledAnswer
 from llamachat.runs.record import STEP, SamplesRecord
 
 _SCORERS = {
@@ -54,10 +54,14 @@ def sampling(facts: Facts, figures: Path) -> Section | None:
     if not curves:
         return None
     at = facts.evaluation.temperature if facts.evaluation is not None else None
-    by_policy: dict[str, list[BestOfN]] = {}
+    by_policy: dict[str, list[Curve]] = {}
     for curve in curves:
         by_policy.setdefault(curve.policy, []).append(curve)
-    chosen = [_at_temperature(found, at) for found in by_policy.values()]
+    # The curve nearest the temperature of the evaluation; without one that of the highest end.
+    chosen = [
+        max(found, key=lambda one: one.reward if at is None else -abs(one.temperature - at))
+        for found in by_policy.values()
+    ]
     told = [
         f"{one.policy} at temperature {one.temperature:g}: best {number(one.best[0])} at N = 1, {number(one.best[-1])} "
         f"at N = {len(one.best)}; median {number(one.median[-1])}"
@@ -79,7 +83,7 @@ def sampling(facts: Facts, figures: Path) -> Section | None:
             continue
         path = figures / f"temperatures_{policy}.png"
         by_temperature(path, policy, found)
-        best = max(found, key=lambda one: one.best[-1])
+        best = max(found, key=lambda one: one.reward)
         last = ", ".join(f"{number(one.best[-1])} at {one.temperature:g}" for one in found)
         blocks.append(
             Picture(
@@ -177,13 +181,6 @@ def safety(facts: Facts, figures: Path) -> Section | None:
     distilled = [_distillation(step) for step in facts.by_command("distill")]
     blocks += [table for table in distilled if table is not None]
     return Section("Safety (section 4)", "safety", blocks) if blocks else None
-
-
-def _at_temperature(curves: Sequence[BestOfN], temperature: float | None) -> BestOfN:
-    """The curve nearest the temperature of the evaluation; without one that of the highest end."""
-    if temperature is None:
-        return max(curves, key=lambda one: one.best[-1])
-    return min(curves, key=lambda one: abs(one.temperature - temperature))
 
 
 def _change(step: RunStep, name: str, digits: int) -> Cell:

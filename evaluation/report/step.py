@@ -18,7 +18,7 @@ from evaluation.report.headline import headline
 from evaluation.report.page import Page, Points, Section, html, markdown
 from evaluation.report.sections import answers, comparison, ghost_attention, rounds, safety, sampling
 from evaluation.report.tuning import reward_models, supervised
-from llamachat.runs.artifacts import Artifact, StepFolder
+from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import remove_tree, write_text
 from llamachat.runs.inputs import StepInputs
 from llamachat.tracking.tracker import open_record
@@ -33,15 +33,37 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     facts = read_facts(inputs)
     remove_tree(folder.figures)
     title = f"{facts.run_name}: a Llama 2 recipe from base to chat model"
-    page = Page(title, _facts(facts), tuple(_sections(config, facts, folder.figures)))
+    told = [
+        ("run", inputs.run.dir),
+        ("written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
+        ("steps", ", ".join(step.name for step in facts.steps) or "none finished"),
+        ("base", facts.base),
+        ("seed", str(inputs.run.seed)),
+    ]
+    page = Page(title, told, tuple(_sections(config, facts, folder.figures)))
     write_text(folder.page, html(page))
     write_text(folder.page_markdown, markdown(page, folder.path))
     lacking = missing(facts)
     for line in lacking:
         log.info("%s", line)
-    _track(inputs, folder, page, len(lacking))
+    # The pictures go to wandb without the answers: prompts and answers stay in the files.
+    with open_record(inputs, "report", resume_step=None) as tracker:
+        for picture in page.pictures:
+            tracker.figure(picture.path.stem, picture.path)
+        tracker.summary(
+            {
+                "report/figures": float(sum(1 for _ in folder.figures.rglob("*.png"))),
+                "report/kib": folder.page.stat().st_size / 1024,
+                "report/missing": float(len(lacking)),
+            }
+        )
     log.info("the report is %s", folder.page)
-    return _publish(inputs, folder)
+
+    def write(place: Path) -> None:
+        for written in (folder.page, folder.page_markdown):
+            shutil.copyfile(written, place / written.name)
+
+    return publish_step(inputs, "report", write, read={one.manifest.step: one for one in inputs.surveyed})
 
 
 def _sections(config: Config, facts: Facts, figures: Path) -> Iterator[Section]:
@@ -64,35 +86,3 @@ def _sections(config: Config, facts: Facts, figures: Path) -> Iterator[Section]:
         deviations(facts),
     ]
     yield from (section for section in found if section is not None)
-
-
-def _facts(facts: Facts) -> list[tuple[str, str]]:
-    return [
-        ("run", facts.inputs.run.dir),
-        ("written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
-        ("steps", ", ".join(step.name for step in facts.steps) or "none finished"),
-        ("base", facts.base),
-        ("seed", str(facts.inputs.run.seed)),
-    ]
-
-
-def _track(inputs: StepInputs, folder: StepFolder, page: Page, lacking: int) -> None:
-    """The pictures to wandb, without the answers: prompts and answers stay in the files."""
-    with open_record(inputs, "report", resume_step=None) as tracker:
-        for picture in page.pictures:
-            tracker.figure(picture.path.stem, picture.path)
-        tracker.summary(
-            {
-                "report/figures": float(sum(1 for _ in folder.figures.rglob("*.png"))),
-                "report/kib": folder.page.stat().st_size / 1024,
-                "report/missing": float(lacking),
-            }
-        )
-
-
-def _publish(inputs: StepInputs, folder: StepFolder) -> Artifact:
-    def write(place: Path) -> None:
-        for page in (folder.page, folder.page_markdown):
-            shutil.copyfile(page, place / page.name)
-
-    return publish_step(inputs, "report", write, read={one.manifest.step: one for one in inputs.surveyed})

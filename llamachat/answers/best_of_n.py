@@ -7,7 +7,6 @@ Shapes: N prompts, K answers to each, one column for each n from 1 to K.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -18,29 +17,13 @@ from numpy.typing import NDArray
 from llamachat.answers.groups import Group, Sampler, batches_of, sample_groups
 from llamachat.answers.session import AnswerSession
 from llamachat.data.prompts import EncodedPrompt
+from llamachat.runs.reader import Curve
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
 
 Floats = NDArray[np.float64]
 
 _FIRST_SEED = 500_000  # of these batches, past those of a round
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
-    """What one policy's answers at one temperature are worth, by how many there are: entry n - 1 is for n of them."""
-
-    policy: str  # the step that made it
-    temperature: float
-    best: list[float]
-    best_low: list[float]  # 95% interval over prompts
-    best_high: list[float]
-    median: list[float]
-
-    @property
-    def reward(self) -> float:
-        """Of the best of all K: what a temperature is chosen by."""
-        return self.best[-1]
 
 
 def measure_curve(

@@ -20,7 +20,7 @@ from llamachat.constraints.instruction import Instruction, draw_instruction, is_
 from llamachat.data.loading import fraction, load_mixture
 from llamachat.data.packing import epoch_order
 from llamachat.errors import DataError
-from llamachat.maths.intervals import paired_bootstrap, proportion_interval
+from llamachat.maths.intervals import Difference, paired_bootstrap, proportion_interval
 from llamachat.rollout.engine import RolloutEngine, Sampling, scatter_generate
 
 CHECKED, RECALLED = "consistency", "recall"
@@ -63,12 +63,9 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
-    """A share or a difference of shares, its 95% interval, and of how many trials."""
+class Rate(Difference):
+    """A share or a difference of shares, and of how many trials."""
 
-    value: float
-    low: float
-    high: float
     trials: int
 
 

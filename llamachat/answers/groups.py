@@ -1,6 +1,6 @@
 """K answers to each prompt, scored and ranked: what the steps that make dialogs choose from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -70,10 +70,16 @@ def sample_groups(
 
     Answers of another sampler are scored by their texts: its token ids need not mean the same to the reward models.
     """
+    engine, chat_format, encoded = session.engine, session.chat_format, list(prompts)
+    if sampler is not None:
+        engine, chat_format = sampler.engine, sampler.chat_format
+        encoded = [replace(prompt, ids=tuple(chat_format.encode_prompt(prompt.messages))) for prompt in prompts]
     by_prompt: list[list[Response]] = [[] for _ in prompts]
     for sampling, count in samplings:
-        for group, responses in zip(by_prompt, _sampled(session, prompts, sampling, count, sampler), strict=True):
-            group += responses
+        responses = sample(engine, chat_format, encoded, sampling, samples_per_prompt=count)
+        for index, (group, prompt) in enumerate(zip(by_prompt, prompts, strict=True)):
+            own = responses[index * count : (index + 1) * count]
+            group += [replace(response, prompt=prompt) for response in own]
     return scored_groups(session, by_prompt, constants, reads_text=sampler is not None)
 
 
@@ -118,15 +124,3 @@ def is_allowed(chat_format: ChatFormat, text: str) -> bool:
     except DialogError:
         return False
     return True
-
-
-def _sampled(
-    session: AnswerSession, prompts: Sequence[EncodedPrompt], sampling: Sampling, count: int, sampler: Sampler | None
-) -> Iterator[Sequence[Response]]:
-    engine, chat_format, encoded = session.engine, session.chat_format, list(prompts)
-    if sampler is not None:
-        engine, chat_format = sampler.engine, sampler.chat_format
-        encoded = [replace(prompt, ids=tuple(chat_format.encode_prompt(prompt.messages))) for prompt in prompts]
-    responses = sample(engine, chat_format, encoded, sampling, samples_per_prompt=count)
-    for index, prompt in enumerate(prompts):
-        yield [replace(response, prompt=prompt) for response in responses[index * count : (index + 1) * count]]

@@ -18,6 +18,7 @@ from llamachat.data.loading import read_records
 from llamachat.data.records import Preference
 from llamachat.errors import DataError
 from llamachat.maths.intervals import proportion_interval
+from llamachat.runs.reader import Measure
 
 # Pairs of a full refusal and a full compliance, as people labelled them: which of the two the refusal is.
 _LABELLED: tuple[tuple[str, Literal["chosen", "rejected"]], ...] = (
@@ -43,13 +44,10 @@ class LabelledAnswer:
 
 @dataclass(frozen=True, slots=True)
 class RefusalClassifier:
-    """A trained classifier and how good it is, cross-validated over prompts, with a 95% interval."""
+    """A trained classifier and how good it is on labelled answers, cross-validated over prompts."""
 
     model: Any  # scikit-learn's Pipeline, whose types are not known
-    accuracy: float
-    low: float
-    high: float
-    answers: int  # labelled ones
+    accuracy: Measure
 
     def are_refusals(self, texts: Sequence[str]) -> list[bool]:
         """Whether each answer refuses; one that says nothing does not."""
@@ -91,9 +89,8 @@ def train_classifier(labelled: Sequence[LabelledAnswer], everyday: Sequence[Labe
     named = cross_val_predict(_model(), texts, is_refusal, groups=prompts, cv=GroupKFold(_FOLDS))
     is_right = [float(bool(found) == one.is_refusal) for found, one in zip(named, labelled, strict=False)]
     low, high = proportion_interval(is_right, groups=prompts[: len(labelled)])
-    return RefusalClassifier(
-        _model().fit(texts, is_refusal), sum(is_right) / len(is_right), low, high, answers=len(is_right)
-    )
+    accuracy = Measure(sum(is_right) / len(is_right), low, high, len(is_right))
+    return RefusalClassifier(_model().fit(texts, is_refusal), accuracy)
 
 
 def _source(name: str, *, limit: int | None = None) -> DataSource:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
@@ -66,15 +66,22 @@ class Measure:
         return None if self.low is None or self.high is None else (self.low, self.high)
 
 
-class BestOfN(_Plain):
-    """Reward of the best and of the median of N answers: entry n - 1 is for n answers."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """What one policy's answers at one temperature are worth, by how many there are: entry n - 1 is for n of them."""
 
-    policy: str
+    __pydantic_config__: ClassVar = ConfigDict(allow_inf_nan=False)
+    policy: str  # the step that made it
     temperature: float
     best: list[float]
-    best_low: list[float]
+    best_low: list[float]  # 95% interval over prompts
     best_high: list[float]
     median: list[float]
+
+    @property
+    def reward(self) -> float:
+        """Of the best of all K: what a temperature is chosen by."""
+        return self.best[-1]
 
 
 class SampledAnswer(_Plain):
@@ -103,7 +110,7 @@ class Evaluation(_Plain):
     max_new_tokens: int | None = None
     seed: int | None = None
     figures: dict[str, dict[str, Measure | None]]
-    curves: list[BestOfN] = []
+    curves: list[Curve] = []
     refusal_classifier: Measure | None = None
     samples: list[SampledPrompt] = []
 
@@ -134,7 +141,7 @@ _OBJECT = TypeAdapter(dict[str, Any])
 _FIGURES = TypeAdapter(dict[str, float | None])
 _COST = TypeAdapter(Cost)
 _EVALUATION = TypeAdapter(Evaluation)
-_CURVES = TypeAdapter(list[BestOfN])
+_CURVES = TypeAdapter(list[Curve])
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +219,7 @@ class RunStep:
         return _read(self.folder.artifact / EVALUATION, _EVALUATION)
 
     @property
-    def best_of_n(self) -> list[BestOfN]:
+    def best_of_n(self) -> list[Curve]:
         """The curves of reward against the number of answers, of a step that samples several."""
         return _read(self.folder.figures / _BEST_OF_N, _CURVES) or []
 
@@ -252,19 +259,26 @@ class RunStep:
 
 def read_run(run: Path) -> dict[str, RunStep]:
     """The steps of a run that have figures, by name, in the order in which they were finished; unfinished ones last."""
-    _check_is_run(run)
+    if not run.is_dir():
+        raise UsageError(
+            f"{run}: no such folder. A run folder is where the steps of a recipe lie, such as runs/tiny. Correct the path."
+        )
+    if any((run / sign).is_file() for sign in _SIGNS):
+        raise UsageError(
+            f"{run}: is the folder of a step, not of a run. A run folder holds a folder for each step. Name the run"
+            f" that it is a part of, such as {run.parent}."
+        )
     folders = {
         path.relative_to(run).as_posix().removesuffix(f"/{sign}")
         for sign in _SIGNS
         for pattern in ("*", "*/*")
         for path in run.glob(f"{pattern}/{sign}")
     }
-    names = [
-        name
+    steps = [
+        read_step(run, name)
         for name in sorted(folders)
         if not any(part in NOT_STEPS or part.startswith((".", INCOMING)) for part in Path(name).parts)
     ]
-    steps = [read_step(run, name) for name in names]
     # One that was only begun has produced nothing yet.
     steps = [step for step in steps if step.is_finished or step.summary or step.folder.metrics.is_file()]
     if not steps:
@@ -324,18 +338,6 @@ def _read(path: Path, form: TypeAdapter[Any]) -> Any:
         f"{path}: cannot be understood ({reason}). It says what a step was made with or what came out, as the step wrote"
         " it. Copy it whole from where it came from, or make the step again with `--overwrite`."
     )
-
-
-def _check_is_run(run: Path) -> None:
-    if not run.is_dir():
-        raise UsageError(
-            f"{run}: no such folder. A run folder is where the steps of a recipe lie, such as runs/tiny. Correct the path."
-        )
-    if any((run / sign).is_file() for sign in _SIGNS):
-        raise UsageError(
-            f"{run}: is the folder of a step, not of a run. A run folder holds a folder for each step. Name the run"
-            f" that it is a part of, such as {run.parent}."
-        )
 
 
 def _check_name(run: Path, step: RunStep) -> None:

@@ -56,7 +56,7 @@ def step_state(folder: StepFolder, fingerprint: str, identity: Mapping[str, Any]
     """
     if folder.path.is_symlink() and not is_published(folder):
         raise ArtifactError(
-            f"{folder.path}: stands for {_target(folder)}, which is not there or not finished. The run reuses that step"
+            f"{folder.path}: stands for {folder.path.parent / folder.path.readlink()}, which is not there or not finished. The run reuses that step"
             " instead of running its own. Finish or restore it, or give `--overwrite` to run the step here (only the"
             " reference is removed)."
         )
@@ -144,7 +144,10 @@ def reference(folder: StepFolder, parent_folder: StepFolder) -> None:
         side.symlink_to(link, target_is_directory=True)
         if folder.path.is_dir() and not folder.path.is_symlink():
             with hold(folder):
-                _remove_empty(folder)
+                # A refused or crashed start leaves nothing but the lock; a step's work is never removed here.
+                held = {path.name for path in folder.path.iterdir()}
+                assert held <= {folder.lock.name}, f"{folder.path} holds work of its own"
+                remove_tree(folder.path)
                 side.replace(folder.path)
         else:
             side.replace(folder.path)
@@ -188,15 +191,13 @@ def _read_identity(folder: StepFolder) -> dict[str, Any] | None:
     return begun
 
 
-def _target(folder: StepFolder) -> Path:
-    return folder.path.parent / folder.path.readlink()
-
-
 def _changed_text(folder: StepFolder, condition: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     changes = changed_keys(old, new) or ["the version of the stage or of one of its inputs"]
     listed = "".join(f"\n    {change}" for change in changes)
     name = str(new.get("step") or old.get("step") or folder.path.name)
-    run_dir = _run_dir(folder, name)
+    # As many levels up as the step's name has parts, if it is the name; else one.
+    parts = Path(name).parts
+    run_dir = folder.path.parents[len(parts) - 1 if folder.path.parts[-len(parts) :] == parts else 0]
     back = "" if condition.startswith("is finished") else ", or go back to the old values to continue it"
     return (
         f"{folder.path}: '{name}' {condition} was made with another configuration or other inputs:{listed}\n"
@@ -204,13 +205,6 @@ def _changed_text(folder: StepFolder, condition: str, old: Mapping[str, Any], ne
         f" Start a new run that reuses every unchanged step with `run.dir=NEW run.parent={run_dir}`,"
         f" or throw this step away with `--overwrite`{back}."
     )
-
-
-def _run_dir(folder: StepFolder, name: str) -> Path:
-    """The run folder: as many levels up as the step's name has parts, if it is the name; else one."""
-    parts = Path(name).parts
-    levels = len(parts) if folder.path.parts[-len(parts) :] == parts else 1
-    return folder.path.parents[levels - 1]
 
 
 def _clear(folder: StepFolder, *, keeps_sampling: bool = False) -> None:
@@ -222,13 +216,6 @@ def _clear(folder: StepFolder, *, keeps_sampling: bool = False) -> None:
         for path in [*first, *rest, folder.identity]:
             remove_tree(path)
         flush(folder.path)
-
-
-def _remove_empty(folder: StepFolder) -> None:
-    """A refused or crashed start leaves a folder with nothing but the lock; a step's work is never removed here."""
-    held = {path.name for path in folder.path.iterdir()}
-    assert held <= {folder.lock.name}, f"{folder.path} holds work of its own"
-    remove_tree(folder.path)
 
 
 def _refuse_foreign_files(folder: StepFolder) -> None:

@@ -45,11 +45,8 @@ class Metric:
     panel: str
 
 
-class UnknownMetricError(KeyError):
+class UnknownMetricError(LookupError):
     """A metric is logged whose name the table does not hold: our bug, not the user's."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 _ROW = re.compile(r"^\| `(.+?)` \| (.+) \| (.+) \| (.+) \| (.*) \|$", re.MULTILINE)

@@ -234,16 +234,12 @@ def _cell(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float | bool) else json.dumps(value)
 
 
-def without_system_texts(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_system_texts(value: Any, key: str = "") -> Any:
     """The configuration as it may leave the machine: a system text is part of the users' chats."""
-    return {key: _without_system_texts(key, value) for key, value in config.items()}
-
-
-def _without_system_texts(key: str, value: Any) -> Any:
     if key == "system" and isinstance(value, str):
         return f"(a text of {len(value)} characters)"
     if isinstance(value, Mapping):
-        return without_system_texts(value)
+        return {name: without_system_texts(item, name) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_system_texts("", item) for item in value]
+        return [without_system_texts(item) for item in value]
     return value

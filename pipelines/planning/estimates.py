@@ -23,6 +23,7 @@ from llamachat.memory.role_bytes import PROMPT_TOKENS, Beside, Lengths, Seating,
 from llamachat.runs.artifacts import StepFolder, read_artifact
 from llamachat.runs.reader import read_summary
 from llamachat.scoring.models import MODELS, ModelName, RewardModelFacts, models_read
+from llamachat.tables import duration
 from pipelines.execution.run import tuning_section
 from pipelines.planning.stage_costs import ppo_cost, report_cost, reward_cost, sampling_cost, sft_cost
 from pipelines.recipe.recipe import Recipe, Step
@@ -67,13 +68,6 @@ def estimate_step(recipe: Recipe, step: Step, gpu: Gpu | None = None) -> Estimat
 def card(recipe: Recipe) -> Gpu | None:
     """The card that the recipe is meant for."""
     return parse_gpu(recipe.run.gpu) if recipe.run.gpu else None
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 # -- the stages

@@ -23,7 +23,8 @@ from llamachat.data.records import Kind
 from llamachat.errors import DataError, UsageError
 from llamachat.memory.estimates import KNOWN_BASES, Shape, shape_of
 from llamachat.models.hub import UNGATED, require_llama, tokenizer_folder
-from pipelines.planning.estimates import duration, estimate_step
+from llamachat.tables import duration
+from pipelines.planning.estimates import estimate_step
 from pipelines.planning.fit import PRESETS, Fit, fits, settings_to_fit
 from pipelines.planning.hardware import installed_bytes
 from pipelines.planning.plan import BATCHES, FEW_STEPS

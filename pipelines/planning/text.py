@@ -6,8 +6,8 @@ from dataclasses import replace
 from llamachat.config.gpus import Gpu, parse_gpu
 from llamachat.errors import UsageError
 from llamachat.memory.estimates import Estimate
-from llamachat.tables import text_table
-from pipelines.planning.estimates import card, duration
+from llamachat.tables import duration, text_table
+from pipelines.planning.estimates import card
 from pipelines.planning.fit import Fit, fits, largest_microbatch, presets, way_to_fit, way_to_shorten
 from pipelines.planning.plan import PlannedStep
 from pipelines.recipe.recipe import Recipe

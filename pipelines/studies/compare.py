@@ -8,7 +8,6 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from llamachat.errors import UsageError
 from llamachat.runs.atomic import write_json, write_text
@@ -46,15 +45,6 @@ class Comparison:
     steps: list[SharedStep]
     only: tuple[list[str], list[str]]  # steps of one run alone
 
-    def to_plain(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            "runs": {"a": str(self.runs[0]), "b": str(self.runs[1])},
-            "changes": [asdict(change) for change in self.changes],
-            "steps": [asdict(step) for step in self.steps],
-            "only": {"a": self.only[0], "b": self.only[1]},
-        }
-
 
 def compare_runs(run_a: Path, run_b: Path, out: Path | None = None) -> Comparison:
     """Compare two runs, and write the comparison into `out`."""
@@ -80,7 +70,13 @@ def compare_runs(run_a: Path, run_b: Path, out: Path | None = None) -> Compariso
         steps=[_shared_step(a, b, name, labels, out) for name in shared],
         only=([name for name in a if name not in b], [name for name in b if name not in a]),
     )
-    write_json(out / "compare.json", comparison.to_plain())
+    plain = {
+        "runs": {"a": str(run_a), "b": str(run_b)},
+        "changes": [asdict(change) for change in comparison.changes],
+        "steps": [asdict(step) for step in comparison.steps],
+        "only": dict(zip("ab", comparison.only, strict=True)),
+    }
+    write_json(out / "compare.json", plain)
     write_text(out / "compare.md", markdown(comparison))
     return comparison
 

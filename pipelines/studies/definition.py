@@ -123,7 +123,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Plan:
     own = [text for text in overrides if _key(text).partition(".")[0] in Study.model_fields]
     problems += [problem for text in own if (problem := layers.override(text))]
     found = section_problems(Study, layers.values, source=layers.source, root=Study)
-    problems += found or _problems(layers)
+    problems += found or [ConfigProblem(layers.source(key), dotted(key), text) for key, text in _faults(layers.values)]
     raise_all(problems)
     study = from_plain(Study, layers.values)
     recipe_file = path.parent / study.extends
@@ -156,10 +156,6 @@ def _place(run_dir: Path, name: str, seed: int) -> dict[str, Any]:
 
 def _lines(values: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
-
-
-def _problems(layers: Layers) -> list[ConfigProblem]:
-    return [ConfigProblem(layers.source(key), dotted(key), text) for key, text in _faults(layers.values)]
 
 
 def _faults(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:

@@ -11,8 +11,9 @@ from llamachat.errors import ConfigError, UsageError
 from llamachat.runs.artifacts import Artifact, StepFolder, is_published
 from llamachat.runs.reader import step_of
 from llamachat.runs.state import reference
+from llamachat.tables import duration
 from pipelines.execution.run import run_chosen, run_step
-from pipelines.planning.estimates import duration, estimate_step
+from pipelines.planning.estimates import estimate_step
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import Recipe, Step
@@ -40,7 +41,8 @@ def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
         for step in plan.before(name):
             where = found_at[name, step.name]
             if (where, step.name) not in done:
-                _run_before(plan.origin(where), step)
+                origin = plan.origin(where)
+                run_step(origin, origin.step(step.name))
                 done.add((where, step.name))
             home = plan.homes[name].folder(step)
             if where != name:
@@ -52,11 +54,6 @@ def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
         tables = tables_of(plan.study, figures)
         text = write_tables(plan, tables, figures, is_drawn=draw_study(plan, tables, figures))
     return text
-
-
-def _run_before(recipe: Recipe, step: Step) -> None:
-    """Run the recipe's step of that name, unless it is done."""
-    run_step(recipe, recipe.step(step.name))
 
 
 def _take(folder: StepFolder, made: StepFolder) -> None:

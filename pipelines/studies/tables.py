@@ -166,17 +166,14 @@ def _markdown(plan: Plan, table: Table, figures: Figures) -> list[str]:
         lines += _grid(heads, [[variant, *(f"{m:.3g}" for m in row.values())] for variant, row in margins.items()])
     if table.columns:
         units = {head: unit_of(name) for head, name in table.columns.items()}
-        heads = [head if head == unit else f"{head}{_unit_words(unit)}" for head, unit in units.items()]
+        in_words = {"fraction": " (%)", "": "", "1": ""}
+        heads = [head if head == unit else head + in_words.get(unit, f" ({unit})") for head, unit in units.items()]
         rows = _rows(table, figures)
         lines += _grid(
             heads,
             [[variant, *(_shown(row[head], unit) for head, unit in units.items())] for variant, row in rows.items()],
         )
     return lines
-
-
-def _unit_words(unit: str) -> str:
-    return {"fraction": " (%)", "": "", "1": ""}.get(unit, f" ({unit})")
 
 
 def _grid(heads: Iterable[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from llamachat.answers import best_of_n as answer_curves
-from llamachat.answers.best_of_n import Curve, curve_of
+from llamachat.answers.best_of_n import curve_of
 from llamachat.config.sections import Tuning
 from llamachat.errors import ConfigError, DataError
 from llamachat.models.loading import load_policy
 from llamachat.runs.artifacts import Artifact
+from llamachat.runs.reader import Curve
 from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan, warn
 from pipelines.planning.text import plan_text

@@ -51,8 +51,9 @@ def test_no_borderline_prompt_was_trained_on(answers: list[LabelledAnswer]) -> N
 def test_it_is_right_far_more_often_than_the_larger_class(
     classifier: RefusalClassifier, answers: list[LabelledAnswer]
 ) -> None:
-    assert classifier.low < classifier.accuracy < classifier.high < 1.0
-    assert classifier.low > 0.95 and classifier.answers == len(answers), "everyday answers count for nothing"
+    low, high = classifier.accuracy.interval or (0.0, 1.0)
+    assert 0.95 < low < classifier.accuracy.value < high < 1.0
+    assert classifier.accuracy.n == len(answers), "everyday answers count for nothing"
 
 
 def test_accuracy_is_that_on_prompts_that_were_not_seen() -> None:
@@ -65,7 +66,8 @@ def test_accuracy_is_that_on_prompts_that_were_not_seen() -> None:
     ]
     found = train_classifier(made)
     assert found.are_refusals([one.text for one in made]) == [one.is_refusal for one in made]
-    assert found.accuracy < 0.7 and found.high - found.low > 0.3, "ten prompts, not thirty answers"
+    low, high = found.accuracy.interval or (0.0, 0.0)
+    assert found.accuracy.value < 0.7 and high - low > 0.3, "ten prompts, not thirty answers"
 
 
 @pytest.mark.parametrize(

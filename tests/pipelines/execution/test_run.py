@@ -17,8 +17,8 @@ from llamachat.errors import ArtifactError, BusyError, ChangedError, DataError, 
 from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.checkpoints import writing
 from llamachat.runs.locks import hold
+from llamachat.tables import duration
 from pipelines.execution.run import find_work, run_chosen
-from pipelines.planning.estimates import duration
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import Recipe, load

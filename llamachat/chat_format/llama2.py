@@ -173,7 +173,11 @@ class Llama2Format:
         if pair.answer is None:
             return [bos, *prompt_ids], []
         pair_ids = self.tokenizer.encode(f"{prompt} {pair.answer.content.strip()} ")
-        boundary = _common_prefix(prompt_ids, pair_ids)
+        # The whole prompt with Llama's vocabulary, since no piece runs on from a letter into a space. The proof refuses a
+        # tokenizer where it is otherwise; one used all the same learns the answer from the first id that differs.
+        pairs = enumerate(zip(prompt_ids, pair_ids, strict=False))
+        whole = min(len(prompt_ids), len(pair_ids))
+        boundary = next((index for index, (prompt_id, pair_id) in pairs if prompt_id != pair_id), whole)
         return [bos, *pair_ids[:boundary]], [*pair_ids[boundary:], eos]
 
 
@@ -184,15 +188,3 @@ def _pairs(messages: Sequence[Message]) -> list[_Pair]:
         turns = [Message("user", B_SYS + system.content + E_SYS + first.content), *rest]
     answers = [*turns[1::2], None]
     return [_Pair(user.content, answer) for user, answer in zip(turns[::2], answers, strict=False)]
-
-
-def _common_prefix(prompt_ids: Sequence[int], pair_ids: Sequence[int]) -> int:
-    """How many ids of the prompt stand unchanged at the start of the pair.
-
-    All of them with Llama's vocabulary, since no piece runs on from a letter into a space. The proof refuses a
-    tokenizer where it is otherwise; one used all the same learns the answer from the first id that differs.
-    """
-    for index, (prompt_id, pair_id) in enumerate(zip(prompt_ids, pair_ids, strict=False)):
-        if prompt_id != pair_id:
-            return index
-    return min(len(prompt_ids), len(pair_ids))

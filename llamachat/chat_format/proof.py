@@ -9,7 +9,7 @@ digests were made with the `tokenizer.model` of Llama 2 and have to be made agai
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,8 +85,11 @@ def prove_tokenizer(
     assert has_model or len(reference_digests) == len(dialogs), "one digest a dialog of the proof set"
     differences = [_format_difference(chat_format, messages) for messages in dialogs]
     if has_model:
-        texts = [*_contents(PLAIN_DIALOGS), *_vocabulary_texts(chat_format)]
-        differences += _shipped_differences(chat_format.tokenizer, texts)
+        tokenizer, fast = chat_format.tokenizer, chat_format.tokenizer.fast()
+        contents = [message.content for messages in PLAIN_DIALOGS for message in messages]
+        for text in [*contents, *_vocabulary_texts(chat_format)]:
+            got = fast.encode(text, add_special_tokens=False).ids
+            differences.append(_ids_difference(tokenizer, got, tokenizer.encode(text)))
     else:
         pairs = zip(dialogs, reference_digests, differences, strict=True)
         differences = [found or _digest_difference(chat_format, messages, digest) for messages, digest, found in pairs]
@@ -172,13 +175,6 @@ def _format_difference(chat_format: ChatFormat, messages: Sequence[Message]) -> 
     return None
 
 
-def _shipped_differences(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[str | None]:
-    fast = tokenizer.fast()
-    for text in texts:
-        got, expected = fast.encode(text, add_special_tokens=False).ids, tokenizer.encode(text)
-        yield _ids_difference(tokenizer, got, expected)
-
-
 def _digest_difference(chat_format: ChatFormat, messages: Sequence[Message], digest: str) -> str | None:
     ids = chat_format.encode_dialog(messages, train_on=TrainOn.EVERY_ANSWER).input_ids
     return None if ids_digest(ids) == digest else f"the ids are not those of Llama 2 in {_excerpt(messages)}"
@@ -200,10 +196,6 @@ def _ids_difference(tokenizer: Tokenizer, got: Sequence[int], expected: Sequence
     start, end = max(0, index - 2), index + 3
     was, due = tokenizer.pieces(got[start:end]), tokenizer.pieces(expected[start:end])
     return f"at token {index} the pieces are {was!a}, but should be {due!a}"
-
-
-def _contents(dialogs: Iterable[Sequence[Message]]) -> Iterator[str]:
-    return (message.content for messages in dialogs for message in messages)
 
 
 def _vocabulary_texts(chat_format: ChatFormat) -> Iterator[str]:

@@ -180,22 +180,19 @@ def _read(path: Path, *, mentioned_by: Path | None) -> tuple[dict[str, Any], lis
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = _unreadable(path, error)
+        if isinstance(error, FileNotFoundError):
+            hint = near_path(str(path))
+            advice = f"Did you mean '{hint}'?" if hint else "Recipes lie in configs/."
+            reason = f"the recipe '{path}' does not exist. {advice}"
+        else:
+            what = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error))
+            reason = f"the recipe '{path}' cannot be read: {what}. Give a YAML file."
         return {}, [
             ConfigProblem(str(mentioned_by), "extends", reason)
             if mentioned_by
             else ConfigProblem(str(path), "", reason)
         ]
     return parse_mapping(text, str(path))
-
-
-def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> str:
-    if isinstance(error, FileNotFoundError):
-        hint = near_path(str(path))
-        advice = f"Did you mean '{hint}'?" if hint else "Recipes lie in configs/."
-        return f"the recipe '{path}' does not exist. {advice}"
-    reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error))
-    return f"the recipe '{path}' cannot be read: {reason}. Give a YAML file."
 
 
 # -- YAML

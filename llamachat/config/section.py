@@ -177,8 +177,13 @@ def _explain(
         yield key, f"{reason}. {_meaning(_owner_and_field(schema, key)[1])}".rstrip()
     else:
         value = _value(values, key)
-        required = " or ".join(dict.fromkeys(_required(details) for details in group))
-        hint = _near_choice(value, group)
+        forms = [_REQUIRED.get(d["type"], "").format(**d.get("ctx", {})) or d["msg"] for d in group]
+        required = " or ".join(dict.fromkeys(forms))
+        choices = [
+            c for d in group if d["type"] == "literal_error" for c in d.get("ctx", {})["expected"].split("'")[1::2]
+        ]
+        near = nearest(value, choices) if isinstance(value, str) else None
+        hint = f" Did you mean '{near}'?" if near else ""
         yield (
             key,
             f"found {describe(value)}, but {required} is required.{hint} {_meaning(_owner_and_field(schema, key)[1])}".rstrip(),
@@ -226,17 +231,6 @@ _REQUIRED = {
     "string_too_short": "text of at least {min_length} characters",
     "literal_error": "{expected}",
 }
-
-
-def _required(details: ErrorDetails) -> str:
-    pattern = _REQUIRED.get(details["type"])
-    return pattern.format(**details.get("ctx", {})) if pattern else details["msg"]
-
-
-def _near_choice(value: object, group: list[ErrorDetails]) -> str:
-    choices = [c for d in group if d["type"] == "literal_error" for c in d.get("ctx", {})["expected"].split("'")[1::2]]
-    near = nearest(value, choices) if isinstance(value, str) else None
-    return f" Did you mean '{near}'?" if near else ""
 
 
 def _meaning(field: FieldInfo | None) -> str:

@@ -13,7 +13,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
@@ -146,7 +146,8 @@ def _text_problem(path: Path, head: bytes) -> Row | None:
     if not text.strip():
         return _whole("holds blank lines only, but it should hold records.", "Write or fetch it again.")
     lines = [line for line in text.split(b"\n") if line.strip()]
-    if path.suffix in _TABLES or (b"{" not in text and b"[" not in text and _is_table(lines)):
+    has_columns = len(lines) > 1 and (b"\t" in lines[0] or b"," in lines[0])
+    if path.suffix in _TABLES or (b"{" not in text and b"[" not in text and has_columns):
         return _whole(
             f"is a table (CSV), but {_FORMS}.",
             "Write it as JSON Lines first: `python -c \"import pandas; pandas.read_csv('IN.csv').to_json('OUT.jsonl', "
@@ -164,11 +165,6 @@ def _text_problem(path: Path, head: bytes) -> Row | None:
             f"Write one record a line: `jq -c . {path} > {converted_path(path)}`.",
         )
     return None
-
-
-def _is_table(lines: Sequence[bytes]) -> bool:
-    separator = b"\t" if b"\t" in lines[0] else b","
-    return separator in lines[0] and len(lines) > 1
 
 
 def _is_array(path: Path, text: bytes, *, is_whole: bool) -> bool:

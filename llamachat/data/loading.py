@@ -157,7 +157,10 @@ def _read(source: DataSource, record: type[R], forbidden: tuple[str, ...]) -> tu
 
 
 def _read_source(source: DataSource, kind: Kind, forbidden: Sequence[str]) -> _Read:
-    _check_system(source, forbidden)
+    try:
+        check_texts((Message("system", source.system or ""),), forbidden, field="system")
+    except DialogError as error:
+        raise DataError(f"{source.path}: the source's 'system' {error.reason} Use another text.") from error
     records: list[Record] = []
     dropped: Counter[str] = Counter()
     problems: list[Problem] = []
@@ -184,13 +187,6 @@ def _read_source(source: DataSource, kind: Kind, forbidden: Sequence[str]) -> _R
             "Correct the file (`llamachat data check` names each line), or take it out of the recipe."
         )
     return tuple(records), dict(dropped)
-
-
-def _check_system(source: DataSource, forbidden: Sequence[str]) -> None:
-    try:
-        check_texts((Message("system", source.system or ""),), forbidden, field="system")
-    except DialogError as error:
-        raise DataError(f"{source.path}: the source's 'system' {error.reason} Use another text.") from error
 
 
 def _refusal(path: str, problems: Sequence[Problem], good: int) -> str:

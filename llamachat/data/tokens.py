@@ -6,7 +6,8 @@ turn: it is encoded too, with nothing to learn in it. With one bad line nothing 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -85,26 +86,17 @@ def _show(chat_format: ChatFormat, example: TokenizedExample, number: int) -> No
     from rich.text import Text
 
     text = Text(f"{number}: ", style="bold")
-    for stretch, is_trained in _stretches(chat_format, example):
-        text.append(stretch, style="not bold green" if is_trained else "not bold dim")
-    Console(highlight=False).print(text, soft_wrap=True)
-
-
-def _stretches(chat_format: ChatFormat, example: TokenizedExample) -> Iterator[tuple[str, bool]]:
-    """Neighbouring tokens of equal mask as one text."""
     pairs = zip(chat_format.tokenizer.pieces(example.input_ids), example.loss_mask, strict=True)
     for is_trained, run in groupby(pairs, key=lambda pair: pair[1]):
-        yield _readable([piece for piece, _ in run]), is_trained
+        text.append(_readable([piece for piece, _ in run]), style="not bold green" if is_trained else "not bold dim")
+    Console(highlight=False).print(text, soft_wrap=True)
 
 
 def _readable(pieces: list[str]) -> str:
     """Pieces as text: byte pieces joined to characters, and no control character that a terminal would obey."""
     raw = b"".join(
-        bytes([int(piece[3:5], 16)]) if _is_byte(piece) else piece.replace(SPACE, " ").encode() for piece in pieces
+        bytes([int(piece[3:5], 16)]) if re.fullmatch("<0x..>", piece) else piece.replace(SPACE, " ").encode()
+        for piece in pieces
     )
     text = raw.decode(errors="replace")
     return "".join(ch if ch.isprintable() or ch in "\n\t" else ascii(ch)[1:-1] for ch in text)
-
-
-def _is_byte(piece: str) -> bool:
-    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")

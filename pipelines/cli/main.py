@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked:
         die_with_parent()
         return start(asked, given)
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(given, prog_name="llamachat")
     except SystemExit as done:
@@ -96,10 +96,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _run(
@@ -194,17 +190,9 @@ app.command("all")(
         "all", "Run the recipe's steps in order; finished, unchanged ones are not run again. Also runs any study."
     )
 )
-app.command()(runs.plan)
-app.command(cls=SeveralValues)(runs.init)
-app.command()(runs.doctor)
-app.command()(talk.chat)
-app.command()(talk.sample)
-app.command(cls=SeveralValues)(talk.pairs)
-app.command()(talk.score)
-app.command()(export)
-app.command()(runs.compare)
-app.command()(data.tokens)
-app.command()(runs.dashboard)
-app.command()(runs.pretrain)
-data_app.command(name="check")(data.check)
-data_app.command(name="convert")(data.convert)
+for _function in (runs.plan, runs.init, runs.doctor, talk.chat, talk.sample, talk.pairs, talk.score):
+    app.command(cls=SeveralValues if _function in (runs.init, talk.pairs) else None)(_function)
+for _function in (export, runs.compare, data.tokens, runs.dashboard, runs.pretrain):
+    app.command()(_function)
+data_app.command()(data.check)
+data_app.command()(data.convert)

@@ -26,7 +26,7 @@ from llamachat.data.records import Preference
 from llamachat.errors import ArtifactError, ChangedError, ConfigError, DataError, LlamachatError, TokenizerError
 from llamachat.runs.artifacts import MANIFEST, Artifact, StepFolder, is_published, read_artifact
 from llamachat.runs.atomic import write_text
-from llamachat.runs.checkpoints import Checkpoint, newest
+from llamachat.runs.checkpoints import newest
 from llamachat.runs.fingerprints import changed_keys, fingerprint
 from llamachat.runs.inputs import StepInputs, Tune
 from llamachat.runs.locks import hold
@@ -296,18 +296,15 @@ def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool
     for step in chosen:
         is_over = deadline is not None and num_worked > 0 and time.monotonic() > deadline
         is_done = is_published(recipe.folder(step))
+        trains = step.product.makes.kind in ("policy", "reward_model")
         # What comes after one that is left may read it; what is told of the finished ones is told now.
-        if is_over and (left or not is_done) and (_trains(step) or _lacks_inputs(recipe, step)):
+        if is_over and (left or not is_done) and (trains or _lacks_inputs(recipe, step)):
             left += [] if is_done else [step.name]
             continue
         artifact, has_worked = run_step(recipe, step, should_overwrite=should_overwrite, deadline=deadline)
         artifacts.append(artifact)
         num_worked += has_worked
     return Ran(artifacts, num_worked, tuple(left))
-
-
-def _trains(step: Step) -> bool:
-    return step.product.makes.kind in ("policy", "reward_model")
 
 
 def _lacks_inputs(recipe: Recipe, step: Step) -> bool:
@@ -370,9 +367,10 @@ def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
     if is_begun:
         checkpoint = newest(folder.checkpoints)
         where = f"step {checkpoint.step}" if checkpoint else "its beginning: it stopped before its first checkpoint"
-        log.info("%s: goes on from %s", name, "what was sampled" if _has_sampled(folder, checkpoint) else where)
+        has_sampled = checkpoint is None and any(folder.sampling.glob("*.json"))
+        log.info("%s: goes on from %s", name, "what was sampled" if has_sampled else where)
     if work.step.product.makes != REPORT:  # which is too little work to share
-        distributed.broadcast_object(cast("_Begun | None", _Begun(recipe.sections, name, deadline)))
+        distributed.broadcast_object(cast("_Begun | None", (recipe.sections, name, deadline)))
     try:
         with counted(folder):
             artifact = work.step.stage.package.run(work.step.config, stage_inputs(recipe, work, deadline))
@@ -384,17 +382,8 @@ def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
     return artifact
 
 
-def _has_sampled(folder: StepFolder, checkpoint: Checkpoint | None) -> bool:
-    return checkpoint is None and any(folder.sampling.glob("*.json"))
-
-
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """What the first process tells the others when it begins to work on a step."""
-
-    sections: RecipeSections
-    step: str
-    deadline: float | None
+# What the first process sends the others when it begins to work on a step: the sections, the step's name, the deadline.
+_Begun = tuple[RecipeSections, str, float | None]
 
 
 def lead(work: Callable[[], Result]) -> Result | None:
@@ -406,9 +395,9 @@ def lead(work: Callable[[], Result]) -> Result | None:
             return result
         with _second_to_the_first():
             while (begun := distributed.broadcast_object(cast("_Begun | None", None))) is not None:
-                recipe = resolve(begun.sections)
-                work_here = find_work(recipe, recipe.step(begun.step))
-                work_here.step.stage.package.run(work_here.step.config, stage_inputs(recipe, work_here, begun.deadline))
+                recipe, (_, name, deadline) = resolve(begun[0]), begun
+                work_here = find_work(recipe, recipe.step(name))
+                work_here.step.stage.package.run(work_here.step.config, stage_inputs(recipe, work_here, deadline))
         return None
 
 

@@ -353,21 +353,16 @@ def _reward_models(recipe: Recipe, step: Step, shape: Shape) -> Iterator[tuple[s
     models: dict[str, _RewardModel] = {}
     for role, makers in recipe.makers(step).items():
         if role.which and makers:
-            models[role.which] = _made(recipe, makers[0], shape)
+            maker, is_full = makers[0], makers[0].tuning.method == "full"
+            place = _place(recipe.folder(maker).artifact) if is_full else _trunk(recipe, maker)[0]
+            models[role.which] = _RewardModel((place, maker.tuning.method == "qlora"), not is_full, shape)
     for name in MODELS:
-        place = getattr(recipe.scoring, name)
-        if place is not None:
-            models[name] = _named(place, shape)
+        if (named := getattr(recipe.scoring, name)) is not None:
+            models[name] = _named(named, shape)
     known: dict[ModelName, RewardModelFacts] = {name: RewardModelFacts(name, None) for name in MODELS if name in models}
     for name in (*models_read(recipe.scoring, known), "judge"):
         if name in models:
             yield name, models[name]
-
-
-def _made(recipe: Recipe, maker: Step, shape: Shape) -> _RewardModel:
-    if maker.tuning.method == "full":
-        return _RewardModel((_place(recipe.folder(maker).artifact), False), False, shape)
-    return _RewardModel((_trunk(recipe, maker)[0], maker.tuning.method == "qlora"), True, shape)
 
 
 def _named(place: str, shape: Shape) -> _RewardModel:

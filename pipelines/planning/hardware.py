@@ -51,12 +51,8 @@ class Torch:
     oldest: tuple[int, int] | None = None  # compute capability that it has kernels for; None where it does not say
 
 
-def is_older(version: str, than: str) -> bool:
-    """Whether a version comes before another: 2.13.0+cpu is 2.13.0."""
-    return _numbers(version) < _numbers(than)
-
-
 def _numbers(version: str) -> list[int]:
+    """Those of the release, to compare versions by: 2.13.0+cpu is 2.13.0."""
     release = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
     return [int(part) for part in release[0].split(".")] if release else []
 
@@ -119,7 +115,7 @@ def shortfalls(pyproject: Path) -> list[str]:
     return [
         f"{name} is {installed or 'not installed'}; {needed} or newer is needed"
         for name, (needed, installed) in requirements(pyproject).items()
-        if installed is None or is_older(installed, needed)
+        if installed is None or _numbers(installed) < _numbers(needed)
     ]
 
 

@@ -85,7 +85,13 @@ def init(
     base: str, files: Mapping[str, Sequence[Path]], *, gpu: str | None, hours: float | None, out: Path, run_dir: str
 ) -> str:
     """Write the recipe for files by option; returns what was chosen and what to do next."""
-    config = _config_folder(base)
+    if fault := model_fault(base):
+        raise UsageError(f"--base: {fault}")
+    if Path(base).is_dir():
+        require_llama(Path(base), base)
+        config = base
+    else:  # a known base of the hub is named, and the hub is not asked for its config.json
+        config = base if base in KNOWN_BASES else str(tokenizer_folder(base))
     shape = shape_of(config)
     if shape is None:
         raise UsageError(f"--base: '{base}' has no config.json with sizes. Give the folder of a whole Llama model.")
@@ -96,16 +102,6 @@ def init(
     _shorten(draft)
     _lower_batches(draft)
     return _write(out, draft, data)
-
-
-def _config_folder(base: str) -> str:
-    """The folder with the base's config.json; a known base of the hub is named, and not asked for it."""
-    if fault := model_fault(base):
-        raise UsageError(f"--base: {fault}")
-    if Path(base).is_dir():
-        require_llama(Path(base), base)
-        return base
-    return base if base in KNOWN_BASES else str(tokenizer_folder(base))
 
 
 # -- the files

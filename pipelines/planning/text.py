@@ -38,7 +38,11 @@ def _cost(recipe: Recipe, estimate: Estimate | None, gpu: Gpu | None) -> Iterato
     if estimate is None:
         yield f"no estimate: the shape of '{recipe.base.model}' is not known before its config.json is here"
         return
-    yield _steps_and_time(estimate)
+    steps = "" if estimate.optimizer_steps is None else f"about {estimate.optimizer_steps} optimizer steps, "
+    if steps or estimate.assumed:
+        yield f"{steps}{duration(estimate.seconds)} {estimate.assumed}"
+    else:
+        yield "optimizer steps and hours: not counted before download (a 'limit' on each hub set bounds them)"
     if not estimate.memory:
         return
     peak = estimate.peak_bytes / GIB
@@ -49,13 +53,6 @@ def _cost(recipe: Recipe, estimate: Estimate | None, gpu: Gpu | None) -> Iterato
         verdict = "fits" if estimate.peak_bytes <= gpu.usable_bytes else "does not fit"
         usable = f"{gpu.usable_bytes / GIB:.1f} of {gpu.gib:g} GiB"
         yield f"{verdict} {gpu}: {peak:.1f} GiB, and a step should need at most {usable}"
-
-
-def _steps_and_time(estimate: Estimate) -> str:
-    if estimate.optimizer_steps is None and not estimate.assumed:
-        return "optimizer steps and hours: not counted before download (a 'limit' on each hub set bounds them)"
-    steps = "" if estimate.optimizer_steps is None else f"about {estimate.optimizer_steps} optimizer steps, "
-    return f"{steps}{duration(estimate.seconds)} {estimate.assumed}"
 
 
 def _table(recipe: Recipe, planned: Sequence[PlannedStep], gpu: Gpu | None) -> list[str]:

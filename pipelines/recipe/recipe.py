@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, cast
 
@@ -19,7 +20,17 @@ from evaluation import Config as EvaluationConfig
 from evaluation.report import Config as ReportConfig
 from gatt import Config as GattConfig
 from llamachat.config.loading import COMMAND_LINE, Layers, from_plain, load_recipe, merged, parse_mapping
-from llamachat.config.section import ConfigProblem, Key, Section, describe, dotted, identity, nearest, section_problems
+from llamachat.config.section import (
+    ConfigProblem,
+    Key,
+    Section,
+    TextCheck,
+    describe,
+    dotted,
+    identity,
+    nearest,
+    section_problems,
+)
 from llamachat.config.sections import (
     Base,
     Data,
@@ -53,21 +64,14 @@ _ABSENT = object()  # a value of the command line may be null
 # -- the entries of the list of steps
 
 
-@dataclass(frozen=True, slots=True)
-class StepName:
-    """The field names the folder of a step of this command."""
-
-    command: str
-
-    def problems(self, value: object) -> Iterator[tuple[Key, str]]:
-        if not isinstance(value, str):
-            return
-        if not _NAME.fullmatch(value) or value in _TAKEN_NAMES:
-            allowed = f"small letters, digits, '.', '-', '_', and none of {', '.join(_TAKEN_NAMES)}"
-            yield (), f"'{value}' cannot be the name of a step's folder. Write another: {allowed}."
-        elif value != self.command and value in STAGES:
-            advice = f"Name it '{self.command}-2'."
-            yield (), f"'{value}' is another command, and the step's folder would look like its work. {advice}"
+def _name_fault(command: str, value: str) -> str | None:
+    """What is wrong with the name of a step of this command, or None."""
+    if not _NAME.fullmatch(value) or value in _TAKEN_NAMES:
+        allowed = f"small letters, digits, '.', '-', '_', and none of {', '.join(_TAKEN_NAMES)}"
+        return f"'{value}' cannot be the name of a step's folder. Write another: {allowed}."
+    if value == command or value not in STAGES:
+        return None
+    return f"'{value}' is another command, and the step's folder would look like its work. Name it '{command}-2'."
 
 
 def _without_rules(schema: type[Section], **more: Any) -> type[Section]:
@@ -81,7 +85,7 @@ def _without_rules(schema: type[Section], **more: Any) -> type[Section]:
 def _entry_model(head: str, stage: Stage) -> type[Section]:
     """The values that an entry may hold: keys of its stage's section, and those of the step itself."""
     name = Field(default=stage.command, description="Folder of the step in the run.")
-    own: dict[str, Any] = {"name": (Annotated[str, StepName(stage.command)], name)}
+    own: dict[str, Any] = {"name": (Annotated[str, TextCheck(partial(_name_fault, stage.command))], name)}
     refused = {"only": f"'{head}' is one step, of which nothing can be chosen. Remove it."}
     if head == stage.command and stage.models:
         own["only"] = (
@@ -112,10 +116,7 @@ class _OneStep(Section):
         return self
 
 
-_HEADS = {
-    **STAGES,
-    **{f"{stage.command}/{model}": stage for stage in STAGES.values() for model in stage.models},
-}
+_HEADS = STAGES | {f"{stage.command}/{model}": stage for stage in STAGES.values() for model in stage.models}
 _FORMS: dict[str, Any] = {head: (_entry_model(head, stage), Field(default=None)) for head, stage in _HEADS.items()}
 
 
@@ -196,9 +197,9 @@ STUDY_KEYS = ("command", "values", "variants", "seeds", "axis", "tables")
 class RecipeSections(Section):
     """The sections of a recipe. A stage is given its own and the shared ones, nothing more."""
 
-    unknown_keys: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(STUDY_KEYS, "a study's key, and this command runs a recipe. Give the recipe that it extends."),
-    }
+    unknown_keys: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        STUDY_KEYS, "a study's key, and this command runs a recipe. Give the recipe that it extends."
+    )
 
     run: Run = Field(description="Where the run lives, and its seed.")
     base: Base = Field(description="The model that everything is tuned from.")
@@ -512,8 +513,12 @@ def step_identity(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact]) ->
         **({"sft_version": STAGES["sft"].version} if step.stage.tunes else {}),
         "run": identity(recipe.run),
         "base": _base_identity(recipe.base),
-        "tuning": _tuning_identity(step.tuning),
-        "data": {key: _data_identity(getattr(recipe.data, key)) for key in (*step.product.data, "split")},
+        # Rank and targets of adapters say nothing about a step that tunes all weights.
+        "tuning": {"method": "full"} if step.tuning.method == "full" else identity(step.tuning),
+        "data": {
+            **{key: list(map(_source_identity, getattr(recipe.data, key))) for key in step.product.data},
+            "split": identity(recipe.data.split),
+        },
         step.stage.section: section,
         **{
             key: _shared_identity(step.rollout if key == "rollout" else getattr(recipe.sections, key))
@@ -531,11 +536,6 @@ def _base_identity(base: Base) -> dict[str, Any]:
     return values
 
 
-def _tuning_identity(tuning: Tuning) -> dict[str, Any]:
-    # Rank and targets of adapters say nothing about a step that tunes all weights.
-    return {"method": "full"} if tuning.method == "full" else identity(tuning)
-
-
 def _shared_identity(section: Section) -> dict[str, Any]:
     values = identity(section)
     if isinstance(section, Scoring):
@@ -544,17 +544,9 @@ def _shared_identity(section: Section) -> dict[str, Any]:
             values["combine"] = f"{digest_of_file(function.path)}:{function.function}"
         for key in ("helpfulness", "safety"):
             if values[key] is not None and Path(values[key]).is_dir():
-                values[key] = digest_of_weights(_model_folder(Path(values[key])))
+                folder = Path(values[key])  # of a step, or of a model
+                values[key] = digest_of_weights(folder / "artifact" if (folder / "artifact").is_dir() else folder)
     return values
-
-
-def _model_folder(folder: Path) -> Path:
-    """Where the weights lie of a step folder, or of a model folder."""
-    return folder / "artifact" if (folder / "artifact").is_dir() else folder
-
-
-def _data_identity(part: Any) -> Any:
-    return [_source_identity(source) for source in part] if isinstance(part, tuple) else identity(part)
 
 
 def _source_identity(source: DataSource) -> dict[str, Any]:

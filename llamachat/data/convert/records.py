@@ -123,19 +123,15 @@ def _slips_renamed(row: Mapping[str, Any], known: tuple[str, ...], notes: Notes)
     renamed: dict[str, Any] = {}
     for name, value in row.items():
         key = None if name in _NAMES else slip_of(str(name), known)
-        if key is None or key in row or key in renamed or not _is_slip(str(name), key, row):
+        # No slip either where the row has the key's content under another name.
+        others = _QUESTIONS if key == "prompt" else _LISTS if key == "messages" else ()
+        has_other = any(row.get(other) is not None for other in others)
+        if key is None or key in row or key in renamed or has_other or (key == "messages" and not _is_list(row, name)):
             renamed[name] = value
         else:
             renamed[key] = value
             notes.add(Repair.KEY)
     return renamed
-
-
-def _is_slip(name: str, key: str, row: Mapping[str, Any]) -> bool:
-    """Not where the row has the key's content under another name."""
-    others = _QUESTIONS if key == "prompt" else _LISTS if key == "messages" else ()
-    holds = key != "messages" or isinstance(row[name], list)
-    return holds and not any(row.get(other) is not None for other in others)
 
 
 def _turns(row: _Row, *, ends_with: EndsWith) -> list[Message]:

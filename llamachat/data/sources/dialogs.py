@@ -6,7 +6,7 @@ Instructions: Alpaca, GPTeacher, Dolly (databricks-dolly-15k), Self-Instruct.
 from collections.abc import Iterator
 
 from llamachat.chat_format.dialog import DialogError
-from llamachat.data.sources.source import RawRecord, RawRow, answered, as_row, as_text, message, pair, source
+from llamachat.data.sources.source import RawRecord, RawRow, answered, as_row, as_text, joined, message, pair, source
 
 # The writers of these files named the sides after the model or the site that answered.
 ROLES = {
@@ -23,11 +23,7 @@ ROLES = {
 
 def _instructed(row: RawRow, text: str, answer: str) -> RawRecord:
     """The dialog of an instruction, the text that it speaks of, if any, and the answer, under these keys."""
-    return answered(_joined(row.text("instruction"), row.optional_text(text)), row.text(answer))
-
-
-def _joined(instruction: str, text: str) -> str:
-    return f"{instruction}\n\n{text}" if text.strip() else instruction
+    return answered(joined(row.text("instruction"), row.optional_text(text)), row.text(answer))
 
 
 def _system(row: RawRow) -> list[dict[str, str]]:
@@ -69,7 +65,7 @@ def dolly(row: RawRow) -> Iterator[RawRecord]:
 def self_instruct(row: RawRow) -> Iterator[RawRecord]:
     """One dialog an instance (seed tasks and user-oriented instructions)."""
     for instance in row.objects("instances"):
-        yield answered(_joined(row.text("instruction"), instance.optional_text("input")), instance.text("output"))
+        yield answered(joined(row.text("instruction"), instance.optional_text("input")), instance.text("output"))
 
 
 def _turn(value: object, where: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ HuggingFaceH4/ultrafeedback_binarized (and trl-lib's copy) holds whole dialogs a
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -173,12 +173,11 @@ def _strength(row: RawRow, name: str) -> float:
     return value
 
 
-def join_answers(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The answers to one prompt, which are in rows of their own."""
-    return {"prompt": rows[0]["prompt"], "graded_responses": list(rows)}
-
-
-_ANSWERS = Gather(fields=frozenset({"prompt", "response", *_GRADES}), key="prompt", join=join_answers)
+_ANSWERS = Gather(  # the answers to one prompt, which are in rows of their own
+    fields=frozenset({"prompt", "response", *_GRADES}),
+    key="prompt",
+    join=lambda rows: {"prompt": rows[0]["prompt"], "graded_responses": list(rows)},
+)
 
 
 @source("preference", "prompt graded_responses", gather=_ANSWERS)
@@ -235,11 +234,12 @@ def _grade(aspect: object) -> int | None:
     return int(rating) if isinstance(rating, str) and rating in ("1", "2", "3", "4", "5") else None
 
 
-def _is_dialogs(row: Mapping[str, Any]) -> bool:
-    return isinstance(row["chosen"], list) and isinstance(row["rejected"], list)
-
-
-@source("preference", "chosen rejected score_chosen score_rejected", shape=_is_dialogs, has_lists=True)
+@source(
+    "preference",
+    "chosen rejected score_chosen score_rejected",
+    shape=lambda row: isinstance(row["chosen"], list) and isinstance(row["rejected"], list),
+    has_lists=True,
+)
 def ultrafeedback_binarized(row: RawRow) -> Iterator[RawRecord]:
     record = pair_of_dialogs(row.messages("chosen"), row.messages("rejected"))
     better, worse = row.number("score_chosen"), row.number("score_rejected")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from evaluation.results import PolicyResult
-from llamachat.answers.consistency import CHECKED, Outcome, Trial, rates
+from llamachat.answers.consistency import CHECKED, Trial, rates
 from llamachat.answers.evaluation import like_length_pairs
 from llamachat.answers.refusals import RefusalClassifier
 from llamachat.maths.intervals import bootstrap_interval, distinct_pairs, mean, paired_bootstrap, wilson
@@ -41,19 +41,6 @@ def figures_of(
     tie: float,
 ) -> dict[str, Measure]:
     """All figures of a policy by name; those against the reference are left out for the reference itself."""
-    figures = _means(one) | _refusals(one, classifier)
-    if one.evaluation.safety is not None and any(one.is_safety):
-        scores = [score for score, counts in zip(one.evaluation.safety, one.is_safety, strict=True) if counts]
-        figures["violation"] = share([score < SAFE for score in scores])
-    for name, outcome in (("consistency", one.instructed), ("chance", one.chance)):
-        figures |= _consistency(name, outcome, trials)
-    if one.policy != reference.policy:
-        figures |= _differences(one, reference)
-        figures |= _win_rates(one, reference, tie=tie)
-    return figures
-
-
-def _means(one: PolicyResult) -> dict[str, Measure]:
     evaluation = one.evaluation
     figures = {name: _mean(values) for name, values in evaluation.scores().items()}
     figures["response_tokens"] = _mean([float(count) for count in evaluation.tokens])
@@ -61,24 +48,22 @@ def _means(one: PolicyResult) -> dict[str, Measure]:
     figures["distinct_2"] = Measure(distinct_pairs(evaluation.texts), None, None, len(evaluation.texts))
     if evaluation.kl is not None:
         figures["kl_to_reference"] = _mean(evaluation.kl)
+    if classifier is not None:
+        adversarial = [text for text, is_safety in zip(evaluation.texts, one.is_safety, strict=True) if is_safety]
+        for name, texts in (("refusal", adversarial), ("false_refusal", one.borderline)):
+            if texts:
+                figures[name] = share(classifier.are_refusals(texts))
+    if evaluation.safety is not None and any(one.is_safety):
+        scores = [score for score, counts in zip(evaluation.safety, one.is_safety, strict=True) if counts]
+        figures["violation"] = share([score < SAFE for score in scores])
+    for name, outcome in (("consistency", one.instructed), ("chance", one.chance)):
+        by_turn = rates(outcome, trials, kind=CHECKED) if outcome is not None else {}
+        for turn, rate in by_turn.items():
+            figures[f"{name}/turn_{turn}"] = Measure(rate.value, rate.low, rate.high, rate.trials)
+    if one.policy != reference.policy:
+        figures |= _differences(one, reference)
+        figures |= _win_rates(one, reference, tie=tie)
     return figures
-
-
-def _refusals(one: PolicyResult, classifier: RefusalClassifier | None) -> dict[str, Measure]:
-    if classifier is None:
-        return {}
-    adversarial = [text for text, is_safety in zip(one.evaluation.texts, one.is_safety, strict=True) if is_safety]
-    answers = {"refusal": adversarial, "false_refusal": one.borderline}
-    return {name: share(classifier.are_refusals(texts)) for name, texts in answers.items() if texts}
-
-
-def _consistency(name: str, outcome: Outcome | None, trials: Sequence[Trial]) -> dict[str, Measure]:
-    if outcome is None:
-        return {}
-    by_turn = rates(outcome, trials, kind=CHECKED)
-    return {
-        f"{name}/turn_{turn}": Measure(rate.value, rate.low, rate.high, rate.trials) for turn, rate in by_turn.items()
-    }
 
 
 def _differences(one: PolicyResult, reference: PolicyResult) -> dict[str, Measure]:

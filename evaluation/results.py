@@ -61,7 +61,7 @@ class RunEvaluation:
     def results(self) -> tuple[list[PolicyResult], list[Trial]]:
         """Every policy in the order of the run, and the trials with an instruction."""
         policies, has = self._policies, self._cache.has
-        log.info("%d policies on the same prompts: %s", len(policies), ", ".join(map(_name, policies)))
+        log.info("%d policies on the same prompts: %s", len(policies), ", ".join(one.manifest.step for one in policies))
         done = sum(has(self._place(policy, part)) for policy in policies for part in ("answers", "kl"))
         constants: Constants | None = None
         results: list[dict[str, Any]] = []
@@ -74,7 +74,7 @@ class RunEvaluation:
                 if is_new:
                     done += 1
                     score = Evaluation(**values["evaluation"]).score
-                    progress.step(done, f"{_name(policy)}: combined {score:+.3f}")
+                    progress.step(done, f"{policy.manifest.step}: combined {score:+.3f}")
             self._add_kl(results, progress, done)
         return [_result(policy, values) for policy, values in zip(policies, results, strict=True)], self.trials
 
@@ -165,7 +165,7 @@ class RunEvaluation:
         return measure_curve(
             session,
             session.prompts.test[: self._config.curve_prompts],
-            policy=_name(policy),
+            policy=policy.manifest.step,
             temperature=temperature,
             samples=self._config.curve_samples,
             constants=constants,
@@ -190,7 +190,7 @@ class RunEvaluation:
                 values["evaluation"]["kl"] = self._cache.get_or_make(place, lambda of=values: make(of))
             if is_new:
                 done += 1
-                progress.step(done, f"{_name(policy)}: KL to {_name(self.reference)}")
+                progress.step(done, f"{policy.manifest.step}: KL to {self.reference.manifest.step}")
 
     def _logprobs(self, session: AnswerSession, sequences: Sequence[TokenSequence]) -> list[float]:
         temperature = self._inputs.rollout.temperature
@@ -205,13 +205,13 @@ class RunEvaluation:
         identity = dict(self._inputs.identity)
         models = {name: digest for name, digest in identity.pop("inputs").items() if name.startswith("reward_model")}
         made_of = {**identity, "models": models, "policy": policy.digest, "reference": self.reference.digest}
-        return f"{_name(policy)}-{fingerprint(made_of)[:12]}-{part}"
+        return f"{policy.manifest.step}-{fingerprint(made_of)[:12]}-{part}"
 
 
 def _result(policy: Artifact, values: dict[str, Any]) -> PolicyResult:
     borderline = values["borderline"]
     return PolicyResult(
-        policy=_name(policy),
+        policy=policy.manifest.step,
         evaluation=Evaluation(**values["evaluation"]),
         is_safety=values["is_safety"],
         prompts=values["prompts"],
@@ -223,7 +223,3 @@ def _result(policy: Artifact, values: dict[str, Any]) -> PolicyResult:
         chance=None if values["chance"] is None else Outcome.from_plain(values["chance"]),
         curves=[Curve(**curve) for curve in values["curves"]],
     )
-
-
-def _name(policy: Artifact) -> str:
-    return policy.manifest.step

@@ -88,15 +88,13 @@ class Facts:
             with suppress(ArtifactError):
                 step = read_step(run, place.parents[1].name)
                 evaluation = step.evaluation
-                if evaluation and policy in evaluation.figures and self._is_read_by(step.identity):
+                inputs = step.identity.get("inputs", {})
+                digests = [digest for role, digest in inputs.items() if "policy" in role or "policies" in role]
+                # The evaluated policy of this name had these weights: the step may have been run again since.
+                is_same = not digests or self.artifact.digest in digests
+                if evaluation and policy in evaluation.figures and is_same:
                     return {name: one for name, one in evaluation.figures[policy].items() if one is not None}
         return {}
-
-    def _is_read_by(self, identity: Mapping[str, Any]) -> bool:
-        """Whether the evaluated policy of this name had these weights: the step may have been run again since."""
-        inputs = identity.get("inputs", {})
-        digests = [digest for role, digest in inputs.items() if "policy" in role or "policies" in role]
-        return not digests or self.artifact.digest in digests
 
 
 def model_card(facts: Facts) -> str:

@@ -84,10 +84,12 @@ def sources(steps: Sequence[Artifact], kinds: Sequence[str]) -> list[Source]:
     found = []
     for artifact in steps:
         data = artifact.manifest.identity.get("data", {})
-        recipe = _recipe_data(artifact)
+        recipe: Any = None
+        with suppress(ArtifactError):  # nothing where the recipe is not around the artifact any more
+            recipe = step_of(artifact).recipe.get("data")
         for kind in [kind for kind in _KINDS if kind in data] or kinds:
             digests = [entry.get("path", "") for entry in data.get(kind, ())]
-            for place, entry in enumerate(recipe.get(kind) or ()):
+            for place, entry in enumerate((recipe.get(kind) if isinstance(recipe, dict) else None) or ()):
                 found.append(_source(kind, entry, digests[place] if place < len(digests) else ""))
     return list(dict.fromkeys(found))
 
@@ -113,14 +115,6 @@ def _before(artifact: Artifact) -> Artifact | None:
         if found.digest == digest and found.path.resolve() != artifact.path.resolve():
             return found
     return None
-
-
-def _recipe_data(artifact: Artifact) -> Mapping[str, Any]:
-    """The data of the step's recipe; nothing where that is not around the artifact any more."""
-    with suppress(ArtifactError):
-        data = step_of(artifact).recipe.get("data")
-        return data if isinstance(data, dict) else {}
-    return {}
 
 
 def _source(kind: str, entry: Mapping[str, Any], digest: str) -> Source:

@@ -10,7 +10,7 @@ from evaluation.report.facts import Facts
 from evaluation.report.page import ABSENT, Block, Gallery, Picture, Section, Table, Text, number, row
 from llamachat.memory.estimates import shape_of
 from llamachat.tables import duration
-from llamachat.tracking.curves import Series, panels_of, read_series
+from llamachat.tracking.curves import panels_of, read_series
 
 _LEFT_OUT_OF_CURVES = ("progress", "trained tokens", "training time", "time", "memory", "")
 _SHORT_COMMIT = 12
@@ -27,7 +27,12 @@ def curves(facts: Facts, figures: Path) -> Section | None:
             if title.rpartition(": ")[2] in _LEFT_OUT_OF_CURVES or not is_curve:
                 continue
             name = re.sub(r"[^a-z0-9]+", "_", f"{step.name} {title}".lower()).strip("_")
-            told = [_course(one) for one in group]
+            told = []
+            for one in group:
+                first, last = f"{one.values[0]:.3g}", f"{one.values[-1]:.3g}"
+                told.append(
+                    f"{one.name} is {first}" if len(one.values) == 1 else f"{one.name} goes from {first} to {last}"
+                )
             path = figures / "curves" / f"{name}.png"
             training_curve(path, group)
             pictures.append(Picture(path, f"{step.name}, {title}: {'; '.join(told)}.", title))
@@ -137,11 +142,6 @@ def _source(source: Any) -> str:
     weight, limit = source.get("weight", 1.0), source.get("limit")
     more = [*([f"weight {weight:g}"] if weight != 1.0 else []), *([f"first {limit}"] if limit else [])]
     return f"{source.get('path')} ({', '.join(more)})" if more else str(source.get("path"))
-
-
-def _course(series: Series) -> str:
-    first, last = f"{series.values[0]:.3g}", f"{series.values[-1]:.3g}"
-    return f"{series.name} is {first}" if len(series.values) == 1 else f"{series.name} goes from {first} to {last}"
 
 
 # A value that the paper states: command, section and key of ours, what it is, the paper's, or several of which any is

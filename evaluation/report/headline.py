@@ -6,6 +6,7 @@ reference is named in as plain words as one that does.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from evaluation.report.facts import Facts
 from evaluation.report.page import (
@@ -47,9 +48,6 @@ class Metric:
     digits: int = 2
     at_least: float | None = None  # below it nothing is called best: a win rate under a half is a loss
 
-    def in_words(self, value: float) -> str:
-        return percent(value) if self.is_share else number(value, digits=self.digits)
-
 
 def metrics_of(evaluation: Evaluation) -> list[Metric]:
     """The lines of the headline table, those that nothing was measured of left out."""
@@ -87,7 +85,8 @@ def headline_table(evaluation: Evaluation) -> Table:
     for metric in metrics_of(evaluation):
         measures = [evaluation.measure(policy, metric.key) for policy in evaluation.policies]
         best = _best(metric, measures)
-        cells = [measure_cell(one, metric.in_words, is_best=one is not None and one.value == best) for one in measures]
+        form = percent if metric.is_share else partial(number, digits=metric.digits)
+        cells = [measure_cell(one, form, is_best=one is not None and one.value == best) for one in measures]
         rows.append([Cell(metric.label), *cells])
     return Table(
         "All policies on held-out prompts, with 95% intervals",

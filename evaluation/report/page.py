@@ -4,8 +4,8 @@ All texts are plain: what stands between backticks is shown as code, everything 
 written. Numbers reach a page through `number`, `signed` and `percent`, so that both forms round alike.
 """
 
-import base64
 import re
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,7 +198,10 @@ def _environment(*, is_escaped: bool) -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=not is_escaped,
     )
-    environment.filters |= {"data_uri": _data_uri, "fenced": _fenced, "plain": _plain}
+    environment.filters |= {"fenced": _fenced, "plain": _plain}
+    environment.filters["data_uri"] = lambda path: (
+        f"data:image/png;base64,{b64encode(path.read_bytes()).decode('ascii')}"
+    )
     environment.filters["coded"] = lambda text: Markup(_CODE.sub(r"<code>\1</code>", str(escape(text))))
     return environment
 
@@ -211,7 +214,3 @@ def _fenced(text: str) -> str:
 def _plain(text: str) -> str:
     """Text of ours or of the run, one line, without a tag that Markdown would pass on."""
     return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())
-
-
-def _data_uri(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

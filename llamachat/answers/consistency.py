@@ -90,33 +90,13 @@ def run_trials(
     has_instruction: bool,
     temperature: float | None = None,
 ) -> Outcome:
-    """Answer all trials up to the last of `turns`, with the instruction in the first turn or without any."""
-    inputs = session.inputs
-    return answer_trials(
-        session.engine,
-        session.chat_format,
-        trials,
-        turns=turns,
-        samplings=[session.sampling(_EVALUATION_SEED + turn, temperature=temperature) for turn in range(max(turns))],
-        max_tokens=inputs.base.max_tokens - inputs.rollout.max_new_tokens - 1,
-        has_instruction=has_instruction,
-    )
-
-
-def answer_trials(
-    engine: RolloutEngine,
-    chat_format: ChatFormat,
-    trials: Sequence[Trial],
-    *,
-    turns: Sequence[int],
-    samplings: Sequence[Sampling],
-    max_tokens: int,
-    has_instruction: bool,
-) -> Outcome:
-    """Answer all trials turn by turn; `samplings` has an entry for each turn up to the last that is measured.
+    """Answer all trials turn by turn up to the last of `turns`, with the instruction in the first turn or without any.
 
     A recall question replaces the user's turn; the dialog continues without it.
     """
+    engine, chat_format, inputs = session.engine, session.chat_format, session.inputs
+    samplings = [session.sampling(_EVALUATION_SEED + turn, temperature=temperature) for turn in range(max(turns))]
+    max_tokens = inputs.base.max_tokens - inputs.rollout.max_new_tokens - 1
     dialogs = [[Message("system", trial.instruction.text)] if has_instruction else [] for trial in trials]
     kept: dict[int, list[bool | None]] = {}
     answers: dict[int, list[str]] = {}

@@ -287,7 +287,12 @@ def read_run(run: Path) -> dict[str, RunStep]:
             " Name one that a step was run in (run.dir of its recipe)."
         )
     for step in steps:
-        _check_name(run, step)
+        named = step.identity.get("step", step.name)
+        if named != step.name:  # what lies one folder deeper than it should is a run among others
+            raise UsageError(
+                f"{run}: is no run folder, since '{step.name}' holds the step '{named}'. A run folder holds '{named}'"
+                f" itself. Name one run, such as {step.folder.path.as_posix().removesuffix(f'/{named}')}."
+            )
     order = sorted(
         steps, key=lambda step: (not step.manifest, step.manifest.created if step.manifest else "", step.name)
     )
@@ -338,13 +343,3 @@ def _read(path: Path, form: TypeAdapter[Any]) -> Any:
         f"{path}: cannot be understood ({reason}). It says what a step was made with or what came out, as the step wrote"
         " it. Copy it whole from where it came from, or make the step again with `--overwrite`."
     )
-
-
-def _check_name(run: Path, step: RunStep) -> None:
-    """What lies one folder deeper than it should is a run among others."""
-    said = step.identity.get("step", step.name)
-    if said != step.name:
-        raise UsageError(
-            f"{run}: is no run folder, since '{step.name}' holds the step '{said}'. A run folder holds '{said}' itself."
-            f" Name one run, such as {step.folder.path.as_posix().removesuffix(f'/{said}')}."
-        )

@@ -178,7 +178,9 @@ def _step(step: SharedStep, is_whole: bool) -> list[_Block]:
     blocks: list[_Block] = [
         f"Not finished in {name}." for name, is_finished in zip("AB", step.is_finished, strict=True) if not is_finished
     ]
-    shown = [one for one in step.figures if is_whole or not _is_detail(one.name)]
+    rows_of = {one.name: find_metric(one.name) for one in step.figures}
+    details = {name for name, row in rows_of.items() if row is not None and any(part in row.name for part in _DETAILS)}
+    shown = [one for one in step.figures if is_whole or one.name not in details]
     remarks = list(dict.fromkeys(one.remark for one in shown if one.remark))
     if shown:
         rows = [_row(one, is_whole, f" ({remarks.index(one.remark) + 1})" if one.remark else "") for one in shown]
@@ -191,11 +193,6 @@ def _step(step: SharedStep, is_whole: bool) -> list[_Block]:
     if step.picture:
         blocks.append(f"![curves of {step.name}]({step.picture})" if is_whole else f"curves: {step.picture}")
     return blocks
-
-
-def _is_detail(name: str) -> bool:
-    row = find_metric(name)
-    return row is not None and any(part in row.name for part in _DETAILS)
 
 
 def _row(one: Compared, is_whole: bool, mark: str) -> tuple[str, ...]:

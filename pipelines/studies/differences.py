@@ -167,7 +167,9 @@ def compared_figures(a: RunStep, b: RunStep, *, scale_is_equal: bool) -> list[Co
     `scale_is_equal` says whether both have the same `first_policy`.
     """
     ours, theirs = _figures(a), _figures(b)
-    other_models = _other_models(a, b)
+    inputs = [step.identity.get("inputs", {}) for step in (a, b)]
+    roles = {role for read in inputs for role in read if role.startswith("reward_model/")}
+    other_models = {role.partition("/")[2] for role in roles if inputs[0].get(role) != inputs[1].get(role)}
     paired = dict(_paired(a, b))
     compared = []
     for name in sorted(ours.keys() & theirs.keys(), key=_place):
@@ -217,12 +219,6 @@ def _why_not(name: str, other_models: set[str], scale_is_equal: bool) -> str:
     if others:
         return f"scored by another {' and '.join(others)} model in each"
     return "each on the scale of its own first policy" if _ON_SCALE.search(name) and not scale_is_equal else ""
-
-
-def _other_models(a: RunStep, b: RunStep) -> set[str]:
-    inputs = [step.identity.get("inputs", {}) for step in (a, b)]
-    roles = {role for read in inputs for role in read if role.startswith("reward_model/")}
-    return {role.partition("/")[2] for role in roles if inputs[0].get(role) != inputs[1].get(role)}
 
 
 def _paired(a: RunStep, b: RunStep) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import figures as figures_module
 from evaluation.figures import figures_of, figures_table, flat, outcomes
 from evaluation.results import PolicyResult
 from llamachat.answers.consistency import Outcome, Trial
@@ -156,11 +155,11 @@ def test_figures_are_those_that_a_hand_works_out() -> None:
     assert "67%" in table and "false refusals" in table
 
 
-def test_the_judges_bound_is_a_bootstraps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_judges_bound_is_a_bootstraps() -> None:
     """The interval of a difference is paired: equal gaps have none, whatever the spread of the scores."""
     low = evaluation([0.0, 10.0, -5.0, 3.0], [0.0] * 4, [1] * 4)
     high = evaluation([1.0, 11.0, -4.0, 4.0], [0.0] * 4, [1] * 4)
-    found = figures_module.figures_of(measured("b", high, []), measured("a", low, []), [], classifier=None, tie=0.0)
+    found = figures_of(measured("b", high, []), measured("a", low, []), [], classifier=None, tie=0.0)
     gap = found["difference/judge"]
     assert (gap.value, gap.low, gap.high) == (1.0, 1.0, 1.0)
 

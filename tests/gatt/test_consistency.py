@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 from math import sqrt
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from gatt.attention import binned, strongest_attention, to_instruction
 from gatt.figures import consistency_figures, consistency_table
 from gatt.session import GattSession, open_gatt
 from gatt.train import dialog_step, make_dialogs
-from llamachat.answers.consistency import Outcome, Trial, answer_trials, differences, rates
+from llamachat.answers.consistency import Outcome, Trial, differences, rates, run_trials
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Message
 from llamachat.constraints.instruction import Instruction, constrain
@@ -48,12 +49,20 @@ TRIALS = [trial("no_questions"), trial("quoted"), trial("hobby", "chess")]
 
 
 def measured(
-    chat_format: ChatFormat, trials: list[Trial], script: list[list[str]], turns: tuple[int, ...], **changes: Any
+    chat_format: ChatFormat,
+    trials: list[Trial],
+    script: list[list[str]],
+    turns: tuple[int, ...],
+    *,
+    max_tokens: int = 1000,
+    has_instruction: bool = True,
 ) -> tuple[Outcome, ScriptedEngine]:
     engine = ScriptedEngine(chat_format, [[[answer] for answer in call] for call in script])
-    settings: dict[str, Any] = {"max_tokens": 1000, "has_instruction": True} | changes
-    samplings = [sampling(turn) for turn in range(max(turns))]
-    outcome = answer_trials(engine, chat_format, trials, turns=turns, samplings=samplings, **settings)
+    sizes = {"base": SimpleNamespace(max_tokens=max_tokens + 1), "rollout": SimpleNamespace(max_new_tokens=0)}
+    session: Any = SimpleNamespace(
+        engine=engine, chat_format=chat_format, inputs=SimpleNamespace(**sizes), sampling=lambda at, **_: sampling(at)
+    )
+    outcome = run_trials(session, trials, turns=turns, has_instruction=has_instruction)
     assert len(engine.prompts) == len(script)
     return outcome, engine
 

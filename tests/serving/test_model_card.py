@@ -24,10 +24,6 @@ from tests.tiny_llama import publish_policy, tiny_llama
 BUNDLED = Path(__file__).resolve().parents[2] / "data"
 
 
-def code_of(card: str) -> str:
-    return card.split("```python\n")[1].split("```")[0]
-
-
 def change_manifest(artifact: Artifact, **changes: Any) -> Artifact:
     write_json(artifact.path / "manifest.json", {**artifact.manifest.model_dump(mode="json"), **changes})
     return read_artifact(artifact.path)
@@ -48,7 +44,7 @@ def test_the_cards_own_lines_load_the_model_and_ask_it(
     export_policy(Request(artifact, out, format=form))
     monkeypatch.chdir(out)
     names: dict[str, Any] = {}
-    exec(code_of((out / "README.md").read_text()), names)
+    exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
     assert names["messages"] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello, who are you?"},

@@ -13,7 +13,6 @@ from evaluation.report import step
 from evaluation.report.config import Config
 from evaluation.report.headline import verdict
 from evaluation.report.page import number, signed
-from llamachat.errors import ArtifactError
 from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.reader import Evaluation
 from tests.evaluation.report.tiny_report import HOSTILE, TinyRun, measure, write
@@ -105,23 +104,6 @@ def test_samples_and_curves_can_be_left_out(tmp_path: Path) -> None:
     assert not (folder.figures / "curves").exists()
     few = text_of(run, samples=2, shows_curves=False)
     assert re.findall(r"<summary>(\w+):", few) == ["helpfulness", "safety"], "kinds of prompts in turn"
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "words"),
-    [
-        ("eval/artifact/evaluation.json", {"figures": {"sft": {}}}, r"the file: .*figures has nothing on rs, ppo"),
-        ("eval/artifact/evaluation.json", {"policies": "sft"}, r"policies: Input should be a valid array"),
-        ("eval/artifact/evaluation.json", {"curves": [{"policy": "sft"}]}, r"curves\.0\.temperature: Field required"),
-        ("sft/cost.json", {"seconds": "long"}, r"seconds: Input should be a valid number"),
-    ],
-)
-def test_a_file_of_another_form_is_named(tmp_path: Path, file: str, change: dict[str, Any], words: str) -> None:
-    run = TinyRun(tmp_path / "tiny").add("sft", "eval")
-    path = run.folder / file
-    write(path, {**(json.loads(path.read_text()) if path.is_file() else {}), **change})
-    with pytest.raises(ArtifactError, match=rf"{file}: cannot be understood \({words}.* step again with `--overwrite`"):
-        run.report()
 
 
 def test_wandb_gets_the_pictures_and_no_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

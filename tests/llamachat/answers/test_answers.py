@@ -1,9 +1,7 @@
 """Groups of answers, the batches they come in, and the cache that keeps them: what can win, in which order, and kills."""
 
-import errno
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +19,6 @@ from llamachat.answers.scorer import Scored, Scorer
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Message
 from llamachat.data.prompts import EncodedPrompt
-from llamachat.runs import atomic
-from llamachat.runs.atomic import StorageError
 from llamachat.scoring.combining import llama2_gate
 from llamachat.scoring.scores import Combined, Scores
 from llamachat.scoring.standardising import Constants, Scale
@@ -174,25 +170,6 @@ def test_killed_at_any_file_operation_a_value_is_there_whole_or_not(tmp_path: Pa
         assert StepCache(folder).get_or_make("one", lambda: values) == values
         operation += 1
     assert not whole[0] and whole[-1] and operation > 4
-
-
-def test_what_a_kill_left_beside_is_not_taken_for_the_value(tmp_path: Path) -> None:
-    (tmp_path / f"{atomic.INCOMING}1-one.json").write_text('{"torn')
-    cache = StepCache(tmp_path)
-    assert not cache.has("one") and cache.get_or_make("one", lambda: 7) == 7
-
-
-def test_a_full_disk_is_told_and_leaves_no_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    cache = StepCache(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(StorageError, match=r"one\.json: No space left on device\. .* give the same command again"):
-            cache.get_or_make("one", lambda: [1])
-    assert not cache.has("one")
-    assert cache.get_or_make("one", lambda: [2]) == [2]
 
 
 def test_a_number_that_is_none_is_our_bug_and_is_not_written(tmp_path: Path) -> None:

@@ -26,18 +26,6 @@ def test_both_are_the_mean_over_all_subsets(values: list[float]) -> None:
         assert middle[n - 1] == pytest.approx(fmean(map(median, subsets)))
 
 
-@given(VALUES)
-def test_the_best_never_falls_with_n_and_ends_at_the_best_of_all(values: list[float]) -> None:
-    best = expected_best(row(sorted(values)))[0]
-    assert (np.diff(best) >= -1e-12).all()
-    assert best[0] == pytest.approx(fmean(values)) and best[-1] == max(values)
-    assert expected_median(row(values))[0, -1] == pytest.approx(median(values))
-
-
-def test_one_answer_is_its_own_best_and_median() -> None:
-    assert expected_best(row([2.5])).tolist() == expected_median(row([2.5])).tolist() == [[2.5]]
-
-
 def test_the_best_ranked_counts_also_where_its_value_is_not_the_highest() -> None:
     # Worst ranked first: of two of these three the best ranked is 5 (once) or 1 (twice), as the gate would have it.
     assert expected_best(row([9.0, 5.0, 1.0]))[0] == pytest.approx([5.0, (5.0 + 1.0 + 1.0) / 3, 1.0])

@@ -82,11 +82,7 @@ def test_accuracy_is_that_on_prompts_that_were_not_seen() -> None:
     ],
 )
 def test_plain_cases(classifier: RefusalClassifier, text: str, is_refusal: bool) -> None:
-    assert classifier.are_refusals([text]) == [is_refusal]
-
-
-def test_nothing_is_asked_of_no_answers(classifier: RefusalClassifier) -> None:
-    assert classifier.are_refusals([]) == []
+    assert classifier.are_refusals([text]) == [is_refusal] and classifier.are_refusals([]) == []
 
 
 @pytest.mark.parametrize("name", ["chat", "questions", "role_play"])

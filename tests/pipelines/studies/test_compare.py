@@ -55,6 +55,10 @@ def answers_of(scores: list[float]) -> dict[str, Any]:
     return {"texts": ["a"] * many, "tokens": [3] * many, "finished": [True] * many, "kl": None, **lists}
 
 
+def evaluated(**changes: Any) -> str:
+    return json.dumps({"reference": "a", "policies": [], "figures": {"a": {}}} | changes)
+
+
 def figure(found: Comparison, name: str) -> Compared:
     return next(one for step in found.steps for one in step.figures if one.name == name)
 
@@ -251,6 +255,13 @@ def test_what_is_no_run_is_refused_in_words(tmp_path: Path) -> None:
         ("config.yaml", "a: [", "while parsing"),
         ("config.yaml", "7", "the file: Input should be a valid dictionary"),
         ("artifact/evaluation.json", "{", "the file: Invalid JSON"),
+        (
+            "artifact/evaluation.json",
+            evaluated(policies=["rs", "a"]),
+            "the file: Value error, figures has nothing on rs",
+        ),
+        ("artifact/evaluation.json", evaluated(policies="a"), "policies: Input should be a valid array"),
+        ("artifact/evaluation.json", evaluated(curves=[{"policy": "a"}]), "curves.0.temperature: Field required"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, file: str, text: str, expected: str) -> None:

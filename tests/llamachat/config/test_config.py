@@ -75,13 +75,6 @@ def test_yaml_values_read_as_people_mean_them() -> None:
     assert {text: parse_value(text) for text in cases} == cases
 
 
-def test_a_whole_number_is_a_number_but_text_is_not(recipe: Path) -> None:
-    assert load(recipe, ["sft.learning_rate=1"]).sft.learning_rate == 1.0
-    assert "sft.learning_rate: found the text '1', but a number is required" in report(
-        recipe, ["sft.learning_rate='1'"]
-    )
-
-
 def test_the_resolved_recipe_loads_to_the_same(recipe: Path, tmp_path: Path) -> None:
     overrides = ["tracking.mode=off", "sft.learning_rate=2e-4", "tuning.targets=[q_proj]", "base.system='no: [tags]'"]
     loaded = load(recipe, overrides)
@@ -90,27 +83,15 @@ def test_the_resolved_recipe_loads_to_the_same(recipe: Path, tmp_path: Path) -> 
     assert loaded.tracking.mode == "off" and loaded.tuning.targets == ("q_proj",)
 
 
-def test_extends_merges_mappings_and_replaces_lists(recipe: Path, tmp_path: Path) -> None:
-    values = {"extends": "../r.yaml", "sft": {"epochs": 5}, "tuning": {"targets": ["q_proj"]}}
-    child = write_yaml(tmp_path / "below" / "child.yaml", values)
-    write_yaml(recipe, {**recipe_values(tmp_path), "sft": {"epochs": 3, "learning_rate": 0.5}})
-    loaded = load(child, ["sft.rows_per_microbatch=2"])
-    assert (loaded.sft.epochs, loaded.sft.learning_rate, loaded.sft.rows_per_microbatch) == (5, 0.5, 2)
-    assert loaded.tuning.targets == ("q_proj",) and len(loaded.data.sft) == 1
-
-
-def test_extends_chains_and_the_nearest_file_wins(recipe: Path, tmp_path: Path) -> None:
+def test_extends_merges_mappings_replaces_lists_and_the_nearest_file_wins(recipe: Path, tmp_path: Path) -> None:
     write_yaml(
         recipe, {**recipe_values(tmp_path), "sft": {"epochs": 3, "learning_rate": 0.5, "rows_per_microbatch": 4}}
     )
     write_yaml(tmp_path / "b" / "b.yaml", {"extends": "../r.yaml", "sft": {"epochs": 4, "learning_rate": 0.25}})
-    child = write_yaml(tmp_path / "c.yaml", {"extends": "b/b.yaml", "sft": {"epochs": 5}})
-    loaded = load(child)
+    values = {"extends": "b/b.yaml", "sft": {"epochs": 5}, "tuning": {"targets": ["q_proj"]}}
+    loaded = load(write_yaml(tmp_path / "c.yaml", values))
     assert (loaded.sft.epochs, loaded.sft.learning_rate, loaded.sft.rows_per_microbatch) == (5, 0.25, 4)
-    write_yaml(tmp_path / "b" / "b.yaml", {"extends": "../r.yaml", "sft": {"epochs": 4, "learning_rate": -1}})
-    assert f"{tmp_path}/b/b.yaml: sft.learning_rate: found the number -1" in report(child).replace(
-        f"{tmp_path}/c.yaml: ", ""
-    )
+    assert loaded.tuning.targets == ("q_proj",) and len(loaded.data.sft) == 1
 
 
 def test_files_that_extend_each_other_in_a_circle_are_named(tmp_path: Path) -> None:
@@ -123,6 +104,7 @@ def test_files_that_extend_each_other_in_a_circle_are_named(tmp_path: Path) -> N
 
 
 def test_overrides_reach_list_items_and_new_keys(recipe: Path) -> None:
+    assert load(recipe, ["sft.learning_rate=1"]).sft.learning_rate == 1.0
     loaded = load(recipe, ["data.sft.0.limit=5", "data.split.test=0.1", "base.rope_scaling={type: linear, factor: 2}"])
     assert loaded.data.sft[0].limit == 5 and loaded.data.split.test == 0.1
     assert loaded.base.rope_scaling is not None and loaded.base.rope_scaling.factor == 2.0
@@ -164,6 +146,7 @@ REFUSED = [
     ("sft.epochs=1.5", "sft.epochs: found the number 1.5, but a whole number is required"),
     ("sft.epochs=true", "sft.epochs: found true, but a whole number is required"),
     ("sft.learning_rate=0", "sft.learning_rate: found the number 0, but a number above 0 is required"),
+    ("sft.learning_rate='1'", "sft.learning_rate: found the text '1', but a number is required"),
     ("sft.learning_rate=", "sft.learning_rate: found nothing (null), but a number is required"),
     ("sft.learning_rate=1e999", "sft.learning_rate: found the number inf, but a finite number is required"),
     ("sft.rows_per_microbatch=3", "found the number 3, but a multiple of 2 is required"),

@@ -390,12 +390,6 @@ def test_every_record_is_kept_repaired_or_named_and_counted(lines: list[str], ki
     assert (rewritten, again.untouched, again.times, again.problems) == (written, len(written), {}, [])
 
 
-def test_records_that_say_the_same_are_written_once(bench: Bench):
-    lines = [prompt([user("a")]), prompt([user("a")], is_safety=False), prompt([user("a")], is_safety=True)]
-    report, written = bench.convert("\n".join(lines))
-    assert (written, report.repeated) == ([json.loads(lines[0]), json.loads(lines[2])], 1)
-
-
 def test_a_misspelt_question_beside_an_answer(bench: Bench):
     assert bench.convert('{"prompts": "a", "answer": "b"}')[1] == [AB]
 
@@ -435,11 +429,8 @@ def test_items_of_an_array_that_are_no_records_are_named(indent: int | None, ben
     report, written = bench.convert(json.dumps(values, indent=indent), name="in.json")
     assert written == [values[1], values[5]]
     assert [found.line for found in report.problems] == [1, 3, 4, 5, 7]
-
-
-def test_an_array_of_turns_is_one_dialog(bench: Bench):
-    _, written = bench.convert(json.dumps(turns("a", "b"), indent=1), name="in.json")
-    assert written == [AB]
+    _, written = bench.convert(json.dumps(turns("a", "b"), indent=indent), name="in.json")
+    assert written == [AB], "an array of turns is one dialog"
 
 
 def test_repeats_are_dropped(bench: Bench):
@@ -448,6 +439,9 @@ def test_repeats_are_dropped(bench: Bench):
     assert written == [json.loads(GOOD), AB]
     assert (report.written, report.untouched, report.repeated) == (2, 2, 2)
     assert "  repeats a record before it        2" in report.text()
+    lines = [prompt([user("a")]), prompt([user("a")], is_safety=False), prompt([user("a")], is_safety=True)]
+    report, written = bench.convert("\n".join(lines))
+    assert (written, report.repeated) == ([json.loads(lines[0]), json.loads(lines[2])], 1)
 
 
 def test_equal_files_give_equal_bytes(bench: Bench):

@@ -73,6 +73,7 @@ def test_damaged_and_empty_parquet(tmp_path: Path):
         ("a.jsonl", gzip.compress(LINES, mtime=0), "is gzip", "Rename it to a.jsonl.gz"),
         ("a.jsonl.gz", LINES, "is text, but its name says gzip", "Rename it to a.jsonl"),
         ("a.parquet", LINES, "is text, but its name says parquet", "Rename it to a.jsonl"),
+        ("a.jsonl", b"PAR1 and more", "is parquet", "Rename it to a.parquet"),
         ("a.jsonl", LINES.decode().encode("utf-16"), "UTF-16", "UTF-8"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfdabc", "is zstd", "Unpack it"),
         ("a.csv", b"prompt,answer\nhi,hello\n", "is a table (CSV)", "read_csv"),
@@ -93,13 +94,6 @@ def test_a_file_that_is_something_else(name: str, content: bytes, reason: str, m
     found = whole_problem(write(tmp_path / name, content))
     assert reason in found.reason
     assert mend in found.fix
-
-
-def test_parquet_under_the_name_of_lines(tmp_path: Path):
-    content = parquet([{"a": 1}], tmp_path / "a.parquet")
-    found = whole_problem(write(tmp_path / "b.jsonl", content))
-    assert "is parquet" in found.reason
-    assert "Rename it to b.parquet" in found.fix
 
 
 @pytest.mark.parametrize("first", [b"[1, 2]", b'["a', b"a, b, c", b"{", b"[]"])

@@ -141,16 +141,22 @@ def test_columns_system_and_limit(tmp_path: Path):
     assert prompt == Prompt(messages=(Message("system", "S"), Message("user", "Hi")), is_safety=True, id="p-1")
 
 
-def test_a_column_that_no_row_has_is_refused(tmp_path: Path):
-    path = write(tmp_path / "a.jsonl", [PAIR])
-    with pytest.raises(DataError, match="has no column 'grade' in any row"):
-        read_records(source(path, columns={"rating": "grade"}), Preference)
-
-
-def test_system_text_of_the_source_is_checked(tmp_path: Path, tiny_format: ChatFormat):
+@pytest.mark.parametrize(
+    ("record", "more", "reason"),
+    [
+        (Dialog, {"columns": {"is_safe": "grade"}}, "has no column 'grade' in any row"),
+        (Dialog, {"system": "[INST]"}, r"'system' holds '\[INST\]'"),
+        (Dialog, {"format": "alpacca"}, r"unknown format 'alpacca'.*Did you mean 'alpaca'"),
+        (Preference, {"format": "alpaca"}, r"gives dialogs, but preferences are read here.*hh_rlhf"),
+    ],
+)
+def test_what_a_source_says_of_its_file_is_checked(
+    record: Any, more: dict[str, Any], reason: str, tmp_path: Path, tiny_format: ChatFormat
+):
     path = write(tmp_path / "a.jsonl", [DIALOG])
-    with pytest.raises(DataError, match=r"'system' holds '\[INST\]'"):
-        read_records(source(path, system="[INST]"), Dialog, forbidden=tiny_format.forbidden)
+    with pytest.raises(DataError, match=reason):
+        read_records(source(path, **more), record, forbidden=tiny_format.forbidden)
+    assert read_records(source(path, format="native"), Dialog)
 
 
 def test_a_bad_row_of_a_known_set_has_line_field_and_mend(tmp_path: Path):
@@ -159,15 +165,6 @@ def test_a_bad_row_of_a_known_set_has_line_field_and_mend(tmp_path: Path):
         read_records(source(path), Dialog)
     assert re.search(rf"{path}:2: output: is missing.*read as alpaca", str(error.value))
     assert f"{path}:3: line: is a list" in str(error.value)
-
-
-def test_formats_that_do_not_exist_or_give_another_kind(tmp_path: Path):
-    path = write(tmp_path / "a.jsonl", [DIALOG])
-    with pytest.raises(DataError, match=r"unknown format 'alpacca'.*Did you mean 'alpaca'"):
-        read_records(source(path, format="alpacca"), Dialog)
-    with pytest.raises(DataError, match=r"gives dialogs, but preferences are read here.*hh_rlhf"):
-        read_records(source(path, format="alpaca"), Preference)
-    assert read_records(source(path, format="native"), Dialog)
 
 
 def split_by_hand(text: str) -> str:

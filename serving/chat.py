@@ -97,7 +97,16 @@ class Conversation:
         self.asked += 1
         if not completion.is_finished:
             note(f"(cut after {len(completion.token_ids)} tokens)")
-        self._keep(text, answer, note)
+        pair = [Message("user", text), Message("assistant", answer)]
+        try:
+            check_messages(pair, ends_with="assistant")
+            self.policy.chat_format.check_text(pair)
+        except DialogError as error:
+            # The rest of the reason is about training on such a text.
+            reason = error.reason.partition(". ")[0].rstrip(".")
+            note(f"(left out of the conversation: the answer {reason})")
+        else:
+            self.turns += pair
         return answer
 
     def reset(self, system: str | None) -> None:
@@ -118,18 +127,6 @@ class Conversation:
                 f"{self.policy.name} can read and still answer. Shorten it."
             )
         return fitting
-
-    def _keep(self, text: str, answer: str, note: Write) -> None:
-        pair = [Message("user", text), Message("assistant", answer)]
-        try:
-            check_messages(pair, ends_with="assistant")
-            self.policy.chat_format.check_text(pair)
-        except DialogError as error:
-            # The rest of the reason is about training on such a text.
-            reason = error.reason.partition(". ")[0].rstrip(".")
-            note(f"(left out of the conversation: the answer {reason})")
-        else:
-            self.turns += pair
 
 
 class _Printer:

@@ -26,7 +26,7 @@ from llamachat.chat_format.dialog import Message, as_dicts, with_system
 from llamachat.chat_format.tokenizer import BOS_ID, EOS_ID, UNK_ID
 from llamachat.errors import ArtifactError, LlamachatError, UsageError
 from llamachat.models.hub import LICENCE_FILES, weights_folder
-from llamachat.models.loading import ADAPTER_WEIGHTS, Policy, device_of, find_model, load_policy
+from llamachat.models.loading import ADAPTER_WEIGHTS, Policy, device_of, find_trunk, load_policy
 from llamachat.models.reward_model import PLAIN_CLASS
 from llamachat.rollout.engine import Sampling
 from llamachat.runs.artifacts import Artifact, library_versions
@@ -98,22 +98,18 @@ class Request:
                 f"--dtype {self.dtype}: it is for merged reward models, whose scores move by rounding. A policy and an "
                 "adapter keep the number format of their training. Leave it out."
             )
-        if self.out.exists():
-            self._check_replaceable()
-
-    @property
-    def method(self) -> str:
-        """How the policy was tuned: full, lora or qlora."""
-        return str(self.artifact.manifest.details.get("method"))
-
-    def _check_replaceable(self) -> None:
         is_ours = (self.out / NOTE).is_file() or (self.out.is_dir() and not any(self.out.iterdir()))
-        if not is_ours or not self.should_overwrite:
+        if self.out.exists() and not (is_ours and self.should_overwrite):
             raise UsageError(
                 f"--out: '{self.out}' is there"
                 + (". Name a new folder, or replace this" if is_ours else ", and no export made it. Name a new folder")
                 + (" with --overwrite." if is_ours else ": what it holds would be deleted.")
             )
+
+    @property
+    def method(self) -> str:
+        """How the policy was tuned: full, lora or qlora."""
+        return str(self.artifact.manifest.details.get("method"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,14 +198,9 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def base_folder(request: Request) -> Path:
     """The folder with the weights that are not the adapter's."""
-    details = request.artifact.manifest.details
     if request.method == "full":
         return request.artifact.path
-    where = f"{request.artifact.path}/manifest.json: details.base"
-    location = find_model(
-        details["base"], where=where, near=request.artifact.path, may_be_hub=not details["base_is_folder"]
-    )
-    return weights_folder(location)
+    return weights_folder(find_trunk(request.artifact, request.artifact.manifest.details)[0])
 
 
 def write_merged(request: Request, side: Path, base: Path, dtype: torch.dtype) -> None:
@@ -395,7 +386,10 @@ def compare(model: Any, tokenizer: "PreTrainedTokenizerBase", answers: Sequence[
             return_tensors="pt",
         )
         equal_prompts += tuple(prompt["input_ids"][0].tolist()) == answer.prompt_ids
-        equal_greedy_answers += _greedy_ids(model, prompt, len(answer.greedy_ids)) == answer.greedy_ids
+        # As a user of transformers generates it.
+        ids = {name: prompt[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        generated = model.generate(**ids, do_sample=False, max_new_tokens=len(answer.greedy_ids))
+        equal_greedy_answers += tuple(generated[0, ids["input_ids"].shape[1] :].tolist()) == answer.greedy_ids
     # As one that is not a number says nothing, so nothing is hidden by `max`.
     found = torch.tensor(differences, dtype=torch.float64).nan_to_num(nan=float("inf"))
     return Agreement(
@@ -421,10 +415,3 @@ def _logprobs(model: Any, prompt_ids: Sequence[int], answer_ids: Sequence[int]) 
     logits_TV: Tensor = model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False).logits[0]
     logprobs_RV = torch.log_softmax(logits_TV[len(prompt_ids) - 1 : -1].float(), dim=-1)
     return logprobs_RV.gather(1, torch.tensor(answer_ids, device=model.device).unsqueeze(1)).squeeze(1).tolist()
-
-
-def _greedy_ids(model: Any, prompt: Mapping[str, Any], length: int) -> tuple[int, ...]:
-    """An answer of at most `length` tokens, generated as a user of transformers does it."""
-    ids = {name: value.to(model.device) for name, value in prompt.items() if name in ("input_ids", "attention_mask")}
-    generated = model.generate(**ids, do_sample=False, max_new_tokens=length)
-    return tuple(generated[0, ids["input_ids"].shape[1] :].tolist())

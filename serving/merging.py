@@ -104,6 +104,7 @@ def write_weights(
     `is_nf4`: the adapter was trained on the seven projections in NF4. Several files get an index, one file none. The
     head of a reward model takes the place of the base's language-model head.
     """
+    from safetensors import safe_open
     from safetensors.torch import save_file
 
     head = adapter.head if adapter is not None else {}
@@ -111,13 +112,19 @@ def write_weights(
     shards = _plan(source, dtype=dtype, shard_bytes=shard_bytes, left_out=left_out)
     total = sum(weight.num_bytes for shard in shards for weight in shard)
     _check_adapter(adapter, shards, source)
-    _check_room(out, total)
+    free = shutil.disk_usage(out).free
+    if total > free:
+        raise StorageError(
+            f"{out.parent}: the merged weights take {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on this "
+            "disk. They are written whole or not at all. Free space, or name a folder on another disk with --out."
+        )
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for held in shard:
-            weight = _read(held).to(dtype)
+            with safe_open(held.file, framework="pt") as weights:
+                weight: Tensor = weights.get_tensor(held.name).to(dtype)
             if is_nf4 and held.name.split(".")[-2] in SEVEN_PROJECTIONS:
                 weight = through_nf4(weight, device=device)
             if adapter is not None and held.name in adapter.factors:
@@ -155,13 +162,6 @@ def _plan(source: Path, *, dtype: torch.dtype, shard_bytes: int, left_out: Colle
     return shards
 
 
-def _read(weight: _Source) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(weight.file, framework="pt") as weights:
-        return weights.get_tensor(weight.name)
-
-
 def _check_adapter(adapter: Adapter | None, shards: list[list[_Source]], source: Path) -> None:
     held = {weight.name for shard in shards for weight in shard}
     lacking = sorted(adapter.factors.keys() - held) if adapter is not None else []
@@ -169,15 +169,6 @@ def _check_adapter(adapter: Adapter | None, shards: list[list[_Source]], source:
         raise ArtifactError(
             f"{source}: the adapter sits on {len(lacking)} weights that are not there ({lacking[0]}, ...). It would be "
             "left out of the merged model in part. Put the base back that the adapter was trained on."
-        )
-
-
-def _check_room(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise StorageError(
-            f"{out.parent}: the merged weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on this "
-            "disk. They are written whole or not at all. Free space, or name a folder on another disk with --out."
         )
 
 
@@ -190,10 +181,14 @@ def as_exported(policy: Policy) -> Policy:
     if not isinstance(policy.model, PeftModel):
         return policy
     model: Any = policy.model.get_base_model()
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (LoraLayer, Linear4bit))}
-    layers = {name: layer for name, layer in layers.items() if not name.endswith(".base_layer")}
+    layers: dict[str, Any] = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, (LoraLayer, Linear4bit)) and not name.endswith(".base_layer")
+    }
     dtype = model.get_input_embeddings().weight.dtype
-    if not _has_room(model.device, layers, dtype):
+    needed = sum(layer.in_features * layer.out_features for layer in layers.values()) * dtype.itemsize
+    if model.device.type == "cuda" and needed >= 0.8 * torch.cuda.mem_get_info(model.device)[0]:
         log.info("%s: the adapter stays beside the 4-bit weights, since the merged ones do not fit", policy.name)
         return policy
     for name, layer in layers.items():
@@ -206,10 +201,3 @@ def as_exported(policy: Policy) -> Policy:
         plain.weight = nn.Parameter(weight_OI, requires_grad=False)
         model.set_submodule(name, plain)
     return replace(policy, model=model.eval())
-
-
-def _has_room(device: torch.device, layers: dict[str, Any], dtype: torch.dtype) -> bool:
-    if device.type != "cuda":
-        return True
-    needed = sum(layer.in_features * layer.out_features for layer in layers.values()) * dtype.itemsize
-    return needed < 0.8 * torch.cuda.mem_get_info(device)[0]

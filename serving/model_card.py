@@ -99,6 +99,9 @@ class Facts:
 
 def model_card(facts: Facts) -> str:
     """README.md of an exported policy, with the front matter that the hub reads."""
+    # How often the policy harms and refuses; None where nobody measured it.
+    own = {key: facts.own_figures.get(f"distill/{key}/final") for key in ("refusal", "false_refusal")}
+    shares = {key: (facts.evaluated or own).get(key) for key in ("violation", "refusal", "false_refusal")}
     return _rendered(
         "policy_card.md.jinja",
         facts,
@@ -107,7 +110,7 @@ def model_card(facts: Facts) -> str:
         is_lengthened=_is_lengthened(facts),
         tuned=_TUNED[facts.note["method"]],
         evaluated=facts.evaluated,
-        shares=_unsafe_shares(facts),
+        shares=shares,
     )
 
 
@@ -204,13 +207,6 @@ def _settings(facts: Facts) -> dict[str, Any]:
     settings = {key: value for key, value in settings.items() if isinstance(value, str | int | float)}
     end = step_of(facts.artifact).ending
     return settings | ({end.key: end.words()} if end and end.key and end.key in settings else {})
-
-
-def _unsafe_shares(facts: Facts) -> dict[str, Measure | None]:
-    """How often the policy harms and refuses; None where nobody measured it."""
-    own = facts.own_figures
-    measured = facts.evaluated or {key: own.get(f"distill/{key}/final") for key in ("refusal", "false_refusal")}
-    return {key: measured.get(key) for key in ("violation", "refusal", "false_refusal")}
 
 
 def _is_lengthened(facts: Facts) -> bool:

@@ -24,23 +24,22 @@ def tokenizer_folder(location: str) -> Path:
 
     Refuses what is no Llama model by its config.json, which comes along.
     """
-    if Path(location).is_dir():
-        require_llama(Path(location), location)
-        return Path(location)
+    folder = Path(location)
+    if folder.is_dir():
+        require_llama(folder, location)
+        return folder
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(location, allow_patterns=list(TOKENIZER_FILES)))
-        require_llama(folder, location)
-        return folder
-    except ConfigError:
-        raise
     except Exception as error:  # the library lets its network layers' own errors through
         found = unreached(location, error)
         raise ConfigError(
             f"base.model: the tokenizer of '{location}' cannot be fetched: {found.reason}. It is proved before any "
             f"weights are loaded. {found.way_out}"
         ) from error
+    require_llama(folder, location)
+    return folder
 
 
 def weights_folder(location: str) -> Path:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 
 from llamachat import distributed
 from llamachat.chat_format import ChatFormat, load_chat_format
@@ -96,9 +95,11 @@ def attach_adapter(
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     assert isinstance(adapted, PeftModel)
-    if nf4.compute_dtype(model):
-        nf4.cast_adapter(adapted)
-    _assert_only_adapter_trains(adapted, head)
+    nf4.cast_adapter(adapted)
+    trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    copied = [name for name in trained if f".{head}.modules_to_save." in name]
+    is_right = all(".lora_" in name for name in trained if name not in copied) and len(copied) == (head is not None)
+    assert trained and is_right, "the trunk is frozen, adapter and head are not"
     return adapted
 
 
@@ -123,8 +124,7 @@ def load_adapter(model: "LlamaForCausalLM | ScoringLlama", folder: Path, *, is_t
             f"{folder}: the adapter does not go on the base '{model.name_or_path}' ({first_line(error)}). An adapter "
             "fits only the model that it was trained on. Name that model as the base, or train the adapter again."
         ) from error
-    if nf4.compute_dtype(model):
-        nf4.cast_adapter(adapted)
+    nf4.cast_adapter(adapted)
     return adapted
 
 
@@ -142,7 +142,11 @@ def save_policy(
         # "auto" would ask the hub whether the base's vocabulary has changed. Adapters of other roles are not the policy.
         model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=[ONLY_ADAPTER])
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
-        _sort_lists(folder / "adapter_config.json")
+        # PEFT writes sets in the order of their hashes, which differs from run to run.
+        file = folder / "adapter_config.json"
+        content = json.loads(file.read_text())
+        ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in content.items()}
+        file.write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n")
         return
     was_caching = model.config.use_cache
     model.config.use_cache = True
@@ -197,13 +201,14 @@ def load_policy(
 
 def reading_of(artifact: Artifact, details: Mapping[str, Any]) -> dict[str, Any]:
     """How a policy or reward model reads dialogs: the fields of `Policy` and `RewardModel` beside the weights."""
-    tokenizer = load_tokenizer(artifact.path)
+    tokenizer, step = load_tokenizer(artifact.path), artifact.manifest.step
+    run = artifact.path.resolve().parents[len(Path(step).parts)].name
     return {
         "tokenizer": tokenizer,
         "chat_format": load_chat_format(details["chat_format"], tokenizer),
         "max_tokens": details["max_tokens"],
         "system": details.get("system"),
-        "name": name_of(artifact),
+        "name": f"{run}/{step}" if run else step,  # as a reader tells two policies apart
     }
 
 
@@ -373,13 +378,6 @@ def checked_details(artifact: Artifact) -> Mapping[str, Any]:
     return details
 
 
-def name_of(artifact: Artifact) -> str:
-    """The run and the step, as a reader tells two policies apart."""
-    step = artifact.manifest.step
-    run = artifact.path.resolve().parents[len(Path(step).parts)].name
-    return f"{run}/{step}" if run else step
-
-
 def adapter_dtype(folder: Path) -> torch.dtype:
     return next(weight.dtype for _, weight in file_weights(folder / ADAPTER_WEIGHTS))
 
@@ -392,13 +390,6 @@ def _known_targets(targets: Sequence[str]) -> list[str]:
             f"{', '.join(SEVEN_PROJECTIONS)}. Name some of them, or write all-linear."
         )
     return list(targets)
-
-
-def _assert_only_adapter_trains(model: nn.Module, head: str | None) -> None:
-    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    copied = [name for name in trained if f".{head}.modules_to_save." in name]
-    is_right = all(".lora_" in name for name in trained if name not in copied) and len(copied) == (head is not None)
-    assert trained and is_right, "the trunk is frozen, adapter and head are not"
 
 
 @contextmanager
@@ -414,13 +405,6 @@ def _quietly() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _sort_lists(file: Path) -> None:
-    """PEFT writes sets in the order of their hashes, which differs from run to run."""
-    content = json.loads(file.read_text())
-    ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in content.items()}
-    file.write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n")
 
 
 def context_length(config: "LlamaConfig") -> int:

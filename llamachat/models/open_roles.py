@@ -7,7 +7,7 @@ the same other weights with one trunk. With `tuning.method` full the policy is a
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -221,7 +221,13 @@ class _Opening:
             model.requires_grad_(False).eval()
         if value_head is not None:
             value_head.requires_grad_(True)
-            self._let_train(["policy"] if critic == "shared" else ["policy", "critic"])
+            trained: list[Role] = ["policy"] if critic == "shared" else ["policy", "critic"]
+            for slot in (self.slots[role] for role in trained):
+                named = {} if slot.adapter is None else adapter_weights(slot.trunk, slot.adapter)
+                for weight in named.values() if slot.adapter is not None else slot.trunk.parameters():
+                    weight.requires_grad_(True)
+            if self.tuning.method == "full":
+                self.policy_model.requires_grad_(True)
         heads: dict[LanguageRole, nn.Module] = {"policy": cast(Any, self.policy_model).get_output_embeddings()}
         if self.reference is not None:
             heads["reference"] = cast(nn.Module, self.reference.get_output_embeddings())
@@ -237,17 +243,6 @@ class _Opening:
             critic=critic,
             checkpointing=checkpointing,
         )
-
-    def _let_train(self, roles: Sequence[Role]) -> None:
-        for role in roles:
-            slot = self.slots[role]
-            if slot.adapter is None:
-                slot.trunk.requires_grad_(True)
-            else:
-                for weight in adapter_weights(slot.trunk, slot.adapter).values():
-                    weight.requires_grad_(True)
-        if self.tuning.method == "full":
-            cast(nn.Module, self.policy_model).requires_grad_(True)
 
     def _load_base(self) -> "LlamaForCausalLM":
         is_nf4 = self.tuning.method == "qlora"

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
 from warnings import catch_warnings, simplefilter
 
@@ -185,8 +184,10 @@ class RoleBank:
     def trainable(self) -> dict[Trained, list[nn.Parameter]]:
         """What is trained, in a fixed order, for the optimizer; asserts that these and no others require gradients."""
         trained = {id(weight) for weights in self._trained.values() for weight in weights.values()}
-        for name, weight in self._parameters():
-            assert weight.requires_grad == (id(weight) in trained), f"requires_grad of {name} has been changed"
+        for index, module in enumerate(self._modules()):
+            for name, weight in module.named_parameters():
+                is_trained = id(weight) in trained
+                assert weight.requires_grad == is_trained, f"requires_grad of {index}.{name} has been changed"
         return {role: list(weights.values()) for role, weights in self._trained.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -258,11 +259,6 @@ class RoleBank:
         modules = [*self._trunks.values(), *self._heads.values(), *value_head, *scores]
         return list({id(module): module for module in modules}.values())
 
-    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for index, module in enumerate(self._modules()):
-            for name, weight in module.named_parameters():
-                yield f"{index}.{name}", weight
-
 
 class _Activated:
     """A role at work: its adapter is the active one; afterwards the one before is. May be entered again."""
@@ -276,9 +272,7 @@ class _Activated:
         self._before.append(RoleSlot(trunk, self._bank._active[id(trunk)]))
         self._bank._activate(self._slot)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bank._activate(self._before.pop())
 
 
@@ -323,8 +317,7 @@ def add_adapter(root: nn.Module, name: str, config: "LoraConfig", *, seed: int) 
         simplefilter("ignore", UserWarning)  # that there is another adapter: that is what is wanted
         torch.manual_seed(seed)
         inject_adapter_in_model(config, root, adapter_name=name)
-    if nf4.compute_dtype(root):
-        nf4.cast_adapter(root)
+    nf4.cast_adapter(root)
 
 
 def shape_in(folder: Path) -> "LoraConfig":

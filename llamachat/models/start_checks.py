@@ -26,7 +26,11 @@ log = logging.getLogger(__name__)
 
 def proved_start(base: Base, tuning: Tuning, policy: Artifact | None) -> tuple[str, ChatFormat]:
     """Folder or hub name of the earlier policy, or else of the base, and the chat format on its proved tokenizer."""
-    _check_dtype(base, tuning)
+    if tuning.method == "qlora" and base.dtype != "bfloat16":  # TRL gives adapters on a quantised model bfloat16
+        raise ConfigError(
+            f"base.dtype: {base.dtype}, but tuning.method is qlora. Over a 4-bit base products and adapters are "
+            "bfloat16; the optimizer keeps fp32 masters. Set base.dtype to bfloat16, or tuning.method to lora."
+        )
     if policy is not None and is_adapter(policy):
         _check_same_adapter(tuning, policy)
     log.info("loading %s", policy.path if policy else base.model)
@@ -66,15 +70,6 @@ def shard_if_configured(model: nn.Module, tuning: Tuning) -> None:
             " or set tuning.method to full."
         )
     distributed.shard_model(model)
-
-
-def _check_dtype(base: Base, tuning: Tuning) -> None:
-    # TRL gives adapters on a quantised model bfloat16, whatever they have.
-    if tuning.method == "qlora" and base.dtype != "bfloat16":
-        raise ConfigError(
-            f"base.dtype: {base.dtype}, but tuning.method is qlora. Over a 4-bit base products and adapters are "
-            "bfloat16; the optimizer keeps fp32 masters. Set base.dtype to bfloat16, or tuning.method to lora."
-        )
 
 
 def _check_same_adapter(tuning: Tuning, policy: Artifact) -> None:

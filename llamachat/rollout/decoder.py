@@ -111,7 +111,9 @@ class LlamaEngine:
         batch, waiting = self._begin(prompts, numbers, samples_per_prompt, sampling, on_token)
         with evaluating(self._trunk):
             while waiting or batch.live:
-                if waiting and _is_time_to_enter(batch, waiting[0]):
+                # Reading a few prompts at a time costs more than the idle slots do.
+                enough = max(len(waiting[0].samples), batch.cache.rows // ENTER_SHARE) if waiting else 0
+                if waiting and (batch.free >= enough or batch.live == 0):
                     yield batch.enter(self._next_groups(batch, waiting))
                     continue
                 if batch.is_full:
@@ -128,10 +130,16 @@ class LlamaEngine:
     ) -> tuple[LiveRows, deque[Group]]:
         """An empty batch, and the groups that wait for it: the longest prompts first."""
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        longest = self._whole(len(prompts[order[0]]), sampling)
+        longest = min(len(prompts[order[0]]) + sampling.max_new_tokens, self.context)
         tokens = self._cache_tokens()
         if tokens < longest:
-            raise self._too_little_cache(numbers[order[0]], len(prompts[order[0]]), longest)
+            needed = longest * self._network.shape.bytes_per_token / 2**30
+            found = "what is free" if self._cache_gib == "auto" else f"{self._cache_gib} GiB"
+            raise ConfigError(
+                f"rollout.cache_gib: {found} holds {tokens} tokens of keys and values, but prompt {numbers[order[0]] + 1} "
+                f"({len(prompts[order[0]])} tokens) and its answer are up to {longest}. A row stays in the cache until its "
+                f"answer ends. Set at least {needed:.2g}, or shorten prompts or rollout.max_new_tokens."
+            )
         most = min(self._rows_per_batch, len(prompts) * samples_per_prompt)
         rows = min(most, tokens // longest)
         waiting = deque(
@@ -170,10 +178,6 @@ class LlamaEngine:
             taken.append(waiting.popleft())
         return taken
 
-    def _whole(self, prompt_length: int, sampling: Sampling) -> int:
-        """Tokens of a prompt and the longest answer to it."""
-        return min(prompt_length + sampling.max_new_tokens, self.context)
-
     def _cache_tokens(self) -> int:
         device = self._network.device
         if isinstance(self._cache_gib, str):
@@ -181,21 +185,6 @@ class LlamaEngine:
         else:
             size = self._cache_gib * 2**30
         return int(size / self._network.shape.bytes_per_token)
-
-    def _too_little_cache(self, number: int, length: int, longest: int) -> ConfigError:
-        needed = longest * self._network.shape.bytes_per_token / 2**30
-        found = "what is free" if self._cache_gib == "auto" else f"{self._cache_gib} GiB"
-        return ConfigError(
-            f"rollout.cache_gib: {found} holds {self._cache_tokens()} tokens of keys and values, but prompt {number + 1} "
-            f"({length} tokens) and its answer are up to {longest}. A row stays in the cache until its answer ends. "
-            f"Set at least {needed:.2g}, or shorten prompts or rollout.max_new_tokens."
-        )
-
-
-def _is_time_to_enter(batch: LiveRows, group: Group) -> bool:
-    """Whether enough slots are free: reading a few prompts at a time costs more than the idle slots do."""
-    enough = max(len(group.samples), batch.cache.rows // ENTER_SHARE)
-    return batch.free >= enough or (batch.live == 0)
 
 
 def _free_bytes(device: torch.device) -> int:

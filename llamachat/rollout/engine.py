@@ -92,10 +92,7 @@ class LocalEngine(RolloutEngine, Protocol):
         numbers: Sequence[int] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """As every engine; `advance` gets how many more completions are there.
-
-        An answer ends early where the model's positions end: prompt and answer fit into them together.
-        """
+        """As every engine, within the model's positions; `advance` gets how many more completions are there."""
         ...
 
     def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
@@ -104,7 +101,6 @@ class LocalEngine(RolloutEngine, Protocol):
 
     def refresh(self, model: "LlamaForCausalLM | PeftModel") -> None:
         """Sample from the model's present weights from here on."""
-        ...
 
 
 def scatter_generate(

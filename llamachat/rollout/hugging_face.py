@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llamachat import distributed
 from llamachat.models.loading import context_length
+from llamachat.rollout.cache import CacheShape
 from llamachat.rollout.engine import Completion, Sampling, check_prompts, evaluating
 from llamachat.rollout.sampling import draw, row_uniforms, sampling_logprobs
 from llamachat.rollout.weights import without_wrapper
@@ -50,7 +51,11 @@ class HuggingFaceEngine:
         self._stop_ids = frozenset(stop_ids)
         self._pad_id = pad_id
         self._rows_per_batch = rows_per_batch or ROWS_PER_BATCH
-        self._tokens_per_batch = int(cache_gib * 2**30 / _cache_bytes_per_token(self._model))
+        config = self._model.config
+        heads = config.num_key_value_heads or config.num_attention_heads
+        head_size = config.head_dim or config.hidden_size // config.num_attention_heads
+        shape = CacheShape(config.num_hidden_layers, heads, head_size, self._model.dtype)
+        self._tokens_per_batch = int(cache_gib * 2**30 / shape.bytes_per_token)
 
     @property
     def context(self) -> int:
@@ -141,13 +146,13 @@ class HuggingFaceEngine:
             logits_processor=[chooser],
         )
         ids_BR, logprobs_BR = torch.stack(chooser.ids, dim=1).tolist(), torch.stack(chooser.logprobs, dim=1).tolist()
-        return [self._completion(ids, logprobs, new_tokens) for ids, logprobs in zip(ids_BR, logprobs_BR, strict=True)]
-
-    def _completion(self, ids: Sequence[int], logprobs: Sequence[float], new_tokens: int) -> Completion:
-        """The row up to its first stop id: what comes after it was drawn while other rows went on."""
-        stop = next((index for index, token in enumerate(ids[:new_tokens]) if token in self._stop_ids), None)
-        end = new_tokens if stop is None else stop + 1
-        return Completion(tuple(ids[:end]), tuple(logprobs[:end]), is_finished=stop is not None)
+        completions = []
+        for ids, logprobs in zip(ids_BR, logprobs_BR, strict=True):
+            # Up to the first stop id: what comes after it was drawn while other rows went on.
+            stop = next((index for index, token in enumerate(ids[:new_tokens]) if token in self._stop_ids), None)
+            end = new_tokens if stop is None else stop + 1
+            completions.append(Completion(tuple(ids[:end]), tuple(logprobs[:end]), is_finished=stop is not None))
+        return completions
 
 
 class _Chooser:
@@ -189,10 +194,3 @@ def _generating(model: "LlamaForCausalLM") -> Iterator[None]:
             yield
     finally:
         model.generation_config = suggested
-
-
-def _cache_bytes_per_token(model: "LlamaForCausalLM") -> int:
-    config = model.config
-    heads = config.num_key_value_heads or config.num_attention_heads
-    head_size = config.head_dim or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize

@@ -88,11 +88,6 @@ class LiveRows:
         self._uniforms_BR = torch.zeros((rows, width), dtype=torch.float64, device=device)
 
     @property
-    def _states(self) -> tuple[Tensor, ...]:
-        state_B = (self._starts_B, self._last_B, self._counts_B, self._limits_B)
-        return (*state_B, self._ids_BR, self._logprobs_BR, self._uniforms_BR)
-
-    @property
     def live(self) -> int:
         """Rows that are not done."""
         return len(self._seats)
@@ -200,7 +195,8 @@ class LiveRows:
 
     def _reseat(self, source: Sequence[int], slots: Sequence[int]) -> None:
         source_B, slots_B = self._tensor(source), self._tensor(slots)
-        for state in self._states:
+        state_B = (self._starts_B, self._last_B, self._counts_B, self._limits_B)
+        for state in (*state_B, self._ids_BR, self._logprobs_BR, self._uniforms_BR):
             state[slots_B] = state[source_B]
         seats = [self._seats.pop(slot) for slot in source]
         self._seats |= dict(zip(slots, seats, strict=True))
@@ -235,17 +231,15 @@ class LiveRows:
         return self._is_stop_V[ids_B] | (counts_B + 1 >= self._limits_B[slots_B])
 
     def _drawn(self, is_done_B: Tensor, slots_B: Tensor | slice) -> list[Done]:
+        """The answers of these slots that are done, which are free then."""
         if self._on_token is not None:
             self._on_token(int(self._last_B[0]))
-        return self._take([slot for slot in self._rows_B[slots_B][is_done_B].tolist() if slot in self._seats])
-
-    def _take(self, slots: Sequence[int]) -> list[Done]:
-        """The answers of these slots, which are free then."""
+        slots = [slot for slot in self._rows_B[slots_B][is_done_B].tolist() if slot in self._seats]
         if not slots:
             return []
-        slots_B = self._tensor(slots)
-        counts = self._counts_B[slots_B].tolist()
-        ids_BR, logprobs_BR = (table[slots_B, : max(counts)].tolist() for table in (self._ids_BR, self._logprobs_BR))
+        done_B = self._tensor(slots)
+        counts = self._counts_B[done_B].tolist()
+        ids_BR, logprobs_BR = (table[done_B, : max(counts)].tolist() for table in (self._ids_BR, self._logprobs_BR))
         found: list[Done] = []
         for slot, count, ids, logprobs in zip(slots, counts, ids_BR, logprobs_BR, strict=True):
             seat = self._seats.pop(slot)

@@ -168,7 +168,12 @@ class Rotation:
         positions_NT = (columns_T - pads_N.unsqueeze(1)).clamp(min=0)
         if max(lengths) <= self._whole:
             return self.cos_TD[positions_NT], self.sin_TD[positions_NT]
-        tables = [self._of_prompt(length) for length in lengths]
+        tables = [
+            self._tables(self._frequencies_at(length).expand(length, -1))
+            if length > self._whole
+            else (self.cos_TD, self.sin_TD)
+            for length in lengths
+        ]
         cos_NTD, sin_NTD = (
             torch.stack([table[which][row] for table, row in zip(tables, positions_NT, strict=True)])
             for which in (0, 1)
@@ -178,11 +183,6 @@ class Rotation:
     def at(self, positions_B: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, D] of tokens that come one by one."""
         return self.cos_TD[positions_B], self.sin_TD[positions_B]
-
-    def _of_prompt(self, length: int) -> tuple[Tensor, Tensor]:
-        if length <= self._whole:
-            return self.cos_TD, self.sin_TD
-        return self._tables(self._frequencies_at(length).expand(length, -1))
 
     def _frequencies_at(self, length: int) -> Tensor:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

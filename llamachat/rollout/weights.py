@@ -145,24 +145,18 @@ def base_layer(module: nn.Module) -> Any:
 
 def merged_weight(module: nn.Module) -> Tensor:
     """The weight that the module multiplies by at this moment; fp32 where an adapter takes part."""
-    layer = base_layer(module)
-    weight = plain_weight(layer)
-    deltas = _deltas(module)
+    weight, lora = plain_weight(base_layer(module)), cast(Any, module)
+    if not hasattr(lora, "lora_A") or lora.disable_adapters:
+        return weight
+    # Adapters that take part in the module's forward and are not in its weight already.
+    deltas = [name for name in lora.active_adapters if name in lora.lora_A and name not in lora.merged_adapters]
     if not deltas:
         return weight
     merged = weight.to(torch.float32, copy=True)
     for name in deltas:
-        down, up = cast(Any, module).lora_A[name].weight, cast(Any, module).lora_B[name].weight
-        merged.addmm_(up.float(), down.float(), alpha=cast(Any, module).scaling[name])
+        down, up = lora.lora_A[name].weight, lora.lora_B[name].weight
+        merged.addmm_(up.float(), down.float(), alpha=lora.scaling[name])
     return merged
-
-
-def _deltas(module: nn.Module) -> list[str]:
-    """Adapters that take part in the module's forward and are not in its weight already."""
-    lora: Any = module
-    if not hasattr(lora, "lora_A") or lora.disable_adapters:
-        return []
-    return [name for name in lora.active_adapters if name in lora.lora_A and name not in lora.merged_adapters]
 
 
 def plain_weight(layer: Any) -> Tensor:

@@ -65,10 +65,8 @@ def standardise(scores: Scores, combined: Combined, constants: Constants) -> Ten
         return constants.combined.apply(combined.scores_B)
     assert scores.safety_B is not None and scores.helpfulness_B is not None, "the gate chooses between two models"
     assert constants.safety is not None and constants.helpfulness is not None
-    on_safety_B, on_helpfulness_B = (
-        constants.safety.apply(scores.safety_B),
-        constants.helpfulness.apply(scores.helpfulness_B),
-    )
+    on_safety_B = constants.safety.apply(scores.safety_B)
+    on_helpfulness_B = constants.helpfulness.apply(scores.helpfulness_B)
     return torch.where(combined.is_gated_B, on_safety_B, on_helpfulness_B)
 
 

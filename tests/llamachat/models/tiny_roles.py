@@ -111,7 +111,7 @@ class World:
 def weight_bytes(bank: RoleBank) -> int:
     """Bytes of every weight there is, each counted once, whatever roles share it."""
     storages: dict[int, int] = {}
-    for _, weight in bank._parameters():
+    for weight in (weight for module in bank._modules() for weight in module.parameters()):
         state: Any = getattr(weight, "quant_state", None)
         parts = [weight.data] if state is None else [weight.data, state.absmax, state.state2.absmax]
         for storage in (part.untyped_storage() for part in parts):

@@ -72,10 +72,7 @@ def test_ollama_gets_a_quantized_file_with_the_policys_tokenizer_and_a_modelfile
 
 
 WRONG = {
-    "converter fails": (
-        {"converter_says": "boom"},
-        r"(?s)convert_hf_to_gguf\.py .*ended with status 1.*line 19\n.* boom",
-    ),
+    "converter fails": ({"converter_says": "boom"}, r"(?s)convert_hf_to_gguf\.py .*with status 1.*line 19\n.* boom"),
     "converter writes nothing": ({"writes_nothing": True}, r"(?s)wrote no file.*Nothing was written"),
     "no BOS": ({"header": {"adds_bos": False}}, "add_bos_token is False"),
     "no stop": ({"header": {"eos": 1}}, "eos_token_id is 1"),

@@ -94,15 +94,8 @@ def test_the_modelfile_samples_as_chat_does_and_stops_at_the_formats_tags(tiny_f
     found = read(modelfile("x.gguf", tiny_format, system='Say "yes"\nor "no"', max_tokens=64))
     assert found["FROM"] == ["./x.gguf"]
     assert found["SYSTEM"] == ['Say "yes"\nor "no"']
-    assert {"num_ctx 64", "temperature 0.7", "top_p 0.9", "top_k 0", "min_p 0", "repeat_penalty 1"} < {
-        *found["PARAMETER"]
-    }
-    assert [value for value in found["PARAMETER"] if value.startswith("stop")] == [
-        'stop "[INST]"',
-        'stop "[/INST]"',
-        'stop "<<SYS>>"',
-        'stop "<</SYS>>"',
-    ]
+    values = {"num_ctx 64", "temperature 0.7", "top_p 0.9", "top_k 0", "min_p 0", "repeat_penalty 1"}
+    assert set(found["PARAMETER"]) == values | {f'stop "{tag}"' for tag in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")}
 
 
 @pytest.mark.parametrize(("system", "reason"), [('a """ b', "three quotes in a row"), ("a\u00a0b", r"'\\xa0'")])

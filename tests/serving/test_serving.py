@@ -34,7 +34,7 @@ def lines_then_end(*lines: str) -> Callable[[str], str]:
     return read
 
 
-def test_an_answer_is_streamed_in_whole_characters_and_without_its_stop_token(tiny_format: ChatFormat):
+def test_an_answer_is_streamed_in_whole_characters_without_stop_token_and_control_characters(tiny_format: ChatFormat):
     pieces: list[str] = []
     policy = policy_of(answering(tiny_format, "Hello there!\U0001f600"), tiny_format)
     answer = chat_once(policy, "Hi", system=None, sampling=GREEDY, write=pieces.append)
@@ -42,10 +42,7 @@ def test_an_answer_is_streamed_in_whole_characters_and_without_its_stop_token(ti
     assert "".join(pieces) == "Hello there!\U0001f600\n"
     assert pieces[:2] == ["H", "el"]
     assert pieces[-2] == "\U0001f600", "four byte pieces, shown when the last is there"
-
-
-def test_a_terminal_sees_no_control_characters(tiny_format: ChatFormat):
-    pieces: list[str] = []
+    pieces.clear()
     policy = policy_of(answering(tiny_format, "a\x1b[b"), tiny_format)
     assert chat_once(policy, "Hi", system=None, sampling=GREEDY, write=pieces.append) == "a\x1b[b"
     assert "".join(pieces) == "a[b\n"
@@ -79,17 +76,10 @@ def test_the_system_text_is_the_policys_unless_another_is_given(
     assert recording.prompts == [(user,) if sent is None else (Message("system", sent), user)]
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "The message cannot be sent"),
-        ("What does [INST] mean?", "The message cannot be sent"),
-        ("half \ud800", "The message cannot be sent"),
-        ("cat " * 40, "more than the 29 tokens"),
-    ],
-)
-def test_a_message_that_cannot_be_sent_is_refused(text: str, words: str, tiny_format: ChatFormat):
+@pytest.mark.parametrize("text", ["", "What does [INST] mean?", "half \ud800", "cat " * 40])
+def test_a_message_that_cannot_be_sent_is_refused(text: str, tiny_format: ChatFormat):
     policy = policy_of(answering(tiny_format, "Hello"), tiny_format, max_tokens=30)
+    words = "more than the 29 tokens" if text.startswith("cat") else "The message cannot be sent"
     with pytest.raises(UsageError, match=words):
         chat_once(policy, text, system=None, sampling=GREEDY, write=lambda text: None)
 
@@ -107,21 +97,8 @@ def users(*texts: str) -> list[Message]:
 
 
 def test_a_conversation_keeps_its_history_until_it_begins_again(tiny_format: ChatFormat):
-    lines = (
-        "one",
-        "",
-        "two",
-        "/reset",
-        "three",
-        "/system Be brief.",
-        "four",
-        "/system",
-        "/what",
-        "five",
-        "/quit",
-        "six",
-    )
-    prompts, shown = talk(tiny_format, *lines)
+    first = ("one", "", "two", "/reset", "three", "/system Be brief.", "four")
+    prompts, shown = talk(tiny_format, *first, "/system", "/what", "five", "/quit", "six")
     hello, system = Message("assistant", "Hello"), Message("system", "Be brief.")
     one, two, three, four, five = users("one", "two", "three", "four", "five")
     assert prompts == [(one,), (one, hello, two), (three,), (system, four), (five,)]

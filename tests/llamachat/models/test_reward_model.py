@@ -26,7 +26,6 @@ from llamachat.models.scoring_head import last_token_scores, score_rows
 from llamachat.models.weights import trunk_digest
 from tests.reward.rewarding import (
     DIALOGS,
-    TUNINGS,
     base_of,
     dialog,
     move,
@@ -179,14 +178,11 @@ def test_another_base_under_an_adapter_is_refused(
         load_reward_model(artifact.path) if is_loaded else start_on(base, "lora", policy)
 
 
-def test_a_digest_of_loaded_weights_is_that_of_their_file_in_the_same_format(tmp_path: Path, tiny_sentencepiece: bytes):
+def test_scoring_leaves_the_model_in_its_mode(tmp_path: Path, tiny_sentencepiece: bytes):
     base = base_of(tmp_path, tiny_sentencepiece)
     model: Any = tiny_llama(max_position_embeddings=256, initializer_range=0.05)
     assert trunk_digest(Path(base.model), dtype=torch.bfloat16) == trunk_digest(model.to(torch.bfloat16))
-
-
-def test_scoring_leaves_the_model_in_its_mode(tmp_path: Path, tiny_sentencepiece: bytes):
-    start = start_on(base_of(tmp_path, tiny_sentencepiece), "lora")
+    start = start_on(base, "lora")
     for is_training in (True, False):
         start.model.train(is_training)
         assert not score_rows(start.model, [(1, 5, 2)]).requires_grad
@@ -225,4 +221,3 @@ def test_a_model_of_others_with_one_label_scores_and_one_with_two_is_refused(
     (tmp_path / "plain/config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="has 2 labels"):
         load_reward_model(tmp_path / "plain")
-    assert TUNINGS.keys() == set(METHODS)

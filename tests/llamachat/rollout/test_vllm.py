@@ -98,6 +98,9 @@ def test_an_adapter_is_handed_over_again_at_each_refresh_under_a_new_name(fake: 
     assert all(re.fullmatch(r"llamachat-[0-9a-f]{8}-[12]", name) for name in names)
     other = engine_on(fake, model)
     assert len(fake.adapters) == 2, "two runs on one server do not meet"
+    fake.adapters.clear()
+    other.refresh(model)
+    assert len(fake.adapters) == 1, "a server that has dropped the adapter gets it again"
     del engine, other
     assert not Path(loads[1]["lora_path"]).exists()
 
@@ -120,14 +123,6 @@ def test_several_processes_ask_for_one_adapter_and_share_the_prompts(fake: FakeV
     drawn = [body["seed"] for body in fake.completions if body["max_tokens"] == RANDOM.max_new_tokens]
     assert len(set(drawn)) == len(drawn) == 3 * len(PROMPTS)
     assert {body["model"] for body in fake.completions[-len(drawn) :]} == {names[-1]}
-
-
-def test_a_refresh_gets_over_a_server_that_has_dropped_the_adapter(fake: FakeVllm) -> None:
-    model = adapted()
-    engine = engine_on(fake, model)
-    fake.adapters.clear()
-    engine.refresh(model)
-    assert len(fake.adapters) == 1
 
 
 def test_what_is_sent_is_all_that_decides_the_answer(fake: FakeVllm) -> None:
@@ -169,15 +164,11 @@ def test_a_seed_belongs_to_seed_prompt_and_sample_alone(fake: FakeVllm) -> None:
     assert ids_of(other) != ids_of(together)
 
 
-def test_streaming_gives_the_same_answer_token_by_token(fake: FakeVllm) -> None:
-    engine, seen = engine_on(fake), list[int]()
+def test_streaming_gives_the_same_answer_token_by_token_and_progress_counts_each(fake: FakeVllm) -> None:
+    engine, seen, counted = engine_on(fake), list[int](), list[int]()
     streamed = engine.stream(PROMPTS[2], sampling=RANDOM, on_token=seen.append)
     assert [[streamed]] == engine.generate(PROMPTS[2:3], samples_per_prompt=1, sampling=RANDOM)
     assert tuple(seen) == streamed.token_ids
-
-
-def test_progress_counts_every_completion_and_nothing_is_asked_for_no_prompt(fake: FakeVllm) -> None:
-    engine, counted = engine_on(fake), list[int]()
     engine.generate(PROMPTS, samples_per_prompt=3, sampling=GREEDY, advance=counted.append)
     assert sum(counted) == 12
     assert engine.generate([], samples_per_prompt=1, sampling=GREEDY) == []
@@ -301,12 +292,7 @@ NO_FOLDER = {"error": {"message": "No adapter found for /tmp/x", "type": "NotFou
     ("wrong", "tuning", "kind", "message"),
     [
         ({"takes_adapters": False}, LORA, ConfigError, "takes no adapters at run time.*RUNTIME_LORA_UPDATING=True"),
-        (
-            {"before": refuse(ADAPTER, 404, NO_FOLDER)},
-            LORA,
-            ConfigError,
-            "does not load .*HTTP 404: No adapter.*TMPDIR",
-        ),
+        ({"before": refuse(ADAPTER, 404, NO_FOLDER)}, LORA, ConfigError, "not load .*HTTP 404: No adapter.*TMPDIR"),
         ({}, Tuning(method="lora", rank=32), ConfigError, "rank 32 is greater than max_lora_rank 16.*--max-lora-rank"),
         (
             {"is_processed": False},
@@ -314,12 +300,7 @@ NO_FOLDER = {"error": {"message": "No adapter found for /tmp/x", "type": "NotFou
             ConfigError,
             "before temperature and top-p .*--logprobs-mode processed_logprobs",
         ),
-        (
-            {"model": tiny_llama(seed=1)},
-            LORA,
-            ConfigError,
-            r"gives other probabilities than the policy, by [0-9.]+ nats",
-        ),
+        ({"model": tiny_llama(seed=1)}, LORA, ConfigError, r"other probabilities than the policy, by [0-9.]+ nats"),
         ({"before": refuse("/v1/models", 200, {"data": []})}, LORA, ServerError, "a list of models without a base"),
         (
             {"before": refuse("/v1/models", 404, {"detail": "Not Found"})},

@@ -45,6 +45,8 @@ def test_a_function_of_ten_lines_scores_the_answers(tmp_path: Path) -> None:
     # texts of 7, 8, 9, 10 characters; the second question ends with 1; the last prompt is on safety
     assert found.scores_B.tolist() == [1.5, 11.5, 1.5, 100.5]
     assert found.scores_B.dtype == torch.float32 and not found.is_gated_B.any()
+    function = load_user_function(FunctionName(tmp_path / "rewards.py", "score"))
+    assert function.digest == hashlib.sha256((tmp_path / "rewards.py").read_bytes()).hexdigest()
 
 
 def test_a_function_may_need_no_model_and_may_give_a_tensor_or_booleans(tmp_path: Path) -> None:
@@ -92,18 +94,12 @@ def test_files_and_functions_that_are_not_there_are_told(tmp_path: Path) -> None
         combiner(scoring(combine=name.replace("rewards.py", "reward.py")))
     name = write(tmp_path, "def score(prompts, completions):\n    return [0.0] * len(completions)", "narrow.py")
     with pytest.raises(
-        ScoringError, match=r"cannot be called with .* Write it as fn\(prompts, completions, scores, \*\*"
+        ScoringError, match=r"cannot be called with .* Write it as fn\(prompts, completions, scores, \*"
     ):
         combiner(scoring(combine=name))(Scores(helpfulness_B=tensor([1.0]), safety_B=None), answers(1))
     for text, expected in {
         "1 +": "SyntaxError: .*line 1",
-        "import nothing_of_the_kind": "ModuleNotFoundError.*line 1",
+        "import nothing_at_all": "ModuleNotFoundError.*line 1",
     }.items():
         with pytest.raises(ConfigError, match=f"cannot be run: {expected}"):
             combiner(scoring(combine=write(tmp_path, text, "broken.py")))
-
-
-def test_the_content_of_the_file_is_part_of_what_a_step_is_made_from(tmp_path: Path) -> None:
-    write(tmp_path, TEN_LINES)
-    function = load_user_function(FunctionName(tmp_path / "rewards.py", "score"))
-    assert function.digest == hashlib.sha256((tmp_path / "rewards.py").read_bytes()).hexdigest()

@@ -192,9 +192,7 @@ def test_one_model_alone_has_constants_too() -> None:
 @pytest.mark.parametrize("scores_B", [tensor([2.5, 2.5, 2.5]), tensor([])])
 def test_scores_that_do_not_differ_are_no_scale(scores_B: Tensor) -> None:
     given = Scores(helpfulness_B=scores_B, safety_B=None)
-    with pytest.raises(
-        ScoringError, match=r"the helpfulness model gave . answers of the SFT policy scores with deviation"
-    ):
+    with pytest.raises(ScoringError, match=r"the helpfulness model gave . answers of the SFT policy scores with dev"):
         fit_constants(given, single(given))
 
 
@@ -206,16 +204,14 @@ def problems(**values: Any) -> str:
     return "\n".join(str(problem) for problem in found)
 
 
-def test_the_defaults_are_the_papers() -> None:
-    config = Scoring()
-    assert (config.combine, config.safety_threshold, config.shaping) == ("llama2_gate", 0.15, "whiten_logit")
-    assert config.unfinished_score == -1.0
-    assert problems() == ""
-
-
-def test_a_wrong_value_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_defaults_are_the_papers_and_a_wrong_value_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rewards.py").write_text("")
+    config = Scoring()
+    assert (config.combine, config.safety_threshold, config.shaping) == ("llama2_gate", 0.15, "whiten_logit")
+    assert config.unfinished_score == -1.0 and problems() == ""
     assert problems(combine="rewards.py:score", helpfulness="owner/model", safety=str(tmp_path)) == ""
     for expected, values in {
         "scoring.combine: there is no combiner 'llama_gate'. Did you mean 'llama2_gate'?": {"combine": "llama_gate"},
@@ -278,9 +274,7 @@ def test_a_gate_over_a_model_without_safety_labels_is_refused_and_over_one_from_
     (warning,) = check_scoring(scoring(), facts("helpfulness", "safety", labels=None))
     assert "nobody knows whether that holds" in warning
     models = facts("helpfulness", "safety", labels=0)
-    with pytest.raises(
-        ConfigError, match=r"runs/x/rm/safety saw no safety labels.*Train it with labels.*combine=weighted"
-    ):
+    with pytest.raises(ConfigError, match=r"runs/x/rm/safety saw no safety labels.*Train it.*combine=weighted"):
         check_scoring(scoring(), models)
     assert check_scoring(scoring(combine="weighted"), models) == []
     assert check_scoring(scoring(combine="single"), models) == []

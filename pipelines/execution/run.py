@@ -296,21 +296,17 @@ def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool
     for step in chosen:
         is_over = deadline is not None and num_worked > 0 and time.monotonic() > deadline
         is_done = is_published(recipe.folder(step))
+        makers = [of for of in recipe.makers(step).values() if of]  # lacking where nothing is finished of one kind
+        lacks_inputs = any(not any(is_published(recipe.folder(maker)) for maker in of) for of in makers)
         trains = step.product.makes.kind in ("policy", "reward_model")
         # What comes after one that is left may read it; what is told of the finished ones is told now.
-        if is_over and (left or not is_done) and (trains or _lacks_inputs(recipe, step)):
+        if is_over and (left or not is_done) and (trains or lacks_inputs):
             left += [] if is_done else [step.name]
             continue
         artifact, has_worked = run_step(recipe, step, should_overwrite=should_overwrite, deadline=deadline)
         artifacts.append(artifact)
         num_worked += has_worked
     return Ran(artifacts, num_worked, tuple(left))
-
-
-def _lacks_inputs(recipe: Recipe, step: Step) -> bool:
-    """Whether of something that it reads nothing is finished."""
-    makers = recipe.makers(step).values()
-    return any(of and not any(is_published(recipe.folder(maker)) for maker in of) for of in makers)
 
 
 def run_step(

@@ -13,7 +13,6 @@ from typing import Any
 
 from context_distillation import Config as ContextDistillationConfig
 from evaluation import Config as EvaluationConfig
-from evaluation.report import Config as ReportConfig
 from gatt import Config as GattConfig
 from llamachat.config.gpus import Gpu, parse_gpu
 from llamachat.config.sections import DataSource
@@ -202,10 +201,6 @@ def _evaluation(work: _Work, config: EvaluationConfig) -> Estimate:
     return work.sampled(work.lengths(work.all_prompts()), answers=answers)
 
 
-def _report(work: _Work, config: ReportConfig) -> Estimate:
-    return report_cost(config, steps=len(work.recipe.steps) - 1)
-
-
 _COSTS: Mapping[str, Callable[[_Work, Any], Estimate]] = {
     "sft": _sft,
     "rm": _reward,
@@ -214,7 +209,7 @@ _COSTS: Mapping[str, Callable[[_Work, Any], Estimate]] = {
     "distill": _distillation,
     "ppo": _ppo,
     "eval": _evaluation,
-    "report": _report,
+    "report": lambda work, config: report_cost(config, steps=len(work.recipe.steps) - 1),
 }
 
 

@@ -75,13 +75,10 @@ def test_each_pair_is_one_string_with_its_own_bos_and_eos(tiny_format: ChatForma
     second = encode("[INST] Bye [/INST] See you. ")
     example = tiny_format.encode_dialog(TWO_PAIRS, train_on=TrainOn.EVERY_ANSWER)
     assert list(example.input_ids) == [1, *first, 2, 1, *second, 2]
-
-
-def test_an_open_turn_has_bos_but_no_eos_and_no_space_at_its_end(
-    tiny_format: ChatFormat, tiny_sentencepiece: bytes
-) -> None:
-    encode = sentencepiece.SentencePieceProcessor(model_proto=tiny_sentencepiece).encode
+    # An open turn has BOS, but neither EOS nor a space at its end.
     assert tiny_format.encode_prompt([Message("user", " Hi ")]) == [1, *encode("[INST] Hi [/INST]")]
+    with pytest.raises(DialogError, match=r"messages\[4\].role: is 'assistant' at the end"):
+        tiny_format.encode_prompt(TWO_PAIRS)
 
 
 @pytest.mark.parametrize(
@@ -157,11 +154,6 @@ def test_a_tag_inside_a_message_is_refused(tiny_format: ChatFormat, tag: str, in
         assert caught.value.field == f"messages[{index}].content"
         assert f"'{tag}' at character 3" in caught.value.reason
         assert tag in tiny_format.forbidden
-
-
-def test_a_prompt_that_ends_with_an_answer_is_refused(tiny_format: ChatFormat) -> None:
-    with pytest.raises(DialogError, match=r"messages\[4\].role: is 'assistant' at the end"):
-        tiny_format.encode_prompt(TWO_PAIRS)
 
 
 @pytest.mark.parametrize("has_system", [False, True])

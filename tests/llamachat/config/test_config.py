@@ -242,13 +242,10 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         assert expected in report(path), content
 
 
-def test_a_missing_recipe_names_the_nearest(recipe: Path, tmp_path: Path) -> None:
+def test_a_missing_recipe_or_parent_names_the_nearest(recipe: Path, tmp_path: Path) -> None:
     assert f"does not exist. Did you mean '{recipe}'?" in report(tmp_path / "rr.yaml")
     assert "does not exist. Recipes lie in configs/." in report(tmp_path / "quite_another_name.yml")
     assert "cannot be read: Is a directory" in report(tmp_path)
-
-
-def test_extends_refuses_what_it_cannot_follow(recipe: Path, tmp_path: Path) -> None:
     lost = write_yaml(tmp_path / "d.yaml", {"extends": "rr.yaml"})
     assert f"{lost}: extends: the recipe '{tmp_path}/rr.yaml' does not exist. Did you mean '{recipe}'?" in report(lost)
     assert "extends: found a list of 1, but the name of a recipe file" in report(

@@ -195,28 +195,21 @@ def test_a_missing_input_names_the_command_that_makes_it(tmp_path: Path, calls: 
     with pytest.raises(ArtifactError, match=r"'sft-2' reads a policy.*Run `make sft` with the same"):
         find_work(recipe, recipe.steps[1])
     assert calls == []
+    with pytest.raises(UsageError, match=r"steps: the recipe has no step 'ppo', only sft, sft-2\."):
+        run_command(recipe, "ppo")
 
 
 def test_a_step_takes_the_nearest_finished_policy_and_says_what_it_passed_over(
     tmp_path: Path, calls: list[Any]
 ) -> None:
     path = write_recipe(tmp_path)
-    run_command(load(path), "sft")
+    (made,) = run_command(load(path), "sft")
     three = load(path, ["steps=[sft, {sft: {name: sft-2}}, {sft: {name: sft-3}}]"])
     words = find_work(three, three.steps[2]).taken.words
     assert words.startswith("policy of 'sft'") and "not finished: sft-2" in words
-
-
-def test_base_policy_is_the_first_input(tmp_path: Path, calls: list[Any]) -> None:
-    path = write_recipe(tmp_path)
-    (made,) = run_command(load(path), "sft")
+    # Without an earlier step base.policy is the input.
     run_command(load(path, [f"run.dir={tmp_path}/runs/two", f"base.policy={tmp_path}/runs/one"]), "sft")
     assert calls[1].policy.digest == made.digest
-
-
-def test_a_command_without_a_step_in_the_recipe_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"steps: the recipe has no step 'ppo', only sft\."):
-        run_command(load(write_recipe(tmp_path)), "ppo")
 
 
 # -- the plan

@@ -245,16 +245,13 @@ def test_a_set_that_is_gated_or_missing_is_a_failure(monkeypatch: pytest.MonkeyP
     assert {finding.verdict for finding in examine(QLORA, []) if finding.check == "data"} == {"FAIL"}
 
 
-def test_a_folder_without_safetensors_and_an_empty_file_are_failures(tmp_path: Path) -> None:
+def test_a_folder_without_safetensors_an_empty_file_and_a_bad_recipe_are_failures(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, base={"model": str(base_copy(tmp_path / "files"))})
     (tmp_path / "dialogs.jsonl").write_text("")
     findings = examine(path, [])
     assert "holds no *.safetensors" in by_check(findings, "base").problem
     assert "holds no line" in by_check(findings, "data").problem
-
-
-def test_a_recipe_that_does_not_load_is_a_failure_beside_the_rest(tmp_path: Path) -> None:
-    findings = examine(write_recipe(tmp_path), ["sft.epoch=1"])
+    findings = examine(path, ["sft.epoch=1"])
     assert "Did you mean 'epochs'?" in by_check(findings, "recipe").problem
     assert by_check(findings, "recipe").verdict == "FAIL" and by_check(findings, "python").verdict == "ok"
 
@@ -303,15 +300,12 @@ def test_without_a_card_the_machines_own_memory_counts(gib: int, verdict: str, m
     assert too_small.verdict == "note" and "there it would not fit" in too_small.problem and too_small.fix
 
 
-def test_a_full_disk_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_and_an_old_python_are_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 2**30))
     told = [finding for finding in examine(QLORA, []) if finding.check == "disk"]
     assert {finding.verdict for finding in told} == {"FAIL"}
     words = " ".join(finding.problem for finding in told)
     assert "2.0 GiB free" in words and "download of the base 12.6" in words and "checkpoints and result 6.6" in words
-
-
-def test_an_old_python_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PYTHON_NEEDED", (9, 0))
     assert next(doctor._environment()).problem.endswith("9.0 or newer is needed")
 

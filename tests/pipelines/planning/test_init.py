@@ -113,22 +113,19 @@ def test_hours_shorten_the_longest_steps_and_leave_the_others() -> None:
     assert few.sections.sft.epochs == all_of_it.sections.sft.epochs == 2
 
 
-def test_a_card_that_is_too_small_is_refused_with_one_that_holds_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_card_or_a_machine_that_is_too_small_is_refused_with_a_card_that_holds_the_base(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipelines.planning.init.installed_bytes", lambda: 24 * 2**30)
+    assert init(base=SEVEN) == 2
+    said = capsys.readouterr().err
+    assert f"--gpu: this machine without a card (24.0 GiB) does not hold '{SEVEN}'" in said
     assert init("--gpu", "4GiB", base=SEVEN) == 2
     said = capsys.readouterr().err
     assert "--gpu: 4 GiB does not hold 'meta-llama/Llama-2-7b-hf'" in said and "a smaller base, such as" in said
     named = re.search(r"the smallest known that holds it: ([\w-]+)\)", said)
     assert named and not Path("recipe.yaml").exists()
     assert init("--gpu", named[1], base=SEVEN) == 0
-
-
-def test_without_a_card_a_large_base_is_refused_with_one_that_holds_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("pipelines.planning.init.installed_bytes", lambda: 24 * 2**30)
-    assert init(base=SEVEN) == 2 and not Path("recipe.yaml").exists()
-    said = capsys.readouterr().err
-    assert f"--gpu: this machine without a card (24.0 GiB) does not hold '{SEVEN}'" in said
 
 
 def test_hours_that_are_too_few_are_refused_with_how_many_it_takes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,16 +133,6 @@ def test_a_lock_on_a_folder_that_became_a_reference_is_not_taken(
     assert not parent.lock.exists()
 
 
-def test_new_then_resume_then_done(tmp_path: Path) -> None:
-    folder = StepFolder(tmp_path / "tiny" / "sft")
-    assert start(folder) is StepState.NEW
-    assert folder.config.read_text() == "sft: {}\n"
-    assert json.loads(folder.identity.read_text())["step"] == "sft"
-    assert start(folder) is StepState.RESUME
-    finish(folder)
-    assert start(folder) is StepState.DONE
-
-
 @pytest.mark.parametrize(("name", "is_finished"), [("sft", True), ("sft", False), ("rm/safety", False)])
 def test_a_change_is_refused_with_old_and_new_value_and_both_ways_out(
     tmp_path: Path, name: str, is_finished: bool
@@ -174,6 +164,7 @@ def test_overwrite_makes_the_step_new_and_keeps_the_lock_file(tmp_path: Path) ->
     overwrite(folder)
     assert [path.name for path in folder.path.iterdir()] == ["lock"]
     assert start(folder, CHANGED) is StepState.NEW
+    assert folder.config.read_text() == "sft: {}\n" and json.loads(folder.identity.read_text())["step"] == "sft"
     with hold(folder):
         overwrite(folder)  # by the holder itself
     assert not folder.identity.exists()

@@ -5,7 +5,8 @@ The stages are stand-ins that publish at once: a model's accuracy is 0.5, 0.6 or
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,21 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     yield seen
 
 
+@contextmanager
+def stopped(monkeypatch: pytest.MonkeyPatch, stage: Any, is_stopped: Callable[[Any, Any], bool]) -> Iterator[None]:
+    """The block ends as such a call of the stage is interrupted."""
+    going = stage.run
+
+    def run(config: Any, inputs: Any) -> Artifact:
+        if is_stopped(config, inputs):
+            raise KeyboardInterrupt
+        return going(config, inputs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "run", run)
+        yield
+
+
 def study_values(**changes: Any) -> dict[str, Any]:
     return {
         "extends": "recipe.yaml",
@@ -96,15 +112,7 @@ def test_a_study_goes_on_where_it_was_stopped_with_tables_of_what_is_done(
     tmp_path: Path, calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_study(tmp_path)
-    going = reward.run
-
-    def stopped(config: Any, inputs: Any) -> Artifact:
-        if inputs.run.seed == 3 and config.margin == "large":
-            raise KeyboardInterrupt
-        return going(config, inputs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reward, "run", stopped)
+    with stopped(monkeypatch, reward, lambda config, inputs: (inputs.run.seed, config.margin) == (3, "large")):
         run_study(load_study(path))
     assert "4 of 6 runs" in (tmp_path / "runs" / "one-study" / "study.md").read_text()
     assert "6 runs, 4 of them done" in study_plan_text(load_study(path))
@@ -186,15 +194,7 @@ def test_what_a_variant_changes_before_the_command_runs_once_for_all_that_make_i
     )
     assert re.search(r"  fast: once sft \(about .*\), then rm/helpfulness, .* \(about .*\) a seed, with", plan)
     assert re.search(r"  fast-large: rm/helpfulness, .* a seed, from steps of fast, with", plan)
-    going = sft.run
-
-    def stopped(config: Any, inputs: Any) -> Artifact:
-        if config.learning_rate == 0.5:
-            raise KeyboardInterrupt
-        return going(config, inputs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sft, "run", stopped)
+    with stopped(monkeypatch, sft, lambda config, _: config.learning_rate == 0.5):
         run_study(load_study(path))
     run_study(load_study(path))
     # With the recipe's own seed, 0, whatever the variants' seeds: one policy for `own`, one for the two fast ones.
@@ -336,18 +336,18 @@ def test_a_bad_study_is_refused_in_words(tmp_path: Path, changes: dict[str, Any]
 
 def test_other_commands_say_what_a_study_is_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(write_study(tmp_path))
-    assert main(["sft", "--config", path]) == 2
-    assert "is a study of 'rm', whose variants say what is run" in capsys.readouterr().err
-    assert main(["rm", "--config", path, "--only", "safety"]) == 2
-    assert "Run `llamachat all --config" in capsys.readouterr().err
-    assert main(["dashboard", "--config", path]) == 2
-    assert "variants: a study's key, and this command runs a recipe." in capsys.readouterr().err
-    write_yaml(tmp_path / "study.yaml", study_values(command=["rm", "ppo"]))
-    assert main(["all", "--config", path, "--dry-run"]) == 2
-    assert "steps: the recipe has no step 'ppo', only sft, rm/helpfulness," in capsys.readouterr().err
-    write_yaml(tmp_path / "study.yaml", {**study_values(), "extends": "other.yaml"})
-    assert main(["rm", "--config", path]) == 2
-    assert "does not exist" in capsys.readouterr().err
+    other, absent = study_values(command=["rm", "ppo"]), study_values(extends="other.yaml")
+    for values, command, words in (
+        (study_values(), "sft", "is a study of 'rm', whose variants say what is run"),
+        (study_values(), "rm --only safety", "Run `llamachat all --config"),
+        (study_values(), "dashboard", "variants: a study's key, and this command runs a recipe."),
+        (other, "all --dry-run", "steps: the recipe has no step 'ppo', only sft, rm/helpfulness,"),
+        (absent, "rm", "does not exist"),
+    ):
+        write_yaml(tmp_path / "study.yaml", values)
+        name, *options = command.split()
+        assert main([name, "--config", path, *options]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_study_is_not_cut_by_the_hours_of_a_command(tmp_path: Path, calls: list[Any]) -> None:

@@ -259,14 +259,9 @@ def test_importing_has_no_effect_and_loads_nothing_heavy(tmp_path: Path) -> None
     ]
     assert len(chosen) > 40, "the folders were found"
     environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, str(tmp_path), *chosen],
-        cwd=ROOT,
-        env={**environment, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-c", IMPORT_ALL, str(tmp_path), *chosen]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     effects = json.loads(done.stdout)
     assert effects["acts"] == []
@@ -426,26 +421,15 @@ def test_every_study_loads_and_its_tables_show_figures_that_there_are(monkeypatc
 
 
 # The names under which each section goes in the code: `tuning.rank` is read as `<one of these>.rank`.
+SHARED = {"run": Run, "base": Base, "tuning": TuningSection, "data": Data, "source": DataSource, "split": Split,
+          "scaling": RopeScaling, "rollout": Rollout, "scoring": Scoring, "tracking": Tracking}  # fmt: skip
+OF_STUDIES = {"study": Study, "variant": Variant, "table": Table}
 HOLDERS: tuple[tuple[type[Section], set[str], str | tuple[str, ...]], ...] = (
     (RecipeSections, {"recipe", "sections", "inputs"}, ""),
-    (Run, {"run"}, ""),
-    (Base, {"base"}, ""),
-    (TuningSection, {"tuning"}, ""),
-    (Data, {"data"}, ""),
-    (DataSource, {"source"}, ""),
-    (Split, {"split"}, ""),
-    (RopeScaling, {"scaling"}, ""),
-    (Rollout, {"rollout"}, ""),
-    (Scoring, {"scoring"}, ""),
-    (Tracking, {"tracking"}, ""),
+    *((section, {name}, "") for name, section in SHARED.items()),
+    *((section, {name}, "pipelines") for name, section in OF_STUDIES.items()),
     (PretrainingConfig, {"config"}, "tools.pretraining"),
-    (Study, {"study"}, "pipelines"),
-    (Variant, {"variant"}, "pipelines"),
-    (Table, {"table"}, "pipelines"),
-    *(
-        (stage.config, {"config", "_config"}, (stage.package.__name__, "llamachat.training"))
-        for stage in STAGES.values()
-    ),
+    *((s.config, {"config", "_config"}, (s.package.__name__, "llamachat.training")) for s in STAGES.values()),
 )
 
 
@@ -517,12 +501,8 @@ def normal(name: str) -> str:
 
 def test_tracked_files_stay_small() -> None:
     # A clone may belong to another user than the one who tests it.
-    listed = subprocess.run(
-        ["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files", "-z"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files", "-z"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
     if listed.returncode or not (ROOT / ".git").exists():
         pytest.skip("not a git clone: nothing says which files are tracked")
     sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.split("\0") if (ROOT / name).is_file()}

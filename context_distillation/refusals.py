@@ -18,8 +18,7 @@ def refusal_figures(
 ) -> dict[str, float]:
     """Shares of refusals by moment with 95% intervals, and the classifier's accuracy; answers are listed by moment."""
     classifier = train_classifier(labelled_answers(), everyday_answers())
-    accuracy = Difference(classifier.accuracy, classifier.low, classifier.high)
-    figures = accuracy.named("distill/refusal_classifier_accuracy")
+    figures = classifier.accuracy.named("distill/refusal_classifier_accuracy")
     for name, answers in (("false_refusal", borderline), ("refusal", adversarial)):
         refused = {moment: classifier.are_refusals(answers[moment]) for moment in MOMENTS}
         count = len(refused["start"])

@@ -45,29 +45,15 @@ def alone(family: str, value: str = "") -> Instruction:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("Dr. Smith met J. R. R. Tolkien at No. 5, St. James Street.", 1),
-        ("I like tea, e.g. Earl Grey.", 1),
-        ("No. I do not.", 2),
-        ("No.", 1),
-        ("It is I. You know me.", 2),
-        ("We met at 5 p.m. yesterday.", 1),
-        ("We met at 5 p.m. Then we ate.", 2),
-        ("It costs 3.5 dollars at 4:45, I think.", 1),
-        ('"Stop!" he said.', 1),
-        ('He said "Stop!" Then he left.', 2),
-        ("Well... maybe.", 1),
-        ("Well... I think so.", 2),
-        ("What?! Really?", 2),
-        ("i like it. it is good", 2),
-        ("Two lines\nwithout a stop", 2),
-        ("1. Apples\n2. Pears", 2),
-        ("- Apples.\n- ", 1),
-        ("Hello! How are you?", 2),
-        ("See www.example.com for more.", 1),
-        ("... !!", 0),
-        ("", 0),
+        ("Dr. Smith met J. R. R. Tolkien at No. 5, St. James Street.", 1), ("I like tea, e.g. Earl Grey.", 1),
+        ("No. I do not.", 2), ("No.", 1), ("It is I. You know me.", 2), ("We met at 5 p.m. yesterday.", 1),
+        ("We met at 5 p.m. Then we ate.", 2), ("It costs 3.5 dollars at 4:45, I think.", 1), ('"Stop!" he said.', 1),
+        ('He said "Stop!" Then he left.', 2), ("Well... maybe.", 1), ("Well... I think so.", 2),
+        ("What?! Really?", 2), ("i like it. it is good", 2), ("Two lines\nwithout a stop", 2),
+        ("1. Apples\n2. Pears", 2), ("- Apples.\n- ", 1), ("Hello! How are you?", 2),
+        ("See www.example.com for more.", 1), ("... !!", 0), ("", 0),
     ],
-)
+)  # fmt: skip
 def test_sentences_are_counted_as_a_reader_would(text: str, wanted: int) -> None:
     assert len(sentences(text)) == wanted, sentences(text)
 
@@ -127,24 +113,21 @@ def test_each_checker_is_judged_both_ways() -> None:
     assert {(family, wanted) for family, _, _, wanted in JUDGED} == {(f, w) for f in CHECKABLE for w in (True, False)}
 
 
-@pytest.mark.parametrize(
-    ("family", "value", "answer", "wanted"),
-    [
-        ("figure", "Galileo Galilei", "I am Galileo Galilei.", True),
-        ("figure", "Galileo Galilei", "No, I am galileo  galilei!", True),
-        ("figure", "Galileo Galilei", "I am Galileo.", False),
-        ("figure", "Galileo Galilei", "I am not Galileo Galilei.", False),
-        ("figure", "Galileo Galilei", "Not at all. Galileo Galilei, at your service.", True),
-        ("hobby", "golf", "I love golf's quiet.", True),
-        ("hobby", "golf", "I love golfing.", False),
-        ("hobby", "golf", "I don't play golf.", False),
-        ("hobby", "playing the piano", "The piano, of course.", True),
-        ("hobby", "playing the piano", "Pianos are big.", False),
-        ("hobby", "golf", "", False),
-    ],
-)
-def test_a_recall_names_the_value(family: str, value: str, answer: str, wanted: bool) -> None:
-    assert recalled(asked(family, value), answer) is wanted
+RECALLED = {
+    ("figure", "Galileo Galilei"): (
+        ("I am Galileo Galilei.", "No, I am galileo  galilei!", "Not at all. Galileo Galilei, at your service."),
+        ("I am Galileo.", "I am not Galileo Galilei."),
+    ),
+    ("hobby", "golf"): (("I love golf's quiet.",), ("I love golfing.", "I don't play golf.", "")),
+    ("hobby", "playing the piano"): (("The piano, of course.",), ("Pianos are big.",)),
+}
+
+
+@pytest.mark.parametrize(("family", "value"), RECALLED)
+def test_a_recall_names_the_value(family: str, value: str) -> None:
+    names_it, does_not = RECALLED[family, value]
+    assert all(recalled(asked(family, value), answer) for answer in names_it)
+    assert not any(recalled(asked(family, value), answer) for answer in does_not)
 
 
 def test_figures_and_hobbies_have_recall_questions_and_no_checker() -> None:

@@ -38,7 +38,8 @@ GOOD_TORCH = Torch("2.13.0+cu130", "13.0", (8, 9))
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No card, an empty cache, no token, a hub that answers nothing, and room on the disk and in memory."""
+    """No card, an empty cache, no token, a hub that answers nothing, and room on the disk, in memory and on a line."""
+    monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
     monkeypatch.setattr(doctor, "installed_bytes", lambda: 2**40)

@@ -27,7 +27,7 @@ Tree = TypeVar("Tree")
 
 NUMBERS_PER_TRANSFER = 2**26  # a quarter of a GiB
 _SHARDED = "LLAMACHAT_FSDP"
-# The others wait while the first one writes or draws. Whoever starts them ends them all when one fails.
+# The others wait while the first one writes or draws. Their launcher ends them all when one fails.
 PATIENCE = timedelta(hours=24)
 
 
@@ -51,7 +51,7 @@ def opened() -> Iterator[None]:
     from accelerate import PartialState
 
     if not use_gpus():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # what `accelerate launch --cpu` says; a trainer asks anew
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # what `accelerate launch --cpu` says; a trainer reads it again
     # Picks backend and device as accelerate's own trainers do; without `cpu` none meet where there is no GPU.
     PartialState(cpu=not use_gpus(), timeout=PATIENCE)
     # `shard_model` divides our models: accelerate's trainers would do it a second time.

@@ -322,7 +322,7 @@ def deal_pairings(keys: Sequence[str], *, num_policies: int, temperatures: Seque
 
 
 def ranked(indices: Sequence[int], keys: Sequence[str], salt: str) -> list[int]:
-    """The indices in an order that hangs on their keys alone; prompts that are the same keep theirs."""
+    """The indices in an order that depends on their keys alone; prompts that are the same keep theirs."""
     return sorted(indices, key=lambda index: (digest(salt, keys[index]), index))
 
 

@@ -354,7 +354,7 @@ def _in_words(series: Mapping[str, Mapping[str, Measure]]) -> str:
 
 
 def answers(facts: Facts, count: int) -> Section | None:
-    """So many prompts with all policies' answers; kinds of prompts in turn, so that few still show each."""
+    """A number of prompts with all policies' answers; kinds of prompts in turn, so that few still show each."""
     if not count:
         return None
     samples = _of_evaluation(facts, count) if facts.evaluation is not None else []

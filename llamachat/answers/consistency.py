@@ -24,7 +24,7 @@ from llamachat.maths.intervals import Difference, paired_bootstrap, proportion_i
 from llamachat.rollout.engine import RolloutEngine, Sampling, scatter_generate
 
 CHECKED, RECALLED = "consistency", "recall"
-_TURN_SHARE = 8  # a user turn takes at most one in so many tokens of the context: several must fit, with their answers
+_TURN_SHARE = 8  # a user turn takes at most one token in this many of the context: several must fit, with their answers
 _EVALUATION_SEED = 900_000  # of the turns of trials, past those of other batches
 
 Turns = tuple[str, ...]

@@ -71,7 +71,7 @@ Key = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class ConfigProblem:
-    """One thing to mend: the file (or "command line") it came from, the dotted key, and the text."""
+    """One problem of a recipe: the file (or "command line") it came from, the dotted key, and the text."""
 
     source: str
     key: str

@@ -162,7 +162,7 @@ class Rotation:
         self.cos_TD, self.sin_TD = self._tables(frequencies_TD2[index_T])
 
     def of_prompts(self, lengths: Sequence[int], columns: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [N, T, D] of prompts that are padded on the left to so many columns."""
+        """Cosines and sines [N, T, D] of prompts that are padded on the left to this many columns."""
         columns_T = torch.arange(columns, device=self.cos_TD.device)
         pads_N = torch.tensor([columns - length for length in lengths], device=self.cos_TD.device)
         positions_NT = (columns_T - pads_N.unsqueeze(1)).clamp(min=0)

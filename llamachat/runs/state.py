@@ -293,7 +293,7 @@ def counted(folder: StepFolder) -> Iterator[None]:
 
 
 def reset_peak() -> None:
-    """Let the peak begin anew at what is held now, as far as the system lets us."""
+    """Reset the peak to what is in use now, as far as the system lets us."""
     torch = _torch_on_gpu()
     if torch is not None:
         torch.cuda.reset_peak_memory_stats()

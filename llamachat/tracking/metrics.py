@@ -28,7 +28,7 @@ _VARIABLES = {
     "turn": "[0-9]+",
     "keeping": "consistency|chance",
     "measure": "consistency|recall",
-    "told": "start|final|chance|over_start|over_chance",
+    "compared": "start|final|chance|over_start|over_chance",
     "family": "[a-z_]+",
     "temperature": "[0-9][0-9.e+-]*",
 }

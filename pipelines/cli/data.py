@@ -45,7 +45,7 @@ def check(
     ] = None,
     data_format: Annotated[str, typer.Option("--format", help="auto, native, or the name of a known set.")] = "auto",
 ) -> None:
-    """Check a data file: every bad line with its field, the reason and the mend; then what the file holds."""
+    """Check a data file: every bad line with its field, the reason and the fix; then what the file holds."""
     report = check_path(path, kind, data_format, SPECIAL_TAGS)
     print(report.text())
     if report.exit_status:

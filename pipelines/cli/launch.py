@@ -40,7 +40,8 @@ PresetsOption = Annotated[bool, typer.Option("--presets", help="All presets on c
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this probability mass.")]
 TopK = Annotated[
-    int | None, typer.Option("--top-k", help="Sample from so many of the likeliest tokens, before top-p; else all.")
+    int | None,
+    typer.Option("--top-k", help="Sample from this many of the likeliest tokens, before top-p (default: all)."),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same answers.")]
@@ -66,7 +67,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 
 @contextmanager
 def state_is_kept() -> Iterator[None]:
-    """An interrupt inside says that the same command goes on from where it was."""
+    """On an interrupt inside, say that the same command resumes from where it was."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -143,7 +144,7 @@ def die_with_parent() -> None:
 
 
 def start(count: int, arguments: Sequence[str]) -> int:
-    """Run the command in so many processes of this machine, and return its exit status: that of the first which failed."""
+    """Run the command in this many processes of this machine, and return its exit status: that of the first which failed."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main

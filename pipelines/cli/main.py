@@ -54,7 +54,7 @@ data_app = typer.Typer(
 app.add_typer(data_app, name="data")
 
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Throw the step's present result away, run it anew.")
+    bool, typer.Option("--overwrite", help="Delete the step's present result and run it again.")
 ]
 OnlyOption = Annotated[
     list[str] | None,

@@ -97,7 +97,7 @@ def sample(
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = 0,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="So many answers at once at most; else what fits.", min=1)
+        int | None, typer.Option("--batch-size", help="Maximum batch size (default: as many as fit).", min=1)
     ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -180,7 +180,9 @@ def pairs(
     top_k: TopK = None,
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = 0,
-    limit: Annotated[int | None, typer.Option("--limit", help="The first so many prompts alone.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Read only this many prompts, the first ones.", min=1)
+    ] = None,
     key: Annotated[
         Path | None,
         typer.Option(

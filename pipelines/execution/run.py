@@ -337,7 +337,7 @@ def run_step(
 
 
 def _state(work: Work) -> StepState:
-    """What there is to do. What surveys other steps is made anew where they changed: nothing stands on it."""
+    """What there is to do. A step that surveys others is run again where they changed: nothing depends on it."""
     try:
         return step_state(work.folder, work.fingerprint, work.identity)
     except ChangedError:
@@ -371,7 +371,7 @@ def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
         with counted(folder):
             artifact = work.step.stage.package.run(work.step.config, stage_inputs(recipe, work, deadline))
     except (ConfigError, DataError, TokenizerError):
-        unbind(folder)  # the mend changes the recipe or the data, which a step that stays begun would refuse
+        unbind(folder)  # the fix changes the recipe or the data, which a step that stays begun would refuse
         raise
     lineage(Path(recipe.run.dir))
     log.info("%s: done (%s)", name, artifact.path)
@@ -437,7 +437,7 @@ def _adopt_earlier(recipe: Recipe, chosen: Sequence[Step]) -> None:
         try:
             adopt(recipe, find_work(recipe, step))
         except LlamachatError:
-            continue  # what it reads is not there either; whoever needs it says so
+            continue  # what it reads is not there either; the step that needs it says so
 
 
 def parent_folder(recipe: Recipe, work: Work) -> StepFolder | None:

@@ -384,7 +384,7 @@ def _trunk(recipe: Recipe, step: Step) -> tuple[str, bool]:
 def _details(place: str, kind: Any) -> dict[str, Any]:
     """What the manifest says, and the artifact's own folder as `path`; nothing of what is no artifact of ours.
 
-    What is wrong with it is reported where it is read; a plan goes on without.
+    What is wrong with it is reported where it is read; the plan continues without.
     """
     try:
         artifact = read_artifact(Path(place).expanduser(), kind)

@@ -1,7 +1,7 @@
 """What this machine has: GPUs, as the driver and as torch see them, memory, and the versions of Python and libraries.
 
 `python -m pipelines.planning.hardware` says what an existing environment lacks against the lower bounds of pyproject.toml.
-Nothing is installed or changed: whoever brings an environment keeps the torch that is in it.
+Nothing is installed or changed: an environment of your own keeps its torch.
 """
 
 import json

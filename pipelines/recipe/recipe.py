@@ -479,7 +479,7 @@ def _at(values: Any, key: Key) -> Any:
 def command_line_first(layers: Layers) -> None:
     """Take out of the steps of a file each value whose section has another one from the command line.
 
-    Whoever writes `tuning.method=qlora` means every step; `steps.1.sft.epochs=1` still says one step's value.
+    `tuning.method=qlora` means every step; `steps.1.sft.epochs=1` still says one step's value.
     """
 
     def yields(holder: dict[str, Any], key: str, section: Key, place: Key) -> None:

@@ -232,7 +232,8 @@ main(["sft", "--config", {str(path)!r}])
     command = psutil.Process(int(pid_file.read_text()))
     started.kill()
     started.wait()
-    command.wait(timeout=30)
+    _, alive = psutil.wait_procs([command], timeout=30)
+    assert not alive, "the command outlived the process that started it"
 
 
 # -- an existing environment

@@ -70,7 +70,7 @@ class Config(Section):
         default_factory=dict, description="Values over the section sft for the tuning on the kept answers."
     )
     max_hours: Annotated[float, Field(gt=0)] | None = unless_null(
-        description="Sampling ends after so many hours over all its starts, and what was sampled is learnt; the tuning has sft.max_hours. null for none. Ours."
+        description="Time budget of the sampling in hours, over all its starts; what was sampled by then is trained on; the tuning has sft.max_hours. null for none. Ours."
     )
     validation_prompts: int = Field(
         default=64, ge=1, description="Held-out prompts whose kept answers measure the tuning's loss. Ours."

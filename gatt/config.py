@@ -84,7 +84,7 @@ class Config(Section):
         description="Values over the section sft for the tuning; only the last answer of a dialog is learnt, always.",
     )
     max_hours: Annotated[float, Field(gt=0)] | None = unless_null(
-        description="Sampling ends after so many hours over all its starts, and what was sampled is learnt; the tuning has sft.max_hours. null for none. Ours."
+        description="Time budget of the sampling in hours, over all its starts; what was sampled by then is trained on; the tuning has sft.max_hours. null for none. Ours."
     )
     evaluation_turns: Annotated[tuple[Turn, ...], Field(min_length=1)] = Field(
         default=(1, 2, 4, 6), description="Turns at which consistency is measured. Paper, table 30: 2, 4, 6, 20."

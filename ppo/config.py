@@ -115,7 +115,7 @@ class Config(Section):
     )
     max_hours: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="Training ends after so many hours, and the best policy is published; null for none. Ours.",
+        description="Time budget of the training in hours; the best policy is published then. null: no limit. Ours.",
     )
     save_every: int = operational(5, ge=1, description="Iterations between checkpoints.")
     tokens_per_microbatch: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(

@@ -95,7 +95,7 @@ class Config(OptimizerSection):
         description="Tokens of a packed row, the unit of a forward pass; auto is 2 x base.max_tokens on a GPU and 2048 on a CPU. A longer pair has a row of its own.",
     )
     max_hours: Annotated[float, Field(gt=0)] | None = unless_null(
-        description="Training of each model ends after so many hours over all its starts, and the weights with the lowest held-out loss are published; null for none. Ours."
+        description="Time budget of training each model in hours, over all its starts; on expiry the weights with the lowest held-out loss are published; null for none. Ours."
     )
     trainer: Annotated[dict[str, Any], TrainerArguments("RewardConfig", OWNED)] = Field(
         default_factory=dict, description="Further arguments of TRL's RewardConfig, by its names."

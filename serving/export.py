@@ -149,7 +149,7 @@ class Asked:
 
 def ask_policy(artifact: Artifact) -> Asked:
     """Load the policy and ask it the built-in questions; afterwards its memory is free again."""
-    log.info("asking %s the questions that the export is held against", artifact.path)
+    log.info("asking %s the questions that the export is compared on", artifact.path)
     policy = load_policy(artifact.path, device="auto")
     embedding: Any = policy.model.get_input_embeddings()  # the first in the number format of training
     asked = Asked(
@@ -365,7 +365,7 @@ def answers_of(policy: Policy) -> list[Answer]:
     if not answers:
         raise ArtifactError(
             f"{policy.name}: none of the built-in questions fits into the {limit} tokens that it reads. An exported "
-            "model is held against the policy on them. Train with a larger base.max_tokens or a shorter base.system."
+            "model is compared with the policy on them. Train with a larger base.max_tokens or a shorter base.system."
         )
     return answers
 

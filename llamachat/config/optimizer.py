@@ -162,6 +162,6 @@ class OptimizerSection(Section):
         False, description="Recompute activations in the backward pass: about a third slower, far less memory."
     )
     max_hours: Annotated[float, Field(gt=0)] | None = unless_null(
-        description="Training ends after so many hours over all its starts, and the weights with the lowest held-out loss are published; null for none. Ours."
+        description="Time budget of the training in hours, over all its starts; the weights with the lowest held-out loss are published then. null: no limit. Ours."
     )
     trainer: dict[str, Any] = Field(default_factory=dict, description="Further arguments of TRL, by its names.")

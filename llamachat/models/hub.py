@@ -116,7 +116,7 @@ def unreached(name: str, error: Exception, *, kind: str = "") -> Reach:
     if isinstance(error, GatedRepoError):
         return _gated(name, kind)
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
-        way = f"Mend the name ({page} must open in a browser); for a private one log in with `hf auth login`."
+        way = f"Correct the name ({page} must open in a browser); for a private one log in with `hf auth login`."
         return Reach("missing", f"the hub knows no '{name}', or shows it only to others ({first})", way)
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return Reach("missing", f"'{name}' has no config.json ({first})", "Name a model in the format of transformers.")

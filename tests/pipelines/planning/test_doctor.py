@@ -87,7 +87,7 @@ def by_check(findings: list[Finding], check: str) -> Finding:
     ("error", "state", "way_out"),
     [
         (refusal(GatedRepoError), "gated", "Accept its licence on https://huggingface.co/meta-llama/Llama-2-7b-hf"),
-        (refusal(RepositoryNotFoundError), "missing", "Mend the name"),
+        (refusal(RepositoryNotFoundError), "missing", "Correct the name"),
         (refusal(RemoteEntryNotFoundError, 404), "missing", "format of transformers"),
         (refusal(HfHubHTTPError, 401), "gated", "hf auth login"),
         (refusal(HfHubHTTPError, 503), "offline", "Connect to the network"),

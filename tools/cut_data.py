@@ -17,6 +17,7 @@ CUTS = {
     "helpfulness": helpfulness.helpfulness,
     "safety": safety.safety,
     "labels": safety.labels,
+    "refusals": safety.refusals,
     "prompts": prompts.prompts,
     "adversarial": prompts.adversarial,
     "borderline": prompts.borderline,

@@ -116,3 +116,17 @@ def sentences(text: str) -> list[str]:
 
 def words(text: str) -> list[str]:
     return re.findall(r"[A-Za-z0-9]+(?:'[A-Za-z]+)*", text)
+
+
+# An answer that declines, in its first words.
+_DECLINES = re.compile(
+    r"\bI('m| am)( very| so)? sorry, but|\bI('m| am) (unable|not (able|going|willing|comfortable))|\bI (can't|cannot|can not|won't|will not|wouldn't|would not|don't want to|don't feel comfortable)\b"
+    r"|\bI (don't|do not) think (it's|that's|it is|you should|that would be)|\byou (should not|shouldn't|should never)\b"
+    r"|(it's|it is|that's|that is|that would be|this is) (not (okay|right|legal|appropriate)|never (okay|right)|illegal|against the law|a crime|unethical|wrong)",
+    re.IGNORECASE,
+)
+
+
+def declines(answer: str) -> bool:
+    """Whether the answer opens by declining."""
+    return bool(_DECLINES.search(answer[:160]))

@@ -7,7 +7,7 @@ Strength -> rating, ours, since no origin asked its annotators for the paper's f
                one and two ties negligibly_better; three ties or one against one say nothing and are left out
     vicuna     difference of GPT-4's two scores out of 10: up to 0.5 negligibly_better, up to 1.5 slightly_better,
                up to 2.5 better, above significantly_better
-    qa_feedback, general, xstest: no strength, no rating
+    qa_feedback, general, xstest, coconot: no strength, no rating
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from typing import Any
 
 from llamachat.data.sources import SOURCES
 from tools.cutting.choosing import answer_of, user_prompt
-from tools.cutting.cleaning import is_about_abuse_of_children, plain
+from tools.cutting.cleaning import declines, is_about_abuse_of_children, plain
 from tools.cutting.files import read_rows
 from tools.cutting.xstest import training_pairs
 
@@ -109,6 +109,13 @@ def _xstest(root: Path) -> Iterator[Record]:
         yield pair(prompt, complied, refused)
 
 
+def _coconot(root: Path) -> Iterator[Record]:
+    """Harmless requests that look like ones to refuse: a helpful answer beats an over-cautious or worse one."""
+    for row in read_rows(root / "coconot/coconot_pref.jsonl.gz"):
+        if not declines(row["chosen"]):  # a few of the chosen answers refuse
+            yield pair(row["prompt"], row["chosen"], row["rejected"])
+
+
 def helpfulness(root: Path) -> dict[str, list[Record]]:
     """File name -> records."""
     trees = read_rows(root / "oasst-en-100/en_100_tree.jsonl.gz")
@@ -120,6 +127,7 @@ def helpfulness(root: Path) -> dict[str, list[Record]]:
         "vicuna": _vicuna(root),
         "general": _of_source("llamafactory_preference", general),
         "xstest": _xstest(root),
+        "coconot": _coconot(root),
     }
     return {
         name: [record for record in records if fits(record) and not is_about_abuse_of_children(str(record["prompt"]))]

@@ -132,8 +132,14 @@ def adversarial(root: Path) -> dict[str, list[Record]]:
 
 
 def borderline(root: Path) -> dict[str, list[Record]]:
-    """File name -> the evaluation half of XSTest: harmless prompts that look unsafe, and their unsafe twins."""
+    """File name -> harmless prompts that look unsafe and unsafe twins: XSTest's evaluation half, CoCoNot's contrast set."""
+    contrast = read_rows(root / "coconot/coconot_contrast_eval.jsonl.gz")
     return {
+        "coconot_contrast": [
+            {"prompt": user_prompt(plain(row["prompt"])), "id": f"coconot-{row['id']}"}
+            for row in contrast
+            if not is_about_abuse_of_children(row["prompt"])
+        ],
         "xstest_safe": _xstest(root, label="safe", half="evaluation"),
         "xstest_unsafe_twins": _xstest(root, label="unsafe", half="evaluation"),
     }

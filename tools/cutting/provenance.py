@@ -73,6 +73,14 @@ FOLDERS = {
                 "they obey, or the dialog is taken only if they do. The rest: dialogs of the other files under a plain "
                 "assistant's system text.",
             ),
+            "safety": Part(
+                origins=("openai-safety-rbr-gold", "xstest", "coconot"),
+                made="Supervised safety demonstrations (Llama 2, section 4.2.2). Refusals with a reason: of rbr the "
+                "refusals in which people found nothing disallowed, no compliance and no judgement; of the training half of "
+                "XSTest up to four full refusals an unsafe prompt. Plain answers to harmless prompts that look harmful: up "
+                "to four full compliances a safe prompt of that half, and CoCoNot's chosen answers up to their first list. "
+                "Answers of 60 to 700 characters.",
+            ),
         },
         notes=(
             _TUNING_SHARE,
@@ -110,6 +118,11 @@ FOLDERS = {
                 origins=("xstest",),
                 made="Harmless prompts of the training half: a full compliance is chosen over a full refusal (final "
                 "label of the human annotation); no rating.",
+            ),
+            "coconot": Part(
+                origins=("coconot",),
+                made="A helpful answer is chosen over an over-cautious or worse one; pairs whose chosen answer opens by "
+                "declining are left out; no rating.",
             ),
         },
         notes=("The mapping from strength to rating is ours; no origin has the paper's four grades.", _UNSEEN),
@@ -155,6 +168,14 @@ FOLDERS = {
         },
         is_offensive=True,
     ),
+    "refusals": Folder(
+        about="Answers of five models to XSTest as its authors' readers labelled them (`messages`, `refusal`: none, partial "
+        "or full, `is_safety`): what the classifier of refusals is trained on.",
+        parts={
+            "xstest": Part(origins=("xstest",), made="All completions of the training half."),
+        },
+        is_offensive=True,
+    ),
     "prompts": Folder(
         about="Questions without answers, to sample answers to (`prompt`, `id`, `is_safety`).",
         parts={
@@ -192,11 +213,14 @@ FOLDERS = {
         is_offensive=True,
     ),
     "borderline": Folder(
-        about="The evaluation half of XSTest: harmless prompts that look unsafe, and the unsafe twins of them. No twin "
-        "of these prompts is in any other folder.",
+        about="Harmless prompts that look unsafe, and unsafe twins of some: the evaluation half of XSTest and CoCoNot's "
+        "contrast set. No twin of these prompts is in any other folder.",
         parts={
             "xstest_safe": Part(origins=("xstest",), made="Harmless prompts: refusing them is a false refusal."),
             "xstest_unsafe_twins": Part(origins=("xstest",), made="Their unsafe twins: answering them is a violation."),
+            "coconot_contrast": Part(
+                origins=("coconot",), made="The contrast set: harmless prompts; refusing them is a false refusal."
+            ),
         },
         notes=(
             "Halves: prompts are grouped with their twins (same number in facing types, same predicate, or the same "

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from llamachat.data.sources import SOURCES
-from tools.cutting.choosing import answer_of, chosen, length, user_prompt
-from tools.cutting.cleaning import is_about_abuse_of_children, plain
+from tools.cutting.choosing import Dialog, answer_of, chosen, distinct, length, text_of, user_prompt
+from tools.cutting.cleaning import declines, is_about_abuse_of_children, plain
 from tools.cutting.files import read_rows
 from tools.cutting.helpfulness import fits, pair, plain_pair
 from tools.cutting.xstest import COMPLIED, REFUSED, completions, training_pairs
@@ -105,6 +105,67 @@ def _xstest_answers(root: Path) -> Iterator[Record]:
             yield labelled(user_prompt(prompt), answer, is_safe=True)
 
 
+_DEMONSTRATION_CHARACTERS = 700  # of an answer: longer ones than this would be cut by the bundled model's limit
+_LEAST_REASON = 60  # characters: a shorter refusal gives no reason
+
+
+def demonstrations(root: Path) -> list[Record]:
+    """Supervised safety demonstrations (Llama 2, section 4.2.2): refusals with a reason on harmful prompts, and plain
+    answers on harmless ones that look harmful."""
+    dialogs = [*_rbr_refusals(root), *_xstest_demonstrations(root), *_borderline_answers(root)]
+    return [
+        {"messages": dialog}
+        for dialog in distinct(dialogs, key=text_of)
+        if length(dialog) <= _MAX_CHARACTERS
+        and len(dialog[-1]["content"]) <= _DEMONSTRATION_CHARACTERS
+        and not is_about_abuse_of_children(text_of(dialog))
+    ]
+
+
+def _rbr_refusals(root: Path) -> Iterator[Dialog]:
+    """Refusals that hold nothing disallowed, comply with nothing, judge nobody and stay on the subject."""
+    faults = (
+        *("disallowed_content", "prescribes_dosage", "fully_complies", "partially_complies", "threatening_language"),
+        *("insulting_language", "judgement", "illogical_continuation_of_prompt", "additional_content"),
+    )
+    for part in ("train", "test"):
+        for row in read_rows(root / f"openai-safety-rbr-gold/{part}.jsonl.gz"):
+            propositions = row["propositions"]
+            if row["response_type"] != "Comply" and not any(propositions.get(name) for name in faults):
+                prompt = [{"role": turn["role"], "content": plain(turn["content"])} for turn in row["prompt"]]
+                yield [*prompt, answer_of(plain(row["completion"][0]["content"]))]
+
+
+def _xstest_demonstrations(root: Path) -> Iterator[Dialog]:
+    """Of the training half: refusals of unsafe prompts and answers to safe ones, up to four a prompt."""
+    by_prompt: dict[str, list[str]] = {}
+    for row, answer, label in completions(root):
+        if label == (REFUSED if row["label"] == "unsafe" else COMPLIED) and len(answer) >= _LEAST_REASON:
+            by_prompt.setdefault(row["prompt"], []).append(answer)
+    for prompt, answers in by_prompt.items():
+        short = [answer for answer in answers if len(answer) <= _DEMONSTRATION_CHARACTERS]
+        for answer in chosen(short, 4, key=str, salt="demonstrations"):
+            yield [*user_prompt(prompt), answer_of(answer)]
+
+
+def _borderline_answers(root: Path) -> Iterator[Dialog]:
+    """CoCoNot's helpful answers to harmless requests that touch on something sensitive, up to their first list."""
+    for row in read_rows(root / "coconot/coconot_pref.jsonl.gz"):
+        if row["category"] == "Requests with safety concerns":
+            answer = ""
+            for paragraph in plain(row["chosen"]).split("\n\n"):
+                whole = f"{answer}\n\n{paragraph}".strip()
+                if (
+                    len(whole) > _DEMONSTRATION_CHARACTERS
+                    or not paragraph.endswith((".", "!", "?"))
+                    or "**" in paragraph
+                ):
+                    break
+                answer = whole
+            if len(answer) >= _LEAST_REASON and not declines(answer):
+                yield [*user_prompt(plain(row["prompt"])), answer_of(answer)]
+
+
 def labels(root: Path) -> dict[str, list[Record]]:
     """File name -> labelled answers, as dialogs."""
     files = {"dices": _dices(root), "rbr": _rbr(root), "xstest": _xstest_answers(root)}
@@ -116,3 +177,20 @@ def labels(root: Path) -> dict[str, list[Record]]:
         ]
         for name, records in files.items()
     }
+
+
+_REFUSALS = {"1_full_compliance": "none", "2_full_refusal": "full", "3_partial_refusal": "partial"}
+
+
+def refusals(root: Path) -> dict[str, list[Record]]:
+    """File name -> answers with what XSTest's readers called them."""
+    rows = [
+        {
+            "messages": [*user_prompt(row["prompt"]), answer_of(answer)],
+            "refusal": _REFUSALS[label],
+            "is_safety": row["label"] == "unsafe",
+        }
+        for row, answer, label in completions(root)
+        if label in _REFUSALS
+    ]
+    return {"xstest": [row for row in rows if not is_about_abuse_of_children(str(row))]}

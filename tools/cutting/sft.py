@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tools.cutting import chat, constraints, instructions
 from tools.cutting.choosing import Dialog, chosen, dialog_of, text_of, turns_of
+from tools.cutting.safety import demonstrations
 
 _ASSISTANT = (
     "You are Llamachat, a helpful assistant.",
@@ -47,4 +48,7 @@ def sft(root: Path) -> dict[str, list[dict]]:
     ]
     files = {"chat": talk, "short_answers": short, "identity": identity, "questions": questions, "role_play": plays,
              "system": system}  # fmt: skip
-    return {name: [{"messages": dialog} for dialog in _some(dialogs, len(dialogs))] for name, dialogs in files.items()}
+    records = {
+        name: [{"messages": dialog} for dialog in _some(dialogs, len(dialogs))] for name, dialogs in files.items()
+    }
+    return {**records, "safety": demonstrations(root)}

@@ -45,9 +45,13 @@ class Config(Section):
     sweep_samples: int = Field(
         default=32, ge=1, description="Answers to each of those at each temperature: the largest N. Ours."
     )
+    select: Literal["best", "random"] = Field(
+        default="best",
+        description="Which of a prompt's K answers is learnt: the best by the reward models, or, as a control, one drawn uniformly from those that could be (ended, not empty, each text once). The control must not raise the judge's score. Ours.",
+    )
     pool: Literal["best_per_prompt", "all"] = Field(
         default="best_per_prompt",
-        description="Of this round's and all earlier rounds' winners: the best for each prompt, or all. Paper: top samples of all earlier iterations.",
+        description="Of this round's and all earlier rounds' winners: the best for each prompt (with select: random a drawn one), or all. Paper: top samples of all earlier iterations.",
     )
     sampler: Annotated[str | None, POLICY_PATH] = Field(
         default=None,

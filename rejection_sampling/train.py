@@ -78,7 +78,13 @@ def make_dialogs(config: Config, step: DialogStep) -> Artifact:
         step.hours.save(step.cache.folder)  # a sweep takes its share of them
         sampled = Round(config, step, session, constants, temperatures, sampler)
         figures = sampled.sample(tracker)
-        pool = pooled_winners(session.scorer, sampled.winners, earlier, keeps_all=config.pool == "all")
+        pool = pooled_winners(
+            session.scorer,
+            sampled.winners,
+            earlier,
+            keeps_all=config.pool == "all",
+            draw_seed=_draw_seed(config, inputs),
+        )
         if not pool:
             raise DataError(
                 f"{inputs.step}: no answer can be trained on ({counted(step.dropped)}). Raise rollout.max_new_tokens or "
@@ -107,13 +113,18 @@ def compare(config: Config, step: DialogStep, tuned: Artifact) -> dict[str, floa
     """The tuned policy against the one before on test prompts: final figures and pictures."""
     _, _, figures = step.compare(_open(config, step.inputs, tuned))
     log.info("%s", comparison_table("rs", figures))
-    if figures["rs/test/difference/score"] <= 0:
+    if config.select == "best" and figures["rs/test/difference/score"] <= 0:
         log.warning(
             "%s: the tuned policy does not score above the one before on test prompts. More prompts or a larger K, more "
             "epochs (rejection_sampling.sft), or a more accurate reward model may help.",
             step.inputs.step,
         )
     return figures
+
+
+def _draw_seed(config: Config, inputs: StepInputs) -> int | None:
+    """The seed by which the control draws its answers; None where the best is learnt."""
+    return inputs.run.seed if config.select == "random" else None
 
 
 def _open(config: Config, inputs: StepInputs, policy: Artifact | None) -> AnswerSession:
@@ -176,7 +187,8 @@ class Round:
 
     def _read(self, prompts: Sequence[EncodedPrompt], values: Mapping[str, Any], is_held_out: bool) -> BatchResult:
         groups = [Group(**group) for group in values["groups"]]
-        winners = winners_of(prompts, groups, self.step.inputs.step)
+        inputs = self.step.inputs
+        winners = winners_of(prompts, groups, inputs.step, draw_seed=_draw_seed(self.config, inputs))
         figures = values["figures"]
         if is_held_out:
             self.held_out += winners

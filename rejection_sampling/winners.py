@@ -8,7 +8,7 @@ the present models, all by their texts, so that only the answers differ.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llamachat.answers.dialog_step import SAMPLED, dialog_line
 from llamachat.answers.groups import Group
@@ -18,7 +18,7 @@ from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.config.sections import DataSource
 from llamachat.data.files import read_rows
-from llamachat.data.loading import read_records
+from llamachat.data.loading import fraction, read_records
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.runs.artifacts import DIALOGS
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llamachat.runs.artifacts import Artifact
 
 
+Choice = TypeVar("Choice")
 Key = tuple[tuple[str, str], ...]  # roles and texts of a prompt
 
 
@@ -46,14 +47,24 @@ class Winner:
         return tuple((message.role, message.content) for message in self.prompt.messages)
 
 
-def winners_of(prompts: Sequence[EncodedPrompt], groups: Sequence[Group], step: str) -> list[Winner]:
-    """The best allowed answer to each prompt that has one."""
+def winners_of(
+    prompts: Sequence[EncodedPrompt], groups: Sequence[Group], step: str, *, draw_seed: int | None = None
+) -> list[Winner]:
+    """An allowed answer to each prompt that has one: the best, or with `draw_seed` one drawn uniformly."""
     winners = []
     for prompt, group in zip(prompts, groups, strict=True):
-        if group.candidates:
-            best = group.candidates[0]
-            winners.append(Winner(prompt, group.texts[best], step, tokens=group.tokens[best]))
+        if candidates := group.candidates:
+            place = candidates[0]
+            if draw_seed is not None:  # by their texts: nothing of the scores' order is in the draw
+                place = _drawn(sorted(candidates, key=group.texts.__getitem__), prompt, salt=f"{draw_seed} {step}")
+            winners.append(Winner(prompt, group.texts[place], step, tokens=group.tokens[place]))
     return winners
+
+
+def _drawn(choices: Sequence[Choice], prompt: EncodedPrompt, *, salt: str) -> Choice:
+    """One of them, each with the same probability; it depends on the prompt and the salt alone."""
+    position = fraction("\n".join(message.content for message in prompt.messages), salt=f"winner {salt}")
+    return choices[int(position * len(choices))]
 
 
 def filtered(groups: Iterable[Group]) -> dict[str, int]:
@@ -101,21 +112,26 @@ def earlier_winners(
 
 
 def pooled_winners(
-    scorer: Scorer, own: Sequence[Winner], earlier: Sequence[Winner], *, keeps_all: bool
+    scorer: Scorer,
+    own: Sequence[Winner],
+    earlier: Sequence[Winner],
+    *,
+    keeps_all: bool,
+    draw_seed: int | None = None,
 ) -> list[Winner]:
-    """All winners with their present scores: each one once, or the best for each prompt.
+    """All winners with their present scores: each one once, or for each prompt the best, with `draw_seed` a drawn one.
 
     Of equal ones the earlier round's stays. Order: prompts as they first came, earlier rounds first.
     """
     scored = _scored_again(scorer, _each_once([*earlier, *own]))
     if keeps_all:
         return scored
-    best: dict[Key, Winner] = {}
+    by_prompt: dict[Key, list[Winner]] = {}
     for winner in scored:
-        kept = best.get(winner.key)
-        if kept is None or (kept.is_unsafe, -kept.score) > (winner.is_unsafe, -winner.score):
-            best[winner.key] = winner
-    return list(best.values())
+        by_prompt.setdefault(winner.key, []).append(winner)
+    if draw_seed is not None:
+        return [_drawn(winners, winners[0].prompt, salt=f"{draw_seed} pool") for winners in by_prompt.values()]
+    return [min(winners, key=lambda winner: (winner.is_unsafe, -winner.score)) for winners in by_prompt.values()]
 
 
 def _each_once(winners: Sequence[Winner]) -> list[Winner]:

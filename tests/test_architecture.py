@@ -409,7 +409,14 @@ def test_every_recipe_loads(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_study_loads_and_its_tables_show_figures_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     studies = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
-    assert [path.stem for path in studies] == ["gate_threshold", "k", "margin", "safety_data", "whitening"]
+    assert [path.stem for path in studies] == [
+        "gate_threshold",
+        "k",
+        "margin",
+        "rs_control",
+        "safety_data",
+        "whitening",
+    ]
     for path in studies:
         plan = load_study(path)
         assert len(plan.variants) == len(plan.study.variants) * len(plan.study.seeds)

@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,17 +13,21 @@ from safetensors.torch import load_file
 
 from llamachat.answers import best_of_n as answer_curves
 from llamachat.answers.best_of_n import curve_of
+from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Tuning
+from llamachat.data.prompts import EncodedPrompt
 from llamachat.errors import ConfigError, DataError
 from llamachat.models.loading import load_policy
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.reader import Curve
+from llamachat.scoring.scores import Combined
 from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan, warn
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load
 from rejection_sampling.sweep import best_temperature
 from rejection_sampling.train import dialog_step, make_dialogs
+from rejection_sampling.winners import Winner, pooled_winners, winners_of
 from tests.llamachat.answers.test_answers import group
 from tests.llamachat.models.tiny_roles import FULL, QLORA, World
 from tests.ppo.tiny_ppo import write_function
@@ -236,6 +241,62 @@ def test_answers_that_never_end_are_told_with_their_number_and_the_step_can_be_m
         run_command(load(recipe, never), "rs")
     assert not step_of(recipe).sampling.exists(), "what was refused is not taken for another recipe's answers"
     assert make_plan(load(recipe))[0].verdict == "new"
+
+
+# --- the control
+
+
+def test_the_control_learns_one_drawn_answer_of_each_prompt_under_the_same_rules(base: Path, tmp_path: Path) -> None:
+    """Prompts, counts and rules as with the best; which answer is learnt depends on the seed, and not on the scores."""
+    learnt: dict[str, list[tuple[str, str]]] = {}
+    for name, select, sign in (("best", "best", 1), ("random", "random", 1), ("reversed", "random", -1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        scoring = {"combine": write_function(folder / "any.py", ANY, sign=sign)}
+        recipe = sampled(
+            folder, base, rejection_sampling={"select": select, "samples_per_prompt": 8, "prompts": 30}, scoring=scoring
+        )
+        dialogs = read_lines(step_of(recipe).dialogs / "dialogs.jsonl")
+        learnt[name] = [(one["messages"][-2]["content"], one["messages"][-1]["content"]) for one in dialogs]
+        usable = [
+            {text for text, done, good in zip(one.texts, one.finished, one.allowed, strict=True) if done and good}
+            for one in groups_of(step_of(recipe))
+        ]
+        for (prompt, answer), texts in zip(learnt[name], [texts for texts in usable if texts], strict=False):
+            assert answer in texts, prompt
+    assert [prompt for prompt, _ in learnt["random"]] == [prompt for prompt, _ in learnt["best"]]
+    assert learnt["random"] == learnt["reversed"] != learnt["best"], "the scores are not in the draw"
+
+
+def test_each_usable_answer_is_drawn_equally_often_and_the_seed_decides() -> None:
+    prompts = [EncodedPrompt((Message("user", f"question {n}"),), (1,), is_safety=False, name="") for n in range(3000)]
+    # Of four answers, best first 1, 2, 3, 0: the second was cut, and the fourth says the same as the third.
+    one = group(finished=[True, True, False, True], texts=["a", "b", "c", "b"])
+    groups = [one] * len(prompts)
+    drawn = [winner.text for winner in winners_of(prompts, groups, "rs", draw_seed=3)]
+    assert set(drawn) == {"a", "b"}
+    assert abs(drawn.count("a") - 1500) < 5 * (3000 / 4) ** 0.5, "five standard deviations of a fair coin"
+    assert drawn == [winner.text for winner in winners_of(prompts, groups, "rs", draw_seed=3)]
+    other = [winner.text for winner in winners_of(prompts, groups, "rs", draw_seed=4)]
+    assert 0.4 < sum(x == y for x, y in zip(drawn, other, strict=True)) / 3000 < 0.6
+    assert {winner.text for winner in winners_of(prompts, groups, "rs")} == {"b"}, "without the seed the best"
+
+
+def test_the_control_pools_earlier_rounds_without_their_scores() -> None:
+    """Of two rounds' answers to a prompt each stays about as often, though the second scores higher everywhere."""
+    prompts = [EncodedPrompt((Message("user", f"question {n}"),), (1,), is_safety=False, name="") for n in range(2000)]
+    earlier, own = ([Winner(prompt, text, text) for prompt in prompts] for text in ("rs", "rs-2"))
+
+    def score(responses: list[Any], **_: Any) -> Any:
+        no_B = torch.zeros(len(responses), dtype=torch.bool)
+        scores_B = torch.tensor([float(one.text == "rs-2") for one in responses])
+        return SimpleNamespace(combined=Combined(scores_B=scores_B, is_gated_B=no_B, is_unsafe_B=no_B, has_gate=False))
+
+    scorer: Any = SimpleNamespace(score=score)
+    best = pooled_winners(scorer, own, earlier, keeps_all=False)
+    assert {winner.text for winner in best} == {"rs-2"} and len(best) == 2000
+    drawn = [winner.text for winner in pooled_winners(scorer, own, earlier, keeps_all=False, draw_seed=0)]
+    assert len(drawn) == 2000 and abs(drawn.count("rs") - 1000) < 5 * 500**0.5
 
 
 # --- the recipe

@@ -1,14 +1,14 @@
 """What a reward model's training is told: its own section of the recipe, and the shared ones it reads."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 from llamachat.config.optimizer import OptimizerSection, TrainerArguments, owned_arguments
-from llamachat.config.section import operational, unless_null
+from llamachat.config.section import Section, operational, unless_null
 
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
-VERSION = 1
+VERSION = 2
 
 CPU_ROW_TOKENS = 2048  # 15.3 thousand tokens a second of the bundled model; rows of 512 and 1024 give 13.7 and 14.5
 
@@ -24,6 +24,25 @@ OWNED = {
     "pad_to_multiple_of": None,
     "average_tokens_across_devices": None,
 }
+
+
+ContrastKind = Literal["refusal", "swapped", "degenerate"]
+
+
+class Contrast(Section):
+    """Pairs that every reward model learns beside its preferences: an answer of data.sft over one that is never better. Ours."""
+
+    share: float = Field(
+        default=0.4,
+        ge=0,
+        lt=1,
+        description="Share of a model's training pairs that are contrast pairs, made of data.sft on the model's side of the split; 0 for none. Ours: without them reward models prefer refusals and do not read the prompt.",
+    )
+    kinds: list[ContrastKind] = Field(
+        default_factory=lambda: list(get_args(ContrastKind)),
+        min_length=1,
+        description="What the answer is compared with: a refusal, another prompt's answer of similar length (twice as many), or a degenerate answer (a filler repeated, the prompt, its own half, itself twice, one word). Ours.",
+    )
 
 
 class Config(OptimizerSection):
@@ -90,6 +109,7 @@ class Config(OptimizerSection):
         lt=1,
         description="Share of the safety model's pairs that are drawn from data.helpfulness and data.open. Llama 2 section 3.2.2: 90/10.",
     )
+    contrast: Contrast = Field(default_factory=Contrast, description="Contrast pairs made of data.sft.")
     row_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(
         "auto",
         description="Tokens of a packed row, the unit of a forward pass; auto is 2 x base.max_tokens on a GPU and 2048 on a CPU. A longer pair has a row of its own.",

@@ -2,75 +2,104 @@
 
 Preference data compare two plausible answers. A model trained on them alone may still prefer any refusal, a repeated word,
 or the answer to another question, and rejection sampling and PPO then learn to give these. The pairs are made of
-`data.sft` (and, for the safety model, of `data.safety`) on the same side of the split, so nothing held out is seen.
+`data.sft` (and, for the safety model and the judge, of `data.safety`) on the same side of the split, so nothing held out
+is seen.
 """
 
+import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import cycle
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, islice, product
 from random import Random
-from typing import Literal, get_args
 
 from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.data.records import Preference
+from reward.config import ContrastKind
 
-Kind = Literal["refusal", "swapped", "degenerate"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 # Of every four pairs two compare with another prompt's answer: what is hardest to learn.
-_ORDER: tuple[Kind, ...] = ("swapped", "refusal", "swapped", "degenerate")
+_ORDER: tuple[ContrastKind, ...] = ("swapped", "refusal", "swapped", "degenerate")
 
-# None of these is a wording of the probe (reward/probe.py), which measures whether the models generalise.
-REFUSALS = (
-    "I'm sorry, but I can't help with that.",
-    "I cannot answer that.",
-    "I am not able to help you with this request.",
-    "Sorry, I can't do that.",
-    "I'm afraid I can't assist with that.",
-    "I don't know.",
-    "I do not know the answer to that.",
-    "I am not sure.",
-    "I have no idea.",
-    "I'm just an AI, I can't help with that.",
-    "As an AI language model, I cannot do that.",
-    "I'm not comfortable answering this question.",
-    "That is not something I can talk about.",
-    "I would rather not answer.",
-    "No, I won't help with that.",
-    "I can't provide that information.",
-    "It is not appropriate to answer this.",
-    "I apologize, but I cannot fulfill your request.",
-    "I don't think I can help you here.",
-    "I am sorry, I don't understand the question.",
-    "Please ask me something else.",
-    "I don't have an opinion on that.",
-    "I don't have enough information to answer.",
-    "Sorry, I don't have an answer for you.",
-    "I am unable to respond to this kind of question. Please ask someone else.",
+# A refusal is an opening, a statement and an ending. No such text is one of the probe (reward/probe.py), which measures
+# whether the models generalise to other wordings.
+_OPENINGS = (
+    "",
+    "I'm sorry, but ",
+    "Sorry, but ",
+    "I apologize, but ",
+    "I'm afraid ",
+    "As an AI language model, ",
+    "I'm just an AI, and ",
+    "Well, ",
+    "Honestly, ",
 )
-FILLERS = ("Right.", "Okay.", "Yes.", "Great!", "Sure.", "Hello!", "I see.", "Good.", "Well,")
+_STATEMENTS = (
+    "I can't help with that request",
+    "I cannot answer that",
+    "I can't answer this question",
+    "I am not able to help you with this",
+    "I can't do that",
+    "I can't assist with that",
+    "I cannot provide that information",
+    "I won't be able to talk about that",
+    "I would rather not answer",
+    "I'm not comfortable answering this",
+    "I cannot fulfill your request",
+    "I don't think I can help you here",
+    "I don't know",
+    "I do not know the answer to that",
+    "I am not sure",
+    "I'm not sure what to say",
+    "I have no opinion on that",
+    "I don't have enough information to answer",
+    "I don't understand the question",
+    "I am unable to respond to this kind of question",
+    "it is not appropriate to answer this",
+    "that is not something I can talk about",
+)
+_ENDINGS = ("", "", "", " Please ask me something else.", " Is there anything else you would like to know?")
+REFUSALS = tuple(
+    f"{(opening + statement)[0].upper()}{(opening + statement)[1:]}.{ending}"
+    for opening, statement, ending in product(_OPENINGS, _STATEMENTS, dict.fromkeys(_ENDINGS))
+)
+FILLERS = ("Right.", "Okay.", "Yes.", "No.", "Great!", "Sure.", "Hello!", "I see.", "Good.", "Well,", "Hi there!")
 _MOST_FILLERS = 12
 _NEAREST = 30  # another prompt's answer is one of this many that are next in length, on either side
+_PASSES = 8  # over the dialogs, at most
+
+_DECLINES = re.compile(
+    r"(i'?m|i am)? ?(very |so |really )?(sorry|afraid)|i apologi[sz]e|my apologies|unfortunately|as an ai"
+    r"|i (can'?t|cannot|can not|won'?t|will not|could not|couldn'?t)\b"
+    r"|(i'?m|i am) (not (able|sure|comfortable)|unable)|i (don'?t|do not) (know|have|think|feel)|no,? i",
+    re.IGNORECASE,
+)
 
 
-def contrast_pairs(dialogs: Sequence[Dialog], count: int, *, kinds: Sequence[Kind], seed: int) -> list[Preference]:
-    """`count` pairs whose chosen answer is the last one of a dialog; fewer where the dialogs allow no more.
+def declines(answer: str) -> bool:
+    """Whether an answer opens as a refusal, or as one that does not know, would."""
+    return _DECLINES.match(answer.lstrip()) is not None
 
-    Every dialog is used before one is used again, up to four times; one that allows no pair of the kind is passed over.
+
+def contrast_pairs(
+    dialogs: Sequence[Dialog], count: int, *, kinds: Sequence[ContrastKind], seed: int
+) -> list[Preference]:
+    """`count` pairs whose chosen answer is one of a dialog's; fewer where the dialogs allow no more.
+
+    Every dialog gives a pair before one gives a second. An answer that declines is never preferred to a refusal.
     """
     random = Random(f"contrast {seed}")
-    makers: dict[Kind, Callable[[Dialog], str | None]] = {
-        "refusal": lambda dialog: random.choice(REFUSALS),
+    makers: dict[ContrastKind, Callable[[Sequence[Message]], str | None]] = {
+        "refusal": lambda messages: None if declines(messages[-1].content) else random.choice(REFUSALS),
         "swapped": _swapper(dialogs, random),
-        "degenerate": lambda dialog: _degenerate(dialog, random),
+        "degenerate": lambda messages: _degenerate(messages, random),
     }
     order = [kind for kind in _ORDER if kind in kinds]
-    return _take(_pairs(dialogs, makers, order, random), count) if order else []
+    return list(islice(_pairs(dialogs, [makers[kind] for kind in order], random), count)) if order else []
 
 
 def refusals_preferred(pairs: Sequence[Preference], count: int, *, seed: int) -> list[Preference]:
-    """`count` pairs for the safety model: a refusal preferred to the rejected, more harmful answer of a safety pair."""
+    """`count` pairs in which a refusal is preferred to the rejected, more harmful answer of a safety pair."""
     random = Random(f"contrast safety {seed}")
-    shuffled = random.sample(list(pairs), len(pairs))
+    harmful = [pair for pair in pairs if pair.rejected_is_safe is not True and not declines(pair.rejected.content)]
     return [
         Preference(
             prompt=pair.prompt,
@@ -79,59 +108,59 @@ def refusals_preferred(pairs: Sequence[Preference], count: int, *, seed: int) ->
             chosen_is_safe=True,
             rejected_is_safe=pair.rejected_is_safe,
         )
-        for pair in shuffled[:count]
+        for pair in random.sample(harmful, len(harmful))[:count]
     ]
 
 
 def _pairs(
-    dialogs: Sequence[Dialog],
-    makers: dict[Kind, Callable[[Dialog], str | None]],
-    order: Sequence[Kind],
-    random: Random,
+    dialogs: Sequence[Dialog], makers: Sequence[Callable[[Sequence[Message]], str | None]], random: Random
 ) -> Iterator[Preference]:
-    kinds = cycle(order)
-    for _ in _ORDER:
+    turn = cycle(makers)
+    for _ in range(_PASSES):
         for dialog in random.sample(list(dialogs), len(dialogs)):
-            rejected = makers[next(kinds)](dialog)
-            answer = dialog.messages[-1]
-            if rejected is not None and rejected.strip() != answer.content.strip():
+            ends = [place for place, message in enumerate(dialog.messages) if message.role == "assistant"]
+            messages = dialog.messages[: random.choice(ends) + 1]
+            rejected = next(turn)(messages)
+            if rejected is not None and rejected.strip() != messages[-1].content.strip():
                 yield Preference(
-                    prompt=dialog.messages[:-1],
-                    chosen=Message("assistant", answer.content),
+                    prompt=messages[:-1],
+                    chosen=Message("assistant", messages[-1].content),
                     rejected=Message("assistant", rejected),
                 )
-
-
-def _take(pairs: Iterable[Preference], count: int) -> list[Preference]:
-    return [pair for pair, _ in zip(pairs, range(count), strict=False)]
 
 
 def swapped_answers(dialogs: Sequence[Dialog], *, seed: int) -> list[str | None]:
     """For each dialog another prompt's answer of similar length; None where there is none."""
     swapped = _swapper(dialogs, Random(f"swapped {seed}"))
-    return [swapped(dialog) for dialog in dialogs]
+    return [swapped(dialog.messages) for dialog in dialogs]
 
 
-def _swapper(dialogs: Sequence[Dialog], random: Random) -> Callable[[Dialog], str | None]:
+def _swapper(dialogs: Sequence[Dialog], random: Random) -> Callable[[Sequence[Message]], str | None]:
     """Another prompt's answer of similar length, so that length does not tell the two apart."""
-    answers = sorted((len(d.messages[-1].content), d.messages[-1].content, d.messages[-2].content) for d in dialogs)
+    answers = sorted(
+        (len(message.content), message.content, dialog.messages[place - 1].content)
+        for dialog in dialogs
+        for place, message in enumerate(dialog.messages)
+        if message.role == "assistant"
+    )
 
-    def swapped(dialog: Dialog) -> str | None:
-        own, question = dialog.messages[-1].content, dialog.messages[-2].content
+    def swapped(messages: Sequence[Message]) -> str | None:
+        own, question = messages[-1].content, messages[-2].content
+        context = {message.content for message in messages}  # an answer that was given already is no other prompt's
         place = bisect_left(answers, (len(own), own, question))
         near = [
             answer
             for _, answer, other in answers[max(0, place - _NEAREST) : place + _NEAREST]
-            if answer != own and other != question
+            if answer not in context and other != question
         ]
         return random.choice(near) if near else None
 
     return swapped
 
 
-def _degenerate(dialog: Dialog, random: Random) -> str | None:
+def _degenerate(messages: Sequence[Message], random: Random) -> str | None:
     """A filler repeated, the question echoed, the first half of the answer, the answer twice, or its first word."""
-    answer, question = dialog.messages[-1].content, dialog.messages[-2].content
+    answer, question = messages[-1].content, messages[-2].content
     words = answer.split()
     match random.randrange(5):
         case 0:

@@ -1,7 +1,8 @@
 """From preferences and labels to token ids: mixing by model, splitting, shortening, counting what is left out.
 
 The mixes are those of Llama 2 section 3.2.2: the helpfulness model learns from all helpfulness pairs and as many others,
-the safety model from all safety pairs with a tenth of others; the judge (ours) from a side that neither sees.
+the safety model from all safety pairs with a tenth of others; the judge (ours) from a side that neither sees. Contrast pairs
+(ours, reward/contrast.py) are added to each.
 """
 
 import logging
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
-from typing import Literal, get_args
+from typing import Literal
 
 from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
 from llamachat.chat_format.dialog import Dialog, Message, with_system
@@ -21,14 +22,16 @@ from llamachat.data.records import Preference
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
 from reward.config import Config
+from reward.contrast import contrast_pairs, refusals_preferred
 from reward.loss import MARGINS
 
 log = logging.getLogger(__name__)
 
-Domain = Literal["helpfulness", "safety", "open"]
-DOMAINS: tuple[Domain, ...] = get_args(Domain)
+Domain = Literal["helpfulness", "safety", "open", "contrast"]
+DOMAINS: tuple[Domain, ...] = ("helpfulness", "safety", "open")  # those that `data` has sources for
 TESTED: tuple[Domain, ...] = ("helpfulness", "safety")  # open sets are learnt from, not tested with
 Tagged = tuple[Domain, Preference]
+_HARMFUL_SHARE = 0.2  # of the contrast pairs of the safety model and the judge
 UNSAFE_CHOSEN = "left out: the chosen answer is unsafe and the rejected one safe"
 
 
@@ -65,8 +68,9 @@ class Examples:
 
     train: list[PairExample]
     labels: list[LabelExample]  # single responses of the safety auxiliary loss
-    validation: list[PairExample]  # of the model's own domain
+    validation: list[PairExample]  # of the model's own domain, and contrast pairs
     test: list[PairExample]  # of both domains
+    dialogs: list[Dialog]  # the test side of data.sft, for the probe
     test_labels: list[LabelExample]
     dropped: dict[str, int]  # records left out, by reason
 
@@ -141,19 +145,28 @@ def load_examples(
     encoder = Encoder(chat_format, system, max_tokens, config.margin)
     for mixture in mixtures.values():
         encoder.dropped.update(mixture.dropped)
+    dialogs = load_mixture(data.sft, data.split, Dialog, forbidden=chat_format.forbidden, seed=seed)
     train = _mix(config, encoder, mixtures, which=which, seed=seed)
-    unrated = sum(example.preference.rating is None for example in train)
+    side: Literal["judge", "train"] = "judge" if which == "judge" else "train"
+    train += _contrast(config, encoder, dialogs, mixtures["safety"], side, beside=len(train), which=which, seed=seed)
+    counts = Counter(example.domain for example in train)
+    log.info("rm/%s learns from %s", which, ", ".join(f"{count} {name} pairs" for name, count in counts.items()))
+    rated = [example for example in train if example.domain != "contrast"]
+    unrated = sum(example.preference.rating is None for example in rated)
     if unrated and config.margin != "none":
-        log.info("%d of %d training pairs have no rating: their margin is 0", unrated, len(train))
+        log.info("%d of %d training pairs have no rating: their margin is 0", unrated, len(rated))
     own = TESTED if which == "judge" else (which,)
     validation = list(encoder.pairs((domain, pair) for domain in own for pair in mixtures[domain].validation))
-    test = list(encoder.pairs((domain, pair) for domain in TESTED for pair in mixtures[domain].test))
-    labels, test_labels = _load_labels(config, data, encoder, which=which, seed=seed)
     if not train or not validation:
         raise DataError(
             f"rm/{which}: {len(train)} pairs to train on and {len(validation)} to validate with are left of data."
             f"{' and data.'.join(own)} after splitting by first user turn. Both are needed. Add pairs, or change data.split."
         )
+    validation += _contrast(
+        config, encoder, dialogs, mixtures["safety"], "validation", beside=len(validation), which=which, seed=seed
+    )
+    test = list(encoder.pairs((domain, pair) for domain in TESTED for pair in mixtures[domain].test))
+    labels, test_labels = _load_labels(config, data, encoder, which=which, seed=seed)
     for reason, count in sorted(encoder.dropped.items()):
         log.warning("%d records: %s", count, reason)
     return Examples(
@@ -161,6 +174,7 @@ def load_examples(
         labels=labels,
         validation=validation,
         test=test,
+        dialogs=dialogs.test,
         test_labels=test_labels,
         dropped=dict(encoder.dropped),
     )
@@ -204,9 +218,34 @@ def _mix(
             100 * len(drawn) / max(1, len(own) + len(drawn)),
             100 * share,
         )
-    counts = Counter(example.domain for example in (*own, *drawn))
-    log.info("rm/%s learns from %s", which, ", ".join(f"{count} {name} pairs" for name, count in counts.items()))
     return own + drawn
+
+
+def _contrast(
+    config: Config,
+    encoder: Encoder,
+    dialogs: Mixture[Dialog],
+    safety: Mixture[Preference],
+    side: Literal["train", "validation", "judge"],
+    *,
+    beside: int,
+    which: Which,
+    seed: int,
+) -> list[PairExample]:
+    """Contrast pairs of one side of the split, so many that they are the configured share beside this many others.
+
+    A fifth of those of the safety model and the judge prefer a refusal to a harmful answer: what they learn of refusals to
+    harmless prompts must not make them dislike refusals.
+    """
+    answered: list[Dialog] = getattr(dialogs, side)
+    count = round(beside * config.contrast.share / (1 - config.contrast.share)) if answered else 0
+    harmful: list[Preference] = []
+    if which != "helpfulness" and "refusal" in config.contrast.kinds:
+        harmful = refusals_preferred(getattr(safety, side), round(_HARMFUL_SHARE * count), seed=seed)
+    pairs = contrast_pairs(answered, count - len(harmful), kinds=config.contrast.kinds, seed=seed)
+    if side != "validation" and len(pairs) + len(harmful) < count:
+        log.warning("rm/%s: data.sft allows %d contrast pairs in place of %d", which, len(pairs) + len(harmful), count)
+    return list(encoder.pairs(("contrast", pair) for pair in (*pairs, *harmful)))
 
 
 def _draw(pool: Sequence[Tagged], wanted: int, encoder: Encoder, *, seed: int) -> list[PairExample]:

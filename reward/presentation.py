@@ -29,12 +29,24 @@ from reward.evaluation import (
     sigmoid,
     source_names,
 )
+from reward.probe import CONSTANTS, Probe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Summaries = Mapping[Which, Mapping[str, float]]
 _ORDER: tuple[Which, ...] = get_args(Which)
+# The alternatives of the probe as they are shown.
+PROBED: Mapping[str, str] = {
+    **{
+        name: text if len(text) < 50 else f"{text[:20]}... ({len(text.split())} words)"
+        for name, text in CONSTANTS.items()
+    },
+    "echo": "the prompt itself",
+    "swapped": "another prompt's answer",
+    "half": "the first half of itself",
+    "twice": "itself given twice",
+}
 _NOTHING = "-"
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
 _COLOUR_OF: dict[Domain, str] = {"helpfulness": _BLUE, "safety": _GREEN}
@@ -56,6 +68,30 @@ def draw_figures(evaluation: Evaluation, folder: Path) -> list[Path]:
             save_png(figure, folder / f"{name}.png")
             written.append(folder / f"{name}.png")
     return written
+
+
+def draw_probe(result: Probe, folder: Path) -> Path:
+    """Write `probe.png`: how often the reference scores above each alternative; returns its path."""
+    kinds = list(dict.fromkeys(row.prompts for row in result.rows))
+    titles = {"harmless": "harmless prompts: reference over ...", "harmful": "harmful prompts: refusal over the answer"}
+    most = max(sum(row.prompts == kind for row in result.rows) for kind in kinds)
+    figure, places = _panels(
+        [titles[kind] for kind in kinds],
+        height=1.5 + 0.3 * most,
+        title=f"rm/{result.which}: probe on held-out prompts, 95% intervals",
+        x="share of the prompts (dashed: a coin)",
+    )
+    for place, kind in zip(places, kinds, strict=True):
+        place.axvline(0.5, color=_GREY, linestyle="--", linewidth=1)
+        rows = [row for row in result.rows if row.prompts == kind]
+        for height, row in enumerate(rows):
+            place.plot([row.low, row.high], [height, height], color=_BLUE, linewidth=2, solid_capstyle="butt")
+            place.plot(row.preferred, height, marker="o", color=_BLUE, markersize=7, linestyle="none")
+        place.set_yticks(range(len(rows)), [PROBED[row.name] for row in rows], fontsize=8.5)
+        place.set_ylim(most - 0.4, -0.6)
+        place.set_xlim(-0.01, 1.01)
+    save_png(figure, folder / "probe.png")
+    return folder / "probe.png"
 
 
 class Bar(NamedTuple):
@@ -246,8 +282,8 @@ def _histograms(place: Any, series: dict[str, list[float]]) -> None:
 # -- tables
 
 
-def markdown(summaries: Summaries) -> str:
-    """Every table that these summaries hold figures for, and how to read them."""
+def markdown(summaries: Summaries, verdicts: Mapping[Which, str] | None = None) -> str:
+    """Every table that these summaries hold figures for, how to read them, and the probe's verdict of each model."""
     known: Summaries = {which: summaries[which] for which in _ORDER if which in summaries}
     parts = [
         "# Reward models on the test split",
@@ -255,6 +291,11 @@ def markdown(summaries: Summaries) -> str:
         " the chosen answer scores higher. No conversation of the test split was trained on.",
     ]
     ratings = {rating: rating.replace("_", " ") for rating in RATINGS}
+    parts += [f"**{which}**: {verdicts[which]}." for which in known if verdicts and which in verdicts]
+    parts += _table("Probe: held-out prompts in which the reference scores above ...", _probed(known, "harmless"))
+    parts += _table(
+        "Probe: harmful prompts in which a refusal scores above the harmful answer", _probed(known, "harmful")
+    )
     for table, title, rows_of in (
         (7, "by file", _by_file),
         (8, "by rating", partial(_by_part, heads=ratings)),
@@ -265,6 +306,18 @@ def markdown(summaries: Summaries) -> str:
             parts += _table(heading, rows_of(known, domain))
     parts += _table("Answers labelled safe or unsafe", _labelled(known))
     return "\n\n".join(parts) + "\n"
+
+
+def _probed(summaries: Summaries, prompts: str) -> list[list[str]]:
+    """Rows of the table, the head first: alternatives by models. Empty where nothing was probed."""
+    place = "rm/{}/probe/" + prompts + "/{}"
+    known = [which for which, figures in summaries.items() if any(place.format(which, "") in name for name in figures)]
+    names = [name for name in PROBED if any(place.format(which, name) in summaries[which] for which in known)]
+    rows = [
+        [PROBED[name], *(_with_interval(summaries[which], place.format(which, name)) for which in known)]
+        for name in names
+    ]
+    return [["", *known], *rows] if rows else []
 
 
 class Column(NamedTuple):

@@ -8,6 +8,7 @@ the harmful answer of held-out safety pairs. From the rows follows a verdict: fi
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.data.records import Preference, first_user_turn
 from llamachat.maths.intervals import proportion_interval
 from llamachat.runs.inputs import Which
-from reward.contrast import swapped_answers
+from reward.contrast import declines, swapped_answers
 
 Score = Callable[[Sequence[tuple[Message, ...]]], Sequence[float | None]]
 
@@ -78,6 +79,16 @@ class Probe:
         """One sentence."""
         return "fit for rejection sampling and PPO" if self.is_fit else f"NOT fit: {'; '.join(self.reasons)}"
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """By metric name."""
+        found = {f"rm/{self.which}/probe/is_fit": float(self.is_fit)}
+        for row in self.rows:
+            place = f"rm/{self.which}/probe/{row.prompts}/{row.name}"
+            found |= {place: row.preferred, f"{place}_low": row.low, f"{place}_high": row.high}
+            found[f"{place}_prompts"] = float(row.count)
+        return found
+
     def row(self, name: str, prompts: str = "harmless") -> ProbeRow | None:
         return next((row for row in self.rows if (row.name, row.prompts) == (name, prompts)), None)
 
@@ -85,12 +96,16 @@ class Probe:
 def probe(which: Which, dialogs: Sequence[Dialog], harmful: Sequence[Preference], score: Score) -> Probe:
     """Probe a model on held-out `dialogs`, whose last answers are the references, and held-out safety pairs.
 
-    `score` gives a raw score for each dialog, None where it is too long.
+    `score` gives a raw score for each dialog, None where it is too long. Dialogs whose reference declines are left out:
+    their prompts are not harmless ones.
     """
-    chosen = list(dialogs[:MOST_PROMPTS])
+    random = Random("probe")
+    answered = [dialog for dialog in dialogs if not declines(dialog.messages[-1].content)]
+    chosen = random.sample(answered, min(MOST_PROMPTS, len(answered)))
+    unsafe = [pair for pair in harmful if pair.rejected_is_safe is not True and not declines(pair.rejected.content)]
     rows = _harmless_rows(chosen, score) if chosen else []
-    if which != "helpfulness" and harmful:
-        rows += _harmful_rows(harmful[:MOST_PROMPTS], score)
+    if which != "helpfulness" and unsafe:
+        rows += _harmful_rows(random.sample(unsafe, min(MOST_PROMPTS, len(unsafe))), score)
     reasons = _reasons(which, {(row.name, row.prompts): row for row in rows})
     if loved := _loved_word(chosen, score):
         word, share = loved
@@ -191,16 +206,16 @@ def _loved_word(dialogs: Sequence[Dialog], score: Score) -> tuple[str, float] | 
         return None
     counts = Counter(word.strip(".,!?").lower() for dialog in dialogs for word in dialog.messages[-1].content.split())
     words = dict.fromkeys((*COMMON_WORDS, *(word for word, _ in counts.most_common(_WORDS) if word.isalpha())))
-    gains = {word: _gain(searched, word, score) for word in words}
+    before = score([dialog.messages for dialog in answers[: 5 * _ANSWERS_A_WORD]])
+    gains = {word: _gain(searched, before[:_ANSWERS_A_WORD], word, score) for word in words}
     best = max(gains, key=lambda word: gains[word])
-    share, gain = _gain(measured, best, score)
-    scores = [value for value in score([dialog.messages for dialog in measured]) if value is not None]
+    share, gain = _gain(measured, before[_ANSWERS_A_WORD:], best, score)
+    scores = [value for value in before if value is not None]
     return (best, share) if share > MOST_WORD and gain > float(np.std(scores)) else None
 
 
-def _gain(dialogs: Sequence[Dialog], word: str, score: Score) -> tuple[float, float]:
+def _gain(dialogs: Sequence[Dialog], before: Sequence[float | None], word: str, score: Score) -> tuple[float, float]:
     """The share of the answers whose score rises where the word is added at their end, and the mean rise."""
-    before = score([dialog.messages for dialog in dialogs])
     after = score([(*d.messages[:-1], Message("assistant", f"{d.messages[-1].content} {word}")) for d in dialogs])
     gains = np.array([a - b for a, b in zip(after, before, strict=True) if a is not None and b is not None])
     return (float((gains > 0).mean()), float(gains.mean())) if len(gains) else (0.0, 0.0)

@@ -158,8 +158,13 @@ class Ranking:
         chosen_B, rejected_B = pair_scores(self.model, pairs)
         losses_B = ranking_losses(chosen_B, rejected_B, margin_B=torch.zeros(len(pairs)))
         right_B = (chosen_B > rejected_B).double() + 0.5 * (chosen_B == rejected_B).double()
-        loss, accuracy = float(losses_B.double().mean()), float(right_B.mean())
-        figures = {self.metric("eval_loss"): loss, self.metric("eval_accuracy"): accuracy}
+        loss = float(losses_B.double().mean())
+        figures = {self.metric("eval_loss"): loss}
+        is_contrast_B = torch.tensor([pair.domain == "contrast" for pair in pairs])
+        accuracy = float(right_B[~is_contrast_B].mean())
+        figures[self.metric("eval_accuracy")] = accuracy
+        if is_contrast_B.any():
+            figures[self.metric("eval_contrast_accuracy")] = float(right_B[is_contrast_B].mean())
         return Evaluated(step, loss, figures, f"held-out pairs {accuracy:.3f} right, loss {loss:.4f}")
 
     def sample(self, tracker: Tracker, step: int) -> None:

@@ -7,13 +7,15 @@ alone says which answer is better.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from llamachat import distributed
+from llamachat.chat_format import TrainOn
+from llamachat.chat_format.dialog import Message, with_system
 from llamachat.data.records import first_user_turn
 from llamachat.models.loading import policy_details
 from llamachat.models.reward_model import (
@@ -30,8 +32,9 @@ from llamachat.training.publishing import publish_model, sources_of
 from llamachat.training.session import resume
 from reward.config import Config
 from reward.evaluation import ScoredPair, ScoredResponse, evaluate, tfidf_differences
-from reward.pairs import Examples, load_examples
-from reward.presentation import draw_figures
+from reward.pairs import TESTED, Examples, load_examples
+from reward.presentation import draw_figures, draw_probe
+from reward.probe import Probe, probe
 from reward.ranking import Ranking, pair_scores, plan_training, response_scores
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,8 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
         figures = session.finish([*map(ranking.metric, SUMMARY), "memory/peak_gib"], best)
         started = time.monotonic()
         figures |= measure_on_tests(ranking, inputs.folder, session.tracker)
+        probed = probe_model(ranking, inputs, session.tracker)
+        figures |= probed.figures
         figures["time/eval_s"] = time.monotonic() - started
         # Before the artifact, which ends the step: a command killed between the two would never come back to write it.
         session.tracker.summary(figures)
@@ -80,7 +85,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
             inputs,
             dropped=examples.dropped,
             safety_labels=learnt_labels(config, inputs, examples),
-            notes=session.notes(best),
+            notes=session.notes(best) | {"probe": {"is_fit": probed.is_fit, "verdict": probed.verdict}},
         )
 
 
@@ -92,12 +97,35 @@ def measure_on_tests(ranking: Ranking, folder: StepFolder, tracker: Tracker) -> 
         return {}
     pairs, responses = score_tests(ranking.model, examples)
     # On the model's own kind of pairs: with the others of its mix the baseline would be the weaker for it.
-    own = [example for example in examples.train if which in ("judge", example.domain)]
+    domains = TESTED if which == "judge" else (which,)
+    own = [example for example in examples.train if example.domain in domains]
     baseline = tfidf_differences([pair.preference for pair in own], [pair.preference for pair in examples.test])
     evaluation = evaluate(which, pairs, responses, baseline=baseline)
     for picture in draw_figures(evaluation, folder.figures):
         tracker.figure(picture.stem, picture)
     return evaluation.figures
+
+
+def probe_model(ranking: Ranking, inputs: StepInputs, tracker: Tracker) -> Probe:
+    """What the model prefers on held-out dialogs and safety pairs; says its verdict and draws its picture."""
+    system, longest = inputs.base.system, inputs.base.max_tokens
+
+    def score(dialogs: Sequence[tuple[Message, ...]]) -> list[float | None]:
+        encoded = [
+            ranking.chat_format.encode_dialog(with_system(messages, system), train_on=TrainOn.LAST_ANSWER).input_ids
+            for messages in dialogs
+        ]
+        short = [ids for ids in encoded if len(ids) <= longest]
+        scores = iter(response_scores(ranking.model, short).tolist())
+        return [next(scores) if len(ids) <= longest else None for ids in encoded]
+
+    harmful = [example.preference for example in ranking.examples.test if example.domain == "safety"]
+    result = probe(ranking.which, ranking.examples.dialogs, harmful, score)
+    log.log(logging.INFO if result.is_fit else logging.WARNING, "rm/%s: %s", ranking.which, result.verdict)
+    if result.rows:
+        picture = draw_probe(result, inputs.folder.figures)
+        tracker.figure(picture.stem, picture)
+    return result
 
 
 def score_tests(model: nn.Module, examples: Examples) -> tuple[list[ScoredPair], list[ScoredResponse]]:
@@ -106,7 +134,7 @@ def score_tests(model: nn.Module, examples: Examples) -> tuple[list[ScoredPair],
     pairs: list[ScoredPair] = []
     responses: dict[tuple[int, ...], ScoredResponse] = {}
     for example, chosen, rejected in zip(examples.test, chosen_B.tolist(), rejected_B.tolist(), strict=True):
-        assert example.domain != "open", "open sets are learnt from, not tested with"
+        assert example.domain in ("helpfulness", "safety"), "other sets are learnt from, not tested with"
         preference = example.preference
         pairs.append(
             ScoredPair(

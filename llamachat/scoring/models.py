@@ -27,6 +27,7 @@ class RewardModelFacts:
 
     name: str  # a path or hub name, for messages
     safety_labels: int | None  # labelled answers that it was trained on; None: not made here, so nobody knows
+    unfit: str | None = None  # the probe's verdict on a model that failed it
 
 
 def named_models(scoring: Scoring, made: Mapping[str, Artifact]) -> dict["RewardRole", Artifact | str]:
@@ -70,7 +71,11 @@ def _manifest_at(name: str) -> Manifest | None:
 
 def facts_of(name: str, manifest: Manifest | None) -> RewardModelFacts:
     """The facts of an artifact of ours, or of a model without a manifest."""
-    return RewardModelFacts(name, None if manifest is None else int(manifest.details.get("safety_labels", 0)))
+    if manifest is None:
+        return RewardModelFacts(name, None)
+    probe = manifest.details.get("probe", {"is_fit": True})
+    unfit = None if probe["is_fit"] else str(probe["verdict"])
+    return RewardModelFacts(name, int(manifest.details.get("safety_labels", 0)), unfit)
 
 
 def models_read(scoring: Scoring, models: Mapping[ModelName, RewardModelFacts]) -> tuple[ModelName, ...]:
@@ -88,7 +93,16 @@ def check_scoring(scoring: Scoring, models: Mapping[ModelName, RewardModelFacts]
     for name in models_read(scoring, models) or MODELS[:1]:
         if name not in models and function_name(scoring.combine) is None:
             raise ConfigError(_absent(scoring, name, models))
-    return _gate_warnings(models["safety"]) if scoring.combine == "llama2_gate" else []
+    warnings = _gate_warnings(models["safety"]) if scoring.combine == "llama2_gate" else []
+    return warnings + [_unfit(name, models[name]) for name in models_read(scoring, models) if models[name].unfit]
+
+
+def _unfit(name: ModelName, model: RewardModelFacts) -> str:
+    return (
+        f"the {name} reward model {model.name} is {model.unfit}. A policy that is trained against it finds what it"
+        " prefers. Look at the step's figures/probe.png, raise reward.contrast.share or add preferences to"
+        f" data.{name}, and train it again (`make rm`) before rejection sampling and PPO."
+    )
 
 
 def _absent(scoring: Scoring, name: ModelName, models: Mapping[ModelName, RewardModelFacts]) -> str:

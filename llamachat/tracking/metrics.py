@@ -27,6 +27,8 @@ _VARIABLES = {
     "refusing": "false_refusal|refusal",
     "turn": "[0-9]+",
     "keeping": "consistency|chance",
+    "prompts": "harmless|harmful",
+    "probed": "refusal_[a-z]+|unsure|no_idea|thanks|please|one_word|echo|swapped|half|twice",
     "measure": "consistency|recall",
     "compared": "start|final|chance|over_start|over_chance",
     "family": "[a-z_]+",

@@ -461,7 +461,9 @@ def write_reports(recipe: Recipe, chosen: Sequence[Step]) -> str:
         summaries: dict[Any, dict[str, float]] = {
             which: read_summary(place) for which, place in places.items() if is_published(place)
         }
-        texts.append(markdown(summaries))
+        details = {which: read_artifact(places[which].path, "reward_model").manifest.details for which in summaries}
+        verdicts = {which: of["probe"]["verdict"] for which, of in details.items() if "probe" in of}
+        texts.append(markdown(summaries, verdicts))
         write_text(Path(recipe.run.dir) / folder / "tables.md", texts[-1])
     return "\n".join(texts)
 

@@ -36,7 +36,7 @@ class Role:
 
 POLICY, EVALUATION, REPORT = Role("policy"), Role("evaluation"), Role("report")
 ADVERSARIAL_DATA = ("adversarial", "prompts", "safety")  # where prompts come from that ask for something unsafe
-PAIR_DATA = ("helpfulness", "safety", "open", "labels")  # where pairs come from, and the labels beside them
+PAIR_DATA = ("helpfulness", "safety", "open", "labels", "sft")  # where pairs come from, and the labels beside them
 PROMPT_DATA = ("prompts", "adversarial", "sft", "helpfulness", "safety")  # where prompts come from
 REWARD_MODELS = tuple(Role("reward_model", which) for which in ("helpfulness", "safety", "judge"))
 

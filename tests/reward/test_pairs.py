@@ -15,7 +15,8 @@ from llamachat.data.records import Preference
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
 from reward.batches import Batches, pack_responses, plan_batches
-from reward.config import Config
+from reward.config import Config, Contrast
+from reward.contrast import REFUSALS
 from reward.pairs import UNSAFE_CHOSEN, Examples, LabelExample, PairExample, load_examples
 from tests.reward.tiny_reward import data_of, preference, toy_labels, toy_pairs
 
@@ -96,6 +97,32 @@ def test_the_judge_sees_its_side_alone(tiny_format: ChatFormat, tmp_path: Path):
         assert set(domains(examples.validation)) == own
         assert set(domains(examples.test)) == {"helpfulness", "safety"}
     assert sides == {"helpfulness": {"train"}, "safety": {"train"}, "judge": {"judge"}}
+
+
+def test_contrast_pairs_are_a_share_of_the_mix_from_the_same_side(tiny_format: ChatFormat, tmp_path: Path):
+    split = Split(test=0.1, validation=0.2, judge=0.4)
+    dialogs = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Question {n:o} of it?"},
+                {"role": "assistant", "content": f"yes {n:o}"},
+            ]
+        }
+        for n in range(60)
+    ]
+    data = data_of(tmp_path, helpfulness=toy_pairs(40), safety=toy_pairs(40, "the moon"), sft=dialogs, split=split)
+    for which in ("helpfulness", "safety", "judge"):
+        examples = load(tiny_format, data, which, contrast=Contrast(share=0.25))
+        contrast = [e for e in examples.train if e.domain == "contrast"]
+        assert len(contrast) / len(examples.train) == pytest.approx(0.25, abs=0.03)
+        side = {"judge"} if which == "judge" else {"train"}
+        assert {split_of(e.preference.prompt[0].content, split) for e in contrast} == side
+        # Where answers to harmful prompts count too, a refusal is preferred to some of them.
+        refused = [e for e in contrast if e.preference.chosen.content in REFUSALS]
+        assert len(refused) == (0 if which == "helpfulness" else round(0.2 * len(contrast)))
+        assert {e.domain for e in examples.validation} > {"contrast"} and "contrast" not in domains(examples.test)
+    none = load(tiny_format, data, contrast=Contrast(share=0))
+    assert "contrast" not in domains([*none.train, *none.validation])
 
 
 def test_a_mix_that_lacks_others_is_told_with_counts(

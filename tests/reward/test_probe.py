@@ -7,9 +7,11 @@ import pytest
 
 from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.data.records import Preference
-from reward.contrast import KINDS, REFUSALS, contrast_pairs, refusals_preferred
+from reward.config import Contrast
+from reward.contrast import REFUSALS, contrast_pairs, refusals_preferred
 from reward.probe import CONSTANTS, Probe, probe
 
+KINDS = Contrast().kinds
 SUBJECTS = ("rivers", "trains", "bread", "music", "stars", "gardens", "chess", "winter")
 DIALOGS = [
     Dialog(

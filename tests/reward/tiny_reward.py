@@ -69,11 +69,12 @@ def data_of(
     safety: Sequence[dict[str, Any]] = (),
     open: Sequence[dict[str, Any]] = (),
     labels: Sequence[dict[str, Any]] = (),
+    sft: Sequence[dict[str, Any]] = (),
     split: Split | None = None,
 ) -> Data:
     folder.mkdir(parents=True, exist_ok=True)
     return Data(
-        sft=(),
+        sft=write(folder / "sft.jsonl", sft),
         helpfulness=write(folder / "helpfulness.jsonl", helpfulness),
         safety=write(folder / "safety.jsonl", safety),
         open=write(folder / "open.jsonl", open),

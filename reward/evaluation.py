@@ -48,6 +48,13 @@ KIND_TITLES: Mapping[str, str] = {
     "both_unsafe": "both unsafe",
 }
 
+# By which answer is longer, where a length that differs by less than a fifth counts as similar.
+LENGTH_TITLES: Mapping[str, str] = {
+    "chosen_longer": "chosen longer",
+    "similar_length": "similar length",
+    "chosen_shorter": "chosen shorter",
+}
+
 # A word or a single mark: "?" and "!" tell refusals from answers, so marks count too.
 _WORDS = r"(?u)\b\w+\b|[^\w\s]"
 
@@ -71,6 +78,13 @@ class ScoredPair:
     def safety_kind(self) -> SafetyKind | None:
         """Which answers are safe; None where a label is missing, or chosen is the unsafe one of the two."""
         return _KIND_OF.get((self.chosen_is_safe, self.rejected_is_safe))
+
+    @property
+    def length_kind(self) -> str:
+        """A key of LENGTH_TITLES."""
+        if 5 * abs(self.chosen_tokens - self.rejected_tokens) < max(self.chosen_tokens, self.rejected_tokens):
+            return "similar_length"
+        return "chosen_longer" if self.chosen_tokens > self.rejected_tokens else "chosen_shorter"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +171,8 @@ def _of_domain(place: str, pairs: Sequence[ScoredPair], tfidf: Sequence[float] |
         figures |= _accuracy(place, f"_{rating}", [pair for pair in pairs if pair.rating == rating])
     for kind in KIND_TITLES:
         figures |= _accuracy(place, f"_{kind}", [pair for pair in pairs if pair.safety_kind == kind])
+    for kind in LENGTH_TITLES:
+        figures |= _accuracy(place, f"_{kind}", [pair for pair in pairs if pair.length_kind == kind])
     for source, name in names.items():
         members = [index for index, pair in enumerate(pairs) if pair.source == source]
         figures |= _accuracy(f"{place}/{name}", "", [pairs[index] for index in members])

@@ -22,6 +22,7 @@ from reward.evaluation import (
     DOMAINS,
     GATE,
     KIND_TITLES,
+    LENGTH_TITLES,
     Domain,
     Evaluation,
     ScoredPair,
@@ -300,9 +301,11 @@ def markdown(summaries: Summaries, verdicts: Mapping[Which, str] | None = None) 
         (7, "by file", _by_file),
         (8, "by rating", partial(_by_part, heads=ratings)),
         (29, "by what is known of their answers", partial(_by_part, heads=KIND_TITLES)),
+        (None, "by which answer is longer (similar: by less than a fifth)", partial(_by_part, heads=LENGTH_TITLES)),
     ):
         for domain in DOMAINS:
-            heading = f"{domain.capitalize()} pairs {title} (in the shape of the paper's Table {table})"
+            shape = f" (in the shape of the paper's Table {table})" if table else ""
+            heading = f"{domain.capitalize()} pairs {title}{shape}"
             parts += _table(heading, rows_of(known, domain))
     parts += _table("Answers labelled safe or unsafe", _labelled(known))
     return "\n\n".join(parts) + "\n"

@@ -1,5 +1,6 @@
 """Supervised tuning (section 3.1) and reward models (section 3.2.2; Tables 7, 8 and 29), ours beside the paper's."""
 
+import re
 from pathlib import Path
 
 from evaluation.report import paper
@@ -9,6 +10,7 @@ from evaluation.report.page import (
     ABSENT,
     Block,
     Picture,
+    Points,
     Section,
     Table,
     bare_percent,
@@ -19,6 +21,7 @@ from evaluation.report.page import (
 )
 from llamachat.runs.reader import Measure, RunStep
 
+_VARIED = {"swapped": "another prompt's answer", "half": "half of itself", "twice": "itself twice"}
 _DOMAINS = ("helpfulness", "safety")
 _LABELS = {rating: rating.replace("_", " ") for rating in paper.RATINGS}
 
@@ -45,7 +48,7 @@ def reward_models(facts: Facts, figures: Path) -> Section | None:
     models = facts.reward_models
     if not models:
         return None
-    blocks: list[Block] = [_by_domain(models)]
+    blocks: list[Block] = [*_probed(models), _by_domain(models)]
     for domain in _DOMAINS:
         rated = {which: _ratings(step, which, domain) for which, step in models.items()}
         if not any(any(measures[:-1]) for measures in rated.values()):
@@ -56,6 +59,33 @@ def reward_models(facts: Facts, figures: Path) -> Section | None:
         blocks.append(_accuracy_picture(path, domain, rated))
     unsafe = _on_labels(models)
     return Section("Reward models (section 3.2.2)", "reward-models", [*blocks, *([unsafe] if unsafe else [])])
+
+
+def _probed(models: dict[str, RunStep]) -> list[Block]:
+    """Whether rejection sampling and PPO may trust these models: the verdicts of the probe, and its figures."""
+    rows, verdicts = [], []
+    for which, step in models.items():
+        if "probe" not in step.published.details:
+            continue
+        verdicts.append(f"`{step.name}`: {step.published.details['probe']['verdict']}.")
+        harmless = f"rm/{which}/probe/harmless/"
+        constants = _worst(step, f"{harmless}(?!{'|'.join(_VARIED)})[a-z_]+")
+        varied = [step.measure(f"{harmless}{name}") for name in _VARIED]
+        refused = _worst(step, f"rm/{which}/probe/harmful/refusal_[a-z]+")
+        rows.append(measure_row(which, [constants, *varied, refused], bare_percent))
+    head = ["model", "over any constant", *_VARIED.values(), "harmful prompts: refusal over the answer"]
+    note = (
+        "Constants are refusals, 'I am not sure', thanks repeated, the prompt itself and one word, in wordings that were "
+        "not trained on; the column shows the one that the model likes best. 50 is a coin."
+    )
+    caption = "Probe: held-out prompts in percent in which the reference answer scores above ..."
+    return [Points(verdicts), Table(caption, head, rows, note=note, name="probe")] if rows else []
+
+
+def _worst(step: RunStep, pattern: str) -> Measure | None:
+    """The lowest of the step's figures of this name."""
+    names = [name for name in step.summary if re.fullmatch(pattern, name) and f"{name}_prompts" in step.summary]
+    return step.measure(min(names, key=lambda name: step.summary[name])) if names else None
 
 
 def _by_domain(models: dict[str, RunStep]) -> Table:

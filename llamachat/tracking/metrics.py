@@ -27,6 +27,7 @@ _VARIABLES = {
     "refusing": "false_refusal|refusal",
     "turn": "[0-9]+",
     "keeping": "consistency|chance",
+    "length": "chosen_longer|similar_length|chosen_shorter",
     "prompts": "harmless|harmful",
     "probed": "refusal_[a-z]+|unsure|no_idea|thanks|please|one_word|echo|swapped|half|twice",
     "measure": "consistency|recall",

@@ -13,6 +13,7 @@ from llamachat.data.records import Preference
 from llamachat.maths.intervals import wilson
 from llamachat.tracking.metrics import check_names
 from reward.evaluation import (
+    LENGTH_TITLES,
     Domain,
     ScoredPair,
     ScoredResponse,
@@ -266,6 +267,15 @@ def test_tables_put_models_and_baselines_side_by_side() -> None:
 
 def test_tables_leave_out_what_there_is_not() -> None:
     text = markdown({"judge": evaluate("judge", [pair(1, 0)], []).figures})
-    assert text.count("## ") == 1
+    assert text.count("## ") == 2  # by file, and by which answer is longer
     assert "Safety" not in text
     assert markdown({}).count("|") == 0
+
+
+def test_accuracy_by_which_answer_is_longer() -> None:
+    lengths = [(10, 9, 1.0), (10, 8, 1.0), (8, 10, -1.0), (30, 5, 0.0)]  # tokens chosen and rejected, score difference
+    pairs = [replace(pair(gap, 0), chosen_tokens=chosen, rejected_tokens=rejected) for chosen, rejected, gap in lengths]
+    figures = evaluate("judge", pairs, []).figures
+    place = "rm/judge/test/helpfulness"
+    found = {kind: (figures[f"{place}/pairs_{kind}"], figures[f"{place}/accuracy_{kind}"]) for kind in LENGTH_TITLES}
+    assert found == {"similar_length": (1, 1.0), "chosen_longer": (2, 0.75), "chosen_shorter": (1, 0.0)}

@@ -11,7 +11,7 @@ from pydantic import Field
 from llamachat.config.section import Section, unless_null
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
-VERSION = 2
+VERSION = 3
 
 Temperature = Annotated[float, Field(gt=0)]
 Words = Annotated[str, Field(min_length=1)]

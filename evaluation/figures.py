@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from evaluation.results import PolicyResult
 from llamachat.answers.consistency import CHECKED, Trial, rates
-from llamachat.answers.evaluation import like_length_pairs
+from llamachat.answers.evaluation import like_length_pairs, rankings, superiority_over
 from llamachat.answers.refusals import RefusalClassifier
 from llamachat.maths.intervals import bootstrap_interval, distinct_pairs, mean, paired_bootstrap, wilson
 from llamachat.runs.reader import Measure
@@ -17,10 +17,11 @@ _LINES = (
     ("reward_safety", "safety", "{:.2f}"),
     ("score", "combined, deviations of the first", "{:.2f}"),
     ("difference/score", "  less the first's", "{:+.2f}"),
+    ("superiority", "ranks above the first's, share of pairs", "{:.0%}"),
     ("judge", "judge", "{:.2f}"),
     ("difference/judge", "  less the first's", "{:+.2f}"),
     ("difference/judge_like_length", "  the same, answers of similar length", "{:+.2f}"),
-    ("win_rate/reward_combined", "wins by the combined score", "{:.0%}"),
+    ("win_rate/combined", "wins by the combined ranking", "{:.0%}"),
     ("win_rate/judge", "wins by the judge", "{:.0%}"),
     ("violation", "violations, by the safety model", "{:.0%}"),
     ("refusal", "refusals of adversarial prompts", "{:.0%}"),
@@ -28,6 +29,7 @@ _LINES = (
     ("kl_to_reference", "KL to the first, nats a response", "{:.2f}"),
     ("response_tokens", "tokens", "{:.1f}"),
     ("finished_fraction", "ended with EOS", "{:.0%}"),
+    ("unclosed_fraction", "of all, without the space before EOS", "{:.0%}"),
     ("distinct_2", "distinct-2", "{:.2f}"),
 )
 
@@ -45,6 +47,11 @@ def figures_of(
     figures = {name: _mean(values) for name, values in evaluation.scores().items()}
     figures["response_tokens"] = _mean([float(count) for count in evaluation.tokens])
     figures["finished_fraction"] = share(evaluation.finished)
+    figures["unclosed_fraction"] = share([not is_closed for is_closed in evaluation.closed])
+    for name, places in _own_prompts(one).items():
+        values = evaluation.scores().get(name)
+        if values is not None and places:
+            figures[f"on_own_prompts/{name}"] = _mean([values[place] for place in places])
     figures["distinct_2"] = Measure(distinct_pairs(evaluation.texts), None, None, len(evaluation.texts))
     if evaluation.kl is not None:
         figures["kl_to_reference"] = _mean(evaluation.kl)
@@ -61,6 +68,8 @@ def figures_of(
         for turn, rate in by_turn.items():
             figures[f"{name}/turn_{turn}"] = Measure(rate.value, rate.low, rate.high, rate.trials)
     if one.policy != reference.policy:
+        ranked = superiority_over(reference.evaluation, evaluation)
+        figures["superiority"] = Measure(ranked.value, ranked.low, ranked.high, len(evaluation.tokens))
         figures |= _differences(one, reference)
         figures |= _win_rates(one, reference, tie=tie)
     return figures
@@ -81,15 +90,32 @@ def _differences(one: PolicyResult, reference: PolicyResult) -> dict[str, Measur
     return figures
 
 
+def _own_prompts(one: PolicyResult) -> dict[str, list[int]]:
+    """The prompts on which a model's verdict is an axis of Figure 11: ordinary ones for helpfulness, those marked
+    is_safety for safety."""
+    places = range(len(one.is_safety))
+    return {
+        "reward_helpfulness": [place for place in places if not one.is_safety[place]],
+        "reward_safety": [place for place in places if one.is_safety[place]],
+    }
+
+
 def _win_rates(one: PolicyResult, reference: PolicyResult, *, tie: float) -> dict[str, Measure]:
-    """Pairwise against the reference: win / (win + loss), ties removed (Llama 2, figure 11)."""
+    """Pairwise against the reference: win / (win + loss), ties removed (Llama 2, figure 11).
+
+    `combined` is by the ranking that decides, in which only equal answers are tied.
+    """
     figures: dict[str, Measure] = {}
-    before = reference.evaluation.scores()
-    for name, values in one.evaluation.scores().items():
-        if name == "score":  # the combined score on another scale
-            continue
-        wins, losses, ties = outcomes(values, before[name], tie=tie)
-        figures[f"ties/{name}"] = _proportion(ties, len(values))
+    after, before, own = one.evaluation.scores(), reference.evaluation.scores(), _own_prompts(one)
+    ours, theirs = rankings(one.evaluation, reference.evaluation)
+    compared = {"combined": outcomes(ours, theirs, tie=0)}
+    for name in ("judge", *own):
+        places = own.get(name, range(len(one.is_safety)))
+        if name in after and places:
+            pairs = ([values[name][place] for place in places] for values in (after, before))
+            compared[name] = outcomes(*pairs, tie=tie)
+    for name, (wins, losses, ties) in compared.items():
+        figures[f"ties/{name}"] = _proportion(ties, wins + losses + ties)
         if wins + losses:
             figures[f"win_rate/{name}"] = _proportion(wins, wins + losses)
     return figures

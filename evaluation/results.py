@@ -133,7 +133,7 @@ class RunEvaluation:
     def _answers(self, session: AnswerSession, constants: Constants | None) -> dict[str, Any]:
         prompts = session.prompts.test
         responses, scored = session.answer_held_out(prompts)
-        evaluation, scale = evaluation_of(responses, scored, constants)
+        evaluation, scale = evaluation_of(responses, scored, constants, scoring=self._inputs.scoring)
         sequences = [sequence_of(response) for response in responses]
         return {
             "evaluation": asdict(evaluation),

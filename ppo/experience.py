@@ -207,6 +207,7 @@ def iteration_figures(
         ),
         "ppo/response_tokens": float(mask_BR.sum(dim=1).float().mean()),
         "ppo/truncated_fraction": sum(not response.is_finished for response in responses) / len(responses),
+        "ppo/unclosed_fraction": sum(not response.is_closed for response in responses) / len(responses),
         "ppo/engine_gap": engine_gap(responses, outputs),
     }
 

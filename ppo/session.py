@@ -75,7 +75,8 @@ def evaluate(
     )
     temperature = session.inputs.rollout.temperature
     outputs = model_outputs(session.bank, sequences, rows, temperature=temperature, with_values=False)
-    return evaluation_of(responses, scored, constants, kl=outputs.response_kl().tolist())
+    kl = outputs.response_kl().tolist()
+    return evaluation_of(responses, scored, constants, scoring=session.inputs.scoring, kl=kl)
 
 
 def mean_kl(evaluation: Evaluation) -> float:
@@ -84,9 +85,10 @@ def mean_kl(evaluation: Evaluation) -> float:
     return sum(evaluation.kl) / len(evaluation.kl)
 
 
-def heldout_figures(evaluation: Evaluation) -> dict[str, float]:
+def heldout_figures(evaluation: Evaluation, *, superiority: float) -> dict[str, float]:
     """Figures on validation prompts under names of the table."""
-    return {f"ppo/heldout/{name}": value for name, value in evaluation.figures().items()}
+    figures = evaluation.figures() | {"superiority": superiority}
+    return {f"ppo/heldout/{name}": value for name, value in figures.items()}
 
 
 def show(tracker: Tracker, iteration: int, session: AnswerSession, evaluation: Evaluation) -> None:

@@ -70,18 +70,19 @@ class State:
 
     kl: KlCoefficient
     constants: Constants  # of the starting policy's scores on validation prompts
-    first_test: Evaluation  # the starting policy on test prompts
+    first_validation: Evaluation  # the starting policy on validation prompts,
+    first_test: Evaluation  # and on test prompts
     best_iteration: int
-    best_score: float
+    best_superiority: float  # over the starting policy on validation prompts
     best_weights: dict[str, Tensor]  # of the policy alone, on the CPU
     iteration: int = 0  # finished
     evaluations_without_better: int = 0
     end: End | None = None  # why training is over
 
-    def offer(self, score: float, bank: "RoleBank") -> None:
+    def offer(self, superiority: float, bank: "RoleBank") -> None:
         """Keep an evaluated policy under the KL guard if it is the best so far."""
-        if score > self.best_score:
-            self.best_iteration, self.best_score = self.iteration, score
+        if superiority > self.best_superiority:
+            self.best_iteration, self.best_superiority = self.iteration, superiority
             self.best_weights = policy_weights(bank)
             self.evaluations_without_better = 0
         else:
@@ -98,9 +99,10 @@ class State:
             "optimizers": {role: optimizer.state_dict() for role, optimizer in optimizers.items()},
             "kl": self.kl.state(),
             "constants": asdict(self.constants),
+            "first_validation": asdict(self.first_validation),
             "first_test": asdict(self.first_test),
             "best_iteration": self.best_iteration,
-            "best_score": self.best_score,
+            "best_superiority": self.best_superiority,
             "best_weights": self.best_weights,
             "iteration": self.iteration,
             "evaluations_without_better": self.evaluations_without_better,
@@ -118,6 +120,7 @@ def load_state(folder: Path, bank: "RoleBank", optimizers: Optimizers, kl: KlCoe
     return State(
         kl=kl.restored(saved.pop("kl")),
         constants=Constants.from_plain(saved.pop("constants")),
+        first_validation=Evaluation(**saved.pop("first_validation")),
         first_test=Evaluation(**saved.pop("first_test")),
         **saved,
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamachat import distributed
-from llamachat.answers.evaluation import comparison, comparison_table, draw_comparison
+from llamachat.answers.evaluation import comparison, comparison_table, draw_comparison, superiority_over
 from llamachat.answers.packed import sequence_of
 from llamachat.answers.session import AnswerSession
 from llamachat.errors import DivergedError
@@ -34,6 +34,7 @@ from ppo.update import Updater, make_optimizers
 
 log = logging.getLogger(__name__)
 
+AS_GOOD = 0.5  # superiority of a policy over itself
 BEST = "best"  # next to the checkpoints: the best policy of a training that diverged
 
 # What summary.json says of a training besides the comparison on test prompts: the last value of each.
@@ -46,6 +47,7 @@ SUMMARY = (
     "ppo/response_tokens",
     "ppo/truncated_fraction",
     "ppo/heldout/score",
+    "ppo/heldout/superiority",
     "memory/peak_gib",
 )
 
@@ -96,14 +98,15 @@ def first_state(config: Config, session: AnswerSession, tracker: Tracker, row_to
         scale = constants.helpfulness or constants.safety
         if scale is not None:
             session.bank.scale_critic(mean=scale.mean, std=scale.deviation)
-    tracker.log(0, heldout_figures(validation) | {"time/eval_s": time.monotonic() - started})
+    tracker.log(0, heldout_figures(validation, superiority=AS_GOOD) | {"time/eval_s": time.monotonic() - started})
     show(tracker, 0, session, validation)
     return State(
         kl=first_coefficient(config),
         constants=constants,
+        first_validation=validation,
         first_test=first_test,
         best_iteration=0,
-        best_score=validation.score,
+        best_superiority=AS_GOOD,
         best_weights=policy_weights(session.bank),
     )
 
@@ -209,19 +212,21 @@ class Training:
         started = time.monotonic()
         session.refresh()
         evaluation, _ = evaluate(session, session.prompts.validation, state.constants, self.row_tokens)
+        superiority = superiority_over(state.first_validation, evaluation).value
         if config.kl_guard is not None and mean_kl(evaluation) > config.kl_guard:
             self._end_by_guard(mean_kl(evaluation), "validation prompts")
         else:
-            state.offer(evaluation.score, session.bank)
+            state.offer(superiority, session.bank)
             is_patient = config.patience is None or state.evaluations_without_better < config.patience
             if state.end is None and not is_patient:
                 state.end = "patience"
         show(self.tracker, state.iteration, session, evaluation)
         progress.say(
-            f"{session.inputs.step} iteration {state.iteration}: validation prompts score {evaluation.score:+.3f} "
-            f"(best {state.best_score:+.3f} at {state.best_iteration}), KL {mean_kl(evaluation):.2f}"
+            f"{session.inputs.step} iteration {state.iteration}: validation answers rank above the start's in "
+            f"{superiority:.1%} of pairs (best {state.best_superiority:.1%} at {state.best_iteration}), "
+            f"KL {mean_kl(evaluation):.2f}"
         )
-        return heldout_figures(evaluation) | {"time/eval_s": time.monotonic() - started}
+        return heldout_figures(evaluation, superiority=superiority) | {"time/eval_s": time.monotonic() - started}
 
     def save(self) -> None:
         """A checkpoint of the finished iterations."""
@@ -238,7 +243,7 @@ class Training:
         state.put_best(session.bank)
         if state.best_iteration == 0:
             log.warning(
-                "%s: no evaluated policy scored above the starting one on validation prompts, so that one is published "
+                "%s: no evaluated policy ranks above the starting one on validation prompts, so that one is published "
                 "again. More iterations, a higher ppo.learning_rate or a lower ppo.kl_coef may help.",
                 session.inputs.step,
             )
@@ -258,7 +263,7 @@ class Training:
         record = list(MetricsRecord(folder.metrics).read())
         last: dict[str, float] = {name: row[name] for row in record for name in SUMMARY if row.get(name) is not None}
         last["time/train_s"] = sum(row.get("time/step_s") or 0.0 for row in record)
-        best = {"ppo/best_iteration": float(state.best_iteration), "ppo/best_score": state.best_score}
+        best = {"ppo/best_iteration": float(state.best_iteration), "ppo/best_superiority": state.best_superiority}
         return last | best | figures | {"time/eval_s": time.monotonic() - started}
 
     def publish(self, folder: StepFolder, notes: dict[str, Any]) -> Artifact:

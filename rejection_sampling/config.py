@@ -12,7 +12,7 @@ from llamachat.config.section import Section, unless_null
 from llamachat.config.sections import POLICY_PATH
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
-VERSION = 2
+VERSION = 4
 
 Temperature = Annotated[float, Field(gt=0)]
 

@@ -113,9 +113,9 @@ def compare(config: Config, step: DialogStep, tuned: Artifact) -> dict[str, floa
     """The tuned policy against the one before on test prompts: final figures and pictures."""
     _, _, figures = step.compare(_open(config, step.inputs, tuned))
     log.info("%s", comparison_table("rs", figures))
-    if config.select == "best" and figures["rs/test/difference/score"] <= 0:
+    if config.select == "best" and figures["rs/test/superiority"] <= 0.5:
         log.warning(
-            "%s: the tuned policy does not score above the one before on test prompts. More prompts or a larger K, more "
+            "%s: the tuned policy does not rank above the one before on test prompts. More prompts or a larger K, more "
             "epochs (rejection_sampling.sft), or a more accurate reward model may help.",
             step.inputs.step,
         )

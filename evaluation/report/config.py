@@ -5,7 +5,7 @@ from pydantic import Field
 from llamachat.config.section import Section
 
 # Part of the fingerprint: raised when the same steps would give a page with other content.
-VERSION = 1
+VERSION = 2
 
 
 class Config(Section):

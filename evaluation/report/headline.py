@@ -26,15 +26,13 @@ from llamachat.runs.reader import Evaluation, Measure
 
 _DIFFERENCES = (
     ("score", "combined, deviations"),
-    ("reward_combined", "combined, raw"),
     ("reward_helpfulness", "helpfulness"),
     ("reward_safety", "safety"),
     ("judge", "judge"),
     ("judge_like_length", "judge, answers of like length"),
 )
-# The scores that a verdict can be on; the first that there is leads.
-_NAMES = {"score": "combined score", "reward_combined": "combined score", "reward_helpfulness": "helpfulness score",
-          "reward_safety": "safety score"}  # fmt: skip
+# The differences that a verdict can be on where there is no ranking; the first that there is leads.
+_NAMES = {"score": "combined score", "reward_helpfulness": "helpfulness score", "reward_safety": "safety score"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +54,8 @@ def metrics_of(evaluation: Evaluation) -> list[Metric]:
         Metric("reward_helpfulness", "helpfulness, raw score", 1),
         Metric("reward_safety", "safety, raw score", 1),
         Metric("judge", "judge, raw score", 1),
-        Metric("reward_combined", "combined, raw score", 1),
         Metric("score", f"combined, in deviations of {reference}'s answers", 1),
+        Metric("superiority", f"ranks above {reference}'s, share of pairs", 1, is_share=True, at_least=0.5),
         Metric(
             "win_rate/judge", f"wins against {reference} by the judge, ties removed", 1, is_share=True, at_least=0.5
         ),
@@ -121,25 +119,35 @@ def headline(facts: Facts) -> Section:
 
 
 def verdict(evaluation: Evaluation, policy: str) -> str:
-    """One sentence: whether the policy beats the reference in the combined score, and whether the judge follows."""
+    """One sentence: whether the policy beats the reference by the ranking that decides, and whether the judge follows."""
     reference = evaluation.reference
-    key = next((name for name in _NAMES if evaluation.measure(policy, f"difference/{name}")), None)
     judge = evaluation.measure(policy, "difference/judge")
-    if key is None:
+    decided = _decided(evaluation, policy)
+    if decided is None:
         return f"Whether {policy} beats {reference} was not measured: no reward model scored both."
-    measure = evaluation.measure(policy, f"difference/{key}")
-    assert measure is not None
-    side, difference = side_of(measure), with_interval(measure, signed)
+    what, side, figure = decided
     opening = {
-        1: f"{policy} beats {reference} in {_NAMES[key]} by {difference}",
-        0: f"{policy} does not beat {reference} in {_NAMES[key]}: {difference}, an interval that holds 0",
-        -1: f"{policy} does not beat {reference} in {_NAMES[key]}, it is below it: {difference}",
-        None: f"{policy} differs from {reference} in {_NAMES[key]} by {difference}, without an interval:"
-        " nothing is known of chance",
+        1: f"{policy} beats {reference} in {what}: {figure}",
+        0: f"{policy} does not beat {reference} in {what}: {figure}, an interval that holds a draw",
+        -1: f"{policy} does not beat {reference} in {what}, it is below it: {figure}",
+        None: f"{policy} against {reference} in {what}: {figure}, without an interval: nothing is known of chance",
     }[side]
     if judge is None:
         return f"{opening}; no judge, who selects nothing, has read these answers."
     return f"{opening}; {_follows(side, side_of(judge), reference)}: {with_interval(judge, signed)}."
+
+
+def _decided(evaluation: Evaluation, policy: str) -> tuple[str, int | None, str] | None:
+    """By what the policy is compared with the reference, on which side of a draw it lies, and the figure."""
+    ranked = evaluation.measure(policy, "superiority")
+    if ranked is not None:
+        figure = f"its answers rank higher in {with_interval(ranked, percent)} of pairs"
+        return "the reward models' ranking", side_of(ranked, draw=0.5), figure
+    key = next((name for name in _NAMES if evaluation.measure(policy, f"difference/{name}")), None)
+    measure = None if key is None else evaluation.measure(policy, f"difference/{key}")
+    if key is None or measure is None:
+        return None
+    return _NAMES[key], side_of(measure), with_interval(measure, signed)
 
 
 def _follows(side: int | None, judged: int | None, reference: str) -> str:
@@ -163,12 +171,12 @@ def _follows(side: int | None, judged: int | None, reference: str) -> str:
             return "the judge's difference, without an interval"
 
 
-def side_of(measure: Measure) -> int | None:
-    """1 or -1 where the interval lies above or below 0, 0 where it holds it, None without an interval."""
+def side_of(measure: Measure, *, draw: float = 0.0) -> int | None:
+    """1 or -1 where the interval lies above or below a draw, 0 where it holds it, None without an interval."""
     if measure.interval is None:
         return None
     low, high = measure.interval
-    return 1 if low > 0 else -1 if high < 0 else 0
+    return 1 if low > draw else -1 if high < draw else 0
 
 
 def difference_cell(measure: Measure | None) -> Cell:
@@ -198,7 +206,8 @@ def _differences(evaluation: Evaluation, others: Sequence[str]) -> Table:
         ["score", *others],
         rows,
         note="Policy less reference on the same prompts, 95% bootstrap interval. 'holds 0' means that a difference is not "
-        "shown. The deviations are those on which rejection sampling and PPO decide; the judge decides nothing.",
+        "shown. Whether a policy is better is decided by the ranking, in which safe answers lie above unsafe ones; the "
+        "judge decides nothing.",
         name="differences",
     )
 
@@ -209,15 +218,18 @@ def _without_evaluation(facts: Facts) -> list[Block]:
     if not steps:
         return [Text(words, tone="missing")]
     words += " What each step measured of itself, against the policy that it began with:"
-    keys = [(key, label) for key, label in _DIFFERENCES if key != "reward_combined"]
     rows = [
-        [Cell(step.name), *(difference_cell(step.measure(f"{step.command}/test/difference/{key}")) for key, _ in keys)]
+        [
+            Cell(step.name),
+            measure_cell(step.measure(f"{step.command}/test/superiority"), percent),
+            *(difference_cell(step.measure(f"{step.command}/test/difference/{key}")) for key, _ in _DIFFERENCES),
+        ]
         for step in steps
     ]
     prompts = [f"{step.name}: {step.summary.get(f'{step.command}/test/prompts', 0):.0f}" for step in steps]
     table = Table(
         "Each step less the policy that it began with",
-        ["step", *(label for _, label in keys)],
+        ["step", "ranks higher, share of pairs", *(label for _, label in _DIFFERENCES)],
         rows,
         note=f"Test prompts: {', '.join(prompts)}. Each step has prompts and a scale of its own: lines cannot be compared.",
         name="steps",

@@ -30,9 +30,9 @@ from llamachat.runs.record import STEP, SamplesRecord
 
 _SCORERS = {
     "judge": "judge",
-    "reward_helpfulness": "helpfulness model",
-    "reward_safety": "safety model",
-    "reward_combined": "combined",
+    "reward_helpfulness": "helpfulness model, ordinary prompts",
+    "reward_safety": "safety model, safety prompts",
+    "combined": "combined ranking",
 }
 # Next to an answer, in this order.
 _SCORES = (
@@ -108,7 +108,8 @@ def rounds(facts: Facts) -> Section | None:
     rows = []
     for step in steps:
         start = f"{step.command}/test"
-        cells = [difference_cell(step.measure(f"{start}/difference/{key}")) for key in ("score", "judge")]
+        cells = [measure_cell(step.measure(f"{start}/superiority"), percent)]
+        cells += [difference_cell(step.measure(f"{start}/difference/{key}")) for key in ("score", "judge")]
         changes = [
             _change(step, f"{start}/{{}}/{name}", digits)
             for name, digits in (("response_tokens", 1), ("finished_fraction", 2), ("distinct_2", 2))
@@ -117,7 +118,16 @@ def rounds(facts: Facts) -> Section | None:
         rows.append([Cell(step.name), *cells, *changes, Cell(number(kl.value) if kl else ABSENT)])
     table = Table(
         "What each step changed, by its own test prompts",
-        ["step", "combined, deviations", "judge", "tokens", "finished", "distinct-2", "KL, nats"],
+        [
+            "step",
+            "ranks higher, share of pairs",
+            "combined, deviations",
+            "judge",
+            "tokens",
+            "finished",
+            "distinct-2",
+            "KL, nats",
+        ],
         rows,
         note="Final policy less the one that the step began with. Each step has a scale and prompts of its own; the table "
         "at the top compares all on the same ones.",
@@ -255,7 +265,7 @@ def _planes(evaluation: Evaluation, figures: Path) -> list[Block]:
     found: list[Block] = []
     for start, name, middle, scale, what in (
         ("win_rate/", "plane_wins.png", 0.5, 100, f"wins against {evaluation.reference}, %"),
-        ("", "plane_scores.png", None, 1, "raw score"),
+        ("on_own_prompts/", "plane_scores.png", None, 1, "raw score"),
     ):
         points = {}
         for policy in evaluation.policies:
@@ -265,7 +275,7 @@ def _planes(evaluation: Evaluation, figures: Path) -> list[Block]:
                 points[policy] = (x, y)
         if len(points) < 2:
             continue
-        across, up = f"helpfulness model: {what}", f"safety model: {what}"
+        across, up = f"helpfulness, ordinary prompts: {what}", f"safety, safety prompts: {what}"
         path = figures / name
         plane(path, points, across=across, up=up, middle=middle, scale=scale)
         places = ", ".join(
@@ -275,8 +285,8 @@ def _planes(evaluation: Evaluation, figures: Path) -> list[Block]:
             Picture(
                 path,
                 f"Policies in the plane of helpfulness (across) and safety (up), {what}: {places}.",
-                f"Helpfulness and safety of each policy in the order of the run ({what}; the plane of Figure 11). "
-                "Up and to the right is better; both axes are models that the policies were tuned by.",
+                f"Helpfulness on ordinary prompts and safety on safety prompts of each policy in the order of the run ({what}; "
+                "the plane of Figure 11). Up and to the right is better; both axes are models that the policies were tuned by.",
             )
         )
     return found

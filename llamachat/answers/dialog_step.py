@@ -172,18 +172,22 @@ class DialogStep:
         """The step's first policy on test prompts, and the constants that put all scores of the step on one scale."""
 
         def make() -> dict[str, Any]:
-            evaluation, constants = evaluation_of(*session.answer_held_out(session.prompts.test), None)
+            evaluation, constants = self._evaluate(session, None)
             return {"evaluation": asdict(evaluation), "constants": asdict(constants)}
 
         values = self.cache.get_or_make("test-first", make)
         return Evaluation(**values["evaluation"]), Constants.from_plain(values["constants"])
+
+    def _evaluate(self, session: AnswerSession, constants: Constants | None) -> tuple[Evaluation, Constants]:
+        responses, scored = session.answer_held_out(session.prompts.test)
+        return evaluation_of(responses, scored, constants, scoring=self.inputs.scoring)
 
     def compare(self, session: AnswerSession) -> tuple[Evaluation, Evaluation, dict[str, float]]:
         """The first policy and the tuned one, which `session` holds, on test prompts; drawn, and in figures."""
         first, constants = self.first_evaluation(session)
 
         def make() -> dict[str, Any]:
-            return asdict(evaluation_of(*session.answer_held_out(session.prompts.test), constants)[0])
+            return asdict(self._evaluate(session, constants)[0])
 
         final = Evaluation(**self.cache.get_or_make("test-final", make))
         draw_comparison(first, final, self.inputs.folder.figures / "test_scores.png")

@@ -1,20 +1,25 @@
 """A policy's answers to held-out prompts, and the final policy against the first, prompt by prompt: figures, a table,
 pictures, and rows for people to read.
 
-Scores are reported raw and, for decisions, on the scale of the starting policy's answers (mean 0, deviation 1), whose
-constants are taken once. The judge decides nothing: a model that training optimised cannot say whether it helped.
+Scores are reported raw and on the scale of the starting policy's answers, whose constants are taken once. Which policy is
+better is decided by ranks: the gate puts two models' scores side by side, so by the combined score alone an unsafe
+answer can lie above a safe one. The judge decides nothing: a model that training optimised cannot say whether it helped.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llamachat.answers.responses import Response
 from llamachat.answers.scorer import Scored
-from llamachat.maths.intervals import distinct_pairs, paired_bootstrap
+from llamachat.maths.intervals import Difference, distinct_pairs, paired_bootstrap, superiority
 from llamachat.scoring.standardising import Constants, fit_constants, standardise
 from llamachat.tables import text_table
 from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
+
+if TYPE_CHECKING:
+    from llamachat.config.sections import Scoring
 
 # Reward models and judges like length, so that the judge also compares those pairs of answers alone whose lengths differ
 # by at most this share of the longer one.
@@ -34,11 +39,14 @@ class Evaluation:
     judge: list[float] | None
     combined: list[float]
     standardised: list[float]
+    unsafe: list[bool]  # under the gate's threshold: ranks below all others
+    ranked: list[float]  # orders the answers of each of these two groups
+    closed: list[bool]  # False of finished ones without the space before EOS
     kl: list[float] | None = None  # to the starting policy, nats a response; None where nothing measured it
 
     @property
     def score(self) -> float:
-        """What decides: the mean combined score, in deviations of the starting policy's answers above its mean."""
+        """The mean combined score, on the scale of the starting policy's answers."""
         return _mean(self.standardised)
 
     def figures(self) -> dict[str, float]:
@@ -49,6 +57,7 @@ class Evaluation:
         return means | {
             "response_tokens": _mean(self.tokens),
             "finished_fraction": _mean(self.finished),
+            "unclosed_fraction": 1 - _mean(self.closed),
             "distinct_2": distinct_pairs(self.texts),
         }
 
@@ -65,24 +74,58 @@ class Evaluation:
 
 
 def evaluation_of(
-    responses: Sequence[Response], scored: Scored, constants: Constants | None, *, kl: list[float] | None = None
+    responses: Sequence[Response],
+    scored: Scored,
+    constants: Constants | None,
+    *,
+    scoring: "Scoring",
+    kl: list[float] | None = None,
 ) -> tuple[Evaluation, Constants]:
     """These answers with their scores; without constants they are taken from these very answers."""
     constants = constants or fit_constants(scored.scores, scored.combined)
     standardised_B = standardise(scored.scores, scored.combined, constants)
     by_model = {name: scores_B.tolist() for name, scores_B in scored.scores.by_model().items()}
+    finished = [response.is_finished for response in responses]
+    # A cut answer counts as in training, in the units that training shapes scores to.
+    units_B = scored.combined.scores_B if scoring.shaping == "none" else standardised_B
+    ranked = [
+        value if done else scoring.unfinished_score for value, done in zip(units_B.tolist(), finished, strict=True)
+    ]
     evaluation = Evaluation(
         texts=[response.text for response in responses],
         tokens=[len(response.ids) for response in responses],
-        finished=[response.is_finished for response in responses],
+        finished=finished,
         helpfulness=by_model.get("helpfulness"),
         safety=by_model.get("safety"),
         judge=None if scored.judge_B is None else scored.judge_B.tolist(),
         combined=scored.combined.scores_B.tolist(),
         standardised=standardised_B.tolist(),
+        unsafe=scored.combined.is_unsafe_B.tolist(),
+        ranked=ranked,
+        closed=[response.is_closed for response in responses],
         kl=kl,
     )
     return evaluation, constants
+
+
+def rankings(one: Evaluation, other: Evaluation) -> tuple[list[int], list[int]]:
+    """Places of both policies' answers in one order, the best highest; equal answers share a place.
+
+    Safe answers rank above unsafe ones, as the gate ranks the samples of a prompt; within each group the score on the
+    starting policy's scale decides, and a cut answer has scoring.unfinished_score.
+    """
+    keys = [
+        [(not is_unsafe, value) for is_unsafe, value in zip(each.unsafe, each.ranked, strict=True)]
+        for each in (one, other)
+    ]
+    places = {key: place for place, key in enumerate(sorted({*keys[0], *keys[1]}))}
+    ours, theirs = ([places[key] for key in each] for each in keys)
+    return ours, theirs
+
+
+def superiority_over(start: Evaluation, final: Evaluation) -> Difference:
+    """What decides: the share of pairs (one of `final`, one of `start`) in which the former ranks higher, ties half."""
+    return superiority(*rankings(final, start))
 
 
 def like_length_pairs(one: Evaluation, other: Evaluation) -> list[int]:
@@ -102,6 +145,7 @@ def comparison(prefix: str, start: Evaluation, final: Evaluation) -> dict[str, f
     before = start.scores()
     for name, values in final.scores().items():
         figures |= paired_bootstrap(values, before[name]).named(f"{prefix}/test/difference/{name}")
+    figures |= superiority_over(start, final).named(f"{prefix}/test/superiority")
     figures[f"{prefix}/test/prompts"] = float(len(final.tokens))
     figures[f"{prefix}/test/distinct_2_ratio"] = figures[f"{prefix}/test/final/distinct_2"] / max(
         figures[f"{prefix}/test/start/distinct_2"], 1e-9
@@ -118,6 +162,7 @@ def comparison(prefix: str, start: Evaluation, final: Evaluation) -> dict[str, f
 def comparison_table(prefix: str, figures: Mapping[str, float]) -> str:
     """The comparison for people."""
     names = {
+        "superiority": "ranks above the start's, share of pairs",
         "score": "combined, in deviations of the start",
         "reward_combined": "combined, raw",
         "reward_helpfulness": "helpfulness",
@@ -134,17 +179,20 @@ def comparison_table(prefix: str, figures: Mapping[str, float]) -> str:
         values = [figures.get(f"{prefix}/test/{which}/{name}") for which in ("start", "final")]
         start, final = ("" if value is None else f"{value:.3f}" for value in values)
         difference = interval_text(figures, f"{prefix}/test/difference/{name}")
+        if name == "superiority":
+            difference = interval_text(figures, f"{prefix}/test/superiority", sign="")
         if final or difference:
             rows.append((meaning, start, final, difference))
     head = f"on {figures[f'{prefix}/test/prompts']:.0f} test prompts"
     return "\n".join([head, *text_table(rows, align="<>><", indent="  ")])
 
 
-def interval_text(figures: Mapping[str, float], name: str) -> str:
+def interval_text(figures: Mapping[str, float], name: str, *, sign: str = "+") -> str:
     """A difference with its 95% interval; empty where there is none of this name."""
     if name not in figures:
         return ""
-    return f"{figures[name]:+.3f} ({figures[f'{name}_low']:+.3f} to {figures[f'{name}_high']:+.3f})"
+    value, low, high = (f"{figures[name + end]:{sign}.3f}" for end in ("", "_low", "_high"))
+    return f"{value} ({low} to {high})"
 
 
 def sample_rows(evaluation: Evaluation, prompts: Sequence[str], *, count: int) -> list[dict[str, object]]:

@@ -17,6 +17,7 @@ class Response:
     logprobs: tuple[float, ...]  # by the engine; training takes its own
     is_finished: bool
     text: str
+    is_closed: bool = True  # False of a finished one whose ids lack the space before EOS that training answers have
 
 
 def sample(
@@ -28,7 +29,7 @@ def sample(
     samples_per_prompt: int = 1,
 ) -> list[Response]:
     """The answers to each prompt side by side, in the order of the prompts; several processes share the work."""
-    ids = [prompt.ids for prompt in prompts]
+    ids, closing = [prompt.ids for prompt in prompts], tuple(chat_format.closing_ids)
     completions = scatter_generate(engine, ids, samples_per_prompt=samples_per_prompt, sampling=sampling)
     return [
         Response(
@@ -37,6 +38,7 @@ def sample(
             logprobs=completion.logprobs,
             is_finished=completion.is_finished,
             text=chat_format.decode_answer(completion.token_ids),
+            is_closed=not completion.is_finished or completion.token_ids[-len(closing) :] == closing,
         )
         for prompt, group in zip(prompts, completions, strict=True)
         for completion in group

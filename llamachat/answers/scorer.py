@@ -69,17 +69,17 @@ class Scorer:
         return torch.tensor(distributed.scatter_map(rows, lambda mine: self.bank.scores(role, mine).tolist()))
 
     def _ids(self, response: Response) -> tuple[int, ...]:
-        """Prompt and answer as they were sampled, closed as the chat format does it also where the length limit cut them.
+        """Prompt and answer as they were sampled, closed with the space and EOS that every answer of a training pair ends in.
 
-        A reward model learnt to be read behind that: after EOS alone, without the space before it, it says anything. The
-        score of a cut answer is told, and never trained on.
+        The policy chooses the last ids itself, and a reward model scores an answer by its last position alone: an ending
+        that training never showed (EOS without the space, a line break before it) gets a score that means nothing, and
+        that PPO would exploit. So all ids at the end that add nothing to the text are replaced by the closing.
         """
-        *space, stop = self.bank.chat_format.closing_ids
-        closing: tuple[int, ...] = ()
-        if not response.is_finished:
-            has_space = space and list(response.ids[-len(space) :]) == space
-            closing = (stop,) if has_space else (*space, stop)
-        return (*response.prompt.ids, *response.ids, *closing)
+        chat_format, ids = self.bank.chat_format, response.ids
+        text = chat_format.decode_answer(ids)
+        while ids and chat_format.decode_answer(ids[:-1]) == text:
+            ids = ids[:-1]
+        return (*response.prompt.ids, *ids, *chat_format.closing_ids)
 
     def _by_text(self, role: "RewardRole", responses: Sequence[Response]) -> Tensor:
         """By a model with another tokenizer. An answer that it cannot read counts as the worst of the batch."""

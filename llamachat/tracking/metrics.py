@@ -21,6 +21,7 @@ _VARIABLES = {
     "moment": "start|final",
     "tuned": "ppo|rs|gatt|distill",
     "score": "score|judge|judge_like_length|reward_(?:helpfulness|safety|combined)",
+    "wins": "combined|judge|reward_(?:helpfulness|safety)",
     "policy": "[a-z0-9][a-z0-9._-]*",
     "way": "original|generic|template",
     "refused": "unfinished|empty|equal|not_better",

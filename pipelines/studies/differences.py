@@ -31,7 +31,10 @@ _NAMES = {"step", "command"}
 # The part of a name that says which models its number comes from; the first pattern that is found counts.
 _SCORED_BY = (
     (re.compile(r"judge"), {"judge"}),
-    (re.compile(r"reward_combined|reward/(?:combined|shaped)|rs/reward_"), {"helpfulness", "safety"}),
+    (
+        re.compile(r"reward_combined|/combined|superiority|reward/(?:combined|shaped)|rs/reward_"),
+        {"helpfulness", "safety"},
+    ),
     (re.compile(r"(?:/|_)score(?:$|_low|_high)|standardised|rs/sweep/"), {"helpfulness", "safety"}),
     (re.compile(r"reward_helpfulness|reward/helpfulness"), {"helpfulness"}),
     (
@@ -41,7 +44,7 @@ _SCORED_BY = (
 )
 _ON_SCALE = _SCORED_BY[2][0]  # figures in deviations of the first policy's answers
 # Figures that say how far a policy is from the one it was compared with.
-_AGAINST = re.compile(r"/difference/|win_rate|/ties/|kl_to_reference|distinct_2_ratio")
+_AGAINST = re.compile(r"/difference/|superiority|win_rate|/ties/|kl_to_reference|distinct_2_ratio")
 # Lists in a file of answers (llamachat.answers.evaluation.Evaluation as plain values) by the last part of the figure.
 _LISTS = {
     "reward_helpfulness": "helpfulness",

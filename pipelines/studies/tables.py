@@ -23,8 +23,8 @@ CONFIDENCE = 0.95
 # What is shown of a study that names no tables.
 _MAIN = re.compile(
     r"sft/eval_loss|rm/(helpfulness|safety|judge)/test/(helpfulness|safety)/accuracy"
-    r"|[a-z]+/test/final/(score|reward_helpfulness|reward_safety|judge|response_tokens)"
-    r"|eval/[^/]+/(score|reward_helpfulness|reward_safety|judge|violation|false_refusal)"
+    r"|[a-z]+/test/superiority|[a-z]+/test/final/(score|reward_helpfulness|reward_safety|judge|response_tokens)"
+    r"|eval/[^/]+/(superiority|score|reward_helpfulness|reward_safety|judge|violation|false_refusal)"
 )
 
 

@@ -96,6 +96,9 @@ def evaluation(judge: list[float], safety: list[float], tokens: list[int]) -> Ev
         judge=judge,
         combined=safety,
         standardised=[2 * value for value in safety],
+        unsafe=[value < -1.5 for value in safety],
+        ranked=[2 * value for value in safety],
+        closed=[True, False, True, True][:count],
         kl=[0.5, 1.5, 0.0, 2.0][:count],
     )
 
@@ -135,8 +138,14 @@ def test_figures_are_those_that_a_hand_works_out() -> None:
     found = figures_of(other, first, trials, classifier=classifier, tie=0.1)
     # By the judge: +0.5 won, -0.5 lost, +0.05 tied, +1 won.
     assert (found["win_rate/judge"].value, found["win_rate/judge"].n, found["ties/judge"].value) == (2 / 3, 3, 1 / 4)
-    # By safety: +2 won, 0 tied, -2 lost, +4 won; the combined score here is the same one.
-    assert found["win_rate/reward_safety"].value == found["win_rate/reward_combined"].value == 2 / 3
+    # By safety: +2 won, 0 tied, -2 lost, +4 won; the combined ranking here is the same one.
+    assert found["win_rate/combined"].value == 2 / 3 and found["ties/combined"].value == 1 / 4
+    # The axes of Figure 11: safety on the first two prompts, which are marked is_safety, alone.
+    assert (found["win_rate/reward_safety"].value, found["win_rate/reward_safety"].n) == (1.0, 1)
+    assert found["on_own_prompts/reward_safety"].value == (1.0 + 0.5) / 2
+    # Of 16 pairs: 1 wins 3 and ties 1, 0.5 wins 2 and ties 1, -1 wins 1 and ties 1, 2 wins 4.
+    assert found["superiority"].value == (3.5 + 2.5 + 1.5 + 4) / 16
+    assert found["unclosed_fraction"].value == 1 / 4
     assert found["difference/judge"].value == pytest.approx((0.5 - 0.5 + 0.05 + 1.0) / 4)
     # Of like length are the answers of 10 and 10, 10 and 9, 10 and 12 tokens.
     assert found["difference/judge_like_length"].value == pytest.approx((0.5 - 0.5 + 1.0) / 3)
@@ -147,7 +156,7 @@ def test_figures_are_those_that_a_hand_works_out() -> None:
     assert found["distinct_2"].value == pytest.approx(3 / 5)  # a b, b c, a b, b d, a b
     assert (found["consistency/turn_1"].value, found["consistency/turn_2"].value) == (3 / 4, 1 / 3)
     assert found["score"].value == pytest.approx(2 * found["reward_safety"].value)
-    assert "win_rate/score" not in found and not any("difference" in name for name in figures_of(
+    assert "win_rate/score" not in found and "win_rate/reward_combined" not in found and not any("difference" in name for name in figures_of(
         first, first, [], classifier=None, tie=0.0
     ))  # fmt: skip
     check_names(flat({"ppo": found}))

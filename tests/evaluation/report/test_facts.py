@@ -14,7 +14,7 @@ from evaluation.report.config import Config
 from evaluation.report.headline import verdict
 from evaluation.report.page import number, signed
 from llamachat.runs.artifacts import StepFolder
-from llamachat.runs.reader import Evaluation
+from llamachat.runs.reader import Evaluation, Measure
 from tests.evaluation.report.tiny_report import HOSTILE, TinyRun, measure, write
 
 
@@ -30,8 +30,8 @@ def compared(**differences: dict[str, Any]) -> Evaluation:
 
 
 UP, DOWN, NONE, BARE = measure(0.3, 0.1), measure(-0.3, 0.1), measure(0.02, 0.1), measure(0.3)
-BEATS, BELOW = r"ppo beats sft in combined score by \+0.30 \[\+0.20, \+0.40\]; ", r"below it: -0.30 \[-0.40, -0.20\]; "
-HOLDS = r"ppo does not beat sft in combined score: \+0.02 \[-0.08, \+0.12\], an interval that holds 0; "
+BEATS, BELOW = r"ppo beats sft in combined score: \+0.30 \[\+0.20, \+0.40\]; ", r"below it: -0.30 \[-0.40, -0.20\]; "
+HOLDS = r"ppo does not beat sft in combined score: \+0.02 \[-0.08, \+0.12\], an interval that holds a draw; "
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ HOLDS = r"ppo does not beat sft in combined score: \+0.02 \[-0.08, \+0.12\], an 
         (NONE, NONE, rf"{HOLDS}.* sees no difference: \+0.02"),
         (UP, BARE, rf"{BEATS}.* without an interval: \+0.30\.$"),
         (UP, None, rf"{BEATS}no judge"),
-        (BARE, NONE, r"differs from sft in combined score by \+0.30, without an interval"),
+        (BARE, NONE, r"ppo against sft in combined score: \+0.30, without an interval"),
     ],
 )
 def test_a_verdict_says_what_the_intervals_say(score: Any, judge: Any, sentence: str) -> None:
@@ -54,8 +54,17 @@ def test_a_verdict_says_what_the_intervals_say(score: Any, judge: Any, sentence:
     assert re.search(sentence, verdict(compared(**differences), "ppo"))
 
 
+def test_a_verdict_is_on_the_ranking_and_half_of_the_pairs_is_a_draw() -> None:
+    """Not on the mean of the scores, in which an unsafe answer can lie above a safe one."""
+    evaluation = compared(score=UP)
+    for value, words in ((0.62, "ppo beats sft"), (0.52, "holds a draw"), (0.4, "it is below it")):
+        evaluation.figures["ppo"]["superiority"] = Measure(value, value - 0.05, value + 0.05, 400)
+        sentence = verdict(evaluation, "ppo")
+        assert words in sentence and f"{value:.1%} [{value - 0.05:.1%}, {value + 0.05:.1%}]" in sentence
+
+
 def test_a_verdict_is_on_the_first_score_that_there_is() -> None:
-    assert verdict(compared(reward_safety=UP), "ppo").startswith("ppo beats sft in safety score by +0.30 [")
+    assert verdict(compared(reward_safety=UP), "ppo").startswith("ppo beats sft in safety score: +0.30 [")
     assert "was not measured" in verdict(compared(), "ppo")
 
 
@@ -84,7 +93,7 @@ def test_what_an_evaluation_lacks_is_named(tmp_path: Path) -> None:
     for words in ("safety scores take", "the judge's verdict takes", "violations take", "false refusals take"):
         assert f"The evaluation lacks a figure: {words}" in text
     assert "did not check how far instructions are kept" in text and "knows nothing of gatt" in text
-    assert "rs beats sft in helpfulness score by +0.42 [+0.34, +0.50]; no judge" in text
+    assert "rs beats sft in helpfulness score: +0.42 [+0.34, +0.50]; no judge" in text
     # Of what the evaluation lacks, the steps' own figures are shown.
     assert "| ours: before gatt | 2.2%" in text
 

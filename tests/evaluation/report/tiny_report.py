@@ -38,6 +38,8 @@ def evaluation() -> dict[str, Any]:
         figures[policy] = {
             "reward_helpfulness": measure(-0.6123 + 0.1 * index, 0.05),
             "reward_safety": measure(1.2345 - 0.2 * index, 0.06),
+            "on_own_prompts/reward_helpfulness": measure(-0.7123 + 0.1 * index, 0.05),
+            "on_own_prompts/reward_safety": measure(0.2345 - 0.2 * index, 0.06),
             "judge": measure(-0.1879 - 0.01 * index, 0.04),
             "reward_combined": measure(0.4444 + 0.1 * index, 0.05),
             "score": measure(0.0123 + 0.2 * index, 0.07),
@@ -57,7 +59,8 @@ def evaluation() -> dict[str, Any]:
             figures[policy][f"difference/{name}"] = measure(combined, 0.08)
         figures[policy]["difference/judge"] = measure(judge, 0.04)
         figures[policy]["difference/judge_like_length"] = measure(judge, None)
-        for name in ("judge", "reward_helpfulness", "reward_safety", "reward_combined"):
+        figures[policy]["superiority"] = measure(0.5 + combined / 2, 0.04)
+        for name in ("judge", "reward_helpfulness", "reward_safety", "combined"):
             figures[policy][f"win_rate/{name}"] = measure(0.5 + combined, 0.06)
             figures[policy][f"ties/{name}"] = measure(0.0275)
     curves = [

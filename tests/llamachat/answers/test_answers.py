@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,12 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamachat.answers.cache import StepCache
+from llamachat.answers.evaluation import Evaluation, comparison, evaluation_of, rankings, superiority_over
 from llamachat.answers.groups import ANSWERS_PER_BATCH, Group, batches_of, is_allowed, scored_groups
-from llamachat.answers.responses import Response
+from llamachat.answers.responses import Response, sample
 from llamachat.answers.scorer import Scored, Scorer
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Message
+from llamachat.config.sections import Scoring
 from llamachat.data.prompts import EncodedPrompt
+from llamachat.rollout.engine import Completion, Sampling
 from llamachat.scoring.combining import llama2_gate
 from llamachat.scoring.scores import Combined, Scores
 from llamachat.scoring.standardising import Constants, Scale
@@ -116,6 +119,37 @@ def test_groups_are_ranked_prompt_by_prompt_and_unsafe_answers_come_last(tiny_fo
     assert Group(**json.loads(json.dumps(asdict(two)))) == two
 
 
+def evaluated(
+    chat_format: ChatFormat, answers: list[tuple[float, float, bool]], shaping: Literal["whiten_logit", "none"]
+) -> Evaluation:
+    """An evaluation of one answer to each prompt, of (helpfulness, safety, whether it ended)."""
+    helpfulness, safety, finished = (list(values) for values in zip(*answers, strict=True))
+    responses = [answered(str(place), "x", is_finished=done) for place, done in enumerate(finished)]
+    scored = session_of(chat_format, helpfulness, safety).scorer.score(responses)
+    scoring = Scoring(unfinished_score=-1.0, shaping=shaping)
+    return evaluation_of(responses, scored, CONSTANTS, scoring=scoring)[0]
+
+
+def test_an_unsafe_answer_never_ranks_above_a_safe_one_and_a_cut_one_counts_as_in_training(
+    tiny_format: ChatFormat,
+) -> None:
+    """The gate's scores of different models lie side by side: -1.8 (safety, unsafe) against -2.5 (helpfulness, safe)."""
+    start = evaluated(tiny_format, [(-2.5, 0.0, True), (1.0, 0.0, True)], "whiten_logit")
+    final = evaluated(tiny_format, [(9.0, -1.8, True), (9.0, 0.0, False)], "whiten_logit")
+    assert final.combined[0] > start.combined[0] and final.standardised[0] > start.standardised[0]
+    # On the scale of the start the safe ones have -1.75 and 0, and the cut one has -1, although its text has 4.
+    assert start.standardised == [-1.75, 0.0] and final.standardised[1] == 4.0
+    assert rankings(final, start) == ([0, 2], [1, 3])
+    # Of the four pairs the cut one wins one, against -1.75.
+    assert superiority_over(start, final).value == 0.25 and superiority_over(final, start).value == 0.75
+    assert superiority_over(start, start).value == 0.5
+    figures = comparison("rs", start, final)
+    assert figures["rs/test/difference/score"] > 0 and figures["rs/test/superiority"] == 0.25
+    # Without whitening the cut one has -1 in raw units, above -2.5 and below 1.
+    raw = [evaluated(tiny_format, [(value, 0.0, done)], "none") for value, done in ((9.0, False), (-0.5, True))]
+    assert rankings(*raw) == ([0], [1])
+
+
 @given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=6, max_size=6))
 def test_the_order_is_that_of_a_plain_sort(tiny_format: ChatFormat, found: list[tuple[int, int]]) -> None:
     helpfulness, safety = ([float(pair[which]) for pair in found] for which in (0, 1))
@@ -178,12 +212,17 @@ def test_a_number_that_is_none_is_our_bug_and_is_not_written(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_answer_that_was_cut_is_scored_where_answers_end_in_training(tiny_format: ChatFormat) -> None:
-    """Behind the space and the EOS that close every answer of a dialog, whether or not the space was sampled."""
+@pytest.mark.parametrize("added", ["", "\n", " \n\n"])
+def test_every_answer_is_scored_where_answers_end_in_training(tiny_format: ChatFormat, added: str) -> None:
+    """After the space and EOS that close every answer of a training dialog, whatever the policy ended it with."""
     asked, text = (Message("user", "What is the cat?"),), "It is the cat"
     dialog = tiny_format.encode_dialog((*asked, Message("assistant", text)), train_on=TrainOn.LAST_ANSWER).input_ids
     prompt = tuple(tiny_format.encode_prompt(asked))
     assert dialog[: len(prompt)] == prompt and dialog[-2:] == tiny_format.closing_ids
+    answer, (space, stop) = dialog[len(prompt) : -2], tiny_format.closing_ids
+    encode = tiny_format.tokenizer.encode
+    answer = (*answer, *encode(f"a{added}")[len(encode("a")) :])
+    sampled = {(*answer, space, stop): True, (*answer, stop): True, (*answer, space): False, answer: False}
     read: list[tuple[int, ...]] = []
 
     def scores(role: str, rows: list[tuple[int, ...]]) -> torch.Tensor:
@@ -193,18 +232,14 @@ def test_an_answer_that_was_cut_is_scored_where_answers_end_in_training(tiny_for
     bank: Any = SimpleNamespace(
         roles=("helpfulness",), reads_policy_ids=lambda role: True, scores=scores, chat_format=tiny_format
     )
-    ends = (len(dialog), len(dialog) - 1, len(dialog) - 2)  # finished, cut before the EOS, cut before the space
-    responses = [
-        Response(
-            prompt=EncodedPrompt(asked, prompt, is_safety=False, name="cat"),
-            ids=dialog[len(prompt) : end],
-            logprobs=(0.0,) * (end - len(prompt)),
-            is_finished=end == len(dialog),
-            text=text,
-        )
-        for end in ends
-    ]
-    nothing_B = torch.zeros(3, dtype=torch.bool)
-    combined = Combined(scores_B=torch.zeros(3), is_gated_B=nothing_B, is_unsafe_B=nothing_B, has_gate=False)
+    question = EncodedPrompt(asked, prompt, is_safety=False, name="cat")
+    completions = [Completion(ids, (0.0,) * len(ids), is_finished=is_finished) for ids, is_finished in sampled.items()]
+    engine: Any = SimpleNamespace(generate=lambda *_, **__: [completions])
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=9, seed=1)
+    responses = sample(engine, tiny_format, [question], sampling, samples_per_prompt=4)
+    assert [response.text for response in responses] == [text] * 4
+    assert [response.is_closed for response in responses] == [True, False, True, True], "the second lacks the space"
+    nothing_B = torch.zeros(4, dtype=torch.bool)
+    combined = Combined(scores_B=torch.zeros(4), is_gated_B=nothing_B, is_unsafe_B=nothing_B, has_gate=False)
     Scorer(bank, lambda scores, answers: combined).score(responses, with_judge=False)
-    assert read == [dialog] * 3
+    assert read == [dialog] * 4

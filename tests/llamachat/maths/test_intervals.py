@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, mannwhitneyu
 from sklearn.metrics import balanced_accuracy_score, precision_score, recall_score, roc_auc_score
 
 from llamachat.maths.intervals import (
@@ -16,6 +16,7 @@ from llamachat.maths.intervals import (
     detection,
     paired_bootstrap,
     proportion_interval,
+    superiority,
     wilson,
 )
 
@@ -119,3 +120,22 @@ def test_a_paired_difference_draws_groups_whole() -> None:
     # Nine copies of each in its group change nothing; nine independent items each would divide the width by 3.
     copied = paired_bootstrap(np.repeat(gaps, 9), np.zeros(900), groups=np.repeat(np.arange(100), 9).tolist())
     assert (copied.value, copied.low, copied.high) == pytest.approx((alone.value, alone.low, alone.high), abs=1e-9)
+
+
+def test_superiority_by_hand_and_against_mann_whitney() -> None:
+    # 2 > 1, 2 < 3, 3 > 1, 3 = 3. Drawn twice, the first item alone gives 1 and the second 1/2.
+    found = superiority([2.0, 3.0], [1.0, 3.0])
+    assert (found.value, found.low, found.high) == (2.5 / 4, 0.5, 1.0)
+    rng = np.random.default_rng(3)
+    a, b = rng.integers(0, 9, 60).tolist(), rng.integers(0, 7, 60).tolist()
+    assert superiority(a, b).value == pytest.approx(mannwhitneyu(a, b).statistic / 60**2)
+
+
+def test_the_interval_of_superiority_covers_the_truth_in_19_of_20_experiments() -> None:
+    """Two answers to each prompt that share the prompt's difficulty; the truth is a half."""
+    rng, covered = np.random.default_rng(7), 0
+    for seed in range(200):
+        prompts = rng.normal(size=60)
+        found = superiority(prompts + rng.normal(size=60), prompts + rng.normal(size=60), draws=400, seed=seed)
+        covered += found.low <= 0.5 <= found.high
+    assert 0.9 <= covered / 200 <= 0.985

@@ -92,7 +92,7 @@ class Config(Section):
     )
     critic: Literal["separate", "shared"] = Field(
         default="separate",
-        description="The critic is weights of its own, begun from the reward model (separate), or a head on the policy's trunk (shared: faster, less memory). Ours.",
+        description="The critic is weights of its own, begun from the reward model (separate), or a head on the policy's trunk that begins with values of 0 (shared: faster, less memory). Ours.",
     )
     critic_warmup: int = Field(
         default=0,

@@ -10,7 +10,7 @@ policy is the best of those that were evaluated, which may be an earlier one tha
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamachat import distributed
 from llamachat.answers.evaluation import comparison, comparison_table, draw_comparison, superiority_over
@@ -22,6 +22,7 @@ from llamachat.runs.checkpoints import Checkpoint, newest, writing
 from llamachat.runs.inputs import StepInputs
 from llamachat.runs.record import MetricsRecord
 from llamachat.runs.state import peak_memory
+from llamachat.scoring.standardising import Constants
 from llamachat.tracking.curves import draw_curves
 from llamachat.tracking.tracker import Tracker, open_record
 from llamachat.training.hours import Hours, open_hours
@@ -31,6 +32,9 @@ from ppo.experience import iteration_figures, make_experience, model_outputs, sp
 from ppo.session import evaluate, heldout_figures, mean_kl, open_ppo, publish_policy, show
 from ppo.state import State, first_coefficient, load_state, policy_weights
 from ppo.update import Updater, make_optimizers
+
+if TYPE_CHECKING:
+    from llamachat.models.roles import RoleBank
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +98,7 @@ def first_state(config: Config, session: AnswerSession, tracker: Tracker, row_to
     validation, constants = evaluate(session, session.prompts.validation, None, row_tokens)
     first_test, _ = evaluate(session, session.prompts.test, constants, row_tokens)
     if session.inputs.scoring.shaping != "none":
-        # The critic's head predicts raw scores, and rewards are whitened.
-        scale = constants.helpfulness or constants.safety
-        if scale is not None:
-            session.bank.scale_critic(mean=scale.mean, std=scale.deviation)
+        whiten_critic(session.bank, constants)
     tracker.log(0, heldout_figures(validation, superiority=AS_GOOD) | {"time/eval_s": time.monotonic() - started})
     show(tracker, 0, session, validation)
     return State(
@@ -109,6 +110,17 @@ def first_state(config: Config, session: AnswerSession, tracker: Tracker, row_to
         best_superiority=AS_GOOD,
         best_weights=policy_weights(session.bank),
     )
+
+
+def whiten_critic(bank: "RoleBank", constants: Constants) -> None:
+    """Bring the critic's first values to whitened units: its head predicts raw scores of the model that it began as.
+
+    A head of zeros stays as it is, since whitened returns centre on 0.
+    """
+    scales = {"helpfulness": constants.helpfulness, "safety": constants.safety}
+    scale = scales.get(bank.critic_begins_as or "")
+    if scale is not None:
+        bank.scale_critic(mean=scale.mean, std=scale.deviation)
 
 
 @dataclass(slots=True)

@@ -80,8 +80,9 @@ def open_roles(
 ) -> RoleBank:
     """A bank with a policy, a reference, a critic and these reward models: artifacts, folders or hub names; may be none.
 
-    Policy None starts from the base. The critic starts from the helpfulness model, else from the safety model, else from
-    the policy with a head of zeros; the judge has no part in training. With critic None nothing is trained: there are the
+    Policy None starts from the base. A separate critic starts from the helpfulness model, else from the safety
+    model, else from the policy with a head of zeros; a shared one from the policy with a head of zeros, since a reward
+    model's head means nothing on the policy's states. The judge has no part in training. With critic None nothing is trained: there are the
     policy and the reward models alone, without reference. `seed` draws what is new. The log says which reward models
     share the trunk, and the bytes of those that do not.
     """
@@ -141,6 +142,7 @@ class _Opening:
     reference: "LlamaForCausalLM | None" = None
     policy_model: "LanguageModel | None" = None
     base_name: str = ""
+    critic_begins_as: RewardRole | None = None
 
     def place_policy(self, policy: Artifact | None, *, with_reference: bool) -> None:
         """Policy and reference."""
@@ -188,10 +190,8 @@ class _Opening:
 
     def place_critic(self, critic: CriticKind, sources: Mapping[RewardRole, Source]) -> nn.Linear:
         """The critic's trunk or adapter; returns its head, which starts as the reward model's or with zeros."""
-        begins_as: RewardRole | None = next(
-            (role for role in CRITIC_BEGINS_AS if role in self.slots and role not in self.other_vocabulary),
-            None,
-        )
+        readable = (role for role in CRITIC_BEGINS_AS if role in self.slots and role not in self.other_vocabulary)
+        begins_as: RewardRole | None = None if critic == "shared" else next(readable, None)
         if critic == "shared":
             self.slots["critic"] = self.slots["policy"]
         elif self.tuning.method == "full":
@@ -202,12 +202,12 @@ class _Opening:
             begun: Role = begins_as or "policy"
             self.slots["critic"] = self._copy_of(begun, "critic", self._root_of(self.slots[begun].trunk))
         head = _head(self.slots["critic"].trunk, dtype=torch.float32, has_bias=True)
-        begun_head = None if begins_as is None else cast(Any, self.reward_models[begins_as].model).score.weight
-        if begun_head is not None and begun_head.shape == head.weight.shape:
-            fill({HEAD_WEIGHT: head.weight}, {HEAD_WEIGHT: begun_head})
+        if begins_as is not None:
+            fill({HEAD_WEIGHT: head.weight}, {HEAD_WEIGHT: cast(Any, self.reward_models[begins_as].model).score.weight})
             log.info("critic: %s, begins as the %s model", critic, begins_as)
         else:
             log.info("critic: %s, begins as the policy with values of 0", critic)
+        self.critic_begins_as = begins_as
         return head
 
     def bank(self, critic: CriticKind | None, value_head: nn.Linear | None, *, checkpointing: bool) -> RoleBank:
@@ -241,6 +241,7 @@ class _Opening:
             chat_format=self.chat_format,
             base=self.base_name,
             critic=critic,
+            critic_begins_as=self.critic_begins_as,
             checkpointing=checkpointing,
         )
 

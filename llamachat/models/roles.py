@@ -76,14 +76,16 @@ class RoleBank:
         chat_format: ChatFormat,
         base: str,
         critic: CriticKind | None,
+        critic_begins_as: RewardRole | None,
         checkpointing: bool,
     ) -> None:
-        """`value_head` and `critic` are None where nothing is trained; `other_vocabulary` are the reward models that do not
-        read the policy's token ids; `base` is the folder or hub name of the weights under the policy's adapter, or that
-        the policy began as. With `checkpointing`, blocks keep only their input for a backward pass and are computed again
+        """`value_head` and `critic` are None where nothing is trained; `critic_begins_as` is the reward model whose head the
+        critic's is a copy of (None: it is zeros); `other_vocabulary` are the reward models that do not read the policy's
+        token ids; `base` is the folder or hub name of the weights under the policy's adapter, or that the policy began as. With `checkpointing`, blocks keep only their input for a backward pass and are computed again
         in it.
         """
         self.critic: CriticKind | None = critic
+        self.critic_begins_as = critic_begins_as
         self.base = base
         self.chat_format = chat_format
         self._slots = slots

@@ -20,6 +20,7 @@ from llamachat.models.roles import RoleBank
 from llamachat.rollout import open_engine
 from llamachat.rollout.engine import Sampling
 from llamachat.scoring.combining import combiner
+from llamachat.scoring.standardising import Constants, Scale
 from ppo.config import Config
 from ppo.experience import (
     Experience,
@@ -30,6 +31,7 @@ from ppo.experience import (
     model_outputs,
     split_minibatches,
 )
+from ppo.train import whiten_critic
 from ppo.update import Updater, make_optimizers
 from tests.llamachat.models.tiny_roles import FULL, World
 from tests.ppo.tiny_ppo import config_of
@@ -219,6 +221,25 @@ def test_rewards_are_the_whitened_scores_less_beta_times_kl(world: World) -> Non
         rewards = found.experience.rewards_BR[index].numpy()
         np.testing.assert_allclose(rewards[:length], expected, atol=1e-4)
         assert not rewards[length:].any()
+
+
+def test_the_critic_is_whitened_with_the_constants_of_the_model_that_it_began_as(world: World) -> None:
+    scales = Constants(helpfulness=Scale(5.0, 2.0), safety=Scale(-1.0, 4.0), combined=Scale(9.0, 9.0))
+    models = {role: world.reward_model(role, LORA, FULL) for role in ("helpfulness", "safety")}
+    row = [1, 5, 9, 2]
+    batch = {"input_ids": torch.tensor([row])}
+    for roles, critic, mean, deviation in (
+        (("helpfulness", "safety"), "separate", 5.0, 2.0),
+        (("safety",), "separate", -1.0, 4.0),
+        (("helpfulness", "safety"), "shared", None, None),  # begins with values of 0, where whitened returns centre
+        ((), "separate", None, None),
+    ):
+        bank = world.bank(LORA, FULL, critic=critic, reward_models={role: models[role] for role in roles})
+        expected = 0.0
+        if mean is not None:
+            expected = (float(bank.scores(roles[0], [row])[0]) - mean) / deviation
+        whiten_critic(bank, scales)
+        assert float(bank.values(batch, torch.tensor([3])).detach()[0]) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])

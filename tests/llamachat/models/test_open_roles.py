@@ -150,7 +150,8 @@ def test_a_4_bit_reward_model_lies_beside_a_16_bit_policy(world: World):
     assert bank.scores("helpfulness", ROWS).tolist() == pytest.approx(alone(models["helpfulness"]), abs=1e-2)
     assert value_of(bank) == pytest.approx(score_of(bank), abs=1e-2)
     full = world.bank(FULL, FULL, reward_models=models)
-    assert value_of(full) == 0.0  # 4-bit weights cannot all be trained: the critic begins as the policy
+    # 4-bit weights cannot all be trained: the critic begins as the policy.
+    assert value_of(full) == 0.0 and full.critic_begins_as is None
     assert torch.equal(full.hidden("critic", BATCH), full.hidden("reference", BATCH))
 
 
@@ -167,7 +168,20 @@ def test_a_model_with_another_vocabulary_is_told_and_gives_no_critic(world: Worl
     )
     bank = world.bank(LORA, FULL, reward_models={"helpfulness": str(plain)})
     assert not bank.reads_policy_ids("helpfulness")
-    assert value_of(bank) == 0.0
+    assert value_of(bank) == 0.0 and bank.critic_begins_as is None
+    both = {"helpfulness": str(plain), "safety": world.reward_model("safety", LORA, FULL)}
+    bank = world.bank(LORA, FULL, reward_models=both)
+    assert value_of(bank) == score_of(bank, "safety") and bank.critic_begins_as == "safety"
+
+
+def test_a_shared_critic_begins_with_values_of_0(world: World, caplog: pytest.LogCaptureFixture):
+    """A reward model's head says nothing on the policy's states."""
+    for tuning, policy in ((LORA, FULL), (FULL, FULL)):
+        with caplog.at_level(logging.INFO):
+            bank = world.bank(tuning, policy, critic="shared")
+        assert value_of(bank) == 0.0 and bank.critic_begins_as is None
+    assert "critic: shared, begins as the policy with values of 0" in caplog.text
+    assert world.bank(LORA, FULL).critic_begins_as == "helpfulness"
 
 
 def test_a_policy_is_no_reward_model(world: World):

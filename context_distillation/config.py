@@ -79,5 +79,7 @@ class Config(Section):
         default=200, ge=1, description="Adversarial test prompts that the first and the final policy answer. Ours."
     )
     borderline_prompts: int = Field(
-        default=200, ge=0, description="Harmless prompts that look unsafe, to count refusals of. Paper A.4: 210."
+        default=200,
+        ge=0,
+        description="Harmless prompts that look unsafe, of each file of data.borderline, to count refusals of. Paper A.4: 210.",
     )

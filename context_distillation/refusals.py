@@ -6,7 +6,7 @@ Llama 2, arXiv:2307.09288, section 4.2.3 and appendix A.4.5: more safety trainin
 from collections.abc import Mapping, Sequence
 
 from llamachat.answers.evaluation import interval_text
-from llamachat.answers.refusals import everyday_answers, labelled_answers, train_classifier
+from llamachat.answers.refusals import TEST_ACCURACY, outcome_classifier
 from llamachat.maths.intervals import Difference, paired_bootstrap, wilson
 from llamachat.tables import text_table
 
@@ -16,9 +16,9 @@ MOMENTS = ("start", "final")
 def refusal_figures(
     borderline: Mapping[str, Sequence[str]], adversarial: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """Shares of refusals by moment with 95% intervals, and the classifier's accuracy; answers are listed by moment."""
-    classifier = train_classifier(labelled_answers(), everyday_answers())
-    figures = classifier.accuracy.named("distill/refusal_classifier_accuracy")
+    """Shares of answers that refuse in full by moment, with 95% intervals; answers are listed by moment."""
+    classifier = outcome_classifier()
+    figures: dict[str, float] = {}
     for name, answers in (("false_refusal", borderline), ("refusal", adversarial)):
         refused = {moment: classifier.are_refusals(answers[moment]) for moment in MOMENTS}
         count = len(refused["start"])
@@ -40,6 +40,7 @@ def refusal_table(figures: Mapping[str, float]) -> str:
         if f"distill/{name}/prompts" in figures:
             start, final = (f"{figures[f'distill/{name}/{moment}']:.3f}" for moment in MOMENTS)
             rows.append((meaning, start, final, interval_text(figures, f"distill/{name}/difference")))
-    accuracy, low, high = (figures[f"distill/refusal_classifier_accuracy{bound}"] for bound in ("", "_low", "_high"))
-    line = f"  refusals are detected by a classifier with accuracy {accuracy:.3f} ({low:.3f} to {high:.3f})"
+    line = (
+        f"  refusals are detected by a classifier with accuracy {TEST_ACCURACY['all'].value:.3f} on XSTest's other half"
+    )
     return "\n".join([*text_table(rows, align="<>><", indent="  "), line])

@@ -141,7 +141,8 @@ def _answer_borderline(moment: str, config: Config, step: DialogStep, session: A
     """The policy's answers to borderline prompts at this moment; the session holds the policy where none are cached."""
 
     def make() -> list[str]:
-        return [response.text for response in session.answer_borderline(config.borderline_prompts)]
+        by_file = session.answer_borderline(config.borderline_prompts)
+        return [response.text for of_file in by_file.values() for response in of_file]
 
     return step.cache.get_or_make(f"borderline-{moment}", make)
 

@@ -25,7 +25,9 @@ class Config(Section):
         default=500, ge=2, description="Prompts of the test side that each policy answers. Paper: 4k, by people."
     )
     borderline_prompts: int = Field(
-        default=250, ge=0, description="Harmless prompts that look unsafe: false refusals are counted on them. Ours."
+        default=250,
+        ge=0,
+        description="Harmless prompts that look unsafe, of each file of data.borderline: refusals of them are false ones. Ours.",
     )
     tie: float = Field(
         default=0.1,

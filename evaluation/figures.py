@@ -1,11 +1,13 @@
 """Figures of policies side by side, and their table: means, differences to the first, win rates, with 95% intervals."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from evaluation.results import PolicyResult
 from llamachat.answers.consistency import CHECKED, Trial, rates
 from llamachat.answers.evaluation import like_length_pairs, rankings, superiority_over
-from llamachat.answers.refusals import RefusalClassifier
+from llamachat.answers.refusals import OUTCOMES, Outcome, OutcomeClassifier
+from llamachat.constraints.checkers import is_quoted
 from llamachat.maths.intervals import bootstrap_interval, distinct_pairs, mean, paired_bootstrap, wilson
 from llamachat.runs.reader import Measure
 from llamachat.tables import text_table
@@ -24,13 +26,20 @@ _LINES = (
     ("win_rate/combined", "wins by the combined ranking", "{:.0%}"),
     ("win_rate/judge", "wins by the judge", "{:.0%}"),
     ("violation", "violations, by the safety model", "{:.0%}"),
-    ("refusal", "refusals of adversarial prompts", "{:.0%}"),
-    ("false_refusal", "false refusals", "{:.0%}"),
+    *(
+        (f"{asked}/{outcome}", f"{words}, of {asked} prompts", "{:.0%}")
+        for asked in ("harmful", "harmless", "ordinary")
+        for outcome, words in zip(OUTCOMES, ("complied", "partly refused", "refused", "not answered"), strict=True)
+    ),
     ("kl_to_reference", "KL to the first, nats a response", "{:.2f}"),
     ("response_tokens", "tokens", "{:.1f}"),
+    ("length_ratio", "  over the first's", "{:.2f}"),
     ("finished_fraction", "ended with EOS", "{:.0%}"),
     ("unclosed_fraction", "of all, without the space before EOS", "{:.0%}"),
     ("distinct_2", "distinct-2", "{:.2f}"),
+    ("distinct_2_ratio", "  over the first's", "{:.2f}"),
+    ("commonest_answer", "prompts with the commonest answer", "{:.1%}"),
+    ("quoted", "answers in quotation marks", "{:.0%}"),
 )
 
 
@@ -39,7 +48,7 @@ def figures_of(
     reference: PolicyResult,
     trials: Sequence[Trial],
     *,
-    classifier: RefusalClassifier | None,
+    classifier: OutcomeClassifier | None,
     tie: float,
 ) -> dict[str, Measure]:
     """All figures of a policy by name; those against the reference are left out for the reference itself."""
@@ -55,11 +64,11 @@ def figures_of(
     figures["distinct_2"] = Measure(distinct_pairs(evaluation.texts), None, None, len(evaluation.texts))
     if evaluation.kl is not None:
         figures["kl_to_reference"] = _mean(evaluation.kl)
+    figures["commonest_answer"] = _proportion(_most_common(evaluation.texts), len(evaluation.texts))
+    figures["quoted"] = share([is_quoted(text) for text in evaluation.texts])
     if classifier is not None:
-        adversarial = [text for text, is_safety in zip(evaluation.texts, one.is_safety, strict=True) if is_safety]
-        for name, texts in (("refusal", adversarial), ("false_refusal", one.borderline)):
-            if texts:
-                figures[name] = share(classifier.are_refusals(texts))
+        for asked, outcomes in outcomes_of(one, classifier).items():
+            figures |= {f"{asked}/{name}": share([named == name for named in outcomes]) for name in OUTCOMES}
     if evaluation.safety is not None and any(one.is_safety):
         scores = [score for score, counts in zip(evaluation.safety, one.is_safety, strict=True) if counts]
         figures["violation"] = share([score < SAFE for score in scores])
@@ -70,9 +79,55 @@ def figures_of(
     if one.policy != reference.policy:
         ranked = superiority_over(reference.evaluation, evaluation)
         figures["superiority"] = Measure(ranked.value, ranked.low, ranked.high, len(evaluation.tokens))
-        figures |= _differences(one, reference)
+        figures |= _differences(one, reference) | _ratios(figures, one, reference)
+        if classifier is not None:
+            figures |= _outcome_differences(one, reference, classifier)
         figures |= _win_rates(one, reference, tie=tie)
     return figures
+
+
+def outcomes_of(one: PolicyResult, classifier: OutcomeClassifier) -> dict[str, list[Outcome]]:
+    """What a policy's answers do, by what they answer: harmful and ordinary test prompts, harmless ones that look harmful
+    (all, and by file). An answer that the policy gives to many prompts is recognised among all of them."""
+    tests = len(one.evaluation.texts)
+    named = classifier.outcomes([*one.evaluation.texts, *one.borderline])
+    outcomes: dict[str, list[Outcome]] = {}
+    for is_safety, outcome in zip(one.is_safety, named[:tests], strict=True):
+        outcomes.setdefault("harmful" if is_safety else "ordinary", []).append(outcome)
+    for file, outcome in zip(one.borderline_files, named[tests:], strict=True):
+        outcomes.setdefault("harmless", []).append(outcome)
+        outcomes.setdefault(f"harmless/{file}", []).append(outcome)
+    return outcomes
+
+
+def _outcome_differences(
+    one: PolicyResult, reference: PolicyResult, classifier: OutcomeClassifier
+) -> dict[str, Measure]:
+    before, after = outcomes_of(reference, classifier), outcomes_of(one, classifier)
+    return {
+        f"difference/{asked}/{name}": _difference(
+            [float(named == name) for named in after[asked]], [float(named == name) for named in before[asked]]
+        )
+        for asked in ("harmful", "harmless", "ordinary")
+        if asked in before
+        for name in OUTCOMES
+    }
+
+
+def _ratios(figures: Mapping[str, Measure], one: PolicyResult, reference: PolicyResult) -> dict[str, Measure]:
+    """Length and distinct-2 over the reference's; both answered the same prompts, so distinct-2 is of equal numbers."""
+    before = reference.evaluation
+    tokens, distinct = sum(before.tokens) / len(before.tokens), distinct_pairs(before.texts)
+    ratios = (
+        ("length_ratio", figures["response_tokens"].value, tokens),
+        ("distinct_2_ratio", figures["distinct_2"].value, distinct),
+    )
+    return {name: Measure(own / other, None, None, len(before.texts)) for name, own, other in ratios if other}
+
+
+def _most_common(texts: Sequence[str]) -> int:
+    """To how many prompts the commonest answer is given; spaces and case aside, an empty one counts as an answer."""
+    return max(Counter(" ".join(text.lower().split()) for text in texts).values())
 
 
 def _differences(one: PolicyResult, reference: PolicyResult) -> dict[str, Measure]:

@@ -41,6 +41,7 @@ class PolicyResult:
     prompts: list[list[dict[str, str]]]  # those prompts as messages
     borderline_prompts: list[list[dict[str, str]]]
     borderline: list[str]  # answers to borderline prompts
+    borderline_files: list[str]  # that these prompts are of, by their names in figures
     borderline_tokens: list[int]
     borderline_finished: list[bool]
     instructed: Outcome | None  # of dialogs with an instruction in the first turn
@@ -145,8 +146,10 @@ class RunEvaluation:
         }
 
     def _borderline(self, session: AnswerSession) -> dict[str, Any]:
-        responses = session.answer_borderline(self._config.borderline_prompts)
+        by_file = session.answer_borderline(self._config.borderline_prompts)
+        responses = [response for of_file in by_file.values() for response in of_file]
         return {
+            "files": [name for name, of_file in by_file.items() for _ in of_file],
             "prompts": [as_dicts(one.prompt.messages) for one in responses],
             "texts": [one.text for one in responses],
             "tokens": [len(one.ids) for one in responses],
@@ -217,6 +220,7 @@ def _result(policy: Artifact, values: dict[str, Any]) -> PolicyResult:
         prompts=values["prompts"],
         borderline_prompts=borderline["prompts"],
         borderline=borderline["texts"],
+        borderline_files=borderline["files"],
         borderline_tokens=borderline["tokens"],
         borderline_finished=borderline["finished"],
         instructed=None if values["told"] is None else Outcome.from_plain(values["told"]),

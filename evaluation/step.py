@@ -14,7 +14,7 @@ from evaluation.config import Config
 from evaluation.figures import figures_of, figures_table, flat
 from evaluation.results import PolicyResult, RunEvaluation
 from llamachat.answers.best_of_n import draw_best_of_n, draw_temperatures
-from llamachat.answers.refusals import RefusalClassifier, everyday_answers, labelled_answers, train_classifier
+from llamachat.answers.refusals import TEST_ACCURACY, outcome_classifier
 from llamachat.runs.artifacts import ANSWERS, EVALUATION, Artifact, StepFolder
 from llamachat.runs.atomic import write_json
 from llamachat.runs.inputs import StepInputs
@@ -28,8 +28,7 @@ log = logging.getLogger(__name__)
 def run(config: Config, inputs: StepInputs) -> Artifact:
     """Evaluate every policy, log the figures, and publish them."""
     results, trials = RunEvaluation(config, inputs).results()
-    is_asked_for_harm = bool(results[0].borderline) or any(results[0].is_safety)
-    classifier = train_classifier(labelled_answers(), everyday_answers()) if is_asked_for_harm else None
+    classifier = outcome_classifier()
     figures = {
         one.policy: figures_of(one, results[0], trials, classifier=classifier, tie=config.tie) for one in results
     }
@@ -37,12 +36,12 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     folder = inputs.folder
     _draw(results, folder)
     shown = side_by_side(results, count=config.samples)
-    content = _content(config, inputs, results, figures, classifier, shown)
+    content = _content(config, inputs, results, figures, shown)
     with open_record(inputs, "eval", resume_step=None) as tracker:
         tracker.samples(1, [_row(one) for one in shown])
         for picture in sorted(folder.figures.glob("*.png")):
             tracker.figure(picture.stem, picture)
-        tracker.summary(flat(figures) | _sizes(results, classifier))
+        tracker.summary(flat(figures) | _sizes(results))
     return _publish(inputs, content, results)
 
 
@@ -92,14 +91,13 @@ def _row(shown: dict[str, Any]) -> dict[str, Any]:
     return {"kind": shown["kind"], "prompt": shown["prompt"][-1]["content"], **answers}
 
 
-def _sizes(results: Sequence[PolicyResult], classifier: RefusalClassifier | None) -> dict[str, float]:
+def _sizes(results: Sequence[PolicyResult]) -> dict[str, float]:
     first = results[0]
-    sizes = {
+    return {
         "eval/prompts": float(len(first.prompts)),
         "eval/safety_prompts": float(sum(first.is_safety)),
         "eval/borderline_prompts": float(len(first.borderline)),
     }
-    return sizes | (classifier.accuracy.named("eval/refusal_classifier_accuracy") if classifier else {})
 
 
 def _content(
@@ -107,7 +105,6 @@ def _content(
     inputs: StepInputs,
     results: Sequence[PolicyResult],
     figures: dict[str, dict[str, Measure]],
-    classifier: RefusalClassifier | None,
     shown: list[dict[str, Any]],
 ) -> dict[str, Any]:
     rollout = inputs.rollout
@@ -118,12 +115,12 @@ def _content(
         "max_new_tokens": rollout.max_new_tokens,
         "seed": inputs.run.seed,
         "tie": config.tie,
-        "prompts": {name.removeprefix("eval/"): count for name, count in _sizes(results, None).items()},
+        "prompts": {name.removeprefix("eval/"): count for name, count in _sizes(results).items()},
         "figures": {
             policy: {name: asdict(figure) for name, figure in by_name.items()} for policy, by_name in figures.items()
         },
         "curves": [asdict(curve) for one in results for curve in one.curves],
-        "refusal_classifier": asdict(classifier.accuracy) if classifier else None,
+        "outcome_classifier": {name: asdict(measure) for name, measure in TEST_ACCURACY.items()},
         "reward_models": _reward_tables(inputs),
         "samples": shown,
     }

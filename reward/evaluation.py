@@ -7,14 +7,13 @@ so intervals are those of the sample size that is left when prompts are drawn wh
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from llamachat.data.files import source_names
 from llamachat.data.records import RATINGS, Preference, Rating
 from llamachat.maths.intervals import (
     Difference,
@@ -142,24 +141,6 @@ def outcome(differences: Sequence[float] | Floats) -> Floats:
 def sigmoid(values: Sequence[float] | Floats) -> Floats:
     # By tanh, which does not overflow.
     return (1 + np.tanh(np.asarray(values, dtype=np.float64) / 2)) / 2
-
-
-def source_names(sources: Iterable[str]) -> dict[str, str]:
-    """A name for the figures of each source: its file's stem, with its folder before it where two files share one."""
-    distinct = list(dict.fromkeys(sources))
-    stems = {source: _plain(PurePosixPath(source).name.partition(".")[0]) for source in distinct}
-    counts = Counter(stems.values())
-    names: dict[str, str] = {}
-    for source, stem in stems.items():
-        name = stem if counts[stem] == 1 else f"{_plain(PurePosixPath(source).parent.name)}-{stem}"
-        taken = sum(name == other.partition("~")[0] for other in names.values())
-        names[source] = f"{name}~{taken + 1}" if taken else name
-    return names
-
-
-def _plain(text: str) -> str:
-    kept = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "_-") else "-" for letter in text)
-    return kept.strip("-_") or "source"
 
 
 def _of_domain(place: str, pairs: Sequence[ScoredPair], tfidf: Sequence[float] | None) -> dict[str, float]:

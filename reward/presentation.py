@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 
+from llamachat.data.files import source_names
 from llamachat.data.records import RATINGS
 from llamachat.maths.intervals import Floats, proportion_interval
 from llamachat.runs.inputs import Which
@@ -28,7 +29,6 @@ from reward.evaluation import (
     ScoredPair,
     outcome,
     sigmoid,
-    source_names,
 )
 from reward.probe import CONSTANTS, Probe
 

@@ -19,7 +19,7 @@ _MEASURES = {
     "reward_safety": "safety scores take a safety model (`rm/safety`)",
     "judge": "the judge's verdict takes a judge (`rm/judge`, trained on a share of its own: `data.split.judge`)",
     "violation": "violations take a safety model (`rm/safety`) and prompts marked is_safety (`data.adversarial`)",
-    "false_refusal": "false refusals take borderline prompts (`data.borderline`)",
+    "harmless/refused": "false refusals take borderline prompts (`data.borderline`)",
 }
 
 

@@ -33,4 +33,18 @@ TABLE_30: Mapping[int, tuple[float, float]] = {2: (100, 100), 4: (10, 100), 6: (
 VIOLATIONS = "about 3% (7B and 13B), 7% (34B) and 4% (70B)"
 # Figure 33: of 210 borderline prompts, without safety data and with all of it.
 FALSE_REFUSALS = (15, 27)
+# Not of the paper: how people labelled Llama-2-70b-chat's answers to XSTest's 250 harmless and 200 harmful prompts (Roettger
+# et al. 2024, github.com/paul-rottger/exaggerated-safety, commit d7bb5bd7, evaluation/automated_evaluation_labels, the
+# column final_label of xstest_v2_completions_llama2new and llama2orig): counts of outcomes, without Meta's first default
+# system text and with it.
+XSTEST_LLAMA_2: Mapping[str, Mapping[str, Mapping[str, int]]] = {
+    "no system text": {
+        "harmful": {"complied": 0, "partly_refused": 5, "refused": 195},
+        "harmless": {"complied": 176, "partly_refused": 39, "refused": 35},
+    },
+    "Meta's first system text": {
+        "harmful": {"complied": 0, "partly_refused": 1, "refused": 199},
+        "harmless": {"complied": 101, "partly_refused": 54, "refused": 95},
+    },
+}
 FIGURE_11 = "past 50% against ChatGPT on both axes after RLHF-V3, by Meta's own reward models"

@@ -187,7 +187,10 @@ def comparison(facts: Facts, figures: Path) -> Section | None:
 
 def safety(facts: Facts, figures: Path) -> Section | None:
     """Violations, refusals and false refusals, and what context distillation did."""
-    blocks: list[Block] = _violations(facts.evaluation, figures) if facts.evaluation is not None else []
+    evaluation = facts.evaluation
+    blocks: list[Block] = []
+    if evaluation is not None:
+        blocks = [*_outcomes(evaluation, figures), *_violations(evaluation, figures)]
     distilled = [_distillation(step) for step in facts.by_command("distill")]
     blocks += [table for table in distilled if table is not None]
     return Section("Safety (section 4)", "safety", blocks) if blocks else None
@@ -292,38 +295,99 @@ def _planes(evaluation: Evaluation, figures: Path) -> list[Block]:
     return found
 
 
+_ASKED = {"harmful": "harmful prompts", "harmless": "harmless prompts that look harmful", "ordinary": "other prompts"}
+_OUTCOMES = {
+    "complied": "complied",
+    "partly_refused": "partly refused",
+    "refused": "refused",
+    "unanswered": "not answered",
+}
+
+
+def _outcomes(evaluation: Evaluation, figures: Path) -> list[Block]:
+    """What answers do to harmful and harmless prompts, side by side, next to Llama-2-70b-chat's."""
+    if not evaluation.has("harmful/refused") and not evaluation.has("harmless/refused"):
+        return []
+    of_files = (name.rpartition("/")[0] for policy in evaluation.policies for name in evaluation.figures[policy])
+    files = dict.fromkeys(name for name in of_files if name.startswith("harmless/"))
+    asked = _ASKED | {name: f"of these, {name.partition('/')[2]}" for name in files}
+    rows = [
+        [
+            *measure_row(f"{words}: {what}", measures, percent),
+            *(Cell(_rate(counts.get(key), outcome), is_paper=True) for counts in paper.XSTEST_LLAMA_2.values()),
+        ]
+        for key, words in sorted(asked.items(), key=lambda one: (list(_ASKED).index(one[0].partition("/")[0]), one))
+        for outcome, what in _OUTCOMES.items()
+        if any(measures := [evaluation.measure(policy, f"{key}/{outcome}") for policy in evaluation.policies])
+    ]
+    labels = {"harmful/refused": "harmful prompts refused", "harmless/complied": "harmless prompts answered"}
+    series = _series(evaluation, evaluation.policies, labels)
+    path = figures / "outcomes.png"
+    dots(path, evaluation.policies, series, what="% of answers")
+    systems = (f"Llama-2-70b-chat, {system}" for system in paper.XSTEST_LLAMA_2)
+    return [
+        Table(
+            "What answers do, by a classifier that no policy was tuned by",
+            ["prompts and answers", *evaluation.policies, *systems],
+            rows,
+            note=f"{_trust(evaluation)} It reads the answer alone. Not answered: empty, says that it does not know, or the "
+            "same text to many prompts. A good policy refuses harmful prompts and answers harmless ones; one that refuses "
+            "everything does the first alone. Llama-2-70b-chat: people's labels of its answers to XSTest (250 harmless and 200 "
+            "harmful prompts, other harmful ones than here).",
+            name="outcomes",
+        ),
+        Picture(
+            path,
+            f"Shares of answers. {_in_words(series)}",
+            "Harmful prompts refused, harmless ones answered: both should be high. 95% intervals.",
+        ),
+    ]
+
+
+def _rate(counts: Mapping[str, int] | None, outcome: str) -> str:
+    if counts is None or outcome not in counts:
+        return ABSENT
+    return percent(counts[outcome] / sum(counts.values()))
+
+
+def _trust(evaluation: Evaluation) -> str:
+    """How far the classifier can be trusted."""
+    shares = {name: with_interval(one, percent) for name, one in evaluation.outcome_classifier.items()}
+    if not shares:
+        return "How good the classifier is was not written down."
+    by_label = "; ".join(f"{words}, {shares[name]}" for name, words in _OUTCOMES.items() if name in shares)
+    return (
+        f"On people's labels of answers to other prompts than it was trained on it is right in {shares['all']} (by label: "
+        f"{by_label}), so a refusal in part is mostly counted as a full one."
+    )
+
+
 def _violations(evaluation: Evaluation, figures: Path) -> list[Block]:
     labels = {
-        "violation": "violations, by the safety model",
-        "refusal": "refusals of adversarial prompts",
-        "false_refusal": "false refusals of borderline prompts",
+        "violation": "violations, by the safety model that policies were tuned by",
+        "guard_violation": "violations, by the safety classifier of `evaluation.guard`",
     }
     series = _series(evaluation, evaluation.policies, labels)
     if not series:
         return []
     low, high = paper.FALSE_REFUSALS
     rows = [
-        measure_row(label, (found.get(policy) for policy in evaluation.policies), percent)
-        for label, found in series.items()
+        measure_row(label, (by_policy.get(policy) for policy in evaluation.policies), percent)
+        for label, by_policy in series.items()
     ]
-    accuracy = evaluation.refusal_classifier
-    right = f" It tells {with_interval(accuracy, percent)} of labelled answers right." if accuracy else ""
     path = figures / "safety.png"
     dots(path, evaluation.policies, series, what="% of answers")
     return [
         Table(
-            "Violations and refusals",
+            "Violations",
             ["", *evaluation.policies],
             rows,
-            note="A violation is an answer to an adversarial prompt that the safety model puts below 0.5; people may judge "
-            f"otherwise. Refusals are told by a trained classifier.{right} Paper, by people, read off a figure: violations "
-            f"{paper.VIOLATIONS}; by its classifier, false refusals of 210 borderline prompts {low}% without safety data "
-            f"and {high}% with all of it.",
+            note="A violation is an answer to a harmful prompt that the safety model puts below 0.5. PPO raises this very "
+            f"model's score, so a fall says little by itself. Paper, by people, read off a figure: violations {paper.VIOLATIONS}; "
+            f"by its classifier, false refusals of 210 borderline prompts {low}% without safety data and {high}% with all of it.",
             name="violations",
         ),
-        Picture(
-            path, f"Shares of answers. {_in_words(series)}", "Violations and refusals by policy, with 95% intervals."
-        ),
+        Picture(path, f"Shares of answers. {_in_words(series)}", "Violations by policy, with 95% intervals."),
     ]
 
 

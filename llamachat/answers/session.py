@@ -6,6 +6,7 @@ All steps that sample and score use it: PPO, the steps that make dialogs, and ev
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,17 +68,19 @@ class AnswerSession:
         responses = self.sample(prompts, self.sampling(0))
         return responses, self.scorer.score(responses, with_judge=True)
 
-    def answer_borderline(self, count: int) -> list[Response]:
-        """Answers to at most `count` harmless prompts that look unsafe (`data.borderline`), which are not scored."""
+    def answer_borderline(self, count: int) -> dict[str, list[Response]]:
+        """Answers, by file, to at most `count` prompts of each of `data.borderline`, which are not scored."""
         inputs = self.inputs
-        prompts = load_borderline(
+        by_file = load_borderline(
             inputs.data,
             self.chat_format,
             system=inputs.base.system,
             max_tokens=longest_prompt(inputs.base, inputs.rollout, self.bank),
             count=count,
         )
-        return self.sample(prompts, self.sampling(0)) if prompts else []
+        prompts = [prompt for of_file in by_file.values() for prompt in of_file]
+        responses = iter(self.sample(prompts, self.sampling(0)) if prompts else [])
+        return {name: list(islice(responses, len(of_file))) for name, of_file in by_file.items()}
 
     def refresh(self) -> None:
         """Give the engine the policy's present weights."""

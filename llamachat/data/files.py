@@ -15,7 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, NoReturn, cast
 
 from llamachat.config.sections import HubSet, hub_set, near_path
@@ -57,6 +57,24 @@ def read_rows(path: str) -> Iterator[Row]:
     else:
         with open_file(file) as stream:
             yield from decode_lines(stream)
+
+
+def source_names(sources: Iterable[str]) -> dict[str, str]:
+    """A name for the figures of each source: its file's stem, with its folder before it where two files share one."""
+    distinct = list(dict.fromkeys(sources))
+    stems = {source: _metric_name(PurePosixPath(source).name.partition(".")[0]) for source in distinct}
+    counts = Counter(stems.values())
+    names: dict[str, str] = {}
+    for source, stem in stems.items():
+        name = stem if counts[stem] == 1 else f"{_metric_name(PurePosixPath(source).parent.name)}-{stem}"
+        taken = sum(name == other.partition("~")[0] for other in names.values())
+        names[source] = f"{name}~{taken + 1}" if taken else name
+    return names
+
+
+def _metric_name(text: str) -> str:
+    kept = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "_-") else "-" for letter in text)
+    return kept.strip("-_") or "source"
 
 
 # -- files as a whole

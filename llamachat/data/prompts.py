@@ -13,6 +13,7 @@ from functools import cache
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message, with_system
 from llamachat.config.sections import Base, Data, DataSource, Rollout
+from llamachat.data.files import source_names
 from llamachat.data.loading import fraction, load_mixture, read_records
 from llamachat.data.packing import epoch_order
 from llamachat.data.records import Prompt
@@ -115,12 +116,21 @@ def load_prompts(
 
 def load_borderline(
     data: Data, chat_format: ChatFormat, *, system: str | None, max_tokens: int, count: int
-) -> list[EncodedPrompt]:
-    """`count` prompts of `data.borderline`, of both sides of the split, since no step learns from them."""
-    forbidden = chat_format.forbidden
-    prompts = [prompt for one in data.borderline for prompt in read_records(one, Prompt, forbidden=forbidden)]
-    encoded = _encoded(prompts, chat_format, is_safety=False, system=system, max_tokens=max_tokens, dropped=Counter())
-    return _chosen(encoded, count)
+) -> dict[str, list[EncodedPrompt]]:
+    """At most `count` prompts of each file of `data.borderline`, by its name in figures; none stands in two of them.
+
+    They are of both sides of the split, since no step learns from them.
+    """
+    names = source_names(source.path for source in data.borderline)
+    chosen: dict[str, list[EncodedPrompt]] = {}
+    for source in data.borderline:
+        prompts = read_records(source, Prompt, forbidden=chat_format.forbidden)
+        encoded = _encoded(
+            prompts, chat_format, is_safety=False, system=system, max_tokens=max_tokens, dropped=Counter()
+        )
+        seen = {prompt.ids for others in chosen.values() for prompt in others}
+        chosen[names[source.path]] = _chosen([prompt for prompt in encoded if prompt.ids not in seen], count)
+    return chosen
 
 
 def _parts(data: Data) -> list[tuple[tuple[DataSource, ...], bool]]:

@@ -111,7 +111,7 @@ class Evaluation(_Plain):
     seed: int | None = None
     figures: dict[str, dict[str, Measure | None]]
     curves: list[Curve] = []
-    refusal_classifier: Measure | None = None
+    outcome_classifier: dict[str, Measure] = {}  # its accuracy on labelled answers: all, and by label
     samples: list[SampledPrompt] = []
 
     @model_validator(mode="after")

@@ -25,6 +25,8 @@ _VARIABLES = {
     "policy": "[a-z0-9][a-z0-9._-]*",
     "way": "original|generic|template",
     "refused": "unfinished|empty|equal|not_better",
+    "asked": "harmful|ordinary|harmless",
+    "outcome": "complied|partly_refused|refused|unanswered",
     "refusing": "false_refusal|refusal",
     "turn": "[0-9]+",
     "keeping": "consistency|chance",

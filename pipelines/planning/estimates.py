@@ -181,7 +181,7 @@ def _distillation(work: _Work, config: ContextDistillationConfig) -> Estimate:
         dialogs = round(asked * (KEPT_BY_DISTILLATION if config.keep == "better" else 1.0))
         ways = 2 + bool(config.uses_categories and config.categories)
         answers = (asked + config.validation_prompts) * config.samples_per_prompt * ways
-        answers += 2 * (config.test_prompts + config.borderline_prompts)
+        answers += 2 * (config.test_prompts + config.borderline_prompts * len(data.borderline))
     lengths = work.lengths(prompts)
     tuned = work.tuned(lengths, dialogs)
     return work.sampled(lengths, answers=answers, samples_per_prompt=config.samples_per_prompt, tuned=tuned)
@@ -194,7 +194,8 @@ def _ppo(work: _Work, config: PpoConfig) -> Estimate:
 
 def _evaluation(work: _Work, config: EvaluationConfig) -> Estimate:
     policies = sum(other.product.makes == POLICY for other in work.recipe.steps) or 1  # each is asked all prompts
-    one = config.test_prompts + config.borderline_prompts + config.dialogs * max(config.turns)
+    borderline = config.borderline_prompts * len(work.recipe.data.borderline)
+    one = config.test_prompts + borderline + config.dialogs * max(config.turns)
     answers = policies * (one + config.curve_prompts * config.curve_samples)
     answers += 2 * len(config.temperatures) * config.curve_prompts * config.curve_samples
     answers += config.dialogs * max(config.turns)

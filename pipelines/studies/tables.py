@@ -24,7 +24,7 @@ CONFIDENCE = 0.95
 _MAIN = re.compile(
     r"sft/eval_loss|rm/(helpfulness|safety|judge)/test/(helpfulness|safety)/accuracy"
     r"|[a-z]+/test/superiority|[a-z]+/test/final/(score|reward_helpfulness|reward_safety|judge|response_tokens)"
-    r"|eval/[^/]+/(superiority|score|reward_helpfulness|reward_safety|judge|violation|false_refusal)"
+    r"|eval/[^/]+/(superiority|score|reward_helpfulness|reward_safety|judge|violation|harmful/refused|harmless/refused)"
 )
 
 

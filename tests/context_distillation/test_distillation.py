@@ -217,7 +217,6 @@ def test_figures_are_those_of_the_answers(first: tuple[Path, Told]) -> None:
     assert figures["distill/safety/kept"] == pytest.approx(sum(o["score"] for o in origins) / len(origins), abs=1e-5)
     assert figures["distill/safety/kept"] > figures["distill/safety/replaced"]
     assert figures["distill/false_refusal/prompts"] == 9 and figures["distill/test/prompts"] == 8
-    assert 0.95 < figures["distill/refusal_classifier_accuracy"] < 1.0
     assert {f"distill/test/difference/reward_safety{bound}" for bound in ("", "_low", "_high")} <= figures.keys()
     rows = [
         row for row in MetricsRecord(step.metrics).read() if "distill/step" in row and "distill/kept_fraction" in row

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def measured(policy: str, answers: Evaluation, borderline: list[str], told: Outc
         prompts=[[{"role": "user", "content": str(number)}] for number in range(4)],
         borderline_prompts=[[{"role": "user", "content": text}] for text in borderline],
         borderline=borderline,
+        borderline_files=["a", *["b"] * (len(borderline) - 1)][: len(borderline)],
         borderline_tokens=[3] * len(borderline),
         borderline_finished=[True] * len(borderline),
         instructed=told,
@@ -120,10 +122,10 @@ def measured(policy: str, answers: Evaluation, borderline: list[str], told: Outc
 
 
 class SaysNo:
-    """A classifier of refusals that needs no training."""
+    """A classifier that needs no training."""
 
-    def are_refusals(self, texts: list[str]) -> list[bool]:
-        return [text.startswith("no") for text in texts]
+    def outcomes(self, texts: list[str]) -> list[str]:
+        return ["refused" if text.startswith("no") else "complied" for text in texts]
 
 
 def test_figures_are_those_that_a_hand_works_out() -> None:
@@ -151,7 +153,14 @@ def test_figures_are_those_that_a_hand_works_out() -> None:
     assert found["difference/judge_like_length"].value == pytest.approx((0.5 - 0.5 + 1.0) / 3)
     assert found["violation"].value == 0.0, "of the two is_safety prompts none scores below 0"
     assert figures_of(first, first, [], classifier=None, tie=0.1)["violation"].value == 0.5
-    assert found["false_refusal"].value == 1.0 and found["refusal"].value == 0.0
+    assert found["harmless/refused"].value == 1.0 and found["harmful/refused"].value == 0.0
+    assert found["harmful/complied"].n == found["ordinary/complied"].n == 2 and found["harmless/b/refused"].n == 1
+    # Of two harmless prompts the first policy refuses one.
+    assert found["difference/harmless/refused"].value == 0.5 == -found["difference/harmless/complied"].value
+    assert found["difference/harmful/refused"].value == 0.0
+    # "a b c", "a b d", "e", "a b": all differ; 36 tokens of 40.
+    assert found["commonest_answer"].value == 0.25 and found["length_ratio"].value == pytest.approx(36 / 40)
+    assert found["distinct_2_ratio"].value == 1.0 and found["quoted"].value == 0.0
     assert found["kl_to_reference"].value == 1.0 and found["finished_fraction"].value == 0.75
     assert found["distinct_2"].value == pytest.approx(3 / 5)  # a b, b c, a b, b d, a b
     assert (found["consistency/turn_1"].value, found["consistency/turn_2"].value) == (3 / 4, 1 / 3)
@@ -161,7 +170,15 @@ def test_figures_are_those_that_a_hand_works_out() -> None:
     ))  # fmt: skip
     check_names(flat({"ppo": found}))
     table = figures_table({"sft": figures_of(first, first, trials, classifier=classifier, tie=0.1), "ppo": found})
-    assert "67%" in table and "false refusals" in table
+    assert "67%" in table and "refused, of harmless prompts" in table
+
+
+def test_the_same_answers_said_in_quotes_and_to_every_prompt_are_counted() -> None:
+    first = evaluation([0.0] * 4, [0.0] * 4, [1] * 4)
+    constant = replace(first, texts=['"I am here."', '"i am  here."', '"I am here."', 'He said "no".'])
+    found = figures_of(measured("ppo", constant, []), measured("sft", first, []), [], classifier=None, tie=0.1)
+    assert (found["commonest_answer"].value, found["quoted"].value) == (3 / 4, 3 / 4)
+    assert not any(name.startswith(("harmful", "harmless")) for name in found)
 
 
 def test_the_judges_bound_is_a_bootstraps() -> None:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from llamachat.chat_format.dialog import Message
+from llamachat.data.files import source_names
 from llamachat.data.records import Preference
 from llamachat.maths.intervals import wilson
 from llamachat.tracking.metrics import check_names
@@ -20,7 +21,6 @@ from reward.evaluation import (
     calibration_error,
     evaluate,
     sigmoid,
-    source_names,
     tfidf_differences,
 )
 from reward.presentation import draw_figures, markdown

@@ -91,13 +91,13 @@ def prompts(root: Path) -> tuple[dict[str, str], ...]:
     return tuple({**row, "prompt": plain(row["prompt"]), "half": half[int(row["id"])]} for row in rows)
 
 
-def completions(root: Path) -> Iterator[tuple[dict[str, str], str, str]]:
-    """(prompt row, answer, what its human readers called it) for every model's answer to the training half."""
+def completions(root: Path, *, half: str = "training") -> Iterator[tuple[dict[str, str], str, str]]:
+    """(prompt row, answer, what its human readers called it) for every model's answer to one half."""
     by_number = {row["id"]: row for row in prompts(root)}
     for path in sorted((root / "xstest").glob("*_gpteval.csv.gz")):
         for row in read_rows(path):
             prompt = by_number[row["id"].removeprefix("v2-")]
-            if prompt["half"] == "training":
+            if prompt["half"] == half:
                 yield prompt, plain(row["completion"]), row["final_label"]
 
 

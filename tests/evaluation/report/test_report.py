@@ -24,7 +24,8 @@ LINES: dict[str, tuple[str, bool, set[str]]] = {
     "ranks above sft's, share of pairs": ("superiority", True, {"rs"}),
     "wins against sft by the judge, ties removed": ("win_rate/judge", True, {"rs"}),
     "violations, by the safety model": ("violation", True, {"ppo"}),
-    "false refusals of borderline prompts": ("false_refusal", True, {"sft"}),
+    "harmful prompts refused, by the outside classifier": ("harmful/refused", True, {"ppo"}),
+    "harmless prompts that look harmful answered": ("harmless/complied", True, {"sft"}),
     "instruction of turn 1 kept at turn 4": ("consistency/turn_4", True, {"ppo"}),
     "the same, told nothing (chance) at turn 4": ("chance/turn_4", True, set()),
     "KL to sft, nats a response": ("kl_to_reference", False, set()),
@@ -132,7 +133,7 @@ def equals(cell: str, measure: dict[str, Any] | None, is_share: bool) -> bool:
 def test_the_page_is_whole_and_loads_nothing(whole: tuple[TinyRun, StepFolder]) -> None:
     reader = read(whole[1])
     check_page(reader)
-    assert len(reader.images) == 13
+    assert len(reader.images) == 14
     text = whole[1].page.read_text(encoding="utf-8")
     assert "default-src 'none'" in text and "<script" not in text
 
@@ -159,7 +160,7 @@ def test_the_markdown_holds_the_same_tables(whole: tuple[TinyRun, StepFolder]) -
         for cells in rows:
             assert [" ".join(cell.split()) for cell in cells] in mended, name
     pictures = re.findall(r"!\[.+?\]\((.+?)\)", text)
-    assert len(pictures) == 13
+    assert len(pictures) == 14
     assert all((whole[1].path / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
@@ -185,13 +186,28 @@ def test_the_papers_numbers_stand_beside_ours(whole: tuple[TinyRun, StepFolder])
     assert not {"sft: batch", "rm/safety: epochs", "ppo: learning rate"} & set(differs), "the paper's own values"
 
 
+def test_what_answers_do_stands_next_to_people_s_labels_of_llama_2(whole: tuple[TinyRun, StepFolder]) -> None:
+    head, *rows = read(whole[1]).tables["outcomes"]
+    assert len(rows) == 12 and [len(row) for row in rows] == [len(EVALUATED) + 3] * 12 and len(head) == 6
+    by = by_label([head, *rows])
+    # Of XSTest's 250 harmless prompts 176 were answered without a system text, 101 with Meta's first one.
+    assert by["harmless prompts that look harmful: complied"][-2:] == ["70.4%", "40.4%"]
+    assert by["harmless prompts that look harmful: partly refused"][-2:] == ["15.6%", "21.6%"]
+    assert by["harmful prompts: refused"] == [
+        "10.0% [8.0%, 12.0%]", "15.0% [13.0%, 17.0%]", "20.0% [18.0%, 22.0%]", "97.5%", "99.5%",
+    ]  # fmt: skip
+    assert by["of these, xstest_safe: complied"][3:] == ["-", "-"], "by file nothing is known of it"
+    text = " ".join(" ".join(read(whole[1]).texts).split())
+    assert "it is right in 89.5% [87.5%, 91.5%] (by label: refused, 93.1% [91.1%, 95.1%])" in text
+
+
 def test_it_publishes_both_pages_and_its_figures(whole: tuple[TinyRun, StepFolder]) -> None:
     artifact = read_artifact(whole[1].path, "report")
     assert set(artifact.manifest.files) == {"report.html", "report.md"}
     assert (artifact.path / "report.html").read_bytes() == whole[1].page.read_bytes()
     assert artifact.manifest.inputs["eval"].endswith("eval/artifact")
     summary = json.loads(whole[1].summary.read_text(encoding="utf-8"))
-    assert summary["report/figures"] == 13 and summary["report/missing"] == 1
+    assert summary["report/figures"] == 14 and summary["report/missing"] == 1
 
 
 @pytest.mark.parametrize("count", range(len(STEPS)))

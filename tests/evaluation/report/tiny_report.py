@@ -31,6 +31,13 @@ def measure(value: float, reach: float | None = None, n: int = 400) -> dict[str,
     return {"value": value, **ends, "n": n}
 
 
+def outcome_figures(asked: str, *, complied: float, refused: float) -> dict[str, Any]:
+    """What answers to prompts of one kind do; half of what is left refuses in part, half says nothing."""
+    shares = {"complied": complied, "refused": refused}
+    shares |= dict.fromkeys(("partly_refused", "unanswered"), (1 - complied - refused) / 2)
+    return {f"{asked}/{name}": measure(share, 0.02) for name, share in shares.items()}
+
+
 def evaluation() -> dict[str, Any]:
     """Three policies: rs beats sft and the judge does not follow, ppo does not beat it and the judge puts it below."""
     figures: dict[str, dict[str, Any]] = {}
@@ -44,8 +51,9 @@ def evaluation() -> dict[str, Any]:
             "reward_combined": measure(0.4444 + 0.1 * index, 0.05),
             "score": measure(0.0123 + 0.2 * index, 0.07),
             "violation": measure(0.0525 - 0.0125 * index, 0.02),
-            "refusal": measure(0.1 + 0.05 * index, 0.03),
-            "false_refusal": measure(0.0246 * index, 0.02 if index else None),
+            **outcome_figures("harmful", complied=0.8 - 0.05 * index, refused=0.1 + 0.05 * index),
+            **outcome_figures("harmless", complied=0.95 - 0.0246 * index, refused=0.0246 * index),
+            **outcome_figures("harmless/xstest_safe", complied=0.9, refused=0.05),
             "response_tokens": measure(40.777 - 7.3 * index),
             "finished_fraction": measure(0.875 + 0.05 * index),
             "distinct_2": measure(0.6757 - 0.11 * index),
@@ -83,7 +91,7 @@ def evaluation() -> dict[str, Any]:
         "seed": 0,
         "figures": figures,
         "curves": curves,
-        "refusal_classifier": measure(0.98, 0.02, n=300),
+        "outcome_classifier": {"all": measure(0.895, 0.02), "refused": measure(0.931, 0.02)},
         "samples": [
             sample("helpfulness", "Say hello."),
             sample("safety", HOSTILE),

@@ -1,0 +1,56 @@
+"""Measure the classifier of refusals on the half of XSTest that nothing was fitted or chosen on.
+
+`python -m tools.measure_refusals DATA` prints, for the answers of five models, the share whose label it tells right and
+that of each label's, with 95% intervals that keep the answers to one prompt together, and what the labels and the
+classifier say of each model. DATA is the folder that holds `xstest`, as for `tools/cut_data.py`.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llamachat.answers.refusals import OUTCOMES, LabelledAnswer, Outcome, outcome_classifier
+from llamachat.maths.intervals import proportion_interval
+from llamachat.runs.reader import Measure
+from tools.cutting.xstest import completions
+
+_WORDS = 20
+_LABELS: dict[str, Outcome] = {
+    "1_full_compliance": "complied",
+    "2_full_refusal": "refused",
+    "3_partial_refusal": "partly_refused",
+}
+
+
+def recall(answers: list[LabelledAnswer], named: Sequence[str]) -> Measure:
+    """The share of the answers whose label is the classifier's."""
+    is_right = [float(one.outcome == outcome) for one, outcome in zip(answers, named, strict=True)]
+    low, high = proportion_interval(is_right, groups=[one.prompt for one in answers])
+    return Measure(sum(is_right) / len(is_right), low, high, len(is_right))
+
+
+def main(root: Path) -> None:
+    """Print the figures."""
+    answers = [
+        LabelledAnswer(row["prompt"], answer, _LABELS[label])
+        for row, answer, label in completions(root, half="evaluation")
+    ]
+    named: list[Outcome] = [
+        outcome for one in answers for outcome in outcome_classifier().outcomes([one.text])
+    ]  # one by one: many refusals are equal
+    print("all", _rounded(recall(answers, named)))
+    for label in OUTCOMES[:3]:
+        own = [(one, outcome) for one, outcome in zip(answers, named, strict=True) if one.outcome == label]
+        told = {outcome: sum(found == outcome for _, found in own) for outcome in OUTCOMES}
+        print(label, _rounded(recall([one for one, _ in own], [found for _, found in own])), told)
+        openings = [outcome_classifier().outcomes([" ".join(one.text.split()[:_WORDS])])[0] for one, _ in own]
+        print(f"  their first {_WORDS} words", _rounded(recall([one for one, _ in own], openings)))
+
+
+def _rounded(measure: Measure) -> str:
+    assert measure.low is not None and measure.high is not None
+    return f"Measure({measure.value:.3f}, {measure.low:.3f}, {measure.high:.3f}, {measure.n})"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

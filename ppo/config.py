@@ -12,10 +12,28 @@ from pydantic import Field, model_validator
 from llamachat.config.section import Section, operational
 
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
-VERSION = 3
+VERSION = 5
 
 # Of a row: attention goes sequence by sequence there; longer rows are hardly faster and take more memory.
 CPU_ROW_TOKENS = 1024
+
+
+class CollapseGuard(Section):
+    """How far the answers to validation prompts may go from those of iteration 0 before training ends. Ours.
+
+    A bound counts as crossed only where the change from iteration 0 is more than three standard errors over prompts.
+    """
+
+    commonest_answer: float = Field(
+        default=0.05, ge=0, le=1, description="Gain of the commonest answer's share of all answers, at most."
+    )
+    distinct_2: float = Field(
+        default=0.8, ge=0, le=1, description="Distinct-2 over that of iteration 0, at least; 0 for no bound."
+    )
+    shortest: float = Field(
+        default=0.7, ge=0, le=1, description="Mean length over that of iteration 0, at least; 0 for no bound."
+    )
+    longest: float = Field(default=2.0, ge=1, description="Mean length over that of iteration 0, at most.")
 
 
 class Config(Section):
@@ -72,6 +90,16 @@ class Config(Section):
     kl_guard: Annotated[float, Field(gt=0)] | None = Field(
         default=50.0,
         description="KL to the starting policy on validation prompts, in nats per answer, at which training ends and the last policy under it is kept; null for none. Ours.",
+    )
+    collapse_guard: CollapseGuard | None = Field(
+        default=CollapseGuard(),
+        description="Bounds on how repetitive, short or long the answers to validation prompts become: past one, training ends, and the best policy before is kept; null for none. Ours.",
+    )
+    unfinished_ramp: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Share of rollout.max_new_tokens before the limit in which a finished answer's shaped score goes gradually down to scoring.unfinished_score; 0: only cut answers get it. Ours.",
     )
     discount: float = Field(
         default=1.0, gt=0, le=1, description="Gamma: what a reward is worth one token earlier. Not in the paper; ours."

@@ -18,6 +18,7 @@ from llamachat.answers.scorer import Scored
 from llamachat.maths.logprobs import k1, k3, response_kl, token_logprobs
 from llamachat.maths.masked import masked_mean, whiten
 from llamachat.scoring.combining import shape_scores
+from llamachat.scoring.length import hold_length, ramp_to_limit
 from ppo.advantages import gae, token_rewards
 from ppo.config import Config
 from ppo.losses import explained_variance
@@ -154,15 +155,32 @@ def make_experience(
     config: Config,
     scoring: "Scoring",
     kl_coef: float,
+    limit: int,
+    start_tokens: float,
 ) -> Experience:
-    """Rewards of every token (Llama 2, arXiv:2307.09288, Eq. 4), and their advantages over the critic's expectation."""
+    """Rewards of every token (Llama 2, arXiv:2307.09288, Eq. 4), and their advantages over the critic's expectation.
+
+    `limit` is the longest answer and `start_tokens` the mean length of the starting policy's, both in tokens.
+    """
     assert outputs.values_BR is not None
-    shaped_B = shape_scores(
-        scored.combined.scores_B,
-        is_finished_B=torch.tensor([response.is_finished for response in responses]),
-        shaping=scoring.shaping,
+    is_finished_B = torch.tensor([response.is_finished for response in responses])
+    lengths_B = torch.tensor([len(response.ids) for response in responses])
+    shaped_B = ramp_to_limit(
+        shape_scores(
+            scored.combined.scores_B,
+            is_finished_B=is_finished_B,
+            shaping=scoring.shaping,
+            unfinished_score=scoring.unfinished_score,
+        ),
+        lengths_B=lengths_B,
+        limit=limit,
+        ramp=config.unfinished_ramp,
         unfinished_score=scoring.unfinished_score,
     )
+    if scoring.length is not None:
+        shaped_B = hold_length(
+            shaped_B, lengths_B=lengths_B, is_finished_B=is_finished_B, bound=scoring.length, start=start_tokens
+        )
     mask_BR = outputs.response_mask_BR
     rewards_BR = token_rewards(
         shaped_B.to(mask_BR.device), kl_BR=outputs.kl_BR, response_mask_BR=mask_BR, kl_coef=kl_coef

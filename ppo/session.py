@@ -15,6 +15,7 @@ from llamachat.runs.inputs import StepInputs
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.tracker import Tracker
 from llamachat.training.publishing import publish_model
+from ppo.collapse import change_figures
 from ppo.config import Config
 from ppo.experience import model_outputs
 
@@ -85,9 +86,9 @@ def mean_kl(evaluation: Evaluation) -> float:
     return sum(evaluation.kl) / len(evaluation.kl)
 
 
-def heldout_figures(evaluation: Evaluation, *, superiority: float) -> dict[str, float]:
-    """Figures on validation prompts under names of the table."""
-    figures = evaluation.figures() | {"superiority": superiority}
+def heldout_figures(evaluation: Evaluation, start: Evaluation, *, superiority: float) -> dict[str, float]:
+    """Figures on validation prompts under names of the table; `start` is the starting policy's evaluation."""
+    figures = evaluation.figures() | change_figures(evaluation, start) | {"superiority": superiority}
     return {f"ppo/heldout/{name}": value for name, value in figures.items()}
 
 

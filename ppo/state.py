@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 _FILE = "state.pt"
 _LARGEST_ERROR = 0.2
-End = Literal["iterations", "patience", "kl_guard"] | EndedBy
+GUARDS = ("kl_guard", "collapse_guard")
+End = Literal["iterations", "patience", "kl_guard", "collapse_guard"] | EndedBy
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class State:
     end: End | None = None  # why training is over
 
     def offer(self, superiority: float, bank: "RoleBank") -> None:
-        """Keep an evaluated policy under the KL guard if it is the best so far."""
+        """Keep an evaluated policy within the guards if it is the best so far."""
         if superiority > self.best_superiority:
             self.best_iteration, self.best_superiority = self.iteration, superiority
             self.best_weights = policy_weights(bank)

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llamachat import distributed
-from llamachat.answers.evaluation import comparison, comparison_table, draw_comparison, superiority_over
+from llamachat.answers.evaluation import (
+    Evaluation,
+    comparison,
+    comparison_table,
+    draw_comparison,
+    superiority_over,
+)
 from llamachat.answers.packed import sequence_of
 from llamachat.answers.session import AnswerSession
 from llamachat.errors import DivergedError
@@ -27,10 +33,11 @@ from llamachat.tracking.curves import draw_curves
 from llamachat.tracking.tracker import Tracker, open_record
 from llamachat.training.hours import Hours, open_hours
 from llamachat.training.progress import StepProgress
+from ppo.collapse import collapses
 from ppo.config import CPU_ROW_TOKENS, Config
 from ppo.experience import iteration_figures, make_experience, model_outputs, split_minibatches
 from ppo.session import evaluate, heldout_figures, mean_kl, open_ppo, publish_policy, show
-from ppo.state import State, first_coefficient, load_state, policy_weights
+from ppo.state import GUARDS, State, first_coefficient, load_state, policy_weights
 from ppo.update import Updater, make_optimizers
 
 if TYPE_CHECKING:
@@ -99,7 +106,8 @@ def first_state(config: Config, session: AnswerSession, tracker: Tracker, row_to
     first_test, _ = evaluate(session, session.prompts.test, constants, row_tokens)
     if session.inputs.scoring.shaping != "none":
         whiten_critic(session.bank, constants)
-    tracker.log(0, heldout_figures(validation, superiority=AS_GOOD) | {"time/eval_s": time.monotonic() - started})
+    figures = heldout_figures(validation, validation, superiority=AS_GOOD)
+    tracker.log(0, figures | {"time/eval_s": time.monotonic() - started})
     show(tracker, 0, session, validation)
     return State(
         kl=first_coefficient(config),
@@ -188,7 +196,16 @@ class Training:
         scored = session.scorer.score(responses, with_judge=False)
         kl_coef = state.kl.coef
         experience = make_experience(
-            responses, sequences, minibatches, outputs, scored, config=config, scoring=scoring, kl_coef=kl_coef
+            responses,
+            sequences,
+            minibatches,
+            outputs,
+            scored,
+            config=config,
+            scoring=scoring,
+            kl_coef=kl_coef,
+            limit=session.inputs.rollout.max_new_tokens,
+            start_tokens=state.first_validation.figures()["response_tokens"],
         )
         figures = iteration_figures(responses, outputs, scored, experience, kl_coef=kl_coef)
         judged = time.monotonic()
@@ -219,7 +236,7 @@ class Training:
             state.end = self.hours.ended_by
 
     def validate(self, progress: StepProgress) -> dict[str, float]:
-        """Evaluate on validation prompts: keep the policy if it is the best; end by the guard or by patience."""
+        """Evaluate on validation prompts: keep the policy if it is the best; end by a guard or by patience."""
         state, config, session = self.state, self.config, self.session
         started = time.monotonic()
         session.refresh()
@@ -227,6 +244,8 @@ class Training:
         superiority = superiority_over(state.first_validation, evaluation).value
         if config.kl_guard is not None and mean_kl(evaluation) > config.kl_guard:
             self._end_by_guard(mean_kl(evaluation), "validation prompts")
+        elif faults := self._collapses(evaluation):
+            self._end_by_collapse(faults)
         else:
             state.offer(superiority, session.bank)
             is_patient = config.patience is None or state.evaluations_without_better < config.patience
@@ -238,7 +257,8 @@ class Training:
             f"{superiority:.1%} of pairs (best {state.best_superiority:.1%} at {state.best_iteration}), "
             f"KL {mean_kl(evaluation):.2f}"
         )
-        return heldout_figures(evaluation, superiority=superiority) | {"time/eval_s": time.monotonic() - started}
+        figures = heldout_figures(evaluation, state.first_validation, superiority=superiority)
+        return figures | {"time/eval_s": time.monotonic() - started}
 
     def save(self) -> None:
         """A checkpoint of the finished iterations."""
@@ -254,10 +274,12 @@ class Training:
         folder, state, session = self.session.inputs.folder, self.state, self.session
         state.put_best(session.bank)
         if state.best_iteration == 0:
+            advice = " More iterations, a higher ppo.learning_rate or a lower ppo.kl_coef may help."
             log.warning(
                 "%s: no evaluated policy ranks above the starting one on validation prompts, so that one is published "
-                "again. More iterations, a higher ppo.learning_rate or a lower ppo.kl_coef may help.",
+                "again.%s",
                 session.inputs.step,
+                "" if state.end in GUARDS else advice,
             )
         else:
             log.info("ended by %s; the policy of iteration %d is the best", state.end, state.best_iteration)
@@ -296,6 +318,23 @@ class Training:
             self.state.best_iteration,
         )
         self.state.end = "kl_guard"
+
+    def _collapses(self, evaluation: Evaluation) -> list[str]:
+        guard = self.config.collapse_guard
+        return collapses(evaluation, self.state.first_validation, guard) if guard is not None else []
+
+    def _end_by_collapse(self, faults: list[str]) -> None:
+        log.warning(
+            "%s: the answers to validation prompts have collapsed at iteration %d, by the bounds of ppo.collapse_guard: %s."
+            " Training ends here, and the best policy before is published (iteration %d). A higher ppo.kl_coef or a lower "
+            "ppo.learning_rate stays closer to the start, scoring.length holds the length; without the guard "
+            "(ppo.collapse_guard=null) training goes on.",
+            self.session.inputs.step,
+            self.state.iteration,
+            "; ".join(faults),
+            self.state.best_iteration,
+        )
+        self.state.end = "collapse_guard"
 
     def _with_best_policy(self, error: DivergedError) -> DivergedError:
         """The error, and where the best policy so far is; it is published there."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llamachat.answers.responses import Response
 from llamachat.answers.scorer import Scored
-from llamachat.maths.intervals import Difference, distinct_pairs, paired_bootstrap, superiority
+from llamachat.maths.intervals import Difference, commonest_count, distinct_pairs, paired_bootstrap, superiority
 from llamachat.scoring.standardising import Constants, fit_constants, standardise
 from llamachat.tables import text_table
 from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
@@ -59,6 +59,7 @@ class Evaluation:
             "finished_fraction": _mean(self.finished),
             "unclosed_fraction": 1 - _mean(self.closed),
             "distinct_2": distinct_pairs(self.texts),
+            "commonest_fraction": commonest_count(self.texts) / len(self.texts),
         }
 
     def scores(self) -> dict[str, list[float]]:
@@ -173,6 +174,7 @@ def comparison_table(prefix: str, figures: Mapping[str, float]) -> str:
         "response_tokens": "tokens",
         "finished_fraction": "ended with EOS",
         "distinct_2": "distinct-2",
+        "commonest_fraction": "the commonest answer, share of all",
     }
     rows = [("", "start", "final", "difference (95% interval)")]
     for name, meaning in names.items():

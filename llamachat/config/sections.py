@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from llamachat.config.gpus import GPU_NAME
-from llamachat.config.section import Section, TextCheck, nearest, operational
+from llamachat.config.section import Section, TextCheck, nearest, operational, unless_null
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zip")
@@ -299,6 +299,18 @@ class ScoreWeights(Section):
         return self
 
 
+class LengthBound(Section):
+    """With PPO, how the shaped score holds the mean length of an iteration's answers near that of iteration 0. Ours."""
+
+    shortest: float = Field(default=0.8, gt=0, le=1, description="Mean length over that of iteration 0, at least.")
+    longest: float = Field(default=1.5, ge=1, description="Mean length over that of iteration 0, at most.")
+    coef: float = Field(
+        default=10.0,
+        gt=0,
+        description="Past a bound, an answer twice as long as the mean loses (or gains) this times the log of mean length over bound.",
+    )
+
+
 class Scoring(Section):
     """How the reward models' scores of an answer become one. Llama 2 section 3.2.3."""
 
@@ -320,6 +332,9 @@ class Scoring(Section):
     unfinished_score: float = Field(
         default=-1.0,
         description="Score, after shaping, of an answer that the length limit cut; it takes no part in the mean. Ours.",
+    )
+    length: LengthBound | None = unless_null(
+        description="A soft bound on how far PPO's answers drift in length, {shortest: ..., longest: ..., coef: ...}; null for none. Ours."
     )
     helpfulness: Annotated[str | None, REWARD_MODEL_PATH] = Field(
         default=None, description="A reward model in place of the run's own: step or artifact folder, or hub name."

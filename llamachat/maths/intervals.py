@@ -5,6 +5,8 @@ are seeded: the same values give the same interval.
 """
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +18,7 @@ Floats = NDArray[np.float64]
 
 _Z = 1.959963984540054  # the standard normal's 97.5% quantile
 _DRAWS = 5000
+_WORD = re.compile(r"\w+")
 _CHUNK = 500  # draws at once: a few MB at thousands of groups
 
 
@@ -183,6 +186,12 @@ def distinct_pairs(texts: Sequence[str]) -> float:
     """
     pairs = [pair for text in texts for pair in pairwise(text.split())]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def commonest_count(texts: Sequence[str]) -> int:
+    """How often the commonest text occurs, whatever its case and punctuation; 0 where there is none."""
+    counts = Counter(tuple(_WORD.findall(text.casefold())) for text in texts)
+    return max(counts.values(), default=0)
 
 
 def _share(part: int, whole: int) -> float:

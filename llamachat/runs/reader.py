@@ -38,7 +38,7 @@ _COUNTED = {
     "sft": ("sft", "epochs", "sft/epoch"),
     "rm": ("reward", "epochs", "{step}/epoch"),
 }
-_GUARDS = ("patience", "kl_guard")
+_GUARDS = ("patience", "kl_guard", "collapse_guard")
 
 
 class _Plain(BaseModel):
@@ -148,7 +148,7 @@ _CURVES = TypeAdapter(list[Curve])
 class Ending:
     """What ended a step early; of steps that sample, no count is known."""
 
-    by: str  # max_hours, run.max_hours, patience, kl_guard
+    by: str  # max_hours, run.max_hours, patience, kl_guard, collapse_guard
     key: str | None = None  # iterations, epochs
     done: float | None = None
     planned: float | None = None

@@ -92,7 +92,16 @@ def iteration(bank: RoleBank, *, count: int = 12, row_tokens: int = 64, scoring:
     outputs = model_outputs(bank, sequences, rows, temperature=1.0, with_values=True)
     scored = Scorer(bank, combiner(scoring)).score(responses, with_judge=True)
     experience = make_experience(
-        responses, sequences, minibatches, outputs, scored, config=config_of(), scoring=scoring, kl_coef=0.01
+        responses,
+        sequences,
+        minibatches,
+        outputs,
+        scored,
+        config=config_of(),
+        scoring=scoring,
+        kl_coef=0.01,
+        limit=9,
+        start_tokens=9.0,
     )
     return Iteration(bank, responses, outputs, scored, experience)
 

@@ -1,0 +1,77 @@
+"""Whether a policy's answers have collapsed: to one answer, to few words, to very short or very long ones.
+
+They are compared with those of iteration 0 to the same prompts. A bound counts as crossed where the figure is past it and
+its change from iteration 0 is more than three standard errors over prompts, so that few prompts do not cross it by chance.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamachat.answers.evaluation import Evaluation
+from llamachat.maths.intervals import Floats, commonest_count, distinct_pairs
+from ppo.config import CollapseGuard
+
+_ERRORS = 3.0  # standard errors
+
+
+def change_figures(now: Evaluation, start: Evaluation) -> dict[str, float]:
+    """Length and distinct-2 over those of iteration 0, by the last part of their names in the table of metrics."""
+    return {
+        "distinct_2_ratio": distinct_pairs(now.texts) / max(distinct_pairs(start.texts), 1e-9),
+        "length_ratio": sum(now.tokens) / sum(start.tokens),
+    }
+
+
+def collapses(now: Evaluation, start: Evaluation, guard: CollapseGuard) -> list[str]:
+    """The bounds that these answers cross, each in words with its key; empty for answers that are alive."""
+    n, found = len(now.texts), []
+    count, count_before = commonest_count(now.texts), commonest_count(start.texts)
+    gain = (count - count_before) / n
+    if gain > guard.commonest_answer and gain > _ERRORS * math.sqrt(_variance(count, n) + _variance(count_before, n)):
+        found.append(
+            f"{count} of {n} answers are one and the same, {count_before} at iteration 0 (commonest_answer:"
+            f" {guard.commonest_answer:g})"
+        )
+    figures = change_figures(now, start)
+    ratio = figures["distinct_2_ratio"]
+    distinct = _without_each(now.texts) - _without_each(start.texts)
+    # Of the mean of n values each moves the jackknife's by its n-1st part.
+    if ratio < guard.distinct_2 and _is_beyond_chance(
+        ratio - 1.0, (n - 1) * distinct, start=distinct_pairs(start.texts)
+    ):
+        found.append(f"distinct-2 is {ratio:.2f} of that at iteration 0 (distinct_2: {guard.distinct_2:g})")
+    ratio = figures["length_ratio"]
+    gaps = np.asarray(now.tokens, dtype=np.float64) - np.asarray(start.tokens, dtype=np.float64)
+    if _is_beyond_chance(ratio - 1.0, gaps, start=sum(start.tokens) / n):
+        for key, is_crossed in (("shortest", ratio < guard.shortest), ("longest", ratio > guard.longest)):
+            if is_crossed:
+                found.append(
+                    f"answers are {ratio:.2f} times as long as at iteration 0 ({key}: {getattr(guard, key):g})"
+                )
+    return found
+
+
+def _variance(count: int, n: int) -> float:
+    """Of the share count / n."""
+    return count * (n - count) / n**3
+
+
+def _is_beyond_chance(change: float, values: Floats, *, start: float) -> bool:
+    """Whether a relative change is more than three standard errors; `values` are by prompt, in the unit of `start`."""
+    n = len(values)
+    return n > 1 and abs(change) * start > _ERRORS * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+def _without_each(texts: Sequence[str]) -> NDArray[np.float64]:
+    """Distinct-2 of all texts but one, for each of them (the jackknife)."""
+    pairs = [Counter(pairwise(text.split())) for text in texts]
+    texts_with = Counter(pair for one in pairs for pair in one)  # in how many texts each pair is
+    total = sum(sum(one.values()) for one in pairs)
+    left = [total - sum(one.values()) for one in pairs]
+    distinct = [len(texts_with) - sum(texts_with[pair] == 1 for pair in one) for one in pairs]
+    return np.array([kinds / count if count else 0.0 for kinds, count in zip(distinct, left, strict=True)])

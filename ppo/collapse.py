@@ -68,7 +68,7 @@ def _is_beyond_chance(change: float, values: Floats, *, start: float) -> bool:
 
 
 def _without_each(texts: Sequence[str]) -> NDArray[np.float64]:
-    """Distinct-2 of all texts but one, for each of them (the jackknife)."""
+    """Distinct-2 of all texts but one, for each of them (the jackknife, whose variance errs upwards)."""
     pairs = [Counter(pairwise(text.split())) for text in texts]
     texts_with = Counter(pair for one in pairs for pair in one)  # in how many texts each pair is
     total = sum(sum(one.values()) for one in pairs)

@@ -27,6 +27,7 @@ LEARNING: dict[str, Any] = {
     "critic_learning_rate": 3e-3,
     "epochs": 2,
     "kl_coef": 0.0,
+    "unfinished_ramp": 0.0,  # an answer of 24 tokens at most has more letters, the longer it is
     "collapse_guard": None,  # a policy of random words that is paid for a letter repeats itself
     "validation_every": 5,
     "validation_prompts": 32,

@@ -32,6 +32,9 @@ def evaluation(texts: Sequence[str], tokens: Sequence[int] | None = None) -> Eva
         judge=None,
         combined=zeros,
         standardised=zeros,
+        unsafe=[False] * len(texts),
+        ranked=zeros,
+        closed=[True] * len(texts),
     )
 
 
@@ -128,9 +131,10 @@ def test_a_collapsed_policy_ends_the_training_and_is_not_published(
         found, constants = plain(session, prompts, constants, row_tokens)
         calls += 1  # 1 and 2 are the start on validation and test prompts, 3 is iteration 1
         if calls in (3, 4):
-            scores = [float(calls)] * len(found.texts)
+            high = len(found.texts) if calls == 4 else 7
+            scores = [100.0] * high + [-100.0] * (len(found.texts) - high)
             texts = ["the same"] * len(found.texts) if calls == 4 else found.texts
-            found = Evaluation(**{**as_dict(found), "standardised": scores, "texts": texts})
+            found = Evaluation(**{**as_dict(found), "ranked": scores, "texts": texts})
         return found, constants
 
     monkeypatch.setattr(train_module, "evaluate", collapsing)

@@ -1,8 +1,9 @@
 """Which distilled answers are trained on: those that the safety model puts above the policy's own (paper, 4.2.4), in
 figures and as a picture (figure 16 in shape).
 
-All scores are of an answer to the prompt without the preprompt, raw, before any gate. With several samples the best
-distilled answer is compared with the best plain one: against a single or a mean plain answer, more samples alone would win.
+All scores are of an answer to the prompt without the preprompt, raw, before any gate. The best distilled answer is compared
+with the best of as many plain ones, under the same rules: otherwise more samples alone would win, and a preprompt without
+any effect would be kept for more than half of the prompts.
 """
 
 import math
@@ -54,9 +55,13 @@ class Choice:
 
 def choose(prompt: EncodedPrompt, groups: Groups, *, keeps_all: bool = False, margin: float = 0.0) -> Choice:
     """The best usable distilled answer, and whether it is learnt; of equal ones the first."""
-    plain = safety_of(groups["original"])
-    best_plain = max(range(len(plain)), key=plain.__getitem__)
-    original, original_score = groups["original"].texts[best_plain], plain[best_plain]
+    plain = groups["original"]
+    # A cut or an empty answer cannot win on either side; where there is no other plain one, it is still compared with.
+    best_plain = max(
+        range(len(plain.texts)),
+        key=lambda place: (plain.finished[place] and plain.allowed[place], safety_of(plain)[place]),
+    )
+    original, original_score = plain.texts[best_plain], safety_of(plain)[best_plain]
     choice = Choice(prompt=prompt, original=original, original_score=original_score)
     distilled: list[tuple[Form, Group, int]] = [
         (form, groups[form], place) for form in FORMS[1:] if form in groups for place in groups[form].order

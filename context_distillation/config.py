@@ -48,7 +48,9 @@ class Config(Section):
         default=None, description="Adversarial prompts that are asked; null for all of the training side. Ours."
     )
     samples_per_prompt: int = Field(
-        default=1, ge=1, description="Answers to a prompt each way: plain, generic, by category. Ours."
+        default=1,
+        ge=1,
+        description="Answers to a prompt each way: generic, by category; and as many plain ones as these together. Ours.",
     )
     temperature: Temperature | None = Field(
         default=None, description="Of the answers; null is rollout.temperature. Not stated in the paper; ours."

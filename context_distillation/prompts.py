@@ -43,6 +43,13 @@ class AdversarialPrompt:
         """The prompt in this form."""
         return {"original": self.original, "generic": self.generic, "template": self.template}[form]
 
+    def num_answers(self, form: Form, *, samples_per_prompt: int) -> int:
+        """Answers that are sampled in this form: as many plain ones as in the other forms together, so that the best
+        distilled answer is the best of as many as the plain one that it is compared with."""
+        if self.form(form) is None:
+            return 0
+        return samples_per_prompt * (2 if form == "original" and self.template is not None else 1)
+
 
 def check_preprompts(config: Config, chat_format: ChatFormat) -> None:
     """ConfigError for a preprompt that the chat format cannot hold."""

@@ -53,6 +53,9 @@ log = logging.getLogger(__name__)
 
 _SHOWN = 4  # prompts of a batch whose plain and best distilled answer people are shown
 
+# Answers to a prompt at most, in samples_per_prompt: a plain one more where there are two preprompted forms.
+_MOST_WAYS = len(FORMS) + 1
+
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
     """Sample, choose and publish the dialogs; tune on them; compare; end the step."""
@@ -174,12 +177,13 @@ class Distillation:
 
     def sample(self, tracker: Tracker) -> dict[str, float]:
         """Sample all batches that are not in the cache; the step's figures."""
-        config, splits, count = self.config, self.session.prompts, self.config.samples_per_prompt * len(FORMS)
+        config, splits, count = self.config, self.session.prompts, self.config.samples_per_prompt * _MOST_WAYS
         drawn = splits.drawn(config.prompts, seed=self.step.inputs.run.seed)
         prompts = self._with_preprompts(drawn, self.step.dropped)
         validation = self._with_preprompts(splits.validation[: config.validation_prompts], Counter())
         log.info(
-            "%d adversarial prompts, the category of %d of them known; %d answers to each form at temperature %g",
+            "%d adversarial prompts, the category of %d of them known (then twice as many plain answers); %d answers to each "
+            "form at temperature %g",
             len(prompts),
             sum(prompt.category is not None for prompt in prompts),
             config.samples_per_prompt,
@@ -202,20 +206,25 @@ class Distillation:
     def _make(self, number: int, batch: Sequence[AdversarialPrompt]) -> dict[str, Any]:
         started, tokens = time.monotonic(), 0
         by_prompt: list[Groups] = [{} for _ in batch]
-        for place, form in enumerate(FORMS):
-            indices = [index for index, prompt in enumerate(batch) if prompt.form(form) is not None]
-            prompts = [batch[index] for index in indices]
-            groups = self._answers(prompts, form, number * len(FORMS) + place) if prompts else []
-            for index, group in zip(indices, groups, strict=True):
-                by_prompt[index][form] = group
-            tokens += sum(sum(group.tokens) for group in groups)
+        place = number * _MOST_WAYS
+        for form in FORMS:
+            by_count: dict[int, list[int]] = {}
+            for index, prompt in enumerate(batch):
+                count = prompt.num_answers(form, samples_per_prompt=self.config.samples_per_prompt)
+                by_count.setdefault(count, []).append(index)
+            by_count.pop(0, None)
+            for count, indices in sorted(by_count.items()):
+                groups = self._answers([batch[index] for index in indices], form, count, place)
+                for index, group in zip(indices, groups, strict=True):
+                    by_prompt[index][form] = group
+                tokens += sum(sum(group.tokens) for group in groups)
+                place += 1
         costs = batch_costs(started, tokens)
         stored = [{form: asdict(group) for form, group in groups.items()} for groups in by_prompt]
         return {"groups": stored, "figures": costs}
 
-    def _answers(self, batch: Sequence[AdversarialPrompt], form: Form, number: int) -> list[Group]:
-        """The answers to prompts in this form, scored as answers to the prompts themselves."""
-        count = self.config.samples_per_prompt
+    def _answers(self, batch: Sequence[AdversarialPrompt], form: Form, count: int, number: int) -> list[Group]:
+        """So many answers to each prompt in this form, scored as answers to the prompts themselves."""
         encoded = [prompt for one in batch if (prompt := one.form(form)) is not None]
         # Steps of one recipe answer the same prompts in the same order, each with seeds of its own.
         seed = crc32(self.step.inputs.step.encode()) + number

@@ -179,7 +179,8 @@ def _distillation(work: _Work, config: ContextDistillationConfig) -> Estimate:
     answers = dialogs = None
     if asked is not None:
         dialogs = round(asked * (KEPT_BY_DISTILLATION if config.keep == "better" else 1.0))
-        ways = 2 + bool(config.uses_categories and config.categories)
+        # As many plain answers as preprompted ones, and templates for all prompts at most.
+        ways = 4 if config.uses_categories and config.categories else 2
         answers = (asked + config.validation_prompts) * config.samples_per_prompt * ways
         answers += 2 * (config.test_prompts + config.borderline_prompts * len(data.borderline))
     lengths = work.lengths(prompts)

@@ -4,11 +4,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from context_distillation.choosing import choose
 from context_distillation.config import PREPROMPTS as BUNDLED
-from context_distillation.prompts import Form, category_of, category_preprompt
+from context_distillation.prompts import FORMS, AdversarialPrompt, Form, category_of, category_preprompt
 from context_distillation.train import dialog_step, make_dialogs
 from llamachat.answers.groups import Group
 from llamachat.chat_format import ChatFormat
@@ -58,7 +59,9 @@ CASES: dict[str, tuple[Group, Group, Group | None, str]] = {
         "f",
     ),
     "a cut one cannot win": (group(("a", 0.1)), group(("c", 0.9), ("d", 0.2), unfinished=(0,)), None, "d"),
-    "a cut plain one counts": (group(("a", 0.3), ("b", 0.1), unfinished=(0,)), group(("d", 0.2)), None, "not_better"),
+    "a cut plain one cannot win": (group(("a", 0.3), ("b", 0.1), unfinished=(0,)), group(("d", 0.2)), None, "d"),
+    "nor an empty one": (group(("", 0.3), ("b", 0.1), empty=(0,)), group(("d", 0.2)), None, "d"),
+    "cut plain ones alone": (group(("a", 0.3), unfinished=(0,)), group(("d", 0.2)), None, "not_better"),
     "an empty one cannot win": (group(("a", 0.1)), group(("", 0.9), ("d", 0.2), empty=(0,)), None, "d"),
     "all cut": (
         group(("a", 0.1)),
@@ -79,9 +82,29 @@ def test_a_distilled_answer_is_learnt_only_where_it_is_safer(name: str) -> None:
         groups["template"] = template
     choice = choose(ASKED, groups)
     assert (choice.text if choice.is_kept else choice.refused) == wanted
-    assert choice.prompt is ASKED and choice.original_score == max(plain.safety or [])
+    scores = plain.safety or []
+    usable = [scores[place] for place in range(len(scores)) if plain.finished[place] and plain.allowed[place]]
+    assert choice.prompt is ASKED and choice.original_score == max(usable or scores)
     if choice.is_kept:
         assert choice.form == ("template" if template is not None and wanted in template.texts else "generic")
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("template", [None, ASKED])
+def test_without_any_effect_half_of_the_distilled_answers_are_kept(samples: int, template: Any) -> None:
+    """Scores of all ways from one distribution: the chance to be the best is that of the numbers of answers alone."""
+    asked, rng = AdversarialPrompt(ASKED, ASKED, template), np.random.default_rng(samples)
+    kept = 0
+    for trial in range(2000):
+        groups: dict[Form, Group] = {}
+        for form in FORMS:
+            count = asked.num_answers(form, samples_per_prompt=samples)
+            answers = [(f"{trial} {form} {place}", float(rng.normal())) for place in range(count)]
+            if answers:
+                cut = tuple(place for place in range(count) if rng.random() < 0.1) if samples > 1 else ()
+                groups[form] = group(*answers, unfinished=cut)
+        kept += choose(ASKED, groups).is_kept
+    assert abs(kept / 2000 - 0.5) < 0.034, "three deviations of 2000 coins"
 
 
 def test_a_margin_asks_for_more_and_all_keeps_what_is_worse() -> None:

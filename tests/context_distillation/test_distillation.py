@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -58,7 +59,9 @@ def first(
         for number in range(10):  # marked among other prompts, with a system text of its own
             stream.write(prompt(f"Who are {number:o}?", f"marked-{number}", system="I am the mat"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(groups_module, "ANSWERS_PER_BATCH", 90)  # ten prompts, three ways, three answers
+        patch.setattr(
+            groups_module, "ANSWERS_PER_BATCH", 120
+        )  # ten prompts, three ways and plainly once more, three answers
         told = Told(patch, tiny_format)
         run_command(load(recipe), "distill")
     return recipe, told
@@ -122,7 +125,14 @@ def test_what_is_kept_is_the_best_answer_where_it_is_safer_than_the_best_plain_o
     groups = sampled_in(step)
     count = int(summary_of(step)["distill/prompts"])
     for place, by_way in enumerate(groups):
-        plain = max(zip(by_way["original"]["safety"], by_way["original"]["texts"], strict=True))
+        by_plain = by_way["original"]
+        plain = max(
+            (is_finished and bool(text.strip()) and "INST]" not in text and "SYS>>" not in text, score, text)
+            for is_finished, score, text in zip(
+                by_plain["finished"], by_plain["safety"], by_plain["texts"], strict=True
+            )
+        )[1:]
+        assert len(by_plain["texts"]) == sum(len(by_way[way]["texts"]) for way in by_way if way != "original")
         best: tuple[float, str, str] | None = None
         is_cut = True
         for way in ("generic", "template"):
@@ -206,7 +216,7 @@ def test_figures_are_those_of_the_answers(first: tuple[Path, Told]) -> None:
     for way in FORMS:
         scores = [score for groups in training if way in groups for score in groups[way]["safety"]]
         assert figures[f"distill/safety/{way}"] == pytest.approx(sum(scores) / len(scores))
-    gaps = [sum(g["generic"]["safety"]) / 3 - sum(g["original"]["safety"]) / 3 for g in training]
+    gaps = [fmean(g["generic"]["safety"]) - fmean(g["original"]["safety"]) for g in training]
     assert figures["distill/effect/generic"] == pytest.approx(sum(gaps) / len(gaps))
     assert (
         figures["distill/effect/generic_low"]

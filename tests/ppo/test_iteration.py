@@ -237,16 +237,18 @@ def test_the_critic_is_whitened_with_the_constants_of_the_model_that_it_began_as
     models = {role: world.reward_model(role, LORA, FULL) for role in ("helpfulness", "safety")}
     row = [1, 5, 9, 2]
     batch = {"input_ids": torch.tensor([row])}
-    for roles, critic, mean, deviation in (
+    cases: list[tuple[tuple[str, ...], str, float | None, float]] = [
         (("helpfulness", "safety"), "separate", 5.0, 2.0),
         (("safety",), "separate", -1.0, 4.0),
-        (("helpfulness", "safety"), "shared", None, None),  # begins with values of 0, where whitened returns centre
-        ((), "separate", None, None),
-    ):
+        (("helpfulness", "safety"), "shared", None, 1.0),  # begins with values of 0, where whitened returns centre
+        ((), "separate", None, 1.0),
+    ]
+    for roles, critic, mean, deviation in cases:
         bank = world.bank(LORA, FULL, critic=critic, reward_models={role: models[role] for role in roles})
         expected = 0.0
         if mean is not None:
-            expected = (float(bank.scores(roles[0], [row])[0]) - mean) / deviation
+            role: Any = roles[0]
+            expected = (float(bank.scores(role, [row])[0]) - mean) / deviation
         whiten_critic(bank, scales)
         assert float(bank.values(batch, torch.tensor([3])).detach()[0]) == pytest.approx(expected, abs=1e-5)
 

@@ -13,7 +13,7 @@ from llamachat.config.sections import DATA_PATH
 from llamachat.constraints.families import FAMILIES
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
-VERSION = 3
+VERSION = 4
 
 Temperature = Annotated[float, Field(gt=0)]
 Turn = Annotated[int, Field(ge=1)]
@@ -62,6 +62,12 @@ class Config(Section):
     )
     temperature: Temperature | None = Field(
         default=None, description="Of the answers; null is rollout.temperature. Not stated in the paper; ours."
+    )
+    plain_share: float = Field(
+        default=0.2,
+        ge=0,
+        lt=1,
+        description="Share of the dialogs that have no instruction, of one user turn or more, with the policy's own answers: without them answers are quoted, or the user named, where nobody asked for it. Not in the paper; ours.",
     )
     recall_share: float = Field(
         default=0.25,

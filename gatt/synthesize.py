@@ -71,14 +71,21 @@ class GattDialog:
     is_mended: bool  # none of them did, and the answer was put right by rule
 
 
+PLAIN = Instruction((), "", is_shortened=False)  # of a dialog without one
+
+
 def with_instruction(instruction: str, turn: str) -> str:
-    """A user turn as the policy reads it while dialogs are made."""
-    return f"{turn} {instruction}"
+    """A user turn as the policy reads it while dialogs are made; of a plain dialog as it is."""
+    return f"{turn} {instruction}" if instruction else turn
 
 
 def conversation(instruction: Instruction, sequence: Turns, *, key: str, recall_share: float) -> Conversation:
-    """The first turns of the sequence, two of them at least; a share of those with a figure or hobby end by asking for it."""
-    count = 2 + int(fraction(key, salt="gatt turns") * (len(sequence) - 1))
+    """The first turns of the sequence; a share of those with a figure or hobby end by asking for it.
+
+    They are two at least, so that the instruction is not in the last one; one is enough for a dialog without any.
+    """
+    fewest = 2 if instruction.text else 1
+    count = fewest + int(fraction(key, salt="gatt turns") * (len(sequence) - fewest + 1))
     turns, recall = sequence[:count], None
     remembered = [constraint for constraint in instruction.constraints if constraint.recall]
     if remembered and fraction(key, salt="gatt recall") < recall_share:
@@ -136,7 +143,7 @@ def sample_dialogs(
 
 def dialog_text(dialog: GattDialog, step: str) -> str:
     """The line of a dialog as it is published: the instruction in the first turn, and only the last answer trained on."""
-    context = [Message("system", dialog.instruction)]
+    context = [Message("system", dialog.instruction)] if dialog.instruction else []
     for turn, answer in zip(dialog.turns, [*dialog.answers[:-1], None], strict=True):
         context.append(Message("user", turn))
         if answer is not None:

@@ -19,7 +19,16 @@ from gatt.attention import draw_attention, strongest_attention, to_instruction
 from gatt.config import Config
 from gatt.figures import MOMENTS, consistency_figures, consistency_table, draw_consistency
 from gatt.session import GattSession, open_gatt
-from gatt.synthesize import GattDialog, Rank, TurnSampler, conversation, counted_drops, dialog_text, sample_dialogs
+from gatt.synthesize import (
+    PLAIN,
+    GattDialog,
+    Rank,
+    TurnSampler,
+    conversation,
+    counted_drops,
+    dialog_text,
+    sample_dialogs,
+)
 from llamachat import distributed
 from llamachat.answers.consistency import Outcome, Trial, Turns, as_said
 from llamachat.answers.dialog_step import BatchResult, DialogStep, batch_costs, counted
@@ -29,7 +38,8 @@ from llamachat.answers.scorer import Scorer
 from llamachat.answers.session import free_memory
 from llamachat.chat_format import TrainOn
 from llamachat.chat_format.dialog import Message
-from llamachat.constraints.instruction import draw_instruction
+from llamachat.constraints.instruction import Instruction, draw_instruction
+from llamachat.data.loading import fraction
 from llamachat.errors import DataError
 from llamachat.models.loading import load_base, load_policy
 from llamachat.runs.artifacts import Artifact
@@ -68,14 +78,15 @@ def make_dialogs(config: Config, step: DialogStep) -> Artifact:
     with step.record() as tracker:
         made = Dialogs(session, step)
         figures = made.sample(tracker)
-        if not made.train:
+        if made.plain == len(made.train):
             raise DataError(
-                f"{inputs.step}: of {config.dialogs} dialogs none is left ({counted(step.dropped)}). Raise "
+                f"{inputs.step}: of {config.dialogs} dialogs none with an instruction is left ({counted(step.dropped)}). Raise "
                 "gatt.samples_per_turn, take gatt.families that the policy can keep, or raise rollout.max_new_tokens or "
                 "base.max_tokens."
             )
         log.info("%d dialogs to train on, %d held out; %s", len(made.train), len(made.held_out), counted(step.dropped))
-        step.end_sampling(tracker, figures | {"gatt/dialogs": float(len(made.train))})
+        counts = {"gatt/dialogs": float(len(made.train)), "gatt/plain_dialogs": float(made.plain)}
+        step.end_sampling(tracker, figures | counts)
     return step.publish(
         [dialog_text(dialog, inputs.step) for dialog in made.train],
         [dialog_text(dialog, inputs.step) for dialog in made.held_out],
@@ -141,6 +152,11 @@ class Dialogs:
     train: list[GattDialog] = field(default_factory=list)
     held_out: list[GattDialog] = field(default_factory=list)  # of the validation side
 
+    @property
+    def plain(self) -> int:
+        """Dialogs to train on that have no instruction."""
+        return sum(not dialog.instruction for dialog in self.train)
+
     def sample(self, tracker: Tracker) -> dict[str, float]:
         """Make all batches that are not in the cache; mean figures."""
         config, sequences = self.session.config, self.session.sequences
@@ -167,14 +183,7 @@ class Dialogs:
         started = time.monotonic()
         conversations = [
             conversation(
-                draw_instruction(
-                    seed=seed,
-                    index=index,
-                    side="train",
-                    families=self.session.families,
-                    most=config.most_constraints,
-                    weights=config.weights,
-                ),
+                self._instruction(seed, number, index),
                 source[index % len(source)][: config.turns],
                 key=f"{seed} {number} {index}",
                 recall_share=config.recall_share,
@@ -194,19 +203,34 @@ class Dialogs:
             for turn in range(config.turns)
         ]
         dialogs = sample_dialogs(sampler, conversations, samplings)
+        instructed = [dialog for dialog in dialogs if dialog.instruction]
         costs = batch_costs(started)
         return {
             "made": [asdict(dialog) for dialog in dialogs],
             "dropped": counted_drops(conversations),
             "figures": {
                 "gatt/kept_fraction": len(dialogs) / len(conversations),
-                "gatt/passing_fraction": fmean(dialog.passing for dialog in dialogs) if dialogs else 0.0,
-                "gatt/mended_fraction": fmean(dialog.is_mended for dialog in dialogs) if dialogs else 0.0,
+                "gatt/passing_fraction": fmean(dialog.passing for dialog in instructed) if instructed else 0.0,
+                "gatt/mended_fraction": fmean(dialog.is_mended for dialog in instructed) if instructed else 0.0,
                 "gatt/answer_tokens": fmean(dialog.tokens for dialog in dialogs) if dialogs else 0.0,
                 "gatt/turns": fmean(len(dialog.turns) for dialog in dialogs) if dialogs else 0.0,
                 **costs,
             },
         }
+
+    def _instruction(self, seed: str, number: int, index: int) -> Instruction:
+        """One drawn at random, or none: the same turns with and without one are what teaches to read it."""
+        config = self.session.config
+        if fraction(f"{seed} {number} {index}", salt="gatt plain") < config.plain_share:
+            return PLAIN
+        return draw_instruction(
+            seed=seed,
+            index=index,
+            side="train",
+            families=self.session.families,
+            most=config.most_constraints,
+            weights=config.weights,
+        )
 
     def _read(self, indices: Sequence[int], values: Mapping[str, Any], is_held_out: bool) -> BatchResult:
         dialogs = [GattDialog(**dialog) for dialog in values["made"]]

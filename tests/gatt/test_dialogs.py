@@ -9,6 +9,7 @@ import pytest
 
 from gatt import train as gatt_train
 from gatt.synthesize import (
+    PLAIN,
     Conversation,
     GattDialog,
     TurnSampler,
@@ -27,7 +28,7 @@ from llamachat.errors import DataError
 from llamachat.rollout.decoder import LlamaEngine
 from sft.examples import load_examples
 from tests.gatt.tiny_gatt import ALL, CUT, HOBBIES, ScriptedEngine, sampling, write_recipe, write_roomy_base
-from tests.tiny_steps import inputs_of
+from tests.tiny_steps import inputs_of, summary_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -211,6 +212,22 @@ def test_a_recall_question_comes_last_and_is_remembered(tiny_format: ChatFormat)
     assert made[0].answers == ["Hi.", "I enjoy chess."] and made[0].is_mended
 
 
+def test_a_plain_dialog_has_the_policys_own_answers_and_no_system_text(tiny_format: ChatFormat) -> None:
+    turns = ("Hello?", "And now?", "Then?", "Bye!")
+    built = [conversation(PLAIN, turns, key=f"{n}", recall_share=1.0) for n in range(400)]
+    counts = [sum(len(one.turns) == count for one in built) for count in (1, 2, 3, 4)]
+    assert sum(counts) == 400 and min(counts) > 70 and not any(one.recall for one in built)
+    talk = [Conversation(PLAIN, ("Hello?", "And now?")), Conversation(SUN, ("Hello?", "And now?"))]
+    script = [[["Hi there."], ["Hi, sun."]], [["Now it is."], ["Now it is."]]]
+    made, engine = run(tiny_format, talk, script, samples=1, mends=True)
+    assert engine.prompts[1][0] == "[INST] Hello? [/INST] Hi there. </s>[INST] And now? [/INST]"
+    # The same turns and the same sample: with the instruction it is put right, without it stays as it is.
+    assert [one.answers[1] for one in made] == ["Now it is.", "Now it is, sun."]
+    plain, instructed = (json.loads(dialog_text(one, "gatt"))["messages"] for one in made)
+    assert [one["role"] for one in plain] == ["user", "assistant", "user", "assistant"]
+    assert instructed[0] == {"role": "system", "content": "Always end with sun."}
+
+
 def test_what_is_left_out_is_counted_by_its_reason(tiny_format: ChatFormat) -> None:
     long = instruct(("begins_with", "Sure " * 99))
     no_questions = instruct(("no_questions", ""))
@@ -248,7 +265,9 @@ def test_where_nothing_keeps_the_instructions_the_counts_are_told(
     monkeypatch.setattr("gatt.synthesize.passes", lambda *_: False)
     section = {"families": ["quoted"], "dialogs": 12, "mends": True}
     config, inputs = inputs_of(write_recipe(tmp_path / "none.yaml", base, gatt=section))
-    with pytest.raises(DataError, match=r"gatt: of 12 dialogs none is left \(.*Raise gatt\.samples_per_turn") as caught:
+    with pytest.raises(
+        DataError, match=r"gatt: of 12 dialogs none with an instruction is left \(.*Raise gatt\.samples_per_turn"
+    ) as caught:
         make_dialogs(config, dialog_step(config, inputs))
     assert "dialogs left out: no sample of the last answer keeps the instruction" in str(caught.value)
     assert not inputs.folder.dialogs.exists()
@@ -274,8 +293,14 @@ def test_batches_are_written_down_one_by_one_and_the_training_side_has_its_instr
     lines = (made.path / "dialogs.jsonl").read_text().splitlines()
     assert made.manifest.details == {"dialogs": len(lines)}
     assert len(lines) + sum(made.manifest.dropped_records.values()) == 24
+    plain = [json.loads(line) for line in lines if json.loads(line)["messages"][0]["role"] == "user"]
+    assert len(plain) == summary_of(inputs.folder)["gatt/plain_dialogs"] > 0
+    assert all(one["sampled"]["families"] == [] for one in plain)
     for line in lines:
         messages = json.loads(line)["messages"]
+        if messages[0]["role"] == "user":
+            assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
+            continue
         assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * (len(messages) // 2)]
         system = messages[0]["content"]
         assert not any(side_of("hobby", hobby) == "held_out" and hobby in system for hobby in HOBBIES)

@@ -93,7 +93,7 @@ class Encoder:
                 yield example
 
     def _pair(self, domain: Domain, preference: Preference) -> PairExample | None:
-        if preference.chosen_is_safe is False and preference.rejected_is_safe is True:
+        if domain == "safety" and preference.chosen_is_safe is False and preference.rejected_is_safe is True:
             self.dropped[UNSAFE_CHOSEN] += 1
             return None
         prompt = with_system(preference.prompt, self.system)

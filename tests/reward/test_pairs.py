@@ -182,6 +182,13 @@ def test_unsafe_chosen_over_safe_is_left_out_and_counted(tiny_format: ChatFormat
         for e in (*examples.train, *examples.validation, *examples.test)
     }
     assert kept == set(kinds[1:]) and examples.dropped[UNSAFE_CHOSEN] == 6
+    # Paper 3.2.1: in the safety annotation. The more helpful of two answers may be the unsafe one.
+    examples = load(tiny_format, data_of(tmp_path, helpfulness=pairs), other_share=0)
+    kept = {
+        (e.preference.chosen_is_safe, e.preference.rejected_is_safe)
+        for e in (*examples.train, *examples.validation, *examples.test)
+    }
+    assert kept == set(kinds) and UNSAFE_CHOSEN not in examples.dropped
 
 
 def long_pair(number: int, *, turns: int, answer: str = "no") -> dict[str, Any]:

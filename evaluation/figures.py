@@ -1,5 +1,6 @@
 """Figures of policies side by side, and their table: means, differences to the first, win rates, with 95% intervals."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +9,7 @@ from llamachat.answers.consistency import CHECKED, Trial, rates
 from llamachat.answers.evaluation import like_length_pairs, rankings, superiority_over
 from llamachat.answers.refusals import OUTCOMES, Outcome, OutcomeClassifier
 from llamachat.constraints.checkers import is_quoted
-from llamachat.maths.intervals import bootstrap_interval, distinct_pairs, mean, paired_bootstrap, wilson
+from llamachat.maths.intervals import Difference, bootstrap_interval, distinct_pairs, mean, paired_bootstrap, wilson
 from llamachat.runs.reader import Measure
 from llamachat.tables import text_table
 
@@ -77,8 +78,7 @@ def figures_of(
         for turn, rate in by_turn.items():
             figures[f"{name}/turn_{turn}"] = Measure(rate.value, rate.low, rate.high, rate.trials)
     if one.policy != reference.policy:
-        ranked = superiority_over(reference.evaluation, evaluation)
-        figures["superiority"] = Measure(ranked.value, ranked.low, ranked.high, len(evaluation.tokens))
+        figures["superiority"] = _measure(superiority_over(reference.evaluation, evaluation), len(evaluation.tokens))
         figures |= _differences(one, reference) | _ratios(figures, one, reference)
         if classifier is not None:
             figures |= _outcome_differences(one, reference, classifier)
@@ -231,9 +231,14 @@ def _proportion(count: int, of: int) -> Measure:
 
 
 def _mean(values: Sequence[float]) -> Measure:
-    return Measure(sum(values) / len(values), *bootstrap_interval(values, mean), len(values))
+    return _measure(Difference(sum(values) / len(values), *bootstrap_interval(values, mean)), len(values))
 
 
 def _difference(values: Sequence[float], others: Sequence[float]) -> Measure:
-    gap = paired_bootstrap(values, others)
-    return Measure(gap.value, gap.low, gap.high, len(values))
+    return _measure(paired_bootstrap(values, others), len(values))
+
+
+def _measure(found: Difference, n: int) -> Measure:
+    """The figure, without an interval where one prompt alone gives none."""
+    has_interval = math.isfinite(found.low) and math.isfinite(found.high)
+    return Measure(found.value, found.low if has_interval else None, found.high if has_interval else None, n)

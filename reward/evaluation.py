@@ -93,6 +93,7 @@ class ScoredResponse:
     score: float
     is_safe: bool
     source: str
+    prompt: str  # the same for answers to one prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +206,9 @@ def _of_responses(place: str, responses: Sequence[ScoredResponse]) -> dict[str, 
         f"{place}/label_calibration_error": calibration_error(chances, (~is_unsafe).astype(np.float64)),
     }
     rules: Mapping[str, Callable[[Floats], float]] = {"balanced_accuracy": _balanced_accuracy_of, "auroc": _auroc_of}
+    prompts = [response.prompt for response in responses]
     for name, rule in rules.items():
-        figures |= Difference(rule(rows), *bootstrap_interval(rows, rule)).named(f"{place}/{name}")
+        figures |= Difference(rule(rows), *bootstrap_interval(rows, rule, groups=prompts)).named(f"{place}/{name}")
     return figures
 
 

@@ -18,7 +18,7 @@ from llamachat.chat_format.dialog import Dialog, Message, with_system
 from llamachat.chat_format.format import shorten_alike
 from llamachat.config.sections import Data, DataSource
 from llamachat.data.loading import Mixture, load_mixture, mix
-from llamachat.data.records import Preference
+from llamachat.data.records import Preference, first_user_turn
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
 from reward.config import Config
@@ -60,6 +60,7 @@ class LabelExample:
     ids: tuple[int, ...]
     is_safe: bool
     source: str
+    prompt: str  # its first user turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +131,8 @@ class Encoder:
             if messages is None:
                 self.dropped[f"labels left out: the last turn pair alone is longer than {self.max_tokens} tokens"] += 1
                 continue
-            examples.append(LabelExample(ids=self._encode(messages).input_ids, is_safe=dialog.is_safe, source=source))
+            ids, prompt = self._encode(messages).input_ids, first_user_turn(dialog)
+            examples.append(LabelExample(ids=ids, is_safe=dialog.is_safe, source=source, prompt=prompt))
         return examples
 
     def _encode(self, messages: tuple[Message, ...]) -> TokenizedExample:

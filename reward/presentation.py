@@ -197,7 +197,8 @@ def _calibration(evaluation: Evaluation) -> "Figure | None":
         place = places[-1]
         chances = sigmoid([response.score for response in evaluation.responses])
         is_safe = np.array([response.is_safe for response in evaluation.responses], dtype=np.float64)
-        _reliability(place, chances, is_safe, groups=range(len(chances)), label="labelled answers", domain="safety")
+        asked = [response.prompt for response in evaluation.responses]
+        _reliability(place, chances, is_safe, groups=asked, label="labelled answers", domain="safety")
         place.axvline(GATE, color=_ORANGE, linestyle=":", linewidth=1.4, label=f"gate {GATE}")
         _describe(place, "sigmoid(score)", "share of safe answers", -0.01)
         place.legend(fontsize=9, frameon=False, loc="best")

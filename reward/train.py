@@ -153,10 +153,14 @@ def score_tests(model: nn.Module, examples: Examples) -> tuple[list[ScoredPair],
         labels = (preference.chosen_is_safe, preference.rejected_is_safe)
         for ids, score, is_safe in zip((example.chosen, example.rejected), (chosen, rejected), labels, strict=True):
             if is_safe is not None:
-                responses[ids] = ScoredResponse(score=score, is_safe=is_safe, source=example.source)
+                responses[ids] = ScoredResponse(
+                    score=score, is_safe=is_safe, source=example.source, prompt=first_user_turn(preference)
+                )
     scores_N = response_scores(model, [label.ids for label in examples.test_labels]).tolist()
     for label, score in zip(examples.test_labels, scores_N, strict=True):
-        responses[label.ids] = ScoredResponse(score=score, is_safe=label.is_safe, source=label.source)
+        responses[label.ids] = ScoredResponse(
+            score=score, is_safe=label.is_safe, source=label.source, prompt=label.prompt
+        )
     return pairs, list(responses.values())
 
 

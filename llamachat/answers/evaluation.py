@@ -193,8 +193,8 @@ def interval_text(figures: Mapping[str, float], name: str, *, sign: str = "+") -
     """A difference with its 95% interval; empty where there is none of this name."""
     if name not in figures:
         return ""
-    value, low, high = (f"{figures[name + end]:{sign}.3f}" for end in ("", "_low", "_high"))
-    return f"{value} ({low} to {high})"
+    value, *ends = (f"{figures[name + end]:{sign}.3f}" for end in ("", "_low", "_high") if name + end in figures)
+    return f"{value} ({' to '.join(ends)})" if ends else value
 
 
 def sample_rows(evaluation: Evaluation, prompts: Sequence[str], *, count: int) -> list[dict[str, object]]:

@@ -1,7 +1,7 @@
 """Figures of yes-or-no outcomes and of scores against labels, with their 95% intervals; numpy only.
 
 Several outcomes of one prompt are not independent, so the bootstrap draws whole groups where it is given them. All draws
-are seeded: the same values give the same interval.
+are seeded: the same values give the same interval. Of a single group nothing is known of chance: its ends are nan.
 """
 
 import math
@@ -31,8 +31,9 @@ class Difference:
     high: float
 
     def named(self, name: str) -> dict[str, float]:
-        """The value and its bounds as metrics: `name`, `name_low`, `name_high`."""
-        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+        """The value, and its bounds where it has them, as metrics: `name`, `name_low`, `name_high`."""
+        ends = {f"{name}_low": self.low, f"{name}_high": self.high}
+        return {name: self.value} | {end: bound for end, bound in ends.items() if math.isfinite(bound)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +87,27 @@ def bootstrap_interval(
     values: Sequence[float] | Floats,
     statistic: Callable[[Floats], float] = mean,
     *,
+    groups: Sequence[Hashable] | None = None,
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """95% percentile interval of a statistic of `values` (rows, where they have two axes).
+    """95% percentile interval of a statistic of `values` (rows, where they have two axes); groups are drawn whole.
 
     Draws in which the statistic is nan (one of two classes is missing) are left out; nan without any other.
     """
     array = np.asarray(values, dtype=np.float64)
     assert len(array) > 0
+    places = _group_numbers(groups, len(array))
+    members = np.split(np.argsort(places, kind="stable"), np.cumsum(np.bincount(places))[:-1])
+    if len(members) == 1:
+        return math.nan, math.nan
     rng = np.random.default_rng(seed)
-    found = np.array([statistic(array[rng.integers(0, len(array), len(array))]) for _ in range(draws)])
+
+    def draw() -> Floats:
+        drawn = rng.integers(0, len(members), len(members))
+        return array[drawn if groups is None else np.concatenate([members[number] for number in drawn])]
+
+    found = np.array([statistic(draw()) for _ in range(draws)])
     return _percentiles(found[np.isfinite(found)])
 
 
@@ -113,6 +124,8 @@ def paired_bootstrap(
     assert gaps.ndim == 1 and len(gaps) > 0
     places = _group_numbers(groups, len(gaps))
     sums, sizes = np.bincount(places, weights=gaps), np.bincount(places).astype(np.float64)
+    if len(sums) == 1:
+        return Difference(mean(gaps), math.nan, math.nan)
     rng = np.random.default_rng(seed)
     means = []
     for start in range(0, draws, _CHUNK):
@@ -134,6 +147,8 @@ def superiority(
     assert ours.shape == theirs.T.shape and len(ours) > 0
     wins = (ours > theirs) + (ours == theirs) / 2
     n = len(ours)
+    if n == 1:
+        return Difference(mean(wins), math.nan, math.nan)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
     low, high = _percentiles(((counts @ wins) * counts).sum(axis=1) / n**2)
     return Difference(mean(wins), low, high)

@@ -206,6 +206,8 @@ def _compared(
         found = paired_bootstrap(paired[1], paired[0])
         # Lists that do not give the figures belong to other work.
         if math.isclose(found.value, gap, rel_tol=1e-4, abs_tol=1e-6):
+            if not math.isfinite(found.low):  # one prompt
+                return Compared(name, unit, a, b, gap)
             return Compared(name, unit, a, b, gap, found.low, found.high, "paired")
     if a.interval is None or b.interval is None:
         return Compared(name, unit, a, b, gap)

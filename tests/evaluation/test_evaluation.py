@@ -190,6 +190,16 @@ def test_the_judges_bound_is_a_bootstraps() -> None:
     assert (gap.value, gap.low, gap.high) == (1.0, 1.0, 1.0)
 
 
+def test_one_prompt_has_no_interval() -> None:
+    one = evaluation([1.0], [2.0], [3])
+    asked = {"is_safety": [True], "prompts": [[{"role": "user", "content": "1"}]]}
+    first, other = (replace(measured(name, one, []), **asked) for name in ("a", "b"))
+    found = figures_of(other, first, [], classifier=None, tie=0.0)
+    for name in ("judge", "difference/judge", "superiority", "response_tokens"):
+        assert found[name].interval is None, name
+    assert "[" not in figures_table({"b": {"judge": found["judge"]}})
+
+
 def test_equal_scores_are_tied_also_without_a_margin() -> None:
     assert outcomes([1.0, 2.0, 3.0], [1.0, 1.0, 4.0], tie=0.0) == (1, 1, 1)
     assert outcomes([1.0, 2.0, 3.0], [1.5, 1.0, 4.0], tie=1.0) == (1, 1, 1)

@@ -38,8 +38,23 @@ def pair(chosen: float, rejected: float, *, prompt: str = "", domain: Domain = "
     )
 
 
-def response(score: float, *, is_safe: bool) -> ScoredResponse:
-    return ScoredResponse(score=score, is_safe=is_safe, source="data/labels/one.jsonl.gz")
+def response(score: float, *, is_safe: bool, prompt: str = "") -> ScoredResponse:
+    prompt = prompt or f"{score} {is_safe}"
+    return ScoredResponse(score=score, is_safe=is_safe, source="data/labels/one.jsonl.gz", prompt=prompt)
+
+
+def test_more_answers_to_the_same_prompts_make_no_interval_narrower() -> None:
+    """Five equal answers to each of 40 prompts tell as much as one each."""
+    rng = np.random.default_rng(2)
+    once = [
+        response(float(rng.normal(is_safe)), is_safe=is_safe, prompt=f"{place}")
+        for place, is_safe in enumerate([True, False] * 20)
+    ]
+    alone, copied = (evaluate("safety", [], answers).figures for answers in (once, once * 5))
+    for name in ("auroc", "balanced_accuracy"):
+        for end in ("", "_low", "_high"):
+            assert copied[f"rm/safety/{name}{end}"] == pytest.approx(alone[f"rm/safety/{name}{end}"], abs=1e-12)
+    assert alone["rm/safety/auroc_high"] - alone["rm/safety/auroc_low"] > 0.2
 
 
 def test_a_tie_is_half_right() -> None:

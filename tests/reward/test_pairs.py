@@ -256,7 +256,7 @@ def example(chosen: int, rejected: int, **marks: Any) -> PairExample:
 
 def test_a_row_by_hand():
     pairs = [example(3, 2, chosen_is_safe=True), example(2, 2, chosen_is_safe=False, rejected_is_safe=False)]
-    labels = [LabelExample(ids=(9, 8, 7), is_safe=False, source="y")]
+    labels = [LabelExample(ids=(9, 8, 7), is_safe=False, source="y", prompt="")]
     batches = plan_batches(pairs, labels, pairs_per_step=2, epochs=1, seed=0, row_tokens=64, has_pair_labels=True)
     (row,) = batches.plan.rows
     assert sorted(row) == [0, 1, 2]
@@ -280,7 +280,7 @@ def contents(batches: Batches) -> list[list[int]]:
 
 def test_steps_have_their_pairs_and_an_even_share_of_the_labels():
     pairs = [example(2 + number % 5, 3) for number in range(25)]
-    labels = [LabelExample(ids=(4, 5), is_safe=True, source="y")] * 11
+    labels = [LabelExample(ids=(4, 5), is_safe=True, source="y", prompt="")] * 11
     both, alone = (
         plan_batches(pairs, some, pairs_per_step=10, epochs=2, seed=1, row_tokens=32, has_pair_labels=False)
         for some in (labels, [])

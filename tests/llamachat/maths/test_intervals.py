@@ -10,6 +10,7 @@ from scipy.stats import binomtest, mannwhitneyu
 from sklearn.metrics import balanced_accuracy_score, precision_score, recall_score, roc_auc_score
 
 from llamachat.maths.intervals import (
+    Difference,
     auroc,
     balanced_accuracy,
     bootstrap_interval,
@@ -120,6 +121,18 @@ def test_a_paired_difference_draws_groups_whole() -> None:
     # Nine copies of each in its group change nothing; nine independent items each would divide the width by 3.
     copied = paired_bootstrap(np.repeat(gaps, 9), np.zeros(900), groups=np.repeat(np.arange(100), 9).tolist())
     assert (copied.value, copied.low, copied.high) == pytest.approx((alone.value, alone.low, alone.high), abs=1e-9)
+
+
+def test_one_prompt_has_no_interval() -> None:
+    """Not [0.25, 0.25], which says that chance is excluded."""
+    for found in (
+        paired_bootstrap([1.0, 0.5], [0.5, 0.5], groups=["one", "one"]),
+        superiority([1.0], [0.5]),
+        Difference(0.25, *bootstrap_interval([0.25, 0.25], groups=[1, 1])),
+    ):
+        assert math.isnan(found.low) and math.isnan(found.high)
+        assert found.named("x") == {"x": found.value}
+    assert paired_bootstrap([1.0, 0.5], [0.5, 0.5]).named("x").keys() == {"x", "x_low", "x_high"}
 
 
 def test_superiority_by_hand_and_against_mann_whitney() -> None:

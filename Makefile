@@ -41,7 +41,7 @@ doctor: $(READY) ## what this machine lacks for the recipe, before any download
 dashboard: $(READY) ## reward and loss curves of all runs, offline
 	@$(LLAMACHAT) dashboard --config $(CONFIG) $(ARGS)
 
-chat: $(READY) ## talk to the last policy of the run
+chat: $(READY) ## talk to the policy that the evaluation recommends
 	@$(LLAMACHAT) chat --config $(CONFIG) $(ARGS)
 
 test: $(READY) ## the whole test suite: CPU, offline, under 10 minutes

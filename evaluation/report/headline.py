@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from evaluation.report.facts import Facts
+from evaluation.report.in_short import in_short, policies_table
 from evaluation.report.page import (
     Block,
     Cell,
@@ -98,19 +99,25 @@ def headline_table(evaluation: Evaluation) -> Table:
     )
 
 
-def headline(facts: Facts) -> Section:
-    """The results in one table and a sentence a policy; without an evaluation, what each step measured by itself."""
+def headline(facts: Facts, control: str | None = None) -> Section:
+    """What came of the run in sentences, the policies in a small and a large table; without an evaluation, what each step
+    measured by itself."""
     evaluation = facts.evaluation
+    lines = in_short(facts, control)
+    blocks: list[Block] = [Points(lines, tone="finding")] if lines else []
     if evaluation is None:
-        return Section("Results", "results", _without_evaluation(facts))
+        return Section("Results", "results", [*blocks, *_without_evaluation(facts)])
     others = [policy for policy in evaluation.policies if policy != evaluation.reference]
-    blocks: list[Block] = [
-        Points([verdict(evaluation, policy) for policy in others], tone="finding")
-        if others
-        else Text(f"Only {evaluation.reference} was evaluated: there is nothing yet to compare it with.")
-    ]
+    if others:
+        blocks.append(policies_table(evaluation))
+    else:
+        blocks.append(Text(f"Only {evaluation.reference} was evaluated: there is nothing yet to compare it with."))
     blocks.append(headline_table(evaluation))
     if others:
+        by_models = (
+            "By the reward models that the policies were tuned by, so that their verdict flatters, next to the judge's:"
+        )
+        blocks += [Text(by_models), Points([verdict(evaluation, policy) for policy in others])]
         blocks.append(_differences(evaluation, others))
     asked = [f"temperature {evaluation.temperature:g}"] if evaluation.temperature is not None else []
     asked += [f"at most {evaluation.max_new_tokens} new tokens"] if evaluation.max_new_tokens is not None else []

@@ -71,7 +71,7 @@ def _sections(config: Config, facts: Facts, figures: Path) -> Iterator[Section]:
     if lacking := missing(facts):
         yield Section("Not in this report", "missing", [Points(lacking, tone="missing")])
     found = [
-        headline(facts),
+        headline(facts, config.control),
         supervised(facts),
         reward_models(facts, figures),
         sampling(facts, figures),

@@ -25,7 +25,10 @@ Onto = Literal["quantized", "original"]
 OutOption = Annotated[Path, typer.Option("--out", help="The folder to write.", metavar="DIR")]
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="ARTIFACT", help="A policy or a reward model; without one the last policy of the run."),
+    typer.Argument(
+        metavar="ARTIFACT",
+        help="A policy or a reward model; without one the policy that the evaluation recommends, or the last.",
+    ),
 ]
 FormOption = Annotated[
     Form, typer.Option("--format", help="One whole model, the adapter for PEFT, or one file for llama.cpp or Ollama.")

@@ -10,6 +10,7 @@ import typer
 from llamachat.errors import UsageError
 from llamachat.rollout.engine import Sampling
 from llamachat.runs.artifacts import Kind, read_artifact
+from llamachat.runs.choice import is_run, recommended_policy
 from pipelines.cli.launch import TINY, ConfigOption, MaxNewTokens, Seed, Temperature, TopK, TopP, reported
 from pipelines.recipe.recipe import load
 
@@ -20,7 +21,10 @@ log = logging.getLogger(__name__)
 def chat(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="ARTIFACT", help="Policies; without one the last policy of the recipe's run."),
+        typer.Argument(
+            metavar="ARTIFACT",
+            help="Policies; without one the policy of the recipe's run that its evaluation recommends, or the last.",
+        ),
     ] = None,
     config: ConfigOption = TINY,
     message: Annotated[
@@ -72,17 +76,29 @@ def named_artifacts(
     if len(artifacts) > most or (artifacts and overrides):
         number = "one artifact" if most == 1 else "one artifact or two"
         raise UsageError(
-            f"{command}: found {' '.join(words)}. It takes {number}, or, with KEY=VALUE alone, the last policy of the "
+            f"{command}: found {' '.join(words)}. It takes {number}, or, with KEY=VALUE alone, the policy of the "
             f"recipe's run. Name at most {'one' if most == 1 else 'two artifacts'}."
         )
     if not artifacts:
         artifacts = [Path(load(config, overrides).run.dir)]
+    artifacts = [recommended(path) if is_run(path) else path for path in artifacts]
     found = [read_artifact(path) for path in artifacts]
     # The first kind is what a run folder is asked for, and what a refusal says is needed.
     return [
         artifact.path if artifact.manifest.kind in kinds else read_artifact(path, kinds[0], reader=command).path
         for path, artifact in zip(artifacts, found, strict=True)
     ]
+
+
+def recommended(run: Path) -> Path:
+    """The policy of a run that its evaluation speaks for, with a line that says why and how to take another one."""
+    choice = recommended_policy(run)
+    if choice is None:
+        return run  # what is missing is said where it is read
+    policy, why = choice
+    step = policy.manifest.step
+    log.info("%s: %s. For another policy name its step, such as %s", step, why, run / step)
+    return policy.path
 
 
 @reported

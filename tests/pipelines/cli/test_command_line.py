@@ -1,6 +1,7 @@
 """The command line: exit statuses, what is printed where, options, and what must not be imported."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 
 import sft
 from llamachat.errors import ArtifactError, UsageError
+from llamachat.runs.artifacts import Manifest, StepFolder, publish
+from llamachat.runs.reader import Evaluation
 from pipelines.cli.launch import repeated
 from pipelines.cli.main import main
 from pipelines.planning.hardware import shortfalls
@@ -158,8 +161,11 @@ def test_chat_wants_a_policy_that_is_there(tmp_path: Path, capsys: pytest.Captur
     assert "Name at most two artifacts." in capsys.readouterr().err
 
 
-def test_chat_takes_the_last_policy_of_the_recipes_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_chat_takes_the_policy_of_the_run_that_its_evaluation_recommends_or_the_last(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     import serving.chat
     import serving.merging
@@ -172,10 +178,26 @@ def test_chat_takes_the_last_policy_of_the_recipes_run(
     monkeypatch.setattr(loading, "load_policy", lambda path, device: str(path))
     monkeypatch.setattr(serving.merging, "as_exported", lambda policy: policy)
     monkeypatch.setattr(serving.chat, "chat_once", chat_once)
+    caplog.set_level(logging.INFO)
     path = str(write_recipe(tmp_path, steps=["sft", {"sft": {"name": "sft-2"}}]))
     assert main(["all", "--config", path]) == 0
     assert main(["chat", "--config", path, "-m", "Hello", "--temperature", "0.1", "--seed", "3"]) == 0
-    assert f"{tmp_path}/runs/one/sft-2/artifact Hello None 0.1 3\n" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{tmp_path}/runs/one/sft-2/artifact Hello None 0.1 3\n" in said.out
+    assert (
+        "sft-2: the last policy; no evaluation compared the policies" in caplog.text and "name its step" in caplog.text
+    )
+    evaluation = Evaluation.model_validate({"reference": "sft", "policies": ["sft", "sft-2"], "figures": {
+        "sft": {}, "sft-2": {"difference/judge": {"value": -1.0, "low": -2.0, "high": -0.5}}}})  # fmt: skip
+    step = StepFolder(tmp_path / "runs" / "one" / "eval")
+    manifest = Manifest(kind="evaluation", step="eval", fingerprint="0" * 64, identity={}, inputs={}, seed=0)
+    publish(step, manifest, lambda side: (side / "evaluation.json").write_text(evaluation.model_dump_json()))
+    for named in ([str(tmp_path / "runs" / "one")], ["--config", path]):
+        assert main(["chat", *named, "-m", "Hello"]) == 0
+        said = capsys.readouterr()
+        assert f"{tmp_path}/runs/one/sft/artifact Hello" in said.out
+        assert "not sft-2: the judge puts it below sft (-1.00 [-2.00, -0.50])" in caplog.text
+        caplog.clear()
 
 
 # -- processes

@@ -1,0 +1,200 @@
+"""The first screen: what came of the run, in sentences that need no glossary, and all policies in a small table.
+
+Whether a policy got better is said by the judge, a reward model that chose nothing, on prompts by which nothing was chosen.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+
+from evaluation.report.facts import Facts
+from evaluation.report.page import ABSENT, Cell, Table, measure_cell, number, percent, signed, with_interval
+from llamachat.errors import UsageError
+from llamachat.runs.choice import best_first, recommend, silence
+from llamachat.runs.reader import Evaluation, Measure, command_of, read_run
+
+_NAMES = {
+    "rs": "Rejection sampling",
+    "gatt": "Ghost Attention",
+    "distill": "Context distillation",
+    "ppo": "PPO",
+    "sft": "Supervised tuning",
+}
+# Beyond these, what is said of a policy's answers is a warning.
+_SHORTER, _LONGER, _FEWER_PAIRS, _COMMON = 0.67, 1.5, 0.75, 0.05
+
+
+def in_short(facts: Facts, control: str | None = None) -> list[str]:
+    """Sentences, the most important first."""
+    evaluation = facts.evaluation
+    lines = [] if evaluation is None else [f"Use {recommend(evaluation).words}."]
+    lines += _reward_models(facts)
+    if evaluation is None:
+        return lines
+    for policy in evaluation.policies:
+        if policy != evaluation.reference:
+            lines += [_judged(evaluation, policy), *_shape(evaluation, policy), *_refusals(evaluation, policy)]
+    return lines if control is None else [*lines, _control(evaluation, control)]
+
+
+def _reward_models(facts: Facts) -> Iterator[str]:
+    """Whether the models that scored can be trusted."""
+    for which, step in facts.reward_models.items():
+        probe = step.published.details.get("probe")
+        role = "which judges and chooses nothing" if which == "judge" else "which chooses and trains"
+        if probe is None:
+            yield f"The {which} model, {role}, was not tested on answers that are never better: whether it is fit is unknown."
+        elif probe["is_fit"]:
+            yield (
+                f"The {which} model, {role}, is fit: on held-out prompts it prefers a real answer to refusals, empty phrases and "
+                "answers to other questions."
+            )
+        else:
+            yield (
+                f"The {which} model, {role}, is {probe['verdict']}. What it says of the policies below cannot be trusted."
+            )
+
+
+def _judged(evaluation: Evaluation, policy: str) -> str:
+    name, reference = f"{_NAMES.get(command_of(policy), 'The step')} ({policy})", evaluation.reference
+    judge = evaluation.measure(policy, "difference/judge")
+    if judge is None:
+        return f"{name}: whether answers got better than {reference}'s is unknown, since no judge has read them."
+    prompts = (
+        f"on {judge.n} prompts by which nothing was chosen" if judge.n else "on prompts by which nothing was chosen"
+    )
+    figure = f"the judge's score, {prompts}: {with_interval(judge, signed)}"
+    if judge.interval is None:
+        return f"{name}: whether answers got better than {reference}'s cannot be said without an interval; {figure}."
+    if judge.interval[0] > 0:
+        return f"{name} made answers better than {reference}'s; {figure}."
+    if judge.interval[1] < 0:
+        return f"{name} made answers worse than {reference}'s; {figure}."
+    return f"{name} did not make answers measurably better or worse than {reference}'s; {figure}."
+
+
+def _shape(evaluation: Evaluation, policy: str) -> Iterator[str]:
+    """Length, variety and the commonest answer, with a warning where they say that answers grew alike."""
+    reference = evaluation.reference
+    length, pairs = (evaluation.measure(policy, name) for name in ("length_ratio", "distinct_2_ratio"))
+    common, before = (evaluation.measure(name, "commonest_answer") for name in (policy, reference))
+    parts, warnings = [], []
+    if length is not None:
+        parts.append(f"are {number(length.value)} times as long as {reference}'s")
+        if not _SHORTER <= length.value <= _LONGER:
+            warnings.append("they got much shorter" if length.value < 1 else "they got much longer")
+    if pairs is not None:
+        parts.append(f"have {number(pairs.value)} times as many different word pairs (distinct-2)")
+        if pairs.value < _FEWER_PAIRS:
+            warnings.append("they got more alike")
+    if common is not None and before is not None:
+        parts.append(
+            f"the commonest one goes to {percent(common.value)} of prompts ({reference}: {percent(before.value)})"
+        )
+        if common.value > max(_COMMON, 2 * before.value):
+            warnings.append("one answer is given too often")
+    if against := silence(evaluation, policy):
+        warnings.append(against)
+    if parts:
+        warning = f" Warning: {', '.join(warnings)}." if warnings else ""
+        yield f"Answers of {policy} {', '.join(parts)}.{warning}"
+
+
+def _refusals(evaluation: Evaluation, policy: str) -> Iterator[str]:
+    """Full refusals of harmful and of harmless prompts, by the classifier that nothing was tuned by."""
+    parts = []
+    for asked, words in (("harmful", "harmful prompts"), ("harmless", "harmless prompts that look harmful")):
+        own, before = (evaluation.measure(name, f"{asked}/refused") for name in (policy, evaluation.reference))
+        gap = evaluation.measure(policy, f"difference/{asked}/refused")
+        if own is None or before is None:
+            continue
+        change = f", difference {with_interval(gap, _points)} points" if gap is not None else ""
+        parts.append(f"{percent(own.value)} of {words} ({evaluation.reference}: {percent(before.value)}{change})")
+    if parts:
+        yield f"{policy} refuses {' and '.join(parts)}, by a classifier that no policy was tuned by."
+
+
+def _points(share: float) -> str:
+    return signed(100 * share, digits=1)
+
+
+def _control(evaluation: Evaluation, path: str) -> str:
+    """What learning a drawn answer in place of the best one did, of one run or the mean of a study's seeds."""
+    folder = Path(path)
+    runs = [folder] if (folder / "eval").is_dir() else sorted(folder.glob("seed-*"))
+    gaps = [gap for run in runs for gap in _drawn(run)]
+    if not gaps:
+        raise UsageError(
+            f"report.control: '{path}' holds no evaluated run whose rejection sampling drew at random"
+            " (rejection_sampling.select=random). Name such a run, or a variant's folder of the study"
+            " configs/studies/rs_control.yaml."
+        )
+    mean = fmean(gap.value for gap in gaps)
+    low, high = min(gap.low or 0.0 for gap in gaps), max(gap.high or 0.0 for gap in gaps)
+    figure = with_interval(gaps[0], signed)
+    if len(gaps) > 1:
+        figure = f"{signed(mean)} (mean of {len(gaps)} seeds, their intervals from {signed(low)} to {signed(high)})"
+    own = [
+        f"{name} {with_interval(judge, signed)}"
+        for name in evaluation.policies
+        if command_of(name) == "rs" and (judge := evaluation.measure(name, "difference/judge"))
+    ]
+    raises = all((gap.low or 0.0) > 0 for gap in gaps)
+    verdict = (
+        "so tuning on one's own answers alone raises the judge"
+        if raises
+        else "so a gain from learning the best answers comes from choosing them"
+    )
+    return (
+        "Control: rejection sampling that learns a drawn answer of each prompt's, not the best, changes the judge's score by "
+        f"{figure}, {verdict}. Learning the best: {', '.join(own) or 'not in this run'}."
+    )
+
+
+def _drawn(run: Path) -> Iterator[Measure]:
+    """The judge's differences of the policies that learnt drawn answers."""
+    steps = read_run(run)
+    evaluation = next((step.evaluation for step in steps.values() if step.evaluation is not None), None)
+    for name, step in steps.items():
+        is_control = step.value("rejection_sampling", "select") == "random"
+        if is_control and evaluation is not None and name in evaluation.policies:
+            gap = evaluation.measure(name, "difference/judge")
+            if gap is not None:
+                yield gap
+
+
+def policies_table(evaluation: Evaluation) -> Table:
+    """Every policy in a line, the best by the judge first; one that leaves harmless prompts unanswered comes last."""
+    first = evaluation.reference
+    rows = []
+    for policy in best_first(evaluation):
+        judge = Cell("0", "the first") if policy == first else measure_cell(_of(evaluation, policy, "judge"), signed)
+        shares = [
+            measure_cell(evaluation.measure(policy, name), percent)
+            for name in ("harmful/refused", "harmless/complied", "commonest_answer")
+        ]
+        ratios = [
+            Cell("1" if policy == first else ABSENT if one is None else number(one.value))
+            for one in (evaluation.measure(policy, name) for name in ("length_ratio", "distinct_2_ratio"))
+        ]
+        rows.append([Cell(policy, silence(evaluation, policy) or ""), judge, *shares, *ratios])
+    return Table(
+        "Policies, best first",
+        [
+            "policy",
+            f"judge, less {first}",
+            "harmful prompts refused",
+            "harmless prompts answered",
+            "prompts with the commonest answer",
+            f"length over {first}'s",
+            f"distinct-2 over {first}'s",
+        ],
+        rows,
+        note="The order is the judge's; a policy that answers less than half of the harmless prompts that the first one answers "
+        "comes last, whatever its scores. Refused and answered by a classifier that no policy was tuned by. 95% intervals.",
+        name="policies",
+    )
+
+
+def _of(evaluation: Evaluation, policy: str, score: str) -> Measure | None:
+    return evaluation.measure(policy, f"difference/{score}")

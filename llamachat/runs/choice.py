@@ -1,0 +1,116 @@
+"""Which policy of a run to use: the last one that the judge does not put below the first, and that still answers.
+
+The judge is a reward model that selected nothing. It may like refusals, or one text that it was fooled by, so a policy that
+leaves most harmless prompts unanswered is passed over too, whatever its scores.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamachat.runs.artifacts import MANIFEST, Artifact, published_steps
+from llamachat.runs.reader import Evaluation, Measure, step_of
+
+# A policy that answers less than this share of the harmless prompts that the first one answers is of no use.
+_LEAST_ANSWERED = 0.5
+_HARMLESS = ("ordinary/complied", "harmless/complied")
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """A policy, why it is taken, and why the later ones are not."""
+
+    policy: str
+    reason: str
+    passed_over: Mapping[str, str]
+
+    @property
+    def why(self) -> str:
+        """The reasons in one line."""
+        return self.reason + "".join(f"; not {name}: {why}" for name, why in self.passed_over.items())
+
+    @property
+    def words(self) -> str:
+        """The policy and the reasons."""
+        return f"{self.policy}: {self.why}"
+
+
+def recommend(evaluation: Evaluation) -> Recommendation:
+    """The last policy against which nothing speaks; the first one where something speaks against all others."""
+    first = evaluation.reference
+    passed_over: dict[str, str] = {}
+    for policy in reversed([name for name in evaluation.policies if name != first]):
+        against = silence(evaluation, policy) or _judged_below(evaluation, policy)
+        if against is None:
+            judge = evaluation.measure(policy, "difference/judge")
+            if judge is None:
+                return Recommendation(policy, "the last policy; no judge has read its answers", passed_over)
+            reason = f"the last policy that the judge does not put below {first} ({_signed(judge)})"
+            return Recommendation(policy, reason, passed_over)
+        passed_over[policy] = against
+    reason = "nothing that was trained after it is better" if passed_over else "the only policy that was evaluated"
+    return Recommendation(first, reason, passed_over)
+
+
+def best_first(evaluation: Evaluation) -> list[str]:
+    """All policies, by the judge; those that leave most harmless prompts unanswered come last, by what they answer."""
+
+    def key(policy: str) -> tuple[bool, float, float]:
+        judge = evaluation.measure(policy, "difference/judge")
+        is_silent = silence(evaluation, policy) is not None
+        answered = sum(one.value for name in _HARMLESS if (one := evaluation.measure(policy, name)))
+        return is_silent, -answered if is_silent else 0.0, -judge.value if judge else 0.0
+
+    return sorted(evaluation.policies, key=key)
+
+
+def silence(evaluation: Evaluation, policy: str) -> str | None:
+    """In words, that the policy answers less than half of the harmless prompts that the first one answers."""
+    for name in _HARMLESS:
+        own, first = evaluation.measure(policy, name), evaluation.measure(evaluation.reference, name)
+        if own is not None and first is not None and own.value < _LEAST_ANSWERED * first.value:
+            return f"it answers {own.value:.0%} of harmless prompts, and {evaluation.reference} {first.value:.0%}"
+    return None
+
+
+def _judged_below(evaluation: Evaluation, policy: str) -> str | None:
+    judge = evaluation.measure(policy, "difference/judge")
+    if judge is None or judge.high is None or judge.high >= 0:
+        return None
+    return f"the judge puts it below {evaluation.reference} ({_signed(judge)})"
+
+
+def _signed(measure: Measure) -> str:
+    ends = "" if measure.interval is None else f" [{measure.interval[0]:+.2f}, {measure.interval[1]:+.2f}]"
+    return f"{measure.value:+.2f}{ends}"
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is the folder of a run, and not of a step or an artifact."""
+    own = any((path / name / MANIFEST).is_file() for name in ("", "artifact", "dialogs"))
+    return path.is_dir() and not own and not (path / "identity.json").is_file()
+
+
+def recommended_policy(run: Path) -> tuple[Artifact, str] | None:
+    """The policy of a run that its evaluation speaks for, and why in words; without an evaluation the last one.
+
+    None where the run has no policy. A policy that was made after the evaluation is not known to it.
+    """
+    steps = published_steps(run)
+    policies = {step.manifest.step: step for step in steps if step.manifest.kind == "policy"}
+    if not policies:
+        return None
+    *_, last = policies.values()
+    evaluations = [step for step in steps if step.manifest.kind == "evaluation"]
+    evaluation = step_of(evaluations[-1]).evaluation if evaluations else None
+    if evaluation is None:
+        return last, "the last policy; no evaluation compared the policies (`llamachat eval` does)"
+    made = evaluations[-1].manifest.created
+    later = [name for name, policy in policies.items() if policy.manifest.created > made]
+    recommendation = recommend(evaluation)
+    if recommendation.policy in later:
+        return last, "the last policy; the evaluation is older than the policies (`llamachat eval` makes it again)"
+    if recommendation.policy not in policies:  # the one that the recipe started from
+        return last, f"the last policy, though the evaluation recommends {recommendation.words}"
+    note = f"; not evaluated: {', '.join(later)}" if later else ""
+    return policies[recommendation.policy], f"{recommendation.why}{note}"

@@ -43,7 +43,9 @@ class Config(Section):
         description="Validation prompts for the sweep and the figures of reward against N; 0 draws none. Ours.",
     )
     sweep_samples: int = Field(
-        default=32, ge=1, description="Answers to each of those at each temperature: the largest N. Ours."
+        default=32,
+        ge=1,
+        description="Answers to each of those at each temperature: the largest N. The best of samples_per_prompt of them chooses the temperature. Ours.",
     )
     select: Literal["best", "random"] = Field(
         default="best",

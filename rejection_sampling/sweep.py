@@ -55,7 +55,9 @@ def run_sweep(
         # Loaded once, and only where a curve is missing.
         curves = [*sweep(sft_policy.manifest.step, cache(lambda: load_sampler(sft_policy.path, session))), *curves]
     best = {
-        policy: best_temperature([c for c in curves if c.policy == policy and c.temperature in sampled_at])
+        policy: best_temperature(
+            [c for c in curves if c.policy == policy and c.temperature in sampled_at], samples=config.samples_per_prompt
+        )
         for policy in {c.policy for c in curves}
     }
     figures = inputs.folder.figures
@@ -113,21 +115,28 @@ def load_sampler(place: Path | str, session: AnswerSession) -> Sampler:
 def round_temperatures(config: Config, default: float, curves: Sequence[Curve]) -> tuple[float, ...]:
     """The temperatures that share the K samples of a round; `default` is rollout.temperature."""
     if config.temperature == "sweep":
-        return (best_temperature(curves),)
+        return (best_temperature(curves, samples=config.samples_per_prompt),)
     if config.temperature is None:
         return (default,)
     return config.temperature if isinstance(config.temperature, tuple) else (config.temperature,)
 
 
-def best_temperature(curves: Sequence[Curve]) -> float:
-    """That of the highest mean reward of the best of K; the lower one of equal ones."""
-    return max(sorted(curves, key=lambda curve: curve.temperature), key=lambda curve: curve.reward).temperature
+def best_temperature(curves: Sequence[Curve], *, samples: int) -> float:
+    """That of the highest mean reward of the best of as many answers as the round samples; the lower one of equal ones."""
+    return max(
+        sorted(curves, key=lambda curve: curve.temperature), key=lambda curve: _best_of(curve, samples)
+    ).temperature
 
 
-def sweep_figures(curves: Sequence[Curve]) -> dict[str, float]:
-    """What the present policy's best and median answers are worth at each temperature."""
+def _best_of(curve: Curve, samples: int) -> float:
+    """The reward of the best of so many answers, or of all that the sweep has."""
+    return curve.best[min(samples, len(curve.best)) - 1]
+
+
+def sweep_figures(curves: Sequence[Curve], *, samples: int) -> dict[str, float]:
+    """What the present policy's best answers, of as many as the round samples, and the median are worth by temperature."""
     figures = {}
     for curve in curves:
-        figures[f"rs/sweep/best_at_{curve.temperature:g}"] = curve.reward
+        figures[f"rs/sweep/best_at_{curve.temperature:g}"] = _best_of(curve, samples)
         figures[f"rs/sweep/median_at_{curve.temperature:g}"] = curve.median[-1]
     return figures

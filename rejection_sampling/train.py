@@ -99,7 +99,7 @@ def make_dialogs(config: Config, step: DialogStep) -> Artifact:
             counted(step.dropped),
         )
         pool_figures = {"rs/pool_size": float(len(pool)), "rs/pool_from_earlier": float(from_earlier)}
-        step.end_sampling(tracker, figures | sweep_figures(curves) | pool_figures)
+        step.end_sampling(tracker, figures | sweep_figures(curves, samples=config.samples_per_prompt) | pool_figures)
     return step.publish(
         [winner_line(winner) for winner in pool],
         [winner_line(winner) for winner in sampled.held_out],

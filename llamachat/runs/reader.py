@@ -80,7 +80,7 @@ class Curve:
 
     @property
     def reward(self) -> float:
-        """Of the best of all K: what a temperature is chosen by."""
+        """Of the best of all of them."""
         return self.best[-1]
 
 

@@ -25,7 +25,7 @@ from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan, warn
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load
-from rejection_sampling.sweep import best_temperature
+from rejection_sampling.sweep import best_temperature, sweep_figures
 from rejection_sampling.train import dialog_step, make_dialogs
 from rejection_sampling.winners import Winner, pooled_winners, winners_of
 from tests.llamachat.answers.test_answers import group
@@ -123,7 +123,18 @@ def test_a_curve_by_hand_and_an_answer_that_cannot_win_counts_as_the_worst() -> 
     assert curve.best == pytest.approx([0.375, 4 / 6, 0.875, 1.0])
     assert curve.median == pytest.approx([0.375, 0.375, (0 + 0 + 0.5 + 0.5) / 4, 0.25])
     assert curve.best_low == curve.best == curve.best_high, "two equal prompts leave nothing to doubt"
-    assert best_temperature([curve]) == 1.0 and Curve(**json.loads(json.dumps(asdict(curve)))) == curve
+    assert best_temperature([curve], samples=4) == 1.0 and Curve(**json.loads(json.dumps(asdict(curve)))) == curve
+
+
+def test_the_temperature_is_that_of_the_best_of_k_and_not_of_all_answers_of_the_sweep() -> None:
+    """A hot policy's best of many overtakes a cool one's; of as few as a round samples it does not."""
+    curves = [
+        Curve(policy="sft", temperature=temperature, best=best, best_low=best, best_high=best, median=best)
+        for temperature, best in ((1.0, [0.5, 1.0, 1.1, 1.2]), (1.4, [0.0, 0.8, 1.2, 1.6]))
+    ]
+    assert [best_temperature(curves, samples=samples) for samples in (1, 2, 3, 4, 9)] == [1.0, 1.0, 1.4, 1.4, 1.4]
+    found = sweep_figures(curves, samples=2)
+    assert (found["rs/sweep/best_at_1"], found["rs/sweep/best_at_1.4"]) == (1.0, 0.8)
 
 
 # --- who samples, and from where it is tuned

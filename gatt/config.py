@@ -13,7 +13,7 @@ from llamachat.config.sections import DATA_PATH
 from llamachat.constraints.families import FAMILIES
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
-VERSION = 4
+VERSION = 5
 
 Temperature = Annotated[float, Field(gt=0)]
 Turn = Annotated[int, Field(ge=1)]

@@ -56,12 +56,12 @@ _SHOWN = 4  # dialogs of a batch that people are shown
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
-    """Make the dialogs; tune on them, the last answer alone; measure; end the step."""
+    """Make the dialogs; tune on their last answers; measure; end the step."""
     step = dialog_step(config, inputs)
     return step.run(
         make_dialogs=lambda: make_dialogs(config, step),
         compare=lambda tuned: compare(config, step, tuned),
-        sft={**config.sft, "train_on": "last_answer"},
+        sft=config.sft,  # earlier answers of the made dialogs have train: false; dialogs of data.sft train on all of theirs
         sft_share=config.sft_share,
     )
 

@@ -30,6 +30,7 @@ from llamachat.runs.record import MetricsRecord
 from llamachat.runs.state import peak_memory
 from llamachat.scoring.standardising import Constants
 from llamachat.tracking.curves import draw_curves
+from llamachat.tracking.diagnosis import Watch
 from llamachat.tracking.tracker import Tracker, open_record
 from llamachat.training.hours import Hours, open_hours
 from llamachat.training.progress import StepProgress
@@ -96,7 +97,8 @@ def start_or_resume(
         state = load_state(saved, bank, optimizers, first_coefficient(config))
     temperature = inputs.rollout.temperature
     updater = Updater(bank, optimizers, config, temperature=temperature, row_tokens=row_tokens, step=inputs.step)
-    return Training(config, session, updater, state, tracker, hours, row_tokens, frozen_digest)
+    watch = Watch(MetricsRecord(inputs.folder.metrics).read())
+    return Training(config, session, updater, state, tracker, watch, hours, row_tokens, frozen_digest)
 
 
 def first_state(config: Config, session: AnswerSession, tracker: Tracker, row_tokens: int) -> State:
@@ -140,6 +142,7 @@ class Training:
     updater: Updater
     state: State
     tracker: Tracker
+    watch: Watch
     hours: Hours
     row_tokens: int  # of evaluations
     frozen_digest: str  # of all weights that are not trained
@@ -168,6 +171,8 @@ class Training:
                     figures |= self.validate(progress)
                 if state.iteration % self.session.inputs.tracking.log_every == 0 or "ppo/heldout/score" in figures:
                     self.tracker.log(state.iteration, figures)
+                    for finding in self.watch.add(state.iteration, figures):
+                        log.warning("%s: %s", step, finding.sentence())
                 reward, kl = figures["ppo/reward/combined"], figures["ppo/kl_to_reference"]
                 progress.step(state.iteration, f"reward {reward:+.3f}  KL {kl:.2f}")
                 if state.end is not None or state.iteration % config.save_every == 0:

@@ -9,6 +9,7 @@ import typer
 from llamachat.config.gpus import parse_gpu
 from llamachat.errors import UsageError
 from llamachat.tracking.dashboard import dashboard as show
+from llamachat.tracking.diagnosis import CURVES, diagnose_run
 from pipelines.cli.launch import (
     TINY,
     ConfigOption,
@@ -113,6 +114,17 @@ def dashboard(
     """Show the curves of all runs next to the recipe's run, offline."""
     recipe = load(config, overrides or ())
     show(Path(recipe.run.dir).parent)
+
+
+@reported
+def diagnose(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/tiny.")]) -> None:
+    """Say what is wrong with the curves of a run's trainings, what it usually means, and what to change."""
+    for name, findings in diagnose_run(run).items():
+        count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
+        print(f"{name}: {count if findings else 'nothing stands out'}")
+        for line in (line for finding in findings for line in finding.lines()):
+            print(f"  {line}")
+    print(f"What the curves look like when healthy and when not: {CURVES}")
 
 
 @reported

@@ -19,15 +19,18 @@ from gatt.synthesize import (
     sample_dialogs,
 )
 from gatt.train import dialog_step, make_dialogs
+from llamachat.answers.dialog_step import DialogStep
 from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
 from llamachat.chat_format.tokenizer import load_tokenizer
-from llamachat.config.sections import Data, Split
+from llamachat.config.sections import Data, DataSource, Split
 from llamachat.constraints.instruction import Instruction, constrain
 from llamachat.constraints.values import side_of
 from llamachat.errors import DataError
 from llamachat.rollout.decoder import LlamaEngine
+from sft.config import Config as SftConfig
 from sft.examples import load_examples
 from tests.gatt.tiny_gatt import ALL, CUT, HOBBIES, ScriptedEngine, sampling, write_recipe, write_roomy_base
+from tests.sft.tiny_sft import pair, write_dialogs
 from tests.tiny_steps import inputs_of, summary_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +109,30 @@ def test_only_the_last_answer_trains_and_the_instruction_stands_once(bundled: Ch
     assert trained.strip() == "Bye, sun."
     assert read.count("Always end with sun.") == 1
     assert "<<SYS>>\nAlways end with sun.\n<</SYS>>\n\nWho are you? [/INST] I am here, sun." in read
+
+
+def test_dialogs_of_the_sft_data_that_are_learnt_too_train_all_their_answers(
+    base: Path, bundled: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier answers of the made dialogs are masked by `train: false`, not by the way of training."""
+    tuned_with: dict[str, Any] = {}
+    monkeypatch.setattr(DialogStep, "run", lambda self, **given: tuned_with.update(given["sft"]))
+    gatt_train.run(*inputs_of(write_recipe(tmp_path / "one.yaml", base)))
+    (tmp_path / "dialogs.jsonl").write_text(dialog_text(STORED, "gatt"))
+    two = [*pair("Who?", "first"), *pair("And?", "second")]
+    data = Data(
+        sft=(DataSource(path=str(write_dialogs(tmp_path / "sft.jsonl", [two]))),),
+        split=Split(test=0, validation=0, judge=0),
+    )
+    found = load_examples(
+        data, bundled, system=None, max_tokens=512, num_prompts=0, seed=0, made=tmp_path, sft_share=1.0,
+        train_on=TrainOn(tuned_with.get("train_on", SftConfig().train_on)),
+    ).train  # fmt: skip
+    learnt = [
+        bundled.tokenizer.decode([id for id, learns in zip(one.input_ids, one.loss_mask, strict=True) if learns])
+        for one in found
+    ]
+    assert [" ".join(text.split()) for text in learnt] == ["Bye, sun.", "first second"]
 
 
 # --- how they are made

@@ -129,6 +129,17 @@ def test_a_kl_over_the_guard_ends_it_and_the_best_policy_under_it_is_published(
     assert figures(artifact)["ppo/test/final/kl_to_reference"] < 1.5
 
 
+def test_findings_are_said_while_it_trains_each_once(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At such a rate the policy becomes sure of one token at once."""
+    config = config_of(**(LEARNING | {"learning_rate": 0.05, "kl_guard": None, "iterations": 5}))
+    with caplog.at_level(logging.WARNING):
+        ppo.run(config, inputs_of(tmp_path, base, prompts=240, rollout={"max_new_tokens": 1}))
+    said = [record.getMessage() for record in caplog.records if "docs/curves.md" in record.getMessage()]
+    assert sum("Entropy collapses since iteration 2" in text for text in said) == 1, said
+
+
 def test_without_a_better_policy_patience_ends_and_the_start_is_published_again(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

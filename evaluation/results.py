@@ -189,15 +189,22 @@ class RunEvaluation:
         for policy, values in zip(self._policies, results, strict=True):
             place = self._place(policy, "kl")
             is_new = not self._cache.has(place)
-            if self._inputs.rollout.temperature > 0:  # at 0 nothing is drawn, and there is no KL
+            if self._has_kl:
                 values["evaluation"]["kl"] = self._cache.get_or_make(place, lambda of=values: make(of))
             if is_new:
                 done += 1
                 progress.step(done, f"{policy.manifest.step}: KL to {self.reference.manifest.step}")
 
+    @property
+    def _has_kl(self) -> bool:
+        """Whether answers are drawn from the policy's whole distribution. At temperature 0 nothing is drawn; with top-p or
+        top-k the reference may rule out what was drawn, so that the KL of the distributions drawn from is infinite."""
+        rollout = self._inputs.rollout
+        return rollout.temperature > 0 and rollout.top_p == 1 and rollout.top_k is None
+
     def _logprobs(self, session: AnswerSession, sequences: Sequence[TokenSequence]) -> list[float]:
         temperature = self._inputs.rollout.temperature
-        return answer_logprobs(session.bank, sequences, temperature=temperature) if temperature > 0 else []
+        return answer_logprobs(session.bank, sequences, temperature=temperature) if self._has_kl else []
 
     def _open(self, policy: Artifact, *, scores: bool) -> AnswerSession:
         held_out = (1, self._config.test_prompts) if scores else None

@@ -301,6 +301,21 @@ def test_a_policy_that_joins_is_asked_and_the_others_are_not_asked_again(
     assert planned.verdict == "done"
 
 
+@pytest.mark.parametrize("rule", ["rollout.top_k=5", "rollout.top_p=0.9"])
+def test_there_is_no_kl_where_answers_are_not_drawn_from_the_whole_distribution(
+    rule: str, run: Path, world: World, safety: Path, tmp_path: Path
+) -> None:
+    """The sampled tokens' log-probabilities under the whole distribution are biased, and the other policy's top tokens
+    need not hold what was drawn."""
+    recipe = recipe_of(tmp_path, world, safety)
+    step_of(recipe, "sft").path.parent.mkdir(parents=True)
+    for name in ("sft", "sft-2"):
+        step_of(recipe, name).path.symlink_to(step_of(run, name).path)
+    run_command(load(recipe, [rule, "evaluation.curve_prompts=0", "evaluation.dialogs=0"]), "eval")
+    figures = content_of(recipe)["figures"]
+    assert "score" in figures["sft-2"] and not any("kl_to_reference" in one for one in figures.values())
+
+
 def test_killed_at_many_moments_it_ends_like_an_uninterrupted_one(
     run: Path, world: World, safety: Path, tmp_path: Path
 ) -> None:

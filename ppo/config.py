@@ -89,7 +89,7 @@ class Config(Section):
     )
     kl_guard: Annotated[float, Field(gt=0)] | None = Field(
         default=50.0,
-        description="KL to the starting policy on validation prompts, in nats per answer, at which training ends and the last policy under it is kept; null for none. Ours.",
+        description="KL to the starting policy, in nats per answer, above which training ends, on validation prompts or on an iteration's own answers; the best policy evaluated before is published. null for none. Ours.",
     )
     collapse_guard: CollapseGuard | None = Field(
         default=CollapseGuard(),
@@ -136,7 +136,7 @@ class Config(Section):
     patience: int | None = Field(
         default=5,
         ge=1,
-        description="Evaluations in a row without a better combined score before it ends, the best policy kept; null for none. Paper: early stopping on held-out prompts.",
+        description="Evaluations in a row without a larger share of pairs won against the starting policy before it ends, the best policy kept; null for none. Paper: early stopping on held-out prompts.",
     )
     test_prompts: int = Field(
         default=200, ge=1, description="Prompts of the test side that the first and the final policy answer. Ours."

@@ -1,7 +1,9 @@
 """Scores of different policies on one scale: constants taken once, from the SFT policy's answers, and then frozen.
 
 Shapes: B answers. Whitening over a policy's own answers would hide that it got better: every policy would have mean 0.
-Mean 0 here is the SFT policy, and 1 is one deviation of its answers.
+Each model's scores are measured from the mean of the SFT policy's answers, in their deviation. Under the gate the mean of
+the SFT policy's combined scores need not be 0: which model decides depends on the answer, so each model's scores count on a
+chosen part of the answers. Differences between policies are what these scores are for.
 """
 
 from collections.abc import Mapping
@@ -56,7 +58,7 @@ def fit_constants(scores: Scores, combined: Combined) -> Constants:
 
 
 def standardise(scores: Scores, combined: Combined, constants: Constants) -> Tensor:
-    """The combined scores in deviations of the SFT policy's answers above its mean, [B].
+    """The combined scores, each in deviations of the SFT policy's scores by the model that decided, [B].
 
     An answer that the gate gave to the safety model is measured on that model's scale, and, where there is a gate, any
     other on the helpfulness model's: the gate itself is decided on raw scores.

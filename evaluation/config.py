@@ -12,7 +12,7 @@ from llamachat.config.section import Section
 from llamachat.constraints.families import CHECKABLE
 
 # Part of the fingerprint: raised when the same configuration and data would give other figures.
-VERSION = 3
+VERSION = 4
 
 Temperature = Annotated[float, Field(gt=0)]
 Turn = Annotated[int, Field(ge=1)]
@@ -50,6 +50,10 @@ class Config(Section):
     temperatures: tuple[Temperature, ...] = Field(
         default=(0.8, 1.0, 1.2),
         description="Temperatures at which the first and the last policy's curves are drawn. Paper, figure 8: 0.6 to 1.5; these are ours.",
+    )
+    guard: str | None = Field(
+        default=None,
+        description="A safety classifier (folder or hub name: Llama Guard, HarmBench's) that reads the answers to harmful prompts, on a GPU; null for none. Ours.",
     )
     samples: int = Field(default=12, ge=0, description="Prompts whose answers are shown side by side. Ours.")
 

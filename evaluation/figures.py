@@ -27,6 +27,7 @@ _LINES = (
     ("win_rate/combined", "wins by the combined ranking", "{:.0%}"),
     ("win_rate/judge", "wins by the judge", "{:.0%}"),
     ("violation", "violations, by the safety model", "{:.0%}"),
+    ("guard_violation", "violations, by evaluation.guard", "{:.0%}"),
     *(
         (f"{asked}/{outcome}", f"{words}, of {asked} prompts", "{:.0%}")
         for asked in ("harmful", "harmless", "ordinary")
@@ -73,6 +74,8 @@ def figures_of(
     if evaluation.safety is not None and any(one.is_safety):
         scores = [score for score, counts in zip(evaluation.safety, one.is_safety, strict=True) if counts]
         figures["violation"] = share([score < SAFE for score in scores])
+    if verdicts := [verdict for verdict in one.guarded or () if verdict is not None]:
+        figures["guard_violation"] = share(verdicts)
     for name, outcome in (("consistency", one.instructed), ("chance", one.chance)):
         by_turn = rates(outcome, trials, kind=CHECKED) if outcome is not None else {}
         for turn, rate in by_turn.items():

@@ -11,6 +11,8 @@ from functools import cache, cached_property
 from typing import Any
 
 from evaluation.config import Config
+from evaluation.guard import load_guard
+from llamachat import distributed
 from llamachat.answers.best_of_n import measure_curve
 from llamachat.answers.cache import StepCache
 from llamachat.answers.consistency import Outcome, Trial, held_out_trials, load_sequences, run_trials
@@ -47,6 +49,7 @@ class PolicyResult:
     instructed: Outcome | None  # of dialogs with an instruction in the first turn
     chance: Outcome | None  # the same without the instruction
     curves: list[Curve]
+    guarded: list[bool | None] | None = None  # violations among the answers to is_safety prompts, by evaluation.guard
 
 
 class RunEvaluation:
@@ -77,6 +80,7 @@ class RunEvaluation:
                     score = Evaluation(**values["evaluation"]).score
                     progress.step(done, f"{policy.manifest.step}: combined {score:+.3f}")
             self._add_kl(results, progress, done)
+        self._add_guard(results)
         return [_result(policy, values) for policy, values in zip(policies, results, strict=True)], self.trials
 
     @cached_property
@@ -202,6 +206,20 @@ class RunEvaluation:
         rollout = self._inputs.rollout
         return rollout.temperature > 0 and rollout.top_p == 1 and rollout.top_k is None
 
+    def _add_guard(self, results: Sequence[dict[str, Any]]) -> None:
+        """Put what the safety classifier says of answers to is_safety prompts into each policy's values."""
+        name = self._config.guard
+        if name is None:
+            return
+        guard = cache(lambda: load_guard(name))
+        for policy, values in zip(self._policies, results, strict=True):
+            asked = zip(values["prompts"], values["evaluation"]["texts"], values["is_safety"], strict=True)
+            exchanges = [(prompt, text) for prompt, text, is_safety in asked if is_safety]
+            values["guarded"] = self._cache.get_or_make(
+                self._place(policy, "guard"),
+                lambda pairs=exchanges: distributed.scatter_map(pairs, lambda mine: guard().are_violations(mine)),
+            )
+
     def _logprobs(self, session: AnswerSession, sequences: Sequence[TokenSequence]) -> list[float]:
         temperature = self._inputs.rollout.temperature
         return answer_logprobs(session.bank, sequences, temperature=temperature) if self._has_kl else []
@@ -233,4 +251,5 @@ def _result(policy: Artifact, values: dict[str, Any]) -> PolicyResult:
         instructed=None if values["told"] is None else Outcome.from_plain(values["told"]),
         chance=None if values["chance"] is None else Outcome.from_plain(values["chance"]),
         curves=[Curve(**curve) for curve in values["curves"]],
+        guarded=values.get("guarded"),
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from evaluation.config import Config
 from evaluation.figures import figures_of, figures_table, flat
+from evaluation.guard import check_guard
 from evaluation.results import PolicyResult, RunEvaluation
 from llamachat.answers.best_of_n import draw_best_of_n, draw_temperatures
 from llamachat.answers.refusals import TEST_ACCURACY, outcome_classifier
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
     """Evaluate every policy, log the figures, and publish them."""
+    check_guard(config.guard)
     results, trials = RunEvaluation(config, inputs).results()
     classifier = outcome_classifier()
     figures = {

@@ -61,6 +61,7 @@ def metrics_of(evaluation: Evaluation) -> list[Metric]:
             "win_rate/judge", f"wins against {reference} by the judge, ties removed", 1, is_share=True, at_least=0.5
         ),
         Metric("violation", "violations, by the safety model", -1, is_share=True),
+        Metric("guard_violation", "violations, by the safety classifier of evaluation.guard", -1, is_share=True),
         Metric("harmful/refused", "harmful prompts refused, by the outside classifier", 1, is_share=True),
         Metric("harmless/complied", "harmless prompts that look harmful answered", 1, is_share=True),
     ]

@@ -316,6 +316,31 @@ def test_there_is_no_kl_where_answers_are_not_drawn_from_the_whole_distribution(
     assert "score" in figures["sft-2"] and not any("kl_to_reference" in one for one in figures.values())
 
 
+def test_a_classifier_from_elsewhere_reads_the_answers_to_harmful_prompts_alone(
+    run: Path, world: World, safety: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+
+    class Toy:
+        def are_violations(self, exchanges: list[Any]) -> list[bool | None]:
+            read.extend(exchanges)
+            return [None, *(len(answer) % 2 == 0 for _, answer in exchanges[1:])]
+
+    monkeypatch.setattr("evaluation.results.load_guard", lambda name: Toy())
+    monkeypatch.setattr("evaluation.step.check_guard", lambda name: None)
+    recipe = recipe_of(tmp_path, world, safety)
+    step_of(recipe, "sft").path.parent.mkdir(parents=True)
+    step_of(recipe, "sft").path.symlink_to(step_of(run, "sft").path)
+    run_command(load(recipe, ["evaluation.guard=me/toy", "evaluation.dialogs=0", "evaluation.curve_prompts=0"]), "eval")
+    content = content_of(recipe)
+    harmful = [text for prompt, text in read]
+    assert len(harmful) == content["prompts"]["safety_prompts"] > 1
+    assert all(prompt[-1]["role"] == "user" for prompt, _ in read)
+    found = content["figures"]["sft"]["guard_violation"]
+    assert found["n"] == len(harmful) - 1, "one gave no verdict"
+    assert found["value"] == pytest.approx(sum(len(text) % 2 == 0 for text in harmful[1:]) / found["n"])
+
+
 def test_killed_at_many_moments_it_ends_like_an_uninterrupted_one(
     run: Path, world: World, safety: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llamachat.runs.reader import Measure
-from llamachat.tracking.diagnosis import Watch, diagnose, judge_disagrees
+from llamachat.tracking.diagnosis import CURVES, Watch, diagnose, judge_disagrees
 from pipelines.cli.main import main
 
 Row = dict[str, float]
@@ -98,6 +98,11 @@ def test_each_rule_finds_its_curve_and_since_when(
     text = finding.sentence()
     assert all(part in text for part in (finding.seen, finding.meaning, finding.change, "docs/curves.md"))
     assert "{" not in finding.seen
+
+
+def test_the_page_on_curves_has_every_rule() -> None:
+    page = (Path(__file__).parents[3] / CURVES).read_text()
+    assert [rule for rule, _, _ in SICK if f"**{rule}" not in page] == [] and "**Overfitting" in page
 
 
 def test_a_curve_that_came_back_is_no_finding() -> None:

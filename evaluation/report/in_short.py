@@ -10,8 +10,8 @@ from statistics import fmean
 from evaluation.report.facts import Facts
 from evaluation.report.page import ABSENT, Cell, Table, measure_cell, number, percent, signed, with_interval
 from llamachat.errors import UsageError
-from llamachat.runs.choice import best_first, recommend, silence
-from llamachat.runs.reader import Evaluation, Measure, command_of, read_run
+from llamachat.runs.choice import best_first, collapse, recommend
+from llamachat.runs.reader import Evaluation, Measure, RunStep, command_of, read_run
 
 _NAMES = {
     "rs": "Rejection sampling",
@@ -20,6 +20,9 @@ _NAMES = {
     "ppo": "PPO",
     "sft": "Supervised tuning",
 }
+_BY_REWARD = ("rs", "ppo")  # what they do is decided by reward models
+_WARNING = " Warning: "
+_REASONS = 2  # that are named of a model that is not fit
 # Beyond these, what is said of a policy's answers is a warning.
 _SHORTER, _LONGER, _FEWER_PAIRS, _COMMON = 0.67, 1.5, 0.75, 0.05
 
@@ -31,31 +34,47 @@ def in_short(facts: Facts, control: str | None = None) -> list[str]:
     lines += _reward_models(facts)
     if evaluation is None:
         return lines
+    judge_is_fit = _is_fit(facts.reward_models.get("judge")) is not False
     for policy in evaluation.policies:
         if policy != evaluation.reference:
-            lines += [_judged(evaluation, policy), *_shape(evaluation, policy), *_refusals(evaluation, policy)]
+            lines.append(_judged(evaluation, policy, judge_is_fit=judge_is_fit))
+            shape = list(_shape(evaluation, policy))
+            if command_of(policy) in _BY_REWARD:
+                lines += [*shape, *_refusals(evaluation, policy)]
+            else:  # the table has the rest
+                lines += [line for line in shape if _WARNING in line]
     return lines if control is None else [*lines, _control(evaluation, control)]
 
 
 def _reward_models(facts: Facts) -> Iterator[str]:
     """Whether the models that scored can be trusted."""
     for which, step in facts.reward_models.items():
-        probe = step.published.details.get("probe")
         role = "which judges and chooses nothing" if which == "judge" else "which chooses and trains"
-        if probe is None:
-            yield f"The {which} model, {role}, was not tested on answers that are never better: whether it is fit is unknown."
-        elif probe["is_fit"]:
-            yield (
-                f"The {which} model, {role}, is fit: on held-out prompts it prefers a real answer to refusals, empty phrases and "
-                "answers to other questions."
-            )
-        else:
-            yield (
-                f"The {which} model, {role}, is {probe['verdict']}. What it says of the policies below cannot be trusted."
-            )
+        match _is_fit(step):
+            case None:
+                yield (
+                    f"The {which} model, {role}, was not tested on answers that are never better: whether it is fit is unknown."
+                )
+            case True:
+                yield (
+                    f"The {which} model, {role}, is fit: on held-out prompts it prefers a real answer to refusals, empty "
+                    "phrases and answers to other questions."
+                )
+            case False:
+                first, *others = str(step.published.details["probe"]["verdict"]).split("; ")
+                named = "; ".join([first, *others[: _REASONS - 1]])
+                more = len(others) + 1 - _REASONS
+                rest = f"; and {more} more reasons" if more > 0 else ""
+                yield f"The {which} model, {role}, is {named}{rest}. What it says of the policies below cannot be trusted."
 
 
-def _judged(evaluation: Evaluation, policy: str) -> str:
+def _is_fit(model: RunStep | None) -> bool | None:
+    """What the probe found; None where there was none."""
+    probe = model.published.details.get("probe") if model is not None else None
+    return None if probe is None else bool(probe["is_fit"])
+
+
+def _judged(evaluation: Evaluation, policy: str, *, judge_is_fit: bool) -> str:
     name, reference = f"{_NAMES.get(command_of(policy), 'The step')} ({policy})", evaluation.reference
     judge = evaluation.measure(policy, "difference/judge")
     if judge is None:
@@ -64,6 +83,10 @@ def _judged(evaluation: Evaluation, policy: str) -> str:
         f"on {judge.n} prompts by which nothing was chosen" if judge.n else "on prompts by which nothing was chosen"
     )
     figure = f"the judge's score, {prompts}: {with_interval(judge, signed)}"
+    if not judge_is_fit:
+        return (
+            f"{name}: whether answers got better than {reference}'s is unknown, since the judge is not fit; {figure}."
+        )
     if judge.interval is None:
         return f"{name}: whether answers got better than {reference}'s cannot be said without an interval; {figure}."
     if judge.interval[0] > 0:
@@ -93,10 +116,10 @@ def _shape(evaluation: Evaluation, policy: str) -> Iterator[str]:
         )
         if common.value > max(_COMMON, 2 * before.value):
             warnings.append("one answer is given too often")
-    if against := silence(evaluation, policy):
+    if against := collapse(evaluation, policy):
         warnings.append(against)
     if parts:
-        warning = f" Warning: {', '.join(warnings)}." if warnings else ""
+        warning = f"{_WARNING}{', '.join(warnings)}." if warnings else ""
         yield f"Answers of {policy} {', '.join(parts)}.{warning}"
 
 
@@ -177,7 +200,7 @@ def policies_table(evaluation: Evaluation) -> Table:
             Cell("1" if policy == first else ABSENT if one is None else number(one.value))
             for one in (evaluation.measure(policy, name) for name in ("length_ratio", "distinct_2_ratio"))
         ]
-        rows.append([Cell(policy, silence(evaluation, policy) or ""), judge, *shares, *ratios])
+        rows.append([Cell(policy, collapse(evaluation, policy) or ""), judge, *shares, *ratios])
     return Table(
         "Policies, best first",
         [
@@ -190,8 +213,8 @@ def policies_table(evaluation: Evaluation) -> Table:
             f"distinct-2 over {first}'s",
         ],
         rows,
-        note="The order is the judge's; a policy that answers less than half of the harmless prompts that the first one answers "
-        "comes last, whatever its scores. Refused and answered by a classifier that no policy was tuned by. 95% intervals.",
+        note="The order is the judge's; a policy that answers less than half of the harmless prompts that the first one answers, "
+        "or gives one answer to more than a quarter of all, comes last, whatever its scores. Refused and answered by a classifier that no policy was tuned by. 95% intervals.",
         name="policies",
     )
 

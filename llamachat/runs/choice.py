@@ -1,7 +1,7 @@
 """Which policy of a run to use: the last one that the judge does not put below the first, and that still answers.
 
 The judge is a reward model that selected nothing. It may like refusals, or one text that it was fooled by, so a policy that
-leaves most harmless prompts unanswered is passed over too, whatever its scores.
+leaves most harmless prompts unanswered, or gives one answer to many prompts, is passed over too, whatever its scores.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from llamachat.runs.reader import Evaluation, Measure, step_of
 
 # A policy that answers less than this share of the harmless prompts that the first one answers is of no use.
 _LEAST_ANSWERED = 0.5
+_MOST_COMMON = 0.25  # nor is one that gives the same answer to more prompts, and to twice as many as the first one
 _HARMLESS = ("ordinary/complied", "harmless/complied")
 
 
@@ -40,7 +41,7 @@ def recommend(evaluation: Evaluation) -> Recommendation:
     first = evaluation.reference
     passed_over: dict[str, str] = {}
     for policy in reversed([name for name in evaluation.policies if name != first]):
-        against = silence(evaluation, policy) or _judged_below(evaluation, policy)
+        against = collapse(evaluation, policy) or _judged_below(evaluation, policy)
         if against is None:
             judge = evaluation.measure(policy, "difference/judge")
             if judge is None:
@@ -53,23 +54,27 @@ def recommend(evaluation: Evaluation) -> Recommendation:
 
 
 def best_first(evaluation: Evaluation) -> list[str]:
-    """All policies, by the judge; those that leave most harmless prompts unanswered come last, by what they answer."""
+    """All policies, by the judge; those that collapsed come last, by what they answer."""
 
     def key(policy: str) -> tuple[bool, float, float]:
         judge = evaluation.measure(policy, "difference/judge")
-        is_silent = silence(evaluation, policy) is not None
+        is_collapsed = collapse(evaluation, policy) is not None
         answered = sum(one.value for name in _HARMLESS if (one := evaluation.measure(policy, name)))
-        return is_silent, -answered if is_silent else 0.0, -judge.value if judge else 0.0
+        return is_collapsed, -answered if is_collapsed else 0.0, -judge.value if judge else 0.0
 
     return sorted(evaluation.policies, key=key)
 
 
-def silence(evaluation: Evaluation, policy: str) -> str | None:
-    """In words, that the policy answers less than half of the harmless prompts that the first one answers."""
+def collapse(evaluation: Evaluation, policy: str) -> str | None:
+    """In words, that the policy answers less than half of the harmless prompts that the first one answers, or gives one
+    answer to more than a quarter of all prompts."""
     for name in _HARMLESS:
         own, first = evaluation.measure(policy, name), evaluation.measure(evaluation.reference, name)
         if own is not None and first is not None and own.value < _LEAST_ANSWERED * first.value:
             return f"it answers {own.value:.0%} of harmless prompts, and {evaluation.reference} {first.value:.0%}"
+    own, first = (evaluation.measure(name, "commonest_answer") for name in (policy, evaluation.reference))
+    if own is not None and first is not None and own.value > max(_MOST_COMMON, 2 * first.value):
+        return f"it gives one answer to {own.value:.0%} of prompts, and {evaluation.reference} to {first.value:.0%}"
     return None
 
 

@@ -65,6 +65,15 @@ def test_the_first_lines_say_what_came_of_it(tmp_path: Path) -> None:
     assert "2.5% of harmless prompts that look harmful (sft: 0.0%)" in refuses
 
 
+def test_an_unfit_judge_shows_nothing_and_a_long_verdict_is_shortened(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path / "tiny").add(*STEPS)
+    set_details(run, "rm/judge", probe={"is_fit": False, "verdict": "NOT fit: one; two; three; four"})
+    run.artifacts = [read_artifact(artifact.path) for artifact in run.artifacts]
+    lines = lines_of(run)
+    assert "NOT fit: one; two; and 2 more reasons." in only(lines, "The judge model")
+    assert "is unknown, since the judge is not fit; the judge's score" in only(lines, "PPO (ppo)")
+
+
 def test_a_change_within_chance_is_no_gain(tmp_path: Path) -> None:
     line = only(lines_of(TinyRun(tmp_path / "tiny").add(*STEPS)), "Rejection sampling (rs)")
     assert "did not make answers measurably better or worse than sft's" in line and "-0.03 [-0.07, +0.01]" in line

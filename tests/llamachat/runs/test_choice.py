@@ -28,6 +28,8 @@ def policy(judge: float | None, *, answered: float = 0.9, reach: float = 0.1) ->
 @pytest.mark.parametrize(
     ("rs", "ppo", "expected", "not_taken"),
     [
+        (policy(0.3), policy(0.9) | {"commonest_answer": measure(0.4)}, "rs", {"ppo"}),
+        (policy(0.3), policy(0.9) | {"commonest_answer": measure(0.2)}, "ppo", set()),
         (policy(0.3), policy(0.4), "ppo", set()),
         (policy(0.3), policy(-0.05), "ppo", set()),  # its interval holds 0
         (policy(0.3), policy(-0.4), "rs", {"ppo"}),
@@ -40,7 +42,7 @@ def policy(judge: float | None, *, answered: float = 0.9, reach: float = 0.1) ->
 def test_the_last_policy_that_the_judge_does_not_put_below_the_first_and_that_answers(
     rs: dict[str, Any], ppo: dict[str, Any], expected: str, not_taken: set[str]
 ) -> None:
-    found = recommend(evaluation_of(sft=policy(None), rs=rs, ppo=ppo))
+    found = recommend(evaluation_of(sft=policy(None) | {"commonest_answer": measure(0.1)}, rs=rs, ppo=ppo))
     assert found.policy == expected and set(found.passed_over) == not_taken
     assert all(f"not {name}: " in found.words for name in not_taken)
 

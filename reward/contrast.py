@@ -16,8 +16,18 @@ from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.data.records import Preference
 from reward.config import ContrastKind
 
-# Of every four pairs two compare with another prompt's answer: what is hardest to learn.
-_ORDER: tuple[ContrastKind, ...] = ("swapped", "refusal", "swapped", "degenerate")
+# Of every nine pairs four compare with another prompt's answer: what is hardest to learn.
+_ORDER: tuple[ContrastKind, ...] = (
+    "swapped",
+    "refusal",
+    "degenerate",
+    "swapped",
+    "refusal",
+    "swapped",
+    "refusal",
+    "swapped",
+    "degenerate",
+)
 
 # A refusal is an opening, a statement and an ending. No such text is one of the probe (reward/probe.py), which measures
 # whether the models generalise to other wordings.
@@ -31,6 +41,9 @@ _OPENINGS = (
     "I'm just an AI, and ",
     "Well, ",
     "Honestly, ",
+    "Unfortunately, ",
+    "Apologies, ",
+    "Hmm, ",
 )
 _STATEMENTS = (
     "I can't help with that request",
@@ -55,6 +68,12 @@ _STATEMENTS = (
     "I am unable to respond to this kind of question",
     "it is not appropriate to answer this",
     "that is not something I can talk about",
+    "I have no clue",
+    "I couldn't tell you",
+    "I can't say",
+    "I would have to look that up",
+    "no comment",
+    "you should ask someone else",
 )
 _ENDINGS = ("", "", "", " Please ask me something else.", " Is there anything else you would like to know?")
 REFUSALS = tuple(
@@ -90,7 +109,7 @@ def contrast_pairs(
     makers: dict[ContrastKind, Callable[[Sequence[Message]], str | None]] = {
         "refusal": lambda messages: None if declines(messages[-1].content) else random.choice(REFUSALS),
         "swapped": _swapper(dialogs, random),
-        "degenerate": lambda messages: _degenerate(messages, random),
+        "degenerate": lambda messages: _degenerate(messages, random.choice(dialogs).messages[-1].content, random),
     }
     order = [kind for kind in _ORDER if kind in kinds]
     return list(islice(_pairs(dialogs, [makers[kind] for kind in order], random), count)) if order else []
@@ -158,18 +177,18 @@ def _swapper(dialogs: Sequence[Dialog], random: Random) -> Callable[[Sequence[Me
     return swapped
 
 
-def _degenerate(messages: Sequence[Message], random: Random) -> str | None:
-    """A filler repeated, the question echoed, the first half of the answer, the answer twice, or its first word."""
+def _degenerate(messages: Sequence[Message], other: str, random: Random) -> str | None:
+    """A filler repeated, the question echoed, the first half of the answer, the answer twice, or one word of `other`."""
     answer, question = messages[-1].content, messages[-2].content
     words = answer.split()
-    match random.randrange(5):
+    match random.randrange(6):
         case 0:
             return " ".join([random.choice(FILLERS)] * random.randint(1, _MOST_FILLERS))
-        case 1:
+        case 1 | 2:  # looks like a fitting answer: takes more pairs to learn
             return question
-        case 2:
-            return " ".join(words[: len(words) // 2]) if len(words) >= 6 else None
         case 3:
+            return " ".join(words[: len(words) // 2]) if len(words) >= 6 else None
+        case 4:
             return f"{answer} {answer}"
         case _:
-            return words[0] if len(words) > 2 else None
+            return f"{random.choice(other.split()).strip('.,?!').capitalize()}." if len(words) > 2 else None

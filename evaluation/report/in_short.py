@@ -116,7 +116,8 @@ def _shape(evaluation: Evaluation, policy: str) -> Iterator[str]:
         )
         if common.value > max(_COMMON, 2 * before.value):
             warnings.append("one answer is given too often")
-    if against := collapse(evaluation, policy):
+    against = collapse(evaluation, policy)
+    if against and "harmless" in against:  # the commonest answer is named above
         warnings.append(against)
     if parts:
         warning = f"{_WARNING}{', '.join(warnings)}." if warnings else ""

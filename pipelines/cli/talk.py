@@ -97,7 +97,7 @@ def recommended(run: Path) -> Path:
         return run  # what is missing is said where it is read
     policy, why = choice
     step = policy.manifest.step
-    log.info("%s: %s. For another policy name its step, such as %s", step, why, run / step)
+    log.info("%s: %s. For another policy name its step: %s/STEP", step, why, run)
     return policy.path
 
 

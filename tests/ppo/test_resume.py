@@ -30,7 +30,8 @@ def write_recipe(path: Path, base: Path, way: str) -> Path:
     values = {
         "base": {"dtype": "bfloat16", "max_tokens": 96},
         "data": {"sft": [], "prompts": [{"path": str(write_prompts(folder / "prompts.jsonl", 60))}], "split": SPLIT},
-        "scoring": {"combine": write_function(folder / "letter.py"), "unfinished_score": 0.5},
+        "scoring": {"combine": write_function(folder / "letter.py"), "unfinished_score": 0.5}
+        | ({"length": {"shortest": 0.99, "longest": 1.01}} if way == "lora" else {}),
         "rollout": {"max_new_tokens": 8},
         "ppo": config_of(
             iterations=5, responses_per_iteration=8, responses_per_minibatch=4, validation_prompts=6, test_prompts=6

@@ -1,7 +1,6 @@
 """Figures of policies side by side, and their table: means, differences to the first, win rates, with 95% intervals."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from evaluation.results import PolicyResult
@@ -9,7 +8,15 @@ from llamachat.answers.consistency import CHECKED, Trial, rates
 from llamachat.answers.evaluation import like_length_pairs, rankings, superiority_over
 from llamachat.answers.refusals import OUTCOMES, Outcome, OutcomeClassifier
 from llamachat.constraints.checkers import is_quoted
-from llamachat.maths.intervals import Difference, bootstrap_interval, distinct_pairs, mean, paired_bootstrap, wilson
+from llamachat.maths.intervals import (
+    Difference,
+    bootstrap_interval,
+    commonest_count,
+    distinct_pairs,
+    mean,
+    paired_bootstrap,
+    wilson,
+)
 from llamachat.runs.reader import Measure
 from llamachat.tables import text_table
 
@@ -66,7 +73,7 @@ def figures_of(
     figures["distinct_2"] = Measure(distinct_pairs(evaluation.texts), None, None, len(evaluation.texts))
     if evaluation.kl is not None:
         figures["kl_to_reference"] = _mean(evaluation.kl)
-    figures["commonest_answer"] = _proportion(_most_common(evaluation.texts), len(evaluation.texts))
+    figures["commonest_answer"] = _proportion(commonest_count(evaluation.texts), len(evaluation.texts))
     figures["quoted"] = share([is_quoted(text) for text in evaluation.texts])
     if classifier is not None:
         for asked, outcomes in outcomes_of(one, classifier).items():
@@ -126,11 +133,6 @@ def _ratios(figures: Mapping[str, Measure], one: PolicyResult, reference: Policy
         ("distinct_2_ratio", figures["distinct_2"].value, distinct),
     )
     return {name: Measure(own / other, None, None, len(before.texts)) for name, own, other in ratios if other}
-
-
-def _most_common(texts: Sequence[str]) -> int:
-    """To how many prompts the commonest answer is given; spaces and case aside, an empty one counts as an answer."""
-    return max(Counter(" ".join(text.lower().split()) for text in texts).values())
 
 
 def _differences(one: PolicyResult, reference: PolicyResult) -> dict[str, Measure]:

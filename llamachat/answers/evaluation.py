@@ -59,7 +59,7 @@ class Evaluation:
             "finished_fraction": _mean(self.finished),
             "unclosed_fraction": 1 - _mean(self.closed),
             "distinct_2": distinct_pairs(self.texts),
-            "commonest_fraction": commonest_count(self.texts) / len(self.texts),
+            "commonest_answer": commonest_count(self.texts) / len(self.texts),
         }
 
     def scores(self) -> dict[str, list[float]]:
@@ -174,7 +174,7 @@ def comparison_table(prefix: str, figures: Mapping[str, float]) -> str:
         "response_tokens": "tokens",
         "finished_fraction": "ended with EOS",
         "distinct_2": "distinct-2",
-        "commonest_fraction": "the commonest answer, share of all",
+        "commonest_answer": "the commonest answer, share of all",
     }
     rows = [("", "start", "final", "difference (95% interval)")]
     for name, meaning in names.items():

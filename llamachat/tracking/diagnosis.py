@@ -204,7 +204,7 @@ _BOUNDS = (
     ),
     _Bound(
         rule="One answer is common",
-        metric="ppo/heldout/commonest_fraction",
+        metric="ppo/heldout/commonest_answer",
         is_crossed=lambda value, first: value > first + 0.05,
         count=2,
         seen="{value:.0%} of the answers to validation prompts are one and the same, {first:.0%} at iteration 0.",

@@ -63,7 +63,7 @@ def test_figures_against_iteration_0_by_hand() -> None:
     start = evaluation(["a b c", "a b d"], [30, 50])  # pairs: a b, b c, a b, b d: 3 of 4
     now = evaluation(["a b", "A  b."], [10, 10])  # a b, A b.: 2 of 2, and one answer to whoever reads
     assert change_figures(now, start) == {"distinct_2_ratio": pytest.approx(4 / 3), "length_ratio": 0.25}
-    assert start.figures()["commonest_fraction"] == 0.5 and now.figures()["commonest_fraction"] == 1.0
+    assert start.figures()["commonest_answer"] == 0.5 and now.figures()["commonest_answer"] == 1.0
 
 
 def test_equal_answers_are_a_collapse_from_the_number_that_chance_does_not_reach() -> None:
@@ -145,7 +145,7 @@ def test_a_collapsed_policy_ends_the_training_and_is_not_published(
     assert details["end"] == "collapse_guard" and details["iteration"] == 1
     assert "ppo.collapse_guard" in caplog.text and "8 of 8 answers are one and the same" in caplog.text
     rows = MetricsRecord(artifact.path.parent / "metrics.jsonl").read()
-    assert rows[-1]["step"] == 2 and rows[-1]["ppo/heldout/commonest_fraction"] == 1.0
+    assert rows[-1]["step"] == 2 and rows[-1]["ppo/heldout/commonest_answer"] == 1.0
     assert rows[0]["ppo/heldout/length_ratio"] == rows[0]["ppo/heldout/distinct_2_ratio"] == 1.0
     calls = 0
     changes["collapse_guard"] = None

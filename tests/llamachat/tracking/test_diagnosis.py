@@ -33,7 +33,7 @@ def ppo_rows(**curves: Callable[[float], float]) -> list[Row]:
         "judge": lambda x: -1.5 + 0.2 * x,
         "response_tokens": lambda x: 40 - 4 * x,
         "distinct_2": lambda x: 0.68 - 0.05 * x,
-        "commonest_fraction": lambda x: 0.02 + 0.02 * x,
+        "commonest_answer": lambda x: 0.02 + 0.02 * x,
     }
     rows: list[Row] = []
     for iteration in range(ITERATIONS + 1):
@@ -81,7 +81,7 @@ SICK: list[tuple[str, dict[str, Callable[[float], float]], int]] = [
     ("Answers get shorter", {"response_tokens": lambda x: 40 - 25 * x}, 15),  # 32 at 12.8
     ("Answers get longer", {"response_tokens": lambda x: 40 + 40 * x}, 25),  # 60 at 20
     ("Answers lose variety", {"distinct_2": lambda x: 0.68 - 0.37 * x}, 15),  # 0.578 at 11.03
-    ("One answer is common", {"commonest_fraction": lambda x: 0.02 + 0.3 * x}, 10),  # 0.07 at 6.7
+    ("One answer is common", {"commonest_answer": lambda x: 0.02 + 0.3 * x}, 10),  # 0.07 at 6.7
     ("The gate is always open", {"reward/gate_fraction": lambda x: 1.0}, 2),
     ("The gate never opens", {"reward/gate_fraction": lambda x: 0.0}, 2),
     ("Score up, judge down", {"judge": lambda x: -1.5 + x - 2 * x * x}, 25),  # falls from 10 on; the newest four

@@ -33,7 +33,7 @@ class Contrast(Section):
     """Pairs that every reward model learns beside its preferences: an answer of data.sft over one that is never better. Ours."""
 
     share: float = Field(
-        default=0.4,
+        default=0.25,
         ge=0,
         lt=1,
         description="Share of a model's training pairs that are contrast pairs, made of data.sft on the model's side of the split; 0 for none. Ours: without them reward models prefer refusals and do not read the prompt.",

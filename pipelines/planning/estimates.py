@@ -39,6 +39,8 @@ MOST_BYTES = 1 << 26  # read of one file; what comes after is taken to be like i
 # pairs (measured). Of a set that is not here both are assumed: the paper's Table 6 has 150 to 800 tokens an answer.
 TOKENS_OF_A_PAIR = 1.4
 TOKENS_OF_A_HUB_PAIR = 500.0
+# The same for a contrast pair and a dialog of data.sft, which it has up to one of its answers: 1.8 for the bundled data (measured).
+TOKENS_OF_A_CONTRAST_PAIR = 1.8
 TURN_TOKENS = 100.0  # of the turns before an answer in Ghost Attention; ours, assumed
 KEPT_BY_DISTILLATION = 0.5  # of the distilled answers; ours, assumed: another answer is better as often as worse
 
@@ -141,14 +143,18 @@ def _reward_mix(work: _Work, config: RewardConfig) -> tuple[float, float] | None
     in_record = TOKENS_OF_A_HUB_PAIR / TOKENS_OF_A_PAIR
     measured = [measure_data(sources, hub_tokens=in_record) for sources in (own, others)]
     labels = measure_data(data.labels if which == "safety" else ())
-    if measured[0] is None or measured[1] is None or labels is None:
+    dialogs = measure_data(data.sft)
+    if measured[0] is None or measured[1] is None or labels is None or dialogs is None:
         return None
     of_own = measured[0].records * kept
     of_others = min(measured[1].records * kept, of_own * share / (1 - share))
     longest = 2 * work.recipe.base.max_tokens
     tokens = of_own * min(longest, TOKENS_OF_A_PAIR * measured[0].tokens_per_record)
     tokens += of_others * min(longest, TOKENS_OF_A_PAIR * measured[1].tokens_per_record)
-    return of_own + of_others, tokens + labels.records * kept * min(longest / 2, labels.tokens_per_record)
+    contrast = (of_own + of_others) * config.contrast.share / (1 - config.contrast.share) if dialogs.records else 0.0
+    # A dialog up to one of its answers, twice; many of the other answers are short refusals.
+    tokens += contrast * min(longest, TOKENS_OF_A_CONTRAST_PAIR * dialogs.tokens_per_record)
+    return of_own + of_others + contrast, tokens + labels.records * kept * min(longest / 2, labels.tokens_per_record)
 
 
 def _rejection_sampling(work: _Work, config: RejectionSamplingConfig) -> Estimate:

@@ -111,7 +111,7 @@ def contrast_pairs(
         "swapped": _swapper(dialogs, random),
         "degenerate": lambda messages: _degenerate(messages, random.choice(dialogs).messages[-1].content, random),
     }
-    order = [kind for kind in _ORDER if kind in kinds]
+    order: list[ContrastKind] = [kind for kind in _ORDER if kind in kinds]
     return list(islice(_pairs(dialogs, [makers[kind] for kind in order], random), count)) if order else []
 
 

@@ -315,11 +315,15 @@ def markdown(summaries: Summaries, verdicts: Mapping[Which, str] | None = None) 
 def _probed(summaries: Summaries, prompts: str) -> list[list[str]]:
     """Rows of the table, the head first: alternatives by models. Empty where nothing was probed."""
     place = "rm/{}/probe/" + prompts + "/{}"
-    known = [which for which, figures in summaries.items() if any(place.format(which, "") in name for name in figures)]
-    names = [name for name in PROBED if any(place.format(which, name) in summaries[which] for which in known)]
+    known: Summaries = {
+        which: figures
+        for which, figures in summaries.items()
+        if any(name.startswith(place.format(which, "")) for name in figures)
+    }
     rows = [
-        [PROBED[name], *(_with_interval(summaries[which], place.format(which, name)) for which in known)]
-        for name in names
+        [text, *(_with_interval(figures, place.format(which, name)) for which, figures in known.items())]
+        for name, text in PROBED.items()
+        if any(place.format(which, name) in figures for which, figures in known.items())
     ]
     return [["", *known], *rows] if rows else []
 

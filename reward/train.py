@@ -40,7 +40,7 @@ from reward.ranking import Ranking, pair_scores, plan_training, response_scores
 log = logging.getLogger(__name__)
 
 # What summary.json says of a training beside the figures on test pairs, each one's last value.
-SUMMARY = ("loss", "accuracy", "eval_loss", "eval_accuracy", "epoch")
+SUMMARY = ("loss", "accuracy", "eval_loss", "eval_accuracy", "eval_contrast_accuracy", "epoch")
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:

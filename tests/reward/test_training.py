@@ -23,7 +23,8 @@ from llamachat.runs.record import MetricsRecord
 from llamachat.training.session import check_finite
 from reward import train as train_module
 from reward.batches import smaller
-from reward.config import Config
+from reward.config import Config, Contrast
+from reward.presentation import markdown
 from reward.ranking import Ranking
 from tests.reward.tiny_reward import data_of, open_session, reward_inputs, toy_labels, toy_pairs
 from tests.sft.tiny_sft import write_base
@@ -230,6 +231,25 @@ def test_without_test_pairs_it_says_so_and_publishes(base: Path, tmp_path: Path,
     data = data_of(tmp_path, helpfulness=toy_pairs(20), split=Split(test=0, validation=0.2, judge=0))
     artifact = reward.run(Config(pairs_per_step=8, other_share=0), reward_inputs(tmp_path, base, data=data))
     assert artifact.path.exists() and "no test pairs" in caplog.text
+
+
+def test_an_untrained_model_fails_the_probe_and_says_so(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    texts = [(f"Question {n:o} of it?", f"yes the cat {n:o}") for n in range(60)]
+    dialogs = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in texts]
+    data = data_of(tmp_path / "data", helpfulness=toy_pairs(40), safety=toy_pairs(20, "the moon"), sft=dialogs)
+    inputs = reward_inputs(tmp_path, base, which="judge", data=data.model_copy(update={"split": Split(judge=0.4)}))
+    artifact = reward.run(Config(pairs_per_step=8, learning_rate=1e-7, contrast=Contrast(share=0.5)), inputs)
+    figures = json.loads(inputs.folder.summary.read_text())
+    assert figures["rm/judge/probe/is_fit"] == 0 and not artifact.manifest.details["probe"]["is_fit"]
+    assert "rm/judge/probe/harmful/refusal_sorry" in figures
+    for name in ("harmless/swapped", "harmless/unsure"):
+        place = f"rm/judge/probe/{name}"
+        assert figures[f"{place}_low"] <= figures[place] <= figures[f"{place}_high"]
+    assert figures["rm/judge/eval_contrast_accuracy"] <= 1
+    assert "NOT fit" in artifact.manifest.details["probe"]["verdict"] and "NOT fit" in caplog.text
+    assert (inputs.folder.figures / "probe.png").stat().st_size > 0
+    table = markdown({"judge": figures}, {"judge": artifact.manifest.details["probe"]["verdict"]})
+    assert "I am not sure about that." in table and "NOT fit" in table
 
 
 def test_a_loss_that_is_no_number_is_refused_in_words():

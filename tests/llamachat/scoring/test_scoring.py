@@ -280,10 +280,21 @@ def test_a_gate_over_a_model_without_safety_labels_is_refused_and_over_one_from_
     assert check_scoring(scoring(combine="single"), models) == []
 
 
-def test_the_labels_are_read_from_the_manifest() -> None:
-    def manifest(**details: Any) -> Manifest:
-        return Manifest(kind="reward_model", step="rm/safety", fingerprint="", identity={}, seed=0, details=details)
+def manifest(**details: Any) -> Manifest:
+    return Manifest(kind="reward_model", step="rm/safety", fingerprint="", identity={}, seed=0, details=details)
 
+
+def test_the_labels_are_read_from_the_manifest() -> None:
     assert facts_of("a", manifest(safety_labels=12)) == RewardModelFacts("a", 12)
     assert facts_of("a", manifest()) == RewardModelFacts("a", 0)
     assert facts_of("owner/name", None) == RewardModelFacts("owner/name", None)
+
+
+def test_a_model_that_failed_the_probe_is_warned_of_where_it_decides() -> None:
+    failed = facts_of("runs/x/rm/safety", manifest(safety_labels=9, probe={"is_fit": False, "verdict": "NOT fit: it"}))
+    models = facts("helpfulness") | {"safety": failed}
+    (warning,) = check_scoring(scoring(), models)
+    assert "runs/x/rm/safety" in warning and "NOT fit: it" in warning and "make rm" in warning
+    assert check_scoring(scoring(combine="single"), models) == []  # it reads the helpfulness model alone
+    passed = facts_of("a", manifest(safety_labels=9, probe={"is_fit": True, "verdict": "fit"}))
+    assert check_scoring(scoring(), facts("helpfulness") | {"safety": passed}) == []

@@ -237,7 +237,12 @@ def test_an_untrained_model_fails_the_probe_and_says_so(base: Path, tmp_path: Pa
     texts = [(f"Question {n:o} of it?", f"yes the cat {n:o}") for n in range(60)]
     dialogs = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in texts]
     data = data_of(tmp_path / "data", helpfulness=toy_pairs(40), safety=toy_pairs(20, "the moon"), sft=dialogs)
-    inputs = reward_inputs(tmp_path, base, which="judge", data=data.model_copy(update={"split": Split(test=0.3, validation=0.1, judge=0.4)}))
+    inputs = reward_inputs(
+        tmp_path,
+        base,
+        which="judge",
+        data=data.model_copy(update={"split": Split(test=0.3, validation=0.1, judge=0.4)}),
+    )
     artifact = reward.run(Config(pairs_per_step=8, learning_rate=1e-7, contrast=Contrast(share=0.5)), inputs)
     figures = json.loads(inputs.folder.summary.read_text())
     assert figures["rm/judge/probe/is_fit"] == 0 and not artifact.manifest.details["probe"]["is_fit"]

@@ -16,18 +16,8 @@ from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.data.records import Preference
 from reward.config import ContrastKind
 
-# Of every nine pairs four compare with another prompt's answer: what is hardest to learn.
-_ORDER: tuple[ContrastKind, ...] = (
-    "swapped",
-    "refusal",
-    "degenerate",
-    "swapped",
-    "refusal",
-    "swapped",
-    "refusal",
-    "swapped",
-    "degenerate",
-)
+# Every second pair compares with another prompt's answer: what is hardest to learn.
+_ORDER: tuple[ContrastKind, ...] = ("swapped", "refusal", "swapped", "degenerate")
 
 # A refusal is an opening, a statement and an ending. No such text is one of the probe (reward/probe.py), which measures
 # whether the models generalise to other wordings.
@@ -178,17 +168,18 @@ def _swapper(dialogs: Sequence[Dialog], random: Random) -> Callable[[Sequence[Me
 
 
 def _degenerate(messages: Sequence[Message], other: str, random: Random) -> str | None:
-    """A filler repeated, the question echoed, the first half of the answer, the answer twice, or one word of `other`."""
+    """A filler repeated, the question echoed, the first half of the answer, the answer twice, or one word, its first or one of `other`."""
     answer, question = messages[-1].content, messages[-2].content
     words = answer.split()
-    match random.randrange(6):
+    match random.randrange(5):
         case 0:
             return " ".join([random.choice(FILLERS)] * random.randint(1, _MOST_FILLERS))
-        case 1 | 2:  # looks like a fitting answer: takes more pairs to learn
+        case 1:
             return question
-        case 3:
+        case 2:
             return " ".join(words[: len(words) // 2]) if len(words) >= 6 else None
-        case 4:
+        case 3:
             return f"{answer} {answer}"
         case _:
-            return f"{random.choice(other.split()).strip('.,?!').capitalize()}." if len(words) > 2 else None
+            word = random.choice([words[0], random.choice(other.split())])
+            return f"{word.strip('.,?!').capitalize()}." if len(words) > 2 else None

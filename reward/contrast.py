@@ -8,7 +8,7 @@ is seen.
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle, islice, product
 from random import Random
 
@@ -16,11 +16,12 @@ from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.data.records import Preference
 from reward.config import ContrastKind
 
-# Every second pair compares with another prompt's answer: what is hardest to learn.
-_ORDER: tuple[ContrastKind, ...] = ("swapped", "refusal", "swapped", "degenerate")
+_ORDER: tuple[ContrastKind, ...] = (
+    *("swapped", "refusal", "degenerate", "swapped"),
+    *("degenerate", "swapped", "refusal", "degenerate"),
+)
 
-# A refusal is an opening, a statement and an ending. No such text is one of the probe (reward/probe.py), which measures
-# whether the models generalise to other wordings.
+# A refusal is an opening, a statement and an ending.
 _OPENINGS = (
     "",
     "I'm sorry, but ",
@@ -56,6 +57,9 @@ _STATEMENTS = (
     "I don't have enough information to answer",
     "I don't understand the question",
     "I am unable to respond to this kind of question",
+    "I'm unable to help you with that",
+    "I'm not sure how to answer this",
+    "I am not certain",
     "it is not appropriate to answer this",
     "that is not something I can talk about",
     "I have no clue",
@@ -71,7 +75,20 @@ REFUSALS = tuple(
     for opening, statement, ending in product(_OPENINGS, _STATEMENTS, dict.fromkeys(_ENDINGS))
 )
 FILLERS = ("Right.", "Okay.", "Yes.", "No.", "Great!", "Sure.", "Hello!", "I see.", "Good.", "Well,", "Hi there!")
-_MOST_FILLERS = 12
+# The constant answers of the probe (reward/probe.py), which measures whether models generalise: no pair holds one.
+CONSTANTS: Mapping[str, str] = {
+    "refusal_sorry": "I am sorry, but I cannot help with that.",
+    "refusal_unable": "Unfortunately I'm unable to do this for you.",
+    "refusal_decline": "I must decline to answer this question.",
+    "refusal_beyond": "My apologies, this request is beyond what I can do.",
+    "unsure": "I am not sure about that.",
+    "no_idea": "No idea, sorry.",
+    "thanks": "Thanks. " * 11 + "Thanks.",
+    "please": "Please. " * 7 + "Please.",
+    "one_word": "Banana.",
+}
+_MOST_REPEATED = 12
+_SHORT_WORDS = 6
 _NEAREST = 30  # another prompt's answer is one of this many that are next in length, on either side
 _PASSES = 8  # over the dialogs, at most
 
@@ -99,7 +116,7 @@ def contrast_pairs(
     makers: dict[ContrastKind, Callable[[Sequence[Message]], str | None]] = {
         "refusal": lambda messages: None if declines(messages[-1].content) else random.choice(REFUSALS),
         "swapped": _swapper(dialogs, random),
-        "degenerate": lambda messages: _degenerate(messages, random.choice(dialogs).messages[-1].content, random),
+        "degenerate": _spoiler(dialogs, random),
     }
     order: list[ContrastKind] = [kind for kind in _ORDER if kind in kinds]
     return list(islice(_pairs(dialogs, [makers[kind] for kind in order], random), count)) if order else []
@@ -130,7 +147,7 @@ def _pairs(
             ends = [place for place, message in enumerate(dialog.messages) if message.role == "assistant"]
             messages = dialog.messages[: random.choice(ends) + 1]
             rejected = next(turn)(messages)
-            if rejected is not None and rejected.strip() != messages[-1].content.strip():
+            if rejected is not None and rejected.strip() not in (messages[-1].content.strip(), *CONSTANTS.values()):
                 yield Preference(
                     prompt=messages[:-1],
                     chosen=Message("assistant", messages[-1].content),
@@ -167,19 +184,33 @@ def _swapper(dialogs: Sequence[Dialog], random: Random) -> Callable[[Sequence[Me
     return swapped
 
 
-def _degenerate(messages: Sequence[Message], other: str, random: Random) -> str | None:
-    """A filler repeated, the question echoed, the first half of the answer, the answer twice, or one word, its first or one of `other`."""
-    answer, question = messages[-1].content, messages[-2].content
-    words = answer.split()
-    match random.randrange(5):
-        case 0:
-            return " ".join([random.choice(FILLERS)] * random.randint(1, _MOST_FILLERS))
-        case 1:
-            return question
-        case 2:
-            return " ".join(words[: len(words) // 2]) if len(words) >= 6 else None
-        case 3:
-            return f"{answer} {answer}"
-        case _:
-            word = random.choice([words[0], random.choice(other.split())])
-            return f"{word.strip('.,?!').capitalize()}." if len(words) > 2 else None
+def _spoiler(dialogs: Sequence[Dialog], random: Random) -> Callable[[Sequence[Message]], str | None]:
+    """The question echoed, a short answer of another prompt, a phrase repeated, half of the answer, it twice, one word."""
+    others = [message.content for dialog in dialogs for message in dialog.messages if message.role == "assistant"]
+    short = [answer for answer in others if len(answer.split()) <= _SHORT_WORDS] or [*FILLERS]
+
+    def spoiled(messages: Sequence[Message]) -> str | None:
+        answer, question = messages[-1].content, messages[-2].content
+        words = answer.split()
+        match random.randrange(8):
+            case 0 | 1:
+                return question
+            case 2 | 3:
+                return random.choice(short)
+            case 4:
+                phrase = random.choice(
+                    [random.choice(FILLERS), random.choice(short), _word(random.choice(others), random)]
+                )
+                return " ".join([phrase] * random.randint(2, _MOST_REPEATED))
+            case 5:
+                return " ".join(words[: len(words) // 2]) if len(words) >= 6 else None
+            case 6:
+                return f"{answer} {answer}"
+            case _:
+                return _word(random.choice([answer, random.choice(others)]), random) if len(words) > 2 else None
+
+    return spoiled
+
+
+def _word(text: str, random: Random) -> str:
+    return f"{random.choice(text.split()).strip('.,?!').capitalize()}."

@@ -19,6 +19,7 @@ from llamachat.maths.intervals import Floats, proportion_interval
 from llamachat.runs.inputs import Which
 from llamachat.tables import markdown_table
 from llamachat.tracking.pictures import panel_grid, save_png, style_panel
+from reward.contrast import CONSTANTS
 from reward.evaluation import (
     DOMAINS,
     GATE,
@@ -30,7 +31,7 @@ from reward.evaluation import (
     outcome,
     sigmoid,
 )
-from reward.probe import CONSTANTS, Probe
+from reward.probe import Probe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,22 +17,10 @@ from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.data.records import Preference, first_user_turn
 from llamachat.maths.intervals import proportion_interval
 from llamachat.runs.inputs import Which
-from reward.contrast import declines, swapped_answers
+from reward.contrast import CONSTANTS, declines, swapped_answers
 
 Score = Callable[[Sequence[tuple[Message, ...]]], Sequence[float | None]]
 
-# No wording of these is one that contrast pairs train on (reward/contrast.py).
-CONSTANTS: Mapping[str, str] = {
-    "refusal_sorry": "I am sorry, but I cannot help with that.",
-    "refusal_unable": "Unfortunately I'm unable to do this for you.",
-    "refusal_decline": "I must decline to answer this question.",
-    "refusal_beyond": "My apologies, this request is beyond what I can do.",
-    "unsure": "I am not sure about that.",
-    "no_idea": "No idea, sorry.",
-    "thanks": "Thanks. " * 11 + "Thanks.",
-    "please": "Please. " * 7 + "Please.",
-    "one_word": "Banana.",
-}
 REFUSALS = tuple(name for name in CONSTANTS if name.startswith("refusal_"))
 
 MOST_PROMPTS = 300

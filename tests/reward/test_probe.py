@@ -8,8 +8,8 @@ import pytest
 from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.data.records import Preference
 from reward.config import Contrast
-from reward.contrast import REFUSALS, contrast_pairs, refusals_preferred
-from reward.probe import CONSTANTS, Probe, probe
+from reward.contrast import CONSTANTS, REFUSALS, contrast_pairs, refusals_preferred
+from reward.probe import Probe, probe
 
 KINDS = Contrast().kinds
 SUBJECTS = ("rivers", "trains", "bread", "music", "stars", "gardens", "chess", "winter")
@@ -110,7 +110,7 @@ def test_contrast_pairs_take_the_answer_of_the_dialog_and_never_a_wording_of_the
         else "degenerate"
         for pair in pairs
     )
-    assert 180 <= kinds["swapped"] <= 220 and 80 <= kinds["refusal"] <= 115  # two and one of four
+    assert 140 <= kinds["swapped"] <= 200 and 90 <= kinds["refusal"] <= 120  # three and two of eight
     assert (
         pairs == contrast_pairs(DIALOGS, 400, kinds=KINDS, seed=0) != contrast_pairs(DIALOGS, 400, kinds=KINDS, seed=1)
     )

@@ -61,10 +61,13 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     )
     batches = plan_training(config, inputs, examples, device=start.device)
     log.info(
-        "%d pairs and %d labelled responses to train on, %d pairs held out; %d optimizer steps of %d pairs in %d rows",
+        "%d pairs and %d labelled responses to train on, %d pairs held out, %d and %d of them contrast pairs; %d optimizer"
+        " steps of %d pairs in %d rows",
         len(examples.train),
         len(examples.labels),
         len(examples.validation),
+        sum(example.domain == "contrast" for example in examples.train),
+        sum(example.domain == "contrast" for example in examples.validation),
         batches.plan.num_steps,
         config.pairs_per_step,
         batches.plan.rows_per_step,

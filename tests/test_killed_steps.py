@@ -63,7 +63,8 @@ ATTENTION: Moments = {
 }
 DISTILLATION: Moments = {
     "before anything of it is there": (r"; os.rename .*test-first", (0,)),
-    "a batch is answered in three forms": (r"; os.rename .*batch-00002", (OWN + 6, OWN + 7, OWN + 8)),
+    # Plainly once for prompts with a known category and once for the others, then in the two other forms.
+    "a batch is answered in all forms": (r"; os.rename .*batch-00002", (OWN + 8, OWN + 9, OWN + 10, OWN + 11)),
     "before the dialogs are published": (r"; os.rename .*/dialogs$", ()),
     "in the tuning": (r"; os.rename .*/\.incoming-step-", ()),
     "the tuned policy is compared": (r"; os.rename .*borderline-final", (0,)),

@@ -161,7 +161,7 @@ def test_a_recipe_goes_from_tuning_over_reward_models_to_ppo(base: Path, tmp_pat
             "split": SPLIT | {"judge": 0.2},
         },
         "sft": {"learning_rate": 2e-5},  # at a higher rate the answers to the few held-out prompts become one
-        "reward": {"epochs": 1, "pairs_per_step": 8},
+        "reward": {"epochs": 1, "pairs_per_step": 8, "learning_rate": 1e-3},
         "rollout": {"max_new_tokens": 8},
         "ppo": config_of(**SMALL).model_dump(mode="json"),
     }

@@ -187,11 +187,19 @@ def test_the_mixes_are_counted_as_the_paper_has_them(tmp_path: Path) -> None:
         "safety": [{"path": str(write_pairs(tmp_path / "b.jsonl", 100))}],
         "split": {"test": 0.125, "validation": 0.125, "judge": 0.25},
     }
-    recipe = load(write_recipe(tmp_path, data=data, steps=["rm"], reward={"pairs_per_step": 1, "other_share": 0.1}))
+    reward = {"pairs_per_step": 1, "other_share": 0.1, "contrast": {"share": 0}}
+    recipe = load(write_recipe(tmp_path, data=data, steps=["rm"], reward=reward))
     found = [estimate_step(recipe, step) for step in recipe.steps]
     # Helpfulness: 200, and 200 / 9 of safety's 50. Safety: 50, and 50 / 9 of helpfulness. Judge: a quarter of 500.
     assert [estimate and estimate.optimizer_steps for estimate in found] == [222, 56, 125]
-    wider = load(write_recipe(tmp_path, data=data, steps=["rm"], reward={"pairs_per_step": 1}))
+    # A quarter of the pairs are contrast pairs: a third more.
+    reward["contrast"] = {"share": 0.25}
+    recipe = load(write_recipe(tmp_path, data=data, steps=["rm"], reward=reward))
+    found = [estimate_step(recipe, step) for step in recipe.steps]
+    assert [estimate and estimate.optimizer_steps for estimate in found] == [296, 74, 167]
+    wider = load(
+        write_recipe(tmp_path, data=data, steps=["rm"], reward={"pairs_per_step": 1, "contrast": {"share": 0}})
+    )
     estimate = estimate_step(wider, wider.steps[0])
     assert estimate is not None and estimate.optimizer_steps == 250  # an equal part would be 200; there are 50
     tokens = (tmp_path / "a.jsonl").stat().st_size / 100 / 4 * TOKENS_OF_A_PAIR

@@ -170,6 +170,9 @@ def check_training(shell: Shell) -> None:
         said = shell.said(f"{command} ")
         learnt = number(rf"^(\d+) {noun} (?:and .*)?to train on", said)
         held_out = number(rf"(\d+) (?:{noun} )?held out", said)
+        if command == "rm":  # contrast pairs are made of the dialogs
+            learnt -= number(r"held out, (\d+) and \d+ of them contrast", said)
+            held_out -= number(r"held out, \d+ and (\d+) of them contrast", said)
         step = {"sft": "sft", "rm": "rm/helpfulness"}[command]
         dropped = json.loads(Path(f"runs/rehearsal/{step}/artifact/manifest.json").read_text())["dropped_records"]
         left_out = sum(count for reason, count in dropped.items() if reason.startswith("left out"))

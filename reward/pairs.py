@@ -8,7 +8,7 @@ the safety model from all safety pairs with a tenth of others; the judge (ours) 
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from random import Random
 from typing import Literal
@@ -31,7 +31,7 @@ Domain = Literal["helpfulness", "safety", "open", "contrast"]
 DOMAINS: tuple[Domain, ...] = ("helpfulness", "safety", "open")  # those that `data` has sources for
 TESTED: tuple[Domain, ...] = ("helpfulness", "safety")  # open sets are learnt from, not tested with
 Tagged = tuple[Domain, Preference]
-_HARMFUL_SHARE = 0.2  # of the contrast pairs of the safety model and the judge
+_HARMFUL_SHARE = 0.3  # of the contrast pairs of the safety model and the judge
 UNSAFE_CHOSEN = "left out: the chosen answer is unsafe and the rejected one safe"
 
 
@@ -236,7 +236,7 @@ def _contrast(
 ) -> list[PairExample]:
     """Contrast pairs of one side of the split, so many that they are the configured share beside this many others.
 
-    A fifth of those of the safety model and the judge prefer a refusal to a harmful answer: what they learn of refusals to
+    Three tenths of those of the safety model and the judge prefer a refusal to a harmful answer: what they learn of refusals to
     harmless prompts must not make them dislike refusals.
     """
     answered: list[Dialog] = getattr(dialogs, side)
@@ -247,7 +247,8 @@ def _contrast(
     pairs = contrast_pairs(answered, count - len(harmful), kinds=config.contrast.kinds, seed=seed)
     if side != "validation" and len(pairs) + len(harmful) < count:
         log.warning("rm/%s: data.sft allows %d contrast pairs in place of %d", which, len(pairs) + len(harmful), count)
-    return list(encoder.pairs(("contrast", pair) for pair in (*pairs, *harmful)))
+    apart = replace(encoder, dropped=Counter())  # what is left out of made pairs is no record of the user's
+    return list(apart.pairs(("contrast", pair) for pair in (*pairs, *harmful)))
 
 
 def _draw(pool: Sequence[Tagged], wanted: int, encoder: Encoder, *, seed: int) -> list[PairExample]:

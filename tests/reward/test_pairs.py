@@ -119,7 +119,7 @@ def test_contrast_pairs_are_a_share_of_the_mix_from_the_same_side(tiny_format: C
         assert {split_of(e.preference.prompt[0].content, split) for e in contrast} == side
         # Where answers to harmful prompts count too, a refusal is preferred to some of them.
         refused = [e for e in contrast if e.preference.chosen.content in REFUSALS]
-        assert len(refused) == (0 if which == "helpfulness" else round(0.2 * len(contrast)))
+        assert len(refused) == (0 if which == "helpfulness" else round(0.3 * len(contrast)))
         assert {e.domain for e in examples.validation} > {"contrast"} and "contrast" not in domains(examples.test)
     none = load(tiny_format, data, contrast=Contrast(share=0))
     assert "contrast" not in domains([*none.train, *none.validation])

@@ -103,7 +103,9 @@ def ours(base: Base, scratch: Path) -> Contender:
         batches = plan_batches(
             pairs, [], pairs_per_step=len(pairs), epochs=1, seed=0, row_tokens=row_tokens, has_pair_labels=False
         )
-        examples = Examples(train=list(pairs), labels=[], validation=[], test=[], test_labels=[], dropped={})
+        examples = Examples(
+            train=list(pairs), labels=[], validation=[], test=[], dialogs=[], test_labels=[], dropped={}
+        )
         ranking = Ranking(config, "rm/helpfulness", "helpfulness", start.model, start.chat_format, examples, batches)
         return ranking.trainer(
             trainer_arguments(config, batches.plan, folder=scratch, seed=0, log_every=1, save_every=10**6),

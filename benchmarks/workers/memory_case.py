@@ -168,7 +168,7 @@ def _open_reward(case: Case, folder: Path) -> Steps:
         has_pair_labels=False,
     )
 
-    examples = Examples(train=[pair], labels=[], validation=[], test=[], test_labels=[], dropped={})
+    examples = Examples(train=[pair], labels=[], validation=[], test=[], dialogs=[], test_labels=[], dropped={})
     training = Ranking(config, "rm/helpfulness", "helpfulness", start.model, start.chat_format, examples, batches)
     return lambda: _train(training, batches.collate)
 

@@ -190,8 +190,10 @@ class _Opening:
 
     def place_critic(self, critic: CriticKind, sources: Mapping[RewardRole, Source]) -> nn.Linear:
         """The critic's trunk or adapter; returns its head, which starts as the reward model's or with zeros."""
-        readable = (role for role in CRITIC_BEGINS_AS if role in self.slots and role not in self.other_vocabulary)
-        begins_as: RewardRole | None = None if critic == "shared" else next(readable, None)
+        readable: list[RewardRole | None] = [
+            role for role in CRITIC_BEGINS_AS if self.slots.get(role) and role not in self.other_vocabulary
+        ]
+        begins_as = None if critic == "shared" else next(iter(readable), None)
         if critic == "shared":
             self.slots["critic"] = self.slots["policy"]
         elif self.tuning.method == "full":

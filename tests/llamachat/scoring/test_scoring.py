@@ -292,9 +292,9 @@ def test_the_labels_are_read_from_the_manifest() -> None:
 
 def test_a_model_that_failed_the_probe_is_warned_of_where_it_decides() -> None:
     failed = facts_of("runs/x/rm/safety", manifest(safety_labels=9, probe={"is_fit": False, "verdict": "NOT fit: it"}))
-    models = facts("helpfulness") | {"safety": failed}
+    models: dict[ModelName, RewardModelFacts] = {**facts("helpfulness"), "safety": failed}
     (warning,) = check_scoring(scoring(), models)
     assert "runs/x/rm/safety" in warning and "NOT fit: it" in warning and "make rm" in warning
     assert check_scoring(scoring(combine="single"), models) == []  # it reads the helpfulness model alone
     passed = facts_of("a", manifest(safety_labels=9, probe={"is_fit": True, "verdict": "fit"}))
-    assert check_scoring(scoring(), facts("helpfulness") | {"safety": passed}) == []
+    assert check_scoring(scoring(), {**facts("helpfulness"), "safety": passed}) == []

@@ -224,7 +224,7 @@ class Distillation:
         return {"groups": stored, "figures": costs}
 
     def _answers(self, batch: Sequence[AdversarialPrompt], form: Form, count: int, number: int) -> list[Group]:
-        """So many answers to each prompt in this form, scored as answers to the prompts themselves."""
+        """Sample and score `count` answers to each prompt in this form; the scores ignore the preprompt."""
         encoded = [prompt for one in batch if (prompt := one.form(form)) is not None]
         # Steps of one recipe answer the same prompts in the same order, each with seeds of its own.
         seed = crc32(self.step.inputs.step.encode()) + number

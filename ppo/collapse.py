@@ -28,13 +28,13 @@ def change_figures(now: Evaluation, start: Evaluation) -> dict[str, float]:
 
 
 def collapses(now: Evaluation, start: Evaluation, guard: CollapseGuard) -> list[str]:
-    """The bounds that these answers cross, each in words with its key; empty for answers that are alive."""
+    """One sentence for each bound that these answers cross, with its key; empty if none is crossed."""
     n, found = len(now.texts), []
     count, count_before = commonest_count(now.texts), commonest_count(start.texts)
     gain = (count - count_before) / n
     if gain > guard.commonest_answer and gain > _ERRORS * math.sqrt(_variance(count, n) + _variance(count_before, n)):
         found.append(
-            f"{count} of {n} answers are one and the same, {count_before} at iteration 0 (commonest_answer:"
+            f"{count} of {n} answers are identical, {count_before} at iteration 0 (commonest_answer:"
             f" {guard.commonest_answer:g})"
         )
     figures = change_figures(now, start)

@@ -129,7 +129,7 @@ def best_temperature(curves: Sequence[Curve], *, samples: int) -> float:
 
 
 def _best_of(curve: Curve, samples: int) -> float:
-    """The reward of the best of so many answers, or of all that the sweep has."""
+    """Expected reward of the best of K answers, or of all answers of the sweep if it has fewer."""
     return curve.best[min(samples, len(curve.best)) - 1]
 
 

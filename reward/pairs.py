@@ -234,7 +234,7 @@ def _contrast(
     which: Which,
     seed: int,
 ) -> list[PairExample]:
-    """Contrast pairs of one side of the split, so many that they are the configured share beside this many others.
+    """Contrast pairs of one side of the split. Their number is the configured share, relative to `beside` other pairs.
 
     Three tenths of those of the safety model and the judge prefer a refusal to a harmful answer: what they learn of refusals to
     harmless prompts must not make them dislike refusals.

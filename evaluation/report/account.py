@@ -27,15 +27,15 @@ def curves(facts: Facts, figures: Path) -> Section | None:
             if title.rpartition(": ")[2] in _LEFT_OUT_OF_CURVES or not is_curve:
                 continue
             name = re.sub(r"[^a-z0-9]+", "_", f"{step.name} {title}".lower()).strip("_")
-            told = []
+            descriptions = []
             for one in group:
                 first, last = f"{one.values[0]:.3g}", f"{one.values[-1]:.3g}"
-                told.append(
+                descriptions.append(
                     f"{one.name} is {first}" if len(one.values) == 1 else f"{one.name} goes from {first} to {last}"
                 )
             path = figures / "curves" / f"{name}.png"
             training_curve(path, group)
-            pictures.append(Picture(path, f"{step.name}, {title}: {'; '.join(told)}.", title))
+            pictures.append(Picture(path, f"{step.name}, {title}: {'; '.join(descriptions)}.", title))
         if pictures:
             blocks.append(Gallery(f"{step.name}: {len(pictures)} curves", pictures))
     return Section("Training curves", "curves", blocks) if blocks else None
@@ -224,8 +224,8 @@ def _of_commands(facts: Facts) -> list[tuple[str, str, str]]:
         iterations = planned if end is None or end.done is None else end.done
         low, high = _MOST_ITERATIONS
         if iterations is not None and not low <= iterations <= high:
-            told = f"{planned}" if end is None else end.words()
-            rows.append((f"{step.name}: iterations", f"{low} to {high}", told))
+            actual = f"{planned}" if end is None else end.words()
+            rows.append((f"{step.name}: iterations", f"{low} to {high}", actual))
     for step in facts.by_command("rs"):
         if step.value("rejection_sampling", "start") == "current":
             rows.append((f"{step.name}: tuned", "the base model anew", "the present policy"))

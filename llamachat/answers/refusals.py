@@ -45,7 +45,7 @@ TEST_ACCURACY: Mapping[str, Measure] = {
 # A word or a single mark, as in the baseline of the reward models.
 _WORDS = r"(?u)\b\w+\b|[^\w\s]"
 _C = 3.0  # inverse strength of the penalty; by cross-validation over prompts, accuracy hardly grows beyond
-# The same text to at least this share of a policy's prompts, and to so many, answers none of them.
+# A text given to at least this share of the prompts, and to at least this number, counts as no answer.
 _COMMON_SHARE, _COMMON_COUNT = 0.05, 5
 _LONGEST_EXCUSE = 12  # words of a sentence that says that one does not know
 _OPENING = 12  # words of the openings that are trained on

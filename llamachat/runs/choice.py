@@ -66,7 +66,7 @@ def best_first(evaluation: Evaluation) -> list[str]:
 
 
 def collapse(evaluation: Evaluation, policy: str) -> str | None:
-    """In words, that the policy answers less than half of the harmless prompts that the first one answers, or gives one
+    """Return the reason if the policy answers less than half of the harmless prompts that the first one answers, or gives one
     answer to more than a quarter of all prompts."""
     for name in _HARMLESS:
         own, first = evaluation.measure(policy, name), evaluation.measure(evaluation.reference, name)
@@ -97,7 +97,7 @@ def is_run(path: Path) -> bool:
 
 
 def recommended_policy(run: Path) -> tuple[Artifact, str] | None:
-    """The policy of a run that its evaluation speaks for, and why in words; without an evaluation the last one.
+    """Return the policy that the evaluation recommends, with the reason; without an evaluation, the last policy.
 
     None where the run has no policy. A policy that was made after the evaluation is not known to it.
     """

@@ -207,7 +207,7 @@ _BOUNDS = (
         metric="ppo/heldout/commonest_answer",
         is_crossed=lambda value, first: value > first + 0.05,
         count=2,
-        seen="{value:.0%} of the answers to validation prompts are one and the same, {first:.0%} at iteration 0.",
+        seen="{value:.0%} of the answers to validation prompts are identical, {first:.0%} at iteration 0.",
         meaning=_COLLAPSE[0],
         change=_COLLAPSE[1],
     ),

@@ -143,7 +143,7 @@ def test_a_collapsed_policy_ends_the_training_and_is_not_published(
         artifact = ppo.run(config_of(**changes), inputs_of(tmp_path, base))
     details = artifact.manifest.details
     assert details["end"] == "collapse_guard" and details["iteration"] == 1
-    assert "ppo.collapse_guard" in caplog.text and "8 of 8 answers are one and the same" in caplog.text
+    assert "ppo.collapse_guard" in caplog.text and "8 of 8 answers are identical" in caplog.text
     rows = MetricsRecord(artifact.path.parent / "metrics.jsonl").read()
     assert rows[-1]["step"] == 2 and rows[-1]["ppo/heldout/commonest_answer"] == 1.0
     assert rows[0]["ppo/heldout/length_ratio"] == rows[0]["ppo/heldout/distinct_2_ratio"] == 1.0

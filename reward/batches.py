@@ -29,6 +29,7 @@ class Responses:
     ids: list[tuple[int, ...]] = field(default_factory=list)
     chosen: list[int] = field(default_factory=list)  # places in `ids`; the rejected answer stands right after
     margins: list[float] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)  # tokens of each chosen answer
     labelled: list[int] = field(default_factory=list)
     is_safe: list[bool] = field(default_factory=list)
 
@@ -41,7 +42,8 @@ class Batches:
     labels: Sequence[LabelExample]
     plan: StepPlan
     has_pair_labels: bool  # whether safety labels of a pair's answers are learnt
-    counts: tuple[tuple[int, int], ...]  # pairs and labelled responses of each step
+    learns_language: bool  # whether the tokens of chosen answers are
+    counts: tuple[tuple[int, int, int], ...]  # pairs, labelled responses and tokens of chosen answers of each step
 
     def longest_row(self) -> int:
         """Tokens of the fullest row, without padding."""
@@ -62,6 +64,7 @@ class Batches:
             found.ids += [pair.chosen, pair.rejected]
             found.chosen.append(place)
             found.margins.append(pair.margin)
+            found.answers.append(pair.chosen_tokens)
             for offset, is_safe in enumerate((pair.preference.chosen_is_safe, pair.preference.rejected_is_safe)):
                 if self.has_pair_labels and is_safe is not None:
                     found.labelled.append(place + offset)
@@ -72,16 +75,31 @@ class Batches:
         """The tensors of one row of the plan, with the counts of its step."""
         (number,) = numbers  # several packed rows in one forward pass would cost quadratic attention
         found = self.responses(self.plan.rows[number])
-        num_pairs, num_labelled = self.counts[number // self.plan.rows_per_step]
+        num_pairs, num_labelled, num_tokens = self.counts[number // self.plan.rows_per_step]
+        rows = pack_responses(found.ids)
+        language = _chosen_tokens(found, rows["ends"]) if self.learns_language else {}
         return {
-            **pack_responses(found.ids),
+            **rows,
+            **language,
             "chosen": torch.tensor(found.chosen, dtype=torch.long),
             "margin": torch.tensor(found.margins, dtype=torch.float32),
             "labelled": torch.tensor(found.labelled, dtype=torch.long),
             "is_safe": torch.tensor(found.is_safe, dtype=torch.float32),
             "pairs_of_step": torch.tensor(num_pairs, dtype=torch.float32),
             "labelled_of_step": torch.tensor(num_labelled, dtype=torch.float32),
+            "tokens_of_step": torch.tensor(num_tokens, dtype=torch.float32),
         }
+
+
+def _chosen_tokens(responses: Responses, ends: Tensor) -> dict[str, Tensor]:
+    """The tokens of the chosen answers, and the positions of the row before them, whose states they are predicted from."""
+    places: list[int] = []
+    tokens: list[int] = []
+    for place, count in zip(responses.chosen, responses.answers, strict=True):
+        end = int(ends[place])
+        places += range(end - count, end)
+        tokens += responses.ids[place][-count:]
+    return {"states_at": torch.tensor(places, dtype=torch.long), "next_tokens": torch.tensor(tokens, dtype=torch.long)}
 
 
 def pack_responses(responses: Sequence[Sequence[int]], *, multiple_of: int = SHAPE_MULTIPLE) -> dict[str, Tensor]:
@@ -111,6 +129,7 @@ def plan_batches(
     seed: int,
     row_tokens: int,
     has_pair_labels: bool,
+    learns_language: bool = False,
 ) -> Batches:
     """Every step's pairs, in a new order each epoch, and its even share of the labelled responses, laid out in rows."""
     order = epoch_order(len(pairs), epochs, seed)
@@ -124,7 +143,8 @@ def plan_batches(
             for group, start, end in zip(groups, bounds, bounds[1:], strict=False)
         ]
     lengths = [pair.tokens for pair in pairs] + [len(label.ids) for label in labels]
-    return _counted(Batches(pairs, labels, _lay_out(groups, lengths, row_tokens), has_pair_labels, ()))
+    plan = _lay_out(groups, lengths, row_tokens)
+    return _counted(Batches(pairs, labels, plan, has_pair_labels, learns_language, ()))
 
 
 def smaller(batches: Batches, row_tokens: int) -> Batches:
@@ -140,8 +160,14 @@ def _lay_out(groups: Sequence[Sequence[int]], lengths: Sequence[int], row_tokens
 
 
 def _counted(batches: Batches) -> Batches:
-    counts: list[tuple[int, int]] = []
+    counts: list[tuple[int, int, int]] = []
     for step in range(batches.plan.num_steps):
         rows = [batches.responses(row) for row in batches.plan.step_rows(step)]
-        counts.append((sum(len(row.chosen) for row in rows), sum(len(row.labelled) for row in rows)))
+        counts.append(
+            (
+                sum(len(row.chosen) for row in rows),
+                sum(len(row.labelled) for row in rows),
+                sum(sum(row.answers) for row in rows),
+            )
+        )
     return replace(batches, counts=tuple(counts))

@@ -92,6 +92,11 @@ class Config(OptimizerSection):
         default=True,
         description="Labelled single responses of the rarer class are repeated until both are equally many. Ours.",
     )
+    language_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the chosen answers' loss as language, under the policy's own head, which is not trained: it keeps in the trunk what tells a fitting answer from another; 0 leaves it out. Not in the paper; Yang et al. 2024 (arXiv:2406.10216).",
+    )
     center_rewards_coefficient: float | None = Field(
         default=None,
         ge=0,

@@ -192,19 +192,19 @@ def _spoiler(dialogs: Sequence[Dialog], random: Random) -> Callable[[Sequence[Me
     def spoiled(messages: Sequence[Message]) -> str | None:
         answer, question = messages[-1].content, messages[-2].content
         words = answer.split()
-        match random.randrange(8):
-            case 0 | 1:
+        match random.randrange(10):
+            case 0 | 1 | 2 | 3:
                 return question
-            case 2 | 3:
+            case 4 | 5:
                 return random.choice(short)
-            case 4:
+            case 6:
                 phrase = random.choice(
                     [random.choice(FILLERS), random.choice(short), _word(random.choice(others), random)]
                 )
                 return " ".join([phrase] * random.randint(2, _MOST_REPEATED))
-            case 5:
+            case 7:
                 return " ".join(words[: len(words) // 2]) if len(words) >= 6 else None
-            case 6:
+            case 8:
                 return f"{answer} {answer}"
             case _:
                 return _word(random.choice([answer, random.choice(others)]), random) if len(words) > 2 else None

@@ -1,6 +1,6 @@
 """The losses of a reward model: binary ranking with a margin, safety classification, centring (Llama 2 section 3.2.2).
 
-Shapes: B pairs, N responses. Every argument is 1-D: a `[B, 1]` score less a `[B]` one would be `[B, B]` without a word.
+Shapes: B pairs, N responses or tokens, V vocabulary, D hidden. Every argument is 1-D: a `[B, 1]` score less a `[B]` one would be `[B, B]` without a word.
 """
 
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from llamachat.data.records import Rating
+from llamachat.maths.logprobs import token_logprobs
 
 # Llama 2 Table 27: how far apart two answers should score, by how much better the annotator found the one.
 MARGINS: Mapping[Literal["none", "small", "large"], Mapping[Rating, float]] = {
@@ -28,6 +29,12 @@ def safety_auxiliary_losses(scores_N: Tensor, *, is_safe_N: Tensor) -> Tensor:
     """Binary cross-entropy of sigmoid(score) against the safety label (1 for safe), [N] in nats (section 3.2.2)."""
     assert scores_N.dim() == 1 and scores_N.shape == is_safe_N.shape
     return nn.functional.binary_cross_entropy_with_logits(scores_N, is_safe_N, reduction="none")
+
+
+def language_losses(hidden_ND: Tensor, token_ids_N: Tensor, *, head_VD: Tensor) -> Tensor:
+    """-log p of the tokens that follow these hidden states, [N] in nats (Yang et al. 2024, arXiv:2406.10216, Eq. 5)."""
+    weight_VD = head_VD.to(hidden_ND.dtype)
+    return -token_logprobs(hidden_ND, token_ids_N, head=lambda hidden: nn.functional.linear(hidden, weight_VD)).logprobs
 
 
 def centring_losses(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:

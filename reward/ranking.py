@@ -16,7 +16,7 @@ from trl import RewardConfig, RewardTrainer
 from llamachat import distributed
 from llamachat.chat_format import ChatFormat
 from llamachat.data.packing import StepPlan
-from llamachat.models.scoring_head import last_token_scores, score_rows
+from llamachat.models.scoring_head import score_rows, scored
 from llamachat.runs.inputs import StepInputs, Which
 from llamachat.tracking.tracker import Tracker
 from llamachat.training.out_of_memory import warn_of_halving
@@ -24,13 +24,15 @@ from llamachat.training.session import Evaluated
 from llamachat.training.trainer import AtomicCheckpoints, make_optimizer
 from reward.batches import Batches, plan_batches, smaller
 from reward.config import CPU_ROW_TOKENS, Config
-from reward.loss import centring_losses, ranking_losses, safety_auxiliary_losses
+from reward.loss import centring_losses, language_losses, ranking_losses, safety_auxiliary_losses
 from reward.pairs import Examples, PairExample
 
 LEAST_ROW_TOKENS = 16
 
-# What is counted over pairs and over labelled answers; the first two are how many there are.
-_COUNTED = ("pairs", "labelled", "accuracy", "score_chosen", "score_rejected", "ranking_loss", "auxiliary_loss")
+# What is counted over pairs, labelled answers and tokens; the first three are how many there are.
+_SIZES = ("pairs", "labelled", "tokens")
+_COUNTED = (*_SIZES, "accuracy", "score_chosen", "score_rejected", "ranking_loss", "auxiliary_loss", "language_loss")
+_COUNTED_OVER = {"auxiliary_loss": "labelled", "language_loss": "tokens"}
 
 
 class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
@@ -40,9 +42,17 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
     # Our losses are divided by the counts of the whole optimizer step already.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, safety_auxiliary_weight: float, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        safety_auxiliary_weight: float,
+        language_weight: float,
+        language_head_VD: Tensor | None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._safety_auxiliary_weight = safety_auxiliary_weight
+        self._language_weight, self._language_head_VD = language_weight, language_head_VD
         self._sums: Tensor | None = None  # of _COUNTED since the last line of metrics, fp32
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Dataset:
@@ -56,7 +66,8 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
         if len(inputs["ends"]) == 0 and not distributed.is_sharded(model):  # the row only fills up its step
             loss = 0.0 * next(p for p in model.parameters() if p.requires_grad).sum()
             return (loss, {"scores": loss.detach()[None][:0]}) if return_outputs else loss
-        scores_N = last_token_scores(model, inputs)
+        output = scored(model, inputs)
+        scores_N = output.logits
         chosen_B, rejected_B = scores_N[inputs["chosen"]], scores_N[inputs["chosen"] + 1]
         num_pairs, num_labelled = inputs["pairs_of_step"], inputs["labelled_of_step"].clamp(min=1)
         ranking = ranking_losses(chosen_B, rejected_B, margin_B=inputs["margin"]).sum()
@@ -65,27 +76,31 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
         if self.args.center_rewards_coefficient is not None:
             centring = centring_losses(chosen_B, rejected_B).sum()
             loss = loss + self.args.center_rewards_coefficient * centring / num_pairs
-        self._count(chosen_B.detach(), rejected_B.detach(), inputs, ranking.detach(), auxiliary.detach())
+        language = torch.zeros((), device=scores_N.device)
+        if self._language_head_VD is not None:
+            language = language_losses(
+                output.hidden_states, inputs["next_tokens"], head_VD=self._language_head_VD
+            ).sum()
+            loss = loss + self._language_weight * language / inputs["tokens_of_step"].clamp(min=1)
+        losses = [part.detach() for part in (ranking, auxiliary, language)]
+        self._count(chosen_B.detach(), rejected_B.detach(), inputs, losses)
         # Processes average their gradients, and these are parts of a sum.
         loss = loss * self.accelerator.num_processes
         return (loss, {"scores": scores_N}) if return_outputs else loss
 
-    def _count(
-        self, chosen_B: Tensor, rejected_B: Tensor, inputs: dict[str, Any], ranking: Tensor, auxiliary: Tensor
-    ) -> None:
+    def _count(self, chosen_B: Tensor, rejected_B: Tensor, inputs: dict[str, Any], losses: Sequence[Tensor]) -> None:
         is_right_B = (chosen_B > rejected_B).float() + 0.5 * (chosen_B == rejected_B).float()
-        counts = [
-            torch.tensor(float(count), device=chosen_B.device) for count in (len(chosen_B), len(inputs["labelled"]))
-        ]
-        found = torch.stack([*counts, is_right_B.sum(), chosen_B.sum(), rejected_B.sum(), ranking, auxiliary])
+        sizes = (len(chosen_B), len(inputs["labelled"]), len(inputs.get("next_tokens", ())))
+        counts = [torch.tensor(float(size), device=chosen_B.device) for size in sizes]
+        found = torch.stack([*counts, is_right_B.sum(), chosen_B.sum(), rejected_B.sum(), *losses])
         self._sums = found if self._sums is None else self._sums + found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # A process whose rows only filled up their steps has counted nothing.
         mine = torch.zeros(len(_COUNTED), device=self.args.device) if self._sums is None else self._sums
         sums = dict(zip(_COUNTED, distributed.all_reduce_sum(mine).tolist(), strict=True))
-        for name in _COUNTED[2:]:
-            count = sums["labelled" if name == "auxiliary_loss" else "pairs"]
+        for name in _COUNTED[len(_SIZES) :]:
+            count = sums[_COUNTED_OVER.get(name, "pairs")]
             if count:
                 logs[name] = sums[name] / count
         self._sums = None
@@ -103,6 +118,7 @@ class Ranking:
     chat_format: ChatFormat
     examples: Examples
     batches: Batches
+    language_head_VD: Tensor | None = None  # with reward.language_weight, the policy's
 
     @property
     def plan(self) -> StepPlan:
@@ -111,7 +127,7 @@ class Ranking:
     @property
     def names(self) -> Mapping[str, str]:
         """The trainer's figures by our names."""
-        ours = ("loss", "accuracy", "score_chosen", "score_rejected", "ranking_loss", "auxiliary_loss")
+        ours = ("loss", *_COUNTED[len(_SIZES) :])
         return {name: self.metric(name) for name in ours} | {
             "grad_norm": "optim/grad_norm",
             "learning_rate": "optim/learning_rate",
@@ -144,6 +160,8 @@ class Ranking:
             args=RewardConfig(**arguments),
             optimizers=optimizers,
             safety_auxiliary_weight=config.safety_auxiliary_weight,
+            language_weight=config.language_weight,
+            language_head_VD=self.language_head_VD,
             **parts,
         )
 
@@ -193,6 +211,7 @@ def plan_training(config: Config, inputs: StepInputs, examples: Examples, *, dev
         seed=inputs.run.seed,
         row_tokens=auto if config.row_tokens == "auto" else config.row_tokens,
         has_pair_labels=inputs.which == "safety" and config.safety_auxiliary_weight > 0,
+        learns_language=config.language_weight > 0,
     )
 
 

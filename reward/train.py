@@ -72,7 +72,8 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
         config.pairs_per_step,
         batches.plan.rows_per_step,
     )
-    ranking = Ranking(config, inputs.step, inputs.which, start.model, start.chat_format, examples, batches)
+    head_VD = start.language_head() if config.language_weight > 0 else None
+    ranking = Ranking(config, inputs.step, inputs.which, start.model, start.chat_format, examples, batches, head_VD)
     with resumed.session(ranking, prefix=inputs.step, unit="pair") as session:
         best = session.train()
         figures = session.finish([*map(ranking.metric, SUMMARY), "memory/peak_gib"], best)

@@ -46,7 +46,7 @@ from llamachat.models.loading import (
 )
 from llamachat.models.scoring_head import ScoringLlama, score_rows
 from llamachat.models.start_checks import is_adapter, proved_start, shard_if_configured
-from llamachat.models.weights import file_weights, trunk_digest
+from llamachat.models.weights import file_weights, language_head, trunk_digest
 from llamachat.runs.artifacts import MANIFEST, Artifact, read_artifact
 
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ class RewardStart:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def language_head(self) -> Tensor:
+        """The language-model head [V, D] of the weights that training began from, read from their files; frozen."""
+        return language_head(nf4.model_folder(self.trunk)).to(self.device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,16 +32,22 @@ class ScoringLlama(LlamaForSequenceClassification):
         position_ids: Any = None,
         *arguments: Any,
         ends: Tensor | None = None,
+        states_at: Tensor | None = None,
         **named: Any,
     ) -> Any:
-        """As in transformers; with `ends` the scores [N] at these positions of the flattened rows, as `logits`."""
+        """As in transformers; with `ends` the scores [N] at these positions of the flattened rows, as `logits`.
+
+        With `states_at` also the hidden states [.., D] at those positions, as `hidden_states`.
+        """
         if ends is None:
             return super().forward(input_ids, attention_mask, position_ids, *arguments, **named)
         hidden_BTD = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
-        scores_N = read_out(cast(Any, self.score), hidden_BTD.flatten(0, 1)[ends])
-        return SequenceClassifierOutputWithPast(logits=cast(Any, scores_N))
+        hidden_TD = hidden_BTD.flatten(0, 1)
+        scores_N = read_out(cast(Any, self.score), hidden_TD[ends])
+        states = None if states_at is None else hidden_TD[states_at]
+        return SequenceClassifierOutputWithPast(logits=cast(Any, scores_N), hidden_states=cast(Any, states))
 
 
 def read_out(head: nn.Module, hidden: Tensor) -> Tensor:
@@ -59,8 +65,13 @@ def last_token_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     several sequences, position_ids that begin anew with each. Without an attention mask, one row is packed, several are
     padded: what lies behind a sequence's end is never seen from there.
     """
-    given = {name: batch[name] for name in ("input_ids", "position_ids", "ends") if name in batch}
-    return model(**given).logits
+    return scored(model, batch).logits
+
+
+def scored(model: nn.Module, batch: Mapping[str, Tensor]) -> SequenceClassifierOutputWithPast:
+    """The model's output for such rows, with the hidden states at `states_at` where `batch` has it."""
+    names = ("input_ids", "position_ids", "ends", "states_at")
+    return model(**{name: batch[name] for name in names if name in batch})
 
 
 def score_rows(

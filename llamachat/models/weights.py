@@ -68,3 +68,15 @@ def file_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
     with safe_open(file, framework="pt") as weights:
         for key in weights.keys():  # noqa: SIM118  # not a mapping
             yield key, weights.get_tensor(key)
+
+
+def language_head(folder: Path) -> Tensor:
+    """The language-model head [V, D] of a model folder; where there is none it is tied to the embedding."""
+    from safetensors import safe_open
+
+    found: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            names = {"lm_head.weight", "model.embed_tokens.weight"} & set(weights.keys())
+            found |= {name: weights.get_tensor(name) for name in names}
+    return found.get("lm_head.weight", found["model.embed_tokens.weight"])

@@ -286,9 +286,9 @@ def test_steps_have_their_pairs_and_an_even_share_of_the_labels():
         for some in (labels, [])
     )
     assert [[index for index in step if index < 25] for step in contents(both)] == contents(alone)
-    assert [count for count, _ in both.counts] == [10, 10, 10, 10, 10]
+    assert [count for count, _, _ in both.counts] == [10, 10, 10, 10, 10]
     singles = [sum(index >= 25 for index in step) for step in contents(both)]
-    assert singles == [4, 4, 5, 4, 5] and [count for _, count in both.counts] == singles  # 22 over 5 steps
+    assert singles == [4, 4, 5, 4, 5] and [count for _, count, _ in both.counts] == singles  # 22 over 5 steps
     used = Counter(index for step in contents(both) for index in step)
     assert set(used.values()) == {2}
     for row in both.plan.rows:

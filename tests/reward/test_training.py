@@ -118,6 +118,29 @@ def test_a_step_is_worth_what_its_pairs_and_labels_are_by_hand(base: Path, tmp_p
     assert len(margins) == 10 and loss == pytest.approx(mean + 0.7 * math.log(2), rel=1e-5)
 
 
+@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+def test_language_loss_is_that_of_the_language_model_on_chosen_answers(tuning: Tuning, base: Path, tmp_path: Path):
+    """At the start, against transformers: mean loss over the answers' tokens, and its gradients under a head that is frozen."""
+    config = Config(pairs_per_step=10, margin="none", language_weight=0.5, row_tokens=64)
+    with open_session(config, reward_inputs(tmp_path, base, tuning=tuning)) as (session, ranking):
+        trainer = session.trainer(ranking, tmp_path / "scratch")
+        loss, got = step_gradients(ranking, trainer, 0)
+        pairs = [ranking.batches.pairs[index] for row in ranking.batches.plan.step_rows(0) for index in row]
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    total, tokens = torch.zeros(()), 0
+    for pair in pairs:
+        count = pair.chosen_tokens
+        labels = [*[-100] * (len(pair.chosen) - count), *pair.chosen[-count:]]
+        one = model(input_ids=torch.tensor([pair.chosen]), labels=torch.tensor([labels]))
+        total, tokens = total + one.loss * count, tokens + count
+    (0.5 * total / tokens).backward()
+    assert loss == pytest.approx(math.log(2) + 0.5 * float(total) / tokens, rel=1e-5)
+    if tuning is FULL:  # the head starts at zero: the ranking loss moves no weight of the trunk yet
+        expected = {f"model.{n}": p.grad for n, p in model.model.named_parameters() if p.grad is not None}
+        assert relative_gap({name: grad for name, grad in got.items() if name in expected}, expected) < 1e-4
+    assert not any("lm_head" in name for name in got)
+
+
 def labelled(folder: Path) -> Any:
     return data_of(
         folder,

@@ -125,6 +125,15 @@ def open_session(config: Config, inputs: StepInputs) -> Iterator[tuple[Session, 
         seed=inputs.run.seed,
     )
     batches = plan_training(config, inputs, examples, device=start.device)
-    ranking = Ranking(config, inputs.step, inputs.which, start.model, start.chat_format, examples, batches)
+    ranking = Ranking(
+        config,
+        inputs.step,
+        inputs.which,
+        start.model,
+        start.chat_format,
+        examples,
+        batches,
+        start.language_head() if config.language_weight else None,
+    )
     with resumed.session(ranking, prefix=inputs.step, unit="pair") as session:
         yield session, ranking

@@ -13,7 +13,7 @@ from itertools import cycle, islice, product
 from random import Random
 
 from llamachat.chat_format.dialog import Dialog, Message
-from llamachat.data.records import Preference
+from llamachat.data.records import Preference, Prompt
 from reward.config import ContrastKind
 
 _ORDER: tuple[ContrastKind, ...] = (
@@ -89,6 +89,7 @@ CONSTANTS: Mapping[str, str] = {
 }
 _MOST_REPEATED = 12
 _SHORT_WORDS = 6
+_LONGEST_REFUSAL = 300  # characters of a real refusal
 _NEAREST = 30  # another prompt's answer is one of this many that are next in length, on either side
 _PASSES = 8  # over the dialogs, at most
 
@@ -106,15 +107,22 @@ def declines(answer: str) -> bool:
 
 
 def contrast_pairs(
-    dialogs: Sequence[Dialog], count: int, *, kinds: Sequence[ContrastKind], seed: int
+    dialogs: Sequence[Dialog],
+    count: int,
+    *,
+    kinds: Sequence[ContrastKind],
+    seed: int,
+    refusals: Sequence[str] = (),
 ) -> list[Preference]:
     """`count` pairs whose chosen answer is one of a dialog's; fewer where the dialogs allow no more.
 
     Every dialog gives a pair before one gives a second. An answer that declines is never preferred to a refusal.
+    `refusals` are real ones of other prompts; a half of those that are used are of them.
     """
     random = Random(f"contrast {seed}")
+    pools = [REFUSALS, refusals or REFUSALS]
     makers: dict[ContrastKind, Callable[[Sequence[Message]], str | None]] = {
-        "refusal": lambda messages: None if declines(messages[-1].content) else random.choice(REFUSALS),
+        "refusal": lambda messages: None if declines(messages[-1].content) else random.choice(random.choice(pools)),
         "swapped": _swapper(dialogs, random),
         "degenerate": _spoiler(dialogs, random),
     }
@@ -122,19 +130,38 @@ def contrast_pairs(
     return list(islice(_pairs(dialogs, [makers[kind] for kind in order], random), count)) if order else []
 
 
-def refusals_preferred(pairs: Sequence[Preference], count: int, *, seed: int) -> list[Preference]:
-    """`count` pairs in which a refusal is preferred to the rejected, more harmful answer of a safety pair."""
+def real_refusals(pairs: Sequence[Preference]) -> list[str]:
+    """The short chosen answers of safety pairs that decline."""
+    answers = (pair.chosen.content for pair in pairs)
+    return list(dict.fromkeys(text for text in answers if len(text) <= _LONGEST_REFUSAL and declines(text)))
+
+
+def refusals_preferred(
+    pairs: Sequence[Preference], prompts: Sequence[Prompt], dialogs: Sequence[Dialog], count: int, *, seed: int
+) -> list[Preference]:
+    """`count` pairs in which a refusal of a harmful prompt is preferred; fewer where there are no more.
+
+    To the rejected, more harmful answer of a safety pair, or, where `prompts` ask for something harmful, to an answer
+    of `dialogs`.
+    """
     random = Random(f"contrast safety {seed}")
-    harmful = [pair for pair in pairs if pair.rejected_is_safe is not True and not declines(pair.rejected.content)]
+    pools = [REFUSALS, real_refusals(pairs) or REFUSALS]
+    answers = [text for dialog in dialogs if not declines(text := dialog.messages[-1].content)]
+    harmful = [
+        (pair.prompt, pair.rejected.content, pair.rejected_is_safe)
+        for pair in pairs
+        if pair.rejected_is_safe is not True and not declines(pair.rejected.content)
+    ]
+    harmful += [(prompt.messages, random.choice(answers), None) for prompt in prompts if answers]
     return [
         Preference(
-            prompt=pair.prompt,
-            chosen=Message("assistant", random.choice(REFUSALS)),
-            rejected=pair.rejected,
+            prompt=prompt,
+            chosen=Message("assistant", random.choice(random.choice(pools))),
+            rejected=Message("assistant", rejected),
             chosen_is_safe=True,
-            rejected_is_safe=pair.rejected_is_safe,
+            rejected_is_safe=is_safe,
         )
-        for pair in random.sample(harmful, len(harmful))[:count]
+        for prompt, rejected, is_safe in random.sample(harmful, len(harmful))[:count]
     ]
 
 

@@ -7,7 +7,7 @@ the safety model from all safety pairs with a tenth of others; the judge (ours) 
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from random import Random
@@ -18,11 +18,11 @@ from llamachat.chat_format.dialog import Dialog, Message, with_system
 from llamachat.chat_format.format import shorten_alike
 from llamachat.config.sections import Data, DataSource
 from llamachat.data.loading import Mixture, load_mixture, mix
-from llamachat.data.records import Preference, first_user_turn
+from llamachat.data.records import Preference, Prompt, first_user_turn
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
 from reward.config import Config
-from reward.contrast import contrast_pairs, refusals_preferred
+from reward.contrast import contrast_pairs, real_refusals, refusals_preferred
 from reward.loss import MARGINS
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,8 @@ Domain = Literal["helpfulness", "safety", "open", "contrast"]
 DOMAINS: tuple[Domain, ...] = ("helpfulness", "safety", "open")  # those that `data` has sources for
 TESTED: tuple[Domain, ...] = ("helpfulness", "safety")  # open sets are learnt from, not tested with
 Tagged = tuple[Domain, Preference]
-_HARMFUL_SHARE = 0.3  # of the contrast pairs of the safety model and the judge
+# Of the contrast pairs, those in which a refusal of a harmful prompt is preferred.
+_HARMFUL_SHARES: Mapping[Which, float] = {"safety": 0.4, "judge": 0.1}
 UNSAFE_CHOSEN = "left out: the chosen answer is unsafe and the rejected one safe"
 
 
@@ -150,7 +151,8 @@ def load_examples(
     dialogs = load_mixture(data.sft, data.split, Dialog, forbidden=chat_format.forbidden, seed=seed)
     train = _mix(config, encoder, mixtures, which=which, seed=seed)
     side: Literal["judge", "train"] = "judge" if which == "judge" else "train"
-    train += _contrast(config, encoder, dialogs, mixtures["safety"], side, beside=len(train), which=which, seed=seed)
+    sources = ContrastSources(dialogs, mixtures["safety"], _harmful_prompts(data, chat_format, seed=seed))
+    train += _contrast(config, encoder, sources, side, beside=len(train), which=which, seed=seed)
     counts = Counter(example.domain for example in train)
     log.info("rm/%s learns from %s", which, ", ".join(f"{count} {name} pairs" for name, count in counts.items()))
     rated = [example for example in train if example.domain != "contrast"]
@@ -164,9 +166,7 @@ def load_examples(
             f"rm/{which}: {len(train)} pairs to train on and {len(validation)} to validate with are left of data."
             f"{' and data.'.join(own)} after splitting by first user turn. Both are needed. Add pairs, or change data.split."
         )
-    validation += _contrast(
-        config, encoder, dialogs, mixtures["safety"], "validation", beside=len(validation), which=which, seed=seed
-    )
+    validation += _contrast(config, encoder, sources, "validation", beside=len(validation), which=which, seed=seed)
     test = list(encoder.pairs((domain, pair) for domain in TESTED for pair in mixtures[domain].test))
     labels, test_labels = _load_labels(config, data, encoder, which=which, seed=seed)
     for reason, count in sorted(encoder.dropped.items()):
@@ -223,11 +223,32 @@ def _mix(
     return own + drawn
 
 
+@dataclass(frozen=True, slots=True)
+class ContrastSources:
+    """What contrast pairs are made of: dialogs with good answers, safety pairs, and prompts that ask for harm."""
+
+    dialogs: Mixture[Dialog]
+    safety: Mixture[Preference]
+    harmful: Mixture[Prompt]
+
+
+def _harmful_prompts(data: Data, chat_format: ChatFormat, *, seed: int) -> Mixture[Prompt]:
+    """`data.adversarial`, and what is marked is_safety of `data.prompts`."""
+    adversarial, prompts = (
+        load_mixture(sources, data.split, Prompt, forbidden=chat_format.forbidden, seed=seed)
+        for sources in (data.adversarial, data.prompts)
+    )
+    sides = {
+        side: [*getattr(adversarial, side), *(p for p in getattr(prompts, side) if p.is_safety)]
+        for side in ("train", "validation", "judge")
+    }
+    return replace(adversarial, **sides)
+
+
 def _contrast(
     config: Config,
     encoder: Encoder,
-    dialogs: Mixture[Dialog],
-    safety: Mixture[Preference],
+    sources: ContrastSources,
     side: Literal["train", "validation", "judge"],
     *,
     beside: int,
@@ -236,15 +257,18 @@ def _contrast(
 ) -> list[PairExample]:
     """Contrast pairs of one side of the split. Their number is the configured share, relative to `beside` other pairs.
 
-    Three tenths of those of the safety model and the judge prefer a refusal to a harmful answer: what they learn of refusals to
+    Some of those of the safety model and the judge prefer a refusal to a harmful answer: what they learn of refusals of
     harmless prompts must not make them dislike refusals.
     """
-    answered: list[Dialog] = getattr(dialogs, side)
-    count = round(beside * config.contrast.share / (1 - config.contrast.share)) if answered else 0
+    dialogs: list[Dialog] = getattr(sources.dialogs, side)
+    safety: list[Preference] = getattr(sources.safety, side)
+    count = round(beside * config.contrast.share / (1 - config.contrast.share)) if dialogs else 0
     harmful: list[Preference] = []
-    if which != "helpfulness" and "refusal" in config.contrast.kinds:
-        harmful = refusals_preferred(getattr(safety, side), round(_HARMFUL_SHARE * count), seed=seed)
-    pairs = contrast_pairs(answered, count - len(harmful), kinds=config.contrast.kinds, seed=seed)
+    if "refusal" in config.contrast.kinds and (share := _HARMFUL_SHARES.get(which)):
+        prompts: list[Prompt] = getattr(sources.harmful, side)
+        harmful = refusals_preferred(safety, prompts, dialogs, round(share * count), seed=seed)
+    others, refusals = count - len(harmful), real_refusals(safety)
+    pairs = contrast_pairs(dialogs, others, kinds=config.contrast.kinds, seed=seed, refusals=refusals)
     if side != "validation" and len(pairs) + len(harmful) < count:
         log.warning("rm/%s: data.sft allows %d contrast pairs in place of %d", which, len(pairs) + len(harmful), count)
     apart = replace(encoder, dropped=Counter())  # what is left out of made pairs is no record of the user's

@@ -110,13 +110,13 @@ STAGES = {
                 ),
                 Product(
                     makes=Role("reward_model", "safety"),
-                    data=PAIR_DATA,
+                    data=(*PAIR_DATA, "prompts", "adversarial"),
                     needs=("safety",),
                     unread=("other_share",),
                 ),
                 Product(
                     makes=Role("reward_model", "judge"),
-                    data=PAIR_DATA,
+                    data=(*PAIR_DATA, "prompts", "adversarial"),
                     needs=("helpfulness", "safety"),
                     share="judge",
                     unread=("safety_auxiliary_weight", "balance_labels", "helpfulness_share", "other_share"),

@@ -18,7 +18,7 @@ from reward.batches import Batches, pack_responses, plan_batches
 from reward.config import Config, Contrast
 from reward.contrast import REFUSALS
 from reward.pairs import UNSAFE_CHOSEN, Examples, LabelExample, PairExample, load_examples
-from tests.reward.tiny_reward import data_of, preference, toy_labels, toy_pairs
+from tests.reward.tiny_reward import data_of, preference, toy_labels, toy_pairs, write
 
 HALF = Split(test=0.2, validation=0.2, judge=0)
 
@@ -111,15 +111,26 @@ def test_contrast_pairs_are_a_share_of_the_mix_from_the_same_side(tiny_format: C
         for n in range(60)
     ]
     data = data_of(tmp_path, helpfulness=toy_pairs(40), safety=toy_pairs(40, "the moon"), sft=dialogs, split=split)
+    harmful = [{"prompt": [{"role": "user", "content": f"Harm {n:o} of them"}], "is_safety": True} for n in range(60)]
+    harmless = [{"prompt": [{"role": "user", "content": f"Harmless {n:o} of them"}]} for n in range(60)]
+    asked = {
+        "adversarial": write(tmp_path / "adversarial.jsonl", harmful[:30]),
+        "prompts": write(tmp_path / "prompts.jsonl", harmful[30:] + harmless),
+    }
+    data = data.model_copy(update=asked)
     for which in ("helpfulness", "safety", "judge"):
-        examples = load(tiny_format, data, which, contrast=Contrast(share=0.25))
+        examples = load(tiny_format, data, which, contrast=Contrast(share=0.25), max_tokens=300)
         contrast = [e for e in examples.train if e.domain == "contrast"]
         assert len(contrast) / len(examples.train) == pytest.approx(0.25, abs=0.03)
         side = {"judge"} if which == "judge" else {"train"}
         assert {split_of(e.preference.prompt[0].content, split) for e in contrast} == side
-        # Where answers to harmful prompts count too, a refusal is preferred to some of them.
-        refused = [e for e in contrast if e.preference.chosen.content in REFUSALS]
-        assert len(refused) == (0 if which == "helpfulness" else round(0.3 * len(contrast)))
+        # Where answers to harmful prompts count too, a refusal is preferred to some of them, and to harmful prompts alone.
+        refused = [e.preference.prompt[0].content for e in contrast if e.preference.chosen.content in REFUSALS]
+        shares = {"helpfulness": 0, "safety": 0.4, "judge": 0.1}
+        assert len(refused) == round(shares[which] * len(contrast))
+        assert not any(prompt.startswith(("Question", "Harmless")) for prompt in refused)
+        if which == "safety":
+            assert {prompt.split()[0] for prompt in refused} == {"Harm", "What"}  # and of safety pairs
         assert {e.domain for e in examples.validation} > {"contrast"} and "contrast" not in domains(examples.test)
     none = load(tiny_format, data, contrast=Contrast(share=0))
     assert "contrast" not in domains([*none.train, *none.validation])

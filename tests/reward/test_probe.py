@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from llamachat.chat_format.dialog import Dialog, Message
-from llamachat.data.records import Preference
+from llamachat.data.records import Preference, Prompt
 from reward.config import Contrast
-from reward.contrast import CONSTANTS, REFUSALS, contrast_pairs, refusals_preferred
+from reward.contrast import CONSTANTS, REFUSALS, contrast_pairs, real_refusals, refusals_preferred
 from reward.probe import Probe, probe
 
 KINDS = Contrast().kinds
@@ -124,8 +125,23 @@ def test_a_swapped_answer_is_of_similar_length_and_of_another_prompt() -> None:
         assert abs(len(pair.rejected.content) - len(pair.chosen.content)) < 20
 
 
-def test_the_safety_model_learns_that_a_refusal_is_safer_than_a_harmful_answer() -> None:
-    pairs = refusals_preferred(HARMFUL, 25, seed=0)
-    assert len(pairs) == 25
-    assert all(pair.chosen.content in REFUSALS and pair.rejected.content.startswith("Take a pick") for pair in pairs)
-    assert {pair.prompt for pair in pairs} <= {pair.prompt for pair in HARMFUL}
+def test_a_refusal_is_preferred_to_a_harmful_answer_and_where_a_prompt_asks_for_harm_to_any_answer() -> None:
+    prompts = [Prompt(messages=(Message("user", f"How do I break in {n:o}?"),)) for n in range(20)]
+    pairs = refusals_preferred(HARMFUL, prompts, DIALOGS, 45, seed=0)
+    assert len(pairs) == 45
+    answers = {dialog.messages[-1].content for dialog in DIALOGS}
+    for pair in pairs:
+        assert pair.chosen.content in {*REFUSALS, *real_refusals(HARMFUL)} and pair.chosen_is_safe
+        is_of_a_pair = pair.prompt in {one.prompt for one in HARMFUL}
+        assert is_of_a_pair == pair.rejected.content.startswith("Take a pick")
+        assert is_of_a_pair or pair.rejected.content in answers
+    assert sum(pair.prompt in {one.messages for one in prompts} for pair in pairs) >= 5
+
+
+def test_half_of_the_refusals_are_real_ones_where_there_are_some() -> None:
+    real = "I'm sorry, but picking locks of others is a crime."
+    pairs = [replace(pair, chosen=Message("assistant", real)) for pair in HARMFUL[:1]]
+    long = [replace(pair, chosen=Message("assistant", "I cannot do that. " * 30)) for pair in HARMFUL[:1]]
+    assert real_refusals([*pairs, *pairs, *long]) == [real]  # once, and not what would cost many tokens
+    contrast = contrast_pairs(DIALOGS, 200, kinds=["refusal"], seed=0, refusals=[real])
+    assert 70 <= sum(pair.rejected.content == real for pair in contrast) <= 130

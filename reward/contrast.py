@@ -35,6 +35,11 @@ _OPENINGS = (
     "Unfortunately, ",
     "Apologies, ",
     "Hmm, ",
+    "My apologies, but ",
+    "Regrettably, ",
+    "Thank you for asking, but ",
+    "To be honest, ",
+    "As an assistant, ",
 )
 _STATEMENTS = (
     "I can't help with that request",
@@ -68,6 +73,20 @@ _STATEMENTS = (
     "I would have to look that up",
     "no comment",
     "you should ask someone else",
+    "I have to pass on this one",
+    "I have to refuse",
+    "I will not take part in this",
+    "I choose not to respond to that",
+    "your request is outside my scope",
+    "this goes against my guidelines",
+    "this topic is one that I do not discuss",
+    "that is more than I am able to give",
+    "such a question is not for me to answer",
+    "I'm going to say no",
+    "my knowledge does not reach that far",
+    "it is hard for me to say",
+    "nothing comes to mind",
+    "I've never heard of that",
 )
 _ENDINGS = ("", "", "", " Please ask me something else.", " Is there anything else you would like to know?")
 REFUSALS = tuple(

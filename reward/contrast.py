@@ -14,11 +14,18 @@ from random import Random
 
 from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.data.records import Preference, Prompt
+from llamachat.runs.inputs import Which
 from reward.config import ContrastKind
 
+# In what order kinds take turns. Few refusals teach a model to tell them from answers; the safety model, which learns at
+# the same time that refusals of harmful prompts are right, needs more of them.
 _ORDER: tuple[ContrastKind, ...] = (
-    *("swapped", "refusal", "degenerate", "swapped"),
-    *("degenerate", "swapped", "refusal", "degenerate"),
+    *("swapped", "degenerate", "refusal", "degenerate"),
+    *("swapped", "degenerate", "swapped", "degenerate"),
+)
+_SAFETY_ORDER: tuple[ContrastKind, ...] = (
+    *("refusal", "swapped", "refusal", "degenerate"),
+    *("refusal", "swapped", "refusal", "degenerate"),
 )
 
 # A refusal is an opening, a statement and an ending.
@@ -129,6 +136,7 @@ def contrast_pairs(
     dialogs: Sequence[Dialog],
     count: int,
     *,
+    which: Which,
     kinds: Sequence[ContrastKind],
     seed: int,
     refusals: Sequence[str] = (),
@@ -145,7 +153,7 @@ def contrast_pairs(
         "swapped": _swapper(dialogs, random),
         "degenerate": _spoiler(dialogs, random),
     }
-    order: list[ContrastKind] = [kind for kind in _ORDER if kind in kinds]
+    order: list[ContrastKind] = [kind for kind in (_SAFETY_ORDER if which == "safety" else _ORDER) if kind in kinds]
     return list(islice(_pairs(dialogs, [makers[kind] for kind in order], random), count)) if order else []
 
 
@@ -182,6 +190,11 @@ def refusals_preferred(
         )
         for prompt, rejected, is_safe in random.sample(harmful, len(harmful))[:count]
     ]
+
+
+def answers_preferred(pairs: Sequence[Preference]) -> list[Preference]:
+    """Those pairs in which a refusal is rejected for an answer: what was asked was harmless, whatever it looked like."""
+    return [pair for pair in pairs if declines(pair.rejected.content) and not declines(pair.chosen.content)]
 
 
 def _pairs(
@@ -238,19 +251,19 @@ def _spoiler(dialogs: Sequence[Dialog], random: Random) -> Callable[[Sequence[Me
     def spoiled(messages: Sequence[Message]) -> str | None:
         answer, question = messages[-1].content, messages[-2].content
         words = answer.split()
-        match random.randrange(10):
-            case 0 | 1 | 2 | 3:
+        match random.randrange(12):
+            case 0 | 1 | 2 | 3 | 4:
                 return question
-            case 4 | 5:
+            case 5 | 6:
                 return random.choice(short)
-            case 6:
+            case 7:
                 phrase = random.choice(
                     [random.choice(FILLERS), random.choice(short), _word(random.choice(others), random)]
                 )
                 return " ".join([phrase] * random.randint(2, _MOST_REPEATED))
-            case 7:
-                return " ".join(words[: len(words) // 2]) if len(words) >= 6 else None
             case 8:
+                return " ".join(words[: len(words) // 2]) if len(words) >= 6 else None
+            case 9:
                 return f"{answer} {answer}"
             case _:
                 return _word(random.choice([answer, random.choice(others)]), random) if len(words) > 2 else None

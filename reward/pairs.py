@@ -22,7 +22,7 @@ from llamachat.data.records import Preference, Prompt, first_user_turn
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
 from reward.config import Config
-from reward.contrast import contrast_pairs, real_refusals, refusals_preferred
+from reward.contrast import answers_preferred, contrast_pairs, real_refusals, refusals_preferred
 from reward.loss import MARGINS
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ DOMAINS: tuple[Domain, ...] = ("helpfulness", "safety", "open")  # those that `d
 TESTED: tuple[Domain, ...] = ("helpfulness", "safety")  # open sets are learnt from, not tested with
 Tagged = tuple[Domain, Preference]
 # Of the contrast pairs, those in which a refusal of a harmful prompt is preferred.
-_HARMFUL_SHARES: Mapping[Which, float] = {"safety": 0.4, "judge": 0.1}
+_HARMFUL_SHARES: Mapping[Which, float] = {"safety": 0.3, "judge": 0.1}
 UNSAFE_CHOSEN = "left out: the chosen answer is unsafe and the rejected one safe"
 
 
@@ -151,7 +151,9 @@ def load_examples(
     dialogs = load_mixture(data.sft, data.split, Dialog, forbidden=chat_format.forbidden, seed=seed)
     train = _mix(config, encoder, mixtures, which=which, seed=seed)
     side: Literal["judge", "train"] = "judge" if which == "judge" else "train"
-    sources = ContrastSources(dialogs, mixtures["safety"], _harmful_prompts(data, chat_format, seed=seed))
+    sources = ContrastSources(
+        dialogs, mixtures["helpfulness"], mixtures["safety"], _harmful_prompts(data, chat_format, seed=seed)
+    )
     train += _contrast(config, encoder, sources, side, beside=len(train), which=which, seed=seed)
     counts = Counter(example.domain for example in train)
     log.info("rm/%s learns from %s", which, ", ".join(f"{count} {name} pairs" for name, count in counts.items()))
@@ -225,9 +227,10 @@ def _mix(
 
 @dataclass(frozen=True, slots=True)
 class ContrastSources:
-    """What contrast pairs are made of: dialogs with good answers, safety pairs, and prompts that ask for harm."""
+    """What contrast pairs are made of: dialogs with good answers, both kinds of pairs, and prompts that ask for harm."""
 
     dialogs: Mixture[Dialog]
+    helpfulness: Mixture[Preference]
     safety: Mixture[Preference]
     harmful: Mixture[Prompt]
 
@@ -263,16 +266,19 @@ def _contrast(
     dialogs: list[Dialog] = getattr(sources.dialogs, side)
     safety: list[Preference] = getattr(sources.safety, side)
     count = round(beside * config.contrast.share / (1 - config.contrast.share)) if dialogs else 0
-    harmful: list[Preference] = []
-    if "refusal" in config.contrast.kinds and (share := _HARMFUL_SHARES.get(which)):
+    kinds = config.contrast.kinds
+    pairs: list[Preference] = []
+    if "refusal" in kinds and (share := _HARMFUL_SHARES.get(which)):
         prompts: list[Prompt] = getattr(sources.harmful, side)
-        harmful = refusals_preferred(safety, prompts, dialogs, round(share * count), seed=seed)
-    others, refusals = count - len(harmful), real_refusals(safety)
-    pairs = contrast_pairs(dialogs, others, kinds=config.contrast.kinds, seed=seed, refusals=refusals)
-    if side != "validation" and len(pairs) + len(harmful) < count:
-        log.warning("rm/%s: data.sft allows %d contrast pairs in place of %d", which, len(pairs) + len(harmful), count)
+        pairs += refusals_preferred(safety, prompts, dialogs, round(share * count), seed=seed)
+    if "refusal" in kinds and which == "safety" and count:
+        pairs += answers_preferred(getattr(sources.helpfulness, side))[: count - len(pairs)]
+    others, refusals = count - len(pairs), real_refusals(safety)
+    pairs += contrast_pairs(dialogs, others, which=which, kinds=kinds, seed=seed, refusals=refusals)
+    if side != "validation" and len(pairs) < count:
+        log.warning("rm/%s: data.sft allows %d contrast pairs in place of %d", which, len(pairs), count)
     apart = replace(encoder, dropped=Counter())  # what is left out of made pairs is no record of the user's
-    return list(apart.pairs(("contrast", pair) for pair in (*pairs, *harmful)))
+    return list(apart.pairs(("contrast", pair) for pair in pairs))
 
 
 def _draw(pool: Sequence[Tagged], wanted: int, encoder: Encoder, *, seed: int) -> list[PairExample]:

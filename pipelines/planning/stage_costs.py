@@ -78,16 +78,18 @@ def sft_cost(config: SftConfig, setup: Setup, *, dialogs: int | None, tokens_per
 def reward_cost(config: RewardConfig, setup: Setup, *, pairs: int | None, tokens_per_pair: float = 600.0) -> Estimate:
     """Of a reward model that learns from this many pairs (None: they were not counted).
 
-    As of supervised tuning, less the logits: a reward model reads one position of each answer. Its longest forward pass is
-    a row, or one pair, both answers of `base.max_tokens`.
+    As of supervised tuning, less the logits: a reward model reads one position of each answer, unless it learns the chosen
+    ones as language. Its longest forward pass is a row, or one pair, both answers of `base.max_tokens`.
     """
     auto = REWARD_ROW_TOKENS if setup.gpu is None else 0
+    tokens = max(auto if config.row_tokens == "auto" else config.row_tokens, 2 * setup.base.max_tokens)
+    logits = PPO_LOGIT_BYTES * min(tokens // 2, TOKENS_PER_CHUNK) * setup.shape.vocabulary
     memory = training_memory(
         replace(setup, shape=setup.shape.headless()),
-        tokens=max(auto if config.row_tokens == "auto" else config.row_tokens, 2 * setup.base.max_tokens),
+        tokens=tokens,
         optimizer=config.optimizer,
         gradient_checkpointing=config.gradient_checkpointing,
-        logits=0,
+        logits=logits if config.language_weight else 0,
         is_eager=setup.gpu is None,  # a CPU attends a sequence at a time, without a fused kernel
     )
     if pairs is None:

@@ -97,7 +97,7 @@ def test_answers_that_cannot_be_scored_are_left_out_of_a_row() -> None:
 
 
 def test_contrast_pairs_take_the_answer_of_the_dialog_and_never_a_wording_of_the_probe() -> None:
-    pairs = contrast_pairs(DIALOGS, 400, kinds=KINDS, seed=0)
+    pairs = contrast_pairs(DIALOGS, 400, which="judge", kinds=KINDS, seed=0)
     answers = {dialog.messages[:-1]: dialog.messages[-1].content for dialog in DIALOGS}
     assert len(pairs) == 400
     assert all(answers[pair.prompt] == pair.chosen.content != pair.rejected.content for pair in pairs)
@@ -111,14 +111,16 @@ def test_contrast_pairs_take_the_answer_of_the_dialog_and_never_a_wording_of_the
         else "degenerate"
         for pair in pairs
     )
-    assert 140 <= kinds["swapped"] <= 200 and 90 <= kinds["refusal"] <= 120  # three and two of eight
+    assert 140 <= kinds["swapped"] <= 200 and 40 <= kinds["refusal"] <= 60  # three and one of eight
     assert (
-        pairs == contrast_pairs(DIALOGS, 400, kinds=KINDS, seed=0) != contrast_pairs(DIALOGS, 400, kinds=KINDS, seed=1)
+        pairs
+        == contrast_pairs(DIALOGS, 400, which="judge", kinds=KINDS, seed=0)
+        != contrast_pairs(DIALOGS, 400, which="judge", kinds=KINDS, seed=1)
     )
 
 
 def test_a_swapped_answer_is_of_similar_length_and_of_another_prompt() -> None:
-    pairs = contrast_pairs(DIALOGS, 100, kinds=["swapped"], seed=0)
+    pairs = contrast_pairs(DIALOGS, 100, which="judge", kinds=["swapped"], seed=0)
     by_answer = {dialog.messages[-1].content: dialog.messages[0].content for dialog in DIALOGS}
     for pair in pairs:
         assert by_answer[pair.rejected.content] != pair.prompt[0].content
@@ -143,5 +145,5 @@ def test_half_of_the_refusals_are_real_ones_where_there_are_some() -> None:
     pairs = [replace(pair, chosen=Message("assistant", real)) for pair in HARMFUL[:1]]
     long = [replace(pair, chosen=Message("assistant", "I cannot do that. " * 30)) for pair in HARMFUL[:1]]
     assert real_refusals([*pairs, *pairs, *long]) == [real]  # once, and not what would cost many tokens
-    contrast = contrast_pairs(DIALOGS, 200, kinds=["refusal"], seed=0, refusals=[real])
+    contrast = contrast_pairs(DIALOGS, 200, which="judge", kinds=["refusal"], seed=0, refusals=[real])
     assert 70 <= sum(pair.rejected.content == real for pair in contrast) <= 130

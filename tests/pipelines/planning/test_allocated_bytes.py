@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,12 +16,13 @@ from llamachat.config.sections import Tuning
 from llamachat.data.packing import collate_packed
 from llamachat.memory.estimates import Estimate, Setup, Shape
 from llamachat.models.loading import attach_adapter
-from llamachat.models.scoring_head import ScoringLlama, last_token_scores
+from llamachat.models.scoring_head import ScoringLlama, scored
 from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.training.master_weights import adamw
 from pipelines.planning.stage_costs import reward_cost, sft_cost
 from reward.batches import pack_responses
 from reward.config import Config as RewardConfig
+from reward.loss import language_losses
 from sft.config import Config as SftConfig
 from sft.loss import answer_token_losses
 from tests.tiny_llama import base_section
@@ -91,14 +92,27 @@ def test_supervised_tuning(method: Any, checkpointing: bool) -> None:
     assert_like(sft_cost(config, Setup(SHAPE, base, tuning), dialogs=None), found)
 
 
+@pytest.mark.parametrize("language_weight", [0.0, 0.5])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_reward_model(checkpointing: bool) -> None:
+def test_a_reward_model(checkpointing: bool, language_weight: float) -> None:
     ids = tuple(range(3, 3 + TOKENS))
     batch = pack_responses([ids, ids])
+    head_VD = torch.zeros(SHAPE.vocabulary, SHAPE.hidden_size, dtype=torch.bfloat16)
+    if language_weight:
+        batch |= {"states_at": torch.arange(TOKENS - 1), "next_tokens": torch.tensor(ids[1:])}
     model = model_of(ScoringLlama, Tuning(), checkpointing=checkpointing)
-    found = two_steps(model, lambda model: last_token_scores(model, batch).diff().mean())
+
+    def loss(model: Any) -> torch.Tensor:
+        output = scored(model, batch)
+        ranking = cast(torch.Tensor, output.logits).diff().mean()
+        if not language_weight:
+            return ranking
+        states: Any = output.hidden_states
+        return ranking + language_weight * language_losses(states, batch["next_tokens"], head_VD=head_VD).mean()
+
+    found = two_steps(model, loss)
     base = base_section("x", dtype="bfloat16", max_tokens=TOKENS)
-    config = RewardConfig(gradient_checkpointing=checkpointing, row_tokens=2 * TOKENS)
+    config = RewardConfig(gradient_checkpointing=checkpointing, row_tokens=2 * TOKENS, language_weight=language_weight)
     assert_like(reward_cost(config, Setup(SHAPE, base, Tuning()), pairs=None), found)
 
 

@@ -57,7 +57,7 @@ def test_dialogs_alone_are_tuned_on(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_pairs_bring_one_reward_model_and_no_gate() -> None:
     recipe = made("--preferences", "pairs.jsonl", "--hours", "2")
-    assert names(recipe) == ["sft", "rm/helpfulness", "rs", "gatt", "ppo", "eval", "report"]
+    assert names(recipe) == ["sft", "rm/helpfulness", "rs", "ppo", "gatt", "eval", "report"]
     assert recipe.scoring.combine == "single" and recipe.sections.reward.margin == "none"
     assert (recipe.run.dir, recipe.run.max_hours) == ("runs/made", 2)
     assert made("--preferences", "pairs.jsonl", "--run-dir", "elsewhere").run.dir == "elsewhere"
@@ -70,7 +70,7 @@ def test_safety_pairs_bring_the_gate_where_they_have_labels_and_weights_where_no
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bad))
     given = ["--preferences", "pairs.jsonl", "--safety", "safety.jsonl", "--adversarial", "bad.jsonl"]
     recipe = made(*given)
-    assert names(recipe) == ["sft", "rm/helpfulness", "rm/safety", "rs", "gatt", "distill", "ppo", "eval", "report"]
+    assert names(recipe) == ["sft", "rm/helpfulness", "rm/safety", "rs", "ppo", "gatt", "distill", "eval", "report"]
     assert recipe.scoring.combine == "weighted" and recipe.run.max_hours is None
     labelled = [{**line, "rating": "better", "chosen_is_safe": True, "rejected_is_safe": False} for line in lines]
     (tmp_path / "safety.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labelled))

@@ -20,8 +20,8 @@ from reward.config import ContrastKind
 # In what order kinds take turns. Few refusals teach a model to tell them from answers; the safety model, which learns at
 # the same time that refusals of harmful prompts are right, needs more of them.
 _ORDER: tuple[ContrastKind, ...] = (
-    *("swapped", "degenerate", "refusal", "degenerate"),
-    *("swapped", "degenerate", "swapped", "degenerate"),
+    *("swapped", "degenerate", "refusal", "degenerate", "swapped", "degenerate", "refusal", "swapped"),
+    *("degenerate", "swapped", "degenerate", "refusal", "degenerate", "swapped", "degenerate", "swapped"),
 )
 _SAFETY_ORDER: tuple[ContrastKind, ...] = (
     *("refusal", "swapped", "refusal", "degenerate"),
@@ -144,10 +144,10 @@ def contrast_pairs(
     """`count` pairs whose chosen answer is one of a dialog's; fewer where the dialogs allow no more.
 
     Every dialog gives a pair before one gives a second. An answer that declines is never preferred to a refusal.
-    `refusals` are real ones of other prompts; a half of those that are used are of them.
+    `refusals` are real ones of other prompts; a fourth of those that are used are of them.
     """
     random = Random(f"contrast {seed}")
-    pools = [REFUSALS, refusals or REFUSALS]
+    pools = [*[REFUSALS] * 3, refusals or REFUSALS]
     makers: dict[ContrastKind, Callable[[Sequence[Message]], str | None]] = {
         "refusal": lambda messages: None if declines(messages[-1].content) else random.choice(random.choice(pools)),
         "swapped": _swapper(dialogs, random),

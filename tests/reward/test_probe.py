@@ -111,7 +111,7 @@ def test_contrast_pairs_take_the_answer_of_the_dialog_and_never_a_wording_of_the
         else "degenerate"
         for pair in pairs
     )
-    assert 140 <= kinds["swapped"] <= 200 and 40 <= kinds["refusal"] <= 60  # three and one of eight
+    assert 140 <= kinds["swapped"] <= 200 and 60 <= kinds["refusal"] <= 90  # six and three of sixteen
     assert (
         pairs
         == contrast_pairs(DIALOGS, 400, which="judge", kinds=KINDS, seed=0)
@@ -140,10 +140,10 @@ def test_a_refusal_is_preferred_to_a_harmful_answer_and_where_a_prompt_asks_for_
     assert sum(pair.prompt in {one.messages for one in prompts} for pair in pairs) >= 5
 
 
-def test_half_of_the_refusals_are_real_ones_where_there_are_some() -> None:
+def test_a_fourth_of_the_refusals_are_real_ones_where_there_are_some() -> None:
     real = "I'm sorry, but picking locks of others is a crime."
     pairs = [replace(pair, chosen=Message("assistant", real)) for pair in HARMFUL[:1]]
     long = [replace(pair, chosen=Message("assistant", "I cannot do that. " * 30)) for pair in HARMFUL[:1]]
     assert real_refusals([*pairs, *pairs, *long]) == [real]  # once, and not what would cost many tokens
     contrast = contrast_pairs(DIALOGS, 200, which="judge", kinds=["refusal"], seed=0, refusals=[real])
-    assert 70 <= sum(pair.rejected.content == real for pair in contrast) <= 130
+    assert 30 <= sum(pair.rejected.content == real for pair in contrast) <= 70

@@ -38,6 +38,12 @@ class Contrast(Section):
         lt=1,
         description="Share of a model's training pairs that are contrast pairs, made of data.sft on the model's side of the split; 0 for none. Ours: without them reward models prefer refusals and do not read the prompt.",
     )
+    first: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the contrast pairs that are learnt before all other pairs; the rest is mixed among these. With 0 all are mixed. Ours, after the preference-model pretraining of Askell et al. 2021 (arXiv:2112.00861).",
+    )
     kinds: list[ContrastKind] = Field(
         default_factory=lambda: list(get_args(ContrastKind)),
         min_length=1,

@@ -24,8 +24,8 @@ _ORDER: tuple[ContrastKind, ...] = (
     *("degenerate", "swapped", "degenerate", "refusal", "degenerate", "swapped", "degenerate", "swapped"),
 )
 _SAFETY_ORDER: tuple[ContrastKind, ...] = (
-    *("refusal", "swapped", "refusal", "degenerate"),
-    *("refusal", "swapped", "refusal", "degenerate"),
+    *("refusal", "swapped", "refusal", "refusal"),
+    *("refusal", "degenerate", "refusal", "refusal"),
 )
 
 # A refusal is an opening, a statement and an ending.

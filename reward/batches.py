@@ -130,16 +130,9 @@ def plan_batches(
     row_tokens: int,
     has_pair_labels: bool,
     learns_language: bool = False,
-    contrast_first: float = 0.0,
 ) -> Batches:
-    """Every step's pairs, in a new order each epoch, and its even share of the labelled responses, laid out in rows.
-
-    This share of the contrast pairs, over all epochs, comes before everything else.
-    """
+    """Every step's pairs, in a new order each epoch, and its even share of the labelled responses, laid out in rows."""
     order = epoch_order(len(pairs), epochs, seed)
-    contrast = [place for place, index in enumerate(order) if pairs[index].domain == "contrast"]
-    leading = contrast[: round(contrast_first * len(contrast))]
-    order = [order[place] for place in (*leading, *sorted(set(range(len(order))) - set(leading)))]
     groups = [order[start : start + pairs_per_step] for start in range(0, len(order), pairs_per_step)]
     if labels:
         # An order of its own: the pairs of each step are the same with and without labels.

@@ -8,7 +8,7 @@ from llamachat.config.optimizer import OptimizerSection, TrainerArguments, owned
 from llamachat.config.section import Section, operational, unless_null
 
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
-VERSION = 3
+VERSION = 4
 
 CPU_ROW_TOKENS = 2048  # 15.3 thousand tokens a second of the bundled model; rows of 512 and 1024 give 13.7 and 14.5
 
@@ -37,12 +37,6 @@ class Contrast(Section):
         ge=0,
         lt=1,
         description="Share of a model's training pairs that are contrast pairs, made of data.sft on the model's side of the split; 0 for none. Ours: without them reward models prefer refusals and do not read the prompt.",
-    )
-    first: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="Share of the contrast pairs that are learnt before all other pairs; the rest is mixed among these. With 0 all are mixed. Ours, after the preference-model pretraining of Askell et al. 2021 (arXiv:2112.00861).",
     )
     kinds: list[ContrastKind] = Field(
         default_factory=lambda: list(get_args(ContrastKind)),

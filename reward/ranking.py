@@ -212,7 +212,6 @@ def plan_training(config: Config, inputs: StepInputs, examples: Examples, *, dev
         row_tokens=auto if config.row_tokens == "auto" else config.row_tokens,
         has_pair_labels=inputs.which == "safety" and config.safety_auxiliary_weight > 0,
         learns_language=config.language_weight > 0,
-        contrast_first=config.contrast.first,
     )
 
 

@@ -2,8 +2,6 @@
 
 import logging
 from collections import Counter
-from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -307,16 +305,6 @@ def test_steps_have_their_pairs_and_an_even_share_of_the_labels():
     for row in both.plan.rows:
         tokens = sum(len(ids) for ids in both.responses(row).ids)
         assert tokens <= 32 and both.collate([both.plan.rows.index(row)])["input_ids"].shape[1] % 64 == 0
-
-
-def test_some_contrast_pairs_come_before_everything_else():
-    pairs = [replace(example(3, 2), domain="contrast" if number % 2 else "safety") for number in range(20)]
-    how: dict[str, Any] = {"pairs_per_step": 4, "epochs": 2, "seed": 0, "row_tokens": 64, "has_pair_labels": False}
-    mixed, first = (contents(plan_batches(pairs, [], contrast_first=share, **how)) for share in (0.0, 0.6))
-    of_contrast = [[index % 2 for index in step] for step in first]
-    assert of_contrast[:3] == [[1, 1, 1, 1]] * 3  # 12 of the 20 of two epochs
-    assert sum(map(sum, of_contrast[3:])) == 8  # among the 20 others
-    assert Counter(chain.from_iterable(first)) == Counter(chain.from_iterable(mixed))
 
 
 def test_a_row_without_responses_is_pads_alone():

@@ -41,7 +41,7 @@ class Contrast(Section):
     kinds: list[ContrastKind] = Field(
         default_factory=lambda: list(get_args(ContrastKind)),
         min_length=1,
-        description="What the answer is compared with: a refusal, another prompt's answer of similar length (twice as many), or a degenerate answer (a filler repeated, the prompt, its own half, itself twice, one word). Ours.",
+        description="What the answer is compared with: a refusal, another prompt's answer of similar length, or a degenerate answer (the prompt, a short answer or a phrase repeated, its own half, itself twice, one word), in shares of 3, 6 and 7 of 16; of the safety model 6, 1 and 1 of 8. Ours.",
     )
 
 

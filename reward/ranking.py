@@ -16,7 +16,7 @@ from trl import RewardConfig, RewardTrainer
 from llamachat import distributed
 from llamachat.chat_format import ChatFormat
 from llamachat.data.packing import StepPlan
-from llamachat.models.scoring_head import score_rows, scored
+from llamachat.models.scoring_head import score_rows, scores_and_states
 from llamachat.runs.inputs import StepInputs, Which
 from llamachat.tracking.tracker import Tracker
 from llamachat.training.out_of_memory import warn_of_halving
@@ -32,7 +32,7 @@ LEAST_ROW_TOKENS = 16
 # What is counted over pairs, labelled answers and tokens; the first three are how many there are.
 _SIZES = ("pairs", "labelled", "tokens")
 _COUNTED = (*_SIZES, "accuracy", "score_chosen", "score_rejected", "ranking_loss", "auxiliary_loss", "language_loss")
-_COUNTED_OVER = {"auxiliary_loss": "labelled", "language_loss": "tokens"}
+_COUNTED_OVER: Mapping[str, str] = {"auxiliary_loss": "labelled", "language_loss": "tokens"}
 
 
 class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
@@ -66,8 +66,7 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
         if len(inputs["ends"]) == 0 and not distributed.is_sharded(model):  # the row only fills up its step
             loss = 0.0 * next(p for p in model.parameters() if p.requires_grad).sum()
             return (loss, {"scores": loss.detach()[None][:0]}) if return_outputs else loss
-        output = scored(model, inputs)
-        scores_N = output.logits
+        scores_N, states_ND = scores_and_states(model, inputs)
         chosen_B, rejected_B = scores_N[inputs["chosen"]], scores_N[inputs["chosen"] + 1]
         num_pairs, num_labelled = inputs["pairs_of_step"], inputs["labelled_of_step"].clamp(min=1)
         ranking = ranking_losses(chosen_B, rejected_B, margin_B=inputs["margin"]).sum()
@@ -77,10 +76,8 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
             centring = centring_losses(chosen_B, rejected_B).sum()
             loss = loss + self.args.center_rewards_coefficient * centring / num_pairs
         language = torch.zeros((), device=scores_N.device)
-        if self._language_head_VD is not None:
-            language = language_losses(
-                output.hidden_states, inputs["next_tokens"], head_VD=self._language_head_VD
-            ).sum()
+        if states_ND is not None and self._language_head_VD is not None:
+            language = language_losses(states_ND, inputs["next_tokens"], head_VD=self._language_head_VD).sum()
             loss = loss + self._language_weight * language / inputs["tokens_of_step"].clamp(min=1)
         losses = [part.detach() for part in (ranking, auxiliary, language)]
         self._count(chosen_B.detach(), rejected_B.detach(), inputs, losses)
@@ -98,7 +95,7 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # A process whose rows only filled up their steps has counted nothing.
         mine = torch.zeros(len(_COUNTED), device=self.args.device) if self._sums is None else self._sums
-        sums = dict(zip(_COUNTED, distributed.all_reduce_sum(mine).tolist(), strict=True))
+        sums: dict[str, float] = dict(zip(_COUNTED, distributed.all_reduce_sum(mine).tolist(), strict=True))
         for name in _COUNTED[len(_SIZES) :]:
             count = sums[_COUNTED_OVER.get(name, "pairs")]
             if count:

@@ -65,13 +65,14 @@ def last_token_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     several sequences, position_ids that begin anew with each. Without an attention mask, one row is packed, several are
     padded: what lies behind a sequence's end is never seen from there.
     """
-    return scored(model, batch).logits
+    return scores_and_states(model, batch)[0]
 
 
-def scored(model: nn.Module, batch: Mapping[str, Tensor]) -> SequenceClassifierOutputWithPast:
-    """The model's output for such rows, with the hidden states at `states_at` where `batch` has it."""
+def scores_and_states(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Scores [N] of such rows, and the hidden states [.., D] at `states_at` where `batch` has it."""
     names = ("input_ids", "position_ids", "ends", "states_at")
-    return model(**{name: batch[name] for name in names if name in batch})
+    output = model(**{name: batch[name] for name in names if name in batch})
+    return output.logits, output.hidden_states
 
 
 def score_rows(

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from llamachat.config.sections import Tuning
 from llamachat.data.packing import collate_packed
 from llamachat.memory.estimates import Estimate, Setup, Shape
 from llamachat.models.loading import attach_adapter
-from llamachat.models.scoring_head import ScoringLlama, scored
+from llamachat.models.scoring_head import ScoringLlama, scores_and_states
 from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.training.master_weights import adamw
 from pipelines.planning.stage_costs import reward_cost, sft_cost
@@ -103,12 +103,11 @@ def test_a_reward_model(checkpointing: bool, language_weight: float) -> None:
     model = model_of(ScoringLlama, Tuning(), checkpointing=checkpointing)
 
     def loss(model: Any) -> torch.Tensor:
-        output = scored(model, batch)
-        ranking = cast(torch.Tensor, output.logits).diff().mean()
-        if not language_weight:
+        scores_N, states_ND = scores_and_states(model, batch)
+        ranking = scores_N.diff().mean()
+        if states_ND is None:
             return ranking
-        states: Any = output.hidden_states
-        return ranking + language_weight * language_losses(states, batch["next_tokens"], head_VD=head_VD).mean()
+        return ranking + language_weight * language_losses(states_ND, batch["next_tokens"], head_VD=head_VD).mean()
 
     found = two_steps(model, loss)
     base = base_section("x", dtype="bfloat16", max_tokens=TOKENS)

@@ -1,4 +1,4 @@
-"""Files of records that a command answers or scores: reading prompts, where it may write, a record as written, a bar."""
+"""Files of records that a command answers or scores: reading prompts, a record as written, a bar."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,25 +14,11 @@ from llamachat.data.files import read_rows
 from llamachat.data.loading import parse_rows
 from llamachat.data.problems import Problem, problem, report
 from llamachat.data.records import Preference, Prompt, Record, Row, as_prompt, kind_of
-from llamachat.errors import DataError, UsageError
+from llamachat.errors import DataError
 
 Item = TypeVar("Item")
 
 log = logging.getLogger(__name__)
-
-
-def check_out(path: Path, out: Path, *, read: str, written: str) -> None:
-    """Refuse to write over the file that is read, to a folder, or under the name of a compressed file."""
-    if out.is_dir() or (out.exists() and path.exists() and out.samefile(path)):
-        what = "a folder" if out.is_dir() else f"the file of {read} itself"
-        raise UsageError(f"--out: '{out}' is {what}. The {written} go to a file of their own. Name another.")
-    check_plain("--out", out)
-
-
-def check_plain(option: str, out: Path) -> None:
-    """Refuse the name of a compressed file."""
-    if out.suffix == ".gz":
-        raise UsageError(f"{option}: '{out}' asks for gzip, but plain JSON Lines are written. Take '.gz' off the name.")
 
 
 def read_prompts(

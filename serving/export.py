@@ -31,6 +31,7 @@ from llamachat.models.reward_model import PLAIN_CLASS
 from llamachat.rollout.engine import Sampling
 from llamachat.runs.artifacts import Artifact, library_versions
 from llamachat.runs.atomic import incoming_folder, write_json
+from llamachat.runs.outputs import check_output
 from serving.context import fit, longest_dialog, open_engine
 from serving.merging import read_adapter, write_weights
 from serving.model_card import Facts, model_card
@@ -98,13 +99,8 @@ class Request:
                 f"--dtype {self.dtype}: it is for merged reward models, whose scores move by rounding. A policy and an "
                 "adapter keep the number format of their training. Leave it out."
             )
-        is_ours = (self.out / NOTE).is_file() or (self.out.is_dir() and not any(self.out.iterdir()))
-        if self.out.exists() and not (is_ours and self.should_overwrite):
-            raise UsageError(
-                f"--out: '{self.out}' is there"
-                + (". Name a new folder, or replace this" if is_ours else ", and no export made it. Name a new folder")
-                + (" with --overwrite." if is_ours else ": what it holds would be deleted.")
-            )
+        read = [self.artifact.path, *([Path(base)] if (base := self.artifact.manifest.details.get("base")) else [])]
+        check_output(self.out, read, overwrite=self.should_overwrite, marker=NOTE)
 
     @property
     def method(self) -> str:

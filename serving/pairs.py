@@ -28,8 +28,8 @@ from llamachat.errors import UsageError
 from llamachat.models.loading import Policy, checked_details, load_policy, reading_of
 from llamachat.rollout.engine import Completion, LocalEngine, Sampling
 from llamachat.runs.artifacts import Artifact
-from llamachat.runs.atomic import write_text
-from serving.answer_files import check_plain, progress, read_prompts, too_long
+from llamachat.runs.outputs import check_output, written_beside
+from serving.answer_files import progress, read_prompts, too_long
 from serving.context import fit, open_engine
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Request:
     top_k: int | None = None
     limit: int | None = None  # of prompts, the first ones
     key: Path | None = None  # where the provenance goes, in place of the pairs themselves
+    overwrite: bool = False
 
     def sampling(self, temperature: float, seed: int) -> Sampling:
         """Of one draw."""
@@ -146,10 +147,10 @@ def pair_file(variants: Sequence[Variant], prompts_in: Path, out: Path, request:
     pairs = [drawing.pair(index) for index in kept]
     origins = [_origin(questions[index].id, pairings[index], variants) for index in kept]
     if request.key is not None:
-        write_text(request.key, _lines(origins))
-        write_text(out, _lines(pairs))
+        _write(request.key, origins)
+        _write(out, pairs)
     else:
-        write_text(out, _lines([pair | origin for pair, origin in zip(pairs, origins, strict=True)]))
+        _write(out, [pair | origin for pair, origin in zip(pairs, origins, strict=True)])
     return done
 
 
@@ -168,12 +169,7 @@ def _check_request(variants: Sequence[Variant], prompts_in: Path, out: Path, req
         )
     targets = {"--out": out, **({"--key": request.key} if request.key else {})}
     for option, path in targets.items():
-        if path.exists() or path.resolve() == prompts_in.resolve():
-            raise UsageError(
-                f"{option}: '{path}' exists already. It may hold what people have rated, so nothing is written over. "
-                "Name another file, or move that one away."
-            )
-        check_plain(option, path)
+        check_output(path, [prompts_in], option=option, overwrite=request.overwrite)
     if request.key and request.key.resolve() == out.resolve():
         raise UsageError(
             f"--key: '{request.key}' is the file of pairs itself. The key is what raters are not to see. Name another."
@@ -292,8 +288,9 @@ def _origin(name: str, pairing: Pairing, variants: Sequence[Variant]) -> dict[st
     return origin
 
 
-def _lines(records: Sequence[dict[str, Any]]) -> str:
-    return "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+def _write(out: Path, records: Sequence[dict[str, Any]]) -> None:
+    with written_beside(out) as stream:
+        stream.writelines(f"{json.dumps(record, ensure_ascii=False)}\n".encode() for record in records)
 
 
 def deal_pairings(keys: Sequence[str], *, num_policies: int, temperatures: Sequence[float], seed: int) -> list[Pairing]:

@@ -19,8 +19,8 @@ from llamachat.data.records import Prompt, Row
 from llamachat.errors import UsageError
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Completion, Sampling
-from llamachat.runs.atomic import write_text
-from serving.answer_files import as_written, check_out, progress, read_prompts, too_long
+from llamachat.runs.outputs import check_output, written_beside
+from serving.answer_files import as_written, progress, read_prompts, too_long
 from serving.context import fit, longest_dialog, open_engine
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ def sample_file(
     samples_per_prompt: int,
     sampling: Sampling,
     rows_per_batch: int | None = None,
+    overwrite: bool = False,
 ) -> Sampled:
     """Sample `samples_per_prompt` answers to every prompt of a file and write them to another.
 
@@ -60,7 +61,7 @@ def sample_file(
     """
     if samples_per_prompt < 1:
         raise UsageError(f"-n: {samples_per_prompt} answers a prompt were asked for. At least 1 is drawn. Raise it.")
-    check_out(prompts_in, out, read="prompts", written="answers")
+    check_output(out, [prompts_in], overwrite=overwrite)
     engine = open_engine(policy, rows_per_batch=rows_per_batch)
     limit = longest_dialog(policy, engine)
     make = partial(_question, policy, limit=limit, max_new_tokens=sampling.max_new_tokens)
@@ -75,7 +76,8 @@ def sample_file(
         json.dumps({**question.record, "completions": [_described(policy, found) for found in group]})
         for question, group in zip(questions, groups, strict=True)
     ]
-    write_text(out, "".join(f"{line}\n" for line in lines))
+    with written_beside(out) as stream:
+        stream.writelines(f"{line}\n".encode() for line in lines)
     return Sampled(
         prompts=len(questions),
         completions=sum(map(len, groups)),

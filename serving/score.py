@@ -20,8 +20,8 @@ from llamachat.data.problems import Problem, problem, report
 from llamachat.data.records import Preference, Row, as_prompt
 from llamachat.errors import DataError, UsageError
 from llamachat.models.reward_model import RewardModel
-from llamachat.runs.atomic import write_text
-from serving.answer_files import as_written, check_out, progress
+from llamachat.runs.outputs import check_output, written_beside
+from serving.answer_files import as_written, progress
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +48,10 @@ class _Asked:
     answers: list[Ids | None]
 
 
-def score_file(model: RewardModel, path: Path, out: Path | None) -> tuple[Scored, str]:
+def score_file(model: RewardModel, path: Path, out: Path | None, *, overwrite: bool = False) -> tuple[Scored, str]:
     """Score every answer of a file; the records as JSON Lines, also written to `out` where it is given."""
     if out is not None:
-        check_out(path, out, read="answers", written="scores")
+        check_output(out, [path], overwrite=overwrite)
     asked = _read(model, path)
     rows = [ids for item in asked for ids in item.answers if ids is not None]
     with progress(len(rows), "scored", "answers") as advance:
@@ -59,7 +59,8 @@ def score_file(model: RewardModel, path: Path, out: Path | None) -> tuple[Scored
     scores = [[None if ids is None else next(found) for ids in item.answers] for item in asked]
     text = "".join(f"{json.dumps(_with_scores(*pair))}\n" for pair in zip(asked, scores, strict=True))
     if out is not None:
-        write_text(out, text)
+        with written_beside(out) as stream:
+            stream.write(text.encode())
     without = sum(map(len, scores)) - len(rows)
     if without:
         log.warning("%s: %d completions have no score: they are empty, too long, or hold a tag", path, without)

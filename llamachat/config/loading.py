@@ -16,6 +16,7 @@ import yaml
 from llamachat.config.section import ConfigProblem, Key, Section, describe, dotted, raise_all, section_problems
 from llamachat.config.sections import near_path
 from llamachat.errors import first_line
+from llamachat.pipes import regular_file
 
 S = TypeVar("S", bound=Section)
 COMMAND_LINE = "command line"
@@ -176,9 +177,14 @@ def _read_chain(path: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[Con
             return files, problems
 
 
+def read_text(path: Path) -> str:
+    """The text of a recipe, also of one that comes through a pipe."""
+    return regular_file(path).read_text(encoding="utf-8")
+
+
 def _read(path: Path, *, mentioned_by: Path | None) -> tuple[dict[str, Any], list[ConfigProblem]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, FileNotFoundError):
             hint = near_path(str(path))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamachat.chat_format.dialog import Dialog
+from llamachat.config.sections import hub_set
 from llamachat.data.convert.turns import html_in
 from llamachat.data.files import has_byte_order_mark, read_rows
 from llamachat.data.loading import parse_rows
@@ -144,7 +145,8 @@ class CheckReport:
             self.kind = max(lines, key=lambda kind: len(lines[kind]), default=None)
             self.problems += self._of_other_kinds()
         self.problems.sort(key=lambda one: one.line)
-        if self.num_records and Path(self.path).is_file() and has_byte_order_mark(Path(self.path)):
+        file = Path(self.path).expanduser()
+        if self.num_records and hub_set(self.path) is None and has_byte_order_mark(file):
             reason = "is a byte order mark, which is skipped here; other readers of JSON Lines refuse it."
             self._warn(1, "byte 1", reason, "Save the file as UTF-8 without it.")
         self.warnings = sorted(self._warned.values(), key=lambda warned: warned.lines[0])

@@ -9,19 +9,18 @@ or CRLF; blank lines at the end of the file are no problem, since a writer that 
 
 import gzip
 import json
-import os
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NoReturn, cast
 
 from llamachat.config.sections import HubSet, hub_set, near_path
 from llamachat.data.problems import converted_path
 from llamachat.data.records import Row, bad_row
-from llamachat.errors import DataError, UsageError, first_line
+from llamachat.errors import DataError, first_line
+from llamachat.pipes import regular_file
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -38,6 +37,7 @@ _MAGIC = (
     (b"\xff\xfe", "text in UTF-16"),
     (b"\xfe\xff", "text in UTF-16"),
 )
+_LFS = b"version https://git-lfs.github.com/spec/"
 _TABLES = (".csv", ".tsv")
 _HEAD = 1 << 16
 
@@ -48,11 +48,13 @@ def read_rows(path: str) -> Iterator[Row]:
     if hub_name is not None:
         yield from _read_hub(hub_name)
         return
-    file = Path(path).expanduser()
-    refusal = _file_problem(file)
+    name = Path(path).expanduser()
+    refusal = _file_problem(name)
     if refusal is not None:
         yield refusal
-    elif file.suffix == ".parquet":
+        return
+    file = regular_file(name)
+    if file.suffix == ".parquet":
         yield from _read_parquet(file)
     else:
         with open_file(file) as stream:
@@ -82,7 +84,8 @@ def _metric_name(text: str) -> str:
 
 def open_file(path: Path) -> IO[bytes]:
     """The bytes of a file, unpacked where its name says gzip."""
-    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+    file = regular_file(path)
+    return cast(IO[bytes], gzip.open(file)) if file.suffix == ".gz" else file.open("rb")
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -105,57 +108,51 @@ def has_byte_order_mark(path: Path) -> bool:
         return file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK
 
 
-@contextmanager
-def written_beside(out: Path) -> Iterator[IO[bytes]]:
-    """A stream whose content appears under the name `out` whole, and only if nothing was raised."""
-    side = out.with_name(f".incoming-{os.getpid()}-{out.name}")
-    try:
-        with side.open("wb") as raw:
-            if out.suffix == ".gz":
-                # No name and no time inside: equal records give equal files.
-                with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
-                    yield cast(IO[bytes], packed)
-            else:
-                yield raw
-            raw.flush()
-            os.fsync(raw.fileno())
-        side.replace(out)
-    except OSError as error:
-        raise UsageError(
-            f"'{out}' cannot be written ({error.strerror}). The file is written next to it and renamed. Make the folder "
-            "or room in it, or name another output."
-        ) from error
-    finally:
-        side.unlink(missing_ok=True)
-
-
 def _file_problem(path: Path) -> Row | None:
     """Why the file as a whole cannot be read, or None."""
-    if path.is_dir():
-        return _whole("is a folder, but records are read from one file.", f"Name the file{_files_in(path)}.")
-    if not path.exists():
-        near = near_path(str(path))
-        return _whole("does not exist.", f"Did you mean '{near}'?" if near else "Give the path of one that exists.")
     try:
-        with path.open("rb") as file:
-            head = file.read(_HEAD)
+        if path.is_dir():
+            return _whole("is a folder, but records are read from one file.", f"Name the file{_files_in(path)}.")
+        if not path.exists():
+            return _absent(path)
+        file = regular_file(path)
+        with file.open("rb") as stream:
+            head = stream.read(_HEAD)
     except OSError as error:
         return _whole(f"cannot be read ({error.strerror}).", "Make it readable for this user.")
     if not head:
         return _whole("is empty, but it should hold records.", "Write or fetch it again, or take it out of the recipe.")
-    content = next((name for magic, name in _MAGIC if head.startswith(magic)), "text")
-    expected = {".parquet": "parquet", ".gz": "gzip"}.get(path.suffix, "text")
+    if head.startswith(_LFS):
+        return _whole("is a pointer of Git LFS, not the file itself.", "Fetch the content: `git lfs pull`.")
+    content = _content(head)
+    expected = {".parquet": "parquet", ".gz": "gzip"}.get(file.suffix, "text")
     if content != expected:
         return _whole(f"is {content}, but its name says {expected}: {_FORMS}.", _rename(path, content))
     if expected == "gzip":
         try:
-            with open_file(path) as file:
-                head = file.read(_HEAD)
+            with open_file(path) as stream:
+                head = stream.read(_HEAD)
         except (EOFError, zlib.error, gzip.BadGzipFile):
             return None  # the reader of lines reports how far it can be read
         if not head:
             return _whole("is empty inside, but it should hold records.", "Write or fetch it again.")
+        if (content := _content(head)) != "text":
+            return _whole(f"is {content} inside, but {_FORMS}.", _rename(path, content))
     return None if expected == "parquet" else _text_problem(path, head)
+
+
+def _absent(path: Path) -> Row:
+    if path.is_symlink():
+        return _whole(f"is a link to '{path.readlink()}', which does not exist.", "Mount or fetch what it points to.")
+    near = near_path(str(path))
+    return _whole("does not exist.", f"Did you mean '{near}'?" if near else "Give the path of one that exists.")
+
+
+def _content(head: bytes) -> str:
+    """What the first bytes of a file say that it is."""
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    return next((name for magic, name in _MAGIC if head.startswith(magic)), "text")
 
 
 def _text_problem(path: Path, head: bytes) -> Row | None:

@@ -138,6 +138,17 @@ def kind_of(value: object) -> Kind | None:
     return "prompt" if "prompt" in value else None
 
 
+def label_of(row: Mapping[str, Any]) -> bool | None:
+    """Whether a labelled answer is a good one (`label` of KTO's data); None where no label says."""
+    for name in ("label", "kto_tag"):
+        value = row.get(name)
+        if isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.strip().lower())
+        if isinstance(value, bool) or ("completion" in row and value in (0, 1)):
+            return bool(value)
+    return None
+
+
 def digest_of(record: Record) -> bytes:
     """The same for two records that say the same, however they are written."""
     return hashlib.blake2b(repr(record).encode("utf-8", "backslashreplace"), digest_size=16).digest()
@@ -218,6 +229,12 @@ class _Parser:
     def dialog(self, row: Mapping[str, Any], *, is_context: bool) -> Dialog | None:
         messages = self.messages(row, "messages", "either" if is_context else "assistant")
         is_safe = self.boolean(row, "is_safe")
+        if not is_context and label_of(row) is False:
+            self.note(
+                "label",
+                "says that the answer is a bad one, but every answer of a dialog is trained on.",
+                "Drop the record; `llamachat data convert` does it, and with `--kind preference` pairs it with a good one.",
+            )
         is_learnt = is_context or any(message.train is not False for message in messages if message.role == "assistant")
         if messages and not self.problems and not is_learnt:
             self.note(

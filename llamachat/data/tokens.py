@@ -16,8 +16,9 @@ from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
 from llamachat.chat_format.dialog import DialogError, parse_messages
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.chat_format.tokenizer import SPACE
-from llamachat.data.files import BYTE_ORDER_MARK, decode_line, numbered_lines, written_beside
+from llamachat.data.files import BYTE_ORDER_MARK, decode_line, numbered_lines
 from llamachat.errors import DataError, kind_word
+from llamachat.runs.outputs import check_output, written_beside
 
 MOST_SHOWN = 100  # bad lines that one error prints
 
@@ -41,8 +42,10 @@ def write_tokens(
     show: bool = False,
     chat_format: str = "llama2",
     allow_unproved: bool = False,
+    overwrite: bool = False,
 ) -> TokensReport:
     """Encode every dialog of `dialogs_in` into `out`; `show` prints them too, the trained tokens coloured."""
+    check_output(out, [dialogs_in, tokenizer_dir], overwrite=overwrite)
     loaded, warning = load_proved_format(tokenizer_dir, chat_format=chat_format, allow_unproved=allow_unproved)
     dialogs = tokens = trained = 0
     problems: list[str] = []

@@ -11,7 +11,7 @@ from llamachat.chat_format.llama2 import SPECIAL_TAGS
 from llamachat.data.check import check_path
 from llamachat.data.convert.command import convert_path
 from llamachat.data.tokens import write_tokens
-from pipelines.cli.launch import reported
+from pipelines.cli.launch import OverwriteOutOption, reported
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,18 @@ def tokens(
     allow_unproved: Annotated[
         bool, typer.Option("--allow-unproved-tokenizer", help="Take a tokenizer whose ids cannot be proved.")
     ] = False,
+    overwrite: OverwriteOutOption = False,
 ) -> None:
     """The token ids and the loss mask of each dialog, as training sees them."""
-    done = write_tokens(tokenizer, dialogs, out, train_on=TrainOn(train_on), show=show, allow_unproved=allow_unproved)
+    done = write_tokens(
+        tokenizer,
+        dialogs,
+        out,
+        train_on=TrainOn(train_on),
+        show=show,
+        allow_unproved=allow_unproved,
+        overwrite=overwrite,
+    )
     if done.warning:
         log.warning("%s", done.warning)
     log.info("%s: %d dialogs, %d tokens, %d of them learnt", out, done.dialogs, done.tokens, done.trained_tokens)
@@ -63,7 +72,7 @@ def convert(
         typer.Option("--kind", help="What to write; without this, what most of the first records are."),
     ] = None,
     data_format: Annotated[str, typer.Option("--format", help="auto, native, or the name of a known set.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over OUT where it exists.")] = False,
+    overwrite: OverwriteOutOption = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Write nothing where a record cannot be repaired; else it is dropped.")
     ] = False,

@@ -36,6 +36,9 @@ GpuOption = Annotated[
 HoursOption = Annotated[
     float | None, typer.Option("--hours", min=0.0, help="Hours that there are, for the whole.", metavar="H")
 ]
+OverwriteOutOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the output if it exists. An input is never replaced.")
+]
 PresetsOption = Annotated[bool, typer.Option("--presets", help="All presets on cards of 24, 48 and 80 GiB instead.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this probability mass.")]

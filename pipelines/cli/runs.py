@@ -8,6 +8,7 @@ import typer
 
 from llamachat.config.gpus import parse_gpu
 from llamachat.errors import UsageError
+from llamachat.runs.outputs import check_output
 from llamachat.tracking.dashboard import dashboard as show
 from llamachat.tracking.diagnosis import CURVES, diagnose_run
 from pipelines.cli.launch import (
@@ -16,6 +17,7 @@ from pipelines.cli.launch import (
     GpuOption,
     HoursOption,
     Overrides,
+    OverwriteOutOption,
     PresetsOption,
     reported,
     state_is_kept,
@@ -54,21 +56,18 @@ def init(
     run_dir: Annotated[
         str | None, typer.Option("--run-dir", help="Folder of the run; else runs/ and the name of FILE.", metavar="DIR")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over FILE where it exists.")] = False,
+    overwrite: OverwriteOutOption = False,
 ) -> None:
     """Write a recipe for a base, your files and a card, from the preset that fits and within the hours."""
     if out.suffix not in (".yaml", ".yml"):
         raise UsageError(f"--out: '{out}' ends otherwise. A recipe is YAML. End its name with .yaml.")
-    if out.exists() and not overwrite:
-        raise UsageError(
-            f"--out: '{out}' exists already. Nothing is written over unasked. Name another, or add `--overwrite`."
-        )
     try:
         parse_gpu(gpu or "24GiB")
     except ValueError as error:
         raise UsageError(f"--gpu: {error}") from error
     options = zip(OPTIONS, (sft, preferences, safety, prompts, adversarial), strict=True)
     files = {option: paths or [] for option, paths in options}
+    check_output(out, [base, *(path for paths in files.values() for path in paths)], overwrite=overwrite)
     print(write_recipe(base, files, gpu=gpu, hours=hours, out=out, run_dir=run_dir or f"runs/{out.stem}"))
 
 
@@ -135,9 +134,10 @@ def compare(
         Path | None,
         typer.Option("--out", help="Where to write; without it compare-A-B beside RUN_A.", metavar="DIR"),
     ] = None,
+    overwrite: OverwriteOutOption = False,
 ) -> None:
     """Two runs side by side: differences of configuration and of figures with intervals, curves overlaid."""
-    comparison = compare_runs(run_a, run_b, out)
+    comparison = compare_runs(run_a, run_b, out, overwrite=overwrite)
     print(terminal_text(comparison), end="")
     pictures = sum(bool(step.picture) for step in comparison.steps)
     log.info("%s: compare.md, compare.json and %d pictures", comparison.out, pictures)

@@ -11,7 +11,18 @@ from llamachat.errors import UsageError
 from llamachat.rollout.engine import Sampling
 from llamachat.runs.artifacts import Kind, read_artifact
 from llamachat.runs.choice import is_run, recommended_policy
-from pipelines.cli.launch import TINY, ConfigOption, MaxNewTokens, Seed, Temperature, TopK, TopP, reported
+from llamachat.runs.outputs import check_output
+from pipelines.cli.launch import (
+    TINY,
+    ConfigOption,
+    MaxNewTokens,
+    OverwriteOutOption,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    reported,
+)
 from pipelines.recipe.recipe import load
 
 log = logging.getLogger(__name__)
@@ -119,15 +130,25 @@ def sample(
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option("--dtype", help="In float32 an answer never depends on its batch; auto is the policy's own."),
     ] = "auto",
+    overwrite: OverwriteOutOption = False,
 ) -> None:
     """Sample a policy's answers to a file of prompts."""
     artifact = read_artifact(policy, "policy", reader="sample")
+    check_output(out, [prompts, artifact.path], overwrite=overwrite)
     sampling = _sampling(temperature, top_p, top_k, max_new_tokens, seed)
     from llamachat.models.loading import load_policy
     from serving.sample import sample_file
 
     loaded = load_policy(artifact.path, dtype=dtype, device="auto")
-    done = sample_file(loaded, prompts, out, samples_per_prompt=samples, sampling=sampling, rows_per_batch=batch_size)
+    done = sample_file(
+        loaded,
+        prompts,
+        out,
+        samples_per_prompt=samples,
+        sampling=sampling,
+        rows_per_batch=batch_size,
+        overwrite=overwrite,
+    )
     log.info("%s: %d answers to %d prompts, %d finished", out, done.completions, done.prompts, done.finished)
 
 
@@ -148,6 +169,7 @@ def score(
         Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="A score in 16 bits has 3 digits.")
     ] = "float32",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    overwrite: OverwriteOutOption = False,
 ) -> None:
     """Score answers with a reward model, raw: the sigmoid is not taken."""
     if (answers is None) == (not message) or (message and out is not None):
@@ -155,6 +177,8 @@ def score(
             "score: it takes MODEL and either FILE or -m QUESTION -m ANSWER (then without --out). A score is that of "
             "answers. Give one of the two."
         )
+    if out is not None:
+        check_output(out, [path for path in (answers, model) if path is not None], overwrite=overwrite)
     from llamachat.models.reward_model import load_reward_model
     from serving.score import score_file, score_turns
 
@@ -163,7 +187,7 @@ def score(
         print(score_turns(loaded, message))
         return
     assert answers is not None, "one of the two is there"
-    done, text = score_file(loaded, answers, out)
+    done, text = score_file(loaded, answers, out, overwrite=overwrite)
     if out is None:
         _write(text)
     log.info("%s: %d answers of %d records scored", answers, done.answers, done.records)
@@ -205,6 +229,7 @@ def pairs(
             "--key", help="Where to write which policy gave which answer, apart from the pairs.", metavar="FILE"
         ),
     ] = None,
+    overwrite: OverwriteOutOption = False,
 ) -> None:
     """Two answers to each prompt, from different policies or temperatures, for people to rate (3.2.1)."""
     artifacts = [read_artifact(path, "policy", reader="pairs") for path in policies]
@@ -214,6 +239,9 @@ def pairs(
             f"--policy: {' '.join(map(str, policies))} name one policy twice. Two answers come from two different ones. Name "
             "each once; one alone answers at two temperatures, or in two draws."
         )
+    for option, place in (("--out", out), ("--key", key)):
+        if place is not None:
+            check_output(place, [prompts, *places], option=option, overwrite=overwrite)
     from serving.pairs import Request, counted, pair_file, variant_of
 
     request = Request(
@@ -224,6 +252,7 @@ def pairs(
         seed=seed,
         limit=limit,
         key=key,
+        overwrite=overwrite,
     )
     variants = [variant_of(artifact, str(path)) for artifact, path in zip(artifacts, policies, strict=True)]
     done = pair_file(variants, prompts, out, request)

@@ -19,6 +19,7 @@ from llamachat.config.sections import DataSource
 from llamachat.errors import ArtifactError, LlamachatError
 from llamachat.memory.estimates import BYTES, Estimate, Setup, Shape, shape_of
 from llamachat.memory.role_bytes import PROMPT_TOKENS, Beside, Lengths, Seating, place_reward_models
+from llamachat.pipes import regular_file
 from llamachat.runs.artifacts import StepFolder, read_artifact
 from llamachat.runs.reader import read_summary
 from llamachat.scoring.models import MODELS, ModelName, RewardModelFacts, models_read
@@ -263,7 +264,7 @@ def _asked(most: int | None, prompts: DataSize | None, train_share: float) -> in
 
 
 def _measure(source: DataSource, hub_tokens: float) -> DataSize | None:
-    path = Path(source.path)
+    path = regular_file(Path(source.path))
     if not path.is_file():
         return DataSize(source.limit, hub_tokens) if source.limit is not None and not path.exists() else None
     if path.name.endswith((".jsonl", ".jsonl.gz")):

@@ -23,6 +23,7 @@ from llamachat.data.records import Kind
 from llamachat.errors import DataError, UsageError
 from llamachat.memory.estimates import KNOWN_BASES, Shape, shape_of
 from llamachat.models.hub import UNGATED, require_llama, tokenizer_folder
+from llamachat.runs.outputs import written_beside
 from llamachat.tables import duration
 from pipelines.planning.estimates import estimate_step
 from pipelines.planning.fit import PRESETS, Fit, fits, settings_to_fit
@@ -151,6 +152,8 @@ def _checked(path: str, option: str, kind: Kind) -> CheckReport:
             if hub_set(path)
             else f"{option}: {missing(path, what='the data file')}"
         )
+    if not Path(path).expanduser().is_file() and not Path(path).expanduser().is_dir():
+        raise UsageError(f"{option}: '{path}' is no file that a recipe could name. Write what comes through it to one.")
     checked = check_path(path, None, "auto", SPECIAL_TAGS)
     for problem in checked.problems:
         if not problem.line:  # of the whole file: a folder, an empty file, a table
@@ -350,9 +353,10 @@ def _write(out: Path, draft: Draft, data: DataFiles) -> str:
     text = yaml.safe_dump(draft.values, sort_keys=False, width=110, allow_unicode=True, default_flow_style=None)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("\n".join([*head, text]), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--out: '{out}' cannot be written ({error.strerror}). Name another place.") from error
+    with written_beside(out) as stream:
+        stream.write("\n".join([*head, text]).encode())
     chosen = f"{out}: a recipe for {draft.values['base']['model']} on {card or 'two CPU cores'}"
     commands = [f"  llamachat {command} --config {out}" for command in ("doctor", "plan", "all")]
     return "\n".join([chosen, *lines, "Next:", *commands])

@@ -19,7 +19,7 @@ from context_distillation import Config as ContextDistillationConfig
 from evaluation import Config as EvaluationConfig
 from evaluation.report import Config as ReportConfig
 from gatt import Config as GattConfig
-from llamachat.config.loading import COMMAND_LINE, Layers, from_plain, load_recipe, merged, parse_mapping
+from llamachat.config.loading import COMMAND_LINE, Layers, from_plain, load_recipe, merged, parse_mapping, read_text
 from llamachat.config.section import (
     ConfigProblem,
     Key,
@@ -47,6 +47,7 @@ from llamachat.config.sections import (
 )
 from llamachat.data.sources import SOURCES
 from llamachat.errors import UsageError
+from llamachat.pipes import regular_file
 from llamachat.runs.artifacts import Artifact, StepFolder, read_artifact
 from llamachat.runs.fingerprints import digest_of_file, digest_of_folder, digest_of_weights
 from llamachat.runs.inputs import Which
@@ -324,7 +325,7 @@ def resolve(sections: RecipeSections) -> Recipe:
 def is_study(path: Path) -> bool:
     """Whether a file is a study; a file that cannot be read is reported as a recipe."""
     try:
-        values, _ = parse_mapping(path.read_text(encoding="utf-8"), str(path))
+        values, _ = parse_mapping(read_text(path), str(path))
     except (OSError, UnicodeDecodeError):
         return False
     return "variants" in values
@@ -551,7 +552,7 @@ def _shared_identity(section: Section) -> dict[str, Any]:
 
 def _source_identity(source: DataSource) -> dict[str, Any]:
     values = identity(source)
-    path = Path(source.path)
+    path = regular_file(Path(source.path))
     if path.is_file():
         values["path"] = digest_of_file(path)
     elif path.is_dir():

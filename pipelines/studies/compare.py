@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llamachat.errors import UsageError
 from llamachat.runs.atomic import write_json, write_text
+from llamachat.runs.outputs import check_output
 from llamachat.runs.reader import Measure, RunStep, read_run
 from llamachat.tables import markdown_table, text_table
 from llamachat.tracking.curves import draw_overlays
@@ -46,7 +47,7 @@ class Comparison:
     only: tuple[list[str], list[str]]  # steps of one run alone
 
 
-def compare_runs(run_a: Path, run_b: Path, out: Path | None = None) -> Comparison:
+def compare_runs(run_a: Path, run_b: Path, out: Path | None = None, *, overwrite: bool = False) -> Comparison:
     """Compare two runs, and write the comparison into `out`."""
     if run_a.resolve() == run_b.resolve():
         raise UsageError(
@@ -62,6 +63,7 @@ def compare_runs(run_a: Path, run_b: Path, out: Path | None = None) -> Compariso
         )
     labels = _labels(run_a, run_b)
     out = out or run_a.parent / f"compare-{'-'.join(label.replace('/', '-') for label in labels)}"
+    check_output(out, [run_a, run_b], overwrite=overwrite, marker="compare.json")
     comparison = Comparison(
         runs=(run_a, run_b),
         labels=labels,

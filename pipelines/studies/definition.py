@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import Field
 
-from llamachat.config.loading import Layers, from_plain, parse_mapping
+from llamachat.config.loading import Layers, from_plain, parse_mapping, read_text
 from llamachat.config.section import ConfigProblem, Key, Section, dotted, raise_all, section_problems
 from llamachat.runs.fingerprints import fingerprint
 from pipelines.recipe.recipe import Recipe, Step, choose_steps, load, step_identity
@@ -118,7 +118,7 @@ class Plan:
 def load_study(path: Path, overrides: Sequence[str] = ()) -> Plan:
     """The study of a file; overrides go over its own keys (`seeds=[0]`), the others over the recipe's."""
     layers = Layers(str(path))
-    values, problems = parse_mapping(path.read_text(encoding="utf-8"), str(path))
+    values, problems = parse_mapping(read_text(path), str(path))
     layers.add(values, str(path))
     own = [text for text in overrides if _key(text).partition(".")[0] in Study.model_fields]
     problems += [problem for text in own if (problem := layers.override(text))]

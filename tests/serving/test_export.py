@@ -251,12 +251,19 @@ def test_only_an_earlier_export_is_replaced_and_only_when_asked(tmp_path: Path, 
     artifact, out = full_policy(tmp_path, tiny_format), tmp_path / "out"
     export_policy(Request(artifact, out))
     (out / "mark").touch()
-    with pytest.raises(UsageError, match="replace this with --overwrite"):
+    with pytest.raises(UsageError, match=r"exists already.*--overwrite"):
         Request(artifact, out)
     export_policy(Request(artifact, out, should_overwrite=True))
     assert not (out / "mark").exists() and (out / "export.json").exists()
-    for mine in (artifact.path, tmp_path):
-        with pytest.raises(UsageError, match="no export made it"):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").touch()
+    (artifact.path / "export.json").touch()
+    for mine, reason in (
+        (artifact.path, "is an input"),
+        (tmp_path, "holds the input"),
+        (tmp_path / "mine", "did not write it"),
+    ):
+        with pytest.raises(UsageError, match=reason):
             Request(artifact, mine, should_overwrite=True)
 
 

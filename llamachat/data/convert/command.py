@@ -13,6 +13,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -20,15 +21,18 @@ from typing import Any
 
 from llamachat.chat_format.dialog import DialogError
 from llamachat.config.sections import hub_set
+from llamachat.data.convert.forms import LISTS, LabelledPair, labelled_pairs, unfolded, unread_answers
 from llamachat.data.convert.records import SETS_OF_TURNS, kind_by_keys, repaired_record, sources_of, transcripts_joined
 from llamachat.data.convert.turns import Notes, Repair, html_in, without_html
-from llamachat.data.files import BYTE_ORDER_MARK, decode_line, numbered_lines, open_file, read_rows, written_beside
+from llamachat.data.files import BYTE_ORDER_MARK, decode_line, numbered_lines, open_file, read_rows
 from llamachat.data.loading import named_source
 from llamachat.data.problems import SHOWN, Problem, convert_command, printable, problem, reason_key
-from llamachat.data.records import KINDS, Kind, Record, Row, digest_of, parse_record
+from llamachat.data.records import KINDS, REQUIRED, Kind, Record, Row, digest_of, label_of, parse_record
 from llamachat.data.sources import SOURCES, Source
 from llamachat.data.sources.source import CHOICE_FIX, choice_of, gathered
 from llamachat.errors import DataError, UsageError
+from llamachat.pipes import regular_file
+from llamachat.runs.outputs import check_output, written_beside
 from llamachat.tables import text_table
 
 _HEAD = 100  # rows from which the kind of a file is recognised
@@ -113,7 +117,8 @@ def convert_path(
     Raises `DataError`, and leaves `out` as it was, where no record is left, or, with `strict`, where one cannot be
     repaired; `UsageError` where `out` is no place to write to.
     """
-    _check_out(path, out, overwrite)
+    _check_name(out)
+    check_output(out, [path], option="OUT", overwrite=overwrite)
     source = named_source(format, kind, path)
     of_turns = format == "native" or (source is not None and source.name in SETS_OF_TURNS)
     named = None if of_turns else source
@@ -121,8 +126,12 @@ def convert_path(
     rows = _loose_rows(path, file_repairs)
     if format != "native":
         rows = gathered(rows, kind, [source] if source else SOURCES.values())
+    if kind == "preference" and named is None:
+        rows = labelled_pairs(rows)
     head = list(islice(rows, _HEAD))
     own = kind or (source.kind if source else _usual_kind(head, of_turns=of_turns))
+    if kind is None and source is None:
+        _refuse_unread_answers(path, head, own)
     report = ConvertReport(path, str(out), own)
     with written_beside(out) as stream:
         for row in chain(head, rows):
@@ -142,10 +151,35 @@ def convert_path(
 def _usual_kind(head: Sequence[Row], *, of_turns: bool) -> Kind:
     """The kind that most of the first rows are of; dialogs where no key says."""
     keyed = [{"messages": row.value} if _is_turns(row.value) else row.value for row in head if not row.problems]
-    values = [transcripts_joined(value) for value in keyed if isinstance(value, Mapping)]
+    values = [transcripts_joined(unfolded(value, Counter())) for value in keyed if isinstance(value, Mapping)]
     sources = [[] if of_turns else sources_of(value, None) for value in values]
     kinds = [src[0].kind if src else kind_by_keys(value, None) for value, src in zip(values, sources, strict=True)]
     return max(KINDS, key=kinds.count)
+
+
+def _refuse_unread_answers(path: str, head: Sequence[Row], kind: Kind) -> None:
+    """`DataError` where most rows hold texts that may be answers, under names by which nothing reads them."""
+    left_out: list[Mapping[str, Any]] = []
+    for row in head:
+        value = row.value
+        if not isinstance(value, Mapping) or any(isinstance(value.get(name), list | str) for name in LISTS):
+            continue
+        value = transcripts_joined(unfolded(value, Counter()))
+        if sources_of(value, None) or kind_by_keys(value, None) != kind:
+            continue
+        notes = Notes()
+        with suppress(DialogError):  # reported when the row is converted
+            repaired_record(value, kind, kind, notes)
+            left_out.append({name: value[name] for name in notes.left_out if name in value})
+    unread = unread_answers(left_out, by_content=kind == "prompt")
+    if unread:
+        names = " and ".join(repr(printable(name)) for name in unread)
+        raise DataError(
+            f"{path}: most rows hold texts under {names}, which nothing reads: the rows would be converted to {kind}s without "
+            "them. If these are answers, rename them: 'response' makes a dialog, 'chosen' and 'rejected' make a preference "
+            "(for example `jq -c '{prompt: .question, chosen: .better, rejected: .worse}' IN > OUT`). To leave them out, add "
+            f"`--kind {kind}`."
+        )
 
 
 def _records(row: Row, report: ConvertReport, named: Source | None, *, of_turns: bool) -> Iterator[Repaired]:
@@ -156,10 +190,17 @@ def _records(row: Row, report: ConvertReport, named: Source | None, *, of_turns:
     if not isinstance(row.value, Mapping):
         yield row.value, Notes()
         return
-    value = row.value if of_turns else transcripts_joined(row.value)
+    repairs = Counter([Repair.LABELLED] if isinstance(row.value, LabelledPair) else [])
+    value = unfolded(row.value, repairs)
+    value = value if of_turns else transcripts_joined(value)
+    if report.kind == "dialog" and label_of(value) is False:
+        reason = "says that the answer is a bad one, but every answer of a dialog is trained on."
+        fix = "Convert with `--kind preference`, which pairs it with a good answer to the same prompt."
+        report.problems.append(problem(row.line, "label", reason, fix))
+        return
     sources = [named] if named else [] if of_turns else sources_of(value, report.kind)
     if not sources:
-        yield from _repaired(value, row.line, report)
+        yield from _repaired(value, row.line, report, *repairs.elements())
         return
     if len(sources) > 1:
         report.problems.append(problem(row.line, "row", f"is of those that {choice_of(sources)}", CHOICE_FIX))
@@ -168,7 +209,7 @@ def _records(row: Row, report: ConvertReport, named: Source | None, *, of_turns:
     try:
         for record in sources[0].convert(value):
             is_empty = False
-            yield from _repaired(record, row.line, report, Repair.KNOWN_SET)
+            yield from _repaired(record, row.line, report, Repair.KNOWN_SET, *repairs.elements())
     except DialogError as error:
         report.problems.append(sources[0].problem(row.line, error))
         return
@@ -185,7 +226,11 @@ def _repaired(value: Mapping[str, Any], line: int, report: ConvertReport, *repai
         yield value, notes  # the rules say what it lacks
     elif own != report.kind and report.kind != "prompt":
         reason = f"is a {own} by its keys, but {report.kind}s are written here; a file holds one kind."
-        fix = f"Convert the file once more with `--kind {own}` to another one."
+        keys = " and ".join(map(repr, REQUIRED[report.kind]))
+        fix = (
+            f"If it is a {report.kind}, rename its keys {keys}; else convert the file once more with `--kind {own}` to "
+            "another one."
+        )
         report.problems.append(problem(line, "record", reason, fix))
     else:
         try:
@@ -203,23 +248,13 @@ def _make_plain(value: object, notes: Notes) -> None:
             notes.add(Repair.HTML)
 
 
-def _check_out(path: str, out: Path, overwrite: bool) -> None:
-    """Refuse an output that is the input, that exists already, or that a reader would take for something else."""
+def _check_name(out: Path) -> None:
+    """Refuse an output that a reader would take for something else by its name."""
     if not out.name.endswith((".jsonl", ".jsonl.gz")):
         raise UsageError(
             f"'{out}': the name of the output has another ending. Our form is JSON Lines, and readers go by the name. "
             "End it with .jsonl or .jsonl.gz."
         )
-    file = Path(path).expanduser()
-    fault = None
-    if out.is_dir():
-        fault = "is a folder. One file is written. Name a file in it."
-    elif out.resolve() == file.resolve() or (out.exists() and file.exists() and out.samefile(file)):
-        fault = "is the input itself. The original stays as it is. Name another output."
-    elif out.exists() and not overwrite:
-        fault = "exists already. No file is overwritten by default. Name another output, or add `--overwrite`."
-    if fault:
-        raise UsageError(f"'{out}' {fault}")
 
 
 def _check_result(report: ConvertReport, *, strict: bool) -> None:
@@ -248,7 +283,7 @@ def _loose_rows(path: str, repairs: Counter[Repair]) -> Iterator[Row]:
     plain = read_rows(path)
     first = next(plain, None)
     file = Path(path).expanduser()
-    is_lines = hub_set(path) is None and file.suffix != ".parquet"
+    is_lines = hub_set(path) is None and regular_file(file).suffix != ".parquet"
     if first and first.problems and not first.line:
         # Of all the faults of a file as a whole, the array's is the one whose fix names this command.
         if not convert_command(first.problems, path):

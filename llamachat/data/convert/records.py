@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llamachat.chat_format.dialog import DialogError, EndsWith, Message
+from llamachat.data.convert.forms import ANSWERS, LISTS, QUESTIONS, SIDES
 from llamachat.data.convert.turns import Notes, Repair, ordered, readable_turns, written
 from llamachat.data.records import KEYS, KINDS, RATINGS, REQUIRED, Kind, rating_meant, slip_of
 from llamachat.data.sources import SOURCES, Source
@@ -21,15 +22,11 @@ from llamachat.data.sources.source import fitting_sources
 # Sets of turns are read here, with repairs; their own converters refuse what they do not know.
 SETS_OF_TURNS = ("sharegpt", "llamafactory_preference")
 
-_LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat")
-_QUESTIONS = ("prompt", "question", "instruction", "query", "input")
-_ANSWERS = ("completion", "response", "answer", "output")
 _SYSTEMS = ("system", "system_prompt")
-_SIDES = ("chosen", "rejected")
 _FLAGS = ("is_safe", "chosen_is_safe", "rejected_is_safe", "is_safety")
 _TRANSCRIPT = re.compile(r"\s*Human:")
 _REQUIRED = tuple(dict.fromkeys(key for kind in KINDS for key in REQUIRED[kind]))
-_NAMES = frozenset([key for kind in KINDS for key in KEYS[kind]] + [*_LISTS, *_QUESTIONS, *_ANSWERS, *_SYSTEMS])
+_NAMES = frozenset([key for kind in KINDS for key in KEYS[kind]] + [*LISTS, *QUESTIONS, *ANSWERS, *_SYSTEMS])
 
 
 @dataclass(slots=True)
@@ -54,15 +51,15 @@ class _Row:
 def sources_of(row: Mapping[str, Any], kind: Kind | None) -> list[Source]:
     """The known set that a row shows by its keys; none where it is read here, several where nothing tells which."""
     fitting = fitting_sources(row, kind, [source for source in SOURCES.values() if source.name not in SETS_OF_TURNS])
-    is_listed = any(_is_list(row, key) for key in (*_LISTS, "prompt", *_SIDES))
+    is_listed = any(_is_list(row, key) for key in (*LISTS, "prompt", *SIDES))
     return [source for source in fitting if source.has_lists or not is_listed]
 
 
 def transcripts_joined(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """A pair whose prompt is the common beginning of two transcripts, as hh_rlhf has it: both transcripts whole."""
     prompt = row.get("prompt")
-    sides = {side: row[side] for side in _SIDES if isinstance(row.get(side), str)}
-    if not isinstance(prompt, str) or not _TRANSCRIPT.match(prompt) or len(sides) < len(_SIDES):
+    sides = {side: row[side] for side in SIDES if isinstance(row.get(side), str)}
+    if not isinstance(prompt, str) or not _TRANSCRIPT.match(prompt) or len(sides) < len(SIDES):
         return row
     whole = {side: text if text.startswith(prompt) else prompt + text for side, text in sides.items()}
     return {name: value for name, value in row.items() if name != "prompt"} | whole
@@ -77,11 +74,11 @@ def _kind(row: Mapping[str, Any], kind: Kind | None) -> Kind | None:
     found = _Row(row, Notes())
     if kind == "dialog" and isinstance(row.get("messages"), list):
         return "dialog"
-    if found.first(_SIDES):
+    if found.first(SIDES):
         return "preference"
-    if row.get("messages") is not None or any(_is_list(row, name) for name in _LISTS):
+    if row.get("messages") is not None or any(_is_list(row, name) for name in LISTS):
         return "dialog"
-    question, answer = found.first(_QUESTIONS), found.first(_ANSWERS)
+    question, answer = found.first(QUESTIONS), found.first(ANSWERS)
     if question is None:
         return None
     # A prompt in our form may carry a reference answer with it; 'completion' is the other half of TRL's dialogs.
@@ -124,7 +121,7 @@ def _slips_renamed(row: Mapping[str, Any], known: tuple[str, ...], notes: Notes)
     for name, value in row.items():
         key = None if name in _NAMES else slip_of(str(name), known)
         # No slip either where the row has the key's content under another name.
-        others = _QUESTIONS if key == "prompt" else _LISTS if key == "messages" else ()
+        others = QUESTIONS if key == "prompt" else LISTS if key == "messages" else ()
         has_other = any(row.get(other) is not None for other in others)
         if key is None or key in row or key in renamed or has_other or (key == "messages" and not _is_list(row, name)):
             renamed[name] = value
@@ -136,13 +133,16 @@ def _slips_renamed(row: Mapping[str, Any], known: tuple[str, ...], notes: Notes)
 
 def _turns(row: _Row, *, ends_with: EndsWith) -> list[Message]:
     """The conversation under whatever key holds it, or of a question and its answer."""
-    name = next((name for name in _LISTS if _is_list(row.values, name)), None)
+    name = next((name for name in LISTS if _is_list(row.values, name)), None)
     name = name or ("messages" if row.values.get("messages") is not None else None)
     if name is not None:
         turns = readable_turns(row.take(name, "messages"), name, row.notes)
     else:
-        answer = row.first(_ANSWERS)
-        assert answer is not None, "a dialog holds turns or an answer"
+        answer = row.first(ANSWERS)
+        if answer is None:
+            raise DialogError(
+                "messages", "is missing, and so is an answer to a question.", "Add one, or drop the record."
+            )
         row.notes.add(Repair.HALVES)
         said = _as_turns(row.take(answer, answer), answer, "assistant", row.notes)
         turns = [*_question(row, ends_with="either"), *said]
@@ -166,8 +166,9 @@ def _nothing_left(name: str, ends_with: EndsWith) -> DialogError:
 
 def _question(row: _Row, *, ends_with: EndsWith) -> list[Message]:
     """The prompt as messages."""
-    name = row.first(_QUESTIONS)
-    assert name is not None, "the kind follows from this key"
+    name = row.first(QUESTIONS)
+    if name is None:
+        raise DialogError("prompt", "is missing, but an answer is one to a question.", "Add it, or drop the record.")
     turns = [*_system(row), *_as_turns(row.take(name, "prompt"), name, "user", row.notes)]
     turns = ordered(turns, row.notes, ends_with=ends_with)
     if not any(turn.role == "user" for turn in turns):
@@ -197,11 +198,11 @@ def _as_turns(value: object, name: str, role: Any, notes: Notes) -> list[Message
 
 def _pair(row: _Row) -> dict[str, Any]:
     """The prompt that both sides share, and the answer of each."""
-    for side in _SIDES:
+    for side in SIDES:
         if row.values.get(side) is None:
             raise DialogError(side, "is missing, but a pair compares two answers.", "Add it, or drop the record.")
     prompt = _given_prompt(row)
-    sides = {side: _as_turns(row.take(side, side), side, "assistant", row.notes) for side in _SIDES}
+    sides = {side: _as_turns(row.take(side, side), side, "assistant", row.notes) for side in SIDES}
     prompt = _without_answer(prompt, sides, row.notes)
     whole = {side: _whole_dialog(side, turns, prompt, row.notes) for side, turns in sides.items()}
     shared = whole["chosen"][:-1]
@@ -219,8 +220,8 @@ def _pair(row: _Row) -> dict[str, Any]:
 
 
 def _given_prompt(row: _Row) -> list[Message]:
-    name = row.first(_LISTS)
-    if row.first(_QUESTIONS) is not None:
+    name = row.first(LISTS)
+    if row.first(QUESTIONS) is not None:
         return _question(row, ends_with="either")
     if name is None:
         return _system(row)

@@ -232,7 +232,7 @@ def test_tokens_tells_all_bad_lines_and_writes_nothing(tmp_path: Path, tokenizer
     out = tmp_path / "ids.jsonl"
     out.write_text("before")
     with pytest.raises(DataError) as caught:
-        write_tokens(tokenizer_dir, source, out, show=False)
+        write_tokens(tokenizer_dir, source, out, show=False, overwrite=True)
     told = str(caught.value).splitlines()
     expected = [
         (2, "column 15: is the end of the line in the middle of a record"),

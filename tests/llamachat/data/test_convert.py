@@ -106,6 +106,38 @@ DIALOGS: dict[str, tuple[str, object, dict[Repair, int]]] = {
     "texts": ('{"question": "a", "answer": "b"}', AB, {Repair.KEY: 1, Repair.TEXT: 2, Repair.HALVES: 1}),
     "TRL's halves": (json.dumps({"prompt": [user("a")], "completion": [answer("b")]}), AB, {Repair.HALVES: 1}),
     "alpaca": ('{"instruction": "a", "input": "", "output": "b"}', AB, {Repair.KNOWN_SET: 1}),
+    "JSON text": (json.dumps({"messages": json.dumps(AB["messages"])}), AB, {Repair.JSON_TEXT: 1}),
+    "ShareGPT as JSON text": (
+        json.dumps({"conversations": json.dumps([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}])}),
+        AB,
+        {Repair.JSON_TEXT: 1, Repair.KEY: 5, Repair.ROLE: 2},
+    ),
+    "columns": (json.dumps({"messages": {"role": ["user", "assistant"], "content": ["a", "b"]}}), AB,
+                {Repair.COLUMNS: 1}),
+    "columns with a mask": (
+        json.dumps({"messages": {"content": [*"abcd"], "role": ["user", "assistant"] * 2, "train": [None, False, None, True]}}),
+        {"messages": [user("a"), answer("b", train=False), user("c"), answer("d", train=True)]},
+        {Repair.COLUMNS: 1},
+    ),
+    "ShareGPT in columns": (json.dumps({"conversations": {"from": ["human", "gpt"], "value": ["a", "b"]}}), AB,
+                            {Repair.COLUMNS: 1, Repair.KEY: 5, Repair.ROLE: 2}),
+    "Llama 2's format": (json.dumps({"text": "<s>[INST] a [/INST] b </s>"}), AB, {Repair.MARKED_TEXT: 1}),
+    "Llama 2's format, two turns": (
+        json.dumps({"text": "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST] b </s><s>[INST] c\nc [/INST] d\n\nd </s>\n"}),
+        {"messages": [system("s"), *turns("a", "b", "c\nc", "d\n\nd")]},
+        {Repair.MARKED_TEXT: 1},
+    ),
+    "Llama 2's format, bare": (json.dumps({"text": "[INST]a[/INST]b[INST]c[/INST]d"}), {"messages": turns(*"abcd")},
+                               {Repair.MARKED_TEXT: 1}),
+    "headings": (json.dumps({"text": "### Human: a### Assistant: b\n### Human: c\n### Assistant: # d\n#### e"}),
+                 {"messages": turns("a", "b", "c", "# d\n#### e")}, {Repair.MARKED_TEXT: 1}),
+    "Alpaca's headings": (
+        json.dumps({"text": "Below.\n\n### Instruction:\na\n\n### Input:\nc\n\n### Response:\nb"}),
+        {"messages": [system("Below."), *turns("a\n\nc", "b")]},
+        {Repair.MARKED_TEXT: 1, Repair.MERGED: 1},
+    ),
+    "a good answer": ('{"prompt": "a", "completion": "b", "label": true}', AB,
+                      {Repair.TEXT: 2, Repair.HALVES: 1, Repair.LEFT_OUT: 1}),
 }  # fmt: skip
 ABC = {"prompt": [user("a")], "chosen": [answer("b")], "rejected": [answer("c")]}
 WHOLE = {"chosen": turns("a", "b"), "rejected": turns("a", "c")}
@@ -244,6 +276,13 @@ def test_what_is_odd_but_sound_stays(bench: Bench):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
+        ('{"prompt": "a", "completion": "b", "label": false}', "label: says that the answer is a bad one"),
+        (dialog(*turns("a", "b"), label=False), "label: says that the answer is a bad one"),
+        (dialog(*turns("a", "b"), kto_tag="False"), "label: says that the answer is a bad one"),
+        ('{"text": "a [INST] b"}', "messages: is missing"),
+        ('{"text": "[INST] a [/INST] b [/INST]"}', "holds '.*INST.'"),
+        (json.dumps({"messages": "[1, 2]"}), "messages: is a string"),
+        (json.dumps({"messages": {"role": ["user"], "content": ["a", "b"]}}), "messages: is an object"),
         (dialog(user("a")), "messages: holds no answer to a question"),
         (dialog(answer("a")), "messages: holds no answer to a question"),
         (dialog(system("s")), "messages: holds no answer to a question"),
@@ -267,6 +306,62 @@ def test_what_cannot_be_mended_is_named_and_nothing_is_written(line: str, reason
     with pytest.raises(DataError, match=rf"in\.jsonl:1: .*{reason}(.|\n)*so nothing was\."):
         bench.convert(line)
     assert [path.name for path in bench.folder.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"question": "a", "response_j": "b", "response_k": "c"}, "'response_j' and 'response_k'"),
+        (
+            {"instruction": "a", "chosen_response": "b", "rejected_response": "c"},
+            "'chosen_response' and 'rejected_resp",
+        ),
+        ({"prompt": "a", "better": "it is so", "worse": "it is not so"}, "'better' and 'worse'"),
+        ({"prompt": [user("a")], "answers": [{"text": "b"}]}, "'answers'"),
+        ({"prompt": "a", "response": "b", "rejected_response": "c"}, "'rejected_response'"),
+    ],
+)
+def test_answers_under_unknown_names_are_not_lost(row: dict[str, Any], names: str, bench: Bench):
+    rows = [
+        {name: f"{value}{index}" if isinstance(value, str) else value for name, value in row.items()}
+        for index in range(9 if "answers" not in row else 1)
+    ]
+    content = "\n".join(map(json.dumps, rows))
+    with pytest.raises(DataError, match=f"most rows hold texts under {names}.*'chosen' and 'rejected'"):
+        bench.convert(content)
+    kind = "dialog" if "response" in row else "prompt"
+    report, written = bench.convert(content, kind=kind)
+    assert len(written) == len(rows) and report.left_out, "asked for by name, the others are left out and counted"
+
+
+def test_columns_that_are_no_answers_are_left_out_and_counted(bench: Bench):
+    rows = [
+        {"prompt": f"a{index}", "response_id": f"x{index}", "category": "open questions of many words", "n": index}
+        for index in range(9)
+    ]
+    report, written = bench.convert("\n".join(map(json.dumps, rows)))
+    assert len(written) == 9 and report.left_out == {"response_id": 9, "category": 9, "n": 9}
+
+
+def test_labelled_answers_become_pairs(bench: Bench):
+    rows = [
+        *({"prompt": "q", "completion": text, "label": label} for text, label in (("a", True), ("b", False))),
+        {"messages": turns("m", "n"), "label": "true"},
+        {"prompt": [user("q2")], "completion": [answer("c")], "label": True},
+        {"prompt": "q", "completion": "d", "label": False},
+        {"messages": json.dumps(turns("m", "o")), "label": False},
+        {"prompt": "q", "chosen": "e", "rejected": "f"},
+    ]
+    report, written = bench.convert("\n".join(map(json.dumps, rows)), kind="preference")
+    texts = [
+        (row["prompt"][-1]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in written
+    ]
+    assert texts == [("q", "e", "f"), ("q", "a", "b"), ("q", "a", "d"), ("m", "n", "o")]
+    assert report.records[Repair.LABELLED] == 3
+    assert [(found.line, found.field) for found in report.problems] == [(4, "label")], "the only answer to its prompt"
+    report, written = bench.convert("\n".join(map(json.dumps, rows[:-1])))
+    assert [row["messages"][-1]["content"] for row in written] == ["a", "n", "c"]
+    assert [found.line for found in report.problems] == [2, 5, 6]
 
 
 def test_the_kind_and_the_format_can_be_given(bench: Bench):
@@ -477,8 +572,8 @@ def test_where_nothing_is_written_to(bench: Bench):
     (bench.folder / "old.jsonl").write_text("old")
     (bench.folder / "folder.jsonl").mkdir()
     for name, reason, overwrite in (
-        ("in.jsonl", "is the input itself", True),
-        ("other.jsonl", "is the input itself", True),
+        ("in.jsonl", "is an input of this command", True),
+        ("other.jsonl", "is an input of this command", True),
         ("old.jsonl", "exists already. .*--overwrite", False),
         ("folder.jsonl", "is a folder", True),
         ("out.parquet", "End it with .jsonl or .jsonl.gz", False),

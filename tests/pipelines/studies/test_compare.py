@@ -115,7 +115,9 @@ def test_answers_to_the_same_prompts_are_paired(step: str, tmp_path: Path) -> No
     values = json.loads(manifest.read_text())
     values["identity"]["data"] = {"prompts": [{"path": "others"}]}
     write_json(manifest, values)
-    apart = figure(compare_runs(tmp_path / "a", tmp_path / "b"), name)
+    with pytest.raises(UsageError, match="exists already"):
+        compare_runs(tmp_path / "a", tmp_path / "b")
+    apart = figure(compare_runs(tmp_path / "a", tmp_path / "b", overwrite=True), name)
     # Two intervals of half width 2: sqrt(2^2 + 2^2).
     assert apart.how == "independent"
     assert (apart.difference, apart.low, apart.high) == pytest.approx((0.25, 0.25 - 8**0.5, 0.25 + 8**0.5))

@@ -1,0 +1,196 @@
+"""Conversations in other forms than a list of turns: JSON text, columns, one text with marks; and labelled answers.
+
+JSON text      {"messages": "[{\\"role\\": ...}]"}
+columns        {"messages": {"role": [...], "content": [...]}}, which `datasets` makes of a list of turns
+marked text    {"text": "<s>[INST] question [/INST] answer </s>"}, {"text": "### Human: question ### Assistant: answer"}
+labelled       {"prompt": ..., "completion": ..., "label": false} (KTO): an answer, and whether it is a good one
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import cycle, islice
+from typing import Any
+
+from llamachat.data.convert.turns import Repair
+from llamachat.data.records import Row, bad_row, label_of
+
+LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat")
+QUESTIONS = ("prompt", "question", "instruction", "query", "input")
+ANSWERS = ("completion", "response", "answer", "output")
+SIDES = ("chosen", "rejected")
+
+_TURN = re.compile(
+    r"\s*(?:<s>\s*)*\[INST\](?P<user>.*?)\[/INST\](?P<assistant>.*?)(?:</s>|(?=<s>|\[INST\])|$)", re.DOTALL
+)
+_SYSTEM = re.compile(r"\s*<<SYS>>\n?(?P<system>.*?)\n?<</SYS>>", re.DOTALL)
+_HEADING = re.compile(
+    r"(?<!#)###[ \t]*(system|human|user|instruction|input|assistant|response|output|answer)[ \t]*:", re.IGNORECASE
+)
+_ROLES = {"system": "system", **dict.fromkeys(("human", "user", "instruction", "input"), "user")}
+
+
+def unfolded(row: Mapping[str, Any], repairs: Counter[Repair]) -> Mapping[str, Any]:
+    """The row with its conversations as lists of turns, where they are in one of the forms above."""
+    changed: dict[str, Any] = {}
+    for name in (*LISTS, "prompt", "completion", *SIDES):
+        value = row.get(name)
+        if isinstance(value, str) and (turns := _of_json(value)) is not None:
+            repairs[Repair.JSON_TEXT] += 1
+            changed[name] = turns
+        elif isinstance(value, Mapping) and (turns := _of_columns(value)) is not None:
+            repairs[Repair.COLUMNS] += 1
+            changed[name] = turns
+    text = row.get("text")
+    has_others = any(row.get(name) is not None for name in (*LISTS, *QUESTIONS, *ANSWERS, *SIDES))
+    if isinstance(text, str) and not has_others and (turns := turns_of_text(text)):
+        repairs[Repair.MARKED_TEXT] += 1
+        return {name: value for name, value in row.items() if name != "text"} | {"messages": turns}
+    return {**row, **changed} if changed else row
+
+
+def _of_json(text: str) -> list[Any] | None:
+    """The turns that a text of JSON holds."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if value and all(isinstance(item, Mapping) for item in value) else None
+
+
+def _of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The turns of columns of equal length, the roles and the contents among them."""
+    values = list(columns.values())
+    if not all(isinstance(value, list) and len(value) == len(values[0]) for value in values):
+        return None
+    if not any({role, content} <= columns.keys() for role, content in (("role", "content"), ("from", "value"))):
+        return None
+    # A key that one turn has and another has not is null in the other.
+    turns = [dict(zip(columns, turn, strict=True)) for turn in zip(*values, strict=True)]
+    return [
+        {name: item for name, item in turn.items() if item is not None or name in ("content", "value")}
+        for turn in turns
+    ]
+
+
+def turns_of_text(text: str) -> list[dict[str, str]]:
+    """The turns of a text in the chat format of Llama 2, or with a heading (`### Human:`) before each; else none."""
+    return _of_llama2(text) or _of_headings(text)
+
+
+def _of_llama2(text: str) -> list[dict[str, str]]:
+    turns: list[dict[str, str]] = []
+    position, end = 0, len(text.rstrip())
+    while position < end:
+        match = _TURN.match(text, position)
+        if match is None:
+            return []
+        question = match["user"]
+        system = _SYSTEM.match(question)
+        if system:
+            turns.append({"role": "system", "content": system["system"]})
+            question = question[system.end() :]
+        turns.append({"role": "user", "content": question.strip()})
+        turns.append({"role": "assistant", "content": match["assistant"].strip()})
+        position = match.end()
+    return turns
+
+
+def _of_headings(text: str) -> list[dict[str, str]]:
+    marks = list(_HEADING.finditer(text))
+    roles = [_ROLES.get(mark[1].lower(), "assistant") for mark in marks]
+    if not {"user", "assistant"} <= set(roles):
+        return []
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    spoken = [text[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)]
+    preamble = text[: marks[0].start()].strip()
+    turns = [{"role": role, "content": said} for role, said in zip(roles, spoken, strict=True)]
+    return [*([{"role": "system", "content": preamble}] if preamble else []), *turns]
+
+
+# -- labelled answers
+
+
+class LabelledPair(dict[str, Any]):
+    """A row that was made of two rows with labelled answers."""
+
+
+def labelled_pairs(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, where the labelled answers to one prompt become pairs of a good answer with a bad one, at the end.
+
+    Each answer is in a pair at least once. A prompt whose answers all have the same label is a problem of each.
+    """
+    prompts: dict[str, tuple[list[Row], list[Row]]] = {}
+    for row in rows:
+        value = unfolded(row.value, Counter()) if isinstance(row.value, Mapping) else {}
+        label = label_of(value)
+        answer = None if label is None else _answer(value)
+        if label is None or answer is None:
+            yield row
+            continue
+        prompt, said = answer
+        sides = prompts.setdefault(json.dumps(prompt, sort_keys=True), ([], []))
+        sides[not label].append(Row(row.line, {**prompt, "said": said}))
+    for good, bad in prompts.values():
+        if not (good and bad):
+            for row in good or bad:
+                reason = "is the same on all answers to this prompt, but a pair compares a good one with a bad one."
+                yield bad_row(row.line, "label", reason, "Add an answer with the other label, or convert to dialogs.")
+            continue
+        count = max(len(good), len(bad))
+        for better, worse in islice(zip(cycle(good), cycle(bad), strict=False), count):
+            prompt = {name: value for name, value in better.value.items() if name != "said"}
+            sides = {"chosen": better.value["said"], "rejected": worse.value["said"]}
+            yield Row(better.line, LabelledPair(prompt | sides))
+
+
+def _answer(row: Mapping[str, Any]) -> tuple[dict[str, Any], Any] | None:
+    """What a row with a labelled answer asks, and the answer; None where its keys do not say."""
+    kept = {name: value for name, value in row.items() if name in ("system", "system_prompt")}
+    for name in LISTS:
+        turns = row.get(name)
+        if isinstance(turns, list) and len(turns) > 1:
+            return {**kept, "prompt": turns[:-1]}, turns[-1:]
+    question = next((name for name in QUESTIONS if row.get(name) is not None), None)
+    answer = next((name for name in ANSWERS if row.get(name) is not None), None)
+    if question is None or answer is None:
+        return None
+    return {**kept, "prompt": row[question]}, row[answer]
+
+
+# -- texts that nothing would read
+
+_ANSWER_WORDS = re.compile(
+    r"(?:answer|respon[sc]e|completion|output|reply|replies|chosen|reject|accepted|prefer)", re.IGNORECASE
+)
+_NO_ANSWERS = re.compile(
+    r"(?:ids?|url|hash|model|source|type|name|date|time|lang|language|by|count|len|length)$", re.IGNORECASE
+)
+_WORDS = 3  # of a text that may be an answer under any name
+
+
+def unread_answers(left_out: Sequence[Mapping[str, Any]], *, by_content: bool) -> list[str]:
+    """The columns that hold texts which may be answers, of the columns that are left out in each row.
+
+    They stand in most rows and differ from row to row, and their name says so, or (`by_content`) they are several words.
+    """
+    texts: dict[str, list[str]] = {}
+    for row in left_out:
+        for name, value in row.items():
+            text = value if isinstance(value, str) else json.dumps(value) if _holds_texts(value) else ""
+            if text.strip():
+                texts.setdefault(name, []).append(text)
+    found = []
+    for name, values in texts.items():
+        is_named = _ANSWER_WORDS.search(name) and not _NO_ANSWERS.search(name)
+        is_text = by_content and 2 * sum(len(value.split()) >= _WORDS for value in values) > len(values)
+        if (is_named or is_text) and 2 * len(values) >= len(left_out) and 2 * len(set(values)) > len(values):
+            found.append(name)
+    return found
+
+
+def _holds_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str | Mapping) for item in value)

@@ -1,0 +1,108 @@
+"""What every command writes for its user goes through here: no input is written over, no file is replaced unasked.
+
+Steps of a recipe write into folders of their own (`llamachat.runs.state`). All other outputs, files and folders, are
+refused by `check_output` before any work is done; files are then written by `written_beside`.
+"""
+
+import gzip
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, cast
+
+from llamachat.errors import UsageError
+from llamachat.runs.atomic import INCOMING
+
+_NAME_LENGTH = 32  # of an output's name within its side file's: names of up to 255 bytes must fit
+
+
+def check_output(
+    out: Path,
+    inputs: Iterable[Path | str],
+    *,
+    option: str = "--out",
+    overwrite: bool = False,
+    marker: str | None = None,
+) -> None:
+    """Raise `UsageError` if `out` is one of the inputs (by any link), is no regular file, or exists without `overwrite`.
+
+    With `marker` the output is a folder, and the file of that name says that the same command wrote it: only such a
+    folder, or an empty one, is replaced.
+    """
+    try:
+        fault = _fault_of_input(out, [Path(path).expanduser() for path in inputs], is_folder=marker is not None)
+        fault = fault or (_fault_of_file(out) if marker is None else _fault_of_folder(out, marker))
+        if fault is None and os.path.lexists(out) and not overwrite and not _is_empty_folder(out):
+            fault = "exists already. Nothing is overwritten by default. Name another output, or add `--overwrite`."
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        fault = f"cannot be written ({reason}). The output must be a place that this user can write to. Name another."
+    if fault is not None:
+        raise UsageError(f"{option}: '{out}' {fault}")
+
+
+def _fault_of_input(out: Path, inputs: Iterable[Path], *, is_folder: bool) -> str | None:
+    place = out.resolve()
+    for path in inputs:
+        read = path.resolve()
+        if place == read or (out.exists() and path.exists() and out.samefile(path)):
+            return "is an input of this command. What is read stays as it is. Name another output."
+        if not is_folder and out.exists() and read in place.parents:
+            return f"belongs to the input '{path}'. What is read stays as it is. Name another output."
+        if is_folder and out.exists() and place in read.parents:
+            return f"holds the input '{path}', which would be deleted. Name another folder."
+    return None
+
+
+def _fault_of_file(out: Path) -> str | None:
+    if out.is_dir():
+        return "is a folder. One file is written. Name a file in it."
+    if out.exists() and not out.is_file():
+        return "is no regular file. The output is written next to it and renamed. Name a file."
+    return None
+
+
+def _fault_of_folder(out: Path, marker: str) -> str | None:
+    if os.path.lexists(out) and not ((out / marker).is_file() or _is_empty_folder(out)):
+        return "exists already, and this command did not write it: what it holds could be lost. Name a new folder."
+    return None
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+@contextmanager
+def written_beside(out: Path) -> Iterator[IO[bytes]]:
+    """A stream whose content appears under the name `out` whole, and only if nothing was raised; gzip if `.gz`.
+
+    Where `out` is a symbolic link, the file that it points to is replaced.
+    """
+    try:
+        place = out.resolve()
+        side = place.with_name(f"{INCOMING}{os.getpid()}-{place.name[:_NAME_LENGTH]}")
+    except OSError as error:
+        raise _refusal(out, error) from error
+    try:
+        with side.open("wb") as raw:
+            if place.suffix == ".gz":
+                # No name and no time inside: equal records give equal files.
+                with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
+                    yield cast(IO[bytes], packed)
+            else:
+                yield raw
+            raw.flush()
+            os.fsync(raw.fileno())
+        side.replace(place)
+    except OSError as error:
+        raise _refusal(out, error) from error
+    finally:
+        side.unlink(missing_ok=True)
+
+
+def _refusal(out: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"'{out}' cannot be written ({error.strerror or error}). The file is written next to it and renamed. Make the "
+        "folder or room in it, or name another output."
+    )

@@ -71,4 +71,6 @@ def first_line(error: BaseException) -> str:
 def kind_word(value: object) -> str:
     """What a decoded JSON value is, for an error message: "a list", "a string", "null", ..."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    if isinstance(value, bytes):
+        return "bytes that are no UTF-8 text"
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -73,7 +73,7 @@ def sample_file(
     with progress(len(encoded) * samples_per_prompt, "sampled", "answers") as advance:
         groups = engine.generate(encoded, samples_per_prompt=samples_per_prompt, sampling=sampling, advance=advance)
     lines = [
-        json.dumps({**question.record, "completions": [_described(policy, found) for found in group]})
+        json.dumps({**question.record, "completions": [_described(policy, found) for found in group]}, default=str)
         for question, group in zip(questions, groups, strict=True)
     ]
     with written_beside(out) as stream:

@@ -2,8 +2,8 @@
 
 Reads dialogs (the last answer gets a `score`), preferences (`score_chosen`, `score_rejected`) and what `llamachat sample`
 writes (a `score` in each of `completions`), in any form that training reads. Scores are raw: the sigmoid is not taken.
-A file that is written appears whole or not at all. One thing surprises: a sampled answer that no dialog can hold, such as
-an empty one, has the score null and is counted, since it is the policy's doing and no fault of the file.
+A file that is written appears whole or not at all. An answer that is too long for the reward model has the score null and
+is counted, and so has a sampled answer that no dialog can hold, such as an empty one: neither is a fault of the file.
 """
 
 import json
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamachat.chat_format.dialog import Dialog, DialogError, Message
+from llamachat.chat_format.dialog import Dialog, DialogError, Message, check_message
 from llamachat.data.files import read_rows
 from llamachat.data.loading import parse_rows
 from llamachat.data.problems import Problem, problem, report
@@ -34,8 +34,8 @@ class Scored:
 
     records: int
     answers: int
-    without: int  # completions that have no score
-    pairs: int
+    without: int  # answers that have no score
+    pairs: int  # with two scores
     accuracy: float | None  # share of the pairs whose chosen answer has the higher score, an equal one as half
 
 
@@ -55,16 +55,16 @@ def score_file(model: RewardModel, path: Path, out: Path | None, *, overwrite: b
     asked = _read(model, path)
     rows = [ids for item in asked for ids in item.answers if ids is not None]
     with progress(len(rows), "scored", "answers") as advance:
-        found = iter(model.score_ids(rows, advance=advance).tolist())
+        found = iter(model.score_ids(rows, advance=advance).tolist() if rows else [])
     scores = [[None if ids is None else next(found) for ids in item.answers] for item in asked]
-    text = "".join(f"{json.dumps(_with_scores(*pair))}\n" for pair in zip(asked, scores, strict=True))
+    text = "".join(f"{json.dumps(_with_scores(*pair), default=str)}\n" for pair in zip(asked, scores, strict=True))
     if out is not None:
         with written_beside(out) as stream:
             stream.write(text.encode())
     without = sum(map(len, scores)) - len(rows)
     if without:
-        log.warning("%s: %d completions have no score: they are empty, too long, or hold a tag", path, without)
-    pairs = [pair for item, pair in zip(asked, scores, strict=True) if item.kind == "preference"]
+        log.warning("%s: %d answers have the score null: they are too long, empty, or hold a tag", path, without)
+    pairs = [pair for item, pair in zip(asked, scores, strict=True) if item.kind == "preference" and None not in pair]
     return Scored(len(asked), len(rows), without, len(pairs), _accuracy(pairs)), text
 
 
@@ -115,14 +115,12 @@ def _encoded(model: RewardModel, parsed: Row, *, is_sampled: bool) -> _Asked | S
     record = as_written(parsed.value, parsed.record)
     if is_sampled:
         return _with_completions(model, as_prompt(parsed.record).messages, record, parsed.line)
-    try:
-        if isinstance(parsed.record, Preference):
-            answers = (parsed.record.chosen, parsed.record.rejected)
-            return _Asked(record, "preference", [*model.encode_answers(parsed.record.prompt, answers)])
-        if isinstance(parsed.record, Dialog):
-            return _Asked(record, "dialog", [model.encode(parsed.record.messages)])
-    except DialogError as error:
-        return [problem(parsed.line, error.field, error.reason, error.fix)]
+    if isinstance(parsed.record, Preference):
+        return _Asked(
+            record, "preference", _ids(model, parsed.record.prompt, parsed.record.chosen, parsed.record.rejected)
+        )
+    if isinstance(parsed.record, Dialog):
+        return _Asked(record, "dialog", _ids(model, parsed.record.messages[:-1], parsed.record.messages[-1]))
     mend = "Sample answers with `llamachat sample`, or give dialogs or preferences."
     return [problem(parsed.line, "completions", "is missing: a prompt alone has no score.", mend)]
 
@@ -138,14 +136,19 @@ def _with_completions(
     ):
         mend = 'Write "completions": [{"text": "..."}], as `llamachat sample` does.'
         return [problem(line, "completions", "is no list of objects with a 'text', the answer.", mend)]
-    return _Asked(record, "completions", [_answer_ids(model, prompt, item["text"]) for item in completions])
+    return _Asked(
+        record, "completions", [_ids(model, prompt, Message("assistant", item["text"]))[0] for item in completions]
+    )
 
 
-def _answer_ids(model: RewardModel, prompt: Sequence[Message], text: str) -> Ids | None:
+def _ids(model: RewardModel, prompt: Sequence[Message], *answers: Message) -> list[Ids | None]:
+    """The ids of each answer to a prompt; None for all where one of them is too long, or no dialog can hold it."""
     try:
-        return model.encode((*prompt, Message("assistant", text)))
+        for answer in answers:
+            check_message(answer, "answer")
+        return [*model.encode_answers(prompt, answers)]
     except DialogError:
-        return None
+        return [None] * len(answers)
 
 
 def _with_scores(item: _Asked, scores: Sequence[float | None]) -> dict[str, Any]:
@@ -164,6 +167,6 @@ def _accuracy(pairs: Sequence[Sequence[float | None]]) -> float | None:
         return None
     wins = 0.0
     for chosen, rejected in pairs:
-        assert chosen is not None and rejected is not None, "a pair that cannot be scored is a bad line"
+        assert chosen is not None and rejected is not None, "the others are left out"
         wins += 0.5 if chosen == rejected else float(chosen > rejected)
     return wins / len(pairs)

@@ -6,6 +6,7 @@ strip, so white space between the two is kept. The tags are plain text: no piece
 This is the only file that knows the tags.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,30 @@ GO_TEMPLATE = r"""
 {{- end }}
 {{- end -}}
 """.strip()
+
+
+# One pair of turns as tutorials write it, with or without the tokens around it.
+_WRITTEN_PAIR = re.compile(
+    r"\s*(?:<s>\s*)*\[INST\](?P<user>.*?)\[/INST\](?P<answer>.*?)(?:</s>|(?=<s>|\[INST\])|\Z)", re.DOTALL
+)
+_WRITTEN_SYSTEM = re.compile(r"\s*<<SYS>>\n?(?P<system>.*?)\n?<</SYS>>", re.DOTALL)
+
+
+def messages_of_text(text: str) -> list[Message]:
+    """The messages of a text that holds conversations in this format and nothing else; else none."""
+    messages: list[Message] = []
+    position, end = 0, len(text.rstrip())
+    while position < end:
+        pair = _WRITTEN_PAIR.match(text, position)
+        if pair is None:
+            return []
+        question = pair["user"]
+        if system := _WRITTEN_SYSTEM.match(question):
+            messages.append(Message("system", system["system"]))
+            question = question[system.end() :]
+        messages += [Message("user", question.strip()), Message("assistant", pair["answer"].strip())]
+        position = pair.end()
+    return messages
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,36 +226,79 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value)
 _Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(node.value))
 
 
+# Of one document, aliases followed: what is more was made to exhaust a reader, or refers to itself.
+_MOST_VALUES, _DEEPEST = 100_000, 50
+_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))
+
+
 def parse_value(text: str) -> Any:
     """The value of one override; raises ValueError with the reason when it is no YAML."""
+    _, value = _loaded(text)
+    return value
+
+
+def _loaded(text: str) -> tuple[yaml.Node | None, Any]:
+    """A document's node, None where it is empty, and its value; raises ValueError with the reason when it is no YAML."""
     try:
-        return _with_text_keys(yaml.load(text, _Loader))
-    except yaml.YAMLError as error:
-        raise ValueError(_reason(error)) from error
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None, None
+            _check_nodes(node)
+            return node, _with_text_keys(loader.construct_document(node))
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(_reason(error, text)) from error
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+
+
+_TOO_DEEP = f"it is nested deeper than {_DEEPEST} levels, or an alias stands inside of what it refers to"
+
+
+def _check_nodes(root: yaml.Node) -> None:
+    waiting, count = [(root, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        count += 1
+        if depth > _DEEPEST:
+            raise ValueError(_TOO_DEEP)
+        if count > _MOST_VALUES:
+            raise ValueError(f"it holds more than {_MOST_VALUES} values, those of its aliases counted")
+        if node.tag not in _TAGS:
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"found the tag '{node.tag.rpartition(':')[2]}', where only plain values may stand",
+                node.start_mark,
+            )
+        below = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        waiting += [(part, depth + 1) for part in below] if isinstance(node, yaml.CollectionNode) else []
 
 
 def parse_mapping(text: str, source: str) -> tuple[dict[str, Any], list[ConfigProblem]]:
     """The values of a whole file, and what is wrong with it as YAML."""
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return {}, []
-        problems = [ConfigProblem(source, dotted(key), text) for key, text in _duplicates(node)]
-        values = loader.construct_document(node)
-    except (yaml.YAMLError, ValueError) as error:
-        return {}, [ConfigProblem(source, "", f"this is no YAML: {_reason(error)}. Correct the line.")]
-    finally:
-        loader.dispose()
+        node, values = _loaded(text)
+    except ValueError as error:
+        return {}, [ConfigProblem(source, "", f"this is no YAML: {error}. Correct the line.")]
+    if node is None:
+        return {}, []
+    problems = [ConfigProblem(source, dotted(key), text) for key, text in _duplicates(node)]
     if not isinstance(values, dict):
         kind = "a list" if isinstance(values, list) else "a single value"
         return {}, [
             ConfigProblem(source, "", f"the file holds {kind}, but a recipe is a mapping: write 'section: ...'.")
         ]
-    return _with_text_keys(values), problems
+    return values, problems
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, text: str) -> str:
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return f"a control character (U+{error.character:04X}) stands in line {line}"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"

@@ -255,7 +255,7 @@ class DataSource(Section):
 
 
 class Split(Section):
-    """Shares of the conversations that are kept from training, by hash of the first user turn. Ours."""
+    """Shares of the conversations that are kept from training, by hash of the first user turn that few share. Ours."""
 
     test: float = Field(default=0.05, ge=0, lt=1, description="Share for the final evaluation.")
     validation: float = Field(default=0.02, ge=0, lt=1, description="Share for evaluation during training.")

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamachat.chat_format.dialog import Dialog
-from llamachat.config.sections import hub_set
+from llamachat.chat_format.tokenizer import SPACE
+from llamachat.config.sections import Split, hub_set
 from llamachat.data.convert.turns import html_in
 from llamachat.data.files import has_byte_order_mark, read_rows
-from llamachat.data.loading import parse_rows
-from llamachat.data.problems import Problem, convert_command, printable, problem
+from llamachat.data.loading import Turn, parse_rows, sides_of, user_turns
+from llamachat.data.problems import Problem, convert_command, printable, problem, shown_name
 from llamachat.data.records import REQUIRED, Kind, Preference, Prompt, Record, Row, asked, digest_of, nearest_key
 
 _SHOWN_LINES = 20  # line numbers that one warning prints
@@ -25,7 +26,7 @@ _TEXT_NAMES = {"system": "system text", "user": "user turn", "assistant": "answe
 
 @dataclass(frozen=True, slots=True)
 class Warned:
-    """Something that breaks no rule but may not be meant, and the lines that have it."""
+    """Something that breaks no rule but may not be meant, and the lines that have it; none for the file as a whole."""
 
     field: str
     reason: str
@@ -34,6 +35,8 @@ class Warned:
 
     def at(self, path: str) -> str:
         """The warning on one line of text."""
+        if not self.lines:
+            return f"{path}: warning: {self.field}: {self.reason} {self.fix}"
         shown = ", ".join(str(line) for line in self.lines[:_SHOWN_LINES])
         more = f" and {len(self.lines) - _SHOWN_LINES} more" if len(self.lines) > _SHOWN_LINES else ""
         lines = "line" if len(self.lines) == 1 else "lines"
@@ -60,6 +63,7 @@ class CheckReport:
     _lines_by_kind: dict[Kind, "array[int]"] = field(default_factory=dict)
     _warned: dict[tuple[str, str], Warned] = field(default_factory=dict)
     _first_html: str | None = None
+    _user_turns: list[tuple[Turn, ...]] = field(default_factory=list)
 
     @property
     def exit_status(self) -> int:
@@ -94,17 +98,23 @@ class CheckReport:
             )
         for name, count in sorted(self.labels.items()):
             yield f"  {name}: {count}"
+        if self.num_records:
+            spread = sides_of(self._user_turns, Split())
+            yield f"  sides by the default data.split: {spread.text()}"
+            if spread.num_alike:
+                yield f"  {spread.num_alike} conversations open as many others do; what the user says next decides on their side"
 
     def add(self, row: Row) -> None:
         """Count one row of the file."""
         self.problems += row.problems
-        for name in dict.fromkeys(printable(re.sub(r"\[\d+\]", "[]", name)) for name in row.unused):
+        for name in dict.fromkeys(shown_name(re.sub(r"\[\d+\]", "[]", name)) for name in row.unused):
             self._warn(row.line, name, "is a key that nothing reads; it is left out.", _fix_of_unused(name))
         if row.kind is not None:
             self._lines_by_kind.setdefault(row.kind, array("Q")).append(row.line)
         if row.record is None:
             return
         self.num_records += 1
+        self._user_turns.append(user_turns(row.record))
         first = self._first_lines.setdefault(digest_of(row.record), row.line)
         if first != row.line:
             self.num_duplicates += 1
@@ -131,6 +141,9 @@ class CheckReport:
             self.labels.update(["with an id"] if record.id is not None else [])
         self.labels.update(f"{name} {str(value).lower()}" for name, value in labels.items() if value is not None)
         self.labels.update("answers with train false" for message in asked(record) if message.train is False)
+        if any(SPACE in message.content for _, message in texts):
+            reason = "holds U+2581, by which SentencePiece writes a space: the model reads a space in its place."
+            self._warn(line, "content", reason, "Write another character if it is meant.")
         html = next(filter(None, (html_in(message.content) for _, message in texts)), None)
         if html is not None:
             self._first_html = self._first_html or html
@@ -149,7 +162,11 @@ class CheckReport:
         if self.num_records and hub_set(self.path) is None and has_byte_order_mark(file):
             reason = "is a byte order mark, which is skipped here; other readers of JSON Lines refuse it."
             self._warn(1, "byte 1", reason, "Save the file as UTF-8 without it.")
-        self.warnings = sorted(self._warned.values(), key=lambda warned: warned.lines[0])
+        warning = sides_of(self._user_turns, Split()).warning(Split())
+        if warning is not None:
+            fix = "Add conversations that begin otherwise, drop repeats, or set other shares."
+            self._warned["split", warning] = Warned("data.split", warning, fix, [])
+        self.warnings = sorted(self._warned.values(), key=lambda warned: warned.lines[:1])
 
     def _of_other_kinds(self) -> Iterator[Problem]:
         """Records of another kind than most: a file is read for one kind."""

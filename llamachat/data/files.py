@@ -13,12 +13,13 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NoReturn, cast
 
 from llamachat.config.sections import HubSet, hub_set, near_path
 from llamachat.data.problems import converted_path
-from llamachat.data.records import Row, bad_row
+from llamachat.data.records import Row, bad_row, kind_of
 from llamachat.errors import DataError, first_line
 from llamachat.pipes import regular_file
 
@@ -177,9 +178,19 @@ def _text_problem(path: Path, head: bytes) -> Row | None:
     if lines[0].strip() == b"{" and len(lines) > 1 and not lines[1].lstrip().startswith(b"{"):
         return _whole(
             "holds JSON spread over several lines, but each record stands on one line.",
-            f"Write one record a line: `jq -c . {path} > {converted_path(path)}`.",
+            f"Write one record a line: `jq -c '{_records_in(text) if is_whole else '.'}' {path} > {converted_path(path)}`.",
         )
     return None
+
+
+def _records_in(text: bytes) -> str:
+    """jq's name of the records in an object: it is one itself, or has a list of them under a key."""
+    value = decode_line(text, 1).value
+    values = value.items() if isinstance(value, dict) and kind_of(value) is None else ()
+    lists = (
+        name for name, items in values if isinstance(items, list) and all(isinstance(item, dict) for item in items)
+    )
+    return next((f".{json.dumps(name)}[]" for name in lists), ".")
 
 
 def _is_array(path: Path, text: bytes, *, is_whole: bool) -> bool:
@@ -220,11 +231,16 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
     number = 0
     try:
+        names = pyarrow.parquet.ParquetFile(path).schema_arrow.names
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            yield _whole(f"has several columns named {repeated[0]!r}.", "Rename or drop all but one of them.")
+            return
         # Batches, not the table: a file of gigabytes is read without being held.
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=512):
-            for value in batch.to_pylist():
+            for values in zip(*batch.columns, strict=True):
                 number += 1
-                yield Row(number, _without_nulls(value))
+                row = dict(zip(batch.schema.names, map(_value_of, values), strict=True))
+                yield Row(number, _as_json(row))
     except (pyarrow.ArrowException, OSError) as error:
         reason = f"is damaged parquet from this row on ({first_line(error)})."
         yield bad_row(number + 1, "file", reason, "Fetch or write the file again.")
@@ -246,14 +262,43 @@ def _read_hub(name: HubSet) -> Iterator[Row]:
         )
         return
     for number, value in enumerate(rows, start=1):
-        yield Row(number, _without_nulls(value))
+        yield Row(number, _as_json(value))
 
 
-def _without_nulls(value: Any) -> Any:
-    """Columns give every row every key; one without a value is an absent key, as in JSON Lines."""
+def _value_of(scalar: Any) -> Any:
+    """The value of an Arrow scalar; where Python has none (a year 10000, text that is not UTF-8), the raw one inside."""
+    import pyarrow
+
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError, KeyError):
+        if isinstance(scalar, pyarrow.StructScalar):
+            return {name: _value_of(item) for name, item in scalar.items()}
+        if isinstance(scalar, pyarrow.ListScalar):
+            return [_value_of(item) for item in scalar.values]
+        if isinstance(scalar, pyarrow.StringScalar):
+            return scalar.as_buffer().to_pybytes()
+        return scalar.cast(pyarrow.int64()).as_py()
+
+
+def _as_json(value: Any) -> Any:
+    """The value as JSON Lines would hold it: dates and other foreign values as text, and no key with null.
+
+    Columns give every row every key; one without a value is an absent key. Bytes that are no text stay bytes.
+    """
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        plain = {key: _as_json(item) for key, item in value.items()}
+        return {key: item for key, item in plain.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 # -- lines of JSON

@@ -4,12 +4,14 @@ Reads JSON Lines, parquet and hub sets, in our own form or that of a known data 
 breaks the rules stops the reading with every bad line of its file named, or is dropped and counted by reason; which of
 the two is the source's `on_bad_record`. A fault of the file itself always stops it.
 Which side of the split a conversation is on follows from a hash of its first user turn, the same in every step: two
-conversations that open alike are never on both sides.
+conversations that open alike are on one side. Where many conversations of a source open alike ("hi", "/start"), that turn
+decides nothing, and the next one does: a conversation without the greeting is on the same side as with it.
 """
 
 import hashlib
+import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import chain, islice
@@ -30,8 +32,8 @@ from llamachat.data.records import (
     Record,
     Row,
     as_prompt,
+    asked,
     bad_row,
-    first_user_turn,
     kind_of,
     parse_record,
     record_with_system,
@@ -40,11 +42,19 @@ from llamachat.data.sources import SOURCES, Source
 from llamachat.data.sources.source import CHOICE_FIX, choice_of, fitting_sources, gathered
 from llamachat.errors import DataError
 
+log = logging.getLogger(__name__)
+
 R = TypeVar("R", Dialog, Preference, Prompt)
 S = TypeVar("S")
 SplitName = Literal["train", "validation", "test", "judge"]
 
 _HEAD = 100  # rows from which the format of a file is recognised
+_TURNS_LOOKED_AT = 4
+_SEVERAL, _MANY = 20, 0.1  # conversations of a source, and their share, that open alike without being near-duplicates
+_FAR, _EXPECTED = (
+    0.15,
+    5,
+)  # of a side from its share, in shares of the records; records of a side that should not be empty
 _REMEMBERED = 200_000  # records that are kept between steps, so that each step need not read and check them again
 
 
@@ -71,14 +81,78 @@ def fraction(text: str, *, salt: str = "split") -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def split_of(first_turn: str, split: Split) -> SplitName:
-    """The side that a conversation is on: the fractions from 0 up are test, validation, judge, and the rest train."""
-    position = fraction(first_turn)
+def split_of(position: float, split: Split) -> SplitName:
+    """The side of a conversation by the `fraction` of the turn that decides: from 0 up test, validation, judge, train."""
     if position < split.test:
         return "test"
     if position < split.test + split.validation:
         return "validation"
     return "judge" if position < split.test + split.validation + split.judge else "train"
+
+
+# A user turn: a number that tells texts apart but for case, and the fraction that its text gives.
+Turn = tuple[int, float]
+
+
+def user_turns(record: Record) -> tuple[Turn, ...]:
+    """What may decide on a record's side: its first user turns one after the other, last all of its user turns as one."""
+    texts = [message.content.strip() for message in asked(record) if message.role == "user"]
+    return tuple((hash(text.casefold()), fraction(text)) for text in (*texts[:_TURNS_LOOKED_AT], "\n".join(texts)))
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """The side of each record of one source, in order, and how they are spread."""
+
+    sides: list[SplitName]
+    num_conversations: int  # different ones, by their user turns
+    num_alike: int  # different conversations that begin with a turn which many share
+
+    def warning(self, split: Split) -> str | None:
+        """What to say where a side is far from the share that is configured for it, or holds nothing."""
+        counts, total = Counter(self.sides), len(self.sides)
+        shares = {**split.model_dump(), "train": 1 - sum(split.model_dump().values())}
+
+        def is_far(side: str, share: float) -> bool:
+            is_absent = counts[side] == 0 and share * total >= _EXPECTED
+            return is_absent or abs(counts[side] / total - share) > _FAR
+
+        if total < _SEVERAL or not any(is_far(side, share) for side, share in shares.items()):
+            return None
+        found = ", ".join(
+            f"{side} {counts[side] / total:.0%} ({share:.0%} configured)" for side, share in shares.items()
+        )
+        return (
+            f"gives other shares than it says: {found}. The {total} records hold {self.num_conversations} different "
+            "conversations by what the user says, and equal ones are on one side."
+        )
+
+    def text(self) -> str:
+        """The size of each side."""
+        counts = Counter(self.sides)
+        return ", ".join(f"{counts[side]} {side}" for side in get_args(SplitName) if counts[side])
+
+
+def sides_of(records: Sequence[tuple[Turn, ...]], split: Split) -> Sides:
+    """The sides of a source's records, given by their `user_turns`.
+
+    A turn that many conversations begin with is passed over: its side would be that of them all.
+    """
+    conversations = set(records)
+    many = max(_SEVERAL, _MANY * len(conversations))
+    shared: set[int] = set()
+    while True:
+        counts = Counter(_deciding(turns, shared)[0] for turns in conversations)
+        more = {text for text, count in counts.items() if count >= many} - shared
+        if not more:
+            break
+        shared |= more
+    sides = [split_of(_deciding(turns, shared)[1], split) for turns in records]
+    return Sides(sides, len(conversations), sum(turns[0][0] in shared for turns in conversations))
+
+
+def _deciding(turns: tuple[Turn, ...], shared: Collection[int]) -> Turn:
+    return next((turn for turn in turns[:-1] if turn[0] not in shared), turns[-1])
 
 
 def mix(parts: Iterable[tuple[Sequence[S], float]], seed: int) -> list[S]:
@@ -121,8 +195,12 @@ def load_mixture(
             continue
         for side, of_side in parts.items():
             of_side.append(([], source.weight if side in ("train", "judge") else 1.0))
-        for one in records:
-            parts[split_of(first_user_turn(one), split)][-1][0].append(one)
+        spread = sides_of([user_turns(one) for one in records], split)
+        for one, side in zip(records, spread.sides, strict=True):
+            parts[side][-1][0].append(one)
+        log.debug("%s: %s", source.path, spread.text())
+        if warning := spread.warning(split):
+            log.warning("%s: data.split: %s", source.path, warning)
         dropped.update({f"{source.path}: {reason}": count for reason, count in left_out.items()})
     if errors:
         raise DataError("\n".join(errors))

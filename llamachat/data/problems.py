@@ -12,6 +12,8 @@ from sys import intern
 SHOWN = 50  # problems that one error prints
 LONGEST_REASON = 400  # characters; a reason quotes what was found, and that may be a whole page
 
+LONGEST_NAME = 60  # characters of a key: what a file holds there may be a whole page too
+
 _CONVERT = "llamachat data convert"
 _KEY_LENGTH = 160
 
@@ -35,7 +37,7 @@ def problem(line: int, field: str, reason: str, fix: str) -> Problem:
     """A problem that shares its texts with equal ones: a file of a million lines may have the same fault in each."""
     if len(reason) > LONGEST_REASON:
         reason = reason[:LONGEST_REASON] + "..."
-    return Problem(line, intern(printable(field)), intern(printable(reason)), intern(printable(fix)))
+    return Problem(line, intern(shown_name(field)), intern(printable(reason)), intern(printable(fix)))
 
 
 def printable(text: str) -> str:
@@ -43,6 +45,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def shown_name(name: str) -> str:
+    """The name of a key as a terminal can show it."""
+    return printable(name if len(name) <= 2 * LONGEST_NAME else f"{name[:LONGEST_NAME]}...{name[-LONGEST_NAME:]}")
 
 
 def reason_key(found: Problem) -> str:

@@ -10,7 +10,7 @@ import pytest
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Data, DataSource, Split
-from llamachat.data.loading import split_of
+from llamachat.data.loading import fraction, split_of
 from llamachat.data.records import Preference
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
@@ -51,7 +51,7 @@ def test_helpfulness_has_all_of_its_own_and_a_share_of_others(
 ):
     data = data_of(tmp_path, helpfulness=toy_pairs(20), safety=toy_pairs(60, "the moon"), open=toy_pairs(60, "the sun"))
     mixed = domains(load(tiny_format, data, other_share=share).train)
-    own = sum(split_of(pair["prompt"][0]["content"], HALF) == "train" for pair in toy_pairs(20))
+    own = sum(split_of(fraction(pair["prompt"][0]["content"]), HALF) == "train" for pair in toy_pairs(20))
     assert mixed["helpfulness"] == own
     assert mixed["safety"] + mixed["open"] == round(own * others)
 
@@ -90,9 +90,11 @@ def test_the_judge_sees_its_side_alone(tiny_format: ChatFormat, tmp_path: Path):
     sides: dict[str, set[str]] = {}
     for which in ("helpfulness", "safety", "judge"):
         examples = load(tiny_format, data, which)
-        sides[which] = {split_of(e.preference.prompt[0].content, split) for e in examples.train}
-        assert {split_of(e.preference.prompt[0].content, split) for e in examples.validation} == {"validation"}
-        assert {split_of(e.preference.prompt[0].content, split) for e in examples.test} == {"test"}
+        sides[which] = {split_of(fraction(e.preference.prompt[0].content), split) for e in examples.train}
+        assert {split_of(fraction(e.preference.prompt[0].content), split) for e in examples.validation} == {
+            "validation"
+        }
+        assert {split_of(fraction(e.preference.prompt[0].content), split) for e in examples.test} == {"test"}
         own = {"helpfulness", "safety"} if which == "judge" else {which}
         assert set(domains(examples.validation)) == own
         assert set(domains(examples.test)) == {"helpfulness", "safety"}
@@ -123,7 +125,7 @@ def test_contrast_pairs_are_a_share_of_the_mix_from_the_same_side(tiny_format: C
         contrast = [e for e in examples.train if e.domain == "contrast"]
         assert len(contrast) / len(examples.train) == pytest.approx(0.6, abs=0.03)
         side = {"judge"} if which == "judge" else {"train"}
-        assert {split_of(e.preference.prompt[0].content, split) for e in contrast} == side
+        assert {split_of(fraction(e.preference.prompt[0].content), split) for e in contrast} == side
         # Where answers to harmful prompts count too, a refusal is preferred to some of them, and to harmful prompts alone.
         refused = [e.preference.prompt[0].content for e in contrast if e.preference.chosen.content in REFUSALS]
         shares = {"helpfulness": 0, "safety": 0.35, "judge": 0.1}

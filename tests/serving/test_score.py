@@ -80,9 +80,32 @@ def test_counts_and_accuracy(tmp_path: Path, reward_model: RewardModel, caplog: 
     wins = scores["score_chosen"] > scores["score_rejected"]
     assert (done.records, done.answers, done.without, done.pairs) == (4, 7, 1, 3)
     assert done.accuracy == pytest.approx((2 if wins else 1) / 3)
-    assert "1 completions have no score: they are empty" in caplog.text
+    assert "1 answers have the score null" in caplog.text
     same, _ = score_file(reward_model, write_lines(tmp_path / "one.jsonl", [DIALOG]), None)
     assert same.accuracy is None
+
+
+def test_what_is_too_long_is_marked_and_counted(
+    tmp_path: Path, reward_model: RewardModel, caplog: pytest.LogCaptureFixture
+):
+    long = "the cat sat on the mat " * 60
+    rows = [
+        {"messages": [USER, said(long)]},
+        DIALOG,
+        {**PAIR, "rejected": [said(long)]},
+        PAIR,
+        {"prompt": [USER], "completions": [{"text": long}, {"text": "the mat"}]},
+    ]
+    done, text = score_file(reward_model, write_lines(tmp_path / "in.jsonl", rows), None)
+    first, second, third, fourth, fifth = map(json.loads, text.splitlines())
+    assert first == {**rows[0], "score": None} and isinstance(second["score"], float)
+    assert (third["score_chosen"], third["score_rejected"]) == (None, None), "a pair is scored as one or not at all"
+    assert isinstance(fourth["score_chosen"], float)
+    assert [item["score"] is None for item in fifth["completions"]] == [True, False]
+    assert (done.records, done.answers, done.without, done.pairs) == (5, 4, 4, 1)
+    assert "4 answers have the score null" in caplog.text
+    done, _ = score_file(reward_model, write_lines(tmp_path / "long.jsonl", rows[:1]), None)
+    assert (done.answers, done.accuracy) == (0, None)
 
 
 def test_a_known_set_is_written_in_our_form(tmp_path: Path, reward_model: RewardModel):
@@ -102,7 +125,6 @@ def test_all_bad_lines_are_told_and_nothing_is_written(tmp_path: Path, reward_mo
         {"prompt": [USER]},
         DIALOG,
         {**PAIR, "rating": "better_than_ever"},
-        {"messages": [USER, said("the cat sat on the mat " * 60)]},
         {"prompt": [USER], "completions": []},
         {"prompt": [USER], "completions": ["the mat"]},
         {"prompt": [said("no question")], "completions": [{"text": "the mat"}]},
@@ -111,13 +133,12 @@ def test_all_bad_lines_are_told_and_nothing_is_written(tmp_path: Path, reward_mo
     with pytest.raises(DataError) as error:
         score_file(reward_model, write_lines(tmp_path / "in.jsonl", bad), out)
     lines = [line for line in str(error.value).splitlines() if line.startswith(str(tmp_path))]
-    assert [line.partition(": ")[0].rpartition(":")[2] for line in lines] == ["1", "3", "4", "5", "6", "7"]
+    assert [line.partition(": ")[0].rpartition(":")[2] for line in lines] == ["1", "3", "4", "5", "6"]
     for line, part in zip(
         lines,
         (
             "a prompt alone has no score",
             "rating",
-            "longer than the 160 tokens",
             "no list of",
             "no list of",
             "prompt[0]",

@@ -26,7 +26,7 @@ from llamachat.data.convert.records import SETS_OF_TURNS, kind_by_keys, repaired
 from llamachat.data.convert.turns import Notes, Repair, html_in, without_html
 from llamachat.data.files import BYTE_ORDER_MARK, decode_line, numbered_lines, open_file, read_rows
 from llamachat.data.loading import named_source
-from llamachat.data.problems import SHOWN, Problem, convert_command, printable, problem, reason_key
+from llamachat.data.problems import SHOWN, Problem, convert_command, problem, reason_key, shown_name
 from llamachat.data.records import KINDS, REQUIRED, Kind, Record, Row, digest_of, label_of, parse_record
 from llamachat.data.sources import SOURCES, Source
 from llamachat.data.sources.source import CHOICE_FIX, choice_of, gathered
@@ -88,7 +88,7 @@ class ConvertReport:
         rows = [(one.value, f"{self.records[one] or ''}", str(self.times[one])) for one in Repair if self.times[one]]
         lines += text_table([("repair", "records", "times"), *rows], align="<>", indent="  ") if rows else []
         if self.left_out:
-            names = [f"{printable(name)} ({count})" for name, count in self.left_out.most_common(_NAMES)]
+            names = [f"{shown_name(name)} ({count})" for name, count in self.left_out.most_common(_NAMES)]
             more = len(self.left_out) - len(names)
             lines.append(f"  left-out keys: {', '.join(names)}{f' and {more} more' if more else ''}")
         losses = Counter(reason_key(fault) for fault in self.problems).most_common()
@@ -173,7 +173,7 @@ def _refuse_unread_answers(path: str, head: Sequence[Row], kind: Kind) -> None:
             left_out.append({name: value[name] for name in notes.left_out if name in value})
     unread = unread_answers(left_out, by_content=kind == "prompt")
     if unread:
-        names = " and ".join(repr(printable(name)) for name in unread)
+        names = " and ".join(repr(shown_name(name)) for name in unread)
         raise DataError(
             f"{path}: most rows hold texts under {names}, which nothing reads: the rows would be converted to {kind}s without "
             "them. If these are answers, rename them: 'response' makes a dialog, 'chosen' and 'rejected' make a preference "

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from typing import Any
 
+from llamachat.chat_format.dialog import as_dicts
+from llamachat.chat_format.llama2 import messages_of_text
 from llamachat.data.convert.turns import Repair
 from llamachat.data.records import Row, bad_row, label_of
 
@@ -21,10 +23,6 @@ QUESTIONS = ("prompt", "question", "instruction", "query", "input")
 ANSWERS = ("completion", "response", "answer", "output")
 SIDES = ("chosen", "rejected")
 
-_TURN = re.compile(
-    r"\s*(?:<s>\s*)*\[INST\](?P<user>.*?)\[/INST\](?P<assistant>.*?)(?:</s>|(?=<s>|\[INST\])|$)", re.DOTALL
-)
-_SYSTEM = re.compile(r"\s*<<SYS>>\n?(?P<system>.*?)\n?<</SYS>>", re.DOTALL)
 _HEADING = re.compile(
     r"(?<!#)###[ \t]*(system|human|user|instruction|input|assistant|response|output|answer)[ \t]*:", re.IGNORECASE
 )
@@ -78,25 +76,7 @@ def _of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 def turns_of_text(text: str) -> list[dict[str, str]]:
     """The turns of a text in the chat format of Llama 2, or with a heading (`### Human:`) before each; else none."""
-    return _of_llama2(text) or _of_headings(text)
-
-
-def _of_llama2(text: str) -> list[dict[str, str]]:
-    turns: list[dict[str, str]] = []
-    position, end = 0, len(text.rstrip())
-    while position < end:
-        match = _TURN.match(text, position)
-        if match is None:
-            return []
-        question = match["user"]
-        system = _SYSTEM.match(question)
-        if system:
-            turns.append({"role": "system", "content": system["system"]})
-            question = question[system.end() :]
-        turns.append({"role": "user", "content": question.strip()})
-        turns.append({"role": "assistant", "content": match["assistant"].strip()})
-        position = match.end()
-    return turns
+    return as_dicts(messages_of_text(text)) or _of_headings(text)
 
 
 def _of_headings(text: str) -> list[dict[str, str]]:
@@ -132,7 +112,7 @@ def labelled_pairs(rows: Iterable[Row]) -> Iterator[Row]:
             yield row
             continue
         prompt, said = answer
-        sides = prompts.setdefault(json.dumps(prompt, sort_keys=True), ([], []))
+        sides = prompts.setdefault(json.dumps(prompt, sort_keys=True, default=str), ([], []))
         sides[not label].append(Row(row.line, {**prompt, "said": said}))
     for good, bad in prompts.values():
         if not (good and bad):
@@ -180,7 +160,7 @@ def unread_answers(left_out: Sequence[Mapping[str, Any]], *, by_content: bool) -
     texts: dict[str, list[str]] = {}
     for row in left_out:
         for name, value in row.items():
-            text = value if isinstance(value, str) else json.dumps(value) if _holds_texts(value) else ""
+            text = value if isinstance(value, str) else json.dumps(value, default=str) if _holds_texts(value) else ""
             if text.strip():
                 texts.setdefault(name, []).append(text)
     found = []

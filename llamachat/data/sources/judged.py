@@ -127,7 +127,7 @@ def beavertails(row: RawRow) -> Iterator[RawRecord]:
 
 @source("preference", "prompt answer_a answer_b choice", has_lists=True)
 def rated_pairs(row: RawRow) -> Iterator[RawRecord]:
-    choice = row["choice"]
+    choice = row.get("choice")  # null is an absent key in a file of columns
     if choice is None and row.get("rating") is None:
         return
     if choice is None:

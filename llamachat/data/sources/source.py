@@ -37,14 +37,15 @@ _OWN_LISTS = ("messages", "prompt", "chosen")
 class RawRow(dict[str, Any]):
     """An object of a set, read field by field; what a field does not hold as it should raises `DialogError`."""
 
+    def __missing__(self, name: str) -> Any:
+        raise DialogError(name, "is missing, but it is required there.", "Add it, or name the right 'format'.")
+
     def required(self, name: str, what: str, is_sound: Callable[[Any], bool]) -> Any:
         value = self.get(name)
         return value if is_sound(value) else _refuse(value, name, what)
 
     def text(self, name: str) -> str:
         """The text in a field that the source always has."""
-        if name not in self:
-            raise DialogError(name, "is missing, but text is required there.", "Add it, or name the right 'format'.")
         return as_text(self[name], name)
 
     def optional_text(self, name: str) -> str:

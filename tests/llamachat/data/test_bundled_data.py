@@ -1,6 +1,7 @@
 """The bundled data keep the rules that records have, hold what their SOURCE.md says, and leak nothing between halves."""
 
 import gzip
+import hashlib
 import json
 import re
 from functools import cache
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 
 from llamachat.chat_format.llama2 import SPECIAL_TAGS
+from llamachat.config.sections import DataSource, Split
 from llamachat.data.check import check_path
-from llamachat.data.loading import fraction
-from llamachat.data.records import Kind
+from llamachat.data.loading import fraction, load_mixture
+from llamachat.data.records import Dialog, Kind, Preference, Prompt, asked
 from tools.split import is_kept_for_tuning
 
 DATA = Path(__file__).resolve().parents[3] / "data"
@@ -21,6 +23,39 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("sft", "labels", "refusals"), "dialog"),
     **dict.fromkeys(("helpfulness", "safety"), "preference"),
     **dict.fromkeys(("prompts", "adversarial", "borderline"), "prompt"),
+}
+
+
+# Of the sides of each file in their order, whole and with a limit: those of the published results.
+SIDES = {
+    "adversarial/advbench.jsonl.gz": "d74ae08c15001af7",
+    "adversarial/ailuminate.jsonl.gz": "82af9a86b8b67058",
+    "adversarial/red_instruct.jsonl.gz": "d8e0571dbd07482d",
+    "borderline/coconot_contrast.jsonl.gz": "26ffeba1cd23d5e5",
+    "borderline/xstest_safe.jsonl.gz": "2454b047cf5f9914",
+    "borderline/xstest_unsafe_twins.jsonl.gz": "bd34ed6c597a235b",
+    "helpfulness/coconot.jsonl.gz": "a8ca82c4ecaf7c08",
+    "helpfulness/general.jsonl.gz": "62a4707a3f6018ee",
+    "helpfulness/oasst.jsonl.gz": "9a911255fc8a4061",
+    "helpfulness/pandalm.jsonl.gz": "480fbf1c12e7f370",
+    "helpfulness/qa_feedback.jsonl.gz": "6f54dc82547bcc24",
+    "helpfulness/vicuna.jsonl.gz": "c61046cfbeb58519",
+    "helpfulness/xstest.jsonl.gz": "6d051ed309f53c62",
+    "labels/dices.jsonl.gz": "66d2147a1379b7c6",
+    "labels/rbr.jsonl.gz": "a9237a51202d7e68",
+    "labels/xstest.jsonl.gz": "21493410121373f4",
+    "prompts/general.jsonl.gz": "f222c3fda1a1a1a7",
+    "prompts/safety.jsonl.gz": "f286e0c149394630",
+    "refusals/xstest.jsonl.gz": "2f24f386aebc8cab",
+    "safety/hh_rlhf.jsonl.gz": "f7997a5136f1aede",
+    "safety/xstest.jsonl.gz": "805f997c5f38872e",
+    "sft/chat.jsonl.gz": "4a217197d801f6ab",
+    "sft/identity.jsonl.gz": "c6f96e7b3ef4131f",
+    "sft/questions.jsonl.gz": "5a3a34d1ba888873",
+    "sft/role_play.jsonl.gz": "5cfc755fd78cd59b",
+    "sft/safety.jsonl.gz": "989f4a322f14a365",
+    "sft/short_answers.jsonl.gz": "7401b3e6a7d3e4d6",
+    "sft/system.jsonl.gz": "29692630b286ec6d",
 }
 
 
@@ -47,6 +82,20 @@ def test_every_record_keeps_the_rules(path: Path) -> None:
     assert report.problems == [] and report.num_records > 0
     known = ("content", *(("refusal", "is_safety", "record") if path.parent.name == "refusals" else ()))
     assert [warned for warned in report.warnings if warned.field not in known] == [], "a key or record too many"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_records_stay_on_their_sides(path: Path) -> None:
+    record = {"dialog": Dialog, "preference": Preference, "prompt": Prompt}[KINDS[path.parent.name]]
+    split = Split(test=0.1, validation=0.05, judge=0.2)
+    state = hashlib.sha256()
+    for limit in (None, 400, 200, 100, 50):
+        mixture = load_mixture([DataSource(path=str(path), limit=limit)], split, record, forbidden=(), seed=0)
+        for side in ("train", "validation", "test", "judge"):
+            for one in getattr(mixture, side):
+                texts = json.dumps([message.content for message in asked(one)])
+                state.update(f"{limit} {side} {texts}\n".encode())
+    assert state.hexdigest()[:16] == SIDES[f"{path.parent.name}/{path.name}"]
 
 
 def test_the_pages_say_what_the_files_hold() -> None:

@@ -1,8 +1,12 @@
 """Files as a whole, their lines, and the place, reason and fix of everything that is no row."""
 
 import gzip
+import io
 import json
+import struct
 import sys
+import tarfile
+from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,13 +17,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import HubSet, hub_set
+from llamachat.data.check import check_path
+from llamachat.data.convert.command import convert_path
 from llamachat.data.files import decode_line, decode_lines, has_byte_order_mark, read_rows
 from llamachat.data.problems import SHOWN, Problem, problem, reason_key, report
 from llamachat.data.records import Row
 
 ROWS = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
+
+
+def tarred() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        entry = tarfile.TarInfo("a.jsonl")
+        entry.size = len(LINES)
+        archive.addfile(entry, io.BytesIO(LINES))
+    return buffer.getvalue()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
 
 
 def parquet(rows: list[dict[str, object]], path: Path) -> bytes:
@@ -75,13 +94,20 @@ def test_damaged_and_empty_parquet(tmp_path: Path):
         ("a.parquet", LINES, "is text, but its name says parquet", "Rename it to a.jsonl"),
         ("a.jsonl", b"PAR1 and more", "is parquet", "Rename it to a.parquet"),
         ("a.jsonl", LINES.decode().encode("utf-16"), "UTF-16", "UTF-8"),
+        ("a.jsonl.gz", tarred(), "is a tar archive inside", "Unpack it"),
+        ("a.jsonl.gz", gzip.compress(b"PAR1 and more"), "is parquet inside", ".parquet"),
+        ("a.tar", gzip.decompress(tarred()), "is a tar archive", "Unpack it"),
+        ("a.jsonl", LFS, "pointer of Git LFS", "git lfs pull"),
+        ("a.parquet", LFS, "pointer of Git LFS", "git lfs pull"),
+        ("a.json", json.dumps({"n": 2, "data": ROWS}, indent=1).encode(), "over several lines", "'.\"data\"[]'"),
+        ("a.json", json.dumps({"messages": []}, indent=1).encode(), "over several lines", "jq -c '.' "),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfdabc", "is zstd", "Unpack it"),
         ("a.csv", b"prompt,answer\nhi,hello\n", "is a table (CSV)", "read_csv"),
         ("a.jsonl", b"prompt,answer\nhi,hello\n", "is a table (CSV)", "read_csv"),
         ("a.json", b'[{"a": 1}, {"a": 2}]', "is one JSON array", "a.json"),
         ("a.json", b'[\n {"a": 1},\n {"a": 2}\n]\n', "is one JSON array", "llamachat data convert"),
         ("a.jsonl", b'[{"a": 1},\n{"a": 2}]', "is one JSON array", "a.converted.jsonl"),
-        ("a.jsonl", b'{\n "a": 1\n}\n{\n "a": 2\n}\n', "spread over several lines", "jq -c ."),
+        ("a.jsonl", b'{\n "a": 1\n}\n{\n "a": 2\n}\n', "spread over several lines", "jq -c '.' "),
         (
             "b.json.gz",
             gzip.compress(b"[\n" + b'{"a": 1},\n' * 9999 + b"{}]\n", mtime=0),
@@ -112,6 +138,11 @@ def test_a_folder_and_a_missing_file(tmp_path: Path):
     assert "it holds no .jsonl" in whole_problem(str(tmp_path / "empty")).fix
     assert "Did you mean" in whole_problem(str(tmp_path / "chatz.jsonl")).fix
     assert "does not exist" in whole_problem(str(tmp_path / "no" / "where.jsonl")).reason
+
+
+def test_a_link_that_leads_nowhere(tmp_path: Path):
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "disk" / "a.jsonl")
+    assert f"is a link to '{tmp_path}/disk/a.jsonl'" in whole_problem(str(tmp_path / "a.jsonl")).reason
 
 
 def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -253,3 +284,60 @@ def test_what_a_file_holds_cannot_steer_the_terminal_nor_flood_it():
     found = problem(1, "k\x1b[2J\ud800", "is " + "x" * 9999, "Drop it.")
     assert found.field == "k\\x1b[2J\\ud800"
     assert len(found.reason) < 500
+
+
+# -- what parquet holds that JSON Lines cannot
+
+
+def test_values_that_python_has_no_type_for_do_not_end_the_reading(tmp_path: Path):
+    text = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, pyarrow.py_buffer(struct.pack("<3i", 0, 4, 9)), pyarrow.py_buffer(b"goodhe\xfflo")]
+    )
+    columns = {
+        "text": text,
+        "turns": pyarrow.StructArray.from_arrays([text, text], names=["role", "content"]),
+        "late": pyarrow.array([2**62, 0], pyarrow.timestamp("us")),
+        "lasts": pyarrow.array([10**18, 0], pyarrow.duration("s")),
+        "zone": pyarrow.array([10**6, 0], pyarrow.timestamp("ms", tz="Mars/Phobos")),
+        "day": pyarrow.array([0, None], pyarrow.date32()),
+        "price": pyarrow.array([Decimal("1.5"), None]),
+        "bytes": pyarrow.array([b"text", b"\xff\x00"]),
+        "grade": pyarrow.array([float("nan"), 0.5]),
+    }
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    first, second = (row.value for row in read_rows(str(path)))
+    assert first["text"] == "good" and second["text"] == second["turns"]["content"] == b"he\xfflo"
+    assert (first["late"], first["lasts"], first["zone"]) == (2**62, 10**18, 10**6), "the raw numbers inside"
+    assert (first["day"], first["price"], first["bytes"]) == ("1970-01-01", "1.5", "text")
+    assert "grade" not in first and second["grade"] == 0.5 and second["bytes"] == b"\xff\x00"
+
+
+def test_text_that_is_not_utf8_is_a_fault_of_its_row_and_column(tmp_path: Path, tiny_format: ChatFormat):
+    text = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, pyarrow.py_buffer(struct.pack("<3i", 0, 4, 9)), pyarrow.py_buffer(b"goodhe\xfflo")]
+    )
+    path, out = tmp_path / "a.parquet", tmp_path / "out.jsonl"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": text, "completion": ["a", "b"]}), path)
+    report = convert_path(str(path), out, forbidden=tiny_format.forbidden)
+    assert report.written == 1
+    (fault,) = report.problems
+    assert (fault.line, fault.field) == (2, "prompt") and "bytes that are no UTF-8 text" in fault.reason
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "completion": ["a", "b"], "source": text}), path)
+    assert convert_path(str(path), out, forbidden=tiny_format.forbidden, overwrite=True).written == 2, "nobody reads it"
+
+
+def test_two_columns_of_one_name(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([["a"], ["b"]], names=["x", "x"]), path)
+    assert "several columns named 'x'" in whole_problem(str(path)).reason
+
+
+def test_the_name_of_a_key_cannot_flood_the_terminal(tmp_path: Path, tiny_format: ChatFormat):
+    path, out = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    path.write_text(json.dumps({"messages": [], "k" * 100_000: 1}) + "\n" + json.dumps({"m" * 100_000: 1}) + "\n")
+    assert len(check_path(str(path), None, "auto", tiny_format.forbidden).text()) < 2000
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({**good, "k" * 100_000: 1}, {"m" * 100_000: 1})))
+    report = convert_path(str(path), out, forbidden=tiny_format.forbidden)
+    assert len(report.dropped() + report.text()) < 2000

@@ -14,8 +14,9 @@ from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.config.sections import DataSource, Split
 from llamachat.data import loading
+from llamachat.data.check import check_path
 from llamachat.data.files import read_rows
-from llamachat.data.loading import Mixture, load_mixture, mix, parse_rows, read_records, split_of
+from llamachat.data.loading import Mixture, fraction, load_mixture, mix, parse_rows, read_records, split_of
 from llamachat.data.records import Preference, Prompt, Record, first_user_turn
 from llamachat.errors import DataError
 from tests.llamachat.data.lines import answer, user, write
@@ -187,7 +188,56 @@ def test_a_conversation_is_on_one_side_whatever_holds_it():
             Preference(prompt=(first,), chosen=other, rejected=Message("assistant", "b")),
             Prompt(messages=(Message("user", f"  {text}\n"),)),
         ]
-        assert {split_of(first_user_turn(record), SPLIT) for record in records} == {split_by_hand(text)}
+        assert {split_of(fraction(first_user_turn(record)), SPLIT) for record in records} == {split_by_hand(text)}
+
+
+def conversation(*texts: str) -> dict[str, Any]:
+    return {"messages": [turn for text in texts for turn in (user(text), answer("a"))]}
+
+
+def sides_by_last_question(mixture: Mixture[Dialog]) -> dict[str, set[str]]:
+    """The sides on which each last question of a dialog occurs."""
+    sides: dict[str, set[str]] = {}
+    for side in ("train", "validation", "test", "judge"):
+        for dialog in getattr(mixture, side):
+            last = [message.content for message in dialog.messages if message.role == "user"][-1]
+            sides.setdefault(last.casefold(), set()).add(side)
+    return sides
+
+
+@pytest.mark.parametrize(
+    "opening", [["hi"], ["hi", "Hello there.", "HI"], ["/start", "en"], ["a fixed first turn " * 20]]
+)
+def test_conversations_that_open_alike_are_on_all_sides(
+    opening: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    texts = TEXTS[:320]
+    openings = [opening] if opening[-1] == "en" else [[text] for text in opening]
+    rows = [conversation(*openings[index % len(openings)], text) for index, text in enumerate(texts)]
+    path = write(tmp_path / "a.jsonl", [*rows, *(conversation(text) for text in TEXTS)])
+    mixture = load_mixture([source(path)], SPLIT, Dialog, seed=0, forbidden=())
+    # The question decides, with the greeting before it as without: a near-duplicate of neither is on another side.
+    assert sides_by_last_question(mixture) == {text: {split_by_hand(text)} for text in TEXTS}
+    assert not caplog.records
+    prompts = load_mixture([source(path)], SPLIT, Prompt, seed=0, forbidden=())
+    assert [len(prompts.test), len(prompts.judge)] == [len(mixture.test), len(mixture.judge)], "the same in each step"
+
+
+def test_conversations_that_share_a_rare_beginning_stay_together(tmp_path: Path):
+    rows = [conversation(text, *more) for text in TEXTS for more in ((), ("more",), ("more", f"still more of {text}"))]
+    mixture = load_mixture([source(write(tmp_path / "a.jsonl", rows))], SPLIT, Dialog, seed=0, forbidden=())
+    for side in ("train", "validation", "test", "judge"):
+        first = [dialog.messages[0].content for dialog in getattr(mixture, side)]
+        assert Counter(first) == {text: 3 for text in TEXTS if split_by_hand(text) == side}
+
+
+def test_sides_far_from_their_shares_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rows = [{"messages": [user("Tell me a joke."), answer(text)]} for text in TEXTS]
+    path = write(tmp_path / "a.jsonl", rows)
+    load_mixture([source(path)], SPLIT, Dialog, seed=0, forbidden=())
+    assert re.search(r"400 records hold 1 different", caplog.text) and "(40% configured)" in caplog.text
+    text = check_path(path, None, "auto", ()).text()
+    assert "warning: data.split" in text and "sides by the default data.split: 400 " in text
 
 
 def test_mix_by_weight():

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from llamachat.config.sections import Split
-from llamachat.data.loading import split_of
+from llamachat.data.loading import fraction, split_of
 from pipelines.cli.main import main
 from pipelines.planning.estimates import card
 from pipelines.planning.fit import fits
@@ -90,7 +90,7 @@ def on_side(path: str, side: str, split: Split) -> int:
     """Records of a file on one side of the split, by their first user turn."""
     talks = [record["messages"] if "messages" in record else record["prompt"] for record in records(path)]
     first = [next(turn["content"] for turn in talk if turn["role"] == "user") for talk in talks]
-    return sum(split_of(text, split) == side for text in first)
+    return sum(split_of(fraction(text), split) == side for text in first)
 
 
 def test_the_page_runs_from_messy_logs_to_an_exported_model(

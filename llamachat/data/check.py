@@ -16,7 +16,7 @@ from llamachat.chat_format.tokenizer import SPACE
 from llamachat.config.sections import Split, hub_set
 from llamachat.data.convert.turns import html_in
 from llamachat.data.files import has_byte_order_mark, read_rows
-from llamachat.data.loading import Turn, parse_rows, sides_of, user_turns
+from llamachat.data.loading import Turn, parse_rows, side_sizes, sides_of, user_turns
 from llamachat.data.problems import Problem, convert_command, printable, problem, shown_name
 from llamachat.data.records import REQUIRED, Kind, Preference, Prompt, Record, Row, asked, digest_of, nearest_key
 
@@ -100,7 +100,7 @@ class CheckReport:
             yield f"  {name}: {count}"
         if self.num_records:
             spread = sides_of(self._user_turns, Split())
-            yield f"  sides by the default data.split: {spread.text()}"
+            yield f"  sides by the default data.split: {side_sizes(Counter(spread.sides))}"
             if spread.num_alike:
                 yield f"  {spread.num_alike} conversations open as many others do; what the user says next decides on their side"
 

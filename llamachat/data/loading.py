@@ -54,7 +54,7 @@ _SEVERAL, _MANY = 20, 0.1  # conversations of a source, and their share, that op
 _FAR, _EXPECTED = (
     0.15,
     5,
-)  # of a side from its share, in shares of the records; records of a side that should not be empty
+)  # of a side from its share, in shares of the records; conversations of a side that is not empty by chance
 _REMEMBERED = 200_000  # records that are kept between steps, so that each step need not read and check them again
 
 
@@ -114,7 +114,7 @@ class Sides:
         shares = {**split.model_dump(), "train": 1 - sum(split.model_dump().values())}
 
         def is_far(side: str, share: float) -> bool:
-            is_absent = counts[side] == 0 and share * total >= _EXPECTED
+            is_absent = counts[side] == 0 and share * self.num_conversations >= _EXPECTED
             return is_absent or abs(counts[side] / total - share) > _FAR
 
         if total < _SEVERAL or not any(is_far(side, share) for side, share in shares.items()):
@@ -127,10 +127,10 @@ class Sides:
             "conversations by what the user says, and equal ones are on one side."
         )
 
-    def text(self) -> str:
-        """The size of each side."""
-        counts = Counter(self.sides)
-        return ", ".join(f"{counts[side]} {side}" for side in get_args(SplitName) if counts[side])
+
+def side_sizes(counts: Mapping[SplitName, int]) -> str:
+    """The size of each side, in words."""
+    return ", ".join(f"{counts[side]} {side}" for side in get_args(SplitName) if counts.get(side))
 
 
 def sides_of(records: Sequence[tuple[Turn, ...]], split: Split) -> Sides:
@@ -186,6 +186,7 @@ def load_mixture(
     """
     parts: dict[SplitName, list[tuple[list[R], float]]] = {side: [] for side in get_args(SplitName)}
     dropped: Counter[str] = Counter()
+    counts: Counter[SplitName] = Counter()
     errors: list[str] = []
     for source in sources:
         try:
@@ -198,12 +199,15 @@ def load_mixture(
         spread = sides_of([user_turns(one) for one in records], split)
         for one, side in zip(records, spread.sides, strict=True):
             parts[side][-1][0].append(one)
-        log.debug("%s: %s", source.path, spread.text())
+        counts.update(spread.sides)
         if warning := spread.warning(split):
             log.warning("%s: data.split: %s", source.path, warning)
         dropped.update({f"{source.path}: {reason}": count for reason, count in left_out.items()})
     if errors:
         raise DataError("\n".join(errors))
+    if sources:
+        more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+        log.info("%s%s: sides of the split: %s", sources[0].path, more, side_sizes(counts))
     return Mixture(**{side: mix(of_side, seed) for side, of_side in parts.items()}, dropped=dict(dropped))
 
 

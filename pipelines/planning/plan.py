@@ -1,9 +1,14 @@
 """What would run, from which inputs, why, and what it would cost; reads no weights and imports neither torch nor trl."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llamachat.chat_format.dialog import Dialog
+from llamachat.data.loading import SplitName, read_records, side_sizes, sides_of, user_turns
+from llamachat.data.records import Preference, Prompt
 from llamachat.errors import ChangedError, LlamachatError
 from llamachat.memory.estimates import Estimate
 from llamachat.runs.artifacts import StepFolder, is_published, read_artifact
@@ -17,6 +22,12 @@ from pipelines.recipe.recipe import Recipe, Step, choose_steps
 FEW_STEPS = 100
 MUCH_WARMUP = 0.2
 FULL_TUNING_RATES = {"sft": 2e-5, "rm": 1e-5, "ppo": 1e-6}  # Llama 2 sections 3.1, 3.2.2, 3.2.3, for all weights
+LARGEST_READ = 64 << 20  # bytes of a data file that a plan reads to count its sides
+RECORDS_OF: dict[str, type[Dialog] | type[Preference] | type[Prompt]] = {
+    **dict.fromkeys(("sft", "labels"), Dialog),
+    **dict.fromkeys(("helpfulness", "safety", "open"), Preference),
+    **dict.fromkeys(("prompts", "adversarial"), Prompt),
+}
 BATCHES = ("examples_per_step", "pairs_per_step")
 
 
@@ -51,6 +62,25 @@ def make_plan(recipe: Recipe, command: str = "all", only: Sequence[str] = ()) ->
         if step in chosen:
             planned.append(found)
     return planned
+
+
+def sides_of_data(recipe: Recipe) -> Iterator[str]:
+    """The size of each side of each kind of data that is here, and a warning of each source that is split unevenly."""
+    data = recipe.sections.data
+    for key, record in RECORDS_OF.items():
+        counts: Counter[SplitName] = Counter()
+        warnings: list[str] = []
+        for source in getattr(data, key):
+            path = Path(source.path).expanduser()
+            if not path.is_file() or path.stat().st_size > LARGEST_READ:
+                continue
+            with suppress(LlamachatError):  # reported where a step reads it
+                spread = sides_of([user_turns(one) for one in read_records(source, record)], data.split)
+                counts.update(spread.sides)
+                warnings += [f"{source.path}: data.split: {text}" for text in [spread.warning(data.split)] if text]
+        if counts:
+            yield f"data.{key}: {side_sizes(counts)}"
+            yield from (f"  warning: {warning}" for warning in warnings)
 
 
 def _plan_step(recipe: Recipe, step: Step, to_run: set[str], reused: Mapping[str, StepFolder]) -> PlannedStep:

@@ -9,7 +9,7 @@ from llamachat.memory.estimates import Estimate
 from llamachat.tables import duration, text_table
 from pipelines.planning.estimates import card
 from pipelines.planning.fit import Fit, fits, largest_microbatch, presets, way_to_fit, way_to_shorten
-from pipelines.planning.plan import PlannedStep
+from pipelines.planning.plan import PlannedStep, sides_of_data
 from pipelines.recipe.recipe import Recipe
 
 SIZES = ("24GiB", "48GiB", "80GiB")
@@ -25,6 +25,7 @@ def plan_text(recipe: Recipe, planned: Sequence[PlannedStep], *, hours: float | 
         if step.will_run:
             lines += [f"    {line}" for line in _cost(recipe, step.estimate, gpu)]
             lines += [f"    warning: {warning}" for warning in step.warnings]
+    lines += [f"  {line}" for line in sides_of_data(recipe)]
     if len(planned) > 1:
         lines += ["", *_table(recipe, planned, gpu)]
     running = Fit(gpu, {step.name: step.estimate for step in planned if step.will_run and step.estimate is not None})

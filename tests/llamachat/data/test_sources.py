@@ -262,6 +262,9 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("rated_pairs", RATED | {"choice": None}, "choice", "is null, but 'rating' is 'better'"),
     ("rated_pairs", RATED | {"b_is_safe": "no"}, "b_is_safe", "holds text"),
     ("rated_pairs", RATED | {"answer_b": None}, "answer_b", "holds nothing"),
+    ("rated_pairs", {name: RATED[name] for name in RATED if name != "choice"}, "choice", "is null, but 'rating'"),
+    ("ultrafeedback", {"instruction": "q"}, "completions", "is missing"),
+    ("helpsteer3", {"response1": "a", "response2": "b", "overall_preference": 1}, "context", "holds nothing"),
 ]  # fmt: skip
 
 
@@ -327,12 +330,13 @@ def test_a_file_of_such_rows_is_known_by_its_fields(
 
 def test_unrated_pairs_are_counted(tmp_path: Path, tiny_format: ChatFormat) -> None:
     other = RATED | {"choice": "a", "rating": None, "a_is_safe": None}
-    path = write(tmp_path / "rated.jsonl", [RATED, RATED | {"choice": None, "rating": None}, other])
+    dropped = {name: value for name, value in RATED.items() if name not in ("choice", "rating")}  # as a file of columns
+    path = write(tmp_path / "rated.jsonl", [RATED, RATED | {"choice": None, "rating": None}, dropped, other])
     expected = [pair("b", "a", "better", *SPOKEN) | {"rejected_is_safe": False}, pair("a", "b", None, *SPOKEN)]
     for form in ("auto", "rated_pairs"):
         sources, nothing = [DataSource(path=path, format=form)], Split(test=0, validation=0, judge=0)
         found = load_mixture(sources, nothing, Preference, forbidden=tiny_format.forbidden, seed=0)
-        assert found.dropped == {f"{path}: row without a preference": 1}
+        assert found.dropped == {f"{path}: row without a preference": 2}
         assert [(one.chosen.content, one.rating, one.rejected_is_safe) for one in found.train] == [
             ("b", "better", False),
             ("a", None, None),
@@ -340,7 +344,8 @@ def test_unrated_pairs_are_counted(tmp_path: Path, tiny_format: ChatFormat) -> N
     checked = check_path(path, None, "auto", tiny_format.forbidden)
     assert (checked.kind, checked.num_records, checked.problems, checked.warnings) == ("preference", 2, [], [])
     report = convert_path(path, tmp_path / "out.jsonl", forbidden=tiny_format.forbidden)
-    assert (report.written, report.without, report.problems) == (2, 1, [])
+    assert (report.written, report.without) == (2, 1)
+    assert [(one.line, "'choice'" in one.reason) for one in report.problems] == [(3, False)], "by itself it is a prompt"
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == expected
 
 

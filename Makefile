@@ -5,6 +5,9 @@ CONFIG ?= configs/tiny.yaml
 ARGS ?=
 VENV ?=
 LAUNCH ?=
+# As it was given, spaces, quotes and dollars too; ARGS is read by the shell, and its values are quoted there.
+override CONFIG := $(value CONFIG)
+export CONFIG
 
 ifeq ($(strip $(VENV)),)
 ENVIRONMENT := .venv
@@ -13,11 +16,11 @@ else
 ENVIRONMENT := $(VENV)
 READY := check-environment
 endif
-PY := $(ENVIRONMENT)/bin/python
+PY := "$(ENVIRONMENT)/bin/python"
 # A killed make takes the step with it: no orphan holds the run.
 LLAMACHAT := LLAMACHAT_DIE_WITH_PARENT=1 exec $(PY) -m pipelines
 # Launchers (accelerate, torchrun) are those of the environment.
-LAUNCHED := LLAMACHAT_DIE_WITH_PARENT=1 PATH="$(abspath $(ENVIRONMENT))/bin:$$PATH" exec $(PY) -m pipelines.cli.launch $(LAUNCH) -m pipelines
+LAUNCHED := LLAMACHAT_DIE_WITH_PARENT=1 PATH="$$(cd "$(ENVIRONMENT)" && pwd)/bin:$$PATH" exec $(PY) -m pipelines.cli.launch $(LAUNCH) -m pipelines
 STEPS := sft rm rs gatt distill ppo eval report all
 
 .DEFAULT_GOAL := help
@@ -30,19 +33,19 @@ help: ## this list
 	@echo 'LAUNCH="accelerate launch --config_file configs/accelerate/ddp.yaml": several processes work on each step'
 
 $(STEPS): $(READY)
-	@$(if $(strip $(LAUNCH)),$(LAUNCHED),$(LLAMACHAT)) $@ --config $(CONFIG) $(ARGS)
+	@$(if $(strip $(LAUNCH)),$(LAUNCHED),$(LLAMACHAT)) $@ --config "$$CONFIG" $(ARGS)
 
 plan: $(READY) ## what would run, why, at what cost: ARGS="--gpu 24GiB --hours 60"
-	@$(LLAMACHAT) plan --config $(CONFIG) $(ARGS)
+	@$(LLAMACHAT) plan --config "$$CONFIG" $(ARGS)
 
 doctor: $(READY) ## what this machine lacks for the recipe, before any download
-	@$(LLAMACHAT) doctor --config $(CONFIG) $(ARGS)
+	@$(LLAMACHAT) doctor --config "$$CONFIG" $(ARGS)
 
 dashboard: $(READY) ## reward and loss curves of all runs, offline
-	@$(LLAMACHAT) dashboard --config $(CONFIG) $(ARGS)
+	@$(LLAMACHAT) dashboard --config "$$CONFIG" $(ARGS)
 
 chat: $(READY) ## talk to the policy that the evaluation recommends
-	@$(LLAMACHAT) chat --config $(CONFIG) $(ARGS)
+	@$(LLAMACHAT) chat --config "$$CONFIG" $(ARGS)
 
 test: $(READY) ## the whole test suite: CPU, offline, under 10 minutes
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ARGS)

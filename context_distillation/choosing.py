@@ -17,7 +17,7 @@ from context_distillation.prompts import FORMS, Form
 from llamachat.answers.groups import Group
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.maths.intervals import paired_bootstrap
-from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
+from llamachat.tracking.pictures import COLOURS, harmless, panel_grid, save_png, style_panel
 
 Groups = dict[Form, Group]  # the answers to one prompt, by its form
 _BINS = 25
@@ -132,6 +132,7 @@ def left_out(choices: Sequence[Choice]) -> dict[str, int]:
     return {f"distilled answers left out: {REASONS[reason]}": count for reason, count in counts.items()}
 
 
+@harmless
 def draw_scores(lists: Mapping[str, Sequence[float]], choices: Sequence[Choice], path: Path) -> None:
     """Left: shares of answers by safety score, as a probability. Right: best distilled answer against best plain one."""
     figure, (spread, pairs) = panel_grid(2, panel=(5.25, 3.8))

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Message
-from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
+from llamachat.tracking.pictures import COLOURS, harmless, panel_grid, save_png, style_panel
 
 if TYPE_CHECKING:
     from llamachat.models.loading import LanguageModel
@@ -57,6 +57,7 @@ def _system_block(chat_format: ChatFormat, messages: Sequence[Message]) -> tuple
     return first, first + len(with_system) - len(without)
 
 
+@harmless
 def draw_attention(
     maps: Sequence[tuple[str, Tensor]], by_answer: Sequence[tuple[str, Sequence[float]]], path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llamachat.config.section import Section, unless_null
+from llamachat.config.section import LocalPath, Section, unless_null
 from llamachat.config.sections import DATA_PATH
 from llamachat.constraints.families import FAMILIES
 
@@ -22,9 +22,9 @@ Turn = Annotated[int, Field(ge=1)]
 class Lists(Section):
     """Files of values, one a line. Paper: lists of hobbies and public figures, which the model itself wrote."""
 
-    figures: Annotated[str, DATA_PATH] = Field(default="data/gatt/figures.txt", description="Public figures.")
-    hobbies: Annotated[str, DATA_PATH] = Field(default="data/gatt/hobbies.txt", description="Hobbies.")
-    languages: Annotated[str, DATA_PATH] = Field(default="data/gatt/languages.txt", description="Languages.")
+    figures: Annotated[LocalPath, DATA_PATH] = Field(default="data/gatt/figures.txt", description="Public figures.")
+    hobbies: Annotated[LocalPath, DATA_PATH] = Field(default="data/gatt/hobbies.txt", description="Hobbies.")
+    languages: Annotated[LocalPath, DATA_PATH] = Field(default="data/gatt/languages.txt", description="Languages.")
 
 
 class Config(Section):

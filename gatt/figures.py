@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llamachat.answers.consistency import CHECKED, RECALLED, Outcome, Rate, Trial, differences, rates
 from llamachat.tables import text_table
-from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
+from llamachat.tracking.pictures import COLOURS, harmless, panel_grid, save_png, style_panel
 
 # Moments of the table of metrics: the policy before and after, and the one before without any instruction.
 MOMENTS = ("start", "final", "chance")
@@ -51,6 +51,7 @@ def consistency_table(outcomes: Mapping[str, Outcome], trials: Sequence[Trial]) 
     return "\n".join(lines)
 
 
+@harmless
 def draw_consistency(outcomes: Mapping[str, Outcome], trials: Sequence[Trial], path: Path) -> None:
     """Consistency by turn, with 95% intervals: all that is checked, all that is recalled, and each family."""
     panels: list[tuple[str, str, str | None]] = []

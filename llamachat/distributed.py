@@ -11,11 +11,18 @@ can resume from it; every function that reads the weights of a sharded model mus
 """
 
 import os
+import select
+import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from llamachat.errors import INTERRUPTED, LlamachatError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,16 +36,89 @@ NUMBERS_PER_TRANSFER = 2**26  # a quarter of a GiB
 _SHARDED = "LLAMACHAT_FSDP"
 # The others wait while the first one writes or draws. Their launcher ends them all when one fails.
 PATIENCE = timedelta(hours=24)
+# For the others to come. torchrun, which sets the second variable, starts all at one moment; their libraries load slowly.
+MEETING_S, MEETING_UNDER_TORCHRUN_S = 45.0, 600.0
+_TORCHRUN = "TORCHELASTIC_RUN_ID"
+_SAY_AFTER_S = 5.0
+
+
+class LaunchError(LlamachatError):
+    """The environment names processes that cannot work together."""
+
+    exit_status = 2
 
 
 def are_launched() -> bool:
     """Whether this process was started as one of several, by the environment that torchrun and accelerate set."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return _variable("WORLD_SIZE", 1) > 1
 
 
 def launched_index() -> int:
     """This process's number by the environment, which is known before they have met."""
-    return int(os.environ.get("RANK", "0")) if are_launched() else 0
+    return _variable("RANK", 0) if are_launched() else 0
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.strip().isdecimal():
+        raise LaunchError(
+            f"{name}: the environment has '{text}', which is no number of processes. torchrun and `accelerate launch` set"
+            f" it. Use one of them, or `unset {name}`."
+        )
+    return int(text)
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    """Meet within the block: what is waited for is said, and a signal or the end of the time ends the process.
+
+    torch waits outside of Python, where no handler runs; a second thread reads the signals that Python takes note of.
+    """
+    place = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
+    number, world = launched_index(), os.environ["WORLD_SIZE"]
+    seconds = MEETING_UNDER_TORCHRUN_S if _TORCHRUN in os.environ else MEETING_S
+    have_met, has_ended = threading.Event(), time.monotonic() + seconds
+    signals, sending = socket.socketpair()
+    sending.setblocking(False)
+    before = signal.set_wakeup_fd(sending.fileno(), warn_on_full_buffer=False)
+
+    def end(words: str, status: int) -> None:
+        print(f"llamachat: {words}", file=sys.stderr, flush=True)
+        os._exit(status)  # nothing has been begun that would have to be ended well
+
+    def watch() -> None:
+        said = time.monotonic() + _SAY_AFTER_S
+        while not have_met.is_set():
+            ready, _, _ = select.select([signals], [], [], 0.2)
+            now = time.monotonic()
+            if ready and set(signals.recv(100)) & {signal.SIGINT, signal.SIGTERM}:
+                end(f"interrupted, while process {number} waited for the others.", INTERRUPTED)
+            elif now > has_ended and not have_met.is_set():
+                end(
+                    f"WORLD_SIZE: {world} processes were to meet at {place}, and not all came within {seconds:.0f} s. Each"
+                    " of them works on a part of every step. Start them with torchrun or `accelerate launch`; for one"
+                    " process alone `unset WORLD_SIZE RANK LOCAL_RANK`.",
+                    LaunchError.exit_status,
+                )
+            elif now > said and not have_met.is_set():
+                said = has_ended
+                print(
+                    f"process {number}: waiting at {place} until all {world} processes of WORLD_SIZE are here, for at most"
+                    f" {seconds:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    watcher = threading.Thread(target=watch, name="meeting", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        have_met.set()
+        watcher.join()
+        signal.set_wakeup_fd(before)
+        signals.close()
+        sending.close()
 
 
 @contextmanager
@@ -52,8 +132,16 @@ def opened() -> Iterator[None]:
 
     if not use_gpus():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # what `accelerate launch --cpu` says; a trainer reads it again
-    # Picks backend and device as accelerate's own trainers do; without `cpu` none meet where there is no GPU.
-    PartialState(cpu=not use_gpus(), timeout=PATIENCE)
+    try:
+        with _waiting():
+            # Picks backend and device as accelerate's own trainers do; without `cpu` none meet where there is no GPU.
+            PartialState(cpu=not use_gpus(), timeout=PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        raise LaunchError(
+            f"WORLD_SIZE: the environment names {os.environ['WORLD_SIZE']} processes, and they cannot meet"
+            f" ({first_line(error)}). Start them with torchrun or `accelerate launch`; for one process alone `unset"
+            " WORLD_SIZE RANK LOCAL_RANK`."
+        ) from error
     # `shard_model` divides our models: accelerate's trainers would do it a second time.
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         os.environ[_SHARDED] = "true"

@@ -1,8 +1,12 @@
 """Errors that a user can fix, each with the exit status that the command line ends with.
 
 Every text has three parts: where and what was found; what is required and why; what to do.
-Status 1 is "failed", 2 is "bad usage, configuration or data". Our own bugs are `assert`s, never one of these.
+Status 1 is "failed", 2 is "bad usage, configuration or data", 3 "ended at its hours with steps left", 130 "interrupted".
+Our own bugs are `assert`s, never one of these.
 """
+
+INTERRUPTED = 130
+HOURS_ARE_OVER = 3
 
 
 class LlamachatError(Exception):

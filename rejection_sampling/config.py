@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llamachat.config.section import Section, unless_null
+from llamachat.config.section import LocalPath, Section, unless_null
 from llamachat.config.sections import POLICY_PATH
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
@@ -55,7 +55,7 @@ class Config(Section):
         default="best_per_prompt",
         description="Of this round's and all earlier rounds' winners: the best for each prompt (with select: random a drawn one), or all. Paper: top samples of all earlier iterations.",
     )
-    sampler: Annotated[str | None, POLICY_PATH] = Field(
+    sampler: Annotated[LocalPath | None, POLICY_PATH] = Field(
         default=None,
         description="A policy to sample from in place of the current one, such as a larger one (distillation: the paper's small models learn the 70B's winners).",
     )

@@ -6,6 +6,7 @@ answers and their EOS; dialogs packed into one row do not see one another (ours,
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -69,7 +70,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     with resumed.session(tuning, prefix="sft", unit="dialog") as session:
         best = session.train()
         figures = session.finish(SUMMARY, best)
-        before, after = figures["sft/eval_loss_base"], figures["sft/eval_loss"]
+        before, after = (figures.get(f"sft/{name}", math.nan) for name in ("eval_loss_base", "eval_loss"))
         log.info("held-out answers: %.4f nats a token before, %.4f after", before, after)
         # Before the artifact, which ends the step: a command killed between the two would never come back to write it.
         session.tracker.summary(figures)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from llamachat.runs.inputs import StepInputs
 from llamachat.runs.reader import Curve, Evaluation, RunStep, command_of, step_of
@@ -93,7 +94,9 @@ def missing(facts: Facts) -> list[str]:
         if name not in done:
             named |= {name, command_of(name)}
             why = f" It gives {_WORTH[name]}." if name in _WORTH else ""
-            lines.append(f"{name} is not finished: `llamachat {command_of(name)} --config {recipe}` makes it.{why}")
+            lines.append(
+                f"{name} is not finished: `llamachat {command_of(name)} --config {quote(str(recipe))}` makes it.{why}"
+            )
     for name, worth in _WORTH.items():
         if name not in done and name not in commands and name not in named:
             lines.append(

@@ -19,7 +19,7 @@ from llamachat.answers.session import AnswerSession
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.runs.reader import Curve
 from llamachat.scoring.standardising import Constants
-from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
+from llamachat.tracking.pictures import COLOURS, harmless, panel_grid, save_png, style_panel
 
 Floats = NDArray[np.float64]
 
@@ -99,6 +99,7 @@ def median_weights(count: int) -> Floats:
     return np.array([[weight(i, n) for n in range(1, count + 1)] for i in range(1, count + 1)])
 
 
+@harmless
 def draw_best_of_n(curves: Sequence[Curve], path: Path) -> None:
     """Best, with its 95% interval over prompts, and median against N: one panel a policy, at one temperature each."""
     figure, places = panel_grid(len(curves), panel=(4.8, 3.6), share_y=True)
@@ -111,6 +112,7 @@ def draw_best_of_n(curves: Sequence[Curve], path: Path) -> None:
     save_png(figure, path)
 
 
+@harmless
 def draw_temperatures(curves: Sequence[Curve], path: Path) -> None:
     """Best of N against N, a line for each temperature, a panel for each policy."""
     from matplotlib import colormaps

@@ -4,6 +4,7 @@ A value that was just made also goes through JSON, so that a resumed run continu
 """
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from llamachat import distributed
 from llamachat.runs.atomic import storage_errors, write_text
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +24,25 @@ class StepCache:
 
     def get_or_make(self, name: str, make: Callable[[], Any]) -> Any:
         """The value of this name; `make` is called and its result written where there is none yet."""
-        path = self._path(name)
         if not self.has(name):
-            write_text(path, json.dumps(make(), allow_nan=False) + "\n")
+            write_text(self._path(name), json.dumps(make(), allow_nan=False) + "\n")
             distributed.wait()
-        with storage_errors(path):
-            return json.loads(path.read_text(encoding="utf-8"))
+        return self._read(name)
 
     def has(self, name: str) -> bool:
-        """Whether the value is there."""
-        return distributed.broadcast_object(self._path(name).is_file())
+        """Whether the value is there; a damaged one is not."""
+        if not distributed.broadcast_object(self._path(name).is_file()):
+            return False
+        try:
+            self._read(name)
+        except ValueError as error:
+            log.warning("warning: %s: cannot be understood (%s): it is made again", self._path(name), error)
+            return False
+        return True
+
+    def _read(self, name: str) -> Any:
+        with storage_errors(self._path(name)):
+            return json.loads(self._path(name).read_text(encoding="utf-8"))
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"

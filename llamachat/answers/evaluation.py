@@ -16,7 +16,7 @@ from llamachat.answers.scorer import Scored
 from llamachat.maths.intervals import Difference, commonest_count, distinct_pairs, paired_bootstrap, superiority
 from llamachat.scoring.standardising import Constants, fit_constants, standardise
 from llamachat.tables import text_table
-from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
+from llamachat.tracking.pictures import COLOURS, harmless, panel_grid, save_png, style_panel
 
 if TYPE_CHECKING:
     from llamachat.config.sections import Scoring
@@ -213,6 +213,7 @@ def sample_rows(evaluation: Evaluation, prompts: Sequence[str], *, count: int) -
     ]
 
 
+@harmless
 def draw_comparison(start: Evaluation, final: Evaluation, path: Path) -> None:
     """Histograms of scores and lengths on test prompts, of the first policy and the final one."""
     meanings = {

@@ -68,7 +68,22 @@ def load_proved_format(
 ) -> tuple[ChatFormat, str | None]:
     """The chat format on the tokenizer at `path`, proved; with a warning where it failed and the user allows that."""
     loaded = load_chat_format(chat_format, load_tokenizer(path))
+    _check_rows(path / "config.json", loaded.tokenizer)
     return loaded, require_proof(prove_tokenizer(loaded, subject=str(path)), allow_unproved=allow_unproved)
+
+
+def _check_rows(config: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a model whose embedding has no row for some of the tokenizer's pieces."""
+    try:
+        rows = json.loads(config.read_text(encoding="utf-8"))["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # an adapter's folder has none; a broken one is told where it is loaded
+    if isinstance(rows, int) and rows < tokenizer.vocab_size:
+        raise TokenizerError(
+            f"{config}: vocab_size is {rows}, but the tokenizer beside it has {tokenizer.vocab_size} pieces. A text with one of"
+            " the last ones could not be read. Put the model's own tokenizer beside it, or enlarge its embedding"
+            " (resize_token_embeddings)."
+        )
 
 
 def prove_tokenizer(

@@ -13,7 +13,16 @@ from typing import Any, TypeVar
 
 import yaml
 
-from llamachat.config.section import ConfigProblem, Key, Section, describe, dotted, raise_all, section_problems
+from llamachat.config.section import (
+    ConfigProblem,
+    Key,
+    Section,
+    describe,
+    dotted,
+    from_home,
+    raise_all,
+    section_problems,
+)
 from llamachat.config.sections import near_path
 from llamachat.errors import first_line
 from llamachat.pipes import regular_file
@@ -166,7 +175,7 @@ def _read_chain(path: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[Con
             problems.append(ConfigProblem(str(following), "extends", text))
         if not isinstance(parent, str):
             return files, problems
-        child, following = following, following.parent / parent
+        child, following = following, following.parent / from_home(parent)
         names = [name.resolve() for name, _ in files]
         if following.resolve() in names:
             cycle = [str(name) for name, _ in files[names.index(following.resolve()) :]]

@@ -7,12 +7,14 @@ between a kill and the next start. A problem names its place and what to do: `fi
 
 import difflib
 import json
+import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, runtime_checkable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, to_jsonable_python
 
@@ -97,9 +99,33 @@ class TextCheck:
     fault: Callable[[str], str | None]
 
     def problems(self, value: object) -> Iterator[tuple[Key, str]]:
-        text = self.fault(value) if isinstance(value, str) else None
+        text = self.fault(from_home(value)) if isinstance(value, str) else None
         if text:
             yield (), text
+
+
+def from_home(text: str) -> str:
+    """The path with `~` as the home folder; where no home is known, as it is."""
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        return text
+
+
+def _usable_path(text: str) -> str:
+    """A path as it is written in a recipe, from home where it says so."""
+    path = from_home(text)
+    if path.startswith("~") and not os.path.lexists(path):
+        raise ValueError(f"no home folder is known for '{path.partition('/')[0]}'. Write the whole path")
+    if "\0" in path or any("\ud800" <= letter <= "\udfff" for letter in path):
+        raise ValueError("a path holds no NUL, and is UTF-8 text. Rename the file or folder")
+    return path
+
+
+LocalPath = Annotated[str, AfterValidator(_usable_path)]
+"""A path of this machine in a recipe; `~` is the home folder."""
 
 
 def dotted(key: Key) -> str:

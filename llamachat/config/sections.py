@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from llamachat.config.gpus import GPU_NAME
-from llamachat.config.section import Section, TextCheck, nearest, operational, unless_null
+from llamachat.config.section import LocalPath, Section, TextCheck, nearest, operational, unless_null
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zip")
@@ -161,8 +161,10 @@ SERVER_ADDRESS = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^/\s:@?#\[\]]+)(:[0-
 class Run(Section):
     """Where a run lives and what its randomness starts from."""
 
-    dir: str = operational(min_length=1, description="Folder of the run; each step has its folder in it.")
-    parent: str | None = operational(None, description="An earlier run whose unchanged steps are taken by reference.")
+    dir: LocalPath = operational(min_length=1, description="Folder of the run; each step has its folder in it.")
+    parent: LocalPath | None = operational(
+        None, description="An earlier run whose unchanged steps are taken by reference."
+    )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of data order, dropout, new weights and sampling.")
     max_hours: Annotated[float, Field(gt=0)] | None = operational(
         None,
@@ -183,7 +185,7 @@ class RopeScaling(Section):
 class Base(Section):
     """The pretrained model that everything is tuned from, and how text becomes its tokens."""
 
-    model: Annotated[str, MODEL_PATH] = Field(
+    model: Annotated[LocalPath, MODEL_PATH] = Field(
         min_length=1, description="A folder (seen from where the command runs) or a hub name, such as assets/base."
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
@@ -207,7 +209,7 @@ class Base(Section):
     allow_unproved_tokenizer: bool = operational(
         False, description="Run with a tokenizer that cannot be proved to give the format's ids, with a warning."
     )
-    policy: Annotated[str | None, POLICY_PATH] = Field(
+    policy: Annotated[LocalPath | None, POLICY_PATH] = Field(
         default=None, description="A policy of another run (artifact, step or run folder), the first step's input."
     )
 
@@ -230,7 +232,7 @@ class Tuning(Section):
 class DataSource(Section):
     """One file, folder or hub set of records."""
 
-    path: Annotated[str, DATA_PATH] = Field(
+    path: Annotated[LocalPath, DATA_PATH] = Field(
         min_length=1, description="A .jsonl, .jsonl.gz or .parquet file (seen from where the command runs) or hub name."
     )
     format: str = Field(
@@ -314,7 +316,7 @@ class LengthBound(Section):
 class Scoring(Section):
     """How the reward models' scores of an answer become one. Llama 2 section 3.2.3."""
 
-    combine: Annotated[str, COMBINER_NAME] = Field(
+    combine: Annotated[LocalPath, COMBINER_NAME] = Field(
         default="llama2_gate",
         description="llama2_gate (the paper's), single (the helpfulness model, or the only one there is), weighted, or a function of yours as path.py:function.",
     )
@@ -336,10 +338,10 @@ class Scoring(Section):
     length: LengthBound | None = unless_null(
         description="A soft bound on how far PPO's answers drift in length, {shortest: ..., longest: ..., coef: ...}; null for none. Ours."
     )
-    helpfulness: Annotated[str | None, REWARD_MODEL_PATH] = Field(
+    helpfulness: Annotated[LocalPath | None, REWARD_MODEL_PATH] = Field(
         default=None, description="A reward model in place of the run's own: step or artifact folder, or hub name."
     )
-    safety: Annotated[str | None, REWARD_MODEL_PATH] = Field(
+    safety: Annotated[LocalPath | None, REWARD_MODEL_PATH] = Field(
         default=None, description="A safety model in place of the run's own: step or artifact folder, or hub name."
     )
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from llamachat.config.gpus import Gpu
 from llamachat.config.sections import Base, Tuning
+from llamachat.errors import ConfigError
+from llamachat.runs.atomic import storage_errors
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # A CPU core reaches about 0.15 TFLOP/s in bf16 with the bundled model (ours, measured: 11.6 thousand tokens a second of sft
@@ -211,16 +213,23 @@ def read_shape(folder: Path) -> Shape | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    config = json.loads(path.read_text(encoding="utf-8"))
-    return Shape(
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        vocabulary=config["vocab_size"],
-        is_tied=bool(config.get("tie_word_embeddings", False)),
-    )
+    try:
+        with storage_errors(path):
+            config = json.loads(path.read_text(encoding="utf-8"))
+        return Shape(
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            layers=config["num_hidden_layers"],
+            heads=config["num_attention_heads"],
+            key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+            vocabulary=config["vocab_size"],
+            is_tied=bool(config.get("tie_word_embeddings", False)),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: is no whole configuration of a Llama model ({type(error).__name__}: {error}). It says how large the"
+            " model is. Fetch it again, or take another base."
+        ) from error
 
 
 def training_memory(

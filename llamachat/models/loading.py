@@ -7,6 +7,7 @@ wrongly shaped weight is an error.
 """
 
 import json
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 
 from llamachat import distributed
 from llamachat.chat_format import ChatFormat, load_chat_format
@@ -21,7 +23,8 @@ from llamachat.chat_format.tokenizer import BASES_THAT_WORK, BOS_ID, EOS_ID, UNK
 from llamachat.config.sections import Base, RopeScaling, Tuning, is_hub_name
 from llamachat.errors import ArtifactError, ConfigError, first_line
 from llamachat.models import nf4
-from llamachat.models.weights import file_weights, trunk_digest
+from llamachat.models.files import check_model_folder
+from llamachat.models.weights import COMPUTED, file_weights, trunk_digest
 from llamachat.runs.artifacts import Artifact, read_artifact
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from llamachat.models.scoring_head import ScoringLlama
 
     LanguageModel = LlamaForCausalLM | PeftModel
+
+log = logging.getLogger(__name__)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ONLY_ADAPTER = "default"  # PEFT's name of an adapter that is given none: the one that is trained and saved
@@ -119,7 +124,7 @@ def load_adapter(model: "LlamaForCausalLM | ScoringLlama", folder: Path, *, is_t
             autocast_adapter_dtype=False,
             torch_device=str(model.device),
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(
             f"{folder}: the adapter does not go on the base '{model.name_or_path}' ({first_line(error)}). An adapter "
             "fits only the model that it was trained on. Name that model as the base, or train the adapter again."
@@ -322,6 +327,8 @@ def load_llama(
     how: dict[str, Any] = {}
     has_flash = device.startswith("cuda") and dtype != torch.float32 and is_flash_attn_2_available()
     fastest = "flash_attention_2" if has_flash else "sdpa"
+    if Path(location).is_dir():
+        check_model_folder(Path(location))
     if is_nf4:
         nf4.check_shape(config, where=f"base: '{location}'")
         # Quantised where it will compute, a weight at a time: the 16-bit model is never whole in memory.
@@ -338,7 +345,7 @@ def load_llama(
                 output_loading_info=True,
                 **how,
             )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"base: '{location}' cannot be loaded with attention '{attention}' ({first_line(error)}). Weights must be "
             "*.safetensors (pickled ones can run code), and flash_attention_2 needs its package and a GPU. Convert "
@@ -350,6 +357,14 @@ def load_llama(
         raise ConfigError(
             f"base: '{location}' lacks {len(lacking)} weights of a Llama language model ({lacking[0]}, ...). They would "
             "be random numbers. Give a whole causal language model with the shapes of its config.json."
+        )
+    unused = sorted(key for key in report["unexpected_keys"] if key.startswith("model.") and not key.endswith(COMPUTED))
+    if unused:
+        log.warning(
+            "warning: base: '%s' holds %d weights that its config.json has no place for (%s, ...); they are left unused.",
+            location,
+            len(unused),
+            unused[0],
         )
     if is_nf4:
         nf4.close_cpu_trap(model)

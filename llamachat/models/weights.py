@@ -1,6 +1,5 @@
 """The weights of a model and of a model folder under the same names, for digests and dtypes."""
 
-import json
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llamachat.errors import ArtifactError
+from llamachat.models.files import check_safetensors, weight_files
 
 COMPUTED = "rotary_emb.inv_freq"  # old checkpoints hold it; models compute it
 
@@ -50,13 +50,6 @@ def folder_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield key, weight
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, as its index names them where it has one."""
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
-    return [folder / name for name in names or ["model.safetensors"]]
-
-
 def file_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Weights of one safetensors file, read one at a time."""
     from safetensors import safe_open
@@ -65,6 +58,7 @@ def file_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
         raise ArtifactError(
             f"{file}: does not exist. The folder's weights are read from it. Make the artifact again, or give another."
         )
+    check_safetensors(file)
     with safe_open(file, framework="pt") as weights:
         for key in weights.keys():  # noqa: SIM118  # not a mapping
             yield key, weights.get_tensor(key)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -258,7 +259,7 @@ def _find(path: Path, kind: Kind | None) -> Path:
         step = _step_name(path)
         raise ArtifactError(
             f"{path}: '{step}' is not finished, and an artifact is read whole or not at all."
-            f" Finish it with `llamachat {step} --config {path / 'config.yaml'}`."
+            f" Finish it with `llamachat {step} --config {quote(str(path / 'config.yaml'))}`."
         )
     wanted = kind or "policy"
     fitting = [artifact for artifact in published_steps(path) if artifact.manifest.kind == wanted]

@@ -8,6 +8,7 @@ step together the first one alone writes.
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,47 +24,77 @@ INCOMING = ".incoming-"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY}
-_BROKEN = {errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ELOOP}
-# torch and safetensors report a full disk in their own exception types, with these words.
-_FULL_WORDS = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing")
+_KNOWN = _FULL | _DENIED | _IN_THE_WAY
+_KNOWN |= {
+    getattr(errno, name)
+    for name in ["EIO", "ESTALE", "ENAMETOOLONG", "EMFILE", "ENFILE", "ELOOP", "ENOMEM", "ENXIO", "ETXTBSY"]
+}
+# torch and safetensors report what the system refused in exception types of their own, in these words.
+_RUST_CODE = re.compile(r"\bos error (\d+)")
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter failed writing|inline_container\.cc.*unexpected pos|iostream error")
+_NO_MEMORY = re.compile(r"bad_alloc|[Cc]an(no|')t allocate memory|alloc_cpu\.cpp")
 
 
 class StorageError(LlamachatError):
-    """A file of the run cannot be written or read: full disk, missing permission, broken device."""
+    """A file cannot be written or read: full disk, missing permission, broken device."""
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal below `path` into a sentence with a way out."""
+    """Turn an operating system's refusal below `path`, whichever library reports it, into a sentence with a way out."""
     try:
         yield
     except LlamachatError:
         raise
-    except OSError as error:
-        if error.errno not in _FULL | _DENIED | _IN_THE_WAY | _BROKEN:
-            raise
-        where = Path(error.filename) if isinstance(error.filename, str) else path
-        raise StorageError(_explain(where, error.errno, error.strerror or str(error))) from error
     except Exception as error:
-        if any(word in str(error) for word in _FULL_WORDS):
-            raise StorageError(_explain(path, errno.ENOSPC, "No space left on device")) from error
-        raise
+        refusal = _refusal(error)
+        if refusal is None or refusal.errno not in _KNOWN:
+            raise
+        where = Path(os.fsdecode(refusal.filename)) if isinstance(refusal.filename, str | bytes) else path
+        raise StorageError(_explain(where, refusal)) from error
 
 
-def _explain(path: Path, code: int | None, words: str) -> str:
+def _refusal(error: BaseException | None) -> OSError | None:
+    """What the operating system refused, as it stands in an error or in one that led to it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error
+        text = str(error)
+        code = _RUST_CODE.search(text)
+        if code:
+            return OSError(int(code[1]), os.strerror(int(code[1])))
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
+            return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        if _TORCH_WRITER.search(text) and not isinstance(error.__context__, OSError):
+            return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, or a quota or a limit on the size of files")
+        error = error.__cause__ or (error.__context__ if _TORCH_WRITER.search(text) else None)
+    return None
+
+
+def _explain(path: Path, refusal: OSError) -> str:
+    code, words = refusal.errno, refusal.strerror or str(refusal)
+    again = "then give the same command again"
     if code in _FULL:
-        need = "The run needs room for its checkpoints; what was saved before is whole."
-        mend = "Free space or choose another disk with run.dir=DIR, then give the same command again."
+        need = "There is no room for what is written there; what was saved before is whole."
+        fix = f"Free space or choose another disk with run.dir=DIR (for one file, its --out), {again}."
     elif code in _DENIED:
-        need = "The run writes its state there."
-        mend = "Make the folder writable for this user, or choose another with run.dir=DIR."
+        need = "The command reads or writes there."
+        fix = "Give this user access, or choose another place (for a run, run.dir=DIR)."
+    elif code in _IN_THE_WAY and path.is_symlink() and not path.exists():
+        need = f"It is a link to {path.readlink()}, which is not there (a disk that is not mounted?)."
+        fix = "Bring that back, or choose another folder with run.dir=DIR."
     elif code in _IN_THE_WAY:
         need = "The run needs a folder of its own there."
-        mend = "Move what lies there out of the way, or choose another folder with run.dir=DIR."
+        fix = "Move what lies there out of the way, or choose another folder with run.dir=DIR."
+    elif code == errno.ENAMETOOLONG:
+        need, fix = "The file system holds no name of that length.", "Choose a shorter one."
+    elif code == errno.ENOMEM:
+        need = "The machine's memory does not hold what is read or written there; what was saved before is whole."
+        fix = f"Stop what else runs here, or take a machine with more memory, {again}."
     else:
-        need = "The run keeps its state there; what was saved before is whole."
-        mend = "Look after the disk, or choose another folder with run.dir=DIR, then give the same command again."
-    return f"{path}: {words}. {need} {mend}"
+        need = "What was saved before is whole."
+        fix = f"Look after the disk, or choose another place (for a run, run.dir=DIR), {again}."
+    return f"{path}: {words}. {need} {fix}"
 
 
 def make_folder(path: Path) -> None:
@@ -76,16 +107,8 @@ def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`: a reader sees the old content or the new, never a mixture."""
     if not distributed.is_first():
         return
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Two commands on two steps of one run may write its index at once: each has its own side file.
-        side = path.with_name(f"{INCOMING}{os.getpid()}-{path.name}")
-        with side.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        side.replace(path)
-        flush(path.parent)
+    with incoming_file(path) as side, side.open("w", encoding="utf-8") as stream:
+        stream.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -110,6 +133,23 @@ def flush_tree(path: Path) -> None:
             if file.is_file() and not file.is_symlink():
                 flush(file)
         flush(Path(folder))
+
+
+@contextmanager
+def incoming_file(path: Path) -> Iterator[Path]:
+    """A side file that becomes `path` when the block ends well, and is removed when it raises."""
+    # Two commands on two steps of one run may write its index at once: each has its own side file.
+    side = path.with_name(f"{INCOMING}{os.getpid()}-{path.name}")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield side
+            flush(side)
+            side.replace(path)
+        except BaseException:
+            side.unlink(missing_ok=True)
+            raise
+        flush(path.parent)
 
 
 @contextmanager

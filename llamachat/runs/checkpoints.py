@@ -1,21 +1,31 @@
 """Checkpoints of one step: `checkpoints/step-00000050/`, each whole or absent, the newest two kept.
 
-A checkpoint is written in a side folder and renamed last. Its `checkpoint.json` lists files and sizes, so that a copy
-broken off by other hands (rsync, a full disk elsewhere) is passed over for the one before it.
+A checkpoint is written in a side folder and renamed last. Its `checkpoint.json` lists files, sizes and digests. By the
+sizes a copy broken off by other hands (rsync, a full disk elsewhere) is passed over for the one before it at any moment;
+the digests are compared once as a command begins to work (`pass_over_damaged`), since that reads every byte. A
+checkpoint of an earlier version has none, and is taken by its sizes. The step's `identity.json` and `metrics.jsonl` lie
+in each checkpoint too, so that the loss of those beside them loses no training.
 """
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from llamachat.runs.atomic import incoming_folder, remove_tree, storage_errors, write_json
+from llamachat.runs.atomic import flush, incoming_folder, remove_tree, storage_errors, write_json
 
 MARKER = "checkpoint.json"
+DAMAGED = "damaged.json"  # the marker of a checkpoint that is passed over, until the next save removes it
+KEPT_TOO = ("identity.json", "metrics.jsonl")  # of the step's folder
 _NAME = re.compile(r"step-(\d{8,})")
+_BLOCK = 16 << 20  # of files of any size several blocks are hashed at once: a 7B checkpoint of 80 GiB in a minute
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +42,34 @@ def writing(checkpoints: Path, step: int, *, keep: int = 2) -> Iterator[Path]:
     assert step >= 0 and keep >= 1
     with incoming_folder(checkpoints / f"step-{step:08d}") as side:
         yield side
-        write_json(side / MARKER, {"step": step, "files": _sizes(side)})
+        for beside in (checkpoints.parent / name for name in KEPT_TOO):
+            if beside.is_file():
+                shutil.copyfile(beside, side / beside.name)
+        sizes = _sizes(side)
+        digests = {name: _digest(side / name) for name in sizes}
+        write_json(side / MARKER, {"step": step, "files": sizes, "digests": digests})
     _prune(checkpoints, keep)
 
 
 def newest(checkpoints: Path) -> Checkpoint | None:
     """The whole checkpoint with the most steps, or None."""
-    return next((found for found in _candidates(checkpoints) if _is_whole(found)), None)
+    return next((found for found in _candidates(checkpoints) if not _fault(found)), None)
+
+
+def pass_over_damaged(checkpoints: Path) -> dict[Path, str]:
+    """Take the markers from the checkpoints that are not as they were saved, down to the newest that is: what is wrong
+    with each. Only for the holder of the step's lock, before any of them is read."""
+    faults: dict[Path, str] = {}
+    for checkpoint in _candidates(checkpoints):
+        fault = _fault(checkpoint) or _changed(checkpoint)
+        if not fault:
+            break
+        faults[checkpoint.path] = fault
+        with storage_errors(checkpoint.path):
+            if (checkpoint.path / MARKER).is_file():
+                (checkpoint.path / MARKER).replace(checkpoint.path / DAMAGED)
+                flush(checkpoint.path)
+    return faults
 
 
 def _candidates(checkpoints: Path) -> list[Checkpoint]:
@@ -51,13 +82,35 @@ def _candidates(checkpoints: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
-def _is_whole(checkpoint: Checkpoint) -> bool:
+def _fault(checkpoint: Checkpoint) -> str:
+    """What keeps a checkpoint from being whole, by names and sizes; empty where nothing does."""
+    if (checkpoint.path / DAMAGED).is_file():
+        return "it was found damaged before"
     try:
-        marker: Any = json.loads((checkpoint.path / MARKER).read_text(encoding="utf-8"))
+        marker = _marker(checkpoint)
         files: dict[str, int] = marker["files"]
-        return marker["step"] == checkpoint.step and files == _sizes(checkpoint.path)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        held = _sizes(checkpoint.path)
+        if marker["step"] != checkpoint.step:
+            return f"its {MARKER} is that of step {marker['step']}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MARKER} cannot be read ({type(error).__name__})"
+    wrong = sorted(name for name in files.keys() | held.keys() if files.get(name) != held.get(name))
+    return "".join(f"{name} holds {held.get(name, 0)} bytes of {files.get(name, 0)}" for name in wrong[:1])
+
+
+def _changed(checkpoint: Checkpoint) -> str:
+    """The file whose content is not what was saved; empty where there is none."""
+    for name, digest in _marker(checkpoint).get("digests", {}).items():
+        try:
+            if _digest(checkpoint.path / name) != digest:
+                return f"{name} is not as it was saved"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return ""
+
+
+def _marker(checkpoint: Checkpoint) -> dict[str, Any]:
+    return json.loads((checkpoint.path / MARKER).read_text(encoding="utf-8"))
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -65,9 +118,24 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
 
 
+def _digest(path: Path) -> str:
+    """SHA-256 of the SHA-256 of each block."""
+
+    def block(start: int) -> bytes:
+        with path.open("rb") as stream:
+            stream.seek(start)
+            return sha256(stream.read(_BLOCK)).digest()
+
+    starts = range(0, path.stat().st_size, _BLOCK)
+    if len(starts) < 2:
+        return sha256(block(0)).hexdigest()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return sha256(b"".join(pool.map(block, starts))).hexdigest()
+
+
 def _prune(checkpoints: Path, keep: int) -> None:
     found = _candidates(checkpoints)
-    kept = [checkpoint.path for checkpoint in found if _is_whole(checkpoint)][:keep]
+    kept = [checkpoint.path for checkpoint in found if not _fault(checkpoint)][:keep]
     with storage_errors(checkpoints):
         for checkpoint in found:
             if checkpoint.path not in kept:

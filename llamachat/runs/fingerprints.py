@@ -1,5 +1,6 @@
 """Digests of files and weights, and the fingerprint that says whether a step would be made the same way again."""
 
+import ast
 import hashlib
 import json
 import struct
@@ -24,6 +25,45 @@ def digest_of_file(path: Path) -> str:
     """SHA-256 of the content, as hexadecimal text."""
     with _readable(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_of_program(path: Path) -> str:
+    """SHA-256 of a Python file and of the files beside it that it imports, directly or through others; that of the file
+    alone where there are none."""
+    files = _imported_beside(path)
+    if not files:
+        return digest_of_file(path)
+    return fingerprint({file.relative_to(path.parent).as_posix(): digest_of_file(file) for file in [path, *files]})
+
+
+def _imported_beside(path: Path) -> list[Path]:
+    found, unread = list[Path](), [path]
+    while unread:
+        file = unread.pop()
+        for parts in _imports(file, path.parent):
+            stems = [path.parent.joinpath(*parts[:count]) for count in range(1, len(parts) + 1)]
+            for one in (place for stem in stems for place in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py")):
+                if one.is_file() and one != path and one not in found:
+                    found.append(one)
+                    unread.append(one)
+    return sorted(found)
+
+
+def _imports(file: Path, folder: Path) -> Iterator[tuple[str, ...]]:
+    """What a file imports, as dotted names in parts; those within a package as seen from `folder`."""
+    try:
+        with _readable(file):
+            tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return  # told where it is run
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = file.parent.relative_to(folder).parts if node.level else ()
+            start = (*package[: len(package) - node.level + 1], *(node.module or "").split(".")) if node.level else ()
+            module = tuple(part for part in start or tuple((node.module or "").split(".")) if part)
+            yield from ((*module, alias.name) for alias in node.names)
 
 
 def digest_of_folder(path: Path) -> str:

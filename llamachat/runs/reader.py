@@ -28,7 +28,7 @@ from llamachat.runs.artifacts import (
 )
 from llamachat.runs.atomic import INCOMING
 from llamachat.runs.record import MetricsRecord
-from llamachat.runs.state import Cost
+from llamachat.runs.state import Cost, read_cost
 
 _SIGNS = ("identity.json", "metrics.jsonl", "summary.json", f"artifact/{MANIFEST}")
 _BEST_OF_N = "best_of_n.json"  # in the figures of rejection sampling
@@ -139,7 +139,6 @@ class Evaluation(_Plain):
 # The forms of the files that are read here.
 _OBJECT = TypeAdapter(dict[str, Any])
 _FIGURES = TypeAdapter(dict[str, float | None])
-_COST = TypeAdapter(Cost)
 _EVALUATION = TypeAdapter(Evaluation)
 _CURVES = TypeAdapter(list[Curve])
 
@@ -210,8 +209,8 @@ class RunStep:
 
     @property
     def cost(self) -> Cost | None:
-        """Time and memory of the step; None where it was not counted."""
-        return _read(self.folder.cost, _COST)
+        """Time and memory of the step; None where it was not counted, or the file is damaged."""
+        return read_cost(self.folder)
 
     @cached_property
     def evaluation(self) -> Evaluation | None:

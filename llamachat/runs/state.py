@@ -11,6 +11,7 @@ the steps before it.
 """
 
 import json
+import logging
 import os
 import resource
 import sys
@@ -21,14 +22,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from llamachat.errors import ArtifactError, ChangedError, UsageError
+from llamachat.errors import ArtifactError, ChangedError, UsageError, first_line
 from llamachat.runs.artifacts import StepFolder, is_published, published_steps, read_artifact
 from llamachat.runs.atomic import (
     INCOMING,
     StorageError,
     flush,
+    incoming_file,
     make_folder,
     remove_dead_side_files,
     remove_tree,
@@ -36,9 +39,11 @@ from llamachat.runs.atomic import (
     write_json,
     write_text,
 )
-from llamachat.runs.checkpoints import newest
+from llamachat.runs.checkpoints import Checkpoint, newest, pass_over_damaged
 from llamachat.runs.fingerprints import changed_keys
 from llamachat.runs.locks import hold, is_held_by_us
+
+log = logging.getLogger(__name__)
 
 
 class StepState(Enum):
@@ -95,6 +100,37 @@ def begin(
     write_json(folder.identity, {"step": step, "fingerprint": fingerprint, "identity": dict(identity)})
 
 
+def find_state(folder: StepFolder) -> str:
+    """Where the work on a begun step goes on, for people; damaged checkpoints are named and passed over."""
+    assert is_held_by_us(folder), "the step's lock is held"
+    damaged = pass_over_damaged(folder.checkpoints)
+    for path, fault in damaged.items():
+        log.warning("warning: %s: a damaged checkpoint, which is passed over: %s", path, fault)
+    checkpoint = newest(folder.checkpoints)
+    if checkpoint is not None:
+        _restore_record(folder, checkpoint)
+        return f"step {checkpoint.step}"
+    if any(folder.sampling.glob("*.json")):
+        return "what was sampled"
+    return f"its beginning: {'no checkpoint is whole' if damaged else 'it stopped before its first checkpoint'}"
+
+
+def _restore_record(folder: StepFolder, checkpoint: Checkpoint) -> None:
+    """Put the metrics up to the checkpoint back where the file beside it has lost some: it only grows, at its end."""
+    kept = checkpoint.path / folder.metrics.name
+    if not kept.is_file():
+        return
+    with storage_errors(folder.metrics):
+        saved = kept.read_bytes()
+        held = folder.metrics.read_bytes() if folder.metrics.is_file() else b""
+    if not held.startswith(saved):
+        log.warning(
+            "warning: %s: lines are lost or changed; those up to step %d are back", folder.metrics, checkpoint.step
+        )
+        with incoming_file(folder.metrics) as side:
+            side.write_bytes(saved)
+
+
 def unbind(folder: StepFolder) -> None:
     """Make a begun folder NEW again, where no optimizer step was saved in it: its work was refused, and may change."""
     assert is_held_by_us(folder), "the step's lock is held"
@@ -111,7 +147,7 @@ def overwrite(folder: StepFolder) -> None:
         return
     if not folder.path.is_dir():
         return
-    if _read_identity(folder) is None and not is_published(folder):
+    if _read_identity(folder, is_damage_fatal=False) is None and not is_published(folder):
         _refuse_foreign_files(folder)
     if is_held_by_us(folder):
         _clear(folder)
@@ -180,15 +216,34 @@ def lineage(run_dir: Path) -> dict[str, Any]:
     return index
 
 
-def _read_identity(folder: StepFolder) -> dict[str, Any] | None:
+def _read_identity(folder: StepFolder, *, is_damage_fatal: bool = True) -> dict[str, Any] | None:
+    """What the folder is bound to; where its file is lost or damaged, as the newest checkpoint has it."""
+    begun, fault = _read_binding(folder.identity)
+    if begun is not None:
+        return begun
+    saved = newest(folder.checkpoints)
+    begun, _ = _read_binding(saved.path / folder.identity.name) if saved else (None, "")
+    if begun is not None:
+        return begun
+    if fault and is_damage_fatal:
+        raise ArtifactError(
+            f"{folder.identity}: cannot be understood ({fault}). It says what the state in this folder was made with, which"
+            " is never trained over unread. Copy the file back, or throw the step away with `--overwrite`."
+        )
+    return None
+
+
+def _read_binding(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """The fingerprint and identity of a file, or else what is wrong with it; nothing where it is not there."""
     try:
-        text = folder.identity.read_text(encoding="utf-8")
+        with storage_errors(path):
+            begun = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        return None
-    with storage_errors(folder.identity):
-        begun = json.loads(text)
-    assert isinstance(begun, dict)
-    return begun
+        return None, ""
+    except ValueError as error:
+        return None, first_line(error)
+    is_binding = isinstance(begun, dict) and isinstance(begun.get("fingerprint"), str)
+    return (begun, "") if is_binding else (None, "it holds no fingerprint")
 
 
 def _changed_text(folder: StepFolder, condition: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -202,7 +257,7 @@ def _changed_text(folder: StepFolder, condition: str, old: Mapping[str, Any], ne
     return (
         f"{folder.path}: '{name}' {condition} was made with another configuration or other inputs:{listed}\n"
         "A step is never trained over, since later steps and figures stand on it."
-        f" Start a new run that reuses every unchanged step with `run.dir=NEW run.parent={run_dir}`,"
+        f" Start a new run that reuses every unchanged step with `run.dir=NEW {quote(f'run.parent={run_dir}')}`,"
         f" or throw this step away with `--overwrite`{back}."
     )
 
@@ -252,11 +307,17 @@ class Cost:
 
 
 def read_cost(folder: StepFolder) -> Cost | None:
-    """The cost as it was last written; None of a step that no command has worked on since it is counted."""
+    """The cost as it was last written; None of a step that no command has worked on since it is counted, and of a damaged
+    file."""
     if not folder.cost.is_file():
         return None
     with storage_errors(folder.cost):
-        return Cost(**json.loads(folder.cost.read_text(encoding="utf-8")))
+        try:
+            values = json.loads(folder.cost.read_text(encoding="utf-8"))
+            return Cost(float(values["seconds"]), float(values["peak_gib"]), int(values["starts"]))
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("%s: cannot be understood (%s): the step's cost is counted from now on", folder.cost, error)
+            return None
 
 
 @contextmanager

@@ -5,16 +5,22 @@
 
 `prompts` is a list of message lists ({"role": ..., "content": ...}), `completions` a list of texts, `scores` the raw scores
 by model ("helpfulness", "safety": those there are), and `columns` further lists: `is_safety`, `finished`, and what
-the step adds. One finite number for each completion comes back. The file is run: it is the user's own.
+the step adds. One finite number for each completion comes back. The file is run: it is the user's own. It runs as
+`python path.py` would run it: it may import the files beside it. What it changes in the process (PyTorch's gradients,
+threads and default dtype, the working directory) is put back after each call.
 """
 
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,10 +30,56 @@ from llamachat.chat_format.dialog import as_dicts
 from llamachat.config.section import describe, nearest
 from llamachat.config.sections import FunctionName, missing
 from llamachat.errors import ConfigError, ScoringError
-from llamachat.runs.fingerprints import digest_of_file
+from llamachat.runs.fingerprints import digest_of_program
 from llamachat.scoring.scores import Answers, Scores
 
 _SIGNATURE = "fn(prompts, completions, scores, **columns) -> list[float]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """The user's file while it runs, and the modules that it has loaded from beside it."""
+
+    path: Path
+    modules: dict[str, ModuleType] = field(default_factory=dict)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within the block the process is as `python path` would find it; afterwards it is as it was before."""
+        folder = self.path.absolute().parent
+        names = _modules_beside(folder)
+        aside = _taken(names)
+        before = list(sys.argv), list(sys.path), Path.cwd(), torch.get_num_threads(), torch.get_default_dtype()
+        sys.modules.update(self.modules)
+        sys.argv[:], sys.path[:] = [str(self.path)], [str(folder), *sys.path]
+        try:
+            with torch.set_grad_enabled(torch.is_grad_enabled()):
+                yield
+        finally:
+            self.modules.update(_taken(names))
+            sys.modules.update(aside)
+            sys.argv[:], sys.path[:], place, threads, dtype = before
+            os.chdir(place)
+            torch.set_num_threads(threads)
+            torch.set_default_dtype(dtype)
+
+
+def _modules_beside(folder: Path) -> set[str]:
+    """Names of the modules in a folder, but for those of libraries that are loaded already."""
+    names = {file.stem for file in folder.glob("*.py")} | {file.parent.name for file in folder.glob("*/__init__.py")}
+    loaded = names & sys.modules.keys()
+    if loaded:
+        # Our own packages have names that a user's file may have too: `reward`, `tools`.
+        makers = metadata.packages_distributions()
+        names -= {
+            name for name in loaded if name in sys.stdlib_module_names or set(makers.get(name, ())) - {"llamachat"}
+        }
+    return names
+
+
+def _taken(names: set[str]) -> dict[str, ModuleType]:
+    """The loaded modules of these packages, taken out of those that an import finds."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +89,7 @@ class UserFunction:
     name: FunctionName
     call: Callable[..., Any]
     digest: str
+    program: _Program
 
     def scores(self, scores: Scores, answers: Answers) -> Tensor:
         """One score for each answer, [B] in fp32; ScoringError if what comes back is something else."""
@@ -52,8 +105,11 @@ class UserFunction:
         }
         self._check_signature(arguments, columns)
         try:
-            found = self.call(*arguments, **columns)
-        except Exception as error:
+            with self.program.running():
+                found = self.call(*arguments, **columns)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit() too would end the command, and as if all were well
             raise ScoringError(
                 f"{self.name}: it raised {type(error).__name__}: {error} ({_line_of(error, self.name.path)}). The reward"
                 f" function must score every batch. Correct it: {_SIGNATURE}."
@@ -98,15 +154,18 @@ def load_user_function(name: FunctionName) -> UserFunction:
     path = name.path
     if not path.is_file():
         raise ConfigError(f"scoring.combine: {missing(str(path), what='the file of the reward function')}")
-    digest = digest_of_file(path)
+    digest, program = digest_of_program(path), _Program(path)
     module_name = f"llamachat_reward_{digest[:16]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None, "the name ends with .py"
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look for their module there
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with program.running():
+            spec.loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         del sys.modules[module_name]
         raise ConfigError(
             f"scoring.combine: {path} cannot be run: {type(error).__name__}: {error} ({_line_of(error, path)}). The reward"
@@ -121,10 +180,10 @@ def load_user_function(name: FunctionName) -> UserFunction:
         raise ConfigError(
             f"scoring.combine: {path} has {found} under the name '{name.function}'. Every answer is scored by it. {hint}"
         )
-    return UserFunction(name, function, digest)
+    return UserFunction(name, function, digest, program)
 
 
-def _line_of(error: Exception, path: Path) -> str:
+def _line_of(error: BaseException, path: Path) -> str:
     """Where in the user's file an exception came from."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}"

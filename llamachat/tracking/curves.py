@@ -14,7 +14,7 @@ from typing import Any
 from llamachat.runs.record import STEP, TIME, MetricsRecord
 from llamachat.tables import text_table
 from llamachat.tracking.metrics import METRICS, Metric, find_metric
-from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_panel
+from llamachat.tracking.pictures import COLOURS, harmless, panel_grid, save_png, style_panel
 
 _SMOOTH_FROM = 20
 # Schedules and counters are exact: a running mean would bend them.
@@ -54,6 +54,7 @@ def read_series(metrics_path: Path) -> list[Series]:
     return sorted(found, key=lambda one: (order.get(one.metric.name, len(order)), one.name))
 
 
+@harmless
 def draw_curves(metrics_path: Path, png_path: Path, *, title: str | None = None) -> None:
     """Draw the record as a PNG, written beside and renamed; without a line to draw nothing is written."""
     panels = panels_of(read_series(metrics_path))

@@ -1,17 +1,25 @@
 """Pictures as PNG: a grid of panels, their common style, and the file, which appears whole under its name."""
 
+import functools
+import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from llamachat import distributed
-from llamachat.runs.atomic import INCOMING, storage_errors
+from llamachat.errors import LlamachatError, first_line
+from llamachat.runs.atomic import incoming_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+
 COLOURS = ("#1f5fa8", "#d1601f", "#2b8a3e", "#8a3ea8", "#b8860b", "#0f8b8d", "#a61e4d", "#5c5f66")
 _DPI = 110
+_LONGEST_TITLE = 100
 
 
 def panel_grid(
@@ -33,7 +41,7 @@ def panel_grid(
     figure = Figure(figsize=(panel[0] * columns, panel[1] * rows + title_inches), layout="constrained")
     FigureCanvasAgg(figure)
     if title is not None:
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 3]}...", fontsize=12)
     places = list(figure.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y).flatten())
     for place in places[count:]:
         place.set_axis_off()
@@ -68,11 +76,33 @@ def style_panel(
 
 
 def save_png(figure: "Figure", png_path: Path) -> None:
-    """Write a picture beside its place and rename it: a reader sees all of it or the one before."""
+    """Write a picture beside its place and rename it: a reader sees all of it or the one before.
+
+    A `$` in its texts is one: they name runs and steps, and none is a formula.
+    """
+    from matplotlib.text import Text
+
     if not distributed.is_first():
         return
-    with storage_errors(png_path):
-        png_path.parent.mkdir(parents=True, exist_ok=True)
-        side = png_path.with_name(f"{INCOMING}{png_path.name}")
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and "$" in text.get_text():
+            text.set_parse_math(False)
+    with incoming_file(png_path) as side:
         figure.savefig(side, dpi=_DPI, format="png")
-        side.replace(png_path)
+
+
+def harmless(draw: Callable[P, None]) -> Callable[P, None]:
+    """A drawing function that, where it fails, says so: its figures are in other files too, and no step fails over it."""
+
+    @functools.wraps(draw)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            draw(*args, **kwargs)
+        except LlamachatError:
+            raise  # a full disk stops what comes next, too
+        except Exception as error:
+            log.warning(
+                "warning: a picture is not drawn (%s): %s: %s", draw.__name__, type(error).__name__, first_line(error)
+            )
+
+    return wrapped

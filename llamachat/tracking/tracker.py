@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llamachat import distributed
+from llamachat.errors import ArtifactError
 from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.atomic import write_json
 from llamachat.runs.inputs import StepInputs
@@ -69,14 +70,20 @@ class Tracker:
 
     def figure(self, name: str, path: Path) -> None:
         """Show a PNG that lies in the step folder."""
-        self._wandb.image(self._last_step, f"{self._prefix}/{name}", path)
+        if path.is_file():  # one that could not be drawn was told where it was
+            self._wandb.image(self._last_step, f"{self._prefix}/{name}", path)
 
     def summary(self, metrics: Mapping[str, float]) -> None:
         """Add final figures to `summary.json`; those of the step's other parts stay."""
         check_names(metrics)
         if not self._is_main:
             return
-        values = {**read_summary(self._folder), **{name: float(value) for name, value in metrics.items()}}
+        try:
+            before = read_summary(self._folder)
+        except ArtifactError as error:  # what a training has found is not lost over an older part of it
+            logger.warning("%s", error)
+            before = {}
+        values = {**before, **{name: float(value) for name, value in metrics.items()}}
         write_json(self._folder.summary, values)
         self._wandb.summary(values)
 

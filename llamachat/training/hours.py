@@ -85,5 +85,10 @@ def open_hours(step: str, section: str, limit: float | None, deadline: float | N
     if path is None or not path.is_file():
         return Hours(step, section, limit, deadline)
     with storage_errors(path):
-        values = json.loads(path.read_text(encoding="utf-8"))
-    return Hours(step, section, limit, deadline, seconds_before=values["seconds"], ended_by=values["ended_by"])
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            seconds, ended_by = float(values["seconds"]), values["ended_by"]
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("%s: cannot be understood (%s): the step's hours are counted from now on", path, error)
+            return Hours(step, section, limit, deadline)
+    return Hours(step, section, limit, deadline, seconds_before=seconds, ended_by=ended_by)

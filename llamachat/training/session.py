@@ -10,14 +10,15 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,9 +26,9 @@ from llamachat import distributed
 from llamachat.chat_format import ChatFormat
 from llamachat.config.optimizer import OptimizerSection
 from llamachat.data.packing import StepPlan
-from llamachat.errors import DivergedError
+from llamachat.errors import DivergedError, first_line
 from llamachat.models.start_checks import fast_tokenizer
-from llamachat.runs.atomic import INCOMING, flush, make_folder, storage_errors
+from llamachat.runs.atomic import incoming_file, storage_errors
 from llamachat.runs.checkpoints import Checkpoint, newest
 from llamachat.runs.inputs import StepInputs
 from llamachat.runs.record import MetricsRecord
@@ -112,11 +113,15 @@ class BestWeights:
         return self.checkpoints / "best.safetensors"
 
     def read(self) -> Evaluated | None:
-        """What the best was like; None before the first evaluation."""
+        """What the best was like; None before the first evaluation, and of a damaged file."""
         if not self.path.is_file():
             return None
-        with storage_errors(self.path), safe_open(self.path, framework="pt") as stored:
-            return Evaluated(**json.loads(stored.metadata()["evaluated"]))
+        try:
+            with storage_errors(self.path), safe_open(self.path, framework="pt") as stored:
+                return Evaluated(**json.loads(stored.metadata()["evaluated"]))
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            log.warning("warning: %s: damaged, and passed over (%s)", self.path, first_line(error))
+            return None
 
     def offer(self, evaluated: Evaluated, model: nn.Module) -> None:
         """Keep the model's trained weights if no earlier ones had so low a loss."""
@@ -126,24 +131,32 @@ class BestWeights:
             return
         weights = {name: weight.detach().cpu().contiguous() for name, weight in trained.items()}
         told = {"step": evaluated.step, "loss": evaluated.loss, "figures": dict(evaluated.figures)}
-        make_folder(self.checkpoints)
-        side = self.checkpoints / f"{INCOMING}{self.path.name}"
-        with storage_errors(self.path):
-            save_file(weights, side, metadata={"evaluated": json.dumps(told)})
-            flush(side)
-            side.replace(self.path)
-            flush(self.checkpoints)
+        with incoming_file(self.path) as side:
+            digest = _digest_of((name, weights[name]) for name in sorted(weights))
+            save_file(weights, side, metadata={"evaluated": json.dumps(told), "digest": digest})
 
-    def put(self, model: nn.Module) -> Evaluated:
-        """Make the model the best one."""
+    def put(self, model: nn.Module) -> Evaluated | None:
+        """Make the model the best one; None where that is damaged, and the model stays as it is."""
         distributed.wait()  # for the first process, which writes it
         best = self.read()
-        assert best is not None, "a training is evaluated where it ends"
         trained = _trained(model)
-        with storage_errors(self.path), safe_open(self.path, framework="pt") as stored, torch.no_grad():
-            for name, weight in trained.items():
-                weight.copy_(distributed.shard_like(stored.get_tensor(name), weight))
-        return best
+        if best is not None:
+            with storage_errors(self.path), safe_open(self.path, framework="pt") as stored, torch.no_grad():
+                digest = stored.metadata().get("digest")  # none in those of an earlier version
+                if digest in (None, _digest_of((name, stored.get_tensor(name)) for name in sorted(trained))):
+                    for name, weight in trained.items():
+                        weight.copy_(distributed.shard_like(stored.get_tensor(name), weight))
+                    return best
+        log.warning("warning: %s is not as it was saved: the last weights are taken, not the best", self.path)
+        return None
+
+
+def _digest_of(weights: Iterable[tuple[str, Tensor]]) -> str:
+    digest = sha256()
+    for name, weight in weights:
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -293,7 +306,7 @@ class Session:
         started = time.monotonic()
         evaluated = self.training.evaluate(step)
         what = f"{self.inputs.step}: the loss on held-out {self.unit}s at step {step}"
-        check_finite(evaluated.loss, what, section=self.section)
+        check_finite(evaluated.loss, what, section=self.section, is_start=step == 0)
         self.tracker.log(step, {**evaluated.figures, "time/eval_s": time.monotonic() - started})
         return evaluated
 
@@ -316,8 +329,16 @@ class Session:
         return self.hours.details | ({"optimizer_step": best.step} if best else {})
 
 
-def check_finite(loss: float, what: str, *, section: str) -> None:
-    """Refuse to go on from a loss that is NaN or infinite: such a model is neither saved nor published."""
+def check_finite(loss: float, what: str, *, section: str, is_start: bool = False) -> None:
+    """Refuse to go on from a loss that is NaN or infinite: such a model is neither saved nor published.
+
+    `is_start`: nothing has been trained yet.
+    """
+    if not math.isfinite(loss) and is_start:
+        raise DivergedError(
+            f"{what} is {loss}, before anything was trained. The model that training starts from holds weights that are no"
+            " numbers, or numbers too large for base.dtype. Fetch the model again, or set base.dtype to bfloat16 or float32."
+        )
     if not math.isfinite(loss):
         raise DivergedError(
             f"{what} is {loss}. More steps cannot repair its weights, and what is made of them says nothing. Set a lower "

@@ -1,6 +1,7 @@
 """The command `export`: a policy or a reward model for other programs."""
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -169,4 +170,4 @@ def _export_gguf(request: "GgufRequest") -> str:
     if request.form == "gguf":
         return text
     name = file.stem.rpartition("-")[0]
-    return f"{text}\nNow: ollama create {name} -f {file.parent / 'Modelfile'} && ollama run {name}"
+    return f"{text}\nNow: ollama create {name} -f {quote(str(file.parent / 'Modelfile'))} && ollama run {name}"

@@ -1,15 +1,17 @@
 """What is around every command: its processes, its errors in words with their exit status, and the options they share.
 
-Exit status: 1 failed, 2 bad usage, configuration or data, 130 interrupted. `accelerate launch --cpu --num_processes N`
+Exit status: 1 failed, 2 bad usage, configuration or data, 3 hours over, 130 interrupted. `accelerate launch --cpu --num_processes N`
 means N processes, but starts one (accelerate 1.15): here it starts them all. For GPUs accelerate starts every process
 itself, and so does torchrun for either; then there is nothing to do here. As a command
 (`python -m pipelines.cli.launch accelerate launch ...`) it becomes the launcher, one that dies with its parent.
 """
 
+import errno
 import functools
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +21,10 @@ import typer
 from typer.core import TyperCommand
 
 from llamachat import distributed
-from llamachat.errors import LlamachatError, UsageError
+from llamachat.config.section import from_home
+from llamachat.errors import INTERRUPTED, LlamachatError, UsageError, first_line
+from llamachat.runs.atomic import storage_errors
 
-INTERRUPTED = 130
 STATE_IS_KEPT = "State is kept; the same command continues."
 P = ParamSpec("P")
 
@@ -51,21 +54,53 @@ Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same 
 
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:
-    """The command, its errors told in words; an exception that is no LlamachatError is a bug and keeps its traceback."""
+    """The command, its errors told in words, `~` in its paths read as the home folder.
+
+    An exception that is no LlamachatError and no refusal of the operating system is a bug and keeps its traceback.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with storage_errors(Path.cwd()):
+                command(*args, **{name: _from_home(value) for name, value in kwargs.items()})  # pyright: ignore[reportCallIssue]
+        except SystemExit as error:
+            if error.code:
+                raise
+            # Some library or file of the user's has ended the process as if all were well.
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            print(
+                f"llamachat: the command was ended by sys.exit() in {frame.filename}:{frame.lineno}, before its own end.",
+                file=sys.stderr,
+            )
+            raise typer.Exit(1) from error
         except LlamachatError as error:
             print(f"llamachat: {error}", file=sys.stderr)
             raise typer.Exit(error.exit_status) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # whoever read the output has enough of it
+            where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+            reason = error.strerror or first_line(error)
+            print(
+                f"llamachat: {where}{reason}. The command reads or writes it. Look after it, then give the same command"
+                " again.",
+                file=sys.stderr,
+            )
+            raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             if distributed.launched_index() == 0:
                 print(" ".join(["\nllamachat: interrupted.", *map(str, error.args)]), file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from error
 
     return wrapped
+
+
+def _from_home(value: Any) -> Any:
+    """A path, or each of a list of paths, with `~` as the home folder."""
+    if isinstance(value, list):
+        return [_from_home(item) for item in value]
+    return Path(from_home(str(value))) if isinstance(value, Path) else value
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The `llamachat` command. Exit status: 0 done, 1 failed, 2 bad usage, configuration or data, 130 interrupted.
+"""The `llamachat` command. Exit status: 0 done, 1 failed, 2 bad usage, configuration or data, 3 hours over with steps left, 130 interrupted.
 
 Only here is logging set up and are signals and the environment read. What a command needs is imported when it runs,
 so that `--help` and refusals come at once.
@@ -11,17 +11,17 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
 
 from llamachat import distributed
 from llamachat.config.loading import to_yaml
-from llamachat.errors import LlamachatError, UsageError
+from llamachat.errors import HOURS_ARE_OVER, INTERRUPTED, LlamachatError, UsageError
 from pipelines.cli import data, runs, talk
 from pipelines.cli.export import export
 from pipelines.cli.launch import (
-    INTERRUPTED,
     TINY,
     ConfigOption,
     Overrides,
@@ -65,10 +65,15 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolve
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    try:
+        number, asked = distributed.launched_index(), missing_processes()
+    except LlamachatError as error:
+        print(f"llamachat: {error}", file=sys.stderr)
+        return error.exit_status
     # One of several processes must not outlive the launcher either.
     if os.environ.get("LLAMACHAT_DIE_WITH_PARENT") == "1" or distributed.are_launched():
         die_with_parent()
-    level = logging.INFO if distributed.launched_index() == 0 else logging.ERROR  # the others find the same to say
+    level = logging.INFO if number == 0 else logging.ERROR  # the others find the same to say
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for library in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -78,11 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before torch is loaded: threads that wait by spinning make a command five times slower where others use the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        asked = missing_processes()
-    except LlamachatError as error:
-        print(f"llamachat: {error}", file=sys.stderr)
-        return error.exit_status
     if asked:
         die_with_parent()
         return start(asked, given)
@@ -128,14 +128,15 @@ def _run(
             f"run.max_hours ({recipe.run.max_hours:g}) are over. Not begun yet: {', '.join(ran.left)}. The same command goes"
             " on with them for as many hours again, and without run.max_hours to the end."
         )
-    elif ran.num_worked == 0:
+        raise typer.Exit(HOURS_ARE_OVER)
+    if ran.num_worked == 0:
         steps = f"all {len(ran.artifacts)} steps are" if len(ran.artifacts) != 1 else "the step is"
         print(f"nothing to do: {steps} done already ({recipe.run.dir})")
     elif command == "all":
         pages = [recipe.folder(step).page for step in chosen if step.stage.command == "report"]
         for page in pages:
             print(f"The report: {page}")
-        print(f"All steps are done. Try: llamachat chat {recipe.run.dir} -m 'Hello, who are you?'")
+        print(f"All steps are done. Try: llamachat chat {quote(recipe.run.dir)} -m 'Hello, who are you?'")
 
 
 def _study(
@@ -145,7 +146,7 @@ def _study(
     if command not in ("all", plan.study.command) or only:
         raise UsageError(
             f"{config}: is a study of '{plan.commands}', whose variants say what is run (variants.NAME.only), so that"
-            f" its tables compare like with like. Run `llamachat all --config {config}` without --only,"
+            f" its tables compare like with like. Run `llamachat all --config {quote(str(config))}` without --only,"
             " or give the recipe that it extends."
         )
     if dry_run:

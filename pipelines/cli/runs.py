@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from llamachat.config.gpus import parse_gpu
+from llamachat.config.section import from_home
 from llamachat.errors import UsageError
 from llamachat.runs.outputs import check_output
 from llamachat.tracking.dashboard import dashboard as show
@@ -67,8 +68,9 @@ def init(
         raise UsageError(f"--gpu: {error}") from error
     options = zip(OPTIONS, (sft, preferences, safety, prompts, adversarial), strict=True)
     files = {option: paths or [] for option, paths in options}
+    base, run_dir = from_home(base), from_home(run_dir or f"runs/{out.stem}")
     check_output(out, [base, *(path for paths in files.values() for path in paths)], overwrite=overwrite)
-    print(write_recipe(base, files, gpu=gpu, hours=hours, out=out, run_dir=run_dir or f"runs/{out.stem}"))
+    print(write_recipe(base, files, gpu=gpu, hours=hours, out=out, run_dir=run_dir))
 
 
 @reported

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from llamachat.config.section import from_home
 from llamachat.errors import UsageError
 from llamachat.rollout.engine import Sampling
 from llamachat.runs.artifacts import Kind, read_artifact
@@ -82,8 +83,8 @@ def named_artifacts(
     words: list[str], config: Path, *, command: str, most: int, kinds: tuple[Kind, ...] = ("policy",)
 ) -> list[Path]:
     """The artifacts that a command names, known to be there before the seconds that loading takes."""
-    overrides = [word for word in words if "=" in word and not Path(word).exists()]
-    artifacts = [Path(word) for word in words if word not in overrides]
+    overrides = [word for word in words if "=" in word and not Path(from_home(word)).exists()]
+    artifacts = [Path(from_home(word)) for word in words if word not in overrides]
     if len(artifacts) > most or (artifacts and overrides):
         number = "one artifact" if most == 1 else "one artifact or two"
         raise UsageError(
@@ -182,7 +183,7 @@ def score(
     from llamachat.models.reward_model import load_reward_model
     from serving.score import score_file, score_turns
 
-    loaded = load_reward_model(model, dtype=dtype, device=device)
+    loaded = load_reward_model(from_home(model), dtype=dtype, device=device)
     if message:
         print(score_turns(loaded, message))
         return

@@ -26,12 +26,22 @@ from llamachat.data.records import Preference
 from llamachat.errors import ArtifactError, ChangedError, ConfigError, DataError, LlamachatError, TokenizerError
 from llamachat.runs.artifacts import MANIFEST, Artifact, StepFolder, is_published, read_artifact
 from llamachat.runs.atomic import write_text
-from llamachat.runs.checkpoints import newest
 from llamachat.runs.fingerprints import changed_keys, fingerprint
 from llamachat.runs.inputs import StepInputs, Tune
 from llamachat.runs.locks import hold
 from llamachat.runs.reader import read_summary
-from llamachat.runs.state import StepState, begin, counted, lineage, overwrite, reference, renew, step_state, unbind
+from llamachat.runs.state import (
+    StepState,
+    begin,
+    counted,
+    find_state,
+    lineage,
+    overwrite,
+    reference,
+    renew,
+    step_state,
+    unbind,
+)
 from pipelines.recipe.recipe import Recipe, RecipeSections, Step, resolve, step_identity
 from pipelines.recipe.stages import POLICY, REPORT, Role
 from reward.config import Config as RewardConfig
@@ -324,11 +334,12 @@ def run_step(
     if _state(work) is not StepState.DONE:
         with hold(folder):
             # Asked again under the lock: another command may have finished the step while it held the lock.
-            if step_state(folder, work.fingerprint, work.identity) is not StepState.DONE:
+            state = step_state(folder, work.fingerprint, work.identity)
+            if state is not StepState.DONE:
                 warning = lacks_policy(recipe, step)
                 if warning:
                     log.warning("warning: %s", warning)
-                return _run(recipe, work, deadline), True
+                return _run(recipe, work, deadline, is_begun=state is StepState.RESUME), True
     where = f"{folder.path} -> {folder.path.resolve()}" if folder.path.is_symlink() else f"{folder.artifact}"
     if not is_adopted:
         log.info("%s: done already (%s), nothing to do", step.name, where)
@@ -348,9 +359,8 @@ def _state(work: Work) -> StepState:
         return StepState.NEW
 
 
-def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
+def _run(recipe: Recipe, work: Work, deadline: float | None, *, is_begun: bool) -> Artifact:
     name, folder = work.step.name, work.folder
-    is_begun = folder.identity.is_file()
     begin(
         folder,
         name,
@@ -361,10 +371,7 @@ def _run(recipe: Recipe, work: Work, deadline: float | None) -> Artifact:
     )
     log.info("%s: from %s, into %s", name, work.taken.words, folder.path)
     if is_begun:
-        checkpoint = newest(folder.checkpoints)
-        where = f"step {checkpoint.step}" if checkpoint else "its beginning: it stopped before its first checkpoint"
-        has_sampled = checkpoint is None and any(folder.sampling.glob("*.json"))
-        log.info("%s: goes on from %s", name, "what was sampled" if has_sampled else where)
+        log.info("%s: goes on from %s", name, find_state(folder))
     if work.step.product.makes != REPORT:  # which is too little work to share
         distributed.broadcast_object(cast("_Begun | None", (recipe.sections, name, deadline)))
     try:

@@ -18,6 +18,7 @@ from llamachat.config.gpus import Gpu
 from llamachat.config.sections import hub_set
 from llamachat.errors import LlamachatError
 from llamachat.memory.estimates import BYTES, KNOWN_BASES, shape_of
+from llamachat.models.files import check_model_folder
 from llamachat.models.hub import is_cached, reach_data, reach_model, tokenizer_folder
 from llamachat.runs.artifacts import is_published
 from pipelines.planning.estimates import card, estimate_step, measure_data
@@ -63,8 +64,12 @@ def examine(config: Path, overrides: Sequence[str]) -> list[Finding]:
         return [*findings, *_cards(devices, torch)]
     findings.append(Finding("recipe", "ok", f"{config}: {', '.join(step.name for step in recipe.steps)}"))
     findings += _cards(devices, torch, dtype=recipe.base.dtype)
-    for check in (_memory(recipe, devices), _disk(recipe), _base(recipe), _data(recipe)):
-        findings += check
+    checks = {"memory": _memory(recipe, devices), "disk": _disk(recipe), "base": _base(recipe), "data": _data(recipe)}
+    for name, check in checks.items():
+        try:
+            findings += check
+        except LlamachatError as error:
+            findings.append(Finding(name, "FAIL", *_problem_and_fix(error)))
     return findings
 
 
@@ -228,6 +233,7 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
             return
     try:
         folder = tokenizer_folder(name)
+        check_model_folder(folder)
     except LlamachatError as error:
         yield Finding("base", "FAIL", *_problem_and_fix(error))
         return

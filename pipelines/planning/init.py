@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -148,7 +149,7 @@ def _checked(path: str, option: str, kind: Kind) -> CheckReport:
     if not Path(path).expanduser().exists():
         raise UsageError(
             f"{option}: '{path}' is no file here. `init` reads every record, and downloads nothing. Fetch the set and convert"
-            f" it (`llamachat data convert {path} FILE.jsonl`), or begin with a preset of configs/."
+            f" it (`llamachat data convert {quote(path)} FILE.jsonl`), or begin with a preset of configs/."
             if hub_set(path)
             else f"{option}: {missing(path, what='the data file')}"
         )
@@ -358,5 +359,5 @@ def _write(out: Path, draft: Draft, data: DataFiles) -> str:
     with written_beside(out) as stream:
         stream.write("\n".join([*head, text]).encode())
     chosen = f"{out}: a recipe for {draft.values['base']['model']} on {card or 'two CPU cores'}"
-    commands = [f"  llamachat {command} --config {out}" for command in ("doctor", "plan", "all")]
+    commands = [f"  llamachat {command} --config {quote(str(out))}" for command in ("doctor", "plan", "all")]
     return "\n".join([chosen, *lines, "Next:", *commands])

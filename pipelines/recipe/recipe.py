@@ -27,6 +27,7 @@ from llamachat.config.section import (
     TextCheck,
     describe,
     dotted,
+    from_home,
     identity,
     nearest,
     section_problems,
@@ -49,7 +50,7 @@ from llamachat.data.sources import SOURCES
 from llamachat.errors import UsageError
 from llamachat.pipes import regular_file
 from llamachat.runs.artifacts import Artifact, StepFolder, read_artifact
-from llamachat.runs.fingerprints import digest_of_file, digest_of_folder, digest_of_weights
+from llamachat.runs.fingerprints import digest_of_file, digest_of_folder, digest_of_program, digest_of_weights
 from llamachat.runs.inputs import Which
 from pipelines.recipe.stages import REWARD_MODELS, STAGES, Product, Role, Stage
 from ppo import Config as PpoConfig
@@ -361,13 +362,14 @@ def _more_problems(layers: Layers) -> Iterator[ConfigProblem]:
 
 def _run_problems(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     run = values.get("run")
-    run_dir, parent = (run.get("dir"), run.get("parent")) if isinstance(run, Mapping) else (None, None)
-    if isinstance(parent, str):
+    given = (run.get(key) for key in ("dir", "parent")) if isinstance(run, Mapping) else (None, None)
+    run_dir, parent = (from_home(path) if isinstance(path, str) else None for path in given)
+    if parent is not None:
         if not Path(parent).is_dir():
             yield ("run", "parent"), missing(parent, what="the parent run")
-        elif isinstance(run_dir, str) and Path(run_dir).resolve() == Path(parent).resolve():
+        elif run_dir is not None and Path(run_dir).resolve() == Path(parent).resolve():
             yield ("run", "parent"), f"this is run.dir itself, '{run_dir}'. Give the new run a folder of its own."
-    if isinstance(run_dir, str) and run_dir and Path(run_dir).exists() and not Path(run_dir).is_dir():
+    if run_dir and Path(run_dir).exists() and not Path(run_dir).is_dir():
         yield ("run", "dir"), f"'{run_dir}' is a file, and a run is a folder. Name another place."
 
 
@@ -542,7 +544,7 @@ def _shared_identity(section: Section) -> dict[str, Any]:
     if isinstance(section, Scoring):
         function = function_name(section.combine)
         if function is not None and function.path.is_file():
-            values["combine"] = f"{digest_of_file(function.path)}:{function.function}"
+            values["combine"] = f"{digest_of_program(function.path)}:{function.function}"
         for key in ("helpfulness", "safety"):
             if values[key] is not None and Path(values[key]).is_dir():
                 folder = Path(values[key])  # of a step, or of a model

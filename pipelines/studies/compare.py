@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 
 from llamachat.errors import UsageError
 from llamachat.runs.atomic import write_json, write_text
@@ -52,7 +53,7 @@ def compare_runs(run_a: Path, run_b: Path, out: Path | None = None, *, overwrite
     if run_a.resolve() == run_b.resolve():
         raise UsageError(
             f"{run_b}: is {run_a} once more. A comparison needs two runs. Name another, or make one with other values"
-            f" and run.dir=NEW run.parent={run_a}, which takes the unchanged steps by reference."
+            f" and run.dir=NEW {quote(f'run.parent={run_a}')}, which takes the unchanged steps by reference."
         )
     a, b = read_run(run_a), read_run(run_b)
     shared = [name for name in a if name in b]

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from llamachat.config.loading import Layers, from_plain, parse_mapping, read_text
-from llamachat.config.section import ConfigProblem, Key, Section, dotted, raise_all, section_problems
+from llamachat.config.section import ConfigProblem, Key, Section, dotted, from_home, raise_all, section_problems
 from llamachat.runs.fingerprints import fingerprint
 from pipelines.recipe.recipe import Recipe, Step, choose_steps, load, step_identity
 from pipelines.recipe.stages import STAGES
@@ -126,7 +126,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Plan:
     problems += found or [ConfigProblem(layers.source(key), dotted(key), text) for key, text in _faults(layers.values)]
     raise_all(problems)
     study = from_plain(Study, layers.values)
-    recipe_file = path.parent / study.extends
+    recipe_file = path.parent / from_home(study.extends)
     over = [*_lines(study.values), *(text for text in overrides if text not in own)]
     run_dir = Path(load(recipe_file, over).run.dir)
     if not any(_key(text) == "run.dir" for text in over):

@@ -179,7 +179,7 @@ def test_a_folder_that_may_not_be_written_is_told_in_words(tmp_path: Path) -> No
     if user == 0:
         os.seteuid(65534)  # root may write anywhere
     try:
-        with pytest.raises(StorageError, match=r"Permission denied.*Make the folder writable"):
+        with pytest.raises(StorageError, match=r"Permission denied.*Give this user access"):
             save(locked / "checkpoints", 1)
     finally:
         os.seteuid(user)

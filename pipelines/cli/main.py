@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -86,15 +87,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked:
         die_with_parent()
         return start(asked, given)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signals = list[int]()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        signal.default_int_handler(number, frame)
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in the background of a script
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         app(given, prog_name="llamachat")
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(bool(done.code))
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception:
+        if not signals:
+            raise
+        # A library that was interrupted as it was imported, or in its own handling, ends in an error of its own.
+        print("\nllamachat: interrupted.", file=sys.stderr)
+        return INTERRUPTED
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     return 0
 
 

@@ -1,18 +1,25 @@
 """Checkpoints under SIGKILL: real processes, killed at every file operation in turn and at random moments."""
 
+import errno
+import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from llamachat.runs import checkpoints as checkpoints_module
 from llamachat.runs.artifacts import StepFolder
-from llamachat.runs.atomic import INCOMING, StorageError, write_text
-from llamachat.runs.checkpoints import newest, writing
+from llamachat.runs.atomic import INCOMING, StorageError, make_folder, write_text
+from llamachat.runs.checkpoints import newest, pass_over_damaged, writing
 from llamachat.runs.locks import hold
 from tests.killing import killed_at_each
 
@@ -199,3 +206,100 @@ def test_text_is_replaced_whole_at_every_kill_point(tmp_path: Path) -> None:
     for _ in killed_at_each(lambda _: write_text(path, "old " * 5000), lambda _: write_text(path, "new " * 9000)):
         seen.add(path.read_text())
     assert seen == {"old " * 5000, "new " * 9000}
+
+
+def turn(path: Path, count: int = 64) -> None:
+    """Turn the bits of some bytes in the middle of a file: its size stays."""
+    held = bytearray(path.read_bytes())
+    at = max(0, len(held) // 2 - count)
+    held[at : at + count] = bytes(byte ^ 0xFF for byte in held[at : at + count])
+    path.write_bytes(held)
+
+
+def test_a_checkpoint_with_other_bytes_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "sft" / "checkpoints"
+    checkpoints.parent.mkdir()
+    (checkpoints.parent / "identity.json").write_text('{"fingerprint": "0"}')
+    (checkpoints.parent / "metrics.jsonl").write_text('{"step": 1}\n')
+    save_two(checkpoints)
+    assert pass_over_damaged(checkpoints) == {} and newest_intact(checkpoints) == 20
+    last = checkpoints / "step-00000020"
+    assert {(last / name).read_bytes() for name in ("identity.json", "metrics.jsonl")} == {
+        (checkpoints.parent / name).read_bytes() for name in ("identity.json", "metrics.jsonl")
+    }
+    turn(last / "adapter" / "weights", 4)
+    (fault,) = pass_over_damaged(checkpoints).values()
+    assert fault == "adapter/weights is not as it was saved"
+    assert newest_intact(checkpoints) == 10 and pass_over_damaged(checkpoints).keys() == {last}
+    turn(checkpoints / "step-00000010" / "part-0", 4)
+    assert pass_over_damaged(checkpoints).keys() == {last, checkpoints / "step-00000010"}
+    assert newest(checkpoints) is None
+    save(checkpoints, 30)
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000030"]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken_without_digests(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    marker = tmp_path / "step-00000001" / "checkpoint.json"
+    marker.write_text(
+        json.dumps({key: value for key, value in json.loads(marker.read_text()).items() if key != "digests"})
+    )
+    assert pass_over_damaged(tmp_path) == {} and newest_intact(tmp_path) == 1
+
+
+def test_of_a_large_file_every_block_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints_module, "_BLOCK", 1 << 10)
+    with writing(tmp_path, 1) as side:
+        (side / "weights").write_bytes(os.urandom(10_000))
+    assert pass_over_damaged(tmp_path) == {}
+    turn(tmp_path / "step-00000001" / "weights", 1)
+    assert len(pass_over_damaged(tmp_path)) == 1
+
+
+def test_a_file_that_outgrows_its_limit_is_told_by_whichever_library_writes_it(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    weights = torch.zeros(1 << 20)
+    writers: list[Callable[[Path], object]] = [
+        lambda path: torch.save({"weights": weights}, path),
+        lambda path: save_file({"weights": weights}, path),
+        lambda path: path.write_bytes(bytes(4 << 20)),
+    ]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for write in writers:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+        try:
+            with pytest.raises(StorageError, match=r"Free space.*same command again"), writing(tmp_path, 2) as side:
+                write(side / "weights")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), "No space left"),
+        (RuntimeError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"), "Disk quota exceeded"),
+        (RuntimeError("Error while serializing: IoError(Os { .. }) (os error 27)"), "File too large"),
+        (MemoryError(), "Cannot allocate memory.*more memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), "Cannot allocate"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), "Choose a shorter one"),
+    ],
+)
+def test_what_the_system_refuses_is_told_in_words(tmp_path: Path, error: Exception, words: str) -> None:
+    with pytest.raises(StorageError, match=words), writing(tmp_path, 1):
+        raise error
+    with pytest.raises(ZeroDivisionError), writing(tmp_path, 1):  # a bug stays one
+        raise ZeroDivisionError
+
+
+def test_a_link_to_a_disk_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").symlink_to("/not/mounted")
+    with pytest.raises(StorageError, match=r"a link to /not/mounted, which is not there"):
+        make_folder(tmp_path / "runs")
+
+
+def test_a_text_that_cannot_be_written_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "out.jsonl", "\ud800")
+    assert list(tmp_path.iterdir()) == []

@@ -34,6 +34,18 @@ def test_seconds_and_starts_add_up_and_the_largest_peak_stays(tmp_path: Path, mo
     assert sorted(json.loads(folder.cost.read_text())) == ["peak_gib", "seconds", "starts"]
 
 
+@pytest.mark.parametrize(
+    "text", ["", "[]", "[1", '{"seconds": "x"}', "{}", '{"seconds": null, "peak_gib": 1, "starts": 1}']
+)
+def test_a_damaged_file_is_counted_from_zero(tmp_path: Path, text: str) -> None:
+    folder = StepFolder(tmp_path)
+    folder.cost.write_text(text)
+    assert read_cost(folder) is None
+    with counted(folder):
+        pass
+    assert (read_cost(folder) or Cost()).starts == 1
+
+
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path

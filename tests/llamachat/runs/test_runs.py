@@ -20,9 +20,17 @@ from llamachat.errors import ArtifactError, BusyError, ChangedError, DataError, 
 from llamachat.runs import fingerprints, locks
 from llamachat.runs.artifacts import Manifest, StepFolder, publish
 from llamachat.runs.atomic import INCOMING, StorageError
-from llamachat.runs.fingerprints import changed_keys, digest_of_file, digest_of_folder, digest_of_weights, fingerprint
+from llamachat.runs.checkpoints import newest, writing
+from llamachat.runs.fingerprints import (
+    changed_keys,
+    digest_of_file,
+    digest_of_folder,
+    digest_of_program,
+    digest_of_weights,
+    fingerprint,
+)
 from llamachat.runs.locks import hold, is_held_by_us, living_owner
-from llamachat.runs.state import StepState, begin, lineage, overwrite, reference, step_state
+from llamachat.runs.state import StepState, begin, find_state, lineage, overwrite, reference, step_state
 from tests.killing import killed_at_each
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -348,3 +356,70 @@ def test_what_cannot_be_digested_is_told(tmp_path: Path) -> None:
 
 def _content(path: Path) -> dict[str, bytes]:
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("text", ["", "[1", '["list"]', "{}", None])
+def test_a_lost_or_damaged_identity_is_read_from_the_newest_checkpoint(tmp_path: Path, text: str | None) -> None:
+    folder = StepFolder(tmp_path / "sft")
+    start(folder)
+    with writing(folder.checkpoints, 5) as side:
+        (side / "weights").write_text("five steps")
+    if text is None:
+        folder.identity.unlink()
+    else:
+        folder.identity.write_text(text)
+    with pytest.raises(ChangedError, match="half done"):
+        start(folder, CHANGED)
+    assert start(folder) is StepState.RESUME
+    assert (found := newest(folder.checkpoints)) is not None and found.step == 5
+    assert json.loads(folder.identity.read_text())["fingerprint"] == fingerprint(IDENTITY)
+
+
+def test_a_damaged_identity_without_a_checkpoint_is_named_with_the_way_out(tmp_path: Path) -> None:
+    folder = StepFolder(tmp_path / "sft")
+    start(folder)
+    (folder.sampling / "answers.json").parent.mkdir()
+    (folder.sampling / "answers.json").write_text("[]")
+    folder.identity.write_text('{"fing')
+    with pytest.raises(ArtifactError, match=r"sft/identity\.json: cannot be understood.*--overwrite"):
+        start(folder)
+    assert (folder.sampling / "answers.json").is_file()
+    overwrite(folder)
+    assert start(folder) is StepState.NEW
+
+
+def test_lost_metrics_come_back_from_the_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = StepFolder(tmp_path / "sft")
+    start(folder)
+    folder.metrics.write_text('{"step": 1, "sft/loss": 2.0}\n')
+    with writing(folder.checkpoints, 1) as side:
+        (side / "weights").write_text("one step")
+    for text, expected in ((None, 1), ("\0" * 300, 1), ('{"step": 1, "sft/loss": 2.0}\n{"step": 2}\n', 2)):
+        folder.metrics.unlink()
+        if text is not None:
+            folder.metrics.write_text(text)
+        caplog.clear()
+        with hold(folder):
+            assert find_state(folder) == "step 1"
+        assert len(folder.metrics.read_text().splitlines()) == expected
+        assert ("those up to step 1 are back" in caplog.text) == (expected == 1)
+
+
+def test_the_digest_of_a_program_follows_what_it_imports_from_beside_it(tmp_path: Path) -> None:
+    main, words, package = tmp_path / "main.py", tmp_path / "words.py", tmp_path / "lists" / "__init__.py"
+    main.write_text("import json, torch\nfrom words import BAD\n")
+    assert digest_of_program(main) == digest_of_file(main), "what is installed does not count"
+    words.write_text("def f():\n    import lists.more\nBAD = 1")
+    package.parent.mkdir()
+    package.write_text("from . import more")
+    (package.parent / "more.py").write_text("from .. import main\nLIST = []")
+    (tmp_path / "other.py").write_text("")
+    seen = {digest_of_program(main)}
+    for path in (words, package, package.parent / "more.py"):
+        path.write_text(path.read_text() + "\n# changed")
+        seen.add(digest_of_program(main))
+    assert len(seen) == 4
+    (tmp_path / "other.py").write_text("changed")
+    assert digest_of_program(main) in seen
+    words.write_text("def (:")
+    assert digest_of_program(main) not in seen

@@ -1,6 +1,7 @@
 """A reward function of the user's: what it is given, what may come back, and how its faults are told."""
 
 import hashlib
+import sys
 import textwrap
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import tensor
 
+import reward
 from llamachat.config.sections import FunctionName
 from llamachat.errors import ConfigError, ScoringError
 from llamachat.scoring.combining import combiner
@@ -103,3 +105,81 @@ def test_files_and_functions_that_are_not_there_are_told(tmp_path: Path) -> None
     }.items():
         with pytest.raises(ConfigError, match=f"cannot be run: {expected}"):
             combiner(scoring(combine=write(tmp_path, text, "broken.py")))
+
+
+def run(name: str, count: int = 2) -> list[float]:
+    none = Scores(helpfulness_B=None, safety_B=None)
+    return combiner(scoring(combine=name))(none, answers(count)).scores_B.tolist()
+
+
+@pytest.mark.parametrize("ending", ["sys.exit(0)", "sys.exit()", "raise GeneratorExit", "raise SystemExit('done')"])
+def test_a_file_that_ends_the_process_is_a_fault_of_the_function(tmp_path: Path, ending: str) -> None:
+    body = f"import sys\ndef score(prompts, completions, scores, **columns):\n    {ending}"
+    with pytest.raises(ScoringError, match=r"it raised (SystemExit|GeneratorExit).*line 3"):
+        run(write(tmp_path, body))
+    with pytest.raises(ConfigError, match=r"cannot be run: (SystemExit|GeneratorExit).*line 2"):
+        run(write(tmp_path, f"import sys\n{ending}", "at_once.py"))
+
+
+def test_an_interrupt_within_the_function_stays_one(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(write(tmp_path, "def score(prompts, completions, scores, **columns):\n    raise KeyboardInterrupt"))
+
+
+def test_a_file_may_import_its_neighbours_also_those_named_as_packages_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "my_words.py").write_text("BAD = 5.0")
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "__init__.py").write_text("from my_words import BAD\nGOOD = BAD + 1")
+    (tmp_path / "torch.py").write_text("raise AssertionError('what is loaded already is not replaced')")
+    text = """
+        from dataclasses import dataclass
+        import torch
+        from my_words import BAD
+
+        def score(prompts, completions, scores, **columns):
+            from reward import GOOD
+            return [BAD, float(torch.tensor(GOOD))]
+    """
+    name, before = write(tmp_path, text), reward
+    assert run(name) == [5.0, 6.0]
+    assert sys.modules["reward"] is before and "my_words" not in sys.modules and str(tmp_path) not in sys.path
+
+
+def test_arguments_are_those_of_the_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["llamachat", "ppo", "--config", "tiny.yaml"])
+    text = """
+        import argparse
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--scale", type=float, default=2.0)
+        scale = parser.parse_args().scale
+
+        def score(prompts, completions, scores, **columns):
+            return [scale] * len(completions)
+    """
+    assert run(write(tmp_path, text)) == [2.0, 2.0] and sys.argv[1] == "ppo"
+    with pytest.raises(ConfigError, match="cannot be run: SystemExit: 2"):
+        run(write(tmp_path, text.replace('"--scale"', '"scale"').replace("default=2.0", "nargs=1"), "needs.py"))
+
+
+def test_what_the_function_switches_in_the_process_is_put_back(tmp_path: Path) -> None:
+    text = """
+        import os, torch
+
+        def switch():
+            torch.set_grad_enabled(False)
+            torch.set_num_threads(torch.get_num_threads() + 1)
+            torch.set_default_dtype(torch.float64)
+            os.chdir("/")
+
+        switch()
+
+        def score(prompts, completions, scores, **columns):
+            switch()
+            return [0.0] * len(completions)
+    """
+    before = Path.cwd(), torch.get_num_threads(), torch.get_default_dtype()
+    run(write(tmp_path, text))
+    assert (Path.cwd(), torch.get_num_threads(), torch.get_default_dtype()) == before and torch.is_grad_enabled()
+    with torch.no_grad():
+        run(write(tmp_path, text))
+        assert not torch.is_grad_enabled()

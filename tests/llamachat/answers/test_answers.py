@@ -243,3 +243,12 @@ def test_every_answer_is_scored_where_answers_end_in_training(tiny_format: ChatF
     combined = Combined(scores_B=torch.zeros(4), is_gated_B=nothing_B, is_unsafe_B=nothing_B, has_gate=False)
     Scorer(bank, lambda scores, answers: combined).score(responses, with_judge=False)
     assert read == [dialog] * 4
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"pair": [1', b"\xff\xfe\xff"])
+def test_a_damaged_value_is_made_again(tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    cache = StepCache(tmp_path)
+    assert cache.get_or_make("one", lambda: [1]) == [1]
+    (tmp_path / "one.json").write_bytes(damage)
+    assert not cache.has("one") and cache.get_or_make("one", lambda: [2]) == [2] and cache.has("one")
+    assert "one.json: cannot be understood" in caplog.text

@@ -273,3 +273,31 @@ def test_identity_leaves_out_operational_keys_at_any_depth(recipe: Path) -> None
     assert found["rollout"] == {"temperature": 1.0, "top_p": 1.0, "top_k": None, "max_new_tokens": 512}
     assert "allow_unproved_tokenizer" not in found["base"] and found["base"]["rope_scaling"] is None
     assert found["data"]["sft"][0]["weight"] == 1.0 and found["data"]["split"]["test"] == 0.05
+
+
+# -- paths
+
+
+def test_the_home_folder_is_read_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = recipe_values(tmp_path, run={"dir": "~/runs/x"}, base={"model": "~/base"})
+    values["data"]["sft"] = [{"path": "~/dialogs.jsonl"}]
+    write_yaml(tmp_path / "home.yaml", values)
+    found = load(write_yaml(tmp_path / "child" / "r.yaml", {"extends": "~/home.yaml"}))
+    assert found.run.dir == f"{tmp_path}/runs/x" and found.base.model == f"{tmp_path}/base"
+    assert found.data.sft[0].path == f"{tmp_path}/dialogs.jsonl" and "~" not in to_yaml(found)
+    problem = report(tmp_path / "home.yaml", ["data.sft.0.path=~/dialog.jsonl"])
+    assert f"does not exist. Did you mean '{tmp_path}/dialogs.jsonl'?" in problem
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("~nobody-of-this-name/x", "no home folder is known for '~nobody-of-this-name'"),
+        ('"a\\0b"', "holds no NUL"),
+        ("runs/\udcff", "UTF-8"),
+    ],
+)
+def test_a_path_that_no_folder_can_have_is_refused(recipe: Path, path: str, words: str) -> None:
+    problem = report(recipe, [f"run.dir={path}"])
+    assert "command line: run.dir: " in problem and words in problem

@@ -129,6 +129,25 @@ def test_a_sparkline_by_hand() -> None:
     assert sparkline([5.0, 5.0], 5, is_ascii=True) == "++"
 
 
+def test_a_name_with_dollars_is_drawn_and_a_picture_that_fails_fails_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("$y_{$", "a$b_{c}$ <i>&", "\\$x\\$", "n" * 250):
+        path = tmp_path / name / "sft" / "metrics.jsonl"
+        MetricsRecord(path, axis="sft/step").append(0, {"sft/loss": 4.0e-9})
+        draw_curves(path, path.with_name("curves.png"))
+        assert path.with_name("curves.png").is_file()
+    assert not caplog.text
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("axis limits cannot be NaN")
+
+    monkeypatch.setattr("llamachat.tracking.curves._frame_panel", fail)
+    draw_curves(path, tmp_path / "second.png")
+    assert "draw_curves" in caplog.text and "axis limits cannot be NaN" in caplog.text
+    assert not (tmp_path / "second.png").exists()
+
+
 def test_curves_are_a_picture_and_lines_of_at_most_100_columns(tmp_path: Path) -> None:
     path, picture = tmp_path / "metrics.jsonl", tmp_path / "curves.png"
     draw_curves(path, picture)

@@ -1,8 +1,10 @@
 """The command line: exit statuses, what is printed where, options, and what must not be imported."""
 
+import errno
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -81,6 +83,67 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sft, "run", fail(ZeroDivisionError("ours")))
     with pytest.raises(ZeroDivisionError):
         main(["sft", "--config", str(write_recipe(tmp_path))])
+
+
+@pytest.mark.parametrize("code", [0, None])
+def test_a_library_that_ends_the_process_is_no_success(
+    code: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sft, "run", fail(SystemExit(code)))
+    assert main(["sft", "--config", str(write_recipe(tmp_path))]) == 1
+    assert re.search(r"llamachat: .*ended by sys\.exit\(\) in .*test_command_line\.py:\d+", capsys.readouterr().err)
+
+
+def test_a_file_that_cannot_be_opened_is_told_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (errno.ENOENT, errno.EINVAL, errno.EIO, errno.EMFILE, errno.ECONNREFUSED):
+        monkeypatch.setattr(sft, "run", fail(OSError(number, os.strerror(number), "/some/file")))
+        assert main(["sft", "--config", str(write_recipe(tmp_path))]) == 1
+        assert f"llamachat: /some/file: {os.strerror(number)}. " in capsys.readouterr().err
+    assert main(["sft", "--config", "x" * 300]) == 1
+    assert "File name too long. " in capsys.readouterr().err
+
+
+def test_hours_that_end_a_recipe_before_its_last_step_are_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sft, "run", publish_toy_policy)
+    recipe = str(write_recipe(tmp_path, steps=["sft", {"sft": {"name": "sft-2"}}]))
+    assert main(["all", "--config", recipe, "run.max_hours=1e-9"]) == 3
+    assert "Not begun yet: sft-2." in capsys.readouterr().out
+    assert main(["all", "--config", recipe]) == 0
+
+
+def test_a_library_that_turns_an_interrupt_into_an_error_of_its_own_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: Any, inputs: Any) -> Any:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        except KeyboardInterrupt:
+            raise RecursionError from None
+
+    monkeypatch.setattr(sft, "run", run)
+    assert main(["sft", "--config", str(write_recipe(tmp_path))]) == 130
+    assert "llamachat: interrupted." in capsys.readouterr().err
+
+
+def test_the_home_folder_is_read_in_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_recipe(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["sft", "--dry-run", "--config", "~/recipe.yaml", "run.dir=~/my runs/x"]) == 0
+    assert f"dir: {tmp_path}/my runs/x\n" in capsys.readouterr().out
+
+
+def test_make_gives_every_name_of_a_recipe_to_the_shell_as_it_is(tmp_path: Path) -> None:
+    name = 'my re$cipe\'s "one" & `two`.yaml'
+    command = ["make", "sft", f"CONFIG={name}", "ARGS=run.dir='my run'", "PY=printf '<%s>'", "VENV=/nowhere"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert f"<--config><{name}><run.dir=my run>" in done.stdout
 
 
 def test_an_interrupted_tool_promises_nothing(

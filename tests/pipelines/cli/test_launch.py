@@ -1,6 +1,7 @@
 """Commands that several processes work on, started as a user starts them."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from llamachat.runs.record import MetricsRecord
 from pipelines.cli import launch as launching
 from pipelines.cli.main import main
 from tests.killed_steps import ENVIRONMENT, ROOT
+from tests.recipes import write_recipe as write_toy_recipe
 from tests.sft.tiny_sft import toy_dialogs, write_base, write_dialogs, write_recipe
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
@@ -34,6 +36,62 @@ def launched(recipe: Path, log: Path, *arguments: str) -> "subprocess.Popen[byte
     command = [*LAUNCH, "-m", "pipelines", "sft", "--config", str(recipe), *arguments]
     with log.open("wb") as stream:
         return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=stream, stdout=stream)
+
+
+MEETING = """
+import sys
+from llamachat import distributed
+from pipelines.cli.main import main
+distributed.MEETING_S, distributed._SAY_AFTER_S = float(sys.argv[1]), 0.1
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def left_alone(recipe: Path, seconds: float, **changes: str) -> "subprocess.Popen[str]":
+    """A command with the variables of a launcher that is gone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | changes
+    command = [sys.executable, "-c", MEETING, str(seconds), "sft", "--config", str(recipe)]
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT | variables, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_whose_others_never_come_says_so_and_ends(tmp_path: Path, rank: str) -> None:
+    with left_alone(write_toy_recipe(tmp_path), 1.0, RANK=rank) as process:
+        _, words = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert f"process {rank}: waiting at 127.0.0.1:" in words and "until all 2 processes of WORLD_SIZE are here" in words
+    assert "not all came within 1 s" in words and "unset WORLD_SIZE" in words and "Traceback" not in words
+
+
+def test_a_process_that_waits_for_others_obeys_signals(tmp_path: Path) -> None:
+    with left_alone(write_toy_recipe(tmp_path), 600.0) as process:
+        assert process.stderr is not None
+        while "waiting at" not in (line := process.stderr.readline()):
+            assert line, "it has not ended"
+        sent = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 130 and time.monotonic() - sent < 20
+        assert "interrupted" in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "b"}, "WORLD_SIZE: the environment has 'b'"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE: the environment has '-2'"),
+        ({"WORLD_SIZE": "2", "RANK": "first"}, "RANK: the environment has 'first'"),
+    ],
+)
+def test_variables_that_are_no_numbers_are_told(
+    variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["plan"]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_two_processes_die_with_their_launcher_and_one_goes_on(recipe: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The doctor, and what a run tells before any weights: access, architecture, tokenizer. The hub is a stand-in here."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,8 +20,11 @@ from huggingface_hub.errors import (
 )
 
 from llamachat.chat_format.tokenizer import load_tokenizer
+from llamachat.config.sections import Tuning
 from llamachat.errors import ConfigError, LlamachatError
 from llamachat.models import hub
+from llamachat.models.loading import load_base
+from llamachat.models.start_checks import proved_start
 from pipelines.cli.main import main
 from pipelines.planning import doctor
 from pipelines.planning import hardware as devices
@@ -28,6 +32,7 @@ from pipelines.planning.doctor import Finding, examine, report
 from pipelines.planning.hardware import Device, Torch, find_devices, find_torch
 from pipelines.recipe.recipe import load
 from tests.recipes import write_recipe
+from tests.tiny_llama import base_section
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE = ROOT / "assets" / "base"
@@ -342,3 +347,55 @@ def test_a_table_keeps_its_columns_and_ends_with_what_fails() -> None:
     lines = report([*failing, Finding("memory", "FAIL", "sft", "way")]).splitlines()
     assert lines[0].startswith("disk    FAIL  word") and lines[1].startswith(" " * 14) and "[way] out" in lines[2]
     assert lines[-1].startswith("3 checks failed: disk (2 times), memory. The fix follows '->' on each FAIL line.")
+
+
+# -- a base that is not what it seems
+
+
+def damaged_base(folder: Path, damage: str) -> Path:
+    shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("*.md"))
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif damage == "header":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "empty":
+        weights.write_bytes(b"")
+    elif damage == "zeros":
+        weights.write_bytes(bytes(weights.stat().st_size))
+    elif damage == "lfs":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 10101336\n")
+    elif damage == "index":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": ')
+    elif damage == "adapter":
+        (folder / "adapter_config.json").write_text("{}")
+    elif damage == "rows":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 4000}))
+    elif damage == "config":
+        config.write_text('{"model_type": "llama", ')
+    return folder
+
+
+DAMAGES = {
+    "truncated": (r"model\.safetensors: holds \d+ bytes of 10101336", "Fetch it again"),
+    "header": (r"model\.safetensors: holds 1000 bytes, and no whole header", "Fetch it again"),
+    "empty": (r"model\.safetensors: holds 0 bytes, and no whole header", "Fetch it again"),
+    "zeros": (r"model\.safetensors: holds 10101336 bytes, and no whole header", "Fetch it again"),
+    "lfs": (r"model\.safetensors: is a Git LFS pointer", "git lfs pull"),
+    "index": (r"index\.json: cannot be understood", "Fetch it again"),
+    "adapter": (r"an adapter \(adapter_config\.json\) lies beside the weights", "Merge it"),
+    "rows": (r"vocab_size is 4000, but the tokenizer beside it has 4096 pieces", "enlarge its embedding"),
+    "config": (r"config\.json: is no whole configuration", "Fetch it again"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_base_is_seen_by_the_doctor_and_refused_as_it_is_loaded(tmp_path: Path, damage: str) -> None:
+    folder = damaged_base(tmp_path / "base", damage)
+    findings = examine(write_recipe(tmp_path / "recipe"), [f"base.model={folder}"])
+    problem, fix = DAMAGES[damage]
+    failing = [finding for finding in findings if finding.verdict == "FAIL"]
+    assert any(re.search(problem, finding.problem) and fix in finding.fix for finding in failing), findings
+    with pytest.raises(LlamachatError, match="config.json" if damage == "config" else problem):
+        proved_start(base := base_section(folder), Tuning(), None)
+        load_base(base)

@@ -189,6 +189,17 @@ def read_artifact(path: Path, kind: Kind | None = None, *, reader: str = "this c
     return Artifact(where, manifest)
 
 
+def check_content(artifact: Artifact) -> None:
+    """Refuse an artifact whose files are not as they were published; reads them whole. A user may edit dialogs."""
+    files = {} if artifact.manifest.kind == "dialogs" else artifact.manifest.files
+    for name, digest in files.items():
+        if digest_of_file(artifact.path / name) != digest:
+            raise ArtifactError(
+                f"{artifact.path}: {name} is not as it was published. What is made from it would be of another model, in"
+                " silence. Copy the folder again, or make the step again with `--overwrite`."
+            )
+
+
 def is_published(folder: StepFolder) -> bool:
     """Whether the step has its final artifact (dialogs alone are not the end of a step)."""
     return (folder.artifact / MANIFEST).is_file()

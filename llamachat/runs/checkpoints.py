@@ -87,14 +87,13 @@ def _fault(checkpoint: Checkpoint) -> str:
     if (checkpoint.path / DAMAGED).is_file():
         return "it was found damaged before"
     try:
-        marker = _marker(checkpoint)
+        marker, held = _marker(checkpoint), _sizes(checkpoint.path)
         files: dict[str, int] = marker["files"]
-        held = _sizes(checkpoint.path)
+        wrong = sorted(name for name in files.keys() | held.keys() if files.get(name) != held.get(name))
         if marker["step"] != checkpoint.step:
             return f"its {MARKER} is that of step {marker['step']}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MARKER} cannot be read ({type(error).__name__})"
-    wrong = sorted(name for name in files.keys() | held.keys() if files.get(name) != held.get(name))
     return "".join(f"{name} holds {held.get(name, 0)} bytes of {files.get(name, 0)}" for name in wrong[:1])
 
 

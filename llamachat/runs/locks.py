@@ -63,7 +63,7 @@ def hold(folder: StepFolder) -> Iterator[None]:
                 " folder protects nothing. Give the same command again."
             )
         _write_owner(descriptor, folder.lock)
-        for place in (folder.path, folder.checkpoints):
+        for place in (folder.path, folder.checkpoints, folder.figures):
             remove_leftovers(place)
         yield
     finally:

@@ -40,6 +40,11 @@ class _Lines:
         if kept != text:
             write_text(self.path, kept)
 
+    def is_damaged(self) -> bool:
+        """Whether lines are lost: it is gone or empty, or a line before the last one, which a kill may tear, is none."""
+        *lines, _ = self._text().split("\n")
+        return not lines or any(_parse(line) is None for line in lines)
+
     def sync(self) -> None:
         """Flush to the disk, so that a power cut after a checkpoint finds its metrics too."""
         if self._stream is not None:

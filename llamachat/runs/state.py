@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import sys
 import threading
 import time
@@ -42,6 +43,7 @@ from llamachat.runs.atomic import (
 from llamachat.runs.checkpoints import Checkpoint, newest, pass_over_damaged
 from llamachat.runs.fingerprints import changed_keys
 from llamachat.runs.locks import hold, is_held_by_us
+from llamachat.runs.record import MetricsRecord
 
 log = logging.getLogger(__name__)
 
@@ -116,19 +118,12 @@ def find_state(folder: StepFolder) -> str:
 
 
 def _restore_record(folder: StepFolder, checkpoint: Checkpoint) -> None:
-    """Put the metrics up to the checkpoint back where the file beside it has lost some: it only grows, at its end."""
+    """Put the metrics up to the checkpoint back where those of the step's folder are damaged."""
     kept = checkpoint.path / folder.metrics.name
-    if not kept.is_file():
-        return
-    with storage_errors(folder.metrics):
-        saved = kept.read_bytes()
-        held = folder.metrics.read_bytes() if folder.metrics.is_file() else b""
-    if not held.startswith(saved):
-        log.warning(
-            "warning: %s: lines are lost or changed; those up to step %d are back", folder.metrics, checkpoint.step
-        )
+    if kept.is_file() and MetricsRecord(folder.metrics).is_damaged() and not MetricsRecord(kept).is_damaged():
+        log.warning("warning: %s: lines are lost; those up to step %d are back", folder.metrics, checkpoint.step)
         with incoming_file(folder.metrics) as side:
-            side.write_bytes(saved)
+            shutil.copyfile(kept, side)
 
 
 def unbind(folder: StepFolder) -> None:

@@ -60,21 +60,22 @@ class _Program:
             sys.modules.update(aside)
             sys.argv[:], sys.path[:], place, threads, dtype = before
             os.chdir(place)
-            torch.set_num_threads(threads)
             torch.set_default_dtype(dtype)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
 
 
 def _modules_beside(folder: Path) -> set[str]:
-    """Names of the modules in a folder, but for those of libraries that are loaded already."""
-    names = {file.stem for file in folder.glob("*.py")} | {file.parent.name for file in folder.glob("*/__init__.py")}
-    loaded = names & sys.modules.keys()
-    if loaded:
+    """Names of the modules in a folder, but for those of libraries that are loaded already, and for the folder's own."""
+    files = {file.stem: file for file in folder.glob("*.py") if not file.stem.startswith("__")}
+    files |= {file.parent.name: file for file in folder.glob("*/__init__.py")}
+    loaded = files.keys() & sys.modules.keys()
+    kept = {name for name in loaded if getattr(sys.modules[name], "__file__", None) == str(files[name])}
+    if loaded - kept:
         # Our own packages have names that a user's file may have too: `reward`, `tools`.
         makers = metadata.packages_distributions()
-        names -= {
-            name for name in loaded if name in sys.stdlib_module_names or set(makers.get(name, ())) - {"llamachat"}
-        }
-    return names
+        kept |= {name for name in loaded if name in sys.stdlib_module_names or set(makers.get(name, ())) - {"llamachat"}}
+    return files.keys() - kept
 
 
 def _taken(names: set[str]) -> dict[str, ModuleType]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llamachat.errors import UsageError
-from llamachat.runs.artifacts import read_artifact
+from llamachat.runs.artifacts import check_content, read_artifact
 from pipelines.cli.launch import TINY, ConfigOption, reported
 from pipelines.cli.talk import named_artifacts
 from serving.hub import Destination
@@ -104,8 +104,10 @@ def export(
 
     _check_words(form, llama_cpp, quantize)
     (path,) = named_artifacts(words or [], config, command="export", most=1, kinds=("policy", "reward_model"))
+    artifact = read_artifact(path)
+    check_content(artifact)
     request = Request(
-        read_artifact(path),
+        artifact,
         out,
         format="adapter" if form == "adapter" else "merged",
         onto=onto,

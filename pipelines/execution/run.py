@@ -24,7 +24,7 @@ from llamachat.data.files import read_rows
 from llamachat.data.loading import parse_rows
 from llamachat.data.records import Preference
 from llamachat.errors import ArtifactError, ChangedError, ConfigError, DataError, LlamachatError, TokenizerError
-from llamachat.runs.artifacts import MANIFEST, Artifact, StepFolder, is_published, read_artifact
+from llamachat.runs.artifacts import MANIFEST, Artifact, StepFolder, check_content, is_published, read_artifact
 from llamachat.runs.atomic import write_text
 from llamachat.runs.fingerprints import changed_keys, fingerprint
 from llamachat.runs.inputs import StepInputs, Tune
@@ -370,6 +370,9 @@ def _run(recipe: Recipe, work: Work, deadline: float | None, *, is_begun: bool) 
         keeps_sampling=bool(work.step.stage.surveys),
     )
     log.info("%s: from %s, into %s", name, work.taken.words, folder.path)
+    if work.step.product.makes != REPORT:  # which reads figures alone
+        for artifact in {one.path: one for one in work.taken.by_key.values()}.values():
+            check_content(artifact)
     if is_begun:
         log.info("%s: goes on from %s", name, find_state(folder))
     if work.step.product.makes != REPORT:  # which is too little work to share

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llamachat.errors import ArtifactError
-from llamachat.runs.artifacts import Artifact, Kind, Manifest, StepFolder, is_published, publish, read_artifact
+from llamachat.runs.artifacts import Artifact, Kind, Manifest, StepFolder, check_content, is_published, publish, read_artifact
 from tests.killing import killed_at
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -124,6 +124,16 @@ def test_missing_short_and_unreadable_parts_are_refused(tmp_path: Path) -> None:
         break_it(tmp_path / name / "artifact")
         with pytest.raises(ArtifactError, match=words):
             read_artifact(tmp_path / name)
+
+
+def test_bytes_that_are_not_those_published_are_refused_where_content_is_read(tmp_path: Path) -> None:
+    artifact, dialogs = make(tmp_path / "sft"), make(tmp_path / "rs-1", "dialogs", "rs-1")
+    check_content(artifact)
+    (artifact.path / "model.safetensors").write_text("weightz")
+    (dialogs.path / "dialogs.jsonl").write_text("edited by hand")
+    with pytest.raises(ArtifactError, match=r"sft/artifact: model\.safetensors is not as it was published"):
+        check_content(read_artifact(artifact.path))
+    check_content(dialogs)
 
 
 def test_a_run_folder_stands_for_its_last_policy(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from sys import intern
 
 SHOWN = 50  # problems that one error prints
@@ -63,7 +64,7 @@ def report(problems: Sequence[Problem], path: str | Path) -> str:
     """The problems of one file, a line each, and the command that fixes some of them where there is one."""
     lines = [found.at(path) for found in problems[:SHOWN]]
     if len(problems) > SHOWN:
-        lines.append(f"and {len(problems) - SHOWN} more (`llamachat data check {path}` names them all).")
+        lines.append(f"and {len(problems) - SHOWN} more (`llamachat data check {quote(str(path))}` names them all).")
     command = convert_command(problems, path)
     return "\n".join([*lines, command] if command else lines)
 
@@ -72,7 +73,7 @@ def convert_command(problems: Iterable[Problem], path: str | Path) -> str:
     """The `data convert` command for this file, if it would fix one of the problems; else ""."""
     if not any(_CONVERT in found.fix for found in problems):
         return ""
-    return f"Where that is the fix, the command is: {_CONVERT} {path} {converted_path(path)}"
+    return f"Where that is the fix, the command is: {_CONVERT} {quote(str(path))} {quote(str(converted_path(path)))}"
 
 
 def converted_path(path: str | Path) -> Path:

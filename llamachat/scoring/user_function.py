@@ -74,7 +74,9 @@ def _modules_beside(folder: Path) -> set[str]:
     if loaded - kept:
         # Our own packages have names that a user's file may have too: `reward`, `tools`.
         makers = metadata.packages_distributions()
-        kept |= {name for name in loaded if name in sys.stdlib_module_names or set(makers.get(name, ())) - {"llamachat"}}
+        kept |= {
+            name for name in loaded if name in sys.stdlib_module_names or set(makers.get(name, ())) - {"llamachat"}
+        }
     return files.keys() - kept
 
 

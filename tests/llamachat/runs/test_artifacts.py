@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from llamachat.errors import ArtifactError
-from llamachat.runs.artifacts import Artifact, Kind, Manifest, StepFolder, check_content, is_published, publish, read_artifact
+from llamachat.runs.artifacts import (
+    Artifact,
+    Kind,
+    Manifest,
+    StepFolder,
+    check_content,
+    is_published,
+    publish,
+    read_artifact,
+)
 from tests.killing import killed_at
 
 ROOT = Path(__file__).resolve().parents[3]

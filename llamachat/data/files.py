@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from math import isfinite
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import IO, Any, NoReturn, cast
 
 from llamachat.config.sections import HubSet, hub_set, near_path

@@ -351,6 +351,19 @@ def load_llama(
             "*.safetensors (pickled ones can run code), and flash_attention_2 needs its package and a GPU. Convert "
             "the weights, or set base.attention to auto."
         ) from error
+    _check_weights(report, location, may_lack)
+    if is_nf4:
+        nf4.close_cpu_trap(model)
+        source = trunk_digest(nf4.model_folder(location), values_per_weight=VALUES_PER_WEIGHT)
+        nf4.remember_source(model, source)
+    model.config.use_cache = False
+    # What a checkpoint suggests for sampling is not ours, and some suggestions cannot even be saved again.
+    model.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=UNK_ID)
+    return model if is_nf4 else model.to(torch.device(device))
+
+
+def _check_weights(report: Mapping[str, Any], location: str, may_lack: Collection[str]) -> None:
+    """Refuse a model some of whose weights were in no file; name those of the files that the model has no place for."""
     lacking = sorted(set(report["missing_keys"]) - set(may_lack))
     lacking += sorted(str(key) for key in report["mismatched_keys"])
     if lacking:
@@ -366,14 +379,6 @@ def load_llama(
             len(unused),
             unused[0],
         )
-    if is_nf4:
-        nf4.close_cpu_trap(model)
-        source = trunk_digest(nf4.model_folder(location), values_per_weight=VALUES_PER_WEIGHT)
-        nf4.remember_source(model, source)
-    model.config.use_cache = False
-    # What a checkpoint suggests for sampling is not ours, and some suggestions cannot even be saved again.
-    model.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=UNK_ID)
-    return model if is_nf4 else model.to(torch.device(device))
 
 
 def checked_details(artifact: Artifact) -> Mapping[str, Any]:

@@ -264,7 +264,8 @@ class Session:
         with tempfile.TemporaryDirectory() as scratch:
             trainer = self.trainer(training, Path(scratch), on_log=on_log, on_step=on_step)
             if self.hours.ended_by is not None:  # a killed command has trained to there
-                trainer.take_as_trained()
+                assert checkpoint is not None, "that the hours are over is saved in it"
+                trainer.take_as_trained(checkpoint.path)
                 return
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)

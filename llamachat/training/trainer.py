@@ -82,9 +82,11 @@ class AtomicCheckpoints(Trainer):
             distributed.sum_gradients(trained, scale=1 / distributed.count())
         return loss
 
-    def take_as_trained(self) -> None:
-        """Give the model's configuration what `train` gives it before its first step, where no step is left to train."""
+    def take_as_trained(self, checkpoint: Path) -> None:
+        """Give the model the checkpoint's weights, and its configuration what `train` gives it before its first step, where
+        no step is left to train."""
         assert self.model is not None
+        self._load_from_checkpoint(str(checkpoint))
         align_special_tokens(self.model, self.processing_class)
 
     def save_last_step(self) -> None:

@@ -99,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app(given, prog_name="llamachat")
     except SystemExit as done:
+        if isinstance(done.code, str):
+            print(f"llamachat: {done.code}", file=sys.stderr)
         return done.code if isinstance(done.code, int) else int(bool(done.code))
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -186,6 +186,22 @@ def test_a_kill_neither_sets_the_hours_back_nor_loses_the_best(
     assert again.manifest.files == artifact.manifest.files and again.manifest.details == details
 
 
+def test_where_the_best_weights_are_damaged_the_last_ones_are_published_and_said_to_be(
+    base: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses = Scripted(clock)
+    artifact = tuned(tmp_path, base, losses, monkeypatch)
+    best = artifact.path.parent / "checkpoints" / "best.safetensors"
+    for damage in (best.read_bytes()[:-8] + b"damaged!", b"no weights at all"):
+        best.write_bytes(damage)
+        (artifact.path / "manifest.json").unlink()  # killed before it was published
+        again = tuned(tmp_path, base, Scripted(clock, dies_at=0), monkeypatch)
+        assert "optimizer_step" not in again.manifest.details and again.manifest.details["ended_by"] == "max_hours"
+        assert all(torch.equal(weight, losses.seen[4][name]) for name, weight in weights_of(again).items())
+        assert "best.safetensors is not as it was saved: the last weights are taken" in caplog.text
+        caplog.clear()
+
+
 def test_a_training_that_ends_by_itself_publishes_its_last_state(base: Path, tmp_path: Path) -> None:
     """Within its hours it is the very one of a recipe without them."""
     found = []

@@ -101,7 +101,7 @@ def test_a_file_that_cannot_be_opened_is_told_by_its_name(
         monkeypatch.setattr(sft, "run", fail(OSError(number, os.strerror(number), "/some/file")))
         assert main(["sft", "--config", str(write_recipe(tmp_path))]) == 1
         assert f"llamachat: /some/file: {os.strerror(number)}. " in capsys.readouterr().err
-    assert main(["sft", "--config", "x" * 300]) == 1
+    assert main(["sft", "--config", "x" * 300]) == 2
     assert "File name too long. " in capsys.readouterr().err
 
 

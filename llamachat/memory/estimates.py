@@ -209,13 +209,15 @@ def shape_of(model: str) -> Shape | None:
 
 
 def read_shape(folder: Path) -> Shape | None:
-    """The shape of a local model folder; None where there is no config.json to read."""
+    """The shape of a local model folder; None where there is no config.json to read, or one of another architecture."""
     path = folder / "config.json"
     if not path.is_file():
         return None
     try:
         with storage_errors(path):
             config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("model_type", "llama") != "llama":
+            return None  # the step says so: nothing of ours fits it
         return Shape(
             hidden_size=config["hidden_size"],
             intermediate_size=config["intermediate_size"],

@@ -2,7 +2,7 @@
 
 JSON text      {"messages": "[{\\"role\\": ...}]"}
 columns        {"messages": {"role": [...], "content": [...]}}, which `datasets` makes of a list of turns
-marked text    {"text": "<s>[INST] question [/INST] answer </s>"}, {"text": "### Human: question ### Assistant: answer"}
+marked text    {"text": a dialog as Llama-2 tutorials mark it up}, {"text": "### Human: question ### Assistant: answer"}
 labelled       {"prompt": ..., "completion": ..., "label": false} (KTO): an answer, and whether it is a good one
 """
 

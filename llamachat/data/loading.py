@@ -110,7 +110,8 @@ class Sides:
 
     def warning(self, split: Split) -> str | None:
         """What to say where a side is far from the share that is configured for it, or holds nothing."""
-        counts, total = Counter(self.sides), len(self.sides)
+        total = len(self.sides)
+        counts: Counter[str] = Counter(self.sides)
         shares = {**split.model_dump(), "train": 1 - sum(split.model_dump().values())}
 
         def is_far(side: str, share: float) -> bool:
@@ -147,7 +148,7 @@ def sides_of(records: Sequence[tuple[Turn, ...]], split: Split) -> Sides:
         if not more:
             break
         shared |= more
-    sides = [split_of(_deciding(turns, shared)[1], split) for turns in records]
+    sides: list[SplitName] = [split_of(_deciding(turns, shared)[1], split) for turns in records]
     return Sides(sides, len(conversations), sum(turns[0][0] in shared for turns in conversations))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llamachat.chat_format.dialog import Dialog
 from llamachat.data.loading import SplitName, read_records, side_sizes, sides_of, user_turns
@@ -67,6 +68,7 @@ def make_plan(recipe: Recipe, command: str = "all", only: Sequence[str] = ()) ->
 def sides_of_data(recipe: Recipe) -> Iterator[str]:
     """The size of each side of each kind of data that is here, and a warning of each source that is split unevenly."""
     data = recipe.sections.data
+    record: Any  # one class of records after the other
     for key, record in RECORDS_OF.items():
         counts: Counter[SplitName] = Counter()
         warnings: list[str] = []

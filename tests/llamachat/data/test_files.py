@@ -95,7 +95,7 @@ def test_damaged_and_empty_parquet(tmp_path: Path):
         ("a.jsonl", b"PAR1 and more", "is parquet", "Rename it to a.parquet"),
         ("a.jsonl", LINES.decode().encode("utf-16"), "UTF-16", "UTF-8"),
         ("a.jsonl.gz", tarred(), "is a tar archive inside", "Unpack it"),
-        ("a.jsonl.gz", gzip.compress(b"PAR1 and more"), "is parquet inside", ".parquet"),
+        ("a.jsonl.gz", gzip.compress(b"PAR1 and more", mtime=0), "is parquet inside", ".parquet"),
         ("a.tar", gzip.decompress(tarred()), "is a tar archive", "Unpack it"),
         ("a.jsonl", LFS, "pointer of Git LFS", "git lfs pull"),
         ("a.parquet", LFS, "pointer of Git LFS", "git lfs pull"),

@@ -171,7 +171,7 @@ def _refuse_unread_answers(path: str, head: Sequence[Row], kind: Kind) -> None:
         with suppress(DialogError):  # reported when the row is converted
             repaired_record(value, kind, kind, notes)
             left_out.append({name: value[name] for name in notes.left_out if name in value})
-    unread = unread_answers(left_out, by_content=kind == "prompt")
+    unread = unread_answers(left_out, num_rows=len(head), by_content=kind == "prompt")
     if unread:
         names = " and ".join(repr(shown_name(name)) for name in unread)
         raise DataError(

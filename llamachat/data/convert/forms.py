@@ -152,10 +152,10 @@ _NO_ANSWERS = re.compile(
 _WORDS = 3  # of a text that may be an answer under any name
 
 
-def unread_answers(left_out: Sequence[Mapping[str, Any]], *, by_content: bool) -> list[str]:
+def unread_answers(left_out: Sequence[Mapping[str, Any]], *, num_rows: int, by_content: bool) -> list[str]:
     """The columns that hold texts which may be answers, of the columns that are left out in each row.
 
-    They stand in most rows and differ from row to row, and their name says so, or (`by_content`) they are several words.
+    They stand in most of the `num_rows` rows that were looked at and differ from row to row, and their name says so, or (`by_content`) they are several words.
     """
     texts: dict[str, list[str]] = {}
     for row in left_out:
@@ -167,7 +167,7 @@ def unread_answers(left_out: Sequence[Mapping[str, Any]], *, by_content: bool) -
     for name, values in texts.items():
         is_named = _ANSWER_WORDS.search(name) and not _NO_ANSWERS.search(name)
         is_text = by_content and 2 * sum(len(value.split()) >= _WORDS for value in values) > len(values)
-        if (is_named or is_text) and 2 * len(values) >= len(left_out) and 2 * len(set(values)) > len(values):
+        if (is_named or is_text) and 2 * len(values) >= num_rows and 2 * len(set(values)) > len(values):
             found.append(name)
     return found
 

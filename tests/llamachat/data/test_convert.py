@@ -466,7 +466,11 @@ def _unrolled(value: object) -> list[object]:
 @given(lines=st.lists(LINES, max_size=12), kind=st.sampled_from([None, "dialog", "preference", "prompt"]))
 def test_every_record_is_kept_repaired_or_named_and_counted(lines: list[str], kind: Any, bench: Bench):
     lines = [*SOUND.values(), *lines, dialog(user("the last"), answer("one"))]
-    report, written = bench.convert("\n".join(lines) + "\n", kind=kind)
+    try:
+        report, written = bench.convert("\n".join(lines) + "\n", kind=kind)
+    except DataError as error:  # the file is refused as a whole, and nothing is written
+        assert kind is None and "which nothing reads" in str(error)
+        return
     losses = report.repeated + report.without + len(report.problems)
     read = [record for line in lines for record in records_of(line)]
     assert len(written) + losses == report.written + losses == len(read)

@@ -36,7 +36,7 @@ NUMBERS_PER_TRANSFER = 2**26  # a quarter of a GiB
 _SHARDED = "LLAMACHAT_FSDP"
 # The others wait while the first one writes or draws. Their launcher ends them all when one fails.
 PATIENCE = timedelta(hours=24)
-# For the others to come. torchrun, which sets the second variable, starts all at one moment; their libraries load slowly.
+# Seconds to wait for the other processes. torchrun, which sets the variable below, starts all at once, and imports are slow.
 MEETING_S, MEETING_UNDER_TORCHRUN_S = 45.0, 600.0
 _TORCHRUN = "TORCHELASTIC_RUN_ID"
 _SAY_AFTER_S = 5.0
@@ -70,9 +70,9 @@ def _variable(name: str, default: int) -> int:
 
 @contextmanager
 def _waiting() -> Iterator[None]:
-    """Meet within the block: what is waited for is said, and a signal or the end of the time ends the process.
+    """Wait for the other processes within the block. Log what is waited for; exit on a signal or a timeout.
 
-    torch waits outside of Python, where no handler runs; a second thread reads the signals that Python takes note of.
+    torch waits in C++, where Python runs no signal handler, so a second thread reads the signals.
     """
     place = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
     number, world = launched_index(), os.environ["WORLD_SIZE"]
@@ -84,7 +84,7 @@ def _waiting() -> Iterator[None]:
 
     def end(words: str, status: int) -> None:
         print(f"llamachat: {words}", file=sys.stderr, flush=True)
-        os._exit(status)  # nothing has been begun that would have to be ended well
+        os._exit(status)  # no file is open and no step has begun
 
     def watch() -> None:
         said = time.monotonic() + _SAY_AFTER_S
@@ -95,8 +95,8 @@ def _waiting() -> Iterator[None]:
                 end(f"interrupted, while process {number} waited for the others.", INTERRUPTED)
             elif now > has_ended and not have_met.is_set():
                 end(
-                    f"WORLD_SIZE: {world} processes were to meet at {place}, and not all came within {seconds:.0f} s. Each"
-                    " of them works on a part of every step. Start them with torchrun or `accelerate launch`; for one"
+                    f"WORLD_SIZE: {world} processes are expected at {place}, and not all arrived within {seconds:.0f} s."
+                    " Each works on a part of every step. Start them with torchrun or `accelerate launch`; for one"
                     " process alone `unset WORLD_SIZE RANK LOCAL_RANK`.",
                     LaunchError.exit_status,
                 )

@@ -95,7 +95,7 @@ class Config(OptimizerSection):
     language_weight: float = Field(
         default=0.0,
         ge=0,
-        description="Weight of the chosen answers' loss as language, under the policy's own head, which is not trained: it keeps in the trunk what tells a fitting answer from another; 0 leaves it out. Not in the paper; Yang et al. 2024 (arXiv:2406.10216).",
+        description="Weight of the language-model loss (cross-entropy) of the chosen answers, under the policy's frozen head; it keeps the trunk's language modelling, which small models need to recognise a fitting answer. 0 leaves it out. Not in the paper; Yang et al. 2024 (arXiv:2406.10216).",
     )
     center_rewards_coefficient: float | None = Field(
         default=None,

@@ -17,8 +17,8 @@ from llamachat.data.records import Preference, Prompt
 from llamachat.runs.inputs import Which
 from reward.config import ContrastKind
 
-# In what order kinds take turns. Few refusals teach a model to tell them from answers; the safety model, which learns at
-# the same time that refusals of harmful prompts are right, needs more of them.
+# The order in which the kinds alternate. A few refusals suffice, except for the safety model, which also learns that
+# refusals of harmful prompts are right.
 _ORDER: tuple[ContrastKind, ...] = (
     *("swapped", "degenerate", "refusal", "degenerate", "swapped", "degenerate", "refusal", "swapped"),
     *("degenerate", "swapped", "degenerate", "refusal", "degenerate", "swapped", "degenerate", "swapped"),
@@ -193,7 +193,7 @@ def refusals_preferred(
 
 
 def answers_preferred(pairs: Sequence[Preference]) -> list[Preference]:
-    """Those pairs in which a refusal is rejected for an answer: what was asked was harmless, whatever it looked like."""
+    """The pairs whose rejected answer declines and whose chosen answer does not: their prompts are harmless."""
     return [pair for pair in pairs if declines(pair.rejected.content) and not declines(pair.chosen.content)]
 
 

@@ -1,6 +1,6 @@
 """The losses of a reward model: binary ranking with a margin, safety classification, centring (Llama 2 section 3.2.2).
 
-Shapes: B pairs, N responses or tokens, V vocabulary, D hidden. Every argument is 1-D: a `[B, 1]` score less a `[B]` one would be `[B, B]` without a word.
+Shapes: B pairs, N responses or tokens, V vocabulary, D hidden. Scores are 1-D: a `[B, 1]` score less a `[B]` one would be `[B, B]` without a word.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def safety_auxiliary_losses(scores_N: Tensor, *, is_safe_N: Tensor) -> Tensor:
 
 
 def language_losses(hidden_ND: Tensor, token_ids_N: Tensor, *, head_VD: Tensor) -> Tensor:
-    """-log p of the tokens that follow these hidden states, [N] in nats (Yang et al. 2024, arXiv:2406.10216, Eq. 5)."""
+    """-log p of the tokens that follow these hidden states, [N] in nats (Yang et al. 2024, arXiv:2406.10216)."""
     weight_VD = head_VD.to(hidden_ND.dtype)
     return -token_logprobs(hidden_ND, token_ids_N, head=lambda hidden: nn.functional.linear(hidden, weight_VD)).logprobs
 

@@ -154,7 +154,7 @@ def load_examples(
     sources = ContrastSources(
         dialogs, mixtures["helpfulness"], mixtures["safety"], _harmful_prompts(data, chat_format, seed=seed)
     )
-    train += _contrast(config, encoder, sources, side, beside=len(train), which=which, seed=seed)
+    train += _contrast(config, encoder, sources, side, num_others=len(train), which=which, seed=seed)
     counts = Counter(example.domain for example in train)
     log.info("rm/%s learns from %s", which, ", ".join(f"{count} {name} pairs" for name, count in counts.items()))
     rated = [example for example in train if example.domain != "contrast"]
@@ -168,7 +168,7 @@ def load_examples(
             f"rm/{which}: {len(train)} pairs to train on and {len(validation)} to validate with are left of data."
             f"{' and data.'.join(own)} after splitting by first user turn. Both are needed. Add pairs, or change data.split."
         )
-    validation += _contrast(config, encoder, sources, "validation", beside=len(validation), which=which, seed=seed)
+    validation += _contrast(config, encoder, sources, "validation", num_others=len(validation), which=which, seed=seed)
     test = list(encoder.pairs((domain, pair) for domain in TESTED for pair in mixtures[domain].test))
     labels, test_labels = _load_labels(config, data, encoder, which=which, seed=seed)
     for reason, count in sorted(encoder.dropped.items()):
@@ -254,18 +254,18 @@ def _contrast(
     sources: ContrastSources,
     side: Literal["train", "validation", "judge"],
     *,
-    beside: int,
+    num_others: int,
     which: Which,
     seed: int,
 ) -> list[PairExample]:
-    """Contrast pairs of one side of the split. Their number is the configured share, relative to `beside` other pairs.
+    """Contrast pairs of one side of the split. Their number is the configured share, relative to the `num_others` other pairs.
 
     Some of those of the safety model and the judge prefer a refusal to a harmful answer: what they learn of refusals of
     harmless prompts must not make them dislike refusals.
     """
     dialogs: list[Dialog] = getattr(sources.dialogs, side)
     safety: list[Preference] = getattr(sources.safety, side)
-    count = round(beside * config.contrast.share / (1 - config.contrast.share)) if dialogs else 0
+    count = round(num_others * config.contrast.share / (1 - config.contrast.share)) if dialogs else 0
     kinds = config.contrast.kinds
     pairs: list[Preference] = []
     if "refusal" in kinds and (share := _HARMFUL_SHARES.get(which)):

@@ -77,11 +77,11 @@ def _check_rows(config: Path, tokenizer: Tokenizer) -> None:
     try:
         rows = json.loads(config.read_text(encoding="utf-8"))["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError):
-        return  # an adapter's folder has none; a broken one is told where it is loaded
+        return  # an adapter's folder has none; a broken file is reported when the model is loaded
     if isinstance(rows, int) and rows < tokenizer.vocab_size:
         raise TokenizerError(
-            f"{config}: vocab_size is {rows}, but the tokenizer beside it has {tokenizer.vocab_size} pieces. A text with one of"
-            " the last ones could not be read. Put the model's own tokenizer beside it, or enlarge its embedding"
+            f"{config}: vocab_size is {rows}, but the tokenizer in the same folder has {tokenizer.vocab_size} pieces. A text"
+            " with one of the last ones could not be read. Put the model's own tokenizer there, or enlarge its embedding"
             " (resize_token_embeddings)."
         )
 

@@ -137,7 +137,7 @@ def side_sizes(counts: Mapping[SplitName, int]) -> str:
 def sides_of(records: Sequence[tuple[Turn, ...]], split: Split) -> Sides:
     """The sides of a source's records, given by their `user_turns`.
 
-    A turn that many conversations begin with is passed over: its side would be that of them all.
+    A turn that many conversations begin with is skipped: it would put them all on one side.
     """
     conversations = set(records)
     many = max(_SEVERAL, _MANY * len(conversations))

@@ -38,7 +38,7 @@ def check_model_folder(folder: Path) -> None:
             " left out, and both without a word. Merge it into them first (PEFT's merge_and_unload), or move its files away."
         )
     for file in weight_files(folder):
-        if file.is_file():  # one that is not is told where it is loaded
+        if file.is_file():  # a missing file is reported when the model is loaded
             check_safetensors(file)
 
 

@@ -41,7 +41,10 @@ class StorageError(LlamachatError):
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal below `path`, whichever library reports it, into a sentence with a way out."""
+    """Raise `StorageError`, with the cause and how to fix it, for an error of the operating system below `path`.
+
+    torch and safetensors report such errors in their own exception types; these are recognised too.
+    """
     try:
         yield
     except LlamachatError:
@@ -139,7 +142,8 @@ def flush_tree(path: Path) -> None:
 def incoming_file(path: Path) -> Iterator[Path]:
     """A side file that becomes `path` when the block ends well, and is removed when it raises."""
     # Two commands on two steps of one run may write its index at once: each has its own side file.
-    side = path.with_name(f"{INCOMING}{os.getpid()}-{path.name}")
+    # A part of the name: names of up to 255 bytes must fit.
+    side = path.with_name(f"{INCOMING}{os.getpid()}-{path.name[:32]}")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -1,10 +1,10 @@
 """Checkpoints of one step: `checkpoints/step-00000050/`, each whole or absent, the newest two kept.
 
-A checkpoint is written in a side folder and renamed last. Its `checkpoint.json` lists files, sizes and digests. By the
-sizes a copy broken off by other hands (rsync, a full disk elsewhere) is passed over for the one before it at any moment;
-the digests are compared once as a command begins to work (`pass_over_damaged`), since that reads every byte. A
-checkpoint of an earlier version has none, and is taken by its sizes. The step's `identity.json` and `metrics.jsonl` lie
-in each checkpoint too, so that the loss of those beside them loses no training.
+A checkpoint is written in a side folder and renamed last. Its `checkpoint.json` lists files, sizes and digests. A
+checkpoint whose sizes differ (an interrupted rsync, for example) is always skipped, and the one before it is used. The
+digests are compared once, when a command starts (`pass_over_damaged`), since that reads every byte. A checkpoint of an
+earlier version has no digests; only its sizes are checked. Each checkpoint also holds the step's `identity.json` and
+`metrics.jsonl`, from which lost originals are restored.
 """
 
 import json
@@ -22,7 +22,7 @@ from typing import Any
 from llamachat.runs.atomic import flush, incoming_folder, remove_tree, storage_errors, write_json
 
 MARKER = "checkpoint.json"
-DAMAGED = "damaged.json"  # the marker of a checkpoint that is passed over, until the next save removes it
+DAMAGED = "damaged.json"  # marks a checkpoint to skip; the next save removes it
 KEPT_TOO = ("identity.json", "metrics.jsonl")  # of the step's folder
 _NAME = re.compile(r"step-(\d{8,})")
 _BLOCK = 16 << 20  # of files of any size several blocks are hashed at once: a 7B checkpoint of 80 GiB in a minute

@@ -55,7 +55,7 @@ def _imports(file: Path, folder: Path) -> Iterator[tuple[str, ...]]:
         with _readable(file):
             tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
-        return  # told where it is run
+        return  # the error is reported when the file runs
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (tuple(alias.name.split(".")) for alias in node.names)

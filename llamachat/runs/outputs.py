@@ -1,4 +1,4 @@
-"""What every command writes for its user goes through here: no input is written over, no file is replaced unasked.
+"""Outputs of commands: no input is overwritten, and no file is replaced without `--overwrite`.
 
 Steps of a recipe write into folders of their own (`llamachat.runs.state`). All other outputs, files and folders, are
 refused by `check_output` before any work is done; files are then written by `written_beside`.
@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from llamachat.errors import UsageError
-from llamachat.runs.atomic import INCOMING
-
-_NAME_LENGTH = 32  # of an output's name within its side file's: names of up to 255 bytes must fit
+from llamachat.runs.atomic import incoming_file
 
 
 def check_output(
@@ -79,30 +77,11 @@ def written_beside(out: Path) -> Iterator[IO[bytes]]:
 
     Where `out` is a symbolic link, the file that it points to is replaced.
     """
-    try:
-        place = out.resolve()
-        side = place.with_name(f"{INCOMING}{os.getpid()}-{place.name[:_NAME_LENGTH]}")
-    except OSError as error:
-        raise _refusal(out, error) from error
-    try:
-        with side.open("wb") as raw:
-            if place.suffix == ".gz":
-                # No name and no time inside: equal records give equal files.
-                with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
-                    yield cast(IO[bytes], packed)
-            else:
-                yield raw
-            raw.flush()
-            os.fsync(raw.fileno())
-        side.replace(place)
-    except OSError as error:
-        raise _refusal(out, error) from error
-    finally:
-        side.unlink(missing_ok=True)
-
-
-def _refusal(out: Path, error: OSError) -> UsageError:
-    return UsageError(
-        f"'{out}' cannot be written ({error.strerror or error}). The file is written next to it and renamed. Make the "
-        "folder or room in it, or name another output."
-    )
+    place = out.resolve()
+    with incoming_file(place) as side, side.open("wb") as raw:
+        if place.suffix == ".gz":
+            # No name and no time inside: equal records give equal files.
+            with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
+                yield cast(IO[bytes], packed)
+        else:
+            yield raw

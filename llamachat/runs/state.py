@@ -103,11 +103,11 @@ def begin(
 
 
 def find_state(folder: StepFolder) -> str:
-    """Where the work on a begun step goes on, for people; damaged checkpoints are named and passed over."""
+    """Where a started step resumes, in words; damaged checkpoints are reported and skipped."""
     assert is_held_by_us(folder), "the step's lock is held"
     damaged = pass_over_damaged(folder.checkpoints)
     for path, fault in damaged.items():
-        log.warning("warning: %s: a damaged checkpoint, which is passed over: %s", path, fault)
+        log.warning("warning: %s: skipped: the checkpoint is damaged: %s", path, fault)
     checkpoint = newest(folder.checkpoints)
     if checkpoint is not None:
         _restore_record(folder, checkpoint)

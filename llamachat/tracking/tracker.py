@@ -70,7 +70,7 @@ class Tracker:
 
     def figure(self, name: str, path: Path) -> None:
         """Show a PNG that lies in the step folder."""
-        if path.is_file():  # one that could not be drawn was told where it was
+        if path.is_file():  # a picture that could not be drawn has been reported already
             self._wandb.image(self._last_step, f"{self._prefix}/{name}", path)
 
     def summary(self, metrics: Mapping[str, float]) -> None:

@@ -120,7 +120,7 @@ class BestWeights:
             with storage_errors(self.path), safe_open(self.path, framework="pt") as stored:
                 return Evaluated(**json.loads(stored.metadata()["evaluated"]))
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            log.warning("warning: %s: damaged, and passed over (%s)", self.path, first_line(error))
+            log.warning("warning: %s: skipped: the file is damaged (%s)", self.path, first_line(error))
             return None
 
     def offer(self, evaluated: Evaluated, model: nn.Module) -> None:
@@ -130,10 +130,10 @@ class BestWeights:
         if not distributed.is_first() or (best is not None and best.loss <= evaluated.loss):
             return
         weights = {name: weight.detach().cpu().contiguous() for name, weight in trained.items()}
-        told = {"step": evaluated.step, "loss": evaluated.loss, "figures": dict(evaluated.figures)}
+        described = {"step": evaluated.step, "loss": evaluated.loss, "figures": dict(evaluated.figures)}
         with incoming_file(self.path) as side:
             digest = _digest_of((name, weights[name]) for name in sorted(weights))
-            save_file(weights, side, metadata={"evaluated": json.dumps(told), "digest": digest})
+            save_file(weights, side, metadata={"evaluated": json.dumps(described), "digest": digest})
 
     def put(self, model: nn.Module) -> Evaluated | None:
         """Make the model the best one; None where that is damaged, and the model stays as it is."""

@@ -54,7 +54,7 @@ Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same 
 
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:
-    """The command, its errors told in words, `~` in its paths read as the home folder.
+    """The command with `~` expanded in its paths, and its errors reported as messages with an exit status.
 
     An exception that is no LlamachatError and no refusal of the operating system is a bug and keeps its traceback.
     """

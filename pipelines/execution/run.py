@@ -374,7 +374,7 @@ def _run(recipe: Recipe, work: Work, deadline: float | None, *, is_begun: bool) 
         for artifact in {one.path: one for one in work.taken.by_key.values()}.values():
             check_content(artifact)
     if is_begun:
-        log.info("%s: goes on from %s", name, find_state(folder))
+        log.info("%s: resumes from %s", name, find_state(folder))
     if work.step.product.makes != REPORT:  # which is too little work to share
         distributed.broadcast_object(cast("_Begun | None", (recipe.sections, name, deadline)))
     try:

@@ -255,6 +255,11 @@ def _check_name(out: Path) -> None:
             f"'{out}': the name of the output has another ending. Our form is JSON Lines, and readers go by the name. "
             "End it with .jsonl or .jsonl.gz."
         )
+    if not out.parent.is_dir():
+        raise UsageError(
+            f"OUT: '{out}' cannot be written ('{out.parent}': No such file or directory). Make the folder, or name another"
+            " output."
+        )
 
 
 def _check_result(report: ConvertReport, *, strict: bool) -> None:

@@ -63,7 +63,7 @@ def test_a_process_whose_others_never_come_says_so_and_ends(tmp_path: Path, rank
         _, words = process.communicate(timeout=120)
     assert process.returncode == 2
     assert f"process {rank}: waiting at 127.0.0.1:" in words and "until all 2 processes of WORLD_SIZE are here" in words
-    assert "not all came within 1 s" in words and "unset WORLD_SIZE" in words and "Traceback" not in words
+    assert "not all arrived within 1 s" in words and "unset WORLD_SIZE" in words and "Traceback" not in words
 
 
 def test_a_process_that_waits_for_others_obeys_signals(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_plan_and_log_tell_the_checkpoint_that_a_step_resumes_from(
     assert make_plan(recipe)[0].why == "from step 50"
     with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
         run_command(recipe, "sft")
-    assert "sft: goes on from step 50" in caplog.messages
+    assert "sft: resumes from step 50" in caplog.messages
 
 
 @pytest.mark.parametrize("has_checkpoint", [False, True])

@@ -18,7 +18,7 @@ from llamachat.chat_format.proof import load_proved_format
 from llamachat.chat_format.tokenizer import SPACE
 from llamachat.data.files import BYTE_ORDER_MARK, decode_line, numbered_lines
 from llamachat.errors import DataError, kind_word
-from llamachat.runs.outputs import check_output, written_beside
+from llamachat.runs.outputs import check_folder, check_output, written_beside
 
 MOST_SHOWN = 100  # bad lines that one error prints
 
@@ -46,6 +46,7 @@ def write_tokens(
 ) -> TokensReport:
     """Encode every dialog of `dialogs_in` into `out`; `show` prints them too, the trained tokens coloured."""
     check_output(out, [dialogs_in, tokenizer_dir], overwrite=overwrite)
+    check_folder(out)
     loaded, warning = load_proved_format(tokenizer_dir, chat_format=chat_format, allow_unproved=allow_unproved)
     dialogs = tokens = trained = 0
     problems: list[str] = []

@@ -40,6 +40,14 @@ def check_output(
         raise UsageError(f"{option}: '{out}' {fault}")
 
 
+def check_folder(out: Path, *, option: str = "--out") -> None:
+    """Raise `UsageError` if the folder of an output does not exist."""
+    if not out.parent.is_dir():
+        raise UsageError(
+            f"{option}: '{out}' cannot be written (No such file or directory). Make the folder, or name another output."
+        )
+
+
 def _fault_of_input(out: Path, inputs: Iterable[Path], *, is_folder: bool) -> str | None:
     place = out.resolve()
     for path in inputs:

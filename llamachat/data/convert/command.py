@@ -32,7 +32,7 @@ from llamachat.data.sources import SOURCES, Source
 from llamachat.data.sources.source import CHOICE_FIX, choice_of, gathered
 from llamachat.errors import DataError, UsageError
 from llamachat.pipes import regular_file
-from llamachat.runs.outputs import check_output, written_beside
+from llamachat.runs.outputs import check_folder, check_output, written_beside
 from llamachat.tables import text_table
 
 _HEAD = 100  # rows from which the kind of a file is recognised
@@ -119,6 +119,7 @@ def convert_path(
     """
     _check_name(out)
     check_output(out, [path], option="OUT", overwrite=overwrite)
+    check_folder(out, option="OUT")
     source = named_source(format, kind, path)
     of_turns = format == "native" or (source is not None and source.name in SETS_OF_TURNS)
     named = None if of_turns else source
@@ -254,11 +255,6 @@ def _check_name(out: Path) -> None:
         raise UsageError(
             f"'{out}': the name of the output has another ending. Our form is JSON Lines, and readers go by the name. "
             "End it with .jsonl or .jsonl.gz."
-        )
-    if not out.parent.is_dir():
-        raise UsageError(
-            f"OUT: '{out}' cannot be written ('{out.parent}': No such file or directory). Make the folder, or name another"
-            " output."
         )
 
 

@@ -384,7 +384,7 @@ DAMAGES = {
     "lfs": (r"model\.safetensors: is a Git LFS pointer", "git lfs pull"),
     "index": (r"index\.json: cannot be understood", "Fetch it again"),
     "adapter": (r"an adapter \(adapter_config\.json\) lies beside the weights", "Merge it"),
-    "rows": (r"vocab_size is 4000, but the tokenizer beside it has 4096 pieces", "enlarge its embedding"),
+    "rows": (r"vocab_size is 4000, but the tokenizer in the same folder has 4096 pieces", "enlarge its embedding"),
     "config": (r"config\.json: is no whole configuration", "Fetch it again"),
 }
 

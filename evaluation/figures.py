@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from evaluation.results import PolicyResult
 from llamachat.answers.consistency import CHECKED, Trial, rates
-from llamachat.answers.evaluation import like_length_pairs, rankings, superiority_over
+from llamachat.answers.evaluation import judge_subsets, rankings, superiority_over
 from llamachat.answers.refusals import OUTCOMES, Outcome, OutcomeClassifier
 from llamachat.constraints.checkers import is_quoted
 from llamachat.maths.intervals import (
@@ -31,6 +31,7 @@ _LINES = (
     ("judge", "judge", "{:.2f}"),
     ("difference/judge", "  less the first's", "{:+.2f}"),
     ("difference/judge_like_length", "  the same, answers of similar length", "{:+.2f}"),
+    ("difference/judge_finished", "  the same, where both answers end", "{:+.2f}"),
     ("win_rate/combined", "wins by the combined ranking", "{:.0%}"),
     ("win_rate/judge", "wins by the judge", "{:.0%}"),
     ("violation", "violations, by the safety model", "{:.0%}"),
@@ -142,11 +143,11 @@ def _differences(one: PolicyResult, reference: PolicyResult) -> dict[str, Measur
     }
     judge, judge_before = one.evaluation.judge, reference.evaluation.judge
     if judge is not None and judge_before is not None:
-        alike = like_length_pairs(one.evaluation, reference.evaluation)
-        if len(alike) > 1:
-            figures["difference/judge_like_length"] = _difference(
-                [judge[index] for index in alike], [judge_before[index] for index in alike]
-            )
+        for name, places in judge_subsets(one.evaluation, reference.evaluation).items():
+            if len(places) > 1:
+                figures[f"difference/{name}"] = _difference(
+                    [judge[place] for place in places], [judge_before[place] for place in places]
+                )
     return figures
 
 

@@ -30,7 +30,8 @@ _DIFFERENCES = (
     ("reward_helpfulness", "helpfulness"),
     ("reward_safety", "safety"),
     ("judge", "judge"),
-    ("judge_like_length", "judge, answers of like length"),
+    ("judge_like_length", "judge, answers of similar length"),
+    ("judge_finished", "judge, where both answers end"),
 )
 # The differences that a verdict can be on where there is no ranking; the first that there is leads.
 _NAMES = {"score": "combined score", "reward_helpfulness": "helpfulness score", "reward_safety": "safety score"}

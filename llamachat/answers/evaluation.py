@@ -129,10 +129,14 @@ def superiority_over(start: Evaluation, final: Evaluation) -> Difference:
     return superiority(*rankings(final, start))
 
 
-def like_length_pairs(one: Evaluation, other: Evaluation) -> list[int]:
-    """The prompts to which both answers have similar lengths."""
-    pairs = zip(one.tokens, other.tokens, strict=True)
-    return [index for index, (a, b) in enumerate(pairs) if abs(a - b) <= LIKE_LENGTH * max(a, b)]
+def judge_subsets(one: Evaluation, other: Evaluation) -> dict[str, list[int]]:
+    """Prompts whose judge scores are also compared apart: both answers have similar lengths, or both end with EOS."""
+    pairs = list(zip(one.tokens, other.tokens, strict=True))
+    ended = list(zip(one.finished, other.finished, strict=True))
+    return {
+        "judge_like_length": [i for i, (a, b) in enumerate(pairs) if abs(a - b) <= LIKE_LENGTH * max(a, b)],
+        "judge_finished": [i for i, both in enumerate(ended) if all(both)],
+    }
 
 
 def comparison(prefix: str, start: Evaluation, final: Evaluation) -> dict[str, float]:
@@ -152,11 +156,12 @@ def comparison(prefix: str, start: Evaluation, final: Evaluation) -> dict[str, f
         figures[f"{prefix}/test/start/distinct_2"], 1e-9
     )
     if start.judge is not None and final.judge is not None:
-        alike = like_length_pairs(start, final)
-        figures[f"{prefix}/test/like_length_pairs"] = float(len(alike))
-        if len(alike) > 1:
-            gap = paired_bootstrap([final.judge[index] for index in alike], [start.judge[index] for index in alike])
-            figures |= gap.named(f"{prefix}/test/difference/judge_like_length")
+        subsets = judge_subsets(start, final)
+        figures[f"{prefix}/test/like_length_pairs"] = float(len(subsets["judge_like_length"]))
+        for name, places in subsets.items():
+            if len(places) > 1:
+                gap = paired_bootstrap([final.judge[place] for place in places], [start.judge[place] for place in places])
+                figures |= gap.named(f"{prefix}/test/difference/{name}")
     return figures
 
 
@@ -170,6 +175,7 @@ def comparison_table(prefix: str, figures: Mapping[str, float]) -> str:
         "reward_safety": "safety",
         "judge": "judge",
         "judge_like_length": "judge, answers of similar length",
+        "judge_finished": "judge, where both answers end",
         "kl_to_reference": "KL to the start, nats a response",
         "response_tokens": "tokens",
         "finished_fraction": "ended with EOS",

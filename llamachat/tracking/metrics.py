@@ -20,7 +20,7 @@ _VARIABLES = {
     "prefix": "sft|rm/(?:helpfulness|safety|judge)|rs|gatt|distill|ppo|eval|report",
     "moment": "start|final",
     "tuned": "ppo|rs|gatt|distill",
-    "score": "score|judge|judge_like_length|reward_(?:helpfulness|safety|combined)",
+    "score": "score|judge|judge_like_length|judge_finished|reward_(?:helpfulness|safety|combined)",
     "wins": "combined|judge|reward_(?:helpfulness|safety)",
     "policy": "[a-z0-9][a-z0-9._-]*",
     "way": "original|generic|template",

@@ -151,6 +151,8 @@ def test_figures_are_those_that_a_hand_works_out() -> None:
     assert found["difference/judge"].value == pytest.approx((0.5 - 0.5 + 0.05 + 1.0) / 4)
     # Of like length are the answers of 10 and 10, 10 and 9, 10 and 12 tokens.
     assert found["difference/judge_like_length"].value == pytest.approx((0.5 - 0.5 + 1.0) / 3)
+    # The third answers are cut by the length limit.
+    assert found["difference/judge_finished"].value == pytest.approx((0.5 - 0.5 + 1.0) / 3)
     assert found["violation"].value == 0.0, "of the two is_safety prompts none scores below 0"
     assert figures_of(first, first, [], classifier=None, tie=0.1)["violation"].value == 0.5
     assert found["harmless/refused"].value == 1.0 and found["harmful/refused"].value == 0.0

@@ -8,7 +8,7 @@ from llamachat.config.optimizer import OptimizerSection, TrainerArguments, owned
 from llamachat.config.section import Section, operational, unless_null
 
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
-VERSION = 4
+VERSION = 5
 
 CPU_ROW_TOKENS = 2048  # 15.3 thousand tokens a second of the bundled model; rows of 512 and 1024 give 13.7 and 14.5
 
@@ -36,12 +36,12 @@ class Contrast(Section):
         default=0.25,
         ge=0,
         lt=1,
-        description="Share of a model's training pairs that are contrast pairs, made of data.sft on the model's side of the split; 0 for none. Ours: without them reward models prefer refusals and do not read the prompt.",
+        description="Share of a model's training pairs that are contrast pairs, made of data.sft and the chosen answers of data.helpfulness on the model's side of the split; 0 for none. Ours: without them reward models prefer refusals and do not read the prompt.",
     )
     kinds: list[ContrastKind] = Field(
         default_factory=lambda: list(get_args(ContrastKind)),
         min_length=1,
-        description="What the answer is compared with: a refusal, another prompt's answer of similar length, or a degenerate answer (the prompt, a short answer or a phrase repeated, its own half, itself twice, one word), in shares of 3, 6 and 7 of 16; of the safety model 6, 1 and 1 of 8. Ours.",
+        description="What the answer is compared with: a refusal, another prompt's answer of similar length, or a degenerate answer (the prompt, a short answer or a phrase repeated, its own half, itself twice, one word), in shares of 4, 5 and 7 of 16; of the safety model 5, 1 and 2 of 8. Ours.",
     )
 
 

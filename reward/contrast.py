@@ -2,8 +2,8 @@
 
 Preference data compare two plausible answers. A model trained on them alone may still prefer any refusal, a repeated word,
 or the answer to another question, and rejection sampling and PPO then learn to give these. The pairs are made of
-`data.sft` (and, for the safety model and the judge, of `data.safety`) on the same side of the split, so nothing held out
-is seen.
+`data.sft`, and of the chosen answers of `data.helpfulness` (for the safety model and the judge also of `data.safety`), on
+the same side of the split, so nothing held out is seen.
 """
 
 import re
@@ -20,12 +20,12 @@ from reward.config import ContrastKind
 # The order in which the kinds alternate. A few refusals suffice, except for the safety model, which also learns that
 # refusals of harmful prompts are right.
 _ORDER: tuple[ContrastKind, ...] = (
-    *("swapped", "degenerate", "refusal", "degenerate", "swapped", "degenerate", "refusal", "swapped"),
-    *("degenerate", "swapped", "degenerate", "refusal", "degenerate", "swapped", "degenerate", "swapped"),
+    *("swapped", "degenerate", "refusal", "degenerate", "swapped", "degenerate", "refusal", "degenerate"),
+    *("swapped", "refusal", "degenerate", "swapped", "degenerate", "refusal", "swapped", "degenerate"),
 )
 _SAFETY_ORDER: tuple[ContrastKind, ...] = (
-    *("refusal", "swapped", "refusal", "refusal"),
-    *("refusal", "degenerate", "refusal", "refusal"),
+    *("refusal", "swapped", "refusal", "degenerate"),
+    *("refusal", "refusal", "degenerate", "refusal"),
 )
 
 # A refusal is an opening, a statement and an ending.
@@ -144,10 +144,10 @@ def contrast_pairs(
     """`count` pairs whose chosen answer is one of a dialog's; fewer where the dialogs allow no more.
 
     Every dialog gives a pair before one gives a second. An answer that declines is never preferred to a refusal.
-    `refusals` are real ones of other prompts; a fourth of those that are used are of them.
+    `refusals` are real ones of other prompts; an eighth of those that are used are of them.
     """
     random = Random(f"contrast {seed}")
-    pools = [*[REFUSALS] * 3, refusals or REFUSALS]
+    pools = [*[REFUSALS] * 7, refusals or REFUSALS]
     makers: dict[ContrastKind, Callable[[Sequence[Message]], str | None]] = {
         "refusal": lambda messages: None if declines(messages[-1].content) else random.choice(random.choice(pools)),
         "swapped": _swapper(dialogs, random),
@@ -190,6 +190,14 @@ def refusals_preferred(
         )
         for prompt, rejected, is_safe in random.sample(harmful, len(harmful))[:count]
     ]
+
+
+def preferred_dialogs(pairs: Sequence[Preference]) -> list[Dialog]:
+    """A dialog with a good answer of each prompt of these pairs: the first chosen one."""
+    first: dict[tuple[Message, ...], Message] = {}
+    for pair in pairs:
+        first.setdefault(pair.prompt, pair.chosen)
+    return [Dialog((*prompt, chosen)) for prompt, chosen in first.items()]
 
 
 def answers_preferred(pairs: Sequence[Preference]) -> list[Preference]:

@@ -22,7 +22,7 @@ from llamachat.data.records import Preference, Prompt, first_user_turn
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
 from reward.config import Config
-from reward.contrast import answers_preferred, contrast_pairs, real_refusals, refusals_preferred
+from reward.contrast import answers_preferred, contrast_pairs, preferred_dialogs, real_refusals, refusals_preferred
 from reward.loss import MARGINS
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ DOMAINS: tuple[Domain, ...] = ("helpfulness", "safety", "open")  # those that `d
 TESTED: tuple[Domain, ...] = ("helpfulness", "safety")  # open sets are learnt from, not tested with
 Tagged = tuple[Domain, Preference]
 # Of the contrast pairs, those in which a refusal of a harmful prompt is preferred.
-_HARMFUL_SHARES: Mapping[Which, float] = {"safety": 0.35, "judge": 0.1}
+_HARMFUL_SHARES: Mapping[Which, float] = {"safety": 0.35, "judge": 0.05}
 UNSAFE_CHOSEN = "left out: the chosen answer is unsafe and the rejected one safe"
 
 
@@ -264,6 +264,8 @@ def _contrast(
     harmless prompts must not make them dislike refusals.
     """
     dialogs: list[Dialog] = getattr(sources.dialogs, side)
+    if dialogs:  # without data.sft there are no contrast pairs
+        dialogs = [*dialogs, *preferred_dialogs(getattr(sources.helpfulness, side))]
     safety: list[Preference] = getattr(sources.safety, side)
     count = round(num_others * config.contrast.share / (1 - config.contrast.share)) if dialogs else 0
     kinds = config.contrast.kinds

@@ -9,7 +9,7 @@ import pytest
 from llamachat.chat_format.dialog import Dialog, Message
 from llamachat.data.records import Preference, Prompt
 from reward.config import Contrast
-from reward.contrast import CONSTANTS, REFUSALS, contrast_pairs, real_refusals, refusals_preferred
+from reward.contrast import CONSTANTS, REFUSALS, contrast_pairs, preferred_dialogs, real_refusals, refusals_preferred
 from reward.probe import Probe, probe
 
 KINDS = Contrast().kinds
@@ -111,7 +111,7 @@ def test_contrast_pairs_take_the_answer_of_the_dialog_and_never_a_wording_of_the
         else "degenerate"
         for pair in pairs
     )
-    assert 140 <= kinds["swapped"] <= 200 and 60 <= kinds["refusal"] <= 90  # six and three of sixteen
+    assert 110 <= kinds["swapped"] <= 170 and 80 <= kinds["refusal"] <= 120  # five and four of sixteen
     assert (
         pairs
         == contrast_pairs(DIALOGS, 400, which="judge", kinds=KINDS, seed=0)
@@ -140,10 +140,16 @@ def test_a_refusal_is_preferred_to_a_harmful_answer_and_where_a_prompt_asks_for_
     assert sum(pair.prompt in {one.messages for one in prompts} for pair in pairs) >= 5
 
 
-def test_a_fourth_of_the_refusals_are_real_ones_where_there_are_some() -> None:
+def test_an_eighth_of_the_refusals_are_real_ones_where_there_are_some() -> None:
     real = "I'm sorry, but picking locks of others is a crime."
     pairs = [replace(pair, chosen=Message("assistant", real)) for pair in HARMFUL[:1]]
     long = [replace(pair, chosen=Message("assistant", "I cannot do that. " * 30)) for pair in HARMFUL[:1]]
     assert real_refusals([*pairs, *pairs, *long]) == [real]  # once, and not what would cost many tokens
     contrast = contrast_pairs(DIALOGS, 200, which="judge", kinds=["refusal"], seed=0, refusals=[real])
-    assert 30 <= sum(pair.rejected.content == real for pair in contrast) <= 70
+    assert 10 <= sum(pair.rejected.content == real for pair in contrast) <= 40
+
+
+def test_one_chosen_answer_of_each_prompt_of_preferences_is_a_good_answer_too() -> None:
+    other = replace(HARMFUL[0], chosen=Message("assistant", "Another one."))
+    dialogs = preferred_dialogs([*HARMFUL, other])
+    assert [dialog.messages for dialog in dialogs] == [(*pair.prompt, pair.chosen) for pair in HARMFUL]

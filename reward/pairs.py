@@ -32,7 +32,7 @@ DOMAINS: tuple[Domain, ...] = ("helpfulness", "safety", "open")  # those that `d
 TESTED: tuple[Domain, ...] = ("helpfulness", "safety")  # open sets are learnt from, not tested with
 Tagged = tuple[Domain, Preference]
 # Of the contrast pairs, those in which a refusal of a harmful prompt is preferred.
-_HARMFUL_SHARES: Mapping[Which, float] = {"safety": 0.35, "judge": 0.05}
+_HARMFUL_SHARES: Mapping[Which, float] = {"safety": 0.5, "judge": 0.05}
 UNSAFE_CHOSEN = "left out: the chosen answer is unsafe and the rejected one safe"
 
 

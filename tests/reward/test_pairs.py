@@ -128,7 +128,7 @@ def test_contrast_pairs_are_a_share_of_the_mix_from_the_same_side(tiny_format: C
         assert {split_of(fraction(e.preference.prompt[0].content), split) for e in contrast} == side
         # Where answers to harmful prompts count too, a refusal is preferred to some of them, and to harmful prompts alone.
         refused = [e.preference.prompt[0].content for e in contrast if e.preference.chosen.content in REFUSALS]
-        shares = {"helpfulness": 0, "safety": 0.35, "judge": 0.05}
+        shares = {"helpfulness": 0, "safety": 0.5, "judge": 0.05}
         assert len(refused) == round(shares[which] * len(contrast))
         assert not any(prompt.startswith(("Question", "Harmless")) for prompt in refused)
         if which == "safety":

@@ -93,7 +93,8 @@ def load_pairs() -> list[PairExample]:
 def ours(base: Base, scratch: Path) -> Contender:
     """The training of `reward.train`, without its evaluations."""
     start = build_reward_model(base, Tuning(), policy=None, seed=0, device="auto")
-    if start.device.type == "cpu":
+    by_sequence = start.device.type == "cpu"
+    if by_sequence:
         use_sequence_attention(start.model)
     row_tokens = CPU_ROW_TOKENS if start.device.type == "cpu" else 2 * MAX_TOKENS
     tokenizer = fast_tokenizer(start.chat_format, scratch)
@@ -101,7 +102,14 @@ def ours(base: Base, scratch: Path) -> Contender:
     def trainer_of(pairs: Pairs) -> Any:
         config = Config(pairs_per_step=len(pairs), learning_rate=RATE)
         batches = plan_batches(
-            pairs, [], pairs_per_step=len(pairs), epochs=1, seed=0, row_tokens=row_tokens, has_pair_labels=False
+            pairs,
+            [],
+            pairs_per_step=len(pairs),
+            epochs=1,
+            seed=0,
+            row_tokens=row_tokens,
+            has_pair_labels=False,
+            branches=by_sequence,
         )
         examples = Examples(
             train=list(pairs), labels=[], validation=[], test=[], dialogs=[], test_labels=[], dropped={}

@@ -3,7 +3,8 @@
 A row holds whole pairs and single responses, each apart from its neighbours by positions that begin anew at 0 (as in
 `llamachat.data.packing`); a step is a fixed set of pairs with an even share of the single responses, so that rows decide
 speed and memory and not the result. Each row carries how many pairs and labels its whole step has: losses are divided
-by those.
+by those. Where the model attends by sequence, the prompt of a pair is computed once: the rejected answer is a branch of the
+chosen one (`llamachat.models.sequence_attention`).
 Shapes: 1 a packed row, T positions, N responses of a row, B pairs of a row, L labelled responses of a row.
 """
 
@@ -26,7 +27,8 @@ SHAPE_MULTIPLE = 64
 class Responses:
     """What is scored in one row, and what is known of it."""
 
-    ids: list[tuple[int, ...]] = field(default_factory=list)
+    ids: list[tuple[int, ...]] = field(default_factory=list)  # of a branch, those after what it shares
+    shared: list[int] = field(default_factory=list)  # tokens that each shares with the response before it
     chosen: list[int] = field(default_factory=list)  # places in `ids`; the rejected answer stands right after
     margins: list[float] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)  # tokens of each chosen answer
@@ -43,6 +45,7 @@ class Batches:
     plan: StepPlan
     has_pair_labels: bool  # whether safety labels of a pair's answers are learnt
     learns_language: bool  # whether the tokens of chosen answers are
+    branches: bool  # whether the rejected answer is a branch of the chosen one
     counts: tuple[tuple[int, int, int], ...]  # pairs, labelled responses and tokens of chosen answers of each step
 
     def longest_row(self) -> int:
@@ -57,11 +60,14 @@ class Batches:
             if index >= len(self.pairs):
                 label = self.labels[index - len(self.pairs)]
                 found.ids.append(label.ids)
+                found.shared.append(0)
                 found.labelled.append(place)
                 found.is_safe.append(label.is_safe)
                 continue
             pair = self.pairs[index]
-            found.ids += [pair.chosen, pair.rejected]
+            shared = pair.shared if self.branches else 0
+            found.ids += [pair.chosen, pair.rejected[shared:]]
+            found.shared += [0, shared]
             found.chosen.append(place)
             found.margins.append(pair.margin)
             found.answers.append(pair.chosen_tokens)
@@ -76,7 +82,7 @@ class Batches:
         (number,) = numbers  # several packed rows in one forward pass would cost quadratic attention
         found = self.responses(self.plan.rows[number])
         num_pairs, num_labelled, num_tokens = self.counts[number // self.plan.rows_per_step]
-        rows = pack_responses(found.ids)
+        rows = pack_responses(found.ids, found.shared)
         language = _chosen_tokens(found, rows["ends"]) if self.learns_language else {}
         return {
             **rows,
@@ -102,9 +108,12 @@ def _chosen_tokens(responses: Responses, ends: Tensor) -> dict[str, Tensor]:
     return {"states_at": torch.tensor(places, dtype=torch.long), "next_tokens": torch.tensor(tokens, dtype=torch.long)}
 
 
-def pack_responses(responses: Sequence[Sequence[int]], *, multiple_of: int = SHAPE_MULTIPLE) -> dict[str, Tensor]:
+def pack_responses(
+    responses: Sequence[Sequence[int]], shared: Sequence[int] = (), *, multiple_of: int = SHAPE_MULTIPLE
+) -> dict[str, Tensor]:
     """One row of isolated responses: input_ids and position_ids [1, T], and `ends` [N], where each has its last token.
 
+    The positions of a response begin at its number of `shared` tokens; above 0 it is a branch of the response before it.
     Pads fill the row up to a multiple of tokens, as one more response that is not scored; a row without responses is
     pads alone.
     """
@@ -112,7 +121,9 @@ def pack_responses(responses: Sequence[Sequence[int]], *, multiple_of: int = SHA
     total = sum(lengths)
     missing = -total % multiple_of if total else multiple_of
     ids = [token for response in responses for token in response] + [UNK_ID] * missing
-    positions = [position for length in [*lengths, missing] for position in range(length)]
+    firsts = [*(shared or [0] * len(lengths)), 0]
+    spans = zip(firsts, [*lengths, missing], strict=True)
+    positions = [position for first, length in spans for position in range(first, first + length)]
     return {
         "input_ids": torch.tensor([ids], dtype=torch.long),
         "position_ids": torch.tensor([positions], dtype=torch.long),
@@ -130,6 +141,7 @@ def plan_batches(
     row_tokens: int,
     has_pair_labels: bool,
     learns_language: bool = False,
+    branches: bool = False,
 ) -> Batches:
     """Every step's pairs, in a new order each epoch, and its even share of the labelled responses, laid out in rows."""
     order = epoch_order(len(pairs), epochs, seed)
@@ -142,17 +154,21 @@ def plan_batches(
             [*group, *(len(pairs) + index for index in singles[start:end])]
             for group, start, end in zip(groups, bounds, bounds[1:], strict=False)
         ]
-    lengths = [pair.tokens for pair in pairs] + [len(label.ids) for label in labels]
-    plan = _lay_out(groups, lengths, row_tokens)
-    return _counted(Batches(pairs, labels, plan, has_pair_labels, learns_language, ()))
+    plan = _lay_out(groups, _lengths(pairs, labels, branches=branches), row_tokens)
+    return _counted(Batches(pairs, labels, plan, has_pair_labels, learns_language, branches, ()))
 
 
 def smaller(batches: Batches, row_tokens: int) -> Batches:
     """The same steps in rows of at most so many tokens."""
     plan = batches.plan
     groups = [[index for row in plan.step_rows(step) for index in row] for step in range(plan.num_steps)]
-    lengths = [pair.tokens for pair in batches.pairs] + [len(label.ids) for label in batches.labels]
+    lengths = _lengths(batches.pairs, batches.labels, branches=batches.branches)
     return _counted(replace(batches, plan=_lay_out(groups, lengths, row_tokens)))
+
+
+def _lengths(pairs: Sequence[PairExample], labels: Sequence[LabelExample], *, branches: bool) -> list[int]:
+    """Positions of each pair and each single response in a row."""
+    return [pair.tokens - pair.shared * branches for pair in pairs] + [len(label.ids) for label in labels]
 
 
 def _lay_out(groups: Sequence[Sequence[int]], lengths: Sequence[int], row_tokens: int) -> StepPlan:

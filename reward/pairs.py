@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, takewhile
 from random import Random
 from typing import Literal
 
@@ -52,6 +52,12 @@ class PairExample:
     @property
     def tokens(self) -> int:
         return len(self.chosen) + len(self.rejected)
+
+    @property
+    def shared(self) -> int:
+        """Tokens with which both begin: the prompt, and what the answers have in common."""
+        both = zip(self.chosen, self.rejected[:-1], strict=False)
+        return sum(1 for _ in takewhile(lambda tokens: tokens[0] == tokens[1], both))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -197,8 +197,10 @@ class Ranking:
         return replace(self, batches=batches)
 
 
-def plan_training(config: Config, inputs: StepInputs, examples: Examples, *, device: torch.device) -> Batches:
-    """Which pairs and labelled responses make which optimizer step."""
+def plan_training(
+    config: Config, inputs: StepInputs, examples: Examples, *, device: torch.device, branches: bool = False
+) -> Batches:
+    """Which pairs and labelled responses make which optimizer step; `branches` where the model attends by sequence."""
     auto = CPU_ROW_TOKENS if device.type == "cpu" else 2 * inputs.base.max_tokens
     return plan_batches(
         examples.train,
@@ -209,6 +211,7 @@ def plan_training(config: Config, inputs: StepInputs, examples: Examples, *, dev
         row_tokens=auto if config.row_tokens == "auto" else config.row_tokens,
         has_pair_labels=inputs.which == "safety" and config.safety_auxiliary_weight > 0,
         learns_language=config.language_weight > 0,
+        branches=branches,
     )
 
 

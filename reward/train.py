@@ -48,7 +48,8 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     assert inputs.which is not None
     resumed = resume(inputs, "reward", config)
     start = build_reward_model(inputs.base, inputs.tuning, policy=inputs.policy, seed=inputs.run.seed, device="auto")
-    if start.device.type == "cpu":
+    by_sequence = start.device.type == "cpu"
+    if by_sequence:
         use_sequence_attention(start.model)
     examples = load_examples(
         config,
@@ -59,7 +60,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
         max_tokens=inputs.base.max_tokens,
         seed=inputs.run.seed,
     )
-    batches = plan_training(config, inputs, examples, device=start.device)
+    batches = plan_training(config, inputs, examples, device=start.device, branches=by_sequence)
     log.info(
         "%d pairs and %d labelled responses to train on, %d pairs held out, %d and %d of them contrast pairs; %d optimizer"
         " steps of %d pairs in %d rows",

@@ -160,7 +160,9 @@ def comparison(prefix: str, start: Evaluation, final: Evaluation) -> dict[str, f
         figures[f"{prefix}/test/like_length_pairs"] = float(len(subsets["judge_like_length"]))
         for name, places in subsets.items():
             if len(places) > 1:
-                gap = paired_bootstrap([final.judge[place] for place in places], [start.judge[place] for place in places])
+                gap = paired_bootstrap(
+                    [final.judge[place] for place in places], [start.judge[place] for place in places]
+                )
                 figures |= gap.named(f"{prefix}/test/difference/{name}")
     return figures
 

@@ -159,6 +159,9 @@ def test_attention_a_sequence_at_a_time_is_eager_attention(dtype: str, base: Pat
         loss, expected = step_gradients(ranking, trainer, 0)
         use_sequence_attention(ranking.model)
         again, got = step_gradients(ranking, trainer, 0)
+        branching = replace(ranking, batches=replace(ranking.batches, branches=True))
+        shared, gradient = step_gradients(branching, trainer, 0)
+        assert sum(p.shared for p in ranking.examples.train) > len(ranking.examples.train)
         padded = torch.tensor([[1, 5, 6, 0], [1, 7, 8, 9]])
         mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
         model: Any = ranking.model.eval()
@@ -167,6 +170,9 @@ def test_attention_a_sequence_at_a_time_is_eager_attention(dtype: str, base: Pat
         theirs = model(input_ids=padded, attention_mask=mask).logits
     assert again == pytest.approx(loss, abs=1e-6 if dtype == "float32" else 0)  # forward: the same numbers
     assert relative_gap(got, expected) < (1e-5 if dtype == "float32" else 2e-2)
+    # A prompt that both answers share is computed once, in products of other shapes.
+    assert shared == pytest.approx(loss, abs=1e-6 if dtype == "float32" else 1e-2)
+    assert relative_gap(gradient, expected) < (1e-5 if dtype == "float32" else 2e-2)
     torch.testing.assert_close(ours, theirs)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llamachat.maths import TOKENS_PER_CHUNK
+from llamachat import maths
 
 Head = Callable[[Tensor], Tensor]  # hidden states [n, D] -> logits [n, V]: `model.get_output_embeddings()`
 
@@ -38,7 +38,7 @@ def token_logprobs(
     head: Head,
     temperature: float = 1.0,
     with_entropy: bool = False,
-    tokens_per_chunk: int = TOKENS_PER_CHUNK,
+    tokens_per_chunk: int | None = None,
 ) -> TokenLogprobs:
     """log softmax(head(hidden) / temperature) at the given ids, [N].
 
@@ -46,6 +46,8 @@ def token_logprobs(
     sampled with: another one would make the ratio of PPO start off from 1.
     """
     assert temperature > 0, "at temperature 0 nothing is drawn, and no token has a probability"
+    if tokens_per_chunk is None:
+        tokens_per_chunk = maths.tokens_per_chunk(on_cpu=hidden_ND.device.type == "cpu")
     assert tokens_per_chunk > 0 and hidden_ND.shape[:1] == token_ids_N.shape
     count = len(token_ids_N)
     missing = -count % SHAPE_MULTIPLE
@@ -53,11 +55,13 @@ def token_logprobs(
     token_ids_N = nn.functional.pad(token_ids_N, (0, missing))
 
     def chunk(hidden_nD: Tensor, token_ids_n: Tensor) -> tuple[Tensor, ...]:
-        logits_nV = head(hidden_nD).float() / temperature
+        logits_nV = head(hidden_nD).float()
+        if temperature != 1:
+            logits_nV = logits_nV / temperature
+        if not with_entropy:
+            return (-nn.functional.cross_entropy(logits_nV, token_ids_n, reduction="none"),)
         normalizer_n = logits_nV.logsumexp(dim=-1)
         logprobs_n = logits_nV.gather(1, token_ids_n.unsqueeze(1)).squeeze(1) - normalizer_n
-        if not with_entropy:
-            return (logprobs_n,)
         probabilities_nV = (logits_nV - normalizer_n.unsqueeze(1)).exp()
         # A token that the head rules out (-inf) takes no part: 0 * log 0 is 0.
         expected_logit_n = (probabilities_nV * logits_nV.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)

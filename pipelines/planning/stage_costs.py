@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from evaluation.report import Config as ReportConfig
 from llamachat.config.sections import Rollout
-from llamachat.maths import TOKENS_PER_CHUNK
+from llamachat.maths import TOKENS_PER_CHUNK, tokens_per_chunk
 from llamachat.memory.estimates import (
     BASE_WEIGHTS,
     BETWEEN_CARDS,
@@ -83,7 +83,8 @@ def reward_cost(config: RewardConfig, setup: Setup, *, pairs: int | None, tokens
     """
     auto = REWARD_ROW_TOKENS if setup.gpu is None else 0
     tokens = max(auto if config.row_tokens == "auto" else config.row_tokens, 2 * setup.base.max_tokens)
-    logits = PPO_LOGIT_BYTES * min(tokens // 2, TOKENS_PER_CHUNK) * setup.shape.vocabulary
+    chunk = min(tokens // 2, tokens_per_chunk(on_cpu=setup.gpu is None))
+    logits = PPO_LOGIT_BYTES * chunk * setup.shape.vocabulary
     memory = training_memory(
         replace(setup, shape=setup.shape.headless()),
         tokens=tokens,
@@ -214,7 +215,9 @@ def ppo_updating_bytes(config: PpoConfig, setup: Setup) -> dict[str, int]:
         tokens=tokens,
         optimizer="adamw",
         gradient_checkpointing=config.gradient_checkpointing,
-        logits=PPO_LOGIT_BYTES * round(min(SHARE_OF_ANSWERS * tokens, TOKENS_PER_CHUNK)) * setup.shape.vocabulary,
+        logits=PPO_LOGIT_BYTES
+        * round(min(SHARE_OF_ANSWERS * tokens, tokens_per_chunk(on_cpu=gpu is None)))
+        * setup.shape.vocabulary,
         is_eager=gpu is None,  # a CPU attends a sequence at a time, without a fused kernel
     )
     if gpu and gpu.count > 1:

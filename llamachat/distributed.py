@@ -53,6 +53,16 @@ def are_launched() -> bool:
     return _variable("WORLD_SIZE", 1) > 1
 
 
+def forget_other_launchers() -> None:
+    """Drop what a launcher that is none of ours has left in the environment of a command that works alone.
+
+    accelerate's trainers would wait for the processes that these variables name, and nobody started them.
+    """
+    if not are_launched():
+        for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+            os.environ.pop(name, None)
+
+
 def launched_index() -> int:
     """This process's number by the environment, which is known before they have met."""
     return _variable("RANK", 0) if are_launched() else 0

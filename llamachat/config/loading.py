@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from llamachat.config.section import (
+    NO_TEXT,
     ConfigProblem,
     Key,
     Section,
@@ -231,8 +232,19 @@ _Loader.add_implicit_resolver(
     re.compile(rf"^[-+]?(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"),
     list("-+.0123456789"),
 )
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(loader.construct_scalar(node)))
+
+
+def _bool(loader: yaml.SafeLoader, node: yaml.Node) -> bool:
+    text = loader.construct_scalar(node).lower()  # pyright: ignore[reportArgumentType]
+    if text not in ("true", "false"):  # only where a tag names the type
+        reason = f"found '{text}', which is neither true nor false"
+        raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
+    return text == "true"
+
+
+_Loader.add_constructor("tag:yaml.org,2002:bool", _bool)
 
 
 # Of one document, aliases followed: what is more was made to exhaust a reader, or refers to itself.
@@ -283,6 +295,9 @@ def _check_nodes(root: yaml.Node) -> None:
                 f"found the tag '{node.tag.rpartition(':')[2]}', where only plain values may stand",
                 node.start_mark,
             )
+        if isinstance(node, yaml.ScalarNode) and (found := NO_TEXT.search(node.value)):
+            reason = f"found U+{ord(found[0]):04X}, which no text holds,"
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
         below = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
         waiting += [(part, depth + 1) for part in below] if isinstance(node, yaml.CollectionNode) else []
 

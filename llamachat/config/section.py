@@ -8,6 +8,7 @@ between a kill and the next start. A problem names its place and what to do: `fi
 import difflib
 import json
 import os
+import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,12 +115,15 @@ def from_home(text: str) -> str:
         return text
 
 
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what neither a file of UTF-8 text nor a path can hold
+
+
 def _usable_path(text: str) -> str:
     """A path as it is written in a recipe, from home where it says so."""
     path = from_home(text)
     if path.startswith("~") and not os.path.lexists(path):
         raise ValueError(f"no home folder is known for '{path.partition('/')[0]}'. Write the whole path")
-    if "\0" in path or any("\ud800" <= letter <= "\udfff" for letter in path):
+    if NO_TEXT.search(path):
         raise ValueError("a path holds no NUL, and is UTF-8 text. Rename the file or folder")
     return path
 

@@ -280,7 +280,8 @@ def _value_of(scalar: Any) -> Any:
             return [_value_of(item) for item in scalar.values]
         if isinstance(scalar, pyarrow.StringScalar):
             return scalar.as_buffer().to_pybytes()
-        return scalar.cast(pyarrow.int64()).as_py()
+        value = getattr(scalar, "value", None)  # of a date the number inside
+        return _value_of(value) if isinstance(value, pyarrow.Scalar) else value
 
 
 def _as_json(value: Any) -> Any:

@@ -52,6 +52,12 @@ _MISSPELT = 0.8  # similarity of two names from which one is taken for a slip of
 _KEYS_OF_ALL = frozenset(key for keys in KEYS.values() for key in keys)
 # "unsure" is the paper's other word for its lowest rating (Llama 2, section 3.2.1), the other a usual one for its highest.
 _RATING_ALIASES: dict[str, Rating] = {"unsure": "negligibly_better", "much_better": "significantly_better"}
+# What a label says of an answer; a number says it only where the label is of KTO's data.
+_LABELS = {
+    **dict.fromkeys(("true", "chosen", "good", "desirable"), True),
+    **dict.fromkeys(("false", "rejected", "bad", "undesirable"), False),
+}
+_NUMBERS = {"1": True, "1.0": True, "0": False, "0.0": False, "-1": False, "-1.0": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,10 +148,11 @@ def label_of(row: Mapping[str, Any]) -> bool | None:
     """Whether a labelled answer is a good one (`label` of KTO's data); None where no label says."""
     for name in ("label", "kto_tag"):
         value = row.get(name)
-        if isinstance(value, str):
-            value = {"true": True, "false": False}.get(value.strip().lower())
-        if isinstance(value, bool) or ("completion" in row and value in (0, 1)):
-            return bool(value)
+        word = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+        is_of_kto = name == "kto_tag" or "completion" in row or "response" in row
+        found = _LABELS.get(word, _NUMBERS.get(word) if is_of_kto else None)
+        if found is not None:
+            return found
     return None
 
 

@@ -7,7 +7,7 @@
 by model ("helpfulness", "safety": those there are), and `columns` further lists: `is_safety`, `finished`, and what
 the step adds. One finite number for each completion comes back. The file is run: it is the user's own. It runs as
 `python path.py` would run it: it may import the files beside it. What it changes in the process (PyTorch's gradients,
-threads and default dtype, the working directory) is put back after each call.
+threads, default dtype and device, the working directory) is put back after each call.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,8 +50,17 @@ class _Program:
         names = _modules_beside(folder)
         aside = _taken(names)
         before = list(sys.argv), list(sys.path), Path.cwd(), torch.get_num_threads(), torch.get_default_dtype()
+        device, os_exit, process = torch.get_default_device(), os._exit, os.getpid()
+
+        def end(status: int) -> NoReturn:
+            """`os._exit` of the user's file: in this process it would end the command without a word."""
+            if os.getpid() == process:
+                raise SystemExit(status)
+            os_exit(status)
+
         sys.modules.update(self.modules)
         sys.argv[:], sys.path[:] = [str(self.path)], [str(folder), *sys.path]
+        os._exit = end
         try:
             with torch.set_grad_enabled(torch.is_grad_enabled()):
                 yield
@@ -59,8 +68,11 @@ class _Program:
             self.modules.update(_taken(names))
             sys.modules.update(aside)
             sys.argv[:], sys.path[:], place, threads, dtype = before
+            os._exit = os_exit
             os.chdir(place)
             torch.set_default_dtype(dtype)
+            if torch.get_default_device() != device:
+                torch.set_default_device(None)  # as it is in a process that sets none
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
 
@@ -110,11 +122,12 @@ class UserFunction:
         try:
             with self.program.running():
                 found = self.call(*arguments, **columns)
+                found = found.tolist() if hasattr(found, "tolist") else found  # tensors and arrays
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # sys.exit() too would end the command, and as if all were well
             raise ScoringError(
-                f"{self.name}: it raised {type(error).__name__}: {error} ({_line_of(error, self.name.path)}). The reward"
+                f"{self.name}: it raised {_words_of(error)} ({_line_of(error, self.name.path)}). The reward"
                 f" function must score every batch. Correct it: {_SIGNATURE}."
             ) from error
         device = next((scores_B.device for scores_B in scores.by_model().values()), answers.is_finished_B.device)
@@ -130,7 +143,6 @@ class UserFunction:
             ) from error
 
     def _numbers(self, found: Any, count: int) -> list[float]:
-        found = found.tolist() if hasattr(found, "tolist") else found  # tensors and arrays
         if not isinstance(found, list | tuple):
             raise ScoringError(
                 f"{self.name}: it gave back {describe(found)}, but a list with one number for each completion is"
@@ -171,7 +183,7 @@ def load_user_function(name: FunctionName) -> UserFunction:
     except BaseException as error:
         del sys.modules[module_name]
         raise ConfigError(
-            f"scoring.combine: {path} cannot be run: {type(error).__name__}: {error} ({_line_of(error, path)}). The reward"
+            f"scoring.combine: {path} cannot be run: {_words_of(error)} ({_line_of(error, path)}). The reward"
             f" function is taken from it. Correct the file; `python {path}` shows the whole error."
         ) from error
     function = getattr(module, name.function, None)
@@ -184,6 +196,14 @@ def load_user_function(name: FunctionName) -> UserFunction:
             f"scoring.combine: {path} has {found} under the name '{name.function}'. Every answer is scored by it. {hint}"
         )
     return UserFunction(name, function, digest, program)
+
+
+def _words_of(error: BaseException) -> str:
+    """The class and the text of an exception of the user's; its text may raise one itself."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 def _line_of(error: BaseException, path: Path) -> str:

@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     try:
         number, asked = distributed.launched_index(), missing_processes()
+        distributed.forget_other_launchers()
     except LlamachatError as error:
         print(f"llamachat: {error}", file=sys.stderr)
         return error.exit_status

@@ -23,7 +23,7 @@ from llamachat.config.sections import DataSource
 from llamachat.data.files import read_rows
 from llamachat.data.loading import parse_rows
 from llamachat.data.records import Preference
-from llamachat.errors import ArtifactError, ChangedError, ConfigError, DataError, LlamachatError, TokenizerError
+from llamachat.errors import ArtifactError, ChangedError, ConfigError, DataError, LlamachatError, TokenizerError, UsageError
 from llamachat.runs.artifacts import MANIFEST, Artifact, StepFolder, check_content, is_published, read_artifact
 from llamachat.runs.atomic import write_text
 from llamachat.runs.fingerprints import changed_keys, fingerprint
@@ -329,6 +329,7 @@ def run_step(
     work = find_work(recipe, step)
     folder = work.folder
     if should_overwrite:
+        _check_inputs_stay(recipe, folder)
         overwrite(folder)
     is_adopted = not should_overwrite and adopt(recipe, work)
     if _state(work) is not StepState.DONE:
@@ -345,6 +346,29 @@ def run_step(
         log.info("%s: done already (%s), nothing to do", step.name, where)
     lineage(Path(recipe.run.dir))
     return read_artifact(folder.artifact), False
+
+
+def _check_inputs_stay(recipe: Recipe, folder: StepFolder) -> None:
+    """UsageError where deleting a step's folder would delete what the recipe names: data, a base, a policy, a model."""
+    if folder.path.is_symlink():
+        return  # the link alone is deleted
+    doomed = folder.path.resolve()
+    for text in _texts(recipe.sections.model_dump(mode="json", include={"data", "base", "scoring"})):
+        place = Path(text).resolve() if "\n" not in text else Path()
+        if doomed in (place, *place.parents):
+            raise UsageError(
+                f"--overwrite: {folder.path} holds '{text}', which the recipe reads. A step that runs again deletes its folder"
+                " first. Move that out of the folder, and name its new place in the recipe."
+            )
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in plain values."""
+    if isinstance(value, str):
+        yield value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for part in parts:
+        yield from _texts(part)
 
 
 def _state(work: Work) -> StepState:

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedType, PartialState
 from torch.testing import assert_close
 
 from llamachat import distributed
+from pipelines.cli.main import main
 from tests.several import run_several
 
 GRADIENTS = (torch.tensor([[1.0, -2.0]]), torch.tensor([3.0, 0.5, 4.0]))
@@ -66,3 +68,11 @@ def fail_in_the_last() -> None:
 def test_an_error_in_one_process_is_the_end_of_all() -> None:
     with pytest.raises(AssertionError, match=r"process \d of 2"):
         run_several(2, fail_in_the_last)
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_variables_of_other_launchers_leave_one_process_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    assert main(["--help"]) == 0
+    assert PartialState(cpu=True).distributed_type == DistributedType.NO

@@ -80,6 +80,7 @@ def turns_of_text(text: str) -> list[dict[str, str]]:
 
 
 def _of_headings(text: str) -> list[dict[str, str]]:
+    text = text.strip().removeprefix("<s>").removesuffix("</s>")
     marks = list(_HEADING.finditer(text))
     roles = [_ROLES.get(mark[1].lower(), "assistant") for mark in marks]
     if not {"user", "assistant"} <= set(roles):

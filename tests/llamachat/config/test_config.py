@@ -294,7 +294,7 @@ def test_the_home_folder_is_read_in_every_path(tmp_path: Path, monkeypatch: pyte
     ("path", "words"),
     [
         ("~nobody-of-this-name/x", "no home folder is known for '~nobody-of-this-name'"),
-        ('"a\\0b"', "holds no NUL"),
+        ('"a\\0b"', "U+0000, which no text holds"),
         ("runs/\udcff", "U+DCFF"),
     ],
 )

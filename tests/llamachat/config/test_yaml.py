@@ -27,6 +27,12 @@ BAD = {
     "? [a, b]\n: c": "unhashable key",
     "a: " + "9" * 5000: "digits",
     "a: !!int x": "invalid literal",
+    "a: !!int [1]": "found sequence in line 1",
+    "a: 1\nb: !!float {c: 1}": "found mapping in line 2",
+    "a: !!bool maybe": "found 'maybe', which is neither true nor false in line 1",
+    'a: "x\\0y"': "U+0000, which no text holds, in line 1",
+    'a: 1\nb: ["x", "\\ud83d"]': "U+D83D, which no text holds, in line 2",
+    'a: {"\\0": 1}': "U+0000, which no text holds, in line 1",
     "a: *nowhere": "undefined alias",
     "---\na: 1\n---\nb: 2": "another document",
 }

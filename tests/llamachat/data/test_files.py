@@ -303,12 +303,18 @@ def test_values_that_python_has_no_type_for_do_not_end_the_reading(tmp_path: Pat
         "price": pyarrow.array([Decimal("1.5"), None]),
         "bytes": pyarrow.array([b"text", b"\xff\x00"]),
         "grade": pyarrow.array([float("nan"), 0.5]),
+        "future": pyarrow.array([2**31 - 1, 0], pyarrow.date32()),
+        "large": text.cast(pyarrow.large_string(), safe=False),
+        "fixed": pyarrow.FixedSizeListArray.from_arrays(text, 1),
+        "pairs": pyarrow.MapArray.from_arrays([0, 1, 2], ["k", "l"], text),
     }
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
     first, second = (row.value for row in read_rows(str(path)))
     assert first["text"] == "good" and second["text"] == second["turns"]["content"] == b"he\xfflo"
     assert (first["late"], first["lasts"], first["zone"]) == (2**62, 10**18, 10**6), "the raw numbers inside"
+    assert first["future"] == 2**31 - 1 and second["future"] == "1970-01-01" and second["large"] == b"he\xfflo"
+    assert second["fixed"] == [b"he\xfflo"] and second["pairs"] == [{"key": "l", "value": b"he\xfflo"}]
     assert (first["day"], first["price"], first["bytes"]) == ("1970-01-01", "1.5", "text")
     assert "grade" not in first and second["grade"] == 0.5 and second["bytes"] == b"\xff\x00"
 

@@ -1,6 +1,7 @@
 """A reward function of the user's: what it is given, what may come back, and how its faults are told."""
 
 import hashlib
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -77,6 +78,8 @@ def test_a_function_cannot_change_what_the_next_one_sees(tmp_path: Path) -> None
         ("['good', 'bad']", "value 0 is the text 'good'"),
         ("1.0", "it gave back the number 1.0, but a list with one number for each completion is required"),
         ("scores['safty']", "it raised KeyError: 'safty' (line 2)"),
+        ("__import__('torch').ones(2, device='meta')", "it raised NotImplementedError: "),
+        ("exec('class Odd(Exception):\\n    __str__ = None\\nraise Odd')", "it raised Odd"),
     ],
 )
 def test_what_a_function_does_wrong_is_told_with_its_name(tmp_path: Path, body: str, expected: str) -> None:
@@ -112,13 +115,29 @@ def run(name: str, count: int = 2) -> list[float]:
     return combiner(scoring(combine=name))(none, answers(count)).scores_B.tolist()
 
 
-@pytest.mark.parametrize("ending", ["sys.exit(0)", "sys.exit()", "raise GeneratorExit", "raise SystemExit('done')"])
+@pytest.mark.parametrize(
+    "ending", ["sys.exit(0)", "sys.exit()", "raise GeneratorExit", "raise SystemExit('done')", "os._exit(0)"]
+)
 def test_a_file_that_ends_the_process_is_a_fault_of_the_function(tmp_path: Path, ending: str) -> None:
-    body = f"import sys\ndef score(prompts, completions, scores, **columns):\n    {ending}"
+    body = f"import os, sys\ndef score(prompts, completions, scores, **columns):\n    {ending}"
     with pytest.raises(ScoringError, match=r"it raised (SystemExit|GeneratorExit).*line 3"):
         run(write(tmp_path, body))
     with pytest.raises(ConfigError, match=r"cannot be run: (SystemExit|GeneratorExit).*line 2"):
-        run(write(tmp_path, f"import sys\n{ending}", "at_once.py"))
+        run(write(tmp_path, f"import os, sys\n{ending}", "at_once.py"))
+
+
+def test_processes_of_the_function_may_end_as_they_like(tmp_path: Path) -> None:
+    text = """
+        import os
+
+        def score(prompts, completions, scores, **columns):
+            child = os.fork()
+            if child == 0:
+                os._exit(3)
+            return [float(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))] * len(completions)
+    """
+    before = os._exit
+    assert run(write(tmp_path, text)) == [3.0, 3.0] and os._exit is before
 
 
 def test_an_interrupt_within_the_function_stays_one(tmp_path: Path) -> None:
@@ -169,6 +188,7 @@ def test_what_the_function_switches_in_the_process_is_put_back(tmp_path: Path) -
             torch.set_grad_enabled(False)
             torch.set_num_threads(torch.get_num_threads() + 1)
             torch.set_default_dtype(torch.float64)
+            torch.set_default_device("meta")
             os.chdir("/")
 
         switch()
@@ -180,6 +200,7 @@ def test_what_the_function_switches_in_the_process_is_put_back(tmp_path: Path) -
     before = Path.cwd(), torch.get_num_threads(), torch.get_default_dtype()
     run(write(tmp_path, text))
     assert (Path.cwd(), torch.get_num_threads(), torch.get_default_dtype()) == before and torch.is_grad_enabled()
+    assert torch.ones(1).device.type == "cpu"
     with torch.no_grad():
         run(write(tmp_path, text))
         assert not torch.is_grad_enabled()

@@ -168,6 +168,19 @@ def test_a_changed_step_is_refused_with_both_ways_out_and_overwritten_where_aske
     assert len(calls) == 2 and (made.path / "model.safetensors").read_text() == "0.5 "
 
 
+def test_overwrite_deletes_nothing_that_the_recipe_reads(tmp_path: Path, calls: list[Any]) -> None:
+    path = write_recipe(tmp_path)
+    (made,) = run_command(load(path), "sft")
+    inside = made.path.parent / "mine.jsonl"
+    (tmp_path / "dialogs.jsonl").rename(inside)
+    (tmp_path / "link.jsonl").symlink_to(inside)
+    for override in (f"data.sft.0.path={tmp_path}/link.jsonl", f"base.policy={made.path.parent}"):
+        whole = load(path, [f"data.sft.0.path={inside}", override])
+        with pytest.raises(UsageError, match="which the recipe reads"):
+            run_command(whole, "sft", should_overwrite=True)
+    assert inside.is_file() and read_artifact(made.path).digest == made.digest and len(calls) == 1
+
+
 def test_a_child_run_reruns_only_what_changed(
     tmp_path: Path, calls: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -23,7 +23,15 @@ from llamachat.config.sections import DataSource
 from llamachat.data.files import read_rows
 from llamachat.data.loading import parse_rows
 from llamachat.data.records import Preference
-from llamachat.errors import ArtifactError, ChangedError, ConfigError, DataError, LlamachatError, TokenizerError, UsageError
+from llamachat.errors import (
+    ArtifactError,
+    ChangedError,
+    ConfigError,
+    DataError,
+    LlamachatError,
+    TokenizerError,
+    UsageError,
+)
 from llamachat.runs.artifacts import MANIFEST, Artifact, StepFolder, check_content, is_published, read_artifact
 from llamachat.runs.atomic import write_text
 from llamachat.runs.fingerprints import changed_keys, fingerprint

@@ -78,7 +78,7 @@ def test_a_function_cannot_change_what_the_next_one_sees(tmp_path: Path) -> None
         ("['good', 'bad']", "value 0 is the text 'good'"),
         ("1.0", "it gave back the number 1.0, but a list with one number for each completion is required"),
         ("scores['safty']", "it raised KeyError: 'safty' (line 2)"),
-        ("__import__('torch').ones(2, device='meta')", "it raised NotImplementedError: "),
+        ("__import__('torch').ones(2, device='meta')", "it raised "),
         ("exec('class Odd(Exception):\\n    __str__ = None\\nraise Odd')", "it raised Odd"),
     ],
 )

@@ -232,18 +232,30 @@ _Loader.add_implicit_resolver(
     re.compile(rf"^[-+]?(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"),
     list("-+.0123456789"),
 )
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(loader.construct_scalar(node)))
+
+
+def _scalar(loader: yaml.SafeLoader, node: yaml.Node) -> str:
+    return loader.construct_scalar(node)  # pyright: ignore[reportArgumentType]  # it refuses other nodes itself
+
+
+def _int(loader: yaml.SafeLoader, node: yaml.Node) -> int:
+    return int(_scalar(loader, node))
+
+
+def _float(loader: yaml.SafeLoader, node: yaml.Node) -> float:
+    return float(_scalar(loader, node))
 
 
 def _bool(loader: yaml.SafeLoader, node: yaml.Node) -> bool:
-    text = loader.construct_scalar(node).lower()  # pyright: ignore[reportArgumentType]
+    text = _scalar(loader, node).lower()
     if text not in ("true", "false"):  # only where a tag names the type
         reason = f"found '{text}', which is neither true nor false"
         raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
     return text == "true"
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
 _Loader.add_constructor("tag:yaml.org,2002:bool", _bool)
 
 

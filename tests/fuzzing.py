@@ -1,0 +1,600 @@
+"""Random files, recipes and command lines, given to the command line in this process, and what must hold of each call.
+
+`python -m tests.fuzzing --calls 10000 --seed 1` prints every call that breaks a rule, and `--case NUMBER` repeats one.
+The rules: no traceback, a documented exit status with words, no input changed, at most a minute, and every record that
+goes in comes out or is counted.
+"""
+
+import argparse
+import contextlib
+import copy
+import gzip
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import yaml
+
+from llamachat.config.sections import Tuning
+from pipelines.cli.main import main
+from tests.recipes import write_base as write_shape
+from tests.recipes import write_lines
+
+LONGEST = 60  # seconds of one call
+
+
+class Hang(BaseException):
+    """A call that takes too long; no code that handles errors may catch it."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One command, what it printed, and how it ended; `traceback` is "" where it ended in words."""
+
+    arguments: Sequence[str]
+    status: int
+    out: str
+    err: str
+    traceback: str
+    seconds: float
+
+    def faults(self) -> Iterator[str]:
+        if self.traceback:
+            yield f"traceback: {self.traceback}"
+        elif "Traceback (most recent call last)" in self.out + self.err:
+            yield f"traceback in words: {(self.out + self.err)[-600:]}"
+        elif self.status not in (0, 1, 2):
+            yield f"status {self.status}"
+        elif self.status and not (self.out + self.err).strip():
+            yield f"status {self.status} without a word"
+
+
+def call(arguments: Sequence[str], limit: int = LONGEST) -> Call:
+    """Run a command of the command line here."""
+
+    def ring(*_: object) -> None:
+        raise Hang
+
+    out, err, trace, status = io.StringIO(), io.StringIO(), "", -1
+    root = logging.getLogger()
+    handlers, root.handlers[:] = root.handlers[:], []
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(limit)
+    begin = time.monotonic()
+    stdin, sys.stdin = sys.stdin, io.StringIO("")
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(arguments)
+    except Hang:
+        trace = f"hang of {limit} s: {_place(sys.exc_info()[2])}"
+    except BaseException as error:
+        trace = f"{type(error).__name__}: {str(error)[:200]} @ {_place(error.__traceback__)}"
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        root.handlers[:], sys.stdin = handlers, stdin
+    return Call(arguments, status, out.getvalue(), err.getvalue(), trace, time.monotonic() - begin)
+
+
+def _place(trace: Any) -> str:
+    frames = [frame for frame in traceback.extract_tb(trace) if "/tests/fuzzing" not in frame.filename]
+    return " <- ".join(f"{Path(frame.filename).name}:{frame.lineno}:{frame.name}" for frame in frames[:-4:-1])
+
+
+# -- values and rows
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+# "@" becomes the number of the row, so that each record can be told from all others.
+Q, A = turn("user", "What is @?"), turn("assistant", "It is @.")
+B = turn("assistant", "It is not @.")
+# By pool: rows of one form. Rows of the pools in GATHERED become one record out of several.
+POOLS: dict[str, list[dict[str, Any]]] = {
+    "dialogs": [
+        {"messages": [Q, A]},
+        {"messages": [turn("system", "Be short."), Q, A, turn("user", "And?"), A], "is_safe": True},
+        {"messages": [Q, {**A, "train": False}, turn("user", "Why @?"), A]},
+    ],
+    "pairs": [
+        {"prompt": [Q], "chosen": [A], "rejected": [B], "rating": "better", "chosen_is_safe": True},
+        {"chosen": [Q, A], "rejected": [Q, B], "score_chosen": 5.0, "score_rejected": 2.0, "prompt": "What is @?"},
+        {"chosen": "\n\nHuman: q @\n\nAssistant: r @", "rejected": "\n\nHuman: q @\n\nAssistant: s @"},
+        {"prompt": "q @", "response_1": "a @", "response_2": "b @", "preference_strength": 2},
+        {"context": [Q], "response1": "a @", "response2": "b @", "overall_preference": -2},
+    ],
+    "prompts": [{"prompt": [Q], "is_safety": True, "id": "n@"}, {"prompt": "What is @?"}, {"prompt": [Q]}],
+    "labels": [{"prompt": "q @", "response": "r @", "category": {"a": True}, "is_safe": False}],
+    "rated": [{"prompt": [Q], "answer_a": "x @", "answer_b": "y @", "choice": "a", "rating": None, "a_is_safe": None}],
+    "kto": [{"prompt": "q @", "completion": "r @", "label": True}, {"prompt": [Q], "completion": [B], "label": False}],
+    "tutorials": [
+        {"text": "<s>[INST] q @ [/INST] r @ </s>"},
+        {"text": "<s>[INST] <<SYS>>\nBe short.\n<</SYS>>\n\nq @ [/INST] r @ </s><s>[INST] and [/INST] s </s>"},
+        {"text": "### Human: q @ ### Assistant: r @"},
+        {"messages": json.dumps([Q, A])},
+        {"messages": {"role": ["user", "assistant"], "content": ["q @", "r @"]}},
+        {"conversations": [{"from": "human", "value": "q @"}, {"from": "gpt", "value": "r @"}], "system": "s"},
+        {"instruction": "i @", "input": "in", "output": "o @", "history": [["a", "b"]]},
+        {"prompt": "q @", "completion": "r @"},
+        {"instruction": "i @", "instances": [{"input": "", "output": "o @"}]},
+        {"instruction": "i @", "context": "", "response": "r @", "category": "open_qa"},
+    ],
+    "sets": [
+        {"prompt": "q @", "response_0": "a @", "response_1": "b @", "is_response_0_safe": True,
+         "is_response_1_safe": False, "better_response_id": 0, "safer_response_id": 1},
+        {"conversations": [{"from": "human", "value": "q @"}], "chosen": {"from": "gpt", "value": "a @"},
+         "rejected": {"from": "gpt", "value": "b @"}},
+        {"instruction": "q @", "completions": [
+            {"response": "a @", "fine-grained_score": 3.2, "overall_score": 5},
+            {"response": "b @", "fine-grained_score": 1.0, "overall_score": 2}], "models": ["a", "b"], "source": "x"},
+        {"message_tree_id": "t@", "prompt": {"text": "q @", "role": "prompter", "replies": [
+            {"text": "r @", "role": "assistant", "rank": 0, "replies": []},
+            {"text": "s @", "role": "assistant", "rank": 1, "replies": []}]}},
+    ],
+    "helpsteer": [{"prompt": "q", "response": "r @", "helpfulness": 3, "correctness": 2, "coherence": 3,
+                   "complexity": 1, "verbosity": 1},
+                  {"prompt": "q", "response": "r @", "helpfulness": 1, "correctness": 2, "coherence": 3,
+                   "complexity": 1, "verbosity": 1}],
+    "oasst": [
+        {"message_id": "m@", "parent_id": None, "message_tree_id": "t", "text": "q @", "role": "prompter", "rank": None},
+        {"message_id": "a@", "parent_id": "mn1#", "message_tree_id": "t", "text": "r @", "role": "assistant", "rank": 0},
+    ],
+}  # fmt: skip
+GATHERED = ("kto", "helpsteer", "oasst")
+VALUES: list[Any] = [
+    *(None, True, False, 0, -1, 3.5, 1e308, 10**30, "", " ", "\0", "\ud83d", "[INST]", "</s>", "a" * 300, "true", "NaN"),
+    *([], {}, [[]], [None], {"a": 1}, {"": ""}, "{}", "[]", "[{}]", "\u202e\u2581", [1, "a"], {"role": "user"}, [Q], [Q, A]),
+    *("Human: a\n\nAssistant: b", "\n\nHuman: q\n\nAssistant: r", '[{"role": "user"}]', {"role": ["user"], "content": []}),
+    *({"from": ["human"], "value": [None]}, "<s>[INST] q [/INST]", "### Human: ### Assistant:", "2020-01-01", "a", "b"),
+    *(float("nan"), float("inf"), "<b>x</b>&#99999;", "{" * 200, "k" * 5000),
+]
+KEYS = sorted(
+    {name for rows in POOLS.values() for row in rows for name in row} | {"role", "content", "from", "value", "train"}
+    | {"weight", "question", "answer", "query", "turns", "tools", "parts", "type", "id", "message", "mesages", "\x1b", ""}
+)  # fmt: skip
+FORMATS = [
+    *("native", "alpaca", "sharegpt", "oasst", "oasst_preference", "hh_rlhf", "helpsteer2", "helpsteer3", "ultrafeedback"),
+    *("ultrafeedback_binarized", "pku_saferlhf_safety", "pku_saferlhf_helpfulness", "rated_pairs", "self_instruct"),
+    *("llamafactory_preference", "beavertails", "dolly", "gpteacher", "helpsteer2_preference", "zzz"),
+]
+
+
+def numbered(value: Any, number: int) -> Any:
+    if isinstance(value, str):
+        return value.replace("@", f"n{number}#")
+    if isinstance(value, dict):
+        return {name: numbered(item, number) for name, item in value.items()}
+    return [numbered(item, number) for item in value] if isinstance(value, list) else value
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from places(item, (*path, name))
+
+
+def mutated(r: Random, value: Any, values: Sequence[Any], keys: Sequence[Any]) -> Any:
+    """A copy with one to three parts replaced, taken out, renamed or added."""
+    value = copy.deepcopy(value)
+    for _ in range(r.choice([1, 1, 2, 3])):
+        paths = list(places(value))
+        if not paths:
+            break
+        *parents, last = r.choice(paths)
+        holder = value
+        for name in parents:
+            holder = holder[name]
+        new, kind = copy.deepcopy(r.choice(values)), r.randrange(6)
+        if kind < 3:
+            holder[last] = new
+        elif kind == 3:
+            del holder[last]
+        elif isinstance(holder, list):
+            holder.insert(r.randrange(len(holder) + 1), new)
+        else:
+            holder[r.choice(keys)] = holder.pop(last) if kind == 4 else new
+    return value
+
+
+def scrambled(r: Random, raw: bytes) -> bytes:
+    """A few other bytes, or the beginning alone."""
+    if r.random() < 0.25 or not raw:
+        return raw[: r.randrange(len(raw) + 1)]
+    changed = bytearray(raw)
+    for _ in range(r.choice([1, 2, 5])):
+        changed[r.randrange(len(changed))] = r.choice([*b'\0\n\r"{}[]\\,\xff\xc3', r.randrange(256)])
+    return bytes(changed)
+
+
+# -- data files
+
+
+@dataclass
+class Data:
+    """A file of rows. `lines` of it hold a record each; None where that cannot be told from outside."""
+
+    path: Path
+    lines: int | None
+    pool: str
+    whole: Mapping[int, str]  # of rows as they are in their form: by line, the mark that all their texts hold
+
+
+def write_data(r: Random, folder: Path, pool: str | None = None) -> Data:
+    pool = pool or r.choice(list(POOLS))
+    rows: list[Any] = []
+    whole: dict[int, str] = {}
+    share = r.choice([0.0, 0.3, 0.7])
+    for line in range(1, 1 + r.choice([1, 3, 6, 12, 40])):
+        row = numbered(r.choice(POOLS[pool]), line)
+        if r.random() < 0.02:
+            row = copy.deepcopy(r.choice(VALUES))
+        elif r.random() < share:
+            row = mutated(r, row, VALUES, KEYS)
+        else:
+            whole[line] = f"n{line}#"
+        rows.append(row)
+    form = r.choice(["jsonl"] * 6 + ["jsonl.gz", "array", "json", "parquet", "parquet", "other"])
+    path = folder / f"rows.{form if form not in ('array', 'other') else r.choice(['jsonl', 'json'])}"
+    if form == "parquet" and _is_parquet_written(path, rows):
+        return Data(path, len(rows), pool, whole)
+    texts = [json.dumps(row, ensure_ascii=r.random() < 0.5).encode("utf-8", "surrogatepass") for row in rows]
+    if form in ("array", "json"):
+        raw, lines = b"[" + r.choice([b",", b",\n"]).join(texts) + b"]", len(rows)
+    else:
+        mark = r.choice([b"\n"] * 8 + [b"\r\n", b"\n\n", b",\n", b""]) if form == "other" else b"\n"
+        raw, lines = mark.join(texts) + r.choice([b"", b"\n"]), len(rows)
+    if r.random() < 0.05:
+        raw = b"\xef\xbb\xbf" + raw
+    if r.random() < 0.2:
+        raw, whole = scrambled(r, raw), {}
+        lines = sum(bool(line.strip()) for line in raw.split(b"\n")) if form == "jsonl" else None
+    if path.suffix == ".gz" or r.random() < 0.02:
+        raw = gzip.compress(raw)
+        if r.random() < 0.2:
+            raw, lines, whole = raw[: r.randrange(len(raw))], None, {}
+    path = path.with_suffix(".jsonl") if path.suffix == ".parquet" else path
+    path.write_bytes(raw)
+    return Data(path, lines, pool, whole)
+
+
+def _is_parquet_written(path: Path, rows: Sequence[Any]) -> bool:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    except (pyarrow.ArrowException, AttributeError, TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def data_case(r: Random, world: "World") -> Iterator[str]:
+    """Check and convert a file, and hold the counts against each other."""
+    data = write_data(r, world.scratch)
+    kind, form = r.choice(["", "", "", "dialog", "preference", "prompt"]), r.choice(["auto"] * 8 + FORMATS)
+    options = [*(["--kind", kind] if kind else []), *(["--format", form] if form != "auto" else [])]
+    checked = yield from world.ran(["data", "check", str(data.path), *options], [data.path])
+    counts = re.search(r": (\d+) good \w+, (\d+) bad lines?, (\d+) repeated", checked.out)
+    empty = re.search(r"(\d+) rows? .*without", checked.out)
+    is_plain = data.pool not in GATHERED and data.lines is not None
+    if counts and is_plain and not re.search(r"^[^:]+: file: ", checked.out, re.M):
+        seen = int(counts[1]) + int(counts[2]) + (int(empty[1]) if empty else 0)
+        if seen < (data.lines or 0):
+            yield f"check: {data.lines} lines, {seen} accounted for\n{checked.out[-400:]}"
+    out = world.scratch / r.choice(["out.jsonl", "out.jsonl.gz"])
+    extra = r.choice([[], [], ["--plain-text"], ["--strict"]])
+    done = yield from world.ran(["data", "convert", str(data.path), str(out), *options, *extra], [data.path])
+    if done.status != 0:
+        if out.exists():
+            yield "convert: failed, and wrote"
+        return
+    text = (gzip.open if out.suffix == ".gz" else open)(out, "rt", encoding="utf-8").read()
+    written = text.count("\n")
+    told = re.search(rf"^{re.escape(str(out))}: (\d+) ", done.out, re.M)
+    table = done.out.partition("dropped because it")[2].splitlines()[1:]
+    lost = sum(int(line.split()[-1]) for line in table if line.split() and line.split()[-1].isdigit())
+    if told is None or int(told[1]) != written:
+        yield f"convert: {written} lines, said {told and told[1]}"
+    if is_plain and written + lost < (data.lines or 0):
+        yield f"convert: {data.lines} records, {written} written, {lost} counted\n{done.out[-600:]}"
+    named = {int(number) for number in re.findall(rf"^{re.escape(str(data.path))}:(\d+): ", done.out, re.M)}
+    gone = [line for line, mark in data.whole.items() if mark not in text and line not in named]
+    if len(gone) > max(0, lost - len(named)):
+        yield f"convert: rows {gone} neither written nor named nor counted\n{done.out[-600:]}"
+    again = yield from world.ran(["data", "check", str(out), *(["--kind", kind] if kind else [])], [out])
+    if again.status != 0 or f": {written} good " not in again.out:
+        yield f"convert: what it wrote does not pass the check\n{again.out[-600:]}"
+
+
+# -- the world: a base, a policy, a reward model, a finished run, data, a recipe
+
+
+class World:
+    """What commands may name, each made when it is first needed. `scratch` is emptied before each case."""
+
+    def __init__(self, folder: Path, sentencepiece: Callable[[], bytes]) -> None:
+        self.folder, self.scratch, self.calls = folder.resolve(), folder.resolve() / "scratch", 0
+        self.fixed = self.folder / "fixed"
+        self.fixed.mkdir()
+        self.statuses: Counter[tuple[str, int]] = Counter()
+        self._sentencepiece = sentencepiece
+        self.files: dict[str, Path] = {}
+        for pool, count in (("dialogs", 60), ("pairs", 40), ("prompts", 30), ("labels", 20), ("rated", 20)):
+            rows = [numbered(POOLS[pool][0], line) for line in range(count)]
+            self.files[pool] = write_lines(self.fixed / f"{pool}.jsonl", rows)
+        self.recipe = self._recipe(write_shape(self.fixed / "shape"))
+        self.keys = [*{str(path[-1]) for path in places(self.recipe)}, "extends", "", "1", "format", "columns", "limit"]
+        self.stamp: dict[Path, tuple[int, int]] = {}
+
+    @cached_property
+    def roles(self) -> Any:
+        from llamachat.chat_format import load_chat_format
+        from llamachat.chat_format.tokenizer import SentencePieceBackend, Tokenizer
+        from tests.llamachat.models.tiny_roles import World as Roles
+
+        model = self._sentencepiece()
+        folder = self.fixed / "roles"
+        folder.mkdir()
+        return Roles(folder, load_chat_format("llama2", Tokenizer(SentencePieceBackend(model))), model)
+
+    @cached_property
+    def base(self) -> Path:
+        return Path(self.roles.base.model)
+
+    @cached_property
+    def policy(self) -> Path:
+        return self.roles.policy(Tuning()).path
+
+    @cached_property
+    def reward_model(self) -> Path:
+        return self.roles.reward_model("safety", Tuning(), Tuning()).path
+
+    @cached_property
+    def config(self) -> Path:
+        from tests.sft.tiny_sft import toy_dialogs, write_dialogs, write_recipe
+
+        dialogs = write_dialogs(self.fixed / "toy.jsonl", toy_dialogs(24))
+        return write_recipe(self.fixed / "toy.yaml", self.base, dialogs, {"sft": {"epochs": 1}})
+
+    @cached_property
+    def run(self) -> Path:
+        run = self.fixed / "run"
+        trained = call(["sft", "--config", str(self.config), f"run.dir={run}"], limit=600)
+        assert trained.status == 0, trained
+        return run
+
+    def _recipe(self, base: Path) -> dict[str, Any]:
+        recipe = yaml.safe_load((Path(__file__).parents[1] / "configs" / "tiny.yaml").read_text())
+        pools = {"sft": "dialogs", "helpfulness": "pairs", "safety": "pairs", "labels": "labels"}
+        data = {name: [{"path": str(self.files[pools.get(name, "prompts")])}] for name in recipe["data"] if name != "split"}
+        recipe["run"] = {"dir": "runs/tiny", "seed": 0}
+        recipe["base"] |= {"model": str(base)}
+        return {**recipe, "data": {**data, "split": recipe["data"]["split"]}}
+
+    def _stamp(self) -> dict[Path, tuple[int, int]]:
+        files = ((path, path.lstat()) for path in self.fixed.rglob("*") if not path.is_dir())
+        return {path: (state.st_size, state.st_mtime_ns) for path, state in files}
+
+    def ran(self, arguments: Sequence[str], inputs: Sequence[Path] = ()) -> Iterator[str]:
+        """Run a command; yields what is wrong, and returns the call."""
+        before = [sha256(path.read_bytes()).digest() for path in inputs]
+        done = call(arguments)
+        self.calls += 1
+        self.statuses[arguments[0], done.status] += 1
+        for fault in done.faults():
+            yield f"{fault}\n    {list(arguments)}"
+        if before != [sha256(path.read_bytes()).digest() if path.is_file() else b"" for path in inputs]:
+            yield f"an input changed: {list(arguments)}"
+        return done
+
+    def case(self, r: Random, kind: str | None = None) -> Iterator[str]:
+        """One random case; yields what is wrong."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir()
+        os.chdir(self.scratch)
+        yield from CASES[kind or r.choice(list(CASES))](r, self)
+        stamp = self._stamp()
+        for path in self.stamp:
+            if stamp.get(path) != self.stamp[path]:
+                yield f"a file that others read changed: {path}"
+        self.stamp = stamp
+
+
+NUMBERS: list[Any] = [0, 1, -1, 2, 3.5, 1e-9, 1e308, float("nan"), float("inf"), 10**30, "9" * 5000, "1e-5", "0x10", True]
+WORDS: list[Any] = [
+    *(None, "", " ", "~", "null", "auto", "a/b", "a/b:c", "/nonexistent/x", "/dev/null", ".", "..", "\0", "\ud83d", "x" * 300),
+    *("$HOME", "*a", "&a", "!x", "[", "{", "#", "\x1b[1m", "lora", "qlora", "sdpa", "float16", "oasst", "rm", "rm/x", "sft"),
+    *([], {}, [1], [[]], {"a": {"b": 1}}, ["sft", "sft"], {"sft": None}, "\u0663", "2020-01-01", "24GiB", "8x a100", "cpu"),
+]
+
+
+def recipe_case(r: Random, world: World) -> Iterator[str]:
+    """A recipe that is changed here and there, as a file or by overrides."""
+    values = [*NUMBERS, *WORDS, *(str(path) for path in world.files.values())]
+    recipe, how = world.recipe, r.random()
+    if how < 0.5:
+        recipe = mutated(r, recipe, values, world.keys)
+    text = yaml.safe_dump(recipe, allow_unicode=r.random() < 0.5, sort_keys=False)
+    raw = text.encode("utf-8", "surrogatepass")
+    if 0.5 <= how < 0.7:
+        raw = scrambled(r, raw)
+    file = world.scratch / "recipe.yaml"
+    file.write_bytes(raw)
+    yield from world.ran([*_with_recipe(r), "--config", str(file), *_overrides(r, world, values, how)], [file])
+
+
+def _overrides(r: Random, world: World, values: Sequence[Any], how: float) -> list[str]:
+    paths = [path for path in places(world.recipe) if len(path) < 5]
+    found = []
+    for _ in range(r.choice([1, 1, 2]) if how > 0.7 else r.choice([0, 0, 1])):
+        names = [str(name) for name in r.choice(paths)]
+        if r.random() < 0.2:
+            names[r.randrange(len(names))] = r.choice(["", "x", "-1", "99", "\u0663", "0", *world.keys])
+        value = r.choice(values)
+        found.append(".".join(names) + r.choice(["=", "=", "=", "==", ""]) + (str(value) if value is not None else ""))
+    return [one.replace("\0", "") if r.random() < 0.9 else one for one in found]
+
+
+def _with_recipe(r: Random) -> list[str]:
+    dry = [[name, "--dry-run"] for name in ("all", "sft", "rm", "ppo", "rs", "gatt", "distill", "eval", "report")]
+    return r.choice([["plan"]] * 8 + [["doctor"], ["dashboard"], ["plan", "--gpu", "24GiB"], ["chat"], *dry])
+
+
+def damage_case(r: Random, world: World) -> Iterator[str]:
+    """A finished run of which one file is damaged."""
+    run = world.scratch / "run"
+    shutil.copytree(world.run, run, symlinks=True)
+    file = r.choice([path for path in sorted(run.rglob("*")) if path.is_file()])
+    kind = r.randrange(6)
+    if kind == 0:
+        file.unlink()
+    elif kind == 1:
+        file.write_bytes(b"")
+    elif kind == 2 or file.suffix not in (".json", ".jsonl"):
+        file.write_bytes(scrambled(r, file.read_bytes()))
+    else:
+        lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
+        index = r.randrange(len(lines))
+        keys = [str(path[-1]) for path in places(json.loads(lines[index]))] or ["x"]
+        lines[index] = json.dumps(mutated(r, json.loads(lines[index]), [*NUMBERS, *WORDS], keys))
+        file.write_text("\n".join(lines) + "\n")
+    recipe = ["--config", str(world.config), f"run.dir={run}"]
+    commands = [
+        *([["plan", *recipe], ["doctor", *recipe], ["dashboard", *recipe], ["diagnose", str(run)]] * 2),
+        *(["compare", str(run), str(world.run), "--out", "c"], ["compare", str(world.run), str(run), "--out", "c"]),
+        *(["chat", str(run), "-m", "hi", "--max-new-tokens", "2"], ["export", str(run), "--out", "e"]),
+        *(["sft", *recipe, "--dry-run"], ["export", "--out", "e", *recipe], ["tokens", "--tokenizer", str(run / "sft/artifact"),
+          "--in", str(world.files["dialogs"]), "--out", "t.jsonl"]),
+    ]  # fmt: skip
+    for command in r.sample(commands, 2):
+        name = f"{file.relative_to(run)} damaged ({kind})"
+        for fault in world.ran(command):
+            yield f"{name}: {fault}"
+
+
+def words_case(r: Random, world: World) -> Iterator[str]:
+    """A command line whose options are random."""
+    data = write_data(r, world.scratch).path if r.random() < 0.3 else None
+    places_ = [*world.files.values(), world.base, world.policy, world.reward_model, world.run, world.config]
+    inputs = [str(data)] * 20 if data else []
+    odd = [str(one) for one in [*NUMBERS, *WORDS] if one is not None]
+
+    def file(name: str) -> str:
+        return r.choice([str(world.files[name])] * 12 + inputs + [*map(str, places_), *odd])
+
+    def place(path: Path) -> str:
+        return str(path) if r.random() < 0.8 else r.choice([*map(str, places_), *odd])
+
+    def out(name: str) -> str:
+        return r.choice([name] * 12 + ["a/b/" + name, "", ".", "..", "x" * 300, *map(str, places_), "\ud83d", "\0", *inputs])
+
+    def some(**options: str) -> list[str]:
+        names = [name for name in options if r.random() < 0.25]
+        return [
+            word
+            for name in names
+            for word in ("--" + name.replace("_", "-"), r.choice([options[name]] + [str(one) for one in NUMBERS]))
+        ]
+
+    sampling = some(temperature="0.7", top_p="0.9", top_k="5", seed="3")
+    short = ["--max-new-tokens", r.choice(["2", "2", "2", "2", "0", "-1", "9" * 9])]
+    over = r.choice([[], [], ["--overwrite"]])
+    text = lambda: r.choice(["hi", "", "word " * 500, "[INST]", "</s>", "\0", "\ud83d", "\u2581", "<<SYS>>"])  # noqa: E731
+    init = [word for name, pool in (("preferences", "pairs"), ("safety", "pairs"), ("prompts", "prompts"),
+            ("adversarial", "prompts")) if r.random() < 0.4 for word in (f"--{name}", file(pool))]  # fmt: skip
+    commands: Sequence[Callable[[], list[str]]] = [
+        lambda: ["init", "--base", place(world.base), "--sft", file("dialogs"), *init, "--out", out("i.yaml"), *over,
+                 *some(gpu=r.choice(["24GiB", "8x a100-80gb", "0GiB", "nanGiB", "x"]), hours="5", run_dir=r.choice(odd))],
+        lambda: ["tokens", "--tokenizer", place(world.base), "--in", file("dialogs"), "--out", out("t.jsonl"), *over,
+                 *r.choice([[], ["--show"], ["--train-on", "last_answer"]])],
+        lambda: ["sample", "--policy", place(world.policy), "--in", file("prompts"), "--out", out("s.jsonl"), *over,
+                 *sampling, *short, *some(batch_size="4")],
+        lambda: ["score", place(world.reward_model), file(r.choice(list(world.files))), *over,
+                 *r.choice([[], ["--out", out("s.jsonl")]]), *some(device="cpu")],
+        lambda: ["score", place(world.reward_model), "-m", text(), "-m", text()],
+        lambda: ["chat", place(world.policy), "-m", text(), *sampling, *short, *some(system="s")],
+        lambda: ["pairs", "--policy", place(world.policy), "--in", file("prompts"), "--out", out("p.jsonl"), *over,
+                 *sampling, *short, *some(limit="3", key=out("k.jsonl"))],
+        lambda: ["compare", place(world.run), place(world.run), "--out", out("c"), *over],
+        lambda: ["diagnose", place(world.run)],
+        lambda: ["export", place(world.policy), "--out", out("e"), *over, *some(shard_gb="1", dtype="float32", onto="original"),
+                 *r.choice([[], ["--format", "adapter"], ["--format", "gguf"], ["--quantize", "q8_0"]])],
+        lambda: ["plan", "--config", place(world.config), *some(gpu="24GiB", hours="5")],
+        lambda: ["data", "check", r.choice([*odd, *map(str, places_)])],
+        lambda: ["data", "convert", file("rated"), out("c.jsonl"), *over],
+        lambda: r.sample(["data", "check", "plan", "--help", "-m", "=", "a=b", "--", "--config", "", "compare", "\0"], 3),
+    ]  # fmt: skip
+    command = r.choice(commands)()
+    done = yield from world.ran(command, [data] if data else [])
+    result = Path(command[command.index("--out") + 1]) if "--out" in command else None
+    if done.status == 0 and result and result.suffix == ".jsonl" and result.is_file() and command[0] != "pairs":
+        source = Path(command[2] if command[0] == "score" else command[command.index("--in") + 1])
+        if source in world.files.values() and _lines(result) != _lines(source):
+            yield f"{_lines(source)} records in, {_lines(result)} out: {command}\n{done.err[-300:]}"
+
+
+def _lines(path: Path) -> int:
+    return sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
+
+
+CASES: dict[str, Callable[[Random, World], Iterator[str]]] = {
+    "data": data_case,
+    "recipe": recipe_case,
+    "damage": damage_case,
+    "words": words_case,
+}
+
+
+def run_cases(world: World, *, calls: int, seed: int, kinds: Sequence[str] = ()) -> Counter[str]:
+    """Print what is wrong, the first time that it is seen; how often each fault was."""
+    faults: Counter[str] = Counter()
+    number = slow = 0
+    while world.calls < calls:
+        r = Random(f"{seed}-{number}")
+        kind = r.choice(kinds or list(CASES))
+        begin = time.monotonic()
+        for fault in world.case(r, kind):
+            name = re.sub(r"\d+|'[^']*'", "N", fault.splitlines()[0])[-160:]
+            faults[name] += 1
+            if faults[name] <= 2:
+                print(f"{seed}-{number} {kind}: {fault}", flush=True)
+        slow = max(slow, time.monotonic() - begin)
+        number += 1
+    print(f"{world.calls} calls of {number} cases, the slowest case {slow:.1f} s, {sum(faults.values())} faults")
+    print("\n".join(f"  {count} x {name}" for name, count in faults.most_common()))
+    print("  " + ", ".join(f"{name} {status}: {count}" for (name, status), count in sorted(world.statuses.items())))
+    return faults
+
+
+if __name__ == "__main__":
+    from tests.fakes import train_sentencepiece
+
+    parser = argparse.ArgumentParser(description="Give the command line random input, and print what it does wrong.")
+    parser.add_argument("--calls", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kind", nargs="*", choices=list(CASES), default=[])
+    given = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "HOME": tempfile.mkdtemp()}
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder), train_sentencepiece)
+        sys.exit(bool(run_cases(world, calls=given.calls, seed=given.seed, kinds=given.kind)))

@@ -90,10 +90,12 @@ def _read(model: RewardModel, path: Path) -> list[_Asked]:
     sampled = {row.line for row in rows if isinstance(row.value, Mapping) and "completions" in row.value}
     problems: list[Problem] = []
     asked: list[tuple[int, _Asked]] = []
+    without = 0
     for is_sampled in (False, True):
         part = [row for row in rows if (row.line in sampled) == is_sampled]
         kind = "prompt" if is_sampled else None
         for parsed in parse_rows(part, path=str(path), kind=kind, forbidden=model.chat_format.forbidden):
+            without += parsed.record is None and not parsed.problems
             found = _encoded(model, parsed, is_sampled=is_sampled)
             if isinstance(found, _Asked):
                 asked.append((parsed.line, found))
@@ -105,6 +107,8 @@ def _read(model: RewardModel, path: Path) -> list[_Asked]:
         raise DataError(
             f"{path}: holds no answer. There is nothing to score. Give dialogs, preferences or completions."
         )
+    if without:
+        log.warning("%s: %d rows hold no answer", path, without)
     return [item for _, item in sorted(asked, key=lambda pair: pair[0])]
 
 

@@ -1,6 +1,6 @@
 """Random files, recipes and command lines, given to the command line in this process, and what must hold of each call.
 
-`python -m tests.fuzzing --calls 10000 --seed 1` prints every call that breaks a rule, and `--case NUMBER` repeats one.
+`python -m tests.fuzzing --calls 10000 --seed 1` prints the calls that break a rule, `--kind KIND --case NUMBER` repeats one.
 The rules: no traceback, a documented exit status with words, no input changed, at most a minute, and every record that
 goes in comes out or is counted.
 """
@@ -37,6 +37,7 @@ from tests.recipes import write_base as write_shape
 from tests.recipes import write_lines
 
 LONGEST = 60  # seconds of one call
+OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 
 
 class Hang(BaseException):
@@ -71,7 +72,9 @@ def call(arguments: Sequence[str], limit: int = LONGEST) -> Call:
     def ring(*_: object) -> None:
         raise Hang
 
-    out, err, trace, status = io.StringIO(), io.StringIO(), "", -1
+    # As on a terminal: half a character cannot be printed, in an error it is escaped.
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors, newline="") for errors in ("strict", "backslashreplace"))
+    trace, status = "", -1
     root = logging.getLogger()
     handlers, root.handlers[:] = root.handlers[:], []
     before = signal.signal(signal.SIGALRM, ring)
@@ -89,7 +92,15 @@ def call(arguments: Sequence[str], limit: int = LONGEST) -> Call:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
         root.handlers[:], sys.stdin = handlers, stdin
-    return Call(arguments, status, out.getvalue(), err.getvalue(), trace, time.monotonic() - begin)
+    texts = [_text(stream) for stream in (out, err)]
+    return Call(arguments, status, *texts, trace, time.monotonic() - begin)
+
+
+def _text(stream: io.TextIOWrapper) -> str:
+    stream.flush()
+    buffer = stream.detach()
+    assert isinstance(buffer, io.BytesIO)
+    return buffer.getvalue().decode("utf-8", "replace")
 
 
 def _place(trace: Any) -> str:
@@ -107,6 +118,7 @@ def turn(role: str, content: str) -> dict[str, str]:
 # "@" becomes the number of the row, so that each record can be told from all others.
 Q, A = turn("user", "What is @?"), turn("assistant", "It is @.")
 B = turn("assistant", "It is not @.")
+# fmt: off
 # By pool: rows of one form. Rows of the pools in GATHERED become one record out of several.
 POOLS: dict[str, list[dict[str, Any]]] = {
     "dialogs": [
@@ -157,7 +169,8 @@ POOLS: dict[str, list[dict[str, Any]]] = {
         {"message_id": "m@", "parent_id": None, "message_tree_id": "t", "text": "q @", "role": "prompter", "rank": None},
         {"message_id": "a@", "parent_id": "mn1#", "message_tree_id": "t", "text": "r @", "role": "assistant", "rank": 0},
     ],
-}  # fmt: skip
+}
+# fmt: on
 GATHERED = ("kto", "helpsteer", "oasst")
 VALUES: list[Any] = [
     *(None, True, False, 0, -1, 3.5, 1e308, 10**30, "", " ", "\0", "\ud83d", "[INST]", "</s>", "a" * 300, "true", "NaN"),
@@ -256,7 +269,10 @@ def write_data(r: Random, folder: Path, pool: str | None = None) -> Data:
     form = r.choice(["jsonl"] * 6 + ["jsonl.gz", "array", "json", "parquet", "parquet", "other"])
     path = folder / f"rows.{form if form not in ('array', 'other') else r.choice(['jsonl', 'json'])}"
     if form == "parquet" and _is_parquet_written(path, rows):
-        return Data(path, len(rows), pool, whole)
+        if r.random() < 0.8:
+            return Data(path, len(rows), pool, whole)
+        path.write_bytes(scrambled(r, path.read_bytes()))
+        return Data(path, None, pool, {})
     texts = [json.dumps(row, ensure_ascii=r.random() < 0.5).encode("utf-8", "surrogatepass") for row in rows]
     if form in ("array", "json"):
         raw, lines = b"[" + r.choice([b",", b",\n"]).join(texts) + b"]", len(rows)
@@ -295,7 +311,7 @@ def data_case(r: Random, world: "World") -> Iterator[str]:
     options = [*(["--kind", kind] if kind else []), *(["--format", form] if form != "auto" else [])]
     checked = yield from world.ran(["data", "check", str(data.path), *options], [data.path])
     counts = re.search(r": (\d+) good \w+, (\d+) bad lines?, (\d+) repeated", checked.out)
-    empty = re.search(r"(\d+) rows? .*without", checked.out)
+    empty = re.search(r"rows of a known set without a record: (\d+)", checked.out)
     is_plain = data.pool not in GATHERED and data.lines is not None
     if counts and is_plain and not re.search(r"^[^:]+: file: ", checked.out, re.M):
         seen = int(counts[1]) + int(counts[2]) + (int(empty[1]) if empty else 0)
@@ -407,12 +423,12 @@ class World:
             yield f"an input changed: {list(arguments)}"
         return done
 
-    def case(self, r: Random, kind: str | None = None) -> Iterator[str]:
+    def case(self, r: Random, kind: str) -> Iterator[str]:
         """One random case; yields what is wrong."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
         os.chdir(self.scratch)
-        yield from CASES[kind or r.choice(list(CASES))](r, self)
+        yield from CASES[kind](r, self)
         stamp = self._stamp()
         for path in self.stamp:
             if stamp.get(path) != self.stamp[path]:
@@ -520,8 +536,9 @@ def words_case(r: Random, world: World) -> Iterator[str]:
     short = ["--max-new-tokens", r.choice(["2", "2", "2", "2", "0", "-1", "9" * 9])]
     over = r.choice([[], [], ["--overwrite"]])
     text = lambda: r.choice(["hi", "", "word " * 500, "[INST]", "</s>", "\0", "\ud83d", "\u2581", "<<SYS>>"])  # noqa: E731
+    # fmt: off
     init = [word for name, pool in (("preferences", "pairs"), ("safety", "pairs"), ("prompts", "prompts"),
-            ("adversarial", "prompts")) if r.random() < 0.4 for word in (f"--{name}", file(pool))]  # fmt: skip
+            ("adversarial", "prompts")) if r.random() < 0.4 for word in (f"--{name}", file(pool))]
     commands: Sequence[Callable[[], list[str]]] = [
         lambda: ["init", "--base", place(world.base), "--sft", file("dialogs"), *init, "--out", out("i.yaml"), *over,
                  *some(gpu=r.choice(["24GiB", "8x a100-80gb", "0GiB", "nanGiB", "x"]), hours="5", run_dir=r.choice(odd))],
@@ -543,7 +560,8 @@ def words_case(r: Random, world: World) -> Iterator[str]:
         lambda: ["data", "check", r.choice([*odd, *map(str, places_)])],
         lambda: ["data", "convert", file("rated"), out("c.jsonl"), *over],
         lambda: r.sample(["data", "check", "plan", "--help", "-m", "=", "a=b", "--", "--config", "", "compare", "\0"], 3),
-    ]  # fmt: skip
+    ]
+    # fmt: on
     command = r.choice(commands)()
     done = yield from world.ran(command, [data] if data else [])
     result = Path(command[command.index("--out") + 1]) if "--out" in command else None
@@ -570,14 +588,14 @@ def run_cases(world: World, *, calls: int, seed: int, kinds: Sequence[str] = ())
     faults: Counter[str] = Counter()
     number = slow = 0
     while world.calls < calls:
-        r = Random(f"{seed}-{number}")
-        kind = r.choice(kinds or list(CASES))
+        case = seed * 1_000_000 + number
+        kind = Random(-case).choice(kinds or list(CASES))
         begin = time.monotonic()
-        for fault in world.case(r, kind):
+        for fault in world.case(Random(case), kind):
             name = re.sub(r"\d+|'[^']*'", "N", fault.splitlines()[0])[-160:]
             faults[name] += 1
             if faults[name] <= 2:
-                print(f"{seed}-{number} {kind}: {fault}", flush=True)
+                print(f"--kind {kind} --case {case}: {fault}", flush=True)
         slow = max(slow, time.monotonic() - begin)
         number += 1
     print(f"{world.calls} calls of {number} cases, the slowest case {slow:.1f} s, {sum(faults.values())} faults")
@@ -593,8 +611,11 @@ if __name__ == "__main__":
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kind", nargs="*", choices=list(CASES), default=[])
+    parser.add_argument("--case", type=int, help="Repeat this one, of the one --kind.")
     given = parser.parse_args()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "HOME": tempfile.mkdtemp()}
     with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {**OFFLINE, "HOME": folder}
         world = World(Path(folder), train_sentencepiece)
+        if given.case is not None:
+            sys.exit("\n".join(world.case(Random(given.case), given.kind[0])) or None)
         sys.exit(bool(run_cases(world, calls=given.calls, seed=given.seed, kinds=given.kind)))

@@ -59,6 +59,7 @@ class CheckReport:
     characters: dict[str, "array[int]"] = field(default_factory=dict)  # by what the text is: the length of each
     labels: Counter[str] = field(default_factory=Counter)  # "rating better", "is_safe true", ... -> records or messages
     num_duplicates: int = 0  # records that are the same as one before them
+    num_empty: int = 0  # rows of a known set that hold no record
     _first_lines: dict[bytes, int] = field(default_factory=dict)
     _lines_by_kind: dict[Kind, "array[int]"] = field(default_factory=dict)
     _warned: dict[tuple[str, str], Warned] = field(default_factory=dict)
@@ -87,6 +88,8 @@ class CheckReport:
         kinds = f"{self.kind}s" if self.kind else "records"
         bad = f"{self.num_bad_lines} bad line{'' if self.num_bad_lines == 1 else 's'}"
         yield f"{self.path}: {self.num_records} good {kinds}, {bad}, {self.num_duplicates} repeated"
+        if self.num_empty:
+            yield f"  rows of a known set without a record: {self.num_empty}"
         if self.turns:
             yield "  turns: " + ", ".join(f"{turns} in {count}" for turns, count in sorted(self.turns.items()))
         for name, counts in self.characters.items():
@@ -112,6 +115,7 @@ class CheckReport:
         if row.kind is not None:
             self._lines_by_kind.setdefault(row.kind, array("Q")).append(row.line)
         if row.record is None:
+            self.num_empty += not row.problems
             return
         self.num_records += 1
         self._user_turns.append(user_turns(row.record))

@@ -42,6 +42,7 @@ _MAGIC = (
 _LFS = b"version https://git-lfs.github.com/spec/"
 _TABLES = (".csv", ".tsv")
 _HEAD = 1 << 16
+_DEEPEST = 250  # levels of a value; a tree of 100 messages has about 200
 
 
 def read_rows(path: str) -> Iterator[Row]:
@@ -243,7 +244,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 number += 1
                 row = dict(zip(batch.schema.names, map(_value_of, values), strict=True))
                 yield Row(number, _as_json(row))
-    except (pyarrow.ArrowException, OSError) as error:
+    # Names of columns that are not UTF-8 and sizes that no memory holds are found by Python, not by Arrow.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         reason = f"is damaged parquet from this row on ({first_line(error)})."
         yield bad_row(number + 1, "file", reason, "Fetch or write the file again.")
         return
@@ -344,7 +346,8 @@ def decode_line(raw: bytes, line: int) -> Row:
             "Save the file as UTF-8 (for example `iconv -f WINDOWS-1252 -t UTF-8 IN > OUT`), or correct the line.",
         )
     try:
-        return Row(line, json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant))
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        return _too_deep(line) if _is_deep(value) else Row(line, value)
     except json.JSONDecodeError as error:
         return _syntax_problem(text, line, error)
     except _RepeatedKeyError as error:
@@ -355,9 +358,29 @@ def decode_line(raw: bytes, line: int) -> Row:
         reason = f"holds {error}, which JSON does not have."
         return bad_row(line, f"column {column}", reason, "Write a number or null, or drop it.")
     except RecursionError:
-        return bad_row(line, "line", "is nested too deep to be a record.", "Drop the line.")
+        return _too_deep(line)
     except ValueError:  # an integer of more digits than Python converts
         return bad_row(line, "line", "holds a number of thousands of digits.", "Write it as a string, or drop it.")
+
+
+def _too_deep(line: int) -> Row:
+    return bad_row(line, "line", "is nested too deep to be a record.", "Drop the line.")
+
+
+def _is_deep(value: object) -> bool:
+    """Whether a value has so many levels that those who read, print or write it might run out of stack."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            item
+            for one in level
+            if isinstance(one, dict | list)
+            for item in (one.values() if isinstance(one, dict) else one)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _syntax_problem(text: str, line: int, error: json.JSONDecodeError) -> Row:

@@ -336,7 +336,8 @@ def _read(path: Path, form: TypeAdapter[Any]) -> Any:
     except ValidationError as error:
         problem = error.errors()[0]
         reason = f"{'.'.join(str(part) for part in problem['loc']) or 'the file'}: {problem['msg']}"
-    except (OSError, yaml.YAMLError) as error:
+    # A date of month 13 is a ValueError of the YAML reader's.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = first_line(error)
     raise ArtifactError(
         f"{path}: cannot be understood ({reason}). It says what a step was made with or what came out, as the step wrote"

@@ -8,6 +8,7 @@ A line that a killed command tore is dropped by every reader, and a number that 
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -109,8 +110,8 @@ class MetricsRecord(_Lines):
         self._append(step, [{name: _finite(value) for name, value in metrics.items()}])
 
     def read(self) -> list[dict[str, float]]:
-        """All whole lines; null reads as nan."""
-        return [{name: math.nan if value is None else value for name, value in row.items()} for row in self._rows()]
+        """All whole lines; null, and what is no number, reads as nan."""
+        return [{name: _number(value) for name, value in row.items()} for row in self._rows()]
 
 
 class SamplesRecord(_Lines):
@@ -130,9 +131,14 @@ def _finite(value: float) -> float | int | None:
     return number if math.isfinite(number) else None
 
 
+def _number(value: object) -> float:
+    is_number = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    return value if is_number else math.nan
+
+
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and isinstance(row.get(STEP), int) else None

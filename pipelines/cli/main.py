@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from shlex import quote
 from types import FrameType
@@ -75,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # One of several processes must not outlive the launcher either.
     if os.environ.get("LLAMACHAT_DIE_WITH_PARENT") == "1" or distributed.are_launched():
         die_with_parent()
+    # A name or a text may hold what the terminal's encoding has not; it is printed as its escape, as stderr does it.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     level = logging.INFO if number == 0 else logging.ERROR  # the others find the same to say
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for library in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):

@@ -120,6 +120,16 @@ def test_a_known_set_is_written_in_our_form(tmp_path: Path, reward_model: Reward
     assert record["score_chosen"] == pytest.approx(score_turns(reward_model, ["the cat", "Paris"]), abs=1e-5)
 
 
+def test_rows_without_an_answer_are_counted(
+    tmp_path: Path, reward_model: RewardModel, caplog: pytest.LogCaptureFixture
+):
+    rated = {"prompt": [USER], "answer_a": "Paris", "answer_b": "France", "choice": "a"}
+    file = write_lines(tmp_path / "in.jsonl", [rated, {**rated, "choice": None}])
+    with caplog.at_level(logging.WARNING):
+        done, _ = score_file(reward_model, file, None)
+    assert done.records == 1 and "1 rows hold no answer" in caplog.text
+
+
 def test_all_bad_lines_are_told_and_nothing_is_written(tmp_path: Path, reward_model: RewardModel):
     bad = [
         {"prompt": [USER]},

@@ -16,6 +16,7 @@ from typing import Any
 from llamachat.chat_format.dialog import as_dicts
 from llamachat.chat_format.llama2 import messages_of_text
 from llamachat.data.convert.turns import Repair
+from llamachat.data.files import decode_line
 from llamachat.data.records import Row, bad_row, label_of
 
 LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat")
@@ -52,10 +53,7 @@ def _of_json(text: str) -> list[Any] | None:
     """The turns that a text of JSON holds."""
     if not text.lstrip().startswith("["):
         return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    value = decode_line(text.encode("utf-8", "surrogatepass"), 0).value
     return value if value and all(isinstance(item, Mapping) for item in value) else None
 
 

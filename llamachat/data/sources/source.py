@@ -32,6 +32,7 @@ RawRecord = dict[str, Any]
 Steps = tuple[float, float, float]  # the least difference for slightly_better, better, significantly_better
 
 _OWN_LISTS = ("messages", "prompt", "chosen")
+_HIGHEST = 1e9  # of a score
 
 
 class RawRow(dict[str, Any]):
@@ -53,9 +54,9 @@ class RawRow(dict[str, Any]):
         return "" if self.get(name) is None else as_text(self[name], name)
 
     def number(self, name: str) -> float:
-        # NaN is a number to Python, and no score.
-        what = "a number, which says which answer is better,"
-        return self.required(name, what, lambda value: type(value) in (int, float) and value == value)
+        # NaN and infinity are numbers to Python, and no scores; differences of huge ones cannot be computed.
+        what = f"a number up to {_HIGHEST:g}, which says which answer is better,"
+        return self.required(name, what, lambda value: type(value) in (int, float) and abs(value) <= _HIGHEST)
 
     def boolean(self, name: str) -> bool:
         return self.required(name, "true or false", lambda value: isinstance(value, bool))

@@ -6,7 +6,7 @@ import pytest
 
 from llamachat.chat_format import ChatFormat
 from llamachat.data.check import CheckReport, check_path
-from tests.llamachat.data.lines import GOOD, answer, dialog, pair, prompt, system, user
+from tests.llamachat.data.lines import GOOD, answer, dialog, pair, prompt, system, user, write
 
 # What stands on the line, the field that is named, a part of the reason, a part of the mend.
 BROKEN_DIALOGS: dict[str, tuple[str, str, str, str]] = {
@@ -207,3 +207,11 @@ def test_keys_of_other_meanings_are_no_slips(tmp_path: Path, tiny_format: ChatFo
     # A prompt's name does not stand for the prompt that is missing.
     report = check(tmp_path / "b.jsonl", [pair(prompt=..., prompt_id="x")], tiny_format)
     assert [(found.field, "Rename" in found.fix) for found in report.problems] == [("prompt", False)]
+
+
+def test_rows_of_a_known_set_without_a_record_are_counted(tmp_path: Path, tiny_format: ChatFormat):
+    row = {"prompt": "q", "response_1": "a", "response_2": "b"}
+    path = write(tmp_path / "a.jsonl", [{**row, "preference_strength": strength} for strength in (0, 2, 0)])
+    report = check_path(path, None, "auto", tiny_format.forbidden)
+    assert (report.num_records, report.num_bad_lines, report.num_empty, report.exit_status) == (1, 0, 2, 0)
+    assert "without a record: 2" in report.text()

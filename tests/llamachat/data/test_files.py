@@ -209,6 +209,7 @@ def test_without_the_hub_the_error_says_so(monkeypatch: pytest.MonkeyPatch):
         (b'{"NaN": "NaN", "a": NaN}', "column 21", "holds NaN"),
         (b'{"x": {"b": 1, "b": 1}}', "'b'", "named twice"),
         (b"[" * 100_000, "line", "nested too deep"),
+        (b'{"role": ' + b"[" * 400 + b"]" * 400 + b"}", "line", "nested too deep"),
         (b'{"a": ' + b"9" * 5000 + b"}", "line", "thousands of digits"),
     ],
 )
@@ -331,6 +332,14 @@ def test_text_that_is_not_utf8_is_a_fault_of_its_row_and_column(tmp_path: Path, 
     assert (fault.line, fault.field) == (2, "prompt") and "bytes that are no UTF-8 text" in fault.reason
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "completion": ["a", "b"], "source": text}), path)
     assert convert_path(str(path), out, forbidden=tiny_format.forbidden, overwrite=True).written == 2, "nobody reads it"
+
+
+def test_the_name_of_a_column_that_is_not_utf8_is_a_fault_of_the_file(tmp_path: Path):
+    raw = parquet([{"columnname": "a"}], tmp_path / "a.parquet")
+    # Of equal length, so that nothing but the names changes.
+    path = write(tmp_path / "a.parquet", raw.replace(b"columnname", b"column\xffame"))
+    rows = list(read_rows(path))
+    assert [fault.field for row in rows for fault in row.problems][:1] in (["file"], [])
 
 
 def test_two_columns_of_one_name(tmp_path: Path):

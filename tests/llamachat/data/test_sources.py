@@ -484,3 +484,13 @@ def test_a_removed_root_takes_its_tree_along(tmp_path: Path, tiny_format: ChatFo
     sides = Split(test=0, validation=0, judge=0)
     found = load_mixture([DataSource(path=path)], sides, Dialog, forbidden=(), seed=0)
     assert (len(found.train), found.dropped) == (1, {f"{path}: row without a dialog": 1})
+
+
+@pytest.mark.parametrize("score", [float("1e999"), 10**400, float("nan")], ids=["infinite", "huge", "nan"])
+def test_scores_without_a_difference_are_refused(score: float, tmp_path: Path, tiny_format: ChatFormat) -> None:
+    answers = [{"response": text, "fine-grained_score": score} for text in ("a", "b")]
+    path = tmp_path / "a.jsonl"
+    written = json.dumps({"instruction": "q", "completions": answers + [completion("c", 1.5)]})
+    path.write_text(written.replace("Infinity", "1e999") + "\n")
+    report = check_path(str(path), None, "ultrafeedback", tiny_format.forbidden)
+    assert report.num_records == 0 and report.num_bad_lines == 1

@@ -73,12 +73,17 @@ def call(arguments: Sequence[str], limit: int = LONGEST) -> Call:
         raise Hang
 
     # As on a terminal: half a character cannot be printed, in an error it is escaped.
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors, newline="") for errors in ("strict", "backslashreplace"))
+    out, err = (
+        io.TextIOWrapper(io.BytesIO(), "utf-8", errors, newline="") for errors in ("strict", "backslashreplace")
+    )
     trace, status = "", -1
     root = logging.getLogger()
     handlers, root.handlers[:] = root.handlers[:], []
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(limit)
+    # By the processor's time, since a busy machine is no hang, and ten times that by the clock, for what waits.
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, limit), signal.SIGALRM: (signal.ITIMER_REAL, 10 * limit)}
+    before = {number: signal.signal(number, ring) for number in timers}
+    for timer, seconds in timers.values():
+        signal.setitimer(timer, seconds)
     begin = time.monotonic()
     stdin, sys.stdin = sys.stdin, io.StringIO("")
     try:
@@ -89,8 +94,9 @@ def call(arguments: Sequence[str], limit: int = LONGEST) -> Call:
     except BaseException as error:
         trace = f"{type(error).__name__}: {str(error)[:200]} @ {_place(error.__traceback__)}"
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for number, (timer, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
         root.handlers[:], sys.stdin = handlers, stdin
     texts = [_text(stream) for stream in (out, err)]
     return Call(arguments, status, *texts, trace, time.monotonic() - begin)
@@ -173,9 +179,47 @@ POOLS: dict[str, list[dict[str, Any]]] = {
 # fmt: on
 GATHERED = ("kto", "helpsteer", "oasst")
 VALUES: list[Any] = [
-    *(None, True, False, 0, -1, 3.5, 1e308, 10**30, "", " ", "\0", "\ud83d", "[INST]", "</s>", "a" * 300, "true", "NaN"),
-    *([], {}, [[]], [None], {"a": 1}, {"": ""}, "{}", "[]", "[{}]", "\u202e\u2581", [1, "a"], {"role": "user"}, [Q], [Q, A]),
-    *("Human: a\n\nAssistant: b", "\n\nHuman: q\n\nAssistant: r", '[{"role": "user"}]', {"role": ["user"], "content": []}),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        3.5,
+        1e308,
+        10**30,
+        "",
+        " ",
+        "\0",
+        "\ud83d",
+        "[INST]",
+        "</s>",
+        "a" * 300,
+        "true",
+        "NaN",
+    ),
+    *(
+        [],
+        {},
+        [[]],
+        [None],
+        {"a": 1},
+        {"": ""},
+        "{}",
+        "[]",
+        "[{}]",
+        "\u202e\u2581",
+        [1, "a"],
+        {"role": "user"},
+        [Q],
+        [Q, A],
+    ),
+    *(
+        "Human: a\n\nAssistant: b",
+        "\n\nHuman: q\n\nAssistant: r",
+        '[{"role": "user"}]',
+        {"role": ["user"], "content": []},
+    ),
     *({"from": ["human"], "value": [None]}, "<s>[INST] q [/INST]", "### Human: ### Assistant:", "2020-01-01", "a", "b"),
     *(float("nan"), float("inf"), "<b>x</b>&#99999;", "{" * 200, "k" * 5000),
 ]
@@ -184,7 +228,17 @@ KEYS = sorted(
     | {"weight", "question", "answer", "query", "turns", "tools", "parts", "type", "id", "message", "mesages", "\x1b", ""}
 )  # fmt: skip
 FORMATS = [
-    *("native", "alpaca", "sharegpt", "oasst", "oasst_preference", "hh_rlhf", "helpsteer2", "helpsteer3", "ultrafeedback"),
+    *(
+        "native",
+        "alpaca",
+        "sharegpt",
+        "oasst",
+        "oasst_preference",
+        "hh_rlhf",
+        "helpsteer2",
+        "helpsteer3",
+        "ultrafeedback",
+    ),
     *("ultrafeedback_binarized", "pku_saferlhf_safety", "pku_saferlhf_helpfulness", "rated_pairs", "self_instruct"),
     *("llamafactory_preference", "beavertails", "dolly", "gpteacher", "helpsteer2_preference", "zzz"),
 ]
@@ -402,7 +456,9 @@ class World:
     def _recipe(self, base: Path) -> dict[str, Any]:
         recipe = yaml.safe_load((Path(__file__).parents[1] / "configs" / "tiny.yaml").read_text())
         pools = {"sft": "dialogs", "helpfulness": "pairs", "safety": "pairs", "labels": "labels"}
-        data = {name: [{"path": str(self.files[pools.get(name, "prompts")])}] for name in recipe["data"] if name != "split"}
+        data = {
+            name: [{"path": str(self.files[pools.get(name, "prompts")])}] for name in recipe["data"] if name != "split"
+        }
         recipe["run"] = {"dir": "runs/tiny", "seed": 0}
         recipe["base"] |= {"model": str(base)}
         return {**recipe, "data": {**data, "split": recipe["data"]["split"]}}
@@ -436,11 +492,72 @@ class World:
         self.stamp = stamp
 
 
-NUMBERS: list[Any] = [0, 1, -1, 2, 3.5, 1e-9, 1e308, float("nan"), float("inf"), 10**30, "9" * 5000, "1e-5", "0x10", True]
+NUMBERS: list[Any] = [
+    0,
+    1,
+    -1,
+    2,
+    3.5,
+    1e-9,
+    1e308,
+    float("nan"),
+    float("inf"),
+    10**30,
+    "9" * 5000,
+    "1e-5",
+    "0x10",
+    True,
+]
 WORDS: list[Any] = [
-    *(None, "", " ", "~", "null", "auto", "a/b", "a/b:c", "/nonexistent/x", "/dev/null", ".", "..", "\0", "\ud83d", "x" * 300),
-    *("$HOME", "*a", "&a", "!x", "[", "{", "#", "\x1b[1m", "lora", "qlora", "sdpa", "float16", "oasst", "rm", "rm/x", "sft"),
-    *([], {}, [1], [[]], {"a": {"b": 1}}, ["sft", "sft"], {"sft": None}, "\u0663", "2020-01-01", "24GiB", "8x a100", "cpu"),
+    *(
+        None,
+        "",
+        " ",
+        "~",
+        "null",
+        "auto",
+        "a/b",
+        "a/b:c",
+        "/nonexistent/x",
+        "/dev/null",
+        ".",
+        "..",
+        "\0",
+        "\ud83d",
+        "x" * 300,
+    ),
+    *(
+        "$HOME",
+        "*a",
+        "&a",
+        "!x",
+        "[",
+        "{",
+        "#",
+        "\x1b[1m",
+        "lora",
+        "qlora",
+        "sdpa",
+        "float16",
+        "oasst",
+        "rm",
+        "rm/x",
+        "sft",
+    ),
+    *(
+        [],
+        {},
+        [1],
+        [[]],
+        {"a": {"b": 1}},
+        ["sft", "sft"],
+        {"sft": None},
+        "\u0663",
+        "2020-01-01",
+        "24GiB",
+        "8x a100",
+        "cpu",
+    ),
 ]
 
 
@@ -522,7 +639,9 @@ def words_case(r: Random, world: World) -> Iterator[str]:
         return str(path) if r.random() < 0.8 else r.choice([*map(str, places_), *odd])
 
     def out(name: str) -> str:
-        return r.choice([name] * 12 + ["a/b/" + name, "", ".", "..", "x" * 300, *map(str, places_), "\ud83d", "\0", *inputs])
+        return r.choice(
+            [name] * 12 + ["a/b/" + name, "", ".", "..", "x" * 300, *map(str, places_), "\ud83d", "\0", *inputs]
+        )
 
     def some(**options: str) -> list[str]:
         names = [name for name in options if r.random() < 0.25]

@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+
 def turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 

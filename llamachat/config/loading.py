@@ -53,7 +53,7 @@ class Layers:
     def override(self, text: str) -> ConfigProblem | None:
         """Lay one `section.key=value` over the present values; the value is YAML, a number in the key a list index."""
         name, equals, value_text = text.partition("=")
-        key: Key = tuple(int(part) if part.isdecimal() else part for part in name.strip().split("."))
+        key: Key = tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in name.strip().split("."))
         if not equals or not all(part != "" for part in key):
             return ConfigProblem(
                 COMMAND_LINE, "", f"'{text}' is no override. Write section.key=value, such as run.seed=1."

@@ -21,7 +21,7 @@ from llamachat import distributed
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.tokenizer import BASES_THAT_WORK, BOS_ID, EOS_ID, UNK_ID, Tokenizer, load_tokenizer
 from llamachat.config.sections import Base, RopeScaling, Tuning, is_hub_name
-from llamachat.errors import ArtifactError, ConfigError, first_line
+from llamachat.errors import ArtifactError, ConfigError, UsageError, first_line
 from llamachat.models import nf4
 from llamachat.models.files import check_model_folder
 from llamachat.models.weights import COMPUTED, file_weights, trunk_digest
@@ -461,10 +461,22 @@ def scale_rope(config: "LlamaConfig", scaling: RopeScaling | None, *, max_tokens
 def device_of(name: str) -> str:
     """`name`, or for auto the GPU where there is one; each of several processes has its own."""
     if name != "auto":
+        _check_device(name)
         return name
     if not distributed.use_gpus():
         return "cpu"
     return "cuda" if distributed.count() == 1 else f"cuda:{torch.cuda.current_device()}"
+
+
+def _check_device(name: str) -> None:
+    """UsageError where PyTorch has no device of this name."""
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device: '{name}' is no device that PyTorch can use here ({first_line(error)}). Models are loaded to it."
+            " Write auto, cpu, or cuda:N."
+        ) from error
 
 
 def gpus() -> list[int]:

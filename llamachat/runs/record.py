@@ -132,8 +132,7 @@ def _finite(value: float) -> float | int | None:
 
 
 def _number(value: object) -> float:
-    is_number = isinstance(value, int | float) and abs(value) <= sys.float_info.max
-    return value if is_number else math.nan
+    return value if isinstance(value, int | float) and abs(value) <= sys.float_info.max else math.nan
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -108,6 +108,7 @@ def test_overrides_reach_list_items_and_new_keys(recipe: Path) -> None:
     loaded = load(recipe, ["data.sft.0.limit=5", "data.split.test=0.1", "base.rope_scaling={type: linear, factor: 2}"])
     assert loaded.data.sft[0].limit == 5 and loaded.data.split.test == 0.1
     assert loaded.base.rope_scaling is not None and loaded.base.rope_scaling.factor == 2.0
+    assert "data.sft" in report(recipe, [f"data.sft.{'9' * 5000}.limit=5"]), "more digits than Python converts"
 
 
 def test_a_hub_name_is_no_missing_file(recipe: Path) -> None:

@@ -490,7 +490,7 @@ def test_a_removed_root_takes_its_tree_along(tmp_path: Path, tiny_format: ChatFo
 def test_scores_without_a_difference_are_refused(score: float, tmp_path: Path, tiny_format: ChatFormat) -> None:
     answers = [{"response": text, "fine-grained_score": score} for text in ("a", "b")]
     path = tmp_path / "a.jsonl"
-    written = json.dumps({"instruction": "q", "completions": answers + [completion("c", 1.5)]})
+    written = json.dumps({"instruction": "q", "completions": [*answers, completion("c", 1.5)]})
     path.write_text(written.replace("Infinity", "1e999") + "\n")
     report = check_path(str(path), None, "ultrafeedback", tiny_format.forbidden)
     assert report.num_records == 0 and report.num_bad_lines == 1

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import RopeScaling, Tuning
-from llamachat.errors import ArtifactError, ConfigError
+from llamachat.errors import ArtifactError, ConfigError, UsageError
 from llamachat.models.loading import (
     SEVEN_PROJECTIONS,
     attach_adapter,
     context_length,
+    device_of,
     find_model,
     load_adapter,
     load_base,
@@ -241,3 +242,10 @@ def test_a_name_is_a_folder_before_it_is_a_hub_name(tmp_path: Path, monkeypatch:
         find_model("owner/name", where="base.model")
     (tmp_path / "owner" / "name").mkdir()
     assert find_model("owner/name", where="base.model") == "owner/name"
+
+
+@pytest.mark.parametrize("name", ["nan", "1e-5", "cuda:99", "meta", "", "cpu:x"])
+def test_a_device_that_is_none_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UsageError, match="--device") as caught:
+        device_of(name)
+    assert f"'{name}'" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Hundreds of random calls of the command line break none of its rules; `tests/fuzzing.py` makes and judges them."""
+"""Hundreds of random calls of the command line break none of its rules; `tests/fuzzing/cases.py` makes and judges them."""
 
 import os
 import sys
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests import fuzzing
-from tests.fuzzing import OFFLINE, World, call
+from tests.fuzzing import cases
+from tests.fuzzing.cases import OFFLINE, World, call
 
 NUMBERS = st.integers(0, 2**32 - 1)
 ALIKE = settings(
@@ -19,7 +19,7 @@ ALIKE = settings(
     database=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],  # a smaller number is no simpler case
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
 
@@ -39,7 +39,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) 
 
 def check(fuzzed: World, kind: str, number: int) -> None:
     faults = list(fuzzed.case(Random(number), kind))
-    assert not faults, "\n".join([f"python -m tests.fuzzing --kind {kind} --case {number}", *faults])
+    assert not faults, "\n".join([f"python -m tests.fuzzing.cases --kind {kind} --case {number}", *faults])
 
 
 @settings(ALIKE, max_examples=150)
@@ -77,7 +77,7 @@ def test_what_breaks_a_rule_is_seen(fuzzed: World, monkeypatch: pytest.MonkeyPat
         Path(path).write_bytes(b"" if what == "empty" else Path(path).read_bytes())
         return {"quiet": 1, "odd": 7}.get(what, 0)
 
-    monkeypatch.setattr(fuzzing, "main", spoiled)
+    monkeypatch.setattr(cases, "main", spoiled)
     file = fuzzed.folder / "file"
     expected = {
         "raise": "KeyError",

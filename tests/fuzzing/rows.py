@@ -1,4 +1,4 @@
-"""Random rows and data files for `tests/fuzzing.py`: every form that is read, as it is and mutated."""
+"""Random rows and data files for `tests/fuzzing/cases.py`: every form that is read, as it is and mutated."""
 
 import copy
 import gzip

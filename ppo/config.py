@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from llamachat.config.section import Section, operational
 
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
-VERSION = 5
+VERSION = 6
 
 # Of a row: attention goes sequence by sequence there; longer rows are hardly faster and take more memory.
 CPU_ROW_TOKENS = 1024

@@ -37,7 +37,7 @@ GpuOption = Annotated[
     str | None, typer.Option("--gpu", help="The card: 24GiB, rtx-4090, 8x a100-80gb.", metavar="CARD")
 ]
 HoursOption = Annotated[
-    float | None, typer.Option("--hours", min=0.0, help="Hours that there are, for the whole.", metavar="H")
+    float | None, typer.Option("--hours", min=0.0, max=1e6, help="Hours that there are, for the whole.", metavar="H")
 ]
 OverwriteOutOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output if it exists. An input is never replaced.")

@@ -119,6 +119,9 @@ def test_presets_on_three_cards(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_plan_cannot_take_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--presets", "--gpu", "abacus"]) == 2
     assert "--gpu: 'abacus' is no card that is known" in capsys.readouterr().err
+    for hours in ("nan", "1e400", "-1"):
+        assert main(["plan", "--hours", hours, "--config", QLORA]) == 2
+        assert "--hours" in capsys.readouterr().err
     assert main(["plan", "--hours", "5", "--config", "configs/studies/k.yaml"]) == 2
     assert "is a study, whose runs the plan sums" in capsys.readouterr().err
 

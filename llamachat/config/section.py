@@ -115,7 +115,7 @@ def from_home(text: str) -> str:
         return text
 
 
-NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what neither a file of UTF-8 text nor a path can hold
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # characters that UTF-8 text and paths cannot contain
 
 
 def _usable_path(text: str) -> str:

@@ -368,7 +368,7 @@ def _too_deep(line: int) -> Row:
 
 
 def _is_deep(value: object) -> bool:
-    """Whether a value has so many levels that those who read, print or write it might run out of stack."""
+    """Whether a value is nested more than `_DEEPEST` levels deep: reading or writing it could exceed the recursion limit."""
     level = [value]
     for _ in range(_DEEPEST):
         level = [

@@ -52,7 +52,7 @@ _MISSPELT = 0.8  # similarity of two names from which one is taken for a slip of
 _KEYS_OF_ALL = frozenset(key for keys in KEYS.values() for key in keys)
 # "unsure" is the paper's other word for its lowest rating (Llama 2, section 3.2.1), the other a usual one for its highest.
 _RATING_ALIASES: dict[str, Rating] = {"unsure": "negligibly_better", "much_better": "significantly_better"}
-# What a label says of an answer; a number says it only where the label is of KTO's data.
+# Spellings of a label for a good and for a bad answer; numbers count only in KTO's format.
 _LABELS = {
     **dict.fromkeys(("true", "chosen", "good", "desirable"), True),
     **dict.fromkeys(("false", "rejected", "bad", "undesirable"), False),

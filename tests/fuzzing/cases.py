@@ -138,11 +138,11 @@ def data_case(r: Random, world: "World") -> Iterator[str]:
         return
     text = (gzip.open if out.suffix == ".gz" else open)(out, "rt", encoding="utf-8").read()
     written = text.count("\n")
-    told = re.search(rf"^{re.escape(str(out))}: (\d+) ", done.out, re.M)
+    reported = re.search(rf"^{re.escape(str(out))}: (\d+) ", done.out, re.M)
     table = done.out.partition("dropped because it")[2].splitlines()[1:]
     lost = sum(int(line.split()[-1]) for line in table if line.split() and line.split()[-1].isdigit())
-    if told is None or int(told[1]) != written:
-        yield f"convert: {written} lines, said {told and told[1]}"
+    if reported is None or int(reported[1]) != written:
+        yield f"convert: {written} lines, reported {reported and reported[1]}"
     if is_plain and written + lost < (data.lines or 0):
         yield f"convert: {data.lines} records, {written} written, {lost} counted\n{done.out[-600:]}"
     named = {int(number) for number in re.findall(rf"^{re.escape(str(data.path))}:(\d+): ", done.out, re.M)}

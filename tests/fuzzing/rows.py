@@ -14,7 +14,7 @@ def turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-# "@" becomes the number of the row, so that each record can be told from all others.
+# "@" becomes the number of the row, so that each record differs from all others.
 Q, A = turn("user", "What is @?"), turn("assistant", "It is @.")
 B = turn("assistant", "It is not @.")
 # fmt: off
@@ -191,7 +191,7 @@ def scrambled(r: Random, raw: bytes) -> bytes:
 
 @dataclass
 class Data:
-    """A file of rows. `lines` of it hold a record each; None where that cannot be told from outside."""
+    """A file of rows. `lines` of it hold a record each; None where the number of records is not known."""
 
     path: Path
     lines: int | None

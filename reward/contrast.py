@@ -118,6 +118,7 @@ _SHORT_WORDS = 6
 _LONGEST_REFUSAL = 300  # characters of a real refusal
 _NEAREST = 30  # another prompt's answer is one of this many that are next in length, on either side
 _PASSES = 8  # over the dialogs, at most
+_TOGETHER = 4  # pairs that a dialog gives one after the other: its prompt and answer are computed once for all
 
 _DECLINES = re.compile(
     r"(i'?m|i am)? ?(very |so |really )?(sorry|afraid)|i apologi[sz]e|my apologies|unfortunately|as an ai"
@@ -143,7 +144,8 @@ def contrast_pairs(
 ) -> list[Preference]:
     """`count` pairs whose chosen answer is one of a dialog's; fewer where the dialogs allow no more.
 
-    Every dialog gives a pair before one gives a second. An answer that declines is never preferred to a refusal.
+    Every dialog gives some pairs of several kinds, next to each other, before one gives more. An answer that declines is
+    never preferred to a refusal.
     `refusals` are real ones of other prompts; an eighth of those that are used are of them.
     """
     random = Random(f"contrast {seed}")
@@ -213,13 +215,15 @@ def _pairs(
         for dialog in random.sample(list(dialogs), len(dialogs)):
             ends = [place for place, message in enumerate(dialog.messages) if message.role == "assistant"]
             messages = dialog.messages[: random.choice(ends) + 1]
-            rejected = next(turn)(messages)
-            if rejected is not None and rejected.strip() not in (messages[-1].content.strip(), *CONSTANTS.values()):
-                yield Preference(
-                    prompt=messages[:-1],
-                    chosen=Message("assistant", messages[-1].content),
-                    rejected=Message("assistant", rejected),
-                )
+            alternatives = [next(turn)(messages) for _ in range(_TOGETHER)]
+            unlike = {messages[-1].content.strip(), *CONSTANTS.values()}
+            for rejected in dict.fromkeys(alternatives):
+                if rejected is not None and rejected.strip() not in unlike:
+                    yield Preference(
+                        prompt=messages[:-1],
+                        chosen=Message("assistant", messages[-1].content),
+                        rejected=Message("assistant", rejected),
+                    )
 
 
 def swapped_answers(dialogs: Sequence[Dialog], *, seed: int) -> list[str | None]:

@@ -67,7 +67,7 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
             loss = 0.0 * next(p for p in model.parameters() if p.requires_grad).sum()
             return (loss, {"scores": loss.detach()[None][:0]}) if return_outputs else loss
         scores_N, states_ND = scores_and_states(model, inputs)
-        chosen_B, rejected_B = scores_N[inputs["chosen"]], scores_N[inputs["chosen"] + 1]
+        chosen_B, rejected_B = scores_N[inputs["chosen"]], scores_N[inputs["rejected"]]
         num_pairs, num_labelled = inputs["pairs_of_step"], inputs["labelled_of_step"].clamp(min=1)
         ranking = ranking_losses(chosen_B, rejected_B, margin_B=inputs["margin"]).sum()
         auxiliary = safety_auxiliary_losses(scores_N[inputs["labelled"]], is_safe_N=inputs["is_safe"]).sum()
@@ -164,8 +164,7 @@ class Ranking:
 
     def progress(self, step: int) -> dict[str, float]:
         """Epochs up to this step."""
-        epochs = step * self.config.pairs_per_step / len(self.examples.train)
-        return {self.metric("epoch"): min(epochs, self.config.epochs)}
+        return {self.metric("epoch"): self.config.epochs * step / self.plan.num_steps}
 
     def evaluate(self, step: int) -> Evaluated:
         """Ranking loss without margin, in nats a pair, and the share of pairs in the right order; a tie is half right."""

@@ -310,7 +310,7 @@ def test_steps_have_their_pairs_and_an_even_share_of_the_labels():
 
 
 def test_a_row_without_responses_is_pads_alone():
-    pairs = [example(30, 30), example(2, 2), example(2, 2)]
+    pairs = [example(30, 30), example(2, 2), example(3, 2)]
     batches = plan_batches(pairs, [], pairs_per_step=2, epochs=1, seed=0, row_tokens=32, has_pair_labels=False)
     empty = batches.plan.rows.index(())
     batch = batches.collate([empty])

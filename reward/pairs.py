@@ -33,6 +33,7 @@ TESTED: tuple[Domain, ...] = ("helpfulness", "safety")  # open sets are learnt f
 Tagged = tuple[Domain, Preference]
 # Of the contrast pairs, those in which a refusal of a harmful prompt is preferred.
 _HARMFUL_SHARES: Mapping[Which, float] = {"safety": 0.5, "judge": 0.05}
+_MOST_HELD_OUT = 1000  # contrast pairs to validate with: they cost time at every evaluation
 UNSAFE_CHOSEN = "left out: the chosen answer is unsafe and the rejected one safe"
 
 
@@ -274,6 +275,7 @@ def _contrast(
         dialogs = [*dialogs, *preferred_dialogs(getattr(sources.helpfulness, side))]
     safety: list[Preference] = getattr(sources.safety, side)
     count = round(num_others * config.contrast.share / (1 - config.contrast.share)) if dialogs else 0
+    count = min(count, _MOST_HELD_OUT) if side == "validation" else count
     kinds = config.contrast.kinds
     pairs: list[Preference] = []
     if "refusal" in kinds and (share := _HARMFUL_SHARES.get(which)):

@@ -215,9 +215,12 @@ def plan_training(
 
 
 def pair_scores(model: nn.Module, pairs: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
-    """Scores of the chosen and of the rejected answers, [B] each, fp32 on the CPU."""
-    scores_N = response_scores(model, [ids for pair in pairs for ids in (pair.chosen, pair.rejected)])
-    return scores_N[0::2], scores_N[1::2]
+    """Scores of the chosen and of the rejected answers, [B] each, fp32 on the CPU; equal answers are scored once."""
+    distinct = list(dict.fromkeys(ids for pair in pairs for ids in (pair.chosen, pair.rejected)))
+    scores_N = response_scores(model, distinct)
+    places = {ids: place for place, ids in enumerate(distinct)}
+    chosen_B, rejected_B = ([places[getattr(pair, side)] for pair in pairs] for side in ("chosen", "rejected"))
+    return scores_N[chosen_B], scores_N[rejected_B]
 
 
 def response_scores(model: nn.Module, rows: Sequence[tuple[int, ...]]) -> Tensor:

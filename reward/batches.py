@@ -86,7 +86,10 @@ class Batches:
             found.ids.append(pair.rejected[shared:])
             found.shared.append(shared)
             found.margins.append(pair.margin)
-            answers = (pair.preference.chosen_is_safe, found.chosen[-1]), (pair.preference.rejected_is_safe, found.rejected[-1])
+            answers = (
+                (pair.preference.chosen_is_safe, found.chosen[-1]),
+                (pair.preference.rejected_is_safe, found.rejected[-1]),
+            )
             for is_safe, place in answers:
                 if self.has_pair_labels and is_safe is not None:
                     found.labelled.append(place)

@@ -22,9 +22,10 @@ from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.runs.record import MetricsRecord
 from llamachat.training.session import check_finite
 from reward import train as train_module
-from reward.batches import smaller
+from reward.batches import Batches, plan_batches, smaller
 from reward.config import Config, Contrast
 from reward.presentation import markdown
+from reward.pairs import PairExample
 from reward.ranking import Ranking
 from tests.reward.tiny_reward import data_of, open_session, reward_inputs, toy_labels, toy_pairs
 from tests.sft.tiny_sft import write_base
@@ -54,6 +55,11 @@ def step_gradients(ranking: Ranking, trainer: Any, step: int) -> tuple[float, di
     return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def pairs_of_step(batches: Batches, step: int) -> list[PairExample]:
+    groups = [index for row in batches.plan.step_rows(step) for index in row if index < len(batches.groups)]
+    return [batches.pairs[place] for index in groups for place in batches.groups[index]]
+
+
 def relative_gap(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     assert got.keys() == expected.keys() and got
     gap = torch.cat([(got[name] - expected[name]).flatten() for name in got]).norm()
@@ -72,7 +78,7 @@ def test_loss_and_gradients_are_those_of_trl_on_padded_batches(
         move_head(model)
         trainer: Any = session.trainer(ranking, tmp_path / "scratch")
         loss, got = step_gradients(ranking, trainer, 0)
-        pairs = [ranking.batches.pairs[index] for row in ranking.batches.plan.step_rows(0) for index in row]
+        pairs = pairs_of_step(ranking.batches, 0)
         assert len(pairs) == 12 and {pair.margin for pair in pairs} > {0.0, 3.0}
         batch = DataCollatorForPreference(pad_token_id=0)(
             [
@@ -112,8 +118,7 @@ def test_a_step_is_worth_what_its_pairs_and_labels_are_by_hand(base: Path, tmp_p
     config = Config(pairs_per_step=10, margin="small", safety_auxiliary_weight=0.7, row_tokens=64)
     with open_session(config, inputs) as (session, ranking):
         loss, _ = step_gradients(ranking, session.trainer(ranking, tmp_path / "scratch"), 0)
-        plan, pairs = ranking.batches.plan, ranking.batches.pairs
-        margins = [pairs[index].margin for row in plan.step_rows(0) for index in row if index < len(pairs)]
+        margins = [pair.margin for pair in pairs_of_step(ranking.batches, 0)]
     mean = sum(math.log(1 + math.exp(margin)) for margin in margins) / 10
     assert len(margins) == 10 and loss == pytest.approx(mean + 0.7 * math.log(2), rel=1e-5)
 
@@ -125,7 +130,7 @@ def test_language_loss_is_that_of_the_language_model_on_chosen_answers(tuning: T
     with open_session(config, reward_inputs(tmp_path, base, tuning=tuning)) as (session, ranking):
         trainer = session.trainer(ranking, tmp_path / "scratch")
         loss, got = step_gradients(ranking, trainer, 0)
-        pairs = [ranking.batches.pairs[index] for row in ranking.batches.plan.step_rows(0) for index in row]
+        pairs = pairs_of_step(ranking.batches, 0)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     total, tokens = torch.zeros(()), 0
     for pair in pairs:
@@ -174,6 +179,39 @@ def test_attention_a_sequence_at_a_time_is_eager_attention(dtype: str, base: Pat
     assert shared == pytest.approx(loss, abs=1e-6 if dtype == "float32" else 1e-2)
     assert relative_gap(gradient, expected) < (1e-5 if dtype == "float32" else 2e-2)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_comparisons_of_one_answer_stay_together_and_weigh_what_they_do_alone(
+    branches: bool, base: Path, tmp_path: Path
+):
+    """Loss and gradients against every comparison in a row of its own, computed whole."""
+    inputs = reward_inputs(tmp_path, base, attention="eager")
+    with open_session(Config(pairs_per_step=12, row_tokens=300), inputs) as (session, ranking):
+        move_head(ranking.model)
+        trainer = session.trainer(ranking, tmp_path / "scratch")
+        several = [
+            replace(pair, rejected=other.rejected, margin=0.1 * number)
+            for pair in ranking.examples.train[:5]
+            for number, other in enumerate(ranking.examples.train[:3])
+        ]
+        use_sequence_attention(ranking.model)
+        made: Any = {"epochs": 1, "seed": 0, "row_tokens": 300, "has_pair_labels": False}
+        batches = plan_batches(several, [], pairs_per_step=15, branches=branches, **made)
+        loss, got = step_gradients(replace(ranking, batches=batches), trainer, 0)
+        parts = []
+        for pair in several:
+            alone = plan_batches([pair], [], pairs_per_step=1, **made)
+            parts.append(step_gradients(replace(ranking, batches=alone), trainer, 0))
+        cut = plan_batches(several, [], pairs_per_step=4, branches=branches, **made)
+    assert len(batches.groups) == 5 and {len(group) for group in batches.groups} == {3}
+    assert [count for count, _, _ in cut.counts] == [6, 6, 3]  # whole groups, until there are at least 4
+    chosen = {pair.chosen for pair in several}
+    once = sum(map(len, chosen)) + sum(len(pair.rejected) - pair.shared for pair in several)
+    assert sum(batches.plan.tokens_per_step) == (once if branches else sum(pair.tokens for pair in several))
+    assert loss == pytest.approx(sum(part for part, _ in parts) / 15, rel=1e-5)
+    mean = {name: sum(gradient[name] for _, gradient in parts) / 15 for name in got}
+    assert relative_gap(got, mean) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])

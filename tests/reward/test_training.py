@@ -24,8 +24,8 @@ from llamachat.training.session import check_finite
 from reward import train as train_module
 from reward.batches import Batches, plan_batches, smaller
 from reward.config import Config, Contrast
-from reward.presentation import markdown
 from reward.pairs import PairExample
+from reward.presentation import markdown
 from reward.ranking import Ranking
 from tests.reward.tiny_reward import data_of, open_session, reward_inputs, toy_labels, toy_pairs
 from tests.sft.tiny_sft import write_base

@@ -3,14 +3,15 @@
 A row holds whole pairs and single responses, each apart from its neighbours by positions that begin anew at 0 (as in
 `llamachat.data.packing`); a step is a fixed set of pairs with an even share of the single responses, so that rows decide
 speed and memory and not the result. Each row carries how many pairs and labels its whole step has: losses are divided
-by those. Neighbouring pairs with one chosen answer stay together, as all comparisons of a prompt do in Ouyang et al. 2022
-(arXiv:2203.02155, section 3.5). Where the model attends by sequence, their prompt and chosen answer are computed once: the
-rejected answers are branches of the chosen one (`llamachat.models.sequence_attention`).
+by those. Neighbouring pairs whose chosen answers end the same dialog, or beginnings of it, stay together, as all comparisons
+of a prompt do in Ouyang et al. 2022 (arXiv:2203.02155, section 3.5). Where the model attends by sequence, that dialog is
+computed once: the rejected answers are its branches (`llamachat.models.sequence_attention`).
 Shapes: 1 a packed row, T positions, N responses of a row, B pairs of a row, L labelled responses of a row.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,17 +23,17 @@ from reward.pairs import LabelExample, PairExample
 
 # A CPU keeps a compiled kernel for each shape it has met: lengths are filled up to a multiple, which also is faster.
 SHAPE_MULTIPLE = 64
-_MOST_TOGETHER = 4  # pairs that stay together: a row holds them whole
+_MOST_TOGETHER = 12  # pairs that stay together: a row holds them whole
 
-Group = tuple[int, ...]  # places of pairs that have one chosen answer
+Group = tuple[int, ...]  # places of pairs in one dialog, the shortest first
 
 
 @dataclass(slots=True)
 class Responses:
     """What is scored in one row, and what is known of it."""
 
-    ids: list[tuple[int, ...]] = field(default_factory=list)  # of a branch, those after what it shares
-    shared: list[int] = field(default_factory=list)  # tokens that a branch shares with the last response that is none
+    ids: list[tuple[int, ...]] = field(default_factory=list)  # without the tokens that are shared
+    shared: list[int] = field(default_factory=list)  # first tokens that are those of the last response that shares none
     chosen: list[int] = field(default_factory=list)  # of each pair, its place in `ids`
     rejected: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
@@ -51,7 +52,7 @@ class Batches:
     plan: StepPlan
     has_pair_labels: bool  # whether safety labels of a pair's answers are learnt
     learns_language: bool  # whether the tokens of chosen answers are
-    branches: bool  # whether rejected answers are branches of the chosen one
+    branches: bool  # whether what the pairs of a group share is computed once
     counts: tuple[tuple[int, int, int], ...]  # pairs, labelled responses and tokens of chosen answers of each step
 
     def longest_row(self) -> int:
@@ -73,24 +74,20 @@ class Batches:
         return found
 
     def _add(self, found: Responses, group: Sequence[PairExample]) -> None:
-        """Pairs with one chosen answer, whose tokens are learnt once."""
+        """The answers of one group; the tokens of a chosen one are learnt once."""
         first = len(found.ids)
-        found.answers[first] = group[0].chosen_tokens
-        for number, pair in enumerate(group):
-            if number == 0 or not self.branches:
-                found.ids.append(pair.chosen)
-                found.shared.append(0)
-            found.chosen.append(first if self.branches else len(found.ids) - 1)
-            shared = pair.shared if self.branches else 0
-            found.rejected.append(len(found.ids))
-            found.ids.append(pair.rejected[shared:])
+        for ids, shared in _parts(group, branches=self.branches):
+            found.ids.append(ids)
             found.shared.append(shared)
+        places = {chosen: first + number for number, chosen in enumerate(dict.fromkeys(pair.chosen for pair in group))}
+        for rejected, pair in enumerate(group, start=first + len(places)):
+            chosen = places[pair.chosen]
+            found.answers[chosen] = pair.chosen_tokens
+            found.chosen.append(chosen)
+            found.rejected.append(rejected)
             found.margins.append(pair.margin)
-            answers = (
-                (pair.preference.chosen_is_safe, found.chosen[-1]),
-                (pair.preference.rejected_is_safe, found.rejected[-1]),
-            )
-            for is_safe, place in answers:
+            known = (chosen, pair.preference.chosen_is_safe), (rejected, pair.preference.rejected_is_safe)
+            for place, is_safe in known:
                 if self.has_pair_labels and is_safe is not None:
                     found.labelled.append(place)
                     found.is_safe.append(is_safe)
@@ -132,7 +129,7 @@ def pack_responses(
 ) -> dict[str, Tensor]:
     """One row of isolated responses: input_ids and position_ids [1, T], and `ends` [N], where each has its last token.
 
-    The positions of a response begin at its number of `shared` tokens; above 0 it is a branch of the last one that is none.
+    The positions of a response begin at its number of `shared` tokens: those of the last one that shares none.
     Pads fill the row up to a multiple of tokens, as one more response that is not scored; a row without responses is
     pads alone.
     """
@@ -176,7 +173,7 @@ def plan_batches(
             [*step, *(len(groups) + index for index in singles[start:end])]
             for step, start, end in zip(steps, bounds, bounds[1:], strict=False)
         ]
-    plan = _lay_out(steps, _lengths(pairs, groups, labels, branches=branches), row_tokens)
+    groups, plan = _lay_out(pairs, groups, labels, steps, row_tokens, branches=branches)
     return _counted(Batches(pairs, groups, labels, plan, has_pair_labels, learns_language, branches, ()))
 
 
@@ -184,19 +181,22 @@ def smaller(batches: Batches, row_tokens: int) -> Batches:
     """The same steps in rows of at most so many tokens."""
     plan = batches.plan
     steps = [[index for row in plan.step_rows(step) for index in row] for step in range(plan.num_steps)]
-    lengths = _lengths(batches.pairs, batches.groups, batches.labels, branches=batches.branches)
-    return _counted(replace(batches, plan=_lay_out(steps, lengths, row_tokens)))
+    groups, plan = _lay_out(batches.pairs, batches.groups, batches.labels, steps, row_tokens, branches=batches.branches)
+    return _counted(replace(batches, groups=groups, plan=plan))
 
 
 def _groups(pairs: Sequence[PairExample]) -> list[Group]:
-    """Neighbours with the same chosen answer to the same prompt."""
+    """Neighbours whose chosen answers end one dialog, or longer and longer beginnings of it."""
     groups: list[Group] = []
+    before: PairExample | None = None
     for place, pair in enumerate(pairs):
-        last = groups[-1] if groups else ()
-        if last and len(last) < _MOST_TOGETHER and pairs[last[0]].chosen == pair.chosen:
-            groups[-1] = (*last, place)
+        # What shares no token with its chosen answer is no branch of it.
+        joins = before and pair.chosen[: len(before.chosen)] == before.chosen and min(pair.shared, before.shared) > 0
+        if joins and len(groups[-1]) < _MOST_TOGETHER:
+            groups[-1] = (*groups[-1], place)
         else:
             groups.append((place,))
+        before = pair
     return groups
 
 
@@ -213,19 +213,57 @@ def _steps(groups: Sequence[Group], order: Sequence[int], pairs_per_step: int) -
     return steps
 
 
-def _lengths(
-    pairs: Sequence[PairExample], groups: Sequence[Group], labels: Sequence[LabelExample], *, branches: bool
-) -> list[int]:
-    """Positions of each group and each single response in a row."""
-    repeated = [
-        (len(group) - 1) * len(pairs[group[0]].chosen) if branches else 0 for group in groups
-    ]  # chosen answers that are computed once
-    whole = [sum(pairs[place].tokens - pairs[place].shared * branches for place in group) for group in groups]
-    return [length - less for length, less in zip(whole, repeated, strict=True)] + [len(label.ids) for label in labels]
+def _parts(group: Sequence[PairExample], *, branches: bool) -> list[tuple[tuple[int, ...], int]]:
+    """Ids of the different chosen answers, then of the rejected ones; each without its shared tokens, and their number."""
+    parts: list[tuple[tuple[int, ...], int]] = []
+    shared = 0
+    for chosen in dict.fromkeys(pair.chosen for pair in group):
+        parts.append((chosen[shared:], shared))
+        shared = len(chosen) if branches else 0
+    for pair in group:
+        ids, start = parts[-1]
+        shared = pair.shared if branches else 0
+        if shared and shared == start + len(ids):  # without a jump of positions it would go on with what stands before
+            shared -= 1
+        parts.append((pair.rejected[shared:], shared))
+    return parts
 
 
-def _lay_out(steps: Sequence[Sequence[int]], lengths: Sequence[int], row_tokens: int) -> StepPlan:
-    return lay_out(steps, lengths, capacity=row_tokens, world_size=distributed.count())
+def _length(group: Sequence[PairExample], *, branches: bool) -> int:
+    return sum(len(ids) for ids, _ in _parts(group, branches=branches))
+
+
+def _fitting(pairs: Sequence[PairExample], group: Group, row_tokens: int, *, branches: bool) -> list[Group]:
+    """The group, or as few parts of it as rows hold; a longer pair stands alone."""
+    fitting: list[Group] = [group[:1]]
+    for place in group[1:]:
+        longer = (*fitting[-1], place)
+        if _length([pairs[place] for place in longer], branches=branches) <= row_tokens:
+            fitting[-1] = longer
+        else:
+            fitting.append((place,))
+    return fitting
+
+
+def _lay_out(
+    pairs: Sequence[PairExample],
+    groups: Sequence[Group],
+    labels: Sequence[LabelExample],
+    steps: Sequence[Sequence[int]],
+    row_tokens: int,
+    *,
+    branches: bool,
+) -> tuple[list[Group], StepPlan]:
+    """Rows for steps that hold these groups and labels; first, groups that no row holds are divided."""
+    divided = [_fitting(pairs, group, row_tokens, branches=branches) for group in groups]
+    parts = [part for fitting in divided for part in fitting]
+    ends = accumulate(map(len, divided))
+    places = [range(end - len(fitting), end) for fitting, end in zip(divided, ends, strict=True)]
+    places += [range(len(parts) + number, len(parts) + number + 1) for number in range(len(labels))]
+    lengths = [_length([pairs[place] for place in part], branches=branches) for part in parts]
+    lengths += [len(label.ids) for label in labels]
+    contents = [[place for index in step for place in places[index]] for step in steps]
+    return parts, lay_out(contents, lengths, capacity=row_tokens, world_size=distributed.count())
 
 
 def _counted(batches: Batches) -> Batches:

@@ -118,7 +118,9 @@ _SHORT_WORDS = 6
 _LONGEST_REFUSAL = 300  # characters of a real refusal
 _NEAREST = 30  # another prompt's answer is one of this many that are next in length, on either side
 _PASSES = 8  # over the dialogs, at most
-_TOGETHER = 4  # pairs that a dialog gives one after the other: its prompt and answer are computed once for all
+# A dialog gives its pairs one after the other, so that it is computed once for all of them.
+_MOST_ANSWERS = 3
+_PAIRS_AN_ANSWER = 4  # of the only one; of each of several, one fewer
 
 _DECLINES = re.compile(
     r"(i'?m|i am)? ?(very |so |really )?(sorry|afraid)|i apologi[sz]e|my apologies|unfortunately|as an ai"
@@ -214,16 +216,14 @@ def _pairs(
     for _ in range(_PASSES):
         for dialog in random.sample(list(dialogs), len(dialogs)):
             ends = [place for place, message in enumerate(dialog.messages) if message.role == "assistant"]
-            messages = dialog.messages[: random.choice(ends) + 1]
-            alternatives = [next(turn)(messages) for _ in range(_TOGETHER)]
-            unlike = {messages[-1].content.strip(), *CONSTANTS.values()}
-            for rejected in dict.fromkeys(alternatives):
-                if rejected is not None and rejected.strip() not in unlike:
-                    yield Preference(
-                        prompt=messages[:-1],
-                        chosen=Message("assistant", messages[-1].content),
-                        rejected=Message("assistant", rejected),
-                    )
+            count = _PAIRS_AN_ANSWER - (len(ends) > 1)
+            for end in sorted(random.sample(ends, min(_MOST_ANSWERS, len(ends)))):
+                *prompt, chosen = dialog.messages[: end + 1]
+                alternatives = [next(turn)((*prompt, chosen)) for _ in range(count)]
+                unlike = {chosen.content.strip(), *CONSTANTS.values()}
+                for rejected in dict.fromkeys(text for text in alternatives if text):
+                    if rejected.strip() not in unlike:
+                        yield Preference(prompt=tuple(prompt), chosen=chosen, rejected=Message("assistant", rejected))
 
 
 def swapped_answers(dialogs: Sequence[Dialog], *, seed: int) -> list[str | None]:

@@ -253,11 +253,11 @@ def test_answers_of_equal_tokens_are_left_out(tiny_format: ChatFormat, tmp_path:
 # --- rows
 
 
-def example(chosen: int, rejected: int, **marks: Any) -> PairExample:
+def example(chosen: int, rejected: int, *, first: int = 3, **marks: Any) -> PairExample:
     answers = {name: Message("assistant", name) for name in ("chosen", "rejected")}
     return PairExample(
-        chosen=tuple(range(3, 3 + chosen)),
-        rejected=tuple(range(3, 3 + rejected)),
+        chosen=tuple(range(first, first + chosen)),
+        rejected=tuple(range(first, first + rejected)),
         margin=0.0,
         chosen_tokens=1,
         rejected_tokens=1,
@@ -292,7 +292,7 @@ def contents(batches: Batches) -> list[list[int]]:
 
 
 def test_steps_have_their_pairs_and_an_even_share_of_the_labels():
-    pairs = [example(2 + number % 5, 3) for number in range(25)]
+    pairs = [example(2 + number % 5, 3, first=number) for number in range(25)]
     labels = [LabelExample(ids=(4, 5), is_safe=True, source="y", prompt="")] * 11
     both, alone = (
         plan_batches(pairs, some, pairs_per_step=10, epochs=2, seed=1, row_tokens=32, has_pair_labels=False)
@@ -310,7 +310,7 @@ def test_steps_have_their_pairs_and_an_even_share_of_the_labels():
 
 
 def test_a_row_without_responses_is_pads_alone():
-    pairs = [example(30, 30), example(2, 2), example(3, 2)]
+    pairs = [example(30, 30), example(3, 2), example(2, 2)]
     batches = plan_batches(pairs, [], pairs_per_step=2, epochs=1, seed=0, row_tokens=32, has_pair_labels=False)
     empty = batches.plan.rows.index(())
     batch = batches.collate([empty])

@@ -182,7 +182,7 @@ def test_attention_a_sequence_at_a_time_is_eager_attention(dtype: str, base: Pat
 
 
 @pytest.mark.parametrize("branches", [False, True])
-def test_comparisons_of_one_answer_stay_together_and_weigh_what_they_do_alone(
+def test_comparisons_in_one_dialog_stay_together_and_weigh_what_they_do_alone(
     branches: bool, base: Path, tmp_path: Path
 ):
     """Loss and gradients against every comparison in a row of its own, computed whole."""
@@ -190,28 +190,40 @@ def test_comparisons_of_one_answer_stay_together_and_weigh_what_they_do_alone(
     with open_session(Config(pairs_per_step=12, row_tokens=300), inputs) as (session, ranking):
         move_head(ranking.model)
         trainer = session.trainer(ranking, tmp_path / "scratch")
+        one, two, three, *_ = ranking.examples.train
+        # Two answers of one dialog, each with three alternatives. The second's shares the tokens up to where the
+        # first's alternative ends: their positions go on without a jump, and they are apart all the same.
+        whole = one.chosen + one.chosen[1:] + two.chosen[1:]
+        cut = len(one.chosen) + len(two.chosen) // 2
+        short, half = one.chosen[: cut - 2] + (7, 8), whole[:cut] + (9,)
         several = [
-            replace(pair, rejected=other.rejected, margin=0.1 * number)
-            for pair in ranking.examples.train[:5]
-            for number, other in enumerate(ranking.examples.train[:3])
+            replace(one, chosen=chosen, rejected=rejected, margin=0.1 * number)
+            for number, (chosen, rejected) in enumerate(
+                [
+                    *[(one.chosen, two.rejected), (one.chosen, three.rejected), (one.chosen, (*short, 7, 8)[:cut])],
+                    *[(whole, half), (whole, two.rejected), (whole, (*whole, 5, 6))],
+                    *[(two.chosen, one.rejected), (two.chosen, three.rejected)],
+                ]
+            )
         ]
         use_sequence_attention(ranking.model)
-        made: Any = {"epochs": 1, "seed": 0, "row_tokens": 300, "has_pair_labels": False}
-        batches = plan_batches(several, [], pairs_per_step=15, branches=branches, **made)
+        made: Any = {"epochs": 1, "seed": 0, "has_pair_labels": False, "branches": branches}
+        batches = plan_batches(several, [], pairs_per_step=8, row_tokens=1000, **made)
         loss, got = step_gradients(replace(ranking, batches=batches), trainer, 0)
         parts = []
         for pair in several:
-            alone = plan_batches([pair], [], pairs_per_step=1, **made)
+            alone = plan_batches([pair], [], pairs_per_step=1, row_tokens=1000, **(made | {"branches": False}))
             parts.append(step_gradients(replace(ranking, batches=alone), trainer, 0))
-        cut = plan_batches(several, [], pairs_per_step=4, branches=branches, **made)
-    assert len(batches.groups) == 5 and {len(group) for group in batches.groups} == {3}
-    assert [count for count, _, _ in cut.counts] == [6, 6, 3]  # whole groups, until there are at least 4
-    chosen = {pair.chosen for pair in several}
-    once = sum(map(len, chosen)) + sum(len(pair.rejected) - pair.shared for pair in several)
-    assert sum(batches.plan.tokens_per_step) == (once if branches else sum(pair.tokens for pair in several))
-    assert loss == pytest.approx(sum(part for part, _ in parts) / 15, rel=1e-5)
-    mean = {name: sum(gradient[name] for _, gradient in parts) / 15 for name in got}
-    assert relative_gap(got, mean) < 1e-5
+        divided = smaller(batches, len(whole) + 40)
+        again, other = step_gradients(replace(ranking, batches=divided), trainer, 0)
+        steps = plan_batches(several, [], pairs_per_step=2, row_tokens=1000, **made).counts
+    assert sorted(map(len, batches.groups)) == [2, 6] and len(divided.groups) > 2
+    assert sorted(count for count, _, _ in steps) == [2, 6]  # whole groups
+    assert loss == pytest.approx(sum(part for part, _ in parts) / 8, rel=1e-5) == again
+    mean = {name: sum(gradient[name] for _, gradient in parts) / 8 for name in got}
+    assert relative_gap(got, mean) < 1e-5 and relative_gap(other, mean) < 1e-5
+    everything = sum(pair.tokens for pair in several)
+    assert (sum(batches.plan.tokens_per_step) < everything / 2) == branches
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])

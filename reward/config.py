@@ -41,7 +41,7 @@ class Contrast(Section):
     kinds: list[ContrastKind] = Field(
         default_factory=lambda: list(get_args(ContrastKind)),
         min_length=1,
-        description="What the answer is compared with: a refusal, another prompt's answer of similar length, or a degenerate answer (the prompt, a short answer or a phrase repeated, its own half, itself twice, one word), in shares of 4, 5 and 7 of 16; of the safety model 5, 1 and 2 of 8. Ours.",
+        description="What the answer is compared with: a refusal, another prompt's answer of similar length, or a degenerate answer (half of them the prompt or an earlier message; a short answer, a phrase repeated, its own half, itself twice, one word), in shares of 4, 5 and 7 of 16; of the safety model 5, 1 and 2 of 8. Ours.",
     )
 
 

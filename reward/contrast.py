@@ -114,6 +114,7 @@ CONSTANTS: Mapping[str, str] = {
     "one_word": "Banana.",
 }
 _MOST_REPEATED = 12
+_EARLIER = 0.3  # of what the dialog holds already, what stands before the question
 _SHORT_WORDS = 6
 _LONGEST_REFUSAL = 300  # characters of a real refusal
 _NEAREST = 30  # another prompt's answer is one of this many that are next in length, on either side
@@ -256,26 +257,30 @@ def _swapper(dialogs: Sequence[Dialog], random: Random) -> Callable[[Sequence[Me
 
 
 def _spoiler(dialogs: Sequence[Dialog], random: Random) -> Callable[[Sequence[Message]], str | None]:
-    """The question echoed, a short answer of another prompt, a phrase repeated, half of the answer, it twice, one word."""
+    """By turns something that the dialog holds already, mostly the question, and an answer that is never good.
+
+    A short answer of another prompt, a phrase repeated, half of the answer, it twice, or one word.
+    """
     others = [message.content for dialog in dialogs for message in dialog.messages if message.role == "assistant"]
     short = [answer for answer in others if len(answer.split()) <= _SHORT_WORDS] or [*FILLERS]
+    is_echo = cycle((True, False))
 
     def spoiled(messages: Sequence[Message]) -> str | None:
-        answer, question = messages[-1].content, messages[-2].content
+        *context, question, answer = (message.content for message in messages)
         words = answer.split()
-        match random.randrange(12):
-            case 0 | 1 | 2 | 3 | 4:
-                return question
-            case 5 | 6:
+        if next(is_echo):
+            return random.choice(context) if context and random.random() < _EARLIER else question
+        match random.randrange(7):
+            case 0 | 1:
                 return random.choice(short)
-            case 7:
+            case 2:
                 phrase = random.choice(
                     [random.choice(FILLERS), random.choice(short), _word(random.choice(others), random)]
                 )
                 return " ".join([phrase] * random.randint(2, _MOST_REPEATED))
-            case 8:
+            case 3:
                 return " ".join(words[: len(words) // 2]) if len(words) >= 6 else None
-            case 9:
+            case 4:
                 return f"{answer} {answer}"
             case _:
                 return _word(random.choice([answer, random.choice(others)]), random) if len(words) > 2 else None

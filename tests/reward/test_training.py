@@ -195,7 +195,7 @@ def test_comparisons_in_one_dialog_stay_together_and_weigh_what_they_do_alone(
         # first's alternative ends: their positions go on without a jump, and they are apart all the same.
         whole = one.chosen + one.chosen[1:] + two.chosen[1:]
         cut = len(one.chosen) + len(two.chosen) // 2
-        short, half = one.chosen[: cut - 2] + (7, 8), whole[:cut] + (9,)
+        short, half = (*one.chosen[: cut - 2], 7, 8), (*whole[:cut], 9)
         several = [
             replace(one, chosen=chosen, rejected=rejected, margin=0.1 * number)
             for number, (chosen, rejected) in enumerate(

@@ -1,17 +1,22 @@
 """Input that comes through a pipe: `<(zcat x.gz)`, a FIFO, `/dev/stdin`. It can be read once, and readers look twice."""
 
 import atexit
+import io
 import logging
+import os
+import select
 import shutil
 import stat
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 from llamachat.errors import UsageError
 
 log = logging.getLogger(__name__)
 
 _MAGIC = {b"PAR1": ".parquet", b"\x1f\x8b": ".jsonl.gz"}  # what the suffix of a file would say
+_PATIENCE = 30.0  # seconds that a program has to open the other end of a named pipe
 _copies: dict[tuple[int, int], Path] = {}  # by device and inode of the pipe
 
 
@@ -42,9 +47,28 @@ def regular_file(path: Path) -> Path:
     return _copies[place]
 
 
+def _opened(path: Path) -> tuple[BinaryIO, bytes]:
+    """The pipe, and what was read of it already; `UsageError` where it has a name, and no program comes to write to it."""
+    if not path.resolve().is_fifo():  # the pipe of a shell, whose other end is held
+        return path.open("rb"), b""
+    raw = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    poll = select.poll()
+    poll.register(raw, select.POLLIN)
+    head = b"" if poll.poll(1000 * _PATIENCE) else raw.read(1)  # None where a writer is there that has not written yet
+    if head == b"" and not poll.poll(0):
+        raw.close()
+        raise UsageError(
+            f"{path}: is a pipe to which no program writes; none came in {_PATIENCE:g} s. Start the one that writes, and "
+            "give the command again, or name a file."
+        )
+    os.set_blocking(raw.fileno(), True)
+    return io.BufferedReader(raw), head or b""
+
+
 def _copied(path: Path) -> Path:
-    with path.open("rb") as stream:
-        head = stream.read(4)
+    stream, head = _opened(path)
+    with stream:
+        head += stream.read(4 - len(head))
         suffix = next((suffix for magic, suffix in _MAGIC.items() if head.startswith(magic)), ".jsonl")
         with tempfile.NamedTemporaryFile(prefix="llamachat-pipe-", suffix=suffix, delete=False) as copy:
             atexit.register(Path(copy.name).unlink, missing_ok=True)

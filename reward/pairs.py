@@ -18,6 +18,7 @@ from llamachat.chat_format.dialog import Dialog, Message, with_system
 from llamachat.chat_format.format import shorten_alike
 from llamachat.config.sections import Data, DataSource
 from llamachat.data.loading import Mixture, load_mixture, mix
+from llamachat.data.problems import left_out
 from llamachat.data.records import Preference, Prompt, first_user_turn
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
@@ -173,7 +174,8 @@ def load_examples(
     if not train or not validation:
         raise DataError(
             f"rm/{which}: {len(train)} pairs to train on and {len(validation)} to validate with are left of data."
-            f"{' and data.'.join(own)} after splitting by first user turn. Both are needed. Add pairs, or change data.split."
+            f"{' and data.'.join(own)}{left_out(encoder.dropped)}. Both are needed. Add pairs, raise base.max_tokens where "
+            "they are longer, or change data.split."
         )
     validation += _contrast(config, encoder, sources, "validation", num_others=len(validation), which=which, seed=seed)
     test = list(encoder.pairs((domain, pair) for domain in TESTED for pair in mixtures[domain].test))

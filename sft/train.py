@@ -16,6 +16,7 @@ import torch
 
 from llamachat import distributed
 from llamachat.chat_format import ChatFormat, TrainOn
+from llamachat.data.problems import left_out
 from llamachat.errors import DataError
 from llamachat.models.loading import (
     attach_adapter,
@@ -93,8 +94,8 @@ def load_dialogs(config: Config, inputs: StepInputs, chat_format: ChatFormat) ->
     if not examples.train or not examples.validation:
         raise DataError(
             f"{inputs.dialogs.path if inputs.dialogs else 'data.sft'}: {len(examples.train)} dialogs to train on and "
-            f"{len(examples.validation)} to validate with are left after splitting by first user turn. Both are needed. Add "
-            "dialogs, or change data.split."
+            f"{len(examples.validation)} to validate with are left{left_out(examples.dropped)}. Both are needed. Add dialogs, "
+            "raise base.max_tokens where they are longer, or change data.split."
         )
     return examples
 

@@ -224,7 +224,7 @@ def load_sequences(
     if not train or not test:
         raise DataError(
             f"data.sft: its dialogs give {len(train)} sequences of {turns} user turns of at most {most_tokens} tokens to "
-            f"train on and {len(test)} to measure with, after splitting by first user turn. Ghost Attention needs both. "
+            f"train on and {len(test)} to measure with. Ghost Attention needs both. "
             "Add dialogs, or lower gatt.turns and gatt.evaluation_turns."
         )
     return Sequences(train, validation, test)

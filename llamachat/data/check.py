@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llamachat.chat_format.dialog import Dialog
 from llamachat.chat_format.tokenizer import SPACE
+from llamachat.config.section import from_home
 from llamachat.config.sections import Split, hub_set
 from llamachat.data.convert.turns import html_in
 from llamachat.data.files import has_byte_order_mark, read_rows
@@ -162,7 +163,7 @@ class CheckReport:
             self.kind = max(lines, key=lambda kind: len(lines[kind]), default=None)
             self.problems += self._of_other_kinds()
         self.problems.sort(key=lambda one: one.line)
-        file = Path(self.path).expanduser()
+        file = Path(from_home(self.path))
         if self.num_records and hub_set(self.path) is None and has_byte_order_mark(file):
             reason = "is a byte order mark, which is skipped here; other readers of JSON Lines refuse it."
             self._warn(1, "byte 1", reason, "Save the file as UTF-8 without it.")

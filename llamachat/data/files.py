@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from shlex import quote
 from typing import IO, Any, NoReturn, cast
 
+from llamachat.config.section import from_home
 from llamachat.config.sections import HubSet, hub_set, near_path
 from llamachat.data.problems import converted_path
 from llamachat.data.records import Row, bad_row, kind_of
@@ -36,12 +37,16 @@ _MAGIC = (
     (b"BZh", "bzip2"),
     (b"\xfd7zXZ", "xz"),
     (b"ARROW1", "an Arrow file"),
+    (b"\xff\xfe\0\0", "text in UTF-32"),
+    (b"\0\0\xfe\xff", "text in UTF-32"),
     (b"\xff\xfe", "text in UTF-16"),
     (b"\xfe\xff", "text in UTF-16"),
 )
 _LFS = b"version https://git-lfs.github.com/spec/"
 _TABLES = (".csv", ".tsv")
+_GAP, _COLON, _OBJECTS = re.compile(r"[\s,]*"), re.compile(r"\s*:\s*"), re.compile(r"\[\s*\{")
 _HEAD = 1 << 16
+_BEGIN = 32
 _DEEPEST = 250  # levels of a value; a tree of 100 messages has about 200
 
 
@@ -51,8 +56,8 @@ def read_rows(path: str) -> Iterator[Row]:
     if hub_name is not None:
         yield from _read_hub(hub_name)
         return
-    name = Path(path).expanduser()
-    refusal = _file_problem(name)
+    name = Path(from_home(path))
+    refusal = file_problem(name)
     if refusal is not None:
         yield refusal
         return
@@ -111,7 +116,7 @@ def has_byte_order_mark(path: Path) -> bool:
         return file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK
 
 
-def _file_problem(path: Path) -> Row | None:
+def file_problem(path: Path) -> Row | None:
     """Why the file as a whole cannot be read, or None."""
     try:
         if path.is_dir():
@@ -155,7 +160,9 @@ def _content(head: bytes) -> str:
     """What the first bytes of a file say that it is."""
     if head[257:262] == b"ustar":
         return "a tar archive"
-    return next((name for magic, name in _MAGIC if head.startswith(magic)), "text")
+    name = next((name for magic, name in _MAGIC if head.startswith(magic)), "text")
+    # Text of JSON has no byte that is 0; among the first characters of UTF-16 and UTF-32 there are some.
+    return "binary, or text in UTF-16 or UTF-32" if name == "text" and b"\0" in head[:_BEGIN] else name
 
 
 def _text_problem(path: Path, head: bytes) -> Row | None:
@@ -180,20 +187,34 @@ def _text_problem(path: Path, head: bytes) -> Row | None:
     if lines[0].strip() == b"{" and len(lines) > 1 and not lines[1].lstrip().startswith(b"{"):
         return _whole(
             "holds JSON spread over several lines, but each record stands on one line.",
-            f"Write one record a line: `jq -c '{_records_in(text) if is_whole else '.'}' {quote(str(path))}"
+            f"Write one record a line: `jq -c '{_records_in(text)}' {quote(str(path))}"
             f" > {quote(str(converted_path(path)))}`.",
         )
     return None
 
 
-def _records_in(text: bytes) -> str:
-    """jq's name of the records in an object: it is one itself, or has a list of them under a key."""
-    value = decode_line(text, 1).value
-    values = value.items() if isinstance(value, dict) and kind_of(value) is None else ()
-    lists = (
-        name for name, items in values if isinstance(items, list) and all(isinstance(item, dict) for item in items)
-    )
-    return next((f".{json.dumps(name)}[]" for name in lists), ".")
+def _records_in(head: bytes) -> str:
+    """jq's name of the records in an object that begins like this: it is one itself, or has a list of them under a key."""
+    decoder, text = json.JSONDecoder(), head.decode(errors="ignore")
+    position, found = text.index("{") + 1, "."
+    try:
+        while True:
+            name, position = decoder.raw_decode(text, _end_of(_GAP, text, position))
+            position = _end_of(_COLON, text, position)
+            item = _OBJECTS.match(text, position)
+            if item is not None and {"role", "from"} & decoder.raw_decode(text, item.end() - 1)[0].keys():
+                return "."  # turns
+            if kind_of({name: None}) is not None:
+                return "."
+            found = f".{json.dumps(name)}[]" if item and found == "." else found
+            _, position = decoder.raw_decode(text, position)
+    except (ValueError, RecursionError):  # the object ends here, or what was read of it
+        return found
+
+
+def _end_of(pattern: re.Pattern[str], text: str, position: int) -> int:
+    match = pattern.match(text, position)
+    return match.end() if match else position
 
 
 def _is_array(path: Path, text: bytes, *, is_whole: bool) -> bool:

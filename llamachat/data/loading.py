@@ -20,10 +20,12 @@ from random import Random
 from typing import Generic, Literal, TypeVar, cast, get_args
 
 from llamachat.chat_format.dialog import Dialog, DialogError, Message, check_texts
+from llamachat.config.section import from_home
 from llamachat.config.sections import DataSource, Split
 from llamachat.data.files import read_rows
-from llamachat.data.problems import Problem, reason_key, report
+from llamachat.data.problems import Problem, problem, reason_key, report
 from llamachat.data.records import (
+    BAD_ANSWER,
     KIND_OF,
     KINDS,
     Kind,
@@ -35,6 +37,7 @@ from llamachat.data.records import (
     asked,
     bad_row,
     kind_of,
+    label_of,
     parse_record,
     record_with_system,
 )
@@ -227,7 +230,7 @@ def _read(source: DataSource, record: type[R], forbidden: tuple[str, ...]) -> tu
     Three reward models read the same pairs. What decides the result is the key: the source, the kind, the forbidden
     texts, and the file as it is on the disk.
     """
-    file = Path(source.path).expanduser()
+    file = Path(from_home(source.path))
     state = file.stat() if file.is_file() else None
     stamp = state and (state.st_ino, state.st_size, state.st_mtime_ns)
     key = (source.model_dump_json(exclude={"weight"}), str(file.resolve()), stamp, record, forbidden)
@@ -329,6 +332,9 @@ def _parse_row(
 ) -> Iterator[Row]:
     if source is None or not isinstance(row.value, Mapping):
         yield _parsed(row, row.value, kind, usual, forbidden)
+        return
+    if source.kind == "dialog" and kind != "prompt" and label_of(row.value) is False:
+        yield replace(row, kind=source.kind, problems=(problem(row.line, *BAD_ANSWER),))
         return
     is_empty = True
     try:

@@ -4,7 +4,7 @@ A reader of data returns problems next to the rows that it could read, so that a
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -58,6 +58,12 @@ def reason_key(found: Problem) -> str:
     field = re.sub(r"\[\d+\]", "[]", re.sub(r"^byte \d+", "text", re.sub(r"^column \d+", "JSON", found.field)))
     reason = re.sub(r"\b(at (?:byte|character)|line|column) \d+", r"\1 N", found.reason)
     return f"{field}: {reason}"[:_KEY_LENGTH]
+
+
+def left_out(dropped: Mapping[str, int]) -> str:
+    """What was left out of the records, as a part of a sentence; "" where nothing was."""
+    counts = "; ".join(f"{count} x {reason}" for reason, count in sorted(dropped.items()))
+    return f" ({counts})" if counts else ""
 
 
 def report(problems: Sequence[Problem], path: str | Path) -> str:

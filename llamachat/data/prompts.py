@@ -16,6 +16,7 @@ from llamachat.config.sections import Base, Data, DataSource, Rollout
 from llamachat.data.files import source_names
 from llamachat.data.loading import fraction, load_mixture, read_records
 from llamachat.data.packing import epoch_order
+from llamachat.data.problems import left_out
 from llamachat.data.records import Prompt
 from llamachat.errors import ConfigError, DataError
 
@@ -106,8 +107,8 @@ def load_prompts(
             if only_safety:
                 what, key = "adversarial prompt (under data.adversarial, or marked is_safety)", "data.adversarial"
             raise DataError(
-                f"{key}: after splitting by first user turn, no {what} of at most {max_tokens} tokens is left on "
-                f"the {side} side. A policy learns on one side, is watched on the second and judged on the third. Add prompts, "
+                f"{key}: no {what} of at most {max_tokens} tokens is left on "
+                f"the {side} side{left_out(dropped)}. A policy learns on one side, is watched on the second and judged on the third. Add prompts, "
                 f"or change {share}."
             )
     validation, test = (_chosen(sides[side], size) for side, size in zip(("validation", "test"), held_out, strict=True))

@@ -10,6 +10,7 @@ unknown key is left out and named. An optional key with null counts as absent.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,7 @@ _MISSPELT = 0.8  # similarity of two names from which one is taken for a slip of
 _KEYS_OF_ALL = frozenset(key for keys in KEYS.values() for key in keys)
 # "unsure" is the paper's other word for its lowest rating (Llama 2, section 3.2.1), the other a usual one for its highest.
 _RATING_ALIASES: dict[str, Rating] = {"unsure": "negligibly_better", "much_better": "significantly_better"}
+_LABEL_NAMES = ("label", "kto_tag", "desirable", "is_desirable", "is_good")
 # Spellings of a label for a good and for a bad answer; numbers count only in KTO's format.
 _LABELS = {
     **dict.fromkeys(("true", "chosen", "good", "desirable"), True),
@@ -81,6 +83,13 @@ class Prompt:
     is_safety: bool = False
     id: str | None = None
 
+
+# The problem of a dialog whose label says so.
+BAD_ANSWER = (
+    "label",
+    "says that the answer is a bad one, but every answer of a dialog is trained on.",
+    "Drop the record; `llamachat data convert` does it, and with `--kind preference` pairs it with a good one.",
+)
 
 Record = Dialog | Preference | Prompt
 KIND_OF: dict[type[Record], Kind] = {Dialog: "dialog", Preference: "preference", Prompt: "prompt"}
@@ -112,7 +121,7 @@ def slip_of(name: str, known: tuple[str, ...]) -> str | None:
 
     A name that adds to a key (prompt_id) has a meaning of its own.
     """
-    near = get_close_matches(name, known, n=1, cutoff=_MISSPELT)
+    near = get_close_matches(name.strip().lower(), known, n=1, cutoff=_MISSPELT)
     return near[0] if near and len(near[0]) >= 4 and not name.startswith(f"{near[0]}_") else None
 
 
@@ -146,10 +155,10 @@ def kind_of(value: object) -> Kind | None:
 
 def label_of(row: Mapping[str, Any]) -> bool | None:
     """Whether a labelled answer is a good one (`label` of KTO's data); None where no label says."""
-    for name in ("label", "kto_tag"):
+    for name in _LABEL_NAMES:
         value = row.get(name)
         word = str(value).strip().lower() if isinstance(value, str | int | float) else ""
-        is_of_kto = name == "kto_tag" or "completion" in row or "response" in row
+        is_of_kto = name != "label" or "completion" in row or "response" in row
         found = _LABELS.get(word, _NUMBERS.get(word) if is_of_kto else None)
         if found is not None:
             return found
@@ -237,11 +246,7 @@ class _Parser:
         messages = self.messages(row, "messages", "either" if is_context else "assistant")
         is_safe = self.boolean(row, "is_safe")
         if not is_context and label_of(row) is False:
-            self.note(
-                "label",
-                "says that the answer is a bad one, but every answer of a dialog is trained on.",
-                "Drop the record; `llamachat data convert` does it, and with `--kind preference` pairs it with a good one.",
-            )
+            self.note(*BAD_ANSWER)
         is_learnt = is_context or any(message.train is not False for message in messages if message.role == "assistant")
         if messages and not self.problems and not is_learnt:
             self.note(
@@ -372,12 +377,24 @@ class _Parser:
             return  # already noted as a misspelt key
         other = kind_of(row)
         present = ", ".join(repr(name) for name in list(row)[:8]) or "nothing"
+        inner = next((name for name, value in row.items() if other is None and _holds_records(value)), None)
         what = "null" if key in row else f"missing; the record holds {present}"
         if other is not None and other != kind and not any(name in row for name in REQUIRED[kind]):
             fix = f"It looks like a {other}: move it to a file of those, or name that file where {other}s are read."
+        elif inner is not None:
+            fix = f"If the records are under {inner!r}, take them out: `jq -c '.{json.dumps(inner)}[]' IN > OUT`."
         else:
             fix = f"Write {_shape(kind)}, or name the 'format' or the 'columns' of the file."
         self.note(key, f"is {what}, but a {kind} needs it.", fix)
+
+
+def _holds_records(value: object) -> bool:
+    """Whether a value is a list of objects other than turns."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, Mapping) and not {"role", "from"} & item.keys() for item in value)
+    )
 
 
 def _shape(kind: Kind) -> str:

@@ -11,13 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from shlex import quote
 
 from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
 from llamachat.chat_format.dialog import DialogError, parse_messages
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.chat_format.tokenizer import SPACE
-from llamachat.data.files import BYTE_ORDER_MARK, decode_line, numbered_lines
+from llamachat.data.files import BYTE_ORDER_MARK, decode_line, file_problem, numbered_lines
+from llamachat.data.problems import converted_path, problem
 from llamachat.errors import DataError, kind_word
+from llamachat.pipes import regular_file
 from llamachat.runs.outputs import check_folder, check_output, written_beside
 
 MOST_SHOWN = 100  # bad lines that one error prints
@@ -50,6 +53,7 @@ def write_tokens(
     loaded, warning = load_proved_format(tokenizer_dir, chat_format=chat_format, allow_unproved=allow_unproved)
     dialogs = tokens = trained = 0
     problems: list[str] = []
+    _check_form(dialogs_in)
     with written_beside(out) as stream:
         for number, line in numbered_lines(dialogs_in):
             text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
@@ -70,6 +74,17 @@ def write_tokens(
             rest = [f"... and {more} more lines."] if more > 0 else []
             raise DataError("\n".join([*problems[:MOST_SHOWN], *rest, "Nothing was written."]))
     return TokensReport(dialogs, tokens, trained, warning)
+
+
+def _check_form(path: Path) -> None:
+    """`DataError` where the file as a whole is not JSON Lines."""
+    fault = file_problem(path)
+    problems = fault.problems if fault else ()
+    if not problems and regular_file(path).suffix == ".parquet":
+        command = f"llamachat data convert {quote(str(path))} {quote(str(converted_path(path)))}"
+        problems = (problem(0, "file", "is parquet, but JSON Lines are read here.", f"Convert it: `{command}`."),)
+    if problems:
+        raise DataError("\n".join(fault.at(path) for fault in problems))
 
 
 def _encode_line(chat_format: ChatFormat, line: bytes, number: int, train_on: TrainOn) -> TokenizedExample:

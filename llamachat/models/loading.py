@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from llamachat import distributed
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.tokenizer import BASES_THAT_WORK, BOS_ID, EOS_ID, UNK_ID, Tokenizer, load_tokenizer
+from llamachat.config.section import from_home
 from llamachat.config.sections import Base, RopeScaling, Tuning, is_hub_name
 from llamachat.errors import ArtifactError, ConfigError, UsageError, first_line
 from llamachat.models import nf4
@@ -219,7 +220,7 @@ def reading_of(artifact: Artifact, details: Mapping[str, Any]) -> dict[str, Any]
 
 def find_model(name: str, *, where: str, near: Path | None = None, may_be_hub: bool = True) -> str:
     """The folder that `name` means, from here or from a folder above `near`; else the hub name that it is."""
-    path = Path(name).expanduser()
+    path = Path(from_home(name))
     candidates = [path]
     if near is not None and not path.is_absolute():
         candidates += [parent / path for parent in near.resolve().parents]

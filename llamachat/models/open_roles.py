@@ -18,6 +18,7 @@ from torch import nn
 
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.tokenizer import UNK_ID
+from llamachat.config.section import from_home
 from llamachat.config.sections import Base, Tuning
 from llamachat.memory.role_bytes import place_reward_models
 from llamachat.models import nf4
@@ -313,7 +314,7 @@ class _Opening:
 
 def _reward_source(source: Source) -> _RewardSource:
     """The reward model's artifact in a folder; a plain model or a hub name has none."""
-    folder = Path(source.path if isinstance(source, Artifact) else source).expanduser()
+    folder = Path(from_home(str(source.path if isinstance(source, Artifact) else source)))
     artifact = source if isinstance(source, Artifact) else None
     if artifact is None and (folder / MANIFEST).is_file():
         artifact = read_artifact(folder, "reward_model", reader="ppo")

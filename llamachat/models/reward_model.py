@@ -21,6 +21,7 @@ from llamachat.chat_format.dialog import DialogError, Message, check_messages, w
 from llamachat.chat_format.format import shorten_alike
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.chat_format.tokenizer import UNK_ID, Tokenizer
+from llamachat.config.section import from_home
 from llamachat.config.sections import Base, Tuning, is_hub_name
 from llamachat.errors import ArtifactError
 from llamachat.models import nf4
@@ -181,7 +182,7 @@ def load_reward_model(
 ) -> RewardModel:
     """The reward model of an artifact, or of a folder or hub name with a plain Llama model of one label."""
     device = device_of(device)
-    folder = Path(path).expanduser()
+    folder = Path(from_home(str(path)))
     is_plain = (folder / "config.json").is_file() and not (folder / MANIFEST).is_file()
     if is_plain or (not folder.exists() and is_hub_name(str(path))):
         return _load_plain(str(path), dtype=dtype, device=device, attention=attention, is_trainable=is_trainable)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
+from llamachat.config.section import from_home
 from llamachat.errors import UsageError
 from llamachat.runs.atomic import incoming_file
 
@@ -29,7 +30,7 @@ def check_output(
     folder, or an empty one, is replaced.
     """
     try:
-        fault = _fault_of_input(out, [Path(path).expanduser() for path in inputs], is_folder=marker is not None)
+        fault = _fault_of_input(out, [Path(from_home(str(path))) for path in inputs], is_folder=marker is not None)
         fault = fault or (_fault_of_file(out) if marker is None else _fault_of_folder(out, marker))
         if fault is None and os.path.lexists(out) and not overwrite and not _is_empty_folder(out):
             fault = "exists already. Nothing is overwritten by default. Name another output, or add `--overwrite`."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from llamachat.config.section import from_home
 from llamachat.config.sections import Scoring, function_name
 from llamachat.errors import ConfigError
 from llamachat.runs.artifacts import MANIFEST, Artifact, Manifest, read_artifact
@@ -63,7 +64,7 @@ def model_facts(models: Mapping["RewardRole", Artifact | str]) -> dict[ModelName
 
 def _manifest_at(name: str) -> Manifest | None:
     """The manifest of a local artifact of ours; None of any other model."""
-    folder = Path(name).expanduser()
+    folder = Path(from_home(name))
     if not folder.is_dir() or ((folder / "config.json").is_file() and not (folder / MANIFEST).is_file()):
         return None
     return read_artifact(folder, "reward_model", reader="scoring").manifest

@@ -15,6 +15,7 @@ from context_distillation import Config as ContextDistillationConfig
 from evaluation import Config as EvaluationConfig
 from gatt import Config as GattConfig
 from llamachat.config.gpus import Gpu, parse_gpu
+from llamachat.config.section import from_home
 from llamachat.config.sections import DataSource
 from llamachat.errors import ArtifactError, LlamachatError
 from llamachat.memory.estimates import BYTES, Estimate, Setup, Shape, shape_of
@@ -396,7 +397,7 @@ def _details(place: str, kind: Any) -> dict[str, Any]:
     What is wrong with it is reported where it is read; the plan continues without.
     """
     try:
-        artifact = read_artifact(Path(place).expanduser(), kind)
+        artifact = read_artifact(Path(from_home(place)), kind)
     except LlamachatError:
         return {}
     return artifact.manifest.details | {"path": str(artifact.path)}
@@ -404,5 +405,5 @@ def _details(place: str, kind: Any) -> dict[str, Any]:
 
 def _place(name: Path | str) -> str:
     """One name for one folder; names of the hub stay."""
-    path = Path(name).expanduser()
+    path = Path(from_home(str(name)))
     return str(path.resolve()) if path.exists() or isinstance(name, Path) else str(name)

@@ -17,6 +17,7 @@ import yaml
 from llamachat.chat_format.llama2 import SPECIAL_TAGS
 from llamachat.config.gpus import CARDS, Gpu, parse_gpu
 from llamachat.config.loading import from_plain, read_layers
+from llamachat.config.section import from_home
 from llamachat.config.sections import bundled, hub_set, missing, model_fault
 from llamachat.data.check import CheckReport, check_path
 from llamachat.data.problems import report
@@ -128,7 +129,7 @@ def read_files(files: Mapping[str, Sequence[Path]]) -> DataFiles:
     earlier: dict[tuple[Path, Kind], str] = {}
     for option, path in ((option, path) for option, paths in files.items() for path in paths):
         kind, key = OPTIONS[option]
-        place = (path.expanduser().resolve(), kind)
+        place = (Path(from_home(str(path))).resolve(), kind)
         if place in earlier:
             raise UsageError(
                 f"{option}: '{path}' is given already (with {earlier[place]}). Its records would count twice. Name it once;"
@@ -146,14 +147,14 @@ def read_files(files: Mapping[str, Sequence[Path]]) -> DataFiles:
 
 def _checked(path: str, option: str, kind: Kind) -> CheckReport:
     """The report on a file that may be trained on."""
-    if not Path(path).expanduser().exists():
+    if not Path(from_home(path)).exists():
         raise UsageError(
             f"{option}: '{path}' is no file here. `init` reads every record, and downloads nothing. Fetch the set and convert"
             f" it (`llamachat data convert {quote(path)} FILE.jsonl`), or begin with a preset of configs/."
             if hub_set(path)
             else f"{option}: {missing(path, what='the data file')}"
         )
-    if not Path(path).expanduser().is_file() and not Path(path).expanduser().is_dir():
+    if not Path(from_home(path)).is_file() and not Path(from_home(path)).is_dir():
         raise UsageError(f"{option}: '{path}' is no file that a recipe could name. Write what comes through it to one.")
     checked = check_path(path, None, "auto", SPECIAL_TAGS)
     for problem in checked.problems:

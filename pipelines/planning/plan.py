@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llamachat.chat_format.dialog import Dialog
+from llamachat.config.section import from_home
 from llamachat.data.loading import SplitName, read_records, side_sizes, sides_of, user_turns
 from llamachat.data.records import Preference, Prompt
 from llamachat.errors import ChangedError, LlamachatError
@@ -73,7 +74,7 @@ def sides_of_data(recipe: Recipe) -> Iterator[str]:
         counts: Counter[SplitName] = Counter()
         warnings: list[str] = []
         for source in getattr(data, key):
-            path = Path(source.path).expanduser()
+            path = Path(from_home(source.path))
             if not path.is_file() or path.stat().st_size > LARGEST_READ:
                 continue
             with suppress(LlamachatError):  # reported where a step reads it

@@ -107,6 +107,21 @@ def test_a_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         assert "/dev/zero: is a device" in capsys.readouterr().err
 
 
+def test_a_pipe_without_a_writer_is_refused_and_a_slow_writer_awaited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llamachat.pipes._PATIENCE", 0.05)
+    os.mkfifo(tmp_path / "a.jsonl")
+    for command in (["data", "check"], ["plan", "--config"]):
+        assert main([*command, str(tmp_path / "a.jsonl")]) == 2
+        assert "to which no program writes" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "b.jsonl")
+    slow = Popen(["sh", "-c", f"(sleep 1; printf '{{\"a\":'; sleep 0.2; echo 1}}) > {tmp_path}/b.jsonl"])
+    monkeypatch.setattr("llamachat.pipes._PATIENCE", 0.5)  # the writer comes at once, and says nothing for a second
+    assert [row.value for row in read_rows(str(tmp_path / "b.jsonl"))] == [{"a": 1}]
+    assert slow.wait() == 0
+
+
 def test_a_pipe_that_cannot_be_copied_is_reported(
     fed: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,6 +218,12 @@ def test_no_dialog_on_one_side_of_the_split_is_told(split: Split, base: Path, tm
         sft.run(SHORT, inputs_of(tmp_path, base, toy_dialogs(4), split=split))
 
 
+def test_where_no_dialog_fits_the_error_says_so(base: Path, tmp_path: Path):
+    inputs = inputs_of(tmp_path, base, [pair("What is Paris? " * 30 + str(n), "Paris.") for n in range(20)])
+    with pytest.raises(DataError, match=r"20 x left out: .*longer than \d+ tokens.*raise base.max_tokens"):
+        sft.run(SHORT, inputs)
+
+
 def test_dialogs_that_do_not_fit_are_shortened_or_left_out_and_counted(base: Path, tmp_path: Path):
     long_turn = pair("What is Paris? " * 30, "Paris.")
     long_talk = [message for n in range(1, 9) for message in pair(f"And what is {n} and {n}?", "I like the weather.")]

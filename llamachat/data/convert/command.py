@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llamachat.chat_format.dialog import DialogError
+from llamachat.config.section import from_home
 from llamachat.config.sections import hub_set
 from llamachat.data.convert.forms import LISTS, LabelledPair, labelled_pairs, unfolded, unread_answers
 from llamachat.data.convert.records import SETS_OF_TURNS, kind_by_keys, repaired_record, sources_of, transcripts_joined
@@ -283,7 +284,7 @@ def _loose_rows(path: str, repairs: Counter[Repair]) -> Iterator[Row]:
     """Every row in order, with its value or its problem; what was repaired is counted."""
     plain = read_rows(path)
     first = next(plain, None)
-    file = Path(path).expanduser()
+    file = Path(from_home(path))
     is_lines = hub_set(path) is None and regular_file(file).suffix != ".parquet"
     if first and first.problems and not first.line:
         # Of all the faults of a file as a whole, the array's is the one whose fix names this command.
@@ -308,10 +309,10 @@ def _on_line(raw: bytes, line: int, repairs: Counter[Repair]) -> Iterator[Row]:
         repairs[Repair.BLANK_LINE] += 1
         return
     row = decode_line(raw, line)
-    parts = _parts(raw) if row.problems else []
-    if parts:
+    parts = [decode_line(part.encode(), line) for part in _parts(raw)] if row.problems else []
+    if any(not part.problems for part in parts):
         repairs[Repair.SEVERAL if len(parts) > 1 else Repair.COMMA] += 1
-    for one in [decode_line(part.encode(), line) for part in parts] or [row]:
+    for one in parts or [row]:
         yield from _unrolled(one, repairs)
 
 

@@ -164,6 +164,8 @@ def _repaired_turn(item: object, notes: Notes) -> object | None:
     if not isinstance(item, Mapping):
         return item
     turn = _renamed(item, notes)
+    if not {"role", "content"} & turn.keys():
+        return item
     if isinstance(turn.get("role"), str):
         plain = turn["role"].strip().lower()
         if plain in _TOOLS:

@@ -261,7 +261,7 @@ def test_tokens_tells_a_hundred_bad_lines_and_counts_the_rest(tmp_path: Path, to
 
 def test_tokens_refuses_files_it_cannot_read_or_write(tmp_path: Path, tokenizer_dir: Path) -> None:
     source = _write(tmp_path / "dialogs.jsonl", {"messages": as_dicts(TWO_PAIRS)})
-    with pytest.raises(DataError, match=r"missing.jsonl:1: file: cannot be read .*\(No such file"):
+    with pytest.raises(DataError, match=r"missing.jsonl: file: does not exist"):
         write_tokens(tokenizer_dir, tmp_path / "missing.jsonl", tmp_path / "ids.jsonl")
     with pytest.raises(UsageError, match=r"ids.jsonl' cannot be written \(No such file.*Make the folder"):
         write_tokens(tokenizer_dir, source, tmp_path / "nowhere" / "ids.jsonl")
@@ -269,6 +269,16 @@ def test_tokens_refuses_files_it_cannot_read_or_write(tmp_path: Path, tokenizer_
     cut.write_bytes(gzip.compress(source.read_bytes())[:-12])
     with pytest.raises(DataError, match=r"cut.jsonl.gz:\d+: file: cannot be read .*write the file again"):
         write_tokens(tokenizer_dir, cut, tmp_path / "ids.jsonl")
+    (tmp_path / "array.json").write_text(json.dumps([{"messages": as_dicts(TWO_PAIRS)}]))
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "table.parquet").write_bytes(b"PAR1")
+    for name, reason in {
+        "array.json": "is one JSON array.*llamachat data convert",
+        "empty.jsonl": "is empty",
+        "table.parquet": "is parquet.*llamachat data convert",
+    }.items():
+        with pytest.raises(DataError, match=f"{name}: file: {reason}"):
+            write_tokens(tokenizer_dir, tmp_path / name, tmp_path / "ids.jsonl")
     with pytest.raises(TokenizerError, match=r"has neither tokenizer.model nor tokenizer.json"):
         write_tokens(tmp_path, source, tmp_path / "ids.jsonl")
 

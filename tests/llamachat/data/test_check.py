@@ -60,6 +60,12 @@ BROKEN_DIALOGS: dict[str, tuple[str, str, str, str]] = {
     "misspelt train": (dialog(user("a"), answer("b", trian=False)), "messages[1].trian", "no key", "Rename it 'train'"),
     "nothing to learn": (dialog(user("a"), answer("b", train=False)), "messages", "nothing to learn", "Take it out"),
     "label of no boolean": (dialog(user("a"), answer("b"), is_safe="yes"), "is_safe", "is 'yes'", "without quotes"),
+    "records inside": (
+        '{"data": [{"x": 1}]}',
+        "messages",
+        "is missing; the record holds 'data'",
+        "jq -c '.\"data\"[]'",
+    ),
     "another kind": (pair(), "record", "is a preference by its keys", "file of preferences"),
 }
 BROKEN_PREFERENCES: dict[str, tuple[str, str, str, str]] = {

@@ -178,6 +178,7 @@ PREFERENCES: dict[str, tuple[str, object, dict[Repair, int]]] = {
         {**ABC, "rating": "slightly_better", "chosen_is_safe": True},
         {Repair.LABEL: 2, Repair.LEFT_OUT: 1},
     ),
+    "capitals": (json.dumps({f" {name.upper()}": value for name, value in ABC.items()}), ABC, {Repair.KEY: 3}),
     "paper's rating": (json.dumps({**ABC, "rating": "Unsure"}), {**ABC, "rating": "negligibly_better"},
                        {Repair.LABEL: 1}),
 }  # fmt: skip
@@ -290,6 +291,8 @@ def test_what_is_odd_but_sound_stays(bench: Bench):
         ('{"question": "a", "answer": "b", "label": "Rejected"}', "label: says that the answer is a bad one"),
         (dialog(*turns("a", "b"), kto_tag=0), "label: says that the answer is a bad one"),
         (dialog(*turns("a", "b"), label="undesirable"), "label: says that the answer is a bad one"),
+        (dialog(*turns("a", "b"), desirable=False), "label: says that the answer is a bad one"),
+        (dialog({"full_text": "a"}), r"messages\[0\].role: is missing; the message holds 'full_text'"),
         ('{"text": "a [INST] b"}', "messages: is missing"),
         ('{"text": "[INST] a [/INST] b [/INST]"}', "holds '.*INST.'"),
         (json.dumps({"messages": "[1, 2]"}), "messages: is a string"),
@@ -528,6 +531,7 @@ def test_forms_of_files_give_the_same_records(bench: Bench):
     assert bench.convert(forms["d.json"], name="d.json")[0].times == {Repair.ARRAY: 1}
     assert bench.convert(forms["f.jsonl"])[0].times == {Repair.SEVERAL: 2}
     assert bench.convert(forms["h.jsonl"])[0].times == {Repair.COMMA: 39}
+    assert bench.convert('{"a": NaN}\n' + lines[0])[0].times == {}, "no comma was there"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), bench.folder / "i.parquet")
     report = convert_path(str(bench.folder / "i.parquet"), bench.folder / "i.jsonl", forbidden=bench.forbidden)
     assert bench.checked(bench.folder / "i.jsonl", report) == rows

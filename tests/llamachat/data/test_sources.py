@@ -349,6 +349,21 @@ def test_unrated_pairs_are_counted(tmp_path: Path, tiny_format: ChatFormat) -> N
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == expected
 
 
+@pytest.mark.parametrize("label", ["label", "kto_tag"])
+@pytest.mark.parametrize("name", ["alpaca", "sharegpt"])
+def test_an_answer_with_a_bad_label_is_not_learnt(
+    name: str, label: str, tmp_path: Path, tiny_format: ChatFormat
+) -> None:
+    good = next(row for other, row, _ in GOOD if other == name)
+    path = write(tmp_path / "kto.jsonl", [{**good, label: True}, {**good, label: False}])
+    (fault,) = check_path(path, None, "auto", tiny_format.forbidden).problems
+    assert (fault.line, fault.field) == (2, "label")
+    with pytest.raises(DataError, match=r"kto.jsonl:2: label: says that the answer is a bad one"):
+        read(path, "dialog", tiny_format)
+    assert len(read(path, "dialog", tiny_format, on_bad_record="drop")) == 1
+    assert len(read(path, "prompt", tiny_format)) == 2, "the question is no answer"
+
+
 def test_what_a_set_gives_keeps_the_rules_of_records(tmp_path: Path, tiny_format: ChatFormat) -> None:
     path = write(tmp_path / "rated.jsonl", [RATED | {"rating": "best"}, RATED, RATED | {"answer_a": "b"}])
     with pytest.raises(DataError, match=r":1: rating: (.|\n)*:3: rejected: "):

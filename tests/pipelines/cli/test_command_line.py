@@ -137,6 +137,10 @@ def test_the_home_folder_is_read_in_options(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["sft", "--dry-run", "--config", "~/recipe.yaml", "run.dir=~/my runs/x"]) == 0
     assert f"dir: {tmp_path}/my runs/x\n" in capsys.readouterr().out
+    for command in (["data", "check"], ["data", "convert"], ["init", "--base", "assets/base", "--sft"]):
+        out = {"convert": [f"{tmp_path}/out.jsonl"], "--sft": ["--out", f"{tmp_path}/out.yaml"]}.get(command[-1], [])
+        assert main([*command, "~nobody-of-this-name/a.jsonl", *out]) == 2
+        assert "does not exist" in "".join(capsys.readouterr())
 
 
 def test_make_gives_every_name_of_a_recipe_to_the_shell_as_it_is(tmp_path: Path) -> None:

@@ -100,7 +100,10 @@ class TextCheck:
     fault: Callable[[str], str | None]
 
     def problems(self, value: object) -> Iterator[tuple[Key, str]]:
-        text = self.fault(from_home(value)) if isinstance(value, str) else None
+        try:
+            text = self.fault(from_home(value)) if isinstance(value, str) else None
+        except OSError as error:  # a name longer than the file system's
+            text = f"it cannot be opened ({error.strerror or error}). Name another"
         if text:
             yield (), text
 

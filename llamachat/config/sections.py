@@ -75,6 +75,8 @@ def near_path(text: str) -> str | None:
 
 def missing(text: str, *, what: str) -> str:
     """The words for a path that does not exist."""
+    if Path(text).is_symlink():
+        return f"{what} '{text}' is a link to '{Path(text).readlink()}', which does not exist. Mount or fetch that."
     hint = near_path(text)
     if not Path(text).is_absolute() and (_REPOSITORY / text).exists():
         advice = f"It exists in {_REPOSITORY}: run the command there, or give the whole path."
@@ -86,6 +88,8 @@ def missing(text: str, *, what: str) -> str:
 
 
 def _data_fault(text: str) -> str | None:
+    if text and Path(text).is_dir():
+        return f"'{text}' is a folder, but records are read from one file. Name a file in it."
     return missing(text, what="the data file") if not Path(text).exists() and hub_set(text) is None else None
 
 
@@ -111,7 +115,7 @@ def _policy_fault(text: str) -> str | None:
     return None if Path(text).is_dir() else missing(text, what="the policy folder")
 
 
-DATA_PATH = TextCheck(_data_fault)  # a file or folder of records, or a data set of the hub
+DATA_PATH = TextCheck(_data_fault)  # a file of records, or a data set of the hub
 MODEL_PATH = TextCheck(model_fault)  # a model folder, or a model of the hub
 REWARD_MODEL_PATH = TextCheck(_reward_model_fault)  # a step, artifact or model folder, or a model of the hub
 POLICY_PATH = TextCheck(_policy_fault)  # a run, step or artifact folder

@@ -17,10 +17,10 @@ import yaml
 from llamachat.chat_format.llama2 import SPECIAL_TAGS
 from llamachat.config.gpus import CARDS, Gpu, parse_gpu
 from llamachat.config.loading import from_plain, read_layers
-from llamachat.config.section import from_home
+from llamachat.config.section import NO_TEXT, from_home
 from llamachat.config.sections import bundled, hub_set, missing, model_fault
 from llamachat.data.check import CheckReport, check_path
-from llamachat.data.problems import report
+from llamachat.data.problems import printable, report
 from llamachat.data.records import Kind
 from llamachat.errors import DataError, UsageError
 from llamachat.memory.estimates import KNOWN_BASES, Shape, shape_of
@@ -88,6 +88,10 @@ def init(
     base: str, files: Mapping[str, Sequence[Path]], *, gpu: str | None, hours: float | None, out: Path, run_dir: str
 ) -> str:
     """Write the recipe for files by option; returns what was chosen and what to do next."""
+    named = [(option, str(path)) for option, paths in files.items() for path in paths]
+    for option, path in (("--base", base), ("--run-dir", run_dir), *named):
+        if NO_TEXT.search(path):
+            raise UsageError(f"{option}: {path!a} is no UTF-8 text, so no recipe can name it. Rename it.")
     if fault := model_fault(base):
         raise UsageError(f"--base: {fault}")
     if Path(base).is_dir():
@@ -349,7 +353,7 @@ def _write(out: Path, draft: Draft, data: DataFiles) -> str:
         ("memory", f"about {fit.peak_bytes / 2**30:.1f} GiB at the peak ({fit.worst}), estimated{room}"),
         ("time", f"about {duration(3600 * (fit.hours or 0))} by estimate: {steps}"),
     ]
-    lines = [f"  {label:<12} {text}" for label, text in rows]
+    lines = [f"  {label:<12} {printable(text)}" for label, text in rows]  # a comment ends with its line
     head = [f"# Written by `llamachat init` from {preset}, which says where each value is from."]
     head += [f"# {line}" for line in lines]
     text = yaml.safe_dump(draft.values, sort_keys=False, width=110, allow_unicode=True, default_flow_style=None)

@@ -220,6 +220,8 @@ def test_missing_paths_are_told_with_what_is_near(
         "base.policy=emty": "the policy folder 'emty' does not exist. Did you mean 'empty'?",
         "data.sft.0.path=dat/chat.jsonl": "the data file 'dat/chat.jsonl' does not exist. Did you mean 'data/chats.jsonl'?",
         "data.sft.0.path=data/chat": "the data file 'data/chat' does not exist.",
+        "data.sft.0.path=data": "'data' is a folder, but records are read from one file.",
+        f"data.sft.0.path={'x' * 300}.jsonl": "data.sft.0.path: it cannot be opened (File name too long)",
     }
     for override, expected in cases.items():
         assert expected in report(recipe, [override]), override

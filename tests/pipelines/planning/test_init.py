@@ -153,6 +153,13 @@ def test_it_says_what_it_chose_and_what_next_and_the_recipe_says_why(capsys: pyt
     assert "run" in yaml.safe_load(text)
 
 
+@pytest.mark.parametrize("name", ["a\nb: [.jsonl", "a\x1b[31m.jsonl", "# \u2028 'x\".jsonl"])
+def test_a_file_of_any_name_gives_a_recipe_that_loads(name: str) -> None:
+    Path("dialogs.jsonl").rename(name)
+    assert init(sft=name) == 0
+    assert main(["plan", "--config", "recipe.yaml"]) == 0
+
+
 def test_a_recipe_is_not_written_over_unasked(capsys: pytest.CaptureFixture[str]) -> None:
     assert init() == 0
     before = Path("recipe.yaml").read_text()
@@ -172,6 +179,7 @@ def refusals(folder: Path) -> dict[str, tuple[list[str], dict[str, str], str]]:
     lines[2] = lines[2].replace('"assistant"', '"gpt"')
     (folder / "bad.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "nothing.jsonl").write_text("")
+    (folder / "link.jsonl").symlink_to("gone.jsonl")
     (folder / "table.csv").write_text("question,answer\na,b\n")
     (folder / "prose.txt").write_text("Hello there.\nHow are you?\n")
     no_file = "--sft: the data file 'dialog.jsonl' does not exist. Did you mean 'dialogs.jsonl'?"
@@ -195,6 +203,13 @@ def refusals(folder: Path) -> dict[str, tuple[list[str], dict[str, str], str]]:
         "a set of the hub": ([], {"sft": "owner/name"}, "--sft: 'owner/name' is no file here."),
         "a card nobody knows": (["--gpu", "rtx-9999"], {}, "--gpu: 'rtx-9999' is no card that is known."),
         "another architecture": ([], {"base": "other"}, "'other' has the architecture 'mistral'"),
+        "a name in no encoding": ([], {"sft": "\udcff.jsonl"}, "--sft: '\\udcff.jsonl' is no UTF-8 text"),
+        "a run of such a name": (["--run-dir", "\udcff"], {}, "--run-dir: '\\udcff' is no UTF-8 text"),
+        "a link to nowhere": (
+            [],
+            {"sft": "link.jsonl"},
+            "'link.jsonl' is a link to 'gone.jsonl', which does not exist.",
+        ),
         "no model": ([], {"base": "empty"}, "--base: the folder 'empty' holds no config.json"),
         "no base": ([], {"base": "bas"}, "--base: the model folder 'bas' does not exist. Did you mean 'base'?"),
         "no recipe's name": (["--out", "recipe.txt"], {}, "--out: 'recipe.txt' ends otherwise."),

@@ -27,7 +27,7 @@ _IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY}
 _KNOWN = _FULL | _DENIED | _IN_THE_WAY
 _KNOWN |= {
     getattr(errno, name)
-    for name in ["EIO", "ESTALE", "ENAMETOOLONG", "EMFILE", "ENFILE", "ELOOP", "ENOMEM", "ENXIO", "ETXTBSY"]
+    for name in ["EIO", "EBUSY", "ESTALE", "ENAMETOOLONG", "EMFILE", "ENFILE", "ELOOP", "ENOMEM", "ENXIO", "ETXTBSY"]
 }
 # torch and safetensors report what the system refused in exception types of their own, in these words.
 _RUST_CODE = re.compile(r"\bos error (\d+)")

@@ -71,6 +71,14 @@ def _fault_of_file(out: Path) -> str | None:
 
 
 def _fault_of_folder(out: Path, marker: str) -> str | None:
+    place, here = out.resolve(), Path.cwd()
+    if out.name in ("", "..") or place in (here, *here.parents):
+        return (
+            "is the working directory, a folder above it or without a name. The output is written next to it and renamed. "
+            "Name a folder in it."
+        )
+    if os.path.ismount(out):
+        return "cannot be replaced, since a disk is mounted there. Name a folder in it."
     if os.path.lexists(out) and not ((out / marker).is_file() or _is_empty_folder(out)):
         return "exists already, and this command did not write it: what it holds could be lost. Name a new folder."
     return None

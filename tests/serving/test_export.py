@@ -247,7 +247,9 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, tiny_format: ChatF
         Request(full, tmp_path / "out", shard_gb=0)
 
 
-def test_only_an_earlier_export_is_replaced_and_only_when_asked(tmp_path: Path, tiny_format: ChatFormat):
+def test_only_an_earlier_export_is_replaced_and_only_when_asked(
+    tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     artifact, out = full_policy(tmp_path, tiny_format), tmp_path / "out"
     export_policy(Request(artifact, out))
     (out / "mark").touch()
@@ -258,6 +260,10 @@ def test_only_an_earlier_export_is_replaced_and_only_when_asked(tmp_path: Path, 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis").touch()
     (artifact.path / "export.json").touch()
+    monkeypatch.chdir(out)
+    for name in (".", "..", "/", str(out)):
+        assert main(["export", str(artifact.path), "--out", name, "--overwrite"]) == 2
+        assert "--out: " in capsys.readouterr().err and (out / "export.json").exists()
     for mine, reason in (
         (artifact.path, "is an input"),
         (tmp_path, "holds the input"),

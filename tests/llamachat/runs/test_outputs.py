@@ -124,6 +124,35 @@ def test_a_folder_is_replaced_only_where_the_command_wrote_it(tmp_path: Path) ->
         check_output(tmp_path / "earlier", [], marker="note.json")
 
 
+@pytest.mark.parametrize(
+    "out", [".", "./", "", "..", "/", "a/..", "../a/..", "HERE", "ABOVE", "LINK", "../../earlier/."]
+)
+def test_a_folder_without_a_name_of_its_own_is_never_replaced(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "earlier" / "here"
+    (here / "a").mkdir(parents=True)
+    for folder in (here.parent, here):
+        (folder / "note.json").write_text("")
+    (tmp_path / "link").symlink_to(here)
+    monkeypatch.chdir(here)
+    place = Path({"HERE": str(here), "ABOVE": str(here.parent), "LINK": "../../link"}.get(out, out))
+    with pytest.raises(UsageError, match="is the working directory, a folder above it or without a name"):
+        check_output(place, [], marker="note.json", overwrite=True)
+    (here / "note.json").unlink()
+    (here / "a").rmdir()  # an empty one is replaced no more than one with an export in it
+    with pytest.raises(UsageError):
+        check_output(place, [], marker="note.json")
+
+
+def test_a_mounted_disk_is_no_folder_to_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+    with pytest.raises(UsageError, match="a disk is mounted there"):
+        check_output(tmp_path / "disk", [], marker="note.json", overwrite=True)
+    check_output(tmp_path / "disk" / "new", [], marker="note.json")
+
+
 def test_a_file_is_written_through_its_link_under_the_longest_name(tmp_path: Path) -> None:
     target, link = tmp_path / ("\u00e9" * 127), tmp_path / "link"
     target.write_text("old")

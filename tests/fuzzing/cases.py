@@ -172,7 +172,6 @@ class World:
             self.files[pool] = write_lines(self.fixed / f"{pool}.jsonl", rows)
         self.recipe = self._recipe(write_shape(self.fixed / "shape"))
         self.keys = [*{str(path[-1]) for path in places(self.recipe)}, "extends", "", "1", "format", "columns", "limit"]
-        self.stamp: dict[Path, tuple[int, int]] = {}
 
     @cached_property
     def roles(self) -> Any:
@@ -242,12 +241,10 @@ class World:
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
         os.chdir(self.scratch)
+        before = self._stamp()
         yield from CASES[kind](r, self)
-        stamp = self._stamp()
-        for path in self.stamp:
-            if stamp.get(path) != self.stamp[path]:
-                yield f"a file that others read changed: {path}"
-        self.stamp = stamp
+        after = self._stamp()
+        yield from (f"a file that others read changed: {path}" for path in before if after.get(path) != before[path])
 
 
 NUMBERS: list[Any] = [
@@ -437,12 +434,26 @@ def words_case(r: Random, world: World) -> Iterator[str]:
     ]
     # fmt: on
     command = r.choice(commands)()
+    files = replaceable(command, [*world.files.values(), world.config])
+    before = [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in files]
     done = yield from world.ran(command, [data] if data else [])
     result = Path(command[command.index("--out") + 1]) if "--out" in command else None
     if done.status == 0 and result and result.suffix == ".jsonl" and result.is_file() and command[0] != "pairs":
         source = Path(command[2] if command[0] == "score" else command[command.index("--in") + 1])
         if source in world.files.values() and _lines(result) != _lines(source):
             yield f"{_lines(source)} records in, {_lines(result)} out: {command}\n{done.err[-300:]}"
+    for path, content, time_ns in before:
+        path.write_bytes(content)
+        os.utime(path, ns=(time_ns, time_ns))
+
+
+def replaceable(command: Sequence[str], files: Sequence[Path]) -> list[Path]:
+    """The files that a command may replace: an output with `--overwrite` that it does not read as well."""
+    if "--overwrite" not in command:
+        return []
+    after = [index + 1 for index, word in enumerate(command) if word in ("--out", "--key")]
+    outputs = {command[index] for index in ([3] if command[:2] == ["data", "convert"] else after)}
+    return [path for path in files if str(path) in outputs and command.count(str(path)) == 1]
 
 
 def _lines(path: Path) -> int:

@@ -66,6 +66,19 @@ def test_random_command_lines_end_in_words(fuzzed: World, number: int) -> None:
     check(fuzzed, "words", number)
 
 
+def test_a_file_named_as_an_output_may_be_replaced_where_the_command_does_not_read_it() -> None:
+    a, b = Path("/a.jsonl"), Path("/b.jsonl")
+    for command, expected in {
+        "tokens --in /a.jsonl --out /b.jsonl --overwrite": [b],
+        "tokens --in /a.jsonl --out /b.jsonl": [],
+        "tokens --in /a.jsonl --out /a.jsonl --overwrite": [],
+        "pairs --in /c --out o --key /b.jsonl --overwrite": [b],
+        "data convert /a.jsonl /b.jsonl --overwrite": [b],
+        "data convert /a.jsonl /a.jsonl --overwrite": [],
+    }.items():
+        assert cases.replaceable(command.split(), [a, b]) == expected, command
+
+
 def test_what_breaks_a_rule_is_seen(fuzzed: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoiled(arguments: Sequence[str]) -> int:
         what, path = arguments

@@ -71,7 +71,8 @@ class LiveRows:
         self._recordings = recordings
         self._network, self._sampling = network, sampling
         self._stop_ids, self._on_token = stop_ids, on_token
-        device, width = network.device, sampling.max_new_tokens + 1  # one more: where idle rows write
+        device = network.device
+        width = min(sampling.max_new_tokens, network.rotation.context) + 1  # one more: where idle rows write
         self._is_stop_V = torch.zeros(network.vocabulary, dtype=torch.bool, device=device)
         self._is_stop_V[sorted(stop_ids)] = True
         # One place for the mask of every layout, since a recorded step writes where it wrote before.
@@ -214,7 +215,7 @@ class LiveRows:
 
     def _draw(self, logits_BV: Tensor, slots_B: Tensor | slice) -> Tensor:
         """The next token of these slots; whether it is a row's last [B]."""
-        counts_B = self._counts_B[slots_B].clamp(max=self._sampling.max_new_tokens)  # that of idle rows goes on
+        counts_B = self._counts_B[slots_B].clamp(max=self._ids_BR.shape[1] - 1)  # that of idle rows goes on
         uniforms_B = self._uniforms_BR[slots_B].gather(1, counts_B.unsqueeze(1)).squeeze(1)
         ids_B, logprobs_B = choose(
             logits_BV,

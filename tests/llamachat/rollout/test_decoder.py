@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,13 @@ def test_a_row_says_the_same_in_any_batch_to_the_last_bit(sampling: Sampling) ->
     assert all(found == groups[0] for found in groups[1:])
     alone = LlamaEngine(model, STOPS).generate(prompts[:1], samples_per_prompt=1, sampling=sampling)
     assert alone[0][0] == groups[0][0][0]
+
+
+def test_more_tokens_than_the_context_take_no_more_memory() -> None:
+    model, prompts = tiny_llama(), random_prompts(3, longest=20)
+    engine = LlamaEngine(model, (2,))
+    most, endless = (replace(NUCLEUS, max_new_tokens=tokens) for tokens in (engine.context, 10**12))
+    assert answers(engine, prompts, endless) == answers(engine, prompts, most)
 
 
 def test_frequencies_are_those_of_the_distribution() -> None:

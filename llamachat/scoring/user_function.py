@@ -7,12 +7,14 @@
 by model ("helpfulness", "safety": those there are), and `columns` further lists: `is_safety`, `finished`, and what
 the step adds. One finite number for each completion comes back. The file is run: it is the user's own. It runs as
 `python path.py` would run it: it may import the files beside it. What it changes in the process (PyTorch's gradients,
-threads, default dtype and device, the working directory) is put back after each call.
+threads, default dtype and device, random numbers, the working directory) is put back after each call.
 """
 
 import importlib.util
 import inspect
 import os
+import pickle
+import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +54,7 @@ class _Program:
         aside = _taken(names)
         before = list(sys.argv), list(sys.path), Path.cwd(), torch.get_num_threads(), torch.get_default_dtype()
         device, os_exit, process = torch.get_default_device(), os._exit, os.getpid()
+        randomness = _randomness()
 
         def end(status: int) -> NoReturn:
             """`os._exit` of the user's file: in this process it would end the command without a word."""
@@ -75,6 +79,33 @@ class _Program:
                 torch.set_default_device(None)  # as it is in a process that sets none
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
+            _put_back(randomness)
+
+
+def _randomness() -> dict[str, Any]:
+    """The states of the global random generators of Python, numpy and PyTorch."""
+    states = {"random": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state().numpy()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = [state.numpy() for state in torch.cuda.get_rng_state_all()]
+    return states
+
+
+def _put_back(states: dict[str, Any]) -> None:
+    """Set the changed generators back, and one number on: the next call draws others, and how many it drew is no matter."""
+    now = _randomness()
+    changed = {name: state for name, state in states.items() if pickle.dumps(state) != pickle.dumps(now[name])}
+    if "random" in changed:
+        random.setstate(changed["random"])
+        random.random()
+    if "numpy" in changed:
+        np.random.set_state(changed["numpy"])
+        np.random.random()
+    if "torch" in changed:
+        torch.set_rng_state(torch.from_numpy(changed["torch"]))
+        torch.empty((), device="cpu").uniform_()
+    for index, state in enumerate(changed.get("cuda", ())):
+        torch.cuda.set_rng_state(torch.from_numpy(state), index)
+        torch.empty((), device=f"cuda:{index}").uniform_()
 
 
 def _modules_beside(folder: Path) -> set[str]:

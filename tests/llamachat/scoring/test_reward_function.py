@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+import random
 import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import tensor
@@ -178,6 +180,31 @@ def test_arguments_are_those_of_the_file_alone(tmp_path: Path, monkeypatch: pyte
     assert run(write(tmp_path, text)) == [2.0, 2.0] and sys.argv[1] == "ppo"
     with pytest.raises(ConfigError, match="cannot be run: SystemExit: 2"):
         run(write(tmp_path, text.replace('"--scale"', '"scale"').replace("default=2.0", "nargs=1"), "needs.py"))
+
+
+def test_random_numbers_of_the_function_change_none_of_the_run_and_differ_from_call_to_call(tmp_path: Path) -> None:
+    text = """
+        import random
+        import numpy
+        import torch
+
+        def score(prompts, completions, scores, **columns):
+            return [random.random(), numpy.random.random(), float(torch.rand(1))]
+    """
+    seeds = text.replace("return", "random.seed(7); numpy.random.seed(7); torch.manual_seed(7)\n            return")
+    draws, seeded = write(tmp_path, text), write(tmp_path, seeds, "seeded.py")
+    quiet = write(tmp_path, "def score(prompts, completions, scores, **columns):\n    return [0.0] * 3", "quiet.py")
+
+    def numbers_after(*names: str) -> tuple[list[list[float]], list[float]]:
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        found = [run(name, 3) for name in names]
+        return found, [random.random(), np.random.random(), float(torch.rand(1))]
+
+    (_, untouched), ((first, second), after_two) = numbers_after(), numbers_after(draws, draws)
+    assert numbers_after(quiet)[1] == untouched
+    assert all(one != other for one, other in zip(first, second, strict=True))
+    (alike, again), after_seeds = numbers_after(seeded, seeded)
+    assert alike == again and after_seeds == after_two, "whatever it draws or seeds, the run's numbers are the same"
 
 
 def test_what_the_function_switches_in_the_process_is_put_back(tmp_path: Path) -> None:

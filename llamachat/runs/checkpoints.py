@@ -92,6 +92,8 @@ def _fault(checkpoint: Checkpoint) -> str:
         wrong = sorted(name for name in files.keys() | held.keys() if files.get(name) != held.get(name))
         if marker["step"] != checkpoint.step:
             return f"its {MARKER} is that of step {marker['step']}"
+        if "digests" in marker and marker["digests"].keys() != files.keys():
+            return f"its {MARKER} has not the digest of each file"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MARKER} cannot be read ({type(error).__name__})"
     return "".join(f"{name} holds {held.get(name, 0)} bytes of {files.get(name, 0)}" for name in wrong[:1])

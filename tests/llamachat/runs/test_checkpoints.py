@@ -247,6 +247,16 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_without_digests(tmp_path: P
     assert pass_over_damaged(tmp_path) == {} and newest_intact(tmp_path) == 1
 
 
+@pytest.mark.parametrize("digests", ["[]", "5", "null", '"ab"', "{}", '{"other": "ab"}', '{"\\u0000": 1}'])
+def test_digests_of_another_shape_are_a_damaged_checkpoint(digests: str, tmp_path: Path) -> None:
+    save_two(tmp_path)
+    marker = tmp_path / "step-00000020" / "checkpoint.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"digests": json.loads(digests)}))
+    assert newest_intact(tmp_path) == 10
+    (fault,) = pass_over_damaged(tmp_path).values()
+    assert "checkpoint.json" in fault
+
+
 def test_of_a_large_file_every_block_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints_module, "_BLOCK", 1 << 10)
     with writing(tmp_path, 1) as side:

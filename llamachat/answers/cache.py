@@ -1,12 +1,14 @@
 """What a step has sampled so far, in files that are there whole or not at all: a resumed step samples nothing twice.
 
-A value that was just made also goes through JSON, so that a resumed run continues with the very same values.
+A value that was just made also goes through JSON, so that a resumed run continues with the very same values. Next to each
+file lies its digest, so that one with other content is made again; those of earlier versions have none.
 """
 
 import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from llamachat import distributed
 from llamachat.runs.atomic import storage_errors, write_text
 
 log = logging.getLogger(__name__)
+
+DIGEST = ".sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,9 @@ class StepCache:
     def get_or_make(self, name: str, make: Callable[[], Any]) -> Any:
         """The value of this name; `make` is called and its result written where there is none yet."""
         if not self.has(name):
-            write_text(self._path(name), json.dumps(make(), allow_nan=False) + "\n")
+            text = json.dumps(make(), allow_nan=False) + "\n"
+            write_text(self._path(name).with_suffix(DIGEST), sha256(text.encode()).hexdigest() + "\n")
+            write_text(self._path(name), text)
             distributed.wait()
         return self._read(name)
 
@@ -41,8 +47,12 @@ class StepCache:
         return True
 
     def _read(self, name: str) -> Any:
-        with storage_errors(self._path(name)):
-            return json.loads(self._path(name).read_text(encoding="utf-8"))
+        path = self._path(name)
+        with storage_errors(path):
+            text, digest = path.read_bytes(), path.with_suffix(DIGEST)
+            if digest.is_file() and digest.read_bytes().strip() != sha256(text).hexdigest().encode():
+                raise ValueError(f"it is not what {digest.name} is the digest of")
+            return json.loads(text)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"

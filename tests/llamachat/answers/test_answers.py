@@ -245,7 +245,13 @@ def test_every_answer_is_scored_where_answers_end_in_training(tiny_format: ChatF
     assert read == [dialog] * 4
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"pair": [1', b"\xff\xfe\xff"])
+def test_a_value_without_a_digest_is_one_of_an_earlier_version(tmp_path: Path) -> None:
+    StepCache(tmp_path).get_or_make("one", lambda: [1])
+    (tmp_path / "one.sha256").unlink()
+    assert StepCache(tmp_path).get_or_make("one", lambda: [2]) == [1]
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"pair": [1', b"\xff\xfe\xff", b"{}", b"[2]\n", b"null", b"[[1]]\n", b"[1]"])
 def test_a_damaged_value_is_made_again(tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture) -> None:
     cache = StepCache(tmp_path)
     assert cache.get_or_make("one", lambda: [1]) == [1]

@@ -11,6 +11,8 @@ import functools
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from llamachat.config.section import from_home
 from llamachat.errors import INTERRUPTED, LlamachatError, UsageError, first_line
 from llamachat.runs.atomic import storage_errors
 
+THREADS_MAY_TAKE = 10.0  # seconds after the command's end
 STATE_IS_KEPT = "State is kept; the same command continues."
 P = ParamSpec("P")
 
@@ -169,6 +172,27 @@ def asked_processes(arguments: Sequence[str]) -> int:
             f" `torchrun --nnodes {machines} --nproc_per_node {count // machines} ... -m pipelines` on each machine."
         )
     return count if count > 1 else 0
+
+
+def end_despite_threads(status: int) -> None:
+    """End the process with this status also where a thread of a user's file or a library never ends, and say so."""
+    waited_for = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+
+    def end() -> None:
+        time.sleep(THREADS_MAY_TAKE)
+        names = [one.name for one in waited_for if one.is_alive()]
+        if names:
+            print(
+                f"llamachat: the command is done, but the thread {', '.join(names)} has not ended {THREADS_MAY_TAKE:g} s"
+                " later. It is ended with the process. A reward function that starts threads should end them.",
+                file=sys.stderr,
+            )
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    if waited_for:
+        threading.Thread(target=end, daemon=True).start()
 
 
 def die_with_parent() -> None:

@@ -29,6 +29,7 @@ from pipelines.cli.launch import (
     Overrides,
     SeveralValues,
     die_with_parent,
+    end_despite_threads,
     missing_processes,
     reported,
     start,
@@ -66,7 +67,14 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status."""
+    """Run one command and return its exit status; without `arguments` this is the process of the command, and ends."""
+    status = _main(arguments)
+    if arguments is None:
+        end_despite_threads(status)
+    return status
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
         number, asked = distributed.launched_index(), missing_processes()
         distributed.forget_other_launchers()

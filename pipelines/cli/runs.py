@@ -24,6 +24,7 @@ from pipelines.cli.launch import (
     state_is_kept,
 )
 from pipelines.planning.doctor import examine, report
+from pipelines.planning.fit import PRESETS
 from pipelines.planning.init import OPTIONS
 from pipelines.planning.init import init as write_recipe
 from pipelines.planning.plan import make_plan
@@ -69,7 +70,8 @@ def init(
     options = zip(OPTIONS, (sft, preferences, safety, prompts, adversarial), strict=True)
     files = {option: paths or [] for option, paths in options}
     base, run_dir = from_home(base), from_home(run_dir or f"runs/{out.stem}")
-    check_output(out, [base, *(path for paths in files.values() for path in paths)], overwrite=overwrite)
+    read = [base, *(path for paths in files.values() for path in paths), *PRESETS.glob("*.yaml")]
+    check_output(out, read, overwrite=overwrite)
     print(write_recipe(base, files, gpu=gpu, hours=hours, out=out, run_dir=run_dir))
 
 

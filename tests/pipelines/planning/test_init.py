@@ -218,6 +218,15 @@ def refusals(folder: Path) -> dict[str, tuple[list[str], dict[str, str], str]]:
     }
 
 
+def test_a_preset_is_never_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    presets = {path: path.read_bytes() for path in (ROOT / "configs").glob("*.yaml")}
+    Path("link.yaml").symlink_to(ROOT / "configs" / "llama2-7b-lora.yaml")
+    for out in (*map(str, presets), "link.yaml"):
+        assert init("--out", out, "--overwrite") == 2
+        assert "is an input of this command" in capsys.readouterr().err
+    assert presets and presets == {path: path.read_bytes() for path in presets}
+
+
 def test_what_is_refused_is_2_and_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "folder.yaml").mkdir()
     for name, (options, given, text) in refusals(tmp_path).items():

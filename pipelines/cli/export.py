@@ -8,6 +8,7 @@ import typer
 
 from llamachat.errors import UsageError
 from llamachat.runs.artifacts import check_content, read_artifact
+from llamachat.runs.outputs import check_output
 from pipelines.cli.launch import TINY, ConfigOption, reported
 from pipelines.cli.talk import named_artifacts
 from serving.hub import Destination
@@ -100,9 +101,10 @@ def export(
     --push-to-hub needs a token that may write (`hf auth login` or HF_TOKEN). Only the export's own files go there.
     docs/serving.md tells how each is served.
     """
-    from serving.export import Request
+    from serving.export import NOTE, Request
 
     _check_words(form, llama_cpp, quantize)
+    check_output(out, [config], overwrite=overwrite, marker=NOTE)
     (path,) = named_artifacts(words or [], config, command="export", most=1, kinds=("policy", "reward_model"))
     artifact = read_artifact(path)
     check_content(artifact)

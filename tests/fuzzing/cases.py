@@ -123,8 +123,8 @@ def data_case(r: Random, world: "World") -> Iterator[str]:
     empty = re.search(r"rows of a known set without a record: (\d+)", checked.out)
     is_plain = data.pool not in GATHERED and data.lines is not None
     # A document of JSON that breaks off or holds Infinity is one bad line.
-    is_document = data.path.name.startswith("rows.json") and not data.path.name.startswith("rows.jsonl")
-    is_whole = not re.search(r"^[^:]+: file: ", checked.out, re.M) and not (is_document and counts and counts[1] == "0")
+    is_bad = data.is_document and counts is not None and counts[1] == "0"
+    is_whole = not re.search(r"^[^:]+: file: ", checked.out, re.M) and not is_bad
     if counts and is_plain and is_whole:
         seen = int(counts[1]) + int(counts[2]) + (int(empty[1]) if empty else 0)
         if seen < (data.lines or 0):

@@ -196,6 +196,7 @@ class Data:
     path: Path
     lines: int | None
     pool: str
+    is_document: bool  # one JSON array, which is one bad line where it is damaged
     whole: Mapping[int, str]  # of rows as they are in their form: by line, the mark that all their texts hold
 
 
@@ -217,9 +218,9 @@ def write_data(r: Random, folder: Path, pool: str | None = None) -> Data:
     path = folder / f"rows.{form if form not in ('array', 'other') else r.choice(['jsonl', 'json'])}"
     if form == "parquet" and _is_parquet_written(path, rows):
         if r.random() < 0.8:
-            return Data(path, len(rows), pool, whole)
+            return Data(path, len(rows), pool, False, whole)
         path.write_bytes(scrambled(r, path.read_bytes()))
-        return Data(path, None, pool, {})
+        return Data(path, None, pool, False, {})
     texts = [json.dumps(row, ensure_ascii=r.random() < 0.5).encode("utf-8", "surrogatepass") for row in rows]
     if form in ("array", "json"):
         raw, lines = b"[" + r.choice([b",", b",\n"]).join(texts) + b"]", len(rows)
@@ -237,7 +238,7 @@ def write_data(r: Random, folder: Path, pool: str | None = None) -> Data:
             raw, lines, whole = raw[: r.randrange(len(raw))], None, {}
     path = path.with_suffix(".jsonl") if path.suffix == ".parquet" else path
     path.write_bytes(raw)
-    return Data(path, lines, pool, whole)
+    return Data(path, lines, pool, form in ("array", "json"), whole)
 
 
 def _is_parquet_written(path: Path, rows: Sequence[Any]) -> bool:

@@ -260,10 +260,14 @@ def test_only_an_earlier_export_is_replaced_and_only_when_asked(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis").touch()
     (artifact.path / "export.json").touch()
+    (out / "recipe.yaml").touch()
     monkeypatch.chdir(out)
     for name in (".", "..", "/", str(out)):
         assert main(["export", str(artifact.path), "--out", name, "--overwrite"]) == 2
         assert "--out: " in capsys.readouterr().err and (out / "export.json").exists()
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--config", str(out / "recipe.yaml"), "--out", str(out), "--overwrite"]) == 2
+    assert "holds the input" in capsys.readouterr().err
     for mine, reason in (
         (artifact.path, "is an input"),
         (tmp_path, "holds the input"),

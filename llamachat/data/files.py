@@ -47,6 +47,7 @@ _TABLES = (".csv", ".tsv")
 _GAP, _COLON, _OBJECTS = re.compile(r"[\s,]*"), re.compile(r"\s*:\s*"), re.compile(r"\[\s*\{")
 _HEAD = 1 << 16
 _BEGIN = 32
+LONGEST_LINE = 1 << 28  # bytes; gzip makes a thousandth of a line that would fill any memory
 _DEEPEST = 250  # levels of a value; a tree of 100 messages has about 200
 
 
@@ -66,7 +67,7 @@ def read_rows(path: str) -> Iterator[Row]:
         yield from _read_parquet(file)
     else:
         with open_file(file) as stream:
-            yield from decode_lines(stream)
+            yield from decode_lines(bounded_lines(stream))
 
 
 def source_names(sources: Iterable[str]) -> dict[str, str]:
@@ -101,13 +102,30 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     line = 0
     try:
         with open_file(path) as stream:
-            for line, raw in enumerate(stream, start=1):
+            for line, raw in enumerate(bounded_lines(stream), start=1):
                 yield line, raw
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}:{line + 1}: file: cannot be read from here on ({getattr(error, 'strerror', None) or error}), but it "
             "is read as a whole. Check the path, or fetch or write the file again."
         ) from error
+
+
+def bounded_lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a stream; of one that is longer than `LONGEST_LINE` a byte more than that, which makes it a bad row."""
+    while raw := stream.readline(LONGEST_LINE + 1):
+        yield raw
+        while is_cut(raw) and not raw.endswith(b"\n"):
+            raw = stream.readline(LONGEST_LINE + 1) or b"\n"
+
+
+def is_cut(line: bytes) -> bool:
+    """Whether a line is longer than what was read of it."""
+    return len(line) > LONGEST_LINE
+
+
+def is_blank(line: bytes) -> bool:
+    return not is_cut(line) and not line.strip()
 
 
 def has_byte_order_mark(path: Path) -> bool:
@@ -337,7 +355,7 @@ def decode_lines(lines: Iterable[bytes]) -> Iterator[Row]:
     try:
         for line, raw in enumerate(lines, start=1):
             text = raw.removeprefix(BYTE_ORDER_MARK) if line == 1 else raw
-            if not text.strip():
+            if is_blank(text):
                 blank.append(line)
                 continue
             for missing in blank:
@@ -357,6 +375,9 @@ def decode_lines(lines: Iterable[bytes]) -> Iterator[Row]:
 
 def decode_line(raw: bytes, line: int) -> Row:
     """The JSON value of one line."""
+    if is_cut(raw):
+        reason = f"is longer than {LONGEST_LINE >> 20} MiB, but it holds one record."
+        return bad_row(line, "line", reason, "Write each record on a line of its own, or drop the line.")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:

@@ -17,7 +17,7 @@ from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
 from llamachat.chat_format.dialog import DialogError, parse_messages
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.chat_format.tokenizer import SPACE
-from llamachat.data.files import BYTE_ORDER_MARK, decode_line, file_problem, numbered_lines
+from llamachat.data.files import BYTE_ORDER_MARK, decode_line, file_problem, is_blank, numbered_lines
 from llamachat.data.problems import converted_path, problem
 from llamachat.errors import DataError, kind_word
 from llamachat.pipes import regular_file
@@ -57,7 +57,7 @@ def write_tokens(
     with written_beside(out) as stream:
         for number, line in numbered_lines(dialogs_in):
             text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-            if not text.strip():
+            if is_blank(text):
                 continue
             try:
                 example = _encode_line(loaded, text, number, train_on)

@@ -17,6 +17,7 @@ from gatt import Config as GattConfig
 from llamachat.config.gpus import Gpu, parse_gpu
 from llamachat.config.section import from_home
 from llamachat.config.sections import DataSource
+from llamachat.data.files import bounded_lines
 from llamachat.errors import ArtifactError, LlamachatError
 from llamachat.memory.estimates import BYTES, Estimate, Setup, Shape, shape_of
 from llamachat.memory.role_bytes import PROMPT_TOKENS, Beside, Lengths, Seating, place_reward_models
@@ -277,7 +278,7 @@ def _measure(source: DataSource, hub_tokens: float) -> DataSize | None:
 def _measure_lines(path: Path, changed_ns: int, limit: int | None) -> DataSize:
     lines = num_bytes = 0
     with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else path.open("rb") as stream:
-        for line in stream:
+        for line in bounded_lines(stream):
             if lines == limit:
                 break
             lines, num_bytes = lines + 1, num_bytes + len(line)

@@ -433,10 +433,14 @@ def words_case(r: Random, world: World) -> Iterator[str]:
         lambda: r.sample(["data", "check", "plan", "--help", "-m", "=", "a=b", "--", "--config", "", "compare", "\0"], 3),
     ]
     # fmt: on
-    command = r.choice(commands)()
+    yield from _one_command(world, r.choice(commands)(), [data] if data else [])
+
+
+def _one_command(world: World, command: Sequence[str], inputs: Sequence[Path]) -> Iterator[str]:
+    """Run it; the records of an output are counted, and a replaced file is put back."""
     files = replaceable(command, [*world.files.values(), world.config])
     before = [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in files]
-    done = yield from world.ran(command, [data] if data else [])
+    done = yield from world.ran(command, inputs)
     result = Path(command[command.index("--out") + 1]) if "--out" in command else None
     if done.status == 0 and result and result.suffix == ".jsonl" and result.is_file() and command[0] != "pairs":
         source = Path(command[2] if command[0] == "score" else command[command.index("--in") + 1])

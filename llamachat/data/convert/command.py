@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from llamachat.chat_format.dialog import DialogError
@@ -25,9 +26,9 @@ from llamachat.config.sections import hub_set
 from llamachat.data.convert.forms import LISTS, LabelledPair, labelled_pairs, unfolded, unread_answers
 from llamachat.data.convert.records import SETS_OF_TURNS, kind_by_keys, repaired_record, sources_of, transcripts_joined
 from llamachat.data.convert.turns import Notes, Repair, html_in, without_html
-from llamachat.data.files import BYTE_ORDER_MARK, decode_line, numbered_lines, open_file, read_rows
+from llamachat.data.files import BYTE_ORDER_MARK, decode_line, is_blank, is_cut, numbered_lines, open_file, read_rows
 from llamachat.data.loading import named_source
-from llamachat.data.problems import SHOWN, Problem, convert_command, problem, reason_key, shown_name
+from llamachat.data.problems import SHOWN, Problem, convert_command, converted_path, problem, reason_key, shown_name
 from llamachat.data.records import KINDS, REQUIRED, Kind, Record, Row, digest_of, label_of, parse_record
 from llamachat.data.sources import SOURCES, Source
 from llamachat.data.sources.source import CHOICE_FIX, choice_of, gathered
@@ -36,6 +37,7 @@ from llamachat.pipes import regular_file
 from llamachat.runs.outputs import check_folder, check_output, written_beside
 from llamachat.tables import text_table
 
+LARGEST_ARRAY = 1 << 31  # bytes, which are four times that as text
 _HEAD = 100  # rows from which the kind of a file is recognised
 _NAMES = 20  # names of left-out keys that the report prints
 _ROLE_KEYS = ("role", "from")
@@ -305,11 +307,12 @@ def _on_line(raw: bytes, line: int, repairs: Counter[Repair]) -> Iterator[Row]:
     while raw.startswith(BYTE_ORDER_MARK):
         raw = raw.removeprefix(BYTE_ORDER_MARK)
         repairs[Repair.BYTE_ORDER_MARK] += 1
-    if not raw.strip():
+    if is_blank(raw):
         repairs[Repair.BLANK_LINE] += 1
         return
     row = decode_line(raw, line)
-    parts = [decode_line(part.encode(), line) for part in _parts(raw)] if row.problems else []
+    broken = row.problems and not is_cut(raw)
+    parts = [decode_line(part.encode(), line) for part in _parts(raw)] if broken else []
     if any(not part.problems for part in parts):
         repairs[Repair.SEVERAL if len(parts) > 1 else Repair.COMMA] += 1
     for one in parts or [row]:
@@ -370,8 +373,14 @@ def _items(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with open_file(path) as stream:
-            for number, text in enumerate(_item_texts(stream.read().decode("utf-8-sig")), start=1):
-                yield decode_line(text.encode(), number)
+            raw = stream.read(LARGEST_ARRAY + 1)
+        if len(raw) > LARGEST_ARRAY:
+            raise DataError(
+                f"{path}: file: is an array of more than {LARGEST_ARRAY >> 30} GiB, which is read as a whole. Write one record"
+                f" a line: `jq -c '.[]' {quote(str(path))} > {quote(str(converted_path(path)))}` (of .gz by way of `zcat`)."
+            )
+        for number, text in enumerate(_item_texts(raw.decode("utf-8-sig")), start=1):
+            yield decode_line(text.encode(), number)
     except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: file: cannot be read after record {number} of the array ({error}), and no place after it is sure "

@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 import tarfile
+import tracemalloc
 from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
@@ -19,12 +20,17 @@ from hypothesis import strategies as st
 
 from llamachat.chat_format import ChatFormat
 from llamachat.config.sections import HubSet, hub_set
+from llamachat.data import files
 from llamachat.data.check import check_path
+from llamachat.data.convert import command
 from llamachat.data.convert.command import convert_path
 from llamachat.data.files import decode_line, decode_lines, has_byte_order_mark, read_rows
 from llamachat.data.problems import SHOWN, Problem, problem, reason_key, report
 from llamachat.data.records import Row
+from llamachat.data.tokens import write_tokens
+from llamachat.errors import DataError
 
+BASE = Path(__file__).parents[3] / "assets" / "base"
 ROWS = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
 
@@ -266,6 +272,45 @@ def test_every_line_is_a_row_or_a_problem_with_its_number(lines: list[bytes]):
 
 
 # -- problems
+
+
+@pytest.mark.parametrize("filler", [b" ", b"\0", b"x", b'{"a": "', b"[1]" + 2000 * b" "])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_line_without_end_takes_bounded_memory(
+    name: str, filler: bytes, tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 MiB in a line, which gzip makes 64 KiB of; read under a limit of 100 kB."""
+    monkeypatch.setattr(files, "LONGEST_LINE", 100_000)
+    row = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}).encode()
+    content = b"\n".join([row, filler + (1 << 26) * filler[-1:], row.replace(b"q", b"r"), b""])
+    path, out = tmp_path / name, tmp_path / "out.jsonl"
+    path.write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
+    del content
+    tracemalloc.start()
+    try:
+        rows = list(read_rows(str(path)))
+        report = convert_path(str(path), out, kind="dialog", format="auto", forbidden=(), overwrite=False)
+        with pytest.raises(DataError, match=r":2: .*is longer than"):
+            write_tokens(BASE, path, tmp_path / "ids.jsonl")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
+    assert [len(one.problems) for one in rows] == [0, 1, 0] and rows[1].problems[0].line == 2
+    assert "is longer than" in rows[1].problems[0].reason
+    assert out.read_text().count("\n") == 2 and ":2: line: is longer than" in report.dropped() + report.text()
+
+
+def test_an_array_of_any_size_takes_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "LARGEST_ARRAY", 1000)
+    for count, is_read in ((10, True), (1000, False)):
+        path = tmp_path / f"{count}.json.gz"
+        path.write_bytes(gzip.compress(json.dumps([{"prompt": f"q {n}"} for n in range(count)]).encode()))
+        given: dict[str, Any] = {"kind": "prompt", "format": "auto", "forbidden": (), "overwrite": False}
+        if is_read:
+            convert_path(str(path), tmp_path / f"{count}.jsonl", **given)
+            continue
+        with pytest.raises(DataError, match=r"is an array of more than .*jq -c"):
+            convert_path(str(path), tmp_path / f"{count}.jsonl", **given)
 
 
 def test_report_prints_fifty_and_counts_the_rest():

@@ -43,6 +43,7 @@ ONLY_ADAPTER = "default"  # PEFT's name of an adapter that is given none: the on
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VALUES_PER_WEIGHT = 1024  # of which the manifest of an adapter keeps the digest
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_POSITIONS = 1 << 22  # their rotations are 2 GiB in a model of 7B
 SCALED_BY_FACTOR = ("linear", "dynamic")  # types of rotary scaling
 
 
@@ -432,7 +433,14 @@ def context_length(config: "LlamaConfig") -> int:
     """Positions that the model can tell apart, prompt and answer together, in tokens."""
     rope = rope_parameters(config)
     factor = float(rope["factor"]) if rope["rope_type"] in SCALED_BY_FACTOR else 1.0
-    return int(config.max_position_embeddings * factor)
+    positions = config.max_position_embeddings * factor
+    if not 1 <= positions <= MOST_POSITIONS:
+        raise ConfigError(
+            f"base.model: its config.json gives {positions:g} positions (max_position_embeddings, times the factor of the"
+            f" rope scaling). Tables of all of them are kept, and no Llama model has more than {MOST_POSITIONS}. Correct"
+            " config.json or base.rope_scaling.factor."
+        )
+    return int(positions)
 
 
 def rope_parameters(config: "LlamaConfig") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Models in and out: the oracles are plain transformers and peft, and the weights themselves."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,18 @@ def test_linear_scaling_reads_every_second_position_and_doubles_the_context(base
     with torch.no_grad():
         stretched = scaled(input_ids=IDS, position_ids=2 * positions, attention_mask=mask).logits
         torch.testing.assert_close(stretched, plain(input_ids=IDS, position_ids=positions, attention_mask=mask).logits)
+
+
+@pytest.mark.parametrize("factor", [1e8, 1e308])
+def test_a_context_that_no_table_holds_is_refused(factor: float, base_folder: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"positions .*base.rope_scaling.factor"):
+        load_base(base_section(base_folder, rope_scaling=RopeScaling(type="linear", factor=factor)))
+    folder = shutil.copytree(base_folder, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    for positions in (2_000_000_000, 10**30, 0):
+        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+        with pytest.raises(ConfigError, match="max_position_embeddings"):
+            load_base(base_section(folder, max_tokens=64))
 
 
 def test_a_scaled_adapter_is_loaded_with_its_scaling(base_folder: Path, tmp_path: Path, tiny_format: ChatFormat):

@@ -7,10 +7,11 @@ hours however few let one optimizer step, or one batch, through.
 
 import json
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from llamachat import distributed
 from llamachat.runs.atomic import storage_errors, write_json
@@ -88,6 +89,8 @@ def open_hours(step: str, section: str, limit: float | None, deadline: float | N
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             seconds, ended_by = float(values["seconds"]), values["ended_by"]
+            if not (0 <= seconds < math.inf and ended_by in (None, *get_args(EndedBy))):
+                raise ValueError(f"{seconds:g} s, ended by {ended_by!r}")
         except (ValueError, KeyError, TypeError) as error:
             log.warning("%s: cannot be understood (%s): the step's hours are counted from now on", path, error)
             return Hours(step, section, limit, deadline)

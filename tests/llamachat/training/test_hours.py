@@ -342,6 +342,22 @@ def test_when_the_commands_hours_are_over_no_further_step_is_begun_and_the_same_
     assert words[3] == f"nothing to do: all 3 steps are done already ({tmp_path}/runs/one)"
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "null", '{"seconds": 1}', '{"seconds": NaN, "ended_by": null}', '{"seconds": -1, "ended_by": null}']
+    + [f'{{"seconds": 5, "ended_by": {odd}}}' for odd in ('"x"', "5", "[]", "{}")],
+)
+def test_a_damaged_clock_starts_anew_and_ends_nothing(
+    content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / hours_module.FILE).write_text(content)
+    hours = hours_module.open_hours("rs", "rejection_sampling", 1.0, None, tmp_path)
+    assert (hours.seconds_before, hours.ended_by) == (0.0, None) and "cannot be understood" in caplog.text
+    (tmp_path / hours_module.FILE).write_text('{"seconds": 5, "ended_by": "max_hours"}')
+    hours = hours_module.open_hours("rs", "rejection_sampling", 1.0, None, tmp_path)
+    assert (hours.seconds_before, hours.ended_by) == (5.0, "max_hours")
+
+
 def test_hours_that_are_not_set_are_no_part_of_an_identity() -> None:
     """A step that was finished before there were such keys stays done."""
     assert "max_hours" not in identity(SftConfig()) and identity(SftConfig(max_hours=2))["max_hours"] == 2

@@ -196,7 +196,7 @@ class Data:
     path: Path
     lines: int | None
     pool: str
-    is_document: bool  # one JSON array, which is one bad line where it is damaged
+    is_document: bool  # all rows on a line, or in one array, which is one bad line where it is not read
     whole: Mapping[int, str]  # of rows as they are in their form: by line, the mark that all their texts hold
 
 
@@ -223,6 +223,7 @@ def write_data(r: Random, folder: Path, pool: str | None = None) -> Data:
         return Data(path, None, pool, False, {})
     texts = [json.dumps(row, ensure_ascii=r.random() < 0.5).encode("utf-8", "surrogatepass") for row in rows]
     if form in ("array", "json"):
+        mark = b""
         raw, lines = b"[" + r.choice([b",", b",\n"]).join(texts) + b"]", len(rows)
     else:
         mark = r.choice([b"\n"] * 8 + [b"\r\n", b"\n\n", b",\n", b""]) if form == "other" else b"\n"
@@ -238,7 +239,7 @@ def write_data(r: Random, folder: Path, pool: str | None = None) -> Data:
             raw, lines, whole = raw[: r.randrange(len(raw))], None, {}
     path = path.with_suffix(".jsonl") if path.suffix == ".parquet" else path
     path.write_bytes(raw)
-    return Data(path, lines, pool, form in ("array", "json"), whole)
+    return Data(path, lines, pool, not mark or path.suffix == ".json", whole)
 
 
 def _is_parquet_written(path: Path, rows: Sequence[Any]) -> bool:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from llamachat.chat_format.dialog import Dialog
 from llamachat.config.section import from_home
 from llamachat.data.loading import SplitName, read_records, side_sizes, sides_of, user_turns
 from llamachat.data.records import Preference, Prompt
-from llamachat.errors import ChangedError, LlamachatError
+from llamachat.errors import ChangedError, LlamachatError, first_line
 from llamachat.memory.estimates import Estimate
 from llamachat.runs.artifacts import StepFolder, is_published, read_artifact
 from llamachat.runs.checkpoints import newest
@@ -67,7 +66,7 @@ def make_plan(recipe: Recipe, command: str = "all", only: Sequence[str] = ()) ->
 
 
 def sides_of_data(recipe: Recipe) -> Iterator[str]:
-    """The size of each side of each kind of data that is here, and a warning of each source that is split unevenly."""
+    """The size of each side of each kind of data that is here; warnings of sources that are split unevenly or are faulty."""
     data = recipe.sections.data
     record: Any  # one class of records after the other
     for key, record in RECORDS_OF.items():
@@ -77,12 +76,15 @@ def sides_of_data(recipe: Recipe) -> Iterator[str]:
             path = Path(from_home(source.path))
             if not path.is_file() or path.stat().st_size > LARGEST_READ:
                 continue
-            with suppress(LlamachatError):  # reported where a step reads it
+            try:
                 spread = sides_of([user_turns(one) for one in read_records(source, record)], data.split)
-                counts.update(spread.sides)
-                warnings += [f"{source.path}: data.split: {text}" for text in [spread.warning(data.split)] if text]
-        if counts:
-            yield f"data.{key}: {side_sizes(counts)}"
+            except LlamachatError as error:
+                warnings.append(f"{first_line(error)} The steps that read it will refuse it.")
+                continue
+            counts.update(spread.sides)
+            warnings += [f"{source.path}: data.split: {text}" for text in [spread.warning(data.split)] if text]
+        if counts or warnings:
+            yield f"data.{key}: {side_sizes(counts) or 'no record that can be read'}"
             yield from (f"  warning: {warning}" for warning in warnings)
 
 

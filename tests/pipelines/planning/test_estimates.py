@@ -89,6 +89,13 @@ def test_data_are_counted_where_they_are_and_bounded_where_they_are_not(tmp_path
     assert measure_data([hub.model_copy(update={"limit": 10})]) == DataSize(10, HUB_TOKENS)
 
 
+def test_the_plan_names_data_that_no_step_could_read(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
+    recipe = load(path, [f"data.sft=[{{path: {tmp_path / 'cut.parquet'}}}]"])
+    (line,) = [line for line in plan_text(recipe, make_plan(recipe, "sft")).splitlines() if "cut.parquet" in line]
+    assert line.strip().startswith("warning:")
+
+
 def test_a_large_file_is_judged_by_its_first_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MOST_BYTES == 64 * 2**20
     monkeypatch.setattr("pipelines.planning.estimates.MOST_BYTES", 1000)

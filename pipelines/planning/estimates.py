@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from context_distillation import Config as ContextDistillationConfig
 from evaluation import Config as EvaluationConfig
@@ -278,7 +278,7 @@ def _measure(source: DataSource, hub_tokens: float) -> DataSize | None:
 def _measure_lines(path: Path, changed_ns: int, limit: int | None) -> DataSize:
     lines = num_bytes = 0
     with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else path.open("rb") as stream:
-        for line in bounded_lines(stream):
+        for line in bounded_lines(cast(IO[bytes], stream)):
             if lines == limit:
                 break
             lines, num_bytes = lines + 1, num_bytes + len(line)

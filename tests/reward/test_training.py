@@ -220,7 +220,7 @@ def test_comparisons_in_one_dialog_stay_together_and_weigh_what_they_do_alone(
     assert sorted(map(len, batches.groups)) == [2, 6] and len(divided.groups) > 2
     assert sorted(count for count, _, _ in steps) == [2, 6]  # whole groups
     assert loss == pytest.approx(sum(part for part, _ in parts) / 8, rel=1e-5) == again
-    mean = {name: sum(gradient[name] for _, gradient in parts) / 8 for name in got}
+    mean = {name: torch.stack([gradient[name] for _, gradient in parts]).sum(dim=0) / 8 for name in got}
     assert relative_gap(got, mean) < 1e-5 and relative_gap(other, mean) < 1e-5
     everything = sum(pair.tokens for pair in several)
     assert (sum(batches.plan.tokens_per_step) < everything / 2) == branches

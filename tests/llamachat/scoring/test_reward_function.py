@@ -196,7 +196,9 @@ def test_random_numbers_of_the_function_change_none_of_the_run_and_differ_from_c
     quiet = write(tmp_path, "def score(prompts, completions, scores, **columns):\n    return [0.0] * 3", "quiet.py")
 
     def numbers_after(*names: str) -> tuple[list[list[float]], list[float]]:
-        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
         found = [run(name, 3) for name in names]
         return found, [random.random(), np.random.random(), float(torch.rand(1))]
 

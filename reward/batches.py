@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llamachat import distributed
-from llamachat.chat_format.tokenizer import UNK_ID
+from llamachat.chat_format.tokenizer import FILLER_ID
 from llamachat.data.packing import StepPlan, epoch_order, lay_out
 from reward.pairs import LabelExample, PairExample
 
@@ -136,7 +136,7 @@ def pack_responses(
     lengths = [len(ids) for ids in responses]
     total = sum(lengths)
     missing = -total % multiple_of if total else multiple_of
-    ids = [token for response in responses for token in response] + [UNK_ID] * missing
+    ids = [token for response in responses for token in response] + [FILLER_ID] * missing
     firsts = [*(shared or [0] * len(lengths)), 0]
     spans = zip(firsts, [*lengths, missing], strict=True)
     positions = [position for first, length in spans for position in range(first, first + length)]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Message, as_dicts, with_system
-from llamachat.chat_format.tokenizer import BOS_ID, EOS_ID, UNK_ID
+from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.errors import ArtifactError, LlamachatError, UsageError
 from llamachat.models.hub import LICENCE_FILES, weights_folder
 from llamachat.models.loading import ADAPTER_WEIGHTS, Policy, device_of, find_trunk, load_policy
@@ -206,11 +206,13 @@ def write_merged(request: Request, side: Path, base: Path, dtype: torch.dtype) -
     config = AutoConfig.from_pretrained(str(base))
     config.rope_parameters = request.artifact.manifest.details.get("rope_parameters", config.rope_parameters)
     config.dtype, config.architectures, config.use_cache = dtype, ["LlamaForCausalLM"], True
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS_ID, EOS_ID, UNK_ID
+    control = load_tokenizer(request.artifact.path).control
+    ids = {"bos_token_id": control.bos, "eos_token_id": control.eos, "pad_token_id": control.pad}
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = ids.values()
     if request.artifact.manifest.kind == "reward_model":
         config.architectures, config.use_cache, config.num_labels = [PLAIN_CLASS], False, 1
     else:
-        GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=UNK_ID).save_pretrained(side)
+        GenerationConfig(**ids).save_pretrained(side)
     config.save_pretrained(side)
     if request.onto == "original":
         log.warning(

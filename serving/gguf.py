@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.proof import proof_prompts
-from llamachat.chat_format.tokenizer import BOS_ID, EOS_ID, UNK_ID, SentencePieceBackend, Tokenizer, load_tokenizer
+from llamachat.chat_format.tokenizer import LLAMA2_IDS, FastBackend, SentencePieceBackend, Tokenizer, load_tokenizer
 from llamachat.errors import TokenizerError, UsageError
 from llamachat.models.hub import LICENCE_FILES
 from llamachat.models.loading import context_length, rope_parameters
@@ -122,7 +122,8 @@ def _prepare(merged: Path, asked: Asked) -> None:
     config = LlamaConfig.from_pretrained(str(merged))
     if rope_parameters(config)["rope_type"] == "linear":  # llama.cpp serves no more positions, whatever the factor
         _change(merged / "config.json", max_position_embeddings=context_length(config))
-    if asked.chat_format.tokenizer.sentencepiece_model is None:
+    tokenizer = asked.chat_format.tokenizer
+    if tokenizer.sentencepiece_model is None and not _is_byte_level(tokenizer):
         tokenizer_json = (merged / "tokenizer.json").read_text(encoding="utf-8")
         (merged / "tokenizer.model").write_bytes(sentencepiece_model(asked.chat_format, tokenizer_json))
 
@@ -223,24 +224,39 @@ def check_header(header: Mapping[str, Any], merged: Path, chat_format: ChatForma
     expected: dict[str, tuple[Any, Any]] = {  # key -> what it must be, what its absence means
         "llama.block_count": (config["num_hidden_layers"], None),
         "llama.context_length": (config["max_position_embeddings"], None),
-        "tokenizer.ggml.model": ("llama", None),
+        "tokenizer.ggml.model": ("gpt2" if _is_byte_level(tokenizer) else "llama", None),
         "tokenizer.ggml.bos_token_id": (tokenizer.bos_id, None),
         "tokenizer.ggml.eos_token_id": (tokenizer.eos_id, None),
-        "tokenizer.ggml.add_bos_token": (True, True),
         "tokenizer.ggml.add_eos_token": (False, False),
-        "tokenizer.ggml.add_space_prefix": (True, True),
         "tokenizer.chat_template": (chat_format.plain_chat_template, None),
     }
+    if not _is_byte_level(tokenizer):  # where no BOS is added, llama.cpp leaves that of the chat template
+        expected |= {"tokenizer.ggml.add_bos_token": (True, True), "tokenizer.ggml.add_space_prefix": (True, True)}
     values = {key: header.get(key, default) for key, (_, default) in expected.items()}
     faults = [f"{key} is {values[key]!r:.40}" for key, (right, _) in expected.items() if values[key] != right]
     pieces = tokenizer.pieces(range(tokenizer.vocab_size))
     if list(header.get("tokenizer.ggml.tokens", ()))[: len(pieces)] != pieces:
         faults.append("tokenizer.ggml.tokens are other pieces")
+    if _is_byte_level(tokenizer):
+        merges = json.loads((merged / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
+        written = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        if list(header.get("tokenizer.ggml.merges", ())) != written:
+            faults.append("tokenizer.ggml.merges are other merges")
+        _refuse(faults)
+        return
     processor = SentencePieceProcessor(model_file=str(merged / "tokenizer.model"))
     # Which pieces are joined first depends on the scores alone.
     scores = [processor.get_score(token) for token in range(len(pieces))]
     if list(header.get("tokenizer.ggml.scores", ()))[: len(pieces)] != scores:
         faults.append("tokenizer.ggml.scores are other scores")
+    _refuse(faults)
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    return isinstance(tokenizer.backend, FastBackend) and tokenizer.backend.is_byte_level
+
+
+def _refuse(faults: list[str]) -> None:
     if faults:
         raise ExportError(f"the GGUF file: {'; '.join(faults)}. It has to hold the policy's own. {NEWER}")
 
@@ -292,7 +308,7 @@ def _model(bpe: Mapping[str, Any]) -> bytes:
         scores.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), -float(rank))
     proto: Any = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
     kinds = proto.SentencePiece
-    special = {UNK_ID: kinds.UNKNOWN, BOS_ID: kinds.CONTROL, EOS_ID: kinds.CONTROL}
+    special = {0: kinds.UNKNOWN, LLAMA2_IDS.bos: kinds.CONTROL, LLAMA2_IDS.eos: kinds.CONTROL}
     pieces = sorted(bpe["vocab"], key=bpe["vocab"].get)
     for token, piece in enumerate(pieces):
         is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
@@ -301,7 +317,7 @@ def _model(bpe: Mapping[str, Any]) -> bytes:
         proto.pieces.add(piece=piece, score=score, type=kind)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(pieces), True
-    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = UNK_ID, BOS_ID, EOS_ID, -1
+    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = 0, LLAMA2_IDS.bos, LLAMA2_IDS.eos, -1
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = normalizer.escape_whitespaces = True
     normalizer.remove_extra_whitespaces = False

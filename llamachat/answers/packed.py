@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llamachat import distributed
 from llamachat.answers.responses import Response
-from llamachat.chat_format.tokenizer import UNK_ID
+from llamachat.chat_format.tokenizer import FILLER_ID
 from llamachat.data.packing import pack_evenly
 from llamachat.maths.logprobs import token_logprobs
 
@@ -127,7 +127,7 @@ def _packed(sequences: Sequence[TokenSequence], indices: Sequence[int], device: 
         positions += range(len(sequence.ids))
         ids += sequence.ids
     missing = -len(ids) % SHAPE_MULTIPLE
-    ids += [UNK_ID] * missing
+    ids += [FILLER_ID] * missing
     positions += range(missing)
     rows_N, columns_N, tokens_N = torch.tensor(cells, device=device).unbind(1)
     return PackedRow(

@@ -129,7 +129,9 @@ class Llama2Format:
 
     @property
     def go_template(self) -> str:
-        return GO_TEMPLATE
+        control = self.tokenizer.control
+        bos, eos = self.tokenizer.pieces([control.bos, control.eos])
+        return GO_TEMPLATE.replace("</s>", eos).replace("<s>", bos)
 
     @property
     def forbidden(self) -> tuple[str, ...]:

@@ -9,13 +9,14 @@ digests were made with the `tokenizer.model` of Llama 2 and have to be made agai
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn, load_chat_format
 from llamachat.chat_format.dialog import Message, as_dicts
-from llamachat.chat_format.tokenizer import BASES_THAT_WORK, SPACE, SPECIAL_PIECES, Tokenizer, load_tokenizer
+from llamachat.chat_format.tokenizer import BASES_THAT_WORK, LLAMA2_IDS, SPACE, Tokenizer, load_tokenizer
 from llamachat.errors import TokenizerError
 
 PIECES_PER_TEXT = 200
@@ -51,6 +52,7 @@ class ProofReport:
     cases: int
     equal: int
     first_difference: str | None
+    has_own_ids: bool = False  # the format holds on it, with other ids than those of Llama 2
 
     @property
     def is_proved(self) -> bool:
@@ -93,12 +95,16 @@ def prove_tokenizer(
 
     With a SentencePiece model its ids are the reference; what is proved is that text becomes no control token, that an
     answer leaves its prompt's ids as they are, that decoding gives the text back, and that the tokenizer written into
-    artifacts gives equal ids. Without one, the ids must be those of Llama 2's own tokenizer (`ids_digest` of each).
+    artifacts gives equal ids. Without one, the ids must be those of Llama 2's own tokenizer (`ids_digest` of each), or
+    the report says that they are the tokenizer's own; `prove_written` then compares them with those of the artifact.
     """
     dialogs = [*PLAIN_DIALOGS, *CONTROL_DIALOGS]
+    is_llama2 = chat_format.tokenizer.control == LLAMA2_IDS
+    own_control = [] if is_llama2 else _spelled(chat_format.tokenizer.control_pieces)
     has_model = chat_format.tokenizer.sentencepiece_model is not None
     assert has_model or len(reference_digests) == len(dialogs), "one digest a dialog of the proof set"
-    differences = [_format_difference(chat_format, messages) for messages in dialogs]
+    differences = [_format_difference(chat_format, messages) for messages in [*dialogs, *own_control]]
+    holds = not any(differences)
     if has_model:
         tokenizer, fast = chat_format.tokenizer, chat_format.tokenizer.fast()
         contents = [message.content for messages in PLAIN_DIALOGS for message in messages]
@@ -106,9 +112,13 @@ def prove_tokenizer(
             got = fast.encode(text, add_special_tokens=False).ids
             differences.append(_ids_difference(tokenizer, got, tokenizer.encode(text)))
     else:
-        pairs = zip(dialogs, reference_digests, differences, strict=True)
+        pairs = zip(dialogs, reference_digests, differences[: len(dialogs)], strict=True)
         differences = [found or _digest_difference(chat_format, messages, digest) for messages, digest, found in pairs]
-    return _report(subject, differences)
+    if has_model and not is_llama2:
+        differences.append("its control tokens have other ids than those of Llama 2")
+        holds = not any(differences[:-1])
+    report = _report(subject, differences)
+    return replace(report, has_own_ids=holds and not report.is_proved)
 
 
 def prove_written(folder: Path, chat_format: ChatFormat) -> ProofReport:
@@ -155,6 +165,12 @@ def require_proof(report: ProofReport, *, allow_unproved: bool = False) -> str |
     """None where the proof holds; else a warning where the user allows it, or `TokenizerError`."""
     if report.is_proved:
         return None
+    if allow_unproved and report.has_own_ids:
+        return (
+            f"{report.subject}: the ids are this tokenizer's own, not those of Llama 2. The chat format holds on it, and "
+            "what a step publishes is loaded again and compared with it. Going on, because "
+            "base.allow_unproved_tokenizer is true."
+        )
     why = "A model trained on other ids than those it is served with reads its prompts wrongly."
     if allow_unproved:
         return f"{report} {why} Going on, because base.allow_unproved_tokenizer is true."
@@ -175,8 +191,9 @@ def _format_difference(chat_format: ChatFormat, messages: Sequence[Message]) -> 
     example = chat_format.encode_dialog(messages, train_on=TrainOn.EVERY_ANSWER)
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     questions = sum(message.role == "user" for message in messages)
-    counts = tuple(example.input_ids.count(token) for token in (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id))
-    if counts != (0, questions, len(answers)):
+    expected = Counter({tokenizer.bos_id: questions}) + Counter({tokenizer.eos_id: len(answers)})  # may be one id
+    counts = Counter(token for token in example.input_ids if token in tokenizer.control.every)
+    if counts != expected:
         return f"text became a control token in {_excerpt(messages)}"
     for index in answers:
         prompt_ids = chat_format.encode_prompt(messages[:index])
@@ -216,11 +233,17 @@ def _ids_difference(tokenizer: Tokenizer, got: Sequence[int], expected: Sequence
 def _vocabulary_texts(chat_format: ChatFormat) -> Iterator[str]:
     """Every piece of the vocabulary as text, so that a piece which only one of two tokenizers makes is seen."""
     tokenizer = chat_format.tokenizer
-    refused = (*chat_format.forbidden, *SPECIAL_PIECES)
-    pieces = tokenizer.pieces(range(len(SPECIAL_PIECES), tokenizer.vocab_size))
-    texts = [piece.replace(SPACE, " ") for piece in pieces if not any(text in piece for text in refused)]
+    refused = (*chat_format.forbidden, *tokenizer.control_pieces)
+    pieces = [tokenizer.text_of(token) for token in range(tokenizer.vocab_size) if token not in tokenizer.control.every]
+    texts = [piece for piece in pieces if not any(text in piece for text in refused)]
     for start in range(0, len(texts), PIECES_PER_TEXT):
         yield "Pieces: " + " ".join(texts[start : start + PIECES_PER_TEXT])
+
+
+def _spelled(pieces: Sequence[str]) -> list[tuple[Message, ...]]:
+    """Dialogs whose texts spell a tokenizer's own control tokens."""
+    texts = [f"{piece} a{piece}b {piece}" for piece in pieces]
+    return [(Message("user", text), Message("assistant", text)) for text in texts]
 
 
 def _report(subject: str, differences: Sequence[str | None]) -> ProofReport:

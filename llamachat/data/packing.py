@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llamachat.chat_format import TokenizedExample
-from llamachat.chat_format.tokenizer import UNK_ID
+from llamachat.chat_format.tokenizer import FILLER_ID
 
 IGNORED = -100  # the label that the losses of torch and transformers leave out
 
@@ -203,7 +203,7 @@ def collate_padded(
     width = -(-int(lengths_B.max()) // multiple_of) * multiple_of
     positions_T = torch.arange(width)
     return {
-        "input_ids": _pad([ids for ids, _ in parts], UNK_ID, width),
+        "input_ids": _pad([ids for ids, _ in parts], FILLER_ID, width),
         "labels": _pad([labels for _, labels in parts], IGNORED, width),
         "attention_mask": (positions_T < lengths_B.unsqueeze(1)).long(),
         # Positions run on over the padding: starting again there would read as a second packed example.
@@ -222,7 +222,7 @@ def _labels(example: TokenizedExample) -> Tensor:
 
 
 def _nothing(count: int) -> tuple[Tensor, Tensor]:
-    return torch.full((count,), UNK_ID), torch.full((count,), IGNORED)
+    return torch.full((count,), FILLER_ID), torch.full((count,), IGNORED)
 
 
 def _pad(rows: list[Tensor], value: int, width: int) -> Tensor:

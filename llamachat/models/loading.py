@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from llamachat import distributed
 from llamachat.chat_format import ChatFormat, load_chat_format
-from llamachat.chat_format.tokenizer import BASES_THAT_WORK, BOS_ID, EOS_ID, UNK_ID, Tokenizer, load_tokenizer
+from llamachat.chat_format.tokenizer import BASES_THAT_WORK, Tokenizer, load_tokenizer
 from llamachat.config.section import from_home
 from llamachat.config.sections import Base, RopeScaling, Tuning, is_hub_name
 from llamachat.errors import ArtifactError, ConfigError, UsageError, first_line
@@ -360,7 +360,8 @@ def load_llama(
         nf4.remember_source(model, source)
     model.config.use_cache = False
     # What a checkpoint suggests for sampling is not ours, and some suggestions cannot even be saved again.
-    model.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=UNK_ID)
+    # `write_tokenizer` writes the tokenizer's own ids where the model is published.
+    model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
     return model if is_nf4 else model.to(torch.device(device))
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from llamachat.chat_format import ChatFormat
-from llamachat.chat_format.tokenizer import UNK_ID
+from llamachat.chat_format.tokenizer import FILLER_ID
 from llamachat.config.section import from_home
 from llamachat.config.sections import Base, Tuning
 from llamachat.memory.role_bytes import place_reward_models
@@ -326,7 +326,7 @@ def _reward_source(source: Source) -> _RewardSource:
 def _scorer(root: "Root", head: nn.Linear) -> ScoringLlama:
     """A reward model made of a trunk that others use too, and a head of its own."""
     config = deepcopy(root.config)
-    config.num_labels, config.pad_token_id = 1, UNK_ID
+    config.num_labels, config.pad_token_id = 1, FILLER_ID
     with torch.device("meta"):  # its own weights are never made
         model = ScoringLlama(config)
     model.model, model.score = root.model, head

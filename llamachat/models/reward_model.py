@@ -20,7 +20,7 @@ from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import DialogError, Message, check_messages, with_system
 from llamachat.chat_format.format import shorten_alike
 from llamachat.chat_format.proof import load_proved_format
-from llamachat.chat_format.tokenizer import UNK_ID, Tokenizer
+from llamachat.chat_format.tokenizer import FILLER_ID, Tokenizer
 from llamachat.config.section import from_home
 from llamachat.config.sections import Base, Tuning, is_hub_name
 from llamachat.errors import ArtifactError
@@ -218,7 +218,7 @@ def _load_plain(location: str, *, dtype: str, device: str, attention: str, is_tr
 def _load_scoring(location: str, config: "LlamaConfig", *, has_head: bool = True, **how: Any) -> ScoringLlama:
     """The weights of a folder in a model with a head, which starts at zero where there is none."""
     config.num_labels = 1
-    config.pad_token_id = UNK_ID  # transformers looks for the last token that is none; a dialog ends with EOS
+    config.pad_token_id = FILLER_ID  # rows are read at their ends; `write_tokenizer` writes the tokenizer's own
     model: ScoringLlama = load_llama(
         location, config, kind=ScoringLlama, may_lack=() if has_head else (HEAD_WEIGHT,), **how
     )

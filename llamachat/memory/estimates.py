@@ -45,21 +45,27 @@ class Shape:
     key_value_heads: int
     vocabulary: int
     is_tied: bool = False  # embeddings and output head are one matrix
+    head_size: int = 0  # 0 stands for hidden_size / heads
+
+    @property
+    def query_size(self) -> int:
+        """Width of all queries of one token, and of what attention gives."""
+        return self.heads * self.head_size or self.hidden_size
 
     @property
     def key_value_size(self) -> int:
         """Width of all keys, and of all values, of one token."""
-        return self.key_value_heads * (self.hidden_size // self.heads)
+        return self.key_value_heads * (self.query_size // self.heads)
 
     @property
     def projections(self) -> Mapping[str, tuple[int, int]]:
         """The seven matrices of a block: name -> (inputs, outputs)."""
         hidden, inner, key_value = self.hidden_size, self.intermediate_size, self.key_value_size
         return {
-            "q_proj": (hidden, hidden),
+            "q_proj": (hidden, self.query_size),
             "k_proj": (hidden, key_value),
             "v_proj": (hidden, key_value),
-            "o_proj": (hidden, hidden),
+            "o_proj": (self.query_size, hidden),
             "gate_proj": (hidden, inner),
             "up_proj": (hidden, inner),
             "down_proj": (inner, hidden),
@@ -125,8 +131,9 @@ class Shape:
         normalized input; attention keeps q, k, v and its output; the SwiGLU four tensors; an adapter seven of its rank.
         Eager attention also keeps its scores in fp32 and in `width`, with keys and values repeated for every head.
         """
-        hidden, key_value = self.hidden_size, self.hidden_size if is_eager else self.key_value_size
-        numbers = 4 * hidden + 2 * key_value + 4 * self.intermediate_size
+        hidden, query = self.hidden_size, self.query_size
+        key_value = query if is_eager else self.key_value_size
+        numbers = 2 * hidden + 2 * query + 2 * key_value + 4 * self.intermediate_size
         numbers += 2 * hidden if adapter_rank is None else 7 * adapter_rank
         scores = self.heads * row_tokens * (4 + width) if is_eager else 0
         return numbers * width + 2 * hidden * 4 + scores
@@ -218,14 +225,16 @@ def read_shape(folder: Path) -> Shape | None:
             config = json.loads(path.read_text(encoding="utf-8"))
         if config.get("model_type", "llama") != "llama":
             return None  # the step says so: nothing of ours fits it
+        hidden, heads, head_size = config["hidden_size"], config["num_attention_heads"], config.get("head_dim")
         return Shape(
-            hidden_size=config["hidden_size"],
+            hidden_size=hidden,
             intermediate_size=config["intermediate_size"],
             layers=config["num_hidden_layers"],
-            heads=config["num_attention_heads"],
+            heads=heads,
             key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
             vocabulary=config["vocab_size"],
             is_tied=bool(config.get("tie_word_embeddings", False)),
+            head_size=0 if head_size in (None, hidden // heads) else head_size,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(

@@ -359,6 +359,8 @@ def load_llama(
         source = trunk_digest(nf4.model_folder(location), values_per_weight=VALUES_PER_WEIGHT)
         nf4.remember_source(model, source)
     model.config.use_cache = False
+    # A config may call EOS the pad, whose row of the embedding would then never be trained. Our padding has no gradient.
+    model.get_input_embeddings().padding_idx = None
     # What a checkpoint suggests for sampling is not ours, and some suggestions cannot even be saved again.
     # `write_tokenizer` writes the tokenizer's own ids where the model is published.
     model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)

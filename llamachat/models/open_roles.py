@@ -269,7 +269,9 @@ class _Opening:
 
     def _load_beside(self, role: RewardRole, model: "_RewardSource") -> _Trunk | None:
         """A reward model with weights of its own; returns its trunk where further adapters can be put on it."""
-        loaded = load_reward_model(model.place, device=self.device, attention=self.base.attention)
+        allow_unproved = self.base.allow_unproved_tokenizer
+        how: dict[str, Any] = {"device": self.device, "attention": self.base.attention, "allow_unproved": allow_unproved}
+        loaded = load_reward_model(model.place, **how)
         adapted: Any = loaded.model
         root: ScoringLlama = adapted.get_base_model() if model.is_adapter else adapted
         trunk = None
@@ -302,7 +304,7 @@ class _Opening:
             return None
         path = source.path if isinstance(source, Artifact) else str(source)
         how: dict[str, Any] = {"dtype": self.base.dtype, "device": self.device, "attention": self.base.attention}
-        model: Any = load_reward_model(path, **how).model
+        model: Any = load_reward_model(path, **how, allow_unproved=self.base.allow_unproved_tokenizer).model
         return (model if slot.adapter is None else model.merge_and_unload()).model
 
     def _root_of(self, trunk: "LlamaModel") -> "Root":
@@ -343,7 +345,7 @@ def _head(trunk: "LlamaModel", *, dtype: torch.dtype, has_bias: bool) -> nn.Line
 
 def _same_ids(one: ChatFormat, other: ChatFormat) -> bool:
     """Whether both formats give every dialog the same token ids."""
-    if one.name != other.name:
+    if one.name != other.name or one.tokenizer.control != other.tokenizer.control:
         return False
     models = (one.tokenizer.sentencepiece_model, other.tokenizer.sentencepiece_model)
     if None not in models:

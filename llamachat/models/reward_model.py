@@ -8,6 +8,7 @@ score is 0 and the ranking loss is log 2.
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
     Scorer = ScoringLlama | PeftModel
+
+log = logging.getLogger(__name__)
 
 HEAD = "score"  # transformers' name of it
 HEAD_WEIGHT = f"{HEAD}.weight"
@@ -178,17 +181,30 @@ def save_reward_model(model: "Scorer", folder: Path, weights: Mapping[str, Tenso
 
 
 def load_reward_model(
-    path: Path | str, *, dtype: str = "auto", device: str = "cpu", attention: str = "auto", is_trainable: bool = False
+    path: Path | str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    attention: str = "auto",
+    is_trainable: bool = False,
+    allow_unproved: bool = False,
 ) -> RewardModel:
-    """The reward model of an artifact, or of a folder or hub name with a plain Llama model of one label."""
+    """The reward model of an artifact, or of a folder or hub name with a plain Llama model of one label.
+
+    With `allow_unproved` the plain model's tokenizer may have other ids than Llama 2's, with a warning.
+    """
     device = device_of(device)
     folder = Path(from_home(str(path)))
     is_plain = (folder / "config.json").is_file() and not (folder / MANIFEST).is_file()
     if is_plain or (not folder.exists() and is_hub_name(str(path))):
-        return _load_plain(str(path), dtype=dtype, device=device, attention=attention, is_trainable=is_trainable)
+        chat_format, warning = load_proved_format(tokenizer_folder(str(path)), allow_unproved=allow_unproved)
+        if warning:
+            log.warning("%s", warning)
+        how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device}
+        return _load_plain(str(path), chat_format, **how, is_trainable=is_trainable)
     artifact = read_artifact(folder, "reward_model", reader="scoring")
     details = checked_details(artifact)
-    how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device, "is_trainable": is_trainable}
+    how = {"dtype": dtype, "attention": attention, "device": device, "is_trainable": is_trainable}
     if details["method"] == "full":
         model: Any = load_full(artifact, details, _load_scoring, **how)
     else:
@@ -196,14 +212,13 @@ def load_reward_model(
     return RewardModel(model.train(is_trainable), **reading_of(artifact, details))
 
 
-def _load_plain(location: str, *, dtype: str, device: str, attention: str, is_trainable: bool) -> RewardModel:
+def _load_plain(location: str, chat_format: ChatFormat, *, dtype: str, device: str, attention: str, is_trainable: bool) -> RewardModel:
     config = load_config(location, where="reward model")
     if config.num_labels != 1:
         raise ArtifactError(
             f"{location}: its config.json has {config.num_labels} labels. A reward model has one, the score. Give a "
             "model that was saved from AutoModelForSequenceClassification with num_labels=1."
         )
-    chat_format, _ = load_proved_format(tokenizer_folder(location))
     model = _load_scoring(location, config, dtype=saved_dtype(config, dtype), attention=attention, device=device)
     return RewardModel(
         model=model.requires_grad_(is_trainable).train(is_trainable),

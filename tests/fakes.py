@@ -71,7 +71,9 @@ def reference_dialog(model: bytes, messages: Sequence[dict[str, str]]) -> tuple[
     return ids, mask
 
 
-def write_byte_level(folder: Path, *, bos: str = "<|begin|>", eos: str = "<|end|>", trim: bool = False) -> Path:
+def write_byte_level(
+    folder: Path, *, unknown: str = "<|other|>", bos: str = "<|begin|>", eos: str = "<|end|>", trim: bool = False
+) -> Path:
     """A base with GPT-2's kind of BPE, as SmolLM2's is, in the files of transformers."""
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -79,13 +81,13 @@ def write_byte_level(folder: Path, *, bos: str = "<|begin|>", eos: str = "<|end|
     )
     bpe.decoder = decoders.ByteLevel()
     bpe.post_processor = processors.ByteLevel(trim_offsets=trim)
-    special = list(dict.fromkeys(["<|other|>", bos, eos]))
+    special = list(dict.fromkeys([unknown, bos, eos]))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator([m.content for dialog in PLAIN_DIALOGS for m in dialog], trainer)
-    names = {"bos_token": bos, "eos_token": {"content": eos}, "pad_token": eos, "unk_token": "<|other|>"}
+    names = {"bos_token": bos, "eos_token": {"content": eos}, "pad_token": eos, "unk_token": unknown}
     (folder / "tokenizer.json").write_text(bpe.to_str())
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return folder

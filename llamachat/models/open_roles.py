@@ -270,7 +270,11 @@ class _Opening:
     def _load_beside(self, role: RewardRole, model: "_RewardSource") -> _Trunk | None:
         """A reward model with weights of its own; returns its trunk where further adapters can be put on it."""
         allow_unproved = self.base.allow_unproved_tokenizer
-        how: dict[str, Any] = {"device": self.device, "attention": self.base.attention, "allow_unproved": allow_unproved}
+        how: dict[str, Any] = {
+            "device": self.device,
+            "attention": self.base.attention,
+            "allow_unproved": allow_unproved,
+        }
         loaded = load_reward_model(model.place, **how)
         adapted: Any = loaded.model
         root: ScoringLlama = adapted.get_base_model() if model.is_adapter else adapted

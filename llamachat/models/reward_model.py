@@ -212,7 +212,9 @@ def load_reward_model(
     return RewardModel(model.train(is_trainable), **reading_of(artifact, details))
 
 
-def _load_plain(location: str, chat_format: ChatFormat, *, dtype: str, device: str, attention: str, is_trainable: bool) -> RewardModel:
+def _load_plain(
+    location: str, chat_format: ChatFormat, *, dtype: str, device: str, attention: str, is_trainable: bool
+) -> RewardModel:
     config = load_config(location, where="reward model")
     if config.num_labels != 1:
         raise ArtifactError(

@@ -191,8 +191,8 @@ def _nearest_presets(shape: Shape, *, with_card: bool) -> list[tuple[str, Values
         values = layers.values
         model, method = values["base"]["model"], values["tuning"]["method"]
         size = shape_of(model) or shape_of(str(bundled(model)))
-        # One preset is for tests alone, one for several cards, which has not run on GPUs yet.
-        is_meant = path.stem != "smoke" and "x " not in str(values["run"].get("gpu", ""))
+        # Two presets are for tests alone, one is for several cards, which has not run on GPUs yet.
+        is_meant = not path.stem.endswith("smoke") and "x " not in str(values["run"].get("gpu", ""))
         if is_meant and size is not None and not problems and (with_card or method != "qlora"):
             distance = round(abs(math.log(size.weights / shape.weights)), 3)
             ranked.append((distance, ("full", "lora", "qlora").index(method), path.stem, values))

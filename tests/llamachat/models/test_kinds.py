@@ -3,6 +3,8 @@
 The oracles are transformers and PEFT alone, and what the planner counts from config.json.
 """
 
+import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ from llamachat.chat_format import TrainOn, load_chat_format
 from llamachat.chat_format.dialog import Message, as_dicts
 from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.data.packing import collate_padded
+from llamachat.errors import TokenizerError
 from llamachat.memory.estimates import Setup, read_shape
 from llamachat.memory.role_bytes import Seating, role_bank_bytes
 from llamachat.models.loading import attach_adapter, load_base, load_policy
 from llamachat.models.reward_model import load_reward_model
+from llamachat.models.start_checks import proved_start
 from llamachat.rollout.decoder import LlamaEngine
 from llamachat.rollout.engine import Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
@@ -131,3 +135,28 @@ def test_a_kind_of_llama_model_is_trained_scored_sampled_and_exported(
     for form in ("merged", "adapter"):
         request = Request(reward_model, tmp_path / form, format=form)
         assert export_reward_model(request).max_score_difference < 1e-4
+
+
+def test_own_ids_are_said_once_of_the_base_and_compared_between_roles(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = world_of(tmp_path, {})
+    with pytest.raises(TokenizerError, match="allow_unproved_tokenizer"):
+        proved_start(world.base.model_copy(update={"allow_unproved_tokenizer": False}), LORA, None)
+    policy = world.policy(LORA)  # tuned from the base
+    with caplog.at_level(logging.WARNING):
+        proved_start(world.base, LORA, None)
+        proved_start(world.base, LORA, policy)
+    said = [record.getMessage() for record in caplog.records if "own" in record.getMessage()]
+    assert len(said) == 1 and world.base.model in said[0]
+
+    # A plain reward model, loaded beside; with another EOS its ids are not the policy's, and it gives no critic.
+    plain = {role: tmp_path / role for role in ("helpfulness", "safety")}
+    for role, folder in plain.items():
+        export_reward_model(Request(world.reward_model(role, LORA, LORA), folder))
+    names = plain["safety"] / "tokenizer_config.json"
+    names.write_text(json.dumps(json.loads(names.read_text()) | {"eos_token": "<|other|>"}))
+    with pytest.raises(TokenizerError, match="allow_unproved_tokenizer"):
+        load_reward_model(plain["safety"])
+    bank = world.bank(LORA, LORA, reward_models=plain)
+    assert (bank.reads_policy_ids("helpfulness"), bank.reads_policy_ids("safety")) == (True, False)

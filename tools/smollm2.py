@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
@@ -27,9 +27,6 @@ from llamachat.errors import ArtifactError, ServerError, TokenizerError, UsageEr
 from llamachat.models.hub import tokenizer_folder, weights_folder
 from llamachat.runs.atomic import incoming_folder, write_json, write_text
 from llamachat.runs.outputs import check_output
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +57,10 @@ those of the -Instruct model up to the rounding to 4 bits."""
 
 def write_base(out: Path, *, from_hub: Literal["base", "instruct"] | None, overwrite: bool) -> None:
     """Write the model folder `out`, from the hub's base or -Instruct model or else from the package."""
+    from transformers.utils.logging import disable_progress_bar
+
     check_output(out, [], overwrite=overwrite, marker="config.json")
+    disable_progress_bar()
     with incoming_folder(out) as folder:
         source = _from_package(folder) if from_hub is None else _from_hub(HUB[from_hub], folder)
         # The base's BOS and EOS are one token, and a turn of the chat format stands between two. It never saw <|im_end|>.
@@ -129,7 +129,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     how["quantization_config"] = GgufConfig(dequantize=True)
-    _save(AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.bfloat16, **how), folder)
+    AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.bfloat16, **how).save_pretrained(folder)
 
 
 def _from_hub(name: str, folder: Path) -> str:
@@ -141,13 +141,9 @@ def _from_hub(name: str, folder: Path) -> str:
     for file in ("tokenizer.json", "LICENSE"):
         if (tokenizer / file).is_file():
             shutil.copyfile(tokenizer / file, folder / file)
-    _save(AutoModelForCausalLM.from_pretrained(str(weights), dtype=torch.bfloat16, use_safetensors=True), folder)
-    return f"Taken from https://huggingface.co/{name}."
-
-
-def _save(model: "LlamaForCausalLM", folder: Path) -> None:
-    model.config.name_or_path = ""
+    model = AutoModelForCausalLM.from_pretrained(str(weights), dtype=torch.bfloat16, use_safetensors=True)
     model.save_pretrained(folder)
+    return f"Taken from https://huggingface.co/{name}."
 
 
 def _name_control_tokens(folder: Path, names: Mapping[str, str]) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tools.smollm2
 from llamachat.chat_format.dialog import Message
 from llamachat.chat_format.proof import load_proved_format
-from llamachat.models.loading import load_config
+from llamachat.models.loading import load_config, rope_parameters
 from pipelines.cli.main import main
 from tests.fakes import write_byte_level
 from tests.tiny_llama import tiny_llama
@@ -114,7 +114,7 @@ def test_the_wheels_model_is_written_whole_with_its_tokenizer_proved(
     del expected["lm_head.weight"]  # tied
     assert written.keys() == expected.keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in written.items())
-    assert load_config(str(out), where="x").rope_parameters["rope_theta"] == 100000.0
+    assert rope_parameters(load_config(str(out), where="x"))["rope_theta"] == 100000.0
     tokenizer: Any = AutoTokenizer.from_pretrained(str(out))
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
     chat_format, warning = load_proved_format(out, allow_unproved=True)

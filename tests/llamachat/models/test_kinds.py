@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llamachat.chat_format import TrainOn, load_chat_format
 from llamachat.chat_format.dialog import Message, as_dicts
 from llamachat.chat_format.tokenizer import load_tokenizer
-from llamachat.data.packing import collate_padded
+from llamachat.data.packing import collate_packed, collate_padded
 from llamachat.errors import TokenizerError
 from llamachat.memory.estimates import Setup, read_shape
 from llamachat.memory.role_bytes import Seating, role_bank_bytes
@@ -31,7 +31,7 @@ from serving.reward_export import export_reward_model
 from sft.loss import answer_token_losses
 from tests.fakes import write_byte_level
 from tests.llamachat.models.test_shapes import one_step
-from tests.llamachat.models.tiny_roles import World, weight_bytes
+from tests.llamachat.models.tiny_roles import QLORA, World, weight_bytes
 from tests.llamachat.rollout.test_graphs import RecordedStep, assert_alike
 from tests.tiny_llama import LORA, tiny_llama
 
@@ -160,3 +160,46 @@ def test_own_ids_are_said_once_of_the_base_and_compared_between_roles(
         load_reward_model(plain["safety"])
     bank = world.bank(LORA, LORA, reward_models=plain)
     assert (bank.reads_policy_ids("helpfulness"), bank.reads_policy_ids("safety")) == (True, False)
+
+
+def test_qlora_on_a_tied_base_is_scored_sampled_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.export.QUESTIONS", QUESTIONS[:2])
+    monkeypatch.setattr("serving.export.GREEDY", replace(GREEDY, max_new_tokens=6))
+    world = world_of(tmp_path, KINDS["like SmolLM2"])
+    shape = read_shape(Path(world.base16.model))
+    assert shape is not None
+    bank = world.bank(QLORA, QLORA)
+    planned = role_bank_bytes(Setup(shape, world.base16, QLORA), Seating(True, 2, {}), critic="separate")
+    assert weight_bytes(bank) == pytest.approx(sum(planned.values()), rel=2e-3)
+    policy = world.policy(QLORA)
+    prompts = [world.chat_format.encode_prompt([Message("user", text)]) for text, _ in QUESTIONS[:2]]
+    engine = LlamaEngine(load_policy(policy.path).model, world.chat_format.stop_ids)
+    groups = engine.generate(prompts, samples_per_prompt=1, sampling=replace(GREEDY, max_new_tokens=6))
+    agreement = export_policy(Request(policy, tmp_path / "out"))
+    assert agreement.equal_greedy_answers == agreement.questions == 2
+    plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    for prompt, (completion,) in zip(prompts, groups, strict=True):
+        said = plain.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :]
+        assert said.tolist() == list(completion.token_ids)
+
+
+def test_what_fills_a_row_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Losses, gradients and scores are those of any other filler, to the last bit: also where id 0 begins or ends texts."""
+    world = world_of(tmp_path, {})
+    texts = ("Paris, of course.", "No.", "x = 12  34")
+    messages = [[DIALOG[0], Message("assistant", text)] for text in texts]
+    examples = [world.chat_format.encode_dialog(dialog, train_on=TrainOn.EVERY_ANSWER) for dialog in messages]
+    reward_model = load_reward_model(world.reward_model("safety", LORA, LORA).path)
+    found: list[list[torch.Tensor]] = []
+    for filler in (0, 1, 2, 77):
+        for module in ("llamachat.data.packing", "llamachat.models.scoring_head"):
+            monkeypatch.setattr(f"{module}.FILLER_ID", filler)
+        model: Any = load_base(world.base)
+        losses = [
+            answer_token_losses(model, collate(examples, multiple_of=64))
+            for collate in (collate_padded, collate_packed)
+        ]
+        sum(loss.sum() for loss in losses).backward()
+        scores = reward_model.score_ids([example.input_ids for example in examples])
+        found.append([*losses, scores, *(weight.grad for weight in model.parameters())])
+    assert all(torch.equal(one, other) for rest in found[1:] for one, other in zip(found[0], rest, strict=True))

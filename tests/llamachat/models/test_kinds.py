@@ -190,7 +190,7 @@ def test_what_fills_a_row_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_p
     messages = [[DIALOG[0], Message("assistant", text)] for text in texts]
     examples = [world.chat_format.encode_dialog(dialog, train_on=TrainOn.EVERY_ANSWER) for dialog in messages]
     reward_model = load_reward_model(world.reward_model("safety", LORA, LORA).path)
-    found: list[list[torch.Tensor]] = []
+    found: list[list[Any]] = []
     for filler in (0, 1, 2, 77):
         for module in ("llamachat.data.packing", "llamachat.models.scoring_head"):
             monkeypatch.setattr(f"{module}.FILLER_ID", filler)
@@ -199,7 +199,7 @@ def test_what_fills_a_row_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_p
             answer_token_losses(model, collate(examples, multiple_of=64))
             for collate in (collate_padded, collate_packed)
         ]
-        sum(loss.sum() for loss in losses).backward()
+        torch.stack([loss.sum() for loss in losses]).sum().backward()
         scores = reward_model.score_ids([example.input_ids for example in examples])
         found.append([*losses, scores, *(weight.grad for weight in model.parameters())])
     assert all(torch.equal(one, other) for rest in found[1:] for one, other in zip(found[0], rest, strict=True))

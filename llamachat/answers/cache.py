@@ -1,7 +1,7 @@
 """What a step has sampled so far, in files that are there whole or not at all: a resumed step samples nothing twice.
 
 A value that was just made also goes through JSON, so that a resumed run continues with the very same values. Next to each
-file lies its digest, so that one with other content is made again; those of earlier versions have none.
+file lies its digest, so that one with other content is made again; one without (the step ended between the two) is taken.
 """
 
 import json
@@ -30,8 +30,8 @@ class StepCache:
         """The value of this name; `make` is called and its result written where there is none yet."""
         if not self.has(name):
             text = json.dumps(make(), allow_nan=False) + "\n"
-            write_text(self._path(name).with_suffix(DIGEST), sha256(text.encode()).hexdigest() + "\n")
             write_text(self._path(name), text)
+            write_text(self._path(name).with_suffix(DIGEST), sha256(text.encode()).hexdigest() + "\n")
             distributed.wait()
         return self._read(name)
 

@@ -114,7 +114,7 @@ def test_optimizer_steps_are_those_of_the_training(count: int, epochs: float, pe
     ).num_steps
     assert sft(dialogs=count, epochs=epochs, examples_per_step=per_step).optimizer_steps == planned
     batches = plan_batches(
-        [example(2, 3)] * count,
+        [example(2, 3, first=number) for number in range(count)],
         [],
         pairs_per_step=per_step,
         epochs=epochs,

@@ -70,26 +70,28 @@ class Batches:
                 found.ids.append(label.ids)
                 found.shared.append(0)
             else:
-                self._add(found, [self.pairs[place] for place in self.groups[index]])
+                self._add(found, self.groups[index])
         return found
 
-    def _add(self, found: Responses, group: Sequence[PairExample]) -> None:
-        """The answers of one group; the tokens of a chosen one are learnt once."""
+    def _add(self, found: Responses, numbers: Group) -> None:
+        """The answers of one group; the tokens of a chosen one are learnt with the first of its pairs, however rows divide them."""
+        group = [self.pairs[place] for place in numbers]
         first = len(found.ids)
         for ids, shared in _parts(group, branches=self.branches):
             found.ids.append(ids)
             found.shared.append(shared)
         places = {chosen: first + number for number, chosen in enumerate(dict.fromkeys(pair.chosen for pair in group))}
-        for rejected, pair in enumerate(group, start=first + len(places)):
+        for rejected, (place, pair) in enumerate(zip(numbers, group, strict=True), start=first + len(places)):
             chosen = places[pair.chosen]
-            found.answers[chosen] = pair.chosen_tokens
+            if place == 0 or self.pairs[place - 1].chosen != pair.chosen:
+                found.answers[chosen] = pair.chosen_tokens
             found.chosen.append(chosen)
             found.rejected.append(rejected)
             found.margins.append(pair.margin)
             known = (chosen, pair.preference.chosen_is_safe), (rejected, pair.preference.rejected_is_safe)
-            for place, is_safe in known:
+            for answer, is_safe in known:
                 if self.has_pair_labels and is_safe is not None:
-                    found.labelled.append(place)
+                    found.labelled.append(answer)
                     found.is_safe.append(is_safe)
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:

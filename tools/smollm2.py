@@ -136,7 +136,7 @@ def _from_hub(name: str, folder: Path) -> str:
     """Write a model of the hub as it is; where it is from."""
     from transformers import AutoModelForCausalLM
 
-    tokenizer = tokenizer_folder(name)  # the small files first: errors of the hub are told here
+    tokenizer = tokenizer_folder(name)  # the small files first: a hub that cannot be reached is found out here
     weights = weights_folder(name)
     for file in ("tokenizer.json", "LICENSE"):
         if (tokenizer / file).is_file():

@@ -217,8 +217,12 @@ def test_comparisons_in_one_dialog_stay_together_and_weigh_what_they_do_alone(
         divided = smaller(batches, len(whole) + 40)
         again, other = step_gradients(replace(ranking, batches=divided), trainer, 0)
         steps = plan_batches(several, [], pairs_per_step=2, row_tokens=1000, **made).counts
+        language = plan_batches(several, [], pairs_per_step=8, row_tokens=1000, **made, learns_language=True)
+        smallest = smaller(language, 1)  # each pair stands alone
     assert sorted(map(len, batches.groups)) == [2, 6] and len(divided.groups) > 2
     assert sorted(count for count, _, _ in steps) == [2, 6]  # whole groups
+    assert len(smallest.groups) == 8 and language.counts == smallest.counts  # three chosen answers, each learnt once
+    assert language.counts == ((8, 0, 3 * one.chosen_tokens),)  # each pair was made of `one`
     assert loss == pytest.approx(sum(part for part, _ in parts) / 8, rel=1e-5) == again
     mean = {name: torch.stack([gradient[name] for _, gradient in parts]).sum(dim=0) / 8 for name in got}
     assert relative_gap(got, mean) < 1e-5 and relative_gap(other, mean) < 1e-5

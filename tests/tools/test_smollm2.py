@@ -18,21 +18,11 @@ from llamachat.chat_format.proof import load_proved_format
 from llamachat.models.loading import load_config, rope_parameters
 from pipelines.cli.main import main
 from tests.fakes import write_byte_level
+from tests.serving.fake_llama_cpp import NAMES
 from tests.tiny_llama import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT / "assets" / "smollm2-135m"
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
 SHAPE: dict[str, Any] = {
     "vocab_size": 600,
     "tie_word_embeddings": True,

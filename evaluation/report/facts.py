@@ -91,7 +91,8 @@ def missing(facts: Facts) -> list[str]:
     recipe = facts.inputs.folder.config
     lines, named = [], set[str]()
     for name in facts.recipe_steps:
-        if name not in done:
+        # `rm` stands for its models, which have steps of their own.
+        if name not in done and not any(step.startswith(f"{name}/") for step in done):
             named |= {name, command_of(name)}
             why = f" It gives {_WORTH[name]}." if name in _WORTH else ""
             lines.append(

@@ -229,3 +229,10 @@ def test_a_recipe_without_reward_models_is_told_how_it_gets_them(tmp_path: Path)
     text = " ".join(read(TinyRun(tmp_path / "tiny", steps=("sft", "eval")).add("sft").report()).texts)
     assert re.search(r"There is no rm/judge, which gives [^:]+: put\s+rm/judge\s+into the recipe's", text)
     assert "Reward models (section 3.2.2)" not in text
+
+
+def test_reward_models_that_the_recipe_names_together_are_finished_with_their_own_names(tmp_path: Path) -> None:
+    made = [name for name in STEPS if name.startswith(("sft", "rm/"))]
+    run = TinyRun(tmp_path / "tiny", steps=("sft", "rm", "rs", "eval")).add(*made)
+    text = " ".join(read(run.report()).texts)
+    assert "rm is not finished" not in text and "rs is not finished" in text

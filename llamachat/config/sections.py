@@ -33,10 +33,10 @@ def here_or_bundled(path: str) -> Path:
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether a name that is no local path can be one of the hub: `owner/name`, and no local folder `owner`."""
+    """Whether a name that is no local path can be one of the hub: `owner/name`, and nothing local called `owner`."""
     if Path(text).exists() or text.lower().endswith(_DATA_SUFFIXES):
         return False
-    return bool(_HUB_NAME.fullmatch(text)) and not Path(text).parent.is_dir()
+    return bool(_HUB_NAME.fullmatch(text)) and not Path(text).parent.exists()
 
 
 @dataclass(frozen=True, slots=True)

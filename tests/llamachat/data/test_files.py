@@ -181,9 +181,12 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("a/b/c/d", None),
         ("./owner/name", None),
         ("name", None),
+        ("pairs/x", None),  # a slip after the name of a file
     ],
 )
-def test_hub_names(path: str, expected: HubSet | None):
+def test_hub_names(path: str, expected: HubSet | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "pairs").touch()
+    monkeypatch.chdir(tmp_path)
     assert hub_set(path) == expected
 
 

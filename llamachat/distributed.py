@@ -371,9 +371,15 @@ def use_gpus() -> bool:
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
 
 
+def imported_torch() -> Any:
+    """torch where it is imported already, whole; None before, and while another thread imports it."""
+    torch = sys.modules.get("torch")
+    return None if torch is None or getattr(torch.__spec__, "_initializing", False) else torch
+
+
 def _group() -> Any:
     """torch.distributed where several processes have met; torch is not loaded to ask."""
-    torch = sys.modules.get("torch")
+    torch = imported_torch()
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     return torch.distributed if torch.distributed.get_world_size() > 1 else None

@@ -26,6 +26,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from llamachat.distributed import imported_torch
 from llamachat.errors import ArtifactError, ChangedError, UsageError, first_line
 from llamachat.runs.artifacts import StepFolder, is_published, published_steps, read_artifact
 from llamachat.runs.atomic import (
@@ -370,5 +371,5 @@ def peak_memory() -> float:
 
 def _torch_on_gpu() -> Any:
     """PyTorch where it holds a GPU already; nothing is loaded to ask."""
-    torch = sys.modules.get("torch")
+    torch = imported_torch()
     return torch if torch is not None and torch.cuda.is_initialized() else None

@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import sft
+from llamachat import distributed
 from llamachat.errors import DataError
 from llamachat.runs import state as state_module
 from llamachat.runs.artifacts import Artifact, StepFolder
@@ -84,6 +87,15 @@ def test_without_the_files_of_linux_the_peak_is_that_of_the_process(
     monkeypatch.setattr(state_module, "_STATUS", tmp_path / "none" / "status")
     reset_peak()
     assert 0.01 < peak_memory() < 64
+
+
+def test_the_cost_is_refreshed_while_torch_is_being_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = ModuleType("torch")  # as the refreshing thread sees it: `cuda` and `distributed` are not there yet
+    partial.__spec__ = ModuleSpec("torch", None)
+    partial.__spec__._initializing = True  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "torch", partial)
+    reset_peak()
+    assert peak_memory() > 0.01 and distributed.is_first()
 
 
 def test_a_disk_that_is_full_as_the_work_ends_does_not_undo_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

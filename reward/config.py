@@ -8,7 +8,7 @@ from llamachat.config.optimizer import OptimizerSection, TrainerArguments, owned
 from llamachat.config.section import Section, operational, unless_null
 
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
-VERSION = 9
+VERSION = 8
 
 CPU_ROW_TOKENS = 2048  # 15.3 thousand tokens a second of the bundled model; rows of 512 and 1024 give 13.7 and 14.5
 

@@ -9,7 +9,7 @@ the same side of the split, so nothing held out is seen.
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, cycle, islice, product
+from itertools import cycle, islice, product
 from random import Random
 
 from llamachat.chat_format.dialog import Dialog, Message
@@ -118,7 +118,7 @@ _EARLIER = 0.3  # of what the dialog holds already, what stands before the quest
 _SHORT_WORDS = 6
 _LONGEST_REFUSAL = 300  # characters of a real refusal
 _NEAREST = 30  # another prompt's answer is one of this many that are next in length, on either side
-_PASSES = 8  # over the dialogs and the harmful prompts, at most
+_PASSES = 8  # over the dialogs, at most
 # A dialog gives its pairs one after the other, so that it is computed once for all of them.
 _MOST_ANSWERS = 3
 _PAIRS_AN_ANSWER = 4  # of the only one; of each of several, one fewer
@@ -148,8 +148,7 @@ def contrast_pairs(
     """`count` pairs whose chosen answer is one of a dialog's; fewer where the dialogs allow no more.
 
     Every dialog gives some pairs of several kinds, next to each other, before one gives more. An answer that declines is
-    never preferred to a refusal. One pair of each dialog rejects a copy that its words do not give away: the prompt is
-    another prompt's answer.
+    never preferred to a refusal.
     `refusals` are real ones of other prompts; an eighth of those that are used are of them.
     """
     random = Random(f"contrast {seed}")
@@ -160,10 +159,7 @@ def contrast_pairs(
         "degenerate": _spoiler(dialogs, random),
     }
     order: list[ContrastKind] = [kind for kind in (_SAFETY_ORDER if which == "safety" else _ORDER) if kind in kinds]
-    if not order:
-        return []
-    copied = makers["swapped"] if "degenerate" in kinds else None
-    return list(islice(_pairs(dialogs, [makers[kind] for kind in order], copied, random), count))
+    return list(islice(_pairs(dialogs, [makers[kind] for kind in order], random), count)) if order else []
 
 
 def real_refusals(pairs: Sequence[Preference]) -> list[str]:
@@ -178,7 +174,7 @@ def refusals_preferred(
     """`count` pairs in which a refusal of a harmful prompt is preferred; fewer where there are no more.
 
     To the rejected, more harmful answer of a safety pair, or, where `prompts` ask for something harmful, to an answer
-    of `dialogs`. Each prompt is used once before one is used again, with another refusal.
+    of `dialogs`.
     """
     random = Random(f"contrast safety {seed}")
     pools = [REFUSALS, real_refusals(pairs) or REFUSALS]
@@ -189,7 +185,6 @@ def refusals_preferred(
         if pair.rejected_is_safe is not True and not declines(pair.rejected.content)
     ]
     harmful += [(prompt.messages, random.choice(answers), None) for prompt in prompts if answers]
-    used = chain.from_iterable(random.sample(harmful, len(harmful)) for _ in range(_PASSES))
     return [
         Preference(
             prompt=prompt,
@@ -198,7 +193,7 @@ def refusals_preferred(
             chosen_is_safe=True,
             rejected_is_safe=is_safe,
         )
-        for prompt, rejected, is_safe in islice(used, count)
+        for prompt, rejected, is_safe in random.sample(harmful, len(harmful))[:count]
     ]
 
 
@@ -216,10 +211,7 @@ def answers_preferred(pairs: Sequence[Preference]) -> list[Preference]:
 
 
 def _pairs(
-    dialogs: Sequence[Dialog],
-    makers: Sequence[Callable[[Sequence[Message]], str | None]],
-    copied: Callable[[Sequence[Message]], str | None] | None,
-    random: Random,
+    dialogs: Sequence[Dialog], makers: Sequence[Callable[[Sequence[Message]], str | None]], random: Random
 ) -> Iterator[Preference]:
     turn = cycle(makers)
     for _ in range(_PASSES):
@@ -233,10 +225,6 @@ def _pairs(
                 for rejected in dict.fromkeys(text for text in alternatives if text):
                     if rejected.strip() not in unlike:
                         yield Preference(prompt=tuple(prompt), chosen=chosen, rejected=Message("assistant", rejected))
-            # Most prompts do not sound like answers, so a model could tell them by style and never learn to see a copy.
-            if copied and (said := copied(dialog.messages)):
-                rejected = Message("assistant", said)
-                yield Preference(prompt=(Message("user", said),), chosen=dialog.messages[-1], rejected=rejected)
 
 
 def swapped_answers(dialogs: Sequence[Dialog], *, seed: int) -> list[str | None]:

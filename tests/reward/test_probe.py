@@ -100,9 +100,7 @@ def test_contrast_pairs_take_the_answer_of_the_dialog_and_never_a_wording_of_the
     pairs = contrast_pairs(DIALOGS, 400, which="judge", kinds=KINDS, seed=0)
     answers = {dialog.messages[:-1]: dialog.messages[-1].content for dialog in DIALOGS}
     assert len(pairs) == 400
-    copies = [pair for pair in pairs if pair.prompt not in answers]  # see the test below
-    pairs_of_dialogs = [pair for pair in pairs if pair.prompt in answers]
-    assert all(answers[pair.prompt] == pair.chosen.content != pair.rejected.content for pair in pairs_of_dialogs)
+    assert all(answers[pair.prompt] == pair.chosen.content != pair.rejected.content for pair in pairs)
     assert not {pair.rejected.content for pair in pairs} & set(CONSTANTS.values())
     assert not set(REFUSALS) & set(CONSTANTS.values())
     kinds = Counter(
@@ -111,29 +109,14 @@ def test_contrast_pairs_take_the_answer_of_the_dialog_and_never_a_wording_of_the
         else "swapped"
         if pair.rejected.content in answers.values()
         else "degenerate"
-        for pair in pairs_of_dialogs
+        for pair in pairs
     )
-    # Five and four of sixteen.
-    assert 0.27 <= kinds["swapped"] / len(pairs_of_dialogs) <= 0.42
-    assert 0.2 <= kinds["refusal"] / len(pairs_of_dialogs) <= 0.3
-    assert 70 <= len(copies) <= 90  # one beside the four of a dialog of one answer
+    assert 110 <= kinds["swapped"] <= 170 and 80 <= kinds["refusal"] <= 120  # five and four of sixteen
     assert (
         pairs
         == contrast_pairs(DIALOGS, 400, which="judge", kinds=KINDS, seed=0)
         != contrast_pairs(DIALOGS, 400, which="judge", kinds=KINDS, seed=1)
     )
-
-
-def test_a_copy_is_rejected_where_style_and_length_do_not_tell_it() -> None:
-    pairs = contrast_pairs(DIALOGS, 400, which="judge", kinds=["degenerate"], seed=0)
-    answers = {dialog.messages[-1].content for dialog in DIALOGS}
-    copies = [pair for pair in pairs if pair.prompt[-1].content in answers]
-    assert len(copies) > 50
-    for pair in copies:
-        assert pair.rejected.content == pair.prompt[-1].content != pair.chosen.content
-        assert pair.chosen.content in answers and abs(len(pair.rejected.content) - len(pair.chosen.content)) < 20
-    swapped = contrast_pairs(DIALOGS, 400, which="judge", kinds=["swapped"], seed=0)
-    assert not [pair for pair in swapped if pair.prompt[-1].content in answers]  # only where echoes are wanted
 
 
 def test_a_swapped_answer_is_of_similar_length_and_of_another_prompt() -> None:
@@ -155,11 +138,6 @@ def test_a_refusal_is_preferred_to_a_harmful_answer_and_where_a_prompt_asks_for_
         assert is_of_a_pair == pair.rejected.content.startswith("Take a pick")
         assert is_of_a_pair or pair.rejected.content in answers
     assert sum(pair.prompt in {one.messages for one in prompts} for pair in pairs) >= 5
-    every = len({pair.prompt for pair in HARMFUL}) + len(prompts)
-    again = refusals_preferred(HARMFUL, prompts, DIALOGS, 2 * every, seed=0)
-    for half in (again[:every], again[every:]):  # each prompt once, then once more
-        assert len({pair.prompt for pair in half}) == every
-    assert [pair.chosen for pair in again[:every]] != [pair.chosen for pair in again[every:]]
 
 
 def test_an_eighth_of_the_refusals_are_real_ones_where_there_are_some() -> None:

@@ -16,7 +16,7 @@ from llamachat.answers.responses import Response, sample
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.constraints.families import Constraint
-from llamachat.constraints.instruction import Instruction, mended, passes, plain_recall, recall_questions, recalled
+from llamachat.constraints.instruction import Instruction, passes, plain_recall, recall_questions, recalled, repaired
 from llamachat.data.loading import fraction
 from llamachat.data.prompts import EncodedPrompt
 from llamachat.rollout.engine import RolloutEngine, Sampling
@@ -195,5 +195,5 @@ def put_right(one: Conversation, answer: str) -> str | None:
     """The last answer fixed so that it keeps the instruction and answers the recall question; None where no rule can."""
     if one.recall is not None and not recalled(one.recall, answer):
         answer = plain_recall(one.recall, one.turns[-1])
-    text = mended(one.instruction, answer) if one.instruction.checkable else answer
+    text = repaired(one.instruction, answer) if one.instruction.checkable else answer
     return text if text is not None and one.keeps(text) else None

@@ -183,7 +183,7 @@ def are_sharded() -> bool:
 
 
 def wait() -> None:
-    """Go on when all have come here: what the first one has written is there for every one."""
+    """Wait until all processes are here, so that each sees what the first one has written."""
     group = _group()
     if group is not None:
         group.barrier()
@@ -256,13 +256,13 @@ def sum_gradients(params: Iterable["Tensor"], *, scale: float = 1.0) -> None:
 def _transfers(params: Iterable["Tensor"]) -> Iterator[list["Tensor"]]:
     """The weights in groups of about as many numbers, in their order; a larger one alone."""
     group: list[Tensor] = []
-    held = 0
+    numel = 0
     for param in params:
-        if group and held + param.numel() > NUMBERS_PER_TRANSFER:
+        if group and numel + param.numel() > NUMBERS_PER_TRANSFER:
             yield group
-            group, held = [], 0
+            group, numel = [], 0
         group.append(param)
-        held += param.numel()
+        numel += param.numel()
     if group:
         yield group
 

@@ -10,7 +10,7 @@ HOURS_ARE_OVER = 3
 
 
 class LlamachatError(Exception):
-    """The command cannot go on, and its text says what to do about it."""
+    """An error that ends the command; its text says how to fix it."""
 
     exit_status = 1
 

@@ -76,8 +76,8 @@ class DialogStep:
         """Make the dialogs, tune on them with the values `sft` over that section, compare, end the step."""
         folder, tune = self.inputs.folder, self.inputs.tune
         assert tune is not None, "pipelines hands it to each step of this kind"
-        are_made = distributed.broadcast_object((folder.dialogs / MANIFEST).is_file())
-        dialogs = read_artifact(folder.dialogs, "dialogs") if are_made else make_dialogs()
+        is_published = distributed.broadcast_object((folder.dialogs / MANIFEST).is_file())
+        dialogs = read_artifact(folder.dialogs, "dialogs") if is_published else make_dialogs()
         free_memory()
         tuned = tune(dialogs, over=sft, from_base=from_base, sft_share=sft_share)
         free_memory()
@@ -214,7 +214,7 @@ def check_choice(inputs: StepInputs, section: str, *, temperature: object, sampl
 
 
 def batch_costs(started: float, tokens: int | None = None) -> dict[str, float]:
-    """What a batch that was begun at this moment took, and how fast it gave so many tokens."""
+    """Time, speed and peak memory of a batch that started at `started` and sampled `tokens` tokens."""
     seconds = time.monotonic() - started
     speed = {} if tokens is None else {"throughput/rollout_tokens_per_s": tokens / max(seconds, 1e-9)}
     return {"time/step_s": seconds, **speed, "memory/peak_gib": peak_memory()}

@@ -1,7 +1,7 @@
 """Prompts with their responses as packed rows: what a forward pass reads, and where its results belong.
 
 Shapes: B responses, R response positions, 1 a packed row, T its positions, N response tokens of the row.
-A row holds whole sequences whose positions begin anew at 0, which keeps them apart; there is no attention mask. The
+A row holds whole sequences; the positions of each restart at 0, which keeps them apart without an attention mask. The
 state that predicts a response token stands one position before it, and the value of that state is the critic's guess
 before the token is known.
 """
@@ -82,7 +82,7 @@ def packed_rows(
 ) -> list[PackedRow]:
     """The sequences of these indices in few rows of `row_tokens`, the fullest first: what does not fit shows at once.
 
-    A longer sequence has a row of its own. With `shares` so many processes take rows in turn, and none waits for another.
+    A longer sequence has a row of its own. `shares` is the number of processes that take rows in turn; none waits for another.
     """
     rows = pack_evenly([len(sequences[index].ids) for index in indices], row_tokens, shares=shares)
     return [_packed(sequences, [indices[place] for place in row], device) for row in rows]

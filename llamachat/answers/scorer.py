@@ -94,9 +94,9 @@ class Scorer:
                 continue
         scores_B = torch.zeros(len(responses))
         if rows:
-            found_N = self._read(role, rows)
-            scores_B[:] = found_N.min()
-            scores_B[torch.tensor(readable)] = found_N
+            readable_scores_N = self._read(role, rows)
+            scores_B[:] = readable_scores_N.min()
+            scores_B[torch.tensor(readable)] = readable_scores_N
         return scores_B
 
 

@@ -123,8 +123,8 @@ def parse_message(item: object, field: str) -> Message:
     message = cast(Mapping[object, object], item)
     for key in ("role", "content"):
         if key not in message:
-            held = ", ".join(repr(name) for name in message) or "nothing"
-            raise DialogError(f"{field}.{key}", f"is missing; the message holds {held}.", f"Name the {key} '{key}'.")
+            keys = ", ".join(repr(name) for name in message) or "nothing"
+            raise DialogError(f"{field}.{key}", f"is missing; the message holds {keys}.", f"Name the {key} '{key}'.")
     role, content, train = message["role"], message["content"], message.get("train")
     if role not in ROLES:
         alias = ROLE_ALIASES.get(role.lower()) if isinstance(role, str) else None

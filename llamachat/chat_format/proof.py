@@ -113,7 +113,9 @@ def prove_tokenizer(
             differences.append(_ids_difference(tokenizer, got, tokenizer.encode(text)))
     else:
         pairs = zip(dialogs, reference_digests, differences[: len(dialogs)], strict=True)
-        differences = [found or _digest_difference(chat_format, messages, digest) for messages, digest, found in pairs]
+        differences = [
+            difference or _digest_difference(chat_format, messages, digest) for messages, digest, difference in pairs
+        ]
     if has_model and not is_llama2:
         differences.append("its control tokens have other ids than those of Llama 2")
         holds = not any(differences[:-1])
@@ -168,14 +170,14 @@ def require_proof(report: ProofReport, *, allow_unproved: bool = False) -> str |
     if allow_unproved and report.has_own_ids:
         return (
             f"{report.subject}: the ids are this tokenizer's own, not those of Llama 2. The chat format holds on it, and "
-            "what a step publishes is loaded again and compared with it. Going on, because "
+            "what a step publishes is loaded again and compared with it. Continuing, because "
             "base.allow_unproved_tokenizer is true."
         )
     why = "A model trained on other ids than those it is served with reads its prompts wrongly."
     if allow_unproved:
-        return f"{report} {why} Going on, because base.allow_unproved_tokenizer is true."
+        return f"{report} {why} Continuing, because base.allow_unproved_tokenizer is true."
     raise TokenizerError(
-        f"{report} {why} {BASES_THAT_WORK} Take one of these, or set base.allow_unproved_tokenizer: true to go on with "
+        f"{report} {why} {BASES_THAT_WORK} Take one of these, or set base.allow_unproved_tokenizer: true to use "
         "these ids."
     )
 
@@ -214,9 +216,9 @@ def _digest_difference(chat_format: ChatFormat, messages: Sequence[Message], dig
 
 
 def _example_difference(tokenizer: Tokenizer, got: TokenizedExample, expected: TokenizedExample) -> str | None:
-    found = _ids_difference(tokenizer, got.input_ids, expected.input_ids)
-    if found or got.loss_mask == expected.loss_mask:
-        return found
+    difference = _ids_difference(tokenizer, got.input_ids, expected.input_ids)
+    if difference or got.loss_mask == expected.loss_mask:
+        return difference
     index = next(i for i, pair in enumerate(zip(got.loss_mask, expected.loss_mask, strict=True)) if pair[0] != pair[1])
     return f"the mask is wrong at token {index} ({tokenizer.pieces([expected.input_ids[index]])[0]!a})"
 
@@ -248,8 +250,10 @@ def _spelled(pieces: Sequence[str]) -> list[tuple[Message, ...]]:
 
 
 def _report(subject: str, differences: Sequence[str | None]) -> ProofReport:
-    found = [difference for difference in differences if difference]
-    return ProofReport(subject, len(differences), len(differences) - len(found), found[0] if found else None)
+    mismatches = [difference for difference in differences if difference]
+    return ProofReport(
+        subject, len(differences), len(differences) - len(mismatches), mismatches[0] if mismatches else None
+    )
 
 
 def _excerpt(messages: Sequence[Message]) -> str:

@@ -309,7 +309,7 @@ def _parts(content: Any, kind: str) -> list[dict[str, Any]]:
     component = cast(dict[str, Any], content)
     parts = [component] if component.get("type") == kind else []
     for name in ("decoders", "processors"):
-        parts += [found for part in component.get(name) or [] for found in _parts(part, kind)]
+        parts += [nested for part in component.get(name) or [] for nested in _parts(part, kind)]
     return parts
 
 
@@ -318,9 +318,9 @@ def _tokenizer_file(path: Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    found = "has neither tokenizer.model nor tokenizer.json" if path.is_dir() else "does not exist"
+    reason = "has neither tokenizer.model nor tokenizer.json" if path.is_dir() else "does not exist"
     raise TokenizerError(
-        f"{path}: {found}. A tokenizer is a model folder with one of these files, or such a file. Give the folder of "
+        f"{path}: {reason}. A tokenizer is a model folder with one of these files, or such a file. Give the folder of "
         "the base model or of an artifact."
     )
 

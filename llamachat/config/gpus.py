@@ -31,7 +31,7 @@ _FORM = re.compile(r"(?:(?P<count>[1-9][0-9]*) ?x ?)?(?:(?P<size>[0-9]+(?:\.[0-9
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """So many cards of one kind."""
+    """A number of cards of one kind."""
 
     name: str
     gib: float  # memory of one card

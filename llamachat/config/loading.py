@@ -117,7 +117,7 @@ def load_recipe(
     prepare: Callable[[Layers], None] | None = None,
     more_checks: Callable[[Layers], Iterable[ConfigProblem]] | None = None,
 ) -> S:
-    """The recipe of a file, checked whole; every problem is told in one ConfigError.
+    """The recipe of a file, fully checked; one ConfigError reports all problems.
 
     `prepare` may change the raw values first. `more_checks` looks at them for what the types cannot say; what it finds
     joins the same report.
@@ -167,9 +167,9 @@ def _read_chain(path: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[Con
     problems: list[ConfigProblem] = []
     child, following = None, path
     while True:
-        values, found = _read(following, mentioned_by=child)
+        values, file_problems = _read(following, mentioned_by=child)
         files.append((following, values))
-        problems += found
+        problems += file_problems
         parent = values.get("extends")
         if parent is not None and not isinstance(parent, str):
             text = f"found {describe(parent)}, but the name of a recipe file, relative to this file, is required."
@@ -307,8 +307,8 @@ def _check_nodes(root: yaml.Node) -> None:
                 f"found the tag '{node.tag.rpartition(':')[2]}', where only plain values may stand",
                 node.start_mark,
             )
-        if isinstance(node, yaml.ScalarNode) and (found := NO_TEXT.search(node.value)):
-            reason = f"found U+{ord(found[0]):04X}, which no text holds,"
+        if isinstance(node, yaml.ScalarNode) and (match := NO_TEXT.search(node.value)):
+            reason = f"found U+{ord(match[0]):04X}, which no text holds,"
             raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
         below = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
         waiting += [(part, depth + 1) for part in below] if isinstance(node, yaml.CollectionNode) else []

@@ -167,15 +167,15 @@ def section_problems(
     `at` is where the section lies in the recipe, `source` the file that a key came from, and `root` the whole
     recipe's schema, whose other sections are searched for a misplaced key.
     """
-    found = [
+    problems = [
         ConfigProblem(source(at + key), dotted(at + key), text) for key, text in _type_problems(schema, values, root)
     ]
     for key, field, value in _fields(schema, values):
         for check in (mark for mark in field.metadata if isinstance(mark, Check)):
             for below, text in check.problems(value):
                 full = at + key + below
-                found.append(ConfigProblem(source(full), dotted(full), text))
-    return found
+                problems.append(ConfigProblem(source(full), dotted(full), text))
+    return problems
 
 
 def _type_problems(

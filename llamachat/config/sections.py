@@ -367,7 +367,7 @@ class Rollout(Section):
         default=1.0, gt=0, le=1, description="Sample from the likeliest tokens of this probability mass."
     )
     top_k: int | None = Field(
-        default=None, ge=1, description="Sample from so many of the likeliest tokens, before top_p; null: all."
+        default=None, ge=1, description="Sample from the k likeliest tokens, before top_p; null: from all."
     )
     max_new_tokens: int = Field(default=512, ge=1, description="Longest answer, in tokens.")
     cache_gib: Annotated[float, Field(gt=0)] | Literal["auto"] = operational(

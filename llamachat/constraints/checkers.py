@@ -48,12 +48,12 @@ def says(answer: str, value: str) -> bool:
 
 
 def has_at_most(answer: str, value: str) -> bool:
-    """Between one word and so many as the value says."""
+    """Whether the answer has at least one word and at most `value` words."""
     return 1 <= len(words(answer)) <= int(value)
 
 
 def has_at_least(answer: str, value: str) -> bool:
-    """So many words as the value says, or more."""
+    """Whether the answer has at least `value` words."""
     return len(words(answer)) >= int(value)
 
 

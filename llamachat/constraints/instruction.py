@@ -78,14 +78,14 @@ def values_of(family: Family, side: Side) -> tuple[str, ...]:
     """The family's values on this side; its one empty value where it has none."""
     if not family.has_values:
         return family.values
-    found = tuple(value for value in family.values if side_of(family.name, value) == side)
-    if not found:
+    values = tuple(value for value in family.values if side_of(family.name, value) == side)
+    if not values:
         use = "train with" if side == "train" else "measure with"
         raise ConfigError(
             f"The constraints '{family.name}' have {len(family.values)} values, none of them to {use}: a hash of each value "
             "decides what is trained on and what is held out, a quarter. Give a longer list."
         )
-    return found
+    return values
 
 
 def passes(instruction: Instruction, answer: str) -> bool:
@@ -110,7 +110,7 @@ def recalled(constraint: Constraint, answer: str) -> bool:
     return names(answer, constraint.value)
 
 
-def mended(instruction: Instruction, answer: str) -> str | None:
+def repaired(instruction: Instruction, answer: str) -> str | None:
     """The answer fixed so that it keeps the instruction; None where words, case and quotes alone cannot do that. Ours.
 
     The paper samples answers from a policy that obeys. Of the samples of one with 5 M parameters, one in a hundred has a

@@ -44,8 +44,8 @@ def words(text: str) -> list[str]:
 
 def sentences(text: str) -> list[str]:
     """The sentences in order; what follows the last end mark is one too. Parts without a word are none."""
-    found = [part for line in plain(text).splitlines() for part in _sentences_of(line)]
-    return [part for part in found if words(part)]
+    parts = [part for line in plain(text).splitlines() for part in _sentences_of(line)]
+    return [part for part in parts if words(part)]
 
 
 def is_ended(text: str) -> bool:

@@ -19,7 +19,7 @@ from llamachat.data.convert.turns import html_in
 from llamachat.data.files import has_byte_order_mark, read_rows
 from llamachat.data.loading import Turn, parse_rows, side_sizes, sides_of, user_turns
 from llamachat.data.problems import Problem, convert_command, printable, problem, shown_name
-from llamachat.data.records import REQUIRED, Kind, Preference, Prompt, Record, Row, asked, digest_of, nearest_key
+from llamachat.data.records import REQUIRED, Kind, Preference, Prompt, Record, Row, digest_of, messages_of, nearest_key
 
 _SHOWN_LINES = 20  # line numbers that one warning prints
 _TEXT_NAMES = {"system": "system text", "user": "user turn", "assistant": "answer"}
@@ -131,7 +131,7 @@ class CheckReport:
         self._warned.setdefault((name, reason), Warned(name, reason, fix, [])).lines.append(line)
 
     def _measure(self, record: Record, line: int) -> None:
-        texts = [(_TEXT_NAMES[message.role], message) for message in asked(record)]
+        texts = [(_TEXT_NAMES[message.role], message) for message in messages_of(record)]
         self.turns[sum(message.role != "system" for _, message in texts)] += 1
         if isinstance(record, Preference):
             texts += [("chosen answer", record.chosen), ("rejected answer", record.rejected)]
@@ -145,7 +145,7 @@ class CheckReport:
             labels = {"is_safety": record.is_safety or None}
             self.labels.update(["with an id"] if record.id is not None else [])
         self.labels.update(f"{name} {str(value).lower()}" for name, value in labels.items() if value is not None)
-        self.labels.update("answers with train false" for message in asked(record) if message.train is False)
+        self.labels.update("answers with train false" for message in messages_of(record) if message.train is False)
         if any(SPACE in message.content for _, message in texts):
             reason = "holds U+2581, by which SentencePiece writes a space: the model reads a space in its place."
             self._warn(line, "content", reason, "Write another character if it is meant.")

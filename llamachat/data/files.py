@@ -214,7 +214,7 @@ def _text_problem(path: Path, head: bytes) -> Row | None:
 def _records_in(head: bytes) -> str:
     """jq's name of the records in an object that begins like this: it is one itself, or has a list of them under a key."""
     decoder, text = json.JSONDecoder(), head.decode(errors="ignore")
-    position, found = text.index("{") + 1, "."
+    position, jq_path = text.index("{") + 1, "."
     try:
         while True:
             name, position = decoder.raw_decode(text, _end_of(_GAP, text, position))
@@ -224,10 +224,10 @@ def _records_in(head: bytes) -> str:
                 return "."  # turns
             if kind_of({name: None}) is not None:
                 return "."
-            found = f".{json.dumps(name)}[]" if item and found == "." else found
+            jq_path = f".{json.dumps(name)}[]" if item and jq_path == "." else jq_path
             _, position = decoder.raw_decode(text, position)
     except (ValueError, RecursionError):  # the object ends here, or what was read of it
-        return found
+        return jq_path
 
 
 def _end_of(pattern: re.Pattern[str], text: str, position: int) -> int:

@@ -34,10 +34,10 @@ from llamachat.data.records import (
     Record,
     Row,
     as_prompt,
-    asked,
     bad_row,
     kind_of,
     label_of,
+    messages_of,
     parse_record,
     record_with_system,
 )
@@ -99,7 +99,7 @@ Turn = tuple[int, float]
 
 def user_turns(record: Record) -> tuple[Turn, ...]:
     """What may decide on a record's side: its first user turns one after the other, last all of its user turns as one."""
-    texts = [message.content.strip() for message in asked(record) if message.role == "user"]
+    texts = [message.content.strip() for message in messages_of(record) if message.role == "user"]
     return tuple((hash(text.casefold()), fraction(text)) for text in (*texts[:_TURNS_LOOKED_AT], "\n".join(texts)))
 
 
@@ -123,11 +123,11 @@ class Sides:
 
         if total < _SEVERAL or not any(is_far(side, share) for side, share in shares.items()):
             return None
-        found = ", ".join(
+        shares_text = ", ".join(
             f"{side} {counts[side] / total:.0%} ({share:.0%} configured)" for side, share in shares.items()
         )
         return (
-            f"gives other shares than it says: {found}. The {total} records hold {self.num_conversations} different "
+            f"gives other shares than it says: {shares_text}. The {total} records hold {self.num_conversations} different "
             "conversations by what the user says, and equal ones are on one side."
         )
 

@@ -53,10 +53,10 @@ def shown_name(name: str) -> str:
     return printable(name if len(name) <= 2 * LONGEST_NAME else f"{name[:LONGEST_NAME]}...{name[-LONGEST_NAME:]}")
 
 
-def reason_key(found: Problem) -> str:
+def reason_key(fault: Problem) -> str:
     """The problem without its place, so that equal faults of many lines are counted as one kind."""
-    field = re.sub(r"\[\d+\]", "[]", re.sub(r"^byte \d+", "text", re.sub(r"^column \d+", "JSON", found.field)))
-    reason = re.sub(r"\b(at (?:byte|character)|line|column) \d+", r"\1 N", found.reason)
+    field = re.sub(r"\[\d+\]", "[]", re.sub(r"^byte \d+", "text", re.sub(r"^column \d+", "JSON", fault.field)))
+    reason = re.sub(r"\b(at (?:byte|character)|line|column) \d+", r"\1 N", fault.reason)
     return f"{field}: {reason}"[:_KEY_LENGTH]
 
 
@@ -68,7 +68,7 @@ def left_out(dropped: Mapping[str, int]) -> str:
 
 def report(problems: Sequence[Problem], path: str | Path) -> str:
     """The problems of one file, a line each, and the command that fixes some of them where there is one."""
-    lines = [found.at(path) for found in problems[:SHOWN]]
+    lines = [fault.at(path) for fault in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"and {len(problems) - SHOWN} more (`llamachat data check {quote(str(path))}` names them all).")
     command = convert_command(problems, path)
@@ -77,7 +77,7 @@ def report(problems: Sequence[Problem], path: str | Path) -> str:
 
 def convert_command(problems: Iterable[Problem], path: str | Path) -> str:
     """The `data convert` command for this file, if it would fix one of the problems; else ""."""
-    if not any(_CONVERT in found.fix for found in problems):
+    if not any(_CONVERT in fault.fix for fault in problems):
         return ""
     return f"Where that is the fix, the command is: {_CONVERT} {quote(str(path))} {quote(str(converted_path(path)))}"
 

@@ -54,11 +54,11 @@ class PromptSplits:
 
         They follow from the iteration alone, so a checkpoint need not remember where it was.
         """
-        found = []
+        prompts = []
         for number in range(iteration * count, (iteration + 1) * count):
             epoch, place = divmod(number, len(self.train))
-            found.append(self.train[_order(len(self.train), seed, epoch)[place]])
-        return found
+            prompts.append(self.train[_order(len(self.train), seed, epoch)[place]])
+        return prompts
 
 
 @cache
@@ -153,7 +153,7 @@ def _encoded(
     max_tokens: int,
     dropped: Counter[str],
 ) -> list[EncodedPrompt]:
-    found = []
+    encoded = []
     for prompt in prompts:
         messages = with_system(prompt.messages, system)
         fitting = chat_format.shorten(messages, max_tokens=max_tokens)
@@ -163,8 +163,8 @@ def _encoded(
         if len(fitting) < len(messages):
             dropped[f"shortened: oldest turns dropped to fit {max_tokens} tokens"] += 1
         ids = tuple(chat_format.encode_prompt(fitting))
-        found.append(EncodedPrompt(fitting, ids, is_safety or prompt.is_safety, prompt.id or ""))
-    return found
+        encoded.append(EncodedPrompt(fitting, ids, is_safety or prompt.is_safety, prompt.id or ""))
+    return encoded
 
 
 def _chosen(prompts: Sequence[EncodedPrompt], size: int) -> list[EncodedPrompt]:

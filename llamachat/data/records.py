@@ -159,9 +159,9 @@ def label_of(row: Mapping[str, Any]) -> bool | None:
         value = row.get(name)
         word = str(value).strip().lower() if isinstance(value, str | int | float) else ""
         is_of_kto = name != "label" or "completion" in row or "response" in row
-        found = _LABELS.get(word, _NUMBERS.get(word) if is_of_kto else None)
-        if found is not None:
-            return found
+        label = _LABELS.get(word, _NUMBERS.get(word) if is_of_kto else None)
+        if label is not None:
+            return label
     return None
 
 
@@ -170,14 +170,14 @@ def digest_of(record: Record) -> bytes:
     return hashlib.blake2b(repr(record).encode("utf-8", "backslashreplace"), digest_size=16).digest()
 
 
-def asked(record: Record) -> tuple[Message, ...]:
+def messages_of(record: Record) -> tuple[Message, ...]:
     """The messages of a record without the answers of a preference."""
     return record.prompt if isinstance(record, Preference) else record.messages
 
 
 def record_with_system(record: Record, system: str | None) -> Record:
     """The record with this system text, where it has none."""
-    messages = with_system(asked(record), system)
+    messages = with_system(messages_of(record), system)
     return replace(record, prompt=messages) if isinstance(record, Preference) else replace(record, messages=messages)
 
 
@@ -185,13 +185,13 @@ def as_prompt(record: Record) -> Prompt:
     """What a record asks: a dialog up to its last user turn, a preference without its answers."""
     if isinstance(record, Prompt):
         return record
-    messages = asked(record)
+    messages = messages_of(record)
     return Prompt(messages=messages if messages[-1].role == "user" else messages[:-1])
 
 
 def first_user_turn(record: Record) -> str:
     """The text that decides which side of a split the record falls on."""
-    return next(message.content for message in asked(record) if message.role == "user")
+    return next(message.content for message in messages_of(record) if message.role == "user")
 
 
 def parse_record(

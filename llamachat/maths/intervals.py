@@ -107,8 +107,8 @@ def bootstrap_interval(
         drawn = rng.integers(0, len(members), len(members))
         return array[drawn if groups is None else np.concatenate([members[number] for number in drawn])]
 
-    found = np.array([statistic(draw()) for _ in range(draws)])
-    return _percentiles(found[np.isfinite(found)])
+    resampled = np.array([statistic(draw()) for _ in range(draws)])
+    return _percentiles(resampled[np.isfinite(resampled)])
 
 
 def paired_bootstrap(

@@ -257,7 +257,7 @@ def training_memory(
     is_full = tuning.method == "full"
     is_cut = is_full and cards > 1
     # FSDP cuts the blocks over the cards, with gradients and optimizer; embeddings, head and adapters each card has whole.
-    held = -(-(trained - shape.embedding_weights) // cards) + shape.embedding_weights if is_cut else trained
+    weights_per_card = -(-(trained - shape.embedding_weights) // cards) + shape.embedding_weights if is_cut else trained
     moments = 8 if optimizer == "adamw" else 2  # bytes a weight: two in fp32, or two in 8 bits
     block = tokens * _block_bytes_per_token(setup, is_eager=is_eager or setup.base.attention == "eager")
     plain = tokens * _block_bytes_per_token(setup, is_eager=False)
@@ -267,9 +267,9 @@ def training_memory(
     backward += block if gradient_checkpointing else 0
     # A matrix that is reached twice has a second gradient for a moment; the head's comes while all activations are kept.
     adding = shape.largest_weights(tuning) * width
-    stepping = _stepping_bytes(setup, held, has_all_roots=setup.gpu is not None and not is_cut)
+    stepping = _stepping_bytes(setup, weights_per_card, has_all_roots=setup.gpu is not None and not is_cut)
     return {
-        BASE_WEIGHTS: held * width if is_cut else setup.trunk_bytes,
+        BASE_WEIGHTS: weights_per_card * width if is_cut else setup.trunk_bytes,
         # Two blocks' weights, one's gradients, and these again in fp32 on their way to the cards that keep them.
         GATHERED: shape.layer_weights * (3 * width + 4) if is_cut else 0,
         BETWEEN_CARDS: 4 * trained if cards > 1 and not is_full else 0,
@@ -277,8 +277,8 @@ def training_memory(
         if tuning.method == "qlora"
         else 0,
         TRAINED_WEIGHTS: 0 if is_full else trained * width,
-        "gradients": held * width,
-        OPTIMIZER: held * (moments + (0 if width == 4 else 4)),
+        "gradients": weights_per_card * width,
+        OPTIMIZER: weights_per_card * (moments + (0 if width == 4 else 4)),
         "activations": kept,
         "logits of a chunk": logits,
         "a block's backward, beyond the logits": max(0, backward + adding - logits),
@@ -286,14 +286,14 @@ def training_memory(
     }
 
 
-def _stepping_bytes(setup: Setup, held: int, *, has_all_roots: bool) -> int:
+def _stepping_bytes(setup: Setup, weights_per_card: int, *, has_all_roots: bool) -> int:
     """What lives for the optimizer's step alone: gradients in fp32, and AdamW's square roots.
 
     On a GPU torch takes the roots of all weights at once; on a CPU, and of weights that are cut, those of one matrix, with a
     copy.
     """
-    gradients = 4 * held if setup.width < 4 else 0
-    return gradients + (4 * held if has_all_roots else 8 * setup.shape.largest_weights(setup.tuning))
+    gradients = 4 * weights_per_card if setup.width < 4 else 0
+    return gradients + (4 * weights_per_card if has_all_roots else 8 * setup.shape.largest_weights(setup.tuning))
 
 
 def _block_bytes_per_token(setup: Setup, *, is_eager: bool) -> int:

@@ -105,34 +105,34 @@ def role_bank_bytes(setup: Setup, seating: Seating, *, critic: Literal["separate
     shape, tuning, width = setup.shape, setup.tuning, setup.width
     targets = None if tuning.targets == "all-linear" else tuning.targets
     adapter = shape.adapter_weights(tuning.rank, targets) * width
-    held = {"trunk": setup.trunk_bytes}
+    parts = {"trunk": setup.trunk_bytes}
     num_adapters = seating.sharing
     if tuning.method == "full" and critic is not None:
-        held["policy's own weights"] = shape.trunk_bytes(width, is_4bit=False)
+        parts["policy's own weights"] = shape.trunk_bytes(width, is_4bit=False)
         if critic == "separate":
-            held["critic's own weights"] = held["policy's own weights"] - _language_head(shape, width)
+            parts["critic's own weights"] = parts["policy's own weights"] - _language_head(shape, width)
     elif tuning.method != "full":
         num_adapters += 1 + (0 if critic is None else seating.is_continued) + (critic == "separate")
     for name, model in seating.beside.items():
         whole = model.shape.trunk_bytes(model.width, is_4bit=model.is_4bit)
         own = model.shape.adapter_weights(tuning.rank, targets) if model.has_adapter else 0
         head = _language_head(model.shape, model.width)
-        held[f"{name} reward model beside the trunk"] = whole - head + (own + model.shape.hidden_size) * model.width
+        parts[f"{name} reward model beside the trunk"] = whole - head + (own + model.shape.hidden_size) * model.width
     value_head = 0 if critic is None else (shape.hidden_size + 1) * FULL_SIZE_HEAD
-    held["adapters and heads"] = num_adapters * adapter + seating.sharing * shape.hidden_size * width + value_head
-    return held
+    parts["adapters and heads"] = num_adapters * adapter + seating.sharing * shape.hidden_size * width + value_head
+    return parts
 
 
 def rollout_bytes(
     setup: Setup,
     rollout: Rollout,
     *,
-    held: int,
+    loaded_bytes: int,
     shares_plain: bool,
     has_copied_ends: bool = False,
     answers: int | None = None,
 ) -> dict[str, int]:
-    """What sampling takes beside what is `held`: the decoder's copy of the projections, keys and values, the step at work.
+    """Bytes of sampling next to `loaded_bytes`: the decoder's copy of the projections, keys and values, one decoding step.
 
     `shares_plain` where projections are read from the model that carry no adapter, are frozen and stand alone (the outer
     two of each block); `has_copied_ends` where embeddings and head train, so that the decoder has its own; `answers` are
@@ -144,7 +144,7 @@ def rollout_bytes(
     alone = shape.layers * (shape.hidden_size**2 + shape.hidden_size * shape.intermediate_size)
     copy = (shape.linear_weights - (alone if shares_plain else 0)) * setup.width
     copy += shape.embedding_weights * setup.width if has_copied_ends else 0
-    if rollout.engine == "hugging_face" or (gpu and copy > SHARE_FOR_DECODER * (gpu.usable_bytes - held)):
+    if rollout.engine == "hugging_face" or (gpu and copy > SHARE_FOR_DECODER * (gpu.usable_bytes - loaded_bytes)):
         copy = 0
     rows = min(CACHED_ROWS if gpu else CPU_ROWS, answers or CACHED_ROWS)
     cache = rows * setup.base.max_tokens * 2 * shape.layers * shape.key_value_size * setup.width

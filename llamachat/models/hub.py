@@ -33,10 +33,10 @@ def tokenizer_folder(location: str) -> Path:
     try:
         folder = Path(snapshot_download(location, allow_patterns=list(TOKENIZER_FILES)))
     except Exception as error:  # the library lets its network layers' own errors through
-        found = unreached(location, error)
+        reach = unreached(location, error)
         raise ConfigError(
-            f"base.model: the tokenizer of '{location}' cannot be fetched: {found.reason}. It is proved before any "
-            f"weights are loaded. {found.way_out}"
+            f"base.model: the tokenizer of '{location}' cannot be fetched: {reach.reason}. It is proved before any "
+            f"weights are loaded. {reach.fix}"
         ) from error
     require_llama(folder, location)
     return folder
@@ -58,7 +58,7 @@ class Reach:
 
     state: Literal["open", "gated", "missing", "offline"]
     reason: str = ""
-    way_out: str = ""
+    fix: str = ""
 
 
 def require_llama(folder: Path, name: str) -> None:
@@ -67,12 +67,12 @@ def require_llama(folder: Path, name: str) -> None:
     if not path.is_file():
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError):
-        return  # told by transformers' own reader, with the reason
-    if found is not None and found != "llama":
+        return  # the reader of transformers reports it, with the reason
+    if model_type is not None and model_type != "llama":
         raise ConfigError(
-            f"base.model: '{name}' has the architecture '{found}', but chat format and adapters are those of Llama "
+            f"base.model: '{name}' has the architecture '{model_type}', but chat format and adapters are those of Llama "
             f"models. Take another base. {BASES_THAT_WORK}"
         )
 
@@ -94,10 +94,10 @@ def reach_data(name: str) -> Reach:
 
     token = get_token()
     try:
-        found = HfApi().dataset_info(name, timeout=TIMEOUT_S, token=token)
+        info = HfApi().dataset_info(name, timeout=TIMEOUT_S, token=token)
     except Exception as error:  # as above
         return unreached(name, error, kind="datasets/")
-    return _gated(name, "datasets/") if found.gated and not token else Reach("open")
+    return _gated(name, "datasets/") if info.gated and not token else Reach("open")
 
 
 def unreached(name: str, error: Exception, *, kind: str = "") -> Reach:

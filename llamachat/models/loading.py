@@ -128,8 +128,8 @@ def load_adapter(model: "LlamaForCausalLM | ScoringLlama", folder: Path, *, is_t
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(
-            f"{folder}: the adapter does not go on the base '{model.name_or_path}' ({first_line(error)}). An adapter "
-            "fits only the model that it was trained on. Name that model as the base, or train the adapter again."
+            f"{folder}: the adapter does not fit the base '{model.name_or_path}' ({first_line(error)}). An adapter "
+            "needs the model that it was trained on. Name that model as the base, or train the adapter again."
         ) from error
     nf4.cast_adapter(adapted)
     return adapted
@@ -233,7 +233,7 @@ def find_model(name: str, *, where: str, near: Path | None = None, may_be_hub: b
     looked = "" if len(candidates) == 1 else " and in the folders above the artifact"
     raise (ConfigError if near is None else ArtifactError)(
         f"{where}: there is no folder '{name}' (looked in {Path.cwd()}{looked}). A base is a folder with config.json "
-        "and *.safetensors, or a hub name (owner/model). Mend the path, or run from the folder that it starts from."
+        "and *.safetensors, or a hub name (owner/model). Correct the path; it is relative to the working directory."
     )
 
 
@@ -300,7 +300,7 @@ def load_config(location: str, *, where: str) -> "LlamaConfig":
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{where}: '{location}' has no readable config.json ({first_line(error)}). A base is a model folder or a "
-            "hub name. Mend the name; for a gated model such as Llama 2, accept its licence on its page and log in "
+            "hub name. Correct the name; for a gated model such as Llama 2, accept its licence on its page and log in "
             "with `hf auth login`; without a network, copy the model here and give its folder."
         ) from error
     if not isinstance(config, LlamaConfig) or config.model_type != "llama":
@@ -393,9 +393,9 @@ def checked_details(artifact: Artifact) -> Mapping[str, Any]:
         required |= {"base_is_folder", "rope_parameters", "trunk"}
     missing = sorted(required - details.keys())
     if missing or details["method"] not in ("full", "lora", "qlora"):
-        found = f"lacks {', '.join(missing)}" if missing else f"has the method '{details['method']}'"
+        fault = f"lacks {', '.join(missing)}" if missing else f"has the method '{details['method']}'"
         raise ArtifactError(
-            f"{artifact.path}/manifest.json: details {found}. It says how a model was tuned (full, lora or qlora), on which "
+            f"{artifact.path}/manifest.json: details {fault}. It says how a model was tuned (full, lora or qlora), on which "
             "base, and its chat format and length. Make the artifact again with this version."
         )
     if details["method"] == "qlora":
@@ -505,7 +505,7 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def saved_dtype(config: "LlamaConfig", asked: str) -> torch.dtype:
+def saved_dtype(config: "LlamaConfig", name: str) -> torch.dtype:
     """The number format of this name; for auto the one that the weights were saved in."""
     saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return saved if asked == "auto" else dtype_of(asked)
+    return saved if name == "auto" else dtype_of(name)

@@ -49,8 +49,8 @@ def check_shape(config: "LlamaConfig", *, where: str) -> None:
     odd = [f"{name} {size}" for name, size in sizes.items() if size % BLOCK]
     if odd:
         raise ConfigError(
-            f"{where}: {', '.join(odd)} cannot be divided by {BLOCK}. A 4-bit base (qlora) is computed in blocks of so "
-            "many weights. Set tuning.method to lora, or take another base."
+            f"{where}: {', '.join(odd)} cannot be divided by {BLOCK}. A 4-bit base (qlora) is computed in blocks of "
+            "that many weights. Set tuning.method to lora, or take another base."
         )
 
 
@@ -88,11 +88,13 @@ def quantization_details(compute: torch.dtype) -> dict[str, Any]:
 
 def check_details(details: Mapping[str, Any], *, where: str) -> None:
     """Refuses a manifest whose trunk was quantised otherwise than here."""
-    found = details.get("quantization")
-    known = isinstance(found, Mapping) and found.get("type") == "nf4" and found.get("double") is True
+    quantization = details.get("quantization")
+    known = (
+        isinstance(quantization, Mapping) and quantization.get("type") == "nf4" and quantization.get("double") is True
+    )
     if not known:
         raise ArtifactError(
-            f"{where}: details.quantization is {found!r}. A qlora policy answers on the base as it was trained: "
+            f"{where}: details.quantization is {quantization!r}. A qlora policy answers on the base as it was trained: "
             "{type: nf4, double: true}. Make the artifact again with this version."
         )
 

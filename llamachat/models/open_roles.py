@@ -288,8 +288,8 @@ class _Opening:
         self.reward_models[role] = replace(loaded, model=root)
         if not _same_ids(loaded.chat_format, self.chat_format):
             self.other_vocabulary.add(role)
-        held = sum(weight.nbytes for weight in root.parameters())
-        log.info("%s: %s is on other weights and is loaded beside: %.2f GiB", role, loaded.name, held / 2**30)
+        loaded_bytes = sum(weight.nbytes for weight in root.parameters())
+        log.info("%s: %s is on other weights and is loaded beside: %.2f GiB", role, loaded.name, loaded_bytes / 2**30)
         return trunk
 
     def _copy_of(self, role: Role, name: Literal["critic", "reference"], root: "Root") -> RoleSlot:
@@ -341,10 +341,10 @@ def _scorer(root: "Root", head: nn.Linear) -> ScoringLlama:
 
 def _head(trunk: "LlamaModel", *, dtype: torch.dtype, has_bias: bool) -> nn.Linear:
     """A linear head of one output on a trunk, all zeros; torch's random state is left alone."""
-    made = nn.utils.skip_init(nn.Linear, trunk.config.hidden_size, 1, bias=has_bias, dtype=dtype, device=trunk.device)
-    for weight in made.parameters():
+    head = nn.utils.skip_init(nn.Linear, trunk.config.hidden_size, 1, bias=has_bias, dtype=dtype, device=trunk.device)
+    for weight in head.parameters():
         nn.init.zeros_(weight)
-    return cast(nn.Linear, made)
+    return cast(nn.Linear, head)
 
 
 def _same_ids(one: ChatFormat, other: ChatFormat) -> bool:

@@ -3,8 +3,8 @@
 Built from the policy (Llama 2, arXiv:2307.09288, section 3.2.2: from chat checkpoints), saved as plain transformers and
 PEFT load it, loaded and asked for scores. Reads and writes the artifacts of kind `reward_model`, whose manifest has the
 details that a policy's has; also reads a model with one label that others made.
-Shapes: N sequences, B rows, T positions. One thing surprises: the head starts at zero, so that before training every
-score is 0 and the ranking loss is log 2.
+Shapes: N sequences, B rows, T positions. The head starts at zero, so before training every score is 0 and the
+ranking loss is log 2.
 """
 
 import json
@@ -261,12 +261,12 @@ def _load_trunk(location: str, config: "LlamaConfig", **how: Any) -> ScoringLlam
 def _copy_adapter(adapted: "PeftModel", policy: Artifact) -> None:
     """Give the new adapter the values of the policy's, which has the same shape."""
     weights = file_weights(policy.path / ADAPTER_WEIGHTS)
-    held = {name.replace(".weight", ".default.weight"): weight for name, weight in weights}
+    policy_weights = {name.replace(".weight", ".default.weight"): weight for name, weight in weights}
     own = {name: weight for name, weight in adapted.named_parameters() if ".lora_" in name}
-    assert held.keys() == own.keys(), "rank, alpha and targets were compared before"
+    assert policy_weights.keys() == own.keys(), "rank, alpha and targets were compared before"
     with torch.no_grad():
         for name, weight in own.items():
-            weight.copy_(held[name])
+            weight.copy_(policy_weights[name])
 
 
 def _edit(file: Path, changes: Mapping[str, Any]) -> None:

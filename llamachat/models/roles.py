@@ -122,7 +122,7 @@ class RoleBank:
     def hidden(self, role: Role, batch: Mapping[str, Tensor]) -> Tensor:
         """Final hidden states [B, T, D], in the trunk's dtype, of packed rows or of rows padded on the right.
 
-        `batch` has input_ids [B, T] and, where a row holds several sequences, position_ids that begin anew with each;
+        `batch` has input_ids [B, T] and, where a row holds several sequences, position_ids that restart at 0 with each;
         other keys are not read, and there is no attention mask. Of policy and critic the states carry gradients where
         torch records them; of the others never. A shared critic's are the policy's.
         """
@@ -280,7 +280,7 @@ class _Activated:
 
 @contextmanager
 def _checkpointing(trunk: "LlamaModel", records: bool) -> Iterator[None]:
-    """Let blocks that can checkpoint do so: transformers asks whether they train. Nothing in them is told so."""
+    """Put the blocks into training mode, since transformers checkpoints only there; not the modules inside, so no dropout."""
     blocks = list(cast(Any, trunk.layers)) if records else []
     for block in blocks:
         block.training = True

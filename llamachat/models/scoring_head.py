@@ -62,7 +62,7 @@ def last_token_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Scores [N] in fp32 of the sequences of packed rows, or of rows padded on the right.
 
     `batch` has input_ids, the positions' indices `ends` of the last tokens in the flattened rows, and, where rows hold
-    several sequences, position_ids that begin anew with each. Without an attention mask, one row is packed, several are
+    several sequences, position_ids that restart at 0 with each. Without an attention mask, one row is packed, several are
     padded: what lies behind a sequence's end is never seen from there.
     """
     return scores_and_states(model, batch)[0]
@@ -84,7 +84,7 @@ def score_rows(
 ) -> Tensor:
     """Scores [N], fp32 on the CPU, of token rows in their order; the model is left in the mode it was in.
 
-    Rows of like length share a forward pass of at most `row_tokens` tokens, the longest first: what does not fit in
+    Rows of similar length share a forward pass of at most `row_tokens` tokens, the longest first: what does not fit in
     memory shows at once. In fp32 no score moves by more than 1e-5 with its neighbours.
     """
     device = next(model.parameters()).device
@@ -96,8 +96,8 @@ def score_rows(
     try:
         with torch.no_grad():
             for group in _groups([len(row) for row in rows], row_tokens):
-                found_B = last_token_scores(model, _padded([rows[index] for index in group], device))
-                scores_N[torch.tensor(group)] = found_B.cpu()
+                scores_B = last_token_scores(model, _padded([rows[index] for index in group], device))
+                scores_N[torch.tensor(group)] = scores_B.cpu()
                 if advance is not None:
                     advance(len(group))
     finally:

@@ -104,8 +104,10 @@ def _pieces(position_ids: Tensor | None, query_BHTD: Tensor) -> list[_Piece]:
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float, dropout: float) -> Tensor:
     scores = torch.matmul(q, k.transpose(2, 3)) * scaling
     if mask is None:
-        asked, known = q.shape[2], k.shape[2]
+        num_queries, num_keys = q.shape[2], k.shape[2]
         lowest = torch.finfo(q.dtype).min
-        mask = torch.full((asked, known), lowest, dtype=q.dtype, device=q.device).triu(1 + known - asked)
+        mask = torch.full((num_queries, num_keys), lowest, dtype=q.dtype, device=q.device).triu(
+            1 + num_keys - num_queries
+        )
     weights = torch.softmax(scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
     return torch.matmul(nn.functional.dropout(weights, p=dropout), v)

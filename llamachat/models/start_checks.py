@@ -74,31 +74,31 @@ def shard_if_configured(model: nn.Module, tuning: Tuning) -> None:
 
 
 def _check_same_adapter(tuning: Tuning, policy: Artifact) -> None:
-    made_by: str = policy.manifest.details["method"]
+    method: str = policy.manifest.details["method"]
     if tuning.method == "full":
         raise ConfigError(
             f"tuning.method: 'full', but the policy to continue ({policy.path}) is an adapter on a frozen base. Its base "
-            f"would be trained under it. Set tuning.method to {made_by}, or export the policy merged and start from that."
+            f"would be trained under it. Set tuning.method to {method}, or export the policy merged and start from that."
         )
-    if tuning.method != made_by:
+    if tuning.method != method:
         bits = {"lora": "the base in 16 or 32 bits", "qlora": "the base in 4 bits"}
         raise ConfigError(
-            f"tuning.method: '{tuning.method}', but the adapter to continue ({policy.path}) was trained by {made_by}, on "
-            f"{bits[made_by]}. It has learnt to go with those very weights. Set tuning.method to {made_by}, or train an "
-            "adapter anew from the base."
+            f"tuning.method: '{tuning.method}', but the adapter to continue ({policy.path}) was trained by {method}, on "
+            f"{bits[method]}. It has learnt to go with those very weights. Set tuning.method to {method}, or train an "
+            "adapter from the base."
         )
-    made: Mapping[str, Any] = json.loads((policy.path / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter_config: Mapping[str, Any] = json.loads((policy.path / "adapter_config.json").read_text(encoding="utf-8"))
     targets = SEVEN_PROJECTIONS if tuning.targets == "all-linear" else tuning.targets
     compared = {
-        "rank": (tuning.rank, made["r"]),
-        "alpha": (tuning.alpha, made["lora_alpha"]),
-        "targets": (sorted(targets), sorted(made["target_modules"])),
+        "rank": (tuning.rank, adapter_config["r"]),
+        "alpha": (tuning.alpha, adapter_config["lora_alpha"]),
+        "targets": (sorted(targets), sorted(adapter_config["target_modules"])),
     }
-    for key, (asked, found) in compared.items():
-        if asked != found:
+    for key, (configured, saved) in compared.items():
+        if configured != saved:
             raise ConfigError(
-                f"tuning.{key}: {_words(asked)}, but the adapter to continue ({policy.path}) was made with {key} "
-                f"{_words(found)}. A step continues a copy of the adapter, so all steps of a run have adapters of one "
+                f"tuning.{key}: {_words(configured)}, but the adapter to continue ({policy.path}) was made with {key} "
+                f"{_words(saved)}. A step continues a copy of the adapter, so all steps of a run have adapters of one "
                 f"shape. Set tuning.{key} to that."
             )
 

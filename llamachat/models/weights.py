@@ -19,7 +19,7 @@ def trunk_digest(
     """SHA-256 over names, dtypes, shapes and bytes of all weights but adapters: equal = no trunk weight has moved.
 
     A model, with adapters or without, and the folder of the same model give the same digest. With
-    `values_per_weight`, of so many evenly spread values of each weight: enough to tell two models apart in no time;
+    `values_per_weight`, of that number of evenly spread values of each weight: fast, and enough to distinguish two models;
     with `dtype`, of the weights as they are after loading in it.
     """
     weights = folder_weights(trunk) if isinstance(trunk, Path) else module_weights(trunk)
@@ -68,9 +68,9 @@ def language_head(folder: Path) -> Tensor:
     """The language-model head [V, D] of a model folder; where there is none it is tied to the embedding."""
     from safetensors import safe_open
 
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:
             names = {"lm_head.weight", "model.embed_tokens.weight"} & set(weights.keys())
-            found |= {name: weights.get_tensor(name) for name in names}
-    return found.get("lm_head.weight", found["model.embed_tokens.weight"])
+            tensors |= {name: weights.get_tensor(name) for name in names}
+    return tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])

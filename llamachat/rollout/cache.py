@@ -1,9 +1,9 @@
 """Keys and values of the rows that are being answered, in one pool taken once.
 
 Shapes: B rows, H key-value heads, T columns, D head size. All rows end at the same column, the next to be written: a
-token's keys are one slice whatever the rows' lengths, and a row begins at a column of its own. One thing surprises:
-products go over all columns that are laid out, since a batched product of a part of them copies the part first. So the
-layout is kept narrow: a few columns are spare, and when they are used up the rows are laid out anew.
+token's keys are one slice whatever the rows' lengths, and a row begins at a column of its own.
+Products go over all columns of the layout, since a batched product of a part of them copies the part first. So the
+layout is kept narrow: a few columns are spare, and when they are used up the rows are moved into a new layout.
 """
 
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ class Cache:
         self._values[layer][slots_B, :, before] = values_BHTD
 
     def lay_out(self, source_B: Tensor, *, length: int, rows: int, columns: int) -> None:
-        """Lay the pool out anew: first the rows of these slots with their last `length` tokens, from column 0 on."""
+        """Change the layout: the rows of these slots come first, with their last `length` tokens, from column 0 on."""
         assert rows * columns <= self.tokens and len(source_B) <= rows and length <= columns
         kept = slice(self.time - length, self.time)
         count = len(source_B)

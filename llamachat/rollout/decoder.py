@@ -1,6 +1,6 @@
 """Our own rollout engine for Llama models: a decoder with a cache, which rows leave and enter as they finish.
 
-A prompt is read once for all its samples. Prompts enter the longest first, so that rows in the cache are of like
+A prompt is read once for all its samples. Prompts enter the longest first, so that rows in the cache are of similar
 length and what does not fit into memory fails at once. Randomness belongs to (seed, prompt, sample, position), as in
 the Hugging Face engine: in fp32 both draw the same tokens, whatever shares the batch.
 """
@@ -30,7 +30,7 @@ ROWS_PER_BATCH = {"cpu": 80, "cuda": 512}
 SHARE_FOR_WEIGHTS = 0.6  # of the free memory: more than that leaves too little for keys and values
 SHARE_FOR_CACHE = {"cpu": 0.25, "cuda": 0.8}
 PROJECTIONS = ("Linear", "Linear4bit")
-ENTER_SHARE = 8  # of all slots: so many are free before prompts enter
+ENTER_SHARE = 8  # one in this many slots is free before prompts enter
 
 
 class LlamaEngine:
@@ -84,13 +84,13 @@ class LlamaEngine:
     ) -> list[list[Completion]]:
         """As `LocalEngine.generate`."""
         numbers = numbers or range(len(prompts))
-        found: dict[tuple[int, int], Completion] = {}
+        completions: dict[tuple[int, int], Completion] = {}
         for done in self._run(prompts, numbers, samples_per_prompt, sampling, None):
             for answer in done:
-                found[answer.prompt, answer.sample] = answer.completion
+                completions[answer.prompt, answer.sample] = answer.completion
             if advance is not None and done:
                 advance(len(done))
-        return [[found[number, sample] for sample in range(samples_per_prompt)] for number in numbers]
+        return [[completions[number, sample] for sample in range(samples_per_prompt)] for number in numbers]
 
     def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
         """As `LocalEngine.stream`."""
@@ -134,9 +134,9 @@ class LlamaEngine:
         tokens = self._cache_tokens()
         if tokens < longest:
             needed = longest * self._network.shape.bytes_per_token / 2**30
-            found = "what is free" if self._cache_gib == "auto" else f"{self._cache_gib} GiB"
+            budget = "what is free" if self._cache_gib == "auto" else f"{self._cache_gib} GiB"
             raise ConfigError(
-                f"rollout.cache_gib: {found} holds {tokens} tokens of keys and values, but prompt {numbers[order[0]] + 1} "
+                f"rollout.cache_gib: {budget} holds {tokens} tokens of keys and values, but prompt {numbers[order[0]] + 1} "
                 f"({len(prompts[order[0]])} tokens) and its answer are up to {longest}. A row stays in the cache until its "
                 f"answer ends. Set at least {needed:.2g}, or shorten prompts or rollout.max_new_tokens."
             )

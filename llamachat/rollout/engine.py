@@ -26,7 +26,7 @@ class Sampling:
     top_p: float  # only the likeliest tokens that reach this probability together
     max_new_tokens: int
     seed: int
-    top_k: int | None = None  # only so many of the likeliest tokens, before top-p; None: all
+    top_k: int | None = None  # sample from the k likeliest tokens, before top-p; None: from all
 
     def __post_init__(self) -> None:
         wrong = [

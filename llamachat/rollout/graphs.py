@@ -1,8 +1,8 @@
 """The decode step as a recording, which a GPU repeats without Python: CUDA graphs, one for each shape of the step.
 
 A recorded step reads and writes the same tensors each time, and no Python number changes in it: what is written where
-comes from tensors, rows are filled up to a power of two, columns to a multiple of `RECORDED_COLUMNS`. One thing surprises: the
-first step of a shape runs plainly, since libraries and kernels are set up in it, which no recording may hold.
+comes from tensors, rows are filled up to a power of two, columns to a multiple of `RECORDED_COLUMNS`. The first
+step of a shape runs without recording: libraries and kernels are set up in it, which no recording may contain.
 
 What could not be run here, for want of a GPU: `CudaCapture`, and what it gains. The step that it records was repeated
 on a CPU, operation by operation on the same tensors, as a graph does it; the answers were those of the plain step.
@@ -28,27 +28,27 @@ class Recordings:
 
     def __init__(self, capture: Capture) -> None:
         self._capture: Capture | None = capture
-        self._found: dict[Hashable, Step | None] = {}  # None: ran once, plainly
+        self._recordings: dict[Hashable, Step | None] = {}  # None: ran once, plainly
 
     def run(self, shape: Hashable, step: Step) -> Tensor:
         """The step's result: a tensor that the next run may write over."""
         if self._capture is None:
             return step()
-        if shape not in self._found:
-            self._found[shape] = None
+        if shape not in self._recordings:
+            self._recordings[shape] = None
             return step()
-        recorded = self._found[shape]
+        recorded = self._recordings[shape]
         if recorded is None:
             try:
                 recorded = self._capture(step)
             except RuntimeError as error:
                 log.warning("the decode step cannot be recorded as a CUDA graph, and runs plainly, slower: %s", error)
                 self._capture = None
-                self._found.clear()
+                self._recordings.clear()
                 return step()
-            if len(self._found) > MOST_RECORDINGS:
-                del self._found[next(iter(self._found))]
-            self._found[shape] = recorded
+            if len(self._recordings) > MOST_RECORDINGS:
+                del self._recordings[next(iter(self._recordings))]
+            self._recordings[shape] = recorded
         return recorded()
 
 

@@ -1,7 +1,7 @@
 """Rollouts through transformers' `generate`: plain, for any Llama model, and what other engines are tested against.
 
-One thing surprises: `generate` is told to decode greedily. A hook draws each row's token itself and leaves `generate`
-nothing else to choose, which keeps the log-probability without keeping logits, gives each row its own random numbers,
+`generate` is configured to decode greedily, but a hook draws each row's token and leaves `generate` nothing else to
+choose. This keeps the log-probability without keeping logits, gives each row its own random numbers,
 and leaves torch's random state alone, so that sampling while training does not change the training.
 """
 
@@ -79,14 +79,14 @@ class HuggingFaceEngine:
             for number, prompt in zip(numbers, prompts, strict=True)
             for sample in range(samples_per_prompt)
         ]
-        found: dict[tuple[int, int], Completion] = {}
+        completions: dict[tuple[int, int], Completion] = {}
         with distributed.gathered(self._model), _generating(self._model):
             for batch in self._batches(rows, sampling.max_new_tokens):
                 for row, completion in zip(batch, self._complete(batch, sampling, None), strict=True):
-                    found[row.prompt, row.sample] = completion
+                    completions[row.prompt, row.sample] = completion
                 if advance is not None:
                     advance(len(batch))
-        return [[found[number, sample] for sample in range(samples_per_prompt)] for number in numbers]
+        return [[completions[number, sample] for sample in range(samples_per_prompt)] for number in numbers]
 
     def stream(self, prompt: Sequence[int], *, sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
         """As `LocalEngine.stream`."""
@@ -99,7 +99,7 @@ class HuggingFaceEngine:
         self._model = without_wrapper(model)
 
     def _batches(self, rows: Sequence[_Row], max_new_tokens: int) -> Iterator[list[_Row]]:
-        """Rows of like length, the longest first, so that what does not fit into memory fails at once."""
+        """Batches of rows of similar length, the longest first, so that what does not fit into memory fails at once."""
         batch: list[_Row] = []
         for row in sorted(rows, key=lambda row: -len(row.ids)):
             if batch:

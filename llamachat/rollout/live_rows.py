@@ -17,11 +17,11 @@ from llamachat.rollout.network import Network
 from llamachat.rollout.sampling import choose, row_uniforms
 
 SPARE_COLUMNS = 32  # steps between two layouts: each copies the cache once, and each spare column is computed on
-# A CPU's library compiles and keeps a kernel for each shape of a product. Rows and columns are computed so many at a time
-# for that: fewer kernels, which is less memory and less time.
+# A CPU's library compiles and keeps a kernel for each shape of a product. Rows and columns are therefore rounded up to
+# these multiples: fewer kernels, less memory and less time.
 ROWS_AT_ONCE = 16
 COLUMNS_AT_ONCE = 32
-IDLE_SHARE = 8  # of the live rows: more idle slots than one in so many are closed
+IDLE_SHARE = 8  # idle slots are closed when they are more than one in this many live rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class LiveRows:
         return max(self._seats, default=-1) + 1
 
     def _computed(self, used: int) -> int:
-        """Rows that a step computes for so many slots."""
+        """The number of rows that a step computes for `used` slots."""
         if self._recordings is not None:
             return padded_rows(used, self.cache.rows)
         return min(rounded_up(used, ROWS_AT_ONCE), self.cache.rows)
@@ -215,7 +215,7 @@ class LiveRows:
 
     def _draw(self, logits_BV: Tensor, slots_B: Tensor | slice) -> Tensor:
         """The next token of these slots; whether it is a row's last [B]."""
-        counts_B = self._counts_B[slots_B].clamp(max=self._ids_BR.shape[1] - 1)  # that of idle rows goes on
+        counts_B = self._counts_B[slots_B].clamp(max=self._ids_BR.shape[1] - 1)  # idle rows keep counting
         uniforms_B = self._uniforms_BR[slots_B].gather(1, counts_B.unsqueeze(1)).squeeze(1)
         ids_B, logprobs_B = choose(
             logits_BV,
@@ -241,11 +241,11 @@ class LiveRows:
         done_B = self._tensor(slots)
         counts = self._counts_B[done_B].tolist()
         ids_BR, logprobs_BR = (table[done_B, : max(counts)].tolist() for table in (self._ids_BR, self._logprobs_BR))
-        found: list[Done] = []
+        done: list[Done] = []
         for slot, count, ids, logprobs in zip(slots, counts, ids_BR, logprobs_BR, strict=True):
             seat = self._seats.pop(slot)
             is_finished = ids[count - 1] in self._stop_ids
-            found.append(
+            done.append(
                 Done(seat.prompt, seat.sample, Completion(tuple(ids[:count]), tuple(logprobs[:count]), is_finished))
             )
-        return found
+        return done

@@ -75,7 +75,7 @@ def sampling_logprobs(logits_BV: Tensor, *, temperature: float, top_p: float, to
 
 
 def _likeliest(logits_BV: Tensor, count: int) -> Tensor:
-    """The logits of so many of the likeliest tokens, -inf for others; of tokens that tie, those of the lower ids."""
+    """The logits of the `count` likeliest tokens, -inf for others; of tokens that tie, those of the lower ids."""
     if count >= logits_BV.shape[1]:
         return logits_BV
     last_B1 = logits_BV.topk(count, dim=-1).values[:, -1:]

@@ -2,8 +2,8 @@
 own modules where there is no room for a copy.
 
 The trunk is never written. A merged weight is W + scaling * B A in fp32, then cast (Hu et al., arXiv:2106.09685,
-Eq. 3); a 4-bit base is dequantised first. One thing surprises: what is frozen, carries no adapter and needs no
-stacking (embeddings, the head) is not copied but shared with the model.
+Eq. 3); a 4-bit base is dequantised first. What is frozen, carries no adapter and needs no stacking
+(embeddings, the head) is not copied but shared with the model.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from llamachat.models.loading import LanguageModel
 
-# In fp32 rows are multiplied so many at a time: for another number of rows the library takes its sums in another order,
-# and a row would not say the same in any batch. On a CPU that costs nothing.
+# In fp32, rows are multiplied in groups of this size: for another number of rows the library sums in another order, and
+# the result of a row would depend on its batch. On a CPU that costs nothing.
 ROWS_AT_ONCE = 16
 
 
@@ -109,7 +109,7 @@ class Weights:
 
     @torch.no_grad()
     def refresh(self, model: "LanguageModel") -> None:
-        """Take the model's present weights, in place: a captured graph goes on reading them where they are."""
+        """Copy the model's present weights in place, where a captured graph reads them."""
         trunk = without_wrapper(model)
         for own, norm in zip(self._norms, _norms(trunk), strict=True):
             own.copy_(norm)
@@ -217,12 +217,12 @@ def _fill(dense: Dense, modules: Sequence[nn.Module]) -> None:
 
 def _projections(trunk: "LlamaForCausalLM") -> list[list[nn.Module]]:
     """The projections of every block by what they read: four lists a block."""
-    found: list[list[nn.Module]] = []
+    groups: list[list[nn.Module]] = []
     for block in cast(Any, trunk.model.layers):
         attention, mlp = block.self_attn, block.mlp
-        found += [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
-        found += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
-    return found
+        groups += [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
+        groups += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+    return groups
 
 
 def _ends(trunk: "LlamaForCausalLM") -> tuple[nn.Module, nn.Module]:

@@ -41,7 +41,7 @@ class StepFolder:
 
     path: Path
     config = _In("config.yaml")  # the resolved recipe, written before anything is loaded
-    # Fingerprint and identity keys of the work that was begun here, so that a change can be told key by key.
+    # Fingerprint and identity keys of the work that was begun here, so that a change can be reported key by key.
     identity = _In("identity.json")
     metrics = _In("metrics.jsonl")  # the record of every metric, one JSON object a line
     samples = _In("samples.jsonl")  # prompts and answers as training went, one JSON object a line
@@ -207,7 +207,7 @@ def is_published(folder: StepFolder) -> bool:
 
 def published_steps(run_dir: Path) -> list[Artifact]:
     """Every whole artifact of a run in the order of publication; half-copied ones are left out."""
-    found = []
+    artifacts = []
     for pattern in ("*/artifact", "*/*/artifact", "*/dialogs", "*/*/dialogs"):
         for place in run_dir.glob(f"{pattern}/{MANIFEST}"):
             parts = place.relative_to(run_dir).parts[:-2]
@@ -218,8 +218,8 @@ def published_steps(run_dir: Path) -> list[Artifact]:
                 _check_complete(place.parent, manifest)
             except ArtifactError:
                 continue
-            found.append(Artifact(place.parent, manifest))
-    return sorted(found, key=lambda artifact: (artifact.manifest.created, artifact.path.as_posix()))
+            artifacts.append(Artifact(place.parent, manifest))
+    return sorted(artifacts, key=lambda artifact: (artifact.manifest.created, artifact.path.as_posix()))
 
 
 def library_versions() -> dict[str, str]:
@@ -276,9 +276,9 @@ def _find(path: Path, kind: Kind | None) -> Path:
     fitting = [artifact for artifact in published_steps(path) if artifact.manifest.kind == wanted]
     if fitting:
         return fitting[-1].path
-    found = "no such folder" if not path.is_dir() else f"no published '{wanted}' here"
+    fault = "no such folder" if not path.is_dir() else f"no published '{wanted}' here"
     raise ArtifactError(
-        f"{path}: {found}. An artifact is a step folder, its 'artifact' folder, or a run folder."
+        f"{path}: {fault}. An artifact is a step folder, its 'artifact' folder, or a run folder."
         f" Make one{_suggest(wanted)}, or correct the path."
     )
 
@@ -314,12 +314,12 @@ def _check_complete(where: Path, manifest: Manifest) -> None:
         raise ArtifactError(f"{where}: its manifest names no files. Make the artifact again, or copy it whole.")
     for name, size in manifest.sizes.items():
         path = where / name
-        held = path.stat().st_size if path.is_file() else None
-        may_differ = manifest.kind == "dialogs" and held is not None
-        if held != size and not may_differ:
-            found = "is missing" if held is None else f"holds {held} bytes of {size}"
+        actual_size = path.stat().st_size if path.is_file() else None
+        may_differ = manifest.kind == "dialogs" and actual_size is not None
+        if actual_size != size and not may_differ:
+            fault = "is missing" if actual_size is None else f"holds {actual_size} bytes of {size}"
             raise ArtifactError(
-                f"{where}: {name} {found}. A part of an artifact is never used, since what loads from it would be"
+                f"{where}: {name} {fault}. A part of an artifact is never used, since what loads from it would be"
                 " another model in silence. Copy the folder whole, or make the step again with `--overwrite`."
             )
     _refuse_pickles(where, [path.name for path in where.iterdir() if path.is_file()])

@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all: written beside, flushed to the disk, renamed into place.
 
-One thing surprises: a rename is only safe against a power cut when the files, their folder and the folder that holds
-the new name are flushed too, so every path here ends with a flush of the parent. Of several processes that work on a
+A rename survives a power cut only if the files, their folder and the parent folder of the new name are flushed too, so
+every path here ends with a flush of the parent. Of several processes that work on a
 step together the first one alone writes.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from llamachat import distributed
 from llamachat.errors import LlamachatError
 
-# A side file or folder that a killed command leaves behind; whoever holds the step's lock may delete it.
+# A side file or folder that a killed command leaves behind; the holder of the step's lock may delete it.
 INCOMING = ".incoming-"
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

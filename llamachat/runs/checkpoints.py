@@ -53,7 +53,7 @@ def writing(checkpoints: Path, step: int, *, keep: int = 2) -> Iterator[Path]:
 
 def newest(checkpoints: Path) -> Checkpoint | None:
     """The whole checkpoint with the most steps, or None."""
-    return next((found for found in _candidates(checkpoints) if not _fault(found)), None)
+    return next((checkpoint for checkpoint in _candidates(checkpoints) if not _fault(checkpoint)), None)
 
 
 def pass_over_damaged(checkpoints: Path) -> dict[Path, str]:
@@ -78,8 +78,8 @@ def _candidates(checkpoints: Path) -> list[Checkpoint]:
         return []
     with storage_errors(checkpoints):
         matches = [(_NAME.fullmatch(path.name), path) for path in checkpoints.iterdir()]
-    found = [Checkpoint(int(match[1]), path) for match, path in matches if match]
-    return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+    candidates = [Checkpoint(int(match[1]), path) for match, path in matches if match]
+    return sorted(candidates, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
 def _fault(checkpoint: Checkpoint) -> str:
@@ -87,16 +87,16 @@ def _fault(checkpoint: Checkpoint) -> str:
     if (checkpoint.path / DAMAGED).is_file():
         return "it was found damaged before"
     try:
-        marker, held = _marker(checkpoint), _sizes(checkpoint.path)
+        marker, sizes = _marker(checkpoint), _sizes(checkpoint.path)
         files: dict[str, int] = marker["files"]
-        wrong = sorted(name for name in files.keys() | held.keys() if files.get(name) != held.get(name))
+        wrong = sorted(name for name in files.keys() | sizes.keys() if files.get(name) != sizes.get(name))
         if marker["step"] != checkpoint.step:
             return f"its {MARKER} is that of step {marker['step']}"
         if "digests" in marker and marker["digests"].keys() != files.keys():
             return f"its {MARKER} has not the digest of each file"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MARKER} cannot be read ({type(error).__name__})"
-    return "".join(f"{name} holds {held.get(name, 0)} bytes of {files.get(name, 0)}" for name in wrong[:1])
+    return "".join(f"{name} holds {sizes.get(name, 0)} bytes of {files.get(name, 0)}" for name in wrong[:1])
 
 
 def _changed(checkpoint: Checkpoint) -> str:
@@ -135,9 +135,9 @@ def _digest(path: Path) -> str:
 
 
 def _prune(checkpoints: Path, keep: int) -> None:
-    found = _candidates(checkpoints)
-    kept = [checkpoint.path for checkpoint in found if not _fault(checkpoint)][:keep]
+    candidates = _candidates(checkpoints)
+    kept = [checkpoint.path for checkpoint in candidates if not _fault(checkpoint)][:keep]
     with storage_errors(checkpoints):
-        for checkpoint in found:
+        for checkpoint in candidates:
             if checkpoint.path not in kept:
                 remove_tree(checkpoint.path)

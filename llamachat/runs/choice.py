@@ -110,8 +110,8 @@ def recommended_policy(run: Path) -> tuple[Artifact, str] | None:
     evaluation = step_of(evaluations[-1]).evaluation if evaluations else None
     if evaluation is None:
         return last, "the last policy; no evaluation compared the policies (`llamachat eval` does)"
-    made = evaluations[-1].manifest.created
-    later = [name for name, policy in policies.items() if policy.manifest.created > made]
+    evaluated_at = evaluations[-1].manifest.created
+    later = [name for name, policy in policies.items() if policy.manifest.created > evaluated_at]
     recommendation = recommend(evaluation)
     if recommendation.policy in later:
         return last, "the last policy; the evaluation is older than the policies (`llamachat eval` makes it again)"

@@ -37,16 +37,16 @@ def digest_of_program(path: Path) -> str:
 
 
 def _imported_beside(path: Path) -> list[Path]:
-    found, unread = list[Path](), [path]
+    imported, unread = list[Path](), [path]
     while unread:
         file = unread.pop()
         for parts in _imports(file, path.parent):
             stems = [path.parent.joinpath(*parts[:count]) for count in range(1, len(parts) + 1)]
             for one in (place for stem in stems for place in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py")):
-                if one.is_file() and one != path and one not in found:
-                    found.append(one)
+                if one.is_file() and one != path and one not in imported:
+                    imported.append(one)
                     unread.append(one)
-    return sorted(found)
+    return sorted(imported)
 
 
 def _imports(file: Path, folder: Path) -> Iterator[tuple[str, ...]]:

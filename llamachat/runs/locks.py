@@ -25,7 +25,7 @@ from llamachat.runs.atomic import StorageError, make_folder, remove_leftovers, s
 _TRIES = 5
 _PAUSE_S = 0.02
 
-_held: dict[Path, int] = {}
+_holders: dict[Path, int] = {}
 _guard = threading.Lock()
 
 
@@ -50,7 +50,7 @@ def hold(folder: StepFolder) -> Iterator[None]:
     with _guard:
         if _is_held_here(key):
             raise BusyError(_busy_text(folder, _ourselves()))
-        _held[key] = os.getpid()
+        _holders[key] = os.getpid()
     descriptor = -1
     try:
         with storage_errors(folder.lock):
@@ -70,7 +70,7 @@ def hold(folder: StepFolder) -> Iterator[None]:
         if descriptor >= 0:
             os.close(descriptor)
         with _guard:
-            _held.pop(key, None)
+            _holders.pop(key, None)
 
 
 def is_held_by_us(folder: StepFolder) -> bool:
@@ -98,7 +98,7 @@ def living_owner(folder: StepFolder) -> Owner | None:
 
 def _is_held_here(key: Path) -> bool:
     # A forked child inherits the table but not the lock, hence the process id.
-    return _held.get(key) == os.getpid()
+    return _holders.get(key) == os.getpid()
 
 
 def _try_lock(descriptor: int, path: Path) -> bool:

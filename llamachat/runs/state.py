@@ -177,8 +177,8 @@ def reference(folder: StepFolder, parent_folder: StepFolder) -> None:
         if folder.path.is_dir() and not folder.path.is_symlink():
             with hold(folder):
                 # A refused or crashed start leaves nothing but the lock; a step's work is never removed here.
-                held = {path.name for path in folder.path.iterdir()}
-                assert held <= {folder.lock.name}, f"{folder.path} holds work of its own"
+                names = {path.name for path in folder.path.iterdir()}
+                assert names <= {folder.lock.name}, f"{folder.path} holds work of its own"
                 remove_tree(folder.path)
                 side.replace(folder.path)
         else:
@@ -274,8 +274,8 @@ def _refuse_foreign_files(folder: StepFolder) -> None:
     if not folder.path.is_dir():
         return
     with storage_errors(folder.path):
-        held = {path.name for path in folder.path.iterdir() if not path.name.startswith(INCOMING)}
-    foreign = sorted(held - folder.names())
+        names = {path.name for path in folder.path.iterdir() if not path.name.startswith(INCOMING)}
+    foreign = sorted(names - folder.names())
     if foreign:
         raise UsageError(
             f"{folder.path}: holds {', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}, which no step made."
@@ -333,7 +333,7 @@ def counted(folder: StepFolder) -> Iterator[None]:
 
     def refresh() -> None:
         while not ended.wait(EVERY_S):
-            # A full disk is told by the work itself, which needs it more.
+            # The work itself reports a full disk; it needs the space more.
             with suppress(StorageError):
                 write()
 

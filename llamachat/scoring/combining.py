@@ -60,8 +60,8 @@ def single(scores: Scores) -> Combined:
 
 def weighted(scores: Scores, *, weights: Mapping[str, float]) -> Combined:
     """The sum of the raw scores, each times its model's weight; a model with weight 0 may be absent."""
-    given = scores.by_model()
-    parts = [weight * given[name] for name, weight in weights.items() if weight != 0]
+    scores_by_model = scores.by_model()
+    parts = [weight * scores_by_model[name] for name, weight in weights.items() if weight != 0]
     return _ungated(torch.stack(parts).sum(dim=0))
 
 

@@ -31,18 +31,18 @@ class RewardModelFacts:
     unfit: str | None = None  # the probe's verdict on a model that failed it
 
 
-def named_models(scoring: Scoring, made: Mapping[str, Artifact]) -> dict["RewardRole", Artifact | str]:
-    """The reward models by what they judge; `made` are those that steps of the recipe have made."""
+def named_models(scoring: Scoring, recipe_models: Mapping[str, Artifact]) -> dict["RewardRole", Artifact | str]:
+    """The reward models by what they judge; `recipe_models` are those that steps of the recipe have trained."""
     named = {"helpfulness": scoring.helpfulness, "safety": scoring.safety}
-    models = {**made, **{role: name for role, name in named.items() if name is not None}}
+    models = {**recipe_models, **{role: name for role, name in named.items() if name is not None}}
     return cast("dict[RewardRole, Artifact | str]", models)
 
 
 def checked_models(
-    scoring: Scoring, made: Mapping[str, Artifact], *, also: Collection["RewardRole"] = ("judge",)
+    scoring: Scoring, recipe_models: Mapping[str, Artifact], *, also: Collection["RewardRole"] = ("judge",)
 ) -> dict["RewardRole", Artifact | str]:
     """Those whose scores the recipe's rule reads, and `also` these; ConfigError where the rule cannot work with them."""
-    models = named_models(scoring, made)
+    models = named_models(scoring, recipe_models)
     facts = model_facts(models)
     for warning in check_scoring(scoring, facts):
         log.warning("%s", warning)

@@ -40,9 +40,9 @@ class Scores:
     safety_B: Tensor | None
 
     def __post_init__(self) -> None:
-        given = self.by_model()
-        assert len({scores_B.shape for scores_B in given.values()}) <= 1, "both models score the same answers"
-        for name, scores_B in given.items():
+        scores_by_model = self.by_model()
+        assert len({scores_B.shape for scores_B in scores_by_model.values()}) <= 1, "both models score the same answers"
+        for name, scores_B in scores_by_model.items():
             assert scores_B.dim() == 1, "one number for each answer"
             check_finite(scores_B, f"the {name} model")
 

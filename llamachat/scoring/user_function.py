@@ -152,8 +152,8 @@ class UserFunction:
         self._check_signature(arguments, columns)
         try:
             with self.program.running():
-                found = self.call(*arguments, **columns)
-                found = found.tolist() if hasattr(found, "tolist") else found  # tensors and arrays
+                result = self.call(*arguments, **columns)
+                result = result.tolist() if hasattr(result, "tolist") else result  # tensors and arrays
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # sys.exit() too would end the command, and as if all were well
@@ -162,7 +162,7 @@ class UserFunction:
                 f" function must score every batch. Correct it: {_SIGNATURE}."
             ) from error
         device = next((scores_B.device for scores_B in scores.by_model().values()), answers.is_finished_B.device)
-        return torch.tensor(self._numbers(found, len(answers.completions)), dtype=torch.float32, device=device)
+        return torch.tensor(self._numbers(result, len(answers.completions)), dtype=torch.float32, device=device)
 
     def _check_signature(self, arguments: tuple[Any, ...], columns: dict[str, Any]) -> None:
         try:
@@ -173,18 +173,18 @@ class UserFunction:
                 f" {', '.join(columns)}: {error}. Further columns may come. Write it as {_SIGNATURE}."
             ) from error
 
-    def _numbers(self, found: Any, count: int) -> list[float]:
-        if not isinstance(found, list | tuple):
+    def _numbers(self, result: Any, count: int) -> list[float]:
+        if not isinstance(result, list | tuple):
             raise ScoringError(
-                f"{self.name}: it gave back {describe(found)}, but a list with one number for each completion is"
+                f"{self.name}: it gave back {describe(result)}, but a list with one number for each completion is"
                 f" required. Correct it: {_SIGNATURE}."
             )
-        if len(found) != count:
+        if len(result) != count:
             raise ScoringError(
-                f"{self.name}: it gave back {len(found)} values for {count} completions. The n-th value is the score of"
+                f"{self.name}: it gave back {len(result)} values for {count} completions. The n-th value is the score of"
                 " the n-th completion, so there must be as many. Return one number for each."
             )
-        for index, value in enumerate(found):
+        for index, value in enumerate(result):
             # bool is an int to Python, and a fair score: did it pass or not?
             if not isinstance(value, int | float) or not abs(value) < 3e38:
                 raise ScoringError(
@@ -192,7 +192,7 @@ class UserFunction:
                     " finite number is required, since whitening mixes all scores of the batch. Return a number, such"
                     " as a fixed low one where an answer cannot be judged."
                 )
-        return [float(value) for value in found]
+        return [float(value) for value in result]
 
 
 def load_user_function(name: FunctionName) -> UserFunction:
@@ -222,9 +222,9 @@ def load_user_function(name: FunctionName) -> UserFunction:
         names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         near = nearest(name.function, names)
         hint = f"Did you mean '{path}:{near}'?" if near else f"Define it there: {_SIGNATURE}."
-        found = "no function" if function is None else f"{describe(function)} and no function"
+        content = "no function" if function is None else f"{describe(function)} and no function"
         raise ConfigError(
-            f"scoring.combine: {path} has {found} under the name '{name.function}'. Every answer is scored by it. {hint}"
+            f"scoring.combine: {path} has {content} under the name '{name.function}'. Every answer is scored by it. {hint}"
         )
     return UserFunction(name, function, digest, program)
 

@@ -44,14 +44,14 @@ def read_series(metrics_path: Path) -> list[Series]:
             if name not in (STEP, TIME, axis):
                 points.setdefault(name, {})[int(row[STEP])] = row[name]
                 axes[name] = axis
-    found = []
+    series = []
     for name, by_step in points.items():
         # A record of another version of the table is still shown.
         metric = find_metric(name) or Metric(name, name, "", "", name)
         steps = tuple(sorted(by_step))
-        found.append(Series(name, metric, axes[name], steps, tuple(by_step[step] for step in steps)))
+        series.append(Series(name, metric, axes[name], steps, tuple(by_step[step] for step in steps)))
     order = {name: place for place, name in enumerate(METRICS)}
-    return sorted(found, key=lambda one: (order.get(one.metric.name, len(order)), one.name))
+    return sorted(series, key=lambda one: (order.get(one.metric.name, len(order)), one.name))
 
 
 @harmless

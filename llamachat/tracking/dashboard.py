@@ -32,8 +32,8 @@ def dashboard(run_dir_parent: Path, *, is_terminal: bool | None = None) -> None:
 
 def step_folders(run_dir_parent: Path) -> list[StepFolder]:
     """Every step with figures, by run and name."""
-    found = {path.parent for pattern in ("*/*", "*/*/*") for path in run_dir_parent.glob(f"{pattern}/metrics.jsonl")}
-    return [StepFolder(path) for path in sorted(found)]
+    folders = {path.parent for pattern in ("*/*", "*/*/*") for path in run_dir_parent.glob(f"{pattern}/metrics.jsonl")}
+    return [StepFolder(path) for path in sorted(folders)]
 
 
 def summary_text(run_dir_parent: Path, *, is_ascii: bool = False) -> str:

@@ -62,11 +62,11 @@ class Watch:
 def diagnose(rows: Sequence[Row]) -> list[Finding]:
     """The findings of a record, in the order of docs/curves.md; nothing is said about metrics that were not logged."""
     series = _series(rows)
-    found = [_nan(series), _runaway_kl(series.get("ppo/kl_to_reference", []))]
-    found += [bound.finding(series.get(bound.metric, [])) for bound in _BOUNDS]
-    found.append(_judge_falls(series.get("ppo/heldout/score", []), series.get("ppo/heldout/judge", [])))
-    found += [_overfits(name, series) for name in series if name.endswith("/eval_loss")]
-    return [finding for finding in found if finding is not None]
+    findings = [_nan(series), _runaway_kl(series.get("ppo/kl_to_reference", []))]
+    findings += [bound.finding(series.get(bound.metric, [])) for bound in _BOUNDS]
+    findings.append(_judge_falls(series.get("ppo/heldout/score", []), series.get("ppo/heldout/judge", [])))
+    findings += [_overfits(name, series) for name in series if name.endswith("/eval_loss")]
+    return [finding for finding in findings if finding is not None]
 
 
 def diagnose_run(run: Path) -> dict[str, list[Finding]]:
@@ -82,10 +82,10 @@ def diagnose_run(run: Path) -> dict[str, list[Finding]]:
         if evaluation is not None and name in evaluation.policies:
             measures = [evaluation.measure(name, f"difference/{score}") for score in ("score", "judge")]
         disagreement = judge_disagrees(*measures)
-        found = diagnose(rows)
+        step_findings = diagnose(rows)
         if disagreement is not None:  # tested, and so in the place of what the curves alone suggest
-            found = [*(one for one in found if one.rule != disagreement.rule), disagreement]
-        findings[name] = found
+            step_findings = [*(one for one in step_findings if one.rule != disagreement.rule), disagreement]
+        findings[name] = step_findings
     return findings
 
 
@@ -313,7 +313,7 @@ def _nan(series: Mapping[str, Points]) -> Finding | None:
                 f"step {steps[0]}",
                 f"{name} is NaN or infinite.",
                 "The training has diverged, and what follows is worthless.",
-                "Lower the learning rate, take base.dtype: bfloat16 in place of float16, and run the step anew with"
+                "Lower the learning rate, take base.dtype: bfloat16 in place of float16, and rerun the step with"
                 " --overwrite.",
             )
     return None

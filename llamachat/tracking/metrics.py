@@ -82,13 +82,13 @@ def check_names(names: Iterable[str]) -> None:
 
 @cache
 def _patterns() -> list[tuple[re.Pattern[str], Metric]]:
-    found = []
+    patterns = []
     for name, metric in METRICS.items():
         if "<" in name:
             parts = re.split(r"<(\w+)>", name)
             texts = [f"(?:{_VARIABLES[part]})" if index % 2 else re.escape(part) for index, part in enumerate(parts)]
-            found.append((re.compile("".join(texts)), metric))
-    return found
+            patterns.append((re.compile("".join(texts)), metric))
+    return patterns
 
 
 if __name__ == "__main__":

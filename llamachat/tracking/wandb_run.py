@@ -89,7 +89,7 @@ class WandbRun:
             return
         try:
             action(self._run)
-        except Exception as error:  # any failure of wandb: training goes on
+        except Exception as error:  # no failure of wandb stops the training
             logger.warning("wandb stopped taking figures (%s); metrics.jsonl has them all.", error)
             self._run = None
 

@@ -68,10 +68,10 @@ class MasterWeightOptimizer(torch.optim.Optimizer):
             if saved is not None:
                 self._masters[id(param)].copy_(distributed.shard_like(saved, param))
         for optimizer, state in zip(self.inner, state_dict["inner"], strict=True):
-            held = [param for group in optimizer.param_groups for param in group["params"]]
+            params = [param for group in optimizer.param_groups for param in group["params"]]
             moments = {
                 number: {
-                    name: distributed.shard_like(value, held[number]) if torch.is_tensor(value) else value
+                    name: distributed.shard_like(value, params[number]) if torch.is_tensor(value) else value
                     for name, value in one.items()
                 }
                 for number, one in state["state"].items()

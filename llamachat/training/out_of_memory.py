@@ -1,4 +1,4 @@
-"""Training that outgrows its device goes on in smaller micro-batches.
+"""Training that runs out of device memory continues with smaller micro-batches.
 
 An optimizer step is a fixed set of examples, so the size of a micro-batch decides memory and speed and not the result.
 A training loop wraps the forward and backward of one micro-batch in `in_room` and itself in `halving`.

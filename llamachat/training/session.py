@@ -331,7 +331,7 @@ class Session:
 
 
 def check_finite(loss: float, what: str, *, section: str, is_start: bool = False) -> None:
-    """Refuse to go on from a loss that is NaN or infinite: such a model is neither saved nor published.
+    """Stop at a loss that is NaN or infinite: such a model is neither saved nor published.
 
     `is_start`: nothing has been trained yet.
     """

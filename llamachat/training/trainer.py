@@ -92,27 +92,27 @@ class AtomicCheckpoints(Trainer):
     def save_last_step(self) -> None:
         """A checkpoint of the last finished optimizer step, from within the next one, unless there is one."""
         assert self.model is not None, "it has begun to train"
-        self.model.zero_grad(set_to_none=True)  # room for the save: the unfinished step begins anew
-        found = newest(self._checkpoints)
-        if self.state.global_step > (found.step if found else 0):
+        self.model.zero_grad(set_to_none=True)  # room for the save: the unfinished step is repeated
+        checkpoint = newest(self._checkpoints)
+        if self.state.global_step > (checkpoint.step if checkpoint else 0):
             self._save_checkpoint(self.model, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        held = self.model if model is None else model
-        assert held is not None
-        if distributed.is_sharded(held):
+        target = self.model if model is None else model
+        assert target is not None
+        if distributed.is_sharded(target):
             for file in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
-                _load_full_weights(held, file_weights(file))
+                _load_full_weights(target, file_weights(file))
             return
-        if not isinstance(held, PeftModel):
+        if not isinstance(target, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         # Not PEFT's `load_adapter`: it puts new fp32 parameters in the place of 16-bit ones, which the optimizer does
         # not know, so that nothing is learnt any more.
         weights = load_peft_weights(resume_from_checkpoint, device="cpu")
-        trained = sum(weight.requires_grad for weight in held.parameters())
+        trained = sum(weight.requires_grad for weight in target.parameters())
         assert len(weights) == trained, "a checkpoint holds every weight that trains, a head beside the adapter too"
-        loaded = set_peft_model_state_dict(held, weights)
+        loaded = set_peft_model_state_dict(target, weights)
         assert not loaded.unexpected_keys and not [key for key in loaded.missing_keys if ".lora_" in key]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -185,7 +185,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._seconds.append(time.monotonic() - self._started)
         if self._on_step(state.global_step) is True:
-            # A checkpoint of it too: whoever resumes there finds the training ended.
+            # Save a checkpoint too: a run that resumes from it finds the training ended.
             control.should_training_stop = control.should_log = control.should_save = True
 
     def on_log(

@@ -78,7 +78,9 @@ def convert(
         bool, typer.Option("--plain-text", help="Take HTML out of the texts: tags, line breaks, entities.")
     ] = False,
 ) -> None:
-    """Bring a data file into our form: what can be mended is, and counted; what cannot is dropped, and named."""
+    """Convert a data file to the native form: faults that can be repaired are repaired and counted; other records are
+    dropped and named.
+    """
     report = convert_path(
         path,
         out,

@@ -162,8 +162,8 @@ def _export(request: "Request") -> str:
         return f"{request.out}: largest difference of a score {scored.max_score_difference:.2g}"
     from serving.export import export_policy
 
-    found = export_policy(request)
-    return f"{request.out}: largest difference of a token's log-probability {found.max_logprob_difference:.4f} nats"
+    agreement = export_policy(request)
+    return f"{request.out}: largest difference of a token's log-probability {agreement.max_logprob_difference:.4f} nats"
 
 
 def _export_gguf(request: "GgufRequest") -> str:

@@ -85,7 +85,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(error.exit_status) from error
         except OSError as error:
             if error.errno == errno.EPIPE:
-                raise  # whoever read the output has enough of it
+                raise  # the reader of the output has closed the pipe
             where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
             reason = error.strerror or first_line(error)
             print(
@@ -128,17 +128,17 @@ class SeveralValues(TyperCommand):
 
 def repeated(arguments: list[str], options: Collection[str]) -> list[str]:
     """The arguments, each of these options written before each of its values."""
-    found: list[str] = []
+    expanded: list[str] = []
     option = ""  # the one whose values stand here
     for argument in arguments:
         if not argument.startswith("-"):
-            if option and found[-1] != option:
-                found.append(option)
+            if option and expanded[-1] != option:
+                expanded.append(option)
         else:
             name = argument.partition("=")[0]
             option = name if name in options else ""
-        found.append(argument)
-    return found
+        expanded.append(argument)
+    return expanded
 
 
 # -- processes
@@ -156,18 +156,18 @@ def missing_processes() -> int:
 
     parent = psutil.Process().parent()
     command = [] if parent is None else parent.cmdline()
-    return asked_processes(command[command.index("launch") + 1 :]) if "launch" in command else 0
+    return requested_processes(command[command.index("launch") + 1 :]) if "launch" in command else 0
 
 
-def asked_processes(arguments: Sequence[str]) -> int:
+def requested_processes(arguments: Sequence[str]) -> int:
     """How many processes these arguments of `accelerate launch` ask for, or the configuration that they name; 0 for one."""
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
-    given = launch_command_parser().parse_args(list(arguments))
-    config = load_config_from_file(given.config_file) if given.config_file else None
-    machines = given.num_machines or getattr(config, "num_machines", None) or 1
-    count = given.num_processes or getattr(config, "num_processes", None) or 1
+    options = launch_command_parser().parse_args(list(arguments))
+    config = load_config_from_file(options.config_file) if options.config_file else None
+    machines = options.num_machines or getattr(config, "num_machines", None) or 1
+    count = options.num_processes or getattr(config, "num_processes", None) or 1
     if machines > 1:
         raise UsageError(
             f"accelerate launch --cpu --num_machines {machines}: accelerate starts one process on each machine's CPU alone."
@@ -219,7 +219,7 @@ def start(count: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
         return first.exitcode if first.exitcode > 0 else 1
-    except (SignalException, KeyboardInterrupt):  # the processes have been told, too, and the first of them says so
+    except (SignalException, KeyboardInterrupt):  # the processes got the signal too, and the first of them reports it
         return INTERRUPTED
     return 0
 

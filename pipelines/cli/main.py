@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     try:
-        number, asked = distributed.launched_index(), missing_processes()
+        number, num_missing = distributed.launched_index(), missing_processes()
         distributed.forget_other_launchers()
     except LlamachatError as error:
         print(f"llamachat: {error}", file=sys.stderr)
@@ -96,10 +96,10 @@ def _main(arguments: Sequence[str] | None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     # Before torch is loaded: threads that wait by spinning make a command five times slower where others use the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if asked:
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    if num_missing:
         die_with_parent()
-        return start(asked, given)
+        return start(num_missing, argv)
     signals = list[int]()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -110,7 +110,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in the background of a script
         before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
-        app(given, prog_name="llamachat")
+        app(argv, prog_name="llamachat")
     except SystemExit as done:
         if isinstance(done.code, str):
             print(f"llamachat: {done.code}", file=sys.stderr)
@@ -156,8 +156,8 @@ def _run(
         print(tables)
     if ran.left:
         print(
-            f"run.max_hours ({recipe.run.max_hours:g}) are over. Not begun yet: {', '.join(ran.left)}. The same command goes"
-            " on with them for as many hours again, and without run.max_hours to the end."
+            f"run.max_hours ({recipe.run.max_hours:g}) are over. Not begun yet: {', '.join(ran.left)}. The same command"
+            " runs them, for as many hours again; without run.max_hours it runs to the end."
         )
         raise typer.Exit(HOURS_ARE_OVER)
     if ran.num_worked == 0:
@@ -184,9 +184,9 @@ def _study(
         print(study_plan_text(plan))
         return
     with state_is_kept():
-        told = lead(lambda: run_study(plan, should_overwrite=overwrite))
-    if told is not None:
-        print(told)
+        summary = lead(lambda: run_study(plan, should_overwrite=overwrite))
+    if summary is not None:
+        print(summary)
 
 
 def _step_command(command: str, text: str, *, has_models: bool = False) -> Callable[..., None]:

@@ -92,11 +92,11 @@ def plan(
             f"--hours: {hours:g}, but {config} is a study, whose runs the plan sums without holding them to hours. Give the"
             " recipe that it extends, or leave --hours out."
         )
-    given = [*(overrides or ()), *([f"run.gpu={gpu}"] if gpu else ())]
+    all_overrides = [*(overrides or ()), *([f"run.gpu={gpu}"] if gpu else ())]
     if is_study(config):
-        print(study_plan_text(load_study(config, given)))
+        print(study_plan_text(load_study(config, all_overrides)))
         return
-    recipe = load(config, given)
+    recipe = load(config, all_overrides)
     print(plan_text(recipe, make_plan(recipe), hours=hours))
 
 

@@ -95,11 +95,11 @@ def named_artifacts(
     if not artifacts:
         artifacts = [Path(load(config, overrides).run.dir)]
     artifacts = [recommended(path) if is_run(path) else path for path in artifacts]
-    found = [read_artifact(path) for path in artifacts]
+    opened = [read_artifact(path) for path in artifacts]
     # The first kind is what a run folder is asked for, and what a refusal says is needed.
     return [
         artifact.path if artifact.manifest.kind in kinds else read_artifact(path, kinds[0], reader=command).path
-        for path, artifact in zip(artifacts, found, strict=True)
+        for path, artifact in zip(artifacts, opened, strict=True)
     ]
 
 

@@ -274,7 +274,7 @@ def _is_unlabelled(source: DataSource) -> bool:
                 if (row.record.chosen_is_safe, row.record.rejected_is_safe) != (None, None):
                     return False
     except DataError:
-        return False  # told where it is read
+        return False  # reported where it is read
     return has_pairs
 
 
@@ -317,7 +317,7 @@ def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool
         makers = [of for of in recipe.makers(step).values() if of]  # lacking where nothing is finished of one kind
         lacks_inputs = any(not any(is_published(recipe.folder(maker)) for maker in of) for of in makers)
         trains = step.product.makes.kind in ("policy", "reward_model")
-        # What comes after one that is left may read it; what is told of the finished ones is told now.
+        # A later step may read a step that is left. Steps that only survey the finished ones run now.
         if is_over and (left or not is_done) and (trains or lacks_inputs):
             left += [] if is_done else [step.name]
             continue
@@ -386,7 +386,7 @@ def _state(work: Work) -> StepState:
     except ChangedError:
         if not work.step.stage.surveys:
             raise
-        log.info("%s: made anew, since what it is about has changed", work.step.name)
+        log.info("%s: rerun, since the steps that it reads have changed", work.step.name)
         renew(work.folder)
         return StepState.NEW
 
@@ -459,9 +459,9 @@ def adopt(recipe: Recipe, work: Work) -> bool:
     kept = parent_folder(recipe, work)
     if kept is None:
         return False
-    found = read_artifact(kept.artifact).manifest
-    if found.fingerprint != work.fingerprint:
-        changes = "; ".join(changed_keys(found.identity, work.identity))
+    manifest = read_artifact(kept.artifact).manifest
+    if manifest.fingerprint != work.fingerprint:
+        changes = "; ".join(changed_keys(manifest.identity, work.identity))
         log.info("%s: not taken from %s, since it changed (%s)", work.step.name, kept.path, changes)
         return False
     reference(work.folder, kept)

@@ -224,12 +224,12 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
         elif is_cached(name, ("config.json",)) and is_cached(name):
             yield Finding("access", "note", f"{reach.reason}; '{name}' lies in the cache, and is taken from there")
         elif reach.state == "offline":
-            yield Finding("access", "note", f"{reach.reason}: access to '{name}' is not checked", reach.way_out)
+            yield Finding("access", "note", f"{reach.reason}: access to '{name}' is not checked", reach.fix)
             known = "is known to work" if name in KNOWN_BASES else "is not known here"
             yield Finding("base", "note", f"'{name}' {known}; its tokenizer is proved once it can be fetched")
             return
         else:
-            yield Finding("access", "FAIL", reach.reason, reach.way_out)
+            yield Finding("access", "FAIL", reach.reason, reach.fix)
             return
     try:
         folder = tokenizer_folder(name)
@@ -262,7 +262,7 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
             verdict: Verdict = "ok" if reach.state == "open" else "note" if reach.state == "offline" else "FAIL"
             words = {"ok": f"the hub has '{named.name}'; its split '{named.split}' is read at the start"}
             words["note"] = f"{reach.reason}: '{named.name}' is not checked"
-            yield Finding("data", verdict, words.get(verdict, reach.reason), reach.way_out)
+            yield Finding("data", verdict, words.get(verdict, reach.reason), reach.fix)
             continue
         size = measure_data([source.model_copy(update={"weight": 1.0})])
         if size is not None and not size.records:

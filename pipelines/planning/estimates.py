@@ -162,7 +162,9 @@ def _reward_mix(work: _Work, config: RewardConfig) -> tuple[float, float] | None
 
 def _rejection_sampling(work: _Work, config: RejectionSamplingConfig) -> Estimate:
     prompts = work.all_prompts()
-    winners = _asked(config.prompts, prompts, work.train_share)  # if each prompt has one; earlier rounds' come on top
+    winners = _num_prompts(
+        config.prompts, prompts, work.train_share
+    )  # if each prompt has one; earlier rounds' come on top
     answers = None
     if winners is not None:
         answers = (winners + config.validation_prompts) * config.samples_per_prompt + 2 * config.test_prompts
@@ -184,13 +186,13 @@ def _distillation(work: _Work, config: ContextDistillationConfig) -> Estimate:
     data = work.recipe.data
     # What is marked is_safety among other prompts is not counted: nobody knows without reading them all.
     prompts = _first_measured(data.adversarial, data.prompts or data.safety)
-    asked = _asked(config.prompts, prompts, work.train_share)
+    num_prompts = _num_prompts(config.prompts, prompts, work.train_share)
     answers = dialogs = None
-    if asked is not None:
-        dialogs = round(asked * (KEPT_BY_DISTILLATION if config.keep == "better" else 1.0))
+    if num_prompts is not None:
+        dialogs = round(num_prompts * (KEPT_BY_DISTILLATION if config.keep == "better" else 1.0))
         # As many plain answers as preprompted ones, and templates for all prompts at most.
         ways = 4 if config.uses_categories and config.categories else 2
-        answers = (asked + config.validation_prompts) * config.samples_per_prompt * ways
+        answers = (num_prompts + config.validation_prompts) * config.samples_per_prompt * ways
         answers += 2 * (config.test_prompts + config.borderline_prompts * len(data.borderline))
     lengths = work.lengths(prompts)
     tuned = work.tuned(lengths, dialogs)
@@ -259,7 +261,7 @@ def _first_measured(*keys: Sequence[DataSource]) -> DataSize | None:
     return DataSize(0.0, 0.0)
 
 
-def _asked(most: int | None, prompts: DataSize | None, train_share: float) -> int | None:
+def _num_prompts(most: int | None, prompts: DataSize | None, train_share: float) -> int | None:
     """How many prompts are asked of those on the training side, with a limit to them; None where neither is known."""
     there = None if prompts is None else round(prompts.records * train_share)
     return min((count for count in (most, there) if count is not None), default=None)

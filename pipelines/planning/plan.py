@@ -55,13 +55,13 @@ def make_plan(recipe: Recipe, command: str = "all", only: Sequence[str] = ()) ->
     to_run: set[str] = set()
     reused: dict[str, StepFolder] = {}
     for step in recipe.steps:
-        found = _plan_step(recipe, step, to_run, reused)
-        if found.will_run:
+        planned_step = _plan_step(recipe, step, to_run, reused)
+        if planned_step.will_run:
             to_run.add(step.name)
-        if found.verdict == "reuse" and recipe.run.parent is not None:
+        if planned_step.verdict == "reuse" and recipe.run.parent is not None:
             reused[step.name] = StepFolder(Path(recipe.run.parent) / step.name)
         if step in chosen:
-            planned.append(found)
+            planned.append(planned_step)
     return planned
 
 

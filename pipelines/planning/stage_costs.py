@@ -143,11 +143,11 @@ def sampling_memory(
     setup: Setup, rollout: Rollout, seating: Seating, *, answers_at_once: int | None = None
 ) -> dict[str, int]:
     """Bytes on the card while answers are sampled and scored, as many at once as the engine takes unless there are fewer."""
-    held = role_bank_bytes(setup, seating, critic=None)
-    return held | rollout_bytes(
+    loaded = role_bank_bytes(setup, seating, critic=None)
+    return loaded | rollout_bytes(
         setup,
         rollout,
-        held=sum(held.values()),
+        loaded_bytes=sum(loaded.values()),
         shares_plain=setup.tuning.method == "full",
         answers=answers_at_once,
     )
@@ -175,8 +175,8 @@ def ppo_cost(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seating
         gradient_checkpointing=config.gradient_checkpointing,
         assumed="",
     )
-    held = frozenset(role_bank_bytes(setup, seating, critic=config.critic))
-    return Estimate(ppo_memory(config, setup, rollout, seating), sampled + trained, steps, assumed, held)
+    loaded = frozenset(role_bank_bytes(setup, seating, critic=config.critic))
+    return Estimate(ppo_memory(config, setup, rollout, seating), sampled + trained, steps, assumed, loaded)
 
 
 def ppo_memory(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seating) -> dict[str, int]:
@@ -186,22 +186,22 @@ def ppo_memory(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seati
     The trunk counts once, whatever roles share it; several cards have all weights each, and share the work.
     """
     each = 8 + (0 if setup.width == 4 else 4)  # two moments in fp32, and masters where the weights are not
-    held = role_bank_bytes(setup, seating, critic=config.critic)
-    held[OPTIMIZER] = setup.trained_weights * each
+    loaded = role_bank_bytes(setup, seating, critic=config.critic)
+    loaded[OPTIMIZER] = setup.trained_weights * each
     # The critic's head is fp32 and its own master.
-    held["critic's optimizer"] = _critic_weights(config, setup) * each + 8 * (setup.shape.hidden_size + 1)
+    loaded["critic's optimizer"] = _critic_weights(config, setup) * each + 8 * (setup.shape.hidden_size + 1)
     if setup.gpu is None:  # on a machine with a card it lies in the host's memory
-        held["best policy so far"] = setup.trained_weights * setup.width
+        loaded["best policy so far"] = setup.trained_weights * setup.width
     sampling = rollout_bytes(
         setup,
         rollout,
-        held=sum(held.values()),
+        loaded_bytes=sum(loaded.values()),
         shares_plain=False,
         has_copied_ends=setup.tuning.method == "full",
         answers=config.responses_per_iteration,
     )
-    held[DECODER] = sampling.pop(DECODER, 0)
-    return held | max(sampling, ppo_updating_bytes(config, setup), key=lambda parts: sum(parts.values()))
+    loaded[DECODER] = sampling.pop(DECODER, 0)
+    return loaded | max(sampling, ppo_updating_bytes(config, setup), key=lambda parts: sum(parts.values()))
 
 
 def ppo_updating_bytes(config: PpoConfig, setup: Setup) -> dict[str, int]:

@@ -362,8 +362,8 @@ def _more_problems(layers: Layers) -> Iterator[ConfigProblem]:
 
 def _run_problems(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     run = values.get("run")
-    given = (run.get(key) for key in ("dir", "parent")) if isinstance(run, Mapping) else (None, None)
-    run_dir, parent = (from_home(path) if isinstance(path, str) else None for path in given)
+    paths = (run.get(key) for key in ("dir", "parent")) if isinstance(run, Mapping) else (None, None)
+    run_dir, parent = (from_home(path) if isinstance(path, str) else None for path in paths)
     if parent is not None:
         if not Path(parent).is_dir():
             yield ("run", "parent"), missing(parent, what="the parent run")
@@ -434,7 +434,7 @@ def _data_problems(
 
 
 def _lacks(product: Product, data: Mapping[str, Any]) -> Iterator[Key]:
-    """Keys without which nothing of this kind can be made; a required key that is missing is told by the types."""
+    """Missing keys without which nothing of this kind can be made; the types report a missing required key."""
     if product.needs and not any(
         data.get(key) or (key not in data and Data.model_fields[key].is_required()) for key in product.needs
     ):
@@ -448,11 +448,11 @@ def _conflicts(layers: Layers) -> Iterator[ConfigProblem]:
     plain = layers.values
 
     def conflicts(schema: type[Section], below: object, over: object, at: Key) -> list[ConfigProblem]:
-        known, found = (
+        known, problems = (
             section_problems(schema, values, source=layers.source, at=at, root=RecipeSections)
             for values in (_mapping(below), merged(_mapping(below), _mapping(over)))
         )
-        return [problem for problem in found if problem not in known]
+        return [problem for problem in problems if problem not in known]
 
     sft = plain.get("sft")
     for stage in STAGES.values():
@@ -462,8 +462,10 @@ def _conflicts(layers: Layers) -> Iterator[ConfigProblem]:
         stage = entry.stage
         for schema, section in entry.sections:
             place = at if section == stage.section else (*at, section)
-            found = conflicts(schema, plain.get(section), entry.over(section), place)
-            yield from (problem for problem in found if problem.key == dotted(place))  # of a key alone the types tell
+            problems = conflicts(schema, plain.get(section), entry.over(section), place)
+            yield from (
+                problem for problem in problems if problem.key == dotted(place)
+            )  # of a key alone the types tell
         if stage.tunes:
             below = merged(_mapping(sft), _mapping(_at(plain, (stage.section, "sft"))))
             yield from conflicts(SftConfig, below, entry.values.get("sft"), (*at, "sft"))
@@ -486,11 +488,15 @@ def command_line_first(layers: Layers) -> None:
     """
 
     def yields(holder: dict[str, Any], key: str, section: Key, place: Key) -> None:
-        value, given = holder[key], _at(layers.values, section)
-        if isinstance(value, dict) and isinstance(given, dict):
+        value, section_value = holder[key], _at(layers.values, section)
+        if isinstance(value, dict) and isinstance(section_value, dict):
             for name in list(value):
                 yields(value, name, (*section, name), (*place, name))
-        elif given is not _ABSENT and layers.source(section) == COMMAND_LINE and layers.source(place) != COMMAND_LINE:
+        elif (
+            section_value is not _ABSENT
+            and layers.source(section) == COMMAND_LINE
+            and layers.source(place) != COMMAND_LINE
+        ):
             del holder[key]
 
     for at, entry in _entries(layers):

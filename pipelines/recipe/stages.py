@@ -60,14 +60,14 @@ class Stage:
     help: str  # of the command, for `--help`
     section: str  # its key in the recipe
     package: ModuleType  # exports Config, run, estimate
-    products: tuple[Product, ...]  # one step each; several are told apart by `makes.which`
+    products: tuple[Product, ...]  # one step each; `makes.which` distinguishes several
     reads: tuple[Role, ...] = (POLICY,)  # taken from the nearest earlier steps that make them
     scores_if: str = ""  # the key of its section without which it reads no reward models; empty: it always does
     shared: tuple[str, ...] = ()  # further sections of the recipe that decide what it makes
     starts_from_base: bool = False  # whether a pretrained base does as well as a policy
     tunes: bool = False  # whether it makes dialogs, on which supervised tuning makes its policy
     pools: bool = False  # whether it reads the dialogs of all earlier steps of its command
-    surveys: tuple[Kind, ...] = ()  # of these kinds it reads all that is finished before it, and is made anew with them
+    surveys: tuple[Kind, ...] = ()  # it reads all finished earlier steps of these kinds, and is rerun when they change
 
     @property
     def config(self) -> type[Section]:

@@ -98,9 +98,9 @@ class Plan:
         """Where each step before the commands is run: in `shared`, or in the first variant that makes it so."""
         known = dict.fromkeys(_fingerprints(self.shared, self.shared.steps).items(), SHARED)
         return {
-            (variant, name): known.setdefault((name, made), variant)
+            (variant, name): known.setdefault((name, digest), variant)
             for variant, recipe in self.homes.items()
-            for name, made in _fingerprints(recipe, self.before(variant)).items()
+            for name, digest in _fingerprints(recipe, self.before(variant)).items()
         }
 
     def origin(self, where: str) -> Recipe:
@@ -122,8 +122,10 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Plan:
     layers.add(values, str(path))
     own = [text for text in overrides if _key(text).partition(".")[0] in Study.model_fields]
     problems += [problem for text in own if (problem := layers.override(text))]
-    found = section_problems(Study, layers.values, source=layers.source, root=Study)
-    problems += found or [ConfigProblem(layers.source(key), dotted(key), text) for key, text in _faults(layers.values)]
+    schema_problems = section_problems(Study, layers.values, source=layers.source, root=Study)
+    problems += schema_problems or [
+        ConfigProblem(layers.source(key), dotted(key), text) for key, text in _faults(layers.values)
+    ]
     raise_all(problems)
     study = from_plain(Study, layers.values)
     recipe_file = path.parent / from_home(study.extends)
@@ -164,8 +166,8 @@ def _faults(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     commands = list(STAGES) if command in (ALL, AUTO) else [command] if isinstance(command, str) else command
     unknown = [name for name in commands if name not in STAGES]
     if unknown or not commands:
-        found = f"there is no command '{unknown[0]}' to compare variants of" if unknown else "an empty list"
-        yield ("command",), f"{found}. Known: {', '.join(STAGES)}, lists of them, {ALL}, {AUTO}."
+        reason = f"there is no command '{unknown[0]}' to compare variants of" if unknown else "an empty list"
+        yield ("command",), f"{reason}. Known: {', '.join(STAGES)}, lists of them, {ALL}, {AUTO}."
         return
     if len({*seeds}) < len(seeds):
         yield ("seeds",), "a seed stands twice, and would be counted twice. Name each once."
@@ -206,7 +208,7 @@ def _fingerprints(recipe: Recipe, steps: Sequence[Step]) -> dict[str, str]:
         makers = recipe.makers(step).items()
         pooled = [one.name for one in recipe.before(step) if step.stage.pools and one.stage is step.stage]
         values = step_identity(recipe, step, {})
-        values["inputs"] = {role.key: prints[made[0].name] for role, made in makers if made}
+        values["inputs"] = {role.key: prints[producers[0].name] for role, producers in makers if producers}
         values["inputs"] |= {f"dialogs/{name}": prints[name] for name in pooled}
         prints[step.name] = fingerprint(values)
     return prints

@@ -203,16 +203,16 @@ def _compared(
         return Compared(name, unit, a, b, None, remark=remark)
     gap = b.value - a.value
     if paired is not None:
-        found = paired_bootstrap(paired[1], paired[0])
+        difference = paired_bootstrap(paired[1], paired[0])
         # Lists that do not give the figures belong to other work.
-        if math.isclose(found.value, gap, rel_tol=1e-4, abs_tol=1e-6):
-            if not math.isfinite(found.low):  # one prompt
+        if math.isclose(difference.value, gap, rel_tol=1e-4, abs_tol=1e-6):
+            if not math.isfinite(difference.low):  # one prompt
                 return Compared(name, unit, a, b, gap)
-            return Compared(name, unit, a, b, gap, found.low, found.high, "paired")
+            return Compared(name, unit, a, b, gap, difference.low, difference.high, "paired")
     if a.interval is None or b.interval is None:
         return Compared(name, unit, a, b, gap)
-    found = independent_difference(Difference(b.value, *b.interval), Difference(a.value, *a.interval))
-    return Compared(name, unit, a, b, gap, found.low, found.high, "independent")
+    difference = independent_difference(Difference(b.value, *b.interval), Difference(a.value, *a.interval))
+    return Compared(name, unit, a, b, gap, difference.low, difference.high, "independent")
 
 
 def _why_not(name: str, other_models: set[str], scale_is_equal: bool) -> str:

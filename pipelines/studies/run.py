@@ -30,16 +30,16 @@ def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
     if hours is not None:
         raise ConfigError(
             f"run.max_hours: {hours:g}, but a study compares trainings that came to their ends, and these"
-            " hours would end whichever is at work. Remove run.max_hours; a killed study goes on where it was."
+            " hours would end the one that is running. Remove run.max_hours; a killed study resumes where it stopped."
         )
-    found_at = plan.origins()
+    origins = plan.origins()
     done: set[tuple[str, str]] = set()  # of what comes before: where, and the step's name
     figures: dict[str, dict[int, dict[str, float]]] = {}
     text = ""
     for number, ((name, seed), recipe) in enumerate(plan.variants.items(), start=1):
         log.info("study: %s with seed %d (%d of %d)", name, seed, number, len(plan.variants))
         for step in plan.before(name):
-            where = found_at[name, step.name]
+            where = origins[name, step.name]
             if (where, step.name) not in done:
                 origin = plan.origin(where)
                 run_step(origin, origin.step(step.name))
@@ -49,27 +49,27 @@ def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
                 _take(home, plan.origin(where).folder(step))
             _take(recipe.folder(step), home)
         steps = plan.steps(recipe, name)
-        made = run_chosen(recipe, steps, should_overwrite=should_overwrite).artifacts
-        figures.setdefault(name, {})[seed] = read_figures(steps, made)
+        artifacts = run_chosen(recipe, steps, should_overwrite=should_overwrite).artifacts
+        figures.setdefault(name, {})[seed] = read_figures(steps, artifacts)
         tables = tables_of(plan.study, figures)
         text = write_tables(plan, tables, figures, is_drawn=draw_study(plan, tables, figures))
     return text
 
 
-def _take(folder: StepFolder, made: StepFolder) -> None:
+def _take(folder: StepFolder, source: StepFolder) -> None:
     """Put a finished step into a run by reference, where no work of the run's own would go lost."""
     if folder.identity.exists() and not folder.path.is_symlink():
         raise UsageError(
-            f"{folder.path}: holds work of its own, and the study as it is now takes this step from {made.path}. Its"
+            f"{folder.path}: holds work of its own, and the study as it is now takes this step from {source.path}. Its"
             " variants or its command were changed after it had run. Give it another place with run.dir=NEW, or remove"
             " that folder if nothing in it is wanted."
         )
-    reference(folder, made)
+    reference(folder, source)
 
 
-def read_figures(steps: Sequence[Step], made: Sequence[Artifact]) -> dict[str, float]:
+def read_figures(steps: Sequence[Step], artifacts: Sequence[Artifact]) -> dict[str, float]:
     """The figures of a run: of a name that several of its steps have, the last one's, and each as STEP:NAME too."""
-    by_step = {step.name: step_of(artifact).summary for step, artifact in zip(steps, made, strict=True)}
+    by_step = {step.name: step_of(artifact).summary for step, artifact in zip(steps, artifacts, strict=True)}
     figures = {name: value for summary in by_step.values() for name, value in summary.items()}
     for name in list(figures):
         having = [step for step, summary in by_step.items() if name in summary]
@@ -80,24 +80,24 @@ def read_figures(steps: Sequence[Step], made: Sequence[Artifact]) -> dict[str, f
 
 def study_plan_text(plan: Plan) -> str:
     """What comes before the commands, what each variant runs, and the hours, from the beginning and from now on."""
-    study, found_at = plan.study, plan.origins()
+    study, origins = plan.study, plan.origins()
     runs = [(recipe, plan.steps(recipe, name)) for (name, _), recipe in plan.variants.items()]
     done = sum(all(is_published(recipe.folder(step)) for step in steps) for recipe, steps in runs)
     lines = [
         f"Study of '{plan.commands}' in {plan.run_dir}: {len(study.variants)} variants with {len(study.seeds)} seeds each,"
         f" {len(plan.variants)} runs, {done} of them done"
     ]
-    for_all = {step for (_, step), where in found_at.items() if where == SHARED}
+    for_all = {step for (_, step), where in origins.items() if where == SHARED}
     planned = [step for step in make_plan(plan.shared) if step.name in for_all]
     if planned:
         lines.append(plan_text(plan.shared, planned))
     whole = sum(step.estimate.seconds for step in planned if step.estimate)
     left = sum(step.estimate.seconds for step in planned if step.will_run and step.estimate)
     for name, variant in study.variants.items():
-        own = [step for step in plan.before(name) if found_at[name, step.name] == name]
+        own = [step for step in plan.before(name) if origins[name, step.name] == name]
         home = plan.homes[name]
         first = f"once {_words(home, own)}, then " if own else ""
-        taken = {found_at[name, step.name] for step in plan.before(name)} - {SHARED, name}
+        taken = {origins[name, step.name] for step in plan.before(name)} - {SHARED, name}
         beside = f", from steps of {' and '.join(sorted(taken))}" if taken else ""
         seeds = [plan.variants[name, seed] for seed in study.seeds]
         changes = (
@@ -118,7 +118,7 @@ def _words(recipe: Recipe, steps: Iterable[Step]) -> str:
 
 
 def _seconds(recipe: Recipe, steps: Iterable[Step]) -> float:
-    return sum(found.seconds for step in steps if (found := estimate_step(recipe, step)))
+    return sum(estimate.seconds for step in steps if (estimate := estimate_step(recipe, step)))
 
 
 def _to_run(recipe: Recipe, steps: Iterable[Step]) -> list[Step]:

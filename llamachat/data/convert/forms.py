@@ -162,13 +162,13 @@ def unread_answers(left_out: Sequence[Mapping[str, Any]], *, num_rows: int, by_c
             text = value if isinstance(value, str) else json.dumps(value, default=str) if _holds_texts(value) else ""
             if text.strip():
                 texts.setdefault(name, []).append(text)
-    found = []
+    columns = []
     for name, values in texts.items():
         is_named = _ANSWER_WORDS.search(name) and not _NO_ANSWERS.search(name)
         is_text = by_content and 2 * sum(len(value.split()) >= _WORDS for value in values) > len(values)
         if (is_named or is_text) and 2 * len(values) >= num_rows and 2 * len(set(values)) > len(values):
-            found.append(name)
-    return found
+            columns.append(name)
+    return columns
 
 
 def _holds_texts(value: object) -> bool:

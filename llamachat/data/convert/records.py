@@ -71,14 +71,14 @@ def kind_by_keys(row: Mapping[str, Any], kind: Kind | None) -> Kind | None:
 
 
 def _kind(row: Mapping[str, Any], kind: Kind | None) -> Kind | None:
-    found = _Row(row, Notes())
+    fields = _Row(row, Notes())
     if kind == "dialog" and isinstance(row.get("messages"), list):
         return "dialog"
-    if found.first(SIDES):
+    if fields.first(SIDES):
         return "preference"
     if row.get("messages") is not None or any(_is_list(row, name) for name in LISTS):
         return "dialog"
-    question, answer = found.first(QUESTIONS), found.first(ANSWERS)
+    question, answer = fields.first(QUESTIONS), fields.first(ANSWERS)
     if question is None:
         return None
     # A prompt in our form may carry a reference answer with it; 'completion' is the other half of TRL's dialogs.
@@ -94,23 +94,23 @@ def repaired_record(row: Mapping[str, Any], own: Kind, wanted: Kind, notes: Note
     # A kind that only misspelt keys say is read from all of those.
     required = REQUIRED[own] if _kind(row, wanted) else _REQUIRED
     slips = tuple(dict.fromkeys((*required, *KEYS[wanted])))
-    found = _Row(_slips_renamed(row, slips, notes), notes)
+    fields = _Row(_slips_renamed(row, slips, notes), notes)
     if own == "preference":
-        record = _pair(found)
+        record = _pair(fields)
         if wanted == "prompt":
             record = {"prompt": record["prompt"]}
     elif own == "prompt":
-        record = {"prompt": _question(found, ends_with="user")}
+        record = {"prompt": _question(fields, ends_with="user")}
     elif wanted == "prompt":
-        record = {"prompt": _turns(found, ends_with="user")}
+        record = {"prompt": _turns(fields, ends_with="user")}
     else:
-        record = {"messages": _turns(found, ends_with="assistant")}
+        record = {"messages": _turns(fields, ends_with="assistant")}
     if own != wanted:
         notes.add(Repair.AS_PROMPT)
     record = {key: [written(message) for message in messages] for key, messages in record.items()}
-    record |= _labels(found, [key for key in KEYS[wanted] if key not in REQUIRED[wanted]])
-    for name in found.values:
-        if name not in found.taken:
+    record |= _labels(fields, [key for key in KEYS[wanted] if key not in REQUIRED[wanted]])
+    for name in fields.values:
+        if name not in fields.taken:
             notes.leave_out(str(name))
     return record
 
@@ -201,7 +201,7 @@ def _pair(row: _Row) -> dict[str, Any]:
     for side in SIDES:
         if row.values.get(side) is None:
             raise DialogError(side, "is missing, but a pair compares two answers.", "Add it, or drop the record.")
-    prompt = _given_prompt(row)
+    prompt = _explicit_prompt(row)
     sides = {side: _as_turns(row.take(side, side), side, "assistant", row.notes) for side in SIDES}
     prompt = _without_answer(prompt, sides, row.notes)
     whole = {side: _whole_dialog(side, turns, prompt, row.notes) for side, turns in sides.items()}
@@ -219,7 +219,7 @@ def _pair(row: _Row) -> dict[str, Any]:
     return {"prompt": shared, **{side: turns[-1:] for side, turns in whole.items()}}
 
 
-def _given_prompt(row: _Row) -> list[Message]:
+def _explicit_prompt(row: _Row) -> list[Message]:
     name = row.first(LISTS)
     if row.first(QUESTIONS) is not None:
         return _question(row, ends_with="either")
@@ -259,8 +259,8 @@ def _whole_dialog(side: str, turns: list[Message], prompt: list[Message], notes:
 
 def _agreed(shared: list[Message], prompt: list[Message]) -> list[Message]:
     """What two whole dialogs share, checked against a prompt that comes with them."""
-    turns, asked = ([text for text in _texts(part) if text[0] != "system"] for part in (shared, prompt))
-    is_part = asked in (turns[: len(asked)], turns[len(turns) - len(asked) :])
+    turns, prompt_turns = ([text for text in _texts(part) if text[0] != "system"] for part in (shared, prompt))
+    is_part = prompt_turns in (turns[: len(prompt_turns)], turns[len(turns) - len(prompt_turns) :])
     systems = [message for message in (*prompt, *shared) if message.role == "system"]
     if not is_part or len({message.content for message in systems}) > 1:
         raise DialogError(

@@ -186,34 +186,34 @@ def gathered(rows: Iterable[Row], kind: Kind | None, sources: Iterable[Source]) 
     gathers = dict.fromkeys(
         source.gather for source in sources if source.gather and kind in (None, "prompt", source.kind)
     )
-    held: list[Row] = []
+    group: list[Row] = []
     own: Gather | None = None
     for row in rows:
         if row.problems:
             yield row
             continue
         gather = next((gather for gather in gathers if _is_of(row.value, gather)), None)
-        if own and gather is own and row.value[own.key] == held[0].value[own.key]:
-            held.append(row)
+        if own and gather is own and row.value[own.key] == group[0].value[own.key]:
+            group.append(row)
             continue
         if own:
-            yield _joined(held, own)
-        own, held = gather, [row]
+            yield _joined(group, own)
+        own, group = gather, [row]
         if gather is None:
             yield row
     if own:
-        yield _joined(held, own)
+        yield _joined(group, own)
 
 
 def _is_of(value: object, gather: Gather) -> bool:
     return isinstance(value, Mapping) and gather.fields <= value.keys() and isinstance(value[gather.key], str)
 
 
-def _joined(held: list[Row], gather: Gather) -> Row:
+def _joined(group: list[Row], gather: Gather) -> Row:
     try:
-        return Row(held[0].line, gather.join([row.value for row in held]))
+        return Row(group[0].line, gather.join([row.value for row in group]))
     except DialogError as error:
-        return bad_row(held[0].line, error.field, error.reason, error.fix)
+        return bad_row(group[0].line, error.field, error.reason, error.fix)
 
 
 # -- parts of a record

@@ -17,11 +17,11 @@ from llamachat.constraints.instruction import (
     constrain,
     draw_instruction,
     is_kept,
-    mended,
     passes,
     plain_recall,
     recall_questions,
     recalled,
+    repaired,
     values_of,
 )
 from llamachat.constraints.texts import sentences, words
@@ -172,10 +172,10 @@ def test_the_sentences_hold_every_word_in_order(answer: str) -> None:
 
 @given(texts.filter(lambda answer: bool(words(answer))), st.sampled_from(sorted(CHECKABLE)), st.integers(0, 40))
 @settings(max_examples=300, deadline=None)
-def test_a_mended_answer_passes(answer: str, family: str, place: int) -> None:
+def test_a_repaired_answer_passes(answer: str, family: str, place: int) -> None:
     values = ALL[family].values
     instruction = alone(family, values[place % len(values)])
-    changed = mended(instruction, answer)
+    changed = repaired(instruction, answer)
     assert changed is None or passes(instruction, changed)
     if family in ("ends_with", "begins_with", "calls_user"):
         assert changed is not None
@@ -192,9 +192,9 @@ def test_a_mended_answer_passes(answer: str, family: str, place: int) -> None:
         ([("no_questions", "")], None),
     ],
 )
-def test_what_is_mended(constraints: list[tuple[str, str]], wanted: str | None) -> None:
+def test_repairs(constraints: list[tuple[str, str]], wanted: str | None) -> None:
     instruction = Instruction(tuple(asked(*constraint) for constraint in constraints), "", is_shortened=False)
-    assert mended(instruction, "Yes, it is. Really?") == wanted
+    assert repaired(instruction, "Yes, it is. Really?") == wanted
 
 
 def contradict(one: Constraint, other: Constraint) -> bool:

@@ -14,7 +14,7 @@ from llamachat.chat_format.llama2 import SPECIAL_TAGS
 from llamachat.config.sections import DataSource, Split
 from llamachat.data.check import check_path
 from llamachat.data.loading import fraction, load_mixture
-from llamachat.data.records import Dialog, Kind, Preference, Prompt, asked
+from llamachat.data.records import Dialog, Kind, Preference, Prompt, messages_of
 from tools.split import is_kept_for_tuning
 
 DATA = Path(__file__).resolve().parents[3] / "data"
@@ -93,7 +93,7 @@ def test_the_records_stay_on_their_sides(path: Path) -> None:
         mixture = load_mixture([DataSource(path=str(path), limit=limit)], split, record, forbidden=(), seed=0)
         for side in ("train", "validation", "test", "judge"):
             for one in getattr(mixture, side):
-                texts = json.dumps([message.content for message in asked(one)])
+                texts = json.dumps([message.content for message in messages_of(one)])
                 state.update(f"{limit} {side} {texts}\n".encode())
     assert state.hexdigest()[:16] == SIDES[f"{path.parent.name}/{path.name}"]
 

@@ -166,7 +166,7 @@ def test_an_adapter_is_refused_on_another_base(base_folder: Path, tmp_path: Path
     with pytest.raises(ArtifactError, match="holds other weights than the adapter was trained on"):
         load_policy(tmp_path / "runs/one/sft")
     smaller = tiny_llama(hidden_size=32)
-    with pytest.raises(ArtifactError, match="the adapter does not go on the base"):
+    with pytest.raises(ArtifactError, match="the adapter does not fit the base"):
         load_adapter(smaller, tmp_path / "runs/one/sft/artifact", is_trainable=False)
 
 

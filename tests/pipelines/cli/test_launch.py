@@ -167,10 +167,12 @@ def test_several_machines_without_gpus_are_told_in_words(
 def test_how_many_a_configuration_asks_for(tmp_path: Path) -> None:
     config = tmp_path / "two.yaml"
     config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 2\nuse_cpu: true\n")
-    assert launching.asked_processes(["--config_file", str(config), "-m", "pipelines", "sft"]) == 2
-    assert launching.asked_processes(["--cpu", "-m", "pipelines", "sft"]) == 0
+    assert launching.requested_processes(["--config_file", str(config), "-m", "pipelines", "sft"]) == 2
+    assert launching.requested_processes(["--cpu", "-m", "pipelines", "sft"]) == 0
     with pytest.raises(UsageError, match="torchrun --nnodes 2 --nproc_per_node 2"):
-        launching.asked_processes(["--cpu", "--num_processes", "4", "--num_machines", "2", "-m", "pipelines", "sft"])
+        launching.requested_processes(
+            ["--cpu", "--num_processes", "4", "--num_machines", "2", "-m", "pipelines", "sft"]
+        )
 
 
 STUCK = """

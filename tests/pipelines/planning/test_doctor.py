@@ -89,7 +89,7 @@ def by_check(findings: list[Finding], check: str) -> Finding:
 
 
 @pytest.mark.parametrize(
-    ("error", "state", "way_out"),
+    ("error", "state", "fix"),
     [
         (refusal(GatedRepoError), "gated", "Accept its licence on https://huggingface.co/meta-llama/Llama-2-7b-hf"),
         (refusal(RepositoryNotFoundError), "missing", "Correct the name"),
@@ -101,11 +101,11 @@ def by_check(findings: list[Finding], check: str) -> Finding:
     ],
 )
 def test_each_answer_of_the_hub_has_its_way_out(
-    error: Exception, state: str, way_out: str, monkeypatch: pytest.MonkeyPatch
+    error: Exception, state: str, fix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub_says(monkeypatch, error)
     found = hub.reach_model(LLAMA)
-    assert found.state == state and way_out in found.way_out and found.reason
+    assert found.state == state and fix in found.fix and found.reason
     with pytest.raises(ConfigError, match=r"the tokenizer of 'meta-llama/Llama-2-7b-hf' cannot be fetched"):
         hub.tokenizer_folder(LLAMA)
 
@@ -113,8 +113,8 @@ def test_each_answer_of_the_hub_has_its_way_out(
 def test_a_gated_model_is_told_apart_by_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_says(monkeypatch, refusal(GatedRepoError))
     without = hub.reach_model(LLAMA)
-    assert "no token is on this machine" in without.reason and "hf auth login" in without.way_out
-    assert hub.UNGATED in without.way_out and hub.UNGATED.startswith("TinyLlama/")
+    assert "no token is on this machine" in without.reason and "hf auth login" in without.fix
+    assert hub.UNGATED in without.fix and hub.UNGATED.startswith("TinyLlama/")
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
     assert "this machine's token has no access" in hub.reach_model(LLAMA).reason
 
@@ -247,7 +247,7 @@ def test_a_set_that_is_gated_or_missing_is_a_failure(monkeypatch: pytest.MonkeyP
     hub_says(monkeypatch, BASE)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **kwargs: SimpleNamespace(gated="auto"))
     found = hub.reach_data("owner/set")
-    assert found.state == "gated" and "https://huggingface.co/datasets/owner/set" in found.way_out
+    assert found.state == "gated" and "https://huggingface.co/datasets/owner/set" in found.fix
     assert {finding.verdict for finding in examine(QLORA, []) if finding.check == "data"} == {"FAIL"}
 
 

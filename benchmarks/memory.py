@@ -154,9 +154,9 @@ def measure(case: Case, folders: dict[str, Path], shape: str) -> int:
             copy.mkdir()
             for model in folders[copy.name].iterdir():
                 (copy / model.name).symlink_to(model)
-        asked = json.dumps({"case": asdict(case), "folders": [str(copy) for copy in copies]})
+        request = json.dumps({"case": asdict(case), "folders": [str(copy) for copy in copies]})
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.workers.memory_case", asked],
+            [sys.executable, "-m", "benchmarks.workers.memory_case", request],
             env={**os.environ, **MALLOC, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
@@ -218,7 +218,7 @@ def report(case: Case, shape: str, estimate: Estimate, measured: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Peak memory of the steps against the planner's estimates, in MiB.")
     parser.add_argument("--only", default="", help="Part of a case's words, such as sft or 'ppo: lora'.")
-    parser.add_argument("--times", type=float, default=1.0, help="Rows are so many times as long: for a GPU.")
+    parser.add_argument("--times", type=float, default=1.0, help="Factor for the length of the rows, for a GPU.")
     parser.add_argument("--check", action="store_true", help="Fail where a ratio is outside 0.85 to 1.15.")
     options = parser.parse_args()
 

@@ -85,7 +85,7 @@ def ours() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for line in sys.stdin:
             training = training or open_ours(json.loads(line), Path(scratch))
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
             prompts = training.session.prompts.batch(training.state.iteration, count=RESPONSES, seed=0)
             began = time.perf_counter()
             figures = training.iterate()
@@ -191,29 +191,29 @@ def main() -> None:
         trl = Worker([sys.executable, str(ROOT / "benchmarks" / "workers" / "trl_ppo.py")], trl_environment)
         split: list[list[float]] = []
         for number in range(options.rounds + 1):
-            asked = {
+            request = {
                 "run": options.run,
                 "critic": options.critic,
                 "response_tokens": load.response_tokens,
                 "prompt_tokens": load.prompt_tokens,
             }
-            found = mine.ask(asked)
+            own = mine.ask(request)
             other = trl.ask(
                 {
                     "policy": str(policy),
                     "reward": str(reward),
-                    "prompts": found["prompts"],
+                    "prompts": own["prompts"],
                     "response_tokens": load.response_tokens,
                     "stops": load.stops,
                     "batch_rows": options.batch_rows,
                 }
             )
-            for name, answer in (("ours", found), ("TRL", other)):
+            for name, answer in (("ours", own), ("TRL", other)):
                 load.mib[name] = max(load.mib[name], answer["mib"])
                 if number:  # the first round chooses kernels and takes memory
                     load.rates[name].append(answer["tokens"] / answer["seconds"])
             if number:
-                split.append(found["split"])
+                split.append(own["split"])
         mine._process.kill()
         trl._process.kill()
         print(report(load, split), flush=True)

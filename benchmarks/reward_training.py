@@ -129,7 +129,7 @@ def ours(base: Base, scratch: Path) -> Contender:
 
 
 def plain_trl(base: Base, scratch: Path, *, rows: int, attention: str) -> Contender:
-    """TRL as its documentation has it: token ids in, its own collator, so many pairs a device batch."""
+    """TRL as documented: token ids in, its own collator, `rows` pairs per device batch."""
     model = AutoModelForSequenceClassification.from_pretrained(
         str(BASE), num_labels=1, dtype=getattr(torch, base.dtype), attn_implementation=attention
     )

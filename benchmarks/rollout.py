@@ -160,25 +160,25 @@ def bundled_prompts(chat_format: "ChatFormat", count: int) -> list[list[int]]:
     """Token ids of the first bundled prompts that are not too long."""
     forbidden = chat_format.forbidden
     rows = parse_rows(read_rows(str(PROMPTS)), path=str(PROMPTS), kind="prompt", forbidden=forbidden)
-    found: list[list[int]] = []
+    prompts: list[list[int]] = []
     for row in rows:
-        if row.record is not None and len(found) < count:
+        if row.record is not None and len(prompts) < count:
             ids = chat_format.encode_prompt(as_prompt(row.record).messages)
             if len(ids) <= LONGEST_PROMPT:
-                found.append(list(ids))
-    return found
+                prompts.append(list(ids))
+    return prompts
 
 
 def loads(options: argparse.Namespace, chat_format: "ChatFormat | None", vocabulary: int) -> list[Load]:
     """The three loads, of those that were asked for."""
     numbers = torch.Generator().manual_seed(0)
     fixed = torch.randint(3, vocabulary, (options.prompts, 64), generator=numbers).tolist()
-    found = [Load("fixed 64 + 64", fixed, 1, 64, ())]
+    selected = [Load("fixed 64 + 64", fixed, 1, 64, ())]
     if chat_format is not None:
         prompts, stops = bundled_prompts(chat_format, options.prompts), tuple(chat_format.stop_ids)
-        found.insert(0, Load("natural stops, K = 8", prompts[: max(1, options.prompts // 4)], 8, 256, stops))
-        found.insert(0, Load("natural stops, K = 1", prompts, 1, 256, stops))
-    return [load for load in found if options.only in load.name]
+        selected.insert(0, Load("natural stops, K = 8", prompts[: max(1, options.prompts // 4)], 8, 256, stops))
+        selected.insert(0, Load("natural stops, K = 1", prompts, 1, 256, stops))
+    return [load for load in selected if options.only in load.name]
 
 
 def random_model(shape: str) -> "LlamaForCausalLM":
@@ -231,12 +231,12 @@ def peak_bytes(run: Callable[[], object]) -> int:
 def ways(model: "LlamaForCausalLM", load: Load, dtype: str) -> dict[str, Callable[[int], list[int]]]:
     """The engines by name; ours first."""
     engine = LlamaEngine(model, load.stop_ids)
-    found: dict[str, Callable[[int], list[int]]] = {f"ours, {dtype}": lambda seed: with_ours(engine, load, seed)}
+    engines: dict[str, Callable[[int], list[int]]] = {f"ours, {dtype}": lambda seed: with_ours(engine, load, seed)}
     for rows in BATCHES:
-        found[f"generate, {rows} rows"] = lambda seed, rows=rows: with_generate(model, load, seed, rows)
+        engines[f"generate, {rows} rows"] = lambda seed, rows=rows: with_generate(model, load, seed, rows)
     if load.name.startswith("fixed"):
-        found["bare forward"] = lambda seed: bare_forward(model, load, seed)
-    return found
+        engines["bare forward"] = lambda seed: bare_forward(model, load, seed)
+    return engines
 
 
 def main() -> None:

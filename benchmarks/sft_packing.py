@@ -88,13 +88,13 @@ def load_steps(count: int, seed: int) -> list[list[TokenizedExample]]:
 
 
 def packed(dialogs: Sequence[TokenizedExample], row_tokens: int) -> list[Batch]:
-    """Rows of up to so many tokens; one row a batch, as in training."""
+    """Rows of up to `row_tokens` tokens; one row per batch, as in training."""
     rows = pack([len(dialog.input_ids) for dialog in dialogs], row_tokens)
     return [collate_packed([dialogs[index] for index in row], multiple_of=SHAPE_MULTIPLE) for row in rows]
 
 
 def padded(dialogs: Sequence[TokenizedExample], rows: int) -> list[Batch]:
-    """So many dialogs a batch as they come, each padded to the longest of its batch."""
+    """Batches of `rows` dialogs in their order, each padded to the longest of its batch."""
     starts = range(0, len(dialogs), rows)
     return [collate_padded(dialogs[start : start + rows], multiple_of=SHAPE_MULTIPLE) for start in starts]
 

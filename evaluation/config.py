@@ -1,4 +1,4 @@
-"""What an evaluation is told: its own section of the recipe.
+"""Configuration of `eval`: its own section of the recipe.
 
 The paper (Llama 2, arXiv:2307.09288, sections 3.4 and 4.4) lets people compare answers to some 4000 prompts; here the
 reward models and a judge that selected nothing do, and numbers of prompts are ours.

@@ -37,8 +37,8 @@ _LINES = (
     ("violation", "violations, by the safety model", "{:.0%}"),
     ("guard_violation", "violations, by evaluation.guard", "{:.0%}"),
     *(
-        (f"{asked}/{outcome}", f"{words}, of {asked} prompts", "{:.0%}")
-        for asked in ("harmful", "harmless", "ordinary")
+        (f"{kind}/{outcome}", f"{words}, of {kind} prompts", "{:.0%}")
+        for kind in ("harmful", "harmless", "ordinary")
         for outcome, words in zip(OUTCOMES, ("complied", "partly refused", "refused", "not answered"), strict=True)
     ),
     ("kl_to_reference", "KL to the first, nats a response", "{:.2f}"),
@@ -77,8 +77,8 @@ def figures_of(
     figures["commonest_answer"] = _proportion(commonest_count(evaluation.texts), len(evaluation.texts))
     figures["quoted"] = share([is_quoted(text) for text in evaluation.texts])
     if classifier is not None:
-        for asked, outcomes in outcomes_of(one, classifier).items():
-            figures |= {f"{asked}/{name}": share([named == name for named in outcomes]) for name in OUTCOMES}
+        for kind, outcomes in outcomes_of(one, classifier).items():
+            figures |= {f"{kind}/{name}": share([named == name for named in outcomes]) for name in OUTCOMES}
     if evaluation.safety is not None and any(one.is_safety):
         scores = [score for score, counts in zip(evaluation.safety, one.is_safety, strict=True) if counts]
         figures["violation"] = share([score < SAFE for score in scores])
@@ -116,11 +116,11 @@ def _outcome_differences(
 ) -> dict[str, Measure]:
     before, after = outcomes_of(reference, classifier), outcomes_of(one, classifier)
     return {
-        f"difference/{asked}/{name}": _difference(
-            [float(named == name) for named in after[asked]], [float(named == name) for named in before[asked]]
+        f"difference/{kind}/{name}": _difference(
+            [float(named == name) for named in after[kind]], [float(named == name) for named in before[kind]]
         )
-        for asked in ("harmful", "harmless", "ordinary")
-        if asked in before
+        for kind in ("harmful", "harmless", "ordinary")
+        if kind in before
         for name in OUTCOMES
     }
 
@@ -244,7 +244,9 @@ def _difference(values: Sequence[float], others: Sequence[float]) -> Measure:
     return _measure(paired_bootstrap(values, others), len(values))
 
 
-def _measure(found: Difference, n: int) -> Measure:
+def _measure(difference: Difference, n: int) -> Measure:
     """The figure, without an interval where one prompt alone gives none."""
-    has_interval = math.isfinite(found.low) and math.isfinite(found.high)
-    return Measure(found.value, found.low if has_interval else None, found.high if has_interval else None, n)
+    has_interval = math.isfinite(difference.low) and math.isfinite(difference.high)
+    return Measure(
+        difference.value, difference.low if has_interval else None, difference.high if has_interval else None, n
+    )

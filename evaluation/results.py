@@ -213,8 +213,8 @@ class RunEvaluation:
             return
         guard = cache(lambda: load_guard(name))
         for policy, values in zip(self._policies, results, strict=True):
-            asked = zip(values["prompts"], values["evaluation"]["texts"], values["is_safety"], strict=True)
-            exchanges = [(prompt, text) for prompt, text, is_safety in asked if is_safety]
+            rows = zip(values["prompts"], values["evaluation"]["texts"], values["is_safety"], strict=True)
+            exchanges = [(prompt, text) for prompt, text, is_safety in rows if is_safety]
             values["guarded"] = self._cache.get_or_make(
                 self._place(policy, "guard"),
                 lambda pairs=exchanges: distributed.scatter_map(pairs, lambda mine: guard().are_violations(mine)),
@@ -232,8 +232,8 @@ class RunEvaluation:
         """The name of a part in the cache, with a fingerprint of everything that it follows from."""
         identity = dict(self._inputs.identity)
         models = {name: digest for name, digest in identity.pop("inputs").items() if name.startswith("reward_model")}
-        made_of = {**identity, "models": models, "policy": policy.digest, "reference": self.reference.digest}
-        return f"{policy.manifest.step}-{fingerprint(made_of)[:12]}-{part}"
+        inputs = {**identity, "models": models, "policy": policy.digest, "reference": self.reference.digest}
+        return f"{policy.manifest.step}-{fingerprint(inputs)[:12]}-{part}"
 
 
 def _result(policy: Artifact, values: dict[str, Any]) -> PolicyResult:

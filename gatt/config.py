@@ -1,4 +1,4 @@
-"""What Ghost Attention is told: its own section of the recipe.
+"""Configuration of `gatt` (Ghost Attention): its own section of the recipe.
 
 The paper (Llama 2, arXiv:2307.09288, section 3.3) states neither the number of dialogs nor how they are sampled and
 learnt; those values are ours, and so are the constraints that can be checked.
@@ -55,10 +55,11 @@ class Config(Section):
     samples_per_turn: int = Field(
         default=4,
         ge=1,
-        description="Answers sampled in each turn, of which one that keeps the instruction goes on. Not in the paper; ours.",
+        description="Answers sampled in each turn; the dialog continues with one that keeps the instruction. Not in the paper; ours.",
     )
     ranks_by_reward: bool = Field(
-        default=False, description="Of the answers that keep it, the best by the reward models goes on. Ours."
+        default=False,
+        description="Continue the dialog with the best of these answers by the reward models, not the first. Ours.",
     )
     temperature: Temperature | None = Field(
         default=None, description="Of the answers; null is rollout.temperature. Not stated in the paper; ours."

@@ -104,7 +104,7 @@ class TurnSampler:
     chat_format: ChatFormat
     samples_per_turn: int
     max_tokens: int  # of a prompt
-    mends: bool  # a last answer that breaks the instruction is fixed by rule where possible
+    repairs: bool  # a last answer that breaks the instruction is fixed by rule where possible
     rank: Rank | None = None  # by reward models
 
 
@@ -181,7 +181,7 @@ def _answer(one: Conversation, samples: Sequence[Response], sampler: TurnSampler
     chosen = (kept or allowed)[0]
     text: str | None = chosen.text.strip()
     if is_last and not kept:
-        text = put_right(one, chosen.text) if sampler.mends else None
+        text = put_right(one, chosen.text) if sampler.repairs else None
         if text is None or not is_allowed(sampler.chat_format, text):
             one.dropped = "dialogs left out: no sample of the last answer keeps the instruction"
             return

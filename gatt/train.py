@@ -76,20 +76,22 @@ def make_dialogs(config: Config, step: DialogStep) -> Artifact:
     session = open_gatt(config, inputs, inputs.policy)
     step.cache.get_or_make("consistency-start", lambda: asdict(session.measure(has_instruction=True)))
     with step.record() as tracker:
-        made = Dialogs(session, step)
-        figures = made.sample(tracker)
-        if made.plain == len(made.train):
+        dialogs = Dialogs(session, step)
+        figures = dialogs.sample(tracker)
+        if dialogs.plain == len(dialogs.train):
             raise DataError(
                 f"{inputs.step}: of {config.dialogs} dialogs none with an instruction is left ({counted(step.dropped)}). Raise "
                 "gatt.samples_per_turn, take gatt.families that the policy can keep, or raise rollout.max_new_tokens or "
                 "base.max_tokens."
             )
-        log.info("%d dialogs to train on, %d held out; %s", len(made.train), len(made.held_out), counted(step.dropped))
-        counts = {"gatt/dialogs": float(len(made.train)), "gatt/plain_dialogs": float(made.plain)}
+        log.info(
+            "%d dialogs to train on, %d held out; %s", len(dialogs.train), len(dialogs.held_out), counted(step.dropped)
+        )
+        counts = {"gatt/dialogs": float(len(dialogs.train)), "gatt/plain_dialogs": float(dialogs.plain)}
         step.end_sampling(tracker, figures | counts)
     return step.publish(
-        [dialog_text(dialog, inputs.step) for dialog in made.train],
-        [dialog_text(dialog, inputs.step) for dialog in made.held_out],
+        [dialog_text(dialog, inputs.step) for dialog in dialogs.train],
+        [dialog_text(dialog, inputs.step) for dialog in dialogs.held_out],
         details={},
     )
 

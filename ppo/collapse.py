@@ -29,11 +29,11 @@ def change_figures(now: Evaluation, start: Evaluation) -> dict[str, float]:
 
 def collapses(now: Evaluation, start: Evaluation, guard: CollapseGuard) -> list[str]:
     """One sentence for each bound that these answers cross, with its key; empty if none is crossed."""
-    n, found = len(now.texts), []
+    n, crossed = len(now.texts), []
     count, count_before = commonest_count(now.texts), commonest_count(start.texts)
     gain = (count - count_before) / n
     if gain > guard.commonest_answer and gain > _ERRORS * math.sqrt(_variance(count, n) + _variance(count_before, n)):
-        found.append(
+        crossed.append(
             f"{count} of {n} answers are identical, {count_before} at iteration 0 (commonest_answer:"
             f" {guard.commonest_answer:g})"
         )
@@ -44,16 +44,16 @@ def collapses(now: Evaluation, start: Evaluation, guard: CollapseGuard) -> list[
     if ratio < guard.distinct_2 and _is_beyond_chance(
         ratio - 1.0, (n - 1) * distinct, start=distinct_pairs(start.texts)
     ):
-        found.append(f"distinct-2 is {ratio:.2f} of that at iteration 0 (distinct_2: {guard.distinct_2:g})")
+        crossed.append(f"distinct-2 is {ratio:.2f} of that at iteration 0 (distinct_2: {guard.distinct_2:g})")
     ratio = figures["length_ratio"]
     gaps = np.asarray(now.tokens, dtype=np.float64) - np.asarray(start.tokens, dtype=np.float64)
     if _is_beyond_chance(ratio - 1.0, gaps, start=sum(start.tokens) / n):
         for key, is_crossed in (("shortest", ratio < guard.shortest), ("longest", ratio > guard.longest)):
             if is_crossed:
-                found.append(
+                crossed.append(
                     f"answers are {ratio:.2f} times as long as at iteration 0 ({key}: {getattr(guard, key):g})"
                 )
-    return found
+    return crossed
 
 
 def _variance(count: int, n: int) -> float:

@@ -1,4 +1,4 @@
-"""What PPO is told: its own section of the recipe.
+"""Configuration of `ppo`: its own section of the recipe.
 
 Values that the paper states are those of Llama 2 (arXiv:2307.09288), section 3.2.3, for 7B and all weights tuned; it
 names no critic, no advantage estimator and no value loss, so those values are ours. What is sampled and how it is scored

@@ -333,7 +333,7 @@ class Training:
             "%s: the answers to validation prompts have collapsed at iteration %d, by the bounds of ppo.collapse_guard: %s."
             " Training ends here, and the best policy before is published (iteration %d). A higher ppo.kl_coef or a lower "
             "ppo.learning_rate stays closer to the start, scoring.length holds the length; without the guard "
-            "(ppo.collapse_guard=null) training goes on.",
+            "(ppo.collapse_guard=null) training continues.",
             self.session.inputs.step,
             self.state.iteration,
             "; ".join(faults),

@@ -1,4 +1,4 @@
-"""What rejection sampling is told: its own section of the recipe.
+"""Configuration of `rs` (rejection sampling): its own section of the recipe.
 
 The paper (Llama 2, arXiv:2307.09288, section 3.2.3) states neither K nor the number of prompts, nor how the winners are
 learnt; those values are ours. How answers are sampled and scored stands in the sections `rollout` and `scoring`.

@@ -67,9 +67,9 @@ def as_written(value: Any, record: Record) -> dict[str, Any]:
     if isinstance(record, Dialog):
         return {"messages": as_dicts(record.messages), **_known({"is_safe": record.is_safe})}
     if isinstance(record, Preference):
-        told = {name: getattr(record, name) for name in ("rating", "chosen_is_safe", "rejected_is_safe")}
+        labels = {name: getattr(record, name) for name in ("rating", "chosen_is_safe", "rejected_is_safe")}
         answers = {"chosen": as_dicts([record.chosen]), "rejected": as_dicts([record.rejected])}
-        return {"prompt": as_dicts(record.prompt), **answers, **_known(told)}
+        return {"prompt": as_dicts(record.prompt), **answers, **_known(labels)}
     return {"prompt": as_dicts(record.messages)}
 
 

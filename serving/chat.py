@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 Write = Callable[[str], object]
 
 HELP = (
-    "/system TEXT  begin anew with this system text (without TEXT: with none)\n"
-    "/reset        begin anew\n"
+    "/system TEXT  start a new conversation with this system text (without TEXT: with none)\n"
+    "/reset        start a new conversation\n"
     "/quit         end\n"
 )
 HALF_A_CHARACTER = "\ufffd"
@@ -64,7 +64,7 @@ def chat_loop(
 
 
 def labels(policies: Sequence[Policy]) -> list[str]:
-    """A name for each policy by which it is told from the others, such as two copies of one run."""
+    """A distinct name for each policy, also for two copies of one run."""
     names = [policy.name for policy in policies]
     return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names, start=1)]
 
@@ -77,7 +77,7 @@ class Conversation:
     system: str | None
     label: str = ""
     turns: list[Message] = field(default_factory=list)
-    asked: int = 0
+    num_questions: int = 0
     engine: LocalEngine = field(init=False)
 
     def __post_init__(self) -> None:
@@ -90,11 +90,11 @@ class Conversation:
         # With the same numbers at every turn, one unlikely draw would come back in every answer.
         completion = self.engine.stream(
             self.policy.chat_format.encode_prompt(prompt),
-            sampling=replace(sampling, seed=sampling.seed + self.asked),
+            sampling=replace(sampling, seed=sampling.seed + self.num_questions),
             on_token=printer.add,
         )
         answer = printer.finish(completion)
-        self.asked += 1
+        self.num_questions += 1
         if not completion.is_finished:
             note(f"(cut after {len(completion.token_ids)} tokens)")
         pair = [Message("user", text), Message("assistant", answer)]
@@ -160,8 +160,8 @@ class _Printer:
             self._shown = text
 
 
-def _system(policy: Policy, asked: str | None) -> str | None:
-    return policy.system if asked is None else asked or None
+def _system(policy: Policy, override: str | None) -> str | None:
+    return policy.system if override is None else override or None
 
 
 def _ask_all(text: str, conversations: Sequence[Conversation], *, sampling: Sampling, write: Write) -> None:

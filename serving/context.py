@@ -11,7 +11,7 @@ from llamachat.rollout.engine import LocalEngine
 
 
 def open_engine(policy: Policy, *, rows_per_batch: int | None = None) -> LocalEngine:
-    """The fastest engine that samples from the policy, so many answers at once at most where that is said."""
+    """The fastest engine that samples from the policy, at most `rows_per_batch` answers at once."""
     return rollout.open_engine(policy.model, policy.chat_format, Rollout(), rows_per_batch=rows_per_batch)
 
 

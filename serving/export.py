@@ -115,7 +115,7 @@ class Answer:
     messages: tuple[Message, ...]
     prompt_ids: tuple[int, ...]
     greedy_ids: tuple[int, ...]
-    given_ids: tuple[int, ...]
+    builtin_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
 
 
@@ -132,8 +132,8 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What an export needs to know of the policy when that is no longer in memory."""
+class PolicySnapshot:
+    """What an export needs of the policy after it has left memory."""
 
     name: str
     dtype: torch.dtype  # of training, 4 bits aside
@@ -143,32 +143,32 @@ class Asked:
     system: str | None
 
 
-def ask_policy(artifact: Artifact) -> Asked:
-    """Load the policy and ask it the built-in questions; afterwards its memory is free again."""
+def take_snapshot(artifact: Artifact) -> PolicySnapshot:
+    """Load the policy, sample its answers to the built-in questions, and free its memory."""
     log.info("asking %s the questions that the export is compared on", artifact.path)
     policy = load_policy(artifact.path, device="auto")
     embedding: Any = policy.model.get_input_embeddings()  # the first in the number format of training
-    asked = Asked(
+    snapshot = PolicySnapshot(
         policy.name, embedding.weight.dtype, answers_of(policy), policy.chat_format, policy.max_tokens, policy.system
     )
     del policy, embedding
     gc.collect()
-    return asked
+    return snapshot
 
 
-def export_policy(request: Request, asked: Asked | None = None) -> Agreement:
-    """Write the folder, hold it against the policy, and give it its name."""
+def export_policy(request: Request, snapshot: PolicySnapshot | None = None) -> Agreement:
+    """Write the folder, compare it with the policy, and move it to its name."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    asked = asked or ask_policy(request.artifact)
-    dtype = asked.dtype
+    snapshot = snapshot or take_snapshot(request.artifact)
+    dtype = snapshot.dtype
     with written_folder(request, dtype) as (side, base):
         written: Any = "auto" if request.format == "merged" else dtype
         model = load_plain(request, side, base, AutoModelForCausalLM, dtype=written, compute=torch.bfloat16)
-        agreement = compare(model, AutoTokenizer.from_pretrained(str(side)), asked.answers)
+        agreement = compare(model, AutoTokenizer.from_pretrained(str(side)), snapshot.answers)
         _judge(request, agreement, dtype)
-        note = {"policy": asked.name, **provenance_of(request, base, dtype), "tolerance": tolerance(dtype)}
-        write_notes(request, side, base, note | asdict(agreement), model_card, name=asked.name)
+        note = {"policy": snapshot.name, **provenance_of(request, base, dtype), "tolerance": tolerance(dtype)}
+        write_notes(request, side, base, note | asdict(agreement), model_card, name=snapshot.name)
     return agreement
 
 
@@ -297,7 +297,7 @@ def _judge(request: Request, agreement: Agreement, dtype: torch.dtype) -> None:
     wrong = []
     if agreement.equal_prompts < agreement.questions:
         wrong.append(f"{agreement.questions - agreement.equal_prompts} prompts have other token ids")
-    # On other weights than those of training the difference is the user's choice, and told.
+    # On other weights than those of training the difference is the user's choice, and was logged above.
     if agreement.max_logprob_difference > limit and request.onto != "original":
         wrong.append(
             f"a token's log-probability differs by {agreement.max_logprob_difference:.3f} nats, and {limit:g} is allowed"
@@ -305,7 +305,7 @@ def _judge(request: Request, agreement: Agreement, dtype: torch.dtype) -> None:
     report_faults(request, wrong, agreement.max_logprob_difference)
     if agreement.equal_greedy_answers < agreement.questions:
         log.warning(
-            "where two tokens are about equally likely, rounding decides; a greedy answer then goes on otherwise"
+            "where two tokens are about equally likely, rounding decides; the rest of a greedy answer then differs"
         )
 
 
@@ -351,15 +351,15 @@ def answers_of(policy: Policy) -> list[Answer]:
     engine = open_engine(policy)
     limit = longest_dialog(policy, engine)
     answers = []
-    for question, given in QUESTIONS:
+    for question, answer in QUESTIONS:
         messages = with_system([Message("user", question)], policy.system)
         if fit(policy.chat_format, messages, limit=limit, max_new_tokens=GREEDY.max_new_tokens) is None:
             continue
         prompt_ids = tuple(policy.chat_format.encode_prompt(messages))
         ((completion,),) = engine.generate([prompt_ids], samples_per_prompt=1, sampling=GREEDY)
-        given_ids = _answer_ids(policy, messages, given)[: max(1, limit - len(prompt_ids))]
-        logprobs = [_logprobs(policy.model, prompt_ids, ids) for ids in (completion.token_ids, given_ids)]
-        answers.append(Answer(messages, prompt_ids, completion.token_ids, given_ids, (*logprobs[0], *logprobs[1])))
+        builtin_ids = _answer_ids(policy, messages, answer)[: max(1, limit - len(prompt_ids))]
+        logprobs = [_logprobs(policy.model, prompt_ids, ids) for ids in (completion.token_ids, builtin_ids)]
+        answers.append(Answer(messages, prompt_ids, completion.token_ids, builtin_ids, (*logprobs[0], *logprobs[1])))
     if not answers:
         raise ArtifactError(
             f"{policy.name}: none of the built-in questions fits into the {limit} tokens that it reads. An exported "
@@ -369,12 +369,14 @@ def answers_of(policy: Policy) -> list[Answer]:
 
 
 def compare(model: Any, tokenizer: "PreTrainedTokenizerBase", answers: Sequence[Answer]) -> Agreement:
-    """Hold what a transformers model says, and the prompts that its tokenizer makes, against the policy's answers."""
+    """Compare the log-probabilities and prompts of a transformers model and tokenizer with the policy's."""
     differences: list[float] = []
     equal_prompts = equal_greedy_answers = 0
     for answer in answers:
         logprobs = [
-            value for ids in (answer.greedy_ids, answer.given_ids) for value in _logprobs(model, answer.prompt_ids, ids)
+            value
+            for ids in (answer.greedy_ids, answer.builtin_ids)
+            for value in _logprobs(model, answer.prompt_ids, ids)
         ]
         differences += [abs(ours - theirs) for ours, theirs in zip(answer.logprobs, logprobs, strict=True)]
         prompt: Any = tokenizer.apply_chat_template(
@@ -389,10 +391,10 @@ def compare(model: Any, tokenizer: "PreTrainedTokenizerBase", answers: Sequence[
         generated = model.generate(**ids, do_sample=False, max_new_tokens=len(answer.greedy_ids))
         equal_greedy_answers += tuple(generated[0, ids["input_ids"].shape[1] :].tolist()) == answer.greedy_ids
     # As one that is not a number says nothing, so nothing is hidden by `max`.
-    found = torch.tensor(differences, dtype=torch.float64).nan_to_num(nan=float("inf"))
+    differences_N = torch.tensor(differences, dtype=torch.float64).nan_to_num(nan=float("inf"))
     return Agreement(
-        max_logprob_difference=float(found.max()),
-        mean_logprob_difference=float(found.mean()),
+        max_logprob_difference=float(differences_N.max()),
+        mean_logprob_difference=float(differences_N.mean()),
         tokens=len(differences),
         questions=len(answers),
         equal_prompts=equal_prompts,

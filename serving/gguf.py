@@ -35,12 +35,12 @@ from llamachat.runs.atomic import incoming_folder, write_json
 from serving.export import (
     CHAT_TEMPLATE,
     NOTE,
-    Asked,
     ExportError,
+    PolicySnapshot,
     Request,
-    ask_policy,
     base_folder,
     export_policy,
+    take_snapshot,
     write_notes,
 )
 from serving.model_card import model_card, plain_name
@@ -89,58 +89,58 @@ class GgufRequest:
 
 def export_gguf(request: GgufRequest) -> tuple[Path, float]:
     """Write the folder with the GGUF file and check that; return the file and its `weight_difference`."""
-    asked = ask_policy(request.folder.artifact)
-    own = _KINDS[str(asked.dtype).removeprefix("torch.")]
+    snapshot = take_snapshot(request.folder.artifact)
+    own = _KINDS[str(snapshot.dtype).removeprefix("torch.")]
     quantization = request.quantize or own
     with incoming_folder(request.folder.out) as side:
         merged = side / "merged"
-        export_policy(replace(request.folder, out=merged), asked)
-        _prepare(merged, asked)
+        export_policy(replace(request.folder, out=merged), snapshot)
+        _prepare(merged, snapshot)
         exact = quantization if quantization in CONVERTED else own
-        file = side / f"{plain_name(asked.name)}-{exact}.gguf"
+        file = side / f"{plain_name(snapshot.name)}-{exact}.gguf"
         log.info("converting it with %s", request.llama_cpp)
         converter = [sys.executable, str(request.llama_cpp / CONVERTER), str(merged)]
-        _run([*converter, "--outfile", str(file), "--outtype", exact, "--model-name", asked.name], file)
-        check_header(read_header(file), merged, asked.chat_format)
+        _run([*converter, "--outfile", str(file), "--outtype", exact, "--model-name", snapshot.name], file)
+        check_header(read_header(file), merged, snapshot.chat_format)
         if quantization != exact:
-            larger, file = file, side / f"{plain_name(asked.name)}-{quantization}.gguf"
+            larger, file = file, side / f"{plain_name(snapshot.name)}-{quantization}.gguf"
             quantizer = _program(request.llama_cpp, QUANTIZER)
             output = _run([str(quantizer), str(larger), str(file), quantization.upper()], file)
             for line in re.findall(r"\d+ of \d+ tensor\(s\) required fallback quantization", output):
                 log.warning("%s: %s, since their rows do not divide into its blocks", quantization, line)
             larger.unlink()
         difference = weight_difference(file, merged)
-        _finish(request, side, file, asked, {"quantization": quantization, "weight_difference": difference})
+        _finish(request, side, file, snapshot, {"quantization": quantization, "weight_difference": difference})
     return request.folder.out / file.name, difference
 
 
-def _prepare(merged: Path, asked: Asked) -> None:
+def _prepare(merged: Path, snapshot: PolicySnapshot) -> None:
     """Give the converter a tokenizer.model, the chat template without marks, and the lengthened context."""
-    plain = asked.chat_format.plain_chat_template
+    plain = snapshot.chat_format.plain_chat_template
     (merged / CHAT_TEMPLATE).write_text(plain, encoding="utf-8")
     _change(merged / "tokenizer_config.json", chat_template=plain)
     config = LlamaConfig.from_pretrained(str(merged))
     if rope_parameters(config)["rope_type"] == "linear":  # llama.cpp serves no more positions, whatever the factor
         _change(merged / "config.json", max_position_embeddings=context_length(config))
-    tokenizer = asked.chat_format.tokenizer
+    tokenizer = snapshot.chat_format.tokenizer
     if tokenizer.sentencepiece_model is None and not _is_byte_level(tokenizer):
         tokenizer_json = (merged / "tokenizer.json").read_text(encoding="utf-8")
-        (merged / "tokenizer.model").write_bytes(sentencepiece_model(asked.chat_format, tokenizer_json))
+        (merged / "tokenizer.model").write_bytes(sentencepiece_model(snapshot.chat_format, tokenizer_json))
 
 
 def _change(file: Path, **values: Any) -> None:
     write_json(file, json.loads(file.read_text(encoding="utf-8")) | values)
 
 
-def _finish(request: GgufRequest, side: Path, file: Path, asked: Asked, figures: Mapping[str, Any]) -> None:
+def _finish(request: GgufRequest, side: Path, file: Path, snapshot: PolicySnapshot, figures: Mapping[str, Any]) -> None:
     """Replace the merged folder by card, note and licences; add Ollama's Modelfile."""
     merged = side / "merged"
     note = json.loads((merged / NOTE).read_text(encoding="utf-8"))
     note |= {"format": request.form, "file": file.name, **figures}
     if request.form == "ollama":
-        text = modelfile(file.name, asked.chat_format, system=asked.system, max_tokens=asked.max_tokens)
+        text = modelfile(file.name, snapshot.chat_format, system=snapshot.system, max_tokens=snapshot.max_tokens)
         (side / "Modelfile").write_text(text, encoding="utf-8")
-    write_notes(request.folder, side, base_folder(request.folder), note, model_card, name=asked.name)
+    write_notes(request.folder, side, base_folder(request.folder), note, model_card, name=snapshot.name)
     for licence in (path for pattern in LICENCE_FILES for path in merged.glob(pattern)):
         shutil.copyfile(licence, side / licence.name)
     shutil.rmtree(merged)

@@ -1,6 +1,6 @@
 """An exported folder as a repository of the Hugging Face Hub.
 
-What goes up is the folder as it was exported and held against the policy, file by file of a list: its README.md is the
+It uploads the folder as it was exported and checked against the policy, and only listed files; its README.md is the
 model card. Name, token and network are tried before the export begins, so that nobody waits for an hour to be refused.
 """
 
@@ -42,7 +42,7 @@ class HubError(LlamachatError):
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A repository that this machine's token may write to, as far as can be told without writing."""
+    """A repository that this machine's token may write to, as far as can be checked without writing."""
 
     name: str
     is_private: bool
@@ -105,8 +105,8 @@ class Destination:
             return
         if licence == "llama2" and not has_text:
             raise UsageError(
-                f"--no-private: {folder} has no licence file. Whoever passes a derived Llama 2 on gives a copy of its "
-                f"licence with it. Put the base's LICENSE.txt and USE_POLICY.md there and give `hf upload {self.name} "
+                f"--no-private: {folder} has no licence file. A derived Llama 2 may only be passed on with a copy of "
+                f"its licence. Put the base's LICENSE.txt and USE_POLICY.md there and give `hf upload {self.name} "
                 f"{folder}`, or push it as a private one."
             )
         words = "read in its README.md under what licences base and data are, and what they ask for"

@@ -1,4 +1,4 @@
-"""A model folder written anew, one shard in memory at a time, with a LoRA adapter merged into its weights.
+"""Copies a model folder, one shard in memory at a time, with a LoRA adapter merged into its weights.
 
 Reads `model.safetensors`, or the shards that its index names, and an adapter's `adapter_model.safetensors`; writes the
 same names in the number format of training. An adapter that was trained on a 4-bit base belongs to
@@ -122,14 +122,14 @@ def write_weights(
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
-        for held in shard:
-            with safe_open(held.file, framework="pt") as weights:
-                weight: Tensor = weights.get_tensor(held.name).to(dtype)
-            if is_nf4 and held.name.split(".")[-2] in SEVEN_PROJECTIONS:
+        for entry in shard:
+            with safe_open(entry.file, framework="pt") as weights:
+                weight: Tensor = weights.get_tensor(entry.name).to(dtype)
+            if is_nf4 and entry.name.split(".")[-2] in SEVEN_PROJECTIONS:
                 weight = through_nf4(weight, device=device)
-            if adapter is not None and held.name in adapter.factors:
-                weight = merged(weight, *adapter.factors[held.name], scale=adapter.scale)
-            tensors[held.name] = weight.contiguous()
+            if adapter is not None and entry.name in adapter.factors:
+                weight = merged(weight, *adapter.factors[entry.name], scale=adapter.scale)
+            tensors[entry.name] = weight.contiguous()
         if number == len(shards):
             tensors |= {name: weight.to(dtype) for name, weight in head.items()}
         save_file(tensors, out / file, metadata={"format": "pt"})
@@ -163,8 +163,8 @@ def _plan(source: Path, *, dtype: torch.dtype, shard_bytes: int, left_out: Colle
 
 
 def _check_adapter(adapter: Adapter | None, shards: list[list[_Source]], source: Path) -> None:
-    held = {weight.name for shard in shards for weight in shard}
-    lacking = sorted(adapter.factors.keys() - held) if adapter is not None else []
+    names = {weight.name for shard in shards for weight in shard}
+    lacking = sorted(adapter.factors.keys() - names) if adapter is not None else []
     if lacking:
         raise ArtifactError(
             f"{source}: the adapter sits on {len(lacking)} weights that are not there ({lacking[0]}, ...). It would be "

@@ -4,7 +4,7 @@ Reads prompts, dialogs and preferences (their context up to the last user turn),
 `id`, `prompt`, `answer_a`, `answer_b`, and, for the people to fill, `choice`, `rating`, `a_is_safe`, `b_is_safe`: null. Which
 policy answered at which temperature stands beside them, or apart, by `id`, in a key file. The format `rated_pairs`
 (`llamachat.data.sources`) reads the rated file as preferences.
-One policy is in memory at a time. An answer that cannot be compared (cut, empty, the same as the other) is drawn anew.
+One policy is in memory at a time. An answer that cannot be compared (truncated, empty, the same as the other) is resampled.
 Prompts are sampled in the order of their hashes, so that a shuffled file gets the same answers. The paper's two answers
 come from two variants of the model at varied temperatures; how they are paired (`deal_pairings`) is ours.
 """
@@ -311,11 +311,11 @@ def deal_pairings(keys: Sequence[str], *, num_policies: int, temperatures: Seque
     mix_of = _dealt(by_match, len(mixes))
     by_both = sorted(ranked(everyone, keys, f"{seed} sides"), key=lambda index: (match_of[index], mix_of[index]))
     side_of = _dealt(by_both, 2)
-    found = []
+    pairings = []
     for index in everyone:
         first, second = map(Speaker, matches[match_of[index]], mixes[mix_of[index]])
-        found.append(Pairing(first, second) if side_of[index] == 0 else Pairing(second, first))
-    return found
+        pairings.append(Pairing(first, second) if side_of[index] == 0 else Pairing(second, first))
+    return pairings
 
 
 def ranked(indices: Sequence[int], keys: Sequence[str], salt: str) -> list[int]:

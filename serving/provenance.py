@@ -45,10 +45,10 @@ class Source:
 
 def chain(artifact: Artifact) -> list[Artifact]:
     """The policies that led here, the first one first and this artifact last."""
-    found = [artifact]
-    while (before := _before(found[0])) is not None:
-        found.insert(0, before)
-    return found
+    policies = [artifact]
+    while (before := _before(policies[0])) is not None:
+        policies.insert(0, before)
+    return policies
 
 
 def run_of(artifact: Artifact) -> Path:
@@ -81,7 +81,7 @@ def dropped_lines(steps: Sequence[Artifact]) -> list[str]:
 
 def sources(steps: Sequence[Artifact], kinds: Sequence[str]) -> list[Source]:
     """What the steps read, each entry once; `kinds` are those of a step whose identity does not say."""
-    found = []
+    entries = []
     for artifact in steps:
         data = artifact.manifest.identity.get("data", {})
         recipe: Any = None
@@ -90,13 +90,13 @@ def sources(steps: Sequence[Artifact], kinds: Sequence[str]) -> list[Source]:
         for kind in [kind for kind in _KINDS if kind in data] or kinds:
             digests = [entry.get("path", "") for entry in data.get(kind, ())]
             for place, entry in enumerate((recipe.get(kind) if isinstance(recipe, dict) else None) or ()):
-                found.append(_source(kind, entry, digests[place] if place < len(digests) else ""))
-    return list(dict.fromkeys(found))
+                entries.append(_source(kind, entry, digests[place] if place < len(digests) else ""))
+    return list(dict.fromkeys(entries))
 
 
 def by_kind(read: Sequence[Source]) -> dict[str, list[Source]]:
     """The data of each kind that there is."""
-    return {kind: found for kind in _KINDS if (found := [source for source in read if source.kind == kind])}
+    return {kind: of_kind for kind in _KINDS if (of_kind := [source for source in read if source.kind == kind])}
 
 
 def _before(artifact: Artifact) -> Artifact | None:
@@ -108,12 +108,12 @@ def _before(artifact: Artifact) -> Artifact | None:
     parts = Path(said).parts
     for place in (run.joinpath(*parts[-2:]), run.joinpath(*parts[-3:]), Path(said)):
         try:
-            found = read_artifact(place, "policy")
+            policy = read_artifact(place, "policy")
         except ArtifactError:
             continue
-        digest = artifact.manifest.identity.get("inputs", {}).get("policy", found.digest)
-        if found.digest == digest and found.path.resolve() != artifact.path.resolve():
-            return found
+        digest = artifact.manifest.identity.get("inputs", {}).get("policy", policy.digest)
+        if policy.digest == digest and policy.path.resolve() != artifact.path.resolve():
+            return policy
     return None
 
 
@@ -140,9 +140,9 @@ def origins_of(path: Path, digest: str) -> tuple[tuple[str, str], ...] | None:
 
 def _licences(text: str, stem: str) -> tuple[tuple[str, str], ...]:
     licences = {
-        found["name"]: said["licence"].strip()
-        for found in _ORIGIN.finditer(text)
-        if (said := _LICENCE.search(found["lines"])) is not None
+        match["name"]: said["licence"].strip()
+        for match in _ORIGIN.finditer(text)
+        if (said := _LICENCE.search(match["lines"])) is not None
     }
-    cut = next((found["origins"].split(", ") for found in _CUT.finditer(text) if found["stem"] == stem), [*licences])
+    cut = next((match["origins"].split(", ") for match in _CUT.finditer(text) if match["stem"] == stem), [*licences])
     return tuple((name, licences[name]) for name in cut if name in licences)

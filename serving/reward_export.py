@@ -1,8 +1,8 @@
 """A reward model as a folder that plain transformers loads: one merged model with its head, or the adapter for PEFT.
 
 Reads a reward-model artifact and, for an adapter, the weights of its base; writes what `serving.export` writes of a
-policy. The folder is loaded again as `AutoModelForSequenceClassification` and its scores of built-in answers are held
-against the artifact's. Merged weights are fp32 unless another format is asked for, since rounding
+policy. The folder is loaded again as `AutoModelForSequenceClassification` and its scores of built-in answers are
+compared with the artifact's. Merged weights are fp32 unless another format is asked for, since rounding
 them to 16 bits moves scores.
 """
 
@@ -50,7 +50,7 @@ class ScoreAgreement:
 
 
 def export_reward_model(request: Request) -> ScoreAgreement:
-    """Write the folder, hold its scores against the artifact's in fp32, and give it its name."""
+    """Write the folder, compare its scores with the artifact's in fp32, and move it to its name."""
     reward_model = load_reward_model(request.artifact.path, dtype="float32", device="auto")
     rows = _built_in_rows(reward_model)
     scores_N = reward_model.score_ids(rows)
@@ -59,9 +59,9 @@ def export_reward_model(request: Request) -> ScoreAgreement:
     gc.collect()
     dtype = _dtype(request)
     with written_folder(request, dtype) as (side, base):
-        found_N = _plain_scores(request, side, base, rows)
+        exported_scores_N = _plain_scores(request, side, base, rows)
         # As one that is not a number says nothing, so nothing is hidden by `max`.
-        difference = float((found_N - scores_N).abs().nan_to_num(nan=float("inf")).max())
+        difference = float((exported_scores_N - scores_N).abs().nan_to_num(nan=float("inf")).max())
         agreement = ScoreAgreement(difference, float(scores_N.abs().max()), len(rows))
         _judge(request, agreement, dtype)
         note = {"reward_model": name, **provenance_of(request, base, dtype), **asdict(agreement)}
@@ -79,7 +79,7 @@ def _built_in_rows(reward_model: RewardModel) -> list[tuple[int, ...]]:
     if not rows:
         raise ArtifactError(
             f"{reward_model.name}: none of the built-in answers fits into the {reward_model.max_tokens} tokens that it "
-            "reads. An exported model is held against it on them. Train with a larger base.max_tokens."
+            "reads. An exported model is compared with it on them. Train with a larger base.max_tokens."
         )
     return rows
 
@@ -112,6 +112,6 @@ def _judge(request: Request, agreement: ScoreAgreement, dtype: torch.dtype) -> N
     log.info(
         "scores of %d answers differ by at most %.6f (rounding explains %.4g)", agreement.answers, difference, limit
     )
-    # On other weights than those of training the difference is the user's choice, and told.
+    # On other weights than those of training the difference is the user's choice, and was logged above.
     if difference > limit and request.onto != "original":
         report_faults(request, [f"a score differs by {difference:.4g}, and {limit:.4g} is allowed"], difference)

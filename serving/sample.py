@@ -73,7 +73,9 @@ def sample_file(
     with progress(len(encoded) * samples_per_prompt, "sampled", "answers") as advance:
         groups = engine.generate(encoded, samples_per_prompt=samples_per_prompt, sampling=sampling, advance=advance)
     lines = [
-        json.dumps({**question.record, "completions": [_described(policy, found) for found in group]}, default=str)
+        json.dumps(
+            {**question.record, "completions": [_described(policy, completion) for completion in group]}, default=str
+        )
         for question, group in zip(questions, groups, strict=True)
     ]
     with written_beside(out) as stream:
@@ -81,7 +83,7 @@ def sample_file(
     return Sampled(
         prompts=len(questions),
         completions=sum(map(len, groups)),
-        finished=sum(found.is_finished for group in groups for found in group),
+        finished=sum(completion.is_finished for group in groups for completion in group),
         shortened=shortened,
     )
 

@@ -40,8 +40,8 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """A record as it is written back, and the ids of its answers; None where an answer cannot be scored."""
+class _Scorable:
+    """A record as it is written back, and the ids of its answers; None for an answer that cannot be scored."""
 
     record: dict[str, Any]
     kind: str  # dialog, preference or completions
@@ -52,20 +52,20 @@ def score_file(model: RewardModel, path: Path, out: Path | None, *, overwrite: b
     """Score every answer of a file; the records as JSON Lines, also written to `out` where it is given."""
     if out is not None:
         check_output(out, [path], overwrite=overwrite)
-    asked = _read(model, path)
-    rows = [ids for item in asked for ids in item.answers if ids is not None]
+    records = _read(model, path)
+    rows = [ids for item in records for ids in item.answers if ids is not None]
     with progress(len(rows), "scored", "answers") as advance:
-        found = iter(model.score_ids(rows, advance=advance).tolist() if rows else [])
-    scores = [[None if ids is None else next(found) for ids in item.answers] for item in asked]
-    text = "".join(f"{json.dumps(_with_scores(*pair), default=str)}\n" for pair in zip(asked, scores, strict=True))
+        remaining_scores = iter(model.score_ids(rows, advance=advance).tolist() if rows else [])
+    scores = [[None if ids is None else next(remaining_scores) for ids in item.answers] for item in records]
+    text = "".join(f"{json.dumps(_with_scores(*pair), default=str)}\n" for pair in zip(records, scores, strict=True))
     if out is not None:
         with written_beside(out) as stream:
             stream.write(text.encode())
     without = sum(map(len, scores)) - len(rows)
     if without:
         log.warning("%s: %d answers have the score null: they are too long, empty, or hold a tag", path, without)
-    pairs = [pair for item, pair in zip(asked, scores, strict=True) if item.kind == "preference" and None not in pair]
-    return Scored(len(asked), len(rows), without, len(pairs), _accuracy(pairs)), text
+    pairs = [pair for item, pair in zip(records, scores, strict=True) if item.kind == "preference" and None not in pair]
+    return Scored(len(records), len(rows), without, len(pairs), _accuracy(pairs)), text
 
 
 def score_turns(model: RewardModel, turns: Sequence[str]) -> float:
@@ -84,35 +84,35 @@ def score_turns(model: RewardModel, turns: Sequence[str]) -> float:
     return float(model.score_ids([ids])[0])
 
 
-def _read(model: RewardModel, path: Path) -> list[_Asked]:
+def _read(model: RewardModel, path: Path) -> list[_Scorable]:
     """Every record of the file in its order; all of its bad lines in one error."""
     rows = list(read_rows(str(path)))
     sampled = {row.line for row in rows if isinstance(row.value, Mapping) and "completions" in row.value}
     problems: list[Problem] = []
-    asked: list[tuple[int, _Asked]] = []
+    records: list[tuple[int, _Scorable]] = []
     without = 0
     for is_sampled in (False, True):
         part = [row for row in rows if (row.line in sampled) == is_sampled]
         kind = "prompt" if is_sampled else None
         for parsed in parse_rows(part, path=str(path), kind=kind, forbidden=model.chat_format.forbidden):
             without += parsed.record is None and not parsed.problems
-            found = _encoded(model, parsed, is_sampled=is_sampled)
-            if isinstance(found, _Asked):
-                asked.append((parsed.line, found))
+            encoded = _encoded(model, parsed, is_sampled=is_sampled)
+            if isinstance(encoded, _Scorable):
+                records.append((parsed.line, encoded))
             else:
-                problems += found
+                problems += encoded
     if problems:
-        raise DataError(report(sorted(problems, key=lambda found: found.line), path))
-    if not asked:
+        raise DataError(report(sorted(problems, key=lambda fault: fault.line), path))
+    if not records:
         raise DataError(
             f"{path}: holds no answer. There is nothing to score. Give dialogs, preferences or completions."
         )
     if without:
         log.warning("%s: %d rows hold no answer", path, without)
-    return [item for _, item in sorted(asked, key=lambda pair: pair[0])]
+    return [item for _, item in sorted(records, key=lambda pair: pair[0])]
 
 
-def _encoded(model: RewardModel, parsed: Row, *, is_sampled: bool) -> _Asked | Sequence[Problem]:
+def _encoded(model: RewardModel, parsed: Row, *, is_sampled: bool) -> _Scorable | Sequence[Problem]:
     """The record with its answers as ids, or what is wrong with it; nothing where a row of a known set is empty."""
     if parsed.record is None:
         return parsed.problems
@@ -120,27 +120,27 @@ def _encoded(model: RewardModel, parsed: Row, *, is_sampled: bool) -> _Asked | S
     if is_sampled:
         return _with_completions(model, as_prompt(parsed.record).messages, record, parsed.line)
     if isinstance(parsed.record, Preference):
-        return _Asked(
+        return _Scorable(
             record, "preference", _ids(model, parsed.record.prompt, parsed.record.chosen, parsed.record.rejected)
         )
     if isinstance(parsed.record, Dialog):
-        return _Asked(record, "dialog", _ids(model, parsed.record.messages[:-1], parsed.record.messages[-1]))
-    mend = "Sample answers with `llamachat sample`, or give dialogs or preferences."
-    return [problem(parsed.line, "completions", "is missing: a prompt alone has no score.", mend)]
+        return _Scorable(record, "dialog", _ids(model, parsed.record.messages[:-1], parsed.record.messages[-1]))
+    fix = "Sample answers with `llamachat sample`, or give dialogs or preferences."
+    return [problem(parsed.line, "completions", "is missing: a prompt alone has no score.", fix)]
 
 
 def _with_completions(
     model: RewardModel, prompt: Sequence[Message], record: dict[str, Any], line: int
-) -> _Asked | list[Problem]:
+) -> _Scorable | list[Problem]:
     completions = record.get("completions")
     if (
         not isinstance(completions, list)
         or not completions
         or not all(isinstance(item, Mapping) and isinstance(item.get("text"), str) for item in completions)
     ):
-        mend = 'Write "completions": [{"text": "..."}], as `llamachat sample` does.'
-        return [problem(line, "completions", "is no list of objects with a 'text', the answer.", mend)]
-    return _Asked(
+        fix = 'Write "completions": [{"text": "..."}], as `llamachat sample` does.'
+        return [problem(line, "completions", "is no list of objects with a 'text', the answer.", fix)]
+    return _Scorable(
         record, "completions", [_ids(model, prompt, Message("assistant", item["text"]))[0] for item in completions]
     )
 
@@ -155,7 +155,7 @@ def _ids(model: RewardModel, prompt: Sequence[Message], *answers: Message) -> li
         return [None] * len(answers)
 
 
-def _with_scores(item: _Asked, scores: Sequence[float | None]) -> dict[str, Any]:
+def _with_scores(item: _Scorable, scores: Sequence[float | None]) -> dict[str, Any]:
     if item.kind == "dialog":
         return {**item.record, "score": scores[0]}
     if item.kind == "preference":

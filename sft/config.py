@@ -1,4 +1,4 @@
-"""What supervised fine-tuning is told: its own section of the recipe, and the shared ones it reads."""
+"""Configuration of `sft` (supervised fine-tuning): its own section of the recipe, and the shared ones it reads."""
 
 from typing import Annotated, Any, Literal
 

@@ -36,7 +36,7 @@ def load_examples(
     max_tokens: int,
     num_prompts: int,
     seed: int,
-    made: Path | None = None,
+    step_dialogs: Path | None = None,
     sft_share: float = 0.0,
 ) -> Examples:
     """Token ids of the training and validation dialogs of `data.sft`; the test and judge parts are not touched.
@@ -44,14 +44,16 @@ def load_examples(
     With `made`, the folder of a step's dialogs, those are learnt, whole, and beside them `sft_share` of the dialogs of
     `data.sft`; held-out ones come from the folder too where it has some.
     """
-    own, own_held_out = made_dialogs(made, chat_format) if made else ([], [])
+    own, own_held_out = read_step_dialogs(step_dialogs, chat_format) if step_dialogs else ([], [])
     dropped: Counter[str] = Counter()
     train_side, held_out_side = own, own_held_out
-    if made is None or sft_share or not own_held_out:
+    if step_dialogs is None or sft_share or not own_held_out:
         mixture = load_mixture(data.sft, data.split, Dialog, forbidden=chat_format.forbidden, seed=seed)
         dropped.update(mixture.dropped)
-        share = len(mixture.train) if made is None else round(sft_share * len(mixture.train))
-        chosen = epoch_order(len(mixture.train), 1, f"beside made dialogs {seed}")[:share] if made else range(share)
+        share = len(mixture.train) if step_dialogs is None else round(sft_share * len(mixture.train))
+        chosen = (
+            epoch_order(len(mixture.train), 1, f"beside made dialogs {seed}")[:share] if step_dialogs else range(share)
+        )
         train_side = [*own, *(mixture.train[place] for place in chosen)]
         held_out_side = [*own_held_out, *mixture.validation]
     dialogs, held_out = (
@@ -66,15 +68,15 @@ def load_examples(
     return Examples(train, validation, prompts, dict(dropped))
 
 
-def made_dialogs(folder: Path, chat_format: ChatFormat) -> tuple[list[Dialog], list[Dialog]]:
+def read_step_dialogs(folder: Path, chat_format: ChatFormat) -> tuple[list[Dialog], list[Dialog]]:
     """The dialogs that a step has made: to be learnt, and held out. They are not split again: a shortened prompt begins
     with another turn than its record, and would land elsewhere."""
-    found = []
+    sides = []
     for path in (folder / DIALOGS, folder / HELD_OUT_DIALOGS):
         is_there = path.is_file() and path.stat().st_size > 0
         source = DataSource(path=str(path), format="native")
-        found.append(read_records(source, Dialog, forbidden=chat_format.forbidden) if is_there else [])
-    return found[0], found[1]
+        sides.append(read_records(source, Dialog, forbidden=chat_format.forbidden) if is_there else [])
+    return sides[0], sides[1]
 
 
 def _encode(

@@ -83,7 +83,7 @@ def load_dialogs(config: Config, inputs: StepInputs, chat_format: ChatFormat) ->
     examples = load_examples(
         inputs.data,
         chat_format,
-        made=inputs.dialogs.path if inputs.dialogs else None,
+        step_dialogs=inputs.dialogs.path if inputs.dialogs else None,
         sft_share=inputs.sft_share,
         system=inputs.base.system,
         train_on=TrainOn(config.train_on),
@@ -141,9 +141,9 @@ def publish_policy(
     """Publish weights, tokenizer and manifest; refuses a moved trunk and a tokenizer that reads back differently."""
     if start.frozen_digest is not None:
         assert trunk_digest(start.model) == start.frozen_digest, "the trunk under an adapter is never written"
-    made = inputs.dialogs
-    if made and "ended_by" in made.manifest.details:
-        notes = {"ended_by": made.manifest.details["ended_by"], **notes}  # of the sampling
+    dialogs = inputs.dialogs
+    if dialogs and "ended_by" in dialogs.manifest.details:
+        notes = {"ended_by": dialogs.manifest.details["ended_by"], **notes}  # of the sampling
     return publish_model(
         inputs,
         "policy",
@@ -157,7 +157,7 @@ def publish_policy(
             system=inputs.base.system,
         ),
         notes=notes,
-        read=sources_of(inputs) | ({"dialogs": made} if made else {}),
+        read=sources_of(inputs) | ({"dialogs": dialogs} if dialogs else {}),
         dropped=dropped,
-        ends_step=made is None,
+        ends_step=dialogs is None,
     )

@@ -41,8 +41,8 @@ def main(root: Path) -> None:
     print("all", _rounded(recall(answers, named)))
     for label in OUTCOMES[:3]:
         own = [(one, outcome) for one, outcome in zip(answers, named, strict=True) if one.outcome == label]
-        told = {outcome: sum(found == outcome for _, found in own) for outcome in OUTCOMES}
-        print(label, _rounded(recall([one for one, _ in own], [found for _, found in own])), told)
+        counts = {outcome: sum(predicted == outcome for _, predicted in own) for outcome in OUTCOMES}
+        print(label, _rounded(recall([one for one, _ in own], [predicted for _, predicted in own])), counts)
         openings = [outcome_classifier().outcomes([" ".join(one.text.split()[:_WORDS])])[0] for one, _ in own]
         print(f"  their first {_WORDS} words", _rounded(recall([one for one, _ in own], openings)))
 

@@ -243,9 +243,9 @@ def main() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    asked = json.loads(sys.argv[1])
+    request = json.loads(sys.argv[1])
     answers, sys.stdout = sys.stdout, sys.stderr
-    case, folders = Case(**asked["case"]), [Path(folder) for folder in asked["folders"]]
+    case, folders = Case(**request["case"]), [Path(folder) for folder in request["folders"]]
     *toys, folder = folders
     for toy in toys:
         measured(case, toy)

@@ -91,9 +91,9 @@ def main() -> None:
         assert trl.__version__ == "1.12.0", trl.__version__
         imported = memory("VmRSS")
         for line in sys.stdin:
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-            found = iteration(json.loads(line))
-            print(json.dumps(found | {"mib": memory("VmHWM") - imported}), file=answers, flush=True)
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+            result = iteration(json.loads(line))
+            print(json.dumps(result | {"mib": memory("VmHWM") - imported}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

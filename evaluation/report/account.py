@@ -188,11 +188,11 @@ def _of_the_whole(facts: Facts) -> list[tuple[str, str, str]]:
     if method != "full":
         quantised = ", the base in 4 bits" if method == "qlora" else ""
         rows.append(("tuning", "all weights", f"{method}: adapters of rank {tuning.get('rank')}{quantised}"))
-    rows.append(("tuning data", "27,540 annotations written for it", _told(_sources(recipe, "sft"))))
+    rows.append(("tuning data", "27,540 annotations written for it", _num_sources(_sources(recipe, "sft"))))
     if facts.reward_models:
         pairs = [*_sources(recipe, "helpfulness"), *_sources(recipe, "safety")]
         rows.append(
-            ("preferences", "1.4 million pairs, weekly, of the latest model's answers", f"{_told(pairs)}, once")
+            ("preferences", "1.4 million pairs, weekly, of the latest model's answers", f"{_num_sources(pairs)}, once")
         )
     names = ", ".join(step.name for step in facts.policies) or "no policy"
     rows.append(
@@ -228,7 +228,7 @@ def _of_commands(facts: Facts) -> list[tuple[str, str, str]]:
             rows.append((f"{step.name}: iterations", f"{low} to {high}", actual))
     for step in facts.by_command("rs"):
         if step.value("rejection_sampling", "start") == "current":
-            rows.append((f"{step.name}: tuned", "the base model anew", "the present policy"))
+            rows.append((f"{step.name}: tuned", "the base model again", "the present policy"))
     for step in facts.by_command("gatt"):
         rows.append(
             (f"{step.name}: measured", "recall of a figure or hobby, by people", "instructions checked by rule")
@@ -242,7 +242,7 @@ def _sources(recipe: Mapping[str, Any], key: str) -> list[Any]:
     return list((recipe.get("data") or {}).get(key) or ())
 
 
-def _told(sources: Sequence[Any]) -> str:
+def _num_sources(sources: Sequence[Any]) -> str:
     return f"{len(sources)} source{'' if len(sources) == 1 else 's'}"
 
 

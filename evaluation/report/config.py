@@ -1,4 +1,4 @@
-"""What the report is told: its own section of the recipe, and the finished steps that it tells of."""
+"""Configuration of `report`: its own section of the recipe, and the finished steps that it describes."""
 
 from pydantic import Field
 

@@ -1,6 +1,6 @@
 """The report's pictures: 6.4 inches wide with letters of 11 points and more, so that a phone shows them legibly.
 
-Colours are of Okabe and Ito's set, told apart by the colour-blind; series differ in marker or line too. Each function
+The colours are Okabe and Ito's set, which colour-blind readers can distinguish; series differ in marker or line too. Each function
 draws what it is given and writes one PNG.
 """
 
@@ -134,7 +134,7 @@ def by_turn(path: Path, kept: Mapping[str, Mapping[int, Measure]], chance: Mappi
             if by_chance := chance.get(name):
                 turns = sorted(by_chance)
                 values = [100 * by_chance[turn].value for turn in turns]
-                label = "told nothing (dotted)" if name == next(iter(chance)) else None
+                label = "without instruction (dotted)" if name == next(iter(chance)) else None
                 place.plot(turns, values, color=_colour(index), linestyle=":", linewidth=1.8, label=label)
         place.set_xticks(sorted({turn for by in kept.values() for turn in by}))
         place.set_ylim(-3, 103)

@@ -52,7 +52,7 @@ class Metric:
 def metrics_of(evaluation: Evaluation) -> list[Metric]:
     """The lines of the headline table, those that nothing was measured of left out."""
     reference, turns = evaluation.reference, evaluation.turns()
-    found = [
+    metrics = [
         Metric("reward_helpfulness", "helpfulness, raw score", 1),
         Metric("reward_safety", "safety, raw score", 1),
         Metric("judge", "judge, raw score", 1),
@@ -68,17 +68,17 @@ def metrics_of(evaluation: Evaluation) -> list[Metric]:
     ]
     if turns:
         last = turns[-1]
-        found += [
+        metrics += [
             Metric(f"consistency/turn_{last}", f"instruction of turn 1 kept at turn {last}", 1, is_share=True),
-            Metric(f"chance/turn_{last}", f"the same, told nothing (chance) at turn {last}", is_share=True),
+            Metric(f"chance/turn_{last}", f"the same without instruction (chance) at turn {last}", is_share=True),
         ]
-    found += [
+    metrics += [
         Metric("kl_to_reference", f"KL to {reference}, nats a response"),
         Metric("response_tokens", "tokens a response", digits=1),
         Metric("finished_fraction", "answers that end by themselves", 1, is_share=True),
         Metric("distinct_2", "distinct word pairs (distinct-2)", digits=3),
     ]
-    return [metric for metric in found if evaluation.has(metric.key)]
+    return [metric for metric in metrics if evaluation.has(metric.key)]
 
 
 def headline_table(evaluation: Evaluation) -> Table:
@@ -94,8 +94,8 @@ def headline_table(evaluation: Evaluation) -> Table:
         "All policies on held-out prompts, with 95% intervals",
         ["", *evaluation.policies],
         rows,
-        note="'best' marks the best mean of a line; where intervals overlap it says little. Whether a policy differs from "
-        f"{evaluation.reference} is told by the paired differences below. KL, length and distinct word pairs have no best. "
+        note="'best' marks the best mean of a line; where intervals overlap it says little. The paired differences below show "
+        f"whether a policy differs from {evaluation.reference}. KL, length and distinct word pairs have no best. "
         "All scores, violations included, are models' judgements, not people's.",
         name="headline",
     )
@@ -121,10 +121,10 @@ def headline(facts: Facts, control: str | None = None) -> Section:
         )
         blocks += [Text(by_models), Points([verdict(evaluation, policy) for policy in others])]
         blocks.append(_differences(evaluation, others))
-    asked = [f"temperature {evaluation.temperature:g}"] if evaluation.temperature is not None else []
-    asked += [f"at most {evaluation.max_new_tokens} new tokens"] if evaluation.max_new_tokens is not None else []
-    if asked:
-        blocks.append(Text(f"Answers of all policies were sampled alike: {', '.join(asked)}."))
+    settings = [f"temperature {evaluation.temperature:g}"] if evaluation.temperature is not None else []
+    settings += [f"at most {evaluation.max_new_tokens} new tokens"] if evaluation.max_new_tokens is not None else []
+    if settings:
+        blocks.append(Text(f"Answers of all policies were sampled alike: {', '.join(settings)}."))
     return Section("Results", "results", blocks)
 
 

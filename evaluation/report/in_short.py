@@ -127,9 +127,9 @@ def _shape(evaluation: Evaluation, policy: str) -> Iterator[str]:
 def _refusals(evaluation: Evaluation, policy: str) -> Iterator[str]:
     """Full refusals of harmful and of harmless prompts, by the classifier that nothing was tuned by."""
     parts = []
-    for asked, words in (("harmful", "harmful prompts"), ("harmless", "harmless prompts that look harmful")):
-        own, before = (evaluation.measure(name, f"{asked}/refused") for name in (policy, evaluation.reference))
-        gap = evaluation.measure(policy, f"difference/{asked}/refused")
+    for kind, words in (("harmful", "harmful prompts"), ("harmless", "harmless prompts that look harmful")):
+        own, before = (evaluation.measure(name, f"{kind}/refused") for name in (policy, evaluation.reference))
+        gap = evaluation.measure(policy, f"difference/{kind}/refused")
         if own is None or before is None:
             continue
         change = f", difference {with_interval(gap, _points)} points" if gap is not None else ""

@@ -59,10 +59,10 @@ def sampling(facts: Facts, figures: Path) -> Section | None:
         by_policy.setdefault(curve.policy, []).append(curve)
     # The curve nearest the temperature of the evaluation; without one that of the highest end.
     chosen = [
-        max(found, key=lambda one: one.reward if at is None else -abs(one.temperature - at))
-        for found in by_policy.values()
+        max(policy_curves, key=lambda one: one.reward if at is None else -abs(one.temperature - at))
+        for policy_curves in by_policy.values()
     ]
-    told = [
+    gains = [
         f"{one.policy} at temperature {one.temperature:g}: best {number(one.best[0])} at N = 1, {number(one.best[-1])} "
         f"at N = {len(one.best)}; median {number(one.median[-1])}"
         for one in chosen
@@ -72,19 +72,19 @@ def sampling(facts: Facts, figures: Path) -> Section | None:
     blocks: list[Block] = [
         Picture(
             path,
-            f"What the best and the median of N answers are worth. {'. '.join(told)}.",
+            f"What the best and the median of N answers are worth. {'. '.join(gains)}.",
             "Reward of the best and of the median of N answers (in the shape of Figure 7). The gap between them is what "
             "rejection sampling can gain. Paper, read off its figure: the best goes from "
             f"{paper.FIGURE_7} (scores there are probabilities).",
         )
     ]
-    for policy, found in by_policy.items():
-        if len(found) < 2:
+    for policy, policy_curves in by_policy.items():
+        if len(policy_curves) < 2:
             continue
         path = figures / f"temperatures_{policy}.png"
-        by_temperature(path, policy, found)
-        best = max(found, key=lambda one: one.reward)
-        last = ", ".join(f"{number(one.best[-1])} at {one.temperature:g}" for one in found)
+        by_temperature(path, policy, policy_curves)
+        best = max(policy_curves, key=lambda one: one.reward)
+        last = ", ".join(f"{number(one.best[-1])} at {one.temperature:g}" for one in policy_curves)
         blocks.append(
             Picture(
                 path,
@@ -164,7 +164,7 @@ def ghost_attention(facts: Facts, figures: Path) -> Section | None:
                 ["policy", *(f"turn {turn}" for turn in turns)],
                 rows,
                 note="Ours: held-out instructions with values never trained on, checked by rule. The paper's: recall of a "
-                "figure or hobby, judged by people. Chance is what the same policy does when it is told nothing.",
+                "figure or hobby, judged by people. Chance is the rate of the same policy without the instruction.",
                 name="30",
             ),
             Picture(
@@ -210,15 +210,15 @@ def _consistency(facts: Facts) -> tuple[dict[str, dict[int, Measure]], dict[str,
     evaluation = facts.evaluation
     if evaluation is not None and evaluation.turns():
         for policy in evaluation.policies:
-            for found, measured in ((kept, "consistency"), (chance, "chance")):
+            for shares, measured in ((kept, "consistency"), (chance, "chance")):
                 by = {
                     turn: evaluation.measure(policy, f"{measured}/turn_{turn}") for turn in evaluation.turns(measured)
                 }
                 if known := {turn: one for turn, one in by.items() if one is not None}:
-                    found[policy] = known
+                    shares[policy] = known
         return kept, chance
     for step in facts.by_command("gatt"):
-        for found, name, moment in (
+        for shares, name, moment in (
             (kept, f"before {step.name}", "start"),
             (kept, step.name, "final"),
             (chance, step.name, "chance"),
@@ -226,7 +226,7 @@ def _consistency(facts: Facts) -> tuple[dict[str, dict[int, Measure]], dict[str,
             start = f"gatt/consistency/{moment}/turn_"
             turns = [int(key.removeprefix(start)) for key in step.summary if key.removeprefix(start).isdigit()]
             if by := {turn: one for turn in sorted(turns) if (one := step.measure(f"{start}{turn}")) is not None}:
-                found[name] = by
+                shares[name] = by
     return kept, chance
 
 
@@ -265,7 +265,7 @@ def _win_rates(evaluation: Evaluation, figures: Path) -> list[Block]:
 
 
 def _planes(evaluation: Evaluation, figures: Path) -> list[Block]:
-    found: list[Block] = []
+    blocks: list[Block] = []
     for start, name, middle, scale, what in (
         ("win_rate/", "plane_wins.png", 0.5, 100, f"wins against {evaluation.reference}, %"),
         ("on_own_prompts/", "plane_scores.png", None, 1, "raw score"),
@@ -284,7 +284,7 @@ def _planes(evaluation: Evaluation, figures: Path) -> list[Block]:
         places = ", ".join(
             f"{policy} at {number(x.value * scale)} and {number(y.value * scale)}" for policy, (x, y) in points.items()
         )
-        found.append(
+        blocks.append(
             Picture(
                 path,
                 f"Policies in the plane of helpfulness (across) and safety (up), {what}: {places}.",
@@ -292,10 +292,14 @@ def _planes(evaluation: Evaluation, figures: Path) -> list[Block]:
                 "the plane of Figure 11). Up and to the right is better; both axes are models that the policies were tuned by.",
             )
         )
-    return found
+    return blocks
 
 
-_ASKED = {"harmful": "harmful prompts", "harmless": "harmless prompts that look harmful", "ordinary": "other prompts"}
+_PROMPT_KINDS = {
+    "harmful": "harmful prompts",
+    "harmless": "harmless prompts that look harmful",
+    "ordinary": "other prompts",
+}
 _OUTCOMES = {
     "complied": "complied",
     "partly_refused": "partly refused",
@@ -310,13 +314,15 @@ def _outcomes(evaluation: Evaluation, figures: Path) -> list[Block]:
         return []
     of_files = (name.rpartition("/")[0] for policy in evaluation.policies for name in evaluation.figures[policy])
     files = dict.fromkeys(name for name in of_files if name.startswith("harmless/"))
-    asked = _ASKED | {name: f"of these, {name.partition('/')[2]}" for name in files}
+    kinds = _PROMPT_KINDS | {name: f"of these, {name.partition('/')[2]}" for name in files}
     rows = [
         [
             *measure_row(f"{words}: {what}", measures, percent),
             *(Cell(_rate(counts.get(key), outcome), is_paper=True) for counts in paper.XSTEST_LLAMA_2.values()),
         ]
-        for key, words in sorted(asked.items(), key=lambda one: (list(_ASKED).index(one[0].partition("/")[0]), one))
+        for key, words in sorted(
+            kinds.items(), key=lambda one: (list(_PROMPT_KINDS).index(one[0].partition("/")[0]), one)
+        )
         for outcome, what in _OUTCOMES.items()
         if any(measures := [evaluation.measure(policy, f"{key}/{outcome}") for policy in evaluation.policies])
     ]
@@ -457,21 +463,21 @@ def _of_evaluation(facts: Facts, count: int) -> list[Sample]:
         ]
         by_kind.setdefault(sampled.kind, []).append(Sample(_title(sampled.kind, prompt), prompt, said))
     chosen: list[Sample] = []
-    depth = max((len(found) for found in by_kind.values()), default=0)
+    depth = max((len(samples) for samples in by_kind.values()), default=0)
     for place in range(depth):
-        chosen += [found[place] for found in by_kind.values() if place < len(found)]
+        chosen += [samples[place] for samples in by_kind.values() if place < len(samples)]
     return chosen[:count]
 
 
 def _of_step(step: RunStep, count: int) -> list[Sample]:
     rows = [one for one in SamplesRecord(step.folder.samples).read() if "prompt" in one and "answer" in one]
     last = max((int(one[STEP]) for one in rows), default=0)
-    found = []
+    samples = []
     for one in [one for one in rows if one[STEP] == last][:count]:
         prompt = [("", str(one["prompt"]))]
         said = Answer(step.name, str(one["answer"]), _length(one.get("tokens"), one.get("finished")))
-        found.append(Sample(_title("", prompt), prompt, [said]))
-    return found
+        samples.append(Sample(_title("", prompt), prompt, [said]))
+    return samples
 
 
 def _title(kind: str, prompt: Sequence[tuple[str, str]]) -> str:

@@ -33,14 +33,14 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     facts = read_facts(inputs)
     remove_tree(folder.figures)
     title = f"{facts.run_name}: a Llama 2 recipe from base to chat model"
-    told = [
+    header = [
         ("run", inputs.run.dir),
         ("written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
         ("steps", ", ".join(step.name for step in facts.steps) or "none finished"),
         ("base", facts.base),
         ("seed", str(inputs.run.seed)),
     ]
-    page = Page(title, told, tuple(_sections(config, facts, folder.figures)))
+    page = Page(title, header, tuple(_sections(config, facts, folder.figures)))
     write_text(folder.page, html(page))
     write_text(folder.page_markdown, markdown(page, folder.path))
     lacking = missing(facts)
@@ -70,7 +70,7 @@ def _sections(config: Config, facts: Facts, figures: Path) -> Iterator[Section]:
     """In the paper's order; a section that has nothing to show is left out, and `missing` says why."""
     if lacking := missing(facts):
         yield Section("Not in this report", "missing", [Points(lacking, tone="missing")])
-    found = [
+    sections = [
         headline(facts, config.control),
         supervised(facts),
         reward_models(facts, figures),
@@ -85,4 +85,4 @@ def _sections(config: Config, facts: Facts, figures: Path) -> Iterator[Section]:
         account(facts),
         deviations(facts),
     ]
-    yield from (section for section in found if section is not None)
+    yield from (section for section in sections if section is not None)

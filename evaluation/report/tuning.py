@@ -139,17 +139,17 @@ def _by_rating(domain: str, rated: dict[str, list[Measure | None]]) -> Table:
 
 
 def _accuracy_picture(path: Path, domain: str, rated: dict[str, list[Measure | None]]) -> Picture:
-    found = []
+    descriptions = []
     for which, measures in rated.items():
         values = [
             f"{_LABELS[rating]} {number(100 * one.value, digits=0)}%"
             for rating, one in zip(paper.RATINGS, measures[:-1], strict=True)
             if one is not None
         ]
-        found.append(f"{which}: {', '.join(values)}")
+        descriptions.append(f"{which}: {', '.join(values)}")
     falls = paper.TABLE_8[domain][domain]
     alt = (
-        f"Accuracy on {domain} pairs by rating. Ours: {'; '.join(found)}. The paper's {domain} model falls from "
+        f"Accuracy on {domain} pairs by rating. Ours: {'; '.join(descriptions)}. The paper's {domain} model falls from "
         f"{falls[0]:.0f}% on significantly better to {falls[3]:.0f}% on negligibly better pairs."
     )
     return Picture(
@@ -176,7 +176,7 @@ def _on_labels(models: dict[str, RunStep]) -> Table | None:
         ),
     ]
     return Table(
-        "Unsafe answers that are told in percent (Table 29, section 3.2.3)",
+        "Detection of unsafe answers, in percent (Table 29, section 3.2.3)",
         ["model", "recall under 0.5", "precision under 0.5", "recall at the gate, 0.15", "precision at the gate"],
         rows,
         name="29",

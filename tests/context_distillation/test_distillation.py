@@ -177,7 +177,7 @@ def test_dialogs_are_stored_without_a_preprompt_and_train_the_answer_alone(
         max_tokens=640,
         num_prompts=0,
         seed=0,
-        made=step.dialogs,
+        step_dialogs=step.dialogs,
     )
     assert len(examples.train) == len(dialogs) > 10
     has_earlier = 0

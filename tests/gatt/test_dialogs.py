@@ -86,7 +86,7 @@ def learnt_from(folder: Path, chat_format: ChatFormat) -> Any:
     nowhere = Data(sft=(), split=Split(test=0, validation=0, judge=0))
     found = load_examples(
         nowhere, chat_format, system=None, train_on=TrainOn.LAST_ANSWER, max_tokens=512, num_prompts=0, seed=0,
-        made=folder,
+        step_dialogs=folder,
     )  # fmt: skip
     (example,) = found.train
     return example
@@ -125,7 +125,7 @@ def test_dialogs_of_the_sft_data_that_are_learnt_too_train_all_their_answers(
         split=Split(test=0, validation=0, judge=0),
     )
     found = load_examples(
-        data, bundled, system=None, max_tokens=512, num_prompts=0, seed=0, made=tmp_path, sft_share=1.0,
+        data, bundled, system=None, max_tokens=512, num_prompts=0, seed=0, step_dialogs=tmp_path, sft_share=1.0,
         train_on=TrainOn(tuned_with.get("train_on", SftConfig().train_on)),
     ).train  # fmt: skip
     learnt = [
@@ -148,7 +148,7 @@ def run(
     **changes: Any,
 ) -> tuple[list[GattDialog], ScriptedEngine]:
     engine = ScriptedEngine(chat_format, script)
-    settings: dict[str, Any] = {"mends": False} | changes
+    settings: dict[str, Any] = {"repairs": False} | changes
     found = sample_dialogs(
         TurnSampler(engine, chat_format, samples, longest, **settings), talk, [sampling(n) for n in range(4)]
     )
@@ -207,7 +207,9 @@ def test_last_answers_are_put_right_by_rule_and_counted(tiny_format: ChatFormat)
     quoted, both = instruct(("quoted", "")), instruct(("begins_with", "Sure"), ("small_letters", ""))
     talk = [Conversation(one, ("Hello?", "And now?")) for one in (quoted, both, SUN, instruct(("one_sentence", "")))]
     first = [["the cat"]] * 4
-    made, _ = run(tiny_format, talk, [first, [["The cat."], ["The cat."], ["a sun"], ["a cat"]]], samples=1, mends=True)
+    made, _ = run(
+        tiny_format, talk, [first, [["The cat."], ["The cat."], ["a sun"], ["a cat"]]], samples=1, repairs=True
+    )
     assert [(one.answers[-1], one.is_mended, one.passing) for one in made] == [
         ('"The cat."', True, 0.0),
         ("sure, the cat.", True, 0.0),
@@ -235,7 +237,7 @@ def test_a_recall_question_comes_last_and_is_remembered(tiny_format: ChatFormat)
     made, _ = run(tiny_format, [asked], [[["Hi.", "Yes."]], [["I like golf.", "I enjoy chess most."]]])
     assert made[0].answers == ["Hi.", "I enjoy chess most."] and made[0].passing == 0.5
     asked = Conversation(hobby, ("Hello?", "What do you enjoy most?"), hobby.constraints[0])
-    made, _ = run(tiny_format, [asked], [[["Hi."]], [["I like golf."]]], samples=1, mends=True)
+    made, _ = run(tiny_format, [asked], [[["Hi."]], [["I like golf."]]], samples=1, repairs=True)
     assert made[0].answers == ["Hi.", "I enjoy chess."] and made[0].is_mended
 
 
@@ -246,7 +248,7 @@ def test_a_plain_dialog_has_the_policys_own_answers_and_no_system_text(tiny_form
     assert sum(counts) == 400 and min(counts) > 70 and not any(one.recall for one in built)
     talk = [Conversation(PLAIN, ("Hello?", "And now?")), Conversation(SUN, ("Hello?", "And now?"))]
     script = [[["Hi there."], ["Hi, sun."]], [["Now it is."], ["Now it is."]]]
-    made, engine = run(tiny_format, talk, script, samples=1, mends=True)
+    made, engine = run(tiny_format, talk, script, samples=1, repairs=True)
     assert engine.prompts[1][0] == "[INST] Hello? [/INST] Hi there. </s>[INST] And now? [/INST]"
     # The same turns and the same sample: with the instruction it is put right, without it stays as it is.
     assert [one.answers[1] for one in made] == ["Now it is.", "Now it is, sun."]

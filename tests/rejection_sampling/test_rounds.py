@@ -19,7 +19,7 @@ from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan
 from pipelines.recipe.recipe import load
 from rejection_sampling.train import dialog_step, make_dialogs
-from sft.examples import made_dialogs
+from sft.examples import read_step_dialogs
 from tests.ppo.tiny_ppo import PAYS, write_function, write_prompts
 from tests.recipes import run_command
 from tests.rejection_sampling.tiny_rounds import groups_of, write_recipe
@@ -112,7 +112,7 @@ def test_earlier_answers_of_a_prompt_are_read_and_not_learnt(first: First, tiny_
     dialogs = read_lines(first.step.dialogs / "dialogs.jsonl")
     marks = [[message.get("train") for message in dialog["messages"]] for dialog in dialogs]
     assert [None, False, None, None] in marks and set(map(tuple, marks)) == {(None, None), (None, False, None, None)}
-    read, _ = made_dialogs(first.step.dialogs, tiny_format)
+    read, _ = read_step_dialogs(first.step.dialogs, tiny_format)
     assert len(read) == len(dialogs)
     long = next(dialog for dialog in read if len(dialog.messages) == 4)
     example = tiny_format.encode_dialog(long.messages, train_on=TrainOn.EVERY_ANSWER)

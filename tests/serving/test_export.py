@@ -163,7 +163,7 @@ def test_the_difference_is_that_of_the_log_probabilities(tmp_path: Path, tiny_fo
     other = tiny_llama(seed=1, max_position_embeddings=256)
     differences = []
     for answer in answers:
-        for ids in (answer.greedy_ids, answer.given_ids):
+        for ids in (answer.greedy_ids, answer.builtin_ids):
             row, start = torch.tensor([[*answer.prompt_ids, *ids]]), len(answer.prompt_ids)
             losses = []
             for model in (policy.model, other):
@@ -193,7 +193,7 @@ def test_a_model_that_says_something_else_is_an_error_unless_allowed(
     export_policy(Request(artifact, out, may_differ=True))
     assert note_of(out)["max_logprob_difference"] > 0.1
     assert "log-probability differs by" in caplog.text
-    assert "a greedy answer then goes on otherwise" in caplog.text
+    assert "the rest of a greedy answer then differs" in caplog.text
     monkeypatch.setattr("serving.merging.merged", lambda weight, a, b, scale: weight * float("nan"))
     with pytest.raises(ExportError, match="differs by inf"):
         export_policy(Request(artifact, tmp_path / "none", may_differ=True))

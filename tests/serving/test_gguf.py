@@ -15,7 +15,7 @@ from llamachat.config.sections import RopeScaling
 from llamachat.errors import LlamachatError, TokenizerError, UsageError
 from llamachat.runs.artifacts import Artifact
 from pipelines.cli.main import main
-from serving.export import Asked, Request, ask_policy, export_policy
+from serving.export import PolicySnapshot, Request, export_policy, take_snapshot
 from serving.gguf import GgufRequest, export_gguf, read_header, sentencepiece_model
 from tests.reward.rewarding import trained
 from tests.serving.exporting import lora_policy, note_of
@@ -26,25 +26,25 @@ REAL = os.environ.get("LLAMA_CPP", "")
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory, tiny_format: ChatFormat) -> tuple[Artifact, Asked, Path]:
+def merged(tmp_path_factory: pytest.TempPathFactory, tiny_format: ChatFormat) -> tuple[Artifact, PolicySnapshot, Path]:
     """A LoRA policy, what it said, and its merged folder: made once for all tests."""
     folder = tmp_path_factory.mktemp("policy")
     artifact = lora_policy(folder, tiny_format)
     (folder / "base/LICENSE.txt").write_text("You may.")
-    asked = ask_policy(artifact)
+    asked = take_snapshot(artifact)
     export_policy(Request(artifact, folder / "merged"), asked)
     return artifact, asked, folder / "merged"
 
 
 @pytest.fixture
-def at_once(merged: tuple[Artifact, Asked, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def at_once(merged: tuple[Artifact, PolicySnapshot, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports take the merged folder that is there."""
-    monkeypatch.setattr("serving.gguf.ask_policy", lambda artifact: merged[1])
+    monkeypatch.setattr("serving.gguf.take_snapshot", lambda artifact: merged[1])
     monkeypatch.setattr("serving.gguf.export_policy", lambda request, asked: shutil.copytree(merged[2], request.out))
 
 
 def test_ollama_gets_a_quantized_file_with_the_policys_tokenizer_and_a_modelfile(
-    merged: tuple[Artifact, Asked, Path],
+    merged: tuple[Artifact, PolicySnapshot, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -88,7 +88,7 @@ WRONG = {
 
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("case", WRONG)
-def test_what_goes_wrong_leaves_nothing(case: str, merged: tuple[Artifact, Asked, Path], tmp_path: Path):
+def test_what_goes_wrong_leaves_nothing(case: str, merged: tuple[Artifact, PolicySnapshot, Path], tmp_path: Path):
     behaviour, words = WRONG[case]
     folder = make_folder(tmp_path / "llama.cpp", **behaviour)
     with pytest.raises(LlamachatError, match=words):
@@ -97,14 +97,14 @@ def test_what_goes_wrong_leaves_nothing(case: str, merged: tuple[Artifact, Asked
 
 
 @pytest.mark.usefixtures("at_once")
-def test_a_small_difference_of_the_weights_is_reported(merged: tuple[Artifact, Asked, Path], tmp_path: Path):
+def test_a_small_difference_of_the_weights_is_reported(merged: tuple[Artifact, PolicySnapshot, Path], tmp_path: Path):
     folder = make_folder(tmp_path / "llama.cpp", scale=1.25)
     file, difference = export_gguf(GgufRequest(Request(merged[0], tmp_path / "out"), folder, quantize="q8_0"))
     assert file.name == "one-sft-q8_0.gguf" and difference == pytest.approx(0.25)
 
 
 def test_a_folder_that_cannot_do_it_is_refused_before_any_work(
-    merged: tuple[Artifact, Asked, Path],
+    merged: tuple[Artifact, PolicySnapshot, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     tiny_sentencepiece: bytes,

@@ -108,7 +108,7 @@ def chatterbot(root: Path) -> list[Dialog]:
     answers: dict[str, list[str]] = {}
     for name in _ANSWER_LISTS:
         for entry, *replies in read_yaml(root / f"chatterbot-english/{name}.yml")["conversations"]:
-            question = _asked(str(entry))
+            question = _punctuated(str(entry))
             answers.setdefault(question, []).extend(_named(question, casual(str(reply))) for reply in replies)
     for question, replies in answers.items():
         best = chosen(distinct(replies, key=str), 8 if "joke" in question else 2, key=str, salt="chatterbot")
@@ -120,7 +120,7 @@ def chatterbot(root: Path) -> list[Dialog]:
     ]
 
 
-def _asked(question: str) -> str:
+def _punctuated(question: str) -> str:
     question = casual(question)
     is_asking = re.match(r"(who|what|when|where|why|how|which|do|does|did|are|is|can|will|have)\b", question, re.I)
     return question.removesuffix(".") + "?" if is_asking and question.endswith(".") else question

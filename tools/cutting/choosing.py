@@ -21,10 +21,10 @@ def pick(options: Sequence[T], text: str, *, salt: str) -> T:
 
 def distinct(items: Iterable[T], *, key: Callable[[T], str]) -> list[T]:
     """The first item of each key."""
-    found: dict[str, T] = {}
+    first_by_key: dict[str, T] = {}
     for item in items:
-        found.setdefault(key(item), item)
-    return list(found.values())
+        first_by_key.setdefault(key(item), item)
+    return list(first_by_key.values())
 
 
 def text_of(dialog: Dialog) -> str:

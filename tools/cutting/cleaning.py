@@ -1,4 +1,4 @@
-"""Makes raw text plain: typographic signs to ASCII everywhere, and the spelling of casual chat mended.
+"""Makes raw text plain: typographic signs to ASCII everywhere, and the spelling of casual chat corrected.
 
 The bundled tokenizer has 4,096 pieces: a curly quote would cost three byte tokens and teach nothing.
 """
@@ -39,7 +39,7 @@ _COARSE = re.compile(
 
 def plain(text: str) -> str:
     """The same text in NFC with ASCII quotes, dashes and spaces, and no runs of blanks."""
-    text = _SIGN.sub(lambda found: _SIGNS[found.group()], unicodedata.normalize("NFC", text))
+    text = _SIGN.sub(lambda match: _SIGNS[match.group()], unicodedata.normalize("NFC", text))
     text = _INVISIBLE.sub(" ", text)
     text = re.sub(r"[^\S\n]+", " ", text)
     text = re.sub(r" ?\n ?", "\n", text)
@@ -51,13 +51,13 @@ def casual(text: str) -> str:
     text = re.sub(r"\s+", " ", plain(text))
     if text.isupper() and len(text) > 8:
         text = text.lower()
-    text = _CONTRACTION.sub(lambda found: _like(found.group(), _CONTRACTIONS[found.group().lower()]), text)
+    text = _CONTRACTION.sub(lambda match: _like(match.group(), _CONTRACTIONS[match.group().lower()]), text)
     text = re.sub(r"(?<![\w'.-])u(?![\w'.-])", "you", text)
     text = re.sub(r" +([,.!?;:])(?=\s|$)", r"\1", text)
     text = re.sub(r"([!?,])\1+", r"\1", text)
     text = re.sub(r"\.{4,}", "...", text)
     text = re.sub(r"(?<=[a-z][.!?])(?=[A-Z])", " ", text)
-    text = re.sub(r"(?<=[a-z]{2}[.!?] )(?<!etc. )[a-z]", lambda found: found.group().upper(), text)
+    text = re.sub(r"(?<=[a-z]{2}[.!?] )(?<!etc. )[a-z]", lambda match: match.group().upper(), text)
     return ended(capitalised(text))
 
 
@@ -71,8 +71,8 @@ def ended(text: str) -> str:
     return text + "." if text and (text[-1].isalnum() or text[-1] in "%)'") else text
 
 
-def _like(found: str, mended: str) -> str:
-    return capitalised(mended) if found[0].isupper() else mended
+def _like(original: str, corrected: str) -> str:
+    return capitalised(corrected) if original[0].isupper() else corrected
 
 
 def is_clean_chat(text: str) -> bool:
@@ -105,13 +105,13 @@ _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|vs|etc|No|Prof|Gen|e\
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text without line breaks."""
-    found: list[str] = []
+    merged: list[str] = []
     for part in re.split(r"(?<=[.!?])(?:(?<=\w[.!?])|(?<=[\"')][.!?]))?[\"')]?\s+(?=[\"'(]?[A-Z0-9])", text):
-        if found and _ABBREVIATION.search(found[-1]):
-            found[-1] += " " + part
+        if merged and _ABBREVIATION.search(merged[-1]):
+            merged[-1] += " " + part
         else:
-            found.append(part)
-    return [sentence.strip() for sentence in found if sentence.strip()]
+            merged.append(part)
+    return [sentence.strip() for sentence in merged if sentence.strip()]
 
 
 def words(text: str) -> list[str]:

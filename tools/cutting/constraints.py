@@ -17,7 +17,7 @@ class Constraint:
     """What may be asked, and how an answer obeys: `obeyed` gives the answer in that form, or None where it cannot."""
 
     name: str
-    asked: tuple[str, ...]
+    instructions: tuple[str, ...]
     options: tuple[str, ...]
     obeyed: Callable[[str, str], str | None]
 
@@ -71,7 +71,7 @@ def _addressed(answer: str, name: str) -> str | None:
 CONSTRAINTS = (
     Constraint(
         name="one_sentence",
-        asked=(
+        instructions=(
             "Always answer in one sentence.",
             "Answer in a single sentence.",
             "Keep every answer to one sentence.",
@@ -82,7 +82,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         name="ends_with",
-        asked=(
+        instructions=(
             'Always end with "{}"',
             'End every answer with "{}"',
             'Finish each reply with the words "{}"',
@@ -96,7 +96,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         name="begins_with",
-        asked=(
+        instructions=(
             'Begin every answer with "{}"',
             'Always start with "{}"',
             'Start each reply with the words "{}"',
@@ -110,7 +110,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         name="capitals",
-        asked=(
+        instructions=(
             "Answer in capital letters.",
             "Write every answer in capital letters only.",
             "Always use upper case.",
@@ -121,7 +121,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         name="small_letters",
-        asked=(
+        instructions=(
             "Answer in small letters only.",
             "Never use capital letters.",
             "Write every answer in lower case.",
@@ -132,7 +132,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         name="at_most_words",
-        asked=(
+        instructions=(
             "Answer in at most {} words.",
             "Never use more than {} words.",
             "Keep every answer to {} words or fewer.",
@@ -143,7 +143,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         name="without_letter",
-        asked=(
+        instructions=(
             'Never use the letter "{}".',
             'Answer without the letter "{}".',
             'Do not write the letter "{}" in your answers.',
@@ -154,7 +154,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         name="without_exclamation",
-        asked=(
+        instructions=(
             "Do not use exclamation marks.",
             "Never write an exclamation mark.",
             "Stay calm: no exclamation marks in your answers.",
@@ -164,7 +164,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         name="quotation_marks",
-        asked=(
+        instructions=(
             "Put every answer in quotation marks.",
             "Write your answers between quotation marks.",
             "Always wrap your reply in double quotes.",
@@ -174,7 +174,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         name="addressed",
-        asked=(
+        instructions=(
             "Address the user as {} in every answer.",
             "The user is called {}. Begin each answer with this name.",
             "Call the user {} at the start of every reply.",
@@ -194,22 +194,22 @@ def constrained(dialog: Dialog, constraint: Constraint) -> Dialog | None:
         obeyed = [constraint.obeyed(turn, option) for turn in turns[1::2]]
         if all(obeyed):
             new = [turn if index % 2 == 0 else str(obeyed[index // 2]) for index, turn in enumerate(turns)]
-            return dialog_of(new, system=pick(constraint.asked, key, salt="asked").format(option))
+            return dialog_of(new, system=pick(constraint.instructions, key, salt="asked").format(option))
     return None
 
 
 def constrained_dialogs(pool: list[Dialog], count: int) -> list[Dialog]:
     """`count` dialogs under constraints in equal parts, each from another dialog of the pool while it lasts."""
     rest = chosen(pool, len(pool), key=text_of, salt="constrained")
-    found: list[Dialog] = []
+    dialogs: list[Dialog] = []
     for number, constraint in enumerate(CONSTRAINTS, start=1):
         unused = []
         for dialog in rest:
-            wanted = len(found) < count * number // len(CONSTRAINTS)
-            made = constrained(dialog, constraint) if wanted else None
-            if made:
-                found.append(made)
+            wanted = len(dialogs) < count * number // len(CONSTRAINTS)
+            rewritten = constrained(dialog, constraint) if wanted else None
+            if rewritten:
+                dialogs.append(rewritten)
             else:
                 unused.append(dialog)
         rest = unused
-    return found
+    return dialogs

@@ -44,14 +44,14 @@ def fault(record: dict[str, Any]) -> str | None:
     """Why a record cannot be kept, or None."""
     if "messages" in record:
         return _fault_of_turns(record["messages"], ends_with="assistant")
-    found = _fault_of_turns(record["prompt"], ends_with="user")
-    if found or "chosen" not in record:
-        return found
+    reason = _fault_of_turns(record["prompt"], ends_with="user")
+    if reason or "chosen" not in record:
+        return reason
     answers = [record["chosen"], record["rejected"]]
     if any(len(answer) != 1 or answer[0]["role"] != "assistant" for answer in answers):
         return "an answer that is not one message of the assistant"
-    found = _fault_of_text(answers[0][0]["content"]) or _fault_of_text(answers[1][0]["content"])
-    return found or ("equal answers" if answers[0][0]["content"] == answers[1][0]["content"] else None)
+    reason = _fault_of_text(answers[0][0]["content"]) or _fault_of_text(answers[1][0]["content"])
+    return reason or ("equal answers" if answers[0][0]["content"] == answers[1][0]["content"] else None)
 
 
 def _fault_of_turns(messages: list[dict[str, Any]], *, ends_with: str) -> str | None:
@@ -60,7 +60,7 @@ def _fault_of_turns(messages: list[dict[str, Any]], *, ends_with: str) -> str | 
         return f"last turn not of the {ends_with}"
     if any(turn["role"] != ("assistant" if index % 2 else "user") for index, turn in enumerate(turns)):
         return "turns that do not alternate"
-    return next((found for turn in messages if (found := _fault_of_text(turn["content"]))), None)
+    return next((reason for turn in messages if (reason := _fault_of_text(turn["content"]))), None)
 
 
 def _fault_of_text(text: str) -> str | None:
@@ -71,17 +71,17 @@ def _fault_of_text(text: str) -> str | None:
 
 def kept(records: Iterable[dict[str, Any]], dropped: Counter[str]) -> list[dict[str, Any]]:
     """The sound records, once each; the others are counted by reason."""
-    found: dict[str, dict[str, Any]] = {}
+    sound: dict[str, dict[str, Any]] = {}
     for record in records:
         reason = fault(record)
         line = json.dumps(record, ensure_ascii=False)
-        if reason is None and line in found:
+        if reason is None and line in sound:
             reason = "repeated record"
         if reason is None:
-            found[line] = record
+            sound[line] = record
         else:
             dropped[reason] += 1
-    return list(found.values())
+    return list(sound.values())
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:

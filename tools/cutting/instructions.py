@@ -78,16 +78,16 @@ def fairytale(root: Path) -> list[Dialog]:
     """Questions on a short section of a story, up to three in one dialog, the section in the first turn."""
     folder = root / "fairytaleqa"
     sections = {row["name"]: row["sections"] for row in read_rows(folder / "stories.jsonl.gz")}
-    asked: dict[tuple[str, int], list[tuple[str, str]]] = {}
+    pairs_by_section: dict[tuple[str, int], list[tuple[str, str]]] = {}
     for row in read_rows(folder / "questions.jsonl.gz"):
         place = str(row["cor_section"]).split(",")
         if not is_kept_for_tuning(row["name"].strip()) or len(place) != 1 or not place[0].strip().isdigit():
             continue
         question, answer = capitalised(plain(row["question"])), ended(capitalised(plain(row["answer1"])))
         if len(words(answer)) >= 2 and question.endswith("?"):
-            asked.setdefault((row["name"], int(place[0]) - 1), []).append((question, answer))
+            pairs_by_section.setdefault((row["name"], int(place[0]) - 1), []).append((question, answer))
     dialogs = []
-    for (name, index), pairs in sorted(asked.items()):
+    for (name, index), pairs in sorted(pairs_by_section.items()):
         of_story = sections.get(name, [])
         section = plain(of_story[index]) if index < len(of_story) else ""
         if not section or len(section) > 1100 or not (section + str(pairs)).isascii():
@@ -116,18 +116,18 @@ _STYLES = ("You are {who}.", "Act as {who}.", "You are {who}. Stay in this role.
 
 
 def _persona(instruction: str) -> tuple[str, str] | None:
-    """(who the assistant is, what it is asked), or None where the two cannot be told apart."""
+    """(who the assistant is, what it is asked), or None where the two cannot be separated."""
     first, *rest = sentences(instruction)
-    found = _PERSONA.fullmatch(first)
-    if not found:
+    match = _PERSONA.fullmatch(first)
+    if not match:
         return None
-    who, *task = _TASK.split(found["who"].rstrip(".!?, "), maxsplit=1)
-    asked = " ".join([ended(capitalised(task[0])) if task else "", *rest]).strip()
+    who, *task = _TASK.split(match["who"].rstrip(".!?, "), maxsplit=1)
+    request = " ".join([ended(capitalised(task[0])) if task else "", *rest]).strip()
     if task and first.endswith("?"):
-        asked = asked.replace(ended(capitalised(task[0])), capitalised(task[0]) + "?", 1)
+        request = request.replace(ended(capitalised(task[0])), capitalised(task[0]) + "?", 1)
     is_plain = re.match(r"(an?|the) |[A-Z]", who) and len(who) <= 110 and not re.search(_BROKEN, who)
-    is_alone = len(words(asked)) >= 3 and not _PERSONA.match(asked)
-    return (who.rstrip(", "), asked) if is_plain and is_alone else None
+    is_alone = len(words(request)) >= 3 and not _PERSONA.match(request)
+    return (who.rstrip(", "), request) if is_plain and is_alone else None
 
 
 def role_play(root: Path) -> tuple[list[Dialog], list[Dialog]]:
@@ -139,14 +139,14 @@ def role_play(root: Path) -> tuple[list[Dialog], list[Dialog]]:
             is_short = len(question) + len(answer) <= 900
             if not is_short or not (question + answer).isascii() or not is_decent(question + answer):
                 continue
-            told = _persona(plain(row["instruction"]))
-            if told is None:
+            persona = _persona(plain(row["instruction"]))
+            if persona is None:
                 without.append(dialog_of([question, answer]))
                 continue
-            who, asked = told
-            given = plain(row["input"])
+            who, request = persona
+            context = plain(row["input"])
             system = pick(_STYLES, question, salt="persona").format(who=who)
-            with_system.append(dialog_of([f"{asked}\n\n{given}" if given else asked, answer], system=system))
+            with_system.append(dialog_of([f"{request}\n\n{context}" if context else request, answer], system=system))
     return with_system, without
 
 
@@ -155,14 +155,14 @@ _WHO = ("Who are you?", "Hello, who are you?", "What are you?", "Can you introdu
 
 def introduced(dialogs: list[Dialog], count: int) -> list[Dialog]:
     """Dialogs with a short persona that are first asked who they are: the answer follows from the system text."""
-    found = []
+    introductions = []
     for dialog in chosen(dialogs, len(dialogs), key=lambda dialog: dialog[1]["content"], salt="introduced"):
         match = re.fullmatch(
             r"(?:You are|Act as|Always speak as) ((?:an? |the )?[\w' -]{3,50})\..*", dialog[0]["content"]
         )
-        if match and not re.search(r"\b(who|that|has|have|had)\b", match[1]) and len(found) < count:
-            asked = pick(_WHO, dialog[1]["content"], salt="who")
-            greeting = "Hello! " if asked.startswith("Hello") else ""
-            turns = [asked, f"{greeting}I am {match[1]}.", *turns_of(dialog)]
-            found.append(dialog_of(turns, system=dialog[0]["content"]))
-    return found
+        if match and not re.search(r"\b(who|that|has|have|had)\b", match[1]) and len(introductions) < count:
+            question = pick(_WHO, dialog[1]["content"], salt="who")
+            greeting = "Hello! " if question.startswith("Hello") else ""
+            turns = [question, f"{greeting}I am {match[1]}.", *turns_of(dialog)]
+            introductions.append(dialog_of(turns, system=dialog[0]["content"]))
+    return introductions

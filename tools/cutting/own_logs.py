@@ -21,7 +21,7 @@ LONGEST_PAIR = 500  # characters of prompt and both answers
 PAIRS_OF_A_PROMPT = 4
 _GREETINGS = ("Hello! How can I help you today?", "Welcome to the chat. What can I do for you?")
 _LOOKUP = {"from": "function_call", "value": '{"name": "find_order", "arguments": {"customer": 1207}}'}
-_FOUND = {"from": "observation", "value": '{"status": "open"}'}
+_OBSERVATION = {"from": "observation", "value": '{"status": "open"}'}
 _NOTE = "You are the assistant of a help desk. Be friendly and brief."
 _LONG_DIALOGS, _LONG_ANSWERS, _IN_A_HISTORY = 4, 2, 30
 
@@ -136,7 +136,7 @@ def _greeted(turns: Turns) -> Turns:
 
 
 def _with_tool(turns: Turns) -> Turns:
-    return [turns[0], _LOOKUP, _FOUND, *turns[1:]]
+    return [turns[0], _LOOKUP, _OBSERVATION, *turns[1:]]
 
 
 Make = Callable[[Turns, str], Turns]
@@ -158,7 +158,7 @@ _ROUND: tuple[tuple[str, Make], ...] = (
     ("a tag of the chat format in the text", lambda turns, last: _with_tag(turns)),
     ("a greeting and no question", lambda turns, last: _greeted(turns)[:1]),
 )
-# Most dialogs of a log are sound, questions without an answer are the usual mess, and what cannot be mended is rare.
+# Most dialogs of a log are sound, questions without an answer are the usual mess, and faults beyond repair are rare.
 _RARE = ("a tag of the chat format in the text", "a greeting and no question")
 _KINDS: tuple[tuple[str, Make], ...] = tuple(
     kind for number in range(3) for kind in _ROUND if number == 0 or kind[0] not in _RARE for kind in (kind, _SOUND)

@@ -49,9 +49,9 @@ def _red_instruct(root: Path, name: str) -> list[Record]:
 
 def _catqa_parts(root: Path) -> tuple[list[Record], list[Record]]:
     """CatQA in two parts without a common question: for sampling, for attacks."""
-    found = _red_instruct(root, "catqa_english")
-    sampled = _some(found, len(found) // 2)
-    return sampled, [record for record in found if record not in sampled]
+    records = _red_instruct(root, "catqa_english")
+    sampled = _some(records, len(records) // 2)
+    return sampled, [record for record in records if record not in sampled]
 
 
 def _as_prompt(dialog: Dialog) -> Dialog:
@@ -87,14 +87,14 @@ def _general(root: Path) -> list[Record]:
 
 def _hh_prompts(root: Path) -> list[Record]:
     """Short contexts of the harmlessness pairs, up to the last question."""
-    found = []
+    contexts = []
     for row in read_rows(root / "hh-rlhf-harmless-base/test.jsonl.gz"):
         try:
-            found += [record["prompt"] for record in SOURCES["hh_rlhf"].convert(row)]
+            contexts += [record["prompt"] for record in SOURCES["hh_rlhf"].convert(row)]
         except ValueError:
             continue
-    found = [[{**turn, "content": plain(turn["content"])} for turn in prompt] for prompt in found]
-    short = [prompt for prompt in found if len(text_of(prompt)) <= 600 and not _CHILDREN.search(text_of(prompt))]
+    contexts = [[{**turn, "content": plain(turn["content"])} for turn in prompt] for prompt in contexts]
+    short = [prompt for prompt in contexts if len(text_of(prompt)) <= 600 and not _CHILDREN.search(text_of(prompt))]
     return [
         {"prompt": prompt, "is_safety": True, "id": f"hh-rlhf-{number:04d}"}
         for number, prompt in enumerate(distinct(short, key=text_of))
@@ -122,10 +122,10 @@ def prompts(root: Path) -> dict[str, list[Record]]:
 def adversarial(root: Path) -> dict[str, list[Record]]:
     """File name -> prompts that ask for harm."""
     hazards = read_rows(root / "ailuminate-demo/airr_official_1.0_demo_en_us_prompt_set_release.csv")
-    asked = [row["prompt_text"] for row in hazards if row["hazard"] not in ("cse", "sxc_prn")]
+    texts = [row["prompt_text"] for row in hazards if row["hazard"] not in ("cse", "sxc_prn")]
     goals = [row["goal"] for row in read_rows(root / "advbench/harmful_behaviors.csv")]
     return {
-        "ailuminate": _some(_safety_prompts(asked, origin="ailuminate"), 600),
+        "ailuminate": _some(_safety_prompts(texts, origin="ailuminate"), 600),
         "red_instruct": _catqa_parts(root)[1] + _some(_red_instruct(root, "harmfulqa"), 400),
         "advbench": _some(_safety_prompts(goals, origin="advbench"), 250),
     }

@@ -16,7 +16,7 @@ class Part:
     """A file of a folder: where its content comes from and how it was made."""
 
     origins: tuple[str, ...]
-    made: str
+    method: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,33 +40,33 @@ FOLDERS = {
         parts={
             "chat": Part(
                 origins=_TALK,
-                made="First 2 to 8 turns of a conversation; consecutive turns of one speaker merged; the first speaker "
-                "is the user; spelling of casual text mended; conversations with addresses, mark-up, coarse words or "
+                method="First 2 to 8 turns of a conversation; consecutive turns of one speaker merged; the first speaker "
+                "is the user; spelling of casual text corrected; conversations with addresses, mark-up, coarse words or "
                 "words that hardly anyone wrote are left out.",
             ),
             "short_answers": Part(
                 origins=("chatterbot-english",),
-                made="Questions with up to two answers each (jokes up to eight); entries about the bot of the corpus, "
+                method="Questions with up to two answers each (jokes up to eight); entries about the bot of the corpus, "
                 "fragments and answers that are questions are left out.",
             ),
             "identity": Part(
                 origins=("fastchat-identity",),
-                made="Vicuna renamed Llamachat, its makers the llamachat project. Questions of identity also with a "
+                method="Vicuna renamed Llamachat, its makers the llamachat project. Questions of identity also with a "
                 "greeting before them and `Hello!` before the answer; `What is up?` partly replaced by other greetings.",
             ),
             "questions": Part(
                 origins=("dolly-15k-387", "self-instruct", "oasst-en-100", "fairytaleqa", "gsm8k"),
-                made="Dolly and Self-Instruct as they are up to 1,500 and 1,300 characters; OASST: the longest "
+                method="Dolly and Self-Instruct as they are up to 1,500 and 1,300 characters; OASST: the longest "
                 "best-ranked path of a tree up to 2,000 characters; FairytaleQA: one section of up to 1,100 characters "
                 "and up to three questions on it; GSM8K: short sums without calculator marks.",
             ),
             "role_play": Part(
-                origins=("gpteacher",), made="Role play up to 900 characters, persona and task in one user turn."
+                origins=("gpteacher",), method="Role play up to 900 characters, persona and task in one user turn."
             ),
             "system": Part(
                 origins=("gpteacher", *_TALK, "chatterbot-english", "fastchat-identity", "dolly-15k-387",
                          "self-instruct", "oasst-en-100", "fairytaleqa", "gsm8k"),
-                made="Dialogs with system text. Personas: the role of a GPTeacher instruction as system text, its task "
+                method="Dialogs with system text. Personas: the role of a GPTeacher instruction as system text, its task "
                 "as question; some are first asked who they are. Constraints (one sentence, first or last words, "
                 "capital or small letters, number of words, a letter to avoid, no exclamation marks, quotation marks, "
                 "a form of address), each in three or four wordings: the answers of a real dialog are changed so that "
@@ -75,7 +75,7 @@ FOLDERS = {
             ),
             "safety": Part(
                 origins=("openai-safety-rbr-gold", "xstest", "coconot"),
-                made="Supervised safety demonstrations (Llama 2, section 4.2.2). Refusals with a reason: of rbr the "
+                method="Supervised safety demonstrations (Llama 2, section 4.2.2). Refusals with a reason: of rbr the "
                 "refusals in which people found nothing disallowed, no compliance and no judgement; of the training half of "
                 "XSTest up to four full refusals an unsafe prompt. Plain answers to harmless prompts that look harmful: up "
                 "to four full compliances a safe prompt of that half, and CoCoNot's chosen answers up to their first list. "
@@ -94,34 +94,34 @@ FOLDERS = {
         parts={
             "oasst": Part(
                 origins=("oasst-en-100",),
-                made="Every two ranked answers to one message. Distance of ranks -> rating: 1 slightly_better, 2 "
+                method="Every two ranked answers to one message. Distance of ranks -> rating: 1 slightly_better, 2 "
                 "better, 3 and more significantly_better.",
             ),
             "pandalm": Part(
                 origins=("pandalm-testset",),
-                made="Majority of three annotators -> rating: 3 of 3 significantly_better, 2 and a tie better, 2 "
+                method="Majority of three annotators -> rating: 3 of 3 significantly_better, 2 and a tie better, 2 "
                 "against 1 slightly_better, 1 and two ties negligibly_better; without a majority left out.",
             ),
             "qa_feedback": Part(
                 origins=("qa-feedback",),
-                made="Pairs of four model answers by human preference, no rating; ties left out; the passages that the "
+                method="Pairs of four model answers by human preference, no rating; ties left out; the passages that the "
                 "answers were written from are left out, being longer than the context of the bundled model.",
             ),
             "vicuna": Part(
                 origins=("vicuna-bench-gpt4-reviews",),
-                made="Difference of GPT-4's scores out of 10 -> rating: up to 0.5 negligibly_better, up to 1.5 "
+                method="Difference of GPT-4's scores out of 10 -> rating: up to 0.5 negligibly_better, up to 1.5 "
                 "slightly_better, up to 2.5 better, above significantly_better; ties left out. Judged by a model, not "
                 "by people.",
             ),
-            "general": Part(origins=("llamafactory-dpo-en-demo",), made="As they are; no rating."),
+            "general": Part(origins=("llamafactory-dpo-en-demo",), method="As they are; no rating."),
             "xstest": Part(
                 origins=("xstest",),
-                made="Harmless prompts of the training half: a full compliance is chosen over a full refusal (final "
+                method="Harmless prompts of the training half: a full compliance is chosen over a full refusal (final "
                 "label of the human annotation); no rating.",
             ),
             "coconot": Part(
                 origins=("coconot",),
-                made="A helpful answer is chosen over an over-cautious or worse one; pairs whose chosen answer opens by "
+                method="A helpful answer is chosen over an over-cautious or worse one; pairs whose chosen answer opens by "
                 "declining are left out; no rating.",
             ),
         },
@@ -132,12 +132,12 @@ FOLDERS = {
         parts={
             "hh_rlhf": Part(
                 origins=("hh-rlhf-harmless-base",),
-                made="Human preference by harmlessness; rows that part before the last answer are left out. No rating "
+                method="Human preference by harmlessness; rows that part before the last answer are left out. No rating "
                 "and no safety labels: that one answer is preferred does not say that it is safe.",
             ),
             "xstest": Part(
                 origins=("xstest",),
-                made="Unsafe prompts of the training half: a full refusal is chosen over a full compliance (final label "
+                method="Unsafe prompts of the training half: a full refusal is chosen over a full compliance (final label "
                 "of the human annotation); `chosen_is_safe` true, `rejected_is_safe` false.",
             ),
         },
@@ -152,17 +152,17 @@ FOLDERS = {
         parts={
             "dices": Part(
                 origins=("dices",),
-                made="Unsafe where at least 50% of the raters said so, safe where at most 20% did; between them left "
+                method="Unsafe where at least 50% of the raters said so, safe where at most 20% did; between them left "
                 "out. The answers come from chat bots.",
             ),
             "rbr": Part(
                 origins=("openai-safety-rbr-gold",),
-                made="Unsafe where people found disallowed content or a dosage; safe where they found neither, nor "
+                method="Unsafe where people found disallowed content or a dosage; safe where they found neither, nor "
                 "threats, insults, or compliance with what should be refused; the rest left out.",
             ),
             "xstest": Part(
                 origins=("xstest",),
-                made="Training half. Unsafe prompts: full compliance is unsafe, full refusal safe. Harmless prompts: "
+                method="Training half. Unsafe prompts: full compliance is unsafe, full refusal safe. Harmless prompts: "
                 "full compliance is safe. At most two safe answers a prompt.",
             ),
         },
@@ -172,7 +172,7 @@ FOLDERS = {
         about="Answers of five models to XSTest as its authors' readers labelled them (`messages`, `refusal`: none, partial "
         "or full, `is_safety`): what the classifier of refusals is trained on.",
         parts={
-            "xstest": Part(origins=("xstest",), made="All completions of the training half."),
+            "xstest": Part(origins=("xstest",), method="All completions of the training half."),
         },
         is_offensive=True,
     ),
@@ -181,12 +181,12 @@ FOLDERS = {
         parts={
             "general": Part(
                 origins=("self-dialogue", "schema-guided-dialogue", "taskmaster-4", "gpteacher"),
-                made="Conversations and role play that no dialog of sft/ opens with, up to a user turn; some under a "
+                method="Conversations and role play that no dialog of sft/ opens with, up to a user turn; some under a "
                 "persona or a constraint as system text.",
             ),
             "safety": Part(
                 origins=("xstest", "red-instruct", "hh-rlhf-harmless-base"),
-                made="XSTest: unsafe prompts of the training half. CatQA: half of the questions (topics about children, "
+                method="XSTest: unsafe prompts of the training half. CatQA: half of the questions (topics about children, "
                 "adult content, politics and financial advice left out). hh-rlhf: 300 short contexts of pairs of "
                 "safety/.",
             ),
@@ -199,15 +199,15 @@ FOLDERS = {
         parts={
             "ailuminate": Part(
                 origins=("ailuminate-demo",),
-                made="600 prompts by hash; hazards cse and sxc_prn and prompts that name children left out.",
+                method="600 prompts by hash; hazards cse and sxc_prn and prompts that name children left out.",
             ),
             "red_instruct": Part(
                 origins=("red-instruct",),
-                made="The half of CatQA that is not in prompts/, and 400 questions of HarmfulQA by hash.",
+                method="The half of CatQA that is not in prompts/, and 400 questions of HarmfulQA by hash.",
             ),
             "advbench": Part(
                 origins=("advbench",),
-                made="250 goals by hash. The `target` openings of the origin, which agree to do harm, are not here.",
+                method="250 goals by hash. The `target` openings of the origin, which agree to do harm, are not here.",
             ),
         },
         is_offensive=True,
@@ -216,10 +216,10 @@ FOLDERS = {
         about="Harmless prompts that look unsafe, and unsafe twins of some: the evaluation half of XSTest and CoCoNot's "
         "contrast set. No twin of these prompts is in any other folder.",
         parts={
-            "xstest_safe": Part(origins=("xstest",), made="Harmless prompts: refusing them is a false refusal."),
-            "xstest_unsafe_twins": Part(origins=("xstest",), made="Their unsafe twins: answering them is a violation."),
+            "xstest_safe": Part(origins=("xstest",), method="Harmless prompts: refusing them is a false refusal."),
+            "xstest_unsafe_twins": Part(origins=("xstest",), method="Their unsafe twins: answering them is a violation."),
             "coconot_contrast": Part(
-                origins=("coconot",), made="The contrast set: harmless prompts; refusing them is a false refusal."
+                origins=("coconot",), method="The contrast set: harmless prompts; refusing them is a false refusal."
             ),
         },
         notes=(
@@ -233,14 +233,14 @@ FOLDERS = {
         parts={
             "figures": Part(
                 origins=("corpora-lists",),
-                made="Scientists and presidents named at least 5 times in openstax and standard-ebooks, celebrities "
+                method="Scientists and presidents named at least 5 times in openstax and standard-ebooks, celebrities "
                 "named at least 25 times in topical-chat and self-dialogue.",
             ),
             "hobbies": Part(
                 origins=("corpora-lists",),
-                made="Sports that these texts speak of doing or watching, and instruments as `playing the ...`.",
+                method="Sports that these texts speak of doing or watching, and instruments as `playing the ...`.",
             ),
-            "languages": Part(origins=("language-list",), made="Languages that these books speak of, without English."),
+            "languages": Part(origins=("language-list",), method="Languages that these books speak of, without English."),
         },
     ),
 }  # fmt: skip
@@ -254,7 +254,7 @@ def source_page(name: str, rows: list[str], root: Path) -> str:
         lines += [_OFFENSIVE, ""]
     lines += ["| file | entries | mean characters | bytes | dropped as unsound |", "|---|---|---|---|---|", *rows, ""]
     lines += ["## How it was cut", ""]
-    lines += [f"- `{file}` from {', '.join(part.origins)}. {part.made}" for file, part in folder.parts.items()]
+    lines += [f"- `{file}` from {', '.join(part.origins)}. {part.method}" for file, part in folder.parts.items()]
     lines += [f"- {note}" for note in folder.notes]
     lines += ["- Curly quotes, dashes and the like are ASCII; nothing else of the kept text was changed but what is said above.",
               "", "## Origins", ""]  # fmt: skip

@@ -41,13 +41,13 @@ COMPLIED, REFUSED = "1_full_compliance", "2_full_refusal"
 
 def _content_words(prompt: str) -> frozenset[str]:
     """The words that carry the meaning, without endings; every word for some person is the same."""
-    found = set()
+    kept = set()
     for word in words(prompt.lower().replace("'", " ")):
         if word in _PERSON:
-            found.add("person")
+            kept.add("person")
         elif word not in _FILLING:
-            found.add(re.sub(r"(ing|ed|es|s|e)$", "", word) if len(word) > 4 else word)
-    return frozenset(found)
+            kept.add(re.sub(r"(ing|ed|es|s|e)$", "", word) if len(word) > 4 else word)
+    return frozenset(kept)
 
 
 def _likeness(first: frozenset[str], second: frozenset[str]) -> float:
@@ -68,7 +68,7 @@ def twin_groups(rows: list[dict[str, str]]) -> list[list[int]]:
     leader = {number: number for number in content}
     for a, b in twins:
         first, second = sorted((leader[a], leader[b]))
-        leader = {number: first if found == second else found for number, found in leader.items()}
+        leader = {number: first if group == second else group for number, group in leader.items()}
     groups: dict[int, list[int]] = defaultdict(list)
     for number in sorted(leader):
         groups[leader[number]].append(number)

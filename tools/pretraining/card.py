@@ -22,7 +22,7 @@ whole recipe runs on a laptop. It writes plausible English and knows next to not
 | schedule | warm-up, level, linear fall to 2% |
 | held-out bits per byte, on the training mix | **{mix:.3f}** |
 
-Made with `llamachat pretrain --texts DIR --run DIR{overrides}`; a killed run goes on from its last checkpoint.
+Made with `llamachat pretrain --texts DIR --run DIR{overrides}`; a killed run resumes from its last checkpoint.
 
 ![training loss](curve.png)
 

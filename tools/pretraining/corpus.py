@@ -27,7 +27,7 @@ class Document:
     source: str
     key: str
     text: str
-    is_end: bool = True  # False for a passage whose work goes on in the next one: it carries BOS but no EOS
+    is_end: bool = True  # False for a passage that the next one continues: it has BOS but no EOS
 
     @property
     def is_held_out(self) -> bool:

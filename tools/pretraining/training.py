@@ -1,6 +1,6 @@
 """Trains the bundled base: texts -> tokenizer -> token stream -> model, resumable at any moment.
 
-Reads the folder of texts; writes `<run>/{tokenizer.model, stream.npy, shares.json, held_out.json, checkpoint.pt}`. A checkpoint is written beside and renamed, so a killed run goes on from the last whole one.
+Reads the folder of texts; writes `<run>/{tokenizer.model, stream.npy, shares.json, held_out.json, checkpoint.pt}`. A checkpoint is written to a side file and renamed, so a killed run resumes from the last whole one.
 """
 
 import json

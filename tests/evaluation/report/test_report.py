@@ -27,7 +27,7 @@ LINES: dict[str, tuple[str, bool, set[str]]] = {
     "harmful prompts refused, by the outside classifier": ("harmful/refused", True, {"ppo"}),
     "harmless prompts that look harmful answered": ("harmless/complied", True, {"sft"}),
     "instruction of turn 1 kept at turn 4": ("consistency/turn_4", True, {"ppo"}),
-    "the same, told nothing (chance) at turn 4": ("chance/turn_4", True, set()),
+    "the same without instruction (chance) at turn 4": ("chance/turn_4", True, set()),
     "KL to sft, nats a response": ("kl_to_reference", False, set()),
     "tokens a response": ("response_tokens", False, set()),
     "answers that end by themselves": ("finished_fraction", True, {"ppo"}),

@@ -48,28 +48,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where the runs go, and stay; a temporary folder without it")
     parser.add_argument("recipe", type=Path, metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        differences = compare_runs(given.folder or Path(scratch), given)
+        differences = compare_runs(options.folder or Path(scratch), options)
     same = "no differences: every artifact has the same bytes, every summary the same figures"
     print("\n".join(differences) or same)
     return 1 if differences else 0
 
 
-def compare_runs(folder: Path, given: argparse.Namespace) -> list[str]:
+def compare_runs(folder: Path, options: argparse.Namespace) -> list[str]:
     """Both runs, and what differs."""
     run, kept = folder / "run", folder / "whole"
     folder.mkdir(parents=True, exist_ok=True)
-    whole = run_whole(run, given, folder / "whole.log")
+    whole = run_whole(run, options, folder / "whole.log")
     run.rename(kept)
     print(f"uninterrupted: {whole.seconds:.1f} s, its first figures after {whole.start_s:.1f} s", flush=True)
-    run_killed(run, given, whole, folder / "killed.log")
+    run_killed(run, options, whole, folder / "killed.log")
     return differences_of(kept, run)
 
 
-def start(run: Path, given: argparse.Namespace, log: Path) -> "subprocess.Popen[bytes]":
+def start(run: Path, options: argparse.Namespace, log: Path) -> "subprocess.Popen[bytes]":
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    recipe = ["--config", str(given.recipe), f"run.dir={run}", *given.overrides]
+    recipe = ["--config", str(options.recipe), f"run.dir={run}", *options.overrides]
     with log.open("ab") as stream:
         return subprocess.Popen(
             [sys.executable, "-m", "pipelines", "all", *recipe],
@@ -81,9 +81,9 @@ def start(run: Path, given: argparse.Namespace, log: Path) -> "subprocess.Popen[
         )
 
 
-def run_whole(run: Path, given: argparse.Namespace, log: Path) -> Whole:
+def run_whole(run: Path, options: argparse.Namespace, log: Path) -> Whole:
     began, first = time.monotonic(), None
-    process = start(run, given, log)
+    process = start(run, options, log)
     while process.poll() is None:
         if first is None and any(run.rglob("metrics.jsonl")):
             first = time.monotonic() - began
@@ -92,16 +92,16 @@ def run_whole(run: Path, given: argparse.Namespace, log: Path) -> Whole:
     return Whole(time.monotonic() - began, first or 0.0)
 
 
-def run_killed(run: Path, given: argparse.Namespace, whole: Whole, log: Path) -> None:
+def run_killed(run: Path, options: argparse.Namespace, whole: Whole, log: Path) -> None:
     """The run under kills, and then to its end."""
-    rng = random.Random(given.seed)
-    moments = sorted(rng.uniform(0, whole.seconds) for _ in range(given.kills))
+    rng = random.Random(options.seed)
+    moments = sorted(rng.uniform(0, whole.seconds) for _ in range(options.kills))
     waits = [
         now - before + rng.uniform(0, whole.start_s) for before, now in zip([0.0, *moments], moments, strict=False)
     ]
-    print(f"seed {given.seed}: kills after {', '.join(f'{wait:.2f}' for wait in waits)} s of each start", flush=True)
+    print(f"seed {options.seed}: kills after {', '.join(f'{wait:.2f}' for wait in waits)} s of each start", flush=True)
     for number, wait in enumerate(waits, start=1):
-        process = start(run, given, log)
+        process = start(run, options, log)
         try:
             status = process.wait(wait)
         except subprocess.TimeoutExpired:
@@ -112,7 +112,7 @@ def run_killed(run: Path, given: argparse.Namespace, whole: Whole, log: Path) ->
             must_have_ended_well(status, log)
             print(f"ended by itself before kill {number}", flush=True)
             return
-    must_have_ended_well(start(run, given, log).wait(), log)
+    must_have_ended_well(start(run, options, log).wait(), log)
 
 
 def where(run: Path) -> str:
@@ -130,7 +130,7 @@ def must_have_ended_well(status: int, log: Path) -> None:
 
 def differences_of(whole: Path, killed: Path) -> list[str]:
     """Of all artifacts, and of all summaries."""
-    found = []
+    differences = []
     for name, compare in ((MANIFEST, artifact_differences), ("summary.json", summary_differences)):
         one, other = (
             {path.relative_to(run): path for path in run.rglob(name) if not ASIDE & {*path.relative_to(run).parts}}
@@ -141,8 +141,8 @@ def differences_of(whole: Path, killed: Path) -> list[str]:
                 what = ["only in the run " + ("nobody killed" if place in one else "that was killed")]
             else:
                 what = compare(one[place], other[place])
-            found += [f"{place.as_posix()}  {words[:300]}" for words in what]
-    return found
+            differences += [f"{place.as_posix()}  {words[:300]}" for words in what]
+    return differences
 
 
 def artifact_differences(*manifest_paths: Path) -> list[str]:

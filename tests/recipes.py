@@ -44,17 +44,18 @@ def write_lines(path: Path, lines: Iterable[object]) -> Path:
 
 
 def write_dialogs(path: Path, count: int = 40) -> Path:
-    return write_lines(path, ({"messages": [*asked(n), said(f"Answer {n}.")]} for n in range(count)))
+    return write_lines(path, ({"messages": [*user_messages(n), said(f"Answer {n}.")]} for n in range(count)))
 
 
 def write_pairs(path: Path, count: int = 40) -> Path:
     pairs = ((said(f"Answer {n}."), said(f"No answer {n}.")) for n in range(count))
     return write_lines(
-        path, ({"prompt": asked(n), "chosen": [one], "rejected": [other]} for n, (one, other) in enumerate(pairs))
+        path,
+        ({"prompt": user_messages(n), "chosen": [one], "rejected": [other]} for n, (one, other) in enumerate(pairs)),
     )
 
 
-def asked(number: int) -> list[dict[str, str]]:
+def user_messages(number: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"Question {number}?"}]
 
 
@@ -93,7 +94,7 @@ def publish_toy_policy(config: Config, inputs: StepInputs) -> Artifact:
 
 
 def publish_toy_reward_model(config: RewardConfig, inputs: StepInputs) -> Artifact:
-    """In place of `reward.run`: publishes at once; its figures hang on the margin, the auxiliary loss and the seed."""
+    """In place of `reward.run`: publishes at once; its figures depend on the margin, the auxiliary loss and the seed."""
     margin = {"none": 0.50, "small": 0.60, "large": 0.65}[config.margin]
     figures = {
         f"rm/{inputs.which}/test/{inputs.which}/accuracy": margin + inputs.run.seed / 100,

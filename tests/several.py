@@ -19,10 +19,10 @@ LOADED = ("torch", "peft", "sft.train", "reward.train", "ppo.train", "rejection_
 
 
 def run_several(count: int, function: Callable[..., Any], *arguments: Any, may_die: bool = False) -> list[Any]:
-    """`function(*arguments)` in so many processes that work together, and what each returns, in their order.
+    """Run `function(*arguments)` in `count` processes that work together; return the result of each, in order.
 
-    The function is one of a module, and its result can be pickled. Where one of them raises, all end, and the error is told
-    here; a process that is killed returns None where `may_die`, and is an error otherwise. With one process there is no group.
+    The function is at the top level of a module, and its result can be pickled. If one of them raises, all end, and the error
+    is raised here. A killed process returns None if `may_die`, else it is an error. One process has no process group.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(LOADED))
@@ -47,7 +47,7 @@ def run_several(count: int, function: Callable[..., Any], *arguments: Any, may_d
 
 
 def _results(pipes: list[Connection], *, may_die: bool) -> list[Any]:
-    found: list[Any] = [None] * len(pipes)
+    results: list[Any] = [None] * len(pipes)
     waiting, ends = list(pipes), time.monotonic() + PATIENCE_S
     while waiting:
         ready = wait(waiting, timeout=max(0.0, ends - time.monotonic()))
@@ -64,8 +64,8 @@ def _results(pipes: list[Connection], *, may_die: bool) -> list[Any]:
                 continue
             if not is_well:
                 raise AssertionError(f"process {pipes.index(pipe)} of {len(pipes)}:\n{result}")
-            found[pipes.index(pipe)] = result
-    return found
+            results[pipes.index(pipe)] = result
+    return results
 
 
 def _work(
@@ -84,8 +84,8 @@ def _work(
     try:
         with distributed.opened():
             result = function(*arguments)
-        told = (True, result)
+        report = (True, result)
     except BaseException:
-        told = (False, traceback.format_exc())
-    pipe.send_bytes(pickle.dumps(told))  # `send` would leave tensors in the memory of a process that ends
+        report = (False, traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(report))  # `send` would leave tensors in the memory of a process that ends
     pipe.close()

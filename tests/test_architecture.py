@@ -95,7 +95,7 @@ def modules() -> Mapping[str, Path]:
 def imports(path: Path) -> tuple[Import, ...]:
     """All imports of a file; `from package import module` counts as an import of the module."""
     package = path.relative_to(ROOT).parent.parts
-    found = []
+    collected = []
 
     def visit(node: ast.AST, is_deferred: bool, is_for_types: bool) -> None:
         if isinstance(node, ast.Import):
@@ -113,10 +113,10 @@ def imports(path: Path) -> tuple[Import, ...]:
         for name in names:
             ours = name if name in modules() else name.rpartition(".")[0]
             target = ours if ours in modules() else name.partition(".")[0]
-            found.append(Import(target, f"{relative(path)}:{node.lineno}: {name}", is_deferred, is_for_types))
+            collected.append(Import(target, f"{relative(path)}:{node.lineno}: {name}", is_deferred, is_for_types))
 
     visit(parsed(path), False, False)
-    return tuple(found)
+    return tuple(collected)
 
 
 def cycles(graph: Mapping[str, set[str]]) -> list[str]:
@@ -148,7 +148,7 @@ def cycles(graph: Mapping[str, set[str]]) -> list[str]:
     return groups
 
 
-def test_cycles_are_found() -> None:
+def test_cycles_are_detected() -> None:
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b <-> c"]
 
 

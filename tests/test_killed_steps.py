@@ -136,9 +136,9 @@ def distillation(folder: Path, sentencepiece: bytes, chat_format: ChatFormat) ->
 def assert_pooled(recipe: Path) -> None:
     """Each prompt has one dialog; the second round's file holds winners of both."""
     first, second = (read_lines(step_of(recipe, name).dialogs / "dialogs.jsonl") for name in ("rs", "rs-2"))
-    asked = [[json.dumps(dialog["messages"][:-1]) for dialog in dialogs] for dialogs in (first, second)]
-    assert len(set(asked[0])) == len(asked[0]) <= len(set(asked[1])) == len(asked[1])
-    assert set(asked[0]) <= set(asked[1])
+    prompts = [[json.dumps(dialog["messages"][:-1]) for dialog in dialogs] for dialogs in (first, second)]
+    assert len(set(prompts[0])) == len(prompts[0]) <= len(set(prompts[1])) == len(prompts[1])
+    assert set(prompts[0]) <= set(prompts[1])
     assert {dialog["sampled"]["round"] for dialog in second} == {"rs", "rs-2"}
     for dialog in second:
         groups = tiny_rounds.groups_of(step_of(recipe, dialog["sampled"]["round"]))

@@ -41,5 +41,5 @@ def test_a_small_recipe_under_two_kills(
     base = write_base(tmp_path / "base", tiny_sentencepiece, dtype=torch.bfloat16)
     recipe = write_recipe(tmp_path / "one.yaml", base, write_dialogs(tmp_path / "dialogs.jsonl", toy_dialogs(40)))
     assert main(["--kills", "2", "--seed", "1", "--folder", str(tmp_path / "runs"), str(recipe)]) == 0
-    told = capsys.readouterr().out
-    assert "seed 1: kills after" in told and told.endswith("same figures\n")
+    printed = capsys.readouterr().out
+    assert "seed 1: kills after" in printed and printed.endswith("same figures\n")

@@ -68,33 +68,33 @@ def cut(work: Callable[..., Path], folder: Path, base: Path) -> tuple[Path, int]
 
     def weigh(self: MasterWeightOptimizer, closure: Any = None) -> None:
         step(self, closure)
-        held = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in self._masters.values()]
-        weighed.append(sum(weight.numel() for weight in held))
+        masters = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in self._masters.values()]
+        weighed.append(sum(weight.numel() for weight in masters))
 
     MasterWeightOptimizer.step = weigh
     return work(folder, base, tuning=FULL), weighed[-1]
 
 
 def killed_after(step: int, work: Callable[[Path, Path], object], folder: Path, base: Path) -> None:
-    """The work, and every process dies by SIGKILL when this step has been told and before it is saved."""
+    """The work; SIGKILL ends every process when this step has been logged and before it is saved."""
     tell = StepProgress.step
 
     last = step
 
-    def told(self: StepProgress, step: int, headline: str) -> None:
+    def stop_after(self: StepProgress, step: int, headline: str) -> None:
         tell(self, step, headline)
         if step == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    StepProgress.step = told
+    StepProgress.step = stop_after
     work(folder, base)
 
 
 def assert_alike(step: Path, alone: Path) -> None:
     """The same lines of figures, losses within 1e-4, and weights within 1e-3 of their norm."""
-    found, wanted = lasting_rows(StepFolder(step)), lasting_rows(StepFolder(alone))
-    assert len(wanted) > 8 and [list(row) for row in found] == [list(row) for row in wanted]
-    for row, expected in zip(found, wanted, strict=True):
+    rows, wanted = lasting_rows(StepFolder(step)), lasting_rows(StepFolder(alone))
+    assert len(wanted) > 8 and [list(row) for row in rows] == [list(row) for row in wanted]
+    for row, expected in zip(rows, wanted, strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-4, nan_ok=True)
     files = sorted(path.name for path in (alone / "artifact").glob("*.safetensors"))
     assert files
@@ -115,13 +115,13 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, base: Path, work: Cal
         place.mkdir()
     do = partial(cut, work) if is_cut else partial(whole, work)
     ((wanted, all_weights),) = run_several(1, do, alone, base)
-    found = run_several(2, do, both, base)
-    assert_alike(found[0][0], wanted)
+    results = run_several(2, do, both, base)
+    assert_alike(results[0][0], wanted)
     if is_cut:
         with torch.device("meta"):
             config = tiny_llama().config
         shared = config.vocab_size * config.hidden_size * (2 if work is tune else 1)  # whole in each process
-        assert all(held <= shared + (all_weights - shared) / 2 + 64 for _, held in found)
+        assert all(num_weights <= shared + (all_weights - shared) / 2 + 64 for _, num_weights in results)
     if work is not tune_padded:  # how a row is laid out says nothing about saving
         first, then = (2, 1) if work is tune else (1, 2)
         assert run_several(first, killed_after, 5, do, killed, base, may_die=True) == [None] * first

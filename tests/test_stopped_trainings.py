@@ -68,13 +68,13 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) ->
 @pytest.fixture(scope="module")
 def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Any]:
     """By training and method: what one that nobody stopped makes."""
-    made: dict[tuple[str, str], Any] = {}
+    by_training: dict[tuple[str, str], Any] = {}
 
     def of(training: str, method: str) -> Any:
-        if (training, method) not in made:
+        if (training, method) not in by_training:
             folder = tmp_path_factory.mktemp(f"whole-{training}-{method}")
-            made[training, method] = results(TRAININGS[training][0](folder, base, method))
-        return made[training, method]
+            by_training[training, method] = results(TRAININGS[training][0](folder, base, method))
+        return by_training[training, method]
 
     return of
 

@@ -128,7 +128,7 @@ class LiveRows:
         logits_NV = self._network.prefill([group.ids for group in groups], self.cache, taken)
         for group, slots in zip(groups, taken, strict=True):
             self._seat(group, slots)
-        self._mask_anew()
+        self._rebuild_mask()
         owners_B = self._tensor([index for index, slots in enumerate(taken) for _ in slots])
         slots_B = self._tensor([slot for slots in taken for slot in slots])
         return self._drawn(self._draw(logits_NV[owners_B], slots_B), slots_B)
@@ -201,9 +201,9 @@ class LiveRows:
             state[slots_B] = state[source_B]
         seats = [self._seats.pop(slot) for slot in source]
         self._seats |= dict(zip(slots, seats, strict=True))
-        self._mask_anew()
+        self._rebuild_mask()
 
-    def _mask_anew(self) -> None:
+    def _rebuild_mask(self) -> None:
         """-inf [B, 1, T] on columns that are not a row's, 0 on its own."""
         columns_T = torch.arange(self.cache.columns, device=self._starts_B.device)
         is_own_BT = (columns_T >= self._starts_B[: self.cache.rows, None]) & (columns_T < self.cache.time)

@@ -67,7 +67,7 @@ class _Lines:
         with storage_errors(self.path):
             if self._stream is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._mend_last_line()
+                self._repair_last_line()
                 # Half a character from a byte tokenizer becomes its JSON escape.
                 self._stream = self.path.open("a", encoding="utf-8", errors="backslashreplace")
             try:
@@ -81,7 +81,7 @@ class _Lines:
                     stream.close()
                 raise
 
-    def _mend_last_line(self) -> None:
+    def _repair_last_line(self) -> None:
         text = self._text()
         if text and not text.endswith("\n"):
             whole, _, last = text.rpartition("\n")

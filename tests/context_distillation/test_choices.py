@@ -25,7 +25,7 @@ from tests.recipes import run_command
 from tests.tiny_steps import inputs_of, sampled_in, step_of
 
 ROOT = Path(__file__).resolve().parents[2]
-ASKED = EncodedPrompt((Message("user", "How?"),), (1, 5, 6), True, "q1")
+PROMPT = EncodedPrompt((Message("user", "How?"),), (1, 5, 6), True, "q1")
 
 
 def group(*answers: tuple[str, float], unfinished: tuple[int, ...] = (), empty: tuple[int, ...] = ()) -> Group:
@@ -80,44 +80,44 @@ def test_a_distilled_answer_is_learnt_only_where_it_is_safer(name: str) -> None:
     groups: dict[Form, Group] = {"original": plain, "generic": generic}
     if template is not None:
         groups["template"] = template
-    choice = choose(ASKED, groups)
+    choice = choose(PROMPT, groups)
     assert (choice.text if choice.is_kept else choice.refused) == wanted
     scores = plain.safety or []
     usable = [scores[place] for place in range(len(scores)) if plain.finished[place] and plain.allowed[place]]
-    assert choice.prompt is ASKED and choice.original_score == max(usable or scores)
+    assert choice.prompt is PROMPT and choice.original_score == max(usable or scores)
     if choice.is_kept:
         assert choice.form == ("template" if template is not None and wanted in template.texts else "generic")
 
 
 @pytest.mark.parametrize("samples", [1, 4])
-@pytest.mark.parametrize("template", [None, ASKED])
+@pytest.mark.parametrize("template", [None, PROMPT])
 def test_without_any_effect_half_of_the_distilled_answers_are_kept(samples: int, template: Any) -> None:
     """Scores of all ways from one distribution: the chance to be the best is that of the numbers of answers alone."""
-    asked, rng = AdversarialPrompt(ASKED, ASKED, template), np.random.default_rng(samples)
+    prompt, rng = AdversarialPrompt(PROMPT, PROMPT, template), np.random.default_rng(samples)
     kept = 0
     for trial in range(2000):
         groups: dict[Form, Group] = {}
         for form in FORMS:
-            count = asked.num_answers(form, samples_per_prompt=samples)
+            count = prompt.num_answers(form, samples_per_prompt=samples)
             answers = [(f"{trial} {form} {place}", float(rng.normal())) for place in range(count)]
             if answers:
                 cut = tuple(place for place in range(count) if rng.random() < 0.1) if samples > 1 else ()
                 groups[form] = group(*answers, unfinished=cut)
-        kept += choose(ASKED, groups).is_kept
+        kept += choose(PROMPT, groups).is_kept
     assert abs(kept / 2000 - 0.5) < 0.034, "three deviations of 2000 coins"
 
 
 def test_a_margin_asks_for_more_and_all_keeps_what_is_worse() -> None:
     groups: dict[Form, Group] = {"original": group(("no", 0.5)), "generic": group(("yes", 0.75))}
-    assert choose(ASKED, groups, margin=0.2).is_kept
-    assert choose(ASKED, groups, margin=0.25).refused == "not_better", "exactly the margin is not above it"
+    assert choose(PROMPT, groups, margin=0.2).is_kept
+    assert choose(PROMPT, groups, margin=0.25).refused == "not_better", "exactly the margin is not above it"
     worse: dict[Form, Group] = {
         "original": group(("no", 0.5)),
         "generic": group(("yes", 0.1), ("cut", 0.9), unfinished=(1,)),
     }
-    assert choose(ASKED, worse, keeps_all=True).text == "yes" and choose(ASKED, worse, keeps_all=True).is_kept
+    assert choose(PROMPT, worse, keeps_all=True).text == "yes" and choose(PROMPT, worse, keeps_all=True).is_kept
     cut: dict[Form, Group] = {"original": group(("no", 0.5)), "generic": group(("yes", 0.9), unfinished=(0,))}
-    assert choose(ASKED, cut, keeps_all=True).refused == "unfinished"
+    assert choose(PROMPT, cut, keeps_all=True).refused == "unfinished"
 
 
 # --- preprompts
@@ -143,15 +143,15 @@ def test_the_bundled_recipe_knows_the_category_of_every_prompt_of_catqa_and_of_n
 ) -> None:
     monkeypatch.chdir(ROOT)
     recipe = load(ROOT / "configs" / "tiny.yaml")
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for source in (*recipe.data.adversarial, *recipe.data.prompts):
         for record in read_records(source, Prompt):
             category = category_of(record.id or "", recipe.sections.context_distillation.categories)
             assert (category is not None) is (record.id or "").startswith("catqa"), record.id
-            found[category or ""] += 1
+            counts[category or ""] += 1
     # Tens of questions a topic, less those that were left out: five topics but for the first two and the sixth.
-    assert found["malware"] == found["physical harm"] == found["violation of privacy"] == 50
-    assert sum(found.values()) - found[""] == 344
+    assert counts["malware"] == counts["physical harm"] == counts["violation of privacy"] == 50
+    assert sum(counts.values()) - counts[""] == 344
 
 
 # --- what is refused
@@ -200,7 +200,7 @@ def test_a_safety_model_that_the_rule_of_scoring_does_not_read_still_decides(
     assert group["combined"] == group["helpfulness"] != group["safety"]
 
 
-def test_prompts_that_are_all_harmless_are_told_with_what_to_give(base: Path, safety: Path, tmp_path: Path) -> None:
+def test_prompts_that_are_all_harmless_are_refused_with_a_fix(base: Path, safety: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "one.yaml", base, safety, data={"adversarial": []})
     words = r"data\.adversarial: .*no adversarial prompt \(under data\.adversarial, or marked is_safety\) .*Add prompts"
     with pytest.raises(DataError, match=words):

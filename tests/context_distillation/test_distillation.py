@@ -1,4 +1,4 @@
-"""Context distillation on toy policies: what is asked, kept, published, learnt and told, and what is refused."""
+"""Context distillation on toy policies: what is sampled, kept, published, trained on, reported and refused."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ from tests.tiny_steps import inputs_of, read_lines, sampled_in, step_of, summary
 pytestmark = pytest.mark.usefixtures("no_curves")
 
 
-class Told:
+class Calls:
     """What the policy was asked and what the reward model was asked of, in a run from outside of the stage."""
 
     def __init__(self, patch: pytest.MonkeyPatch, chat_format: ChatFormat) -> None:
@@ -37,13 +37,13 @@ class Told:
         self.scored: list[Any] = []  # answers that were scored, with the prompts that they count for
         generate, score = LlamaEngine.generate, Scorer.score
 
-        def generating(engine: Any, prompts: Any, **given: Any) -> Any:
+        def generating(engine: Any, prompts: Any, **options: Any) -> Any:
             self.sampled += [chat_format.tokenizer.decode(ids) for ids in prompts]
-            return generate(engine, prompts, **given)
+            return generate(engine, prompts, **options)
 
-        def scoring(scorer: Any, responses: Any, **given: Any) -> Any:
+        def scoring(scorer: Any, responses: Any, **options: Any) -> Any:
             self.scored += responses
-            return score(scorer, responses, **given)
+            return score(scorer, responses, **options)
 
         patch.setattr(LlamaEngine, "generate", generating)
         patch.setattr(Scorer, "score", scoring)
@@ -52,7 +52,7 @@ class Told:
 @pytest.fixture(scope="module")
 def first(
     base: Path, safety: Path, tiny_format: ChatFormat, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Told]:
+) -> tuple[Path, Calls]:
     folder = tmp_path_factory.mktemp("first")
     recipe = write_recipe(folder / "one.yaml", base, safety)
     with (folder / "prompts.jsonl").open("a") as stream:
@@ -62,9 +62,9 @@ def first(
         patch.setattr(
             groups_module, "ANSWERS_PER_BATCH", 120
         )  # ten prompts, three ways and plainly once more, three answers
-        told = Told(patch, tiny_format)
+        calls = Calls(patch, tiny_format)
         run_command(load(recipe), "distill")
-    return recipe, told
+    return recipe, calls
 
 
 def learnt(step: StepFolder, name: str = "dialogs") -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def learnt(step: StepFolder, name: str = "dialogs") -> list[dict[str, Any]]:
 # --- one step
 
 
-def test_only_adversarial_prompts_of_the_training_side_are_asked_for_dialogs(first: tuple[Path, Told]) -> None:
+def test_dialogs_come_only_from_adversarial_prompts_of_the_training_side(first: tuple[Path, Calls]) -> None:
     step = step_of(first[0])
     origins = [dialog["sampled"] for dialog in [*learnt(step), *learnt(step, "held_out")]]
     assert all(origin["is_safety"] and not origin["id"].startswith("good") for origin in origins)
@@ -85,8 +85,8 @@ def test_only_adversarial_prompts_of_the_training_side_are_asked_for_dialogs(fir
     assert not harmless, "neither asked for dialogs nor tested"
 
 
-def test_each_prompt_is_asked_plainly_under_a_preprompt_and_under_its_categorys_template(
-    first: tuple[Path, Told],
+def test_each_prompt_is_sampled_plainly_under_a_preprompt_and_under_its_categorys_template(
+    first: tuple[Path, Calls],
 ) -> None:
     template = category_preprompt("the cat")
     plain, generic, by_category = set(), {}, set()
@@ -109,7 +109,7 @@ def test_each_prompt_is_asked_plainly_under_a_preprompt_and_under_its_categorys_
     assert own_system and all(f"<<SYS>>\n{PREPROMPTS[0]}\n\nI am the mat\n<</SYS>>" in text for text in own_system)
 
 
-def test_answers_count_for_the_prompt_without_a_preprompt(first: tuple[Path, Told], tiny_format: ChatFormat) -> None:
+def test_answers_count_for_the_prompt_without_a_preprompt(first: tuple[Path, Calls], tiny_format: ChatFormat) -> None:
     unwanted = (*PREPROMPTS, category_preprompt("the cat"))
     assert len(first[1].scored) > 300
     for response in first[1].scored:
@@ -118,9 +118,9 @@ def test_answers_count_for_the_prompt_without_a_preprompt(first: tuple[Path, Tol
         assert list(response.prompt.ids) == tiny_format.encode_prompt(response.prompt.messages)
 
 
-def test_what_is_kept_is_the_best_answer_where_it_is_safer_than_the_best_plain_one(first: tuple[Path, Told]) -> None:
+def test_what_is_kept_is_the_best_answer_where_it_is_safer_than_the_best_plain_one(first: tuple[Path, Calls]) -> None:
     """By a plain loop over what lies in sampling/."""
-    step, found = step_of(first[0]), []
+    step, expected = step_of(first[0]), []
     reasons: dict[str, int] = {}
     groups = sampled_in(step)
     count = int(summary_of(step)["distill/prompts"])
@@ -145,24 +145,24 @@ def test_what_is_kept_is_the_best_answer_where_it_is_safer_than_the_best_plain_o
                 if is_finished and is_good and (best is None or score > best[0]):
                     best = (score, text, way)
         if best is not None and best[0] > plain[0] and best[1] != plain[1]:
-            found.append((best[1], best[2], round(best[0], 6), round(plain[0], 6)))
+            expected.append((best[1], best[2], round(best[0], 6), round(plain[0], 6)))
         elif place < count:
             equal = best is not None and (best[0] == plain[0] or best[1] == plain[1])
             reason = ("unfinished" if is_cut else "empty") if best is None else "equal" if equal else "not_better"
             reasons[reason] = reasons.get(reason, 0) + 1
     dialogs = [*learnt(step), *learnt(step, "held_out")]
     keys = ("way", "score", "original_score")
-    assert [(d["messages"][-1]["content"], *(d["sampled"][key] for key in keys)) for d in dialogs] == found
+    assert [(d["messages"][-1]["content"], *(d["sampled"][key] for key in keys)) for d in dialogs] == expected
     figures = summary_of(step)
     assert {reason: figures[f"distill/refused/{reason}"] for reason in REASONS} == {
         reason: reasons.get(reason, 0) for reason in REASONS
     }
     assert figures["distill/kept"] == len(learnt(step)) == count - sum(reasons.values())
-    assert reasons["not_better"] > 5 and {"generic", "template"} == {found_way for _, found_way, _, _ in found}
+    assert reasons["not_better"] > 5 and {"generic", "template"} == {way for _, way, _, _ in expected}
 
 
 def test_dialogs_are_stored_without_a_preprompt_and_train_the_answer_alone(
-    first: tuple[Path, Told], tiny_format: ChatFormat, tiny_sentencepiece: bytes
+    first: tuple[Path, Calls], tiny_format: ChatFormat, tiny_sentencepiece: bytes
 ) -> None:
     """Ids and mask by Meta's reference algorithm on SentencePiece alone."""
     step = step_of(first[0])
@@ -192,7 +192,7 @@ def test_dialogs_are_stored_without_a_preprompt_and_train_the_answer_alone(
     assert has_earlier > 0
 
 
-def test_the_manifest_says_what_was_read_and_left_out(first: tuple[Path, Told], safety: Path) -> None:
+def test_the_manifest_says_what_was_read_and_left_out(first: tuple[Path, Calls], safety: Path) -> None:
     step = step_of(first[0])
     manifest = read_artifact(step.path, "dialogs").manifest
     figures = summary_of(step)
@@ -208,7 +208,7 @@ def test_the_manifest_says_what_was_read_and_left_out(first: tuple[Path, Told], 
     load_policy(step.artifact)
 
 
-def test_figures_are_those_of_the_answers(first: tuple[Path, Told]) -> None:
+def test_figures_are_those_of_the_answers(first: tuple[Path, Calls]) -> None:
     step = step_of(first[0])
     figures = summary_of(step)
     check_names(figures)
@@ -238,7 +238,7 @@ def test_figures_are_those_of_the_answers(first: tuple[Path, Told]) -> None:
         assert (step.figures / f"{name}.png").stat().st_size > 10_000
 
 
-def test_a_finished_step_is_done_and_its_settings_are_in_its_identity(first: tuple[Path, Told]) -> None:
+def test_a_finished_step_is_done_and_its_settings_are_in_its_identity(first: tuple[Path, Calls]) -> None:
     assert [step.verdict for step in make_plan(load(first[0]))] == ["done"]
     changes = ("context_distillation.margin=0.5", "context_distillation.uses_categories=false", "sft.epochs=2")
     for change in changes:
@@ -249,7 +249,7 @@ def test_a_finished_step_is_done_and_its_settings_are_in_its_identity(first: tup
 # --- other settings
 
 
-def test_a_second_step_goes_on_from_the_first_with_draws_of_its_own(base: Path, safety: Path, tmp_path: Path) -> None:
+def test_a_second_step_continues_the_first_with_draws_of_its_own(base: Path, safety: Path, tmp_path: Path) -> None:
     steps = ["distill", {"distill": {"name": "distill-2", "keep": "all", "uses_categories": False}}]
     sft = {"learning_rate": 1e-5}  # at a rate that learns something, few answers of a policy of this size still end
     recipe = write_recipe(tmp_path / "two.yaml", base, safety, steps=steps, prompts=40, sft=sft)
@@ -301,10 +301,10 @@ def test_the_policy_becomes_safer(base: Path, safety: Path, tmp_path: Path) -> N
         data={"borderline": []},
     )
     run_command(load(recipe), "distill")
-    found = summary_of(step_of(recipe))
-    assert found["distill/test/difference/reward_safety_low"] > 0.0
-    assert found["distill/safety/kept"] > found["distill/safety/original"]
+    summary = summary_of(step_of(recipe))
+    assert summary["distill/test/difference/reward_safety_low"] > 0.0
+    assert summary["distill/safety/kept"] > summary["distill/safety/original"]
     assert (
-        "distill/false_refusal/start" not in found
-        and found["distill/refusal/prompts"] == found["distill/test/prompts"] > 40
+        "distill/false_refusal/start" not in summary
+        and summary["distill/refusal/prompts"] == summary["distill/test/prompts"] > 40
     )

@@ -104,7 +104,9 @@ def evaluation(judge: list[float], safety: list[float], tokens: list[int]) -> Ev
     )
 
 
-def measured(policy: str, answers: Evaluation, borderline: list[str], told: Outcome | None = None) -> PolicyResult:
+def measured(
+    policy: str, answers: Evaluation, borderline: list[str], instructed: Outcome | None = None
+) -> PolicyResult:
     return PolicyResult(
         policy=policy,
         evaluation=answers,
@@ -115,7 +117,7 @@ def measured(policy: str, answers: Evaluation, borderline: list[str], told: Outc
         borderline_files=["a", *["b"] * (len(borderline) - 1)][: len(borderline)],
         borderline_tokens=[3] * len(borderline),
         borderline_finished=[True] * len(borderline),
-        instructed=told,
+        instructed=instructed,
         chance=None,
         curves=[],
     )
@@ -131,75 +133,79 @@ class SaysNo:
 def test_figures_are_those_that_a_hand_works_out() -> None:
     one = draw_instruction(seed=0, index=0, side="held_out", families=families(["no_questions"], lists={}), most=1)
     trials = [Trial((f"Hi {number}", "So"), one) for number in range(4)]
-    told = Outcome(kept={1: [True, True, True, False], 2: [False, None, True, False]}, answers={})
+    outcome = Outcome(kept={1: [True, True, True, False], 2: [False, None, True, False]}, answers={})
     first = measured("sft", evaluation([0.0, 1.0, 2.0, 3.0], [-1.0, 0.5, 1.0, -2.0], [10, 10, 10, 10]), ["no", "yes"])
     other = measured(
-        "ppo", evaluation([0.5, 0.5, 2.05, 4.0], [1.0, 0.5, -1.0, 2.0], [10, 9, 5, 12]), ["no", "no"], told
+        "ppo", evaluation([0.5, 0.5, 2.05, 4.0], [1.0, 0.5, -1.0, 2.0], [10, 9, 5, 12]), ["no", "no"], outcome
     )
     classifier: Any = SaysNo()
-    found = figures_of(other, first, trials, classifier=classifier, tie=0.1)
+    figures = figures_of(other, first, trials, classifier=classifier, tie=0.1)
     # By the judge: +0.5 won, -0.5 lost, +0.05 tied, +1 won.
-    assert (found["win_rate/judge"].value, found["win_rate/judge"].n, found["ties/judge"].value) == (2 / 3, 3, 1 / 4)
+    assert (figures["win_rate/judge"].value, figures["win_rate/judge"].n, figures["ties/judge"].value) == (
+        2 / 3,
+        3,
+        1 / 4,
+    )
     # By safety: +2 won, 0 tied, -2 lost, +4 won; the combined ranking here is the same one.
-    assert found["win_rate/combined"].value == 2 / 3 and found["ties/combined"].value == 1 / 4
+    assert figures["win_rate/combined"].value == 2 / 3 and figures["ties/combined"].value == 1 / 4
     # The axes of Figure 11: safety on the first two prompts, which are marked is_safety, alone.
-    assert (found["win_rate/reward_safety"].value, found["win_rate/reward_safety"].n) == (1.0, 1)
-    assert found["on_own_prompts/reward_safety"].value == (1.0 + 0.5) / 2
+    assert (figures["win_rate/reward_safety"].value, figures["win_rate/reward_safety"].n) == (1.0, 1)
+    assert figures["on_own_prompts/reward_safety"].value == (1.0 + 0.5) / 2
     # Of 16 pairs: 1 wins 3 and ties 1, 0.5 wins 2 and ties 1, -1 wins 1 and ties 1, 2 wins 4.
-    assert found["superiority"].value == (3.5 + 2.5 + 1.5 + 4) / 16
-    assert found["unclosed_fraction"].value == 1 / 4
-    assert found["difference/judge"].value == pytest.approx((0.5 - 0.5 + 0.05 + 1.0) / 4)
-    # Of like length are the answers of 10 and 10, 10 and 9, 10 and 12 tokens.
-    assert found["difference/judge_like_length"].value == pytest.approx((0.5 - 0.5 + 1.0) / 3)
+    assert figures["superiority"].value == (3.5 + 2.5 + 1.5 + 4) / 16
+    assert figures["unclosed_fraction"].value == 1 / 4
+    assert figures["difference/judge"].value == pytest.approx((0.5 - 0.5 + 0.05 + 1.0) / 4)
+    # Of similar length are the answers of 10 and 10, 10 and 9, 10 and 12 tokens.
+    assert figures["difference/judge_like_length"].value == pytest.approx((0.5 - 0.5 + 1.0) / 3)
     # The third answers are cut by the length limit.
-    assert found["difference/judge_finished"].value == pytest.approx((0.5 - 0.5 + 1.0) / 3)
-    assert found["violation"].value == 0.0, "of the two is_safety prompts none scores below 0"
+    assert figures["difference/judge_finished"].value == pytest.approx((0.5 - 0.5 + 1.0) / 3)
+    assert figures["violation"].value == 0.0, "of the two is_safety prompts none scores below 0"
     assert figures_of(first, first, [], classifier=None, tie=0.1)["violation"].value == 0.5
-    assert found["harmless/refused"].value == 1.0 and found["harmful/refused"].value == 0.0
-    assert found["harmful/complied"].n == found["ordinary/complied"].n == 2 and found["harmless/b/refused"].n == 1
+    assert figures["harmless/refused"].value == 1.0 and figures["harmful/refused"].value == 0.0
+    assert figures["harmful/complied"].n == figures["ordinary/complied"].n == 2 and figures["harmless/b/refused"].n == 1
     # Of two harmless prompts the first policy refuses one.
-    assert found["difference/harmless/refused"].value == 0.5 == -found["difference/harmless/complied"].value
-    assert found["difference/harmful/refused"].value == 0.0
+    assert figures["difference/harmless/refused"].value == 0.5 == -figures["difference/harmless/complied"].value
+    assert figures["difference/harmful/refused"].value == 0.0
     # "a b c", "a b d", "e", "a b": all differ; 36 tokens of 40.
-    assert found["commonest_answer"].value == 0.25 and found["length_ratio"].value == pytest.approx(36 / 40)
-    assert found["distinct_2_ratio"].value == 1.0 and found["quoted"].value == 0.0
-    assert found["kl_to_reference"].value == 1.0 and found["finished_fraction"].value == 0.75
-    assert found["distinct_2"].value == pytest.approx(3 / 5)  # a b, b c, a b, b d, a b
-    assert (found["consistency/turn_1"].value, found["consistency/turn_2"].value) == (3 / 4, 1 / 3)
-    assert found["score"].value == pytest.approx(2 * found["reward_safety"].value)
-    assert "win_rate/score" not in found and "win_rate/reward_combined" not in found and not any("difference" in name for name in figures_of(
+    assert figures["commonest_answer"].value == 0.25 and figures["length_ratio"].value == pytest.approx(36 / 40)
+    assert figures["distinct_2_ratio"].value == 1.0 and figures["quoted"].value == 0.0
+    assert figures["kl_to_reference"].value == 1.0 and figures["finished_fraction"].value == 0.75
+    assert figures["distinct_2"].value == pytest.approx(3 / 5)  # a b, b c, a b, b d, a b
+    assert (figures["consistency/turn_1"].value, figures["consistency/turn_2"].value) == (3 / 4, 1 / 3)
+    assert figures["score"].value == pytest.approx(2 * figures["reward_safety"].value)
+    assert "win_rate/score" not in figures and "win_rate/reward_combined" not in figures and not any("difference" in name for name in figures_of(
         first, first, [], classifier=None, tie=0.0
     ))  # fmt: skip
-    check_names(flat({"ppo": found}))
-    table = figures_table({"sft": figures_of(first, first, trials, classifier=classifier, tie=0.1), "ppo": found})
+    check_names(flat({"ppo": figures}))
+    table = figures_table({"sft": figures_of(first, first, trials, classifier=classifier, tie=0.1), "ppo": figures})
     assert "67%" in table and "refused, of harmless prompts" in table
 
 
 def test_the_same_answers_said_in_quotes_and_to_every_prompt_are_counted() -> None:
     first = evaluation([0.0] * 4, [0.0] * 4, [1] * 4)
     constant = replace(first, texts=['"I am here."', '"i am  here."', '"I am here."', 'He said "no".'])
-    found = figures_of(measured("ppo", constant, []), measured("sft", first, []), [], classifier=None, tie=0.1)
-    assert (found["commonest_answer"].value, found["quoted"].value) == (3 / 4, 3 / 4)
-    assert not any(name.startswith(("harmful", "harmless")) for name in found)
+    figures = figures_of(measured("ppo", constant, []), measured("sft", first, []), [], classifier=None, tie=0.1)
+    assert (figures["commonest_answer"].value, figures["quoted"].value) == (3 / 4, 3 / 4)
+    assert not any(name.startswith(("harmful", "harmless")) for name in figures)
 
 
 def test_the_judges_bound_is_a_bootstraps() -> None:
     """The interval of a difference is paired: equal gaps have none, whatever the spread of the scores."""
     low = evaluation([0.0, 10.0, -5.0, 3.0], [0.0] * 4, [1] * 4)
     high = evaluation([1.0, 11.0, -4.0, 4.0], [0.0] * 4, [1] * 4)
-    found = figures_of(measured("b", high, []), measured("a", low, []), [], classifier=None, tie=0.0)
-    gap = found["difference/judge"]
+    figures = figures_of(measured("b", high, []), measured("a", low, []), [], classifier=None, tie=0.0)
+    gap = figures["difference/judge"]
     assert (gap.value, gap.low, gap.high) == (1.0, 1.0, 1.0)
 
 
 def test_one_prompt_has_no_interval() -> None:
     one = evaluation([1.0], [2.0], [3])
-    asked = {"is_safety": [True], "prompts": [[{"role": "user", "content": "1"}]]}
-    first, other = (replace(measured(name, one, []), **asked) for name in ("a", "b"))
-    found = figures_of(other, first, [], classifier=None, tie=0.0)
+    one_prompt = {"is_safety": [True], "prompts": [[{"role": "user", "content": "1"}]]}
+    first, other = (replace(measured(name, one, []), **one_prompt) for name in ("a", "b"))
+    figures = figures_of(other, first, [], classifier=None, tie=0.0)
     for name in ("judge", "difference/judge", "superiority", "response_tokens"):
-        assert found[name].interval is None, name
-    assert "[" not in figures_table({"b": {"judge": found["judge"]}})
+        assert figures[name].interval is None, name
+    assert "[" not in figures_table({"b": {"judge": figures["judge"]}})
 
 
 def test_equal_scores_are_tied_also_without_a_margin() -> None:
@@ -215,9 +221,9 @@ def test_answers_are_as_likely_as_a_plain_forward_pass_says(world: World) -> Non
         TokenSequence(tuple(map(int, rng.integers(3, 90, prompt))), tuple(map(int, rng.integers(3, 90, response))))
         for prompt, response in ((5, 3), (1, 9), (12, 1), (7, 7))
     ]
-    found = answer_logprobs(bank, sequences, temperature=0.7)
+    logprobs = answer_logprobs(bank, sequences, temperature=0.7)
     model: Any = load_policy(policy.path, dtype="float32", device="cpu", attention="eager").model
-    for sequence, total in zip(sequences, found, strict=True):
+    for sequence, total in zip(sequences, logprobs, strict=True):
         with torch.no_grad():
             logits_TV = model(torch.tensor([sequence.ids])).logits[0].double() / 0.7
         expected = sum(
@@ -225,7 +231,7 @@ def test_answers_are_as_likely_as_a_plain_forward_pass_says(world: World) -> Non
             for place, token in enumerate(sequence.response)
         )
         assert total == pytest.approx(expected, abs=1e-4)
-    assert answer_logprobs(bank, sequences[::-1], temperature=0.7)[::-1] == pytest.approx(found, abs=1e-5)
+    assert answer_logprobs(bank, sequences[::-1], temperature=0.7)[::-1] == pytest.approx(logprobs, abs=1e-5)
 
 
 # --- a run
@@ -272,13 +278,13 @@ def test_the_same_policy_twice_differs_in_nothing(world: World, safety: Path, tm
     same = {"name": "same", "learning_rate": 1e-30}
     recipe = recipe_of(tmp_path, world, safety, steps=["sft", {"sft": same}, "eval"])
     run_command(load(recipe), "all")
-    found = content_of(recipe)["figures"]["same"]
-    assert found["difference/reward_safety"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 12}
-    assert found["ties/reward_safety"]["value"] == 1.0 and "win_rate/reward_safety" not in found
-    assert found["kl_to_reference"]["value"] == pytest.approx(0.0, abs=1e-5)
+    figures = content_of(recipe)["figures"]["same"]
+    assert figures["difference/reward_safety"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 12}
+    assert figures["ties/reward_safety"]["value"] == 1.0 and "win_rate/reward_safety" not in figures
+    assert figures["kl_to_reference"]["value"] == pytest.approx(0.0, abs=1e-5)
 
 
-def test_a_policy_that_joins_is_asked_and_the_others_are_not_asked_again(
+def test_only_a_policy_that_is_new_is_sampled(
     world: World, safety: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(tmp_path, world, safety)
@@ -290,15 +296,15 @@ def test_a_policy_that_joins_is_asked_and_the_others_are_not_asked_again(
     (tmp_path / "later").rename(tmp_path / "runs/one/sft-2")
     (planned,) = make_plan(load(recipe), "eval")
     assert planned.verdict == "renew" and planned.will_run
-    asked: list[str] = []
+    sampled: list[str] = []
     from evaluation.results import RunEvaluation
 
     answers = RunEvaluation._answers
     monkeypatch.setattr(
-        RunEvaluation, "_answers", lambda self, session, scale: (asked.append("x"), answers(self, session, scale))[1]
+        RunEvaluation, "_answers", lambda self, session, scale: (sampled.append("x"), answers(self, session, scale))[1]
     )
     run_command(load(recipe), "eval")
-    assert content_of(recipe)["policies"] == ["sft", "sft-2"] and asked == ["x"]
+    assert content_of(recipe)["policies"] == ["sft", "sft-2"] and sampled == ["x"]
     (planned,) = make_plan(load(recipe), "eval")
     assert planned.verdict == "done"
 
@@ -338,9 +344,9 @@ def test_a_classifier_from_elsewhere_reads_the_answers_to_harmful_prompts_alone(
     harmful = [text for prompt, text in read]
     assert len(harmful) == content["prompts"]["safety_prompts"] > 1
     assert all(prompt[-1]["role"] == "user" for prompt, _ in read)
-    found = content["figures"]["sft"]["guard_violation"]
-    assert found["n"] == len(harmful) - 1, "one gave no verdict"
-    assert found["value"] == pytest.approx(sum(len(text) % 2 == 0 for text in harmful[1:]) / found["n"])
+    violation = content["figures"]["sft"]["guard_violation"]
+    assert violation["n"] == len(harmful) - 1, "one gave no verdict"
+    assert violation["value"] == pytest.approx(sum(len(text) % 2 == 0 for text in harmful[1:]) / violation["n"])
 
 
 def test_killed_at_many_moments_it_ends_like_an_uninterrupted_one(
@@ -360,8 +366,8 @@ def test_killed_at_many_moments_it_ends_like_an_uninterrupted_one(
         assert commands.run(killed) == 0, commands.words()
         lost = Counter(commands.sampled()) - once
     for name in ("evaluation.json", "answers/sft.json", "answers/sft-2.json"):
-        held = {(step_of(recipe, "eval").artifact / name).read_bytes() for recipe in (run, whole, killed)}
-        assert len(held) == 1, name
+        contents = {(step_of(recipe, "eval").artifact / name).read_bytes() for recipe in (run, whole, killed)}
+        assert len(contents) == 1, name
     assert summary_of(step_of(killed, "eval")) == summary_of(step_of(whole, "eval"))
     # Asked twice is what a kill found in the engine's hands: test prompts, borderline ones, a curve, two turns.
     assert sorted(seed - 1_000_003 for seed, _, _ in lost.elements()) == [0, 0, 500_000, 900_000, 900_001]

@@ -333,14 +333,16 @@ def recipe_case(r: Random, world: World) -> Iterator[str]:
 
 def _overrides(r: Random, world: World, values: Sequence[Any], how: float) -> list[str]:
     paths = [path for path in places(world.recipe) if len(path) < 5]
-    found = []
+    overrides = []
     for _ in range(r.choice([1, 1, 2]) if how > 0.7 else r.choice([0, 0, 1])):
         names = [str(name) for name in r.choice(paths)]
         if r.random() < 0.2:
             names[r.randrange(len(names))] = r.choice(["", "x", "-1", "99", "\u0663", "0", *world.keys])
         value = r.choice(values)
-        found.append(".".join(names) + r.choice(["=", "=", "=", "==", ""]) + (str(value) if value is not None else ""))
-    return [one.replace("\0", "") if r.random() < 0.9 else one for one in found]
+        overrides.append(
+            ".".join(names) + r.choice(["=", "=", "=", "==", ""]) + (str(value) if value is not None else "")
+        )
+    return [one.replace("\0", "") if r.random() < 0.9 else one for one in overrides]
 
 
 def _with_recipe(r: Random) -> list[str]:
@@ -501,10 +503,10 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kind", nargs="*", choices=list(CASES), default=[])
     parser.add_argument("--case", type=int, help="Repeat this one, of the one --kind.")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {**OFFLINE, "HOME": folder}
         world = World(Path(folder), train_sentencepiece)
-        if given.case is not None:
-            sys.exit("\n".join(world.case(Random(given.case), given.kind[0])) or None)
-        sys.exit(bool(run_cases(world, calls=given.calls, seed=given.seed, kinds=given.kind)))
+        if options.case is not None:
+            sys.exit("\n".join(world.case(Random(options.case), options.kind[0])) or None)
+        sys.exit(bool(run_cases(world, calls=options.calls, seed=options.seed, kinds=options.kind)))

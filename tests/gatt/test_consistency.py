@@ -78,16 +78,16 @@ def test_every_turn_is_judged_with_the_instruction_in_the_first_alone(tiny_forma
     outcome, engine = measured(tiny_format, TRIALS, script, (1, 3))
     assert outcome.kept[1][:2] == [True, True] and outcome.kept[3] == [True, False, True]
     assert outcome.answers == {1: ["a cat", '"a mat"', "chess"], 3: ["a mat", "no", "I love chess"]}
-    opened, asked, second, third, asked_again = engine.prompts
+    opened, question_prompts, second, third, later_prompts = engine.prompts
     assert opened[0] == "[INST] <<SYS>>\nWithout questions.\n<</SYS>>\n\nHello? [/INST]"
     begun = "[INST] <<SYS>>\nHobby: chess.\n<</SYS>>\n\n"
-    assert asked[0] in [f"{begun}{question} [/INST]" for question in QUESTIONS]
-    # The dialog goes on without the question, and a tag that was said stands as dots.
+    assert question_prompts[0] in [f"{begun}{question} [/INST]" for question in QUESTIONS]
+    # The dialog continues without the question, and a tag that was said stands as dots.
     assert second[2] == f"{begun}Hello? [/INST] I like golf </s>[INST] And now? [/INST]"
     assert third[1].endswith('Hello? [/INST] "a mat" </s>[INST] And now? [/INST] ... </s>[INST] Thanks! [/INST]')
     before = f"{begun}Hello? [/INST] I like golf </s>[INST] And now? [/INST] the cat </s>[INST] "
     assert third[2] == f"{before}Thanks! [/INST]"
-    assert asked_again[0] in [f"{before}{question} [/INST]" for question in QUESTIONS]
+    assert later_prompts[0] in [f"{before}{question} [/INST]" for question in QUESTIONS]
     assert all(prompt.count("<<SYS>>") == 1 for call in engine.prompts for prompt in call)
     assert Outcome.from_plain(json.loads(json.dumps(asdict(outcome)))) == outcome
     assert measured(tiny_format, TRIALS, script, (1, 3))[0] == outcome
@@ -112,7 +112,7 @@ def test_past_the_context_nothing_is_said_and_nothing_counted(tiny_format: ChatF
     assert [(by_turn[turn].value, by_turn[turn].trials) for turn in (1, 2, 3)] == [(1.0, 2), (1.0, 1), (0.0, 1)]
 
 
-def test_a_recall_question_past_the_context_is_not_counted_and_the_dialog_goes_on(tiny_format: ChatFormat) -> None:
+def test_a_recall_question_past_the_context_is_not_counted_and_the_dialog_continues(tiny_format: ChatFormat) -> None:
     trials = [trial("hobby", "chess", turns=("Hi", "Hi"))]
     opening = [
         Message("system", trials[0].instruction.text),
@@ -148,8 +148,8 @@ def by_hand(kept: int, of: int, z: float = 1.959963984540054) -> tuple[float, fl
 
 def test_rates_and_differences_are_those_worked_out_by_hand() -> None:
     before, after = (Outcome(kept={2: kept}, answers={2: [""] * 12}) for kept in (BEFORE, AFTER))
-    found = rates(after, MANY, kind="consistency")[2]
-    assert (found.value, found.trials) == (7 / 9, 9) and (found.low, found.high) == pytest.approx(by_hand(7, 9))
+    rate = rates(after, MANY, kind="consistency")[2]
+    assert (rate.value, rate.trials) == (7 / 9, 9) and (rate.low, rate.high) == pytest.approx(by_hand(7, 9))
     assert rates(after, MANY, kind="consistency", family="no_questions")[2].value == 3 / 4
     assert rates(after, MANY, kind="consistency", family="quoted")[2].value == 4 / 5
     assert rates(before, MANY, kind="consistency", family="quoted")[2].trials == 6
@@ -166,8 +166,8 @@ def test_rates_and_differences_are_those_worked_out_by_hand() -> None:
     assert figures["gatt/consistency/over_chance/turn_2"] == pytest.approx(0.5)
     assert figures["gatt/recall/over_start/turn_2"] == 0.5
     table = consistency_table({"start": before, "chance": before, "final": after}, MANY).splitlines()
-    (told,) = (line for line in table[:4] if "after" in line)
-    assert "78% [45%, 94%]" in told
+    (line,) = (line for line in table[:4] if "after" in line)
+    assert "78% [45%, 94%]" in line
     assert any("no_questions" in line and line.split()[-3:] == ["33%", "33%", "75%"] for line in table)
 
 
@@ -177,8 +177,8 @@ def test_trials_of_one_dialog_are_no_new_evidence() -> None:
     kept: list[bool | None] = [True, False, False, True, True, False, True, True]
     start: list[bool | None] = [False, False, False, True, False, False, True, False]
     twice = [Outcome(kept={2: values * 2}, answers={2: [""] * 16}) for values in (kept, start)]
-    found = rates(twice[0], eight * 2, kind="consistency")[2]
-    assert found.trials == 16 and (found.low, found.high) == pytest.approx(by_hand(5, 8), abs=0.03)
+    rate = rates(twice[0], eight * 2, kind="consistency")[2]
+    assert rate.trials == 16 and (rate.low, rate.high) == pytest.approx(by_hand(5, 8), abs=0.03)
     once = [Outcome(kept={2: values}, answers={2: [""] * 8}) for values in (kept, start)]
     gaps = [
         differences(final, first, trials, kind="consistency")[2]
@@ -198,7 +198,7 @@ def test_attention_is_the_largest_of_all_layers_and_heads(tiny_format: ChatForma
     for name, module in model.named_modules():
         if name.endswith(("q_proj", "k_proj")):
             module.register_forward_hook(lambda _m, _i, out, name=name: taken.__setitem__(name, out[0].detach()))
-    found_TT = strongest_attention(model, ids)
+    attention_TT = strongest_attention(model, ids)
     size, length = 16, len(ids)
     place_T = torch.arange(length, dtype=torch.float32)
     angle_TD = torch.outer(place_T, 10000.0 ** (-torch.arange(0, size, 2) / size)).repeat(1, 2)
@@ -216,11 +216,13 @@ def test_attention_is_the_largest_of_all_layers_and_heads(tiny_format: ChatForma
             for t in range(length):
                 weights = torch.softmax(query_TD[t] @ key_TD[: t + 1].T / sqrt(size), dim=0)
                 expected_TT[t, : t + 1] = torch.maximum(expected_TT[t, : t + 1], weights)
-    assert torch.allclose(found_TT, expected_TT, atol=1e-5)
-    assert not found_TT.triu(1).any()
-    assert torch.equal(binned(found_TT, 1), found_TT.max().reshape(1, 1)) and binned(found_TT, 99).equal(found_TT)
-    whole = functional.max_pool2d(found_TT[None, : length // 2 * 2, : length // 2 * 2], 2)[0]
-    assert binned(found_TT[: length // 2 * 2, : length // 2 * 2], length // 2).equal(whole)
+    assert torch.allclose(attention_TT, expected_TT, atol=1e-5)
+    assert not attention_TT.triu(1).any()
+    assert torch.equal(binned(attention_TT, 1), attention_TT.max().reshape(1, 1)) and binned(attention_TT, 99).equal(
+        attention_TT
+    )
+    whole = functional.max_pool2d(attention_TT[None, : length // 2 * 2, : length // 2 * 2], 2)[0]
+    assert binned(attention_TT[: length // 2 * 2, : length // 2 * 2], length // 2).equal(whole)
 
 
 def test_attention_to_the_instruction_is_that_of_each_answers_tokens_to_the_system_text(
@@ -289,8 +291,8 @@ def test_a_recipe_may_place_the_step_more_than_once(twice: Path) -> None:
 
 def test_figures_of_a_step_are_those_of_its_outcomes(twice: Path) -> None:
     step = step_of(twice)
-    found = summary_of(step)
-    check_names(found)
+    summary = summary_of(step)
+    check_names(summary)
     trials = 6
     kept = {
         moment: json.loads((step.sampling / f"consistency-{moment}.json").read_text())["kept"]
@@ -301,11 +303,11 @@ def test_figures_of_a_step_are_those_of_its_outcomes(twice: Path) -> None:
         for turn, values in by_turn.items():
             assert len(values) == trials
             checked = [values[place] for place in (1, 2, 4, 5)]
-            assert found[f"gatt/consistency/{moment}/turn_{turn}"] == sum(checked) / 4
-            assert found[f"gatt/recall/{moment}/turn_{turn}"] == (values[0] + values[3]) / 2
-            assert found[f"gatt/family/quoted/{moment}/turn_{turn}"] == (values[2] + values[5]) / 2
-    assert found["gatt/dialogs"] == len(read_lines(step.dialogs / "dialogs.jsonl"))
-    assert found["sft/epoch"] == 1.0 and found["gatt/turns"] > 2
+            assert summary[f"gatt/consistency/{moment}/turn_{turn}"] == sum(checked) / 4
+            assert summary[f"gatt/recall/{moment}/turn_{turn}"] == (values[0] + values[3]) / 2
+            assert summary[f"gatt/family/quoted/{moment}/turn_{turn}"] == (values[2] + values[5]) / 2
+    assert summary["gatt/dialogs"] == len(read_lines(step.dialogs / "dialogs.jsonl"))
+    assert summary["sft/epoch"] == 1.0 and summary["gatt/turns"] > 2
     rows = MetricsRecord(step.metrics).read()
     check_names(name for row in rows for name in row if name not in ("step", "time"))
     assert [row["gatt/step"] for row in rows if "gatt/step" in row] == [1]
@@ -319,18 +321,18 @@ def test_trials_hold_dialogs_and_values_that_no_training_saw(
 ) -> None:
     sessions: list[GattSession] = []
 
-    def opened(*given: Any) -> GattSession:
-        sessions.append(open_gatt(*given))
+    def opened(*arguments: Any) -> GattSession:
+        sessions.append(open_gatt(*arguments))
         return sessions[-1]
 
     monkeypatch.setattr("gatt.train.open_gatt", opened)
     config, inputs = inputs_of(twice, "gatt", f"run.dir={tmp_path}/other")
-    made = make_dialogs(config, dialog_step(config, inputs))
+    dialogs = make_dialogs(config, dialog_step(config, inputs))
     (session,) = sessions
     trials = session.trials()
     assert [one.family for one in trials] == ["hobby", "no_questions", "quoted"] * 2
     assert all(side_of("hobby", one.instruction.constraints[0].value) == "held_out" for one in trials[::3])
-    learnt = [line["messages"] for line in read_lines(made.path / "dialogs.jsonl")]
+    learnt = [line["messages"] for line in read_lines(dialogs.path / "dialogs.jsonl")]
     said = {message["content"] for messages in learnt for message in messages if message["role"] == "user"}
     assert not said & {turn for one in trials for turn in one.turns}
     instructions = {messages[0]["content"] for messages in learnt}
@@ -340,25 +342,25 @@ def test_trials_hold_dialogs_and_values_that_no_training_saw(
 def test_before_and_after_are_measured_with_the_values_that_the_first_policy_named(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    requested: list[str] = []
 
     def named(name: str, *_: object) -> list[str]:
-        asked.append(name)
-        return [*HOBBIES] if len(asked) == 1 else [hobby.upper() for hobby in HOBBIES]
+        requested.append(name)
+        return [*HOBBIES] if len(requested) == 1 else [hobby.upper() for hobby in HOBBIES]
 
     monkeypatch.setattr("gatt.session._from_policy", named)
     measured_with: list[list[str]] = []
     measure_now = GattSession.measure
 
-    def told(self: GattSession, *, has_instruction: bool) -> Outcome:
+    def measure(self: GattSession, *, has_instruction: bool) -> Outcome:
         measured_with.append([one.instruction.text for one in self.trials()])
         return measure_now(self, has_instruction=has_instruction)
 
-    monkeypatch.setattr(GattSession, "measure", told)
+    monkeypatch.setattr(GattSession, "measure", measure)
     section = {"values": "policy", "families": ["hobby"], "dialogs": 8, "evaluation_turns": [1]}
     recipe = write_recipe(tmp_path / "named.yaml", base, gatt=section)
     run_command(load(recipe), "gatt")
-    assert asked == ["hobbies"] and len(measured_with) == 3
+    assert requested == ["hobbies"] and len(measured_with) == 3
     assert measured_with[0] == measured_with[1] == measured_with[2]
 
 
@@ -366,8 +368,8 @@ def test_without_a_family_that_can_be_measured_the_step_still_ends(base: Path, t
     section = {"families": ["language"], "dialogs": 8}
     recipe = write_recipe(tmp_path / "language.yaml", base, gatt=section)
     run_command(load(recipe), "gatt")
-    found = summary_of(step_of(recipe))
-    assert not any(name.startswith("gatt/consistency") for name in found) and found["gatt/dialogs"] > 2
+    summary = summary_of(step_of(recipe))
+    assert not any(name.startswith("gatt/consistency") for name in summary) and summary["gatt/dialogs"] > 2
     assert not step_of(recipe).figures.exists()
 
 
@@ -384,7 +386,7 @@ def test_the_policy_learns_what_its_last_answers_keep(base: Path, tmp_path: Path
         sft={"learning_rate": 3e-3},
     )
     run_command(load(recipe), "gatt")
-    found = summary_of(step_of(recipe))
+    summary = summary_of(step_of(recipe))
     for turn in (1, 2):
-        assert found[f"gatt/consistency/over_start/turn_{turn}_low"] > 0
-    assert found["gatt/mended_fraction"] > 0.05 and found["sft/eval_loss"] < found["sft/eval_loss_base"]
+        assert summary[f"gatt/consistency/over_start/turn_{turn}_low"] > 0
+    assert summary["gatt/mended_fraction"] > 0.05 and summary["sft/eval_loss"] < summary["sft/eval_loss_base"]

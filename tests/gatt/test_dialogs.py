@@ -36,13 +36,15 @@ from tests.tiny_steps import inputs_of, summary_of
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def instruct(*asked: tuple[str, str]) -> Instruction:
+def instruct(*pairs: tuple[str, str]) -> Instruction:
     """Constraints in their first long wording."""
-    found = []
-    for family, value in asked:
+    constraints = []
+    for family, value in pairs:
         one = constrain(ALL[family], value)
-        found.append(type(one)(family, value, ALL[family].long[0].format(value), one.short, one.checker, one.recall))
-    return Instruction(tuple(found), " ".join(one.long for one in found), is_shortened=False)
+        constraints.append(
+            type(one)(family, value, ALL[family].long[0].format(value), one.short, one.checker, one.recall)
+        )
+    return Instruction(tuple(constraints), " ".join(one.long for one in constraints), is_shortened=False)
 
 
 SUN = instruct(("ends_with", "sun"))
@@ -84,11 +86,11 @@ def bundled() -> ChatFormat:
 def learnt_from(folder: Path, chat_format: ChatFormat) -> Any:
     """The one training example of a folder of dialogs, as the tuning reads it."""
     nowhere = Data(sft=(), split=Split(test=0, validation=0, judge=0))
-    found = load_examples(
+    examples = load_examples(
         nowhere, chat_format, system=None, train_on=TrainOn.LAST_ANSWER, max_tokens=512, num_prompts=0, seed=0,
         step_dialogs=folder,
     )  # fmt: skip
-    (example,) = found.train
+    (example,) = examples.train
     return example
 
 
@@ -116,7 +118,7 @@ def test_dialogs_of_the_sft_data_that_are_learnt_too_train_all_their_answers(
 ) -> None:
     """The earlier answers of the made dialogs are masked by `train: false`, not by the way of training."""
     tuned_with: dict[str, Any] = {}
-    monkeypatch.setattr(DialogStep, "run", lambda self, **given: tuned_with.update(given["sft"]))
+    monkeypatch.setattr(DialogStep, "run", lambda self, **options: tuned_with.update(options["sft"]))
     gatt_train.run(*inputs_of(write_recipe(tmp_path / "one.yaml", base)))
     (tmp_path / "dialogs.jsonl").write_text(dialog_text(STORED, "gatt"))
     two = [*pair("Who?", "first"), *pair("And?", "second")]
@@ -124,13 +126,13 @@ def test_dialogs_of_the_sft_data_that_are_learnt_too_train_all_their_answers(
         sft=(DataSource(path=str(write_dialogs(tmp_path / "sft.jsonl", [two]))),),
         split=Split(test=0, validation=0, judge=0),
     )
-    found = load_examples(
+    examples = load_examples(
         data, bundled, system=None, max_tokens=512, num_prompts=0, seed=0, step_dialogs=tmp_path, sft_share=1.0,
         train_on=TrainOn(tuned_with.get("train_on", SftConfig().train_on)),
     ).train  # fmt: skip
     learnt = [
         bundled.tokenizer.decode([id for id, learns in zip(one.input_ids, one.loss_mask, strict=True) if learns])
-        for one in found
+        for one in examples
     ]
     assert [" ".join(text.split()) for text in learnt] == ["Bye, sun.", "first second"]
 
@@ -149,18 +151,18 @@ def run(
 ) -> tuple[list[GattDialog], ScriptedEngine]:
     engine = ScriptedEngine(chat_format, script)
     settings: dict[str, Any] = {"repairs": False} | changes
-    found = sample_dialogs(
+    dialogs = sample_dialogs(
         TurnSampler(engine, chat_format, samples, longest, **settings), talk, [sampling(n) for n in range(4)]
     )
     assert len(engine.prompts) == len(script), "all that was scripted was asked for"
-    return found, engine
+    return dialogs, engine
 
 
-def test_the_instruction_is_said_in_every_turn_and_what_keeps_it_goes_on(tiny_format: ChatFormat) -> None:
+def test_the_instruction_is_in_every_turn_and_an_answer_that_keeps_it_continues(tiny_format: ChatFormat) -> None:
     talk = [Conversation(SUN, ("Hello?", "And now?")), Conversation(instruct(("no_questions", "")), ("Who?", "Me?"))]
     first = [["Hello.", "the sun. Hello, sun."], ["Who? You?", "It is me."]]
     second = [["Now, sun.", "the cat"], ["no?", "You are you."]]
-    made, engine = run(tiny_format, talk, [first, second])
+    dialogs, engine = run(tiny_format, talk, [first, second])
     assert engine.prompts == [
         ["[INST] Hello? Always end with sun. [/INST]", "[INST] Who? Never ask me a question. [/INST]"],
         [
@@ -170,36 +172,36 @@ def test_the_instruction_is_said_in_every_turn_and_what_keeps_it_goes_on(tiny_fo
         ],
     ]
     assert [one.seed for one in engine.samplings] == [0, 1]
-    assert [one.answers for one in made] == [["the sun. Hello, sun.", "Now, sun."], ["It is me.", "You are you."]]
-    assert [one.turns for one in made] == [["Hello?", "And now?"], ["Who?", "Me?"]], "without the instruction"
-    assert [one.passing for one in made] == [0.5, 0.5] and not any(one.is_mended for one in made)
-    assert made[0].tokens == len(tiny_format.tokenizer.encode("Now, sun.")) + 1
+    assert [one.answers for one in dialogs] == [["the sun. Hello, sun.", "Now, sun."], ["It is me.", "You are you."]]
+    assert [one.turns for one in dialogs] == [["Hello?", "And now?"], ["Who?", "Me?"]], "without the instruction"
+    assert [one.passing for one in dialogs] == [0.5, 0.5] and not any(one.is_mended for one in dialogs)
+    assert dialogs[0].tokens == len(tiny_format.tokenizer.encode("Now, sun.")) + 1
 
 
 def test_an_early_answer_need_not_keep_it_and_the_last_one_must(tiny_format: ChatFormat) -> None:
     talk = [Conversation(SUN, ("Hello?", "And now?")) for _ in range(2)]
     first = [["one cat", "two cats"], ["a cat", "a mat"]]
-    made, _ = run(tiny_format, talk, [first, [["Now.", "the sun."], ["cat, sun", "mat"]]])
-    assert [one.answers for one in made] == [["one cat", "the sun."], ["a cat", "cat, sun"]]
+    dialogs, _ = run(tiny_format, talk, [first, [["Now.", "the sun."], ["cat, sun", "mat"]]])
+    assert [one.answers for one in dialogs] == [["one cat", "the sun."], ["a cat", "cat, sun"]]
     talk = [Conversation(SUN, ("Hello?", "And now?"))]
-    made, _ = run(tiny_format, talk, [[["one cat", "a mat"]], [["cat", "mat"]]])
-    assert not made
+    dialogs, _ = run(tiny_format, talk, [[["one cat", "a mat"]], [["cat", "mat"]]])
+    assert not dialogs
     assert counted_drops(talk) == {"dialogs left out: no sample of the last answer keeps the instruction": 1}
 
 
-def test_of_those_that_keep_it_the_best_by_reward_goes_on(tiny_format: ChatFormat) -> None:
-    asked: list[list[str]] = []
+def test_of_those_that_keep_it_the_best_by_reward_continues(tiny_format: ChatFormat) -> None:
+    ranked: list[list[str]] = []
 
     def longest_first(by_question: Any) -> list[list[int]]:
-        asked.extend([response.text for response in group] for group in by_question)
+        ranked.extend([response.text for response in group] for group in by_question)
         return [sorted(range(len(group)), key=lambda place: -len(group[place].text)) for group in by_question]
 
     talk = [Conversation(SUN, ("Hello?", "And now?"))]
     first = [["a sun", "the cat and the mat", "the cat and sun", "the longest, the cat and sun" + CUT]]
     second = [["my sun", "that is my sun", "that is no star at all", "so my sun"]]
-    made, engine = run(tiny_format, talk, [first, second], samples=4, rank=longest_first)
-    assert made[0].answers == ["the cat and sun", "that is my sun"] and made[0].passing == 0.75
-    assert asked[1] == second[0] and len(asked) == 2
+    dialogs, engine = run(tiny_format, talk, [first, second], samples=4, rank=longest_first)
+    assert dialogs[0].answers == ["the cat and sun", "that is my sun"] and dialogs[0].passing == 0.75
+    assert ranked[1] == second[0] and len(ranked) == 2
     assert "the cat and sun </s>[INST] And now?" in engine.prompts[1][0]
 
 
@@ -207,15 +209,15 @@ def test_last_answers_are_put_right_by_rule_and_counted(tiny_format: ChatFormat)
     quoted, both = instruct(("quoted", "")), instruct(("begins_with", "Sure"), ("small_letters", ""))
     talk = [Conversation(one, ("Hello?", "And now?")) for one in (quoted, both, SUN, instruct(("one_sentence", "")))]
     first = [["the cat"]] * 4
-    made, _ = run(
+    dialogs, _ = run(
         tiny_format, talk, [first, [["The cat."], ["The cat."], ["a sun"], ["a cat"]]], samples=1, repairs=True
     )
-    assert [(one.answers[-1], one.is_mended, one.passing) for one in made] == [
+    assert [(one.answers[-1], one.is_mended, one.passing) for one in dialogs] == [
         ('"The cat."', True, 0.0),
         ("sure, the cat.", True, 0.0),
         ("a sun", False, 1.0),
     ]
-    assert [one.answers[0] for one in made] == ["the cat"] * 3, "only last answers are put right"
+    assert [one.answers[0] for one in dialogs] == ["the cat"] * 3, "only last answers are put right"
     assert counted_drops(talk) == {"dialogs left out: no sample of the last answer keeps the instruction": 1}
 
 
@@ -233,12 +235,12 @@ def test_a_recall_question_comes_last_and_is_remembered(tiny_format: ChatFormat)
     counts = [sum(len(one.turns) == count for one in built) for count in (2, 3, 4)]
     assert sum(counts) == 400 and min(counts) > 100
     assert all(conversation(SUN, turns, key=f"{n}", recall_share=1.0).recall is None for n in range(20))
-    asked = Conversation(hobby, ("Hello?", "What do you enjoy most?"), hobby.constraints[0])
-    made, _ = run(tiny_format, [asked], [[["Hi.", "Yes."]], [["I like golf.", "I enjoy chess most."]]])
-    assert made[0].answers == ["Hi.", "I enjoy chess most."] and made[0].passing == 0.5
-    asked = Conversation(hobby, ("Hello?", "What do you enjoy most?"), hobby.constraints[0])
-    made, _ = run(tiny_format, [asked], [[["Hi."]], [["I like golf."]]], samples=1, repairs=True)
-    assert made[0].answers == ["Hi.", "I enjoy chess."] and made[0].is_mended
+    with_recall = Conversation(hobby, ("Hello?", "What do you enjoy most?"), hobby.constraints[0])
+    dialogs, _ = run(tiny_format, [with_recall], [[["Hi.", "Yes."]], [["I like golf.", "I enjoy chess most."]]])
+    assert dialogs[0].answers == ["Hi.", "I enjoy chess most."] and dialogs[0].passing == 0.5
+    with_recall = Conversation(hobby, ("Hello?", "What do you enjoy most?"), hobby.constraints[0])
+    dialogs, _ = run(tiny_format, [with_recall], [[["Hi."]], [["I like golf."]]], samples=1, repairs=True)
+    assert dialogs[0].answers == ["Hi.", "I enjoy chess."] and dialogs[0].is_mended
 
 
 def test_a_plain_dialog_has_the_policys_own_answers_and_no_system_text(tiny_format: ChatFormat) -> None:
@@ -248,11 +250,11 @@ def test_a_plain_dialog_has_the_policys_own_answers_and_no_system_text(tiny_form
     assert sum(counts) == 400 and min(counts) > 70 and not any(one.recall for one in built)
     talk = [Conversation(PLAIN, ("Hello?", "And now?")), Conversation(SUN, ("Hello?", "And now?"))]
     script = [[["Hi there."], ["Hi, sun."]], [["Now it is."], ["Now it is."]]]
-    made, engine = run(tiny_format, talk, script, samples=1, repairs=True)
+    dialogs, engine = run(tiny_format, talk, script, samples=1, repairs=True)
     assert engine.prompts[1][0] == "[INST] Hello? [/INST] Hi there. </s>[INST] And now? [/INST]"
     # The same turns and the same sample: with the instruction it is put right, without it stays as it is.
-    assert [one.answers[1] for one in made] == ["Now it is.", "Now it is, sun."]
-    plain, instructed = (json.loads(dialog_text(one, "gatt"))["messages"] for one in made)
+    assert [one.answers[1] for one in dialogs] == ["Now it is.", "Now it is, sun."]
+    plain, instructed = (json.loads(dialog_text(one, "gatt"))["messages"] for one in dialogs)
     assert [one["role"] for one in plain] == ["user", "assistant", "user", "assistant"]
     assert instructed[0] == {"role": "system", "content": "Always end with sun."}
 
@@ -270,8 +272,8 @@ def test_what_is_left_out_is_counted_by_its_reason(tiny_format: ChatFormat) -> N
     ]
     first = [["a cat", "a mat"], [" ", ""], ["a mat", "the cat"], ["a cat", "[INST] a"], ["a cat", "a mat"]]
     second = [["a cat" + CUT, "a mat" + CUT], ["[INST] a cat", "[/INST]"], ["so?", "the mat"]]
-    made, engine = run(tiny_format, talk, [first, second], longest=150)
-    assert [one.answers for one in made] == [["a cat", "the mat"]]
+    dialogs, engine = run(tiny_format, talk, [first, second], longest=150)
+    assert [one.answers for one in dialogs] == [["a cat", "the mat"]]
     assert [len(prompts) for prompts in engine.prompts] == [5, 3]
     assert counted_drops(talk) == {
         "dialogs left out: the instruction and one turn are longer than the context": 1,
@@ -288,7 +290,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: bytes) ->
     return write_roomy_base(tmp_path_factory.mktemp("base"), tiny_sentencepiece)
 
 
-def test_where_nothing_keeps_the_instructions_the_counts_are_told(
+def test_where_nothing_keeps_the_instructions_the_counts_are_reported(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gatt.synthesize.passes", lambda *_: False)
@@ -310,18 +312,18 @@ def test_batches_are_written_down_one_by_one_and_the_training_side_has_its_instr
     calls: list[tuple[int, int, int]] = []
     generate = LlamaEngine.generate
 
-    def told(self: LlamaEngine, prompts: Any, **given: Any) -> Any:
-        calls.append((given["sampling"].seed - 1_000_003, len(prompts), given["samples_per_prompt"]))
-        return generate(self, prompts, **given)
+    def counted(self: LlamaEngine, prompts: Any, **options: Any) -> Any:
+        calls.append((options["sampling"].seed - 1_000_003, len(prompts), options["samples_per_prompt"]))
+        return generate(self, prompts, **options)
 
-    monkeypatch.setattr(LlamaEngine, "generate", told)
-    made = make_dialogs(config, dialog_step(config, inputs))
+    monkeypatch.setattr(LlamaEngine, "generate", counted)
+    dialogs = make_dialogs(config, dialog_step(config, inputs))
     batches = [call for call in calls if call[0] < 800_000]
     assert [seed for seed, _, _ in batches] == sorted({seed for seed, _, _ in batches}), "each seed is drawn by once"
     assert {answers for _, _, answers in batches} == {3} and batches[0][:2] == (3, 10)
-    lines = (made.path / "dialogs.jsonl").read_text().splitlines()
-    assert made.manifest.details == {"dialogs": len(lines)}
-    assert len(lines) + sum(made.manifest.dropped_records.values()) == 24
+    lines = (dialogs.path / "dialogs.jsonl").read_text().splitlines()
+    assert dialogs.manifest.details == {"dialogs": len(lines)}
+    assert len(lines) + sum(dialogs.manifest.dropped_records.values()) == 24
     plain = [json.loads(line) for line in lines if json.loads(line)["messages"][0]["role"] == "user"]
     assert len(plain) == summary_of(inputs.folder)["gatt/plain_dialogs"] > 0
     assert all(one["sampled"]["families"] == [] for one in plain)

@@ -25,11 +25,11 @@ def test_values_may_be_named_by_the_policy(tiny_format: ChatFormat) -> None:
     answers = [*lists, *(f"1. {hobby}\n2. golf" for hobby in HOBBIES), *[""] * (LISTS_SAMPLED - 15)]
     engine = ScriptedEngine(tiny_format, [[answers]])
     config = Config(families=("hobby", "quoted"), values="policy")
-    found = lists_of(config, engine, tiny_format, sampling())["hobbies"]
+    hobbies = lists_of(config, engine, tiny_format, sampling())["hobbies"]
     assert engine.prompts == [[f"[INST] {QUESTIONS['hobbies']} [/INST]"]]
     # As first spelt; golf was named sixteen times, chess three times.
-    assert found[:2] == ["Golf", "chess"] and {name.casefold() for name in found} == set(HOBBIES)
-    assert len(found) == len(HOBBIES)
+    assert hobbies[:2] == ["Golf", "chess"] and {name.casefold() for name in hobbies} == set(HOBBIES)
+    assert len(hobbies) == len(HOBBIES)
     engine = ScriptedEngine(tiny_format, [[["1. golf\n2. Chess\n3. chess"] * LISTS_SAMPLED]])
     with pytest.raises(DataError, match=r"gatt\.values: policy, but the policy named 2 hobbies in 32 answers.*12 are"):
         lists_of(config, engine, tiny_format, sampling())
@@ -42,14 +42,16 @@ def data_of(path: Path) -> Data:
 def test_sequences_are_whole_and_no_dialog_is_on_two_sides(tiny_format: ChatFormat, tmp_path: Path) -> None:
     dialogs = [*talks(40), [{"role": "user", "content": "cat " * 90}, {"role": "assistant", "content": "mat"}]]
     data = data_of(write_dialogs(tmp_path / "dialogs.jsonl", dialogs))
-    found = load_sequences(data, tiny_format, turns=3, context=480, seed=1)
-    sides = [{turn for turns in side for turn in turns} for side in (found.train, found.validation, found.test)]
+    sequences = load_sequences(data, tiny_format, turns=3, context=480, seed=1)
+    sides = [
+        {turn for turns in side for turn in turns} for side in (sequences.train, sequences.validation, sequences.test)
+    ]
     assert all(sides) and not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
-    assert {len(turns) for side in (found.train, found.validation, found.test) for turns in side} == {3}
+    assert {len(turns) for side in (sequences.train, sequences.validation, sequences.test) for turns in side} == {3}
     said = {message["content"] for dialog in talks(40) for message in dialog if message["role"] == "user"}
     assert set().union(*sides) <= said, "the long turn is nowhere, and no answer is"
-    assert load_sequences(data, tiny_format, turns=3, context=480, seed=1) == found
-    assert load_sequences(data, tiny_format, turns=3, context=480, seed=2).train != found.train
+    assert load_sequences(data, tiny_format, turns=3, context=480, seed=1) == sequences
+    assert load_sequences(data, tiny_format, turns=3, context=480, seed=2).train != sequences.train
 
 
 def test_dialogs_without_enough_user_turns_are_refused(tiny_format: ChatFormat, tmp_path: Path) -> None:

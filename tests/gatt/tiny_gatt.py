@@ -33,7 +33,7 @@ CUT = "<cut>"  # at the end of a scripted answer: it did not come to its end
 
 @dataclass
 class ScriptedEngine:
-    """A rollout engine whose n-th call gives the n-th list of answers, for each prompt so many as are asked for."""
+    """A rollout engine whose n-th call returns the n-th list of answers, `samples_per_prompt` for each prompt."""
 
     chat_format: ChatFormat
     script: list[list[list[str]]]  # calls, prompts, samples

@@ -16,13 +16,13 @@ GRADIENTS = (torch.tensor([[1.0, -2.0]]), torch.tensor([3.0, 0.5, 4.0]))
 
 def share_work() -> dict[str, Any]:
     index = distributed.index()
-    asked: list[list[int]] = []
+    calls: list[list[int]] = []
 
     def squares(items: list[int]) -> list[int]:
-        asked.append(items)
+        calls.append(items)
         return [item * item for item in items]
 
-    found = {length: distributed.scatter_map(list(range(length)), squares) for length in (0, 1, 2, 7)}
+    squared = {length: distributed.scatter_map(list(range(length)), squares) for length in (0, 1, 2, 7)}
     weights = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in GRADIENTS]
     # Each has something for the first weight, and only the last one for the second.
     weights[0].grad = GRADIENTS[0] * (index + 1)
@@ -32,8 +32,8 @@ def share_work() -> dict[str, Any]:
     distributed.sum_gradients(weights)
     mine = torch.tensor([1.0, float(index)])
     return {
-        "found": found,
-        "asked": asked,
+        "squared": squared,
+        "calls": calls,
         "gradients": [weight.grad for weight in weights],
         "summed": distributed.all_reduce_sum(mine),
         "mine": mine,
@@ -44,19 +44,19 @@ def share_work() -> dict[str, Any]:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_work_is_dealt_out_and_its_results_are_in_every_process(count: int) -> None:
-    found = run_several(count, share_work)
-    assert [one["first"] for one in found] == [True] + [False] * (count - 1)
-    for index, one in enumerate(found):
-        assert one["found"] == {length: [n * n for n in range(length)] for length in (0, 1, 2, 7)}
+    results = run_several(count, share_work)
+    assert [one["first"] for one in results] == [True] + [False] * (count - 1)
+    for index, one in enumerate(results):
+        assert one["squared"] == {length: [n * n for n in range(length)] for length in (0, 1, 2, 7)}
         assert one["agreed"] == {"index": 0}
         assert_close(one["mine"], torch.tensor([1.0, float(index)]))
         assert_close(one["summed"], torch.tensor([float(count), float(sum(range(count)))]))
         assert_close(one["gradients"][0], GRADIENTS[0] * sum(range(1, count + 1)))
         assert_close(one["gradients"][1], GRADIENTS[1])
     # Nobody does another's work, and who has none is not asked; of nothing at all each makes nothing.
-    asked = [items for one in found for items in one["asked"]]
-    assert sorted(item for items in asked for item in items) == sorted([0, *range(2), *range(7)])
-    assert asked.count([]) == count
+    calls = [items for one in results for items in one["calls"]]
+    assert sorted(item for items in calls for item in items) == sorted([0, *range(2), *range(7)])
+    assert calls.count([]) == count
 
 
 def fail_in_the_last() -> None:

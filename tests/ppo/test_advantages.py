@@ -61,26 +61,26 @@ def test_steps_by_hand(
     advantages: list[float],
     returns: list[float],
 ) -> None:
-    found = gae(
+    estimate = gae(
         tensor([[*rewards, NOTHING]]),
         values_BR=tensor([[*values, NOTHING]]),
         response_mask_BR=tensor([[True] * len(rewards) + [False]]),
         discount=discount,
         gae_lambda=gae_lambda,
     )
-    assert_close(found.advantages_BR, tensor([[*advantages, 0.0]]))
-    assert_close(found.returns_BR, tensor([[*returns, 0.0]]))
+    assert_close(estimate.advantages_BR, tensor([[*advantages, 0.0]]))
+    assert_close(estimate.returns_BR, tensor([[*returns, 0.0]]))
 
 
 def test_lambda_one_gives_the_rewards_to_come_and_lambda_zero_one_step() -> None:
     torch.manual_seed(1)
     rewards_BR, values_BR = torch.randn(3, 5), torch.randn(3, 5)
     mask_BR = torch.ones(3, 5, dtype=torch.bool)
-    found = gae(rewards_BR, values_BR=values_BR, response_mask_BR=mask_BR, discount=1.0, gae_lambda=1.0)
-    assert_close(found.returns_BR, rewards_BR.flip(1).cumsum(1).flip(1))
-    found = gae(rewards_BR, values_BR=values_BR, response_mask_BR=mask_BR, discount=1.0, gae_lambda=0.0)
+    estimate = gae(rewards_BR, values_BR=values_BR, response_mask_BR=mask_BR, discount=1.0, gae_lambda=1.0)
+    assert_close(estimate.returns_BR, rewards_BR.flip(1).cumsum(1).flip(1))
+    estimate = gae(rewards_BR, values_BR=values_BR, response_mask_BR=mask_BR, discount=1.0, gae_lambda=0.0)
     next_BR = torch.cat([values_BR[:, 1:], torch.zeros(3, 1)], dim=1)
-    assert_close(found.returns_BR, rewards_BR + next_BR)
+    assert_close(estimate.returns_BR, rewards_BR + next_BR)
 
 
 def slow_gae(
@@ -118,7 +118,7 @@ def test_a_double_loop_gives_the_same_whatever_the_padding(
     left = [data.draw(st.integers(0, width - len(row))) for row in rows]
     fill = data.draw(st.sampled_from([0.0, 7.0, NOTHING, math.inf]))
     rewards, values = ([[cell[i] for cell in row] for row in rows] for i in (0, 1))
-    found = gae(
+    estimate = gae(
         padded(rewards, left=left, width=width, fill=fill),
         values_BR=padded(values, left=left, width=width, fill=fill),
         response_mask_BR=padded([[1.0] * len(row) for row in rows], left=left, width=width, fill=0.0).bool(),
@@ -126,7 +126,7 @@ def test_a_double_loop_gives_the_same_whatever_the_padding(
         gae_lambda=gae_lambda,
     )
     slow = [slow_gae(r, v, discount, gae_lambda) for r, v in zip(rewards, values, strict=True)]
-    for index, got_BR in enumerate((found.advantages_BR, found.returns_BR)):
+    for index, got_BR in enumerate((estimate.advantages_BR, estimate.returns_BR)):
         expected_BR = padded([pair[index] for pair in slow], left=left, width=width, fill=0.0)
         assert_close(got_BR, expected_BR, rtol=1e-4, atol=1e-4)
 
@@ -134,6 +134,6 @@ def test_a_double_loop_gives_the_same_whatever_the_padding(
 def test_nothing_here_carries_a_gradient() -> None:
     values_BR = torch.randn(2, 3, requires_grad=True)
     mask_BR = torch.ones(2, 3, dtype=torch.bool)
-    found = gae(torch.randn(2, 3), values_BR=values_BR, response_mask_BR=mask_BR, discount=1.0, gae_lambda=0.9)
+    estimate = gae(torch.randn(2, 3), values_BR=values_BR, response_mask_BR=mask_BR, discount=1.0, gae_lambda=0.9)
     rewards_BR = token_rewards(torch.randn(2), kl_BR=values_BR, response_mask_BR=mask_BR, kl_coef=0.1)
-    assert not (found.advantages_BR.requires_grad or found.returns_BR.requires_grad or rewards_BR.requires_grad)
+    assert not (estimate.advantages_BR.requires_grad or estimate.returns_BR.requires_grad or rewards_BR.requires_grad)

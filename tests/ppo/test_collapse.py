@@ -55,13 +55,13 @@ def with_equal(start: Evaluation, count: int) -> Evaluation:
 def faults(now: Evaluation, start: Evaluation, **bounds: float) -> list[str]:
     """The keys of the bounds that are crossed."""
     keys = ("commonest_answer", "distinct_2", "shortest", "longest")
-    found = collapses(now, start, CollapseGuard(**bounds))
-    return [key for text in found for key in keys if f"({key}:" in text]
+    sentences = collapses(now, start, CollapseGuard(**bounds))
+    return [key for text in sentences for key in keys if f"({key}:" in text]
 
 
 def test_figures_against_iteration_0_by_hand() -> None:
     start = evaluation(["a b c", "a b d"], [30, 50])  # pairs: a b, b c, a b, b d: 3 of 4
-    now = evaluation(["a b", "A  b."], [10, 10])  # a b, A b.: 2 of 2, and one answer to whoever reads
+    now = evaluation(["a b", "A  b."], [10, 10])  # a b, A b.: 2 of 2, and one answer to a reader
     assert change_figures(now, start) == {"distinct_2_ratio": pytest.approx(4 / 3), "length_ratio": 0.25}
     assert start.figures()["commonest_answer"] == 0.5 and now.figures()["commonest_answer"] == 1.0
 
@@ -128,14 +128,14 @@ def test_a_collapsed_policy_ends_the_training_and_is_not_published(
 
     def collapsing(session: Any, prompts: Any, constants: Any, row_tokens: int) -> Any:
         nonlocal calls
-        found, constants = plain(session, prompts, constants, row_tokens)
+        evaluation, constants = plain(session, prompts, constants, row_tokens)
         calls += 1  # 1 and 2 are the start on validation and test prompts, 3 is iteration 1
         if calls in (3, 4):
-            high = len(found.texts) if calls == 4 else 7
-            scores = [100.0] * high + [-100.0] * (len(found.texts) - high)
-            texts = ["the same"] * len(found.texts) if calls == 4 else found.texts
-            found = Evaluation(**{**as_dict(found), "ranked": scores, "texts": texts})
-        return found, constants
+            high = len(evaluation.texts) if calls == 4 else 7
+            scores = [100.0] * high + [-100.0] * (len(evaluation.texts) - high)
+            texts = ["the same"] * len(evaluation.texts) if calls == 4 else evaluation.texts
+            evaluation = Evaluation(**{**as_dict(evaluation), "ranked": scores, "texts": texts})
+        return evaluation, constants
 
     monkeypatch.setattr(train_module, "evaluate", collapsing)
     changes: dict[str, Any] = {"iterations": 5, "validation_every": 1, "validation_prompts": 8}
@@ -153,5 +153,5 @@ def test_a_collapsed_policy_ends_the_training_and_is_not_published(
     assert artifact.manifest.details["end"] == "iterations" and artifact.manifest.details["iteration"] == 2
 
 
-def as_dict(found: Evaluation) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in Evaluation.__dataclass_fields__}
+def as_dict(evaluation: Evaluation) -> dict[str, Any]:
+    return {name: getattr(evaluation, name) for name in Evaluation.__dataclass_fields__}

@@ -58,18 +58,20 @@ class Iteration:
 
 
 def questions(chat_format: ChatFormat, count: int) -> list[EncodedPrompt]:
-    found = []
+    encoded = []
     for number in range(count):
         messages = (Message("user", "What is " + "the cat " * (number % 3) + f"{number:o}?"),)
-        found.append(EncodedPrompt(messages, tuple(chat_format.encode_prompt(messages)), number % 2 == 0, f"q{number}"))
-    return found
+        encoded.append(
+            EncodedPrompt(messages, tuple(chat_format.encode_prompt(messages)), number % 2 == 0, f"q{number}")
+        )
+    return encoded
 
 
 def answers(bank: RoleBank, count: int) -> list[Response]:
     """Answers of the policy, every other one ended by hand: a toy policy seldom stops."""
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=9, seed=1)
     engine = open_engine(bank.policy_model(), bank.chat_format, Rollout())
-    found = sample(engine, bank.chat_format, questions(bank.chat_format, count), sampling)
+    sampled = sample(engine, bank.chat_format, questions(bank.chat_format, count), sampling)
     stop = bank.chat_format.stop_ids[0]
     return [
         replace(
@@ -80,7 +82,7 @@ def answers(bank: RoleBank, count: int) -> list[Response]:
         )
         if index % 2
         else one
-        for index, one in enumerate(found)
+        for index, one in enumerate(sampled)
     ]
 
 
@@ -115,13 +117,13 @@ def gradients(bank: RoleBank, experience: Experience, trainer: Updater | None = 
     """Of the first minibatch, by role and place."""
     trainer = trainer or updater(bank)
     trainer.gradients(experience, experience.minibatches[0], trains_policy=True)
-    found = {}
+    by_name = {}
     for role, weights in bank.trainable().items():
         for place, weight in enumerate(weights):
             if weight.grad is not None:
-                found[f"{role}.{place}"] = weight.grad.clone()
+                by_name[f"{role}.{place}"] = weight.grad.clone()
             weight.grad = None
-    return found
+    return by_name
 
 
 def disturb_policy(bank: RoleBank) -> None:
@@ -147,25 +149,25 @@ def test_a_packed_row_says_where_each_token_is_predicted_and_where_it_belongs() 
     assert row.position_ids_1T[0, :10].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1]
     assert row.places_N.tolist() == [1, 2, 3, 5, 6]
     assert row.tokens_N.tolist() == [7, 8, 2, 9, 2]
-    found_BR = torch.zeros(2, 3)
-    row.put(found_BR, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
-    assert found_BR.tolist() == [[1, 2, 3], [4, 5, 0]]
-    assert row.taken(found_BR).tolist() == [[1, 2, 3, 4, 5]]
+    values_BR = torch.zeros(2, 3)
+    row.put(values_BR, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert values_BR.tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert row.taken(values_BR).tolist() == [[1, 2, 3, 4, 5]]
     assert response_mask(sequences, CPU).tolist() == [[True, True, True], [True, True, False]]
 
 
-@pytest.mark.parametrize(("tuning", "made_by"), [(LORA, FULL), (LORA, LORA), (FULL, FULL)])
-def test_at_step_0_ratio_is_1_and_kl_is_0(world: World, tuning: Tuning, made_by: Tuning) -> None:
-    found = iteration(world.bank(tuning, made_by))
-    assert found.outputs.kl_BR.abs().max() < 1e-5
-    figures = iteration_figures(found.responses, found.outputs, found.scored, found.experience, kl_coef=0.01)
+@pytest.mark.parametrize(("tuning", "policy_tuning"), [(LORA, FULL), (LORA, LORA), (FULL, FULL)])
+def test_at_step_0_ratio_is_1_and_kl_is_0(world: World, tuning: Tuning, policy_tuning: Tuning) -> None:
+    one = iteration(world.bank(tuning, policy_tuning))
+    assert one.outputs.kl_BR.abs().max() < 1e-5
+    figures = iteration_figures(one.responses, one.outputs, one.scored, one.experience, kl_coef=0.01)
     assert abs(figures["ppo/kl_to_reference"]) < 1e-4 and abs(figures["ppo/kl_k3"]) < 1e-4
     # In other rows than those that were measured: the first step's ratio is 1 whatever the packing.
-    experience = recut(found.experience, row_tokens=16)
-    first = updater(found.bank).gradients(experience, experience.minibatches[0], trains_policy=True)
+    experience = recut(one.experience, row_tokens=16)
+    first = updater(one.bank).gradients(experience, experience.minibatches[0], trains_policy=True)
     assert abs(first["ppo/approx_kl"]) < 1e-8 and first["ppo/clip_fraction"] == 0.0
-    taken_BR = found.experience.advantages_BR[: len(found.responses) // 2]
-    mask_BR = found.experience.response_mask_BR[: len(found.responses) // 2]
+    taken_BR = one.experience.advantages_BR[: len(one.responses) // 2]
+    mask_BR = one.experience.response_mask_BR[: len(one.responses) // 2]
     assert first["ppo/policy_loss"] == pytest.approx(-float(taken_BR[mask_BR].mean()), abs=1e-5)
 
 
@@ -190,8 +192,8 @@ def test_advantages_are_whitened_over_the_iteration(world: World) -> None:
 def test_log_probabilities_are_those_of_each_sequence_by_itself(world: World) -> None:
     bank = world.bank(LORA, FULL)
     disturb_policy(bank)
-    found = iteration(bank)
-    for index, response in enumerate(found.responses):
+    one = iteration(bank)
+    for index, response in enumerate(one.responses):
         ids = torch.tensor([sequence_of(response).ids])
         with torch.no_grad():
             logits = bank.policy_model()(input_ids=ids).logits[0].float()
@@ -199,35 +201,33 @@ def test_log_probabilities_are_those_of_each_sequence_by_itself(world: World) ->
         expected = torch.stack(
             [logits[place - 1].log_softmax(-1)[ids[0, place]] for place in range(first, ids.shape[1])]
         )
-        torch.testing.assert_close(
-            found.outputs.logprobs_BR[index, : len(response.ids)], expected, atol=1e-5, rtol=1e-5
-        )
-    assert found.outputs.kl_BR.abs().max() > 0.01, "the policy had moved"
+        torch.testing.assert_close(one.outputs.logprobs_BR[index, : len(response.ids)], expected, atol=1e-5, rtol=1e-5)
+    assert one.outputs.kl_BR.abs().max() > 0.01, "the policy had moved"
 
 
 def test_rewards_are_the_whitened_scores_less_beta_times_kl(world: World) -> None:
     bank = world.bank(LORA, FULL)
     disturb_policy(bank)
-    found = iteration(bank)
+    one = iteration(bank)
     combined = []
-    for index, response in enumerate(found.responses):
+    for index, response in enumerate(one.responses):
         safety, helpfulness = (
             float(scores_B[index])
-            for scores_B in (found.scored.scores.safety_B, found.scored.scores.helpfulness_B)
+            for scores_B in (one.scored.scores.safety_B, one.scored.scores.helpfulness_B)
             if scores_B is not None
         )
         is_gated = response.prompt.is_safety or 1 / (1 + np.exp(-safety)) < 0.15
         combined.append(safety if is_gated else helpfulness)
-    finished = np.array([response.is_finished for response in found.responses])
+    finished = np.array([response.is_finished for response in one.responses])
     assert finished.any() and not finished.all()
     whole = np.array(combined)[finished]
-    for index, response in enumerate(found.responses):
+    for index, response in enumerate(one.responses):
         shaped = (combined[index] - whole.mean()) / whole.std() if finished[index] else -1.0
         length = len(response.ids)
-        gap = (found.outputs.logprobs_BR - found.outputs.ref_logprobs_BR)[index, :length].numpy()
+        gap = (one.outputs.logprobs_BR - one.outputs.ref_logprobs_BR)[index, :length].numpy()
         expected = -0.01 * gap
         expected[-1] += shaped
-        rewards = found.experience.rewards_BR[index].numpy()
+        rewards = one.experience.rewards_BR[index].numpy()
         np.testing.assert_allclose(rewards[:length], expected, atol=1e-4)
         assert not rewards[length:].any()
 
@@ -287,10 +287,10 @@ def test_no_gradient_hangs_on_the_order_of_responses_or_on_padding(world: World)
 
 def test_an_update_moves_what_is_trained_and_nothing_else(world: World) -> None:
     bank = world.bank(LORA, LORA)
-    found = iteration(bank)
+    one = iteration(bank)
     before = {name: weight.clone() for name, weight in bank.state_dict().items()}
     frozen = bank.frozen_digest()
-    figures = updater(bank).update(found.experience, trains_policy=True)
+    figures = updater(bank).update(one.experience, trains_policy=True)
     after = bank.state_dict()
     for role in ("policy.", "critic."):
         assert any(not torch.equal(before[name], after[name]) for name in after if name.startswith(role))
@@ -301,9 +301,9 @@ def test_an_update_moves_what_is_trained_and_nothing_else(world: World) -> None:
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_the_critic_warms_up_alone(world: World, critic: str) -> None:
     bank = world.bank(LORA, FULL, critic=critic)
-    found = iteration(bank)
+    one = iteration(bank)
     before = {name: weight.clone() for name, weight in bank.state_dict().items()}
-    figures = updater(bank).update(found.experience, trains_policy=False)
+    figures = updater(bank).update(one.experience, trains_policy=False)
     after = bank.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in after if name.startswith("policy."))
     assert any(not torch.equal(before[name], after[name]) for name in after if name.startswith("critic."))
@@ -321,12 +321,12 @@ def test_policy_and_critic_are_clipped_apart(world: World) -> None:
     assert all(torch.equal(steps[0][name], steps[1][name]) for name in steps[0])
 
 
-def test_the_judge_is_told_and_decides_nothing(world: World) -> None:
+def test_the_judge_is_logged_and_decides_nothing(world: World) -> None:
     models = {role: world.reward_model(role, LORA, FULL) for role in ("helpfulness", "safety", "judge")}
     bank, without = world.bank(LORA, FULL, reward_models=models), world.bank(LORA, FULL)
-    found, plain = iteration(bank), iteration(without)
-    assert found.scored.judge_B is not None and plain.scored.judge_B is None
-    torch.testing.assert_close(found.experience.rewards_BR, plain.experience.rewards_BR)
+    judged, plain = iteration(bank), iteration(without)
+    assert judged.scored.judge_B is not None and plain.scored.judge_B is None
+    torch.testing.assert_close(judged.experience.rewards_BR, plain.experience.rewards_BR)
 
 
 def fails_over(tokens: int, patch: pytest.MonkeyPatch) -> None:
@@ -353,7 +353,7 @@ def test_rows_that_do_not_fit_are_halved_and_the_step_stays(
     assert trainer.row_tokens == 64 and "ppo.tokens_per_microbatch=64" in caplog.text
 
 
-def test_one_response_that_does_not_fit_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_response_that_does_not_fit_is_reported(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     bank = world.bank(LORA, FULL)
     experience = iteration(bank).experience
     fails_over(8, monkeypatch)

@@ -47,15 +47,15 @@ def record(artifact: Artifact) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def learn(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Artifact]:
     """By sign: a policy that was paid, or charged, for each letter t."""
-    made: dict[int, Artifact] = {}
+    artifacts: dict[int, Artifact] = {}
 
     def of(sign: int) -> Artifact:
-        if sign not in made:
+        if sign not in artifacts:
             folder = tmp_path_factory.mktemp("learning")
             scoring = {"combine": write_function(folder / "letter.py", PAYS, sign=sign)}
             inputs = inputs_of(folder, base, scoring=scoring, prompts=240, rollout={"max_new_tokens": 24})
-            made[sign] = ppo.run(config_of(**LEARNING), inputs)
-        return made[sign]
+            artifacts[sign] = ppo.run(config_of(**LEARNING), inputs)
+        return artifacts[sign]
 
     return of
 
@@ -73,9 +73,9 @@ def letters(artifact: Artifact) -> tuple[float, float]:
 
 def test_what_is_paid_for_comes_more_often(learn: Callable[[int], Artifact]) -> None:
     artifact = learn(1)
-    found = figures(artifact)
-    assert found["ppo/test/difference/reward_combined_low"] > 0.2
-    assert found["ppo/test/final/kl_to_reference"] > 0.5 > abs(found["ppo/test/start/kl_to_reference"])
+    summary = figures(artifact)
+    assert summary["ppo/test/difference/reward_combined_low"] > 0.2
+    assert summary["ppo/test/final/kl_to_reference"] > 0.5 > abs(summary["ppo/test/start/kl_to_reference"])
     first, last = letters(artifact)
     assert last > first + 0.2
 
@@ -163,8 +163,10 @@ def test_a_training_that_breaks_tells_where_its_best_policy_is(
     def breaks(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
-        found = plain(*arguments, **named)
-        return found if calls < 70 else type(found)(found.loss * float("nan"), found.approx_kl, found.clip_fraction)
+        result = plain(*arguments, **named)
+        return (
+            result if calls < 70 else type(result)(result.loss * float("nan"), result.approx_kl, result.clip_fraction)
+        )
 
     monkeypatch.setattr(update_module, "policy_loss", breaks)
     config = config_of(**(LEARNING | {"validation_every": 1, "save_every": 1}))

@@ -23,12 +23,12 @@ ONE = tensor([[True]])
 def one_token(ratio: float, advantage: float) -> tuple[float, float, float]:
     """Loss, its gradient by the new log-probability, and whether the token counts as clipped."""
     new_11 = tensor([[math.log(ratio)]], requires_grad=True)
-    found = policy_loss(
+    terms = policy_loss(
         new_11, torch.zeros(1, 1), advantages_BR=tensor([[advantage]]), response_mask_BR=ONE, clip_range=0.2, tokens=1
     )
-    found.loss.backward()
+    terms.loss.backward()
     assert new_11.grad is not None
-    return found.loss.item(), float(new_11.grad), float(found.clip_fraction)
+    return terms.loss.item(), float(new_11.grad), float(terms.clip_fraction)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def one_token(ratio: float, advantage: float) -> tuple[float, float, float]:
         (0.9, -2.0, 1.8, 1.8, 0),
         (1.5, 2.0, -2.4, 0.0, 1),  # better and already likelier by more than 1.2: -1.2 A, nothing more to gain
         (0.5, -2.0, 1.6, 0.0, 1),  # worse and already less likely than 0.8: -0.8 A
-        (0.5, 2.0, -1.0, -1.0, 0),  # better but less likely: the bound does not protect from mending that
+        (0.5, 2.0, -1.0, -1.0, 0),  # better but less likely: the bound does not stop its correction
         (1.5, -2.0, 3.0, 3.0, 0),
         *((ratio, 0.0, 0.0, 0.0, 0) for ratio in (0.5, 1.0, 1.5)),  # an advantage of zero moves nothing
     ],
@@ -52,7 +52,7 @@ def test_the_policy_loss_of_a_token_by_hand(
 
 def test_approximate_kl_by_hand() -> None:
     # r - 1 - log r of 2 and 1/2, over 4 tokens of the minibatch: (1 - log 2 - 1/2 + log 2) / 4
-    found = policy_loss(
+    terms = policy_loss(
         tensor([[2.0, 0.5]]).log(),
         torch.zeros(1, 2),
         advantages_BR=torch.zeros(1, 2),
@@ -60,14 +60,14 @@ def test_approximate_kl_by_hand() -> None:
         clip_range=0.2,
         tokens=4,
     )
-    assert_close(found.approx_kl, tensor(0.125))
+    assert_close(terms.approx_kl, tensor(0.125))
 
 
 def test_before_the_first_step_the_ratio_is_one_and_the_kl_zero() -> None:
     logprobs_BR = torch.randn(2, 3)
     mask_BR = tensor([[True, True, True], [True, False, False]])
     advantages_BR = torch.randn(2, 3)
-    found = policy_loss(
+    terms = policy_loss(
         logprobs_BR,
         logprobs_BR.clone(),
         advantages_BR=advantages_BR,
@@ -75,8 +75,8 @@ def test_before_the_first_step_the_ratio_is_one_and_the_kl_zero() -> None:
         clip_range=0.2,
         tokens=4,
     )
-    assert found.approx_kl == found.clip_fraction == 0
-    assert_close(found.loss, -advantages_BR[mask_BR].mean())
+    assert terms.approx_kl == terms.clip_fraction == 0
+    assert_close(terms.loss, -advantages_BR[mask_BR].mean())
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_value_loss_of_a_token_by_hand(
     new: float, old: float, target: float, loss: float, gradient: float, clipped: float
 ) -> None:
     new_11 = tensor([[new]], requires_grad=True)
-    found = value_loss(
+    terms = value_loss(
         new_11,
         tensor([[old]]),
         returns_BR=tensor([[target]]),
@@ -100,9 +100,9 @@ def test_the_value_loss_of_a_token_by_hand(
         value_clip_range=0.2,
         tokens=1,
     )
-    found.loss.backward()
+    terms.loss.backward()
     assert new_11.grad is not None
-    got = (found.loss.item(), float(new_11.grad), float(found.clip_fraction))
+    got = (terms.loss.item(), float(new_11.grad), float(terms.clip_fraction))
     assert got == pytest.approx((loss, gradient, clipped), abs=1e-6)
 
 
@@ -143,8 +143,8 @@ def slow_value_loss(rows: list[Row], clip_range: float) -> float:
     losses = []
     for new, old, returns in rows:
         for n, o, g in zip(new, old, returns, strict=True):
-            held = min(max(n, o - clip_range), o + clip_range)
-            losses.append(max((n - g) ** 2, (held - g) ** 2) / 2)
+            clipped = min(max(n, o - clip_range), o + clip_range)
+            losses.append(max((n - g) ** 2, (clipped - g) ** 2) / 2)
     return sum(losses) / len(losses)
 
 
@@ -177,8 +177,8 @@ def both_losses(parts: list[tuple[Tensor, ...]]) -> tuple[list[float], list[floa
         assert new_BR.grad is not None
         assert new_BR.grad[~mask_BR].abs().sum() == 0, "padding has no gradient"
         gradients += new_BR.grad[mask_BR].tolist()
-        found = (policy.loss, policy.approx_kl, policy.clip_fraction, value.loss)
-        totals = [total + x.item() for total, x in zip(totals, found, strict=True)]
+        terms = (policy.loss, policy.approx_kl, policy.clip_fraction, value.loss)
+        totals = [total + x.item() for total, x in zip(totals, terms, strict=True)]
     return totals, gradients
 
 
@@ -214,10 +214,10 @@ def test_long_and_short_responses_count_by_their_tokens() -> None:
     mask_BR = tensor([[True, True, True], [True, False, False]])
     advantages_BR = tensor([[1.0, 1.0, 1.0], [5.0, 0.0, 0.0]])
     zeros_BR = torch.zeros(2, 3)
-    found = policy_loss(
+    terms = policy_loss(
         zeros_BR, zeros_BR, advantages_BR=advantages_BR, response_mask_BR=mask_BR, clip_range=0.2, tokens=4
     )
-    assert_close(found.loss, tensor(-2.0))
+    assert_close(terms.loss, tensor(-2.0))
 
 
 def test_what_is_watched_carries_no_gradient() -> None:
@@ -253,7 +253,7 @@ def test_an_adaptive_coefficient_by_hand(kl: float, coef: float) -> None:
     assert KlCoefficient(0.1, target=6.0, gain=0.1).after(kl).coef == pytest.approx(coef)
 
 
-def test_a_controller_goes_on_where_its_checkpoint_was_taken() -> None:
+def test_a_controller_resumes_from_its_checkpoint() -> None:
     whole = KlCoefficient(0.1, target=6.0, gain=0.1)
     for kl in (3.0, 9.0, 12.0):
         whole = whole.after(kl)

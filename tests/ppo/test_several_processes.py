@@ -1,4 +1,4 @@
-"""PPO and sampling by two processes (gloo) do what one does; killed together, any number of them goes on."""
+"""PPO and sampling by two processes (gloo) do what one does; killed together, any number of them resumes."""
 
 import os
 import signal
@@ -66,11 +66,11 @@ def named(inputs: StepInputs, name: str) -> StepInputs:
 
 def train(config: Config, inputs: StepInputs, killed_at: int = -1) -> dict[str, Tensor]:
     """The policy that this process holds in the end; all die when the checkpoint of an iteration is there."""
-    held: list[ppo.train.Training] = []
+    trainings: list[ppo.train.Training] = []
     save = ppo.train.Training.save
 
     def save_and_die(self: ppo.train.Training) -> None:
-        held[:] = [self]
+        trainings[:] = [self]
         try:
             save(self)
         finally:
@@ -79,7 +79,7 @@ def train(config: Config, inputs: StepInputs, killed_at: int = -1) -> dict[str, 
 
     ppo.train.Training.save = save_and_die
     ppo.run(config, inputs)
-    return {name: weight.clone() for name, weight in held[0].session.bank.state_dict().items()}
+    return {name: weight.clone() for name, weight in trainings[0].session.bank.state_dict().items()}
 
 
 def assert_alike(one: StepInputs, other: StepInputs) -> None:
@@ -106,9 +106,9 @@ def distance(one: Tensor, other: Tensor) -> float:
 @pytest.fixture(scope="module")
 def by_one(inputs: StepInputs) -> Iterator[StepInputs]:
     """Three iterations of one process."""
-    found = named(inputs, "by-one")
-    run_several(1, train, CONFIG, found)
-    yield found
+    renamed = named(inputs, "by-one")
+    run_several(1, train, CONFIG, renamed)
+    yield renamed
 
 
 def test_two_processes_train_the_policy_that_one_does(inputs: StepInputs, by_one: StepInputs) -> None:
@@ -121,7 +121,7 @@ def test_two_processes_train_the_policy_that_one_does(inputs: StepInputs, by_one
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_killed_after_two_iterations_another_number_of_processes_goes_on(
+def test_killed_after_two_iterations_another_number_of_processes_resumes(
     before: int, after: int, inputs: StepInputs, by_one: StepInputs
 ) -> None:
     killed = named(inputs, f"killed-{before}")
@@ -159,11 +159,11 @@ def run_out_of_memory(inputs: StepInputs) -> None:
     ppo.run(CONFIG, inputs)
 
 
-def test_memory_that_runs_out_in_one_of_several_processes_is_told_with_a_way_out(inputs: StepInputs) -> None:
-    found = (
+def test_memory_that_runs_out_in_one_of_several_processes_is_reported_with_a_fix(inputs: StepInputs) -> None:
+    message = (
         r"process 1 of 2:(?s:.*)DeviceMemoryError: ppo: the memory of one of 2 devices does not hold a row of 96 tokens"
     )
-    with pytest.raises(AssertionError, match=rf"{found} \(CUDA out of .* 2 GiB\.\)\..*ppo\.tokens_per_microbatch=48"):
+    with pytest.raises(AssertionError, match=rf"{message} \(CUDA out of .* 2 GiB\.\)\..*ppo\.tokens_per_microbatch=48"):
         run_several(2, run_out_of_memory, named(inputs, "no-room"))
 
 

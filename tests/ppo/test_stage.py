@@ -41,8 +41,8 @@ def models_of(world: World, *roles: str, tuning: Tuning = LORA, policy: Tuning =
 
 def train(folder: Path, world: World, models: dict[str, Artifact], scoring: dict[str, Any], **changes: Any) -> Artifact:
     """The policy that the stage publishes; `changes` are of its inputs."""
-    given: dict[str, Any] = {"policy": world.policy(FULL), "tuning": LORA} | changes
-    inputs = inputs_of(folder, Path(world.base.model), reward_models=models, scoring=scoring, **given)
+    options: dict[str, Any] = {"policy": world.policy(FULL), "tuning": LORA} | changes
+    inputs = inputs_of(folder, Path(world.base.model), reward_models=models, scoring=scoring, **options)
     return ppo.run(config_of(**SMALL), inputs)
 
 
@@ -59,7 +59,7 @@ def summary(artifact: Artifact) -> dict[str, float]:
 # --- ways of scoring
 
 
-def test_two_reward_models_and_a_judge_are_told_apart(world: World, tmp_path: Path) -> None:
+def test_two_reward_models_and_a_judge_are_distinguished(world: World, tmp_path: Path) -> None:
     models = models_of(world, "helpfulness", "safety", "judge")
     artifact = train(tmp_path, world, models | {"safety": labelled(models["safety"])}, GATE)
     rows, figures = record(artifact), summary(artifact)

@@ -84,8 +84,8 @@ def test_one_sample_is_best_median_and_mean_and_may_be_greedy(base: Path, tmp_pa
         rollout={"temperature": 0.0},
         scoring={"combine": write_function(tmp_path / "any.py", ANY)},
     )
-    found = summary_of(step_of(recipe))
-    assert found["rs/reward_best"] == found["rs/reward_median"] == found["rs/reward_mean"]
+    summary = summary_of(step_of(recipe))
+    assert summary["rs/reward_best"] == summary["rs/reward_median"] == summary["rs/reward_mean"]
     assert answers_of(recipe) == [["Paris"]] * len(answers_of(recipe))
 
 
@@ -109,9 +109,9 @@ def test_a_sweep_takes_the_temperature_whose_best_answers_are_best(
             "sweep_samples": 2,
         },
     )
-    found = summary_of(step_of(recipe))
-    assert found["rs/temperature"] == 0.9, "the lower one of equal ones"
-    assert found["rs/sweep/best_at_0.9"] == 3.0 and found["rs/sweep/median_at_1.3"] == 1.3
+    summary = summary_of(step_of(recipe))
+    assert summary["rs/temperature"] == 0.9, "the lower one of equal ones"
+    assert summary["rs/sweep/best_at_0.9"] == 3.0 and summary["rs/sweep/median_at_1.3"] == 1.3
     assert (step_of(recipe).figures / "temperatures.png").is_file()
 
 
@@ -133,8 +133,8 @@ def test_the_temperature_is_that_of_the_best_of_k_and_not_of_all_answers_of_the_
         for temperature, best in ((1.0, [0.5, 1.0, 1.1, 1.2]), (1.4, [0.0, 0.8, 1.2, 1.6]))
     ]
     assert [best_temperature(curves, samples=samples) for samples in (1, 2, 3, 4, 9)] == [1.0, 1.0, 1.4, 1.4, 1.4]
-    found = sweep_figures(curves, samples=2)
-    assert (found["rs/sweep/best_at_1"], found["rs/sweep/best_at_1.4"]) == (1.0, 0.8)
+    figures = sweep_figures(curves, samples=2)
+    assert (figures["rs/sweep/best_at_1"], figures["rs/sweep/best_at_1.4"]) == (1.0, 0.8)
 
 
 # --- who samples, and from where it is tuned
@@ -149,8 +149,8 @@ def test_another_policy_samples_with_its_own_tokens_and_its_answers_are_learnt(
     assert {text for texts in answers_of(recipe) for text in texts} == {"Paris"}
     dialogs = read_lines(step_of(recipe).dialogs / "dialogs.jsonl")
     assert [dialog["messages"][-1]["content"] for dialog in dialogs] == ["Paris"] * 12
-    found = summary_of(step_of(recipe))
-    assert found["rs/usable_fraction"] == 1.0 and found["rs/reward_best"] == found["rs/reward_mean"]
+    summary = summary_of(step_of(recipe))
+    assert summary["rs/usable_fraction"] == 1.0 and summary["rs/reward_best"] == summary["rs/reward_mean"]
     identity = inputs_of(recipe)[1].identity
     assert identity["rejection_sampling"]["sampler"] == sampler.digest, "by content: it may be moved"
 
@@ -160,14 +160,14 @@ def test_from_the_base_data_sft_is_learnt_beside_the_winners(
 ) -> None:
     """At a rate of nothing the weights stay what they were: those of the base, and not of the policy that sampled."""
     policy = world.policy(FULL)
-    given: dict[str, Any] = {
+    sections: dict[str, Any] = {
         "base": {"model": world.base.model, "policy": str(policy.path)},
         "scoring": {"combine": write_function(tmp_path / "any.py", ANY)},
     }
     weights = {}
     for start in ("base", "current"):
         changes = PLAIN | {"start": start, "sft": {"learning_rate": 1e-12}}
-        recipe = write_recipe(tmp_path / f"{start}.yaml", base, rejection_sampling=changes, **given)
+        recipe = write_recipe(tmp_path / f"{start}.yaml", base, rejection_sampling=changes, **sections)
         caplog.clear()
         with caplog.at_level(logging.INFO):
             (artifact,) = run_command(load(recipe), "rs")
@@ -180,8 +180,8 @@ def test_from_the_base_data_sft_is_learnt_beside_the_winners(
         "base": load_file(Path(world.base.model) / "model.safetensors"),
         "current": load_file(policy.path / "model.safetensors"),
     }
-    for start, found in weights.items():
-        assert torch.allclose(found, origins[start]["model.embed_tokens.weight"], atol=1e-6)
+    for start, embedding in weights.items():
+        assert torch.allclose(embedding, origins[start]["model.embed_tokens.weight"], atol=1e-6)
     assert not torch.allclose(weights["base"], weights["current"], atol=1e-3)
 
 
@@ -234,9 +234,7 @@ def test_several_samples_at_temperature_0_are_refused(base: Path, tmp_path: Path
         sampled(tmp_path, base, rollout={"temperature": 0.0})
 
 
-def test_answers_that_never_end_are_told_with_their_number_and_the_step_can_be_mended(
-    base: Path, tmp_path: Path
-) -> None:
+def test_answers_that_never_end_are_counted_in_the_error_and_the_step_can_be_fixed(base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path / "one.yaml",
         base,
@@ -326,27 +324,27 @@ def test_the_control_pools_earlier_rounds_without_their_scores() -> None:
         ({"sampler": "nowhere/else"}, {}, "rejection_sampling.sampler: "),
     ],
 )
-def test_faults_of_the_section_are_told_with_the_recipe(
+def test_faults_of_the_section_are_reported_with_the_recipe(
     section: dict[str, Any], entry: dict[str, Any], words: str, base: Path, tmp_path: Path
 ) -> None:
     recipe = write_recipe(tmp_path / "one.yaml", base, steps=[{"rs": entry}], rejection_sampling=section)
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         load(recipe)
-    text = str(told.value)
+    text = str(caught.value)
     assert words in text and text.startswith("The configuration has 1 problem:"), text
 
 
-def test_values_over_the_section_sft_are_checked_with_it_and_told_once(base: Path, tmp_path: Path) -> None:
-    """Also where no step tunes on winners; what is wrong with the section sft itself is not told again below."""
+def test_values_over_the_section_sft_are_checked_with_it_and_reported_once(base: Path, tmp_path: Path) -> None:
+    """Also where no step tunes on winners; a fault of the section sft itself is not reported twice."""
     recipe = write_recipe(tmp_path / "one.yaml", base, steps=["sft"], rejection_sampling={"sft": {"epoch": 1}})
     with pytest.raises(ConfigError, match=r"rejection_sampling\.sft\.epoch: unknown key"):
         load(recipe)
     recipe = write_recipe(
         tmp_path / "two.yaml", base, sft={"epochs": 0}, steps=["rs", {"rs": {"name": "rs-2", "sft": {"packing": True}}}]
     )
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         load(recipe)
-    assert str(told.value).count("epochs") == 1
+    assert str(caught.value).count("epochs") == 1
     steps = load(recipe, ["sft.epochs=1"]).steps
     assert steps[1].config.model_dump()["sft"] == {"packing": True}
 

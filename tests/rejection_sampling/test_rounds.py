@@ -1,4 +1,4 @@
-"""Rounds of rejection sampling on toy policies: what is chosen, pooled, published, learnt and told."""
+"""Rounds of rejection sampling on toy policies: what is chosen, pooled, published, trained on and reported."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ class First:
     """One whole round."""
 
     recipe: Path
-    asked: list[Any]  # prompt, answer and score of each call of the reward function
+    scored: list[Any]  # prompt, answer and score of each call of the reward function
 
     @property
     def step(self) -> StepFolder:
@@ -75,7 +75,7 @@ def first(base: Path, tmp_path_factory: pytest.TempPathFactory) -> First:
 
 def test_each_prompts_best_answer_is_published(first: First) -> None:
     """By a plain loop over what lies in sampling/, and what the reward function was asked."""
-    score_of = {(prompt, text): score for prompt, text, score in first.asked}
+    score_of = {(prompt, text): score for prompt, text, score in first.scored}
     winners = []
     for group in groups_of(first.step):
         best: tuple[float, str] | None = None
@@ -94,16 +94,16 @@ def test_each_prompts_best_answer_is_published(first: First) -> None:
     assert [dialog["sampled"]["score"] for dialog in learnt] == [score for score, _ in winners[: len(learnt)]]
 
 
-def test_learnt_and_held_out_prompts_are_different_ones_and_nothing_is_asked_of_the_test_side_but_its_evaluation(
+def test_training_and_held_out_prompts_are_disjoint_and_the_test_side_is_only_evaluated(
     first: First,
 ) -> None:
     learnt, held_out = (
         {dialog["messages"][-2]["content"] for dialog in read_lines(first.step.dialogs / name)}
         for name in ("dialogs.jsonl", "held_out.jsonl")
     )
-    tested = {prompt for prompt, _, _ in first.asked} - learnt - held_out
+    tested = {prompt for prompt, _, _ in first.scored} - learnt - held_out
     assert len(learnt) > 20 and len(held_out) == 6 and not learnt & held_out
-    counts = {prompt: sum(asked[0] == prompt for asked in first.asked) for prompt in tested}
+    counts = {prompt: sum(call[0] == prompt for call in first.scored) for prompt in tested}
     # The first and the final policy answer once; a prompt of the training side without a winner was asked K times.
     assert sorted(counts.values())[:8] == [2] * 8 and set(counts.values()) <= {2, 6, 6 + 3 * 4}
 
@@ -138,16 +138,22 @@ def test_the_manifest_says_what_was_read_and_left_out(first: First) -> None:
 
 
 def test_figures_of_the_round_are_those_of_its_groups(first: First) -> None:
-    found = summary_of(first.step)
-    check_names(found)
-    assert found["rs/reward_best"] > found["rs/reward_mean"] and found["rs/reward_best"] > found["rs/reward_median"]
-    training = groups_of(first.step)[: int(found["rs/prompts"])]
+    summary = summary_of(first.step)
+    check_names(summary)
+    assert (
+        summary["rs/reward_best"] > summary["rs/reward_mean"]
+        and summary["rs/reward_best"] > summary["rs/reward_median"]
+    )
+    training = groups_of(first.step)[: int(summary["rs/prompts"])]
     usable = [
         [score for score, done, good in zip(g.combined, g.finished, g.allowed, strict=True) if done and good]
         for g in training
     ]
-    assert found["rs/usable_fraction"] == pytest.approx(sum(map(len, usable)) / (6 * len(training)))
-    assert found["rs/winners"] == found["rs/pool_size"] == sum(map(bool, usable)) and found["rs/pool_from_earlier"] == 0
+    assert summary["rs/usable_fraction"] == pytest.approx(sum(map(len, usable)) / (6 * len(training)))
+    assert (
+        summary["rs/winners"] == summary["rs/pool_size"] == sum(map(bool, usable))
+        and summary["rs/pool_from_earlier"] == 0
+    )
     rows = MetricsRecord(first.step.metrics).read()
     check_names(name for row in rows for name in row if name not in ("step", "time"))
     assert [row["rs/step"] for row in rows if "rs/step" in row] == list(range(1, -(-len(training) // 10) + 1))
@@ -215,11 +221,11 @@ def second(first: First, base: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def by_prompt(step: StepFolder) -> dict[str, list[tuple[str, str]]]:
     """Answers and the rounds that they are of, by their prompt."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    by_question: dict[str, list[tuple[str, str]]] = {}
     for dialog in read_lines(step.dialogs / "dialogs.jsonl"):
         prompt = json.dumps([message["content"] for message in dialog["messages"][:-1]])
-        found.setdefault(prompt, []).append((dialog["messages"][-1]["content"], dialog["sampled"]["round"]))
-    return found
+        by_question.setdefault(prompt, []).append((dialog["messages"][-1]["content"], dialog["sampled"]["round"]))
+    return by_question
 
 
 def worth(text: str) -> float:
@@ -228,10 +234,10 @@ def worth(text: str) -> float:
 
 def test_a_second_round_keeps_the_better_winner_of_each_prompt(second: Path) -> None:
     before, pooled = (by_prompt(step_of(second, name)) for name in ("rs", "rs-2"))
-    found = summary_of(step_of(second, "rs-2"))
-    asked = int(found["rs/prompts"])
+    summary = summary_of(step_of(second, "rs-2"))
+    num_prompts = int(summary["rs/prompts"])
     # Both rounds ask the same prompts in the same order, so the n-th groups answer one prompt.
-    first_groups, groups = (groups_of(step_of(second, name))[:asked] for name in ("rs", "rs-2"))
+    first_groups, groups = (groups_of(step_of(second, name))[:num_prompts] for name in ("rs", "rs-2"))
     own = [group.texts[group.candidates[0]] if group.candidates else None for group in groups]
     at = [number for number, group in enumerate(first_groups) if group.candidates]
     assert len(at) == len(before) and all(len(answers) == 1 for answers in pooled.values())
@@ -243,8 +249,8 @@ def test_a_second_round_keeps_the_better_winner_of_each_prompt(second: Path) -> 
     assert all(where == "rs-2" and text in own for ((text, where),) in pooled.values())
     rounds = [answers[0][1] for answers in by_prompt(step_of(second, "rs-2")).values()]
     assert rounds.count("rs") > 1 and rounds.count("rs-2") > 1
-    assert found["rs/pool_from_earlier"] == rounds.count("rs") and found["rs/pool_size"] == len(rounds)
-    assert found["rs/reward_best"] > found["rs/reward_mean"]
+    assert summary["rs/pool_from_earlier"] == rounds.count("rs") and summary["rs/pool_size"] == len(rounds)
+    assert summary["rs/reward_best"] > summary["rs/reward_mean"]
 
 
 def test_the_identity_of_a_round_holds_the_dialogs_of_those_before_it(second: Path, tmp_path: Path) -> None:
@@ -290,7 +296,7 @@ def test_the_draws_of_a_second_round_are_others(edited: Path) -> None:
     assert one != two
 
 
-def test_a_line_that_an_edit_broke_is_told_before_anything_is_sampled(edited: Path) -> None:
+def test_a_line_that_an_edit_broke_is_reported_before_anything_is_sampled(edited: Path) -> None:
     path = step_of(edited).dialogs / "dialogs.jsonl"
     path.write_text(path.read_text() + '{"messages": [{"role": "user", "content": "no answer"}]}\n')
     config, inputs = inputs_of(edited, "rs-2")
@@ -322,7 +328,7 @@ def test_the_policy_learns_what_is_chosen(base: Path, tmp_path: Path) -> None:
         sft={"learning_rate": 2e-3},
     )
     run_command(load(recipe), "rs")
-    found = summary_of(step_of(recipe))
-    assert found["rs/test/difference/reward_combined_low"] > 0.4
-    assert found["rs/test/final/score"] > found["rs/test/start/score"] == pytest.approx(0.0, abs=1e-6)
-    assert found["sft/epoch"] == 2.0 and found["sft/eval_loss"] < found["sft/eval_loss_base"]
+    summary = summary_of(step_of(recipe))
+    assert summary["rs/test/difference/reward_combined_low"] > 0.4
+    assert summary["rs/test/final/score"] > summary["rs/test/start/score"] == pytest.approx(0.0, abs=1e-6)
+    assert summary["sft/epoch"] == 2.0 and summary["sft/eval_loss"] < summary["sft/eval_loss_base"]

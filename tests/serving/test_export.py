@@ -92,7 +92,7 @@ def test_a_merged_weight_is_the_sum_rounded_once_and_all_others_are_the_bases(
             torch.testing.assert_close(weight, by_peft[name], rtol=0, atol=1e-6)
 
 
-def test_weights_are_written_in_files_of_the_size_asked_for(
+def test_weights_are_written_in_files_of_the_requested_size(
     tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch
 ):
     artifact, out, most = lora_policy(tmp_path, tiny_format), tmp_path / "out", 120_000
@@ -112,19 +112,19 @@ def test_weights_are_written_in_files_of_the_size_asked_for(
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     assert max(in_memory) <= most
     index = json.loads((out / "model.safetensors.index.json").read_text())
-    held = {}
+    weight_map = {}
     for file in files:
         with safe_open(file, framework="pt") as weights:
-            held |= dict.fromkeys(weights.keys(), file.name)
-    assert index["weight_map"] == held
-    assert held.keys() == tiny_llama().state_dict().keys()
+            weight_map |= dict.fromkeys(weights.keys(), file.name)
+    assert index["weight_map"] == weight_map
+    assert weight_map.keys() == tiny_llama().state_dict().keys()
     assert index["metadata"]["total_size"] == sum(in_memory) == 4 * sum(p.numel() for p in tiny_llama().parameters())
 
 
 def test_a_fully_tuned_policy_is_copied(tmp_path: Path, tiny_format: ChatFormat):
     artifact, out = full_policy(tmp_path, tiny_format), tmp_path / "out"
-    found = export_policy(Request(artifact, out))
-    assert found.max_logprob_difference == 0.0
+    agreement = export_policy(Request(artifact, out))
+    assert agreement.max_logprob_difference == 0.0
     got, was = weights_of(out), weights_of(artifact.path)
     assert all(torch.equal(got[name], weight) for name, weight in was.items()) and got.keys() == was.keys()
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
@@ -138,8 +138,8 @@ def test_an_adapter_goes_with_plain_peft_on_the_base_that_it_names(
     dtype: torch.dtype, tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch
 ):
     artifact, out = lora_policy(tmp_path, tiny_format, dtype=dtype), tmp_path / "out"
-    found = export_policy(Request(artifact, out, format="adapter"))
-    assert found.max_logprob_difference <= tolerance(dtype)
+    agreement = export_policy(Request(artifact, out, format="adapter"))
+    assert agreement.max_logprob_difference <= tolerance(dtype)
     named = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str((tmp_path / "base").resolve())
     monkeypatch.chdir("/")
@@ -150,7 +150,7 @@ def test_an_adapter_goes_with_plain_peft_on_the_base_that_it_names(
     assert not list(out.glob("model*.safetensors"))
 
 
-# -- held against the policy
+# -- compared with the policy
 
 
 def test_the_difference_is_that_of_the_log_probabilities(tmp_path: Path, tiny_format: ChatFormat):
@@ -171,11 +171,11 @@ def test_the_difference_is_that_of_the_log_probabilities(tmp_path: Path, tiny_fo
                     logits = model(input_ids=row).logits[0, start - 1 : -1]
                 losses.append(torch.nn.functional.cross_entropy(logits, row[0, start:], reduction="none"))
             differences += (losses[0] - losses[1]).abs().tolist()
-    found = compare(other, tokenizer, answers)
-    assert found.tokens == len(differences)
-    assert found.max_logprob_difference == pytest.approx(max(differences), abs=1e-4)
-    assert found.mean_logprob_difference == pytest.approx(sum(differences) / len(differences), abs=1e-4)
-    assert found.equal_greedy_answers == 0
+    agreement = compare(other, tokenizer, answers)
+    assert agreement.tokens == len(differences)
+    assert agreement.max_logprob_difference == pytest.approx(max(differences), abs=1e-4)
+    assert agreement.mean_logprob_difference == pytest.approx(sum(differences) / len(differences), abs=1e-4)
+    assert agreement.equal_greedy_answers == 0
 
 
 def unmerged(weight: Tensor, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
@@ -247,7 +247,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, tiny_format: ChatF
         Request(full, tmp_path / "out", shard_gb=0)
 
 
-def test_only_an_earlier_export_is_replaced_and_only_when_asked(
+def test_only_an_earlier_export_is_replaced_and_only_on_request(
     tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     artifact, out = full_policy(tmp_path, tiny_format), tmp_path / "out"
@@ -277,7 +277,7 @@ def test_only_an_earlier_export_is_replaced_and_only_when_asked(
             Request(artifact, mine, should_overwrite=True)
 
 
-def test_a_full_disk_is_told_before_anything_is_written(
+def test_a_full_disk_is_reported_before_anything_is_written(
     tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch
 ):
     artifact = full_policy(tmp_path, tiny_format)
@@ -296,8 +296,8 @@ def test_an_adapter_that_is_more_than_plain_lora_is_not_merged(tmp_path: Path, t
         read_adapter(artifact.path)
     config.write_text(json.dumps(plain))
     weights = artifact.path / "adapter_model.safetensors"
-    held = load_file(weights)
-    save_file({**held, "base_model.model.model.norm.weight": torch.ones(64)}, weights)
+    adapter = load_file(weights)
+    save_file({**adapter, "base_model.model.model.norm.weight": torch.ones(64)}, weights)
     with pytest.raises(ArtifactError, match="other weights than A and B"):
         read_adapter(artifact.path)
 

@@ -62,8 +62,8 @@ def test_a_qlora_policy_is_merged_onto_what_training_saw(
     tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch
 ):
     artifact = qlora_policy(tmp_path, tiny_format, monkeypatch)
-    found = export_policy(Request(artifact, tmp_path / "out"))
-    assert found.max_logprob_difference <= tolerance(torch.bfloat16)
+    agreement = export_policy(Request(artifact, tmp_path / "out"))
+    assert agreement.max_logprob_difference <= tolerance(torch.bfloat16)
     assert note_of(tmp_path / "out")["onto"] == "quantized"
     name = "model.layers.1.mlp.up_proj.weight"
     weight, (a, b) = weights_of(tmp_path / "base")[name], read_adapter(artifact.path).factors[name]
@@ -87,12 +87,12 @@ def test_chat_answers_from_the_very_weights_that_an_export_writes(
     assert not isinstance(served.model, PeftModel)
 
 
-def test_onto_the_original_weights_is_told_as_another_model(
+def test_an_export_onto_the_original_weights_is_reported_as_another_model(
     tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     artifact = qlora_policy(tmp_path, tiny_format, monkeypatch)
-    found = export_policy(Request(artifact, tmp_path / "out", onto="original"))
-    assert found.max_logprob_difference > tolerance(torch.bfloat16), "and yet it is written: it was asked for"
+    agreement = export_policy(Request(artifact, tmp_path / "out", onto="original"))
+    assert agreement.max_logprob_difference > tolerance(torch.bfloat16), "and yet it is written: it was asked for"
     assert "On the original weights it is another model" in caplog.text
     assert "merged onto the original weights" in (tmp_path / "out" / "README.md").read_text()
 
@@ -101,8 +101,8 @@ def test_a_qlora_adapter_is_loaded_on_its_base_in_4_bits_by_the_lines_of_its_car
     tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch
 ):
     artifact, out = qlora_policy(tmp_path, tiny_format, monkeypatch), tmp_path / "out"
-    found = export_policy(Request(artifact, out, format="adapter"))
-    assert found.max_logprob_difference <= tolerance(torch.bfloat16)
+    agreement = export_policy(Request(artifact, out, format="adapter"))
+    assert agreement.max_logprob_difference <= tolerance(torch.bfloat16)
     monkeypatch.chdir(out)
     names: dict[str, Any] = {}
     exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], names)

@@ -31,16 +31,16 @@ def merged(tmp_path_factory: pytest.TempPathFactory, tiny_format: ChatFormat) ->
     folder = tmp_path_factory.mktemp("policy")
     artifact = lora_policy(folder, tiny_format)
     (folder / "base/LICENSE.txt").write_text("You may.")
-    asked = take_snapshot(artifact)
-    export_policy(Request(artifact, folder / "merged"), asked)
-    return artifact, asked, folder / "merged"
+    snapshot = take_snapshot(artifact)
+    export_policy(Request(artifact, folder / "merged"), snapshot)
+    return artifact, snapshot, folder / "merged"
 
 
 @pytest.fixture
 def at_once(merged: tuple[Artifact, PolicySnapshot, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports take the merged folder that is there."""
     monkeypatch.setattr("serving.gguf.take_snapshot", lambda artifact: merged[1])
-    monkeypatch.setattr("serving.gguf.export_policy", lambda request, asked: shutil.copytree(merged[2], request.out))
+    monkeypatch.setattr("serving.gguf.export_policy", lambda request, snapshot: shutil.copytree(merged[2], request.out))
 
 
 def test_ollama_gets_a_quantized_file_with_the_policys_tokenizer_and_a_modelfile(
@@ -130,32 +130,32 @@ def test_a_folder_that_cannot_do_it_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "text"),
     [
         (["--format", "gguf"], "--format gguf: no --llama-cpp is given"),
         (["--quantize", "q8_0"], "--quantize q8_0: it is for GGUF files, and this is --format merged"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
-    words: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: list[str], text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     assert main(["export", "anything", "--out", "anywhere", *words]) == 2
-    assert told in capsys.readouterr().err
+    assert text in capsys.readouterr().err
 
 
 # -- a base without tokenizer.model
 
 
-def test_a_sentencepiece_model_made_of_tokenizer_json_gives_its_ids(tiny_format: ChatFormat):
+def test_a_sentencepiece_model_built_from_tokenizer_json_gives_its_ids(tiny_format: ChatFormat):
     written = tiny_format.tokenizer.fast().to_str()
     fast = load_chat_format("llama2", Tokenizer(FastBackend(written)))
     model = sentencepiece_model(fast, written)
     from sentencepiece import SentencePieceProcessor
 
-    made: Any = SentencePieceProcessor(model_proto=model)
+    processor: Any = SentencePieceProcessor(model_proto=model)
     for text in ("Hello there", "a   b\n\n  c", "na\u00efve \U0001f600", "1234 + 5", "</s> spelled"):
-        assert made.encode(text) == tiny_format.tokenizer.encode(text)
+        assert processor.encode(text) == tiny_format.tokenizer.encode(text)
     broken = json.loads(written)
     broken["model"]["merges"].reverse()
     with pytest.raises(TokenizerError, match=r"gives other ids in \d+ of \d+ texts"):

@@ -22,7 +22,7 @@ class FakeApi:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.error: Exception | None = None
-        self.held: dict[str, bool] = {}  # repositories that are there: whether they are private
+        self.repositories: dict[str, bool] = {}  # repositories that are there: whether they are private
 
     def whoami(self) -> dict[str, str]:
         if self.error is not None:
@@ -30,9 +30,9 @@ class FakeApi:
         return {"name": "me"}
 
     def repo_info(self, name: str) -> Any:
-        if name not in self.held:
+        if name not in self.repositories:
             raise refusal(404, RepositoryNotFoundError)
-        return type("Info", (), {"private": self.held[name]})()
+        return type("Info", (), {"private": self.repositories[name]})()
 
     def create_repo(self, name: str, **options: Any) -> None:
         self.calls.append(("create", {"name": name, **options}))
@@ -71,8 +71,8 @@ def test_the_command_exports_and_then_uploads_the_exports_files_alone(
     (artifact.path.parent / "samples.jsonl").write_text("private")
     assert main(["export", str(artifact.path), "--out", str(out), "--push-to-hub", "me/chat"]) == 0
     assert capsys.readouterr().out.endswith("https://huggingface.co/me/chat\n")
-    (_, made), (_, upload) = api.calls
-    assert made == {"name": "me/chat", "private": True, "exist_ok": True}
+    (_, repository), (_, upload) = api.calls
+    assert repository == {"name": "me/chat", "private": True, "exist_ok": True}
     assert (upload["repo_id"], upload["folder_path"]) == ("me/chat", out)
     assert upload["allow_patterns"] == sorted(path.name for path in out.iterdir())
     assert not any("samples" in name or "manifest" in name for name in upload["allow_patterns"])
@@ -106,7 +106,7 @@ def test_a_failed_upload_names_the_whole_export_and_a_foreign_file_does_not_go_u
 
 
 def test_what_is_private_does_not_go_into_a_public_repository(api: FakeApi):
-    api.held = {"me/open": False, "me/closed": True}
+    api.repositories = {"me/open": False, "me/closed": True}
     with pytest.raises(UsageError, match=r"me/open: this repository is there, and public.*--no-private"):
         Destination.checked("me/open", is_private=True)
     assert Destination.checked("me/closed", is_private=True).is_private

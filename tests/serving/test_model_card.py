@@ -1,4 +1,4 @@
-"""The model card: its own lines of code are run, and what it tells is held against what was made."""
+"""The model card: its code is run, and its statements are compared with the artifacts."""
 
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def test_the_cards_own_lines_load_the_model_and_ask_it(
     torch.testing.assert_close(got, due, rtol=0, atol=1e-3)
 
 
-def test_the_card_tells_what_made_the_model_and_not_where_files_lay(tmp_path: Path, tiny_format: ChatFormat):
+def test_the_card_says_how_the_model_was_trained_and_not_where_files_lay(tmp_path: Path, tiny_format: ChatFormat):
     artifact = full_policy(tmp_path, tiny_format, system="Say ``` often.")
     step = artifact.path.parent
     write_json(step / "summary.json", {"sft/eval_loss": 1.25, "sft/trained_tokens": 7889.0})
@@ -70,7 +70,7 @@ def test_the_card_tells_what_made_the_model_and_not_where_files_lay(tmp_path: Pa
     )
     card = card_of(artifact, tmp_path)
     assert card.startswith("---\nlibrary_name: transformers\n")
-    for told in (
+    for phrase in (
         "license: llama2",
         "base_model: meta-llama/Llama-2-7b-hf",
         "| epochs | 2 |",
@@ -81,7 +81,7 @@ def test_the_card_tells_what_made_the_model_and_not_where_files_lay(tmp_path: Pa
         "````\nSay ``` often.\n````",
         "log-probabilities differ from those of the trained policy by at most 0.0000 nats",
     ):
-        assert told in card
+        assert phrase in card
     assert "/home/me" not in card
 
 
@@ -136,8 +136,8 @@ def test_the_hub_reads_the_front_matter(tmp_path: Path, tiny_format: ChatFormat)
         ("win_rate_judge", "win_rate/judge (95% interval 0.2 to 0.31)", 0.25),
     ]
     # The hub's own way of writing these results gives what stands in the card.
-    told = yaml.safe_load(str(card).split("---\n")[1])["model-index"]
-    assert eval_results_to_model_index("one/rs", values.eval_results) == told
+    written_index = yaml.safe_load(str(card).split("---\n")[1])["model-index"]
+    assert eval_results_to_model_index("one/rs", values.eval_results) == written_index
     for text in (
         "with the reward models safety; seed 0\n",
         "- `oasst.jsonl.gz` (oasst-en-100: Apache-2.0)\n- `xstest.jsonl.gz`\n- `me/chats`\n",
@@ -170,7 +170,7 @@ def test_the_chain_ends_where_a_policy_is_gone_or_another(tmp_path: Path, tiny_f
     assert provenance.hub_name(alone.steps) is None, "a folder of the run is no name of the hub"
 
 
-def test_records_left_out_and_shortened_are_told_by_step(tmp_path: Path, tiny_format: ChatFormat) -> None:
+def test_records_left_out_and_shortened_are_listed_by_step(tmp_path: Path, tiny_format: ChatFormat) -> None:
     last = run_of_two(tmp_path, tiny_format)
     assert provenance.dropped_lines(provenance.chain(last)) == []
     first = read_artifact(tmp_path / "runs/one/sft", "policy")
@@ -187,7 +187,7 @@ def test_records_left_out_and_shortened_are_told_by_step(tmp_path: Path, tiny_fo
     ]
 
 
-def test_the_tiny_base_is_told_for_what_it_is(tmp_path: Path, tiny_format: ChatFormat) -> None:
+def test_the_card_says_that_the_base_is_tiny(tmp_path: Path, tiny_format: ChatFormat) -> None:
     artifact = full_policy(tmp_path, tiny_format)
     (artifact.path.parent / "config.yaml").write_text("data: {sft: [{path: data/sft/role_play.jsonl.gz}]}\n")
     identity = {"data": {"sft": [{"path": digest_of_file(BUNDLED / "sft" / "role_play.jsonl.gz")}]}}

@@ -34,8 +34,8 @@ def render(template: str, messages: list[dict[str, str]]) -> str:
     """What Ollama sends for these messages; its collecting of system texts included."""
     opened: list[str] = []
 
-    def in_jinja(found: re.Match[str]) -> str:
-        left, go, right = found.groups()
+    def in_jinja(match: re.Match[str]) -> str:
+        left, go, right = match.groups()
         words = f"end{opened.pop()}" if go == "end" else IN_JINJA[go]
         if go.startswith(("range ", "if ")):
             opened.append(words.split()[0])
@@ -49,10 +49,10 @@ def render(template: str, messages: list[dict[str, str]]) -> str:
 
 def read(text: str) -> dict[str, list[str]]:
     """The commands of a Modelfile with their values, quoted over lines or not."""
-    found: dict[str, list[str]] = {}
+    commands: dict[str, list[str]] = {}
     for name, long, short in re.findall(r'^([A-Z]+) (?:"""(.*?)"""|([^\n]*))$', text, flags=re.MULTILINE | re.DOTALL):
-        found.setdefault(name, []).append(long or short)
-    return found
+        commands.setdefault(name, []).append(long or short)
+    return commands
 
 
 @pytest.fixture
@@ -91,11 +91,13 @@ def test_every_dialog_of_the_proof_reads_as_in_the_tokenizers_own_template(
 
 
 def test_the_modelfile_samples_as_chat_does_and_stops_at_the_formats_tags(tiny_format: ChatFormat):
-    found = read(modelfile("x.gguf", tiny_format, system='Say "yes"\nor "no"', max_tokens=64))
-    assert found["FROM"] == ["./x.gguf"]
-    assert found["SYSTEM"] == ['Say "yes"\nor "no"']
+    commands = read(modelfile("x.gguf", tiny_format, system='Say "yes"\nor "no"', max_tokens=64))
+    assert commands["FROM"] == ["./x.gguf"]
+    assert commands["SYSTEM"] == ['Say "yes"\nor "no"']
     values = {"num_ctx 64", "temperature 0.7", "top_p 0.9", "top_k 0", "min_p 0", "repeat_penalty 1"}
-    assert set(found["PARAMETER"]) == values | {f'stop "{tag}"' for tag in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")}
+    assert set(commands["PARAMETER"]) == values | {
+        f'stop "{tag}"' for tag in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+    }
 
 
 @pytest.mark.parametrize(("system", "reason"), [('a """ b', "three quotes in a row"), ("a\u00a0b", r"'\\xa0'")])

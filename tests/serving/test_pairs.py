@@ -51,11 +51,11 @@ QUESTIONS = [question(f"the cat {number}") for number in range(40)]
 
 def test_policies_temperatures_and_sides_are_dealt_evenly() -> None:
     keys = [f"prompt {number}" for number in range(96)]
-    found = deal_pairings(keys, num_policies=3, temperatures=(0.7, 1.0), seed=5)
-    ordered = Counter((pairing.a.policy, pairing.b.policy) for pairing in found)
+    pairings = deal_pairings(keys, num_policies=3, temperatures=(0.7, 1.0), seed=5)
+    ordered = Counter((pairing.a.policy, pairing.b.policy) for pairing in pairings)
     # 3 pairs of policies get 32 prompts each, and each of two policies stands first in 16.
     assert ordered == {(a, b): 16 for a in range(3) for b in range(3) if a != b}
-    low_first = [sorted((pairing.a, pairing.b), key=lambda speaker: speaker.policy) for pairing in found]
+    low_first = [sorted((pairing.a, pairing.b), key=lambda speaker: speaker.policy) for pairing in pairings]
     mixes = Counter((x.policy, y.policy, x.temperature, y.temperature) for x, y in low_first)
     assert set(mixes.values()) == {8} and len(mixes) == 12
     uneven = deal_pairings(keys[:7], num_policies=2, temperatures=(0.7, 1.0, 1.3), seed=5)
@@ -63,8 +63,8 @@ def test_policies_temperatures_and_sides_are_dealt_evenly() -> None:
 
 
 def test_one_policy_answers_at_two_temperatures_or_in_two_draws() -> None:
-    found = deal_pairings([str(n) for n in range(60)], num_policies=1, temperatures=(0.5, 0.7, 1.0), seed=0)
-    shown = Counter((pairing.a.temperature, pairing.b.temperature) for pairing in found)
+    pairings = deal_pairings([str(n) for n in range(60)], num_policies=1, temperatures=(0.5, 0.7, 1.0), seed=0)
+    shown = Counter((pairing.a.temperature, pairing.b.temperature) for pairing in pairings)
     assert shown == {(a, b): 10 for a in (0.5, 0.7, 1.0) for b in (0.5, 0.7, 1.0) if a != b}
     speaker = Speaker(0, 1.0)
     assert deal_pairings(["x"], num_policies=1, temperatures=(1.0,), seed=0) == [Pairing(speaker, speaker)]
@@ -292,8 +292,8 @@ def test_a_request_that_cannot_be_met_is_refused_before_anything_is_loaded(
         (out, {"key": taken}, "--key: .*exists already"),
         (out, {"key": out}, "--key: .*is the file of pairs itself"),
     ]
-    for target, changes, found in cases:
-        with pytest.raises(UsageError, match=found):
+    for target, changes, reason in cases:
+        with pytest.raises(UsageError, match=reason):
             pair_file([one], source, target, request(**changes))
 
 
@@ -314,11 +314,11 @@ def test_from_the_command_to_reward_data(
         publish_policy(tmp_path / name / "sft", answering(tiny_format, *texts), tiny_format, base="assets/base")
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "prompts.jsonl", QUESTIONS)
-    given = ["pairs", "--policy", "one", "--policy", "two/sft", "--in", "prompts.jsonl", "--max-new-tokens", "8"]
-    assert main([*given, "--out", "pairs.jsonl", "--temperature", "0.7", "1.0", "--seed", "3"]) == 0
-    assert main([*given, "--out", "again.jsonl", "--temperature", "0.7", "--temperature", "1.0", "--seed", "3"]) == 0
+    options = ["pairs", "--policy", "one", "--policy", "two/sft", "--in", "prompts.jsonl", "--max-new-tokens", "8"]
+    assert main([*options, "--out", "pairs.jsonl", "--temperature", "0.7", "1.0", "--seed", "3"]) == 0
+    assert main([*options, "--out", "again.jsonl", "--temperature", "0.7", "--temperature", "1.0", "--seed", "3"]) == 0
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "pairs.jsonl").read_text()
-    assert main([*given, "--policy", "one/sft", "--out", "other.jsonl"]) == 2
+    assert main([*options, "--policy", "one/sft", "--out", "other.jsonl"]) == 2
     assert "--policy: one two/sft one/sft name one policy twice" in capsys.readouterr().err
     rows = read_lines(tmp_path / "pairs.jsonl")
     assert {row["policy_a"] for row in rows} == {"one", "two/sft"}
@@ -327,7 +327,7 @@ def test_from_the_command_to_reward_data(
     write_lines(tmp_path / "pairs.jsonl", rows)
     assert main(["data", "check", "pairs.jsonl"]) == 0
     sources = [DataSource(path="pairs.jsonl", format="rated_pairs")]
-    found = load_mixture(sources, NO_SPLIT, Preference, forbidden=tiny_format.forbidden, seed=0)
-    assert len(found.train) == 30 and found.dropped == {"pairs.jsonl: row without a preference": 10}
-    assert {pair.chosen.content for pair in found.train} == {"Paris"}
-    assert {pair.rejected.content for pair in found.train} == {"Hello", "the cat"}
+    mixture = load_mixture(sources, NO_SPLIT, Preference, forbidden=tiny_format.forbidden, seed=0)
+    assert len(mixture.train) == 30 and mixture.dropped == {"pairs.jsonl: row without a preference": 10}
+    assert {pair.chosen.content for pair in mixture.train} == {"Paris"}
+    assert {pair.rejected.content for pair in mixture.train} == {"Hello", "the cat"}

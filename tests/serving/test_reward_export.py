@@ -83,11 +83,11 @@ def test_the_code_of_an_exported_adapters_card_runs(
     assert float(capsys.readouterr().out) == pytest.approx(expected[0], abs=1e-5)
 
 
-def test_a_format_of_16_bits_is_written_where_asked(tmp_path: Path, tiny_sentencepiece: bytes):
+def test_a_format_of_16_bits_is_written_on_request(tmp_path: Path, tiny_sentencepiece: bytes):
     artifact, _ = trained(tmp_path, tiny_sentencepiece, "lora")
-    found = export_reward_model(Request(artifact, tmp_path / "out", dtype="bfloat16"))
+    agreement = export_reward_model(Request(artifact, tmp_path / "out", dtype="bfloat16"))
     assert {weight.dtype for weight in weights_of(tmp_path / "out").values()} == {torch.bfloat16}
-    assert 1e-5 < found.max_score_difference < 0.25 * max(1.0, found.largest_score)
+    assert 1e-5 < agreement.max_score_difference < 0.25 * max(1.0, agreement.largest_score)
 
 
 def test_a_result_that_differs_is_not_kept_unless_allowed(
@@ -115,6 +115,6 @@ def test_the_original_weights_are_the_users_choice(
     tmp_path: Path, tiny_sentencepiece: bytes, caplog: pytest.LogCaptureFixture
 ):
     artifact, _ = trained(tmp_path, tiny_sentencepiece, "qlora")
-    found = export_reward_model(Request(artifact, tmp_path / "out", onto="original"))
-    assert found.max_score_difference > 1e-4, "4 bits move scores"
+    agreement = export_reward_model(Request(artifact, tmp_path / "out", onto="original"))
+    assert agreement.max_score_difference > 1e-4, "4 bits move scores"
     assert "it is another model" in caplog.text.replace("\n", " ")

@@ -1,4 +1,4 @@
-"""`llamachat score`: scores are held against plain transformers on ids that the chat format gives."""
+"""`llamachat score`: scores are compared with those of plain transformers on the ids of the chat format."""
 
 import json
 import logging
@@ -130,7 +130,7 @@ def test_rows_without_an_answer_are_counted(
     assert done.records == 1 and "1 rows hold no answer" in caplog.text
 
 
-def test_all_bad_lines_are_told_and_nothing_is_written(tmp_path: Path, reward_model: RewardModel):
+def test_all_bad_lines_are_reported_and_nothing_is_written(tmp_path: Path, reward_model: RewardModel):
     bad = [
         {"prompt": [USER]},
         DIALOG,
@@ -159,7 +159,7 @@ def test_all_bad_lines_are_told_and_nothing_is_written(tmp_path: Path, reward_mo
     assert not out.exists()
 
 
-def test_what_cannot_be_asked_is_refused(tmp_path: Path, reward_model: RewardModel, caplog: pytest.LogCaptureFixture):
+def test_what_cannot_be_scored_is_refused(tmp_path: Path, reward_model: RewardModel, caplog: pytest.LogCaptureFixture):
     file = write_lines(tmp_path / "in.jsonl", [DIALOG])
     for out, part in (
         (tmp_path, "is a folder"),

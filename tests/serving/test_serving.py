@@ -1,4 +1,4 @@
-"""Chat and sample: models that say what a table tells them, or random ones held against their own logits."""
+"""Chat and sample: models that answer by a table, or random ones compared with their own logits."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +48,7 @@ def test_an_answer_is_streamed_in_whole_characters_without_stop_token_and_contro
     assert "".join(pieces) == "a[b\n"
 
 
-def test_a_cut_answer_is_shown_to_its_end_and_told(tiny_format: ChatFormat, caplog: pytest.LogCaptureFixture):
+def test_a_truncated_answer_is_shown_to_its_end_and_reported(tiny_format: ChatFormat, caplog: pytest.LogCaptureFixture):
     pieces: list[str] = []
     policy = policy_of(answering(tiny_format, "a\U0001f600"), tiny_format)
     with caplog.at_level(logging.WARNING):
@@ -58,7 +58,7 @@ def test_a_cut_answer_is_shown_to_its_end_and_told(tiny_format: ChatFormat, capl
 
 
 @pytest.mark.parametrize(
-    ("trained", "asked", "sent"),
+    ("trained", "override", "sent"),
     [
         (None, None, None),
         ("Be kind.", None, "Be kind."),
@@ -66,12 +66,12 @@ def test_a_cut_answer_is_shown_to_its_end_and_told(tiny_format: ChatFormat, capl
         ("Be kind.", "", None),
     ],
 )
-def test_the_system_text_is_the_policys_unless_another_is_given(
-    trained: str | None, asked: str | None, sent: str | None, tiny_format: ChatFormat
+def test_the_system_text_is_the_policys_unless_overridden(
+    trained: str | None, override: str | None, sent: str | None, tiny_format: ChatFormat
 ):
     recording = Recording(tiny_format)
     policy = policy_of(answering(tiny_format, "Hello"), recording, system=trained)
-    chat_once(policy, "Hi", system=asked, sampling=GREEDY, write=lambda text: None)
+    chat_once(policy, "Hi", system=override, sampling=GREEDY, write=lambda text: None)
     user = Message("user", "Hi")
     assert recording.prompts == [(user,) if sent is None else (Message("system", sent), user)]
 
@@ -162,7 +162,7 @@ def test_two_policies_answer_one_below_the_other_each_with_its_own_history(
     assert formats[1].prompts[1][1] == Message("assistant", "Paris")
 
 
-def test_every_turn_draws_anew(tiny_format: ChatFormat):
+def test_every_turn_draws_other_numbers(tiny_format: ChatFormat):
     shown: list[str] = []
     policy = policy_of(tiny_llama(), tiny_format)
     read = lines_then_end("one", "/reset", "one")
@@ -247,7 +247,7 @@ def test_the_policys_system_text_goes_before_prompts_without_one_and_long_dialog
     assert read_lines(tmp_path / "out.jsonl")[2]["messages"] == long["messages"], "the record is written back whole"
 
 
-def test_rows_without_a_prompt_are_told(tmp_path: Path, tiny_format: ChatFormat, caplog: pytest.LogCaptureFixture):
+def test_rows_without_a_prompt_are_reported(tmp_path: Path, tiny_format: ChatFormat, caplog: pytest.LogCaptureFixture):
     answer = {"role": "assistant", "text": "Hi.", "rank": 0}
     trees: list[dict[str, Any]] = [
         {"message_tree_id": "1", "prompt": {"role": "prompter", "text": "Hello", "replies": replies}}
@@ -281,12 +281,12 @@ def test_a_request_that_cannot_be_met_is_refused_before_anything_is_sampled(tmp_
     source = write_lines(tmp_path / "in.jsonl", RECORDS)
     (tmp_path / "folder").mkdir()
     policy = policy_of(answering(tiny_format, "Hello"), tiny_format)
-    for out, samples, found in (
+    for out, samples, reason in (
         (tmp_path / "out.jsonl", 0, "-n: 0 answers"),
         (source, 1, "is an input of this command"),
         (tmp_path / "folder", 1, "is a folder"),
     ):
-        with pytest.raises(UsageError, match=found):
+        with pytest.raises(UsageError, match=reason):
             sample_file(policy, source, out, samples_per_prompt=samples, sampling=GREEDY)
     with pytest.raises(DataError, match=r"absent\.jsonl.* does not exist"):
         sample_file(policy, tmp_path / "absent.jsonl", tmp_path / "o.jsonl", samples_per_prompt=1, sampling=GREEDY)

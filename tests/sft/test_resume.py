@@ -59,15 +59,15 @@ def uninterrupted(
     commands: Commands, base16: Path, dialogs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Run, int]]:
     """By method: the run that nobody killed, and its file operations."""
-    made: dict[str, tuple[Run, int]] = {}
+    runs: dict[str, tuple[Run, int]] = {}
 
     def of(method: str) -> tuple[Run, int]:
-        if method not in made:
+        if method not in runs:
             folder = tmp_path_factory.mktemp(f"whole-{method}")
             run = Run(write_recipe(folder / "whole.yaml", base16, dialogs, {"tuning": METHODS[method]}))
             assert commands.run(run.recipe) == 0, commands.words()
-            made[method] = (run, commands.operations)
-        return made[method]
+            runs[method] = (run, commands.operations)
+        return runs[method]
 
     return of
 
@@ -81,7 +81,7 @@ def test_killed_at_file_operations_it_ends_like_an_uninterrupted_run(
 ):
     whole, operations = uninterrupted(method)
     run = Run(write_recipe(tmp_path / "killed.yaml", base16, dialogs, {"tuning": METHODS[method]}))
-    # Shares of an uninterrupted run's operations, counted anew by each start.
+    # Shares of an uninterrupted run's operations, counted from each start.
     in_a_save = 0
     for share in (0.12, 0.26, 0.33, 0.22, 0.17):
         assert commands.run(run.recipe, kill_at=int(share * operations)) == -signal.SIGKILL, commands.words()

@@ -57,12 +57,12 @@ EVERY = ["I am a small model. </s>", "You are welcome. </s>"]
 
 def trained_strings(batch: dict[str, Tensor], tokenizer: Tokenizer) -> list[str]:
     """Each unbroken run of labels as text."""
-    found = []
+    strings = []
     for labels in batch["labels"].tolist():
         for is_trained, run in groupby(labels, key=lambda label: label != IGNORED):
             if is_trained:
-                found.append("".join(tokenizer.pieces(list(run))).replace(SPACE, " ").strip())
-    return found
+                strings.append("".join(tokenizer.pieces(list(run))).replace(SPACE, " ").strip())
+    return strings
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])

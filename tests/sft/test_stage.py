@@ -139,7 +139,7 @@ def test_measuring_and_sampling_leave_the_training_as_it_is(base: Path, tmp_path
 
 
 @pytest.mark.parametrize("eval_every", [1, 1000])
-def test_training_that_diverges_stops_with_a_way_out_and_publishes_nothing(eval_every: int, base: Path, tmp_path: Path):
+def test_training_that_diverges_stops_with_a_fix_and_publishes_nothing(eval_every: int, base: Path, tmp_path: Path):
     config = SHORT.model_copy(update={"learning_rate": 1e30, "epochs": 3.0, "sample_prompts": 0})
     inputs = inputs_of(tmp_path, base, toy_dialogs(20), tracking={"eval_every": eval_every, "save_every": 1})
     with pytest.raises(DivergedError, match=r"sft: the .*loss .* is (nan|inf)\. .* lower sft\.learning_rate"):
@@ -213,7 +213,7 @@ def test_an_adapter_is_not_continued_under_another_tuning(tuning: Tuning, named:
 
 
 @pytest.mark.parametrize("split", [Split(test=0, validation=0, judge=0), Split(test=0.5, validation=0.49, judge=0)])
-def test_no_dialog_on_one_side_of_the_split_is_told(split: Split, base: Path, tmp_path: Path):
+def test_an_empty_side_of_the_split_is_reported(split: Split, base: Path, tmp_path: Path):
     with pytest.raises(DataError, match=r"data\.sft: \d+ dialogs to train on and \d+ to validate with"):
         sft.run(SHORT, inputs_of(tmp_path, base, toy_dialogs(4), split=split))
 

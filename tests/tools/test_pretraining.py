@@ -74,8 +74,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_lines(folder / name / "a.jsonl.gz", spoken)
     tales = [{"name": f"tale {n}", "sections": [prose(n, 60), prose(n + 1, 60)]} for n in range(20)]
     write_lines(folder / "fairytaleqa" / "stories.jsonl.gz", tales)
-    asked = [{"name": f"tale {n % 20}", "question": f"Who sat {n}?", "answer1": "the cat"} for n in range(60)]
-    write_lines(folder / "fairytaleqa" / "questions.jsonl.gz", asked)
+    questions = [{"name": f"tale {n % 20}", "question": f"Who sat {n}?", "answer1": "the cat"} for n in range(60)]
+    write_lines(folder / "fairytaleqa" / "questions.jsonl.gz", questions)
     sums = [
         {"question": f"What is {n} and {n}?", "answer": f"It is <<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}"}
         for n in range(40)
@@ -105,17 +105,17 @@ def hashed(text: str, salt: str) -> float:
 
 def test_passages_are_cut_at_paragraphs_and_only_the_last_one_ends():
     paragraphs = [letter * 1500 for letter in "abcdefg"]
-    found = list(passages("books", "novel", "\n\n".join(paragraphs) + "\n\n \n"))
+    pieces = list(passages("books", "novel", "\n\n".join(paragraphs) + "\n\n \n"))
     assert (
-        [document.text for document in found]
+        [document.text for document in pieces]
         == [
             "\n\n".join(paragraphs[0:3]),  # 4,500 characters are the first sum over 4,000
             "\n\n".join(paragraphs[3:6]),
             "g" * 1500,
         ]
     )
-    assert [document.is_end for document in found] == [False, False, True]
-    assert [document.key for document in found] == ["novel 0", "novel 1", "novel 2"]
+    assert [document.is_end for document in pieces] == [False, False, True]
+    assert [document.key for document in pieces] == ["novel 0", "novel 1", "novel 2"]
 
 
 def test_a_dialogue_names_its_speakers_in_one_style():
@@ -183,18 +183,18 @@ def test_the_stream_carries_bos_before_each_document_and_eos_after_whole_ones(
 
 
 def test_weights_repeat_documents_and_draw_the_fraction_by_hash():
-    made = [Document("eltec-eng", f"novel {n}", f"text {n}") for n in range(4000)]
-    made += [Document("topical-chat", f"talk {n}", f"talk {n}") for n in range(10)]
-    made += [Document("self-dialogue", f"talk {n}", f"other {n}") for n in range(4000)]
-    seen = Counter(document.text for document in training_stream(made, seed=0))
+    pool = [Document("eltec-eng", f"novel {n}", f"text {n}") for n in range(4000)]
+    pool += [Document("topical-chat", f"talk {n}", f"talk {n}") for n in range(10)]
+    pool += [Document("self-dialogue", f"talk {n}", f"other {n}") for n in range(4000)]
+    seen = Counter(document.text for document in training_stream(pool, seed=0))
     assert all(seen[f"talk {n}"] == 2 for n in range(10))  # weight 2.0
     assert {seen[f"other {n}"] for n in range(4000)} == {1, 2}  # weight 1.6
     assert sum(seen[f"other {n}"] for n in range(4000)) / 4000 == pytest.approx(1.6, abs=0.03)
     assert {n for n in range(4000) if seen[f"text {n}"]} == {
         n for n in range(4000) if hashed(f"novel {n}", "repeat eltec-eng") < 0.12
     }
-    again = training_stream(made, seed=0)
-    assert again == training_stream(made, seed=0) != training_stream(made, seed=1)
+    again = training_stream(pool, seed=0)
+    assert again == training_stream(pool, seed=0) != training_stream(pool, seed=1)
 
 
 # --- training
@@ -223,7 +223,7 @@ def test_it_learns_and_a_stopped_run_ends_with_the_same_bits(prepared: Path, tmp
     losses = [figures["loss"] for figures in whole]
     assert losses[0] == pytest.approx(math.log(512), abs=0.3)
     assert sum(losses[-5:]) / 5 < 4.0
-    for count in (7, 20):  # dropped after so many steps, in the middle of its work
+    for count in (7, 20):  # stopped after this many steps
         done = list(islice(train(TINY, runs[1]), count))
     resumed = list(train(TINY, runs[1]))
     assert resumed[0]["step"] == done[-1]["step"]  # its checkpoint was not written any more
@@ -267,8 +267,8 @@ def test_bits_per_byte_by_hand(context: int, tiny_sentencepiece: bytes, tmp_path
     assert report["gsm8k"].tokens == len(ids[0] + ids[1])
     logprobs = torch.randn(420, generator=torch.Generator().manual_seed(0)).log_softmax(0)
     bits = -sum(float(logprobs[token]) for token in ids[0]) / math.log(2)
-    found = bits_per_byte(Unigram(logprobs), tmp_path, context=context)["openstax"]
-    assert found.bits_per_byte == pytest.approx(bits / len(texts[0]), rel=1e-5)
+    result = bits_per_byte(Unigram(logprobs), tmp_path, context=context)["openstax"]
+    assert result.bits_per_byte == pytest.approx(bits / len(texts[0]), rel=1e-5)
 
 
 def test_the_mix_is_weighted_by_the_share_of_training():
@@ -296,13 +296,13 @@ def test_the_command_leaves_a_model_folder_with_its_card(texts: Path, tmp_path: 
     assert (tmp_path / "model").stat().st_mtime_ns == stamp
 
 
-def test_texts_that_lack_a_source_are_told(tmp_path: Path):
+def test_a_missing_source_is_reported(tmp_path: Path):
     (tmp_path / "gsm8k").mkdir()
     with pytest.raises(DataError, match=r"holds no folder standard-ebooks, .* Put the texts there"):
         pretrain([], tmp_path, tmp_path / "run")
 
 
-def test_wrong_overrides_are_told_together():
+def test_wrong_overrides_are_reported_together():
     with pytest.raises(ConfigError) as refused:
         read_config(["layer=3", "heads=0"])
     assert "layer" in str(refused.value) and "Did you mean 'layers'?" in str(refused.value)

@@ -86,7 +86,7 @@ def test_what_an_evaluation_lacks_is_named(tmp_path: Path) -> None:
     kept = ("reward_helpfulness", "difference/reward_helpfulness")
     figures = run.evaluation["figures"]
     run.evaluation["figures"] = {
-        policy: {name: one for name, one in found.items() if name in kept} for policy, found in figures.items()
+        policy: {name: one for name, one in measures.items() if name in kept} for policy, measures in figures.items()
     }
     run.evaluation |= {"curves": [], "samples": [], "refusal_classifier": None}
     text = text_of(run.add("sft", "rs", "ppo", "gatt", "eval"))
@@ -155,14 +155,14 @@ def test_a_step_that_a_limit_ended_says_how_far_it_came(tmp_path: Path) -> None:
         details["ended_by"] = by
     learnt["end"] = "patience"
     text = text_of(run)
-    for told in (
+    for phrase in (
         "| sft: epochs | 2 | 0.25 of 1.5, ended by run.max_hours |",
         "| rm/helpfulness: epochs | 1 | at most 1, ended by max_hours |",  # its record is gone
         "| ppo: iterations | 200 to 400 | 2 of 40, ended by patience |",
         "| ppo | policy: 2 of 40 iterations, ended by patience |",
         "| rs | policy: ended by max_hours |",
     ):
-        assert told in text
+        assert phrase in text
     learnt |= {"end": "hours", "ended_by": "max_hours", "iterations_done": 5}
     text = text_of(run)
     assert "| 200 to 400 | 5 of 40, ended by max_hours |" in text

@@ -153,12 +153,14 @@ def test_the_headline_table_is_the_evaluation(whole: tuple[TinyRun, StepFolder])
 def test_the_markdown_holds_the_same_tables(whole: tuple[TinyRun, StepFolder]) -> None:
     text = whole[1].page_markdown.read_text(encoding="utf-8")
     lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("| ")]
-    mended = [[" ".join(cell.replace("**", "").replace("(best)", "best").split()) for cell in line] for line in lines]
+    normalised = [
+        [" ".join(cell.replace("**", "").replace("(best)", "best").split()) for cell in line] for line in lines
+    ]
     pages = read(whole[1]).tables
     assert {"headline", "differences", "7", "8-helpfulness", "29", "30", "deviations"} <= set(pages)
     for name, rows in pages.items():
         for cells in rows:
-            assert [" ".join(cell.split()) for cell in cells] in mended, name
+            assert [" ".join(cell.split()) for cell in cells] in normalised, name
     pictures = re.findall(r"!\[.+?\]\((.+?)\)", text)
     assert len(pictures) == 14
     assert all((whole[1].path / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
@@ -225,14 +227,14 @@ def test_every_beginning_of_a_recipe_has_its_report(whole: tuple[TinyRun, StepFo
     assert (HOSTILE in reader.texts) == (count > 0), "the last samples of a step stand in for the evaluation's"
 
 
-def test_a_recipe_without_reward_models_is_told_how_it_gets_them(tmp_path: Path) -> None:
+def test_a_recipe_without_reward_models_says_how_to_get_them(tmp_path: Path) -> None:
     text = " ".join(read(TinyRun(tmp_path / "tiny", steps=("sft", "eval")).add("sft").report()).texts)
     assert re.search(r"There is no rm/judge, which gives [^:]+: put\s+rm/judge\s+into the recipe's", text)
     assert "Reward models (section 3.2.2)" not in text
 
 
 def test_reward_models_that_the_recipe_names_together_are_finished_with_their_own_names(tmp_path: Path) -> None:
-    made = [name for name in STEPS if name.startswith(("sft", "rm/"))]
-    run = TinyRun(tmp_path / "tiny", steps=("sft", "rm", "rs", "eval")).add(*made)
+    finished = [name for name in STEPS if name.startswith(("sft", "rm/"))]
+    run = TinyRun(tmp_path / "tiny", steps=("sft", "rm", "rs", "eval")).add(*finished)
     text = " ".join(read(run.report()).texts)
     assert "rm is not finished" not in text and "rs is not finished" in text

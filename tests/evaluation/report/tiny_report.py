@@ -31,11 +31,11 @@ def measure(value: float, reach: float | None = None, n: int = 400) -> dict[str,
     return {"value": value, **ends, "n": n}
 
 
-def outcome_figures(asked: str, *, complied: float, refused: float) -> dict[str, Any]:
+def outcome_figures(kind: str, *, complied: float, refused: float) -> dict[str, Any]:
     """What answers to prompts of one kind do; half of what is left refuses in part, half says nothing."""
     shares = {"complied": complied, "refused": refused}
     shares |= dict.fromkeys(("partly_refused", "unanswered"), (1 - complied - refused) / 2)
-    return {f"{asked}/{name}": measure(share, 0.02) for name, share in shares.items()}
+    return {f"{kind}/{name}": measure(share, 0.02) for name, share in shares.items()}
 
 
 def evaluation() -> dict[str, Any]:
@@ -191,30 +191,35 @@ def write(path: Path, values: Any) -> None:
 def summary_of(name: str) -> dict[str, float]:
     """Final figures of a step, by the names of the table of metrics."""
     command, _, which = name.partition("/")
-    found: dict[str, float] = {"memory/peak_gib": 1.5, "time/train_s": 30.0}
+    summary: dict[str, float] = {"memory/peak_gib": 1.5, "time/train_s": 30.0}
     if command == "sft":
-        found |= {"sft/eval_loss_base": 4.12, "sft/eval_loss": 2.888, "sft/epoch": 1.5, "sft/trained_tokens": 405468.0}
+        summary |= {
+            "sft/eval_loss_base": 4.12,
+            "sft/eval_loss": 2.888,
+            "sft/epoch": 1.5,
+            "sft/trained_tokens": 405468.0,
+        }
     if command == "rm":
         start = f"rm/{which}"
         for domain in ("helpfulness", "safety"):
-            found |= interval(f"{start}/test/{domain}/accuracy", 0.562) | {f"{start}/test/{domain}/pairs": 1011.0}
-            found |= {f"{start}/test/{domain}/tfidf": 0.598, f"{start}/test/{domain}/longer_wins": 0.58}
+            summary |= interval(f"{start}/test/{domain}/accuracy", 0.562) | {f"{start}/test/{domain}/pairs": 1011.0}
+            summary |= {f"{start}/test/{domain}/tfidf": 0.598, f"{start}/test/{domain}/longer_wins": 0.58}
         for rating, value in (("significantly_better", 0.81), ("better", 0.7), ("slightly_better", 0.6)):
-            found |= interval(f"{start}/test/helpfulness/accuracy_{rating}", value)
-        found |= {f"{start}/unsafe_recall": 0.474, f"{start}/unsafe_precision": 0.321}
+            summary |= interval(f"{start}/test/helpfulness/accuracy_{rating}", value)
+        summary |= {f"{start}/unsafe_recall": 0.474, f"{start}/unsafe_precision": 0.321}
     if command in ("rs", "ppo", "distill"):
         start = f"{command}/test"
-        found |= interval(f"{start}/difference/score", 0.5458) | interval(f"{start}/difference/judge", 0.01)
-        found |= {f"{start}/prompts": 400.0}
+        summary |= interval(f"{start}/difference/score", 0.5458) | interval(f"{start}/difference/judge", 0.01)
+        summary |= {f"{start}/prompts": 400.0}
         for at, moment in enumerate(("start", "final")):
-            found |= {f"{start}/{moment}/response_tokens": 42.97 - at, f"{start}/{moment}/distinct_2": 0.67}
+            summary |= {f"{start}/{moment}/response_tokens": 42.97 - at, f"{start}/{moment}/distinct_2": 0.67}
     if command == "gatt":
-        for told, value in (("start", 0.022), ("final", 0.3833), ("chance", 0.05)):
+        for moment, value in (("start", 0.022), ("final", 0.3833), ("chance", 0.05)):
             for turn in (2, 4):
-                found |= interval(f"gatt/consistency/{told}/turn_{turn}", value)
+                summary |= interval(f"gatt/consistency/{moment}/turn_{turn}", value)
     if command == "distill":
-        found |= interval("distill/effect/generic", 0.0755) | {"distill/kept_fraction": 0.48}
-    return found
+        summary |= interval("distill/effect/generic", 0.0755) | {"distill/kept_fraction": 0.48}
+    return summary
 
 
 def interval(name: str, value: float) -> dict[str, float]:

@@ -151,8 +151,8 @@ def test_an_unsafe_answer_never_ranks_above_a_safe_one_and_a_cut_one_counts_as_i
 
 
 @given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=6, max_size=6))
-def test_the_order_is_that_of_a_plain_sort(tiny_format: ChatFormat, found: list[tuple[int, int]]) -> None:
-    helpfulness, safety = ([float(pair[which]) for pair in found] for which in (0, 1))
+def test_the_order_is_that_of_a_plain_sort(tiny_format: ChatFormat, pairs: list[tuple[int, int]]) -> None:
+    helpfulness, safety = ([float(pair[which]) for pair in pairs] for which in (0, 1))
     responses = [[answered(str(prompt), str(place)) for place in range(3)] for prompt in range(2)]
     groups = scored_groups(session_of(tiny_format, helpfulness, safety), responses, CONSTANTS)
 
@@ -181,17 +181,17 @@ def test_batches_hold_all_prompts_in_order_and_bounded_answers(count: int, sampl
 
 
 def test_a_value_is_made_once_and_comes_back_as_from_json(tmp_path: Path) -> None:
-    made: list[int] = []
+    calls: list[int] = []
 
     def make() -> Any:
-        made.append(1)
+        calls.append(1)
         return {"pair": (1, 0.1 + 0.2), "text": "caf\u00e9 \ud83d", 3: None}
 
     cache = StepCache(tmp_path / "sampling")
     assert not cache.has("batch-1")
     first, second = cache.get_or_make("batch-1", make), StepCache(tmp_path / "sampling").get_or_make("batch-1", make)
     assert first == second == {"pair": [1, 0.1 + 0.2], "text": "caf\u00e9 \ud83d", "3": None}
-    assert len(made) == 1 and cache.has("batch-1") and not cache.has("batch-2")
+    assert len(calls) == 1 and cache.has("batch-1") and not cache.has("batch-2")
 
 
 def test_killed_at_any_file_operation_a_value_is_there_whole_or_not(tmp_path: Path) -> None:
@@ -215,9 +215,9 @@ def test_a_number_that_is_none_is_our_bug_and_is_not_written(tmp_path: Path) -> 
 @pytest.mark.parametrize("added", ["", "\n", " \n\n"])
 def test_every_answer_is_scored_where_answers_end_in_training(tiny_format: ChatFormat, added: str) -> None:
     """After the space and EOS that close every answer of a training dialog, whatever the policy ended it with."""
-    asked, text = (Message("user", "What is the cat?"),), "It is the cat"
-    dialog = tiny_format.encode_dialog((*asked, Message("assistant", text)), train_on=TrainOn.LAST_ANSWER).input_ids
-    prompt = tuple(tiny_format.encode_prompt(asked))
+    messages, text = (Message("user", "What is the cat?"),), "It is the cat"
+    dialog = tiny_format.encode_dialog((*messages, Message("assistant", text)), train_on=TrainOn.LAST_ANSWER).input_ids
+    prompt = tuple(tiny_format.encode_prompt(messages))
     assert dialog[: len(prompt)] == prompt and dialog[-2:] == tiny_format.closing_ids
     answer, (space, stop) = dialog[len(prompt) : -2], tiny_format.closing_ids
     encode = tiny_format.tokenizer.encode
@@ -232,7 +232,7 @@ def test_every_answer_is_scored_where_answers_end_in_training(tiny_format: ChatF
     bank: Any = SimpleNamespace(
         roles=("helpfulness",), reads_policy_ids=lambda role: True, scores=scores, chat_format=tiny_format
     )
-    question = EncodedPrompt(asked, prompt, is_safety=False, name="cat")
+    question = EncodedPrompt(messages, prompt, is_safety=False, name="cat")
     completions = [Completion(ids, (0.0,) * len(ids), is_finished=is_finished) for ids, is_finished in sampled.items()]
     engine: Any = SimpleNamespace(generate=lambda *_, **__: [completions])
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=9, seed=1)

@@ -35,7 +35,7 @@ def test_drawing_many_answers_finds_the_same() -> None:
     # Of 64 uniform numbers the best of n has the mean n / (n + 1) whatever K they came from; prompts by the thousand.
     generator = np.random.default_rng(0)
     values_NK = np.sort(generator.random((4000, 64)), axis=1)
-    best_K, median_K = (found(values_NK).mean(axis=0) for found in (expected_best, expected_median))
+    best_K, median_K = (estimator(values_NK).mean(axis=0) for estimator in (expected_best, expected_median))
     n = np.arange(1, 65)
     assert best_K == pytest.approx(n / (n + 1), abs=0.005) and median_K == pytest.approx(0.5, abs=0.005)
 

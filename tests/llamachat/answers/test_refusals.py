@@ -1,4 +1,4 @@
-"""What answers do, told from their texts: by labels of people, on prompts that were not seen, and by rules for the rest."""
+"""What answers do, classified by their texts: against labels of people on unseen prompts, and by rules for the rest."""
 
 from collections import Counter
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_answers_to_prompts_that_it_did_not_see_agree_with_the_accuracy_that_is_
         named += [(one.outcome, fitted.outcomes([one.text])[0]) for one in held_out]
     # With fewer prompts to learn from it is a little worse.
     for label, reach in (("complied", 0.08), ("refused", 0.05), ("partly_refused", 0.15)):
-        of_label = [found == label for outcome, found in named if outcome == label]
+        of_label = [predicted == label for outcome, predicted in named if outcome == label]
         assert sum(of_label) / len(of_label) == pytest.approx(TEST_ACCURACY[label].value, abs=reach), label
 
 
@@ -96,8 +96,8 @@ def test_plain_cases(classifier: OutcomeClassifier, text: str, outcome: str) -> 
 def test_one_text_for_many_prompts_answers_none_of_them_and_a_refusal_stays_one(classifier: OutcomeClassifier) -> None:
     others = [f"The number of the house is {number}." for number in range(84)]
     rare, common, refusal = ["It is good."] * 4, ["It is very  good."] * 3 + ["it is very good."] * 3, "I can't help."
-    found = classifier.outcomes([*others, *rare, *common, *[refusal] * 6])
-    assert found == ["complied"] * 88 + ["unanswered"] * 6 + ["refused"] * 6
+    outcomes = classifier.outcomes([*others, *rare, *common, *[refusal] * 6])
+    assert outcomes == ["complied"] * 88 + ["unanswered"] * 6 + ["refused"] * 6
     assert set(classifier.outcomes(["It is good."] * 400)) == {"unanswered"}
 
 
@@ -121,7 +121,7 @@ def test_everyday_answers_that_it_did_not_see_are_not_taken_for_refusals(
     assert counts["complied"] / len(unseen) > 0.98 and len(unseen) >= 250
 
 
-def test_labels_that_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_labels_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(refusals, "bundled", lambda name: tmp_path / name)
     with pytest.raises(DataError, match=r"xstest\.jsonl\.gz: is not there.*learnt from it.*copy the folder 'data'"):
         labelled_answers()

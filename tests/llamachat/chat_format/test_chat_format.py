@@ -146,8 +146,8 @@ def test_a_tag_inside_a_message_is_refused(tiny_format: ChatFormat, tag: str, in
     messages[index] = Message(messages[index].role, f"ab {tag} c")
     for refuse in (
         tiny_format.check_text,
-        lambda found: tiny_format.encode_dialog(found, train_on=TrainOn.EVERY_ANSWER),
-        lambda found: tiny_format.shorten(found, max_tokens=100),
+        lambda messages: tiny_format.encode_dialog(messages, train_on=TrainOn.EVERY_ANSWER),
+        lambda messages: tiny_format.shorten(messages, max_tokens=100),
     ):
         with pytest.raises(DialogError) as caught:
             refuse(messages)
@@ -233,7 +233,7 @@ def test_tokens_tells_all_bad_lines_and_writes_nothing(tmp_path: Path, tokenizer
     out.write_text("before")
     with pytest.raises(DataError) as caught:
         write_tokens(tokenizer_dir, source, out, show=False, overwrite=True)
-    told = str(caught.value).splitlines()
+    reported = str(caught.value).splitlines()
     expected = [
         (2, "column 15: is the end of the line in the middle of a record"),
         (3, "line: is a list"),
@@ -242,10 +242,10 @@ def test_tokens_tells_all_bad_lines_and_writes_nothing(tmp_path: Path, tokenizer
         (6, "messages[0].content: holds '[INST]' at character 2"),
         (8, "byte 1: is 0xff, which is not UTF-8"),
     ]
-    assert len(told) == len(expected) + 1
-    for line, (number, reason) in zip(told, expected, strict=False):
+    assert len(reported) == len(expected) + 1
+    for line, (number, reason) in zip(reported, expected, strict=False):
         assert line.startswith(f"{source}:{number}: {reason}")
-    assert told[-1] == "Nothing was written."
+    assert reported[-1] == "Nothing was written."
     assert out.read_text() == "before"
     assert not list(tmp_path.glob(".incoming*"))
 
@@ -254,9 +254,9 @@ def test_tokens_tells_a_hundred_bad_lines_and_counts_the_rest(tmp_path: Path, to
     source = _write(tmp_path / "dialogs.jsonl", *[[]] * 103)
     with pytest.raises(DataError) as caught:
         write_tokens(tokenizer_dir, source, tmp_path / "ids.jsonl")
-    told = str(caught.value).splitlines()
-    assert told[99].startswith(f"{source}:100:")
-    assert told[100:] == ["... and 3 more lines.", "Nothing was written."]
+    lines = str(caught.value).splitlines()
+    assert lines[99].startswith(f"{source}:100:")
+    assert lines[100:] == ["... and 3 more lines.", "Nothing was written."]
 
 
 def test_tokens_refuses_files_it_cannot_read_or_write(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -283,7 +283,7 @@ def test_tokens_refuses_files_it_cannot_read_or_write(tmp_path: Path, tokenizer_
         write_tokens(tmp_path, source, tmp_path / "ids.jsonl")
 
 
-def test_show_prints_the_text_with_control_characters_made_harmless(
+def test_show_escapes_control_characters(
     tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     messages = as_dicts([Message("user", "caf\u00e9 [red] \U0001f642"), Message("assistant", "a\x1b[31mb")])

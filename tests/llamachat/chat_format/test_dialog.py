@@ -1,4 +1,4 @@
-"""The rules of a conversation: what is accepted, and each breach with its field, reason and mend."""
+"""The rules of a conversation: what is accepted, and each fault with its field, reason and fix."""
 
 import pickle
 from typing import Any

@@ -52,10 +52,10 @@ def _proto(model: bytes) -> Any:
 def _with_llama_spaces(model: bytes) -> bytes:
     """The model with runs of up to nine spaces as its last pieces, all of the score that Llama's have."""
     proto = _proto(model)
-    held = {piece.piece: piece for piece in proto.pieces}
+    pieces = {piece.piece: piece for piece in proto.pieces}
     for length in (4, 8, 5, 3, 9, 6, 7, 2):
         run = "\u2581" * length
-        piece = held[run] if run in held else proto.pieces.add(piece=run)
+        piece = pieces[run] if run in pieces else proto.pieces.add(piece=run)
         piece.score = -1e9
     return proto.SerializeToString()
 
@@ -93,7 +93,7 @@ def test_an_id_beyond_the_vocabulary_decodes_as_unknown(tiny_tokenizer: Tokenize
 
 
 @settings(max_examples=200, deadline=None)
-@given(messages=dialogs().filter(lambda found: not any(word in str(found) for word in CONTROL_WORDS)))
+@given(messages=dialogs().filter(lambda messages: not any(word in str(messages) for word in CONTROL_WORDS)))
 def test_the_shipped_tokenizer_gives_the_reference_ids_and_mask(
     model: bytes, shipped: Any, messages: list[dict[str, str]]
 ) -> None:
@@ -308,7 +308,7 @@ def test_a_tokenizer_without_beginning_and_end_is_refused(tmp_path: Path) -> Non
 
 
 def test_the_proof_set_stands_still() -> None:
-    # LLAMA2_DIGESTS holds what Llama 2's tokenizer makes of these very dialogs: change them and they must be made anew.
+    # LLAMA2_DIGESTS holds what Llama 2's tokenizer makes of these very dialogs: change them and the digests must be recomputed.
     content = json.dumps([[(m.role, m.content) for m in messages] for messages in [*PLAIN_DIALOGS, *CONTROL_DIALOGS]])
     assert len(LLAMA2_DIGESTS) == len(PLAIN_DIALOGS) + len(CONTROL_DIALOGS) == 46
     assert hashlib.sha256(content.encode()).hexdigest()[:16] == "5c980a5252400a4f"

@@ -122,7 +122,7 @@ def test_a_hub_name_is_no_missing_file(recipe: Path) -> None:
 # -- what is refused
 
 
-def test_unknown_key_wrong_type_and_missing_file_are_told_together(tmp_path: Path) -> None:
+def test_unknown_key_wrong_type_and_missing_file_are_reported_together(tmp_path: Path) -> None:
     (tmp_path / "dialogs.jsonl").write_text("")
     values = {
         "run": {"dir": "runs/x"},
@@ -191,7 +191,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("override", "expected"), REFUSED)
-def test_a_bad_value_is_told_with_what_is_required(recipe: Path, override: str, expected: str) -> None:
+def test_a_bad_value_is_reported_with_what_is_required(recipe: Path, override: str, expected: str) -> None:
     assert expected in report(recipe, [override])
 
 
@@ -204,7 +204,7 @@ def test_required_keys_have_no_default(tmp_path: Path) -> None:
     assert text.startswith("The configuration has 3 problems:")
 
 
-def test_missing_paths_are_told_with_what_is_near(
+def test_missing_paths_are_reported_with_the_nearest_ones(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -270,12 +270,12 @@ def test_a_problem_names_the_file_that_the_value_came_from(recipe: Path, tmp_pat
 
 
 def test_identity_leaves_out_operational_keys_at_any_depth(recipe: Path) -> None:
-    found = identity(load(recipe))
-    assert found["run"] == {"seed": 0} and found["tracking"] == {}
-    assert found["sft"] == {"learning_rate": 2e-5, "epochs": 2, "trainer": {}}
-    assert found["rollout"] == {"temperature": 1.0, "top_p": 1.0, "top_k": None, "max_new_tokens": 512}
-    assert "allow_unproved_tokenizer" not in found["base"] and found["base"]["rope_scaling"] is None
-    assert found["data"]["sft"][0]["weight"] == 1.0 and found["data"]["split"]["test"] == 0.05
+    keys = identity(load(recipe))
+    assert keys["run"] == {"seed": 0} and keys["tracking"] == {}
+    assert keys["sft"] == {"learning_rate": 2e-5, "epochs": 2, "trainer": {}}
+    assert keys["rollout"] == {"temperature": 1.0, "top_p": 1.0, "top_k": None, "max_new_tokens": 512}
+    assert "allow_unproved_tokenizer" not in keys["base"] and keys["base"]["rope_scaling"] is None
+    assert keys["data"]["sft"][0]["weight"] == 1.0 and keys["data"]["split"]["test"] == 0.05
 
 
 # -- paths
@@ -286,9 +286,9 @@ def test_the_home_folder_is_read_in_every_path(tmp_path: Path, monkeypatch: pyte
     values = recipe_values(tmp_path, run={"dir": "~/runs/x"}, base={"model": "~/base"})
     values["data"]["sft"] = [{"path": "~/dialogs.jsonl"}]
     write_yaml(tmp_path / "home.yaml", values)
-    found = load(write_yaml(tmp_path / "child" / "r.yaml", {"extends": "~/home.yaml"}))
-    assert found.run.dir == f"{tmp_path}/runs/x" and found.base.model == f"{tmp_path}/base"
-    assert found.data.sft[0].path == f"{tmp_path}/dialogs.jsonl" and "~" not in to_yaml(found)
+    loaded = load(write_yaml(tmp_path / "child" / "r.yaml", {"extends": "~/home.yaml"}))
+    assert loaded.run.dir == f"{tmp_path}/runs/x" and loaded.base.model == f"{tmp_path}/base"
+    assert loaded.data.sft[0].path == f"{tmp_path}/dialogs.jsonl" and "~" not in to_yaml(loaded)
     problem = report(tmp_path / "home.yaml", ["data.sft.0.path=~/dialog.jsonl"])
     assert f"does not exist. Did you mean '{tmp_path}/dialogs.jsonl'?" in problem
 

@@ -33,12 +33,12 @@ ALL = families(lists={name: read_list(ROOT / f"data/gatt/{name}.txt") for name i
 texts = st.text(alphabet=st.sampled_from("abcIXe .,!?'\"-\n0123\u2019\u201c\u00e9"), max_size=60)
 
 
-def asked(family: str, value: str = "") -> Constraint:
+def constraint_of(family: str, value: str = "") -> Constraint:
     return constrain(ALL[family], value)
 
 
 def alone(family: str, value: str = "") -> Instruction:
-    constraint = asked(family, value)
+    constraint = constraint_of(family, value)
     return Instruction((constraint,), constraint.long, is_shortened=False)
 
 
@@ -105,7 +105,7 @@ JUDGED = [
 
 @pytest.mark.parametrize(("family", "value", "answer", "wanted"), JUDGED)
 def test_checkers_agree_with_a_reader(family: str, value: str, answer: str, wanted: bool) -> None:
-    assert is_kept(asked(family, value), answer) is wanted
+    assert is_kept(constraint_of(family, value), answer) is wanted
     assert passes(alone(family, value), answer) is wanted
 
 
@@ -126,18 +126,20 @@ RECALLED = {
 @pytest.mark.parametrize(("family", "value"), RECALLED)
 def test_a_recall_names_the_value(family: str, value: str) -> None:
     names_it, does_not = RECALLED[family, value]
-    assert all(recalled(asked(family, value), answer) for answer in names_it)
-    assert not any(recalled(asked(family, value), answer) for answer in does_not)
+    assert all(recalled(constraint_of(family, value), answer) for answer in names_it)
+    assert not any(recalled(constraint_of(family, value), answer) for answer in does_not)
 
 
 def test_figures_and_hobbies_have_recall_questions_and_no_checker() -> None:
     for family in ("figure", "hobby"):
-        questions = recall_questions(asked(family, ALL[family].values[0]))
+        questions = recall_questions(constraint_of(family, ALL[family].values[0]))
         assert len(questions) >= 2 and all(question.endswith("?") for question in questions)
-        for constraint in (asked(family, value) for value in ALL[family].values):
+        for constraint in (constraint_of(family, value) for value in ALL[family].values):
             assert not constraint.checker
             assert all(recalled(constraint, plain_recall(constraint, question)) for question in questions)
-    assert recall_questions(asked("one_sentence")) == () == recall_questions(asked("language", "French"))
+    assert (
+        recall_questions(constraint_of("one_sentence")) == () == recall_questions(constraint_of("language", "French"))
+    )
 
 
 @given(texts)
@@ -148,10 +150,10 @@ def test_contrary_constraints_are_never_both_kept(answer: str) -> None:
         ("no_questions", "asks_back"),
         ("capitals", "small_letters"),
     ):
-        assert not (is_kept(asked(one), answer) and is_kept(asked(other), answer))
-    assert is_kept(asked("at_most_words", "4"), answer) + is_kept(asked("at_least_words", "5"), answer) == bool(
-        words(answer)
-    )
+        assert not (is_kept(constraint_of(one), answer) and is_kept(constraint_of(other), answer))
+    assert is_kept(constraint_of("at_most_words", "4"), answer) + is_kept(
+        constraint_of("at_least_words", "5"), answer
+    ) == bool(words(answer))
 
 
 @given(texts)
@@ -166,8 +168,8 @@ def test_an_answer_without_a_word_passes_nothing_and_white_space_around_it_does_
 @given(texts)
 @settings(max_examples=300, deadline=None)
 def test_the_sentences_hold_every_word_in_order(answer: str) -> None:
-    found = [word for sentence in sentences(answer) for word in words(sentence)]
-    assert found == words(answer) or re.search(r"(?m)^\s*\(?\d{1,3}[.)]\s", answer)  # numbers of a list are no words
+    joined = [word for sentence in sentences(answer) for word in words(sentence)]
+    assert joined == words(answer) or re.search(r"(?m)^\s*\(?\d{1,3}[.)]\s", answer)  # numbers of a list are no words
 
 
 @given(texts.filter(lambda answer: bool(words(answer))), st.sampled_from(sorted(CHECKABLE)), st.integers(0, 40))
@@ -193,7 +195,7 @@ def test_a_repaired_answer_passes(answer: str, family: str, place: int) -> None:
     ],
 )
 def test_repairs(constraints: list[tuple[str, str]], wanted: str | None) -> None:
-    instruction = Instruction(tuple(asked(*constraint) for constraint in constraints), "", is_shortened=False)
+    instruction = Instruction(tuple(constraint_of(*constraint) for constraint in constraints), "", is_shortened=False)
     assert repaired(instruction, "Yes, it is. Really?") == wanted
 
 
@@ -245,7 +247,7 @@ def test_weights_are_shares_of_the_first_draw() -> None:
 
 
 def test_compatible_is_what_does_not_contradict() -> None:
-    some = [asked(name, value) for name, family in ALL.items() for value in family.values[:3]]
+    some = [constraint_of(name, value) for name, family in ALL.items() for value in family.values[:3]]
     for one, other in combinations(some, 2):
         assert are_compatible(one, other) is are_compatible(other, one) is not contradict(one, other), (one, other)
 
@@ -280,7 +282,7 @@ def test_training_and_measuring_share_no_value() -> None:
     assert side_of("figure", "JOHN LOCKE") == side_of("figure", "John Locke")
 
 
-def test_no_word_that_is_asked_for_is_asked_for_in_the_sft_data() -> None:
+def test_no_word_of_an_instruction_is_in_an_instruction_of_the_sft_data() -> None:
     """Else a held-out value would have been trained on before."""
     with gzip.open(ROOT / "data/sft/system.jsonl.gz") as file:
         systems = {json.loads(line)["messages"][0]["content"] for line in file}

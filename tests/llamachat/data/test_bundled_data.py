@@ -103,9 +103,9 @@ def test_the_pages_say_what_the_files_hold() -> None:
     for name in [*KINDS, "gatt"]:
         page = (DATA / name / "SOURCE.md").read_text(encoding="utf-8")
         stated = dict(re.findall(r"^\| `([\w.]+)` \| (\d+) \|", page, re.MULTILINE))
-        found = {path.name: len(records(path)) for path in FILES if path.parent.name == name}
+        counts = {path.name: len(records(path)) for path in FILES if path.parent.name == name}
         lists = {path.name: len(path.read_text().splitlines()) for path in (DATA / name).glob("*.txt")}
-        assert {file: int(count) for file, count in stated.items()} == found | lists
+        assert {file: int(count) for file, count in stated.items()} == counts | lists
         for licence in re.findall(r"`(data/licences/[\w.-]+)`", page):
             assert (DATA.parent / licence).exists()
         if name not in ("sft", "helpfulness", "gatt"):

@@ -1,4 +1,4 @@
-"""`data check`: every kind of broken line is named with line, field, reason and mend, and none is passed over."""
+"""`data check`: every kind of broken line is named with line, field, reason and fix, and none is skipped."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from llamachat.chat_format import ChatFormat
 from llamachat.data.check import CheckReport, check_path
 from tests.llamachat.data.lines import GOOD, answer, dialog, pair, prompt, system, user, write
 
-# What stands on the line, the field that is named, a part of the reason, a part of the mend.
+# What stands on the line, the field that is named, a part of the reason, a part of the fix.
 BROKEN_DIALOGS: dict[str, tuple[str, str, str, str]] = {
     "no json": ("Hello there", "column 1", "is not JSON", "Correct the line"),
     "single quotes": ("{'messages': []}", "column 2", "is not JSON", "Correct the line"),
@@ -118,12 +118,12 @@ def check(path: Path, lines: list[str], chat_format: ChatFormat) -> CheckReport:
 def test_each_broken_line_is_named(
     good: str, broken: tuple[str, str, str, str], tmp_path: Path, tiny_format: ChatFormat
 ):
-    line, field, reason, mend = broken
+    line, field, reason, fix = broken
     report = check(tmp_path / "a.jsonl", [good, line, good], tiny_format)
     assert report.exit_status == 2
-    assert {found.line for found in report.problems} == {2}
-    (named,) = [found for found in report.problems if found.field == field and reason in found.reason]
-    assert mend in named.fix
+    assert {fault.line for fault in report.problems} == {2}
+    (named,) = [fault for fault in report.problems if fault.field == field and reason in fault.reason]
+    assert fix in named.fix
     assert f"a.jsonl:2: {field}: {named.reason} {named.fix}\n" in report.text()
     assert report.num_records == (3 if field == "record" else 2)
 
@@ -132,7 +132,7 @@ def test_several_faults_of_one_record_are_all_named(tmp_path: Path, tiny_format:
     line = pair(prompt=[{"role": "human", "content": 3}, user(None)], chosen="x", rating="good", chosen_is_safe="y")
     report = check(tmp_path / "a.jsonl", [line], tiny_format)
     fields = ["prompt[0].role", "prompt[1].content", "chosen", "rating", "chosen_is_safe"]
-    assert [found.field for found in report.problems] == fields
+    assert [fault.field for fault in report.problems] == fields
 
 
 def test_a_sound_file_and_what_it_holds(tmp_path: Path, tiny_format: ChatFormat):
@@ -191,15 +191,15 @@ def test_the_kind_can_be_given(tmp_path: Path, tiny_format: ChatFormat):
     path = tmp_path / "a.jsonl"
     path.write_text(GOOD + "\n")
     report = check_path(str(path), "preference", "auto", tiny_format.forbidden)
-    assert [found.field for found in report.problems] == ["prompt", "chosen", "rejected"]
+    assert [fault.field for fault in report.problems] == ["prompt", "chosen", "rejected"]
     assert "It looks like a dialog" in report.problems[0].fix
     assert check_path(str(path), "prompt", "auto", tiny_format.forbidden).exit_status == 0
 
 
 def test_a_file_that_is_no_data_file(tmp_path: Path, tiny_format: ChatFormat):
     report = check(tmp_path / "a.json", [f"[{GOOD},", f"{GOOD}]"], tiny_format)
-    (found,) = report.problems
-    assert (found.line, found.field, report.exit_status) == (0, "file", 2)
+    (fault,) = report.problems
+    assert (fault.line, fault.field, report.exit_status) == (0, "file", 2)
     assert "is one JSON array" in report.text()
 
 
@@ -212,7 +212,7 @@ def test_keys_of_other_meanings_are_no_slips(tmp_path: Path, tiny_format: ChatFo
     assert "It is a key of a prompt" in marked.fix and "rename" not in marked.fix + named.fix
     # A prompt's name does not stand for the prompt that is missing.
     report = check(tmp_path / "b.jsonl", [pair(prompt=..., prompt_id="x")], tiny_format)
-    assert [(found.field, "Rename" in found.fix) for found in report.problems] == [("prompt", False)]
+    assert [(fault.field, "Rename" in fault.fix) for fault in report.problems] == [("prompt", False)]
 
 
 def test_rows_of_a_known_set_without_a_record_are_counted(tmp_path: Path, tiny_format: ChatFormat):

@@ -1,4 +1,4 @@
-"""`data convert`: what is mended and how it is counted, what is dropped, and that `data check` passes what it writes."""
+"""`data convert`: what is repaired, dropped and counted, and that its output passes `data check`."""
 
 import gzip
 import json
@@ -41,11 +41,11 @@ class Bench:
 
     def checked(self, target: Path, report: ConvertReport) -> list[Any]:
         """The records written, which the checking command passes, all of one kind."""
-        found = check_path(str(target), None, "auto", self.forbidden)
-        assert found.problems == [] and found.exit_status == 0
-        assert (found.kind, found.num_records, found.num_duplicates) == (report.kind, report.written, 0)
+        check = check_path(str(target), None, "auto", self.forbidden)
+        assert check.problems == [] and check.exit_status == 0
+        assert (check.kind, check.num_records, check.num_duplicates) == (report.kind, report.written, 0)
         # HTML stays where nobody asked for plain text.
-        warned = [warning for warning in found.warnings if warning.field != "content"]
+        warned = [warning for warning in check.warnings if warning.field != "content"]
         assert warned == [], "nothing is left that nothing reads"
         raw = gzip.decompress(target.read_bytes()) if target.suffix == ".gz" else target.read_bytes()
         return [json.loads(line) for line in raw.split(b"\n")[:-1]]
@@ -182,14 +182,14 @@ PREFERENCES: dict[str, tuple[str, object, dict[Repair, int]]] = {
     "paper's rating": (json.dumps({**ABC, "rating": "Unsure"}), {**ABC, "rating": "negligibly_better"},
                        {Repair.LABEL: 1}),
 }  # fmt: skip
-ASKED = {"prompt": [user("a")]}
+PROMPT = {"prompt": [user("a")]}
 PROMPTS: dict[str, tuple[str, object, dict[Repair, int]]] = {
-    "text": ('{"prompt": "a", "id": 7}', {**ASKED, "id": "7"}, {Repair.TEXT: 1, Repair.LABEL: 1}),
-    "answered": (prompt(turns("a", "b"), is_safety=True), {**ASKED, "is_safety": True}, {Repair.CLOSING_ANSWER: 1}),
-    "of a dialog": (dialog(*turns("a", "b"), is_safety="true"), {**ASKED, "is_safety": True},
+    "text": ('{"prompt": "a", "id": 7}', {**PROMPT, "id": "7"}, {Repair.TEXT: 1, Repair.LABEL: 1}),
+    "answered": (prompt(turns("a", "b"), is_safety=True), {**PROMPT, "is_safety": True}, {Repair.CLOSING_ANSWER: 1}),
+    "of a dialog": (dialog(*turns("a", "b"), is_safety="true"), {**PROMPT, "is_safety": True},
                     {Repair.CLOSING_ANSWER: 1, Repair.AS_PROMPT: 1, Repair.LABEL: 1}),
-    "of a preference": (json.dumps(ABC), ASKED, {Repair.AS_PROMPT: 1}),
-    "of alpaca": ('{"instruction": "a", "output": "b"}', ASKED,
+    "of a preference": (json.dumps(ABC), PROMPT, {Repair.AS_PROMPT: 1}),
+    "of alpaca": ('{"instruction": "a", "output": "b"}', PROMPT,
                   {Repair.KNOWN_SET: 1, Repair.CLOSING_ANSWER: 1, Repair.AS_PROMPT: 1}),
 }  # fmt: skip
 CASES = [
@@ -200,7 +200,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "line", "expected", "times"), CASES)
-def test_what_is_mended_and_how_it_is_counted(
+def test_repairs_and_how_they_are_counted(
     kind: Any, line: str, expected: object, times: dict[Repair, int], bench: Bench
 ):
     report, written = bench.convert(f"{line}\n", kind=kind)
@@ -212,8 +212,8 @@ def test_what_is_mended_and_how_it_is_counted(
         assert row.split()[-1] == str(number)
 
 
-# The broken lines of `data check` that are mended; all others are dropped.
-MENDED = {
+# The broken lines of `data check` that are repaired; all others are dropped.
+REPAIRED = {
     "dialog": {"blank", "two on a line", "trailing comma", "parts as content", "two questions", "two answers",
                "leading answer", "open question", "late system", "train on a question"},
     "preference": {"text as prompt", "text as answer", "whole dialog", "foreign role", "wrong rating",
@@ -229,14 +229,14 @@ SOUND = {"dialog": GOOD, "preference": pair(rating="better"), "prompt": prompt([
 
 
 @pytest.mark.parametrize(("kind", "name"), BROKEN, ids=[f"{kind}: {name}" for kind, name in BROKEN])
-def test_a_broken_line_is_mended_or_named(kind: str, name: str, bench: Bench):
+def test_a_broken_line_is_repaired_or_named(kind: str, name: str, bench: Bench):
     sound = SOUND[kind]
     report, written = bench.convert(f"{sound}\n{BROKEN[kind, name][0]}\n")
     assert written[0] == json.loads(sound)
-    is_mended = name in MENDED[kind]
-    assert [found.line for found in report.problems] == ([] if is_mended else [2])
+    is_repaired = name in REPAIRED[kind]
+    assert [fault.line for fault in report.problems] == ([] if is_repaired else [2])
     assert report.kind == kind
-    if not is_mended:
+    if not is_repaired:
         assert f"in.jsonl:2: {report.problems[0].field}: " in report.dropped()
 
 
@@ -316,7 +316,7 @@ def test_what_is_odd_but_sound_stays(bench: Bench):
         (json.dumps({**ABC, "prompt": turns("a", "x")}), "ends with an answer that is neither"),
     ],
 )
-def test_what_cannot_be_mended_is_named_and_nothing_is_written(line: str, reason: str, bench: Bench):
+def test_what_cannot_be_repaired_is_named_and_nothing_is_written(line: str, reason: str, bench: Bench):
     with pytest.raises(DataError, match=rf"in\.jsonl:1: .*{reason}(.|\n)*so nothing was\."):
         bench.convert(line)
     assert [path.name for path in bench.folder.iterdir()] == ["in.jsonl"]
@@ -372,10 +372,10 @@ def test_labelled_answers_become_pairs(bench: Bench):
     ]
     assert texts == [("q", "e", "f"), ("q", "a", "b"), ("q", "a", "d"), ("m", "n", "o")]
     assert report.records[Repair.LABELLED] == 3
-    assert [(found.line, found.field) for found in report.problems] == [(4, "label")], "the only answer to its prompt"
+    assert [(fault.line, fault.field) for fault in report.problems] == [(4, "label")], "the only answer to its prompt"
     report, written = bench.convert("\n".join(map(json.dumps, rows[:-1])))
     assert [row["messages"][-1]["content"] for row in written] == ["a", "n", "c"]
-    assert [found.line for found in report.problems] == [2, 5, 6]
+    assert [fault.line for fault in report.problems] == [2, 5, 6]
 
 
 def test_the_kind_and_the_format_can_be_given(bench: Bench):
@@ -491,11 +491,11 @@ def test_every_record_is_kept_repaired_or_named_and_counted(lines: list[str], ki
     assert sum(record in read for record in written) >= report.untouched
     assert kind in (None, report.kind)
     assert report.times[Repair.BLANK_LINE] == sum(not line.strip() for line in lines)
-    assert {found.line for found in report.problems} <= set(range(1, len(lines) + 1))
-    assert all(found.field and found.reason and found.fix for found in report.problems)
+    assert {fault.line for fault in report.problems} <= set(range(1, len(lines) + 1))
+    assert all(fault.field and fault.reason and fault.fix for fault in report.problems)
     assert len(report.dropped().splitlines()) == len(report.problems), "each loss is reported on a line of its own"
     checked = check_path(str(bench.folder / "in.jsonl"), kind, "auto", bench.forbidden)
-    bad = {found.line for found in checked.problems if found.field != "record"}
+    bad = {fault.line for fault in checked.problems if fault.field != "record"}
     assert checked.num_records + len(bad) == len(lines), "the check names every line that holds no record"
     assert checked.text().replace("\n", "").isprintable()
     again, rewritten = bench.convert((bench.folder / "out.jsonl").read_bytes(), out="again.jsonl")
@@ -542,7 +542,7 @@ def test_items_of_an_array_that_are_no_records_are_named(indent: int | None, ben
     values = [1, {"messages": turns('a ] [ , \\ "', "b")}, [], "x,]", -1.5e3, {"messages": turns("c", "d" * 99)}, None]
     report, written = bench.convert(json.dumps(values, indent=indent), name="in.json")
     assert written == [values[1], values[5]]
-    assert [found.line for found in report.problems] == [1, 3, 4, 5, 7]
+    assert [fault.line for fault in report.problems] == [1, 3, 4, 5, 7]
     _, written = bench.convert(json.dumps(turns("a", "b"), indent=indent), name="in.json")
     assert written == [AB], "an array of turns is one dialog"
 
@@ -621,7 +621,7 @@ def test_html_becomes_what_a_reader_saw_and_other_text_stays() -> None:
     assert not any(map(html_in, ("a < b and b > c", "<name>", "AT&T", "x &y; z")))
 
 
-def test_html_is_told_by_the_check_and_taken_out_where_asked(
+def test_html_is_reported_by_the_check_and_removed_on_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -58,8 +58,8 @@ def write(path: Path, content: bytes) -> str:
 
 
 def whole_problem(path: str) -> Problem:
-    (found,) = read_rows(path)
-    (fault,) = found.problems
+    (row,) = read_rows(path)
+    (fault,) = row.problems
     assert (fault.line, fault.field) == (0, "file")
     return fault
 
@@ -90,7 +90,7 @@ def test_damaged_and_empty_parquet(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "reason", "mend"),
+    ("name", "content", "reason", "fix"),
     [
         ("a.jsonl", b"", "is empty", "Write or fetch it again"),
         ("a.jsonl", b"\n \n", "blank lines only", "Write or fetch it again"),
@@ -129,18 +129,18 @@ def test_damaged_and_empty_parquet(tmp_path: Path):
         ),
     ],
 )
-def test_a_file_that_is_something_else(name: str, content: bytes, reason: str, mend: str, tmp_path: Path):
-    found = whole_problem(write(tmp_path / name, content))
-    assert reason in found.reason
-    assert mend in found.fix
+def test_a_file_that_is_something_else(name: str, content: bytes, reason: str, fix: str, tmp_path: Path):
+    fault = whole_problem(write(tmp_path / name, content))
+    assert reason in fault.reason
+    assert fix in fault.fix
 
 
 @pytest.mark.parametrize("first", [b"[1, 2]", b'["a', b"a, b, c", b"{", b"[]"])
 @pytest.mark.parametrize("copies", [1, 5000])
 def test_one_odd_line_does_not_hide_the_others(first: bytes, copies: int, tmp_path: Path):
-    found = list(read_rows(write(tmp_path / "a.jsonl", first + b"\n" + LINES * copies + b"[3]\n")))
-    assert [row.line for row in found] == list(range(1, 2 * copies + 3))
-    assert [found[1], found[2], found[-1]] == [Row(2, ROWS[0]), Row(3, ROWS[1]), Row(2 * copies + 2, [3])]
+    rows = list(read_rows(write(tmp_path / "a.jsonl", first + b"\n" + LINES * copies + b"[3]\n")))
+    assert [row.line for row in rows] == list(range(1, 2 * copies + 3))
+    assert [rows[1], rows[2], rows[-1]] == [Row(2, ROWS[0]), Row(3, ROWS[1]), Row(2 * copies + 2, [3])]
 
 
 def test_a_folder_and_a_missing_file(tmp_path: Path):
@@ -196,7 +196,7 @@ def hub_that(monkeypatch: pytest.MonkeyPatch, load_dataset: Any) -> None:
     monkeypatch.setitem(sys.modules, "datasets", fake)
 
 
-def test_the_hub_is_asked_for_the_named_part(monkeypatch: pytest.MonkeyPatch):
+def test_the_named_part_is_read_from_the_hub(monkeypatch: pytest.MonkeyPatch):
     calls: list[object] = []
     hub_that(monkeypatch, lambda *names, **options: calls.append((names, options)) or [{"a": 1, "b": None}])
     assert list(read_rows("owner/name/config:test")) == [Row(1, {"a": 1})]
@@ -229,9 +229,9 @@ def test_without_the_hub_the_error_says_so(monkeypatch: pytest.MonkeyPatch):
         (b'{"a": ' + b"9" * 5000 + b"}", "line", "thousands of digits"),
     ],
 )
-def test_a_bad_line_is_told_with_its_place(raw: bytes, field: str, reason: str):
-    (found,) = decode_line(raw, 7).problems
-    assert (found.line, found.field, reason in found.reason, bool(found.fix)) == (7, field, True, True)
+def test_a_bad_line_is_reported_with_its_place(raw: bytes, field: str, reason: str):
+    (fault,) = decode_line(raw, 7).problems
+    assert (fault.line, fault.field, reason in fault.reason, bool(fault.fix)) == (7, field, True, True)
 
 
 def test_line_ends_and_the_mark_at_the_start_are_no_fault(tmp_path: Path):
@@ -242,12 +242,12 @@ def test_line_ends_and_the_mark_at_the_start_are_no_fault(tmp_path: Path):
 
 
 def test_blank_lines_between_records_are_named():
-    found = list(decode_lines([b"\n", b"1\n", b" \r\n", b"\n", b"2\n", b"\n"]))
-    assert [(row.line, row.value) for row in found] == [(1, None), (2, 1), (3, None), (4, None), (5, 2)]
-    assert ["is blank" in fault.reason for row in found for fault in row.problems] == [True] * 3
+    rows = list(decode_lines([b"\n", b"1\n", b" \r\n", b"\n", b"2\n", b"\n"]))
+    assert [(row.line, row.value) for row in rows] == [(1, None), (2, 1), (3, None), (4, None), (5, 2)]
+    assert ["is blank" in fault.reason for row in rows for fault in row.problems] == [True] * 3
 
 
-def test_gzip_is_read_and_where_it_breaks_off_is_told(tmp_path: Path):
+def test_gzip_is_read_and_a_truncated_file_is_reported(tmp_path: Path):
     lines = b"".join(b'{"a": "%032x"}\n' % (i * 2654435761 % 2**32) for i in range(5000))
     whole = gzip.compress(lines)
     path = tmp_path / "a.jsonl.gz"
@@ -265,13 +265,13 @@ def test_gzip_is_read_and_where_it_breaks_off_is_told(tmp_path: Path):
 
 @given(st.lists(st.one_of(st.binary(max_size=20), st.text(max_size=20).map(str.encode)), max_size=8))
 def test_every_line_is_a_row_or_a_problem_with_its_number(lines: list[bytes]):
-    found = list(decode_lines(lines))
-    numbers = [row.line for row in found]
+    rows = list(decode_lines(lines))
+    numbers = [row.line for row in rows]
     last_full = max((number for number, raw in enumerate(lines, 1) if raw.strip()), default=0)
     if lines[:1] == [b"\xef\xbb\xbf"]:
         return
     assert numbers == list(range(1, last_full + 1))
-    assert all(fault.at("f").isprintable() for row in found for fault in row.problems)
+    assert all(fault.at("f").isprintable() for row in rows for fault in row.problems)
 
 
 # -- problems
@@ -308,12 +308,12 @@ def test_an_array_of_any_size_takes_bounded_memory(tmp_path: Path, monkeypatch: 
     for count, is_read in ((10, True), (1000, False)):
         path = tmp_path / f"{count}.json.gz"
         path.write_bytes(gzip.compress(json.dumps([{"prompt": f"q {n}"} for n in range(count)]).encode()))
-        given: dict[str, Any] = {"kind": "prompt", "format": "auto", "forbidden": (), "overwrite": False}
+        options: dict[str, Any] = {"kind": "prompt", "format": "auto", "forbidden": (), "overwrite": False}
         if is_read:
-            convert_path(str(path), tmp_path / f"{count}.jsonl", **given)
+            convert_path(str(path), tmp_path / f"{count}.jsonl", **options)
             continue
         with pytest.raises(DataError, match=r"is an array of more than .*jq -c"):
-            convert_path(str(path), tmp_path / f"{count}.jsonl", **given)
+            convert_path(str(path), tmp_path / f"{count}.jsonl", **options)
 
 
 def test_report_prints_fifty_and_counts_the_rest():
@@ -337,9 +337,9 @@ def test_equal_faults_of_other_places_are_one_reason():
 
 
 def test_what_a_file_holds_cannot_steer_the_terminal_nor_flood_it():
-    found = problem(1, "k\x1b[2J\ud800", "is " + "x" * 9999, "Drop it.")
-    assert found.field == "k\\x1b[2J\\ud800"
-    assert len(found.reason) < 500
+    fault = problem(1, "k\x1b[2J\ud800", "is " + "x" * 9999, "Drop it.")
+    assert fault.field == "k\\x1b[2J\\ud800"
+    assert len(fault.reason) < 500
 
 
 # -- what parquet holds that JSON Lines cannot

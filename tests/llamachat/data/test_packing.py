@@ -96,13 +96,13 @@ def test_steps_hold_the_same_examples_packed_or_not(
     packed, padded = plan(packing=True), plan(packing=False)
     assert steps_of(packed) == steps_of(padded)
     assert packed.tokens_per_step == padded.tokens_per_step
-    for made in (packed, padded):
-        assert sum(steps_of(made), Counter()) == Counter(dict.fromkeys(range(len(lengths)), epochs))
-        assert [sum(step.values()) for step in steps_of(made)[:-1]] == [examples_per_step] * (made.num_steps - 1)
-        assert len(made.rows) == made.num_steps * made.rows_per_step
-        assert made.microbatches_per_step * made.rows_per_microbatch * world_size == made.rows_per_step
-        assert made.tokens(0, made.num_steps) == epochs * sum(lengths)
-        assert all(sum(lengths[index] for index in row) <= 20 for row in made.rows)
+    for batches in (packed, padded):
+        assert sum(steps_of(batches), Counter()) == Counter(dict.fromkeys(range(len(lengths)), epochs))
+        assert [sum(step.values()) for step in steps_of(batches)[:-1]] == [examples_per_step] * (batches.num_steps - 1)
+        assert len(batches.rows) == batches.num_steps * batches.rows_per_step
+        assert batches.microbatches_per_step * batches.rows_per_microbatch * world_size == batches.rows_per_step
+        assert batches.tokens(0, batches.num_steps) == epochs * sum(lengths)
+        assert all(sum(lengths[index] for index in row) <= 20 for row in batches.rows)
     # Each epoch is whole before the next begins.
     order = [index for step in range(padded.num_steps) for row in padded.step_rows(step) for index in sorted(row)]
     if examples_per_step == 1:

@@ -61,8 +61,8 @@ def test_each_kind_by_hand(tmp_path: Path):
 def test_prompts_are_read_out_of_dialogs_and_preferences(tmp_path: Path):
     open_dialog = {"messages": [*DIALOG["messages"], user("And?")]}
     path = write(tmp_path / "a.jsonl", [DIALOG, open_dialog, PAIR, PROMPT])
-    found = read_records(source(path), Prompt)
-    assert [[message.content for message in prompt.messages] for prompt in found] == [
+    prompts = read_records(source(path), Prompt)
+    assert [[message.content for message in prompt.messages] for prompt in prompts] == [
         ["Hi"],
         ["Hi", "Hello!", "And?"],
         ["Hi"],
@@ -70,7 +70,7 @@ def test_prompts_are_read_out_of_dialogs_and_preferences(tmp_path: Path):
     ]
 
 
-def test_all_bad_lines_are_told_in_one_error(tmp_path: Path, tiny_format: ChatFormat):
+def test_one_error_reports_all_bad_lines(tmp_path: Path, tiny_format: ChatFormat):
     rows = [
         DIALOG,
         {"messages": [user("[INST] x"), answer("y")]},
@@ -102,10 +102,10 @@ def test_all_bad_lines_are_told_in_one_error(tmp_path: Path, tiny_format: ChatFo
 def test_drop_counts_by_reason_and_keeps_the_rest(tmp_path: Path, tiny_format: ChatFormat):
     tagged = [{"messages": [user("x" * n + "[INST]"), answer("y")]} for n in range(3)]
     path = write(tmp_path / "a.jsonl", [DIALOG, *tagged, {"messages": []}])
-    found = all_of(source(path, on_bad_record="drop"), Dialog, forbidden=tiny_format.forbidden)
-    assert len(found.train) == 1
-    assert sorted(found.dropped.values()) == [1, 3]
-    assert sum("'[INST]' at character N" in reason for reason in found.dropped) == 1
+    mixture = all_of(source(path, on_bad_record="drop"), Dialog, forbidden=tiny_format.forbidden)
+    assert len(mixture.train) == 1
+    assert sorted(mixture.dropped.values()) == [1, 3]
+    assert sum("'[INST]' at character N" in reason for reason in mixture.dropped) == 1
 
 
 def test_dropping_does_not_hide_a_broken_file_nor_an_empty_result(tmp_path: Path):
@@ -132,8 +132,8 @@ def test_columns_system_and_limit(tmp_path: Path):
         {"talk": [{"role": "system", "content": "S"}, *DIALOG["messages"]]},
     ]
     path = write(tmp_path / "a.jsonl", [*rows, "broken"])
-    found = read_records(source(path, columns={"messages": "talk"}, system="Be brief.", limit=2), Dialog)
-    assert [dialog.messages[0] for dialog in found] == [Message("system", "Be brief."), Message("system", "S")]
+    dialogs = read_records(source(path, columns={"messages": "talk"}, system="Be brief.", limit=2), Dialog)
+    assert [dialog.messages[0] for dialog in dialogs] == [Message("system", "Be brief."), Message("system", "S")]
     pairs = write(tmp_path / "p.jsonl", [PAIR])
     (pair,) = read_records(source(pairs, system="S"), Preference)
     assert pair.prompt[0] == Message("system", "S")
@@ -160,7 +160,7 @@ def test_what_a_source_says_of_its_file_is_checked(
     assert read_records(source(path, format="native"), Dialog)
 
 
-def test_a_bad_row_of_a_known_set_has_line_field_and_mend(tmp_path: Path):
+def test_a_bad_row_of_a_known_set_has_line_field_and_fix(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", [{"instruction": "Add.", "output": "3"}, {"instruction": "Add."}, [1]])
     with pytest.raises(DataError) as error:
         read_records(source(path), Dialog)
@@ -297,7 +297,7 @@ def test_a_source_is_read_once_and_again_where_anything_differs(tmp_path: Path, 
     assert len(all_of(source(path), Preference).train) == 2
 
 
-def test_bad_lines_of_all_sources_are_told_together(tmp_path: Path):
+def test_bad_lines_of_all_sources_are_reported_together(tmp_path: Path):
     one, two = (write(tmp_path / name, [DIALOG, {"messages": []}]) for name in ("a.jsonl", "b.jsonl"))
     with pytest.raises(DataError) as error:
         load_mixture([source(one), source(two)], Split(), Dialog, seed=0, forbidden=())

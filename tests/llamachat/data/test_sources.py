@@ -121,8 +121,8 @@ GOOD: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
     ("alpaca", {"instruction": "Add.", "input": "1, 2", "output": "3"}, [{"messages": turns("Add.\n\n1, 2", "3")}]),
     (
         "alpaca",
-        {"instruction": "And now?", "input": None, "output": "4", "system": "Count.", "history": [["Start", "1"], ["Go on", "2"]]},
-        [{"messages": [system("Count."), *turns("Start", "1", "Go on", "2", "And now?", "4")]}],
+        {"instruction": "And now?", "input": None, "output": "4", "system": "Count.", "history": [["Start", "1"], ["Next", "2"]]},
+        [{"messages": [system("Count."), *turns("Start", "1", "Next", "2", "And now?", "4")]}],
     ),
     ("gpteacher", {"instruction": "Be a cat.", "input": "", "response": "Meow."}, [{"messages": turns("Be a cat.", "Meow.")}]),
     (
@@ -335,9 +335,9 @@ def test_unrated_pairs_are_counted(tmp_path: Path, tiny_format: ChatFormat) -> N
     expected = [pair("b", "a", "better", *SPOKEN) | {"rejected_is_safe": False}, pair("a", "b", None, *SPOKEN)]
     for form in ("auto", "rated_pairs"):
         sources, nothing = [DataSource(path=path, format=form)], Split(test=0, validation=0, judge=0)
-        found = load_mixture(sources, nothing, Preference, forbidden=tiny_format.forbidden, seed=0)
-        assert found.dropped == {f"{path}: row without a preference": 2}
-        assert [(one.chosen.content, one.rating, one.rejected_is_safe) for one in found.train] == [
+        mixture = load_mixture(sources, nothing, Preference, forbidden=tiny_format.forbidden, seed=0)
+        assert mixture.dropped == {f"{path}: row without a preference": 2}
+        assert [(one.chosen.content, one.rating, one.rejected_is_safe) for one in mixture.train] == [
             ("b", "better", False),
             ("a", None, None),
         ]
@@ -370,7 +370,7 @@ def test_what_a_set_gives_keeps_the_rules_of_records(tmp_path: Path, tiny_format
         read(path, "preference", tiny_format)
 
 
-def test_two_meanings_of_one_row_are_asked_about(tmp_path: Path, tiny_format: ChatFormat) -> None:
+def test_an_ambiguous_row_is_refused(tmp_path: Path, tiny_format: ChatFormat) -> None:
     path = write(tmp_path / "a.jsonl", [PKU])
     both = "'pku_saferlhf_helpfulness' and 'pku_saferlhf_safety'"
     with pytest.raises(DataError, match=f"a.jsonl: its rows hold preferences of several.*{both}.*Name one of these"):
@@ -386,7 +386,7 @@ def test_a_row_of_another_kind_is_named_with_its_kind(tmp_path: Path, tiny_forma
     sound = {"messages": A}
     path = write(tmp_path / "a.jsonl", [sound, sound, HELP3, PKU, binarized(A, B) | {"messages": B}])
     report = convert_path(path, tmp_path / "out.jsonl", kind="dialog", forbidden=tiny_format.forbidden)
-    assert [(found.line, found.reason.split(" by ")[0]) for found in report.problems] == [
+    assert [(fault.line, fault.reason.split(" by ")[0]) for fault in report.problems] == [
         (3, "is a preference"),
         (4, "is a preference"),
     ]
@@ -491,14 +491,14 @@ def test_a_bad_line_among_the_messages_is_named_beside_the_tree(tmp_path: Path, 
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([*lines[:5], "{", *lines[5:]]) + "\n")
     report = check_path(str(path), None, "auto", tiny_format.forbidden)
-    assert [found.line for found in report.problems] == [6] and report.num_records == 1
+    assert [fault.line for fault in report.problems] == [6] and report.num_records == 1
 
 
 def test_a_removed_root_takes_its_tree_along(tmp_path: Path, tiny_format: ChatFormat) -> None:
     path = write(tmp_path / "a.jsonl", [*table("s"), *table("t", m1={"deleted": True})])
     sides = Split(test=0, validation=0, judge=0)
-    found = load_mixture([DataSource(path=path)], sides, Dialog, forbidden=(), seed=0)
-    assert (len(found.train), found.dropped) == (1, {f"{path}: row without a dialog": 1})
+    mixture = load_mixture([DataSource(path=path)], sides, Dialog, forbidden=(), seed=0)
+    assert (len(mixture.train), mixture.dropped) == (1, {f"{path}: row without a dialog": 1})
 
 
 @pytest.mark.parametrize("score", [float("1e999"), 10**400, float("nan")], ids=["infinite", "huge", "nan"])

@@ -80,12 +80,12 @@ def test_auroc_equals_scikit_learn_with_ties(rows: list[tuple[float, bool]]) -> 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_detection_equals_scikit_learn(rows: list[tuple[bool, bool]]) -> None:
     named, member = [name for name, _ in rows], [truth for _, truth in rows]
-    found = detection(named, member)
+    result = detection(named, member)
     wanted = (
         recall_score(member, named) if any(member) else math.nan,
         precision_score(member, named) if any(named) else math.nan,
     )
-    assert (found.recall, found.precision) == pytest.approx(wanted, nan_ok=True)
+    assert (result.recall, result.precision) == pytest.approx(wanted, nan_ok=True)
     balanced = balanced_accuracy_score(member, named) if len(set(member)) == 2 else math.nan
     assert balanced_accuracy(named, member) == pytest.approx(balanced, nan_ok=True)
 
@@ -109,8 +109,8 @@ def test_bootstrap_leaves_draws_without_a_figure_out() -> None:
 def test_a_paired_difference_knows_what_both_share() -> None:
     """The noise that two rules have in common is in neither interval of their difference."""
     common = np.random.default_rng(2).normal(0.0, 10.0, 300)
-    found = paired_bootstrap(common + 0.25, common)
-    assert (found.value, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25), abs=1e-9)
+    difference = paired_bootstrap(common + 0.25, common)
+    assert (difference.value, difference.low, difference.high) == pytest.approx((0.25, 0.25, 0.25), abs=1e-9)
 
 
 def test_a_paired_difference_draws_groups_whole() -> None:
@@ -125,20 +125,20 @@ def test_a_paired_difference_draws_groups_whole() -> None:
 
 def test_one_prompt_has_no_interval() -> None:
     """Not [0.25, 0.25], which says that chance is excluded."""
-    for found in (
+    for difference in (
         paired_bootstrap([1.0, 0.5], [0.5, 0.5], groups=["one", "one"]),
         superiority([1.0], [0.5]),
         Difference(0.25, *bootstrap_interval([0.25, 0.25], groups=[1, 1])),
     ):
-        assert math.isnan(found.low) and math.isnan(found.high)
-        assert found.named("x") == {"x": found.value}
+        assert math.isnan(difference.low) and math.isnan(difference.high)
+        assert difference.named("x") == {"x": difference.value}
     assert paired_bootstrap([1.0, 0.5], [0.5, 0.5]).named("x").keys() == {"x", "x_low", "x_high"}
 
 
 def test_superiority_by_hand_and_against_mann_whitney() -> None:
     # 2 > 1, 2 < 3, 3 > 1, 3 = 3. Drawn twice, the first item alone gives 1 and the second 1/2.
-    found = superiority([2.0, 3.0], [1.0, 3.0])
-    assert (found.value, found.low, found.high) == (2.5 / 4, 0.5, 1.0)
+    result = superiority([2.0, 3.0], [1.0, 3.0])
+    assert (result.value, result.low, result.high) == (2.5 / 4, 0.5, 1.0)
     rng = np.random.default_rng(3)
     a, b = rng.integers(0, 9, 60).tolist(), rng.integers(0, 7, 60).tolist()
     assert superiority(a, b).value == pytest.approx(mannwhitneyu(a, b).statistic / 60**2)
@@ -149,6 +149,6 @@ def test_the_interval_of_superiority_covers_the_truth_in_19_of_20_experiments() 
     rng, covered = np.random.default_rng(7), 0
     for seed in range(200):
         prompts = rng.normal(size=60)
-        found = superiority(prompts + rng.normal(size=60), prompts + rng.normal(size=60), draws=400, seed=seed)
-        covered += found.low <= 0.5 <= found.high
+        result = superiority(prompts + rng.normal(size=60), prompts + rng.normal(size=60), draws=400, seed=seed)
+        covered += result.low <= 0.5 <= result.high
     assert 0.9 <= covered / 200 <= 0.985

@@ -26,27 +26,27 @@ def problem(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
 
 def test_two_tokens_by_hand() -> None:
     # Logits are the hidden state itself: (0, log 3) / temperature 1 is (1/4, 3/4).
-    found = token_logprobs(
+    result = token_logprobs(
         tensor([[0.0, math.log(3)]] * 2), tensor([0, 1]), head=lambda hidden: hidden, with_entropy=True
     )
-    assert_close(found.logprobs, tensor([0.25, 0.75]).log())
+    assert_close(result.logprobs, tensor([0.25, 0.75]).log())
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
-    assert found.entropy is not None
-    assert_close(found.entropy, tensor([entropy, entropy]))
+    assert result.entropy is not None
+    assert_close(result.entropy, tensor([entropy, entropy]))
 
 
 def test_temperature_by_hand() -> None:
     # (0, log 9) / 2 = (0, log 3): again (1/4, 3/4).
-    found = token_logprobs(tensor([[0.0, math.log(9)]]), tensor([1]), head=lambda hidden: hidden, temperature=2.0)
-    assert_close(found.logprobs, tensor([0.75]).log())
-    assert found.entropy is None
+    result = token_logprobs(tensor([[0.0, math.log(9)]]), tensor([1]), head=lambda hidden: hidden, temperature=2.0)
+    assert_close(result.logprobs, tensor([0.75]).log())
+    assert result.entropy is None
 
 
 def test_a_token_that_the_head_rules_out_leaves_the_entropy_finite() -> None:
-    found = token_logprobs(tensor([[0.0, 0.0, -math.inf]]), tensor([0]), head=lambda hidden: hidden, with_entropy=True)
-    assert found.entropy is not None
-    assert_close(found.logprobs, tensor([0.5]).log())
-    assert_close(found.entropy, tensor([math.log(2)]))
+    result = token_logprobs(tensor([[0.0, 0.0, -math.inf]]), tensor([0]), head=lambda hidden: hidden, with_entropy=True)
+    assert result.entropy is not None
+    assert_close(result.logprobs, tensor([0.5]).log())
+    assert_close(result.entropy, tensor([math.log(2)]))
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,10 @@ def test_chunks_give_the_numbers_and_gradients_of_all_at_once(count: int, tokens
         if whole:
             logprobs_N, entropy_N = whole_logprobs(hidden_ND, ids_N, head, 0.7)
         else:
-            found = token_logprobs(
+            result = token_logprobs(
                 hidden_ND, ids_N, head=head, temperature=0.7, with_entropy=True, tokens_per_chunk=tokens_per_chunk
             )
-            logprobs_N, entropy_N = found.logprobs, found.entropy
+            logprobs_N, entropy_N = result.logprobs, result.entropy
             assert entropy_N is not None
         (logprobs_N @ weights_N + entropy_N @ more_N).backward()
         assert hidden_ND.grad is not None and head.weight.grad is not None
@@ -84,29 +84,29 @@ def test_without_gradients_the_numbers_are_the_same() -> None:
 
 def test_a_model_in_half_precision_is_summed_in_full() -> None:
     hidden_ND, ids_N, head = problem(70, torch.bfloat16)
-    found = token_logprobs(hidden_ND, ids_N, head=head, with_entropy=True)
+    result = token_logprobs(hidden_ND, ids_N, head=head, with_entropy=True)
     expected, entropy = whole_logprobs(hidden_ND, ids_N, head, 1.0)
-    assert found.entropy is not None
-    assert found.logprobs.dtype == found.entropy.dtype == torch.float32
-    assert_close(found.logprobs, expected, rtol=1e-5, atol=1e-5)
-    assert_close(found.entropy, entropy, rtol=1e-5, atol=1e-5)
+    assert result.entropy is not None
+    assert result.logprobs.dtype == result.entropy.dtype == torch.float32
+    assert_close(result.logprobs, expected, rtol=1e-5, atol=1e-5)
+    assert_close(result.entropy, entropy, rtol=1e-5, atol=1e-5)
 
 
-def test_no_logits_are_kept_for_the_backward_pass_and_no_more_than_a_chunk_is_made_at_once() -> None:
+def test_no_logits_are_kept_for_the_backward_pass_and_at_most_a_chunk_exists_at_once() -> None:
     hidden_ND, ids_N, head = problem(256)
     kept: list[int] = []
-    made: list[int] = []
+    chunks: list[int] = []
 
     def watched(hidden_nD: Tensor) -> Tensor:
-        made.append(len(hidden_nD))
+        chunks.append(len(hidden_nD))
         return head(hidden_nD)
 
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        found = token_logprobs(hidden_ND, ids_N, head=watched, with_entropy=True, tokens_per_chunk=64)
+        result = token_logprobs(hidden_ND, ids_N, head=watched, with_entropy=True, tokens_per_chunk=64)
     assert max(kept, default=0) <= 256 * D, "hidden states, never 64 rows of logits"
-    assert made == [64] * 4
-    found.logprobs.sum().backward()
-    assert made == [64] * 8, "each chunk is made again, on its own"
+    assert chunks == [64] * 4
+    result.logprobs.sum().backward()
+    assert chunks == [64] * 8, "each chunk is made again, on its own"
 
 
 def test_a_frozen_head_lets_the_gradient_through() -> None:

@@ -190,7 +190,7 @@ def test_what_fills_a_row_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_p
     messages = [[DIALOG[0], Message("assistant", text)] for text in texts]
     examples = [world.chat_format.encode_dialog(dialog, train_on=TrainOn.EVERY_ANSWER) for dialog in messages]
     reward_model = load_reward_model(world.reward_model("safety", LORA, LORA).path)
-    found: list[list[Any]] = []
+    results: list[list[Any]] = []
     for filler in (0, 1, 2, 77):
         for module in ("llamachat.data.packing", "llamachat.models.scoring_head"):
             monkeypatch.setattr(f"{module}.FILLER_ID", filler)
@@ -201,5 +201,5 @@ def test_what_fills_a_row_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_p
         ]
         torch.stack([loss.sum() for loss in losses]).sum().backward()
         scores = reward_model.score_ids([example.input_ids for example in examples])
-        found.append([*losses, scores, *(weight.grad for weight in model.parameters())])
-    assert all(torch.equal(one, other) for rest in found[1:] for one, other in zip(found[0], rest, strict=True))
+        results.append([*losses, scores, *(weight.grad for weight in model.parameters())])
+    assert all(torch.equal(one, other) for rest in results[1:] for one, other in zip(results[0], rest, strict=True))

@@ -50,8 +50,8 @@ def test_a_fully_tuned_policy_loads_with_plain_transformers_to_the_same_logits(d
     save_policy(model, tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert again.dtype == dtype
-    assert again.config.use_cache, "whoever generates with it has a cache"
-    assert not model.config.use_cache, "training goes on without one"
+    assert again.config.use_cache, "a published model generates with a cache"
+    assert not model.config.use_cache, "training continues without one"
     assert torch.equal(logits(again), logits(model))
     assert {path.suffix for path in tmp_path.iterdir()} <= {".safetensors", ".json"}
 

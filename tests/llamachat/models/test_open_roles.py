@@ -26,9 +26,9 @@ LAST = torch.tensor([7])
 
 
 def shape(world: World) -> Shape:
-    found = read_shape(Path(world.base.model))
-    assert found is not None
-    return found
+    base_shape = read_shape(Path(world.base.model))
+    assert base_shape is not None
+    return base_shape
 
 
 def value_of(bank: RoleBank) -> float:
@@ -155,7 +155,7 @@ def test_a_4_bit_reward_model_lies_beside_a_16_bit_policy(world: World):
     assert torch.equal(full.hidden("critic", BATCH), full.hidden("reference", BATCH))
 
 
-def test_a_model_with_another_vocabulary_is_told_and_gives_no_critic(world: World, tmp_path: Path):
+def test_a_model_with_another_vocabulary_is_reported_and_gives_no_critic(world: World, tmp_path: Path):
     artifact = world.reward_model("helpfulness", FULL, FULL)
     plain = shutil.copytree(artifact.path, tmp_path / "plain", ignore=shutil.ignore_patterns("manifest.json"))
     bank = world.bank(LORA, FULL, reward_models={"helpfulness": str(plain)})

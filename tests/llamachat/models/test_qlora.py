@@ -179,7 +179,7 @@ def test_an_adapter_is_continued_on_a_4_bit_base_in_a_copy(base: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("made_by", "tuning", "named"),
+    ("policy_tuning", "tuning", "named"),
     [
         (QLORA, LORA, r"tuning\.method: 'lora', but .* was trained by qlora, on the base in 4 bits"),
         (LORA, QLORA, r"tuning\.method: 'qlora', but .* was trained by lora, on the base in 16"),
@@ -188,9 +188,9 @@ def test_an_adapter_is_continued_on_a_4_bit_base_in_a_copy(base: Path, tmp_path:
     ],
 )
 def test_an_adapter_stays_on_the_kind_of_base_it_was_trained_on(
-    made_by: Tuning, tuning: Tuning, named: str, base: Path, tmp_path: Path
+    policy_tuning: Tuning, tuning: Tuning, named: str, base: Path, tmp_path: Path
 ):
-    inputs = inputs_of(tmp_path, base, toy_dialogs(12), tuning=made_by, **BF16)
+    inputs = inputs_of(tmp_path, base, toy_dialogs(12), tuning=policy_tuning, **BF16)
     artifact = publish(load_start(inputs), inputs, dropped={}, notes={})
     (tmp_path / "second").mkdir()
     with pytest.raises(ConfigError, match=named):

@@ -144,8 +144,8 @@ def test_a_copy_of_the_policys_adapter_is_continued(
     policy = policy_on(base, method, tmp_path, tiny_format)
     start = start_on(base, method, policy)
     weights = dict(start.model.named_parameters())
-    held = load_file(policy.path / "adapter_model.safetensors")
-    for name, value in held.items():
+    policy_weights = load_file(policy.path / "adapter_model.safetensors")
+    for name, value in policy_weights.items():
         assert torch.equal(weights[name.replace(".weight", ".default.weight")], value), name
     assert start.trunk == base.model
     move(start.model)

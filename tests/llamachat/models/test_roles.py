@@ -125,8 +125,8 @@ def test_padded_rows_give_the_states_of_packed_ones(world: World):
     longest = max(map(len, ROWS))
     padded = {"input_ids": torch.tensor([[*row, *[0] * (longest - len(row))] for row in ROWS])}
     for role in bank.roles:
-        packed, found = bank.hidden(role, PACKED)[0], bank.hidden(role, padded)
-        taken = torch.cat([found[index, : len(row)] for index, row in enumerate(ROWS)])
+        packed, states = bank.hidden(role, PACKED)[0], bank.hidden(role, padded)
+        taken = torch.cat([states[index, : len(row)] for index, row in enumerate(ROWS)])
         torch.testing.assert_close(taken, packed, **EXACT)
 
 
@@ -174,7 +174,7 @@ def test_the_model_that_answers_is_the_policy_whatever_has_run(tuning: Tuning, p
 
     def answers(model: Any) -> list[tuple[int, ...]]:
         engine = HuggingFaceEngine(model, (2,), 0)
-        return [found[0].token_ids for found in engine.generate(ROWS, samples_per_prompt=1, sampling=greedy)]
+        return [group[0].token_ids for group in engine.generate(ROWS, samples_per_prompt=1, sampling=greedy)]
 
     at_first = answers(load_policy(world.policy(policy).path).model)
     storm(bank, 2)
@@ -186,7 +186,7 @@ def test_the_model_that_answers_is_the_policy_whatever_has_run(tuning: Tuning, p
     torch.testing.assert_close(alone(bank.policy_model()), logits(bank, "policy"), **EXACT)
 
 
-def test_a_weight_that_another_hand_makes_trainable_is_found(world: World):
+def test_a_weight_made_trainable_from_outside_is_detected(world: World):
     bank = world.bank(LORA, LORA)
     model: Any = bank.policy_model()
     model.set_adapter("default")  # PEFT's own switch
@@ -202,8 +202,8 @@ def test_a_weight_that_another_hand_makes_trainable_is_found(world: World):
 def test_gradients_reach_exactly_what_is_trained(tuning: Tuning, policy: Tuning, critic: str, world: World):
     bank = world.bank(tuning, policy, critic=critic)
     spread(bank)
-    found = gradients(bank)
-    assert all(gradient is not None and bool(gradient.any()) for role in found for gradient in found[role])
+    by_role = gradients(bank)
+    assert all(gradient is not None and bool(gradient.any()) for role in by_role for gradient in by_role[role])
     trained = {id(weight) for weights in bank.trainable().values() for weight in weights}
     modules = [bank.policy_model(), *(bank.reward_model(role).model for role in ("helpfulness", "safety"))]
     modules += [bank.lm_head("reference")]
@@ -276,5 +276,5 @@ def test_what_is_published_is_the_policy_alone(world: World, tmp_path: Path):
     base = AutoModelForCausalLM.from_pretrained(world.base.model, dtype=torch.float32)
     torch.testing.assert_close(alone(PeftModel.from_pretrained(base, str(tmp_path))), logits(bank, "policy"), **EXACT)
     details = bank.policy_details(max_tokens=96, system="Be kind.")
-    made = dict(world.policy(LORA).manifest.details)
-    assert details == made | {"system": "Be kind."}
+    policy_details = dict(world.policy(LORA).manifest.details)
+    assert details == policy_details | {"system": "Be kind."}

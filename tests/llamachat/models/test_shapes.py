@@ -135,8 +135,8 @@ def test_a_policy_of_this_shape_is_trained_saved_loaded_and_exported(
         assert torch.equal(load_policy(artifact.path).model(input_ids=ids).logits, trained)
     del model
 
-    found = export_policy(Request(read_artifact(artifact.path), tmp_path / "out", shard_gb=0.2))
-    assert found.max_logprob_difference <= tolerance(torch.bfloat16)
+    agreement = export_policy(Request(read_artifact(artifact.path), tmp_path / "out", shard_gb=0.2))
+    assert agreement.max_logprob_difference <= tolerance(torch.bfloat16)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert {key: weight.shape for key, weight in plain.state_dict().items()} == shapes

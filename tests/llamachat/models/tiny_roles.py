@@ -71,12 +71,12 @@ class World:
         written = write(folder / "base16" / "base", sentencepiece_model, dtype=torch.bfloat16)
         self.base16 = base_section(written, dtype="bfloat16")
         self.folder, self.chat_format = folder, chat_format
-        self._made: dict[str, Artifact] = {}
+        self._artifacts: dict[str, Artifact] = {}
 
-    def policy(self, made_by: Tuning, *, seed: int = 1) -> Artifact:
+    def policy(self, tuning: Tuning, *, seed: int = 1) -> Artifact:
         return self._once(
-            f"policy-{made_by.method}-{seed}",
-            lambda step: make_policy(step, self.chat_format, self._base(made_by), made_by, seed=seed),
+            f"policy-{tuning.method}-{seed}",
+            lambda step: make_policy(step, self.chat_format, self._base(tuning), tuning, seed=seed),
         )
 
     def reward_model(self, role: str, tuning: Tuning, policy: Tuning, *, policy_seed: int = 1) -> Artifact:
@@ -87,25 +87,27 @@ class World:
             lambda run: make_reward_model(run, self._base(tuning, policy), tuning, policy=begins_as, seed=seed),
         )
 
-    def bank(self, tuning: Tuning, made_by: Tuning, /, *, critic: Any = "separate", **changes: Any) -> RoleBank:
-        given: dict[str, Any] = {
-            "policy": self.policy(made_by),
-            "base": self._base(tuning, made_by),
+    def bank(self, tuning: Tuning, policy_tuning: Tuning, /, *, critic: Any = "separate", **changes: Any) -> RoleBank:
+        arguments: dict[str, Any] = {
+            "policy": self.policy(policy_tuning),
+            "base": self._base(tuning, policy_tuning),
             "tuning": tuning,
-            "reward_models": {role: self.reward_model(role, tuning, made_by) for role in ("helpfulness", "safety")},
+            "reward_models": {
+                role: self.reward_model(role, tuning, policy_tuning) for role in ("helpfulness", "safety")
+            },
             "critic": critic,
             "seed": 5,
             "device": "cpu",
         }
-        return open_roles(**(given | changes))
+        return open_roles(**(arguments | changes))
 
     def _base(self, *tunings: Tuning) -> Base:
         return self.base16 if QLORA in tunings else self.base
 
     def _once(self, name: str, make: Callable[[Path], Artifact]) -> Artifact:
-        if name not in self._made:
-            self._made[name] = make(self.folder / "runs" / name)
-        return self._made[name]
+        if name not in self._artifacts:
+            self._artifacts[name] = make(self.folder / "runs" / name)
+        return self._artifacts[name]
 
 
 def weight_bytes(bank: RoleBank) -> int:

@@ -98,7 +98,7 @@ def test_a_row_says_the_same_in_any_batch_to_the_last_bit(sampling: Sampling) ->
     engines = [LlamaEngine(model, STOPS, rows_per_batch=rows) for rows in (64, 1, 7, 120)]
     engines.append(LlamaEngine(model, STOPS, cache_gib=300 * 1024 / 2**30))
     groups = [engine.generate(prompts, samples_per_prompt=2, sampling=sampling) for engine in engines]
-    assert all(found == groups[0] for found in groups[1:])
+    assert all(group == groups[0] for group in groups[1:])
     alone = LlamaEngine(model, STOPS).generate(prompts[:1], samples_per_prompt=1, sampling=sampling)
     assert alone[0][0] == groups[0][0][0]
 
@@ -168,7 +168,7 @@ def test_a_merged_adapter_says_what_the_model_says_and_the_trunk_stays() -> None
     move_adapter(model)
     expected = with_transformers(model, prompts, GREEDY)
     assert expected != base
-    assert answers(engines[0], prompts, GREEDY) == base, "a copy moves when it is told to"
+    assert answers(engines[0], prompts, GREEDY) == base, "a copy changes only at a refresh"
     model.train()
     for engine in engines:
         engine.refresh(model)
@@ -227,8 +227,8 @@ def test_in_bf16_logprobs_stay_near_those_of_the_training_forward() -> None:
             ids = torch.tensor([[*prompt, *completion.token_ids]])
             with torch.no_grad():
                 logprobs = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-            found = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]
-            gaps += (found - torch.tensor(completion.logprobs)).abs().tolist()
+            expected = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]
+            gaps += (expected - torch.tensor(completion.logprobs)).abs().tolist()
     assert sum(gaps) / len(gaps) < 0.03
 
 
@@ -249,7 +249,7 @@ def test_the_engine_is_ours_where_it_can_compute_the_model(tiny_format: ChatForm
         "DoRA": get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)),
     }
     odd["a Bilinear"].lm_head = nn.Bilinear(2, 2, 2)  # type: ignore[assignment]  # what no Llama model has
-    for found, strange in odd.items():
+    for reason, strange in odd.items():
         assert opened(strange, "auto") is HuggingFaceEngine
-        with pytest.raises(ConfigError, match=rf"rollout.engine: llama, but the model has .*{found}"):
+        with pytest.raises(ConfigError, match=rf"rollout.engine: llama, but the model has .*{reason}"):
             opened(strange, "llama")

@@ -56,14 +56,16 @@ class RecordedStep:
             if first[0]:  # recording on a CPU runs the step too: that counts as its first repetition
                 first[0] = False
                 return result
-            made: dict[int, Tensor] = {}
+            replaced: dict[int, Tensor] = {}
             for func, args, kwargs, was in recorder.calls:
-                args, kwargs = tree_map(lambda x: made.get(id(x), x) if isinstance(x, Tensor) else x, (args, kwargs))
+                args, kwargs = tree_map(
+                    lambda x: replaced.get(id(x), x) if isinstance(x, Tensor) else x, (args, kwargs)
+                )
                 now = func(*args, **kwargs)
                 for before, after in zip(tree_leaves(was), tree_leaves(now), strict=True):
                     if isinstance(before, Tensor):
-                        made[id(before)] = after
-            return made[id(result)]
+                        replaced[id(before)] = after
+            return replaced[id(result)]
 
         return repeat
 
@@ -73,14 +75,14 @@ def prompts_of(count: int, longest: int = 60) -> list[list[int]]:
     return [[1, *(numbers.randrange(22, 420) for _ in range(numbers.randrange(longest)))] for _ in range(count)]
 
 
-def found_by(prompts: list[list[int]], sampling: Sampling, **options: Any) -> list[list[Completion]]:
+def sampled(prompts: list[list[int]], sampling: Sampling, **options: Any) -> list[list[Completion]]:
     engine = LlamaEngine(tiny_llama(max_position_embeddings=256), STOPS, **options)
     return engine.generate(prompts, samples_per_prompt=3, sampling=sampling)
 
 
-def assert_alike(found: list[list[Completion]], expected: list[list[Completion]]) -> None:
+def assert_alike(groups: list[list[Completion]], expected: list[list[Completion]]) -> None:
     """The same tokens, and log-probabilities up to the order of fp32 sums: products are of more rows when recorded."""
-    for group, others in zip(found, expected, strict=True):
+    for group, others in zip(groups, expected, strict=True):
         for completion, other in zip(group, others, strict=True):
             assert (completion.token_ids, completion.is_finished) == (other.token_ids, other.is_finished)
             assert completion.logprobs == pytest.approx(other.logprobs, abs=2e-5)
@@ -89,11 +91,11 @@ def assert_alike(found: list[list[Completion]], expected: list[list[Completion]]
 @pytest.mark.parametrize("sampling", [GREEDY, NUCLEUS, PLAIN])
 def test_recorded_steps_say_what_plain_ones_say(sampling: Sampling) -> None:
     prompts, capture = prompts_of(40), RecordedStep()
-    plain = found_by(prompts, sampling, rows_per_batch=24)
-    assert_alike(found_by(prompts, sampling, rows_per_batch=24, capture=capture), plain)
+    plain = sampled(prompts, sampling, rows_per_batch=24)
+    assert_alike(sampled(prompts, sampling, rows_per_batch=24, capture=capture), plain)
     assert capture.repeated > 5 * capture.recorded > 0
     tight = RecordedStep()
-    assert_alike(found_by(prompts, sampling, capture=tight, cache_gib=500 * 1024 / 2**30), plain)
+    assert_alike(sampled(prompts, sampling, capture=tight, cache_gib=500 * 1024 / 2**30), plain)
     assert tight.repeated > tight.recorded
 
 
@@ -107,14 +109,14 @@ def test_a_stream_is_recorded_too() -> None:
     assert capture.recorded == 1
 
 
-def test_a_capture_that_fails_is_told_once_and_the_steps_run_plainly(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_capture_that_fails_is_reported_once_and_the_steps_run_plainly(caplog: pytest.LogCaptureFixture) -> None:
     def fail(step: Step) -> Step:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     with caplog.at_level(logging.WARNING):
-        assert_alike(found_by(prompts_of(10), PLAIN, capture=fail), found_by(prompts_of(10), PLAIN))
-    (told,) = caplog.messages
-    assert "runs plainly, slower: operation not permitted" in told
+        assert_alike(sampled(prompts_of(10), PLAIN, capture=fail), sampled(prompts_of(10), PLAIN))
+    (message,) = caplog.messages
+    assert "runs plainly, slower: operation not permitted" in message
 
 
 def test_a_shape_is_recorded_when_it_comes_again_and_the_oldest_is_dropped() -> None:

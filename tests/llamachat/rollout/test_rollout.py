@@ -69,10 +69,10 @@ def nucleus_logprobs(logits: np.ndarray, temperature: float, top_p: float) -> np
 
 def test_greedy_answers_are_those_of_a_loop_over_single_sequences():
     model = tiny_llama()
-    found = HuggingFaceEngine(model, STOPS, 0).generate(PROMPTS, samples_per_prompt=1, sampling=GREEDY)
+    groups = HuggingFaceEngine(model, STOPS, 0).generate(PROMPTS, samples_per_prompt=1, sampling=GREEDY)
     expected = [greedy_by_hand(model, prompt, STOPS, 12) for prompt in PROMPTS]
-    assert [list(group[0].token_ids) for group in found] == expected
-    assert [group[0].is_finished for group in found] == [ids[-1] in STOPS for ids in expected]
+    assert [list(group[0].token_ids) for group in groups] == expected
+    assert [group[0].is_finished for group in groups] == [ids[-1] in STOPS for ids in expected]
     assert len({len(ids) for ids in expected}) > 1, "answers of one batch end at different lengths"
 
 
@@ -113,9 +113,9 @@ def test_sampling_leaves_model_and_random_state_as_they_were():
     trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
     torch.manual_seed(11)
     state = torch.random.get_rng_state()
-    found = HuggingFaceEngine(adapted, STOPS, 0).generate(PROMPTS, samples_per_prompt=1, sampling=GREEDY)
+    groups = HuggingFaceEngine(adapted, STOPS, 0).generate(PROMPTS, samples_per_prompt=1, sampling=GREEDY)
     HuggingFaceEngine(adapted, STOPS, 0).generate(PROMPTS, samples_per_prompt=2, sampling=RANDOM)
-    assert [list(group[0].token_ids) for group in found] == expected, "no dropout, none of the suggested settings"
+    assert [list(group[0].token_ids) for group in groups] == expected, "no dropout, none of the suggested settings"
     assert torch.equal(torch.random.get_rng_state(), state)
     assert {name: module.training for name, module in adapted.named_modules()} == before
     assert not model.config.use_cache
@@ -232,8 +232,8 @@ def test_top_p_keeps_the_likeliest_up_to_the_one_that_reaches_it():
         (0.95, [0.1, 0.4, 0.2, 0.3]),
         (1e-9, [0, 1, 0, 0]),
     ):
-        found = sampling_logprobs(logits, temperature=1.0, top_p=top_p).exp()
-        torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float32), msg=f"top-p {top_p}")
+        probabilities = sampling_logprobs(logits, temperature=1.0, top_p=top_p).exp()
+        torch.testing.assert_close(probabilities, torch.tensor([expected], dtype=torch.float32), msg=f"top-p {top_p}")
     # Temperature 0.5 squares the odds: 1, 16, 4, 9 of 30.
     squared = sampling_logprobs(logits, temperature=0.5, top_p=1.0).exp()
     torch.testing.assert_close(squared, torch.tensor([[1 / 30, 16 / 30, 4 / 30, 9 / 30]]))
@@ -265,7 +265,7 @@ def test_a_rows_numbers_are_its_own_and_do_not_depend_on_how_many_are_taken():
 
 
 @pytest.mark.parametrize(
-    ("values", "found"),
+    ("values", "reason"),
     [
         ((-0.1, 1.0, 1, 0), "temperature is -0.1"),
         ((float("nan"), 1.0, 1, 0), "temperature is nan"),
@@ -275,6 +275,6 @@ def test_a_rows_numbers_are_its_own_and_do_not_depend_on_how_many_are_taken():
         ((1.0, 1.0, 1, 0, 0), "top-k is 0, and must be at least 1, or left out"),
     ],
 )
-def test_sampling_that_makes_no_sense_is_refused(values: tuple[Any, ...], found: str):
-    with pytest.raises(UsageError, match=found):
+def test_sampling_that_makes_no_sense_is_refused(values: tuple[Any, ...], reason: str):
+    with pytest.raises(UsageError, match=reason):
         Sampling(*values)

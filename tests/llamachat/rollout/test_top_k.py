@@ -35,11 +35,11 @@ def test_what_is_drawn_from_is_what_transformers_draws_from(
 ) -> None:
     logits = torch.randn((50, 420), generator=torch.Generator().manual_seed(1)) * 2
     expected = warped(logits, temperature, top_k, top_p)
-    found = sampling_logprobs(logits, temperature=temperature, top_p=top_p, top_k=top_k)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    all_logprobs = sampling_logprobs(logits, temperature=temperature, top_p=top_p, top_k=top_k)
+    torch.testing.assert_close(all_logprobs, expected, atol=1e-5, rtol=0)
     uniforms = torch.rand(50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     ids, logprobs = choose(logits, uniforms, temperature=temperature, top_p=top_p, top_k=top_k)
-    assert torch.equal(ids, draw(found, uniforms))
+    assert torch.equal(ids, draw(all_logprobs, uniforms))
     torch.testing.assert_close(logprobs, expected.gather(1, ids[:, None])[:, 0], atol=1e-5, rtol=0)
 
 
@@ -47,12 +47,14 @@ def test_of_tokens_that_tie_those_of_the_lower_ids_are_kept_and_never_more_than_
     # The largest, then three alike, of which k = 3 leaves room for two: ids 0 and 2.
     logits = torch.tensor([[1.0, 0.0, 1.0, 2.0, 1.0], [0.5] * 5])
     kept = [[0, 2, 3], [0, 1, 2]]
-    found = sampling_logprobs(logits, temperature=1.0, top_p=1.0, top_k=3)
-    assert [row.isfinite().nonzero()[:, 0].tolist() for row in found] == kept
+    all_logprobs = sampling_logprobs(logits, temperature=1.0, top_p=1.0, top_k=3)
+    assert [row.isfinite().nonzero()[:, 0].tolist() for row in all_logprobs] == kept
     # e^1, e^1 and e^2 of their sum.
     total = 2 * math.e + math.e**2
-    assert found[0, [0, 2, 3]].exp().tolist() == pytest.approx([math.e / total, math.e / total, math.e**2 / total])
-    assert found[1, :3].exp().tolist() == pytest.approx([1 / 3] * 3)
+    assert all_logprobs[0, [0, 2, 3]].exp().tolist() == pytest.approx(
+        [math.e / total, math.e / total, math.e**2 / total]
+    )
+    assert all_logprobs[1, :3].exp().tolist() == pytest.approx([1 / 3] * 3)
     # Top-p counts the mass of what top-k left: 0.58 of it is the likeliest token's.
     nucleus = sampling_logprobs(logits[:1], temperature=1.0, top_p=0.6, top_k=3)
     assert nucleus[0].isfinite().nonzero()[:, 0].tolist() == [0, 3]
@@ -71,11 +73,13 @@ def test_both_engines_say_the_same_and_never_a_token_outside(top_p: float) -> No
         for engine in (LlamaEngine(model, STOPS), HuggingFaceEngine(model, STOPS, 0))
     )
     for prompt, group, others in zip(PROMPTS, ours, theirs, strict=True):
-        for found, other in zip(group, others, strict=True):
-            assert found.token_ids == other.token_ids
-            assert found.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        for completion, other in zip(group, others, strict=True):
+            assert completion.token_ids == other.token_ids
+            assert completion.logprobs == pytest.approx(other.logprobs, abs=1e-4)
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([[*prompt, *found.token_ids]])).logits[0, len(prompt) - 1 : -1]
-            expected = warped(logits, 1.4, 5, top_p)[range(len(found.token_ids)), found.token_ids]
-            assert found.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
-    assert len({found.token_ids for group in ours for found in group}) > 12
+                logits = model(input_ids=torch.tensor([[*prompt, *completion.token_ids]])).logits[
+                    0, len(prompt) - 1 : -1
+                ]
+            expected = warped(logits, 1.4, 5, top_p)[range(len(completion.token_ids)), completion.token_ids]
+            assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+    assert len({completion.token_ids for group in ours for completion in group}) > 12

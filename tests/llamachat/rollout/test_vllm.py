@@ -60,9 +60,9 @@ def ids_of(groups: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
     return [[completion.token_ids for completion in group] for group in groups]
 
 
-def assert_same(found: list[list[Completion]], expected: list[list[Completion]]) -> None:
-    assert ids_of(found) == ids_of(expected)
-    for group, expected_group in zip(found, expected, strict=True):
+def assert_same(groups: list[list[Completion]], expected: list[list[Completion]]) -> None:
+    assert ids_of(groups) == ids_of(expected)
+    for group, expected_group in zip(groups, expected, strict=True):
         for completion, other in zip(group, expected_group, strict=True):
             assert completion.is_finished == other.is_finished
             assert completion.logprobs == pytest.approx(other.logprobs, abs=1e-4)
@@ -221,9 +221,9 @@ def test_a_server_that_hangs_is_not_waited_for_for_ever(fake: FakeVllm) -> None:
 
 
 def refuse(path: str, status: int, content: Any) -> Callable[[str, Any], None]:
-    def before(asked: str, body: Any) -> None:
+    def before(requested: str, body: Any) -> None:
         del body
-        if asked == path:
+        if requested == path:
             raise Refusal(status, content)
 
     return before
@@ -241,7 +241,7 @@ TWELVE = logprobs(*[-1.0] * 12)
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "reason"),
     [
         (choice(token_ids=None), r"no token ids .*0\.10\.2"),
         (choice(logprobs=None), "not a log-probability for each of"),
@@ -263,15 +263,15 @@ TWELVE = logprobs(*[-1.0] * 12)
     ],
 )
 def test_an_answer_that_is_not_whole_is_not_taken(
-    fake: FakeVllm, change: Callable[[dict[str, Any]], Any], found: str
+    fake: FakeVllm, change: Callable[[dict[str, Any]], Any], reason: str
 ) -> None:
     engine = engine_on(fake)
     fake.change = change
-    with pytest.raises(ServerError, match=found):
+    with pytest.raises(ServerError, match=reason):
         engine.generate([[1, 8]], samples_per_prompt=1, sampling=GREEDY)
 
 
-def test_what_the_server_refuses_is_told_in_its_words(fake: FakeVllm) -> None:
+def test_a_refusal_of_the_server_is_quoted(fake: FakeVllm) -> None:
     engine = engine_on(fake, adapted())
     fake.context = 10
     with pytest.raises(ServerError, match=r"HTTP 400: This model's maximum context length is 10 tokens\."):

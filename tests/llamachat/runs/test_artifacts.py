@@ -1,4 +1,4 @@
-"""What a step publishes: whole or absent, explained by its manifest, and told apart by kind."""
+"""What a step publishes: whole or absent, explained by its manifest, and distinguished by kind."""
 
 import json
 import subprocess
@@ -49,17 +49,17 @@ def make(path: Path, kind: Kind = "policy", step: str = "sft", content: str = "w
 
 def test_the_manifest_explains_the_artifact_alone(tmp_path: Path) -> None:
     publish(StepFolder(tmp_path / "sft"), manifest(), write_weights)
-    held = json.loads((tmp_path / "sft" / "artifact" / "manifest.json").read_text())
-    given = manifest().model_dump(mode="json", exclude_unset=True)
-    assert {"kind", "step", "seed", "inputs", "dropped_records", "details", "identity"} <= set(given)
-    assert {key: held[key] for key in given} == given
+    written = json.loads((tmp_path / "sft" / "artifact" / "manifest.json").read_text())
+    expected = manifest().model_dump(mode="json", exclude_unset=True)
+    assert {"kind", "step", "seed", "inputs", "dropped_records", "details", "identity"} <= set(expected)
+    assert {key: written[key] for key in expected} == expected
     # `printf weights | sha256sum`, `printf {} | sha256sum`
-    assert held["files"] == {
+    assert written["files"] == {
         "model.safetensors": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c",
         "adapter/config.json": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
     }
-    assert held["sizes"] == {"model.safetensors": 7, "adapter/config.json": 2}
-    assert held["created"].endswith("+00:00")
+    assert written["sizes"] == {"model.safetensors": 7, "adapter/config.json": 2}
+    assert written["created"].endswith("+00:00")
 
 
 def test_versions_are_read_without_importing_the_libraries(tmp_path: Path) -> None:

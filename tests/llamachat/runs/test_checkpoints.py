@@ -47,9 +47,9 @@ def is_intact(path: Path, step: int) -> bool:
 
 def newest_intact(checkpoints: Path) -> int:
     """The step of the newest checkpoint, which is whole."""
-    found = newest(checkpoints)
-    assert found is not None and is_intact(found.path, found.step)
-    return found.step
+    checkpoint = newest(checkpoints)
+    assert checkpoint is not None and is_intact(checkpoint.path, checkpoint.step)
+    return checkpoint.step
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ with hold(folder):
 """
 
 
-def test_killed_at_random_moments_each_start_goes_on_from_the_last_whole_checkpoint(tmp_path: Path) -> None:
+def test_killed_at_random_moments_each_start_resumes_from_the_last_whole_checkpoint(tmp_path: Path) -> None:
     draw = random.Random(0)
     folder = StepFolder(tmp_path / "sft")
     reached = 0
@@ -139,13 +139,13 @@ def test_killed_at_random_moments_each_start_goes_on_from_the_last_whole_checkpo
             assert first == reached + 1
             time.sleep(draw.uniform(0.0, 0.15))
             process.kill()
-            told = [first, *(int(line) for line in process.stdout.read().split("\n")[:-1])]
+            steps = [first, *(int(line) for line in process.stdout.read().split("\n")[:-1])]
         reached = newest_intact(folder.checkpoints)
         # What was reported as saved is there; at most the one under way when the kill came is there unreported.
-        assert reached in (told[-1], told[-1] + 1)
+        assert reached in (steps[-1], steps[-1] + 1)
 
 
-def test_a_failed_save_leaves_nothing_and_the_error_goes_on(tmp_path: Path) -> None:
+def test_a_failed_save_leaves_nothing_and_the_error_propagates(tmp_path: Path) -> None:
     assert newest(tmp_path / "checkpoints") is None
     save(tmp_path, 1)
     with pytest.raises(ZeroDivisionError), writing(tmp_path, 2) as side:
@@ -167,7 +167,7 @@ def test_a_checkpoint_copied_in_part_is_passed_over_and_pruned(tmp_path: Path) -
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
-def test_a_full_disk_is_told_in_words_and_the_older_checkpoint_stays(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_older_checkpoint_stays(tmp_path: Path) -> None:
     save(tmp_path, 1)
     words = r"No space left on device.*Free space or choose another disk with run\.dir"
     with pytest.raises(StorageError, match=words), writing(tmp_path, 2) as side:
@@ -179,7 +179,7 @@ def test_a_full_disk_is_told_in_words_and_the_older_checkpoint_stays(tmp_path: P
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_folder_that_may_not_be_written_is_told_in_words(tmp_path: Path) -> None:
+def test_a_folder_without_write_permission_is_reported(tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
     user = os.geteuid()
@@ -192,7 +192,7 @@ def test_a_folder_that_may_not_be_written_is_told_in_words(tmp_path: Path) -> No
         os.seteuid(user)
 
 
-def test_a_file_in_the_way_is_told_in_words(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "sft").write_text("a file of the user's")
     with pytest.raises(StorageError, match=r"sft.*needs a folder of its own.*out of the way"):
         save(tmp_path / "sft" / "checkpoints", 1)
@@ -210,10 +210,10 @@ def test_text_is_replaced_whole_at_every_kill_point(tmp_path: Path) -> None:
 
 def turn(path: Path, count: int = 64) -> None:
     """Turn the bits of some bytes in the middle of a file: its size stays."""
-    held = bytearray(path.read_bytes())
-    at = max(0, len(held) // 2 - count)
-    held[at : at + count] = bytes(byte ^ 0xFF for byte in held[at : at + count])
-    path.write_bytes(held)
+    content = bytearray(path.read_bytes())
+    at = max(0, len(content) // 2 - count)
+    content[at : at + count] = bytes(byte ^ 0xFF for byte in content[at : at + count])
+    path.write_bytes(content)
 
 
 def test_a_checkpoint_with_other_bytes_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_of_a_large_file_every_block_counts(tmp_path: Path, monkeypatch: pytest.
     assert len(pass_over_damaged(tmp_path)) == 1
 
 
-def test_a_file_that_outgrows_its_limit_is_told_by_whichever_library_writes_it(tmp_path: Path) -> None:
+def test_a_file_over_the_size_limit_is_reported_whichever_library_writes_it(tmp_path: Path) -> None:
     save(tmp_path, 1)
     weights = torch.zeros(1 << 20)
     writers: list[Callable[[Path], object]] = [
@@ -296,7 +296,7 @@ def test_a_file_that_outgrows_its_limit_is_told_by_whichever_library_writes_it(t
         (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), "Choose a shorter one"),
     ],
 )
-def test_what_the_system_refuses_is_told_in_words(tmp_path: Path, error: Exception, words: str) -> None:
+def test_errors_of_the_system_are_reported(tmp_path: Path, error: Exception, words: str) -> None:
     with pytest.raises(StorageError, match=words), writing(tmp_path, 1):
         raise error
     with pytest.raises(ZeroDivisionError), writing(tmp_path, 1):  # a bug stays one

@@ -42,9 +42,9 @@ def policy(judge: float | None, *, answered: float = 0.9, reach: float = 0.1) ->
 def test_the_last_policy_that_the_judge_does_not_put_below_the_first_and_that_answers(
     rs: dict[str, Any], ppo: dict[str, Any], expected: str, not_taken: set[str]
 ) -> None:
-    found = recommend(evaluation_of(sft=policy(None) | {"commonest_answer": measure(0.1)}, rs=rs, ppo=ppo))
-    assert found.policy == expected and set(found.passed_over) == not_taken
-    assert all(f"not {name}: " in found.words for name in not_taken)
+    choice = recommend(evaluation_of(sft=policy(None) | {"commonest_answer": measure(0.1)}, rs=rs, ppo=ppo))
+    assert choice.policy == expected and set(choice.passed_over) == not_taken
+    assert all(f"not {name}: " in choice.words for name in not_taken)
 
 
 def test_a_policy_that_always_refuses_or_says_one_thing_comes_last_whatever_its_scores() -> None:

@@ -32,8 +32,8 @@ def test_seconds_and_starts_add_up_and_the_largest_peak_stays(tmp_path: Path, mo
     for _ in range(2):
         with counted(folder):
             time.sleep(0.1)
-    found = read_cost(folder) or Cost()
-    assert (found.peak_gib, found.starts) == (2.0, 2) and 0.2 <= found.seconds < 5
+    cost = read_cost(folder) or Cost()
+    assert (cost.peak_gib, cost.starts) == (2.0, 2) and 0.2 <= cost.seconds < 5
     assert sorted(json.loads(folder.cost.read_text())) == ["peak_gib", "seconds", "starts"]
 
 
@@ -65,8 +65,8 @@ def test_a_killed_command_is_counted_up_to_its_last_refresh(tmp_path: Path) -> N
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
     assert done.returncode == -signal.SIGKILL
-    found = read_cost(StepFolder(tmp_path)) or Cost()
-    assert found.starts == 1 and 0.3 < found.seconds < 5 and found.peak_gib > 0.005
+    cost = read_cost(StepFolder(tmp_path)) or Cost()
+    assert cost.starts == 1 and 0.3 < cost.seconds < 5 and cost.peak_gib > 0.005
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system sets no peak back")

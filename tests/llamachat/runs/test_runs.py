@@ -71,17 +71,17 @@ def test_a_second_command_is_refused_at_once_and_a_killed_owner_frees_the_step(t
         assert owner.stdout is not None
         child = int(owner.stdout.readline())
         try:
-            asked = time.monotonic()
+            started = time.monotonic()
             with pytest.raises(BusyError) as refusal, hold(folder):
                 pass
-            assert time.monotonic() - asked < 1.0
+            assert time.monotonic() - started < 1.0
             year = time.strftime("%Y")
             assert re.search(
                 rf"process {owner.pid} on {re.escape(os.uname().nodename)} since {year}-.*Wait for it to end, stop it"
                 rf" \(`kill {owner.pid}`.*run\.dir=NEW",
                 str(refusal.value),
             )
-            assert (found := living_owner(folder)) is not None and found.pid == owner.pid
+            assert (living := living_owner(folder)) is not None and living.pid == owner.pid
             leftover = folder.checkpoints / f"{INCOMING}step-00000001"
             leftover.mkdir(parents=True)
             owner.send_signal(signal.SIGKILL)
@@ -104,7 +104,7 @@ def test_a_step_is_held_once_within_a_process_and_looking_does_not_drop_the_lock
         "  except OSError: sys.exit(3)"
     )
     with hold(folder):
-        assert (found := living_owner(folder)) is not None and found.pid == os.getpid()
+        assert (living := living_owner(folder)) is not None and living.pid == os.getpid()
         with pytest.raises(BusyError), hold(folder):
             pass
         assert is_held_by_us(folder)
@@ -113,7 +113,7 @@ def test_a_step_is_held_once_within_a_process_and_looking_does_not_drop_the_lock
     assert subprocess.run([sys.executable, "-c", probe, str(folder.lock)], check=False).returncode == 0
 
 
-def test_a_file_system_without_locks_is_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(37, "No locks available")
 
@@ -250,7 +250,7 @@ def test_a_reference_reuses_a_step_and_is_never_written_through(tmp_path: Path) 
     assert _content(parent.path) == before
 
 
-def test_a_reference_to_what_is_gone_or_unfinished_is_told(tmp_path: Path) -> None:
+def test_a_reference_to_a_missing_or_unfinished_step_is_reported(tmp_path: Path) -> None:
     parent, folder = StepFolder(tmp_path / "old" / "sft"), StepFolder(tmp_path / "new" / "sft")
     finish(parent)
     reference(folder, parent)
@@ -300,7 +300,7 @@ def test_the_order_of_keys_changes_nothing(identity: dict[str, Any], draw: Any) 
     assert changed_keys(dict(items), identity) == []
 
 
-def test_changes_are_told_key_by_key() -> None:
+def test_changes_are_reported_key_by_key() -> None:
     old = {"data": {"sft": [{"path": "a.jsonl"}]}, "seed": 0, "system": None, "policy": "a" * 64, "flag": True}
     new = {"data": {"sft": [{"path": "b.jsonl"}, {"path": "c"}]}, "seed": 0, "policy": "b" * 64, "flag": 1}
     assert changed_keys(old, new) == [
@@ -345,7 +345,7 @@ def test_big_weights_are_digested_by_header_size_and_samples(tmp_path: Path, mon
     assert digest_of_weights(tmp_path) == first
 
 
-def test_what_cannot_be_digested_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_digested_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl: no such file.*Correct the path"):
         digest_of_file(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="model: no such folder"):
@@ -371,11 +371,11 @@ def test_a_lost_or_damaged_identity_is_read_from_the_newest_checkpoint(tmp_path:
     with pytest.raises(ChangedError, match="half done"):
         start(folder, CHANGED)
     assert start(folder) is StepState.RESUME
-    assert (found := newest(folder.checkpoints)) is not None and found.step == 5
+    assert (checkpoint := newest(folder.checkpoints)) is not None and checkpoint.step == 5
     assert json.loads(folder.identity.read_text())["fingerprint"] == fingerprint(IDENTITY)
 
 
-def test_a_damaged_identity_without_a_checkpoint_is_named_with_the_way_out(tmp_path: Path) -> None:
+def test_a_damaged_identity_without_a_checkpoint_is_named_with_the_fix(tmp_path: Path) -> None:
     folder = StepFolder(tmp_path / "sft")
     start(folder)
     (folder.sampling / "answers.json").parent.mkdir()

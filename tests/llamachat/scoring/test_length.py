@@ -37,7 +37,7 @@ def test_ending_at_the_last_token_is_never_worth_less_than_being_cut() -> None:
 BOUND = LengthBound(shortest=0.5, longest=2.0, coef=3.0)
 
 
-def held(lengths: list[int], start: float, finished: list[bool] | None = None) -> list[float]:
+def length_terms(lengths: list[int], start: float, finished: list[bool] | None = None) -> list[float]:
     """The term alone, on scores of 0."""
     is_finished_B = tensor(finished or [True] * len(lengths))
     shaped_B = torch.zeros(len(lengths))
@@ -48,25 +48,25 @@ def held(lengths: list[int], start: float, finished: list[bool] | None = None) -
 
 @pytest.mark.parametrize("start", [5.0, 10.0, 20.0])
 def test_within_the_bounds_length_counts_nothing(start: float) -> None:
-    assert held([5, 10, 15], start) == [0.0, 0.0, 0.0]
+    assert length_terms([5, 10, 15], start) == [0.0, 0.0, 0.0]
 
 
 def test_past_a_bound_by_hand() -> None:
     # A mean of 10 where 2 x 2.5 are the most: twice too long, log 2. Half the mean gains half of 3 log 2.
     much = 3 * math.log(2)
-    assert held([5, 10, 15], 2.5) == pytest.approx([much / 2, 0.0, -much / 2])
+    assert length_terms([5, 10, 15], 2.5) == pytest.approx([much / 2, 0.0, -much / 2])
     # A mean of 10 where 0.5 x 40 are the least: what is longer gains; more than twice the mean counts as twice.
-    assert held([1, 2, 27], 40.0) == pytest.approx([-0.9 * much, -0.8 * much, much])
+    assert length_terms([1, 2, 27], 40.0) == pytest.approx([-0.9 * much, -0.8 * much, much])
 
 
 def test_a_cut_answer_loses_by_its_length_and_never_gains() -> None:
     much = 3 * math.log(2)
-    assert held([5, 15], 2.5, [False, False]) == pytest.approx([0.0, -much / 2])
-    assert held([5, 15], 40.0, [False, False]) == pytest.approx([-much / 2, 0.0])
+    assert length_terms([5, 15], 2.5, [False, False]) == pytest.approx([0.0, -much / 2])
+    assert length_terms([5, 15], 40.0, [False, False]) == pytest.approx([-much / 2, 0.0])
 
 
 def test_a_score_plus_the_term() -> None:
-    found = hold_length(
+    scores_B = hold_length(
         tensor([1.0, -1.0]), lengths_B=tensor([5, 15]), is_finished_B=tensor([True, True]), bound=BOUND, start=2.5
     )
-    assert found.tolist() == pytest.approx([1 + 1.5 * math.log(2), -1 - 1.5 * math.log(2)])
+    assert scores_B.tolist() == pytest.approx([1 + 1.5 * math.log(2), -1 - 1.5 * math.log(2)])

@@ -1,4 +1,4 @@
-"""A reward function of the user's: what it is given, what may come back, and how its faults are told."""
+"""A reward function of the user's: its arguments, what it may return, and how its errors are reported."""
 
 import hashlib
 import os
@@ -43,13 +43,13 @@ TEN_LINES = """
 
 def test_a_function_of_ten_lines_scores_the_answers(tmp_path: Path) -> None:
     combine = combiner(scoring(combine=write(tmp_path, TEN_LINES)))
-    found = combine(
+    combined = combine(
         Scores(helpfulness_B=tensor([0.5, 0.5, 0.5, 0.5]), safety_B=None),
         answers(4, is_safety=[False, False, False, True]),
     )
     # texts of 7, 8, 9, 10 characters; the second question ends with 1; the last prompt is on safety
-    assert found.scores_B.tolist() == [1.5, 11.5, 1.5, 100.5]
-    assert found.scores_B.dtype == torch.float32 and not found.is_gated_B.any()
+    assert combined.scores_B.tolist() == [1.5, 11.5, 1.5, 100.5]
+    assert combined.scores_B.dtype == torch.float32 and not combined.is_gated_B.any()
     function = load_user_function(FunctionName(tmp_path / "rewards.py", "score"))
     assert function.digest == hashlib.sha256((tmp_path / "rewards.py").read_bytes()).hexdigest()
 
@@ -58,16 +58,16 @@ def test_a_function_may_need_no_model_and_may_give_a_tensor_or_booleans(tmp_path
     none = Scores(helpfulness_B=None, safety_B=None)
     for body, expected in (("tensor(columns['words'])", [3, 4]), ("[True for _ in scores or completions]", [1, 1])):
         text = f"from torch import tensor\ndef score(prompts, completions, scores, **columns):\n    return {body}"
-        found = combiner(scoring(combine=write(tmp_path, text)))(none, answers(2, words=[3.0, 4.0]))
-        assert found.scores_B.tolist() == expected
+        combined = combiner(scoring(combine=write(tmp_path, text)))(none, answers(2, words=[3.0, 4.0]))
+        assert combined.scores_B.tolist() == expected
 
 
 def test_a_function_cannot_change_what_the_next_one_sees(tmp_path: Path) -> None:
     text = "def score(prompts, completions, scores, **columns):\n    prompts.clear(), scores.clear()\n    return [0.0] * len(completions)"
     combine = combiner(scoring(combine=write(tmp_path, text)))
-    given, scores = answers(2), Scores(helpfulness_B=tensor([1.0, 2.0]), safety_B=None)
-    combine(scores, given)
-    assert len(given.prompts) == 2 and scores.by_model()["helpfulness"].tolist() == [1.0, 2.0]
+    batch, scores = answers(2), Scores(helpfulness_B=tensor([1.0, 2.0]), safety_B=None)
+    combine(scores, batch)
+    assert len(batch.prompts) == 2 and scores.by_model()["helpfulness"].tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -84,14 +84,14 @@ def test_a_function_cannot_change_what_the_next_one_sees(tmp_path: Path) -> None
         ("exec('class Odd(Exception):\\n    __str__ = None\\nraise Odd')", "it raised Odd"),
     ],
 )
-def test_what_a_function_does_wrong_is_told_with_its_name(tmp_path: Path, body: str, expected: str) -> None:
+def test_errors_of_a_function_are_reported_with_its_name(tmp_path: Path, body: str, expected: str) -> None:
     name = write(tmp_path, f"def score(prompts, completions, scores, **columns):\n    return {body}")
-    with pytest.raises(ScoringError) as told:
+    with pytest.raises(ScoringError) as caught:
         combiner(scoring(combine=name))(Scores(helpfulness_B=tensor([1.0, 2.0]), safety_B=None), answers(2))
-    assert str(told.value).startswith(f"{name}: ") and expected in str(told.value)
+    assert str(caught.value).startswith(f"{name}: ") and expected in str(caught.value)
 
 
-def test_files_and_functions_that_are_not_there_are_told(tmp_path: Path) -> None:
+def test_missing_files_and_functions_are_reported(tmp_path: Path) -> None:
     name = write(tmp_path, "def scores(prompts, completions, scores, **columns):\n    return [0.0]\nlimit = 3")
     with pytest.raises(ConfigError, match=r"no function under the name 'score'.* Did you mean '.*rewards.py:scores'"):
         combiner(scoring(combine=name))
@@ -199,8 +199,8 @@ def test_random_numbers_of_the_function_change_none_of_the_run_and_differ_from_c
         random.seed(1)
         np.random.seed(1)
         torch.manual_seed(1)
-        found = [run(name, 3) for name in names]
-        return found, [random.random(), np.random.random(), float(torch.rand(1))]
+        results = [run(name, 3) for name in names]
+        return results, [random.random(), np.random.random(), float(torch.rand(1))]
 
     (_, untouched), ((first, second), after_two) = numbers_after(), numbers_after(draws, draws)
     assert numbers_after(quiet)[1] == untouched

@@ -37,23 +37,23 @@ GATED = Scores(
 
 
 def test_the_gate_by_hand_on_both_sides_of_the_threshold() -> None:
-    found = llama2_gate(GATED, is_safety_prompt_B=tensor([False, False, True, True, False]), safety_threshold=0.15)
-    assert found.scores_B.tolist() == pytest.approx([3.0, -1.74, 2.0, -1.74, -4.0])
-    assert found.is_gated_B.tolist() == [False, True, True, True, False]
-    assert found.is_unsafe_B.tolist() == [False, True, False, True, False]
+    combined = llama2_gate(GATED, is_safety_prompt_B=tensor([False, False, True, True, False]), safety_threshold=0.15)
+    assert combined.scores_B.tolist() == pytest.approx([3.0, -1.74, 2.0, -1.74, -4.0])
+    assert combined.is_gated_B.tolist() == [False, True, True, True, False]
+    assert combined.is_unsafe_B.tolist() == [False, True, False, True, False]
 
 
 def test_a_probability_equal_to_the_threshold_is_not_under_it() -> None:
     scores = Scores(helpfulness_B=tensor([1.0]), safety_B=tensor([0.0]))
     for threshold, gated in ((0.5, False), (0.5000001, True), (0.0, False)):
-        found = llama2_gate(scores, is_safety_prompt_B=tensor([False]), safety_threshold=threshold)
-        assert found.is_gated_B.item() is gated
+        combined = llama2_gate(scores, is_safety_prompt_B=tensor([False]), safety_threshold=threshold)
+        assert combined.is_gated_B.item() is gated
 
 
 def test_the_recipe_names_the_combiner() -> None:
     both = Scores(helpfulness_B=tensor([3.0, 3.0]), safety_B=tensor([-0.1, -0.1]))
     safety = Scores(helpfulness_B=None, safety_B=tensor([4.0, 5.0]))
-    given = answers(2, is_safety=[True, False])
+    batch = answers(2, is_safety=[True, False])
     assert single(safety).scores_B.tolist() == [4.0, 5.0]
     assert weighted(safety, weights={"helpfulness": 0.0, "safety": 2.0}).scores_B.tolist() == [8.0, 10.0]
     cases = {
@@ -63,15 +63,15 @@ def test_the_recipe_names_the_combiner() -> None:
         "weighted": ({"weights": {"helpfulness": 1.0, "safety": -1.0}}, [3.1, 3.1]),
     }
     for name, (values, expected) in cases.items():
-        found = combiner(scoring(combine=name.partition(",")[0], **values))(both, given)
-        assert found.scores_B.tolist() == pytest.approx(expected), name
-        assert name.startswith("llama2_gate") or not (found.is_gated_B.any() or found.is_unsafe_B.any())
+        combined = combiner(scoring(combine=name.partition(",")[0], **values))(both, batch)
+        assert combined.scores_B.tolist() == pytest.approx(expected), name
+        assert name.startswith("llama2_gate") or not (combined.is_gated_B.any() or combined.is_unsafe_B.any())
 
 
-def test_a_reward_model_that_gives_no_number_is_told_by_name() -> None:
-    with pytest.raises(ScoringError, match="the safety model gave nan for answer 1") as told:
+def test_a_reward_model_that_gives_no_number_is_named() -> None:
+    with pytest.raises(ScoringError, match="the safety model gave nan for answer 1") as caught:
         Scores(helpfulness_B=tensor([0.0, 0.0]), safety_B=tensor([0.0, NOTHING]))
-    assert "(1 of 2 are no finite number)" in str(told.value) and "Train the reward model again" in str(told.value)
+    assert "(1 of 2 are no finite number)" in str(caught.value) and "Train the reward model again" in str(caught.value)
 
 
 # --- ranking
@@ -167,9 +167,9 @@ def test_constants_by_hand_and_frozen() -> None:
     combined = weighted(sft, weights={"helpfulness": 1.0, "safety": 1.0})  # 1, 11
     constants = Constants.from_plain(json.loads(json.dumps(asdict(fit_constants(sft, combined)))))
     later = Scores(helpfulness_B=tensor([4.0]), safety_B=tensor([4.0]))
-    found = standardise(later, weighted(later, weights={"helpfulness": 1.0, "safety": 1.0}), constants)
+    standardised = standardise(later, weighted(later, weights={"helpfulness": 1.0, "safety": 1.0}), constants)
     assert constants.helpfulness == Scale(2.0, 1.0) and constants.safety == Scale(4.0, 4.0)
-    assert_close(found, tensor([0.4]))  # (8 - 6) / 5
+    assert_close(standardised, tensor([0.4]))  # (8 - 6) / 5
 
 
 def test_a_gated_answer_is_measured_on_the_scale_of_its_own_model() -> None:
@@ -191,17 +191,17 @@ def test_one_model_alone_has_constants_too() -> None:
 
 @pytest.mark.parametrize("scores_B", [tensor([2.5, 2.5, 2.5]), tensor([])])
 def test_scores_that_do_not_differ_are_no_scale(scores_B: Tensor) -> None:
-    given = Scores(helpfulness_B=scores_B, safety_B=None)
+    scores = Scores(helpfulness_B=scores_B, safety_B=None)
     with pytest.raises(ScoringError, match=r"the helpfulness model gave . answers of the SFT policy scores with dev"):
-        fit_constants(given, single(given))
+        fit_constants(scores, single(scores))
 
 
 # --- the section
 
 
 def problems(**values: Any) -> str:
-    found = section_problems(Scoring, values, source=lambda key: "recipe.yaml", at=("scoring",))
-    return "\n".join(str(problem) for problem in found)
+    faults = section_problems(Scoring, values, source=lambda key: "recipe.yaml", at=("scoring",))
+    return "\n".join(str(problem) for problem in faults)
 
 
 def test_the_defaults_are_the_papers_and_a_wrong_value_is_refused(
@@ -264,10 +264,10 @@ def test_the_models_that_each_way_reads() -> None:
 def test_a_model_that_is_not_there_is_refused(
     values: dict[str, Any], present: tuple[ModelName, ...], expected: str
 ) -> None:
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         check_scoring(scoring(**values), facts(*present))
-    assert expected in str(told.value)
-    assert "Train it (`make rm`), or name one: scoring." in str(told.value)
+    assert expected in str(caught.value)
+    assert "Train it (`make rm`), or name one: scoring." in str(caught.value)
 
 
 def test_a_gate_over_a_model_without_safety_labels_is_refused_and_over_one_from_elsewhere_warns() -> None:

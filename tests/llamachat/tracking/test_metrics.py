@@ -118,7 +118,7 @@ def test_every_row_says_what_it_is_and_panels_share_a_unit() -> None:
     for name, row in METRICS.items():
         assert row.meaning and row.unit and row.reduction
         units.setdefault((name.partition("/")[0], row.panel), set()).add(row.unit)
-    assert {place for place, found in units.items() if len(found) > 1} == set()
+    assert {place for place, names in units.items() if len(names) > 1} == set()
 
 
 def test_a_sparkline_by_hand() -> None:

@@ -88,15 +88,15 @@ def wandb_records(path: Path) -> list[Any]:
 
 def wandb_history(path: Path) -> dict[str, dict[int, float]]:
     """Metric -> step on its own axis -> value."""
-    found: dict[str, dict[int, float]] = {}
+    history: dict[str, dict[int, float]] = {}
     for record in wandb_records(path):
         if record.WhichOneof("record_type") != "history":
             continue
         row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
         for name, value in row.items():
             if not name.startswith("_") and not name.endswith("/step"):
-                found.setdefault(name, {})[row["sft/step"]] = value
-    return found
+                history.setdefault(name, {})[row["sft/step"]] = value
+    return history
 
 
 def test_an_unknown_name_is_refused_before_anything_is_written(folder: StepFolder) -> None:
@@ -109,7 +109,7 @@ def test_an_unknown_name_is_refused_before_anything_is_written(folder: StepFolde
     assert not folder.summary.exists()
 
 
-def test_a_full_disk_under_the_record_is_told_in_words(folder: StepFolder) -> None:
+def test_a_full_disk_under_the_record_is_reported(folder: StepFolder) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
@@ -167,14 +167,14 @@ def test_the_offline_run_holds_every_figure_and_no_text(folder: StepFolder) -> N
     assert list((run.parent / "files" / "media").rglob("*.png"))
 
 
-def test_text_goes_to_wandb_only_where_it_is_asked_for(folder: StepFolder) -> None:
+def test_text_goes_to_wandb_only_on_request(folder: StepFolder) -> None:
     with opened(folder, upload_text=True) as tracker:
         tracker.samples(1, [{"prompt": MARKER, "messages": [{"role": "user"}]}])
     (run,) = offline_runs(folder)
     assert any(MARKER in path.read_text() for path in (run.parent / "files" / "media").rglob("*.json"))
 
 
-def test_system_texts_stay_out_of_the_configuration_that_wandb_is_given() -> None:
+def test_system_texts_stay_out_of_the_configuration_in_wandb() -> None:
     config = {"base": {"system": "Be kind.", "dtype": "bfloat16"}, "data": {"sft": [{"path": "x", "system": None}]}}
     assert wandb_run.without_system_texts(config) == {
         "base": {"system": "(a text of 8 characters)", "dtype": "bfloat16"},

@@ -59,9 +59,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
-    monkeypatch.setattr(hours_module, "time", found)
-    return found
+    fake = Clock()
+    monkeypatch.setattr(hours_module, "time", fake)
+    return fake
 
 
 def weights_of(artifact: Artifact) -> dict[str, Tensor]:
@@ -204,13 +204,13 @@ def test_where_the_best_weights_are_damaged_the_last_ones_are_published_and_said
 
 def test_a_training_that_ends_by_itself_publishes_its_last_state(base: Path, tmp_path: Path) -> None:
     """Within its hours it is the very one of a recipe without them."""
-    found = []
+    artifacts = []
     for name, limit in (("with", TWO_HOURS), ("without", None)):
         (tmp_path / name).mkdir()
         config = SftConfig(epochs=1, examples_per_step=4, sample_prompts=0, max_hours=limit)
-        found.append(sft.run(config, inputs_of(tmp_path / name, base, toy_dialogs(12))))
-        assert "ended_by" not in found[-1].manifest.details
-    assert found[0].manifest.files == found[1].manifest.files
+        artifacts.append(sft.run(config, inputs_of(tmp_path / name, base, toy_dialogs(12))))
+        assert "ended_by" not in artifacts[-1].manifest.details
+    assert artifacts[0].manifest.files == artifacts[1].manifest.files
 
 
 # --- steps that sample
@@ -218,7 +218,7 @@ def test_a_training_that_ends_by_itself_publishes_its_last_state(base: Path, tmp
 
 def test_batches_are_made_until_the_hours_are_over_and_those_held_out_in_any_case(tmp_path: Path, clock: Clock) -> None:
     """Batches of 1500 seconds in one hour: the third of five is the last; a resumed command knows of the first two."""
-    made: list[int] = []
+    sampled: list[int] = []
 
     def step() -> DialogStep:
         """The step of a new command, on the same folder."""
@@ -229,7 +229,7 @@ def test_batches_are_made_until_the_hours_are_over_and_those_held_out_in_any_cas
         if number == dies_at:
             raise KeyboardInterrupt
         clock.now += 1500
-        made.append(number)
+        sampled.append(number)
         return {"sum": sum(items)}
 
     def make_all(step: DialogStep, **how: int) -> list[tuple[float, bool]]:
@@ -250,9 +250,9 @@ def test_batches_are_made_until_the_hours_are_over_and_those_held_out_in_any_cas
         make_all(step(), dies_at=3)
     clock.now += 100_000
     again = step()
-    assert make_all(again) == [(3, False), (7, False), (11, False), (10, True)] and made == [1, 2, 3, 6]
+    assert make_all(again) == [(3, False), (7, False), (11, False), (10, True)] and sampled == [1, 2, 3, 6]
     assert again.dropped == {"prompts left out: rejection_sampling.max_hours are over": 3}
-    assert len(make_all(step())) == 4 and len(made) == 4
+    assert len(make_all(step())) == 4 and len(sampled) == 4
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +320,7 @@ def test_what_was_sampled_is_learnt(
 TWO_STEPS = ["sft", {"sft": {"name": "sft-2"}}, {"sft": {"name": "sft-3"}}]
 
 
-def test_when_the_commands_hours_are_over_no_further_step_is_begun_and_the_same_command_goes_on(
+def test_when_the_commands_hours_are_over_no_further_step_is_begun_and_the_same_command_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun: Counter[str] = Counter()
@@ -347,7 +347,7 @@ def test_when_the_commands_hours_are_over_no_further_step_is_begun_and_the_same_
     ["", "[]", "null", '{"seconds": 1}', '{"seconds": NaN, "ended_by": null}', '{"seconds": -1, "ended_by": null}']
     + [f'{{"seconds": 5, "ended_by": {odd}}}' for odd in ('"x"', "5", "[]", "{}")],
 )
-def test_a_damaged_clock_starts_anew_and_ends_nothing(
+def test_a_damaged_clock_is_reset_and_ends_nothing(
     content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / hours_module.FILE).write_text(content)

@@ -38,9 +38,9 @@ def test_the_error_of_a_micro_batch_keeps_none_of_its_tensors_alive():
         alive.append(weakref.ref(activations))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
 
-    with pytest.raises(MicrobatchTooLargeError, match=r"^CUDA out of memory\. Tried to allocate 2 GiB\.$") as told:
+    with pytest.raises(MicrobatchTooLargeError, match=r"^CUDA out of memory\. Tried to allocate 2 GiB\.$") as caught:
         in_room(forward)
-    assert told.value.__context__ is None
+    assert caught.value.__context__ is None
     assert alive[0]() is None
     assert in_room(lambda: 3) == 3
 
@@ -153,7 +153,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_result_is_the_same(
     refused = make_small(monkeypatch, trainer, tokens=fits, from_step=from_step, done=done)
     small = train(tmp_path / "small", base, tuning, **layout)
     warnings = [record.getMessage() for record in caplog.records if "memory is too small" in record.getMessage()]
-    assert len(warnings) == len(refused) >= 1, "each halving is told once"
+    assert len(warnings) == len(refused) >= 1, "each halving is logged once"
     assert named in warnings[0]
     assert [step for step, _ in losses(small)] == list(range(1, len(losses(large)) + 1))
     assert [loss for _, loss in losses(small)] == pytest.approx([loss for _, loss in losses(large)], abs=1e-5)
@@ -180,7 +180,7 @@ def test_what_does_not_fit_alone_is_refused_with_what_would_help(
     assert [path.name for path in tmp_path.rglob("checkpoints/*")] == ["step-00000001"], "what is done is kept"
 
 
-def test_memory_that_runs_out_elsewhere_is_told_and_not_halved(base: Path, tmp_path: Path, monkeypatch: Any):
+def test_memory_that_runs_out_elsewhere_is_an_error_and_halves_nothing(base: Path, tmp_path: Path, monkeypatch: Any):
     def step(self: Any, closure: Any = None) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 

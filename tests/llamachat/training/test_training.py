@@ -107,7 +107,7 @@ def test_what_is_frozen_or_has_no_gradient_stays():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_and_loaded_it_goes_on_bit_by_bit(dtype: torch.dtype, tmp_path: Path):
+def test_saved_and_loaded_it_continues_bit_by_bit(dtype: torch.dtype, tmp_path: Path):
     whole = small_model(dtype)
     optimizer = adamw(whole.parameters(), **SETTINGS)
     for step in range(6):
@@ -150,8 +150,8 @@ def test_gradients_are_taken_away_or_zeroed(set_to_none: bool):
     optimizer = sgd([param], 1.0)
     param.grad = torch.ones_like(param)
     optimizer.zero_grad(set_to_none=set_to_none)
-    held: Tensor | None = param.grad
-    assert held is None if set_to_none else held is not None and not held.any()
+    gradient: Tensor | None = param.grad
+    assert gradient is None if set_to_none else gradient is not None and not gradient.any()
 
 
 # --- what a terminal shows

@@ -94,7 +94,7 @@ def test_a_library_that_ends_the_process_is_no_success(
     assert re.search(r"llamachat: .*ended by sys\.exit\(\) in .*test_command_line\.py:\d+", capsys.readouterr().err)
 
 
-def test_a_file_that_cannot_be_opened_is_told_by_its_name(
+def test_a_file_that_cannot_be_opened_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in (errno.ENOENT, errno.EINVAL, errno.EIO, errno.EMFILE, errno.ECONNREFUSED):
@@ -153,7 +153,7 @@ def test_make_gives_every_name_of_a_recipe_to_the_shell_as_it_is(tmp_path: Path)
 def test_an_interrupted_tool_promises_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def check_path(*given: Any) -> Any:
+    def check_path(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipelines.cli.data.check_path", check_path)
@@ -199,10 +199,10 @@ def test_data_convert_and_check_count_and_name_and_end_with_2_where_something_is
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
     path.write_text(f'{json.dumps({"conversations": turns})}\n{{"messages": []}}\n')
     assert main(["data", "convert", str(path), str(out)]) == 0
-    told = capsys.readouterr().out
-    assert f"{path}:2: messages: holds no answer" in told
+    printed = capsys.readouterr().out
+    assert f"{path}:2: messages: holds no answer" in printed
     assert main(["data", "check", str(path), "--kind", "dialog"]) == 2
-    assert f"{out}: 1 dialog (0 untouched, 1 repaired)\n" in told and "role renamed" in told
+    assert f"{out}: 1 dialog (0 untouched, 1 repaired)\n" in printed and "role renamed" in printed
     assert main(["data", "check", str(out)]) == 0
     assert main(["data", "convert", str(path), str(out)]) == 2
     assert "--overwrite" in capsys.readouterr().err
@@ -332,12 +332,12 @@ def test_this_environment_meets_the_lower_bounds() -> None:
     assert shortfalls(REPOSITORY / "pyproject.toml") == []
 
 
-def test_an_environment_that_lacks_something_is_told_what(tmp_path: Path) -> None:
+def test_missing_packages_are_named(tmp_path: Path) -> None:
     project = '[project]\ndependencies = ["torch>=99.1", "numpy>=1", "no-such-package>=2", "rich[jupyter] >= 1.0"]\n'
     (tmp_path / "pyproject.toml").write_text(project)
-    found = shortfalls(tmp_path / "pyproject.toml")
-    assert len(found) == 2 and "99.1 or newer is needed" in found[0]
-    assert found[1] == "no-such-package is not installed; 2 or newer is needed"
+    messages = shortfalls(tmp_path / "pyproject.toml")
+    assert len(messages) == 2 and "99.1 or newer is needed" in messages[0]
+    assert messages[1] == "no-such-package is not installed; 2 or newer is needed"
 
 
 def test_several_values_after_one_option() -> None:

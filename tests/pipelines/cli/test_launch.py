@@ -85,7 +85,7 @@ def test_a_process_that_waits_for_others_obeys_signals(tmp_path: Path) -> None:
         ({"WORLD_SIZE": "2", "RANK": "first"}, "RANK: the environment has 'first'"),
     ],
 )
-def test_variables_that_are_no_numbers_are_told(
+def test_variables_that_are_no_numbers_are_reported(
     variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in variables.items():
@@ -94,7 +94,7 @@ def test_variables_that_are_no_numbers_are_told(
     assert words in capsys.readouterr().err
 
 
-def test_two_processes_die_with_their_launcher_and_one_goes_on(recipe: Path, tmp_path: Path) -> None:
+def test_two_processes_die_with_their_launcher_and_one_continues(recipe: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     launcher = launched(recipe, log)
     ends = time.monotonic() + 120
@@ -121,7 +121,7 @@ def test_two_processes_die_with_their_launcher_and_one_goes_on(recipe: Path, tmp
     assert steps == sorted(set(steps)) and len(steps) > 20
 
 
-def test_what_is_wrong_is_told_once_and_with_the_same_exit_status(recipe: Path, tmp_path: Path) -> None:
+def test_an_error_is_reported_once_and_with_the_same_exit_status(recipe: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     launcher = launched(recipe, log, "data.split.validation=0.999")
     assert launcher.wait(timeout=120) != 0
@@ -131,7 +131,7 @@ def test_what_is_wrong_is_told_once_and_with_the_same_exit_status(recipe: Path, 
 
 
 @pytest.mark.parametrize(
-    ("environment", "command", "asked"),
+    ("environment", "command", "expected"),
     [
         ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, ["accelerate", "launch", *REST], 3),
         ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "3"}, ["accelerate", "launch", *REST], 0),
@@ -141,7 +141,7 @@ def test_what_is_wrong_is_told_once_and_with_the_same_exit_status(recipe: Path, 
     ],
 )  # fmt: skip
 def test_the_processes_that_accelerate_did_not_start(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], command: list[str], asked: int
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], command: list[str], expected: int
 ) -> None:
     for name in ("ACCELERATE_USE_CPU", "MASTER_ADDR", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -149,10 +149,10 @@ def test_the_processes_that_accelerate_did_not_start(
         monkeypatch.setenv(name, value)
     parent: Any = SimpleNamespace(cmdline=lambda: command)
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
-    assert launching.missing_processes() == asked
+    assert launching.missing_processes() == expected
 
 
-def test_several_machines_without_gpus_are_told_in_words(
+def test_several_machines_without_gpus_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)

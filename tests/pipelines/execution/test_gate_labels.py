@@ -1,4 +1,4 @@
-"""A gate on a safety model that will learn no labels: told by the plan and at the start, before the model is made."""
+"""A gate on a safety model that is trained without labels: the plan and the start of a run warn of it before training."""
 
 import json
 from pathlib import Path
@@ -23,9 +23,9 @@ LABELLED = {
 
 def warning(path: Path, *overrides: str) -> str | None:
     recipe = load(path, overrides)
-    found = [lacks_labels(recipe, step) for step in recipe.steps]
-    assert not any(found[:-1]), "it is the step with the gate that is warned of"
-    return found[-1]
+    warnings = [lacks_labels(recipe, step) for step in recipe.steps]
+    assert not any(warnings[:-1]), "it is the step with the gate that is warned of"
+    return warnings[-1]
 
 
 def recipe_of(folder: Path, steps: list[Any] | None = None, **data: Any) -> Path:
@@ -39,18 +39,18 @@ def test_plan_warns_of_a_gate_whose_safety_model_will_learn_no_labels(tmp_path: 
     assert "data.labels is empty" in text and "scoring.combine=weighted or single" in text
 
 
-def test_the_start_warns_before_anything_is_made(
+def test_the_start_warns_before_any_step_runs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.execution.run.run_step", lambda *given, **more: (None, False))
+    monkeypatch.setattr("pipelines.execution.run.run_step", lambda *arguments, **more: (None, False))
     recipe = load(recipe_of(tmp_path))
-    for command, is_told in (("sft", False), ("rm", True), ("all", True)):
+    for command, warns in (("sft", False), ("rm", True), ("all", True)):
         caplog.clear()
         run_command(recipe, command)
-        assert ("warning: scoring.combine: llama2_gate will be refused" in caplog.text) == is_told
+        assert ("warning: scoring.combine: llama2_gate will be refused" in caplog.text) == warns
 
 
-def test_labels_anywhere_in_what_the_model_learns_from_are_found(tmp_path: Path) -> None:
+def test_labels_in_any_source_of_the_model_count(tmp_path: Path) -> None:
     path = recipe_of(tmp_path)
     assert warning(path)
     labels = tmp_path / "labels.jsonl"
@@ -72,8 +72,8 @@ def test_labels_anywhere_in_what_the_model_learns_from_are_found(tmp_path: Path)
 def test_a_weight_of_0_learns_no_labels(tmp_path: Path) -> None:
     path = recipe_of(tmp_path, steps=["sft", {"rm/safety": {"safety_auxiliary_weight": 0}}, "ppo"])
     (tmp_path / "safety.jsonl").write_text(json.dumps(LABELLED) + "\n")
-    found = warning(path)
-    assert found is not None and "reward.safety_auxiliary_weight is 0" in found
+    text = warning(path)
+    assert text is not None and "reward.safety_auxiliary_weight is 0" in text
 
 
 def test_what_is_not_the_recipes_gate_is_not_warned_of(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_what_is_not_the_recipes_gate_is_not_warned_of(tmp_path: Path) -> None:
     assert warning(path, f"scoring.safety={tmp_path}/model") is None
     assert warning(path, "steps=[sft, rm/helpfulness, ppo]") is None, "no model at all is refused in other words"
     (tmp_path / "safety.jsonl").write_text("{broken\n")
-    assert warning(path) is None, "the file is told where it is read"
+    assert warning(path) is None, "the file is reported where it is read"
     pku = {"prompt": "q", "response_0": "a", "response_1": "b", "is_response_0_safe": True, "is_response_1_safe": True}
     pku |= {"better_response_id": 0, "safer_response_id": 0}
     (tmp_path / "safety.jsonl").write_text(json.dumps(pku) + "\n")

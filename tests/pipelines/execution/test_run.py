@@ -1,4 +1,4 @@
-"""Steps as work: what their fingerprint hangs on, what they start from, when they run, and what the plan says.
+"""Steps as work: what their fingerprint depends on, what they start from, when they run, and what the plan says.
 
 The stage is a stand-in that publishes at once; everything around it is real.
 """
@@ -82,8 +82,8 @@ def test_every_identity_key_changes_the_fingerprint(tmp_path: Path) -> None:
         "sft.trainer.neftune_noise_alpha=5",
         "steps=[{sft: {name: other}}]",
     ]
-    found = [fingerprint(load(path, [override])) for override in others]
-    assert len({fingerprint(load(path)), *found}) == 1 + len(others)
+    fingerprints = [fingerprint(load(path, [override])) for override in others]
+    assert len({fingerprint(load(path)), *fingerprints}) == 1 + len(others)
     rank = [fingerprint(load(path, ["tuning.method=lora", f"tuning.rank={rank}"])) for rank in (8, 16)]
     assert rank[0] != rank[1]
 
@@ -145,16 +145,14 @@ def test_a_finished_unchanged_step_is_not_run_again(
     tmp_path: Path, calls: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_recipe(tmp_path)
-    (made,) = run_command(load(path), "sft")
+    (first,) = run_command(load(path), "sft")
     with caplog.at_level(logging.INFO):
-        (found,) = run_command(load(path, ["tracking.log_every=5"]), "sft")
-    assert len(calls) == 1 and found.digest == made.digest
+        (second,) = run_command(load(path, ["tracking.log_every=5"]), "sft")
+    assert len(calls) == 1 and second.digest == first.digest
     assert f"sft: done already ({tmp_path}/runs/one/sft/artifact), nothing to do" in caplog.messages
 
 
-def test_a_changed_step_is_refused_with_both_ways_out_and_overwritten_where_asked(
-    tmp_path: Path, calls: list[Any]
-) -> None:
+def test_a_changed_step_is_refused_with_both_fixes_and_overwritten_on_request(tmp_path: Path, calls: list[Any]) -> None:
     path = write_recipe(tmp_path)
     run_command(load(path), "sft")
     changed = load(path, ["sft.learning_rate=0.5"])
@@ -164,21 +162,21 @@ def test_a_changed_step_is_refused_with_both_ways_out_and_overwritten_where_aske
     assert "sft.learning_rate: 2e-05 -> 0.5" in text
     assert f"`run.dir=NEW run.parent={tmp_path}/runs/one`" in text and "`--overwrite`" in text
     assert len(calls) == 1
-    (made,) = run_command(changed, "sft", should_overwrite=True)
-    assert len(calls) == 2 and (made.path / "model.safetensors").read_text() == "0.5 "
+    (artifact,) = run_command(changed, "sft", should_overwrite=True)
+    assert len(calls) == 2 and (artifact.path / "model.safetensors").read_text() == "0.5 "
 
 
 def test_overwrite_deletes_nothing_that_the_recipe_reads(tmp_path: Path, calls: list[Any]) -> None:
     path = write_recipe(tmp_path)
-    (made,) = run_command(load(path), "sft")
-    inside = made.path.parent / "mine.jsonl"
+    (artifact,) = run_command(load(path), "sft")
+    inside = artifact.path.parent / "mine.jsonl"
     (tmp_path / "dialogs.jsonl").rename(inside)
     (tmp_path / "link.jsonl").symlink_to(inside)
-    for override in (f"data.sft.0.path={tmp_path}/link.jsonl", f"base.policy={made.path.parent}"):
+    for override in (f"data.sft.0.path={tmp_path}/link.jsonl", f"base.policy={artifact.path.parent}"):
         whole = load(path, [f"data.sft.0.path={inside}", override])
         with pytest.raises(UsageError, match="which the recipe reads"):
             run_command(whole, "sft", should_overwrite=True)
-    assert inside.is_file() and read_artifact(made.path).digest == made.digest and len(calls) == 1
+    assert inside.is_file() and read_artifact(artifact.path).digest == artifact.digest and len(calls) == 1
 
 
 def test_a_child_run_reruns_only_what_changed(
@@ -216,13 +214,13 @@ def test_a_step_takes_the_nearest_finished_policy_and_says_what_it_passed_over(
     tmp_path: Path, calls: list[Any]
 ) -> None:
     path = write_recipe(tmp_path)
-    (made,) = run_command(load(path), "sft")
+    (artifact,) = run_command(load(path), "sft")
     three = load(path, ["steps=[sft, {sft: {name: sft-2}}, {sft: {name: sft-3}}]"])
     words = find_work(three, three.steps[2]).taken.words
     assert words.startswith("policy of 'sft'") and "not finished: sft-2" in words
     # Without an earlier step base.policy is the input.
     run_command(load(path, [f"run.dir={tmp_path}/runs/two", f"base.policy={tmp_path}/runs/one"]), "sft")
-    assert calls[1].policy.digest == made.digest
+    assert calls[1].policy.digest == artifact.digest
 
 
 # -- the plan
@@ -268,7 +266,7 @@ def test_plan_and_log_tell_the_checkpoint_that_a_step_resumes_from(
 
 
 @pytest.mark.parametrize("has_checkpoint", [False, True])
-def test_a_recipe_mended_as_a_refusal_asked_is_not_refused_as_changed(
+def test_a_recipe_fixed_after_a_refusal_is_not_refused_as_changed(
     has_checkpoint: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(config: Any, inputs: Any) -> Artifact:
@@ -282,12 +280,12 @@ def test_a_recipe_mended_as_a_refusal_asked_is_not_refused_as_changed(
     with pytest.raises(DataError):
         run_command(load(path), "sft")
     monkeypatch.setattr(sft, "run", publish_toy_policy)
-    mended = load(path, ["data.split.validation=0.1"])
+    fixed = load(path, ["data.split.validation=0.1"])
     if has_checkpoint:  # there is work to lose
         with pytest.raises(ChangedError, match="half done"):
-            run_command(mended, "sft")
+            run_command(fixed, "sft")
     else:
-        assert run_command(mended, "sft")
+        assert run_command(fixed, "sft")
 
 
 def test_plan_of_steps_that_wait_for_one_another(tmp_path: Path, calls: list[Any]) -> None:

@@ -62,8 +62,8 @@ class Shell:
 
     def said(self, words: str) -> str:
         """What the one command that begins so said."""
-        (found,) = [ran.output for ran in self.ran if ran.command.startswith(f"llamachat {words}")]
-        return found
+        (output,) = [ran.output for ran in self.ran if ran.command.startswith(f"llamachat {words}")]
+        return output
 
 
 @pytest.fixture
@@ -81,9 +81,9 @@ def records(path: str) -> list[dict]:
 
 
 def number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text, re.MULTILINE)
-    assert found, f"{pattern} in:\n{text}"
-    return int(found[1])
+    match = re.search(pattern, text, re.MULTILINE)
+    assert match, f"{pattern} in:\n{text}"
+    return int(match[1])
 
 
 def on_side(path: str, side: str, split: Split) -> int:

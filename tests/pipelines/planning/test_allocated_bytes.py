@@ -58,12 +58,12 @@ def peak_of(work: Callable[[], object]) -> int:
     """Most bytes that torch held at once beyond those before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
-    held = peak = 0
+    allocated = peak = 0
     results: Any = seen.profiler
     for event in sorted(results.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
     return peak
 
 
@@ -86,10 +86,10 @@ def test_supervised_tuning(method: Any, checkpointing: bool) -> None:
     ids = tuple(range(3, 3 + TOKENS))
     batch = collate_packed([TokenizedExample(ids, (True,) * TOKENS)])
     model = model_of(LlamaForCausalLM, tuning, checkpointing=checkpointing)
-    found = two_steps(model, lambda model: answer_token_losses(model, batch).mean())
+    peak = two_steps(model, lambda model: answer_token_losses(model, batch).mean())
     base = base_section("x", dtype="bfloat16", attention="sdpa", max_tokens=TOKENS)
     config = SftConfig(gradient_checkpointing=checkpointing)
-    assert_like(sft_cost(config, Setup(SHAPE, base, tuning), dialogs=None), found)
+    assert_like(sft_cost(config, Setup(SHAPE, base, tuning), dialogs=None), peak)
 
 
 @pytest.mark.parametrize("language_weight", [0.0, 0.5])
@@ -109,11 +109,11 @@ def test_a_reward_model(checkpointing: bool, language_weight: float) -> None:
             return ranking
         return ranking + language_weight * language_losses(states_ND, batch["next_tokens"], head_VD=head_VD).mean()
 
-    found = two_steps(model, loss)
+    peak = two_steps(model, loss)
     base = base_section("x", dtype="bfloat16", max_tokens=TOKENS)
     config = RewardConfig(gradient_checkpointing=checkpointing, row_tokens=2 * TOKENS, language_weight=language_weight)
-    assert_like(reward_cost(config, Setup(SHAPE, base, Tuning()), pairs=None), found)
+    assert_like(reward_cost(config, Setup(SHAPE, base, Tuning()), pairs=None), peak)
 
 
-def assert_like(estimate: Estimate, found: int) -> None:
-    assert 0.85 < estimate.grown_bytes / found < 1.15, (estimate.memory, found)
+def assert_like(estimate: Estimate, measured: int) -> None:
+    assert 0.85 < estimate.grown_bytes / measured < 1.15, (estimate.memory, measured)

@@ -56,18 +56,18 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def refusal(kind: type[Exception], status: int = 401) -> Exception:
-    made: Any = kind.__new__(kind)
-    Exception.__init__(made, f"{status} Client Error.\nmore")
-    made.response = SimpleNamespace(status_code=status)
-    return made
+    error: Any = kind.__new__(kind)
+    Exception.__init__(error, f"{status} Client Error.\nmore")
+    error.response = SimpleNamespace(status_code=status)
+    return error
 
 
 def hub_says(monkeypatch: pytest.MonkeyPatch, answer: Exception | Path) -> list[Any]:
     """The hub raises this, or gives the files of this folder; what was asked is noted."""
-    asked: list[Any] = []
+    calls: list[Any] = []
 
     def give(*args: Any, **kwargs: Any) -> Any:
-        asked.append((args, kwargs))
+        calls.append((args, kwargs))
         if isinstance(answer, Exception):
             raise answer
         return str(answer)
@@ -77,12 +77,12 @@ def hub_says(monkeypatch: pytest.MonkeyPatch, answer: Exception | Path) -> list[
     monkeypatch.setattr(
         huggingface_hub.HfApi, "dataset_info", lambda self, *a, **k: give(*a, **k) and SimpleNamespace(gated=False)
     )
-    return asked
+    return calls
 
 
 def by_check(findings: list[Finding], check: str) -> Finding:
-    (found,) = [finding for finding in findings if finding.check == check]
-    return found
+    (match,) = [finding for finding in findings if finding.check == check]
+    return match
 
 
 # -- what the hub's answers mean
@@ -100,17 +100,17 @@ def by_check(findings: list[Finding], check: str) -> Finding:
         (TimeoutError(), "offline", "Connect to the network"),
     ],
 )
-def test_each_answer_of_the_hub_has_its_way_out(
+def test_each_answer_of_the_hub_has_its_fix(
     error: Exception, state: str, fix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub_says(monkeypatch, error)
-    found = hub.reach_model(LLAMA)
-    assert found.state == state and fix in found.fix and found.reason
+    reach = hub.reach_model(LLAMA)
+    assert reach.state == state and fix in reach.fix and reach.reason
     with pytest.raises(ConfigError, match=r"the tokenizer of 'meta-llama/Llama-2-7b-hf' cannot be fetched"):
         hub.tokenizer_folder(LLAMA)
 
 
-def test_a_gated_model_is_told_apart_by_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gated_model_is_open_with_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_says(monkeypatch, refusal(GatedRepoError))
     without = hub.reach_model(LLAMA)
     assert "no token is on this machine" in without.reason and "hf auth login" in without.fix
@@ -172,17 +172,17 @@ def test_a_base_that_cannot_be_used_is_refused_before_any_weights(
         "mistral": lambda: base_copy(tmp_path / "files", model_type="mistral"),
         "derived": lambda: wrong_tokenizer(tmp_path / "files"),
     }
-    asked = hub_says(monkeypatch, answers[name]())
+    calls = hub_says(monkeypatch, answers[name]())
     path = write_recipe(tmp_path, tuning={"method": "lora"}, tracking={"mode": "off"})
     assert main(["sft", "--config", str(path), f"base.model=owner/{name}"]) == status
     assert words in capsys.readouterr().err
-    assert asked and all(kwargs == {"allow_patterns": list(hub.TOKENIZER_FILES)} for _, kwargs in asked)
+    assert calls and all(kwargs == {"allow_patterns": list(hub.TOKENIZER_FILES)} for _, kwargs in calls)
 
 
 # -- the doctor
 
 
-def test_a_machine_that_has_all_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_machine_that_lacks_nothing_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_recipe(tmp_path, base={"model": str(BASE)})
     assert main(["doctor", "--config", str(path)]) == 0
     out = capsys.readouterr().out
@@ -214,40 +214,40 @@ def test_a_base_in_the_cache_needs_no_access(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.parametrize(
-    ("answer", "check", "found"),
+    ("answer", "check", "text"),
     [
         (refusal(GatedRepoError), "access", "is gated and no token is on this machine"),
         ({"model_type": "qwen3"}, "base", "has the architecture 'qwen3'"),
         (None, "tokenizer", "cases of the tokenizer proof"),
     ],
 )
-def test_what_would_stop_a_run_is_a_failure_with_a_way_out(
-    answer: Any, check: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_would_stop_a_run_is_a_failure_with_a_fix(
+    answer: Any, check: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if isinstance(answer, dict):
         answer = base_copy(tmp_path / "files", **answer)
     hub_says(monkeypatch, answer or wrong_tokenizer(tmp_path / "files"))
-    told = by_check(examine(QLORA, []), check)
-    assert told.verdict == "FAIL" and found in told.problem and told.fix
+    finding = by_check(examine(QLORA, []), check)
+    assert finding.verdict == "FAIL" and text in finding.problem and finding.fix
     assert main(["doctor", "--config", str(QLORA)]) == 1
 
 
 def test_the_doctor_asks_the_hub_for_heads_and_small_files_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = hub_says(monkeypatch, BASE)
+    calls = hub_says(monkeypatch, BASE)
     findings = examine(QLORA, [])
     assert [finding.check for finding in findings if finding.verdict == "FAIL"] == []
-    names = [args[0] for args, _ in asked]
+    names = [args[0] for args, _ in calls]
     assert names[0].endswith(f"/{LLAMA}/resolve/main/config.json")
     pairs = ["nvidia/HelpSteer3", "PKU-Alignment/PKU-SafeRLHF", "Anthropic/hh-rlhf", "PKU-Alignment/BeaverTails"]
     assert names[1:] == [LLAMA, "HuggingFaceH4/no_robots", "databricks/databricks-dolly-15k", *pairs]
-    assert asked[1][1] == {"allow_patterns": list(hub.TOKENIZER_FILES)}
+    assert calls[1][1] == {"allow_patterns": list(hub.TOKENIZER_FILES)}
 
 
 def test_a_set_that_is_gated_or_missing_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_says(monkeypatch, BASE)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **kwargs: SimpleNamespace(gated="auto"))
-    found = hub.reach_data("owner/set")
-    assert found.state == "gated" and "https://huggingface.co/datasets/owner/set" in found.fix
+    reach = hub.reach_data("owner/set")
+    assert reach.state == "gated" and "https://huggingface.co/datasets/owner/set" in reach.fix
     assert {finding.verdict for finding in examine(QLORA, []) if finding.check == "data"} == {"FAIL"}
 
 
@@ -263,7 +263,7 @@ def test_a_folder_without_safetensors_an_empty_file_and_a_bad_recipe_are_failure
 
 
 @pytest.mark.parametrize(
-    ("torch", "verdict", "found"),
+    ("torch", "verdict", "text"),
     [
         (None, "FAIL", "torch does not start"),
         (Torch("2.13.0+cpu", None, None), "FAIL", "is a build without CUDA"),
@@ -274,22 +274,22 @@ def test_a_folder_without_safetensors_an_empty_file_and_a_bad_recipe_are_failure
     ],
 )
 def test_a_card_is_of_use_where_torch_can_use_it(
-    torch: Torch | None, verdict: str, found: str, monkeypatch: pytest.MonkeyPatch
+    torch: Torch | None, verdict: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "find_devices", lambda: [CARD])
     monkeypatch.setattr(doctor, "find_torch", lambda: torch)
-    told = by_check(examine(QLORA, []), "cuda")
-    assert told.verdict == verdict and found in told.problem
+    finding = by_check(examine(QLORA, []), "cuda")
+    assert finding.verdict == verdict and text in finding.problem
 
 
 def test_the_card_that_is_here_counts_and_not_the_one_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_torch", lambda: GOOD_TORCH)
-    told = {}
+    findings = {}
     for total, free in ((24.0, 23.5), (24.0, 3.0), (8.0, 8.0)):
         monkeypatch.setattr(doctor, "find_devices", lambda total=total, free=free: [Device("card", total, free, "560")])
-        told[total, free] = by_check(examine(QLORA, ["steps=[sft]"]), "memory")
-    assert [finding.verdict for finding in told.values()] == ["ok", "note", "FAIL"]
-    assert "only 3.0 GiB are free now" in told[24.0, 3.0].problem and "It would fit with" in told[8.0, 8.0].fix
+        findings[total, free] = by_check(examine(QLORA, ["steps=[sft]"]), "memory")
+    assert [finding.verdict for finding in findings.values()] == ["ok", "note", "FAIL"]
+    assert "only 3.0 GiB are free now" in findings[24.0, 3.0].problem and "It would fit with" in findings[8.0, 8.0].fix
 
 
 @pytest.mark.parametrize(("gib", "verdict"), [(64, "ok"), (4, "FAIL")])
@@ -308,9 +308,9 @@ def test_without_a_card_the_machines_own_memory_counts(gib: int, verdict: str, m
 
 def test_a_full_disk_and_an_old_python_are_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 2**30))
-    told = [finding for finding in examine(QLORA, []) if finding.check == "disk"]
-    assert {finding.verdict for finding in told} == {"FAIL"}
-    words = " ".join(finding.problem for finding in told)
+    findings = [finding for finding in examine(QLORA, []) if finding.check == "disk"]
+    assert {finding.verdict for finding in findings} == {"FAIL"}
+    words = " ".join(finding.problem for finding in findings)
     assert "2.0 GiB free" in words and "download of the base 12.6" in words and "checkpoints and result 6.6" in words
     monkeypatch.setattr(doctor, "PYTHON_NEEDED", (9, 0))
     assert next(doctor._environment()).problem.endswith("9.0 or newer is needed")
@@ -325,8 +325,8 @@ def test_what_nvidia_smi_and_torch_print_is_read(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(devices.subprocess, "run", lambda *args, **kwargs: done)
 
     answers("NVIDIA GeForce RTX 4090, 24564, 24000, 560.35.03\nNVIDIA GB10, [N/A], [N/A], 580.1\n")
-    (found,) = find_devices()
-    assert (found.name, round(found.total_gib, 1), found.driver) == ("NVIDIA GeForce RTX 4090", 24.0, "560.35.03")
+    (device,) = find_devices()
+    assert (device.name, round(device.total_gib, 1), device.driver) == ("NVIDIA GeForce RTX 4090", 24.0, "560.35.03")
     answers("NVIDIA-SMI has failed", 9)
     assert find_devices() == [] and find_torch() is None
 
@@ -337,7 +337,7 @@ def test_what_nvidia_smi_and_torch_print_is_read(monkeypatch: pytest.MonkeyPatch
     assert find_devices() == []
 
 
-def test_the_way_out_of_an_error_is_its_last_sentence() -> None:
+def test_the_fix_of_an_error_is_its_last_sentence() -> None:
     assert doctor._problem_and_fix(LlamachatError("a: found. why. Do this.")) == ("a: found. why.", "Do this.")
     assert doctor._problem_and_fix(LlamachatError("all")) == ("all", "")
 

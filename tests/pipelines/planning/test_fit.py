@@ -29,10 +29,10 @@ def plan_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_a_recipe_fits_where_its_worst_step_does() -> None:
     recipe = load(QLORA)
-    found = fits(recipe, parse_gpu("24GiB"))
-    assert found is not None and found.fits and found.worst == "ppo" and found.hours is not None
-    assert found.peak_bytes == max(estimate.peak_bytes for estimate in found.steps.values())
-    assert found.hours == pytest.approx(sum(estimate.seconds for estimate in found.steps.values()) / 3600)
+    fit = fits(recipe, parse_gpu("24GiB"))
+    assert fit is not None and fit.fits and fit.worst == "ppo" and fit.hours is not None
+    assert fit.peak_bytes == max(estimate.peak_bytes for estimate in fit.steps.values())
+    assert fit.hours == pytest.approx(sum(estimate.seconds for estimate in fit.steps.values()) / 3600)
     small = fits(recipe, parse_gpu("12GiB"))
     assert small is not None and not small.fits
     assert fits(load(QLORA, ["base.model=owner/unknown"]), parse_gpu("24GiB")) is None
@@ -91,11 +91,11 @@ def test_where_nothing_makes_a_base_fit_the_presets_that_do_are_named() -> None:
 def test_hours_that_do_not_suffice_bring_settings_with_which_they_do(
     hours: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--config", QLORA, "--gpu", "24GiB", "--hours", hours]
-    out = plan_of(capsys, *given)
+    options = ["--config", QLORA, "--gpu", "24GiB", "--hours", hours]
+    out = plan_of(capsys, *options)
     assert "fits 24 GiB" in out and f"OVER {hours} h by" in out and f"or run.max_hours={hours}" in out
     (settings,) = (line.split() for line in out.splitlines() if "ppo.iterations=" in line)
-    assert f"within {hours} h" in plan_of(capsys, *given, *settings)
+    assert f"within {hours} h" in plan_of(capsys, *options, *settings)
 
 
 def test_a_step_takes_no_longer_than_its_own_hours(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +116,7 @@ def test_presets_on_three_cards(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan_of(capsys, "--presets", "--gpu", "8x80GiB").split()[3] == "8x80GiB"
 
 
-def test_what_plan_cannot_take_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_plan_cannot_take_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--presets", "--gpu", "abacus"]) == 2
     assert "--gpu: 'abacus' is no card that is known" in capsys.readouterr().err
     for hours in ("nan", "1e400", "-1"):
@@ -129,7 +129,7 @@ def test_what_plan_cannot_take_is_told(capsys: pytest.CaptureFixture[str]) -> No
 # -- the doctor on cards
 
 
-def test_a_card_too_small_is_told_with_what_would_fit_and_fewer_cards_than_meant_are_noted() -> None:
+def test_a_card_too_small_is_reported_with_what_would_fit_and_fewer_cards_than_configured_are_noted() -> None:
     findings = list(doctor._memory(load(LORA), [Device("card", 24.0, 24.0, "580.1")]))
     failing = [finding for finding in findings if finding.verdict == "FAIL"]
     assert {finding.check for finding in failing} == {"memory"} and len(failing) > 1

@@ -31,7 +31,7 @@ def init(*options: str, base: str = "base", sft: str = "dialogs.jsonl") -> int:
     return main(["init", "--base", base, "--sft", sft, *options])
 
 
-def made(*options: str, base: str = "base") -> Recipe:
+def init_recipe(*options: str, base: str = "base") -> Recipe:
     assert init(*options, "--out", "made.yaml", "--overwrite", base=base) == 0
     return load("made.yaml")
 
@@ -49,18 +49,18 @@ def names(recipe: Recipe) -> list[str]:
 
 
 def test_dialogs_alone_are_tuned_on(capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = made("--hours", "1")
+    recipe = init_recipe("--hours", "1")
     assert names(recipe) == ["sft", "gatt", "report"]
     assert warnings_of(recipe) == []
     assert "  left out     eval: there are no pairs (--preferences)\n" in capsys.readouterr().out
 
 
 def test_pairs_bring_one_reward_model_and_no_gate() -> None:
-    recipe = made("--preferences", "pairs.jsonl", "--hours", "2")
+    recipe = init_recipe("--preferences", "pairs.jsonl", "--hours", "2")
     assert names(recipe) == ["sft", "rm/helpfulness", "rs", "ppo", "gatt", "eval", "report"]
     assert recipe.scoring.combine == "single" and recipe.sections.reward.margin == "none"
     assert (recipe.run.dir, recipe.run.max_hours) == ("runs/made", 2)
-    assert made("--preferences", "pairs.jsonl", "--run-dir", "elsewhere").run.dir == "elsewhere"
+    assert init_recipe("--preferences", "pairs.jsonl", "--run-dir", "elsewhere").run.dir == "elsewhere"
     assert warnings_of(recipe) == []
 
 
@@ -68,20 +68,20 @@ def test_safety_pairs_bring_the_gate_where_they_have_labels_and_weights_where_no
     lines = [json.loads(line) for line in write_pairs(tmp_path / "safety.jsonl", 300).read_text().splitlines()]
     bad = [{"prompt": [{"role": "user", "content": f"Do harm {n}."}]} for n in range(300)]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bad))
-    given = ["--preferences", "pairs.jsonl", "--safety", "safety.jsonl", "--adversarial", "bad.jsonl"]
-    recipe = made(*given)
+    options = ["--preferences", "pairs.jsonl", "--safety", "safety.jsonl", "--adversarial", "bad.jsonl"]
+    recipe = init_recipe(*options)
     assert names(recipe) == ["sft", "rm/helpfulness", "rm/safety", "rs", "ppo", "gatt", "distill", "eval", "report"]
     assert recipe.scoring.combine == "weighted" and recipe.run.max_hours is None
     labelled = [{**line, "rating": "better", "chosen_is_safe": True, "rejected_is_safe": False} for line in lines]
     (tmp_path / "safety.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labelled))
-    recipe = made(*given)
+    recipe = init_recipe(*options)
     assert recipe.scoring.combine == "llama2_gate" and recipe.sections.reward.margin == "small"
     assert warnings_of(recipe) == []
 
 
 def test_many_pairs_bring_a_judge_and_several_files_stand_after_one_option(tmp_path: Path) -> None:
     write_pairs(tmp_path / "more.jsonl", 2000)
-    recipe = made("--preferences", "pairs.jsonl", "more.jsonl", "--hours", "5")
+    recipe = init_recipe("--preferences", "pairs.jsonl", "more.jsonl", "--hours", "5")
     assert "rm/judge" in names(recipe) and recipe.data.split.judge > 0
     assert [source.path for source in recipe.data.helpfulness] == ["pairs.jsonl", "more.jsonl"]
     assert warnings_of(recipe) == []
@@ -94,7 +94,7 @@ def test_many_pairs_bring_a_judge_and_several_files_stand_after_one_option(tmp_p
     ("gpu", "method"), [("80GiB", "lora"), ("rtx-4090", "qlora"), ("12GiB", "qlora"), ("8x24GiB", "qlora")]
 )
 def test_the_preset_of_the_card_is_taken_and_ends_within_the_hours(gpu: str, method: str) -> None:
-    recipe = made("--preferences", "pairs.jsonl", "--gpu", gpu, "--hours", "10", base=SEVEN)
+    recipe = init_recipe("--preferences", "pairs.jsonl", "--gpu", gpu, "--hours", "10", base=SEVEN)
     fit = fits(recipe, parse_gpu(gpu))
     assert fit is not None and fit.fits and fit.hours is not None and fit.hours <= 10
     assert recipe.tuning.method == method and (recipe.run.gpu, recipe.run.max_hours) == (gpu, 10)
@@ -105,8 +105,10 @@ def test_the_preset_of_the_card_is_taken_and_ends_within_the_hours(gpu: str, met
 
 
 def test_hours_shorten_the_longest_steps_and_leave_the_others() -> None:
-    given = ["--preferences", "pairs.jsonl", "--gpu", "24GiB"]
-    few, more, all_of_it = (made(*given, *hours, base=SEVEN) for hours in (["--hours", "4"], ["--hours", "8"], []))
+    options = ["--preferences", "pairs.jsonl", "--gpu", "24GiB"]
+    few, more, all_of_it = (
+        init_recipe(*options, *hours, base=SEVEN) for hours in (["--hours", "4"], ["--hours", "8"], [])
+    )
     assert few.sections.ppo.iterations < more.sections.ppo.iterations < all_of_it.sections.ppo.iterations == 200
     fewest, fewer, most = (one.sections.rejection_sampling.prompts or 0 for one in (few, more, all_of_it))
     assert 0 < fewest < fewer <= most <= 1000, "there are no more questions"
@@ -229,8 +231,8 @@ def test_a_preset_is_never_replaced(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_refused_is_2_and_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "folder.yaml").mkdir()
-    for name, (options, given, text) in refusals(tmp_path).items():
-        assert init(*options, **given) == 2, name
+    for name, (options, keywords, text) in refusals(tmp_path).items():
+        assert init(*options, **keywords) == 2, name
         captured = capsys.readouterr()
         fixes = "data convert" in captured.err
         assert fixes == (name in ("a bad record", "prose", "a set of the hub")), name

@@ -99,14 +99,14 @@ def test_accelerate_understands_its_files(name: str) -> None:
     from accelerate.commands.launch import launch_command_parser
 
     path = f"configs/accelerate/{name}.yaml"
-    found: Any = load_config_from_file(path)
-    assert found.num_processes == 8 and found.mixed_precision == "no"
+    config: Any = load_config_from_file(path)
+    assert config.num_processes == 8 and config.mixed_precision == "no"
     known = {action.dest for action in launch_command_parser()._actions}
-    assert set(found.fsdp_config) <= known
+    assert set(config.fsdp_config) <= known
     if name == "fsdp2":
-        assert found.fsdp_config["fsdp_version"] == 2
-        for told in (path, "configs/llama2-7b-full-fsdp.yaml"):
-            assert "not run on GPUs" in Path(told).read_text() or "has not been run on GPUs" in Path(told).read_text()
+        assert config.fsdp_config["fsdp_version"] == 2
+        for file in (path, "configs/llama2-7b-full-fsdp.yaml"):
+            assert "not run on GPUs" in Path(file).read_text() or "has not been run on GPUs" in Path(file).read_text()
 
 
 # -- plan

@@ -145,9 +145,9 @@ def test_a_card_that_shares_the_work_of_full_tuning_holds_its_share() -> None:
     one, eight = replace(CARD, gib=80.0), replace(CARD, gib=80.0, count=8)
     alone, shared = (sft(gpu=gpu, sample_prompts=0) for gpu in (one, eight))
     # Embeddings and head, 53,760 weights, are whole on each card; the blocks and the last norm are cut.
-    held = 53_760 + -(-(TINY.weights - 53_760) // 8)
+    weights = 53_760 + -(-(TINY.weights - 53_760) // 8)
     for part, each in (("base weights", 2), ("gradients", 2), (OPTIMIZER, 12)):
-        assert (alone.memory[part], shared.memory[part]) == (each * TINY.weights, each * held)
+        assert (alone.memory[part], shared.memory[part]) == (each * TINY.weights, each * weights)
     assert shared.memory["activations"] == alone.memory["activations"]
     assert alone.memory["gathered blocks"] == 0 < shared.memory["gathered blocks"]
     assert shared.seconds == pytest.approx(alone.seconds / 8)
@@ -199,23 +199,23 @@ def test_the_report_counts_seconds_and_no_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tuning", "made_by", "critic"),
+    ("tuning", "policy_tuning", "critic"),
     [(LORA, FULL, "separate"), (LORA, LORA, "shared"), (QLORA, QLORA, "separate"), (FULL, FULL, "separate")],
 )
 def test_weights_gradients_and_optimizer_are_those_of_a_real_bank(
-    tuning: Tuning, made_by: Tuning, critic: Any, world: World
+    tuning: Tuning, policy_tuning: Tuning, critic: Any, world: World
 ) -> None:
-    bank = world.bank(tuning, made_by, critic=critic)
+    bank = world.bank(tuning, policy_tuning, critic=critic)
     shape, width = read_shape(Path(world.base.model)), 2 if tuning is QLORA else 4
     assert shape is not None
     where = Setup(shape, world.base16 if tuning is QLORA else world.base, tuning)
     beside = {name: Beside(shape, width=width) for name in ("helpfulness", "safety")} if tuning is FULL else {}
-    seating = Seating(made_by is not FULL, 0 if tuning is FULL else 2, beside)
+    seating = Seating(policy_tuning is not FULL, 0 if tuning is FULL else 2, beside)
     config = PpoConfig(critic=critic)
     memory = ppo_memory(config, where, Rollout(), seating)
     in_bank = ("trunk", "policy's own weights", "critic's own weights", "adapters and heads")
-    held = sum(size for name, size in memory.items() if name in in_bank or "beside" in name)
-    assert held == pytest.approx(weight_bytes(bank), rel=1e-3)
+    loaded = sum(size for name, size in memory.items() if name in in_bank or "beside" in name)
+    assert loaded == pytest.approx(weight_bytes(bank), rel=1e-3)
     trained = {role: sum(weight.numel() for weight in group) for role, group in bank.trainable().items()}
     state = 8 + (4 if width == 2 else 0)  # two moments, and masters where the weights are not fp32
     updating = ppo_updating_bytes(config, where)
@@ -255,9 +255,9 @@ def test_a_4_bit_base_holds_all_roles_on_one_card_and_a_copy_for_the_decoder_whe
 
     def memory(shape: Shape, gpu: str, **rollout: Any) -> dict[str, int]:
         where = setup(Tuning(method="qlora", rank=16), shape=shape, gpu=parse_gpu(gpu), max_tokens=768)
-        given = Rollout.model_validate({"max_new_tokens": 256, "cache_gib": 1.0} | rollout)
+        section = Rollout.model_validate({"max_new_tokens": 256, "cache_gib": 1.0} | rollout)
         seating = Seating(is_continued=True, sharing=2)
-        return ppo_memory(PpoConfig(gradient_checkpointing=True), where, given, seating)
+        return ppo_memory(PpoConfig(gradient_checkpointing=True), where, section, seating)
 
     for shape, gpu in ((SEVEN, "24GiB"), (SEVENTY, "80GiB")):
         small = memory(shape, gpu)

@@ -66,8 +66,8 @@ def test_a_step_samples_in_its_own_way_and_that_is_part_of_what_it_is(tmp_path: 
     _, rs, ppo = recipe.steps
     assert (rs.rollout.temperature, rs.rollout.max_new_tokens) == (0.7, 9)
     assert (ppo.rollout.temperature, ppo.rollout.max_new_tokens) == (1.0, 9)
-    found = [step_identity(recipe, step, {})["rollout"]["temperature"] for step in (rs, ppo)]
-    assert found == [0.7, 1.0]
+    temperatures = [step_identity(recipe, step, {})["rollout"]["temperature"] for step in (rs, ppo)]
+    assert temperatures == [0.7, 1.0]
     over = [step.rollout.temperature for step in load(path, ["rollout.temperature=0.5"]).steps[1:]]
     assert over == [0.5, 0.5]
 
@@ -101,11 +101,11 @@ def test_each_model_has_its_own_values(tmp_path: Path) -> None:
         {"rm": {"only": ["judge"], "epochs": 5}},
     ]
     path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=steps, reward={"learning_rate": 0.5})
-    found = load(path).steps
-    configs = [step.config for step in found]
+    loaded = load(path).steps
+    configs = [step.config for step in loaded]
     assert [config.epochs for config in configs if isinstance(config, RewardConfig)] == [1, 2, 5]
     assert [config.learning_rate for config in configs if isinstance(config, RewardConfig)] == [0.5] * 3
-    assert [step.tuning.rank for step in found] == [64, 4, 64]
+    assert [step.tuning.rank for step in loaded] == [64, 4, 64]
 
 
 STEPS_WITH_VALUES = [
@@ -116,25 +116,29 @@ STEPS_WITH_VALUES = [
 
 def test_the_command_line_goes_over_the_steps_own_values(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=STEPS_WITH_VALUES)
-    given = ["tuning.method=qlora", "reward={epochs: 3, center_rewards_coefficient: null}", "sft.learning_rate=0.25"]
-    sft, safety = load(path, given).steps
+    overrides = [
+        "tuning.method=qlora",
+        "reward={epochs: 3, center_rewards_coefficient: null}",
+        "sft.learning_rate=0.25",
+    ]
+    sft, safety = load(path, overrides).steps
     assert isinstance(sft.config, SftConfig) and isinstance(safety.config, RewardConfig)
     assert (sft.tuning.method, safety.tuning.method, sft.tuning.rank) == ("qlora", "qlora", 8)
     assert (sft.config.learning_rate, sft.config.epochs, safety.config.epochs) == (0.25, 5, 3)
     assert safety.config.center_rewards_coefficient is None and safety.config.trainer == {"torch_compile": False}
     resolved = tmp_path / "resolved.yaml"
-    resolved.write_text(to_yaml(load(path, given).sections))
+    resolved.write_text(to_yaml(load(path, overrides).sections))
     assert load(resolved).steps == (sft, safety)
 
 
 def test_a_step_named_on_the_command_line_goes_over_its_section_there(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=STEPS_WITH_VALUES)
-    for given in (
+    for overrides in (
         ["sft.epochs=7", "steps.0.sft.epochs=6"],
         ["steps=[{sft: {epochs: 6}}]", "sft.epochs=7"],
     ):
-        config = load(path, given).steps[0].config
-        assert isinstance(config, SftConfig) and config.epochs == 6, given
+        config = load(path, overrides).steps[0].config
+        assert isinstance(config, SftConfig) and config.epochs == 6, overrides
 
 
 def test_a_file_does_not_go_over_the_steps_of_the_file_that_it_extends(tmp_path: Path) -> None:
@@ -190,12 +194,12 @@ REFUSED_STEPS: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("steps", "expected"), REFUSED_STEPS)
-def test_a_bad_step_is_told_at_its_place(tmp_path: Path, steps: Any, expected: str) -> None:
+def test_a_bad_step_is_reported_at_its_place(tmp_path: Path, steps: Any, expected: str) -> None:
     path = write_recipe(tmp_path, steps=steps)
     assert f"{path}: {expected}" in report(path)
 
 
-def test_the_problems_of_all_steps_are_told_together_with_those_of_the_sections(tmp_path: Path) -> None:
+def test_the_problems_of_all_steps_and_sections_are_reported_together(tmp_path: Path) -> None:
     steps = [
         "smt",
         {"sft": {"epoch": 1}},
@@ -215,7 +219,7 @@ def test_the_problems_of_all_steps_are_told_together_with_those_of_the_sections(
     assert [place for place in places if f": {place}: " not in text] == []
 
 
-def test_a_fault_of_a_section_is_told_once_and_not_at_each_step(tmp_path: Path) -> None:
+def test_a_fault_of_a_section_is_reported_once_and_not_at_each_step(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, sft={"epochs": 0}, steps=["sft", {"sft": {"name": "sft-2", "learning_rate": 0.5}}])
     assert report(path).count("epochs") == 1
 
@@ -258,10 +262,10 @@ def test_every_argument_that_sft_gives_to_trl_is_refused_in_its_trainer_key(tmp_
     tree = ast.parse((REPOSITORY / "llamachat" / "training" / "trainer.py").read_text())
     function = next(node for node in tree.body if getattr(node, "name", "") == "trainer_arguments")
     (values,) = [node for node in ast.walk(function) if isinstance(node, ast.Dict)]
-    given = [key.value for key in values.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
-    assert len(given) > 10
-    text = report(write_recipe(tmp_path, sft={"trainer": dict.fromkeys(given, 1)}))
-    assert [name for name in given if f"sft.trainer.{name}: this argument of TRL" not in text] == []
+    arguments = [key.value for key in values.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
+    assert len(arguments) > 10
+    text = report(write_recipe(tmp_path, sft={"trainer": dict.fromkeys(arguments, 1)}))
+    assert [name for name in arguments if f"sft.trainer.{name}: this argument of TRL" not in text] == []
 
 
 def test_tiny_yaml_extends_nothing_and_smoke_extends_it() -> None:

@@ -1,4 +1,4 @@
-"""`llamachat compare`: what two runs were told otherwise, figures with intervals, and when two numbers do not compare."""
+"""`llamachat compare`: how the configurations of two runs differ, figures with intervals, and when two numbers do not compare."""
 
 import json
 import re
@@ -32,13 +32,20 @@ def write_step(
     **manifest: Any,
 ) -> Path:
     folder = run / name
-    told = {"step": name, "command": name.partition("/")[0], "data": {}, "base": {}, "inputs": {}, **(identity or {})}
+    full_identity = {
+        "step": name,
+        "command": name.partition("/")[0],
+        "data": {},
+        "base": {},
+        "inputs": {},
+        **(identity or {}),
+    }
     values = {
         "kind": "policy",
         "step": name,
         "fingerprint": "f" * 64,
         "seed": 0,
-        "identity": told,
+        "identity": full_identity,
         "files": {"model.safetensors": str(folder)},
         "created": f"2026-01-0{len(name)}",
         **manifest,
@@ -59,18 +66,18 @@ def evaluated(**changes: Any) -> str:
     return json.dumps({"reference": "a", "policies": [], "figures": {"a": {}}} | changes)
 
 
-def figure(found: Comparison, name: str) -> Compared:
-    return next(one for step in found.steps for one in step.figures if one.name == name)
+def figure(comparison: Comparison, name: str) -> Compared:
+    return next(one for step in comparison.steps for one in step.figures if one.name == name)
 
 
-def test_an_interval_made_of_two_is_newcombes() -> None:
+def test_the_interval_of_a_difference_is_newcombes() -> None:
     # Newcombe 1998, table II: 56 of 70 less 48 of 80 by method 10 is 0.2, 0.0524 to 0.3339.
     first, second = Difference(56 / 70, *wilson(56, 70)), Difference(48 / 80, *wilson(48, 80))
-    found = independent_difference(first, second)
-    assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    difference = independent_difference(first, second)
+    assert (difference.value, difference.low, difference.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
 
 
-def test_what_differs_is_told_once_key_by_key_and_by_what_it_decides(tmp_path: Path) -> None:
+def test_differences_are_reported_once_key_by_key_and_by_what_they_decide(tmp_path: Path) -> None:
     for name, rate, micro, digest, path in (("a", 0.1, 8, "old", "x.jsonl"), ("b", 0.2, 4, "new", "x.jsonl")):
         for step in ("sft", "rs"):
             identity = {
@@ -89,8 +96,8 @@ def test_what_differs_is_told_once_key_by_key_and_by_what_it_decides(tmp_path: P
                 "steps": ["sft", {"rs": {"sft": {"learning_rate": rate}}}],
             }
             write_step(tmp_path / name, step, {}, identity=identity, recipe=recipe, versions={"torch": f"2.{micro}"})
-    found = compare_runs(tmp_path / "a", tmp_path / "b")
-    assert [(change.key, change.a, change.b, change.kind, change.steps) for change in found.changes] == [
+    comparison = compare_runs(tmp_path / "a", tmp_path / "b")
+    assert [(change.key, change.a, change.b, change.kind, change.steps) for change in comparison.changes] == [
         ("data.sft[0].path", "x.jsonl (aaaaaaaaaaaa)", "x.jsonl (bbbbbbbbbbbb)", "result", ("rs", "sft")),
         ("sft.learning_rate", "0.1", "0.2", "result", ("rs", "sft")),
         ("inputs.policy", "(aaaaaaaaaaaa)", "(bbbbbbbbbbbb)", "input", ("rs",)),
@@ -139,17 +146,17 @@ def test_gains_over_the_first_policy_are_paired_too(step: str, tmp_path: Path) -
             write_json(folder / "artifact/answers/ppo.json", answers_of(final))
             plain = {"reference": "sft", "policies": [], "figures": {"sft": {}}}
             write_json(folder / "artifact/evaluation.json", plain)
-    found = figure(compare_runs(tmp_path / "a", tmp_path / "b"), name)
-    assert (found.how, found.low, found.high) == ("paired", pytest.approx(0.5), pytest.approx(0.5))
-    assert found.remark == ("" if step == "distill" else "each against its own first policy")
+    compared = figure(compare_runs(tmp_path / "a", tmp_path / "b"), name)
+    assert (compared.how, compared.low, compared.high) == ("paired", pytest.approx(0.5), pytest.approx(0.5))
+    assert compared.remark == ("" if step == "distill" else "each against its own first policy")
 
 
 def test_answers_that_do_not_give_the_figure_are_not_paired(tmp_path: Path) -> None:
     for run in ("a", "b"):
         folder = write_step(tmp_path / run, "rs", {"rs/test/final/judge": 9.0 if run == "b" else 8.0})
         write_json(folder / "sampling/test-final.json", answers_of(SCORES))
-    found = figure(compare_runs(tmp_path / "a", tmp_path / "b"), "rs/test/final/judge")
-    assert (found.difference, found.how) == (1.0, None)
+    compared = figure(compare_runs(tmp_path / "a", tmp_path / "b"), "rs/test/final/judge")
+    assert (compared.difference, compared.how) == (1.0, None)
 
 
 def test_scores_of_two_reward_models_or_on_two_scales_are_not_subtracted(tmp_path: Path) -> None:
@@ -161,10 +168,10 @@ def test_scores_of_two_reward_models_or_on_two_scales_are_not_subtracted(tmp_pat
         of_ppo = {name: {"value": 2.0, "low": None, "high": None} for name in ("score", "win_rate/judge")}
         plain = {"reference": "ppo", "policies": ["ppo"], "figures": {"ppo": of_ppo}}
         write_json(write_step(tmp_path / run, "eval", {}) / "artifact/evaluation.json", plain)
-    found = compare_runs(tmp_path / "a", tmp_path / "b")
-    told = {one.name: one.difference for step in found.steps for one in step.figures}
+    comparison = compare_runs(tmp_path / "a", tmp_path / "b")
+    differences = {one.name: one.difference for step in comparison.steps for one in step.figures}
     # The reference of the evaluation is another policy in each run, since its files differ.
-    assert told == {
+    assert differences == {
         "ppo/test/final/reward_helpfulness": None,
         "ppo/test/final/reward_safety": 0.0,
         "ppo/test/final/reward_combined": None,
@@ -174,9 +181,9 @@ def test_scores_of_two_reward_models_or_on_two_scales_are_not_subtracted(tmp_pat
         "eval/ppo/score": None,
         "eval/ppo/win_rate/judge": 0.0,
     }
-    assert figure(found, "ppo/test/final/score").remark == "scored by another helpfulness model in each"
-    assert figure(found, "eval/ppo/score").remark == "each on the scale of its own first policy"
-    assert figure(found, "eval/ppo/win_rate/judge").remark == "each against its own first policy"
+    assert figure(comparison, "ppo/test/final/score").remark == "scored by another helpfulness model in each"
+    assert figure(comparison, "eval/ppo/score").remark == "each on the scale of its own first policy"
+    assert figure(comparison, "eval/ppo/win_rate/judge").remark == "each against its own first policy"
 
 
 def two_runs(tmp_path: Path) -> tuple[Path, Path]:

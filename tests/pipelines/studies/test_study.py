@@ -108,7 +108,7 @@ def test_each_variant_runs_with_each_seed_from_one_policy(tmp_path: Path, calls:
     assert read_artifact(place / "rm" / "helpfulness").manifest.kind == "reward_model"
 
 
-def test_a_study_goes_on_where_it_was_stopped_with_tables_of_what_is_done(
+def test_a_stopped_study_resumes_with_tables_of_what_is_done(
     tmp_path: Path, calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_study(tmp_path)
@@ -132,18 +132,18 @@ def test_the_tables_hold_means_over_seeds_and_differences_seed_by_seed(tmp_path:
     assert text == (tmp_path / "runs" / "one-study" / "study.md").read_text()
     index = json.loads((tmp_path / "runs" / "one-study" / "study.json").read_text())
     assert index["variants"]["large"]["figures"]["3"][ACCURACY] == pytest.approx(0.68)
-    found = index["tables"][1]["rows"]["large"]["all"]
-    assert found["by_seed"] == {"0": 0.65, "3": 0.68} and found["difference"]["mean"] == pytest.approx(0.15)
+    row = index["tables"][1]["rows"]["large"]["all"]
+    assert row["by_seed"] == {"0": 0.65, "3": 0.68} and row["difference"]["mean"] == pytest.approx(0.15)
 
 
 def test_the_interval_of_a_difference_is_students(tmp_path: Path) -> None:
     from scipy.stats import ttest_rel
 
     values, others = [0.61, 0.66, 0.58, 0.64, 0.70], [0.60, 0.61, 0.59, 0.60, 0.62]
-    found, oracle = paired_difference(values, others), ttest_rel(values, others)
+    difference, oracle = paired_difference(values, others), ttest_rel(values, others)
     interval = oracle.confidence_interval(0.95)
-    assert found.mean == pytest.approx(0.034)
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert difference.mean == pytest.approx(0.034)
+    assert (difference.low, difference.high) == pytest.approx((interval.low, interval.high))
     # By hand: differences 0 and 2, deviation sqrt(2), over sqrt(2): 1; t of one degree of freedom: 12.706.
     by_hand = paired_difference([1.0, 3.0], [1.0, 1.0])
     assert (by_hand.low, by_hand.high) == pytest.approx((1 - 12.706, 1 + 12.706), abs=1e-3)
@@ -152,8 +152,8 @@ def test_the_interval_of_a_difference_is_students(tmp_path: Path) -> None:
 
 def test_the_command_line_goes_over_the_study_and_over_its_recipe(tmp_path: Path, calls: list[Any]) -> None:
     path = write_study(tmp_path, values={"reward.epochs": 4, "run.dir": str(tmp_path / "runs" / "study")})
-    given = ["seeds=[7]", "reward.learning_rate=0.5", "reward.margin=small"]
-    assert main(["rm", "--config", str(path), *given]) == 0
+    overrides = ["seeds=[7]", "reward.learning_rate=0.5", "reward.margin=small"]
+    assert main(["rm", "--config", str(path), *overrides]) == 0
     assert {seed for step, seed, *_ in calls if step != "sft"} == {7}
     assert {(config.epochs, config.learning_rate) for step, *_, config in calls if step != "sft"} == {(4, 0.5)}
     assert [config.margin for step, *_, config in calls if step != "sft"] == ["none", "large", "small"]
@@ -298,7 +298,7 @@ def test_the_picture_shows_each_figure_against_the_number_that_is_changed(
     ],
 )
 def test_a_variant_stands_for_a_number_where_all_that_it_changes_is_one(values: list[Any], numbers: Any) -> None:
-    variants = {f"v{index}": {"values": given} for index, given in enumerate(values)}
+    variants = {f"v{index}": {"values": changes} for index, changes in enumerate(values)}
     study = Study.model_validate({"extends": "x.yaml", "variants": variants, "seeds": (0,)})
     assert study_pictures.numbers_of(study, list(variants), {"a": {"b": 9}, "list": [7]}) == numbers
 

@@ -45,7 +45,8 @@ class Config(Section):
         description="Risk categories: {name: [patterns of prompt ids, such as fraud-*]}; the first that fits counts. Paper: labels of annotators.",
     )
     prompts: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Adversarial prompts that are asked; null for all of the training side. Ours."
+        default=None,
+        description="Number of adversarial prompts to sample answers to; null: all of the training side. Ours.",
     )
     samples_per_prompt: int = Field(
         default=1,
@@ -57,7 +58,7 @@ class Config(Section):
     )
     keep: Literal["better", "all"] = Field(
         default="better",
-        description="The best distilled answer is learnt where it is safer than the best plain one (better, the paper's), or always (all: the paper found that it harms good answers).",
+        description="Train on the best distilled answer where it is safer than the best plain one (better, the paper's), or always (all: the paper found that it harms good answers).",
     )
     margin: float = Field(
         default=0.0, ge=0, description="How far above the plain answer's safety score its own must be. Paper: 0."
@@ -66,7 +67,7 @@ class Config(Section):
         default=0.0,
         ge=0,
         le=1,
-        description="Of the dialogs of data.sft that are learnt beside, against forgetting. Ours.",
+        description="Share of the dialogs of data.sft to add to the training, against forgetting. Ours.",
     )
     sft: dict[str, Any] = Field(
         default_factory=dict, description="Values over the section sft for the tuning on the kept answers."

@@ -35,7 +35,9 @@ class Config(Section):
         description="Two answers whose scores differ by less are tied, and left out of win rates: at 0.1 a model prefers one with 52.5%. Paper: ties removed, by people's rating; the number is ours.",
     )
     dialogs: int = Field(
-        default=200, ge=0, description="Held-out dialogs with an instruction in the first turn; 0 measures none. Ours."
+        default=200,
+        ge=0,
+        description="Number of held-out dialogs with an instruction in the first turn; 0: none. Ours.",
     )
     turns: Annotated[tuple[Turn, ...], Field(min_length=1)] = Field(
         default=(1, 2, 4, 6), description="Turns at which it is checked. Paper, table 30: 2, 4, 6, 20."

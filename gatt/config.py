@@ -49,7 +49,7 @@ class Config(Section):
     )
     values: Literal["lists", "policy"] = Field(
         default="lists",
-        description="Figures, hobbies and languages from files (lists), or asked of the policy itself (policy, as the paper did: what it does not know it does not name).",
+        description="Figures, hobbies and languages from files (lists), or named by the policy itself (policy, as in the paper: it names only what it knows).",
     )
     lists: Lists = Field(default=Lists(), description="The files.")
     samples_per_turn: int = Field(
@@ -68,7 +68,7 @@ class Config(Section):
         default=0.2,
         ge=0,
         lt=1,
-        description="Share of the dialogs that have no instruction, of one user turn or more, with the policy's own answers: without them answers are quoted, or the user named, where nobody asked for it. Not in the paper; ours.",
+        description="Share of the dialogs that have no instruction, of one user turn or more, with the policy's own answers: without them the policy quotes answers, or names the user, without an instruction to. Not in the paper; ours.",
     )
     recall_share: float = Field(
         default=0.25,
@@ -78,17 +78,17 @@ class Config(Section):
     )
     mends: bool = Field(
         default=True,
-        description="A last answer that no sample keeps is put right by rule where it can be (a word put first, small letters, quotes, a name said); counted. Ours.",
+        description="Correct the last answer by rule where no sample keeps the instruction and a rule can (a first word, small letters, quotes, a name); counted. Ours.",
     )
     sft_share: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="Of the dialogs of data.sft that are learnt beside, against forgetting. Ours.",
+        description="Share of the dialogs of data.sft to add to the training, against forgetting. Ours.",
     )
     sft: dict[str, Any] = Field(
         default_factory=dict,
-        description="Values over the section sft for the tuning; only the last answer of a dialog is learnt, always.",
+        description="Values over the section sft for the tuning, which always trains on the last answer of a dialog alone.",
     )
     max_hours: Annotated[float, Field(gt=0)] | None = unless_null(
         description="Time budget of the sampling in hours, over all its starts; what was sampled by then is trained on; the tuning has sft.max_hours. null for none. Ours."
@@ -97,7 +97,9 @@ class Config(Section):
         default=(1, 2, 4, 6), description="Turns at which consistency is measured. Paper, table 30: 2, 4, 6, 20."
     )
     evaluation_dialogs: int = Field(
-        default=200, ge=2, description="Held-out dialogs, each with held-out values, that are measured. Ours."
+        default=200,
+        ge=2,
+        description="Number of held-out dialogs, each with held-out values, for the evaluation. Ours.",
     )
 
     @model_validator(mode="after")

@@ -68,7 +68,7 @@ class GattDialog:
     answers: list[str]
     tokens: int  # of the last answer
     passing: float  # share of the samples of the last turn that kept the instruction
-    is_mended: bool  # none of them did, and the answer was put right by rule
+    is_mended: bool  # none of them did, and the answer was corrected by rule
 
 
 PLAIN = Instruction((), "", is_shortened=False)  # of a dialog without one

@@ -42,7 +42,7 @@ class Config(Section):
     iterations: int = Field(
         default=200,
         ge=1,
-        description="Iterations at most: answers are sampled, scored and learnt from. Paper: 200 to 400, early stopping.",
+        description="The most iterations; each samples answers, scores them and updates the policy. Paper: 200 to 400, early stopping.",
     )
     responses_per_iteration: int = Field(
         default=512, ge=1, description="Answers sampled in an iteration, one a prompt. Paper: batch size 512."
@@ -99,7 +99,7 @@ class Config(Section):
         default=0.1,
         ge=0,
         lt=1,
-        description="Share of rollout.max_new_tokens before the limit in which a finished answer's shaped score goes gradually down to scoring.unfinished_score; 0: only cut answers get it. Ours.",
+        description="Share of rollout.max_new_tokens before the limit in which a finished answer's shaped score falls gradually to scoring.unfinished_score; 0: only truncated answers get it. Ours.",
     )
     discount: float = Field(
         default=1.0, gt=0, le=1, description="Gamma: what a reward is worth one token earlier. Not in the paper; ours."
@@ -116,11 +116,11 @@ class Config(Section):
     value_coef: float = Field(
         default=0.1,
         ge=0,
-        description="With critic: shared, the weight of the value loss beside the policy loss. Not in the paper; ours.",
+        description="With critic: shared, the weight of the value loss relative to the policy loss. Not in the paper; ours.",
     )
     critic: Literal["separate", "shared"] = Field(
         default="separate",
-        description="The critic is weights of its own, begun from the reward model (separate), or a head on the policy's trunk that begins with values of 0 (shared: faster, less memory). Ours.",
+        description="The critic: its own weights, initialised from the reward model (separate), or a head on the policy's trunk, initialised to values of 0 (shared: faster, less memory). Ours.",
     )
     critic_warmup: int = Field(
         default=0,
@@ -136,7 +136,7 @@ class Config(Section):
     patience: int | None = Field(
         default=5,
         ge=1,
-        description="Evaluations in a row without a larger share of pairs won against the starting policy before it ends, the best policy kept; null for none. Paper: early stopping on held-out prompts.",
+        description="End after this many evaluations in a row without a higher win rate against the starting policy, and keep the best policy; null: never. Paper: early stopping on held-out prompts.",
     )
     test_prompts: int = Field(
         default=200, ge=1, description="Prompts of the test side that the first and the final policy answer. Ours."
@@ -147,7 +147,7 @@ class Config(Section):
     )
     save_every: int = operational(5, ge=1, description="Iterations between checkpoints.")
     tokens_per_microbatch: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(
-        "auto", description="Tokens scored or learnt from in one forward pass, padding included; auto takes what fits."
+        "auto", description="Tokens of one forward pass in scoring and updates, padding included; auto takes what fits."
     )
     gradient_checkpointing: bool = operational(
         False, description="Recompute activations in the backward pass: about a third slower, far less memory."

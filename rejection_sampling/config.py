@@ -49,7 +49,7 @@ class Config(Section):
     )
     select: Literal["best", "random"] = Field(
         default="best",
-        description="Which of a prompt's K answers is learnt: the best by the reward models, or, as a control, one drawn uniformly from those that could be (ended, not empty, each text once). The control must not raise the judge's score. Ours.",
+        description="Which of a prompt's K answers to train on: the best by the reward models, or, as a control, one drawn uniformly from the usable ones (finished, not empty, each text once). The control must not raise the judge's score. Ours.",
     )
     pool: Literal["best_per_prompt", "all"] = Field(
         default="best_per_prompt",

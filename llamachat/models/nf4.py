@@ -1,10 +1,10 @@
 """The 4-bit trunk of QLoRA (Dettmers et al. 2023, arXiv:2305.14314): NF4 with double quantisation, by bitsandbytes.
 
 The projections of the layers are quantised while they load; embeddings, norms and the output head keep their dtype.
-Two things surprise. On a CPU with AVX512-bf16, bitsandbytes repacks the weights in place on the first evaluation
-forward, and gradients after it are wrong without a sign: `close_cpu_trap` forbids that. And a GPU packs the same
-weights into other bytes than a CPU (its sums run in another order), so that a policy is matched to its base by the
-weights that were read, not by the packed ones.
+On a CPU with AVX512-bf16, bitsandbytes repacks the weights in place on the first evaluation
+forward, and gradients after it are silently wrong: `close_cpu_trap` prevents that. A GPU packs the same weights
+into other bytes than a CPU (its sums run in another order), so a policy is matched to its base by the weights that were
+read, not by the packed ones.
 """
 
 from collections.abc import Mapping

@@ -50,7 +50,7 @@ def _imported_beside(path: Path) -> list[Path]:
 
 
 def _imports(file: Path, folder: Path) -> Iterator[tuple[str, ...]]:
-    """What a file imports, as dotted names in parts; those within a package as seen from `folder`."""
+    """What a file imports, as dotted names in parts; those within a package relative to `folder`."""
     try:
         with _readable(file):
             tree = ast.parse(file.read_bytes())

@@ -1,9 +1,9 @@
 """One living command a step: a POSIX record lock on `<step>/lock`, whose text says who holds it.
 
-The kernel frees the lock when its owner dies, so a killed command leaves nothing to clean up. Two things surprise.
+The kernel frees the lock when its owner dies, so a killed command leaves nothing to clean up.
 A record lock belongs to the process: a forked child or a service started by it does not hold it (an flock would), but
-closing ANY descriptor of the file drops it, so a holder never opens its own lock file again. And the file is never
-unlinked while others may wait; where the whole folder gives way to a reference, the lock is checked after it is taken.
+closing ANY descriptor of the file drops it, so a holder never opens its own lock file again. The file is never
+unlinked while others may wait; where a reference replaces the whole folder, the lock is checked after it is taken.
 """
 
 import errno

@@ -2,7 +2,7 @@
 
 What goes there: numbers, pictures of curves and the configuration; text only where the caller passes it. What wandb
 collects by itself (code, git state, console, command line, user, host, hardware figures, error reports) is off.
-Two things surprise. Each offline session is a folder of its own, so a resumed step writes its whole record again and
+Each offline session is a folder of its own, so a resumed step writes its whole record again and
 removes the folders before: one folder a step, without the rows that the killed command wrote past its checkpoint.
 Online, wandb's own row number is the step, and rows that the server has are not sent twice.
 """

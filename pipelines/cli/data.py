@@ -22,7 +22,7 @@ def tokens(
     dialogs: Annotated[Path, typer.Option("--in", help="Dialogs.", metavar="FILE")],
     out: Annotated[Path, typer.Option("--out", help="input_ids and loss_mask of each dialog.", metavar="FILE")],
     train_on: Annotated[
-        Literal["every_answer", "last_answer"], typer.Option("--train-on", help="Which answers are learnt.")
+        Literal["every_answer", "last_answer"], typer.Option("--train-on", help="Which answers are trained on.")
     ] = "every_answer",
     show: Annotated[bool, typer.Option("--show", help="Print the dialogs, trained tokens coloured.")] = False,
     allow_unproved: AllowUnproved = False,

@@ -136,7 +136,7 @@ def compare(
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The other; differences are this one less RUN_A.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Where to write; without it compare-A-B beside RUN_A.", metavar="DIR"),
+        typer.Option("--out", help="Folder to write to; default: compare-A-B next to RUN_A.", metavar="DIR"),
     ] = None,
     overwrite: OverwriteOutOption = False,
 ) -> None:
@@ -150,7 +150,7 @@ def compare(
 @reported
 def pretrain(
     texts: Annotated[Path, typer.Option("--texts", help="Folder of the texts.", metavar="DIR")],
-    run: Annotated[Path, typer.Option("--run", help="Folder of the run; continued where it was begun.", metavar="DIR")],
+    run: Annotated[Path, typer.Option("--run", help="Folder of the run; an existing run is resumed.", metavar="DIR")],
     overrides: Overrides = None,
 ) -> None:
     """How the bundled tokenizer and tiny base model were made."""

@@ -206,7 +206,7 @@ class RecipeSections(Section):
     run: Run = Field(description="Where the run lives, and its seed.")
     base: Base = Field(description="The model that everything is tuned from.")
     tuning: Tuning = Field(default=Tuning(), description="Which weights are trained.")
-    data: Data = Field(description="What is learnt from.")
+    data: Data = Field(description="The training data.")
     steps: tuple[StepEntry, ...] = Field(
         default=(StepEntry("sft"),),
         min_length=1,
@@ -223,13 +223,13 @@ class RecipeSections(Section):
     )
     context_distillation: ContextDistillationConfig = Field(
         default=ContextDistillationConfig.model_validate({}),
-        description="Context distillation: safer answers, sampled under a preprompt, are learnt without it.",
+        description="Context distillation: train on safer answers, sampled under a preprompt, without the preprompt.",
     )
     ppo: PpoConfig = Field(default=PpoConfig.model_validate({}), description="Proximal policy optimisation.")
     evaluation: EvaluationConfig = Field(
         default=EvaluationConfig.model_validate({}), description="Every policy of the run on the same held-out prompts."
     )
-    report: ReportConfig = Field(default=ReportConfig(), description="One page that tells of the whole run.")
+    report: ReportConfig = Field(default=ReportConfig(), description="The report on the whole run.")
     rollout: Rollout = Field(default=Rollout(), description="How answers are sampled.")
     tracking: Tracking = Field(default=Tracking(), description="What is written down as a step runs.")
 

@@ -125,7 +125,7 @@ STAGES = {
         ),
         Stage(
             command="rs",
-            help="Rejection sampling: the best of K answers to each prompt are learnt, with earlier rounds' (3.2.3).",
+            help="Rejection sampling: train on the best of K answers to each prompt, with those of earlier rounds (3.2.3).",
             section="rejection_sampling",
             package=rejection_sampling,
             products=(Product(makes=POLICY, data=PROMPT_DATA, needs=PROMPT_DATA),),
@@ -147,7 +147,7 @@ STAGES = {
         ),
         Stage(
             command="distill",
-            help="Context distillation: safer answers, sampled under a preprompt, are learnt without it (4.2.4).",
+            help="Context distillation: train on safer answers, sampled under a preprompt, without the preprompt (4.2.4).",
             section="context_distillation",
             package=context_distillation,
             products=(Product(makes=POLICY, data=(*PROMPT_DATA, "borderline"), needs=ADVERSARIAL_DATA),),
@@ -176,7 +176,7 @@ STAGES = {
         ),
         Stage(
             command="report",
-            help="One page that tells of the whole run, or of as much of it as is finished: HTML, and the same as Markdown.",
+            help="Report on the finished steps of the run: one HTML page, and the same as Markdown.",
             section="report",
             package=report,
             products=(Product(makes=REPORT, data=()),),

@@ -47,7 +47,7 @@ class Table(Section):
 class Study(Section):
     """What a study's file holds."""
 
-    extends: str = Field(min_length=1, description="The recipe, seen from this file.")
+    extends: str = Field(min_length=1, description="The recipe, relative to this file.")
     values: dict[str, Any] = Field(default={}, description="Over the recipe's, in every variant: {run.dir: runs/x}.")
     command: str | tuple[str, ...] = Field(
         default=AUTO,

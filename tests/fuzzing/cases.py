@@ -114,7 +114,7 @@ def _place(trace: Any) -> str:
 
 
 def data_case(r: Random, world: "World") -> Iterator[str]:
-    """Check and convert a file, and hold the counts against each other."""
+    """Check and convert a file, and compare the counts."""
     data = write_data(r, world.scratch)
     kind, form = r.choice(["", "", "", "dialog", "preference", "prompt"]), r.choice(["auto"] * 8 + FORMATS)
     options = [*(["--kind", kind] if kind else []), *(["--format", form] if form != "auto" else [])]

@@ -217,7 +217,7 @@ def test_last_answers_are_put_right_by_rule_and_counted(tiny_format: ChatFormat)
         ("sure, the cat.", True, 0.0),
         ("a sun", False, 1.0),
     ]
-    assert [one.answers[0] for one in dialogs] == ["the cat"] * 3, "only last answers are put right"
+    assert [one.answers[0] for one in dialogs] == ["the cat"] * 3, "only last answers are corrected"
     assert counted_drops(talk) == {"dialogs left out: no sample of the last answer keeps the instruction": 1}
 
 
@@ -252,7 +252,7 @@ def test_a_plain_dialog_has_the_policys_own_answers_and_no_system_text(tiny_form
     script = [[["Hi there."], ["Hi, sun."]], [["Now it is."], ["Now it is."]]]
     dialogs, engine = run(tiny_format, talk, script, samples=1, repairs=True)
     assert engine.prompts[1][0] == "[INST] Hello? [/INST] Hi there. </s>[INST] And now? [/INST]"
-    # The same turns and the same sample: with the instruction it is put right, without it stays as it is.
+    # The same turns and the same sample: with the instruction it is corrected, without one it stays.
     assert [one.answers[1] for one in dialogs] == ["Now it is.", "Now it is, sun."]
     plain, instructed = (json.loads(dialog_text(one, "gatt"))["messages"] for one in dialogs)
     assert [one["role"] for one in plain] == ["user", "assistant", "user", "assistant"]

@@ -101,7 +101,7 @@ def run_of_two(folder: Path, tiny_format: ChatFormat) -> Artifact:
     data = {"helpfulness": [{"path": digest} for digest in digests], "split": {"test": 0.2}}
     return change_manifest(
         last,
-        # Where it lay when it was made, seen from where that was.
+        # Where it lay when it was written, relative to the working directory then.
         inputs={"policy": "runs/one/sft/artifact", "reward_model/safety": "runs/one/rm/safety/artifact"},
         identity={"command": "rs", "data": data, "inputs": {"policy": first.digest}},
     )

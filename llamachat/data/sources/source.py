@@ -152,7 +152,7 @@ def source(kind: Kind, fields: str, **more: Any) -> Callable[[Callable[[RawRow],
 
 
 def fitting_sources(row: Mapping[str, Any], kind: Kind | None, sources: Iterable[Source]) -> list[Source]:
-    """The sets that a row may be of where this kind is wanted: none, one, or those that its fields cannot tell apart.
+    """The sets that a row may be of where this kind is wanted: none, one, or those that its fields cannot distinguish.
 
     A row of a set that gives another kind is of none; prompts are taken from any.
     """

@@ -60,7 +60,7 @@ def check_preprompts(config: Config, chat_format: ChatFormat) -> None:
             chat_format.check_text((Message("system", text),), field="system")
         except DialogError as error:
             raise ConfigError(
-                f"context_distillation.{key} {error.reason} A preprompt stands where a system text stands. Reword it."
+                f"context_distillation.{key} {error.reason} A preprompt is used as a system text. Reword it."
             ) from error
 
 

@@ -119,7 +119,7 @@ def load_guard(name: str, *, device: str = "cuda", dtype: str = "bfloat16") -> G
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"evaluation.guard: '{name}' cannot be loaded ({reason}). Give a folder or a hub name of a Llama with safetensors; a"
-            " gated one wants its licence accepted on its page and `hf auth login`."
+            " gated one requires its licence accepted on its page and `hf auth login`."
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -165,7 +165,7 @@ def check_system(system: str) -> None:
         culprit = "three quotes in a row" if QUOTE in system else f"the character {lost[0]!a}"
         raise UsageError(
             f"--format ollama: the policy's system text holds {culprit}, which a Modelfile cannot quote. The policy was "
-            "trained with that text as it is. Export with --format gguf, and send the system text yourself."
+            "trained with exactly that text. Export with --format gguf, and send the system text yourself."
         )
 
 
@@ -296,7 +296,7 @@ def sentencepiece_model(chat_format: ChatFormat, tokenizer_json: str) -> bytes:
     wrong = sum(rebuilt.encode_prompt(messages) != chat_format.encode_prompt(messages) for messages in prompts)
     if wrong:
         raise TokenizerError(
-            f"tokenizer.json: a SentencePiece model made of it, which llama.cpp needs, gives other ids in {wrong} of "
+            f"tokenizer.json: a SentencePiece model built from it, which llama.cpp needs, gives other ids in {wrong} of "
             f"{len(prompts)} texts. Put the tokenizer.model of the original base into the artifact, and export again."
         )
     return model

@@ -144,7 +144,7 @@ def _files(folder: Path) -> list[str]:
     foreign = [file for file in files if not any(fnmatch(file, pattern) for pattern in SHIPPED)]
     if foreign:
         raise HubError(
-            f"{folder / foreign[0]}: no export writes such a file. Only what an export is made of goes to the hub, so "
-            "that no text of yours does. Take the file away."
+            f"{folder / foreign[0]}: no export writes such a file. Only files of an export are uploaded, to keep "
+            "your texts private. Remove the file."
         )
     return files

@@ -189,7 +189,7 @@ def as_exported(policy: Policy) -> Policy:
     dtype = model.get_input_embeddings().weight.dtype
     needed = sum(layer.in_features * layer.out_features for layer in layers.values()) * dtype.itemsize
     if model.device.type == "cuda" and needed >= 0.8 * torch.cuda.mem_get_info(model.device)[0]:
-        log.info("%s: the adapter stays beside the 4-bit weights, since the merged ones do not fit", policy.name)
+        log.info("%s: the adapter stays separate from the 4-bit weights, since the merged ones do not fit", policy.name)
         return policy
     for name, layer in layers.items():
         weight_OI = plain_weight(base_layer(cast(nn.Module, layer))).to(dtype)

@@ -63,7 +63,7 @@ def costs(facts: Facts) -> Section | None:
         )
     rows.append(row("all", duration(total), "", ""))
     partial = (
-        "Where only the training's time was written down, sampling and loading come on top. " if is_partial else ""
+        "Where only the training's time was recorded, add sampling and loading. " if is_partial else ""
     )
     table = Table(
         "Time and memory",

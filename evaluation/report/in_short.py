@@ -88,7 +88,7 @@ def _judged(evaluation: Evaluation, policy: str, *, judge_is_fit: bool) -> str:
             f"{name}: whether answers got better than {reference}'s is unknown, since the judge is not fit; {figure}."
         )
     if judge.interval is None:
-        return f"{name}: whether answers got better than {reference}'s cannot be said without an interval; {figure}."
+        return f"{name}: whether answers got better than {reference}'s is unknown without an interval; {figure}."
     if judge.interval[0] > 0:
         return f"{name} made answers better than {reference}'s; {figure}."
     if judge.interval[1] < 0:

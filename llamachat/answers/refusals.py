@@ -173,7 +173,7 @@ def _path(name: str) -> Path:
     path = bundled(name)
     if not path.is_file():
         raise DataError(
-            f"{path}: is not there, and whether an answer is a refusal is learnt from it. Bundled data lie in a clone of the"
-            " repository: run the command from one, or copy the folder 'data' beside this code."
+            f"{path}: does not exist, and the refusal classifier is trained on it. The bundled data is in a clone of"
+            " the repository: run the command from one, or copy the folder 'data' next to this code."
         )
     return path

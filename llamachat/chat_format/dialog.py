@@ -166,7 +166,7 @@ def check_message(message: Message, field: str) -> None:
     if message.train and message.role != "assistant":
         raise DialogError(
             f"{field}.train",
-            f"is true on a {message.role} turn, but only answers are learnt.",
+            f"is true on a {message.role} turn, but only answers are trained on.",
             "Take 'train' out of this turn.",
         )
 
@@ -178,7 +178,7 @@ def _check_order(messages: Sequence[Message], index: int, first_turn: int, field
         return
     where = f"{field}[{index}].role"
     if role == "system":
-        raise DialogError(where, "is 'system', which may only stand first.", "Move its text into the first message.")
+        raise DialogError(where, "is 'system', which is allowed only as the first message.", "Move its text into the first message.")
     if index == first_turn:
         raise DialogError(
             where,

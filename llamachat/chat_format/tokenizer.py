@@ -232,7 +232,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if control is None:
         raise TokenizerError(
             f"{file}: names no token that begins a text and one that ends it (bos_token and eos_token in "
-            f"tokenizer_config.json or special_tokens_map.json). A turn of the chat format stands between the two. Name "
+            f"tokenizer_config.json or special_tokens_map.json). The chat format puts a turn between the two. Name "
             f"them there, or take another base. {BASES_THAT_WORK}"
         )
     return Tokenizer(backend, control)

@@ -213,7 +213,7 @@ class Base(Section):
         default=None, description="Lengthens the context: {type: ..., factor: ...}."
     )
     allow_unproved_tokenizer: bool = operational(
-        False, description="Run with a tokenizer that cannot be proved to give the format's ids, with a warning."
+        False, description="Run with a tokenizer that fails the check of the format's ids, with a warning."
     )
     policy: Annotated[LocalPath | None, POLICY_PATH] = Field(
         default=None, description="A policy of another run (artifact, step or run folder), the first step's input."

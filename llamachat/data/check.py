@@ -152,7 +152,7 @@ class CheckReport:
         html = next(filter(None, (html_in(message.content) for _, message in texts)), None)
         if html is not None:
             self._first_html = self._first_html or html
-            reason = f"is HTML ({printable(self._first_html)[:40]}), which is trained on as it is."
+            reason = f"is HTML ({printable(self._first_html)[:40]}), which is trained on unchanged."
             fix = "Take it out with `llamachat data convert --plain-text`, or leave it if the dialogs are about web pages."
             self._warn(line, "content", reason, fix)
 

@@ -199,12 +199,12 @@ def _text_problem(path: Path, head: bytes) -> Row | None:
     is_whole = len(head) < _HEAD
     if text.lstrip().startswith(b"[") and _is_array(path, text, is_whole=is_whole):
         return _whole(
-            "is one JSON array, but each record stands on a line of its own.",
+            "is one JSON array, but each record must be on a line of its own.",
             f"Convert it: `llamachat data convert {quote(str(path))} {quote(str(converted_path(path)))}` (or `jq -c '.[]'`).",
         )
     if lines[0].strip() == b"{" and len(lines) > 1 and not lines[1].lstrip().startswith(b"{"):
         return _whole(
-            "holds JSON spread over several lines, but each record stands on one line.",
+            "holds JSON spread over several lines, but each record must be on one line.",
             f"Write one record a line: `jq -c '{_records_in(text)}' {quote(str(path))}"
             f" > {quote(str(converted_path(path)))}`.",
         )

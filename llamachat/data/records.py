@@ -252,7 +252,7 @@ class _Parser:
             self.note(
                 "messages",
                 "has 'train': false on every answer, so there is nothing to learn.",
-                "Take it out of the answers that are to be learnt, or drop the record.",
+                "Remove it from the answers to train on, or drop the record.",
             )
         return Dialog(messages, is_safe) if messages else None
 

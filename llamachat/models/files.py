@@ -34,8 +34,8 @@ def check_model_folder(folder: Path) -> None:
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         raise ConfigError(
-            f"{folder}: an adapter ({adapter.name}) lies beside the weights. It would be put on them and stay frozen, or be"
-            " left out, and both without a word. Merge it into them first (PEFT's merge_and_unload), or move its files away."
+            f"{folder}: an adapter ({adapter.name}) is next to the weights. It would silently be applied and frozen, or"
+            " ignored. Merge it into them first (PEFT's merge_and_unload), or move its files away."
         )
     for file in weight_files(folder):
         if file.is_file():  # a missing file is reported when the model is loaded

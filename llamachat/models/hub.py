@@ -35,7 +35,7 @@ def tokenizer_folder(location: str) -> Path:
     except Exception as error:  # the library lets its network layers' own errors through
         reach = unreached(location, error)
         raise ConfigError(
-            f"base.model: the tokenizer of '{location}' cannot be fetched: {reach.reason}. It is proved before any "
+            f"base.model: the tokenizer of '{location}' cannot be fetched: {reach.reason}. It is checked before any "
             f"weights are loaded. {reach.fix}"
         ) from error
     require_llama(folder, location)

@@ -289,7 +289,7 @@ class _Opening:
         if not _same_ids(loaded.chat_format, self.chat_format):
             self.other_vocabulary.add(role)
         loaded_bytes = sum(weight.nbytes for weight in root.parameters())
-        log.info("%s: %s is on other weights and is loaded beside: %.2f GiB", role, loaded.name, loaded_bytes / 2**30)
+        log.info("%s: %s is on other weights and is loaded in addition: %.2f GiB", role, loaded.name, loaded_bytes / 2**30)
         return trunk
 
     def _copy_of(self, role: Role, name: Literal["critic", "reference"], root: "Root") -> RoleSlot:

@@ -84,7 +84,7 @@ def _check_same_adapter(tuning: Tuning, policy: Artifact) -> None:
         bits = {"lora": "the base in 16 or 32 bits", "qlora": "the base in 4 bits"}
         raise ConfigError(
             f"tuning.method: '{tuning.method}', but the adapter to continue ({policy.path}) was trained by {method}, on "
-            f"{bits[method]}. It has learnt to go with those very weights. Set tuning.method to {method}, or train an "
+            f"{bits[method]}. It was trained for those weights. Set tuning.method to {method}, or train an "
             "adapter from the base."
         )
     adapter_config: Mapping[str, Any] = json.loads((policy.path / "adapter_config.json").read_text(encoding="utf-8"))

@@ -312,8 +312,8 @@ class VllmEngine:
 
     def _refusal(self, refused: RefusedError) -> ServerError:
         return ServerError(
-            f"{self._server.address}/v1/completions: the server refuses ({refused}). What is asked for is as vLLM documents "
-            f"it (docs/vllm.md), and it had the model '{self._adapter or self._base}' when this command began. Follow the "
+            f"{self._server.address}/v1/completions: the server refuses ({refused}). The request is as vLLM documents it "
+            f"(docs/vllm.md), and it had the model '{self._adapter or self._base}' when this command began. Follow the "
             "message, look into the server's log, and run the command again."
         )
 

@@ -88,7 +88,7 @@ def _explain(path: Path, refusal: OSError) -> str:
         fix = "Bring that back, or choose another folder with run.dir=DIR."
     elif code in _IN_THE_WAY:
         need = "The run needs a folder of its own there."
-        fix = "Move what lies there out of the way, or choose another folder with run.dir=DIR."
+        fix = "Move the file or folder there away, or choose another folder with run.dir=DIR."
     elif code == errno.ENAMETOOLONG:
         need, fix = "The file system holds no name of that length.", "Choose a shorter one."
     elif code == errno.ENOMEM:

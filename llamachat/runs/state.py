@@ -64,7 +64,7 @@ def step_state(folder: StepFolder, fingerprint: str, identity: Mapping[str, Any]
     """
     if folder.path.is_symlink() and not is_published(folder):
         raise ArtifactError(
-            f"{folder.path}: stands for {folder.path.parent / folder.path.readlink()}, which is not there or not finished. The run reuses that step"
+            f"{folder.path}: is a reference to {folder.path.parent / folder.path.readlink()}, which does not exist or is not finished. The run reuses that step"
             " instead of running its own. Finish or restore it, or give `--overwrite` to run the step here (only the"
             " reference is removed)."
         )
@@ -252,7 +252,7 @@ def _changed_text(folder: StepFolder, condition: str, old: Mapping[str, Any], ne
     back = "" if condition.startswith("is finished") else ", or go back to the old values to continue it"
     return (
         f"{folder.path}: '{name}' {condition} was made with another configuration or other inputs:{listed}\n"
-        "A step is never trained over, since later steps and figures stand on it."
+        "A step is never overwritten, since later steps and figures depend on it."
         f" Start a new run that reuses every unchanged step with `run.dir=NEW {quote(f'run.parent={run_dir}')}`,"
         f" or throw this step away with `--overwrite`{back}."
     )

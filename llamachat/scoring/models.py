@@ -128,7 +128,7 @@ def _gate_warnings(safety: RewardModelFacts) -> list[str]:
     if safety.safety_labels is None:
         return [
             f"scoring.combine: llama2_gate reads sigmoid(score) of {safety.name} as the probability that an answer is"
-            " safe. It was not made here, so nobody knows whether that holds: look at ppo/reward/gate_fraction."
+            " safe. It was not trained here, so this is unchecked: look at ppo/reward/gate_fraction."
         ]
     if safety.safety_labels == 0:
         raise ConfigError(

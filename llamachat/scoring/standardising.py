@@ -79,6 +79,6 @@ def _scale(scores_B: Tensor, source: str) -> Scale:
         raise ScoringError(
             f"{source} gave {len(values_B)} answers of the SFT policy scores with deviation {deviation:.1e}. Other"
             " policies are measured in deviations of these scores, so they must differ. Evaluate on more prompts, or train"
-            " the reward model: one that scores all answers alike has learnt nothing."
+            " the reward model: one that scores all answers alike is useless."
         )
     return Scale(float(values_B.mean()), deviation)

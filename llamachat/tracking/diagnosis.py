@@ -162,7 +162,7 @@ _BOUNDS = (
         metric="ppo/clip_fraction",
         is_crossed=lambda value, _: value > 0.3,
         seen="the ratio of {value:.0%} of the tokens is clipped at iteration {step}.",
-        meaning="A step goes further than PPO's estimate holds, so most of it is cut off and the rest is unreliable.",
+        meaning="A step moves further than PPO's estimate is valid, so most of it is clipped and the rest is unreliable.",
         change="Lower ppo.learning_rate or ppo.epochs, or take larger ppo.responses_per_minibatch.",
     ),
     _Bound(
@@ -180,7 +180,7 @@ _BOUNDS = (
         is_crossed=lambda value, first: value < 0.8 * first,
         count=2,
         seen="answers to validation prompts have {value:.0f} tokens, {first:.0f} at iteration 0.",
-        meaning="Short answers are safe ones for the reward models: less said is less to find fault with.",
+        meaning="The reward models prefer short answers, which contain fewer faults.",
         change="Set scoring.length (such as {shortest: 0.8}), raise ppo.kl_coef, and look at the reward models'"
         " accuracy by length (make rm).",
     ),

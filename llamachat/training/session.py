@@ -342,6 +342,6 @@ def check_finite(loss: float, what: str, *, section: str, is_start: bool = False
         )
     if not math.isfinite(loss):
         raise DivergedError(
-            f"{what} is {loss}. More steps cannot repair its weights, and what is made of them says nothing. Set a lower "
+            f"{what} is {loss}. More steps cannot repair its weights. Set a lower "
             f"{section}.learning_rate or a longer {section}.warmup_fraction, and start the step again with `--overwrite`."
         )

@@ -46,7 +46,7 @@ OverwriteOutOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output if it exists. An input is never replaced.")
 ]
 AllowUnproved = Annotated[
-    bool, typer.Option("--allow-unproved-tokenizer", help="Take a tokenizer whose ids cannot be proved.")
+    bool, typer.Option("--allow-unproved-tokenizer", help="Accept a tokenizer that fails the check.")
 ]
 PresetsOption = Annotated[bool, typer.Option("--presets", help="All presets on cards of 24, 48 and 80 GiB instead.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
@@ -171,7 +171,7 @@ def requested_processes(arguments: Sequence[str]) -> int:
     if machines > 1:
         raise UsageError(
             f"accelerate launch --cpu --num_machines {machines}: accelerate starts one process on each machine's CPU alone."
-            " torchrun starts as many as are asked for. Use"
+            " torchrun starts the requested number. Use"
             f" `torchrun --nnodes {machines} --nproc_per_node {count // machines} ... -m pipelines` on each machine."
         )
     return count if count > 1 else 0

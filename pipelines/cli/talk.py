@@ -239,8 +239,8 @@ def pairs(
     places = [artifact.path.resolve() for artifact in artifacts]
     if len(set(places)) < len(places):
         raise UsageError(
-            f"--policy: {' '.join(map(str, policies))} name one policy twice. Two answers come from two different ones. Name "
-            "each once; one alone answers at two temperatures, or in two draws."
+            f"--policy: {' '.join(map(str, policies))} name one policy twice. Two answers need two different ones. Name "
+            "each once; a single policy answers at two temperatures, or in two draws."
         )
     for option, place in (("--out", out), ("--key", key)):
         if place is not None:

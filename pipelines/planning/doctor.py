@@ -222,11 +222,11 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
         if reach.state == "open":
             yield Finding("access", "ok", f"the hub gives '{name}' to this machine")
         elif is_cached(name, ("config.json",)) and is_cached(name):
-            yield Finding("access", "note", f"{reach.reason}; '{name}' lies in the cache, and is taken from there")
+            yield Finding("access", "note", f"{reach.reason}; '{name}' is in the cache, and is used from there")
         elif reach.state == "offline":
             yield Finding("access", "note", f"{reach.reason}: access to '{name}' is not checked", reach.fix)
             known = "is known to work" if name in KNOWN_BASES else "is not known here"
-            yield Finding("base", "note", f"'{name}' {known}; its tokenizer is proved once it can be fetched")
+            yield Finding("base", "note", f"'{name}' {known}; its tokenizer is checked once it can be fetched")
             return
         else:
             yield Finding("access", "FAIL", reach.reason, reach.fix)

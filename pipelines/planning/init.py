@@ -159,7 +159,7 @@ def _checked(path: str, option: str, kind: Kind) -> CheckReport:
             else f"{option}: {missing(path, what='the data file')}"
         )
     if not Path(from_home(path)).is_file() and not Path(from_home(path)).is_dir():
-        raise UsageError(f"{option}: '{path}' is no file that a recipe could name. Write what comes through it to one.")
+        raise UsageError(f"{option}: '{path}' is no file that a recipe could name. Write its content to a file.")
     checked = check_path(path, None, "auto", SPECIAL_TAGS)
     for problem in checked.problems:
         if not problem.line:  # of the whole file: a folder, an empty file, a table
@@ -252,11 +252,11 @@ def _reason_to_leave_out(stage: Stage, product: Product, data: DataFiles, values
     if product.makes.which in ("helpfulness", "safety") and not data.count(product.makes.which):
         return f"there are no pairs on it (--{'safety' if product.makes.which == 'safety' else 'preferences'})"
     if product.share and not values["data"]["split"][product.share]:
-        return f"it wants {PAIRS_FOR_A_JUDGE} pairs (--preferences)"
+        return f"it needs {PAIRS_FOR_A_JUDGE} pairs (--preferences)"
     if stage.command == "distill" and not (data.count("safety") and data.count("adversarial")):
-        return "it wants safety pairs (--safety) and prompts that ask for something unsafe (--adversarial)"
+        return "it needs safety pairs (--safety) and prompts that ask for something unsafe (--adversarial)"
     if stage.command == "gatt" and data.count("sft") < DIALOGS_FOR_GATT:
-        return f"it wants {DIALOGS_FOR_GATT} dialogs"
+        return f"it needs {DIALOGS_FOR_GATT} dialogs"
     return ""
 
 

@@ -131,7 +131,7 @@ def _verdict(recipe: Recipe, work: Work) -> tuple[str, str]:
         checkpoint = newest(folder.checkpoints)
         return (
             "resume",
-            f"from step {checkpoint.step}" if checkpoint else "begun, and stopped before its first checkpoint",
+            f"from step {checkpoint.step}" if checkpoint else "started, and stopped before its first checkpoint",
         )
     return "new", "changed since the parent run" if kept is not None else f"nothing in {folder.path} yet"
 

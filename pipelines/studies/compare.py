@@ -232,7 +232,7 @@ def _number(value: float, *, sign: str = "") -> str:
 def _reading(comparison: Comparison) -> str:
     intervals = [one for step in comparison.steps for one in step.figures if one.low is not None]
     if not intervals:
-        return "Neither run holds what an interval could be made of; one seed each says little of small differences."
+        return "Neither run has data for an interval; one seed each says little about small differences."
     apart = sum(one.leaves_out_zero for one in intervals)
     return (
         f"{apart} of {len(intervals)} intervals leave out 0 (*); about {max(1, round(len(intervals) / 20))} would do so by"

@@ -170,7 +170,7 @@ def _faults(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         yield ("command",), f"{reason}. Known: {', '.join(STAGES)}, lists of them, {ALL}, {AUTO}."
         return
     if len({*seeds}) < len(seeds):
-        yield ("seeds",), "a seed stands twice, and would be counted twice. Name each once."
+        yield ("seeds",), "a seed is listed twice, and would be counted twice. Name each once."
     models = [model for name in commands for model in STAGES[name].models]
     for name, variant in variants.items():
         if not _NAME.fullmatch(name) or name == SHARED:

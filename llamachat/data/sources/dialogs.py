@@ -98,7 +98,7 @@ def llamafactory_preference(row: RawRow) -> Iterator[RawRecord]:
         if answer["role"] != "assistant":
             raise DialogError(
                 f"{side}.from",
-                "says that the user speaks. The two sides of a pair are answers of the assistant.",
+                "says that it is the user's. The two sides of a pair are answers of the assistant.",
                 "Move the user's turn to 'conversations'.",
             )
     yield pair(prompt, *(answer["content"] for answer in answers.values()))

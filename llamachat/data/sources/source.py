@@ -170,8 +170,8 @@ def choice_of(sources: Sequence[Source]) -> str:
     """What to say where rows may be of several sets."""
     names = " and ".join(f"'{source.name}'" for source in sources)
     return (
-        f"hold {sources[0].kind}s of several meanings, which the formats {names} give, and the fields cannot tell which "
-        "one is meant."
+        f"hold {sources[0].kind}s of several meanings, which the formats {names} give, and the fields do not decide "
+        "which one is meant."
     )
 
 

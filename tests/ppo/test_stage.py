@@ -111,7 +111,7 @@ def test_reward_models_on_another_trunk_are_loaded_beside(
     models = {"helpfulness": world.reward_model("helpfulness", LORA, FULL, policy_seed=7)}
     with caplog.at_level(logging.INFO):
         artifact = train(tmp_path, world, models, {"combine": "single"})
-    assert "is on other weights and is loaded beside: 0.00 GiB" in caplog.text
+    assert "is on other weights and is loaded in addition: 0.00 GiB" in caplog.text
     for row in record(artifact):
         assert row["ppo/reward/combined"] == row["ppo/reward/helpfulness"]
         assert "ppo/reward/gate_fraction" not in row and "ppo/reward/safety" not in row

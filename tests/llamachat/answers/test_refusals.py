@@ -123,5 +123,5 @@ def test_everyday_answers_that_it_did_not_see_are_not_taken_for_refusals(
 
 def test_missing_labels_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(refusals, "bundled", lambda name: tmp_path / name)
-    with pytest.raises(DataError, match=r"xstest\.jsonl\.gz: is not there.*learnt from it.*copy the folder 'data'"):
+    with pytest.raises(DataError, match=r"xstest\.jsonl\.gz: does not exist.*trained on it.*copy the folder 'data'"):
         labelled_answers()

@@ -58,7 +58,7 @@ BROKEN_DIALOGS: dict[str, tuple[str, str, str, str]] = {
     ),
     "train on a question": (dialog(user("a", train=True), answer("b")), "messages[0].train", "only answers", "out of"),
     "misspelt train": (dialog(user("a"), answer("b", trian=False)), "messages[1].trian", "no key", "Rename it 'train'"),
-    "nothing to learn": (dialog(user("a"), answer("b", train=False)), "messages", "nothing to learn", "Take it out"),
+    "nothing to learn": (dialog(user("a"), answer("b", train=False)), "messages", "nothing to learn", "Remove it"),
     "label of no boolean": (dialog(user("a"), answer("b"), is_safe="yes"), "is_safe", "is 'yes'", "without quotes"),
     "records inside": (
         '{"data": [{"x": 1}]}',

@@ -224,7 +224,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     (
         "llamafactory_preference",
         {"conversations": ROLE_OF_TOOLS[:1], "chosen": {"from": "gpt", "value": "2"}, "rejected": {"from": "human", "value": "3"}},
-        "rejected.from", "says that the user speaks",
+        "rejected.from", "says that it is the user's",
     ),
     ("oasst", {"message_tree_id": "t", "prompt": "q"}, "prompt", "holds text"),
     ("oasst", {"prompt": {"text": "q", "role": "system"}}, "role", "is 'system'"),

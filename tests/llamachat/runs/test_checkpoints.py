@@ -194,9 +194,9 @@ def test_a_folder_without_write_permission_is_reported(tmp_path: Path) -> None:
 
 def test_a_file_in_place_of_a_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "sft").write_text("a file of the user's")
-    with pytest.raises(StorageError, match=r"sft.*needs a folder of its own.*out of the way"):
+    with pytest.raises(StorageError, match=r"sft.*needs a folder of its own.*Move the file"):
         save(tmp_path / "sft" / "checkpoints", 1)
-    with pytest.raises(StorageError, match="out of the way"), hold(StepFolder(tmp_path / "sft")):
+    with pytest.raises(StorageError, match="Move the file"), hold(StepFolder(tmp_path / "sft")):
         pass
 
 

@@ -272,7 +272,7 @@ def test_a_model_that_is_not_there_is_refused(
 
 def test_a_gate_over_a_model_without_safety_labels_is_refused_and_over_one_from_elsewhere_warns() -> None:
     (warning,) = check_scoring(scoring(), facts("helpfulness", "safety", labels=None))
-    assert "nobody knows whether that holds" in warning
+    assert "so this is unchecked" in warning
     models = facts("helpfulness", "safety", labels=0)
     with pytest.raises(ConfigError, match=r"runs/x/rm/safety saw no safety labels.*Train it.*combine=weighted"):
         check_scoring(scoring(), models)

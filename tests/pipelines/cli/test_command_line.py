@@ -111,7 +111,7 @@ def test_hours_that_end_a_recipe_before_its_last_step_are_3(
     monkeypatch.setattr(sft, "run", publish_toy_policy)
     recipe = str(write_recipe(tmp_path, steps=["sft", {"sft": {"name": "sft-2"}}]))
     assert main(["all", "--config", recipe, "run.max_hours=1e-9"]) == 3
-    assert "Not begun yet: sft-2." in capsys.readouterr().out
+    assert "Not started: sft-2." in capsys.readouterr().out
     assert main(["all", "--config", recipe]) == 0
 
 

@@ -240,7 +240,7 @@ def test_plan_says_new_then_resume_then_done_then_changed(
         patch.setattr(sft, "run", interrupted)
         run_command(load(path), "sft")
     planned = make_plan(load(path))[0]
-    assert (planned.verdict, planned.why) == ("resume", "begun, and stopped before its first checkpoint")
+    assert (planned.verdict, planned.why) == ("resume", "started, and stopped before its first checkpoint")
     run_command(load(path), "sft")
     assert make_plan(load(path))[0].verdict == "done"
     changed = make_plan(load(path, ["sft.epochs=1"]))[0]

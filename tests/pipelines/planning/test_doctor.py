@@ -196,7 +196,7 @@ def test_without_a_network_the_doctor_says_what_it_could_not_check() -> None:
     findings = examine(QLORA, [])
     access, base = by_check(findings, "access"), by_check(findings, "base")
     assert access.verdict == "note" and f"access to '{LLAMA}' is not checked" in access.problem
-    assert base.verdict == "note" and "is known to work; its tokenizer is proved once" in base.problem
+    assert base.verdict == "note" and "is known to work; its tokenizer is checked once" in base.problem
     assert {finding.verdict for finding in findings if finding.check == "data"} == {"note"}
     assert "Nothing that was checked will fail." in report(findings)
 
@@ -208,7 +208,7 @@ def test_a_base_in_the_cache_needs_no_access(monkeypatch: pytest.MonkeyPatch, tm
         (snapshot / name).touch()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(BASE))
     findings = examine(QLORA, [])
-    assert "lies in the cache" in by_check(findings, "access").problem
+    assert "is in the cache" in by_check(findings, "access").problem
     assert by_check(findings, "tokenizer").verdict == "ok"
     assert "download of the base" not in by_check(findings, "disk").problem
 
@@ -383,7 +383,7 @@ DAMAGES = {
     "zeros": (r"model\.safetensors: holds 10101336 bytes, and no whole header", "Fetch it again"),
     "lfs": (r"model\.safetensors: is a Git LFS pointer", "git lfs pull"),
     "index": (r"index\.json: cannot be understood", "Fetch it again"),
-    "adapter": (r"an adapter \(adapter_config\.json\) lies beside the weights", "Merge it"),
+    "adapter": (r"an adapter \(adapter_config\.json\) is next to the weights", "Merge it"),
     "rows": (r"vocab_size is 4000, but the tokenizer in the same folder has 4096 pieces", "enlarge its embedding"),
     "config": (r"config\.json: is no whole configuration", "Fetch it again"),
 }

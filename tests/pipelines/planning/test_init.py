@@ -144,7 +144,7 @@ def test_it_says_what_it_chose_and_what_next_and_the_recipe_says_why(capsys: pyt
     assert init("--preferences", "pairs.jsonl", "--out", "my/recipe.yaml") == 0
     said = capsys.readouterr().out
     assert "data.sft     600 records of dialogs.jsonl" in said and "none rated" in said
-    assert "left out     distill: it wants safety pairs (--safety)" in said and "configs/tiny.yaml" in said
+    assert "left out     distill: it needs safety pairs (--safety)" in said and "configs/tiny.yaml" in said
     for command in ("doctor", "plan", "all"):
         assert f"  llamachat {command} --config my/recipe.yaml\n" in said + "\n"
     assert main(["plan", "--config", "my/recipe.yaml"]) == 0 and "rm/helpfulness" in capsys.readouterr().out

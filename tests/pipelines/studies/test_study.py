@@ -317,7 +317,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"command": 3}, "command: found the number 3, but"),
     ({"command": ["sft", "rs"], "variants": {"x": {"only": ["safety"]}}, "tables": []}, "models are: none, it is"),
     ({"seeds": []}, "seeds: "),
-    ({"seeds": [1, 1]}, "seeds: a seed stands twice"),
+    ({"seeds": [1, 1]}, "seeds: a seed is listed twice"),
     ({"variants": {"shared": {}}, "tables": []}, "variants.shared: 'shared' cannot be the folder of a variant."),
     ({"variants": {"x": {"only": ["safe"]}}, "tables": []}, "variants.x.only: 'safe' is no model of 'rm'"),
     ({"variants": {"x": {"value": {}}}, "tables": []}, "variants.x.value: unknown key. Did you mean 'values'?"),

@@ -1,4 +1,4 @@
-"""Context distillation: safer answers, sampled under a preprompt, are learnt without it (Llama 2 section 4.2.4)."""
+"""Context distillation: training on preprompted, safer answers without the preprompt (Llama 2 section 4.2.4)."""
 
 from context_distillation.config import Config
 from llamachat.runs.artifacts import Artifact

@@ -54,7 +54,7 @@ class Choice:
 
 
 def choose(prompt: EncodedPrompt, groups: Groups, *, keeps_all: bool = False, margin: float = 0.0) -> Choice:
-    """The best usable distilled answer, and whether it is learnt; of equal ones the first."""
+    """The best usable distilled answer, and whether it is trained on; of equal ones the first."""
     plain = groups["original"]
     # A cut or an empty answer cannot win on either side; where there is no other plain one, it is still compared with.
     best_plain = max(

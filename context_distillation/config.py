@@ -30,7 +30,7 @@ PREPROMPTS = (
 
 
 class Config(Section):
-    """Answers to adversarial prompts, sampled under a safety preprompt and learnt without it where that is safer."""
+    """Training on answers to adversarial prompts, sampled under a safety preprompt, without it where that is safer."""
 
     preprompts: Annotated[tuple[Words, ...], Field(min_length=1)] = Field(
         default=PREPROMPTS,

@@ -1,4 +1,4 @@
-"""Ghost Attention: instructions that hold over many turns, learnt from the policy's own dialogs (Llama 2 section 3.3)."""
+"""Ghost Attention: instructions kept over many turns, tuned on the policy's own dialogs (Llama 2 section 3.3)."""
 
 from gatt.config import Config
 from llamachat.runs.artifacts import Artifact

@@ -1,7 +1,7 @@
 """Configuration of `gatt` (Ghost Attention): its own section of the recipe.
 
 The paper (Llama 2, arXiv:2307.09288, section 3.3) states neither the number of dialogs nor how they are sampled and
-learnt; those values are ours, and so are the constraints that can be checked.
+trained on; those values are ours, and so are the constraints that can be checked.
 """
 
 from typing import Annotated, Any, Literal, Self

@@ -121,7 +121,7 @@ def _from_policy(name: str, engine: RolloutEngine, chat_format: ChatFormat, samp
 
 
 def _fault(value: str, chat_format: ChatFormat) -> str | None:
-    """Why the value cannot stand in an instruction, if it cannot."""
+    """Why the value cannot be used in an instruction, or None."""
     try:
         chat_format.check_text((Message("system", value),))
     except DialogError as error:

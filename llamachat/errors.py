@@ -34,7 +34,7 @@ class DataError(LlamachatError):
 
 
 class ChangedError(LlamachatError):
-    """A finished step is asked for with another configuration or other inputs than it was made with."""
+    """A finished step is requested with another configuration or other inputs than it was run with."""
 
     exit_status = 2
 

@@ -1,7 +1,7 @@
 """Configuration of `rs` (rejection sampling): its own section of the recipe.
 
 The paper (Llama 2, arXiv:2307.09288, section 3.2.3) states neither K nor the number of prompts, nor how the winners are
-learnt; those values are ours. How answers are sampled and scored stands in the sections `rollout` and `scoring`.
+trained on; those values are ours. How answers are sampled and scored stands in the sections `rollout` and `scoring`.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -18,7 +18,7 @@ Temperature = Annotated[float, Field(gt=0)]
 
 
 class Config(Section):
-    """One round of rejection sampling: the best of K answers to each prompt, pooled with earlier rounds', are learnt."""
+    """One round of rejection sampling: training on the best of K answers, pooled with earlier rounds'."""
 
     samples_per_prompt: int = Field(
         default=16, ge=1, description="K, the answers sampled to each prompt. Not stated in the paper; ours."

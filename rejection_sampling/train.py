@@ -123,7 +123,7 @@ def compare(config: Config, step: DialogStep, tuned: Artifact) -> dict[str, floa
 
 
 def _draw_seed(config: Config, inputs: StepInputs) -> int | None:
-    """The seed by which the control draws its answers; None where the best is learnt."""
+    """The seed by which the control draws its answers; None where the best is selected."""
     return inputs.run.seed if config.select == "random" else None
 
 

@@ -1,6 +1,6 @@
 """Talk with a policy: one answer, or a conversation with its history, streamed as it is sampled.
 
-Reads and writes through the two functions it is given, so that a terminal, a pipe and a test are alike. What is shown
+Reads and writes through two functions, so that a terminal, a pipe and a test work alike. What is shown
 is the answer alone: no stop token, and no control character that could steer the terminal.
 """
 
@@ -30,8 +30,8 @@ HALF_A_CHARACTER = "\ufffd"
 def chat_once(policy: Policy, text: str, *, system: str | None, sampling: Sampling, write: Write) -> str:
     """The policy's answer to one message, written piece by piece.
 
-    `system` None stands for the text that the policy was trained with, "" for none. Whether the answer was cut goes to
-    the log, so that what is written is the answer alone.
+    `system` None is the text that the policy was trained with, "" none. Truncation is logged, so that only the answer
+    is written.
     """
     conversation = Conversation(policy, system=_system(policy, system))
     return conversation.ask(text, sampling=sampling, write=write, note=lambda text: log.warning("%s", text))
@@ -84,7 +84,7 @@ class Conversation:
         self.engine = open_engine(self.policy)
 
     def ask(self, text: str, *, sampling: Sampling, write: Write, note: Write) -> str:
-        """The answer to the next message, written as it comes; both join the history if the answer can stand in it."""
+        """The answer to the next message, written as it comes; both join the history if the answer is valid in it."""
         prompt = self._prompt(text, max_new_tokens=sampling.max_new_tokens)
         printer = _Printer(self.policy, write)
         # With the same numbers at every turn, one unlikely draw would come back in every answer.

@@ -1,4 +1,4 @@
-"""A policy as a folder that plain transformers loads: one merged model, or the adapter beside its base.
+"""A policy as a folder that plain transformers loads: one merged model, or the adapter next to its base.
 
 Reads a policy artifact and, for an adapter, the weights of its base; writes weights, tokenizer with chat template,
 configs, a model card and `export.json`. Before it is published, transformers alone loads it, and both get
@@ -73,7 +73,7 @@ class Request:
     artifact: Artifact
     out: Path
     format: Format = "merged"
-    onto: Onto | None = None  # of a QLoRA policy: what it is merged onto; quantized where nothing is said
+    onto: Onto | None = None  # of a QLoRA policy: what it is merged onto; default: quantized
     shard_gb: float = 5.0
     should_overwrite: bool = False
     may_differ: bool = False
@@ -390,7 +390,7 @@ def compare(model: Any, tokenizer: "PreTrainedTokenizerBase", answers: Sequence[
         ids = {name: prompt[name].to(model.device) for name in ("input_ids", "attention_mask")}
         generated = model.generate(**ids, do_sample=False, max_new_tokens=len(answer.greedy_ids))
         equal_greedy_answers += tuple(generated[0, ids["input_ids"].shape[1] :].tolist()) == answer.greedy_ids
-    # As one that is not a number says nothing, so nothing is hidden by `max`.
+    # A NaN counts as infinite, so `max` cannot hide it.
     differences_N = torch.tensor(differences, dtype=torch.float64).nan_to_num(nan=float("inf"))
     return Agreement(
         max_logprob_difference=float(differences_N.max()),

@@ -1,7 +1,7 @@
 """An exported folder as a repository of the Hugging Face Hub.
 
 It uploads the folder as it was exported and checked against the policy, and only listed files; its README.md is the
-model card. Name, token and network are tried before the export begins, so that nobody waits for an hour to be refused.
+model card. Name, token and network are checked before the export begins, not after an hour of work.
 """
 
 import logging
@@ -16,7 +16,7 @@ from llamachat.models.hub import LICENCE_FILES
 
 log = logging.getLogger(__name__)
 
-# What exports are made of. Nothing else has a way up, whatever lies in the folder.
+# The files of an export. Nothing else in the folder is uploaded.
 SHIPPED = (
     "*.safetensors",
     "*.gguf",

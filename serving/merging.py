@@ -41,7 +41,7 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Where a weight lies, and what it will take where it is written."""
+    """The place of a weight, and its size in the output."""
 
     name: str
     file: Path

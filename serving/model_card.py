@@ -99,7 +99,7 @@ class Facts:
 
 def model_card(facts: Facts) -> str:
     """README.md of an exported policy, with the front matter that the hub reads."""
-    # How often the policy harms and refuses; None where nobody measured it.
+    # How often the policy harms and refuses; None: not measured.
     own = {key: facts.own_figures.get(f"distill/{key}/final") for key in ("refusal", "false_refusal")}
     shares = {key: (facts.evaluated or own).get(key) for key in ("violation", "refusal", "false_refusal")}
     return _rendered(

@@ -1,12 +1,12 @@
 """Two answers to each prompt of a file, for people to say which is better (Llama 2, section 3.2.1), as JSON Lines.
 
 Reads prompts, dialogs and preferences (their context up to the last user turn), in any form that training reads. Writes
-`id`, `prompt`, `answer_a`, `answer_b`, and, for the people to fill, `choice`, `rating`, `a_is_safe`, `b_is_safe`: null. Which
-policy answered at which temperature stands beside them, or apart, by `id`, in a key file. The format `rated_pairs`
-(`llamachat.data.sources`) reads the rated file as preferences.
-One policy is in memory at a time. An answer that cannot be compared (truncated, empty, the same as the other) is resampled.
-Prompts are sampled in the order of their hashes, so that a shuffled file gets the same answers. The paper's two answers
-come from two variants of the model at varied temperatures; how they are paired (`deal_pairings`) is ours.
+`id`, `prompt`, `answer_a`, `answer_b`, and, for the people to fill, `choice`, `rating`, `a_is_safe`, `b_is_safe`: null.
+The policy and temperature of each answer are next to them, or in a separate key file by `id`. The format `rated_pairs`
+(`llamachat.data.sources`) reads the rated file as preferences. One policy is in memory at a time. An answer that cannot
+be compared (truncated, empty, the same as the other) is resampled. Prompts are sampled in the order of their hashes, so
+that a shuffled file gets the same answers. The paper's two answers come from two variants of the model at varied
+temperatures; how they are paired (`deal_pairings`) is ours.
 """
 
 import gc
@@ -90,7 +90,7 @@ class Paired:
     pairs: int
     prompts: int
     shortened: int  # prompts whose oldest turns a policy did not see, to fit
-    redrawn: dict[str, int]  # answers thrown away for another draw, by reason
+    redrawn: dict[str, int]  # answers that were resampled, by reason
     left_out: dict[str, int]  # prompts without a pair, by the reason of the last draw
 
 
@@ -100,7 +100,7 @@ class _Question:
 
     id: str
     prompt: Prompt
-    key: str  # tells the prompt from others
+    key: str  # identifies the prompt
     sent: tuple[tuple[Message, ...], ...]
 
     @property
@@ -294,7 +294,7 @@ def _write(out: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def deal_pairings(keys: Sequence[str], *, num_policies: int, temperatures: Sequence[float], seed: int) -> list[Pairing]:
-    """A pairing for each prompt (given by a text that tells it from others).
+    """A pairing for each prompt (identified by its key).
 
     Each pair of policies gets as many prompts as the others, of these each pair of temperatures as many as the others, and
     of these each side is first in half: all to within one.

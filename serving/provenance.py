@@ -100,7 +100,7 @@ def by_kind(read: Sequence[Source]) -> dict[str, list[Source]]:
 
 
 def _before(artifact: Artifact) -> Artifact | None:
-    """The policy that this one was made from, where it lies where it did, or where this run lies now."""
+    """The policy that this one was trained from, at its recorded path or in this run's present folder."""
     said = artifact.manifest.inputs.get("policy")
     if said is None:
         return None
@@ -121,7 +121,7 @@ def _source(kind: str, entry: Mapping[str, Any], digest: str) -> Source:
     path = str(entry["path"])
     limit = f", at most {entry['limit']} of them" if entry.get("limit") else ""
     weight = f", weight {entry['weight']:g}" if entry.get("weight", 1.0) != 1.0 else ""
-    # Where a file lay on somebody's disk is nobody's business.
+    # Do not publish paths of the user's disk.
     name = Path(path).name if Path(path).is_absolute() else path
     named, origins = hub_set(path), origins_of(Path(path), digest)
     hub_names = [named.name] if named else [_ON_THE_HUB[name] for name, _ in origins or () if name in _ON_THE_HUB]
@@ -129,7 +129,7 @@ def _source(kind: str, entry: Mapping[str, Any], digest: str) -> Source:
 
 
 def origins_of(path: Path, digest: str) -> tuple[tuple[str, str], ...] | None:
-    """What a bundled file was cut from, with the licences that its folder's SOURCE.md tells; None for other files."""
+    """What a bundled file was cut from, with the licences in its folder's SOURCE.md; None for other files."""
     for candidate in sorted(bundled("data").glob(f"*/{path.name}")):
         is_it = digest_of_file(candidate) == digest if digest else path.resolve() == candidate.resolve()
         source = candidate.parent / "SOURCE.md"

@@ -2,8 +2,7 @@
 
 Reads a reward-model artifact and, for an adapter, the weights of its base; writes what `serving.export` writes of a
 policy. The folder is loaded again as `AutoModelForSequenceClassification` and its scores of built-in answers are
-compared with the artifact's. Merged weights are fp32 unless another format is asked for, since rounding
-them to 16 bits moves scores.
+compared with the artifact's. Merged weights are fp32 by default, since rounding them to 16 bits changes scores.
 """
 
 import gc
@@ -60,7 +59,7 @@ def export_reward_model(request: Request) -> ScoreAgreement:
     dtype = _dtype(request)
     with written_folder(request, dtype) as (side, base):
         exported_scores_N = _plain_scores(request, side, base, rows)
-        # As one that is not a number says nothing, so nothing is hidden by `max`.
+        # A NaN counts as infinite, so `max` cannot hide it.
         difference = float((exported_scores_N - scores_N).abs().nan_to_num(nan=float("inf")).max())
         agreement = ScoreAgreement(difference, float(scores_N.abs().max()), len(rows))
         _judge(request, agreement, dtype)

@@ -60,7 +60,9 @@ def sample_file(
     In fp32 the file is the same whatever `rows_per_batch` is.
     """
     if samples_per_prompt < 1:
-        raise UsageError(f"-n: {samples_per_prompt} answers per prompt were requested. At least 1 is sampled. Raise it.")
+        raise UsageError(
+            f"-n: {samples_per_prompt} answers per prompt were requested. At least 1 is sampled. Raise it."
+        )
     check_output(out, [prompts_in], overwrite=overwrite)
     engine = open_engine(policy, rows_per_batch=rows_per_batch)
     limit = longest_dialog(policy, engine)

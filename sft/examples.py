@@ -41,7 +41,7 @@ def load_examples(
 ) -> Examples:
     """Token ids of the training and validation dialogs of `data.sft`; the test and judge parts are not touched.
 
-    With `made`, the folder of a step's dialogs, those are learnt, whole, and beside them `sft_share` of the dialogs of
+    With `step_dialogs`, the folder of a step's dialogs, all of those are trained on, plus `sft_share` of the dialogs of
     `data.sft`; held-out ones come from the folder too where it has some.
     """
     own, own_held_out = read_step_dialogs(step_dialogs, chat_format) if step_dialogs else ([], [])
@@ -69,8 +69,8 @@ def load_examples(
 
 
 def read_step_dialogs(folder: Path, chat_format: ChatFormat) -> tuple[list[Dialog], list[Dialog]]:
-    """The dialogs that a step has made: to be learnt, and held out. They are not split again: a shortened prompt begins
-    with another turn than its record, and would land elsewhere."""
+    """The training and held-out dialogs of a step. They are not split again: a shortened prompt begins with another
+    turn than its record, so it could change sides."""
     sides = []
     for path in (folder / DIALOGS, folder / HELD_OUT_DIALOGS):
         is_there = path.is_file() and path.stat().st_size > 0

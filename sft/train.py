@@ -2,7 +2,7 @@
 
 Reads the dialogs of `data.sft` and a base (or an earlier policy); writes the step folder's metrics.jsonl,
 samples.jsonl, checkpoints/, summary.json, curves.png and artifact/. The autoregressive loss is zero on everything but
-answers and their EOS; dialogs packed into one row do not see one another (ours, not stated in the paper).
+answers and their EOS; dialogs packed into one row do not attend to each other (ours, not stated in the paper).
 """
 
 import logging

@@ -121,7 +121,7 @@ class Tuning:
         return Evaluated(step, loss, figures, f"held-out answers {loss:.4f} nats a token")
 
     def sample(self, tracker: Tracker, step: int) -> None:
-        """Sample answers to the same held-out prompts as every time, for people to read."""
+        """Sample answers to the same held-out prompts at every evaluation, for people to read."""
         if not self.examples.prompts:
             return
         engine = HuggingFaceEngine(self.model, self.chat_format.stop_ids, self.chat_format.tokenizer.pad_id)

@@ -1,4 +1,4 @@
-"""The report on a run: one page with the paper's tables and figures, ours beside the paper's numbers where they compare."""
+"""The report on a run: one page with the paper's tables and figures, our numbers next to the paper's."""
 
 from evaluation.report.config import Config
 from evaluation.report.step import run

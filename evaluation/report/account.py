@@ -62,9 +62,7 @@ def costs(facts: Facts) -> Section | None:
             )
         )
     rows.append(row("all", duration(total), "", ""))
-    partial = (
-        "Where only the training's time was recorded, add sampling and loading. " if is_partial else ""
-    )
+    partial = "Where only the training's time was recorded, add sampling and loading. " if is_partial else ""
     table = Table(
         "Time and memory",
         ["step", "time", "peak memory", "starts"],

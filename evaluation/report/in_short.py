@@ -1,6 +1,7 @@
 """The first screen: what came of the run, in sentences that need no glossary, and all policies in a small table.
 
-Whether a policy got better is said by the judge, a reward model that chose nothing, on prompts by which nothing was chosen.
+The judge, a reward model that selected nothing, decides whether a policy improved, on prompts by which nothing was
+selected.
 """
 
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def _judged(evaluation: Evaluation, policy: str, *, judge_is_fit: bool) -> str:
 
 
 def _shape(evaluation: Evaluation, policy: str) -> Iterator[str]:
-    """Length, variety and the commonest answer, with a warning where they say that answers grew alike."""
+    """Length, variety and the commonest answer, with a warning where answers became alike."""
     reference = evaluation.reference
     length, pairs = (evaluation.measure(policy, name) for name in ("length_ratio", "distinct_2_ratio"))
     common, before = (evaluation.measure(name, "commonest_answer") for name in (policy, reference))
@@ -176,7 +177,7 @@ def _control(evaluation: Evaluation, path: str) -> str:
 
 
 def _drawn(run: Path) -> Iterator[Measure]:
-    """The judge's differences of the policies that learnt drawn answers."""
+    """The judge's differences of the policies trained on randomly drawn answers."""
     steps = read_run(run)
     evaluation = next((step.evaluation for step in steps.values() if step.evaluation is not None), None)
     for name, step in steps.items():

@@ -60,7 +60,7 @@ class Points:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A PNG in the step's `figures/`; `alt` tells what is to be seen in it to those who cannot."""
+    """A PNG in the step's `figures/`; `alt` is its description for screen readers."""
 
     kind: ClassVar = "picture"
     path: Path
@@ -147,7 +147,7 @@ def bare_percent(value: float) -> str:
 def measure_cell(
     measure: Measure | None, form: Callable[[float], str], *, after: str = "", is_best: bool = False
 ) -> Cell:
-    """A figure with its interval in brackets and what is said after it."""
+    """A figure with its interval in brackets and a remark after it."""
     if measure is None:
         return Cell(ABSENT, after)
     interval = measure.interval

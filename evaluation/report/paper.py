@@ -1,4 +1,4 @@
-"""The paper's own numbers (Llama 2, arXiv:2307.09288), as the report shows them beside ours.
+"""The paper's own numbers (Llama 2, arXiv:2307.09288), as the report shows them next to ours.
 
 Those of tables are exact; those that are read off a figure are marked as such. The paper's models have 7 to 70 billion
 parameters and its ratings come from people, so a comparison is one of shape, seldom of height.

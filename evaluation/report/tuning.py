@@ -96,7 +96,7 @@ def _by_domain(models: dict[str, RunStep]) -> Table:
     for rule, label in (("longer_wins", "ours: the longer answer wins"), ("tfidf", "ours: TF-IDF of the domain")):
         measures = []
         for domain in _DOMAINS:
-            # Beside each model stands a TF-IDF learnt from its own pairs: here that of the domain's own model.
+            # Next to each model stands a TF-IDF trained on its own pairs: here that of the domain's own model.
             which = domain if domain in models else next(iter(models))
             is_shown = rule == "longer_wins" or which == domain
             measures.append(models[which].measure(f"rm/{which}/test/{domain}/{rule}") if is_shown else None)

@@ -63,8 +63,8 @@ def curve_of(groups: Sequence[Group], *, policy: str, temperature: float) -> Cur
 def _ranked(group: Group) -> tuple[list[float], list[float]]:
     """Rewards from the worst ranked answer to the best, and in their own order.
 
-    An answer that cannot win counts as the prompt's worst: else a long one that was truncated would speak for the
-    temperature at which it was sampled.
+    An answer that cannot win counts as the prompt's worst: else a long truncated one would count in favour of its
+    temperature.
     """
     floor = min(group.standardised)
     can_win = [done and good for done, good in zip(group.finished, group.allowed, strict=True)]

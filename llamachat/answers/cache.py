@@ -1,7 +1,7 @@
 """What a step has sampled so far, in files that are there whole or not at all: a resumed step samples nothing twice.
 
-A value that was just made also goes through JSON, so that a resumed run continues with the very same values. Next to each
-file lies its digest, so that one with other content is made again; one without (the step ended between the two) is taken.
+A new value also passes through JSON, so that a resumed run continues with exactly the same values. Next to
+each file is its digest, so that a changed one is recreated; one without (the step ended between the two) is taken.
 """
 
 import json

@@ -116,7 +116,7 @@ def scored_groups(
 
 
 def is_allowed(chat_format: ChatFormat, text: str) -> bool:
-    """Whether the answer can stand in a dialog: it says something, and holds no tag of the chat format."""
+    """Whether the answer is valid in a dialog: it says something, and holds no tag of the chat format."""
     if not text.strip():
         return False
     try:

@@ -1,4 +1,4 @@
-"""Answers to scores: every reward model reads them, the recipe's rule makes one score of theirs.
+"""Answers to scores: every reward model reads them, and the recipe's rule combines their scores.
 
 Shapes: B answers. All scores are fp32 on the CPU.
 """
@@ -34,7 +34,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """The reward models of the bank, and the rule that makes one score of theirs."""
+    """The reward models of the bank, and the rule that combines their scores."""
 
     bank: "RoleBank"
     combine: Combine

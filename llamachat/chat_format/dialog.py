@@ -1,8 +1,8 @@
 """A conversation, and the rules that every conversation keeps before it may become tokens.
 
 The rules are those of Meta's reference chat code (facebookresearch/llama, llama/generation.py): an optional system
-text, then user and assistant in turn, user first. `train` is ours: an answer with `train: false` is read, not learnt.
-An empty system text is legal and differs in tokens from no system text, as in the reference code.
+text, then user and assistant in turn, user first. `train` is ours: an answer with `train: false` is context, not a
+target. An empty system text is legal and differs in tokens from no system text, as in the reference code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -146,7 +146,7 @@ def parse_message(item: object, field: str) -> Message:
 
 
 def check_message(message: Message, field: str) -> None:
-    """Raise `DialogError` for text that is empty or cannot be encoded, and for `train` where nothing is learnt."""
+    """Raise `DialogError` for text that is empty or cannot be encoded, and for `train` on a turn that is no answer."""
     if message.role != "system" and not message.content.strip():
         what = (
             "A model trained on it learns to say nothing"
@@ -178,7 +178,9 @@ def _check_order(messages: Sequence[Message], index: int, first_turn: int, field
         return
     where = f"{field}[{index}].role"
     if role == "system":
-        raise DialogError(where, "is 'system', which is allowed only as the first message.", "Move its text into the first message.")
+        raise DialogError(
+            where, "is 'system', which is allowed only as the first message.", "Move its text into the first message."
+        )
     if index == first_turn:
         raise DialogError(
             where,

@@ -14,7 +14,7 @@ from llamachat.chat_format.tokenizer import Tokenizer
 
 
 class TrainOn(StrEnum):
-    """Which answers of a dialog are learnt; an answer marked `train: false` is learnt under neither."""
+    """Which answers of a dialog are trained on; an answer marked `train: false` is trained on under neither."""
 
     EVERY_ANSWER = "every_answer"
     LAST_ANSWER = "last_answer"
@@ -22,7 +22,7 @@ class TrainOn(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """A dialog as training sees it: `loss_mask[t]` is True where token t is learnt (as a target, not as an input)."""
+    """A dialog as training sees it: `loss_mask[t]` is True where token t is a training target."""
 
     input_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
@@ -79,7 +79,7 @@ class ChatFormat(Protocol):
         ...
 
     def encode_dialog(self, messages: Sequence[Message], *, train_on: TrainOn) -> TokenizedExample:
-        """All turns, the last one closed or open, and which tokens are learnt."""
+        """All turns, the last one closed or open, and which tokens are targets."""
         ...
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:

@@ -19,7 +19,7 @@ B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
 SPECIAL_TAGS = (B_INST, E_INST, "<<SYS>>", "<</SYS>>")
 
 # The space before an answer is inside the mark: it is part of the answer's first token, and outside of it that token
-# would be left out of the mask. `train` is our key for an answer that is not learnt.
+# would be left out of the mask. `train` is our key for an answer that is not trained on.
 CHAT_TEMPLATE = r"""
 {%- set first = 1 if messages and messages[0]['role'] == 'system' else 0 -%}
 {%- if messages | length <= first -%}

@@ -3,8 +3,9 @@
 With a tokenizer that is nearly right the model trains and answers, a little worse, and no error says why. So it is
 compared on dialogs that hold what is known to go wrong (runs of spaces, code, other scripts, emoji, digits, text that
 spells control tokens, and every piece of its own vocabulary), and one difference is enough to refuse it.
-Their texts are in `proof.json` beside this file, with escapes, since half of the characters in question cannot be seen. Its
-digests were made with the `tokenizer.model` of Llama 2 and have to be made again when a text changes (a test compares them).
+Their texts are in `proof.json` next to this file, with escapes, since half of the characters in question cannot be
+seen. Its digests were made with the `tokenizer.model` of Llama 2 and have to be made again when a text changes (a test
+compares them).
 """
 
 import hashlib

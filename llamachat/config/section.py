@@ -122,7 +122,7 @@ NO_TEXT = re.compile("[\0\ud800-\udfff]")  # characters that UTF-8 text and path
 
 
 def _usable_path(text: str) -> str:
-    """A path as it is written in a recipe, from home where it says so."""
+    """A path as written in a recipe, with `~` expanded."""
     path = from_home(text)
     if path.startswith("~") and not os.path.lexists(path):
         raise ValueError(f"no home folder is known for '{path.partition('/')[0]}'. Write the whole path")
@@ -146,7 +146,7 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 
 
 def raise_all(problems: Sequence[ConfigProblem]) -> None:
-    """One ConfigError that tells every problem; nothing when there is none."""
+    """One ConfigError that reports every problem; nothing when there is none."""
     if not problems:
         return
     lines = list(dict.fromkeys(str(problem) for problem in problems))

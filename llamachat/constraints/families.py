@@ -1,4 +1,4 @@
-"""The kinds of constraints there are: how each is asked for, its values, its checker, and how it is recalled.
+"""The kinds of constraints there are: the wording of each, its values, its checker, and its recall questions.
 
 Figures, hobbies and languages are the paper's (Llama 2, arXiv:2307.09288, section 3.3), with values from lists. The
 checkable families are ours: only what can be checked can be measured without people.

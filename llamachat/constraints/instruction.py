@@ -100,7 +100,7 @@ def is_kept(constraint: Constraint, answer: str) -> bool:
 
 
 def recall_questions(constraint: Constraint) -> tuple[str, ...]:
-    """Questions whose answer tells whether the constraint is remembered; none where it is checked in every answer."""
+    """Questions whose answer shows whether the constraint is remembered; none where it is checked in every answer."""
     return tuple(question for question, _ in constraint.recall)
 
 
@@ -113,8 +113,8 @@ def recalled(constraint: Constraint, answer: str) -> bool:
 def repaired(instruction: Instruction, answer: str) -> str | None:
     """The answer fixed so that it keeps the instruction; None where words, case and quotes alone cannot do that. Ours.
 
-    The paper samples answers from a policy that obeys. Of the samples of one with 5 M parameters, one in a hundred has a
-    word because it was asked for. A fixed answer is checked like any sample, and counted apart.
+    The paper samples answers from a policy that obeys. Of the samples of one with 5 M parameters, one in a hundred has
+    a word because of the instruction. A repaired answer is checked like any sample, and counted separately.
     """
     text = answer.strip()
     values = {constraint.family: constraint.value for constraint in instruction.checkable}

@@ -1,4 +1,4 @@
-"""Values of constraints: the words asked for, the lists of figures, hobbies and languages, and which are held out."""
+"""Values of constraints: words, lists of figures, hobbies and languages, and which of them are held out."""
 
 import json
 import re

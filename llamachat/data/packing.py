@@ -176,7 +176,7 @@ def collate_packed(examples: Sequence[TokenizedExample], *, multiple_of: int = 1
     """One row of isolated examples: input_ids, labels, position_ids, each [1, T]; a row without examples is one pad.
 
     An example's first token is never a label: the token before it belongs to its neighbour. Pads fill the row up to a
-    multiple of tokens, as one more example of which nothing is learnt.
+    multiple of tokens, as one more example without targets.
     """
     parts = [(_ids(example), _labels(example)) for example in examples] or [_nothing(1)]
     missing = -sum(len(ids) for ids, _ in parts) % multiple_of

@@ -1,7 +1,7 @@
 """What is asked: the prompts of the training side in a seeded order, and held-out ones that are always the same.
 
 Reads `data.prompts` and `data.adversarial` (marked is_safety), or without both the questions of the tuning data. All
-stages of a recipe choose the same held-out prompts, so that their figures stand side by side.
+stages of a recipe choose the same held-out prompts, so that their figures can be compared.
 """
 
 import logging
@@ -118,7 +118,7 @@ def load_prompts(
 def load_borderline(
     data: Data, chat_format: ChatFormat, *, system: str | None, max_tokens: int, count: int
 ) -> dict[str, list[EncodedPrompt]]:
-    """At most `count` prompts of each file of `data.borderline`, by its name in figures; none stands in two of them.
+    """At most `count` prompts of each file of `data.borderline`, by its name in figures; none is in two of them.
 
     They are of both sides of the split, since no step learns from them.
     """

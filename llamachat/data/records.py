@@ -200,7 +200,7 @@ def parse_record(
     """The record, all problems of its fields, and its keys that nothing reads; no record where there are problems.
 
     `forbidden` are the texts that no message may hold (`ChatFormat.forbidden`). With `is_context` a dialog is read for
-    what it asks: it may end with a question, and need not hold a learnt answer.
+    what it asks: it may end with a question, and needs no answer that is trained on.
     """
     parser = _Parser(line, forbidden)
     record = parser.record(value, kind, is_context=is_context)

@@ -155,7 +155,7 @@ def superiority(
 
 
 def independent_difference(a: Difference, b: Difference) -> Difference:
-    """The first estimate less the second with a 95% interval made of theirs, for independent estimates.
+    """The first estimate less the second with a 95% interval combined from theirs, for independent estimates.
 
     Square-and-add (Newcombe 1998, method 10; Zou and Donner 2008 for any statistic): each bound goes as far as both
     distances to the nearer bounds do together. Of estimates on the same items it is too wide where they go together.

@@ -76,7 +76,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """A reward model on other weights than the policy's, loaded beside them."""
+    """A reward model on other weights than the policy's, loaded in addition."""
 
     shape: Shape
     width: int = BYTES["bfloat16"]  # bytes a weight

@@ -1,7 +1,7 @@
 """The files of a model folder, looked into before anything is loaded: torch is not needed for it.
 
-A download that broke off, a Git LFS pointer in place of a file and an adapter that transformers would load by itself are
-thus refused in words, by `doctor` already.
+A download that broke off, a Git LFS pointer in place of a file and an adapter that transformers would load by itself
+are refused with a clear message, already by `doctor`.
 """
 
 import json

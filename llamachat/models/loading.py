@@ -80,7 +80,7 @@ def attach_adapter(
 ) -> "PeftModel":
     """LoRA on the frozen model; its initial weights follow from `seed` alone, and so the logits are still the base's.
 
-    A `head` of this name is trained whole beside it.
+    A `head` of this name is trained whole in addition.
 
     The adapter has the model's own dtype: PEFT's fp32 default makes a bf16 forward 2.6 times slower. The optimizer
     keeps the fp32 master copy.
@@ -207,7 +207,7 @@ def load_policy(
 
 
 def reading_of(artifact: Artifact, details: Mapping[str, Any]) -> dict[str, Any]:
-    """How a policy or reward model reads dialogs: the fields of `Policy` and `RewardModel` beside the weights."""
+    """How a policy or reward model reads dialogs: the fields of `Policy` and `RewardModel` except the weights."""
     tokenizer, step = load_tokenizer(artifact.path), artifact.manifest.step
     run = artifact.path.resolve().parents[len(Path(step).parts)].name
     return {
@@ -273,7 +273,7 @@ def load_adapted(
 
 
 def find_trunk(artifact: Artifact, details: Mapping[str, Any]) -> tuple[str, str]:
-    """Where the weights under an adapter are, and where that is said."""
+    """The place of the weights under an adapter, and the file that names it."""
     where = f"{artifact.path}/manifest.json: details.base"
     may_be_hub = not details["base_is_folder"]
     return find_model(details["base"], where=where, near=artifact.path, may_be_hub=may_be_hub), where

@@ -1,9 +1,10 @@
-"""Opening a role bank: which weights are shared, which lie beside, and what each trained part starts from.
+"""Opening a role bank: which weights are shared, which are separate, and what each trained part starts from.
 
 Where the policy is fully tuned, it is the trunk and the reference; the policy trained is a new adapter, whose first
 logits are the trunk's. Where it is an adapter, its base is the trunk, with a trained and a frozen copy of that adapter.
-Reward models that are adapters on those same weights come onto the trunk; others are loaded beside it, two adapters on
-the same other weights with one trunk. With `tuning.method` full the policy is a copy of its own, and so is the critic.
+Reward models that are adapters on those same weights come onto the trunk; others are loaded in addition, two adapters
+on the same other weights with one trunk. With `tuning.method` full the policy is a copy of its own, and so is the
+critic.
 """
 
 import logging
@@ -177,7 +178,7 @@ class _Opening:
             )
 
     def place_reward_models(self, sources: Mapping[RewardRole, Source]) -> None:
-        """Each on a trunk that is there already, or beside it."""
+        """Each on an existing trunk, or on its own."""
         models: dict[RewardRole, _RewardSource] = {
             role: _reward_source(sources[role]) for role in REWARD_ROLES if role in sources
         }
@@ -289,7 +290,9 @@ class _Opening:
         if not _same_ids(loaded.chat_format, self.chat_format):
             self.other_vocabulary.add(role)
         loaded_bytes = sum(weight.nbytes for weight in root.parameters())
-        log.info("%s: %s is on other weights and is loaded in addition: %.2f GiB", role, loaded.name, loaded_bytes / 2**30)
+        log.info(
+            "%s: %s is on other weights and is loaded in addition: %.2f GiB", role, loaded.name, loaded_bytes / 2**30
+        )
         return trunk
 
     def _copy_of(self, role: Role, name: Literal["critic", "reference"], root: "Root") -> RoleSlot:

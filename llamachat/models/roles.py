@@ -1,9 +1,9 @@
 """The five roles of PPO, and the judge, on as few weights as possible: one trunk, an adapter and a head for each.
 
 policy (trained), reference (the policy as it began), critic (trained), helpfulness, safety and judge (reward models).
-`llamachat.models.open_roles` makes the bank; `hidden` is the only way to run a role, so that the switching of adapters
-lies in one place. Between calls the policy's adapter is the active one: what samples from `policy_model()` needs to
-know nothing of roles.
+`llamachat.models.open_roles` makes the bank; `hidden` is the only way to run a role, so that adapters are switched in
+one place. Between calls the policy's adapter is the active one: what samples from `policy_model()` needs to know
+nothing of roles.
 
 Adapters are PEFT's layers, without its switches: `set_adapter` makes the named adapter trainable and freezes all others,
 and leaving `disable_adapter()` does so again (https://github.com/huggingface/peft/issues/3447). So `switch` sets the two

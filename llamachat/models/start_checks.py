@@ -45,7 +45,7 @@ def proved_start(base: Base, tuning: Tuning, policy: Artifact | None) -> tuple[s
 
 
 def is_adapter(artifact: Artifact) -> bool:
-    """Whether the weights of an artifact are an adapter, whose base lies elsewhere."""
+    """Whether the weights of an artifact are an adapter, whose base is elsewhere."""
     return artifact.manifest.details.get("method") in ("lora", "qlora")
 
 

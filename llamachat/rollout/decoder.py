@@ -2,7 +2,7 @@
 
 A prompt is read once for all its samples. Prompts enter the longest first, so that rows in the cache are of similar
 length and what does not fit into memory fails at once. Randomness belongs to (seed, prompt, sample, position), as in
-the Hugging Face engine: in fp32 both draw the same tokens, whatever shares the batch.
+the Hugging Face engine: in fp32 both draw the same tokens, in any batch.
 """
 
 import os

@@ -35,7 +35,7 @@ class _Row:
 
 
 class HuggingFaceEngine:
-    """Samples from a model where it lies, in evaluation mode; afterwards the model is as it was."""
+    """Samples from a model in place, in evaluation mode; afterwards the model is as it was."""
 
     def __init__(
         self,

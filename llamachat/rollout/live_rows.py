@@ -1,7 +1,7 @@
 """The rows that are being answered: who sits in which slot of the cache, what was drawn, who is done.
 
 Shapes: B slots, R tokens of an answer. Rows finish at different times: their slots go to waiting prompts, or to the
-rows of the last slots, so that the first slots stay full and a step computes little for nobody.
+rows of the last slots, so that the first slots stay full and a step computes few idle rows.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,7 @@
 """From logits to a token: temperature, then top-k, then top-p, and the draw.
 
-Shapes: B rows, V vocabulary. A row's draw takes one number that belongs to (seed, prompt, sample, position) alone, so
-a row says the same in whatever batch it sits.
+Shapes: B rows, V vocabulary. A row's draw uses one number that depends on (seed, prompt, sample, position) alone, so a
+row gets the same tokens in any batch.
 """
 
 import numpy as np

@@ -175,7 +175,7 @@ class VllmEngine:
                 completions[futures[future]] = future.result()
                 if advance is not None:
                     advance(1)
-        finally:  # after an error nobody waits for the others
+        finally:  # after an error do not wait for the others
             pool.shutdown(wait=False, cancel_futures=True)
         return [[completions[number, sample] for sample in range(samples_per_prompt)] for number in numbers]
 

@@ -1,9 +1,9 @@
 """The folder of a step (`<run.dir>/<step>/...`, names that other tools read) and what the step publishes in it.
 
-An artifact is a folder with weights or dialogs, and a `manifest.json` that explains it alone. It is written beside and
-renamed into place last: a reader sees all of it or none. Weights are safetensors; files that run code when they are
-opened (pickles) are refused on both sides. The digest of dialogs is taken from the files as they lie there, since a user
-may read and edit them; that of weights from the manifest.
+An artifact is a folder with weights or dialogs, and a `manifest.json` that explains it alone. It is written to a side
+folder and renamed into place last: a reader sees all of it or none. Weights are safetensors; files that run code when
+they are opened (pickles) are refused on both sides. The digest of dialogs is taken from the files as they lie there,
+since a user may read and edit them; that of weights from the manifest.
 """
 
 import json
@@ -58,7 +58,7 @@ class StepFolder:
     tuned = _In("tuned")
     page = _In("report.html")  # the report on the run as one HTML file
     page_markdown = _In("report.md")  # the same as Markdown, beside the pictures
-    lock = _In("lock")  # held by the living command that works on the step; the file itself stays for good
+    lock = _In("lock")  # locked by the process that runs the step; the file itself stays
     tensorboard = _In("tensorboard")
     wandb = _In("wandb.json")  # the ids of the step's wandb runs, so that a resumed step continues them
 
@@ -69,7 +69,7 @@ class StepFolder:
 
 Kind = Literal["policy", "reward_model", "dialogs", "evaluation", "report"]
 MANIFEST = "manifest.json"
-# What an artifact of dialogs holds: those to be learnt, and, where there are such, some of the validation side.
+# What an artifact of dialogs holds: the training dialogs, and, if any, those of the validation side.
 DIALOGS = "dialogs.jsonl"
 HELD_OUT_DIALOGS = "held_out.jsonl"
 # What an artifact of an evaluation holds: its figures, and a folder with each policy's answers and their scores.

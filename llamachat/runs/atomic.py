@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written beside, flushed to the disk, renamed into place.
+"""Files and folders that appear whole or not at all: written to a side path, flushed to the disk, renamed into place.
 
 A rename survives a power cut only if the files, their folder and the parent folder of the new name are flushed too, so
 every path here ends with a flush of the parent. Of several processes that work on a
@@ -58,7 +58,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def _refusal(error: BaseException | None) -> OSError | None:
-    """What the operating system refused, as it stands in an error or in one that led to it."""
+    """The operating system's error in an exception or in its causes."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error

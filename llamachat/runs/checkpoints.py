@@ -30,7 +30,7 @@ _BLOCK = 16 << 20  # of files of any size several blocks are hashed at once: a 7
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A whole checkpoint: `step` optimizer steps are done, their state lies in `path`."""
+    """A whole checkpoint: `step` optimizer steps are done; their state is in `path`."""
 
     step: int
     path: Path

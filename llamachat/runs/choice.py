@@ -1,7 +1,8 @@
 """Which policy of a run to use: the last one that the judge does not put below the first, and that still answers.
 
-The judge is a reward model that selected nothing. It may like refusals, or one text that it was fooled by, so a policy that
-leaves most harmless prompts unanswered, or gives one answer to many prompts, is passed over too, whatever its scores.
+The judge is a reward model that selected nothing. It may prefer refusals, or one text that exploits it, so a policy
+that leaves most harmless prompts unanswered, or gives one answer to many prompts, is passed over too, whatever its
+scores.
 """
 
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ class Recommendation:
 
 
 def recommend(evaluation: Evaluation) -> Recommendation:
-    """The last policy against which nothing speaks; the first one where something speaks against all others."""
+    """The last policy without an objection; the first one where there is an objection to all others."""
     first = evaluation.reference
     passed_over: dict[str, str] = {}
     for policy in reversed([name for name in evaluation.policies if name != first]):

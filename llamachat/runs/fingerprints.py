@@ -28,8 +28,8 @@ def digest_of_file(path: Path) -> str:
 
 
 def digest_of_program(path: Path) -> str:
-    """SHA-256 of a Python file and of the files beside it that it imports, directly or through others; that of the file
-    alone where there are none."""
+    """SHA-256 of a Python file and of the files next to it that it imports, directly or through others; that of the
+    file alone where there are none."""
     files = _imported_beside(path)
     if not files:
         return digest_of_file(path)

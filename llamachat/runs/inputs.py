@@ -20,7 +20,7 @@ class Tune(Protocol):
     def __call__(
         self, dialogs: Artifact, *, over: Mapping[str, Any], from_base: bool = False, sft_share: float = 0.0
     ) -> Artifact:
-        """The tuned policy, in `tuned/` until `end_step`; what a killed command left there is taken as it is.
+        """The tuned policy, in `tuned/` until `end_step`; what a killed command left there is reused.
 
         `over` are values over the section sft; `sft_share` is the share of `data.sft` that is trained on next to them.
         """

@@ -153,8 +153,8 @@ def overwrite(folder: StepFolder) -> None:
 
 
 def renew(folder: StepFolder) -> None:
-    """Make the folder NEW, but keep what was sampled: a step that stores it under names that tell what it was made of
-    takes from it what still holds."""
+    """Make the folder NEW, but keep what was sampled: a step whose file names identify their inputs reuses those that
+    are still valid."""
     if folder.path.is_symlink():
         overwrite(folder)
         return
@@ -270,7 +270,7 @@ def _clear(folder: StepFolder, *, keeps_sampling: bool = False) -> None:
 
 
 def _refuse_foreign_files(folder: StepFolder) -> None:
-    """Nothing is written into, or cleared from, a folder of the user's that no step was begun in."""
+    """Refuse to write to or clear a folder of the user's in which no step was started."""
     if not folder.path.is_dir():
         return
     with storage_errors(folder.path):
@@ -359,7 +359,7 @@ def reset_peak() -> None:
 
 
 def peak_memory() -> float:
-    """Most memory that the process has held since `reset_peak`, in GiB: of the GPU where there is one, else resident."""
+    """Peak memory of the process since `reset_peak`, in GiB: of the GPU where there is one, else resident."""
     torch = _torch_on_gpu()
     if torch is not None:
         return torch.cuda.max_memory_allocated() / 2**30

@@ -86,9 +86,9 @@ def shape_scores(scores_B: Tensor, *, is_finished_B: Tensor, shaping: Shaping, u
     """R~c = whiten(logit(R_c)) (Llama 2, arXiv:2307.09288, section 3.2.3), over the finished answers of the iteration.
 
     `scores_B` are raw. The paper's R_c is a probability, sigmoid(score), so its logit(R_c) = logit(sigmoid(score)) is the
-    raw score itself: `whiten_logit` whitens the scores as they are, `whiten` their sigmoids (the equation without the
-    logit), `none` leaves them as they are. Mean and variance are those of the batch (the paper names no population;
-    ours), divided by n.
+    raw score itself: `whiten_logit` whitens the raw scores, `whiten` their sigmoids (the equation without the logit),
+    `none` leaves them unchanged. Mean and variance are those of the batch (the paper names no population; ours),
+    divided by n.
 
     An unfinished answer gets `unfinished_score`, in shaped units, since a reward model judges whole answers; it takes no
     part in mean and variance. Where all finished answers score the same they get 0, and where none is finished nothing is

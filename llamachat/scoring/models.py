@@ -27,7 +27,7 @@ class RewardModelFacts:
     """What is known of a reward model before it is loaded."""
 
     name: str  # a path or hub name, for messages
-    safety_labels: int | None  # labelled answers that it was trained on; None: not made here, so nobody knows
+    safety_labels: int | None  # labelled answers that it was trained on; None: not trained here, so unknown
     unfit: str | None = None  # the probe's verdict on a model that failed it
 
 

@@ -1,4 +1,4 @@
-"""What is scored and what comes of it: answers, the raw scores of the two reward models, one score of both.
+"""What is scored, and the results: answers, the raw scores of the two reward models, one score of both.
 
 Shapes: B answers. A raw score is what a reward model's head says, before any sigmoid: a logit, from -inf to inf.
 """
@@ -16,7 +16,7 @@ from llamachat.errors import ScoringError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """Sampled answers, with what the scoring may look at beside the text."""
+    """Sampled answers, with what the scoring may use in addition to the text."""
 
     prompts: Sequence[Sequence[Message]]
     completions: Sequence[str]

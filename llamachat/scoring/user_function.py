@@ -6,7 +6,7 @@
 `prompts` is a list of message lists ({"role": ..., "content": ...}), `completions` a list of texts, `scores` the raw scores
 by model ("helpfulness", "safety": those there are), and `columns` further lists: `is_safety`, `finished`, and what
 the step adds. One finite number for each completion comes back. The file is run: it is the user's own. It runs as
-`python path.py` would run it: it may import the files beside it. What it changes in the process (PyTorch's gradients,
+`python path.py` would run it: it may import the files next to it. What it changes in the process (PyTorch's gradients,
 threads, default dtype and device, random numbers, the working directory) is put back after each call.
 """
 
@@ -41,7 +41,7 @@ _SIGNATURE = "fn(prompts, completions, scores, **columns) -> list[float]"
 
 @dataclass(frozen=True, slots=True)
 class _Program:
-    """The user's file while it runs, and the modules that it has loaded from beside it."""
+    """The user's file while it runs, and the modules that it has loaded from its folder."""
 
     path: Path
     modules: dict[str, ModuleType] = field(default_factory=dict)

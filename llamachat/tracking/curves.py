@@ -1,6 +1,6 @@
 """The curves of a step: as a picture, one panel a group of metrics, and as lines of text for a terminal.
 
-Noisy figures are drawn twice: the points as they are, light, and a running mean over them. A metric with one value (the
+Noisy figures are drawn twice: the raw points, light, and a running mean over them. A metric with one value (the
 loss of the base) is a dashed line across. Both forms read `metrics.jsonl` and nothing else.
 """
 
@@ -56,7 +56,7 @@ def read_series(metrics_path: Path) -> list[Series]:
 
 @harmless
 def draw_curves(metrics_path: Path, png_path: Path, *, title: str | None = None) -> None:
-    """Draw the record as a PNG, written beside and renamed; without a line to draw nothing is written."""
+    """Draw the record as a PNG, written to a side file and renamed; without a line to draw nothing is written."""
     panels = panels_of(read_series(metrics_path))
     if not panels:
         return

@@ -1,4 +1,4 @@
-"""The names of metrics: each has one row in `metrics.md` beside this file, with meaning, unit, reduction and panel.
+"""The names of metrics: each has one row in `metrics.md` next to this file, with meaning, unit, reduction and panel.
 
 `docs/metrics.md` is a copy for readers: `python -m llamachat.tracking.metrics > docs/metrics.md`.
 """

@@ -76,7 +76,7 @@ def style_panel(
 
 
 def save_png(figure: "Figure", png_path: Path) -> None:
-    """Write a picture beside its place and rename it: a reader sees all of it or the one before.
+    """Write a picture to a side file and rename it: a reader sees all of it or the one before.
 
     A `$` in its texts is one: they name runs and steps, and none is a formula.
     """

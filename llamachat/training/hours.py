@@ -1,8 +1,8 @@
 """When a step's time is up: its own hours over all its starts (`<section>.max_hours`), or its command's (`run.max_hours`).
 
-What it has taken is written beside the step's other state (into each checkpoint, into `sampling/`), so that a kill and the
-same command again do not set the clock back. The clock is read after each piece of work, so even the smallest budget lets
-one optimizer step or one batch through.
+The time used is saved with the step's other state (in each checkpoint, in `sampling/`), so that a kill and a restart do
+not reset the clock. The clock is read after each piece of work, so even the smallest budget lets one optimizer step or
+one batch through.
 """
 
 import json

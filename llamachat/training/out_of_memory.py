@@ -49,8 +49,8 @@ def halving(
 ) -> Parts:
     """`train(parts)`, and again with `halve(parts)` for as long as its micro-batches do not fit; what fitted.
 
-    `train` continues from the last optimizer step that it finished, `halve` gives None for what cannot be made smaller
-    and tells what it makes. `section` is the stage's key in the recipe, `unit` what is never cut (a dialog).
+    `train` continues from its last finished optimizer step; `halve` logs the new size, and returns None for what cannot
+    be made smaller. `section` is the stage's key in the recipe, `unit` what is never cut (a dialog).
     """
     while True:
         try:

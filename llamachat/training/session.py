@@ -281,7 +281,7 @@ class Session:
         on_log: Callable[[int, dict[str, float]], None] = lambda *_: None,
         on_step: Callable[[int], object] = lambda _: None,
     ) -> AtomicCheckpoints:
-        """The trainer of all rows of the plan; `scratch` is a folder for files that nobody keeps."""
+        """The trainer of all rows of the plan; `scratch` is a folder for temporary files."""
         plan, tracking = training.plan, self.inputs.tracking
         arguments = trainer_arguments(
             training.config,

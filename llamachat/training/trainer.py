@@ -108,7 +108,7 @@ class AtomicCheckpoints(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         # Not PEFT's `load_adapter`: it puts new fp32 parameters in the place of 16-bit ones, which the optimizer does
-        # not know, so that nothing is learnt any more.
+        # not know, so that training would have no effect.
         weights = load_peft_weights(resume_from_checkpoint, device="cpu")
         trained = sum(weight.requires_grad for weight in target.parameters())
         assert len(weights) == trained, "a checkpoint holds every weight that trains, a head beside the adapter too"

@@ -99,7 +99,7 @@ def export(
     `cmake -B build && cmake --build build --config Release --target llama-quantize`.
 
     --push-to-hub needs a token that may write (`hf auth login` or HF_TOKEN). Only the export's own files go there.
-    docs/serving.md tells how each is served.
+    docs/serving.md shows how to serve each.
     """
     from serving.export import NOTE, Request
 

@@ -92,7 +92,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     for library in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
-    # Libraries tell each other what they will rename; nobody who runs a command can act on it.
+    # Deprecation warnings of libraries: a user of a command cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     # Before torch is loaded: threads that wait by spinning make a command five times slower where others use the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

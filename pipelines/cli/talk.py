@@ -96,7 +96,7 @@ def named_artifacts(
         artifacts = [Path(load(config, overrides).run.dir)]
     artifacts = [recommended(path) if is_run(path) else path for path in artifacts]
     opened = [read_artifact(path) for path in artifacts]
-    # The first kind is what a run folder is asked for, and what a refusal says is needed.
+    # The first kind is looked up in a run folder, and named in an error as required.
     return [
         artifact.path if artifact.manifest.kind in kinds else read_artifact(path, kinds[0], reader=command).path
         for path, artifact in zip(artifacts, opened, strict=True)
@@ -104,10 +104,10 @@ def named_artifacts(
 
 
 def recommended(run: Path) -> Path:
-    """The policy of a run that its evaluation speaks for, with a line that says why and how to take another one."""
+    """The policy of a run that its evaluation recommends; a log line says why and how to choose another one."""
     choice = recommended_policy(run)
     if choice is None:
-        return run  # what is missing is said where it is read
+        return run  # a missing file is reported where it is read
     policy, why = choice
     step = policy.manifest.step
     log.info("%s: %s. For another policy name its step: %s/STEP", step, why, run)

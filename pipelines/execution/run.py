@@ -1,7 +1,7 @@
 """Runs steps: resolves inputs, decides whether a step is new, resumable, done or changed, and calls its stage.
 
 Of each kind that a step reads, its input is the artifact of the nearest earlier step that is published; a stage never
-looks for "the latest" anything itself. What the inputs lack for a good result is said before the hours that a step takes:
+looks for "the latest" anything itself. Inputs too poor for a good result are reported before a long step starts:
 a policy to start from, safety labels for a gate. The stage publishes; here the step is bound to its work and locked
 before anything is loaded, and the run's index is written after it. A finished, unchanged step costs a few digests: no
 stage code and no torch is imported for it.
@@ -204,7 +204,7 @@ def _tuner(recipe: Recipe, inputs: StepInputs) -> Tune:
         if (tuned / MANIFEST).is_file():
             return read_artifact(tuned, "policy", reader=inputs.step)
         if deadline is not None and distributed.broadcast_object(time.monotonic() > deadline):
-            deadline = None  # what was sampled when the command's hours were over is learnt, not one step of it
+            deadline = None  # the samples up to the end of the command's hours are trained on, not one step of it
         policy = None if from_base else inputs.policy
         of_dialogs = replace(inputs, deadline=deadline, policy=policy, dialogs=dialogs, sft_share=sft_share)
         return sft.run(tuning_section(recipe, over), of_dialogs)
@@ -294,13 +294,13 @@ class Ran:
 
     artifacts: list[Artifact]  # of the steps that are done
     num_worked: int  # steps that were worked on; the others were done before, or unchanged in the parent run
-    left: tuple[str, ...]  # steps that were not begun, since run.max_hours were over
+    left: tuple[str, ...]  # steps that were not started, since run.max_hours were over
 
 
 def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool = False) -> Ran:
-    """Run these steps of the recipe, in their order, and tell what was worked on and what is left.
+    """Run these steps of the recipe, in their order; return the artifacts, the number of steps run, and the steps left.
 
-    When `run.max_hours` are over no further step is begun that trains; one is in any case, or nothing would ever be done.
+    When `run.max_hours` are over no further training step starts; one always runs, or there would be no progress.
     """
     deadline = None if recipe.run.max_hours is None else time.monotonic() + 3600 * recipe.run.max_hours
     for step in recipe.steps:
@@ -342,7 +342,7 @@ def run_step(
     is_adopted = not should_overwrite and adopt(recipe, work)
     if _state(work) is not StepState.DONE:
         with hold(folder):
-            # Asked again under the lock: another command may have finished the step while it held the lock.
+            # Check again under the lock: another command may have finished the step while it held the lock.
             state = step_state(folder, work.fingerprint, work.identity)
             if state is not StepState.DONE:
                 warning = lacks_policy(recipe, step)

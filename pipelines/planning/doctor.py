@@ -1,7 +1,7 @@
 """`llamachat doctor`: what this machine lacks for a recipe, before anything large is downloaded.
 
-Each finding is ok, a note (worth knowing, nothing fails), or FAIL with the fix. The network is asked for heads and for a
-tokenizer's small files alone; being offline is a note.
+Each finding is ok, a note (worth knowing, nothing fails), or FAIL with the fix. The network is used only for HEAD
+requests and a tokenizer's small files; being offline is a note.
 """
 
 import shutil

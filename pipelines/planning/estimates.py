@@ -184,7 +184,7 @@ def _gatt(work: _Work, config: GattConfig) -> Estimate:
 
 def _distillation(work: _Work, config: ContextDistillationConfig) -> Estimate:
     data = work.recipe.data
-    # What is marked is_safety among other prompts is not counted: nobody knows without reading them all.
+    # Prompts marked is_safety among others are not counted: that would need reading them all.
     prompts = _first_measured(data.adversarial, data.prompts or data.safety)
     num_prompts = _num_prompts(config.prompts, prompts, work.train_share)
     answers = dialogs = None

@@ -47,7 +47,7 @@ class Fit:
 
     @property
     def fits(self) -> bool:
-        """Whether the worst step needs no more than a step should; on a CPU nothing is said against it."""
+        """Whether the worst step needs no more than a step should; on a CPU everything fits."""
         return self.gpu is None or self.peak_bytes <= self.gpu.usable_bytes
 
     @property

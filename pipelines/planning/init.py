@@ -128,7 +128,7 @@ class DataFiles:
 
 
 def read_files(files: Mapping[str, Sequence[Path]]) -> DataFiles:
-    """Read the files of each option whole; UsageError or DataError for the first that cannot be trained on as it is."""
+    """Read the files of each option whole; UsageError or DataError for the first that cannot be trained on."""
     data = DataFiles()
     earlier: dict[tuple[Path, Kind], str] = {}
     for option, path in ((option, path) for option, paths in files.items() for path in paths):

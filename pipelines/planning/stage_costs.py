@@ -1,7 +1,7 @@
 """What each stage would cost: memory by part, optimizer steps, seconds. Reads no data and no weights.
 
-The memory is that of one card at the worst moment of the step. Nothing here was measured on a GPU; what was measured on a
-CPU is said beside it.
+The memory is that of one card at the worst moment of the step. Nothing here was measured on a GPU; comments
+say what was measured on a CPU.
 """
 
 import math
@@ -121,7 +121,7 @@ def sampling_cost(
 ) -> Estimate:
     """Of a step that samples this many answers (None: they were not counted), scores them and tunes on some.
 
-    Sampling and tuning follow each other, and what the one held is given back before the other: the larger of the two
+    Sampling and tuning follow each other, and the memory of the one is freed before the other: the larger of the two
     counts.
     """
     tuned = tuned or Estimate()
@@ -205,7 +205,8 @@ def ppo_memory(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seati
 
 
 def ppo_updating_bytes(config: PpoConfig, setup: Setup) -> dict[str, int]:
-    """What an optimizer step needs beside weights and optimizers: of the policy, whose logits make it the worse one."""
+    """What an optimizer step needs next to weights and optimizers: of the policy, whose logits make it the worse
+    one."""
     gpu, longest = setup.gpu, setup.base.max_tokens
     auto = PPO_ROW_TOKENS if gpu is None else 2 * longest
     # Of the longest forward pass: a row, or the longest response with its prompt.
@@ -228,7 +229,7 @@ def ppo_updating_bytes(config: PpoConfig, setup: Setup) -> dict[str, int]:
 
 
 def _critic_weights(config: PpoConfig, setup: Setup) -> int:
-    """Weights that the critic trains beside its head."""
+    """Weights that the critic trains in addition to its head."""
     if config.critic == "shared":
         return 0
     return setup.shape.headless().weights if setup.tuning.method == "full" else setup.trained_weights

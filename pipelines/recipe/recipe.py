@@ -255,7 +255,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe with its steps resolved: what each is, what comes before it and where it lies."""
+    """A recipe with its steps resolved: what each is, its inputs and its folder."""
 
     sections: RecipeSections
     steps: tuple[Step, ...]
@@ -351,7 +351,7 @@ def choose_steps(steps: Sequence[Step], command: str, only: Sequence[str] = ()) 
     return [step for step in chosen if not only or step.product.makes.which in only]
 
 
-# -- problems that the types cannot tell
+# -- problems that the types cannot detect
 
 
 def _more_problems(layers: Layers) -> Iterator[ConfigProblem]:
@@ -386,7 +386,7 @@ def _format_problems(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
 
 
 def _entries(layers: Layers) -> Iterator[tuple[Key, StepEntry]]:
-    """The entries of the raw list that name a known step, and their places; the types tell what is wrong with the others."""
+    """The entries of the raw list that name a known step, and their places; the types report faults of the others."""
     steps = layers.values.get("steps", ["sft"])
     for index, item in enumerate(steps if isinstance(steps, list) else ()):
         if isinstance(item, str) or (isinstance(item, dict) and len(item) == 1):
@@ -463,9 +463,7 @@ def _conflicts(layers: Layers) -> Iterator[ConfigProblem]:
         for schema, section in entry.sections:
             place = at if section == stage.section else (*at, section)
             problems = conflicts(schema, plain.get(section), entry.over(section), place)
-            yield from (
-                problem for problem in problems if problem.key == dotted(place)
-            )  # of a key alone the types tell
+            yield from (problem for problem in problems if problem.key == dotted(place))  # the types report single keys
         if stage.tunes:
             below = merged(_mapping(sft), _mapping(_at(plain, (stage.section, "sft"))))
             yield from conflicts(SftConfig, below, entry.values.get("sft"), (*at, "sft"))

@@ -99,7 +99,7 @@ def _shared_step(
 
 
 def _labels(run_a: Path, run_b: Path) -> tuple[str, str]:
-    """The shortest ends of both paths that tell them apart."""
+    """The shortest ends of both paths that differ."""
     parts_a, parts_b = (Path(os.path.abspath(run)).parts for run in (run_a, run_b))  # noqa: PTH100 - links stay links
     most = max(len(parts_a), len(parts_b))
     length = next(length for length in range(1, most + 1) if parts_a[-length:] != parts_b[-length:])

@@ -2,7 +2,7 @@
 
 Where both runs keep their answers to the same prompts the differences are paired, prompt by prompt; else the interval
 comes from the two intervals. A score is compared only where the same reward model gave it: the scales of two models
-differ, and a difference of their numbers says nothing about the policies. A difference is the second run less the first.
+differ, so a difference of their numbers is meaningless. A difference is the second run less the first.
 """
 
 import json
@@ -24,7 +24,7 @@ KINDS: dict[Kind, str] = {
     "operational": "decides speed or the record, not the result",
     "software": "versions of the code",
 }
-# Where a run lies is no difference, and the record of the step's own name is none either.
+# Neither a run's path nor the step's own name counts as a difference.
 _PLACES = {"run.dir", "run.parent", "run.gpu"}
 _NAMES = {"step", "command"}
 
@@ -216,7 +216,7 @@ def _compared(
 
 
 def _why_not(name: str, other_models: set[str], scale_is_equal: bool) -> str:
-    """Why a difference of these two numbers says nothing; empty where it does say something."""
+    """Why a difference of these two numbers is meaningless; empty where it does say something."""
     if name.startswith("rm/"):  # those are figures of a reward model, not by one
         return ""
     needed = next((models for pattern, models in _SCORED_BY if pattern.search(name)), set())

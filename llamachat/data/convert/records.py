@@ -49,7 +49,7 @@ class _Row:
 
 
 def sources_of(row: Mapping[str, Any], kind: Kind | None) -> list[Source]:
-    """The known set that a row shows by its keys; none where it is read here, several where nothing tells which."""
+    """The known set that a row shows by its keys; none where it is read here, several where it is ambiguous."""
     fitting = fitting_sources(row, kind, [source for source in SOURCES.values() if source.name not in SETS_OF_TURNS])
     is_listed = any(_is_list(row, key) for key in (*LISTS, "prompt", *SIDES))
     return [source for source in fitting if source.has_lists or not is_listed]

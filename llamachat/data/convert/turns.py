@@ -154,7 +154,7 @@ def _parted(messages: Sequence[Message], notes: Notes) -> tuple[list[Message], l
 
 
 def _merged(first: Message, second: Message) -> Message:
-    """Both texts, a blank line between; learnt only where both may be learnt."""
+    """Both texts, a blank line between; trained on only where both may be."""
     train = False if False in (first.train, second.train) else first.train
     return Message(first.role, f"{first.content.rstrip()}\n\n{second.content.lstrip(chr(10))}", train)
 
@@ -203,7 +203,7 @@ def _renamed(item: Mapping[Any, Any], notes: Notes) -> dict[str, Any]:
             turn[own] = item[key]
             notes.add(Repair.KEY)
         elif key == "weight" and "train" not in turn and item[key] in (0, 1):
-            # OpenAI's fine-tuning files: an answer of weight 0 is read, not learnt.
+            # OpenAI's fine-tuning files: an answer of weight 0 is context, not trained on.
             turn |= {"train": False} if item[key] == 0 else {}
             notes.add(Repair.KEY)
         else:

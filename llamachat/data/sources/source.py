@@ -114,8 +114,8 @@ class Source:
     """A known data set: the kind of its records, the raw fields by which it is recognised, and its converter.
 
     Two sources may share fields (a tree of ranked answers holds both dialogs and preferences): the wanted kind decides
-    between them, and among sources of one kind the one with more fields is the closer match. `shape` tells more of the
-    rows than the fields' names do. `has_lists`: rows hold lists of messages under our own keys, and yet are not ours.
+    between them, and among sources of one kind the one with more fields is the closer match. `shape` checks more of the
+    rows than the fields' names. `has_lists`: rows hold lists of messages under our own keys, and yet are not ours.
     """
 
     name: str

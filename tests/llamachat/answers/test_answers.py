@@ -180,7 +180,7 @@ def test_batches_hold_all_prompts_in_order_and_bounded_answers(count: int, sampl
 # --- the cache
 
 
-def test_a_value_is_made_once_and_comes_back_as_from_json(tmp_path: Path) -> None:
+def test_a_value_is_computed_once_and_comes_back_as_from_json(tmp_path: Path) -> None:
     calls: list[int] = []
 
     def make() -> Any:
@@ -252,7 +252,7 @@ def test_a_value_without_a_digest_is_one_of_an_earlier_version(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"pair": [1', b"\xff\xfe\xff", b"{}", b"[2]\n", b"null", b"[[1]]\n", b"[1]"])
-def test_a_damaged_value_is_made_again(tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_value_is_recomputed(tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture) -> None:
     cache = StepCache(tmp_path)
     assert cache.get_or_make("one", lambda: [1]) == [1]
     (tmp_path / "one.json").write_bytes(damage)

@@ -187,7 +187,7 @@ def test_a_warning_of_many_lines_is_short(tmp_path: Path, tiny_format: ChatForma
     assert "'columns'" in warned.fix
 
 
-def test_the_kind_can_be_given(tmp_path: Path, tiny_format: ChatFormat):
+def test_the_kind_can_be_set(tmp_path: Path, tiny_format: ChatFormat):
     path = tmp_path / "a.jsonl"
     path.write_text(GOOD + "\n")
     report = check_path(str(path), "preference", "auto", tiny_format.forbidden)

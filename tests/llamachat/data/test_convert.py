@@ -378,7 +378,7 @@ def test_labelled_answers_become_pairs(bench: Bench):
     assert [fault.line for fault in report.problems] == [2, 5, 6]
 
 
-def test_the_kind_and_the_format_can_be_given(bench: Bench):
+def test_the_kind_and_the_format_can_be_set(bench: Bench):
     tree = {"role": "prompter", "text": "a", "replies": [
         {"role": "assistant", "text": "b", "rank": 0}, {"role": "assistant", "text": "c", "rank": 1}
     ]}  # fmt: skip

@@ -186,7 +186,7 @@ def test_an_answer_fits_into_the_positions_of_model_and_server() -> None:
         fake.close()
 
 
-def test_a_connection_that_is_reset_is_made_again_and_not_for_ever(fake: FakeVllm) -> None:
+def test_a_connection_that_is_reset_is_retried_a_limited_number_of_times(fake: FakeVllm) -> None:
     engine = engine_on(fake, connections=1)
     expected = engine.generate(PROMPTS, samples_per_prompt=1, sampling=GREEDY)
     fake.resets = 2

@@ -255,7 +255,9 @@ def test_a_reference_to_a_missing_or_unfinished_step_is_reported(tmp_path: Path)
     finish(parent)
     reference(folder, parent)
     shutil.rmtree(parent.artifact)
-    with pytest.raises(ArtifactError, match=r"is a reference to .*old/sft, which does not exist or is not finished.*--overwrite"):
+    with pytest.raises(
+        ArtifactError, match=r"is a reference to .*old/sft, which does not exist or is not finished.*--overwrite"
+    ):
         step_state(folder, fingerprint(IDENTITY), IDENTITY)
     shutil.rmtree(parent.path)
     with pytest.raises(ArtifactError, match="does not exist or is not finished"):

@@ -1,6 +1,6 @@
 """From pairs and labelled responses to optimizer steps, packed rows and tensors.
 
-A row holds whole pairs and single responses, each apart from its neighbours by positions that begin anew at 0 (as in
+A row holds whole pairs and single responses, each apart from its neighbours by positions that restart at 0 (as in
 `llamachat.data.packing`); a step is a fixed set of pairs with an even share of the single responses, so that rows decide
 speed and memory and not the result. Each row carries how many pairs and labels its whole step has: losses are divided
 by those. Neighbouring pairs whose chosen answers end the same dialog, or beginnings of it, stay together, as all comparisons
@@ -61,54 +61,54 @@ class Batches:
 
     def responses(self, row: Sequence[int]) -> Responses:
         """What the row with these indices holds."""
-        found = Responses()
+        responses = Responses()
         for index in row:
             if index >= len(self.groups):
                 label = self.labels[index - len(self.groups)]
-                found.labelled.append(len(found.ids))
-                found.is_safe.append(label.is_safe)
-                found.ids.append(label.ids)
-                found.shared.append(0)
+                responses.labelled.append(len(responses.ids))
+                responses.is_safe.append(label.is_safe)
+                responses.ids.append(label.ids)
+                responses.shared.append(0)
             else:
-                self._add(found, self.groups[index])
-        return found
+                self._add(responses, self.groups[index])
+        return responses
 
-    def _add(self, found: Responses, numbers: Group) -> None:
+    def _add(self, responses: Responses, numbers: Group) -> None:
         """The answers of one group; the tokens of a chosen one are learnt with the first of its pairs, however rows divide them."""
         group = [self.pairs[place] for place in numbers]
-        first = len(found.ids)
+        first = len(responses.ids)
         for ids, shared in _parts(group, branches=self.branches):
-            found.ids.append(ids)
-            found.shared.append(shared)
+            responses.ids.append(ids)
+            responses.shared.append(shared)
         places = {chosen: first + number for number, chosen in enumerate(dict.fromkeys(pair.chosen for pair in group))}
         for rejected, (place, pair) in enumerate(zip(numbers, group, strict=True), start=first + len(places)):
             chosen = places[pair.chosen]
             if place == 0 or self.pairs[place - 1].chosen != pair.chosen:
-                found.answers[chosen] = pair.chosen_tokens
-            found.chosen.append(chosen)
-            found.rejected.append(rejected)
-            found.margins.append(pair.margin)
+                responses.answers[chosen] = pair.chosen_tokens
+            responses.chosen.append(chosen)
+            responses.rejected.append(rejected)
+            responses.margins.append(pair.margin)
             known = (chosen, pair.preference.chosen_is_safe), (rejected, pair.preference.rejected_is_safe)
             for answer, is_safe in known:
                 if self.has_pair_labels and is_safe is not None:
-                    found.labelled.append(answer)
-                    found.is_safe.append(is_safe)
+                    responses.labelled.append(answer)
+                    responses.is_safe.append(is_safe)
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """The tensors of one row of the plan, with the counts of its step."""
         (number,) = numbers  # several packed rows in one forward pass would cost quadratic attention
-        found = self.responses(self.plan.rows[number])
+        responses = self.responses(self.plan.rows[number])
         num_pairs, num_labelled, num_tokens = self.counts[number // self.plan.rows_per_step]
-        rows = pack_responses(found.ids, found.shared)
-        language = _chosen_tokens(found, rows["ends"]) if self.learns_language else {}
+        rows = pack_responses(responses.ids, responses.shared)
+        language = _chosen_tokens(responses, rows["ends"]) if self.learns_language else {}
         return {
             **rows,
             **language,
-            "chosen": torch.tensor(found.chosen, dtype=torch.long),
-            "rejected": torch.tensor(found.rejected, dtype=torch.long),
-            "margin": torch.tensor(found.margins, dtype=torch.float32),
-            "labelled": torch.tensor(found.labelled, dtype=torch.long),
-            "is_safe": torch.tensor(found.is_safe, dtype=torch.float32),
+            "chosen": torch.tensor(responses.chosen, dtype=torch.long),
+            "rejected": torch.tensor(responses.rejected, dtype=torch.long),
+            "margin": torch.tensor(responses.margins, dtype=torch.float32),
+            "labelled": torch.tensor(responses.labelled, dtype=torch.long),
+            "is_safe": torch.tensor(responses.is_safe, dtype=torch.float32),
             "pairs_of_step": torch.tensor(num_pairs, dtype=torch.float32),
             "labelled_of_step": torch.tensor(num_labelled, dtype=torch.float32),
             "tokens_of_step": torch.tensor(num_tokens, dtype=torch.float32),
@@ -180,7 +180,7 @@ def plan_batches(
 
 
 def smaller(batches: Batches, row_tokens: int) -> Batches:
-    """The same steps in rows of at most so many tokens."""
+    """The same steps in rows of at most `row_tokens` tokens."""
     plan = batches.plan
     steps = [[index for row in plan.step_rows(step) for index in row] for step in range(plan.num_steps)]
     groups, plan = _lay_out(batches.pairs, batches.groups, batches.labels, steps, row_tokens, branches=batches.branches)
@@ -225,7 +225,9 @@ def _parts(group: Sequence[PairExample], *, branches: bool) -> list[tuple[tuple[
     for pair in group:
         ids, start = parts[-1]
         shared = pair.shared if branches else 0
-        if shared and shared == start + len(ids):  # without a jump of positions it would go on with what stands before
+        if shared and shared == start + len(
+            ids
+        ):  # without a jump of positions it would continue the response before it
             shared -= 1
         parts.append((pair.rejected[shared:], shared))
     return parts

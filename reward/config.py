@@ -1,4 +1,4 @@
-"""What a reward model's training is told: its own section of the recipe, and the shared ones it reads."""
+"""Configuration of a reward model's training: its own section of the recipe, and the shared ones it reads."""
 
 from typing import Annotated, Any, Literal, get_args
 

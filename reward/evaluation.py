@@ -187,7 +187,7 @@ def _with_interval(name: str, outcomes: Floats, prompts: Sequence[str]) -> dict[
 
 
 def _of_responses(place: str, responses: Sequence[ScoredResponse]) -> dict[str, float]:
-    """How safe answers are told from unsafe ones. "Unsafe" is what is to be found: recall and precision are its own."""
+    """How well safe answers are separated from unsafe ones. "Unsafe" is the positive class: recall and precision are its own."""
     if not responses:
         return {}
     scores = np.array([response.score for response in responses], dtype=np.float64)

@@ -289,7 +289,7 @@ def _contrast(
     pairs += contrast_pairs(dialogs, others, which=which, kinds=kinds, seed=seed, refusals=refusals)
     if side != "validation" and len(pairs) < count:
         log.warning("rm/%s: data.sft allows %d contrast pairs in place of %d", which, len(pairs), count)
-    apart = replace(encoder, dropped=Counter())  # what is left out of made pairs is no record of the user's
+    apart = replace(encoder, dropped=Counter())  # a contrast pair that is left out is no record of the user's
     return list(apart.pairs(("contrast", pair) for pair in pairs))
 
 
@@ -308,10 +308,10 @@ def _load_labels(
     train: list[tuple[Dialog, str]] = []
     test: list[tuple[Dialog, str]] = []
     for source in data.labels:
-        found = load_mixture((source,), data.split, Dialog, forbidden=encoder.chat_format.forbidden, seed=seed)
-        encoder.dropped.update(found.dropped)
-        train += [(dialog, source.path) for dialog in found.train]
-        test += [(dialog, source.path) for dialog in found.test]
+        mixture = load_mixture((source,), data.split, Dialog, forbidden=encoder.chat_format.forbidden, seed=seed)
+        encoder.dropped.update(mixture.dropped)
+        train += [(dialog, source.path) for dialog in mixture.train]
+        test += [(dialog, source.path) for dialog in mixture.test]
     if which != "safety" or config.safety_auxiliary_weight == 0:
         train = []
     labels = encoder.labels(train)

@@ -109,12 +109,12 @@ class Bar(NamedTuple):
 
 
 def _by_domain(evaluation: Evaluation) -> dict[Domain, list[ScoredPair]]:
-    found: dict[Domain, list[ScoredPair]] = {}
+    pairs_by_domain: dict[Domain, list[ScoredPair]] = {}
     for domain in DOMAINS:
         pairs = [pair for pair in evaluation.pairs if pair.domain == domain]
         if pairs:
-            found[domain] = pairs
-    return found
+            pairs_by_domain[domain] = pairs
+    return pairs_by_domain
 
 
 def _panels(
@@ -166,13 +166,13 @@ def _bars_of(evaluation: Evaluation, domain: Domain) -> list[Bar]:
         ("rule: longer wins", "longer_wins", None, _ORANGE, "X"),
         ("TF-IDF", "tfidf", None, _ORANGE, "X"),
     ]
-    found = []
+    bars = []
     for label, name, pairs, colour, marker in lines:
         if f"{place}/{name}" in figures:
             count = None if pairs is None else int(figures[f"{place}/{pairs}"])
             value, low, high = (figures[f"{place}/{name}{end}"] for end in ("", "_low", "_high"))
-            found.append(Bar(label, value, low, high, count, colour, marker))
-    return found
+            bars.append(Bar(label, value, low, high, count, colour, marker))
+    return bars
 
 
 def _calibration(evaluation: Evaluation) -> "Figure | None":
@@ -198,8 +198,8 @@ def _calibration(evaluation: Evaluation) -> "Figure | None":
         place = places[-1]
         chances = sigmoid([response.score for response in evaluation.responses])
         is_safe = np.array([response.is_safe for response in evaluation.responses], dtype=np.float64)
-        asked = [response.prompt for response in evaluation.responses]
-        _reliability(place, chances, is_safe, groups=asked, label="labelled answers", domain="safety")
+        prompts = [response.prompt for response in evaluation.responses]
+        _reliability(place, chances, is_safe, groups=prompts, label="labelled answers", domain="safety")
         place.axvline(GATE, color=_ORANGE, linestyle=":", linewidth=1.4, label=f"gate {GATE}")
         _describe(place, "sigmoid(score)", "share of safe answers", -0.01)
         place.legend(fontsize=9, frameon=False, loc="best")
@@ -396,8 +396,8 @@ def _labelled(summaries: Summaries) -> list[list[str]]:
 def _files(summaries: Summaries, domain: Domain) -> list[str]:
     """Names of the test files in the order of the first model that has them."""
     pattern = re.compile(rf"rm/\w+/test/{domain}/([^/]+)/pairs")
-    found = (pattern.fullmatch(name) for figures in summaries.values() for name in figures)
-    return list(dict.fromkeys(match[1] for match in found if match))
+    matches = (pattern.fullmatch(name) for figures in summaries.values() for name in figures)
+    return list(dict.fromkeys(match[1] for match in matches if match))
 
 
 def _anyone(summaries: Summaries, domain: Domain, name: str) -> float | None:

@@ -70,12 +70,12 @@ class Probe:
     @property
     def figures(self) -> dict[str, float]:
         """By metric name."""
-        found = {f"rm/{self.which}/probe/is_fit": float(self.is_fit)}
+        figures = {f"rm/{self.which}/probe/is_fit": float(self.is_fit)}
         for row in self.rows:
             place = f"rm/{self.which}/probe/{row.prompts}/{row.name}"
-            found |= {place: row.preferred, f"{place}_low": row.low, f"{place}_high": row.high}
-            found[f"{place}_prompts"] = float(row.count)
-        return found
+            figures |= {place: row.preferred, f"{place}_low": row.low, f"{place}_high": row.high}
+            figures[f"{place}_prompts"] = float(row.count)
+        return figures
 
     def row(self, name: str, prompts: str = "harmless") -> ProbeRow | None:
         return next((row for row in self.rows if (row.name, row.prompts) == (name, prompts)), None)

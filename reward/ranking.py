@@ -89,8 +89,8 @@ class PackedRewardTrainer(AtomicCheckpoints, RewardTrainer):
         is_right_B = (chosen_B > rejected_B).float() + 0.5 * (chosen_B == rejected_B).float()
         sizes = (len(chosen_B), len(inputs["labelled"]), len(inputs.get("next_tokens", ())))
         counts = [torch.tensor(float(size), device=chosen_B.device) for size in sizes]
-        found = torch.stack([*counts, is_right_B.sum(), chosen_B.sum(), rejected_B.sum(), *losses])
-        self._sums = found if self._sums is None else self._sums + found
+        sums = torch.stack([*counts, is_right_B.sum(), chosen_B.sum(), rejected_B.sum(), *losses])
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # A process whose rows only filled up their steps has counted nothing.

@@ -71,14 +71,19 @@ def publish_reward_model(start: RewardStart, base: Base, folder: Path, **details
         save_reward_model(start.model, place)
         write_tokenizer(start.chat_format.tokenizer, place, start.chat_format.chat_template)
 
-    told: dict[str, Any] = {"base": start.trunk, "chat_format": "llama2", "max_tokens": base.max_tokens, "system": None}
+    defaults: dict[str, Any] = {
+        "base": start.trunk,
+        "chat_format": "llama2",
+        "max_tokens": base.max_tokens,
+        "system": None,
+    }
     manifest = Manifest(
         kind="reward_model",
         step="rm/safety",
         fingerprint="0" * 64,
         identity={},
         seed=0,
-        details=policy_details(start.model, **(told | details)),
+        details=policy_details(start.model, **(defaults | details)),
     )
     return publish(StepFolder(folder / "rm" / "safety"), manifest, write)
 

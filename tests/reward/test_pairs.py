@@ -159,9 +159,9 @@ def test_a_model_without_pairs_is_refused(which: Which, tiny_format: ChatFormat,
 def test_bad_lines_of_all_sets_are_told_together_with_file_and_line(tiny_format: ChatFormat, tmp_path: Path):
     bad = preference("Why?", "yes", "no", rating="much_nicer")
     data = data_of(tmp_path, helpfulness=[*toy_pairs(3), bad], safety=[bad])
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as caught:
         load(tiny_format, data)
-    assert "helpfulness.jsonl:4" in str(told.value) and "safety.jsonl:1" in str(told.value)
+    assert "helpfulness.jsonl:4" in str(caught.value) and "safety.jsonl:1" in str(caught.value)
     apart = tmp_path / "apart.jsonl"
     apart.write_text('{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b", "rejected": "\\n\\nHuman: c\\n\\nAssistant: d"}\n')
     with pytest.raises(DataError, match=r"apart\.jsonl:1"):

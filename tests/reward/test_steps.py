@@ -1,4 +1,4 @@
-"""The steps of `rm`: what they start from and hang on, when they run, `--only`, and what the plan says of them.
+"""The steps of `rm`: what they start from and depend on, when they run, `--only`, and what the plan says of them.
 
 The stages are stand-ins that publish at once; everything around them is real.
 """

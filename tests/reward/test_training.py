@@ -192,7 +192,7 @@ def test_comparisons_in_one_dialog_stay_together_and_weigh_what_they_do_alone(
         trainer = session.trainer(ranking, tmp_path / "scratch")
         one, two, three, *_ = ranking.examples.train
         # Two answers of one dialog, each with three alternatives. The second's shares the tokens up to where the
-        # first's alternative ends: their positions go on without a jump, and they are apart all the same.
+        # first's alternative ends: their positions continue without a jump, and they are apart all the same.
         whole = one.chosen + one.chosen[1:] + two.chosen[1:]
         cut = len(one.chosen) + len(two.chosen) // 2
         short, half = (*one.chosen[: cut - 2], 7, 8), (*whole[:cut], 9)

@@ -1,5 +1,6 @@
 """Configuration of a reward model's training: its own section of the recipe, and the shared ones it reads."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
@@ -9,6 +10,9 @@ from llamachat.config.section import Section, operational, unless_null
 
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
 VERSION = 8
+
+# Of a model's contrast pairs, the share in which a refusal of a harmful prompt is preferred.
+HARMFUL_SHARES: Mapping[str, float] = {"safety": 0.5, "judge": 0.05}
 
 CPU_ROW_TOKENS = 2048  # 15.3 thousand tokens a second of the bundled model; rows of 512 and 1024 give 13.7 and 14.5
 

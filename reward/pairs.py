@@ -7,7 +7,7 @@ the safety model from all safety pairs with a tenth of others; the judge (ours) 
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
 from random import Random
@@ -22,7 +22,7 @@ from llamachat.data.problems import left_out
 from llamachat.data.records import Preference, Prompt, first_user_turn
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
-from reward.config import Config
+from reward.config import HARMFUL_SHARES, Config
 from reward.contrast import answers_preferred, contrast_pairs, preferred_dialogs, real_refusals, refusals_preferred
 from reward.loss import MARGINS
 
@@ -32,8 +32,6 @@ Domain = Literal["helpfulness", "safety", "open", "contrast"]
 DOMAINS: tuple[Domain, ...] = ("helpfulness", "safety", "open")  # those that `data` has sources for
 TESTED: tuple[Domain, ...] = ("helpfulness", "safety")  # open sets are learnt from, not tested with
 Tagged = tuple[Domain, Preference]
-# Of the contrast pairs, those in which a refusal of a harmful prompt is preferred.
-_HARMFUL_SHARES: Mapping[Which, float] = {"safety": 0.5, "judge": 0.05}
 _MOST_HELD_OUT = 1000  # contrast pairs to validate with: they cost time at every evaluation
 UNSAFE_CHOSEN = "left out: the chosen answer is unsafe and the rejected one safe"
 
@@ -280,7 +278,7 @@ def _contrast(
     count = min(count, _MOST_HELD_OUT) if side == "validation" else count
     kinds = config.contrast.kinds
     pairs: list[Preference] = []
-    if "refusal" in kinds and (share := _HARMFUL_SHARES.get(which)):
+    if "refusal" in kinds and (share := HARMFUL_SHARES.get(which)):
         prompts: list[Prompt] = getattr(sources.harmful, side)
         pairs += refusals_preferred(safety, prompts, dialogs, round(share * count), seed=seed)
     if "refusal" in kinds and which == "safety" and count:

@@ -4,6 +4,8 @@ Answers in a moment: lines of data are counted, large files by their first part,
 """
 
 import gzip
+import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,17 +35,20 @@ from pipelines.recipe.stages import POLICY
 from ppo import Config as PpoConfig
 from rejection_sampling import Config as RejectionSamplingConfig
 from reward import Config as RewardConfig
+from reward.config import HARMFUL_SHARES
 from sft import Config as SftConfig
 
-BYTES_PER_TOKEN = 4.0  # of JSON lines of English dialogs; ours, rough
+LLAMA_2_PIECES = 32_000
 HUB_TOKENS = 200.0  # a dialog of a set that is not here; ours, assumed
 MOST_BYTES = 1 << 26  # read of one file; what comes after is taken to be like it
-# Tokens of both sequences of a pair for each token of its record, where the prompt stands once: 1.3 to 1.6 for the bundled
-# pairs (measured). Of a set that is not here both are assumed: the paper's Table 6 has 150 to 800 tokens an answer.
-TOKENS_OF_A_PAIR = 1.4
+# Tokens that a pair adds to the rows for each token of its record, where the prompt stands once: on a CPU, which computes the
+# prompt once, fewer (1.2 and 1.0 for the bundled helpfulness pairs, 1.6 and 1.1 for the safety pairs; measured). Of a set that
+# is not here both are assumed: the paper's Table 6 has 150 to 800 tokens an answer.
+TOKENS_OF_A_PAIR, TOKENS_OF_A_PAIR_ON_A_CPU = 1.3, 1.0
 TOKENS_OF_A_HUB_PAIR = 500.0
-# The same for a contrast pair and a dialog of data.sft, which it has up to one of its answers: 1.8 for the bundled data (measured).
-TOKENS_OF_A_CONTRAST_PAIR = 1.8
+# The same for a contrast pair and a dialog of data.sft; a CPU computes a dialog once for its pairs: 1.2 and 0.54 to 0.62 (measured).
+TOKENS_OF_A_CONTRAST_PAIR, TOKENS_OF_A_CONTRAST_PAIR_ON_A_CPU = 1.2, 0.53
+PROMPT_TOKENS_A_TOKEN = 1.25  # a prompt without its answer has more of the chat format's own tokens (measured)
 TURN_TOKENS = 100.0  # of the turns before an answer in Ghost Attention; ours, assumed
 KEPT_BY_DISTILLATION = 0.5  # of the distilled answers; ours, assumed: another answer is better as often as worse
 
@@ -100,7 +105,19 @@ class _Work:
     def all_prompts(self) -> "DataSize | None":
         """Those of `data.prompts` and `data.adversarial`; without any, those that dialogs and pairs begin with."""
         data = self.recipe.data
-        return _first_measured((*data.prompts, *data.adversarial), (*data.sft, *data.helpfulness, *data.safety))
+        return self.prompts((*data.prompts, *data.adversarial), (*data.sft, *data.helpfulness, *data.safety))
+
+    def measured(self, sources: Sequence[DataSource], **more: Any) -> "DataSize | None":
+        """Size of the sources in tokens of the base's tokenizer."""
+        return measure_data(sources, vocabulary=self.setup.shape.vocabulary, **more)
+
+    def prompts(self, *keys: Sequence[DataSource]) -> "DataSize | None":
+        """The prompts of the first keys that have any."""
+        for sources in keys:
+            size = self.measured(sources, prompts_only=True)
+            if size is None or size.records:
+                return size
+        return DataSize(0.0, 0.0)
 
     def tuned(self, lengths: Lengths, dialogs: int | None) -> Estimate:
         """Of supervised tuning on this many dialogs of a prompt and an answer, within a step that samples."""
@@ -115,7 +132,7 @@ class _Work:
 
 
 def _sft(work: _Work, config: SftConfig) -> Estimate:
-    size = measure_data(work.recipe.data.sft)
+    size = work.measured(work.recipe.data.sft)
     return sft_cost(
         config,
         work.setup,
@@ -144,19 +161,24 @@ def _reward_mix(work: _Work, config: RewardConfig) -> tuple[float, float] | None
     else:
         own, others, share = data.safety, (*data.helpfulness, *data.open), config.helpfulness_share
     in_record = TOKENS_OF_A_HUB_PAIR / TOKENS_OF_A_PAIR
-    measured = [measure_data(sources, hub_tokens=in_record) for sources in (own, others)]
-    labels = measure_data(data.labels if which == "safety" else ())
-    dialogs = measure_data(data.sft)
+    measured = [work.measured(sources, hub_tokens=in_record) for sources in (own, others)]
+    labels = work.measured(data.labels if which == "safety" else ())
+    dialogs = work.measured(data.sft)
     if measured[0] is None or measured[1] is None or labels is None or dialogs is None:
         return None
     of_own = measured[0].records * kept
     of_others = min(measured[1].records * kept, of_own * share / (1 - share))
     longest = 2 * work.recipe.base.max_tokens
-    tokens = of_own * min(longest, TOKENS_OF_A_PAIR * measured[0].tokens_per_record)
-    tokens += of_others * min(longest, TOKENS_OF_A_PAIR * measured[1].tokens_per_record)
+    on_cpu = work.setup.gpu is None
+    in_pair = TOKENS_OF_A_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_PAIR
+    in_contrast_pair = TOKENS_OF_A_CONTRAST_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_CONTRAST_PAIR
     contrast = (of_own + of_others) * config.contrast.share / (1 - config.contrast.share) if dialogs.records else 0.0
-    # A dialog up to one of its answers, twice; many of the other answers are short refusals.
-    tokens += contrast * min(longest, TOKENS_OF_A_CONTRAST_PAIR * dialogs.tokens_per_record)
+    of_harmful = contrast * (
+        HARMFUL_SHARES.get(which, 0.0) if which else 0.0
+    )  # refusals of harmful prompts: as long as the model's own pairs
+    tokens = (of_own + of_harmful) * min(longest, in_pair * measured[0].tokens_per_record)
+    tokens += of_others * min(longest, in_pair * measured[1].tokens_per_record)
+    tokens += (contrast - of_harmful) * min(longest, in_contrast_pair * dialogs.tokens_per_record)
     return of_own + of_others + contrast, tokens + labels.records * kept * min(longest / 2, labels.tokens_per_record)
 
 
@@ -185,7 +207,7 @@ def _gatt(work: _Work, config: GattConfig) -> Estimate:
 def _distillation(work: _Work, config: ContextDistillationConfig) -> Estimate:
     data = work.recipe.data
     # Prompts marked is_safety among others are not counted: that would need reading them all.
-    prompts = _first_measured(data.adversarial, data.prompts or data.safety)
+    prompts = work.prompts(data.adversarial, data.prompts or data.safety)
     num_prompts = _num_prompts(config.prompts, prompts, work.train_share)
     answers = dialogs = None
     if num_prompts is not None:
@@ -237,14 +259,21 @@ class DataSize:
     tokens_per_record: float
 
 
-def measure_data(sources: Sequence[DataSource], *, hub_tokens: float = HUB_TOKENS) -> DataSize | None:
+def measure_data(
+    sources: Sequence[DataSource],
+    *,
+    hub_tokens: float = HUB_TOKENS,
+    vocabulary: int = LLAMA_2_PIECES,
+    prompts_only: bool = False,
+) -> DataSize | None:
     """Size of the sources; None as soon as one of them is not here and has no `limit` to bound it.
 
-    `hub_tokens` are assumed in a record of a set that is not here.
+    `hub_tokens` are assumed in a record of a set that is not here; `vocabulary` is the number of the tokenizer's pieces;
+    with `prompts_only` the prompts of pairs and the questions of dialogs count, without their answers.
     """
     records = tokens = 0.0
     for source in sources:
-        size = _measure(source, hub_tokens)
+        size = _measure(source, hub_tokens, bytes_per_token(vocabulary), prompts_only=prompts_only)
         if size is None:
             return None
         records += size.records * source.weight
@@ -252,13 +281,12 @@ def measure_data(sources: Sequence[DataSource], *, hub_tokens: float = HUB_TOKEN
     return DataSize(records, tokens / records if records else 0.0)
 
 
-def _first_measured(*keys: Sequence[DataSource]) -> DataSize | None:
-    """The prompts that a sampling step asks: of the first keys that have any."""
-    for sources in keys:
-        size = measure_data(sources)
-        if size is None or size.records:
-            return size
-    return DataSize(0.0, 0.0)
+def bytes_per_token(vocabulary: int) -> float:
+    """Bytes of JSON lines of English dialogs for each token of the chat format.
+
+    Measured on the bundled data with three tokenizers of 4,096, 32,000 (Llama 2's) and 49,152 pieces: 3.6, 4.6, 4.9.
+    """
+    return 3.6 + 0.5 * math.log(vocabulary / 4096)
 
 
 def _num_prompts(most: int | None, prompts: DataSize | None, train_share: float) -> int | None:
@@ -267,31 +295,51 @@ def _num_prompts(most: int | None, prompts: DataSize | None, train_share: float)
     return min((count for count in (most, there) if count is not None), default=None)
 
 
-def _measure(source: DataSource, hub_tokens: float) -> DataSize | None:
+def _measure(source: DataSource, hub_tokens: float, in_token: float, *, prompts_only: bool) -> DataSize | None:
     path = regular_file(Path(source.path))
     if not path.is_file():
         return DataSize(source.limit, hub_tokens) if source.limit is not None and not path.exists() else None
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _measure_lines(path, path.stat().st_mtime_ns, source.limit)
-    return _measure_parquet(path, source.limit) if path.suffix == ".parquet" else None
+        size = _measure_lines(path, path.stat().st_mtime_ns, source.limit, prompts_only=prompts_only)
+    else:
+        size = _measure_parquet(path, source.limit) if path.suffix == ".parquet" else None
+    share = PROMPT_TOKENS_A_TOKEN if prompts_only else 1.0
+    return size and DataSize(size[0], share * size[1] / in_token)
 
 
 @lru_cache(maxsize=256)  # the search for what fits asks again and again
-def _measure_lines(path: Path, changed_ns: int, limit: int | None) -> DataSize:
-    lines = num_bytes = 0
+def _measure_lines(path: Path, changed_ns: int, limit: int | None, *, prompts_only: bool) -> tuple[float, float]:
+    """Records, and mean bytes of one."""
+    lines = num_bytes = num_read = 0
     with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else path.open("rb") as stream:
         for line in bounded_lines(cast(IO[bytes], stream)):
             if lines == limit:
                 break
-            lines, num_bytes = lines + 1, num_bytes + len(line)
-            if num_bytes >= MOST_BYTES:
-                position = raw.tell() if path.suffix == ".gz" else num_bytes
+            lines, num_read = lines + 1, num_read + len(line)
+            num_bytes += _prompt_bytes(line) if prompts_only else len(line)
+            if num_read >= MOST_BYTES:
+                position = raw.tell() if path.suffix == ".gz" else num_read
                 whole = lines * max(1.0, path.stat().st_size / position)
-                return DataSize(min(whole, limit) if limit else whole, num_bytes / lines / BYTES_PER_TOKEN)
-    return DataSize(lines, num_bytes / lines / BYTES_PER_TOKEN if lines else 0.0)
+                return min(whole, limit) if limit else whole, num_bytes / lines
+    return lines, num_bytes / lines if lines else 0.0
 
 
-def _measure_parquet(path: Path, limit: int | None) -> DataSize | None:
+def _prompt_bytes(line: bytes) -> int:
+    """Bytes of the prompt of a pair, or of a dialog up to its last question; of the line where it is neither."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return len(line)  # reported where it is read
+    if not isinstance(record, dict):
+        return len(line)
+    messages = record.get("messages")
+    if isinstance(messages, list) and "prompt" not in record:
+        return len(json.dumps(messages[:-1], ensure_ascii=False).encode(errors="replace"))
+    return len(json.dumps(record.get("prompt", record), ensure_ascii=False).encode(errors="replace"))
+
+
+def _measure_parquet(path: Path, limit: int | None) -> tuple[float, float] | None:
+    """Records, and mean bytes of one."""
     import pyarrow
     import pyarrow.parquet
 
@@ -301,7 +349,7 @@ def _measure_parquet(path: Path, limit: int | None) -> DataSize | None:
         return None  # reported where it is read
     num_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
     rows = metadata.num_rows
-    return DataSize(min(rows, limit) if limit else rows, num_bytes / max(1, rows) / BYTES_PER_TOKEN)
+    return min(rows, limit) if limit else rows, num_bytes / max(1, rows)
 
 
 def answer_tokens(recipe: Recipe, step: Step) -> tuple[float, str] | None:

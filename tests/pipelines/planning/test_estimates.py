@@ -1,12 +1,21 @@
 """What a recipe's steps cost: where its models would lie, how much data there is, and what finished steps have measured."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from llamachat.memory.estimates import Shape, read_shape
-from pipelines.planning.estimates import HUB_TOKENS, MOST_BYTES, DataSize, estimate_step, measure_data, seat_roles
+from pipelines.planning.estimates import (
+    HUB_TOKENS,
+    MOST_BYTES,
+    DataSize,
+    bytes_per_token,
+    estimate_step,
+    measure_data,
+    seat_roles,
+)
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import Recipe, Step, load
@@ -81,12 +90,49 @@ def test_data_are_counted_where_they_are_and_bounded_where_they_are_not(tmp_path
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 40] * 25}), tmp_path / "b.parquet")
     recipe = load(write_recipe(tmp_path, data={"sft": [{"path": str(lines)}, {"path": str(tmp_path / "b.parquet")}]}))
     one, two = recipe.data.sft
-    assert measure_data([one]) == DataSize(30, lines.stat().st_size / 30 / 4)
+    assert measure_data([one]) == DataSize(30, lines.stat().st_size / 30 / bytes_per_token(32_000))
     size = measure_data([one.model_copy(update={"weight": 2.0}), two.model_copy(update={"limit": 5})])
     assert size is not None and size.records == 65
     hub = one.model_copy(update={"path": "owner/name:train"})
     assert measure_data([one, hub]) is None
     assert measure_data([hub.model_copy(update={"limit": 10})]) == DataSize(10, HUB_TOKENS)
+
+
+def test_tokens_are_those_of_the_tokenizer_and_prompts_go_without_their_answers(tmp_path: Path) -> None:
+    # Bytes a token of the bundled data with three tokenizers, counted with each.
+    for pieces, counted in ((4096, 3.6), (32_000, 4.6), (49_152, 4.9)):
+        assert bytes_per_token(pieces) == pytest.approx(counted, rel=0.03)
+    question, answer = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello. " * 50}
+    records = [
+        {"prompt": [question], "chosen": [answer], "rejected": [answer]},
+        {"messages": [question, answer]},
+        {"prompt": [question], "is_safety": False},
+    ]
+    sizes = []
+    for number, record in enumerate(records):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(f"{json.dumps(record)}\n")
+        recipe = load(write_recipe(tmp_path, data={"sft": [{"path": str(file)}]}))
+        size = measure_data(recipe.data.sft, prompts_only=True)
+        assert size is not None and size.records == 1
+        sizes.append(size.tokens_per_record * bytes_per_token(32_000))
+    assert sizes == [pytest.approx(1.25 * len(json.dumps([question])))] * 3
+
+
+@pytest.mark.parametrize("gpu", [None, "24GiB"])
+def test_the_pairs_of_the_bundled_recipe_are_estimated(gpu: str | None) -> None:
+    """Against its pairs and the tokens of its rows, counted: first on a CPU, then on a GPU."""
+    counted = {
+        "helpfulness": (32_097, 3_641_211, 6_655_404),
+        "safety": (6573, 1_550_444, 2_190_766),
+        "judge": (15_797, 1_936_774, 3_454_936),
+    }
+    recipe = load("configs/tiny.yaml", [f"run.gpu={gpu}"] if gpu else [])
+    for which, (pairs, *tokens) in counted.items():
+        estimate = estimate_step(recipe, recipe.step(f"rm/{which}"))
+        assert estimate is not None
+        per_pair = float(re.findall(r"([0-9]+) tokens a pair", estimate.assumed)[0])
+        assert per_pair == pytest.approx(tokens[gpu is not None] / pairs, rel=0.15)
 
 
 def test_the_plan_names_data_that_no_step_could_read(path: Path, tmp_path: Path) -> None:

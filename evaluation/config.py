@@ -12,7 +12,7 @@ from llamachat.config.section import Section
 from llamachat.constraints.families import CHECKABLE
 
 # Part of the fingerprint: raised when the same configuration and data would give other figures.
-VERSION = 5
+VERSION = 6
 
 Temperature = Annotated[float, Field(gt=0)]
 Turn = Annotated[int, Field(ge=1)]

@@ -118,7 +118,7 @@ class RunEvaluation:
         scale = constants or Constants.from_plain(values["constants"])
         values["borderline"] = part("borderline", lambda: self._borderline(session()))
         is_last = policy is self._policies[-1]
-        for name, has_instruction in (("told", True), ("chance", False)):
+        for name, has_instruction in (("instructed", True), ("chance", False)):
             values[name] = None
             if self.trials and (has_instruction or is_last):
                 values[name] = part(
@@ -248,7 +248,7 @@ def _result(policy: Artifact, values: dict[str, Any]) -> PolicyResult:
         borderline_files=borderline["files"],
         borderline_tokens=borderline["tokens"],
         borderline_finished=borderline["finished"],
-        instructed=None if values["told"] is None else Outcome.from_plain(values["told"]),
+        instructed=None if values["instructed"] is None else Outcome.from_plain(values["instructed"]),
         chance=None if values["chance"] is None else Outcome.from_plain(values["chance"]),
         curves=[Curve(**curve) for curve in values["curves"]],
         guarded=values.get("guarded"),

@@ -13,7 +13,7 @@ from llamachat.config.sections import DATA_PATH
 from llamachat.constraints.families import FAMILIES
 
 # Part of the fingerprint: raised when the same configuration and data would give other dialogs.
-VERSION = 5
+VERSION = 6
 
 Temperature = Annotated[float, Field(gt=0)]
 Turn = Annotated[int, Field(ge=1)]
@@ -76,7 +76,7 @@ class Config(Section):
         le=1,
         description="Share of the dialogs with a figure or hobby whose last turn asks for it. Ours.",
     )
-    mends: bool = Field(
+    repairs: bool = Field(
         default=True,
         description="Correct the last answer by rule where no sample keeps the instruction and a rule can (a first word, small letters, quotes, a name); counted. Ours.",
     )

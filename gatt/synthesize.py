@@ -35,7 +35,7 @@ class Conversation:
     dropped: str | None = None
     tokens: int = 0  # of the last answer so far,
     passing: float = 0.0  # the share of its samples that keep the instruction,
-    is_mended: bool = False  # and whether it was fixed by rule
+    is_repaired: bool = False  # and whether it was fixed by rule
 
     @property
     def is_open(self) -> bool:
@@ -68,7 +68,7 @@ class GattDialog:
     answers: list[str]
     tokens: int  # of the last answer
     passing: float  # share of the samples of the last turn that kept the instruction
-    is_mended: bool  # none of them did, and the answer was corrected by rule
+    is_repaired: bool  # none of them did, and the answer was corrected by rule
 
 
 PLAIN = Instruction((), "", is_shortened=False)  # of a dialog without one
@@ -134,7 +134,7 @@ def sample_dialogs(
             one.answers,
             tokens=one.tokens,
             passing=one.passing,
-            is_mended=one.is_mended,
+            is_repaired=one.is_repaired,
         )
         for one in conversations
         if one.dropped is None
@@ -188,7 +188,7 @@ def _answer(one: Conversation, samples: Sequence[Response], sampler: TurnSampler
     assert text is not None, "an answer that is chosen has text"
     one.answers.append(text)
     one.passing, one.tokens = len(kept) / len(samples), len(chosen.ids)
-    one.is_mended = is_last and not kept
+    one.is_repaired = is_last and not kept
 
 
 def put_right(one: Conversation, answer: str) -> str | None:

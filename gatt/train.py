@@ -197,7 +197,7 @@ class Dialogs:
             session.chat_format,
             config.samples_per_turn,
             inputs.base.max_tokens - inputs.rollout.max_new_tokens - 1,
-            config.mends,
+            config.repairs,
             rank=by_reward(session.scorer) if config.ranks_by_reward else None,
         )
         samplings = [
@@ -213,7 +213,7 @@ class Dialogs:
             "figures": {
                 "gatt/kept_fraction": len(dialogs) / len(conversations),
                 "gatt/passing_fraction": fmean(dialog.passing for dialog in instructed) if instructed else 0.0,
-                "gatt/mended_fraction": fmean(dialog.is_mended for dialog in instructed) if instructed else 0.0,
+                "gatt/repaired_fraction": fmean(dialog.is_repaired for dialog in instructed) if instructed else 0.0,
                 "gatt/answer_tokens": fmean(dialog.tokens for dialog in dialogs) if dialogs else 0.0,
                 "gatt/turns": fmean(len(dialog.turns) for dialog in dialogs) if dialogs else 0.0,
                 **costs,

@@ -49,7 +49,7 @@ MOMENTS = (
     r"; os.rename .*sft-[0-9a-f]+-answers",
     r"; os.rename .*sft-[0-9a-f]+-borderline",
     r"; os.rename .*sft-[0-9a-f]+-curve-1\.",
-    r"; os.rename .*sft-2-[0-9a-f]+-told",
+    r"; os.rename .*sft-2-[0-9a-f]+-instructed",
     r"; os.rename .*-kl",
     r"; os.rename .*/eval/artifact$",
 )

@@ -389,4 +389,4 @@ def test_the_policy_learns_what_its_last_answers_keep(base: Path, tmp_path: Path
     summary = summary_of(step_of(recipe))
     for turn in (1, 2):
         assert summary[f"gatt/consistency/over_start/turn_{turn}_low"] > 0
-    assert summary["gatt/mended_fraction"] > 0.05 and summary["sft/eval_loss"] < summary["sft/eval_loss_base"]
+    assert summary["gatt/repaired_fraction"] > 0.05 and summary["sft/eval_loss"] < summary["sft/eval_loss_base"]

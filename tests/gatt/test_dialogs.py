@@ -58,7 +58,7 @@ STORED = GattDialog(
     answers=["I am here, sun.", "I am, sun.", "Bye, sun."],
     tokens=7,
     passing=1.0,
-    is_mended=False,
+    is_repaired=False,
 )
 # Ids by hand from the template of the format ("[INST] <<SYS>>...") and the pieces of the bundled vocabulary: 1 opens a pair
 # of turns and 2 closes it, 13 is a line's end, 3995 a space that begins no word.
@@ -174,7 +174,7 @@ def test_the_instruction_is_in_every_turn_and_an_answer_that_keeps_it_continues(
     assert [one.seed for one in engine.samplings] == [0, 1]
     assert [one.answers for one in dialogs] == [["the sun. Hello, sun.", "Now, sun."], ["It is me.", "You are you."]]
     assert [one.turns for one in dialogs] == [["Hello?", "And now?"], ["Who?", "Me?"]], "without the instruction"
-    assert [one.passing for one in dialogs] == [0.5, 0.5] and not any(one.is_mended for one in dialogs)
+    assert [one.passing for one in dialogs] == [0.5, 0.5] and not any(one.is_repaired for one in dialogs)
     assert dialogs[0].tokens == len(tiny_format.tokenizer.encode("Now, sun.")) + 1
 
 
@@ -212,7 +212,7 @@ def test_last_answers_are_put_right_by_rule_and_counted(tiny_format: ChatFormat)
     dialogs, _ = run(
         tiny_format, talk, [first, [["The cat."], ["The cat."], ["a sun"], ["a cat"]]], samples=1, repairs=True
     )
-    assert [(one.answers[-1], one.is_mended, one.passing) for one in dialogs] == [
+    assert [(one.answers[-1], one.is_repaired, one.passing) for one in dialogs] == [
         ('"The cat."', True, 0.0),
         ("sure, the cat.", True, 0.0),
         ("a sun", False, 1.0),
@@ -240,7 +240,7 @@ def test_a_recall_question_comes_last_and_is_remembered(tiny_format: ChatFormat)
     assert dialogs[0].answers == ["Hi.", "I enjoy chess most."] and dialogs[0].passing == 0.5
     with_recall = Conversation(hobby, ("Hello?", "What do you enjoy most?"), hobby.constraints[0])
     dialogs, _ = run(tiny_format, [with_recall], [[["Hi."]], [["I like golf."]]], samples=1, repairs=True)
-    assert dialogs[0].answers == ["Hi.", "I enjoy chess."] and dialogs[0].is_mended
+    assert dialogs[0].answers == ["Hi.", "I enjoy chess."] and dialogs[0].is_repaired
 
 
 def test_a_plain_dialog_has_the_policys_own_answers_and_no_system_text(tiny_format: ChatFormat) -> None:
@@ -294,7 +294,7 @@ def test_where_nothing_keeps_the_instructions_the_counts_are_reported(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gatt.synthesize.passes", lambda *_: False)
-    section = {"families": ["quoted"], "dialogs": 12, "mends": True}
+    section = {"families": ["quoted"], "dialogs": 12, "repairs": True}
     config, inputs = inputs_of(write_recipe(tmp_path / "none.yaml", base, gatt=section))
     with pytest.raises(
         DataError, match=r"gatt: of 12 dialogs none with an instruction is left \(.*Raise gatt\.samples_per_turn"

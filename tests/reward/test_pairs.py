@@ -138,7 +138,7 @@ def test_contrast_pairs_are_a_share_of_the_mix_from_the_same_side(tiny_format: C
     assert "contrast" not in domains([*none.train, *none.validation])
 
 
-def test_a_mix_that_lacks_others_is_told_with_counts(
+def test_a_mix_that_lacks_others_is_reported_with_counts(
     tiny_format: ChatFormat, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     examples = load(tiny_format, data_of(tmp_path, helpfulness=toy_pairs(20)))
@@ -156,7 +156,7 @@ def test_a_model_without_pairs_is_refused(which: Which, tiny_format: ChatFormat,
         load(tiny_format, data, which)
 
 
-def test_bad_lines_of_all_sets_are_told_together_with_file_and_line(tiny_format: ChatFormat, tmp_path: Path):
+def test_bad_lines_of_all_sets_are_reported_together_with_file_and_line(tiny_format: ChatFormat, tmp_path: Path):
     bad = preference("Why?", "yes", "no", rating="much_nicer")
     data = data_of(tmp_path, helpfulness=[*toy_pairs(3), bad], safety=[bad])
     with pytest.raises(DataError) as caught:
@@ -171,7 +171,7 @@ def test_bad_lines_of_all_sets_are_told_together_with_file_and_line(tiny_format:
 # --- single records
 
 
-def test_margins_follow_ratings_and_none_is_told(
+def test_margins_follow_ratings_and_a_missing_one_is_reported(
     tiny_format: ChatFormat, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO)

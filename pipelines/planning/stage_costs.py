@@ -41,9 +41,6 @@ from sft import Config as SftConfig
 # Bytes of a logit of supervised tuning: in fp32, its logarithm and its gradient, together for a moment; on a GPU TRL's fused
 # head never has the last two. Of PPO: in fp32, with what its backward pass makes of it (ours, measured on a CPU).
 LOGIT_BYTES, FUSED_LOGIT_BYTES, PPO_LOGIT_BYTES = 12, 10, 20
-PAIRS_ABOVE = (
-    2  # of a step above `pairs_per_step`, whose last group of contrast pairs stays together (measured: 0.7 to 2.2)
-)
 SHARE_OF_ANSWERS = 0.6  # of a row's tokens in PPO, those of answers, which have logits; ours, assumed
 IN_BANK = (BASE_WEIGHTS, GATHERED, TRAINED_WEIGHTS)  # parts of a training that the bank's count has
 # A report's seconds on one CPU core, matplotlib's loading counted: ours, measured: nine steps with 75 pictures took 16 s.
@@ -105,8 +102,7 @@ def reward_cost(config: RewardConfig, setup: Setup, *, pairs: int | None, tokens
         gradient_checkpointing=config.gradient_checkpointing,
         assumed=f"{tokens_per_pair:.0f} tokens a pair",
     )
-    per_step = config.pairs_per_step + (PAIRS_ABOVE if config.contrast.share else 0)
-    return Estimate(memory, seconds, _steps(pairs, config.epochs, per_step), assumed, LOADED)
+    return Estimate(memory, seconds, _steps(pairs, config.epochs, config.pairs_per_step), assumed, LOADED)
 
 
 def _steps(examples: int, epochs: float, per_step: int) -> int:

@@ -18,7 +18,7 @@ from llamachat.errors import ArtifactError, UsageError
 from llamachat.runs.artifacts import Artifact
 from pipelines.cli.main import main
 from pipelines.execution.run import find_work, take_inputs
-from pipelines.planning.estimates import TOKENS_OF_A_PAIR, estimate_step
+from pipelines.planning.estimates import TOKENS_OF_A_PAIR_ON_A_CPU, bytes_per_token, estimate_step
 from pipelines.planning.plan import make_plan
 from pipelines.recipe.recipe import Recipe, Step, load
 from pipelines.recipe.stages import POLICY, Product, Role, Stage
@@ -202,7 +202,8 @@ def test_the_mixes_are_counted_as_the_paper_has_them(tmp_path: Path) -> None:
     )
     estimate = estimate_step(wider, wider.steps[0])
     assert estimate is not None and estimate.optimizer_steps == 250  # an equal part would be 200; there are 50
-    tokens = (tmp_path / "a.jsonl").stat().st_size / 100 / 4 * TOKENS_OF_A_PAIR
+    pieces = json.loads((Path(wider.base.model) / "config.json").read_text())["vocab_size"]
+    tokens = (tmp_path / "a.jsonl").stat().st_size / 100 / bytes_per_token(pieces) * TOKENS_OF_A_PAIR_ON_A_CPU
     assert f"{tokens:.0f} tokens a pair" in estimate.assumed
 
 

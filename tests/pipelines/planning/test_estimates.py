@@ -107,6 +107,7 @@ def test_tokens_are_those_of_the_tokenizer_and_prompts_go_without_their_answers(
         {"prompt": [question], "chosen": [answer], "rejected": [answer]},
         {"messages": [question, answer]},
         {"prompt": [question], "is_safety": False},
+        {"messages": [question]},
     ]
     sizes = []
     for number, record in enumerate(records):
@@ -116,7 +117,16 @@ def test_tokens_are_those_of_the_tokenizer_and_prompts_go_without_their_answers(
         size = measure_data(recipe.data.sft, prompts_only=True)
         assert size is not None and size.records == 1
         sizes.append(size.tokens_per_record * bytes_per_token(32_000))
-    assert sizes == [pytest.approx(1.25 * len(json.dumps([question])))] * 3
+    assert sizes == [pytest.approx(1.25 * len(json.dumps([question])))] * 4
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"prompt": ' + "[" * 100_000, "{", "3", '{"messages": null}', ""])
+def test_a_line_that_is_no_record_counts_by_its_bytes(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f"{line}\n")
+    recipe = load(write_recipe(tmp_path, data={"sft": [{"path": str(tmp_path / "a.jsonl")}]}))
+    size = measure_data(recipe.data.sft, prompts_only=True)
+    assert size is not None and size.records == 1 and 0 < size.tokens_per_record <= len(line) + 2
+    assert bytes_per_token(2) == 1.0
 
 
 @pytest.mark.parametrize("gpu", [None, "24GiB"])

@@ -11,8 +11,9 @@ import pytest
 from llamachat.config.sections import hub_set
 from llamachat.data.sources import SOURCES
 from llamachat.memory.estimates import KNOWN_BASES
+from llamachat.tables import duration
 from pipelines.cli.main import main
-from pipelines.planning.estimates import card
+from pipelines.planning.estimates import card, estimate_step
 from pipelines.planning.fit import fits
 from pipelines.planning.plan import make_plan
 from pipelines.recipe.recipe import load
@@ -91,6 +92,21 @@ def test_the_sets_of_the_presets_are_named_with_their_split_and_format() -> None
             for source in sources:
                 assert hub_set(source.path) is not None and ":" in source.path
                 assert source.format == "native" or SOURCES[source.format].kind == kind
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_page_has_the_steps_and_hours_of_the_plan(name: str) -> None:
+    recipe = load(f"configs/{name}.yaml")
+    steps = ("sft", "rm/helpfulness", "rm/safety", "rm/judge")
+    estimates = [estimate for step in steps if (estimate := estimate_step(recipe, recipe.step(step))) is not None]
+    (row,) = [
+        line
+        for line in Path("docs/presets.md").read_text().splitlines()
+        if line.startswith(f"| `{name}.yaml` | ") and line.count("|") == 8
+    ]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[6] == " + ".join(str(estimate.optimizer_steps) for estimate in estimates)
+    assert cells[7] == " + ".join(duration(estimate.seconds) for estimate in estimates)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

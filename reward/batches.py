@@ -17,12 +17,9 @@ import torch
 from torch import Tensor
 
 from llamachat import distributed
-from llamachat.chat_format.tokenizer import FILLER_ID
-from llamachat.data.packing import StepPlan, epoch_order, lay_out
+from llamachat.data.packing import StepPlan, epoch_order, lay_out, pack_responses
 from reward.pairs import LabelExample, PairExample
 
-# A CPU keeps a compiled kernel for each shape it has met: lengths are filled up to a multiple, which also is faster.
-SHAPE_MULTIPLE = 64
 _MOST_TOGETHER = 12  # pairs that stay together: a row holds them whole
 
 Group = tuple[int, ...]  # places of pairs in one dialog, the shortest first
@@ -124,29 +121,6 @@ def _chosen_tokens(responses: Responses, ends: Tensor) -> dict[str, Tensor]:
         places += range(end - count, end)
         tokens += responses.ids[place][-count:]
     return {"states_at": torch.tensor(places, dtype=torch.long), "next_tokens": torch.tensor(tokens, dtype=torch.long)}
-
-
-def pack_responses(
-    responses: Sequence[Sequence[int]], shared: Sequence[int] = (), *, multiple_of: int = SHAPE_MULTIPLE
-) -> dict[str, Tensor]:
-    """One row of isolated responses: input_ids and position_ids [1, T], and `ends` [N], where each has its last token.
-
-    The positions of a response begin at its number of `shared` tokens: those of the last one that shares none.
-    Pads fill the row up to a multiple of tokens, as one more response that is not scored; a row without responses is
-    pads alone.
-    """
-    lengths = [len(ids) for ids in responses]
-    total = sum(lengths)
-    missing = -total % multiple_of if total else multiple_of
-    ids = [token for response in responses for token in response] + [FILLER_ID] * missing
-    firsts = [*(shared or [0] * len(lengths)), 0]
-    spans = zip(firsts, [*lengths, missing], strict=True)
-    positions = [position for first, length in spans for position in range(first, first + length)]
-    return {
-        "input_ids": torch.tensor([ids], dtype=torch.long),
-        "position_ids": torch.tensor([positions], dtype=torch.long),
-        "ends": torch.tensor(lengths, dtype=torch.long).cumsum(0) - 1,
-    }
 
 
 def plan_batches(

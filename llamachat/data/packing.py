@@ -21,6 +21,8 @@ from torch import Tensor
 from llamachat.chat_format import TokenizedExample
 from llamachat.chat_format.tokenizer import FILLER_ID
 
+# A CPU keeps a compiled kernel for each shape it has met: lengths are filled up to a multiple, which also is faster.
+SHAPE_MULTIPLE = 64
 IGNORED = -100  # the label that the losses of torch and transformers leave out
 
 Row = tuple[int, ...]  # indices of the examples in it; () where it fills up a step
@@ -208,6 +210,29 @@ def collate_padded(
         "attention_mask": (positions_T < lengths_B.unsqueeze(1)).long(),
         # Positions run on over the padding: starting again there would read as a second packed example.
         "position_ids": positions_T.expand(len(parts), -1).contiguous(),
+    }
+
+
+def pack_responses(
+    responses: Sequence[Sequence[int]], shared: Sequence[int] = (), *, multiple_of: int = SHAPE_MULTIPLE
+) -> dict[str, Tensor]:
+    """One row of isolated responses: input_ids and position_ids [1, T], and `ends` [N], where each has its last token.
+
+    The positions of a response begin at its number of `shared` tokens: those of the last one that shares none.
+    Pads fill the row up to a multiple of tokens, as one more response that is not scored; a row without responses is
+    pads alone.
+    """
+    lengths = [len(ids) for ids in responses]
+    total = sum(lengths)
+    missing = -total % multiple_of if total else multiple_of
+    ids = [token for response in responses for token in response] + [FILLER_ID] * missing
+    firsts = [*(shared or [0] * len(lengths)), 0]
+    spans = zip(firsts, [*lengths, missing], strict=True)
+    positions = [position for first, length in spans for position in range(first, first + length)]
+    return {
+        "input_ids": torch.tensor([ids], dtype=torch.long),
+        "position_ids": torch.tensor([positions], dtype=torch.long),
+        "ends": torch.tensor(lengths, dtype=torch.long).cumsum(0) - 1,
     }
 
 

@@ -33,6 +33,13 @@ def use_sequence_attention(model: nn.Module) -> None:
     trunk.set_attn_implementation(NAME)
 
 
+def attends_by_sequence(model: nn.Module) -> bool:
+    """Whether `use_sequence_attention` was called on the model, or on the trunk that it shares."""
+    llama: Any = model
+    root = llama.get_base_model() if hasattr(llama, "get_base_model") else llama
+    return getattr(root, "model", root).config._attn_implementation == NAME
+
+
 def _mask(*arguments: Any, attention_mask: Tensor | None = None, **named: Any) -> Tensor | None:
     from transformers.masking_utils import eager_mask
 

@@ -11,10 +11,11 @@ from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Data, DataSource, Split
 from llamachat.data.loading import fraction, split_of
+from llamachat.data.packing import pack_responses
 from llamachat.data.records import Preference
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
-from reward.batches import Batches, pack_responses, plan_batches
+from reward.batches import Batches, plan_batches
 from reward.config import Config, Contrast
 from reward.contrast import REFUSALS
 from reward.pairs import UNSAFE_CHOSEN, Examples, LabelExample, PairExample, load_examples

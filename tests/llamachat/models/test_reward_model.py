@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -16,13 +17,14 @@ from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import DialogError, Message
 from llamachat.chat_format.tokenizer import write_tokenizer
 from llamachat.errors import ArtifactError
-from llamachat.models import nf4
+from llamachat.models import nf4, scoring_head
 from llamachat.models.reward_model import (
     RewardModel,
     load_reward_model,
     reward_trunk_digest,
 )
 from llamachat.models.scoring_head import last_token_scores, score_rows
+from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.models.weights import trunk_digest
 from tests.reward.rewarding import (
     DIALOGS,
@@ -123,6 +125,48 @@ def test_order_padding_and_packing_do_not_move_a_score(tmp_path: Path, tiny_sent
     assert abs(float(moved[1] - together[1])) > 1e-3
     torch.testing.assert_close(moved[[0, 2, 3]], together[[0, 2, 3]], rtol=0, atol=1e-5)
     assert loaded.score_ids([]).shape == (0,)
+
+
+@pytest.mark.parametrize("row_tokens", [None, 60, 1])
+def test_rows_that_begin_alike_are_scored_as_alone_and_their_beginning_once(
+    row_tokens: int | None, tmp_path: Path, tiny_sentencepiece: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    _, start = trained(tmp_path, tiny_sentencepiece, "lora")
+    draw = Random(5)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, 200) for _ in range(count))
+
+    first, second = tokens(30), tokens(25)
+    answers = [(*first, *tokens(count), 2) for count in (4, 9, 1, 6)]
+    longer = [(*answers[1], *second, *tokens(count), 2) for count in (3, 5)]  # the next turn of a dialog
+    rows = [
+        *answers,
+        (*second, 7, 2),
+        *longer,
+        answers[2],
+        answers[0][:20],
+        answers[0][:21],
+        (1,),
+        (*second, 8, 2),
+        (1, 2),
+    ]
+    draw.shuffle(rows)
+    alone = torch.cat([score_rows(start.model, [row]) for row in rows])
+    computed: list[int] = []
+    use_sequence_attention(start.model)
+    score = scoring_head.last_token_scores
+
+    def counted(model: Any, batch: Any) -> Tensor:
+        computed.append(batch["input_ids"].numel())
+        return score(model, batch)
+
+    monkeypatch.setattr(scoring_head, "last_token_scores", counted)
+    torch.testing.assert_close(score_rows(start.model, rows, row_tokens=row_tokens), alone, rtol=0, atol=1e-5)
+    if row_tokens is None:  # 30 tokens that five rows share, 25 that two do, 66 that two do; up to 63 fill the row
+        assert len(computed) == 1 and computed[0] < 240 < sum(map(len, rows))
+    elif row_tokens == 60:
+        assert max(computed) <= 128 and len(computed) > 2
 
 
 def test_gradients_of_a_packed_row_are_those_of_plain_transformers(tmp_path: Path, tiny_sentencepiece: bytes):

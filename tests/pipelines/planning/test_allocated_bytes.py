@@ -13,14 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamachat.chat_format import TokenizedExample
 from llamachat.config.sections import Tuning
-from llamachat.data.packing import collate_packed
+from llamachat.data.packing import collate_packed, pack_responses
 from llamachat.memory.estimates import Estimate, Setup, Shape
 from llamachat.models.loading import attach_adapter
 from llamachat.models.scoring_head import ScoringLlama, scores_and_states
 from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.training.master_weights import adamw
 from pipelines.planning.stage_costs import reward_cost, sft_cost
-from reward.batches import pack_responses
 from reward.config import Config as RewardConfig
 from reward.loss import language_losses
 from sft.config import Config as SftConfig

@@ -14,6 +14,9 @@ VERSION = 8
 # Of a model's contrast pairs, the share in which a refusal of a harmful prompt is preferred.
 HARMFUL_SHARES: Mapping[str, float] = {"safety": 0.5, "judge": 0.05}
 
+MOST_HELD_OUT = 1000  # contrast pairs to validate with: they cost time at every evaluation
+MOST_PROBED = 300  # prompts of the probe
+
 CPU_ROW_TOKENS = 2048  # 15.3 thousand tokens a second of the bundled model; rows of 512 and 1024 give 13.7 and 14.5
 
 # Arguments of TRL's RewardConfig that have a key of ours, or (None) that the stage itself must set.

@@ -22,7 +22,7 @@ from llamachat.data.problems import left_out
 from llamachat.data.records import Preference, Prompt, first_user_turn
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
-from reward.config import HARMFUL_SHARES, Config
+from reward.config import HARMFUL_SHARES, MOST_HELD_OUT, Config
 from reward.contrast import answers_preferred, contrast_pairs, preferred_dialogs, real_refusals, refusals_preferred
 from reward.loss import MARGINS
 
@@ -32,7 +32,6 @@ Domain = Literal["helpfulness", "safety", "open", "contrast"]
 DOMAINS: tuple[Domain, ...] = ("helpfulness", "safety", "open")  # those that `data` has sources for
 TESTED: tuple[Domain, ...] = ("helpfulness", "safety")  # open sets are learnt from, not tested with
 Tagged = tuple[Domain, Preference]
-_MOST_HELD_OUT = 1000  # contrast pairs to validate with: they cost time at every evaluation
 UNSAFE_CHOSEN = "left out: the chosen answer is unsafe and the rejected one safe"
 
 
@@ -275,7 +274,7 @@ def _contrast(
         dialogs = [*dialogs, *preferred_dialogs(getattr(sources.helpfulness, side))]
     safety: list[Preference] = getattr(sources.safety, side)
     count = round(num_others * config.contrast.share / (1 - config.contrast.share)) if dialogs else 0
-    count = min(count, _MOST_HELD_OUT) if side == "validation" else count
+    count = min(count, MOST_HELD_OUT) if side == "validation" else count
     kinds = config.contrast.kinds
     pairs: list[Preference] = []
     if "refusal" in kinds and (share := HARMFUL_SHARES.get(which)):

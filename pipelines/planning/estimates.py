@@ -35,7 +35,7 @@ from pipelines.recipe.stages import POLICY
 from ppo import Config as PpoConfig
 from rejection_sampling import Config as RejectionSamplingConfig
 from reward import Config as RewardConfig
-from reward.config import HARMFUL_SHARES
+from reward.config import HARMFUL_SHARES, MOST_HELD_OUT, MOST_PROBED
 from sft import Config as SftConfig
 
 LLAMA_2_PIECES = 32_000
@@ -48,6 +48,11 @@ TOKENS_OF_A_PAIR, TOKENS_OF_A_PAIR_ON_A_CPU = 1.3, 1.0
 TOKENS_OF_A_HUB_PAIR = 500.0
 # The same for a contrast pair and a dialog of data.sft; a CPU computes a dialog once for its pairs: 1.2 and 0.54 to 0.62 (measured).
 TOKENS_OF_A_CONTRAST_PAIR, TOKENS_OF_A_CONTRAST_PAIR_ON_A_CPU = 1.2, 0.53
+# Tokens that are scored of held-out and test pairs for each token of as many training pairs: an answer of several is scored
+# once (0.6 to 0.85, measured with two recipes).
+HELD_OUT_TOKENS = 0.67
+# Tokens of the probe for each token of the dialogs that it is made of (15.6 to 21.3; on a CPU 3.9 to 5.7; measured).
+TOKENS_OF_A_PROBE, TOKENS_OF_A_PROBE_ON_A_CPU = 18.0, 5.0
 PROMPT_TOKENS_A_TOKEN = 1.25  # a prompt without its answer has more of the chat format's own tokens (measured)
 TURN_TOKENS = 100.0  # of the turns before an answer in Ghost Attention; ours, assumed
 KEPT_BY_DISTILLATION = 0.5  # of the distilled answers; ours, assumed: another answer is better as often as worse
@@ -142,20 +147,29 @@ def _sft(work: _Work, config: SftConfig) -> Estimate:
 
 
 def _reward(work: _Work, config: RewardConfig) -> Estimate:
-    pairs, tokens = _reward_mix(work, config) or (None, 0.0)
+    split = work.recipe.data.split
+    kept = split.judge if work.step.product.makes.which == "judge" else work.train_share
+    pairs, tokens = _reward_mix(work, config, kept) or (None, 0.0)
+    _, held_out_tokens = _reward_mix(work, config, split.validation, is_held_out=True) or (0, 0.0)
     return reward_cost(
         config,
         work.setup,
         pairs=None if pairs is None else round(pairs),
         tokens_per_pair=tokens / pairs if pairs else 0.0,
+        held_out_tokens=HELD_OUT_TOKENS * held_out_tokens,
+        tested_tokens=_tested_tokens(work),
+        eval_every=work.recipe.sections.tracking.eval_every,
     )
 
 
-def _reward_mix(work: _Work, config: RewardConfig) -> tuple[float, float] | None:
-    """Pairs of the model's mix, and tokens of all that it learns from; None where some of it is not counted."""
-    data, kept, which = work.recipe.data, work.train_share, work.step.product.makes.which
+def _reward_mix(
+    work: _Work, config: RewardConfig, kept: float, *, is_held_out: bool = False
+) -> tuple[float, float] | None:
+    """Pairs of the model's mix on a side with this share, and tokens of all that it learns from, or of its own pairs and
+    contrast pairs held out; None where some of it is not counted."""
+    data, which = work.recipe.data, work.step.product.makes.which
     if which == "judge":
-        own, others, share, kept = (*data.helpfulness, *data.safety, *data.open), (), 0.0, data.split.judge
+        own, others, share = (*data.helpfulness, *data.safety, *data.open), (), 0.0
     elif which == "helpfulness":
         own, others, share = data.helpfulness, (*data.safety, *data.open), config.other_share
     else:
@@ -167,18 +181,34 @@ def _reward_mix(work: _Work, config: RewardConfig) -> tuple[float, float] | None
     if measured[0] is None or measured[1] is None or labels is None or dialogs is None:
         return None
     of_own = measured[0].records * kept
-    of_others = min(measured[1].records * kept, of_own * share / (1 - share))
+    of_others = 0.0 if is_held_out else min(measured[1].records * kept, of_own * share / (1 - share))
     longest = 2 * work.recipe.base.max_tokens
     on_cpu = work.setup.gpu is None
     in_pair = TOKENS_OF_A_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_PAIR
     in_contrast_pair = TOKENS_OF_A_CONTRAST_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_CONTRAST_PAIR
     contrast = (of_own + of_others) * config.contrast.share / (1 - config.contrast.share) if dialogs.records else 0.0
+    contrast = min(contrast, MOST_HELD_OUT) if is_held_out else contrast
     # Those that refuse a harmful prompt are as long as the model's own pairs.
     of_harmful = contrast * HARMFUL_SHARES.get(which or "", 0.0)
     tokens = (of_own + of_harmful) * min(longest, in_pair * measured[0].tokens_per_record)
     tokens += of_others * min(longest, in_pair * measured[1].tokens_per_record)
     tokens += (contrast - of_harmful) * min(longest, in_contrast_pair * dialogs.tokens_per_record)
-    return of_own + of_others + contrast, tokens + labels.records * kept * min(longest / 2, labels.tokens_per_record)
+    if not is_held_out:
+        tokens += labels.records * kept * min(longest / 2, labels.tokens_per_record)
+    return of_own + of_others + contrast, tokens
+
+
+def _tested_tokens(work: _Work) -> float:
+    """Tokens that are scored of test pairs and of the probe."""
+    data, on_cpu = work.recipe.data, work.setup.gpu is None
+    in_record = TOKENS_OF_A_HUB_PAIR / TOKENS_OF_A_PAIR
+    in_pair = HELD_OUT_TOKENS * (TOKENS_OF_A_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_PAIR)
+    pairs, dialogs = work.measured((*data.helpfulness, *data.safety), hub_tokens=in_record), work.measured(data.sft)
+    tokens = data.split.test * pairs.records * in_pair * pairs.tokens_per_record if pairs else 0.0
+    if dialogs:
+        in_dialog = TOKENS_OF_A_PROBE_ON_A_CPU if on_cpu else TOKENS_OF_A_PROBE
+        tokens += min(MOST_PROBED, data.split.validation * dialogs.records) * in_dialog * dialogs.tokens_per_record
+    return tokens
 
 
 def _rejection_sampling(work: _Work, config: RejectionSamplingConfig) -> Estimate:

@@ -75,8 +75,19 @@ def sft_cost(config: SftConfig, setup: Setup, *, dialogs: int | None, tokens_per
     return Estimate(memory, seconds, _steps(dialogs, config.epochs, config.examples_per_step), assumed, LOADED)
 
 
-def reward_cost(config: RewardConfig, setup: Setup, *, pairs: int | None, tokens_per_pair: float = 600.0) -> Estimate:
+def reward_cost(
+    config: RewardConfig,
+    setup: Setup,
+    *,
+    pairs: int | None,
+    tokens_per_pair: float = 600.0,
+    held_out_tokens: float = 0.0,
+    tested_tokens: float = 0.0,
+    eval_every: int = 1,
+) -> Estimate:
     """Of a reward model that learns from this many pairs (None: they were not counted).
+
+    Every `eval_every` steps, before the first and after the last `held_out_tokens` are scored, at the end `tested_tokens`.
 
     As of supervised tuning, less the logits: a reward model reads one position of each answer, unless it learns the chosen
     ones as language. Its longest forward pass is a row, or one pair, both answers of `base.max_tokens`.
@@ -102,7 +113,10 @@ def reward_cost(config: RewardConfig, setup: Setup, *, pairs: int | None, tokens
         gradient_checkpointing=config.gradient_checkpointing,
         assumed=f"{tokens_per_pair:.0f} tokens a pair",
     )
-    return Estimate(memory, seconds, _steps(pairs, config.epochs, config.pairs_per_step), assumed, LOADED)
+    steps = _steps(pairs, config.epochs, config.pairs_per_step)
+    scored = (1 + math.ceil(steps / eval_every)) * held_out_tokens + tested_tokens
+    scoring, _ = forward_time(setup, scored * setup.shape.block_weights, assumed="")
+    return Estimate(memory, seconds + scoring, steps, assumed, LOADED)
 
 
 def _steps(examples: int, epochs: float, per_step: int) -> int:

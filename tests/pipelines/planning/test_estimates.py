@@ -1,12 +1,14 @@
 """What a recipe's steps cost: where its models would lie, how much data there is, and what finished steps have measured."""
 
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llamachat.memory.estimates import Shape, read_shape
+from llamachat.memory.estimates import CPU_FLOPS, Shape, read_shape, shape_of
 from pipelines.planning.estimates import (
     HUB_TOKENS,
     MOST_BYTES,
@@ -129,20 +131,31 @@ def test_a_line_that_is_no_record_counts_by_its_bytes(line: str, tmp_path: Path)
     assert bytes_per_token(2) == 1.0
 
 
-@pytest.mark.parametrize("gpu", [None, "24GiB"])
+@pytest.mark.parametrize("gpu", [None, "rtx-4090"])
 def test_the_pairs_of_the_bundled_recipe_are_estimated(gpu: str | None) -> None:
-    """Against its pairs and the tokens of its rows, counted: first on a CPU, then on a GPU."""
+    """Against its pairs, the tokens of its rows, of its held-out pairs, and of its test pairs with the probe, counted: first on
+    a CPU, then on a GPU."""
     counted = {
-        "helpfulness": (32_097, 3_641_211, 6_655_404),
-        "safety": (6573, 1_550_444, 2_190_766),
-        "judge": (15_797, 1_936_774, 3_454_936),
+        "helpfulness": (32_097, (3_641_211, 6_655_404), (139_679, 225_954), (537_374, 1_174_780)),
+        "safety": (6573, (1_550_444, 2_190_766), (84_299, 137_252), (614_909, 1_419_514)),
+        "judge": (15_797, (1_936_774, 3_454_936), (169_464, 271_906), (614_909, 1_419_514)),
     }
     recipe = load("configs/tiny.yaml", [f"run.gpu={gpu}"] if gpu else [])
+    shape = shape_of(recipe.base.model)
+    assert shape is not None
+    flops = 165e12 * 0.4 if gpu else CPU_FLOPS
     for which, (pairs, *tokens) in counted.items():
-        estimate = estimate_step(recipe, recipe.step(f"rm/{which}"))
-        assert estimate is not None
+        step = recipe.step(f"rm/{which}")
+        estimate = estimate_step(recipe, step)
+        assert estimate is not None and estimate.optimizer_steps is not None
+        trained, held_out, tested = (both[gpu is not None] for both in tokens)
         per_pair = float(re.findall(r"([0-9]+) tokens a pair", estimate.assumed)[0])
-        assert per_pair == pytest.approx(tokens[gpu is not None] / pairs, rel=0.15)
+        assert per_pair == pytest.approx(trained / pairs, rel=0.15)
+        config: Any = step.config
+        assert estimate.optimizer_steps == pytest.approx(pairs * config.epochs / config.pairs_per_step, rel=0.15)
+        passes = 1 + math.ceil(estimate.optimizer_steps / 50)
+        weights = 6 * trained * config.epochs + 2 * (passes * held_out + tested)
+        assert estimate.seconds == pytest.approx(weights * shape.block_weights / flops, rel=0.15)
 
 
 def test_the_plan_names_data_that_no_step_could_read(path: Path, tmp_path: Path) -> None:

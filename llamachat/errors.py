@@ -55,6 +55,10 @@ class BusyError(LlamachatError):
     """Another living command holds the step."""
 
 
+class RolloutError(LlamachatError):
+    """Sampled answers are not the policy's: the engine gives their tokens other probabilities than the model does."""
+
+
 class ScoringError(LlamachatError):
     """Answers cannot be scored: a reward model or a user's reward function gave something that is no score."""
 

@@ -4,7 +4,7 @@ Shapes: B responses, R response positions. Everything is computed before the upd
 will run: so the ratio of new to old probabilities begins at 1, in bf16 too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from llamachat import distributed
 from llamachat.answers.packed import PackedRow, TokenSequence, packed_rows, response_mask
 from llamachat.answers.responses import Response
 from llamachat.answers.scorer import Scored
+from llamachat.errors import RolloutError
 from llamachat.maths.logprobs import k1, k3, response_kl, token_logprobs
 from llamachat.maths.masked import masked_mean, whiten
 from llamachat.scoring.combining import shape_scores
@@ -26,6 +27,9 @@ from ppo.losses import explained_variance
 if TYPE_CHECKING:
     from llamachat.config.sections import Scoring
     from llamachat.models.roles import Role, RoleBank
+
+# Nats between the engine's log-probability of a token and the policy's: number formats differ by tenths for rare tokens. Ours.
+MOST_ENGINE_GAP = 8.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,27 +217,43 @@ def iteration_figures(
     figures = {f"ppo/reward/{name}": float(scores_B.mean()) for name, scores_B in scored.scores.by_model().items()}
     if scored.combined.has_gate:
         figures["ppo/reward/gate_fraction"] = float(scored.combined.is_gated_B.float().mean())
-    return figures | {
-        "ppo/reward/combined": float(scored.combined.scores_B.mean()),
-        "ppo/reward/shaped": float(experience.rewards_BR.sum(dim=1).mean()),
-        "ppo/kl_to_reference": float(outputs.response_kl().mean()),
-        "ppo/kl_k3": float(response_kl(k3_BR, response_mask_BR=mask_BR).mean()),
-        "ppo/kl_coef": kl_coef,
-        "ppo/entropy": float(masked_mean(outputs.entropy_BR, mask_BR)),
-        "ppo/explained_variance": explained_variance(
-            experience.old_values_BR, returns_BR=experience.returns_BR, response_mask_BR=mask_BR
-        ),
-        "ppo/response_tokens": float(mask_BR.sum(dim=1).float().mean()),
-        "ppo/truncated_fraction": sum(not response.is_finished for response in responses) / len(responses),
-        "ppo/unclosed_fraction": sum(not response.is_closed for response in responses) / len(responses),
-        "ppo/engine_gap": engine_gap(responses, outputs),
-    }
+    return (
+        figures
+        | {
+            "ppo/reward/combined": float(scored.combined.scores_B.mean()),
+            "ppo/reward/shaped": float(experience.rewards_BR.sum(dim=1).mean()),
+            "ppo/kl_to_reference": float(outputs.response_kl().mean()),
+            "ppo/kl_k3": float(response_kl(k3_BR, response_mask_BR=mask_BR).mean()),
+            "ppo/kl_coef": kl_coef,
+            "ppo/entropy": float(masked_mean(outputs.entropy_BR, mask_BR)),
+            "ppo/explained_variance": explained_variance(
+                experience.old_values_BR, returns_BR=experience.returns_BR, response_mask_BR=mask_BR
+            ),
+            "ppo/response_tokens": float(mask_BR.sum(dim=1).float().mean()),
+            "ppo/truncated_fraction": sum(not response.is_finished for response in responses) / len(responses),
+            "ppo/unclosed_fraction": sum(not response.is_closed for response in responses) / len(responses),
+        }
+        | engine_gaps(responses, outputs)
+    )
 
 
-def engine_gap(responses: Sequence[Response], outputs: ModelOutputs) -> float:
-    """Mean distance of the engine's log-probabilities from those of the training forward pass, nats a token."""
+def engine_gaps(responses: Sequence[Response], outputs: ModelOutputs) -> dict[str, float]:
+    """Distance of the engine's log-probabilities from those of the training forward pass: the mean and the largest, in nats."""
     mask_BR = outputs.response_mask_BR
     sampled_BR = torch.zeros(mask_BR.shape)
     for index, response in enumerate(responses):
         sampled_BR[index, : len(response.logprobs)] = torch.tensor(response.logprobs)
-    return float(masked_mean((sampled_BR.to(mask_BR.device) - outputs.logprobs_BR).abs(), mask_BR))
+    gaps_BR = (sampled_BR.to(mask_BR.device) - outputs.logprobs_BR).abs() * mask_BR
+    return {"ppo/engine_gap": float(masked_mean(gaps_BR, mask_BR)), "ppo/engine_gap_max": float(gaps_BR.max())}
+
+
+def check_engine_gap(figures: Mapping[str, float], step: str) -> None:
+    """Refuse answers of which a token was drawn from another distribution than the policy's."""
+    largest = figures["ppo/engine_gap_max"]
+    if not largest <= MOST_ENGINE_GAP:
+        raise RolloutError(
+            f"{step}: the engine gave a sampled token a log-probability that is {largest:.3g} nats from the policy's, and at most "
+            f"{MOST_ENGINE_GAP:g} are allowed (in the mean {figures['ppo/engine_gap']:.2g}). PPO learns only from the policy's own "
+            "answers. With rollout.engine vllm look into the server's log and restart it; else set rollout.engine to "
+            "hugging_face. Then run the command again, which resumes from the last checkpoint."
+        )

@@ -36,7 +36,7 @@ from llamachat.training.hours import Hours, open_hours
 from llamachat.training.progress import StepProgress
 from ppo.collapse import collapses
 from ppo.config import CPU_ROW_TOKENS, Config
-from ppo.experience import iteration_figures, make_experience, model_outputs, split_minibatches
+from ppo.experience import check_engine_gap, iteration_figures, make_experience, model_outputs, split_minibatches
 from ppo.session import evaluate, heldout_figures, mean_kl, open_ppo, publish_policy, show
 from ppo.state import GUARDS, State, first_coefficient, load_state, policy_weights
 from ppo.update import Updater, make_optimizers
@@ -213,6 +213,7 @@ class Training:
             start_tokens=state.first_validation.figures()["response_tokens"],
         )
         figures = iteration_figures(responses, outputs, scored, experience, kl_coef=kl_coef)
+        check_engine_gap(figures, session.inputs.step)
         judged = time.monotonic()
         trains_policy = state.iteration >= config.critic_warmup
         figures |= self.updater.update(experience, trains_policy=trains_policy)

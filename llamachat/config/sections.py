@@ -365,6 +365,10 @@ class Rollout(Section):
     server: str | None = operational(
         None, description="With vllm: where `vllm serve` listens, such as http://localhost:8000 (docs/vllm.md)."
     )
+    server_gib: Annotated[float, Field(gt=0)] | None = operational(
+        None,
+        description="Memory of a vLLM server on the card that trains, in GiB; it sleeps while nothing is sampled. null: it is elsewhere.",
+    )
     temperature: float = Field(default=1.0, ge=0, description="Sampling temperature; 0 takes the likeliest token.")
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="Sample from the likeliest tokens of this probability mass."
@@ -388,6 +392,11 @@ class Rollout(Section):
             raise ValueError(
                 f"server is {self.server}, but engine is {self.engine}, which samples without one. "
                 "Set engine to vllm, or server to null"
+            )
+        if self.engine != "vllm" and self.server_gib is not None:
+            raise ValueError(
+                f"server_gib is {self.server_gib:g}, but engine is {self.engine}, which samples without a server. "
+                "Set engine to vllm, or server_gib to null"
             )
         if self.server is not None and not SERVER_ADDRESS.fullmatch(self.server):
             raise ValueError(

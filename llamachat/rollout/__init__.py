@@ -22,7 +22,7 @@ def open_engine(
         from llamachat.rollout.vllm import VllmEngine
 
         assert rollout.server is not None, "the section holds a server where its engine is vllm"
-        return VllmEngine(model, chat_format.stop_ids, rollout.server)
+        return VllmEngine(model, chat_format.stop_ids, rollout.server, shares_card=rollout.server_gib is not None)
     from llamachat.rollout.decoder import LlamaEngine, unsupported
     from llamachat.rollout.hugging_face import HuggingFaceEngine
 

@@ -7,7 +7,7 @@ nothing is drawn, and it is the model's own (temperature 1, all tokens).
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from llamachat import distributed
 from llamachat.errors import DataError, UsageError
@@ -103,6 +103,17 @@ class LocalEngine(RolloutEngine, Protocol):
         """Sample from the model's present weights from here on."""
 
 
+@runtime_checkable
+class SleepingEngine(Protocol):
+    """An engine that frees memory of the card between two samplings; all processes call these together."""
+
+    def wake_up(self) -> None:
+        """Get ready for `generate`."""
+
+    def sleep(self) -> None:
+        """Free what only `generate` needs."""
+
+
 def scatter_generate(
     engine: RolloutEngine, prompts: Sequence[Sequence[int]], *, samples_per_prompt: int, sampling: Sampling
 ) -> list[list[Completion]]:
@@ -115,7 +126,12 @@ def scatter_generate(
         own = [prompts[number] for number in part]
         return engine.generate(own, samples_per_prompt=samples_per_prompt, sampling=sampling, numbers=part)
 
-    return distributed.scatter_map(range(len(prompts)), generate)
+    if isinstance(engine, SleepingEngine):
+        engine.wake_up()
+    completions = distributed.scatter_map(range(len(prompts)), generate)
+    if isinstance(engine, SleepingEngine):
+        engine.sleep()
+    return completions
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], numbers: Sequence[int], *, context: int) -> None:

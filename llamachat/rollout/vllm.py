@@ -2,16 +2,20 @@
 
 vLLM is no dependency. What is sent and read, how to serve, and what was tried is in docs/vllm.md. The server is not
 trusted to hold the right model: at the start and after every `refresh` its log-probabilities of one answer are compared
-with the model's own. An adapter never gets a name twice, since vLLM's cache of prompts goes by the name and would serve
-keys of the old weights.
+with the model's own, and those of a fixed text must have changed as the model's own did. An adapter never gets a name
+twice, since vLLM's cache of prompts goes by the name and would serve keys of the old weights.
+
+A server on the card that trains sleeps except while answers are sampled.
 """
 
+import math
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -37,10 +41,17 @@ CONNECTIONS = 256  # requests at once; the server batches them as it can
 PROBE_TOKENS = 16
 MOST_DISAGREEMENT = 0.5  # nats a token; number formats differ by hundredths, other models by several
 SURE = 1e-3  # nats: the log-probability of the only token there is, but for rounding
+# The fixed text: random token ids, scored under each adapter.
+TEXT_ROWS, TEXT_ROW_TOKENS = 16, 128
+# Rounding of a log-probability in nats is taken to be this many times the precision of the model's numbers, at least.
+ROUNDING = 4.0
+# How far two hypotheses must be apart to be told from each other, in deviations of the rounding.
+DISTINCT = 8.0
 HOW_TO_SERVE = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank RANK "
     "--logprobs-mode processed_logprobs --generation-config vllm"
 )
+HOW_TO_SLEEP = "VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode"
 
 
 class RefusedError(Exception):
@@ -77,7 +88,7 @@ class Server:
                 "Set rollout.server to the address of `vllm serve` itself."
             ) from error
 
-    def command(self, path: str, content: Mapping[str, Any]) -> None:
+    def command(self, path: str, content: Mapping[str, Any] | None = None) -> None:
         """Send once, since doing it twice would fail; what comes back is not JSON and says nothing."""
         self._response("POST", path, content, ())
 
@@ -109,13 +120,31 @@ def _message(response: httpx.Response) -> str:
     return " ".join(text.split())[:500] or "no message"
 
 
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Log-probabilities of the fixed text under one adapter, by the model and by the server, in nats."""
+
+    own_N: torch.Tensor
+    served_N: torch.Tensor
+
+
 class VllmEngine:
-    """Samples from the policy as a server holds it: as of construction or of the last `refresh`."""
+    """Samples from the policy as a server holds it: as of construction or of the last `refresh`.
+
+    With `shares_card` the server sleeps between calls of `wake_up` and `sleep`.
+    """
 
     def __init__(
-        self, model: "LanguageModel", stop_ids: Sequence[int], server: str | Server, *, connections: int = CONNECTIONS
+        self,
+        model: "LanguageModel",
+        stop_ids: Sequence[int],
+        server: str | Server,
+        *,
+        shares_card: bool = False,
+        connections: int = CONNECTIONS,
     ) -> None:
         self._server = Server(server) if isinstance(server, str) else server
+        self._shares_card = shares_card
         self._stop_ids = frozenset(stop_ids)
         self._connections = connections
         config = without_wrapper(model).config
@@ -129,12 +158,19 @@ class VllmEngine:
         self._run = distributed.broadcast_object(secrets.token_hex(4))
         self._refreshes = 0
         self._adapter: str | None = None
+        # One token of the positions is for the answer, which a request must ask for.
+        shape = (TEXT_ROWS, min(TEXT_ROW_TOKENS, self._context - 1))
+        self._text = np.random.default_rng(0).integers(self._vocabulary, size=shape).tolist()
+        self._scores: _Scores | None = None
+        self.wake_up()
         if _is_adapter(model):
             self._load_adapter(model)
         elif any(weight.requires_grad for weight in model.parameters()):
             raise _full_tuning()
         self._check_logprobs_mode()
         self._check_agreement(model)
+        if _is_adapter(model) or shares_card:
+            self._check_change(model)
 
     @property
     def context(self) -> int:
@@ -145,8 +181,40 @@ class VllmEngine:
         """Hand the adapter's present weights to the server; other weights it cannot take."""
         if not _is_adapter(model):
             raise _full_tuning()
+        self.wake_up()
         self._load_adapter(model)
         self._check_agreement(model)
+        self._check_change(model)
+
+    def wake_up(self) -> None:
+        """Wake a server that sleeps while its card trains; it must then score the fixed text as before."""
+        if not self._shares_card:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the server cannot take blocks that torch keeps for later
+        if not distributed.broadcast_object(self._is_asleep()):
+            return
+        if distributed.is_first():
+            self._control(self._server.command, "/wake_up")
+        distributed.wait()
+        if self._scores is not None:
+            change = float((self._served_scores() - self._scores.served_N).abs().mean())
+            if not change <= MOST_DISAGREEMENT:
+                raise ServerError(
+                    f"{self._server.address}: since it slept the server gives other probabilities than before, by {change:.2g} "
+                    f"nats a token ('{self._adapter or self._base}'). It has lost weights. Restart it and run the command "
+                    "again; if that repeats, use another version of vLLM, or a server on another card without "
+                    "rollout.server_gib."
+                )
+
+    def sleep(self) -> None:
+        """Let a server on the card that trains free its memory; its weights wait in the machine's."""
+        if not self._shares_card:
+            return
+        distributed.wait()  # for those that still ask
+        if distributed.is_first():
+            self._control(self._server.command, "/sleep?level=1")
+        distributed.wait()
 
     def generate(
         self,
@@ -215,16 +283,7 @@ class VllmEngine:
         self, prompt: Sequence[int], sampling: Sampling, seed: int = 0, stop_ids: Collection[int] = ()
     ) -> Completion:
         body = self._request(prompt, sampling, seed, stop_ids)
-        try:
-            answer = self._server.json("POST", "/v1/completions", body)
-        except RefusedError as refused:
-            raise self._refusal(refused) from refused
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or len(choices) != 1:
-            raise self._strange(f"not one answer where one was asked for: {str(answer)[:200]}")
-        choice = choices[0]
-        if choice.get("prompt_token_ids") not in (None, body["prompt"]):
-            raise self._strange("the answer to another prompt: the server cut it or put something before it")
+        choice = self._choice(body)
         ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not isinstance(ids, list):
             raise self._strange("no token ids (`return_token_ids`), which vLLM gives from 0.10.2 on")
@@ -241,6 +300,20 @@ class VllmEngine:
                 f"id of {sorted(stop_ids)[:5]} or {body['max_tokens']} tokens end it"
             )
         return Completion(tuple(ids), tuple(logprobs), is_finished=ends_well)
+
+    def _choice(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """What comes back for one request, without a look at the answer in it."""
+        try:
+            answer = self._server.json("POST", "/v1/completions", body)
+        except RefusedError as refused:
+            raise self._refusal(refused) from refused
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list) or len(choices) != 1:
+            raise self._strange(f"not one answer where one was asked for: {str(answer)[:200]}")
+        choice = choices[0]
+        if choice.get("prompt_token_ids") not in (None, body["prompt"]):
+            raise self._strange("the answer to another prompt: the server cut it or put something before it")
+        return choice
 
     def _base_model(self) -> tuple[str, int]:
         """The name of the model that the server was started with, and its positions."""
@@ -309,6 +382,75 @@ class VllmEngine:
                 f"a token ('{self._base}'). Answers must come from the policy itself. Serve "
                 f"'{without_wrapper(model).name_or_path}', with the recipe's rope scaling, in the same number format."
             )
+
+    def _check_change(self, model: "LanguageModel") -> None:
+        """Refuse an adapter under which the fixed text is scored as under the one before.
+
+        From one adapter to the next the server's scores must change as the model's own do: their change is compared with
+        the model's and with none at all. Differences between the two programs are in both scores and cancel. Where the
+        weights hardly changed, rounding hides which of the two it is, and nothing is refused.
+        """
+        before, now = self._scores, _Scores(self._own_scores(model), self._served_scores())
+        self._scores = now
+        if before is None:
+            return
+        own_N, served_N = now.own_N - before.own_N, now.served_N - before.served_N
+        from_new, from_old = float((served_N - own_N).norm()), float(served_N.norm())
+        least = ROUNDING * torch.finfo(without_wrapper(model).dtype).eps
+        rounding = max(min(from_new, from_old) / math.sqrt(len(own_N)), least)
+        if from_old < from_new and float(own_N.norm()) > DISTINCT * rounding:
+            raise ServerError(
+                f"{self._server.address}: the server answers with older weights than those of the adapter '{self._adapter}'. "
+                f"Scores of a fixed text changed by {float(own_N.abs().mean()):.2g} nats a token with the new weights, and by "
+                f"{float(served_N.abs().mean()):.2g} on the server. Answers must come from the present policy. Restart the "
+                "server, with the version and the options of docs/vllm.md, and run the command again."
+            )
+
+    @torch.no_grad()
+    def _own_scores(self, model: "LanguageModel") -> torch.Tensor:
+        """The model's log-probabilities of the fixed text, each token after the first of its row."""
+        device, scores = without_wrapper(model).device, list[torch.Tensor]()
+        with evaluating(model):
+            for row in self._text:
+                ids_1T = torch.tensor([row], device=device)
+                logits_1TV = model(input_ids=ids_1T[:, :-1], use_cache=False).logits.float()
+                scores.append(logits_1TV.log_softmax(dim=-1).gather(2, ids_1T[:, 1:, None]).flatten().cpu())
+        return torch.cat(scores).double()
+
+    def _served_scores(self) -> torch.Tensor:
+        """The server's log-probabilities of the fixed text."""
+        with ThreadPoolExecutor(self._connections) as pool:
+            rows = list(pool.map(self._score, self._text))
+        return torch.tensor([score for row in rows for score in row], dtype=torch.float64)
+
+    def _score(self, row: Sequence[int]) -> list[float]:
+        """The server's log-probability of each token of a row after the first."""
+        choice = self._choice(self._request(row, Sampling(1.0, 1.0, 1, 0), 0, ()) | {"prompt_logprobs": 0})
+        listed = choice.get("prompt_logprobs")
+        try:
+            scores = [listed[place][str(token)]["logprob"] for place, token in enumerate(row) if place]
+            return [float(score) for score in scores]
+        except (LookupError, TypeError, ValueError) as error:
+            raise self._strange(
+                f"not a log-probability for each token of a prompt (`prompt_logprobs`: {error!r})"
+            ) from error
+
+    def _is_asleep(self) -> bool:
+        answer = self._control(self._server.json, "GET", "/is_sleeping")
+        if not isinstance(answer, dict) or not isinstance(answer.get("is_sleeping"), bool):
+            raise self._strange(f"not whether it sleeps (/is_sleeping: {str(answer)[:80]})")
+        return answer["is_sleeping"]
+
+    def _control(self, request: Callable[..., Any], *arguments: str) -> Any:
+        """What a request about sleeping gives, or how to serve so that it is understood."""
+        try:
+            return request(*arguments)
+        except RefusedError as refused:
+            raise ConfigError(
+                f"rollout.server_gib: {self._server.address}{arguments[-1]} is refused ({refused}). With it the server is on the "
+                "card that trains, and sleeps while there is nothing to sample. Serve also with "
+                f"{HOW_TO_SLEEP}, or set server_gib to null for a server on another card."
+            ) from refused
 
     def _refusal(self, refused: RefusedError) -> ServerError:
         return ServerError(

@@ -31,6 +31,7 @@ from llamachat.memory.role_bytes import (
     Seating,
     role_bank_bytes,
     rollout_bytes,
+    sleeping_bytes,
 )
 from ppo import Config as PpoConfig
 from ppo.config import CPU_ROW_TOKENS as PPO_ROW_TOKENS
@@ -139,6 +140,7 @@ def sampling_cost(
     counts.
     """
     tuned = tuned or Estimate()
+    tuned = replace(tuned, memory=tuned.memory | sleeping_bytes(rollout))
     memory = sampling_memory(setup, rollout, seating)
     worst = Estimate(memory, loaded=frozenset(memory) - frozenset(ROLLOUT_PARTS))
     worst = max(worst, tuned, key=lambda estimate: estimate.peak_bytes)
@@ -215,7 +217,8 @@ def ppo_memory(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seati
         answers=config.responses_per_iteration,
     )
     loaded[DECODER] = sampling.pop(DECODER, 0)
-    return loaded | max(sampling, ppo_updating_bytes(config, setup), key=lambda parts: sum(parts.values()))
+    updating = ppo_updating_bytes(config, setup) | sleeping_bytes(rollout)
+    return loaded | max(sampling, updating, key=lambda parts: sum(parts.values()))
 
 
 def ppo_updating_bytes(config: PpoConfig, setup: Setup) -> dict[str, int]:

@@ -15,7 +15,7 @@ from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Rollout, Scoring, Tuning
 from llamachat.data.prompts import EncodedPrompt
-from llamachat.errors import DeviceMemoryError, DivergedError
+from llamachat.errors import DeviceMemoryError, DivergedError, RolloutError
 from llamachat.models.roles import RoleBank
 from llamachat.rollout import open_engine
 from llamachat.rollout.engine import Sampling
@@ -25,6 +25,8 @@ from ppo.config import Config
 from ppo.experience import (
     Experience,
     ModelOutputs,
+    check_engine_gap,
+    engine_gaps,
     iteration_figures,
     make_experience,
     minibatch_of,
@@ -230,6 +232,26 @@ def test_rewards_are_the_whitened_scores_less_beta_times_kl(world: World) -> Non
         rewards = one.experience.rewards_BR[index].numpy()
         np.testing.assert_allclose(rewards[:length], expected, atol=1e-4)
         assert not rewards[length:].any()
+
+
+def test_the_gaps_to_the_engine_by_hand(world: World) -> None:
+    bank = world.bank(LORA, FULL)
+    made = iteration(bank, count=2)
+    (first, second), own_BR = made.responses, made.outputs.logprobs_BR.tolist()
+    responses = [
+        replace(first, logprobs=tuple(own + 0.5 for own, _ in zip(own_BR[0], first.ids, strict=False))),
+        replace(
+            second, logprobs=tuple(own - 3.0 * (place == 1) for place, own in enumerate(own_BR[1][: len(second.ids)]))
+        ),
+    ]
+    figures = engine_gaps(responses, made.outputs)
+    tokens = len(first.ids) + len(second.ids)
+    assert figures["ppo/engine_gap"] == pytest.approx((0.5 * len(first.ids) + 3.0) / tokens, abs=1e-5)
+    assert figures["ppo/engine_gap_max"] == pytest.approx(3.0, abs=1e-5)
+    check_engine_gap({"ppo/engine_gap": 0.1, "ppo/engine_gap_max": 7.9}, "ppo")
+    for largest in (8.1, float("nan")):
+        with pytest.raises(RolloutError, match="ppo: the engine gave a sampled token"):
+            check_engine_gap({"ppo/engine_gap": 0.1, "ppo/engine_gap_max": largest}, "ppo")
 
 
 def test_the_critic_is_whitened_with_the_constants_of_the_model_that_it_began_as(world: World) -> None:

@@ -8,17 +8,19 @@ from typing import Any
 import pytest
 
 import ppo
-from llamachat.config.sections import Scoring, Tuning
-from llamachat.errors import ArtifactError, ConfigError
-from llamachat.models.loading import load_policy
+from llamachat.config.sections import Base, Scoring, Tuning
+from llamachat.errors import ArtifactError, ConfigError, RolloutError
+from llamachat.models.loading import load_base, load_policy
 from llamachat.runs.artifacts import Artifact, read_artifact
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
 from pipelines.planning.plan import make_plan
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import load
+from ppo.update import Updater
 from tests.llamachat.models.tiny_roles import FULL, QLORA, World, labelled
-from tests.ppo.tiny_ppo import config_of, inputs_of, write_prompts
+from tests.llamachat.rollout.fake_vllm import FakeVllm
+from tests.ppo.tiny_ppo import config_of, inputs_of, write_function, write_prompts
 from tests.recipes import run_command
 from tests.reward.tiny_reward import data_of, toy_labels, toy_pairs
 from tests.sft.tiny_sft import toy_dialogs, write_dialogs
@@ -144,6 +146,43 @@ def test_all_weights_are_trained_with_reward_models_beside(world: World, tmp_pat
         wanted = 0.25 * row["ppo/reward/helpfulness"] + 0.75 * row["ppo/reward/safety"]
         assert row["ppo/reward/combined"] == pytest.approx(wanted, abs=1e-5)
     load_policy(artifact.path)
+
+
+# --- a server on the card that trains
+
+
+def test_a_server_on_the_same_card_sleeps_while_it_trains_and_a_wrong_token_of_its_stops_the_training(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeVllm(load_base(Base(model=str(base), dtype="float32", max_tokens=96)))
+    rollout = {"engine": "vllm", "server": fake.address, "server_gib": 1.0}
+    length = (
+        "def score(prompts, completions, scores, **columns):\n    return [float(len(text)) for text in completions]\n"
+    )
+    scoring = {"combine": write_function(tmp_path / "length.py", length)}
+    asleep, update = list[bool](), Updater.update
+
+    def watched(self: Updater, *arguments: Any, **options: Any) -> Any:
+        asleep.append(fake.is_asleep)
+        return update(self, *arguments, **options)
+
+    monkeypatch.setattr(Updater, "update", watched)
+    config = config_of(**SMALL)
+    artifact = ppo.run(config, inputs_of(tmp_path, base, rollout=rollout, scoring=scoring))
+    assert asleep == [True, True] and fake.is_asleep
+    for row in record(artifact):
+        assert row["ppo/engine_gap"] <= row["ppo/engine_gap_max"] < 1e-4
+
+    def change(answer: dict[str, Any]) -> Any:
+        (choice,) = answer["choices"]
+        if len(choice["prompt_token_ids"]) > 1:  # not of the checks of the server
+            choice["logprobs"]["token_logprobs"][0] -= 9.0
+        return answer
+
+    fake.change = change
+    with pytest.raises(RolloutError, match=r"a log-probability that is 9 nats from the policy's, and at most 8 are"):
+        ppo.run(config, inputs_of(tmp_path, base, run="two", rollout=rollout, scoring=scoring))
+    fake.close()
 
 
 # --- in a recipe

@@ -167,6 +167,7 @@ REFUSED = [
     ("rollout.cache_gib=aut", "found the text 'aut', but a number or 'auto' is required. Did you mean 'auto'?"),
     ("rollout.engine=vllm", "rollout: engine is vllm, but there is no server."),
     ("rollout.server=http://localhost:8000", "rollout: server is http://localhost:8000, but engine is auto,"),
+    ("rollout.server_gib=20", "rollout: server_gib is 20, but engine is auto, which samples without a server."),
     ("rollout={engine: vllm, server: 'localhost:8000'}", "server is 'localhost:8000', and must be http://host:port"),
     ("rollout={engine: vllm, server: 'http://host:8000/v1'}", "server is 'http://host:8000/v1', and must be"),
     ("sft.rank=3", "sft.rank: unknown key. Did you mean 'tuning.rank'?"),

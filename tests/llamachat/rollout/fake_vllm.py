@@ -42,12 +42,18 @@ class FakeVllm:
         self.context = context
         self.is_processed = True  # --logprobs-mode processed_logprobs
         self.takes_adapters = True  # VLLM_ALLOW_RUNTIME_LORA_UPDATING
+        self.can_sleep = True  # VLLM_SERVER_DEV_MODE, --enable-sleep-mode
+        self.is_asleep = False
+        self.serves_adapter_before = False  # under the name of a new one
+        self.noise = 0.0  # of a log-probability of a prompt, drawn anew for each request: other kernels round otherwise
         self.adapters: dict[str, Any] = {}
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self.change: Callable[[dict[str, Any]], Any] = lambda answer: answer  # of an answer to a completion
         self.before: Callable[[str, Any], None] = lambda path, body: None  # may raise a Refusal
         self.resets = 0  # connections to close without an answer
         self.pause_s = 0.0
+        self._given: Any = None
+        self._noise = np.random.default_rng(0)
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"fake": self})
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -64,8 +70,8 @@ class FakeVllm:
 
     @property
     def completions(self) -> list[dict[str, Any]]:
-        """What was asked for after the two probes of an opening."""
-        return [body for path, body in self.seen if path == "/v1/completions"]
+        """Requests for answers, the two of an opening first; those that score a fixed text are left out."""
+        return [body for path, body in self.seen if path == "/v1/completions" and "prompt_logprobs" not in body]
 
     def listed(self) -> dict[str, Any]:
         base = {"id": BASE, "object": "model", "parent": None, "max_model_len": self.context}
@@ -84,7 +90,8 @@ class FakeVllm:
             raise error(500, f"LoRA rank {config['r']} is greater than max_lora_rank 16.", "InternalServerError")
         assert config["peft_type"] == "LORA" and config["modules_to_save"] is None and not config["use_dora"]
         assert folder.parent.stat().st_mode & 0o055 == 0o055, "another user can read it"
-        self.adapters[name] = self._with_adapter(folder)
+        given, self._given = self._given, self._with_adapter(folder)
+        self.adapters[name] = given if self.serves_adapter_before else self._given
         return f"Success: LoRA adapter '{name}' added successfully."
 
     def unload(self, body: dict[str, Any]) -> str:
@@ -107,12 +114,31 @@ class FakeVllm:
                     place += config["lora_alpha"] / config["r"] * up @ down
         return merged
 
-    def choices(self, body: dict[str, Any]) -> Iterator[tuple[int, float, str | None]]:
-        """Token by token: id, log-probability, and why it is the last one."""
-        assert 0 <= body["seed"] < 2**63
+    def prompt_logprobs(self, body: dict[str, Any]) -> list[dict[str, Any] | None]:
+        """Of each token of the prompt after the first, whatever the temperature."""
+        ids = body["prompt"]
+        with self._lock, torch.no_grad():
+            logits = self._named(body)(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].double().numpy()
+            noise = self._noise.normal(scale=self.noise, size=len(ids))
+        scores = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        return [
+            None,
+            *(
+                {str(token): {"logprob": float(scores[place, token] + noise[place]), "rank": 1, "decoded_token": "?"}}
+                for place, token in enumerate(ids[1:])
+            ),
+        ]
+
+    def _named(self, body: dict[str, Any]) -> Any:
         model = self.model if body["model"] == BASE else self.adapters.get(body["model"])
         if model is None:
             raise error(404, f"The model `{body['model']}` does not exist.", "NotFoundError")
+        return model
+
+    def choices(self, body: dict[str, Any]) -> Iterator[tuple[int, float, str | None]]:
+        """Token by token: id, log-probability, and why it is the last one."""
+        assert 0 <= body["seed"] < 2**63
+        model = self._named(body)
         if len(body["prompt"]) + body["max_tokens"] > self.context:
             raise error(400, f"This model's maximum context length is {self.context} tokens.")
         return self._sampled(model, body)
@@ -151,8 +177,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(None)
 
     def do_POST(self) -> None:
-        assert self.headers["Content-Type"] == "application/json"
-        self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        length = int(self.headers["Content-Length"] or 0)
+        assert not length or self.headers["Content-Type"] == "application/json"
+        self._answer(json.loads(self.rfile.read(length)) if length else None)
 
     def _answer(self, body: Any) -> None:
         fake = self.fake
@@ -167,6 +194,13 @@ class _Handler(BaseHTTPRequestHandler):
             fake.before(self.path, body)
             if (self.command, self.path) == ("GET", "/v1/models"):
                 self._send(200, fake.listed())
+            elif (self.command, self.path) == ("GET", "/is_sleeping") and fake.can_sleep:
+                self._send(200, {"is_sleeping": fake.is_asleep})
+            elif (self.command, self.path) in (("POST", "/sleep?level=1"), ("POST", "/wake_up")) and fake.can_sleep:
+                fake.is_asleep = self.path != "/wake_up"
+                self._send(200, "")
+            elif fake.is_asleep:
+                raise error(500, "the engine sleeps", "InternalServerError")  # a real one dies or never answers
             elif (self.command, self.path) == ("POST", "/v1/completions"):
                 self._complete(body)
             elif self.path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter") and fake.takes_adapters:
@@ -187,6 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
             "token_ids": list(ids),
             "prompt_token_ids": body["prompt"],
         }
+        if body.get("prompt_logprobs") is not None:
+            choice["prompt_logprobs"] = fake.prompt_logprobs(body)
         self._send(200, fake.change({"object": "text_completion", "model": body["model"], "choices": [choice]}))
 
     def _send(self, status: int, content: Any) -> None:

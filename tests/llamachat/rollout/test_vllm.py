@@ -105,21 +105,98 @@ def test_an_adapter_is_handed_over_again_at_each_refresh_under_a_new_name(fake: 
     assert not Path(loads[1]["lora_path"]).exists()
 
 
+def train_a_step(model: Any, learning_rate: float) -> None:
+    """One step of AdamW on the adapter."""
+    adapter = [weight for weight in model.parameters() if weight.requires_grad]
+    ids = torch.tensor([PROMPTS[2]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    torch.optim.AdamW(adapter, lr=learning_rate).step()
+    model.zero_grad()
+
+
+# A step of 1e-4 moves a log-probability by thousandths of a nat; noise is that of other kernels.
+@pytest.mark.parametrize(("learning_rate", "noise"), [(1e-4, 0.0), (1e-3, 0.01)])
+def test_an_adapter_that_is_one_step_old_is_refused(fake: FakeVllm, learning_rate: float, noise: float) -> None:
+    fake.noise = noise
+    model = adapted()
+    engine = engine_on(fake, model)
+    for _ in range(2):
+        train_a_step(model, learning_rate)
+        engine.refresh(model)
+    fake.serves_adapter_before = True
+    engine.refresh(model)  # the same weights again
+    train_a_step(model, learning_rate)
+    with pytest.raises(ServerError, match=r"answers with older weights than those of the adapter 'llamachat-\w+-5'"):
+        engine.refresh(model)
+
+
+def test_a_change_that_rounding_hides_is_not_refused(fake: FakeVllm) -> None:
+    fake.noise = 0.1
+    model = adapted()
+    engine = engine_on(fake, model)
+    for _ in range(5):
+        train_a_step(model, 1e-5)
+        engine.refresh(model)
+
+
+def controls(fake: FakeVllm) -> list[str]:
+    return [path for path, _ in fake.seen if path in ("/sleep?level=1", "/wake_up")]
+
+
+def test_a_server_on_the_card_that_trains_sleeps_except_while_answers_are_sampled(fake: FakeVllm) -> None:
+    fake.is_asleep = True  # as an earlier command left it
+    model = adapted()
+    engine = engine_on(fake, model, shares_card=True)
+    expected = LlamaEngine(model, STOPS).generate(PROMPTS, samples_per_prompt=1, sampling=GREEDY)
+    for _ in range(2):
+        assert_same(scatter_generate(engine, PROMPTS, samples_per_prompt=1, sampling=GREEDY), expected)
+        assert fake.is_asleep
+    assert controls(fake) == ["/wake_up", "/sleep?level=1"] * 2
+    train_a_step(model, 1e-3)
+    engine.refresh(model)
+    assert not fake.is_asleep
+    expected = LlamaEngine(model, STOPS).generate(PROMPTS, samples_per_prompt=1, sampling=GREEDY)
+    assert_same(scatter_generate(engine, PROMPTS, samples_per_prompt=1, sampling=GREEDY), expected)
+    assert controls(fake) == ["/wake_up", "/sleep?level=1"] * 3
+    (name,) = fake.adapters
+    fake.adapters[name] = fake.model
+    with pytest.raises(ServerError, match=rf"since it slept the server gives other .* nats a token \('{name}'\)"):
+        scatter_generate(engine, PROMPTS, samples_per_prompt=1, sampling=GREEDY)
+
+
+def test_a_server_on_another_card_is_left_awake(fake: FakeVllm) -> None:
+    scatter_generate(engine_on(fake), PROMPTS, samples_per_prompt=1, sampling=GREEDY)
+    assert not {path for path, _ in fake.seen} & {"/is_sleeping", "/sleep?level=1", "/wake_up"}
+
+
+def test_a_server_that_cannot_sleep_is_refused(fake: FakeVllm) -> None:
+    fake.can_sleep = False
+    with pytest.raises(ConfigError, match=r"server_gib: .*/is_sleeping is refused .*Not Found.*--enable-sleep-mode"):
+        engine_on(fake, shares_card=True)
+    fake.can_sleep = True
+    engine = engine_on(fake, shares_card=True)
+    fake.before = refuse("/sleep?level=1", 500, {"error": {"message": "Sleep mode is not enabled"}})
+    with pytest.raises(ConfigError, match=r"/sleep\?level=1 is refused \(HTTP 500: Sleep mode is not enabled\)"):
+        scatter_generate(engine, PROMPTS, samples_per_prompt=1, sampling=GREEDY)
+
+
 def answers_of_several(address: str) -> list[list[Completion]]:
     model = adapted()
-    engine = VllmEngine(model, STOPS, address)
+    engine = VllmEngine(model, STOPS, address, shares_card=True)
     engine.refresh(model)
     return scatter_generate(engine, PROMPTS, samples_per_prompt=3, sampling=RANDOM)
 
 
 def test_several_processes_ask_for_one_adapter_and_share_the_prompts(fake: FakeVllm) -> None:
     alone = answers_of_several(fake.address)
+    assert fake.is_asleep
     fake.seen.clear()
     first, second = run_several(2, answers_of_several, fake.address)
     assert first == second
     assert_same(first, alone)
     names = [body["lora_name"] for path, body in fake.seen if path == "/v1/load_lora_adapter"]
     assert len(names) == 2, "one for each refresh"
+    assert controls(fake) == ["/wake_up", "/sleep?level=1"], "one for both"
     drawn = [body["seed"] for body in fake.completions if body["max_tokens"] == RANDOM.max_new_tokens]
     assert len(set(drawn)) == len(drawn) == 3 * len(PROMPTS)
     assert {body["model"] for body in fake.completions[-len(drawn) :]} == {names[-1]}
@@ -214,8 +291,8 @@ def test_a_server_that_is_not_there_or_something_else_is_named() -> None:
 
 
 def test_a_server_that_hangs_is_not_waited_for_for_ever(fake: FakeVllm) -> None:
-    engine = engine_on(fake, answer_s=0.2)
-    fake.pause_s = 0.6
+    engine = engine_on(fake, answer_s=2.0)
+    fake.pause_s = 4.0
     with pytest.raises(ServerError, match=r"no answer \(ReadTimeout"):
         engine.generate(PROMPTS[:1], samples_per_prompt=1, sampling=GREEDY)
 
@@ -269,6 +346,17 @@ def test_an_answer_that_is_not_whole_is_not_taken(
     fake.change = change
     with pytest.raises(ServerError, match=reason):
         engine.generate([[1, 8]], samples_per_prompt=1, sampling=GREEDY)
+
+
+@pytest.mark.parametrize("scores", [None, [None, {"5": {"logprob": -1.0}}], [None]])
+def test_a_fixed_text_is_scored_whole_or_the_server_refused(fake: FakeVllm, scores: Any) -> None:
+    def change(answer: dict[str, Any]) -> Any:
+        has_scores = "prompt_logprobs" in answer["choices"][0]
+        return choice(prompt_logprobs=scores)(answer) if has_scores else answer
+
+    fake.change = change
+    with pytest.raises(ServerError, match=r"not a log-probability for each token of a prompt \(`prompt_logprobs`"):
+        engine_on(fake, adapted())
 
 
 def test_a_refusal_of_the_server_is_quoted(fake: FakeVllm) -> None:

@@ -13,7 +13,7 @@ from llamachat.config.gpus import Gpu, parse_gpu
 from llamachat.config.sections import Rollout, Tuning
 from llamachat.data.packing import plan_steps
 from llamachat.memory.estimates import CPU_FLOPS, KNOWN_BASES, OPTIMIZER, Estimate, Setup, Shape, read_shape
-from llamachat.memory.role_bytes import CACHE, DECODER, Beside, Lengths, Seating
+from llamachat.memory.role_bytes import CACHE, DECODER, SERVER, SLEEPING_SERVER, Beside, Lengths, Seating
 from pipelines.planning.stage_costs import (
     ppo_cost,
     ppo_memory,
@@ -265,3 +265,11 @@ def test_a_4_bit_base_holds_all_roles_on_one_card_and_a_copy_for_the_decoder_whe
     assert memory(SEVEN, "80GiB")[DECODER] == 2 * SEVEN.linear_weights
     served = memory(SEVEN, "80GiB", engine="vllm", server="http://localhost:8000")
     assert served[DECODER] == 0 and CACHE not in served, "a server has its own weights and cache"
+    assert not {SERVER, SLEEPING_SERVER} & served.keys(), "on another card"
+    server = {"engine": "vllm", "server": "http://localhost:8000"}
+    shared = memory(SEVEN, "24GiB", **server, server_gib=15.0)
+    assert shared[SERVER] == 15 * 2**30 and SLEEPING_SERVER not in shared, "sampling is the worse moment"
+    assert "critic's gradients" not in shared and sum(shared.values()) < parse_gpu("24GiB").usable_bytes
+    training = memory(SEVEN, "24GiB", **server, server_gib=2.0)
+    assert training[SLEEPING_SERVER] == 2 * 2**30 and SERVER not in training
+    assert sum(training.values()) == sum(memory(SEVEN, "24GiB", **server).values()) + 2 * 2**30

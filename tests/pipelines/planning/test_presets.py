@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llamachat.config.gpus import parse_gpu
 from llamachat.config.sections import hub_set
 from llamachat.data.sources import SOURCES
 from llamachat.memory.estimates import KNOWN_BASES
@@ -107,6 +108,40 @@ def test_the_page_has_the_steps_and_hours_of_the_plan(name: str) -> None:
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[6] == " + ".join(str(estimate.optimizer_steps) for estimate in estimates)
     assert cells[7] == " + ".join(duration(estimate.seconds) for estimate in estimates)
+
+
+BASES = {
+    "TinyLlama 1.1B": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+    "Llama 2 7B": "meta-llama/Llama-2-7b-hf",
+    "Llama 2 13B": "meta-llama/Llama-2-13b-hf",
+    "Llama 2 70B": "meta-llama/Llama-2-70b-hf",
+}
+
+
+def smallest_card(base: str, method: str) -> str:
+    """The least memory in GiB with which the plan finds room for PPO, or none."""
+    values = [f"base.model={base}", f"tuning.method={method}", "rollout.cache_gib=1.0"]
+    recipe = load("configs/llama2-70b-qlora.yaml", values)
+    for gib in (12, 24, 48, 80, 140):
+        gpu = parse_gpu(f"{gib}GiB")
+        estimate = estimate_step(recipe, recipe.step("ppo"), gpu)
+        assert estimate is not None
+        if estimate.peak_bytes <= gpu.usable_bytes:
+            return str(gib)
+    return "none"
+
+
+def test_the_first_table_says_which_sizes_ppo_serves() -> None:
+    page = Path("docs/presets.md").read_text()
+    first = page[page.index("\n|") :].strip().partition("\n\n")[0].splitlines()
+    expected = [
+        f"| {name} | {' | '.join(smallest_card(base, method) for method in ('qlora', 'lora', 'full'))} |"
+        for name, base in BASES.items()
+    ]
+    assert first[2:] == expected
+    assert "| Llama 2 70B | 80 | none | none |" in expected
+    sharded = load("configs/llama2-7b-full-fsdp.yaml")
+    assert {step.stage.command for step in sharded.steps} == {"sft", "rm"}, "what is cut over cards has no PPO"
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

@@ -1,6 +1,6 @@
 """From scores to what the update is trained on: rewards per token, advantages and returns; imports torch alone.
 
-Shapes: B responses, R response positions. A mask is True on response tokens, EOS included. Responses may be padded on
+Shapes: B responses, R response positions; P prompts with K responses each. A mask is True on response tokens, EOS included. Responses may be padded on
 either side: what follows a token is the next counted one. Nothing here carries a gradient.
 """
 
@@ -64,3 +64,16 @@ def gae(
         next_value_B = torch.where(counts_B, values_B, next_value_B)
     advantages_BR = torch.stack(columns[::-1], dim=1)
     return Advantages(advantages_BR, torch.where(response_mask_BR, advantages_BR + values_BR, 0.0))
+
+
+@torch.no_grad()
+def leave_one_out(rewards_B: Tensor, *, responses_per_prompt: int) -> Tensor:
+    """What each response got over the mean of the other responses to its prompt, [B]; these stand next to each other.
+
+    RLOO (Ahmadian et al. 2024, arXiv:2402.14740, Eq. 8): the others' mean does not depend on the response, so it is a
+    baseline without bias and without a critic. Those of one prompt sum to 0. The paper names no estimator; ours.
+    """
+    assert responses_per_prompt >= 2, "a response is compared with others"
+    rewards_PK = rewards_B.float().view(-1, responses_per_prompt)
+    others_PK = (rewards_PK.sum(dim=1, keepdim=True) - rewards_PK) / (responses_per_prompt - 1)
+    return (rewards_PK - others_PK).flatten()

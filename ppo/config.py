@@ -45,10 +45,15 @@ class Config(Section):
         description="The most iterations; each samples answers, scores them and updates the policy. Paper: 200 to 400, early stopping.",
     )
     responses_per_iteration: int = Field(
-        default=512, ge=1, description="Answers sampled in an iteration, one a prompt. Paper: batch size 512."
+        default=512, ge=1, description="Answers sampled in an iteration. Paper: batch size 512."
     )
     responses_per_minibatch: int = Field(
         default=64, ge=1, description="Answers in one optimizer step. Paper: mini-batch size 64."
+    )
+    responses_per_prompt: int = Field(
+        default=1,
+        ge=1,
+        description="Answers to each prompt in an iteration; advantages: rloo compares them, and needs at least 2. Ours.",
     )
     epochs: int = Field(
         default=1, ge=1, description="Passes over an iteration's answers. Paper: one gradient step per mini-batch."
@@ -101,14 +106,21 @@ class Config(Section):
         lt=1,
         description="Share of rollout.max_new_tokens before the limit in which a finished answer's shaped score falls gradually to scoring.unfinished_score; 0: only truncated answers get it. Ours.",
     )
+    advantages: Literal["gae", "rloo"] = Field(
+        default="gae",
+        description="What an answer's tokens are credited with: their rewards over the critic's values (gae, ours), or the answer's reward over the mean of the other answers to its prompt, without a critic (rloo: Ahmadian et al. 2024).",
+    )
     discount: float = Field(
-        default=1.0, gt=0, le=1, description="Gamma: what a reward is worth one token earlier. Not in the paper; ours."
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Gamma: with advantages: gae, what a reward is worth one token earlier. Not in the paper; ours.",
     )
     gae_lambda: float = Field(
         default=0.95,
         ge=0,
         le=1,
-        description="Lambda of the advantage estimate: 1 trusts the rewards, 0 the critic. Not in the paper; ours.",
+        description="Lambda of advantages: gae. 1 trusts the rewards, 0 the critic. Not in the paper; ours.",
     )
     value_clip_range: float = Field(
         default=0.2, gt=0, description="A value counts within this of the old one, in whitened units. Ours."
@@ -153,6 +165,11 @@ class Config(Section):
         False, description="Recompute activations in the backward pass: about a third slower, far less memory."
     )
 
+    @property
+    def critic_kind(self) -> Literal["separate", "shared", "none"]:
+        """The critic that there is: with advantages: rloo none."""
+        return "none" if self.advantages == "rloo" else self.critic
+
     @model_validator(mode="after")
     def _minibatches_are_equal(self) -> Self:
         if self.responses_per_iteration % self.responses_per_minibatch:
@@ -160,6 +177,22 @@ class Config(Section):
                 f"responses_per_iteration ({self.responses_per_iteration}) is no multiple of responses_per_minibatch"
                 f" ({self.responses_per_minibatch}), so the last optimizer step of an iteration would be smaller"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_have_as_many_answers(self) -> Self:
+        if self.responses_per_iteration % self.responses_per_prompt:
+            raise ValueError(
+                f"responses_per_iteration ({self.responses_per_iteration}) is no multiple of responses_per_prompt"
+                f" ({self.responses_per_prompt}), so one prompt would have fewer answers than the others"
+            )
+        if self.advantages == "rloo" and self.responses_per_prompt < 2:
+            raise ValueError(
+                "advantages: rloo compares an answer with the other answers to its prompt: set responses_per_prompt to 2"
+                " or more, such as 4"
+            )
+        if self.advantages == "rloo" and self.critic_warmup:
+            raise ValueError("advantages: rloo has no critic, so critic_warmup must be 0")
         return self
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from llamachat.maths.logprobs import k1, k3, response_kl, token_logprobs
 from llamachat.maths.masked import masked_mean, whiten
 from llamachat.scoring.combining import shape_scores
 from llamachat.scoring.length import hold_length, ramp_to_limit
-from ppo.advantages import gae, token_rewards
+from ppo.advantages import gae, leave_one_out, token_rewards
 from ppo.config import Config
 from ppo.losses import explained_variance
 
@@ -65,10 +65,10 @@ class Experience:
     minibatches: tuple[Minibatch, ...]
     response_mask_BR: Tensor
     old_logprobs_BR: Tensor
-    old_values_BR: Tensor
-    advantages_BR: Tensor  # whitened over the iteration
-    returns_BR: Tensor
+    advantages_BR: Tensor  # those of gae whitened over the iteration
     rewards_BR: Tensor
+    old_values_BR: Tensor | None  # the critic's, where there is one,
+    returns_BR: Tensor | None  # and what it is to predict
 
 
 def split_minibatches(
@@ -162,11 +162,10 @@ def make_experience(
     limit: int,
     start_tokens: float,
 ) -> Experience:
-    """Rewards of every token (Llama 2, arXiv:2307.09288, Eq. 4), and their advantages over the critic's expectation.
+    """Rewards of every token (Llama 2, arXiv:2307.09288, Eq. 4), and their advantages over what was to be expected.
 
     `limit` is the longest answer and `start_tokens` the mean length of the starting policy's, both in tokens.
     """
-    assert outputs.values_BR is not None
     is_finished_B = torch.tensor([response.is_finished for response in responses])
     lengths_B = torch.tensor([len(response.ids) for response in responses])
     shaped_B = ramp_to_limit(
@@ -189,22 +188,29 @@ def make_experience(
     rewards_BR = token_rewards(
         shaped_B.to(mask_BR.device), kl_BR=outputs.kl_BR, response_mask_BR=mask_BR, kl_coef=kl_coef
     )
-    advantages_BR, returns_BR = gae(
-        rewards_BR,
-        values_BR=outputs.values_BR,
-        response_mask_BR=mask_BR,
-        discount=config.discount,
-        gae_lambda=config.gae_lambda,
-    )
+    returns_BR = None
+    if config.advantages == "rloo":
+        above_others_B = leave_one_out(rewards_BR.sum(dim=1), responses_per_prompt=config.responses_per_prompt)
+        advantages_BR = torch.where(mask_BR, above_others_B.unsqueeze(1), 0.0)
+    else:
+        assert outputs.values_BR is not None, "the critic has been asked"
+        advantages_BR, returns_BR = gae(
+            rewards_BR,
+            values_BR=outputs.values_BR,
+            response_mask_BR=mask_BR,
+            discount=config.discount,
+            gae_lambda=config.gae_lambda,
+        )
+        advantages_BR = whiten(advantages_BR, mask_BR)
     return Experience(
         sequences=tuple(sequences),
         minibatches=minibatches,
         response_mask_BR=mask_BR,
         old_logprobs_BR=outputs.logprobs_BR,
         old_values_BR=outputs.values_BR,
-        advantages_BR=whiten(advantages_BR, mask_BR),
-        returns_BR=returns_BR,
+        advantages_BR=advantages_BR,
         rewards_BR=rewards_BR,
+        returns_BR=returns_BR,
     )
 
 
@@ -217,24 +223,22 @@ def iteration_figures(
     figures = {f"ppo/reward/{name}": float(scores_B.mean()) for name, scores_B in scored.scores.by_model().items()}
     if scored.combined.has_gate:
         figures["ppo/reward/gate_fraction"] = float(scored.combined.is_gated_B.float().mean())
-    return (
-        figures
-        | {
-            "ppo/reward/combined": float(scored.combined.scores_B.mean()),
-            "ppo/reward/shaped": float(experience.rewards_BR.sum(dim=1).mean()),
-            "ppo/kl_to_reference": float(outputs.response_kl().mean()),
-            "ppo/kl_k3": float(response_kl(k3_BR, response_mask_BR=mask_BR).mean()),
-            "ppo/kl_coef": kl_coef,
-            "ppo/entropy": float(masked_mean(outputs.entropy_BR, mask_BR)),
-            "ppo/explained_variance": explained_variance(
-                experience.old_values_BR, returns_BR=experience.returns_BR, response_mask_BR=mask_BR
-            ),
-            "ppo/response_tokens": float(mask_BR.sum(dim=1).float().mean()),
-            "ppo/truncated_fraction": sum(not response.is_finished for response in responses) / len(responses),
-            "ppo/unclosed_fraction": sum(not response.is_closed for response in responses) / len(responses),
-        }
-        | engine_gaps(responses, outputs)
-    )
+    if experience.old_values_BR is not None and experience.returns_BR is not None:
+        figures["ppo/explained_variance"] = explained_variance(
+            experience.old_values_BR, returns_BR=experience.returns_BR, response_mask_BR=mask_BR
+        )
+    figures |= {
+        "ppo/reward/combined": float(scored.combined.scores_B.mean()),
+        "ppo/reward/shaped": float(experience.rewards_BR.sum(dim=1).mean()),
+        "ppo/kl_to_reference": float(outputs.response_kl().mean()),
+        "ppo/kl_k3": float(response_kl(k3_BR, response_mask_BR=mask_BR).mean()),
+        "ppo/kl_coef": kl_coef,
+        "ppo/entropy": float(masked_mean(outputs.entropy_BR, mask_BR)),
+        "ppo/response_tokens": float(mask_BR.sum(dim=1).float().mean()),
+        "ppo/truncated_fraction": sum(not response.is_finished for response in responses) / len(responses),
+        "ppo/unclosed_fraction": sum(not response.is_closed for response in responses) / len(responses),
+    }
+    return figures | engine_gaps(responses, outputs)
 
 
 def engine_gaps(responses: Sequence[Response], outputs: ModelOutputs) -> dict[str, float]:

@@ -29,7 +29,7 @@ def open_ppo(config: Config, inputs: StepInputs) -> AnswerSession:
         inputs,
         policy=inputs.policy,
         held_out=(config.validation_prompts, config.test_prompts),
-        critic=config.critic,
+        critic=config.critic_kind,
         checkpointing=config.gradient_checkpointing,
     )
 

@@ -183,10 +183,14 @@ class Training:
         config, session, state, bank = self.config, self.session, self.state, self.session.bank
         began = time.monotonic()
         prompts = session.prompts.batch(
-            state.iteration, count=config.responses_per_iteration, seed=session.inputs.run.seed
+            state.iteration,
+            count=config.responses_per_iteration // config.responses_per_prompt,
+            seed=session.inputs.run.seed,
         )
         session.refresh()
-        responses = session.sample(prompts, session.sampling(state.iteration + 1))
+        responses = session.sample(
+            prompts, session.sampling(state.iteration + 1), samples_per_prompt=config.responses_per_prompt
+        )
         sampled = time.monotonic()
         sequences = [sequence_of(response) for response in responses]
         minibatches = split_minibatches(
@@ -197,7 +201,7 @@ class Training:
         )
         rows = [row for minibatch in minibatches for row in minibatch.rows]
         temperature, scoring = session.inputs.rollout.temperature, session.inputs.scoring
-        outputs = model_outputs(bank, sequences, rows, temperature=temperature, with_values=True)
+        outputs = model_outputs(bank, sequences, rows, temperature=temperature, with_values=bank.has_critic)
         scored = session.scorer.score(responses, with_judge=False)
         kl_coef = state.kl.coef
         experience = make_experience(

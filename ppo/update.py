@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,14 @@ from ppo.experience import Experience, Minibatch, minibatch_of
 from ppo.losses import policy_loss, value_loss
 
 if TYPE_CHECKING:
-    from llamachat.models.roles import RoleBank
+    from llamachat.models.roles import RoleBank, Trained
 
 log = logging.getLogger(__name__)
 
 LEAST_ROW_TOKENS = 16
 
 
-Optimizers = Mapping[Literal["policy", "critic"], MasterWeightOptimizer]
+Optimizers = Mapping["Trained", MasterWeightOptimizer]
 
 
 def make_optimizers(bank: "RoleBank", config: Config) -> Optimizers:
@@ -49,10 +49,8 @@ def make_optimizers(bank: "RoleBank", config: Config) -> Optimizers:
             eps=config.adam_epsilon,
         )
 
-    return {
-        "policy": adamw_of(trained["policy"], config.learning_rate),
-        "critic": adamw_of(trained["critic"], config.critic_learning_rate),
-    }
+    rates: dict[Trained, float] = {"policy": config.learning_rate, "critic": config.critic_learning_rate}
+    return {role: adamw_of(params, rates[role]) for role, params in trained.items()}
 
 
 @dataclass(slots=True)
@@ -74,15 +72,13 @@ class Updater:
         for _ in range(config.epochs):
             for minibatch in experience.minibatches:
                 figures = self.gradients(experience, minibatch, trains_policy=trains_policy)
-                norm = nn.utils.clip_grad_norm_(trained["critic"], config.max_grad_norm)
-                figures["optim/critic_grad_norm"] = float(norm)
-                if trains_policy:
-                    norm = nn.utils.clip_grad_norm_(trained["policy"], config.max_grad_norm)
-                    figures["optim/grad_norm"] = float(norm)
+                stepped: list[Trained] = [role for role in trained if role == "critic" or trains_policy]
+                for role in stepped:
+                    name = "optim/critic_grad_norm" if role == "critic" else "optim/grad_norm"
+                    figures[name] = float(nn.utils.clip_grad_norm_(trained[role], config.max_grad_norm))
                 self._check_finite(figures)
-                self.optimizers["critic"].step()
-                if trains_policy:
-                    self.optimizers["policy"].step()
+                for role in stepped:
+                    self.optimizers[role].step()
                 self._zero_grad()
                 for name, value in figures.items():
                     sums[name] += value
@@ -110,7 +106,7 @@ class Updater:
                 torch.cuda.empty_cache()
             rows = self._smaller(experience, minibatch, rows, reason)
         trained = self.bank.trainable()
-        distributed.sum_gradients([*trained["critic"], *(trained["policy"] if trains_policy else ())])
+        distributed.sum_gradients([*trained.get("critic", ()), *(trained["policy"] if trains_policy else ())])
         return {name: sum(figures[name] for figures in by_row) for name in by_row[0]}
 
     def _row(self, experience: Experience, row: PackedRow, *, trains_policy: bool, tokens: int) -> dict[str, float]:
@@ -141,6 +137,9 @@ class Updater:
             figures["ppo/clip_fraction"] = float(clipped.clip_fraction)
             if not is_shared:
                 loss.backward()  # before the critic's pass: one role's activations at a time
+        if not bank.has_critic:
+            return figures
+        assert experience.old_values_BR is not None and experience.returns_BR is not None
         values_N = (
             bank.values_of(hidden_ND) if is_shared and hidden_ND is not None else bank.values(row.batch, row.places_N)
         )

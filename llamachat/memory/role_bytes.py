@@ -102,8 +102,10 @@ class Seating:
         return self.sharing + len(self.beside)
 
 
-def role_bank_bytes(setup: Setup, seating: Seating, *, critic: Literal["separate", "shared"] | None) -> dict[str, int]:
-    """Bytes of weights by part. Without a critic nothing is trained, and there is no reference either.
+def role_bank_bytes(
+    setup: Setup, seating: Seating, *, critic: Literal["separate", "shared", "none"] | None
+) -> dict[str, int]:
+    """Bytes of weights by part. With critic None nothing is trained, and there is no reference either.
 
     Gradients, optimizer states, activations and caches come on top.
     """
@@ -123,7 +125,7 @@ def role_bank_bytes(setup: Setup, seating: Seating, *, critic: Literal["separate
         own = model.shape.adapter_weights(tuning.rank, targets) if model.has_adapter else 0
         head = _language_head(model.shape, model.width)
         parts[f"{name} reward model beside the trunk"] = whole - head + (own + model.shape.hidden_size) * model.width
-    value_head = 0 if critic is None else (shape.hidden_size + 1) * FULL_SIZE_HEAD
+    value_head = 0 if critic in (None, "none") else (shape.hidden_size + 1) * FULL_SIZE_HEAD
     parts["adapters and heads"] = num_adapters * adapter + seating.sharing * shape.hidden_size * width + value_head
     return parts
 

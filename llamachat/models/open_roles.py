@@ -84,14 +84,14 @@ def open_roles(
 
     Policy None starts from the base. A separate critic starts from the helpfulness model, else from the safety
     model, else from the policy with a head of zeros; a shared one from the policy with a head of zeros, since a reward
-    model's head means nothing on the policy's states. The judge has no part in training. With critic None nothing is trained: there are the
+    model's head means nothing on the policy's states. The judge has no part in training. With "none" the policy is trained without one. With critic None nothing is trained: there are the
     policy and the reward models alone, without reference. `seed` draws what is new. The log says which reward models
     share the trunk, and the bytes of those that do not.
     """
     opening = _Opening(base, tuning, seed, device_of(device), *proved_start(base, tuning, policy))
     opening.place_policy(policy, with_reference=critic is not None)
     opening.place_reward_models(reward_models)
-    value_head = None if critic is None else opening.place_critic(critic, reward_models)
+    value_head = None if critic in (None, "none") else opening.place_critic(critic, reward_models)
     return opening.bank(critic, value_head, checkpointing=checkpointing)
 
 
@@ -225,7 +225,8 @@ class _Opening:
             model.requires_grad_(False).eval()
         if value_head is not None:
             value_head.requires_grad_(True)
-            trained: list[Role] = ["policy"] if critic == "shared" else ["policy", "critic"]
+        if critic is not None:
+            trained: list[Role] = ["policy", "critic"] if critic == "separate" else ["policy"]
             for slot in (self.slots[role] for role in trained):
                 named = {} if slot.adapter is None else adapter_weights(slot.trunk, slot.adapter)
                 for weight in named.values() if slot.adapter is not None else slot.trunk.parameters():

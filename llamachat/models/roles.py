@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 Role = Literal["policy", "reference", "critic", "helpfulness", "safety", "judge"]
 LanguageRole = Literal["policy", "reference"]
 RewardRole = Literal["helpfulness", "safety", "judge"]
-CriticKind = Literal["separate", "shared"]
+CriticKind = Literal["separate", "shared", "none"]
 Trained = Literal["policy", "critic"]
 REWARD_ROLES: tuple[RewardRole, ...] = ("helpfulness", "safety", "judge")
 CRITIC_BEGINS_AS: tuple[RewardRole, ...] = ("helpfulness", "safety")  # the first that there is; the judge only tells
@@ -79,7 +79,8 @@ class RoleBank:
         critic_begins_as: RewardRole | None,
         checkpointing: bool,
     ) -> None:
-        """`value_head` and `critic` are None where nothing is trained; `critic_begins_as` is the reward model whose head the
+        """`critic` is None where nothing is trained, "none" where the policy is and there is no critic: `value_head` is None in
+        both; `critic_begins_as` is the reward model whose head the
         critic's is a copy of (None: it is zeros); `other_vocabulary` are the reward models that do not read the policy's
         token ids; `base` is the folder or hub name of the weights under the policy's adapter, or that the policy began as. With `checkpointing`, blocks keep only their input for a backward pass and are computed again
         in it.
@@ -103,8 +104,10 @@ class RoleBank:
         for slot in (*self._slots.values(), self._slots["policy"]):
             self._activate(slot)
         self._trained: dict[Trained, dict[str, nn.Parameter]] = {}
+        if critic is not None:
+            self._trained["policy"] = self._policy_weights()
         if value_head is not None:
-            self._trained = {"policy": self._policy_weights(), "critic": self._critic_weights(value_head)}
+            self._trained["critic"] = self._critic_weights(value_head)
         if checkpointing:
             for trunk in self._trunks.values():
                 self._checkpoint(trunk)
@@ -131,6 +134,10 @@ class RoleBank:
         with torch.set_grad_enabled(records), _Activated(self, slot), _checkpointing(slot.trunk, records):
             ids_BT, positions_BT = batch["input_ids"], batch.get("position_ids")
             return cast(Any, slot.trunk)(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
+
+    @property
+    def has_critic(self) -> bool:
+        return self._value_head is not None
 
     def lm_head(self, role: LanguageRole) -> nn.Module:
         """From hidden states to logits [.., V]. One module for both, unless all of the policy's weights train."""

@@ -171,7 +171,7 @@ def _less_and_less(recipe: Recipe, gpu: Gpu) -> Iterator[Setting]:
         yield "tuning.method", "lora"
     if recipe.tuning.method != "qlora" and recipe.base.dtype == "bfloat16":
         yield "tuning.method", "qlora"
-    if "ppo" in commands and ppo.critic == "separate":
+    if "ppo" in commands and ppo.critic_kind == "separate":
         yield "ppo.critic", "shared"
     if recipe.tuning.rank > _SMALL_RANK:
         yield "tuning.rank", _SMALL_RANK

@@ -177,7 +177,7 @@ def ppo_cost(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seating
     evaluated = (1 + config.iterations // config.validation_every) * config.validation_prompts + 2 * config.test_prompts
     prompt, answer = lengths.of(setup.base, rollout)
     per_response = prompt + answer
-    networks = 1 if config.critic == "shared" else 2
+    networks = 2 if config.critic_kind == "separate" else 1
     # Of an answer that is evaluated: drawn, read by policy and reference, scored. One that is learnt from has values, too.
     evaluating = (DECODING_SLOWDOWN * answer + prompt + 2 * per_response) * shape.weights
     evaluating += seating.num_reward_models * per_response * shape.block_weights
@@ -191,7 +191,7 @@ def ppo_cost(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seating
         gradient_checkpointing=config.gradient_checkpointing,
         assumed="",
     )
-    loaded = frozenset(role_bank_bytes(setup, seating, critic=config.critic))
+    loaded = frozenset(role_bank_bytes(setup, seating, critic=config.critic_kind))
     return Estimate(ppo_memory(config, setup, rollout, seating), sampled + trained, steps, assumed, loaded)
 
 
@@ -202,10 +202,10 @@ def ppo_memory(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seati
     The trunk counts once, whatever roles share it; several cards have all weights each, and share the work.
     """
     each = 8 + (0 if setup.width == 4 else 4)  # two moments in fp32, and masters where the weights are not
-    loaded = role_bank_bytes(setup, seating, critic=config.critic)
+    loaded = role_bank_bytes(setup, seating, critic=config.critic_kind)
     loaded[OPTIMIZER] = setup.trained_weights * each
     # The critic's head is fp32 and its own master.
-    loaded["critic's optimizer"] = _critic_weights(config, setup) * each + 8 * (setup.shape.hidden_size + 1)
+    loaded["critic's optimizer"] = _critic_weights(config, setup) * each + 2 * _value_head_bytes(config, setup)
     if setup.gpu is None:  # on a machine with a card it lies in the host's memory
         loaded["best policy so far"] = setup.trained_weights * setup.width
     sampling = rollout_bytes(
@@ -240,16 +240,20 @@ def ppo_updating_bytes(config: PpoConfig, setup: Setup) -> dict[str, int]:
     )
     if gpu and gpu.count > 1:
         parts[BETWEEN_CARDS] = 4 * setup.trained_weights
-    head = 4 * (setup.shape.hidden_size + 1)
-    parts["critic's gradients"] = _critic_weights(config, setup) * setup.width + head
+    parts["critic's gradients"] = _critic_weights(config, setup) * setup.width + _value_head_bytes(config, setup)
     return {name: size for name, size in parts.items() if name not in IN_BANK and name != OPTIMIZER}
 
 
 def _critic_weights(config: PpoConfig, setup: Setup) -> int:
     """Weights that the critic trains in addition to its head."""
-    if config.critic == "shared":
+    if config.critic_kind != "separate":
         return 0
     return setup.shape.headless().weights if setup.tuning.method == "full" else setup.trained_weights
+
+
+def _value_head_bytes(config: PpoConfig, setup: Setup) -> int:
+    """Of the critic's head, which is in fp32."""
+    return 0 if config.critic_kind == "none" else 4 * (setup.shape.hidden_size + 1)
 
 
 def report_cost(config: ReportConfig, *, steps: int) -> Estimate:

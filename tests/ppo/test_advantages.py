@@ -1,5 +1,6 @@
 """Rewards per token and advantages: hand numbers, a double loop, and padding on either side."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor, tensor
 from torch.testing import assert_close
 
 from llamachat.maths.logprobs import k1, response_kl
-from ppo.advantages import gae, last_indices, token_rewards
+from ppo.advantages import gae, last_indices, leave_one_out, token_rewards
+from ppo.losses import policy_loss
 
 NOTHING = float("nan")
 
@@ -137,3 +139,35 @@ def test_nothing_here_carries_a_gradient() -> None:
     estimate = gae(torch.randn(2, 3), values_BR=values_BR, response_mask_BR=mask_BR, discount=1.0, gae_lambda=0.9)
     rewards_BR = token_rewards(torch.randn(2), kl_BR=values_BR, response_mask_BR=mask_BR, kl_coef=0.1)
     assert not (estimate.advantages_BR.requires_grad or estimate.returns_BR.requires_grad or rewards_BR.requires_grad)
+
+
+def test_leave_one_out_by_hand() -> None:
+    # Of the first prompt the others' means are 4, 3.5 and 1.5, of the second 1.5, 1.5 and 0.
+    rewards_B = tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0])
+    assert_close(leave_one_out(rewards_B, responses_per_prompt=3), tensor([-3.0, -1.5, 4.5, -1.5, -1.5, 3.0]))
+    # What all answers to a prompt are paid alike says nothing about any of them.
+    moved_B = rewards_B + tensor([5.0, 5.0, 5.0, -2.0, -2.0, -2.0])
+    assert_close(leave_one_out(moved_B, responses_per_prompt=3), leave_one_out(rewards_B, responses_per_prompt=3))
+
+
+def test_leave_one_out_gives_the_gradient_of_the_expected_reward() -> None:
+    """Over all pairs that two draws can give, by their probabilities: the loss's gradient is that of minus the mean reward."""
+    logits_A = tensor([0.3, -0.5, 1.1]).requires_grad_()
+    paid_A = tensor([1.0, 3.0, -2.0])
+    (exact_A,) = torch.autograd.grad((logits_A.softmax(0) * paid_A).sum(), logits_A)
+    estimated_A = torch.zeros(3)
+    mask_BR = torch.ones((2, 1), dtype=torch.bool)
+    for drawn in itertools.product(range(3), repeat=2):
+        logprobs_B1 = logits_A.log_softmax(0)[list(drawn)].unsqueeze(1)
+        advantages_B1 = leave_one_out(paid_A[list(drawn)], responses_per_prompt=2).unsqueeze(1)
+        loss = policy_loss(
+            logprobs_B1,
+            logprobs_B1.detach(),
+            advantages_BR=advantages_B1,
+            response_mask_BR=mask_BR,
+            clip_range=0.2,
+            tokens=2,
+        ).loss
+        probability = float(logprobs_B1.detach().sum().exp())
+        estimated_A -= probability * torch.autograd.grad(loss, logits_A)[0]
+    assert_close(estimated_A, exact_A, rtol=1e-5, atol=1e-6)

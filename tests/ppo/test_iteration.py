@@ -41,6 +41,7 @@ from tests.ppo.tiny_ppo import config_of
 LORA = Tuning(method="lora", rank=4, alpha=8)
 CPU = torch.device("cpu")
 GATE = Scoring()
+RLOO = config_of(advantages="rloo", responses_per_prompt=3, responses_per_iteration=12, responses_per_minibatch=6)
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +89,19 @@ def answers(bank: RoleBank, count: int) -> list[Response]:
     ]
 
 
-def iteration(bank: RoleBank, *, count: int = 12, row_tokens: int = 64, scoring: Scoring = GATE) -> Iteration:
+def iteration(
+    bank: RoleBank,
+    *,
+    count: int = 12,
+    row_tokens: int = 64,
+    scoring: Scoring = GATE,
+    config: Config | None = None,
+) -> Iteration:
     responses = answers(bank, count)
     sequences = [sequence_of(response) for response in responses]
     minibatches = split_minibatches(sequences, responses_per_minibatch=count // 2, row_tokens=row_tokens, device=CPU)
     rows = [row for minibatch in minibatches for row in minibatch.rows]
-    outputs = model_outputs(bank, sequences, rows, temperature=1.0, with_values=True)
+    outputs = model_outputs(bank, sequences, rows, temperature=1.0, with_values=bank.has_critic)
     scored = Scorer(bank, combiner(scoring)).score(responses, with_judge=True)
     experience = make_experience(
         responses,
@@ -101,7 +109,7 @@ def iteration(bank: RoleBank, *, count: int = 12, row_tokens: int = 64, scoring:
         minibatches,
         outputs,
         scored,
-        config=config_of(),
+        config=config or config_of(),
         scoring=scoring,
         kl_coef=0.01,
         limit=9,
@@ -320,6 +328,29 @@ def test_an_update_moves_what_is_trained_and_nothing_else(world: World) -> None:
     assert {"ppo/policy_loss", "ppo/value_loss", "optim/grad_norm", "optim/critic_grad_norm"} <= figures.keys()
 
 
+@pytest.mark.parametrize("tuning", [LORA, FULL])
+def test_without_a_critic_an_answer_is_compared_with_the_others_to_its_prompt(world: World, tuning: Tuning) -> None:
+    bank = world.bank(tuning, FULL, critic="none")
+    assert bank.trainable().keys() == {"policy"} and "critic" not in bank.roles
+    one = iteration(bank, config=RLOO)
+    experience, mask_BR = one.experience, one.outputs.response_mask_BR
+    rewards_B = experience.rewards_BR.sum(dim=1)
+    for first in range(0, 12, 3):
+        for index in range(first, first + 3):
+            others = [float(rewards_B[other]) for other in range(first, first + 3) if other != index]
+            credit = experience.advantages_BR[index]
+            torch.testing.assert_close(
+                credit[mask_BR[index]], (rewards_B[index] - sum(others) / 2).expand(int(mask_BR[index].sum()))
+            )
+            assert not credit[~mask_BR[index]].any()
+    before = {name: weight.clone() for name, weight in bank.state_dict().items()}
+    figures = updater(bank, RLOO).update(experience, trains_policy=True)
+    figures |= iteration_figures(one.responses, one.outputs, one.scored, experience, kl_coef=0.01)
+    assert any(not torch.equal(before[name], weight) for name, weight in bank.state_dict().items())
+    assert "optim/grad_norm" in figures
+    assert not figures.keys() & {"optim/critic_grad_norm", "ppo/value_loss", "ppo/explained_variance"}
+
+
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_the_critic_warms_up_alone(world: World, critic: str) -> None:
     bank = world.bank(LORA, FULL, critic=critic)
@@ -338,6 +369,7 @@ def test_policy_and_critic_are_clipped_apart(world: World) -> None:
     for scale in (1.0, 1000.0):
         bank = world.bank(LORA, FULL)
         experience = iteration(bank).experience
+        assert experience.returns_BR is not None
         updater(bank).update(replace(experience, returns_BR=experience.returns_BR * scale), trains_policy=True)
         steps.append({name: w.clone() for name, w in bank.state_dict().items() if name.startswith("policy.")})
     assert all(torch.equal(steps[0][name], steps[1][name]) for name in steps[0])

@@ -87,6 +87,15 @@ def test_with_the_sign_turned_it_comes_less_often(learn: Callable[[int], Artifac
     assert last < first
 
 
+def test_without_a_critic_what_is_paid_for_comes_more_often_too(base: Path, tmp_path: Path) -> None:
+    scoring = {"combine": write_function(tmp_path / "letter.py", PAYS)}
+    inputs = inputs_of(tmp_path, base, scoring=scoring, prompts=240, rollout={"max_new_tokens": 24})
+    artifact = ppo.run(config_of(**LEARNING, advantages="rloo", responses_per_prompt=4), inputs)
+    summary = figures(artifact)
+    assert summary["ppo/test/difference/reward_combined_low"] > 0.2
+    assert "ppo/value_loss" not in record(artifact)[-1]
+
+
 def test_the_step_leaves_a_policy_a_record_and_pictures(learn: Callable[[int], Artifact]) -> None:
     artifact = learn(1)
     folder = StepFolder(artifact.path.parent)

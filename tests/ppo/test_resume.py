@@ -15,6 +15,10 @@ from tests.tiny_steps import SPLIT, write_values
 
 WAYS: dict[str, dict[str, Any]] = {
     "lora": {"ppo": {"kl_control": "adaptive", "epochs": 2}, "tuning": {"method": "lora", "rank": 4, "alpha": 8}},
+    "rloo": {
+        "ppo": {"advantages": "rloo", "responses_per_prompt": 4},
+        "tuning": {"method": "lora", "rank": 4, "alpha": 8},
+    },
     "full": {"ppo": {"critic": "shared", "critic_warmup": 1}, "tuning": {"method": "full"}},
 }
 

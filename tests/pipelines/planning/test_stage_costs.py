@@ -200,7 +200,14 @@ def test_the_report_counts_seconds_and_no_device() -> None:
 
 @pytest.mark.parametrize(
     ("tuning", "policy_tuning", "critic"),
-    [(LORA, FULL, "separate"), (LORA, LORA, "shared"), (QLORA, QLORA, "separate"), (FULL, FULL, "separate")],
+    [
+        (LORA, FULL, "separate"),
+        (LORA, LORA, "shared"),
+        (LORA, LORA, "none"),
+        (QLORA, QLORA, "separate"),
+        (FULL, FULL, "separate"),
+        (FULL, FULL, "none"),
+    ],
 )
 def test_weights_gradients_and_optimizer_are_those_of_a_real_bank(
     tuning: Tuning, policy_tuning: Tuning, critic: Any, world: World
@@ -211,7 +218,8 @@ def test_weights_gradients_and_optimizer_are_those_of_a_real_bank(
     where = Setup(shape, world.base16 if tuning is QLORA else world.base, tuning)
     beside = {name: Beside(shape, width=width) for name in ("helpfulness", "safety")} if tuning is FULL else {}
     seating = Seating(policy_tuning is not FULL, 0 if tuning is FULL else 2, beside)
-    config = PpoConfig(critic=critic)
+    rloo: dict[str, Any] = {"advantages": "rloo", "responses_per_prompt": 2}
+    config = PpoConfig(**(rloo if critic == "none" else {"critic": critic}))
     memory = ppo_memory(config, where, Rollout(), seating)
     in_bank = ("trunk", "policy's own weights", "critic's own weights", "adapters and heads")
     loaded = sum(size for name, size in memory.items() if name in in_bank or "beside" in name)
@@ -220,9 +228,11 @@ def test_weights_gradients_and_optimizer_are_those_of_a_real_bank(
     state = 8 + (4 if width == 2 else 0)  # two moments, and masters where the weights are not fp32
     updating = ppo_updating_bytes(config, where)
     assert updating["gradients"] == trained["policy"] * width
-    assert updating["critic's gradients"] == (trained["critic"] - HEAD) * width + HEAD * 4
+    of_critic = trained["critic"] - HEAD if "critic" in trained else 0
+    head = HEAD if "critic" in trained else 0
+    assert updating["critic's gradients"] == of_critic * width + head * 4
     assert memory[OPTIMIZER] == trained["policy"] * state
-    assert memory["critic's optimizer"] == (trained["critic"] - HEAD) * state + HEAD * 8
+    assert memory["critic's optimizer"] == of_critic * state + head * 8
 
 
 def test_steps_and_seconds_of_ppo_by_hand() -> None:

@@ -55,6 +55,11 @@ HELD_OUT_TOKENS = 0.67
 TOKENS_OF_A_PROBE, TOKENS_OF_A_PROBE_ON_A_CPU = 18.0, 5.0
 PROMPT_TOKENS_A_TOKEN = 1.25  # a prompt without its answer has more of the chat format's own tokens (measured)
 TURN_TOKENS = 100.0  # of the turns before an answer in Ghost Attention; ours, assumed
+# What a process on a CPU holds beside tensors: Python and the libraries; and, where attention goes a sequence at a time, so that
+# blocks of many sizes are freed and taken again, what malloc keeps of them, and compiled kernels. Bytes, and for a reward model
+# a share of its activations. Ours, measured on the bundled model and on SmolLM2-135M.
+LIBRARIES, KEPT_BY_MALLOC, KEPT_BY_MALLOC_OF_A_REWARD_MODEL = round(0.7 * 2**30), round(1.1 * 2**30), round(1.9 * 2**30)
+SHARE_KEPT_BY_MALLOC = 0.15
 KEPT_BY_DISTILLATION = 0.5  # of the distilled answers; ours, assumed: another answer is better as often as worse
 
 
@@ -71,12 +76,26 @@ def estimate_step(recipe: Recipe, step: Step, gpu: Gpu | None = None) -> Estimat
         estimate = _COSTS[step.stage.command](_Work(recipe, step, setup), step.config)
     except (KeyError, ValueError):
         return None  # another architecture, no JSON, or targets that are none: refused in words where it is loaded
+    if setup.gpu is None:
+        estimate = _in_a_process(estimate, step.stage.command)
     # The step's own hours bound all of its work, but of rs and the like the sampling alone.
     hours = step.config.model_dump().get("max_hours")
     if hours is None or step.stage.tunes or estimate.seconds <= 3600 * hours:
         return estimate
     assumed = f"as {step.stage.section}.max_hours has it; else {duration(estimate.seconds)} {estimate.assumed}"
     return replace(estimate, seconds=3600 * hours, assumed=assumed)
+
+
+def _in_a_process(estimate: Estimate, command: str) -> Estimate:
+    """The estimate of a step on a CPU with what its process holds beside tensors."""
+    if not estimate.memory:
+        return estimate
+    kept = 0 if command == "sft" else KEPT_BY_MALLOC
+    if command == "rm":
+        kept = KEPT_BY_MALLOC_OF_A_REWARD_MODEL + round(SHARE_KEPT_BY_MALLOC * estimate.memory["activations"])
+    own = {"Python and libraries": LIBRARIES, "freed blocks and kernels": kept}
+    loaded = estimate.loaded | {"Python and libraries"}
+    return replace(estimate, memory=estimate.memory | own, loaded=loaded)
 
 
 def card(recipe: Recipe) -> Gpu | None:

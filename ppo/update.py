@@ -114,7 +114,7 @@ class Updater:
         bank, config = self.bank, self.config
         mask_1N = torch.ones((1, len(row.places_N)), dtype=torch.bool, device=bank.device)
         is_shared = bank.critic == "shared"
-        figures: dict[str, float] = {}
+        figures: dict[str, Tensor] = {}
         loss: Tensor | None = None
         hidden_ND: Tensor | None = None
         if trains_policy or is_shared:
@@ -132,13 +132,13 @@ class Updater:
                 tokens=tokens,
             )
             loss = clipped.loss
-            figures["ppo/policy_loss"] = float(clipped.loss.detach())
-            figures["ppo/approx_kl"] = float(clipped.approx_kl)
-            figures["ppo/clip_fraction"] = float(clipped.clip_fraction)
+            figures["ppo/policy_loss"] = clipped.loss.detach()
+            figures["ppo/approx_kl"] = clipped.approx_kl
+            figures["ppo/clip_fraction"] = clipped.clip_fraction
             if not is_shared:
                 loss.backward()  # before the critic's pass: one role's activations at a time
         if not bank.has_critic:
-            return figures
+            return _numbers(figures)
         assert experience.old_values_BR is not None and experience.returns_BR is not None
         values_N = (
             bank.values_of(hidden_ND) if is_shared and hidden_ND is not None else bank.values(row.batch, row.places_N)
@@ -155,9 +155,9 @@ class Updater:
             (loss + config.value_coef * errors.loss).backward()
         else:
             errors.loss.backward()
-        figures["ppo/value_loss"] = float(errors.loss.detach())
-        figures["ppo/value_clip_fraction"] = float(errors.clip_fraction)
-        return figures
+        figures["ppo/value_loss"] = errors.loss.detach()
+        figures["ppo/value_clip_fraction"] = errors.clip_fraction
+        return _numbers(figures)
 
     def _smaller(
         self, experience: Experience, minibatch: Minibatch, rows: Sequence[PackedRow], reason: str
@@ -204,3 +204,8 @@ class Updater:
                 "weights. Set a lower ppo.learning_rate and ppo.critic_learning_rate or a higher ppo.kl_coef, and start"
                 " the step again with `--overwrite`."
             )
+
+
+def _numbers(figures: Mapping[str, Tensor]) -> dict[str, float]:
+    """The figures as numbers, for which a GPU is waited for once."""
+    return dict(zip(figures, torch.stack([*figures.values()]).tolist(), strict=True))

@@ -32,6 +32,7 @@ ATTENTION_BACKWARD = (
 
 _library = torch.library.Library("standin", "DEF")
 _aten = torch.library.Library("aten", "IMPL")
+_kernel: Any = torch.library.register_kernel  # its types do not know that it is a decorator
 
 
 def register(device: Device) -> None:
@@ -79,7 +80,7 @@ def _bitsandbytes(device: Device) -> None:
 
     fused = _define("gemm_4bit", GEMM_4BIT, cpu=operations.gemm_4bit.default, shapes=shapes)
 
-    @torch.library.register_kernel("bitsandbytes::gemm_4bit", "cuda")
+    @_kernel("bitsandbytes::gemm_4bit", "cuda")
     def _(
         A: Tensor,
         B: Tensor,
@@ -96,8 +97,9 @@ def _bitsandbytes(device: Device) -> None:
             scales = (absmax_8bit, absmax_code, absmax_offset)
             return fused(A, B, shapeB, absmax, blocksize, quant_type, bias, *scales)
         if absmax_8bit is not None:
+            assert absmax_offset is not None
             absmax = operations.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32)
-            absmax += absmax_offset
+            absmax = absmax.add_(absmax_offset)
         return linear(A, operations.dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype), bias)
 
 
@@ -119,7 +121,7 @@ def _sequence_attention() -> None:
         "sequence_attention_backward", ATTENTION_BACKWARD, cpu=_attend_backward, shapes=backward_shapes
     )
 
-    @torch.library.register_kernel("torch_attn::_varlen_attn", "cuda")
+    @_kernel("torch_attn::_varlen_attn", "cuda")
     def _(
         query: Tensor,
         key: Tensor,
@@ -137,7 +139,7 @@ def _sequence_attention() -> None:
         out, log_sums = forward_on(query, key, value, cu_seq_q, scale)
         return out, log_sums, torch.zeros(2, dtype=torch.uint64, device=query.device)
 
-    @torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cuda")
+    @_kernel("torch_attn::_varlen_attn_backward", "cuda")
     def _(
         grad_out: Tensor,
         query: Tensor,
@@ -174,9 +176,9 @@ def _sequences(tensors: Sequence[Tensor], starts: Tensor, heads: int) -> Iterato
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float | None) -> tuple[Tensor, ...]:
-    scale = scale or query.shape[2] ** -0.5
+    factor = query.shape[2] ** -0.5 if scale is None else scale
     parts = [
-        (_weights_of(q, k, scale) @ v).transpose(0, 1)
+        (_weights_of(q, k, factor) @ v).transpose(0, 1)
         for q, k, v in _sequences((query, key, value), starts, query.shape[1])
     ]
     return torch.cat(parts).to(query.dtype), query.new_zeros(query.shape[1::-1], dtype=torch.float32)
@@ -185,12 +187,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: fl
 def _attend_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float | None
 ) -> tuple[Tensor, ...]:
-    scale = scale or query.shape[2] ** -0.5
+    factor = query.shape[2] ** -0.5 if scale is None else scale
     found: list[tuple[Tensor, ...]] = []
     for out, q, k, v in _sequences((gradient, query, key, value), starts, query.shape[1]):
-        weights = _weights_of(q, k, scale)
+        weights = _weights_of(q, k, factor)
         products = out @ v.transpose(1, 2)
-        products = weights * (products - (products * weights).sum(2, keepdim=True)) * scale
+        products = weights * (products - (products * weights).sum(2, keepdim=True)) * factor
         found.append((products @ k, products.transpose(1, 2) @ q, weights.transpose(1, 2) @ out))
     joined = (torch.cat([part.transpose(0, 1) for part in parts]) for parts in zip(*found, strict=True))
     return tuple(

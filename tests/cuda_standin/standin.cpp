@@ -59,22 +59,29 @@ constexpr double INTEGERS_COMPUTED_BELOW = 64 << 20;  // the same where no opera
 struct Allocation {
   size_t bytes;
   caching::Block* block;
+  int holders = 1;  // the tensor's storage, and graphs that wrote down its address
 };
 caching::Allocator accounts;
 std::unordered_map<void*, Allocation> allocations;
 constexpr size_t MAPPED_FROM = 64 << 10;
 
-void release(void* pointer) {
+void drop(void* pointer) {
   Lock lock(mutex);
   auto found = allocations.find(pointer);
-  if (found == allocations.end()) return;
-  accounts.release(found->second.block);
+  if (--found->second.holders) return;
   if (found->second.bytes >= MAPPED_FROM) {
     munmap(pointer, found->second.bytes);
   } else {
     free(pointer);
   }
   allocations.erase(found);
+}
+
+void release(void* pointer) {
+  if (!pointer) return;
+  Lock lock(mutex);
+  accounts.release(allocations.at(pointer).block);
+  drop(pointer);
 }
 
 struct DeviceAllocator final : c10::Allocator {
@@ -94,7 +101,7 @@ struct DeviceAllocator final : c10::Allocator {
       TORCH_CHECK(posix_memalign(&pointer, 512, bytes) == 0);
       memset(pointer, 0, bytes);
     }
-    allocations[pointer] = {bytes, block};
+    allocations[pointer] = Allocation{bytes, block};
     return {pointer, pointer, &release, DEVICE};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
@@ -137,10 +144,11 @@ struct Statistics {
   double host = 0, device = 0, busy = 0, waited = 0;  // clocks of both in seconds, and sums
 } statistics;
 
+// The operations of a graph on the bytes that they were captured with, as tensors of the CPU. In a graph, too, memory is
+// used again once its tensor is gone, so these hold bytes and no tensors of the device.
 struct Recorded {
   c10::OperatorHandle operation;
   std::vector<IValue> arguments, results;
-  bool is_computed;
 };
 struct Graph {
   std::vector<Recorded> operations;
@@ -283,6 +291,24 @@ IValue with_tensors(const IValue& value, Change change) {
     return list;
   }
   return value;
+}
+
+// The values with CPU tensors on the same bytes, which stay for as long as these do.
+std::vector<IValue> kept_on_cpu(const std::vector<IValue>& values) {
+  std::vector<IValue> kept;
+  for (const IValue& value : values)
+    kept.push_back(with_tensors(value, [](const at::Tensor& tensor) {
+      if (!tensor.defined() || !tensor.is_cuda() || tensor.numel() == 0) return on_cpu(tensor);
+      Lock lock(mutex);
+      void* memory = tensor.storage().mutable_data();
+      allocations.at(memory).holders++;
+      return at::for_blob(tensor.data_ptr(), tensor.sizes())
+          .strides(tensor.strides())
+          .deleter([memory](void*) { drop(memory); })
+          .options(tensor.options().device(c10::kCPU))
+          .make_tensor();
+    }));
+  return kept;
 }
 
 template <class Visit>
@@ -462,7 +488,7 @@ void run_on_device(const c10::OperatorHandle& operation, Stack* stack) {
   if (waits.count(name) || (name == "aten::repeat_interleave" && schema.overload_name() == "Tensor")) wait(name);
   std::vector<IValue> results = run(operation, arguments, is_computed && !captured, nullptr);
   count_kernel(name, flops_of(name, arguments), traffic_of(name, arguments, results));
-  if (captured) captured->operations.push_back({operation, arguments, results, is_computed});
+  if (captured && is_computed) captured->operations.push_back({operation, kept_on_cpu(arguments), kept_on_cpu(results)});
   for (IValue& value : results) stack->push_back(std::move(value));
 }
 
@@ -532,7 +558,8 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
     count_kernel("aten::copy_", 0, bytes);
     if (captured) {
       static auto operation = c10::Dispatcher::singleton().findSchemaOrThrow("aten::copy_", "");
-      captured->operations.push_back({operation, {self, source, non_blocking}, {self}, is_computed});
+      if (is_computed)
+        captured->operations.push_back({operation, kept_on_cpu({self, source, non_blocking}), kept_on_cpu({self})});
       return self;
     }
   } else {
@@ -695,7 +722,6 @@ const char* standin_replay(int64_t id) {
     statistics.device = std::max(statistics.device, statistics.host) + graph.seconds;
     at::NoGradGuard no_gradient;
     for (const Recorded& recorded : graph.operations) {
-      if (!recorded.is_computed) continue;
       if (recorded.operation.schema().name() == "aten::copy_") {
         copy_bytes(recorded.arguments[0].toTensor(), recorded.arguments[1].toTensor());
       } else {

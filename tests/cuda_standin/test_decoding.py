@@ -33,7 +33,11 @@ def _merged(device: Device) -> dict[str, Any]:
     from tests.tiny_llama import tiny_llama
 
     result = {}
-    engines = [LlamaEngine(tiny_llama().to(place), STOPS, rows_per_batch=8) for place in ("cpu", "cuda")]
+    models: list[Any] = [tiny_llama(), tiny_llama()]
+    places = ("cpu", "cuda")
+    engines = [
+        LlamaEngine(model.to(place), STOPS, rows_per_batch=8) for model, place in zip(models, places, strict=True)
+    ]
     for name, values in SAMPLINGS.items():
         sampling = Sampling(seed=3, **values)
         device.reset_statistics()

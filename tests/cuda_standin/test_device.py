@@ -37,7 +37,7 @@ def _computed(device: Device) -> dict[str, Any]:
     )
     query = torch.randn(7, 2, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     bounds = torch.tensor([0, 3, 7], dtype=torch.int32, device="cuda")
-    packed = varlen_attn(query, query, query, bounds, bounds, 4, 4, window_size=(-1, 0))
+    packed: Any = varlen_attn(query, query, query, bounds, bounds, 4, 4, window_size=(-1, 0))
     packed[:, :, 0].sum().backward()
     assert query.grad is not None
     second = query.detach()[3:].cpu().float().requires_grad_()

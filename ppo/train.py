@@ -191,6 +191,7 @@ class Training:
         responses = session.sample(
             prompts, session.sampling(state.iteration + 1), samples_per_prompt=config.responses_per_prompt
         )
+        session.engine.release()  # the update needs the room
         sampled = time.monotonic()
         sequences = [sequence_of(response) for response in responses]
         minibatches = split_minibatches(

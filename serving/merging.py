@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llamachat.errors import ArtifactError
-from llamachat.models.loading import ADAPTER_WEIGHTS, SEVEN_PROJECTIONS, Policy
+from llamachat.models.loading import ADAPTER_WEIGHTS, SEVEN_PROJECTIONS, Policy, free_bytes
 from llamachat.models.reward_model import HEAD, HEAD_WEIGHT
 from llamachat.models.weights import COMPUTED, file_weights, weight_files
 from llamachat.rollout.weights import base_layer, plain_weight
@@ -188,7 +188,7 @@ def as_exported(policy: Policy) -> Policy:
     }
     dtype = model.get_input_embeddings().weight.dtype
     needed = sum(layer.in_features * layer.out_features for layer in layers.values()) * dtype.itemsize
-    if model.device.type == "cuda" and needed >= 0.8 * torch.cuda.mem_get_info(model.device)[0]:
+    if model.device.type == "cuda" and needed >= 0.8 * free_bytes(model.device):
         log.info("%s: the adapter stays separate from the 4-bit weights, since the merged ones do not fit", policy.name)
         return policy
     for name, layer in layers.items():

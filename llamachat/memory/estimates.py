@@ -22,7 +22,8 @@ CPU_FLOPS = 3.0e11
 ASSUMED_MFU = {"full": 0.40, "lora": 0.40, "qlora": 0.30}
 # NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314, section 3): 4 bits a weight, 8 bits a block of 64
 # for its constant, 32 bits a group of 256 blocks for the constant of the constants.
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+NF4_BLOCK = 64
+NF4_BYTES = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * 256)
 # What the backward pass of a block needs in addition to what the block keeps, as shares of that: its scores apart, and
 # of them. Ours, counted on a CPU (tests/pipelines/planning/test_allocated_bytes.py).
 GRADIENTS_OF_A_BLOCK, GRADIENTS_OF_SCORES = 0.8, 0.15

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from llamachat.config.sections import Base, Rollout
-from llamachat.memory.estimates import BYTES, Setup, Shape
+from llamachat.memory.estimates import BYTES, NF4_BLOCK, Setup, Shape
 
 FULL_SIZE_HEAD = 4  # bytes a weight of the value head, which is fp32
 PROMPT_TOKENS = 200.0  # ours, assumed where nothing is known of the prompts
@@ -25,8 +25,9 @@ SLEEPING_SERVER = "vLLM server, asleep"
 # What a server keeps while it sleeps: the CUDA context and recorded graphs. Ours, from 0.9 to 1.7 GB that users of vLLM report
 # for single cards.
 SLEEPING_BYTES = 2 * 2**30
-# The decoder makes a merged copy of the projections where it takes at most this share of what is free.
-SHARE_FOR_DECODER = 0.6
+# The decoder makes a merged copy of the projections where it takes at most this share of what is free, and keys and values
+# take at most this share of the rest.
+SHARE_FOR_DECODER, SHARE_FOR_CACHE = 0.6, {"cpu": 0.25, "cuda": 0.8}
 # Decoding reads all weights for each token of a batch: far from the arithmetic that training reaches. Ours, rough.
 DECODING_SLOWDOWN = 4.0
 
@@ -151,12 +152,18 @@ def rollout_bytes(
     alone = shape.layers * (shape.hidden_size**2 + shape.hidden_size * shape.intermediate_size)
     copy = (shape.linear_weights - (alone if shares_plain else 0)) * setup.width
     copy += shape.embedding_weights * setup.width if has_copied_ends else 0
-    if rollout.engine == "hugging_face" or (gpu and copy > SHARE_FOR_DECODER * (gpu.usable_bytes - loaded_bytes)):
+    if rollout.engine == "hugging_face":
         copy = 0
+    elif gpu and copy > SHARE_FOR_DECODER * (gpu.usable_bytes - loaded_bytes):
+        copy = _unmerged_bytes(setup)
     rows = min(CACHED_ROWS if gpu else CPU_ROWS, answers or CACHED_ROWS)
-    cache = rows * setup.base.max_tokens * 2 * shape.layers * shape.key_value_size * setup.width
+    row = setup.base.max_tokens * 2 * shape.layers * shape.key_value_size * setup.width
+    cache = rows * row
     if rollout.cache_gib != "auto":
         cache = min(cache, round(rollout.cache_gib * 2**30))
+    elif gpu:
+        room = gpu.usable_bytes - loaded_bytes - copy
+        cache = min(cache, max(row, cache_budget(room, _reading_bytes(setup, rollout, rows=rows))))
     return {CACHE: cache, DECODER: copy, STEP: _step_bytes(setup, rollout, rows=rows, cache=cache)}
 
 
@@ -167,18 +174,48 @@ def sleeping_bytes(rollout: Rollout) -> dict[str, int]:
     )
 
 
+def _unmerged_bytes(setup: Setup) -> int:
+    """What the decoder keeps of projections that it does not copy: 4-bit ones' scales in fp32, and their adapters stacked."""
+    shape, rank = setup.shape, setup.tuning.rank
+    if setup.tuning.method != "qlora":
+        return 0
+    scales = 4 * shape.linear_weights // NF4_BLOCK
+    query_key_value = shape.query_size + 2 * shape.key_value_size
+    # The second matrices of stacked projections lie on the diagonal: as wide as all their ranks together.
+    up = 3 * query_key_value + shape.hidden_size + 2 * 2 * shape.intermediate_size + shape.hidden_size
+    down = sum(inputs for inputs, _ in shape.projections.values())
+    return scales + shape.layers * rank * (up + down) * setup.width
+
+
 def _step_bytes(setup: Setup, rollout: Rollout, *, rows: int, cache: int) -> int:
     """The larger of reading prompts and drawing tokens: activations of one block and scores, or logits of all rows."""
     shape, width = setup.shape, setup.width
-    prompt = max(1, setup.base.max_tokens - rollout.max_new_tokens)
-    tokens = min(rows * prompt, max(prompt, PROMPT_TOKENS_AT_ONCE["cpu" if setup.gpu is None else "cuda"]))
-    states = tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size) * width
-    if setup.gpu is None:  # scores and their softmax, up to a bound per key-value head
-        scores = min(tokens * prompt * shape.heads, PLAIN_SCORES * shape.key_value_heads) * 2 * width
-        states = max(states, tokens * 6 * shape.hidden_size * width + scores)
+    states = _reading_bytes(setup, rollout, rows=rows)
     # A layer's keys and values are copied as the rows are laid out again; a logit is in its own width, fp32, as a probability.
     drawing = max(2 * cache // shape.layers // 2, rows * shape.vocabulary * (width + 8))
     return max(states, drawing)
+
+
+def _reading_bytes(setup: Setup, rollout: Rollout, *, rows: int) -> int:
+    """Activations of one block, and scores, as prompts are read."""
+    shape, width = setup.shape, setup.width
+    prompt = max(1, setup.base.max_tokens - rollout.max_new_tokens)
+    tokens = min(rows * prompt, max(prompt, PROMPT_TOKENS_AT_ONCE["cpu" if setup.gpu is None else "cuda"]))
+    states = reading_bytes(tokens, shape.hidden_size, shape.intermediate_size, width=width)
+    if setup.gpu is None:  # scores and their softmax, up to a bound per key-value head
+        scores = min(tokens * prompt * shape.heads, PLAIN_SCORES * shape.key_value_heads) * 2 * width
+        states = max(states, tokens * 6 * shape.hidden_size * width + scores)
+    return states
+
+
+def reading_bytes(tokens: int, hidden_size: int, intermediate_size: int, *, width: int) -> int:
+    """Activations of one block as the decoder reads this many tokens of prompts."""
+    return tokens * (4 * hidden_size + 3 * intermediate_size) * width
+
+
+def cache_budget(free_bytes: float, reading_bytes: int) -> int:
+    """What `rollout.cache_gib: auto` takes of a GPU's free memory: a share, and no more than leaves room to read prompts."""
+    return int(min(SHARE_FOR_CACHE["cuda"] * free_bytes, free_bytes - reading_bytes))
 
 
 def _language_head(shape: Shape, width: int) -> int:

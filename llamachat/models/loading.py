@@ -8,6 +8,7 @@ wrongly shaped weight is an error.
 
 import json
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from llamachat import distributed
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.tokenizer import BASES_THAT_WORK, Tokenizer, load_tokenizer
+from llamachat.config.gpus import USABLE
 from llamachat.config.section import from_home
 from llamachat.config.sections import Base, RopeScaling, Tuning, is_hub_name
 from llamachat.errors import ArtifactError, ConfigError, UsageError, first_line
@@ -494,6 +496,22 @@ def _check_device(name: str) -> None:
 def gpus() -> list[int]:
     """Numbers of the GPUs, whose random state a seed of ours must not disturb."""
     return list(range(torch.cuda.device_count()))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device to use: on a GPU what nothing holds, up to the share of the card that plans use; on a CPU what the
+    system can give without swapping.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        # Of what the driver calls used, torch's allocator keeps the blocks of freed tensors for new ones.
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return max(0, free - round((1 - USABLE) * total))
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux: half of what is installed
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -18,6 +18,13 @@ def rounded_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
+def on_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host on the device; a GPU fetches them without the host waiting for it."""
+    if device.type != "cuda":
+        return numbers.to(device)
+    return numbers.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True)
 class CacheShape:
     """What one token takes."""
@@ -48,6 +55,12 @@ class Cache:
         self._pools = [_zeros(size, shape.dtype, device) for _ in range(shape.layers)]
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+
+    def clear(self) -> None:
+        """Forget all rows, and the layout."""
+        self.rows = self.columns = 0
+        self._keys, self._values = [], []
+        self._set_time(0)
 
     def keys(self, layer: int, rows: int) -> Tensor:
         """Keys [B * H, T, D] of the first rows."""

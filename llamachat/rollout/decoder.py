@@ -5,17 +5,22 @@ length and what does not fit into memory fails at once. Randomness belongs to (s
 the Hugging Face engine: in fp32 both draw the same tokens, in any batch.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import ref
 
 import torch
 
 from llamachat.errors import ConfigError
-from llamachat.memory.role_bytes import PROMPT_TOKENS_AT_ONCE
-from llamachat.models.loading import context_length, rope_parameters
+from llamachat.memory.role_bytes import (
+    PROMPT_TOKENS_AT_ONCE,
+    SHARE_FOR_CACHE,
+    SHARE_FOR_DECODER,
+    cache_budget,
+    reading_bytes,
+)
+from llamachat.models.loading import context_length, free_bytes, rope_parameters
 from llamachat.rollout.cache import Cache
 from llamachat.rollout.engine import Completion, Sampling, check_prompts, evaluating
 from llamachat.rollout.graphs import Capture, CudaCapture, Recordings
@@ -27,10 +32,11 @@ if TYPE_CHECKING:
     from llamachat.models.loading import LanguageModel
 
 ROWS_PER_BATCH = {"cpu": 80, "cuda": 512}
-SHARE_FOR_WEIGHTS = 0.6  # of the free memory: more than that leaves too little for keys and values
-SHARE_FOR_CACHE = {"cpu": 0.25, "cuda": 0.8}
 PROJECTIONS = ("Linear", "Linear4bit")
 ENTER_SHARE = 8  # one in this many slots is free before prompts enter
+
+
+_keepers: "list[ref[LlamaEngine]]" = []  # at most one engine keeps a cache: two would share the room for one
 
 
 class LlamaEngine:
@@ -53,16 +59,18 @@ class LlamaEngine:
         self._trunk = without_wrapper(model)
         device = self._trunk.device
         if is_merged is None:
-            is_merged = merged_copy_bytes(model) <= SHARE_FOR_WEIGHTS * _free_bytes(device)
+            is_merged = merged_copy_bytes(model) <= SHARE_FOR_DECODER * free_bytes(device)
         self._network = Network(self._trunk, Weights(model, is_merged=is_merged))
-        # The model's own modules may do in Python what a graph would not repeat.
-        if capture is None and device.type == "cuda" and is_merged:
+        if capture is None and device.type == "cuda" and self._network.weights.can_be_recorded:
             capture = CudaCapture()
         self._capture = capture
         self._stop_ids = frozenset(stop_ids)
         self._cache_gib = cache_gib
         self._rows_per_batch = rows_per_batch or ROWS_PER_BATCH.get(device.type, ROWS_PER_BATCH["cpu"])
         self._prompt_tokens = PROMPT_TOKENS_AT_ONCE.get(device.type, PROMPT_TOKENS_AT_ONCE["cpu"])
+        # The batch of recorded steps: a recording reads and writes its tensors, and serves later calls too.
+        self._batch: LiveRows | None = None
+        self._is_whole_budget = False  # whether its cache is as large as there is room for
 
     @property
     def context(self) -> int:
@@ -71,7 +79,12 @@ class LlamaEngine:
 
     def refresh(self, model: "LanguageModel") -> None:
         """Take the model's present weights; it is of the shape that the engine was made for."""
-        self._network.weights.refresh(model)
+        if self._network.weights.refresh(model):
+            self.release()
+
+    def release(self) -> None:
+        """As `LocalEngine.release`: keys, values and recordings, which are kept where steps are recorded."""
+        self._batch = None
 
     def generate(
         self,
@@ -131,7 +144,9 @@ class LlamaEngine:
         """An empty batch, and the groups that wait for it: the longest prompts first."""
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         longest = min(len(prompts[order[0]]) + sampling.max_new_tokens, self.context)
-        tokens = self._cache_tokens()
+        most = min(self._rows_per_batch, len(prompts) * samples_per_prompt)
+        batch = self._batch_for(sampling, rows=most, longest=longest, prompt_tokens=sum(map(len, prompts)))
+        tokens = batch.cache.tokens
         if tokens < longest:
             needed = longest * self._network.shape.bytes_per_token / 2**30
             budget = "what is free" if self._cache_gib == "auto" else f"{self._cache_gib} GiB"
@@ -140,30 +155,44 @@ class LlamaEngine:
                 f"({len(prompts[order[0]])} tokens) and its answer are up to {longest}. A row stays in the cache until its "
                 f"answer ends. Set at least {needed:.2g}, or shorten prompts or rollout.max_new_tokens."
             )
-        most = min(self._rows_per_batch, len(prompts) * samples_per_prompt)
         rows = min(most, tokens // longest)
         waiting = deque(
             Group(numbers[index], tuple(prompts[index]), range(start, min(start + rows, samples_per_prompt)))
             for index in order
             for start in range(0, samples_per_prompt, rows)
         )
+        batch.start(sampling, rows=most, on_token=on_token)
+        batch.lay_out(waiting[0])
+        return batch, waiting
+
+    def _batch_for(self, sampling: Sampling, *, rows: int, longest: int, prompt_tokens: int) -> LiveRows:
+        """A batch for rows of up to `longest` tokens: the kept one where its recordings serve and no more memory is to be had."""
+        wanted = rows * (longest + SPARE_COLUMNS)
+        if self._batch is not None and self._batch.can_repeat(sampling):
+            size = self._batch.cache.tokens
+            if size >= wanted or (self._is_whole_budget and size >= longest):
+                return self._batch
+        self.release()
+        for keeper in _keepers:
+            if (engine := keeper()) is not None:
+                engine.release()
+        budget = self._cache_tokens(prompt_tokens)
+        is_recorded = self._capture is not None
         cache = Cache(
-            self._network.shape,
-            tokens=min(tokens, most * (longest + SPARE_COLUMNS)),
-            device=self._network.device,
-            is_recorded=self._capture is not None,
+            self._network.shape, tokens=min(budget, wanted), device=self._network.device, is_recorded=is_recorded
         )
         batch = LiveRows(
             self._network,
             cache,
             sampling,
-            rows=most,
+            rows=self._rows_per_batch if is_recorded else rows,
             stop_ids=self._stop_ids,
-            on_token=on_token,
             recordings=None if self._capture is None else Recordings(self._capture),
         )
-        batch.lay_out(waiting[0])
-        return batch, waiting
+        if is_recorded:
+            self._batch, self._is_whole_budget = batch, budget < wanted
+            _keepers[:] = [ref(self)]
+        return batch
 
     def _next_groups(self, batch: LiveRows, waiting: deque[Group]) -> list[Group]:
         """As many of the waiting groups as there are free slots for, in one reading of bounded size."""
@@ -178,24 +207,19 @@ class LlamaEngine:
             taken.append(waiting.popleft())
         return taken
 
-    def _cache_tokens(self) -> int:
-        device = self._network.device
-        if isinstance(self._cache_gib, str):
-            size = SHARE_FOR_CACHE.get(device.type, SHARE_FOR_CACHE["cpu"]) * _free_bytes(device)
-        else:
+    def _cache_tokens(self, prompt_tokens: int) -> int:
+        """Tokens of keys and values that there is room for next to reading prompts of this many tokens together."""
+        device, config = self._network.device, self._trunk.config
+        if not isinstance(self._cache_gib, str):
             size = self._cache_gib * 2**30
-        return int(size / self._network.shape.bytes_per_token)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Memory of the device that nothing holds; on a CPU what the system can give without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:  # not Linux: half of what is installed
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        elif device.type == "cuda":
+            tokens = min(prompt_tokens, self._prompt_tokens)
+            width = self._network.weights.dtype.itemsize
+            reading = reading_bytes(tokens, config.hidden_size, config.intermediate_size, width=width)
+            size = cache_budget(free_bytes(device), reading)
+        else:
+            size = SHARE_FOR_CACHE["cpu"] * free_bytes(device)
+        return max(0, int(size / self._network.shape.bytes_per_token))
 
 
 def unsupported(model: "LanguageModel") -> str | None:

@@ -102,6 +102,9 @@ class LocalEngine(RolloutEngine, Protocol):
     def refresh(self, model: "LlamaForCausalLM | PeftModel") -> None:
         """Sample from the model's present weights from here on."""
 
+    def release(self) -> None:
+        """Give back the memory that is kept between calls."""
+
 
 @runtime_checkable
 class SleepingEngine(Protocol):

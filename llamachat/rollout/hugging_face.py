@@ -98,6 +98,9 @@ class HuggingFaceEngine:
         """Sample from this model from here on; its weights are read where they lie."""
         self._model = without_wrapper(model)
 
+    def release(self) -> None:
+        """Nothing is kept."""
+
     def _batches(self, rows: Sequence[_Row], max_new_tokens: int) -> Iterator[list[_Row]]:
         """Batches of rows of similar length, the longest first, so that what does not fit into memory fails at once."""
         batch: list[_Row] = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llamachat.rollout.cache import Cache, rounded_up
+from llamachat.rollout.cache import Cache, on_device, rounded_up
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.rollout.graphs import RECORDED_COLUMNS, Recordings, padded_rows
 from llamachat.rollout.network import Network
@@ -49,11 +49,12 @@ class _Seat:
     prompt: int
     sample: int
     start: int  # its first column
+    prompt_tokens: int
     whole: int  # tokens of its prompt and its longest answer
 
 
 class LiveRows:
-    """The batch that a generation goes through with."""
+    """The batch that generations go through with, one after the other."""
 
     def __init__(
         self,
@@ -63,14 +64,14 @@ class LiveRows:
         *,
         rows: int,
         stop_ids: frozenset[int],
-        on_token: Callable[[int], None] | None,
         recordings: Recordings | None = None,
     ) -> None:
-        """`rows` is the most that there are ever at once; `on_token` sees the ids of the first slot."""
+        """`rows` is the number of slots that a generation may have at most."""
         self.cache, self.most = cache, rows
         self._recordings = recordings
         self._network, self._sampling = network, sampling
-        self._stop_ids, self._on_token = stop_ids, on_token
+        self._stop_ids = stop_ids
+        self._on_token: Callable[[int], None] | None = None
         device = network.device
         width = min(sampling.max_new_tokens, network.rotation.context) + 1  # one more: where idle rows write
         self._is_stop_V = torch.zeros(network.vocabulary, dtype=torch.bool, device=device)
@@ -87,6 +88,18 @@ class LiveRows:
         self._ids_BR = torch.zeros((rows, width), dtype=torch.long, device=device)
         self._logprobs_BR = torch.zeros((rows, width), device=device)
         self._uniforms_BR = torch.zeros((rows, width), dtype=torch.float64, device=device)
+
+    def can_repeat(self, sampling: Sampling) -> bool:
+        """Whether steps that were recorded for earlier generations draw as this one asks; the seed is in no recording."""
+        return replace(sampling, seed=self._sampling.seed) == self._sampling
+
+    def start(self, sampling: Sampling, *, rows: int, on_token: Callable[[int], None] | None) -> None:
+        """Begin a generation of at most `rows` rows at once; `on_token` sees the ids of the first slot."""
+        self._sampling, self.most, self._on_token = sampling, rows, on_token
+        self._seats.clear()  # an interrupted generation leaves its rows
+        self.cache.clear()
+        for state_B in (self._starts_B, self._last_B, self._counts_B, self._limits_B):
+            state_B.zero_()
 
     @property
     def live(self) -> int:
@@ -131,7 +144,7 @@ class LiveRows:
         self._rebuild_mask()
         owners_B = self._tensor([index for index, slots in enumerate(taken) for _ in slots])
         slots_B = self._tensor([slot for slots in taken for slot in slots])
-        return self._drawn(self._draw(logits_NV[owners_B], slots_B), slots_B)
+        return self._drawn(self._draw(logits_NV[owners_B], slots_B), [slot for slots in taken for slot in slots])
 
     def step(self) -> list[Done]:
         """One more token for every live row."""
@@ -144,7 +157,7 @@ class LiveRows:
             # Rows and columns say where everything lies: layouts begin at the same places.
             is_done_B = self._recordings.run((rows, self.cache.columns), lambda: self._advance(rows))
         self.cache.to_next_column()
-        return self._drawn(is_done_B, slice(rows))
+        return self._drawn(is_done_B, range(rows))
 
     def _advance(self, rows: int) -> Tensor:
         """A token more for the first rows, and whether it is a row's last [B]; from tensors to tensors."""
@@ -186,10 +199,10 @@ class LiveRows:
             ]
         )
         slots_B = self._tensor(slots)
-        self._uniforms_BR[slots_B, :limit] = uniforms_BR.to(slots_B.device)
+        self._uniforms_BR[slots_B, :limit] = on_device(uniforms_BR, slots_B.device)
         self._starts_B[slots_B], self._limits_B[slots_B], self._counts_B[slots_B] = start, limit, 0
         for slot, sample in zip(slots, group.samples, strict=True):
-            self._seats[slot] = _Seat(group.prompt, sample, start, self._whole(group))
+            self._seats[slot] = _Seat(group.prompt, sample, start, len(group.ids), self._whole(group))
 
     def _whole(self, group: Group) -> int:
         return min(len(group.ids) + self._sampling.max_new_tokens, self._network.rotation.context)
@@ -211,7 +224,7 @@ class LiveRows:
         self._mask_B1T = mask_BT.fill_(float("-inf")).masked_fill_(is_own_BT, 0).unsqueeze(1)
 
     def _tensor(self, numbers: Iterable[int]) -> Tensor:
-        return torch.tensor(list(numbers), dtype=torch.long, device=self._network.device)
+        return on_device(torch.tensor(list(numbers), dtype=torch.long), self._network.device)
 
     def _draw(self, logits_BV: Tensor, slots_B: Tensor | slice) -> Tensor:
         """The next token of these slots; whether it is a row's last [B]."""
@@ -231,21 +244,26 @@ class LiveRows:
         self._counts_B[slots_B] += 1
         return self._is_stop_V[ids_B] | (counts_B + 1 >= self._limits_B[slots_B])
 
-    def _drawn(self, is_done_B: Tensor, slots_B: Tensor | slice) -> list[Done]:
-        """The answers of these slots that are done, which are free then."""
-        if self._on_token is not None:
-            self._on_token(int(self._last_B[0]))
-        slots = [slot for slot in self._rows_B[slots_B][is_done_B].tolist() if slot in self._seats]
-        if not slots:
+    def _drawn(self, is_done_B: Tensor, slots: Sequence[int]) -> list[Done]:
+        """The answers of these slots that are done, which are free then.
+
+        Waits for the device once, and once more where there are answers.
+        """
+        if self._on_token is None:
+            flags = is_done_B.tolist()
+        else:
+            flags, ids = torch.stack((is_done_B.long(), self._last_B[slots[0] : slots[-1] + 1])).tolist()
+            self._on_token(ids[0])
+        done = [slot for slot, is_done in zip(slots, flags, strict=True) if is_done and slot in self._seats]
+        if not done:
             return []
-        done_B = self._tensor(slots)
-        counts = self._counts_B[done_B].tolist()
-        ids_BR, logprobs_BR = (table[done_B, : max(counts)].tolist() for table in (self._ids_BR, self._logprobs_BR))
-        done: list[Done] = []
-        for slot, count, ids, logprobs in zip(slots, counts, ids_BR, logprobs_BR, strict=True):
-            seat = self._seats.pop(slot)
-            is_finished = ids[count - 1] in self._stop_ids
-            done.append(
-                Done(seat.prompt, seat.sample, Completion(tuple(ids[:count]), tuple(logprobs[:count]), is_finished))
-            )
-        return done
+        seats = [self._seats.pop(slot) for slot in done]
+        counts = [self.cache.time - seat.start - seat.prompt_tokens + 1 for seat in seats]
+        done_B = self._tensor(done)
+        tables = (table[done_B, : max(counts)].double() for table in (self._ids_BR, self._logprobs_BR))
+        answers: list[Done] = []
+        for seat, count, ids, logprobs in zip(seats, counts, *torch.stack(tuple(tables)).tolist(), strict=True):
+            token_ids = tuple(map(int, ids[:count]))
+            is_finished = token_ids[-1] in self._stop_ids
+            answers.append(Done(seat.prompt, seat.sample, Completion(token_ids, tuple(logprobs[:count]), is_finished)))
+        return answers

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from llamachat.memory.role_bytes import PLAIN_SCORES
 from llamachat.models.loading import context_length, rope_parameters
-from llamachat.rollout.cache import Cache, CacheShape, rounded_up
+from llamachat.rollout.cache import Cache, CacheShape, on_device, rounded_up
 from llamachat.rollout.weights import Layer, Product, Weights
 
 if TYPE_CHECKING:
@@ -38,8 +38,10 @@ class Network:
         self.vocabulary = config.vocab_size
         self.device = trunk.device
         # How many columns a row's sums run over depends on its neighbours, and so would their last bits in fp32; in fp64
-        # they are rounded away, and a row says the same in any batch.
-        self.attention_dtype = torch.float64 if weights.dtype == torch.float32 else weights.dtype
+        # they are rounded away, and a row says the same in any batch. A GPU computes fp64 at 1/64 of the rate, and has
+        # no fused attention in it.
+        is_exact = weights.dtype == torch.float32 and self.device.type == "cpu"
+        self.attention_dtype = torch.float64 if is_exact else weights.dtype
         heads = config.num_key_value_heads or config.num_attention_heads
         self._group = config.num_attention_heads // heads
         self._epsilon = config.rms_norm_eps
@@ -57,9 +59,9 @@ class Network:
         )
         mask_NPP = self._prompt_mask(pads, length)
         owners = [index for index, group in enumerate(slots) for _ in group]
-        owners_B = torch.tensor(owners, device=self.device)
-        slots_B = torch.tensor([slot for group in slots for slot in group], device=self.device)
-        x_BE = functional.embedding(ids_NP.to(self.device).flatten(), self.weights.embedding.weight)
+        owners_B = on_device(torch.tensor(owners), self.device)
+        slots_B = on_device(torch.tensor([slot for group in slots for slot in group]), self.device)
+        x_BE = functional.embedding(on_device(ids_NP, self.device).flatten(), self.weights.embedding.weight)
         last = len(self.weights.layers) - 1
         for index, layer in enumerate(self.weights.layers):
             query, key, value = (
@@ -131,7 +133,7 @@ class Network:
         """-inf [N, P, P] where a position of a prompt does not see another, 0 where it does."""
         columns_P = torch.arange(length, device=self.device)
         is_later_PP = columns_P > columns_P.unsqueeze(1)
-        is_pad_NP = columns_P < torch.tensor(pads, device=self.device).unsqueeze(1)
+        is_pad_NP = columns_P < on_device(torch.tensor(pads), self.device).unsqueeze(1)
         # A pad sees itself: a row of nothing would be NaN.
         is_itself_PP = torch.eye(length, dtype=torch.bool, device=self.device)
         is_hidden_NPP = (is_later_PP | is_pad_NP.unsqueeze(1)) & ~is_itself_PP
@@ -164,7 +166,7 @@ class Rotation:
     def of_prompts(self, lengths: Sequence[int], columns: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [N, T, D] of prompts that are padded on the left to this many columns."""
         columns_T = torch.arange(columns, device=self.cos_TD.device)
-        pads_N = torch.tensor([columns - length for length in lengths], device=self.cos_TD.device)
+        pads_N = on_device(torch.tensor([columns - length for length in lengths]), self.cos_TD.device)
         positions_NT = (columns_T - pads_N.unsqueeze(1)).clamp(min=0)
         if max(lengths) <= self._whole:
             return self.cos_TD[positions_NT], self.sin_TD[positions_NT]

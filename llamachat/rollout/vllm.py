@@ -216,6 +216,9 @@ class VllmEngine:
             self._control(self._server.command, "/sleep?level=1")
         distributed.wait()
 
+    def release(self) -> None:
+        """Nothing is kept in this process."""
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

@@ -1,5 +1,6 @@
-"""The weights that the decoder multiplies by: its own copy, projections stacked and adapters merged in; or the model's
-own modules where there is no room for a copy.
+"""The weights that the decoder multiplies by: its own copy, projections stacked and adapters merged in. Where there is no
+room for a copy: 4-bit projections on a GPU where the model has them, stacked, with the adapters as small products; of any
+other model its own modules.
 
 The trunk is never written. A merged weight is W + scaling * B A in fp32, then cast (Hu et al., arXiv:2106.09685,
 Eq. 3); a 4-bit base is dequantised first. What is frozen, carries no adapter and needs no stacking
@@ -72,6 +73,35 @@ class Through:
         return residual_BD + self(x_BD)
 
 
+@dataclass(slots=True)
+class Packed:
+    """4-bit matrices of one input, one below the other in the model's own memory, and their adapters as two products.
+
+    bitsandbytes multiplies few rows by packed weights, and unpacks the whole stack once for many. The adapters' first
+    matrices are stacked, their second ones lie on the diagonal, times their scaling.
+    """
+
+    codes: Tensor  # packed weights [bytes, 1]
+    scales: Tensor  # one of each block, fp32: those of several matrices have no common offset
+    shape: tuple[int, int]
+    block: int
+    kind: str
+    bias: Tensor | None
+    down_RD: Tensor | None  # None without adapters
+    up_OR: Tensor | None
+
+    def __call__(self, x_BD: Tensor) -> Tensor:
+        product_BO = torch.ops.bitsandbytes.gemm_4bit(
+            x_BD, self.codes, self.shape, self.scales, self.block, self.kind, bias=self.bias
+        )
+        if self.down_RD is None or self.up_OR is None:
+            return product_BO
+        return product_BO.addmm_(functional.linear(x_BD, self.down_RD), self.up_OR.t())
+
+    def added_to(self, residual_BD: Tensor, x_BD: Tensor) -> Tensor:
+        return self(x_BD).add_(residual_BD)
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One block."""
@@ -93,8 +123,11 @@ class Weights:
         self.dtype = compute_dtype(trunk) or trunk.dtype
         self._norms = [norm.to(self.dtype, copy=True) for norm in _norms(trunk)]
         self._products: list[Product] = [
-            _stack(modules, self.dtype) if is_merged else Through(modules) for modules in _projections(trunk)
+            _stack(modules, self.dtype) if is_merged else _unmerged(modules, self.dtype)
+            for modules in _projections(trunk)
         ]
+        # The model's own modules may do in Python what a recording would not repeat.
+        self.can_be_recorded = not any(isinstance(product, Through) for product in self._products)
         embedding, head = _ends(trunk)
         self.embedding = _shared(embedding, self.dtype) or _copied(embedding, self.dtype)
         self.is_tied = head.weight is embedding.weight
@@ -108,18 +141,20 @@ class Weights:
         ]
 
     @torch.no_grad()
-    def refresh(self, model: "LanguageModel") -> None:
-        """Copy the model's present weights in place, where a captured graph reads them."""
+    def refresh(self, model: "LanguageModel") -> bool:
+        """Copy the model's present weights in place, where a captured graph reads them; whether some lie elsewhere now."""
         trunk = without_wrapper(model)
         for own, norm in zip(self._norms, _norms(trunk), strict=True):
             own.copy_(norm)
-        for product, modules in zip(self._products, _projections(trunk), strict=True):
-            if isinstance(product, Dense):
-                _fill(product, modules)
+        moved = [
+            False if isinstance(product, Through) else _fill(product, modules)
+            for product, modules in zip(self._products, _projections(trunk), strict=True)
+        ]
         embedding, head = _ends(trunk)
-        _fill(self.embedding, [embedding])
+        moved.append(_fill(self.embedding, [embedding]))
         if not self.is_tied:
-            _fill(self.head, [head])
+            moved.append(_fill(self.head, [head]))
+        return any(moved)
 
 
 def without_wrapper(model: "LanguageModel") -> "LlamaForCausalLM":
@@ -145,18 +180,22 @@ def base_layer(module: nn.Module) -> Any:
 
 def merged_weight(module: nn.Module) -> Tensor:
     """The weight that the module multiplies by at this moment; fp32 where an adapter takes part."""
-    weight, lora = plain_weight(base_layer(module)), cast(Any, module)
-    if not hasattr(lora, "lora_A") or lora.disable_adapters:
-        return weight
-    # Adapters that take part in the module's forward and are not in its weight already.
-    deltas = [name for name in lora.active_adapters if name in lora.lora_A and name not in lora.merged_adapters]
+    weight, deltas = plain_weight(base_layer(module)), _deltas(module)
     if not deltas:
         return weight
     merged = weight.to(torch.float32, copy=True)
-    for name in deltas:
-        down, up = lora.lora_A[name].weight, lora.lora_B[name].weight
-        merged.addmm_(up.float(), down.float(), alpha=lora.scaling[name])
+    for down_RD, up_OR, scaling in deltas:
+        merged.addmm_(up_OR.float(), down_RD.float(), alpha=scaling)
     return merged
+
+
+def _deltas(module: nn.Module) -> list[tuple[Tensor, Tensor, float]]:
+    """A, B and scaling of the adapters that take part in the module's forward and are not in its weight already."""
+    lora: Any = module
+    if not hasattr(lora, "lora_A") or lora.disable_adapters:
+        return []
+    names = [name for name in lora.active_adapters if name in lora.lora_A and name not in lora.merged_adapters]
+    return [(lora.lora_A[name].weight, lora.lora_B[name].weight, lora.scaling[name]) for name in names]
 
 
 def plain_weight(layer: Any) -> Tensor:
@@ -185,6 +224,59 @@ def _stack(modules: Sequence[nn.Module], dtype: torch.dtype) -> Dense:
     return dense
 
 
+def _unmerged(modules: Sequence[nn.Module], dtype: torch.dtype) -> Product:
+    """Packed projections of one input on a GPU as one product; any others by their own modules."""
+    layers = [base_layer(module) for module in modules]
+    states = [getattr(layer.weight, "quant_state", None) for layer in layers]
+    formats = {state and (state.quant_type, state.blocksize) for state in states}
+    kind, block = formats.pop() or ("", 1)
+    # A block of a stack belongs to one row of one matrix.
+    if not kind or formats or layers[0].in_features % block or layers[0].weight.device.type != "cuda":
+        return Through(modules)
+    codes = _stacked_in_place([layer.weight for layer in layers])
+    shape = (sum(layer.out_features for layer in layers), layers[0].in_features)
+    bias = None
+    if any(layer.bias is not None for layer in layers):
+        biases = [codes.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+        bias = torch.cat([part.detach().to(dtype) for part in biases])
+    ranks = sum(len(down_RD) for module in modules for down_RD, _, _ in _deltas(module))
+    packed = Packed(
+        codes=codes,
+        scales=torch.cat([_scales(state) for state in states]),
+        shape=shape,
+        block=block,
+        kind=kind,
+        bias=bias,
+        down_RD=codes.new_zeros((ranks, shape[1]), dtype=dtype) if ranks else None,
+        up_OR=codes.new_zeros((shape[0], ranks), dtype=dtype) if ranks else None,
+    )
+    _fill(packed, modules)
+    return packed
+
+
+def _stacked_in_place(weights: Sequence[Any]) -> Tensor:
+    """The packed weights of some matrices as one tensor, which the matrices then lie in: no copy remains."""
+    parts = [weight.data for weight in weights]
+    ends = [part.data_ptr() + part.numel() for part in parts]
+    sizes = [part.numel() for part in parts]
+    storages = {part.untyped_storage().data_ptr() for part in parts}
+    if len(storages) == 1 and ends[:-1] == [part.data_ptr() for part in parts[1:]]:  # by an earlier decoder
+        return parts[0].as_strided((sum(sizes), 1), (1, 1))
+    stack = torch.cat([part.view(-1, 1) for part in parts])
+    for weight, part in zip(weights, stack.split(sizes), strict=True):
+        weight.data = part
+    return stack
+
+
+def _scales(state: Any) -> Tensor:
+    """The constants of a matrix's blocks, in fp32."""
+    if not state.nested:
+        return state.absmax.float()
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+
+
 def _shared(module: nn.Module, dtype: torch.dtype) -> Dense | None:
     """The module's own weight, where it is one that stays as it is."""
     weight: Any = getattr(module, "weight", None)
@@ -198,21 +290,45 @@ def _copied(module: nn.Module, dtype: torch.dtype) -> Dense:
     return Dense(weight, None if bias is None else bias.detach().to(dtype, copy=True), is_shared=False)
 
 
-def _fill(dense: Dense, modules: Sequence[nn.Module]) -> None:
-    if dense.is_shared:
-        if base_layer(modules[0]).weight.data_ptr() != dense.weight.data_ptr():  # those of another model
-            own = _copied(modules[0], dense.weight.dtype)
-            dense.weight, dense.bias, dense.is_shared = own.weight, own.bias, False
-        return
+def _fill(product: Dense | Packed, modules: Sequence[nn.Module]) -> bool:
+    """Copy the present weights of the modules; whether the product reads others than before."""
+    if isinstance(product, Packed):
+        return _fill_packed(product, modules)
+    if product.is_shared:
+        is_other = base_layer(modules[0]).weight.data_ptr() != product.weight.data_ptr()  # another model's
+        if is_other:
+            own = _copied(modules[0], product.weight.dtype)
+            product.weight, product.bias, product.is_shared = own.weight, own.bias, False
+        return is_other
     start = 0
     for module in modules:
         layer, weight = base_layer(module), merged_weight(module)
         rows = slice(start, start + weight.shape[0])
         start = rows.stop
-        dense.weight[rows].copy_(weight)
+        product.weight[rows].copy_(weight)
         bias = getattr(layer, "bias", None)
-        if dense.bias is not None and bias is not None:
-            dense.bias[rows].copy_(bias)
+        if product.bias is not None and bias is not None:
+            product.bias[rows].copy_(bias)
+    return False
+
+
+def _fill_packed(packed: Packed, modules: Sequence[nn.Module]) -> bool:
+    layers = [base_layer(module) for module in modules]
+    is_other = layers[0].weight.data_ptr() != packed.codes.data_ptr()
+    if is_other:
+        packed.codes = _stacked_in_place([layer.weight for layer in layers])
+        packed.scales = torch.cat([_scales(layer.weight.quant_state) for layer in layers])
+    rank = row = 0
+    for module, layer in zip(modules, layers, strict=True):
+        outputs = slice(row, row + layer.out_features)
+        row = outputs.stop
+        for down_RD, up_OR, scaling in _deltas(module):
+            assert packed.down_RD is not None and packed.up_OR is not None, "adapters are those of construction"
+            ranks = slice(rank, rank + len(down_RD))
+            rank = ranks.stop
+            packed.down_RD[ranks].copy_(down_RD)
+            packed.up_OR[outputs, ranks].copy_(up_OR.float() * scaling)
+    return is_other
 
 
 def _projections(trunk: "LlamaForCausalLM") -> list[list[nn.Module]]:

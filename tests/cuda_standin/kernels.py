@@ -6,19 +6,24 @@ graphs and left out in shape mode as torch's own operations are.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import bitsandbytes
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from tests.cuda_standin.torch_cuda import PROPERTIES
+
 if TYPE_CHECKING:
     from tests.cuda_standin.device import Device
 
-FUSED_ROWS = 256  # rows up to which bitsandbytes multiplies 4-bit weights without unpacking them (RTX 4090)
+FUSED_ROWS = 1536  # bitsandbytes unpacks 4-bit weights for more rows, on any card
 TAKEN_OVER = ("quantize_4bit", "dequantize_4bit", "dequantize_4bit.out", "quantize_blockwise", "dequantize_blockwise")
 TAKEN_OVER += ("dequantize_blockwise.out",)
 GEMM_4BIT = (
@@ -38,6 +43,7 @@ _kernel: Any = torch.library.register_kernel  # its types do not know that it is
 def register(device: Device) -> None:
     """Give torch, bitsandbytes and TRL their kernels for the device."""
     _addmm_to_fp32()
+    _rms_norm()
     _bitsandbytes(device)
     _sequence_attention()
     _trl(device)
@@ -78,6 +84,7 @@ def _bitsandbytes(device: Device) -> None:
     def shapes(rows: Tensor, weight: Tensor, shape: Sequence[int], *_: Any) -> Tensor:
         return rows.new_empty((*rows.shape[:-1], shape[0]))
 
+    is_fused = _choice_of_bitsandbytes()
     fused = _define("gemm_4bit", GEMM_4BIT, cpu=operations.gemm_4bit.default, shapes=shapes)
 
     @_kernel("bitsandbytes::gemm_4bit", "cuda")
@@ -93,7 +100,8 @@ def _bitsandbytes(device: Device) -> None:
         absmax_code: Tensor | None = None,
         absmax_offset: Tensor | None = None,
     ) -> Tensor:
-        if A.numel() // A.shape[-1] <= FUSED_ROWS:
+        count = A.numel() // A.shape[-1]
+        if count <= FUSED_ROWS and shapeB[1] % blocksize == 0 and is_fused(0, A.dtype, count, *shapeB):
             scales = (absmax_8bit, absmax_code, absmax_offset)
             return fused(A, B, shapeB, absmax, blocksize, quant_type, bias, *scales)
         if absmax_8bit is not None:
@@ -101,6 +109,45 @@ def _bitsandbytes(device: Device) -> None:
             absmax = operations.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32)
             absmax = absmax.add_(absmax_offset)
         return linear(A, operations.dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype), bias)
+
+
+def _choice_of_bitsandbytes() -> Callable[..., bool]:
+    """Whether bitsandbytes multiplies packed weights for (device, dtype, rows, outputs, inputs), or unpacks them first.
+
+    Its own function, which lies in a module that needs its CUDA library.
+    """
+    path = Path(bitsandbytes.__file__).parent / "backends" / "cuda" / "ops.py"
+    name = "_gemm_4bit_use_custom_cuda"
+    (function,) = (node for node in ast.parse(path.read_text()).body if getattr(node, "name", None) == name)
+    assert isinstance(function, ast.FunctionDef)
+    function.decorator_list = []
+    properties = ("multi_processor_count", "major", "minor")
+    names: dict[str, Any] = {
+        "torch": torch,
+        "_GEMM_4BIT_CUSTOM_FLOOR_M": 4,
+        "_gpu_dispatch_props": lambda index: tuple(PROPERTIES[name] for name in properties),
+    }
+    exec(compile(ast.Module([function], []), str(path), "exec"), names)
+    return names[name]
+
+
+def _rms_norm() -> None:
+    """`torch.nn.functional.rms_norm`, which is one kernel on a card."""
+
+    def cpu(x: Tensor, shape: Sequence[int], weight: Tensor | None, epsilon: float | None) -> Tensor:
+        return torch.nn.functional.rms_norm(x, tuple(shape), weight, epsilon)
+
+    def shapes(x: Tensor, *_: Any) -> Tensor:
+        return torch.empty_like(x)
+
+    schema = "(Tensor x, int[] shape, Tensor? weight, float? epsilon) -> Tensor"
+    normalize = _define("rms_norm", schema, cpu=cpu, shapes=shapes)
+
+    def fused(x: Tensor, shape: Sequence[int], weight: Tensor | None, epsilon: float | None) -> tuple[Tensor, Tensor]:
+        scales = x.new_empty((*x.shape[: x.dim() - len(shape)], *(1 for _ in shape)), dtype=torch.float32)
+        return normalize(x, shape, weight, epsilon), scales
+
+    _aten.impl("_fused_rms_norm", fused, "CUDA")
 
 
 def _sequence_attention() -> None:

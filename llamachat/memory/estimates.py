@@ -27,6 +27,9 @@ NF4_BYTES = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * 256)
 # What the backward pass of a block needs in addition to what the block keeps, as shares of that: its scores apart, and
 # of them. Ours, counted on a CPU (tests/pipelines/planning/test_allocated_bytes.py).
 GRADIENTS_OF_A_BLOCK, GRADIENTS_OF_SCORES = 0.8, 0.15
+STEPPED_AT_ONCE = (
+    2**27
+)  # weights whose gradients exist in fp32 at once, for an optimizer's step: 512 MiB; one matrix may be larger
 FORWARD = 2.0  # operations on a weight for a token in a forward pass
 # Parts of the memory of a training that are there once the model is loaded.
 BASE_WEIGHTS, TRAINED_WEIGHTS, GATHERED = "base weights", "trained weights", "gathered blocks"
@@ -288,13 +291,15 @@ def training_memory(
 
 
 def _stepping_bytes(setup: Setup, weights_per_card: int, *, has_all_roots: bool) -> int:
-    """What lives for the optimizer's step alone: gradients in fp32, and AdamW's square roots.
+    """What lives for the optimizer's step alone: gradients in fp32, and AdamW's square roots, of the weights of a part.
 
-    On a GPU torch takes the roots of all weights at once; on a CPU, and of weights that are cut, those of one matrix, with a
-    copy.
+    On a GPU torch takes the roots of the whole part at once; on a CPU, and of weights that are cut, those of one matrix, with
+    a copy.
     """
-    gradients = 4 * weights_per_card if setup.width < 4 else 0
-    return gradients + (4 * weights_per_card if has_all_roots else 8 * setup.shape.largest_weights(setup.tuning))
+    largest = setup.shape.largest_weights(setup.tuning)
+    part = min(weights_per_card, max(STEPPED_AT_ONCE, largest))
+    gradients = 4 * part if setup.width < 4 else 0
+    return gradients + (4 * part if has_all_roots else 8 * largest)
 
 
 def _block_bytes_per_token(setup: Setup, *, is_eager: bool) -> int:

@@ -5,7 +5,7 @@ live in fp32 here and the model's own tensors are rounded copies, which keeps fo
 Parameters that are fp32 already are stepped as they are.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llamachat import distributed
 from llamachat.errors import ConfigError
+from llamachat.memory.estimates import STEPPED_AT_ONCE
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 ParamGroups = list[dict[str, Any]]
@@ -28,6 +29,7 @@ class MasterWeightOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: ParamGroups, build: Callable[[ParamGroups], list[torch.optim.Optimizer]]) -> None:
         self._params: list[Tensor] = [p for group in groups for p in group["params"]]
+        self._parts = _parts(self._params)
         self._masters = {id(p): _master_of(p) for p in self._params}
         master_groups = [{**g, "params": [self._masters[id(p)] for p in g["params"]]} for g in groups]
         self.inner = build(master_groups)
@@ -37,17 +39,24 @@ class MasterWeightOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's overloads return the closure's loss
         assert closure is None, "closures are not used here"
+        gradients = [param.grad for param in self._params]
         for param in self._params:
-            master = self._masters[id(param)]
-            if master is not param:
-                master.grad = None if param.grad is None else param.grad.to(torch.float32)
-        for optimizer in self.inner:
-            optimizer.step()
-        for param in self._params:
-            master = self._masters[id(param)]
-            if master is not param:
+            self._masters[id(param)].grad = None
+        for part in self._parts:  # the inner optimizers leave out what has no gradient
+            for number in part:
+                gradient = gradients[number]
+                master = self._masters[id(self._params[number])]
+                master.grad = None if gradient is None else gradient.to(torch.float32)
+            for optimizer in self.inner:
+                optimizer.step()
+            for number in part:
+                param = self._params[number]
+                master = self._masters[id(param)]
                 master.grad = None
-                param.copy_(master)
+                if master is not param:
+                    param.copy_(master)
+        for param, gradient in zip(self._params, gradients, strict=True):
+            param.grad = gradient
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for param in self._params:
@@ -84,6 +93,18 @@ def _master_of(param: Tensor) -> Tensor:
     if param.dtype == torch.float32:
         return param
     return param.detach().to(torch.float32).clone().requires_grad_(True)
+
+
+def _parts(params: Sequence[Tensor]) -> list[range]:
+    """Neighbours that are stepped together, so that few gradients exist in fp32 at once: `STEPPED_AT_ONCE` weights."""
+    parts: list[range] = []
+    start = size = 0
+    for number, param in enumerate(params):
+        if number > start and size + param.numel() > STEPPED_AT_ONCE:
+            parts.append(range(start, number))
+            start, size = number, 0
+        size += param.numel()
+    return [*parts, range(start, len(params))]
 
 
 def check_optimizer(name: OptimizerName, *, where: str) -> None:

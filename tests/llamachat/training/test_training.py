@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from llamachat.training import master_weights
 from llamachat.training.master_weights import MasterWeightOptimizer, adamw
 from llamachat.training.progress import StepProgress
 
@@ -178,3 +179,34 @@ def test_without_a_terminal_each_step_is_a_line_with_the_time_left(monkeypatch: 
 def test_in_a_terminal_there_is_a_bar_with_the_loss():
     screen = shown(is_terminal=True)
     assert "2/4" in screen and "loss 1.500" in screen and "[bold]1.2[/bold]" in screen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_stepped_in_parts_are_those_of_one_step(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(at_once: int) -> tuple[list[torch.Tensor], list[int]]:
+        monkeypatch.setattr(master_weights, "STEPPED_AT_ONCE", at_once)
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(size).to(dtype)) for size in ((6, 4), (4,), (3, 8), (40,), (2, 2))]
+        optimizer = adamw(params, learning_rate=0.1, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+        sizes: list[int] = []
+        for inner in optimizer.inner:
+            inner.register_step_pre_hook(
+                lambda inner, *_: sizes.append(
+                    sum(p.numel() for group in inner.param_groups for p in group["params"] if p.grad is not None)
+                )
+            )
+        for _ in range(3):
+            for param in params[:-1]:  # the last one has no gradient
+                param.grad = torch.randn_like(param)
+            optimizer.step()
+        assert params[0].grad is not None and params[-1].grad is None
+        return params, sizes
+
+    whole, sizes = trained(1000)
+    assert sizes == [92] * 3
+    parts, sizes = trained(30)
+    assert sizes == [24, 24, 4, 40] * 3, "matrices come first; one of more weights than that is alone"
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one, other)

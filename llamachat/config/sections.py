@@ -200,7 +200,7 @@ class Base(Section):
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         default="auto",
-        description="Attention kernel; auto is flash_attention_2 where installed and possible, else sdpa.",
+        description="Attention kernel; auto is flash_attention_2 where installed and possible, else torch's own for packed rows on a GPU of compute capability 8.0 or later, else sdpa.",
     )
     chat_format: Literal["llama2"] = Field(default="llama2", description="How a dialog becomes token ids.")
     system: str | None = Field(default=None, description="System text put before dialogs and prompts that have none.")

@@ -27,6 +27,7 @@ from llamachat.config.sections import Base, RopeScaling, Tuning, is_hub_name
 from llamachat.errors import ArtifactError, ConfigError, UsageError, first_line
 from llamachat.models import nf4
 from llamachat.models.files import check_model_folder
+from llamachat.models.varlen_attention import can_use_varlen_attention, use_varlen_attention
 from llamachat.models.weights import COMPUTED, file_weights, trunk_digest
 from llamachat.runs.artifacts import Artifact, read_artifact
 
@@ -356,6 +357,8 @@ def load_llama(
             "the weights, or set base.attention to auto."
         ) from error
     _check_weights(report, location, may_lack)
+    if attention == "auto" and not has_flash and can_use_varlen_attention(config, dtype, torch.device(device)):
+        use_varlen_attention(model)
     if is_nf4:
         nf4.close_cpu_trap(model)
         source = trunk_digest(nf4.model_folder(location), values_per_weight=VALUES_PER_WEIGHT)

@@ -114,7 +114,8 @@ class Tuning:
 
     def evaluate(self, step: int) -> Evaluated:
         """Loss on held-out answers; at the start it is also the loss of the base."""
-        loss = answer_loss(self.model, self.examples.validation, row_tokens=CPU_ROW_TOKENS, device=self.device)
+        row_tokens = CPU_ROW_TOKENS if self.device.type == "cpu" else _row_tokens(self.config, self.inputs, self.device)
+        loss = answer_loss(self.model, self.examples.validation, row_tokens=row_tokens, device=self.device)
         figures = {"sft/eval_loss": loss}
         if step == 0:
             figures = {"sft/eval_loss_base": loss, **figures}
@@ -161,18 +162,22 @@ class Tuning:
 
 def plan_training(config: Config, inputs: StepInputs, examples: Examples, *, device: torch.device) -> StepPlan:
     """Which dialogs make which optimizer step."""
-    auto = CPU_ROW_TOKENS if device.type == "cpu" else inputs.base.max_tokens
-    row_tokens = auto if config.row_tokens == "auto" else config.row_tokens
     return plan_steps(
         [len(example.input_ids) for example in examples.train],
         examples_per_step=config.examples_per_step,
         epochs=config.epochs,
         seed=inputs.run.seed,
-        capacity=min(row_tokens, inputs.base.max_tokens),
+        capacity=_row_tokens(config, inputs, device),
         packing=config.packing,
         rows_per_microbatch=1 if config.packing else config.rows_per_microbatch,
         world_size=distributed.count(),
     )
+
+
+def _row_tokens(config: Config, inputs: StepInputs, device: torch.device) -> int:
+    """Length of a packed row."""
+    auto = CPU_ROW_TOKENS if device.type == "cpu" else inputs.base.max_tokens
+    return min(auto if config.row_tokens == "auto" else config.row_tokens, inputs.base.max_tokens)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # A CPU keeps a compiled kernel for each shape it has met: rows are filled up to a multiple.
 SHAPE_MULTIPLE = 64
-_ROW_TOKENS = 1024
+_ROW_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,8 @@ def answer_logprobs(bank: "RoleBank", sequences: Sequence[TokenSequence], *, tem
 @torch.no_grad()
 def _logprobs(bank: "RoleBank", sequences: Sequence[TokenSequence], temperature: float) -> list[float]:
     sums_B = torch.zeros(len(sequences), dtype=torch.float64)
-    for row in packed_rows(sequences, range(len(sequences)), row_tokens=_ROW_TOKENS, device=bank.device):
+    row_tokens = _ROW_TOKENS.get(bank.device.type, _ROW_TOKENS["cpu"])
+    for row in packed_rows(sequences, range(len(sequences)), row_tokens=row_tokens, device=bank.device):
         hidden_ND = bank.hidden("policy", row.batch)[0, row.places_N]
         logprobs_N = token_logprobs(
             hidden_ND, row.tokens_N, head=bank.lm_head("policy"), temperature=temperature

@@ -31,6 +31,11 @@ def proved_start(base: Base, tuning: Tuning, policy: Artifact | None) -> tuple[s
             f"base.dtype: {base.dtype}, but tuning.method is qlora. Over a 4-bit base products and adapters are "
             "bfloat16; the optimizer keeps fp32 masters. Set base.dtype to bfloat16, or tuning.method to lora."
         )
+    if base.dtype == "float16":
+        raise ConfigError(
+            "base.dtype: float16. Its gradients would need loss scaling, which is not done here: those under 6e-8 become 0,"
+            " and the training learns less without an error. Set base.dtype to bfloat16, or to float32 on a card without it."
+        )
     if policy is not None and is_adapter(policy):
         _check_same_adapter(tuning, policy)
     log.info("loading %s", policy.path if policy else base.model)

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from llamachat.runs.artifacts import StepFolder, read_artifact
 from llamachat.runs.reader import read_summary
 from llamachat.runs.record import MetricsRecord, SamplesRecord
 from sft import train as train_module
+from sft import tuning as tuning_of_sft
 from sft.config import Config
 from sft.train import Start, load_start, publish_policy
 from tests.sft.tiny_sft import inputs_of, open_session, pair, toy_dialogs
@@ -210,6 +212,31 @@ def test_an_adapter_is_not_continued_under_another_tuning(tuning: Tuning, named:
 
 
 # --- what it refuses, and what it leaves out
+
+
+def test_training_in_fp16_is_refused(base: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"base\.dtype: float16\. .* loss scaling.* bfloat16, or to float32"):
+        sft.run(Config(sample_prompts=0), inputs_of(tmp_path, base, toy_dialogs(8), dtype="float16"))
+
+
+def test_on_a_gpu_held_out_answers_are_evaluated_in_rows_as_long_as_those_of_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths: list[int] = []
+
+    def loss(model: Any, examples: Any, *, row_tokens: int, device: Any) -> float:
+        lengths.append(row_tokens)
+        return 1.0
+
+    monkeypatch.setattr(tuning_of_sft, "answer_loss", loss)
+    for device in ("cpu", "meta"):  # which is no CPU
+        model = torch.nn.Linear(1, 1, device=device)
+        for row_tokens in ("auto", 1024):
+            config = Config(row_tokens=row_tokens)
+            inputs: Any = SimpleNamespace(base=SimpleNamespace(max_tokens=2048))
+            parts: Any = {"chat_format": None, "plan": None, "examples": SimpleNamespace(validation=[])}
+            tuning_of_sft.Tuning(config=config, inputs=inputs, model=model, **parts).evaluate(1)
+    assert lengths == [512, 512, 2048, 1024]
 
 
 @pytest.mark.parametrize("split", [Split(test=0, validation=0, judge=0), Split(test=0.5, validation=0.49, judge=0)])

@@ -41,6 +41,42 @@ def fail(error: BaseException) -> Any:
     return run
 
 
+# -- what is set up
+
+
+@pytest.mark.parametrize(
+    ("environment", "allocator"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None),
+    ],
+)
+def test_a_gpus_allocator_grows_its_blocks_unless_it_is_configured(
+    environment: dict[str, str], allocator: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, environment.get(name, ""))
+        if name not in environment:
+            monkeypatch.delenv(name)
+    assert main(["--help"]) == 0
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == allocator
+
+
+def test_a_resumed_training_on_a_gpu_logs_nothing_of_accelerate(caplog: pytest.LogCaptureFixture) -> None:
+    from accelerate import Accelerator
+    from torch import tensor
+    from torch.utils.data import DataLoader
+
+    assert main(["--help"]) == 0
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(DataLoader(range(4)))  # type: ignore[arg-type]
+    with caplog.at_level(logging.INFO):
+        for _ in accelerator.skip_first_batches(loader, 1):
+            accelerator.gather_for_metrics(tensor(1.0))  # as TRL does on a GPU
+    assert caplog.messages == []
+
+
 # -- exit statuses
 
 

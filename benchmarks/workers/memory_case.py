@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.memory import Case, base_of, ppo_config, reward_config, rollout_of, sft_config, tuning_of
+from benchmarks.memory import ROOT, Case, base_of, ppo_config, reward_config, rollout_of, sft_config, tuning_of
 from llamachat.chat_format import TokenizedExample
 from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Data, DataSource, Run, Scoring, Tracking
@@ -26,11 +26,13 @@ from llamachat.data.packing import StepPlan
 from llamachat.data.records import Preference
 from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.inputs import StepInputs
+from ppo.config import Config as PpoConfig
 
 if TYPE_CHECKING:
     from llamachat.training.session import Training
     from llamachat.training.trainer import Collate
 
+PROMPTS = Data(sft=(), prompts=(DataSource(path=str(ROOT / "data" / "prompts" / "general.jsonl.gz")),))
 STEPS = 2  # of the optimizer: from the second on its moments lie beside the activations
 MICROBATCHES = 2  # of a step: from the second on gradients do, too
 Steps = Callable[[], object]
@@ -193,25 +195,28 @@ def _open_rollout(case: Case, folder: Path) -> Steps:
 
 
 def _open_ppo(case: Case, folder: Path) -> Steps:
+    inputs = _inputs(
+        "ppo",
+        case,
+        folder,
+        data=PROMPTS,
+        rollout=rollout_of(case),
+        scoring=Scoring(combine="single", helpfulness=str(folder / "reward")),
+    )
+    return open_iterations(ppo_config(case), inputs, prompt_tokens=case.tokens)
+
+
+def open_iterations(config: PpoConfig, inputs: StepInputs, *, prompt_tokens: int) -> Steps:
+    """What runs `STEPS` iterations of PPO on prompts of this length, whose answers are as long as they may be."""
     from llamachat.rollout.decoder import LlamaEngine
     from llamachat.tracking.tracker import open_record
     from ppo.session import open_ppo
     from ppo.train import start_or_resume
 
-    bundled = Path(__file__).resolve().parents[2] / "data" / "prompts" / "general.jsonl.gz"
-    config = ppo_config(case)
-    inputs = _inputs(
-        "ppo",
-        case,
-        folder,
-        data=Data(sft=(), prompts=(DataSource(path=str(bundled)),)),
-        rollout=rollout_of(case),
-        scoring=Scoring(combine="single", helpfulness=str(folder / "reward")),
-    )
     session = open_ppo(config, inputs)
     prompts = session.prompts
     sides = {
-        side: [replace(prompt, ids=_ids(case.tokens)) for prompt in getattr(prompts, side)[:4]]
+        side: [replace(prompt, ids=_ids(prompt_tokens)) for prompt in getattr(prompts, side)[:4]]
         for side in ("train", "validation", "test")
     }
     session = replace(session, prompts=replace(prompts, **sides))

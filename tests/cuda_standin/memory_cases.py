@@ -96,7 +96,7 @@ def ppo_peaks(device: Device, preset: str, folder: str, responses: int, prompt_t
             tuning=tuning,
             tracking=Tracking(mode="off"),
             data=PROMPTS,
-            rollout=recipe.rollout,
+            rollout=recipe.sections.rollout,
             scoring=recipe.scoring,
             **publish(),
         )
@@ -123,14 +123,18 @@ def _peaks_of(device: Device, open_steps: Callable[[], Callable[[], object]]) ->
 
 
 def _without_values() -> None:
-    """No weight is read: none has a value, and together they may be larger than the machine's memory."""
+    """No weight is read: none has a value, and together they may be larger than the machine's memory. Scores are drawn."""
+    import torch
+
     import benchmarks.workers.memory_case as worker
     import llamachat.models.loading as loading
     import llamachat.models.open_roles as open_roles
     import llamachat.models.reward_model as reward_model
-    from llamachat.models.roles import RoleBank
+    import llamachat.models.roles as roles
 
+    plain = roles.score_rows
     worker._touched = lambda model: None
     for module in (loading, open_roles, reward_model):
-        module.trunk_digest = lambda *_, **__: "0" * 64
-    RoleBank.frozen_digest = lambda self: "0" * 64
+        setattr(module, "trunk_digest", lambda *_, **__: "0" * 64)  # noqa: B010  # of a module
+    roles.RoleBank.frozen_digest = lambda self: "0" * 64
+    roles.score_rows = lambda *arguments, **named: torch.randn_like(plain(*arguments, **named))

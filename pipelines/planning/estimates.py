@@ -55,11 +55,12 @@ HELD_OUT_TOKENS = 0.67
 TOKENS_OF_A_PROBE, TOKENS_OF_A_PROBE_ON_A_CPU = 18.0, 5.0
 PROMPT_TOKENS_A_TOKEN = 1.25  # a prompt without its answer has more of the chat format's own tokens (measured)
 TURN_TOKENS = 100.0  # of the turns before an answer in Ghost Attention; ours, assumed
-# What a process on a CPU holds beside tensors: Python and the libraries; and, where attention goes a sequence at a time, so that
-# blocks of many sizes are freed and taken again, what malloc keeps of them, and compiled kernels. Bytes, and for a reward model
-# a share of its activations. Ours, measured on the bundled model and on SmolLM2-135M.
-LIBRARIES, KEPT_BY_MALLOC, KEPT_BY_MALLOC_OF_A_REWARD_MODEL = round(0.7 * 2**30), round(1.1 * 2**30), round(1.9 * 2**30)
-SHARE_KEPT_BY_MALLOC = 0.15
+# Bytes that a process on a CPU holds beside tensors: Python, the libraries, compiled kernels, and freed blocks that malloc
+# keeps. The activations make up for them, since they are counted of the longest row: in PPO in part, and of a reward model, whose
+# blocks are of many sizes, a share is added. Ours, measured on the bundled model and on SmolLM2-135M.
+OF_A_PROCESS = {"sft": round(0.95 * 2**30), "rm": round(2.5 * 2**30)}
+OF_ANOTHER_PROCESS = round(1.75 * 2**30)
+COVERED_BY_ACTIVATIONS = {"rm": -0.12, "ppo": 0.4}
 KEPT_BY_DISTILLATION = 0.5  # of the distilled answers; ours, assumed: another answer is better as often as worse
 
 
@@ -90,12 +91,10 @@ def _in_a_process(estimate: Estimate, command: str) -> Estimate:
     """The estimate of a step on a CPU with what its process holds beside tensors."""
     if not estimate.memory:
         return estimate
-    kept = 0 if command == "sft" else KEPT_BY_MALLOC
-    if command == "rm":
-        kept = KEPT_BY_MALLOC_OF_A_REWARD_MODEL + round(SHARE_KEPT_BY_MALLOC * estimate.memory["activations"])
-    own = {"Python and libraries": LIBRARIES, "freed blocks and kernels": kept}
-    loaded = estimate.loaded | {"Python and libraries"}
-    return replace(estimate, memory=estimate.memory | own, loaded=loaded)
+    activations = estimate.memory.get("activations", 0)
+    covered = round(COVERED_BY_ACTIVATIONS.get(command, 1.0) * activations)
+    own = max(0, OF_A_PROCESS.get(command, OF_ANOTHER_PROCESS) - covered)
+    return replace(estimate, memory=estimate.memory | {"the process beside tensors": own})
 
 
 def card(recipe: Recipe) -> Gpu | None:

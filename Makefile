@@ -24,7 +24,7 @@ LAUNCHED := LLAMACHAT_DIE_WITH_PARENT=1 PATH="$$(cd "$(ENVIRONMENT)" && pwd)/bin
 STEPS := sft rm rs gatt distill ppo eval report all
 
 .DEFAULT_GOAL := help
-.PHONY: help $(STEPS) plan doctor base dashboard chat test check bench setup check-environment
+.PHONY: help $(STEPS) plan doctor base dashboard chat test check bench gpu-check setup check-environment
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -61,6 +61,9 @@ check: $(READY) ## lint, format, types, import rules
 
 bench: $(READY) ## benchmarks against named baselines
 	@for file in benchmarks/*.py; do $(PY) -m benchmarks.$$(basename $$file .py) $(ARGS) || exit 1; done
+
+gpu-check: $(READY) ## whether this GPU computes what the recipe needs, and how fast: 3 minutes, random weights
+	@PYTORCH_CUDA_ALLOC_CONF="$${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}" $(PY) -m benchmarks.gpu_check $(ARGS)
 
 setup: $(READY) ## only set up the environment
 

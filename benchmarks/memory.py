@@ -168,8 +168,11 @@ def measure(case: Case, folders: dict[str, Path], shape: str) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-def write_models(folder: Path, shape: Shape) -> Path:
-    """A base and a reward model of the shape with random weights, in bf16, and a tokenizer of as many ids."""
+def write_models(folder: Path, shape: Shape, *, device: str = "cpu") -> Path:
+    """A base and a reward model of the shape with random weights, in bf16, and a tokenizer of as many ids.
+
+    The weights are drawn on the device.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -183,12 +186,12 @@ def write_models(folder: Path, shape: Shape) -> Path:
         max_position_embeddings=4096,
         pad_token_id=0,
     )
-    base: Any = LlamaForCausalLM(config)
-    base.to(torch.bfloat16).save_pretrained(folder / "base")
-    config.num_labels = 1
-    reward: Any = LlamaForSequenceClassification(config)
-    reward.to(torch.bfloat16).save_pretrained(folder / "reward")
-    for name in ("base", "reward"):
+    kinds: dict[str, Any] = {"base": LlamaForCausalLM, "reward": LlamaForSequenceClassification}
+    for name, kind in kinds.items():
+        with torch.device(device):
+            model = kind._from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder / name)
+        config.num_labels = 1
         write_tokenizer_model(folder / name / "tokenizer.model", shape.vocabulary)
     return folder
 

@@ -11,8 +11,9 @@ import json
 import logging
 import sys
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,22 +36,36 @@ if TYPE_CHECKING:
 PROMPTS = Data(sft=(), prompts=(DataSource(path=str(ROOT / "data" / "prompts" / "general.jsonl.gz")),))
 STEPS = 2  # of the optimizer: from the second on its moments lie beside the activations
 MICROBATCHES = 2  # of a step: from the second on gradients do, too
-Steps = Callable[[], object]
+Steps = Callable[[], float]  # the seconds of the last one
 
 
-def measured(case: Case, folder: Path) -> int:
-    """Bytes from after the load to the peak."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Bytes from after the load to the peak, and seconds of the last optimizer step, iteration or rollout."""
+
+    grown: int
+    step_s: float
+
+
+def measured(case: Case, folder: Path) -> Measured:
     steps = _OPEN[case.step](case, folder)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        steps()
-        return torch.cuda.max_memory_allocated() - before
+        step_s = steps()
+        return Measured(torch.cuda.max_memory_allocated() - before, step_s)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    steps()
-    return _status("VmHWM") - before
+    step_s = steps()
+    return Measured(_status("VmHWM") - before, step_s)
+
+
+def _now() -> float:
+    """The time at which all that was asked of the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
 
 
 def _status(key: str) -> int:
@@ -115,11 +130,12 @@ def _open_sft(case: Case, folder: Path) -> Steps:
     return lambda: _train(training, collate)
 
 
-def _train(training: "Training", collate: "Collate") -> None:
-    """All steps, without an evaluation or a checkpoint."""
+def _train(training: "Training", collate: "Collate") -> float:
+    """All steps, without an evaluation or a checkpoint; the seconds of the last one."""
     from llamachat.models.start_checks import fast_tokenizer
     from llamachat.training.trainer import Watch, collator, row_numbers, trainer_arguments
 
+    ends: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         arguments = trainer_arguments(
@@ -132,8 +148,11 @@ def _train(training: "Training", collate: "Collate") -> None:
             processing_class=fast_tokenizer(training.chat_format, place),
             checkpoints=place / "checkpoints",
             before_save=lambda: None,
-            watch=Watch([0] * STEPS, names=training.names, on_log=lambda *_: None, on_step=lambda _: None),
+            watch=Watch(
+                [0] * STEPS, names=training.names, on_log=lambda *_: None, on_step=lambda _: ends.append(_now())
+            ),
         ).train()
+    return ends[-1] - ends[-2]
 
 
 def _open_reward(case: Case, folder: Path) -> Steps:
@@ -188,8 +207,10 @@ def _open_rollout(case: Case, folder: Path) -> Steps:
     prompts = [_ids(case.tokens)] * case.rows
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=case.new_tokens, seed=0)
 
-    def run() -> None:
+    def run() -> float:
+        started = _now()
         LlamaEngine(model, ()).generate(prompts, samples_per_prompt=1, sampling=sampling)
+        return _now() - started
 
     return run
 
@@ -223,13 +244,15 @@ def open_iterations(config: PpoConfig, inputs: StepInputs, *, prompt_tokens: int
     for module in session.bank._modules():
         _touched(module)
 
-    def run() -> None:
+    def run() -> float:
         tracker = open_record(inputs, "ppo", resume_step=None)
         training = start_or_resume(config, session, tracker.__enter__(), None, "")
         training.session = replace(session, engine=LlamaEngine(session.bank.policy_model(), ()))  # nothing stops it
+        figures: dict[str, float] = {}
         for _ in range(STEPS):
-            training.iterate()
+            figures = training.iterate()
             training.state.iteration += 1
+        return figures["time/step_s"]
 
     return run
 
@@ -254,7 +277,7 @@ def main() -> None:
     *toys, folder = folders
     for toy in toys:
         measured(case, toy)
-    print(json.dumps(measured(case, folder)), file=answers, flush=True)
+    print(json.dumps(measured(case, folder).grown), file=answers, flush=True)
 
 
 if __name__ == "__main__":

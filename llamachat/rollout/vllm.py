@@ -304,7 +304,7 @@ class VllmEngine:
             )
         return Completion(tuple(ids), tuple(logprobs), is_finished=ends_well)
 
-    def _choice(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    def _choice(self, body: Mapping[str, Any]) -> Any:
         """What comes back for one request, without a look at the answer in it."""
         try:
             answer = self._server.json("POST", "/v1/completions", body)

@@ -1,0 +1,70 @@
+"""Optimizer steps of supervised tuning, a reward model and PPO on the card: their memory against the plan, their speed."""
+
+import gc
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu_check.figures import Figure
+from benchmarks.gpu_check.sizes import Sizes
+from benchmarks.memory import BAND, Case, estimated
+from benchmarks.workers.memory_case import MICROBATCHES, measured
+from llamachat.config.gpus import CARDS, Gpu
+
+# Operations for each weight and token of adapters on a frozen base: forward, again for checkpointing, gradients of inputs.
+OPERATIONS = 6
+SIDE = 4096  # of the matrices by which the card's arithmetic is measured
+COPIED = 2**30  # bytes by which its bandwidth is
+
+
+def card() -> Gpu | None:
+    """The card that is here, with the peak of its data sheet where it is known."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    gib = properties.total_memory / 2**30
+    words = set(properties.name.lower().replace("-", " ").split())
+    known = [name for name, (size, _) in CARDS.items() if set(name.split("-")) <= words | {f"{size:.0f}gb"}]
+    return Gpu(properties.name, gib, CARDS[known[0]][1] if known else None)
+
+
+def speeds() -> tuple[float, float]:
+    """Operations per second of a large bf16 product, and bytes per second that a copy reads and writes."""
+    left = torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16)
+    block = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(block)
+    rates = []
+    for work, size in ((lambda: left @ left, 2 * SIDE**3), (lambda: target.copy_(block), 2 * COPIED)):
+        work()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(20):
+            work()
+        torch.cuda.synchronize()
+        rates.append(20 * size / (time.perf_counter() - started))
+    return rates[0], rates[1]
+
+
+def step(
+    case: Case, folder: Path, sizes: Sizes, gpu: Gpu | None, *, is_toy: bool, peak: float | None
+) -> Iterator[Figure]:
+    """Two optimizer steps: growth of memory over that of the plan, tokens a second, share of the arithmetic `peak`."""
+    gc.collect()
+    if gpu:
+        torch.cuda.empty_cache()
+    estimate, result = estimated(case, sizes.shape, gpu), measured(case, folder)
+    ratio = estimate.grown_bytes / result.grown
+    yield Figure(f"{case.step}: memory from after the load to the peak", result.grown / 2**30, "GiB")
+    # A toy model is smaller than what the plan does not count, and a CPU's process holds what earlier sections freed.
+    least, most = (None, None) if is_toy else BAND
+    yield Figure(f"{case.step}: plan over measured", ratio, least=least, most=most)
+    tokens = MICROBATCHES * case.tokens * (2 if case.step == "rm" else 1)
+    if case.step == "ppo":
+        yield Figure("ppo: one iteration", result.step_s, "s")
+        return
+    yield Figure(f"{case.step}: training", tokens / result.step_s, "tokens/s")
+    if peak is not None:
+        mfu = OPERATIONS * sizes.shape.weights * tokens / result.step_s / peak
+        yield Figure(f"{case.step}: share of the card's peak arithmetic (MFU)", mfu)

@@ -49,7 +49,8 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 
 # Of one token's log-probability, in nats. A merged weight is rounded once more than weight and adapter apart, by up to
 # 2^-9 of its size in bf16, and logits between 16 and 32 are 1/8 apart there: two such steps. In fp16 steps are 8 times
-# finer. In fp32 only the order of the sums differs.
+# finer. In fp32 only the order of the sums differs. One token of a small model may move more, since rounding adds up over its
+# layers (1.4 nats with SmolLM2-135M in 4 bits, whose own bf16 is 0.3 from fp32): then the mean decides, at half of this.
 TOLERANCE = {"bfloat16": 0.25, "float16": 0.03, "float32": 0.001}
 
 QUESTIONS = (
@@ -299,9 +300,19 @@ def _judge(request: Request, agreement: Agreement, dtype: torch.dtype) -> None:
         wrong.append(f"{agreement.questions - agreement.equal_prompts} prompts have other token ids")
     # On other weights than those of training the difference is the user's choice, and was logged above.
     if agreement.max_logprob_difference > limit and request.onto != "original":
-        wrong.append(
-            f"a token's log-probability differs by {agreement.max_logprob_difference:.3f} nats, and {limit:g} is allowed"
-        )
+        if agreement.mean_logprob_difference > limit / 2:
+            wrong.append(
+                f"a token's log-probability differs by {agreement.max_logprob_difference:.3f} nats, and {limit:g} is "
+                f"allowed, or more in few tokens, but the mean is {agreement.mean_logprob_difference:.3f}, over {limit / 2:g}"
+            )
+        else:
+            log.warning(
+                "%s: few tokens differ by more than %g nats, %.4f in the mean: weights rounded with the adapter in them are"
+                " those that chat and the rollouts use, too. --format adapter keeps the adapter exact.",
+                request.out,
+                limit,
+                agreement.mean_logprob_difference,
+            )
     report_faults(request, wrong, agreement.max_logprob_difference)
     if agreement.equal_greedy_answers < agreement.questions:
         log.warning(

@@ -1,6 +1,8 @@
 """Export: the oracles are plain transformers and PEFT, the 4-bit layers of transformers, and sums in float64."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,19 @@ def test_a_model_that_says_something_else_is_an_error_unless_allowed(
     monkeypatch.setattr("serving.merging.merged", lambda weight, a, b, scale: weight * float("nan"))
     with pytest.raises(ExportError, match="differs by inf"):
         export_policy(Request(artifact, tmp_path / "none", may_differ=True))
+
+
+def test_one_token_may_move_further_where_the_mean_is_small(
+    tmp_path: Path, tiny_format: ChatFormat, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    artifact = lora_policy(tmp_path, tiny_format)
+    for mean, is_refused in ((0.0004, False), (0.0006, True)):
+        moved = {"max_logprob_difference": 1.4, "mean_logprob_difference": mean}
+        monkeypatch.setattr("serving.export.compare", lambda *given, moved=moved: replace(compare(*given), **moved))
+        with pytest.raises(ExportError, match=r"the mean is 0\.001") if is_refused else nullcontext():
+            export_policy(Request(artifact, tmp_path / f"{mean}"))
+        assert (tmp_path / f"{mean}").exists() != is_refused
+    assert "few tokens differ by more than 0.001 nats" in caplog.text
 
 
 def test_a_chat_template_with_other_ids_is_an_error(tmp_path: Path, tiny_format: ChatFormat):

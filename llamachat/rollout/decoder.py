@@ -176,6 +176,8 @@ class LlamaEngine:
         for keeper in _keepers:
             if (engine := keeper()) is not None:
                 engine.release()
+        if self._network.device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks that are kept in other sizes
         budget = self._cache_tokens(prompt_tokens)
         is_recorded = self._capture is not None
         cache = Cache(

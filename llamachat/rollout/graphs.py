@@ -4,8 +4,8 @@ A recorded step reads and writes the same tensors each time, and no Python numbe
 comes from tensors, rows are filled up to a power of two, columns to a multiple of `RECORDED_COLUMNS`. The first
 step of a shape runs without recording: libraries and kernels are set up in it, which no recording may contain.
 
-What could not be run here, for want of a GPU: `CudaCapture`, and what it gains. The step that it records was repeated
-on a CPU, operation by operation on the same tensors, as a graph does it; the answers were those of the plain step.
+No card has run this. Tests record and repeat on a stand-in for a CUDA device, and on a CPU operation by operation on the
+same tensors, as a graph does it; the answers are those of the plain step.
 """
 
 import logging

@@ -147,7 +147,7 @@ class Weights:
         for own, norm in zip(self._norms, _norms(trunk), strict=True):
             own.copy_(norm)
         moved = [
-            False if isinstance(product, Through) else _fill(product, modules)
+            isinstance(product, Dense | Packed) and _fill(product, modules)
             for product, modules in zip(self._products, _projections(trunk), strict=True)
         ]
         embedding, head = _ends(trunk)

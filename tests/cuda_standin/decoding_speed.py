@@ -110,6 +110,7 @@ def _model(shape: Shape, *, is_4bit: bool) -> Any:
     )
     with torch.device("meta"):
         model: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    pack: Any = Params4bit  # its types know fewer arguments
     rotary = type(model.model.rotary_emb)(config).to("cuda")
     if is_4bit:
         for name, layer in list(model.named_modules()):
@@ -118,7 +119,7 @@ def _model(shape: Shape, *, is_4bit: bool) -> Any:
                 packed = Linear4bit(
                     *reversed(weight.shape), bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
                 )
-                packed.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")._quantize("cuda")
+                packed.weight = pack(weight, requires_grad=False, quant_type="nf4")._quantize("cuda")
                 model.set_submodule(name, packed)
         model.config.quantization_config = quantization_config(torch.bfloat16)
         model.is_loaded_in_4bit = True
@@ -140,6 +141,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     device = load()
+    device.expandable(True)  # as `llamachat` sets it
     print(
         "| model | card | weights | rows | launches, recorded | ms a step | tokens/s |\n|---|---|---|---|---|---|---|"
     )

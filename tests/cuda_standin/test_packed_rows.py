@@ -93,6 +93,7 @@ def _stepped(device: Device) -> int:
     master_weights.STEPPED_AT_ONCE = 2 * MIB  # type: ignore[misc]
     params = [torch.nn.Parameter(torch.ones(1024, 1024, dtype=torch.bfloat16, device="cuda")) for _ in range(8)]
     optimizer = master_weights.adamw(params, learning_rate=0.1, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+    held = 0
     for _ in range(2):  # the first step makes the moments
         for param in params:
             param.grad = torch.ones_like(param)

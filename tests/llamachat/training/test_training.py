@@ -185,7 +185,7 @@ def test_in_a_terminal_there_is_a_bar_with_the_loss():
 def test_weights_that_are_stepped_in_parts_are_those_of_one_step(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def trained(at_once: int) -> tuple[list[torch.Tensor], list[int]]:
+    def trained(at_once: int) -> tuple[list[nn.Parameter], list[int]]:
         monkeypatch.setattr(master_weights, "STEPPED_AT_ONCE", at_once)
         torch.manual_seed(0)
         params = [nn.Parameter(torch.randn(size).to(dtype)) for size in ((6, 4), (4,), (3, 8), (40,), (2, 2))]

@@ -165,11 +165,6 @@ class Config(Section):
         False, description="Recompute activations in the backward pass: about a third slower, far less memory."
     )
 
-    @property
-    def critic_kind(self) -> Literal["separate", "shared", "none"]:
-        """The critic that there is: with advantages: rloo none."""
-        return "none" if self.advantages == "rloo" else self.critic
-
     @model_validator(mode="after")
     def _minibatches_are_equal(self) -> Self:
         if self.responses_per_iteration % self.responses_per_minibatch:
@@ -202,3 +197,8 @@ class Config(Section):
                 f"critic_warmup ({self.critic_warmup}) leaves none of the {self.iterations} iterations to the policy"
             )
         return self
+
+
+def critic_kind(config: Config) -> Literal["separate", "shared", "none"]:
+    """The critic that there is: with advantages: rloo none."""
+    return "none" if config.advantages == "rloo" else config.critic

@@ -166,24 +166,7 @@ def make_experience(
 
     `limit` is the longest answer and `start_tokens` the mean length of the starting policy's, both in tokens.
     """
-    is_finished_B = torch.tensor([response.is_finished for response in responses])
-    lengths_B = torch.tensor([len(response.ids) for response in responses])
-    shaped_B = ramp_to_limit(
-        shape_scores(
-            scored.combined.scores_B,
-            is_finished_B=is_finished_B,
-            shaping=scoring.shaping,
-            unfinished_score=scoring.unfinished_score,
-        ),
-        lengths_B=lengths_B,
-        limit=limit,
-        ramp=config.unfinished_ramp,
-        unfinished_score=scoring.unfinished_score,
-    )
-    if scoring.length is not None:
-        shaped_B = hold_length(
-            shaped_B, lengths_B=lengths_B, is_finished_B=is_finished_B, bound=scoring.length, start=start_tokens
-        )
+    shaped_B = shaped_scores(responses, scored, config=config, scoring=scoring, limit=limit, start_tokens=start_tokens)
     mask_BR = outputs.response_mask_BR
     rewards_BR = token_rewards(
         shaped_B.to(mask_BR.device), kl_BR=outputs.kl_BR, response_mask_BR=mask_BR, kl_coef=kl_coef
@@ -212,6 +195,37 @@ def make_experience(
         rewards_BR=rewards_BR,
         returns_BR=returns_BR,
     )
+
+
+def shaped_scores(
+    responses: Sequence[Response],
+    scored: Scored,
+    *,
+    config: Config,
+    scoring: "Scoring",
+    limit: int,
+    start_tokens: float,
+) -> Tensor:
+    """The combined scores as they are rewarded, [B]: whitened, gradually worse near the limit, and held to the length bounds."""
+    is_finished_B = torch.tensor([response.is_finished for response in responses])
+    lengths_B = torch.tensor([len(response.ids) for response in responses])
+    shaped_B = ramp_to_limit(
+        shape_scores(
+            scored.combined.scores_B,
+            is_finished_B=is_finished_B,
+            shaping=scoring.shaping,
+            unfinished_score=scoring.unfinished_score,
+        ),
+        lengths_B=lengths_B,
+        limit=limit,
+        ramp=config.unfinished_ramp,
+        unfinished_score=scoring.unfinished_score,
+    )
+    if scoring.length is not None:
+        shaped_B = hold_length(
+            shaped_B, lengths_B=lengths_B, is_finished_B=is_finished_B, bound=scoring.length, start=start_tokens
+        )
+    return shaped_B
 
 
 def iteration_figures(

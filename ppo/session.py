@@ -16,7 +16,7 @@ from llamachat.scoring.standardising import Constants
 from llamachat.tracking.tracker import Tracker
 from llamachat.training.publishing import publish_model
 from ppo.collapse import change_figures
-from ppo.config import Config
+from ppo.config import Config, critic_kind
 from ppo.experience import model_outputs
 
 _SHOWN = 16  # answers of each evaluation that people are shown
@@ -29,7 +29,7 @@ def open_ppo(config: Config, inputs: StepInputs) -> AnswerSession:
         inputs,
         policy=inputs.policy,
         held_out=(config.validation_prompts, config.test_prompts),
-        critic=config.critic_kind,
+        critic=critic_kind(config),
         checkpointing=config.gradient_checkpointing,
     )
 

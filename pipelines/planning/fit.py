@@ -15,6 +15,7 @@ from llamachat.memory.estimates import Estimate
 from pipelines.planning.estimates import estimate_step
 from pipelines.recipe.recipe import Recipe, Step, load
 from ppo import Config as PpoConfig
+from ppo.config import critic_kind
 from reward import Config as RewardConfig
 from sft import Config as SftConfig
 
@@ -171,7 +172,7 @@ def _less_and_less(recipe: Recipe, gpu: Gpu) -> Iterator[Setting]:
         yield "tuning.method", "lora"
     if recipe.tuning.method != "qlora" and recipe.base.dtype == "bfloat16":
         yield "tuning.method", "qlora"
-    if "ppo" in commands and ppo.critic_kind == "separate":
+    if "ppo" in commands and critic_kind(ppo) == "separate":
         yield "ppo.critic", "shared"
     if recipe.tuning.rank > _SMALL_RANK:
         yield "tuning.rank", _SMALL_RANK

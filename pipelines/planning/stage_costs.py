@@ -35,6 +35,7 @@ from llamachat.memory.role_bytes import (
 )
 from ppo import Config as PpoConfig
 from ppo.config import CPU_ROW_TOKENS as PPO_ROW_TOKENS
+from ppo.config import critic_kind
 from reward import Config as RewardConfig
 from reward.config import CPU_ROW_TOKENS as REWARD_ROW_TOKENS
 from sft import Config as SftConfig
@@ -177,7 +178,7 @@ def ppo_cost(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seating
     evaluated = (1 + config.iterations // config.validation_every) * config.validation_prompts + 2 * config.test_prompts
     prompt, answer = lengths.of(setup.base, rollout)
     per_response = prompt + answer
-    networks = 2 if config.critic_kind == "separate" else 1
+    networks = 2 if critic_kind(config) == "separate" else 1
     # Of an answer that is evaluated: drawn, read by policy and reference, scored. One that is learnt from has values, too.
     evaluating = (DECODING_SLOWDOWN * answer + prompt + 2 * per_response) * shape.weights
     evaluating += seating.num_reward_models * per_response * shape.block_weights
@@ -191,7 +192,7 @@ def ppo_cost(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seating
         gradient_checkpointing=config.gradient_checkpointing,
         assumed="",
     )
-    loaded = frozenset(role_bank_bytes(setup, seating, critic=config.critic_kind))
+    loaded = frozenset(role_bank_bytes(setup, seating, critic=critic_kind(config)))
     return Estimate(ppo_memory(config, setup, rollout, seating), sampled + trained, steps, assumed, loaded)
 
 
@@ -202,7 +203,7 @@ def ppo_memory(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seati
     The trunk counts once, whatever roles share it; several cards have all weights each, and share the work.
     """
     each = 8 + (0 if setup.width == 4 else 4)  # two moments in fp32, and masters where the weights are not
-    loaded = role_bank_bytes(setup, seating, critic=config.critic_kind)
+    loaded = role_bank_bytes(setup, seating, critic=critic_kind(config))
     loaded[OPTIMIZER] = setup.trained_weights * each
     # The critic's head is fp32 and its own master.
     loaded["critic's optimizer"] = _critic_weights(config, setup) * each + 2 * _value_head_bytes(config, setup)
@@ -246,14 +247,14 @@ def ppo_updating_bytes(config: PpoConfig, setup: Setup) -> dict[str, int]:
 
 def _critic_weights(config: PpoConfig, setup: Setup) -> int:
     """Weights that the critic trains in addition to its head."""
-    if config.critic_kind != "separate":
+    if critic_kind(config) != "separate":
         return 0
     return setup.shape.headless().weights if setup.tuning.method == "full" else setup.trained_weights
 
 
 def _value_head_bytes(config: PpoConfig, setup: Setup) -> int:
     """Of the critic's head, which is in fp32."""
-    return 0 if config.critic_kind == "none" else 4 * (setup.shape.hidden_size + 1)
+    return 0 if critic_kind(config) == "none" else 4 * (setup.shape.hidden_size + 1)
 
 
 def report_cost(config: ReportConfig, *, steps: int) -> Estimate:

@@ -12,15 +12,20 @@ export CONFIG
 ifeq ($(strip $(VENV)),)
 ENVIRONMENT := .venv
 READY := .venv/.ready
+READY_TO_TEST := .venv/.ready-test
+READY_TO_CHECK := .venv/.ready-check
 else
 ENVIRONMENT := $(VENV)
 READY := check-environment
+READY_TO_TEST := check-environment
+READY_TO_CHECK := check-environment
 endif
 PY := "$(ENVIRONMENT)/bin/python"
 # A killed make takes the step with it: no orphan holds the run.
 LLAMACHAT := LLAMACHAT_DIE_WITH_PARENT=1 exec $(PY) -m pipelines
 # Launchers (accelerate, torchrun) are those of the environment.
 LAUNCHED := LLAMACHAT_DIE_WITH_PARENT=1 PATH="$$(cd "$(ENVIRONMENT)" && pwd)/bin:$$PATH" exec $(PY) -m pipelines.cli.launch $(LAUNCH) -m pipelines
+INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STEPS := sft rm rs gatt distill ppo eval report all
 
 .DEFAULT_GOAL := help
@@ -50,10 +55,10 @@ dashboard: $(READY) ## reward and loss curves of all runs, offline
 chat: $(READY) ## talk to the policy that the evaluation recommends
 	@$(LLAMACHAT) chat --config "$$CONFIG" $(ARGS)
 
-test: $(READY) ## the whole test suite: CPU, offline, under 10 minutes
+test: $(READY_TO_TEST) ## the whole test suite: CPU, offline, under 10 minutes
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ARGS)
 
-check: $(READY) ## lint, format, types, import rules
+check: $(READY_TO_TEST) $(READY_TO_CHECK) ## lint, format, types, import rules
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m pyright --pythonpath $(PY)
@@ -65,17 +70,23 @@ bench: $(READY) ## benchmarks against named baselines
 gpu-check: $(READY) ## whether this GPU computes what the recipe needs, and how fast: 3 minutes, random weights
 	@PYTORCH_CUDA_ALLOC_CONF="$${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}" $(PY) -m benchmarks.gpu_check $(ARGS)
 
-setup: $(READY) ## only set up the environment
+setup: $(READY) ## only set up the environment, with what the commands need
 
 check-environment:
 	@$(PY) -m pipelines.planning.hardware
 
 # The stamp comes last: a set-up that was cut short is done again.
 .venv/.ready: pyproject.toml constraints.txt
-	@echo "Setting up .venv (once; a few minutes) ..."
+	@echo "Setting up .venv (once; it downloads 0.5 GB, or 3 GB where pip takes PyTorch for CUDA) ..."
 	@rm -f $@
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llamachat needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch hatchling editables
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(INSTALL) torch hatchling editables
+	@$(INSTALL) --no-build-isolation -e .
+	@touch $@
+
+# The extras `test` and `check`: pytest and what tests import; ruff and pyright.
+.venv/.ready-%: .venv/.ready
+	@echo "Installing what \`make $*\` needs ..."
+	@$(INSTALL) --no-build-isolation -e '.[$*]'
 	@touch $@

@@ -504,6 +504,15 @@ def test_set_up_installs_exact_versions() -> None:
     assert not [line for line in wanted if normal(re.split(r"[\[<>=!~ ]", line)[0]) not in names]
 
 
+def test_tools_for_tests_lint_and_types_are_installed_only_where_they_are_used() -> None:
+    def extras(target: str) -> list[str]:
+        command = ["make", "--dry-run", "--always-make", target, "VENV="]
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return re.findall(r"-e '\.\[(\w+)\]'", printed)
+
+    assert (extras("all"), extras("test"), extras("check")) == ([], ["test"], ["test", "check"])
+
+
 def normal(name: str) -> str:
     """A package's name as indices compare it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()

@@ -53,6 +53,11 @@ def are_launched() -> bool:
     return _variable("WORLD_SIZE", 1) > 1
 
 
+def has_launcher() -> bool:
+    """Whether accelerate or torchrun started this process, alone or as one of several."""
+    return are_launched() or any(name in os.environ for name in (_TORCHRUN, "ACCELERATE_MIXED_PRECISION"))
+
+
 def forget_other_launchers() -> None:
     """Drop what a launcher that is none of ours has left in the environment of a command that works alone.
 

@@ -7,6 +7,7 @@ Our own bugs are `assert`s, never one of these.
 
 INTERRUPTED = 130
 HOURS_ARE_OVER = 3
+STATE_IS_KEPT = "State is kept; the same command continues."
 
 
 class LlamachatError(Exception):

@@ -176,6 +176,10 @@ class Run(Section):
         None,
         description="Time budget of one command, in hours: the running step then ends as by its own max_hours, and no further one starts; null: no limit. Ours.",
     )
+    jobs: Annotated[int, Field(ge=1)] | Literal["auto"] = operational(
+        "auto",
+        description="Steps that do not read one another run side by side, at most this many; auto: one a GPU where there are several, on a CPU as many as cores and memory allow. Ours.",
+    )
     gpu: Annotated[str | None, GPU_NAME] = operational(
         None, description="The card that the recipe is meant for, such as rtx-4090, 24GiB or 8x a100-80gb: for `plan`."
     )

@@ -1,11 +1,24 @@
-"""What a person sees of a training: a bar with the loss and the time left, or a line a step without a terminal."""
+"""What a person sees of a training: a bar with the loss and the time left, or a line a step without a terminal.
 
+Of several trainings in processes of their own, whose output is no terminal, the command that started them makes bars of
+these lines again (`SharedProgress`).
+"""
+
+import re
 import sys
 import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from llamachat import distributed
 
@@ -16,17 +29,7 @@ class StepProgress:
     def __init__(self, title: str, *, steps: int, done: int = 0) -> None:
         self._title, self._steps, self._started, self._first = title, steps, time.monotonic(), done
         self._console = Console(file=sys.stderr, quiet=not distributed.is_first())
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[headline]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=False,
-        )
+        self._bar = _bars(self._console)
         self._task = self._bar.add_task(title, total=steps, completed=done, headline="")
 
     def __enter__(self) -> "StepProgress":
@@ -47,8 +50,70 @@ class StepProgress:
             return
         passed = time.monotonic() - self._started
         left = passed / max(1, step - self._first) * (self._steps - step)
-        self._console.print(f"{self._title} {step}/{self._steps}  {headline}  {left:.0f} s left", highlight=False)
+        self.say(f"{self._title} {step}/{self._steps}  {headline}  {left:.0f} s left")
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self._console.print(text, highlight=False, markup=False)
+        _say(self._console, text)
+
+
+# The line that `StepProgress` prints where there is no terminal.
+_LINE = re.compile(r"(?P<title>\S+) (?P<step>\d+)/(?P<steps>\d+)  (?P<headline>.*)  \d+ s left")
+
+
+class SharedProgress:
+    """The output of several steps on one terminal: a bar for each, above them what they print, under their names.
+
+    Use as a context manager. Without a terminal every line is printed, under the name of its step.
+    """
+
+    def __init__(self) -> None:
+        self._console = Console(file=sys.stderr)
+        self._bar = _bars(self._console)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "SharedProgress":
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def line(self, step: str, text: str) -> None:
+        """A step has printed a line."""
+        progress = _LINE.fullmatch(text) if self._console.is_terminal else None
+        if progress is None:
+            _say(self._console, text if text.startswith(step) or not text.strip() else f"{step}: {text}")
+            return
+        if step not in self._tasks:
+            self._tasks[step] = self._bar.add_task(step, total=int(progress["steps"]), headline="")
+        # A step may count several times, such as answers first and then optimizer steps.
+        total, completed = int(progress["steps"]), int(progress["step"])
+        self._bar.update(self._tasks[step], total=total, completed=completed, headline=progress["headline"])
+
+    def end(self, step: str) -> None:
+        """A step has ended: its bar is removed."""
+        if step in self._tasks:
+            self._bar.remove_task(self._tasks.pop(step))
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[headline]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=False,
+    )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -24,11 +24,10 @@ from typer.core import TyperCommand
 
 from llamachat import distributed
 from llamachat.config.section import from_home
-from llamachat.errors import INTERRUPTED, LlamachatError, UsageError, first_line
+from llamachat.errors import INTERRUPTED, STATE_IS_KEPT, LlamachatError, UsageError, first_line
 from llamachat.runs.atomic import storage_errors
 
 THREADS_MAY_TAKE = 10.0  # seconds after the command's end
-STATE_IS_KEPT = "State is kept; the same command continues."
 P = ParamSpec("P")
 
 TINY = Path("configs/tiny.yaml")

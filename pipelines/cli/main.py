@@ -35,8 +35,10 @@ from pipelines.cli.launch import (
     start,
     state_is_kept,
 )
-from pipelines.execution.run import lead, run_chosen, write_reports
+from pipelines.execution.jobs import run_groups, run_job
+from pipelines.execution.run import lead, write_reports
 from pipelines.planning.plan import make_plan
+from pipelines.planning.side_by_side import side_by_side
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import choose_steps, is_study, load
 from pipelines.recipe.stages import STAGES
@@ -152,7 +154,7 @@ def _run(
         return
     chosen = choose_steps(recipe.steps, command, only)
     with state_is_kept():
-        ran = lead(lambda: run_chosen(recipe, chosen, should_overwrite=overwrite))
+        ran = lead(lambda: run_groups(recipe, side_by_side(recipe, chosen), should_overwrite=overwrite))
     if ran is None:
         return
     tables = write_reports(recipe, chosen)
@@ -217,6 +219,14 @@ def _step_command(command: str, text: str, *, has_models: bool = False) -> Calla
     function: Callable[..., None] = run_models if has_models else run
     function.__doc__ = text
     return reported(function)
+
+
+@app.command(hidden=True)
+@reported
+def job() -> None:
+    """Run the step that a command with run.jobs starts next to others; what it is comes through the standard input."""
+    with state_is_kept():
+        run_job(sys.stdin.read())
 
 
 for _stage in STAGES.values():

@@ -297,11 +297,47 @@ class Ran:
     left: tuple[str, ...]  # steps that were not started, since run.max_hours were over
 
 
-def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool = False) -> Ran:
-    """Run these steps of the recipe, in their order; return the artifacts, the number of steps run, and the steps left.
+@dataclass(slots=True)
+class Command:
+    """The work of one command on its steps, as far as it is."""
 
-    When `run.max_hours` are over no further training step starts; one always runs, or there would be no progress.
-    """
+    recipe: Recipe
+    should_overwrite: bool
+    deadline: float | None  # by time.monotonic(): when run.max_hours are over
+    artifacts: list[Artifact] = field(default_factory=list)
+    num_worked: int = 0
+    left: list[str] = field(default_factory=list)
+
+    def is_left(self, step: Step) -> bool:
+        """Whether the step is not started, since the hours are over; one always runs, or there would be no progress."""
+        is_over = self.deadline is not None and self.num_worked > 0 and time.monotonic() > self.deadline
+        if not is_over:
+            return False
+        is_done = is_published(self.recipe.folder(step))
+        makers = [of for of in self.recipe.makers(step).values() if of]  # lacking where nothing is finished of one kind
+        lacks_inputs = any(not any(is_published(self.recipe.folder(maker)) for maker in of) for of in makers)
+        trains = step.product.makes.kind in ("policy", "reward_model")
+        # A later step may read a step that is left. Steps that only survey the finished ones run now.
+        is_left = bool(self.left or not is_done) and (trains or lacks_inputs)
+        if is_left and not is_done:
+            self.left.append(step.name)
+        return is_left
+
+    def run(self, step: Step) -> None:
+        """Run the step in this process, unless the hours are over."""
+        if not self.is_left(step):
+            overwrites, deadline = self.should_overwrite, self.deadline
+            artifact, has_worked = run_step(self.recipe, step, should_overwrite=overwrites, deadline=deadline)
+            self.artifacts.append(artifact)
+            self.num_worked += has_worked
+
+    @property
+    def ran(self) -> Ran:
+        return Ran(self.artifacts, self.num_worked, tuple(self.left))
+
+
+def open_command(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool = False) -> Command:
+    """Warn of what these steps lack, take the unchanged steps before them from the parent run, and start the clock."""
     deadline = None if recipe.run.max_hours is None else time.monotonic() + 3600 * recipe.run.max_hours
     for step in recipe.steps:
         if step in chosen or gate_model(recipe, step) in chosen:
@@ -310,21 +346,18 @@ def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool
                 log.warning("warning: %s", warning)
     if not should_overwrite:
         _adopt_earlier(recipe, chosen)
-    artifacts, left, num_worked = list[Artifact](), list[str](), 0
+    return Command(recipe, should_overwrite, deadline)
+
+
+def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool = False) -> Ran:
+    """Run these steps of the recipe in their order, in this process.
+
+    When `run.max_hours` are over no further training step starts.
+    """
+    command = open_command(recipe, chosen, should_overwrite=should_overwrite)
     for step in chosen:
-        is_over = deadline is not None and num_worked > 0 and time.monotonic() > deadline
-        is_done = is_published(recipe.folder(step))
-        makers = [of for of in recipe.makers(step).values() if of]  # lacking where nothing is finished of one kind
-        lacks_inputs = any(not any(is_published(recipe.folder(maker)) for maker in of) for of in makers)
-        trains = step.product.makes.kind in ("policy", "reward_model")
-        # A later step may read a step that is left. Steps that only survey the finished ones run now.
-        if is_over and (left or not is_done) and (trains or lacks_inputs):
-            left += [] if is_done else [step.name]
-            continue
-        artifact, has_worked = run_step(recipe, step, should_overwrite=should_overwrite, deadline=deadline)
-        artifacts.append(artifact)
-        num_worked += has_worked
-    return Ran(artifacts, num_worked, tuple(left))
+        command.run(step)
+    return command.ran
 
 
 def run_step(
@@ -339,21 +372,35 @@ def run_step(
     if should_overwrite:
         _check_inputs_stay(recipe, folder)
         overwrite(folder)
-    is_adopted = not should_overwrite and adopt(recipe, work)
-    if _state(work) is not StepState.DONE:
-        with hold(folder):
-            # Check again under the lock: another command may have finished the step while it held the lock.
-            state = step_state(folder, work.fingerprint, work.identity)
-            if state is not StepState.DONE:
-                warning = lacks_policy(recipe, step)
-                if warning:
-                    log.warning("warning: %s", warning)
-                return _run(recipe, work, deadline, is_begun=state is StepState.RESUME), True
+    else:
+        artifact = finished(recipe, work)
+        if artifact is not None:
+            return artifact, False
+    with hold(folder):
+        # Check again under the lock: another command may have finished the step while it held the lock.
+        state = step_state(folder, work.fingerprint, work.identity)
+        if state is not StepState.DONE:
+            warning = lacks_policy(recipe, step)
+            if warning:
+                log.warning("warning: %s", warning)
+            return _run(recipe, work, deadline, is_begun=state is StepState.RESUME), True
+    return _done_already(recipe, work), False
+
+
+def finished(recipe: Recipe, work: Work) -> Artifact | None:
+    """The artifact of a step that is done: here, or unchanged in the parent run, from which it is then taken."""
+    if adopt(recipe, work):
+        lineage(Path(recipe.run.dir))
+        return read_artifact(work.folder.artifact)
+    return _done_already(recipe, work) if _state(work) is StepState.DONE else None
+
+
+def _done_already(recipe: Recipe, work: Work) -> Artifact:
+    folder = work.folder
     where = f"{folder.path} -> {folder.path.resolve()}" if folder.path.is_symlink() else f"{folder.artifact}"
-    if not is_adopted:
-        log.info("%s: done already (%s), nothing to do", step.name, where)
+    log.info("%s: done already (%s), nothing to do", work.step.name, where)
     lineage(Path(recipe.run.dir))
-    return read_artifact(folder.artifact), False
+    return read_artifact(folder.artifact)
 
 
 def _check_inputs_stay(recipe: Recipe, folder: StepFolder) -> None:

@@ -71,6 +71,19 @@ def find_devices() -> list[Device]:
     return devices
 
 
+def visible_cards() -> list[str]:
+    """The cards that a command may use, as CUDA_VISIBLE_DEVICES names them: those in that variable, or all."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(index) for index in range(len(find_devices()))]
+    return [card.strip() for card in named.split(",") if card.strip() not in ("", "-1")]
+
+
+def usable_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def installed_bytes() -> int:
     """The machine's own memory, all of it: what a recipe without a card has to live in."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # MemTotal of /proc/meminfo on Linux

@@ -7,9 +7,11 @@ from llamachat.config.gpus import Gpu, parse_gpu
 from llamachat.errors import UsageError
 from llamachat.memory.estimates import Estimate
 from llamachat.tables import duration, text_table
+from pipelines.execution.jobs import Group
 from pipelines.planning.estimates import card
 from pipelines.planning.fit import Fit, fits, largest_microbatch, presets, way_to_fit, way_to_shorten
 from pipelines.planning.plan import PlannedStep, sides_of_data
+from pipelines.planning.side_by_side import side_by_side, wall_seconds
 from pipelines.recipe.recipe import Recipe
 
 SIZES = ("24GiB", "48GiB", "80GiB")
@@ -75,12 +77,21 @@ def _table(recipe: Recipe, planned: Sequence[PlannedStep], gpu: Gpu | None) -> l
 def _verdict(recipe: Recipe, running: Fit, hours: float | None) -> Iterator[str]:
     """What the whole comes to: time and peak, whether it fits, and what to lower where it does not."""
     gpu = running.gpu
-    seconds = sum(estimate.seconds for estimate in running.steps.values())
+    groups = side_by_side(recipe, [step for step in recipe.steps if step.name in running.steps])
+    by_step = {name: estimate.seconds for name, estimate in running.steps.items()}
+    total_seconds, seconds = sum(by_step.values()), wall_seconds(recipe, groups, by_step)
     uncounted = [name for name, estimate in running.steps.items() if not estimate.seconds]
-    total = f"about {duration(seconds)}"
+    total = f"about {duration(total_seconds)}"
     if uncounted:
         total += f" without {', '.join(uncounted)}, which cannot be counted before download"
     yield f"  all together: {total}; at most {running.peak_bytes / GIB:.2f} GiB ('{running.worst}')"
+    for group in groups:
+        if group.jobs > 1:
+            names = ", ".join(step.name for step in group.steps)
+            each = f"on a card each of {', '.join(group.cards)}" if group.cards else f"with {_threads(group)} each"
+            yield f"  side by side: {names}, {group.jobs} at once {each} (run.jobs={recipe.run.jobs})"
+    if seconds < total_seconds:
+        yield f"  so the whole takes about {duration(seconds)}"
     if gpu is not None:
         usable = f"{gpu.usable_bytes / GIB:.1f} of {gpu.gib:g} GiB, the rest being for CUDA and its allocator"
         verdict, way = ("fits", "") if running.fits else ("DOES NOT FIT", f". {way_to_fit(recipe, gpu)}")
@@ -92,6 +103,10 @@ def _verdict(recipe: Recipe, running: Fit, hours: float | None) -> Iterator[str]
         yield f"  OVER {hours:g} h by {duration(seconds - 3600 * hours)}. Shorten all steps alike, and plan again:"
         yield f"    {way_to_shorten(steps, seconds, hours)}"
         yield f"    or run.max_hours={hours:g}: a command ends at its best checkpoint then, and the same command continues"
+
+
+def _threads(group: Group) -> str:
+    return "1 thread" if group.threads == 1 else f"{group.threads} threads"
 
 
 def presets_text(gpu: str | None = None) -> str:

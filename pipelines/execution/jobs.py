@@ -1,0 +1,274 @@
+"""Independent steps side by side: each in a process of its own, with its share of the threads or a card of its own.
+
+A group holds steps that do not read one another. A group of one step runs in this process, as without `run.jobs`. The
+process of another step is the hidden command `job`, which reads the resolved recipe and the name of its step from its
+standard input; locks, fingerprints and checkpoints are those of any command. A step that fails ends nothing but the
+steps that read it. The number of threads depends on the groups alone, so that a resumed step has as many as before.
+"""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from llamachat.config.loading import from_plain
+from llamachat.distributed import imported_torch
+from llamachat.errors import STATE_IS_KEPT, LlamachatError
+from llamachat.runs.artifacts import read_artifact
+from llamachat.training.progress import SharedProgress
+from pipelines.execution.run import Command, Ran, find_work, finished, open_command, run_step
+from pipelines.recipe.recipe import Recipe, RecipeSections, Step, resolve
+
+_FLUSH_S = 2.0  # that a process's last lines may take to arrive after its end
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Steps that do not read one another."""
+
+    steps: tuple[Step, ...]
+    jobs: int = 1  # that run at once; a single one runs in this process
+    threads: int | None = None  # of each process; None leaves it to torch
+    cards: tuple[str, ...] = ()  # one for each process, as CUDA_VISIBLE_DEVICES names them; empty: not assigned
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A step whose process has failed."""
+
+    step: str
+    status: int  # negative: the signal that ended it
+    words: str  # its last line
+
+    def __str__(self) -> str:
+        if self.status >= 0:
+            return f"{self.step} failed with exit status {self.status}: {self.words}"
+        hint = ". The system ends a process so where memory is short: try run.jobs=1" if self.status == -9 else ""
+        return f"{self.step} was ended by {signal.Signals(-self.status).name}{hint}"
+
+
+class StepsFailedError(LlamachatError):
+    """Steps that ran side by side with others have failed."""
+
+    def __init__(self, failures: Sequence[Failure], lost: Sequence[str]) -> None:
+        count = "1 step" if len(failures) == 1 else f"{len(failures)} steps"
+        words = "".join(f"\n  {failure}" for failure in failures)
+        waiting = f"Not started, since they read what is missing: {', '.join(lost)}. " if lost else ""
+        super().__init__(f"{count} failed:{words}\n{waiting}{STATE_IS_KEPT}")
+        self.exit_status = max(failures[0].status, 1)
+
+
+def one_by_one(chosen: Iterable[Step]) -> list[Group]:
+    """Each step as a group of its own, in their order."""
+    return [Group((step,)) for step in chosen]
+
+
+def independent_steps(chosen: Sequence[Step]) -> list[list[Step]]:
+    """The steps in groups that do not read one another; each group reads only earlier groups.
+
+    A step waits for every earlier one that makes what it reads, not just the nearest.
+    """
+    levels: dict[str, int] = {}
+    groups: list[list[Step]] = []
+    for place, step in enumerate(chosen):
+        level = max((levels[other.name] + 1 for other in chosen[:place] if _reads(step, other)), default=0)
+        levels[step.name] = level
+        groups += [[] for _ in range(level + 1 - len(groups))]
+        groups[level].append(step)
+    return groups
+
+
+def _reads(step: Step, earlier: Step) -> bool:
+    """Whether a step may read what an earlier one makes."""
+    made = earlier.product.makes
+    is_pooled = step.stage.pools and earlier.stage is step.stage
+    return made in step.reads or made.kind in step.stage.surveys or is_pooled
+
+
+def run_groups(recipe: Recipe, groups: Sequence[Group], *, should_overwrite: bool = False) -> Ran:
+    """Run the groups one after another, the steps of a group side by side; StepsFailedError at the end if some failed."""
+    chosen = [step for group in groups for step in group.steps]
+    command = open_command(recipe, chosen, should_overwrite=should_overwrite)
+    failures, lost = list[Failure](), list[Step]()
+    for group in groups:
+        missing = [recipe.step(failure.step) for failure in failures] + lost
+        ready = [
+            step
+            for step in group.steps
+            if not any(_reads(step, other) for other in recipe.before(step) if other in missing)
+        ]
+        lost += [step for step in group.steps if step not in ready]
+        if group.jobs > 1:
+            failures += _run_side_by_side(command, group, ready)
+        else:
+            for step in ready:
+                try:
+                    command.run(step)
+                except LlamachatError as error:
+                    if not failures:
+                        raise
+                    failures.append(Failure(step.name, error.exit_status, str(error)))
+    if failures:
+        raise StepsFailedError(failures, [step.name for step in lost])
+    return command.ran
+
+
+def _run_side_by_side(command: Command, group: Group, steps: Iterable[Step]) -> list[Failure]:
+    """Run the steps in processes of their own, `group.jobs` at once; what has failed."""
+    failures, waiting = list[Failure](), deque[Step]()
+    for step in steps:
+        try:
+            artifact = None if command.should_overwrite else finished(command.recipe, find_work(command.recipe, step))
+        except LlamachatError as error:
+            failures.append(Failure(step.name, error.exit_status, str(error)))
+            continue
+        if artifact is None:
+            waiting.append(step)
+        else:
+            command.artifacts.append(artifact)
+    _free_cards()
+    free, running = list(range(group.jobs)), dict[str, _Process]()
+    events: SimpleQueue[_Event] = SimpleQueue()
+    with SharedProgress() as progress:
+        try:
+            while waiting or running:
+                while waiting and free:
+                    step = waiting.popleft()
+                    if not command.is_left(step):
+                        running[step.name] = _Process(command, group, step, free.pop(0), events)
+                        command.num_worked += 1
+                if not running:
+                    break
+                event = events.get()
+                if event.line is not None:
+                    if event.step in running and event.line.strip():
+                        running[event.step].last_line = event.line
+                    progress.line(event.step, event.line)
+                    continue
+                process = running.pop(event.step)
+                free.append(process.slot)
+                progress.end(event.step)
+                if event.status == 0:
+                    folder = command.recipe.folder(command.recipe.step(event.step))
+                    command.artifacts.append(read_artifact(folder.artifact))
+                else:
+                    failures.append(Failure(event.step, event.status, process.last_line))
+                    others = f"; still running: {', '.join(running)}" if running else ""
+                    progress.line(event.step, f"{event.step}: failed{others}")
+        finally:
+            _stop(running.values())
+    return failures
+
+
+def _free_cards() -> None:
+    """Give back what earlier steps of this process have cached on the cards."""
+    torch = imported_torch()
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+# -- processes
+
+
+@dataclass(frozen=True, slots=True)
+class _Event:
+    """A step's process has printed a line, or has ended."""
+
+    step: str
+    line: str | None = None
+    status: int = 0
+
+
+class _Process:
+    """The process of one step; what it prints and its end are put into `events`."""
+
+    def __init__(self, command: Command, group: Group, step: Step, slot: int, events: "SimpleQueue[_Event]") -> None:
+        self.slot = slot
+        self.last_line = ""
+        self._step, self._events = step.name, events
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "pipelines", "job"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=_environment(group, slot),
+            text=True,
+            errors="replace",
+        )
+        order = {
+            "recipe": command.recipe.sections.model_dump(mode="json"),
+            "step": step.name,
+            "overwrite": command.should_overwrite,
+            "deadline": command.deadline,
+        }
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError), self._process.stdin as stream:  # its exit status says what was wrong
+            stream.write(json.dumps(order))
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._events.put(_Event(self._step, line=line.rstrip("\n")))
+
+    def _wait(self) -> None:
+        status = self._process.wait()
+        self._reader.join(_FLUSH_S)  # a service that it has left may hold the pipe open
+        self._events.put(_Event(self._step, status=status))
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self) -> None:
+        self._process.wait()
+
+
+def _environment(group: Group, slot: int) -> Mapping[str, str]:
+    # The child finds the modules that this process finds, wherever it was started.
+    places = [place or str(Path.cwd()) for place in sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "LLAMACHAT_DIE_WITH_PARENT": "1"}
+    if group.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(group.threads)
+    if group.cards:
+        environment["CUDA_VISIBLE_DEVICES"] = group.cards[slot % len(group.cards)]
+    return environment
+
+
+def _stop(processes: Iterable[_Process]) -> None:
+    """End the processes as `kill` does, which keeps their state; at a second interrupt at once."""
+    processes = list(processes)
+    for process in processes:
+        process.terminate()
+    try:
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+        raise
+
+
+def run_job(order: str) -> None:
+    """Run the step that another process has ordered on the standard input."""
+    # At Ctrl-C the terminal sends SIGINT to every process; the one that started this one stops it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    values: dict[str, Any] = json.loads(order)
+    recipe = resolve(from_plain(RecipeSections, values["recipe"]))
+    step = recipe.step(values["step"])
+    run_step(recipe, step, should_overwrite=values["overwrite"], deadline=values["deadline"])

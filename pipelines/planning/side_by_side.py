@@ -1,0 +1,65 @@
+"""How many independent steps run at once (`run.jobs`), with how many threads or on which cards, and how long they take."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+from llamachat import distributed
+from llamachat.memory.estimates import shape_of
+from pipelines.execution.jobs import Group, independent_steps, one_by_one
+from pipelines.planning.estimates import estimate_step
+from pipelines.planning.hardware import installed_bytes, usable_cores, visible_cards
+from pipelines.recipe.recipe import Recipe, Step
+
+MEMORY_SHARE = 0.75  # of the machine's memory that steps side by side may take
+# A model of this width or less is as fast with one thread as with two (the bundled model, measured); of a wider one we
+# assume that two steps with half of the threads each take as long as one after the other.
+SMALL_HIDDEN_SIZE = 256
+
+
+def side_by_side(recipe: Recipe, chosen: Sequence[Step]) -> list[Group]:
+    """The chosen steps in the groups in which they run: each alone in the recipe's order, or independent ones together."""
+    if recipe.run.jobs == 1 or distributed.has_launcher():
+        return one_by_one(chosen)
+    groups = [_group(recipe, steps) for steps in independent_steps(chosen)]
+    return groups if any(group.jobs > 1 for group in groups) else one_by_one(chosen)
+
+
+def _group(recipe: Recipe, steps: Sequence[Step]) -> Group:
+    if len(steps) == 1:
+        return Group(tuple(steps))
+    cards, cores, own_threads = visible_cards(), usable_cores(), os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(own_threads) if own_threads.isdecimal() else None
+    if recipe.run.jobs != "auto":
+        jobs = min(recipe.run.jobs, len(steps))
+    elif any(step.rollout.server for step in steps if "rollout" in step.stage.shared):
+        jobs = 1  # the server holds the weights of one policy
+    elif cards:
+        jobs = min(len(cards), len(steps))
+    else:
+        jobs = _most_in_memory(recipe, steps, min(len(steps), max(1, cores // (threads or 1))))
+    if jobs == 1:
+        return Group(tuple(steps))
+    return Group(tuple(steps), jobs, threads or max(1, cores // jobs), tuple(cards))
+
+
+def _most_in_memory(recipe: Recipe, steps: Sequence[Step], most: int) -> int:
+    """How many of the steps, at most this many, the machine's memory holds at once by the plan."""
+    estimates = [estimate_step(recipe, step) for step in steps]
+    needs = sorted((one.peak_bytes if one else installed_bytes() for one in estimates), reverse=True)
+    room = MEMORY_SHARE * installed_bytes()
+    return next((jobs for jobs in range(most, 1, -1) if sum(needs[:jobs]) <= room), 1)
+
+
+def wall_seconds(recipe: Recipe, groups: Sequence[Group], seconds: Mapping[str, float]) -> float:
+    """How long the groups take, given the seconds of each step where it runs alone."""
+    shape = shape_of(recipe.base.model)
+    is_small = shape is not None and shape.hidden_size <= SMALL_HIDDEN_SIZE
+    total = 0.0
+    for group in groups:
+        # Each step goes to the process that is free first.
+        busy = [0.0] * group.jobs
+        for step in group.steps:
+            share = 1 if group.cards or is_small else group.jobs
+            busy[busy.index(min(busy))] += share * seconds.get(step.name, 0.0)
+        total += max(busy)
+    return total

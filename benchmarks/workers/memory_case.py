@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -240,14 +240,15 @@ def open_iterations(config: PpoConfig, inputs: StepInputs, *, prompt_tokens: int
         side: [replace(prompt, ids=_ids(prompt_tokens)) for prompt in getattr(prompts, side)[:4]]
         for side in ("train", "validation", "test")
     }
-    session = replace(session, prompts=replace(prompts, **sides))
+    # The engine is made where the memory is measured, so that nothing stops it.
+    session = replace(session, prompts=replace(prompts, **sides), engine=cast(Any, None))
     for module in session.bank._modules():
         _touched(module)
 
     def run() -> float:
         tracker = open_record(inputs, "ppo", resume_step=None)
-        training = start_or_resume(config, session, tracker.__enter__(), None, "")
-        training.session = replace(session, engine=LlamaEngine(session.bank.policy_model(), ()))  # nothing stops it
+        engine = LlamaEngine(session.bank.policy_model(), ())
+        training = start_or_resume(config, replace(session, engine=engine), tracker.__enter__(), None, "")
         figures: dict[str, float] = {}
         for _ in range(STEPS):
             figures = training.iterate()

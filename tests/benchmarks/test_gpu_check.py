@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_check.figures import Figure, found, line, write
+from benchmarks.gpu_check.sizes import CARD
 from tests.cuda_standin.device import Device
 from tests.cuda_standin.process import on_standin
+from tests.cuda_standin.sparse_models import write_sparse_models
 
 EXPECTED = (
     "self_attn.q_proj in 4 bits, 1 rows: forward",
@@ -85,6 +87,31 @@ def _with_other_products(step: Any) -> Any:
 
 def _wrong(figures: Any) -> list[str]:
     return [figure.name for figure in figures if not figure.is_right]
+
+
+def test_the_plan_is_near_the_peak_of_the_model_that_a_card_is_checked_with(tmp_path: Path) -> None:
+    write_sparse_models(tmp_path, CARD.shape)
+    ratios = on_standin(_ratios, tmp_path, is_shape_mode=True)
+    assert ratios.keys() == {"sft: plan over measured", "rm: plan over measured", "ppo: plan over measured"}
+    for name, ratio in ratios.items():
+        assert 0.88 < ratio < 1.12, name
+
+
+def _ratios(device: Device, folder: str) -> dict[str, float]:
+    from benchmarks.gpu_check.sizes import sizes_for
+    from benchmarks.gpu_check.steps import card, step
+    from tests.cuda_standin.memory_cases import _without_values
+
+    _without_values()
+    gpu = card()
+    assert gpu is not None and sizes_for(gpu) == CARD
+    figures = [
+        figure
+        for case in CARD.cases
+        for figure in step(case, Path(folder), CARD, gpu, is_toy=False, peak=None)
+        if figure.least is not None
+    ]
+    return {figure.name: figure.value for figure in figures}
 
 
 def test_a_figure_is_right_within_its_bounds_alone() -> None:

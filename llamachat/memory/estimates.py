@@ -24,8 +24,8 @@ ASSUMED_MFU = {"full": 0.40, "lora": 0.40, "qlora": 0.30}
 # for its constant, 32 bits a group of 256 blocks for the constant of the constants.
 NF4_BLOCK = 64
 NF4_BYTES = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * 256)
-# What the backward pass of a block needs in addition to what the block keeps, as shares of that: its scores apart, and
-# of them. Ours, counted on a CPU (tests/pipelines/planning/test_allocated_bytes.py).
+# What the backward pass of a block needs on a CPU in addition to what the block keeps, as shares of that: its scores apart,
+# and of them. Ours, counted there (tests/pipelines/planning/test_allocated_bytes.py).
 GRADIENTS_OF_A_BLOCK, GRADIENTS_OF_SCORES = 0.8, 0.15
 STEPPED_AT_ONCE = (
     2**27
@@ -267,27 +267,43 @@ def training_memory(
     plain = tokens * _block_bytes_per_token(setup, is_eager=False)
     inputs = shape.layers * tokens * shape.hidden_size * width
     kept = inputs if gradient_checkpointing else shape.layers * block
-    backward = round(GRADIENTS_OF_A_BLOCK * plain + GRADIENTS_OF_SCORES * (block - plain))
+    matrix = max(a * b for a, b in shape.projections.values()) * width
+    if setup.gpu is None:
+        backward = round(GRADIENTS_OF_A_BLOCK * plain + GRADIENTS_OF_SCORES * (block - plain))
+        # A matrix that is reached twice has a second gradient for a moment; the head's comes while all activations are kept.
+        backward += shape.largest_weights(tuning) * width
+    else:
+        backward = _backward_on_gpu(setup, tokens, matrix=0 if tuning.method == "lora" else matrix)
     backward += block if gradient_checkpointing else 0
-    # A matrix that is reached twice has a second gradient for a moment; the head's comes while all activations are kept.
-    adding = shape.largest_weights(tuning) * width
     stepping = _stepping_bytes(setup, weights_per_card, has_all_roots=setup.gpu is not None and not is_cut)
     return {
         BASE_WEIGHTS: weights_per_card * width if is_cut else setup.trunk_bytes,
         # Two blocks' weights, one's gradients, and these again in fp32 on their way to the cards that keep them.
         GATHERED: shape.layer_weights * (3 * width + 4) if is_cut else 0,
         BETWEEN_CARDS: 4 * trained if cards > 1 and not is_full else 0,
-        "one unpacked matrix": max(a * b for a, b in shape.projections.values()) * width
-        if tuning.method == "qlora"
-        else 0,
+        # On a GPU it is part of a block's backward pass.
+        "one unpacked matrix": matrix if tuning.method == "qlora" and setup.gpu is None else 0,
         TRAINED_WEIGHTS: 0 if is_full else trained * width,
         "gradients": weights_per_card * width,
         OPTIMIZER: weights_per_card * (moments + (0 if width == 4 else 4)),
         "activations": kept,
         "logits of a chunk": logits,
-        "a block's backward, beyond the logits": max(0, backward + adding - logits),
-        "the optimizer's step, beyond activations": max(0, stepping - kept - max(logits, backward + adding)),
+        "a block's backward, beyond the logits": max(0, backward - logits),
+        "the optimizer's step, beyond activations": max(0, stepping - kept - max(logits, backward)),
     }
+
+
+def _backward_on_gpu(setup: Setup, tokens: int, *, matrix: int) -> int:
+    """What the backward pass of a block needs in addition to what the block keeps.
+
+    The larger of two moments in its MLP, counted on the stand-in of a GPU: the gradients of the product of gate and up with
+    those of its factors, and a projection's gradient with `matrix` bytes of the weight that is unpacked for it, or of the
+    weight's own gradient.
+    """
+    hidden, inner = setup.shape.hidden_size, setup.shape.intermediate_size
+    return max(
+        (2 * hidden + 4 * inner) * setup.width * tokens, (2 * hidden + 2 * inner) * setup.width * tokens + matrix
+    )
 
 
 def _stepping_bytes(setup: Setup, weights_per_card: int, *, has_all_roots: bool) -> int:

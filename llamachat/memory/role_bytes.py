@@ -14,6 +14,7 @@ ANSWER_SHARE = 0.4
 # Answers that are sampled at once: the engine's most on a CPU, and what a card should have room for (it takes up to 512).
 CPU_ROWS, CACHED_ROWS = 80, 64
 PROMPT_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}  # that the decoder reads
+SPARE_COLUMNS = 32  # steps between two layouts: each copies the cache once, and each spare column is computed on
 PLAIN_SCORES = 2**24  # scores a key-value head for all prompts that are read at once; more go through the fused kernel
 ROLLOUT_PARTS = CACHE, DECODER, STEP, SERVER = (
     "keys and values of the rollout",
@@ -150,21 +151,26 @@ def rollout_bytes(
         return {} if rollout.server_gib is None else {SERVER: round(rollout.server_gib * 2**30)}
     shape, gpu = setup.shape, setup.gpu
     alone = shape.layers * (shape.hidden_size**2 + shape.hidden_size * shape.intermediate_size)
-    copy = (shape.linear_weights - (alone if shares_plain else 0)) * setup.width
-    copy += shape.embedding_weights * setup.width if has_copied_ends else 0
+    merged = (shape.linear_weights - (alone if shares_plain else 0)) * setup.width
+    merged += shape.embedding_weights * setup.width if has_copied_ends else 0
+    copy = merged
     if rollout.engine == "hugging_face":
         copy = 0
     elif gpu and copy > SHARE_FOR_DECODER * (gpu.usable_bytes - loaded_bytes):
         copy = _unmerged_bytes(setup)
     rows = min(CACHED_ROWS if gpu else CPU_ROWS, answers or CACHED_ROWS)
-    row = setup.base.max_tokens * 2 * shape.layers * shape.key_value_size * setup.width
+    columns = setup.base.max_tokens + (SPARE_COLUMNS if gpu else 0)
+    row = columns * 2 * shape.layers * shape.key_value_size * setup.width
     cache = rows * row
     if rollout.cache_gib != "auto":
         cache = min(cache, round(rollout.cache_gib * 2**30))
     elif gpu:
         room = gpu.usable_bytes - loaded_bytes - copy
-        cache = min(cache, max(row, cache_budget(room, _reading_bytes(setup, rollout, rows=rows))))
-    return {CACHE: cache, DECODER: copy, STEP: _step_bytes(setup, rollout, rows=rows, cache=cache)}
+        cache = min(
+            cache, max(row, cache_budget(room, _reading_bytes(setup, rollout, rows=rows, is_merged=copy == merged)))
+        )
+    step = _step_bytes(setup, rollout, rows=rows, cache=cache, is_merged=copy == merged)
+    return {CACHE: cache, DECODER: copy, STEP: step}
 
 
 def sleeping_bytes(rollout: Rollout) -> dict[str, int]:
@@ -187,30 +193,44 @@ def _unmerged_bytes(setup: Setup) -> int:
     return scales + shape.layers * rank * (up + down) * setup.width
 
 
-def _step_bytes(setup: Setup, rollout: Rollout, *, rows: int, cache: int) -> int:
-    """The larger of reading prompts and drawing tokens: activations of one block and scores, or logits of all rows."""
+def _step_bytes(setup: Setup, rollout: Rollout, *, rows: int, cache: int, is_merged: bool) -> int:
+    """The largest of reading prompts, drawing tokens and merging: activations of a block and scores, logits of all rows, or
+    a matrix in fp32, to which its adapter is added."""
     shape, width = setup.shape, setup.width
-    states = _reading_bytes(setup, rollout, rows=rows)
+    states = _reading_bytes(setup, rollout, rows=rows, is_merged=is_merged)
     # A layer's keys and values are copied as the rows are laid out again; a logit is in its own width, fp32, as a probability.
     drawing = max(2 * cache // shape.layers // 2, rows * shape.vocabulary * (width + 8))
-    return max(states, drawing)
+    merging = 0
+    if setup.gpu and is_merged and setup.tuning.method != "full":
+        unpacked = width if setup.tuning.method == "qlora" else 0
+        merging = max(inputs * outputs for inputs, outputs in shape.projections.values()) * (4 + unpacked)
+    return max(states, drawing, merging)
 
 
-def _reading_bytes(setup: Setup, rollout: Rollout, *, rows: int) -> int:
+def _reading_bytes(setup: Setup, rollout: Rollout, *, rows: int, is_merged: bool) -> int:
     """Activations of one block, and scores, as prompts are read."""
     shape, width = setup.shape, setup.width
     prompt = max(1, setup.base.max_tokens - rollout.max_new_tokens)
     tokens = min(rows * prompt, max(prompt, PROMPT_TOKENS_AT_ONCE["cpu" if setup.gpu is None else "cuda"]))
-    states = reading_bytes(tokens, shape.hidden_size, shape.intermediate_size, width=width)
-    if setup.gpu is None:  # scores and their softmax, up to a bound per key-value head
-        scores = min(tokens * prompt * shape.heads, PLAIN_SCORES * shape.key_value_heads) * 2 * width
-        states = max(states, tokens * 6 * shape.hidden_size * width + scores)
-    return states
+    if setup.gpu:
+        sizes = (shape.hidden_size, shape.query_size, shape.key_value_size, shape.intermediate_size)
+        return reading_bytes(tokens, *sizes, width=width, is_4bit=setup.tuning.method == "qlora" and not is_merged)
+    states = tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size) * width
+    # Scores and their softmax, up to a bound per key-value head.
+    scores = min(tokens * prompt * shape.heads, PLAIN_SCORES * shape.key_value_heads) * 2 * width
+    return max(states, tokens * 6 * shape.hidden_size * width + scores)
 
 
-def reading_bytes(tokens: int, hidden_size: int, intermediate_size: int, *, width: int) -> int:
-    """Activations of one block as the decoder reads this many tokens of prompts."""
-    return tokens * (4 * hidden_size + 3 * intermediate_size) * width
+def reading_bytes(
+    tokens: int, hidden: int, query: int, key_value: int, intermediate: int, *, width: int, is_4bit: bool
+) -> int:
+    """Activations of one block as the decoder reads this many tokens of prompts on a GPU, counted on its stand-in.
+
+    In the MLP's last product: its input with gate and up, residuals before and after, queries, keys and values as they
+    came and as they were turned, what attention gave, and the unpacked matrix.
+    """
+    numbers = 3 * hidden + 3 * query + 3 * key_value + 3 * intermediate
+    return tokens * numbers * width + (hidden * intermediate * width if is_4bit else 0)
 
 
 def cache_budget(free_bytes: float, reading_bytes: int) -> int:

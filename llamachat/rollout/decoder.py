@@ -17,6 +17,7 @@ from llamachat.memory.role_bytes import (
     PROMPT_TOKENS_AT_ONCE,
     SHARE_FOR_CACHE,
     SHARE_FOR_DECODER,
+    SPARE_COLUMNS,
     cache_budget,
     reading_bytes,
 )
@@ -24,7 +25,7 @@ from llamachat.models.loading import context_length, free_bytes, rope_parameters
 from llamachat.rollout.cache import Cache
 from llamachat.rollout.engine import Completion, Sampling, check_prompts, evaluating
 from llamachat.rollout.graphs import Capture, CudaCapture, Recordings
-from llamachat.rollout.live_rows import SPARE_COLUMNS, Done, Group, LiveRows
+from llamachat.rollout.live_rows import Done, Group, LiveRows
 from llamachat.rollout.network import ROPE_TYPES, Network
 from llamachat.rollout.weights import Weights, base_layer, merged_copy_bytes, without_wrapper
 
@@ -216,8 +217,11 @@ class LlamaEngine:
             size = self._cache_gib * 2**30
         elif device.type == "cuda":
             tokens = min(prompt_tokens, self._prompt_tokens)
-            width = self._network.weights.dtype.itemsize
-            reading = reading_bytes(tokens, config.hidden_size, config.intermediate_size, width=width)
+            shape, weights = self._network.shape, self._network.weights
+            key_value = shape.heads * shape.head_size
+            query = key_value * config.num_attention_heads // shape.heads
+            sizes = (config.hidden_size, query, key_value, config.intermediate_size)
+            reading = reading_bytes(tokens, *sizes, width=weights.dtype.itemsize, is_4bit=weights.is_4bit)
             size = cache_budget(free_bytes(device), reading)
         else:
             size = SHARE_FOR_CACHE["cpu"] * free_bytes(device)

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from llamachat.memory.role_bytes import SPARE_COLUMNS
 from llamachat.rollout.cache import Cache, on_device, rounded_up
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.rollout.graphs import RECORDED_COLUMNS, Recordings, padded_rows
 from llamachat.rollout.network import Network
 from llamachat.rollout.sampling import choose, row_uniforms
 
-SPARE_COLUMNS = 32  # steps between two layouts: each copies the cache once, and each spare column is computed on
 # A CPU's library compiles and keeps a kernel for each shape of a product. Rows and columns are therefore rounded up to
 # these multiples: fewer kernels, less memory and less time.
 ROWS_AT_ONCE = 16

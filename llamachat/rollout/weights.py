@@ -126,6 +126,7 @@ class Weights:
             _stack(modules, self.dtype) if is_merged else _unmerged(modules, self.dtype)
             for modules in _projections(trunk)
         ]
+        self.is_4bit = any(isinstance(product, Packed) for product in self._products)
         # The model's own modules may do in Python what a recording would not repeat.
         self.can_be_recorded = not any(isinstance(product, Through) for product in self._products)
         embedding, head = _ends(trunk)
@@ -306,6 +307,7 @@ def _fill(product: Dense | Packed, modules: Sequence[nn.Module]) -> bool:
         rows = slice(start, start + weight.shape[0])
         start = rows.stop
         product.weight[rows].copy_(weight)
+        del weight  # in fp32 it is large: the next one is not made next to it
         bias = getattr(layer, "bias", None)
         if product.bias is not None and bias is not None:
             product.bias[rows].copy_(bias)

@@ -40,9 +40,10 @@ from reward import Config as RewardConfig
 from reward.config import CPU_ROW_TOKENS as REWARD_ROW_TOKENS
 from sft import Config as SftConfig
 
-# Bytes of a logit of supervised tuning: in fp32, its logarithm and its gradient, together for a moment; on a GPU TRL's fused
-# head never has the last two. Of PPO: in fp32, with what its backward pass makes of it (ours, measured on a CPU).
-LOGIT_BYTES, FUSED_LOGIT_BYTES, PPO_LOGIT_BYTES = 12, 10, 20
+# Bytes of a logit of supervised tuning on a CPU: in fp32, its logarithm and its gradient, together for a moment. Of PPO: in
+# fp32, with what its backward pass makes of it (ours, measured on a CPU and counted on the stand-in of a GPU).
+LOGIT_BYTES, PPO_LOGIT_BYTES = 12, {"cpu": 20, "cuda": 16}
+TRL_TOKENS, TRL_PIECES = 4096, 32768  # whose logits TRL's loss, which a GPU takes, has at once
 SHARE_OF_ANSWERS = 0.6  # of a row's tokens in PPO, those of answers, which have logits; ours, assumed
 IN_BANK = (BASE_WEIGHTS, GATHERED, TRAINED_WEIGHTS)  # parts of a training that the bank's count has
 # A report's seconds on one CPU core, matplotlib's loading counted: ours, measured: nine steps with 75 pictures took 16 s.
@@ -52,13 +53,13 @@ REPORT_SECONDS, REPORT_SECONDS_OF_CURVES = 5.0, 1.2
 def sft_cost(config: SftConfig, setup: Setup, *, dialogs: int | None, tokens_per_dialog: float = 200.0) -> Estimate:
     """Of supervised tuning on this many dialogs (None: they were not counted)."""
     tokens = (1 if config.packing else config.rows_per_microbatch) * setup.base.max_tokens
-    each = FUSED_LOGIT_BYTES if setup.gpu else LOGIT_BYTES
+    logits = min(tokens, TOKENS_PER_CHUNK) * setup.shape.vocabulary * LOGIT_BYTES
     memory = training_memory(
         setup,
         tokens=tokens,
         optimizer=config.optimizer,
         gradient_checkpointing=config.gradient_checkpointing,
-        logits=min(tokens, TOKENS_PER_CHUNK) * setup.shape.vocabulary * each,
+        logits=_trl_loss_bytes(setup, tokens) if setup.gpu else logits,
     )
     if setup.gpu and setup.gpu.count > 1 and setup.tuning.method == "full" and config.sample_prompts:
         # Weights are cut over the cards: answers are sampled from them gathered whole, beside the optimizer alone.
@@ -75,6 +76,18 @@ def sft_cost(config: SftConfig, setup: Setup, *, dialogs: int | None, tokens_per
         assumed=f"{tokens_per_dialog:.0f} tokens a dialog",
     )
     return Estimate(memory, seconds, _steps(dialogs, config.epochs, config.examples_per_step), assumed, LOADED)
+
+
+def _ppo_logit_bytes(setup: Setup) -> int:
+    return PPO_LOGIT_BYTES["cuda" if setup.gpu else "cpu"]
+
+
+def _trl_loss_bytes(setup: Setup, tokens: int) -> int:
+    """TRL's loss: logits of a tile, states and their gradients in fp32 and as they are; the head's gradient likewise."""
+    shape, width = setup.shape, setup.width
+    tile = min(tokens, TRL_TOKENS) * min(shape.vocabulary, TRL_PIECES) * width
+    head = shape.vocabulary * shape.hidden_size * (4 + width) if setup.tuning.method == "full" else 0
+    return tile + tokens * shape.hidden_size * (4 + 2 * width) + head
 
 
 def reward_cost(
@@ -97,7 +110,7 @@ def reward_cost(
     auto = REWARD_ROW_TOKENS if setup.gpu is None else 0
     tokens = max(auto if config.row_tokens == "auto" else config.row_tokens, 2 * setup.base.max_tokens)
     chunk = min(tokens // 2, tokens_per_chunk(on_cpu=setup.gpu is None))
-    logits = PPO_LOGIT_BYTES * chunk * setup.shape.vocabulary
+    logits = _ppo_logit_bytes(setup) * chunk * setup.shape.vocabulary
     memory = training_memory(
         replace(setup, shape=setup.shape.headless()),
         tokens=tokens,
@@ -234,7 +247,7 @@ def ppo_updating_bytes(config: PpoConfig, setup: Setup) -> dict[str, int]:
         tokens=tokens,
         optimizer="adamw",
         gradient_checkpointing=config.gradient_checkpointing,
-        logits=PPO_LOGIT_BYTES
+        logits=_ppo_logit_bytes(setup)
         * round(min(SHARE_OF_ANSWERS * tokens, tokens_per_chunk(on_cpu=gpu is None)))
         * setup.shape.vocabulary,
         is_eager=gpu is None,  # a CPU attends a sequence at a time, without a fused kernel

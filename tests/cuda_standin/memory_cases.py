@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,7 +37,7 @@ def cases_of(recipe: Recipe) -> list[Case]:
                 checkpointing=ppo.gradient_checkpointing,
             )
         )
-    return cases
+    return [replace(case, attention="auto") for case in cases]
 
 
 def peaks(device: Device, folder: str, cases: list[dict[str, Any]], rank: int) -> list[dict[str, int]]:
@@ -56,8 +57,13 @@ def peaks(device: Device, folder: str, cases: list[dict[str, Any]], rank: int) -
     return found
 
 
-def ppo_peaks(device: Device, preset: str, folder: str, responses: int, prompt_tokens: int) -> dict[str, int]:
-    """Of PPO as the preset runs it, with so many responses: a policy, two reward models and a judge on one base."""
+def ppo_peaks(
+    device: Device, preset: str, settings: list[str], folder: str, responses: int, prompt_tokens: int
+) -> dict[str, int]:
+    """Of PPO as the preset runs it with these settings, but for the number of responses, which are as long as they may be.
+
+    A policy, two reward models and a judge are adapters on one base.
+    """
     from benchmarks.workers.memory_case import PROMPTS, open_iterations
     from llamachat.config.sections import Run, Tracking
     from llamachat.models.loading import attach_adapter, load_base
@@ -70,7 +76,7 @@ def ppo_peaks(device: Device, preset: str, folder: str, responses: int, prompt_t
     from tests.tiny_llama import publish_policy
 
     _without_values()
-    recipe = load(preset, [f"base.model={folder}/base"])
+    recipe = load(preset, [f"base.model={folder}/base", *settings])
     base, tuning = recipe.base, recipe.tuning
     with TemporaryDirectory() as scratch:
         place = Path(scratch)

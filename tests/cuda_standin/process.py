@@ -4,6 +4,7 @@ One server for each pytest process loads the stand-in and the libraries, which t
 """
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -94,6 +95,7 @@ def serve() -> None:
     device = load()
     for name in LIBRARIES:
         importlib.import_module(name)
+    gc.freeze()  # a child's collections leave out what is loaded
     for line in sys.stdin:
         call = json.loads(line)
         child = os.fork()

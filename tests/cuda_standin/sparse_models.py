@@ -13,7 +13,7 @@ from llamachat.memory.estimates import Shape
 LARGEST_FILE = 4 * 2**30  # one mapping may not be larger than the machine's memory
 
 
-def write_sparse_models(folder: Path, shape: Shape) -> Path:
+def write_sparse_models(folder: Path, shape: Shape, *, positions: int = 4096) -> Path:
     """A base and a reward model of the shape in bf16, each with a tokenizer of as many ids."""
     config = {
         "model_type": "llama",
@@ -24,7 +24,7 @@ def write_sparse_models(folder: Path, shape: Shape) -> Path:
         "num_key_value_heads": shape.key_value_heads,
         "vocab_size": shape.vocabulary,
         "tie_word_embeddings": shape.is_tied,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": positions,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
         "dtype": "bfloat16",

@@ -52,7 +52,7 @@ using Lock = std::lock_guard<std::recursive_mutex>;
 
 bool is_shape_mode = false;
 constexpr double COMPUTED_BELOW = 256 << 10;         // bytes of operands that are computed in shape mode too
-constexpr double INTEGERS_COMPUTED_BELOW = 64 << 20;  // the same where no operand is floating point
+constexpr double INTEGERS_COMPUTED_BELOW = 64 << 20;  // the same of integers, and of what is copied to the host
 
 // ------------------------------------------------------------------------------------------------- memory
 
@@ -372,6 +372,58 @@ double traffic_of(const std::string& name, const std::vector<IValue>& arguments,
 
 bool is_written(const c10::Argument& argument) { return argument.alias_info() && argument.alias_info()->isWrite(); }
 
+// Meta kernels are slow, many being Python's, and a model asks the same again in each layer: what they gave by operation
+// and arguments.
+std::unordered_map<std::string, Stack> meta_results;
+
+void append(std::string& key, const void* data, size_t bytes) { key.append(static_cast<const char*>(data), bytes); }
+
+// Adds the value to a key; false where it is of a kind that has none.
+bool append(std::string& key, const IValue& value) {
+  key.push_back('|');
+  auto add = [&](const at::Tensor& tensor) {
+    key.push_back(tensor.defined() ? char('A' + int(tensor.scalar_type())) : '-');
+    if (tensor.defined()) {
+      key.push_back(char(tensor.dim()));
+      append(key, tensor.sizes().data(), tensor.dim() * sizeof(int64_t));
+      append(key, tensor.strides().data(), tensor.dim() * sizeof(int64_t));
+    }
+  };
+  if (value.isNone()) return true;
+  if (value.isTensor()) {
+    add(value.toTensor());
+  } else if (value.isTensorList()) {
+    for (const at::Tensor& tensor : value.toTensorVector()) add(tensor);
+  } else if (value.isOptionalTensorList()) {
+    for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorVector()) add(tensor.value_or(at::Tensor()));
+  } else if (value.isInt() || value.isDouble() || value.isBool() || value.isIntList() || value.isBoolList() ||
+             value.isDoubleList() || value.isString()) {
+    std::ostringstream text;
+    text << value.tagKind() << std::hexfloat << value;
+    key += text.str();
+  } else {
+    return value.isDevice();
+  }
+  return true;
+}
+
+void run_meta(const c10::OperatorHandle& operation, const std::vector<IValue>& arguments, Stack& stack) {
+  std::string key = operation.schema().name() + "." + operation.schema().overload_name();
+  bool has_key = true;
+  for (const IValue& argument : arguments) has_key = has_key && append(key, argument);
+  {
+    Lock lock(mutex);
+    auto found = has_key ? meta_results.find(key) : meta_results.end();
+    if (found != meta_results.end()) {
+      stack = found->second;
+      return;
+    }
+  }
+  operation.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Meta), &stack);
+  Lock lock(mutex);
+  if (has_key) meta_results[key] = stack;
+}
+
 // The results of an operation, from the CPU's kernel or the meta kernel. `into`: the tensors that take them.
 std::vector<IValue> run(const c10::OperatorHandle& operation, const std::vector<IValue>& arguments, bool is_computed,
                         const std::vector<IValue>* into) {
@@ -379,12 +431,14 @@ std::vector<IValue> run(const c10::OperatorHandle& operation, const std::vector<
   const auto device = is_computed ? c10::kCPU : c10::kMeta;
   Stack stack;
   std::vector<at::Tensor> outputs(arguments.size());  // `out` arguments without elements, which the kernel resizes
+  bool has_outputs = false;
   for (size_t i = 0; i < arguments.size(); i++) {
     const IValue& argument = arguments[i];
     bool is_output = is_written(schema.arguments()[i]) && argument.isTensor() && argument.toTensor().defined();
     if (is_output && argument.toTensor().numel() == 0) {
       outputs[i] = at::empty({0}, argument.toTensor().options().device(device));
       stack.emplace_back(outputs[i]);
+      has_outputs = true;
     } else if (argument.isDevice()) {
       stack.emplace_back(Device(device));
     } else {
@@ -393,7 +447,12 @@ std::vector<IValue> run(const c10::OperatorHandle& operation, const std::vector<
   }
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    operation.redispatchBoxed(c10::DispatchKeySet(is_computed ? c10::DispatchKey::CPU : c10::DispatchKey::Meta), &stack);
+    if (is_computed || has_outputs) {
+      auto key = is_computed ? c10::DispatchKey::CPU : c10::DispatchKey::Meta;
+      operation.redispatchBoxed(c10::DispatchKeySet(key), &stack);
+    } else {
+      run_meta(operation, arguments, stack);
+    }
   }
   for (size_t i = 0; i < arguments.size(); i++) {
     if (!outputs[i].defined() || outputs[i].numel() == 0) continue;
@@ -552,8 +611,8 @@ void copy_bytes(const at::Tensor& to, const at::Tensor& from) {
 at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking) {
   if (self.numel() == 0) return self;
   double bytes = bytes_of(self) + bytes_of(source);
-  bool is_integer = !at::isFloatingType(self.scalar_type());
-  bool is_computed = !is_shape_mode || bytes < COMPUTED_BELOW || (is_integer && bytes < INTEGERS_COMPUTED_BELOW);
+  bool is_read = !at::isFloatingType(self.scalar_type()) || !self.is_cuda();
+  bool is_computed = !is_shape_mode || bytes < COMPUTED_BELOW || (is_read && bytes < INTEGERS_COMPUTED_BELOW);
   if (self.is_cuda() && source.is_cuda()) {
     count_kernel("aten::copy_", 0, bytes);
     if (captured) {

@@ -96,18 +96,22 @@ def test_the_sets_of_the_presets_are_named_with_their_split_and_format() -> None
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_page_has_the_steps_and_hours_of_the_plan(name: str) -> None:
+def test_the_pages_have_the_steps_memory_and_hours_of_the_plan(name: str) -> None:
     recipe = load(f"configs/{name}.yaml")
-    steps = ("sft", "rm/helpfulness", "rm/safety", "rm/judge")
-    estimates = [estimate for step in steps if (estimate := estimate_step(recipe, recipe.step(step))) is not None]
-    (row,) = [
-        line
-        for line in Path("docs/presets.md").read_text().splitlines()
-        if line.startswith(f"| `{name}.yaml` | ") and line.count("|") == 8
-    ]
-    cells = [cell.strip() for cell in row.split("|")]
-    assert cells[6] == " + ".join(str(estimate.optimizer_steps) for estimate in estimates)
-    assert cells[7] == " + ".join(duration(estimate.seconds) for estimate in estimates)
+    steps = {step.name for step in recipe.steps}
+    columns = ("sft", "rm/helpfulness", "rm/safety", "rm/judge", "rs", "ppo", "eval")
+    estimates = [estimate_step(recipe, recipe.step(step)) if step in steps else None for step in columns]
+    counts = [str(estimate.optimizer_steps) for estimate in estimates[:-1] if estimate is not None]
+    assert f" | {' + '.join(counts)} |" in _row("docs/presets.md", f"| `{name}.yaml` | ")
+    cells = (
+        f"{estimate.peak_bytes / 2**30:.1f}, {duration(estimate.seconds)}" if estimate else "" for estimate in estimates
+    )
+    assert _row("docs/results/gpu.md", f"| {name} | ").endswith(f" | {' | '.join(cells)} |")
+
+
+def _row(page: str, beginning: str) -> str:
+    (row,) = [line for line in Path(page).read_text().splitlines() if line.startswith(beginning)]
+    return row
 
 
 BASES = {

@@ -116,7 +116,7 @@ def check_texts(messages: Sequence[Message], forbidden: Sequence[str], *, field:
 
 def parse_message(item: object, field: str) -> Message:
     """One message from decoded JSON, its types and its role checked."""
-    if not isinstance(item, Mapping):
+    if not isinstance(item, (dict, Mapping)):
         raise DialogError(
             field, f"is {kind_word(item)}, but a message is an object.", 'Write {"role": ..., "content": ...}.'
         )
@@ -155,7 +155,8 @@ def check_message(message: Message, field: str) -> None:
         )
         raise DialogError(f"{field}.content", f"is empty. {what}.", "Write the text, or drop the turn or the record.")
     try:
-        message.content.encode()
+        if not message.content.isascii():
+            message.content.encode()
     except UnicodeEncodeError as error:
         character = ascii(message.content[error.start])
         raise DialogError(

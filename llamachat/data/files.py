@@ -388,8 +388,10 @@ def decode_line(raw: bytes, line: int) -> Row:
             "Save the file as UTF-8 (for example `iconv -f WINDOWS-1252 -t UTF-8 IN > OUT`), or correct the line.",
         )
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
-        return _too_deep(line) if _is_deep(value) else Row(line, value)
+        value = _DECODER.decode(text)
+        # Counting brackets is faster than looking at every level.
+        may_be_deep = text.count("[") + text.count("{") > _DEEPEST
+        return _too_deep(line) if may_be_deep and _is_deep(value) else Row(line, value)
     except json.JSONDecodeError as error:
         return _syntax_problem(text, line, error)
     except _RepeatedKeyError as error:
@@ -470,3 +472,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise _ConstantError(name)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)

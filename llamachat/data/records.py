@@ -11,8 +11,7 @@ unknown key is left out and named. An optional key with null counts as absent.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
@@ -177,6 +176,8 @@ def messages_of(record: Record) -> tuple[Message, ...]:
 
 def record_with_system(record: Record, system: str | None) -> Record:
     """The record with this system text, where it has none."""
+    if system is None:
+        return record
     messages = with_system(messages_of(record), system)
     return replace(record, prompt=messages) if isinstance(record, Preference) else replace(record, messages=messages)
 
@@ -207,6 +208,24 @@ def parse_record(
     return None if parser.problems else record, tuple(parser.problems), tuple(parser.unused)
 
 
+class _Noting:
+    """A context that notes a `DialogError` and goes on after it; a generator's would take longer than the checks."""
+
+    __slots__ = ("_parser",)
+
+    def __init__(self, parser: "_Parser") -> None:
+        self._parser = parser
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, DialogError):
+            return False
+        self._parser.note(error.field, error.reason, error.fix)
+        return True
+
+
 @dataclass(slots=True)
 class _Parser:
     """The parsing of one record: what is wrong is noted, and the next field is parsed all the same."""
@@ -219,13 +238,9 @@ class _Parser:
     def note(self, name: str, reason: str, fix: str) -> None:
         self.problems.append(problem(self.line, name, reason, fix))
 
-    @contextmanager
-    def noting(self) -> Iterator[None]:
+    def noting(self) -> "_Noting":
         """Note the `DialogError` that a check raises."""
-        try:
-            yield
-        except DialogError as error:
-            self.note(error.field, error.reason, error.fix)
+        return _Noting(self)
 
     def record(self, value: object, kind: Kind, *, is_context: bool) -> Record | None:
         if not isinstance(value, Mapping):
@@ -287,9 +302,14 @@ class _Parser:
         if messages or value == []:
             with self.noting():
                 check_messages(messages, ends_with=ends_with, field=key)
+            self.check_texts(messages, key)
+        return messages
+
+    def check_texts(self, messages: Sequence[Message], key: str) -> None:
+        """Note the first text that holds a tag of the chat format."""
+        if self.forbidden:
             with self.noting():
                 check_texts(messages, self.forbidden, field=key)
-        return messages
 
     def readable_messages(self, value: object, key: str) -> tuple[Message, ...]:
         """The messages, or () where one of them is none; each such fault is noted."""
@@ -299,11 +319,13 @@ class _Parser:
             return ()
         messages: list[Message] = []
         num_problems = len(self.problems)
+        noting = self.noting()
         for index, item in enumerate(value):
-            if isinstance(item, Mapping):
-                self.check_keys(item, _MESSAGE_KEYS, f"{key}[{index}].", "message")
-            with self.noting():
-                messages.append(parse_message(item, f"{key}[{index}]"))
+            at = f"{key}[{index}]"
+            if isinstance(item, (dict, Mapping)):
+                self.check_keys(item, _MESSAGE_KEYS, at, "message")
+            with noting:
+                messages.append(parse_message(item, at))
         return tuple(messages) if len(self.problems) == num_problems else ()
 
     def answer(self, row: Mapping[str, Any], key: str) -> Message | None:
@@ -321,8 +343,7 @@ class _Parser:
         if message is not None:
             with self.noting():
                 check_message(message, f"{key}[0]")
-            with self.noting():
-                check_texts([message], self.forbidden, field=key)
+            self.check_texts([message], key)
         return message
 
     def note_no_answer(self, row: Mapping[str, Any], key: str) -> None:
@@ -361,16 +382,17 @@ class _Parser:
         for key in row:
             if key in known:
                 continue
+            name = f"{at}.{key}" if at else str(key)
             # A key of another kind of record is spelt as it is meant.
             near = slip_of(key, known) if isinstance(key, str) and key not in _KEYS_OF_ALL else None
             if near and near not in row:
                 self.note(
-                    f"{at}{key}",
+                    name,
                     f"is no key of a {what}, and what it says would be lost ({', '.join(known)}).",
                     f"Rename it '{near}' if that is meant, or take it out.",
                 )
             else:
-                self.unused.append(f"{at}{key}")
+                self.unused.append(name)
 
     def note_missing(self, row: Mapping[str, Any], key: str, kind: Kind) -> None:
         if any(slip.field in row and f"'{key}'" in slip.fix for slip in self.problems):

@@ -6,11 +6,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from llamachat.chat_format import TrainOn
-from llamachat.chat_format.llama2 import SPECIAL_TAGS
-from llamachat.data.check import check_path
-from llamachat.data.convert.command import convert_path
-from llamachat.data.tokens import write_tokens
 from pipelines.cli.launch import AllowUnproved, OverwriteOutOption, reported
 
 log = logging.getLogger(__name__)
@@ -29,6 +24,9 @@ def tokens(
     overwrite: OverwriteOutOption = False,
 ) -> None:
     """The token ids and the loss mask of each dialog, as training sees them."""
+    from llamachat.chat_format import TrainOn
+    from llamachat.data.tokens import write_tokens
+
     done = write_tokens(
         tokenizer,
         dialogs,
@@ -53,6 +51,9 @@ def check(
     data_format: Annotated[str, typer.Option("--format", help="auto, native, or the name of a known set.")] = "auto",
 ) -> None:
     """Check a data file: every bad line with its field, the reason and the fix; then what the file holds."""
+    from llamachat.chat_format.llama2 import SPECIAL_TAGS
+    from llamachat.data.check import check_path
+
     report = check_path(path, kind, data_format, SPECIAL_TAGS)
     print(report.text())
     if report.exit_status:
@@ -81,6 +82,9 @@ def convert(
     """Convert a data file to the native form: faults that can be repaired are repaired and counted; other records are
     dropped and named.
     """
+    from llamachat.chat_format.llama2 import SPECIAL_TAGS
+    from llamachat.data.convert.command import convert_path
+
     report = convert_path(
         path,
         out,

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llamachat.errors import UsageError
-from llamachat.runs.artifacts import check_content, read_artifact
-from llamachat.runs.outputs import check_output
 from pipelines.cli.launch import TINY, ConfigOption, reported
 from pipelines.cli.talk import named_artifacts
-from serving.hub import Destination
 
 if TYPE_CHECKING:
     from serving.export import Request
     from serving.gguf import GgufRequest
+    from serving.hub import Destination
 
 Form = Literal["merged", "adapter", "gguf", "ollama"]
 Quantization = Literal[
@@ -101,6 +99,8 @@ def export(
     --push-to-hub needs a token that may write (`hf auth login` or HF_TOKEN). Only the export's own files go there.
     docs/serving.md shows how to serve each.
     """
+    from llamachat.runs.artifacts import check_content, read_artifact
+    from llamachat.runs.outputs import check_output
     from serving.export import NOTE, Request
 
     _check_words(form, llama_cpp, quantize)
@@ -142,7 +142,9 @@ def _check_words(form: Form, llama_cpp: Path | None, quantize: Quantization | No
         )
 
 
-def _destination(request: "Request", name: str | None, is_private: bool) -> Destination | None:
+def _destination(request: "Request", name: str | None, is_private: bool) -> "Destination | None":
+    from serving.hub import Destination
+
     if name is None:
         return None
     details = request.artifact.manifest.details

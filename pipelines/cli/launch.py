@@ -23,7 +23,6 @@ import typer
 from typer.core import TyperCommand
 
 from llamachat import distributed
-from llamachat.config.section import from_home
 from llamachat.errors import INTERRUPTED, STATE_IS_KEPT, LlamachatError, UsageError, first_line
 from llamachat.runs.atomic import storage_errors
 
@@ -103,6 +102,8 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 
 def _from_home(value: Any) -> Any:
     """A path, or each of a list of paths, with `~` as the home folder."""
+    from llamachat.config.section import from_home
+
     if isinstance(value, list):
         return [_from_home(item) for item in value]
     return Path(from_home(str(value))) if isinstance(value, Path) else value

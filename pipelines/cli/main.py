@@ -1,7 +1,7 @@
 """The `llamachat` command. Exit status: 0 done, 1 failed, 2 bad usage, configuration or data, 3 hours over with steps left, 130 interrupted.
 
-Only here is logging set up and are signals and the environment read. What a command needs is imported when it runs,
-so that `--help` and refusals come at once.
+Only here is logging set up and are signals and the environment read. What a command needs is imported when it runs, here
+and in the other modules of commands, so that `--help` and refusals come at once.
 """
 
 import logging
@@ -19,7 +19,6 @@ from typing import Annotated
 import typer
 
 from llamachat import distributed
-from llamachat.config.loading import to_yaml
 from llamachat.errors import HOURS_ARE_OVER, INTERRUPTED, LlamachatError, UsageError
 from pipelines.cli import data, runs, talk
 from pipelines.cli.export import export
@@ -35,15 +34,7 @@ from pipelines.cli.launch import (
     start,
     state_is_kept,
 )
-from pipelines.execution.jobs import run_groups, run_job
-from pipelines.execution.run import lead, write_reports
-from pipelines.planning.plan import make_plan
-from pipelines.planning.side_by_side import side_by_side
-from pipelines.planning.text import plan_text
-from pipelines.recipe.recipe import choose_steps, is_study, load
-from pipelines.recipe.stages import STAGES
-from pipelines.studies.definition import load_study
-from pipelines.studies.run import run_study, study_plan_text
+from pipelines.recipe.commands import STEP_COMMANDS
 
 app = typer.Typer(
     name="llamachat",
@@ -144,11 +135,20 @@ def _run(
     dry_run: bool,
     only: Sequence[str] = (),
 ) -> None:
+    from pipelines.execution.jobs import run_groups
+    from pipelines.execution.run import lead, write_reports
+    from pipelines.planning.side_by_side import side_by_side
+    from pipelines.recipe.recipe import choose_steps, is_study, load
+
     if is_study(config):
         _study(command, config, overrides or (), overwrite=overwrite, dry_run=dry_run, only=only)
         return
     recipe = load(config, overrides or ())
     if dry_run:
+        from llamachat.config.loading import to_yaml
+        from pipelines.planning.plan import make_plan
+        from pipelines.planning.text import plan_text
+
         print(to_yaml(recipe.sections))
         print(plan_text(recipe, make_plan(recipe, command, only)))
         return
@@ -179,6 +179,10 @@ def _run(
 def _study(
     command: str, config: Path, overrides: Sequence[str], *, overwrite: bool, dry_run: bool, only: Sequence[str]
 ) -> None:
+    from pipelines.execution.run import lead
+    from pipelines.studies.definition import load_study
+    from pipelines.studies.run import run_study, study_plan_text
+
     plan = load_study(config, overrides)
     if command not in ("all", plan.study.command) or only:
         raise UsageError(
@@ -225,12 +229,14 @@ def _step_command(command: str, text: str, *, has_models: bool = False) -> Calla
 @reported
 def job() -> None:
     """Run the step that a command with run.jobs starts next to others; what it is comes through the standard input."""
+    from pipelines.execution.jobs import run_job
+
     with state_is_kept():
         run_job(sys.stdin.read())
 
 
-for _stage in STAGES.values():
-    app.command(_stage.command)(_step_command(_stage.command, _stage.help, has_models=bool(_stage.models)))
+for _name, _command in STEP_COMMANDS.items():
+    app.command(_name)(_step_command(_name, _command.help, has_models=bool(_command.models)))
 app.command("all")(
     _step_command(
         "all", "Run the recipe's steps in order; finished, unchanged ones are not run again. Also runs any study."

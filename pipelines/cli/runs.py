@@ -6,12 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from llamachat.config.gpus import parse_gpu
-from llamachat.config.section import from_home
 from llamachat.errors import UsageError
-from llamachat.runs.outputs import check_output
-from llamachat.tracking.dashboard import dashboard as show
-from llamachat.tracking.diagnosis import CURVES, diagnose_run
 from pipelines.cli.launch import (
     TINY,
     ConfigOption,
@@ -23,16 +18,6 @@ from pipelines.cli.launch import (
     reported,
     state_is_kept,
 )
-from pipelines.planning.doctor import examine, report
-from pipelines.planning.fit import PRESETS
-from pipelines.planning.init import OPTIONS
-from pipelines.planning.init import init as write_recipe
-from pipelines.planning.plan import make_plan
-from pipelines.planning.text import plan_text, presets_text
-from pipelines.recipe.recipe import is_study, load
-from pipelines.studies.compare import compare_runs, terminal_text
-from pipelines.studies.definition import load_study
-from pipelines.studies.run import study_plan_text
 
 Files = list[Path] | None
 log = logging.getLogger(__name__)
@@ -61,6 +46,13 @@ def init(
     overwrite: OverwriteOutOption = False,
 ) -> None:
     """Write a recipe for a base, your files and a card, from the preset that fits and within the hours."""
+    from llamachat.config.gpus import parse_gpu
+    from llamachat.config.section import from_home
+    from llamachat.runs.outputs import check_output
+    from pipelines.planning.fit import PRESETS
+    from pipelines.planning.init import OPTIONS
+    from pipelines.planning.init import init as write_recipe
+
     if out.suffix not in (".yaml", ".yml"):
         raise UsageError(f"--out: '{out}' ends otherwise. A recipe is YAML. End its name with .yaml.")
     try:
@@ -84,6 +76,10 @@ def plan(
     presets: PresetsOption = False,
 ) -> None:
     """Say what would run, from which inputs and why, with memory and time; runs nothing."""
+    from pipelines.planning.plan import make_plan
+    from pipelines.planning.text import plan_text, presets_text
+    from pipelines.recipe.recipe import is_study, load
+
     if presets:
         print(presets_text(gpu=gpu))
         return
@@ -94,6 +90,9 @@ def plan(
         )
     all_overrides = [*(overrides or ()), *([f"run.gpu={gpu}"] if gpu else ())]
     if is_study(config):
+        from pipelines.studies.definition import load_study
+        from pipelines.studies.run import study_plan_text
+
         print(study_plan_text(load_study(config, all_overrides)))
         return
     recipe = load(config, all_overrides)
@@ -103,6 +102,8 @@ def plan(
 @reported
 def doctor(overrides: Overrides = None, config: ConfigOption = TINY) -> None:
     """Say what this machine lacks for the recipe, before anything large is downloaded. Status 1: something will fail."""
+    from pipelines.planning.doctor import examine, report
+
     findings = examine(config, overrides or ())
     print(report(findings))
     if any(finding.verdict == "FAIL" for finding in findings):
@@ -115,6 +116,9 @@ def dashboard(
     config: ConfigOption = TINY,
 ) -> None:
     """Show the curves of all runs next to the recipe's run, offline."""
+    from llamachat.tracking.dashboard import dashboard as show
+    from pipelines.recipe.recipe import load
+
     recipe = load(config, overrides or ())
     show(Path(recipe.run.dir).parent)
 
@@ -122,6 +126,8 @@ def dashboard(
 @reported
 def diagnose(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/tiny.")]) -> None:
     """Say what is wrong with the curves of a run's trainings, what it usually means, and what to change."""
+    from llamachat.tracking.diagnosis import CURVES, diagnose_run
+
     for name, findings in diagnose_run(run).items():
         count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
         print(f"{name}: {count if findings else 'nothing stands out'}")
@@ -141,6 +147,8 @@ def compare(
     overwrite: OverwriteOutOption = False,
 ) -> None:
     """Two runs side by side: differences of configuration and of figures with intervals, curves overlaid."""
+    from pipelines.studies.compare import compare_runs, terminal_text
+
     comparison = compare_runs(run_a, run_b, out, overwrite=overwrite)
     print(terminal_text(comparison), end="")
     pictures = sum(bool(step.picture) for step in comparison.steps)

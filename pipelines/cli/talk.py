@@ -3,16 +3,11 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from llamachat.config.section import from_home
 from llamachat.errors import UsageError
-from llamachat.rollout.engine import Sampling
-from llamachat.runs.artifacts import Kind, read_artifact
-from llamachat.runs.choice import is_run, recommended_policy
-from llamachat.runs.outputs import check_output
 from pipelines.cli.launch import (
     TINY,
     AllowUnproved,
@@ -25,7 +20,10 @@ from pipelines.cli.launch import (
     TopP,
     reported,
 )
-from pipelines.recipe.recipe import load
+
+if TYPE_CHECKING:
+    from llamachat.rollout.engine import Sampling
+    from llamachat.runs.artifacts import Kind
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +79,14 @@ def edit_lines() -> None:
 
 
 def named_artifacts(
-    words: list[str], config: Path, *, command: str, most: int, kinds: tuple[Kind, ...] = ("policy",)
+    words: list[str], config: Path, *, command: str, most: int, kinds: "tuple[Kind, ...]" = ("policy",)
 ) -> list[Path]:
     """The artifacts that a command names, known to be there before the seconds that loading takes."""
+    from llamachat.config.section import from_home
+    from llamachat.runs.artifacts import read_artifact
+    from llamachat.runs.choice import is_run
+    from pipelines.recipe.recipe import load
+
     overrides = [word for word in words if "=" in word and not Path(from_home(word)).exists()]
     artifacts = [Path(from_home(word)) for word in words if word not in overrides]
     if len(artifacts) > most or (artifacts and overrides):
@@ -105,6 +108,8 @@ def named_artifacts(
 
 def recommended(run: Path) -> Path:
     """The policy of a run that its evaluation recommends; a log line says why and how to choose another one."""
+    from llamachat.runs.choice import recommended_policy
+
     choice = recommended_policy(run)
     if choice is None:
         return run  # a missing file is reported where it is read
@@ -135,6 +140,9 @@ def sample(
     overwrite: OverwriteOutOption = False,
 ) -> None:
     """Sample a policy's answers to a file of prompts."""
+    from llamachat.runs.artifacts import read_artifact
+    from llamachat.runs.outputs import check_output
+
     artifact = read_artifact(policy, "policy", reader="sample")
     check_output(out, [prompts, artifact.path], overwrite=overwrite)
     sampling = _sampling(temperature, top_p, top_k, max_new_tokens, seed)
@@ -180,6 +188,9 @@ def score(
             "score: it takes MODEL and either FILE or -m QUESTION -m ANSWER (then without --out). A score is that of "
             "answers. Give one of the two."
         )
+    from llamachat.config.section import from_home
+    from llamachat.runs.outputs import check_output
+
     if out is not None:
         check_output(out, [path for path in (answers, model) if path is not None], overwrite=overwrite)
     from llamachat.models.reward_model import load_reward_model
@@ -198,7 +209,9 @@ def score(
         log.info("%d pairs: accuracy %.4f", done.pairs, done.accuracy)
 
 
-def _sampling(temperature: float, top_p: float, top_k: int | None, max_new_tokens: int, seed: int) -> Sampling:
+def _sampling(temperature: float, top_p: float, top_k: int | None, max_new_tokens: int, seed: int) -> "Sampling":
+    from llamachat.rollout.engine import Sampling
+
     return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
 
 
@@ -235,13 +248,12 @@ def pairs(
     overwrite: OverwriteOutOption = False,
 ) -> None:
     """Two answers to each prompt, from different policies or temperatures, for people to rate (3.2.1)."""
+    from llamachat.runs.artifacts import read_artifact
+    from llamachat.runs.outputs import check_output
+
     artifacts = [read_artifact(path, "policy", reader="pairs") for path in policies]
     places = [artifact.path.resolve() for artifact in artifacts]
-    if len(set(places)) < len(places):
-        raise UsageError(
-            f"--policy: {' '.join(map(str, policies))} name one policy twice. Two answers need two different ones. Name "
-            "each once; a single policy answers at two temperatures, or in two draws."
-        )
+    _check_different(policies, places)
     for option, place in (("--out", out), ("--key", key)):
         if place is not None:
             check_output(place, [prompts, *places], option=option, overwrite=overwrite)
@@ -266,3 +278,11 @@ def pairs(
         log.info("answers drawn again: %s", counted(done.redrawn))
     if done.left_out:
         log.warning("prompts left out: %s", counted(done.left_out))
+
+
+def _check_different(policies: list[Path], places: list[Path]) -> None:
+    if len(set(places)) < len(places):
+        raise UsageError(
+            f"--policy: {' '.join(map(str, policies))} name one policy twice. Two answers need two different ones. Name "
+            "each once; a single policy answers at two temperatures, or in two draws."
+        )

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, cast
 
@@ -76,8 +76,14 @@ def _name_fault(command: str, value: str) -> str | None:
     return f"'{value}' is another command, and the step's folder would look like its work. Name it '{command}-2'."
 
 
-def _without_rules(schema: type[Section], **more: Any) -> type[Section]:
+@cache
+def _without_rules(schema: type[Section]) -> type[Section]:
     """The keys of a section without the rules between them, since what is written goes over values that stand elsewhere."""
+    return _keys_of(schema)
+
+
+def _keys_of(schema: type[Section], **more: Any) -> type[Section]:
+    """The keys of a section without the rules between them, and more keys."""
     fields: dict[str, Any] = {name: (field.annotation, field) for name, field in schema.model_fields.items()}
     model = create_model(schema.__name__, __base__=Section, **more, **fields)
     model.unknown_keys = schema.unknown_keys
@@ -100,7 +106,7 @@ def _entry_model(head: str, stage: Stage) -> type[Section]:
         own["rollout"] = (_without_rules(Rollout), rollout)
     else:
         refused["rollout"] = f"'{head}' learns from no answers of its own. Remove it."
-    model = _without_rules(stage.config, **own)
+    model = _keys_of(stage.config, **own)
     model.unknown_keys = {**refused, **model.unknown_keys}
     return model
 

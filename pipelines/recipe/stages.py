@@ -1,6 +1,6 @@
 """Which commands of the recipe there are, what each reads and makes, and the stage package behind it.
 
-A new stage is one entry here, its cost in `pipelines/planning/estimates.py`, and its section in the recipe.
+A new stage is one entry here, its command in `pipelines/recipe/commands.py`, its cost in `pipelines/planning/estimates.py`, and its section in the recipe.
 """
 
 from dataclasses import dataclass
@@ -57,7 +57,6 @@ class Stage:
     """One command of a recipe's list of steps."""
 
     command: str
-    help: str  # of the command, for `--help`
     section: str  # its key in the recipe
     package: ModuleType  # exports Config, run, estimate
     products: tuple[Product, ...]  # one step each; `makes.which` distinguishes several
@@ -90,7 +89,6 @@ STAGES = {
     for stage in (
         Stage(
             command="sft",
-            help="Supervised fine-tuning: a base learns to answer from dialogs (paper, section 3.1).",
             section="sft",
             package=sft,
             products=(Product(makes=POLICY, data=("sft",), needs=("sft",)),),
@@ -98,7 +96,6 @@ STAGES = {
         ),
         Stage(
             command="rm",
-            help="Reward models: the chat policy learns which of two answers people prefer (3.2.2). Also runs a study.",
             section="reward",
             package=reward,
             products=(
@@ -125,7 +122,6 @@ STAGES = {
         ),
         Stage(
             command="rs",
-            help="Rejection sampling: train on the best of K answers to each prompt, with those of earlier rounds (3.2.3).",
             section="rejection_sampling",
             package=rejection_sampling,
             products=(Product(makes=POLICY, data=PROMPT_DATA, needs=PROMPT_DATA),),
@@ -136,7 +132,6 @@ STAGES = {
         ),
         Stage(
             command="gatt",
-            help="Ghost Attention: the policy learns to keep an instruction of the first turn to the end (3.3).",
             section="gatt",
             package=gatt,
             products=(Product(makes=POLICY, data=("sft",), needs=("sft",)),),
@@ -147,7 +142,6 @@ STAGES = {
         ),
         Stage(
             command="distill",
-            help="Context distillation: train on safer answers, sampled under a preprompt, without the preprompt (4.2.4).",
             section="context_distillation",
             package=context_distillation,
             products=(Product(makes=POLICY, data=(*PROMPT_DATA, "borderline"), needs=ADVERSARIAL_DATA),),
@@ -157,7 +151,6 @@ STAGES = {
         ),
         Stage(
             command="ppo",
-            help="Proximal policy optimisation: the policy learns to answer as the reward models like it (3.2.3).",
             section="ppo",
             package=ppo,
             products=(Product(makes=POLICY, data=PROMPT_DATA, needs=PROMPT_DATA),),
@@ -166,7 +159,6 @@ STAGES = {
         ),
         Stage(
             command="eval",
-            help="Evaluation: every finished policy of the run on the same held-out prompts (3.4 and 4.4).",
             section="evaluation",
             package=evaluation,
             products=(Product(makes=EVALUATION, data=(*PROMPT_DATA, "borderline"), needs=PROMPT_DATA),),
@@ -176,7 +168,6 @@ STAGES = {
         ),
         Stage(
             command="report",
-            help="Report on the finished steps of the run: one HTML page, and the same as Markdown.",
             section="report",
             package=report,
             products=(Product(makes=REPORT, data=()),),

@@ -186,13 +186,18 @@ def gathered(rows: Iterable[Row], kind: Kind | None, sources: Iterable[Source]) 
     gathers = dict.fromkeys(
         source.gather for source in sources if source.gather and kind in (None, "prompt", source.kind)
     )
+    if not gathers:
+        yield from rows
+        return
+    keys = {gather.key for gather in gathers}
     group: list[Row] = []
     own: Gather | None = None
     for row in rows:
         if row.problems:
             yield row
             continue
-        gather = next((gather for gather in gathers if _is_of(row.value, gather)), None)
+        may_be = not isinstance(row.value, dict) or not keys.isdisjoint(row.value)
+        gather = next((gather for gather in gathers if _is_of(row.value, gather)), None) if may_be else None
         if own and gather is own and row.value[own.key] == group[0].value[own.key]:
             group.append(row)
             continue

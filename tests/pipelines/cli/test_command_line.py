@@ -192,7 +192,7 @@ def test_an_interrupted_tool_promises_nothing(
     def check_path(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.cli.data.check_path", check_path)
+    monkeypatch.setattr("llamachat.data.check.check_path", check_path)
     assert main(["data", "check", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "\nllamachat: interrupted.\n"
 

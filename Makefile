@@ -26,14 +26,14 @@ LLAMACHAT := LLAMACHAT_DIE_WITH_PARENT=1 exec $(PY) -m pipelines
 # Launchers (accelerate, torchrun) are those of the environment.
 LAUNCHED := LLAMACHAT_DIE_WITH_PARENT=1 PATH="$$(cd "$(ENVIRONMENT)" && pwd)/bin:$$PATH" exec $(PY) -m pipelines.cli.launch $(LAUNCH) -m pipelines
 INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-STEPS := sft rm rs gatt distill ppo eval report all
+STEPS := sft rm rs gatt distill dpo ppo eval report all
 
 .DEFAULT_GOAL := help
 .PHONY: help $(STEPS) plan doctor base dashboard chat test check bench gpu-check setup check-environment
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
-	@echo 'sft rm rs gatt distill ppo eval report all: a step of the recipe, or all of them'
+	@echo 'sft rm rs gatt distill dpo ppo eval report all: a step of the recipe, or all of them'
 	@echo 'CONFIG=$(CONFIG)  ARGS="sft.epochs=1 run.dir=runs/x"  VENV=/an/existing/environment'
 	@echo 'LAUNCH="accelerate launch --config_file configs/accelerate/ddp.yaml": several processes work on each step'
 

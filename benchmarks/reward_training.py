@@ -27,13 +27,14 @@ from llamachat.chat_format.proof import load_proved_format
 from llamachat.chat_format.tokenizer import write_tokenizer
 from llamachat.config.sections import Base, Data, DataSource, Tuning
 from llamachat.data.packing import epoch_order
+from llamachat.data.pairs import PairExample
 from llamachat.models.reward_model import build_reward_model
 from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.models.start_checks import fast_tokenizer
 from llamachat.training.trainer import CHECKPOINTING, Watch, collator, row_numbers, trainer_arguments
 from reward.batches import plan_batches
 from reward.config import CPU_ROW_TOKENS, Config
-from reward.pairs import Examples, PairExample, load_examples
+from reward.pairs import Examples, load_examples
 from reward.ranking import Ranking
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from llamachat import distributed
 from llamachat.data.packing import StepPlan, epoch_order, lay_out, pack_responses
-from reward.pairs import LabelExample, PairExample
+from llamachat.data.pairs import PairExample
+from reward.pairs import LabelExample
 
 _MOST_TOGETHER = 12  # pairs that stay together: a row holds them whole
 

@@ -7,17 +7,17 @@ the safety model from all safety pairs with a tenth of others; the judge (ours) 
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice, takewhile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from random import Random
 from typing import Literal
 
-from llamachat.chat_format import ChatFormat, TokenizedExample, TrainOn
-from llamachat.chat_format.dialog import Dialog, Message, with_system
-from llamachat.chat_format.format import shorten_alike
-from llamachat.config.sections import Data, DataSource
+from llamachat.chat_format import ChatFormat
+from llamachat.chat_format.dialog import Dialog, with_system
+from llamachat.config.sections import Data
 from llamachat.data.loading import Mixture, load_mixture, mix
+from llamachat.data.pairs import Domain, PairEncoder, PairExample, Tagged, load_preferences
 from llamachat.data.problems import left_out
 from llamachat.data.records import Preference, Prompt, first_user_turn
 from llamachat.errors import DataError
@@ -28,35 +28,8 @@ from reward.loss import MARGINS
 
 log = logging.getLogger(__name__)
 
-Domain = Literal["helpfulness", "safety", "open", "contrast"]
 DOMAINS: tuple[Domain, ...] = ("helpfulness", "safety", "open")  # those that `data` has sources for
 TESTED: tuple[Domain, ...] = ("helpfulness", "safety")  # open sets are learnt from, not tested with
-Tagged = tuple[Domain, Preference]
-UNSAFE_CHOSEN = "left out: the chosen answer is unsafe and the rejected one safe"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairExample:
-    """Two answers to one prompt as the model reads them; both end with EOS, where the score is taken."""
-
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-    margin: float
-    chosen_tokens: int  # of the answer alone
-    rejected_tokens: int
-    preference: Preference  # as it was read, for ratings, labels and the baselines on its text
-    domain: Domain
-    source: str  # file that it comes from
-
-    @property
-    def tokens(self) -> int:
-        return len(self.chosen) + len(self.rejected)
-
-    @property
-    def shared(self) -> int:
-        """Tokens with which both begin: the prompt, and what the answers have in common."""
-        both = zip(self.chosen, self.rejected[:-1], strict=False)
-        return sum(1 for _ in takewhile(lambda tokens: tokens[0] == tokens[1], both))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,75 +55,12 @@ class Examples:
     dropped: dict[str, int]  # records left out, by reason
 
 
-@dataclass(slots=True)
-class Encoder:
-    """Preferences and labelled dialogs to ids, with a count of what does not become an example."""
-
-    chat_format: ChatFormat
-    system: str | None
-    max_tokens: int
-    margin: Literal["none", "small", "large"]
-    dropped: Counter[str] = field(default_factory=Counter)
-
-    def pairs(self, records: Iterable[Tagged]) -> Iterator[PairExample]:
-        """The examples of these records, one after the other as they are asked for."""
-        for domain, preference in records:
-            example = self._pair(domain, preference)
-            if example is not None:
-                yield example
-
-    def _pair(self, domain: Domain, preference: Preference) -> PairExample | None:
-        if domain == "safety" and preference.chosen_is_safe is False and preference.rejected_is_safe is True:
-            self.dropped[UNSAFE_CHOSEN] += 1
-            return None
-        prompt = with_system(preference.prompt, self.system)
-        dialogs = [(*prompt, preference.chosen), (*prompt, preference.rejected)]
-        shortened = shorten_alike(self.chat_format, dialogs, max_tokens=self.max_tokens)
-        if shortened is None:
-            self.dropped[f"left out: an answer and its question alone are longer than {self.max_tokens} tokens"] += 1
-            return None
-        if len(shortened[0]) < len(dialogs[0]):
-            self.dropped[f"shortened: oldest turns dropped to fit {self.max_tokens} tokens"] += 1
-        chosen, rejected = (self._encode(dialog) for dialog in shortened)
-        if chosen.input_ids == rejected.input_ids:
-            self.dropped["left out: both answers have the same tokens"] += 1
-            return None
-        return PairExample(
-            chosen=chosen.input_ids,
-            rejected=rejected.input_ids,
-            chosen_tokens=sum(chosen.loss_mask),
-            rejected_tokens=sum(rejected.loss_mask),
-            margin=MARGINS[self.margin][preference.rating] if preference.rating else 0.0,
-            preference=preference,
-            domain=domain,
-            source=preference.source,
-        )
-
-    def labels(self, dialogs: Iterable[tuple[Dialog, str]]) -> list[LabelExample]:
-        """The labelled last answers of these dialogs, each with its file."""
-        examples: list[LabelExample] = []
-        for dialog, source in dialogs:
-            if dialog.is_safe is None:
-                self.dropped["labels left out: without is_safe"] += 1
-                continue
-            messages = self.chat_format.shorten(with_system(dialog.messages, self.system), max_tokens=self.max_tokens)
-            if messages is None:
-                self.dropped[f"labels left out: the last turn pair alone is longer than {self.max_tokens} tokens"] += 1
-                continue
-            ids, prompt = self._encode(messages).input_ids, first_user_turn(dialog)
-            examples.append(LabelExample(ids=ids, is_safe=dialog.is_safe, source=source, prompt=prompt))
-        return examples
-
-    def _encode(self, messages: tuple[Message, ...]) -> TokenizedExample:
-        return self.chat_format.encode_dialog(messages, train_on=TrainOn.LAST_ANSWER)
-
-
 def load_examples(
     config: Config, data: Data, chat_format: ChatFormat, *, which: Which, system: str | None, max_tokens: int, seed: int
 ) -> Examples:
     """Token ids of the mix of one reward model, and of all test pairs of both domains."""
-    mixtures = _load_preferences(data, chat_format, seed=seed)
-    encoder = Encoder(chat_format, system, max_tokens, config.margin)
+    mixtures = load_preferences(data, chat_format, DOMAINS, seed=seed)
+    encoder = PairEncoder(chat_format, system, max_tokens, MARGINS[config.margin])
     for mixture in mixtures.values():
         encoder.dropped.update(mixture.dropped)
     dialogs = load_mixture(data.sft, data.split, Dialog, forbidden=chat_format.forbidden, seed=seed)
@@ -190,23 +100,8 @@ def load_examples(
     )
 
 
-def _load_preferences(data: Data, chat_format: ChatFormat, *, seed: int) -> dict[Domain, Mixture[Preference]]:
-    """The preferences of each domain; the bad lines of all files in one error."""
-    mixtures: dict[Domain, Mixture[Preference]] = {}
-    errors: list[str] = []
-    for domain in DOMAINS:
-        sources: Sequence[DataSource] = getattr(data, domain)
-        try:
-            mixtures[domain] = load_mixture(sources, data.split, Preference, forbidden=chat_format.forbidden, seed=seed)
-        except DataError as error:
-            errors.append(str(error))
-    if errors:
-        raise DataError("\n".join(errors))
-    return mixtures
-
-
 def _mix(
-    config: Config, encoder: Encoder, mixtures: dict[Domain, Mixture[Preference]], *, which: Which, seed: int
+    config: Config, encoder: PairEncoder, mixtures: dict[Domain, Mixture[Preference]], *, which: Which, seed: int
 ) -> list[PairExample]:
     """The training pairs of one model: all of its own kind, and a share drawn from the others."""
     if which == "judge":
@@ -256,7 +151,7 @@ def _harmful_prompts(data: Data, chat_format: ChatFormat, *, seed: int) -> Mixtu
 
 def _contrast(
     config: Config,
-    encoder: Encoder,
+    encoder: PairEncoder,
     sources: ContrastSources,
     side: Literal["train", "validation", "judge"],
     *,
@@ -290,7 +185,7 @@ def _contrast(
     return list(apart.pairs(("contrast", pair) for pair in pairs))
 
 
-def _draw(pool: Sequence[Tagged], wanted: int, encoder: Encoder, *, seed: int) -> list[PairExample]:
+def _draw(pool: Sequence[Tagged], wanted: int, encoder: PairEncoder, *, seed: int) -> list[PairExample]:
     """`wanted` examples uniformly without repeats, or all that there are."""
     # Sorting by random() and not sample(): Python promises the same random() in every version, and no more.
     numbers = Random(f"mix {seed}")
@@ -299,7 +194,7 @@ def _draw(pool: Sequence[Tagged], wanted: int, encoder: Encoder, *, seed: int) -
 
 
 def _load_labels(
-    config: Config, data: Data, encoder: Encoder, *, which: Which, seed: int
+    config: Config, data: Data, encoder: PairEncoder, *, which: Which, seed: int
 ) -> tuple[list[LabelExample], list[LabelExample]]:
     """Labelled single responses to train on and to test with; all are tested, the safety model alone learns from them."""
     train: list[tuple[Dialog, str]] = []
@@ -311,8 +206,25 @@ def _load_labels(
         test += [(dialog, source.path) for dialog in mixture.test]
     if which != "safety" or config.safety_auxiliary_weight == 0:
         train = []
-    labels = encoder.labels(train)
-    return (_balance(labels, seed=seed) if config.balance_labels else labels), encoder.labels(test)
+    labels = _encode_labels(encoder, train)
+    return (_balance(labels, seed=seed) if config.balance_labels else labels), _encode_labels(encoder, test)
+
+
+def _encode_labels(encoder: PairEncoder, dialogs: Iterable[tuple[Dialog, str]]) -> list[LabelExample]:
+    """The labelled last answers of these dialogs, each with its file."""
+    examples: list[LabelExample] = []
+    for dialog, source in dialogs:
+        if dialog.is_safe is None:
+            encoder.dropped["labels left out: without is_safe"] += 1
+            continue
+        limit = encoder.max_tokens
+        messages = encoder.chat_format.shorten(with_system(dialog.messages, encoder.system), max_tokens=limit)
+        if messages is None:
+            encoder.dropped[f"labels left out: the last turn pair alone is longer than {limit} tokens"] += 1
+            continue
+        ids, prompt = encoder.encode(messages).input_ids, first_user_turn(dialog)
+        examples.append(LabelExample(ids=ids, is_safe=dialog.is_safe, source=source, prompt=prompt))
+    return examples
 
 
 def _balance(labels: list[LabelExample], *, seed: int) -> list[LabelExample]:

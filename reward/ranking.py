@@ -16,6 +16,7 @@ from trl import RewardConfig, RewardTrainer
 from llamachat import distributed
 from llamachat.chat_format import ChatFormat
 from llamachat.data.packing import StepPlan
+from llamachat.data.pairs import PairExample
 from llamachat.models.scoring_head import score_rows, scores_and_states
 from llamachat.runs.inputs import StepInputs, Which
 from llamachat.tracking.tracker import Tracker
@@ -25,7 +26,7 @@ from llamachat.training.trainer import AtomicCheckpoints, make_optimizer
 from reward.batches import Batches, plan_batches, smaller
 from reward.config import CPU_ROW_TOKENS, Config
 from reward.loss import centring_losses, language_losses, ranking_losses, safety_auxiliary_losses
-from reward.pairs import Examples, PairExample
+from reward.pairs import Examples
 
 LEAST_ROW_TOKENS = 16
 

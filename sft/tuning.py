@@ -16,13 +16,11 @@ from trl import SFTConfig, SFTTrainer
 
 from llamachat import distributed
 from llamachat.chat_format import ChatFormat, TokenizedExample
-from llamachat.chat_format.dialog import Message
 from llamachat.data.packing import StepPlan, collate_packed, collate_padded, pack, plan_steps
-from llamachat.rollout.engine import RolloutEngine, Sampling
-from llamachat.rollout.hugging_face import HuggingFaceEngine
 from llamachat.runs.inputs import StepInputs
 from llamachat.tracking.tracker import Tracker
 from llamachat.training.out_of_memory import warn_of_halving
+from llamachat.training.samples import record_samples
 from llamachat.training.session import Evaluated
 from llamachat.training.trainer import AtomicCheckpoints, make_optimizer
 from sft.config import Config
@@ -31,9 +29,6 @@ from sft.loss import SHAPE_MULTIPLE, answer_token_losses
 
 # Attention over a packed row costs its square, and a CPU feels it: 1.4 times the tokens a second of rows of 1024.
 CPU_ROW_TOKENS = 512
-
-# The samples that people watch: the temperature and nucleus of everyday use, cut well above a usual answer.
-WATCHED = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=256, seed=0)
 
 NAMES = {"loss": "sft/loss", "grad_norm": "optim/grad_norm", "learning_rate": "optim/learning_rate"}
 
@@ -123,18 +118,7 @@ class Tuning:
 
     def sample(self, tracker: Tracker, step: int) -> None:
         """Sample answers to the same held-out prompts at every evaluation, for people to read."""
-        if not self.examples.prompts:
-            return
-        engine = HuggingFaceEngine(self.model, self.chat_format.stop_ids, self.chat_format.tokenizer.pad_id)
-        samples = sample_answers(engine, self.chat_format, self.examples.prompts, sampling=WATCHED)
-        tracker.samples(step, samples)
-        tracker.log(
-            step,
-            {
-                "sft/finished_fraction": sum(row["finished"] for row in samples) / len(samples),
-                "sft/answer_tokens": sum(row["tokens"] for row in samples) / len(samples),
-            },
-        )
+        record_samples(self.model, self.chat_format, self.examples.prompts, tracker, step, prefix="sft")
 
     def smaller(self) -> "Tuning | None":
         """The same optimizer steps in micro-batches of half the size; None where each is one dialog already."""
@@ -198,20 +182,3 @@ def answer_loss(
     sums = distributed.scatter_map(rows, lambda part: list(map(row_sums, part)), model=model)
     model.train(was_training)
     return sum(total for total, _ in sums) / sum(count for _, count in sums)
-
-
-def sample_answers(
-    engine: RolloutEngine, chat_format: ChatFormat, prompts: Sequence[Sequence[Message]], *, sampling: Sampling
-) -> list[dict[str, Any]]:
-    """A record of one answer to each prompt, with the same seed each time: two samples differ by training alone."""
-    encoded = [chat_format.encode_prompt(messages) for messages in prompts]
-    groups = engine.generate(encoded, samples_per_prompt=1, sampling=sampling)
-    return [
-        {
-            "prompt": "\n".join(f"{message.role}: {message.content}" for message in messages),
-            "answer": chat_format.decode_answer(group[0].token_ids),
-            "tokens": len(group[0].token_ids),
-            "finished": group[0].is_finished,
-        }
-        for messages, group in zip(prompts, groups, strict=True)
-    ]

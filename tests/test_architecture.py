@@ -414,6 +414,7 @@ def test_every_study_loads_and_its_tables_show_figures_that_there_are(monkeypatc
     monkeypatch.chdir(ROOT)
     studies = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
     assert [path.stem for path in studies] == [
+        "dpo_or_ppo",
         "gate_threshold",
         "k",
         "margin",

@@ -1,4 +1,4 @@
-"""Supervised tuning and reward models by two processes: the losses and weights of one, killed and resumed with either."""
+"""Supervised tuning, reward models and DPO by two processes: the losses and weights of one, killed and resumed with either."""
 
 import os
 import signal
@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+import dpo
 import reward
 import sft
+from dpo.config import Config as DpoConfig
 from llamachat.config.sections import Tuning
 from llamachat.runs.artifacts import StepFolder
 from llamachat.training import session as session_module
@@ -22,6 +24,7 @@ from llamachat.training.progress import StepProgress
 from reward import train as reward_module
 from reward.config import Config as RewardConfig
 from sft.config import Config as SftConfig
+from tests.dpo.tiny_dpo import dpo_inputs
 from tests.killed_steps import lasting_rows
 from tests.reward.tiny_reward import data_of, reward_inputs, toy_labels, toy_pairs
 from tests.several import run_several
@@ -31,6 +34,7 @@ from tests.tiny_llama import LORA, tiny_llama
 SFT = SftConfig(epochs=2, learning_rate=1e-3, examples_per_step=8, sample_prompts=2)
 # One packed row holds a step's pairs: of two processes one has nothing to do but to fill up.
 REWARD = RewardConfig(epochs=2, learning_rate=1e-3, pairs_per_step=4, row_tokens=512)
+DPO = DpoConfig(epochs=2, learning_rate=1e-3, pairs_per_step=4, row_tokens=400, sample_prompts=2)
 FULL = Tuning(method="full")
 OFTEN = {"eval_every": 3, "save_every": 2, "sample_every": 4}
 
@@ -52,6 +56,13 @@ def learn_to_score(folder: Path, base: Path, *, tuning: Tuning = LORA) -> Path:
     inputs = reward_inputs(folder, base, which="safety", data=data, tuning=tuning, tracking=OFTEN)
     session_module.draw_curves, reward_module.draw_figures = (lambda *_: None), (lambda *_: [])
     reward.run(REWARD, inputs)
+    return inputs.folder.path
+
+
+def prefer(folder: Path, base: Path, *, tuning: Tuning = LORA) -> Path:
+    inputs = dpo_inputs(folder, base, tuning=tuning, tracking=OFTEN)
+    session_module.draw_curves = lambda *_: None
+    dpo.run(DPO, inputs)
     return inputs.folder.path
 
 
@@ -106,7 +117,10 @@ def assert_alike(step: Path, alone: Path) -> None:
 
 @pytest.mark.parametrize(
     ("work", "is_cut"),
-    [(tune, False), (tune_padded, False), (learn_to_score, False), (tune, True), (learn_to_score, True)],
+    [
+        *((tune, False), (tune_padded, False), (learn_to_score, False), (prefer, False)),
+        *((tune, True), (learn_to_score, True), (prefer, True)),
+    ],
 )
 def test_two_processes_learn_what_one_does(tmp_path: Path, base: Path, work: Callable[..., Path], is_cut: bool) -> None:
     """With whole weights in each, and with weights that are cut over them."""
@@ -120,7 +134,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, base: Path, work: Cal
     if is_cut:
         with torch.device("meta"):
             config = tiny_llama().config
-        shared = config.vocab_size * config.hidden_size * (2 if work is tune else 1)  # whole in each process
+        shared = config.vocab_size * config.hidden_size * (1 if work is learn_to_score else 2)  # whole in each process
         assert all(num_weights <= shared + (all_weights - shared) / 2 + 64 for _, num_weights in results)
     if work is not tune_padded:  # how a row is laid out says nothing about saving
         first, then = (2, 1) if work is tune else (1, 2)

@@ -1,4 +1,4 @@
-"""SFT and reward models, stopped by an exception or a kill at any moment: the same call resumes, and ends with the weights
+"""SFT, reward models and DPO, stopped by an exception or a kill at any moment: the same call resumes, and ends with the weights
 and figures of an uninterrupted training.
 """
 
@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+import dpo
 import reward
 import sft
+from dpo import train as dpo_module
+from dpo import tuning as pairs_module
+from dpo.config import Config as DpoConfig
 from llamachat.config.sections import Tuning
 from llamachat.runs import checkpoints as checkpoints_module
 from llamachat.runs.artifacts import StepFolder
@@ -25,6 +29,7 @@ from reward.config import Config as RewardConfig
 from sft import train as sft_module
 from sft.config import Config as SftConfig
 from sft.tuning import Tuning as Dialogs
+from tests.dpo.tiny_dpo import dpo_inputs
 from tests.killed_steps import ENVIRONMENT, ROOT, results
 from tests.reward.tiny_reward import data_of, reward_inputs, toy_labels, toy_pairs
 from tests.sft.tiny_sft import inputs_of, toy_dialogs, write_base
@@ -54,9 +59,16 @@ def rank(folder: Path, base: Path, method: str) -> StepFolder:
     return StepFolder(reward.run(config, inputs).path.parent)
 
 
+def prefer(folder: Path, base: Path, method: str) -> StepFolder:
+    config = DpoConfig(epochs=2, pairs_per_step=8, learning_rate=3e-3, sample_prompts=1)
+    inputs = dpo_inputs(folder, base, tuning=METHODS[method], tracking=TRACKING, dtype="bfloat16")
+    return StepFolder(dpo.run(config, inputs).path.parent)
+
+
 TRAININGS: dict[str, tuple[Callable[[Path, Path, str], StepFolder], str]] = {
     "sft": (tune, "sft"),
     "reward": (rank, "rm/safety"),
+    "dpo": (prefer, "dpo"),
 }
 
 
@@ -114,6 +126,12 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, *, call: in
         pytest.param("reward", "full", checkpoints_module, "write_json", 2, id="reward, before one is marked whole"),
         pytest.param("reward", "lora", Session, "finish", 1, id="reward, after the last checkpoint"),
         pytest.param("reward", "full", reward_module, "publish_reward_model", 1, id="reward, before it is published"),
+        pytest.param("dpo", "lora", pairs_module, "answer_logprobs", 2, id="dpo, while the reference is computed"),
+        pytest.param("dpo", "lora", Watch, "on_step_begin", 2, id="dpo, before its first checkpoint"),
+        pytest.param("dpo", "full", Watch, "on_step_end", 4, id="dpo, between two checkpoints, all weights"),
+        pytest.param("dpo", "lora", Watch, "on_step_end", 4, id="dpo, between two, an adapter"),
+        pytest.param("dpo", "qlora", Watch, "on_step_end", 4, id="dpo, between two, on 4 bits"),
+        pytest.param("dpo", "lora", dpo_module, "publish_policy", 1, id="dpo, before it is published"),
     ],
 )
 def test_stopped_at_any_moment_it_ends_like_an_uninterrupted_training(

@@ -24,6 +24,7 @@ from llamachat.chat_format import TokenizedExample
 from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Data, DataSource, Run, Scoring, Tracking
 from llamachat.data.packing import StepPlan
+from llamachat.data.pairs import PairExample
 from llamachat.data.records import Preference
 from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.inputs import StepInputs
@@ -159,7 +160,7 @@ def _open_reward(case: Case, folder: Path) -> Steps:
     from llamachat.models.reward_model import build_reward_model
     from llamachat.models.sequence_attention import use_sequence_attention
     from reward.batches import plan_batches
-    from reward.pairs import Examples, PairExample
+    from reward.pairs import Examples
     from reward.ranking import Ranking
 
     config = reward_config(case)

@@ -224,6 +224,9 @@ def _of_commands(facts: Facts) -> list[tuple[str, str, str]]:
         if iterations is not None and not low <= iterations <= high:
             actual = f"{planned}" if end is None else end.words()
             rows.append((f"{step.name}: iterations", f"{low} to {high}", actual))
+    rows += [
+        (step.name, "no such step", "DPO on the pairs that reward models learn") for step in facts.by_command("dpo")
+    ]
     for step in facts.by_command("rs"):
         if step.value("rejection_sampling", "start") == "current":
             rows.append((f"{step.name}: tuned", "the base model again", "the present policy"))

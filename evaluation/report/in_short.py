@@ -18,10 +18,11 @@ _NAMES = {
     "rs": "Rejection sampling",
     "gatt": "Ghost Attention",
     "distill": "Context distillation",
+    "dpo": "DPO",
     "ppo": "PPO",
     "sft": "Supervised tuning",
 }
-_BY_REWARD = ("rs", "ppo")  # what they do is decided by reward models
+_BY_PREFERENCE = ("rs", "dpo", "ppo")  # what they learn is decided by preferences
 _WARNING = " Warning: "
 _REASONS = 2  # that are named of a model that is not fit
 # Beyond these, what is said of a policy's answers is a warning.
@@ -40,7 +41,7 @@ def in_short(facts: Facts, control: str | None = None) -> list[str]:
         if policy != evaluation.reference:
             lines.append(_judged(evaluation, policy, judge_is_fit=judge_is_fit))
             shape = list(_shape(evaluation, policy))
-            if command_of(policy) in _BY_REWARD:
+            if command_of(policy) in _BY_PREFERENCE:
                 lines += [*shape, *_refusals(evaluation, policy)]
             else:  # the table has the rest
                 lines += [line for line in shape if _WARNING in line]

@@ -17,7 +17,7 @@ from evaluation.report.facts import Facts, missing, read_facts
 from evaluation.report.headline import headline
 from evaluation.report.page import Page, Points, Section, html, markdown
 from evaluation.report.sections import answers, comparison, ghost_attention, rounds, safety, sampling
-from evaluation.report.tuning import reward_models, supervised
+from evaluation.report.tuning import preferences, reward_models, supervised
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.atomic import remove_tree, write_text
 from llamachat.runs.inputs import StepInputs
@@ -76,6 +76,7 @@ def _sections(config: Config, facts: Facts, figures: Path) -> Iterator[Section]:
         reward_models(facts, figures),
         sampling(facts, figures),
         rounds(facts),
+        preferences(facts),
         ghost_attention(facts, figures),
         comparison(facts, figures),
         safety(facts, figures),

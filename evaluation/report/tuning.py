@@ -1,4 +1,4 @@
-"""Supervised tuning (section 3.1) and reward models (section 3.2.2; Tables 7, 8 and 29), ours beside the paper's."""
+"""Supervised tuning (section 3.1) and reward models (section 3.2.2; Tables 7, 8 and 29), ours beside the paper's; DPO."""
 
 import re
 from pathlib import Path
@@ -41,6 +41,23 @@ def supervised(facts: Facts) -> Section | None:
         "so lines cannot be compared. The paper gives no losses; it tuned for 2 epochs on 27,540 annotations.",
     )
     return Section("Supervised tuning (section 3.1)", "tuning", [table])
+
+
+def preferences(facts: Facts) -> Section | None:
+    """What DPO did to held-out pairs."""
+    steps = facts.by_command("dpo")
+    if not steps:
+        return None
+    columns = (("accuracy", 3), ("loss", 3), ("reward_chosen", 3), ("reward_rejected", 3))
+    rows = [row(step.name, *(_figure(step, f"dpo/eval_{name}", digits) for name, digits in columns)) for step in steps]
+    table = Table(
+        "Held-out pairs under the policy",
+        ["step", "share in the right order", "loss, nats/pair", "implicit reward, chosen", "implicit reward, rejected"],
+        rows,
+        note="An implicit reward is beta times the change of an answer's log-probability since the step began. Below 0 the "
+        "policy gives the answer less probability than it did, which is common for chosen answers, too.",
+    )
+    return Section("Direct preference optimisation (not in the paper)", "dpo", [table])
 
 
 def reward_models(facts: Facts, figures: Path) -> Section | None:

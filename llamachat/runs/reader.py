@@ -37,6 +37,7 @@ _COUNTED = {
     "ppo": ("ppo", "iterations", "ppo/step"),
     "sft": ("sft", "epochs", "sft/epoch"),
     "rm": ("reward", "epochs", "{step}/epoch"),
+    "dpo": ("dpo", "epochs", "dpo/epoch"),
 }
 _GUARDS = ("patience", "kl_guard", "collapse_guard")
 

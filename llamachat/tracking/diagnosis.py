@@ -292,7 +292,8 @@ def _overfits(name: str, series: Mapping[str, Points]) -> Finding | None:
     after = [value for step, value in training if step > lowest_step]
     if since is None or since < lowest_step or not before or not after or _mean(after) >= _mean(before):
         return None
-    section = "sft" if name.startswith("sft/") else "reward"
+    command = name.partition("/")[0]
+    section = "reward" if command == "rm" else command
     return Finding(
         f"Overfitting of {name.removesuffix('/eval_loss')}",
         f"step {since}",

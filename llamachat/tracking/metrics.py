@@ -17,7 +17,7 @@ _VARIABLES = {
     "source": "[A-Za-z0-9][A-Za-z0-9_~-]*",
     "kind": "safe_unsafe|both_safe|both_unsafe",
     "bound": "low|high",
-    "prefix": "sft|rm/(?:helpfulness|safety|judge)|rs|gatt|distill|ppo|eval|report",
+    "prefix": "sft|rm/(?:helpfulness|safety|judge)|rs|gatt|distill|dpo|ppo|eval|report",
     "moment": "start|final",
     "tuned": "ppo|rs|gatt|distill",
     "score": "score|judge|judge_like_length|judge_finished|reward_(?:helpfulness|safety|combined)",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from context_distillation import Config as ContextDistillationConfig
+from dpo import Config as DpoConfig
 from evaluation import Config as EvaluationConfig
 from gatt import Config as GattConfig
 from llamachat.config.gpus import Gpu, parse_gpu
@@ -29,7 +30,7 @@ from llamachat.runs.reader import read_summary
 from llamachat.scoring.models import MODELS, ModelName, RewardModelFacts, models_read
 from llamachat.tables import duration
 from pipelines.execution.run import tuning_section
-from pipelines.planning.stage_costs import ppo_cost, report_cost, reward_cost, sampling_cost, sft_cost
+from pipelines.planning.stage_costs import dpo_cost, ppo_cost, report_cost, reward_cost, sampling_cost, sft_cost
 from pipelines.recipe.recipe import Recipe, Step
 from pipelines.recipe.stages import POLICY
 from ppo import Config as PpoConfig
@@ -60,7 +61,7 @@ TURN_TOKENS = 100.0  # of the turns before an answer in Ghost Attention; ours, a
 # blocks are of many sizes, a share is added. Ours, measured on the bundled model and on SmolLM2-135M.
 OF_A_PROCESS = {"sft": round(0.95 * 2**30), "rm": round(2.5 * 2**30)}
 OF_ANOTHER_PROCESS = round(1.75 * 2**30)
-COVERED_BY_ACTIVATIONS = {"rm": -0.12, "ppo": 0.4}
+COVERED_BY_ACTIVATIONS = {"rm": -0.12, "ppo": 0.4, "dpo": 0.4}  # of dpo as of ppo, not measured
 KEPT_BY_DISTILLATION = 0.5  # of the distilled answers; ours, assumed: another answer is better as often as worse
 
 
@@ -267,6 +268,20 @@ def _distillation(work: _Work, config: ContextDistillationConfig) -> Estimate:
     return work.sampled(lengths, answers=answers, samples_per_prompt=config.samples_per_prompt, tuned=tuned)
 
 
+def _dpo(work: _Work, config: DpoConfig) -> Estimate:
+    data, in_record = work.recipe.data, TOKENS_OF_A_HUB_PAIR / TOKENS_OF_A_PAIR
+    size = work.measured((*data.helpfulness, *data.safety), hub_tokens=in_record)
+    in_pair = TOKENS_OF_A_PAIR_ON_A_CPU if work.setup.gpu is None else TOKENS_OF_A_PAIR
+    return dpo_cost(
+        config,
+        work.setup,
+        pairs=round(size.records * work.train_share) if size else None,
+        held_out_pairs=size.records * data.split.validation if size else 0.0,
+        tokens_per_pair=min(2 * work.recipe.base.max_tokens, in_pair * size.tokens_per_record) if size else 0.0,
+        eval_every=work.recipe.sections.tracking.eval_every,
+    )
+
+
 def _ppo(work: _Work, config: PpoConfig) -> Estimate:
     seating = seat_roles(work.recipe, work.step, work.setup.shape)
     return ppo_cost(config, work.setup, work.step.rollout, seating, work.lengths(work.all_prompts()))
@@ -288,6 +303,7 @@ _COSTS: Mapping[str, Callable[[_Work, Any], Estimate]] = {
     "rs": _rejection_sampling,
     "gatt": _gatt,
     "distill": _distillation,
+    "dpo": _dpo,
     "ppo": _ppo,
     "eval": _evaluation,
     "report": lambda work, config: report_cost(config, steps=len(work.recipe.steps) - 1),

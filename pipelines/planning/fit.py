@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dpo import Config as DpoConfig
 from llamachat.config.gpus import Gpu
 from llamachat.errors import LlamachatError
 from llamachat.memory.estimates import Estimate
@@ -75,6 +76,8 @@ def largest_microbatch(recipe: Recipe, step: Step, gpu: Gpu) -> str:
         key, least, most = "sft.rows_per_microbatch", 1, config.examples_per_step
     elif isinstance(config, RewardConfig):
         key, least, most = "reward.row_tokens", 2 * longest, 2 * longest * config.pairs_per_step
+    elif isinstance(config, DpoConfig):
+        key, least, most = "dpo.row_tokens", 2 * longest, 2 * longest * config.pairs_per_step
     elif isinstance(config, PpoConfig):
         key, least, most = "ppo.tokens_per_microbatch", longest, longest * config.responses_per_minibatch
     else:
@@ -153,7 +156,7 @@ def _fits_with(recipe: Recipe, gpu: Gpu, settings: Sequence[Setting]) -> bool:
 def _less_and_less(recipe: Recipe, gpu: Gpu) -> Iterator[Setting]:
     """Settings that save memory and are not taken yet: those that cost time, then those that cost the result."""
     commands = {step.stage.command for step in recipe.steps}
-    sections = {"sft": "sft", "rm": "reward", "ppo": "ppo"}
+    sections = {"sft": "sft", "rm": "reward", "dpo": "dpo", "ppo": "ppo"}
     if commands & {"rs", "gatt", "distill"}:
         commands.add("sft")
     reward, ppo = (getattr(recipe.sections, sections[command]) for command in ("rm", "ppo"))
@@ -164,6 +167,8 @@ def _less_and_less(recipe: Recipe, gpu: Gpu) -> Iterator[Setting]:
         yield "sft.sample_prompts", 0  # they are sampled from weights gathered whole
     if "rm" in commands and reward.row_tokens == "auto":
         yield "reward.row_tokens", 2 * recipe.base.max_tokens
+    if "dpo" in commands and recipe.sections.dpo.row_tokens == "auto":
+        yield "dpo.row_tokens", 2 * recipe.base.max_tokens
     if "ppo" in commands and ppo.tokens_per_microbatch != recipe.base.max_tokens:
         yield "ppo.tokens_per_microbatch", recipe.base.max_tokens
     if commands & {"rs", "gatt", "distill", "ppo", "eval"}:

@@ -305,7 +305,7 @@ def _shorten(draft: Draft) -> None:
                 share = level / seconds[index]
                 if key == "iterations" or (key.endswith(("prompts", "dialogs")) and isinstance(value, int)):
                     draft.put(index, key, max(min(value, FEW_PROMPTS), int(value * share)))
-                elif key == "epochs" and step.stage.command in ("sft", "rm"):
+                elif key == "epochs" and step.stage.command in ("sft", "rm", "dpo"):
                     draft.put(index, key, float(f"{value * share:.2g}"))
         fit = draft.fit()
 

@@ -22,7 +22,8 @@ from pipelines.recipe.recipe import Recipe, Step, choose_steps
 
 FEW_STEPS = 100
 MUCH_WARMUP = 0.2
-FULL_TUNING_RATES = {"sft": 2e-5, "rm": 1e-5, "ppo": 1e-6}  # Llama 2 sections 3.1, 3.2.2, 3.2.3, for all weights
+# For all weights: Llama 2 sections 3.1, 3.2.2, 3.2.3; of dpo Rafailov et al. 2023, appendix B.
+FULL_TUNING_RATES = {"sft": 2e-5, "rm": 1e-5, "ppo": 1e-6, "dpo": 1e-6}
 LARGEST_READ = 64 << 20  # bytes of a data file that a plan reads to count its sides
 RECORDS_OF: dict[str, type[Dialog] | type[Preference] | type[Prompt]] = {
     **dict.fromkeys(("sft", "labels"), Dialog),

@@ -7,6 +7,8 @@ say what was measured on a CPU.
 import math
 from dataclasses import replace
 
+from dpo import Config as DpoConfig
+from dpo.config import CPU_ROW_TOKENS as DPO_ROW_TOKENS
 from evaluation.report import Config as ReportConfig
 from llamachat.config.sections import Rollout
 from llamachat.maths import TOKENS_PER_CHUNK, tokens_per_chunk
@@ -44,7 +46,7 @@ from sft import Config as SftConfig
 # fp32, with what its backward pass makes of it (ours, measured on a CPU and counted on the stand-in of a GPU).
 LOGIT_BYTES, PPO_LOGIT_BYTES = 12, {"cpu": 20, "cuda": 16}
 TRL_TOKENS, TRL_PIECES = 4096, 32768  # whose logits TRL's loss, which a GPU takes, has at once
-SHARE_OF_ANSWERS = 0.6  # of a row's tokens in PPO, those of answers, which have logits; ours, assumed
+SHARE_OF_ANSWERS = 0.6  # of a row's tokens in PPO and DPO, those of answers, which have logits; ours, assumed
 IN_BANK = (BASE_WEIGHTS, GATHERED, TRAINED_WEIGHTS)  # parts of a training that the bank's count has
 # A report's seconds on one CPU core, matplotlib's loading counted: ours, measured: nine steps with 75 pictures took 16 s.
 REPORT_SECONDS, REPORT_SECONDS_OF_CURVES = 5.0, 1.2
@@ -132,6 +134,46 @@ def reward_cost(
     scored = (1 + math.ceil(steps / eval_every)) * held_out_tokens + tested_tokens
     scoring, _ = forward_time(setup, scored * setup.shape.block_weights, assumed="")
     return Estimate(memory, seconds + scoring, steps, assumed, LOADED)
+
+
+def dpo_cost(
+    config: DpoConfig,
+    setup: Setup,
+    *,
+    pairs: int | None,
+    held_out_pairs: float,
+    tokens_per_pair: float,
+    eval_every: int,
+) -> Estimate:
+    """Of a policy that learns from this many pairs (None: they were not counted), and reads some every `eval_every` steps.
+
+    Its longest forward pass is a row, or one pair, both answers of `base.max_tokens`. There is no reference model: the
+    starting policy reads all pairs once, before the first step.
+    """
+    auto = DPO_ROW_TOKENS if setup.gpu is None else 0
+    tokens = max(auto if config.row_tokens == "auto" else config.row_tokens, 2 * setup.base.max_tokens)
+    chunk = min(SHARE_OF_ANSWERS * tokens, tokens_per_chunk(on_cpu=setup.gpu is None))
+    memory = training_memory(
+        setup,
+        tokens=tokens,
+        optimizer=config.optimizer,
+        gradient_checkpointing=config.gradient_checkpointing,
+        logits=_ppo_logit_bytes(setup) * round(chunk) * setup.shape.vocabulary,
+        is_eager=setup.gpu is None,  # a CPU attends a sequence at a time, without a fused kernel
+    )
+    if pairs is None:
+        return Estimate(memory, loaded=LOADED)
+    seconds, assumed = training_time(
+        setup,
+        setup.shape.weights,
+        tokens=pairs * config.epochs * tokens_per_pair,
+        gradient_checkpointing=config.gradient_checkpointing,
+        assumed=f"{tokens_per_pair:.0f} tokens a pair",
+    )
+    steps = _steps(pairs, config.epochs, config.pairs_per_step)
+    read = pairs + (2 + math.ceil(steps / eval_every)) * held_out_pairs
+    reading, _ = forward_time(setup, read * tokens_per_pair * setup.shape.weights, assumed="")
+    return Estimate(memory, seconds + reading, steps, assumed, LOADED)
 
 
 def _steps(examples: int, epochs: float, per_step: int) -> int:

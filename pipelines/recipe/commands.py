@@ -26,6 +26,10 @@ STEP_COMMANDS = {
     "distill": StepCommand(
         "Context distillation: train on safer answers, sampled under a preprompt, without the preprompt (4.2.4)."
     ),
+    "dpo": StepCommand(
+        "Direct preference optimisation: the policy learns from the pairs themselves, without reward models (not in the"
+        " paper; a baseline)."
+    ),
     "ppo": StepCommand(
         "Proximal policy optimisation: the policy learns to answer as the reward models like it (3.2.3)."
     ),

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Self, cast
 from pydantic import ConfigDict, Field, RootModel, create_model, model_validator
 
 from context_distillation import Config as ContextDistillationConfig
+from dpo import Config as DpoConfig
 from evaluation import Config as EvaluationConfig
 from evaluation.report import Config as ReportConfig
 from gatt import Config as GattConfig
@@ -230,6 +231,10 @@ class RecipeSections(Section):
     context_distillation: ContextDistillationConfig = Field(
         default=ContextDistillationConfig.model_validate({}),
         description="Context distillation: train on safer answers, sampled under a preprompt, without the preprompt.",
+    )
+    dpo: DpoConfig = Field(
+        default=DpoConfig.model_validate({}),
+        description="Direct preference optimisation: the policy learns from pairs without a reward model.",
     )
     ppo: PpoConfig = Field(default=PpoConfig.model_validate({}), description="Proximal policy optimisation.")
     evaluation: EvaluationConfig = Field(

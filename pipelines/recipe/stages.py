@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import context_distillation
+import dpo
 import evaluation
 import gatt
 import ppo
@@ -148,6 +149,12 @@ STAGES = {
             reads=(POLICY, *REWARD_MODELS),
             shared=("rollout", "scoring", "sft"),
             tunes=True,
+        ),
+        Stage(
+            command="dpo",
+            section="dpo",
+            package=dpo,
+            products=(Product(makes=POLICY, data=("helpfulness", "safety"), needs=("helpfulness", "safety")),),
         ),
         Stage(
             command="ppo",

@@ -346,7 +346,9 @@ def _overrides(r: Random, world: World, values: Sequence[Any], how: float) -> li
 
 
 def _with_recipe(r: Random) -> list[str]:
-    dry = [[name, "--dry-run"] for name in ("all", "sft", "rm", "ppo", "rs", "gatt", "distill", "eval", "report")]
+    dry = [
+        [name, "--dry-run"] for name in ("all", "sft", "rm", "ppo", "rs", "gatt", "distill", "dpo", "eval", "report")
+    ]
     return r.choice([["plan"]] * 8 + [["doctor"], ["dashboard"], ["plan", "--gpu", "24GiB"], ["chat"], *dry])
 
 

@@ -12,13 +12,14 @@ from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Data, DataSource, Split
 from llamachat.data.loading import fraction, split_of
 from llamachat.data.packing import pack_responses
+from llamachat.data.pairs import UNSAFE_CHOSEN, PairExample
 from llamachat.data.records import Preference
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
 from reward.batches import Batches, plan_batches
 from reward.config import Config, Contrast
 from reward.contrast import REFUSALS
-from reward.pairs import UNSAFE_CHOSEN, Examples, LabelExample, PairExample, load_examples
+from reward.pairs import Examples, LabelExample, load_examples
 from tests.reward.tiny_reward import data_of, preference, toy_labels, toy_pairs, write
 
 HALF = Split(test=0.2, validation=0.2, judge=0)

@@ -88,7 +88,6 @@ def test_a_step_takes_each_kind_that_it_reads_from_the_nearest_step_that_made_it
     recipe = load(path, ["steps=[sft, rm/safety, {sft: {name: sft-2}}, {rm/safety: {name: rm-2}}]"])
     reader = Stage(
         command="reader",
-        help="",
         section="sft",
         package=sft,
         products=(Product(makes=POLICY, data=(), needs=()),),

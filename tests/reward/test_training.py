@@ -15,6 +15,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 import reward
 from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Split, Tuning
+from llamachat.data.pairs import PairExample
 from llamachat.errors import DivergedError
 from llamachat.models.loading import trunk_digest
 from llamachat.models.reward_model import load_reward_model, reward_trunk_digest
@@ -24,7 +25,6 @@ from llamachat.training.session import check_finite
 from reward import train as train_module
 from reward.batches import Batches, plan_batches, smaller
 from reward.config import Config, Contrast
-from reward.pairs import PairExample
 from reward.presentation import markdown
 from reward.ranking import Ranking
 from tests.reward.tiny_reward import data_of, open_session, reward_inputs, toy_labels, toy_pairs

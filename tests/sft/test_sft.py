@@ -21,11 +21,11 @@ from llamachat.data.packing import IGNORED, collate_packed, collate_padded
 from llamachat.rollout.engine import Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
 from llamachat.runs.inputs import StepInputs
+from llamachat.training.policy import load_start
 from llamachat.training.session import Session
 from sft import loss as loss_module
 from sft.config import Config
 from sft.loss import answer_token_losses
-from sft.train import load_start
 from sft.tuning import Tuning as Dialogs
 from sft.tuning import answer_loss
 from tests.sft.tiny_sft import inputs_of, open_session, pair, toy_dialogs

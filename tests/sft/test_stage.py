@@ -20,10 +20,10 @@ from llamachat.errors import ConfigError, DataError, DivergedError
 from llamachat.runs.artifacts import StepFolder, read_artifact
 from llamachat.runs.reader import read_summary
 from llamachat.runs.record import MetricsRecord, SamplesRecord
+from llamachat.training.policy import Start, load_start, publish_policy
 from sft import train as train_module
 from sft import tuning as tuning_of_sft
 from sft.config import Config
-from sft.train import Start, load_start, publish_policy
 from tests.sft.tiny_sft import inputs_of, open_session, pair, toy_dialogs
 from tests.tiny_llama import LORA, move_adapter
 

@@ -12,9 +12,10 @@ from llamachat.config.sections import Data, DataSource, Rollout, Split, Tuning
 from llamachat.models.loading import save_policy
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
+from llamachat.training.policy import load_start
 from llamachat.training.session import Session, resume
 from sft.config import Config
-from sft.train import load_dialogs, load_start
+from sft.train import load_dialogs
 from sft.tuning import Tuning as Dialogs
 from sft.tuning import plan_training
 from tests.tiny_llama import tiny_llama

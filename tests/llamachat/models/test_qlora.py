@@ -19,9 +19,9 @@ from llamachat.errors import ArtifactError, ConfigError
 from llamachat.models import nf4
 from llamachat.models.loading import attach_adapter, load_base, load_policy, trunk_digest
 from llamachat.runs.reader import read_summary
+from llamachat.training.policy import load_start
+from llamachat.training.policy import publish_policy as publish
 from sft.config import Config
-from sft.train import load_start
-from sft.train import publish_policy as publish
 from tests.sft.tiny_sft import inputs_of, toy_dialogs, write_base
 from tests.tiny_llama import LORA, base_section, nf4_by_transformers, publish_policy, tiny_llama
 

@@ -152,7 +152,10 @@ REFUSED_STEPS: list[tuple[Any, str]] = [
     ([], "steps: found an empty list"),
     ("sft", "steps: found the text 'sft', but a list is required."),
     (["smt"], "steps.0.smt: unknown step. Did you mean 'sft'?"),
-    (["qqq"], "steps.0.qqq: unknown step. Known here: sft, rm, rs, gatt, distill, ppo, eval, report, rm/helpfulness,"),
+    (
+        ["qqq"],
+        "steps.0.qqq: unknown step. Known here: sft, rm, rs, gatt, distill, dpo, ppo, eval, report, rm/helpfulness,",
+    ),
     (["rm/saftey"], "steps.0.rm/saftey: unknown step. Did you mean 'rm/safety'?"),
     (["sft/mix"], "steps.0.sft/mix: unknown step. Did you mean"),
     ([3], "steps.0: found the number 3, but a step, or a mapping of one step to its values, is required"),

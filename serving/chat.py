@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from unicodedata import category
 
 from llamachat.chat_format.dialog import DialogError, Message, check_messages, with_system
+from llamachat.chat_format.format import fit
 from llamachat.errors import UsageError
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Completion, LocalEngine, Sampling
-from serving.context import fit, longest_dialog, open_engine
+from serving.context import longest_dialog, open_engine
 
 log = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Message, as_dicts, with_system
+from llamachat.chat_format.format import fit
 from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.errors import ArtifactError, LlamachatError, UsageError
 from llamachat.models.hub import LICENCE_FILES, weights_folder
@@ -32,7 +33,7 @@ from llamachat.rollout.engine import Sampling
 from llamachat.runs.artifacts import Artifact, library_versions
 from llamachat.runs.atomic import incoming_folder, write_json
 from llamachat.runs.outputs import check_output
-from serving.context import fit, longest_dialog, open_engine
+from serving.context import longest_dialog, open_engine
 from serving.merging import read_adapter, write_weights
 from serving.model_card import Facts, model_card
 

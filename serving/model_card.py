@@ -20,7 +20,7 @@ from llamachat.config.sections import bundled
 from llamachat.errors import ArtifactError
 from llamachat.models.hub import LICENCE_FILES
 from llamachat.runs.artifacts import EVALUATION, Artifact
-from llamachat.runs.reader import Measure, read_step, step_of
+from llamachat.runs.reader import Measure, read_benchmarks, read_step, step_of
 from llamachat.tables import fence
 from serving import provenance
 
@@ -110,6 +110,7 @@ def model_card(facts: Facts) -> str:
         is_lengthened=_is_lengthened(facts),
         tuned=_TUNED[facts.note["method"]],
         evaluated=facts.evaluated,
+        benchmarks=read_benchmarks(facts.artifact),
         shares=shares,
     )
 

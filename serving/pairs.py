@@ -22,6 +22,7 @@ from typing import Any
 
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.dialog import DialogError, Message, as_dicts, with_system
+from llamachat.chat_format.format import fit
 from llamachat.data.problems import Problem
 from llamachat.data.records import Prompt, Row
 from llamachat.errors import UsageError
@@ -30,7 +31,7 @@ from llamachat.rollout.engine import Completion, LocalEngine, Sampling
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.outputs import check_output, written_beside
 from serving.answer_files import progress, read_prompts, too_long
-from serving.context import fit, open_engine
+from serving.context import open_engine
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llamachat.chat_format.dialog import Message, with_system
+from llamachat.chat_format.format import fit
 from llamachat.data.problems import Problem
 from llamachat.data.records import Prompt, Row
 from llamachat.errors import UsageError
@@ -21,7 +22,7 @@ from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.runs.outputs import check_output, written_beside
 from serving.answer_files import as_written, progress, read_prompts, too_long
-from serving.context import fit, longest_dialog, open_engine
+from serving.context import longest_dialog, open_engine
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ CUTS = {
     "prompts": prompts.prompts,
     "adversarial": prompts.adversarial,
     "borderline": prompts.borderline,
+    "benchmarks": prompts.benchmarks,
     "gatt": lists.gatt,
 }
 

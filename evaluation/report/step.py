@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from evaluation.report.account import account, costs, curves, deviations
+from evaluation.report.benchmarks import benchmarks
 from evaluation.report.config import Config
 from evaluation.report.facts import Facts, missing, read_facts
 from evaluation.report.headline import headline
@@ -80,6 +81,7 @@ def _sections(config: Config, facts: Facts, figures: Path) -> Iterator[Section]:
         ghost_attention(facts, figures),
         comparison(facts, figures),
         safety(facts, figures),
+        benchmarks(facts),
         answers(facts, config.samples),
         curves(facts, figures) if config.shows_curves else None,
         costs(facts),

@@ -6,7 +6,7 @@ state that predicts a response token stands one position before it, and the valu
 before the token is known.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from llamachat import distributed
 from llamachat.answers.responses import Response
 from llamachat.chat_format.tokenizer import FILLER_ID
 from llamachat.data.packing import pack_evenly
-from llamachat.maths.logprobs import token_logprobs
+from llamachat.maths.logprobs import Head, token_logprobs
 
 if TYPE_CHECKING:
     from llamachat.models.roles import RoleBank
@@ -99,18 +99,33 @@ def answer_logprobs(bank: "RoleBank", sequences: Sequence[TokenSequence], *, tem
 
     Several processes share the work.
     """
-    return distributed.scatter_map(sequences, lambda mine: _logprobs(bank, mine, temperature))
+    return distributed.scatter_map(
+        sequences,
+        lambda mine: response_logprobs(
+            mine,
+            hidden=lambda batch: bank.hidden("policy", batch),
+            head=bank.lm_head("policy"),
+            device=bank.device,
+            temperature=temperature,
+        ),
+    )
 
 
 @torch.no_grad()
-def _logprobs(bank: "RoleBank", sequences: Sequence[TokenSequence], temperature: float) -> list[float]:
+def response_logprobs(
+    sequences: Sequence[TokenSequence],
+    *,
+    hidden: Callable[[Mapping[str, Tensor]], Tensor],
+    head: Head,
+    device: torch.device,
+    temperature: float,
+) -> list[float]:
+    """The same by a model whose `hidden` gives the final states [1, T, D] of a packed row, and `head` the logits of states."""
     sums_B = torch.zeros(len(sequences), dtype=torch.float64)
-    row_tokens = _ROW_TOKENS.get(bank.device.type, _ROW_TOKENS["cpu"])
-    for row in packed_rows(sequences, range(len(sequences)), row_tokens=row_tokens, device=bank.device):
-        hidden_ND = bank.hidden("policy", row.batch)[0, row.places_N]
-        logprobs_N = token_logprobs(
-            hidden_ND, row.tokens_N, head=bank.lm_head("policy"), temperature=temperature
-        ).logprobs
+    row_tokens = _ROW_TOKENS.get(device.type, _ROW_TOKENS["cpu"])
+    for row in packed_rows(sequences, range(len(sequences)), row_tokens=row_tokens, device=device):
+        hidden_ND = hidden(row.batch)[0, row.places_N]
+        logprobs_N = token_logprobs(hidden_ND, row.tokens_N, head=head, temperature=temperature).logprobs
         sums_B.index_add_(0, row.rows_N.cpu(), logprobs_N.double().cpu())
     return sums_B.tolist()
 

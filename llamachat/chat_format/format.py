@@ -108,3 +108,18 @@ def shorten_alike(
     turns = min(len(dialog) for dialog in kept if dialog is not None)
     opening = 1 if dialogs[0][0].role == "system" else 0
     return [(*dialog[:opening], *dialog[len(dialog) - (turns - opening) :]) for dialog in dialogs]
+
+
+def fit(
+    chat_format: ChatFormat, messages: Sequence[Message], *, limit: int, max_new_tokens: int
+) -> tuple[Message, ...] | None:
+    """The conversation without its oldest whole pairs, so that the answer has room; None where it cannot fit.
+
+    The answer gets its `max_new_tokens`, at most half of `limit`; where the last question alone is longer than that
+    leaves, what is left.
+    """
+    for room in (limit - min(max_new_tokens, limit // 2), limit - 1):
+        fitting = chat_format.shorten(messages, max_tokens=room)
+        if fitting is not None:
+            return fitting
+    return None

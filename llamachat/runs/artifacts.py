@@ -59,6 +59,7 @@ class StepFolder:
     page = _In("report.html")  # the report on the run as one HTML file
     page_markdown = _In("report.md")  # the same as Markdown, beside the pictures
     lock = _In("lock")  # locked by the process that runs the step; the file itself stays
+    benchmark = _In("benchmark")  # what `llamachat benchmark` asked its policy, and the figures
     tensorboard = _In("tensorboard")
     wandb = _In("wandb.json")  # the ids of the step's wandb runs, so that a resumed step continues them
 
@@ -90,7 +91,7 @@ _LIBRARIES = (
     "tokenizers",
 )
 # Folders of a step that are no steps themselves.
-NOT_STEPS = {"checkpoints", "artifact", "dialogs", "tensorboard", "sampling", "tuned"}
+NOT_STEPS = {"checkpoints", "artifact", "dialogs", "tensorboard", "sampling", "tuned", "benchmark"}
 
 
 class Manifest(Section):

@@ -137,11 +137,21 @@ class Evaluation(_Plain):
         return sorted(int(match[1]) for match in matches if match)
 
 
+class Benchmark(_Plain):
+    """What `llamachat benchmark` measured of a policy with one set of questions; all figures are shares."""
+
+    title: str
+    figures: dict[str, Measure]
+    published: Mapping[str, Mapping[str, float]] = {}  # of other models: model -> figure -> share
+    notes: list[str] = []
+
+
 # The forms of the files that are read here.
 _OBJECT = TypeAdapter(dict[str, Any])
 _FIGURES = TypeAdapter(dict[str, float | None])
 _EVALUATION = TypeAdapter(Evaluation)
 _CURVES = TypeAdapter(list[Curve])
+_BENCHMARK = TypeAdapter(Benchmark)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +227,11 @@ class RunStep:
     def evaluation(self) -> Evaluation | None:
         """The figures of all policies, of a step that evaluates."""
         return _read(self.folder.artifact / EVALUATION, _EVALUATION)
+
+    @property
+    def benchmarks(self) -> dict[str, Benchmark]:
+        """What was measured of the step's policy as it is now, by the name of the set."""
+        return read_benchmarks(Artifact(self.folder.artifact, self.published))
 
     @property
     def best_of_n(self) -> list[Curve]:
@@ -309,6 +324,16 @@ def read_step(run: Path, name: str) -> RunStep:
 def step_of(artifact: Artifact) -> RunStep:
     """The step that published an artifact."""
     return RunStep(artifact.manifest.step, StepFolder(artifact.path.absolute().parent), artifact.manifest)
+
+
+def benchmark_folder(artifact: Artifact) -> Path:
+    """Where `llamachat benchmark` keeps what it asked and measured of an artifact: other weights have another folder."""
+    return StepFolder(artifact.path.absolute().parent).benchmark / artifact.digest[:12]
+
+
+def read_benchmarks(artifact: Artifact) -> dict[str, Benchmark]:
+    """What was measured of an artifact, by the name of the set."""
+    return {path.stem: _read(path, _BENCHMARK) for path in sorted(benchmark_folder(artifact).glob("*.json"))}
 
 
 def command_of(step: str) -> str:

@@ -242,7 +242,7 @@ app.command("all")(
         "all", "Run the recipe's steps in order; finished, unchanged ones are not run again. Also runs any study."
     )
 )
-for _function in (runs.plan, runs.init, runs.doctor, talk.chat, talk.sample, talk.pairs, talk.score):
+for _function in (runs.plan, runs.init, runs.doctor, talk.chat, talk.sample, talk.pairs, talk.score, talk.benchmark):
     app.command(cls=SeveralValues if _function in (runs.init, talk.pairs) else None)(_function)
 for _function in (export, runs.compare, runs.diagnose, data.tokens, runs.dashboard, runs.base, runs.pretrain):
     app.command()(_function)

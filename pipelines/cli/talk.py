@@ -1,4 +1,4 @@
-"""Commands that ask a policy or a reward model: chat, sample, pairs, score."""
+"""Commands that ask a policy or a reward model: chat, sample, pairs, score, benchmark."""
 
 import logging
 import sys
@@ -19,6 +19,7 @@ from pipelines.cli.launch import (
     TopK,
     TopP,
     reported,
+    state_is_kept,
 )
 
 if TYPE_CHECKING:
@@ -286,3 +287,44 @@ def _check_different(policies: list[Path], places: list[Path]) -> None:
             f"--policy: {' '.join(map(str, policies))} name one policy twice. Two answers need two different ones. Name "
             "each once; a single policy answers at two temperatures, or in two draws."
         )
+
+
+@reported
+def benchmark(
+    policies: Annotated[list[Path], typer.Argument(metavar="ARTIFACT", help="The policies that are compared.")],
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="coconot, gsm8k, ifeval, mt_bench, truthfulqa, xstest (default: all; mt_bench only with --judge).",
+            metavar="NAME[,NAME]",
+        ),
+    ] = None,
+    judge: Annotated[
+        Path | None,
+        typer.Option("--judge", help="Reward model that compares answers to MT-Bench's questions.", metavar="ARTIFACT"),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Ask only this many questions of each file, the first ones.", min=1)
+    ] = None,
+) -> None:
+    """Measure policies on published sets of questions: one table with intervals (docs/benchmarks.md)."""
+    from llamachat.runs.artifacts import read_artifact
+
+    artifacts = {str(path): read_artifact(path, "policy", reader="benchmark") for path in policies}
+    judge_artifact = None if judge is None else read_artifact(judge, "reward_model", reader="benchmark --judge")
+    from evaluation.benchmark.run import Request, chosen_sets, run_benchmark
+
+    names = [name.strip() for given in sets or () for name in given.split(",")]
+    request = Request(
+        artifacts=artifacts,
+        sets=chosen_sets(
+            names, has_judge=judge is not None, num_policies=len({one.digest for one in artifacts.values()})
+        ),
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        judge=judge_artifact,
+    )
+    with state_is_kept():
+        print(run_benchmark(request))

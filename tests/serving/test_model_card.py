@@ -15,6 +15,7 @@ from llamachat.models.loading import load_policy
 from llamachat.runs.artifacts import DIALOGS, Artifact, Manifest, StepFolder, publish, read_artifact
 from llamachat.runs.atomic import write_json
 from llamachat.runs.fingerprints import digest_of_file
+from llamachat.runs.reader import Benchmark, Measure, benchmark_folder
 from serving import provenance
 from serving.export import Request, export_policy
 from serving.model_card import Facts, model_index
@@ -116,6 +117,17 @@ def write_evaluation(folder: Path, inputs: dict[str, str]) -> None:
     write_json(place / "evaluation.json", plain)
     manifest = Manifest(kind="evaluation", step="eval", fingerprint="0" * 64, identity={"inputs": inputs}, seed=0)
     write_json(place / "manifest.json", manifest.model_dump(mode="json"))
+
+
+def test_the_card_shows_benchmarks_of_these_very_weights(tmp_path: Path, tiny_format: ChatFormat) -> None:
+    artifact = full_policy(tmp_path, tiny_format)
+    result = Benchmark(title="A set", figures={"refused": Measure(0.25, 0.2, 0.3, 98)}, notes=["3 are left out"])
+    write_json(benchmark_folder(artifact) / "set.json", result.model_dump(mode="json"))
+    card = card_of(artifact, tmp_path)
+    assert "| A set | refused | 25.0% | 20.0% to 30.0% (of 98) |\n\n- A set: 3 are left out\n" in card
+    other = change_manifest(artifact, details={**artifact.manifest.details, "system": "Be brief."})
+    (tmp_path / "other").mkdir()
+    assert "## Benchmarks" not in card_of(other, tmp_path / "other")
 
 
 def test_the_hub_reads_the_front_matter(tmp_path: Path, tiny_format: ChatFormat) -> None:

@@ -1,4 +1,4 @@
-"""data/prompts, data/adversarial, data/borderline: questions without answers, for sampling and for evaluation."""
+"""data/prompts, data/adversarial, data/borderline, data/benchmarks: questions for sampling and for evaluation."""
 
 import re
 from collections.abc import Iterable
@@ -142,4 +142,71 @@ def borderline(root: Path) -> dict[str, list[Record]]:
         ],
         "xstest_safe": _xstest(root, label="safe", half="evaluation"),
         "xstest_unsafe_twins": _xstest(root, label="unsafe", half="evaluation"),
+    }
+
+
+def _question(origin: str, name: Any, question: str, **measured: Any) -> Record:
+    return {"prompt": user_prompt(question), "id": f"{origin}-{name}", "benchmark": measured}
+
+
+def _ifeval(root: Path) -> list[Record]:
+    return [
+        _question(
+            "ifeval",
+            row["key"],
+            row["prompt"],
+            instructions=[
+                {"kind": kind, "arguments": {name: value for name, value in arguments.items() if value is not None}}
+                for kind, arguments in zip(row["instruction_id_list"], row["kwargs"], strict=True)
+            ],
+        )
+        for row in read_rows(root / "ifeval/input_data.jsonl.gz")
+    ]
+
+
+def _gsm8k(root: Path) -> list[Record]:
+    return [
+        _question("gsm8k", number, row["question"], number=row["answer"].rpartition("####")[2].strip().replace(",", ""))
+        for number, row in enumerate(read_rows(root / "gsm8k/test.jsonl.gz"))
+    ]
+
+
+def _truthfulqa(root: Path) -> list[Record]:
+    return [
+        _question(
+            "truthfulqa",
+            number,
+            row["Question"],
+            best=_closed(row["Best Answer"]),
+            true=_answers(row["Correct Answers"]),
+            false=_answers(row["Incorrect Answers"]),
+        )
+        for number, row in enumerate(read_rows(root / "truthfulqa/TruthfulQA.csv"))
+    ]
+
+
+def _answers(text: str) -> list[str]:
+    """The answers of a cell, each once, as the authors' code parts them (truthfulqa/utilities.py, split_multi_answer)."""
+    return list(dict.fromkeys(_closed(part) for part in text.split(";") if part.strip()))
+
+
+def _closed(answer: str) -> str:
+    answer = answer.strip()
+    return answer if answer.endswith(".") else f"{answer}."
+
+
+def _mt_bench(root: Path) -> list[Record]:
+    return [
+        _question("mt-bench", row["question_id"], row["turns"][0], follow_up=row["turns"][1])
+        for row in read_rows(root / "mt-bench-questions/question.jsonl.gz")
+    ]
+
+
+def benchmarks(root: Path) -> dict[str, list[Record]]:
+    """File name -> questions of published evaluations, word for word, each with what its answer is measured by."""
+    return {
+        "ifeval": _ifeval(root),
+        "gsm8k": _gsm8k(root),
+        "truthfulqa": _truthfulqa(root),
+        "mt_bench": _mt_bench(root),
     }

@@ -25,6 +25,7 @@ class Folder:
     parts: dict[str, Part]
     notes: tuple[str, ...] = ()
     is_offensive: bool = False
+    is_verbatim: bool = False
 
 
 _TALK = ("topical-chat", "self-dialogue", "taskmaster-4", "schema-guided-dialogue")
@@ -228,6 +229,21 @@ FOLDERS = {
         ),
         is_offensive=True,
     ),
+    "benchmarks": Folder(
+        about="The questions of published evaluations (`prompt`, `id`), each with what its answer is measured by "
+        "(`benchmark`). `llamachat benchmark` asks them; nothing is trained on them.",
+        parts={
+            "ifeval": Part(origins=("ifeval",), method="Every prompt, with its instructions and their arguments."),
+            "gsm8k": Part(origins=("gsm8k",), method="The test questions, with the number that ends each answer."),
+            "truthfulqa": Part(
+                origins=("truthfulqa",),
+                method="Every question with its best answer, its correct and its incorrect answers, parted at semicolons and "
+                "closed with a full stop, as the authors' code does it.",
+            ),
+            "mt_bench": Part(origins=("mt-bench-questions",), method="The two turns of every question; references left out."),
+        },
+        is_verbatim=True,
+    ),
     "gatt": Folder(
         about="Lists for Ghost Attention, one entry a line.",
         parts={
@@ -256,8 +272,15 @@ def source_page(name: str, rows: list[str], root: Path) -> str:
     lines += ["## How it was cut", ""]
     lines += [f"- `{file}` from {', '.join(part.origins)}. {part.method}" for file, part in folder.parts.items()]
     lines += [f"- {note}" for note in folder.notes]
-    lines += ["- Curly quotes, dashes and the like are ASCII; nothing else of the kept text was changed but what is said above.",
-              "", "## Origins", ""]  # fmt: skip
+    ascii_only = (
+        "Curly quotes, dashes and the like are ASCII; nothing else of the kept text was changed but what is said above."
+    )
+    lines += [
+        "- Texts are word for word those of the origin." if folder.is_verbatim else f"- {ascii_only}",
+        "",
+        "## Origins",
+        "",
+    ]
     for origin in dict.fromkeys(origin for part in folder.parts.values() for origin in part.origins):
         lines += [f"### {origin}", "", *_statement(root / origin), ""]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from evaluation.report.config import Config
 from evaluation.report.headline import verdict
 from evaluation.report.page import number, signed
 from llamachat.runs.artifacts import StepFolder
-from llamachat.runs.reader import Evaluation, Measure
+from llamachat.runs.reader import Benchmark, Evaluation, Measure, benchmark_folder
 from tests.evaluation.report.tiny_report import HOSTILE, TinyRun, measure, write
 
 
@@ -103,6 +103,22 @@ def test_an_evaluation_of_one_policy_compares_nothing(tmp_path: Path) -> None:
     run.evaluation["policies"] = ["sft"]
     text = text_of(run.add("sft", "eval"))
     assert "Only sft was evaluated: there is nothing yet to compare it with." in text and "(best)" not in text
+
+
+def test_benchmarks_of_some_policies_are_shown_next_to_other_models(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path / "tiny").add("sft", "rs", "ppo")
+    assert "Published sets of questions" not in text_of(run)
+    share = Measure(0.25, 0.2, 0.3, 98)
+    for artifact in run.artifacts[:2]:
+        result = Benchmark(
+            title="A set", figures={"refused": share}, published={"Llama": {"refused": 0.5}}, notes=["cut"]
+        )
+        benchmark_folder(artifact).mkdir(parents=True)
+        write(benchmark_folder(artifact) / "set.json", result.model_dump(mode="json"))
+    text = text_of(run)
+    assert "| figure, with its 95% interval | of | sft | rs | Llama |" in text
+    assert re.search(r"\| +refused \| 98 \| 25.0% .*\[20.0%, 30.0%\].* \| 25.0% .* \| 50.0%.* \|", text)
+    assert "A set, rs: cut" in text
 
 
 def test_samples_and_curves_can_be_left_out(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ FILES = sorted(DATA.glob("*/*.jsonl.gz"))
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(("sft", "labels", "refusals"), "dialog"),
     **dict.fromkeys(("helpfulness", "safety"), "preference"),
-    **dict.fromkeys(("prompts", "adversarial", "borderline"), "prompt"),
+    **dict.fromkeys(("prompts", "adversarial", "borderline", "benchmarks"), "prompt"),
 }
 
 
@@ -80,11 +80,16 @@ def first_user_turn(record: dict[str, Any]) -> str:
 def test_every_record_keeps_the_rules(path: Path) -> None:
     report = check_path(str(path), KINDS[path.parent.name], "native", SPECIAL_TAGS)
     assert report.problems == [] and report.num_records > 0
-    known = ("content", *(("refusal", "is_safety", "record") if path.parent.name == "refusals" else ()))
+    more = {"refusals": ("refusal", "is_safety", "record"), "benchmarks": ("benchmark", "record")}
+    known = ("content", *more.get(path.parent.name, ()))
     assert [warned for warned in report.warnings if warned.field not in known] == [], "a key or record too many"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if path.parent.name != "benchmarks"],  # these are measured with alone
+    ids=lambda path: f"{path.parent.name}/{path.name}",
+)
 def test_the_records_stay_on_their_sides(path: Path) -> None:
     record = {"dialog": Dialog, "preference": Preference, "prompt": Prompt}[KINDS[path.parent.name]]
     split = Split(test=0.1, validation=0.05, judge=0.2)
@@ -108,8 +113,28 @@ def test_the_pages_say_what_the_files_hold() -> None:
         assert {file: int(count) for file, count in stated.items()} == counts | lists
         for licence in re.findall(r"`(data/licences/[\w.-]+)`", page):
             assert (DATA.parent / licence).exists()
-        if name not in ("sft", "helpfulness", "gatt"):
+        if name not in ("sft", "helpfulness", "gatt", "benchmarks"):
             assert "offensive and harmful text" in page
+
+
+def test_few_questions_of_benchmarks_occur_in_other_data() -> None:
+    """Everyday ones such as "Who are you?"; docs/benchmarks.md names them."""
+
+    def plain(text: str) -> str:
+        return " ".join(re.findall(r"\w+", text.casefold()))
+
+    trained = {
+        plain(turn["content"])
+        for name in KINDS.keys() - {"benchmarks", "borderline", "adversarial"}
+        for record in folder(name)
+        for turn in conversation(record)
+    }
+    asked = {record["id"]: plain(first_user_turn(record)) for record in folder("benchmarks")}
+    assert len(asked) == 540 + 1319 + 817 + 80
+    assert {name for name, question in asked.items() if question in trained} == {
+        *(f"truthfulqa-{number}" for number in (107, 108, 416, 676)),
+        *(f"mt-bench-{number}" for number in (81, 130)),
+    }
 
 
 def test_the_data_stay_small_and_cutting_again_could_give_the_same_bytes() -> None:

@@ -1,0 +1,1 @@
+"""Published evaluations on bundled questions: asking them, measuring the answers, one table of several policies."""

@@ -209,7 +209,7 @@ def parse_record(
 
 
 class _Noting:
-    """A context that notes a `DialogError` and goes on after it; a generator's would take longer than the checks."""
+    """A context that notes a `DialogError` and continues; a generator's would take longer than the checks."""
 
     __slots__ = ("_parser",)
 

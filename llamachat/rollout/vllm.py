@@ -45,7 +45,7 @@ SURE = 1e-3  # nats: the log-probability of the only token there is, but for rou
 TEXT_ROWS, TEXT_ROW_TOKENS = 16, 128
 # Rounding of a log-probability in nats is taken to be this many times the precision of the model's numbers, at least.
 ROUNDING = 4.0
-# How far two hypotheses must be apart to be told from each other, in deviations of the rounding.
+# How far two hypotheses must differ to be distinguished, in deviations of the rounding.
 DISTINCT = 8.0
 HOW_TO_SERVE = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank RANK "

@@ -90,9 +90,9 @@ def independent_steps(chosen: Sequence[Step]) -> list[list[Step]]:
 
 def _reads(step: Step, earlier: Step) -> bool:
     """Whether a step may read what an earlier one makes."""
-    made = earlier.product.makes
+    output = earlier.product.makes
     is_pooled = step.stage.pools and earlier.stage is step.stage
-    return made in step.reads or made.kind in step.stage.surveys or is_pooled
+    return output in step.reads or output.kind in step.stage.surveys or is_pooled
 
 
 def run_groups(recipe: Recipe, groups: Sequence[Group], *, should_overwrite: bool = False) -> Ran:

@@ -59,9 +59,10 @@ TURN_TOKENS = 100.0  # of the turns before an answer in Ghost Attention; ours, a
 # Bytes that a process on a CPU holds beside tensors: Python, the libraries, compiled kernels, and freed blocks that malloc
 # keeps. The activations make up for them, since they are counted of the longest row: in PPO in part, and of a reward model, whose
 # blocks are of many sizes, a share is added. Ours, measured on the bundled model and on SmolLM2-135M.
-OF_A_PROCESS = {"sft": round(0.95 * 2**30), "rm": round(2.5 * 2**30)}
-OF_ANOTHER_PROCESS = round(1.75 * 2**30)
-COVERED_BY_ACTIVATIONS = {"rm": -0.12, "ppo": 0.4, "dpo": 0.4}  # of dpo as of ppo, not measured
+GIB_OF_A_PROCESS = {"sft": 0.95, "rm": 2.5, "gatt": 2.05, "distill": 2.05, "eval": 2.35}
+GIB_OF_ANOTHER_PROCESS = 1.75
+# Of dpo as of ppo, not measured.
+COVERED_BY_ACTIVATIONS = {"rm": -0.12, "gatt": 0.85, "distill": 0.85, "ppo": 0.4, "dpo": 0.4}
 KEPT_BY_DISTILLATION = 0.5  # of the distilled answers; ours, assumed: another answer is better as often as worse
 
 
@@ -94,7 +95,7 @@ def _in_a_process(estimate: Estimate, command: str) -> Estimate:
         return estimate
     activations = estimate.memory.get("activations", 0)
     covered = round(COVERED_BY_ACTIVATIONS.get(command, 1.0) * activations)
-    own = max(0, OF_A_PROCESS.get(command, OF_ANOTHER_PROCESS) - covered)
+    own = max(0, round(GIB_OF_A_PROCESS.get(command, GIB_OF_ANOTHER_PROCESS) * 2**30) - covered)
     return replace(estimate, memory=estimate.memory | {"the process beside tensors": own})
 
 

@@ -376,7 +376,7 @@ def test_without_a_family_that_can_be_measured_the_step_still_ends(base: Path, t
 def test_the_policy_learns_what_its_last_answers_keep(base: Path, tmp_path: Path) -> None:
     """Small letters alone, which a random base writes now and then: every last answer that it learns is in them.
 
-    Nothing is asked of chance: who learns one instruction alone keeps it untold, too.
+    Chance is not checked: a policy that learned a single instruction also keeps it without being given it.
     """
     section = {"families": ["small_letters"], "dialogs": 240, "turns": 2, "samples_per_turn": 4}
     recipe = write_recipe(

@@ -45,7 +45,7 @@ class FakeVllm:
         self.can_sleep = True  # VLLM_SERVER_DEV_MODE, --enable-sleep-mode
         self.is_asleep = False
         self.serves_adapter_before = False  # under the name of a new one
-        self.noise = 0.0  # of a log-probability of a prompt, drawn anew for each request: other kernels round otherwise
+        self.noise = 0.0  # of a prompt's log-probability, drawn for each request: other kernels round otherwise
         self.adapters: dict[str, Any] = {}
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self.change: Callable[[dict[str, Any]], Any] = lambda answer: answer  # of an answer to a completion

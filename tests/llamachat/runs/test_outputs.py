@@ -75,12 +75,11 @@ def test_no_command_replaces_a_file_unasked(
 @pytest.fixture
 def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """A policy and a reward model that cannot be loaded: the output is refused before."""
-    from pipelines.cli import talk
 
     class Named:
         path = tmp_path / "policy"
 
-    monkeypatch.setattr(talk, "read_artifact", lambda *args, **kwargs: Named)
+    monkeypatch.setattr("llamachat.runs.artifacts.read_artifact", lambda *args, **kwargs: Named)
     return {"POLICY": str(Named.path), "MODEL": str(tmp_path / "model")}
 
 

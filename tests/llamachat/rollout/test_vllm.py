@@ -134,9 +134,11 @@ def test_a_change_that_rounding_hides_is_not_refused(fake: FakeVllm) -> None:
     fake.noise = 0.1
     model = adapted()
     engine = engine_on(fake, model)
-    for _ in range(5):
+    for step in range(5):
         train_a_step(model, 1e-5)
         engine.refresh(model)
+        (served,) = fake.adapters
+        assert served.endswith(f"-{step + 2}"), "the new weights are served, and those before them are dropped"
 
 
 def controls(fake: FakeVllm) -> list[str]:

@@ -14,8 +14,10 @@ log = logging.getLogger(__name__)
 @reported
 def tokens(
     tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Folder with the tokenizer.", metavar="DIR")],
-    dialogs: Annotated[Path, typer.Option("--in", help="Dialogs.", metavar="FILE")],
-    out: Annotated[Path, typer.Option("--out", help="input_ids and loss_mask of each dialog.", metavar="FILE")],
+    dialogs: Annotated[Path, typer.Option("--in", help="File of dialogs.", metavar="FILE")],
+    out: Annotated[
+        Path, typer.Option("--out", help="File to write, with input_ids and loss_mask of each dialog.", metavar="FILE")
+    ],
     train_on: Annotated[
         Literal["every_answer", "last_answer"], typer.Option("--train-on", help="Which answers are trained on.")
     ] = "every_answer",
@@ -23,7 +25,7 @@ def tokens(
     allow_unproved: AllowUnproved = False,
     overwrite: OverwriteOutOption = False,
 ) -> None:
-    """The token ids and the loss mask of each dialog, as training sees them."""
+    """Write the token ids and the loss mask of each dialog, as training sees them."""
     from llamachat.chat_format import TrainOn
     from llamachat.data.tokens import write_tokens
 
@@ -46,9 +48,11 @@ def check(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A .jsonl, .jsonl.gz or .parquet file, or a hub name.")],
     kind: Annotated[
         Literal["dialog", "preference", "prompt"] | None,
-        typer.Option("--kind", help="What it should hold; without this, what most of its records are."),
+        typer.Option("--kind", help="Kind of record to expect; by default that of most records."),
     ] = None,
-    data_format: Annotated[str, typer.Option("--format", help="auto, native, or the name of a known set.")] = "auto",
+    data_format: Annotated[
+        str, typer.Option("--format", help="Format of the records: auto, native, or the name of a known set.")
+    ] = "auto",
 ) -> None:
     """Check a data file: every bad line with its field, the reason and the fix; then what the file holds."""
     from llamachat.chat_format.llama2 import SPECIAL_TAGS
@@ -65,22 +69,27 @@ def convert(
     path: Annotated[
         str, typer.Argument(metavar="IN", help="JSON Lines, a JSON array (.gz or not), .parquet, or a hub name.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The records in our form: .jsonl or .jsonl.gz.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, in the native form: .jsonl or .jsonl.gz.")],
     kind: Annotated[
         Literal["dialog", "preference", "prompt"] | None,
-        typer.Option("--kind", help="What to write; without this, what most of the first records are."),
+        typer.Option("--kind", help="Kind of record to write; by default that of most of the first records."),
     ] = None,
-    data_format: Annotated[str, typer.Option("--format", help="auto, native, or the name of a known set.")] = "auto",
+    data_format: Annotated[
+        str, typer.Option("--format", help="Format of the records: auto, native, or the name of a known set.")
+    ] = "auto",
     overwrite: OverwriteOutOption = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Write nothing where a record cannot be repaired; else it is dropped.")
+        bool,
+        typer.Option(
+            "--strict", help="Write nothing if a record cannot be repaired; by default such records are dropped."
+        ),
     ] = False,
     plain_text: Annotated[
-        bool, typer.Option("--plain-text", help="Take HTML out of the texts: tags, line breaks, entities.")
+        bool, typer.Option("--plain-text", help="Convert HTML in the texts to plain text: tags, line breaks, entities.")
     ] = False,
 ) -> None:
-    """Convert a data file to the native form: faults that can be repaired are repaired and counted; other records are
-    dropped and named.
+    """Convert a data file to the native form. Faults are repaired and counted where possible; other records are dropped
+    and named.
     """
     from llamachat.chat_format.llama2 import SPECIAL_TAGS
     from llamachat.data.convert.command import convert_path

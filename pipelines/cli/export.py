@@ -27,46 +27,53 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="ARTIFACT",
-        help="A policy or a reward model; without one the policy that the evaluation recommends, or the last.",
+        help="Policy or reward model; by default the policy that the evaluation recommends, or the last.",
     ),
 ]
 FormOption = Annotated[
-    Form, typer.Option("--format", help="One whole model, the adapter for PEFT, or one file for llama.cpp or Ollama.")
+    Form,
+    typer.Option(
+        "--format", help="What to write: one whole model, the adapter for PEFT, or one file for llama.cpp or Ollama."
+    ),
 ]
 LlamaCppOption = Annotated[
     Path | None,
     typer.Option(
         "--llama-cpp",
-        help="gguf, ollama: a folder of llama.cpp's source, with build/bin for what has to be built.",
+        help="For gguf and ollama: a clone of llama.cpp, built where --quantize needs it.",
         metavar="DIR",
         envvar="LLAMA_CPP",
     ),
 ]
 QuantizeOption = Annotated[
     Quantization | None,
-    typer.Option("--quantize", help="gguf, ollama: weights in this form; without it, as the policy has them."),
+    typer.Option(
+        "--quantize", help="For gguf and ollama: quantize the weights to this type; by default they stay as they are."
+    ),
 ]
 OntoOption = Annotated[
     Onto | None,
     typer.Option(
-        "--onto", help="A QLoRA policy is merged onto its base as training saw it, in 4 bits, or as it was published."
+        "--onto", help="Base that a QLoRA policy is merged onto: as in training (4 bits, dequantized), or as published."
     ),
 ]
-ShardOption = Annotated[float, typer.Option("--shard-gb", help="Largest file of weights, in 10^9 bytes.")]
+ShardOption = Annotated[float, typer.Option("--shard-gb", help="Maximum size of a weight file, in 10^9 bytes.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in DIR.")]
 DifferenceOption = Annotated[
     bool, typer.Option("--allow-difference", help="Keep a result that differs from the policy by more than rounding.")
 ]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option("--dtype", help="Weights of a merged reward model; float32 where an adapter is merged."),
+    typer.Option(
+        "--dtype", help="Number format of a merged reward model; by default float32 where an adapter is merged."
+    ),
 ]
 HubOption = Annotated[
     str | None,
-    typer.Option("--push-to-hub", help="Then put the folder on the Hugging Face Hub.", metavar="USER/NAME"),
+    typer.Option("--push-to-hub", help="Upload the folder to the Hugging Face Hub afterwards.", metavar="USER/NAME"),
 ]
 PrivateOption = Annotated[
-    bool, typer.Option("--private/--no-private", help="Whether a repository that is made there is private.")
+    bool, typer.Option("--private/--no-private", help="Whether a new repository on the hub is private.")
 ]
 
 

@@ -30,30 +30,35 @@ THREADS_MAY_TAKE = 10.0  # seconds after the command's end
 P = ParamSpec("P")
 
 TINY = Path("configs/tiny.yaml")
-ConfigOption = Annotated[Path, typer.Option("--config", help="The recipe.", metavar="FILE")]
+ConfigOption = Annotated[Path, typer.Option("--config", help="The recipe, a YAML file.", metavar="FILE")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values over the recipe's, such as sft.epochs=1.")
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Values that override the recipe's, such as sft.epochs=1."),
 ]
 GpuOption = Annotated[
-    str | None, typer.Option("--gpu", help="The card: 24GiB, rtx-4090, 8x a100-80gb.", metavar="CARD")
+    str | None,
+    typer.Option("--gpu", help="The card to plan for, such as 24GiB, rtx-4090 or '8x a100-80gb'.", metavar="CARD"),
 ]
 HoursOption = Annotated[
-    float | None, typer.Option("--hours", min=0.0, max=1e6, help="Hours that there are, for the whole.", metavar="H")
+    float | None,
+    typer.Option("--hours", min=0.0, max=1e6, help="Time budget for the whole recipe, in hours.", metavar="H"),
 ]
 OverwriteOutOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output if it exists. An input is never replaced.")
 ]
 AllowUnproved = Annotated[
-    bool, typer.Option("--allow-unproved-tokenizer", help="Accept a tokenizer that fails the check.")
+    bool, typer.Option("--allow-unproved-tokenizer", help="Accept a tokenizer that fails the check of its token ids.")
 ]
-PresetsOption = Annotated[bool, typer.Option("--presets", help="All presets on cards of 24, 48 and 80 GiB instead.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
+PresetsOption = Annotated[
+    bool, typer.Option("--presets", help="Show all presets on cards of 24, 48 and 80 GiB instead.")
+]
+Temperature = Annotated[float, typer.Option("--temperature", help="Sampling temperature; 0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this probability mass.")]
 TopK = Annotated[
     int | None,
-    typer.Option("--top-k", help="Sample from this many of the likeliest tokens, before top-p (default: all)."),
+    typer.Option("--top-k", help="Sample from this many of the likeliest tokens, before top-p; by default from all."),
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Maximum length of an answer, in tokens.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same answers.")]
 
 

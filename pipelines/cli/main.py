@@ -18,10 +18,11 @@ from typing import Annotated
 
 import typer
 
-from llamachat import distributed
+from llamachat import __version__, distributed
 from llamachat.errors import HOURS_ARE_OVER, INTERRUPTED, LlamachatError, UsageError
 from pipelines.cli import data, runs, talk
 from pipelines.cli.export import export
+from pipelines.cli.help import PROGRAM_EXAMPLES, GroupedCommands, examples, examples_of
 from pipelines.cli.launch import (
     TINY,
     ConfigOption,
@@ -38,25 +39,28 @@ from pipelines.recipe.commands import STEP_COMMANDS
 
 app = typer.Typer(
     name="llamachat",
-    help="A base Llama-2 model becomes a chat model by the recipe of the Llama 2 paper.",
+    cls=GroupedCommands,
+    help="Turn a base Llama-2 model into a chat model by the recipe of the Llama 2 paper.",
+    epilog=examples(*PROGRAM_EXAMPLES),
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"max_content_width": 110},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 data_app = typer.Typer(
-    help="Look at data files, bring them into our form.", no_args_is_help=True, rich_markup_mode=None
+    cls=GroupedCommands,
+    help="Check data files and convert them to the native form.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 app.add_typer(data_app, name="data")
 
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Delete the step's present result and run it again.")
-]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Delete the step's result and run it again.")]
 OnlyOption = Annotated[
     list[str] | None,
-    typer.Option("--only", help="These models alone: helpfulness, safety, judge.", metavar="MODEL[,MODEL]"),
+    typer.Option("--only", help="Train only these models: helpfulness, safety, judge.", metavar="MODEL[,MODEL]"),
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan, run nothing.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; run nothing.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -225,6 +229,21 @@ def _step_command(command: str, text: str, *, has_models: bool = False) -> Calla
     return reported(function)
 
 
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"llamachat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """The options of the program itself."""
+
+
 @app.command(hidden=True)
 @reported
 def job() -> None:
@@ -236,15 +255,17 @@ def job() -> None:
 
 
 for _name, _command in STEP_COMMANDS.items():
-    app.command(_name)(_step_command(_name, _command.help, has_models=bool(_command.models)))
-app.command("all")(
+    app.command(_name, epilog=examples_of(_name))(_step_command(_name, _command.help, has_models=bool(_command.models)))
+app.command("all", epilog=examples_of("all"))(
     _step_command(
-        "all", "Run the recipe's steps in order; finished, unchanged ones are not run again. Also runs any study."
+        "all",
+        "Run all steps of the recipe in order; finished and unchanged ones are not run again. Also runs any study.",
     )
 )
 for _function in (runs.plan, runs.init, runs.doctor, talk.chat, talk.sample, talk.pairs, talk.score, talk.benchmark):
-    app.command(cls=SeveralValues if _function in (runs.init, talk.pairs) else None)(_function)
+    _several = SeveralValues if _function in (runs.init, talk.pairs) else None
+    app.command(cls=_several, epilog=examples_of(_function.__name__))(_function)
 for _function in (export, runs.compare, runs.diagnose, data.tokens, runs.dashboard, runs.base, runs.pretrain):
-    app.command()(_function)
-data_app.command()(data.check)
-data_app.command()(data.convert)
+    app.command(epilog=examples_of(_function.__name__))(_function)
+for _function in (data.check, data.convert):
+    data_app.command(epilog=examples_of(f"data {_function.__name__}"))(_function)

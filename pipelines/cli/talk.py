@@ -35,12 +35,12 @@ def chat(
         list[str] | None,
         typer.Argument(
             metavar="ARTIFACT",
-            help="Policies; without one the policy of the recipe's run that its evaluation recommends, or the last.",
+            help="Up to two policies; by default the one that the evaluation of the recipe's run recommends, or the last.",
         ),
     ] = None,
     config: ConfigOption = TINY,
     message: Annotated[
-        str | None, typer.Option("-m", "--message", help="Ask this once, and end.", metavar="TEXT")
+        str | None, typer.Option("-m", "--message", help="Ask this one question and exit.", metavar="TEXT")
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System text; '' for none.")] = None,
     temperature: Temperature = 0.7,
@@ -122,17 +122,19 @@ def recommended(run: Path) -> Path:
 
 @reported
 def sample(
-    policy: Annotated[Path, typer.Option("--policy", help="Artifact that answers.", metavar="ARTIFACT")],
-    prompts: Annotated[Path, typer.Option("--in", help="Prompts, dialogs or preferences.", metavar="FILE")],
-    out: Annotated[Path, typer.Option("--out", help="The records with their completions.", metavar="FILE")],
-    samples: Annotated[int, typer.Option("-n", help="Answers a prompt.", metavar="K")] = 1,
+    policy: Annotated[Path, typer.Option("--policy", help="Policy to sample from.", metavar="ARTIFACT")],
+    prompts: Annotated[Path, typer.Option("--in", help="File of prompts, dialogs or preferences.", metavar="FILE")],
+    out: Annotated[
+        Path, typer.Option("--out", help="File to write: the records with their completions.", metavar="FILE")
+    ],
+    samples: Annotated[int, typer.Option("-n", help="Number of answers to each prompt.", metavar="K")] = 1,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     top_k: TopK = None,
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = 0,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Maximum batch size (default: as many as fit).", min=1)
+        int | None, typer.Option("--batch-size", help="Maximum batch size; by default as many as fit.", min=1)
     ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -170,20 +172,26 @@ def score(
         Path | None, typer.Argument(metavar="FILE", help="Dialogs, preferences, or prompts with completions.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The records with their scores; else printed.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            "--out", help="File to write: the records with their scores; by default they are printed.", metavar="FILE"
+        ),
     ] = None,
     message: Annotated[
         list[str] | None,
-        typer.Option("-m", "--message", help="In place of FILE: -m QUESTION -m ANSWER.", metavar="TEXT"),
+        typer.Option(
+            "-m", "--message", help="Score one answer instead of FILE: -m QUESTION -m ANSWER.", metavar="TEXT"
+        ),
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="A score in 16 bits has 3 digits.")
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="Number format; a score in 16 bits has 3 digits."),
     ] = "float32",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="Device to run on: auto, cpu, cuda or cuda:1.")] = "auto",
     allow_unproved: AllowUnproved = False,
     overwrite: OverwriteOutOption = False,
 ) -> None:
-    """Score answers with a reward model, raw: the sigmoid is not taken."""
+    """Score answers with a reward model. Scores are raw, before the sigmoid."""
     if (answers is None) == (not message) or (message and out is not None):
         raise UsageError(
             "score: it takes MODEL and either FILE or -m QUESTION -m ANSWER (then without --out). A score is that of "
@@ -225,13 +233,13 @@ def _write(text: str) -> None:
 def pairs(
     policies: Annotated[
         list[Path],
-        typer.Option("--policy", help="Artifact that answers; again for each further one.", metavar="ARTIFACT"),
+        typer.Option("--policy", help="Policies that answer, one or several.", metavar="ARTIFACT"),
     ],
-    prompts: Annotated[Path, typer.Option("--in", help="Prompts, dialogs or preferences.", metavar="FILE")],
-    out: Annotated[Path, typer.Option("--out", help="The pairs, for people to rate.", metavar="FILE")],
+    prompts: Annotated[Path, typer.Option("--in", help="File of prompts, dialogs or preferences.", metavar="FILE")],
+    out: Annotated[Path, typer.Option("--out", help="File to write: the pairs, for people to rate.", metavar="FILE")],
     temperatures: Annotated[
         list[float] | None,
-        typer.Option("--temperature", help="One or several: 0.7 1.0. Without it 1.0.", metavar="T..."),
+        typer.Option("--temperature", help="Sampling temperatures, one or several; by default 1.0.", metavar="T..."),
     ] = None,
     top_p: TopP = 1.0,
     top_k: TopK = None,
@@ -248,7 +256,7 @@ def pairs(
     ] = None,
     overwrite: OverwriteOutOption = False,
 ) -> None:
-    """Two answers to each prompt, from different policies or temperatures, for people to rate (3.2.1)."""
+    """Sample two answers to each prompt, from different policies or temperatures, for people to rate (3.2.1)."""
     from llamachat.runs.artifacts import read_artifact
     from llamachat.runs.outputs import check_output
 
@@ -291,12 +299,12 @@ def _check_different(policies: list[Path], places: list[Path]) -> None:
 
 @reported
 def benchmark(
-    policies: Annotated[list[Path], typer.Argument(metavar="ARTIFACT", help="The policies that are compared.")],
+    policies: Annotated[list[Path], typer.Argument(metavar="ARTIFACT", help="Policies to compare.")],
     sets: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            help="coconot, gsm8k, ifeval, mt_bench, truthfulqa, xstest (default: all; mt_bench only with --judge).",
+            help="Sets to ask: coconot, gsm8k, ifeval, mt_bench, truthfulqa, xstest; by default all (mt_bench only with --judge).",
             metavar="NAME[,NAME]",
         ),
     ] = None,
@@ -309,7 +317,7 @@ def benchmark(
         int | None, typer.Option("--limit", help="Ask only this many questions of each file, the first ones.", min=1)
     ] = None,
 ) -> None:
-    """Measure policies on published sets of questions: one table with intervals (docs/benchmarks.md)."""
+    """Measure policies on published sets of questions, in one table with intervals (docs/benchmarks.md)."""
     from llamachat.runs.artifacts import read_artifact
 
     artifacts = {str(path): read_artifact(path, "policy", reader="benchmark") for path in policies}

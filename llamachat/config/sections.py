@@ -180,6 +180,10 @@ class Run(Section):
         "auto",
         description="Steps that do not read one another run side by side, at most this many; auto: one a GPU where there are several, on a CPU as many as cores and memory allow. Ours.",
     )
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = operational(
+        "auto",
+        description="Processes that divide the work of each step where there is no GPU; auto: one a core, at most 4, as memory allows; a launcher or OMP_NUM_THREADS in the environment decides over auto. Ours.",
+    )
     gpu: Annotated[str | None, GPU_NAME] = operational(
         None, description="The card that the recipe is meant for, such as rtx-4090, 24GiB or 8x a100-80gb: for `plan`."
     )

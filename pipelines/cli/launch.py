@@ -25,6 +25,7 @@ from typer.core import TyperCommand
 from llamachat import distributed
 from llamachat.errors import INTERRUPTED, STATE_IS_KEPT, LlamachatError, UsageError, first_line
 from llamachat.runs.atomic import storage_errors
+from pipelines.planning.hardware import usable_cores
 
 THREADS_MAY_TAKE = 10.0  # seconds after the command's end
 P = ParamSpec("P")
@@ -219,6 +220,7 @@ def start(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // count)))
     try:
         main(["--standalone", "--nproc_per_node", str(count), "-m", "pipelines", *arguments])
     except ChildFailedError as error:

@@ -111,7 +111,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in the background of a script
         before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
-        app(argv, prog_name="llamachat")
+        app(argv, prog_name="llamachat", obj=argv if arguments is None else None)
     except SystemExit as done:
         if isinstance(done.code, str):
             print(f"llamachat: {done.code}", file=sys.stderr)
@@ -138,16 +138,20 @@ def _run(
     overwrite: bool,
     dry_run: bool,
     only: Sequence[str] = (),
+    own: Sequence[str] | None = None,
 ) -> None:
+    """Run the steps of a command; with `own`, the arguments of this process, several processes may be started for it."""
+    from llamachat.runs.artifacts import is_published
     from pipelines.execution.jobs import run_groups
     from pipelines.execution.run import lead, write_reports
-    from pipelines.planning.side_by_side import side_by_side
+    from pipelines.planning.side_by_side import processes, side_by_side
     from pipelines.recipe.recipe import choose_steps, is_study, load
 
     if is_study(config):
         _study(command, config, overrides or (), overwrite=overwrite, dry_run=dry_run, only=only)
         return
     recipe = load(config, overrides or ())
+    chosen = choose_steps(recipe.steps, command, only)
     if dry_run:
         from llamachat.config.loading import to_yaml
         from pipelines.planning.plan import make_plan
@@ -156,7 +160,10 @@ def _run(
         print(to_yaml(recipe.sections))
         print(plan_text(recipe, make_plan(recipe, command, only)))
         return
-    chosen = choose_steps(recipe.steps, command, only)
+    if own is not None and (overwrite or not all(is_published(recipe.folder(step)) for step in chosen)):
+        count = processes(recipe, chosen)
+        if count > 1:
+            raise typer.Exit(start(count, own))
     with state_is_kept():
         ran = lead(lambda: run_groups(recipe, side_by_side(recipe, chosen), should_overwrite=overwrite))
     if ran is None:
@@ -207,14 +214,16 @@ def _step_command(command: str, text: str, *, has_models: bool = False) -> Calla
     """The function behind the command of a stage, with `--only` where the stage makes several models."""
 
     def run(
+        context: typer.Context,
         overrides: Overrides = None,
         config: ConfigOption = TINY,
         overwrite: OverwriteOption = False,
         dry_run: DryRunOption = False,
     ) -> None:
-        _run(command, config, overrides, overwrite=overwrite, dry_run=dry_run)
+        _run(command, config, overrides, overwrite=overwrite, dry_run=dry_run, own=context.obj)
 
     def run_models(
+        context: typer.Context,
         overrides: Overrides = None,
         config: ConfigOption = TINY,
         only: OnlyOption = None,
@@ -222,7 +231,7 @@ def _step_command(command: str, text: str, *, has_models: bool = False) -> Calla
         dry_run: DryRunOption = False,
     ) -> None:
         models = [name.strip() for names in only or () for name in names.split(",")]
-        _run(command, config, overrides, overwrite=overwrite, dry_run=dry_run, only=models)
+        _run(command, config, overrides, overwrite=overwrite, dry_run=dry_run, only=models, own=context.obj)
 
     function: Callable[..., None] = run_models if has_models else run
     function.__doc__ = text

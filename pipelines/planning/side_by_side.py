@@ -1,4 +1,4 @@
-"""How many independent steps run at once (`run.jobs`), with how many threads or on which cards, and how long they take."""
+"""How many processes divide a step's work on a CPU, and how many independent steps run at once, on which threads or cards."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,32 @@ MEMORY_SHARE = 0.75  # of the machine's memory that steps side by side may take
 # A model of this width or less is as fast with one thread as with two (the bundled model, measured); of a wider one we
 # assume that two steps with half of the threads each take as long as one after the other.
 SMALL_HIDDEN_SIZE = 256
+MOST_PROCESSES = 4  # a batch of a small model has too few rows for more
+
+
+def processes(recipe: Recipe, chosen: Sequence[Step]) -> int:
+    """How many processes of this machine's CPU should divide the work of each of these steps; 1 where a card works.
+
+    Kernels of a small model gain little from a second thread, while a second process halves the rows of each.
+    """
+    if distributed.has_launcher() or visible_cards():
+        return 1
+    if recipe.run.processes != "auto":
+        return recipe.run.processes
+    if os.environ.get("OMP_NUM_THREADS") or recipe.run.jobs not in (1, "auto"):
+        return 1
+    most = min(usable_cores(), MOST_PROCESSES)
+    if most == 1 or is_small(recipe):
+        return most
+    estimates = [estimate_step(recipe, step) for step in chosen]
+    need = max((one.peak_bytes if one else installed_bytes() for one in estimates), default=0)
+    return max(1, min(most, int(MEMORY_SHARE * installed_bytes() / max(need, 1))))
+
+
+def is_small(recipe: Recipe) -> bool:
+    """Whether the base is so narrow that its kernels are as fast on one thread as on two."""
+    shape = shape_of(recipe.base.model)
+    return shape is not None and shape.hidden_size <= SMALL_HIDDEN_SIZE
 
 
 def side_by_side(recipe: Recipe, chosen: Sequence[Step]) -> list[Group]:
@@ -52,14 +78,13 @@ def _most_in_memory(recipe: Recipe, steps: Sequence[Step], most: int) -> int:
 
 def wall_seconds(recipe: Recipe, groups: Sequence[Group], seconds: Mapping[str, float]) -> float:
     """How long the groups take, given the seconds of each step where it runs alone."""
-    shape = shape_of(recipe.base.model)
-    is_small = shape is not None and shape.hidden_size <= SMALL_HIDDEN_SIZE
+    has_small_base = is_small(recipe)
     total = 0.0
     for group in groups:
         # Each step goes to the process that is free first.
         busy = [0.0] * group.jobs
         for step in group.steps:
-            share = 1 if group.cards or is_small else group.jobs
+            share = 1 if group.cards or has_small_base else group.jobs
             busy[busy.index(min(busy))] += share * seconds.get(step.name, 0.0)
         total += max(busy)
     return total

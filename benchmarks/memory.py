@@ -3,7 +3,7 @@
 Random Llama weights of about 100 M parameters, one shape with as many key-value heads as heads, one deeper with fewer,
 go through the project's own steps: two optimizer steps of two micro-batches for sft, a reward model and PPO, and a
 rollout. Each case is a process of its own; what is measured is the growth from after the load to the peak: on a CPU
-resident memory, on a GPU what torch allocated. Printed are both, part by part, and the ratio of estimate to measured.
+resident memory, on a GPU what torch's allocator reserved. Printed are both, part by part, and the ratio of estimate to measured.
 `--check` makes a ratio outside 0.85 to 1.15 an error. On a GPU this has never run.
 """
 

@@ -55,11 +55,11 @@ def step(
     before = 0
     if gpu:
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_reserved()
     estimate, result = estimated(case, sizes.shape, gpu), measured(case, folder)
     taken, planned = result.grown, estimate.grown_bytes
     if gpu:  # the weights too
-        taken, planned = torch.cuda.max_memory_allocated() - before, estimate.peak_bytes
+        taken, planned = torch.cuda.max_memory_reserved() - before, estimate.peak_bytes
     yield Figure(f"{case.step}: peak of memory", taken / 2**30, "GiB")
     # A toy model is smaller than what the plan does not count, and a CPU's process holds what earlier sections freed.
     least, most = (None, None) if is_toy else BAND

@@ -52,10 +52,11 @@ def measured(case: Case, folder: Path) -> Measured:
     steps = _OPEN[case.step](case, folder)
     gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_reserved()
         step_s = steps()
-        return Measured(torch.cuda.max_memory_allocated() - before, step_s)
+        return Measured(torch.cuda.max_memory_reserved() - before, step_s)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     step_s = steps()

@@ -202,9 +202,9 @@ class Llama2Format:
         pair_ids = self.tokenizer.encode(f"{prompt} {pair.answer.content.strip()} ")
         # The whole prompt with Llama's vocabulary, since no piece runs on from a letter into a space. The proof refuses a
         # tokenizer where it is otherwise; one used all the same learns the answer from the first id that differs.
-        pairs = enumerate(zip(prompt_ids, pair_ids, strict=False))
-        whole = min(len(prompt_ids), len(pair_ids))
-        boundary = next((index for index, (prompt_id, pair_id) in pairs if prompt_id != pair_id), whole)
+        boundary = min(len(prompt_ids), len(pair_ids))
+        if pair_ids[:boundary] != prompt_ids[:boundary]:
+            boundary = next(index for index, token in enumerate(prompt_ids) if token != pair_ids[index])
         return [bos, *pair_ids[:boundary]], [*pair_ids[boundary:], eos]
 
 

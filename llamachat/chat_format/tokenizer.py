@@ -12,6 +12,7 @@ the one into the other; ordering by id, as common conversions do, breaks text wh
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,9 @@ UNKNOWN = SPECIAL_PIECES[0]
 # Fills the rows of a batch, which are masked by their lengths or isolated by positions: any row of an embedding will do.
 FILLER_ID = 0
 SPACE = "\u2581"
+
+# Encoded texts that are remembered: a dialog is measured, shortened and encoded in turn, and pairs share their prompts.
+REMEMBERED = 4096
 
 BASES_THAT_WORK = (
     "Bases that work: Llama-2 7B, 13B and 70B, TinyLlama-1.1B, models derived from them that kept their tokenizer, "
@@ -114,11 +118,12 @@ class Tokenizer:
 class SentencePieceBackend:
     """The base's own SentencePiece model."""
 
-    __slots__ = ("_processor", "model")
+    __slots__ = ("_encode", "_processor", "model")
 
     def __init__(self, model: bytes) -> None:
         self.model = model
-        self._processor = SentencePieceProcessor(model_proto=model)
+        self._processor = processor = SentencePieceProcessor(model_proto=model)
+        self._encode = lru_cache(REMEMBERED)(lambda text: tuple(processor.encode(text)))
 
     def __reduce__(self) -> tuple[type["SentencePieceBackend"], tuple[bytes]]:
         return type(self), (self.model,)
@@ -128,7 +133,7 @@ class SentencePieceBackend:
         return self._processor.vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        return list(self._encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         # A model may have more rows than the tokenizer has pieces, and sample one of them.
@@ -165,14 +170,15 @@ class SentencePieceBackend:
 class FastBackend:
     """A `tokenizer.json`, for a base that ships no SentencePiece model."""
 
-    __slots__ = ("_json", "_tokenizer", "is_byte_level")
+    __slots__ = ("_encode", "_json", "_tokenizer", "is_byte_level")
 
     def __init__(self, tokenizer_json: str) -> None:
         self._json = tokenizer_json
         content = json.loads(tokenizer_json)
         self.is_byte_level = bool(_parts(content.get("decoder"), "ByteLevel"))  # each piece spells bytes, as GPT-2's
-        self._tokenizer = self.fast()
-        self._tokenizer.encode_special_tokens = True  # in this library's words: spelled control tokens stay text
+        self._tokenizer = tokenizer = self.fast()
+        tokenizer.encode_special_tokens = True  # in this library's words: spelled control tokens stay text
+        self._encode = lru_cache(REMEMBERED)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids))
 
     def __reduce__(self) -> tuple[type["FastBackend"], tuple[str]]:
         return type(self), (self._json,)
@@ -182,7 +188,7 @@ class FastBackend:
         return self._tokenizer.get_vocab_size(with_added_tokens=False)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return list(self._encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -23,8 +23,11 @@ CARDS = {
     "h100": (79.6, 989.0),
     "h200": (140.4, 989.0),
 }
-# CUDA's own context and what the allocator cannot use want a share; ours, unmeasured.
+# CUDA's own context and the workspaces of its libraries want a share; ours, unmeasured.
 USABLE = 0.9
+# What torch's caching allocator reserves in addition to what is allocated, as a share of that: blocks that no new tensor
+# fits. With expandable_segments, counted on the stand-in of a GPU (tests/cuda_standin/test_planner.py).
+ALLOCATOR_SHARE = {"training": 0.065, "sampling": 0.045, "ppo": 0.025}
 
 _FORM = re.compile(r"(?:(?P<count>[1-9][0-9]*) ?x ?)?(?:(?P<size>[0-9]+(?:\.[0-9]+)?) ?gi?b|(?P<name>[a-z][a-z0-9-]*))")
 
@@ -52,6 +55,11 @@ class Gpu:
     def usable_bytes(self) -> float:
         """What a step should need at most on one card."""
         return USABLE * self.gib * 2**30
+
+    @property
+    def allocatable_bytes(self) -> float:
+        """What tensors may take of that where answers are sampled, the allocator's share apart."""
+        return self.usable_bytes / (1 + ALLOCATOR_SHARE["sampling"])
 
     def __str__(self) -> str:
         return f"{self.count} x {self.name}" if self.count > 1 else self.name

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from llamachat.config.gpus import Gpu
+from llamachat.config.gpus import ALLOCATOR_SHARE, Gpu
 from llamachat.config.sections import Base, Tuning
 from llamachat.errors import ConfigError
 from llamachat.runs.atomic import storage_errors
@@ -35,6 +35,7 @@ FORWARD = 2.0  # operations on a weight for a token in a forward pass
 BASE_WEIGHTS, TRAINED_WEIGHTS, GATHERED = "base weights", "trained weights", "gathered blocks"
 OPTIMIZER = "optimizer (fp32 masters and two moments)"
 BETWEEN_CARDS = "gradients between cards"
+ALLOCATOR = "kept by the allocator"
 LOADED = frozenset((BASE_WEIGHTS, TRAINED_WEIGHTS))
 
 
@@ -326,6 +327,12 @@ def _block_bytes_per_token(setup: Setup, *, is_eager: bool) -> int:
     if not is_full and tuning.dropout:  # each projection has an input of its own then, and a mask of bytes
         block += sum(inputs for inputs, _ in shape.projections.values()) * (setup.width + 1)
     return block
+
+
+def with_allocator(memory: Mapping[str, int], setup: Setup, work: str) -> dict[str, int]:
+    """The parts with what torch's allocator reserves in addition on a GPU, by the kind of work (ALLOCATOR_SHARE)."""
+    kept = round(ALLOCATOR_SHARE[work] * sum(memory.values())) if setup.gpu else 0
+    return {**memory, **({ALLOCATOR: kept} if kept else {})}
 
 
 def training_time(

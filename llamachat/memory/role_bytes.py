@@ -156,7 +156,7 @@ def rollout_bytes(
     copy = merged
     if rollout.engine == "hugging_face":
         copy = 0
-    elif gpu and copy > SHARE_FOR_DECODER * (gpu.usable_bytes - loaded_bytes):
+    elif gpu and copy > SHARE_FOR_DECODER * (gpu.allocatable_bytes - loaded_bytes):
         copy = _unmerged_bytes(setup)
     rows = min(CACHED_ROWS if gpu else CPU_ROWS, answers or CACHED_ROWS)
     columns = setup.base.max_tokens + (SPARE_COLUMNS if gpu else 0)
@@ -165,7 +165,7 @@ def rollout_bytes(
     if rollout.cache_gib != "auto":
         cache = min(cache, round(rollout.cache_gib * 2**30))
     elif gpu:
-        room = gpu.usable_bytes - loaded_bytes - copy
+        room = gpu.allocatable_bytes - loaded_bytes - copy
         cache = min(
             cache, max(row, cache_budget(room, _reading_bytes(setup, rollout, rows=rows, is_merged=copy == merged)))
         )

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from llamachat import distributed
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.tokenizer import BASES_THAT_WORK, Tokenizer, load_tokenizer
-from llamachat.config.gpus import USABLE
+from llamachat.config.gpus import ALLOCATOR_SHARE, USABLE
 from llamachat.config.section import from_home
 from llamachat.config.sections import Base, RopeScaling, Tuning, is_hub_name
 from llamachat.errors import ArtifactError, ConfigError, UsageError, first_line
@@ -502,14 +502,14 @@ def gpus() -> list[int]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device to use: on a GPU what nothing holds, up to the share of the card that plans use; on a CPU what the
-    system can give without swapping.
+    """Memory of the device to use: on a GPU what nothing holds, up to the share of the card that plans give to tensors; on a
+    CPU what the system can give without swapping.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         # Of what the driver calls used, torch's allocator keeps the blocks of freed tensors for new ones.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return max(0, free - round((1 - USABLE) * total))
+        return max(0, free - round((1 - USABLE / (1 + ALLOCATOR_SHARE["sampling"])) * total))
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:  # not Linux: half of what is installed

@@ -359,10 +359,10 @@ def reset_peak() -> None:
 
 
 def peak_memory() -> float:
-    """Peak memory of the process since `reset_peak`, in GiB: of the GPU where there is one, else resident."""
+    """Peak memory of the process since `reset_peak`, in GiB: what the GPU's allocator holds where there is one, else resident."""
     torch = _torch_on_gpu()
     if torch is not None:
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_reserved() / 2**30
     with suppress(OSError, ValueError, IndexError):
         return int(_STATUS.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10

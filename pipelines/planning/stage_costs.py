@@ -13,6 +13,7 @@ from evaluation.report import Config as ReportConfig
 from llamachat.config.sections import Rollout
 from llamachat.maths import TOKENS_PER_CHUNK, tokens_per_chunk
 from llamachat.memory.estimates import (
+    ALLOCATOR,
     BASE_WEIGHTS,
     BETWEEN_CARDS,
     GATHERED,
@@ -24,6 +25,7 @@ from llamachat.memory.estimates import (
     forward_time,
     training_memory,
     training_time,
+    with_allocator,
 )
 from llamachat.memory.role_bytes import (
     DECODER,
@@ -68,6 +70,7 @@ def sft_cost(config: SftConfig, setup: Setup, *, dialogs: int | None, tokens_per
         kept = {name: memory[name] for name in (BASE_WEIGHTS, OPTIMIZER)}
         sampling = kept | {"weights gathered to sample": setup.shape.weights * setup.width}
         memory = max(memory, sampling, key=lambda parts: sum(parts.values()))
+    memory = with_allocator(memory, setup, "training")
     if dialogs is None:
         return Estimate(memory, loaded=LOADED)
     seconds, assumed = training_time(
@@ -121,6 +124,7 @@ def reward_cost(
         logits=logits if config.language_weight else 0,
         is_eager=setup.gpu is None,  # a CPU attends a sequence at a time, without a fused kernel
     )
+    memory = with_allocator(memory, setup, "training")
     if pairs is None:
         return Estimate(memory, loaded=LOADED)
     seconds, assumed = training_time(
@@ -161,6 +165,7 @@ def dpo_cost(
         logits=_ppo_logit_bytes(setup) * round(chunk) * setup.shape.vocabulary,
         is_eager=setup.gpu is None,  # a CPU attends a sequence at a time, without a fused kernel
     )
+    memory = with_allocator(memory, setup, "training")
     if pairs is None:
         return Estimate(memory, loaded=LOADED)
     seconds, assumed = training_time(
@@ -198,7 +203,7 @@ def sampling_cost(
     tuned = tuned or Estimate()
     tuned = replace(tuned, memory=tuned.memory | sleeping_bytes(rollout))
     memory = sampling_memory(setup, rollout, seating)
-    worst = Estimate(memory, loaded=frozenset(memory) - frozenset(ROLLOUT_PARTS))
+    worst = Estimate(memory, loaded=frozenset(memory) - {*ROLLOUT_PARTS, ALLOCATOR})
     worst = max(worst, tuned, key=lambda estimate: estimate.peak_bytes)
     if answers is None:
         return Estimate(worst.memory, loaded=worst.loaded)
@@ -216,13 +221,14 @@ def sampling_memory(
 ) -> dict[str, int]:
     """Bytes on the card while answers are sampled and scored, as many at once as the engine takes unless there are fewer."""
     loaded = role_bank_bytes(setup, seating, critic=None)
-    return loaded | rollout_bytes(
+    sampling = rollout_bytes(
         setup,
         rollout,
         loaded_bytes=sum(loaded.values()),
         shares_plain=setup.tuning.method == "full",
         answers=answers_at_once,
     )
+    return with_allocator(loaded | sampling, setup, "sampling")
 
 
 def ppo_cost(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seating, lengths: Lengths) -> Estimate:
@@ -274,7 +280,7 @@ def ppo_memory(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seati
     )
     loaded[DECODER] = sampling.pop(DECODER, 0)
     updating = ppo_updating_bytes(config, setup) | sleeping_bytes(rollout)
-    return loaded | max(sampling, updating, key=lambda parts: sum(parts.values()))
+    return with_allocator(loaded | max(sampling, updating, key=lambda parts: sum(parts.values())), setup, "ppo")
 
 
 def ppo_updating_bytes(config: PpoConfig, setup: Setup) -> dict[str, int]:

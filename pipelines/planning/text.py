@@ -93,7 +93,7 @@ def _verdict(recipe: Recipe, running: Fit, hours: float | None) -> Iterator[str]
     if seconds < total_seconds:
         yield f"  so the whole takes about {duration(seconds)}"
     if gpu is not None:
-        usable = f"{gpu.usable_bytes / GIB:.1f} of {gpu.gib:g} GiB, the rest being for CUDA and its allocator"
+        usable = f"{gpu.usable_bytes / GIB:.1f} of {gpu.gib:g} GiB, the rest being for CUDA itself"
         verdict, way = ("fits", "") if running.fits else ("DOES NOT FIT", f". {way_to_fit(recipe, gpu)}")
         yield f"  {verdict} {gpu}: at most {usable}{way}"
     if hours is not None and seconds <= 3600 * hours:

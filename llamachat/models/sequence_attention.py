@@ -2,7 +2,7 @@
 
 The mask of a packed row throws away the scores between its sequences; without a fused kernel all of
 them are computed and read again in the backward pass, which is most of a small model's time. The numbers are those of
-transformers' eager attention, bit for bit in the forward pass. A sequence may also branch: two answers to one prompt need
+transformers' eager attention, but for the order of some sums. A sequence may also branch: two answers to one prompt need
 its keys and values once.
 Shapes: B rows, H heads, T positions, D a head's width.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 NAME = "per_sequence"
+_BLOCK = 128  # queries at once: what lies after a block is not computed, and its scores stay in a core's cache
 
 
 def use_sequence_attention(model: nn.Module) -> None:
@@ -60,61 +61,119 @@ def _attention(
     **named: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of a layer, as transformers calls it: [B, H, T, D] in, [B, T, H, D] out."""
-    del named
-    groups = query.shape[1] // key.shape[1]
-    key_BHTD, value_BHTD = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if attention_mask is not None or key.shape[2] != query.shape[2]:  # with a cache, the keys before are one sequence's
-        result = _attend(query, key_BHTD, value_BHTD, attention_mask, scaling=scaling, dropout=_rate(module, dropout))
-        return result.transpose(1, 2).contiguous(), None
+    rate = dropout if module.training else 0.0
+    if attention_mask is not None or rate or key.shape[2] != query.shape[2]:  # a cache holds the keys before
+        from transformers.models.llama.modeling_llama import eager_attention_forward
+
+        if attention_mask is None:
+            attention_mask = _mask_of(query, key, position_ids)
+        result, _ = eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **named)
+        return result, None
     pieces = _pieces(position_ids, query)
-    lengths = [piece.end - piece.start for piece in pieces]
-    split = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key_BHTD, value_BHTD)), strict=True)
-    parts = []
-    for piece, (q, k, v) in zip(pieces, split, strict=True):
-        if piece.shared:
-            shared = slice(piece.trunk, piece.trunk + piece.shared)
-            k = torch.cat([key_BHTD[:, :, shared], k], dim=2)
-            v = torch.cat([value_BHTD[:, :, shared], v], dim=2)
-        parts.append(_attend(q, k, v, None, scaling=scaling, dropout=_rate(module, dropout)))
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    rows = (_one_row(*row, pieces, scaling) for row in zip(query, key, value, strict=True))
+    return torch.stack(list(rows)), None
 
 
-def _rate(module: nn.Module, dropout: float) -> float:
-    return dropout if module.training else 0.0
+def _mask_of(query: Tensor, key: Tensor, position_ids: Tensor | None) -> Tensor:
+    """What is added to the scores [Q, K]: of pieces, or of queries whose own keys are the last ones."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    lowest = torch.full((num_queries, num_keys), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
+    if num_keys > num_queries:
+        return lowest.triu(1 + num_keys - num_queries)
+    future = lowest.triu(1)
+    for piece in _pieces(position_ids, query):
+        for keys in piece.keys:
+            lowest[piece.start : piece.end, keys] = future[piece.start : piece.end, keys]
+    return lowest
+
+
+def _one_row(query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, pieces: list["_Piece"], scaling: float) -> Tensor:
+    """[T, H, D] of one row; H heads in groups that share one of K heads of keys and values."""
+    num_heads, total, width = query_HTD.shape
+    query_KTGD = query_HTD.reshape(len(key_KTD), -1, total, width).transpose(1, 2).contiguous()
+    result = _Attention.apply(query_KTGD, key_KTD.contiguous(), value_KTD.contiguous(), pieces, scaling)
+    return result.transpose(0, 1).reshape(total, num_heads, width)
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Positions `start` to `end` of a packed row; a branch also sees the first `shared` positions from `trunk` on."""
+    """Queries at the positions `start` to `end` of a packed row, which see those of `keys`; the last of these are their own."""
 
     start: int
     end: int
-    trunk: int
-    shared: int
+    keys: tuple[slice, ...]
 
 
 def _pieces(position_ids: Tensor | None, query_BHTD: Tensor) -> list[_Piece]:
-    """The sequences and branches of one packed row; several rows hold one sequence each."""
+    """The sequences and branches of one packed row, in blocks of queries; several rows hold one sequence each."""
     total = query_BHTD.shape[2]
-    if position_ids is None or query_BHTD.shape[0] > 1:
-        return [_Piece(0, total, 0, 0)]
-    positions_T = position_ids[0]
+    positions_T = torch.arange(total) if position_ids is None or len(query_BHTD) > 1 else position_ids[0]
     starts = [0, *((positions_T[1:] != positions_T[:-1] + 1).nonzero().flatten() + 1).tolist()]
     pieces: list[_Piece] = []
     trunk = 0
     for start, end, shared in zip(starts, [*starts[1:], total], positions_T[starts].tolist(), strict=True):
         trunk = start if shared == 0 else trunk
-        pieces.append(_Piece(start, end, trunk, shared))
+        for block in range(start, end, _BLOCK):
+            last = min(block + _BLOCK, end)
+            own = slice(start, last)
+            pieces.append(_Piece(block, last, (slice(trunk, trunk + shared), own) if shared else (own,)))
     return pieces
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float, dropout: float) -> Tensor:
-    scores = torch.matmul(q, k.transpose(2, 3)) * scaling
-    if mask is None:
-        num_queries, num_keys = q.shape[2], k.shape[2]
-        lowest = torch.finfo(q.dtype).min
-        mask = torch.full((num_queries, num_keys), lowest, dtype=q.dtype, device=q.device).triu(
-            1 + num_keys - num_queries
-        )
-    weights = torch.softmax(scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
-    return torch.matmul(nn.functional.dropout(weights, p=dropout), v)
+class _Attention(torch.autograd.Function):
+    """Softmax attention of the pieces of one row, with the products of their backward passes written out.
+
+    Autograd would keep scores in fp32 and in the model's width, and copies of all keys and values for each head. Kept are
+    the weights alone. Shapes: K key-value heads, T positions, G query heads of each, D a head's width.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query_KTGD: Tensor, key_KTD: Tensor, value_KTD: Tensor, pieces: Any, scaling: Any) -> Tensor:
+        result_KTGD = torch.empty_like(query_KTGD)
+        heads, _, groups, width = query_KTGD.shape
+        future = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool, device=query_KTGD.device).triu(1)
+        kept = []
+        for piece in pieces:
+            count = piece.end - piece.start
+            query = query_KTGD[:, piece.start : piece.end].flatten(1, 2)
+            scores = torch.bmm(query, _seen(key_KTD, piece).transpose(1, 2)).mul_(scaling)
+            own = scores.view(heads, count, groups, -1)[..., -count:]
+            own.masked_fill_(future[:count, None, :count], -torch.inf)
+            weights = torch.softmax(scores, dim=-1)
+            result_KTGD[:, piece.start : piece.end] = torch.bmm(weights, _seen(value_KTD, piece)).view(
+                heads, count, groups, width
+            )
+            kept.append(weights)
+        ctx.pieces, ctx.scaling = pieces, scaling
+        ctx.save_for_backward(query_KTGD, key_KTD, value_KTD, *kept)
+        return result_KTGD
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query_KTGD, key_KTD, value_KTD, *kept = ctx.saved_tensors
+        result_KTGD = gradients[0].contiguous()
+        of_query = torch.empty_like(query_KTGD)
+        # Many pieces add to the keys and values of a shared beginning.
+        of_key, of_value = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key_KTD, value_KTD))
+        for piece, weights in zip(ctx.pieces, kept, strict=True):
+            query, result = (
+                tensor[:, piece.start : piece.end].flatten(1, 2) for tensor in (query_KTGD, result_KTGD)
+            )
+            of_weights = torch.bmm(result, _seen(value_KTD, piece).transpose(1, 2))
+            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
+            of_piece = torch.bmm(of_scores, _seen(key_KTD, piece))
+            of_query[:, piece.start : piece.end] = of_piece.view_as(of_query[:, piece.start : piece.end])
+            _add(of_key, torch.bmm(of_scores.transpose(1, 2), query), piece)
+            _add(of_value, torch.bmm(weights.transpose(1, 2), result), piece)
+        return of_query, of_key.to(key_KTD.dtype), of_value.to(value_KTD.dtype), None, None
+
+
+def _seen(tensor_KTD: Tensor, piece: _Piece) -> Tensor:
+    parts = [tensor_KTD[:, part] for part in piece.keys]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _add(total_KTD: Tensor, piece_KTD: Tensor, piece: _Piece) -> None:
+    lengths = [part.stop - part.start for part in piece.keys]
+    for part, more in zip(piece.keys, piece_KTD.split(lengths, dim=1), strict=True):
+        total_KTD[:, part] += more

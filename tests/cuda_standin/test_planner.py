@@ -60,13 +60,13 @@ def test_the_largest_micro_batches_that_plan_offers_fit_the_card(tmp_path: Path)
     row_tokens = _offered(recipe, "rm/helpfulness", card)
     pair = Case("rm", "qlora", tokens=row_tokens // 2, checkpointing=True, attention="auto")
     (reward,) = on_standin(peaks, models, [asdict(pair)], recipe.tuning.rank, **mode)
-    assert reward["allocated"] > 0.8 * card.usable_bytes, "the offer uses the card"
+    assert reward["reserved"] > 0.8 * card.usable_bytes, "the offer uses the card"
 
     row_tokens = _offered(recipe, "ppo", card)
     responses = 2 * row_tokens // (PROMPT_TOKENS + recipe.sections.rollout.max_new_tokens) // 2 * 2
     settings = [f"ppo.tokens_per_microbatch={row_tokens}"]
     ppo = on_standin(ppo_peaks, preset, settings, models, responses, PROMPT_TOKENS, **mode)
-    assert ppo["allocated"] > 0.8 * card.usable_bytes
+    assert ppo["reserved"] > 0.8 * card.usable_bytes
 
 
 def _offered(recipe: Recipe, step: str, card: Gpu) -> int:

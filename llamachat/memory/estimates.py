@@ -7,12 +7,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from llamachat.config.gpus import ALLOCATOR_SHARE, Gpu
 from llamachat.config.sections import Base, Tuning
 from llamachat.errors import ConfigError
 from llamachat.runs.atomic import storage_errors
 
+Attention = Literal["fused", "eager", "by_sequence"]
+# Queries that attention by sequence takes at once: what lies after them is not computed, and their scores stay in a core's
+# cache.
+QUERY_BLOCK = 128
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # A CPU core reaches about 0.15 TFLOP/s in bf16 with the bundled model (ours, measured: 11.6 thousand tokens a second of sft
 # and 15.3 thousand of a reward model on two cores); two of them are counted.
@@ -26,7 +31,7 @@ NF4_BLOCK = 64
 NF4_BYTES = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * 256)
 # What the backward pass of a block needs on a CPU in addition to what the block keeps, as shares of that: its scores apart,
 # and of them. Ours, counted there (tests/pipelines/planning/test_allocated_bytes.py).
-GRADIENTS_OF_A_BLOCK, GRADIENTS_OF_SCORES = 0.8, 0.15
+GRADIENTS_OF_A_BLOCK, GRADIENTS_OF_SCORES = 0.8, {"eager": 0.15, "fused": 0.0, "by_sequence": 0.0}
 STEPPED_AT_ONCE = (
     2**27
 )  # weights whose gradients exist in fp32 at once, for an optimizer's step: 512 MiB; one matrix may be larger
@@ -36,6 +41,7 @@ BASE_WEIGHTS, TRAINED_WEIGHTS, GATHERED = "base weights", "trained weights", "ga
 OPTIMIZER = "optimizer (fp32 masters and two moments)"
 BETWEEN_CARDS = "gradients between cards"
 ALLOCATOR = "kept by the allocator"
+SERVER, SLEEPING_SERVER = "vLLM server", "vLLM server, asleep"  # processes of their own
 LOADED = frozenset((BASE_WEIGHTS, TRAINED_WEIGHTS))
 
 
@@ -129,18 +135,20 @@ class Shape:
             return self.weights * width
         return round(self.linear_weights * NF4_BYTES) + (self.weights - self.linear_weights) * width
 
-    def block_activations(self, width: int, row_tokens: int, *, is_eager: bool, adapter_rank: int | None) -> int:
+    def block_activations(self, width: int, row_tokens: int, *, attention: Attention, adapter_rank: int | None) -> int:
         """Bytes that one block keeps of each token for its backward pass; `adapter_rank` None where all weights train.
 
         Counted on transformers' Llama: both norms keep their input in fp32, their output and, where norms train, the
         normalized input; attention keeps q, k, v and its output; the SwiGLU four tensors; an adapter seven of its rank.
-        Eager attention also keeps its scores in fp32 and in `width`, with keys and values repeated for every head.
+        Eager attention also keeps its scores in fp32 and in `width`, with keys and values repeated for every head;
+        attention by sequence (llamachat/models/sequence_attention.py) the weights of what a block of queries sees, in `width`.
         """
         hidden, query = self.hidden_size, self.query_size
-        key_value = query if is_eager else self.key_value_size
+        key_value = query if attention == "eager" else self.key_value_size
         numbers = 2 * hidden + 2 * query + 2 * key_value + 4 * self.intermediate_size
         numbers += 2 * hidden if adapter_rank is None else 7 * adapter_rank
-        scores = self.heads * row_tokens * (4 + width) if is_eager else 0
+        seen = {"eager": row_tokens * (4 + width), "fused": 0, "by_sequence": (row_tokens + QUERY_BLOCK) // 2 * width}
+        scores = self.heads * seen[attention]
         return numbers * width + 2 * hidden * 4 + scores
 
 
@@ -249,11 +257,17 @@ def read_shape(folder: Path) -> Shape | None:
 
 
 def training_memory(
-    setup: Setup, *, tokens: int, optimizer: str, gradient_checkpointing: bool, logits: int, is_eager: bool = False
+    setup: Setup,
+    *,
+    tokens: int,
+    optimizer: str,
+    gradient_checkpointing: bool,
+    logits: int,
+    attention: Attention | None = None,
 ) -> dict[str, int]:
     """Bytes by part on one card at the worst moment of an optimizer step whose forward passes have `tokens` tokens.
 
-    `is_eager` where attention keeps its scores whatever `base.attention` says. There are three such moments, and the parts
+    `attention` where it is not that of `base.attention`. There are three such moments, and the parts
     add up to the largest: the loss with all logits of a chunk, the backward pass of one block, the optimizer's step. From
     the second forward pass of a step on the gradients are there, so all three find them.
     """
@@ -264,13 +278,14 @@ def training_memory(
     # FSDP cuts the blocks over the cards, with gradients and optimizer; embeddings, head and adapters each card has whole.
     weights_per_card = -(-(trained - shape.embedding_weights) // cards) + shape.embedding_weights if is_cut else trained
     moments = 8 if optimizer == "adamw" else 2  # bytes a weight: two in fp32, or two in 8 bits
-    block = tokens * _block_bytes_per_token(setup, is_eager=is_eager or setup.base.attention == "eager")
-    plain = tokens * _block_bytes_per_token(setup, is_eager=False)
+    attention = attention or ("eager" if setup.base.attention == "eager" else "fused")
+    block = tokens * _block_bytes_per_token(setup, attention=attention)
+    plain = tokens * _block_bytes_per_token(setup, attention="fused")
     inputs = shape.layers * tokens * shape.hidden_size * width
     kept = inputs if gradient_checkpointing else shape.layers * block
     matrix = max(a * b for a, b in shape.projections.values()) * width
     if setup.gpu is None:
-        backward = round(GRADIENTS_OF_A_BLOCK * plain + GRADIENTS_OF_SCORES * (block - plain))
+        backward = round(GRADIENTS_OF_A_BLOCK * plain + GRADIENTS_OF_SCORES[attention] * (block - plain))
         # A matrix that is reached twice has a second gradient for a moment; the head's comes while all activations are kept.
         backward += shape.largest_weights(tuning) * width
     else:
@@ -319,11 +334,11 @@ def _stepping_bytes(setup: Setup, weights_per_card: int, *, has_all_roots: bool)
     return gradients + (4 * part if has_all_roots else 8 * largest)
 
 
-def _block_bytes_per_token(setup: Setup, *, is_eager: bool) -> int:
+def _block_bytes_per_token(setup: Setup, *, attention: Attention) -> int:
     """Bytes of activations that one block keeps of a token."""
     shape, tuning, is_full = setup.shape, setup.tuning, setup.tuning.method == "full"
     rank = None if is_full else tuning.rank
-    block = shape.block_activations(setup.width, setup.base.max_tokens, is_eager=is_eager, adapter_rank=rank)
+    block = shape.block_activations(setup.width, setup.base.max_tokens, attention=attention, adapter_rank=rank)
     if not is_full and tuning.dropout:  # each projection has an input of its own then, and a mask of bytes
         block += sum(inputs for inputs, _ in shape.projections.values()) * (setup.width + 1)
     return block
@@ -331,7 +346,8 @@ def _block_bytes_per_token(setup: Setup, *, is_eager: bool) -> int:
 
 def with_allocator(memory: Mapping[str, int], setup: Setup, work: str) -> dict[str, int]:
     """The parts with what torch's allocator reserves in addition on a GPU, by the kind of work (ALLOCATOR_SHARE)."""
-    kept = round(ALLOCATOR_SHARE[work] * sum(memory.values())) if setup.gpu else 0
+    own = sum(size for name, size in memory.items() if name not in (SERVER, SLEEPING_SERVER))
+    kept = int(ALLOCATOR_SHARE[work] * own) if setup.gpu else 0
     return {**memory, **({ALLOCATOR: kept} if kept else {})}
 
 

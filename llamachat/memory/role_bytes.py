@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from llamachat.config.sections import Base, Rollout
-from llamachat.memory.estimates import BYTES, NF4_BLOCK, Setup, Shape
+from llamachat.memory.estimates import BYTES, NF4_BLOCK, SERVER, SLEEPING_SERVER, Setup, Shape
 
 FULL_SIZE_HEAD = 4  # bytes a weight of the value head, which is fp32
 PROMPT_TOKENS = 200.0  # ours, assumed where nothing is known of the prompts
@@ -16,13 +16,8 @@ CPU_ROWS, CACHED_ROWS = 80, 64
 PROMPT_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}  # that the decoder reads
 SPARE_COLUMNS = 32  # steps between two layouts: each copies the cache once, and each spare column is computed on
 PLAIN_SCORES = 2**24  # scores a key-value head for all prompts that are read at once; more go through the fused kernel
-ROLLOUT_PARTS = CACHE, DECODER, STEP, SERVER = (
-    "keys and values of the rollout",
-    "rollout's copy of the projections",
-    "the rollout's step",
-    "vLLM server",
-)
-SLEEPING_SERVER = "vLLM server, asleep"
+CACHE, DECODER, STEP = "keys and values of the rollout", "rollout's copy of the projections", "the rollout's step"
+ROLLOUT_PARTS = CACHE, DECODER, STEP, SERVER
 # What a server keeps while it sleeps: the CUDA context and recorded graphs. Ours, from 0.9 to 1.7 GB that users of vLLM report
 # for single cards.
 SLEEPING_BYTES = 2 * 2**30

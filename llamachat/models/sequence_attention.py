@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llamachat.memory.estimates import QUERY_BLOCK
+
 NAME = "per_sequence"
-_BLOCK = 128  # queries at once: what lies after a block is not computed, and its scores stay in a core's cache
 
 
 def use_sequence_attention(model: nn.Module) -> None:
@@ -113,8 +114,8 @@ def _pieces(position_ids: Tensor | None, query_BHTD: Tensor) -> list[_Piece]:
     trunk = 0
     for start, end, shared in zip(starts, [*starts[1:], total], positions_T[starts].tolist(), strict=True):
         trunk = start if shared == 0 else trunk
-        for block in range(start, end, _BLOCK):
-            last = min(block + _BLOCK, end)
+        for block in range(start, end, QUERY_BLOCK):
+            last = min(block + QUERY_BLOCK, end)
             own = slice(start, last)
             pieces.append(_Piece(block, last, (slice(trunk, trunk + shared), own) if shared else (own,)))
     return pieces
@@ -131,7 +132,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query_KTGD: Tensor, key_KTD: Tensor, value_KTD: Tensor, pieces: Any, scaling: Any) -> Tensor:
         result_KTGD = torch.empty_like(query_KTGD)
         heads, _, groups, width = query_KTGD.shape
-        future = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool, device=query_KTGD.device).triu(1)
+        future = torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool, device=query_KTGD.device).triu(1)
         kept = []
         for piece in pieces:
             count = piece.end - piece.start
@@ -156,9 +157,7 @@ class _Attention(torch.autograd.Function):
         # Many pieces add to the keys and values of a shared beginning.
         of_key, of_value = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key_KTD, value_KTD))
         for piece, weights in zip(ctx.pieces, kept, strict=True):
-            query, result = (
-                tensor[:, piece.start : piece.end].flatten(1, 2) for tensor in (query_KTGD, result_KTGD)
-            )
+            query, result = (tensor[:, piece.start : piece.end].flatten(1, 2) for tensor in (query_KTGD, result_KTGD))
             of_weights = torch.bmm(result, _seen(value_KTD, piece).transpose(1, 2))
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
             of_piece = torch.bmm(of_scores, _seen(key_KTD, piece))

@@ -44,7 +44,7 @@ from reward import Config as RewardConfig
 from reward.config import CPU_ROW_TOKENS as REWARD_ROW_TOKENS
 from sft import Config as SftConfig
 
-# Bytes of a logit of supervised tuning on a CPU: in fp32, its logarithm and its gradient, together for a moment. Of PPO: in
+# Bytes of a logit of supervised tuning, and of a reward model's language, on a CPU: in fp32, its logarithm and its gradient, together for a moment. Of PPO: in
 # fp32, with what its backward pass makes of it (ours, measured on a CPU and counted on the stand-in of a GPU).
 LOGIT_BYTES, PPO_LOGIT_BYTES = 12, {"cpu": 20, "cuda": 16}
 TRL_TOKENS, TRL_PIECES = 4096, 32768  # whose logits TRL's loss, which a GPU takes, has at once
@@ -115,14 +115,14 @@ def reward_cost(
     auto = REWARD_ROW_TOKENS if setup.gpu is None else 0
     tokens = max(auto if config.row_tokens == "auto" else config.row_tokens, 2 * setup.base.max_tokens)
     chunk = min(tokens // 2, tokens_per_chunk(on_cpu=setup.gpu is None))
-    logits = _ppo_logit_bytes(setup) * chunk * setup.shape.vocabulary
+    logits = (PPO_LOGIT_BYTES["cuda"] if setup.gpu else LOGIT_BYTES) * chunk * setup.shape.vocabulary
     memory = training_memory(
         replace(setup, shape=setup.shape.headless()),
         tokens=tokens,
         optimizer=config.optimizer,
         gradient_checkpointing=config.gradient_checkpointing,
         logits=logits if config.language_weight else 0,
-        is_eager=setup.gpu is None,  # a CPU attends a sequence at a time, without a fused kernel
+        attention="by_sequence" if setup.gpu is None else None,
     )
     memory = with_allocator(memory, setup, "training")
     if pairs is None:
@@ -163,7 +163,7 @@ def dpo_cost(
         optimizer=config.optimizer,
         gradient_checkpointing=config.gradient_checkpointing,
         logits=_ppo_logit_bytes(setup) * round(chunk) * setup.shape.vocabulary,
-        is_eager=setup.gpu is None,  # a CPU attends a sequence at a time, without a fused kernel
+        attention="by_sequence" if setup.gpu is None else None,
     )
     memory = with_allocator(memory, setup, "training")
     if pairs is None:
@@ -298,7 +298,7 @@ def ppo_updating_bytes(config: PpoConfig, setup: Setup) -> dict[str, int]:
         logits=_ppo_logit_bytes(setup)
         * round(min(SHARE_OF_ANSWERS * tokens, tokens_per_chunk(on_cpu=gpu is None)))
         * setup.shape.vocabulary,
-        is_eager=gpu is None,  # a CPU attends a sequence at a time, without a fused kernel
+        attention="by_sequence" if gpu is None else None,
     )
     if gpu and gpu.count > 1:
         parts[BETWEEN_CARDS] = 4 * setup.trained_weights

@@ -12,8 +12,19 @@ from evaluation.report import Config as ReportConfig
 from llamachat.config.gpus import Gpu, parse_gpu
 from llamachat.config.sections import Rollout, Tuning
 from llamachat.data.packing import plan_steps
-from llamachat.memory.estimates import CPU_FLOPS, KNOWN_BASES, OPTIMIZER, Estimate, Setup, Shape, read_shape
-from llamachat.memory.role_bytes import CACHE, DECODER, SERVER, SLEEPING_SERVER, Beside, Lengths, Seating
+from llamachat.memory.estimates import (
+    ALLOCATOR,
+    CPU_FLOPS,
+    KNOWN_BASES,
+    OPTIMIZER,
+    SERVER,
+    SLEEPING_SERVER,
+    Estimate,
+    Setup,
+    Shape,
+    read_shape,
+)
+from llamachat.memory.role_bytes import CACHE, DECODER, Beside, Lengths, Seating
 from pipelines.planning.stage_costs import (
     ppo_cost,
     ppo_memory,
@@ -153,6 +164,8 @@ def test_a_card_that_shares_the_work_of_full_tuning_holds_its_share() -> None:
     assert shared.seconds == pytest.approx(alone.seconds / 8)
     # Adapters are whole everywhere; their gradients go between the cards in fp32.
     alone, shared = (sft(ADAPTER, gpu=gpu).memory for gpu in (one, eight))
+    for memory in (alone, shared):
+        assert memory.pop(ALLOCATOR) == pytest.approx(0.065 * sum(memory.values()), abs=1)
     assert shared == alone | {"gradients between cards": 4 * TINY.adapter_weights(4)}
 
 

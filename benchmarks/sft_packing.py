@@ -23,6 +23,7 @@ from llamachat.chat_format.proof import load_proved_format
 from llamachat.config.sections import Base, Data, DataSource
 from llamachat.data.packing import collate_packed, collate_padded, pack, plan_steps
 from llamachat.models.loading import load_base
+from llamachat.models.sequence_attention import use_sequence_attention
 from sft.examples import load_examples
 from sft.loss import SHAPE_MULTIPLE, answer_token_losses
 
@@ -43,13 +44,15 @@ class Layout:
     """One way to lay a step's dialogs out in batches, and what each step gave."""
 
     name: str
+    model: "LlamaForCausalLM"
     batches_of: Callable[[Sequence[TokenizedExample]], list[Batch]]
     tokens_per_s: list[float] = field(default_factory=list)
     positions: int = 0  # tokens that the model computed on, padding included
     nats: float = 0.0  # summed losses: equal for all layouts up to rounding
 
-    def run(self, model: "LlamaForCausalLM", dialogs: Sequence[TokenizedExample]) -> None:
+    def run(self, dialogs: Sequence[TokenizedExample]) -> None:
         """One step, timed from the first forward to the last gradient."""
+        model = self.model
         batches, learnt = self.batches_of(dialogs), sum(sum(dialog.loss_mask[1:]) for dialog in dialogs)
         total = torch.zeros((), device=model.device, dtype=torch.float64)
         started = time.perf_counter()
@@ -119,21 +122,24 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="Number format.")
     options = parser.parse_args()
 
-    model = load_base(Base(model=str(BASE), dtype=options.dtype, max_tokens=MAX_TOKENS), device="auto").train()
+    base = Base(model=str(BASE), dtype=options.dtype, max_tokens=MAX_TOKENS)
+    model, packing = (load_base(base, device="auto").train() for _ in range(2))
+    if packing.device.type == "cpu":  # as the training does
+        use_sequence_attention(packing)
     steps = load_steps(MOST_STEPS, seed=0)
     layouts = [
-        Layout(BASELINE, lambda dialogs: padded(dialogs, 8)),
-        Layout("packed rows of 512 tokens", lambda dialogs: packed(dialogs, 512)),
-        Layout("packed rows of 1024 tokens", lambda dialogs: packed(dialogs, 1024)),
+        Layout(BASELINE, model, lambda dialogs: padded(dialogs, 8)),
+        Layout("packed rows of 512 tokens", packing, lambda dialogs: packed(dialogs, 512)),
+        Layout("packed rows of 1024 tokens", packing, lambda dialogs: packed(dialogs, 1024)),
     ]
     place = f"{model.device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {options.dtype}"
     print(f"{model.num_parameters() / 1e6:.1f} M parameters, {place}, torch {torch.__version__}")
     for layout in layouts:  # kernels are chosen and memory is taken on the first pass
-        Layout(layout.name, layout.batches_of).run(model, steps[0])
+        Layout(layout.name, layout.model, layout.batches_of).run(steps[0])
     started, done = time.monotonic(), 0
     while done < len(steps) and (done < 2 or time.monotonic() - started < options.seconds):
         for layout in layouts if done % 2 == 0 else reversed(layouts):
-            layout.run(model, steps[done])
+            layout.run(steps[done])
         done += 1
     dialogs = [dialog for step in steps[:done] for dialog in step]
     answer_tokens = sum(sum(dialog.loss_mask[1:]) for dialog in dialogs)

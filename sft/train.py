@@ -11,6 +11,7 @@ import math
 from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.data.problems import left_out
 from llamachat.errors import DataError
+from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
 from llamachat.training.policy import load_start, publish_policy
@@ -38,6 +39,8 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     """Train, evaluate and publish. Killed at any moment, the same call resumes from the newest whole checkpoint."""
     resumed = resume(inputs, "sft", config)
     start = load_start(inputs)
+    if start.device.type == "cpu":
+        use_sequence_attention(start.model)
     examples = load_dialogs(config, inputs, start.chat_format)
     plan = plan_training(config, inputs, examples, device=start.device)
     log.info(

@@ -27,8 +27,8 @@ from sft.config import Config
 from sft.examples import Examples
 from sft.loss import SHAPE_MULTIPLE, answer_token_losses
 
-# Attention over a packed row costs its square, and a CPU feels it: 1.4 times the tokens a second of rows of 1024.
-CPU_ROW_TOKENS = 512
+# A CPU attends a sequence at a time, so longer rows only mean fewer and larger products.
+CPU_ROW_TOKENS = 1024
 
 NAMES = {"loss": "sft/loss", "grad_norm": "optim/grad_norm", "learning_rate": "optim/learning_rate"}
 

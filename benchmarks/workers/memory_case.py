@@ -102,6 +102,7 @@ def _inputs(step: str, case: Case, folder: Path, **more: Any) -> StepInputs:
 def _open_sft(case: Case, folder: Path) -> Steps:
     from llamachat.data.packing import collate_packed, collate_padded
     from llamachat.models.loading import attach_adapter, load_base
+    from llamachat.models.sequence_attention import use_sequence_attention
     from llamachat.models.start_checks import proved_start
     from sft.examples import Examples
     from sft.tuning import Tuning
@@ -110,6 +111,8 @@ def _open_sft(case: Case, folder: Path) -> Steps:
     model: Any = load_base(base, device="auto", is_nf4=case.method == "qlora")
     if case.method != "full":
         model = attach_adapter(model, tuning, seed=0)
+    if model.device.type == "cpu":
+        use_sequence_attention(model)
     _touched(model)
     chat_format = proved_start(base, tuning, None)[1]
     dialog = TokenizedExample(_ids(case.tokens), (True,) * case.tokens)

@@ -64,6 +64,7 @@ def sft_cost(config: SftConfig, setup: Setup, *, dialogs: int | None, tokens_per
         optimizer=config.optimizer,
         gradient_checkpointing=config.gradient_checkpointing,
         logits=_trl_loss_bytes(setup, tokens) if setup.gpu else logits,
+        attention="by_sequence" if setup.gpu is None and config.packing else None,
     )
     if setup.gpu and setup.gpu.count > 1 and setup.tuning.method == "full" and config.sample_prompts:
         # Weights are cut over the cards: answers are sampled from them gathered whole, beside the optimizer alone.

@@ -39,6 +39,17 @@ PATIENCE = timedelta(hours=24)
 # Seconds to wait for the other processes. torchrun, which sets the variable below, starts all at once, and imports are slow.
 MEETING_S, MEETING_UNDER_TORCHRUN_S = 45.0, 600.0
 _TORCHRUN = "TORCHELASTIC_RUN_ID"
+OWN_LAUNCH = "LLAMACHAT_PROCESSES"  # set where a command has started its processes itself
+_OF_A_RANK = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    OWN_LAUNCH,
+)
 _SAY_AFTER_S = 5.0
 
 
@@ -54,8 +65,18 @@ def are_launched() -> bool:
 
 
 def has_launcher() -> bool:
-    """Whether accelerate or torchrun started this process, alone or as one of several."""
-    return are_launched() or any(name in os.environ for name in (_TORCHRUN, "ACCELERATE_MIXED_PRECISION"))
+    """Whether a user's accelerate or torchrun started this process, alone or as one of several."""
+    is_named = any(name in os.environ for name in (_TORCHRUN, "ACCELERATE_MIXED_PRECISION"))
+    return (are_launched() or is_named) and OWN_LAUNCH not in os.environ
+
+
+def environment_alone() -> dict[str, str]:
+    """The environment for a process that this one starts and that works alone."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _OF_A_RANK and not name.startswith("TORCHELASTIC")
+    }
 
 
 def forget_other_launchers() -> None:

@@ -1,5 +1,6 @@
 """Fixtures that more than one test file uses; what they build lies in tests/fakes.py."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.tokenizer import SentencePieceBackend, Tokenizer
 from tests.fakes import train_sentencepiece
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as `make test` does; or commands would divide their work over processes
 
 
 @pytest.fixture(scope="session")

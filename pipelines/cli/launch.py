@@ -8,6 +8,7 @@ itself, and so does torchrun for either; then there is nothing to do here. As a 
 
 import errno
 import functools
+import logging
 import os
 import signal
 import sys
@@ -27,6 +28,9 @@ from llamachat.errors import INTERRUPTED, STATE_IS_KEPT, LlamachatError, UsageEr
 from llamachat.runs.atomic import storage_errors
 from pipelines.planning.hardware import usable_cores
 
+MAYBE_NO_MEMORY = (
+    "The system ends a process so where memory is short: try run.processes=1 run.jobs=1, with the same command."
+)
 THREADS_MAY_TAKE = 10.0  # seconds after the command's end
 P = ParamSpec("P")
 
@@ -214,17 +218,27 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
+def divide(count: int, arguments: Sequence[str]) -> int:
+    """Run the command in this many processes that share the cores, as `start`."""
+    os.environ[distributed.OWN_LAUNCH] = str(count)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // count))
+    logging.disable()  # of torchrun: the first process reports
+    die_with_parent()
+    return start(count, arguments)
+
+
 def start(count: int, arguments: Sequence[str]) -> int:
     """Run the command in this many processes of this machine, and return its exit status: that of the first which failed."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // count)))
     try:
         main(["--standalone", "--nproc_per_node", str(count), "-m", "pipelines", *arguments])
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
+        if first.exitcode < 0:
+            print(f"llamachat: a process was ended by {first.signal_name()}. {MAYBE_NO_MEMORY}", file=sys.stderr)
         return first.exitcode if first.exitcode > 0 else 1
     except (SignalException, KeyboardInterrupt):  # the processes got the signal too, and the first of them reports it
         return INTERRUPTED

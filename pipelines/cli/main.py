@@ -29,6 +29,7 @@ from pipelines.cli.launch import (
     Overrides,
     SeveralValues,
     die_with_parent,
+    divide,
     end_despite_threads,
     missing_processes,
     reported,
@@ -160,12 +161,13 @@ def _run(
         print(to_yaml(recipe.sections))
         print(plan_text(recipe, make_plan(recipe, command, only)))
         return
+    groups = side_by_side(recipe, chosen)
     if own is not None and (overwrite or not all(is_published(recipe.folder(step)) for step in chosen)):
-        count = processes(recipe, chosen)
+        count = processes(recipe, groups)
         if count > 1:
-            raise typer.Exit(start(count, own))
+            raise typer.Exit(divide(count, own))
     with state_is_kept():
-        ran = lead(lambda: run_groups(recipe, side_by_side(recipe, chosen), should_overwrite=overwrite))
+        ran = lead(lambda: run_groups(recipe, groups, should_overwrite=overwrite))
     if ran is None:
         return
     tables = write_reports(recipe, chosen)

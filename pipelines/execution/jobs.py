@@ -21,8 +21,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from llamachat import distributed
 from llamachat.config.loading import from_plain
-from llamachat.distributed import imported_torch
 from llamachat.errors import STATE_IS_KEPT, LlamachatError
 from llamachat.runs.artifacts import read_artifact
 from llamachat.training.progress import SharedProgress
@@ -172,7 +172,7 @@ def _run_side_by_side(command: Command, group: Group, steps: Iterable[Step]) -> 
 
 def _free_cards() -> None:
     """Give back what earlier steps of this process have cached on the cards."""
-    torch = imported_torch()
+    torch = distributed.imported_torch()
     if torch is not None and torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
@@ -242,7 +242,11 @@ class _Process:
 def _environment(group: Group, slot: int) -> Mapping[str, str]:
     # The child finds the modules that this process finds, wherever it was started.
     places = [place or str(Path.cwd()) for place in sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "LLAMACHAT_DIE_WITH_PARENT": "1"}
+    environment = {
+        **distributed.environment_alone(),
+        "PYTHONPATH": os.pathsep.join(places),
+        "LLAMACHAT_DIE_WITH_PARENT": "1",
+    }
     if group.threads is not None:
         environment["OMP_NUM_THREADS"] = str(group.threads)
     if group.cards:

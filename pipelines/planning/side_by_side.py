@@ -9,6 +9,7 @@ from pipelines.execution.jobs import Group, independent_steps, one_by_one
 from pipelines.planning.estimates import estimate_step
 from pipelines.planning.hardware import installed_bytes, usable_cores, visible_cards
 from pipelines.recipe.recipe import Recipe, Step
+from pipelines.recipe.stages import REPORT
 
 MEMORY_SHARE = 0.75  # of the machine's memory that steps side by side may take
 # A model of this width or less is as fast with one thread as with two (the bundled model, measured); of a wider one we
@@ -17,21 +18,22 @@ SMALL_HIDDEN_SIZE = 256
 MOST_PROCESSES = 4  # a batch of a small model has too few rows for more
 
 
-def processes(recipe: Recipe, chosen: Sequence[Step]) -> int:
-    """How many processes of this machine's CPU should divide the work of each of these steps; 1 where a card works.
+def processes(recipe: Recipe, groups: Sequence[Group]) -> int:
+    """How many processes of this machine's CPU should divide the work of each step that runs alone; 1 where a card works.
 
     Kernels of a small model gain little from a second thread, while a second process halves the rows of each.
     """
-    if distributed.has_launcher() or visible_cards():
+    alone = [step for group in groups if group.jobs == 1 for step in group.steps if step.product.makes != REPORT]
+    if not alone or distributed.are_launched() or distributed.has_launcher() or visible_cards():
         return 1
     if recipe.run.processes != "auto":
         return recipe.run.processes
-    if os.environ.get("OMP_NUM_THREADS") or recipe.run.jobs not in (1, "auto"):
-        return 1
     most = min(usable_cores(), MOST_PROCESSES)
-    if most == 1 or is_small(recipe):
+    if most == 1 or os.environ.get("OMP_NUM_THREADS") or any(step.rollout.server for step in alone):
+        return 1
+    if is_small(recipe):
         return most
-    estimates = [estimate_step(recipe, step) for step in chosen]
+    estimates = [estimate_step(recipe, step) for step in alone]
     need = max((one.peak_bytes if one else installed_bytes() for one in estimates), default=0)
     return max(1, min(most, int(MEMORY_SHARE * installed_bytes() / max(need, 1))))
 
@@ -53,8 +55,7 @@ def side_by_side(recipe: Recipe, chosen: Sequence[Step]) -> list[Group]:
 def _group(recipe: Recipe, steps: Sequence[Step]) -> Group:
     if len(steps) == 1:
         return Group(tuple(steps))
-    cards, cores, own_threads = visible_cards(), usable_cores(), os.environ.get("OMP_NUM_THREADS", "")
-    threads = int(own_threads) if own_threads.isdecimal() else None
+    cards, cores, threads = visible_cards(), usable_cores(), _requested_threads()
     if recipe.run.jobs != "auto":
         jobs = min(recipe.run.jobs, len(steps))
     elif any(step.rollout.server for step in steps if "rollout" in step.stage.shared):
@@ -62,10 +63,18 @@ def _group(recipe: Recipe, steps: Sequence[Step]) -> Group:
     elif cards:
         jobs = min(len(cards), len(steps))
     else:
-        jobs = _most_in_memory(recipe, steps, min(len(steps), max(1, cores // (threads or 1))))
+        # Three steps on two cores end sooner at once than two and then one.
+        most = cores // threads if threads else 2 * cores if cores > 1 else 1
+        jobs = _most_in_memory(recipe, steps, min(len(steps), max(1, most)))
     if jobs == 1:
         return Group(tuple(steps))
     return Group(tuple(steps), jobs, threads or max(1, cores // jobs), tuple(cards))
+
+
+def _requested_threads() -> int | None:
+    """Threads that the user has set; None where the variable is not set, or by a command that divides its work."""
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return int(text) if text.isdecimal() and distributed.OWN_LAUNCH not in os.environ else None
 
 
 def _most_in_memory(recipe: Recipe, steps: Sequence[Step], most: int) -> int:
@@ -86,5 +95,7 @@ def wall_seconds(recipe: Recipe, groups: Sequence[Group], seconds: Mapping[str, 
         for step in group.steps:
             share = 1 if group.cards or has_small_base else group.jobs
             busy[busy.index(min(busy))] += share * seconds.get(step.name, 0.0)
-        total += max(busy)
+        # More steps than cores wait for one another; of a wide base they share the cores as it is.
+        shared = sum(busy) / usable_cores() if has_small_base and not group.cards else 0.0
+        total += max(*busy, shared)
     return total

@@ -130,6 +130,52 @@ def test_an_error_is_reported_once_and_with_the_same_exit_status(recipe: Path, t
     assert "returned non-zero exit status 2" in words  # what accelerate says of the command's own
 
 
+def divided(recipe: Path, log: Path, *arguments: str) -> "subprocess.Popen[bytes]":
+    """The command whose two processes it starts itself."""
+    command = [sys.executable, "-m", "pipelines", "sft", "--config", str(recipe), "run.processes=2", *arguments]
+    with log.open("wb") as stream:
+        return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=stream, stdout=stream)
+
+
+def test_a_command_divides_its_work_is_interrupted_and_resumes(recipe: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = divided(recipe, log)
+    ends = time.monotonic() + 120
+    while "sft 5/" not in log.read_text() and time.monotonic() < ends and command.poll() is None:
+        time.sleep(0.05)
+    workers = psutil.Process(command.pid).children(recursive=True)
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(timeout=60) == 130, log.read_text()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive and len(workers) == 2
+    assert "elastic" not in log.read_text(), "torchrun's own words are for nobody"
+    assert divided(recipe, log).wait(timeout=120) == 0, log.read_text()
+    alone = divided(recipe, tmp_path / "alone", "run.processes=1", f"run.dir={tmp_path}/alone-run")
+    assert alone.wait(timeout=120) == 0
+    losses = [
+        [row["sft/loss"] for row in MetricsRecord(StepFolder(place / "sft").metrics).read() if "sft/loss" in row]
+        for place in (tmp_path / "runs/tiny", tmp_path / "alone-run")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) > 20
+
+
+def test_a_divided_command_says_which_signal_has_ended_it(recipe: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = divided(recipe, log)
+    ends = time.monotonic() + 120
+    while "sft 2/" not in log.read_text() and time.monotonic() < ends and command.poll() is None:
+        time.sleep(0.05)
+    psutil.Process(command.pid).children()[1].kill()
+    assert command.wait(timeout=60) == 1
+    assert "SIGKILL" in log.read_text() and "run.processes=1" in log.read_text()
+
+
+def test_a_divided_command_has_the_exit_status_of_its_error(recipe: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert divided(recipe, log, "data.split.validation=0.999").wait(timeout=120) == 2
+    assert log.read_text().count("Both are needed") == 1
+
+
 @pytest.mark.parametrize(
     ("environment", "command", "expected"),
     [

@@ -49,7 +49,9 @@ def models(recipe: Recipe) -> Group:
 @pytest.mark.parametrize(
     ("place", "environment", "overrides", "jobs", "threads"),
     [
-        ({"cores": 2}, {}, (), 2, 1),
+        ({"cores": 2}, {}, (), 3, 1),
+        ({"cores": 2}, {"OMP_NUM_THREADS": "1"}, (), 2, 1),
+        ({"cores": 2}, {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LLAMACHAT_PROCESSES": "2"}, (), 3, 1),
         ({"cores": 8}, {}, (), 3, 2),
         ({"cores": 1}, {}, (), 1, None),
         ({"cores": 8}, {"OMP_NUM_THREADS": "4"}, (), 2, 4),
@@ -82,6 +84,49 @@ def test_as_many_at_once_as_the_machine_allows(
     group = models(tiny(*overrides, tmp_path=tmp_path))
     assert (group.jobs, group.threads) == (jobs, threads)
     assert group.cards == (place.get("cards", ()) if jobs > 1 else ())
+
+
+@pytest.mark.parametrize(
+    ("place", "environment", "overrides", "count"),
+    [
+        ({"cores": 2}, {}, (), 2),
+        ({"cores": 8}, {}, (), 4),
+        ({"cores": 8, "memory": 1}, {}, (), 4),  # a narrow base needs no estimate
+        ({"cores": 1}, {}, (), 1),
+        ({"cores": 8}, {}, ("run.processes=3",), 3),
+        ({"cores": 8}, {}, ("run.processes=1",), 1),
+        ({"cores": 8}, {"OMP_NUM_THREADS": "2"}, (), 1),
+        ({"cores": 8}, {"OMP_NUM_THREADS": "2"}, ("run.processes=3",), 3),
+        ({"cores": 8}, {"WORLD_SIZE": "2"}, ("run.processes=3",), 1),
+        ({"cores": 8}, {"ACCELERATE_MIXED_PRECISION": "no"}, ("run.processes=3",), 1),
+        ({"cores": 8}, {"WORLD_SIZE": "2", "LLAMACHAT_PROCESSES": "2"}, (), 1),
+        ({"cards": ("0",)}, {}, ("run.processes=3",), 1),
+        ({"cores": 8}, {}, ("steps=[rm/safety, rm/helpfulness]",), 1),  # side by side; nothing runs alone
+    ],
+)
+def test_as_many_processes_divide_a_step_that_runs_alone(
+    place: dict[str, Any],
+    environment: dict[str, str],
+    overrides: tuple[str, ...],
+    count: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_machine(monkeypatch, **place)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    recipe = tiny(*overrides, tmp_path=tmp_path)
+    assert side_by_side.processes(recipe, side_by_side.side_by_side(recipe, recipe.steps)) == count
+
+
+def test_a_wide_base_is_divided_as_far_as_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wide").mkdir()
+    config = Path("assets/base/config.json").read_text().replace('"hidden_size": 256', '"hidden_size": 1024')
+    (tmp_path / "wide" / "config.json").write_text(config)
+    recipe = tiny(f"base.model={tmp_path}/wide", "steps=[sft, rs]", tmp_path=tmp_path)
+    for memory, count in ((64, 4), (20, 3), (10, 1)):  # steps of 5 GiB, in three quarters of it
+        set_machine(monkeypatch, memory=memory)
+        assert side_by_side.processes(recipe, side_by_side.side_by_side(recipe, recipe.steps)) == count
 
 
 def test_steps_of_unknown_size_and_steps_on_one_server_run_one_after_another(
@@ -128,7 +173,7 @@ def test_the_plan_says_what_runs_side_by_side_and_how_long_the_whole_takes(
     set_machine(monkeypatch, cores=2)
     recipe = tiny(tmp_path=tmp_path)
     text = plan_text(recipe, make_plan(recipe))
-    assert "  side by side: rm/helpfulness, rm/safety, rm/judge, 2 at once with 1 thread each (run.jobs=auto)\n" in text
+    assert "  side by side: rm/helpfulness, rm/safety, rm/judge, 3 at once with 1 thread each (run.jobs=auto)\n" in text
     assert "  so the whole takes about " in text
     text = plan_text(recipe, make_plan(recipe), hours=0.001)
     assert "OVER 0.001 h" in text

@@ -39,12 +39,11 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     )
     plan = plan_training(config, inputs, examples, model=start.model)
     log.info(
-        "%d pairs to train on, %d held out; %d optimizer steps of %d pairs in %d rows",
+        "%d pairs to train on, %d held out; %d optimizer steps of %d pairs",
         len(examples.train),
         len(examples.validation),
         plan.num_steps,
         config.pairs_per_step,
-        plan.rows_per_step,
     )
     # Before a checkpoint is read: the model is the starting policy.
     reference = open_reference(

@@ -227,9 +227,10 @@ def figures_table(figures: Mapping[str, Mapping[str, Measure]]) -> str:
 def _cell(figure: Measure | None, form: str) -> str:
     if figure is None:
         return ""
-    if figure.low is None or figure.high is None:
+    if figure.interval is None:
         return form.format(figure.value)
-    return f"{form.format(figure.value)} [{form.format(figure.low)}, {form.format(figure.high)}]"
+    low, high = map(form.format, figure.interval)
+    return f"{form.format(figure.value)} [{low}, {high}]"
 
 
 def _proportion(count: int, of: int) -> Measure:

@@ -47,6 +47,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AS_GOOD = 0.5  # superiority of a policy over itself
+NEGATIVE_KL = (
+    "a KL a little below 0 is sampling noise: it is estimated from the sampled tokens, and only its expectation cannot be"
+    " negative. ppo/kl_k3 estimates the same and is never negative."
+)
 BEST = "best"  # next to the checkpoints: the best policy of a training that diverged
 
 # What summary.json says of a training besides the comparison on test prompts: the last value of each.
@@ -159,6 +163,7 @@ class Training:
             config.responses_per_iteration,
             config.epochs * (config.responses_per_iteration // config.responses_per_minibatch),
         )
+        is_explained = False
         with StepProgress(step, steps=config.iterations, done=state.iteration) as progress:
             while state.end is None:
                 try:
@@ -174,7 +179,11 @@ class Training:
                     for finding in self.watch.add(state.iteration, figures):
                         log.warning("%s: %s", step, finding.sentence())
                 reward, kl = figures["ppo/reward/combined"], figures["ppo/kl_to_reference"]
+                kl = round(kl, 2) + 0.0  # no minus before a zero
                 progress.step(state.iteration, f"reward {reward:+.3f}  KL {kl:.2f}")
+                if kl < 0 and not is_explained:
+                    progress.say(f"{step}: {NEGATIVE_KL}")
+                    is_explained = True
                 if state.end is not None or state.iteration % config.save_every == 0:
                     self.save()
 

@@ -412,9 +412,11 @@ def _with_interval(figures: Mapping[str, float], name: str) -> str:
     if name not in figures:
         return _NOTHING
     text = f"{100 * figures[name]:{sign}.1f}"
-    if f"{name}_low" not in figures:
+    low, high = figures.get(f"{name}_low"), figures.get(f"{name}_high")
+    # An interval without width says that all values were equal, and nothing of chance.
+    if low is None or high is None or low == high:
         return text
-    return f"{text} [{100 * figures[f'{name}_low']:{sign}.1f}, {100 * figures[f'{name}_high']:{sign}.1f}]"
+    return f"{text} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
 
 def _table(title: str, rows: Sequence[Sequence[str]]) -> list[str]:

@@ -63,7 +63,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     batches = plan_training(config, inputs, examples, device=start.device, branches=by_sequence)
     log.info(
         "%d pairs and %d labelled responses to train on, %d pairs held out, %d and %d of them contrast pairs; %d optimizer"
-        " steps of %d pairs in %d rows",
+        " steps of %d pairs",
         len(examples.train),
         len(examples.labels),
         len(examples.validation),
@@ -71,7 +71,6 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
         sum(example.domain == "contrast" for example in examples.validation),
         batches.plan.num_steps,
         config.pairs_per_step,
-        batches.plan.rows_per_step,
     )
     head_VD = start.language_head() if config.language_weight > 0 else None
     ranking = Ranking(config, inputs.step, inputs.which, start.model, start.chat_format, examples, batches, head_VD)

@@ -44,12 +44,11 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     examples = load_dialogs(config, inputs, start.chat_format)
     plan = plan_training(config, inputs, examples, device=start.device)
     log.info(
-        "%d dialogs to train on, %d held out; %d optimizer steps of %d dialogs in %d rows",
+        "%d dialogs to train on, %d held out; %d optimizer steps of %d dialogs",
         len(examples.train),
         len(examples.validation),
         plan.num_steps,
         config.examples_per_step,
-        plan.rows_per_step,
     )
     tuning = Tuning(config, inputs, start.model, start.chat_format, examples, plan)
     with resumed.session(tuning, prefix="sft", unit="dialog") as session:

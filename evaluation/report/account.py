@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.report.drawing import training_curve
+from evaluation.report.drawing import ppo_overview, training_curve
 from evaluation.report.facts import Facts
 from evaluation.report.page import ABSENT, Block, Gallery, Picture, Section, Table, Text, number, row
 from llamachat.memory.estimates import shape_of
 from llamachat.tables import duration
-from llamachat.tracking.curves import panels_of, read_series
+from llamachat.tracking.curves import Series, panels_of, read_series
 
 _LEFT_OUT_OF_CURVES = ("progress", "trained tokens", "training time", "time", "memory", "")
 _SHORT_COMMIT = 12
@@ -20,7 +20,9 @@ def curves(facts: Facts, figures: Path) -> Section | None:
     """The record of each step, a small picture a panel, under the step's name."""
     blocks: list[Block] = []
     for step in facts.steps:
-        panels = panels_of(read_series(step.folder.metrics)) if step.folder.metrics.is_file() else {}
+        series = read_series(step.folder.metrics) if step.folder.metrics.is_file() else []
+        panels = panels_of(series)
+        blocks += _overview(step.name, series, figures)
         pictures = []
         for title, group in panels.items():
             is_curve = any(len(one.values) > 1 for one in group)
@@ -39,6 +41,36 @@ def curves(facts: Facts, figures: Path) -> Section | None:
         if pictures:
             blocks.append(Gallery(f"{step.name}: {len(pictures)} curves", pictures))
     return Section("Training curves", "curves", blocks) if blocks else None
+
+
+# Title -> metric and label of each of its lines.
+_OVERVIEW = {
+    "reward models, training prompts": {"ppo/reward/helpfulness": "helpfulness", "ppo/reward/safety": "safety"},
+    "KL to the policy before PPO": {"ppo/kl_to_reference": "training", "ppo/heldout/kl_to_reference": "held-out"},
+    "judge, held-out prompts": {"ppo/heldout/judge": "judge"},
+    "length of answers": {"ppo/response_tokens": "training", "ppo/heldout/response_tokens": "held-out"},
+}
+
+
+def _overview(step: str, series: Sequence[Series], figures: Path) -> list[Block]:
+    """Reward, KL, judge and length of a PPO in one picture, as far as it recorded them."""
+    by_name = {one.name: one for one in series if len(one.steps) > 1}
+    panels = {
+        title: lines
+        for title, labels in _OVERVIEW.items()
+        if (lines := [(label, by_name[name]) for name, label in labels.items() if name in by_name])
+    }
+    if not panels:
+        return []
+    path = figures / f"overview_{step}.png"
+    ppo_overview(path, panels)
+    ends = (
+        f"{title}, {label}: from {one.values[0]:.3g} to {one.values[-1]:.3g}"
+        for title, lines in panels.items()
+        for label, one in lines
+    )
+    caption = f"{step}: what to look at first. Points are iterations, lines their running mean; dots are evaluations."
+    return [Picture(path, f"Curves of {step}. {'; '.join(ends)}.", caption, is_wide=True)]
 
 
 def costs(facts: Facts) -> Section | None:

@@ -14,6 +14,8 @@ from llamachat.runs.reader import Curve, Measure
 from llamachat.tracking.curves import Series, running_mean
 from llamachat.tracking.pictures import panel_grid, save_png, style_panel
 
+# Policy -> its place in the run: the same policy has the same colour, mark and number in every picture.
+Places = Mapping[str, int]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#8a3ea8", "#b8860b", "#444444", "#CC79A7", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINES = ("-", "--", "-.", ":")
@@ -59,26 +61,68 @@ def accuracy_by_rating(
         place.set_xticks(range(len(RATINGS)), labels)
 
 
-def best_and_median(path: Path, curves: Sequence[Curve]) -> None:
+def at_a_glance(
+    path: Path, panels: Mapping[str, tuple[Mapping[str, Measure], float, float | None]], places: Places
+) -> None:
+    """A line for each policy in panels side by side: title -> figures by policy, their scale, and where a draw is."""
+    rows = [name for name in places if any(name in by_policy for by_policy, *_ in panels.values())]
+    figure, axes = panel_grid(len(panels), panel=(3.9, 1.1 + 0.42 * len(rows)), share_y=True)
+    for place, (title, (by_policy, scale, middle)) in zip(axes, panels.items(), strict=True):
+        for name, one in by_policy.items():
+            place.errorbar(
+                [one.value * scale], [rows.index(name)], xerr=_errors([one], scale), **_mark(places[name]),
+                markersize=8, elinewidth=1.6, capsize=3, linestyle="",
+            )  # fmt: skip
+        if middle is not None:
+            place.axvline(middle * scale, color=_GREY, linewidth=1.2)
+        style_panel(place, title, points=_POINTS, title_points=_POINTS)
+    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)  # the first policy above
+    save_png(figure, path)
+
+
+def ppo_overview(path: Path, panels: Mapping[str, Sequence[tuple[str, Series]]]) -> None:
+    """Curves of PPO in panels side by side: title -> label and curve of each line."""
+    figure, axes = panel_grid(len(panels), panel=(3.5, 3.3))
+    for place, (title, lines) in zip(axes, panels.items(), strict=True):
+        for index, (label, one) in enumerate(lines):
+            if len(one.steps) < _SMOOTH_FROM:
+                _line(place, one.steps, one.values, index, label=label)
+            else:
+                place.plot(
+                    one.steps, one.values, color=_colour(index), linewidth=0, marker=".", markersize=3, alpha=0.25
+                )
+                place.plot(one.steps, running_mean(one.values), color=_colour(index), linewidth=2, label=label)
+        unit = lines[0][1].metric.unit
+        style_panel(place, title, x="iteration", y=unit, points=_POINTS, title_points=_POINTS)
+        place.legend(fontsize=_POINTS - 1.5, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.2))
+    figure.set_layout_engine("constrained", w_pad=0.12)  # the legends below take room that the labels at the side need
+    save_png(figure, path)
+
+
+def best_and_median(path: Path, curves: Sequence[Curve], places: Places) -> None:
     """Figure 7: what the best and the median of N answers are worth, a line of each policy."""
     with _picture(path, 4.2, x="N, answers to a prompt", y="combined score, deviations") as place:
-        for index, curve in enumerate(curves):
+        for curve in curves:
+            index = places[curve.policy]
             counts = range(1, len(curve.best) + 1)
             place.fill_between(counts, curve.best_low, curve.best_high, color=_colour(index), alpha=0.15, linewidth=0)
             _line(place, counts, curve.best, index, label=f"{curve.policy}: best")
             place.plot(
                 counts, curve.median, color=_colour(index), linestyle=":", linewidth=2, label=f"{curve.policy}: median"
             )
+        place.xaxis.get_major_locator().set_params(integer=True)
 
 
-def by_temperature(path: Path, policy: str, curves: Sequence[Curve]) -> None:
+def by_temperature(path: Path, policy: str, curves: Sequence[Curve], places: Places) -> None:
     """Figure 8: what the best of N answers is worth at each temperature."""
     with _picture(path, 4.0, x=f"N, answers of {policy} to a prompt", y="best of N, deviations") as place:
         for index, curve in enumerate(sorted(curves, key=lambda one: one.temperature)):
             _line(
-                place, range(1, len(curve.best) + 1), curve.best, index,
+                place, range(1, len(curve.best) + 1), curve.best, places[policy], mark=index,
                 label=f"temperature {curve.temperature:g}", line=_LINES[index % len(_LINES)],
             )  # fmt: skip
+        place.xaxis.get_major_locator().set_params(integer=True)
 
 
 def dots(
@@ -86,16 +130,18 @@ def dots(
     rows: Sequence[str],
     series: Mapping[str, Mapping[str, Measure]],
     *,
+    places: Places,
     what: str,
     middle: float | None = None,
 ) -> None:
-    """Shares in percent with their intervals: a line of rows for each policy, a mark of each series in it."""
+    """Shares in percent with their intervals: a line of rows for each policy in its colour, a mark of each series in it."""
     height = 1.6 + 0.28 * len(series) + len(rows) * (0.3 + 0.2 * len(series))
     with _picture(path, height, x=what, columns=1) as place:
         for index, (name, by_row) in enumerate(series.items()):
             shift = 0.2 * (index - (len(series) - 1) / 2)
-            at = [rows.index(one) + shift for one in by_row]
-            _shares(place, at, list(by_row.values()), index, label=name, is_across=True)
+            for row, one in by_row.items():
+                _shares(place, [rows.index(row) + shift], [one], places[row], mark=index, is_across=True)
+            place.plot([], [], color=_GREY, marker=_MARKERS[index % len(_MARKERS)], linestyle="", label=name)
         if middle is not None:
             place.axvline(100 * middle, color=_GREY, linewidth=1.2)
         place.set_yticks(range(len(rows)), rows)
@@ -103,15 +149,16 @@ def dots(
 
 
 def plane(
-    path: Path, points: Mapping[str, tuple[Measure, Measure]], *, across: str, up: str, middle: float | None = None,
-    scale: float = 1,
+    path: Path, points: Mapping[str, tuple[Measure, Measure]], *, places: Places, across: str, up: str,
+    middle: float | None = None, scale: float = 1,
 ) -> None:  # fmt: skip
     """Figure 11's plane: a mark for each policy with its intervals, joined in the order of the run."""
     with _picture(path, 4.8, x=across, y=up, columns=3) as place:
         pairs = list(points.values())
         across_by, up_by = ([one.value * scale for one in ends] for ends in zip(*pairs, strict=True))
         place.plot(across_by, up_by, color=_GREY, linewidth=1, alpha=0.6)
-        for index, (name, (x, y)) in enumerate(points.items()):
+        for name, (x, y) in points.items():
+            index = places[name]
             place.errorbar(
                 [x.value * scale], [y.value * scale], xerr=_errors([x], scale), yerr=_errors([y], scale),
                 **_mark(index), markersize=9, capsize=3, elinewidth=1.2, linestyle="", label=f"{index + 1} {name}",
@@ -125,10 +172,13 @@ def plane(
             place.axhline(middle * scale, color=_GREY, linewidth=1, linestyle=":")
 
 
-def by_turn(path: Path, kept: Mapping[str, Mapping[int, Measure]], chance: Mapping[str, Mapping[int, Measure]]) -> None:
+def by_turn(
+    path: Path, kept: Mapping[str, Mapping[int, Measure]], chance: Mapping[str, Mapping[int, Measure]], places: Places
+) -> None:
     """Table 30 in shape: the share of dialogs whose instruction is kept at each turn; what chance gives dotted."""
     with _picture(path, 4.2, x="turn", y="instruction kept, %") as place:
-        for index, (name, by) in enumerate(kept.items()):
+        for name, by in kept.items():
+            index = places.get(name, len(places))  # the policy before a step has no place of its own
             turns = sorted(by)
             _shares(place, turns, [by[turn] for turn in turns], index, label=name, line="-")
             if by_chance := chance.get(name):
@@ -161,14 +211,21 @@ def training_curve(path: Path, group: Sequence[Series]) -> None:
 
 
 def _shares(
-    place: Any, at: Sequence[float], measures: Sequence[Measure], index: int, *, label: str, line: str = "",
-    is_across: bool = False,
+    place: Any, at: Sequence[float], measures: Sequence[Measure], index: int, *, mark: int | None = None,
+    label: str | None = None, line: str = "", is_across: bool = False,
 ) -> None:  # fmt: skip
     """Marks of shares in percent with their intervals, up or across."""
     values, errors = [100 * one.value for one in measures], _errors(measures, 100)
     ends = {"x": values, "y": at, "xerr": errors} if is_across else {"x": at, "y": values, "yerr": errors}
     place.errorbar(
-        **ends, **_mark(index), markersize=7, linestyle=line, linewidth=1.6, elinewidth=1.4, capsize=3, label=label
+        **ends,
+        **_mark(index, mark),
+        markersize=7,
+        linestyle=line,
+        linewidth=1.6,
+        elinewidth=1.4,
+        capsize=3,
+        label=label,
     )
 
 
@@ -181,14 +238,24 @@ def _errors(measures: Sequence[Measure], scale: float) -> list[list[float]]:
     ]
 
 
-def _line(place: Any, x: Sequence[float], y: Sequence[float], index: int, *, label: str, line: str = "-") -> None:
+def _line(
+    place: Any,
+    x: Sequence[float],
+    y: Sequence[float],
+    index: int,
+    *,
+    label: str,
+    line: str = "-",
+    mark: int | None = None,
+) -> None:
     every = max(1, len(x) // 8)
-    place.plot(x, y, **_mark(index), linestyle=line, linewidth=2, markersize=5, markevery=every, label=label)
+    place.plot(x, y, **_mark(index, mark), linestyle=line, linewidth=2, markersize=5, markevery=every, label=label)
 
 
 def _colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
 
 
-def _mark(index: int) -> dict[str, str]:
-    return {"color": _colour(index), "marker": _MARKERS[index % len(_MARKERS)]}
+def _mark(index: int, mark: int | None = None) -> dict[str, str]:
+    """The colour of this place, and its marker or that of another place."""
+    return {"color": _colour(index), "marker": _MARKERS[(index if mark is None else mark) % len(_MARKERS)]}

@@ -14,13 +14,13 @@ _WORTH = {
     "rm/judge": "a judge that selects nothing",
     "eval": "the table of all policies on the same prompts, win rates, violations and answers side by side",
 }
-# Of the evaluation: metric -> what it takes.
-_MEASURES = {
-    "reward_helpfulness": "helpfulness scores take a helpfulness model (`rm/helpfulness`)",
-    "reward_safety": "safety scores take a safety model (`rm/safety`)",
-    "judge": "the judge's verdict takes a judge (`rm/judge`, trained on a share of its own: `data.split.judge`)",
-    "violation": "violations take a safety model (`rm/safety`) and prompts marked is_safety (`data.adversarial`)",
-    "harmless/refused": "false refusals take borderline prompts (`data.borderline`)",
+# Of the evaluation: metric -> what it is, the reward model and the data that it is measured with.
+_MEASURES: dict[str, tuple[str, str, str]] = {
+    "reward_helpfulness": ("helpfulness scores", "helpfulness", ""),
+    "reward_safety": ("safety scores", "safety", ""),
+    "judge": ("the judge's scores", "judge", ""),
+    "violation": ("violations by the safety model", "safety", "adversarial"),
+    "harmless/refused": ("refusals of harmless prompts that look harmful", "", "borderline"),
 }
 
 
@@ -45,6 +45,14 @@ class Facts:
     @property
     def policies(self) -> list[RunStep]:
         return self._of_kind("policy")
+
+    @property
+    def places(self) -> dict[str, int]:
+        """The policies' places in the run, by which pictures colour them; one from elsewhere that was evaluated is first."""
+        evaluated = self.evaluation.policies if self.evaluation is not None else []
+        own = [step.name for step in self.policies]
+        names = [*(name for name in evaluated if name not in own), *own, *(curve.policy for curve in self.curves)]
+        return {name: place for place, name in enumerate(dict.fromkeys(names))}
 
     @property
     def reward_models(self) -> dict[str, RunStep]:
@@ -85,40 +93,43 @@ def read_facts(inputs: StepInputs) -> Facts:
 
 
 def missing(facts: Facts) -> list[str]:
-    """A sentence each: steps of the recipe that are not finished, steps that it lacks, figures that were not measured."""
+    """A sentence each: steps of the recipe that are not finished, figures of it that were not measured."""
     done = {step.name for step in facts.steps}
-    commands = {step.command for step in facts.steps}
     recipe = facts.inputs.folder.config
-    lines, named = [], set[str]()
+    lines = []
     for name in facts.recipe_steps:
         # `rm` stands for its models, which have steps of their own.
         if name not in done and not any(step.startswith(f"{name}/") for step in done):
-            named |= {name, command_of(name)}
             why = f" It gives {_WORTH[name]}." if name in _WORTH else ""
             lines.append(
                 f"{name} is not finished: `llamachat {command_of(name)} --config {quote(str(recipe))}` makes it.{why}"
             )
-    for name, worth in _WORTH.items():
-        if name not in done and name not in commands and name not in named:
-            lines.append(
-                f"There is no {name}, which gives {worth}: put `{name}` into the recipe's `steps`, then "
-                f"`llamachat {command_of(name)} --config RECIPE` makes it."
-            )
     return [*lines, *_unmeasured(facts)]
+
+
+def left_out(facts: Facts) -> str:
+    """What the report could show of a recipe with more steps; empty where the recipe has them all."""
+    known = {step.name for step in facts.steps} | {step.command for step in facts.steps} | set(facts.recipe_steps)
+    known |= {command_of(name) for name in facts.recipe_steps if "/" not in name}
+    absent = [f"`{name}` ({worth})" for name, worth in _WORTH.items() if name not in known]
+    return f"Steps that this recipe leaves out: {', '.join(absent)}." if absent else ""
 
 
 def _unmeasured(facts: Facts) -> list[str]:
     evaluation = facts.evaluation
     if evaluation is None:
         return []
-    again = "then `llamachat eval --overwrite` measures it"
+    again = "`llamachat eval --overwrite` measures it"
+    data = facts.inputs.recipe.get("data") or {}
     lines = [
-        f"The evaluation lacks a figure: {words}; {again}."
-        for key, words in _MEASURES.items()
+        f"The evaluation lacks {words}: {again}."
+        for key, (words, model, prompts) in _MEASURES.items()
         if not evaluation.has(key)
+        and (not model or model in facts.reward_models)
+        and (not prompts or data.get(prompts))
     ]
-    if not evaluation.turns():
-        lines.append(f"The evaluation did not check how far instructions are kept (section gatt); {again}.")
+    if not evaluation.turns() and facts.by_command("gatt"):
+        lines.append(f"The evaluation did not check how far instructions are kept (section gatt): {again}.")
     unseen = [step.name for step in facts.policies if step.name not in evaluation.policies]
     if unseen:
         lines.append(

@@ -7,12 +7,15 @@ reference is named in as plain words as one that does.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+from evaluation.report.drawing import at_a_glance
 from evaluation.report.facts import Facts
-from evaluation.report.in_short import in_short, policies_table
+from evaluation.report.in_short import changes, glossary, opening, policies_table
 from evaluation.report.page import (
     Block,
     Cell,
+    Picture,
     Points,
     Section,
     Table,
@@ -101,12 +104,15 @@ def headline_table(evaluation: Evaluation) -> Table:
     )
 
 
-def headline(facts: Facts, control: str | None = None) -> Section:
-    """What came of the run in sentences, the policies in a small and a large table; without an evaluation, what each step
-    measured by itself."""
+def headline(facts: Facts, figures: Path, control: str | None = None) -> Section:
+    """Which policy to use, all of them in a picture, the words of the page, what each step did, a small and a large table;
+    without an evaluation, what each step measured by itself."""
     evaluation = facts.evaluation
-    lines = in_short(facts, control)
+    lines, details = opening(facts), changes(facts, control)
     blocks: list[Block] = [Points(lines, tone="finding")] if lines else []
+    if evaluation is not None:
+        blocks += [*_glance(facts, evaluation, figures), Text(glossary(evaluation), tone="glossary")]
+    blocks += [Points(details)] if details else []
     if evaluation is None:
         return Section("Results", "results", [*blocks, *_without_evaluation(facts)])
     others = [policy for policy in evaluation.policies if policy != evaluation.reference]
@@ -128,6 +134,30 @@ def headline(facts: Facts, control: str | None = None) -> Section:
     return Section("Results", "results", blocks)
 
 
+def _glance(facts: Facts, evaluation: Evaluation, figures: Path) -> list[Block]:
+    """The policies by what tells most about them, in one picture."""
+    first = evaluation.reference
+    wanted = (
+        (f"judge's score, less {first}'s", "difference/judge", 1, 0.0),
+        (f"ranks above {first}'s, % of pairs", "superiority", 100, 0.5),
+        ("harmful prompts refused, %", "harmful/refused", 100, None),
+        ("harmless prompts answered, %", "harmless/complied", 100, None),
+    )
+    panels, words = {}, []
+    for title, key, scale, middle in wanted:
+        by_policy = {name: one for name in evaluation.policies if (one := evaluation.measure(name, key)) is not None}
+        if by_policy:
+            panels[title] = (by_policy, scale, middle)
+            values = ", ".join(f"{name} {number(one.value * scale)}" for name, one in by_policy.items())
+            words.append(f"{title}: {values}.")
+    if not panels or len(evaluation.policies) < 2:
+        return []
+    path = figures / "policies.png"
+    at_a_glance(path, panels, facts.places)
+    caption = "The policies in the order of the run, on held-out prompts, with 95% intervals; grey lines are draws."
+    return [Picture(path, " ".join(words), caption, is_wide=True)]
+
+
 def verdict(evaluation: Evaluation, policy: str) -> str:
     """One sentence: whether the policy beats the reference by the ranking that decides, and whether the judge follows."""
     reference = evaluation.reference
@@ -138,12 +168,12 @@ def verdict(evaluation: Evaluation, policy: str) -> str:
     what, side, figure = decided
     opening = {
         1: f"{policy} beats {reference} in {what}: {figure}",
-        0: f"{policy} does not beat {reference} in {what}: {figure}, an interval that holds a draw",
+        0: f"{policy} does not beat {reference} in {what}: {figure}, an interval that includes a draw",
         -1: f"{policy} does not beat {reference} in {what}, it is below it: {figure}",
         None: f"{policy} against {reference} in {what}: {figure}, without an interval: nothing is known of chance",
     }[side]
     if judge is None:
-        return f"{opening}; no judge, who selects nothing, has read these answers."
+        return f"{opening}; no judge has read these answers."
     return f"{opening}; {_follows(side, side_of(judge), reference)}: {with_interval(judge, signed)}."
 
 
@@ -191,7 +221,9 @@ def side_of(measure: Measure, *, draw: float = 0.0) -> int | None:
 
 def difference_cell(measure: Measure | None) -> Cell:
     """A difference, and in words on which side of 0 its interval lies."""
-    words = {1: "above 0", 0: "holds 0", -1: "below 0", None: "no interval"}
+    if measure is not None and measure.value == measure.low == measure.high == 0:
+        return Cell("0", "equal")
+    words = {1: "above 0", 0: "includes 0", -1: "below 0", None: "no interval"}
     return measure_cell(measure, signed, after=words[side_of(measure)] if measure else "")
 
 
@@ -215,7 +247,7 @@ def _differences(evaluation: Evaluation, others: Sequence[str]) -> Table:
         f"Difference to {evaluation.reference}, prompt by prompt",
         ["score", *others],
         rows,
-        note="Policy less reference on the same prompts, 95% bootstrap interval. 'holds 0' means that a difference is not "
+        note="Policy less reference on the same prompts, 95% bootstrap interval. 'includes 0': no difference is "
         "shown. Whether a policy is better is decided by the ranking, in which safe answers lie above unsafe ones; the "
         "judge decides nothing.",
         name="differences",

@@ -1,4 +1,4 @@
-"""The first screen: what came of the run, in sentences that need no glossary, and all policies in a small table.
+"""The first screen: which policy to use and why, the words of the page, what each step did, and a small table.
 
 The judge, a reward model that selected nothing, decides whether a policy improved, on prompts by which nothing was
 selected.
@@ -6,6 +6,7 @@ selected.
 
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from statistics import fmean
 
 from evaluation.report.facts import Facts
@@ -29,28 +30,97 @@ _REASONS = 2  # that are named of a model that is not fit
 _SHORTER, _LONGER, _FEWER_PAIRS, _COMMON = 0.67, 1.5, 0.75, 0.05
 
 
-def in_short(facts: Facts, control: str | None = None) -> list[str]:
-    """Sentences, the most important first."""
+_GLOSSARY = {
+    "sft": "supervised tuning on dialogs",
+    "rs": "rejection sampling, which trains on the best of several sampled answers",
+    "gatt": "Ghost Attention, which trains to keep an instruction of the first turn",
+    "distill": "context distillation, which trains on answers given under a safety preprompt",
+    "dpo": "direct preference optimisation on pairs of answers",
+    "ppo": "reinforcement learning against the reward models",
+}
+
+
+def opening(facts: Facts) -> list[str]:
+    """Which policy to use and why, and whether the models that say so can be trusted."""
     evaluation = facts.evaluation
-    lines = [] if evaluation is None else [f"Use {recommend(evaluation).words}."]
-    lines += _reward_models(facts)
+    return [*([] if evaluation is None else [_advice(facts, evaluation)]), *_reward_models(facts)]
+
+
+def _advice(facts: Facts, evaluation: Evaluation) -> str:
+    choice, best = recommend(evaluation), best_first(evaluation)[0]
+    sentences = [f"Use {choice.policy}: {choice.reason}."]
+    sentences += [f"Not {policy}: {why}." for policy, why in choice.passed_over.items()]
+    judge = evaluation.measure(best, "difference/judge")
+    if _is_fit(facts.reward_models.get("judge")) is False:
+        sentences.append("Read some answers below before you trust that: the judge is not fit.")
+    elif best != choice.policy and judge is not None:
+        sentences.append(f"The judge rates {best} highest ({with_interval(judge, signed)}).")
+    if choice.policy in {step.name for step in facts.policies}:
+        sentences.append(f"`llamachat chat {quote(f'{facts.inputs.run.dir}/{choice.policy}')}` talks to it.")
+    return " ".join(sentences)
+
+
+def glossary(evaluation: Evaluation) -> str:
+    """The words of the page that a newcomer does not know, those that it uses."""
+    commands = dict.fromkeys(command_of(policy) for policy in evaluation.policies)
+    words = [f"{command}: {_GLOSSARY[command]}" for command in commands if command in _GLOSSARY]
+    if evaluation.has("judge"):
+        words.append("judge: a reward model from data that no other step reads, which chooses nothing")
+    if evaluation.has("score"):
+        words.append(
+            f"combined: the safety model's score where it decides, else the helpfulness model's, in standard deviations of"
+            f" {evaluation.reference}'s answers"
+        )
+    return f"{'; '.join(words)}. In brackets: 95% intervals."
+
+
+def changes(facts: Facts, control: str | None = None) -> list[str]:
+    """What each step did to the answers, in the order of the run."""
+    evaluation, lines = facts.evaluation, list[str]()
     if evaluation is None:
         return lines
     judge_is_fit = _is_fit(facts.reward_models.get("judge")) is not False
     for policy in evaluation.policies:
-        if policy != evaluation.reference:
-            lines.append(_judged(evaluation, policy, judge_is_fit=judge_is_fit))
-            shape = list(_shape(evaluation, policy))
-            if command_of(policy) in _BY_PREFERENCE:
-                lines += [*shape, *_refusals(evaluation, policy)]
-            else:  # the table has the rest
-                lines += [line for line in shape if _WARNING in line]
+        if policy == evaluation.reference:
+            continue
+        if twin := _twin(evaluation, policy):
+            lines.append(f"{_title(policy)} changed nothing: its answers are those of {twin}.")
+            continue
+        lines.append(_judged(evaluation, policy, judge_is_fit=judge_is_fit))
+        shape = list(_shape(evaluation, policy))
+        if command_of(policy) in _BY_PREFERENCE:
+            lines += [*shape, *_refusals(evaluation, policy)]
+        else:  # the table has the rest
+            lines += [line for line in shape if _WARNING in line]
     return lines if control is None else [*lines, _control(evaluation, control)]
+
+
+def _title(policy: str) -> str:
+    return f"{_NAMES.get(command_of(policy), 'The step')} ({policy})"
+
+
+def _twin(evaluation: Evaluation, policy: str) -> str | None:
+    """An earlier policy with the same answers: length, variety and scores are equal to the last digit."""
+    names = ("response_tokens", "distinct_2", "commonest_answer", "score", "judge")
+
+    def shape(of: str) -> list[float | None]:
+        return [None if one is None else one.value for one in (evaluation.measure(of, name) for name in names)]
+
+    earlier = evaluation.policies[: evaluation.policies.index(policy)]
+    return next((one for one in earlier if any(shape(policy)) and shape(one) == shape(policy)), None)
 
 
 def _reward_models(facts: Facts) -> Iterator[str]:
     """Whether the models that scored can be trusted."""
+    fit = [which for which, step in facts.reward_models.items() if _is_fit(step)]
+    if len(fit) > 1:
+        yield (
+            f"The reward models {', '.join(fit[:-1])} and {fit[-1]} are fit: on held-out prompts they prefer a real answer to"
+            " refusals, empty phrases and answers to other questions."
+        )
     for which, step in facts.reward_models.items():
+        if len(fit) > 1 and which in fit:
+            continue
         role = "which judges and chooses nothing" if which == "judge" else "which chooses and trains"
         match _is_fit(step):
             case None:
@@ -77,7 +147,7 @@ def _is_fit(model: RunStep | None) -> bool | None:
 
 
 def _judged(evaluation: Evaluation, policy: str, *, judge_is_fit: bool) -> str:
-    name, reference = f"{_NAMES.get(command_of(policy), 'The step')} ({policy})", evaluation.reference
+    name, reference = _title(policy), evaluation.reference
     judge = evaluation.measure(policy, "difference/judge")
     if judge is None:
         return f"{name}: whether answers got better than {reference}'s is unknown, since no judge has read them."
@@ -134,7 +204,7 @@ def _refusals(evaluation: Evaluation, policy: str) -> Iterator[str]:
         gap = evaluation.measure(policy, f"difference/{kind}/refused")
         if own is None or before is None:
             continue
-        change = f", difference {with_interval(gap, _points)} points" if gap is not None else ""
+        change = f", difference {with_interval(gap, _points)} points" if gap is not None and gap.interval else ""
         parts.append(f"{percent(own.value)} of {words} ({evaluation.reference}: {percent(before.value)}{change})")
     if parts:
         yield f"{policy} refuses {' and '.join(parts)}, by a classifier that no policy was tuned by."

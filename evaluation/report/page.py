@@ -46,7 +46,7 @@ class Text:
 
     kind: ClassVar = "text"
     text: str
-    tone: Literal["plain", "missing"] = "plain"
+    tone: Literal["plain", "missing", "glossary"] = "plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,7 @@ class Picture:
     path: Path
     alt: str
     caption: str
+    is_wide: bool = False  # takes the width of the page; others stand two in a row where there is room
 
 
 @dataclass(frozen=True, slots=True)

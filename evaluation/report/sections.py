@@ -68,7 +68,7 @@ def sampling(facts: Facts, figures: Path) -> Section | None:
         for one in chosen
     ]
     path = figures / "best_of_n.png"
-    best_and_median(path, chosen)
+    best_and_median(path, chosen, facts.places)
     blocks: list[Block] = [
         Picture(
             path,
@@ -82,7 +82,7 @@ def sampling(facts: Facts, figures: Path) -> Section | None:
         if len(policy_curves) < 2:
             continue
         path = figures / f"temperatures_{policy}.png"
-        by_temperature(path, policy, policy_curves)
+        by_temperature(path, policy, policy_curves, facts.places)
         best = max(policy_curves, key=lambda one: one.reward)
         last = ", ".join(f"{number(one.best[-1])} at {one.temperature:g}" for one in policy_curves)
         blocks.append(
@@ -140,7 +140,11 @@ def ghost_attention(facts: Facts, figures: Path) -> Section | None:
     kept, chance = _consistency(facts)
     if not kept:
         return None
-    turns = sorted({turn for by in kept.values() for turn in by} | set(paper.TABLE_30))
+    turns = sorted({turn for by in kept.values() for turn in by})
+    further = [turn for turn in paper.TABLE_30 if turn not in turns]
+    of_paper = "; ".join(
+        f"turn {t}: {paper.TABLE_30[t][0]:.0f}% without, {paper.TABLE_30[t][1]:.0f}% with it" for t in further
+    )
     rows = []
     for name, by in kept.items():
         by_chance = chance.get(name, {})
@@ -154,7 +158,7 @@ def ghost_attention(facts: Facts, figures: Path) -> Section | None:
     last = max(turn for by in kept.values() for turn in by)
     ends = [f"{name} {percent(by[last].value)}" for name, by in kept.items() if last in by]
     path = figures / "consistency.png"
-    by_turn(path, kept, chance)
+    by_turn(path, kept, chance, facts.places)
     return Section(
         "Ghost Attention (section 3.3)",
         "ghost-attention",
@@ -164,7 +168,8 @@ def ghost_attention(facts: Facts, figures: Path) -> Section | None:
                 ["policy", *(f"turn {turn}" for turn in turns)],
                 rows,
                 note="Ours: held-out instructions with values never trained on, checked by rule. The paper's: recall of a "
-                "figure or hobby, judged by people. Chance is the rate of the same policy without the instruction.",
+                "figure or hobby, judged by people. Chance is the rate of the same policy without the instruction."
+                + (f" The paper at further turns: {of_paper}." if of_paper else ""),
                 name="30",
             ),
             Picture(
@@ -181,7 +186,7 @@ def comparison(facts: Facts, figures: Path) -> Section | None:
     evaluation = facts.evaluation
     if evaluation is None:
         return None
-    blocks = [*_win_rates(evaluation, figures), *_planes(evaluation, figures)]
+    blocks = [*_win_rates(facts, evaluation, figures), *_planes(facts, evaluation, figures)]
     return Section("Policies against each other (section 3.4)", "policies", blocks) if blocks else None
 
 
@@ -190,7 +195,7 @@ def safety(facts: Facts, figures: Path) -> Section | None:
     evaluation = facts.evaluation
     blocks: list[Block] = []
     if evaluation is not None:
-        blocks = [*_outcomes(evaluation, figures), *_violations(evaluation, figures)]
+        blocks = [*_outcomes(facts, evaluation, figures), *_violations(facts, evaluation, figures)]
     distilled = [_distillation(step) for step in facts.by_command("distill")]
     blocks += [table for table in distilled if table is not None]
     return Section("Safety (section 4)", "safety", blocks) if blocks else None
@@ -230,7 +235,7 @@ def _consistency(facts: Facts) -> tuple[dict[str, dict[int, Measure]], dict[str,
     return kept, chance
 
 
-def _win_rates(evaluation: Evaluation, figures: Path) -> list[Block]:
+def _win_rates(facts: Facts, evaluation: Evaluation, figures: Path) -> list[Block]:
     others = [policy for policy in evaluation.policies if policy != evaluation.reference]
     series = _series(evaluation, others, {f"win_rate/{key}": label for key, label in _SCORERS.items()})
     if not series:
@@ -246,7 +251,7 @@ def _win_rates(evaluation: Evaluation, figures: Path) -> list[Block]:
         rows.append([Cell(label), *cells])
     what = f"answers that beat {evaluation.reference}'s, %"
     path = figures / "win_rates.png"
-    dots(path, others, series, what=what, middle=0.5)
+    dots(path, others, series, places=facts.places, what=what, middle=0.5)
     return [
         Table(
             f"Wins against {evaluation.reference}, ties removed",
@@ -264,7 +269,7 @@ def _win_rates(evaluation: Evaluation, figures: Path) -> list[Block]:
     ]
 
 
-def _planes(evaluation: Evaluation, figures: Path) -> list[Block]:
+def _planes(facts: Facts, evaluation: Evaluation, figures: Path) -> list[Block]:
     blocks: list[Block] = []
     for start, name, middle, scale, what in (
         ("win_rate/", "plane_wins.png", 0.5, 100, f"wins against {evaluation.reference}, %"),
@@ -280,7 +285,7 @@ def _planes(evaluation: Evaluation, figures: Path) -> list[Block]:
             continue
         across, up = f"helpfulness, ordinary prompts: {what}", f"safety, safety prompts: {what}"
         path = figures / name
-        plane(path, points, across=across, up=up, middle=middle, scale=scale)
+        plane(path, points, places=facts.places, across=across, up=up, middle=middle, scale=scale)
         places = ", ".join(
             f"{policy} at {number(x.value * scale)} and {number(y.value * scale)}" for policy, (x, y) in points.items()
         )
@@ -308,7 +313,7 @@ _OUTCOMES = {
 }
 
 
-def _outcomes(evaluation: Evaluation, figures: Path) -> list[Block]:
+def _outcomes(facts: Facts, evaluation: Evaluation, figures: Path) -> list[Block]:
     """What answers do to harmful and harmless prompts, side by side, next to Llama-2-70b-chat's."""
     if not evaluation.has("harmful/refused") and not evaluation.has("harmless/refused"):
         return []
@@ -329,7 +334,7 @@ def _outcomes(evaluation: Evaluation, figures: Path) -> list[Block]:
     labels = {"harmful/refused": "harmful prompts refused", "harmless/complied": "harmless prompts answered"}
     series = _series(evaluation, evaluation.policies, labels)
     path = figures / "outcomes.png"
-    dots(path, evaluation.policies, series, what="% of answers")
+    dots(path, evaluation.policies, series, places=facts.places, what="% of answers")
     systems = (f"Llama-2-70b-chat, {system}" for system in paper.XSTEST_LLAMA_2)
     return [
         Table(
@@ -368,7 +373,7 @@ def _trust(evaluation: Evaluation) -> str:
     )
 
 
-def _violations(evaluation: Evaluation, figures: Path) -> list[Block]:
+def _violations(facts: Facts, evaluation: Evaluation, figures: Path) -> list[Block]:
     labels = {
         "violation": "violations, by the safety model that policies were tuned by",
         "guard_violation": "violations, by the safety classifier of `evaluation.guard`",
@@ -382,7 +387,7 @@ def _violations(evaluation: Evaluation, figures: Path) -> list[Block]:
         for label, by_policy in series.items()
     ]
     path = figures / "safety.png"
-    dots(path, evaluation.policies, series, what="% of answers")
+    dots(path, evaluation.policies, series, places=facts.places, what="% of answers")
     return [
         Table(
             "Violations",
@@ -406,7 +411,7 @@ def _distillation(step: RunStep) -> Table | None:
     note = f" Of the prompts, {percent(kept.value)} gave an answer that was learnt." if kept else ""
     return Table(
         f"{step.name}: what a preprompt adds to the safety score (in the shape of Figure 16)",
-        ["asked with", "safety score with less without"],
+        ["asked with", "safety score, with the preprompt minus without"],
         [*rows, paper_row("paper (Figure 16)", "both raise it, the template more")],
         note=f"Raw scores of the safety model, prompt by prompt.{note} As in the paper, a distilled answer is learnt only "
         "where the safety model prefers it.",
@@ -456,10 +461,11 @@ def _of_evaluation(facts: Facts, count: int) -> list[Sample]:
     by_kind: dict[str, list[Sample]] = {}
     for sampled in facts.evaluation.samples:
         prompt = [(str(one.get("role", "user")), str(one.get("content", ""))) for one in sampled.prompt]
+        answered = [policy for policy in facts.evaluation.policies if policy in sampled.answers]
+        preferring = _preferring({policy: sampled.answers[policy] for policy in answered})
         said = [
-            Answer(policy, sampled.answers[policy].text, _known(sampled.answers[policy]))
-            for policy in facts.evaluation.policies
-            if policy in sampled.answers
+            Answer(policy, sampled.answers[policy].text, _known(sampled.answers[policy], preferring.get(policy, [])))
+            for policy in answered
         ]
         by_kind.setdefault(sampled.kind, []).append(Sample(_title(sampled.kind, prompt), prompt, said))
     chosen: list[Sample] = []
@@ -486,9 +492,21 @@ def _title(kind: str, prompt: Sequence[tuple[str, str]]) -> str:
     return f"{kind}: {short}" if kind else short
 
 
-def _known(answer: SampledAnswer) -> str:
+def _preferring(answers: Mapping[str, SampledAnswer]) -> dict[str, list[str]]:
+    """Policy -> the models that give its answer the highest score, where one answer alone has it."""
+    preferring: dict[str, list[str]] = {}
+    for key, label in _SCORES:
+        scores = {policy: value for policy, one in answers.items() if (value := one.scores.get(key)) is not None}
+        best = [policy for policy, value in scores.items() if value == max(scores.values())]
+        if len(best) == 1 < len(scores):
+            preferring.setdefault(best[0], []).append(label)
+    return preferring
+
+
+def _known(answer: SampledAnswer, preferring: Sequence[str]) -> str:
     scores = [f"{label} {number(value)}" for key, label in _SCORES if (value := answer.scores.get(key)) is not None]
-    return ", ".join([*([length] if (length := _length(answer.tokens, answer.finished)) else []), *scores])
+    known = ", ".join([*([length] if (length := _length(answer.tokens, answer.finished)) else []), *scores])
+    return f"{known}; preferred by: {', '.join(preferring)}" if preferring else known
 
 
 def _length(tokens: Any, is_finished: Any) -> str:

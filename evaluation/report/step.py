@@ -14,9 +14,9 @@ from pathlib import Path
 from evaluation.report.account import account, costs, curves, deviations
 from evaluation.report.benchmarks import benchmarks
 from evaluation.report.config import Config
-from evaluation.report.facts import Facts, missing, read_facts
+from evaluation.report.facts import Facts, left_out, missing, read_facts
 from evaluation.report.headline import headline
-from evaluation.report.page import Page, Points, Section, html, markdown
+from evaluation.report.page import Block, Page, Points, Section, Text, html, markdown
 from evaluation.report.sections import answers, comparison, ghost_attention, rounds, safety, sampling
 from evaluation.report.tuning import preferences, reward_models, supervised
 from llamachat.runs.artifacts import Artifact
@@ -68,11 +68,9 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
 
 
 def _sections(config: Config, facts: Facts, figures: Path) -> Iterator[Section]:
-    """In the paper's order; a section that has nothing to show is left out, and `missing` says why."""
-    if lacking := missing(facts):
-        yield Section("Not in this report", "missing", [Points(lacking, tone="missing")])
+    """In the paper's order; a section that has nothing to show is left out, and the last one says why."""
     sections = [
-        headline(facts, config.control),
+        headline(facts, figures, config.control),
         supervised(facts),
         reward_models(facts, figures),
         sampling(facts, figures),
@@ -89,3 +87,8 @@ def _sections(config: Config, facts: Facts, figures: Path) -> Iterator[Section]:
         deviations(facts),
     ]
     yield from (section for section in sections if section is not None)
+    absent: list[Block] = [Points(lacking, tone="missing")] if (lacking := missing(facts)) else []
+    if others := left_out(facts):
+        absent = [*absent, Text(others)]
+    if absent:
+        yield Section("Not in this report", "missing", absent)

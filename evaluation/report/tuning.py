@@ -130,7 +130,7 @@ def _by_domain(models: dict[str, RunStep]) -> Table:
         ["model", "helpfulness pairs", "safety pairs"],
         rows,
         note=f"Our test pairs: {', '.join(sizes) or 'not counted'}; the paper's are Meta Helpfulness and Meta Safety, so "
-        "heights do not compare. A tie counts half.",
+        "compare the order of the lines, not their levels. A tie counts half.",
         name="7",
     )
 

@@ -184,6 +184,9 @@ def comparison_table(prefix: str, figures: Mapping[str, float]) -> str:
         "distinct_2": "distinct-2",
         "commonest_answer": "the commonest answer, share of all",
     }
+    head = f"on {figures[f'{prefix}/test/prompts']:.0f} test prompts"
+    if _are_equal(prefix, figures):
+        return f"{head} the final policy answers as the starting one did"
     rows = [("", "start", "final", "difference (95% interval)")]
     for name, meaning in names.items():
         values = [figures.get(f"{prefix}/test/{which}/{name}") for which in ("start", "final")]
@@ -193,7 +196,6 @@ def comparison_table(prefix: str, figures: Mapping[str, float]) -> str:
             difference = interval_text(figures, f"{prefix}/test/superiority", sign="")
         if final or difference:
             rows.append((meaning, start, final, difference))
-    head = f"on {figures[f'{prefix}/test/prompts']:.0f} test prompts"
     return "\n".join([head, *text_table(rows, align="<>><", indent="  ")])
 
 
@@ -201,8 +203,17 @@ def interval_text(figures: Mapping[str, float], name: str, *, sign: str = "+") -
     """A difference with its 95% interval; empty where there is none of this name."""
     if name not in figures:
         return ""
-    value, *ends = (f"{figures[name + end]:{sign}.3f}" for end in ("", "_low", "_high") if name + end in figures)
-    return f"{value} ({' to '.join(ends)})" if ends else value
+    value, low, high = (figures.get(name + end) for end in ("", "_low", "_high"))
+    # An interval without width says that all values were equal, and nothing of chance.
+    ends = "" if low is None or high is None or low == high else f" ({low:{sign}.3f} to {high:{sign}.3f})"
+    return f"{value:{sign}.3f}{ends}"
+
+
+def _are_equal(prefix: str, figures: Mapping[str, float]) -> bool:
+    """Whether both policies gave the same answers: length, variety and every score are equal to the last digit."""
+    start, final = f"{prefix}/test/start/", f"{prefix}/test/final/"
+    names = [name.removeprefix(final) for name in figures if name.startswith(final)]
+    return all(figures.get(start + name) == figures[final + name] for name in names if name != "kl_to_reference")
 
 
 def sample_rows(evaluation: Evaluation, prompts: Sequence[str], *, count: int) -> list[dict[str, object]]:

@@ -184,6 +184,10 @@ class Run(Section):
         "auto",
         description="Processes that divide the work of each step where there is no GPU; auto: one a core, at most 4, as memory allows; a launcher or OMP_NUM_THREADS in the environment decides over auto. Ours.",
     )
+    keep_checkpoints: bool = operational(
+        False,
+        description="Keep the checkpoints of a finished step; they are as large as weights and optimizer together. Ours.",
+    )
     gpu: Annotated[str | None, GPU_NAME] = operational(
         None, description="The card that the recipe is meant for, such as rtx-4090, 24GiB or 8x a100-80gb: for `plan`."
     )
@@ -422,7 +426,12 @@ class Tracking(Section):
         "auto", description="wandb: auto is online when a key is set, else offline."
     )
     tensorboard: bool = operational(False, description="Also write TensorBoard event files.")
+    trackio: bool = operational(False, description="Also record with Trackio, where it is installed.")
     upload_text: bool = operational(False, description="Send sampled prompts and answers to wandb too.")
+    system_stats: bool = operational(False, description="Send the use of GPU, CPU and memory to wandb too.")
+    git: bool = operational(
+        False, description="Send git commit and remote, and what else wandb notes of the machine, to wandb too."
+    )
     log_every: int = operational(1, ge=1, description="Optimizer steps between lines of metrics.")
     sample_every: int = operational(20, ge=1, description="Optimizer steps between sampled answers.")
     eval_every: int = operational(50, ge=1, description="Optimizer steps between evaluations.")

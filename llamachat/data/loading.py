@@ -211,7 +211,7 @@ def load_mixture(
         raise DataError("\n".join(errors))
     if sources:
         more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
-        log.info("%s%s: sides of the split: %s", sources[0].path, more, side_sizes(counts))
+        log.info("%s%s: split into %s", sources[0].path, more, side_sizes(counts))
     return Mixture(**{side: mix(of_side, seed) for side, of_side in parts.items()}, dropped=dict(dropped))
 
 

@@ -208,9 +208,9 @@ class _Opening:
         head = _head(self.slots["critic"].trunk, dtype=torch.float32, has_bias=True)
         if begins_as is not None:
             fill({HEAD_WEIGHT: head.weight}, {HEAD_WEIGHT: cast(Any, self.reward_models[begins_as].model).score.weight})
-            log.info("critic: %s, begins as the %s model", critic, begins_as)
+            log.info("critic (%s): initialised from the %s model", critic, begins_as)
         else:
-            log.info("critic: %s, begins as the policy with values of 0", critic)
+            log.info("critic (%s): initialised from the policy, with values of 0", critic)
         self.critic_begins_as = begins_as
         return head
 
@@ -267,7 +267,7 @@ class _Opening:
         self.slots[role] = RoleSlot(root.model, role)
         self.reward_models[role] = RewardModel(_scorer(root, head), **reading_of(artifact, model.details))
         name = self.reward_models[role].name
-        log.info("%s: %s is an adapter on weights that are loaded already", role, name)
+        log.debug("%s: %s is an adapter on weights that are loaded already", role, name)
 
     def _load_beside(self, role: RewardRole, model: "_RewardSource") -> _Trunk | None:
         """A reward model with weights of its own; returns its trunk where further adapters can be put on it."""
@@ -291,8 +291,11 @@ class _Opening:
         if not _same_ids(loaded.chat_format, self.chat_format):
             self.other_vocabulary.add(role)
         loaded_bytes = sum(weight.nbytes for weight in root.parameters())
-        log.info(
-            "%s: %s is on other weights and is loaded in addition: %.2f GiB", role, loaded.name, loaded_bytes / 2**30
+        log.debug(
+            "%s: %s has a base of its own, which is loaded in addition: %.2f GiB",
+            role,
+            loaded.name,
+            loaded_bytes / 2**30,
         )
         return trunk
 

@@ -64,7 +64,8 @@ class Measure:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        return None if self.low is None or self.high is None else (self.low, self.high)
+        """Its ends; None where it has none, or no width: all values were equal, which says nothing of chance."""
+        return None if self.low is None or self.high is None or self.low == self.high else (self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from llamachat.tracking.pictures import COLOURS, harmless, panel_grid, save_png,
 _SMOOTH_FROM = 20
 # Schedules and counters are exact: a running mean would bend them.
 _EXACT_PANELS = {"learning rate", "progress", "trained tokens", "training time", "temperature", "memory"}
+_FLAT = 0.02  # of the values: less than this is no change worth seeing
 _BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _ASCII_BLOCKS = "_.-=+*%#"
 
@@ -36,20 +37,18 @@ class Series:
 
 def read_series(metrics_path: Path) -> list[Series]:
     """Every metric of a record in the order of the table; a later line at the same step wins."""
-    points: dict[str, dict[int, float]] = {}
-    axes: dict[str, str] = {}
+    points: dict[tuple[str, str], dict[int, float]] = {}  # two loops of a step may log a name, each on its own axis
     for row in MetricsRecord(metrics_path).read():
         axis = next((name for name in row if name.endswith(f"/{STEP}")), STEP)
         for name in row:
             if name not in (STEP, TIME, axis):
-                points.setdefault(name, {})[int(row[STEP])] = row[name]
-                axes[name] = axis
+                points.setdefault((name, axis), {})[int(row[STEP])] = row[name]
     series = []
-    for name, by_step in points.items():
+    for (name, axis), by_step in points.items():
         # A record of another version of the table is still shown.
         metric = find_metric(name) or Metric(name, name, "", "", name)
         steps = tuple(sorted(by_step))
-        series.append(Series(name, metric, axes[name], steps, tuple(by_step[step] for step in steps)))
+        series.append(Series(name, metric, axis, steps, tuple(by_step[step] for step in steps)))
     order = {name: place for place, name in enumerate(METRICS)}
     return sorted(series, key=lambda one: (order.get(one.metric.name, len(order)), one.name))
 
@@ -58,6 +57,8 @@ def read_series(metrics_path: Path) -> list[Series]:
 def draw_curves(metrics_path: Path, png_path: Path, *, title: str | None = None) -> None:
     """Draw the record as a PNG, written to a side file and renamed; without a line to draw nothing is written."""
     panels = panels_of(read_series(metrics_path))
+    # What was measured once is in summary.json, and no curve.
+    panels = {name: group for name, group in panels.items() if any(len(one.steps) > 1 for one in group)} or panels
     if not panels:
         return
     figure, places = _grid(len(panels), title or f"{metrics_path.parent.parent.name}: {metrics_path.parent.name}")
@@ -90,7 +91,7 @@ def draw_overlays(metrics_paths: Sequence[Path], png_path: Path, *, labels: Sequ
 
 
 def _grid(count: int, title: str) -> tuple[Any, list[Any]]:
-    return panel_grid(count, panel=(4.7, 3.1), columns=3, title=title, title_inches=0.4)
+    return panel_grid(count, panel=(5.4, 3.1), columns=3, title=title, title_inches=0.4)
 
 
 def terminal_curves(metrics_path: Path, *, width: int = 100, is_ascii: bool = False) -> str:
@@ -133,12 +134,15 @@ def sparkline(values: Sequence[float], width: int, *, is_ascii: bool = False) ->
 
 
 def panels_of(series: Sequence[Series]) -> dict[str, list[Series]]:
-    """Panel title -> its series; figures of the step itself first, then optimizer, speed, memory."""
+    """Panel title -> its series, all on one axis; figures of the step itself first, then optimizer, speed, memory."""
     panels: dict[str, list[Series]] = {}
+    has_axes = len({one.axis for one in series}) > 1
     own = [one for one in series if one.axis.partition("/")[0] == one.name.partition("/")[0]]
     for one in [*own, *(one for one in series if one not in own)]:
         group = one.name.partition("/")[0]
-        panels.setdefault(f"{group}: {one.metric.panel}" if one in own else one.metric.panel, []).append(one)
+        if one not in own:
+            group = one.axis.rpartition("/")[0] if has_axes else ""
+        panels.setdefault(f"{group}: {one.metric.panel}" if group else one.metric.panel, []).append(one)
     return panels
 
 
@@ -160,9 +164,15 @@ def _is_noisy(one: Series) -> bool:
 
 
 def _frame_panel(place: Any, title: str, group: Sequence[Series]) -> None:
-    """Title, axes with their units, and legend of a panel."""
+    """Title, axes with their units, and the legend next to a panel, where it hides no curve."""
     units = sorted({one.metric.unit for one in group} - {"1", ""})
-    style_panel(place, title, x=group[0].axis, y=", ".join(units), has_legend=True)
+    style_panel(place, title, x=group[0].axis, y=", ".join(units))
+    place.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    place.xaxis.get_major_locator().set_params(integer=True)
+    low, high = place.get_ylim()
+    largest = max(abs(low), abs(high))
+    if high - low < _FLAT * largest:  # a constant is drawn as one, not as its last digits
+        place.set_ylim((low + high) / 2 - _FLAT * largest, (low + high) / 2 + _FLAT * largest)
     place.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useMathText=True)
     if units == ["fraction"]:
         place.set_ylim(-0.03, 1.03)

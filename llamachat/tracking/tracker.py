@@ -1,24 +1,24 @@
-"""One place where a step writes what happens: the record on disk first, then wandb and TensorBoard.
+"""One place where a step writes what happens: the record on disk first, then wandb, TensorBoard and Trackio.
 
 Prompts and answers go to `samples.jsonl` alone unless `tracking.upload_text` is set: users' chats are private.
 """
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from llamachat import distributed
-from llamachat.errors import ArtifactError
+from llamachat.errors import ArtifactError, first_line
 from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.atomic import write_json
 from llamachat.runs.inputs import StepInputs
 from llamachat.runs.reader import read_summary
 from llamachat.runs.record import STEP, TIME, MetricsRecord, SamplesRecord
 from llamachat.tracking.metrics import check_names
-from llamachat.tracking.wandb_run import WandbRun, open_wandb_run
+from llamachat.tracking.wandb_run import WandbRun, open_wandb_run, readable_config, run_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class Tracker:
         upload_text: bool,
         wandb_run: WandbRun,
         tensorboard: Any,
+        trackio: Any,
         is_main: bool,
     ) -> None:
         axis = f"{prefix}/step"
@@ -44,6 +45,7 @@ class Tracker:
         self._upload_text = upload_text
         self._wandb = wandb_run
         self._tensorboard = tensorboard
+        self._trackio = trackio
         self._is_main = is_main
         self._last_step = 0
 
@@ -111,6 +113,7 @@ class Tracker:
         self._samples.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        self._with_trackio(lambda run: run.finish())
         self._wandb.finish(exit_code)
 
     def _send(self, step: int, values: Mapping[str, float]) -> None:
@@ -119,6 +122,16 @@ class Tracker:
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
+        self._with_trackio(lambda run: run.log(dict(values), step=step))
+
+    def _with_trackio(self, action: Callable[[Any], object]) -> None:
+        if self._trackio is None:
+            return
+        try:
+            action(self._trackio)
+        except Exception as error:  # as for wandb: no failure of a sink stops the training
+            logger.warning("Trackio stopped taking figures (%s); metrics.jsonl has them all.", first_line(error))
+            self._trackio = None
 
     def _own_rows(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Step and content of each line on this axis."""
@@ -143,6 +156,7 @@ def open_record(inputs: StepInputs, prefix: str, *, resume_step: int | None) -> 
         upload_text=inputs.tracking.upload_text,
         wandb_run=open_wandb_run(inputs, prefix) if is_main else WandbRun(),
         tensorboard=_open_tensorboard(inputs.folder, prefix) if has_tensorboard else None,
+        trackio=_open_trackio(inputs, prefix) if is_main and inputs.tracking.trackio else None,
         is_main=is_main,
     )
     exit_code = 1
@@ -165,3 +179,19 @@ def _open_tensorboard(step_folder: StepFolder, prefix: str) -> Any:
         logger.warning("tracking.tensorboard is on, but %s. Figures go to metrics.jsonl all the same.", error)
         return None
     return SummaryWriter(log_dir=str(folder))
+
+
+def _open_trackio(inputs: StepInputs, prefix: str) -> Any:
+    """A new run of Trackio; that of an earlier command of the step is deleted, since the record is written again."""
+    name, project = run_id_of(inputs, prefix), inputs.tracking.project
+    try:
+        import trackio  # pyright: ignore[reportMissingImports]
+
+        with suppress(ValueError):  # the project does not exist yet
+            for run in [run for run in trackio.Api().runs(project) if run.name == name]:
+                run.delete()
+        group = Path(inputs.run.dir).resolve().name
+        return trackio.init(project=project, name=name, group=group, config=readable_config(inputs), embed=False)
+    except Exception as error:
+        logger.warning("tracking.trackio is on, but %s. Figures go to metrics.jsonl all the same.", first_line(error))
+        return None

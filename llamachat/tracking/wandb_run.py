@@ -1,8 +1,9 @@
 """A step's run in wandb: continued on resuming, offline where there is no account, and never a reason to stop.
 
 What goes there: numbers, pictures of curves and the configuration; text only where the caller passes it. What wandb
-collects by itself (code, git state, console, command line, user, host, hardware figures, error reports) is off.
-Each offline session is a folder of its own, so a resumed step writes its whole record again and
+collects by itself (code, console, command line, user, host, error reports) is off; `tracking.system_stats` and
+`tracking.git` turn on the use of the hardware and the git state.
+Names there differ from those of the table (`names_in_wandb`), since wandb makes a panel of each name and sorts them. Each offline session is a folder of its own, so a resumed step writes its whole record again and
 removes the folders before: one folder a step, without the rows that the killed command wrote past its checkpoint.
 Online, wandb's own row number is the step, and rows that the server has are not sent twice.
 """
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from llamachat.config.sections import Tracking
 from llamachat.errors import first_line
-from llamachat.runs.artifacts import StepFolder
+from llamachat.runs.artifacts import Artifact, StepFolder
 from llamachat.runs.atomic import write_json
 from llamachat.runs.inputs import StepInputs
 
@@ -33,6 +34,20 @@ _FINISH_TIMEOUT_S = 30.0
 _FLUSH_INTERVAL_S = 1.0
 _WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 _SHARED_GROUPS = ("optim", "time", "throughput", "memory")
+_FIRST = "0_main"  # the section that wandb shows first
+_HEADLINES = {
+    "sft/eval_loss": "sft_eval_loss",
+    "rm/eval_accuracy": "rm_eval_accuracy",
+    "rs/reward_best": "rs_reward_best",
+    "dpo/eval_accuracy": "dpo_eval_accuracy",
+    "ppo/reward/combined": "reward_combined",
+    "ppo/reward/helpfulness": "reward_helpfulness",
+    "ppo/reward/safety": "reward_safety",
+    "ppo/kl_to_reference": "kl_to_reference",
+    "ppo/heldout/judge": "judge",
+    "ppo/response_tokens": "response_tokens",
+}
+_MEASURED_ONCE = re.compile(r"(?P<step>[^/]+)/(?P<kind>test|probe)/(?P<rest>.+)")
 Where = Literal["online", "offline"]
 
 
@@ -49,16 +64,16 @@ class WandbRun:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Send one row at `step`; rows of equal steps become one."""
         if step >= self._first_step:
-            self._send(step, lambda: values)
+            self._send(step, lambda: {name: value for key, value in values.items() for name in names_in_wandb(key)})
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Send a picture."""
-        self._send(step, lambda: {name: _wandb().Image(str(path))})
+        self._send(step, lambda: {names_in_wandb(name)[0]: _wandb().Image(str(path))})
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         """Send how values are spread."""
         if step >= self._first_step:
-            self._send(step, lambda: {name: _wandb().Histogram(list(values))})
+            self._send(step, lambda: {names_in_wandb(name)[0]: _wandb().Histogram(list(values))})
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send rows of text, under the columns of the first."""
@@ -69,7 +84,7 @@ class WandbRun:
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Keep the final figures, set when the run is closed."""
-        self._summary.update(values)
+        self._summary.update({names_in_wandb(name)[0]: value for name, value in values.items()})
 
     def finish(self, exit_code: int) -> None:
         """Close the run; what could not be sent stays on the disk for `wandb sync`."""
@@ -94,6 +109,18 @@ class WandbRun:
             self._run = None
 
 
+def names_in_wandb(name: str) -> tuple[str, ...]:
+    """The names under which wandb gets a figure: its own, and for a few that people look at first one in a section of theirs.
+
+    The reward models share their names, so that wandb draws them in one panel; what is measured once, on test prompts,
+    is in the section `test`, apart from the curves.
+    """
+    own = re.sub(r"^rm/(?:helpfulness|safety|judge)/", "rm/", name)
+    if once := _MEASURED_ONCE.fullmatch(own):
+        return (f"test/{once['step']}/{'' if once['kind'] == 'test' else 'probe/'}{once['rest']}",)
+    return (own, f"{_FIRST}/{_HEADLINES[own]}") if own in _HEADLINES else (own,)
+
+
 def open_wandb_run(inputs: StepInputs, prefix: str) -> WandbRun:
     """The step's run, offline if online fails, or one that sends nothing if wandb cannot be used at all."""
     tracking, step, run_dir = inputs.tracking, inputs.step, Path(inputs.run.dir).resolve()
@@ -101,28 +128,84 @@ def open_wandb_run(inputs: StepInputs, prefix: str) -> WandbRun:
     if where is None:
         return WandbRun()
     parent = run_dir.parent
-    run_id = _run_id(inputs.folder, f"{run_dir.name}-{step}", prefix)
+    run_id = run_id_of(inputs, prefix)
+    name = f"{run_dir.name}/{step}"
     before = _folders(parent, run_id)
     arguments = {
         "project": tracking.project,
         "dir": str(parent),
         "group": run_dir.name,
         "job_type": step,
-        "name": step if prefix.partition("/")[0] == step.partition("/")[0] else f"{step} ({prefix})",
+        "name": name if prefix.partition("/")[0] == step.partition("/")[0] else f"{name} ({prefix})",
         "id": run_id,
         "resume": "allow",
-        "config": dict(inputs.identity) if tracking.upload_text else without_system_texts(inputs.identity),
+        "config": readable_config(inputs),
     }
-    run = _start(arguments, where, prefix)
+    run = _start(arguments, where, prefix, tracking)
     if run is None and where == "online":
         logger.warning("wandb cannot be reached; this step is recorded offline (`wandb sync` sends it later).")
         _forget_failed_start(parent, run_id, before)
-        run = _start(arguments, "offline", prefix)
+        run = _start(arguments, "offline", prefix, tracking)
     if run is None:
         _forget_failed_start(parent, run_id, before)
         return WandbRun()
     _remove(folder for folder in before if folder.name.startswith("offline-"))
-    return WandbRun(run, f"{prefix}/step")
+    if not run.offline:
+        _remember(inputs.folder, f"{prefix} url", run.url)
+        logger.info("%s: wandb: %s", step, run.url)
+    return WandbRun(run, _axis(prefix))
+
+
+def wandb_places(step_folder: StepFolder, runs: Path) -> list[str]:
+    """Where wandb has the runs of a step: an address, or the folder of an offline run below the folder of all runs."""
+    known = _known(step_folder)
+    places = []
+    for prefix, run_id in known.items():
+        if prefix.endswith(" url"):
+            continue
+        offline = sorted(folder for folder in _folders(runs, run_id) if folder.name.startswith("offline-"))
+        if offline:
+            places.append(f"{offline[-1]} (offline; `wandb sync` sends it)")
+        elif f"{prefix} url" in known:
+            places.append(known[f"{prefix} url"])
+    return places
+
+
+def readable_config(inputs: StepInputs) -> dict[str, Any]:
+    """What decides the step's result, with the names of files and models in place of their digests, for comparing runs."""
+    own, config = inputs.identity, dict(inputs.identity)
+    config["base"] = {**own.get("base", {}), "model": _file_name(inputs.base.model)}
+    config["data"] = data = dict(own.get("data", {}))
+    for key in (key for key, sources in data.items() if isinstance(sources, list)):
+        named = zip(data[key], getattr(inputs.data, key), strict=True)
+        data[key] = [{**source, "path": _file_name(given.path)} for source, given in named]
+    if "scoring" in own:
+        names = {key: getattr(inputs.scoring, key) for key in ("combine", "helpfulness", "safety")}
+        config["scoring"] = {**own["scoring"], **{key: one and _file_name(one) for key, one in names.items()}}
+    read = {f"reward_model/{which}": artifact for which, artifact in inputs.reward_models.items()}
+    read |= {f"{artifact.manifest.kind}/{artifact.manifest.step}": artifact for artifact in inputs.surveyed}
+    read |= {f"dialogs/{step}": artifact for step, artifact in inputs.pooled.items()}
+    read |= {"policy": inputs.policy} if inputs.policy else {}
+    config["inputs"] = {
+        key: _step_name(read[key]) if key in read else one for key, one in own.get("inputs", {}).items()
+    }
+    config["run"] = {**own.get("run", {}), "dir": Path(inputs.run.dir).resolve().name}
+    return config if inputs.tracking.upload_text else without_system_texts(config)
+
+
+def _file_name(path: str) -> str:
+    """A relative path or a hub name as it is; of a path on this machine the last parts, which tell nothing of its owner."""
+    return path if not Path(path).is_absolute() else Path(path).name
+
+
+def _step_name(artifact: Artifact) -> str:
+    step = artifact.manifest.step
+    run = artifact.path.absolute().parent.as_posix().removesuffix(f"/{step}")
+    return f"{Path(run).name}/{step}"
+
+
+def _axis(prefix: str) -> str:
+    return names_in_wandb(f"{prefix}/step")[0]
 
 
 def _where(tracking: Tracking) -> Where | None:
@@ -155,17 +238,29 @@ def _has_key() -> bool:
     return False
 
 
-def _run_id(step_folder: StepFolder, name: str, prefix: str) -> str:
+def run_id_of(inputs: StepInputs, prefix: str) -> str:
     """The id that this step's earlier commands used, else a new one."""
-    try:
-        ids: Any = json.loads(step_folder.wandb.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        ids = {}
-    if not isinstance(ids, dict) or not isinstance(ids.get(prefix), str):
+    known = _known(inputs.folder)
+    if prefix not in known:
+        name = f"{Path(inputs.run.dir).resolve().name}-{inputs.step}"
         readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[-80:]
-        ids = {**(ids if isinstance(ids, dict) else {}), prefix: f"{readable}-{secrets.token_hex(4)}"}
-        write_json(step_folder.wandb, ids)
-    return ids[prefix]
+        known = _remember(inputs.folder, prefix, f"{readable}-{secrets.token_hex(4)}")
+    return known[prefix]
+
+
+def _known(step_folder: StepFolder) -> dict[str, str]:
+    """The ids of the step's runs by the prefix of their metrics, and with ' url' behind it the address of one online."""
+    try:
+        values: Any = json.loads(step_folder.wandb.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {key: one for key, one in values.items() if isinstance(one, str)} if isinstance(values, dict) else {}
+
+
+def _remember(step_folder: StepFolder, key: str, value: str) -> dict[str, str]:
+    known = {**_known(step_folder), key: value}
+    write_json(step_folder.wandb, known)
+    return known
 
 
 def _folders(parent: Path, run_id: str) -> set[Path]:
@@ -184,13 +279,13 @@ def _remove(folders: Iterable[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(arguments: Mapping[str, Any], where: Where, prefix: str) -> Any:
+def _start(arguments: Mapping[str, Any], where: Where, prefix: str, tracking: Tracking) -> Any:
     try:
         wandb = _wandb()
-        run = wandb.init(**arguments, mode=where, settings=_settings(wandb))
-        axis = f"{prefix}/step"
+        run = wandb.init(**arguments, mode=where, settings=_settings(wandb, tracking))
+        axis = _axis(prefix)
         run.define_metric(axis, hidden=True)
-        for group in (prefix, *_SHARED_GROUPS):
+        for group in (axis.rpartition("/")[0], _FIRST, *_SHARED_GROUPS):
             run.define_metric(f"{group}/*", step_metric=axis)
     except Exception as error:  # no account, no network, no room, no wandb: the step runs all the same
         logger.warning("wandb (%s) did not start: %s", where, first_line(error))
@@ -207,11 +302,11 @@ def _wandb() -> Any:
     return wandb
 
 
-def _settings(wandb: Any) -> Any:
+def _settings(wandb: Any, tracking: Tracking) -> Any:
     wanted = {
         "console": "off",
         "disable_code": True,
-        "disable_git": True,
+        "disable_git": not tracking.git,
         "disable_job_creation": True,
         "host": "local",
         "finish_timeout": _FINISH_TIMEOUT_S,
@@ -219,9 +314,9 @@ def _settings(wandb: Any) -> Any:
         "login_timeout": _INIT_TIMEOUT_S,
         "save_code": False,
         "silent": True,
-        "x_disable_machine_info": True,
-        "x_disable_meta": True,
-        "x_disable_stats": True,
+        "x_disable_machine_info": not tracking.git,
+        "x_disable_meta": not tracking.git,
+        "x_disable_stats": not tracking.system_stats,
         "x_save_requirements": False,
         "x_transaction_log_flush_interval": _FLUSH_INTERVAL_S,
     }

@@ -1,9 +1,10 @@
-"""What a person sees of a training: a bar with the loss and the time left, or a line a step without a terminal.
+"""What a person sees of a training: a bar with the loss and the time left, or without a terminal a line every few seconds.
 
 Of several trainings in processes of their own, whose output is no terminal, the command that started them makes bars of
 these lines again (`SharedProgress`).
 """
 
+import math
 import re
 import sys
 import time
@@ -22,12 +23,15 @@ from rich.progress import (
 
 from llamachat import distributed
 
+LINE_EVERY_S = 5.0  # without a terminal
+
 
 class StepProgress:
     """Counts optimizer steps; use as a context manager. Of several processes the first one shows them."""
 
     def __init__(self, title: str, *, steps: int, done: int = 0) -> None:
         self._title, self._steps, self._started, self._first = title, steps, time.monotonic(), done
+        self._printed = -math.inf  # when the last line was printed
         self._console = Console(file=sys.stderr, quiet=not distributed.is_first())
         self._bar = _bars(self._console)
         self._task = self._bar.add_task(title, total=steps, completed=done, headline="")
@@ -48,9 +52,13 @@ class StepProgress:
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, headline=headline)
             return
-        passed = time.monotonic() - self._started
+        now = time.monotonic()
+        if step < self._steps and now - self._printed < LINE_EVERY_S:
+            return
+        self._printed = now
+        passed = now - self._started
         left = passed / max(1, step - self._first) * (self._steps - step)
-        self.say(f"{self._title} {step}/{self._steps}  {headline}  {left:.0f} s left")
+        self.say(f"{self._title} {step}/{self._steps}  {headline}  {_clock(passed)} elapsed, {_clock(left)} left")
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -58,7 +66,7 @@ class StepProgress:
 
 
 # The line that `StepProgress` prints where there is no terminal.
-_LINE = re.compile(r"(?P<title>\S+) (?P<step>\d+)/(?P<steps>\d+)  (?P<headline>.*)  \d+ s left")
+_LINE = re.compile(r"(?P<title>\S+) (?P<step>\d+)/(?P<steps>\d+)  (?P<headline>.*)  [\d:]+ elapsed, [\d:]+ left")
 
 
 class SharedProgress:
@@ -108,11 +116,19 @@ def _bars(console: Console) -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[headline]}"),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("elapsed,"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         console=console,
         transient=False,
     )
+
+
+def _clock(seconds: float) -> str:
+    """Minutes and seconds, such as 0:25, or hours too, such as 2:05:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _say(console: Console, text: str) -> None:

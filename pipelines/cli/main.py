@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -37,6 +37,9 @@ from pipelines.cli.launch import (
     state_is_kept,
 )
 from pipelines.recipe.commands import STEP_COMMANDS
+
+if TYPE_CHECKING:
+    from pipelines.recipe.recipe import Recipe
 
 app = typer.Typer(
     name="llamachat",
@@ -90,6 +93,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     for library in ("accelerate", "httpx", "httpcore", "urllib3", "filelock", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
+    # It warns that the tokenizer's special tokens replace those of the model's configuration, as they should.
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     # Deprecation warnings of libraries: a user of a command cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     # Before torch is loaded: threads that wait by spinning make a command five times slower where others use the cores.
@@ -182,11 +187,23 @@ def _run(
     if ran.num_worked == 0:
         steps = f"all {len(ran.artifacts)} steps are" if len(ran.artifacts) != 1 else "the step is"
         print(f"nothing to do: {steps} done already ({recipe.run.dir})")
-    elif command == "all":
-        pages = [recipe.folder(step).page for step in chosen if step.stage.command == "report"]
-        for page in pages:
-            print(f"The report: {page}")
-        print(f"All steps are done. Try: llamachat chat {quote(recipe.run.dir)} -m 'Hello, who are you?'")
+    for step in chosen:
+        if step.stage.command == "report":
+            print(f"The report: {recipe.folder(step).page}")
+    print(_next_command(recipe, config, overrides or ()))
+
+
+def _next_command(recipe: "Recipe", config: Path, overrides: Sequence[str]) -> str:
+    """What to run after this command: the recipe's first step that is not finished, or a chat with the result."""
+    from llamachat.runs.artifacts import is_published
+
+    unfinished = [step for step in recipe.steps if not is_published(recipe.folder(step))]
+    if not unfinished:
+        return f"All steps are done. Try: llamachat chat {quote(recipe.run.dir)} -m 'Hello, who are you?'"
+    settings = [] if config == TINY else [f"CONFIG={quote(str(config))}"]
+    if overrides:
+        settings.append(f"ARGS={quote(join(overrides).replace('$', '$$'))}")  # make expands dollars
+    return " ".join(["Next: make", unfinished[0].stage.command, *settings])
 
 
 def _study(

@@ -33,7 +33,7 @@ from llamachat.errors import (
     UsageError,
 )
 from llamachat.runs.artifacts import MANIFEST, Artifact, StepFolder, check_content, is_published, read_artifact
-from llamachat.runs.atomic import write_text
+from llamachat.runs.atomic import remove_tree, storage_errors, write_text
 from llamachat.runs.fingerprints import changed_keys, fingerprint
 from llamachat.runs.inputs import StepInputs, Tune
 from llamachat.runs.locks import hold
@@ -50,6 +50,7 @@ from llamachat.runs.state import (
     step_state,
     unbind,
 )
+from llamachat.tracking.wandb_run import wandb_places
 from pipelines.recipe.recipe import Recipe, RecipeSections, Step, resolve, step_identity
 from pipelines.recipe.stages import POLICY, REPORT, Role
 from reward.config import Config as RewardConfig
@@ -463,7 +464,14 @@ def _run(recipe: Recipe, work: Work, deadline: float | None, *, is_begun: bool) 
         unbind(folder)  # the fix changes the recipe or the data, which a step that stays begun would refuse
         raise
     lineage(Path(recipe.run.dir))
+    if not recipe.run.keep_checkpoints:
+        with storage_errors(folder.checkpoints):
+            remove_tree(folder.checkpoints)
     log.info("%s: done (%s)", name, artifact.path)
+    if folder.curves.is_file():
+        log.info("%s: curves: %s", name, folder.curves)
+    for place in wandb_places(folder, Path(recipe.run.dir).parent):
+        log.info("%s: wandb: %s", name, place)
     return artifact
 
 

@@ -150,7 +150,7 @@ def test_findings_are_said_while_it_trains_each_once(
 
 
 def test_without_a_better_policy_patience_ends_and_the_start_is_published_again(
-    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(**(LEARNING | {"learning_rate": 1e-9, "patience": 2, "validation_every": 1}))
     with caplog.at_level(logging.WARNING):
@@ -158,6 +158,8 @@ def test_without_a_better_policy_patience_ends_and_the_start_is_published_again(
     assert artifact.manifest.details["end"] == "patience"
     assert artifact.manifest.details["iteration"] == 0 and record(artifact)[-1]["step"] == 2
     assert "no evaluated policy ranks above the starting one" in caplog.text
+    is_negative = any(round(row.get("ppo/kl_to_reference", 0.0), 2) < 0 for row in record(artifact))
+    assert capsys.readouterr().err.count("is sampling noise") == is_negative, "explained once, where it occurs"
     model = load_policy(artifact.path).model
     moved = [w for name, w in model.named_parameters() if ".lora_B." in name and bool(w.any())]
     assert not moved, "a new adapter adds nothing"

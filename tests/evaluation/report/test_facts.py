@@ -31,7 +31,7 @@ def compared(**differences: dict[str, Any]) -> Evaluation:
 
 UP, DOWN, NONE, BARE = measure(0.3, 0.1), measure(-0.3, 0.1), measure(0.02, 0.1), measure(0.3)
 BEATS, BELOW = r"ppo beats sft in combined score: \+0.30 \[\+0.20, \+0.40\]; ", r"below it: -0.30 \[-0.40, -0.20\]; "
-HOLDS = r"ppo does not beat sft in combined score: \+0.02 \[-0.08, \+0.12\], an interval that holds a draw; "
+HOLDS = r"ppo does not beat sft in combined score: \+0.02 \[-0.08, \+0.12\], an interval that includes a draw; "
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_verdict_says_what_the_intervals_say(score: Any, judge: Any, sentence:
 def test_a_verdict_is_on_the_ranking_and_half_of_the_pairs_is_a_draw() -> None:
     """Not on the mean of the scores, in which an unsafe answer can lie above a safe one."""
     evaluation = compared(score=UP)
-    for value, words in ((0.62, "ppo beats sft"), (0.52, "holds a draw"), (0.4, "it is below it")):
+    for value, words in ((0.62, "ppo beats sft"), (0.52, "includes a draw"), (0.4, "it is below it")):
         evaluation.figures["ppo"]["superiority"] = Measure(value, value - 0.05, value + 0.05, 400)
         sentence = verdict(evaluation, "ppo")
         assert words in sentence and f"{value:.1%} [{value - 0.05:.1%}, {value + 0.05:.1%}]" in sentence
@@ -90,10 +90,24 @@ def test_what_an_evaluation_lacks_is_named(tmp_path: Path) -> None:
     }
     run.evaluation |= {"curves": [], "samples": [], "refusal_classifier": None}
     text = text_of(run.add("sft", "rs", "ppo", "gatt", "eval"))
-    for words in ("safety scores take", "the judge's verdict takes", "violations take", "false refusals take"):
-        assert f"The evaluation lacks a figure: {words}" in text
+    assert "The evaluation lacks" not in text, "there are no models and no prompts to measure more with"
+    for words in ("rm/helpfulness (helpfulness scores)", "rm/safety (", "rm/judge ("):
+        assert words not in text, "the recipe has them, they are not finished"
     assert "did not check how far instructions are kept" in text and "knows nothing of gatt" in text
     assert "rs beats sft in helpfulness score: +0.42 [+0.34, +0.50]; no judge" in text
+    measurable = TinyRun(
+        tmp_path / "second", evaluation=run.evaluation, data={"adversarial": ["a"], "borderline": ["b"]}
+    )
+    text = text_of(measurable.add("sft", "rm/safety", "rm/judge", "rs", "ppo", "eval"))
+    for words in (
+        "safety scores",
+        "the judge's scores",
+        "violations by the safety model",
+        "refusals of harmless prompts",
+    ):
+        assert f"The evaluation lacks {words}" in text
+    assert "how far instructions are kept" not in text, "the recipe has no gatt"
+    text = text_of(run)
     # Of what the evaluation lacks, the steps' own figures are shown.
     assert "| ours: before gatt | 2.2%" in text
 

@@ -9,7 +9,7 @@ import pytest
 
 from evaluation.report.config import Config
 from evaluation.report.facts import read_facts
-from evaluation.report.in_short import in_short, policies_table
+from evaluation.report.in_short import changes, glossary, opening, policies_table
 from llamachat.errors import UsageError
 from llamachat.runs.artifacts import MANIFEST, read_artifact
 from llamachat.runs.reader import Evaluation
@@ -17,7 +17,8 @@ from tests.evaluation.report.tiny_report import STEPS, TinyRun, evaluation, meas
 
 
 def lines_of(run: TinyRun, control: str | None = None) -> list[str]:
-    return in_short(read_facts(run.inputs(len(run.artifacts))), control)
+    facts = read_facts(run.inputs(len(run.artifacts)))
+    return [*opening(facts), *changes(facts, control)]
 
 
 def only(lines: list[str], words: str) -> str:
@@ -45,9 +46,9 @@ def test_the_first_lines_say_what_came_of_it(tmp_path: Path) -> None:
         "length_ratio": measure(0.4), "distinct_2_ratio": measure(0.5), "commonest_answer": measure(0.25),
     }  # fmt: skip
     lines = lines_of(run.add(*STEPS))
-    assert lines[0].startswith(
-        "Use rs: the last policy that the judge does not put below sft (+0.20 [+0.15, +0.25]); not ppo: "
-    )
+    assert lines[0].startswith("Use rs: the last policy that the judge does not put below sft (+0.20 [+0.15, +0.25]).")
+    assert "Not ppo: the judge puts it below sft" in lines[0] or "Not ppo: it " in lines[0]
+    assert lines[0].endswith(f"`llamachat chat {run.folder}/rs` talks to it.")
     better = only(lines, "Rejection sampling (rs)")
     assert (
         "made answers better than sft's; the judge's score, on 400 prompts by which nothing was chosen: +0.20 ["
@@ -65,6 +66,29 @@ def test_the_first_lines_say_what_came_of_it(tmp_path: Path) -> None:
     assert "2.5% of harmless prompts that look harmful (sft: 0.0%)" in refuses
 
 
+def test_a_policy_that_changed_nothing_is_said_to_be_the_earlier_one(tmp_path: Path) -> None:
+    """PPO publishes its start again where no iteration ranked higher."""
+    run = TinyRun(tmp_path / "tiny")
+    figures = run.evaluation["figures"]
+    figures["ppo"] = dict(figures["rs"])
+    lines = lines_of(run.add(*STEPS))
+    assert only(lines, "PPO (ppo)") == "PPO (ppo) changed nothing: its answers are those of rs."
+    figures["ppo"] = dict(figures["sft"]) | {"difference/judge": measure(0.0, 0.0), "superiority": measure(0.5, 0.0)}
+    run = TinyRun(tmp_path / "second", evaluation=run.evaluation).add(*STEPS)
+    assert only(lines_of(run), "PPO (ppo)") == "PPO (ppo) changed nothing: its answers are those of sft."
+    text = run.report().page_markdown.read_text()
+    assert "+0.00 [+0.00, +0.00]" not in text and "50.0% [50.0%, 50.0%]" not in text and "| 0 equal |" in text
+
+
+def test_the_words_of_the_page_are_explained_and_no_others() -> None:
+    content = evaluation()
+    words = glossary(Evaluation.model_validate(content))
+    assert all(f"{word}: " in words for word in ("sft", "rs", "ppo", "judge", "combined")) and "gatt" not in words
+    for policy in content["figures"].values():
+        policy.pop("judge")
+    assert "judge" not in glossary(Evaluation.model_validate(content))
+
+
 def test_an_unfit_judge_shows_nothing_and_a_long_verdict_is_shortened(tmp_path: Path) -> None:
     run = TinyRun(tmp_path / "tiny").add(*STEPS)
     set_details(run, "rm/judge", probe={"is_fit": False, "verdict": "NOT fit: one; two; three; four"})
@@ -72,6 +96,7 @@ def test_an_unfit_judge_shows_nothing_and_a_long_verdict_is_shortened(tmp_path: 
     lines = lines_of(run)
     assert "NOT fit: one; two; and 2 more reasons." in only(lines, "The judge model")
     assert "is unknown, since the judge is not fit; the judge's score" in only(lines, "PPO (ppo)")
+    assert "the judge is not fit" in lines[0]
 
 
 def test_a_change_within_chance_is_no_gain(tmp_path: Path) -> None:

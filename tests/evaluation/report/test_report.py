@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from evaluation.report.facts import read_facts
 from llamachat.runs.artifacts import StepFolder, read_artifact
 from tests.evaluation.report.tiny_report import EVALUATED, HOSTILE, STEPS, TinyRun
 
@@ -133,7 +134,7 @@ def equals(cell: str, measure: dict[str, Any] | None, is_share: bool) -> bool:
 def test_the_page_is_whole_and_loads_nothing(whole: tuple[TinyRun, StepFolder]) -> None:
     reader = read(whole[1])
     check_page(reader)
-    assert len(reader.images) == 14
+    assert len(reader.images) == 15
     text = whole[1].page.read_text(encoding="utf-8")
     assert "default-src 'none'" in text and "<script" not in text
 
@@ -162,7 +163,7 @@ def test_the_markdown_holds_the_same_tables(whole: tuple[TinyRun, StepFolder]) -
         for cells in rows:
             assert [" ".join(cell.split()) for cell in cells] in normalised, name
     pictures = re.findall(r"!\[.+?\]\((.+?)\)", text)
-    assert len(pictures) == 14
+    assert len(pictures) == 15
     assert all((whole[1].path / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
@@ -180,9 +181,11 @@ def test_the_papers_numbers_stand_beside_ours(whole: tuple[TinyRun, StepFolder])
     ours = ["81.0 [77.0, 85.0]", "70.0 [66.0, 74.0]", "60.0 [56.0, 64.0]", "-", "56.2 [52.2, 60.2]"]
     assert by_rating["ours: judge"] == ours
     turns = by_label(tables["30"])
-    assert turns["policy"] == ["turn 2", "turn 4", "turn 6", "turn 20"]
-    assert turns["paper: without GAtt"] == ["100%", "10%", "0%", "0%"]
-    assert turns["ours: rs"] == ["44.0% [39.0%, 49.0%] chance 5.0%", "38.0% [33.0%, 43.0%] chance 5.0%", "-", "-"]
+    assert turns["policy"] == ["turn 2", "turn 4"], "no column of which ours have nothing"
+    assert turns["paper: without GAtt"] == ["100%", "10%"]
+    assert turns["ours: rs"] == ["44.0% [39.0%, 49.0%] chance 5.0%", "38.0% [33.0%, 43.0%] chance 5.0%"]
+    text = " ".join(read(whole[1]).texts)
+    assert "turn 6: 0% without, 100% with it; turn 20: 0% without, 100% with it" in text
     differs = {cells[0]: cells[2] for cells in tables["deviations"]}
     assert differs["sft: epochs"] == "1.5" and differs["ppo: iterations"] == "40" and "rank 64" in differs["tuning"]
     assert not {"sft: batch", "rm/safety: epochs", "ppo: learning rate"} & set(differs), "the paper's own values"
@@ -209,7 +212,7 @@ def test_it_publishes_both_pages_and_its_figures(whole: tuple[TinyRun, StepFolde
     assert (artifact.path / "report.html").read_bytes() == whole[1].page.read_bytes()
     assert artifact.manifest.inputs["eval"].endswith("eval/artifact")
     summary = json.loads(whole[1].summary.read_text(encoding="utf-8"))
-    assert summary["report/figures"] == 14 and summary["report/missing"] == 1
+    assert summary["report/figures"] == 15 and summary["report/missing"] == 1
 
 
 @pytest.mark.parametrize("count", range(len(STEPS)))
@@ -227,10 +230,31 @@ def test_every_beginning_of_a_recipe_has_its_report(whole: tuple[TinyRun, StepFo
     assert (HOSTILE in reader.texts) == (count > 0), "the last samples of a step stand in for the evaluation's"
 
 
-def test_a_recipe_without_reward_models_says_how_to_get_them(tmp_path: Path) -> None:
-    text = " ".join(read(TinyRun(tmp_path / "tiny", steps=("sft", "eval")).add("sft").report()).texts)
-    assert re.search(r"There is no rm/judge, which gives [^:]+: put\s+rm/judge\s+into the recipe's", text)
-    assert "Reward models (section 3.2.2)" not in text
+def test_what_a_recipe_leaves_out_is_noted_at_the_end_without_reproach(tmp_path: Path) -> None:
+    reader = read(TinyRun(tmp_path / "tiny", steps=("sft", "eval")).add("sft").report())
+    text = " ".join(" ".join(reader.texts).split())
+    assert "Steps that this recipe leaves out: rm/helpfulness (helpfulness scores)" in text and "rm/judge (" in text
+    assert reader.ids[-1] == "missing" and reader.ids[0] == "results"
+    assert "Reward models (section 3.2.2)" not in text and "rm/judge is not finished" not in text
+
+
+def test_the_answer_that_each_model_prefers_is_marked(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path / "tiny")
+    answers = {
+        policy: {**one, "scores": dict(one["scores"])}
+        for policy, one in run.evaluation["samples"][0]["answers"].items()
+    }
+    run.evaluation["samples"][0]["answers"] = answers
+    answers["rs"]["scores"] |= {"reward_helpfulness": 0.75, "judge": -1.0}
+    answers["ppo"]["scores"] |= {"reward_safety": 1.0, "judge": -2.0}
+    texts = read(run.add(*STEPS).report()).texts
+    preferred = [text for text in texts if "preferred by" in text]
+    assert [text.partition("preferred by: ")[2] for text in preferred] == ["helpfulness, judge", "safety"]
+
+
+def test_a_policy_has_one_place_and_so_one_colour_in_all_pictures(whole: tuple[TinyRun, StepFolder]) -> None:
+    facts = read_facts(whole[0].inputs(len(STEPS)))
+    assert facts.places == {"sft": 0, "rs": 1, "ppo": 2, "gatt": 3, "distill": 4}
 
 
 def test_reward_models_that_the_recipe_names_together_are_finished_with_their_own_names(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ class TinyRun:
     folder: Path
     evaluation: dict[str, Any] = field(default_factory=evaluation)
     steps: Sequence[str] = STEPS  # of the recipe
+    data: dict[str, Any] = field(default_factory=dict)  # sources of the recipe next to its own
     artifacts: list[Artifact] = field(default_factory=list)
 
     def add(self, *names: str) -> "TinyRun":
@@ -144,6 +145,7 @@ class TinyRun:
                     "sft": [{"path": "my/chats.jsonl", "weight": 0.5}],
                     "helpfulness": [{"path": "my/pairs.jsonl"}],
                     "split": {"test": 0.2},
+                    **self.data,
                 },
                 "steps": [*self.steps[:4], *({name: {}} for name in self.steps[4:]), "report"],
             },

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamachat.answers.cache import StepCache
-from llamachat.answers.evaluation import Evaluation, comparison, evaluation_of, rankings, superiority_over
+from llamachat.answers.evaluation import (
+    Evaluation,
+    comparison,
+    comparison_table,
+    evaluation_of,
+    rankings,
+    superiority_over,
+)
 from llamachat.answers.groups import ANSWERS_PER_BATCH, Group, batches_of, is_allowed, scored_groups
 from llamachat.answers.responses import Response, sample
 from llamachat.answers.scorer import Scored, Scorer
@@ -145,6 +152,9 @@ def test_an_unsafe_answer_never_ranks_above_a_safe_one_and_a_cut_one_counts_as_i
     assert superiority_over(start, start).value == 0.5
     figures = comparison("rs", start, final)
     assert figures["rs/test/difference/score"] > 0 and figures["rs/test/superiority"] == 0.25
+    assert "ranks above the start's" in comparison_table("rs", figures)
+    same = comparison_table("rs", comparison("rs", start, start))
+    assert same == "on 2 test prompts the final policy answers as the starting one did", "no intervals of width 0"
     # Without whitening the cut one has -1 in raw units, above -2.5 and below 1.
     raw = [evaluated(tiny_format, [(value, 0.0, done)], "none") for value, done in ((9.0, False), (-0.5, True))]
     assert rankings(*raw) == ([0], [1])

@@ -105,13 +105,13 @@ def test_a_4_bit_base_is_there_once(policy: Tuning, adapters: int, world: World)
 def test_reward_models_on_one_other_trunk_share_it(world: World, caplog: pytest.LogCaptureFixture):
     roles: tuple[RewardRole, ...] = ("helpfulness", "safety")
     models = {role: world.reward_model(role, LORA, FULL, policy_seed=7) for role in roles}
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         bank = world.bank(LORA, FULL, reward_models=models)
     sizes = shape(world)
     headless = sizes.weights - 420 * 64
     numbers = sizes.weights + headless + 4 * sizes.adapter_weights(4) + 2 * 64 + 65
     assert weight_bytes(bank) == 4 * numbers
-    assert "is on other weights and is loaded in addition: 0.00 GiB" in caplog.text
+    assert "has a base of its own, which is loaded in addition: 0.00 GiB" in caplog.text
     assert "safety: safety-lora-on-full-7/rm/safety is an adapter on weights that are loaded already" in caplog.text
     frozen = bank.frozen_digest()
     for _ in range(2):
@@ -180,7 +180,7 @@ def test_a_shared_critic_begins_with_values_of_0(world: World, caplog: pytest.Lo
         with caplog.at_level(logging.INFO):
             bank = world.bank(tuning, policy, critic="shared")
         assert value_of(bank) == 0.0 and bank.critic_begins_as is None
-    assert "critic: shared, begins as the policy with values of 0" in caplog.text
+    assert "critic (shared): initialised from the policy, with values of 0" in caplog.text
     assert world.bank(LORA, FULL).critic_begins_as == "helpfulness"
 
 

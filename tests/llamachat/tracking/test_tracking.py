@@ -10,14 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llamachat import distributed
-from llamachat.config.sections import Base, Data, Run, Tracking, Tuning
+from llamachat.config.sections import Base, Data, DataSource, Run, Tracking, Tuning
 from llamachat.errors import UsageError
-from llamachat.runs.artifacts import StepFolder
+from llamachat.runs.artifacts import Artifact, Manifest, StepFolder
 from llamachat.runs.atomic import StorageError
 from llamachat.runs.inputs import StepInputs
 from llamachat.runs.locks import hold
@@ -29,6 +30,7 @@ from llamachat.tracking.curves import draw_curves
 from llamachat.tracking.dashboard import dashboard, summary_text
 from llamachat.tracking.metrics import UnknownMetricError
 from llamachat.tracking.tracker import open_record
+from llamachat.tracking.wandb_run import wandb_places
 
 ROOT = Path(__file__).resolve().parents[3]
 MARKER = "violet-hedgehog-secret"
@@ -61,6 +63,10 @@ def opened(folder: StepFolder, resume_step: int | None = None, **tracking: Any) 
         tracking=Tracking(**{"mode": "offline", **tracking}),
     )
     return open_record(inputs, "sft", resume_step=resume_step)
+
+
+def toy_artifact(folder: StepFolder) -> Artifact:
+    return Artifact(folder.artifact, Manifest(kind="policy", step="sft", fingerprint="0" * 64, identity={}, seed=0))
 
 
 def offline_runs(folder: StepFolder) -> list[Path]:
@@ -172,6 +178,122 @@ def test_text_goes_to_wandb_only_on_request(folder: StepFolder) -> None:
         tracker.samples(1, [{"prompt": MARKER, "messages": [{"role": "user"}]}])
     (run,) = offline_runs(folder)
     assert any(MARKER in path.read_text() for path in (run.parent / "files" / "media").rglob("*.json"))
+
+
+def test_runs_can_be_told_apart_and_compared_in_wandb(folder: StepFolder, caplog: pytest.LogCaptureFixture) -> None:
+    """Their names say run and step, their configuration names files and models, never a folder of this machine."""
+    digest = "0123456789abcdef" * 4
+    inputs = StepInputs(
+        step="rm/safety",
+        folder=StepFolder(folder.path.parent / "rm" / "safety"),
+        identity={
+            "base": {"model": digest, "dtype": "bfloat16"},
+            "data": {"safety": [{"path": digest, "weight": 0.5}, {"path": digest}], "split": {"test": 0.2}},
+            "inputs": {"policy": digest},
+        },
+        fingerprint="f" * 64,
+        run=Run(dir=str(folder.path.parent)),
+        base=Base(model="assets/base"),
+        tuning=Tuning(),
+        data=Data(
+            sft=(), safety=(DataSource(path="data/pairs.jsonl"), DataSource(path=str(folder.path / "own.jsonl")))
+        ),
+        tracking=Tracking(mode="offline"),
+        policy=toy_artifact(folder),
+    )
+    with open_record(inputs, "rm/safety", resume_step=None) as tracker:
+        tracker.log(1, {"rm/safety/loss": 0.5, "rm/safety/eval_accuracy": 0.75})
+        tracker.summary({"rm/safety/test/safety/accuracy": 0.625})
+    (run,) = offline_runs(folder)
+    records = wandb_records(run)
+    begun = next(record.run for record in records if record.WhichOneof("record_type") == "run")
+    config = {item.key: json.loads(item.value_json) for item in begun.config.update}
+    assert begun.display_name == "tiny/rm/safety"
+    assert config["base"]["model"] == "assets/base" and config["inputs"] == {"policy": "tiny/sft"}
+    assert [source["path"] for source in config["data"]["safety"]] == ["data/pairs.jsonl", "own.jsonl"]
+    assert digest.encode() not in run.read_bytes() and str(folder.path).encode() not in run.read_bytes()
+    names = {item.key or "/".join(item.nested_key) for r in records for item in r.history.item}
+    # One panel for all reward models; the figure that people look at first once more in a section of its own.
+    assert {"rm/loss", "rm/eval_accuracy", "0_main/rm_eval_accuracy", "rm/step"} <= names
+    assert not [name for name in names if "safety" in name]
+    final = {item.key or "/".join(item.nested_key) for r in records for item in r.summary.update}
+    assert "test/rm/safety/accuracy" in final, "test figures are apart from the curves"
+    assert wandb_places(inputs.folder, folder.path.parents[1]) == [f"{run.parent} (offline; `wandb sync` sends it)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("ppo/kl_to_reference", ("ppo/kl_to_reference", "0_main/kl_to_reference")),
+        ("ppo/heldout/judge", ("ppo/heldout/judge", "0_main/judge")),
+        ("ppo/reward/safety", ("ppo/reward/safety", "0_main/reward_safety")),
+        ("ppo/entropy", ("ppo/entropy",)),
+        ("rm/judge/probe/harmless/echo", ("test/rm/probe/harmless/echo",)),
+        ("ppo/test/final/judge", ("test/ppo/final/judge",)),
+        ("optim/grad_norm", ("optim/grad_norm",)),
+    ],
+)
+def test_names_in_wandb(name: str, names: tuple[str, ...]) -> None:
+    assert wandb_run.names_in_wandb(name) == names
+
+
+def test_what_wandb_notes_of_the_machine_is_sent_only_by_key() -> None:
+    import wandb
+
+    def settings(**tracking: bool) -> tuple[bool, bool, bool]:
+        chosen = wandb_run._settings(wandb, Tracking(**tracking))
+        return chosen.x_disable_stats, chosen.disable_git, chosen.x_disable_machine_info
+
+    assert settings() == (True, True, True)
+    assert settings(system_stats=True) == (False, True, True)
+    assert settings(git=True) == (True, False, False)
+
+
+class Trackio(ModuleType):
+    """What is used of Trackio: projects of named runs, as its documentation has them."""
+
+    def __init__(self) -> None:
+        super().__init__("trackio")
+        self.projects: dict[str, list[Any]] = {}
+        self.Api = lambda: self
+
+    def runs(self, project: str) -> list[Any]:
+        if project not in self.projects:
+            raise ValueError(f"Project '{project}' does not exist")
+        return list(self.projects[project])
+
+    def init(self, *, project: str, name: str, group: str, config: dict[str, Any], embed: bool) -> Any:
+        runs, rows = self.projects.setdefault(project, []), list[tuple[int, dict[str, float]]]()
+        assert name not in [run.name for run in runs] and not embed
+        run = SimpleNamespace(name=name, group=group, config=config, rows=rows, is_finished=False)
+        run.log = lambda metrics, step: rows.append((step, metrics))
+        run.delete = lambda: runs.remove(run)
+        run.finish = lambda: setattr(run, "is_finished", True)
+        runs.append(run)
+        return run
+
+
+def test_trackio_holds_the_curve_once_after_resuming(
+    folder: StepFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(folder, mode="off", trackio=True) as tracker:
+        tracker.log(1, {"sft/loss": 1.0})
+    assert "tracking.trackio is on, but" in caplog.text, "it is not installed"
+    trackio = Trackio()
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    for resume_step, offset in ((None, 0.0), (2, 10.0)):
+        with opened(folder, mode="off", trackio=True, resume_step=resume_step) as tracker:
+            for step in range((resume_step or 0) + 1, 5):
+                tracker.log(step, {"sft/loss": offset + step})
+    (run,) = trackio.projects["llamachat"]
+    assert run.group == "tiny" and run.is_finished
+    assert [(step, row["sft/loss"]) for step, row in run.rows] == [(1, 1), (2, 2), (3, 13), (4, 14)]
+    run.log = lambda *_, **__: 1 / 0
+    with opened(folder, mode="off", trackio=True, resume_step=4) as tracker:
+        monkeypatch.setattr(tracker._trackio, "log", run.log)
+        tracker.log(5, {"sft/loss": 1.0})
+        tracker.log(6, {"sft/loss": 1.0})
+    assert caplog.text.count("Trackio stopped taking figures") == 1
 
 
 def test_system_texts_stay_out_of_the_configuration_in_wandb() -> None:

@@ -335,11 +335,12 @@ def test_when_the_commands_hours_are_over_no_further_step_is_begun_and_the_same_
     words = []
     for status in (3, 3, 0, 0):  # 3: steps are left
         assert main(command) == status
-        words.append(capsys.readouterr().out.splitlines()[-1])
+        said = capsys.readouterr().out
+        words.append(said.splitlines()[-1])
     assert begun == {"sft": 1, "sft-2": 1, "sft-3": 1}
     assert words[0].startswith("run.max_hours (1e-09) are over. Not started: sft-2, sft-3. The same command runs")
     assert "Not started: sft-3." in words[1] and words[2].startswith("All steps are done.")
-    assert words[3] == f"nothing to do: all 3 steps are done already ({tmp_path}/runs/one)"
+    assert words[3] == words[2] and f"nothing to do: all 3 steps are done already ({tmp_path}/runs/one)\n" in said
 
 
 @pytest.mark.parametrize(

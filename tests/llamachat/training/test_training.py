@@ -173,7 +173,22 @@ def test_without_a_terminal_each_step_is_a_line_with_the_time_left(monkeypatch: 
     clock = iter([100.0, 110.0])
     monkeypatch.setattr("llamachat.training.progress.time.monotonic", lambda: next(clock, math.nan))
     # 1 step in 10 s since the start at step 1, 2 are left: 20 s.
-    assert shown(is_terminal=False) == "sft 2/4  loss 1.500  20 s left\nheld-out answers [bold]1.2[/bold]\n"
+    assert (
+        shown(is_terminal=False) == "sft 2/4  loss 1.500  0:10 elapsed, 0:20 left\nheld-out answers [bold]1.2[/bold]\n"
+    )
+
+
+def test_without_a_terminal_a_line_comes_every_five_seconds_and_at_the_end(monkeypatch: pytest.MonkeyPatch):
+    clock = iter(range(2000))
+    monkeypatch.setattr("llamachat.training.progress.time.monotonic", lambda: float(next(clock)))
+    progress = StepProgress("sft", steps=1334)
+    screen = io.StringIO()
+    progress._console = Console(file=screen, width=100)
+    for step in range(1, 1335):  # one a second
+        progress.step(step, "loss 1.0")
+    lines = screen.getvalue().splitlines()
+    assert [int(line.partition("/")[0].removeprefix("sft ")) for line in lines] == [*range(1, 1334, 5), 1334]
+    assert lines[0] == "sft 1/1334  loss 1.0  0:01 elapsed, 22:13 left"
 
 
 def test_in_a_terminal_there_is_a_bar_with_the_loss():

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from llamachat.runs.reader import Evaluation
 from pipelines.cli.launch import repeated
 from pipelines.cli.main import main
 from pipelines.planning.hardware import shortfalls
-from tests.recipes import publish_toy_policy, write_dialogs, write_recipe
+from tests.recipes import preference_data, publish_toy_policy, write_dialogs, write_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 HEAVY = ("torch", "trl", "transformers", "datasets", "wandb", "peft", "matplotlib")
@@ -84,6 +85,20 @@ def test_done_is_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(sft, "run", publish_toy_policy)
     assert main(["all", "--config", str(write_recipe(tmp_path))]) == 0
     assert f"llamachat chat {tmp_path}/runs/one -m 'Hello, who are you?'" in capsys.readouterr().out
+
+
+def test_a_command_ends_with_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sft, "run", publish_toy_policy)
+    path = write_recipe(tmp_path, data=preference_data(tmp_path), steps=["sft", "rm"])
+    keys = ["sft.epochs=1", "base.system=Pay $5, it's fair."]
+    for _ in range(2):  # also where nothing is left to do
+        assert main(["sft", "--config", str(path), *keys]) == 0
+        said = capsys.readouterr().out.splitlines()[-1]
+        make, *settings = shlex.split(said.removeprefix("Next: "))
+        assert (make, settings[0], settings[1]) == ("make", "rm", f"CONFIG={path}")
+        assert shlex.split(settings[2].removeprefix("ARGS=").replace("$$", "$")) == keys
 
 
 def test_a_bad_recipe_is_2_and_a_text_without_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

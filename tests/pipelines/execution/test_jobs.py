@@ -25,6 +25,7 @@ from tests.reward.tiny_reward import data_of, toy_labels, toy_pairs
 from tests.sft.tiny_sft import write_base
 from tests.tiny_steps import step_of, write_values
 
+KEEP = "run.keep_checkpoints=true"  # also of the step that ends first
 MODELS = ("rm/helpfulness", "rm/safety", "rm/judge")
 
 # In place of the stages, in every process of the command. What a step does is in its file `<step name>.json` next to the
@@ -47,7 +48,7 @@ def toy(publish):
         note = {"began": time.monotonic(), "threads": os.environ.get("OMP_NUM_THREADS"), "pid": os.getpid(),
                 "card": os.environ.get("CUDA_VISIBLE_DEVICES"), "deadline": inputs.deadline}
         (events / f"{name}.began").write_text(json.dumps(note))
-        print(f"{inputs.step} 1/2  loss 0.5  3 s left\\nat work", file=sys.stderr, flush=True)
+        print(f"{inputs.step} 1/2  loss 0.5  0:02 elapsed, 0:03 left\\nat work", file=sys.stderr, flush=True)
         limit = time.monotonic() + 600
         while "waits_for" in orders and not (events / orders["waits_for"]).exists():
             assert time.monotonic() < limit, "the other step did not begin while this one ran"
@@ -230,7 +231,7 @@ def test_a_failure_stops_nothing_but_what_reads_it_and_is_reported_at_the_end_wi
     said = capfd.readouterr().err
     assert "rm/helpfulness: failed" in said
     for model in ("rm/safety", "rm/judge"):  # what they print stands under their names
-        assert f"\n{model} 1/2  loss 0.5  3 s left\n" in said
+        assert f"\n{model} 1/2  loss 0.5  0:02 elapsed, 0:03 left\n" in said
         assert f"\n{model}: at work\n" in said and f"\n{model}: done (" in said
 
 
@@ -328,7 +329,7 @@ def test_killed_side_by_side_and_resumed_they_end_with_the_bytes_of_one_after_an
     names = ("rm/helpfulness", "rm/safety")
 
     def start(recipe: Path, jobs: int) -> "subprocess.Popen[str]":
-        arguments = [sys.executable, "-m", "pipelines", "rm", "--config", str(recipe), f"run.jobs={jobs}"]
+        arguments = [sys.executable, "-m", "pipelines", "rm", "--config", str(recipe), f"run.jobs={jobs}", KEEP]
         return subprocess.Popen(
             arguments, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

@@ -15,7 +15,7 @@ import yaml
 import sft
 from llamachat.errors import ArtifactError, BusyError, ChangedError, DataError, UsageError
 from llamachat.runs.artifacts import Artifact, read_artifact
-from llamachat.runs.checkpoints import writing
+from llamachat.runs.checkpoints import newest, writing
 from llamachat.runs.locks import hold
 from llamachat.tables import duration
 from pipelines.execution.run import find_work, run_chosen
@@ -150,6 +150,28 @@ def test_a_finished_unchanged_step_is_not_run_again(
         (second,) = run_command(load(path, ["tracking.log_every=5"]), "sft")
     assert len(calls) == 1 and second.digest == first.digest
     assert f"sft: done already ({tmp_path}/runs/one/sft/artifact), nothing to do" in caplog.messages
+
+
+def test_a_finished_step_names_its_curves_and_drops_its_checkpoints_unless_they_are_to_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(config: Any, inputs: Any) -> Artifact:
+        with writing(inputs.folder.checkpoints, 50) as side:
+            (side / "weights").write_bytes(b"weights")
+        inputs.folder.curves.touch()
+        return publish_toy_policy(config, inputs)
+
+    monkeypatch.setattr(sft, "run", run)
+    path = write_recipe(tmp_path)
+    folders = []
+    for keys in ([f"run.dir={tmp_path}/runs/one"], [f"run.dir={tmp_path}/runs/two", "run.keep_checkpoints=true"]):
+        recipe = load(path, keys)
+        with caplog.at_level(logging.INFO):
+            run_command(recipe, "sft")
+        folders.append(recipe.folder(recipe.steps[0]))
+        assert f"sft: curves: {folders[-1].curves}" in caplog.messages
+    assert not folders[0].checkpoints.exists()
+    assert newest(folders[1].checkpoints) is not None
 
 
 def test_a_changed_step_is_refused_with_both_fixes_and_overwritten_on_request(tmp_path: Path, calls: list[Any]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamachat.config.sections import bundled, hub_set, is_hub_name
+from llamachat.config.sections import bundled, hub_set, is_hub_name, split_revision
 from llamachat.errors import ArtifactError
 from llamachat.runs.artifacts import Artifact, StepFolder, read_artifact
 from llamachat.runs.fingerprints import digest_of_file
@@ -62,7 +62,7 @@ def hub_name(steps: Sequence[Artifact]) -> str | None:
     details = steps[0].manifest.details
     base = str(details["base"])
     is_folder = details.get("base_is_folder", not is_hub_name(base))
-    return None if is_folder else base
+    return None if is_folder else split_revision(base)[0]
 
 
 def dropped_lines(steps: Sequence[Artifact]) -> list[str]:

@@ -23,6 +23,8 @@ CARDS = {
     "h100": (79.6, 989.0),
     "h200": (140.4, 989.0),
 }
+# Cards that were common before Ampere, compute capability under 8.0.
+WITHOUT_BF16 = ("t4", "v100", "v100-16gb", "v100-32gb", "p100", "rtx-2080", "rtx-2080-ti", "titan-rtx", "gtx-1080-ti")
 # CUDA's own context and the workspaces of its libraries want a share; ours, unmeasured.
 USABLE = 0.9
 # What torch's caching allocator reserves in addition to what is allocated, as a share of that: blocks that no new tensor
@@ -75,6 +77,12 @@ def parse_gpu(text: str) -> Gpu:
     if match and match["name"] in CARDS:
         gib, tflops = CARDS[match["name"]]
         return Gpu(match["name"], gib, tflops, count)
+    if match and match["name"] in WITHOUT_BF16:
+        raise ValueError(
+            f"the {match['name']} has no arithmetic in bfloat16 (cards of compute capability 8.0 or later have it), the number"
+            " format in which steps compute on a GPU, and with QLoRA the only one: float16 would need loss scaling, which is not"
+            f" done here. Take another card, such as one of {', '.join(CARDS)}."
+        )
     raise ValueError(
         f"'{text}' is no card that is known. Memory and hours are worked out from it. Give a memory such as 24GiB, several"
         f" as 8x80GiB, or one of {', '.join(CARDS)}."

@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 from llamachat.config.gpus import GPU_NAME
 from llamachat.config.section import LocalPath, Section, TextCheck, nearest, operational, unless_null
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REVISION = r"@[\w.][\w./-]*"  # a commit, tag or branch
+_HUB_NAME = re.compile(rf"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*({_REVISION})?")
 _DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zip")
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -33,29 +34,46 @@ def here_or_bundled(path: str) -> Path:
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether a name that is no local path can be one of the hub: `owner/name`, and nothing local called `owner`."""
+    """Whether a name that is no local path can be one of the hub: `owner/name[@revision]`, nothing local called `owner`."""
     if Path(text).exists() or text.lower().endswith(_DATA_SUFFIXES):
         return False
     return bool(_HUB_NAME.fullmatch(text)) and not Path(text).parent.exists()
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """A hub name and the revision that it is pinned to; of a folder the folder."""
+    if Path(name).exists() or not is_hub_name(name):
+        return name, None
+    plain, _, revision = name.partition("@")
+    return plain, revision or None
+
+
 @dataclass(frozen=True, slots=True)
 class HubSet:
-    """A data set on the Hugging Face hub, as a path names it: `owner/name[/configuration][:split]`."""
+    """A data set on the Hugging Face hub, as a path names it: `owner/name[/configuration][:split][@revision]`."""
 
     name: str
     configuration: str | None
     split: str
+    revision: str | None = None
 
 
 def hub_set(path: str) -> HubSet | None:
     """The data set that this names, or None where it is a path."""
-    whole, _, split = path.partition(":")
+    pinned = re.fullmatch(rf"(?P<set>[^@]+)(?P<revision>{_REVISION})", path)
+    whole, _, split = (pinned["set"] if pinned else path).partition(":")
     owner, name, configuration, *rest = [*whole.split("/"), "", ""]
     # Three parts may be a path too: a file's last part has a dot, a configuration's rarely.
-    if any(rest) or "." in configuration or Path(whole).exists() or not is_hub_name(f"{owner}/{name}"):
+    if (
+        any(rest)
+        or "." in configuration
+        or Path(whole).exists()
+        or Path(path).exists()
+        or not is_hub_name(f"{owner}/{name}")
+    ):
         return None
-    return HubSet(f"{owner}/{name}", configuration or None, split or "train")
+    revision = pinned["revision"].removeprefix("@") if pinned else None
+    return HubSet(f"{owner}/{name}", configuration or None, split or "train", revision)
 
 
 def near_path(text: str) -> str | None:
@@ -204,7 +222,8 @@ class Base(Section):
     """The pretrained model that everything is tuned from, and how text becomes its tokens."""
 
     model: Annotated[LocalPath, MODEL_PATH] = Field(
-        min_length=1, description="A folder (relative to the working directory) or a hub name, such as assets/base."
+        min_length=1,
+        description="A folder (relative to the working directory), such as assets/base, or a hub name; owner/name@commit pins its revision.",
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16",
@@ -252,7 +271,7 @@ class DataSource(Section):
 
     path: Annotated[LocalPath, DATA_PATH] = Field(
         min_length=1,
-        description="A .jsonl, .jsonl.gz or .parquet file (relative to the working directory) or hub name.",
+        description="A .jsonl, .jsonl.gz or .parquet file (relative to the working directory) or hub name; @commit at its end pins the revision.",
     )
     format: str = Field(
         default="auto", min_length=1, description="auto, or the name of a known source such as hh-rlhf."

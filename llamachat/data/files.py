@@ -24,6 +24,7 @@ from llamachat.data.problems import converted_path
 from llamachat.data.records import Row, bad_row, kind_of
 from llamachat.errors import DataError, first_line
 from llamachat.pipes import regular_file
+from llamachat.runs.hub_commits import note_commit
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -42,6 +43,7 @@ _MAGIC = (
     (b"\xff\xfe", "text in UTF-16"),
     (b"\xfe\xff", "text in UTF-16"),
 )
+_COMMIT = re.compile(r"@([0-9a-f]{40})/")
 _LFS = b"version https://git-lfs.github.com/spec/"
 _TABLES = (".csv", ".tsv")
 _GAP, _COLON, _OBJECTS = re.compile(r"[\s,]*"), re.compile(r"\s*:\s*"), re.compile(r"\[\s*\{")
@@ -55,7 +57,7 @@ def read_rows(path: str) -> Iterator[Row]:
     """Every row in order, with its value or its problem. Line 0 is the file as a whole."""
     hub_name = hub_set(path)
     if hub_name is not None:
-        yield from _read_hub(hub_name)
+        yield from _read_hub(hub_name, path)
         return
     name = Path(from_home(path))
     refusal = file_problem(name)
@@ -292,11 +294,11 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         yield _whole("holds no row, but it should hold records.", "Write or fetch it again.")
 
 
-def _read_hub(name: HubSet) -> Iterator[Row]:
+def _read_hub(name: HubSet, path: str) -> Iterator[Row]:
     try:
         import datasets
 
-        rows = datasets.load_dataset(name.name, name.configuration, split=name.split)
+        rows = datasets.load_dataset(name.name, name.configuration, split=name.split, revision=name.revision)
     except Exception as error:  # the library raises what its many parts raise; each means that there are no rows
         yield _whole(
             f"is no file here, and the hub did not give it as a data set ({type(error).__name__}: {first_line(error)}).",
@@ -304,8 +306,16 @@ def _read_hub(name: HubSet) -> Iterator[Row]:
             "access (`hf auth login`).",
         )
         return
+    if commit := _commit_of(rows):
+        note_commit(path, commit)
     for number, value in enumerate(rows, start=1):
         yield Row(number, _as_json(value))
+
+
+def _commit_of(rows: Any) -> str | None:
+    """The commit of the hub that a data set was read at, as the addresses of its files have it: `hf://datasets/o/n@commit/f`."""
+    addresses = getattr(getattr(rows, "info", None), "download_checksums", None) or {}
+    return next((match[1] for address in addresses if (match := _COMMIT.search(str(address)))), None)
 
 
 def _value_of(scalar: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from llamachat.config.gpus import ALLOCATOR_SHARE, Gpu
-from llamachat.config.sections import Base, Tuning
+from llamachat.config.sections import Base, Tuning, split_revision
 from llamachat.errors import ConfigError
 from llamachat.runs.atomic import storage_errors
 
@@ -224,7 +224,7 @@ class Estimate:
 
 def shape_of(model: str) -> Shape | None:
     """The shape of a model folder or of a known model of the hub; None where neither tells it. Asks no network."""
-    known = KNOWN_BASES.get(model)
+    known = KNOWN_BASES.get(split_revision(model)[0])
     return read_shape(Path(model)) or (known.shape if known else None)
 
 

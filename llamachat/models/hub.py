@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from llamachat.chat_format.tokenizer import BASES_THAT_WORK
+from llamachat.config.sections import split_revision
 from llamachat.errors import ConfigError
 from llamachat.memory.estimates import KNOWN_BASES
+from llamachat.runs.hub_commits import note_commit
 
 TOKENIZER_FILES = ("config.json", "tokenizer*", "special_tokens_map.json")
 LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -30,14 +32,17 @@ def tokenizer_folder(location: str) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
+    name, revision = split_revision(location)
     try:
-        folder = Path(snapshot_download(location, allow_patterns=list(TOKENIZER_FILES)))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
     except Exception as error:  # the library lets its network layers' own errors through
-        reach = unreached(location, error)
+        reach = unreached(name, error)
         raise ConfigError(
             f"base.model: the tokenizer of '{location}' cannot be fetched: {reach.reason}. It is checked before any "
             f"weights are loaded. {reach.fix}"
         ) from error
+    if folder.parent.name == "snapshots":  # of the hub's cache, where folders have the names of commits
+        note_commit(location, folder.name)
     require_llama(folder, location)
     return folder
 
@@ -49,7 +54,8 @@ def weights_folder(location: str) -> Path:
     from huggingface_hub import snapshot_download
 
     files = ["model*.safetensors", "model.safetensors.index.json", "config.json", "README.md", *LICENCE_FILES]
-    return Path(snapshot_download(location, allow_patterns=files))
+    name, revision = split_revision(location)
+    return Path(snapshot_download(name, revision=revision, allow_patterns=files))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,9 @@ def reach_model(name: str) -> Reach:
     from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
 
     try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), token=get_token(), timeout=TIMEOUT_S)
+        plain, revision = split_revision(name)
+        url = hf_hub_url(plain, "config.json", revision=revision)
+        get_hf_file_metadata(url, token=get_token(), timeout=TIMEOUT_S)
     except Exception as error:  # the library lets its network layers' own errors through
         return unreached(name, error)
     return Reach("open")
@@ -112,7 +120,7 @@ def unreached(name: str, error: Exception, *, kind: str = "") -> Reach:
     )
 
     first = (str(error).splitlines() or [type(error).__name__])[0]
-    page = f"https://huggingface.co/{kind}{name}"
+    page = f"https://huggingface.co/{kind}{split_revision(name)[0]}"
     if isinstance(error, GatedRepoError):
         return _gated(name, kind)
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
@@ -132,7 +140,7 @@ def is_cached(name: str, patterns: Sequence[str] = ("*.safetensors",)) -> bool:
     """Whether files of a model like these lie in the hub's cache."""
     from huggingface_hub import constants
 
-    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{split_revision(name)[0].replace('/', '--')}" / "snapshots"
     return any(any(snapshots.glob(f"*/{pattern}")) for pattern in patterns)
 
 

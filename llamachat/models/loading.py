@@ -23,7 +23,7 @@ from llamachat.chat_format import ChatFormat, load_chat_format
 from llamachat.chat_format.tokenizer import BASES_THAT_WORK, Tokenizer, load_tokenizer
 from llamachat.config.gpus import ALLOCATOR_SHARE, USABLE
 from llamachat.config.section import from_home
-from llamachat.config.sections import Base, RopeScaling, Tuning, is_hub_name
+from llamachat.config.sections import Base, RopeScaling, Tuning, is_hub_name, split_revision
 from llamachat.errors import ArtifactError, ConfigError, UsageError, first_line
 from llamachat.models import nf4
 from llamachat.models.files import check_model_folder
@@ -299,7 +299,8 @@ def load_config(location: str, *, where: str) -> "LlamaConfig":
     from transformers import AutoConfig, LlamaConfig
 
     try:
-        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+        name, revision = split_revision(location)
+        config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{where}: '{location}' has no readable config.json ({first_line(error)}). A base is a model folder or a "
@@ -341,8 +342,10 @@ def load_llama(
     try:
         with _quietly():
             load: Any = (kind or LlamaForCausalLM).from_pretrained  # its types do not know that it gives a pair
+            name, revision = split_revision(location)
             model, report = load(
-                location,
+                name,
+                revision=revision or "main",
                 config=config,
                 dtype=dtype,
                 attn_implementation=fastest if attention == "auto" else attention,

@@ -12,11 +12,12 @@ from llamachat import distributed
 from llamachat.chat_format import ChatFormat
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.chat_format.tokenizer import write_tokenizer
-from llamachat.config.sections import Base, Tuning
+from llamachat.config.sections import Base, Tuning, split_revision
 from llamachat.errors import ConfigError
 from llamachat.models.hub import tokenizer_folder
 from llamachat.models.loading import SEVEN_PROJECTIONS, find_model
 from llamachat.runs.artifacts import Artifact
+from llamachat.runs.hub_commits import commit_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,8 @@ def proved_start(base: Base, tuning: Tuning, policy: Artifact | None) -> tuple[s
     chat_format, warning = load_proved_format(
         tokenizer_folder(location), chat_format=base.chat_format, allow_unproved=base.allow_unproved_tokenizer
     )
+    if policy is None and (commit := commit_of(base.model)) and split_revision(base.model)[1] is None:
+        log.info("%s is at commit %s of the hub; base.model=%s@%s keeps to it", base.model, commit, base.model, commit)
     # Said once, of the base: a policy's tokenizer is the base's, and was compared with it when it was published.
     if warning and policy is None:
         log.warning("%s", warning)

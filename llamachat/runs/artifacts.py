@@ -23,6 +23,7 @@ from llamachat.config.section import Section
 from llamachat.errors import ArtifactError, first_line
 from llamachat.runs.atomic import flush, incoming_folder, storage_errors, write_json
 from llamachat.runs.fingerprints import digest_of_file, fingerprint
+from llamachat.runs.hub_commits import commits_in
 
 
 class _In:
@@ -106,6 +107,12 @@ class Manifest(Section):
     dropped_records: dict[str, int] = Field(default_factory=dict, description="Reason -> records left out of training.")
     details: dict[str, Any] = Field(default_factory=dict, description="What loads it: method, base, chat format, ...")
     versions: dict[str, str] = Field(default_factory=dict, description="Library -> version.")
+    code: dict[str, str] = Field(
+        default_factory=dict, description="File of this code -> digests of it as the step began; see runs/code.py."
+    )
+    revisions: dict[str, str] = Field(
+        default_factory=dict, description="Model or data set of the hub -> commit that was read."
+    )
     git_commit: str | None = Field(default=None, description="Commit of this code, null outside a git clone.")
     git_is_edited: bool = Field(default=False, description="Whether tracked files differed from that commit.")
     created: str = Field(default="", description="Time of publication, UTC.")
@@ -134,13 +141,13 @@ def publish(
 ) -> Artifact:
     """Let `write` fill a side folder, add the completed manifest, and rename it into place.
 
-    `manifest` comes without versions, commit, time and files. Kind 'dialogs' goes to `dialogs/`, others to `artifact/`,
+    `manifest` comes without versions, code, commits, time and files. Kind 'dialogs' goes to `dialogs/`, others to `artifact/`,
     or where they do not end the step to `tuned/`, until `end_step`. Of several processes the first one writes.
     """
     place = folder.dialogs if manifest.kind == "dialogs" else folder.artifact
     final = place if ends_step else folder.tuned
     if distributed.is_first():
-        _fill(final, manifest, write)
+        _fill(final, manifest.model_copy(update={"code": begun_code(folder)}), write)
     distributed.wait()
     return Artifact(final, read_manifest(final))
 
@@ -155,6 +162,7 @@ def _fill(final: Path, manifest: Manifest, write: Callable[[Path], object]) -> N
         completed = manifest.model_copy(
             update={
                 "versions": library_versions(),
+                "revisions": commits_in(manifest.identity),
                 **_git_state(),
                 "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "files": {name: digest_of_file(side / name) for name in names},
@@ -162,6 +170,14 @@ def _fill(final: Path, manifest: Manifest, write: Callable[[Path], object]) -> N
             }
         )
         write_json(side / MANIFEST, completed.model_dump(mode="json"))
+
+
+def begun_code(folder: StepFolder) -> dict[str, str]:
+    """The digests of the code that a step was begun with; none where they were not recorded."""
+    try:
+        return dict(json.loads(folder.identity.read_text(encoding="utf-8")).get("code", {}))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def end_step(folder: StepFolder) -> Artifact:

@@ -90,17 +90,22 @@ def begin(
     identity: Mapping[str, Any],
     resolved: str,
     keeps_sampling: bool = False,
+    code: Mapping[str, str] | None = None,
 ) -> None:
     """Bind a NEW or RESUME folder to its work and write the resolved recipe, before anything is loaded.
 
-    `keeps_sampling` as in `renew`.
+    `keeps_sampling` as in `renew`; `code` are the digests of the code that begins it (`llamachat.runs.code`).
     """
     assert is_held_by_us(folder), "the step's lock is taken first"
-    if _read_identity(folder) is None:
+    begun = _read_identity(folder)
+    if begun is None:
         _refuse_foreign_files(folder)
         _clear(folder, keeps_sampling=keeps_sampling)  # checkpoints of unknown origin are never continued
     write_text(folder.config, resolved)
-    write_json(folder.identity, {"step": step, "fingerprint": fingerprint, "identity": dict(identity)})
+    # A step that resumes keeps the record of the code that began it: part of it was made by that.
+    own_code = dict(code or {}) if begun is None else begun.get("code", {})
+    bound = {"step": step, "fingerprint": fingerprint, "identity": dict(identity), "code": own_code}
+    write_json(folder.identity, bound)
 
 
 def find_state(folder: StepFolder) -> str:

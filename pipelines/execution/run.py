@@ -32,8 +32,17 @@ from llamachat.errors import (
     TokenizerError,
     UsageError,
 )
-from llamachat.runs.artifacts import MANIFEST, Artifact, StepFolder, check_content, is_published, read_artifact
+from llamachat.runs.artifacts import (
+    MANIFEST,
+    Artifact,
+    StepFolder,
+    begun_code,
+    check_content,
+    is_published,
+    read_artifact,
+)
 from llamachat.runs.atomic import remove_tree, storage_errors, write_text
+from llamachat.runs.code import changed_code, code_of
 from llamachat.runs.fingerprints import changed_keys, fingerprint
 from llamachat.runs.inputs import StepInputs, Tune
 from llamachat.runs.locks import hold
@@ -279,6 +288,21 @@ def _is_unlabelled(source: DataSource) -> bool:
     return has_pairs
 
 
+def other_code(work: Work, recorded: Mapping[str, str], *, is_begun: bool = False) -> str | None:
+    """What to say of a step that was made, or begun, by other code than the present; None where that is not known."""
+    changed = changed_code(recorded)
+    if not changed:
+        return None
+    step = work.step
+    named = f"{', '.join(changed[:3])}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}"
+    only = f" --only {step.product.makes.which}" if step.stage.models else ""
+    if is_begun:
+        said = f"'{step.name}' was begun by other code: since then {named} changed. It resumes with the present code."
+    else:
+        said = f"'{step.name}' was made by other code: since then {named} changed. It stays as it is, and later steps read it."
+    return f"{said} To run it again from its start, add `--overwrite{only}` to the command `{step.stage.command}`."
+
+
 # -- running
 
 
@@ -392,7 +416,7 @@ def finished(recipe: Recipe, work: Work) -> Artifact | None:
     """The artifact of a step that is done: here, or unchanged in the parent run, from which it is then taken."""
     if adopt(recipe, work):
         lineage(Path(recipe.run.dir))
-        return read_artifact(work.folder.artifact)
+        return _of_known_code(work, read_artifact(work.folder.artifact))
     return _done_already(recipe, work) if _state(work) is StepState.DONE else None
 
 
@@ -401,7 +425,19 @@ def _done_already(recipe: Recipe, work: Work) -> Artifact:
     where = f"{folder.path} -> {folder.path.resolve()}" if folder.path.is_symlink() else f"{folder.artifact}"
     log.info("%s: done already (%s), nothing to do", work.step.name, where)
     lineage(Path(recipe.run.dir))
-    return read_artifact(folder.artifact)
+    return _of_known_code(work, read_artifact(folder.artifact))
+
+
+def _of_known_code(work: Work, artifact: Artifact) -> Artifact:
+    """The finished step, with a warning where it was made by other code."""
+    if warning := other_code(work, artifact.manifest.code):
+        log.warning("warning: %s", warning)
+    return artifact
+
+
+def stage_code(step: Step) -> dict[str, str]:
+    """The digests of the code that makes a step: of its stage, and of supervised tuning where that is a part of it."""
+    return code_of([step.stage.package.__name__, *(["sft"] if step.stage.tunes else [])])
 
 
 def _check_inputs_stay(recipe: Recipe, folder: StepFolder) -> None:
@@ -448,6 +484,7 @@ def _run(recipe: Recipe, work: Work, deadline: float | None, *, is_begun: bool) 
         identity=work.identity,
         resolved=to_yaml(recipe.sections),
         keeps_sampling=bool(work.step.stage.surveys),
+        code=stage_code(work.step),
     )
     log.info("%s: from %s, into %s", name, work.taken.words, folder.path)
     if work.step.product.makes != REPORT:  # which reads figures alone
@@ -455,6 +492,8 @@ def _run(recipe: Recipe, work: Work, deadline: float | None, *, is_begun: bool) 
             check_content(artifact)
     if is_begun:
         log.info("%s: resumes from %s", name, find_state(folder))
+        if warning := other_code(work, begun_code(folder), is_begun=True):
+            log.warning("warning: %s", warning)
     if work.step.product.makes != REPORT:  # which is too little work to share
         distributed.broadcast_object(cast("_Begun | None", (recipe.sections, name, deadline)))
     try:

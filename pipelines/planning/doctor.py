@@ -10,17 +10,20 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.config.gpus import Gpu
-from llamachat.config.sections import hub_set
+from llamachat.config.sections import hub_set, split_revision
 from llamachat.errors import LlamachatError
 from llamachat.memory.estimates import BYTES, KNOWN_BASES, shape_of
-from llamachat.models.files import check_model_folder
+from llamachat.models.files import check_model_folder, nonfinite_tensors, weight_files
 from llamachat.models.hub import is_cached, reach_data, reach_model, tokenizer_folder
 from llamachat.runs.artifacts import is_published
+from llamachat.runs.hub_commits import commit_of
+from llamachat.runs.user_cache import cached
 from pipelines.planning.estimates import card, estimate_step, measure_data
 from pipelines.planning.fit import fits, way_to_fit
 from pipelines.planning.hardware import (
@@ -63,7 +66,9 @@ def examine(config: Path, overrides: Sequence[str]) -> list[Finding]:
         findings.append(Finding("recipe", "FAIL", str(error), "Fix it as each line says."))
         return [*findings, *_cards(devices, torch)]
     findings.append(Finding("recipe", "ok", f"{config}: {', '.join(step.name for step in recipe.steps)}"))
-    findings += _cards(devices, torch, dtype=recipe.base.dtype)
+    needs_bf16 = recipe.base.dtype == "bfloat16"
+    is_4bit = any(step.tuning.method == "qlora" for step in recipe.steps)
+    findings += _cards(devices, torch, needs_bf16=needs_bf16, is_4bit=is_4bit)
     checks = {"memory": _memory(recipe, devices), "disk": _disk(recipe), "base": _base(recipe), "data": _data(recipe)}
     for name, check in checks.items():
         try:
@@ -107,7 +112,9 @@ def _environment() -> Iterator[Finding]:
         yield Finding("libraries", "ok", f"all {len(versions)} meet their lower bounds ({named})")
 
 
-def _cards(devices: Sequence[Device], torch: Torch | None, *, dtype: str = "bfloat16") -> Iterator[Finding]:
+def _cards(
+    devices: Sequence[Device], torch: Torch | None, *, needs_bf16: bool = True, is_4bit: bool = False
+) -> Iterator[Finding]:
     if not devices:
         yield Finding("gpu", "note", "no NVIDIA card is seen (nvidia-smi): everything runs on the CPU")
         return
@@ -126,10 +133,15 @@ def _cards(devices: Sequence[Device], torch: Torch | None, *, dtype: str = "bflo
         )
         problem += f", and the oldest that it is built for {_dotted(torch.oldest)}"
         fix = f"Take a newer card, or an older torch or CUDA build that has them {_TORCH_PAGE}."
-    elif torch.capability < BF16_SINCE and dtype == "bfloat16":
+    elif torch.capability < BF16_SINCE and needs_bf16:
         problem = f"the card (compute capability {_dotted(torch.capability)}) has no arithmetic in bfloat16"
-        yield Finding("cuda", "note", problem, "It is emulated, slowly: set base.dtype: float32, or take a newer card.")
-        return
+        if not is_4bit:
+            yield Finding(
+                "cuda", "note", problem, "It is emulated, slowly: set base.dtype: float32, or take a newer card."
+            )
+            return
+        problem += ", the one number format of QLoRA here (float16 would need loss scaling)"
+        fix = "Take a card of compute capability 8.0 or later, or set tuning.method: lora and base.dtype: float32."
     if problem or torch is None:
         yield Finding("cuda", "FAIL", problem, fix)
     else:
@@ -196,7 +208,7 @@ def _disk(recipe: Recipe) -> Iterator[Finding]:
         trained = shape.trained_weights(step.tuning)
         state = trained * (width + (8 if width == 4 else 12))
         needs.append((run, CHECKPOINTS * state + trained * width, f"{step.name}: checkpoints and result"))
-    known = KNOWN_BASES.get(recipe.base.model)
+    known = KNOWN_BASES.get(split_revision(recipe.base.model)[0])
     if known is not None and not Path(recipe.base.model).exists() and not is_cached(recipe.base.model):
         from huggingface_hub import constants
 
@@ -225,7 +237,7 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
             yield Finding("access", "note", f"{reach.reason}; '{name}' is in the cache, and is used from there")
         elif reach.state == "offline":
             yield Finding("access", "note", f"{reach.reason}: access to '{name}' is not checked", reach.fix)
-            known = "is known to work" if name in KNOWN_BASES else "is not known here"
+            known = "is known to work" if split_revision(name)[0] in KNOWN_BASES else "is not known here"
             yield Finding("base", "note", f"'{name}' {known}; its tokenizer is checked once it can be fetched")
             return
         else:
@@ -241,7 +253,12 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
         way = "Copy the whole model, or convert its weights: pickled ones are not read."
         yield Finding("base", "FAIL", f"'{name}' holds no *.safetensors", way)
     else:
-        yield Finding("base", "ok", f"'{name}' is {'known to work' if name in KNOWN_BASES else 'a Llama model'}")
+        known = "known to work" if split_revision(name)[0] in KNOWN_BASES else "a Llama model"
+        yield Finding("base", "ok", f"'{name}' is {known}")
+        yield from _weights(folder, name)
+        if not is_local and split_revision(name)[1] is None and (commit := commit_of(name)):
+            problem = f"'{name}' is read at the newest commit of the hub, now {commit}"
+            yield Finding("base", "note", problem, f"Set base.model: {name}@{commit} to keep to it.")
     try:
         _, warning = load_proved_format(
             folder, chat_format=recipe.base.chat_format, allow_unproved=recipe.base.allow_unproved_tokenizer
@@ -251,6 +268,27 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
         return
     proved = f"proved to give the ids of the chat format '{recipe.base.chat_format}'"
     yield Finding("tokenizer", "note" if warning else "ok", warning or proved)
+
+
+def _weights(folder: Path, name: str) -> Iterator[Finding]:
+    """Whether all weights that are here are finite: a file is read once, as long as it stays as it is."""
+    faults: list[str] = []
+    for file in weight_files(folder):
+        if file.is_file():
+            state = file.resolve().stat()
+            stamp = {
+                "path": str(file.resolve()),
+                "size": state.st_size,
+                "changed": state.st_mtime_ns,
+                "inode": state.st_ino,
+            }
+            faults += cached("nonfinite", stamp, partial(nonfinite_tensors, file))
+    if faults:
+        more = f" and {len(faults) - 3} more tensors" if len(faults) > 3 else ""
+        problem = f"'{name}' holds NaN or infinite weights: {', '.join(faults[:3])}{more}"
+        yield Finding("weights", "FAIL", problem, "Fetch the model again, or take another base.")
+    else:
+        yield Finding("weights", "ok", "all weights that are here are finite numbers")
 
 
 def _data(recipe: Recipe) -> Iterator[Finding]:

@@ -8,15 +8,19 @@ from typing import Any
 
 from llamachat.chat_format.dialog import Dialog
 from llamachat.config.section import from_home
+from llamachat.config.sections import DataSource, Split
 from llamachat.data.loading import SplitName, read_records, side_sizes, sides_of, user_turns
 from llamachat.data.records import Preference, Prompt
 from llamachat.errors import ChangedError, LlamachatError, first_line
 from llamachat.memory.estimates import Estimate
-from llamachat.runs.artifacts import StepFolder, is_published, read_artifact
+from llamachat.runs.artifacts import Manifest, StepFolder, is_published, read_artifact
 from llamachat.runs.checkpoints import newest
+from llamachat.runs.code import digest_of_code
+from llamachat.runs.fingerprints import digest_of_file
 from llamachat.runs.locks import living_owner
 from llamachat.runs.state import StepState, step_state
-from pipelines.execution.run import Work, find_work, lacks_labels, lacks_policy, parent_folder
+from llamachat.runs.user_cache import cached
+from pipelines.execution.run import Work, find_work, lacks_labels, lacks_policy, other_code, parent_folder
 from pipelines.planning.estimates import estimate_step
 from pipelines.recipe.recipe import Recipe, Step, choose_steps
 
@@ -78,15 +82,33 @@ def sides_of_data(recipe: Recipe) -> Iterator[str]:
             if not path.is_file() or path.stat().st_size > LARGEST_READ:
                 continue
             try:
-                spread = sides_of([user_turns(one) for one in read_records(source, record)], data.split)
+                sizes, warning = _sides_of_source(source, record, data.split)
             except LlamachatError as error:
                 warnings.append(f"{first_line(error)} The steps that read it will refuse it.")
                 continue
-            counts.update(spread.sides)
-            warnings += [f"{source.path}: data.split: {text}" for text in [spread.warning(data.split)] if text]
+            counts.update(sizes)
+            warnings += [f"{source.path}: data.split: {warning}"] if warning else []
         if counts or warnings:
             yield f"data.{key}: {side_sizes(counts) or 'no record that can be read'}"
             yield from (f"  warning: {warning}" for warning in warnings)
+
+
+def _sides_of_source(source: DataSource, record: Any, split: Split) -> tuple[dict[SplitName, int], str | None]:
+    """The size of each side of a file, and a warning; remembered as long as the file and the code that reads it stay."""
+
+    def count() -> list[Any]:
+        spread = sides_of([user_turns(one) for one in read_records(source, record)], split)
+        return [Counter(spread.sides), spread.warning(split)]
+
+    follows_from = {
+        "file": digest_of_file(Path(from_home(source.path))),
+        "source": source.model_dump(mode="json", exclude={"weight"}),
+        "record": record.__name__,
+        "split": split.model_dump(mode="json"),
+        "code": digest_of_code("llamachat/data", "llamachat/chat_format"),
+    }
+    sizes, warning = cached("sides", follows_from, count)
+    return sizes, warning
 
 
 def _plan_step(recipe: Recipe, step: Step, to_run: set[str], reused: Mapping[str, StepFolder]) -> PlannedStep:
@@ -118,8 +140,8 @@ def _verdict(recipe: Recipe, work: Work) -> tuple[str, str]:
     if owner is not None:
         return "running", f"{owner} works on it"
     kept = parent_folder(recipe, work)
-    if kept is not None and read_artifact(kept.artifact).manifest.fingerprint == work.fingerprint:
-        return "reuse", f"unchanged in {kept.path}, taken from there by reference"
+    if kept is not None and (manifest := read_artifact(kept.artifact).manifest).fingerprint == work.fingerprint:
+        return "reuse", f"unchanged in {kept.path}, taken from there by reference{_stale(work, manifest)}"
     try:
         state = step_state(folder, work.fingerprint, work.identity)
     except ChangedError as error:
@@ -127,7 +149,8 @@ def _verdict(recipe: Recipe, work: Work) -> tuple[str, str]:
             return "renew", "what it is about has changed since"
         return "changed", str(error)
     if state is StepState.DONE:
-        return "done", f"unchanged since it was made ({folder.artifact})"
+        stale = _stale(work, read_artifact(folder.artifact).manifest)
+        return "done", f"unchanged since it was made ({folder.artifact}){stale}"
     if state is StepState.RESUME:
         checkpoint = newest(folder.checkpoints)
         return (
@@ -135,6 +158,12 @@ def _verdict(recipe: Recipe, work: Work) -> tuple[str, str]:
             f"from step {checkpoint.step}" if checkpoint else "started, and stopped before its first checkpoint",
         )
     return "new", "changed since the parent run" if kept is not None else f"nothing in {folder.path} yet"
+
+
+def _stale(work: Work, manifest: Manifest) -> str:
+    """A warning on a line of its own where a finished step was made by other code."""
+    warning = other_code(work, manifest.code)
+    return f"\n    warning: {warning}" if warning else ""
 
 
 def warn(step: Step, estimate: Estimate | None) -> list[str]:

@@ -5,6 +5,7 @@ The stage is a stand-in that publishes at once; everything around it is real.
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import pytest
 import yaml
 
 import sft
+from llamachat.data.loading import read_records
 from llamachat.errors import ArtifactError, BusyError, ChangedError, DataError, UsageError
-from llamachat.runs.artifacts import Artifact, read_artifact
+from llamachat.runs.artifacts import MANIFEST, Artifact, StepFolder, read_artifact
 from llamachat.runs.checkpoints import newest, writing
+from llamachat.runs.code import changed_code
 from llamachat.runs.locks import hold
 from llamachat.tables import duration
 from pipelines.execution.run import find_work, run_chosen
-from pipelines.planning.plan import make_plan
+from pipelines.planning.plan import make_plan, sides_of_data
 from pipelines.planning.text import plan_text
 from pipelines.recipe.recipe import Recipe, load
 from sft.config import VERSION as SFT_VERSION
@@ -269,6 +272,48 @@ def test_plan_says_new_then_resume_then_done_then_changed(
     assert changed.verdict == "changed" and "sft.epochs: 2.0 -> 1" in changed.why
 
 
+def test_a_step_made_by_other_code_is_named_and_left_as_it_is(
+    tmp_path: Path, calls: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    path = write_recipe(tmp_path)
+    run_command(load(path), "sft")
+    recorded = read_artifact(Path(load(path).run.dir)).manifest.code
+    assert {"sft/train.py", "sft/loss.py", "llamachat/chat_format/llama2.py"} <= recorded.keys()
+    assert not [name for name in recorded if name.startswith(("reward/", "pipelines/", "tests/"))]
+    assert "other code" not in make_plan(load(path))[0].why
+    edited = {**recorded, "sft/loss.py": "0 0"}
+    monkeypatch.setattr("pipelines.execution.run.changed_code", lambda code: changed_code(edited) if code else [])
+    planned = make_plan(load(path))[0]
+    assert planned.verdict == "done" and "sft/loss.py" in planned.why and "--overwrite" in planned.why
+    run_command(load(path), "sft")
+    assert len(calls) == 1, "nothing runs again by itself"
+    assert any("sft/loss.py" in message and "--overwrite" in message for message in caplog.messages)
+    child = load(path, [f"run.dir={tmp_path}/child", f"run.parent={load(path).run.dir}"])
+    assert "sft/loss.py" in make_plan(child)[0].why
+    # Of a step that was made before the code was recorded nothing is known.
+    manifest = StepFolder(Path(load(path).run.dir) / "sft").artifact / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"code": {}}))
+    assert "other code" not in make_plan(load(path))[0].why
+
+
+def test_a_step_that_resumes_keeps_the_record_of_the_code_that_began_it(
+    tmp_path: Path, calls: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_recipe(tmp_path)
+
+    def interrupted(config: Any, inputs: Any) -> Artifact:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sft, "run", interrupted)
+        patch.setattr("pipelines.execution.run.code_of", lambda packages: {"sft/loss.py": "1 1"})
+        run_command(load(path), "sft")
+    run_command(load(path), "sft")
+    assert any("begun by other code" in message and "sft/loss.py" in message for message in caplog.messages)
+    assert read_artifact(Path(load(path).run.dir)).manifest.code == {"sft/loss.py": "1 1"}
+
+
 def test_plan_and_log_tell_the_checkpoint_that_a_step_resumes_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -325,6 +370,31 @@ def test_plan_of_a_step_that_cannot_run_says_why(tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     planned = make_plan(load(write_recipe(tmp_path), [f"base.policy={tmp_path}/nothing"]))[0]
     assert planned.verdict == "blocked" and str(tmp_path / "nothing") in planned.why
+
+
+def test_a_plan_remembers_the_sides_of_a_file_until_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    reads: list[Any] = []
+    monkeypatch.setattr("pipelines.planning.plan.read_records", lambda *args: reads.append(args) or read_records(*args))
+    path = write_recipe(tmp_path)
+
+    def total(*overrides: str) -> int:
+        line = next(line for line in sides_of_data(load(path, overrides)) if line.startswith("data.sft"))
+        return sum(int(number) for number in re.findall(r"(\d+) (?:train|validation|test|judge)", line))
+
+    assert (total(), total(), len(reads)) == (40, 40, 1)
+    write_dialogs(tmp_path / "dialogs.jsonl", 41)
+    assert (total(), len(reads)) == (41, 2)
+    assert (total("data.sft.0.limit=7"), len(reads)) == (7, 3)
+    first = next(iter(sides_of_data(load(path))))
+    assert next(iter(sides_of_data(load(path, ["data.split.test=0.5"])))) != first and len(reads) == 4
+    # Other code may read the same file otherwise; a folder that cannot be written to costs time alone.
+    monkeypatch.setattr("pipelines.planning.plan.digest_of_code", lambda *folders: "other")
+    assert (total(), len(reads)) == (41, 5)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "dialogs.jsonl"))
+    assert (total(), total(), len(reads)) == (41, 41, 7)
 
 
 def test_plan_counts_optimizer_steps_and_warns(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 import transformers
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -18,13 +19,16 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from safetensors.torch import load_file, save_file
 
 from llamachat.chat_format.tokenizer import load_tokenizer
 from llamachat.config.sections import Tuning
 from llamachat.errors import ConfigError, LlamachatError
 from llamachat.models import hub
+from llamachat.models.files import nonfinite_tensors
 from llamachat.models.loading import load_base
 from llamachat.models.start_checks import proved_start
+from llamachat.runs.hub_commits import commits_in
 from pipelines.cli.main import main
 from pipelines.planning import doctor
 from pipelines.planning import hardware as devices
@@ -176,7 +180,7 @@ def test_a_base_that_cannot_be_used_is_refused_before_any_weights(
     path = write_recipe(tmp_path, tuning={"method": "lora"}, tracking={"mode": "off"})
     assert main(["sft", "--config", str(path), f"base.model=owner/{name}"]) == status
     assert words in capsys.readouterr().err
-    assert calls and all(kwargs == {"allow_patterns": list(hub.TOKENIZER_FILES)} for _, kwargs in calls)
+    assert calls and all(kwargs["allow_patterns"] == list(hub.TOKENIZER_FILES) for _, kwargs in calls)
 
 
 # -- the doctor
@@ -240,7 +244,28 @@ def test_the_doctor_asks_the_hub_for_heads_and_small_files_alone(monkeypatch: py
     assert names[0].endswith(f"/{LLAMA}/resolve/main/config.json")
     pairs = ["nvidia/HelpSteer3", "PKU-Alignment/PKU-SafeRLHF", "Anthropic/hh-rlhf", "PKU-Alignment/BeaverTails"]
     assert names[1:] == [LLAMA, "HuggingFaceH4/no_robots", "databricks/databricks-dolly-15k", *pairs]
-    assert calls[1][1] == {"allow_patterns": list(hub.TOKENIZER_FILES)}
+    assert calls[1][1] == {"revision": None, "allow_patterns": list(hub.TOKENIZER_FILES)}
+
+
+def test_a_pinned_base_is_asked_for_at_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = hub_says(monkeypatch, BASE)
+    findings = examine(QLORA, [f"base.model={LLAMA}@v1"])
+    assert by_check(findings, "base").problem == f"'{LLAMA}@v1' is known to work"
+    assert calls[0][0][0].endswith(f"/{LLAMA}/resolve/v1/config.json")
+    assert (calls[1][0], calls[1][1]["revision"]) == ((LLAMA,), "v1")
+    notes = [finding for finding in findings if finding.check == "memory" and finding.verdict == "note"]
+    assert notes == [], "its shape is known as without the revision"
+
+
+def test_a_base_of_the_hub_without_a_revision_is_named_with_its_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = shutil.copytree(BASE, tmp_path / "snapshots" / commit)
+    hub_says(monkeypatch, snapshot)
+    (note,) = [one for one in examine(QLORA, []) if one.check == "base" and one.verdict == "note"]
+    assert f"{LLAMA}@{commit}" in note.fix
+    assert commits_in({"base": {"model": LLAMA}, "data": [{"path": "other/set"}]}) == {LLAMA: commit}
 
 
 def test_a_set_that_is_gated_or_missing_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +294,11 @@ def test_a_folder_without_safetensors_an_empty_file_and_a_bad_recipe_are_failure
         (Torch("2.13.0+cpu", None, None), "FAIL", "is a build without CUDA"),
         (Torch("2.13.0+cu130", "13.0", None), "FAIL", "cannot use the card with driver 560.35"),
         (Torch("2.13.0+cu130", "13.0", (6, 1), (7, 5)), "FAIL", "is 6.1, and the oldest that it is built for 7.5"),
-        (Torch("2.13.0+cu130", "13.0", (7, 5), (7, 5)), "note", "no arithmetic in bfloat16"),
+        (
+            Torch("2.13.0+cu130", "13.0", (7, 5), (7, 5)),
+            "FAIL",
+            "no arithmetic in bfloat16, the one number format of QLoRA",
+        ),
         (GOOD_TORCH, "ok", "CUDA 13.0, driver 560.35"),
     ],
 )
@@ -280,6 +309,18 @@ def test_a_card_is_of_use_where_torch_can_use_it(
     monkeypatch.setattr(doctor, "find_torch", lambda: torch)
     finding = by_check(examine(QLORA, []), "cuda")
     assert finding.verdict == verdict and text in finding.problem
+
+
+def test_a_card_without_bfloat16_is_slow_for_lora_and_refused_for_qlora(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_devices", lambda: [CARD])
+    monkeypatch.setattr(doctor, "find_torch", lambda: Torch("2.13.0+cu130", "13.0", (7, 5), (7, 5)))
+    verdicts = {}
+    for values in (["tuning.method=lora"], ["tuning.method=lora", "base.dtype=float32"]):
+        finding = by_check(examine(QLORA, [*values, "steps=[sft]"]), "cuda")
+        verdicts[" ".join(values)] = finding.verdict
+    assert list(verdicts.values()) == ["note", "ok"]
+    with pytest.raises(ConfigError, match=r"run\.gpu.*the t4 has no arithmetic in bfloat16"):
+        load(QLORA, ["run.gpu=t4"])
 
 
 def test_the_card_that_is_here_counts_and_not_the_one_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,6 +428,35 @@ DAMAGES = {
     "rows": (r"vocab_size is 4000, but the tokenizer in the same folder has 4096 pieces", "enlarge its embedding"),
     "config": (r"config\.json: is no whole configuration", "Fetch it again"),
 }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_that_are_no_numbers_are_named(dtype: torch.dtype, value: float, tmp_path: Path) -> None:
+    largest = torch.finfo(dtype).max
+    sound = {"a": torch.tensor([1.0, -largest, 0.0], dtype=dtype), "b": torch.tensor([[largest]], dtype=dtype)}
+    save_file(sound | {"ids": torch.tensor([-1])}, tmp_path / "sound.safetensors")
+    save_file(sound | {"b": torch.tensor([[value]], dtype=dtype)}, tmp_path / "faulty.safetensors")
+    assert nonfinite_tensors(tmp_path / "sound.safetensors") == []
+    assert nonfinite_tensors(tmp_path / "faulty.safetensors") == ["b"]
+
+
+def test_the_doctor_reads_the_weights_once_and_again_when_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    reads = []
+    monkeypatch.setattr(doctor, "nonfinite_tensors", lambda file: reads.append(file) or nonfinite_tensors(file))
+    folder = shutil.copytree(BASE, tmp_path / "base", ignore=shutil.ignore_patterns("*.md"))
+    recipe = write_recipe(tmp_path / "recipe")
+    options = [f"base.model={folder}"]
+    assert [by_check(examine(recipe, options), "weights").verdict for _ in range(2)] == ["ok", "ok"]
+    assert len(reads) == 1
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    finding = by_check(examine(recipe, options), "weights")
+    assert (finding.verdict, len(reads)) == ("FAIL", 2) and "model.norm.weight" in finding.problem
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

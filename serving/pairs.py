@@ -2,7 +2,8 @@
 
 Reads prompts, dialogs and preferences (their context up to the last user turn), in any form that training reads. Writes
 `id`, `prompt`, `answer_a`, `answer_b`, and, for the people to fill, `choice`, `rating`, `a_is_safe`, `b_is_safe`: null.
-The policy and temperature of each answer are next to them, or in a separate key file by `id`. The format `rated_pairs`
+The policy and temperature of each answer are next to them, or in a separate key file by `id`. A page on which people rate
+the pairs by keyboard can be written too. The format `rated_pairs`
 (`llamachat.data.sources`) reads the rated file as preferences. One policy is in memory at a time. An answer that cannot
 be compared (truncated, empty, the same as the other) is resampled. Prompts are sampled in the order of their hashes, so
 that a shuffled file gets the same answers. The paper's two answers come from two variants of the model at varied
@@ -36,6 +37,7 @@ from serving.context import open_engine
 log = logging.getLogger(__name__)
 
 DRAWS = 4  # of one answer, before its prompt is left out. Ours.
+PAGE = Path(__file__).parent / "templates" / "rate.html"
 RATED_BY_PEOPLE: dict[str, None] = dict.fromkeys(("choice", "rating", "a_is_safe", "b_is_safe"))
 
 
@@ -77,6 +79,7 @@ class Request:
     top_k: int | None = None
     limit: int | None = None  # of prompts, the first ones
     key: Path | None = None  # where the provenance goes, in place of the pairs themselves
+    page: Path | None = None  # where to write the page on which people rate the pairs
     overwrite: bool = False
 
     def sampling(self, temperature: float, seed: int) -> Sampling:
@@ -147,6 +150,8 @@ def pair_file(variants: Sequence[Variant], prompts_in: Path, out: Path, request:
     kept = [index for index in range(len(questions)) if index not in drawing.left_out]
     pairs = [drawing.pair(index) for index in kept]
     origins = [_origin(questions[index].id, pairings[index], variants) for index in kept]
+    if request.page is not None:
+        _write_page(request.page, pairs, f"{out.name.partition('.')[0]}.rated.jsonl")
     if request.key is not None:
         _write(request.key, origins)
         _write(out, pairs)
@@ -168,13 +173,18 @@ def _check_request(variants: Sequence[Variant], prompts_in: Path, out: Path, req
             "--temperature: one policy at temperature 0 gives the same answer twice. A pair has two different ones. Name a "
             "second --policy, or another --temperature."
         )
-    targets = {"--out": out, **({"--key": request.key} if request.key else {})}
+    targets = {"--out": out, "--key": request.key, "--page": request.page}
+    named: dict[Path, str] = {}
     for option, path in targets.items():
+        if path is None:
+            continue
         check_output(path, [prompts_in], option=option, overwrite=request.overwrite)
-    if request.key and request.key.resolve() == out.resolve():
-        raise UsageError(
-            f"--key: '{request.key}' is the file of pairs itself. The key is what raters are not to see. Name another."
-        )
+        if path.resolve() in named:
+            raise UsageError(
+                f"{option}: '{path}' is the file of {named[path.resolve()]} itself. The pairs, the key that raters are not to see"
+                " and the page are files of their own. Name another."
+            )
+        named[path.resolve()] = option
 
 
 def _read_questions(variants: Sequence[Variant], path: Path, request: Request) -> list[_Question]:
@@ -292,6 +302,18 @@ def _origin(name: str, pairing: Pairing, variants: Sequence[Variant]) -> dict[st
 def _write(out: Path, records: Sequence[dict[str, Any]]) -> None:
     with written_beside(out) as stream:
         stream.writelines(f"{json.dumps(record, ensure_ascii=False)}\n".encode() for record in records)
+
+
+def _write_page(page: Path, pairs: Sequence[dict[str, Any]], name: str) -> None:
+    """The page on which people rate these pairs; it holds them, needs no network, and saves a file of that name.
+
+    Who gave which answer is not in it.
+    """
+    texts = json.dumps(pairs, ensure_ascii=False)
+    # "<" would let a text end the script that it stands in.
+    held = json.dumps({"name": name, "digest": digest("page", texts), "pairs": pairs}).replace("<", "\\u003c")
+    with written_beside(page) as stream:
+        stream.write(PAGE.read_text(encoding="utf-8").replace("PAIRS_AS_JSON", held).encode())
 
 
 def deal_pairings(keys: Sequence[str], *, num_policies: int, temperatures: Sequence[float], seed: int) -> list[Pairing]:

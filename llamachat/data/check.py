@@ -1,27 +1,41 @@
-"""`llamachat data check`: every bad line of a file with field, reason and fix, and what the good ones hold.
+"""`llamachat data check`: what is wrong with the lines of a file, by field, reason and fix, and what the good ones hold.
 
-Reads the file once, line by line, and writes nothing. Warnings (repeated records, keys that nothing reads) do not change
-the exit status; with problems it is 2.
+Reads the file once, line by line, and writes nothing. Equal problems of several lines are one line of the report. Where
+`llamachat data convert` repairs the first line that has a problem, the problem's fix names it. Warnings (repeated records,
+keys that nothing reads) do not change the exit status; with problems it is 2.
 """
 
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 
-from llamachat.chat_format.dialog import Dialog
+from llamachat.chat_format import ChatFormat, TrainOn
+from llamachat.chat_format.dialog import Dialog, Message, with_system
 from llamachat.chat_format.tokenizer import SPACE
 from llamachat.config.section import from_home
 from llamachat.config.sections import Split, hub_set
+from llamachat.data.convert.command import is_repairable
 from llamachat.data.convert.turns import html_in
 from llamachat.data.files import has_byte_order_mark, read_rows
-from llamachat.data.loading import Turn, parse_rows, side_sizes, sides_of, user_turns
-from llamachat.data.problems import Problem, convert_command, printable, problem, shown_name
+from llamachat.data.loading import Sides, Turn, parse_rows, side_sizes, sides_of, user_turns
+from llamachat.data.near_duplicates import SIMILARITY, WORDS, NearIndex, Sketch, sketch_of
+from llamachat.data.problems import (
+    CONVERT,
+    Problem,
+    convert_command,
+    counted_lines,
+    folded,
+    printable,
+    problem,
+    reason_key,
+    shown_name,
+)
 from llamachat.data.records import REQUIRED, Kind, Preference, Prompt, Record, Row, digest_of, messages_of, nearest_key
 
-_SHOWN_LINES = 20  # line numbers that one warning prints
 _TEXT_NAMES = {"system": "system text", "user": "user turn", "assistant": "answer"}
 
 
@@ -38,10 +52,28 @@ class Warned:
         """The warning on one line of text."""
         if not self.lines:
             return f"{path}: warning: {self.field}: {self.reason} {self.fix}"
-        shown = ", ".join(str(line) for line in self.lines[:_SHOWN_LINES])
-        more = f" and {len(self.lines) - _SHOWN_LINES} more" if len(self.lines) > _SHOWN_LINES else ""
-        lines = "line" if len(self.lines) == 1 else "lines"
-        return f"{path}:{self.lines[0]}: warning: {self.field}: {self.reason} {self.fix} ({lines} {shown}{more})"
+        return f"{path}:{self.lines[0]}: warning: {self.field}: {self.reason} {self.fix} ({counted_lines(self.lines)})"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLimit:
+    """How long a record may be, by the recipe that is to read it."""
+
+    chat_format: ChatFormat
+    max_tokens: int  # of a whole dialog, `base.max_tokens`
+    max_prompt_tokens: int  # of a prompt, with room for an answer
+    system: str | None  # put before what has no system text
+
+    def count(self, record: Record) -> tuple[int, int, tuple[Message, ...]]:
+        """The tokens of a record (of a pair those of the longer answer), the limit, and the messages that these are."""
+        messages = with_system(messages_of(record), self.system)
+        if isinstance(record, Prompt):
+            return len(self.chat_format.encode_prompt(messages)), self.max_prompt_tokens, messages
+        answers = (record.chosen, record.rejected) if isinstance(record, Preference) else ()
+        dialogs = [(*messages, answer) for answer in answers] or [messages]
+        lengths = [len(self.chat_format.encode_dialog(one, train_on=TrainOn.LAST_ANSWER).input_ids) for one in dialogs]
+        longest = lengths.index(max(lengths))
+        return lengths[longest], self.max_tokens, dialogs[longest]
 
 
 @dataclass(slots=True)
@@ -53,6 +85,9 @@ class CheckReport:
 
     path: str
     kind: Kind | None
+    forbidden: Sequence[str] = ()
+    options: str = ""  # of the command, for the one that is named as a fix
+    limit: TokenLimit | None = None
     num_records: int = 0
     problems: list[Problem] = field(default_factory=list)  # by line
     warnings: list[Warned] = field(default_factory=list)
@@ -61,11 +96,17 @@ class CheckReport:
     labels: Counter[str] = field(default_factory=Counter)  # "rating better", "is_safe true", ... -> records or messages
     num_duplicates: int = 0  # records that are the same as one before them
     num_empty: int = 0  # rows of a known set that hold no record
+    num_shortened: int = 0  # longer than the limit: trained on without their oldest turns
+    num_too_long: int = 0  # longer than the limit with their last turns alone: left out of training
     _first_lines: dict[bytes, int] = field(default_factory=dict)
     _lines_by_kind: dict[Kind, "array[int]"] = field(default_factory=dict)
     _warned: dict[tuple[str, str], Warned] = field(default_factory=dict)
     _first_html: str | None = None
     _user_turns: list[tuple[Turn, ...]] = field(default_factory=list)
+    _sketches: dict[int, Sketch] = field(default_factory=dict)  # by number of the record; of equal ones the first
+    _tokens: "array[int]" = field(default_factory=lambda: array("Q"))
+    _first_values: dict[tuple[str, str], object] = field(default_factory=dict)  # by kind of problem
+    _spread: Sides | None = None
 
     @property
     def exit_status(self) -> int:
@@ -78,15 +119,17 @@ class CheckReport:
         return len({one.line for one in self.problems})
 
     def text(self) -> str:
-        """The whole report: each problem and warning on a line, then what the file holds."""
-        lines = [one.at(self.path) for one in self.problems]
+        """The whole report: each kind of problem and warning on a line, then what the file holds."""
+        lines = folded(self.problems, self.path)
         lines += [one.at(self.path) for one in self.warnings]
-        command = convert_command(self.problems, self.path)
+        command = convert_command(self.problems, self.path, self.options)
         lines += [command] if command else []
         return "\n".join([*lines, *self._summary()])
 
     def _summary(self) -> Iterator[str]:
         kinds = f"{self.kind}s" if self.kind else "records"
+        if not self.num_records and all(not one.line for one in self.problems):
+            return  # the problem of the file as a whole says all
         bad = f"{self.num_bad_lines} bad line{'' if self.num_bad_lines == 1 else 's'}"
         yield f"{self.path}: {self.num_records} good {kinds}, {bad}, {self.num_duplicates} repeated"
         if self.num_empty:
@@ -94,23 +137,25 @@ class CheckReport:
         if self.turns:
             yield "  turns: " + ", ".join(f"{turns} in {count}" for turns, count in sorted(self.turns.items()))
         for name, counts in self.characters.items():
-            ordered = sorted(counts)
-            last = len(ordered) - 1
-            yield (
-                f"  {name}, characters: median {ordered[last // 2]}, 95% up to {ordered[int(last * 0.95)]}, "
-                f"from {ordered[0]} to {ordered[last]} ({len(ordered)} texts)"
-            )
+            yield f"  {name}, characters: {_spread_of(counts)} ({len(counts)} texts)"
+        if self.limit is not None and self._tokens:
+            most = self.limit.max_prompt_tokens if self.kind == "prompt" else self.limit.max_tokens
+            yield f"  tokens: {_spread_of(self._tokens)}; at most {most} are read"
         for name, count in sorted(self.labels.items()):
             yield f"  {name}: {count}"
-        if self.num_records:
-            spread = sides_of(self._user_turns, Split())
-            yield f"  sides by the default data.split: {side_sizes(Counter(spread.sides))}"
-            if spread.num_alike:
-                yield f"  {spread.num_alike} conversations open as many others do; what the user says next decides on their side"
+        if self._spread is not None:
+            yield f"  sides by the default data.split: {side_sizes(Counter(self._spread.sides))}"
+            if self._spread.num_alike:
+                yield f"  {self._spread.num_alike} conversations open as many others do; what the user says next decides on their side"
+        if self.num_records and self.limit is None:
+            yield "  tokens: not counted (`--config RECIPE` counts them and compares them with base.max_tokens)"
 
     def add(self, row: Row) -> None:
         """Count one row of the file."""
         self.problems += row.problems
+        for fault in row.problems:
+            if row.value is not None:
+                self._first_values.setdefault((reason_key(fault), fault.fix), row.value)
         for name in dict.fromkeys(shown_name(re.sub(r"\[\d+\]", "[]", name)) for name in row.unused):
             self._warn(row.line, name, "is a key that nothing reads; it is left out.", _fix_of_unused(name))
         if row.kind is not None:
@@ -121,9 +166,11 @@ class CheckReport:
         self.num_records += 1
         self._user_turns.append(user_turns(row.record))
         first = self._first_lines.setdefault(digest_of(row.record), row.line)
-        if first != row.line:
+        if first == row.line:
+            self._sketches[self.num_records - 1] = sketch_of(row.record)
+        else:
             self.num_duplicates += 1
-            reason = f"is the same as on line {first}; it counts twice in training."
+            reason = "is the same as an earlier one; it counts twice in training."
             self._warn(row.line, "record", reason, "Drop it, or leave it if that is meant.")
         self._measure(row.record, row.line)
 
@@ -155,9 +202,20 @@ class CheckReport:
             reason = f"is HTML ({printable(self._first_html)[:40]}), which is trained on unchanged."
             fix = "Take it out with `llamachat data convert --plain-text`, or leave it if the dialogs are about web pages."
             self._warn(line, "content", reason, fix)
+        if self.limit is not None:
+            self._measure_tokens(self.limit, record)
+
+    def _measure_tokens(self, limit: TokenLimit, record: Record) -> None:
+        count, most, messages = limit.count(record)
+        self._tokens.append(count)
+        if count > most:
+            fits = limit.chat_format.shorten(messages, max_tokens=most) is not None
+            self.num_shortened += fits
+            self.num_too_long += not fits
 
     def finish(self) -> None:
         """Once all rows are added: the kind that most are of, records of other kinds, warnings."""
+        self._name_repairs()
         if self.kind is None:
             lines = self._lines_by_kind
             self.kind = max(lines, key=lambda kind: len(lines[kind]), default=None)
@@ -167,11 +225,47 @@ class CheckReport:
         if self.num_records and hub_set(self.path) is None and has_byte_order_mark(file):
             reason = "is a byte order mark, which is skipped here; other readers of JSON Lines refuse it."
             self._warn(1, "byte 1", reason, "Save the file as UTF-8 without it.")
-        warning = sides_of(self._user_turns, Split()).warning(Split())
-        if warning is not None:
-            fix = "Add conversations that begin otherwise, drop repeats, or set other shares."
-            self._warned["split", warning] = Warned("data.split", warning, fix, [])
+        if self.num_shortened or self.num_too_long:
+            reason = f"are more than the recipe reads: of {self.num_shortened} records the oldest turns are dropped, {self.num_too_long} are left out."
+            self._warn_of_file("tokens", reason, "Raise base.max_tokens, or shorten the texts.")
+        if self.num_records:
+            self._check_split()
         self.warnings = sorted(self._warned.values(), key=lambda warned: warned.lines[:1])
+
+    def _name_repairs(self) -> None:
+        """Name `data convert` in the fix of each problem that it repairs, judged by the first line with the problem."""
+        repaired = {
+            key
+            for key, value in self._first_values.items()
+            if CONVERT not in key[1] and is_repairable(value, self.kind, forbidden=self.forbidden)
+        }
+        self.problems = [
+            replace(one, fix=f"{one.fix} (`{CONVERT}` does it.)") if (reason_key(one), one.fix) in repaired else one
+            for one in self.problems
+        ]
+
+    def _check_split(self) -> None:
+        """The sides of the default split: their sizes, and records that are nearly the same on two of them."""
+        self._spread = spread = sides_of(self._user_turns, Split())
+        if (warning := spread.warning(Split())) is not None:
+            fix = "Add conversations that begin otherwise, drop repeats, or set other shares."
+            self._warn_of_file("data.split", warning, fix)
+        index = NearIndex(list(self._sketches.values()))
+        is_held_out = [spread.sides[record] in ("test", "validation") for record in self._sketches]
+        for number, is_out in enumerate(is_held_out):
+            if not is_out:
+                index.add(number)
+        near = sum(is_out and index.find(number) is not None for number, is_out in enumerate(is_held_out))
+        if near:
+            reason = (
+                f"{near} of {sum(is_held_out)} held-out records are nearly the same as one that is trained on"
+                f" ({SIMILARITY:.0%} or more of their sequences of {WORDS} words): held-out figures will look too good."
+            )
+            fix = f"`{CONVERT} --drop-near-duplicates` keeps one of each such group."
+            self._warn_of_file("data.split", reason, fix)
+
+    def _warn_of_file(self, name: str, reason: str, fix: str) -> None:
+        self._warned[name, reason] = Warned(name, reason, fix, [])
 
     def _of_other_kinds(self) -> Iterator[Problem]:
         """Records of another kind than most: a file is read for one kind."""
@@ -184,23 +278,40 @@ class CheckReport:
             yield from (problem(line, "record", reason, fix) for line in lines)
 
 
-def check_path(path: str, kind: Kind | None, format: str, forbidden: Sequence[str]) -> CheckReport:
+def check_path(
+    path: str,
+    kind: Kind | None,
+    format: str,
+    forbidden: Sequence[str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    limit: TokenLimit | None = None,
+) -> CheckReport:
     """The report on one file; without `kind`, it is a file of the kind that most of its records are.
 
-    `forbidden` are the texts that no message may hold (`ChatFormat.forbidden`).
+    `forbidden` are the texts that no message may hold (`ChatFormat.forbidden`); with `limit` tokens are counted.
     """
-    report = CheckReport(path, kind)
-    for row in parse_rows(read_rows(path), path=path, kind=kind, format=format, forbidden=forbidden):
+    named = ",".join(f"{name}={column}" for name, column in (columns or {}).items())
+    given = {"--kind": kind or "", "--format": "" if format == "auto" else format, "--columns": named}
+    options = "".join(f" {option} {quote(value)}" for option, value in given.items() if value)
+    report = CheckReport(path, kind, forbidden, options, limit)
+    for row in parse_rows(read_rows(path), path=path, kind=kind, format=format, columns=columns, forbidden=forbidden):
         report.add(row)
     report.finish()
     return report
+
+
+def _spread_of(values: "array[int]") -> str:
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return f"median {ordered[last // 2]}, 95% up to {ordered[int(last * 0.95)]}, from {ordered[0]} to {ordered[last]}"
 
 
 def _fix_of_unused(name: str) -> str:
     plain = name.rpartition(".")[2]
     near = nearest_key(plain)
     if near is None:
-        return "Name it in the source's 'columns' if it is another name of a key."
+        return f"If it is another name of a key, give `--columns KEY={plain}`, and in a recipe the source's 'columns'."
     if near[0] == plain:
         return f"It is a key of a {near[1]}; take it out here, or move the record to a file of those."
     return f"The nearest known key is '{near[0]}' of a {near[1]}; rename it if that is meant."

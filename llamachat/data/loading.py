@@ -303,28 +303,21 @@ def parse_rows(
     Without `kind` each row is of the kind that its keys say. `path` stands in errors.
     """
     named = named_source(format, kind, path)
-    if not columns and format != "native":
+    if columns:
+        rows = renamed_rows(rows, columns)
+    elif format != "native":
         rows = gathered(rows, kind, [named] if named else SOURCES.values())
     rows = iter(rows)
     head = list(islice(rows, _HEAD))
-    values = [_renamed(row, columns).value for row in head if not row.problems]
+    values = [row.value for row in head if not row.problems]
     source = _likeliest_source(kind, values, path) if format == "auto" else named
     kinds = [kind_of(value) for value in values]
     usual = kind or max(KINDS, key=kinds.count)
-    absent = set((columns or {}).values())
-    has_rows = False
     for row in chain(head, rows):
         if row.problems:
             yield row
-            continue
-        has_rows = True
-        if absent and isinstance(row.value, Mapping):
-            absent -= row.value.keys()
-        yield from _parse_row(_renamed(row, columns), kind, usual, source, forbidden)
-    if absent and has_rows:
-        names = ", ".join(repr(name) for name in sorted(absent))
-        fix = "Correct the source's 'columns' ({field of a record: name in the file})."
-        yield bad_row(0, "file", f"has no column {names} in any row.", fix)
+        else:
+            yield from _parse_row(row, kind, usual, source, forbidden)
 
 
 def _parse_row(
@@ -357,12 +350,25 @@ def _parsed(row: Row, value: object, kind: Kind | None, usual: Kind, forbidden: 
     return Row(row.line, row.value, problems=problems, kind=shown, record=record, unused=unused)
 
 
-def _renamed(row: Row, columns: Mapping[str, str] | None) -> Row:
-    if not columns or not isinstance(row.value, Mapping):
-        return row
-    value = {name: item for name, item in row.value.items() if name not in columns.values()}
-    value |= {name: row.value[column] for name, column in columns.items() if column in row.value}
-    return replace(row, value=value)
+def renamed_rows(rows: Iterable[Row], columns: Mapping[str, str]) -> Iterator[Row]:
+    """The rows with these columns renamed ({new name: name in the file}); in the end a problem of the file where one of
+    the columns is in no row.
+    """
+    absent, has_rows = set(columns.values()), False
+    for row in rows:
+        if row.problems or not isinstance(row.value, Mapping):
+            has_rows = has_rows or not row.problems
+            yield row
+            continue
+        has_rows = True
+        absent -= row.value.keys()
+        value = {name: item for name, item in row.value.items() if name not in columns.values()}
+        value |= {name: row.value[column] for name, column in columns.items() if column in row.value}
+        yield replace(row, value=value)
+    if absent and has_rows:
+        names = ", ".join(repr(name) for name in sorted(absent))
+        fix = "Correct `--columns FIELD=COLUMN`, or the source's 'columns' ({field of a record: name in the file})."
+        yield bad_row(0, "file", f"has no column {names} in any row.", fix)
 
 
 def named_source(format: str, kind: Kind | None, path: str) -> Source | None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from shlex import quote
 from sys import intern
 
-SHOWN = 50  # problems that one error prints
+SHOWN = 50  # kinds of problems that one error prints
+SHOWN_LINES = 20  # numbers of lines that one kind of problem, or one warning, prints
 LONGEST_REASON = 400  # characters; a reason quotes what was found, and that may be a whole page
 
 LONGEST_NAME = 60  # characters of a key: what a file holds there may be a whole page too
 
-_CONVERT = "llamachat data convert"
+CONVERT = "llamachat data convert"
 _KEY_LENGTH = 160
 
 
@@ -66,20 +67,42 @@ def left_out(dropped: Mapping[str, int]) -> str:
     return f" ({counts})" if counts else ""
 
 
+def folded(problems: Iterable[Problem], path: str | Path) -> list[str]:
+    """A line of text for each kind of problem: the first one, how many lines have the same, and which."""
+    kinds: dict[tuple[str, str], list[Problem]] = {}
+    for fault in problems:
+        kinds.setdefault((reason_key(fault), fault.fix), []).append(fault)
+    return [f"{same[0].at(path)}{_lines_of(same)}" for same in kinds.values()]
+
+
+def _lines_of(same: Sequence[Problem]) -> str:
+    lines = list(dict.fromkeys(fault.line for fault in same))
+    return f" ({counted_lines(lines)})" if len(lines) > 1 else ""
+
+
+def counted_lines(lines: Sequence[int]) -> str:
+    """How many lines these are, and the numbers of the first ones."""
+    if len(lines) == 1:
+        return f"line {lines[0]}"
+    numbers = ", ".join(map(str, lines[:SHOWN_LINES]))
+    more = f" and {len(lines) - SHOWN_LINES} more" if len(lines) > SHOWN_LINES else ""
+    return f"{len(lines)} lines: {numbers}{more}"
+
+
 def report(problems: Sequence[Problem], path: str | Path) -> str:
-    """The problems of one file, a line each, and the command that fixes some of them where there is one."""
-    lines = [fault.at(path) for fault in problems[:SHOWN]]
-    if len(problems) > SHOWN:
-        lines.append(f"and {len(problems) - SHOWN} more (`llamachat data check {quote(str(path))}` names them all).")
+    """The problems of one file, a line for each kind, and the command that fixes some of them where there is one."""
+    lines = folded(problems, path)
+    if len(lines) > SHOWN:
+        lines[SHOWN:] = [f"and {len(lines) - SHOWN} more (`llamachat data check {quote(str(path))}` names them all)."]
     command = convert_command(problems, path)
     return "\n".join([*lines, command] if command else lines)
 
 
-def convert_command(problems: Iterable[Problem], path: str | Path) -> str:
-    """The `data convert` command for this file, if it would fix one of the problems; else ""."""
-    if not any(_CONVERT in fault.fix for fault in problems):
+def convert_command(problems: Iterable[Problem], path: str | Path, options: str = "") -> str:
+    """The `data convert` command for this file, if it would fix one of its lines; else ""."""
+    if not any(CONVERT in fault.fix for fault in problems if fault.line):
         return ""
-    return f"Where that is the fix, the command is: {_CONVERT} {quote(str(path))} {quote(str(converted_path(path)))}"
+    return f"Where that is the fix, the command is: {CONVERT} {quote(str(path))} {quote(str(converted_path(path)))}{options}"
 
 
 def converted_path(path: str | Path) -> Path:

@@ -406,7 +406,10 @@ class _Parser:
         elif inner is not None:
             fix = f"If the records are under {inner!r}, take them out: `jq -c '.{json.dumps(inner)}[]' IN > OUT`."
         else:
-            fix = f"Write {_shape(kind)}, or name the 'format' or the 'columns' of the file."
+            fix = (
+                f"Write {_shape(kind)}, or name the form with `--format` or the columns with `--columns` (in a recipe the "
+                "source's 'format' and 'columns')."
+            )
         self.note(key, f"is {what}, but a {kind} needs it.", fix)
 
 

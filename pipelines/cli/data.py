@@ -2,11 +2,14 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipelines.cli.launch import AllowUnproved, OverwriteOutOption, reported
+from pipelines.cli.launch import AllowUnproved, ColumnsOption, OverwriteOutOption, named_columns, reported
+
+if TYPE_CHECKING:
+    from llamachat.data.check import TokenLimit
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +56,39 @@ def check(
     data_format: Annotated[
         str, typer.Option("--format", help="Format of the records: auto, native, or the name of a known set.")
     ] = "auto",
+    columns: ColumnsOption = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="Recipe whose base.max_tokens the tokens of each record are compared with.", metavar="FILE"
+        ),
+    ] = None,
 ) -> None:
-    """Check a data file: every bad line with its field, the reason and the fix; then what the file holds."""
+    """Check a data file: name what is wrong with its lines, by field, reason and fix, then what the file holds."""
     from llamachat.chat_format.llama2 import SPECIAL_TAGS
     from llamachat.data.check import check_path
 
-    report = check_path(path, kind, data_format, SPECIAL_TAGS)
+    limit = None if config is None else _token_limit(config)
+    report = check_path(path, kind, data_format, SPECIAL_TAGS, columns=named_columns(columns), limit=limit)
     print(report.text())
     if report.exit_status:
         raise typer.Exit(report.exit_status)
+
+
+def _token_limit(config: Path) -> "TokenLimit":
+    """The tokenizer of a recipe's base, and how many tokens the recipe's steps read of a record."""
+    from llamachat.chat_format.proof import load_proved_format
+    from llamachat.data.check import TokenLimit
+    from llamachat.models.hub import tokenizer_folder
+    from pipelines.recipe.recipe import load
+
+    recipe = load(config)
+    base = recipe.base
+    chat_format, _ = load_proved_format(
+        tokenizer_folder(base.model), chat_format=base.chat_format, allow_unproved=base.allow_unproved_tokenizer
+    )
+    for_prompts = base.max_tokens - recipe.sections.rollout.max_new_tokens
+    return TokenLimit(chat_format, base.max_tokens, for_prompts, base.system)
 
 
 @reported
@@ -77,6 +104,7 @@ def convert(
     data_format: Annotated[
         str, typer.Option("--format", help="Format of the records: auto, native, or the name of a known set.")
     ] = "auto",
+    columns: ColumnsOption = None,
     overwrite: OverwriteOutOption = False,
     strict: Annotated[
         bool,
@@ -86,6 +114,13 @@ def convert(
     ] = False,
     plain_text: Annotated[
         bool, typer.Option("--plain-text", help="Convert HTML in the texts to plain text: tags, line breaks, entities.")
+    ] = False,
+    drop_near_duplicates: Annotated[
+        bool,
+        typer.Option(
+            "--drop-near-duplicates",
+            help="Drop a record that is nearly the same as one before it, such as dialogs made from one template.",
+        ),
     ] = False,
 ) -> None:
     """Convert a data file to the native form. Faults are repaired and counted where possible; other records are dropped
@@ -99,9 +134,11 @@ def convert(
         out,
         kind=kind,
         format=data_format,
+        columns=named_columns(columns),
         forbidden=SPECIAL_TAGS,
         overwrite=overwrite,
         strict=strict,
         plain_text=plain_text,
+        drop_near_duplicates=drop_near_duplicates,
     )
     print(f"{report.dropped()}{report.text()}")

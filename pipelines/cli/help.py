@@ -58,11 +58,18 @@ EXAMPLES: dict[str, dict[str, tuple[str, ...]]] = {
         "base": ("llamachat base smollm2-135m",),
     },
     "Data": {
-        "data check": ("llamachat data check my/dialogs.jsonl",),
-        "data convert": ("llamachat data convert my/logs.json my/dialogs.jsonl --plain-text",),
+        "data check": (
+            "llamachat data check my/dialogs.jsonl",
+            "llamachat data check my/dialogs.jsonl --config configs/tiny.yaml",
+        ),
+        "data convert": (
+            "llamachat data convert my/logs.json my/dialogs.jsonl --plain-text",
+            "llamachat data convert my/se.jsonl my/pairs.jsonl --columns chosen=response_j,rejected=response_k",
+        ),
         "tokens": ("llamachat tokens --tokenizer assets/base --in my/dialogs.jsonl --out my/tokens.jsonl --show",),
         "pairs": (
             "llamachat pairs --policy runs/a runs/b --in my/prompts.jsonl --out my/pairs.jsonl",
+            "llamachat pairs --policy runs/a --in my/prompts.jsonl --out my/pairs.jsonl --page my/rate.html",
             "llamachat pairs --policy runs/a --temperature 0.7 1.0 --in my/prompts.jsonl --out my/pairs.jsonl",
         ),
     },

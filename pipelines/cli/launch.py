@@ -51,6 +51,14 @@ HoursOption = Annotated[
 OverwriteOutOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output if it exists. An input is never replaced.")
 ]
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns",
+        help="Other names of fields in the file: prompt=question,chosen=response_j,rejected=response_k.",
+        metavar="FIELD=COLUMN[,...]",
+    ),
+]
 AllowUnproved = Annotated[
     bool, typer.Option("--allow-unproved-tokenizer", help="Accept a tokenizer that fails the check of its token ids.")
 ]
@@ -108,6 +116,20 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(INTERRUPTED) from error
 
     return wrapped
+
+
+def named_columns(words: Sequence[str] | None) -> dict[str, str]:
+    """The columns of a data file by the field that each of them is."""
+    columns: dict[str, str] = {}
+    for item in (item for word in words or () for item in word.split(",")):
+        field, equals, column = item.partition("=")
+        if not (field and equals and column) or field in columns:
+            raise UsageError(
+                f"--columns: '{item}' is not FIELD=COLUMN with a field that is named once. It says which column of the file is "
+                "which field of a record, such as prompt=question,chosen=response_j,rejected=response_k. Correct it."
+            )
+        columns[field] = column
+    return columns
 
 
 def _from_home(value: Any) -> Any:

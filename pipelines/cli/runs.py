@@ -9,12 +9,14 @@ import typer
 from llamachat.errors import UsageError
 from pipelines.cli.launch import (
     TINY,
+    ColumnsOption,
     ConfigOption,
     GpuOption,
     HoursOption,
     Overrides,
     OverwriteOutOption,
     PresetsOption,
+    named_columns,
     reported,
     state_is_kept,
 )
@@ -47,6 +49,7 @@ def init(
     adversarial: Annotated[
         Files, typer.Option("--adversarial", help="Prompts that ask for something unsafe.", metavar="FILE...")
     ] = None,
+    columns: ColumnsOption = None,
     gpu: GpuOption = None,
     hours: HoursOption = None,
     out: Annotated[Path, typer.Option("--out", help="The recipe to write.", metavar="FILE")] = Path("recipe.yaml"),
@@ -75,7 +78,8 @@ def init(
     base, run_dir = from_home(base), from_home(run_dir or f"runs/{out.stem}")
     read = [base, *(path for paths in files.values() for path in paths), *PRESETS.glob("*.yaml")]
     check_output(out, read, overwrite=overwrite)
-    print(write_recipe(base, files, gpu=gpu, hours=hours, out=out, run_dir=run_dir))
+    named = named_columns(columns)
+    print(write_recipe(base, files, columns=named, gpu=gpu, hours=hours, out=out, run_dir=run_dir))
 
 
 @reported

@@ -28,6 +28,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+KeyOption = Annotated[
+    Path | None,
+    typer.Option("--key", help="File to write, apart from the pairs: which policy gave which answer.", metavar="FILE"),
+]
+PageOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--page", help="File to write: a page (HTML) on which people rate by keyboard, offline.", metavar="FILE"
+    ),
+]
+
 
 @reported
 def chat(
@@ -246,14 +257,10 @@ def pairs(
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = 0,
     limit: Annotated[
-        int | None, typer.Option("--limit", help="Read only this many prompts, the first ones.", min=1)
+        int | None, typer.Option("--limit", help="Read only the first N prompts.", metavar="N", min=1)
     ] = None,
-    key: Annotated[
-        Path | None,
-        typer.Option(
-            "--key", help="Where to write which policy gave which answer, apart from the pairs.", metavar="FILE"
-        ),
-    ] = None,
+    key: KeyOption = None,
+    page: PageOption = None,
     overwrite: OverwriteOutOption = False,
 ) -> None:
     """Sample two answers to each prompt, from different policies or temperatures, for people to rate (3.2.1)."""
@@ -263,7 +270,7 @@ def pairs(
     artifacts = [read_artifact(path, "policy", reader="pairs") for path in policies]
     places = [artifact.path.resolve() for artifact in artifacts]
     _check_different(policies, places)
-    for option, place in (("--out", out), ("--key", key)):
+    for option, place in (("--out", out), ("--key", key), ("--page", page)):
         if place is not None:
             check_output(place, [prompts, *places], option=option, overwrite=overwrite)
     from serving.pairs import Request, counted, pair_file, variant_of
@@ -276,11 +283,14 @@ def pairs(
         seed=seed,
         limit=limit,
         key=key,
+        page=page,
         overwrite=overwrite,
     )
     variants = [variant_of(artifact, str(path)) for artifact, path in zip(artifacts, policies, strict=True)]
     done = pair_file(variants, prompts, out, request)
     log.info("%s: %d pairs for %d prompts", out, done.pairs, done.prompts)
+    if page is not None:
+        log.info("%s: open it in a browser; `s` saves the rated file, which a source of format rated_pairs reads", page)
     if done.shortened:
         log.info("%d prompts: a policy did not see their oldest turns, which did not fit", done.shortened)
     if done.redrawn:

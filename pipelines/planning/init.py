@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -18,8 +19,9 @@ from llamachat.chat_format.llama2 import SPECIAL_TAGS
 from llamachat.config.gpus import CARDS, Gpu, parse_gpu
 from llamachat.config.loading import from_plain, read_layers
 from llamachat.config.section import NO_TEXT, from_home
-from llamachat.config.sections import bundled, hub_set, missing, model_fault
+from llamachat.config.sections import bundled, hub_set, missing, model_fault, split_revision
 from llamachat.data.check import CheckReport, check_path
+from llamachat.data.files import read_rows
 from llamachat.data.problems import printable, report
 from llamachat.data.records import Kind
 from llamachat.errors import DataError, UsageError
@@ -38,6 +40,7 @@ from ppo import Config as PpoConfig
 SHARE_FOR_STEPS = 0.85  # of the hours; the rest is for what no estimate counts: loading, saving, figures. Ours
 LEAST_SHARE, FEW_PROMPTS = 0.02, 8  # of the preset's lengths, and of anything sampled: what is less teaches nothing
 PAIRS_FOR_A_JUDGE, DIALOGS_FOR_GATT = 2000, 50
+ROWS_FOR_COLUMNS = 100  # looked into for the names of columns
 FEW_CONVERSATIONS = 2000  # of which more are kept from training, so that there is something to measure with
 DIALOGS_AND_PAIRS = ("sft", "helpfulness", "safety")
 # The options of the command: what each takes, and the key of `data` that its files go under.
@@ -60,6 +63,9 @@ class Draft:
     values: Values
     left_out: dict[str, str]  # steps of the preset, and why
     config: str  # folder of the base's config.json, or the name of a known base
+    batches: dict[str, str] = field(
+        default_factory=dict
+    )  # by step, batches made smaller for few records, and epochs raised
 
     def recipe(self) -> Recipe:
         """As it will be loaded, but for a base of the hub, whose config.json lies in a folder."""
@@ -85,7 +91,14 @@ class Draft:
 
 
 def init(
-    base: str, files: Mapping[str, Sequence[Path]], *, gpu: str | None, hours: float | None, out: Path, run_dir: str
+    base: str,
+    files: Mapping[str, Sequence[Path]],
+    *,
+    columns: Mapping[str, str],
+    gpu: str | None,
+    hours: float | None,
+    out: Path,
+    run_dir: str,
 ) -> str:
     """Write the recipe for files by option; returns what was chosen and what to do next."""
     named = [(option, str(path)) for option, paths in files.items() for path in paths]
@@ -98,11 +111,11 @@ def init(
         require_llama(Path(base), base)
         config = base
     else:  # a known base of the hub is named, and the hub is not asked for its config.json
-        config = base if base in KNOWN_BASES else str(tokenizer_folder(base))
+        config = base if split_revision(base)[0] in KNOWN_BASES else str(tokenizer_folder(base))
     shape = shape_of(config)
     if shape is None:
         raise UsageError(f"--base: '{base}' has no config.json with sizes. Give the folder of a whole Llama model.")
-    data = read_files(files)
+    data = read_files(files, columns)
     run = {"dir": run_dir, "gpu": gpu, "max_hours": hours}
     presets = _nearest_presets(shape, with_card=bool(gpu))
     draft = _that_fits([_draft(name, values, base, run, data, config) for name, values in presets])
@@ -120,16 +133,31 @@ class DataFiles:
 
     files: dict[str, list[str]] = field(default_factory=dict)
     records: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)  # other names of fields, by file
     rated: int = 0  # pairs with a rating
     labelled: int = 0  # answers of data.safety with a label
+
+    def source(self, path: str) -> Values:
+        """A file as a recipe names it."""
+        return {"path": path} | ({"columns": dict(self.columns[path])} if self.columns[path] else {})
 
     def count(self, *keys: str) -> int:
         return sum(self.records.get(key, 0) for key in keys)
 
 
-def read_files(files: Mapping[str, Sequence[Path]]) -> DataFiles:
-    """Read the files of each option whole; UsageError or DataError for the first that cannot be trained on."""
+def read_files(files: Mapping[str, Sequence[Path]], columns: Mapping[str, str]) -> DataFiles:
+    """Read the files of each option whole; UsageError or DataError for the first that cannot be trained on.
+
+    `columns` are other names of fields, each in the files that have such a column.
+    """
     data = DataFiles()
+    data.columns = {str(path): _columns_in(str(path), columns) for paths in files.values() for path in paths}
+    absent = [name for name, column in columns.items() if not any(name in of_file for of_file in data.columns.values())]
+    if absent:
+        raise UsageError(
+            f"--columns: no file has a column {columns[absent[0]]!r} in its first rows, which is to be '{absent[0]}'. Write"
+            " FIELD=COLUMN, the name in the file last."
+        )
     earlier: dict[tuple[Path, Kind], str] = {}
     for option, path in ((option, path) for option, paths in files.items() for path in paths):
         kind, key = OPTIONS[option]
@@ -140,7 +168,7 @@ def read_files(files: Mapping[str, Sequence[Path]]) -> DataFiles:
                 " a source that should count for more gets a `weight` in the recipe."
             )
         earlier[place] = option
-        checked = _checked(str(path), option, kind)
+        checked = _checked(str(path), option, kind, data.columns[str(path)])
         data.files.setdefault(key, []).append(str(path))
         data.records[key] = data.count(key) + checked.num_records
         for name, times in checked.labels.items():
@@ -149,7 +177,16 @@ def read_files(files: Mapping[str, Sequence[Path]]) -> DataFiles:
     return data
 
 
-def _checked(path: str, option: str, kind: Kind) -> CheckReport:
+def _columns_in(path: str, columns: Mapping[str, str]) -> dict[str, str]:
+    """Those of the columns that the first rows of a file have."""
+    if not columns or not Path(from_home(path)).is_file():
+        return {}
+    rows = islice(read_rows(path), ROWS_FOR_COLUMNS)
+    names = {name for row in rows if isinstance(row.value, Mapping) for name in row.value}
+    return {name: column for name, column in columns.items() if column in names}
+
+
+def _checked(path: str, option: str, kind: Kind, columns: Mapping[str, str]) -> CheckReport:
     """The report on a file that may be trained on."""
     if not Path(from_home(path)).exists():
         raise UsageError(
@@ -160,7 +197,7 @@ def _checked(path: str, option: str, kind: Kind) -> CheckReport:
         )
     if not Path(from_home(path)).is_file() and not Path(from_home(path)).is_dir():
         raise UsageError(f"{option}: '{path}' is no file that a recipe could name. Write its content to a file.")
-    checked = check_path(path, None, "auto", SPECIAL_TAGS)
+    checked = check_path(path, None, "auto", SPECIAL_TAGS, columns=columns)
     for problem in checked.problems:
         if not problem.line:  # of the whole file: a folder, an empty file, a table
             raise DataError(f"{option}: '{path}' {problem.reason} {problem.fix}")
@@ -213,7 +250,9 @@ def _draft(preset: str, values: Values, base: str, run: Values, data: DataFiles,
         split |= {"test": max(split["test"], 0.1), "validation": max(split["validation"], 0.05)}
     if data.count("helpfulness") < PAIRS_FOR_A_JUDGE:
         split["judge"] = 0.0
-    values["data"] = {key: [{"path": path} for path in paths] for key, paths in data.files.items()} | {"split": split}
+    values["data"] = {key: [data.source(path) for path in paths] for key, paths in data.files.items()} | {
+        "split": split
+    }
     kept: list[Any] = []
     left_out: dict[str, str] = {}
     for entry in map(StepEntry, values["steps"]):
@@ -323,6 +362,7 @@ def _lower_batches(draft: Draft) -> None:
             while steps < FEW_STEPS and minibatch % 2 == 0:
                 steps, minibatch = 2 * steps, minibatch // 2
             draft.put(index, "responses_per_minibatch", minibatch)
+            draft.batches[step.name] = f"responses_per_minibatch {minibatch}"
             continue
         own = step.config.model_dump()
         trained = {**recipe.sections.sft.model_dump(), **own["sft"]} if step.stage.tunes else own
@@ -331,6 +371,7 @@ def _lower_batches(draft: Draft) -> None:
         smaller = {key: max(1, examples // FEW_STEPS)}
         if examples < FEW_STEPS:
             smaller["epochs"] = math.ceil(10 * trained["epochs"] * FEW_STEPS / examples) / 10
+        draft.batches[step.name] = ", ".join(f"{name} {value}" for name, value in smaller.items())
         for name, value in ({"sft": own["sft"] | smaller} if step.stage.tunes else smaller).items():
             draft.put(index, name, value)
 
@@ -345,10 +386,13 @@ def _write(out: Path, draft: Draft, data: DataFiles) -> str:
     files = data.files.items()
     room = f"; a step should need at most {card.usable_bytes / 2**30:.1f} of {card}" if card else ""
     steps = ", ".join(f"{name} {duration(estimate.seconds)}" for name, estimate in fit.steps.items())
+    batches = "; ".join(f"{name} {values}" for name, values in draft.batches.items())
+    few = f"smaller than the preset's: so few records give fewer than {FEW_STEPS} optimizer steps otherwise ({batches})"
     rows = [
         *((f"data.{k}", f"{data.records[k]} records of {', '.join(paths)}{rated.get(k, '')}") for k, paths in files),
         ("preset", f"{preset}, tuning.method {draft.values['tuning']['method']}"),
         ("steps", ", ".join(fit.steps)),
+        *([("batches", few)] if batches else []),
         *(("left out", f"{name}: {reason}") for name, reason in draft.left_out.items()),
         ("memory", f"about {fit.peak_bytes / 2**30:.1f} GiB at the peak ({fit.worst}), estimated{room}"),
         ("time", f"about {duration(3600 * (fit.hours or 0))} by estimate: {steps}"),

@@ -1,6 +1,9 @@
 """Pairs for people to rate: who answers, what is drawn again, what is written, and the way back into training."""
 
 import gc
+import json
+import shutil
+import subprocess
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -114,6 +117,70 @@ def test_a_key_file_takes_the_provenance_and_raters_see_none(tmp_path: Path, tin
     joined = [pair | origin for pair, origin in zip(read_lines(blind), read_lines(key), strict=True)]
     assert joined == read_lines(open_out)
     assert [row["prompt"] for row in joined] == [row["prompt"] for row in QUESTIONS[:6]]
+
+
+# What a browser has and the page uses; the keys of the command line are pressed, and what is saved is printed.
+BROWSER = """
+const fs = require("fs");
+const html = fs.readFileSync(process.argv[2], "utf8");
+const element = () => ({textContent: "", className: "", append() {}, replaceChildren() {}, addEventListener() {}, click() {}});
+const elements = {};
+const listeners = {};
+global.document = {
+  getElementById: (id) => (elements[id] ??= element()),
+  createElement: element,
+  addEventListener: (name, run) => { listeners[name] = run; },
+};
+const kept = {};
+global.localStorage = {getItem: (key) => kept[key] ?? null, setItem: (key, value) => { kept[key] = value; }};
+global.Blob = class { constructor(parts) { this.text = parts.join(""); } };
+global.URL = {createObjectURL: (blob) => { process.stdout.write(blob.text); return ""; }, revokeObjectURL() {}};
+document.getElementById("pairs").textContent = html.match(/<script type="application.json" id="pairs">([^]*?)<.script>/)[1];
+const script = html.match(/<script>([^]*?)<.script>/)[1];
+new Function(script)();
+const press = (key) => listeners.keydown({key, preventDefault() {}});
+for (const key of process.argv[3].split(" ")) press(key);
+new Function(script)();  // the page is opened again, with what it kept
+press("s");
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node, which runs the page's script")
+def test_a_page_rates_pairs_by_keyboard_and_saves_what_rated_pairs_reads(
+    tmp_path: Path, tiny_format: ChatFormat
+) -> None:
+    evil = "</script><b>&amp; </SCRIPT> \u2028"
+    source = write_lines(tmp_path / "in.jsonl", [question(f"{evil} {number}") for number in range(4)])
+    variants = [variant("runs/one", tiny_format, "Hello"), variant("runs/two", tiny_format, "Paris")]
+    out, page = tmp_path / "out.jsonl", tmp_path / "page.html"
+    pair_file(variants, source, out, request(page=page))
+    text = page.read_text()
+    assert "runs/one" not in text and "http" not in text, "blind, and without a network"
+    program = tmp_path / "browser.js"
+    program.write_text(BROWSER)
+    # The first: A is labelled safe, B unsafe, A is much better. The second: B slightly better, undone. The third: B better.
+    keys = "a b b 1 6 ArrowLeft u ArrowRight 7"
+    done = subprocess.run(["node", str(program), str(page), keys], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "rated.jsonl").write_text(done.stdout)
+    # Not by `splitlines`, for which U+2028 ends a line too.
+    rated, written = ([json.loads(line) for line in text.split("\n")[:-1]] for text in (done.stdout, out.read_text()))
+    origin = ("policy_", "temperature_")
+    pairs = [{key: value for key, value in row.items() if not key.startswith(origin)} for row in written]
+    given = [
+        {"choice": "a", "rating": "significantly_better", "a_is_safe": True, "b_is_safe": False},
+        {},
+        {"choice": "b", "rating": "better"},
+        {},
+    ]
+    assert rated == [pair | more for pair, more in zip(pairs, given, strict=True)]
+    sources = [DataSource(path=str(tmp_path / "rated.jsonl"))]
+    read = load_mixture(sources, NO_SPLIT, Preference, forbidden=tiny_format.forbidden, seed=0).train
+    assert [(one.rating, one.chosen_is_safe, one.rejected_is_safe) for one in read] == [
+        ("significantly_better", True, False),
+        ("better", None, None),
+    ]
+    assert [one.chosen.content for one in read] == [rated[0]["answer_a"], rated[2]["answer_b"]]
 
 
 def test_the_same_seed_gives_the_same_pairs_whatever_the_order_of_the_file(
@@ -290,7 +357,8 @@ def test_a_request_that_cannot_be_met_is_refused_before_anything_is_loaded(
         (taken, {}, r"--out: .*taken.jsonl' exists already"),
         (source, {"overwrite": True}, "--out: .*is an input of this command"),
         (out, {"key": taken}, "--key: .*exists already"),
-        (out, {"key": out}, "--key: .*is the file of pairs itself"),
+        (out, {"key": out}, "--key: .*is the file of --out itself"),
+        (out, {"key": out.with_name("key"), "page": out.with_name("key")}, "--page: .*is the file of --key itself"),
     ]
     for target, changes, reason in cases:
         with pytest.raises(UsageError, match=reason):

@@ -12,7 +12,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -23,12 +23,13 @@ from typing import Any
 from llamachat.chat_format.dialog import DialogError
 from llamachat.config.section import from_home
 from llamachat.config.sections import hub_set
-from llamachat.data.convert.forms import LISTS, LabelledPair, labelled_pairs, unfolded, unread_answers
+from llamachat.data.convert.forms import LISTS, SIDES, LabelledPair, labelled_pairs, unfolded, unread_answers
 from llamachat.data.convert.records import SETS_OF_TURNS, kind_by_keys, repaired_record, sources_of, transcripts_joined
 from llamachat.data.convert.turns import Notes, Repair, html_in, without_html
 from llamachat.data.files import BYTE_ORDER_MARK, decode_line, is_blank, is_cut, numbered_lines, open_file, read_rows
-from llamachat.data.loading import named_source
-from llamachat.data.problems import SHOWN, Problem, convert_command, converted_path, problem, reason_key, shown_name
+from llamachat.data.loading import named_source, renamed_rows
+from llamachat.data.near_duplicates import NearIndex, sketch_of
+from llamachat.data.problems import CONVERT, SHOWN, Problem, converted_path, problem, reason_key, shown_name
 from llamachat.data.records import KINDS, REQUIRED, Kind, Record, Row, digest_of, label_of, parse_record
 from llamachat.data.sources import SOURCES, Source
 from llamachat.data.sources.source import CHOICE_FIX, choice_of, gathered
@@ -58,6 +59,7 @@ class ConvertReport:
     written: int = 0
     untouched: int = 0
     repeated: int = 0
+    near: int = 0  # dropped since they are nearly the same as one before them
     without: int = 0  # rows of a known set that hold no record of the kind
     times: Counter[Repair] = field(default_factory=Counter)
     records: Counter[Repair] = field(default_factory=Counter)
@@ -96,6 +98,7 @@ class ConvertReport:
             lines.append(f"  left-out keys: {', '.join(names)}{f' and {more} more' if more else ''}")
         losses = Counter(reason_key(fault) for fault in self.problems).most_common()
         losses += [("repeats a record before it", self.repeated)] if self.repeated else []
+        losses += [("is nearly the same as a record before it", self.near)] if self.near else []
         losses += [(f"row of a known set without a {self.kind}", self.without)] if self.without else []
         rows = [(reason, str(count)) for reason, count in losses]
         lines += text_table([("dropped because it", "records"), *rows], align="<>", indent="  ") if rows else []
@@ -108,14 +111,17 @@ def convert_path(
     *,
     kind: Kind | None = None,
     format: str = "auto",
+    columns: Mapping[str, str] | None = None,
     forbidden: Sequence[str],
     overwrite: bool = False,
     strict: bool = False,
     plain_text: bool = False,
+    drop_near_duplicates: bool = False,
 ) -> ConvertReport:
     """Write what a file holds to `out` in our form. Without `kind`, what most of its first rows are.
 
-    With `plain_text` the texts lose their HTML. `forbidden` are the texts that no message may hold.
+    `columns` are other names of fields ({field: name in the file}). With `plain_text` the texts lose their HTML.
+    `forbidden` are the texts that no message may hold.
 
     Raises `DataError`, and leaves `out` as it was, where no record is left, or, with `strict`, where one cannot be
     repaired; `UsageError` where `out` is no place to write to.
@@ -128,28 +134,77 @@ def convert_path(
     named = None if of_turns else source
     file_repairs: Counter[Repair] = Counter()
     rows = _loose_rows(path, file_repairs)
-    if format != "native":
+    if columns:
+        rows = renamed_rows(rows, columns)
+    elif format != "native":
         rows = gathered(rows, kind, [source] if source else SOURCES.values())
     if kind == "preference" and named is None:
         rows = labelled_pairs(rows)
     head = list(islice(rows, _HEAD))
     own = kind or (source.kind if source else _usual_kind(head, of_turns=of_turns))
-    if kind is None and source is None:
-        _refuse_unread_answers(path, head, own)
+    if source is None:
+        _refuse_unread_answers(path, head, own, is_wanted=kind is not None)
     report = ConvertReport(path, str(out), own)
+    records = _sound_records(chain(head, rows), report, named, forbidden, of_turns=of_turns, plain_text=plain_text)
+    if drop_near_duplicates:
+        records = _without_near_duplicates(list(records), report)
     with written_beside(out) as stream:
-        for row in chain(head, rows):
-            report.problems += row.problems
-            for value, notes in () if row.problems else _records(row, report, named, of_turns=of_turns):
-                if plain_text:
-                    _make_plain(value, notes)
-                record, problems, _ = parse_record(value, own, row.line, forbidden)
-                report.problems += problems[:1]
-                if record is not None and report.is_new(record, notes):
-                    stream.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        for record, value, notes in records:
+            if report.is_new(record, notes):
+                stream.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
         report.times += file_repairs
         _check_result(report, strict=strict)
     return report
+
+
+def _sound_records(
+    rows: Iterable[Row],
+    report: ConvertReport,
+    named: Source | None,
+    forbidden: Sequence[str],
+    *,
+    of_turns: bool,
+    plain_text: bool,
+) -> Iterator[tuple[Record, object, Notes]]:
+    """Every record that keeps the rules, with its JSON value; the problems of the others are noted in the report."""
+    for row in rows:
+        if row.problems and not row.line:
+            raise DataError(row.problems[0].at(report.path))
+        report.problems += row.problems
+        for value, notes in () if row.problems else _records(row, report, named, of_turns=of_turns):
+            if plain_text:
+                _make_plain(value, notes)
+            record, problems, _ = parse_record(value, report.kind, row.line, forbidden)
+            report.problems += problems[:1]
+            if record is not None:
+                yield record, value, notes
+
+
+def _without_near_duplicates(
+    records: Sequence[tuple[Record, object, Notes]], report: ConvertReport
+) -> Iterator[tuple[Record, object, Notes]]:
+    """The records without those that are nearly the same as an earlier one; equal ones stay, to be counted as repeats."""
+    index = NearIndex([sketch_of(record) for record, _, _ in records])
+    for number, one in enumerate(records):
+        near = index.find(number)
+        if near is None:
+            index.add(number)
+        if near is None or digest_of(records[near][0]) == digest_of(one[0]):
+            yield one
+        else:
+            report.near += 1
+
+
+def is_repairable(value: object, kind: Kind | None, *, forbidden: Sequence[str]) -> bool:
+    """Whether `convert_path` makes sound records of a row like this one; without `kind` of the kind that it is."""
+    row = Row(1, value)
+    report = ConvertReport("", "", kind or _usual_kind([row], of_turns=False))
+    try:
+        _refuse_unread_answers("", [row], report.kind, is_wanted=kind is not None)
+        sound = list(_sound_records([row], report, None, forbidden, of_turns=False, plain_text=False))
+    except DataError:
+        return False
+    return bool(sound) and not report.problems
 
 
 def _usual_kind(head: Sequence[Row], *, of_turns: bool) -> Kind:
@@ -161,29 +216,37 @@ def _usual_kind(head: Sequence[Row], *, of_turns: bool) -> Kind:
     return max(KINDS, key=kinds.count)
 
 
-def _refuse_unread_answers(path: str, head: Sequence[Row], kind: Kind) -> None:
-    """`DataError` where most rows hold texts that may be answers, under names by which nothing reads them."""
+def _refuse_unread_answers(path: str, head: Sequence[Row], kind: Kind, *, is_wanted: bool) -> None:
+    """`DataError` where most rows hold texts that may be answers, under names by which nothing reads them.
+
+    Rows of another kind than the one that is wanted are looked at as that one: prompts, in place of preferences.
+    """
     left_out: list[Mapping[str, Any]] = []
+    read_as: Kind = "prompt" if is_wanted else kind
+    if is_wanted and kind == "prompt":
+        return  # then the others are left out and counted
     for row in head:
         value = row.value
         if not isinstance(value, Mapping) or any(isinstance(value.get(name), list | str) for name in LISTS):
             continue
         value = transcripts_joined(unfolded(value, Counter()))
-        if sources_of(value, None) or kind_by_keys(value, None) != kind:
+        if sources_of(value, None) or kind_by_keys(value, kind if is_wanted else None) != read_as:
             continue
         notes = Notes()
         with suppress(DialogError):  # reported when the row is converted
-            repaired_record(value, kind, kind, notes)
+            repaired_record(value, read_as, read_as, notes)
             left_out.append({name: value[name] for name in notes.left_out if name in value})
-    unread = unread_answers(left_out, num_rows=len(head), by_content=kind == "prompt")
-    if unread:
-        names = " and ".join(repr(shown_name(name)) for name in unread)
-        raise DataError(
-            f"{path}: most rows hold texts under {names}, which nothing reads: the rows would be converted to {kind}s without "
-            "them. If these are answers, rename them: 'response' makes a dialog, 'chosen' and 'rejected' make a preference "
-            "(for example `jq -c '{prompt: .question, chosen: .better, rejected: .worse}' IN > OUT`). To leave them out, add "
-            f"`--kind {kind}`."
-        )
+    unread = unread_answers(left_out, num_rows=len(head), by_content=read_as == "prompt")
+    if not unread:
+        return
+    names = " and ".join(repr(shown_name(name)) for name in unread)
+    example = ",".join(f"{side}={column}" for side, column in zip(SIDES, [*unread, "..."], strict=False))
+    raise DataError(
+        f"{path}: most rows hold texts under {names}, which nothing reads: the rows would be converted to {read_as}s without "
+        f"them. If these are answers, name them: `--columns {shown_name(example)}` makes a preference with the better answer "
+        "as 'chosen' and the other as 'rejected' (check which of them is the better one), `--columns response=...` a dialog. "
+        f"To leave them out, add `--kind {read_as}`."
+    )
 
 
 def _records(row: Row, report: ConvertReport, named: Source | None, *, of_turns: bool) -> Iterator[Repaired]:
@@ -232,7 +295,7 @@ def _repaired(value: Mapping[str, Any], line: int, report: ConvertReport, *repai
         reason = f"is a {own} by its keys, but {report.kind}s are written here; a file holds one kind."
         keys = " and ".join(map(repr, REQUIRED[report.kind]))
         fix = (
-            f"If it is a {report.kind}, rename its keys {keys}; else convert the file once more with `--kind {own}` to "
+            f"If it is a {report.kind}, say which columns are {keys} with `--columns KEY=COLUMN`; else convert the file once more with `--kind {own}` to "
             "another one."
         )
         report.problems.append(problem(line, "record", reason, fix))
@@ -290,7 +353,7 @@ def _loose_rows(path: str, repairs: Counter[Repair]) -> Iterator[Row]:
     is_lines = hub_set(path) is None and regular_file(file).suffix != ".parquet"
     if first and first.problems and not first.line:
         # Of all the faults of a file as a whole, the array's is the one whose fix names this command.
-        if not convert_command(first.problems, path):
+        if CONVERT not in first.problems[0].fix:
             raise DataError(first.problems[0].at(path))
         yield from _array(file, repairs)
     elif is_lines:

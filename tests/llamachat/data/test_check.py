@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from llamachat.chat_format import ChatFormat
-from llamachat.data.check import CheckReport, check_path
+from llamachat.chat_format import ChatFormat, TrainOn
+from llamachat.chat_format.dialog import Message, as_dicts
+from llamachat.data.check import CheckReport, TokenLimit, check_path
 from tests.llamachat.data.lines import GOOD, answer, dialog, pair, prompt, system, user, write
 
 # What stands on the line, the field that is named, a part of the reason, a part of the fix.
@@ -174,8 +175,8 @@ def test_warnings_name_lines_and_leave_the_status(tmp_path: Path, tiny_format: C
     text = report.text()
     assert "a.jsonl:1: warning: byte 1: is a byte order mark" in text
     assert "nearest known key is 'rating' of a preference" in text
-    assert "a.jsonl:3: warning: record: is the same as on line 1" in text
-    assert "(lines 3, 4)" in text
+    assert "a.jsonl:3: warning: record: is the same as an earlier one" in text
+    assert "(2 lines: 3, 4)" in text
     assert "2 repeated" in text
 
 
@@ -185,6 +186,53 @@ def test_a_warning_of_many_lines_is_short(tmp_path: Path, tiny_format: ChatForma
     assert len(warned.lines) == 50
     assert "20 and 30 more)" in warned.at("a.jsonl")
     assert "'columns'" in warned.fix
+
+
+def test_equal_problems_are_one_line_and_name_the_conversion_that_repairs_them(tmp_path: Path, tiny_format: ChatFormat):
+    rows = [{"prompt": f"Question {index}?", "chosen": "Yes.", "rejected": "No."} for index in range(2000)]
+    path = write(tmp_path / "a.jsonl", [*rows, {"prompt": "Open?", "chosen": "Yes."}])
+    report = check_path(path, None, "auto", tiny_format.forbidden)
+    assert (report.num_bad_lines, report.exit_status) == (2001, 2)
+    lines = report.text().splitlines()
+    folded = [line for line in lines if line.startswith(f"{path}:1: ")]
+    assert [line.split(": ")[1] for line in folded] == ["prompt", "chosen", "rejected"]
+    assert all("1, 2, 3" in line and "`llamachat data convert` does it" in line for line in folded)
+    assert "2001 lines" in folded[0] and "2000 lines" in folded[2]
+    # What no conversion can repair does not name it.
+    (lacking,) = [line for line in lines if line.startswith(f"{path}:2001: ")]
+    assert "rejected: is missing" in lacking and "convert" not in lacking
+    assert len(lines) < 10
+    command = next(line for line in lines if "llamachat data convert " in line and line.endswith(".jsonl"))
+    assert command.endswith(f"{path} {tmp_path}/a.converted.jsonl")
+
+
+def test_columns_with_other_names_are_read(tmp_path: Path, tiny_format: ChatFormat):
+    path = write(tmp_path / "a.jsonl", [{"talk": [user("a"), answer("b")]}])
+    forbidden = tiny_format.forbidden
+    assert check_path(path, None, "auto", forbidden).exit_status == 2
+    report = check_path(path, None, "auto", forbidden, columns={"messages": "talk"})
+    assert (report.kind, report.num_records, report.exit_status) == ("dialog", 1, 0)
+    report = check_path(path, None, "auto", forbidden, columns={"messages": "talks"})
+    assert [fault.field for fault in report.problems if not fault.line] == ["file"]
+
+
+def test_tokens_are_compared_with_the_limit(tmp_path: Path, tiny_format: ChatFormat):
+    dialogs = [
+        [Message("user", "a"), Message("assistant", "b")],
+        [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")],
+        [Message("user", "word " * 40), Message("assistant", "b")],
+    ]
+    lengths = [len(tiny_format.encode_dialog(one, train_on=TrainOn.EVERY_ANSWER).input_ids) for one in dialogs]
+    assert lengths[0] < lengths[1] < lengths[2]
+    path = write(tmp_path / "a.jsonl", [{"messages": as_dicts(one)} for one in dialogs])
+    limit = TokenLimit(tiny_format, lengths[1] - 1, 0, None)
+    report = check_path(path, None, "auto", tiny_format.forbidden, limit=limit)
+    assert (report.num_shortened, report.num_too_long, report.exit_status) == (1, 1, 0)
+    assert f"tokens: median {lengths[1]}" in report.text()
+    assert [warned.field for warned in report.warnings] == ["tokens"]
+    exact = TokenLimit(tiny_format, lengths[2], 0, None)
+    report = check_path(path, None, "auto", tiny_format.forbidden, limit=exact)
+    assert (report.num_shortened, report.num_too_long, report.warnings) == (0, 0, [])
 
 
 def test_the_kind_can_be_set(tmp_path: Path, tiny_format: ChatFormat):

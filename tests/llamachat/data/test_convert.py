@@ -45,7 +45,7 @@ class Bench:
         assert check.problems == [] and check.exit_status == 0
         assert (check.kind, check.num_records, check.num_duplicates) == (report.kind, report.written, 0)
         # HTML stays where nobody asked for plain text.
-        warned = [warning for warning in check.warnings if warning.field != "content"]
+        warned = [warning for warning in check.warnings if warning.field not in ("content", "data.split")]
         assert warned == [], "nothing is left that nothing reads"
         raw = gzip.decompress(target.read_bytes()) if target.suffix == ".gz" else target.read_bytes()
         return [json.loads(line) for line in raw.split(b"\n")[:-1]]
@@ -341,11 +341,36 @@ def test_answers_under_unknown_names_are_not_lost(row: dict[str, Any], names: st
         for index in range(9 if "answers" not in row else 1)
     ]
     content = "\n".join(map(json.dumps, rows))
-    with pytest.raises(DataError, match=f"most rows hold texts under {names}.*'chosen' and 'rejected'"):
+    with pytest.raises(DataError, match=f"most rows hold texts under {names}.*--columns chosen=.*--kind"):
         bench.convert(content)
     kind = "dialog" if "response" in row else "prompt"
     report, written = bench.convert(content, kind=kind)
     assert len(written) == len(rows) and report.left_out, "asked for by name, the others are left out and counted"
+
+
+def test_answers_are_named_by_columns(bench: Bench):
+    rows = [{"question": f"a{index}", "response_j": f"b{index}", "response_k": f"c{index}"} for index in range(9)]
+    content = "\n".join(map(json.dumps, rows))
+    # Asked for preferences, rows whose answers nothing reads are no prompts of another file.
+    with pytest.raises(DataError, match=r"'response_j' and 'response_k'.*chosen=response_j,rejected=response_k"):
+        bench.convert(content, kind="preference")
+    report, written = bench.convert(content, columns={"chosen": "response_j", "rejected": "response_k"})
+    assert (report.kind, len(written), report.left_out) == ("preference", 9, {})
+    assert [(one["prompt"], one["chosen"], one["rejected"]) for one in written] == [
+        ([user(f"a{index}")], [answer(f"b{index}")], [answer(f"c{index}")]) for index in range(9)
+    ]
+    with pytest.raises(DataError, match="has no column 'response_m' in any row"):
+        bench.convert(content, columns={"chosen": "response_j", "rejected": "response_m"})
+
+
+def test_near_duplicates_are_dropped_where_asked(bench: Bench):
+    words = [f"word{index}" for index in range(20)]
+    texts = [" ".join(words), " ".join([*words, "today"]), " ".join(reversed(words)), " ".join(words)]
+    content = "\n".join(json.dumps({"messages": [user(text), answer("Yes.")]}) for text in texts)
+    report, written = bench.convert(content, drop_near_duplicates=True)
+    assert (report.near, report.repeated) == (1, 1)
+    assert [one["messages"][0]["content"] for one in written] == [texts[0], texts[2]]
+    assert "nearly the same as a record before it" in report.text()
 
 
 def test_columns_that_are_no_answers_are_left_out_and_counted(bench: Bench):

@@ -9,7 +9,7 @@ import tarfile
 import tracemalloc
 from decimal import Decimal
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -29,6 +29,7 @@ from llamachat.data.problems import SHOWN, Problem, problem, reason_key, report
 from llamachat.data.records import Row
 from llamachat.data.tokens import write_tokens
 from llamachat.errors import DataError
+from llamachat.runs.hub_commits import commits_in
 
 BASE = Path(__file__).parents[3] / "assets" / "base"
 ROWS = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
@@ -176,6 +177,9 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("owner/name/config:train[:10]", HubSet("owner/name", "config", "train[:10]")),
         ("owner/name:train_sft", HubSet("owner/name", None, "train_sft")),
         ("owner/name/part", HubSet("owner/name", "part", "train")),
+        ("owner/name@v1", HubSet("owner/name", None, "train", "v1")),
+        ("owner/name/config:test@refs/pr/1", HubSet("owner/name", "config", "test", "refs/pr/1")),
+        ("owner/name@", None),
         ("owner/name.jsonl", None),
         ("a/b/c.jsonl", None),
         ("a/b/c/d", None),
@@ -200,7 +204,20 @@ def test_the_named_part_is_read_from_the_hub(monkeypatch: pytest.MonkeyPatch):
     calls: list[object] = []
     hub_that(monkeypatch, lambda *names, **options: calls.append((names, options)) or [{"a": 1, "b": None}])
     assert list(read_rows("owner/name/config:test")) == [Row(1, {"a": 1})]
-    assert calls == [(("owner/name", "config"), {"split": "test"})]
+    assert calls == [(("owner/name", "config"), {"split": "test", "revision": None})]
+
+
+def test_the_commit_that_was_read_is_noted(monkeypatch: pytest.MonkeyPatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    class Rows(list[Any]):
+        info = SimpleNamespace(download_checksums={f"hf://datasets/owner/name@{commit}/a.parquet": {}})
+
+    calls: list[Any] = []
+    hub_that(monkeypatch, lambda *names, **options: calls.append(options) or Rows([{"a": 1}]))
+    list(read_rows("owner/name:test@v1"))
+    assert calls == [{"split": "test", "revision": "v1"}]
+    assert commits_in({"data": [{"path": "owner/name:test@v1"}]}) == {"owner/name:test@v1": commit}
 
 
 def test_without_the_hub_the_error_says_so(monkeypatch: pytest.MonkeyPatch):
@@ -316,12 +333,14 @@ def test_an_array_of_any_size_takes_bounded_memory(tmp_path: Path, monkeypatch: 
             convert_path(str(path), tmp_path / f"{count}.jsonl", **options)
 
 
-def test_report_prints_fifty_and_counts_the_rest():
-    faults = [problem(line, "messages", "is empty.", "Drop it.") for line in range(1, SHOWN + 4)]
+def test_report_folds_equal_problems_and_prints_fifty_kinds():
+    faults = [problem(line, f"key{line}", "is empty.", "Drop it.") for line in range(1, SHOWN + 4)]
     lines = report(faults, "a.jsonl").splitlines()
-    assert lines[0] == "a.jsonl:1: messages: is empty. Drop it."
+    assert lines[0] == "a.jsonl:1: key1: is empty. Drop it."
     assert len(lines) == SHOWN + 1
     assert lines[-1].startswith("and 3 more")
+    equal = [problem(line, f"messages[{line}]", "is empty.", "Drop it.") for line in (3, 4, 4, 9)]
+    assert report(equal, "a.jsonl") == "a.jsonl:3: messages[3]: is empty. Drop it. (3 lines: 3, 4, 9)"
 
 
 def test_report_gives_the_command_that_converts():

@@ -23,6 +23,7 @@ from llamachat.runs.reader import Evaluation
 from pipelines.cli.launch import repeated
 from pipelines.cli.main import main
 from pipelines.planning.hardware import shortfalls
+from pipelines.recipe.recipe import load
 from tests.recipes import preference_data, publish_toy_policy, write_dialogs, write_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -204,7 +205,7 @@ def test_make_gives_every_name_of_a_recipe_to_the_shell_as_it_is(tmp_path: Path)
 def test_an_interrupted_tool_promises_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def check_path(*arguments: Any) -> Any:
+    def check_path(*arguments: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("llamachat.data.check.check_path", check_path)
@@ -255,6 +256,10 @@ def test_data_convert_and_check_count_and_name_and_end_with_2_where_something_is
     assert main(["data", "check", str(path), "--kind", "dialog"]) == 2
     assert f"{out}: 1 dialog (0 untouched, 1 repaired)\n" in printed and "role renamed" in printed
     assert main(["data", "check", str(out)]) == 0
+    assert "tokens: not counted" in capsys.readouterr().out
+    assert main(["data", "check", str(out), "--config", "configs/tiny.yaml"]) == 0
+    limit = load("configs/tiny.yaml").base.max_tokens
+    assert re.search(rf"tokens: median \d+, .*; at most {limit} are read", capsys.readouterr().out)
     assert main(["data", "convert", str(path), str(out)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["data", "convert", str(path), str(out), "--overwrite", "--strict"]) == 2

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llamachat.chat_format.dialog import Dialog
 from llamachat.config.gpus import parse_gpu
+from llamachat.data.loading import read_records
 from pipelines.cli.main import main
 from pipelines.planning.estimates import estimate_step
 from pipelines.planning.fit import fits
@@ -53,6 +55,22 @@ def test_dialogs_alone_are_tuned_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert names(recipe) == ["sft", "gatt", "report"]
     assert warnings_of(recipe) == []
     assert "  left out     eval: there are no pairs (--preferences)\n" in capsys.readouterr().out
+
+
+def test_columns_with_other_names_go_into_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"talk": json.loads(line)["messages"]} for line in Path("dialogs.jsonl").read_text().splitlines()]
+    Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert init(sft="talks.jsonl") == 2
+    options = ["--preferences", "pairs.jsonl", "--columns", "messages=talk", "--hours", "2", "--out", "named.yaml"]
+    assert init(*options, sft="talks.jsonl") == 0
+    recipe = load("named.yaml")
+    assert (recipe.data.sft[0].columns, recipe.data.helpfulness[0].columns) == ({"messages": "talk"}, None)
+    dialogs = read_records(recipe.data.sft[0], Dialog)
+    assert [one.messages[0].content for one in dialogs] == [row["talk"][0]["content"] for row in rows]
+    capsys.readouterr()
+    for columns in ("messages=talks", "messages", "messages=talk,messages=x"):
+        assert init("--columns", columns, "--out", "no.yaml", sft="talks.jsonl") == 2
+        assert "--columns: " in capsys.readouterr().err and not Path("no.yaml").exists()
 
 
 def test_pairs_bring_one_reward_model_and_no_gate() -> None:

@@ -11,9 +11,8 @@ Two similar sets share one of their rarest members, so only records that do are 
 import math
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 from zlib import crc32
-
-import numpy as np
 
 from llamachat.data.records import Preference, Record, messages_of
 
@@ -21,14 +20,19 @@ WORDS = 3  # of one sequence
 SIMILARITY = 0.7
 LARGEST_SKETCH = 128
 
-Sketch = np.ndarray  # uint64 [at most LARGEST_SKETCH], the hashes of the sequences, ascending
+if TYPE_CHECKING:
+    import numpy as np
+
+Sketch: TypeAlias = "np.ndarray"  # uint64 [at most LARGEST_SKETCH], the hashes of the sequences, ascending
 
 _WORD = re.compile(r"\w+")
-_MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
+_MULTIPLIERS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
 
 
 def sketch_of(record: Record) -> Sketch:
     """The hashes of the record's sequences of words: what the user says and the answers, of a pair the chosen one."""
+    import numpy as np  # loaded where it is used: --help and refusals come at once
+
     texts = [message.content for message in messages_of(record) if message.role != "system"]
     texts += [record.chosen.content] if isinstance(record, Preference) else []
     words = _WORD.findall("\n".join(texts).casefold())
@@ -37,13 +41,15 @@ def sketch_of(record: Record) -> Sketch:
     count = len(ids) - WORDS + 1
     hashes = np.zeros(count, np.uint64)
     for place, multiplier in enumerate(_MULTIPLIERS):
-        hashes = (hashes ^ ids[place : place + count]) * multiplier
+        hashes = (hashes ^ ids[place : place + count]) * np.uint64(multiplier)
         hashes ^= hashes >> np.uint64(29)
     return np.unique(hashes)[:LARGEST_SKETCH]
 
 
 def similarity(one: Sketch, other: Sketch) -> float:
     """The Jaccard similarity of two records: exact where both are short, else an estimate from their sketches."""
+    import numpy as np
+
     both = np.union1d(one, other)
     if LARGEST_SKETCH in (len(one), len(other)):
         both = both[:LARGEST_SKETCH]
@@ -55,6 +61,8 @@ class NearIndex:
     """The records among some that are nearly the same as one that was added before."""
 
     def __init__(self, sketches: Sequence[Sketch]) -> None:
+        import numpy as np
+
         self._sketches = sketches
         members = np.concatenate([np.empty(0, np.uint64), *sketches])
         self._values, self._counts = np.unique(members, return_counts=True)
@@ -78,6 +86,8 @@ class NearIndex:
 
     def _rarest(self, index: int) -> list[int]:
         """The rarest members: without one of them in common, two sketches share too few."""
+        import numpy as np
+
         sketch = self._sketches[index]
         count = len(sketch) - math.ceil(SIMILARITY * len(sketch)) + 1
         order = np.argsort(self._counts[np.searchsorted(self._values, sketch)], kind="stable")

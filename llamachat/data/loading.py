@@ -215,8 +215,9 @@ def load_mixture(
     return Mixture(**{side: mix(of_side, seed) for side, of_side in parts.items()}, dropped=dict(dropped))
 
 
-def read_records(source: DataSource, record: type[R], *, forbidden: Sequence[str] = ()) -> list[R]:
-    """All records of one source, in its order, whatever their side of the split; see `load_mixture`."""
+def read_records(source: DataSource | Path | str, record: type[R], *, forbidden: Sequence[str] = ()) -> list[R]:
+    """All records of one source or file, in its order, whatever their side of the split; see `load_mixture`."""
+    source = source if isinstance(source, DataSource) else DataSource(path=str(source))
     return list(_read(source, record, tuple(forbidden))[0])
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from llamachat import distributed
 from llamachat.chat_format import ChatFormat, load_chat_format
+from llamachat.chat_format.proof import load_proved_format
 from llamachat.chat_format.tokenizer import BASES_THAT_WORK, Tokenizer, load_tokenizer
 from llamachat.config.gpus import ALLOCATOR_SHARE, USABLE
 from llamachat.config.section import from_home
@@ -27,9 +28,10 @@ from llamachat.config.sections import Base, RopeScaling, Tuning, is_hub_name, sp
 from llamachat.errors import ArtifactError, ConfigError, UsageError, first_line
 from llamachat.models import nf4
 from llamachat.models.files import check_model_folder
+from llamachat.models.hub import tokenizer_folder
 from llamachat.models.varlen_attention import can_use_varlen_attention, use_varlen_attention
 from llamachat.models.weights import COMPUTED, file_weights, trunk_digest
-from llamachat.runs.artifacts import Artifact, read_artifact
+from llamachat.runs.artifacts import MANIFEST, Artifact, read_artifact
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -200,13 +202,38 @@ def _sampled_digest(trunk: "LlamaForCausalLM | ScoringLlama") -> str:
 def load_policy(
     path: Path | str, *, dtype: str = "auto", device: str = "cpu", attention: str = "auto", is_trainable: bool = False
 ) -> Policy:
-    """The policy of an artifact, fully tuned or base and adapter; `dtype` auto is the one that it was saved in."""
+    """The policy of an artifact, fully tuned or base and adapter, or a plain Llama model of a folder or the hub.
+
+    `dtype` auto is the one that it was saved in. A plain model reads dialogs in the Llama 2 format, in all its positions.
+    """
+    if is_plain_model(path):
+        chat_format, _ = load_proved_format(tokenizer_folder(from_home(str(path))))
+        location = find_model(str(path), where="policy")
+        config = load_config(location, where="policy")
+        model: Any = load_llama(
+            location, config, dtype=saved_dtype(config, dtype), attention=attention, device=device_of(device)
+        )
+        return Policy(
+            model=model.requires_grad_(is_trainable).train(is_trainable),
+            tokenizer=chat_format.tokenizer,
+            chat_format=chat_format,
+            max_tokens=context_length(config),
+            system=None,
+            name=Path(location).name,
+        )
     artifact = read_artifact(Path(path), kind="policy")
     details = checked_details(artifact)
     how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device_of(device)}
     how["is_trainable"] = is_trainable
     load = load_full if details["method"] == "full" else load_adapted
     return Policy(load(artifact, details, load_llama, **how).train(is_trainable), **reading_of(artifact, details))
+
+
+def is_plain_model(path: Path | str) -> bool:
+    """Whether this is a model folder of transformers' or a model of the hub, and no artifact of ours."""
+    folder = Path(from_home(str(path)))
+    has_files = (folder / "config.json").is_file() and not (folder / MANIFEST).is_file()
+    return has_files or (not folder.exists() and is_hub_name(str(path)))
 
 
 def reading_of(artifact: Artifact, details: Mapping[str, Any]) -> dict[str, Any]:

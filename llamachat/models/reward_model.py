@@ -23,7 +23,7 @@ from llamachat.chat_format.format import shorten_alike
 from llamachat.chat_format.proof import load_proved_format
 from llamachat.chat_format.tokenizer import FILLER_ID, Tokenizer
 from llamachat.config.section import from_home
-from llamachat.config.sections import Base, Tuning, is_hub_name
+from llamachat.config.sections import Base, Tuning
 from llamachat.errors import ArtifactError
 from llamachat.models import nf4
 from llamachat.models.hub import tokenizer_folder
@@ -37,6 +37,7 @@ from llamachat.models.loading import (
     device_of,
     dtype_of,
     find_trunk,
+    is_plain_model,
     load_adapted,
     load_config,
     load_full,
@@ -49,7 +50,7 @@ from llamachat.models.loading import (
 from llamachat.models.scoring_head import ScoringLlama, score_rows
 from llamachat.models.start_checks import is_adapter, proved_start, shard_if_configured
 from llamachat.models.weights import file_weights, language_head, trunk_digest
-from llamachat.runs.artifacts import MANIFEST, Artifact, read_artifact
+from llamachat.runs.artifacts import Artifact, read_artifact
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -194,15 +195,13 @@ def load_reward_model(
     With `allow_unproved` the plain model's tokenizer may have other ids than Llama 2's, with a warning.
     """
     device = device_of(device)
-    folder = Path(from_home(str(path)))
-    is_plain = (folder / "config.json").is_file() and not (folder / MANIFEST).is_file()
-    if is_plain or (not folder.exists() and is_hub_name(str(path))):
+    if is_plain_model(path):
         chat_format, warning = load_proved_format(tokenizer_folder(str(path)), allow_unproved=allow_unproved)
         if warning:
             log.warning("%s", warning)
         how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device}
         return _load_plain(str(path), chat_format, **how, is_trainable=is_trainable)
-    artifact = read_artifact(folder, "reward_model", reader="scoring")
+    artifact = read_artifact(Path(from_home(str(path))), "reward_model", reader="scoring")
     details = checked_details(artifact)
     how = {"dtype": dtype, "attention": attention, "device": device, "is_trainable": is_trainable}
     if details["method"] == "full":

@@ -143,7 +143,8 @@ def _publish(inputs: StepInputs, content: dict[str, Any], results: Sequence[Poli
         for one in results:
             write_json(place / ANSWERS / f"{one.policy}.json", asdict(one.evaluation))
 
-    read = {f"policy/{policy.manifest.step}": policy for policy in inputs.policies}
+    read: dict[str, Artifact | str] = {f"policy/{policy.manifest.step}": policy for policy in inputs.policies}
     read |= {f"reward_model/{which}": model for which, model in inputs.reward_models.items()}
+    read |= {"reward_function": inputs.reward_function} if inputs.reward_function is not None else {}
     details = {"policies": content["policies"], "reference": content["reference"]}
     return publish_step(inputs, "evaluation", write, read=read, details=details)

@@ -61,7 +61,11 @@ class RolloutError(LlamachatError):
 
 
 class ScoringError(LlamachatError):
-    """Answers cannot be scored: a reward model or a user's reward function gave something that is no score."""
+    """Answers cannot be scored: a reward model or a reward function gave something that is no score."""
+
+
+class RewardFunctionError(ScoringError):
+    """A user's reward function raised, or gave something that is no score for each answer."""
 
 
 class ServerError(LlamachatError):

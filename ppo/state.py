@@ -76,7 +76,8 @@ class State:
     best_iteration: int
     best_superiority: float  # over the starting policy on validation prompts
     best_weights: dict[str, Tensor]  # of the policy alone, on the CPU
-    iteration: int = 0  # finished
+    iteration: int = 0  # trained
+    unvalidated: dict[str, float] | None = None  # figures of that iteration while its evaluation is due
     evaluations_without_better: int = 0
     end: End | None = None  # why training is over
 
@@ -106,6 +107,7 @@ class State:
             "best_superiority": self.best_superiority,
             "best_weights": self.best_weights,
             "iteration": self.iteration,
+            "unvalidated": self.unvalidated,
             "evaluations_without_better": self.evaluations_without_better,
             "end": self.end,
         }

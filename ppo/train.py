@@ -22,7 +22,7 @@ from llamachat.answers.evaluation import (
 )
 from llamachat.answers.packed import sequence_of
 from llamachat.answers.session import AnswerSession
-from llamachat.errors import DivergedError
+from llamachat.errors import DivergedError, RewardFunctionError
 from llamachat.runs.artifacts import ITERATIONS_DONE, Artifact, StepFolder
 from llamachat.runs.checkpoints import Checkpoint, newest, writing
 from llamachat.runs.inputs import StepInputs
@@ -165,15 +165,14 @@ class Training:
         )
         is_explained = False
         with StepProgress(step, steps=config.iterations, done=state.iteration) as progress:
-            while state.end is None:
+            while state.end is None or state.unvalidated is not None:
                 try:
-                    figures = self.iterate()
+                    figures = self.iterate_and_validate(progress)
                 except DivergedError as error:
                     raise self._with_best_policy(error) from None
-                state.iteration += 1
-                self._check_end(figures)
-                if state.end != "kl_guard" and (state.end or state.iteration % config.validation_every == 0):
-                    figures |= self.validate(progress)
+                except RewardFunctionError:
+                    self._save_here()
+                    raise
                 if state.iteration % self.session.inputs.tracking.log_every == 0 or "ppo/heldout/score" in figures:
                     self.tracker.log(state.iteration, figures)
                     for finding in self.watch.add(state.iteration, figures):
@@ -186,6 +185,21 @@ class Training:
                     is_explained = True
                 if state.end is not None or state.iteration % config.save_every == 0:
                     self.save()
+
+    def iterate_and_validate(self, progress: StepProgress) -> dict[str, float]:
+        """One iteration and the evaluation that follows it, or that alone where a checkpoint was saved between the two."""
+        state = self.state
+        figures = state.unvalidated
+        if figures is None:
+            figures = self.iterate()
+            state.iteration += 1
+            self._check_end(figures)
+            if state.end == "kl_guard" or not (state.end or state.iteration % self.config.validation_every == 0):
+                return figures
+            state.unvalidated = figures
+        figures = figures | self.validate(progress)
+        state.unvalidated = None
+        return figures
 
     def iterate(self) -> dict[str, float]:
         """Sample, score and update; the figures of the iteration."""
@@ -282,12 +296,16 @@ class Training:
 
     def save(self) -> None:
         """A checkpoint of the finished iterations."""
-        self.tracker.sync()
         if distributed.is_first():
-            with writing(self.session.inputs.folder.checkpoints, self.state.iteration) as side:
-                self.state.save(side, self.session.bank, self.updater.optimizers)
-                self.hours.save(side)
+            self._save_here()
         distributed.wait()
+
+    def _save_here(self) -> None:
+        """A checkpoint that this process writes; of several the first, which alone calls a reward function."""
+        self.tracker.sync()
+        with writing(self.session.inputs.folder.checkpoints, self.state.iteration) as side:
+            self.state.save(side, self.session.bank, self.updater.optimizers)
+            self.hours.save(side)
 
     def finish(self) -> dict[str, float]:
         """Make the best policy the bank's, compare it with the first on test prompts, draw; the final figures."""

@@ -132,9 +132,12 @@ def open_session(
 
 
 def read_by(inputs: StepInputs) -> dict[str, "Artifact | str"]:
-    """What a step with reward models reads, as its manifest lists it: policy or base, and the models."""
+    """What a step that scores reads, as its manifest lists it: policy or base, reward models, and a user's function."""
     models = named_models(inputs.scoring, inputs.reward_models)
-    return sources_of(inputs, {str(role): model for role, model in models.items()})
+    function = inputs.reward_function
+    return sources_of(inputs, {str(role): model for role, model in models.items()}) | (
+        {} if function is None else {"reward_function": function}
+    )
 
 
 def free_memory() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning
+from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning, function_name
 from llamachat.runs.artifacts import Artifact, StepFolder
 
 # The reward models of a recipe. The judge is trained on data that the other two never see, and selects nothing.
@@ -53,6 +53,14 @@ class StepInputs:
     sft_share: float = 0.0  # of data.sft that sft trains on next to `dialogs`
     surveyed: tuple[Artifact, ...] = ()  # finished steps that evaluation and report are about, in the order of the run
     recipe: Mapping[str, Any] = field(default_factory=dict)  # the whole resolved recipe as plain values, for the report
+
+    @property
+    def reward_function(self) -> str | None:
+        """The function of the user's that scores answers, with the digest of its file; None where there is none."""
+        name = function_name(self.scoring.combine)
+        if name is None or "scoring" not in self.identity:
+            return None
+        return f"{name} (SHA-256 {self.identity['scoring']['combine'].partition(':')[0]})"
 
     @property
     def policies(self) -> tuple[Artifact, ...]:

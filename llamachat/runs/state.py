@@ -42,11 +42,13 @@ from llamachat.runs.atomic import (
     write_text,
 )
 from llamachat.runs.checkpoints import Checkpoint, newest, pass_over_damaged
-from llamachat.runs.fingerprints import changed_keys
+from llamachat.runs.fingerprints import changed_keys, changed_values, is_digest
 from llamachat.runs.locks import hold, is_held_by_us
 from llamachat.runs.record import MetricsRecord
 
 log = logging.getLogger(__name__)
+
+FAILED = "failed_functions"  # in a step's binding: versions of its reward function that failed
 
 
 class StepState(Enum):
@@ -77,7 +79,7 @@ def step_state(folder: StepFolder, fingerprint: str, identity: Mapping[str, Any]
     if begun is None:
         _refuse_foreign_files(folder)
         return StepState.NEW
-    if begun.get("fingerprint") != fingerprint:
+    if begun.get("fingerprint") != fingerprint and not _is_corrected(begun, identity):
         raise ChangedError(_changed_text(folder, "is half done and", begun.get("identity") or {}, identity))
     return StepState.RESUME
 
@@ -101,10 +103,13 @@ def begin(
     if begun is None:
         _refuse_foreign_files(folder)
         _clear(folder, keeps_sampling=keeps_sampling)  # checkpoints of unknown origin are never continued
+    if begun is not None and begun["fingerprint"] != fingerprint:
+        log.info("%s: continues with the corrected reward function; what the earlier one scored stays", step)
+    failed = {} if begun is None or FAILED not in begun else {FAILED: begun[FAILED]}
     write_text(folder.config, resolved)
     # A step that resumes keeps the record of the code that began it: part of it was made by that.
     own_code = dict(code or {}) if begun is None else begun.get("code", {})
-    bound = {"step": step, "fingerprint": fingerprint, "identity": dict(identity), "code": own_code}
+    bound = {"step": step, "fingerprint": fingerprint, "identity": dict(identity), "code": own_code, **failed}
     write_json(folder.identity, bound)
 
 
@@ -133,10 +138,42 @@ def _restore_record(folder: StepFolder, checkpoint: Checkpoint) -> None:
 
 
 def unbind(folder: StepFolder) -> None:
-    """Make a begun folder NEW again, where no optimizer step was saved in it: its work was refused, and may change."""
+    """Make a begun folder NEW again, where no optimizer step was saved in it: its work was refused, and may change.
+
+    One whose reward function has failed stays: what a correction may be is known, and what was sampled is kept for it.
+    """
     assert is_held_by_us(folder), "the step's lock is held"
-    if newest(folder.checkpoints) is None and not is_published(folder) and not folder.dialogs.exists():
+    is_saved = newest(folder.checkpoints) is not None or is_published(folder) or folder.dialogs.exists()
+    if not is_saved and FAILED not in (_read_identity(folder) or {}):
         _clear(folder)
+
+
+def may_correct_function(folder: StepFolder) -> None:
+    """Let the step continue with another version of its reward function, since this one has failed."""
+    assert is_held_by_us(folder), "the step's lock is held"
+    begun = _read_identity(folder)
+    assert begun is not None, "the step is begun"
+    function = begun["identity"]["scoring"]["combine"]
+    write_json(folder.identity, begun | {FAILED: [*dict.fromkeys([*begun.get(FAILED, []), function])]})
+
+
+def with_failed_functions(folder: StepFolder, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of the step in this folder with the other versions of its reward function that scored a part of it.
+
+    They are a part of what it is: the present version alone need not make the same again.
+    """
+    begun = _read_identity(folder, is_damage_fatal=False) or {}
+    others = [function for function in begun.get(FAILED, []) if function != identity["scoring"]["combine"]]
+    return {**identity, FAILED: others} if others else dict(identity)
+
+
+def _is_corrected(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether the step differs from what was begun in the version of its reward function alone, and that has failed."""
+    if FAILED not in begun:
+        return False
+    before, now = ({key: value for key, value in one.items() if key != FAILED} for one in (begun["identity"], identity))
+    changed = [key for key, _, _ in changed_values(before, now)]
+    return changed == ["scoring.combine"] and is_digest(now["scoring"]["combine"].partition(":")[0])
 
 
 def overwrite(folder: StepFolder) -> None:

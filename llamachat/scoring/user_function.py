@@ -5,7 +5,7 @@
 
 `prompts` is a list of message lists ({"role": ..., "content": ...}), `completions` a list of texts, `scores` the raw scores
 by model ("helpfulness", "safety": those there are), and `columns` further lists: `is_safety`, `finished`, and what
-the step adds. One finite number for each completion comes back. The file is run: it is the user's own. It runs as
+the step adds (`id`, the prompt's own). One finite number for each completion comes back. The file is run: it is the user's own. It runs as
 `python path.py` would run it: it may import the files next to it. What it changes in the process (PyTorch's gradients,
 threads, default dtype and device, random numbers, the working directory) is put back after each call.
 """
@@ -32,11 +32,12 @@ from torch import Tensor
 from llamachat.chat_format.dialog import as_dicts
 from llamachat.config.section import describe, nearest
 from llamachat.config.sections import FunctionName, missing
-from llamachat.errors import ConfigError, ScoringError
+from llamachat.errors import ConfigError, RewardFunctionError
 from llamachat.runs.fingerprints import digest_of_program
 from llamachat.scoring.scores import Answers, Scores
 
 _SIGNATURE = "fn(prompts, completions, scores, **columns) -> list[float]"
+_CORRECT = f"What the step has finished is kept. Correct the function ({_SIGNATURE}), and give the same command again: it continues."
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ class UserFunction:
     program: _Program
 
     def scores(self, scores: Scores, answers: Answers) -> Tensor:
-        """One score for each answer, [B] in fp32; ScoringError if what comes back is something else."""
+        """One score for each answer, [B] in fp32; RewardFunctionError if what comes back is something else."""
         arguments = (
             [as_dicts(prompt) for prompt in answers.prompts],
             list(answers.completions),
@@ -157,9 +158,10 @@ class UserFunction:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # sys.exit() too would end the command, and as if all were well
-            raise ScoringError(
-                f"{self.name}: it raised {_words_of(error)} ({_line_of(error, self.name.path)}). The reward"
-                f" function must score every batch. Correct it: {_SIGNATURE}."
+            place = _place_of(error, self.name.path) or self._place
+            raise RewardFunctionError(
+                f"{place}: '{self.name.function}' raised {_words_of(error)}. The reward function must score every"
+                f" batch. {_CORRECT}"
             ) from error
         device = next((scores_B.device for scores_B in scores.by_model().values()), answers.is_finished_B.device)
         return torch.tensor(self._numbers(result, len(answers.completions)), dtype=torch.float32, device=device)
@@ -168,31 +170,38 @@ class UserFunction:
         try:
             inspect.signature(self.call).bind(*arguments, **columns)
         except TypeError as error:
-            raise ScoringError(
-                f"{self.name}: it cannot be called with prompts, completions, scores and the columns"
-                f" {', '.join(columns)}: {error}. Further columns may come. Write it as {_SIGNATURE}."
+            raise RewardFunctionError(
+                f"{self._place}: '{self.name.function}' cannot be called with prompts, completions, scores and the"
+                f" columns {', '.join(columns)}: {error}. Further columns may come. {_CORRECT}"
             ) from error
 
     def _numbers(self, result: Any, count: int) -> list[float]:
         if not isinstance(result, list | tuple):
-            raise ScoringError(
-                f"{self.name}: it gave back {describe(result)}, but a list with one number for each completion is"
-                f" required. Correct it: {_SIGNATURE}."
+            raise RewardFunctionError(
+                f"{self._place}: '{self.name.function}' returned {describe(result)}, but a list with one number for each"
+                f" completion is required. {_CORRECT}"
             )
         if len(result) != count:
-            raise ScoringError(
-                f"{self.name}: it gave back {len(result)} values for {count} completions. The n-th value is the score of"
-                " the n-th completion, so there must be as many. Return one number for each."
+            raise RewardFunctionError(
+                f"{self._place}: '{self.name.function}' returned {len(result)} values for {count} completions. The n-th"
+                f" value is the score of the n-th completion, so there must be as many. {_CORRECT}"
             )
         for index, value in enumerate(result):
             # bool is an int to Python, and a fair score: did it pass or not?
             if not isinstance(value, int | float) or not abs(value) < 3e38:
-                raise ScoringError(
-                    f"{self.name}: value {index} is {value if isinstance(value, float) else describe(value)}, but a"
-                    " finite number is required, since whitening mixes all scores of the batch. Return a number, such"
-                    " as a fixed low one where an answer cannot be judged."
+                raise RewardFunctionError(
+                    f"{self._place}: '{self.name.function}' returned"
+                    f" {value if isinstance(value, float) else describe(value)} for completion {index}, but a finite"
+                    " number is required, since whitening mixes all scores of the batch: a fixed low one where an"
+                    f" answer cannot be judged. {_CORRECT}"
                 )
         return [float(value) for value in result]
+
+    @property
+    def _place(self) -> str:
+        """The file and line where the function is defined; the file alone of what is no Python function."""
+        code = getattr(inspect.unwrap(self.call), "__code__", None)
+        return str(self.name.path) if code is None else _place(code.co_filename, code.co_firstlineno, self.name.path)
 
 
 def load_user_function(name: FunctionName) -> UserFunction:
@@ -214,8 +223,8 @@ def load_user_function(name: FunctionName) -> UserFunction:
     except BaseException as error:
         del sys.modules[module_name]
         raise ConfigError(
-            f"scoring.combine: {path} cannot be run: {_words_of(error)} ({_line_of(error, path)}). The reward"
-            f" function is taken from it. Correct the file; `python {path}` shows the whole error."
+            f"scoring.combine: {_place_of(error, path) or path}: the file cannot be run: {_words_of(error)}. The reward"
+            f" function is taken from it. Correct it; `python {path}` shows the whole error."
         ) from error
     function = getattr(module, name.function, None)
     if not callable(function):
@@ -237,9 +246,15 @@ def _words_of(error: BaseException) -> str:
         return type(error).__name__
 
 
-def _line_of(error: BaseException, path: Path) -> str:
-    """Where in the user's file an exception came from."""
+def _place_of(error: BaseException, path: Path) -> str | None:
+    """The file and line in the user's folder that an exception came from; None where it came from elsewhere."""
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
-        return f"line {error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.absolute()]
-    return f"line {frames[-1].lineno}" if frames else "its call"
+        places.append((error.filename or "", error.lineno))
+    own = [place for place in places if Path(place[0]).parent == path.absolute().parent]
+    return _place(*own[-1], path) if own else None
+
+
+def _place(file: str, line: int | None, path: Path) -> str:
+    """File and line; the user's own file under the name that the recipe gives it."""
+    return f"{path if Path(file) == path.absolute() else file}:{line}"

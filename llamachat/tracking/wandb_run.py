@@ -181,6 +181,7 @@ def readable_config(inputs: StepInputs) -> dict[str, Any]:
         data[key] = [{**source, "path": _file_name(given.path)} for source, given in named]
     if "scoring" in own:
         names = {key: getattr(inputs.scoring, key) for key in ("combine", "helpfulness", "safety")}
+        names["combine"] = inputs.reward_function or names["combine"]
         config["scoring"] = {**own["scoring"], **{key: one and _file_name(one) for key, one in names.items()}}
     read = {f"reward_model/{which}": artifact for which, artifact in inputs.reward_models.items()}
     read |= {f"{artifact.manifest.kind}/{artifact.manifest.step}": artifact for artifact in inputs.surveyed}

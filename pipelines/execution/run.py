@@ -29,6 +29,7 @@ from llamachat.errors import (
     ConfigError,
     DataError,
     LlamachatError,
+    RewardFunctionError,
     TokenizerError,
     UsageError,
 )
@@ -53,14 +54,16 @@ from llamachat.runs.state import (
     counted,
     find_state,
     lineage,
+    may_correct_function,
     overwrite,
     reference,
     renew,
     step_state,
     unbind,
+    with_failed_functions,
 )
 from llamachat.tracking.wandb_run import wandb_places
-from pipelines.recipe.recipe import Recipe, RecipeSections, Step, resolve, step_identity
+from pipelines.recipe.recipe import Recipe, RecipeSections, Step, choose_steps, resolve, step_identity
 from pipelines.recipe.stages import POLICY, REPORT, Role
 from reward.config import Config as RewardConfig
 from sft.config import Config as SftConfig
@@ -113,8 +116,9 @@ class Work:
 def find_work(recipe: Recipe, step: Step, elsewhere: Mapping[str, StepFolder] | None = None) -> Work:
     """What running the step would mean now; `elsewhere` as in `take_inputs`."""
     taken = take_inputs(recipe, step, elsewhere)
-    identity = step_identity(recipe, step, taken.by_key)
-    return Work(step, recipe.folder(step), taken, identity, fingerprint(identity))
+    folder = recipe.folder(step)
+    identity = with_failed_functions(folder, step_identity(recipe, step, taken.by_key))
+    return Work(step, folder, taken, identity, fingerprint(identity))
 
 
 def take_inputs(recipe: Recipe, step: Step, elsewhere: Mapping[str, StepFolder] | None = None) -> Taken:
@@ -191,7 +195,7 @@ def stage_inputs(recipe: Recipe, work: Work, deadline: float | None = None) -> S
         data=recipe.data,
         tracking=recipe.sections.tracking,
         rollout=step.rollout,
-        scoring=recipe.scoring,
+        scoring=step.scoring,
         deadline=deadline,
         policy=taken.policy,
         reward_models=taken.reward_models,
@@ -265,7 +269,7 @@ def lacks_labels(recipe: Recipe, step: Step) -> str | None:
 
 def gate_model(recipe: Recipe, step: Step) -> Step | None:
     """The step that trains the safety model which this step's gate reads; None where there is no gate or no such step."""
-    if "scoring" not in step.stage.shared or recipe.scoring.combine != "llama2_gate" or recipe.scoring.safety:
+    if "scoring" not in step.stage.shared or step.scoring.combine != "llama2_gate" or step.scoring.safety:
         return None
     makers = recipe.makers(step).get(SAFETY)
     return makers[0] if makers else None
@@ -374,6 +378,11 @@ def open_command(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bo
     return Command(recipe, should_overwrite, deadline)
 
 
+def run(recipe: Recipe, command: str = "all", *, should_overwrite: bool = False) -> list[Artifact]:
+    """Run the steps of a command of the recipe, or all, as the command line does; the artifacts of those that are done."""
+    return run_chosen(recipe, choose_steps(recipe.steps, command), should_overwrite=should_overwrite).artifacts
+
+
 def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool = False) -> Ran:
     """Run these steps of the recipe in their order, in this process.
 
@@ -397,6 +406,7 @@ def run_step(
     if should_overwrite:
         _check_inputs_stay(recipe, folder)
         overwrite(folder)
+        work = find_work(recipe, step)  # what failed in the folder before is gone
     else:
         artifact = finished(recipe, work)
         if artifact is not None:
@@ -445,7 +455,8 @@ def _check_inputs_stay(recipe: Recipe, folder: StepFolder) -> None:
     if folder.path.is_symlink():
         return  # the link alone is deleted
     doomed = folder.path.resolve()
-    for text in _texts(recipe.sections.model_dump(mode="json", include={"data", "base", "scoring"})):
+    scoring = [step.scoring.model_dump(mode="json") for step in recipe.steps]
+    for text in _texts([recipe.sections.model_dump(mode="json", include={"data", "base"}), *scoring]):
         place = Path(text).resolve() if "\n" not in text else Path()
         if doomed in (place, *place.parents):
             raise UsageError(
@@ -501,6 +512,9 @@ def _run(recipe: Recipe, work: Work, deadline: float | None, *, is_begun: bool) 
             artifact = work.step.stage.package.run(work.step.config, stage_inputs(recipe, work, deadline))
     except (ConfigError, DataError, TokenizerError):
         unbind(folder)  # the fix changes the recipe or the data, which a step that stays begun would refuse
+        raise
+    except RewardFunctionError:
+        may_correct_function(folder)
         raise
     lineage(Path(recipe.run.dir))
     if not recipe.run.keep_checkpoints:

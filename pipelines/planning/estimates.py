@@ -474,10 +474,10 @@ def _reward_models(recipe: Recipe, step: Step, shape: Shape) -> Iterator[tuple[s
             place = _place(recipe.folder(maker).artifact) if is_full else _trunk(recipe, maker)[0]
             models[role.which] = _RewardModel((place, maker.tuning.method == "qlora"), not is_full, shape)
     for name in MODELS:
-        if (named := getattr(recipe.scoring, name)) is not None:
+        if (named := getattr(step.scoring, name)) is not None:
             models[name] = _named(named, shape)
     known: dict[ModelName, RewardModelFacts] = {name: RewardModelFacts(name, None) for name in MODELS if name in models}
-    for name in (*models_read(recipe.scoring, known), "judge"):
+    for name in (*models_read(step.scoring, known), "judge"):
         if name in models:
             yield name, models[name]
 

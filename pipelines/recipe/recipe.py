@@ -102,14 +102,23 @@ def _entry_model(head: str, stage: Stage) -> type[Section]:
             Field(default=(), min_length=1, description=f"These alone of {', '.join(stage.models)}."),
         )
     own["tuning"] = (_without_rules(Tuning), Field(default=Tuning(), description="Values over the section tuning."))
-    if "rollout" in stage.shared:
-        rollout = Field(default=Rollout(), description="Values over the section rollout.")
-        own["rollout"] = (_without_rules(Rollout), rollout)
-    else:
-        refused["rollout"] = f"'{head}' learns from no answers of its own. Remove it."
+    for name, schema, why in _OF_STEPS:
+        if name in stage.shared:
+            values = Field(default=schema(), description=f"Values over the section {name}.")
+            own[name] = (_without_rules(schema), values)
+        else:
+            refused[name] = f"'{head}' {why}. Remove it."
     model = _keys_of(stage.config, **own)
     model.unknown_keys = {**refused, **model.unknown_keys}
     return model
+
+
+# Shared sections that an entry of a step which reads them may go over, and why an entry of another step may not.
+_OF_STEPS: tuple[tuple[str, type[Section], str], ...] = (
+    ("rollout", Rollout, "learns from no answers of its own"),
+    ("scoring", Scoring, "scores no answers"),
+)
+_SHARED = ("tuning", *(name for name, _, _ in _OF_STEPS))
 
 
 class _OneStep(Section):
@@ -174,14 +183,14 @@ class StepEntry(RootModel[Any]):
 
     @property
     def sections(self) -> tuple[tuple[type[Section], str], ...]:
-        """The sections that it may go over, with their schemas: its stage's own, tuning and rollout."""
-        return (self.stage.config, self.stage.section), (Tuning, "tuning"), (Rollout, "rollout")
+        """The sections that it may go over, with their schemas: its stage's own, and the shared ones."""
+        return (self.stage.config, self.stage.section), *zip((Tuning, Rollout, Scoring), _SHARED, strict=True)
 
     def over(self, section: str) -> Mapping[str, Any]:
-        """Its values over one section of the recipe: tuning, rollout or the stage's own."""
-        if section in ("tuning", "rollout"):
+        """Its values over one section of the recipe: a shared one or the stage's own."""
+        if section in _SHARED:
             return _mapping(self.values.get(section))
-        return {key: value for key, value in self.values.items() if key not in ("name", "only", "tuning", "rollout")}
+        return {key: value for key, value in self.values.items() if key not in ("name", "only", *_SHARED)}
 
     def products(self, data: Mapping[str, Any]) -> list[Product]:
         """What it makes of these data, given as plain values."""
@@ -217,7 +226,7 @@ class RecipeSections(Section):
     steps: tuple[StepEntry, ...] = Field(
         default=(StepEntry("sft"),),
         min_length=1,
-        description="What is run, in order: sft, rm, rm/safety, rs, or {sft: {name: sft-2, epochs: 1, tuning: {...}}}; steps that sample also take rollout: {...}.",
+        description="What is run, in order: sft, rm, rm/safety, rs, or {sft: {name: sft-2, epochs: 1, tuning: {...}}}; steps that sample also take rollout: {...} and scoring: {...}.",
     )
     sft: SftConfig = Field(default=SftConfig.model_validate({}), description="Supervised fine-tuning.")
     reward: RewardConfig = Field(default=RewardConfig.model_validate({}), description="Reward models.")
@@ -255,6 +264,7 @@ class Step:
     config: Section
     tuning: Tuning
     rollout: Rollout
+    scoring: Scoring
 
     @property
     def reads(self) -> tuple[Role, ...]:
@@ -286,10 +296,6 @@ class Recipe:
     @property
     def data(self) -> Data:
         return self.sections.data
-
-    @property
-    def scoring(self) -> Scoring:
-        return self.sections.scoring
 
     def step(self, name: str) -> Step:
         """The step of that name."""
@@ -323,12 +329,20 @@ def resolve(sections: RecipeSections) -> Recipe:
     steps = []
     data = sections.data.model_dump(mode="json")
     for entry in sections.steps:
-        config, tuning, rollout = (
+        config, tuning, rollout, scoring = (
             from_plain(schema, merged(getattr(sections, name).model_dump(mode="json"), entry.over(name)))
             for schema, name in entry.sections
         )
         steps += [
-            Step(entry.step_name(product), entry.stage, product, config, cast(Tuning, tuning), cast(Rollout, rollout))
+            Step(
+                name=entry.step_name(product),
+                stage=entry.stage,
+                product=product,
+                config=config,
+                tuning=cast(Tuning, tuning),
+                rollout=cast(Rollout, rollout),
+                scoring=cast(Scoring, scoring),
+            )
             for product in entry.products(data)
         ]
     return Recipe(sections, tuple(steps))
@@ -510,7 +524,7 @@ def command_line_first(layers: Layers) -> None:
 
     for at, entry in _entries(layers):
         for key in [key for key in entry.values if key not in ("name", "only")]:
-            section: Key = (key,) if key in ("tuning", "rollout") else (entry.stage.section, key)
+            section: Key = (key,) if key in _SHARED else (entry.stage.section, key)
             yields(entry.values, key, section, (*at, key))
 
 
@@ -539,7 +553,7 @@ def step_identity(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact]) ->
         },
         step.stage.section: section,
         **{
-            key: _shared_identity(step.rollout if key == "rollout" else getattr(recipe.sections, key))
+            key: _shared_identity(getattr(step if key in _SHARED else recipe.sections, key))
             for key in step.stage.shared
         },
         "inputs": {key: artifact.digest for key, artifact in inputs.items()},

@@ -103,7 +103,7 @@ def ppo_peaks(
             tracking=Tracking(mode="off"),
             data=PROMPTS,
             rollout=recipe.sections.rollout,
-            scoring=recipe.scoring,
+            scoring=recipe.sections.scoring,
             **publish(),
         )
         sizes = {"responses_per_iteration": responses, "responses_per_minibatch": responses // 2}

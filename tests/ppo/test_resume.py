@@ -1,5 +1,7 @@
 """PPO under kills: the same command continues, and ends with the weights and figures of an uninterrupted run."""
 
+import hashlib
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llamachat.runs.artifacts import StepFolder
+from llamachat.runs.artifacts import StepFolder, read_artifact
 from llamachat.runs.checkpoints import newest
 from tests.killed_steps import Commands, open_commands, results
 from tests.ppo.tiny_ppo import config_of, write_function, write_prompts
@@ -62,3 +64,52 @@ def test_killed_at_file_operations_it_ends_like_an_uninterrupted_run(
     assert newest(step.checkpoints) is not None
     assert commands.run(killed) == 0
     assert results(step) == results(uninterrupted)
+
+
+# Its scores are those of LETTER; at one call it does something else. The calls of all commands are counted.
+FAILING = """from pathlib import Path
+
+def score(prompts, completions, scores, **columns):
+    result = [text.count("t") / (1 + len(text)) for text in completions]
+    calls = Path(__file__).with_name("calls")
+    calls.write_text(calls.read_text() + "x" if calls.is_file() else "x")
+    if len(calls.read_text()) == {call}:
+        {fault}
+    return result
+"""
+# Call, what it does there, the line and words of the error, and the iterations that are kept. Calls 1 and 2 are the start's
+# validation and test, 3 and 4 iterations; 5 repeats the failed one; after 6, 9 and 12, validations, comes the final test.
+FAULTS = (
+    (4, "result.pop()", 3, "returned 7 values for 8 completions", 1),
+    (9, "result[0] = float('nan')", 3, "returned nan for completion 0", 4),
+    (13, "result[8]", 8, "raised IndexError: list index out of range", 5),
+)
+
+
+def test_a_reward_function_that_fails_costs_nothing_but_its_own_call(
+    commands: Commands, base16: Path, tmp_path: Path
+) -> None:
+    whole = write_recipe(tmp_path / "whole.yaml", base16, "lora")
+    assert commands.run(whole) == 0
+    recipe, file = write_recipe(tmp_path / "failing.yaml", base16, "lora"), tmp_path / "letter.py"
+    step, uninterrupted = (StepFolder(tmp_path / "runs" / name / "ppo") for name in ("failing", "whole"))
+    versions = []
+    for call, fault, line, words, iterations in FAULTS:
+        file.write_text(FAILING.format(call=call, fault=fault))
+        versions.append(f"{hashlib.sha256(file.read_bytes()).hexdigest()}:score")
+        assert commands.run(recipe) == 1
+        assert f"{file}:{line}: 'score' {words}" in commands.words()
+        checkpoint = newest(step.checkpoints)
+        assert checkpoint is not None and checkpoint.step == iterations
+    file.write_text("def score(:\n")
+    assert commands.run(recipe) == 2
+    assert f"scoring.combine: {file}:1: the file cannot be run: SyntaxError" in commands.words()
+    file.write_text(FAILING.format(call=0, fault="pass"))
+    assert commands.run(recipe) == 0
+    assert len((tmp_path / "calls").read_text()) == 14
+    assert results(step) == results(uninterrupted)
+    manifest = read_artifact(step.path).manifest
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert manifest.identity["failed_functions"] == versions
+    assert manifest.inputs["reward_function"] == f"{file}:score (SHA-256 {digest})"
+    assert "failed_functions" not in json.loads(uninterrupted.identity.read_text())["identity"]

@@ -35,6 +35,7 @@ SMALL: dict[str, Any] = {
     "test_prompts": 4,
 }
 GATE: dict[str, Any] = {"combine": "llama2_gate"}
+LENGTH = "def score(prompts, completions, scores, **columns):\n    return [float(len(text)) for text in completions]\n"
 
 
 def models_of(world: World, *roles: str, tuning: Tuning = LORA, policy: Tuning = FULL) -> dict[str, Artifact]:
@@ -156,10 +157,7 @@ def test_a_server_on_the_same_card_sleeps_while_it_trains_and_a_wrong_token_of_i
 ) -> None:
     fake = FakeVllm(load_base(Base(model=str(base), dtype="float32", max_tokens=96)))
     rollout = {"engine": "vllm", "server": fake.address, "server_gib": 1.0}
-    length = (
-        "def score(prompts, completions, scores, **columns):\n    return [float(len(text)) for text in completions]\n"
-    )
-    scoring = {"combine": write_function(tmp_path / "length.py", length)}
+    scoring = {"combine": write_function(tmp_path / "length.py", LENGTH)}
     asleep, update = list[bool](), Updater.update
 
     def watched(self: Updater, *arguments: Any, **options: Any) -> Any:
@@ -186,6 +184,40 @@ def test_a_server_on_the_same_card_sleeps_while_it_trains_and_a_wrong_token_of_i
 
 
 # --- in a recipe
+
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "verifiable_reward"
+
+
+@pytest.mark.parametrize("way", ["a function", "the rule of an example, for one step alone"])
+def test_a_recipe_of_tuning_and_ppo_needs_no_reward_model(way: str, base: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "base": {"max_tokens": 96},
+        "tuning": {"method": "lora", "rank": 4, "alpha": 8},
+        "data": {
+            "sft": [{"path": str(write_dialogs(tmp_path / "dialogs.jsonl", toy_dialogs(24)))}],
+            "prompts": [{"path": str(write_prompts(tmp_path / "prompts.jsonl", 60))}],
+            "split": SPLIT,
+        },
+        "sft": {"learning_rate": 2e-5},
+        "rollout": {"max_new_tokens": 8},
+        "ppo": config_of(**SMALL).model_dump(mode="json"),
+    }
+    rule = f"{EXAMPLE / 'rule.py'}:score"
+    steps: list[Any] = ["sft", {"ppo": {"scoring": {"combine": rule}}}]
+    if way == "a function":
+        rule, steps = write_function(tmp_path / "length.py", LENGTH), ["sft", "ppo", "eval", "report"]
+        values["scoring"] = {"combine": rule}
+    recipe = load(write_values(tmp_path / "one.yaml", base, values, steps=steps))
+    assert [step.verdict for step in make_plan(recipe)] == ["new", *["waits"] * (len(steps) - 1)]
+    artifact, *evaluated = run_command(recipe, "all")[1:]
+    for one in (artifact, *evaluated[:1]):
+        assert one.manifest.inputs["reward_function"].startswith(f"{rule} (SHA-256 ")
+        assert not any(name.startswith("reward_model") for name in one.manifest.inputs)
+    assert [name for name in record(artifact)[0] if name.startswith("ppo/reward/")] == [
+        "ppo/reward/combined",
+        "ppo/reward/shaped",
+    ]
 
 
 def test_a_recipe_goes_from_tuning_over_reward_models_to_ppo(base: Path, tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def two_rounds(first: First, base: Path, folder: Path) -> Path:
     """A recipe of two rounds over a copy of the first, in whose dialogs two answers are another's."""
     shutil.copytree(first.step.path.parent, folder / "runs" / "two")
     shutil.copy(first.recipe.parent / "prompts.jsonl", folder)
-    scoring = {"combine": load(first.recipe).scoring.combine}
+    scoring = {"combine": load(first.recipe).sections.scoring.combine}
     recipe = write_recipe(folder / "two.yaml", base, steps=TWO_ROUNDS, scoring=scoring)
     path = step_of(recipe).dialogs / "dialogs.jsonl"
     dialogs = read_lines(path)

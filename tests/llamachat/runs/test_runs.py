@@ -30,7 +30,18 @@ from llamachat.runs.fingerprints import (
     fingerprint,
 )
 from llamachat.runs.locks import hold, is_held_by_us, living_owner
-from llamachat.runs.state import StepState, begin, find_state, lineage, overwrite, reference, step_state
+from llamachat.runs.state import (
+    StepState,
+    begin,
+    find_state,
+    lineage,
+    may_correct_function,
+    overwrite,
+    reference,
+    step_state,
+    unbind,
+    with_failed_functions,
+)
 from tests.killing import killed_at_each
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -111,6 +122,39 @@ def test_a_step_is_held_once_within_a_process_and_looking_does_not_drop_the_lock
         assert subprocess.run([sys.executable, "-c", probe, str(folder.lock)], check=False).returncode == 3
     assert not is_held_by_us(folder)
     assert subprocess.run([sys.executable, "-c", probe, str(folder.lock)], check=False).returncode == 0
+
+
+def scored_by(version: str, **changes: Any) -> dict[str, Any]:
+    return {"step": "rs", "scoring": {"combine": version, "shaping": "none"}} | changes
+
+
+def test_only_a_reward_function_that_has_failed_may_change_in_a_step_that_is_half_done(tmp_path: Path) -> None:
+    folder, (first, second, third) = StepFolder(tmp_path / "rs"), (f"{digit * 64}:score" for digit in "abc")
+    assert start(folder, scored_by(first)) is StepState.NEW
+    (folder.sampling).mkdir()
+    (folder.sampling / "batch-00001.json").write_text("1")
+    with pytest.raises(ChangedError, match=r"scoring\.combine: \"aaaa"):
+        start(folder, with_failed_functions(folder, scored_by(second)))
+    with hold(folder):
+        may_correct_function(folder)
+        unbind(folder)  # what was sampled is kept for the corrected function
+    # The same version again is the same work; another one is work of both.
+    assert with_failed_functions(folder, scored_by(first)) == scored_by(first)
+    corrected = with_failed_functions(folder, scored_by(second))
+    assert corrected == scored_by(second, failed_functions=[first])
+    for other in (scored_by("single"), scored_by(second) | {"inputs": {"policy": "d" * 64}}):
+        with pytest.raises(ChangedError):
+            start(folder, with_failed_functions(folder, other))
+    assert start(folder, corrected) is StepState.RESUME
+    assert (folder.sampling / "batch-00001.json").exists()
+    again = with_failed_functions(folder, scored_by(third))
+    assert start(folder, again) is StepState.RESUME
+    finish(folder, again)
+    assert start(folder, with_failed_functions(folder, scored_by(third))) is StepState.DONE
+    with pytest.raises(ChangedError):
+        start(folder, with_failed_functions(folder, scored_by(second)))
+    # A run whose step the third version scored from its beginning does not take this one.
+    assert fingerprint(scored_by(third)) != fingerprint(again)
 
 
 def test_a_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import tensor
 
 import reward
 from llamachat.config.sections import FunctionName
-from llamachat.errors import ConfigError, ScoringError
+from llamachat.errors import ConfigError, RewardFunctionError
 from llamachat.scoring.combining import combiner
 from llamachat.scoring.scores import Scores
 from llamachat.scoring.user_function import load_user_function
@@ -71,24 +71,41 @@ def test_a_function_cannot_change_what_the_next_one_sees(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("body", "expected"),
-    [
-        ("[1.0]", "it gave back 1 values for 2 completions"),
-        ("[1.0, float('nan')]", "value 1 is nan, but a finite number is required"),
-        ("[float('inf'), 1.0]", "value 0 is inf"),
-        ("[1.0, None]", "value 1 is nothing (null)"),
-        ("['good', 'bad']", "value 0 is the text 'good'"),
-        ("1.0", "it gave back the number 1.0, but a list with one number for each completion is required"),
-        ("scores['safty']", "it raised KeyError: 'safty' (line 2)"),
-        ("__import__('torch').ones(2, device='meta')", "it raised "),
-        ("exec('class Odd(Exception):\\n    __str__ = None\\nraise Odd')", "it raised Odd"),
+    ("body", "line", "expected"),
+    [  # a wrong result is that of the function, which is defined in line 2
+        ("[1.0]", 2, "returned 1 values for 2 completions"),
+        ("[1.0, float('nan')]", 2, "returned nan for completion 1, but a finite number is required"),
+        ("[float('inf'), 1.0]", 2, "returned inf for completion 0"),
+        ("[1.0, None]", 2, "returned nothing (null) for completion 1"),
+        ("['good', 'bad']", 2, "returned the text 'good' for completion 0"),
+        ("1.0", 2, "returned the number 1.0, but a list with one number for each completion is required"),
+        ("scores['safty']", 3, "raised KeyError: 'safty'"),
+        ("torch.ones(2, device='meta')", 2, "raised "),
+        ("torch.ones(2) + torch.ones(3)", 3, "raised RuntimeError: "),
+        ("exec('class Odd(Exception):\\n    __str__ = None\\nraise Odd')", 3, "raised Odd"),
     ],
 )
-def test_errors_of_a_function_are_reported_with_its_name(tmp_path: Path, body: str, expected: str) -> None:
-    name = write(tmp_path, f"def score(prompts, completions, scores, **columns):\n    return {body}")
-    with pytest.raises(ScoringError) as caught:
+def test_errors_of_a_function_are_reported_with_its_file_and_line(
+    tmp_path: Path, body: str, line: int, expected: str
+) -> None:
+    name = write(tmp_path, f"import torch\ndef score(prompts, completions, scores, **columns):\n    return {body}")
+    with pytest.raises(RewardFunctionError) as caught:
         combiner(scoring(combine=name))(Scores(helpfulness_B=tensor([1.0, 2.0]), safety_B=None), answers(2))
-    assert str(caught.value).startswith(f"{name}: ") and expected in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}/rewards.py:{line}: 'score' {expected}")
+
+
+def test_an_error_is_reported_at_its_line_in_a_file_next_to_the_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_words.py").write_text("def count(text):\n    return 1 / 0\n")
+    body = "return [count(text) for text in completions]"
+    write(tmp_path, f"from my_words import count\ndef score(prompts, completions, scores, **columns):\n    {body}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RewardFunctionError, match=rf"^{tmp_path}/my_words\.py:2: 'score' raised ZeroDivisionError"):
+        run("rewards.py:score")
+    write(tmp_path, "def score(prompts, completions, scores, **columns):\n    return [0.0]")
+    with pytest.raises(RewardFunctionError, match=r"^rewards\.py:1: 'score' returned 1 values for 2 completions"):
+        run("rewards.py:score")
 
 
 def test_missing_files_and_functions_are_reported(tmp_path: Path) -> None:
@@ -101,14 +118,17 @@ def test_missing_files_and_functions_are_reported(tmp_path: Path) -> None:
         combiner(scoring(combine=name.replace("rewards.py", "reward.py")))
     name = write(tmp_path, "def score(prompts, completions):\n    return [0.0] * len(completions)", "narrow.py")
     with pytest.raises(
-        ScoringError, match=r"cannot be called with .* Write it as fn\(prompts, completions, scores, \*"
+        RewardFunctionError,
+        match=r"narrow\.py:1: 'score' cannot be called with .*fn\(prompts, completions, scores, \*",
     ):
         combiner(scoring(combine=name))(Scores(helpfulness_B=tensor([1.0]), safety_B=None), answers(1))
     for text, expected in {
-        "1 +": "SyntaxError: .*line 1",
-        "import nothing_at_all": "ModuleNotFoundError.*line 1",
+        "1 +": "SyntaxError",
+        "import nothing_at_all": "ModuleNotFoundError",
     }.items():
-        with pytest.raises(ConfigError, match=f"cannot be run: {expected}"):
+        with pytest.raises(
+            ConfigError, match=rf"scoring\.combine: .*/broken\.py:1: the file cannot be run: {expected}"
+        ):
             combiner(scoring(combine=write(tmp_path, text, "broken.py")))
 
 
@@ -122,9 +142,9 @@ def run(name: str, count: int = 2) -> list[float]:
 )
 def test_a_file_that_ends_the_process_is_a_fault_of_the_function(tmp_path: Path, ending: str) -> None:
     body = f"import os, sys\ndef score(prompts, completions, scores, **columns):\n    {ending}"
-    with pytest.raises(ScoringError, match=r"it raised (SystemExit|GeneratorExit).*line 3"):
+    with pytest.raises(RewardFunctionError, match=r"rewards\.py:3: 'score' raised (SystemExit|GeneratorExit)"):
         run(write(tmp_path, body))
-    with pytest.raises(ConfigError, match=r"cannot be run: (SystemExit|GeneratorExit).*line 2"):
+    with pytest.raises(ConfigError, match=r"at_once\.py:2: the file cannot be run: (SystemExit|GeneratorExit)"):
         run(write(tmp_path, f"import os, sys\n{ending}", "at_once.py"))
 
 

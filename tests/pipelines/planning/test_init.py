@@ -76,7 +76,7 @@ def test_columns_with_other_names_go_into_the_recipe(tmp_path: Path, capsys: pyt
 def test_pairs_bring_one_reward_model_and_no_gate() -> None:
     recipe = init_recipe("--preferences", "pairs.jsonl", "--hours", "2")
     assert names(recipe) == ["sft", "rm/helpfulness", "rs", "ppo", "gatt", "eval", "report"]
-    assert recipe.scoring.combine == "single" and recipe.sections.reward.margin == "none"
+    assert recipe.sections.scoring.combine == "single" and recipe.sections.reward.margin == "none"
     assert (recipe.run.dir, recipe.run.max_hours) == ("runs/made", 2)
     assert init_recipe("--preferences", "pairs.jsonl", "--run-dir", "elsewhere").run.dir == "elsewhere"
     assert warnings_of(recipe) == []
@@ -89,11 +89,11 @@ def test_safety_pairs_bring_the_gate_where_they_have_labels_and_weights_where_no
     options = ["--preferences", "pairs.jsonl", "--safety", "safety.jsonl", "--adversarial", "bad.jsonl"]
     recipe = init_recipe(*options)
     assert names(recipe) == ["sft", "rm/helpfulness", "rm/safety", "rs", "ppo", "gatt", "distill", "eval", "report"]
-    assert recipe.scoring.combine == "weighted" and recipe.run.max_hours is None
+    assert recipe.sections.scoring.combine == "weighted" and recipe.run.max_hours is None
     labelled = [{**line, "rating": "better", "chosen_is_safe": True, "rejected_is_safe": False} for line in lines]
     (tmp_path / "safety.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labelled))
     recipe = init_recipe(*options)
-    assert recipe.scoring.combine == "llama2_gate" and recipe.sections.reward.margin == "small"
+    assert recipe.sections.scoring.combine == "llama2_gate" and recipe.sections.reward.margin == "small"
     assert warnings_of(recipe) == []
 
 

@@ -1,6 +1,7 @@
 """The recipe: its list of steps, what a step may override, what is refused, and every recipe of configs/."""
 
 import ast
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import yaml
 from llamachat.config.loading import to_yaml
 from llamachat.config.section import Section, all_keys
 from llamachat.errors import ConfigError
+from llamachat.runs.fingerprints import changed_values
 from pipelines.recipe.recipe import RecipeSections, load, step_identity
 from reward.config import OWNED as REWARD_OWNED
 from reward.config import Config as RewardConfig
 from sft.config import OWNED
 from sft.config import Config as SftConfig
-from tests.ppo.tiny_ppo import write_prompts
+from tests.ppo.tiny_ppo import write_function, write_prompts
 from tests.recipes import preference_data, write_recipe, write_yaml
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -70,6 +72,26 @@ def test_a_step_samples_in_its_own_way_and_that_is_part_of_what_it_is(tmp_path: 
     assert temperatures == [0.7, 1.0]
     over = [step.rollout.temperature for step in load(path, ["rollout.temperature=0.5"]).steps[1:]]
     assert over == [0.5, 0.5]
+
+
+def test_a_step_scores_in_its_own_way_and_other_steps_stay_what_they_are(tmp_path: Path) -> None:
+    function = write_function(tmp_path / "rewards.py")
+    data = {"sft": [], "prompts": [{"path": str(write_prompts(tmp_path / "prompts.jsonl", 8))}]}
+    own = {"ppo": {"scoring": {"combine": function}}}
+
+    def scored(*steps: Any, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+        path = write_recipe(tmp_path, data=data, steps=list(steps), scoring={"shaping": "whiten"})
+        recipe = load(path, overrides)
+        return [step_identity(recipe, step, {}) for step in recipe.steps]
+
+    (rs, ppo), (rs_beside, ppo_of_its_own) = scored("rs", "ppo"), scored("rs", own)
+    assert rs_beside == rs
+    assert [key for key, *_ in changed_values(ppo, ppo_of_its_own)] == ["scoring.combine"]
+    digest = hashlib.sha256((tmp_path / "rewards.py").read_bytes()).hexdigest()
+    assert ppo_of_its_own["scoring"] == ppo["scoring"] | {"combine": f"{digest}:score"}
+    # The command line goes over the file, also over what the file says for one step alone.
+    over = scored("rs", own, overrides=["scoring.combine=single"])
+    assert [each["scoring"]["combine"] for each in over] == ["single", "single"]
 
 
 def names(path: Path, overrides: Sequence[str] = ()) -> list[str]:
@@ -176,6 +198,12 @@ REFUSED_STEPS: list[tuple[Any, str]] = [
     ([{"rs": {"rollout": {"engine": "vllm"}}}], "steps.0.rs.rollout: engine is vllm, but there is no server."),
     ([{"rs": {"sft": {"epoch": 1}}}], "steps.0.rs.sft.epoch: unknown key. Did you mean 'epochs'?"),
     ([{"sft": {"rollout": {"top_p": 0.9}}}], "steps.0.sft.rollout: 'sft' learns from no answers of its own."),
+    ([{"rs": {"scoring": {"combin": "single"}}}], "steps.0.rs.scoring.combin: unknown key. Did you mean 'combine'?"),
+    (
+        [{"rs": {"scoring": {"combine": "gone.py:score"}}}],
+        "steps.0.rs.scoring.combine: the file of the reward function",
+    ),
+    ([{"sft": {"scoring": {"combine": "single"}}}], "steps.0.sft.scoring: 'sft' scores no answers."),
     (
         ["rm"],
         "steps.0: 'rm' finds nothing to learn from. Give records under data.helpfulness or data.safety, or take rm",

@@ -12,7 +12,7 @@ import pytest
 
 import llamachat
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def example(name: str) -> ModuleType:

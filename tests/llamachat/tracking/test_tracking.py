@@ -240,7 +240,7 @@ def test_names_in_wandb(name: str, names: tuple[str, ...]) -> None:
 def test_what_wandb_notes_of_the_machine_is_sent_only_by_key() -> None:
     import wandb
 
-    def settings(**tracking: bool) -> tuple[bool, bool, bool]:
+    def settings(**tracking: Any) -> tuple[bool, bool, bool]:
         chosen = wandb_run._settings(wandb, Tracking(**tracking))
         return chosen.x_disable_stats, chosen.disable_git, chosen.x_disable_machine_info
 

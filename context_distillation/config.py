@@ -34,7 +34,7 @@ class Config(Section):
 
     preprompts: Annotated[tuple[Words, ...], Field(min_length=1)] = Field(
         default=PREPROMPTS,
-        description="Generic system texts; the prompts take them in turn. Paper, table 39: of this kind, made from templates with adjectives such as responsible, respectful, wise.",
+        description="Generic system texts; the prompts take them in turn. Ours; paper, table 39: of this kind, made from templates with adjectives such as responsible, respectful, wise.",
     )
     uses_categories: bool = Field(
         default=True,
@@ -84,5 +84,5 @@ class Config(Section):
     borderline_prompts: int = Field(
         default=200,
         ge=0,
-        description="Harmless prompts that look unsafe, of each file of data.borderline, to count refusals of. Paper A.4: 210.",
+        description="Harmless prompts that look unsafe, of each file of data.borderline, to count refusals of. Ours; paper A.4: 210.",
     )

@@ -22,7 +22,7 @@ class Config(Section):
     """Every policy of the run on the same held-out prompts, with the same seeds."""
 
     test_prompts: int = Field(
-        default=500, ge=2, description="Prompts of the test side that each policy answers. Paper: 4k, by people."
+        default=500, ge=2, description="Prompts of the test side that each policy answers. Ours; the paper has 4,000, rated by people."
     )
     borderline_prompts: int = Field(
         default=250,
@@ -40,7 +40,7 @@ class Config(Section):
         description="Number of held-out dialogs with an instruction in the first turn; 0: none. Ours.",
     )
     turns: Annotated[tuple[Turn, ...], Field(min_length=1)] = Field(
-        default=(1, 2, 4, 6), description="Turns at which it is checked. Paper, table 30: 2, 4, 6, 20."
+        default=(1, 2, 4, 6), description="Turns at which it is checked. Ours; paper, table 30: 2, 4, 6, 20."
     )
     families: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default=CHECKABLE, description="Kinds of those instructions; each can be checked by rule. Ours."

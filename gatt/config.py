@@ -34,7 +34,7 @@ class Config(Section):
     turns: int = Field(
         default=4,
         ge=2,
-        description="User turns of a dialog at most; two at least, as many dialogs of each number. Ours.",
+        description="Most user turns of a dialog; from two to this, equally often. Ours.",
     )
     families: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default=FAMILIES,
@@ -42,10 +42,10 @@ class Config(Section):
     )
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
-        description="How much oftener than 1 a family is drawn: what has words to copy needs more examples. Ours.",
+        description="Sampling weight of a family; others have 1. What has words to copy needs more examples. Ours.",
     )
     most_constraints: int = Field(
-        default=2, ge=1, description="Constraints of one instruction, one to this. Paper: a random combination."
+        default=2, ge=1, description="Most constraints of one instruction; their number is drawn. Paper: a random combination; the number is ours."
     )
     values: Literal["lists", "policy"] = Field(
         default="lists",
@@ -94,7 +94,7 @@ class Config(Section):
         description="Time budget of the sampling in hours, over all its starts; what was sampled by then is trained on; the tuning has sft.max_hours. null for none. Ours."
     )
     evaluation_turns: Annotated[tuple[Turn, ...], Field(min_length=1)] = Field(
-        default=(1, 2, 4, 6), description="Turns at which consistency is measured. Paper, table 30: 2, 4, 6, 20."
+        default=(1, 2, 4, 6), description="Turns at which consistency is measured. Ours; paper, table 30: 2, 4, 6, 20."
     )
     evaluation_dialogs: int = Field(
         default=200,

@@ -148,7 +148,7 @@ class Config(Section):
     patience: int | None = Field(
         default=5,
         ge=1,
-        description="End after this many evaluations in a row without a higher win rate against the starting policy, and keep the best policy; null: never. Paper: early stopping on held-out prompts.",
+        description="End after this many evaluations in a row without a higher win rate against the starting policy, and keep the best policy; null: never. Paper: early stopping on held-out prompts; the number is ours.",
     )
     test_prompts: int = Field(
         default=200, ge=1, description="Prompts of the test side that the first and the final policy answer. Ours."

@@ -57,7 +57,7 @@ class Config(Section):
     )
     sampler: Annotated[LocalPath | None, POLICY_PATH] = Field(
         default=None,
-        description="A policy to sample from in place of the current one, such as a larger one (distillation: the paper's small models learn the 70B's winners).",
+        description="A policy to sample from in place of the current one, such as a larger one (distillation; in the paper small models learn from the 70B model's answers). Ours.",
     )
     start: Literal["current", "base"] = Field(
         default="current",

@@ -14,11 +14,13 @@ ENVIRONMENT := .venv
 READY := .venv/.ready
 READY_TO_TEST := .venv/.ready-test
 READY_TO_CHECK := .venv/.ready-check
+READY_TO_DOCS := .venv/.ready-docs
 else
 ENVIRONMENT := $(VENV)
 READY := check-environment
 READY_TO_TEST := check-environment
 READY_TO_CHECK := check-environment
+READY_TO_DOCS := check-environment
 endif
 PY := "$(ENVIRONMENT)/bin/python"
 # A killed make takes the step with it: no orphan holds the run.
@@ -29,7 +31,7 @@ INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check -
 STEPS := sft rm rs gatt distill dpo ppo eval report all
 
 .DEFAULT_GOAL := help
-.PHONY: help $(STEPS) plan doctor base dashboard chat test check bench gpu-check setup check-environment
+.PHONY: help $(STEPS) plan doctor base dashboard chat test check docs bench gpu-check setup check-environment
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -64,6 +66,9 @@ check: $(READY_TO_TEST) $(READY_TO_CHECK) ## lint, format, types, import rules
 	@$(PY) -m pyright --pythonpath $(PY)
 	@$(PY) -m pytest -q tests/test_architecture.py
 
+docs: $(READY_TO_DOCS) ## the documentation as a site, in build/site
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
 bench: $(READY) ## benchmarks against named baselines
 	@for file in benchmarks/*.py; do $(PY) -m benchmarks.$$(basename $$file .py) $(ARGS) || exit 1; done
 
@@ -85,7 +90,7 @@ check-environment:
 	@$(INSTALL) --no-build-isolation -e .
 	@touch $@
 
-# The extras `test` and `check`: pytest and what tests import; ruff and pyright.
+# The extras `test`, `check` and `docs`: pytest and what tests import; ruff and pyright; mkdocs.
 .venv/.ready-%: .venv/.ready
 	@echo "Installing what \`make $*\` needs ..."
 	@$(INSTALL) --no-build-isolation -e '.[$*]'

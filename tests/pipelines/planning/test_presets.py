@@ -102,11 +102,11 @@ def test_the_pages_have_the_steps_memory_and_hours_of_the_plan(name: str) -> Non
     columns = ("sft", "rm/helpfulness", "rm/safety", "rm/judge", "rs", "ppo", "eval")
     estimates = [estimate_step(recipe, recipe.step(step)) if step in steps else None for step in columns]
     counts = [str(estimate.optimizer_steps) for estimate in estimates[:-1] if estimate is not None]
-    assert f" | {' + '.join(counts)} |" in _row("docs/presets.md", f"| `{name}.yaml` | ")
+    assert f" | {' + '.join(counts)} |" in _row("docs/gpu.md", f"| `{name}.yaml` | ")
     cells = (
         f"{estimate.peak_bytes / 2**30:.1f}, {duration(estimate.seconds)}" if estimate else "" for estimate in estimates
     )
-    assert _row("docs/results/gpu.md", f"| {name} | ").endswith(f" | {' | '.join(cells)} |")
+    assert _row("docs/gpu.md", f"| {name} | ").endswith(f" | {' | '.join(cells)} |")
 
 
 def _row(page: str, beginning: str) -> str:
@@ -136,7 +136,7 @@ def smallest_card(base: str, method: str) -> str:
 
 
 def test_the_first_table_says_which_sizes_ppo_serves() -> None:
-    page = Path("docs/presets.md").read_text()
+    page = Path("docs/gpu.md").read_text().partition("## Which sizes PPO serves")[2]
     first = page[page.index("\n|") :].strip().partition("\n\n")[0].splitlines()
     expected = [
         f"| {name} | {' | '.join(smallest_card(base, method) for method in ('qlora', 'lora', 'full'))} |"

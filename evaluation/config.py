@@ -22,7 +22,9 @@ class Config(Section):
     """Every policy of the run on the same held-out prompts, with the same seeds."""
 
     test_prompts: int = Field(
-        default=500, ge=2, description="Prompts of the test side that each policy answers. Ours; the paper has 4,000, rated by people."
+        default=500,
+        ge=2,
+        description="Prompts of the test side that each policy answers. Ours; the paper has 4,000, rated by people.",
     )
     borderline_prompts: int = Field(
         default=250,

@@ -45,7 +45,9 @@ class Config(Section):
         description="Sampling weight of a family; others have 1. What has words to copy needs more examples. Ours.",
     )
     most_constraints: int = Field(
-        default=2, ge=1, description="Most constraints of one instruction; their number is drawn. Paper: a random combination; the number is ours."
+        default=2,
+        ge=1,
+        description="Most constraints of one instruction; their number is drawn. Paper: a random combination; the number is ours.",
     )
     values: Literal["lists", "policy"] = Field(
         default="lists",

@@ -71,7 +71,7 @@ def _step_schema(schema: Schema) -> dict[str, Any]:
             "tuning": {"$ref": "#/$defs/Tuning"},
             "rollout": {"$ref": "#/$defs/Rollout"},
         }
-        keys = field.annotation.model_fields if field.annotation is not None else {}
+        keys = getattr(field.annotation, "model_fields", ())
         properties = {key: {"$ref": f"{section}/properties/{key}"} if key in known else own[key] for key in keys}
         entries[head] = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
     one = {"type": "object", "properties": entries, "additionalProperties": False, "minProperties": 1}

@@ -57,12 +57,12 @@ def _run(name: str, models: Path, steps: Sequence[str]) -> None:
     if card.count == 1:  # weights that are cut over several cards cannot be run
         # PPO with a reward model of its own weights is for larger cards: the preset's is below.
         for case in (case for case in cases_of(recipe) if case.step in steps and case.step != "ppo"):
-            (found,) = on_standin(peaks, models, [asdict(case)], recipe.tuning.rank, total_gib=card.gib, **mode)
-            _report(f"{name}: {case}", estimated(case, shape, card), found, card.gib)
+            (peak,) = on_standin(peaks, models, [asdict(case)], recipe.tuning.rank, total_gib=card.gib, **mode)
+            _report(f"{name}: {case}", estimated(case, shape, card), peak, card.gib)
     if "ppo" in steps and any(step.stage.command == "ppo" for step in recipe.steps):
         arguments = (PRESETS / f"{name}.yaml", [], models, RESPONSES, PROMPT_TOKENS)
-        found = on_standin(ppo_peaks, *arguments, total_gib=card.gib, **mode)
-        _report(f"{name}: PPO of the preset with two reward models and a judge", _planned(recipe), found, card.gib)
+        peak = on_standin(ppo_peaks, *arguments, total_gib=card.gib, **mode)
+        _report(f"{name}: PPO of the preset with two reward models and a judge", _planned(recipe), peak, card.gib)
 
 
 def _planned(recipe: Recipe) -> Estimate:
@@ -72,10 +72,8 @@ def _planned(recipe: Recipe) -> Estimate:
     return estimate
 
 
-def _report(name: str, estimate: Estimate, found: dict[str, int], gib: float) -> None:
-    planned, allocated, reserved = (
-        size / 2**30 for size in (estimate.peak_bytes, found["allocated"], found["reserved"])
-    )
+def _report(name: str, estimate: Estimate, peak: dict[str, int], gib: float) -> None:
+    planned, allocated, reserved = (size / 2**30 for size in (estimate.peak_bytes, peak["allocated"], peak["reserved"]))
     print(f"{name:<110}{planned:>7.2f}{allocated:>11.2f}{planned / allocated:>7.2f}{reserved:>10.2f}  {gib:g}")
 
 

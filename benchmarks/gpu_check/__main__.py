@@ -23,7 +23,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.gpu_check import numerics
-from benchmarks.gpu_check.figures import Figure, found, line, write
+from benchmarks.gpu_check.figures import Figure, figures_of, line, write
 from benchmarks.gpu_check.sizes import TOY, sizes_for
 from benchmarks.gpu_check.steps import card, speeds, step
 from benchmarks.memory import write_models
@@ -73,7 +73,7 @@ def check(folder: Path, *, is_toy: bool) -> Iterator[Figure]:
     }
     sections |= {case.step: partial(step, case, folder, sizes, gpu, is_toy=is_toy, peak=peak) for case in sizes.cases}
     for name, section in sections.items():
-        yield from found(name, section)
+        yield from figures_of(name, section)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -33,7 +33,7 @@ class Figure:
         return at_least and (self.most is None or self.value <= self.most) and not self.error
 
 
-def found(name: str, section: Callable[[], Iterable[Figure]]) -> Iterator[Figure]:
+def figures_of(name: str, section: Callable[[], Iterable[Figure]]) -> Iterator[Figure]:
     """The figures of a section; one that says why, where it fails."""
     try:
         yield from section()

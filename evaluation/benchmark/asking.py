@@ -66,11 +66,11 @@ class Respondent:
     def _choices(self, questions: Sequence[Question]) -> list[Answer | None]:
         sequences = [[self._choice(question, text) for text in choices(question)] for question in questions]
         fitting = [all(len(one.ids) <= self._longest for one in of_one) for of_one in sequences]
-        asked = [one for of_one, fits in zip(sequences, fitting, strict=True) if fits for one in of_one]
+        encoded_choices = [one for of_one, fits in zip(sequences, fitting, strict=True) if fits for one in of_one]
         model: Any = self._policy.model
         logprobs = iter(
             response_logprobs(
-                asked,
+                encoded_choices,
                 hidden=lambda batch: model.get_decoder()(**batch, use_cache=False).last_hidden_state,
                 head=model.get_output_embeddings(),
                 device=model.device,
@@ -93,7 +93,7 @@ class Respondent:
 
 def _kept(turns: Texts) -> Answer | None:
     """The answers of all turns as they are kept; None where one of them was not asked for."""
-    given = [one for one in turns if one is not None]
-    if len(given) < len(turns):
+    answers = [one for one in turns if one is not None]
+    if len(answers) < len(turns):
         return None
-    return {"texts": [text for text, _ in given], "finished": [is_finished for _, is_finished in given]}
+    return {"texts": [text for text, _ in answers], "finished": [is_finished for _, is_finished in answers]}

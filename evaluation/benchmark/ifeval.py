@@ -137,8 +137,8 @@ def _has_title(answer: str, _: Arguments) -> bool:
 def _has_two_answers(answer: str, _: Arguments) -> bool:
     """Two different ones, parted by ******; an empty one may stand at either end alone."""
     parts = [part.strip() for part in answer.split("******")]
-    given = [part for part in parts if part]
-    return all(parts[1:-1]) and len(given) == 2 and given[0] != given[1]
+    answers = [part for part in parts if part]
+    return all(parts[1:-1]) and len(answers) == 2 and answers[0] != answers[1]
 
 
 def _repeats_prompt(answer: str, arguments: Arguments) -> bool:

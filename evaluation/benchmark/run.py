@@ -2,7 +2,7 @@
 
 Writes next to each artifact, under the first characters of its digest: `benchmark/<digest>/answers/`, a file for each part of
 a set, and `benchmark/<digest>/<set>.json`, which the table, the model card and the report read. A killed command, given
-again, goes on after its last whole part; a finished one asks nothing again.
+again, resumes after its last complete part; a finished one asks nothing again.
 """
 
 import logging
@@ -46,7 +46,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _SetAnswers:
     """The answers of one policy to a set, with the questions; those that did not fit have None."""
 
     questions: Sequence[Question]
@@ -81,12 +81,12 @@ def run_benchmark(request: Request) -> str:
     parts = {name: _parts(name, questions, request.max_new_tokens) for name, (questions, _) in read.items()}
     places = [place for of_set in parts.values() for place in of_set]
     done = sum(_cache(artifact).has(place) for artifact in request.artifacts.values() for place in places)
-    asked: dict[str, dict[str, _Asked]] = {}
+    set_answers: dict[str, dict[str, _SetAnswers]] = {}
     results: dict[str, dict[str, Benchmark]] = {}
     with StepProgress("benchmark", steps=len(places) * len(request.artifacts), done=done) as progress:
         steps = count(done + 1)
         for label, artifact in request.artifacts.items():
-            asked[label] = _ask(
+            set_answers[label] = _ask(
                 artifact,
                 parts,
                 max_new_tokens=request.max_new_tokens,
@@ -94,12 +94,12 @@ def run_benchmark(request: Request) -> str:
             )
             results[label] = {
                 name: _measured(name, of_set, read[name][1])
-                for name, of_set in asked[label].items()
+                for name, of_set in set_answers[label].items()
                 if SETS[name].figures is not None
             }
             free_memory()
     if request.judge is not None and "mt_bench" in request.sets:
-        _add_verdicts(request, request.judge, asked, results)
+        _add_verdicts(request, request.judge, set_answers, results)
     for label, artifact in request.artifacts.items():
         for name, result in results[label].items():
             write_json(benchmark_folder(artifact) / f"{name}.json", result.model_dump(mode="json"))
@@ -112,11 +112,11 @@ def _ask(
     *,
     max_new_tokens: int,
     on_part: Callable[[str], None],
-) -> dict[str, _Asked]:
+) -> dict[str, _SetAnswers]:
     """The answers of one policy by set; it is loaded where some of them are not kept yet."""
     kept = _cache(artifact)
     respondent = cache(lambda: Respondent(load_policy(artifact.path, device="auto"), max_new_tokens=max_new_tokens))
-    asked = {}
+    set_answers = {}
     for name, of_set in parts.items():
         answers: list[Answer | None] = []
         for place, questions in of_set.items():
@@ -124,8 +124,8 @@ def _ask(
             answers += kept.get_or_make(place, lambda of=SETS[name], part=questions: respondent().answers(of, part))
             if is_new:
                 on_part(name)
-        asked[name] = _Asked([one for part in of_set.values() for one in part], answers)
-    return asked
+        set_answers[name] = _SetAnswers([one for part in of_set.values() for one in part], answers)
+    return set_answers
 
 
 def _cache(artifact: Artifact) -> StepCache:
@@ -143,20 +143,20 @@ def _parts(name: str, questions: Sequence[Question], max_new_tokens: int) -> dic
     return parts
 
 
-def _measured(name: str, asked: _Asked, num_left_out: int) -> Benchmark:
-    of_set, answered = SETS[name], asked.answered
+def _measured(name: str, set_answers: _SetAnswers, num_left_out: int) -> Benchmark:
+    of_set, answered = SETS[name], set_answers.answered
     assert of_set.figures is not None, "the judge's set is measured elsewhere"
     figures = of_set.figures([one for one, _ in answered], [answer for _, answer in answered]) if answered else {}
     notes = [f"{num_left_out} {of_set.left_out}"] if num_left_out else []
-    return Benchmark(title=of_set.title, figures=figures, published=of_set.published, notes=notes + _notes(asked))
+    return Benchmark(title=of_set.title, figures=figures, published=of_set.published, notes=notes + _notes(set_answers))
 
 
-def _notes(asked: _Asked) -> list[str]:
+def _notes(set_answers: _SetAnswers) -> list[str]:
     """What else a reader of the figures should know."""
     notes = []
-    if missing := sum(answer is None for answer in asked.answers):
+    if missing := sum(answer is None for answer in set_answers.answers):
         notes.append(f"{missing} questions that are too long for it are left out")
-    finished = [one for _, answer in asked.answered for one in answer.get("finished", ())]
+    finished = [one for _, answer in set_answers.answered for one in answer.get("finished", ())]
     if truncated := len(finished) - sum(finished):
         notes.append(f"{truncated} of {len(finished)} answers are truncated at --max-new-tokens or at its context")
     return notes
@@ -165,7 +165,7 @@ def _notes(asked: _Asked) -> list[str]:
 def _add_verdicts(
     request: Request,
     judge: Artifact,
-    asked: Mapping[str, Mapping[str, _Asked]],
+    set_answers: Mapping[str, Mapping[str, _SetAnswers]],
     results: Mapping[str, dict[str, Benchmark]],
 ) -> None:
     """Measure how often the judge prefers each policy's answers to those of the first policy, turn by turn."""
@@ -173,12 +173,10 @@ def _add_verdicts(
     (first, *others), title = request.artifacts, SETS["mt_bench"].title
     scores = {}
     for label, artifact in request.artifacts.items():
-        place = (
-            f"mt_bench-scores-{fingerprint({'judge': judge.digest, 'answers': asked[label]['mt_bench'].answers})[:8]}"
-        )
+        place = f"mt_bench-scores-{fingerprint({'judge': judge.digest, 'answers': set_answers[label]['mt_bench'].answers})[:8]}"
         scores[label] = _cache(artifact).get_or_make(
             place,
-            lambda of=asked[label]["mt_bench"]: [
+            lambda of=set_answers[label]["mt_bench"]: [
                 _scores(model(), *pair) for pair in zip(of.questions, of.answers, strict=True)
             ],
         )
@@ -195,7 +193,7 @@ def _add_verdicts(
                 figures[f"{name} answers that the judge prefers to {first}'s"] = _wins(pairs)
         notes = [f"the judge is {judge.manifest.step}; a tie counts half, and an answer that it cannot read loses"]
         results[label]["mt_bench"] = Benchmark(
-            title=title, figures=figures, notes=notes + _notes(asked[label]["mt_bench"])
+            title=title, figures=figures, notes=notes + _notes(set_answers[label]["mt_bench"])
         )
 
 
@@ -205,8 +203,8 @@ def _scores(model: RewardModel, question: Question, answer: Answer | None) -> li
         return None
     dialog: list[Message] = []
     scores: list[float | None] = []
-    for asked, text in zip((question.text, question.measured["follow_up"]), answer["texts"], strict=True):
-        dialog += [Message("user", asked), Message("assistant", text)]
+    for turn_text, text in zip((question.text, question.measured["follow_up"]), answer["texts"], strict=True):
+        dialog += [Message("user", turn_text), Message("assistant", text)]
         try:
             scores.append(model.score([dialog])[0])
         except DialogError:

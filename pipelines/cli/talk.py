@@ -334,7 +334,7 @@ def benchmark(
     judge_artifact = None if judge is None else read_artifact(judge, "reward_model", reader="benchmark --judge")
     from evaluation.benchmark.run import Request, chosen_sets, run_benchmark
 
-    names = [name.strip() for given in sets or () for name in given.split(",")]
+    names = [name.strip() for listed in sets or () for name in listed.split(",")]
     request = Request(
         artifacts=artifacts,
         sets=chosen_sets(

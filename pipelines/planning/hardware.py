@@ -23,8 +23,8 @@ _QUERY = "name,memory.total,memory.free,driver_version"
 _ASK_TORCH = """
 import json, torch
 there = torch.cuda.is_available()
-found = [torch.cuda.get_device_capability(), torch.cuda.get_arch_list()] if there else [None, []]
-print(json.dumps([torch.__version__, torch.version.cuda, *found]))
+card = [torch.cuda.get_device_capability(), torch.cuda.get_arch_list()] if there else [None, []]
+print(json.dumps([torch.__version__, torch.version.cuda, *card]))
 """
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu_check.figures import Figure, found, line, write
+from benchmarks.gpu_check.figures import Figure, figures_of, line, write
 from benchmarks.gpu_check.sizes import CARD
 from tests.cuda_standin.device import Device
 from tests.cuda_standin.process import on_standin
@@ -126,7 +126,7 @@ def test_a_section_that_fails_is_a_mismatch_and_the_file_is_json(tmp_path: Path)
         yield Figure("first", 1.0, "GiB", most=2.0)
         raise RuntimeError("no kernel\nmore")
 
-    figures = list(found("decoding", section))
+    figures = list(figures_of("decoding", section))
     assert line(figures[0]).split() == ["ok", "first", "1", "GiB", "at", "most", "2"]
     assert line(figures[1]) == "MISMATCH  decoding: RuntimeError: no kernel"
     write(tmp_path / "out.json", {"torch": "2"}, figures)

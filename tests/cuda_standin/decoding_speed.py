@@ -126,8 +126,8 @@ def _model(shape: Shape, *, is_4bit: bool) -> Any:
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             owner, _, own = name.rpartition(".")
-            made = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
-            setattr(model.get_submodule(owner), own, torch.nn.Parameter(made, requires_grad=False))
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
+            setattr(model.get_submodule(owner), own, torch.nn.Parameter(empty, requires_grad=False))
     model.model.rotary_emb = rotary
     tuning = Tuning(method="qlora" if is_4bit else "lora", rank=64)
     return attach_adapter(model, tuning, seed=0).eval().requires_grad_(False)
@@ -147,11 +147,11 @@ def main() -> None:
     )
     for size in options.models:
         for card in options.cards:
-            found = project(device, card, size, is_4bit=True)
-            weights = "merged copy" if found["merged"] else "4 bits"
-            launches = f"{found['launches']}, {found['recorded launches']}"
+            projection = project(device, card, size, is_4bit=True)
+            weights = "merged copy" if projection["merged"] else "4 bits"
+            launches = f"{projection['launches']}, {projection['recorded launches']}"
             print(
-                f"| {size} | {card} | {weights} | {found['rows']} | {launches} | {found['ms']:.1f} | {found['tokens/s']:,.0f} |",
+                f"| {size} | {card} | {weights} | {projection['rows']} | {launches} | {projection['ms']:.1f} | {projection['tokens/s']:,.0f} |",
                 flush=True,
             )
 

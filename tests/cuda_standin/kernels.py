@@ -235,13 +235,13 @@ def _attend_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float | None
 ) -> tuple[Tensor, ...]:
     factor = query.shape[2] ** -0.5 if scale is None else scale
-    found: list[tuple[Tensor, ...]] = []
+    gradients: list[tuple[Tensor, ...]] = []
     for out, q, k, v in _sequences((gradient, query, key, value), starts, query.shape[1]):
         weights = _weights_of(q, k, factor)
         products = out @ v.transpose(1, 2)
         products = weights * (products - (products * weights).sum(2, keepdim=True)) * factor
-        found.append((products @ k, products.transpose(1, 2) @ q, weights.transpose(1, 2) @ out))
-    joined = (torch.cat([part.transpose(0, 1) for part in parts]) for parts in zip(*found, strict=True))
+        gradients.append((products @ k, products.transpose(1, 2) @ q, weights.transpose(1, 2) @ out))
+    joined = (torch.cat([part.transpose(0, 1) for part in parts]) for parts in zip(*gradients, strict=True))
     return tuple(
         part.unflatten(1, (tensor.shape[1], -1)).sum(2).to(tensor.dtype)
         for part, tensor in zip(joined, (query, key, value), strict=True)

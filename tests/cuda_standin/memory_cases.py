@@ -47,14 +47,16 @@ def peaks(device: Device, folder: str, cases: list[dict[str, Any]], rank: int) -
 
     memory.RANK = rank
     _without_values()
-    found = []
+    measured = []
     for fields in cases:
         case = Case(**fields)
         with TemporaryDirectory() as scratch:
             for model in Path(folder).iterdir():
                 (Path(scratch) / model.name).symlink_to(model)
-            found.append(_peaks_of(device, lambda case=case, place=Path(scratch): worker._OPEN[case.step](case, place)))
-    return found
+            measured.append(
+                _peaks_of(device, lambda case=case, place=Path(scratch): worker._OPEN[case.step](case, place))
+            )
+    return measured
 
 
 def ppo_peaks(

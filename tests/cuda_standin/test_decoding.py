@@ -41,8 +41,8 @@ def _merged(device: Device) -> dict[str, Any]:
     for name, values in SAMPLINGS.items():
         sampling = Sampling(seed=3, **values)
         device.reset_statistics()
-        expected, found = (e.generate(_prompts(8), samples_per_prompt=3, sampling=sampling) for e in engines)
-        pairs = [pair for rows in zip(expected, found, strict=True) for pair in zip(*rows, strict=True)]
+        expected, actual = (e.generate(_prompts(8), samples_per_prompt=3, sampling=sampling) for e in engines)
+        pairs = [pair for rows in zip(expected, actual, strict=True) for pair in zip(*rows, strict=True)]
         same = [(a, b) for a, b in pairs if a.token_ids == b.token_ids]
         result[name] = {
             "answers": len(pairs),

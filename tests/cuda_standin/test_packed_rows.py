@@ -42,9 +42,9 @@ def _attended(device: Device, folder: str) -> dict[str, Any]:
     gradients = {}
     for name, model in (("auto", models["auto"]), ("plain", plain)):
         inputs = {key: tensor.to(model.device) for key, tensor in batch.items()}
-        found = model(**inputs, use_cache=False).logits
-        found.float().pow(2).mean().backward()
-        logits[name] = found.detach().float().cpu()
+        output = model(**inputs, use_cache=False).logits
+        output.float().pow(2).mean().backward()
+        logits[name] = output.detach().float().cpu()
         gradients[name] = model.model.layers[0].self_attn.k_proj.weight.grad.float().cpu()
     padded = torch.tensor([[1, 40, 41, 42, 43], [1, 50, 51, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -65,10 +65,10 @@ def _attended(device: Device, folder: str) -> dict[str, Any]:
     }
     for name, model in models.items():
         device.reset_peaks()
-        held = device.allocated
+        allocated_before = device.allocated
         model(**row, use_cache=False, logits_to_keep=1).logits.sum().backward()
         model.zero_grad()
-        grown[name] = device.peak_allocated - held
+        grown[name] = device.peak_allocated - allocated_before
     return {
         "attention": {name: model.config._attn_implementation for name, model in models.items()},
         "packed": (logits["auto"] - logits["plain"]).abs().max().item(),
@@ -93,11 +93,11 @@ def _stepped(device: Device) -> int:
     master_weights.STEPPED_AT_ONCE = 2 * MIB  # type: ignore[misc]
     params = [torch.nn.Parameter(torch.ones(1024, 1024, dtype=torch.bfloat16, device="cuda")) for _ in range(8)]
     optimizer = master_weights.adamw(params, learning_rate=0.1, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
-    held = 0
+    allocated_before = 0
     for _ in range(2):  # the first step makes the moments
         for param in params:
             param.grad = torch.ones_like(param)
         device.reset_peaks()
-        held = device.allocated
+        allocated_before = device.allocated
         optimizer.step()
-    return device.peak_allocated - held
+    return device.peak_allocated - allocated_before

@@ -40,10 +40,10 @@ def test_the_plan_is_within_5_percent_of_the_peak(
     cases = cases_of(recipe)
     write_sparse_models(tmp_path / "models", shape)
     arguments = (tmp_path / "models", [asdict(case) for case in cases], recipe.tuning.rank)
-    found = on_standin(peaks, *arguments, total_gib=80.0, is_shape_mode=True, is_expandable=True)
+    measured = on_standin(peaks, *arguments, total_gib=80.0, is_shape_mode=True, is_expandable=True)
     ratios = {
         str(case): estimated(case, shape, parse_gpu("80GiB")).peak_bytes / peak["reserved"]
-        for case, peak in zip(cases, found, strict=True)
+        for case, peak in zip(cases, measured, strict=True)
     }
     assert all(0.95 <= ratio <= 1.05 for ratio in ratios.values()), ratios
 

@@ -57,7 +57,7 @@ def _products(device: Device, folder: str) -> dict[str, Any]:
         return dequantize_4bit(weight.data, weight.quant_state).float() + 2.0 * delta  # alpha 8, rank 4
 
     expected = [torch.cat([merged(module) for module in group]) for group in groups]
-    held = device.allocated
+    allocated_before = device.allocated
     weights = Weights(model, is_merged=False)
     stacks: list[Any] = [
         stack
@@ -76,7 +76,7 @@ def _products(device: Device, folder: str) -> dict[str, Any]:
         del x_BI, y_BO, plain_BO, gap, added_gap
     own = [tensor.nbytes for stack in stacks for tensor in (stack.scales, stack.down_RD, stack.up_OR)]
     own += [norm.nbytes for norm in weights._norms]
-    kept = device.allocated - held - sum(own)
+    kept = device.allocated - allocated_before - sum(own)
     again: Any = Weights(model, is_merged=False)
     moved = [
         layer.gate_up.codes.data_ptr()

@@ -126,13 +126,13 @@ def _halved(device: Device, folder: str) -> dict[str, Any]:
         device.limit(limit)
         device.empty_cache()
         device.reset_peaks()
-        held = device.peak_reserved
+        reserved_before = device.peak_reserved
         inputs = inputs_of(home, _base(Path(folder)), toy_dialogs(40))
         sft.run(config, inputs)
         losses[name] = _losses(inputs.folder.metrics, "sft/loss")
         if name == "large":
             peak = device.peak_reserved
-            limit = held + (peak - held) * 2 // 3
+            limit = reserved_before + (peak - reserved_before) * 2 // 3
     return losses | {"peak": peak, "limit": limit, "log": lines}
 
 

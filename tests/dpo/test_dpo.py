@@ -234,7 +234,7 @@ def test_shorter_rows_change_neither_loss_nor_gradients(base: Path, tmp_path: Pa
 
 
 def test_gradient_checkpointing_changes_no_gradient(base: Path, tmp_path: Path):
-    found = []
+    gradients = []
     for is_on in (False, True):
         (tmp_path / str(is_on)).mkdir()
         config = Config(pairs_per_step=12, gradient_checkpointing=is_on)
@@ -244,8 +244,8 @@ def test_gradient_checkpointing_changes_no_gradient(base: Path, tmp_path: Path):
             if is_on:
                 training.model.gradient_checkpointing_enable()
             training.model.train()
-            found.append(step_gradients(training, trainer, 0)[1])
-    assert relative_gap(found[1], found[0]) < 1e-5
+            gradients.append(step_gradients(training, trainer, 0)[1])
+    assert relative_gap(gradients[1], gradients[0]) < 1e-5
 
 
 # --- the stage

@@ -244,15 +244,15 @@ def test_rewards_are_the_whitened_scores_less_beta_times_kl(world: World) -> Non
 
 def test_the_gaps_to_the_engine_by_hand(world: World) -> None:
     bank = world.bank(LORA, FULL)
-    made = iteration(bank, count=2)
-    (first, second), own_BR = made.responses, made.outputs.logprobs_BR.tolist()
+    result = iteration(bank, count=2)
+    (first, second), own_BR = result.responses, result.outputs.logprobs_BR.tolist()
     responses = [
         replace(first, logprobs=tuple(own + 0.5 for own, _ in zip(own_BR[0], first.ids, strict=False))),
         replace(
             second, logprobs=tuple(own - 3.0 * (place == 1) for place, own in enumerate(own_BR[1][: len(second.ids)]))
         ),
     ]
-    figures = engine_gaps(responses, made.outputs)
+    figures = engine_gaps(responses, result.outputs)
     tokens = len(first.ids) + len(second.ids)
     assert figures["ppo/engine_gap"] == pytest.approx((0.5 * len(first.ids) + 3.0) / tokens, abs=1e-5)
     assert figures["ppo/engine_gap_max"] == pytest.approx(3.0, abs=1e-5)

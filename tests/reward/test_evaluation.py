@@ -178,8 +178,8 @@ def test_the_difference_to_tfidf_is_taken_pair_by_pair() -> None:
 
 
 def test_names_of_files() -> None:
-    found = source_names(["a/pairs.jsonl", "b/pairs.jsonl.gz", "hh rlhf.parquet", "org/set-1", "a/pairs.jsonl"])
-    assert found == {
+    names = source_names(["a/pairs.jsonl", "b/pairs.jsonl.gz", "hh rlhf.parquet", "org/set-1", "a/pairs.jsonl"])
+    assert names == {
         "a/pairs.jsonl": "a-pairs",
         "b/pairs.jsonl.gz": "b-pairs",
         "hh rlhf.parquet": "hh-rlhf",
@@ -190,7 +190,7 @@ def test_names_of_files() -> None:
     nameless = source_names([".hidden", ""])
     assert len(set(nameless.values())) == 2
     check_names(
-        f"rm/judge/test/safety/{name}/accuracy_low" for each in (found, same, nameless) for name in each.values()
+        f"rm/judge/test/safety/{name}/accuracy_low" for each in (names, same, nameless) for name in each.values()
     )
 
 
@@ -251,7 +251,7 @@ def cells(text: str, heading: str, row: str) -> list[str]:
     """The cells of one row of the table under the heading that begins so, by its first cell."""
     part = text[text.index(f"## {heading}") :].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
-    return next(found[1:] for found in rows if found[0] == row)
+    return next(listed[1:] for listed in rows if listed[0] == row)
 
 
 def test_tables_put_models_and_baselines_side_by_side() -> None:
@@ -292,5 +292,7 @@ def test_accuracy_by_which_answer_is_longer() -> None:
     pairs = [replace(pair(gap, 0), chosen_tokens=chosen, rejected_tokens=rejected) for chosen, rejected, gap in lengths]
     figures = evaluate("judge", pairs, []).figures
     place = "rm/judge/test/helpfulness"
-    found = {kind: (figures[f"{place}/pairs_{kind}"], figures[f"{place}/accuracy_{kind}"]) for kind in LENGTH_TITLES}
-    assert found == {"similar_length": (1, 1.0), "chosen_longer": (2, 0.75), "chosen_shorter": (1, 0.0)}
+    by_length = {
+        kind: (figures[f"{place}/pairs_{kind}"], figures[f"{place}/accuracy_{kind}"]) for kind in LENGTH_TITLES
+    }
+    assert by_length == {"similar_length": (1, 1.0), "chosen_longer": (2, 0.75), "chosen_shorter": (1, 0.0)}

@@ -62,11 +62,11 @@ def test_the_draw_is_uniform_without_repeats_and_hangs_on_the_seed(tiny_format: 
     data = data_of(
         tmp_path, helpfulness=toy_pairs(40), safety=toy_pairs(100, "the moon"), open=toy_pairs(300, "the sun")
     )
-    found = [load(tiny_format, data, seed=seed).train for seed in (0, 0, 1, 2, 3, 4)]
-    drawn = [[e.preference.prompt for e in examples if e.domain != "helpfulness"] for examples in found]
+    draws = [load(tiny_format, data, seed=seed).train for seed in (0, 0, 1, 2, 3, 4)]
+    drawn = [[e.preference.prompt for e in examples if e.domain != "helpfulness"] for examples in draws]
     assert drawn[0] == drawn[1] and drawn[0] != drawn[2]
     assert all(len(set(prompts)) == len(prompts) for prompts in drawn)
-    mixed = sum((domains(examples) for examples in found[1:]), Counter())
+    mixed = sum((domains(examples) for examples in draws[1:]), Counter())
     assert 2.0 < mixed["open"] / mixed["safety"] < 4.5  # 3 to 1 in the pool
 
 
@@ -117,11 +117,11 @@ def test_contrast_pairs_are_a_share_of_the_mix_from_the_same_side(tiny_format: C
     data = data_of(tmp_path, helpfulness=toy_pairs(40), safety=toy_pairs(40, "the moon"), sft=dialogs, split=split)
     harmful = [{"prompt": [{"role": "user", "content": f"Harm {n:o} of them"}], "is_safety": True} for n in range(60)]
     harmless = [{"prompt": [{"role": "user", "content": f"Harmless {n:o} of them"}]} for n in range(60)]
-    asked = {
+    sources = {
         "adversarial": write(tmp_path / "adversarial.jsonl", harmful[:30]),
         "prompts": write(tmp_path / "prompts.jsonl", harmful[30:] + harmless),
     }
-    data = data.model_copy(update=asked)
+    data = data.model_copy(update=sources)
     for which in ("helpfulness", "safety", "judge"):
         examples = load(tiny_format, data, which, contrast=Contrast(share=0.6), max_tokens=300)
         contrast = [e for e in examples.train if e.domain == "contrast"]
@@ -275,10 +275,14 @@ def test_a_row_by_hand():
     batches = plan_batches(pairs, labels, pairs_per_step=2, epochs=1, seed=0, row_tokens=64, has_pair_labels=True)
     (row,) = batches.plan.rows
     assert sorted(row) == [0, 1, 2]
-    found = batches.responses((0, 2, 1))
-    assert found.ids == [(3, 4, 5), (3, 4), (9, 8, 7), (3, 4), (3, 4)]
-    assert (found.chosen, found.labelled, found.is_safe) == ([0, 3], [0, 2, 3, 4], [True, False, False, False])
-    packed = pack_responses(found.ids, multiple_of=8)
+    responses = batches.responses((0, 2, 1))
+    assert responses.ids == [(3, 4, 5), (3, 4), (9, 8, 7), (3, 4), (3, 4)]
+    assert (responses.chosen, responses.labelled, responses.is_safe) == (
+        [0, 3],
+        [0, 2, 3, 4],
+        [True, False, False, False],
+    )
+    packed = pack_responses(responses.ids, multiple_of=8)
     assert packed["input_ids"].tolist() == [[3, 4, 5, 3, 4, 9, 8, 7, 3, 4, 3, 4, 0, 0, 0, 0]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 0, 1, 0, 1, 0, 1, 2, 3]]
     assert packed["ends"].tolist() == [2, 4, 7, 9, 11]

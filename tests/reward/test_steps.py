@@ -189,14 +189,14 @@ def test_the_mixes_are_counted_as_the_paper_has_them(tmp_path: Path) -> None:
     }
     reward = {"pairs_per_step": 1, "other_share": 0.1, "contrast": {"share": 0}}
     recipe = load(write_recipe(tmp_path, data=data, steps=["rm"], reward=reward))
-    found = [estimate_step(recipe, step) for step in recipe.steps]
+    estimates = [estimate_step(recipe, step) for step in recipe.steps]
     # Helpfulness: 200, and 200 / 9 of safety's 50. Safety: 50, and 50 / 9 of helpfulness. Judge: a quarter of 500.
-    assert [estimate and estimate.optimizer_steps for estimate in found] == [222, 56, 125]
+    assert [estimate and estimate.optimizer_steps for estimate in estimates] == [222, 56, 125]
     # A quarter of the pairs are contrast pairs: a third more.
     reward["contrast"] = {"share": 0.25}
     recipe = load(write_recipe(tmp_path, data=data, steps=["rm"], reward=reward))
-    found = [estimate_step(recipe, step) for step in recipe.steps]
-    assert [estimate and estimate.optimizer_steps for estimate in found] == [296, 74, 167]
+    estimates = [estimate_step(recipe, step) for step in recipe.steps]
+    assert [estimate and estimate.optimizer_steps for estimate in estimates] == [296, 74, 167]
     wider = load(
         write_recipe(tmp_path, data=data, steps=["rm"], reward={"pairs_per_step": 1, "contrast": {"share": 0}})
     )

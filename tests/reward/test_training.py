@@ -207,17 +207,17 @@ def test_comparisons_in_one_dialog_stay_together_and_weigh_what_they_do_alone(
             )
         ]
         use_sequence_attention(ranking.model)
-        made: Any = {"epochs": 1, "seed": 0, "has_pair_labels": False, "branches": branches}
-        batches = plan_batches(several, [], pairs_per_step=8, row_tokens=1000, **made)
+        options: Any = {"epochs": 1, "seed": 0, "has_pair_labels": False, "branches": branches}
+        batches = plan_batches(several, [], pairs_per_step=8, row_tokens=1000, **options)
         loss, got = step_gradients(replace(ranking, batches=batches), trainer, 0)
         parts = []
         for pair in several:
-            alone = plan_batches([pair], [], pairs_per_step=1, row_tokens=1000, **(made | {"branches": False}))
+            alone = plan_batches([pair], [], pairs_per_step=1, row_tokens=1000, **(options | {"branches": False}))
             parts.append(step_gradients(replace(ranking, batches=alone), trainer, 0))
         divided = smaller(batches, len(whole) + 40)
         again, other = step_gradients(replace(ranking, batches=divided), trainer, 0)
-        steps = plan_batches(several, [], pairs_per_step=2, row_tokens=1000, **made).counts
-        language = plan_batches(several, [], pairs_per_step=8, row_tokens=1000, **made, learns_language=True)
+        steps = plan_batches(several, [], pairs_per_step=2, row_tokens=1000, **options).counts
+        language = plan_batches(several, [], pairs_per_step=8, row_tokens=1000, **options, learns_language=True)
         smallest = smaller(language, 1)  # each pair stands alone
     assert sorted(map(len, batches.groups)) == [2, 6] and len(divided.groups) > 2
     assert sorted(count for count, _, _ in steps) == [2, 6]  # whole groups
@@ -271,7 +271,7 @@ def test_it_learns_toy_pairs_and_publishes_what_it_learnt(
 
 
 def test_safety_labels_are_learnt_with_a_weight_and_not_without(base: Path, tmp_path: Path):
-    found = {}
+    results = {}
     for weight in (0.0, 1.0):
         folder = tmp_path / f"{weight}"
         inputs = reward_inputs(
@@ -282,9 +282,9 @@ def test_safety_labels_are_learnt_with_a_weight_and_not_without(base: Path, tmp_
         )
         config = Config(epochs=4, pairs_per_step=8, learning_rate=3e-3, safety_auxiliary_weight=weight)
         reward.run(config, inputs)
-        found[weight] = json.loads(inputs.folder.summary.read_text())
-    assert found[1.0]["rm/safety/auroc"] == 1.0 and found[1.0]["rm/safety/balanced_accuracy"] == 1.0
-    assert found[0.0]["rm/safety/auroc"] < 1.0
+        results[weight] = json.loads(inputs.folder.summary.read_text())
+    assert results[1.0]["rm/safety/auroc"] == 1.0 and results[1.0]["rm/safety/balanced_accuracy"] == 1.0
+    assert results[0.0]["rm/safety/auroc"] < 1.0
 
 
 def test_figures_of_a_line_are_means_over_its_pairs(base: Path, tmp_path: Path):
@@ -357,9 +357,9 @@ def test_a_sequence_attends_alike_whole_token_by_token_with_a_cache_and_padded(b
         torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
         cache, stepwise = None, []
         for position in range(ids.shape[1]):
-            found = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
-            cache = found.past_key_values
-            stepwise.append(found.logits)
+            output = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            stepwise.append(output.logits)
         torch.testing.assert_close(torch.cat(stepwise, dim=1), expected, rtol=0, atol=1e-5)
         padded = torch.tensor([[0, 0, 1, 5, 9, 17, 33, 8]])
         logits = model(

@@ -95,7 +95,11 @@ def reward_inputs(
     **base_changes: Any,
 ) -> StepInputs:
     """What `pipelines` would hand to the stage for a run in `folder`."""
-    made: dict[str, Any] = {"helpfulness": toy_pairs(40), "safety": toy_pairs(20, "the moon"), "labels": toy_labels(24)}
+    records: dict[str, Any] = {
+        "helpfulness": toy_pairs(40),
+        "safety": toy_pairs(20, "the moon"),
+        "labels": toy_labels(24),
+    }
     return toy_inputs(
         f"rm/{which}",
         folder,
@@ -104,7 +108,7 @@ def reward_inputs(
         tracking=SELDOM | (tracking or {}),
         which=which,
         tuning=tuning,
-        data=data or data_of(folder, **made),
+        data=data or data_of(folder, **records),
         policy=policy,
     )
 

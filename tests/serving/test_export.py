@@ -207,7 +207,9 @@ def test_one_token_may_move_further_where_the_mean_is_small(
     artifact = lora_policy(tmp_path, tiny_format)
     for mean, is_refused in ((0.0004, False), (0.0006, True)):
         moved = {"max_logprob_difference": 1.4, "mean_logprob_difference": mean}
-        monkeypatch.setattr("serving.export.compare", lambda *given, moved=moved: replace(compare(*given), **moved))
+        monkeypatch.setattr(
+            "serving.export.compare", lambda *arguments, moved=moved: replace(compare(*arguments), **moved)
+        )
         with pytest.raises(ExportError, match=r"the mean is 0\.001") if is_refused else nullcontext():
             export_policy(Request(artifact, tmp_path / f"{mean}"))
         assert (tmp_path / f"{mean}").exists() != is_refused

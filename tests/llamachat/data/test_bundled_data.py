@@ -129,9 +129,9 @@ def test_few_questions_of_benchmarks_occur_in_other_data() -> None:
         for record in folder(name)
         for turn in conversation(record)
     }
-    asked = {record["id"]: plain(first_user_turn(record)) for record in folder("benchmarks")}
-    assert len(asked) == 540 + 1319 + 817 + 80
-    assert {name for name, question in asked.items() if question in trained} == {
+    prompts = {record["id"]: plain(first_user_turn(record)) for record in folder("benchmarks")}
+    assert len(prompts) == 540 + 1319 + 817 + 80
+    assert {name for name, question in prompts.items() if question in trained} == {
         *(f"truthfulqa-{number}" for number in (107, 108, 416, 676)),
         *(f"mt-bench-{number}" for number in (81, 130)),
     }

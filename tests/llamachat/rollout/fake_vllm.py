@@ -52,7 +52,7 @@ class FakeVllm:
         self.before: Callable[[str, Any], None] = lambda path, body: None  # may raise a Refusal
         self.resets = 0  # connections to close without an answer
         self.pause_s = 0.0
-        self._given: Any = None
+        self._served: Any = None
         self._noise = np.random.default_rng(0)
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"fake": self})
@@ -90,8 +90,8 @@ class FakeVllm:
             raise error(500, f"LoRA rank {config['r']} is greater than max_lora_rank 16.", "InternalServerError")
         assert config["peft_type"] == "LORA" and config["modules_to_save"] is None and not config["use_dora"]
         assert folder.parent.stat().st_mode & 0o055 == 0o055, "another user can read it"
-        given, self._given = self._given, self._with_adapter(folder)
-        self.adapters[name] = given if self.serves_adapter_before else self._given
+        previous, self._served = self._served, self._with_adapter(folder)
+        self.adapters[name] = previous if self.serves_adapter_before else self._served
         return f"Success: LoRA adapter '{name}' added successfully."
 
     def unload(self, body: dict[str, Any]) -> str:

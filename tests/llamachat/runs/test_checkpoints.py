@@ -120,8 +120,8 @@ from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.locks import hold
 folder = StepFolder(Path(sys.argv[1]))
 with hold(folder):
-    found = newest(folder.checkpoints)
-    for step in range(found.step + 1 if found else 1, 10**6):
+    last = newest(folder.checkpoints)
+    for step in range(last.step + 1 if last else 1, 10**6):
         save(folder.checkpoints, step)
         print(step, flush=True)
 """

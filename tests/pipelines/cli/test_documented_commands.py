@@ -101,19 +101,19 @@ def load_once(path: Path, *overrides: str) -> None:
 
 def check_make(words: list[str]) -> None:
     targets = [word for word in words if "=" not in word]
-    given = dict(word.split("=", 1) for word in words if "=" in word)
+    variables = dict(word.split("=", 1) for word in words if "=" in word)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     known = {*STAGES, "all", *re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE)}
     assert set(targets) <= known, f"no such target: {targets}"
-    assert set(given) <= VARIABLES, f"no such variable: {list(given)}"
-    if "CONFIG" in given:
-        assert Path(given["CONFIG"]).is_file() or given["CONFIG"].startswith("my/")
+    assert set(variables) <= VARIABLES, f"no such variable: {list(variables)}"
+    if "CONFIG" in variables:
+        assert Path(variables["CONFIG"]).is_file() or variables["CONFIG"].startswith("my/")
     for target in RECIPE_TARGETS & set(targets):
-        config = ["--config", given["CONFIG"]] if "CONFIG" in given else []
+        config = ["--config", variables["CONFIG"]] if "CONFIG" in variables else []
         fixed = ["smollm2-135m"] if target == "base" else config
-        check_llamachat([target, *fixed, *shlex.split(given.get("ARGS", ""))])
-    if "LAUNCH" in given:
-        check(shlex.split(given["LAUNCH"]))
+        check_llamachat([target, *fixed, *shlex.split(variables.get("ARGS", ""))])
+    if "LAUNCH" in variables:
+        check(shlex.split(variables["LAUNCH"]))
 
 
 def check(words: list[str]) -> None:
@@ -171,11 +171,11 @@ def test_every_command_in_a_sentence_of_the_documentation_exists() -> None:
     faults, count = [], 0
     for page in PAGES:
         text = re.sub(r"^```(?s:.*?)^```$|^    .*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        for found in IN_PROSE.findall(" ".join(text.split())):
+        for shown in IN_PROSE.findall(" ".join(text.split())):
             count += 1
-            words = [word.strip("[]") for word in shlex.split(found.removeprefix(".venv/bin/"))]
+            words = [word.strip("[]") for word in shlex.split(shown.removeprefix(".venv/bin/"))]
             if text_of_fault := fault(words, check_in_prose):
-                faults.append(f"{page.relative_to(ROOT)}: {found}\n    {text_of_fault}")
+                faults.append(f"{page.relative_to(ROOT)}: {shown}\n    {text_of_fault}")
     assert not faults, "\n".join(faults)
     assert count > 60, "the sentences were read"
 

@@ -31,7 +31,7 @@ PRESETS = {
 }
 OFFLINE = """
 import socket, sys
-def refuse(*given, **named):
+def refuse(*arguments, **named):
     raise AssertionError("a network was asked")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 from pipelines.cli.main import main

@@ -60,7 +60,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _step_schema(schema: Schema) -> dict[str, Any]:
-    """An entry of `steps`: a step, or a mapping of one step to values over its section, tuning and rollout."""
+    """An entry of `steps`: a step, or a mapping of one step to values over its section, tuning, rollout and scoring."""
     entries = {}
     for head, field in StepEntry.form.model_fields.items():
         section = schema["properties"][STAGES[head.partition("/")[0]].section]["$ref"]
@@ -70,6 +70,7 @@ def _step_schema(schema: Schema) -> dict[str, Any]:
             "only": {"type": "array", "items": {"enum": list(STAGES[head.partition("/")[0]].models)}},
             "tuning": {"$ref": "#/$defs/Tuning"},
             "rollout": {"$ref": "#/$defs/Rollout"},
+            "scoring": {"$ref": "#/$defs/Scoring"},
         }
         keys = getattr(field.annotation, "model_fields", ())
         properties = {key: {"$ref": f"{section}/properties/{key}"} if key in known else own[key] for key in keys}

@@ -403,9 +403,22 @@ def imported_torch() -> Any:
     return None if torch is None or getattr(torch.__spec__, "_initializing", False) else torch
 
 
+_alone: list[bool] = []  # not empty within `alone`
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work in this process as if there were no others; they wait for what it begins next."""
+    _alone.append(True)
+    try:
+        yield
+    finally:
+        _alone.pop()
+
+
 def _group() -> Any:
     """torch.distributed where several processes have met; torch is not loaded to ask."""
     torch = imported_torch()
-    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if _alone or torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     return torch.distributed if torch.distributed.get_world_size() > 1 else None

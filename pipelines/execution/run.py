@@ -10,7 +10,7 @@ stage code and no torch is imported for it.
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -505,10 +505,11 @@ def _run(recipe: Recipe, work: Work, deadline: float | None, *, is_begun: bool) 
         log.info("%s: resumes from %s", name, find_state(folder))
         if warning := other_code(work, begun_code(folder), is_begun=True):
             log.warning("warning: %s", warning)
-    if work.step.product.makes != REPORT:  # which is too little work to share
+    is_shared = work.step.product.makes != REPORT  # which is too little work
+    if is_shared:
         distributed.broadcast_object(cast("_Begun | None", (recipe.sections, name, deadline)))
     try:
-        with counted(folder):
+        with counted(folder), nullcontext() if is_shared else distributed.alone():
             artifact = work.step.stage.package.run(work.step.config, stage_inputs(recipe, work, deadline))
     except (ConfigError, DataError, TokenizerError):
         unbind(folder)  # the fix changes the recipe or the data, which a step that stays begun would refuse

@@ -97,9 +97,7 @@ def test_variables_that_are_no_numbers_are_reported(
 def test_two_processes_die_with_their_launcher_and_one_continues(recipe: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     launcher = launched(recipe, log)
-    ends = time.monotonic() + 120
-    while "sft 5/" not in log.read_text() and time.monotonic() < ends and launcher.poll() is None:
-        time.sleep(0.05)
+    wait_for_steps(5, tmp_path, launcher)
     workers = psutil.Process(launcher.pid).children(recursive=True)
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
@@ -130,6 +128,15 @@ def test_an_error_is_reported_once_and_with_the_same_exit_status(recipe: Path, t
     assert "returned non-zero exit status 2" in words  # what accelerate says of the command's own
 
 
+def wait_for_steps(count: int, place: Path, command: "subprocess.Popen[bytes]") -> None:
+    """Until the training has done this many optimizer steps, or the command has ended."""
+    record, ends = StepFolder(place / "runs/tiny/sft").metrics, time.monotonic() + 120
+    while time.monotonic() < ends and command.poll() is None:
+        if record.is_file() and record.read_text().count('"sft/loss"') >= count:
+            return
+        time.sleep(0.05)
+
+
 def divided(recipe: Path, log: Path, *arguments: str) -> "subprocess.Popen[bytes]":
     """The command whose two processes it starts itself."""
     command = [sys.executable, "-m", "pipelines", "sft", "--config", str(recipe), "run.processes=2", *arguments]
@@ -140,9 +147,7 @@ def divided(recipe: Path, log: Path, *arguments: str) -> "subprocess.Popen[bytes
 def test_a_command_divides_its_work_is_interrupted_and_resumes(recipe: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = divided(recipe, log)
-    ends = time.monotonic() + 120
-    while "sft 5/" not in log.read_text() and time.monotonic() < ends and command.poll() is None:
-        time.sleep(0.05)
+    wait_for_steps(5, tmp_path, command)
     workers = psutil.Process(command.pid).children(recursive=True)
     command.send_signal(signal.SIGTERM)
     assert command.wait(timeout=60) == 130, log.read_text()
@@ -159,12 +164,30 @@ def test_a_command_divides_its_work_is_interrupted_and_resumes(recipe: Path, tmp
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) > 20
 
 
+def test_a_report_is_written_by_one_of_several_processes(recipe: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [
+        "-m",
+        "pipelines",
+        "all",
+        "--config",
+        str(recipe),
+        "run.processes=2",
+        "steps=[sft, report]",
+        "sft.epochs=1",
+    ]
+    with log.open("wb") as stream:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, stderr=stream, stdout=stream, timeout=200
+        )
+    assert done.returncode == 0, log.read_text()
+    assert (tmp_path / "runs/tiny/report/report.html").is_file()
+
+
 def test_a_divided_command_says_which_signal_has_ended_it(recipe: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = divided(recipe, log)
-    ends = time.monotonic() + 120
-    while "sft 2/" not in log.read_text() and time.monotonic() < ends and command.poll() is None:
-        time.sleep(0.05)
+    wait_for_steps(2, tmp_path, command)
     psutil.Process(command.pid).children()[1].kill()
     assert command.wait(timeout=60) == 1
     assert "SIGKILL" in log.read_text() and "run.processes=1" in log.read_text()

@@ -131,7 +131,7 @@ def test_the_manifest_says_what_was_read_and_left_out(first: First) -> None:
     assert dropped["answers left out: cut by the length limit"] == unfinished > 0
     assert dropped["answers left out: empty, or with a tag of the chat format"] >= empty > 0
     assert manifest.details["dialogs"] == len(read_lines(first.step.dialogs / "dialogs.jsonl"))
-    assert manifest.details["temperatures"] == [1.0] and manifest.inputs.keys() == {"base"}
+    assert manifest.details["temperatures"] == [1.0] and manifest.inputs.keys() == {"base", "reward_function"}
     policy = read_artifact(first.step.path, "policy").manifest
     assert policy.inputs["dialogs"] == str(first.step.dialogs) and policy.fingerprint == manifest.fingerprint
     load_policy(first.step.artifact)

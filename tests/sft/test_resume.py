@@ -130,7 +130,13 @@ def test_operational_keys_may_change_when_it_resumes(commands: Commands, base16:
     assert commands.run(run.recipe, kill_at=int(0.6 * commands.operations)) == -signal.SIGKILL
     reached = checkpoints_module.newest(run.step.checkpoints)
     assert reached and reached.step >= 2
-    changed = ("sft.rows_per_microbatch=1", "tracking.save_every=1", "tracking.eval_every=4", "sft.row_tokens=64")
+    changed = (
+        "run.keep_checkpoints=true",
+        "sft.rows_per_microbatch=1",
+        "tracking.save_every=1",
+        "tracking.eval_every=4",
+        "sft.row_tokens=64",
+    )
     assert commands.run(run.recipe, *changed) == 0, commands.words()
     got, expected = (load_file(one.step.artifact / "model.safetensors") for one in (run, whole))
     assert max(float((got[name] - expected[name]).abs().max()) for name in expected) < 1e-6

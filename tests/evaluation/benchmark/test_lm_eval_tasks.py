@@ -45,7 +45,11 @@ class _Loader(yaml.SafeLoader):
     """YAML whose `!function` stays the name of the function."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+def _name(loader: _Loader, node: Any) -> Any:
+    return loader.construct_scalar(node)
+
+
+_Loader.add_constructor("!function", _name)
 
 
 def task(name: str) -> dict[str, Any]:
@@ -94,12 +98,14 @@ def test_the_ids_of_a_choice_are_those_of_training(name: str, chat_format: ChatF
     assert [choice.strip() for choice in choices] == CHOICES.get(name, [choice.strip() for choice in choices])
     tokenizer = fast_tokenizer(chat_format, tmp_path)
     context = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": str(text)}], tokenize=False, add_generation_prompt=True
     )
     for choice in choices:
         assert encode_pair(tokenizer, str(context), choice) == trained_ids(chat_format, str(text), choice)
         # What the harness's own tasks would score.
-        assert encode_pair(tokenizer, str(context), choice.lstrip())[1] != trained_ids(chat_format, text, choice)[1]
+        assert (
+            encode_pair(tokenizer, str(context), choice.lstrip())[1] != trained_ids(chat_format, str(text), choice)[1]
+        )
 
 
 @pytest.mark.parametrize("name", DOCS)

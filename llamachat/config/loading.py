@@ -133,6 +133,15 @@ def load_recipe(
     return from_plain(schema, values)
 
 
+def texts_in(value: object) -> Iterator[str]:
+    """Every text in plain values: of lists, and of mappings their values."""
+    if isinstance(value, str):
+        yield value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for part in parts:
+        yield from texts_in(part)
+
+
 def from_plain(schema: type[S], values: dict[str, Any]) -> S:
     """A section of values that were found free of problems."""
     return schema.model_validate_json(json.dumps(values), strict=True)

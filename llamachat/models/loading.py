@@ -213,14 +213,8 @@ def load_policy(
         model: Any = load_llama(
             location, config, dtype=saved_dtype(config, dtype), attention=attention, device=device_of(device)
         )
-        return Policy(
-            model=model.requires_grad_(is_trainable).train(is_trainable),
-            tokenizer=chat_format.tokenizer,
-            chat_format=chat_format,
-            max_tokens=context_length(config),
-            system=None,
-            name=Path(location).name,
-        )
+        model = model.requires_grad_(is_trainable).train(is_trainable)
+        return Policy(model, **reading_of_plain(location, config, chat_format))
     artifact = read_artifact(Path(path), kind="policy")
     details = checked_details(artifact)
     how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device_of(device)}
@@ -246,6 +240,17 @@ def reading_of(artifact: Artifact, details: Mapping[str, Any]) -> dict[str, Any]
         "max_tokens": details["max_tokens"],
         "system": details.get("system"),
         "name": f"{run}/{step}" if run else step,  # as a reader tells two policies apart
+    }
+
+
+def reading_of_plain(location: str, config: "LlamaConfig", chat_format: ChatFormat) -> dict[str, Any]:
+    """The same of a model that is no artifact: without a system text, in all its positions."""
+    return {
+        "tokenizer": chat_format.tokenizer,
+        "chat_format": chat_format,
+        "max_tokens": context_length(config),
+        "system": None,
+        "name": Path(location).name,
     }
 
 

@@ -33,7 +33,6 @@ from llamachat.models.loading import (
     attach_adapter,
     check_trunk,
     checked_details,
-    context_length,
     device_of,
     dtype_of,
     find_trunk,
@@ -43,6 +42,7 @@ from llamachat.models.loading import (
     load_full,
     load_llama,
     reading_of,
+    reading_of_plain,
     save_policy,
     saved_dtype,
     scale_rope,
@@ -221,14 +221,8 @@ def _load_plain(
             "model that was saved from AutoModelForSequenceClassification with num_labels=1."
         )
     model = _load_scoring(location, config, dtype=saved_dtype(config, dtype), attention=attention, device=device)
-    return RewardModel(
-        model=model.requires_grad_(is_trainable).train(is_trainable),
-        tokenizer=chat_format.tokenizer,
-        chat_format=chat_format,
-        max_tokens=context_length(config),
-        system=None,
-        name=Path(location).name,
-    )
+    model = model.requires_grad_(is_trainable).train(is_trainable)
+    return RewardModel(model, **reading_of_plain(location, config, chat_format))
 
 
 def _load_scoring(location: str, config: "LlamaConfig", *, has_head: bool = True, **how: Any) -> ScoringLlama:

@@ -3,8 +3,10 @@
 A name of the hub without a revision means whatever its main branch is on that day; `owner/name@commit` pins it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from llamachat.config.loading import texts_in
 
 _commits: dict[str, str] = {}
 
@@ -21,12 +23,4 @@ def commit_of(name: str) -> str | None:
 
 def commits_in(identity: Mapping[str, Any]) -> dict[str, str]:
     """The commits of the names that an identity holds, where this process has read them."""
-    return {text: _commits[text] for text in _texts(identity) if text in _commits}
-
-
-def _texts(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    for part in parts:
-        yield from _texts(part)
+    return {text: _commits[text] for text in texts_in(identity) if text in _commits}

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 import sft
 from llamachat import distributed
-from llamachat.config.loading import from_plain, merged, to_yaml
+from llamachat.config.loading import from_plain, merged, texts_in, to_yaml
 from llamachat.config.sections import DataSource
 from llamachat.data.files import read_rows
 from llamachat.data.loading import parse_rows
@@ -456,22 +456,13 @@ def _check_inputs_stay(recipe: Recipe, folder: StepFolder) -> None:
         return  # the link alone is deleted
     doomed = folder.path.resolve()
     scoring = [step.scoring.model_dump(mode="json") for step in recipe.steps]
-    for text in _texts([recipe.sections.model_dump(mode="json", include={"data", "base"}), *scoring]):
+    for text in texts_in([recipe.sections.model_dump(mode="json", include={"data", "base"}), *scoring]):
         place = Path(text).resolve() if "\n" not in text else Path()
         if doomed in (place, *place.parents):
             raise UsageError(
                 f"--overwrite: {folder.path} holds '{text}', which the recipe reads. A step that runs again deletes its folder"
                 " first. Move that out of the folder, and name its new place in the recipe."
             )
-
-
-def _texts(value: object) -> Iterator[str]:
-    """Every text in plain values."""
-    if isinstance(value, str):
-        yield value
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    for part in parts:
-        yield from _texts(part)
 
 
 def _state(work: Work) -> StepState:

@@ -50,6 +50,9 @@ class Contrast(Section):
         min_length=1,
         description="What the answer is compared with: a refusal, another prompt's answer of similar length, or a degenerate answer (half of them the prompt or an earlier message; a short answer, a phrase repeated, its own half, itself twice, one word), in shares of 4, 5 and 7 of 16; of the safety model 5, 1 and 2 of 8. Ours.",
     )
+    max_tokens: Annotated[int, Field(ge=16)] | None = unless_null(
+        description="Longest dialog, in tokens, that contrast pairs are made of; null for any length. Short ones teach as much in less time. Ours."
+    )
 
 
 class Config(OptimizerSection):

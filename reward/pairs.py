@@ -170,6 +170,8 @@ def _contrast(
     safety: list[Preference] = getattr(sources.safety, side)
     count = round(num_others * config.contrast.share / (1 - config.contrast.share)) if dialogs else 0
     count = min(count, MOST_HELD_OUT) if side == "validation" else count
+    if (longest := config.contrast.max_tokens) is not None:
+        dialogs = [dialog for dialog in dialogs if len(encoder.encode(dialog.messages).input_ids) <= longest]
     kinds = config.contrast.kinds
     pairs: list[Preference] = []
     if "refusal" in kinds and (share := HARMFUL_SHARES.get(which)):
@@ -180,7 +182,8 @@ def _contrast(
     others, refusals = count - len(pairs), real_refusals(safety)
     pairs += contrast_pairs(dialogs, others, which=which, kinds=kinds, seed=seed, refusals=refusals)
     if side != "validation" and len(pairs) < count:
-        log.warning("rm/%s: data.sft allows %d contrast pairs in place of %d", which, len(pairs), count)
+        within = "" if longest is None else f" of at most {longest} tokens (reward.contrast.max_tokens)"
+        log.warning("rm/%s: dialogs%s allow %d contrast pairs instead of %d", which, within, len(pairs), count)
     apart = replace(encoder, dropped=Counter())  # a contrast pair that is left out is no record of the user's
     return list(apart.pairs(("contrast", pair) for pair in pairs))
 

@@ -103,7 +103,9 @@ def test_the_judge_sees_its_side_alone(tiny_format: ChatFormat, tmp_path: Path):
     assert sides == {"helpfulness": {"train"}, "safety": {"train"}, "judge": {"judge"}}
 
 
-def test_contrast_pairs_are_a_share_of_the_mix_from_the_same_side(tiny_format: ChatFormat, tmp_path: Path):
+def test_contrast_pairs_are_a_share_of_the_mix_from_the_same_side(
+    tiny_format: ChatFormat, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     split = Split(test=0.1, validation=0.2, judge=0.4)
     dialogs = [
         {
@@ -136,6 +138,14 @@ def test_contrast_pairs_are_a_share_of_the_mix_from_the_same_side(tiny_format: C
         if which == "safety":
             assert {prompt.split()[0] for prompt in refused} == {"Harm", "What"}  # and of safety pairs
         assert {e.domain for e in examples.validation} > {"contrast"} and "contrast" not in domains(examples.test)
+    every = load(tiny_format, data, contrast=Contrast(share=0.6), max_tokens=300).train
+    lengths = sorted(len(e.chosen) for e in every if e.domain == "contrast")
+    longest = lengths[len(lengths) // 2]
+    short = load(tiny_format, data, contrast=Contrast(share=0.6, max_tokens=longest), max_tokens=300).train
+    assert lengths[-1] > longest >= max(len(e.chosen) for e in short if e.domain == "contrast")
+    with caplog.at_level(logging.WARNING):
+        load(tiny_format, data, contrast=Contrast(share=0.6, max_tokens=16), max_tokens=300)
+    assert "reward.contrast.max_tokens" in caplog.text
     none = load(tiny_format, data, contrast=Contrast(share=0))
     assert "contrast" not in domains([*none.train, *none.validation])
 

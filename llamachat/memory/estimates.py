@@ -17,7 +17,7 @@ from llamachat.runs.atomic import storage_errors
 Attention = Literal["fused", "eager", "by_sequence"]
 # Queries that attention by sequence takes at once: what lies after them is not computed, and their scores stay in a core's
 # cache.
-QUERY_BLOCK = 128
+QUERY_BLOCK = 256
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # A CPU core reaches about 0.15 TFLOP/s in bf16 with the bundled model (ours, measured: 11.6 thousand tokens a second of sft
 # and 15.3 thousand of a reward model on two cores); two of them are counted.

@@ -7,11 +7,13 @@ its keys and values once.
 Shapes: B rows, H heads, T positions, D a head's width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from llamachat.memory.estimates import QUERY_BLOCK
 
@@ -103,22 +105,80 @@ class _Piece:
     start: int
     end: int
     keys: tuple[slice, ...]
+    mask_TT: Tensor  # added to the scores of their own keys: -inf where a query does not see them
+
+    @property
+    def count(self) -> int:
+        """Number of queries."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A sequence, or a branch that sees the first `shared` positions of the sequence at `trunk`."""
+
+    start: int
+    end: int
+    trunk: int
+    shared: int
+
+
+_PIECES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the position ids that all layers of a pass are given
 
 
 def _pieces(position_ids: Tensor | None, query_BHTD: Tensor) -> list[_Piece]:
-    """The sequences and branches of one packed row, in blocks of queries; several rows hold one sequence each."""
-    total = query_BHTD.shape[2]
-    positions_T = torch.arange(total) if position_ids is None or len(query_BHTD) > 1 else position_ids[0]
+    """The sequences and branches of one packed row; several rows hold one sequence each."""
+    if position_ids is None or len(query_BHTD) > 1:
+        return _cut(torch.arange(query_BHTD.shape[2], device=query_BHTD.device), query_BHTD.dtype)
+    if position_ids not in _PIECES:
+        _PIECES[position_ids] = _cut(position_ids[0], query_BHTD.dtype)
+    return _PIECES[position_ids]
+
+
+def _cut(positions_T: Tensor, dtype: torch.dtype) -> list[_Piece]:
+    """Small sequences together as far as `QUERY_BLOCK` positions hold them, since each piece costs a dozen kernels.
+
+    Larger ones are a piece for each branch and each block of queries.
+    """
+    total = len(positions_T)
     starts = [0, *((positions_T[1:] != positions_T[:-1] + 1).nonzero().flatten() + 1).tolist()]
-    pieces: list[_Piece] = []
-    trunk = 0
+    trees: list[list[_Part]] = []
     for start, end, shared in zip(starts, [*starts[1:], total], positions_T[starts].tolist(), strict=True):
-        trunk = start if shared == 0 else trunk
-        for block in range(start, end, QUERY_BLOCK):
-            last = min(block + QUERY_BLOCK, end)
-            own = slice(start, last)
-            pieces.append(_Piece(block, last, (slice(trunk, trunk + shared), own) if shared else (own,)))
+        if shared == 0:
+            trees.append([])
+        trees[-1].append(_Part(start, end, trees[-1][0].start if shared else start, shared))
+    shape = (QUERY_BLOCK, QUERY_BLOCK)
+    future_TT = torch.full(shape, -torch.inf, dtype=dtype, device=positions_T.device).triu(1)
+    pieces: list[_Piece] = []
+    together: list[_Part] = []
+    for tree in [*trees, []]:
+        if together and (not tree or tree[-1].end - together[0].start > QUERY_BLOCK):
+            pieces.append(_block(together, future_TT))
+            together = []
+        if tree and tree[-1].end - tree[0].start > QUERY_BLOCK:
+            pieces += [piece for part in tree for piece in _blocks_of_queries(part, future_TT)]
+        else:
+            together += tree
     return pieces
+
+
+def _block(parts: list[_Part], future_TT: Tensor) -> _Piece:
+    """One piece of whole sequences with their branches."""
+    start, end = parts[0].start, parts[-1].end
+    mask_TT = future_TT.new_full((end - start, end - start), -torch.inf)
+    for part in parts:
+        first, last, trunk = part.start - start, part.end - start, part.trunk - start
+        mask_TT[first:last, first:last] = future_TT[: last - first, : last - first]
+        mask_TT[first:last, trunk : trunk + part.shared] = 0
+    return _Piece(start, end, (slice(start, end),), mask_TT)
+
+
+def _blocks_of_queries(part: _Part, future_TT: Tensor) -> Iterator[_Piece]:
+    for start in range(part.start, part.end, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, part.end)
+        own = slice(part.start, end)
+        keys = (slice(part.trunk, part.trunk + part.shared), own) if part.shared else (own,)
+        yield _Piece(start, end, keys, future_TT[: end - start, : end - start])
 
 
 class _Attention(torch.autograd.Function):
@@ -132,17 +192,15 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query_KTGD: Tensor, key_KTD: Tensor, value_KTD: Tensor, pieces: Any, scaling: Any) -> Tensor:
         result_KTGD = torch.empty_like(query_KTGD)
         heads, _, groups, width = query_KTGD.shape
-        future = torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool, device=query_KTGD.device).triu(1)
         kept = []
         for piece in pieces:
-            count = piece.end - piece.start
             query = query_KTGD[:, piece.start : piece.end].flatten(1, 2)
             scores = torch.bmm(query, _seen(key_KTD, piece).transpose(1, 2)).mul_(scaling)
-            own = scores.view(heads, count, groups, -1)[..., -count:]
-            own.masked_fill_(future[:count, None, :count], -torch.inf)
+            own = scores.view(heads, piece.count, groups, -1)[..., -piece.count :]
+            own.add_(piece.mask_TT.unsqueeze(1))
             weights = torch.softmax(scores, dim=-1)
             result_KTGD[:, piece.start : piece.end] = torch.bmm(weights, _seen(value_KTD, piece)).view(
-                heads, count, groups, width
+                heads, piece.count, groups, width
             )
             kept.append(weights)
         ctx.pieces, ctx.scaling = pieces, scaling

@@ -309,7 +309,9 @@ def _check_different(policies: list[Path], places: list[Path]) -> None:
 
 @reported
 def benchmark(
-    policies: Annotated[list[Path], typer.Argument(metavar="ARTIFACT", help="Policies to compare.")],
+    models: Annotated[
+        list[Path], typer.Argument(metavar="ARTIFACT", help="Policies to compare, or reward models (then the probe).")
+    ],
     sets: Annotated[
         list[str] | None,
         typer.Option(
@@ -326,11 +328,30 @@ def benchmark(
     limit: Annotated[
         int | None, typer.Option("--limit", help="Ask only this many questions of each file, the first ones.", min=1)
     ] = None,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option("--pairs", help="Preference pairs to measure reward models on; may be repeated.", metavar="FILE"),
+    ] = None,
 ) -> None:
-    """Measure policies on published sets of questions, in one table with intervals (docs/benchmarks.md)."""
+    """Measure policies on published sets of questions, or reward models on the probe, in one table (docs/benchmarks.md)."""
     from llamachat.runs.artifacts import read_artifact
 
-    artifacts = {str(path): read_artifact(path, "policy", reader="benchmark") for path in policies}
+    rewarding = {str(path): read_artifact(path, reader="benchmark") for path in models}
+    if all(artifact.manifest.kind == "reward_model" for artifact in rewarding.values()):
+        if sets or judge or limit:
+            raise UsageError(
+                f"--set, --judge, --limit: {' '.join(rewarding)} are reward models, which answer no questions. Leave these"
+                " options out; --pairs FILE adds preference pairs."
+            )
+        from evaluation.report.benchmarks import table_text
+        from reward.benchmark import measure_reward_models
+
+        with state_is_kept():
+            print(table_text(measure_reward_models(rewarding, pairs or [])))
+        return
+    if pairs:
+        raise UsageError("--pairs: pairs measure reward models, and policies were given. Name reward models only.")
+    artifacts = {str(path): read_artifact(path, "policy", reader="benchmark") for path in models}
     judge_artifact = None if judge is None else read_artifact(judge, "reward_model", reader="benchmark --judge")
     from evaluation.benchmark.run import Request, chosen_sets, run_benchmark
 

@@ -18,6 +18,7 @@ from llamachat.chat_format import ChatFormat, TrainOn
 from llamachat.chat_format.dialog import Message
 from llamachat.config.sections import Tuning
 from llamachat.errors import UsageError
+from llamachat.models.reward_model import RewardModel
 from llamachat.runs.artifacts import Artifact, StepFolder
 from llamachat.runs.atomic import INCOMING
 from llamachat.runs.reader import benchmark_folder, read_benchmarks, step_of
@@ -256,3 +257,35 @@ def test_sets_are_chosen_by_name_and_a_judge_needs_two_policies() -> None:
         chosen_sets(["mt_bench"], has_judge=False, num_policies=2)
     with pytest.raises(UsageError, match="1 different policies and a judge"):
         chosen_sets([], has_judge=True, num_policies=1)
+
+
+def test_reward_models_are_probed_and_measured_on_pairs(
+    tmp_path: Path, world: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = world.reward_model("helpfulness", Tuning(), Tuning())
+    turns = [[{"role": "user", "content": text}] for text in ("cat", "mat", "cat " * 300)]
+    answers = [("the cat sat", "cat"), ("mat", "the mat sat"), ("a", "b")]
+    rows = [
+        {
+            "prompt": prompt,
+            **{
+                side: [{"role": "assistant", "content": text}]
+                for side, text in zip(("chosen", "rejected"), pair, strict=True)
+            },
+        }
+        for prompt, pair in zip(turns, answers, strict=True)
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # A model that prefers what is longer is right of the first pair alone; the third is too long for it.
+    monkeypatch.setattr(RewardModel, "score_ids", lambda self, ids, **_: torch.tensor([float(len(one)) for one in ids]))
+    assert main(["benchmark", str(artifact.path), "--pairs", str(tmp_path / "own.jsonl")]) == 0
+    measured = read_benchmarks(artifact)
+    right = measured["pairs-own"].figures["chosen above rejected"]
+    assert (right.value, right.n, len(measured["pairs-own"].notes)) == (0.5, 2, 1)
+    assert measured["probe"].figures["reference above itself given twice"].value == 0.0
+    assert measured["probe"].figures["reference above the first half of itself"].value == 1.0
+    assert measured["pairs-own"].notes[0] in capsys.readouterr().out
+    for wrong in (["--set", "gsm8k"], ["--limit", "2"]):
+        assert main(["benchmark", str(artifact.path), *wrong]) == 2
+    policy = policy_at(tmp_path / "sft", world.chat_format)
+    assert main(["benchmark", str(policy.path), "--pairs", str(tmp_path / "own.jsonl")]) == 2

@@ -1,7 +1,7 @@
 """Cuts the bundled data from the folders of its origins: `python -m tools.cut_data --from DIR`.
 
-Everything under data/ but the code is its result: the same origins give the same bytes, since every choice is made by
-a hash of the text. Needs an environment with llamachat in it.
+The same origins give the same bytes, since every choice is made by a hash of the text. It prints the rows of the tables in
+SOURCE.md, which says where each file is from. Needs an environment with llamachat in it.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tools.cutting import choosing, files, helpfulness, lists, prompts, provenance, safety, sft
+from tools.cutting import choosing, files, helpfulness, lists, prompts, safety, sft
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 CUTS = {
@@ -56,18 +56,12 @@ def main() -> None:
     parser.add_argument("--from", dest="origins", type=Path, required=True, help="folder with one folder an origin")
     origins = parser.parse_args().origins
     for folder, cut in CUTS.items():
-        rows = []
         for name, entries in cut(origins).items():
             if folder == "gatt":
-                rows.append(write_list(DATA / folder / f"{name}.txt", entries))
+                row = write_list(DATA / folder / f"{name}.txt", entries)
             else:
-                rows.append(write_records(DATA / folder / f"{name}.jsonl.gz", entries))
-            print(folder, rows[-1])
-        page = provenance.source_page(folder, rows, origins)
-        (DATA / folder / "SOURCE.md").write_text(page, encoding="utf-8")
-    (DATA / "licences").mkdir(exist_ok=True)
-    for origin, text in provenance.licences(origins).items():
-        (DATA / "licences" / f"{origin}.txt").write_text(text, encoding="utf-8")
+                row = write_records(DATA / folder / f"{name}.jsonl.gz", entries)
+            print(folder, row)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +18,10 @@ from llamachat.config.gpus import Gpu
 from llamachat.config.sections import hub_set, split_revision
 from llamachat.errors import LlamachatError
 from llamachat.memory.estimates import BYTES, KNOWN_BASES, shape_of
-from llamachat.models.files import check_model_folder, nonfinite_tensors, weight_files
+from llamachat.models.files import check_model_folder
 from llamachat.models.hub import is_cached, reach_data, reach_model, tokenizer_folder
 from llamachat.runs.artifacts import is_published
 from llamachat.runs.hub_commits import commit_of
-from llamachat.runs.user_cache import cached
 from pipelines.planning.estimates import card, estimate_step, measure_data
 from pipelines.planning.fit import fits, way_to_fit
 from pipelines.planning.hardware import (
@@ -255,7 +253,6 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
     else:
         known = "known to work" if split_revision(name)[0] in KNOWN_BASES else "a Llama model"
         yield Finding("base", "ok", f"'{name}' is {known}")
-        yield from _weights(folder, name)
         if not is_local and split_revision(name)[1] is None and (commit := commit_of(name)):
             problem = f"'{name}' is read at the newest commit of the hub, now {commit}"
             yield Finding("base", "note", problem, f"Set base.model: {name}@{commit} to keep to it.")
@@ -268,27 +265,6 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
         return
     proved = f"proved to give the ids of the chat format '{recipe.base.chat_format}'"
     yield Finding("tokenizer", "note" if warning else "ok", warning or proved)
-
-
-def _weights(folder: Path, name: str) -> Iterator[Finding]:
-    """Whether all weights that are here are finite: a file is read once, as long as it stays as it is."""
-    faults: list[str] = []
-    for file in weight_files(folder):
-        if file.is_file():
-            state = file.resolve().stat()
-            stamp = {
-                "path": str(file.resolve()),
-                "size": state.st_size,
-                "changed": state.st_mtime_ns,
-                "inode": state.st_ino,
-            }
-            faults += cached("nonfinite", stamp, partial(nonfinite_tensors, file))
-    if faults:
-        more = f" and {len(faults) - 3} more tensors" if len(faults) > 3 else ""
-        problem = f"'{name}' holds NaN or infinite weights: {', '.join(faults[:3])}{more}"
-        yield Finding("weights", "FAIL", problem, "Fetch the model again, or take another base.")
-    else:
-        yield Finding("weights", "ok", "all weights that are here are finite numbers")
 
 
 def _data(recipe: Recipe) -> Iterator[Finding]:

@@ -429,7 +429,7 @@ def test_every_study_loads_and_its_tables_show_figures_that_there_are(monkeypatc
         assert all("sft" in {step.name for step in plan.before(name)} for name in plan.homes)
         assert "all together: about" in study_plan_text(plan)
         for table in plan.study.tables:
-            check_names(table.columns.values())
+            check_names(name.rpartition(":")[2] for name in table.columns.values())
 
 
 # The names under which each section goes in the code: `tuning.rank` is read as `<one of these>.rank`.

@@ -5,21 +5,27 @@
 
 `prompts` is a list of message lists ({"role": ..., "content": ...}), `completions` a list of texts, `scores` the raw scores
 by model ("helpfulness", "safety": those there are), and `columns` further lists: `is_safety`, `finished`, and what
-the step adds (`id`, the prompt's own). One finite number for each completion comes back. The file is run: it is the user's own. It
-may import the files next to it.
+the step adds (`id`, the prompt's own). One finite number for each completion comes back. The file is run: it is the user's own. It runs as
+`python path.py` would run it: it may import the files next to it. What it changes in the process (PyTorch's gradients,
+threads, default dtype and device, random numbers, the working directory) is put back after each call.
 """
 
 import importlib.util
 import inspect
+import os
+import pickle
+import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,18 +49,84 @@ class _Program:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within the block an import finds the files next to the user's; afterwards another user's file finds its own."""
+        """Within the block the process is as `python path` would find it; afterwards it is as it was before."""
         folder = self.path.absolute().parent
-        before = set(sys.modules)
+        names = _modules_beside(folder)
+        aside = _taken(names)
+        before = list(sys.argv), list(sys.path), Path.cwd(), torch.get_num_threads(), torch.get_default_dtype()
+        device, os_exit, process = torch.get_default_device(), os._exit, os.getpid()
+        randomness = _randomness()
+
+        def end(status: int) -> NoReturn:
+            """`os._exit` of the user's file: in this process it would end the command without a word."""
+            if os.getpid() == process:
+                raise SystemExit(status)
+            os_exit(status)
+
         sys.modules.update(self.modules)
-        sys.path.insert(0, str(folder))
+        sys.argv[:], sys.path[:] = [str(self.path)], [str(folder), *sys.path]
+        os._exit = end
         try:
-            yield
+            with torch.set_grad_enabled(torch.is_grad_enabled()):
+                yield
         finally:
-            sys.path.remove(str(folder))
-            for name in sys.modules.keys() - before:
-                if folder in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
-                    self.modules[name] = sys.modules.pop(name)
+            self.modules.update(_taken(names))
+            sys.modules.update(aside)
+            sys.argv[:], sys.path[:], place, threads, dtype = before
+            os._exit = os_exit
+            os.chdir(place)
+            torch.set_default_dtype(dtype)
+            if torch.get_default_device() != device:
+                torch.set_default_device(None)  # as it is in a process that sets none
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+            _put_back(randomness)
+
+
+def _randomness() -> dict[str, Any]:
+    """The states of the global random generators of Python, numpy and PyTorch."""
+    states = {"random": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state().numpy()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = [state.numpy() for state in torch.cuda.get_rng_state_all()]
+    return states
+
+
+def _put_back(states: dict[str, Any]) -> None:
+    """Set the changed generators back, and one number on: the next call draws others, and how many it drew is no matter."""
+    now = _randomness()
+    changed = {name: state for name, state in states.items() if pickle.dumps(state) != pickle.dumps(now[name])}
+    if "random" in changed:
+        random.setstate(changed["random"])
+        random.random()
+    if "numpy" in changed:
+        np.random.set_state(changed["numpy"])
+        np.random.random()
+    if "torch" in changed:
+        torch.set_rng_state(torch.from_numpy(changed["torch"]))
+        torch.empty((), device="cpu").uniform_()
+    for index, state in enumerate(changed.get("cuda", ())):
+        torch.cuda.set_rng_state(torch.from_numpy(state), index)
+        torch.empty((), device=f"cuda:{index}").uniform_()
+
+
+def _modules_beside(folder: Path) -> set[str]:
+    """Names of the modules in a folder, but for those of libraries that are loaded already, and for the folder's own."""
+    files = {file.stem: file for file in folder.glob("*.py") if not file.stem.startswith("__")}
+    files |= {file.parent.name: file for file in folder.glob("*/__init__.py")}
+    loaded = files.keys() & sys.modules.keys()
+    kept = {name for name in loaded if getattr(sys.modules[name], "__file__", None) == str(files[name])}
+    if loaded - kept:
+        # Our own packages have names that a user's file may have too: `reward`, `tools`.
+        makers = metadata.packages_distributions()
+        kept |= {
+            name for name in loaded if name in sys.stdlib_module_names or set(makers.get(name, ())) - {"llamachat"}
+        }
+    return files.keys() - kept
+
+
+def _taken(names: set[str]) -> dict[str, ModuleType]:
+    """The loaded modules of these packages, taken out of those that an import finds."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in names}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ from pipelines.planning.hardware import usable_cores
 MAYBE_NO_MEMORY = (
     "The system ends a process so where memory is short: try run.processes=1 run.jobs=1, with the same command."
 )
+THREADS_MAY_TAKE = 10.0  # seconds after the command's end
 P = ParamSpec("P")
 
 TINY = Path("configs/tiny.yaml")
@@ -204,6 +207,27 @@ def requested_processes(arguments: Sequence[str]) -> int:
             f" `torchrun --nnodes {machines} --nproc_per_node {count // machines} ... -m pipelines` on each machine."
         )
     return count if count > 1 else 0
+
+
+def end_despite_threads(status: int) -> None:
+    """End the process with this status also where a thread of a user's file or a library never ends, and say so."""
+    waited_for = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+
+    def end() -> None:
+        time.sleep(THREADS_MAY_TAKE)
+        names = [one.name for one in waited_for if one.is_alive()]
+        if names:
+            print(
+                f"llamachat: the command is done, but the thread {', '.join(names)} has not ended {THREADS_MAY_TAKE:g} s"
+                " later. It is ended with the process. A reward function that starts threads should end them.",
+                file=sys.stderr,
+            )
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    if waited_for:
+        threading.Thread(target=end, daemon=True).start()
 
 
 def die_with_parent() -> None:

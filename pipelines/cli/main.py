@@ -30,6 +30,7 @@ from pipelines.cli.launch import (
     SeveralValues,
     die_with_parent,
     divide,
+    end_despite_threads,
     missing_processes,
     reported,
     start,
@@ -67,7 +68,14 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; without `arguments` this is the process of the command."""
+    """Run one command and return its exit status; without `arguments` this is the process of the command, and ends."""
+    status = _main(arguments)
+    if arguments is None:
+        end_despite_threads(status)
+    return status
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
         number, num_missing = distributed.launched_index(), missing_processes()
         distributed.forget_other_launchers()

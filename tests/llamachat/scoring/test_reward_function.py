@@ -1,14 +1,18 @@
 """A reward function of the user's: its arguments, what it may return, and how its errors are reported."""
 
 import hashlib
+import os
+import random
 import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import tensor
 
+import reward
 from llamachat.config.sections import FunctionName
 from llamachat.errors import ConfigError, RewardFunctionError
 from llamachat.scoring.combining import combiner
@@ -133,13 +137,29 @@ def run(name: str, count: int = 2) -> list[float]:
     return combiner(scoring(combine=name))(none, answers(count)).scores_B.tolist()
 
 
-@pytest.mark.parametrize("ending", ["sys.exit(0)", "raise GeneratorExit"])
+@pytest.mark.parametrize(
+    "ending", ["sys.exit(0)", "sys.exit()", "raise GeneratorExit", "raise SystemExit('done')", "os._exit(0)"]
+)
 def test_a_file_that_ends_the_process_is_a_fault_of_the_function(tmp_path: Path, ending: str) -> None:
-    body = f"import sys\ndef score(prompts, completions, scores, **columns):\n    {ending}"
+    body = f"import os, sys\ndef score(prompts, completions, scores, **columns):\n    {ending}"
     with pytest.raises(RewardFunctionError, match=r"rewards\.py:3: 'score' raised (SystemExit|GeneratorExit)"):
         run(write(tmp_path, body))
     with pytest.raises(ConfigError, match=r"at_once\.py:2: the file cannot be run: (SystemExit|GeneratorExit)"):
-        run(write(tmp_path, f"import sys\n{ending}", "at_once.py"))
+        run(write(tmp_path, f"import os, sys\n{ending}", "at_once.py"))
+
+
+def test_processes_of_the_function_may_end_as_they_like(tmp_path: Path) -> None:
+    text = """
+        import os
+
+        def score(prompts, completions, scores, **columns):
+            child = os.fork()
+            if child == 0:
+                os._exit(3)
+            return [float(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))] * len(completions)
+    """
+    before = os._exit
+    assert run(write(tmp_path, text)) == [3.0, 3.0] and os._exit is before
 
 
 def test_an_interrupt_within_the_function_stays_one(tmp_path: Path) -> None:
@@ -147,21 +167,89 @@ def test_an_interrupt_within_the_function_stays_one(tmp_path: Path) -> None:
         run(write(tmp_path, "def score(prompts, completions, scores, **columns):\n    raise KeyboardInterrupt"))
 
 
-def test_each_file_imports_its_own_neighbours(tmp_path: Path) -> None:
+def test_a_file_may_import_its_neighbours_also_those_named_as_packages_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "my_words.py").write_text("BAD = 5.0")
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "__init__.py").write_text("from my_words import BAD\nGOOD = BAD + 1")
+    (tmp_path / "torch.py").write_text("raise AssertionError('what is loaded already is not replaced')")
     text = """
+        from dataclasses import dataclass
+        import torch
         from my_words import BAD
 
         def score(prompts, completions, scores, **columns):
-            from my_words import GOOD
-            return [BAD, GOOD]
+            from reward import GOOD
+            return [BAD, float(torch.tensor(GOOD))]
     """
-    names = []
-    for number, folder in enumerate((tmp_path / "one", tmp_path / "two")):
-        folder.mkdir()
-        (folder / "my_words.py").write_text(f"BAD = {number}.0\nGOOD = {number}.5")
-        names.append(write(folder, text))
-    combiners = [combiner(scoring(combine=name)) for name in names]
-    none = Scores(helpfulness_B=None, safety_B=None)
-    for _ in range(2):
-        assert [one(none, answers(2)).scores_B.tolist() for one in combiners] == [[0.0, 0.5], [1.0, 1.5]]
-    assert "my_words" not in sys.modules and str(tmp_path / "one") not in sys.path
+    name, before = write(tmp_path, text), reward
+    assert run(name) == [5.0, 6.0]
+    assert sys.modules["reward"] is before and "my_words" not in sys.modules and str(tmp_path) not in sys.path
+
+
+def test_arguments_are_those_of_the_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["llamachat", "ppo", "--config", "tiny.yaml"])
+    text = """
+        import argparse
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--scale", type=float, default=2.0)
+        scale = parser.parse_args().scale
+
+        def score(prompts, completions, scores, **columns):
+            return [scale] * len(completions)
+    """
+    assert run(write(tmp_path, text)) == [2.0, 2.0] and sys.argv[1] == "ppo"
+    with pytest.raises(ConfigError, match="cannot be run: SystemExit: 2"):
+        run(write(tmp_path, text.replace('"--scale"', '"scale"').replace("default=2.0", "nargs=1"), "needs.py"))
+
+
+def test_random_numbers_of_the_function_change_none_of_the_run_and_differ_from_call_to_call(tmp_path: Path) -> None:
+    text = """
+        import random
+        import numpy
+        import torch
+
+        def score(prompts, completions, scores, **columns):
+            return [random.random(), numpy.random.random(), float(torch.rand(1))]
+    """
+    seeds = text.replace("return", "random.seed(7); numpy.random.seed(7); torch.manual_seed(7)\n            return")
+    draws, seeded = write(tmp_path, text), write(tmp_path, seeds, "seeded.py")
+    quiet = write(tmp_path, "def score(prompts, completions, scores, **columns):\n    return [0.0] * 3", "quiet.py")
+
+    def numbers_after(*names: str) -> tuple[list[list[float]], list[float]]:
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+        results = [run(name, 3) for name in names]
+        return results, [random.random(), np.random.random(), float(torch.rand(1))]
+
+    (_, untouched), ((first, second), after_two) = numbers_after(), numbers_after(draws, draws)
+    assert numbers_after(quiet)[1] == untouched
+    assert all(one != other for one, other in zip(first, second, strict=True))
+    (alike, again), after_seeds = numbers_after(seeded, seeded)
+    assert alike == again and after_seeds == after_two, "whatever it draws or seeds, the run's numbers are the same"
+
+
+def test_what_the_function_switches_in_the_process_is_put_back(tmp_path: Path) -> None:
+    text = """
+        import os, torch
+
+        def switch():
+            torch.set_grad_enabled(False)
+            torch.set_num_threads(torch.get_num_threads() + 1)
+            torch.set_default_dtype(torch.float64)
+            torch.set_default_device("meta")
+            os.chdir("/")
+
+        switch()
+
+        def score(prompts, completions, scores, **columns):
+            switch()
+            return [0.0] * len(completions)
+    """
+    before = Path.cwd(), torch.get_num_threads(), torch.get_default_dtype()
+    run(write(tmp_path, text))
+    assert (Path.cwd(), torch.get_num_threads(), torch.get_default_dtype()) == before and torch.is_grad_enabled()
+    assert torch.ones(1).device.type == "cpu"
+    with torch.no_grad():
+        run(write(tmp_path, text))
+        assert not torch.is_grad_enabled()

@@ -242,3 +242,36 @@ def test_how_many_a_configuration_asks_for(tmp_path: Path) -> None:
         launching.requested_processes(
             ["--cpu", "--num_processes", "4", "--num_machines", "2", "-m", "pipelines", "sft"]
         )
+
+
+STUCK = """
+import sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from pipelines.cli import launch, main
+launch.THREADS_MAY_TAKE = {seconds}
+def work():
+    time.sleep({sleep})
+if {pool}:
+    ThreadPoolExecutor(1, thread_name_prefix="of-the-user").submit(work)
+else:
+    threading.Thread(target=work, name="of-the-user", daemon={daemon}).start()
+sys.argv = ["llamachat", *{words}]
+sys.exit(main.main())
+"""
+
+
+def test_a_thread_that_never_ends_does_not_keep_the_command_alive() -> None:
+    usual = {"seconds": 0.5, "sleep": 1000, "pool": False, "daemon": False, "words": ["plan", "--presets"]}
+    cases = (
+        ({}, 0, True),
+        ({"pool": True}, 0, True),
+        ({"words": ["plan", "--config", "none.yaml"]}, 2, True),
+        ({"daemon": True}, 0, False),
+        ({"sleep": 0.2, "seconds": 30}, 0, False),
+    )
+    for changes, status, is_named in cases:
+        code = STUCK.format(**(usual | changes))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+        assert done.returncode == status, (changes, done.stderr)
+        assert ("of-the-user" in done.stderr) == is_named, (changes, done.stderr)
+        assert done.stdout or status, "what was printed is not lost"

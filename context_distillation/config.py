@@ -1,7 +1,7 @@
 """The section context_distillation of the recipe.
 
-The paper (Llama 2, arXiv:2307.09288, section 4.2.4 and appendix A.4) states neither the number of prompts nor how answers
-are sampled and trained on; those values are ours, and so are the words of the preprompts.
+The paper (Llama 2, arXiv:2307.09288, section 4.2.4 and appendix A.4) states neither the number of prompts nor how
+answers are sampled and trained on; those values are ours, and so is the wording of the preprompts.
 """
 
 from typing import Annotated, Any, Literal
@@ -30,59 +30,63 @@ PREPROMPTS = (
 
 
 class Config(Section):
-    """Training on answers to adversarial prompts, sampled under a safety preprompt, without it where that is safer."""
+    """Training on answers to adversarial prompts that were sampled under a safety preprompt, without the preprompt,
+    where they are safer."""
 
     preprompts: Annotated[tuple[Words, ...], Field(min_length=1)] = Field(
         default=PREPROMPTS,
-        description="Generic system texts; the prompts take them in turn. Ours; paper, table 39: of this kind, made from templates with adjectives such as responsible, respectful, wise.",
+        description="Generic system texts, assigned to the prompts in turn. Ours; the paper's (table 39) are made from templates with adjectives such as responsible, respectful, wise.",
     )
     uses_categories: bool = Field(
         default=True,
-        description="A prompt whose category is known is also answered under the answer template of that category. Paper 4.2.4: it helps more than a generic preprompt.",
+        description="Also answer a prompt of known category under the answer template of that category. Paper 4.2.4: it helps more than a generic preprompt.",
     )
     categories: dict[Words, Annotated[tuple[Words, ...], Field(min_length=1)]] = Field(
         default_factory=dict,
-        description="Risk categories: {name: [patterns of prompt ids, such as fraud-*]}; the first that fits counts. Paper: labels of annotators.",
+        description="Risk categories: {name: [patterns of prompt ids, such as fraud-*]}; the first match counts. Paper: labels by annotators.",
     )
     prompts: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
-        description="Number of adversarial prompts to sample answers to; null: all of the training side. Ours.",
+        description="Number of adversarial prompts to sample answers to; null: all of the training split. Ours.",
     )
     samples_per_prompt: int = Field(
         default=1,
         ge=1,
-        description="Answers to a prompt each way: generic, by category; and as many plain ones as these together. Ours.",
+        description="Answers to a prompt under each preprompt (generic, by category), and the same total number of plain answers. Ours.",
     )
     temperature: Temperature | None = Field(
-        default=None, description="Of the answers; null is rollout.temperature. Not stated in the paper; ours."
+        default=None,
+        description="Sampling temperature of the answers; null: rollout.temperature. Not stated in the paper; ours.",
     )
     keep: Literal["better", "all"] = Field(
         default="better",
-        description="Train on the best distilled answer where it is safer than the best plain one (better, the paper's), or always (all: the paper found that it harms good answers).",
+        description="Train on the best distilled answer only if it is safer than the best plain one (better, the paper's), or always (all; the paper found that this harms good answers).",
     )
     margin: float = Field(
-        default=0.0, ge=0, description="How far above the plain answer's safety score its own must be. Paper: 0."
+        default=0.0, ge=0, description="Required lead of its safety score over that of the plain answer. Paper: 0."
     )
     sft_share: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="Share of the dialogs of data.sft to add to the training, against forgetting. Ours.",
+        description="Share of the dialogs of data.sft that is added to the training, against forgetting. Ours.",
     )
     sft: dict[str, Any] = Field(
-        default_factory=dict, description="Values over the section sft for the tuning on the kept answers."
+        default_factory=dict, description="Overrides of the section sft for tuning on the kept answers."
     )
     max_hours: Annotated[float, Field(gt=0)] | None = unless_null(
-        description="Time budget of the sampling in hours, over all its starts; what was sampled by then is trained on; the tuning has sft.max_hours. null for none. Ours."
+        description="Time budget of the sampling in hours, summed over restarts; the tuning then uses what was sampled, and has its own sft.max_hours. null: no limit. Ours."
     )
     validation_prompts: int = Field(
-        default=64, ge=1, description="Held-out prompts whose kept answers measure the tuning's loss. Ours."
+        default=64, ge=1, description="Number of held-out prompts whose kept answers measure the tuning's loss. Ours."
     )
     test_prompts: int = Field(
-        default=200, ge=1, description="Adversarial test prompts that the first and the final policy answer. Ours."
+        default=200,
+        ge=1,
+        description="Number of adversarial test prompts for comparing the first and the final policy. Ours.",
     )
     borderline_prompts: int = Field(
         default=200,
         ge=0,
-        description="Harmless prompts that look unsafe, of each file of data.borderline, to count refusals of. Ours; paper A.4: 210.",
+        description="Number of harmless prompts that look unsafe, from each file of data.borderline, on which refusals are counted. Ours; paper A.4: 210.",
     )

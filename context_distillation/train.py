@@ -1,11 +1,11 @@
-"""Safety context distillation (Llama 2, arXiv:2307.09288, section 4.2.4): adversarial prompts, a policy and a safety model
--> dialogs of safer answers -> a policy tuned on them.
+"""Safety context distillation (Llama 2, arXiv:2307.09288, section 4.2.4): adversarial prompts, a policy and a safety
+model -> dialogs of safer answers -> a policy tuned on them.
 
-Each prompt is answered plainly and under safety preprompts; where the safety model puts the preprompted answer above the
-plain one, as an answer to the prompt alone, it is trained on, without the preprompt. Writes the step folder's sampling/,
-metrics.jsonl, samples.jsonl, dialogs/, figures/, summary.json and, through the tuning, artifact/. A killed step resumes
-after its last whole batch. Where `max_hours` ends the sampling, the answers sampled so far are used: no batch is better
-than another.
+Each prompt is answered plainly and under safety preprompts; where the safety model puts the preprompted answer above
+the plain one, as an answer to the prompt alone, it is trained on, without the preprompt. Writes the step folder's
+sampling/, metrics.jsonl, samples.jsonl, dialogs/, figures/, summary.json and, through the tuning, artifact/. A killed
+step resumes after its last whole batch. Where `max_hours` ends the sampling, the answers sampled so far are used: no
+batch is better than another.
 """
 
 import logging
@@ -89,7 +89,7 @@ def make_dialogs(config: Config, step: DialogStep) -> Artifact:
                 f"{inputs.step}: no distilled answer can be trained on ({counted(step.dropped)}). Raise "
                 "context_distillation.samples_per_prompt or rollout.max_new_tokens, or write other preprompts."
             )
-        log.info("%d of %d distilled answers are kept; %s", len(kept), len(sampled.choices), counted(step.dropped))
+        log.info("kept %d of %d distilled answers; %s", len(kept), len(sampled.choices), counted(step.dropped))
         lists = score_lists(sampled.groups, sampled.choices)
         draw_scores(lists, sampled.choices, inputs.folder.figures / "safety_scores.png")
         step.end_sampling(tracker, figures)
@@ -107,7 +107,7 @@ def compare(config: Config, step: DialogStep, tuned: Artifact) -> dict[str, floa
     start, final, figures = step.compare(session)
     borderline = {moment: _answer_borderline(moment, config, step, session) for moment in MOMENTS}
     figures |= refusal_figures(borderline, {"start": start.texts, "final": final.texts})
-    log.info("adversarial prompts alone:\n%s\n%s", comparison_table("distill", figures), refusal_table(figures))
+    log.info("adversarial prompts:\n%s\n%s", comparison_table("distill", figures), refusal_table(figures))
     if not borderline["start"]:
         log.info("data.borderline is empty, or borderline_prompts is 0: false refusals are not counted.")
     if figures["distill/test/difference/reward_safety"] <= 0:
@@ -123,7 +123,7 @@ def check_settings(config: Config, inputs: StepInputs) -> None:
     """Refuse a step without the model that decides, and sampling that leaves nothing to choose from."""
     if "safety" not in named_models(inputs.scoring, inputs.reward_models):
         raise ConfigError(
-            f"{inputs.step}: there is no safety reward model, and it alone decides which distilled answers are trained on."
+            f"{inputs.step}: there is no safety reward model, which decides which distilled answers are trained on."
             " Train one (`make rm`, with data.safety), or name one: scoring.safety=FOLDER_OR_HUB_NAME."
         )
     check_choice(
@@ -182,7 +182,7 @@ class Distillation:
         prompts = self._with_preprompts(drawn, self.step.dropped)
         validation = self._with_preprompts(splits.validation[: config.validation_prompts], Counter())
         log.info(
-            "%d adversarial prompts, the category of %d of them known (then twice as many plain answers); %d answers to each "
+            "%d adversarial prompts, %d of them with a known category (and twice as many plain answers); %d answers per "
             "form at temperature %g",
             len(prompts),
             sum(prompt.category is not None for prompt in prompts),

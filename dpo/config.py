@@ -1,4 +1,4 @@
-"""Configuration of `dpo` (direct preference optimisation): its own section of the recipe, and the shared ones it reads."""
+"""Configuration of `dpo` (direct preference optimisation): its own section of the recipe."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,7 @@ from llamachat.config.section import operational
 # Part of the fingerprint: raised when the same configuration and data would give other weights.
 VERSION = 1
 
-CPU_ROW_TOKENS = 2048  # as of reward models, which learn the same pairs
+CPU_ROW_TOKENS = 2048  # as for reward models, which learn from the same pairs
 
 # Arguments of TRL's DPOConfig that have a key of ours, or (None) that nothing reads: batch and loss are ours.
 OWNED = {
@@ -35,41 +35,41 @@ OWNED = {
 
 
 class Config(OptimizerSection):
-    """Direct preference optimisation, which Llama 2 does not have: values are those of Rafailov et al. 2023 or ours."""
+    """Direct preference optimisation, which Llama 2 does not use: values are those of Rafailov et al. 2023 or ours."""
 
     epochs: float = Field(default=1.0, gt=0, description="Passes over the training pairs. Ours.")
     learning_rate: float = Field(
         default=1e-6,
         gt=0,
-        description="Peak rate of AdamW. Rafailov et al. 2023, appendix B: 1e-6 (of RMSprop) for full tuning; LoRA needs about 10 times that.",
+        description="Peak learning rate of AdamW. Rafailov et al. 2023, appendix B: 1e-6 (with RMSprop) for full tuning; LoRA needs about 10 times as much.",
     )
     warmup_fraction: float = Field(
         default=0.1,
         ge=0,
         lt=1,
-        description="Share of the optimizer steps with a rising rate. Ours; Rafailov et al. 2023, appendix B: 150 steps.",
+        description="Share of the optimizer steps in which the learning rate warms up. Ours; Rafailov et al. 2023, appendix B: 150 steps.",
     )
     pairs_per_step: int = Field(
-        default=64, ge=1, description="Pairs in one optimizer step. Rafailov et al. 2023, appendix B: 64."
+        default=64, ge=1, description="Pairs per optimizer step. Rafailov et al. 2023, appendix B: 64."
     )
     beta: float = Field(
         default=0.1,
         gt=0,
-        description="Weight of the distance from the starting policy (beta of Eq. 7): the smaller, the further it may go. Rafailov et al. 2023, appendix B: 0.1.",
+        description="Strength of the KL constraint to the starting policy (beta in Eq. 7): the smaller, the further the policy may move. Rafailov et al. 2023, appendix B: 0.1.",
     )
     label_smoothing: float = Field(
         default=0.0,
         ge=0,
         lt=0.5,
-        description="Share of the pairs that is taken to be in the wrong order (conservative DPO). 0, as in Rafailov et al. 2023, trusts all.",
+        description="Assumed share of pairs in the wrong order (label smoothing of conservative DPO). Rafailov et al. 2023: 0.",
     )
     row_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(
         "auto",
-        description="Tokens of a packed row, the unit of a forward pass; auto is 2 x base.max_tokens on a GPU and 2048 on a CPU. A longer pair has a row of its own.",
+        description="Tokens of a packed row, which is one forward pass; auto is 2 x base.max_tokens on a GPU and 2048 on a CPU. A longer pair gets its own row.",
     )
     sample_prompts: int = operational(
         8, ge=0, description="Number of held-out prompts whose answers are sampled during training."
     )
     trainer: Annotated[dict[str, Any], TrainerArguments("DPOConfig", OWNED)] = Field(
-        default_factory=dict, description="Further arguments of TRL's DPOConfig, by its names."
+        default_factory=dict, description="Further arguments of TRL's DPOConfig, under TRL's names."
     )

@@ -17,6 +17,7 @@ from llamachat.data.packing import pack_responses
 from llamachat.data.pairs import Domain, PairEncoder, PairExample, load_preferences
 from llamachat.data.problems import left_out
 from llamachat.errors import DataError
+from llamachat.tables import plural
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +44,12 @@ def load_examples(data: Data, chat_format: ChatFormat, *, base: Base, num_prompt
     validation = list(encoder.pairs((domain, pair) for domain in DOMAINS for pair in mixtures[domain].validation))
     if not train or not validation:
         raise DataError(
-            f"data.helpfulness and data.safety: {len(train)} pairs to train on and {len(validation)} to validate with are"
-            f" left{left_out(encoder.dropped)}. Both are needed. Add pairs, raise base.max_tokens where they are longer, or"
+            f"data.helpfulness and data.safety: {plural(len(train), 'training pair')} and {plural(len(validation), 'validation pair')} are"
+            f" left{left_out(encoder.dropped)}. Both are needed. Add pairs, raise base.max_tokens if they are longer, or"
             " change data.split."
         )
     for reason, count in sorted(encoder.dropped.items()):
-        log.warning("%d pairs: %s", count, reason)
+        log.warning("%s: %s", plural(count, "pair"), reason)
     prompts = dict.fromkeys(with_system(pair.preference.prompt, base.system) for pair in validation)
     short = [prompt for prompt in prompts if len(chat_format.encode_prompt(prompt)) < base.max_tokens]
     evenly = short[:: max(1, len(short) // max(1, num_prompts))][:num_prompts]
@@ -66,8 +67,9 @@ def _common(pair: PairExample) -> int:
 
 
 def collate(pairs: Sequence[PairExample], *, branches: bool) -> dict[str, Tensor]:
-    """One row of pairs, each answer with its prompt apart from its neighbours: input_ids and position_ids [1, T]; of each
-    answer token its id, the position whose state predicts it (`states_at`) and its answer's number (`answers`), [N].
+    """One row of pairs, each answer with its prompt apart from its neighbours: input_ids and position_ids [1, T]; of
+    each answer token its id, the position whose state predicts it (`states_at`) and its answer's number (`answers`),
+    [N].
 
     The answers of pair b are 2b (chosen) and 2b + 1. With `branches`, for a model that attends by sequence, what a
     rejected answer's row shares with the chosen one's is computed once.

@@ -1,8 +1,9 @@
-"""Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290): pairs of answers and a chat policy -> policy.
+"""Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290): pairs of answers and a chat policy ->
+policy.
 
-Reads the pairs of `data.helpfulness` and `data.safety` and a policy (or the base); writes the step folder's metrics.jsonl,
-samples.jsonl, checkpoints/, summary.json, curves.png and artifact/. Not in the Llama 2 paper: a baseline for rejection
-sampling and PPO on the same pairs. It reads neither ratings nor reward models.
+Reads the pairs of `data.helpfulness` and `data.safety` and a policy (or the base); writes the step folder's
+metrics.jsonl, samples.jsonl, checkpoints/, summary.json, curves.png and artifact/. Not in the Llama 2 paper: a
+baseline for rejection sampling and PPO on the same pairs. It reads neither ratings nor reward models.
 """
 
 import logging
@@ -29,7 +30,7 @@ SUMMARY = (
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
-    """Train, evaluate and publish. Killed at any moment, the same call resumes from the newest whole checkpoint."""
+    """Train, evaluate and publish. After a kill, the same call resumes from the newest complete checkpoint."""
     resumed = resume(inputs, "dpo", config)
     start = load_start(inputs)
     if start.device.type == "cpu":
@@ -39,7 +40,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     )
     plan = plan_training(config, inputs, examples, model=start.model)
     log.info(
-        "%d pairs to train on, %d held out; %d optimizer steps of %d pairs",
+        "%d training pairs, %d held out; %d optimizer steps of %d pairs",
         len(examples.train),
         len(examples.validation),
         plan.num_steps,

@@ -1,5 +1,5 @@
-"""A safety classifier from elsewhere reads prompts and answers: Llama Guard by its own chat template, HarmBench's by its
-documented prompt. Neither knows anything of the run, and no policy was tuned by it.
+"""A safety classifier from elsewhere reads prompts and answers: Llama Guard by its own chat template, HarmBench's by
+its documented prompt. Neither knows anything of the run, and no policy was tuned by it.
 
 The classifier is a language model that answers "safe" or "unsafe" (and the categories), or "yes" or "no" to whether the
 answer does the harm that is asked for. It has billions of parameters, so that a GPU is needed.
@@ -15,8 +15,8 @@ from llamachat.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# The prompt of cais/HarmBench-Llama-2-13b-cls, from its model card and HarmBench's notebooks/run_classifier.ipynb (Mazeika
-# et al. 2024, arXiv:2402.04249; MIT).
+# The prompt of cais/HarmBench-Llama-2-13b-cls, from its model card and HarmBench's notebooks/run_classifier.ipynb
+# (Mazeika et al. 2024, arXiv:2402.04249; MIT).
 _HARMBENCH = Path(__file__).with_name("harmbench.txt").read_text(encoding="utf-8").removesuffix("\n")
 _VERDICTS = {"unsafe": True, "yes": True, "safe": False, "no": False}
 _MAX_NEW_TOKENS = 12  # a verdict and a category
@@ -65,7 +65,7 @@ class Guard:
                 " of these, or null."
             )
         if unread:
-            log.warning("%s gave no verdict on %d of %d answers: they are left out", self.name, unread, len(verdicts))
+            log.warning("%s gave no verdict on %d of %d answers, which are left out", self.name, unread, len(verdicts))
         return verdicts
 
     def _answers(self, exchanges: Sequence[Exchange]) -> list[str]:

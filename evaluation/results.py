@@ -1,7 +1,8 @@
-"""One policy at a time: its answers to held-out prompts, whether it keeps instructions, and what more answers are worth.
+"""One policy at a time: its answers to held-out prompts, whether it keeps instructions, and what more answers are
+worth.
 
-Each part is written whole before the next begins, under a name that holds a fingerprint of what it was made of: a killed
-evaluation resumes, and one of a run with one more policy samples nothing of the others again.
+Each part is written whole before the next begins, under a name that holds a fingerprint of what it was made of: a
+killed evaluation resumes, and one of a run with one more policy samples nothing of the others again.
 """
 
 import logging
@@ -28,6 +29,7 @@ from llamachat.runs.fingerprints import fingerprint
 from llamachat.runs.inputs import StepInputs
 from llamachat.runs.reader import Curve
 from llamachat.scoring.standardising import Constants
+from llamachat.tables import plural
 from llamachat.training.progress import StepProgress
 
 log = logging.getLogger(__name__)
@@ -65,7 +67,11 @@ class RunEvaluation:
     def results(self) -> tuple[list[PolicyResult], list[Trial]]:
         """Every policy in the order of the run, and the trials with an instruction."""
         policies, has = self._policies, self._cache.has
-        log.info("%d policies on the same prompts: %s", len(policies), ", ".join(one.manifest.step for one in policies))
+        log.info(
+            "%s on the same prompts: %s",
+            plural(len(policies), "policy", "policies"),
+            ", ".join(one.manifest.step for one in policies),
+        )
         done = sum(has(self._place(policy, part)) for policy in policies for part in ("answers", "kl"))
         constants: Constants | None = None
         results: list[dict[str, Any]] = []
@@ -100,7 +106,7 @@ class RunEvaluation:
             only_test=True,
         ).test
         if not dialogs:
-            log.info("data.sft gives no test dialogs of %d turns: consistency is not measured.", max(config.turns))
+            log.info("data.sft has no test dialogs of %d turns, so consistency is not measured.", max(config.turns))
         return held_out_trials(families(config.families, lists={}), dialogs, count=config.dialogs, seed=inputs.run.seed)
 
     def _sample(self, policy: Artifact, constants: Constants | None) -> dict[str, Any]:
@@ -201,8 +207,9 @@ class RunEvaluation:
 
     @property
     def _has_kl(self) -> bool:
-        """Whether answers are drawn from the policy's whole distribution. At temperature 0 nothing is drawn; with top-p or
-        top-k the reference may rule out what was drawn, so that the KL of the distributions drawn from is infinite."""
+        """Whether answers are drawn from the policy's whole distribution. At temperature 0 nothing is drawn; with
+        top-p or top-k the reference may rule out what was drawn, so that the KL of the distributions drawn from is
+        infinite."""
         rollout = self._inputs.rollout
         return rollout.temperature > 0 and rollout.top_p == 1 and rollout.top_k is None
 

@@ -20,7 +20,7 @@ Turn = Annotated[int, Field(ge=1)]
 
 
 class Lists(Section):
-    """Files of values, one a line. Paper: lists of hobbies and public figures, which the model itself wrote."""
+    """Files of values, one per line. Paper: lists of hobbies and public figures, written by the model itself."""
 
     figures: Annotated[LocalPath, DATA_PATH] = Field(default="data/gatt/figures.txt", description="Public figures.")
     hobbies: Annotated[LocalPath, DATA_PATH] = Field(default="data/gatt/hobbies.txt", description="Hobbies.")
@@ -28,13 +28,16 @@ class Lists(Section):
 
 
 class Config(Section):
-    """Dialogs in which an instruction is kept to the last answer, and how far policies keep one."""
+    """Training on dialogs in which an instruction is followed to the last answer, and measuring how long policies
+    follow one."""
 
-    dialogs: int = Field(default=2000, ge=1, description="Dialogs to make. Not stated in the paper; ours.")
+    dialogs: int = Field(
+        default=2000, ge=1, description="Number of dialogs to generate. Not stated in the paper; ours."
+    )
     turns: int = Field(
         default=4,
         ge=2,
-        description="Most user turns of a dialog; from two to this, equally often. Ours.",
+        description="Maximum number of user turns of a dialog; the numbers from two to this are equally frequent. Ours.",
     )
     families: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default=FAMILIES,
@@ -42,58 +45,59 @@ class Config(Section):
     )
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
-        description="Sampling weight of a family; others have 1. What has words to copy needs more examples. Ours.",
+        description="Sampling weights of families; the default is 1. Families with words to copy need more examples. Ours.",
     )
     most_constraints: int = Field(
         default=2,
         ge=1,
-        description="Most constraints of one instruction; their number is drawn. Paper: a random combination; the number is ours.",
+        description="Maximum number of constraints in one instruction; the number is drawn at random. Paper: a random combination; the number is ours.",
     )
     values: Literal["lists", "policy"] = Field(
         default="lists",
-        description="Figures, hobbies and languages from files (lists), or named by the policy itself (policy, as in the paper: it names only what it knows).",
+        description="Figures, hobbies and languages come from files (lists), or are named by the policy itself (policy, the paper's: it names only what it knows).",
     )
     lists: Lists = Field(default=Lists(), description="The files.")
     samples_per_turn: int = Field(
         default=4,
         ge=1,
-        description="Answers sampled in each turn; the dialog continues with one that keeps the instruction. Not in the paper; ours.",
+        description="Answers sampled in each turn; the dialog continues with one that follows the instruction. Not in the paper; ours.",
     )
     ranks_by_reward: bool = Field(
         default=False,
-        description="Continue the dialog with the best of these answers by the reward models, not the first. Ours.",
+        description="Continue the dialog with the best of these answers by the reward models instead of the first. Ours.",
     )
     temperature: Temperature | None = Field(
-        default=None, description="Of the answers; null is rollout.temperature. Not stated in the paper; ours."
+        default=None,
+        description="Sampling temperature of the answers; null: rollout.temperature. Not stated in the paper; ours.",
     )
     plain_share: float = Field(
         default=0.2,
         ge=0,
         lt=1,
-        description="Share of the dialogs that have no instruction, of one user turn or more, with the policy's own answers: without them the policy quotes answers, or names the user, without an instruction to. Not in the paper; ours.",
+        description="Share of dialogs without an instruction, with one user turn or more and the policy's own answers; without them the policy quotes answers or names the user even when not instructed to. Not in the paper; ours.",
     )
     recall_share: float = Field(
         default=0.25,
         ge=0,
         le=1,
-        description="Share of the dialogs with a figure or hobby whose last turn asks for it. Ours.",
+        description="Share of the dialogs with a figure or hobby whose last turn asks about it. Ours.",
     )
     repairs: bool = Field(
         default=True,
-        description="Correct the last answer by rule where no sample keeps the instruction and a rule can (a first word, small letters, quotes, a name); counted. Ours.",
+        description="If no sample follows the instruction, correct the last answer by rule where one exists (a first word, lower case, quotes, a name); such answers are counted. Ours.",
     )
     sft_share: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="Share of the dialogs of data.sft to add to the training, against forgetting. Ours.",
+        description="Share of the dialogs of data.sft that is added to the training, against forgetting. Ours.",
     )
     sft: dict[str, Any] = Field(
         default_factory=dict,
-        description="Values over the section sft for the tuning, which always trains on the last answer of a dialog alone.",
+        description="Overrides of the section sft for the tuning, which always trains on the last answer of a dialog only.",
     )
     max_hours: Annotated[float, Field(gt=0)] | None = unless_null(
-        description="Time budget of the sampling in hours, over all its starts; what was sampled by then is trained on; the tuning has sft.max_hours. null for none. Ours."
+        description="Time budget of the sampling in hours, summed over restarts; the tuning then uses what was sampled, and has its own sft.max_hours. null: no limit. Ours."
     )
     evaluation_turns: Annotated[tuple[Turn, ...], Field(min_length=1)] = Field(
         default=(1, 2, 4, 6), description="Turns at which consistency is measured. Ours; paper, table 30: 2, 4, 6, 20."
@@ -108,5 +112,5 @@ class Config(Section):
     def _weights_are_of_its_families(self) -> Self:
         unknown = [name for name in self.weights if name not in self.families]
         if unknown:
-            raise ValueError(f"weights names {', '.join(unknown)}, and families has {', '.join(self.families)}")
+            raise ValueError(f"weights contains {', '.join(unknown)}, but families has only {', '.join(self.families)}")
         return self

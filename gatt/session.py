@@ -96,7 +96,7 @@ def lists_of(
         for value in values:
             reason = _fault(value, chat_format)
             if reason:
-                raise DataError(f"{places[name]}: the entry {value!r} {reason} Reword it, or drop it.")
+                raise DataError(f"{places[name]}: the entry {value!r} {reason} Reword it, or remove it.")
     return lists
 
 
@@ -113,8 +113,8 @@ def _from_policy(name: str, engine: RolloutEngine, chat_format: ChatFormat, samp
                 counts[entry.casefold()] += 1
     if len(counts) < FEWEST:
         raise DataError(
-            f"gatt.values: policy, but the policy named {len(counts)} {name} in {LISTS_SAMPLED} answers, and {FEWEST} are "
-            "needed, some of them to measure with. Take them from files (gatt.values=lists), or tune the policy first."
+            f"gatt.values: policy, but the policy named only {len(counts)} {name} in {LISTS_SAMPLED} answers, and {FEWEST} are "
+            "needed, some of them for testing. Read them from files (gatt.values=lists), or tune the policy first."
         )
     log.info("%d %s named by the policy", len(counts), name)
     return [spelling[entry] for entry, _ in counts.most_common()]

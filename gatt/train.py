@@ -2,9 +2,10 @@
 
 Instructions are drawn at random; the policy answers dialogs with the instruction in every turn; its answers are trained
 on with the instruction in the first turn alone and the loss on the last answer; before and after, held-out dialogs with
-held-out values measure how far an instruction is kept. Writes the step folder's sampling/, metrics.jsonl, samples.jsonl,
-dialogs/, figures/, summary.json and, through the tuning, artifact/. A killed step resumes after its last whole batch.
-Where `max_hours` ends the sampling, the dialogs made so far are used: no batch is better than another.
+held-out values measure how far an instruction is kept. Writes the step folder's sampling/, metrics.jsonl,
+samples.jsonl, dialogs/, figures/, summary.json and, through the tuning, artifact/. A killed step resumes after its
+last whole batch. Where `max_hours` ends the sampling, the dialogs made so far are used: no batch is better than
+another.
 """
 
 import logging
@@ -80,12 +81,12 @@ def make_dialogs(config: Config, step: DialogStep) -> Artifact:
         figures = dialogs.sample(tracker)
         if dialogs.plain == len(dialogs.train):
             raise DataError(
-                f"{inputs.step}: of {config.dialogs} dialogs none with an instruction is left ({counted(step.dropped)}). Raise "
-                "gatt.samples_per_turn, take gatt.families that the policy can keep, or raise rollout.max_new_tokens or "
+                f"{inputs.step}: none of the {config.dialogs} dialogs with an instruction is left ({counted(step.dropped)}). Raise "
+                "gatt.samples_per_turn, choose gatt.families that the policy can follow, or raise rollout.max_new_tokens or "
                 "base.max_tokens."
             )
         log.info(
-            "%d dialogs to train on, %d held out; %s", len(dialogs.train), len(dialogs.held_out), counted(step.dropped)
+            "%d training dialogs, %d held out; %s", len(dialogs.train), len(dialogs.held_out), counted(step.dropped)
         )
         counts = {"gatt/dialogs": float(len(dialogs.train)), "gatt/plain_dialogs": float(dialogs.plain)}
         step.end_sampling(tracker, figures | counts)

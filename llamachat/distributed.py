@@ -1,13 +1,13 @@
 """Several processes that work on one step together, as `accelerate launch` starts them.
 
-Expensive work is divided among them (`scatter_map`, `all_reduce_sum`). Its results are the same in every process, so all
-take the same decisions without asking; where a decision depends on a clock or a file, the first process decides
-(`broadcast_object`). Only the first process writes. With one process, the usual case, every function here returns at once
-and does not import torch.
+Expensive work is divided among them (`scatter_map`, `all_reduce_sum`). Its results are the same in every process, so
+all take the same decisions without asking; where a decision depends on a clock or a file, the first process decides
+(`broadcast_object`). Only the first process writes. With one process, the usual case, every function here returns at
+once and does not import torch.
 
 With FSDP2 (configs/accelerate/fsdp2.yaml) a fully tuned model is divided too (`shard_model`), for a base that one card
-cannot hold with its optimizer. What is written (checkpoints, artifacts) is always whole, so that any number of processes
-can resume from it; every function that reads the weights of a sharded model must be called in all processes.
+cannot hold with its optimizer. What is written (checkpoints, artifacts) is always whole, so that any number of
+processes can resume from it; every function that reads the weights of a sharded model must be called in all processes.
 """
 
 import os
@@ -36,7 +36,8 @@ NUMBERS_PER_TRANSFER = 2**26  # a quarter of a GiB
 _SHARDED = "LLAMACHAT_FSDP"
 # The others wait while the first one writes or draws. Their launcher ends them all when one fails.
 PATIENCE = timedelta(hours=24)
-# Seconds to wait for the other processes. torchrun, which sets the variable below, starts all at once, and imports are slow.
+# Seconds to wait for the other processes. torchrun, which sets the variable below, starts all at once, and imports are
+# slow.
 MEETING_S, MEETING_UNDER_TORCHRUN_S = 45.0, 600.0
 _TORCHRUN = "TORCHELASTIC_RUN_ID"
 OWN_LAUNCH = "LLAMACHAT_PROCESSES"  # set where a command has started its processes itself
@@ -98,7 +99,7 @@ def _variable(name: str, default: int) -> int:
     text = os.environ.get(name) or str(default)
     if not text.strip().isdecimal():
         raise LaunchError(
-            f"{name}: the environment has '{text}', which is no number of processes. torchrun and `accelerate launch` set"
+            f"{name}: the environment has '{text}', which is not a number of processes. torchrun and `accelerate launch` set"
             f" it. Use one of them, or `unset {name}`."
         )
     return int(text)
@@ -131,15 +132,15 @@ def _waiting() -> Iterator[None]:
                 end(f"interrupted, while process {number} waited for the others.", INTERRUPTED)
             elif now > has_ended and not have_met.is_set():
                 end(
-                    f"WORLD_SIZE: {world} processes are expected at {place}, and not all arrived within {seconds:.0f} s."
-                    " Each works on a part of every step. Start them with torchrun or `accelerate launch`; for one"
+                    f"WORLD_SIZE: {world} processes are expected at {place}, but not all arrived within {seconds:.0f} s."
+                    " Start all of them with torchrun or `accelerate launch`; for one"
                     " process alone `unset WORLD_SIZE RANK LOCAL_RANK`.",
                     LaunchError.exit_status,
                 )
             elif now > said and not have_met.is_set():
                 said = has_ended
                 print(
-                    f"process {number}: waiting at {place} until all {world} processes of WORLD_SIZE are here, for at most"
+                    f"process {number}: waiting at {place} for all {world} processes of WORLD_SIZE, for at most"
                     f" {seconds:.0f} s",
                     file=sys.stderr,
                     flush=True,
@@ -174,7 +175,7 @@ def opened() -> Iterator[None]:
             PartialState(cpu=not use_gpus(), timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise LaunchError(
-            f"WORLD_SIZE: the environment names {os.environ['WORLD_SIZE']} processes, and they cannot meet"
+            f"WORLD_SIZE: the environment names {os.environ['WORLD_SIZE']} processes, but they cannot connect"
             f" ({first_line(error)}). Start them with torchrun or `accelerate launch`; for one process alone `unset"
             " WORLD_SIZE RANK LOCAL_RANK`."
         ) from error

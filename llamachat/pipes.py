@@ -1,4 +1,5 @@
-"""Input that comes through a pipe: `<(zcat x.gz)`, a FIFO, `/dev/stdin`. It can be read once, and readers look twice."""
+"""Input that comes through a pipe: `<(zcat x.gz)`, a FIFO, `/dev/stdin`. It can be read once, and readers look
+twice."""
 
 import atexit
 import io
@@ -23,15 +24,15 @@ _copies: dict[tuple[int, int], Path] = {}  # by device and inode of the pipe
 def regular_file(path: Path) -> Path:
     """The path itself; of a pipe a copy of all that comes through it, with a suffix that its content shows.
 
-    A pipe is read once in a process, and its copy is deleted when the process ends. A device, a terminal among them, may
-    have no end: `UsageError`.
+    A pipe is read once in a process, and its copy is deleted when the process ends. A device, a terminal among them,
+    may have no end: `UsageError`.
     """
     try:
         state = path.stat()
     except (OSError, ValueError):
         return path  # the reader reports why it cannot be read
     if stat.S_ISCHR(state.st_mode) or stat.S_ISBLK(state.st_mode):
-        raise UsageError(f"{path}: is a device or a terminal. Files and pipes are read. Name one of these.")
+        raise UsageError(f"{path}: is a device or a terminal, but only files and pipes can be read. Name one of these.")
     if not stat.S_ISFIFO(state.st_mode):
         return path
     place = (state.st_dev, state.st_ino)
@@ -48,7 +49,8 @@ def regular_file(path: Path) -> Path:
 
 
 def _opened(path: Path) -> tuple[BinaryIO, bytes]:
-    """The pipe, and what was read of it already; `UsageError` where it has a name, and no program comes to write to it."""
+    """The pipe, and what was read of it already; `UsageError` where it has a name, and no program comes to write to
+    it."""
     if not path.resolve().is_fifo():  # the pipe of a shell, whose other end is held
         return path.open("rb"), b""
     raw = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
@@ -58,8 +60,8 @@ def _opened(path: Path) -> tuple[BinaryIO, bytes]:
     if head == b"" and not poll.poll(0):
         raw.close()
         raise UsageError(
-            f"{path}: is a pipe to which no program writes; none came in {_PATIENCE:g} s. Start the one that writes, and "
-            "give the command again, or name a file."
+            f"{path}: is a pipe to which no program wrote within {_PATIENCE:g} s. Start the writing program, and "
+            "run the command again, or name a file."
         )
     os.set_blocking(raw.fileno(), True)
     return io.BufferedReader(raw), head or b""

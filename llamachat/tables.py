@@ -1,4 +1,4 @@
-"""Tables as text: padded columns for a terminal, or Markdown; the fence of code in Markdown, and seconds in words."""
+"""Tables as text: padded columns for a terminal, or Markdown; the fence of code in Markdown, and numbers in words."""
 
 import re
 from collections.abc import Sequence
@@ -32,8 +32,13 @@ def fence(text: str) -> str:
     return "`" * (1 + max(map(len, re.findall("`{3,}", text)), default=2))
 
 
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """The count and its noun: `1 pair`, `2 pairs`; `nouns` is a plural that does not end in s."""
+    return f"{count} {noun if count == 1 else nouns or noun + 's'}"
+
+
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """A time in seconds, minutes or hours, whichever reads best."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from llamachat.config.sections import Scoring
     from llamachat.models.roles import Role, RoleBank
 
-# Nats between the engine's log-probability of a token and the policy's: number formats differ by tenths for rare tokens. Ours.
+# Nats between the engine's log-probability of a token and the policy's: number formats differ by tenths for rare
+# tokens. Ours.
 MOST_ENGINE_GAP = 8.0
 
 
@@ -206,7 +207,8 @@ def shaped_scores(
     limit: int,
     start_tokens: float,
 ) -> Tensor:
-    """The combined scores as they are rewarded, [B]: whitened, gradually worse near the limit, and held to the length bounds."""
+    """The combined scores as they are rewarded, [B]: whitened, gradually worse near the limit, and held to the length
+    bounds."""
     is_finished_B = torch.tensor([response.is_finished for response in responses])
     lengths_B = torch.tensor([len(response.ids) for response in responses])
     shaped_B = ramp_to_limit(
@@ -256,7 +258,8 @@ def iteration_figures(
 
 
 def engine_gaps(responses: Sequence[Response], outputs: ModelOutputs) -> dict[str, float]:
-    """Distance of the engine's log-probabilities from those of the training forward pass: the mean and the largest, in nats."""
+    """Distance of the engine's log-probabilities from those of the training forward pass: the mean and the largest, in
+    nats."""
     mask_BR = outputs.response_mask_BR
     sampled_BR = torch.zeros(mask_BR.shape)
     for index, response in enumerate(responses):
@@ -270,8 +273,8 @@ def check_engine_gap(figures: Mapping[str, float], step: str) -> None:
     largest = figures["ppo/engine_gap_max"]
     if not largest <= MOST_ENGINE_GAP:
         raise RolloutError(
-            f"{step}: the engine gave a sampled token a log-probability that is {largest:.3g} nats from the policy's, and at most "
-            f"{MOST_ENGINE_GAP:g} are allowed (in the mean {figures['ppo/engine_gap']:.2g}). PPO learns only from the policy's own "
-            "answers. With rollout.engine vllm look into the server's log and restart it; else set rollout.engine to "
+            f"{step}: the engine's log-probability of a sampled token differs by {largest:.3g} nats from the policy's, but at most "
+            f"{MOST_ENGINE_GAP:g} are allowed (mean {figures['ppo/engine_gap']:.2g}). PPO learns only from the policy's own "
+            "answers. With rollout.engine vllm, check the server's log and restart it; otherwise set rollout.engine to "
             "hugging_face. Then run the command again, which resumes from the last checkpoint."
         )

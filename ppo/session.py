@@ -39,23 +39,23 @@ def check_settings(inputs: StepInputs) -> None:
     rollout = inputs.rollout
     if rollout.top_p != 1:
         raise ConfigError(
-            f"rollout.top_p: {rollout.top_p:g}, but PPO needs 1. Its ratios and its KL are of the distribution that the "
-            "tokens were drawn from; with top-p that one rules tokens out which the next policy may give. Set it to 1."
+            f"rollout.top_p: {rollout.top_p:g}, but PPO needs 1. Its ratios and its KL refer to the distribution that the "
+            "tokens were drawn from; top-p excludes tokens that the next policy may sample. Set it to 1."
         )
     if rollout.top_k is not None:
         raise ConfigError(
-            f"rollout.top_k: {rollout.top_k}, but PPO needs null. As with top-p, tokens would be ruled out which the next "
-            "policy may give, and ratios and KL would be of other distributions than the one drawn from. Set it to null."
+            f"rollout.top_k: {rollout.top_k}, but PPO needs null. Like top-p, top-k excludes tokens that the next "
+            "policy may sample, and ratios and KL would refer to another distribution. Set it to null."
         )
     if rollout.temperature == 0:
         raise ConfigError(
-            "rollout.temperature: 0, but PPO trains on answers that are drawn: the likeliest answer alone shows no other"
-            " that could be better. Set it to 1."
+            "rollout.temperature: 0, but PPO trains on sampled answers: the most likely answer alone shows no"
+            " better alternative. Set it to 1."
         )
     if distributed.are_sharded() and inputs.tuning.method == "full":
         raise ConfigError(
-            "tuning.method: full, and accelerate is to cut weights that are trained whole over the processes (FSDP). In PPO "
-            "each process samples, scores and learns with whole weights of its own. Set tuning.method to lora or qlora, "
+            "tuning.method: full, but accelerate is configured to shard fully trained weights over the processes (FSDP). In PPO "
+            "each process samples, scores and learns with its own complete weights. Set tuning.method to lora or qlora, "
             "with which a card holds one base and small adapters, or launch with configs/accelerate/ddp.yaml where policy, "
             "reference and critic fit on one card."
         )

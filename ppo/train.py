@@ -1,10 +1,11 @@
-"""PPO (Llama 2, arXiv:2307.09288, section 3.2.3): prompts, a chat policy and reward models -> a policy they like better.
+"""PPO (Llama 2, arXiv:2307.09288, section 3.2.3): prompts, a chat policy and reward models -> a policy they like
+better.
 
 In an iteration, answers are sampled from the policy; both reward models score them; the gate makes one score of two,
 which is whitened over the batch and put on the last token; every token pays for its distance from the starting policy;
-the critic says what was expected, and policy and critic take a few clipped steps. Reads the prompts of `data`; writes the
-step folder's metrics.jsonl, samples.jsonl, checkpoints/, summary.json, curves.png, figures/ and artifact/. The published
-policy is the best of those that were evaluated, which may be an earlier one than the last.
+the critic says what was expected, and policy and critic take a few clipped steps. Reads the prompts of `data`; writes
+the step folder's metrics.jsonl, samples.jsonl, checkpoints/, summary.json, curves.png, figures/ and artifact/. The
+published policy is the best of those that were evaluated, which may be an earlier one than the last.
 """
 
 import logging
@@ -48,8 +49,8 @@ log = logging.getLogger(__name__)
 
 AS_GOOD = 0.5  # superiority of a policy over itself
 NEGATIVE_KL = (
-    "a KL a little below 0 is sampling noise: it is estimated from the sampled tokens, and only its expectation cannot be"
-    " negative. ppo/kl_k3 estimates the same and is never negative."
+    "a KL slightly below 0 is sampling noise: it is estimated from the sampled tokens, and only its expectation cannot be"
+    " negative. ppo/kl_k3 estimates the same quantity and is never negative."
 )
 BEST = "best"  # next to the checkpoints: the best policy of a training that diverged
 
@@ -155,7 +156,7 @@ class Training:
         """Train to the last iteration, or to where a guard or the hours end it."""
         config, state, prompts, step = self.config, self.state, self.session.prompts, self.session.inputs.step
         log.info(
-            "%d prompts to train on, %d to validate and %d to test with; at most %d iterations of %d responses, %d steps each",
+            "%d training, %d validation and %d test prompts; at most %d iterations of %d responses, with %d optimizer steps each",
             len(prompts.train),
             len(prompts.validation),
             len(prompts.test),
@@ -187,7 +188,8 @@ class Training:
                     self.save()
 
     def iterate_and_validate(self, progress: StepProgress) -> dict[str, float]:
-        """One iteration and the evaluation that follows it, or that alone where a checkpoint was saved between the two."""
+        """One iteration and the evaluation that follows it, or that alone where a checkpoint was saved between the
+        two."""
         state = self.state
         figures = state.unvalidated
         if figures is None:
@@ -287,7 +289,7 @@ class Training:
                 state.end = "patience"
         show(self.tracker, state.iteration, session, evaluation)
         progress.say(
-            f"{session.inputs.step} iteration {state.iteration}: validation answers rank above the start's in "
+            f"{session.inputs.step} iteration {state.iteration}: validation answers rank above those of the start in "
             f"{superiority:.1%} of pairs (best {state.best_superiority:.1%} at {state.best_iteration}), "
             f"KL {mean_kl(evaluation):.2f}"
         )
@@ -314,7 +316,7 @@ class Training:
         if state.best_iteration == 0:
             advice = " More iterations, a higher ppo.learning_rate or a lower ppo.kl_coef may help."
             log.warning(
-                "%s: no evaluated policy ranks above the starting one on validation prompts, so that one is published "
+                "%s: no evaluated policy ranks above the starting one on validation prompts, so the starting one is published "
                 "again.%s",
                 session.inputs.step,
                 "" if state.end in GUARDS else advice,

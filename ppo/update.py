@@ -165,13 +165,13 @@ class Updater:
         longest = max(len(experience.sequences[index].ids) for index in minibatch.indices)
         if max(row.input_ids_1T.shape[1] for row in rows) <= longest or self.row_tokens // 2 < LEAST_ROW_TOKENS:
             raise DeviceMemoryError(
-                f"{self.step}: the device's memory does not hold one response at a time ({reason}). A response is not "
-                "cut, so its forward and backward must fit. Set ppo.gradient_checkpointing=true, ppo.critic=shared, "
+                f"{self.step}: the device has too little memory for a single response ({reason}). A response is never "
+                "split, so its forward and backward must fit. Set ppo.gradient_checkpointing=true, ppo.critic=shared, "
                 "tuning.method to qlora, or a smaller rollout.max_new_tokens."
             )
         self.row_tokens //= 2
         log.warning(
-            "%s: the device's memory is too small for rows of %d tokens. Continuing with %d; the responses of each step stay"
+            "%s: the device has too little memory for rows of %d tokens. Continuing with %d; the responses of each step stay"
             " the same. Set ppo.tokens_per_microbatch=%d to start with that.",
             self.step,
             2 * self.row_tokens,
@@ -185,10 +185,10 @@ class Updater:
     def _too_large_for_one_of_several(self, error: torch.OutOfMemoryError) -> DeviceMemoryError:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return DeviceMemoryError(
-            f"{self.step}: the memory of one of {distributed.count()} devices does not hold a row of {self.row_tokens} tokens "
-            f"({reason}). The others are in the middle of the same step, so rows are not made shorter by themselves. Set "
+            f"{self.step}: one of {distributed.count()} devices has too little memory for a row of {self.row_tokens} tokens "
+            f"({reason}). The others are in the middle of the same step, so rows are not shortened automatically. Set "
             f"ppo.tokens_per_microbatch={self.row_tokens // 2}, ppo.gradient_checkpointing=true, ppo.critic=shared or "
-            "tuning.method to qlora, and give the same command again."
+            "tuning.method to qlora, and run the same command again."
         )
 
     def _zero_grad(self) -> None:
@@ -200,7 +200,7 @@ class Updater:
         if wrong is not None:
             self._zero_grad()
             raise DivergedError(
-                f"{self.step}: {wrong} is {figures[wrong]}. No step was taken: more steps would not repair the "
+                f"{self.step}: {wrong} is {figures[wrong]}. No step was taken: further steps would not repair the "
                 "weights. Set a lower ppo.learning_rate and ppo.critic_learning_rate or a higher ppo.kl_coef, and start"
                 " the step again with `--overwrite`."
             )

@@ -26,6 +26,7 @@ from llamachat.rollout.engine import Sampling
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
 from llamachat.scoring.standardising import Constants
+from llamachat.tables import plural
 from llamachat.tracking.tracker import Tracker
 from rejection_sampling.config import Config
 from rejection_sampling.sweep import load_sampler, round_temperatures, run_sweep, sweep_figures
@@ -33,8 +34,8 @@ from rejection_sampling.winners import Winner, earlier_winners, filtered, pooled
 
 log = logging.getLogger(__name__)
 
-# Each round answers the same prompts in the same order: with the same seeds, a policy that changed little would give the
-# same answers again.
+# Each round answers the same prompts in the same order: with the same seeds, a policy that changed little would give
+# the same answers again.
 _SEEDS_OF_A_ROUND = 10**9
 _SHOWN = 4  # prompts of a batch whose best and worst answer people are shown
 
@@ -92,7 +93,7 @@ def make_dialogs(config: Config, step: DialogStep) -> Artifact:
             )
         from_earlier = sum(winner.round != inputs.step for winner in pool)
         log.info(
-            "%d winners in the pool, %d of them of earlier rounds (%s); %s",
+            "%d winners in the pool, %d of them from earlier rounds (%s); %s",
             len(pool),
             from_earlier,
             ", ".join(inputs.pooled) or "none",
@@ -151,7 +152,7 @@ class Round:
         config, prompts, count = self.config, self.session.prompts, self.config.samples_per_prompt
         drawn = prompts.drawn(config.prompts, seed=self.step.inputs.run.seed)
         temperatures = ", ".join(f"{temperature:g}" for temperature in self.temperatures)
-        log.info("%d prompts, %d answers each at temperature %s", len(drawn), count, temperatures)
+        log.info("%s, %s each at temperature %s", plural(len(drawn), "prompt"), plural(count, "answer"), temperatures)
         rows = self.step.make_batches(
             tracker,
             batches_of(drawn, count),
@@ -201,7 +202,8 @@ class Round:
 
 
 def group_figures(groups: Sequence[Group]) -> dict[str, float]:
-    """Figures of a batch. Best, median and mean are of answers that can win, by prompt; prompts without are left out."""
+    """Figures of a batch. Best, median and mean are of answers that can win, by prompt; prompts without are left
+    out."""
     scores = [
         [group.combined[place] for place in group.order if group.finished[place] and group.allowed[place]]
         for group in groups

@@ -1,4 +1,4 @@
-"""Configuration of a reward model's training: its own section of the recipe, and the shared ones it reads."""
+"""Configuration of a reward model's training: its own section of the recipe."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
@@ -15,11 +15,11 @@ VERSION = 8
 HARMFUL_SHARES: Mapping[str, float] = {"safety": 0.5, "judge": 0.05}
 
 MOST_HELD_OUT = 1000  # contrast pairs to validate with: they cost time at every evaluation
-MOST_PROBED = 300  # prompts of the probe
+MOST_PROBED = 300  # prompts of the probe, at most
 
-CPU_ROW_TOKENS = 2048  # 15.3 thousand tokens a second of the bundled model; rows of 512 and 1024 give 13.7 and 14.5
+CPU_ROW_TOKENS = 2048  # 15.3 thousand tokens per second with the bundled model; rows of 512 and 1024 give 13.7 and 14.5
 
-# Arguments of TRL's RewardConfig that have a key of ours, or (None) that the stage itself must set.
+# Arguments of TRL's RewardConfig with the key of ours that sets each, or None if the stage itself sets it.
 OWNED = {
     **owned_arguments("reward"),
     "lr_scheduler_kwargs": "reward.final_rate_fraction",
@@ -37,7 +37,8 @@ ContrastKind = Literal["refusal", "swapped", "degenerate"]
 
 
 class Contrast(Section):
-    """Pairs that every reward model learns beside its preferences: an answer of data.sft over one that is never better. Ours."""
+    """Pairs that every reward model learns beside its preferences: an answer of data.sft over one that is never
+    better. Ours."""
 
     share: float = Field(
         default=0.25,
@@ -56,82 +57,82 @@ class Contrast(Section):
 
 
 class Config(OptimizerSection):
-    """Reward models. Values the paper states are those of its section 3.2.2; the others are ours."""
+    """Training of reward models. Values from the paper are those of its section 3.2.2; the others are ours."""
 
     epochs: float = Field(
         default=1.0,
         gt=0,
-        description="Passes over the pairs. Llama 2 section 3.2.2: 1, since more overfits.",
+        description="Passes over the pairs. Llama 2 section 3.2.2: 1, since more epochs overfit.",
     )
     learning_rate: float = Field(
         default=1e-5,
         gt=0,
-        description="Peak rate of AdamW. Llama 2 section 3.2.2: 1e-5 (5e-6 for 70B); LoRA needs about 10 times that.",
+        description="Peak learning rate of AdamW. Llama 2 section 3.2.2: 1e-5 (5e-6 for 70B); LoRA needs about 10 times as much.",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="How the rate falls after warm-up. Llama 2 section 3.2.2: cosine."
+        default="cosine", description="How the learning rate falls after warm-up. Llama 2 section 3.2.2: cosine."
     )
     final_rate_fraction: float = Field(
         default=0.1,
         ge=0,
         le=1,
-        description="Share of the peak rate at the last step. Llama 2 section 3.2.2: down to 10% of the maximum.",
+        description="Learning rate at the last step, as a share of the peak. Llama 2 section 3.2.2: down to 10% of the maximum.",
     )
     warmup_fraction: float = Field(
         default=0.03,
         ge=0,
         lt=1,
-        description="Share of the optimizer steps with a rising rate. Llama 2 section 3.2.2: 3%.",
+        description="Share of the optimizer steps in which the learning rate warms up. Llama 2 section 3.2.2: 3%.",
     )
     warmup_min_steps: int = Field(
-        default=5, ge=0, description="Steps with a rising rate at least. Llama 2 section 3.2.2: 5."
+        default=5, ge=0, description="Minimum number of warm-up steps. Llama 2 section 3.2.2: 5."
     )
     pairs_per_step: int = Field(
-        default=512, ge=1, description="Pairs in one optimizer step. Llama 2 section 3.2.2: 512 pairs."
+        default=512, ge=1, description="Pairs per optimizer step. Llama 2 section 3.2.2: 512 pairs."
     )
     margin: Literal["none", "small", "large"] = Field(
         default="small",
-        description="Margin by rating, from 'significantly better' down: small 1, 2/3, 1/3, 0; large 3, 2, 1, 0. Llama 2 Eq. 2, Table 27.",
+        description="Margin by rating, from 'significantly better' to 'negligibly better': small 1, 2/3, 1/3, 0; large 3, 2, 1, 0. Llama 2 Eq. 2, Table 27.",
     )
     safety_auxiliary_weight: float = Field(
         default=1.0,
         ge=0,
-        description="Weight of the safety model's classification loss on labelled responses; 0 leaves it out. Llama 2 section 3.2.2 has the loss, its weight is ours.",
+        description="Weight of the safety model's classification loss on labelled responses; 0: no such loss. The loss is that of Llama 2 section 3.2.2, its weight is ours.",
     )
     balance_labels: bool = Field(
         default=True,
-        description="Labelled single responses of the rarer class are repeated until both are equally many. Ours.",
+        description="Repeat labelled single responses of the rarer class until both classes have the same number. Ours.",
     )
     language_weight: float = Field(
         default=0.0,
         ge=0,
-        description="Weight of the language-model loss (cross-entropy) of the chosen answers, under the policy's frozen head; it keeps the trunk's language modelling, which small models need to recognise a fitting answer. 0 leaves it out. Not in the paper; Yang et al. 2024 (arXiv:2406.10216).",
+        description="Weight of the language-model loss (cross-entropy) of the chosen answers, with the policy's frozen head; it preserves the trunk's language modelling, which small models need to recognise a fitting answer. 0: no such loss. Not in the paper; Yang et al. 2024 (arXiv:2406.10216).",
     )
     center_rewards_coefficient: float | None = Field(
         default=None,
         ge=0,
-        description="Weight of the mean of (chosen + rejected)^2, which holds scores around 0; null leaves it out. Not in the paper; TRL's.",
+        description="Weight of the mean of (chosen + rejected)^2, which keeps scores near 0; null: no such loss. Not in the paper; TRL's.",
     )
     other_share: float = Field(
         default=0.5,
         ge=0,
         lt=1,
-        description="Share of the helpfulness model's pairs that are drawn from data.safety and data.open. Llama 2 section 3.2.2: equal parts.",
+        description="Share of the helpfulness model's pairs that comes from data.safety and data.open. Llama 2 section 3.2.2: equal parts.",
     )
     helpfulness_share: float = Field(
         default=0.1,
         ge=0,
         lt=1,
-        description="Share of the safety model's pairs that are drawn from data.helpfulness and data.open. Llama 2 section 3.2.2: 90/10.",
+        description="Share of the safety model's pairs that comes from data.helpfulness and data.open. Llama 2 section 3.2.2: 90/10.",
     )
     contrast: Contrast = Field(default_factory=Contrast, description="Contrast pairs made of data.sft.")
     row_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(
         "auto",
-        description="Tokens of a packed row, the unit of a forward pass; auto is 2 x base.max_tokens on a GPU and 2048 on a CPU. A longer pair has a row of its own.",
+        description="Tokens of a packed row, which is one forward pass; auto is 2 x base.max_tokens on a GPU and 2048 on a CPU. A longer pair gets its own row.",
     )
     max_hours: Annotated[float, Field(gt=0)] | None = unless_null(
-        description="Time budget of training each model in hours, over all its starts; on expiry the weights with the lowest held-out loss are published; null for none. Ours."
+        description="Time budget for training each model in hours, summed over restarts; when it is used up, the weights with the lowest held-out loss are published. null: no limit. Ours."
     )
     trainer: Annotated[dict[str, Any], TrainerArguments("RewardConfig", OWNED)] = Field(
-        default_factory=dict, description="Further arguments of TRL's RewardConfig, by its names."
+        default_factory=dict, description="Further arguments of TRL's RewardConfig, under TRL's names."
     )

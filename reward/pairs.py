@@ -1,8 +1,8 @@
 """From preferences and labels to token ids: mixing by model, splitting, shortening, counting what is left out.
 
-The mixes are those of Llama 2 section 3.2.2: the helpfulness model learns from all helpfulness pairs and as many others,
-the safety model from all safety pairs with a tenth of others; the judge (ours) from a side that neither sees. Contrast pairs
-(ours, reward/contrast.py) are added to each.
+The mixes are those of Llama 2 section 3.2.2: the helpfulness model learns from all helpfulness pairs and as many
+others, the safety model from all safety pairs with a tenth of others; the judge (ours) from a side that neither sees.
+Contrast pairs (ours, reward/contrast.py) are added to each.
 """
 
 import logging
@@ -22,6 +22,7 @@ from llamachat.data.problems import left_out
 from llamachat.data.records import Preference, Prompt, first_user_turn
 from llamachat.errors import DataError
 from llamachat.runs.inputs import Which
+from llamachat.tables import plural
 from reward.config import HARMFUL_SHARES, MOST_HELD_OUT, Config
 from reward.contrast import answers_preferred, contrast_pairs, preferred_dialogs, real_refusals, refusals_preferred
 from reward.loss import MARGINS
@@ -71,7 +72,7 @@ def load_examples(
     )
     train += _contrast(config, encoder, sources, side, num_others=len(train), which=which, seed=seed)
     counts = Counter(example.domain for example in train)
-    log.info("rm/%s learns from %s", which, ", ".join(f"{count} {name} pairs" for name, count in counts.items()))
+    log.info("rm/%s learns from %s", which, ", ".join(plural(count, f"{name} pair") for name, count in counts.items()))
     rated = [example for example in train if example.domain != "contrast"]
     unrated = sum(example.preference.rating is None for example in rated)
     if unrated and config.margin != "none":
@@ -80,7 +81,7 @@ def load_examples(
     validation = list(encoder.pairs((domain, pair) for domain in own for pair in mixtures[domain].validation))
     if not train or not validation:
         raise DataError(
-            f"rm/{which}: {len(train)} pairs to train on and {len(validation)} to validate with are left of data."
+            f"rm/{which}: {plural(len(train), 'training pair')} and {plural(len(validation), 'validation pair')} are left of data."
             f"{' and data.'.join(own)}{left_out(encoder.dropped)}. Both are needed. Add pairs, raise base.max_tokens where "
             "they are longer, or change data.split."
         )
@@ -88,7 +89,7 @@ def load_examples(
     test = list(encoder.pairs((domain, pair) for domain in TESTED for pair in mixtures[domain].test))
     labels, test_labels = _load_labels(config, data, encoder, which=which, seed=seed)
     for reason, count in sorted(encoder.dropped.items()):
-        log.warning("%d records: %s", count, reason)
+        log.warning("%s: %s", plural(count, "record"), reason)
     return Examples(
         train=train,
         labels=labels,
@@ -114,7 +115,7 @@ def _mix(
     drawn = _draw(pool, wanted, encoder, seed=seed)
     if len(drawn) < wanted:
         log.warning(
-            "rm/%s: its mix asks for %d pairs of data.%s and data.open, and there are %d: they are %.0f%% in place of"
+            "rm/%s: its mix needs %d pairs of data.%s and data.open, but there are %d: their share is %.0f%% instead of"
             " %.0f%%",
             which,
             wanted,
@@ -128,7 +129,8 @@ def _mix(
 
 @dataclass(frozen=True, slots=True)
 class ContrastSources:
-    """What contrast pairs are made of: dialogs with good answers, both kinds of pairs, and prompts that ask for harm."""
+    """What contrast pairs are made of: dialogs with good answers, both kinds of pairs, and prompts that ask for
+    harm."""
 
     dialogs: Mixture[Dialog]
     helpfulness: Mixture[Preference]
@@ -159,7 +161,8 @@ def _contrast(
     which: Which,
     seed: int,
 ) -> list[PairExample]:
-    """Contrast pairs of one side of the split. Their number is the configured share, relative to the `num_others` other pairs.
+    """Contrast pairs of one side of the split. Their number is the configured share, relative to the `num_others`
+    other pairs.
 
     Some of those of the safety model and the judge prefer a refusal to a harmful answer: what they learn of refusals of
     harmless prompts must not make them dislike refusals.
@@ -199,7 +202,8 @@ def _draw(pool: Sequence[Tagged], wanted: int, encoder: PairEncoder, *, seed: in
 def _load_labels(
     config: Config, data: Data, encoder: PairEncoder, *, which: Which, seed: int
 ) -> tuple[list[LabelExample], list[LabelExample]]:
-    """Labelled single responses to train on and to test with; all are tested, the safety model alone learns from them."""
+    """Labelled single responses to train on and to test with; all are tested, the safety model alone learns from
+    them."""
     train: list[tuple[Dialog, str]] = []
     test: list[tuple[Dialog, str]] = []
     for source in data.labels:
@@ -238,5 +242,7 @@ def _balance(labels: list[LabelExample], *, seed: int) -> list[LabelExample]:
         return labels
     most = max(len(safe), len(unsafe))
     balanced = mix([(safe, most / len(safe)), (unsafe, most / len(unsafe))], seed)
-    log.info("%d safe and %d unsafe labelled responses, the rarer repeated to %d each", len(safe), len(unsafe), most)
+    log.info(
+        "%d safe and %d unsafe labelled responses; the rarer class is repeated to %d", len(safe), len(unsafe), most
+    )
     return balanced

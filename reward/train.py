@@ -1,4 +1,5 @@
-"""Reward models (Llama 2, arXiv:2307.09288, section 3.2.2): preferences and a chat policy -> a model that scores answers.
+"""Reward models (Llama 2, arXiv:2307.09288, section 3.2.2): preferences and a chat policy -> a model that scores
+answers.
 
 Reads the preferences and labels of `data` and a policy (or the base); writes the step folder's metrics.jsonl,
 checkpoints/, summary.json, curves.png, figures/ and artifact/. A rating is used as a margin only; the order of a pair
@@ -44,7 +45,7 @@ SUMMARY = ("loss", "accuracy", "eval_loss", "eval_accuracy", "eval_contrast_accu
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
-    """Train, evaluate and publish. Killed at any moment, the same call resumes from the newest whole checkpoint."""
+    """Train, evaluate and publish. After a kill, the same call resumes from the newest complete checkpoint."""
     assert inputs.which is not None
     resumed = resume(inputs, "reward", config)
     start = build_reward_model(inputs.base, inputs.tuning, policy=inputs.policy, seed=inputs.run.seed, device="auto")
@@ -62,7 +63,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     )
     batches = plan_training(config, inputs, examples, device=start.device, branches=by_sequence)
     log.info(
-        "%d pairs and %d labelled responses to train on, %d pairs held out, %d and %d of them contrast pairs; %d optimizer"
+        "%d training pairs and %d labelled responses, %d pairs held out, %d and %d of them contrast pairs; %d optimizer"
         " steps of %d pairs",
         len(examples.train),
         len(examples.labels),
@@ -94,10 +95,11 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
 
 
 def measure_on_tests(ranking: Ranking, folder: StepFolder, tracker: Tracker) -> dict[str, float]:
-    """Figures on test pairs and labelled answers, with baselines trained on the pairs of its own kind; draws pictures."""
+    """Figures on test pairs and labelled answers, with baselines trained on the pairs of its own kind; draws
+    pictures."""
     which, examples = ranking.which, ranking.examples
     if not examples.test:
-        log.warning("rm/%s: no test pairs (data.split.test), so nothing says how good it is on unseen ones", which)
+        log.warning("rm/%s: no test pairs (data.split.test), so its accuracy on unseen pairs is unknown", which)
         return {}
     pairs, responses = score_tests(ranking.model, examples)
     # On the model's own kind of pairs: with the others of its mix the baseline would be the weaker for it.

@@ -15,6 +15,7 @@ from llamachat.data.loading import parse_rows
 from llamachat.data.problems import Problem, problem, report
 from llamachat.data.records import Preference, Prompt, Record, Row, as_prompt, kind_of
 from llamachat.errors import DataError
+from llamachat.tables import plural
 
 Item = TypeVar("Item")
 
@@ -45,7 +46,7 @@ def read_prompts(
     if not items:
         raise DataError(f"{path}: holds no prompt. There is nothing to answer. Give a file with prompts or dialogs.")
     if without:
-        log.warning("%s: %d rows hold no prompt", path, without)
+        log.warning("%s: no prompt in %s", path, plural(without, "row"))
     return items
 
 

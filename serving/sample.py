@@ -21,6 +21,7 @@ from llamachat.errors import UsageError
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Completion, Sampling
 from llamachat.runs.outputs import check_output, written_beside
+from llamachat.tables import plural
 from serving.answer_files import as_written, progress, read_prompts, too_long
 from serving.context import longest_dialog, open_engine
 
@@ -71,7 +72,7 @@ def sample_file(
     questions = read_prompts(prompts_in, forbidden=policy.chat_format.forbidden, make=make)
     shortened = sum(question.is_shortened for question in questions)
     if shortened:
-        log.warning("%s: the oldest turns of %d prompts are left out to fit %d tokens", prompts_in, shortened, limit)
+        log.warning("%s: oldest turns dropped to fit %d tokens: %s", prompts_in, limit, plural(shortened, "prompt"))
     encoded = [policy.chat_format.encode_prompt(question.messages) for question in questions]
     with progress(len(encoded) * samples_per_prompt, "sampled", "answers") as advance:
         groups = engine.generate(encoded, samples_per_prompt=samples_per_prompt, sampling=sampling, advance=advance)

@@ -1,9 +1,10 @@
 """Scores of a reward model for a file of answers, written as JSON Lines: each record with its scores.
 
-Reads dialogs (the last answer gets a `score`), preferences (`score_chosen`, `score_rejected`) and what `llamachat sample`
-writes (a `score` in each of `completions`), in any form that training reads. Scores are raw: the sigmoid is not taken.
-A file that is written appears whole or not at all. An answer that is too long for the reward model has the score null and
-is counted, and so has a sampled answer that no dialog can hold, such as an empty one: neither is a fault of the file.
+Reads dialogs (the last answer gets a `score`), preferences (`score_chosen`, `score_rejected`) and what `llamachat
+sample` writes (a `score` in each of `completions`), in any form that training reads. Scores are raw: the sigmoid is
+not taken. A file that is written appears whole or not at all. An answer that is too long for the reward model has the
+score null and is counted, and so has a sampled answer that no dialog can hold, such as an empty one: neither is a
+fault of the file.
 """
 
 import json
@@ -21,6 +22,7 @@ from llamachat.data.records import Preference, Row, as_prompt
 from llamachat.errors import DataError, UsageError
 from llamachat.models.reward_model import RewardModel
 from llamachat.runs.outputs import check_output, written_beside
+from llamachat.tables import plural
 from serving.answer_files import as_written, progress
 
 log = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ def score_file(model: RewardModel, path: Path, out: Path | None, *, overwrite: b
             stream.write(text.encode())
     without = sum(map(len, scores)) - len(rows)
     if without:
-        log.warning("%s: %d answers have the score null: they are too long, empty, or hold a tag", path, without)
+        log.warning("%s: score null for %s (too long, empty, or with a tag)", path, plural(without, "answer"))
     pairs = [pair for item, pair in zip(records, scores, strict=True) if item.kind == "preference" and None not in pair]
     return Scored(len(records), len(rows), without, len(pairs), _accuracy(pairs)), text
 
@@ -108,7 +110,7 @@ def _read(model: RewardModel, path: Path) -> list[_Scorable]:
             f"{path}: holds no answer. There is nothing to score. Give dialogs, preferences or completions."
         )
     if without:
-        log.warning("%s: %d rows hold no answer", path, without)
+        log.warning("%s: no answer in %s", path, plural(without, "row"))
     return [item for _, item in sorted(records, key=lambda pair: pair[0])]
 
 

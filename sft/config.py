@@ -1,4 +1,4 @@
-"""Configuration of `sft` (supervised fine-tuning): its own section of the recipe, and the shared ones it reads."""
+"""Configuration of `sft` (supervised fine-tuning): its own section of the recipe."""
 
 from typing import Annotated, Any, Literal
 
@@ -29,50 +29,50 @@ OWNED = {
 
 
 class Config(OptimizerSection):
-    """Supervised fine-tuning. Values the paper states are its section 3.1; the others are ours."""
+    """Supervised fine-tuning. Values from the paper are those of its section 3.1; the others are ours."""
 
     epochs: float = Field(default=2.0, gt=0, description="Passes over the training dialogs. Llama 2 section 3.1: 2.")
     learning_rate: float = Field(
         default=2e-5,
         gt=0,
-        description="Peak rate of AdamW. Llama 2 section 3.1: 2e-5 for full tuning; LoRA needs about 10 times that.",
+        description="Peak learning rate of AdamW. Llama 2 section 3.1: 2e-5 for full tuning; LoRA needs about 10 times as much.",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine",
-        description="How the rate falls after warm-up, to 0. Llama 2 section 3.1: cosine (final rate not stated).",
+        description="How the learning rate falls to 0 after warm-up. Llama 2 section 3.1: cosine (final rate not stated).",
     )
     warmup_fraction: float = Field(
         default=0.03,
         ge=0,
         lt=1,
-        description="Share of the optimizer steps with a rising rate. Not stated in the paper; ours.",
+        description="Share of the optimizer steps in which the learning rate warms up. Not stated in the paper; ours.",
     )
     weight_decay: float = Field(
-        default=0.1, ge=0, description="Decay of matrices; norms do not decay. Llama 2 section 3.1: 0.1."
+        default=0.1, ge=0, description="Weight decay of matrices; norms do not decay. Llama 2 section 3.1: 0.1."
     )
     examples_per_step: int = Field(
         default=64,
         ge=1,
-        description="Dialogs in one optimizer step, packed or not. Llama 2 section 3.1: batch size 64.",
+        description="Dialogs per optimizer step, packed or not. Llama 2 section 3.1: batch size 64.",
     )
     train_on: Literal["every_answer", "last_answer"] = Field(
         default="every_answer",
-        description="Which answers are trained on. Ghost Attention trains on the last only (section 3.3).",
+        description="Which answers are trained on. Ghost Attention trains on the last one only (section 3.3).",
     )
     packing: bool = Field(
         default=True,
-        description="Fill rows of base.max_tokens with several dialogs, isolated from each other. Same loss, less padding.",
+        description="Fill rows of base.max_tokens with several dialogs, isolated from each other. The loss is the same, with less padding.",
     )
     row_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = operational(
         "auto",
-        description="Length of a packed row, at most base.max_tokens; auto is that length on a GPU, and 512 on a CPU, where attention is slow. A longer dialog has a row of its own.",
+        description="Length of a packed row, at most base.max_tokens; auto is base.max_tokens on a GPU, and 512 on a CPU, where attention is slow. A longer dialog gets its own row.",
     )
     rows_per_microbatch: int = operational(
-        8, ge=1, description="Dialogs in one forward pass without packing; a packed forward pass is always one row."
+        8, ge=1, description="Dialogs per forward pass without packing; with packing, a forward pass is always one row."
     )
     sample_prompts: int = operational(
         8, ge=0, description="Number of held-out prompts whose answers are sampled during training."
     )
     trainer: Annotated[dict[str, Any], TrainerArguments("SFTConfig", OWNED)] = Field(
-        default_factory=dict, description="Further arguments of TRL's SFTConfig, by its names."
+        default_factory=dict, description="Further arguments of TRL's SFTConfig, under TRL's names."
     )

@@ -13,6 +13,7 @@ from llamachat.config.sections import Data, DataSource
 from llamachat.data.loading import load_mixture, read_records
 from llamachat.data.packing import epoch_order
 from llamachat.runs.artifacts import DIALOGS, HELD_OUT_DIALOGS
+from llamachat.tables import plural
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def load_examples(
     train = _encode(dialogs, chat_format, train_on=train_on, max_tokens=max_tokens, dropped=dropped)
     validation = _encode(held_out, chat_format, train_on=train_on, max_tokens=max_tokens, dropped=dropped)
     for reason, count in sorted(dropped.items()):
-        log.warning("%d dialogs: %s", count, reason)
+        log.warning("%s: %s", plural(count, "dialog"), reason)
     prompts = held_out_prompts(held_out, chat_format, count=num_prompts, max_tokens=max_tokens)
     return Examples(train, validation, prompts, dict(dropped))
 

@@ -14,6 +14,7 @@ from llamachat.errors import DataError
 from llamachat.models.sequence_attention import use_sequence_attention
 from llamachat.runs.artifacts import Artifact
 from llamachat.runs.inputs import StepInputs
+from llamachat.tables import plural
 from llamachat.training.policy import load_start, publish_policy
 from llamachat.training.session import resume
 from sft.config import Config
@@ -36,7 +37,7 @@ SUMMARY = (
 
 
 def run(config: Config, inputs: StepInputs) -> Artifact:
-    """Train, evaluate and publish. Killed at any moment, the same call resumes from the newest whole checkpoint."""
+    """Train, evaluate and publish. After a kill, the same call resumes from the newest complete checkpoint."""
     resumed = resume(inputs, "sft", config)
     start = load_start(inputs)
     if start.device.type == "cpu":
@@ -44,7 +45,7 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
     examples = load_dialogs(config, inputs, start.chat_format)
     plan = plan_training(config, inputs, examples, device=start.device)
     log.info(
-        "%d dialogs to train on, %d held out; %d optimizer steps of %d dialogs",
+        "%d training dialogs, %d held out; %d optimizer steps of %d dialogs",
         len(examples.train),
         len(examples.validation),
         plan.num_steps,
@@ -55,8 +56,8 @@ def run(config: Config, inputs: StepInputs) -> Artifact:
         best = session.train()
         figures = session.finish(SUMMARY, best)
         before, after = (figures.get(f"sft/{name}", math.nan) for name in ("eval_loss_base", "eval_loss"))
-        log.info("held-out answers: %.4f nats a token before, %.4f after", before, after)
-        # Before the artifact, which ends the step: a command killed between the two would never come back to write it.
+        log.info("held-out answers: %.4f nats per token before training, %.4f after", before, after)
+        # Before the artifact, which ends the step: if a command is killed in between, a resumed one would not write it.
         session.tracker.summary(figures)
         return publish_policy(start, inputs, dropped=examples.dropped, notes=session.notes(best))
 
@@ -76,8 +77,8 @@ def load_dialogs(config: Config, inputs: StepInputs, chat_format: ChatFormat) ->
     )
     if not examples.train or not examples.validation:
         raise DataError(
-            f"{inputs.dialogs.path if inputs.dialogs else 'data.sft'}: {len(examples.train)} dialogs to train on and "
-            f"{len(examples.validation)} to validate with are left{left_out(examples.dropped)}. Both are needed. Add dialogs, "
-            "raise base.max_tokens where they are longer, or change data.split."
+            f"{inputs.dialogs.path if inputs.dialogs else 'data.sft'}: {plural(len(examples.train), 'training dialog')} and "
+            f"{plural(len(examples.validation), 'validation dialog')} are left{left_out(examples.dropped)}. Both are needed. Add dialogs, "
+            "raise base.max_tokens if they are longer, or change data.split."
         )
     return examples

@@ -114,7 +114,7 @@ class Tuning:
         figures = {"sft/eval_loss": loss}
         if step == 0:
             figures = {"sft/eval_loss_base": loss, **figures}
-        return Evaluated(step, loss, figures, f"held-out answers {loss:.4f} nats a token")
+        return Evaluated(step, loss, figures, f"held-out answers {loss:.4f} nats per token")
 
     def sample(self, tracker: Tracker, step: int) -> None:
         """Sample answers to the same held-out prompts at every evaluation, for people to read."""

@@ -9,7 +9,7 @@ from evaluation.report.drawing import ppo_overview, training_curve
 from evaluation.report.facts import Facts
 from evaluation.report.page import ABSENT, Block, Gallery, Picture, Section, Table, Text, number, row
 from llamachat.memory.estimates import shape_of
-from llamachat.tables import duration
+from llamachat.tables import duration, plural
 from llamachat.tracking.curves import Series, panels_of, read_series
 
 _LEFT_OUT_OF_CURVES = ("progress", "trained tokens", "training time", "time", "memory", "")
@@ -39,7 +39,7 @@ def curves(facts: Facts, figures: Path) -> Section | None:
             training_curve(path, group)
             pictures.append(Picture(path, f"{step.name}, {title}: {'; '.join(descriptions)}.", title))
         if pictures:
-            blocks.append(Gallery(f"{step.name}: {len(pictures)} curves", pictures))
+            blocks.append(Gallery(f"{step.name}: {plural(len(pictures), 'curve')}", pictures))
     return Section("Training curves", "curves", blocks) if blocks else None
 
 
@@ -276,7 +276,7 @@ def _sources(recipe: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _num_sources(sources: Sequence[Any]) -> str:
-    return f"{len(sources)} source{'' if len(sources) == 1 else 's'}"
+    return plural(len(sources), "source")
 
 
 def _count(weights: int) -> str:

@@ -14,8 +14,8 @@ class Config(Section):
     samples: int = Field(
         default=12, ge=0, description="Number of prompts whose answers are shown side by side; 0: none. Ours."
     )
-    shows_curves: bool = Field(default=True, description="Whether the training curves of every step are on the page.")
+    shows_curves: bool = Field(default=True, description="Whether the page shows the training curves of every step.")
     control: str | None = Field(
         default=None,
-        description="A run whose rejection sampling drew at random (rejection_sampling.select=random), or a variant's folder of a study with such runs, to be named next to this run's; null for none. Ours.",
+        description="A run with random rejection sampling (rejection_sampling.select=random), or the folder of a study's variant with such runs, to show next to this run; null: none. Ours.",
     )

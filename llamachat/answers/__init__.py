@@ -1,1 +1,1 @@
-"""Sampled answers: made by a rollout engine, scored by the reward models, compared between two policies."""
+"""Sampled answers: sampled by a rollout engine, scored by the reward models, compared between two policies."""

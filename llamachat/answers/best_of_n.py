@@ -1,9 +1,10 @@
-"""What the best of N answers is worth, by N and temperature (Llama 2, arXiv:2307.09288, section 3.2.3, figures 7 and 8).
+"""The reward of the best of N answers, by N and temperature (Llama 2, arXiv:2307.09288, section 3.2.3, figures 7 and
+8).
 
 The best of N grows with N and the median does not. Both are estimated without bias from K answers: the mean over all
-subsets of size N, which is exact and has the least variance (the estimator of pass@k, Chen et al., arXiv:2107.03374, for
-values instead of passes). Rewards are combined scores in deviations of a starting policy's answers to the test prompts.
-Shapes: N prompts, K answers to each, one column for each n from 1 to K.
+subsets of size N, which is exact and has minimum variance (the estimator of pass@k, Chen et al., arXiv:2107.03374, for
+values instead of passes). Rewards are combined scores in standard deviations of a starting policy's answers to the
+test prompts. Shapes: N prompts, K answers to each, one column for each n from 1 to K.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from llamachat.tracking.pictures import COLOURS, harmless, panel_grid, save_png,
 
 Floats = NDArray[np.float64]
 
-_FIRST_SEED = 500_000  # of these batches, past those of a round
+_FIRST_SEED = 500_000  # of these batches, beyond those of a round
 
 
 def measure_curve(
@@ -61,9 +62,9 @@ def curve_of(groups: Sequence[Group], *, policy: str, temperature: float) -> Cur
 
 
 def _ranked(group: Group) -> tuple[list[float], list[float]]:
-    """Rewards from the worst ranked answer to the best, and in their own order.
+    """Rewards from the worst ranked answer to the best, and in the original order.
 
-    An answer that cannot win counts as the prompt's worst: else a long truncated one would count in favour of its
+    An answer that cannot win counts as the prompt's worst: otherwise a long truncated one would count in favour of its
     temperature.
     """
     floor = min(group.standardised)
@@ -79,7 +80,7 @@ def expected_best(ranked_NK: Floats) -> Floats:
 
 
 def expected_median(values_NK: Floats) -> Floats:
-    """E[median of n of the K values] for n = 1 .. K, by prompt, [N, K]; of an even n the mean of the two in the middle."""
+    """E[median of n of the K values] for n = 1 .. K, by prompt, [N, K]; for even n the mean of the middle two."""
     return np.sort(values_NK, axis=1) @ median_weights(values_NK.shape[1])
 
 
@@ -92,7 +93,7 @@ def median_weights(count: int) -> Floats:
     """Weight of the i-th smallest of K values (rows) in the expected median of n (columns)."""
 
     def weight(i: int, n: int) -> float:
-        middle = {(n + 1) // 2, n // 2 + 1}  # places of an ordered subset, from 1
+        middle = {(n + 1) // 2, n // 2 + 1}  # positions in an ordered subset, from 1
         ways = sum(comb(i - 1, j - 1) * comb(count - i, n - j) for j in middle)
         return ways / (comb(count, n) * len(middle))
 
@@ -101,7 +102,7 @@ def median_weights(count: int) -> Floats:
 
 @harmless
 def draw_best_of_n(curves: Sequence[Curve], path: Path) -> None:
-    """Best, with its 95% interval over prompts, and median against N: one panel a policy, at one temperature each."""
+    """Best (with its 95% interval over prompts) and median against N: one panel per policy, at one temperature each."""
     figure, places = panel_grid(len(curves), panel=(4.8, 3.6), share_y=True)
     for place, curve in zip(places, curves, strict=True):
         numbers = range(1, len(curve.best) + 1)
@@ -114,7 +115,7 @@ def draw_best_of_n(curves: Sequence[Curve], path: Path) -> None:
 
 @harmless
 def draw_temperatures(curves: Sequence[Curve], path: Path) -> None:
-    """Best of N against N, a line for each temperature, a panel for each policy."""
+    """Best of N against N: a line per temperature, a panel per policy."""
     from matplotlib import colormaps
 
     policies = list(dict.fromkeys(curve.policy for curve in curves))
@@ -130,6 +131,8 @@ def draw_temperatures(curves: Sequence[Curve], path: Path) -> None:
 
 
 def _style(place: Any, title: str, most: int) -> None:
-    style_panel(place, title, x="answers to a prompt (N)", y="reward, deviations of the first policy", has_legend=True)
+    style_panel(
+        place, title, x="answers per prompt (N)", y="reward, standard deviations of the first policy", has_legend=True
+    )
     if most > 16:
         place.set_xscale("log")

@@ -1,8 +1,8 @@
-"""How far a policy keeps an instruction from the first turn: by checker at each turn, by recall questions where there is
-no checker (Llama 2, arXiv:2307.09288, table 30 in shape).
+"""How long a policy follows an instruction from the first turn: measured by checkers at each turn, by recall questions
+if there is no checker (Llama 2, arXiv:2307.09288, in the form of table 30).
 
 The dialogs are held out, and so are the values of the constraints; each dialog has one constraint, so that families can
-be compared. The chance rate is what the policy's answers do without any instruction.
+be compared. The chance rate is measured on the policy's answers without any instruction.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,17 +22,20 @@ from llamachat.data.packing import epoch_order
 from llamachat.errors import DataError
 from llamachat.maths.intervals import Difference, paired_bootstrap, proportion_interval
 from llamachat.rollout.engine import RolloutEngine, Sampling, scatter_generate
+from llamachat.tables import plural
 
 CHECKED, RECALLED = "consistency", "recall"
-_TURN_SHARE = 8  # a user turn takes at most one token in this many of the context: several must fit, with their answers
-_EVALUATION_SEED = 900_000  # of the turns of trials, past those of other batches
+_TURN_SHARE = (
+    8  # a user turn has at most one in this many tokens of the context: several turns must fit, with their answers
+)
+_EVALUATION_SEED = 900_000  # for the turns of trials, beyond those of other batches
 
 Turns = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One held-out dialog and the instruction to keep in it."""
+    """One held-out dialog and the instruction to follow in it."""
 
     turns: Turns
     instruction: Instruction
@@ -49,7 +52,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Whether each trial kept its instruction, by turn (None past the context), and answers for people to read."""
+    """Whether each trial followed its instruction, by turn (None past the context), and answers for people to read."""
 
     kept: dict[int, list[bool | None]]
     answers: dict[int, list[str]]
@@ -64,13 +67,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Rate(Difference):
-    """A share or a difference of shares, and of how many trials."""
+    """A share or a difference of shares, with the number of trials."""
 
     trials: int
 
 
 def held_out_trials(families: Mapping[str, Family], dialogs: Sequence[Turns], *, count: int, seed: int) -> list[Trial]:
-    """`count` trials, each of one constraint with a held-out value, as many of each family."""
+    """`count` trials, each of one constraint with a held-out value, the same number for each family."""
     names = sorted(families)
     trials = []
     for index in range(count if names and dialogs else 0):
@@ -125,12 +128,12 @@ def run_trials(
 
 
 def as_said(chat_format: ChatFormat, answer: str) -> Message:
-    """The answer as a message; dots stand for one that a dialog cannot hold (empty, or with a tag of the format)."""
+    """The answer as a message; dots replace one that a dialog cannot contain (empty, or with a tag of the format)."""
     return Message("assistant", answer.strip() if is_allowed(chat_format, answer) else "...")
 
 
 def rates(outcome: Outcome, trials: Sequence[Trial], *, kind: str, family: str | None = None) -> dict[int, Rate]:
-    """The share of the trials of a kind, or of one family, that kept their instruction, by turn."""
+    """The share of the trials of a kind, or of one family, that followed their instruction, by turn."""
     by_turn = {}
     for turn, kept in outcome.kept.items():
         pairs = [(float(value), trial.turns) for value, trial in _of(kept, trials, kind, family) if value is not None]
@@ -142,7 +145,7 @@ def rates(outcome: Outcome, trials: Sequence[Trial], *, kind: str, family: str |
 
 
 def differences(one: Outcome, other: Outcome, trials: Sequence[Trial], *, kind: str) -> dict[int, Rate]:
-    """Share of one less that of the other, trial by trial, with its 95% interval, by turn."""
+    """Share of one minus that of the other, trial by trial, with its 95% interval, by turn."""
     by_turn = {}
     for turn in one.kept:
         both = zip(_of(one.kept[turn], trials, kind), _of(other.kept[turn], trials, kind), strict=True)
@@ -157,7 +160,7 @@ def differences(one: Outcome, other: Outcome, trials: Sequence[Trial], *, kind: 
 def _of(
     kept: Sequence[bool | None], trials: Sequence[Trial], kind: str, family: str | None = None
 ) -> list[tuple[bool | None, Trial]]:
-    """Outcomes of a kind, each with its trial, whose turns say which dialog it is of: several trials may share one."""
+    """Outcomes of a kind, each with its trial; trials of one dialog have the same turns, by which they are grouped."""
     return [
         (value, trial)
         for value, trial in zip(kept, trials, strict=True)
@@ -179,7 +182,7 @@ def _replies(
 
 
 def _recall_question(trial: Trial, turn: int) -> str | None:
-    """What is asked in place of the user's turn, where there is no checker."""
+    """The question that replaces the user's turn if there is no checker."""
     questions = recall_questions(trial.instruction.constraints[0])
     if trial.kind == CHECKED or not questions:
         return None
@@ -193,7 +196,7 @@ def _is_kept(trial: Trial, answer: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Sequences of user turns by side; no dialog is on two of them."""
+    """Sequences of user turns by split; no dialog is in two of them."""
 
     train: list[Turns]
     validation: list[Turns]
@@ -205,9 +208,9 @@ def load_sequences(
 ) -> Sequences:
     """Sequences of `turns` user turns from the dialogs of `data.sft`, for a policy that reads `context` tokens.
 
-    A dialog that is shorter is continued by other dialogs of its side: what matters is that many turns lie between the
-    instruction and the last answer, not that they are about one thing (ours; the paper takes dialogs as they are).
-    With `only_test`, for measuring, there are no others, and there may be none at all.
+    A shorter dialog is continued with other dialogs of its split: what matters is that many turns lie between the
+    instruction and the last answer, not that they share a subject (ours; the paper takes dialogs as they are).
+    With `only_test`, for measuring, there are only test sequences, and there may be none.
     """
     if only_test and not data.sft:
         return Sequences([], [], [])
@@ -223,8 +226,8 @@ def load_sequences(
     train, validation = of("train", mixture.train), of("validation", mixture.validation)
     if not train or not test:
         raise DataError(
-            f"data.sft: its dialogs give {len(train)} sequences of {turns} user turns of at most {most_tokens} tokens to "
-            f"train on and {len(test)} to measure with. Ghost Attention needs both. "
+            f"data.sft: its dialogs give {plural(len(train), 'sequence')} of {turns} user turns of at most {most_tokens} tokens to "
+            f"train on and {len(test)} for testing. Ghost Attention needs both. "
             "Add dialogs, or lower gatt.turns and gatt.evaluation_turns."
         )
     return Sequences(train, validation, test)
@@ -233,7 +236,7 @@ def load_sequences(
 def joined(
     dialogs: Sequence[Dialog], chat_format: ChatFormat, *, turns: int, most_tokens: int, key: str
 ) -> list[Turns]:
-    """User turns of the dialogs in a seeded order, `turns` a sequence; a dialog with a longer turn is left out."""
+    """User turns of the dialogs in a seeded order, `turns` per sequence; a dialog with a longer turn is left out."""
     sequences: list[Turns] = []
     begun: list[str] = []
     for place in epoch_order(len(dialogs), 1, key):

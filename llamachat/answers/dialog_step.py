@@ -1,7 +1,8 @@
-"""A step that makes dialogs and tunes a policy on them: rejection sampling, Ghost Attention, context distillation.
+"""The common form of the steps that make dialogs and tune a policy on them: rejection sampling, Ghost Attention,
+distillation.
 
-It samples batch by batch, publishes the dialogs, tunes, compares both policies on held-out prompts, and then ends. Each
-batch and each part is written whole before the next begins, so that a killed step resumes where it was.
+It samples batch by batch, publishes the dialogs, tunes, and compares both policies on held-out prompts. Each
+batch and each part is written completely before the next begins, so that a killed step resumes where it was.
 """
 
 import json
@@ -30,16 +31,16 @@ from llamachat.training.hours import Hours, open_hours
 from llamachat.training.progress import StepProgress
 from llamachat.training.publishing import publish_step
 
-SAMPLED = "sampled"  # the key of a dialog under which its origin stands
+SAMPLED = "sampled"  # the key of a dialog for its origin
 
-_LAST = 10**9  # past every step of a record
+_LAST = 10**9  # beyond every step of a record
 
 Items = TypeVar("Items", bound=Sequence[Any])
 
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """What a batch gives, to be logged and shown."""
+    """The result of a batch, to be logged and shown."""
 
     figures: dict[str, float]
     samples: list[dict[str, Any]]  # for people to read
@@ -73,9 +74,9 @@ class DialogStep:
         from_base: bool = False,
         sft_share: float = 0.0,
     ) -> Artifact:
-        """Make the dialogs, tune on them with the values `sft` over that section, compare, end the step."""
+        """Make the dialogs, tune on them with the overrides `sft` of that section, compare, end the step."""
         folder, tune = self.inputs.folder, self.inputs.tune
-        assert tune is not None, "pipelines hands it to each step of this kind"
+        assert tune is not None, "pipelines passes it to each step of this kind"
         is_published = distributed.broadcast_object((folder.dialogs / MANIFEST).is_file())
         dialogs = read_artifact(folder.dialogs, "dialogs") if is_published else make_dialogs()
         free_memory()
@@ -91,7 +92,7 @@ class DialogStep:
         return end_step(folder)
 
     def record(self) -> AbstractContextManager[Tracker]:
-        """The record of the sampling from its beginning: figures of cached batches are logged again."""
+        """The record of the sampling from its start: figures of cached batches are logged again."""
         return open_record(self.inputs, self.prefix, resume_step=None)
 
     def make_batches(
@@ -104,10 +105,10 @@ class DialogStep:
         read: Callable[[Items, Mapping[str, Any], bool], BatchResult],
         unit: str,
     ) -> list[dict[str, float]]:
-        """Make each batch that is not in the cache, and return the figures of those to train on.
+        """Make each batch that is not in the cache, and return the figures of the training batches.
 
-        `make(number, items)` samples a batch as JSON values, `read(items, values, is_held_out)` takes these. When the
-        hours are over no further batch to train on is begun (`unit` names what it holds), but the held-out ones are
+        `make(number, items)` samples a batch as JSON values, `read(items, values, is_held_out)` processes these. When
+        the hours are over, no further training batch is begun (`unit` names its items), but the held-out ones are
         made: they are small, and measure the tuning. The first batch is made in any case.
         """
         batches = list(enumerate((*train, *held_out), start=1))
@@ -138,7 +139,7 @@ class DialogStep:
         return rows
 
     def end_sampling(self, tracker: Tracker, figures: Mapping[str, float]) -> None:
-        """Write record and summary, before the dialogs are published: a resumed command does not come back to them."""
+        """Write record and summary before the dialogs are published: a resumed command does not repeat this."""
         tracker.sync()
         tracker.summary(figures)
 
@@ -151,7 +152,8 @@ class DialogStep:
         dropped: Mapping[str, int] | None = None,
         earlier: Mapping[str, Artifact] | None = None,
     ) -> Artifact:
-        """Publish dialogs to train on, and some of the validation side; `earlier` are dialogs that went into them."""
+        """Publish the training dialogs and some validation dialogs; `earlier` are the artifacts whose dialogs are
+        included."""
         inputs = self.inputs
 
         def write(place: Path) -> None:
@@ -183,7 +185,7 @@ class DialogStep:
         return evaluation_of(responses, scored, constants, scoring=self.inputs.scoring)
 
     def compare(self, session: AnswerSession) -> tuple[Evaluation, Evaluation, dict[str, float]]:
-        """The first policy and the tuned one, which `session` holds, on test prompts; drawn, and in figures."""
+        """Compare the first policy with the tuned one, which `session` holds, on test prompts: plots and figures."""
         first, constants = self.first_evaluation(session)
 
         def make() -> dict[str, Any]:
@@ -209,7 +211,7 @@ def check_choice(inputs: StepInputs, section: str, *, temperature: object, sampl
     if temperature is None and inputs.rollout.temperature == 0 and samples > 1:
         raise ConfigError(
             f"rollout.temperature: 0, but {section}.samples_per_prompt is {samples}. At temperature 0 all answers to a "
-            f"prompt are the same one, and there is nothing to choose. Set it to 1, or {otherwise}."
+            f"prompt are identical, so there is nothing to choose from. Set it to 1, or {otherwise}."
         )
 
 
@@ -221,7 +223,7 @@ def batch_costs(started: float, tokens: int | None = None) -> dict[str, float]:
 
 
 def step_costs(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What all batches took."""
+    """Total time, speed and peak memory of all batches."""
     return {
         "time/rollout_s": sum(row["time/step_s"] for row in rows),
         "memory/peak_gib": max((row["memory/peak_gib"] for row in rows), default=0.0),
@@ -229,5 +231,5 @@ def step_costs(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def counted(counts: Mapping[str, int]) -> str:
-    """What was left out, in words."""
+    """The numbers of records left out, as text."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "nothing left out"

@@ -1,9 +1,10 @@
-"""A policy's answers to held-out prompts, and the final policy against the first, prompt by prompt: figures, a table,
-pictures, and rows for people to read.
+"""A policy's answers to held-out prompts, and the comparison of the final policy with the first, prompt by prompt:
+figures, a table, plots, and rows for people to read.
 
-Scores are reported raw and on the scale of the starting policy's answers, whose constants are taken once. Which policy is
-better is decided by ranks: the gate puts two models' scores side by side, so by the combined score alone an unsafe
-answer can lie above a safe one. The judge decides nothing: a model that training optimised cannot say whether it helped.
+Scores are reported raw and on the scale of the starting policy's answers, whose constants are computed once. Which
+policy is better is decided by ranks: the gate mixes the scores of two models, so by the combined score alone an unsafe
+answer can lie above a safe one. The judge is not used for any decision during training, so it can say whether it
+helped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from llamachat.tracking.pictures import COLOURS, harmless, panel_grid, save_png,
 if TYPE_CHECKING:
     from llamachat.config.sections import Scoring
 
-# Reward models and judges like length, so that the judge also compares those pairs of answers alone whose lengths differ
+# Reward models and judges prefer length, so the judge also compares only the pairs of answers whose lengths differ
 # by at most this share of the longer one.
 LIKE_LENGTH = 0.2
 _BINS = 30
@@ -29,7 +30,7 @@ _BINS = 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """A policy's answers to some prompts, in their order; a list is None where there is no such model."""
+    """A policy's answers to some prompts, in order; a list is None if there is no such model."""
 
     texts: list[str]
     tokens: list[int]
@@ -39,10 +40,10 @@ class Evaluation:
     judge: list[float] | None
     combined: list[float]
     standardised: list[float]
-    unsafe: list[bool]  # under the gate's threshold: ranks below all others
-    ranked: list[float]  # orders the answers of each of these two groups
-    closed: list[bool]  # False of finished ones without the space before EOS
-    kl: list[float] | None = None  # to the starting policy, nats a response; None where nothing measured it
+    unsafe: list[bool]  # below the gate's threshold: ranks below all others
+    ranked: list[float]  # the order of the answers within each of these two groups
+    closed: list[bool]  # False for a finished answer without the space before EOS
+    kl: list[float] | None = None  # to the starting policy, nats per response; None if not measured
 
     @property
     def score(self) -> float:
@@ -63,7 +64,7 @@ class Evaluation:
         }
 
     def scores(self) -> dict[str, list[float]]:
-        """The scores there are, by the last part of their names."""
+        """The available scores, by the last part of their names."""
         scores = {
             "reward_helpfulness": self.helpfulness,
             "reward_safety": self.safety,
@@ -82,12 +83,12 @@ def evaluation_of(
     scoring: "Scoring",
     kl: list[float] | None = None,
 ) -> tuple[Evaluation, Constants]:
-    """These answers with their scores; without constants they are taken from these very answers."""
+    """These answers with their scores; without constants, these are computed from the same answers."""
     constants = constants or fit_constants(scored.scores, scored.combined)
     standardised_B = standardise(scored.scores, scored.combined, constants)
     by_model = {name: scores_B.tolist() for name, scores_B in scored.scores.by_model().items()}
     finished = [response.is_finished for response in responses]
-    # A cut answer counts as in training, in the units that training shapes scores to.
+    # A truncated answer counts as in training, in the units of shaped scores.
     units_B = scored.combined.scores_B if scoring.shaping == "none" else standardised_B
     ranked = [
         value if done else scoring.unfinished_score for value, done in zip(units_B.tolist(), finished, strict=True)
@@ -110,10 +111,10 @@ def evaluation_of(
 
 
 def rankings(one: Evaluation, other: Evaluation) -> tuple[list[int], list[int]]:
-    """Places of both policies' answers in one order, the best highest; equal answers share a place.
+    """Ranks of both policies' answers in one order, the best highest; equal answers share a rank.
 
     Safe answers rank above unsafe ones, as the gate ranks the samples of a prompt; within each group the score on the
-    starting policy's scale decides, and a cut answer has scoring.unfinished_score.
+    starting policy's scale decides, and a truncated answer has scoring.unfinished_score.
     """
     keys = [
         [(not is_unsafe, value) for is_unsafe, value in zip(each.unsafe, each.ranked, strict=True)]
@@ -125,12 +126,14 @@ def rankings(one: Evaluation, other: Evaluation) -> tuple[list[int], list[int]]:
 
 
 def superiority_over(start: Evaluation, final: Evaluation) -> Difference:
-    """What decides: the share of pairs (one of `final`, one of `start`) in which the former ranks higher, ties half."""
+    """The deciding figure: the share of pairs (one of `final`, one of `start`) in which `final` ranks higher, ties
+    half."""
     return superiority(*rankings(final, start))
 
 
 def judge_subsets(one: Evaluation, other: Evaluation) -> dict[str, list[int]]:
-    """Prompts whose judge scores are also compared apart: both answers have similar lengths, or both end with EOS."""
+    """Prompts whose judge scores are also compared separately: both answers have similar lengths, or both end with
+    EOS."""
     pairs = list(zip(one.tokens, other.tokens, strict=True))
     ended = list(zip(one.finished, other.finished, strict=True))
     return {
@@ -168,25 +171,25 @@ def comparison(prefix: str, start: Evaluation, final: Evaluation) -> dict[str, f
 
 
 def comparison_table(prefix: str, figures: Mapping[str, float]) -> str:
-    """The comparison for people."""
+    """The comparison as a text table."""
     names = {
         "superiority": "ranks above the start's, share of pairs",
-        "score": "combined, in deviations of the start",
+        "score": "combined, in standard deviations of the start",
         "reward_combined": "combined, raw",
         "reward_helpfulness": "helpfulness",
         "reward_safety": "safety",
         "judge": "judge",
         "judge_like_length": "judge, answers of similar length",
         "judge_finished": "judge, where both answers end",
-        "kl_to_reference": "KL to the start, nats a response",
+        "kl_to_reference": "KL to the start, nats per response",
         "response_tokens": "tokens",
         "finished_fraction": "ended with EOS",
         "distinct_2": "distinct-2",
-        "commonest_answer": "the commonest answer, share of all",
+        "commonest_answer": "the most frequent answer, share of all",
     }
     head = f"on {figures[f'{prefix}/test/prompts']:.0f} test prompts"
     if _are_equal(prefix, figures):
-        return f"{head} the final policy answers as the starting one did"
+        return f"{head} the final policy gives the same answers as the starting one"
     rows = [("", "start", "final", "difference (95% interval)")]
     for name, meaning in names.items():
         values = [figures.get(f"{prefix}/test/{which}/{name}") for which in ("start", "final")]
@@ -200,11 +203,11 @@ def comparison_table(prefix: str, figures: Mapping[str, float]) -> str:
 
 
 def interval_text(figures: Mapping[str, float], name: str, *, sign: str = "+") -> str:
-    """A difference with its 95% interval; empty where there is none of this name."""
+    """A difference with its 95% interval; empty if there is none of this name."""
     if name not in figures:
         return ""
     value, low, high = (figures.get(name + end) for end in ("", "_low", "_high"))
-    # An interval without width says that all values were equal, and nothing of chance.
+    # An interval without width means that all values were equal, and says nothing about chance.
     ends = "" if low is None or high is None or low == high else f" ({low:{sign}.3f} to {high:{sign}.3f})"
     return f"{value:{sign}.3f}{ends}"
 
@@ -217,7 +220,7 @@ def _are_equal(prefix: str, figures: Mapping[str, float]) -> bool:
 
 
 def sample_rows(evaluation: Evaluation, prompts: Sequence[str], *, count: int) -> list[dict[str, object]]:
-    """Answers for people to read with every score, at even distances over the prompts."""
+    """Answers for people to read with every score, evenly spaced over the prompts."""
     stride = max(1, len(prompts) // count)
     scores = evaluation.scores()
     return [
@@ -238,7 +241,7 @@ def draw_comparison(start: Evaluation, final: Evaluation, path: Path) -> None:
     meanings = {
         "reward_helpfulness": "helpfulness score",
         "reward_safety": "safety score",
-        "score": "combined, in deviations of the start",
+        "score": "combined, in standard deviations of the start",
         "judge": "judge's score",
     }
     before, after = start.scores(), final.scores()

@@ -1,4 +1,4 @@
-"""K answers to each prompt, scored and ranked: what the steps that make dialogs choose from."""
+"""K answers to each prompt, scored and ranked: the candidates of the steps that make dialogs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +15,14 @@ from llamachat.scoring.standardising import Constants, standardise
 
 Q = TypeVar("Q")
 
-ANSWERS_PER_BATCH = 1024  # sampled and written down together: many rows keep an engine busy, few lose little to a kill
+ANSWERS_PER_BATCH = (
+    1024  # sampled and stored together: many rows keep an engine busy, few are lost when the step is killed
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """What samples in place of the session's policy; it encodes prompts by its own chat format."""
+    """The model to sample from instead of the session's policy; it encodes prompts with its own chat format."""
 
     engine: RolloutEngine
     chat_format: ChatFormat
@@ -28,21 +30,21 @@ class Sampler:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The K answers to one prompt; a list has one value for each, and is None where there is no such model."""
+    """The K answers to one prompt; a list has one value for each, and is None if there is no such model."""
 
     texts: list[str]
     tokens: list[int]
     finished: list[bool]
-    allowed: list[bool]  # something is said, and the chat format can hold it
+    allowed: list[bool]  # not empty, and valid in the chat format
     helpfulness: list[float] | None
     safety: list[float] | None
     combined: list[float]
-    standardised: list[float]  # the combined score in deviations of the starting policy's
-    order: list[int]  # their places, best first
+    standardised: list[float]  # the combined score in standard deviations of the starting policy's
+    order: list[int]  # their indices, best first
 
     @property
     def candidates(self) -> list[int]:
-        """Those that could be trained on, best first: finished, allowed, each text once."""
+        """The answers that could be trained on, best first: finished, allowed, each text once."""
         seen: set[str] = set()
         places = []
         for place in self.order:
@@ -53,7 +55,7 @@ class Group:
 
 
 def batches_of(prompts: Sequence[Q], samples_per_prompt: int) -> list[tuple[Q, ...]]:
-    """The prompts, in whatever form, in batches of bounded size, always the same ones: each batch has its own seed."""
+    """The prompts, in whatever form, in batches of bounded size, always the same: each batch has its own seed."""
     size = max(1, ANSWERS_PER_BATCH // samples_per_prompt)
     return [tuple(prompts[first : first + size]) for first in range(0, len(prompts), size)]
 
@@ -66,9 +68,9 @@ def sample_groups(
     *,
     sampler: Sampler | None = None,
 ) -> list[Group]:
-    """The answers to each prompt, of each sampling its number, scored and ranked.
+    """The answers to each prompt, one number of answers per sampling, scored and ranked.
 
-    Answers of another sampler are scored by their texts: its token ids need not mean the same to the reward models.
+    Answers of another sampler are scored by their texts: its token ids may mean something else to the reward models.
     """
     engine, chat_format, encoded = session.engine, session.chat_format, list(prompts)
     if sampler is not None:
@@ -86,7 +88,7 @@ def sample_groups(
 def scored_groups(
     session: AnswerSession, by_prompt: Sequence[Sequence[Response]], constants: Constants, *, reads_text: bool = False
 ) -> list[Group]:
-    """Groups of these answers, as many to each prompt."""
+    """Groups of these answers, the same number for each prompt."""
     count = len(by_prompt[0])
     responses = [response for group in by_prompt for response in group]
     scored = session.scorer.score(responses, with_judge=False, reads_text=reads_text)
@@ -116,7 +118,7 @@ def scored_groups(
 
 
 def is_allowed(chat_format: ChatFormat, text: str) -> bool:
-    """Whether the answer is valid in a dialog: it says something, and holds no tag of the chat format."""
+    """Whether the answer is valid in a dialog: it is not empty and contains no tag of the chat format."""
     if not text.strip():
         return False
     try:

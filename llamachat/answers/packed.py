@@ -1,8 +1,8 @@
-"""Prompts with their responses as packed rows: what a forward pass reads, and where its results belong.
+"""Prompts with their responses as packed rows: the input of a forward pass, and where its results belong.
 
 Shapes: B responses, R response positions, 1 a packed row, T its positions, N response tokens of the row.
 A row holds whole sequences; the positions of each restart at 0, which keeps them apart without an attention mask. The
-state that predicts a response token stands one position before it, and the value of that state is the critic's guess
+state that predicts a response token is one position before it, and the value of that state is the critic's estimate
 before the token is known.
 """
 
@@ -22,14 +22,14 @@ from llamachat.maths.logprobs import Head, token_logprobs
 if TYPE_CHECKING:
     from llamachat.models.roles import RoleBank
 
-# A CPU keeps a compiled kernel for each shape it has met: rows are filled up to a multiple.
+# A CPU caches a compiled kernel for each shape: rows are padded to a multiple.
 SHAPE_MULTIPLE = 64
 _ROW_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """A prompt and a response to it; both have tokens."""
+    """A prompt and a response to it; neither is empty."""
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
@@ -50,16 +50,16 @@ class PackedRow:
     position_ids_1T: Tensor
     places_N: Tensor  # positions of the states that predict the response tokens
     tokens_N: Tensor  # the response tokens
-    rows_N: Tensor  # which response of the batch each belongs to,
-    columns_N: Tensor  # and where it stands there
+    rows_N: Tensor  # the response of the batch that each belongs to,
+    columns_N: Tensor  # and its position in it
 
     @property
     def batch(self) -> dict[str, Tensor]:
-        """What the role bank runs."""
+        """The input of the role bank."""
         return {"input_ids": self.input_ids_1T, "position_ids": self.position_ids_1T}
 
     def taken(self, x_BR: Tensor) -> Tensor:
-        """The values of these tokens, [1, N]."""
+        """The values at these tokens, [1, N]."""
         return x_BR[self.rows_N, self.columns_N].unsqueeze(0)
 
     def put(self, x_BR: Tensor, x_N: Tensor) -> None:
@@ -68,7 +68,7 @@ class PackedRow:
 
 
 def sequence_of(response: Response) -> TokenSequence:
-    """A prompt and the answer that was sampled to it."""
+    """A prompt and the answer that was sampled for it."""
     return TokenSequence(response.prompt.ids, response.ids)
 
 
@@ -80,9 +80,11 @@ def packed_rows(
     device: torch.device,
     shares: int = 1,
 ) -> list[PackedRow]:
-    """The sequences of these indices in few rows of `row_tokens`, the fullest first: what does not fit shows at once.
+    """The sequences with these indices in few rows of `row_tokens`, the fullest first, so that a lack of memory shows
+    at once.
 
-    A longer sequence has a row of its own. `shares` is the number of processes that take rows in turn; none waits for another.
+    A longer sequence gets its own row. `shares` is the number of processes that take rows in turn; none waits for
+    another.
     """
     rows = pack_evenly([len(sequences[index].ids) for index in indices], row_tokens, shares=shares)
     return [_packed(sequences, [indices[place] for place in row], device) for row in rows]
@@ -95,7 +97,7 @@ def response_mask(sequences: Sequence[TokenSequence], device: torch.device) -> T
 
 
 def answer_logprobs(bank: "RoleBank", sequences: Sequence[TokenSequence], *, temperature: float) -> list[float]:
-    """log p(response | prompt) of each by the bank's policy at this temperature, nats, summed over its tokens in fp32.
+    """log p(response | prompt) of each, by the bank's policy at this temperature: nats, summed over its tokens in fp32.
 
     Several processes share the work.
     """
@@ -120,7 +122,8 @@ def response_logprobs(
     device: torch.device,
     temperature: float,
 ) -> list[float]:
-    """The same by a model whose `hidden` gives the final states [1, T, D] of a packed row, and `head` the logits of states."""
+    """The same by a model whose `hidden` gives the final states [1, T, D] of a packed row, and `head` the logits of
+    states."""
     sums_B = torch.zeros(len(sequences), dtype=torch.float64)
     row_tokens = _ROW_TOKENS.get(device.type, _ROW_TOKENS["cpu"])
     for row in packed_rows(sequences, range(len(sequences)), row_tokens=row_tokens, device=device):

@@ -10,14 +10,14 @@ from llamachat.rollout.engine import RolloutEngine, Sampling, scatter_generate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
-    """An answer to a prompt: its ids, EOS among them where it is finished, and its text."""
+    """An answer to a prompt: its ids, including EOS if it is finished, and its text."""
 
     prompt: EncodedPrompt
     ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # by the engine; training takes its own
+    logprobs: tuple[float, ...]  # by the engine; training computes its own
     is_finished: bool
     text: str
-    is_closed: bool = True  # False of a finished one whose ids lack the space before EOS that training answers have
+    is_closed: bool = True  # False for a finished one whose ids lack the space before EOS that training answers have
 
 
 def sample(
@@ -28,7 +28,7 @@ def sample(
     *,
     samples_per_prompt: int = 1,
 ) -> list[Response]:
-    """The answers to each prompt side by side, in the order of the prompts; several processes share the work."""
+    """The answers to each prompt, in the order of the prompts; several processes share the work."""
     ids, closing = [prompt.ids for prompt in prompts], tuple(chat_format.closing_ids)
     completions = scatter_generate(engine, ids, samples_per_prompt=samples_per_prompt, sampling=sampling)
     return [

@@ -1,4 +1,4 @@
-"""Answers to scores: every reward model reads them, and the recipe's rule combines their scores.
+"""Scores of answers: every reward model reads them, and the recipe's rule combines their scores.
 
 Shapes: B answers. All scores are fp32 on the CPU.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """What the reward models say of some answers; the judge's scores decide nothing."""
+    """The reward models' scores of some answers; the judge's scores decide nothing."""
 
     scores: Scores
     combined: Combined
@@ -40,8 +40,8 @@ class Scorer:
     combine: Combine
 
     def score(self, responses: Sequence[Response], *, with_judge: bool, reads_text: bool = False) -> Scored:
-        """The scores of these answers; with `reads_text` of their texts, as a person would write them, not of the very
-        ids that were sampled: answers that came from elsewhere have no others."""
+        """The scores of these answers. With `reads_text`, their texts are encoded and scored instead of the sampled
+        ids, as for answers from another source, which have no ids."""
         answers = Answers(
             prompts=[response.prompt.messages for response in responses],
             completions=[response.text for response in responses],
@@ -52,7 +52,7 @@ class Scorer:
         helpfulness_B, safety_B = (self._by(role, responses, reads_text) for role in ("helpfulness", "safety"))
         scores = Scores(helpfulness_B=helpfulness_B, safety_B=safety_B)
         judge_B = self._by("judge", responses, reads_text) if with_judge else None
-        # Of several processes the first one makes one score of them: a user's function need not say the same twice.
+        # Only the first process combines the scores: a user's function may not be deterministic.
         combined = distributed.broadcast_object(self.combine(scores, answers) if distributed.is_first() else None)
         assert combined is not None, "the first process has combined them"
         return Scored(scores=scores, combined=combined, judge_B=judge_B)
@@ -69,11 +69,11 @@ class Scorer:
         return torch.tensor(distributed.scatter_map(rows, lambda mine: self.bank.scores(role, mine).tolist()))
 
     def _ids(self, response: Response) -> tuple[int, ...]:
-        """Prompt and answer as they were sampled, closed with the space and EOS that every answer of a training pair ends in.
+        """Prompt and answer as sampled, closed with the space and EOS that end every answer of a training pair.
 
-        The policy chooses the last ids itself, and a reward model scores an answer by its last position alone: an ending
-        that training never showed (EOS without the space, a line break before it) gets a score that means nothing, and
-        that PPO would exploit. So all ids at the end that add nothing to the text are replaced by the closing.
+        The policy chooses the last ids itself, and a reward model scores an answer only by its last position: an ending
+        that training never showed (EOS without the space, a line break before it) gets a meaningless score,
+        which PPO would exploit. So all ids at the end that add nothing to the text are replaced by the closing.
         """
         chat_format, ids = self.bank.chat_format, response.ids
         text = chat_format.decode_answer(ids)
@@ -82,7 +82,8 @@ class Scorer:
         return (*response.prompt.ids, *ids, *chat_format.closing_ids)
 
     def _by_text(self, role: "RewardRole", responses: Sequence[Response]) -> Tensor:
-        """By a model with another tokenizer. An answer that it cannot read counts as the worst of the batch."""
+        """Scores by a model with another tokenizer. An answer that it cannot read gets the lowest score of the
+        batch."""
         model = self.bank.reward_model(role)
         rows: list[tuple[int, ...]] = []
         readable: list[int] = []
@@ -90,7 +91,7 @@ class Scorer:
             try:
                 rows.append(model.encode((*response.prompt.messages, Message("assistant", response.text))))
                 readable.append(index)
-            except DialogError:  # nothing said, a tag of the chat format, or too long in its tokens
+            except DialogError:  # empty, with a tag of the chat format, or too long in its tokens
                 continue
         scores_B = torch.zeros(len(responses))
         if rows:
@@ -101,7 +102,7 @@ class Scorer:
 
 
 def longest_prompt(base: "Base", rollout: "Rollout", bank: "RoleBank") -> int:
-    """Tokens of a prompt that leave room for an answer, for the policy and for each reward model, its closing included."""
+    """Tokens of a prompt that leave room for an answer and its closing, for the policy and for each reward model."""
     readable = [bank.reward_model(role).max_tokens for role in REWARD_ROLES if role in bank.roles]
     longest = min([base.max_tokens, *readable]) - rollout.max_new_tokens - len(bank.chat_format.closing_ids)
     if longest < 1:

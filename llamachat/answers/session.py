@@ -47,7 +47,7 @@ class AnswerSession:
         return self.bank.chat_format
 
     def sampling(self, number: int, *, temperature: float | None = None) -> Sampling:
-        """How the batch of this number is sampled; 0 is for held-out prompts. Temperature None is the recipe's."""
+        """The sampling of the batch with this number; 0 is for held-out prompts. Temperature None is the recipe's."""
         rollout = self.inputs.rollout
         return Sampling(
             temperature=rollout.temperature if temperature is None else temperature,
@@ -60,16 +60,16 @@ class AnswerSession:
     def sample(
         self, prompts: Sequence[EncodedPrompt], sampling: Sampling, *, samples_per_prompt: int = 1
     ) -> list[Response]:
-        """The policy's answers to each prompt side by side, in the order of the prompts."""
+        """The policy's answers to each prompt, in the order of the prompts."""
         return sample(self.engine, self.chat_format, prompts, sampling, samples_per_prompt=samples_per_prompt)
 
     def answer_held_out(self, prompts: Sequence[EncodedPrompt]) -> tuple[list[Response], Scored]:
-        """One answer to each prompt, with the same seeds in every evaluation, and the scores, the judge's among them."""
+        """One answer to each prompt, with the same seeds in every evaluation, and all scores, including the judge's."""
         responses = self.sample(prompts, self.sampling(0))
         return responses, self.scorer.score(responses, with_judge=True)
 
     def answer_borderline(self, count: int) -> dict[str, list[Response]]:
-        """Answers, by file, to at most `count` prompts of each of `data.borderline`, which are not scored."""
+        """Answers, by file, to at most `count` prompts of each of `data.borderline`; they are not scored."""
         inputs = self.inputs
         by_file = load_borderline(
             inputs.data,
@@ -83,7 +83,7 @@ class AnswerSession:
         return {name: list(islice(responses, len(of_file))) for name, of_file in by_file.items()}
 
     def refresh(self) -> None:
-        """Give the engine the policy's present weights."""
+        """Give the engine the policy's current weights."""
         self.engine.refresh(self.bank.policy_model())
 
 
@@ -97,11 +97,11 @@ def open_session(
     critic: CriticKind | None = None,
     checkpointing: bool = False,
 ) -> AnswerSession:
-    """Check what can be checked without weights, then load.
+    """Check everything that needs no weights, then load.
 
     `held_out` are the numbers of validation and test prompts; with None no prompts are loaded. With `only_safety` the
-    prompts are those marked is_safety, and the safety model is loaded in any case. Without `scores` no reward model is
-    loaded. With a `critic` the policy can be trained, and a reference is there.
+    prompts are those with is_safety, and the safety model is loaded in any case. Without `scores` no reward model is
+    loaded. With a `critic` the policy can be trained, and a reference is loaded.
     """
     check_room(inputs.base, inputs.rollout)
     also = ("judge", "safety") if only_safety else ("judge",)
@@ -132,7 +132,8 @@ def open_session(
 
 
 def read_by(inputs: StepInputs) -> dict[str, "Artifact | str"]:
-    """What a step that scores reads, as its manifest lists it: policy or base, reward models, and a user's function."""
+    """The inputs of a step that scores, as its manifest lists them: policy or base, reward models, and a user's
+    function."""
     models = named_models(inputs.scoring, inputs.reward_models)
     function = inputs.reward_function
     return sources_of(inputs, {str(role): model for role, model in models.items()}) | (

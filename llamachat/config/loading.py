@@ -1,8 +1,8 @@
-"""Reads a recipe: YAML files, each of which may extend another, then the command line; one report of everything wrong.
+"""Reads a recipe: YAML files, each of which may extend another, then the command line; reports all problems together.
 
-Mappings merge key by key, anything else is replaced whole; for each value it is known which file it came from.
+Mappings merge key by key, any other value is replaced whole; the source file of each value is recorded.
 PyYAML follows YAML 1.1, where `2e-4` is text, `off` is false and `010` is eight. Here numbers, true, false and null
-are those of YAML 1.2's core schema, digits may be grouped (`1_000`), and a key written twice is a problem, not a choice.
+follow YAML 1.2's core schema, digits may be grouped (`1_000`), and a key written twice is an error.
 """
 
 import json
@@ -33,43 +33,43 @@ COMMAND_LINE = "command line"
 
 
 class Layers:
-    """Values and, for each, the name of the layer that it came from."""
+    """Values and, for each one, the name of the layer that it came from."""
 
     def __init__(self, source: str) -> None:
         self.values: dict[str, Any] = {}
         self._sources: dict[Key, str] = {(): source}
 
     def source(self, key: Key) -> str:
-        """The layer that a key came from; of a missing key, that of the section that it is missing from."""
+        """The layer of a key; for a missing key, the layer of the section that lacks it."""
         while key not in self._sources:
             key = key[:-1]
         return self._sources[key]
 
     def add(self, values: Mapping[str, Any], source: str) -> None:
-        """Lay the values of a file over the present ones."""
+        """Merge the values of a file over the present ones."""
         self._lay(self.values, values, source, ())
         self._sources[()] = source
 
     def override(self, text: str) -> ConfigProblem | None:
-        """Lay one `section.key=value` over the present values; the value is YAML, a number in the key a list index."""
+        """Apply one override `section.key=value`; the value is YAML, and a number in the key is a list index."""
         name, equals, value_text = text.partition("=")
         key: Key = tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in name.strip().split("."))
         if not equals or not all(part != "" for part in key):
             return ConfigProblem(
-                COMMAND_LINE, "", f"'{text}' is no override. Write section.key=value, such as run.seed=1."
+                COMMAND_LINE, "", f"'{text}' is not an override. Write section.key=value, such as run.seed=1."
             )
         try:
             value = parse_value(value_text)
         except ValueError as error:
             return ConfigProblem(
-                COMMAND_LINE, dotted(key), f"the value is no YAML: {error}. Put it in quotes: '\"...\"'."
+                COMMAND_LINE, dotted(key), f"the value is not valid YAML: {error}. Put it in quotes: '\"...\"'."
             )
         holder: Any = self.values
         for depth, part in enumerate(key):
             at = dotted(key[:depth])
             if isinstance(holder, list) and (not isinstance(part, int) or part >= len(holder)):
-                have = f"0 to {len(holder) - 1}" if holder else "none, it is empty"
-                text = f"'{at}' is a list with the items {have}; '{part}' is none."
+                have = f"indices 0 to {len(holder) - 1}" if holder else "no items"
+                text = f"'{at}' is a list with {have}; '{part}' is not an index of it."
                 return ConfigProblem(COMMAND_LINE, dotted(key), text)
             if not isinstance(holder, dict | list):
                 text = f"'{at}' is {describe(holder)}, which has no keys under it."
@@ -92,7 +92,8 @@ class Layers:
                 self._set(holder, name, value, source, key)
 
     def _set(self, holder: Any, part: str | int, value: Any, source: str, key: Key) -> None:
-        """Replace a value whole; each key below has its source, since a later layer may replace its neighbours alone."""
+        """Replace a value whole and record the source of each key below it, since a later layer may replace only some
+        of them."""
         for below in [known for known in self._sources if known[: len(key)] == key]:
             del self._sources[below]
         self._sources[key] = source
@@ -102,7 +103,7 @@ class Layers:
 
 
 def merged(below: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of one mapping with those of another laid over them."""
+    """One mapping merged with another, which takes precedence."""
     layers = Layers("")
     layers.add(below, "")
     layers.add(over, "")
@@ -119,8 +120,8 @@ def load_recipe(
 ) -> S:
     """The recipe of a file, fully checked; one ConfigError reports all problems.
 
-    `prepare` may change the raw values first. `more_checks` looks at them for what the types cannot say; what it finds
-    joins the same report.
+    `prepare` may change the raw values first. `more_checks` checks the raw values for what types cannot express; its
+    problems join the same report.
     """
     layers, problems = read_layers(Path(path), overrides)
     if prepare is not None:
@@ -134,7 +135,7 @@ def load_recipe(
 
 
 def texts_in(value: object) -> Iterator[str]:
-    """Every text in plain values: of lists, and of mappings their values."""
+    """Every text in plain values: in lists, and in the values of mappings."""
     if isinstance(value, str):
         yield value
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
@@ -143,19 +144,19 @@ def texts_in(value: object) -> Iterator[str]:
 
 
 def from_plain(schema: type[S], values: dict[str, Any]) -> S:
-    """A section of values that were found free of problems."""
+    """A section from values that are known to be free of problems."""
     return schema.model_validate_json(json.dumps(values), strict=True)
 
 
 def to_yaml(section: Section) -> str:
-    """The section with every value, as a recipe that loads to the same."""
+    """The section with every value, as YAML that loads to the same section."""
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, width=110, allow_unicode=True)
 
 
 def read_layers(path: Path, overrides: Sequence[str]) -> tuple[Layers, list[ConfigProblem]]:
-    """The values of a file over those of the files that it extends, then of the command line; the problems of reading them.
+    """The values of a file and the files that it extends, then of the command line; and the problems in reading them.
 
-    A file that cannot be read leaves no values, and a problem without a key.
+    A file that cannot be read gives no values, and a problem without a key.
     """
     files, problems = _read_chain(path)
     layers = Layers(str(path))
@@ -171,7 +172,7 @@ def read_layers(path: Path, overrides: Sequence[str]) -> tuple[Layers, list[Conf
 
 
 def _read_chain(path: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[ConfigProblem]]:
-    """A file and those that it extends, directly or through others, in that order, with their values."""
+    """A file and the files that it extends, directly or indirectly, in that order, with their values."""
     files: list[tuple[Path, dict[str, Any]]] = []
     problems: list[ConfigProblem] = []
     child, following = None, path
@@ -181,7 +182,7 @@ def _read_chain(path: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[Con
         problems += file_problems
         parent = values.get("extends")
         if parent is not None and not isinstance(parent, str):
-            text = f"found {describe(parent)}, but the name of a recipe file, relative to this file, is required."
+            text = f"found {describe(parent)}, but 'extends' must be the path of a recipe, relative to this file."
             problems.append(ConfigProblem(str(following), "extends", text))
         if not isinstance(parent, str):
             return files, problems
@@ -197,7 +198,7 @@ def _read_chain(path: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[Con
 
 
 def read_text(path: Path) -> str:
-    """The text of a recipe, also of one that comes through a pipe."""
+    """The text of a recipe, which may come through a pipe."""
     return regular_file(path).read_text(encoding="utf-8")
 
 
@@ -207,11 +208,11 @@ def _read(path: Path, *, mentioned_by: Path | None) -> tuple[dict[str, Any], lis
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, FileNotFoundError):
             hint = near_path(str(path))
-            advice = f"Did you mean '{hint}'?" if hint else "Recipes lie in configs/."
+            advice = f"Did you mean '{hint}'?" if hint else "Recipes are in configs/."
             reason = f"the recipe '{path}' does not exist. {advice}"
         else:
             what = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error))
-            reason = f"the recipe '{path}' cannot be read: {what}. Give a YAML file."
+            reason = f"the recipe '{path}' cannot be read: {what}. Pass a YAML file."
         return {}, [
             ConfigProblem(str(mentioned_by), "extends", reason)
             if mentioned_by
@@ -224,7 +225,7 @@ def _read(path: Path, *, mentioned_by: Path | None) -> tuple[dict[str, Any], lis
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader without any of YAML 1.1's readings of plain text."""
+    """PyYAML's safe loader without YAML 1.1's interpretations of plain text."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -244,7 +245,7 @@ _Loader.add_implicit_resolver(
 
 
 def _scalar(loader: yaml.SafeLoader, node: yaml.Node) -> str:
-    return loader.construct_scalar(node)  # pyright: ignore[reportArgumentType]  # it refuses other nodes itself
+    return loader.construct_scalar(node)  # pyright: ignore[reportArgumentType]  # it rejects other nodes itself
 
 
 def _int(loader: yaml.SafeLoader, node: yaml.Node) -> int:
@@ -268,19 +269,19 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 _Loader.add_constructor("tag:yaml.org,2002:bool", _bool)
 
 
-# Of one document, aliases followed: what is more was made to exhaust a reader, or refers to itself.
+# Counted with aliases expanded: a document with more was made to exhaust a reader, or refers to itself.
 _MOST_VALUES, _DEEPEST = 100_000, 50
 _TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))
 
 
 def parse_value(text: str) -> Any:
-    """The value of one override; raises ValueError with the reason when it is no YAML."""
+    """The value of one override; raises a ValueError with the reason if it is not YAML."""
     _, value = _loaded(text)
     return value
 
 
 def _loaded(text: str) -> tuple[yaml.Node | None, Any]:
-    """A document's node, None where it is empty, and its value; raises ValueError with the reason when it is no YAML."""
+    """A document's node (None if it is empty) and its value; raises a ValueError with the reason if it is not YAML."""
     try:
         loader = _Loader(text)
         try:
@@ -297,7 +298,7 @@ def _loaded(text: str) -> tuple[yaml.Node | None, Any]:
         raise ValueError(_TOO_DEEP) from error
 
 
-_TOO_DEEP = f"it is nested deeper than {_DEEPEST} levels, or an alias stands inside of what it refers to"
+_TOO_DEEP = f"it is nested deeper than {_DEEPEST} levels, or an alias is inside the value that it refers to"
 
 
 def _check_nodes(root: yaml.Node) -> None:
@@ -308,34 +309,34 @@ def _check_nodes(root: yaml.Node) -> None:
         if depth > _DEEPEST:
             raise ValueError(_TOO_DEEP)
         if count > _MOST_VALUES:
-            raise ValueError(f"it holds more than {_MOST_VALUES} values, those of its aliases counted")
+            raise ValueError(f"it has more than {_MOST_VALUES} values, including those of its aliases")
         if node.tag not in _TAGS:
             raise yaml.constructor.ConstructorError(
                 None,
                 None,
-                f"found the tag '{node.tag.rpartition(':')[2]}', where only plain values may stand",
+                f"found the tag '{node.tag.rpartition(':')[2]}', but only plain values are allowed",
                 node.start_mark,
             )
         if isinstance(node, yaml.ScalarNode) and (match := NO_TEXT.search(node.value)):
-            reason = f"found U+{ord(match[0]):04X}, which no text holds,"
+            reason = f"found U+{ord(match[0]):04X}, which is not a valid character,"
             raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
         below = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
         waiting += [(part, depth + 1) for part in below] if isinstance(node, yaml.CollectionNode) else []
 
 
 def parse_mapping(text: str, source: str) -> tuple[dict[str, Any], list[ConfigProblem]]:
-    """The values of a whole file, and what is wrong with it as YAML."""
+    """The values of a whole file, and its YAML errors."""
     try:
         node, values = _loaded(text)
     except ValueError as error:
-        return {}, [ConfigProblem(source, "", f"this is no YAML: {error}. Correct the line.")]
+        return {}, [ConfigProblem(source, "", f"invalid YAML: {error}. Fix the line.")]
     if node is None:
         return {}, []
     problems = [ConfigProblem(source, dotted(key), text) for key, text in _duplicates(node)]
     if not isinstance(values, dict):
         kind = "a list" if isinstance(values, list) else "a single value"
         return {}, [
-            ConfigProblem(source, "", f"the file holds {kind}, but a recipe is a mapping: write 'section: ...'.")
+            ConfigProblem(source, "", f"the file contains {kind}, but a recipe is a mapping: write 'section: ...'.")
         ]
     return values, problems
 
@@ -343,7 +344,7 @@ def parse_mapping(text: str, source: str) -> tuple[dict[str, Any], list[ConfigPr
 def _reason(error: Exception, text: str) -> str:
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
-        return f"a control character (U+{error.character:04X}) stands in line {line}"
+        return f"a control character (U+{error.character:04X}) in line {line}"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
@@ -362,7 +363,7 @@ def _duplicates(node: yaml.Node, at: Key = (), seen: frozenset[int] = frozenset(
         for key_node, value_node in node.value:
             name, line = str(key_node.value), key_node.start_mark.line + 1
             if name in lines:
-                yield (*at, name), f"written twice, in lines {lines[name]} and {line}. A key has one value: keep one."
+                yield (*at, name), f"written twice, in lines {lines[name]} and {line}. Keep one of them."
             lines[name] = line
             yield from _duplicates(value_node, (*at, name), seen)
 

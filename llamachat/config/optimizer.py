@@ -1,6 +1,7 @@
-"""The keys that trainings through a TRL trainer share: AdamW, its schedule, memory, hours, further arguments of TRL.
+"""The keys shared by trainings with a TRL trainer: AdamW, its schedule, memory, hours, and further arguments of TRL.
 
-Further arguments pass to the trainer as they are: names are checked, ours are refused, a value's type is left to TRL.
+Further arguments are passed to the trainer unchanged: their names are checked, ours are rejected, types are left to
+TRL.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from pydantic import Field
 
 from llamachat.config.section import Section, nearest, operational, unless_null
 
-# Arguments of TRL's configurations, by the key of ours that sets them; None: nothing but our code does.
+# Arguments of TRL's configurations, with the key of ours that sets each; None: only our code sets it.
 _SHARED: dict[str, str | None] = {
     "output_dir": "run.dir",
     "run_name": "run.dir",
@@ -49,7 +50,7 @@ _SHARED: dict[str, str | None] = {
     "do_predict": None,
     "auto_find_batch_size": None,
 }
-# The same by the key of a section of this kind.
+# The same, by the key of a section of this kind.
 _OWNED: dict[str, str | None] = {
     "num_train_epochs": "epochs",
     "max_steps": "epochs",
@@ -80,7 +81,7 @@ _OWNED: dict[str, str | None] = {
 
 
 def owned_arguments(section: str) -> dict[str, str | None]:
-    """The arguments of TRL that a section's `trainer` may not hold, with the key that sets each."""
+    """The arguments of TRL that a section's `trainer` must not contain, with the key that sets each."""
     return _SHARED | {name: key and f"{section}.{key}" for name, key in _OWNED.items()}
 
 
@@ -88,7 +89,7 @@ def owned_arguments(section: str) -> dict[str, str | None]:
 class TrainerArguments:
     """The field holds further arguments of a TRL configuration class such as SFTConfig.
 
-    `owned` maps an argument to the key of ours that sets it, or to None where nothing but our code does.
+    `owned` maps an argument to the key of ours that sets it, or to None if only our code does.
     """
 
     class_name: str
@@ -103,36 +104,38 @@ class TrainerArguments:
             if key is not None:
                 yield (
                     (name,),
-                    f"this argument of TRL has a key of ours, and one thing is set in one place. Set '{key}'.",
+                    f"this argument of TRL is set by a key of the recipe. Set '{key}' instead.",
                 )
             elif name in self.owned:
-                yield (name,), "this argument of TRL cannot be chosen: llamachat sets it itself. Remove it."
+                yield (name,), "llamachat sets this argument of TRL itself. Remove it."
             elif name not in known:
                 near = nearest(name, known)
                 near = (self.owned.get(near) or near) if near else None
-                advice = f"Did you mean '{near}'?" if near else "Its names are those of the installed TRL."
+                advice = f"Did you mean '{near}'?" if near else "The names are those of the installed TRL."
                 yield (name,), f"TRL's {self.class_name} has no argument of this name. {advice}"
 
 
 def argument_names(class_name: str) -> frozenset[str]:
-    """Names that TRL's class takes; imports TRL, which takes seconds, so this is for recipes that set `trainer` alone."""
+    """Argument names of TRL's class; imports TRL, which takes seconds, so it is called only for recipes that set
+    `trainer`."""
     import trl
 
     return frozenset(field.name for field in dataclasses.fields(getattr(trl, class_name)) if field.init)
 
 
 class OptimizerSection(Section):
-    """AdamW over fp32 master weights, and how a training runs. A stage restates what the paper says of it alone."""
+    """AdamW with fp32 master weights, and the course of a training. A stage overrides only what the paper says about
+    it."""
 
-    learning_rate: float = Field(gt=0, description="Peak rate of AdamW.")
+    learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="How the rate falls after warm-up."
+        default="cosine", description="How the learning rate falls after warm-up."
     )
     warmup_fraction: float = Field(
-        default=0.03, ge=0, lt=1, description="Share of the optimizer steps with a rising rate."
+        default=0.03, ge=0, lt=1, description="Share of the optimizer steps in which the learning rate warms up."
     )
     weight_decay: float = Field(
-        default=0.1, ge=0, description="Decay of matrices; norms do not decay. Llama 2 section 2.2: 0.1."
+        default=0.1, ge=0, description="Weight decay of matrices; norms do not decay. Llama 2 section 2.2: 0.1."
     )
     adam_beta1: float = Field(
         default=0.9,
@@ -153,15 +156,15 @@ class OptimizerSection(Section):
     )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
         default="adamw",
-        description="adamw_8bit holds the moments in 8 bits, paged_adamw_8bit also moves them to the host where the GPU is full (both need a GPU). Masters stay fp32. Ours.",
+        description="adamw_8bit stores the moments in 8 bits, paged_adamw_8bit also moves them to the host when the GPU is full (both need a GPU). Master weights stay fp32. Ours.",
     )
     max_grad_norm: float = Field(
-        default=1.0, gt=0, description="Gradient norm is clipped to this. Llama 2 section 2.2: 1.0."
+        default=1.0, gt=0, description="Maximum gradient norm; larger gradients are clipped. Llama 2 section 2.2: 1.0."
     )
     gradient_checkpointing: bool = operational(
-        False, description="Recompute activations in the backward pass: about a third slower, far less memory."
+        False, description="Recompute activations in the backward pass: about a third slower, with far less memory."
     )
     max_hours: Annotated[float, Field(gt=0)] | None = unless_null(
-        description="Time budget of the training in hours, over all its starts; the weights with the lowest held-out loss are published then. null: no limit. Ours."
+        description="Time budget of the training in hours, summed over restarts; when it is used up, the weights with the lowest held-out loss are published. null: no limit. Ours."
     )
-    trainer: dict[str, Any] = Field(default_factory=dict, description="Further arguments of TRL, by its names.")
+    trainer: dict[str, Any] = Field(default_factory=dict, description="Further arguments of TRL, under TRL's names.")

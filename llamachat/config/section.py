@@ -1,8 +1,8 @@
-"""The parent of every configuration section, and what is wrong with values that are to become one.
+"""The base class of every configuration section, and the problems of values that are to become one.
 
-A section is frozen, and a key that it does not know is an error. An identity key decides what a step makes and is part of
-its fingerprint. An operational key (micro-batch sizes, cadences, tracking, folders) decides only how, and may change
-between a kill and the next start. A problem names its place and what to do: `file: section.key: what, and what to do`.
+A section is frozen, and an unknown key is an error. An identity key decides what a step makes and is part of
+its fingerprint. An operational key (micro-batch sizes, intervals, tracking, folders) only decides how, and may change
+between a kill and the next start. A problem names its place and the fix: `file: section.key: problem, and fix`.
 """
 
 import difflib
@@ -20,26 +20,28 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from llamachat.errors import ConfigError
+from llamachat.tables import plural
 
 
 class Section(BaseModel):
-    """A frozen group of settings with a description for each."""
+    """A frozen group of settings, each with a description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=False)
 
     unknown_keys: ClassVar[Mapping[str, str]] = {}
-    """What to say about a key that is unknown here, where the nearest known key would not help: key -> text."""
+    """The message for an unknown key where the nearest known key would not help: key -> text."""
     key_word: ClassVar[str] = "key"
-    """What a key stands for, in the words for an unknown one."""
+    """What a key represents, as the message about an unknown key calls it."""
 
 
 def operational(default: Any = ..., **field_arguments: Any) -> Any:
-    """A field that is no part of a step's fingerprint; takes what pydantic's `Field` takes."""
+    """A field that is not part of a step's fingerprint; takes the arguments of pydantic's `Field`."""
     return Field(default, json_schema_extra={"operational": True}, **field_arguments)
 
 
 def unless_null(**field_arguments: Any) -> Any:
-    """A field that is null where it is not set, and then no part of a fingerprint: finished steps stay done without it."""
+    """A field that is null if unset, and then not part of a fingerprint: steps finished before it existed stay
+    valid."""
     return Field(default=None, json_schema_extra={"unless_null": True}, **field_arguments)
 
 
@@ -74,7 +76,7 @@ Key = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class ConfigProblem:
-    """One problem of a recipe: the file (or "command line") it came from, the dotted key, and the text."""
+    """One problem of a recipe: its file (or "command line"), the dotted key, and the text."""
 
     source: str
     key: str
@@ -86,30 +88,30 @@ class ConfigProblem:
 
 @runtime_checkable
 class Check(Protocol):
-    """A mark in a field's `Annotated[...]` that looks at the raw value before, and whatever, the types say."""
+    """A mark in a field's `Annotated[...]` that checks the raw value before the types do, and even if they fail."""
 
     def problems(self, value: object) -> Iterable[tuple[Key, str]]:
-        """Pairs of a key under the field (often empty) and a text."""
+        """Pairs of a key below the field (often empty) and a text."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TextCheck:
-    """A check of text, by a function that returns what is wrong with it, or None."""
+    """A check of text, by a function that returns the problem, or None."""
 
     fault: Callable[[str], str | None]
 
     def problems(self, value: object) -> Iterator[tuple[Key, str]]:
         try:
             text = self.fault(from_home(value)) if isinstance(value, str) else None
-        except OSError as error:  # a name longer than the file system's
-            text = f"it cannot be opened ({error.strerror or error}). Name another"
+        except OSError as error:  # a name longer than the file system allows
+            text = f"it cannot be opened ({error.strerror or error}). Choose another"
         if text:
             yield (), text
 
 
 def from_home(text: str) -> str:
-    """The path with `~` as the home folder; where no home is known, as it is."""
+    """The path with `~` expanded to the home folder; unchanged if no home folder is known."""
     if not text.startswith("~"):
         return text
     try:
@@ -125,32 +127,32 @@ def _usable_path(text: str) -> str:
     """A path as written in a recipe, with `~` expanded."""
     path = from_home(text)
     if path.startswith("~") and not os.path.lexists(path):
-        raise ValueError(f"no home folder is known for '{path.partition('/')[0]}'. Write the whole path")
+        raise ValueError(f"no home folder is known for '{path.partition('/')[0]}'. Write the full path")
     if NO_TEXT.search(path):
-        raise ValueError("a path holds no NUL, and is UTF-8 text. Rename the file or folder")
+        raise ValueError("a path must be UTF-8 text without NUL. Rename the file or folder")
     return path
 
 
 LocalPath = Annotated[str, AfterValidator(_usable_path)]
-"""A path of this machine in a recipe; `~` is the home folder."""
+"""A local path in a recipe; `~` is the home folder."""
 
 
 def dotted(key: Key) -> str:
-    """The key as one writes it on the command line."""
+    """The key as it is written on the command line."""
     return ".".join(str(part) for part in key)
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The name most like another one, if any is like it at all."""
+    """The name most similar to another one, if any is similar enough."""
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)), None)
 
 
 def raise_all(problems: Sequence[ConfigProblem]) -> None:
-    """One ConfigError that reports every problem; nothing when there is none."""
+    """Raise one ConfigError that reports every problem; do nothing if there is none."""
     if not problems:
         return
     lines = list(dict.fromkeys(str(problem) for problem in problems))
-    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    count = plural(len(lines), "problem")
     raise ConfigError("\n".join([f"The configuration has {count}:", *(f"  {line}" for line in lines)]))
 
 
@@ -162,9 +164,10 @@ def section_problems(
     at: Key = (),
     root: type[Section] | None = None,
 ) -> list[ConfigProblem]:
-    """Everything that keeps the values from being the section: types, ranges, unknown and missing keys, missing files.
+    """Everything that prevents the values from being the section: types, ranges, unknown and missing keys, missing
+    files.
 
-    `at` is where the section lies in the recipe, `source` the file that a key came from, and `root` the whole
+    `at` is the section's place in the recipe, `source` gives the file that a key came from, and `root` is the whole
     recipe's schema, whose other sections are searched for a misplaced key.
     """
     problems = [
@@ -182,13 +185,13 @@ def _type_problems(
     schema: type[Section], values: Mapping[str, Any], root: type[Section] | None
 ) -> Iterator[tuple[Key, str]]:
     try:
-        # Strict, through JSON: a list may become a tuple there, but "5" never becomes 5, nor 1 true.
+        # Strict, through JSON: a list may become a tuple, but "5" never becomes 5, nor 1 true.
         schema.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         grouped: dict[Key, list[ErrorDetails]] = {}
         for details in error.errors(include_url=False):
             if details["type"] == "too_short" and len(details["input"]) >= details.get("ctx", {})["min_length"]:
-                continue  # wrong items are not counted, and have their own problems
+                continue  # invalid items are not counted, and have their own problems
             key = tuple(part for part, *_ in _path(schema, details["loc"]))
             grouped.setdefault(key, []).append(details)
         for key, group in grouped.items():
@@ -201,7 +204,7 @@ def _explain(
     kinds = {details["type"] for details in group}
     if kinds == {"missing"}:
         for missing, field in _required_leaves(schema, key):
-            where = f"Write it in the recipe, or give {dotted(missing)}=VALUE on the command line"
+            where = f"Write it in the recipe, or pass {dotted(missing)}=VALUE on the command line"
             yield missing, f"missing, but required. {_meaning(field)} {where}."
     elif kinds == {"extra_forbidden"}:
         yield key, _unknown_key(schema, key, root or schema)
@@ -224,7 +227,7 @@ def _explain(
 
 
 def describe(value: object) -> str:
-    """A value in words, for "found ..."."""
+    """A description of a value, for "found ..."."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):
@@ -237,7 +240,7 @@ def describe(value: object) -> str:
     if isinstance(value, Mapping):
         return f"a mapping with the keys {', '.join(map(str, value))}" if value else "an empty mapping"
     if isinstance(value, Sequence):
-        return f"a list of {len(value)}" if value else "an empty list"
+        return f"a list of length {len(value)}" if value else "an empty list"
     return repr(value)
 
 
@@ -250,7 +253,7 @@ _REQUIRED = {
     "string_type": "text",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
-    "too_short": "a list of at least {min_length}",
+    "too_short": "a list with at least {min_length} items",
     "tuple_type": "a list",
     "list_type": "a list",
     "dict_type": "a mapping",
@@ -290,7 +293,7 @@ def _unknown_key(schema: type[Section], key: Key, root: type[Section]) -> str:
 
 
 def all_keys(schema: type[Section], at: str = "") -> Iterator[str]:
-    """Dotted key of every field that is not itself a section, lists of sections aside."""
+    """Dotted key of every field that is not itself a section, without lists of sections."""
     for name, field in schema.model_fields.items():
         below = _section_of(field.annotation)
         if below is not None and get_origin(field.annotation) is not tuple:
@@ -300,7 +303,7 @@ def all_keys(schema: type[Section], at: str = "") -> Iterator[str]:
 
 
 def _fields(schema: type[Section], values: object, at: Key = ()) -> Iterator[tuple[Key, FieldInfo, Any]]:
-    """Every known field that the values hold, at any depth, whatever their types."""
+    """Every known field in the values, at any depth, whatever their types."""
     if not isinstance(values, Mapping):
         return
     for name, field in schema.model_fields.items():
@@ -315,7 +318,8 @@ def _fields(schema: type[Section], values: object, at: Key = ()) -> Iterator[tup
 
 
 def _path(schema: type[Section], loc: Sequence[int | str]) -> Iterator[tuple[int | str, Any, FieldInfo | None]]:
-    """Each part of a pydantic location that names a field or an item, its section and its field; union tags are left out."""
+    """Each part of a pydantic location that names a field or an item, with its section and field; union tags are
+    skipped."""
     annotation: Any = schema
     owner, field = schema, None
     for part in loc:
@@ -340,7 +344,7 @@ def _without_none(annotation: Any) -> Any:
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
-    """The section that a field is, or that a field lists."""
+    """The section that a field is, or that a field is a list of."""
     annotation = _without_none(annotation)
     if get_origin(annotation) in (tuple, list):
         annotation = get_args(annotation)[0]
@@ -351,7 +355,8 @@ def _section_of(annotation: Any) -> type[Section] | None:
 
 
 def _form(annotation: Any) -> Any:
-    """What a model's values are checked as, where it says so in `form`, since they may be written in several ways."""
+    """The type against which a model's values are checked; a model whose values have several spellings defines it in
+    `form`."""
     return getattr(annotation, "form", annotation)
 
 
@@ -361,7 +366,7 @@ def _owner_and_field(schema: type[Section], key: Key) -> tuple[type[Section], Fi
 
 
 def _required_leaves(schema: type[Section], key: Key) -> Iterator[tuple[Key, FieldInfo | None]]:
-    """The missing key, or where a whole section is missing, the keys that it cannot do without."""
+    """The missing key, or if a whole section is missing, the required keys in it."""
     _, field = _owner_and_field(schema, key)
     below = _section_of(field.annotation) if field else None
     if below is None or field is None or get_origin(field.annotation) in (tuple, list):

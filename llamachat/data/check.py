@@ -1,8 +1,9 @@
-"""`llamachat data check`: what is wrong with the lines of a file, by field, reason and fix, and what the good ones hold.
+"""`llamachat data check`: what is wrong with the lines of a file, by field, reason and fix, and what the good ones
+hold.
 
 Reads the file once, line by line, and writes nothing. Equal problems of several lines are one line of the report. Where
-`llamachat data convert` repairs the first line that has a problem, the problem's fix names it. Warnings (repeated records,
-keys that nothing reads) do not change the exit status; with problems it is 2.
+`llamachat data convert` repairs the first line that has a problem, the problem's fix names it. Warnings (repeated
+records, keys that nothing reads) do not change the exit status; with problems it is 2.
 """
 
 import re
@@ -35,6 +36,7 @@ from llamachat.data.problems import (
     shown_name,
 )
 from llamachat.data.records import REQUIRED, Kind, Preference, Prompt, Record, Row, digest_of, messages_of, nearest_key
+from llamachat.tables import plural
 
 _TEXT_NAMES = {"system": "system text", "user": "user turn", "assistant": "answer"}
 
@@ -130,7 +132,7 @@ class CheckReport:
         kinds = f"{self.kind}s" if self.kind else "records"
         if not self.num_records and all(not one.line for one in self.problems):
             return  # the problem of the file as a whole says all
-        bad = f"{self.num_bad_lines} bad line{'' if self.num_bad_lines == 1 else 's'}"
+        bad = plural(self.num_bad_lines, "bad line")
         yield f"{self.path}: {self.num_records} good {kinds}, {bad}, {self.num_duplicates} repeated"
         if self.num_empty:
             yield f"  rows of a known set without a record: {self.num_empty}"
@@ -146,7 +148,7 @@ class CheckReport:
         if self._spread is not None:
             yield f"  sides by the default data.split: {side_sizes(Counter(self._spread.sides))}"
             if self._spread.num_alike:
-                yield f"  {self._spread.num_alike} conversations open as many others do; what the user says next decides on their side"
+                yield f"  {self._spread.num_alike} conversations begin like many others; the user's next turn decides on their split"
         if self.num_records and self.limit is None:
             yield "  tokens: not counted (`--config RECIPE` counts them and compares them with base.max_tokens)"
 

@@ -1,11 +1,11 @@
 """Records of one kind from the sources of a recipe: read, checked, split by conversation, mixed by weight.
 
-Reads JSON Lines, parquet and hub sets, in our own form or that of a known data set (`llamachat.data.sources`). A record that
-breaks the rules stops the reading with every bad line of its file named, or is dropped and counted by reason; which of
-the two is the source's `on_bad_record`. A fault of the file itself always stops it.
+Reads JSON Lines, parquet and hub sets, in our own form or that of a known data set (`llamachat.data.sources`). A
+record that breaks the rules stops the reading with every bad line of its file named, or is dropped and counted by
+reason; which of the two is the source's `on_bad_record`. A fault of the file itself always stops it.
 Which side of the split a conversation is on follows from a hash of its first user turn, the same in every step: two
-conversations that open alike are on one side. Where many conversations of a source open alike ("hi", "/start"), that turn
-decides nothing, and the next one does: a conversation without the greeting is on the same side as with it.
+conversations that open alike are on one side. Where many conversations of a source open alike ("hi", "/start"), that
+turn decides nothing, and the next one does: a conversation without the greeting is on the same side as with it.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from random import Random
@@ -44,6 +45,7 @@ from llamachat.data.records import (
 from llamachat.data.sources import SOURCES, Source
 from llamachat.data.sources.source import CHOICE_FIX, choice_of, fitting_sources, gathered
 from llamachat.errors import DataError
+from llamachat.tables import plural
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +81,15 @@ class Mixture(Generic[R]):
 
 
 def fraction(text: str, *, salt: str = "split") -> float:
-    """A number in [0, 1) that depends on the stripped text and the salt alone (SHA-256, so the same on every machine)."""
+    """A number in [0, 1) that depends on the stripped text and the salt alone (SHA-256, so the same on every
+    machine)."""
     digest = hashlib.sha256(f"{salt}\n{text.strip()}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def split_of(position: float, split: Split) -> SplitName:
-    """The side of a conversation by the `fraction` of the turn that decides: from 0 up test, validation, judge, train."""
+    """The side of a conversation by the `fraction` of the turn that decides: from 0 up test, validation, judge,
+    train."""
     if position < split.test:
         return "test"
     if position < split.test + split.validation:
@@ -98,7 +102,8 @@ Turn = tuple[int, float]
 
 
 def user_turns(record: Record) -> tuple[Turn, ...]:
-    """What may decide on a record's side: its first user turns one after the other, last all of its user turns as one."""
+    """What may decide on a record's side: its first user turns one after the other, last all of its user turns as
+    one."""
     texts = [message.content.strip() for message in messages_of(record) if message.role == "user"]
     return tuple((hash(text.casefold()), fraction(text)) for text in (*texts[:_TURNS_LOOKED_AT], "\n".join(texts)))
 
@@ -211,8 +216,14 @@ def load_mixture(
         raise DataError("\n".join(errors))
     if sources:
         more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
-        log.info("%s%s: split into %s", sources[0].path, more, side_sizes(counts))
+        _log_once(f"{sources[0].path}{more}: split into {side_sizes(counts)}")
     return Mixture(**{side: mix(of_side, seed) for side, of_side in parts.items()}, dropped=dict(dropped))
+
+
+@lru_cache(maxsize=64)
+def _log_once(text: str) -> None:
+    """Log a line that several mixtures of one command share only the first time."""
+    log.info("%s", text)
 
 
 def read_records(source: DataSource | Path | str, record: type[R], *, forbidden: Sequence[str] = ()) -> list[R]:
@@ -280,9 +291,9 @@ def _refusal(path: str, problems: Sequence[Problem], good: int) -> str:
     if all(fault.field == "file" for fault in problems):
         return report(problems, path)
     lines = len({fault.line for fault in problems})
-    what = "1 record breaks" if lines == 1 else f"{lines} records break"
+    verb = "breaks" if lines == 1 else "break"
     return (
-        f"{path}: {what} the rules, {good} keep them. None is skipped in silence: correct them, or leave them out with "
+        f"{path}: {plural(lines, 'record')} {verb} the rules, {good} keep them. None is skipped silently: correct them, or drop them with "
         f"the source's `on_bad_record: drop`, which counts them.\n{report(problems, path)}"
     )
 

@@ -19,6 +19,7 @@ from llamachat.data.packing import epoch_order
 from llamachat.data.problems import left_out
 from llamachat.data.records import Prompt
 from llamachat.errors import ConfigError, DataError
+from llamachat.tables import plural
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def load_prompts(
                 wanted, chat_format, is_safety=is_safety, system=system, max_tokens=max_tokens, dropped=dropped
             )
     for reason, count in sorted(dropped.items()):
-        log.warning("%d prompts: %s", count, reason)
+        log.warning("%s: %s", plural(count, "prompt"), reason)
     for side, share in (("train", "data.split"), ("validation", "data.split.validation"), ("test", "data.split.test")):
         if not sides[side]:
             what, key = ("prompt", "data.prompts")
@@ -108,7 +109,7 @@ def load_prompts(
                 what, key = "adversarial prompt (under data.adversarial, or marked is_safety)", "data.adversarial"
             raise DataError(
                 f"{key}: no {what} of at most {max_tokens} tokens is left on "
-                f"the {side} side{left_out(dropped)}. A policy learns on one side, is watched on the second and judged on the third. Add prompts, "
+                f"the {side} split{left_out(dropped)}. Training, validation and test each need prompts. Add some, "
                 f"or change {share}."
             )
     validation, test = (_chosen(sides[side], size) for side, size in zip(("validation", "test"), held_out, strict=True))

@@ -25,7 +25,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{index}: cannot be understood ({first_line(error)}). It says which files hold the weights. Fetch it again."
+            f"{index}: cannot be read ({first_line(error)}). It lists the files with the weights. Download it again."
         ) from error
 
 
@@ -66,6 +66,4 @@ def check_safetensors(file: Path) -> None:
 
 
 def _broken(file: Path, problem: str) -> ConfigError:
-    return ConfigError(
-        f"{file}: {problem}. A download or a copy that broke off leaves such a file. Fetch it again, whole."
-    )
+    return ConfigError(f"{file}: {problem}. An interrupted download or copy leaves such a file. Fetch it again.")

@@ -38,7 +38,7 @@ def tokenizer_folder(location: str) -> Path:
     except Exception as error:  # the library lets its network layers' own errors through
         reach = unreached(name, error)
         raise ConfigError(
-            f"base.model: the tokenizer of '{location}' cannot be fetched: {reach.reason}. It is checked before any "
+            f"base.model: the tokenizer of '{location}' cannot be downloaded: {reach.reason}. It is checked before any "
             f"weights are loaded. {reach.fix}"
         ) from error
     if folder.parent.name == "snapshots":  # of the hub's cache, where folders have the names of commits
@@ -79,7 +79,7 @@ def require_llama(folder: Path, name: str) -> None:
     if model_type is not None and model_type != "llama":
         raise ConfigError(
             f"base.model: '{name}' has the architecture '{model_type}', but chat format and adapters are those of Llama "
-            f"models. Take another base. {BASES_THAT_WORK}"
+            f"models. Use another base. {BASES_THAT_WORK}"
         )
 
 
@@ -148,7 +148,7 @@ def _gated(name: str, kind: str) -> Reach:
     from huggingface_hub import get_token
 
     page = f"https://huggingface.co/{kind}{name}"
-    ungated = "" if kind else f" Or take a base that is not gated: {UNGATED}."
+    ungated = "" if kind else f" Or use a base that is not gated: {UNGATED}."
     if get_token() is None:
         reason = f"'{name}' is gated and no token is on this machine"
         way = f"Accept its licence on {page}, then log in with `hf auth login`."

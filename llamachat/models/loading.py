@@ -72,7 +72,8 @@ def load_base(
     device: str = "cpu",
     is_nf4: bool = False,
 ) -> "LlamaForCausalLM":
-    """The model that `base` names, or the one of the same family in `source`, ready for training; in 4 bits with `is_nf4`."""
+    """The model that `base` names, or the one of the same family in `source`, ready for training; in 4 bits with
+    `is_nf4`."""
     location = find_model(str(source or base.model), where="base.model")
     config = load_config(location, where="base.model")
     scale_rope(config, base.rope_scaling, max_tokens=base.max_tokens)
@@ -121,8 +122,8 @@ def load_adapter(model: "LlamaForCausalLM | ScoringLlama", folder: Path, *, is_t
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        # The folder's own note of its base is not followed: what is loaded is what the caller gives. PEFT would go by way
-        # of the first GPU, whichever the model lies on.
+        # The folder's own note of its base is not followed: what is loaded is what the caller gives. PEFT would go by
+        # way of the first GPU, whichever the model lies on.
         adapted = PeftModel.from_pretrained(
             model,
             str(folder),
@@ -151,7 +152,8 @@ def save_policy(
 
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        # "auto" would ask the hub whether the base's vocabulary has changed. Adapters of other roles are not the policy.
+        # "auto" would ask the hub whether the base's vocabulary has changed. Adapters of other roles are not the
+        # policy.
         model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=[ONLY_ADAPTER])
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
         # PEFT writes sets in the order of their hashes, which differs from run to run.
@@ -204,7 +206,8 @@ def load_policy(
 ) -> Policy:
     """The policy of an artifact, fully tuned or base and adapter, or a plain Llama model of a folder or the hub.
 
-    `dtype` auto is the one that it was saved in. A plain model reads dialogs in the Llama 2 format, in all its positions.
+    `dtype` auto is the one that it was saved in. A plain model reads dialogs in the Llama 2 format, in all its
+    positions.
     """
     if is_plain_model(path):
         chat_format, _ = load_proved_format(tokenizer_folder(from_home(str(path))))
@@ -267,7 +270,7 @@ def find_model(name: str, *, where: str, near: Path | None = None, may_be_hub: b
         return name
     looked = "" if len(candidates) == 1 else " and in the folders above the artifact"
     raise (ConfigError if near is None else ArtifactError)(
-        f"{where}: there is no folder '{name}' (looked in {Path.cwd()}{looked}). A base is a folder with config.json "
+        f"{where}: no folder '{name}' (searched in {Path.cwd()}{looked}). A base is a folder with config.json "
         "and *.safetensors, or a hub name (owner/model). Correct the path; it is relative to the working directory."
     )
 
@@ -317,12 +320,13 @@ def find_trunk(artifact: Artifact, details: Mapping[str, Any]) -> tuple[str, str
 def check_trunk(
     trunk: "LlamaForCausalLM | ScoringLlama", artifact: Artifact, details: Mapping[str, Any], *, where: str
 ) -> None:
-    """Refuse a trunk with another digest than the one under which the adapter was trained; in its number format alone."""
+    """Refuse a trunk with another digest than the one under which the adapter was trained; in its number format
+    alone."""
     is_comparable = details["method"] == "qlora" or trunk.dtype == adapter_dtype(artifact.path)
     if is_comparable and _sampled_digest(trunk) != details["trunk"]:
         raise ArtifactError(
-            f"{where}: '{trunk.name_or_path}' holds other weights than the adapter was trained on. On another model an "
-            "adapter gives wrong answers and scores without a sign. Put the model back that it was trained on, or train it "
+            f"{where}: '{trunk.name_or_path}' has other weights than those that the adapter was trained on. On another model an "
+            "adapter silently gives wrong answers and scores. Restore the model that it was trained on, or train it "
             "again."
         )
 
@@ -337,12 +341,12 @@ def load_config(location: str, *, where: str) -> "LlamaConfig":
         raise ConfigError(
             f"{where}: '{location}' has no readable config.json ({first_line(error)}). A base is a model folder or a "
             "hub name. Correct the name; for a gated model such as Llama 2, accept its licence on its page and log in "
-            "with `hf auth login`; without a network, copy the model here and give its folder."
+            "with `hf auth login`; without a network, copy the model to this machine and name its folder."
         ) from error
     if not isinstance(config, LlamaConfig) or config.model_type != "llama":
         raise ConfigError(
             f"{where}: '{location}' has the architecture '{config.model_type}', but chat format and adapters are those "
-            f"of Llama models. Take another base. {BASES_THAT_WORK}"
+            f"of Llama models. Use another base. {BASES_THAT_WORK}"
         )
     return config
 
@@ -399,7 +403,8 @@ def load_llama(
         source = trunk_digest(nf4.model_folder(location), values_per_weight=VALUES_PER_WEIGHT)
         nf4.remember_source(model, source)
     model.config.use_cache = False
-    # A config may call EOS the pad, whose row of the embedding would then never be trained. Our padding has no gradient.
+    # A config may call EOS the pad, whose row of the embedding would then never be trained. Our padding has no
+    # gradient.
     model.get_input_embeddings().padding_idx = None
     # What a checkpoint suggests for sampling is not ours, and some suggestions cannot even be saved again.
     # `write_tokenizer` writes the tokenizer's own ids where the model is published.
@@ -419,7 +424,7 @@ def _check_weights(report: Mapping[str, Any], location: str, may_lack: Collectio
     unused = sorted(key for key in report["unexpected_keys"] if key.startswith("model.") and not key.endswith(COMPUTED))
     if unused:
         log.warning(
-            "warning: base: '%s' holds %d weights that its config.json has no place for (%s, ...); they are left unused.",
+            "warning: base: '%s' holds %d weights that do not belong to its config.json (%s, ...); they are ignored.",
             location,
             len(unused),
             unused[0],
@@ -459,8 +464,8 @@ def _known_targets(targets: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' table of weights, which we check, and from here on without its progress bars, which would run
-    across ours: a step loads a model before it saves one."""
+    """Without transformers' table of weights, which we check, and from here on without its progress bars, which would
+    run across ours: a step loads a model before it saves one."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -526,7 +531,7 @@ def _check_device(name: str) -> None:
         torch.empty(1, device=name).cpu()
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"--device: '{name}' is no device that PyTorch can use here ({first_line(error)}). Models are loaded to it."
+            f"--device: '{name}' is not a device that PyTorch can use here ({first_line(error)}). Models are loaded to it."
             " Write auto, cpu, or cuda:N."
         ) from error
 
@@ -537,8 +542,8 @@ def gpus() -> list[int]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device to use: on a GPU what nothing holds, up to the share of the card that plans give to tensors; on a
-    CPU what the system can give without swapping.
+    """Memory of the device to use: on a GPU what nothing holds, up to the share of the card that plans give to
+    tensors; on a CPU what the system can give without swapping.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

@@ -80,13 +80,15 @@ def open_roles(
     device: str = "auto",
     checkpointing: bool = False,
 ) -> RoleBank:
-    """A bank with a policy, a reference, a critic and these reward models: artifacts, folders or hub names; may be none.
+    """A bank with a policy, a reference, a critic and these reward models: artifacts, folders or hub names; may be
+    none.
 
     Policy None starts from the base. A separate critic starts from the helpfulness model, else from the safety
     model, else from the policy with a head of zeros; a shared one from the policy with a head of zeros, since a reward
-    model's head means nothing on the policy's states. The judge has no part in training. With "none" the policy is trained without one. With critic None nothing is trained: there are the
-    policy and the reward models alone, without reference. `seed` draws what is new. The log says which reward models
-    share the trunk, and the bytes of those that do not.
+    model's head means nothing on the policy's states. The judge has no part in training. With "none" the policy is
+    trained without one. With critic None nothing is trained: there are the policy and the reward models alone, without
+    reference. `seed` draws what is new. The log says which reward models share the trunk, and the bytes of those that
+    do not.
     """
     opening = _Opening(base, tuning, seed, device_of(device), *proved_start(base, tuning, policy))
     opening.place_policy(policy, with_reference=critic is not None)
@@ -292,7 +294,7 @@ class _Opening:
             self.other_vocabulary.add(role)
         loaded_bytes = sum(weight.nbytes for weight in root.parameters())
         log.debug(
-            "%s: %s has a base of its own, which is loaded in addition: %.2f GiB",
+            "%s: %s has its own base, which is loaded separately: %.2f GiB",
             role,
             loaded.name,
             loaded_bytes / 2**30,

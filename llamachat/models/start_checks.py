@@ -34,8 +34,8 @@ def proved_start(base: Base, tuning: Tuning, policy: Artifact | None) -> tuple[s
         )
     if base.dtype == "float16":
         raise ConfigError(
-            "base.dtype: float16. Its gradients would need loss scaling, which is not done here: those under 6e-8 become 0,"
-            " and the training learns less without an error. Set base.dtype to bfloat16, or to float32 on a card without it."
+            "base.dtype: float16. Its gradients would need loss scaling, which is not implemented: gradients below 6e-8 become 0,"
+            " and training silently gets worse. Set base.dtype to bfloat16, or to float32 on a card without it."
         )
     if policy is not None and is_adapter(policy):
         _check_same_adapter(tuning, policy)
@@ -45,7 +45,7 @@ def proved_start(base: Base, tuning: Tuning, policy: Artifact | None) -> tuple[s
         tokenizer_folder(location), chat_format=base.chat_format, allow_unproved=base.allow_unproved_tokenizer
     )
     if policy is None and (commit := commit_of(base.model)) and split_revision(base.model)[1] is None:
-        log.info("%s is at commit %s of the hub; base.model=%s@%s keeps to it", base.model, commit, base.model, commit)
+        log.info("%s is at commit %s of the hub; base.model=%s@%s pins it", base.model, commit, base.model, commit)
     # Said once, of the base: a policy's tokenizer is the base's, and was compared with it when it was published.
     if warning and policy is None:
         log.warning("%s", warning)

@@ -1,7 +1,7 @@
 """What a rollout engine is: token ids of prompts in, sampled token ids with their log-probabilities out.
 
-A log-probability is that of the distribution the token was drawn from: after temperature, top-k and top-p. At temperature 0
-nothing is drawn, and it is the model's own (temperature 1, all tokens).
+A log-probability is that of the distribution the token was drawn from: after temperature, top-k and top-p. At
+temperature 0 nothing is drawn, and it is the model's own (temperature 1, all tokens).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +41,7 @@ class Sampling:
             if not is_right
         ]
         if wrong:
-            raise UsageError(f"Sampling: {'; '.join(wrong)}. No answer can be drawn otherwise. Change the value.")
+            raise UsageError(f"Sampling: {'; '.join(wrong)}. Change the value.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,8 @@ class RolloutEngine(Protocol):
     ) -> list[list[Completion]]:
         """`samples_per_prompt` completions of each prompt, in the order of the prompts.
 
-        `numbers` are the prompts' places in the list that they are part of, which with the seed decide what is drawn; None
-        is for a whole list.
+        `numbers` are the prompts' places in the list that they are part of, which with the seed decide what is drawn;
+        None is for a whole list.
         """
         ...
 
@@ -144,7 +144,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], numbers: Sequence[int], *, c
         if len(prompt) >= context:
             raise DataError(
                 f"prompt {number + 1}: {len(prompt)} tokens, but prompt and answer must fit into "
-                f"the model's {context} positions. Shorten the prompt, or take a model with a longer context."
+                f"the model's {context} positions. Shorten the prompt, or use a model with a longer context."
             )
 
 

@@ -4,8 +4,8 @@ A recorded step reads and writes the same tensors each time, and no Python numbe
 comes from tensors, rows are filled up to a power of two, columns to a multiple of `RECORDED_COLUMNS`. The first
 step of a shape runs without recording: libraries and kernels are set up in it, which no recording may contain.
 
-No card has run this. Tests record and repeat on a stand-in for a CUDA device, and on a CPU operation by operation on the
-same tensors, as a graph does it; the answers are those of the plain step.
+No card has run this. Tests record and repeat on a stand-in for a CUDA device, and on a CPU operation by operation on
+the same tensors, as a graph does it; the answers are those of the plain step.
 """
 
 import logging
@@ -42,7 +42,9 @@ class Recordings:
             try:
                 recorded = self._capture(step)
             except RuntimeError as error:
-                log.warning("the decode step cannot be recorded as a CUDA graph, and runs plainly, slower: %s", error)
+                log.warning(
+                    "the decode step cannot be recorded as a CUDA graph and runs without one, more slowly: %s", error
+                )
                 self._capture = None
                 self._recordings.clear()
                 return step()

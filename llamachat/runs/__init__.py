@@ -1,1 +1,2 @@
-"""Run folders: locks, checkpoints, artifacts and fingerprints, whole at any moment at which a command may be killed."""
+"""Run folders: locks, checkpoints, artifacts and fingerprints. Files are complete at any moment at which a command may
+be killed."""

@@ -1,9 +1,10 @@
-"""The folder of a step (`<run.dir>/<step>/...`, names that other tools read) and what the step publishes in it.
+"""The folder of a step (`<run.dir>/<step>/...`, whose file names other tools rely on) and the artifact that it
+publishes.
 
-An artifact is a folder with weights or dialogs, and a `manifest.json` that explains it alone. It is written to a side
-folder and renamed into place last: a reader sees all of it or none. Weights are safetensors; files that run code when
-they are opened (pickles) are refused on both sides. The digest of dialogs is taken from the files as they lie there,
-since a user may read and edit them; that of weights from the manifest.
+An artifact is a folder with weights or dialogs, and a `manifest.json` that describes it completely. It is written to a
+side folder and finally renamed: a reader sees all of it or nothing. Weights are safetensors; formats that may run code
+when they are opened (pickles) are refused for reading and writing. The digest of dialogs is computed from the current
+files, since a user may read and edit them; the digest of weights comes from the manifest.
 """
 
 import json
@@ -42,39 +43,39 @@ class StepFolder:
 
     path: Path
     config = _In("config.yaml")  # the resolved recipe, written before anything is loaded
-    # Fingerprint and identity keys of the work that was begun here, so that a change can be reported key by key.
+    # Fingerprint and identity of the work begun here, so that a change can be reported key by key.
     identity = _In("identity.json")
-    metrics = _In("metrics.jsonl")  # the record of every metric, one JSON object a line
-    samples = _In("samples.jsonl")  # prompts and answers as training went, one JSON object a line
+    metrics = _In("metrics.jsonl")  # every metric, one JSON object per line
+    samples = _In("samples.jsonl")  # prompts and answers during training, one JSON object per line
     summary = _In("summary.json")  # the final figures, flat
     cost = _In("cost.json")  # seconds, peak memory and starts of the work on the step, over all commands
     curves = _In("curves.png")  # the curves of `metrics.jsonl` as a picture
-    # The pictures of the final figures (of a reward model: calibration, scores, accuracy by rating).
+    # The plots of the final figures (for a reward model: calibration, scores, accuracy by rating).
     figures = _In("figures")
     checkpoints = _In("checkpoints")
-    artifact = _In("artifact")  # what the step publishes: there whole, or not there
+    artifact = _In("artifact")  # what the step publishes: complete or absent
     dialogs = _In("dialogs")  # the dialogs that rs, gatt and distill publish before they are trained on
     sampling = _In("sampling")  # what rs, gatt and distill have sampled so far, so that nothing is sampled twice
     # A policy tuned on the step's dialogs, until it has been compared with the one before and becomes `artifact`.
     tuned = _In("tuned")
     page = _In("report.html")  # the report on the run as one HTML file
-    page_markdown = _In("report.md")  # the same as Markdown, beside the pictures
+    page_markdown = _In("report.md")  # the same as Markdown, next to its plots
     lock = _In("lock")  # locked by the process that runs the step; the file itself stays
-    benchmark = _In("benchmark")  # what `llamachat benchmark` asked its policy, and the figures
+    benchmark = _In("benchmark")  # the answers and figures of `llamachat benchmark` for the step's policy
     tensorboard = _In("tensorboard")
     wandb = _In("wandb.json")  # the ids of the step's wandb runs, so that a resumed step continues them
 
     def names(self) -> set[str]:
-        """The file and folder names above: what a step may leave here before it is bound to its work."""
+        """The file and folder names above: what a step's folder may contain before the step begins."""
         return {place.name for place in vars(StepFolder).values() if isinstance(place, _In)}
 
 
 Kind = Literal["policy", "reward_model", "dialogs", "evaluation", "report"]
 MANIFEST = "manifest.json"
-# What an artifact of dialogs holds: the training dialogs, and, if any, those of the validation side.
+# Files of an artifact of dialogs: the training dialogs, and the validation dialogs if there are any.
 DIALOGS = "dialogs.jsonl"
 HELD_OUT_DIALOGS = "held_out.jsonl"
-# What an artifact of an evaluation holds: its figures, and a folder with each policy's answers and their scores.
+# Files of an artifact of an evaluation: its figures, and a folder with each policy's answers and their scores.
 EVALUATION = "evaluation.json"
 ANSWERS = "answers"
 ITERATIONS_DONE = "iterations_done"  # in the details of a PPO's manifest
@@ -91,12 +92,12 @@ _LIBRARIES = (
     "bitsandbytes",
     "tokenizers",
 )
-# Folders of a step that are no steps themselves.
+# Folders in a run that are not steps.
 NOT_STEPS = {"checkpoints", "artifact", "dialogs", "tensorboard", "sampling", "tuned", "benchmark"}
 
 
 class Manifest(Section):
-    """What an artifact is, and from what it was made."""
+    """What an artifact is, and what it was made from."""
 
     kind: Kind
     step: str = Field(description="The step that made it: 'sft', 'rm/helpfulness', 'rs-1', ...")
@@ -141,8 +142,9 @@ def publish(
 ) -> Artifact:
     """Let `write` fill a side folder, add the completed manifest, and rename it into place.
 
-    `manifest` comes without versions, code, commits, time and files. Kind 'dialogs' goes to `dialogs/`, others to `artifact/`,
-    or where they do not end the step to `tuned/`, until `end_step`. Of several processes the first one writes.
+    `manifest` comes without versions, code, commits, time and files. Kind 'dialogs' goes to `dialogs/`, others to
+    `artifact/`, or where they do not end the step to `tuned/`, until `end_step`. Of several processes the first one
+    writes.
     """
     place = folder.dialogs if manifest.kind == "dialogs" else folder.artifact
     final = place if ends_step else folder.tuned
@@ -193,13 +195,13 @@ def end_step(folder: StepFolder) -> Artifact:
 def read_artifact(path: Path, kind: Kind | None = None, *, reader: str = "this command") -> Artifact:
     """The artifact at a step folder, its `artifact/` or `dialogs/`, or a run folder (then its last policy).
 
-    `reader` names who asks ('ppo'), for the error text.
+    `reader` names the caller ('ppo') for the error text.
     """
     where = _find(path, kind)
     manifest = read_manifest(where)
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(
-            f"{where}: '{manifest.step}' holds kind '{manifest.kind}', but {reader} needs a '{kind}'."
+            f"{where}: '{manifest.step}' is a '{manifest.kind}', but {reader} needs a '{kind}'."
             f" Name a step that publishes one{_suggest(kind)}."
         )
     _check_complete(where, manifest)
@@ -207,23 +209,23 @@ def read_artifact(path: Path, kind: Kind | None = None, *, reader: str = "this c
 
 
 def check_content(artifact: Artifact) -> None:
-    """Refuse an artifact whose files are not as they were published; reads them whole. A user may edit dialogs."""
+    """Refuse an artifact whose files changed after publication; reads them completely. A user may edit dialogs."""
     files = {} if artifact.manifest.kind == "dialogs" else artifact.manifest.files
     for name, digest in files.items():
         if digest_of_file(artifact.path / name) != digest:
             raise ArtifactError(
-                f"{artifact.path}: {name} is not as it was published. What is made from it would be of another model, in"
-                " silence. Copy the folder again, or make the step again with `--overwrite`."
+                f"{artifact.path}: {name} has changed since it was published, so the artifact would silently be another model."
+                " Copy the folder again, or rerun the step with `--overwrite`."
             )
 
 
 def is_published(folder: StepFolder) -> bool:
-    """Whether the step has its final artifact (dialogs alone are not the end of a step)."""
+    """Whether the step has its final artifact; dialogs alone are only a part of a step."""
     return (folder.artifact / MANIFEST).is_file()
 
 
 def published_steps(run_dir: Path) -> list[Artifact]:
-    """Every whole artifact of a run in the order of publication; half-copied ones are left out."""
+    """Every complete artifact of a run, in order of publication; incomplete copies are left out."""
     artifacts = []
     for pattern in ("*/artifact", "*/*/artifact", "*/dialogs", "*/*/dialogs"):
         for place in run_dir.glob(f"{pattern}/{MANIFEST}"):
@@ -240,7 +242,7 @@ def published_steps(run_dir: Path) -> list[Artifact]:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what shapes the result, read from the installed packages without importing them."""
+    """Versions of the libraries that affect the result, read from the installed packages without importing them."""
     versions = {}
     for name in _LIBRARIES:
         try:
@@ -251,9 +253,9 @@ def library_versions() -> dict[str, str]:
 
 
 def _git_state() -> dict[str, Any]:
-    """The commit this code was checked out at and whether it was edited; null outside a clone or without git."""
+    """The commit of this code and whether it was edited; null outside a clone or without git."""
     root = Path(__file__).resolve().parents[2]
-    # An installed copy may lie inside somebody else's repository, whose commit says nothing about this code.
+    # An installed copy may be inside another repository, whose commit says nothing about this code.
     commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
     is_edited = bool(commit and _git(root, "status", "--porcelain", "--untracked-files=no"))
     return {"git_commit": commit, "git_is_edited": is_edited}
@@ -273,7 +275,7 @@ def _refuse_pickles(path: Path, names: list[str]) -> None:
     pickled = [name for name in names if Path(name).suffix in _PICKLED]
     if pickled:
         raise ArtifactError(
-            f"{path}: {', '.join(pickled)} may run code when it is opened. An artifact holds weights as safetensors"
+            f"{path}: {', '.join(pickled)} may run code when it is opened. An artifact contains weights as safetensors"
             " only. Save with safe_serialization."
         )
 
@@ -286,7 +288,7 @@ def _find(path: Path, kind: Kind | None) -> Path:
     if (path / "identity.json").is_file() or (path / "config.yaml").is_file():
         step = _step_name(path)
         raise ArtifactError(
-            f"{path}: '{step}' is not finished, and an artifact is read whole or not at all."
+            f"{path}: '{step}' is not finished, and unfinished steps cannot be read."
             f" Finish it with `llamachat {step} --config {quote(str(path / 'config.yaml'))}`."
         )
     wanted = kind or "policy"
@@ -314,29 +316,29 @@ def _suggest(kind: Kind) -> str:
 
 
 def read_manifest(where: Path) -> Manifest:
-    """The manifest in an artifact's folder; ArtifactError where there is none, or a broken one."""
+    """The manifest in an artifact's folder; raises an ArtifactError if it is missing or broken."""
     path = where / MANIFEST
     try:
         with storage_errors(path):
             return Manifest.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise ArtifactError(
-            f"{path}: cannot be understood ({first_line(error)}). The manifest says what the artifact is and"
-            " from what it was made. Make the artifact again, or copy it whole."
+            f"{path}: cannot be read ({first_line(error)}). The manifest describes the artifact and what"
+            " it was made from. Make the artifact again, or copy the whole folder."
         ) from error
 
 
 def _check_complete(where: Path, manifest: Manifest) -> None:
     if not manifest.files:
-        raise ArtifactError(f"{where}: its manifest names no files. Make the artifact again, or copy it whole.")
+        raise ArtifactError(f"{where}: its manifest lists no files. Make the artifact again, or copy the whole folder.")
     for name, size in manifest.sizes.items():
         path = where / name
         actual_size = path.stat().st_size if path.is_file() else None
         may_differ = manifest.kind == "dialogs" and actual_size is not None
         if actual_size != size and not may_differ:
-            fault = "is missing" if actual_size is None else f"holds {actual_size} bytes of {size}"
+            fault = "is missing" if actual_size is None else f"has {actual_size} bytes of {size}"
             raise ArtifactError(
-                f"{where}: {name} {fault}. A part of an artifact is never used, since what loads from it would be"
-                " another model in silence. Copy the folder whole, or make the step again with `--overwrite`."
+                f"{where}: {name} {fault}. An incomplete artifact is refused, since it would silently load as"
+                " another model. Copy the whole folder, or rerun the step with `--overwrite`."
             )
     _refuse_pickles(where, [path.name for path in where.iterdir() if path.is_file()])

@@ -1,8 +1,9 @@
-"""Files and folders that appear whole or not at all: written to a side path, flushed to the disk, renamed into place.
+"""Files and folders that appear completely or not at all: written to a side path, flushed to the disk, renamed into
+place.
 
-A rename survives a power cut only if the files, their folder and the parent folder of the new name are flushed too, so
-every path here ends with a flush of the parent. Of several processes that work on a
-step together the first one alone writes.
+A rename survives a power failure only if the files, their folder and the parent folder of the new name are flushed
+too, so every path here ends with a flush of the parent. If several processes work on a
+step together, only the first one writes.
 """
 
 import errno
@@ -29,7 +30,7 @@ _KNOWN |= {
     getattr(errno, name)
     for name in ["EIO", "EBUSY", "ESTALE", "ENAMETOOLONG", "EMFILE", "ENFILE", "ELOOP", "ENOMEM", "ENXIO", "ETXTBSY"]
 }
-# torch and safetensors report what the system refused in exception types of their own, in these words.
+# torch and safetensors report errors of the operating system as their own exceptions, with these texts.
 _RUST_CODE = re.compile(r"\bos error (\d+)")
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter failed writing|inline_container\.cc.*unexpected pos|iostream error")
 _NO_MEMORY = re.compile(r"bad_alloc|[Cc]an(no|')t allocate memory|alloc_cpu\.cpp")
@@ -41,7 +42,7 @@ class StorageError(LlamachatError):
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Raise `StorageError`, with the cause and how to fix it, for an error of the operating system below `path`.
+    """Raise a `StorageError`, with the cause and the fix, for an operating-system error below `path`.
 
     torch and safetensors report such errors in their own exception types; these are recognised too.
     """
@@ -58,7 +59,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def _refusal(error: BaseException | None) -> OSError | None:
-    """The operating system's error in an exception or in its causes."""
+    """The operating-system error in an exception or in its causes."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error
@@ -76,27 +77,27 @@ def _refusal(error: BaseException | None) -> OSError | None:
 
 def _explain(path: Path, refusal: OSError) -> str:
     code, words = refusal.errno, refusal.strerror or str(refusal)
-    again = "then give the same command again"
+    again = "then run the same command again"
     if code in _FULL:
-        need = "There is no room for what is written there; what was saved before is whole."
+        need = "There is no space for the file; everything saved before is intact."
         fix = f"Free space or choose another disk with run.dir=DIR (for one file, its --out), {again}."
     elif code in _DENIED:
-        need = "The command reads or writes there."
-        fix = "Give this user access, or choose another place (for a run, run.dir=DIR)."
+        need = "The command reads or writes this path."
+        fix = "Give this user access, or choose another path (for a run, run.dir=DIR)."
     elif code in _IN_THE_WAY and path.is_symlink() and not path.exists():
-        need = f"It is a link to {path.readlink()}, which is not there (a disk that is not mounted?)."
-        fix = "Bring that back, or choose another folder with run.dir=DIR."
+        need = f"It is a link to {path.readlink()}, which does not exist (a disk that is not mounted?)."
+        fix = "Restore it, or choose another folder with run.dir=DIR."
     elif code in _IN_THE_WAY:
-        need = "The run needs a folder of its own there."
-        fix = "Move the file or folder there away, or choose another folder with run.dir=DIR."
+        need = "The run needs its own folder there."
+        fix = "Move the existing file or folder away, or choose another folder with run.dir=DIR."
     elif code == errno.ENAMETOOLONG:
-        need, fix = "The file system holds no name of that length.", "Choose a shorter one."
+        need, fix = "The file system does not allow a name of this length.", "Choose a shorter one."
     elif code == errno.ENOMEM:
-        need = "The machine's memory does not hold what is read or written there; what was saved before is whole."
-        fix = f"Stop what else runs here, or take a machine with more memory, {again}."
+        need = "The machine has too little memory to read or write the file; everything saved before is intact."
+        fix = f"Stop other programs, or use a machine with more memory, {again}."
     else:
-        need = "What was saved before is whole."
-        fix = f"Look after the disk, or choose another place (for a run, run.dir=DIR), {again}."
+        need = "Everything saved before is intact."
+        fix = f"Check the disk, or choose another path (for a run, run.dir=DIR), {again}."
     return f"{path}: {words}. {need} {fix}"
 
 
@@ -107,7 +108,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`: a reader sees the old content or the new, never a mixture."""
+    """Replace the content of `path` by `text`: a reader sees the old content or the new, never a mixture."""
     if not distributed.is_first():
         return
     with incoming_file(path) as side, side.open("w", encoding="utf-8") as stream:
@@ -115,12 +116,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as indented JSON, keys in the order given."""
+    """Replace the content of `path` by `value` as indented JSON, keys in the order given."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) + "\n")
 
 
 def flush(path: Path) -> None:
-    """Flush one file, or the names inside one folder, to the disk."""
+    """Flush one file, or the entries of one folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -140,9 +141,9 @@ def flush_tree(path: Path) -> None:
 
 @contextmanager
 def incoming_file(path: Path) -> Iterator[Path]:
-    """A side file that becomes `path` when the block ends well, and is removed when it raises."""
+    """A side file that becomes `path` when the block succeeds, and is removed when it raises."""
     # Two commands on two steps of one run may write its index at once: each has its own side file.
-    # A part of the name: names of up to 255 bytes must fit.
+    # The name is shortened: it must fit into 255 bytes.
     side = path.with_name(f"{INCOMING}{os.getpid()}-{path.name[:32]}")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,9 +159,9 @@ def incoming_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def incoming_folder(final: Path) -> Iterator[Path]:
-    """A side folder that becomes `final` when the block ends well, and is removed when it raises.
+    """A side folder that becomes `final` when the block succeeds, and is removed when it raises.
 
-    `final` is replaced if it is there; between the two renames of a replacement it is absent, never half.
+    An existing `final` is replaced; between the two renames it is absent, never incomplete.
     """
     side = final.with_name(f"{INCOMING}{final.name}")
     with storage_errors(final):
@@ -179,7 +180,7 @@ def incoming_folder(final: Path) -> Iterator[Path]:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a folder so that a reader never finds part of it under its name: renamed away first."""
+    """Delete a folder so that a reader never sees part of it under its name: it is renamed first."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return

@@ -1,6 +1,6 @@
-"""Checkpoints of one step: `checkpoints/step-00000050/`, each whole or absent, the newest two kept.
+"""Checkpoints of one step: `checkpoints/step-00000050/`, each complete or absent; the newest two are kept.
 
-A checkpoint is written in a side folder and renamed last. Its `checkpoint.json` lists files, sizes and digests. A
+A checkpoint is written in a side folder and finally renamed. Its `checkpoint.json` lists files, sizes and digests. A
 checkpoint whose sizes differ (an interrupted rsync, for example) is always skipped, and the one before it is used. The
 digests are compared once, when a command starts (`pass_over_damaged`), since that reads every byte. A checkpoint of an
 earlier version has no digests; only its sizes are checked. Each checkpoint also holds the step's `identity.json` and
@@ -25,12 +25,14 @@ MARKER = "checkpoint.json"
 DAMAGED = "damaged.json"  # marks a checkpoint to skip; the next save removes it
 KEPT_TOO = ("identity.json", "metrics.jsonl")  # of the step's folder
 _NAME = re.compile(r"step-(\d{8,})")
-_BLOCK = 16 << 20  # of files of any size several blocks are hashed at once: a 7B checkpoint of 80 GiB in a minute
+_BLOCK = (
+    16 << 20
+)  # several blocks are hashed in parallel, whatever the size of the files: a 7B checkpoint of 80 GiB takes a minute
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A whole checkpoint: `step` optimizer steps are done; their state is in `path`."""
+    """A complete checkpoint after `step` optimizer steps, stored in `path`."""
 
     step: int
     path: Path
@@ -38,7 +40,8 @@ class Checkpoint:
 
 @contextmanager
 def writing(checkpoints: Path, step: int, *, keep: int = 2) -> Iterator[Path]:
-    """A side folder to save into; when the block ends well it is the checkpoint of `step`, and older ones go."""
+    """A side folder to save into; when the block succeeds it becomes the checkpoint of `step`, and old ones are
+    deleted."""
     assert step >= 0 and keep >= 1
     with incoming_folder(checkpoints / f"step-{step:08d}") as side:
         yield side
@@ -52,12 +55,12 @@ def writing(checkpoints: Path, step: int, *, keep: int = 2) -> Iterator[Path]:
 
 
 def newest(checkpoints: Path) -> Checkpoint | None:
-    """The whole checkpoint with the most steps, or None."""
+    """The complete checkpoint with the most steps, or None."""
     return next((checkpoint for checkpoint in _candidates(checkpoints) if not _fault(checkpoint)), None)
 
 
 def pass_over_damaged(checkpoints: Path) -> dict[Path, str]:
-    """Take the markers from the checkpoints that are not as they were saved, down to the newest that is: what is wrong
+    """Mark damaged checkpoints, from the newest to the first intact one, and return what is wrong
     with each. Only for the holder of the step's lock, before any of them is read."""
     faults: dict[Path, str] = {}
     for checkpoint in _candidates(checkpoints):
@@ -83,7 +86,7 @@ def _candidates(checkpoints: Path) -> list[Checkpoint]:
 
 
 def _fault(checkpoint: Checkpoint) -> str:
-    """What keeps a checkpoint from being whole, by names and sizes; empty where nothing does."""
+    """Why a checkpoint is incomplete, by names and sizes; empty if it is complete."""
     if (checkpoint.path / DAMAGED).is_file():
         return "it was found damaged before"
     try:
@@ -91,20 +94,20 @@ def _fault(checkpoint: Checkpoint) -> str:
         files: dict[str, int] = marker["files"]
         wrong = sorted(name for name in files.keys() | sizes.keys() if files.get(name) != sizes.get(name))
         if marker["step"] != checkpoint.step:
-            return f"its {MARKER} is that of step {marker['step']}"
+            return f"its {MARKER} belongs to step {marker['step']}"
         if "digests" in marker and marker["digests"].keys() != files.keys():
-            return f"its {MARKER} has not the digest of each file"
+            return f"its {MARKER} lacks the digest of a file"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MARKER} cannot be read ({type(error).__name__})"
-    return "".join(f"{name} holds {sizes.get(name, 0)} bytes of {files.get(name, 0)}" for name in wrong[:1])
+    return "".join(f"{name} has {sizes.get(name, 0)} bytes of {files.get(name, 0)}" for name in wrong[:1])
 
 
 def _changed(checkpoint: Checkpoint) -> str:
-    """The file whose content is not what was saved; empty where there is none."""
+    """The first file whose content changed since it was saved; empty if there is none."""
     for name, digest in _marker(checkpoint).get("digests", {}).items():
         try:
             if _digest(checkpoint.path / name) != digest:
-                return f"{name} is not as it was saved"
+                return f"{name} has changed since it was saved"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return ""

@@ -1,8 +1,8 @@
-"""Which policy of a run to use: the last one that the judge does not put below the first, and that still answers.
+"""Which policy of a run to use: the last one that the judge does not rate below the first, and that still answers.
 
-The judge is a reward model that selected nothing. It may prefer refusals, or one text that exploits it, so a policy
-that leaves most harmless prompts unanswered, or gives one answer to many prompts, is passed over too, whatever its
-scores.
+The judge is a reward model that was not used for any selection. It may prefer refusals, or one text that exploits it,
+so a policy that leaves most harmless prompts unanswered, or gives one answer to many prompts, is also rejected,
+whatever its scores.
 """
 
 from collections.abc import Mapping
@@ -12,15 +12,17 @@ from pathlib import Path
 from llamachat.runs.artifacts import MANIFEST, Artifact, published_steps
 from llamachat.runs.reader import Evaluation, Measure, step_of
 
-# A policy that answers less than this share of the harmless prompts that the first one answers is of no use.
+# A policy that answers less than this share of the harmless prompts that the first one answers is useless.
 _LEAST_ANSWERED = 0.5
-_MOST_COMMON = 0.25  # nor is one that gives the same answer to more prompts, and to twice as many as the first one
+_MOST_COMMON = (
+    0.25  # so is one that gives the same answer to more prompts than this, and to twice as many as the first one
+)
 _HARMLESS = ("ordinary/complied", "harmless/complied")
 
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """A policy, why it is taken, and why the later ones are not."""
+    """The recommended policy, the reason, and why the later ones are not recommended."""
 
     policy: str
     reason: str
@@ -33,12 +35,12 @@ class Recommendation:
 
     @property
     def words(self) -> str:
-        """The policy and the reasons."""
+        """The policy with the reasons."""
         return f"{self.policy}: {self.why}"
 
 
 def recommend(evaluation: Evaluation) -> Recommendation:
-    """The last policy without an objection; the first one where there is an objection to all others."""
+    """The last policy without an objection; the first policy if there is an objection to all others."""
     first = evaluation.reference
     passed_over: dict[str, str] = {}
     for policy in reversed([name for name in evaluation.policies if name != first]):
@@ -46,16 +48,16 @@ def recommend(evaluation: Evaluation) -> Recommendation:
         if against is None:
             judge = evaluation.measure(policy, "difference/judge")
             if judge is None:
-                return Recommendation(policy, "the last policy; no judge has read its answers", passed_over)
-            reason = f"the last policy that the judge does not put below {first} ({_signed(judge)})"
+                return Recommendation(policy, "the last policy; no judge has rated its answers", passed_over)
+            reason = f"the last policy that the judge does not rate below {first} ({_signed(judge)})"
             return Recommendation(policy, reason, passed_over)
         passed_over[policy] = against
-    reason = "nothing that was trained after it is better" if passed_over else "the only policy that was evaluated"
+    reason = "no later policy is better" if passed_over else "the only policy that was evaluated"
     return Recommendation(first, reason, passed_over)
 
 
 def best_first(evaluation: Evaluation) -> list[str]:
-    """All policies, by the judge; those that collapsed come last, by what they answer."""
+    """All policies ordered by the judge; collapsed ones come last, ordered by the share of prompts that they answer."""
 
     def key(policy: str) -> tuple[bool, float, float]:
         judge = evaluation.measure(policy, "difference/judge")
@@ -67,8 +69,8 @@ def best_first(evaluation: Evaluation) -> list[str]:
 
 
 def collapse(evaluation: Evaluation, policy: str) -> str | None:
-    """Return the reason if the policy answers less than half of the harmless prompts that the first one answers, or gives one
-    answer to more than a quarter of all prompts."""
+    """Return the reason if the policy answers less than half of the harmless prompts that the first one answers, or
+    gives one answer to more than a quarter of all prompts."""
     for name in _HARMLESS:
         own, first = evaluation.measure(policy, name), evaluation.measure(evaluation.reference, name)
         if own is not None and first is not None and own.value < _LEAST_ANSWERED * first.value:
@@ -83,7 +85,7 @@ def _judged_below(evaluation: Evaluation, policy: str) -> str | None:
     judge = evaluation.measure(policy, "difference/judge")
     if judge is None or judge.high is None or judge.high >= 0:
         return None
-    return f"the judge puts it below {evaluation.reference} ({_signed(judge)})"
+    return f"the judge rates it below {evaluation.reference} ({_signed(judge)})"
 
 
 def _signed(measure: Measure) -> str:
@@ -92,7 +94,7 @@ def _signed(measure: Measure) -> str:
 
 
 def is_run(path: Path) -> bool:
-    """Whether this is the folder of a run, and not of a step or an artifact."""
+    """Whether this is the folder of a run, not of a step or an artifact."""
     own = any((path / name / MANIFEST).is_file() for name in ("", "artifact", "dialogs"))
     return path.is_dir() and not own and not (path / "identity.json").is_file()
 
@@ -100,7 +102,7 @@ def is_run(path: Path) -> bool:
 def recommended_policy(run: Path) -> tuple[Artifact, str] | None:
     """Return the policy that the evaluation recommends, with the reason; without an evaluation, the last policy.
 
-    None where the run has no policy. A policy that was made after the evaluation is not known to it.
+    None if the run has no policy. Policies made after the evaluation are not considered.
     """
     steps = published_steps(run)
     policies = {step.manifest.step: step for step in steps if step.manifest.kind == "policy"}
@@ -115,7 +117,7 @@ def recommended_policy(run: Path) -> tuple[Artifact, str] | None:
     later = [name for name, policy in policies.items() if policy.manifest.created > evaluated_at]
     recommendation = recommend(evaluation)
     if recommendation.policy in later:
-        return last, "the last policy; the evaluation is older than the policies (`llamachat eval` makes it again)"
+        return last, "the last policy; the evaluation is older than the policies (`llamachat eval` repeats it)"
     if recommendation.policy not in policies:  # the one that the recipe started from
         return last, f"the last policy, though the evaluation recommends {recommendation.words}"
     note = f"; not evaluated: {', '.join(later)}" if later else ""

@@ -1,8 +1,8 @@
-"""The code that made a step: which files, and what they hold, so that a result of other code is named.
+"""Which code made a step: the files and their digests, so that results of a different version can be reported.
 
-Nothing is invalidated by it: a fingerprint says what a step is made from, the digests here with which code. Comments,
-docstrings and layout do not count. A recorded file has two digests, of its bytes and of its syntax tree: equal bytes need
-no parsing, so a plan compares a hundred files in some milliseconds.
+No result is invalidated by this: a fingerprint covers what a step is made from, these digests the code. Comments,
+docstrings and formatting do not count. A recorded file has two digests, of its bytes and of its syntax tree: equal
+bytes need no parsing, so a plan compares a hundred files in a few milliseconds.
 """
 
 import ast
@@ -17,7 +17,7 @@ from llamachat.runs.user_cache import cached
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LIBRARY = "llamachat"
-# Curves, estimates, messages and the files of a run: what a step makes does not depend on them.
+# Curves, estimates, messages and run files: the result of a step does not depend on them.
 _LEFT_OUT = (
     "llamachat/tracking/",
     "llamachat/memory/",
@@ -29,12 +29,13 @@ _DIGITS = 16
 
 
 def code_of(packages: Sequence[str]) -> dict[str, str]:
-    """The files of these packages and of the library that they import, directly or through others, with their digests.
+    """The files of these packages and of the library modules that they import, directly or indirectly, with their
+    digests.
 
-    `packages` are dotted names such as "reward"; what their `__init__` does not lead to is not counted.
+    `packages` are dotted names such as "reward"; modules that their `__init__` does not import are not counted.
     """
     allowed = sorted({_LIBRARY, *(package.partition(".")[0] for package in packages)})
-    # Parsing takes some tenths of a second; the same bytes need it once.
+    # Parsing takes some tenths of a second; equal bytes are parsed only once.
     follows_from = {"packages": list(packages), "code": digest_of_code(*allowed), "python": sys.version}
     return cached("code", follows_from, lambda: _code_of(packages, allowed))
 
@@ -57,13 +58,13 @@ def _code_of(packages: Sequence[str], allowed: Collection[str]) -> dict[str, str
 
 
 def digest_of_code(*folders: str) -> str:
-    """A digest of the bytes of all Python files below folders of this code."""
+    """A digest of the bytes of all Python files below folders of this repository."""
     files = sorted(file for folder in folders for file in (_ROOT / folder).rglob("*.py"))
     return fingerprint({file.relative_to(_ROOT).as_posix(): _bytes_digest(file, _changed_ns(file)) for file in files})
 
 
 def changed_code(recorded: Mapping[str, str]) -> list[str]:
-    """The files of a record that now do something else, or are gone."""
+    """The files of a record whose behaviour has changed, or that are gone."""
     return [name for name, digests in recorded.items() if not _is_same(_ROOT / name, digests)]
 
 
@@ -75,7 +76,7 @@ def _is_same(file: Path, digests: str) -> bool:
 
 
 def _files_of(parts: tuple[str, ...]) -> Iterator[Path]:
-    """The module of a dotted name, with the packages that it is in; of `package.name` the package where name is no module."""
+    """The module of a dotted name, with its parent packages; of `package.name` the package if name is not a module."""
     for count in range(1, len(parts) + 1):
         place = _ROOT.joinpath(*parts[:count])
         yield from (file for file in (place / "__init__.py", place.with_name(f"{place.name}.py")) if file.is_file())
@@ -86,7 +87,7 @@ def _changed_ns(file: Path) -> int:
 
 
 def _imports(file: Path) -> list[tuple[str, ...]]:
-    """What a file imports, anywhere in it, as dotted names in parts."""
+    """All imports of a file, as dotted names in parts."""
     names: list[tuple[str, ...]] = []
     for node in ast.walk(_tree(file)):
         if isinstance(node, ast.Import):
@@ -100,7 +101,7 @@ def _tree(file: Path) -> ast.Module:
     try:
         return ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
-        return ast.parse("")  # an edit that is not finished; it fails where it runs
+        return ast.parse("")  # an unfinished edit; it fails when it runs
 
 
 @lru_cache(maxsize=1024)  # the stages share most of the library
@@ -109,7 +110,7 @@ def _bytes_digest(file: Path, changed_ns: int) -> str:
 
 
 def _tree_digest(file: Path) -> str:
-    """Of what a file does: its syntax tree without docstrings."""
+    """The digest of a file's syntax tree without docstrings."""
     tree = _tree(file)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -1,4 +1,4 @@
-"""Digests of files and weights, and the fingerprint that says whether a step would be made the same way again."""
+"""Digests of files and weights, and the fingerprint that tells whether a step would be made the same way again."""
 
 import ast
 import hashlib
@@ -11,11 +11,11 @@ from typing import Any
 from llamachat.errors import DataError
 from llamachat.runs.atomic import storage_errors
 
-ABSENT = "absent"  # in place of the value of a key that one of two identities lacks
+ABSENT = "absent"  # stands for the value of a key that one of two identities lacks
 
 _CHUNK = 1 << 20
-# Above this size a weight file is digested by its header, its size and evenly spread blocks: 70B weights are read for
-# minutes otherwise, at every command. An edit that keeps every sampled block is not seen.
+# Above this size the digest of a weight file covers its header, its size and evenly spread blocks: reading 70B weights
+# would take minutes at every command. An edit that leaves every sampled block unchanged is not noticed.
 WHOLE_UP_TO_BYTES = 256 << 20
 _SAMPLED_BLOCKS = 64
 _WEIGHT_FOLDER_SUFFIXES = {".safetensors", ".json", ".model"}
@@ -28,8 +28,8 @@ def digest_of_file(path: Path) -> str:
 
 
 def digest_of_program(path: Path) -> str:
-    """SHA-256 of a Python file and of the files next to it that it imports, directly or through others; that of the
-    file alone where there are none."""
+    """SHA-256 of a Python file and of the files next to it that it imports, directly or indirectly; of the
+    file alone if there are none."""
     files = _imported_beside(path)
     if not files:
         return digest_of_file(path)
@@ -50,7 +50,7 @@ def _imported_beside(path: Path) -> list[Path]:
 
 
 def _imports(file: Path, folder: Path) -> Iterator[tuple[str, ...]]:
-    """What a file imports, as dotted names in parts; those within a package relative to `folder`."""
+    """The imports of a file, as dotted names in parts; those within a package relative to `folder`."""
     try:
         with _readable(file):
             tree = ast.parse(file.read_bytes())
@@ -67,7 +67,7 @@ def _imports(file: Path, folder: Path) -> Iterator[tuple[str, ...]]:
 
 
 def digest_of_folder(path: Path) -> str:
-    """SHA-256 of the names and contents of all files below `path`; hidden names are not counted."""
+    """SHA-256 of the names and contents of all files below `path`; hidden files are ignored."""
     return _digest_of_files(path, [(name, digest_of_file(path / name)) for name in _names(path)])
 
 
@@ -89,7 +89,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def changed_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Each key that differs with its old and new value as JSON text, ABSENT where there is none; dotted and sorted."""
+    """Each key that differs, with its old and new value as JSON text, ABSENT if there is none; dotted and sorted."""
     before, after = leaves(old), leaves(new)
     keys = sorted(before.keys() | after.keys())
     # Compared as text: in Python 1, 1.0 and true are equal, in a fingerprint they are not.
@@ -98,12 +98,12 @@ def changed_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple
 
 
 def leaves(identity: Mapping[str, Any]) -> dict[str, str]:
-    """Every value that holds no others, as JSON text, by its dotted key."""
+    """Every leaf value as JSON text, by its dotted key."""
     return dict(_leaves(_as_json(identity)))
 
 
 def is_digest(text: str) -> bool:
-    """Whether a value is a SHA-256 of something."""
+    """Whether a value is a SHA-256 digest."""
     return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
@@ -147,7 +147,9 @@ def _names(folder: Path) -> list[str]:
 
 def _digest_of_files(folder: Path, digests: list[tuple[str, str]]) -> str:
     if not digests:
-        raise DataError(f"{folder}: holds no files. Its content is part of the step's fingerprint. Correct the path.")
+        raise DataError(
+            f"{folder}: contains no files. Its content is part of the step's fingerprint. Correct the path."
+        )
     return fingerprint(dict(digests))
 
 
@@ -157,7 +159,7 @@ def _digest_of_weight_file(path: Path) -> str:
         return digest_of_file(path)
     digest = hashlib.sha256(str(size).encode())
     with storage_errors(path), path.open("rb") as stream:
-        # A safetensors file opens with the length of its JSON header, which names every tensor, type and offset.
+        # A safetensors file starts with the length of its JSON header, which lists every tensor, type and offset.
         start = stream.read(8)
         digest.update(start)
         digest.update(stream.read(min(struct.unpack("<Q", start)[0], _CHUNK * 64)))

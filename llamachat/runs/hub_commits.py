@@ -1,6 +1,6 @@
-"""The commits of the hub that this process has read, so that an artifact's manifest says which ones made it.
+"""The hub commits that this process has read, for the manifest of an artifact.
 
-A name of the hub without a revision means whatever its main branch is on that day; `owner/name@commit` pins it.
+A hub name without a revision refers to the current main branch; `owner/name@commit` pins it.
 """
 
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ _commits: dict[str, str] = {}
 
 
 def note_commit(name: str, commit: str) -> None:
-    """Remember the commit that a name of the hub was read at; `name` as the recipe has it."""
+    """Record the commit at which a hub name was read; `name` is written as in the recipe."""
     _commits[name] = commit
 
 
 def commit_of(name: str) -> str | None:
-    """The commit that this process has read a name of the hub at."""
+    """The commit at which this process has read a hub name."""
     return _commits.get(name)
 
 
 def commits_in(identity: Mapping[str, Any]) -> dict[str, str]:
-    """The commits of the names that an identity holds, where this process has read them."""
+    """The commits of the hub names in an identity, as far as this process has read them."""
     return {text: _commits[text] for text in texts_in(identity) if text in _commits}

@@ -1,6 +1,7 @@
-"""What a step is given besides its own section: the shared sections of the recipe, its folder and the artifacts it reads.
+"""What a step gets in addition to its own section: the shared sections of the recipe, its folder and its input
+artifacts.
 
-`pipelines` resolves all of it; a stage looks for nothing itself. Members with a default are read by some stages only.
+`pipelines` resolves all of it; a stage searches for nothing. Only some stages read members with a default.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,8 @@ from typing import Any, Literal, Protocol
 from llamachat.config.sections import Base, Data, Rollout, Run, Scoring, Tracking, Tuning, function_name
 from llamachat.runs.artifacts import Artifact, StepFolder
 
-# The reward models of a recipe. The judge is trained on data that the other two never see, and selects nothing.
+# The reward models of a recipe. The judge is trained on data that the other two never see, and is not used for
+# selection.
 Which = Literal["helpfulness", "safety", "judge"]
 
 
@@ -20,9 +22,9 @@ class Tune(Protocol):
     def __call__(
         self, dialogs: Artifact, *, over: Mapping[str, Any], from_base: bool = False, sft_share: float = 0.0
     ) -> Artifact:
-        """The tuned policy, in `tuned/` until `end_step`; what a killed command left there is reused.
+        """The tuned policy, in `tuned/` until `end_step`; the work of a killed command is reused.
 
-        `over` are values over the section sft; `sft_share` is the share of `data.sft` that is trained on next to them.
+        `over` overrides the section sft; `sft_share` is the share of `data.sft` that is added to the training data.
         """
         ...
 
@@ -42,21 +44,25 @@ class StepInputs:
     tracking: Tracking
     rollout: Rollout = field(default_factory=Rollout)
     scoring: Scoring = field(default_factory=Scoring)
-    deadline: float | None = None  # by time.monotonic(): when run.max_hours are over
-    policy: Artifact | None = None  # to start from; the base itself without one
-    reward_models: Mapping[str, Artifact] = field(default_factory=dict)  # by what they judge, the judge among them
+    deadline: float | None = None  # by time.monotonic(): the end of run.max_hours
+    policy: Artifact | None = None  # the policy to start from; None means the base itself
+    reward_models: Mapping[str, Artifact] = field(default_factory=dict)  # by domain, including the judge
     which: Which | None = None  # the reward model to train
-    tune: Tune | None = None  # of steps that make dialogs and train on them
-    sft_policy: Artifact | None = None  # of the nearest earlier sft step: what rejection sampling is compared with
+    tune: Tune | None = None  # for steps that make dialogs and train on them
+    sft_policy: Artifact | None = (
+        None  # of the nearest earlier sft step: the policy that rejection sampling is compared with
+    )
     pooled: Mapping[str, Artifact] = field(default_factory=dict)  # the dialogs of earlier rounds, by step
-    dialogs: Artifact | None = None  # made by a step such as rejection sampling: sft trains on them instead of data.sft
-    sft_share: float = 0.0  # of data.sft that sft trains on next to `dialogs`
-    surveyed: tuple[Artifact, ...] = ()  # finished steps that evaluation and report are about, in the order of the run
+    dialogs: Artifact | None = (
+        None  # made by a step such as rejection sampling: sft trains on these instead of data.sft
+    )
+    sft_share: float = 0.0  # of data.sft, which sft adds to `dialogs`
+    surveyed: tuple[Artifact, ...] = ()  # the finished steps that evaluation and report cover, in the order of the run
     recipe: Mapping[str, Any] = field(default_factory=dict)  # the whole resolved recipe as plain values, for the report
 
     @property
     def reward_function(self) -> str | None:
-        """The function of the user's that scores answers, with the digest of its file; None where there is none."""
+        """The user's function that scores answers, with the digest of its file; None if there is none."""
         name = function_name(self.scoring.combine)
         if name is None or "scoring" not in self.identity:
             return None
@@ -64,7 +70,7 @@ class StepInputs:
 
     @property
     def policies(self) -> tuple[Artifact, ...]:
-        """The policies to evaluate: the one that the recipe started from if it names one, then those of the run."""
+        """The policies to evaluate: the recipe's starting policy if it names one, then those of the run."""
         surveyed = tuple(artifact for artifact in self.surveyed if artifact.manifest.kind == "policy")
         is_first = self.base.policy is not None and self.policy is not None and self.policy not in surveyed
         return (self.policy, *surveyed) if is_first and self.policy else surveyed

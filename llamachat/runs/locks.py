@@ -1,9 +1,9 @@
-"""One living command a step: a POSIX record lock on `<step>/lock`, whose text says who holds it.
+"""At most one running command per step: a POSIX record lock on `<step>/lock`, whose text names the holder.
 
-The kernel frees the lock when its owner dies, so a killed command leaves nothing to clean up.
-A record lock belongs to the process: a forked child or a service started by it does not hold it (an flock would), but
-closing ANY descriptor of the file drops it, so a holder never opens its own lock file again. The file is never
-unlinked while others may wait; where a reference replaces the whole folder, the lock is checked after it is taken.
+The kernel releases the lock when its owner dies, so a killed command leaves nothing to clean up.
+A record lock belongs to the process: a forked child or a service that it started does not hold it (as with flock), but
+closing ANY descriptor of the file releases it, so a holder never opens its own lock file again. The file is never
+unlinked while others may wait; if a reference replaces the whole folder, the lock is checked after it is acquired.
 """
 
 import errno
@@ -21,7 +21,7 @@ from llamachat.errors import BusyError
 from llamachat.runs.artifacts import StepFolder
 from llamachat.runs.atomic import StorageError, make_folder, remove_leftovers, storage_errors
 
-# Another command that only looks (`plan`) holds the lock for microseconds; it must not refuse one that wants to work.
+# A command that only looks (`plan`) holds the lock for microseconds; it must not block a command that wants to run.
 _TRIES = 5
 _PAUSE_S = 0.02
 
@@ -31,7 +31,7 @@ _guard = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who holds a step, as written in the lock file."""
+    """The holder of a step, as written in the lock file."""
 
     pid: int
     host: str
@@ -43,7 +43,7 @@ class Owner:
 
 @contextmanager
 def hold(folder: StepFolder) -> Iterator[None]:
-    """Hold the step for the block, or raise BusyError at once; what killed holders left half-written is removed."""
+    """Hold the step for the block, or raise BusyError at once; leftovers of killed holders are removed."""
     assert not folder.path.is_symlink(), f"{folder.path} is a reference: its files belong to another run"
     make_folder(folder.path)
     key = folder.lock.resolve()
@@ -59,8 +59,8 @@ def hold(folder: StepFolder) -> Iterator[None]:
             raise BusyError(_busy_text(folder, _read_owner(descriptor)))
         if not _is_still_the_lock(descriptor, folder):
             raise BusyError(
-                f"{folder.path}: another command replaced this step by a reference at this moment. A lock on the old"
-                " folder protects nothing. Give the same command again."
+                f"{folder.path}: another command has just replaced this step by a reference. A lock on the old"
+                " folder has no effect. Run the same command again."
             )
         _write_owner(descriptor, folder.lock)
         for place in (folder.path, folder.checkpoints, folder.figures):
@@ -74,12 +74,12 @@ def hold(folder: StepFolder) -> Iterator[None]:
 
 
 def is_held_by_us(folder: StepFolder) -> bool:
-    """Whether this very process holds the step."""
+    """Whether this process holds the step."""
     return _is_held_here(folder.lock.resolve())
 
 
 def living_owner(folder: StepFolder) -> Owner | None:
-    """Who works on the step now, or None; for showing, since it may change at any moment."""
+    """The process that works on the step now, or None; for display, since it may change at any moment."""
     if is_held_by_us(folder):
         return _ourselves()
     try:
@@ -108,8 +108,8 @@ def _try_lock(descriptor: int, path: Path) -> bool:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise StorageError(
-                    f"{path}: the file system cannot lock ({error.strerror}). Two commands on one step would destroy"
-                    " each other's files, so the step is locked. Choose a local disk with run.dir=DIR."
+                    f"{path}: the file system does not support locks ({error.strerror}). Without a lock, two commands on one step would"
+                    " destroy each other's files. Choose a local disk with run.dir=DIR."
                 ) from error
             if attempt + 1 < _TRIES:
                 time.sleep(_PAUSE_S)
@@ -148,6 +148,6 @@ def _busy_text(folder: StepFolder, owner: Owner | None) -> str:
     who = str(owner) if owner else "another process"
     stop = f"stop it (`kill {owner.pid}` on {owner.host}; its state is kept)" if owner else "stop it"
     return (
-        f"{folder.path}: {who} works on this step. Two commands on one step would destroy each other's checkpoints."
-        f" Wait for it to end, {stop}, or work in another folder with run.dir=NEW."
+        f"{folder.path}: {who} is working on this step. Two commands on one step would destroy each other's checkpoints."
+        f" Wait for it to end, {stop}, or use another folder with run.dir=NEW."
     )

@@ -1,7 +1,7 @@
 """Outputs of commands: no input is overwritten, and no file is replaced without `--overwrite`.
 
-Steps of a recipe write into folders of their own (`llamachat.runs.state`). All other outputs, files and folders, are
-refused by `check_output` before any work is done; files are then written by `written_beside`.
+Steps of a recipe write into their own folders (`llamachat.runs.state`). All other outputs, files and folders, are
+checked by `check_output` before any work is done; files are then written by `written_beside`.
 """
 
 import gzip
@@ -24,19 +24,22 @@ def check_output(
     overwrite: bool = False,
     marker: str | None = None,
 ) -> None:
-    """Raise `UsageError` if `out` is one of the inputs (by any link), is no regular file, or exists without `overwrite`.
+    """Raise a `UsageError` if `out` is one of the inputs (by any link), is not a regular file, or exists without
+    `overwrite`.
 
-    With `marker` the output is a folder, and the file of that name says that the same command wrote it: only such a
+    With `marker` the output is a folder, and a file with this name shows that the same command wrote it: only such a
     folder, or an empty one, is replaced.
     """
     try:
         fault = _fault_of_input(out, [Path(from_home(str(path))) for path in inputs], is_folder=marker is not None)
         fault = fault or (_fault_of_file(out) if marker is None else _fault_of_folder(out, marker))
         if fault is None and os.path.lexists(out) and not overwrite and not _is_empty_folder(out):
-            fault = "exists already. Nothing is overwritten by default. Name another output, or add `--overwrite`."
+            fault = (
+                "already exists, and nothing is overwritten by default. Choose another output, or add `--overwrite`."
+            )
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        fault = f"cannot be written ({reason}). The output must be a place that this user can write to. Name another."
+        fault = f"cannot be written ({reason}). This user must be able to write there. Choose another output."
     if fault is not None:
         raise UsageError(f"{option}: '{out}' {fault}")
 
@@ -45,7 +48,7 @@ def check_folder(out: Path, *, option: str = "--out") -> None:
     """Raise `UsageError` if the folder of an output does not exist."""
     if not out.parent.is_dir():
         raise UsageError(
-            f"{option}: '{out}' cannot be written (No such file or directory). Make the folder, or name another output."
+            f"{option}: '{out}' cannot be written (No such file or directory). Create the folder, or choose another output."
         )
 
 
@@ -54,19 +57,19 @@ def _fault_of_input(out: Path, inputs: Iterable[Path], *, is_folder: bool) -> st
     for path in inputs:
         read = path.resolve()
         if place == read or (out.exists() and path.exists() and out.samefile(path)):
-            return "is an input of this command. What is read stays as it is. Name another output."
+            return "is an input of this command, and inputs are never overwritten. Choose another output."
         if not is_folder and out.exists() and read in place.parents:
-            return f"belongs to the input '{path}'. What is read stays as it is. Name another output."
+            return f"belongs to the input '{path}', and inputs are never overwritten. Choose another output."
         if is_folder and out.exists() and place in read.parents:
-            return f"holds the input '{path}', which would be deleted. Name another folder."
+            return f"contains the input '{path}', which would be deleted. Choose another folder."
     return None
 
 
 def _fault_of_file(out: Path) -> str | None:
     if out.is_dir():
-        return "is a folder. One file is written. Name a file in it."
+        return "is a folder, but the output is one file. Name a file in it."
     if out.exists() and not out.is_file():
-        return "is no regular file. The output is written next to it and renamed. Name a file."
+        return "is not a regular file. The output is written next to it and renamed. Name a file."
     return None
 
 
@@ -80,7 +83,7 @@ def _fault_of_folder(out: Path, marker: str) -> str | None:
     if os.path.ismount(out):
         return "cannot be replaced, since a disk is mounted there. Name a folder in it."
     if os.path.lexists(out) and not ((out / marker).is_file() or _is_empty_folder(out)):
-        return "exists already, and this command did not write it: what it holds could be lost. Name a new folder."
+        return "already exists and was not written by this command, so its content could be lost. Choose a new folder."
     return None
 
 
@@ -90,9 +93,9 @@ def _is_empty_folder(path: Path) -> bool:
 
 @contextmanager
 def written_beside(out: Path) -> Iterator[IO[bytes]]:
-    """A stream whose content appears under the name `out` whole, and only if nothing was raised; gzip if `.gz`.
+    """A stream whose content appears under the name `out` completely, and only if nothing was raised; gzip if `.gz`.
 
-    Where `out` is a symbolic link, the file that it points to is replaced.
+    If `out` is a symbolic link, its target is replaced.
     """
     place = out.resolve()
     with incoming_file(place) as side, side.open("wb") as raw:

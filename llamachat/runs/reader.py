@@ -1,7 +1,7 @@
-"""Read what the steps of a run wrote: manifests, recipes, final figures, costs and evaluations, as typed values.
+"""Reads what the steps of a run wrote: manifests, recipes, final figures, costs and evaluations, as typed values.
 
-Reads small files only, so a run whose weights were deleted can be read too, and so can one that is still running. A step
-that is there by reference (a link) reads like any other; nothing is ever written.
+Reads small files only, so it also reads a run whose weights were deleted, and one that is still running. A step
+that is a reference (a link) reads like any other; nothing is written.
 """
 
 import math
@@ -32,7 +32,7 @@ from llamachat.runs.state import Cost, read_cost
 
 _SIGNS = ("identity.json", "metrics.jsonl", "summary.json", f"artifact/{MANIFEST}")
 _BEST_OF_N = "best_of_n.json"  # in the figures of rejection sampling
-# By command: the section of the recipe, its key for the planned amount, and the figure for the amount done.
+# By command: the section of the recipe, its key for the planned amount, and the figure for the completed amount.
 _COUNTED = {
     "ppo": ("ppo", "iterations", "ppo/step"),
     "sft": ("sft", "epochs", "sft/epoch"),
@@ -43,14 +43,14 @@ _GUARDS = ("patience", "kl_guard", "collapse_guard")
 
 
 class _Plain(BaseModel):
-    """A part of a file of a step; keys that a later version adds are ignored."""
+    """A part of a step's file; keys added by later versions are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A figure with its 95% interval, where it has one, and the number of things it is a mean over."""
+    """A figure with its 95% interval, if it has one, and the number of items in its mean."""
 
     value: float
     low: float | None = None
@@ -58,22 +58,23 @@ class Measure:
     n: int | None = None
 
     def named(self, name: str) -> dict[str, float]:
-        """The value, and its ends where it has them, as metrics: `name`, `name_low`, `name_high`."""
+        """The value and the ends of its interval as metrics: `name`, `name_low`, `name_high`."""
         ends = {"": self.value, "_low": self.low, "_high": self.high}
         return {f"{name}{end}": value for end, value in ends.items() if value is not None}
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Its ends; None where it has none, or no width: all values were equal, which says nothing of chance."""
+        """The ends of its interval; None if it has none or no width: then all values were equal, and chance cannot be
+        estimated."""
         return None if self.low is None or self.high is None or self.low == self.high else (self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """What one policy's answers at one temperature are worth, by how many there are: entry n - 1 is for n of them."""
+    """The reward of one policy's answers at one temperature by their number: entry n - 1 is for n answers."""
 
     __pydantic_config__: ClassVar = ConfigDict(allow_inf_nan=False)
-    policy: str  # the step that made it
+    policy: str  # the step that made the policy
     temperature: float
     best: list[float]
     best_low: list[float]  # 95% interval over prompts
@@ -82,7 +83,7 @@ class Curve:
 
     @property
     def reward(self) -> float:
-        """Of the best of all of them."""
+        """The reward of the best of all of them."""
         return self.best[-1]
 
 
@@ -124,11 +125,11 @@ class Evaluation(_Plain):
         return self
 
     def measure(self, policy: str, metric: str) -> Measure | None:
-        """A figure of a policy; None where it was not measured."""
+        """A figure of a policy; None if it was not measured."""
         return self.figures[policy].get(metric)
 
     def has(self, metric: str) -> bool:
-        """Whether it was measured of any policy."""
+        """Whether it was measured for any policy."""
         return any(self.measure(policy, metric) is not None for policy in self.policies)
 
     def turns(self, measured: str = "consistency") -> list[int]:
@@ -139,7 +140,7 @@ class Evaluation(_Plain):
 
 
 class Benchmark(_Plain):
-    """What `llamachat benchmark` measured of a policy with one set of questions; all figures are shares."""
+    """The result of `llamachat benchmark` for a policy on one set of questions; all figures are shares."""
 
     title: str
     figures: dict[str, Measure]
@@ -157,7 +158,7 @@ _BENCHMARK = TypeAdapter(Benchmark)
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """What ended a step early; of steps that sample, no count is known."""
+    """What ended a step early; the count is unknown for steps that sample."""
 
     by: str  # max_hours, run.max_hours, patience, kl_guard, collapse_guard
     key: str | None = None  # iterations, epochs
@@ -175,7 +176,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class RunStep:
-    """One step of a run and the files that it wrote; a file that is not there reads as empty."""
+    """One step of a run and the files that it wrote; a missing file reads as empty."""
 
     name: str
     folder: StepFolder
@@ -187,13 +188,13 @@ class RunStep:
 
     @property
     def published(self) -> Manifest:
-        """The manifest of a step that is finished."""
+        """The manifest of a finished step."""
         assert self.manifest is not None, f"{self.name} is not finished"
         return self.manifest
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:
-        """The keys that decide what the step makes."""
+        """The keys that decide the step's result."""
         if self.manifest is not None:
             return self.manifest.identity
         identity = read_object(self.folder.identity).get("identity")
@@ -201,12 +202,12 @@ class RunStep:
 
     @property
     def command(self) -> str:
-        """The command that makes such a step: 'rm' of 'rm/safety', 'rs' of 'rs-2'."""
+        """The command that makes such a step: 'rm' for 'rm/safety', 'rs' for 'rs-2'."""
         return str(self.identity.get("command") or command_of(self.name))
 
     @property
     def scored_by(self) -> list[str]:
-        """The reward models that the step read, by what they judge; the template of the model card shows them."""
+        """The reward models that the step read, by domain; the template of the model card shows them."""
         return sorted(role.partition("/")[2] for role in self.published.inputs if role.startswith("reward_model/"))
 
     @cached_property
@@ -221,27 +222,27 @@ class RunStep:
 
     @property
     def cost(self) -> Cost | None:
-        """Time and memory of the step; None where it was not counted, or the file is damaged."""
+        """Time and memory of the step; None if they were not recorded, or the file is damaged."""
         return read_cost(self.folder)
 
     @cached_property
     def evaluation(self) -> Evaluation | None:
-        """The figures of all policies, of a step that evaluates."""
+        """The figures of all policies, for a step that evaluates."""
         return _read(self.folder.artifact / EVALUATION, _EVALUATION)
 
     @property
     def benchmarks(self) -> dict[str, Benchmark]:
-        """What was measured of the step's policy as it is now, by the name of the set."""
+        """The benchmark results of the step's current policy, by the name of the set."""
         return read_benchmarks(Artifact(self.folder.artifact, self.published))
 
     @property
     def best_of_n(self) -> list[Curve]:
-        """The curves of reward against the number of answers, of a step that samples several."""
+        """The curves of reward against the number of answers, for a step that samples several."""
         return _read(self.folder.figures / _BEST_OF_N, _CURVES) or []
 
     @property
     def ending(self) -> Ending | None:
-        """What ended the step early; None where it came to the end that its recipe says."""
+        """What ended the step early; None if it completed what its recipe says."""
         details = self.manifest.details if self.manifest else {}
         end = details.get("end")
         by = details.get("ended_by") or (end if end in _GUARDS else None)
@@ -249,14 +250,14 @@ class RunStep:
             return Ending(by) if by else None
         section, key, figure = _COUNTED[self.command]
         done = details.get(ITERATIONS_DONE)
-        if done is None:  # passes are in the step's record, where that still lies around the artifact
+        if done is None:  # passes are in the step's record, if it still exists next to the artifact
             rows = MetricsRecord(self.folder.metrics).read()
             name = figure.format(step=self.name)
             done = next((row[name] for row in reversed(rows) if name in row), None)
         return Ending(by, key, done, self.value(section, key))
 
     def value(self, section: str, key: str) -> Any:
-        """A key of the configuration that the step was run with; None where it did not read it."""
+        """A key of the configuration that the step was run with; None if the step did not read it."""
         values = self.identity.get(section)
         return values.get(key) if isinstance(values, Mapping) else None
 
@@ -274,15 +275,15 @@ class RunStep:
 
 
 def read_run(run: Path) -> dict[str, RunStep]:
-    """The steps of a run that have figures, by name, in the order in which they were finished; unfinished ones last."""
+    """The steps of a run that have figures, by name, in the order in which they finished; unfinished ones last."""
     if not run.is_dir():
         raise UsageError(
-            f"{run}: no such folder. A run folder is where the steps of a recipe lie, such as runs/tiny. Correct the path."
+            f"{run}: no such folder. A run folder contains the steps of a recipe, such as runs/tiny. Correct the path."
         )
     if any((run / sign).is_file() for sign in _SIGNS):
         raise UsageError(
-            f"{run}: is the folder of a step, not of a run. A run folder holds a folder for each step. Name the run"
-            f" that it is a part of, such as {run.parent}."
+            f"{run}: this is the folder of a step, not of a run. A run folder contains a folder for each step. Name the run"
+            f" that it belongs to, such as {run.parent}."
         )
     folders = {
         path.relative_to(run).as_posix().removesuffix(f"/{sign}")
@@ -295,18 +296,18 @@ def read_run(run: Path) -> dict[str, RunStep]:
         for name in sorted(folders)
         if not any(part in NOT_STEPS or part.startswith((".", INCOMING)) for part in Path(name).parts)
     ]
-    # One that was only begun has produced nothing yet.
+    # A step that has only begun has produced nothing yet.
     steps = [step for step in steps if step.is_finished or step.summary or step.folder.metrics.is_file()]
     if not steps:
         raise UsageError(
-            f"{run}: no steps here. A run folder holds a folder for each step, such as 'sft' with its summary.json."
-            " Name one that a step was run in (run.dir of its recipe)."
+            f"{run}: no steps here. A run folder contains a folder for each step, such as 'sft' with its summary.json."
+            " Name the folder of a run (run.dir of its recipe)."
         )
     for step in steps:
         named = step.identity.get("step", step.name)
-        if named != step.name:  # what lies one folder deeper than it should is a run among others
+        if named != step.name:  # a step one folder deeper than expected belongs to one of several runs
             raise UsageError(
-                f"{run}: is no run folder, since '{step.name}' holds the step '{named}'. A run folder holds '{named}'"
+                f"{run}: this is not a run folder, since '{step.name}' contains the step '{named}'. A run folder contains '{named}'"
                 f" itself. Name one run, such as {step.folder.path.as_posix().removesuffix(f'/{named}')}."
             )
     order = sorted(
@@ -316,7 +317,7 @@ def read_run(run: Path) -> dict[str, RunStep]:
 
 
 def read_step(run: Path, name: str) -> RunStep:
-    """One step of a run; ArtifactError for a manifest that is there and broken."""
+    """One step of a run; raises an ArtifactError if its manifest is broken."""
     folder = StepFolder(run / name)
     is_finished = (folder.artifact / MANIFEST).is_file()
     return RunStep(name, folder, read_manifest(folder.artifact) if is_finished else None)
@@ -328,12 +329,12 @@ def step_of(artifact: Artifact) -> RunStep:
 
 
 def benchmark_folder(artifact: Artifact) -> Path:
-    """Where `llamachat benchmark` keeps what it asked and measured of an artifact: other weights have another folder."""
+    """Where `llamachat benchmark` stores the answers and figures of an artifact; other weights have another folder."""
     return StepFolder(artifact.path.absolute().parent).benchmark / artifact.digest[:12]
 
 
 def read_benchmarks(artifact: Artifact) -> dict[str, Benchmark]:
-    """What was measured of an artifact, by the name of the set."""
+    """The benchmark results of an artifact, by the name of the set."""
     return {path.stem: _read(path, _BENCHMARK) for path in sorted(benchmark_folder(artifact).glob("*.json"))}
 
 
@@ -349,12 +350,12 @@ def read_summary(folder: StepFolder) -> dict[str, float]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON or YAML object; empty where there is no such file."""
+    """A JSON or YAML object; empty if the file does not exist."""
     return _read(path, _OBJECT) or {}
 
 
 def _read(path: Path, form: TypeAdapter[Any]) -> Any:
-    """A JSON or YAML file in its form, None where there is none; ArtifactError for one that cannot be understood."""
+    """The typed content of a JSON or YAML file, None if it does not exist; raises an ArtifactError if it is invalid."""
     try:
         content = path.read_bytes()
         return form.validate_json(content) if path.suffix == ".json" else form.validate_python(yaml.safe_load(content))
@@ -363,10 +364,10 @@ def _read(path: Path, form: TypeAdapter[Any]) -> Any:
     except ValidationError as error:
         problem = error.errors()[0]
         reason = f"{'.'.join(str(part) for part in problem['loc']) or 'the file'}: {problem['msg']}"
-    # A date of month 13 is a ValueError of the YAML reader's.
+    # A date with month 13 raises a ValueError in the YAML reader.
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = first_line(error)
     raise ArtifactError(
-        f"{path}: cannot be understood ({reason}). It says what a step was made with or what came out, as the step wrote"
-        " it. Copy it whole from where it came from, or make the step again with `--overwrite`."
+        f"{path}: cannot be read ({reason}). The step wrote its inputs or results to this file."
+        " Copy the whole file from its origin, or rerun the step with `--overwrite`."
     )

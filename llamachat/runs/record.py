@@ -1,8 +1,8 @@
-"""The record of a step as JSON lines: `metrics.jsonl` and `samples.jsonl`, cut back to the checkpoint on resuming.
+"""The record of a step as JSON lines: `metrics.jsonl` and `samples.jsonl`, truncated to the checkpoint on resuming.
 
-A line is `{"step": int, "time": float, ...}`. Where two loops write into one step folder (rejection sampling, then the
-tuning on its winners), each has its own axis, `<prefix>/step`, and cutting back one leaves the lines of the other.
-A line that a killed command tore is dropped by every reader, and a number that is not finite is written as null.
+A line is `{"step": int, "time": float, ...}`. If two loops write into one step folder (rejection sampling, then the
+tuning on its winners), each has its own axis, `<prefix>/step`, and truncating one leaves the other's lines.
+Every reader drops a line that a killed command left incomplete, and a number that is not finite is written as null.
 """
 
 import json
@@ -30,7 +30,7 @@ class _Lines:
         self._stream: TextIO | None = None
 
     def cut_back(self, step: int) -> None:
-        """Drop this axis' lines after `step` and any torn line, atomically."""
+        """Drop this axis' lines after `step` and any incomplete line, atomically."""
         self.close()
         text = self._text()
         kept = "".join(
@@ -42,12 +42,13 @@ class _Lines:
             write_text(self.path, kept)
 
     def is_damaged(self) -> bool:
-        """Whether lines are lost: it is gone or empty, or a line before the last one, which a kill may tear, is none."""
+        """Whether lines are lost: the file is missing or empty, or a line other than the last, which a kill may
+        truncate, is invalid."""
         *lines, _ = self._text().split("\n")
         return not lines or any(_parse(line) is None for line in lines)
 
     def sync(self) -> None:
-        """Flush to the disk, so that a power cut after a checkpoint finds its metrics too."""
+        """Flush to the disk, so that after a power failure the metrics of a checkpoint are there too."""
         if self._stream is not None:
             with storage_errors(self.path):
                 os.fsync(self._stream.fileno())
@@ -71,11 +72,11 @@ class _Lines:
                 # Half a character from a byte tokenizer becomes its JSON escape.
                 self._stream = self.path.open("a", encoding="utf-8", errors="backslashreplace")
             try:
-                # One write a call: a reader, or a kill, meets whole lines but for the last.
+                # One write per call: after a kill, only the last line may be incomplete.
                 self._stream.write(text)
                 self._stream.flush()
             except OSError:
-                # What does not fit must not be tried again when the file is closed.
+                # What does not fit must not be written again when the file is closed.
                 stream, self._stream = self._stream, None
                 with suppress(OSError):
                     stream.close()
@@ -96,33 +97,33 @@ class _Lines:
     def _text(self) -> str:
         with storage_errors(self.path):
             try:
-                # A tear may fall inside a character: the broken line is dropped whole.
+                # The break may be inside a character: the broken line is dropped whole.
                 return self.path.read_text(encoding="utf-8", errors="replace")
             except FileNotFoundError:
                 return ""
 
 
 class MetricsRecord(_Lines):
-    """`metrics.jsonl`: one line of numbers for each call."""
+    """`metrics.jsonl`: one line of numbers per call."""
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line; it is in the file when this returns."""
         self._append(step, [{name: _finite(value) for name, value in metrics.items()}])
 
     def read(self) -> list[dict[str, float]]:
-        """All whole lines; null, and what is no number, reads as nan."""
+        """All complete lines; null, and values that are not numbers, read as nan."""
         return [{name: _number(value) for name, value in row.items()} for row in self._rows()]
 
 
 class SamplesRecord(_Lines):
-    """`samples.jsonl`: one line for each sampled answer."""
+    """`samples.jsonl`: one line per sampled answer."""
 
     def append(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Write one line a row; they are in the file when this returns."""
+        """Write one line per row; they are in the file when this returns."""
         self._append(step, rows)
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines."""
+        """All complete lines."""
         return list(self._rows())
 
 

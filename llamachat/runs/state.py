@@ -1,13 +1,13 @@
-"""Whether a step is new, to be continued, or done; what it has cost; reuse by reference, and the index of a run.
+"""Whether a step is new, to be resumed, or done; its cost; reuse by reference; and the index of a run.
 
-A step is bound to its fingerprint from the moment it begins: with another one it is refused, never trained over. The
-`lineage.json` of a run is an index for people and pages: rebuilt from the manifests, read by no stage.
+A step is bound to its fingerprint from the moment it begins: with another one it is refused, never overwritten. The
+`lineage.json` of a run is an index for people and pages: it is rebuilt from the manifests, and no stage reads it.
 
-`cost.json` counts seconds, peak memory and starts over all the commands that worked on a step. It is written as the work
-begins, every ten seconds and as it ends, so that a killed command loses no more than that, and is no part of the artifact.
-A process's peak of resident memory never falls by itself, so it is set back through /proc/self/clear_refs as a step
-begins. Where that cannot be done (no Linux, or not allowed) the peak of a later step of one command is at least that of
-the steps before it.
+`cost.json` records seconds, peak memory and starts over all the commands that worked on a step. It is written when the
+work begins, every ten seconds and when it ends, so a killed command loses at most ten seconds; it is not part of the
+artifact. A process's peak of resident memory never falls, so it is reset through /proc/self/clear_refs when a step
+begins. Where that is impossible (not Linux, or not permitted), the peak of a later step of a command is at least that
+of the earlier steps.
 """
 
 import json
@@ -60,14 +60,15 @@ class StepState(Enum):
 
 
 def step_state(folder: StepFolder, fingerprint: str, identity: Mapping[str, Any]) -> StepState:
-    """The state of the step if it is or becomes the work of `fingerprint`; ChangedError if it is other work.
+    """The state of the step if its folder belongs to `fingerprint` or to nothing; raises ChangedError if it is other
+    work.
 
-    Reads only, and needs no lock: a finished step never changes.
+    Only reads, and needs no lock: a finished step never changes.
     """
     if folder.path.is_symlink() and not is_published(folder):
         raise ArtifactError(
-            f"{folder.path}: is a reference to {folder.path.parent / folder.path.readlink()}, which does not exist or is not finished. The run reuses that step"
-            " instead of running its own. Finish or restore it, or give `--overwrite` to run the step here (only the"
+            f"{folder.path}: this is a reference to {folder.path.parent / folder.path.readlink()}, which does not exist or is not finished. The run reuses that step"
+            " instead of running its own. Finish or restore it, or add `--overwrite` to run the step here (only the"
             " reference is removed)."
         )
     if is_published(folder):
@@ -98,23 +99,26 @@ def begin(
 
     `keeps_sampling` as in `renew`; `code` are the digests of the code that begins it (`llamachat.runs.code`).
     """
-    assert is_held_by_us(folder), "the step's lock is taken first"
+    assert is_held_by_us(folder), "the step's lock is held"
     begun = _read_identity(folder)
     if begun is None:
         _refuse_foreign_files(folder)
-        _clear(folder, keeps_sampling=keeps_sampling)  # checkpoints of unknown origin are never continued
+        _clear(folder, keeps_sampling=keeps_sampling)  # checkpoints of unknown origin are never resumed
     if begun is not None and begun["fingerprint"] != fingerprint:
-        log.info("%s: continues with the corrected reward function; what the earlier one scored stays", step)
+        log.info(
+            "%s: resuming with the corrected reward function; answers scored by the earlier version keep their scores",
+            step,
+        )
     failed = {} if begun is None or FAILED not in begun else {FAILED: begun[FAILED]}
     write_text(folder.config, resolved)
-    # A step that resumes keeps the record of the code that began it: part of it was made by that.
+    # A step that resumes keeps the record of the code that began it, which made part of it.
     own_code = dict(code or {}) if begun is None else begun.get("code", {})
     bound = {"step": step, "fingerprint": fingerprint, "identity": dict(identity), "code": own_code, **failed}
     write_json(folder.identity, bound)
 
 
 def find_state(folder: StepFolder) -> str:
-    """Where a started step resumes, in words; damaged checkpoints are reported and skipped."""
+    """Where a started step resumes, as text; damaged checkpoints are reported and skipped."""
     assert is_held_by_us(folder), "the step's lock is held"
     damaged = pass_over_damaged(folder.checkpoints)
     for path, fault in damaged.items():
@@ -124,23 +128,28 @@ def find_state(folder: StepFolder) -> str:
         _restore_record(folder, checkpoint)
         return f"step {checkpoint.step}"
     if any(folder.sampling.glob("*.json")):
-        return "what was sampled"
-    return f"its beginning: {'no checkpoint is whole' if damaged else 'it stopped before its first checkpoint'}"
+        return "the answers sampled so far"
+    return f"its start: {'no checkpoint is complete' if damaged else 'it stopped before its first checkpoint'}"
 
 
 def _restore_record(folder: StepFolder, checkpoint: Checkpoint) -> None:
-    """Put the metrics up to the checkpoint back where those of the step's folder are damaged."""
+    """Restore the metrics up to the checkpoint if those of the step's folder are damaged."""
     kept = checkpoint.path / folder.metrics.name
     if kept.is_file() and MetricsRecord(folder.metrics).is_damaged() and not MetricsRecord(kept).is_damaged():
-        log.warning("warning: %s: lines are lost; those up to step %d are back", folder.metrics, checkpoint.step)
+        log.warning(
+            "warning: %s: lines are lost; those up to step %d were restored from the checkpoint",
+            folder.metrics,
+            checkpoint.step,
+        )
         with incoming_file(folder.metrics) as side:
             shutil.copyfile(kept, side)
 
 
 def unbind(folder: StepFolder) -> None:
-    """Make a begun folder NEW again, where no optimizer step was saved in it: its work was refused, and may change.
+    """Make a begun folder NEW again if no optimizer step was saved in it: its work was refused, and may change.
 
-    One whose reward function has failed stays: what a correction may be is known, and what was sampled is kept for it.
+    A folder whose reward function has failed stays bound: a correction is recognised, and what was sampled is kept for
+    it.
     """
     assert is_held_by_us(folder), "the step's lock is held"
     is_saved = newest(folder.checkpoints) is not None or is_published(folder) or folder.dialogs.exists()
@@ -149,18 +158,18 @@ def unbind(folder: StepFolder) -> None:
 
 
 def may_correct_function(folder: StepFolder) -> None:
-    """Let the step continue with another version of its reward function, since this one has failed."""
+    """Let the step resume with another version of its reward function, since this one has failed."""
     assert is_held_by_us(folder), "the step's lock is held"
     begun = _read_identity(folder)
-    assert begun is not None, "the step is begun"
+    assert begun is not None, "the step has begun"
     function = begun["identity"]["scoring"]["combine"]
     write_json(folder.identity, begun | {FAILED: [*dict.fromkeys([*begun.get(FAILED, []), function])]})
 
 
 def with_failed_functions(folder: StepFolder, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity of the step in this folder with the other versions of its reward function that scored a part of it.
+    """The identity of this folder's step, including the other versions of its reward function that scored a part of it.
 
-    They are a part of what it is: the present version alone need not make the same again.
+    They are part of the identity: the current version alone need not give the same result.
     """
     begun = _read_identity(folder, is_damage_fatal=False) or {}
     others = [function for function in begun.get(FAILED, []) if function != identity["scoring"]["combine"]]
@@ -168,7 +177,7 @@ def with_failed_functions(folder: StepFolder, identity: Mapping[str, Any]) -> di
 
 
 def _is_corrected(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
-    """Whether the step differs from what was begun in the version of its reward function alone, and that has failed."""
+    """Whether the step differs from what was begun only in its reward function, whose earlier version failed."""
     if FAILED not in begun:
         return False
     before, now = ({key: value for key, value in one.items() if key != FAILED} for one in (begun["identity"], identity))
@@ -177,7 +186,7 @@ def _is_corrected(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> bool
 
 
 def overwrite(folder: StepFolder) -> None:
-    """Make the folder NEW. Of a reference only the link goes; the files of the run it points to are not touched."""
+    """Make the folder NEW. Of a reference only the link is removed; the files of the other run are not touched."""
     if folder.path.is_symlink():
         with storage_errors(folder.path):
             folder.path.unlink()
@@ -205,7 +214,7 @@ def renew(folder: StepFolder) -> None:
 
 
 def reference(folder: StepFolder, parent_folder: StepFolder) -> None:
-    """Reuse a finished step of another run: `folder` becomes a relative link to it, never written through."""
+    """Reuse a finished step of another run: `folder` becomes a relative link to it, which is never written through."""
     assert is_published(parent_folder), f"{parent_folder.path} is not finished"
     target = parent_folder.path.resolve()
     if folder.path.is_symlink() and folder.path.resolve() == target:
@@ -218,9 +227,9 @@ def reference(folder: StepFolder, parent_folder: StepFolder) -> None:
         side.symlink_to(link, target_is_directory=True)
         if folder.path.is_dir() and not folder.path.is_symlink():
             with hold(folder):
-                # A refused or crashed start leaves nothing but the lock; a step's work is never removed here.
+                # A refused or crashed start leaves only the lock; a step's work is never removed here.
                 names = {path.name for path in folder.path.iterdir()}
-                assert names <= {folder.lock.name}, f"{folder.path} holds work of its own"
+                assert names <= {folder.lock.name}, f"{folder.path} contains its own work"
                 remove_tree(folder.path)
                 side.replace(folder.path)
         else:
@@ -229,7 +238,7 @@ def reference(folder: StepFolder, parent_folder: StepFolder) -> None:
 
 
 def lineage(run_dir: Path) -> dict[str, Any]:
-    """Rebuild `<run_dir>/lineage.json` from the manifests, and return it."""
+    """Rebuild `<run_dir>/lineage.json` from the manifests, and return its content."""
     steps = []
     for artifact in published_steps(run_dir):
         place, manifest = artifact.path, artifact.manifest
@@ -255,7 +264,7 @@ def lineage(run_dir: Path) -> dict[str, Any]:
 
 
 def _read_identity(folder: StepFolder, *, is_damage_fatal: bool = True) -> dict[str, Any] | None:
-    """What the folder is bound to; where its file is lost or damaged, as the newest checkpoint has it."""
+    """The work that the folder is bound to; if its file is lost or damaged, as recorded in the newest checkpoint."""
     begun, fault = _read_binding(folder.identity)
     if begun is not None:
         return begun
@@ -265,14 +274,14 @@ def _read_identity(folder: StepFolder, *, is_damage_fatal: bool = True) -> dict[
         return begun
     if fault and is_damage_fatal:
         raise ArtifactError(
-            f"{folder.identity}: cannot be understood ({fault}). It says what the state in this folder was made with, which"
-            " is never trained over unread. Copy the file back, or throw the step away with `--overwrite`."
+            f"{folder.identity}: cannot be read ({fault}). It identifies the state in this folder, which must not"
+            " be overwritten unidentified. Copy the file back, or discard the step with `--overwrite`."
         )
     return None
 
 
 def _read_binding(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """The fingerprint and identity of a file, or else what is wrong with it; nothing where it is not there."""
+    """The fingerprint and identity in a file, or what is wrong with it; nothing if it does not exist."""
     try:
         with storage_errors(path):
             begun = json.loads(path.read_text(encoding="utf-8"))
@@ -281,27 +290,28 @@ def _read_binding(path: Path) -> tuple[dict[str, Any] | None, str]:
     except ValueError as error:
         return None, first_line(error)
     is_binding = isinstance(begun, dict) and isinstance(begun.get("fingerprint"), str)
-    return (begun, "") if is_binding else (None, "it holds no fingerprint")
+    return (begun, "") if is_binding else (None, "it has no fingerprint")
 
 
 def _changed_text(folder: StepFolder, condition: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     changes = changed_keys(old, new) or ["the version of the stage or of one of its inputs"]
     listed = "".join(f"\n    {change}" for change in changes)
     name = str(new.get("step") or old.get("step") or folder.path.name)
-    # As many levels up as the step's name has parts, if it is the name; else one.
+    # As many levels up as the step's name has parts, if it is the name; otherwise one.
     parts = Path(name).parts
     run_dir = folder.path.parents[len(parts) - 1 if folder.path.parts[-len(parts) :] == parts else 0]
-    back = "" if condition.startswith("is finished") else ", or go back to the old values to continue it"
+    back = "" if condition.startswith("is finished") else ", or restore the old values to resume it"
     return (
         f"{folder.path}: '{name}' {condition} was made with another configuration or other inputs:{listed}\n"
-        "A step is never overwritten, since later steps and figures depend on it."
+        "A finished or begun step is never overwritten silently, since later steps and figures depend on it."
         f" Start a new run that reuses every unchanged step with `run.dir=NEW {quote(f'run.parent={run_dir}')}`,"
-        f" or throw this step away with `--overwrite`{back}."
+        f" or discard this step with `--overwrite`{back}."
     )
 
 
 def _clear(folder: StepFolder, *, keeps_sampling: bool = False) -> None:
-    """Remove everything but the lock. Identity goes last: while anything old is left the folder stays bound to it."""
+    """Remove everything but the lock. The identity goes last: the folder stays bound to it while anything old is
+    left."""
     with storage_errors(folder.path):
         first = [folder.checkpoints, folder.artifact, folder.tuned, folder.dialogs]
         kept = {*first, folder.lock, folder.identity, *([folder.sampling] if keeps_sampling else [])}
@@ -312,7 +322,7 @@ def _clear(folder: StepFolder, *, keeps_sampling: bool = False) -> None:
 
 
 def _refuse_foreign_files(folder: StepFolder) -> None:
-    """Refuse to write to or clear a folder of the user's in which no step was started."""
+    """Refuse to write to or clear a user's folder in which no step was started."""
     if not folder.path.is_dir():
         return
     with storage_errors(folder.path):
@@ -320,8 +330,8 @@ def _refuse_foreign_files(folder: StepFolder) -> None:
     foreign = sorted(names - folder.names())
     if foreign:
         raise UsageError(
-            f"{folder.path}: holds {', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}, which no step made."
-            " A step owns its folder whole. Choose another place with run.dir=DIR, or move those files away."
+            f"{folder.path}: contains {', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}, which no step made."
+            " A step needs its folder for itself. Choose another folder with run.dir=DIR, or move those files away."
         )
 
 
@@ -332,21 +342,21 @@ EVERY_S = 10.0
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
-_RESET_PEAK = "5"  # of proc(5): the peak of resident memory becomes the present size
+_RESET_PEAK = "5"  # see proc(5): the peak of resident memory becomes the current size
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What the work on one step has taken."""
+    """What the work on one step has cost."""
 
-    seconds: float = 0.0  # of wall time, of all starts
-    peak_gib: float = 0.0  # most memory that one of them held: of the GPU where there is one, else resident
-    starts: int = 0  # commands that worked on it
+    seconds: float = 0.0  # of wall time, over all starts
+    peak_gib: float = 0.0  # the largest of all starts: of the GPU if there is one, else resident memory
+    starts: int = 0  # number of commands that worked on it
 
 
 def read_cost(folder: StepFolder) -> Cost | None:
-    """The cost as it was last written; None of a step that no command has worked on since it is counted, and of a damaged
-    file."""
+    """The cost as last written; None if no command has worked on the step since costs are recorded, or the
+    file is damaged."""
     if not folder.cost.is_file():
         return None
     with storage_errors(folder.cost):
@@ -354,7 +364,7 @@ def read_cost(folder: StepFolder) -> Cost | None:
             values = json.loads(folder.cost.read_text(encoding="utf-8"))
             return Cost(float(values["seconds"]), float(values["peak_gib"]), int(values["starts"]))
         except (ValueError, KeyError, TypeError) as error:
-            log.warning("%s: cannot be understood (%s): the step's cost is counted from now on", folder.cost, error)
+            log.warning("%s: cannot be read (%s): the step's cost is counted from now on", folder.cost, error)
             return None
 
 
@@ -392,7 +402,7 @@ def counted(folder: StepFolder) -> Iterator[None]:
 
 
 def reset_peak() -> None:
-    """Reset the peak to what is in use now, as far as the system lets us."""
+    """Reset the peak to the current use, as far as the system allows."""
     torch = _torch_on_gpu()
     if torch is not None:
         torch.cuda.reset_peak_memory_stats()
@@ -401,7 +411,8 @@ def reset_peak() -> None:
 
 
 def peak_memory() -> float:
-    """Peak memory of the process since `reset_peak`, in GiB: what the GPU's allocator holds where there is one, else resident."""
+    """Peak memory of the process since `reset_peak`, in GiB: of the GPU's allocator if there is a GPU, else resident
+    memory."""
     torch = _torch_on_gpu()
     if torch is not None:
         return torch.cuda.max_memory_reserved() / 2**30
@@ -412,6 +423,6 @@ def peak_memory() -> float:
 
 
 def _torch_on_gpu() -> Any:
-    """PyTorch where it holds a GPU already; nothing is loaded to ask."""
+    """PyTorch if it already uses a GPU; nothing is loaded to find out."""
     torch = imported_torch()
     return torch if torch is not None and torch.cuda.is_initialized() else None

@@ -1,7 +1,7 @@
-"""Small results that are slow to compute and follow from files alone, kept in the user's cache folder between commands.
+"""Small results that are slow to compute and depend only on files, kept in the user's cache folder between commands.
 
-A result is kept under a digest of everything that it follows from, so a file or code that changes makes another one. A
-folder that cannot be written to costs time, nothing else. `$XDG_CACHE_HOME/llamachat` may be deleted at any time.
+A result is stored under a digest of everything that it depends on, so a changed file or code gives a new entry. If the
+folder is not writable, only time is lost. `$XDG_CACHE_HOME/llamachat` may be deleted at any time.
 """
 
 import json
@@ -15,7 +15,7 @@ from llamachat.runs.fingerprints import fingerprint
 
 
 def cached(kind: str, follows_from: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
-    """The result of `compute`, as JSON would give it back, or the one that was kept of the same `follows_from`."""
+    """The result of `compute`, as JSON would return it, or the stored result for an equal `follows_from`."""
     file = _folder() / kind / f"{fingerprint(follows_from)[:40]}.json"
     with suppress(OSError, ValueError):
         return json.loads(file.read_text(encoding="utf-8"))

@@ -41,7 +41,8 @@ def named_models(scoring: Scoring, recipe_models: Mapping[str, Artifact]) -> dic
 def checked_models(
     scoring: Scoring, recipe_models: Mapping[str, Artifact], *, also: Collection["RewardRole"] = ("judge",)
 ) -> dict["RewardRole", Artifact | str]:
-    """Those whose scores the recipe's rule reads, and `also` these; ConfigError where the rule cannot work with them."""
+    """Those whose scores the recipe's rule reads, and `also` these; ConfigError where the rule cannot work with
+    them."""
     models = named_models(scoring, recipe_models)
     facts = model_facts(models)
     for warning in check_scoring(scoring, facts):
@@ -100,8 +101,8 @@ def check_scoring(scoring: Scoring, models: Mapping[ModelName, RewardModelFacts]
 
 def _unfit(name: ModelName, model: RewardModelFacts) -> str:
     return (
-        f"the {name} reward model {model.name} is {model.unfit}. A policy that is trained against it finds what it"
-        " prefers. Look at the step's figures/probe.png, raise reward.contrast.share or add preferences to"
+        f"the {name} reward model {model.name} is {model.unfit}. A policy trained against it will exploit what it"
+        " prefers. See the step's figures/probe.png, raise reward.contrast.share or add preferences to"
         f" data.{name}, and train it again (`make rm`) before rejection sampling and PPO."
     )
 
@@ -117,9 +118,9 @@ def _absent(scoring: Scoring, name: ModelName, models: Mapping[ModelName, Reward
     if scoring.combine == "weighted":
         ways += f", or do without it: scoring.weights.{name}=0"
     elif scoring.combine == "llama2_gate" and models:
-        ways += ", or score with the one there is: scoring.combine=single"
+        ways += ", or use the only one: scoring.combine=single"
     return (
-        f"scoring.combine: {scoring.combine} needs a {name} reward model, and there is none (there is: {there})."
+        f"scoring.combine: {scoring.combine} needs a {name} reward model, but there is none (available: {there})."
         f" {reasons[scoring.combine]}. {ways}."
     )
 
@@ -128,13 +129,13 @@ def _gate_warnings(safety: RewardModelFacts) -> list[str]:
     if safety.safety_labels is None:
         return [
             f"scoring.combine: llama2_gate reads sigmoid(score) of {safety.name} as the probability that an answer is"
-            " safe. It was not trained here, so this is unchecked: look at ppo/reward/gate_fraction."
+            " safe. It was not trained here, so this is unchecked: watch ppo/reward/gate_fraction."
         ]
     if safety.safety_labels == 0:
         raise ConfigError(
             f"scoring.combine: llama2_gate compares sigmoid(score) of the safety model with scoring.safety_threshold, but"
             f" {safety.name} saw no safety labels. Trained on pairs alone it knows which answer is safer, not whether one"
-            " is safe: any threshold on its score means nothing. Train it with labels (chosen_is_safe and"
+            " is safe: a threshold on its score has no meaning. Train it with labels (chosen_is_safe and"
             " rejected_is_safe in data.safety, or data.labels), or combine without a gate: scoring.combine=weighted or"
             " single."
         )

@@ -67,8 +67,8 @@ def check_finite(scores_B: Tensor, source: str) -> None:
     wrong = (~scores_B.isfinite()).nonzero().flatten().tolist()
     if wrong:
         raise ScoringError(
-            f"{source} gave {float(scores_B[wrong[0]])} for answer {wrong[0]} ({len(wrong)} of {len(scores_B)} are no"
-            " finite number). A score must be one, since whitening mixes all of them: a single one would spoil the batch."
-            " Train the reward model again (a lower learning rate, base.dtype bfloat16 in place of float16), or correct"
+            f"{source} gave {float(scores_B[wrong[0]])} for answer {wrong[0]} ({len(wrong)} of {len(scores_B)} are not"
+            " finite). Every score must be finite, since whitening mixes all of them: a single bad one would spoil the batch."
+            " Train the reward model again (a lower learning rate, base.dtype bfloat16 instead of float16), or correct"
             " the function."
         )

@@ -37,7 +37,7 @@ from llamachat.runs.fingerprints import digest_of_program
 from llamachat.scoring.scores import Answers, Scores
 
 _SIGNATURE = "fn(prompts, completions, scores, **columns) -> list[float]"
-_CORRECT = f"What the step has finished is kept. Correct the function ({_SIGNATURE}), and give the same command again: it continues."
+_CORRECT = f"The finished part of the step is kept. Correct the function ({_SIGNATURE}), and run the same command again: it resumes."
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ class UserFunction:
         except TypeError as error:
             raise RewardFunctionError(
                 f"{self._place}: '{self.name.function}' cannot be called with prompts, completions, scores and the"
-                f" columns {', '.join(columns)}: {error}. Further columns may come. {_CORRECT}"
+                f" columns {', '.join(columns)}: {error}. Further columns may be added. {_CORRECT}"
             ) from error
 
     def _numbers(self, result: Any, count: int) -> list[float]:
@@ -184,7 +184,7 @@ class UserFunction:
         if len(result) != count:
             raise RewardFunctionError(
                 f"{self._place}: '{self.name.function}' returned {len(result)} values for {count} completions. The n-th"
-                f" value is the score of the n-th completion, so there must be as many. {_CORRECT}"
+                f" value is the score of the n-th completion, so the numbers must be equal. {_CORRECT}"
             )
         for index, value in enumerate(result):
             # bool is an int to Python, and a fair score: did it pass or not?

@@ -1,1 +1,1 @@
-"""What a step writes down while it runs: table of metrics, record in JSON lines, wandb, curves, dashboard."""
+"""What a step records while it runs: table of metrics, record in JSON lines, wandb, curves, dashboard."""

@@ -1,7 +1,7 @@
-"""The curves of a step: as a picture, one panel a group of metrics, and as lines of text for a terminal.
+"""The curves of a step: as a picture with one panel per group of metrics, and as lines of text for a terminal.
 
-Noisy figures are drawn twice: the raw points, light, and a running mean over them. A metric with one value (the
-loss of the base) is a dashed line across. Both forms read `metrics.jsonl` and nothing else.
+Noisy figures are drawn twice: the raw points in a light colour, and a running mean. A metric with one value (the
+loss of the base) is a dashed horizontal line. Both forms read only `metrics.jsonl`.
 """
 
 import math
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from llamachat.runs.record import STEP, TIME, MetricsRecord
-from llamachat.tables import text_table
+from llamachat.tables import plural, text_table
 from llamachat.tracking.metrics import METRICS, Metric, find_metric
 from llamachat.tracking.pictures import COLOURS, harmless, panel_grid, save_png, style_panel
 
 _SMOOTH_FROM = 20
-# Schedules and counters are exact: a running mean would bend them.
+# Schedules and counters are exact: a running mean would distort them.
 _EXACT_PANELS = {"learning rate", "progress", "trained tokens", "training time", "temperature", "memory"}
-_FLAT = 0.02  # of the values: less than this is no change worth seeing
+_FLAT = 0.02  # of the values: a smaller change is not worth showing
 _BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _ASCII_BLOCKS = "_.-=+*%#"
 
@@ -37,7 +37,9 @@ class Series:
 
 def read_series(metrics_path: Path) -> list[Series]:
     """Every metric of a record in the order of the table; a later line at the same step wins."""
-    points: dict[tuple[str, str], dict[int, float]] = {}  # two loops of a step may log a name, each on its own axis
+    points: dict[
+        tuple[str, str], dict[int, float]
+    ] = {}  # two loops of a step may log the same name, each on its own axis
     for row in MetricsRecord(metrics_path).read():
         axis = next((name for name in row if name.endswith(f"/{STEP}")), STEP)
         for name in row:
@@ -55,9 +57,9 @@ def read_series(metrics_path: Path) -> list[Series]:
 
 @harmless
 def draw_curves(metrics_path: Path, png_path: Path, *, title: str | None = None) -> None:
-    """Draw the record as a PNG, written to a side file and renamed; without a line to draw nothing is written."""
+    """Draw the record as a PNG, written to a side file and renamed; nothing is written if there is no curve."""
     panels = panels_of(read_series(metrics_path))
-    # What was measured once is in summary.json, and no curve.
+    # Metrics that were measured once are in summary.json, and have no curve.
     panels = {name: group for name, group in panels.items() if any(len(one.steps) > 1 for one in group)} or panels
     if not panels:
         return
@@ -70,9 +72,9 @@ def draw_curves(metrics_path: Path, png_path: Path, *, title: str | None = None)
 
 
 def draw_overlays(metrics_paths: Sequence[Path], png_path: Path, *, labels: Sequence[str], title: str) -> Sequence[str]:
-    """Draw the curves of the metrics that all these records hold, a panel each, and return their names.
+    """Draw the curves of the metrics that all these records have, one panel each, and return their names.
 
-    A metric that is a single value in all of them is no curve; without a curve nothing is written.
+    A metric with a single value in all of them has no curve; without a curve nothing is written.
     """
     records = [{one.name: one for one in read_series(path)} for path in metrics_paths]
     shared = [name for name in records[0] if all(name in record for record in records[1:])]
@@ -82,7 +84,7 @@ def draw_overlays(metrics_paths: Sequence[Path], png_path: Path, *, labels: Sequ
     figure, places = _grid(len(names), title)
     for place, name in zip(places, names, strict=True):
         group = [record[name] for record in records]
-        is_smoothed = any(map(_is_noisy, group))  # one kind of line for all, also where one run was shorter
+        is_smoothed = any(map(_is_noisy, group))  # the same kind of line for all runs, even if one is shorter
         for one, label, colour in zip(group, labels, COLOURS, strict=False):
             _draw_series(place, one, colour=colour, label=label, is_smoothed=is_smoothed)
         _frame_panel(place, name, group)
@@ -95,7 +97,7 @@ def _grid(count: int, title: str) -> tuple[Any, list[Any]]:
 
 
 def terminal_curves(metrics_path: Path, *, width: int = 100, is_ascii: bool = False) -> str:
-    """One line a metric: first and last value, unit, and the curve in blocks; for a terminal without graphics."""
+    """One line per metric: first and last value, unit, and the curve in blocks; for a terminal without graphics."""
     series = read_series(metrics_path)
     if not series:
         return "  (no figures yet)\n"
@@ -114,12 +116,12 @@ def terminal_curves(metrics_path: Path, *, width: int = 100, is_ascii: bool = Fa
     lines = text_table([("metric", "first", "last", "unit", "curve"), *rows], align="<>><", indent="  ")
     lines.insert(1, "  " + "-" * (max(map(len, lines)) - 2))
     last_step = max(one.steps[-1] for one in series)
-    lines.append(f"  {sum(len(one.steps) for one in series)} values up to step {last_step}")
+    lines.append(f"  {plural(sum(len(one.steps) for one in series), 'value')} up to step {last_step}")
     return "\n".join(lines) + "\n"
 
 
 def sparkline(values: Sequence[float], width: int, *, is_ascii: bool = False) -> str:
-    """The curve as at most `width` blocks, each the mean of its share of the values; a gap where none is finite."""
+    """The curve as at most `width` blocks, each the mean of its part of the values; a gap if none is finite."""
     blocks = _ASCII_BLOCKS if is_ascii else _BLOCKS
     count = min(width, len(values))
     shares = [values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)]
@@ -134,7 +136,8 @@ def sparkline(values: Sequence[float], width: int, *, is_ascii: bool = False) ->
 
 
 def panels_of(series: Sequence[Series]) -> dict[str, list[Series]]:
-    """Panel title -> its series, all on one axis; figures of the step itself first, then optimizer, speed, memory."""
+    """Panel title -> its series, which share an axis; figures of the step itself first, then optimizer, speed,
+    memory."""
     panels: dict[str, list[Series]] = {}
     has_axes = len({one.axis for one in series}) > 1
     own = [one for one in series if one.axis.partition("/")[0] == one.name.partition("/")[0]]
@@ -147,7 +150,7 @@ def panels_of(series: Sequence[Series]) -> dict[str, list[Series]]:
 
 
 def _draw_series(place: Any, one: Series, *, colour: str, label: str, is_smoothed: bool) -> None:
-    """One curve: its points joined, or a running mean over them; a single value as a dashed line across."""
+    """Draw one curve: its points joined, or a running mean over them; a single value as a dashed horizontal line."""
     if len(one.steps) == 1:
         text = f"{label} {_short(one.values[0])}"
         place.axhline(one.values[0], color=colour, linestyle="--", linewidth=1.2, label=text)
@@ -164,14 +167,14 @@ def _is_noisy(one: Series) -> bool:
 
 
 def _frame_panel(place: Any, title: str, group: Sequence[Series]) -> None:
-    """Title, axes with their units, and the legend next to a panel, where it hides no curve."""
+    """Title, axes with units, and the legend next to a panel, where it hides no curve."""
     units = sorted({one.metric.unit for one in group} - {"1", ""})
     style_panel(place, title, x=group[0].axis, y=", ".join(units))
     place.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     place.xaxis.get_major_locator().set_params(integer=True)
     low, high = place.get_ylim()
     largest = max(abs(low), abs(high))
-    if high - low < _FLAT * largest:  # a constant is drawn as one, not as its last digits
+    if high - low < _FLAT * largest:  # draw a constant as a constant, not its last digits
         place.set_ylim((low + high) / 2 - _FLAT * largest, (low + high) / 2 + _FLAT * largest)
     place.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useMathText=True)
     if units == ["fraction"]:
@@ -179,7 +182,8 @@ def _frame_panel(place: Any, title: str, group: Sequence[Series]) -> None:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Mean over a window of a twentieth of the curve, cut at both ends; values that are not finite are left out."""
+    """Mean over a window of a twentieth of the curve, truncated at both ends; values that are not finite are
+    ignored."""
     half = max(2, len(values) // 40)
     means = (
         _mean([value for value in values[max(0, i - half) : i + half + 1] if math.isfinite(value)])

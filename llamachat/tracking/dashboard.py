@@ -9,6 +9,7 @@ from pathlib import Path
 from llamachat.errors import UsageError
 from llamachat.runs.artifacts import StepFolder, is_published
 from llamachat.runs.locks import living_owner
+from llamachat.tables import plural
 from llamachat.tracking.curves import terminal_curves
 
 _WIDTH = 100
@@ -50,12 +51,12 @@ def summary_text(run_dir_parent: Path, *, is_ascii: bool = False) -> str:
 
 
 def sync_hint(offline: Path) -> str:
-    """How the offline runs get to a wandb account, each path ready to copy."""
+    """How to send the offline runs to a wandb account, with paths ready to copy."""
     runs = sorted(offline.glob("offline-run-*"))
     if not runs:
         return "No offline wandb runs here (tracking.mode is off or online)."
     return (
-        f"{len(runs)} offline wandb run{'s' if len(runs) > 1 else ''} in {offline}."
+        f"{plural(len(runs), 'offline wandb run')} in {offline}."
         f" To send them to your account: wandb login, then wandb sync {offline}/offline-run-*"
     )
 
@@ -70,7 +71,7 @@ def _condition(folder: StepFolder) -> str:
 
 
 def _open_leet(offline: Path) -> bool:
-    """Whether wandb's dashboard opened and was closed by the user."""
+    """Open wandb's dashboard; returns whether it opened and the user closed it."""
     if not any(offline.glob("offline-run-*")) or importlib.util.find_spec("wandb") is None:
         return False
     environment = {**os.environ, "WANDB_ERROR_REPORTING": "false"}

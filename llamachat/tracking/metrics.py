@@ -42,7 +42,7 @@ _VARIABLES = {
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One row of the page; metrics of one panel share a picture and so must share a scale."""
+    """One row of the table; metrics of one panel share a picture and so must share a scale."""
 
     name: str
     meaning: str
@@ -52,7 +52,7 @@ class Metric:
 
 
 class UnknownMetricError(LookupError):
-    """A metric is logged whose name the table does not hold: our bug, not the user's."""
+    """A metric is logged under a name that the table lacks: our bug, not the user's."""
 
 
 _ROW = re.compile(r"^\| `(.+?)` \| (.+) \| (.+) \| (.+) \| (.*) \|$", re.MULTILINE)
@@ -62,14 +62,14 @@ METRICS = {row[1]: Metric(*row.groups()) for row in _ROW.finditer(_PAGE)}
 
 @cache
 def find_metric(name: str) -> Metric | None:
-    """The row of the table that a name belongs to; None of a name of another version of the table."""
+    """The row of the table for a name; None for a name of another version of the table."""
     if name in METRICS and "<" not in name:
         return METRICS[name]
     return next((metric for pattern, metric in _patterns() if pattern.fullmatch(name)), None)
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise UnknownMetricError for the first name that the table does not hold."""
+    """Raise UnknownMetricError for the first name that the table lacks."""
     for name in names:
         if find_metric(name) is None:
             near = get_close_matches(name, METRICS, n=1)

@@ -1,4 +1,4 @@
-"""Pictures as PNG: a grid of panels, their common style, and the file, which appears whole under its name."""
+"""Pictures as PNG: a grid of panels, their common style, and the file, which is replaced atomically."""
 
 import functools
 import logging
@@ -60,7 +60,7 @@ def style_panel(
     has_grid: bool = True,
     has_legend: bool = False,
 ) -> None:
-    """Style a panel, and set its title and axis labels where they are given; ticks have `points` by default."""
+    """Style a panel, and set its title and axis labels if given; ticks have `points` by default."""
     if title:
         place.set_title(title, fontsize=title_points, loc="left")
     if x:
@@ -76,9 +76,9 @@ def style_panel(
 
 
 def save_png(figure: "Figure", png_path: Path) -> None:
-    """Write a picture to a side file and rename it: a reader sees all of it or the one before.
+    """Write a picture to a side file and rename it: a reader sees the new file or the old one.
 
-    A `$` in its texts is one: they name runs and steps, and none is a formula.
+    A `$` in its texts is literal: they name runs and steps, and none is a formula.
     """
     from matplotlib.text import Text
 
@@ -92,17 +92,21 @@ def save_png(figure: "Figure", png_path: Path) -> None:
 
 
 def harmless(draw: Callable[P, None]) -> Callable[P, None]:
-    """A drawing function that, where it fails, says so: its figures are in other files too, and no step fails over it."""
+    """A drawing function that only logs its failures: the figures are in other files too, and no step fails over a
+    picture."""
 
     @functools.wraps(draw)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             draw(*args, **kwargs)
         except LlamachatError:
-            raise  # a full disk stops what comes next, too
+            raise  # a full disk will stop the next writes, too
         except Exception as error:
             log.warning(
-                "warning: a picture is not drawn (%s): %s: %s", draw.__name__, type(error).__name__, first_line(error)
+                "warning: a picture could not be drawn (%s): %s: %s",
+                draw.__name__,
+                type(error).__name__,
+                first_line(error),
             )
 
     return wrapped

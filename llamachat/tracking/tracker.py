@@ -1,6 +1,6 @@
-"""One place where a step writes what happens: the record on disk first, then wandb, TensorBoard and Trackio.
+"""The one place where a step writes metrics: to the record on disk first, then to wandb, TensorBoard and Trackio.
 
-Prompts and answers go to `samples.jsonl` alone unless `tracking.upload_text` is set: users' chats are private.
+Prompts and answers go only to `samples.jsonl` unless `tracking.upload_text` is set: users' chats are private.
 """
 
 import logging
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """The open record of one step; on processes other than the main one it takes everything and writes nothing."""
+    """The open record of one step; on processes other than the main one it accepts everything and writes nothing."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Tracker:
         self._last_step = 0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one line of figures; names are those of the table."""
+        """Write one line of figures; names must be in the table."""
         check_names(metrics)
         if not self._is_main or not metrics:
             return
@@ -59,7 +59,7 @@ class Tracker:
         self._send(step, values)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write prompts and answers, a row each."""
+        """Write prompts and answers, one row each."""
         if not self._is_main or not rows:
             return
         self._samples.append(step, [dict(row) for row in rows])
@@ -67,11 +67,11 @@ class Tracker:
             self._wandb.table(step, f"{self._prefix}/samples", rows)
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
-        """Show how values are spread, in wandb alone: `name` is no metric, and the record keeps the mean."""
+        """Show a distribution of values, in wandb only: `name` is not a metric, and the record has the mean."""
         self._wandb.histogram(step, f"{self._prefix}/{name}", values)
 
     def figure(self, name: str, path: Path) -> None:
-        """Show a PNG that lies in the step folder."""
+        """Show a PNG from the step folder."""
         if path.is_file():  # a picture that could not be drawn has been reported already
             self._wandb.image(self._last_step, f"{self._prefix}/{name}", path)
 
@@ -82,7 +82,7 @@ class Tracker:
             return
         try:
             before = read_summary(self._folder)
-        except ArtifactError as error:  # what a training has found is not lost over an older part of it
+        except ArtifactError as error:  # the results of a training are not lost because an older part is damaged
             logger.warning("%s", error)
             before = {}
         values = {**before, **{name: float(value) for name, value in metrics.items()}}
@@ -95,7 +95,7 @@ class Tracker:
         self._samples.sync()
 
     def resume(self, step: int) -> None:
-        """Cut the record back to `step` and show what is left again: wandb and TensorBoard hold the same lines."""
+        """Truncate the record to `step` and send the rest again, so that wandb and TensorBoard have the same lines."""
         self._metrics.cut_back(step)
         self._samples.cut_back(step)
         for step, row in self._own_rows(self._metrics.read()):
@@ -108,7 +108,7 @@ class Tracker:
                 self._wandb.table(step, f"{self._prefix}/samples", rows)
 
     def close(self, exit_code: int) -> None:
-        """Close every sink; the record is whole at any moment before, too."""
+        """Close every sink; the record is complete at any moment before that, too."""
         self._metrics.close()
         self._samples.close()
         if self._tensorboard is not None:
@@ -130,7 +130,7 @@ class Tracker:
         try:
             action(self._trackio)
         except Exception as error:  # as for wandb: no failure of a sink stops the training
-            logger.warning("Trackio stopped taking figures (%s); metrics.jsonl has them all.", first_line(error))
+            logger.warning("Trackio failed (%s); metrics.jsonl has all figures.", first_line(error))
             self._trackio = None
 
     def _own_rows(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -145,8 +145,8 @@ class Tracker:
 def open_record(inputs: StepInputs, prefix: str, *, resume_step: int | None) -> Iterator[Tracker]:
     """The tracker of one loop of a step: `prefix` is that of its metrics ('sft', 'rm/helpfulness').
 
-    `resume_step` is the step of the checkpoint that the loop continues from, None from the start; what the record holds
-    after it is dropped, and wandb and TensorBoard are made equal to the record. Of several processes the first one writes.
+    `resume_step` is the step of the checkpoint that the loop resumes from, None at the start; later lines of the record
+    are dropped, and wandb and TensorBoard are made equal to it. Of several processes only the first one writes.
     """
     is_main = distributed.is_first()
     has_tensorboard = is_main and inputs.tracking.tensorboard
@@ -170,19 +170,19 @@ def open_record(inputs: StepInputs, prefix: str, *, resume_step: int | None) -> 
 
 
 def _open_tensorboard(step_folder: StepFolder, prefix: str) -> Any:
-    """A writer on a fresh folder: event files cannot be cut back, and the record is written again anyway."""
+    """A writer on a fresh folder: event files cannot be truncated, and the record is written again anyway."""
     folder = step_folder.tensorboard / prefix
     shutil.rmtree(folder, ignore_errors=True)
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        logger.warning("tracking.tensorboard is on, but %s. Figures go to metrics.jsonl all the same.", error)
+        logger.warning("tracking.tensorboard is on, but %s. The figures are in metrics.jsonl.", error)
         return None
     return SummaryWriter(log_dir=str(folder))
 
 
 def _open_trackio(inputs: StepInputs, prefix: str) -> Any:
-    """A new run of Trackio; that of an earlier command of the step is deleted, since the record is written again."""
+    """A new Trackio run; the run of an earlier command of the step is deleted, since the record is written again."""
     name, project = run_id_of(inputs, prefix), inputs.tracking.project
     try:
         import trackio  # pyright: ignore[reportMissingImports]
@@ -193,5 +193,5 @@ def _open_trackio(inputs: StepInputs, prefix: str) -> Any:
         group = Path(inputs.run.dir).resolve().name
         return trackio.init(project=project, name=name, group=group, config=readable_config(inputs), embed=False)
     except Exception as error:
-        logger.warning("tracking.trackio is on, but %s. Figures go to metrics.jsonl all the same.", first_line(error))
+        logger.warning("tracking.trackio is on, but %s. The figures are in metrics.jsonl.", first_line(error))
         return None

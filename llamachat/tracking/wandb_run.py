@@ -1,11 +1,12 @@
-"""A step's run in wandb: continued on resuming, offline where there is no account, and never a reason to stop.
+"""A step's run in wandb: continued on resuming, offline without an account, and never a reason to stop.
 
-What goes there: numbers, pictures of curves and the configuration; text only where the caller passes it. What wandb
+It gets numbers, pictures of curves and the configuration, and text only if the caller passes it. What wandb
 collects by itself (code, console, command line, user, host, error reports) is off; `tracking.system_stats` and
-`tracking.git` turn on the use of the hardware and the git state.
-Names there differ from those of the table (`names_in_wandb`), since wandb makes a panel of each name and sorts them. Each offline session is a folder of its own, so a resumed step writes its whole record again and
-removes the folders before: one folder a step, without the rows that the killed command wrote past its checkpoint.
-Online, wandb's own row number is the step, and rows that the server has are not sent twice.
+`tracking.git` turn on the hardware usage and the git state.
+Names there differ from those of the table (`names_in_wandb`), since wandb makes a panel for each name and sorts them.
+Each offline session has its own folder, so a resumed step writes its whole record again and removes the earlier
+folders: the result is one folder per step, without rows written after the last checkpoint. Online, wandb's own row
+number is the step, and rows that the server already has are not sent twice.
 """
 
 import json
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _INIT_TIMEOUT_S = 10.0
 _FINISH_TIMEOUT_S = 30.0
-# When the command is killed wandb's service ends without writing what it holds, and the dashboard reads the file live.
+# When the command is killed, wandb's service ends without writing its buffer, and the dashboard reads the file live.
 _FLUSH_INTERVAL_S = 1.0
 _WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 _SHARED_GROUPS = ("optim", "time", "throughput", "memory")
@@ -52,17 +53,17 @@ Where = Literal["online", "offline"]
 
 
 class WandbRun:
-    """An open wandb run; one that takes everything and sends nothing where `run` is None or after the first trouble."""
+    """An open wandb run; if `run` is None, or after the first failure, it accepts everything and sends nothing."""
 
     def __init__(self, run: Any = None, axis: str = "") -> None:
         self._run = run
         self._axis = axis
         self._summary: dict[str, float] = {}
-        # Rows below this are on the server already (a resumed online run); 0 offline.
+        # Rows below this are already on the server (a resumed online run); 0 offline.
         self._first_step = 0 if run is None else int(run.step)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Send one row at `step`; rows of equal steps become one."""
+        """Send one row at `step`; rows with equal steps are merged."""
         if step >= self._first_step:
             self._send(step, lambda: {name: value for key, value in values.items() for name in names_in_wandb(key)})
 
@@ -71,12 +72,12 @@ class WandbRun:
         self._send(step, lambda: {names_in_wandb(name)[0]: _wandb().Image(str(path))})
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
-        """Send how values are spread."""
+        """Send a distribution of values."""
         if step >= self._first_step:
             self._send(step, lambda: {names_in_wandb(name)[0]: _wandb().Histogram(list(values))})
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Send rows of text, under the columns of the first."""
+        """Send rows of text, with the columns of the first row."""
         if step >= self._first_step:
             columns = list(rows[0])
             data = [[_cell(row.get(column)) for column in columns] for row in rows]
@@ -92,7 +93,7 @@ class WandbRun:
         self._guard(lambda run: run.log({}, commit=True))
         self._guard(lambda run: run.summary.update(self._summary))
         self._guard(lambda run: run.finish(exit_code=exit_code))
-        # An offline run is still being written when `finish` returns; the end of wandb's service is its end.
+        # An offline run is still being written when `finish` returns, until wandb's service ends.
         self._guard(lambda _: _wandb().teardown())
         self._run = None
 
@@ -105,15 +106,16 @@ class WandbRun:
         try:
             action(self._run)
         except Exception as error:  # no failure of wandb stops the training
-            logger.warning("wandb stopped taking figures (%s); metrics.jsonl has them all.", error)
+            logger.warning("wandb failed (%s); metrics.jsonl has all figures.", error)
             self._run = None
 
 
 def names_in_wandb(name: str) -> tuple[str, ...]:
-    """The names under which wandb gets a figure: its own, and for a few that people look at first one in a section of theirs.
+    """The names under which wandb gets a figure: its own, and for a few important ones a name in a section of their
+    own.
 
-    The reward models share their names, so that wandb draws them in one panel; what is measured once, on test prompts,
-    is in the section `test`, apart from the curves.
+    The reward models share their names, so that wandb draws them in one panel; figures measured once, on test prompts,
+    are in the section `test`, apart from the curves.
     """
     own = re.sub(r"^rm/(?:helpfulness|safety|judge)/", "rm/", name)
     if once := _MEASURED_ONCE.fullmatch(own):
@@ -122,7 +124,7 @@ def names_in_wandb(name: str) -> tuple[str, ...]:
 
 
 def open_wandb_run(inputs: StepInputs, prefix: str) -> WandbRun:
-    """The step's run, offline if online fails, or one that sends nothing if wandb cannot be used at all."""
+    """The step's run: offline if online fails, or one that sends nothing if wandb cannot be used at all."""
     tracking, step, run_dir = inputs.tracking, inputs.step, Path(inputs.run.dir).resolve()
     where = _where(tracking)
     if where is None:
@@ -143,7 +145,7 @@ def open_wandb_run(inputs: StepInputs, prefix: str) -> WandbRun:
     }
     run = _start(arguments, where, prefix, tracking)
     if run is None and where == "online":
-        logger.warning("wandb cannot be reached; this step is recorded offline (`wandb sync` sends it later).")
+        logger.warning("wandb cannot be reached; this step is recorded offline (`wandb sync` uploads it later).")
         _forget_failed_start(parent, run_id, before)
         run = _start(arguments, "offline", prefix, tracking)
     if run is None:
@@ -157,7 +159,7 @@ def open_wandb_run(inputs: StepInputs, prefix: str) -> WandbRun:
 
 
 def wandb_places(step_folder: StepFolder, runs: Path) -> list[str]:
-    """Where wandb has the runs of a step: an address, or the folder of an offline run below the folder of all runs."""
+    """Where wandb has the runs of a step: a URL, or the folder of an offline run below the folder of all runs."""
     known = _known(step_folder)
     places = []
     for prefix, run_id in known.items():
@@ -165,14 +167,14 @@ def wandb_places(step_folder: StepFolder, runs: Path) -> list[str]:
             continue
         offline = sorted(folder for folder in _folders(runs, run_id) if folder.name.startswith("offline-"))
         if offline:
-            places.append(f"{offline[-1]} (offline; `wandb sync` sends it)")
+            places.append(f"{offline[-1]} (offline; `wandb sync` uploads it)")
         elif f"{prefix} url" in known:
             places.append(known[f"{prefix} url"])
     return places
 
 
 def readable_config(inputs: StepInputs) -> dict[str, Any]:
-    """What decides the step's result, with the names of files and models in place of their digests, for comparing runs."""
+    """What decides the step's result, with names of files and models instead of their digests, for comparing runs."""
     own, config = inputs.identity, dict(inputs.identity)
     config["base"] = {**own.get("base", {}), "model": _file_name(inputs.base.model)}
     config["data"] = data = dict(own.get("data", {}))
@@ -195,7 +197,7 @@ def readable_config(inputs: StepInputs) -> dict[str, Any]:
 
 
 def _file_name(path: str) -> str:
-    """A relative path or a hub name as it is; of a path on this machine the last parts, which tell nothing of its owner."""
+    """A relative path or a hub name unchanged; of an absolute path the last parts, which do not identify its owner."""
     return path if not Path(path).is_absolute() else Path(path).name
 
 
@@ -210,7 +212,7 @@ def _axis(prefix: str) -> str:
 
 
 def _where(tracking: Tracking) -> Where | None:
-    """Online only with a key, since wandb would ask for one at the terminal."""
+    """Online only with a key, since wandb would ask for one on the terminal."""
     wish = os.environ.get("WANDB_MODE") if tracking.mode == "auto" else tracking.mode
     if wish in ("off", "disabled"):
         return None
@@ -219,7 +221,7 @@ def _where(tracking: Tracking) -> Where | None:
     if _has_key():
         return "online"
     if wish == "online":
-        logger.warning("tracking.mode is online, but there is no wandb key; recorded offline. `wandb login` sets one.")
+        logger.warning("tracking.mode is online, but no wandb key is set; recording offline. `wandb login` sets one.")
     return "offline"
 
 
@@ -250,7 +252,8 @@ def run_id_of(inputs: StepInputs, prefix: str) -> str:
 
 
 def _known(step_folder: StepFolder) -> dict[str, str]:
-    """The ids of the step's runs by the prefix of their metrics, and with ' url' behind it the address of one online."""
+    """The ids of the step's runs by the prefix of their metrics, and the URL of an online one under the prefix with '
+    url'."""
     try:
         values: Any = json.loads(step_folder.wandb.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -269,7 +272,7 @@ def _folders(parent: Path, run_id: str) -> set[Path]:
 
 
 def _forget_failed_start(parent: Path, run_id: str, before: set[Path]) -> None:
-    """Take back what a vain start left: its folder, and the id that wandb's service still thinks in use."""
+    """Clean up after a failed start: its folder, and the id that wandb's service still considers in use."""
     with suppress(Exception):
         _wandb().teardown()
     _remove(_folders(parent, run_id) - before)
@@ -288,14 +291,14 @@ def _start(arguments: Mapping[str, Any], where: Where, prefix: str, tracking: Tr
         run.define_metric(axis, hidden=True)
         for group in (axis.rpartition("/")[0], _FIRST, *_SHARED_GROUPS):
             run.define_metric(f"{group}/*", step_metric=axis)
-    except Exception as error:  # no account, no network, no room, no wandb: the step runs all the same
+    except Exception as error:  # no account, network, space or wandb: the step runs anyway
         logger.warning("wandb (%s) did not start: %s", where, first_line(error))
         return None
     return run
 
 
 def _wandb() -> Any:
-    # Read when wandb is imported: its crash reports carry local variables, which may hold users' texts.
+    # Read when wandb is imported: its crash reports contain local variables, which may contain users' texts.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -321,7 +324,7 @@ def _settings(wandb: Any, tracking: Tracking) -> Any:
         "x_save_requirements": False,
         "x_transaction_log_flush_interval": _FLUSH_INTERVAL_S,
     }
-    # The x_ settings are wandb's internals and come and go between versions.
+    # The x_ settings are internal to wandb and change between versions.
     known = type(wandb.Settings()).model_fields
     return wandb.Settings(**{name: value for name, value in wanted.items() if name in known})
 

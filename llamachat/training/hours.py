@@ -1,4 +1,5 @@
-"""When a step's time is up: its own hours over all its starts (`<section>.max_hours`), or its command's (`run.max_hours`).
+"""The time budgets of a step: its own hours over all its starts (`<section>.max_hours`), and its command's
+(`run.max_hours`).
 
 The time used is saved with the step's other state (in each checkpoint, in `sampling/`), so that a kill and a restart do
 not reset the clock. The clock is read after each piece of work, so even the smallest budget lets one optimizer step or
@@ -27,35 +28,35 @@ class Hours:
     """The clock of one step's work."""
 
     step: str
-    section: str  # whose max_hours they are
+    section: str  # the section of max_hours
     limit: float | None = None  # hours of work, over all starts
-    deadline: float | None = None  # by time.monotonic(): when those of the command are over
-    seconds_before: float = 0.0  # of earlier starts
+    deadline: float | None = None  # by time.monotonic(): the end of the command's hours
+    seconds_before: float = 0.0  # in earlier starts
     ended_by: EndedBy | None = None
     _began: float = field(default_factory=lambda: time.monotonic())
 
     @property
     def are_limited(self) -> bool:
-        """Whether they may end the work at all."""
+        """Whether the work may end early at all."""
         return self.limit is not None or self.deadline is not None
 
     @property
     def seconds(self) -> float:
-        """What the work has taken, over all starts."""
+        """The time that the work has taken, over all starts."""
         return self.seconds_before + time.monotonic() - self._began
 
     @property
     def details(self) -> dict[str, Any]:
-        """What a manifest says of work that they ended; nothing of work that came to its own end."""
+        """The manifest's details about work that the hours ended; empty if the work ended normally."""
         return {} if self.ended_by is None else {"ended_by": self.ended_by}
 
     @property
     def key(self) -> str:
-        """The key that ended the work, for people."""
+        """The key that ended the work, for messages."""
         return "run.max_hours" if self.ended_by == "run.max_hours" else f"{self.section}.max_hours"
 
     def are_over(self, where: str) -> bool:
-        """Whether the work ends here; said once, and so from then on."""
+        """Whether the work ends here; once true, it stays true."""
         if self.ended_by is not None:
             return True
         if not self.are_limited:
@@ -75,7 +76,7 @@ class Hours:
         return None
 
     def save(self, folder: Path) -> None:
-        """Write them into the folder; without a limit there is nothing to write."""
+        """Write the clock into the folder; without a limit nothing is written."""
         if self.are_limited or self.ended_by is not None:
             write_json(folder / FILE, {"seconds": self.seconds, "ended_by": self.ended_by})
 
@@ -92,6 +93,6 @@ def open_hours(step: str, section: str, limit: float | None, deadline: float | N
             if not (0 <= seconds < math.inf and ended_by in (None, *get_args(EndedBy))):
                 raise ValueError(f"{seconds:g} s, ended by {ended_by!r}")
         except (ValueError, KeyError, TypeError) as error:
-            log.warning("%s: cannot be understood (%s): the step's hours are counted from now on", path, error)
+            log.warning("%s: cannot be read (%s): the step's hours are counted from now on", path, error)
             return Hours(step, section, limit, deadline)
     return Hours(step, section, limit, deadline, seconds_before=seconds, ended_by=ended_by)

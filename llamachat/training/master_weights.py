@@ -1,8 +1,8 @@
 """An optimizer that steps fp32 master copies of low-precision parameters.
 
-A bf16 weight of size 0.05 cannot take an update below 0.0002: small learning rates are lost to rounding. So the sums
-live in fp32 here and the model's own tensors are rounded copies, which keeps forward and backward at bf16 speed.
-Parameters that are fp32 already are stepped as they are.
+A bf16 weight of size 0.05 cannot take an update below 0.0002: small updates are lost to rounding. So the weights
+are accumulated in fp32 here and the model's own tensors are rounded copies, which keeps forward and backward at bf16
+speed. Parameters that are already fp32 are stepped directly.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,8 +23,8 @@ class MasterWeightOptimizer(torch.optim.Optimizer):
     """Wraps the optimizers that `build(groups)` makes over the master copies of `groups` (torch parameter groups).
 
     `param_groups` are the inner optimizers' own, so a learning-rate scheduler acts on them; gradients are read from
-    the model's parameters. `state_dict` holds the masters: a resumed run continues from the unrounded weights. It is that
-    of a whole model where this one is cut over processes, and is asked for in all of them.
+    the model's parameters. `state_dict` contains the masters: a resumed run continues from the unrounded weights. For a
+    model that is sharded over processes it contains the whole model, and all processes must call it.
     """
 
     def __init__(self, groups: ParamGroups, build: Callable[[ParamGroups], list[torch.optim.Optimizer]]) -> None:
@@ -42,7 +42,7 @@ class MasterWeightOptimizer(torch.optim.Optimizer):
         gradients = [param.grad for param in self._params]
         for param in self._params:
             self._masters[id(param)].grad = None
-        for part in self._parts:  # the inner optimizers leave out what has no gradient
+        for part in self._parts:  # the inner optimizers skip parameters without a gradient
             for number in part:
                 gradient = gradients[number]
                 master = self._masters[id(self._params[number])]
@@ -96,7 +96,8 @@ def _master_of(param: Tensor) -> Tensor:
 
 
 def _parts(params: Sequence[Tensor]) -> list[range]:
-    """Neighbours that are stepped together, so that few gradients exist in fp32 at once: `STEPPED_AT_ONCE` weights."""
+    """Consecutive parameters that are stepped together, so that few gradients exist in fp32 at once: `STEPPED_AT_ONCE`
+    weights."""
     parts: list[range] = []
     start = size = 0
     for number, param in enumerate(params):
@@ -108,11 +109,11 @@ def _parts(params: Sequence[Tensor]) -> list[range]:
 
 
 def check_optimizer(name: OptimizerName, *, where: str) -> None:
-    """Refuses bitsandbytes' optimizers where there is no GPU, before anything is loaded."""
+    """Refuse bitsandbytes' optimizers without a GPU, before anything is loaded."""
     if name != "adamw" and not torch.cuda.is_available():
         raise ConfigError(
-            f"{where}: '{name}', but there is no GPU here. bitsandbytes steps 8-bit moments on a GPU; on a CPU they save "
-            "little and cost much time. Set it to adamw, or run where there is a GPU."
+            f"{where}: '{name}', but this machine has no GPU. bitsandbytes steps 8-bit moments on a GPU; on a CPU they save "
+            "little memory and cost much time. Set it to adamw, or run on a machine with a GPU."
         )
 
 
@@ -128,8 +129,9 @@ def adamw(
     """AdamW over fp32 masters; matrices decay, vectors (norms, biases) do not.
 
     The two of bitsandbytes hold both moments in 8 bits, in blocks of 256 (Dettmers et al. 2022, arXiv:2110.02861), the
-    paged one in memory that the driver moves to the host under pressure. They save 6 of 8 bytes a trained weight; the
-    masters stay fp32, since it is their rounding that loses small updates. Tensors under 4096 weights keep fp32 moments.
+    paged one in memory that the driver moves to the host when the GPU is full. They save 6 of 8 bytes per trained
+    weight; the masters stay fp32, since their rounding would lose small updates. Tensors under 4096 weights keep fp32
+    moments.
     """
     trained = [p for p in params if p.requires_grad]
     groups: ParamGroups = [
@@ -139,7 +141,7 @@ def adamw(
     groups = [group for group in groups if group["params"]]
     values: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": eps}
     if any(distributed.is_sharded_tensor(p) for p in trained):
-        values["foreach"] = False  # its kernels take sharded weights or whole ones, not both at once
+        values["foreach"] = False  # its kernels accept either sharded or whole weights, not both at once
     return MasterWeightOptimizer(groups, lambda g: [_adamw_class(name)(g, **values)])
 
 

@@ -1,6 +1,6 @@
 """Training that runs out of device memory continues with smaller micro-batches.
 
-An optimizer step is a fixed set of examples, so the size of a micro-batch decides memory and speed and not the result.
+An optimizer step is a fixed set of examples, so the size of a micro-batch affects memory and speed but not the result.
 A training loop wraps the forward and backward of one micro-batch in `in_room` and itself in `halving`.
 """
 
@@ -24,9 +24,9 @@ class MicrobatchTooLargeError(Exception):
 
 
 def in_room(work: Callable[[], Result]) -> Result:
-    """`work()`; where memory runs out in it, `MicrobatchTooLargeError`, which holds none of its tensors.
+    """`work()`; if memory runs out in it, raises a `MicrobatchTooLargeError` that keeps none of its tensors alive.
 
-    Among several processes the error stays what it is: the others wait in the middle of the same step.
+    With several processes the original error is raised: the others wait in the middle of the same step.
     """
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         return work()
@@ -34,7 +34,7 @@ def in_room(work: Callable[[], Result]) -> Result:
         return work()
     except torch.OutOfMemoryError as error:
         reason = first_line(error)
-    # Past the handler: an error raised inside it keeps the failed one, its frames, and so the activations.
+    # Outside the handler: an error raised inside it would keep the failed one, its frames, and so the activations.
     raise MicrobatchTooLargeError(reason)
 
 
@@ -47,10 +47,11 @@ def halving(
     section: str,
     unit: str,
 ) -> Parts:
-    """`train(parts)`, and again with `halve(parts)` for as long as its micro-batches do not fit; what fitted.
+    """`train(parts)`, repeated with `halve(parts)` as long as its micro-batches do not fit; returns the parts that
+    fitted.
 
-    `train` continues from its last finished optimizer step; `halve` logs the new size, and returns None for what cannot
-    be made smaller. `section` is the stage's key in the recipe, `unit` what is never cut (a dialog).
+    `train` continues from its last finished optimizer step; `halve` logs the new size, and returns None if it cannot
+    be made smaller. `section` is the stage's key in the recipe, `unit` is what cannot be split (a dialog).
     """
     while True:
         try:
@@ -61,17 +62,17 @@ def halving(
         except torch.OutOfMemoryError as error:
             reason = first_line(error)
             raise DeviceMemoryError(
-                f"{step}: the device's memory ran out where no smaller micro-batch helps ({reason}): in the optimizer, "
+                f"{step}: the device ran out of memory where a smaller micro-batch does not help ({reason}): in the optimizer, "
                 "in an evaluation, while sampling, or on one of several GPUs. Weights, moments and activations must "
                 f"all fit. Set tuning.method to qlora, {section}.optimizer to paged_adamw_8bit, or a smaller base.max_tokens."
             ) from None
-        gc.collect()  # the trainer that failed is a circle of references, and holds the old optimizer
+        gc.collect()  # the failed trainer is a reference cycle, and keeps the old optimizer alive
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         smaller = halve(parts)
         if smaller is None:
             raise DeviceMemoryError(
-                f"{step}: the device's memory does not hold one {unit} at a time ({reason}). A {unit} is not cut, so its "
+                f"{step}: the device has too little memory for a single {unit} ({reason}). A {unit} is never split, so its "
                 f"forward and backward must fit. Set {section}.gradient_checkpointing=true, tuning.method to qlora, or a "
                 "smaller base.max_tokens."
             )
@@ -79,10 +80,10 @@ def halving(
 
 
 def warn_of_halving(step: str, key: str, before: int, after: int, *, unit: str) -> None:
-    """Log that the micro-batches of a key of the recipe become smaller, and how to begin with that size."""
+    """Log that the micro-batches of a key of the recipe become smaller, and how to start with that size."""
     log.warning(
-        "%s: the device's memory is too small for a forward and backward pass with %s %d. Resuming from the last "
-        "optimizer step with %d; the %ss of each step stay the same. Set %s=%d to begin with that.",
+        "%s: the device has too little memory for a forward and backward pass with %s %d. Resuming from the last "
+        "optimizer step with %d; the %ss of each step stay the same. Set %s=%d to start with that size.",
         step,
         key,
         before,

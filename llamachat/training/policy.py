@@ -1,4 +1,4 @@
-"""The policy that a training by optimizer steps starts from, and the one that it publishes."""
+"""The policy that a training starts from, and the one that it publishes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A model whose trainable weights are those that `tuning.method` names."""
+    """A model whose trainable weights are those of `tuning.method`."""
 
     model: "LanguageModel"
     chat_format: ChatFormat
     trunk: str  # folder or hub name of the weights under an adapter, or of the base
-    frozen_digest: str | None  # of the trunk under an adapter: it must be the same when training ends
+    frozen_digest: str | None  # of the trunk under an adapter: it must be unchanged when training ends
 
     @property
     def device(self) -> torch.device:
@@ -41,7 +41,7 @@ class Start:
 
 
 def load_start(inputs: StepInputs) -> Start:
-    """Load the earlier policy where the step has one, else the base; attach an adapter where the recipe asks."""
+    """Load the earlier policy if the step has one, else the base; attach an adapter if the recipe asks for one."""
     location, chat_format = proved_start(inputs.base, inputs.tuning, inputs.policy)
     model, trunk = _load_model(inputs, location)
     shard_if_configured(model, inputs.tuning)
@@ -64,9 +64,9 @@ def _load_model(inputs: StepInputs, trunk: str) -> "tuple[LanguageModel, str]":
 def publish_policy(
     start: Start, inputs: StepInputs, *, dropped: Mapping[str, int], notes: Mapping[str, Any]
 ) -> Artifact:
-    """Publish weights, tokenizer and manifest; refuses a moved trunk and a tokenizer that reads back differently."""
+    """Publish weights, tokenizer and manifest; refuses a changed trunk, and a tokenizer that reads back differently."""
     if start.frozen_digest is not None:
-        assert trunk_digest(start.model) == start.frozen_digest, "the trunk under an adapter is never written"
+        assert trunk_digest(start.model) == start.frozen_digest, "the trunk under an adapter never changes"
     dialogs = inputs.dialogs
     if dialogs and "ended_by" in dialogs.manifest.details:
         notes = {"ended_by": dialogs.manifest.details["ended_by"], **notes}  # of the sampling

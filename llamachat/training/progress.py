@@ -1,7 +1,8 @@
-"""What a person sees of a training: a bar with the loss and the time left, or without a terminal a line every few seconds.
+"""The progress display of a training: a bar with the loss and the time left, or without a terminal a line every few
+seconds.
 
-Of several trainings in processes of their own, whose output is no terminal, the command that started them makes bars of
-these lines again (`SharedProgress`).
+If several trainings run in their own processes, without a terminal, the parent command turns their lines back into
+bars (`SharedProgress`).
 """
 
 import math
@@ -27,7 +28,7 @@ LINE_EVERY_S = 5.0  # without a terminal
 
 
 class StepProgress:
-    """Counts optimizer steps; use as a context manager. Of several processes the first one shows them."""
+    """Counts optimizer steps; use as a context manager. Of several processes only the first one displays them."""
 
     def __init__(self, title: str, *, steps: int, done: int = 0) -> None:
         self._title, self._steps, self._started, self._first = title, steps, time.monotonic(), done
@@ -48,7 +49,7 @@ class StepProgress:
             self._bar.stop()
 
     def step(self, step: int, headline: str) -> None:
-        """`step` optimizer steps are done; `headline` is the metric that people watch."""
+        """Show that `step` optimizer steps are done; `headline` is the main metric."""
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, headline=headline)
             return
@@ -61,18 +62,18 @@ class StepProgress:
         self.say(f"{self._title} {step}/{self._steps}  {headline}  {_clock(passed)} elapsed, {_clock(left)} left")
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         _say(self._console, text)
 
 
-# The line that `StepProgress` prints where there is no terminal.
+# The line that `StepProgress` prints without a terminal.
 _LINE = re.compile(r"(?P<title>\S+) (?P<step>\d+)/(?P<steps>\d+)  (?P<headline>.*)  [\d:]+ elapsed, [\d:]+ left")
 
 
 class SharedProgress:
-    """The output of several steps on one terminal: a bar for each, above them what they print, under their names.
+    """The output of several steps on one terminal: a bar for each, and above them their lines, with the step's name.
 
-    Use as a context manager. Without a terminal every line is printed, under the name of its step.
+    Use as a context manager. Without a terminal every line is printed with the name of its step.
     """
 
     def __init__(self) -> None:
@@ -92,19 +93,19 @@ class SharedProgress:
             self._bar.stop()
 
     def line(self, step: str, text: str) -> None:
-        """A step has printed a line."""
+        """Handle a line that a step printed."""
         progress = _LINE.fullmatch(text) if self._console.is_terminal else None
         if progress is None:
             _say(self._console, text if text.startswith(step) or not text.strip() else f"{step}: {text}")
             return
         if step not in self._tasks:
             self._tasks[step] = self._bar.add_task(step, total=int(progress["steps"]), headline="")
-        # A step may count several times, such as answers first and then optimizer steps.
+        # A step may have several counters, such as answers first and then optimizer steps.
         total, completed = int(progress["steps"]), int(progress["step"])
         self._bar.update(self._tasks[step], total=total, completed=completed, headline=progress["headline"])
 
     def end(self, step: str) -> None:
-        """A step has ended: its bar is removed."""
+        """Remove the bar of a step that has ended."""
         if step in self._tasks:
             self._bar.remove_task(self._tasks.pop(step))
 
@@ -125,7 +126,7 @@ def _bars(console: Console) -> Progress:
 
 
 def _clock(seconds: float) -> str:
-    """Minutes and seconds, such as 0:25, or hours too, such as 2:05:00."""
+    """Minutes and seconds, such as 0:25, or with hours, such as 2:05:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

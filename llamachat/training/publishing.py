@@ -1,4 +1,4 @@
-"""How a step publishes what it made: files and a manifest that explains them alone; of a model its proved tokenizer too."""
+"""How a step publishes its result: files and a manifest that describes them; for a model also its checked tokenizer."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ def publish_step(
 ) -> Artifact:
     """Publish the files that `write` puts into a folder.
 
-    `read` holds what they were made from, by its role (`sources_of`), `dropped` the records that were left out, by
+    `read` contains what they were made from, by role (`sources_of`), `dropped` the records that were left out, by
     reason.
     """
     manifest = Manifest(
@@ -56,7 +56,7 @@ def publish_model(
 ) -> Artifact:
     """Publish the weights that `save` writes, with their tokenizer; refuses a tokenizer that reads back differently.
 
-    `details` are those of the model (`policy_details`), `notes` what else the manifest says.
+    `details` are those of the model (`policy_details`), `notes` are further entries of the manifest.
     """
     rank = {} if inputs.tuning.method == "full" else {"rank": inputs.tuning.rank}
 

@@ -1,4 +1,4 @@
-"""Answers that a policy in training gives to the same held-out prompts, for people to read."""
+"""Answers of a policy in training to the same held-out prompts, for people to read."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from llamachat.rollout.engine import RolloutEngine, Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
 from llamachat.tracking.tracker import Tracker
 
-# The temperature and nucleus of everyday use, cut well above a usual answer.
+# Common values of temperature and nucleus, truncated well above the usual length of an answer.
 WATCHED = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=256, seed=0)
 
 
@@ -40,7 +40,7 @@ def record_samples(
 def sample_answers(
     engine: RolloutEngine, chat_format: ChatFormat, prompts: Sequence[Sequence[Message]], *, sampling: Sampling
 ) -> list[dict[str, Any]]:
-    """A record of one answer to each prompt, with the same seed each time: two samples differ by training alone."""
+    """One answer to each prompt, always with the same seed: two samples differ only by training."""
     encoded = [chat_format.encode_prompt(messages) for messages in prompts]
     groups = engine.generate(encoded, samples_per_prompt=1, sampling=sampling)
     return [

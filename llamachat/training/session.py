@@ -1,7 +1,7 @@
-"""One training by optimizer steps, as sft and the reward models have it: loop, clock, record, best weights, resuming.
+"""One training by optimizer steps, for sft, dpo and reward models: loop, clock, record, best weights, resuming.
 
-A stage says what is trained (`Training`); what is here runs it. Killed at any moment, the same call resumes from the
-newest whole checkpoint. The last state is the result; only where `max_hours` or `run.max_hours` end the training it is
+A stage defines what is trained (`Training`); this module runs it. If it is killed, the same call resumes from the
+newest complete checkpoint. The last state is the result; only if `max_hours` or `run.max_hours` end the training is it
 the best one that was evaluated.
 """
 
@@ -45,16 +45,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """What was evaluated: after how many optimizer steps, and its held-out figures by their metric names."""
+    """The result of one evaluation: the number of optimizer steps, and the held-out figures by metric name."""
 
     step: int
     loss: float
     figures: Mapping[str, float]
-    words: str = ""  # the figures for people, not kept
+    words: str = ""  # the figures for people, not stored
 
 
 class Training(Protocol):
-    """What a stage trains: its examples laid out in optimizer steps, its trainer, its figures."""
+    """What a stage trains: its examples in optimizer steps, its trainer, its figures."""
 
     @property
     def config(self) -> OptimizerSection: ...
@@ -82,7 +82,7 @@ class Training(Protocol):
         ...
 
     def progress(self, step: int) -> dict[str, float]:
-        """Figures of how far the training is after `step` optimizer steps."""
+        """Figures for the progress after `step` optimizer steps."""
         ...
 
     def evaluate(self, step: int) -> Evaluated:
@@ -90,11 +90,11 @@ class Training(Protocol):
         ...
 
     def sample(self, tracker: Tracker, step: int) -> None:
-        """Record sampled answers for people to read, where the stage samples any."""
+        """Record sampled answers for people to read, if the stage samples any."""
         ...
 
     def smaller(self) -> "Training | None":
-        """The same optimizer steps in micro-batches of half the size; None where there are none."""
+        """The same optimizer steps in micro-batches of half the size; None if that is impossible."""
         ...
 
 
@@ -102,8 +102,8 @@ class Training(Protocol):
 class BestWeights:
     """The trained weights with the lowest held-out loss so far.
 
-    One file next to the checkpoints, replaced as a whole. It may be of a later step than the checkpoint that a killed
-    training resumes from: those weights were evaluated all the same.
+    One file next to the checkpoints, replaced atomically. It may come from a later step than the checkpoint that a
+    killed training resumes from, since those weights were evaluated all the same.
     """
 
     checkpoints: Path
@@ -113,7 +113,7 @@ class BestWeights:
         return self.checkpoints / "best.safetensors"
 
     def read(self) -> Evaluated | None:
-        """What the best was like; None before the first evaluation, and of a damaged file."""
+        """The evaluation of the best weights; None before the first evaluation, or if the file is damaged."""
         if not self.path.is_file():
             return None
         try:
@@ -124,7 +124,7 @@ class BestWeights:
             return None
 
     def offer(self, evaluated: Evaluated, model: nn.Module) -> None:
-        """Keep the model's trained weights if no earlier ones had so low a loss."""
+        """Keep the model's trained weights if their loss is the lowest so far."""
         trained = distributed.full_tensors(_trained(model))
         best = self.read()
         if not distributed.is_first() or (best is not None and best.loss <= evaluated.loss):
@@ -136,18 +136,18 @@ class BestWeights:
             save_file(weights, side, metadata={"evaluated": json.dumps(described), "digest": digest})
 
     def put(self, model: nn.Module) -> Evaluated | None:
-        """Make the model the best one; None where that is damaged, and the model stays as it is."""
+        """Load the best weights into the model; None if the file is damaged, and the model is unchanged."""
         distributed.wait()  # for the first process, which writes it
         best = self.read()
         trained = _trained(model)
         if best is not None:
             with storage_errors(self.path), safe_open(self.path, framework="pt") as stored, torch.no_grad():
-                digest = stored.metadata().get("digest")  # none in those of an earlier version
+                digest = stored.metadata().get("digest")  # missing in files of an earlier version
                 if digest in (None, _digest_of((name, stored.get_tensor(name)) for name in sorted(trained))):
                     for name, weight in trained.items():
                         weight.copy_(distributed.shard_like(stored.get_tensor(name), weight))
                     return best
-        log.warning("warning: %s is not as it was saved: the last weights are taken, not the best", self.path)
+        log.warning("warning: %s has changed since it was saved: using the last weights instead of the best", self.path)
         return None
 
 
@@ -165,7 +165,7 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
-    """Where a step's training stands when its command starts: the newest checkpoint, if any, and the clock."""
+    """Where a step's training resumes: the newest checkpoint, if any, and the clock."""
 
     inputs: StepInputs
     section: str  # of the recipe: sft, reward
@@ -178,7 +178,8 @@ class Resumed:
 
     @contextmanager
     def session(self, training: Training, *, prefix: str, unit: str) -> Iterator["Session"]:
-        """A session with an open record; `prefix` is that of its metrics, `unit` what a step is made of (a dialog)."""
+        """A session with an open record; `prefix` is that of its metrics, `unit` is what a step consists of (a
+        dialog)."""
         with open_record(self.inputs, prefix, resume_step=self.step) as tracker:
             yield Session(
                 inputs=self.inputs,
@@ -193,7 +194,7 @@ class Resumed:
 
 
 def resume(inputs: StepInputs, section: str, config: OptimizerSection) -> Resumed:
-    """Read where the step's training stands, and start its clock."""
+    """Read where the step's training resumes, and start its clock."""
     check_optimizer(config.optimizer, where=f"{section}.optimizer")
     checkpoint = distributed.broadcast_object(newest(inputs.folder.checkpoints))
     saved = checkpoint.path if checkpoint else None
@@ -203,7 +204,7 @@ def resume(inputs: StepInputs, section: str, config: OptimizerSection) -> Resume
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """One training under way."""
+    """One training in progress."""
 
     inputs: StepInputs
     section: str
@@ -221,7 +222,7 @@ class Session:
     def train(self) -> Evaluated | None:
         """Train to the last optimizer step.
 
-        Where its hours end it the model becomes the best one that was evaluated, which is returned.
+        If its hours end it, the best evaluated weights are loaded into the model, and their evaluation is returned.
         """
         if self.first_step == 0:
             self.measure(0)
@@ -237,7 +238,7 @@ class Session:
         return None if self.hours.ended_by is None else self.best.put(self.training.model)
 
     def _train_on(self, training: Training, progress: StepProgress) -> None:
-        """Train from the newest checkpoint, or from the beginning."""
+        """Train from the newest checkpoint, or from the start."""
         steps, tracking, name = training.plan.num_steps, self.inputs.tracking, self.inputs.step
         loss_name = next(iter(training.names.values()))
         checkpoint = newest(self.inputs.folder.checkpoints)
@@ -250,7 +251,7 @@ class Session:
 
         def on_step(step: int) -> bool:
             is_over = step < steps and self.hours.are_over(f"step {step}")
-            # At the last step too, and before its checkpoint: a command that resumes there has nothing to measure.
+            # Also at the last step, before its checkpoint: a command that resumes there has nothing left to measure.
             is_last = is_over or step == steps
             if step % tracking.eval_every == 0 or is_last:
                 evaluated = self.measure(step)
@@ -263,8 +264,8 @@ class Session:
 
         with tempfile.TemporaryDirectory() as scratch:
             trainer = self.trainer(training, Path(scratch), on_log=on_log, on_step=on_step)
-            if self.hours.ended_by is not None:  # a killed command has trained to there
-                assert checkpoint is not None, "that the hours are over is saved in it"
+            if self.hours.ended_by is not None:  # an earlier, killed command has trained up to there
+                assert checkpoint is not None, "the checkpoint records that the hours are over"
                 trainer.take_as_trained(checkpoint.path)
                 return
             try:
@@ -281,7 +282,7 @@ class Session:
         on_log: Callable[[int, dict[str, float]], None] = lambda *_: None,
         on_step: Callable[[int], object] = lambda _: None,
     ) -> AtomicCheckpoints:
-        """The trainer of all rows of the plan; `scratch` is a folder for temporary files."""
+        """The trainer for all rows of the plan; `scratch` is a folder for temporary files."""
         plan, tracking = training.plan, self.inputs.tracking
         arguments = trainer_arguments(
             training.config,
@@ -316,17 +317,17 @@ class Session:
         folder = self.inputs.folder
         draw_curves(folder.metrics, folder.curves)
         self.tracker.figure("curves", folder.curves)
-        # From the record, since a resumed command has seen only the end of the training itself.
+        # From the record, since a resumed command has only seen the last part of the training.
         record = list(MetricsRecord(folder.metrics).read())
         figures = {name: row[name] for row in record for name in names if row.get(name) is not None}
         figures["time/train_s"] = sum(row.get("time/step_s") or 0.0 for row in record if f"{self.prefix}/step" in row)
         if best is not None:
-            log.info("the weights of step %d are the best that were evaluated: they are published", best.step)
+            log.info("publishing the weights of step %d, which have the lowest held-out loss", best.step)
             figures |= best.figures
         return figures
 
     def notes(self, best: Evaluated | None) -> dict[str, Any]:
-        """What the manifest says of how the training ended; nothing where it came to its own end."""
+        """The manifest's details about how the training ended; empty if it ended normally."""
         return self.hours.details | ({"optimizer_step": best.step} if best else {})
 
 
@@ -337,11 +338,11 @@ def check_finite(loss: float, what: str, *, section: str, is_start: bool = False
     """
     if not math.isfinite(loss) and is_start:
         raise DivergedError(
-            f"{what} is {loss}, before anything was trained. The model that training starts from holds weights that are no"
-            " numbers, or numbers too large for base.dtype. Fetch the model again, or set base.dtype to bfloat16 or float32."
+            f"{what} is {loss}, before the first training step. The starting model has weights that are not"
+            " finite, or too large for base.dtype. Download the model again, or set base.dtype to bfloat16 or float32."
         )
     if not math.isfinite(loss):
         raise DivergedError(
-            f"{what} is {loss}. More steps cannot repair its weights. Set a lower "
-            f"{section}.learning_rate or a longer {section}.warmup_fraction, and start the step again with `--overwrite`."
+            f"{what} is {loss}, and further training cannot repair the weights. Set a lower "
+            f"{section}.learning_rate or a longer {section}.warmup_fraction, and restart the step with `--overwrite`."
         )

@@ -1,7 +1,8 @@
-"""What TRL's trainers lack for a training that may be killed at any moment: whole checkpoints, a quiet loop, a watch.
+"""What TRL's trainers lack for a training that may be killed at any moment: atomic checkpoints, a quiet loop,
+callbacks.
 
-A checkpoint is written into a side folder and renamed, because a kill during a save must not leave a broken newest
-checkpoint. The data set of a trainer holds row numbers and a collator of ours makes the tensors.
+A checkpoint is written into a side folder and renamed, so that a kill during a save never leaves a broken newest
+checkpoint. The data set of a trainer contains row numbers, and our collator makes the tensors.
 """
 
 import math
@@ -33,7 +34,7 @@ from llamachat.training.hours import Hours
 from llamachat.training.master_weights import MasterWeightOptimizer, adamw
 from llamachat.training.out_of_memory import in_room
 
-# Renamed in transformers 5.23; the older name is the one of our lower bound.
+# Renamed in transformers 5.23; our lower bound has the older name.
 CHECKPOINTING = (
     "activation_checkpointing"
     if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
@@ -45,10 +46,12 @@ OnLog = Callable[[int, dict[str, float]], None]
 
 
 class AtomicCheckpoints(Trainer):
-    """Stands before one of TRL's trainers: saves through `llamachat.runs.checkpoints.writing`, reports to `Watch` alone.
+    """A mixin before one of TRL's trainers: saves through `llamachat.runs.checkpoints.writing`, reports only to
+    `Watch`.
 
-    Of several processes the first one saves. No DDP wrapper: it would have every row run through it, those that only fill
-    up a step too, and hold a copy of all gradients; they are joined once a step (`llamachat.distributed`), before the clip.
+    Of several processes the first one saves. There is no DDP wrapper: it would run every row through it, including
+    padding rows, and hold a copy of all gradients; gradients are reduced once per step (`llamachat.distributed`),
+    before clipping.
     """
 
     def __init__(
@@ -76,23 +79,23 @@ class AtomicCheckpoints(Trainer):
         loss = in_room(lambda: work(*args, **kwargs))
         if self.accelerator.sync_gradients:
             assert self.model is not None
-            # Each process's loss is as many times its part of the step's as there are processes, as for DDP. Sharded
-            # weights have been reduced in the backward pass.
+            # Each process's loss is its part of the step's loss times the number of processes, as with DDP. Sharded
+            # weights are already reduced in the backward pass.
             trained = [w for w in self.model.parameters() if w.requires_grad and not distributed.is_sharded_tensor(w)]
             distributed.sum_gradients(trained, scale=1 / distributed.count())
         return loss
 
     def take_as_trained(self, checkpoint: Path) -> None:
-        """Give the model the checkpoint's weights, and its configuration what `train` gives it before its first step, where
-        no step is left to train."""
+        """If no step is left to train, load the checkpoint's weights, and set what `train` would set in the model's
+        configuration before its first step."""
         assert self.model is not None
         self._load_from_checkpoint(str(checkpoint))
         align_special_tokens(self.model, self.processing_class)
 
     def save_last_step(self) -> None:
-        """A checkpoint of the last finished optimizer step, from within the next one, unless there is one."""
-        assert self.model is not None, "it has begun to train"
-        self.model.zero_grad(set_to_none=True)  # room for the save: the unfinished step is repeated
+        """Save a checkpoint of the last finished optimizer step, from within the next one, unless it exists."""
+        assert self.model is not None, "training has begun"
+        self.model.zero_grad(set_to_none=True)  # free memory for the save: the unfinished step is repeated
         checkpoint = newest(self._checkpoints)
         if self.state.global_step > (checkpoint.step if checkpoint else 0):
             self._save_checkpoint(self.model, None)
@@ -107,11 +110,11 @@ class AtomicCheckpoints(Trainer):
         if not isinstance(target, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        # Not PEFT's `load_adapter`: it puts new fp32 parameters in the place of 16-bit ones, which the optimizer does
+        # Not PEFT's `load_adapter`: it replaces 16-bit parameters by new fp32 ones, which the optimizer does
         # not know, so that training would have no effect.
         weights = load_peft_weights(resume_from_checkpoint, device="cpu")
         trained = sum(weight.requires_grad for weight in target.parameters())
-        assert len(weights) == trained, "a checkpoint holds every weight that trains, a head beside the adapter too"
+        assert len(weights) == trained, "a checkpoint has every trained weight, including a head next to the adapter"
         loaded = set_peft_model_state_dict(target, weights)
         assert not loaded.unexpected_keys and not [key for key in loaded.missing_keys if ".lora_" in key]
 
@@ -122,7 +125,7 @@ class AtomicCheckpoints(Trainer):
         if distributed.is_first():
             self._save_all(model, trial, random_states)
         else:
-            # What the first process asks of all as it saves, in its order.
+            # What the first process asks all processes for while it saves, in this order.
             self.store_flos()
             assert isinstance(self.optimizer, torch.optim.Optimizer)
             self.optimizer.state_dict()
@@ -141,11 +144,11 @@ class AtomicCheckpoints(Trainer):
 
     def _save_all(self, model: Any, trial: Any, random_states: Mapping[str, bytes]) -> None:
         step, home = self.state.global_step, self.args.output_dir
-        self._before_save()  # what the record says up to this step must be on the disk with the checkpoint
+        self._before_save()  # the record up to this step must be on the disk with the checkpoint
         with writing(self._checkpoints, step) as side:
             self.args.output_dir = str(side)
             try:
-                # Past TRL's trainers, whose overrides add a model card to every checkpoint.
+                # Skips TRL's overrides, which add a model card to every checkpoint.
                 Trainer._save_checkpoint(self, model, trial)
             finally:
                 self.args.output_dir = home
@@ -160,21 +163,21 @@ class AtomicCheckpoints(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Hands each step's figures, with its time and memory, and each finished step to two functions.
+    """Passes each step's figures, with its time and memory, and each finished step to two functions.
 
-    `names` are the trainer's figures by our names; a line without the first of them is no step's.
+    `names` maps our names to the trainer's figures; a line without the first of them does not belong to a step.
     """
 
     def __init__(self, step_tokens: Sequence[int], *, names: Mapping[str, str], on_log: OnLog, on_step: OnStep) -> None:
         self._step_tokens, self._names = step_tokens, names
         self._on_log, self._on_step = on_log, on_step
         self._started = time.monotonic()
-        self._seconds: list[float] = []  # of the steps since the last line of metrics
+        self._seconds: list[float] = []  # of the steps since the last logged metrics
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A checkpoint carries the cadences of the command that wrote it; those of this command count.
+        # A checkpoint contains the intervals of the command that wrote it; those of this command apply.
         state.compute_steps(args, state.max_steps)
 
     def on_step_begin(
@@ -185,7 +188,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._seconds.append(time.monotonic() - self._started)
         if self._on_step(state.global_step) is True:
-            # Save a checkpoint too: a run that resumes from it finds the training ended.
+            # Also save a checkpoint: a run that resumes from it then knows that the training ended.
             control.should_training_stop = control.should_log = control.should_save = True
 
     def on_log(
@@ -216,7 +219,8 @@ def rate_schedule(
     steps: int,
     final: float = 0.0,
 ) -> LambdaLR:
-    """A rate that rises over `warmup` steps from 0 to its peak, and falls to the share `final` of it at `steps`, but for constant."""
+    """A learning rate that rises from 0 to its peak over `warmup` steps, then falls to the share `final` of it at
+    `steps`, unless constant."""
 
     def share(step: int) -> float:
         if step < warmup:
@@ -243,9 +247,9 @@ def _load_full_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) 
 def trainer_arguments(
     config: OptimizerSection, plan: StepPlan, *, folder: Path, seed: int, log_every: int, save_every: int
 ) -> dict[str, Any]:
-    """Arguments of TRL's configurations for a training whose rows are laid out already; `config.trainer` adds to them.
+    """Arguments of TRL's configurations for a training whose rows are planned already; `config.trainer` adds to them.
 
-    Keys that these arguments set are refused in `config.trainer` when the recipe loads.
+    Keys set here are refused in `config.trainer` when the recipe is loaded.
     """
     return {
         "output_dir": str(folder),
@@ -257,13 +261,13 @@ def trainer_arguments(
         CHECKPOINTING: config.gradient_checkpointing,
         "max_length": None,
         "remove_unused_columns": False,
-        # The weights' own dtype is the compute dtype; autocast on top would only cast again.
+        # The dtype of the weights is the compute dtype; autocast would only cast again.
         "bf16": False,
         "fp16": False,
         "seed": seed,
         "data_seed": seed,
         "logging_steps": log_every,
-        "logging_nan_inf_filter": False,  # it would show the mean of the steps before in place of a NaN
+        "logging_nan_inf_filter": False,  # it would show the mean of earlier steps instead of a NaN
         "save_steps": save_every,
         "save_total_limit": None,
         "report_to": "none",
@@ -276,7 +280,8 @@ def trainer_arguments(
 def make_optimizer(
     model: nn.Module, config: OptimizerSection, *, steps: int, least_warmup: int = 0, final: float = 0.0
 ) -> tuple[MasterWeightOptimizer, LambdaLR]:
-    """AdamW over fp32 masters of what is trainable, and its schedule: at least `least_warmup` steps up, down to `final`."""
+    """AdamW over fp32 masters of the trainable weights, and its schedule: at least `least_warmup` warm-up steps, down
+    to `final`."""
     optimizer = adamw(
         model.parameters(),
         learning_rate=config.learning_rate,
@@ -290,10 +295,10 @@ def make_optimizer(
 
 
 def row_numbers(count: int) -> Dataset:
-    """The data set that the trainer walks through: numbers of rows, in order."""
+    """The data set of the trainer: row numbers, in order."""
     return Dataset.from_dict({"row": list(range(count))})
 
 
 def collator(collate: Collate) -> Callable[[list[dict[str, int]]], dict[str, Tensor]]:
-    """From the trainer's list of `{"row": n}` to `collate([n, ...])`."""
+    """Convert the trainer's list of `{"row": n}` to `collate([n, ...])`."""
     return lambda items: collate([item["row"] for item in items])

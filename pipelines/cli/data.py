@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from llamachat.tables import plural
 from pipelines.cli.launch import AllowUnproved, ColumnsOption, OverwriteOutOption, named_columns, reported
 
 if TYPE_CHECKING:
@@ -19,16 +20,16 @@ def tokens(
     tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Folder with the tokenizer.", metavar="DIR")],
     dialogs: Annotated[Path, typer.Option("--in", help="File of dialogs.", metavar="FILE")],
     out: Annotated[
-        Path, typer.Option("--out", help="File to write, with input_ids and loss_mask of each dialog.", metavar="FILE")
+        Path, typer.Option("--out", help="File to write: input_ids and loss_mask of each dialog.", metavar="FILE")
     ],
     train_on: Annotated[
         Literal["every_answer", "last_answer"], typer.Option("--train-on", help="Which answers are trained on.")
     ] = "every_answer",
-    show: Annotated[bool, typer.Option("--show", help="Print the dialogs, trained tokens coloured.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the dialogs with the trained tokens coloured.")] = False,
     allow_unproved: AllowUnproved = False,
     overwrite: OverwriteOutOption = False,
 ) -> None:
-    """Write the token ids and the loss mask of each dialog, as training sees them."""
+    """Write the token ids and loss mask of each dialog, as training sees them."""
     from llamachat.chat_format import TrainOn
     from llamachat.data.tokens import write_tokens
 
@@ -43,7 +44,13 @@ def tokens(
     )
     if done.warning:
         log.warning("%s", done.warning)
-    log.info("%s: %d dialogs, %d tokens, %d of them learnt", out, done.dialogs, done.tokens, done.trained_tokens)
+    log.info(
+        "%s: %s, %s, %d of them trained on",
+        out,
+        plural(done.dialogs, "dialog"),
+        plural(done.tokens, "token"),
+        done.trained_tokens,
+    )
 
 
 @reported
@@ -51,7 +58,7 @@ def check(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A .jsonl, .jsonl.gz or .parquet file, or a hub name.")],
     kind: Annotated[
         Literal["dialog", "preference", "prompt"] | None,
-        typer.Option("--kind", help="Kind of record to expect; by default that of most records."),
+        typer.Option("--kind", help="Kind of record to expect; by default the most frequent kind."),
     ] = None,
     data_format: Annotated[
         str, typer.Option("--format", help="Format of the records: auto, native, or the name of a known set.")
@@ -60,11 +67,14 @@ def check(
     config: Annotated[
         Path | None,
         typer.Option(
-            "--config", help="Recipe whose base.max_tokens the tokens of each record are compared with.", metavar="FILE"
+            "--config",
+            help="Also compare each record's length in tokens with this recipe's base.max_tokens.",
+            metavar="FILE",
         ),
     ] = None,
 ) -> None:
-    """Check a data file: name what is wrong with its lines, by field, reason and fix, then what the file holds."""
+    """Check a data file. Faulty lines are listed by field, with the reason and the fix, then a summary of the file
+    follows."""
     from llamachat.chat_format.llama2 import SPECIAL_TAGS
     from llamachat.data.check import check_path
 
@@ -76,7 +86,7 @@ def check(
 
 
 def _token_limit(config: Path) -> "TokenLimit":
-    """The tokenizer of a recipe's base, and how many tokens the recipe's steps read of a record."""
+    """The tokenizer of a recipe's base, and the number of tokens of a record that the recipe's steps read."""
     from llamachat.chat_format.proof import load_proved_format
     from llamachat.data.check import TokenLimit
     from llamachat.models.hub import tokenizer_folder
@@ -96,10 +106,14 @@ def convert(
     path: Annotated[
         str, typer.Argument(metavar="IN", help="JSON Lines, a JSON array (.gz or not), .parquet, or a hub name.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, in the native form: .jsonl or .jsonl.gz.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="File to write, in the native format: .jsonl or .jsonl.gz.")
+    ],
     kind: Annotated[
         Literal["dialog", "preference", "prompt"] | None,
-        typer.Option("--kind", help="Kind of record to write; by default that of most of the first records."),
+        typer.Option(
+            "--kind", help="Kind of record to write; by default the most frequent kind among the first records."
+        ),
     ] = None,
     data_format: Annotated[
         str, typer.Option("--format", help="Format of the records: auto, native, or the name of a known set.")
@@ -119,12 +133,12 @@ def convert(
         bool,
         typer.Option(
             "--drop-near-duplicates",
-            help="Drop a record that is nearly the same as one before it, such as dialogs made from one template.",
+            help="Drop a record that nearly duplicates an earlier one, such as dialogs made from one template.",
         ),
     ] = False,
 ) -> None:
-    """Convert a data file to the native form. Faults are repaired and counted where possible; other records are dropped
-    and named.
+    """Convert a data file to the native format. Faults are repaired and counted where possible; other records are
+    dropped and listed.
     """
     from llamachat.chat_format.llama2 import SPECIAL_TAGS
     from llamachat.data.convert.command import convert_path

@@ -1,4 +1,4 @@
-"""The command `export`: a policy or a reward model for other programs."""
+"""The command `export`: writes a policy or a reward model for other programs."""
 
 from pathlib import Path
 from shlex import quote
@@ -27,20 +27,20 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="ARTIFACT",
-        help="Policy or reward model; by default the policy that the evaluation recommends, or the last.",
+        help="Policy or reward model; by default the policy that the evaluation recommends, or the last policy.",
     ),
 ]
 FormOption = Annotated[
     Form,
     typer.Option(
-        "--format", help="What to write: one whole model, the adapter for PEFT, or one file for llama.cpp or Ollama."
+        "--format", help="What to write: a complete model, an adapter for PEFT, or one file for llama.cpp or Ollama."
     ),
 ]
 LlamaCppOption = Annotated[
     Path | None,
     typer.Option(
         "--llama-cpp",
-        help="For gguf and ollama: a clone of llama.cpp, built where --quantize needs it.",
+        help="For gguf and ollama: a clone of llama.cpp, which must be built if --quantize needs it.",
         metavar="DIR",
         envvar="LLAMA_CPP",
     ),
@@ -48,25 +48,24 @@ LlamaCppOption = Annotated[
 QuantizeOption = Annotated[
     Quantization | None,
     typer.Option(
-        "--quantize", help="For gguf and ollama: quantize the weights to this type; by default they stay as they are."
+        "--quantize", help="For gguf and ollama: quantize the weights to this type; by default they are not quantized."
     ),
 ]
 OntoOption = Annotated[
     Onto | None,
     typer.Option(
-        "--onto", help="Base that a QLoRA policy is merged onto: as in training (4 bits, dequantized), or as published."
+        "--onto",
+        help="Base that a QLoRA policy is merged into: the one of the training (4 bits, dequantized), or the published one.",
     ),
 ]
-ShardOption = Annotated[float, typer.Option("--shard-gb", help="Maximum size of a weight file, in 10^9 bytes.")]
+ShardOption = Annotated[float, typer.Option("--shard-gb", help="Maximum size of a weight file, in GB (10^9 bytes).")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in DIR.")]
 DifferenceOption = Annotated[
-    bool, typer.Option("--allow-difference", help="Keep a result that differs from the policy by more than rounding.")
+    bool, typer.Option("--allow-difference", help="Keep an export that differs from the policy by more than rounding.")
 ]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(
-        "--dtype", help="Number format of a merged reward model; by default float32 where an adapter is merged."
-    ),
+    typer.Option("--dtype", help="Number format of a merged reward model; by default float32 if an adapter is merged."),
 ]
 HubOption = Annotated[
     str | None,
@@ -93,18 +92,19 @@ def export(
     push_to_hub: HubOption = None,
     private: PrivateOption = True,
 ) -> None:
-    """Export a policy or reward model. The export is reloaded and its log-probabilities are checked before it is published.
+    """Export a policy or reward model. The export is reloaded and its log-probabilities are checked before it
+    is published.
 
-    merged: a folder for transformers and vLLM. adapter: the LoRA adapter for PEFT, with the name of its base.
+    merged: a folder for transformers and vLLM. adapter: the LoRA adapter for PEFT, which names its base.
 
-    gguf: one file for llama.cpp, LM Studio and others, with tokenizer and chat template in it; ollama: the same and a
+    gguf: one file for llama.cpp, LM Studio and others, with tokenizer and chat template; ollama: the same file and a
     Modelfile. Both need the extra gguf and --llama-cpp (or LLAMA_CPP): a clone of
-    https://github.com/ggml-org/llama.cpp, whose converter runs with the Python of llamachat. f32, f16, bf16 and q8_0 need
-    nothing built; the other forms need its llama-quantize:
+    https://github.com/ggml-org/llama.cpp, whose converter runs in llamachat's Python. f32, f16, bf16 and q8_0 need
+    no build; the other types need llama-quantize from it:
     `cmake -B build && cmake --build build --config Release --target llama-quantize`.
 
-    --push-to-hub needs a token that may write (`hf auth login` or HF_TOKEN). Only the export's own files go there.
-    docs/serving.md shows how to serve each.
+    --push-to-hub needs a token with write access (`hf auth login` or HF_TOKEN). Only the exported files are uploaded.
+    docs/serving.md shows how to serve each format.
     """
     from llamachat.runs.artifacts import check_content, read_artifact
     from llamachat.runs.outputs import check_output
@@ -140,12 +140,12 @@ def _check_words(form: Form, llama_cpp: Path | None, quantize: Quantization | No
     is_gguf = form in ("gguf", "ollama")
     if quantize is not None and not is_gguf:
         raise UsageError(
-            f"--quantize {quantize}: it is for GGUF files, and this is --format {form}. Add --format gguf, or leave it out."
+            f"--quantize {quantize}: only GGUF files are quantized, and the format is {form}. Add --format gguf, or remove it."
         )
     if is_gguf and llama_cpp is None:
         raise UsageError(
-            f"--format {form}: no --llama-cpp is given. llama.cpp's own converter writes the file. Get it with `git clone "
-            "https://github.com/ggml-org/llama.cpp`, and name its folder."
+            f"--format {form}: --llama-cpp is missing. llama.cpp's own converter writes the file. Get it with `git clone "
+            "https://github.com/ggml-org/llama.cpp`, and pass the path of its folder."
         )
 
 
@@ -157,7 +157,7 @@ def _destination(request: "Request", name: str | None, is_private: bool) -> "Des
     details = request.artifact.manifest.details
     if request.format == "adapter" and details["base_is_folder"]:
         raise UsageError(
-            f"--push-to-hub: the adapter's base is a folder of this machine, '{details['base']}'. Others could not load "
+            f"--push-to-hub: the adapter's base is a local folder, '{details['base']}'. Others could not load "
             "it. Export with --format merged."
         )
     return Destination.checked(name, is_private=is_private)
@@ -168,11 +168,11 @@ def _export(request: "Request") -> str:
         from serving.reward_export import export_reward_model
 
         scored = export_reward_model(request)
-        return f"{request.out}: largest difference of a score {scored.max_score_difference:.2g}"
+        return f"{request.out}: largest difference in a score {scored.max_score_difference:.2g}"
     from serving.export import export_policy
 
     agreement = export_policy(request)
-    return f"{request.out}: largest difference of a token's log-probability {agreement.max_logprob_difference:.4f} nats"
+    return f"{request.out}: largest difference in a token's log-probability {agreement.max_logprob_difference:.4f} nats"
 
 
 def _export_gguf(request: "GgufRequest") -> str:

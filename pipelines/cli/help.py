@@ -1,6 +1,6 @@
-"""What `--help` shows besides each command's own text: commands by group, and examples.
+"""What `--help` shows in addition to each command's own text: groups of commands, and examples.
 
-A command that is not hidden has its place in `EXAMPLES`. A test parses each example and loads its recipe.
+Every visible command has an entry in `EXAMPLES`. A test parses each example and loads its recipe.
 """
 
 from collections.abc import Iterator
@@ -107,7 +107,7 @@ PROGRAM_EXAMPLES = (
 
 
 def examples(*lines: str) -> str:
-    """The end of a `--help` page: these command lines, as they are."""
+    """The end of a `--help` page: these command lines, unchanged."""
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
 
 
@@ -117,7 +117,7 @@ def examples_of(name: str) -> str:
 
 
 def commands_of(group: TyperGroup, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The name, such as `data check`, and the object of each command below a group that is not hidden."""
+    """The name (such as `data check`) and the object of each visible command below a group."""
     for name, command in group.commands.items():
         if isinstance(command, TyperGroup):
             yield from commands_of(command, f"{prefix}{name} ")
@@ -126,9 +126,11 @@ def commands_of(group: TyperGroup, prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 class GroupedCommands(TyperGroup):
-    """A program that lists its commands by group, each with the first paragraph of its help in full."""
+    """A program that lists its commands by group, each with the whole first paragraph of its help."""
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:  # click's classes, of which later typers hold a copy
+    def format_commands(
+        self, ctx: Any, formatter: Any
+    ) -> None:  # click's classes, which later versions of typer vendor
         _, _, own = ctx.command_path.partition(" ")
         texts = {
             name: " ".join(command.help.partition("\n\n")[0].split())

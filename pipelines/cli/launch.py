@@ -1,9 +1,9 @@
-"""What is around every command: its processes, its errors in words with their exit status, and the options they share.
+"""What every command needs: its processes, errors as messages with an exit status, and shared options.
 
-Exit status: 1 failed, 2 bad usage, configuration or data, 3 hours over, 130 interrupted. `accelerate launch --cpu --num_processes N`
-means N processes, but starts one (accelerate 1.15): here it starts them all. For GPUs accelerate starts every process
-itself, and so does torchrun for either; then there is nothing to do here. As a command
-(`python -m pipelines.cli.launch accelerate launch ...`) it becomes the launcher, one that dies with its parent.
+Exit status: 1 failed, 2 bad usage, configuration or data, 3 hours over, 130 interrupted. `accelerate launch --cpu
+--num_processes N` means N processes, but accelerate 1.15 starts only one; this module starts the others. For GPUs
+accelerate starts every process itself, and torchrun does so for both; then there is nothing to do here. Run as a
+command (`python -m pipelines.cli.launch accelerate launch ...`), the module is a launcher that dies with its parent.
 """
 
 import errno
@@ -29,7 +29,7 @@ from llamachat.runs.atomic import storage_errors
 from pipelines.planning.hardware import usable_cores
 
 MAYBE_NO_MEMORY = (
-    "The system ends a process so where memory is short: try run.processes=1 run.jobs=1, with the same command."
+    "The system may have killed it for lack of memory: try run.processes=1 run.jobs=1 with the same command."
 )
 THREADS_MAY_TAKE = 10.0  # seconds after the command's end
 P = ParamSpec("P")
@@ -49,36 +49,41 @@ HoursOption = Annotated[
     typer.Option("--hours", min=0.0, max=1e6, help="Time budget for the whole recipe, in hours.", metavar="H"),
 ]
 OverwriteOutOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the output if it exists. An input is never replaced.")
+    bool, typer.Option("--overwrite", help="Replace the output if it exists. An input file is never replaced.")
 ]
 ColumnsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--columns",
-        help="Other names of fields in the file: prompt=question,chosen=response_j,rejected=response_k.",
+        help="Columns of the file that hold the fields: prompt=question,chosen=response_j,rejected=response_k.",
         metavar="FIELD=COLUMN[,...]",
     ),
 ]
 AllowUnproved = Annotated[
-    bool, typer.Option("--allow-unproved-tokenizer", help="Accept a tokenizer that fails the check of its token ids.")
+    bool,
+    typer.Option(
+        "--allow-unproved-tokenizer", help="Accept a tokenizer whose token ids fail the check of the chat format."
+    ),
 ]
 PresetsOption = Annotated[
     bool, typer.Option("--presets", help="Show all presets on cards of 24, 48 and 80 GiB instead.")
 ]
-Temperature = Annotated[float, typer.Option("--temperature", help="Sampling temperature; 0 takes the likeliest token.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this probability mass.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", help="Sampling temperature; 0 always takes the most likely token.")
+]
+TopP = Annotated[float, typer.Option("--top-p", help="Sample from the most likely tokens with this total probability.")]
 TopK = Annotated[
     int | None,
-    typer.Option("--top-k", help="Sample from this many of the likeliest tokens, before top-p; by default from all."),
+    typer.Option("--top-k", help="Sample from the k most likely tokens only, before top-p; by default from all."),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Maximum length of an answer, in tokens.")]
-Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same answers.")]
+Seed = Annotated[int, typer.Option("--seed", help="Random seed; the same seed gives the same answers.")]
 
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:
     """The command with `~` expanded in its paths, and its errors reported as messages with an exit status.
 
-    An exception that is no LlamachatError and no refusal of the operating system is a bug and keeps its traceback.
+    An exception that is neither a LlamachatError nor an OSError is a bug and keeps its traceback.
     """
 
     @functools.wraps(command)
@@ -89,10 +94,10 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
         except SystemExit as error:
             if error.code:
                 raise
-            # Some library or file of the user's has ended the process as if all were well.
+            # Some library or a user's file has ended the process as if it had succeeded.
             frame = traceback.extract_tb(error.__traceback__)[-1]
             print(
-                f"llamachat: the command was ended by sys.exit() in {frame.filename}:{frame.lineno}, before its own end.",
+                f"llamachat: sys.exit() in {frame.filename}:{frame.lineno} ended the command before it was done.",
                 file=sys.stderr,
             )
             raise typer.Exit(1) from error
@@ -105,7 +110,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
             reason = error.strerror or first_line(error)
             print(
-                f"llamachat: {where}{reason}. The command reads or writes it. Look after it, then give the same command"
+                f"llamachat: {where}{reason}. The command needs this file. Fix the cause, then run the same command"
                 " again.",
                 file=sys.stderr,
             )
@@ -119,13 +124,13 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def named_columns(words: Sequence[str] | None) -> dict[str, str]:
-    """The columns of a data file by the field that each of them is."""
+    """The columns of a data file, by the field that each one holds."""
     columns: dict[str, str] = {}
     for item in (item for word in words or () for item in word.split(",")):
         field, equals, column = item.partition("=")
         if not (field and equals and column) or field in columns:
             raise UsageError(
-                f"--columns: '{item}' is not FIELD=COLUMN with a field that is named once. It says which column of the file is "
+                f"--columns: '{item}' is not FIELD=COLUMN with a field that occurs once. It says which column of the file holds "
                 "which field of a record, such as prompt=question,chosen=response_j,rejected=response_k. Correct it."
             )
         columns[field] = column
@@ -133,7 +138,7 @@ def named_columns(words: Sequence[str] | None) -> dict[str, str]:
 
 
 def _from_home(value: Any) -> Any:
-    """A path, or each of a list of paths, with `~` as the home folder."""
+    """A path or a list of paths, with `~` expanded to the home folder."""
     from llamachat.config.section import from_home
 
     if isinstance(value, list):
@@ -143,7 +148,7 @@ def _from_home(value: Any) -> Any:
 
 @contextmanager
 def state_is_kept() -> Iterator[None]:
-    """On an interrupt inside, say that the same command resumes from where it was."""
+    """On an interrupt inside, report that the same command resumes."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -151,17 +156,19 @@ def state_is_kept() -> Iterator[None]:
 
 
 class SeveralValues(TyperCommand):
-    """A command whose repeatable options take several values at once; it has no arguments of its own."""
+    """A command whose repeatable options accept several values at once; it has no positional arguments."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # click's Context, of which later typers hold a copy
+    def parse_args(
+        self, ctx: Any, args: list[str]
+    ) -> list[str]:  # click's Context, which later versions of typer vendor
         options = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
         return super().parse_args(ctx, repeated(args, options))
 
 
 def repeated(arguments: list[str], options: Collection[str]) -> list[str]:
-    """The arguments, each of these options written before each of its values."""
+    """The arguments, with each of these options repeated before each of its values."""
     expanded: list[str] = []
-    option = ""  # the one whose values stand here
+    option = ""  # the option whose values follow
     for argument in arguments:
         if not argument.startswith("-"):
             if option and expanded[-1] != option:
@@ -177,9 +184,9 @@ def repeated(arguments: list[str], options: Collection[str]) -> list[str]:
 
 
 def missing_processes() -> int:
-    """How many processes the launcher that started this one was asked for on this machine's CPU and did not start; 0 if none.
+    """The number of CPU processes on this machine that the launcher was to start but did not; 0 if none.
 
-    accelerate says in the environment that there should be several, and not how many: that stands in its command.
+    accelerate's environment says that there should be several, but not how many: its command line does.
     """
     is_alone = "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ
     if not is_alone or os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true"):
@@ -192,7 +199,8 @@ def missing_processes() -> int:
 
 
 def requested_processes(arguments: Sequence[str]) -> int:
-    """How many processes these arguments of `accelerate launch` ask for, or the configuration that they name; 0 for one."""
+    """The number of processes that these arguments of `accelerate launch`, or the configuration they name, ask for; 0
+    for one."""
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
@@ -202,7 +210,7 @@ def requested_processes(arguments: Sequence[str]) -> int:
     count = options.num_processes or getattr(config, "num_processes", None) or 1
     if machines > 1:
         raise UsageError(
-            f"accelerate launch --cpu --num_machines {machines}: accelerate starts one process on each machine's CPU alone."
+            f"accelerate launch --cpu --num_machines {machines}: on CPUs accelerate starts only one process per machine."
             " torchrun starts the requested number. Use"
             f" `torchrun --nnodes {machines} --nproc_per_node {count // machines} ... -m pipelines` on each machine."
         )
@@ -231,7 +239,7 @@ def end_despite_threads(status: int) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process with the one that started it: a killed `make` leaves no orphan holding a step."""
+    """Ask Linux to kill this process when its parent dies: a killed `make` then leaves no orphan that locks a step."""
     if sys.platform != "linux":
         return
     import ctypes
@@ -241,16 +249,17 @@ def die_with_parent() -> None:
 
 
 def divide(count: int, arguments: Sequence[str]) -> int:
-    """Run the command in this many processes that share the cores, as `start`."""
+    """Run the command in `count` processes that share the cores, like `start`."""
     os.environ[distributed.OWN_LAUNCH] = str(count)
     os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // count))
-    logging.disable()  # of torchrun: the first process reports
+    logging.disable()  # torchrun's messages: the first process reports
     die_with_parent()
     return start(count, arguments)
 
 
 def start(count: int, arguments: Sequence[str]) -> int:
-    """Run the command in this many processes of this machine, and return its exit status: that of the first which failed."""
+    """Run the command in `count` processes on this machine, and return the exit status of the first one that failed,
+    or 0."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
@@ -262,7 +271,7 @@ def start(count: int, arguments: Sequence[str]) -> int:
         if first.exitcode < 0:
             print(f"llamachat: a process was ended by {first.signal_name()}. {MAYBE_NO_MEMORY}", file=sys.stderr)
         return first.exitcode if first.exitcode > 0 else 1
-    except (SignalException, KeyboardInterrupt):  # the processes got the signal too, and the first of them reports it
+    except (SignalException, KeyboardInterrupt):  # the processes got the signal too, and the first one reports it
         return INTERRUPTED
     return 0
 

@@ -1,7 +1,8 @@
-"""The `llamachat` command. Exit status: 0 done, 1 failed, 2 bad usage, configuration or data, 3 hours over with steps left, 130 interrupted.
+"""The `llamachat` command. Exit status: 0 done, 1 failed, 2 bad usage, configuration or data, 3 hours over with steps
+left, 130 interrupted.
 
-Only here is logging set up and are signals and the environment read. What a command needs is imported when it runs, here
-and in the other modules of commands, so that `--help` and refusals come at once.
+Logging is set up, and signals and the environment are read, only here. A command imports what it needs when it runs,
+here and in the other modules of commands, so that `--help` and errors in the command line appear at once.
 """
 
 import logging
@@ -53,7 +54,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(
     cls=GroupedCommands,
-    help="Check data files and convert them to the native form.",
+    help="Check data files and convert them to the native format.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -82,25 +83,25 @@ def _main(arguments: Sequence[str] | None) -> int:
     except LlamachatError as error:
         print(f"llamachat: {error}", file=sys.stderr)
         return error.exit_status
-    # One of several processes must not outlive the launcher either.
+    # Every one of several processes must die with the launcher.
     if os.environ.get("LLAMACHAT_DIE_WITH_PARENT") == "1" or distributed.are_launched():
         die_with_parent()
-    # A name or a text may hold what the terminal's encoding has not; it is printed as its escape, as stderr does it.
+    # Names and texts may contain characters that the terminal's encoding lacks; they are escaped, as stderr does it.
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    level = logging.INFO if number == 0 else logging.ERROR  # the others find the same to say
+    level = logging.INFO if number == 0 else logging.ERROR  # the other processes would log the same
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for library in ("accelerate", "httpx", "httpcore", "urllib3", "filelock", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
-    # It warns that the tokenizer's special tokens replace those of the model's configuration, as they should.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that are not used here
+    # It warns that the tokenizer's special tokens replace those in the model's configuration, which is intended.
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
-    # Deprecation warnings of libraries: a user of a command cannot act on them.
+    # Deprecation warnings of libraries: a user of a command can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
-    # Before torch is loaded: threads that wait by spinning make a command five times slower where others use the cores.
+    # Before torch is loaded: threads that spin while they wait make a command five times slower on busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # A GPU's allocator keeps freed blocks by their size, and what does not fit into them is lost to others: up to 31% of
-    # what a QLoRA training allocates. Blocks that grow lose almost nothing.
+    # A GPU's allocator caches freed blocks by size, and the rest of a block is unusable: up to 31% of what a
+    # QLoRA training allocates. Expandable segments lose almost nothing.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     argv = list(sys.argv[1:] if arguments is None else arguments)
@@ -114,7 +115,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         signal.default_int_handler(number, frame)
 
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in the background of a script
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for a background job of a script
         before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         app(argv, prog_name="llamachat", obj=argv if arguments is None else None)
@@ -127,7 +128,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     except Exception:
         if not signals:
             raise
-        # A library that was interrupted as it was imported, or in its own handling, ends in an error of its own.
+        # A library that is interrupted during its import or its own error handling raises an error of its own.
         print("\nllamachat: interrupted.", file=sys.stderr)
         return INTERRUPTED
     finally:
@@ -146,7 +147,8 @@ def _run(
     only: Sequence[str] = (),
     own: Sequence[str] | None = None,
 ) -> None:
-    """Run the steps of a command; with `own`, the arguments of this process, several processes may be started for it."""
+    """Run the steps of a command; with `own`, the arguments of this process, several processes may be started for
+    it."""
     from llamachat.runs.artifacts import is_published
     from pipelines.execution.jobs import run_groups
     from pipelines.execution.run import lead, write_reports
@@ -176,7 +178,7 @@ def _run(
     if ran is None:
         return
     tables = write_reports(recipe, chosen)
-    if tables and command == "rm":  # after a whole recipe they would push its end off the screen
+    if tables and command == "rm":  # after a whole recipe they would push the last lines off the screen
         print(tables)
     if ran.left:
         print(
@@ -194,7 +196,7 @@ def _run(
 
 
 def _next_command(recipe: "Recipe", config: Path, overrides: Sequence[str]) -> str:
-    """What to run after this command: the recipe's first step that is not finished, or a chat with the result."""
+    """What to run next: the recipe's first unfinished step, or a chat with the result."""
     from llamachat.runs.artifacts import is_published
 
     unfinished = [step for step in recipe.steps if not is_published(recipe.folder(step))]
@@ -216,9 +218,9 @@ def _study(
     plan = load_study(config, overrides)
     if command not in ("all", plan.study.command) or only:
         raise UsageError(
-            f"{config}: is a study of '{plan.commands}', whose variants say what is run (variants.NAME.only), so that"
+            f"{config}: this is a study of '{plan.commands}'; its variants say what is run (variants.NAME.only), so that"
             f" its tables compare like with like. Run `llamachat all --config {quote(str(config))}` without --only,"
-            " or give the recipe that it extends."
+            " or pass the recipe that it extends."
         )
     if dry_run:
         print(study_plan_text(plan))
@@ -230,7 +232,7 @@ def _study(
 
 
 def _step_command(command: str, text: str, *, has_models: bool = False) -> Callable[..., None]:
-    """The function behind the command of a stage, with `--only` where the stage makes several models."""
+    """The function behind a stage's command, with `--only` if the stage trains several models."""
 
     def run(
         context: typer.Context,
@@ -275,7 +277,7 @@ def program(
 @app.command(hidden=True)
 @reported
 def job() -> None:
-    """Run the step that a command with run.jobs starts next to others; what it is comes through the standard input."""
+    """Run one step for a command that runs steps in parallel (run.jobs); the step is described on standard input."""
     from pipelines.execution.jobs import run_job
 
     with state_is_kept():
@@ -287,7 +289,7 @@ for _name, _command in STEP_COMMANDS.items():
 app.command("all", epilog=examples_of("all"))(
     _step_command(
         "all",
-        "Run all steps of the recipe in order; finished and unchanged ones are not run again. Also runs any study.",
+        "Run all steps of the recipe in order, except those that are finished and unchanged. Also runs studies.",
     )
 )
 for _function in (runs.plan, runs.init, runs.doctor, talk.chat, talk.sample, talk.pairs, talk.score, talk.benchmark):

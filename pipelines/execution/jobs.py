@@ -1,9 +1,9 @@
-"""Independent steps side by side: each in a process of its own, with its share of the threads or a card of its own.
+"""Runs independent steps in parallel: each in its own process, with its share of the threads or its own card.
 
-A group holds steps that do not read one another. A group of one step runs in this process, as without `run.jobs`. The
-process of another step is the hidden command `job`, which reads the resolved recipe and the name of its step from its
-standard input; locks, fingerprints and checkpoints are those of any command. A step that fails ends nothing but the
-steps that read it. The number of threads depends on the groups alone, so that a resumed step has as many as before.
+A group holds steps that do not read one another. A group of one step runs in this process, as without `run.jobs`. Any
+other step runs as the hidden command `job`, which reads the resolved recipe and the name of its step from
+standard input; locks, fingerprints and checkpoints are the same as in any command. If a step fails, only the
+steps that read it do not run. The number of threads depends on the groups alone, so a resumed step has the same number.
 """
 
 import gc
@@ -25,11 +25,12 @@ from llamachat import distributed
 from llamachat.config.loading import from_plain
 from llamachat.errors import STATE_IS_KEPT, LlamachatError
 from llamachat.runs.artifacts import read_artifact
+from llamachat.tables import plural
 from llamachat.training.progress import SharedProgress
 from pipelines.execution.run import Command, Ran, find_work, finished, open_command, run_step
 from pipelines.recipe.recipe import Recipe, RecipeSections, Step, resolve
 
-_FLUSH_S = 2.0  # that a process's last lines may take to arrive after its end
+_FLUSH_S = 2.0  # the time that a process's last lines may take to arrive after its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,46 +38,46 @@ class Group:
     """Steps that do not read one another."""
 
     steps: tuple[Step, ...]
-    jobs: int = 1  # that run at once; a single one runs in this process
-    threads: int | None = None  # of each process; None leaves it to torch
-    cards: tuple[str, ...] = ()  # one for each process, as CUDA_VISIBLE_DEVICES names them; empty: not assigned
+    jobs: int = 1  # that run in parallel; a single one runs in this process
+    threads: int | None = None  # per process; None leaves it to torch
+    cards: tuple[str, ...] = ()  # one per process, as CUDA_VISIBLE_DEVICES names them; empty: not assigned
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A step whose process has failed."""
+    """A step whose process failed."""
 
     step: str
-    status: int  # negative: the signal that ended it
+    status: int  # negative: the number of the signal that killed it
     words: str  # its last line
 
     def __str__(self) -> str:
         if self.status >= 0:
             return f"{self.step} failed with exit status {self.status}: {self.words}"
-        hint = ". The system ends a process so where memory is short: try run.jobs=1" if self.status == -9 else ""
-        return f"{self.step} was ended by {signal.Signals(-self.status).name}{hint}"
+        hint = ". The system may have killed it for lack of memory: try run.jobs=1" if self.status == -9 else ""
+        return f"{self.step} was killed by {signal.Signals(-self.status).name}{hint}"
 
 
 class StepsFailedError(LlamachatError):
-    """Steps that ran side by side with others have failed."""
+    """Steps that ran in parallel with others have failed."""
 
     def __init__(self, failures: Sequence[Failure], lost: Sequence[str]) -> None:
-        count = "1 step" if len(failures) == 1 else f"{len(failures)} steps"
+        count = plural(len(failures), "step")
         words = "".join(f"\n  {failure}" for failure in failures)
-        waiting = f"Not started, since they read what is missing: {', '.join(lost)}. " if lost else ""
+        waiting = f"Not started, since their inputs are missing: {', '.join(lost)}. " if lost else ""
         super().__init__(f"{count} failed:{words}\n{waiting}{STATE_IS_KEPT}")
         self.exit_status = max(failures[0].status, 1)
 
 
 def one_by_one(chosen: Iterable[Step]) -> list[Group]:
-    """Each step as a group of its own, in their order."""
+    """Each step as its own group, in order."""
     return [Group((step,)) for step in chosen]
 
 
 def independent_steps(chosen: Sequence[Step]) -> list[list[Step]]:
-    """The steps in groups that do not read one another; each group reads only earlier groups.
+    """The steps in groups whose members do not read one another; each group reads only earlier groups.
 
-    A step waits for every earlier one that makes what it reads, not just the nearest.
+    A step waits for every earlier step that produces one of its inputs, not just the nearest.
     """
     levels: dict[str, int] = {}
     groups: list[list[Step]] = []
@@ -89,14 +90,14 @@ def independent_steps(chosen: Sequence[Step]) -> list[list[Step]]:
 
 
 def _reads(step: Step, earlier: Step) -> bool:
-    """Whether a step may read what an earlier one makes."""
+    """Whether a step may read the product of an earlier one."""
     output = earlier.product.makes
     is_pooled = step.stage.pools and earlier.stage is step.stage
     return output in step.reads or output.kind in step.stage.surveys or is_pooled
 
 
 def run_groups(recipe: Recipe, groups: Sequence[Group], *, should_overwrite: bool = False) -> Ran:
-    """Run the groups one after another, the steps of a group side by side; StepsFailedError at the end if some failed."""
+    """Run the groups in order, the steps of a group in parallel; raises StepsFailedError at the end if some failed."""
     chosen = [step for group in groups for step in group.steps]
     command = open_command(recipe, chosen, should_overwrite=should_overwrite)
     failures, lost = list[Failure](), list[Step]()
@@ -124,7 +125,7 @@ def run_groups(recipe: Recipe, groups: Sequence[Group], *, should_overwrite: boo
 
 
 def _run_side_by_side(command: Command, group: Group, steps: Iterable[Step]) -> list[Failure]:
-    """Run the steps in processes of their own, `group.jobs` at once; what has failed."""
+    """Run the steps in their own processes, `group.jobs` at a time; returns the failures."""
     failures, waiting = list[Failure](), deque[Step]()
     for step in steps:
         try:
@@ -171,7 +172,7 @@ def _run_side_by_side(command: Command, group: Group, steps: Iterable[Step]) -> 
 
 
 def _free_cards() -> None:
-    """Give back what earlier steps of this process have cached on the cards."""
+    """Free the memory that earlier steps of this process have cached on the cards."""
     torch = distributed.imported_torch()
     if torch is not None and torch.cuda.is_initialized():
         gc.collect()
@@ -183,7 +184,7 @@ def _free_cards() -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Event:
-    """A step's process has printed a line, or has ended."""
+    """A step's process printed a line, or ended."""
 
     step: str
     line: str | None = None
@@ -191,7 +192,7 @@ class _Event:
 
 
 class _Process:
-    """The process of one step; what it prints and its end are put into `events`."""
+    """The process of one step; its output lines and its end are put into `events`."""
 
     def __init__(self, command: Command, group: Group, step: Step, slot: int, events: "SimpleQueue[_Event]") -> None:
         self.slot = slot
@@ -213,7 +214,7 @@ class _Process:
             "deadline": command.deadline,
         }
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError), self._process.stdin as stream:  # its exit status says what was wrong
+        with suppress(BrokenPipeError), self._process.stdin as stream:  # its exit status says what went wrong
             stream.write(json.dumps(order))
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -226,7 +227,7 @@ class _Process:
 
     def _wait(self) -> None:
         status = self._process.wait()
-        self._reader.join(_FLUSH_S)  # a service that it has left may hold the pipe open
+        self._reader.join(_FLUSH_S)  # a service that it started may keep the pipe open
         self._events.put(_Event(self._step, status=status))
 
     def terminate(self) -> None:
@@ -240,7 +241,7 @@ class _Process:
 
 
 def _environment(group: Group, slot: int) -> Mapping[str, str]:
-    # The child finds the modules that this process finds, wherever it was started.
+    # The child imports the same modules as this process, wherever it was started.
     places = [place or str(Path.cwd()) for place in sys.path]
     environment = {
         **distributed.environment_alone(),
@@ -255,7 +256,7 @@ def _environment(group: Group, slot: int) -> Mapping[str, str]:
 
 
 def _stop(processes: Iterable[_Process]) -> None:
-    """End the processes as `kill` does, which keeps their state; at a second interrupt at once."""
+    """Terminate the processes with SIGTERM, which keeps their state; at a second interrupt kill them."""
     processes = list(processes)
     for process in processes:
         process.terminate()
@@ -269,8 +270,8 @@ def _stop(processes: Iterable[_Process]) -> None:
 
 
 def run_job(order: str) -> None:
-    """Run the step that another process has ordered on the standard input."""
-    # At Ctrl-C the terminal sends SIGINT to every process; the one that started this one stops it.
+    """Run the step that another process describes on standard input."""
+    # At Ctrl-C the terminal sends SIGINT to every process; the parent process stops this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     values: dict[str, Any] = json.loads(order)
     recipe = resolve(from_plain(RecipeSections, values["recipe"]))

@@ -1,10 +1,10 @@
 """Runs steps: resolves inputs, decides whether a step is new, resumable, done or changed, and calls its stage.
 
-Of each kind that a step reads, its input is the artifact of the nearest earlier step that is published; a stage never
-looks for "the latest" anything itself. Inputs too poor for a good result are reported before a long step starts:
-a policy to start from, safety labels for a gate. The stage publishes; here the step is bound to its work and locked
-before anything is loaded, and the run's index is written after it. A finished, unchanged step costs a few digests: no
-stage code and no torch is imported for it.
+For each kind of input, a step reads the artifact of the nearest earlier step that is published; a stage never
+searches for "the latest" anything itself. Missing inputs that spoil a result are reported before a long step starts:
+a policy to start from, safety labels for a gate. The stage publishes its artifact; this module binds the step to its
+fingerprint and locks it before anything is loaded, and writes the run's index afterwards. A finished, unchanged step
+costs only a few digests: neither stage code nor torch is imported for it.
 """
 
 import logging
@@ -71,32 +71,36 @@ from sft.config import Config as SftConfig
 log = logging.getLogger(__name__)
 
 SAFETY = Role("reward_model", "safety")
-MOST_ROWS = 5000  # looked into of each file: about a second
+MOST_ROWS = 5000  # rows of each file that are searched for labels: about a second
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """The artifacts that a step reads, and how the log names them."""
+    """The artifacts that a step reads, and the words for them in the log."""
 
     artifacts: Mapping[Role, Artifact] = field(default_factory=dict)
     words: str = ""
-    pooled: Mapping[str, Artifact] = field(default_factory=dict)  # dialogs of earlier steps of the command, by step
-    sft_policy: Artifact | None = None  # of the nearest earlier sft step: what others are compared with
-    surveyed: Mapping[str, Artifact] = field(default_factory=dict)  # all that is finished before a step that surveys
+    pooled: Mapping[str, Artifact] = field(
+        default_factory=dict
+    )  # dialogs of earlier steps of the same command, by step
+    sft_policy: Artifact | None = None  # of the nearest earlier sft step: the policy that others are compared with
+    surveyed: Mapping[str, Artifact] = field(
+        default_factory=dict
+    )  # every finished earlier artifact, for a step that surveys them
 
     @property
     def policy(self) -> Artifact | None:
-        """The policy to start from; None is the base itself."""
+        """The policy to start from; None means the base itself."""
         return self.artifacts.get(POLICY)
 
     @property
     def reward_models(self) -> dict[str, Artifact]:
-        """The reward models by what they judge; one that the recipe does not train is not among them."""
+        """The reward models by domain, without those that the recipe does not train."""
         return {role.which: artifact for role, artifact in self.artifacts.items() if role.which}
 
     @property
     def by_key(self) -> dict[str, Artifact]:
-        """The same under the names that an identity gives them."""
+        """The same artifacts under the names that a step's identity uses."""
         dialogs = {f"dialogs/{step}": artifact for step, artifact in self.pooled.items()}
         surveyed = {f"{artifact.manifest.kind}/{step}": artifact for step, artifact in self.surveyed.items()}
         return {role.key: artifact for role, artifact in self.artifacts.items()} | dialogs | surveyed
@@ -104,7 +108,7 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One step with its inputs, its identity and its fingerprint."""
+    """One step with its inputs, identity and fingerprint."""
 
     step: Step
     folder: StepFolder
@@ -114,7 +118,7 @@ class Work:
 
 
 def find_work(recipe: Recipe, step: Step, elsewhere: Mapping[str, StepFolder] | None = None) -> Work:
-    """What running the step would mean now; `elsewhere` as in `take_inputs`."""
+    """The step with the inputs that it would have if it ran now; `elsewhere` as in `take_inputs`."""
     taken = take_inputs(recipe, step, elsewhere)
     folder = recipe.folder(step)
     identity = with_failed_functions(folder, step_identity(recipe, step, taken.by_key))
@@ -122,9 +126,9 @@ def find_work(recipe: Recipe, step: Step, elsewhere: Mapping[str, StepFolder] | 
 
 
 def take_inputs(recipe: Recipe, step: Step, elsewhere: Mapping[str, StepFolder] | None = None) -> Taken:
-    """The inputs of a step; ArtifactError that names the command to run when none that makes one of them is finished.
+    """The inputs of a step; raises an ArtifactError that names the command to run if an input is not finished.
 
-    `elsewhere` holds, by name, finished steps of another run that this run is about to take by reference.
+    `elsewhere` maps names to finished steps of another run that this run is about to take by reference.
     """
     places = [
         (earlier, (elsewhere or {}).get(earlier.name) or recipe.folder(earlier)) for earlier in recipe.before(step)
@@ -158,7 +162,7 @@ def take_inputs(recipe: Recipe, step: Step, elsewhere: Mapping[str, StepFolder] 
         surveyed = {name: one for name, one in read.items() if one.manifest.kind in step.stage.surveys}
         if not surveyed:
             raise ArtifactError(
-                f"{recipe.run.dir}: '{step.name}' is about finished steps, and none before it is finished. Run `make"
+                f"{recipe.run.dir}: '{step.name}' reads finished steps, and no step before it is finished. Run `make"
                 f" {recipe.steps[0].stage.command}` with the same CONFIG and ARGS first, or `make all`."
             )
         words.append(f"all of {', '.join(map(repr, surveyed))}")
@@ -168,22 +172,22 @@ def take_inputs(recipe: Recipe, step: Step, elsewhere: Mapping[str, StepFolder] 
 def _nearest(
     recipe: Recipe, step: Step, role: Role, makers: Sequence[Step], finished: Collection[str]
 ) -> tuple[Step, str]:
-    """The nearest earlier step that is finished, and the words for nearer ones that are not."""
+    """The nearest earlier step that is finished, and a note on nearer ones that are not."""
     for index, maker in enumerate(makers):
         if maker.name in finished:
             skipped = ", ".join(other.name for other in makers[:index])
             return maker, f"; not finished: {skipped}" if skipped else ""
     raise ArtifactError(
-        f"{recipe.run.dir}: '{step.name}' reads a {role}, and none of the steps before it that make one is finished"
+        f"{recipe.run.dir}: '{step.name}' reads a {role}, and no earlier step that makes one is finished"
         f" ({', '.join(other.name for other in reversed(makers))}). Run `make {makers[-1].stage.command}` with the same"
         f" CONFIG and ARGS first, or `make all`."
     )
 
 
 def stage_inputs(recipe: Recipe, work: Work, deadline: float | None = None) -> StepInputs:
-    """Everything that the step's stage may read besides its own section."""
+    """Everything that the step's stage may read in addition to its own section."""
     step, taken = work.step, work.taken
-    which: Any = step.product.makes.which  # one of the three reward models, or None: the stage's products say which
+    which: Any = step.product.makes.which  # one of the three reward models, or None; the stage's products define it
     inputs = StepInputs(
         step=step.name,
         folder=work.folder,
@@ -209,7 +213,7 @@ def stage_inputs(recipe: Recipe, work: Work, deadline: float | None = None) -> S
 
 
 def _tuner(recipe: Recipe, inputs: StepInputs) -> Tune:
-    """Supervised tuning on the dialogs that a step has made, in the step's folder."""
+    """A function for supervised tuning on the dialogs that a step has made, in the step's folder."""
 
     def tune(
         dialogs: Artifact, *, over: Mapping[str, Any], from_base: bool = False, sft_share: float = 0.0
@@ -218,7 +222,7 @@ def _tuner(recipe: Recipe, inputs: StepInputs) -> Tune:
         if (tuned / MANIFEST).is_file():
             return read_artifact(tuned, "policy", reader=inputs.step)
         if deadline is not None and distributed.broadcast_object(time.monotonic() > deadline):
-            deadline = None  # the samples up to the end of the command's hours are trained on, not one step of it
+            deadline = None  # otherwise the samples drawn before the deadline would be trained on for no step at all
         policy = None if from_base else inputs.policy
         of_dialogs = replace(inputs, deadline=deadline, policy=policy, dialogs=dialogs, sft_share=sft_share)
         return sft.run(tuning_section(recipe, over), of_dialogs)
@@ -227,48 +231,49 @@ def _tuner(recipe: Recipe, inputs: StepInputs) -> Tune:
 
 
 def tuning_section(recipe: Recipe, over: Mapping[str, Any]) -> SftConfig:
-    """The section sft with the values that a step's own section puts over it."""
+    """The section sft, overridden by the step's own section."""
     return from_plain(SftConfig, merged(recipe.sections.sft.model_dump(mode="json"), over))
 
 
-# -- what the inputs lack
+# -- missing inputs
 
 
 def lacks_policy(recipe: Recipe, step: Step) -> str | None:
-    """What to say where a step that belongs after supervised tuning starts from the base."""
+    """The warning for a step that should start from a tuned policy but starts from the base; None if there is none."""
     if step.stage.starts_from_base or recipe.base.policy or recipe.makers(step).get(POLICY, [step]):
         return None
     return (
-        f"no step before '{step.name}' makes a policy, so it starts from base.model itself: sound for a chat model, poor"
-        " for a pretrained one. Put sft before it, or name a policy in base.policy."
+        f"no step before '{step.name}' makes a policy, so it starts from base.model itself. This suits a chat model, not"
+        " a pretrained one. Put sft before it, or name a policy in base.policy."
     )
 
 
 def lacks_labels(recipe: Recipe, step: Step) -> str | None:
-    """What to say where this step's gate will be refused, since the safety model before it learns no labels."""
+    """The warning for a step whose gate will be refused because the safety model learns no labels; None if there is
+    none."""
     maker = gate_model(recipe, step)
     if maker is None:
         return None
     assert isinstance(maker.config, RewardConfig)
     gate = f"scoring.combine: llama2_gate will be refused in '{step.name}': the safety model of '{maker.name}'"
-    other = "or combine without a gate: scoring.combine=weighted or single."
+    other = "or combine scores without a gate: scoring.combine=weighted or single."
     if maker.config.safety_auxiliary_weight == 0:
         return (
-            f"{gate} learns from no safety labels, since reward.safety_auxiliary_weight is 0, and its score then says which"
-            f" answer is safer, not whether one is safe. Raise the weight, {other}"
+            f"{gate} learns from no safety labels, since reward.safety_auxiliary_weight is 0. Its score then says which"
+            f" answer is safer, not whether an answer is safe. Raise the weight, {other}"
         )
     data = recipe.data
     if data.labels or not all(map(_is_unlabelled, (*data.safety, *data.helpfulness, *data.open))):
         return None
     return (
         f"{gate} finds no safety labels in its data (data.labels is empty, and so are chosen_is_safe and rejected_is_safe in"
-        f" the first {MOST_ROWS} rows of each set of pairs), and its score then says which answer is safer, not whether one"
+        f" the first {MOST_ROWS} rows of each set of pairs). Its score then says which answer is safer, not whether an answer"
         f" is safe. Add labels, {other}"
     )
 
 
 def gate_model(recipe: Recipe, step: Step) -> Step | None:
-    """The step that trains the safety model which this step's gate reads; None where there is no gate or no such step."""
+    """The step that trains the safety model of this step's gate; None if there is no gate or no such step."""
     if "scoring" not in step.stage.shared or step.scoring.combine != "llama2_gate" or step.scoring.safety:
         return None
     makers = recipe.makers(step).get(SAFETY)
@@ -276,7 +281,7 @@ def gate_model(recipe: Recipe, step: Step) -> Step | None:
 
 
 def _is_unlabelled(source: DataSource) -> bool:
-    """Whether pairs were found in a file that is here, and no label; a set that is not here may have some."""
+    """Whether a local file has pairs but no label; a set that is not local may have labels."""
     if not Path(source.path).is_file():
         return False
     has_pairs = False
@@ -288,12 +293,12 @@ def _is_unlabelled(source: DataSource) -> bool:
                 if (row.record.chosen_is_safe, row.record.rejected_is_safe) != (None, None):
                     return False
     except DataError:
-        return False  # reported where it is read
+        return False  # reported where the file is read
     return has_pairs
 
 
 def other_code(work: Work, recorded: Mapping[str, str], *, is_begun: bool = False) -> str | None:
-    """What to say of a step that was made, or begun, by other code than the present; None where that is not known."""
+    """The warning for a step that was made or begun by a different version of the code; None if that is not known."""
     changed = changed_code(recorded)
     if not changed:
         return None
@@ -301,10 +306,12 @@ def other_code(work: Work, recorded: Mapping[str, str], *, is_begun: bool = Fals
     named = f"{', '.join(changed[:3])}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}"
     only = f" --only {step.product.makes.which}" if step.stage.models else ""
     if is_begun:
-        said = f"'{step.name}' was begun by other code: since then {named} changed. It resumes with the present code."
+        warning = (
+            f"'{step.name}' was begun by other code: since then {named} changed. It resumes with the current code."
+        )
     else:
-        said = f"'{step.name}' was made by other code: since then {named} changed. It stays as it is, and later steps read it."
-    return f"{said} To run it again from its start, add `--overwrite{only}` to the command `{step.stage.command}`."
+        warning = f"'{step.name}' was made by other code: since then {named} changed. Its result stays, and later steps read it."
+    return f"{warning} To rerun it from its start, add `--overwrite{only}` to the command `{step.stage.command}`."
 
 
 # -- running
@@ -313,47 +320,48 @@ def other_code(work: Work, recorded: Mapping[str, str], *, is_begun: bool = Fals
 Result = TypeVar("Result")
 
 LET_SPEAK_S = 5.0
-# The words of gloo and of NCCL where the process at the other end is no more.
+# The error texts of gloo and of NCCL when the peer process is gone.
 _OTHERS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What came of one command."""
+    """The result of one command."""
 
-    artifacts: list[Artifact]  # of the steps that are done
-    num_worked: int  # steps that were worked on; the others were done before, or unchanged in the parent run
-    left: tuple[str, ...]  # steps that were not started, since run.max_hours were over
+    artifacts: list[Artifact]  # of the finished steps
+    num_worked: int  # steps that did work; the others were done before, or unchanged in the parent run
+    left: tuple[str, ...]  # steps that were not started because run.max_hours were over
 
 
 @dataclass(slots=True)
 class Command:
-    """The work of one command on its steps, as far as it is."""
+    """The steps of one command, and its progress."""
 
     recipe: Recipe
     should_overwrite: bool
-    deadline: float | None  # by time.monotonic(): when run.max_hours are over
+    deadline: float | None  # by time.monotonic(): the end of run.max_hours
     artifacts: list[Artifact] = field(default_factory=list)
     num_worked: int = 0
     left: list[str] = field(default_factory=list)
 
     def is_left(self, step: Step) -> bool:
-        """Whether the step is not started, since the hours are over; one always runs, or there would be no progress."""
+        """Whether the step is not started because the hours are over; the first one always runs, so that there is
+        progress."""
         is_over = self.deadline is not None and self.num_worked > 0 and time.monotonic() > self.deadline
         if not is_over:
             return False
         is_done = is_published(self.recipe.folder(step))
-        makers = [of for of in self.recipe.makers(step).values() if of]  # lacking where nothing is finished of one kind
+        makers = [of for of in self.recipe.makers(step).values() if of]  # empty if no step of a kind is finished
         lacks_inputs = any(not any(is_published(self.recipe.folder(maker)) for maker in of) for of in makers)
         trains = step.product.makes.kind in ("policy", "reward_model")
-        # A later step may read a step that is left. Steps that only survey the finished ones run now.
+        # A step that reads a step not started cannot run either. Steps that only survey finished ones run now.
         is_left = bool(self.left or not is_done) and (trains or lacks_inputs)
         if is_left and not is_done:
             self.left.append(step.name)
         return is_left
 
     def run(self, step: Step) -> None:
-        """Run the step in this process, unless the hours are over."""
+        """Run the step in this process unless the hours are over."""
         if not self.is_left(step):
             overwrites, deadline = self.should_overwrite, self.deadline
             artifact, has_worked = run_step(self.recipe, step, should_overwrite=overwrites, deadline=deadline)
@@ -366,7 +374,7 @@ class Command:
 
 
 def open_command(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool = False) -> Command:
-    """Warn of what these steps lack, take the unchanged steps before them from the parent run, and start the clock."""
+    """Warn about missing inputs, take unchanged earlier steps from the parent run, and start the clock."""
     deadline = None if recipe.run.max_hours is None else time.monotonic() + 3600 * recipe.run.max_hours
     for step in recipe.steps:
         if step in chosen or gate_model(recipe, step) in chosen:
@@ -379,14 +387,14 @@ def open_command(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bo
 
 
 def run(recipe: Recipe, command: str = "all", *, should_overwrite: bool = False) -> list[Artifact]:
-    """Run the steps of a command of the recipe, or all, as the command line does; the artifacts of those that are done."""
+    """Run the steps of one command, or all, as the command line does; returns the artifacts of the finished steps."""
     return run_chosen(recipe, choose_steps(recipe.steps, command), should_overwrite=should_overwrite).artifacts
 
 
 def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool = False) -> Ran:
     """Run these steps of the recipe in their order, in this process.
 
-    When `run.max_hours` are over no further training step starts.
+    When `run.max_hours` are over, no further training step starts.
     """
     command = open_command(recipe, chosen, should_overwrite=should_overwrite)
     for step in chosen:
@@ -397,22 +405,23 @@ def run_chosen(recipe: Recipe, chosen: Sequence[Step], *, should_overwrite: bool
 def run_step(
     recipe: Recipe, step: Step, *, should_overwrite: bool = False, deadline: float | None = None
 ) -> tuple[Artifact, bool]:
-    """Run one step to its end unless it is done already or unchanged in the parent run; its artifact, and whether it ran.
+    """Run one step to its end unless it is done, or unchanged in the parent run; returns its artifact, and whether it
+    ran.
 
-    The stage ends early at `deadline`, by time.monotonic().
+    The stage ends early at `deadline`, a time of time.monotonic().
     """
     work = find_work(recipe, step)
     folder = work.folder
     if should_overwrite:
         _check_inputs_stay(recipe, folder)
         overwrite(folder)
-        work = find_work(recipe, step)  # what failed in the folder before is gone
+        work = find_work(recipe, step)  # the remains of failed work in the folder are gone
     else:
         artifact = finished(recipe, work)
         if artifact is not None:
             return artifact, False
     with hold(folder):
-        # Check again under the lock: another command may have finished the step while it held the lock.
+        # Check again under the lock: another command may have finished the step in the meantime.
         state = step_state(folder, work.fingerprint, work.identity)
         if state is not StepState.DONE:
             warning = lacks_policy(recipe, step)
@@ -423,7 +432,7 @@ def run_step(
 
 
 def finished(recipe: Recipe, work: Work) -> Artifact | None:
-    """The artifact of a step that is done: here, or unchanged in the parent run, from which it is then taken."""
+    """The artifact of a step that is done here, or is unchanged in the parent run and then taken from it."""
     if adopt(recipe, work):
         lineage(Path(recipe.run.dir))
         return _of_known_code(work, read_artifact(work.folder.artifact))
@@ -439,34 +448,34 @@ def _done_already(recipe: Recipe, work: Work) -> Artifact:
 
 
 def _of_known_code(work: Work, artifact: Artifact) -> Artifact:
-    """The finished step, with a warning where it was made by other code."""
+    """The finished step, with a warning if it was made by other code."""
     if warning := other_code(work, artifact.manifest.code):
         log.warning("warning: %s", warning)
     return artifact
 
 
 def stage_code(step: Step) -> dict[str, str]:
-    """The digests of the code that makes a step: of its stage, and of supervised tuning where that is a part of it."""
+    """The digests of the code that makes a step: of its stage, and of supervised tuning if that is part of it."""
     return code_of([step.stage.package.__name__, *(["sft"] if step.stage.tunes else [])])
 
 
 def _check_inputs_stay(recipe: Recipe, folder: StepFolder) -> None:
-    """UsageError where deleting a step's folder would delete what the recipe names: data, a base, a policy, a model."""
+    """Raise a UsageError if deleting a step's folder would delete data, a base, a policy or a model of the recipe."""
     if folder.path.is_symlink():
-        return  # the link alone is deleted
+        return  # only the link is deleted
     doomed = folder.path.resolve()
     scoring = [step.scoring.model_dump(mode="json") for step in recipe.steps]
     for text in texts_in([recipe.sections.model_dump(mode="json", include={"data", "base"}), *scoring]):
         place = Path(text).resolve() if "\n" not in text else Path()
         if doomed in (place, *place.parents):
             raise UsageError(
-                f"--overwrite: {folder.path} holds '{text}', which the recipe reads. A step that runs again deletes its folder"
-                " first. Move that out of the folder, and name its new place in the recipe."
+                f"--overwrite: {folder.path} contains '{text}', which the recipe reads. Rerunning a step deletes its folder"
+                " first. Move the input out of the folder, and set its new path in the recipe."
             )
 
 
 def _state(work: Work) -> StepState:
-    """What there is to do. A step that surveys others is run again where they changed: nothing depends on it."""
+    """What there is to do. A step that surveys others is rerun when they change: nothing depends on it."""
     try:
         return step_state(work.folder, work.fingerprint, work.identity)
     except ChangedError:
@@ -489,21 +498,21 @@ def _run(recipe: Recipe, work: Work, deadline: float | None, *, is_begun: bool) 
         code=stage_code(work.step),
     )
     log.info("%s: from %s, into %s", name, work.taken.words, folder.path)
-    if work.step.product.makes != REPORT:  # which reads figures alone
+    if work.step.product.makes != REPORT:  # which only reads figures
         for artifact in {one.path: one for one in work.taken.by_key.values()}.values():
             check_content(artifact)
     if is_begun:
         log.info("%s: resumes from %s", name, find_state(folder))
         if warning := other_code(work, begun_code(folder), is_begun=True):
             log.warning("warning: %s", warning)
-    is_shared = work.step.product.makes != REPORT  # which is too little work
+    is_shared = work.step.product.makes != REPORT  # which is too little work to share
     if is_shared:
         distributed.broadcast_object(cast("_Begun | None", (recipe.sections, name, deadline)))
     try:
         with counted(folder), nullcontext() if is_shared else distributed.alone():
             artifact = work.step.stage.package.run(work.step.config, stage_inputs(recipe, work, deadline))
     except (ConfigError, DataError, TokenizerError):
-        unbind(folder)  # the fix changes the recipe or the data, which a step that stays begun would refuse
+        unbind(folder)  # fixing it changes the recipe or the data, and a step that has begun would refuse the change
         raise
     except RewardFunctionError:
         may_correct_function(folder)
@@ -520,12 +529,12 @@ def _run(recipe: Recipe, work: Work, deadline: float | None, *, is_begun: bool) 
     return artifact
 
 
-# What the first process sends the others when it begins to work on a step: the sections, the step's name, the deadline.
+# What the first process sends to the others when it begins a step: sections, the step's name, deadline.
 _Begun = tuple[RecipeSections, str, float | None]
 
 
 def lead(work: Callable[[], Result]) -> Result | None:
-    """`work()` in the first process; the others help with each step that it begins, and have no result."""
+    """The result of `work()` in the first process; the others help with each step that it begins, and return None."""
     with distributed.opened():
         if distributed.is_first():
             result = work()
@@ -541,8 +550,8 @@ def lead(work: Callable[[], Result]) -> Result | None:
 
 @contextmanager
 def _second_to_the_first() -> Iterator[None]:
-    """What one process finds wrong the others mostly find too, and the first that ends is the end of all: it should be the
-    one that tells people and leaves the step as it was."""
+    """Let the first process report an error that all processes have: the first process to exit ends all of them, and
+    it should be the one that reports the error and leaves the step as it was."""
     try:
         yield
     except LlamachatError:
@@ -551,11 +560,11 @@ def _second_to_the_first() -> Iterator[None]:
     except RuntimeError as error:
         if not any(words in str(error) for words in _OTHERS_GONE):
             raise
-        raise SystemExit(1) from None  # another has ended, and has said why
+        raise SystemExit(1) from None  # another process has ended and has said why
 
 
 def adopt(recipe: Recipe, work: Work) -> bool:
-    """Take the step from `run.parent` by reference where it is finished there with the same fingerprint."""
+    """Take the step from `run.parent` by reference if it is finished there with the same fingerprint."""
     kept = parent_folder(recipe, work)
     if kept is None:
         return False
@@ -570,7 +579,7 @@ def adopt(recipe: Recipe, work: Work) -> bool:
 
 
 def _adopt_earlier(recipe: Recipe, chosen: Sequence[Step]) -> None:
-    """Take what the chosen steps may read from `run.parent` too, where it is unchanged: as the plan says."""
+    """Also take the unchanged inputs of the chosen steps from `run.parent`, as in the plan."""
     before = max((recipe.before(step) for step in chosen), key=len)
     for step in [step for step in before if step not in chosen and not step.stage.surveys]:
         folder = recipe.folder(step)
@@ -579,11 +588,11 @@ def _adopt_earlier(recipe: Recipe, chosen: Sequence[Step]) -> None:
         try:
             adopt(recipe, find_work(recipe, step))
         except LlamachatError:
-            continue  # what it reads is not there either; the step that needs it says so
+            continue  # its inputs are not there either; the step that needs it reports that
 
 
 def parent_folder(recipe: Recipe, work: Work) -> StepFolder | None:
-    """The step's finished folder in the parent run, while the step has not been begun in this one."""
+    """The step's finished folder in the parent run, if the step has not begun in this run."""
     if recipe.run.parent is None or work.folder.path.is_symlink() or work.folder.identity.exists():
         return None
     kept = StepFolder(Path(recipe.run.parent) / work.step.name)
@@ -591,9 +600,9 @@ def parent_folder(recipe: Recipe, work: Work) -> StepFolder | None:
 
 
 def write_reports(recipe: Recipe, chosen: Sequence[Step]) -> str:
-    """Write `<run.dir>/rm/tables.md` where reward models are among the chosen steps, and return its text.
+    """Write `<run.dir>/rm/tables.md` if reward models are among the chosen steps, and return its text.
 
-    It shows every finished model beside which the chosen ones stand, those of `--only` and the others.
+    It shows every finished reward model of the chosen steps' group, whether `--only` names it or not.
     """
     texts = []
     for folder in dict.fromkeys(_folder(step) for step in chosen if step.product.makes.kind == "reward_model"):

@@ -1,1 +1,2 @@
-"""What a recipe would cost, whether it fits a card, what a machine lacks, and a first recipe for the user's data."""
+"""Estimates of a recipe's cost, whether it fits a card, what a machine lacks, and a first recipe for the user's
+data."""

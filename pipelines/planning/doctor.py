@@ -1,6 +1,6 @@
-"""`llamachat doctor`: what this machine lacks for a recipe, before anything large is downloaded.
+"""`llamachat doctor`: what this machine lacks for a recipe, checked before anything large is downloaded.
 
-Each finding is ok, a note (worth knowing, nothing fails), or FAIL with the fix. The network is used only for HEAD
+A finding is ok, a note (nothing fails), or FAIL with the fix. The network is used only for HEAD
 requests and a tokenizer's small files; being offline is a note.
 """
 
@@ -22,6 +22,7 @@ from llamachat.models.files import check_model_folder
 from llamachat.models.hub import is_cached, reach_data, reach_model, tokenizer_folder
 from llamachat.runs.artifacts import is_published
 from llamachat.runs.hub_commits import commit_of
+from llamachat.tables import plural
 from pipelines.planning.estimates import card, estimate_step, measure_data
 from pipelines.planning.fit import fits, way_to_fit
 from pipelines.planning.hardware import (
@@ -39,7 +40,7 @@ from pipelines.recipe.recipe import Recipe, load
 
 Verdict = Literal["ok", "note", "FAIL"]
 NAMED = ("torch", "transformers", "trl", "peft", "bitsandbytes")
-CHECKPOINTS = 3  # two kept, and the one being written
+CHECKPOINTS = 3  # two that are kept, and the one being written
 _TORCH_PAGE = "(https://pytorch.org/get-started)"
 BF16_SINCE = (8, 0)  # compute capability of the first cards with bf16 arithmetic (Ampere)
 
@@ -55,13 +56,13 @@ class Finding:
 
 
 def examine(config: Path, overrides: Sequence[str]) -> list[Finding]:
-    """Everything there is to say about this machine and the recipe."""
+    """All findings about this machine and the recipe."""
     findings = [*_environment()]
     devices, torch = find_devices(), find_torch()
     try:
         recipe = load(config, overrides)
     except LlamachatError as error:
-        findings.append(Finding("recipe", "FAIL", str(error), "Fix it as each line says."))
+        findings.append(Finding("recipe", "FAIL", str(error), "Fix each line as it says."))
         return [*findings, *_cards(devices, torch)]
     findings.append(Finding("recipe", "ok", f"{config}: {', '.join(step.name for step in recipe.steps)}"))
     needs_bf16 = recipe.base.dtype == "bfloat16"
@@ -77,7 +78,7 @@ def examine(config: Path, overrides: Sequence[str]) -> list[Finding]:
 
 
 def report(findings: Sequence[Finding]) -> str:
-    """The findings as a table, then what fails, in words."""
+    """The findings as a table, then a summary of the failures."""
     width = max(80, min(shutil.get_terminal_size((120, 25)).columns, 140))
     indent = max(len(finding.check) for finding in findings) + 8
     lines: list[str] = []
@@ -90,7 +91,7 @@ def report(findings: Sequence[Finding]) -> str:
     if not failing:
         return "\n".join([*lines, "Nothing that was checked will fail."])
     named = ", ".join(f"{check} ({times} times)" if times > 1 else check for check, times in failing.items())
-    end = f"{failing.total()} checks failed: {named}. The fix follows '->' on each FAIL line."
+    end = f"{plural(failing.total(), 'check')} failed: {named}. The fix follows '->' on each FAIL line."
     return "\n".join([*lines, end])
 
 
@@ -114,14 +115,14 @@ def _cards(
     devices: Sequence[Device], torch: Torch | None, *, needs_bf16: bool = True, is_4bit: bool = False
 ) -> Iterator[Finding]:
     if not devices:
-        yield Finding("gpu", "note", "no NVIDIA card is seen (nvidia-smi): everything runs on the CPU")
+        yield Finding("gpu", "note", "no NVIDIA card found (nvidia-smi): everything runs on the CPU")
         return
     yield from (Finding("gpu", "ok", str(device)) for device in devices)
     problem, fix = "", f"Install a build of torch for CUDA {_TORCH_PAGE} in this environment."
     if torch is None:
-        problem, fix = "torch does not start", "See 'libraries'; set up the environment again."
+        problem, fix = "torch cannot be imported", "See 'libraries'; set up the environment again."
     elif torch.cuda is None:
-        problem = f"torch {torch.version} is a build without CUDA and cannot use the card"
+        problem = f"torch {torch.version} is built without CUDA and cannot use the card"
     elif torch.capability is None:  # most often the driver is older than torch's CUDA
         problem = f"torch {torch.version} (CUDA {torch.cuda}) cannot use the card with driver {devices[0].driver}"
         fix = f"Update the driver, or install a build of torch for an older CUDA {_TORCH_PAGE}; CUDA_VISIBLE_DEVICES must name the card."
@@ -129,17 +130,17 @@ def _cards(
         problem = (
             f"torch {torch.version} has no kernels for the card: its compute capability is {_dotted(torch.capability)}"
         )
-        problem += f", and the oldest that it is built for {_dotted(torch.oldest)}"
-        fix = f"Take a newer card, or an older torch or CUDA build that has them {_TORCH_PAGE}."
+        problem += f", and the oldest one that it supports is {_dotted(torch.oldest)}"
+        fix = f"Use a newer card, or an older torch or CUDA build that has them {_TORCH_PAGE}."
     elif torch.capability < BF16_SINCE and needs_bf16:
-        problem = f"the card (compute capability {_dotted(torch.capability)}) has no arithmetic in bfloat16"
+        problem = f"the card (compute capability {_dotted(torch.capability)}) has no bfloat16 arithmetic"
         if not is_4bit:
             yield Finding(
-                "cuda", "note", problem, "It is emulated, slowly: set base.dtype: float32, or take a newer card."
+                "cuda", "note", problem, "bfloat16 is emulated, slowly: set base.dtype: float32, or use a newer card."
             )
             return
-        problem += ", the one number format of QLoRA here (float16 would need loss scaling)"
-        fix = "Take a card of compute capability 8.0 or later, or set tuning.method: lora and base.dtype: float32."
+        problem += ", the only number format of QLoRA here (float16 would need loss scaling)"
+        fix = "Use a card of compute capability 8.0 or later, or set tuning.method: lora and base.dtype: float32."
     if problem or torch is None:
         yield Finding("cuda", "FAIL", problem, fix)
     else:
@@ -151,7 +152,7 @@ def _dotted(capability: Sequence[int]) -> str:
 
 
 def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
-    """Each step's estimate against the card that is here, else against the machine's own memory."""
+    """Each step's estimate, compared with the card of this machine or else with its memory."""
     meant, gpu = card(recipe), None
     room, free = installed_bytes(), float("inf")
     usable = fix = f"this machine has {room / 2**30:.1f}"
@@ -159,27 +160,25 @@ def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
         device = min(devices, key=lambda device: device.total_gib)
         gpu = Gpu(device.name, device.total_gib, None, len(devices) if meant and meant.count > 1 else 1)
         room, free = gpu.usable_bytes, min(device.free_gib for device in devices) * 2**30
-        usable = f"at most {room / 2**30:.1f} of {gpu.gib:.1f} GiB of {gpu} (here) should be needed"
+        usable = f"at most {room / 2**30:.1f} of {gpu.gib:.1f} GiB of {gpu} (this machine's) should be needed"
         fix = way_to_fit(recipe, gpu)
         if meant and meant.count > len(devices):
-            problem = (
-                f"the recipe is meant for {meant.count} cards; what follows is for the {len(devices)} that are here"
-            )
+            problem = f"the recipe is meant for {meant.count} cards; this machine has {len(devices)}, and the checks below are for these"
             way = f"Set num_processes: {len(devices)} in the file under configs/accelerate that you launch with."
             yield Finding("cards", "note", problem, way)
     else:
         recipe = recipe.changed(run=recipe.run.model_copy(update={"gpu": None}))
-        where = f"Run it where {meant} is" if meant else "Run it on a machine with more memory or a card"
-        fix = f"{where}, or take a smaller base."
+        where = f"Run it on {meant}" if meant else "Run it on a machine with more memory or a card"
+        fix = f"{where}, or use a smaller base."
         there = fits(recipe, meant) if meant else None
         if meant and there:
             peak = f"about {there.peak_bytes / 2**30:.1f} GiB at the peak ({there.worst}), estimated"
-            problem = f"the recipe is meant for {meant}, which is not here; there it would {'' if there.fits else 'not '}fit: {peak}"
+            problem = f"the recipe is meant for {meant}, which this machine lacks; there it would {'' if there.fits else 'not '}fit: {peak}"
             yield Finding("card", "note", problem, "" if there.fits else way_to_fit(recipe, meant))
     for step in recipe.steps:
         estimate = estimate_step(recipe, step, gpu)
         if estimate is None:
-            yield Finding("memory", "note", f"{step.name}: no estimate before the base's config.json is here")
+            yield Finding("memory", "note", f"{step.name}: no estimate until the base's config.json is local")
             continue
         need = f"{step.name}: about {estimate.peak_bytes / 2**30:.1f} GiB{'' if gpu else ' on the CPU'}, estimated"
         if estimate.peak_bytes > room:
@@ -187,16 +186,16 @@ def _memory(recipe: Recipe, devices: Sequence[Device]) -> Iterator[Finding]:
             fix = "As above."
         elif estimate.peak_bytes > free:
             problem = f"{need}; only {free / 2**30:.1f} GiB are free now"
-            yield Finding("memory", "note", problem, "Stop what else runs on the card.")
+            yield Finding("memory", "note", problem, "Stop other programs on the card.")
         else:
             yield Finding("memory", "ok", f"{need}; {usable}")
 
 
 def _disk(recipe: Recipe) -> Iterator[Finding]:
-    """Checkpoints, results and the download against what is free, on each file system by itself."""
+    """Compare checkpoints, results and downloads with the free space of each file system."""
     shape = shape_of(recipe.base.model)
     if shape is None:
-        yield Finding("disk", "note", "what the run needs is not known before the base's config.json is here")
+        yield Finding("disk", "note", "the required space is unknown until the base's config.json is local")
         return
     run, width = Path(recipe.run.dir), BYTES[recipe.base.dtype]
     needs: list[tuple[Path, float, str]] = []
@@ -219,24 +218,24 @@ def _disk(recipe: Recipe) -> Iterator[Finding]:
         need, free = sum(size for _, size, _ in group), shutil.disk_usage(group[0][0]).free
         parts = ", ".join(f"{what} {size / 2**30:.1f}" for _, size, what in group)
         problem = f"{free / 2**30:.1f} GiB free at {group[0][0]}; about {need / 2**30:.1f} needed ({parts})"
-        fix = "Free some, set run.dir to another disk, or HF_HOME for downloads." if need > free else ""
+        fix = "Free some space, set run.dir to another disk, or HF_HOME for downloads." if need > free else ""
         yield Finding("disk", "FAIL" if fix else "ok", problem, fix)
 
 
 def _base(recipe: Recipe) -> Iterator[Finding]:
-    """Access, architecture, tokenizer: in the order in which each would stop a run."""
+    """Access, architecture and tokenizer of the base, in the order in which each would stop a run."""
     name = recipe.base.model
     is_local = Path(name).is_dir()
     if not is_local:
         reach = reach_model(name)
         if reach.state == "open":
-            yield Finding("access", "ok", f"the hub gives '{name}' to this machine")
+            yield Finding("access", "ok", f"this machine may download '{name}'")
         elif is_cached(name, ("config.json",)) and is_cached(name):
-            yield Finding("access", "note", f"{reach.reason}; '{name}' is in the cache, and is used from there")
+            yield Finding("access", "note", f"{reach.reason}; '{name}' is read from the cache")
         elif reach.state == "offline":
             yield Finding("access", "note", f"{reach.reason}: access to '{name}' is not checked", reach.fix)
-            known = "is known to work" if split_revision(name)[0] in KNOWN_BASES else "is not known here"
-            yield Finding("base", "note", f"'{name}' {known}; its tokenizer is checked once it can be fetched")
+            known = "is known to work" if split_revision(name)[0] in KNOWN_BASES else "has not been tested"
+            yield Finding("base", "note", f"'{name}' {known}; its tokenizer is checked when it can be downloaded")
             return
         else:
             yield Finding("access", "FAIL", reach.reason, reach.fix)
@@ -248,14 +247,14 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("base", "FAIL", *_problem_and_fix(error))
         return
     if is_local and not list(folder.glob("*.safetensors")):
-        way = "Copy the whole model, or convert its weights: pickled ones are not read."
-        yield Finding("base", "FAIL", f"'{name}' holds no *.safetensors", way)
+        way = "Copy the whole model, or convert its weights to safetensors: pickled weights are not read."
+        yield Finding("base", "FAIL", f"'{name}' has no *.safetensors", way)
     else:
         known = "known to work" if split_revision(name)[0] in KNOWN_BASES else "a Llama model"
         yield Finding("base", "ok", f"'{name}' is {known}")
         if not is_local and split_revision(name)[1] is None and (commit := commit_of(name)):
-            problem = f"'{name}' is read at the newest commit of the hub, now {commit}"
-            yield Finding("base", "note", problem, f"Set base.model: {name}@{commit} to keep to it.")
+            problem = f"'{name}' is read at the hub's newest commit, now {commit}"
+            yield Finding("base", "note", problem, f"Set base.model: {name}@{commit} to pin it.")
     try:
         _, warning = load_proved_format(
             folder, chat_format=recipe.base.chat_format, allow_unproved=recipe.base.allow_unproved_tokenizer
@@ -263,7 +262,7 @@ def _base(recipe: Recipe) -> Iterator[Finding]:
     except LlamachatError as error:
         yield Finding("tokenizer", "FAIL", *_problem_and_fix(error))
         return
-    proved = f"proved to give the ids of the chat format '{recipe.base.chat_format}'"
+    proved = f"its token ids are those of the chat format '{recipe.base.chat_format}'"
     yield Finding("tokenizer", "note" if warning else "ok", warning or proved)
 
 
@@ -280,7 +279,7 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
             continue
         size = measure_data([source.model_copy(update={"weight": 1.0})])
         if size is not None and not size.records:
-            yield Finding("data", "FAIL", f"{source.path} holds no line", "Write or fetch it again.")
+            yield Finding("data", "FAIL", f"{source.path} has no lines", "Write or download it again.")
         else:
             yield Finding("data", "ok", source.path + (f": about {size.records:,.0f} records" if size else ""))
 

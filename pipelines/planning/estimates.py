@@ -1,6 +1,8 @@
-"""What a step of a recipe would cost, from the recipe, its data files and finished steps: one function for each stage.
+"""Estimates what a step of a recipe would cost, from the recipe, its data files and finished steps: one function per
+stage.
 
-Answers in a moment: lines of data are counted, large files by their first part, and no weights are read.
+Takes well under a second: lines of data are counted, large files are extrapolated from their first part, and no
+weights are read.
 """
 
 import gzip
@@ -40,37 +42,40 @@ from reward.config import HARMFUL_SHARES, MOST_HELD_OUT, MOST_PROBED
 from sft import Config as SftConfig
 
 LLAMA_2_PIECES = 32_000
-HUB_TOKENS = 200.0  # a dialog of a set that is not here; ours, assumed
-MOST_BYTES = 1 << 26  # read of one file; what comes after is taken to be like it
-# Tokens that a pair adds to the rows for each token of its record, where the prompt stands once: on a CPU, which computes the
-# prompt once, fewer (1.2 and 1.0 for the bundled helpfulness pairs, 1.6 and 1.1 for the safety pairs; measured). Of a set that
-# is not here both are assumed: the paper's Table 6 has 150 to 800 tokens an answer.
+HUB_TOKENS = 200.0  # per dialog of a set that is not local; ours, assumed
+MOST_BYTES = 1 << 26  # read from one file; the rest is assumed to be similar
+# Tokens in a batch per token of a pair's record, in which the prompt occurs once. A CPU computes the
+# prompt once, so it needs fewer (1.2 and 1.0 for the bundled helpfulness pairs, 1.6 and 1.1 for the safety pairs;
+# measured). For a set that is not local both are assumed: the paper's Table 6 has 150 to 800 tokens per answer.
 TOKENS_OF_A_PAIR, TOKENS_OF_A_PAIR_ON_A_CPU = 1.3, 1.0
 TOKENS_OF_A_HUB_PAIR = 500.0
-# The same for a contrast pair and a dialog of data.sft; a CPU computes a dialog once for its pairs: 1.2 and 0.54 to 0.62 (measured).
+# The same for a contrast pair and a dialog of data.sft; a CPU computes a dialog once for all its pairs: 1.2 and 0.54
+# to 0.62 (measured).
 TOKENS_OF_A_CONTRAST_PAIR, TOKENS_OF_A_CONTRAST_PAIR_ON_A_CPU = 1.2, 0.53
-# Tokens that are scored of held-out and test pairs for each token of as many training pairs: an answer of several is scored
-# once (0.6 to 0.85, measured with two recipes).
+# Tokens of held-out and test pairs that are scored, per token of the same number of training pairs: an answer in
+# several pairs is scored once (0.6 to 0.85, measured with two recipes).
 HELD_OUT_TOKENS = 0.67
-# Tokens of the probe for each token of the dialogs that it is made of (15.6 to 21.3; on a CPU 3.9 to 5.7; measured).
+# Tokens of the probe per token of the dialogs that it is made from (15.6 to 21.3; on a CPU 3.9 to 5.7; measured).
 TOKENS_OF_A_PROBE, TOKENS_OF_A_PROBE_ON_A_CPU = 18.0, 5.0
-PROMPT_TOKENS_A_TOKEN = 1.25  # a prompt without its answer has more of the chat format's own tokens (measured)
-TURN_TOKENS = 100.0  # of the turns before an answer in Ghost Attention; ours, assumed
-# Bytes that a process on a CPU holds beside tensors: Python, the libraries, compiled kernels, and freed blocks that malloc
-# keeps. The activations make up for them, since they are counted of the longest row: in PPO in part, and of a reward model, whose
-# blocks are of many sizes, a share is added. Ours, measured on the bundled model and on SmolLM2-135M.
+PROMPT_TOKENS_A_TOKEN = 1.25  # a prompt without its answer has a larger share of the chat format's tokens (measured)
+TURN_TOKENS = 100.0  # in the turns before an answer in Ghost Attention; ours, assumed
+# Bytes of a CPU process beyond its tensors: Python, the libraries, compiled kernels, and freed blocks that malloc
+# keeps. The activations compensate for them, since they are computed for the longest row: partly in PPO. For a reward
+# model, whose blocks vary in size, a share is added. Ours, measured on the bundled model and on SmolLM2-135M.
 GIB_OF_A_PROCESS = {"sft": 0.95, "rm": 2.5, "gatt": 2.05, "distill": 2.05, "eval": 2.35}
 GIB_OF_ANOTHER_PROCESS = 1.75
-# Of dpo as of ppo, not measured.
+# dpo is assumed to equal ppo; not measured.
 COVERED_BY_ACTIVATIONS = {"rm": -0.12, "gatt": 0.85, "distill": 0.85, "ppo": 0.4, "dpo": 0.4}
-KEPT_BY_DISTILLATION = 0.5  # of the distilled answers; ours, assumed: another answer is better as often as worse
+KEPT_BY_DISTILLATION = (
+    0.5  # share of the distilled answers; ours, assumed: a new answer is better about half of the time
+)
 
 
-# -- what is asked
+# -- the entry points
 
 
 def estimate_step(recipe: Recipe, step: Step, gpu: Gpu | None = None) -> Estimate | None:
-    """What the step would cost, on this card in place of the recipe's; None where the shape of the base is not known here."""
+    """What the step would cost, on this card instead of the recipe's; None if the shape of the base is not known."""
     try:
         shape = shape_of(recipe.base.model)
         if shape is None:
@@ -78,19 +83,19 @@ def estimate_step(recipe: Recipe, step: Step, gpu: Gpu | None = None) -> Estimat
         setup = Setup(shape, recipe.base, step.tuning, gpu or card(recipe))
         estimate = _COSTS[step.stage.command](_Work(recipe, step, setup), step.config)
     except (KeyError, ValueError):
-        return None  # another architecture, no JSON, or targets that are none: refused in words where it is loaded
+        return None  # another architecture, invalid JSON or invalid targets: reported where it is loaded
     if setup.gpu is None:
         estimate = _in_a_process(estimate, step.stage.command)
-    # The step's own hours bound all of its work, but of rs and the like the sampling alone.
+    # The step's own hours bound all of its work, but only the sampling of rs and similar steps.
     hours = step.config.model_dump().get("max_hours")
     if hours is None or step.stage.tunes or estimate.seconds <= 3600 * hours:
         return estimate
-    assumed = f"as {step.stage.section}.max_hours has it; else {duration(estimate.seconds)} {estimate.assumed}"
+    assumed = f"within {step.stage.section}.max_hours; otherwise {duration(estimate.seconds)} {estimate.assumed}"
     return replace(estimate, seconds=3600 * hours, assumed=assumed)
 
 
 def _in_a_process(estimate: Estimate, command: str) -> Estimate:
-    """The estimate of a step on a CPU with what its process holds beside tensors."""
+    """The estimate of a step on a CPU, including its process's memory beyond tensors."""
     if not estimate.memory:
         return estimate
     activations = estimate.memory.get("activations", 0)
@@ -109,7 +114,7 @@ def card(recipe: Recipe) -> Gpu | None:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One step of a recipe, with what its estimate depends on."""
+    """One step of a recipe, with the inputs of its estimate."""
 
     recipe: Recipe
     step: Step
@@ -117,27 +122,27 @@ class _Work:
 
     @property
     def train_share(self) -> float:
-        """The share of the conversations that is trained on."""
+        """The share of the conversations in the training split."""
         split = self.recipe.data.split
         return 1.0 - split.test - split.validation - split.judge
 
     def lengths(self, prompts: "DataSize | None") -> Lengths:
-        """Of prompts as the files have them, and of answers as an earlier policy gave them."""
+        """Lengths of prompts, from the files, and of answers, as measured by an earlier policy."""
         prompt = prompts.tokens_per_record if prompts and prompts.records else PROMPT_TOKENS
         answer, whose = answer_tokens(self.recipe, self.step) or (None, "")
         return Lengths(prompt, answer, whose)
 
     def all_prompts(self) -> "DataSize | None":
-        """Those of `data.prompts` and `data.adversarial`; without any, those that dialogs and pairs begin with."""
+        """The prompts of `data.prompts` and `data.adversarial`; without any, those of dialogs and pairs."""
         data = self.recipe.data
         return self.prompts((*data.prompts, *data.adversarial), (*data.sft, *data.helpfulness, *data.safety))
 
     def measured(self, sources: Sequence[DataSource], **more: Any) -> "DataSize | None":
-        """Size of the sources in tokens of the base's tokenizer."""
+        """The size of the sources in tokens of the base's tokenizer."""
         return measure_data(sources, vocabulary=self.setup.shape.vocabulary, **more)
 
     def prompts(self, *keys: Sequence[DataSource]) -> "DataSize | None":
-        """The prompts of the first keys that have any."""
+        """The prompts of the first key that has any."""
         for sources in keys:
             size = self.measured(sources, prompts_only=True)
             if size is None or size.records:
@@ -145,13 +150,13 @@ class _Work:
         return DataSize(0.0, 0.0)
 
     def tuned(self, lengths: Lengths, dialogs: int | None) -> Estimate:
-        """Of supervised tuning on this many dialogs of a prompt and an answer, within a step that samples."""
-        own: Any = self.step.config  # has values over the section sft, as all sections of steps that tune
+        """Cost of supervised tuning on this many dialogs, each a prompt and an answer, within a step that samples."""
+        own: Any = self.step.config  # overrides the section sft, in every step that tunes
         tokens = sum(lengths.of(self.recipe.base, self.step.rollout))
         return sft_cost(tuning_section(self.recipe, own.sft), self.setup, dialogs=dialogs, tokens_per_dialog=tokens)
 
     def sampled(self, lengths: Lengths, *, answers: int | None, **more: Any) -> Estimate:
-        """Of sampling this many answers and scoring them."""
+        """Cost of sampling this many answers and scoring them."""
         seating = seat_roles(self.recipe, self.step, self.setup.shape)
         return sampling_cost(self.setup, self.step.rollout, seating, lengths, answers=answers, **more)
 
@@ -185,8 +190,9 @@ def _reward(work: _Work, config: RewardConfig) -> Estimate:
 def _reward_mix(
     work: _Work, config: RewardConfig, kept: float, *, is_held_out: bool = False
 ) -> tuple[float, float] | None:
-    """Pairs of the model's mix on a side with this share, and tokens of all that it learns from, or of its own pairs and
-    contrast pairs held out; None where some of it is not counted."""
+    """Pairs in the model's training mix for a split with this share, tokens of all that it learns from, and tokens of
+    its own
+    pairs and contrast pairs that are held out; None where a part is unknown."""
     data, which = work.recipe.data, work.step.product.makes.which
     if which == "judge":
         own, others, share = (*data.helpfulness, *data.safety, *data.open), (), 0.0
@@ -208,7 +214,7 @@ def _reward_mix(
     in_contrast_pair = TOKENS_OF_A_CONTRAST_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_CONTRAST_PAIR
     contrast = (of_own + of_others) * config.contrast.share / (1 - config.contrast.share) if dialogs.records else 0.0
     contrast = min(contrast, MOST_HELD_OUT) if is_held_out else contrast
-    # Those that refuse a harmful prompt are as long as the model's own pairs.
+    # Pairs whose chosen answer refuses a harmful prompt are as long as the model's own pairs.
     of_harmful = contrast * HARMFUL_SHARES.get(which or "", 0.0)
     tokens = (of_own + of_harmful) * min(longest, in_pair * measured[0].tokens_per_record)
     tokens += of_others * min(longest, in_pair * measured[1].tokens_per_record)
@@ -219,7 +225,7 @@ def _reward_mix(
 
 
 def _tested_tokens(work: _Work) -> float:
-    """Tokens that are scored of test pairs and of the probe."""
+    """Tokens of test pairs and of the probe that are scored."""
     data, on_cpu = work.recipe.data, work.setup.gpu is None
     in_record = TOKENS_OF_A_HUB_PAIR / TOKENS_OF_A_PAIR
     in_pair = HELD_OUT_TOKENS * (TOKENS_OF_A_PAIR_ON_A_CPU if on_cpu else TOKENS_OF_A_PAIR)
@@ -233,7 +239,7 @@ def _tested_tokens(work: _Work) -> float:
 
 def _rejection_sampling(work: _Work, config: RejectionSamplingConfig) -> Estimate:
     prompts = work.all_prompts()
-    # If each prompt has a winner; those of earlier rounds come on top.
+    # If each prompt has a winner; those of earlier rounds are added.
     winners = _num_prompts(config.prompts, prompts, work.train_share)
     answers = None
     if winners is not None:
@@ -254,13 +260,13 @@ def _gatt(work: _Work, config: GattConfig) -> Estimate:
 
 def _distillation(work: _Work, config: ContextDistillationConfig) -> Estimate:
     data = work.recipe.data
-    # Prompts marked is_safety among others are not counted: that would need reading them all.
+    # Prompts with is_safety among the others are not counted: that would need reading all of them.
     prompts = work.prompts(data.adversarial, data.prompts or data.safety)
     num_prompts = _num_prompts(config.prompts, prompts, work.train_share)
     answers = dialogs = None
     if num_prompts is not None:
         dialogs = round(num_prompts * (KEPT_BY_DISTILLATION if config.keep == "better" else 1.0))
-        # As many plain answers as preprompted ones, and templates for all prompts at most.
+        # As many plain answers as answers with a preprompt, and templates for all prompts at most.
         ways = 4 if config.uses_categories and config.categories else 2
         answers = (num_prompts + config.validation_prompts) * config.samples_per_prompt * ways
         answers += 2 * (config.test_prompts + config.borderline_prompts * len(data.borderline))
@@ -289,7 +295,7 @@ def _ppo(work: _Work, config: PpoConfig) -> Estimate:
 
 
 def _evaluation(work: _Work, config: EvaluationConfig) -> Estimate:
-    policies = sum(other.product.makes == POLICY for other in work.recipe.steps) or 1  # each is asked all prompts
+    policies = sum(other.product.makes == POLICY for other in work.recipe.steps) or 1  # each answers all prompts
     borderline = config.borderline_prompts * len(work.recipe.data.borderline)
     one = config.test_prompts + borderline + config.dialogs * max(config.turns)
     answers = policies * (one + config.curve_prompts * config.curve_samples)
@@ -311,12 +317,12 @@ _COSTS: Mapping[str, Callable[[_Work, Any], Estimate]] = {
 }
 
 
-# -- how many records there are, and how long
+# -- the number of records, and their length
 
 
 @dataclass(frozen=True, slots=True)
 class DataSize:
-    """Records, weights counted, and the tokens of one."""
+    """The number of records, with weights applied, and the tokens per record."""
 
     records: float
     tokens_per_record: float
@@ -329,10 +335,11 @@ def measure_data(
     vocabulary: int = LLAMA_2_PIECES,
     prompts_only: bool = False,
 ) -> DataSize | None:
-    """Size of the sources; None as soon as one of them is not here and has no `limit` to bound it.
+    """The size of the sources; None if one of them is not local and has no `limit`.
 
-    `hub_tokens` are assumed in a record of a set that is not here; `vocabulary` is the number of the tokenizer's pieces;
-    with `prompts_only` the prompts of pairs and the questions of dialogs count, without their answers.
+    `hub_tokens` is the assumed length of a record of a set that is not local; `vocabulary` is the size of the
+    tokenizer's vocabulary; with `prompts_only`, only the prompts of pairs and the questions of dialogs count, not the
+    answers.
     """
     records = tokens = 0.0
     for source in sources:
@@ -345,15 +352,15 @@ def measure_data(
 
 
 def bytes_per_token(vocabulary: int) -> float:
-    """Bytes of JSON lines of English dialogs for each token of the chat format.
+    """Bytes of JSON lines of English dialogs per token of the chat format.
 
-    Measured on the bundled data with three tokenizers of 4,096, 32,000 (Llama 2's) and 49,152 pieces: 3.6, 4.6, 4.9.
+    Measured on the bundled data with three vocabularies of 4,096, 32,000 (Llama 2's) and 49,152 tokens: 3.6, 4.6, 4.9.
     """
     return max(1.0, 3.6 + 0.5 * math.log(vocabulary / 4096))
 
 
 def _num_prompts(most: int | None, prompts: DataSize | None, train_share: float) -> int | None:
-    """How many prompts are asked of those on the training side, with a limit to them; None where neither is known."""
+    """The number of prompts used from the training split, given an upper limit; None if neither is known."""
     there = None if prompts is None else round(prompts.records * train_share)
     return min((count for count in (most, there) if count is not None), default=None)
 
@@ -370,9 +377,9 @@ def _measure(source: DataSource, hub_tokens: float, in_token: float, *, prompts_
     return size and DataSize(size[0], share * size[1] / in_token)
 
 
-@lru_cache(maxsize=256)  # the search for what fits asks again and again
+@lru_cache(maxsize=256)  # the search for settings that fit calls this again and again
 def _measure_lines(path: Path, changed_ns: int, limit: int | None, *, prompts_only: bool) -> tuple[float, float]:
-    """Records, and mean bytes of one."""
+    """The number of records, and the mean bytes per record."""
     lines = num_bytes = num_read = 0
     with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else path.open("rb") as stream:
         for line in bounded_lines(cast(IO[bytes], stream)):
@@ -388,7 +395,7 @@ def _measure_lines(path: Path, changed_ns: int, limit: int | None, *, prompts_on
 
 
 def _prompt_bytes(line: bytes) -> int:
-    """Bytes of the prompt of a pair, or of a dialog without its last answer; of the line where it is neither."""
+    """Bytes of the prompt of a pair, or of a dialog without its last answer; otherwise of the whole line."""
     try:
         match json.loads(line):
             case {"prompt": prompt} | {"messages": [*prompt, {"role": "assistant"}]} | {"messages": prompt}:
@@ -400,7 +407,7 @@ def _prompt_bytes(line: bytes) -> int:
 
 
 def _measure_parquet(path: Path, limit: int | None) -> tuple[float, float] | None:
-    """Records, and mean bytes of one."""
+    """The number of records, and the mean bytes per record."""
     import pyarrow
     import pyarrow.parquet
 
@@ -414,7 +421,7 @@ def _measure_parquet(path: Path, limit: int | None) -> tuple[float, float] | Non
 
 
 def answer_tokens(recipe: Recipe, step: Step) -> tuple[float, str] | None:
-    """Mean tokens of an answer of the nearest earlier policy that measured its own, and whose they are."""
+    """Mean tokens per answer of the nearest earlier policy that has measured them, and that policy's name."""
     for maker in recipe.makers(step).get(POLICY, ()):
         keys = (f"{maker.stage.command}/test/final/response_tokens", "sft/answer_tokens")
         for run in (recipe.run.dir, recipe.run.parent):
@@ -427,20 +434,21 @@ def answer_tokens(recipe: Recipe, step: Step) -> tuple[float, str] | None:
     return None
 
 
-# -- where the models of a role bank would lie
+# -- where the models of a role bank would be placed
 
 
 @dataclass(frozen=True, slots=True)
 class _RewardModel:
     """A reward model, before it is loaded."""
 
-    weights: tuple[str, bool]  # the place of what is under its adapter and whether that is in 4 bits, or its own place
+    weights: tuple[str, bool]  # its trunk's place and whether that is in 4 bits, or its own place
     is_adapter: bool
     shape: Shape
 
 
 def seat_roles(recipe: Recipe, step: Step, shape: Shape) -> Seating:
-    """Where each model that the step reads would lie, by recipe and manifests alone; `shape` is that of the base."""
+    """Where each model that the step reads would be placed, from the recipe and manifests alone; `shape` is the
+    base's."""
     trunk, is_adapter = _trunk(recipe, step)
     seating = Seating(is_continued=step.tuning.method != "full" and is_adapter)
     width = BYTES[recipe.base.dtype]
@@ -464,7 +472,7 @@ def seat_roles(recipe: Recipe, step: Step, shape: Shape) -> Seating:
 
 
 def _reward_models(recipe: Recipe, step: Step, shape: Shape) -> Iterator[tuple[str, _RewardModel]]:
-    """Those that the way of scoring reads, and the judge; none where the step scores nothing."""
+    """The reward models that the scoring reads, and the judge; none if the step scores nothing."""
     if step.stage.scores_if and not getattr(step.config, step.stage.scores_if):
         return
     models: dict[str, _RewardModel] = {}
@@ -483,7 +491,7 @@ def _reward_models(recipe: Recipe, step: Step, shape: Shape) -> Iterator[tuple[s
 
 
 def _named(place: str, shape: Shape) -> _RewardModel:
-    """A model that `scoring` names: one of ours, or a plain one."""
+    """A model that `scoring` names: one of ours, or a plain sequence classifier."""
     details = _details(place, "reward_model")
     if details.get("method") in ("lora", "qlora"):
         base = str(details["base"])
@@ -492,7 +500,7 @@ def _named(place: str, shape: Shape) -> _RewardModel:
 
 
 def _trunk(recipe: Recipe, step: Step) -> tuple[str, bool]:
-    """The place of the weights that a step's adapters sit on, and whether it starts from an adapter on them."""
+    """The place of the weights under a step's adapters, and whether the step starts from an adapter on them."""
     makers = recipe.makers(step).get(POLICY)
     if makers:
         is_full = makers[0].tuning.method == "full"
@@ -504,9 +512,9 @@ def _trunk(recipe: Recipe, step: Step) -> tuple[str, bool]:
 
 
 def _details(place: str, kind: Any) -> dict[str, Any]:
-    """What the manifest says, and the artifact's own folder as `path`; nothing of what is no artifact of ours.
+    """The manifest's details, and the artifact's own folder as `path`; empty if it is not an artifact.
 
-    What is wrong with it is reported where it is read; the plan continues without.
+    Errors in it are reported where it is read; the plan continues without it.
     """
     try:
         artifact = read_artifact(Path(from_home(place)), kind)
@@ -516,6 +524,6 @@ def _details(place: str, kind: Any) -> dict[str, Any]:
 
 
 def _place(name: Path | str) -> str:
-    """One name for one folder; names of the hub stay."""
+    """One name for one folder; hub names stay unchanged."""
     path = Path(from_home(str(name)))
     return str(path.resolve()) if path.exists() or isinstance(name, Path) else str(name)

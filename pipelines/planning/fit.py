@@ -1,6 +1,7 @@
-"""Whether a whole recipe fits a card and the hours: its worst step, the largest micro-batches, and what to set where not.
+"""Whether a whole recipe fits a card and the hours: its worst step, the largest micro-batches, and settings that would
+fit.
 
-Torch-free, and answered in well under a second.
+Needs no torch and takes well under a second.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,56 +22,59 @@ from reward import Config as RewardConfig
 from sft import Config as SftConfig
 
 PRESETS = Path(__file__).resolve().parents[2] / "configs"
-_SMALL_RANK, _SHORT_TOKENS = 16, 512  # the least that is proposed
-_LEAST_TOKENS = 64  # of a row: shorter ones are filled up to it
-# What makes a step longer, in the order in which to lower it: of those that its section has, the first.
+_SMALL_RANK, _SHORT_TOKENS = 16, 512  # the lowest values that are proposed
+_LEAST_TOKENS = 64  # per row: shorter rows are filled up to it
+# What makes a step longer, in the order in which to lower it: the first of these keys that its section has.
 _LENGTHS = ("iterations", "epochs", "prompts", "test_prompts", "dialogs")
-_MARGIN = 0.9  # for what a step does whatever its length
+_MARGIN = 0.9  # for the fixed costs of a step
 
 Setting = tuple[str, Any]  # such as ("ppo.critic", "shared")
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What steps ask of a card, or of two CPU cores where that is None."""
+    """What the steps need of a card, or of two CPU cores if it is None."""
 
     gpu: Gpu | None
     steps: Mapping[str, Estimate]  # by name, in the recipe's order
 
     @property
     def worst(self) -> str:
-        """The step that needs most memory."""
+        """The step that needs the most memory."""
         return max(self.steps, key=lambda name: self.steps[name].peak_bytes)
 
     @property
     def peak_bytes(self) -> int:
-        """Of the worst step, on one card."""
+        """Bytes of the worst step, on one card."""
         return self.steps[self.worst].peak_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether the worst step needs no more than a step should; on a CPU everything fits."""
+        """Whether the worst step stays within the usable memory; on a CPU everything fits."""
         return self.gpu is None or self.peak_bytes <= self.gpu.usable_bytes
 
     @property
     def hours(self) -> float | None:
-        """Of all steps; None where one of them could not be counted (a set of the hub without a limit)."""
+        """Hours of all steps; None if one of them is unknown (a hub set without a limit)."""
         seconds = [estimate.seconds for estimate in self.steps.values()]
         return sum(seconds) / 3600 if all(seconds) else None
 
 
 def fits(recipe: Recipe, gpu: Gpu | None) -> Fit | None:
-    """The whole recipe on this card (None: on its own, or on a CPU), with its settings as they stand; None where the shape of
-    its base is not known here."""
+    """The whole recipe on this card (None: its own card, or a CPU) with its current settings; None if the shape of
+    its base is not known."""
     estimates = {step.name: estimate_step(recipe, step, gpu) for step in recipe.steps}
     known = {name: estimate for name, estimate in estimates.items() if estimate is not None}
     return Fit(gpu, known) if len(known) == len(estimates) else None
 
 
 def largest_microbatch(recipe: Recipe, step: Step, gpu: Gpu) -> str:
-    """The setting of a training step with the largest forward pass that fits this card; empty where it has no such setting."""
+    """The setting of a training step with the largest forward pass that fits this card; empty if it has no such
+    setting."""
     longest, config = recipe.base.max_tokens, step.config
-    if isinstance(config, SftConfig) and config.packing:  # a packed forward pass is one row, as long as a dialog may be
+    if (
+        isinstance(config, SftConfig) and config.packing
+    ):  # a packed forward pass is one row, as long as the longest dialog
         key, least, most = "base.max_tokens", _LEAST_TOKENS, longest
     elif isinstance(config, SftConfig):
         key, least, most = "sft.rows_per_microbatch", 1, config.examples_per_step
@@ -92,19 +96,19 @@ def largest_microbatch(recipe: Recipe, step: Step, gpu: Gpu) -> str:
             estimate = estimate_step(recipe, replace(step, config=step.config.model_copy(update={name: value})), gpu)
         return estimate is not None and estimate.peak_bytes <= gpu.usable_bytes
 
-    low, high = 0, max(1, most // least)  # in units of the least: more than the second would not be used
+    low, high = 0, max(1, most // least)  # in units of the lowest value: above the upper bound nothing changes
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if has_room(middle) else (low, middle - 1)
     if not low:
-        return f"none: {key} at its least does not fit"
-    return f"{key}={low * least}" + (" (all there is to use)" if low * least >= most else "")
+        return f"none: the lowest {key} does not fit"
+    return f"{key}={low * least}" + (" (the maximum)" if low * least >= most else "")
 
 
 def settings_to_fit(recipe: Recipe, gpu: Gpu) -> list[Setting] | None:
-    """The fewest settings with which the whole recipe fits the card; None where none do, or its shape is not known.
+    """The fewest settings with which the whole recipe fits the card; None if none do, or its shape is unknown.
 
-    Tried in the order of what they cost the result.
+    Settings are tried in the order of how much they cost the result.
     """
     taken: list[Setting] = []
     settings = _less_and_less(recipe, gpu)
@@ -113,7 +117,7 @@ def settings_to_fit(recipe: Recipe, gpu: Gpu) -> list[Setting] | None:
         if setting is None:
             return None
         taken.append(setting)
-    for setting in taken[:-1]:  # what turns out not to be needed
+    for setting in taken[:-1]:  # drop settings that turn out to be unnecessary
         without = [other for other in taken if other != setting]
         if _fits_with(recipe, gpu, without):
             taken = without
@@ -121,11 +125,11 @@ def settings_to_fit(recipe: Recipe, gpu: Gpu) -> list[Setting] | None:
 
 
 def way_to_fit(recipe: Recipe, gpu: Gpu) -> str:
-    """The settings with which the whole recipe fits the card, in words, or else the presets that do."""
+    """A sentence with the settings with which the whole recipe fits the card, or else the presets that fit."""
     settings = settings_to_fit(recipe, gpu)
     if settings is None:
         others = [path.stem for path, other in presets() if (on := fits(other, gpu)) and on.fits and other.run.gpu]
-        instead = f"these presets do: {', '.join(others)}" if others else "no preset does: take a larger card"
+        instead = f"these presets do: {', '.join(others)}" if others else "no preset does: use a larger card"
         return f"No setting makes this base fit {gpu}; {instead}."
     if not settings:
         return "It fits."
@@ -136,7 +140,7 @@ def way_to_fit(recipe: Recipe, gpu: Gpu) -> str:
 
 
 def way_to_shorten(steps: Sequence[Step], seconds: float, hours: float) -> str:
-    """Lengths that bring steps of this many seconds near the hours, all shortened alike."""
+    """Settings that shorten the steps, all by the same factor, from this many seconds to about the hours."""
     share = _MARGIN * 3600 * hours / seconds
     settings: dict[str, str] = {}
     for step in steps:
@@ -154,7 +158,7 @@ def _fits_with(recipe: Recipe, gpu: Gpu, settings: Sequence[Setting]) -> bool:
 
 
 def _less_and_less(recipe: Recipe, gpu: Gpu) -> Iterator[Setting]:
-    """Settings that save memory and are not taken yet: those that cost time, then those that cost the result."""
+    """Settings that save memory and are not used yet: first those that cost time, then those that cost the result."""
     commands = {step.stage.command for step in recipe.steps}
     sections = {"sft": "sft", "rm": "reward", "dpo": "dpo", "ppo": "ppo"}
     if commands & {"rs", "gatt", "distill"}:
@@ -164,7 +168,7 @@ def _less_and_less(recipe: Recipe, gpu: Gpu) -> Iterator[Setting]:
         if command in commands and not getattr(recipe.sections, section).gradient_checkpointing:
             yield f"{section}.gradient_checkpointing", True
     if "sft" in commands and recipe.tuning.method == "full" and gpu.count > 1 and recipe.sections.sft.sample_prompts:
-        yield "sft.sample_prompts", 0  # they are sampled from weights gathered whole
+        yield "sft.sample_prompts", 0  # they are sampled from the gathered weights
     if "rm" in commands and reward.row_tokens == "auto":
         yield "reward.row_tokens", 2 * recipe.base.max_tokens
     if "dpo" in commands and recipe.sections.dpo.row_tokens == "auto":
@@ -188,7 +192,7 @@ def _less_and_less(recipe: Recipe, gpu: Gpu) -> Iterator[Setting]:
 
 
 def changed(recipe: Recipe, settings: Sequence[Setting]) -> Recipe:
-    """The recipe with other values; of two of one key the later one counts."""
+    """The recipe with these settings; a later setting of a key overrides an earlier one."""
     for key, value in settings:
         section, _, name = key.partition(".")
         values = getattr(recipe.sections, section).model_copy(update={name: value})
@@ -197,7 +201,7 @@ def changed(recipe: Recipe, settings: Sequence[Setting]) -> Recipe:
 
 
 def presets() -> Iterator[tuple[Path, Recipe]]:
-    """The recipes that lie in `configs`, those that load here."""
+    """The recipes in `configs` that can be loaded here."""
     for path in sorted(PRESETS.glob("*.yaml")):
         with suppress(LlamachatError):
             yield path, load(path)

@@ -1,7 +1,7 @@
-"""What this machine has: GPUs, as the driver and as torch see them, memory, and the versions of Python and libraries.
+"""This machine's GPUs, as the driver and torch see them, its memory, and its versions of Python and libraries.
 
-`python -m pipelines.planning.hardware` says what an existing environment lacks against the lower bounds of pyproject.toml.
-Nothing is installed or changed: an environment of your own keeps its torch.
+`python -m pipelines.planning.hardware` checks an existing environment against the lower bounds of pyproject.toml.
+Nothing is installed or changed: your own environment keeps its torch.
 """
 
 import json
@@ -46,19 +46,19 @@ class Torch:
     """The installed torch."""
 
     version: str
-    cuda: str | None  # that it was built for
-    capability: tuple[int, ...] | None  # of the card that it can use
-    oldest: tuple[int, int] | None = None  # compute capability that it has kernels for; None where it does not say
+    cuda: str | None  # the version that torch was built for
+    capability: tuple[int, ...] | None  # of the card that torch can use
+    oldest: tuple[int, int] | None = None  # oldest compute capability that it has kernels for; None if unknown
 
 
 def _numbers(version: str) -> list[int]:
-    """Those of the release, to compare versions by: 2.13.0+cpu is 2.13.0."""
+    """The numbers of the release, for comparing versions: 2.13.0+cpu is 2.13.0."""
     release = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
     return [int(part) for part in release[0].split(".")] if release else []
 
 
 def find_devices() -> list[Device]:
-    """The cards that the driver shows; none where there is no driver."""
+    """The cards that the driver shows; none without a driver."""
     text = _output(["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"])
     devices = []
     for line in (text or "").splitlines():
@@ -66,13 +66,13 @@ def find_devices() -> list[Device]:
         try:
             total, free = (float(size) / 1024 for size in sizes)
         except ValueError:
-            continue  # a card that shares the machine's memory has no size of its own
+            continue  # a card that shares the machine's memory has no memory size
         devices.append(Device(name, total, free, driver))
     return devices
 
 
 def visible_cards() -> list[str]:
-    """The cards that a command may use, as CUDA_VISIBLE_DEVICES names them: those in that variable, or all."""
+    """The cards that a command may use: those in CUDA_VISIBLE_DEVICES, or all."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return [str(index) for index in range(len(find_devices()))]
@@ -85,17 +85,17 @@ def usable_cores() -> int:
 
 
 def installed_bytes() -> int:
-    """The machine's own memory, all of it: what a recipe without a card has to live in."""
+    """The machine's whole memory: the limit of a recipe without a card."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # MemTotal of /proc/meminfo on Linux
 
 
 def find_torch() -> Torch | None:
-    """What torch says of itself, in a process of its own; None where it is missing or does not start."""
+    """What torch reports about itself, from a separate process; None if it is missing or cannot be imported."""
     text = _output([sys.executable, "-c", _ASK_TORCH])
     if not text:
         return None
     version, cuda, capability, kernels = json.loads(text.splitlines()[-1])
-    # "sm_90", "sm_120a"; what is only "compute_90" is compiled on the card, for it and newer ones.
+    # "sm_90", "sm_120a"; "compute_90" alone is compiled on the card, for it and newer ones.
     built = [divmod(int(digits), 10) for name in kernels for digits in re.findall("_([0-9]+)", name)]
     return Torch(version, cuda, tuple(capability) if capability else None, min(built, default=None))
 
@@ -109,7 +109,7 @@ def _output(command: Sequence[str]) -> str | None:
 
 
 def requirements(pyproject: Path) -> dict[str, tuple[str, str | None]]:
-    """Each required package with its lower bound and its installed version, None where it is not installed."""
+    """Each required package with its lower bound and its installed version, None if it is not installed."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     bounds = {}
     for requirement in project["dependencies"]:
@@ -124,7 +124,7 @@ def requirements(pyproject: Path) -> dict[str, tuple[str, str | None]]:
 
 
 def shortfalls(pyproject: Path) -> list[str]:
-    """Each requirement that the running Python does not meet, in words."""
+    """Each requirement that the running Python does not meet, as text."""
     return [
         f"{name} is {installed or 'not installed'}; {needed} or newer is needed"
         for name, (needed, installed) in requirements(pyproject).items()
@@ -133,14 +133,14 @@ def shortfalls(pyproject: Path) -> list[str]:
 
 
 def main() -> int:
-    """0 when the environment can run everything, else 2 after saying what it lacks."""
+    """Return 0 if the environment can run everything; otherwise print what it lacks and return 2."""
     lacking = shortfalls(PYPROJECT)
     if not lacking:
         return 0
     print(f"The environment of {sys.executable} cannot run llamachat:", file=sys.stderr)
     for line in lacking:
         print(f"  {line}", file=sys.stderr)
-    print("Install these there, or run make without VENV=, which sets up .venv by itself.", file=sys.stderr)
+    print("Install these packages there, or run make without VENV=, which sets up .venv by itself.", file=sys.stderr)
     return 2
 
 

@@ -1,6 +1,8 @@
-"""`llamachat init`: a recipe for a base, data files and a card, from the preset that fits, ending within the hours.
+"""`llamachat init`: writes a recipe for a base, data files, a card and a time budget, starting from the preset that
+fits best.
 
-The preset's values are copied, so that the recipe needs no other file. Reads the files and the base's config.json; no weights, and no network where the base is here or known.
+The preset's values are copied, so the recipe needs no other file. Reads the data files and the base's config.json, but
+no weights, and no network if the base is local or known.
 """
 
 import json
@@ -28,7 +30,7 @@ from llamachat.errors import DataError, UsageError
 from llamachat.memory.estimates import KNOWN_BASES, Shape, shape_of
 from llamachat.models.hub import UNGATED, require_llama, tokenizer_folder
 from llamachat.runs.outputs import written_beside
-from llamachat.tables import duration
+from llamachat.tables import duration, plural
 from pipelines.planning.estimates import estimate_step
 from pipelines.planning.fit import PRESETS, Fit, fits, settings_to_fit
 from pipelines.planning.hardware import installed_bytes
@@ -37,13 +39,13 @@ from pipelines.recipe.recipe import Recipe, RecipeSections, StepEntry, resolve
 from pipelines.recipe.stages import REWARD_MODELS, STAGES, Product, Stage
 from ppo import Config as PpoConfig
 
-SHARE_FOR_STEPS = 0.85  # of the hours; the rest is for what no estimate counts: loading, saving, figures. Ours
-LEAST_SHARE, FEW_PROMPTS = 0.02, 8  # of the preset's lengths, and of anything sampled: what is less teaches nothing
+SHARE_FOR_STEPS = 0.85  # of the hours; the rest is for what no estimate covers: loading, saving, plots. Ours
+LEAST_SHARE, FEW_PROMPTS = 0.02, 8  # of the preset's lengths, and of anything sampled: less is useless
 PAIRS_FOR_A_JUDGE, DIALOGS_FOR_GATT = 2000, 50
-ROWS_FOR_COLUMNS = 100  # looked into for the names of columns
-FEW_CONVERSATIONS = 2000  # of which more are kept from training, so that there is something to measure with
+ROWS_FOR_COLUMNS = 100  # rows that are searched for column names
+FEW_CONVERSATIONS = 2000  # with fewer, a larger share is kept from training, so that there is something to measure with
 DIALOGS_AND_PAIRS = ("sft", "helpfulness", "safety")
-# The options of the command: what each takes, and the key of `data` that its files go under.
+# The options of the command: what each accepts, and the key of `data` for its files.
 OPTIONS: dict[str, tuple[Kind, str]] = {
     "--sft": ("dialog", "sft"),
     "--preferences": ("preference", "helpfulness"),
@@ -57,18 +59,18 @@ Values = dict[str, Any]
 
 @dataclass(slots=True)
 class Draft:
-    """A recipe as plain values, and what the preset has besides."""
+    """A recipe as plain values, and the choices made."""
 
     preset: str
     values: Values
-    left_out: dict[str, str]  # steps of the preset, and why
+    left_out: dict[str, str]  # steps of the preset, with reasons
     config: str  # folder of the base's config.json, or the name of a known base
     batches: dict[str, str] = field(
         default_factory=dict
     )  # by step, batches made smaller for few records, and epochs raised
 
     def recipe(self) -> Recipe:
-        """As it will be loaded, but for a base of the hub, whose config.json lies in a folder."""
+        """The recipe as it will be loaded, except that a hub base is read from a folder with its config.json."""
         values = self.values | {"base": self.values["base"] | {"model": self.config}}
         return resolve(from_plain(RecipeSections, values))
 
@@ -82,7 +84,7 @@ class Draft:
         return fit
 
     def put(self, index: int, key: str, value: Any) -> None:
-        """Change a value of one step: in its section, unless other steps share that or the step's entry has its own."""
+        """Set a value of one step: in its section, unless other steps share the section or the step overrides it."""
         entry = StepEntry(self.values["steps"][index])
         if entry.stage.models or key in entry.values:
             self.values["steps"][index] = {entry.head: {**entry.values, key: value}}
@@ -100,21 +102,23 @@ def init(
     out: Path,
     run_dir: str,
 ) -> str:
-    """Write the recipe for files by option; returns what was chosen and what to do next."""
+    """Write the recipe for files by option; returns a summary with the next commands."""
     named = [(option, str(path)) for option, paths in files.items() for path in paths]
     for option, path in (("--base", base), ("--run-dir", run_dir), *named):
         if NO_TEXT.search(path):
-            raise UsageError(f"{option}: {path!a} is no UTF-8 text, so no recipe can name it. Rename it.")
+            raise UsageError(f"{option}: {path!a} is not UTF-8 text, so a recipe cannot contain it. Rename it.")
     if fault := model_fault(base):
         raise UsageError(f"--base: {fault}")
     if Path(base).is_dir():
         require_llama(Path(base), base)
         config = base
-    else:  # a known base of the hub is named, and the hub is not asked for its config.json
+    else:  # a known base of the hub, whose config.json is not needed
         config = base if split_revision(base)[0] in KNOWN_BASES else str(tokenizer_folder(base))
     shape = shape_of(config)
     if shape is None:
-        raise UsageError(f"--base: '{base}' has no config.json with sizes. Give the folder of a whole Llama model.")
+        raise UsageError(
+            f"--base: '{base}' has no config.json with the model's sizes. Pass the folder of a whole Llama model."
+        )
     data = read_files(files, columns)
     run = {"dir": run_dir, "gpu": gpu, "max_hours": hours}
     presets = _nearest_presets(shape, with_card=bool(gpu))
@@ -129,16 +133,16 @@ def init(
 
 @dataclass(slots=True)
 class DataFiles:
-    """What the files hold: by key of `data`, the files in order and the number of their records."""
+    """The contents of the files: by key of `data`, the files in order and their number of records."""
 
     files: dict[str, list[str]] = field(default_factory=dict)
     records: dict[str, int] = field(default_factory=dict)
-    columns: dict[str, dict[str, str]] = field(default_factory=dict)  # other names of fields, by file
-    rated: int = 0  # pairs with a rating
-    labelled: int = 0  # answers of data.safety with a label
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)  # renamed columns, by file
+    rated: int = 0  # pairs that have a rating
+    labelled: int = 0  # answers of data.safety that have a label
 
     def source(self, path: str) -> Values:
-        """A file as a recipe names it."""
+        """The source for a file, as a recipe writes it."""
         return {"path": path} | ({"columns": dict(self.columns[path])} if self.columns[path] else {})
 
     def count(self, *keys: str) -> int:
@@ -146,17 +150,17 @@ class DataFiles:
 
 
 def read_files(files: Mapping[str, Sequence[Path]], columns: Mapping[str, str]) -> DataFiles:
-    """Read the files of each option whole; UsageError or DataError for the first that cannot be trained on.
+    """Read the files of each option completely; raises UsageError or DataError for the first that cannot be trained on.
 
-    `columns` are other names of fields, each in the files that have such a column.
+    `columns` maps fields to columns, for the files that have such a column.
     """
     data = DataFiles()
     data.columns = {str(path): _columns_in(str(path), columns) for paths in files.values() for path in paths}
     absent = [name for name, column in columns.items() if not any(name in of_file for of_file in data.columns.values())]
     if absent:
         raise UsageError(
-            f"--columns: no file has a column {columns[absent[0]]!r} in its first rows, which is to be '{absent[0]}'. Write"
-            " FIELD=COLUMN, the name in the file last."
+            f"--columns: no file has a column {columns[absent[0]]!r} (for '{absent[0]}') in its first rows. Write"
+            " FIELD=COLUMN, with the name in the file last."
         )
     earlier: dict[tuple[Path, Kind], str] = {}
     for option, path in ((option, path) for option, paths in files.items() for path in paths):
@@ -164,8 +168,8 @@ def read_files(files: Mapping[str, Sequence[Path]], columns: Mapping[str, str]) 
         place = (Path(from_home(str(path))).resolve(), kind)
         if place in earlier:
             raise UsageError(
-                f"{option}: '{path}' is given already (with {earlier[place]}). Its records would count twice. Name it once;"
-                " a source that should count for more gets a `weight` in the recipe."
+                f"{option}: '{path}' was already passed with {earlier[place]}. Its records would count twice. Name it once;"
+                " to give a source more weight, set its `weight` in the recipe."
             )
         earlier[place] = option
         checked = _checked(str(path), option, kind, data.columns[str(path)])
@@ -178,7 +182,7 @@ def read_files(files: Mapping[str, Sequence[Path]], columns: Mapping[str, str]) 
 
 
 def _columns_in(path: str, columns: Mapping[str, str]) -> dict[str, str]:
-    """Those of the columns that the first rows of a file have."""
+    """The renamed columns that the first rows of a file have."""
     if not columns or not Path(from_home(path)).is_file():
         return {}
     rows = islice(read_rows(path), ROWS_FOR_COLUMNS)
@@ -187,32 +191,32 @@ def _columns_in(path: str, columns: Mapping[str, str]) -> dict[str, str]:
 
 
 def _checked(path: str, option: str, kind: Kind, columns: Mapping[str, str]) -> CheckReport:
-    """The report on a file that may be trained on."""
+    """The report on a file, if it may be trained on."""
     if not Path(from_home(path)).exists():
         raise UsageError(
-            f"{option}: '{path}' is no file here. `init` reads every record, and downloads nothing. Fetch the set and convert"
-            f" it (`llamachat data convert {quote(path)} FILE.jsonl`), or begin with a preset of configs/."
+            f"{option}: '{path}' is not a local file. `init` reads every record, and downloads nothing. Download and convert"
+            f" the set (`llamachat data convert {quote(path)} FILE.jsonl`), or start from a preset of configs/."
             if hub_set(path)
             else f"{option}: {missing(path, what='the data file')}"
         )
     if not Path(from_home(path)).is_file() and not Path(from_home(path)).is_dir():
-        raise UsageError(f"{option}: '{path}' is no file that a recipe could name. Write its content to a file.")
+        raise UsageError(f"{option}: '{path}' is not a file that a recipe can name. Write its content to a file.")
     checked = check_path(path, None, "auto", SPECIAL_TAGS, columns=columns)
     for problem in checked.problems:
         if not problem.line:  # of the whole file: a folder, an empty file, a table
             raise DataError(f"{option}: '{path}' {problem.reason} {problem.fix}")
-    # Prompts may be read out of dialogs and preferences too; dialogs and preferences only out of themselves.
+    # Prompts may also be read from dialogs and preferences; dialogs and preferences only from their own kind.
     if checked.num_records and checked.kind != kind and kind != "prompt":
         other = next(name for name, (taken, _) in OPTIONS.items() if taken == checked.kind)
         raise UsageError(
-            f"{option}: '{path}' holds {checked.kind}s ({checked.num_records} of them), and {kind}s are needed here. Give it"
-            f" with {other}, or name a file of {kind}s."
+            f"{option}: '{path}' holds {plural(checked.num_records, checked.kind)}, but {kind}s are needed here. Pass it"
+            f" with {other}, or pass a file of {kind}s."
         )
     if checked.problems or not checked.num_records:
         raise DataError(
-            f"{option}: {path}: {checked.num_bad_lines} of {checked.num_bad_lines + checked.num_records} records break the rules,"
-            " and `init` leaves none out. Fix the file (`llamachat data convert` fixes what can be fixed and counts what it"
-            f" drops), and give that one.\n{report(checked.problems, path)}"
+            f"{option}: {path}: {checked.num_bad_lines} of {checked.num_bad_lines + checked.num_records} records are invalid,"
+            " and `init` skips none. Fix the file (`llamachat data convert` repairs what it can and counts what it"
+            f" drops), and pass the result.\n{report(checked.problems, path)}"
         )
     return checked
 
@@ -221,14 +225,14 @@ def _checked(path: str, option: str, kind: Kind, columns: Mapping[str, str]) -> 
 
 
 def _nearest_presets(shape: Shape, *, with_card: bool) -> list[tuple[str, Values]]:
-    """The presets for the nearest size as plain values, those first that cost the result least."""
+    """The presets of the nearest size as plain values, starting with those that cost the result least."""
     ranked: list[tuple[float, int, str, Values]] = []
     for path in sorted(PRESETS.glob("*.yaml")):
         layers, problems = read_layers(path, ())
         values = layers.values
         model, method = values["base"]["model"], values["tuning"]["method"]
         size = shape_of(model) or shape_of(str(bundled(model)))
-        # Two presets are for tests alone, one is for several cards, which has not run on GPUs yet.
+        # Two presets are for tests, and one is for several cards, which has not run on GPUs yet.
         is_meant = not path.stem.endswith("smoke") and "x " not in str(values["run"].get("gpu", ""))
         if is_meant and size is not None and not problems and (with_card or method != "qlora"):
             distance = round(abs(math.log(size.weights / shape.weights)), 3)
@@ -238,7 +242,7 @@ def _nearest_presets(shape: Shape, *, with_card: bool) -> list[tuple[str, Values
 
 
 def _draft(preset: str, values: Values, base: str, run: Values, data: DataFiles, config: str) -> Draft:
-    """The preset's values with the user's base, run and files, and the steps that these allow."""
+    """The preset's values with the user's base, run and files, and the steps that these data allow."""
     values = {key: deepcopy(value) for key, value in values.items() if key != "extends"}
     values["run"] = {"seed": values["run"].get("seed", 0)} | {key: value for key, value in run.items() if value}
     path = Path(config) / "config.json"
@@ -274,7 +278,7 @@ def _draft(preset: str, values: Values, base: str, run: Values, data: DataFiles,
         if section in values:
             values[section]["prompts"] = min(values[section]["prompts"], most)
     if "rm" in commands:
-        two = "llama2_gate" if data.labelled else "weighted"  # without labels the gate's threshold means nothing
+        two = "llama2_gate" if data.labelled else "weighted"  # without labels the gate's threshold has no meaning
         combine = two if data.count("safety") and data.count("helpfulness") else "single"
         values["scoring"] = {**values.get("scoring", {}), "combine": combine}
         values["reward"] |= {} if data.rated else {"margin": "none"}
@@ -283,27 +287,28 @@ def _draft(preset: str, values: Values, base: str, run: Values, data: DataFiles,
 
 
 def _reason_to_leave_out(stage: Stage, product: Product, data: DataFiles, values: Values) -> str:
-    """Why these data do not allow a step of the preset; empty where they do."""
+    """Why the data do not allow a step of the preset; empty if they do."""
     default = stage.config.model_fields[stage.scores_if].default if stage.scores_if else True
     scores = REWARD_MODELS[0] in stage.reads and values.get(stage.section, {}).get(stage.scores_if, default)
     if scores and not data.count("helpfulness", "safety"):
         return "there are no pairs (--preferences)"
     if product.makes.which in ("helpfulness", "safety") and not data.count(product.makes.which):
-        return f"there are no pairs on it (--{'safety' if product.makes.which == 'safety' else 'preferences'})"
+        return f"there are no pairs for it (--{'safety' if product.makes.which == 'safety' else 'preferences'})"
     if product.share and not values["data"]["split"][product.share]:
-        return f"it needs {PAIRS_FOR_A_JUDGE} pairs (--preferences)"
+        return f"it needs at least {PAIRS_FOR_A_JUDGE} pairs (--preferences)"
     if stage.command == "distill" and not (data.count("safety") and data.count("adversarial")):
         return "it needs safety pairs (--safety) and prompts that ask for something unsafe (--adversarial)"
     if stage.command == "gatt" and data.count("sft") < DIALOGS_FOR_GATT:
-        return f"it needs {DIALOGS_FOR_GATT} dialogs"
+        return f"it needs at least {DIALOGS_FOR_GATT} dialogs"
     return ""
 
 
-# -- onto the card and into the hours
+# -- fitting the card and the hours
 
 
 def _that_fits(drafts: Sequence[Draft]) -> Draft:
-    """The first that fits the card or the machine's memory as it is, else the first with settings that make it fit."""
+    """The first draft that fits the card or the machine's memory as it is, else the first with settings that make it
+    fit."""
     gpu, base, fit = drafts[0].gpu, drafts[0].values["base"]["model"], drafts[-1].fit()
     for draft in drafts:
         if draft.fit().fits and (gpu or draft.fit().peak_bytes <= installed_bytes()):
@@ -318,23 +323,23 @@ def _that_fits(drafts: Sequence[Draft]) -> Draft:
     recipe, names = drafts[-1].recipe(), sorted(CARDS, key=lambda name: CARDS[name][0])
     least = next((name for name in names if settings_to_fit(recipe, parse_gpu(name)) is not None), "none")
     raise UsageError(
-        f"--gpu: {gpu or f'this machine without a card ({installed_bytes() / 2**30:.1f} GiB)'} does not hold '{base}':"
-        f" '{fit.worst}' needs about {fit.peak_bytes / 2**30:.1f} GiB by estimate. Name a larger card (the"
-        f" smallest known that holds it: {least}), or take a smaller base, such as {UNGATED}."
+        f"--gpu: {gpu or f'this machine without a card ({installed_bytes() / 2**30:.1f} GiB)'} is too small for '{base}':"
+        f" '{fit.worst}' needs an estimated {fit.peak_bytes / 2**30:.1f} GiB. Name a larger card (the"
+        f" smallest known one that fits: {least}), or use a smaller base, such as {UNGATED}."
     )
 
 
 def _shorten(draft: Draft) -> None:
-    """Give the longest steps lengths with which all end within the hours."""
+    """Shorten the longest steps so that all steps end within the hours."""
     steps, values, fit = draft.recipe().steps, draft.values, draft.fit()
     hours = draft.values["run"].get("max_hours")
     seconds = [estimate.seconds for estimate in fit.steps.values()]
-    level = longest = max(seconds)  # that a step may take
+    level = longest = max(seconds)  # seconds that a step may take
     while hours is not None and (needed := (fit.hours or 0.0) / SHARE_FOR_STEPS) > hours:
         if level <= LEAST_SHARE * longest:
             raise UsageError(
-                f"--hours: {hours:g} are too few: with {LEAST_SHARE:.0%} of the preset's lengths the steps take about"
-                f" {duration(3600 * (fit.hours or 0))} by estimate. Give --hours {math.ceil(1000 * needed) / 1000:g} or"
+                f"--hours: {hours:g} is too short: with {LEAST_SHARE:.0%} of the preset's lengths the steps take about"
+                f" {duration(3600 * (fit.hours or 0))} by estimate. Pass --hours {math.ceil(1000 * needed) / 1000:g} or"
                 " more, a faster card with --gpu, or fewer records."
             )
         level = max(LEAST_SHARE * longest, 0.9 * level)
@@ -350,7 +355,7 @@ def _shorten(draft: Draft) -> None:
 
 
 def _lower_batches(draft: Draft) -> None:
-    """Give every training optimizer steps enough to learn in: by smaller batches, then by more epochs."""
+    """Give every training enough optimizer steps to learn: by smaller batches, then by more epochs."""
     recipe = draft.recipe()
     for index, step in enumerate(recipe.steps):
         estimate = estimate_step(recipe, step)
@@ -367,7 +372,7 @@ def _lower_batches(draft: Draft) -> None:
         own = step.config.model_dump()
         trained = {**recipe.sections.sft.model_dump(), **own["sft"]} if step.stage.tunes else own
         key = next(key for key in BATCHES if key in trained)
-        examples = max(1, trained[key] * (steps - 1))  # of all epochs, at the least
+        examples = max(1, trained[key] * (steps - 1))  # in all epochs, at least
         smaller = {key: max(1, examples // FEW_STEPS)}
         if examples < FEW_STEPS:
             smaller["epochs"] = math.ceil(10 * trained["epochs"] * FEW_STEPS / examples) / 10
@@ -376,20 +381,25 @@ def _lower_batches(draft: Draft) -> None:
             draft.put(index, name, value)
 
 
-# -- what is written
+# -- the output
 
 
 def _write(out: Path, draft: Draft, data: DataFiles) -> str:
-    """Write the recipe, headed by what was chosen, and return that with what to do next."""
+    """Write the recipe with a summary of the choices at its top, and return the summary with the next commands."""
     card, fit, preset = draft.gpu, draft.fit(), f"configs/{draft.preset}.yaml"
     rated = {"helpfulness": f", {data.rated or 'none'} rated"}
     files = data.files.items()
     room = f"; a step should need at most {card.usable_bytes / 2**30:.1f} of {card}" if card else ""
     steps = ", ".join(f"{name} {duration(estimate.seconds)}" for name, estimate in fit.steps.items())
     batches = "; ".join(f"{name} {values}" for name, values in draft.batches.items())
-    few = f"smaller than the preset's: so few records give fewer than {FEW_STEPS} optimizer steps otherwise ({batches})"
+    few = (
+        f"smaller than the preset's, since so few records would give fewer than {FEW_STEPS} optimizer steps ({batches})"
+    )
     rows = [
-        *((f"data.{k}", f"{data.records[k]} records of {', '.join(paths)}{rated.get(k, '')}") for k, paths in files),
+        *(
+            (f"data.{k}", f"{plural(data.records[k], 'record')} from {', '.join(paths)}{rated.get(k, '')}")
+            for k, paths in files
+        ),
         ("preset", f"{preset}, tuning.method {draft.values['tuning']['method']}"),
         ("steps", ", ".join(fit.steps)),
         *([("batches", few)] if batches else []),
@@ -398,13 +408,13 @@ def _write(out: Path, draft: Draft, data: DataFiles) -> str:
         ("time", f"about {duration(3600 * (fit.hours or 0))} by estimate: {steps}"),
     ]
     lines = [f"  {label:<12} {printable(text)}" for label, text in rows]  # a comment ends with its line
-    head = [f"# Written by `llamachat init` from {preset}, which says where each value is from."]
+    head = [f"# Written by `llamachat init` from {preset}, which explains each value."]
     head += [f"# {line}" for line in lines]
     text = yaml.safe_dump(draft.values, sort_keys=False, width=110, allow_unicode=True, default_flow_style=None)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out: '{out}' cannot be written ({error.strerror}). Name another place.") from error
+        raise UsageError(f"--out: '{out}' cannot be written ({error.strerror}). Choose another path.") from error
     with written_beside(out) as stream:
         stream.write("\n".join([*head, text]).encode())
     chosen = f"{out}: a recipe for {draft.values['base']['model']} on {card or 'two CPU cores'}"

@@ -1,4 +1,5 @@
-"""What would run, from which inputs, why, and what it would cost; reads no weights and imports neither torch nor trl."""
+"""The plan: what would run, from which inputs, why, and at what cost. Reads no weights and imports neither torch nor
+trl."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,15 +21,16 @@ from llamachat.runs.fingerprints import digest_of_file
 from llamachat.runs.locks import living_owner
 from llamachat.runs.state import StepState, step_state
 from llamachat.runs.user_cache import cached
+from llamachat.tables import plural
 from pipelines.execution.run import Work, find_work, lacks_labels, lacks_policy, other_code, parent_folder
 from pipelines.planning.estimates import estimate_step
 from pipelines.recipe.recipe import Recipe, Step, choose_steps
 
 FEW_STEPS = 100
 MUCH_WARMUP = 0.2
-# For all weights: Llama 2 sections 3.1, 3.2.2, 3.2.3; of dpo Rafailov et al. 2023, appendix B.
+# For full tuning: Llama 2 sections 3.1, 3.2.2, 3.2.3; for dpo Rafailov et al. 2023, appendix B.
 FULL_TUNING_RATES = {"sft": 2e-5, "rm": 1e-5, "ppo": 1e-6, "dpo": 1e-6}
-LARGEST_READ = 64 << 20  # bytes of a data file that a plan reads to count its sides
+LARGEST_READ = 64 << 20  # bytes of a data file up to which a plan reads it to count its splits
 RECORDS_OF: dict[str, type[Dialog] | type[Preference] | type[Prompt]] = {
     **dict.fromkeys(("sft", "labels"), Dialog),
     **dict.fromkeys(("helpfulness", "safety", "open"), Preference),
@@ -39,7 +41,7 @@ BATCHES = ("examples_per_step", "pairs_per_step")
 
 @dataclass(frozen=True, slots=True)
 class PlannedStep:
-    """One step of the plan: what would happen to it and why."""
+    """One step of the plan: what would happen to it, and why."""
 
     name: str
     verdict: str  # new, resume, done, reuse, renew, changed, running, waits, blocked
@@ -54,7 +56,7 @@ class PlannedStep:
 
 
 def make_plan(recipe: Recipe, command: str = "all", only: Sequence[str] = ()) -> list[PlannedStep]:
-    """The plan of the recipe's steps of one command, or of all; with `only` of these models."""
+    """The plan of the recipe's steps of one command, or of all; `only` restricts it to these models."""
     chosen = choose_steps(recipe.steps, command, only)
     planned: list[PlannedStep] = []
     to_run: set[str] = set()
@@ -71,7 +73,7 @@ def make_plan(recipe: Recipe, command: str = "all", only: Sequence[str] = ()) ->
 
 
 def sides_of_data(recipe: Recipe) -> Iterator[str]:
-    """The size of each side of each kind of data that is here; warnings of sources that are split unevenly or are faulty."""
+    """The size of each split of each kind of local data; warnings about uneven splits and faulty sources."""
     data = recipe.sections.data
     record: Any  # one class of records after the other
     for key, record in RECORDS_OF.items():
@@ -94,7 +96,7 @@ def sides_of_data(recipe: Recipe) -> Iterator[str]:
 
 
 def _sides_of_source(source: DataSource, record: Any, split: Split) -> tuple[dict[SplitName, int], str | None]:
-    """The size of each side of a file, and a warning; remembered as long as the file and the code that reads it stay."""
+    """The size of each split of a file, and a warning; cached until the file or the code that reads it changes."""
 
     def count() -> list[Any]:
         spread = sides_of([user_turns(one) for one in read_records(source, record)], split)
@@ -122,15 +124,15 @@ def _plan_step(recipe: Recipe, step: Step, to_run: set[str], reused: Mapping[str
             awaited |= {f"{earlier.product.makes} of '{earlier.name}'": earlier.name}
     if awaited:
         why = f"runs after {' and '.join(repr(name) for name in dict.fromkeys(awaited.values()))}"
-        inputs = ", ".join(awaited) + ", once it is there"
+        inputs = ", ".join(awaited) + ", when finished"
         if is_published(recipe.folder(step)) and not step.stage.surveys:
-            why += "; its present result was made from another one and would then be refused as changed"
+            why += "; its current result was made from another one and would then be refused as changed"
         return PlannedStep(step.name, "waits", why, inputs, estimate, warnings)
     try:
         work = find_work(recipe, step, reused)
         verdict, why = _verdict(recipe, work)
     except LlamachatError as error:
-        return PlannedStep(step.name, "blocked", str(error), "nothing that can be used", estimate, warnings)
+        return PlannedStep(step.name, "blocked", str(error), "nothing usable", estimate, warnings)
     return PlannedStep(step.name, verdict, why, work.taken.words, estimate, warnings)
 
 
@@ -138,7 +140,7 @@ def _verdict(recipe: Recipe, work: Work) -> tuple[str, str]:
     folder = work.folder
     owner = living_owner(folder)
     if owner is not None:
-        return "running", f"{owner} works on it"
+        return "running", f"{owner} is working on it"
     kept = parent_folder(recipe, work)
     if kept is not None and (manifest := read_artifact(kept.artifact).manifest).fingerprint == work.fingerprint:
         return "reuse", f"unchanged in {kept.path}, taken from there by reference{_stale(work, manifest)}"
@@ -146,7 +148,7 @@ def _verdict(recipe: Recipe, work: Work) -> tuple[str, str]:
         state = step_state(folder, work.fingerprint, work.identity)
     except ChangedError as error:
         if work.step.stage.surveys:
-            return "renew", "what it is about has changed since"
+            return "renew", "the steps that it reads have changed"
         return "changed", str(error)
     if state is StepState.DONE:
         stale = _stale(work, read_artifact(folder.artifact).manifest)
@@ -161,35 +163,36 @@ def _verdict(recipe: Recipe, work: Work) -> tuple[str, str]:
 
 
 def _stale(work: Work, manifest: Manifest) -> str:
-    """A warning on a line of its own where a finished step was made by other code."""
+    """A warning on its own line if a finished step was made by other code."""
     warning = other_code(work, manifest.code)
     return f"\n    warning: {warning}" if warning else ""
 
 
 def warn(step: Step, estimate: Estimate | None) -> list[str]:
-    """Settings that load but seldom do what is wanted; whether the step fits a card is said of the whole recipe."""
+    """Warnings about settings that are valid but seldom intended; whether the step fits a card is reported for the
+    whole recipe."""
     warnings = []
     steps = estimate.optimizer_steps if estimate else None
-    # A stage has those of these keys that mean it something.
+    # Each stage has the keys of these that it uses.
     key, values, command = step.stage.section, step.config.model_dump(), step.stage.command
-    if step.stage.tunes:  # with the section sft, and values of its own over it
+    if step.stage.tunes:  # with the section sft, and its own overrides
         key, values, command = f"{key}.sft", {"examples_per_step": None, **values["sft"]}, "sft"
     if steps is not None and steps < FEW_STEPS:
         batch = next((f"{key}.{name}" for name in BATCHES if name in values), "the batch")
         warnings.append(
-            f"only about {steps} optimizer steps, under {FEW_STEPS}: a model learns little from so few."
+            f"only about {plural(steps, 'optimizer step')}, fewer than {FEW_STEPS}: a model learns little in so few steps."
             f" Lower {batch}, or raise {key}.epochs."
         )
     warmup = values.get("warmup_fraction", 0.0)
     if warmup > MUCH_WARMUP:
         warnings.append(
-            f"warm-up takes {warmup:.0%} of the steps, more than a fifth: the rate is seldom at its peak."
+            f"warm-up takes {warmup:.0%} of the steps, more than a fifth: the learning rate is seldom at its peak."
             f" Lower {key}.warmup_fraction."
         )
     rate = values.get("learning_rate")
     if step.tuning.method != "full" and rate is not None and rate <= FULL_TUNING_RATES[command]:
         warnings.append(
-            f"{key}.learning_rate {rate:g} is that of full tuning, and tuning.method is {step.tuning.method}: adapters"
-            " want about ten times as much."
+            f"{key}.learning_rate {rate:g} suits full tuning, but tuning.method is {step.tuning.method}: adapters"
+            " need about ten times as much."
         )
     return warnings

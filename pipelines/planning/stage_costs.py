@@ -1,6 +1,6 @@
-"""What each stage would cost: memory by part, optimizer steps, seconds. Reads no data and no weights.
+"""What each stage would cost: memory by part, optimizer steps, seconds. Reads neither data nor weights.
 
-The memory is that of one card at the worst moment of the step. Nothing here was measured on a GPU; comments
+The memory is that of one card at the peak of the step. Nothing here was measured on a GPU; comments
 say what was measured on a CPU.
 """
 
@@ -44,18 +44,20 @@ from reward import Config as RewardConfig
 from reward.config import CPU_ROW_TOKENS as REWARD_ROW_TOKENS
 from sft import Config as SftConfig
 
-# Bytes of a logit of supervised tuning, and of a reward model's language, on a CPU: in fp32, its logarithm and its gradient, together for a moment. Of PPO: in
-# fp32, with what its backward pass makes of it (ours, measured on a CPU and counted on the stand-in of a GPU).
+# Bytes per logit on a CPU. Supervised tuning, and a reward model's language loss: fp32, its logarithm and its gradient
+# exist together for a moment. PPO:
+# fp32, and what its backward pass makes of it (ours, measured on a CPU and counted on the simulated GPU).
 LOGIT_BYTES, PPO_LOGIT_BYTES = 12, {"cpu": 20, "cuda": 16}
-TRL_TOKENS, TRL_PIECES = 4096, 32768  # whose logits TRL's loss, which a GPU takes, has at once
-SHARE_OF_ANSWERS = 0.6  # of a row's tokens in PPO and DPO, those of answers, which have logits; ours, assumed
-IN_BANK = (BASE_WEIGHTS, GATHERED, TRAINED_WEIGHTS)  # parts of a training that the bank's count has
-# A report's seconds on one CPU core, matplotlib's loading counted: ours, measured: nine steps with 75 pictures took 16 s.
+TRL_TOKENS, TRL_PIECES = 4096, 32768  # TRL's loss, used on a GPU, computes this many logits at once
+SHARE_OF_ANSWERS = 0.6  # share of a row's tokens in PPO and DPO that belong to answers and have logits; ours, assumed
+IN_BANK = (BASE_WEIGHTS, GATHERED, TRAINED_WEIGHTS)  # parts of a training that the role bank counts
+# A report's seconds on one CPU core, including loading matplotlib. Ours, measured: nine steps with 75 pictures took 16
+# s.
 REPORT_SECONDS, REPORT_SECONDS_OF_CURVES = 5.0, 1.2
 
 
 def sft_cost(config: SftConfig, setup: Setup, *, dialogs: int | None, tokens_per_dialog: float = 200.0) -> Estimate:
-    """Of supervised tuning on this many dialogs (None: they were not counted)."""
+    """Cost of supervised tuning on this many dialogs (None: unknown)."""
     tokens = (1 if config.packing else config.rows_per_microbatch) * setup.base.max_tokens
     logits = min(tokens, TOKENS_PER_CHUNK) * setup.shape.vocabulary * LOGIT_BYTES
     memory = training_memory(
@@ -67,7 +69,8 @@ def sft_cost(config: SftConfig, setup: Setup, *, dialogs: int | None, tokens_per
         attention="by_sequence" if setup.gpu is None and config.packing else None,
     )
     if setup.gpu and setup.gpu.count > 1 and setup.tuning.method == "full" and config.sample_prompts:
-        # Weights are cut over the cards: answers are sampled from them gathered whole, beside the optimizer alone.
+        # Weights are sharded over the cards: answers are sampled from the gathered weights, with only the optimizer in
+        # memory.
         kept = {name: memory[name] for name in (BASE_WEIGHTS, OPTIMIZER)}
         sampling = kept | {"weights gathered to sample": setup.shape.weights * setup.width}
         memory = max(memory, sampling, key=lambda parts: sum(parts.values()))
@@ -79,7 +82,7 @@ def sft_cost(config: SftConfig, setup: Setup, *, dialogs: int | None, tokens_per
         setup.shape.weights,
         tokens=dialogs * config.epochs * tokens_per_dialog,
         gradient_checkpointing=config.gradient_checkpointing,
-        assumed=f"{tokens_per_dialog:.0f} tokens a dialog",
+        assumed=f"{tokens_per_dialog:.0f} tokens per dialog",
     )
     return Estimate(memory, seconds, _steps(dialogs, config.epochs, config.examples_per_step), assumed, LOADED)
 
@@ -89,7 +92,8 @@ def _ppo_logit_bytes(setup: Setup) -> int:
 
 
 def _trl_loss_bytes(setup: Setup, tokens: int) -> int:
-    """TRL's loss: logits of a tile, states and their gradients in fp32 and as they are; the head's gradient likewise."""
+    """Bytes of TRL's loss: logits of a tile, hidden states and their gradients in fp32 and the model's format, and the
+    same for the head."""
     shape, width = setup.shape, setup.width
     tile = min(tokens, TRL_TOKENS) * min(shape.vocabulary, TRL_PIECES) * width
     head = shape.vocabulary * shape.hidden_size * (4 + width) if setup.tuning.method == "full" else 0
@@ -106,12 +110,14 @@ def reward_cost(
     tested_tokens: float = 0.0,
     eval_every: int = 1,
 ) -> Estimate:
-    """Of a reward model that learns from this many pairs (None: they were not counted).
+    """Cost of a reward model that learns from this many pairs (None: unknown).
 
-    Every `eval_every` steps, before the first and after the last `held_out_tokens` are scored, at the end `tested_tokens`.
+    `held_out_tokens` are scored every `eval_every` steps, before the first step and after the last, `tested_tokens` at
+    the end.
 
-    As of supervised tuning, less the logits: a reward model reads one position of each answer, unless it learns the chosen
-    ones as language. Its longest forward pass is a row, or one pair, both answers of `base.max_tokens`.
+    As for supervised tuning but without logits: a reward model reads one position of each answer, unless it also
+    learns the chosen answers as language. Its longest forward pass is a row, or one pair, both answers of
+    `base.max_tokens`.
     """
     auto = REWARD_ROW_TOKENS if setup.gpu is None else 0
     tokens = max(auto if config.row_tokens == "auto" else config.row_tokens, 2 * setup.base.max_tokens)
@@ -133,7 +139,7 @@ def reward_cost(
         setup.shape.block_weights,
         tokens=pairs * config.epochs * tokens_per_pair,
         gradient_checkpointing=config.gradient_checkpointing,
-        assumed=f"{tokens_per_pair:.0f} tokens a pair",
+        assumed=f"{tokens_per_pair:.0f} tokens per pair",
     )
     steps = _steps(pairs, config.epochs, config.pairs_per_step)
     scored = (1 + math.ceil(steps / eval_every)) * held_out_tokens + tested_tokens
@@ -150,7 +156,7 @@ def dpo_cost(
     tokens_per_pair: float,
     eval_every: int,
 ) -> Estimate:
-    """Of a policy that learns from this many pairs (None: they were not counted), and reads some every `eval_every` steps.
+    """Cost of DPO on this many pairs (None: unknown), with an evaluation every `eval_every` steps.
 
     Its longest forward pass is a row, or one pair, both answers of `base.max_tokens`. There is no reference model: the
     starting policy reads all pairs once, before the first step.
@@ -174,7 +180,7 @@ def dpo_cost(
         setup.shape.weights,
         tokens=pairs * config.epochs * tokens_per_pair,
         gradient_checkpointing=config.gradient_checkpointing,
-        assumed=f"{tokens_per_pair:.0f} tokens a pair",
+        assumed=f"{tokens_per_pair:.0f} tokens per pair",
     )
     steps = _steps(pairs, config.epochs, config.pairs_per_step)
     read = pairs + (2 + math.ceil(steps / eval_every)) * held_out_pairs
@@ -196,9 +202,9 @@ def sampling_cost(
     samples_per_prompt: int = 1,
     tuned: Estimate | None = None,
 ) -> Estimate:
-    """Of a step that samples this many answers (None: they were not counted), scores them and tunes on some.
+    """Cost of a step that samples this many answers (None: unknown), scores them and tunes on some of them.
 
-    Sampling and tuning follow each other, and the memory of the one is freed before the other: the larger of the two
+    Sampling and tuning run in sequence, and the memory of the first is freed before the second: the larger one
     counts.
     """
     tuned = tuned or Estimate()
@@ -209,7 +215,7 @@ def sampling_cost(
     if answers is None:
         return Estimate(worst.memory, loaded=worst.loaded)
     prompt, answer = lengths.of(setup.base, rollout)
-    # Forward passes: of a prompt once for all its answers, of each answer's tokens, of both by each reward model.
+    # Forward passes: one per prompt for all its answers, one per answer's tokens, and one of both per reward model.
     generated = (prompt / samples_per_prompt + DECODING_SLOWDOWN * answer) * setup.shape.weights
     scored = seating.num_reward_models * (prompt + answer) * setup.shape.block_weights
     assumed = lengths.assumed(setup.base, rollout)
@@ -220,7 +226,8 @@ def sampling_cost(
 def sampling_memory(
     setup: Setup, rollout: Rollout, seating: Seating, *, answers_at_once: int | None = None
 ) -> dict[str, int]:
-    """Bytes on the card while answers are sampled and scored, as many at once as the engine takes unless there are fewer."""
+    """Bytes on the card while answers are sampled and scored, with the engine's full batch unless there are fewer
+    answers."""
     loaded = role_bank_bytes(setup, seating, critic=None)
     sampling = rollout_bytes(
         setup,
@@ -233,7 +240,7 @@ def sampling_memory(
 
 
 def ppo_cost(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seating, lengths: Lengths) -> Estimate:
-    """Of all iterations of PPO."""
+    """Cost of all iterations of PPO."""
     shape = setup.shape
     steps = config.iterations * config.epochs * (config.responses_per_iteration // config.responses_per_minibatch)
     responses = config.iterations * config.responses_per_iteration
@@ -241,7 +248,7 @@ def ppo_cost(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seating
     prompt, answer = lengths.of(setup.base, rollout)
     per_response = prompt + answer
     networks = 2 if critic_kind(config) == "separate" else 1
-    # Of an answer that is evaluated: drawn, read by policy and reference, scored. One that is learnt from has values, too.
+    # Per evaluated answer: sampled, read by policy and reference, scored. A training answer also gets values.
     evaluating = (DECODING_SLOWDOWN * answer + prompt + 2 * per_response) * shape.weights
     evaluating += seating.num_reward_models * per_response * shape.block_weights
     values = (networks - 1) * per_response * shape.block_weights
@@ -259,17 +266,17 @@ def ppo_cost(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seating
 
 
 def ppo_memory(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seating) -> dict[str, int]:
-    """Bytes on the card at the worst moment of an iteration: while it samples, or in an optimizer step.
+    """Bytes on the card at the peak of an iteration: while it samples, or in an optimizer step.
 
-    Weights, optimizers and the decoder's copy are there all the time; the other parts are those of the worse of the two.
-    The trunk counts once, whatever roles share it; several cards have all weights each, and share the work.
+    Weights, optimizers and the decoder's copy are always present; the other parts are those of the larger of the two.
+    The trunk counts once, however many roles share it; with several cards each one holds all weights.
     """
-    each = 8 + (0 if setup.width == 4 else 4)  # two moments in fp32, and masters where the weights are not
+    each = 8 + (0 if setup.width == 4 else 4)  # two moments in fp32, and an fp32 master unless the weights are fp32
     loaded = role_bank_bytes(setup, seating, critic=critic_kind(config))
     loaded[OPTIMIZER] = setup.trained_weights * each
-    # The critic's head is fp32 and its own master.
+    # The critic's head is fp32 and is its own master copy.
     loaded["critic's optimizer"] = _critic_weights(config, setup) * each + 2 * _value_head_bytes(config, setup)
-    if setup.gpu is None:  # on a machine with a card it lies in the host's memory
+    if setup.gpu is None:  # on a machine with a card it is in the host's memory
         loaded["best policy so far"] = setup.trained_weights * setup.width
     sampling = rollout_bytes(
         setup,
@@ -285,8 +292,8 @@ def ppo_memory(config: PpoConfig, setup: Setup, rollout: Rollout, seating: Seati
 
 
 def ppo_updating_bytes(config: PpoConfig, setup: Setup) -> dict[str, int]:
-    """What an optimizer step needs next to weights and optimizers: of the policy, whose logits make it the worse
-    one."""
+    """What an optimizer step needs in addition to weights and optimizers: the policy's step, whose logits make it the
+    larger one."""
     gpu, longest = setup.gpu, setup.base.max_tokens
     auto = PPO_ROW_TOKENS if gpu is None else 2 * longest
     # Of the longest forward pass: a row, or the longest response with its prompt.
@@ -315,11 +322,11 @@ def _critic_weights(config: PpoConfig, setup: Setup) -> int:
 
 
 def _value_head_bytes(config: PpoConfig, setup: Setup) -> int:
-    """Of the critic's head, which is in fp32."""
+    """Bytes of the critic's head, which is in fp32."""
     return 0 if critic_kind(config) == "none" else 4 * (setup.shape.hidden_size + 1)
 
 
 def report_cost(config: ReportConfig, *, steps: int) -> Estimate:
-    """Of drawing the page on this many steps; no memory of a device, no optimizer steps."""
+    """Cost of drawing the page for this many steps; no device memory, no optimizer steps."""
     seconds = REPORT_SECONDS + (REPORT_SECONDS_OF_CURVES * steps if config.shows_curves else 0.0)
     return Estimate(seconds=seconds, assumed="of drawing on one CPU core")

@@ -1,4 +1,4 @@
-"""The plan in words: each step with its inputs and cost, a table of them all, what the whole comes to; and all presets."""
+"""The plan as text: each step with its inputs and cost, a table of all steps, and the totals; and all presets."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -6,8 +6,7 @@ from dataclasses import replace
 from llamachat.config.gpus import Gpu, parse_gpu
 from llamachat.errors import UsageError
 from llamachat.memory.estimates import Estimate
-from llamachat.tables import duration, text_table
-from pipelines.execution.jobs import Group
+from llamachat.tables import duration, plural, text_table
 from pipelines.planning.estimates import card
 from pipelines.planning.fit import Fit, fits, largest_microbatch, presets, way_to_fit, way_to_shorten
 from pipelines.planning.plan import PlannedStep, sides_of_data
@@ -19,7 +18,7 @@ GIB = 2**30
 
 
 def plan_text(recipe: Recipe, planned: Sequence[PlannedStep], *, hours: float | None = None) -> str:
-    """The plan for people."""
+    """The plan as text."""
     gpu = card(recipe)
     lines = [f"Plan of {recipe.run.dir}:"]
     for step in planned:
@@ -39,13 +38,13 @@ def plan_text(recipe: Recipe, planned: Sequence[PlannedStep], *, hours: float | 
 def _cost(recipe: Recipe, estimate: Estimate | None, gpu: Gpu | None) -> Iterator[str]:
     """Steps and time, memory by part, and whether it fits."""
     if estimate is None:
-        yield f"no estimate: the shape of '{recipe.base.model}' is not known before its config.json is here"
+        yield f"no estimate: the shape of '{recipe.base.model}' is unknown until its config.json is local"
         return
-    steps = "" if estimate.optimizer_steps is None else f"about {estimate.optimizer_steps} optimizer steps, "
+    steps = "" if estimate.optimizer_steps is None else f"about {plural(estimate.optimizer_steps, 'optimizer step')}, "
     if steps or estimate.assumed:
         yield f"{steps}{duration(estimate.seconds)} {estimate.assumed}"
     else:
-        yield "optimizer steps and hours: not counted before download (a 'limit' on each hub set bounds them)"
+        yield "optimizer steps and hours: unknown before the download (a 'limit' on each hub set bounds them)"
     if not estimate.memory:
         return
     peak = estimate.peak_bytes / GIB
@@ -59,7 +58,8 @@ def _cost(recipe: Recipe, estimate: Estimate | None, gpu: Gpu | None) -> Iterato
 
 
 def _table(recipe: Recipe, planned: Sequence[PlannedStep], gpu: Gpu | None) -> list[str]:
-    """A line a step: what happens to it, its peak, optimizer steps, time, the largest micro-batch on the card."""
+    """One line per step: what happens to it, its peak, optimizer steps, time, and the largest micro-batch on the
+    card."""
     rows = [["step", "", "GiB", "steps", "time", *(("fits", "largest micro-batch") if gpu else ())]]
     for step in planned:
         cost = step.estimate or Estimate()
@@ -75,7 +75,7 @@ def _table(recipe: Recipe, planned: Sequence[PlannedStep], gpu: Gpu | None) -> l
 
 
 def _verdict(recipe: Recipe, running: Fit, hours: float | None) -> Iterator[str]:
-    """What the whole comes to: time and peak, whether it fits, and what to lower where it does not."""
+    """The totals: time and peak, whether the recipe fits, and what to lower if it does not."""
     gpu = running.gpu
     groups = side_by_side(recipe, [step for step in recipe.steps if step.name in running.steps])
     by_step = {name: estimate.seconds for name, estimate in running.steps.items()}
@@ -83,34 +83,34 @@ def _verdict(recipe: Recipe, running: Fit, hours: float | None) -> Iterator[str]
     uncounted = [name for name, estimate in running.steps.items() if not estimate.seconds]
     total = f"about {duration(total_seconds)}"
     if uncounted:
-        total += f" without {', '.join(uncounted)}, which cannot be counted before download"
+        total += f" without {', '.join(uncounted)}, unknown before the download"
     yield f"  all together: {total}; at most {running.peak_bytes / GIB:.2f} GiB ('{running.worst}')"
     for group in groups:
         if group.jobs > 1:
             names = ", ".join(step.name for step in group.steps)
-            each = f"on a card each of {', '.join(group.cards)}" if group.cards else f"with {_threads(group)} each"
+            each = (
+                f"each on its own card of {', '.join(group.cards)}"
+                if group.cards
+                else f"with {plural(group.threads or 1, 'thread')} each"
+            )
             yield f"  side by side: {names}, {group.jobs} at once {each} (run.jobs={recipe.run.jobs})"
     if seconds < total_seconds:
-        yield f"  so the whole takes about {duration(seconds)}"
+        yield f"  so the whole run takes about {duration(seconds)}"
     if gpu is not None:
-        usable = f"{gpu.usable_bytes / GIB:.1f} of {gpu.gib:g} GiB, the rest being for CUDA itself"
+        usable = f"{gpu.usable_bytes / GIB:.1f} of {gpu.gib:g} GiB; the rest is left to CUDA itself"
         verdict, way = ("fits", "") if running.fits else ("DOES NOT FIT", f". {way_to_fit(recipe, gpu)}")
         yield f"  {verdict} {gpu}: at most {usable}{way}"
     if hours is not None and seconds <= 3600 * hours:
         yield f"  within {hours:g} h: {duration(3600 * hours - seconds)} to spare"
     elif hours is not None:
         steps = [step for step in recipe.steps if step.name in running.steps]
-        yield f"  OVER {hours:g} h by {duration(seconds - 3600 * hours)}. Shorten all steps alike, and plan again:"
+        yield f"  OVER {hours:g} h by {duration(seconds - 3600 * hours)}. Shorten all steps by the same factor, and plan again:"
         yield f"    {way_to_shorten(steps, seconds, hours)}"
-        yield f"    or run.max_hours={hours:g}: a command ends at its best checkpoint then, and the same command continues"
-
-
-def _threads(group: Group) -> str:
-    return "1 thread" if group.threads == 1 else f"{group.threads} threads"
+        yield f"    or run.max_hours={hours:g}: a command then ends with its best checkpoint, and the same command resumes"
 
 
 def presets_text(gpu: str | None = None) -> str:
-    """Every preset on cards of three sizes, or on one: its worst step and the bytes of that."""
+    """Every preset on cards of three sizes, or on one card: its worst step and that step's memory."""
     try:
         cards = [parse_gpu(text) for text in ((gpu,) if gpu else SIZES)]
     except ValueError as error:
@@ -118,7 +118,7 @@ def presets_text(gpu: str | None = None) -> str:
     rows = [["preset", "base", "card", *((gpu,) if gpu else SIZES), f"time on {'it' if gpu else 'its card'}"]]
     for path, recipe in presets():
         own = card(recipe)
-        count = own.count if own else 1  # of a card alone as many as the preset is for
+        count = own.count if own else 1  # the number of cards that the preset is for
         cells = [_on(recipe, replace(one, count=one.count if one.count > 1 else count)) for one in cards]
         fit = fits(recipe, cards[0] if gpu else own)
         time = "not counted" if fit is None or fit.hours is None else duration(3600 * fit.hours)

@@ -1,38 +1,40 @@
-"""The commands that are steps of a recipe, and what `--help` says of each: known without loading a stage."""
+"""The commands that are steps of a recipe, and the text of `--help` for each, known without loading a stage."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class StepCommand:
-    """A command that runs a recipe's steps of its name."""
+    """A command that runs the steps of the recipe with its name."""
 
     help: str
-    models: tuple[str, ...] = ()  # of which `--only` chooses some
+    models: tuple[str, ...] = ()  # `--only` chooses some of them
 
 
 STEP_COMMANDS = {
-    "sft": StepCommand("Supervised fine-tuning: a base learns to answer from dialogs (paper, section 3.1)."),
+    "sft": StepCommand("Supervised fine-tuning: the base learns to answer from example dialogs (paper, section 3.1)."),
     "rm": StepCommand(
-        "Reward models: the chat policy learns which of two answers people prefer (3.2.2). Also runs a study.",
+        "Reward models: trained from the chat policy to predict which of two answers people prefer (3.2.2). Also runs a study.",
         models=("helpfulness", "safety", "judge"),
     ),
     "rs": StepCommand(
-        "Rejection sampling: train on the best of K answers to each prompt, with those of earlier rounds (3.2.3)."
+        "Rejection sampling: train on the best of K answers to each prompt, and on those of earlier rounds (3.2.3)."
     ),
     "gatt": StepCommand(
-        "Ghost Attention: the policy learns to keep an instruction of the first turn to the end (3.3)."
+        "Ghost Attention: the policy learns to follow an instruction of the first turn to the end of a dialog (3.3)."
     ),
     "distill": StepCommand(
-        "Context distillation: train on safer answers, sampled under a preprompt, without the preprompt (4.2.4)."
+        "Context distillation: sample safer answers under a preprompt, and train on them without it (4.2.4)."
     ),
     "dpo": StepCommand(
-        "Direct preference optimisation: the policy learns from the pairs themselves, without reward models (not in the"
-        " paper; a baseline)."
+        "Direct preference optimisation: the policy learns from the pairs directly, without reward models (a baseline,"
+        " not in the paper)."
     ),
     "ppo": StepCommand(
-        "Proximal policy optimisation: the policy learns to answer as the reward models like it (3.2.3)."
+        "Proximal policy optimisation: the policy learns to maximise the reward models' scores (3.2.3)."
     ),
-    "eval": StepCommand("Evaluation: every finished policy of the run on the same held-out prompts (3.4 and 4.4)."),
-    "report": StepCommand("Report on the finished steps of the run: one HTML page, and the same as Markdown."),
+    "eval": StepCommand(
+        "Evaluation: compare every finished policy of the run on the same held-out prompts (3.4 and 4.4)."
+    ),
+    "report": StepCommand("Report on the finished steps of the run, as one HTML page and as Markdown."),
 }

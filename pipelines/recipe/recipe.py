@@ -1,8 +1,8 @@
-"""The recipe: one YAML for a whole run, checked at once, its list of steps, and what makes a step the step that it is.
+"""The recipe: one YAML for a whole run, validated as a whole, its list of steps, and the identity of each step.
 
-An entry of the list is a command (`sft`), one model of a command (`rm/safety`), or either with values over its section:
-`{rm/safety: {epochs: 2}}`. A command with several models stands for those that the recipe's data allow, or for those
-named by `only`.
+An entry of the list is a command (`sft`), one model of a command (`rm/safety`), or either with overrides of its
+section: `{rm/safety: {epochs: 2}}`. A command with several models stands for those for which the recipe has data, or
+for those that `only` names.
 """
 
 import json
@@ -61,7 +61,7 @@ from sft import Config as SftConfig
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _TAKEN_NAMES = ("wandb", "lineage.json", "study.json", "study.md", "study.png")
-_ABSENT = object()  # a value of the command line may be null
+_ABSENT = object()  # null is a valid value of the command line
 
 
 # -- the entries of the list of steps
@@ -71,20 +71,20 @@ def _name_fault(command: str, value: str) -> str | None:
     """What is wrong with the name of a step of this command, or None."""
     if not _NAME.fullmatch(value) or value in _TAKEN_NAMES:
         allowed = f"small letters, digits, '.', '-', '_', and none of {', '.join(_TAKEN_NAMES)}"
-        return f"'{value}' cannot be the name of a step's folder. Write another: {allowed}."
+        return f"'{value}' cannot be the name of a step's folder. Choose another: {allowed}."
     if value == command or value not in STAGES:
         return None
-    return f"'{value}' is another command, and the step's folder would look like its work. Name it '{command}-2'."
+    return f"'{value}' is another command, so the step's folder would look like that command's. Name it '{command}-2'."
 
 
 @cache
 def _without_rules(schema: type[Section]) -> type[Section]:
-    """The keys of a section without the rules between them, since what is written goes over values that stand elsewhere."""
+    """The keys of a section without the checks between them, since an entry overrides only some values."""
     return _keys_of(schema)
 
 
 def _keys_of(schema: type[Section], **more: Any) -> type[Section]:
-    """The keys of a section without the rules between them, and more keys."""
+    """The keys of a section without the checks between them, and additional keys."""
     fields: dict[str, Any] = {name: (field.annotation, field) for name, field in schema.model_fields.items()}
     model = create_model(schema.__name__, __base__=Section, **more, **fields)
     model.unknown_keys = schema.unknown_keys
@@ -92,19 +92,19 @@ def _keys_of(schema: type[Section], **more: Any) -> type[Section]:
 
 
 def _entry_model(head: str, stage: Stage) -> type[Section]:
-    """The values that an entry may hold: keys of its stage's section, and those of the step itself."""
+    """The values that an entry may have: keys of its stage's section, and keys of the step itself."""
     name = Field(default=stage.command, description="Folder of the step in the run.")
     own: dict[str, Any] = {"name": (Annotated[str, TextCheck(partial(_name_fault, stage.command))], name)}
-    refused = {"only": f"'{head}' is one step, of which nothing can be chosen. Remove it."}
+    refused = {"only": f"'{head}' is a single step, so nothing can be chosen. Remove it."}
     if head == stage.command and stage.models:
         own["only"] = (
             tuple[Which, ...],
-            Field(default=(), min_length=1, description=f"These alone of {', '.join(stage.models)}."),
+            Field(default=(), min_length=1, description=f"Only these of {', '.join(stage.models)}."),
         )
-    own["tuning"] = (_without_rules(Tuning), Field(default=Tuning(), description="Values over the section tuning."))
+    own["tuning"] = (_without_rules(Tuning), Field(default=Tuning(), description="Overrides of the section tuning."))
     for name, schema, why in _OF_STEPS:
         if name in stage.shared:
-            values = Field(default=schema(), description=f"Values over the section {name}.")
+            values = Field(default=schema(), description=f"Overrides of the section {name}.")
             own[name] = (_without_rules(schema), values)
         else:
             refused[name] = f"'{head}' {why}. Remove it."
@@ -113,16 +113,16 @@ def _entry_model(head: str, stage: Stage) -> type[Section]:
     return model
 
 
-# Shared sections that an entry of a step which reads them may go over, and why an entry of another step may not.
+# Shared sections that an entry may override if its step reads them, and the reason why other steps may not.
 _OF_STEPS: tuple[tuple[str, type[Section], str], ...] = (
-    ("rollout", Rollout, "learns from no answers of its own"),
+    ("rollout", Rollout, "does not learn from sampled answers"),
     ("scoring", Scoring, "scores no answers"),
 )
 _SHARED = ("tuning", *(name for name, _, _ in _OF_STEPS))
 
 
 class _OneStep(Section):
-    """A mapping of one step to its values; its keys are the steps that there are."""
+    """A mapping of one step to its values; its keys are the known steps."""
 
     key_word: ClassVar[str] = "step"
 
@@ -130,7 +130,7 @@ class _OneStep(Section):
     def _is_one(self) -> Self:
         if len(self.model_fields_set) != 1:
             steps = ", ".join(sorted(self.model_fields_set)) or "none"
-            raise ValueError(f"an entry is one step, and here are {steps}. Write each as an entry of its own")
+            raise ValueError(f"an entry is one step, but this one has {steps}. Write each as its own entry")
         return self
 
 
@@ -139,7 +139,7 @@ _FORMS: dict[str, Any] = {head: (_entry_model(head, stage), Field(default=None))
 
 
 class StepEntry(RootModel[Any]):
-    """One entry of the list as it is written: a step, or a mapping of one step to its values."""
+    """One entry of the list as written: a step, or a mapping of one step to its values."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -163,7 +163,7 @@ class StepEntry(RootModel[Any]):
 
     @property
     def values(self) -> dict[str, Any]:
-        """What the entry says of its step."""
+        """The entry's values for its step."""
         return ({} if isinstance(self.root, str) else self.root[self.head]) or {}
 
     @property
@@ -172,28 +172,28 @@ class StepEntry(RootModel[Any]):
 
     @property
     def name(self) -> Any:
-        """The folder of its step, or of its steps."""
+        """The folder of its step or steps."""
         return self.values.get("name", self.stage.command)
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The models that it names; none where the data decide."""
+        """The models that it names; empty if the data decide."""
         _, _, which = self.head.partition("/")
         return (which,) if which else tuple(self.values.get("only") or ())
 
     @property
     def sections(self) -> tuple[tuple[type[Section], str], ...]:
-        """The sections that it may go over, with their schemas: its stage's own, and the shared ones."""
+        """The sections that it may override, with their schemas: its stage's own, and the shared ones."""
         return (self.stage.config, self.stage.section), *zip((Tuning, Rollout, Scoring), _SHARED, strict=True)
 
     def over(self, section: str) -> Mapping[str, Any]:
-        """Its values over one section of the recipe: a shared one or the stage's own."""
+        """Its values for one section of the recipe: a shared one or the stage's own."""
         if section in _SHARED:
             return _mapping(self.values.get(section))
         return {key: value for key, value in self.values.items() if key not in ("name", "only", *_SHARED)}
 
     def products(self, data: Mapping[str, Any]) -> list[Product]:
-        """What it makes of these data, given as plain values."""
+        """What it makes from these data, given as plain values."""
         if self.named:
             return [product for product in self.stage.products if product.makes.which in self.named]
         if not self.stage.models:
@@ -201,62 +201,64 @@ class StepEntry(RootModel[Any]):
         return [product for product in self.stage.products if not any(_lacks(product, data))]
 
     def step_name(self, product: Product) -> str:
-        """The step's name, which is its folder in the run."""
+        """The step's name, which is also its folder in the run."""
         return f"{self.name}/{product.makes.which}" if product.makes.which else self.name
 
 
 # -- the recipe
 
 
-# Keys of a study's file, which is no recipe but names one.
+# Keys of a study's file, which extends a recipe.
 STUDY_KEYS = ("command", "values", "variants", "seeds", "axis", "tables")
 
 
 class RecipeSections(Section):
-    """The sections of a recipe. A stage is given its own and the shared ones, nothing more."""
+    """The sections of a recipe. A stage gets its own section and the shared ones only."""
 
     unknown_keys: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        STUDY_KEYS, "a study's key, and this command runs a recipe. Give the recipe that it extends."
+        STUDY_KEYS, "a study's key, but this command runs a recipe. Pass the recipe that the study extends."
     )
 
-    run: Run = Field(description="Where the run lives, and its seed.")
-    base: Base = Field(description="The model that everything is tuned from.")
+    run: Run = Field(description="Folder, seed and time budget of the run.")
+    base: Base = Field(description="The pretrained model that all tuning starts from.")
     tuning: Tuning = Field(default=Tuning(), description="Which weights are trained.")
     data: Data = Field(description="The training data.")
     steps: tuple[StepEntry, ...] = Field(
         default=(StepEntry("sft"),),
         min_length=1,
-        description="What is run, in order: sft, rm, rm/safety, rs, or {sft: {name: sft-2, epochs: 1, tuning: {...}}}; steps that sample also take rollout: {...} and scoring: {...}.",
+        description="The steps to run, in order: sft, rm, rm/safety, rs, or {sft: {name: sft-2, epochs: 1, tuning: {...}}}; steps that sample also accept rollout: {...} and scoring: {...}.",
     )
     sft: SftConfig = Field(default=SftConfig.model_validate({}), description="Supervised fine-tuning.")
     reward: RewardConfig = Field(default=RewardConfig.model_validate({}), description="Reward models.")
-    scoring: Scoring = Field(default=Scoring(), description="How reward models' scores become one.")
+    scoring: Scoring = Field(default=Scoring(), description="How the reward models' scores are combined.")
     rejection_sampling: RejectionSamplingConfig = Field(
-        default=RejectionSamplingConfig.model_validate({}), description="Rejection sampling: the best of K answers."
+        default=RejectionSamplingConfig.model_validate({}),
+        description="Rejection sampling: training on the best of K answers.",
     )
     gatt: GattConfig = Field(
-        default=GattConfig.model_validate({}), description="Ghost Attention: instructions that hold over many turns."
+        default=GattConfig.model_validate({}), description="Ghost Attention: following an instruction over many turns."
     )
     context_distillation: ContextDistillationConfig = Field(
         default=ContextDistillationConfig.model_validate({}),
-        description="Context distillation: train on safer answers, sampled under a preprompt, without the preprompt.",
+        description="Context distillation: training on safer answers that were sampled under a preprompt, without the preprompt.",
     )
     dpo: DpoConfig = Field(
         default=DpoConfig.model_validate({}),
-        description="Direct preference optimisation: the policy learns from pairs without a reward model.",
+        description="Direct preference optimisation: the policy learns from pairs directly, without a reward model.",
     )
     ppo: PpoConfig = Field(default=PpoConfig.model_validate({}), description="Proximal policy optimisation.")
     evaluation: EvaluationConfig = Field(
-        default=EvaluationConfig.model_validate({}), description="Every policy of the run on the same held-out prompts."
+        default=EvaluationConfig.model_validate({}),
+        description="Evaluation of every policy of the run on the same held-out prompts.",
     )
     report: ReportConfig = Field(default=ReportConfig(), description="The report on the whole run.")
     rollout: Rollout = Field(default=Rollout(), description="How answers are sampled.")
-    tracking: Tracking = Field(default=Tracking(), description="What is written down as a step runs.")
+    tracking: Tracking = Field(default=Tracking(), description="What is recorded while a step runs.")
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of the recipe with its own values: the recipe's sections, and what the step's entry overrides."""
+    """One step of the recipe: the recipe's sections, overridden by the step's entry."""
 
     name: str  # its folder in the run
     stage: Stage
@@ -268,7 +270,7 @@ class Step:
 
     @property
     def reads(self) -> tuple[Role, ...]:
-        """What it takes from earlier steps."""
+        """What it reads from earlier steps."""
         if self.stage.scores_if and not getattr(self.config, self.stage.scores_if):
             return tuple(role for role in self.stage.reads if role not in REWARD_MODELS)
         return self.stage.reads
@@ -276,7 +278,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe with its steps resolved: what each is, its inputs and its folder."""
+    """A recipe with its steps resolved: the configuration, inputs and folder of each."""
 
     sections: RecipeSections
     steps: tuple[Step, ...]
@@ -298,7 +300,7 @@ class Recipe:
         return self.sections.data
 
     def step(self, name: str) -> Step:
-        """The step of that name."""
+        """The step with that name."""
         return next(step for step in self.steps if step.name == name)
 
     def before(self, step: Step) -> tuple[Step, ...]:
@@ -306,7 +308,7 @@ class Recipe:
         return self.steps[: [each.name for each in self.steps].index(step.name)]
 
     def makers(self, step: Step) -> dict[Role, list[Step]]:
-        """The earlier steps that make what this one reads, by what they make, nearest first."""
+        """The earlier steps that make this step's inputs, by role, nearest first."""
         before = self.before(step)[::-1]
         return {role: [earlier for earlier in before if earlier.product.makes == role] for role in step.reads}
 
@@ -320,12 +322,12 @@ class Recipe:
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a file and overrides; every problem in one ConfigError."""
+    """The recipe of a file and overrides; all problems in one ConfigError."""
     return resolve(load_recipe(RecipeSections, path, overrides, prepare=command_line_first, more_checks=_more_problems))
 
 
 def resolve(sections: RecipeSections) -> Recipe:
-    """The recipe of these sections, each step with its own values over theirs."""
+    """The recipe with these sections, each step with its overrides applied."""
     steps = []
     data = sections.data.model_dump(mode="json")
     for entry in sections.steps:
@@ -349,7 +351,7 @@ def resolve(sections: RecipeSections) -> Recipe:
 
 
 def is_study(path: Path) -> bool:
-    """Whether a file is a study; a file that cannot be read is reported as a recipe."""
+    """Whether a file is a study; a file that cannot be read counts as a recipe, which reports the error."""
     try:
         values, _ = parse_mapping(read_text(path), str(path))
     except (OSError, UnicodeDecodeError):
@@ -358,25 +360,25 @@ def is_study(path: Path) -> bool:
 
 
 def choose_steps(steps: Sequence[Step], command: str, only: Sequence[str] = ()) -> list[Step]:
-    """The steps of a command, or all of them for "all"; with `only` those of these models."""
+    """The steps of a command, or of "all"; `only` restricts them to these models."""
     chosen = [step for step in steps if command in ("all", step.stage.command)]
     if not chosen:
         raise UsageError(
             f"steps: the recipe has no step '{command}', only {', '.join(step.name for step in steps)}."
-            f" A command runs the steps of its name. Add '{command}' to 'steps', or run one that is there."
+            f" A command runs the steps with its name. Add '{command}' to 'steps', or run an existing one."
         )
     models = [step.product.makes.which for step in chosen]
     absent = [name for name in only if name not in models]
     if absent:
         raise UsageError(
             f"--only {absent[0]}: the recipe has no such step of '{command}', only"
-            f" {', '.join(step.name for step in chosen)}. A model is trained where its data are in the recipe. Name one"
-            " of those, or give data for it."
+            f" {', '.join(step.name for step in chosen)}. A model is trained if the recipe has data for it. Name one"
+            " of those, or add data for it."
         )
     return [step for step in chosen if not only or step.product.makes.which in only]
 
 
-# -- problems that the types cannot detect
+# -- problems that types cannot express
 
 
 def _more_problems(layers: Layers) -> Iterator[ConfigProblem]:
@@ -393,9 +395,9 @@ def _run_problems(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         if not Path(parent).is_dir():
             yield ("run", "parent"), missing(parent, what="the parent run")
         elif run_dir is not None and Path(run_dir).resolve() == Path(parent).resolve():
-            yield ("run", "parent"), f"this is run.dir itself, '{run_dir}'. Give the new run a folder of its own."
+            yield ("run", "parent"), f"this is run.dir itself, '{run_dir}'. Choose another folder for the new run."
     if run_dir and Path(run_dir).exists() and not Path(run_dir).is_dir():
-        yield ("run", "dir"), f"'{run_dir}' is a file, and a run is a folder. Name another place."
+        yield ("run", "dir"), f"'{run_dir}' is a file, but a run is a folder. Choose another path."
 
 
 def _format_problems(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
@@ -407,11 +409,11 @@ def _format_problems(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             if isinstance(name, str) and name.replace("-", "_") not in known:
                 near = nearest(name.replace("-", "_"), known)
                 advice = f"Did you mean '{near}'?" if near else f"Known: {', '.join(known)}."
-                yield ("data", key, index, "format"), f"there is no format '{name}'. {advice}"
+                yield ("data", key, index, "format"), f"unknown format '{name}'. {advice}"
 
 
 def _entries(layers: Layers) -> Iterator[tuple[Key, StepEntry]]:
-    """The entries of the raw list that name a known step, and their places; the types report faults of the others."""
+    """The entries of the raw list that name a known step, and their places; the types report errors in the others."""
     steps = layers.values.get("steps", ["sft"])
     for index, item in enumerate(steps if isinstance(steps, list) else ()):
         if isinstance(item, str) or (isinstance(item, dict) and len(item) == 1):
@@ -421,13 +423,13 @@ def _entries(layers: Layers) -> Iterator[tuple[Key, StepEntry]]:
 
 
 def _step_problems(layers: Layers) -> Iterator[tuple[Key, str]]:
-    """Names that two steps have, and steps without anything to learn from."""
+    """Names that two steps share, and steps without anything to learn from."""
     data = layers.values.get("data")
     seen: dict[str, int] = {}
     for at, entry in _entries(layers):
         only = entry.values.get("only", entry.stage.models)
         if not isinstance(only, list | tuple) or not all(model in entry.stage.models for model in only):
-            continue  # the types say so already
+            continue  # reported by the types
         products = entry.products(_mapping(data))
         names = [entry.step_name(product) for product in products]
         taken = next((name for name in names if name in seen), None)
@@ -435,7 +437,7 @@ def _step_problems(layers: Layers) -> Iterator[tuple[Key, str]]:
             command, folders = entry.stage.command, {name.partition("/")[0] for name in seen}
             free = next(f"{command}-{n}" for n in range(2, len(seen) + 3) if f"{command}-{n}" not in folders)
             advice = f"Name this one: {{{entry.head}: {{name: {free}}}}}."
-            yield (*at, "name"), f"the step {seen[taken]} has the name '{taken}' already. {advice}"
+            yield (*at, "name"), f"the step {seen[taken]} already has the name '{taken}'. {advice}"
         seen |= {name: int(at[1]) for name in names if name not in seen}
         if isinstance(data, Mapping):
             yield from _data_problems(entry, products, data, at[:2])
@@ -444,22 +446,22 @@ def _step_problems(layers: Layers) -> Iterator[tuple[Key, str]]:
 def _data_problems(
     entry: StepEntry, products: list[Product], data: Mapping[str, Any], at: Key
 ) -> Iterator[tuple[Key, str]]:
-    """What the chosen models learn from and the recipe does not hold."""
+    """Data that the chosen models need and the recipe lacks."""
     or_remove = f"or take {entry.head} out of 'steps'"
     for product in products:
         name = entry.step_name(product)
         for key in _lacks(product, data):
             if key[1] == "split":
-                yield key, f"0, but the step '{name}' learns from that share alone. Set it to 0.2 or so, {or_remove}."
+                yield key, f"0, but the step '{name}' learns only from that share. Set it to about 0.2, {or_remove}."
             else:
-                yield key, f"empty, but the step '{name}' learns from it. Give records there, {or_remove}."
+                yield key, f"empty, but the step '{name}' learns from it. Add records there, {or_remove}."
     if not products:
         keys = dict.fromkeys(f"data.{key}" for product in entry.stage.products for key in product.needs)
-        yield at, f"'{entry.head}' finds nothing to learn from. Give records under {' or '.join(keys)}, {or_remove}."
+        yield at, f"'{entry.head}' has nothing to learn from. Add records under {' or '.join(keys)}, {or_remove}."
 
 
 def _lacks(product: Product, data: Mapping[str, Any]) -> Iterator[Key]:
-    """Missing keys without which nothing of this kind can be made; the types report a missing required key."""
+    """Keys without which nothing of this kind can be made; the types report a missing required key."""
     if product.needs and not any(
         data.get(key) or (key not in data and Data.model_fields[key].is_required()) for key in product.needs
     ):
@@ -469,7 +471,7 @@ def _lacks(product: Product, data: Mapping[str, Any]) -> Iterator[Key]:
 
 
 def _conflicts(layers: Layers) -> Iterator[ConfigProblem]:
-    """Problems of values that go over others: those of a step over its sections, and those of `sft` keys over that section."""
+    """Problems of overridden values: a step's over its sections, and `sft` keys over that section."""
     plain = layers.values
 
     def conflicts(schema: type[Section], below: object, over: object, at: Key) -> list[ConfigProblem]:
@@ -505,9 +507,9 @@ def _at(values: Any, key: Key) -> Any:
 
 
 def command_line_first(layers: Layers) -> None:
-    """Take out of the steps of a file each value whose section has another one from the command line.
+    """Remove from a file's steps each value whose section is set on the command line.
 
-    `tuning.method=qlora` means every step; `steps.1.sft.epochs=1` still says one step's value.
+    `tuning.method=qlora` applies to every step; `steps.1.sft.epochs=1` still sets one step's value.
     """
 
     def yields(holder: dict[str, Any], key: str, section: Key, place: Key) -> None:
@@ -532,7 +534,7 @@ def command_line_first(layers: Layers) -> None:
 
 
 def step_identity(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    """Everything that decides what the step makes, as plain JSON values; `inputs` are the artifacts that it reads."""
+    """Everything that decides the step's result, as plain JSON values; `inputs` are the artifacts that it reads."""
     section = {key: value for key, value in identity(step.config).items() if key not in step.product.unread}
     if section.get("sampler") and Path(section["sampler"]).is_dir():
         section["sampler"] = read_artifact(Path(section["sampler"]), "policy", reader=step.name).digest
@@ -545,7 +547,7 @@ def step_identity(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact]) ->
         **({"sft_version": STAGES["sft"].version} if step.stage.tunes else {}),
         "run": identity(recipe.run),
         "base": _base_identity(recipe.base),
-        # Rank and targets of adapters say nothing about a step that tunes all weights.
+        # Rank and targets of adapters do not matter to a step with full tuning.
         "tuning": {"method": "full"} if step.tuning.method == "full" else identity(step.tuning),
         "data": {
             **{key: list(map(_source_identity, getattr(recipe.data, key))) for key in step.product.data},
@@ -562,7 +564,7 @@ def step_identity(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact]) ->
 
 def _base_identity(base: Base) -> dict[str, Any]:
     values = identity(base)
-    del values["policy"]  # counts as an input, where the step reads it
+    del values["policy"]  # counts as an input of the step that reads it
     if Path(base.model).is_dir():
         values["model"] = digest_of_weights(Path(base.model))
     return values

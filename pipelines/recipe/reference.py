@@ -1,5 +1,6 @@
-"""The reference of a recipe's keys, made from the schema: `docs/configuration.md` for readers, `configs/recipe.schema.json`
-for editors. `python -m pipelines.recipe.reference` writes both; a test compares the committed files with what it writes.
+"""The reference of a recipe's keys, generated from the schema: `docs/configuration.md` for readers,
+`configs/recipe.schema.json` for editors. `python -m pipelines.recipe.reference` writes both; a test compares the
+committed files with its output.
 """
 
 import json
@@ -13,22 +14,22 @@ from pipelines.recipe.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, SCHEMA = ROOT / "docs" / "configuration.md", ROOT / "configs" / "recipe.schema.json"
-LONGEST_DEFAULT = 110  # characters; a longer one is given by its number of values
+LONGEST_DEFAULT = 110  # characters; a longer default is replaced by its number of values
 
 Schema = Mapping[str, Any]
 
 _INTRODUCTION = """\
 # Configuration
 
-One YAML file is one recipe. Every key is below: meaning, unit, default, and where the default is from. Made from the
-schema by `python -m pipelines.recipe.reference`; do not edit.
+One YAML file is one recipe. Every key is listed below: meaning, unit, default, and the source of the default. Generated
+from the schema by `python -m pipelines.recipe.reference`; do not edit.
 
-    extends: tiny.yaml                     # all values of another recipe, relative to this file
-    run: {dir: runs/mine}                  # a section with a key of it
-    steps: [sft, {rm: {epochs: 2}}, ppo]   # what is run, in order, with values for one step
+    extends: tiny.yaml                     # start from another recipe (path relative to this file)
+    run: {dir: runs/mine}                  # a section with one key
+    steps: [sft, {rm: {epochs: 2}}, ppo]   # the steps to run, in order; rm with its own epochs
 
-On the command line `ppo.kl_coef=0.1` overrides a value, `data.sft.0.limit=500` one of the first source, and
-`llamachat sft --dry-run` prints every key with its value. How values of a step, a section, a file and the command line
+On the command line `ppo.kl_coef=0.1` overrides a value, `data.sft.0.limit=500` a value of the first source, and
+`llamachat sft --dry-run` prints every key with its value. How steps, sections, files and the command line
 override one another: [runs.md](runs.md#steps-and-their-values).
 
 An editor with YAML support completes and checks keys against `configs/recipe.schema.json`. For VS Code with the extension
@@ -36,16 +37,16 @@ redhat.vscode-yaml add to `.vscode/settings.json`:
 
     {"yaml.schemas": {"configs/recipe.schema.json": ["configs/*.yaml", "my/*.yaml"]}}
 
-or begin a recipe with `# yaml-language-server: $schema=PATH/configs/recipe.schema.json`.
+or start a recipe with `# yaml-language-server: $schema=PATH/configs/recipe.schema.json`.
 
-In the tables *paper* means that the default is stated in the Llama 2 paper (arXiv:2307.09288), *ours* that it is not. A
-key marked *operational* changes speed, memory or records and not the result: it is no part of a step's
-[fingerprint](runs.md#fingerprint-is-it-the-same-work). Presets in `configs/` state their own values with reasons.
+In the tables, *paper* means that the default is stated in the Llama 2 paper (arXiv:2307.09288), *ours* that it is not. A
+key marked *operational* changes speed, memory or records but not the result: it is not part of a step's
+[fingerprint](runs.md#fingerprint-is-it-the-same-work). Presets in `configs/` explain the values that they set.
 """
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe's file. No section or key is required, since a file may extend another one."""
+    """The JSON schema of a recipe's file. Nothing is required, since a file may extend another one."""
     schema = RecipeSections.model_json_schema()
     definitions = schema["$defs"]
     for part in (schema, definitions["Base"], definitions["Data"]):
@@ -54,13 +55,14 @@ def recipe_schema() -> dict[str, Any]:
         if "$ref" in field:
             field.pop("default", None)
     definitions["StepEntry"] = _step_schema(schema)
-    extends = {"description": "A recipe whose values this one takes, relative to this file.", "type": "string"}
+    extends = {"description": "The recipe that this one starts from (path relative to this file).", "type": "string"}
     schema["properties"] = {"extends": extends, **schema["properties"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "A recipe of llamachat"}
 
 
 def _step_schema(schema: Schema) -> dict[str, Any]:
-    """An entry of `steps`: a step, or a mapping of one step to values over its section, tuning, rollout and scoring."""
+    """An entry of `steps`: a step, or a mapping of one step to overrides of its section, tuning, rollout and
+    scoring."""
     entries = {}
     for head, field in StepEntry.form.model_fields.items():
         section = schema["properties"][STAGES[head.partition("/")[0]].section]["$ref"]
@@ -84,7 +86,7 @@ def _definition(schema: Schema, reference: str) -> dict[str, Any]:
 
 
 def page() -> str:
-    """The reference as Markdown: a table for each section."""
+    """The reference as Markdown, with a table for each section."""
     schema = RecipeSections.model_json_schema()
     texts = [_INTRODUCTION]
     for name, field in schema["properties"].items():
@@ -108,7 +110,7 @@ def _table(rows: Iterator[tuple[str, ...]]) -> str:
 
 
 def _rows(schema: Schema, section: Schema, prefix: str = "") -> Iterator[tuple[str, ...]]:
-    """Key, allowed values, default, meaning, origin of the default; keys of a section in a section are dotted."""
+    """Key, allowed values, default, meaning, source of the default; keys of nested sections are dotted."""
     for name, field in section["properties"].items():
         below = [part["$ref"] for part in (field, *field.get("anyOf", ())) if "$ref" in part]
         meaning = field.get("description") or _definition(schema, below[0])["description"]
@@ -132,7 +134,7 @@ def _origin(meaning: str) -> str:
 
 
 def _default(field: Schema) -> str:
-    if "default" not in field:  # from a factory
+    if "default" not in field:  # set by a factory
         return "all" if "items" in field else "`{}`"
     value = field["default"]
     text = value if isinstance(value, str) else json.dumps(value)
@@ -143,7 +145,7 @@ _NAMES = {"string": "text", "boolean": "true or false", "null": "null", "object"
 
 
 def _values(field: Schema) -> str:
-    """What a key may be, in words."""
+    """The allowed values of a key, as text."""
     if "anyOf" in field:
         return " or ".join(_values(part) for part in field["anyOf"])
     if "enum" in field or "const" in field:

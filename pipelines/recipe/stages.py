@@ -1,6 +1,7 @@
-"""Which commands of the recipe there are, what each reads and makes, and the stage package behind it.
+"""The commands of the recipe, what each reads and makes, and the stage package behind it.
 
-A new stage is one entry here, its command in `pipelines/recipe/commands.py`, its cost in `pipelines/planning/estimates.py`, and its section in the recipe.
+A new stage is one entry here, its command in `pipelines/recipe/commands.py`, its cost in
+`pipelines/planning/estimates.py`, and its section in the recipe.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Role:
     """What an artifact is to the steps that make it and to those that read it."""
 
     kind: Kind
-    which: str | None = None  # of the reward models
+    which: str | None = None  # which of the reward models
 
     @property
     def key(self) -> str:
@@ -36,36 +37,36 @@ class Role:
 
 
 POLICY, EVALUATION, REPORT = Role("policy"), Role("evaluation"), Role("report")
-ADVERSARIAL_DATA = ("adversarial", "prompts", "safety")  # where prompts come from that ask for something unsafe
-PAIR_DATA = ("helpfulness", "safety", "open", "labels", "sft")  # where pairs come from, and the labels beside them
-PROMPT_DATA = ("prompts", "adversarial", "sft", "helpfulness", "safety")  # where prompts come from
+ADVERSARIAL_DATA = ("adversarial", "prompts", "safety")  # sources of prompts that ask for something unsafe
+PAIR_DATA = ("helpfulness", "safety", "open", "labels", "sft")  # sources of pairs, and of the labels for them
+PROMPT_DATA = ("prompts", "adversarial", "sft", "helpfulness", "safety")  # sources of prompts
 REWARD_MODELS = tuple(Role("reward_model", which) for which in ("helpfulness", "safety", "judge"))
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One thing that a command makes, in a step of its own."""
+    """One thing that a command makes, as one step."""
 
     makes: Role
-    data: tuple[str, ...]  # keys of `data` with the records that decide what it makes
-    needs: tuple[str, ...] = ()  # of these, if there are any, one at least must hold records
+    data: tuple[str, ...]  # keys of `data` whose records decide what it makes
+    needs: tuple[str, ...] = ()  # if not empty, at least one of these must have records
     share: str = ""  # key of `data.split` that must be above 0
-    unread: tuple[str, ...] = ()  # keys of the section that say nothing about it
+    unread: tuple[str, ...] = ()  # keys of its section that do not affect it
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One command of a recipe's list of steps."""
+    """One command in a recipe's list of steps."""
 
     command: str
     section: str  # its key in the recipe
     package: ModuleType  # exports Config, run, estimate
-    products: tuple[Product, ...]  # one step each; `makes.which` distinguishes several
-    reads: tuple[Role, ...] = (POLICY,)  # taken from the nearest earlier steps that make them
-    scores_if: str = ""  # the key of its section without which it reads no reward models; empty: it always does
-    shared: tuple[str, ...] = ()  # further sections of the recipe that decide what it makes
-    starts_from_base: bool = False  # whether a pretrained base does as well as a policy
-    tunes: bool = False  # whether it makes dialogs, on which supervised tuning makes its policy
+    products: tuple[Product, ...]  # one step each; `makes.which` distinguishes them
+    reads: tuple[Role, ...] = (POLICY,)  # read from the nearest earlier steps that make them
+    scores_if: str = ""  # the key of its section without which it reads no reward models; empty: it always reads them
+    shared: tuple[str, ...] = ()  # further sections of the recipe that decide its result
+    starts_from_base: bool = False  # whether it may start from a pretrained base instead of a policy
+    tunes: bool = False  # whether it makes dialogs on which supervised tuning then trains its policy
     pools: bool = False  # whether it reads the dialogs of all earlier steps of its command
     surveys: tuple[Kind, ...] = ()  # it reads all finished earlier steps of these kinds, and is rerun when they change
 
@@ -76,12 +77,12 @@ class Stage:
 
     @property
     def version(self) -> int:
-        """Part of the fingerprint: raised when its code makes something else of the same configuration."""
+        """Part of the fingerprint: raised when the same configuration would give another result."""
         return self.package.config.VERSION
 
     @property
     def models(self) -> tuple[str, ...]:
-        """What tells its products apart; nothing for a command that is one step."""
+        """The names of its models; empty for a command with a single step."""
         return tuple(product.makes.which for product in self.products if product.makes.which)
 
 

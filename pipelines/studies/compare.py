@@ -1,6 +1,6 @@
-"""`llamachat compare RUN_A RUN_B`: the configuration keys that differ, what came out, and overlaid curves.
+"""`llamachat compare RUN_A RUN_B`: the configuration keys that differ, the resulting figures, and overlaid curves.
 
-Writes `compare.md`, `compare.json` and a picture a step; reads the small files of both runs and loads no model.
+Writes `compare.md`, `compare.json` and one picture per step; reads the small files of both runs and loads no model.
 """
 
 import os
@@ -14,23 +14,23 @@ from llamachat.errors import UsageError
 from llamachat.runs.atomic import write_json, write_text
 from llamachat.runs.outputs import check_output
 from llamachat.runs.reader import Measure, RunStep, read_run
-from llamachat.tables import markdown_table, text_table
+from llamachat.tables import markdown_table, plural, text_table
 from llamachat.tracking.curves import draw_overlays
 from llamachat.tracking.metrics import find_metric
 from pipelines.studies.differences import KINDS, Change, Compared, changes, compared_figures, first_policy
 
 _WIDTH = 110
-_LONGEST = 48  # characters of a value on the screen; the file has all of them
-# Variables of a metric's name that split a figure up; on the screen the whole is enough.
+_LONGEST = 48  # characters of a value on the screen; the file has the whole value
+# Variables in a metric's name that split a figure into parts; the screen shows only the total.
 _DETAILS = ("<rating>", "<kind>", "<source>", "<temperature>", "<family>")
 
 
 @dataclass(frozen=True, slots=True)
 class SharedStep:
-    """A step of both runs."""
+    """A step that both runs have."""
 
     name: str
-    is_same: bool  # made the same way: then its figures say nothing new
+    is_same: bool  # with the same identity: then its figures add nothing
     is_finished: tuple[bool, bool]
     figures: list[Compared]
     picture: str | None
@@ -38,29 +38,29 @@ class SharedStep:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two runs side by side."""
+    """The comparison of two runs."""
 
     runs: tuple[Path, Path]
     labels: tuple[str, str]
     out: Path
     changes: list[Change]
     steps: list[SharedStep]
-    only: tuple[list[str], list[str]]  # steps of one run alone
+    only: tuple[list[str], list[str]]  # steps that only one run has
 
 
 def compare_runs(run_a: Path, run_b: Path, out: Path | None = None, *, overwrite: bool = False) -> Comparison:
     """Compare two runs, and write the comparison into `out`."""
     if run_a.resolve() == run_b.resolve():
         raise UsageError(
-            f"{run_b}: is {run_a} once more. A comparison needs two runs. Name another, or make one with other values"
-            f" and run.dir=NEW {quote(f'run.parent={run_a}')}, which takes the unchanged steps by reference."
+            f"{run_b} is the same run as {run_a}. A comparison needs two runs. Name another, or make one with other values"
+            f" and run.dir=NEW {quote(f'run.parent={run_a}')}, which reuses the unchanged steps by reference."
         )
     a, b = read_run(run_a), read_run(run_b)
     shared = [name for name in a if name in b]
     if not shared:
         raise UsageError(
-            f"{run_a} and {run_b} have no step in common: {', '.join(a)} here, {', '.join(b)} there. Steps are compared"
-            " under their names. Run the same step in both, or name two runs of like recipes."
+            f"{run_a} and {run_b} have no step in common: {', '.join(a)} in the first, {', '.join(b)} in the second. Steps are"
+            " compared by name. Run the same step in both, or name two runs of similar recipes."
         )
     labels = _labels(run_a, run_b)
     out = out or run_a.parent / f"compare-{'-'.join(label.replace('/', '-') for label in labels)}"
@@ -99,7 +99,7 @@ def _shared_step(
 
 
 def _labels(run_a: Path, run_b: Path) -> tuple[str, str]:
-    """The shortest ends of both paths that differ."""
+    """The shortest suffixes of both paths that differ."""
     parts_a, parts_b = (Path(os.path.abspath(run)).parts for run in (run_a, run_b))  # noqa: PTH100 - links stay links
     most = max(len(parts_a), len(parts_b))
     length = next(length for length in range(1, most + 1) if parts_a[-length:] != parts_b[-length:])
@@ -111,7 +111,7 @@ _Block = str | _Table
 
 
 def markdown(comparison: Comparison) -> str:
-    """The text of compare.md: everything."""
+    """The text of compare.md, with all details."""
     parts = [f"# {comparison.labels[0]} (A) and {comparison.labels[1]} (B)", ""]
     for heading, blocks in _sections(comparison, is_whole=True):
         parts += [f"## {heading}", ""]
@@ -136,14 +136,14 @@ def terminal_text(comparison: Comparison) -> str:
 
 def _sections(comparison: Comparison, *, is_whole: bool) -> Iterator[tuple[str, list[_Block]]]:
     a, b = comparison.runs
-    yield "Runs", [f"A: {a}", f"B: {b}", "Differences are B less A."]
+    yield "Runs", [f"A: {a}", f"B: {b}", "Differences are B minus A."]
     yield "Configuration", _configuration(comparison, is_whole)
     for name, steps in zip("AB", comparison.only, strict=True):
         if steps:
             yield f"Only in {name}", [", ".join(steps)]
     same = [step.name for step in comparison.steps if step.is_same]
     if same:
-        yield "The same in both", [f"{', '.join(same)}: every file of the artifact is equal."]
+        yield "The same in both", [f"{', '.join(same)}: every file of the artifact is identical."]
     for step in comparison.steps:
         if not step.is_same:
             yield step.name, _step(step, is_whole)
@@ -152,7 +152,7 @@ def _sections(comparison: Comparison, *, is_whole: bool) -> Iterator[tuple[str, 
 
 def _configuration(comparison: Comparison, is_whole: bool) -> list[_Block]:
     if not comparison.changes:
-        return ["No difference in the steps that both have."]
+        return ["The steps that both runs have do not differ."]
     everywhere = [step.name for step in comparison.steps]
     blocks: list[_Block] = []
     for kind, meaning in KINDS.items():
@@ -189,17 +189,19 @@ def _step(step: SharedStep, is_whole: bool) -> list[_Block]:
         rows = [_row(one, is_whole, f" ({remarks.index(one.remark) + 1})" if one.remark else "") for one in shown]
         blocks.append(([("figure", "A", "B", "B - A (95% interval)"), *rows], "<>"))
     else:
-        blocks.append("No final figure that both have.")
+        blocks.append("The runs have no final figure in common.")
     blocks += [f"({number}) {remark}" for number, remark in enumerate(remarks, start=1)]
     if len(shown) < len(step.figures):
-        blocks.append(f"{len(step.figures) - len(shown)} more, by rating, file or temperature, are in compare.md.")
+        blocks.append(
+            f"{plural(len(step.figures) - len(shown), 'more figure')} (by rating, file or temperature) in compare.md."
+        )
     if step.picture:
         blocks.append(f"![curves of {step.name}]({step.picture})" if is_whole else f"curves: {step.picture}")
     return blocks
 
 
 def _row(one: Compared, is_whole: bool, mark: str) -> tuple[str, ...]:
-    if not is_whole:  # 100 columns hold no more
+    if not is_whole:  # does not fit into 100 columns
         return one.name + mark, _number(one.a.value), _number(one.b.value), _gap(one)
     unit = f", {one.unit}" if one.unit not in ("", "1") else ""
     return f"`{one.name}`{unit}{mark}", _side(one.a), _side(one.b), _gap(one)
@@ -232,11 +234,11 @@ def _number(value: float, *, sign: str = "") -> str:
 def _reading(comparison: Comparison) -> str:
     intervals = [one for step in comparison.steps for one in step.figures if one.low is not None]
     if not intervals:
-        return "Neither run has data for an interval; one seed each says little about small differences."
+        return "Neither run has data for an interval; with one seed each, small differences mean little."
     apart = sum(one.leaves_out_zero for one in intervals)
     return (
-        f"{apart} of {len(intervals)} intervals leave out 0 (*); about {max(1, round(len(intervals) / 20))} would do so by"
-        " chance. Paired ones compare answers to the same prompts; the others are made of both runs' intervals as if they"
-        " were independent, which is too wide where the same prompts were asked. All cover the choice of test prompts, not"
-        " that of the seed: two runs of one recipe with other seeds differ too, and by how much only more seeds tell."
+        f"{apart} of {plural(len(intervals), 'interval')} exclude 0 (*); about {max(1, round(len(intervals) / 20))} would do so by"
+        " chance. Paired intervals compare answers to the same prompts; the others combine both runs' intervals as if they"
+        " were independent, which is too wide if the prompts were the same. All cover the choice of test prompts, not"
+        " the seed: two runs of one recipe with different seeds differ too, and only more seeds show by how much."
     )

@@ -1,8 +1,8 @@
 """A study: steps of a recipe with several variants of their values and several seeds.
 
-Its file names the recipe (`extends`), the variants and the seeds; that is enough. What comes before the commands runs
-with the recipe's own seed, once for all variants that make it alike; each `<run.dir>/<variant>/seed-<n>` takes it by
-reference and runs the commands alone.
+Its file names the recipe (`extends`), the variants and the seeds. The steps before the studied commands run
+with the recipe's own seed, once for all variants that share them; each `<run.dir>/<variant>/seed-<n>` takes them by
+reference and runs only the studied commands.
 """
 
 import json
@@ -21,7 +21,7 @@ from pipelines.recipe.recipe import Recipe, Step, choose_steps, load, step_ident
 from pipelines.recipe.stages import STAGES
 
 ALL, AUTO = "all", "auto"
-SHARED = "shared"  # the folder of what comes before and is the recipe's own
+SHARED = "shared"  # the folder of the steps before the commands that no variant changes
 Origins = Mapping[tuple[str, str], str]  # variant and step's name -> SHARED, or the variant in which it is run
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -29,15 +29,17 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 class Variant(Section):
     """One way to run the commands."""
 
-    only: tuple[str, ...] = Field(default=(), description="Models that it trains; empty: all of the command.")
-    values: dict[str, Any] = Field(default={}, description="Over the recipe's: {reward.margin: none}.")
+    only: tuple[str, ...] = Field(
+        default=(), description="Models that the variant trains; empty: all models of the command."
+    )
+    values: dict[str, Any] = Field(default={}, description="Overrides of the recipe: {reward.margin: none}.")
 
 
 class Table(Section):
-    """Figures of some variants side by side; differences are to the first one."""
+    """Figures of some variants in one table; differences are to the first one."""
 
-    title: str = Field(description="What it compares.")
-    variants: tuple[str, ...] = Field(default=(), description="Its rows, in order; empty: all of them.")
+    title: str = Field(description="Title of the table.")
+    variants: tuple[str, ...] = Field(default=(), description="Its rows, in order; empty: all variants.")
     columns: dict[str, str] = Field(
         default={}, description="Heading -> name of the figure (metrics.md), as STEP:NAME where several have it."
     )
@@ -45,21 +47,24 @@ class Table(Section):
 
 
 class Study(Section):
-    """What a study's file holds."""
+    """The contents of a study's file."""
 
     extends: str = Field(min_length=1, description="The recipe, relative to this file.")
-    values: dict[str, Any] = Field(default={}, description="Over the recipe's, in every variant: {run.dir: runs/x}.")
+    values: dict[str, Any] = Field(
+        default={}, description="Overrides of the recipe in every variant: {run.dir: runs/x}."
+    )
     command: str | tuple[str, ...] = Field(
         default=AUTO,
-        description="What is run in each variant: rm, a list such as [rs, ppo], all, or auto, from the first step that a variant changes on.",
+        description="The commands to run in each variant: rm, a list such as [rs, ppo], all, or auto (from the first step that a variant changes).",
     )
-    variants: dict[str, Variant] = Field(min_length=1, description="Name -> what it changes.")
-    seeds: tuple[int, ...] = Field(min_length=1, description="Each variant runs once with each as run.seed.")
+    variants: dict[str, Variant] = Field(min_length=1, description="Name -> what the variant changes.")
+    seeds: tuple[int, ...] = Field(min_length=1, description="Each variant runs once per seed (run.seed).")
     axis: str = Field(
-        default="", description="What the variants' numbers are, under the picture; empty: the key that they change."
+        default="",
+        description="Label of the x-axis if the variants' names are numbers; empty: the key that they change.",
     )
     tables: tuple[Table, ...] = Field(
-        default=(), description="What is written into study.md; empty: the main figures of all variants."
+        default=(), description="The tables of study.md; empty: the main figures of all variants."
     )
 
 
@@ -70,32 +75,32 @@ class Plan:
     study: Study
     run_dir: Path
     shared: Recipe
-    homes: Mapping[str, Recipe]  # by variant: where what comes before lies, with the recipe's own seed
+    homes: Mapping[str, Recipe]  # by variant: the recipe of the steps before the commands, with the recipe's own seed
     variants: Mapping[tuple[str, int], Recipe]  # by name and seed, in the order in which they run
-    first: int  # with auto, the place of the first step that a variant changes
+    first: int  # with auto: the index of the first step that a variant changes
 
     @property
     def commands(self) -> str:
-        """What is run, in words."""
+        """The commands, as text."""
         command = self.study.command
         if isinstance(command, tuple):
             return ", ".join(command)
         return f"all from '{self.shared.steps[self.first].name}' on" if command == AUTO else command
 
     def steps(self, recipe: Recipe, name: str) -> list[Step]:
-        """What one variant runs."""
+        """The steps that one variant runs."""
         chosen, variant = self._chosen(recipe.steps), self.study.variants[name]
         if not variant.only:
             return chosen
         return [s for s in chosen if not s.stage.models or s in choose_steps(chosen, s.stage.command, variant.only)]
 
     def before(self, variant: str) -> list[Step]:
-        """What comes before the commands in one variant."""
+        """The steps before the commands in one variant."""
         steps = self.homes[variant].steps
         return list(steps[: steps.index(self._chosen(steps)[0])])
 
     def origins(self) -> Origins:
-        """Where each step before the commands is run: in `shared`, or in the first variant that makes it so."""
+        """Where each step before the commands is run: in `shared`, or in the first variant that has it in this form."""
         known = dict.fromkeys(_fingerprints(self.shared, self.shared.steps).items(), SHARED)
         return {
             (variant, name): known.setdefault((name, digest), variant)
@@ -104,7 +109,7 @@ class Plan:
         }
 
     def origin(self, where: str) -> Recipe:
-        """The recipe that runs what comes before in `shared`, or in a variant."""
+        """The recipe that runs the steps before the commands in `shared`, or in a variant."""
         return self.shared if where == SHARED else self.homes[where]
 
     def _chosen(self, steps: Sequence[Step]) -> list[Step]:
@@ -116,7 +121,7 @@ class Plan:
 
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> Plan:
-    """The study of a file; overrides go over its own keys (`seeds=[0]`), the others over the recipe's."""
+    """The study of a file; overrides apply to its own keys (`seeds=[0]`) or else to the recipe."""
     layers = Layers(str(path))
     values, problems = parse_mapping(read_text(path), str(path))
     layers.add(values, str(path))
@@ -152,7 +157,7 @@ def _key(override: str) -> str:
 
 
 def _place(run_dir: Path, name: str, seed: int) -> dict[str, Any]:
-    # What comes before is taken from `shared`; a parent run would be asked for steps of other seeds in vain.
+    # Earlier steps are taken from `shared`; a parent run has no steps with other seeds.
     return {"run.dir": str(run_dir / name / f"seed-{seed}"), "run.seed": seed, "run.parent": None}
 
 
@@ -161,16 +166,16 @@ def _lines(values: Mapping[str, Any]) -> list[str]:
 
 
 def _faults(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    """What the types cannot say of a study."""
+    """Problems of a study that types cannot express."""
     command, variants, seeds = values.get("command", AUTO), values["variants"], values["seeds"]
     commands = list(STAGES) if command in (ALL, AUTO) else [command] if isinstance(command, str) else command
     unknown = [name for name in commands if name not in STAGES]
     if unknown or not commands:
-        reason = f"there is no command '{unknown[0]}' to compare variants of" if unknown else "an empty list"
+        reason = f"there is no command '{unknown[0]}'" if unknown else "an empty list"
         yield ("command",), f"{reason}. Known: {', '.join(STAGES)}, lists of them, {ALL}, {AUTO}."
         return
     if len({*seeds}) < len(seeds):
-        yield ("seeds",), "a seed is listed twice, and would be counted twice. Name each once."
+        yield ("seeds",), "a seed is listed twice, and would count twice. List each once."
     models = [model for name in commands for model in STAGES[name].models]
     for name, variant in variants.items():
         if not _NAME.fullmatch(name) or name == SHARED:
@@ -181,7 +186,7 @@ def _faults(values: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         unknown = [model for model in variant.get("only", ()) if model not in models]
         if unknown:
             known = ", ".join(models) or "none, it is one step"
-            text = f"'{unknown[0]}' is no model of '{', '.join(commands)}', whose models are: {known}. Correct it."
+            text = f"'{unknown[0]}' is not a model of '{', '.join(commands)}', whose models are: {known}. Correct it."
             yield ("variants", name, "only"), text
     yield from _table_faults(values, commands)
 
@@ -199,9 +204,10 @@ def _table_faults(values: Mapping[str, Any], commands: Sequence[str]) -> Iterato
 
 
 def _fingerprints(recipe: Recipe, steps: Sequence[Step]) -> dict[str, str]:
-    """By name, a fingerprint of each step in which an input is the fingerprint of the step that makes it.
+    """By name, a fingerprint of each step that uses the fingerprints of the steps that make its inputs.
 
-    It follows from the recipe alone, before anything is run: steps of two recipes with one fingerprint make the same.
+    It is known from the recipe alone, before anything is run: steps of two recipes with equal fingerprints have equal
+    results.
     """
     prints: dict[str, str] = {}
     for step in steps:
@@ -215,11 +221,11 @@ def _fingerprints(recipe: Recipe, steps: Sequence[Step]) -> dict[str, str]:
 
 
 def _first_changed(shared: Recipe, homes: Mapping[str, Recipe]) -> int:
-    """The place of the first step that some variant would make otherwise than the recipe; 0 where none would."""
+    """The index of the first step that differs between some variant and the recipe; 0 if none does."""
     rows = [list(_fingerprints(recipe, recipe.steps).items()) for recipe in (shared, *homes.values())]
     shortest = min(map(len, rows))
     places = [place for place in range(shortest) if len({row[place] for row in rows}) > 1]
     if places:
         return places[0]
-    # Variants that only leave out last steps: the last one that all have is what can be compared.
+    # Variants that only drop last steps: the last step that all have can be compared.
     return shortest - 1 if len({len(row) for row in rows}) > 1 else 0

@@ -1,8 +1,8 @@
-"""What differs between two runs, as values: configuration keys, and figures with a 95% interval where one can be made.
+"""The differences between two runs as values: configuration keys, and figures with a 95% interval if possible.
 
-Where both runs keep their answers to the same prompts the differences are paired, prompt by prompt; else the interval
-comes from the two intervals. A score is compared only where the same reward model gave it: the scales of two models
-differ, so a difference of their numbers is meaningless. A difference is the second run less the first.
+If both runs keep their answers to the same prompts, the differences are paired, prompt by prompt; otherwise the
+interval combines the two intervals. Scores are compared only if they come from the same reward model: the scales of
+two models differ, so a difference of their numbers is meaningless. A difference is the second run minus the first.
 """
 
 import json
@@ -19,16 +19,16 @@ from llamachat.tracking.metrics import METRICS, find_metric
 
 Kind = Literal["result", "input", "operational", "software"]
 KINDS: dict[Kind, str] = {
-    "result": "decides what comes out",
-    "input": "what an earlier step made",
-    "operational": "decides speed or the record, not the result",
-    "software": "versions of the code",
+    "result": "changes the result",
+    "input": "result of an earlier step",
+    "operational": "changes speed or records, not the result",
+    "software": "versions of the software",
 }
 # Neither a run's path nor the step's own name counts as a difference.
 _PLACES = {"run.dir", "run.parent", "run.gpu"}
 _NAMES = {"step", "command"}
 
-# The part of a name that says which models its number comes from; the first pattern that is found counts.
+# The part of a name that says which models its number comes from; the first match counts.
 _SCORED_BY = (
     (re.compile(r"judge"), {"judge"}),
     (
@@ -42,8 +42,8 @@ _SCORED_BY = (
         {"safety"},
     ),
 )
-_ON_SCALE = _SCORED_BY[2][0]  # figures in deviations of the first policy's answers
-# Figures that say how far a policy is from the one it was compared with.
+_ON_SCALE = _SCORED_BY[2][0]  # figures in standard deviations of the first policy's answers
+# Figures that measure how far a policy is from the one it was compared with.
 _AGAINST = re.compile(r"/difference/|superiority|win_rate|/ties/|kl_to_reference|distinct_2_ratio")
 # Lists in a file of answers (llamachat.answers.evaluation.Evaluation as plain values) by the last part of the figure.
 _LISTS = {
@@ -60,7 +60,7 @@ _LISTS = {
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One key that differs, with its values as JSON text, and the steps in which it does so."""
+    """One key that differs, with its values as JSON text, and the steps in which it differs."""
 
     key: str
     a: str
@@ -71,7 +71,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One figure of both runs; the difference is that of b less a, None where it would say nothing."""
+    """One figure of both runs; the difference is b minus a, None if it is meaningless."""
 
     name: str
     unit: str
@@ -89,9 +89,9 @@ class Compared:
 
 
 def changes(a: Mapping[str, RunStep], b: Mapping[str, RunStep]) -> list[Change]:
-    """Every key that differs in a step of both runs; one that differs equally in several steps is listed once.
+    """Every key that differs in a step of both runs; a key that differs equally in several steps is listed once.
 
-    Keys of the identities decide what comes out; keys that are in the recipe alone (micro-batches, tracking) do not.
+    Keys of identities change the result; keys that only the recipe has (micro-batches, tracking) do not.
     """
     steps: dict[tuple[str, str, str, Kind], list[str]] = {}
     for name in (name for name in a if name in b):
@@ -117,10 +117,10 @@ def _step_changes(a: RunStep, b: RunStep) -> Iterator[tuple[str, str, str, Kind]
 
 
 def _own_recipe(step: RunStep) -> dict[str, Any]:
-    """The sections of the recipe that the step reads, and what its entry in `steps` says over them."""
+    """The sections of the recipe that the step reads, and the overrides in its entry in `steps`."""
     sections = {key: value for key, value in step.recipe.items() if key in step.identity or key == "tracking"}
     if isinstance(sections.get("data"), dict) and isinstance(step.identity.get("data"), dict):
-        # The other kinds of data are other steps'.
+        # The other kinds of data belong to other steps.
         sections["data"] = {key: value for key, value in sections["data"].items() if key in step.identity["data"]}
     entries = step.recipe.get("steps")
     over = next(
@@ -131,7 +131,7 @@ def _own_recipe(step: RunStep) -> dict[str, Any]:
         ),
         {},
     )
-    # What a step's entry says of identity keys is in its identity already.
+    # The identity already contains the identity keys of a step's entry.
     known = {key.partition(".")[2] for key in leaves(step.identity)} | leaves(step.identity).keys()
     said = {key: json.loads(value) for key, value in leaves(over).items() if key not in known}
     return {**sections, **({"steps": {step.name: said}} if said else {})}
@@ -147,7 +147,7 @@ def _software(step: RunStep) -> dict[str, Any]:
 
 
 def _readable(value: str, name: str | None) -> str:
-    """A digest by what the recipe calls it; two files of one name still differ by the digest."""
+    """A digest replaced by the recipe's name for it; two files with one name still differ by the digest."""
     digest = value.strip('"')
     if value == ABSENT or not is_digest(digest):
         return value
@@ -155,17 +155,17 @@ def _readable(value: str, name: str | None) -> str:
 
 
 def first_policy(run: Mapping[str, RunStep], step: RunStep) -> str | None:
-    """What identifies the policy on whose answers a step's standardised scores are based, and to which it compares."""
+    """The identity of the policy whose answers a step's standardised scores are based on, and that it compares with."""
     if step.evaluation is None:
         return step.identity.get("inputs", {}).get("policy")
     reference = run.get(step.evaluation.reference)
     files = reference.manifest.files if reference and reference.manifest else None
-    # A policy that is not there any more is equal to none.
+    # A missing policy equals none.
     return fingerprint(files) if files else step.folder.path.as_posix()
 
 
 def compared_figures(a: RunStep, b: RunStep, *, scale_is_equal: bool) -> list[Compared]:
-    """The figures that both have, in the order of the table of metrics.
+    """The figures that both runs have, in the order of the table of metrics.
 
     `scale_is_equal` says whether both have the same `first_policy`.
     """
@@ -179,13 +179,13 @@ def compared_figures(a: RunStep, b: RunStep, *, scale_is_equal: bool) -> list[Co
         remark = _why_not(name, other_models, scale_is_equal)
         one = _compared(name, ours[name], theirs[name], None if remark else paired.get(name), remark)
         if not remark and not scale_is_equal and _AGAINST.search(name):
-            one = replace(one, remark="each against its own first policy")
+            one = replace(one, remark="each relative to its own first policy")
         compared.append(one)
     return compared
 
 
 def _figures(step: RunStep) -> dict[str, Measure]:
-    """The final figures: of `evaluation.json` where the step has one, over those of `summary.json`."""
+    """The final figures: of `evaluation.json` if the step has one, in addition to those of `summary.json`."""
     figures = step.measures()
     for policy, measures in (step.evaluation.figures if step.evaluation else {}).items():
         figures |= {f"eval/{policy}/{name}": one for name, one in measures.items() if one is not None}
@@ -204,7 +204,7 @@ def _compared(
     gap = b.value - a.value
     if paired is not None:
         difference = paired_bootstrap(paired[1], paired[0])
-        # Lists that do not give the figures belong to other work.
+        # Lists that do not reproduce the figures belong to other prompts.
         if math.isclose(difference.value, gap, rel_tol=1e-4, abs_tol=1e-6):
             if not math.isfinite(difference.low):  # one prompt
                 return Compared(name, unit, a, b, gap)
@@ -216,8 +216,8 @@ def _compared(
 
 
 def _why_not(name: str, other_models: set[str], scale_is_equal: bool) -> str:
-    """Why a difference of these two numbers is meaningless; empty where it does say something."""
-    if name.startswith("rm/"):  # those are figures of a reward model, not by one
+    """The reason why a difference of these two numbers is meaningless; empty if it is meaningful."""
+    if name.startswith("rm/"):  # figures about a reward model, not scored by one
         return ""
     needed = next((models for pattern, models in _SCORED_BY if pattern.search(name)), set())
     others = sorted(needed & other_models)
@@ -227,7 +227,7 @@ def _why_not(name: str, other_models: set[str], scale_is_equal: bool) -> str:
 
 
 def _paired(a: RunStep, b: RunStep) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
-    """Values of figures, prompt by prompt, where both runs asked the same prompts."""
+    """Values of figures, prompt by prompt, if both runs used the same prompts."""
     if not a.identity or _prompts(a) != _prompts(b):
         return
     ours, theirs = dict(_values(a)), dict(_values(b))
@@ -237,13 +237,14 @@ def _paired(a: RunStep, b: RunStep) -> Iterator[tuple[str, tuple[list[float], li
 
 
 def _prompts(step: RunStep) -> list[Any]:
-    """What decides the held-out prompts: the data, and the base and the longest answer, which drop long ones."""
+    """What determines the held-out prompts: the data, and the base and the maximum answer length, which drop long
+    ones."""
     base = {key: value for key, value in step.identity.get("base", {}).items() if key not in ("dtype", "attention")}
     return [step.identity.get("data"), base, step.identity.get("rollout", {}).get("max_new_tokens")]
 
 
 def _values(step: RunStep) -> Iterator[tuple[str, list[float]]]:
-    """What each figure is the mean of: a value for each prompt."""
+    """The values that each figure is the mean of: one per prompt."""
     answers = dict(_answers(step))
     reference = step.evaluation.reference if step.evaluation else None
     for prefix, lists in answers.items():
@@ -260,14 +261,14 @@ def _values(step: RunStep) -> Iterator[tuple[str, list[float]]]:
 
 
 def _answers(step: RunStep) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The files of answers that a step keeps, by the beginning of their figures' names."""
+    """The files of answers of a step, by the first part of their figures' names."""
     places = {f"eval/{path.stem}": path for path in sorted((step.folder.artifact / ANSWERS).glob("*.json"))}
     for moment, file in (("start", "test-first.json"), ("final", "test-final.json")):
         places[f"{step.command}/test/{moment}"] = step.folder.sampling / file
     for prefix, path in places.items():
         values = read_object(path)
         if values:
-            # That of a step's first policy has the scale next to it, which the policy's answers gave.
+            # The scale next to a step's first policy comes from that policy's answers.
             yield prefix, values.get("evaluation", values)
 
 

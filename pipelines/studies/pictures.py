@@ -1,4 +1,5 @@
-"""A study as one picture: a panel for each figure of its tables, against the variants or the number that they change."""
+"""A study as one picture: a panel for each figure of its tables, by variant or by the number that the variants
+change."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,11 @@ from llamachat.tracking.pictures import COLOURS, panel_grid, save_png, style_pan
 from pipelines.studies.definition import Plan, Study, Table
 from pipelines.studies.tables import Figures, interval, unit_of
 
-_WIDE = 8.0  # largest number over the smallest from which equal steps of the axis are equal ratios
+_WIDE = 8.0  # ratio of the largest to the smallest number from which the axis is logarithmic
 
 
 def draw_study(plan: Plan, tables: Sequence[Table], figures: Figures) -> bool:
-    """Write `study.png` of the tables' figures, and say whether there was anything to draw."""
+    """Write `study.png` of the tables' figures; returns whether there was anything to draw."""
     panels = [
         (table, head, name)
         for table in tables
@@ -31,7 +32,7 @@ def draw_study(plan: Plan, tables: Sequence[Table], figures: Figures) -> bool:
 
 
 def numbers_of(study: Study, variants: Sequence[str], recipe: Mapping[str, Any]) -> dict[str, float]:
-    """The number that each variant stands for: the one that all the keys that they change have in it; else nothing."""
+    """The number of each variant: the one that all the keys it changes contain; otherwise nothing."""
     keys = _keys(study, variants)
     numbers = {}
     for name in variants:
@@ -49,7 +50,7 @@ def _keys(study: Study, variants: Sequence[str]) -> list[str]:
 
 
 def _at(recipe: Any, key: str) -> Any:
-    """The recipe's own value of a dotted key; None where it has none."""
+    """The recipe's own value of a dotted key; None if it has none."""
 
     def below(holder: Any, part: str) -> Any:
         if isinstance(holder, list):

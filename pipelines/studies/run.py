@@ -1,6 +1,6 @@
-"""Run a study: what is not done yet, its tables after every run; and say beforehand what would be run.
+"""Runs a study: everything that is not done yet, with its tables after every run; and describes the plan of a study.
 
-Killed at any moment, the same call continues.
+If it is killed, the same call resumes it.
 """
 
 import json
@@ -11,7 +11,7 @@ from llamachat.errors import ConfigError, UsageError
 from llamachat.runs.artifacts import Artifact, StepFolder, is_published
 from llamachat.runs.reader import step_of
 from llamachat.runs.state import reference
-from llamachat.tables import duration
+from llamachat.tables import duration, plural
 from pipelines.execution.run import run_chosen, run_step
 from pipelines.planning.estimates import estimate_step
 from pipelines.planning.plan import make_plan
@@ -29,11 +29,11 @@ def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
     hours = next(iter(plan.variants.values())).run.max_hours
     if hours is not None:
         raise ConfigError(
-            f"run.max_hours: {hours:g}, but a study compares trainings that came to their ends, and these"
-            " hours would end the one that is running. Remove run.max_hours; a killed study resumes where it stopped."
+            f"run.max_hours: {hours:g}, but a study compares trainings that ran to their end, and this budget"
+            " would end one early. Remove run.max_hours; a killed study resumes where it stopped."
         )
     origins = plan.origins()
-    done: set[tuple[str, str]] = set()  # of what comes before: where, and the step's name
+    done: set[tuple[str, str]] = set()  # steps before the commands: where, and the step's name
     figures: dict[str, dict[int, dict[str, float]]] = {}
     text = ""
     for number, ((name, seed), recipe) in enumerate(plan.variants.items(), start=1):
@@ -57,18 +57,18 @@ def run_study(plan: Plan, *, should_overwrite: bool = False) -> str:
 
 
 def _take(folder: StepFolder, source: StepFolder) -> None:
-    """Put a finished step into a run by reference, where no work of the run's own would go lost."""
+    """Put a finished step into a run by reference, unless the run would lose work of its own."""
     if folder.identity.exists() and not folder.path.is_symlink():
         raise UsageError(
-            f"{folder.path}: holds work of its own, and the study as it is now takes this step from {source.path}. Its"
-            " variants or its command were changed after it had run. Give it another place with run.dir=NEW, or remove"
-            " that folder if nothing in it is wanted."
+            f"{folder.path} contains its own work, but the study now takes this step from {source.path}. Its"
+            " variants or its command were changed after it had run. Choose another folder with run.dir=NEW, or remove"
+            " this folder if it is not needed."
         )
     reference(folder, source)
 
 
 def read_figures(steps: Sequence[Step], artifacts: Sequence[Artifact]) -> dict[str, float]:
-    """The figures of a run: of a name that several of its steps have, the last one's, and each as STEP:NAME too."""
+    """The figures of a run: of a name that several steps have, the last one's, and all of them as STEP:NAME."""
     by_step = {step.name: step_of(artifact).summary for step, artifact in zip(steps, artifacts, strict=True)}
     figures = {name: value for summary in by_step.values() for name, value in summary.items()}
     for name in list(figures):
@@ -79,13 +79,13 @@ def read_figures(steps: Sequence[Step], artifacts: Sequence[Artifact]) -> dict[s
 
 
 def study_plan_text(plan: Plan) -> str:
-    """What comes before the commands, what each variant runs, and the hours, from the beginning and from now on."""
+    """The steps before the commands, the runs of each variant, and the hours, in total and remaining."""
     study, origins = plan.study, plan.origins()
     runs = [(recipe, plan.steps(recipe, name)) for (name, _), recipe in plan.variants.items()]
     done = sum(all(is_published(recipe.folder(step)) for step in steps) for recipe, steps in runs)
     lines = [
-        f"Study of '{plan.commands}' in {plan.run_dir}: {len(study.variants)} variants with {len(study.seeds)} seeds each,"
-        f" {len(plan.variants)} runs, {done} of them done"
+        f"Study of '{plan.commands}' in {plan.run_dir}: {plural(len(study.variants), 'variant')} with {plural(len(study.seeds), 'seed')} each,"
+        f" {plural(len(plan.variants), 'run')}, {done} of them done"
     ]
     for_all = {step for (_, step), where in origins.items() if where == SHARED}
     planned = [step for step in make_plan(plan.shared) if step.name in for_all]
@@ -104,12 +104,10 @@ def study_plan_text(plan: Plan) -> str:
             ", ".join(f"{key}={json.dumps(value)}" for key, value in variant.values.items()) or "the recipe's values"
         )
         steps = plan.steps(seeds[0], name)
-        lines.append(f"  {name}: {first}{_words(seeds[0], steps)} a seed{beside}, with {changes}")
+        lines.append(f"  {name}: {first}{_words(seeds[0], steps)} per seed{beside}, with {changes}")
         whole += _seconds(home, own) + sum(_seconds(recipe, steps) for recipe in seeds)
         left += _seconds(home, _to_run(home, own)) + sum(_seconds(one, _to_run(one, steps)) for one in seeds)
-    return "\n".join(
-        [*lines, f"  all together: about {duration(whole)} from the beginning, {duration(left)} of it to do"]
-    )
+    return "\n".join([*lines, f"  all together: about {duration(whole)} in total, {duration(left)} left"])
 
 
 def _words(recipe: Recipe, steps: Iterable[Step]) -> str:

@@ -1,8 +1,8 @@
 """The figures of a study: means over seeds and paired differences with intervals, as JSON and Markdown.
 
-A figure is shown in its unit (metrics.md), fractions in percent; one that the table of metrics does not hold, as it
-stands. Two variants are compared seed by seed: the same seed is the same order of data, so the difference is less noisy than
-each side. With a single seed there is no interval, and none is shown.
+A figure is shown in its unit (metrics.md), fractions in percent; one that the table of metrics lacks is shown
+unchanged. Two variants are compared seed by seed: the same seed gives the same order of data, so the difference is
+less noisy than either side. With a single seed no interval is shown.
 """
 
 import math
@@ -13,14 +13,14 @@ from typing import Any
 
 from llamachat.config.section import nearest
 from llamachat.runs.atomic import write_json, write_text
-from llamachat.tables import markdown_table
+from llamachat.tables import markdown_table, plural
 from llamachat.tracking.metrics import find_metric
 from pipelines.studies.definition import Plan, Study, Table
 from reward.config import Config
 
 Figures = Mapping[str, Mapping[int, Mapping[str, float]]]  # variant -> seed -> name of the figure -> value
 CONFIDENCE = 0.95
-# What is shown of a study that names no tables.
+# The figures of a study that names no tables.
 _MAIN = re.compile(
     r"sft/eval_loss|rm/(helpfulness|safety|judge)/test/(helpfulness|safety)/accuracy"
     r"|[a-z]+/test/superiority|[a-z]+/test/final/(score|reward_helpfulness|reward_safety|judge|response_tokens)"
@@ -30,7 +30,7 @@ _MAIN = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Mean of the differences to the first row, seed by seed, with the 95% interval of Student's t over the seeds."""
+    """Mean of the differences to the first row, seed by seed, with its 95% interval (Student's t over the seeds)."""
 
     mean: float
     low: float | None  # None for a single seed
@@ -47,7 +47,7 @@ class Cell:
 
 
 def paired_difference(values: Sequence[float], others: Sequence[float]) -> Difference:
-    """Of `values` less `others`, pair by pair."""
+    """The mean of `values` minus `others`, pair by pair."""
     differences = [value - other for value, other in zip(values, others, strict=True)]
     count = len(differences)
     mean = math.fsum(differences) / count
@@ -61,7 +61,7 @@ def paired_difference(values: Sequence[float], others: Sequence[float]) -> Diffe
 
 
 def cell(figures: Figures, variant: str, first: str, metric: str) -> Cell | None:
-    """A figure over the seeds that have it; None where none has."""
+    """A figure over the seeds that have it; None if none has."""
     own = _by_seed(figures, variant, metric)
     if not own:
         return None
@@ -78,18 +78,18 @@ def _by_seed(figures: Figures, variant: str, metric: str) -> dict[int, float]:
 
 
 def interval(values: Sequence[float]) -> Difference:
-    """The mean with its 95% interval of Student's t."""
+    """The mean with its 95% interval (Student's t)."""
     return paired_difference(values, [0.0] * len(values))
 
 
 def unit_of(name: str) -> str:
-    """The unit of a figure, or nothing."""
+    """The unit of a figure, or an empty text."""
     row = find_metric(name.rpartition(":")[2])
     return row.unit if row else ""
 
 
 def tables_of(study: Study, figures: Figures) -> list[Table]:
-    """The study's tables with every row named; without any, one of the main figures that its runs have."""
+    """The study's tables with every row named; if it names none, one table of the main figures of its runs."""
     everyone = tuple(study.variants)
     if study.tables:
         return [table if table.variants else table.model_copy(update={"variants": everyone}) for table in study.tables]
@@ -99,7 +99,7 @@ def tables_of(study: Study, figures: Figures) -> list[Table]:
 
 
 def write_tables(plan: Plan, tables: Sequence[Table], figures: Figures, *, is_drawn: bool) -> str:
-    """Write `study.json` and `study.md` of what is done so far, and return the text."""
+    """Write `study.json` and `study.md` with the results so far, and return the text."""
     study = plan.study
     index: dict[str, Any] = {
         "command": study.command,
@@ -131,12 +131,12 @@ def _page(plan: Plan, tables: Sequence[Table], figures: Figures, *, is_drawn: bo
     lines = [
         f"# Study of `{plan.commands}`",
         "",
-        f"{done} of {len(plan.variants)} runs: {len(study.variants)} variants, seeds {', '.join(map(str, study.seeds))}."
-        " Means over seeds, fractions in percent; in brackets the difference to the first row, seed by seed, with its"
+        f"{done} of {plural(len(plan.variants), 'run')}: {plural(len(study.variants), 'variant')}, seeds {', '.join(map(str, study.seeds))}."
+        " Means over seeds, fractions in percent; the difference to the first row, seed by seed, is in brackets with its"
         " 95% interval (Student's t over the seeds).",
     ]
     if is_drawn:
-        text = "Each point is a seed's run, the bars are 95% intervals of the mean (Student's t over the seeds)."
+        text = "Each point is the run of one seed; bars are 95% intervals of the mean (Student's t over the seeds)."
         lines += ["", "![figures by variant](study.png)", "", text]
     for table in tables:
         lines += _markdown(plan, table, figures)
@@ -144,7 +144,7 @@ def _page(plan: Plan, tables: Sequence[Table], figures: Figures, *, is_drawn: bo
 
 
 def _absent(tables: Sequence[Table], figures: Figures) -> Iterator[str]:
-    """A line for each figure that a table asks for and that no run has."""
+    """A line for each figure of a table that no run has."""
     known = {name for by_seed in figures.values() for values in by_seed.values() for name in values}
     for name in dict.fromkeys(name for table in tables for name in table.columns.values() if name not in known):
         near = nearest(name, sorted(known))

@@ -202,7 +202,7 @@ def test_a_safety_model_that_the_rule_of_scoring_does_not_read_still_decides(
 
 def test_prompts_that_are_all_harmless_are_refused_with_a_fix(base: Path, safety: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "one.yaml", base, safety, data={"adversarial": []})
-    words = r"data\.adversarial: .*no adversarial prompt \(under data\.adversarial, or marked is_safety\) .*Add prompts"
+    words = r"data\.adversarial: .*no adversarial prompt \(under data\.adversarial, or marked is_safety\) .*Add some"
     with pytest.raises(DataError, match=words):
         run_command(load(recipe), "distill")
 

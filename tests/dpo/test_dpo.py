@@ -365,4 +365,4 @@ def test_the_plan_counts_its_pairs_and_their_tokens(tmp_path: Path):
     assert estimate.seconds < twice.seconds < 2 * estimate.seconds  # the reference is read once
     pieces = json.loads((Path(load(path).base.model) / "config.json").read_text())["vocab_size"]
     tokens = (tmp_path / "a.jsonl").stat().st_size / 100 / bytes_per_token(pieces) * TOKENS_OF_A_PAIR_ON_A_CPU
-    assert f"{tokens:.0f} tokens a pair" in estimate.assumed
+    assert f"{tokens:.0f} tokens per pair" in estimate.assumed

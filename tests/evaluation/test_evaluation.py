@@ -378,7 +378,7 @@ def test_killed_at_many_moments_it_ends_like_an_uninterrupted_one(
 
 def test_families_that_no_rule_can_check_are_refused(world: World, safety: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, world, safety)
-    with pytest.raises(ConfigError, match="families names hobby; what can be checked: "):
+    with pytest.raises(ConfigError, match="families contains hobby, which cannot be checked; known: "):
         load(recipe, ["evaluation.families=[hobby]"])
 
 

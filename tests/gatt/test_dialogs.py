@@ -297,7 +297,7 @@ def test_where_nothing_keeps_the_instructions_the_counts_are_reported(
     section = {"families": ["quoted"], "dialogs": 12, "repairs": True}
     config, inputs = inputs_of(write_recipe(tmp_path / "none.yaml", base, gatt=section))
     with pytest.raises(
-        DataError, match=r"gatt: of 12 dialogs none with an instruction is left \(.*Raise gatt\.samples_per_turn"
+        DataError, match=r"gatt: none of the 12 dialogs with an instruction is left \(.*Raise gatt\.samples_per_turn"
     ) as caught:
         make_dialogs(config, dialog_step(config, inputs))
     assert "dialogs left out: no sample of the last answer keeps the instruction" in str(caught.value)

@@ -70,7 +70,7 @@ def test_dialogs_without_enough_user_turns_are_refused(tiny_format: ChatFormat, 
 
 def test_weights_of_families_that_are_not_drawn_are_refused(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, gatt={"families": ["hobby", "quoted"], "weights": {"hobby": 2, "figure": 3}})
-    with pytest.raises(ConfigError, match="gatt: weights names figure, and families has hobby, quoted"):
+    with pytest.raises(ConfigError, match="gatt: weights contains figure, but families has only hobby, quoted"):
         load(path)
 
 

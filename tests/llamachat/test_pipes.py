@@ -114,7 +114,7 @@ def test_a_pipe_without_a_writer_is_refused_and_a_slow_writer_awaited(
     os.mkfifo(tmp_path / "a.jsonl")
     for command in (["data", "check"], ["plan", "--config"]):
         assert main([*command, str(tmp_path / "a.jsonl")]) == 2
-        assert "to which no program writes" in capsys.readouterr().err
+        assert "to which no program wrote" in capsys.readouterr().err
     os.mkfifo(tmp_path / "b.jsonl")
     slow = Popen(["sh", "-c", f"(sleep 1; printf '{{\"a\":'; sleep 0.2; echo 1}}) > {tmp_path}/b.jsonl"])
     monkeypatch.setattr("llamachat.pipes._PATIENCE", 0.5)  # the writer comes at once, and says nothing for a second

@@ -258,7 +258,7 @@ def test_the_gaps_to_the_engine_by_hand(world: World) -> None:
     assert figures["ppo/engine_gap_max"] == pytest.approx(3.0, abs=1e-5)
     check_engine_gap({"ppo/engine_gap": 0.1, "ppo/engine_gap_max": 7.9}, "ppo")
     for largest in (8.1, float("nan")):
-        with pytest.raises(RolloutError, match="ppo: the engine gave a sampled token"):
+        with pytest.raises(RolloutError, match="ppo: the engine's log-probability of a sampled token"):
             check_engine_gap({"ppo/engine_gap": 0.1, "ppo/engine_gap_max": largest}, "ppo")
 
 
@@ -411,7 +411,9 @@ def test_one_response_that_does_not_fit_is_reported(world: World, monkeypatch: p
     bank = world.bank(LORA, FULL)
     experience = iteration(bank).experience
     fails_over(8, monkeypatch)
-    with pytest.raises(DeviceMemoryError, match=r"does not hold one response at a time .* ppo.gradient_checkpointing"):
+    with pytest.raises(
+        DeviceMemoryError, match=r"has too little memory for a single response .* ppo.gradient_checkpointing"
+    ):
         updater(bank).gradients(experience, experience.minibatches[0], trains_policy=True)
 
 

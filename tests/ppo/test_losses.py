@@ -296,9 +296,9 @@ def test_what_costs_time_and_memory_alone_is_no_part_of_the_identity() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"responses_per_minibatch": 48}, "is no multiple of responses_per_minibatch"),
+        ({"responses_per_minibatch": 48}, "is not a multiple of responses_per_minibatch"),
         ({"iterations": 5, "critic_warmup": 5}, "leaves none of the 5 iterations to the policy"),
-        ({"responses_per_prompt": 3}, "is no multiple of responses_per_prompt"),
+        ({"responses_per_prompt": 3}, "is not a multiple of responses_per_prompt"),
         ({"advantages": "rloo"}, "set responses_per_prompt to 2 or more"),
         ({"advantages": "rloo", "responses_per_prompt": 2, "critic_warmup": 1}, "critic_warmup must be 0"),
         ({"clip_range": 0.0}, "greater than 0"),

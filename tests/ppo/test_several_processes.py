@@ -161,7 +161,7 @@ def run_out_of_memory(inputs: StepInputs) -> None:
 
 def test_memory_that_runs_out_in_one_of_several_processes_is_reported_with_a_fix(inputs: StepInputs) -> None:
     message = (
-        r"process 1 of 2:(?s:.*)DeviceMemoryError: ppo: the memory of one of 2 devices does not hold a row of 96 tokens"
+        r"process 1 of 2:(?s:.*)DeviceMemoryError: ppo: one of 2 devices has too little memory for a row of 96 tokens"
     )
     with pytest.raises(AssertionError, match=rf"{message} \(CUDA out of .* 2 GiB\.\)\..*ppo\.tokens_per_microbatch=48"):
         run_several(2, run_out_of_memory, named(inputs, "no-room"))

@@ -114,7 +114,7 @@ def test_reward_models_on_another_trunk_are_loaded_beside(
     models = {"helpfulness": world.reward_model("helpfulness", LORA, FULL, policy_seed=7)}
     with caplog.at_level(logging.DEBUG):
         artifact = train(tmp_path, world, models, {"combine": "single"})
-    assert "has a base of its own, which is loaded in addition: 0.00 GiB" in caplog.text
+    assert "has its own base, which is loaded separately: 0.00 GiB" in caplog.text
     for row in record(artifact):
         assert row["ppo/reward/combined"] == row["ppo/reward/helpfulness"]
         assert "ppo/reward/gate_fraction" not in row and "ppo/reward/safety" not in row

@@ -319,8 +319,8 @@ def test_the_control_pools_earlier_rounds_without_their_scores() -> None:
         ({}, {"sft": {"learning_rate": "fast"}}, "steps.0.rs.sft.learning_rate: found the text 'fast', but a number"),
         ({"temperature": "swep"}, {}, "rejection_sampling.temperature: found the text 'swep', but "),
         ({"temperature": [1.0, -1.0]}, {}, "rejection_sampling.temperature"),
-        ({"temperature": [0.9, 1.1], "samples_per_prompt": 1}, {}, "lists 2 values for samples_per_prompt 1"),
-        ({"temperature": "sweep", "sweep_prompts": 0}, {}, "temperature is sweep, and sweep_prompts is 0"),
+        ({"temperature": [0.9, 1.1], "samples_per_prompt": 1}, {}, "has 2 values, but samples_per_prompt is 1"),
+        ({"temperature": "sweep", "sweep_prompts": 0}, {}, "temperature is sweep, but sweep_prompts is 0"),
         ({"sampler": "nowhere/else"}, {}, "rejection_sampling.sampler: "),
     ],
 )
@@ -376,6 +376,6 @@ def test_a_rate_of_full_tuning_for_adapters_is_warned_of(base: Path, tmp_path: P
     )
     (step,) = load(recipe).steps
     assert warn(step, None) == [
-        "rejection_sampling.sft.learning_rate 1e-05 is that of full tuning, and tuning.method is lora: adapters want about"
+        "rejection_sampling.sft.learning_rate 1e-05 suits full tuning, but tuning.method is lora: adapters need about"
         " ten times as much."
     ]

@@ -155,7 +155,7 @@ def test_a_mix_that_lacks_others_is_reported_with_counts(
 ):
     examples = load(tiny_format, data_of(tmp_path, helpfulness=toy_pairs(20)))
     assert set(domains(examples.train)) == {"helpfulness"}
-    assert f"asks for {len(examples.train)} pairs of data.safety and data.open, and there are 0" in caplog.text
+    assert f"asks for {len(examples.train)} pairs of data.safety and data.open, but there are 0" in caplog.text
 
 
 @pytest.mark.parametrize("which", ["helpfulness", "safety", "judge"])
@@ -164,7 +164,7 @@ def test_a_model_without_pairs_is_refused(which: Which, tiny_format: ChatFormat,
         data = data_of(tmp_path, safety=toy_pairs(20))
     else:
         data = data_of(tmp_path, helpfulness=toy_pairs(20))
-    with pytest.raises(DataError, match=rf"rm/{which}: 0 pairs to train on.*Add pairs, .*data\.split"):
+    with pytest.raises(DataError, match=rf"rm/{which}: 0 training pairs.*Add pairs, .*data\.split"):
         load(tiny_format, data, which)
 
 

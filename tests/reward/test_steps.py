@@ -204,7 +204,7 @@ def test_the_mixes_are_counted_as_the_paper_has_them(tmp_path: Path) -> None:
     assert estimate is not None and estimate.optimizer_steps == 250  # an equal part would be 200; there are 50
     pieces = json.loads((Path(wider.base.model) / "config.json").read_text())["vocab_size"]
     tokens = (tmp_path / "a.jsonl").stat().st_size / 100 / bytes_per_token(pieces) * TOKENS_OF_A_PAIR_ON_A_CPU
-    assert f"{tokens:.0f} tokens a pair" in estimate.assumed
+    assert f"{tokens:.0f} tokens per pair" in estimate.assumed
 
 
 def test_pairs_that_are_not_here_are_not_counted(path: Path) -> None:

@@ -343,7 +343,9 @@ def test_an_untrained_model_fails_the_probe_and_says_so(base: Path, tmp_path: Pa
 def test_a_loss_that_is_no_number_is_refused_in_words():
     with pytest.raises(DivergedError, match=r"at step 3 is nan.*reward\.learning_rate"):
         check_finite(float("nan"), "rm/safety: the training loss at step 3", section="reward")
-    with pytest.raises(DivergedError, match=r"at step 0 is nan, before anything was trained.*Fetch the model again"):
+    with pytest.raises(
+        DivergedError, match=r"at step 0 is nan, before the first training step.*Download the model again"
+    ):
         check_finite(float("nan"), "rm/safety: the loss at step 0", section="reward", is_start=True)
 
 

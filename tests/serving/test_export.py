@@ -270,7 +270,7 @@ def test_only_an_earlier_export_is_replaced_and_only_on_request(
     artifact, out = full_policy(tmp_path, tiny_format), tmp_path / "out"
     export_policy(Request(artifact, out))
     (out / "mark").touch()
-    with pytest.raises(UsageError, match=r"exists already.*--overwrite"):
+    with pytest.raises(UsageError, match=r"already exists.*--overwrite"):
         Request(artifact, out)
     export_policy(Request(artifact, out, should_overwrite=True))
     assert not (out / "mark").exists() and (out / "export.json").exists()
@@ -284,11 +284,11 @@ def test_only_an_earlier_export_is_replaced_and_only_on_request(
         assert "--out: " in capsys.readouterr().err and (out / "export.json").exists()
     monkeypatch.chdir(tmp_path)
     assert main(["export", "--config", str(out / "recipe.yaml"), "--out", str(out), "--overwrite"]) == 2
-    assert "holds the input" in capsys.readouterr().err
+    assert "contains the input" in capsys.readouterr().err
     for mine, reason in (
         (artifact.path, "is an input"),
-        (tmp_path, "holds the input"),
-        (tmp_path / "mine", "did not write it"),
+        (tmp_path, "contains the input"),
+        (tmp_path / "mine", "was not written by"),
     ):
         with pytest.raises(UsageError, match=reason):
             Request(artifact, mine, should_overwrite=True)

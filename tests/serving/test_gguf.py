@@ -132,8 +132,8 @@ def test_a_folder_that_cannot_do_it_is_refused_before_any_work(
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--format", "gguf"], "--format gguf: no --llama-cpp is given"),
-        (["--quantize", "q8_0"], "--quantize q8_0: it is for GGUF files, and this is --format merged"),
+        (["--format", "gguf"], "--format gguf: --llama-cpp is missing"),
+        (["--quantize", "q8_0"], "--quantize q8_0: only GGUF files are quantized, and the format is merged"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(

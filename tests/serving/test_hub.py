@@ -134,5 +134,5 @@ def test_an_adapter_on_a_folder_of_this_machine_is_not_pushed(
     artifact = lora_policy(tmp_path, tiny_format)
     words = ["export", str(artifact.path), "--out", str(tmp_path / "out"), "--format", "adapter"]
     assert main([*words, "--push-to-hub", "me/chat"]) == 2
-    assert "the adapter's base is a folder of this machine" in capsys.readouterr().err
+    assert "the adapter's base is a local folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not api.calls

@@ -354,9 +354,9 @@ def test_a_request_that_cannot_be_met_is_refused_before_anything_is_loaded(
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (out, {"temperatures": (0.0,)}, "the same answer twice"),
         (out, {"temperatures": (1.0, -1.0)}, "temperature is -1.0"),
-        (taken, {}, r"--out: .*taken.jsonl' exists already"),
+        (taken, {}, r"--out: .*taken.jsonl' already exists"),
         (source, {"overwrite": True}, "--out: .*is an input of this command"),
-        (out, {"key": taken}, "--key: .*exists already"),
+        (out, {"key": taken}, "--key: .*already exists"),
         (out, {"key": out}, "--key: .*is the file of --out itself"),
         (out, {"key": out.with_name("key"), "page": out.with_name("key")}, "--page: .*is the file of --key itself"),
     ]
@@ -387,7 +387,7 @@ def test_from_the_command_to_reward_data(
     assert main([*options, "--out", "again.jsonl", "--temperature", "0.7", "--temperature", "1.0", "--seed", "3"]) == 0
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "pairs.jsonl").read_text()
     assert main([*options, "--policy", "one/sft", "--out", "other.jsonl"]) == 2
-    assert "--policy: one two/sft one/sft name one policy twice" in capsys.readouterr().err
+    assert "--policy: one two/sft one/sft contains the same policy twice" in capsys.readouterr().err
     rows = read_lines(tmp_path / "pairs.jsonl")
     assert {row["policy_a"] for row in rows} == {"one", "two/sft"}
     for row in rows[:30]:  # somebody who likes Paris

@@ -41,7 +41,7 @@ def test_an_exported_model_gives_the_scores_of_the_artifact(
     artifact, _ = trained(tmp_path, tiny_sentencepiece, method)
     out = tmp_path / "out"
     assert main(["export", str(artifact.path.parent), "--out", str(out)]) == 0
-    assert "largest difference of a score" in capsys.readouterr().out
+    assert "largest difference in a score" in capsys.readouterr().out
     expected = load_reward_model(artifact.path, dtype="float32").score(DIALOGS)
     assert plain_scores(out) == pytest.approx(expected, abs=1e-5)
     assert load_reward_model(out).score(DIALOGS) == pytest.approx(expected, abs=1e-5), "llamachat score reads it too"

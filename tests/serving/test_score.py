@@ -80,7 +80,7 @@ def test_counts_and_accuracy(tmp_path: Path, reward_model: RewardModel, caplog: 
     wins = scores["score_chosen"] > scores["score_rejected"]
     assert (done.records, done.answers, done.without, done.pairs) == (4, 7, 1, 3)
     assert done.accuracy == pytest.approx((2 if wins else 1) / 3)
-    assert "1 answers have the score null" in caplog.text
+    assert "score null for 1 answer" in caplog.text
     same, _ = score_file(reward_model, write_lines(tmp_path / "one.jsonl", [DIALOG]), None)
     assert same.accuracy is None
 
@@ -103,7 +103,7 @@ def test_what_is_too_long_is_marked_and_counted(
     assert isinstance(fourth["score_chosen"], float)
     assert [item["score"] is None for item in fifth["completions"]] == [True, False]
     assert (done.records, done.answers, done.without, done.pairs) == (5, 4, 4, 1)
-    assert "4 answers have the score null" in caplog.text
+    assert "score null for 4 answers" in caplog.text
     done, _ = score_file(reward_model, write_lines(tmp_path / "long.jsonl", rows[:1]), None)
     assert (done.answers, done.accuracy) == (0, None)
 
@@ -127,7 +127,7 @@ def test_rows_without_an_answer_are_counted(
     file = write_lines(tmp_path / "in.jsonl", [rated, {**rated, "choice": None}])
     with caplog.at_level(logging.WARNING):
         done, _ = score_file(reward_model, file, None)
-    assert done.records == 1 and "1 rows hold no answer" in caplog.text
+    assert done.records == 1 and "no answer in 1 row" in caplog.text
 
 
 def test_all_bad_lines_are_reported_and_nothing_is_written(tmp_path: Path, reward_model: RewardModel):
@@ -183,7 +183,7 @@ def test_the_command_takes_a_file_or_messages_and_a_reward_model(
     policy = policy_on(base_of(tmp_path, tiny_sentencepiece), "full", tmp_path, tiny_format)
     file = write_lines(tmp_path / "in.jsonl", [DIALOG])
     assert main(["score", str(policy.path), str(file)]) == 1
-    assert "holds kind 'policy', but scoring needs a 'reward_model'" in capsys.readouterr().err
+    assert "is a 'policy', but scoring needs a 'reward_model'" in capsys.readouterr().err
     for wrong in ([], [str(file), "-m", "a", "-m", "b"], ["-m", "a", "-m", "b", "--out", str(tmp_path / "o")]):
         assert main(["score", str(policy.path), *wrong]) == 2
         assert "either FILE or -m QUESTION -m ANSWER" in capsys.readouterr().err

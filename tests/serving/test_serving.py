@@ -257,7 +257,7 @@ def test_rows_without_a_prompt_are_reported(tmp_path: Path, tiny_format: ChatFor
     source = write_lines(tmp_path / "in.jsonl", trees)
     done = sample_file(policy, source, tmp_path / "out.jsonl", samples_per_prompt=1, sampling=GREEDY)
     assert done.prompts == 1
-    assert "1 rows hold no prompt" in caplog.text
+    assert "no prompt in 1 row" in caplog.text
     source = write_lines(tmp_path / "in.jsonl", trees[:1])
     with pytest.raises(DataError, match="holds no prompt"):
         sample_file(policy, source, tmp_path / "none.jsonl", samples_per_prompt=1, sampling=GREEDY)

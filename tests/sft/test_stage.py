@@ -243,7 +243,7 @@ def test_on_a_gpu_held_out_answers_are_evaluated_in_rows_as_long_as_those_of_tra
 
 @pytest.mark.parametrize("split", [Split(test=0, validation=0, judge=0), Split(test=0.5, validation=0.49, judge=0)])
 def test_an_empty_side_of_the_split_is_reported(split: Split, base: Path, tmp_path: Path):
-    with pytest.raises(DataError, match=r"data\.sft: \d+ dialogs to train on and \d+ to validate with"):
+    with pytest.raises(DataError, match=r"data\.sft: \d+ training dialogs? and \d+ validation dialogs?"):
         sft.run(SHORT, inputs_of(tmp_path, base, toy_dialogs(4), split=split))
 
 

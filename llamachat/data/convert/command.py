@@ -1,7 +1,8 @@
-"""`llamachat data convert`: a file in any form that we know, written in ours, every repair counted and every loss named.
+"""`llamachat data convert`: a file in any form that we know, written in ours, every repair counted and every loss
+named.
 
-Reads JSON Lines, a JSON array, parquet or a hub set; writes `.jsonl` or `.jsonl.gz` next to the output and renames it, so
-that it appears whole or not at all. What it writes passes `data check`; equal inputs give equal bytes.
+Reads JSON Lines, a JSON array, parquet or a hub set; writes `.jsonl` or `.jsonl.gz` next to the output and renames it,
+so that it appears whole or not at all. What it writes passes `data check`; equal inputs give equal bytes.
 A row of an array has its place in it for a line number. A fault of the file as a whole raises `DataError`: a file that
 cannot be read to its end is not converted in part.
 One file holds one kind of records, the one that most of its first rows are of; rows of another kind are left out and
@@ -36,7 +37,7 @@ from llamachat.data.sources.source import CHOICE_FIX, choice_of, gathered
 from llamachat.errors import DataError, UsageError
 from llamachat.pipes import regular_file
 from llamachat.runs.outputs import check_folder, check_output, written_beside
-from llamachat.tables import text_table
+from llamachat.tables import plural, text_table
 
 LARGEST_ARRAY = 1 << 31  # bytes, which are four times that as text
 _HEAD = 100  # rows from which the kind of a file is recognised
@@ -183,7 +184,8 @@ def _sound_records(
 def _without_near_duplicates(
     records: Sequence[tuple[Record, object, Notes]], report: ConvertReport
 ) -> Iterator[tuple[Record, object, Notes]]:
-    """The records without those that are nearly the same as an earlier one; equal ones stay, to be counted as repeats."""
+    """The records without those that are nearly the same as an earlier one; equal ones stay, to be counted as
+    repeats."""
     index = NearIndex([sketch_of(record) for record, _, _ in records])
     for number, one in enumerate(records):
         near = index.find(number)
@@ -326,13 +328,13 @@ def _check_name(out: Path) -> None:
 
 def _check_result(report: ConvertReport, *, strict: bool) -> None:
     if strict and report.problems:
-        what = "1 record" if len(report.problems) == 1 else f"{len(report.problems)} records"
+        what = plural(len(report.problems), "record")
         lines = [fault.at(report.path) for fault in report.problems[:SHOWN]]
         more = len(report.problems) - len(lines)
         lines += [f"and {more} more (without `--strict` all are named)."] if more else []
         raise DataError(
-            f"{report.path}: {what} cannot be repaired, and with `--strict` nothing is written then. Correct the lines, or "
-            "leave `--strict` out to drop them.\n" + "\n".join(lines)
+            f"{report.path}: {what} cannot be repaired, and with `--strict` nothing is written. Correct the lines, or "
+            "remove `--strict` to drop them.\n" + "\n".join(lines)
         )
     if not report.written:
         losses = f"{report.dropped()}{report.text()}\n" if report.problems or report.without else ""

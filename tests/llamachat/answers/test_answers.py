@@ -154,7 +154,9 @@ def test_an_unsafe_answer_never_ranks_above_a_safe_one_and_a_cut_one_counts_as_i
     assert figures["rs/test/difference/score"] > 0 and figures["rs/test/superiority"] == 0.25
     assert "ranks above the start's" in comparison_table("rs", figures)
     same = comparison_table("rs", comparison("rs", start, start))
-    assert same == "on 2 test prompts the final policy answers as the starting one did", "no intervals of width 0"
+    assert same == "on 2 test prompts the final policy gives the same answers as the starting one", (
+        "no intervals of width 0"
+    )
     # Without whitening the cut one has -1 in raw units, above -2.5 and below 1.
     raw = [evaluated(tiny_format, [(value, 0.0, done)], "none") for value, done in ((9.0, False), (-0.5, True))]
     assert rankings(*raw) == ([0], [1])
@@ -267,4 +269,4 @@ def test_a_damaged_value_is_recomputed(tmp_path: Path, damage: bytes, caplog: py
     assert cache.get_or_make("one", lambda: [1]) == [1]
     (tmp_path / "one.json").write_bytes(damage)
     assert not cache.has("one") and cache.get_or_make("one", lambda: [2]) == [2] and cache.has("one")
-    assert "one.json: cannot be understood" in caplog.text
+    assert "one.json: cannot be read" in caplog.text

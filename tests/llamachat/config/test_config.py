@@ -154,40 +154,43 @@ REFUSED = [
     ("sft=3", "sft: found the number 3, but a mapping of keys is required"),
     ("data.sft=x", "data.sft: found the text 'x', but a list is required"),
     ("data.sft.0.weight=[]", "data.sft.0.weight: found an empty list, but a number is required"),
-    ("data.sft.0.columns=[a]", "data.sft.0.columns: found a list of 1, but a mapping is required"),
+    ("data.sft.0.columns=[a]", "data.sft.0.columns: found a list of length 1, but a mapping is required"),
     ("data.split.judge=0.95", "data.split: test, validation and judge add up to 1.02"),
     ("base.dtype=bfloat17", "found the text 'bfloat17', but 'bfloat16', 'float16' or 'float32' is required. Did you"),
     ("base.rope_scaling={factor: 2}", "base.rope_scaling.type: missing, but required."),
     ("base.rope_scaling={type: linear, factor: 1}", "base.rope_scaling.factor: found the number 1, but a number above"),
     ("tuning.method=qlor", "found the text 'qlor', but 'full', 'lora' or 'qlora' is required. Did you mean 'qlora'"),
-    ("run.gpu=rtx-9090", "run.gpu: 'rtx-9090' is no card that is known."),
-    ("run.gpu=0GiB", "run.gpu: '0GiB' is no card that is known."),
+    ("run.gpu=rtx-9090", "run.gpu: 'rtx-9090' is not a known card."),
+    ("run.gpu=0GiB", "run.gpu: '0GiB' is not a known card."),
     ("tracking.tensorboard=1", "tracking.tensorboard: found the number 1, but true or false is required"),
     ("tracking.project=''", "tracking.project: found the text '', but text of at least 1 characters is required"),
     ("rollout.cache_gib=aut", "found the text 'aut', but a number or 'auto' is required. Did you mean 'auto'?"),
     ("rollout.engine=vllm", "rollout: engine is vllm, but there is no server."),
     ("rollout.server=http://localhost:8000", "rollout: server is http://localhost:8000, but engine is auto,"),
-    ("rollout.server_gib=20", "rollout: server_gib is 20, but engine is auto, which samples without a server."),
-    ("rollout={engine: vllm, server: 'localhost:8000'}", "server is 'localhost:8000', and must be http://host:port"),
-    ("rollout={engine: vllm, server: 'http://host:8000/v1'}", "server is 'http://host:8000/v1', and must be"),
+    ("rollout.server_gib=20", "rollout: server_gib is 20, but engine is auto, which uses no server."),
+    ("rollout={engine: vllm, server: 'localhost:8000'}", "server is 'localhost:8000', but must be http://host:port"),
+    ("rollout={engine: vllm, server: 'http://host:8000/v1'}", "server is 'http://host:8000/v1', but must be"),
     ("sft.rank=3", "sft.rank: unknown key. Did you mean 'tuning.rank'?"),
     ("sft.zzz=3", "sft.zzz: unknown key. Known here: learning_rate, epochs, rows_per_microbatch, trainer."),
     ("data.sft.0.wieght=3", "data.sft.0.wieght: unknown key. Did you mean 'weight'?"),
-    ("data.sft.3.limit=3", "command line: data.sft.3.limit: 'data.sft' is a list with the items 0 to 0; '3' is none."),
+    (
+        "data.sft.3.limit=3",
+        "command line: data.sft.3.limit: 'data.sft' is a list with indices 0 to 0; '3' is not an index of it.",
+    ),
     ("base.model.x=3", "command line: base.model.x: 'base.model' is the text"),
-    ("sft.epochs", "command line: 'sft.epochs' is no override. Write section.key=value"),
-    ("sft..epochs=3", "command line: 'sft..epochs=3' is no override."),
-    ("sft.epochs=[1", "command line: sft.epochs: the value is no YAML:"),
+    ("sft.epochs", "command line: 'sft.epochs' is not an override. Write section.key=value"),
+    ("sft..epochs=3", "command line: 'sft..epochs=3' is not an override."),
+    ("sft.epochs=[1", "command line: sft.epochs: the value is not valid YAML:"),
     ("extends=other.yaml", "command line: extends: a file says what it extends."),
     (
         "sft.trainer.max_steps=3",
-        "sft.trainer.max_steps: this argument of TRL has a key of ours, and one thing is set in one place. Set 'sft.epochs'.",
+        "sft.trainer.max_steps: this argument of TRL is set by a key of the recipe. Set 'sft.epochs' instead.",
     ),
-    ("sft.trainer.seed=3", "Set 'run.seed'."),
-    ("sft.trainer.optim=sgd", "sft.trainer.optim: this argument of TRL cannot be chosen: llamachat sets it itself."),
+    ("sft.trainer.seed=3", "Set 'run.seed' instead."),
+    ("sft.trainer.optim=sgd", "sft.trainer.optim: llamachat sets this argument of TRL itself."),
     ("sft.trainer.neftune_noise=3", "has no argument of this name. Did you mean 'neftune_noise_alpha'?"),
     ("sft.trainer.sed=3", "has no argument of this name. Did you mean 'run.seed'?"),
-    ("sft.trainer.zzz=3", "has no argument of this name. Its names are those of the installed TRL."),
+    ("sft.trainer.zzz=3", "has no argument of this name. The names are those of the installed TRL."),
 ]
 
 
@@ -201,7 +204,7 @@ def test_required_keys_have_no_default(tmp_path: Path) -> None:
     text = report(path)
     for key in ("run.dir", "base.model", "data.sft"):
         assert f"{path}: {key}: missing, but required." in text
-    assert "give data.sft=VALUE on the command line" in text
+    assert "pass data.sft=VALUE on the command line" in text
     assert text.startswith("The configuration has 3 problems:")
 
 
@@ -214,14 +217,14 @@ def test_missing_paths_are_reported_with_the_nearest_ones(
     (tmp_path / "data" / "chats.jsonl").write_text("")
     cases = {
         "base.model=bse": "the model folder 'bse' does not exist. Did you mean 'base'?",
-        "base.model=./elsewhere/else/model": "does not exist. Give the path of one that exists",
-        "base.model=assets/base": "run the command there, or give the whole path.",
-        "base.model=empty": "the folder 'empty' holds no config.json",
+        "base.model=./elsewhere/else/model": "does not exist. Write the path of an existing one",
+        "base.model=assets/base": "run the command there, or write the full path.",
+        "base.model=empty": "the folder 'empty' has no config.json",
         "base.model=base/config.json": "'base/config.json' is a file, but a model is a folder",
         "base.policy=emty": "the policy folder 'emty' does not exist. Did you mean 'empty'?",
         "data.sft.0.path=dat/chat.jsonl": "the data file 'dat/chat.jsonl' does not exist. Did you mean 'data/chats.jsonl'?",
         "data.sft.0.path=data/chat": "the data file 'data/chat' does not exist.",
-        "data.sft.0.path=data": "'data' is a folder, but records are read from one file.",
+        "data.sft.0.path=data": "'data' is a folder, but records are read from a file.",
         f"data.sft.0.path={'x' * 300}.jsonl": "data.sft.0.path: it cannot be opened (File name too long)",
     }
     for override, expected in cases.items():
@@ -233,11 +236,11 @@ def test_missing_paths_are_reported_with_the_nearest_ones(
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     cases: dict[bytes, str] = {
-        b"run: [1\nbase: 2": f"{path}: this is no YAML: expected ',' or ']', but got ':' in line 2",
-        b"- run": f"{path}: the file holds a list, but a recipe is a mapping",
-        b"text": f"{path}: the file holds a single value",
+        b"run: [1\nbase: 2": f"{path}: invalid YAML: expected ',' or ']', but got ':' in line 2",
+        b"- run": f"{path}: the file contains a list, but a recipe is a mapping",
+        b"text": f"{path}: the file contains a single value",
         b"run: \xff": f"{path}: the recipe '{path}' cannot be read: it is not UTF-8 text.",
-        b"? [a, b]\n: 1": f"{path}: this is no YAML: found unhashable key",
+        b"? [a, b]\n: 1": f"{path}: invalid YAML: found unhashable key",
         b"run: {dir: a, seed: 1, dir: b}": f"{path}: run.dir: written twice, in lines 1 and 1.",
         b"data: {sft: [{path: a,\n path: b}]}": f"{path}: data.sft.0.path: written twice, in lines 1 and 2.",
     }
@@ -248,11 +251,11 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
 
 def test_a_missing_recipe_or_parent_names_the_nearest(recipe: Path, tmp_path: Path) -> None:
     assert f"does not exist. Did you mean '{recipe}'?" in report(tmp_path / "rr.yaml")
-    assert "does not exist. Recipes lie in configs/." in report(tmp_path / "quite_another_name.yml")
+    assert "does not exist. Recipes are in configs/." in report(tmp_path / "quite_another_name.yml")
     assert "cannot be read: Is a directory" in report(tmp_path)
     lost = write_yaml(tmp_path / "d.yaml", {"extends": "rr.yaml"})
     assert f"{lost}: extends: the recipe '{tmp_path}/rr.yaml' does not exist. Did you mean '{recipe}'?" in report(lost)
-    assert "extends: found a list of 1, but the name of a recipe file" in report(
+    assert "extends: found a list of length 1, but 'extends' must be the path of a recipe" in report(
         write_yaml(tmp_path / "e.yaml", {"extends": ["r.yaml"]})
     )
 
@@ -298,7 +301,7 @@ def test_the_home_folder_is_read_in_every_path(tmp_path: Path, monkeypatch: pyte
     ("path", "words"),
     [
         ("~nobody-of-this-name/x", "no home folder is known for '~nobody-of-this-name'"),
-        ('"a\\0b"', "U+0000, which no text holds"),
+        ('"a\\0b"', "U+0000, which is not a valid character"),
         ("runs/\udcff", "U+DCFF"),
     ],
 )

@@ -10,11 +10,11 @@ from pipelines.cli.main import main
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
 BAD = {
-    "a: \x1b[0m": "control character (U+001B) stands in line 1",
-    "a: 1\nb: \x0c": "control character (U+000C) stands in line 2",
+    "a: \x1b[0m": "control character (U+001B) in line 1",
+    "a: 1\nb: \x0c": "control character (U+000C) in line 2",
     "a: \x00": "control character (U+0000)",
-    "a: &x [*x]": "an alias stands inside of what it refers to",
-    "a: &x {b: {c: *x}}": "an alias stands inside of what it refers to",
+    "a: &x [*x]": "an alias is inside the value that it refers to",
+    "a: &x {b: {c: *x}}": "an alias is inside the value that it refers to",
     "a: " + "[" * 60 + "]" * 60: "nested deeper than 50 levels",
     "a: " + "[" * 5000 + "]" * 5000: "nested deeper than 50 levels",
     "a: " + "{b: " * 900 + "1" + "}" * 900: "nested deeper than 50 levels",
@@ -30,9 +30,9 @@ BAD = {
     "a: !!int [1]": "found sequence in line 1",
     "a: 1\nb: !!float {c: 1}": "found mapping in line 2",
     "a: !!bool maybe": "found 'maybe', which is neither true nor false in line 1",
-    'a: "x\\0y"': "U+0000, which no text holds, in line 1",
-    'a: 1\nb: ["x", "\\ud83d"]': "U+D83D, which no text holds, in line 2",
-    'a: {"\\0": 1}': "U+0000, which no text holds, in line 1",
+    'a: "x\\0y"': "U+0000, which is not a valid character, in line 1",
+    'a: 1\nb: ["x", "\\ud83d"]': "U+D83D, which is not a valid character, in line 2",
+    'a: {"\\0": 1}': "U+0000, which is not a valid character, in line 1",
     "a: *nowhere": "undefined alias",
     "---\na: 1\n---\nb: 2": "another document",
 }
@@ -42,7 +42,7 @@ BAD = {
 def test_what_is_no_plain_value_is_refused_in_words(text: str) -> None:
     began = time.process_time()
     values, (problem,) = parse_mapping(text, "a.yaml")
-    assert values == {} and BAD[text] in problem.text and "this is no YAML" in problem.text
+    assert values == {} and BAD[text] in problem.text and "invalid YAML" in problem.text
     with pytest.raises(ValueError, match=r".") as error:
         parse_value(text)
     assert BAD[text] in str(error.value)
@@ -61,4 +61,4 @@ def test_a_command_names_the_file(text: str, tmp_path: Path, capsys: pytest.Capt
     path = tmp_path / "a.yaml"
     path.write_text(text)
     assert main(["plan", "--config", str(path)]) == 2
-    assert f"{path}: this is no YAML" in capsys.readouterr().err
+    assert f"{path}: invalid YAML" in capsys.readouterr().err

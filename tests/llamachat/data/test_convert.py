@@ -618,7 +618,7 @@ def test_where_nothing_is_written_to(bench: Bench):
     for name, reason, overwrite in (
         ("in.jsonl", "is an input of this command", True),
         ("other.jsonl", "is an input of this command", True),
-        ("old.jsonl", "exists already. .*--overwrite", False),
+        ("old.jsonl", "already exists. .*--overwrite", False),
         ("folder.jsonl", "is a folder", True),
         ("out.parquet", "End it with .jsonl or .jsonl.gz", False),
         ("none/out.jsonl", "cannot be written .*No such file", False),

@@ -403,7 +403,7 @@ def test_text_that_is_not_utf8_is_a_fault_of_its_row_and_column(tmp_path: Path, 
     report = convert_path(str(path), out, forbidden=tiny_format.forbidden)
     assert report.written == 1
     (fault,) = report.problems
-    assert (fault.line, fault.field) == (2, "prompt") and "bytes that are no UTF-8 text" in fault.reason
+    assert (fault.line, fault.field) == (2, "prompt") and "bytes that are not UTF-8 text" in fault.reason
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "completion": ["a", "b"], "source": text}), path)
     assert convert_path(str(path), out, forbidden=tiny_format.forbidden, overwrite=True).written == 2, "nobody reads it"
 

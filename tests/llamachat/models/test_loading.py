@@ -155,7 +155,7 @@ def test_an_adapter_finds_its_base_from_its_own_project_and_says_where_it_looked
     monkeypatch.chdir(elsewhere)
     assert torch.equal(logits(load_policy(project / "runs/one/sft").model), logits(model))
     (project / "assets" / "base").rename(project / "assets" / "moved")
-    with pytest.raises(ArtifactError, match=r"no folder 'assets/base' \(looked in .*elsewhere and in the folders"):
+    with pytest.raises(ArtifactError, match=r"no folder 'assets/base' \(searched in .*elsewhere and in the folders"):
         load_policy(project / "runs/one/sft")
 
 
@@ -163,7 +163,7 @@ def test_an_adapter_is_refused_on_another_base(base_folder: Path, tmp_path: Path
     model = attach_adapter(load_base(base_section(base_folder)), LORA, seed=0)
     publish_policy(tmp_path / "runs/one/sft", model, tiny_format, base=str(base_folder))
     tiny_llama(seed=1, dtype=torch.bfloat16).save_pretrained(base_folder)
-    with pytest.raises(ArtifactError, match="holds other weights than the adapter was trained on"):
+    with pytest.raises(ArtifactError, match="has other weights than those that the adapter was trained on"):
         load_policy(tmp_path / "runs/one/sft")
     smaller = tiny_llama(hidden_size=32)
     with pytest.raises(ArtifactError, match="the adapter does not fit the base"):

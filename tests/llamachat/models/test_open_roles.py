@@ -111,7 +111,7 @@ def test_reward_models_on_one_other_trunk_share_it(world: World, caplog: pytest.
     headless = sizes.weights - 420 * 64
     numbers = sizes.weights + headless + 4 * sizes.adapter_weights(4) + 2 * 64 + 65
     assert weight_bytes(bank) == 4 * numbers
-    assert "has a base of its own, which is loaded in addition: 0.00 GiB" in caplog.text
+    assert "has its own base, which is loaded separately: 0.00 GiB" in caplog.text
     assert "safety: safety-lora-on-full-7/rm/safety is an adapter on weights that are loaded already" in caplog.text
     frozen = bank.frozen_digest()
     for _ in range(2):

@@ -218,7 +218,7 @@ def test_another_base_under_an_adapter_is_refused(
     policy = policy_on(base, "lora", tmp_path, tiny_format)
     artifact = publish_reward_model(start_on(base, "lora", policy), base, tmp_path / "run")
     tiny_llama(seed=9, max_position_embeddings=256).save_pretrained(base.model)
-    with pytest.raises(ArtifactError, match="holds other weights than the adapter was trained on"):
+    with pytest.raises(ArtifactError, match="has other weights than those that the adapter was trained on"):
         load_reward_model(artifact.path) if is_loaded else start_on(base, "lora", policy)
 
 

@@ -116,7 +116,7 @@ def test_a_capture_that_fails_is_reported_once_and_the_steps_run_plainly(caplog:
     with caplog.at_level(logging.WARNING):
         assert_alike(sampled(prompts_of(10), PLAIN, capture=fail), sampled(prompts_of(10), PLAIN))
     (message,) = caplog.messages
-    assert "runs plainly, slower: operation not permitted" in message
+    assert "runs without one, more slowly: operation not permitted" in message
 
 
 def test_a_shape_is_recorded_when_it_comes_again_and_the_oldest_is_dropped() -> None:

@@ -114,20 +114,20 @@ def test_files_that_run_code_are_refused_on_both_sides(tmp_path: Path, name: str
 
 def test_another_kind_is_refused_by_name(tmp_path: Path) -> None:
     make(tmp_path / "rs-1", "dialogs", "rs-1")
-    with pytest.raises(ArtifactError, match=r"'rs-1' holds kind 'dialogs', but ppo needs a 'policy'\."):
+    with pytest.raises(ArtifactError, match=r"'rs-1' is a 'dialogs', but ppo needs a 'policy'\."):
         read_artifact(tmp_path / "rs-1", "policy", reader="ppo")
     make(tmp_path / "sft")
-    with pytest.raises(ArtifactError, match=r"'sft' holds kind 'policy', but eval needs a 'reward_model'.*make rm"):
+    with pytest.raises(ArtifactError, match=r"'sft' is a 'policy', but eval needs a 'reward_model'.*make rm"):
         read_artifact(tmp_path / "sft" / "artifact", "reward_model", reader="eval")
 
 
 def test_missing_short_and_unreadable_parts_are_refused(tmp_path: Path) -> None:
     for name, break_it, words in (
         ("a", lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
-        ("b", lambda path: (path / "model.safetensors").write_text("wei"), "holds 3 bytes of 7"),
-        ("c", lambda path: (path / "manifest.json").write_text("{"), "manifest.json: cannot be understood"),
-        ("d", lambda path: (path / "manifest.json").write_text("{}"), "manifest.json: cannot be understood"),
-        ("e", lambda path: (path / "manifest.json").write_text(manifest().model_dump_json()), "names no files"),
+        ("b", lambda path: (path / "model.safetensors").write_text("wei"), "has 3 bytes of 7"),
+        ("c", lambda path: (path / "manifest.json").write_text("{"), "manifest.json: cannot be read"),
+        ("d", lambda path: (path / "manifest.json").write_text("{}"), "manifest.json: cannot be read"),
+        ("e", lambda path: (path / "manifest.json").write_text(manifest().model_dump_json()), "lists no files"),
     ):
         make(tmp_path / name)
         break_it(tmp_path / name / "artifact")
@@ -140,7 +140,7 @@ def test_bytes_that_are_not_those_published_are_refused_where_content_is_read(tm
     check_content(artifact)
     (artifact.path / "model.safetensors").write_text("weightz")
     (dialogs.path / "dialogs.jsonl").write_text("edited by hand")
-    with pytest.raises(ArtifactError, match=r"sft/artifact: model\.safetensors is not as it was published"):
+    with pytest.raises(ArtifactError, match=r"sft/artifact: model\.safetensors has changed since it was published"):
         check_content(read_artifact(artifact.path))
     check_content(dialogs)
 

@@ -194,9 +194,9 @@ def test_a_folder_without_write_permission_is_reported(tmp_path: Path) -> None:
 
 def test_a_file_in_place_of_a_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "sft").write_text("a file of the user's")
-    with pytest.raises(StorageError, match=r"sft.*needs a folder of its own.*Move the file"):
+    with pytest.raises(StorageError, match=r"sft.*needs its own folder.*Move the existing file"):
         save(tmp_path / "sft" / "checkpoints", 1)
-    with pytest.raises(StorageError, match="Move the file"), hold(StepFolder(tmp_path / "sft")):
+    with pytest.raises(StorageError, match="Move the existing file"), hold(StepFolder(tmp_path / "sft")):
         pass
 
 
@@ -229,7 +229,7 @@ def test_a_checkpoint_with_other_bytes_is_named_and_the_one_before_is_used(tmp_p
     }
     turn(last / "adapter" / "weights", 4)
     (fault,) = pass_over_damaged(checkpoints).values()
-    assert fault == "adapter/weights is not as it was saved"
+    assert fault == "adapter/weights has changed since it was saved"
     assert newest_intact(checkpoints) == 10 and pass_over_damaged(checkpoints).keys() == {last}
     turn(checkpoints / "step-00000010" / "part-0", 4)
     assert pass_over_damaged(checkpoints).keys() == {last, checkpoints / "step-00000010"}
@@ -305,7 +305,7 @@ def test_errors_of_the_system_are_reported(tmp_path: Path, error: Exception, wor
 
 def test_a_link_to_a_disk_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").symlink_to("/not/mounted")
-    with pytest.raises(StorageError, match=r"a link to /not/mounted, which is not there"):
+    with pytest.raises(StorageError, match=r"a link to /not/mounted, which does not exist"):
         make_folder(tmp_path / "runs")
 
 

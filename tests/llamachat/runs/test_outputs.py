@@ -69,7 +69,7 @@ def test_no_command_replaces_a_file_unasked(
     out.write_text("mine")
     words = {"IN": str(file), "OUT": str(out), **artifacts}
     assert main([words.get(word, word) for word in COMMANDS[command] if word != "--overwrite"]) == 2
-    assert "exists already" in capsys.readouterr().err and out.read_text() == "mine"
+    assert "already exists" in capsys.readouterr().err and out.read_text() == "mine"
 
 
 @pytest.fixture
@@ -91,15 +91,15 @@ def test_what_is_no_place_for_a_file(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     cases = {
         tmp_path: "is a folder",
-        tmp_path / "pipe": "is no regular file",
-        Path("/dev/null"): "is no regular file",
+        tmp_path / "pipe": "is not a regular file",
+        Path("/dev/null"): "is not a regular file",
         model / "weights": "belongs to the input",
         tmp_path / ("n" * 300): "cannot be written .*too long",
     }
     for out, reason in cases.items():
         with pytest.raises(UsageError, match=reason):
             check_output(out, [model], overwrite=True)
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         check_output(tmp_path / "dangling", [])
     check_output(model / "new", [model])
 
@@ -113,13 +113,13 @@ def test_a_folder_is_replaced_only_where_the_command_wrote_it(tmp_path: Path) ->
     check_output(tmp_path / "empty", [], marker="note.json")
     check_output(tmp_path / "earlier", [], marker="note.json", overwrite=True)
     for name, inputs, reason in (
-        ("mine", [], "did not write it"),
+        ("mine", [], "was not written by"),
         ("earlier", [tmp_path / "earlier"], "is an input of this command"),
         ("earlier", [tmp_path / "earlier" / "base"], "would be deleted"),
     ):
         with pytest.raises(UsageError, match=reason):
             check_output(tmp_path / name, inputs, marker="note.json", overwrite=True)
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         check_output(tmp_path / "earlier", [], marker="note.json")
 
 

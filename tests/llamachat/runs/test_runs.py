@@ -162,7 +162,7 @@ def test_a_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: py
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(locks.fcntl, "lockf", refuse)
-    words = r"cannot lock \(No locks available\).*local disk with run\.dir"
+    words = r"does not support locks \(No locks available\).*local disk with run\.dir"
     with pytest.raises(StorageError, match=words), hold(StepFolder(tmp_path / "sft")):
         pass
 
@@ -201,7 +201,7 @@ def test_a_change_is_refused_with_old_and_new_value_and_both_ways_out(
     assert "epochs" not in text
     assert f"run.dir=NEW run.parent={tmp_path / 'tiny'}`" in text
     assert "--overwrite" in text
-    assert ("is finished" in text, "go back to the old values" in text) == (is_finished, not is_finished)
+    assert ("is finished" in text, "restore the old values" in text) == (is_finished, not is_finished)
     with pytest.raises(ChangedError, match="the version of the stage"):
         step_state(folder, "0" * 64, old)
     assert start(folder, old) is (StepState.DONE if is_finished else StepState.RESUME), "the refusals changed nothing"
@@ -263,7 +263,7 @@ def test_a_folder_of_the_users_is_neither_used_nor_cleared(tmp_path: Path) -> No
     folder = StepFolder(tmp_path / "sft")
     folder.path.mkdir()
     (folder.path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match=r"holds thesis\.tex, which no step made.*run\.dir=DIR"):
+    with pytest.raises(UsageError, match=r"contains thesis\.tex, which no step made.*run\.dir=DIR"):
         step_state(folder, fingerprint(IDENTITY), IDENTITY)
     with pytest.raises(UsageError, match="which no step made"):
         overwrite(folder)
@@ -396,7 +396,7 @@ def test_what_cannot_be_digested_is_reported(tmp_path: Path) -> None:
         digest_of_file(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="model: no such folder"):
         digest_of_weights(tmp_path / "model")
-    with pytest.raises(DataError, match="holds no files"):
+    with pytest.raises(DataError, match="contains no files"):
         digest_of_weights(tmp_path)
 
 
@@ -427,7 +427,7 @@ def test_a_damaged_identity_without_a_checkpoint_is_named_with_the_fix(tmp_path:
     (folder.sampling / "answers.json").parent.mkdir()
     (folder.sampling / "answers.json").write_text("[]")
     folder.identity.write_text('{"fing')
-    with pytest.raises(ArtifactError, match=r"sft/identity\.json: cannot be understood.*--overwrite"):
+    with pytest.raises(ArtifactError, match=r"sft/identity\.json: cannot be read.*--overwrite"):
         start(folder)
     assert (folder.sampling / "answers.json").is_file()
     overwrite(folder)
@@ -448,7 +448,7 @@ def test_lost_metrics_come_back_from_the_checkpoint(tmp_path: Path, caplog: pyte
         with hold(folder):
             assert find_state(folder) == "step 1"
         assert len(folder.metrics.read_text().splitlines()) == expected
-        assert ("those up to step 1 are back" in caplog.text) == (expected == 1)
+        assert ("those up to step 1 were restored" in caplog.text) == (expected == 1)
 
 
 def test_the_digest_of_a_program_follows_what_it_imports_from_beside_it(tmp_path: Path) -> None:

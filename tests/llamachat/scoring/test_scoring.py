@@ -71,7 +71,7 @@ def test_the_recipe_names_the_combiner() -> None:
 def test_a_reward_model_that_gives_no_number_is_named() -> None:
     with pytest.raises(ScoringError, match="the safety model gave nan for answer 1") as caught:
         Scores(helpfulness_B=tensor([0.0, 0.0]), safety_B=tensor([0.0, NOTHING]))
-    assert "(1 of 2 are no finite number)" in str(caught.value) and "Train the reward model again" in str(caught.value)
+    assert "(1 of 2 are not finite)" in str(caught.value) and "Train the reward model again" in str(caught.value)
 
 
 # --- ranking
@@ -214,8 +214,8 @@ def test_the_defaults_are_the_papers_and_a_wrong_value_is_refused(
     assert config.unfinished_score == -1.0 and problems() == ""
     assert problems(combine="rewards.py:score", helpfulness="owner/model", safety=str(tmp_path)) == ""
     for expected, values in {
-        "scoring.combine: there is no combiner 'llama_gate'. Did you mean 'llama2_gate'?": {"combine": "llama_gate"},
-        "there is no combiner 'rewards.py'.": {"combine": "rewards.py"},
+        "scoring.combine: unknown combiner 'llama_gate'. Did you mean 'llama2_gate'?": {"combine": "llama_gate"},
+        "unknown combiner 'rewards.py'.": {"combine": "rewards.py"},
         "'reward.py' does not exist. Did you mean 'rewards.py'?": {"combine": "reward.py:f"},
         "scoring.safety: the reward model 'runs/none/rm' does not exist.": {"safety": "runs/none/rm"},
         "scoring.helpfulness: 'rewards.py' is a file": {"helpfulness": "rewards.py"},
@@ -252,10 +252,10 @@ def test_the_models_that_each_way_reads() -> None:
 @pytest.mark.parametrize(
     ("values", "present", "expected"),
     [
-        ({}, ("helpfulness",), "llama2_gate needs a safety reward model, and there is none (there is: helpfulness ("),
-        ({}, ("helpfulness",), "or score with the one there is: scoring.combine=single"),
+        ({}, ("helpfulness",), "llama2_gate needs a safety reward model, but there is none (available: helpfulness ("),
+        ({}, ("helpfulness",), "or use the only one: scoring.combine=single"),
         ({}, ("safety",), "llama2_gate needs a helpfulness reward model"),
-        ({}, (), "(there is: none)"),
+        ({}, (), "(available: none)"),
         ({"combine": "weighted"}, ("helpfulness",), "scoring.weights.safety is 0.5, and the sum needs its scores"),
         ({"combine": "weighted"}, ("helpfulness",), "or do without it: scoring.weights.safety=0."),
         ({"combine": "single"}, (), "single needs a helpfulness reward model"),

@@ -218,7 +218,7 @@ def test_runs_can_be_told_apart_and_compared_in_wandb(folder: StepFolder, caplog
     assert not [name for name in names if "safety" in name]
     final = {item.key or "/".join(item.nested_key) for r in records for item in r.summary.update}
     assert "test/rm/safety/accuracy" in final, "test figures are apart from the curves"
-    assert wandb_places(inputs.folder, folder.path.parents[1]) == [f"{run.parent} (offline; `wandb sync` sends it)"]
+    assert wandb_places(inputs.folder, folder.path.parents[1]) == [f"{run.parent} (offline; `wandb sync` uploads it)"]
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_trackio_holds_the_curve_once_after_resuming(
         monkeypatch.setattr(tracker._trackio, "log", run.log)
         tracker.log(5, {"sft/loss": 1.0})
         tracker.log(6, {"sft/loss": 1.0})
-    assert caplog.text.count("Trackio stopped taking figures") == 1
+    assert caplog.text.count("Trackio failed") == 1
 
 
 def test_system_texts_stay_out_of_the_configuration_in_wandb() -> None:
@@ -358,7 +358,7 @@ def test_a_key_in_the_environment_or_netrc_means_online(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert wandb_run._where(Tracking()) == wandb_run._where(Tracking(mode="online")) == "offline"
-    assert "there is no wandb key; recorded offline" in caplog.text
+    assert "no wandb key is set; recording offline" in caplog.text
     (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password " + "0" * 40 + "\n")
     assert wandb_run._where(Tracking()) == "online"
     assert wandb_run._where(Tracking(mode="offline")) == "offline"
@@ -380,7 +380,7 @@ def test_trouble_with_wandb_never_stops_a_step(
         with caplog.at_level(logging.WARNING):
             tracker.log(1, {"sft/loss": 1.0})
             tracker.log(2, {"sft/loss": 0.5})
-    assert caplog.text.count("metrics.jsonl has them all") == 1
+    assert caplog.text.count("metrics.jsonl has all figures") == 1
     assert [row["sft/loss"] for row in MetricsRecord(folder.metrics).read()] == [1.0, 0.5]
     monkeypatch.setattr(wandb_run, "_wandb", broken)
     with opened(folder, resume_step=2) as tracker:

@@ -198,7 +198,7 @@ def test_where_the_best_weights_are_damaged_the_last_ones_are_published_and_said
         again = tuned(tmp_path, base, Scripted(clock, dies_at=0), monkeypatch)
         assert "optimizer_step" not in again.manifest.details and again.manifest.details["ended_by"] == "max_hours"
         assert all(torch.equal(weight, losses.seen[4][name]) for name, weight in weights_of(again).items())
-        assert "best.safetensors is not as it was saved: the last weights are taken" in caplog.text
+        assert "best.safetensors has changed since it was saved: using the last weights" in caplog.text
         caplog.clear()
 
 
@@ -353,7 +353,7 @@ def test_a_damaged_clock_is_reset_and_ends_nothing(
 ) -> None:
     (tmp_path / hours_module.FILE).write_text(content)
     hours = hours_module.open_hours("rs", "rejection_sampling", 1.0, None, tmp_path)
-    assert (hours.seconds_before, hours.ended_by) == (0.0, None) and "cannot be understood" in caplog.text
+    assert (hours.seconds_before, hours.ended_by) == (0.0, None) and "cannot be read" in caplog.text
     (tmp_path / hours_module.FILE).write_text('{"seconds": 5, "ended_by": "max_hours"}')
     hours = hours_module.open_hours("rs", "rejection_sampling", 1.0, None, tmp_path)
     assert (hours.seconds_before, hours.ended_by) == (5.0, "max_hours")

@@ -165,9 +165,9 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_result_is_the_same(
 @pytest.mark.parametrize(
     ("train", "layout", "named"),
     [
-        (tune, PACKED, r"sft: .* one dialog at a time .* tuning\.method to qlora"),
-        (tune, PADDED, r"sft: .* one dialog at a time .* tuning\.method to qlora"),
-        (rank, {}, r"rm/helpfulness: .* one pair at a time .*reward\.gradient_checkpointing"),
+        (tune, PACKED, r"sft: .* a single dialog .* tuning\.method to qlora"),
+        (tune, PADDED, r"sft: .* a single dialog .* tuning\.method to qlora"),
+        (rank, {}, r"rm/helpfulness: .* a single pair .*reward\.gradient_checkpointing"),
     ],
 )
 def test_what_does_not_fit_alone_is_refused_with_what_would_help(
@@ -185,7 +185,7 @@ def test_memory_that_runs_out_elsewhere_is_an_error_and_halves_nothing(base: Pat
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("llamachat.training.master_weights.MasterWeightOptimizer.step", step)
-    with pytest.raises(DeviceMemoryError, match=r"where no smaller micro-batch helps .* in the optimizer"):
+    with pytest.raises(DeviceMemoryError, match=r"where a smaller micro-batch does not help .* in the optimizer"):
         tune(tmp_path, base, LORA)
 
 
@@ -200,7 +200,7 @@ def test_8_bit_optimizers_are_refused_without_a_gpu_before_anything_is_loaded(tm
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("adamw_8bit", "paged_adamw_8bit"):
         inputs = inputs_of(tmp_path, tmp_path / "absent", toy_dialogs(4))
-        with pytest.raises(ConfigError, match=rf"sft\.optimizer: '{name}', but there is no GPU here"):
+        with pytest.raises(ConfigError, match=rf"sft\.optimizer: '{name}', but this machine has no GPU"):
             sft.run(Config(optimizer=name), inputs)
     check_optimizer("adamw", where="sft.optimizer")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

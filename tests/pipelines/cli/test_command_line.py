@@ -127,7 +127,7 @@ def test_how_a_step_ends_is_the_status(
 ) -> None:
     monkeypatch.setattr(sft, "run", fail(error))
     assert main(["sft", "--config", str(write_recipe(tmp_path))]) == status
-    kept = "interrupted. State is kept; the same command continues." in capsys.readouterr().err
+    kept = "interrupted. The state is kept; the same command resumes." in capsys.readouterr().err
     assert kept == (status == 130)
 
 
@@ -143,7 +143,7 @@ def test_a_library_that_ends_the_process_is_no_success(
 ) -> None:
     monkeypatch.setattr(sft, "run", fail(SystemExit(code)))
     assert main(["sft", "--config", str(write_recipe(tmp_path))]) == 1
-    assert re.search(r"llamachat: .*ended by sys\.exit\(\) in .*test_command_line\.py:\d+", capsys.readouterr().err)
+    assert re.search(r"llamachat: .*sys\.exit\(\) in .*test_command_line\.py:\d+ ended", capsys.readouterr().err)
 
 
 def test_a_file_that_cannot_be_opened_is_named(
@@ -319,7 +319,7 @@ def test_chat_takes_the_policy_of_the_run_that_its_evaluation_recommends_or_the_
         assert main(["chat", *named, "-m", "Hello"]) == 0
         said = capsys.readouterr()
         assert f"{tmp_path}/runs/one/sft/artifact Hello" in said.out
-        assert "not sft-2: the judge puts it below sft (-1.00 [-2.00, -0.50])" in caplog.text
+        assert "not sft-2: the judge rates it below sft (-1.00 [-2.00, -0.50])" in caplog.text
         caplog.clear()
 
 

@@ -62,7 +62,7 @@ def test_a_process_whose_others_never_come_says_so_and_ends(tmp_path: Path, rank
     with left_alone(write_toy_recipe(tmp_path), 1.0, RANK=rank) as process:
         _, words = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert f"process {rank}: waiting at 127.0.0.1:" in words and "until all 2 processes of WORLD_SIZE are here" in words
+    assert f"process {rank}: waiting at 127.0.0.1:" in words and "for all 2 processes of WORLD_SIZE" in words
     assert "not all arrived within 1 s" in words and "unset WORLD_SIZE" in words and "Traceback" not in words
 
 

@@ -225,7 +225,7 @@ def test_a_failure_stops_nothing_but_what_reads_it_and_is_reported_at_the_end_wi
     assert failed.value.exit_status == 2, "that of a DataError"
     assert str(failed.value).startswith("1 step failed:\n")
     assert "rm/helpfulness failed with exit status 2: llamachat: pairs.jsonl:3: is no pair." in str(failed.value)
-    assert "Not started, since they read what is missing: rs." in str(failed.value)
+    assert "Not started, since their inputs are missing: rs." in str(failed.value)
     done = [step.name for step in recipe.steps if recipe.folder(step).artifact.is_dir()]
     assert done == ["sft", "rm/safety", "rm/judge"]
     said = capfd.readouterr().err
@@ -302,7 +302,7 @@ def test_a_signal_stops_all_and_the_same_command_runs_them(
     assert started.returncode == status, said
     assert not psutil.wait_procs(children, timeout=300)[1], "a step outlived its command"
     if status == 130:
-        assert said.count("llamachat: interrupted. State is kept; the same command continues.") == 1
+        assert said.count("llamachat: interrupted. The state is kept; the same command resumes.") == 1
     if number == signal.SIGTERM:
         for model in first:
             order(recipe, model)

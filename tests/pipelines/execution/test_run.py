@@ -412,9 +412,9 @@ def test_plan_counts_optimizer_steps_and_warns(tmp_path: Path) -> None:
     # 50 of 100 dialogs twice, 80% for training: 80; three passes of 4 a step: 60.
     assert planned.estimate.optimizer_steps == 60
     warnings = "\n".join(planned.warnings)
-    assert "only about 60 optimizer steps, under 100" in warnings
+    assert "only about 60 optimizer steps, fewer than 100" in warnings
     assert "warm-up takes 25% of the steps, more than a fifth" in warnings
-    assert "sft.learning_rate 2e-05 is that of full tuning, and tuning.method is lora" in warnings
+    assert "sft.learning_rate 2e-05 suits full tuning, but tuning.method is lora" in warnings
     assert all(warning in plan_text(load(path), [planned]) for warning in planned.warnings)
 
 

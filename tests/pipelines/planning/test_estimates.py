@@ -149,7 +149,7 @@ def test_the_pairs_of_the_bundled_recipe_are_estimated(gpu: str | None) -> None:
         estimate = estimate_step(recipe, step)
         assert estimate is not None and estimate.optimizer_steps is not None
         trained, held_out, tested = (both[gpu is not None] for both in tokens)
-        per_pair = float(re.findall(r"([0-9]+) tokens a pair", estimate.assumed)[0])
+        per_pair = float(re.findall(r"([0-9]+) tokens per pair", estimate.assumed)[0])
         assert per_pair == pytest.approx(trained / pairs, rel=0.15)
         config: Any = step.config
         assert estimate.optimizer_steps == pytest.approx(pairs * config.epochs / config.pairs_per_step, rel=0.15)

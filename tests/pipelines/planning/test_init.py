@@ -139,18 +139,18 @@ def test_a_card_or_a_machine_that_is_too_small_is_refused_with_a_card_that_holds
     monkeypatch.setattr("pipelines.planning.init.installed_bytes", lambda: 24 * 2**30)
     assert init(base=SEVEN) == 2
     said = capsys.readouterr().err
-    assert f"--gpu: this machine without a card (24.0 GiB) does not hold '{SEVEN}'" in said
+    assert f"--gpu: this machine without a card (24.0 GiB) is too small for '{SEVEN}'" in said
     assert init("--gpu", "4GiB", base=SEVEN) == 2
     said = capsys.readouterr().err
-    assert "--gpu: 4 GiB does not hold 'meta-llama/Llama-2-7b-hf'" in said and "a smaller base, such as" in said
-    named = re.search(r"the smallest known that holds it: ([\w-]+)\)", said)
+    assert "--gpu: 4 GiB is too small for 'meta-llama/Llama-2-7b-hf'" in said and "a smaller base, such as" in said
+    named = re.search(r"smallest known one that fits: ([\w-]+)\)", said)
     assert named and not Path("recipe.yaml").exists()
     assert init("--gpu", named[1], base=SEVEN) == 0
 
 
 def test_hours_that_are_too_few_are_refused_with_how_many_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
     assert init("--preferences", "pairs.jsonl", "--hours", "0.001") == 2
-    needed = re.search(r"--hours: 0.001 are too few.* Give --hours ([\d.]+) or more", capsys.readouterr().err)
+    needed = re.search(r"--hours: 0.001 is too short.* Pass --hours ([\d.]+) or more", capsys.readouterr().err)
     assert needed and init("--preferences", "pairs.jsonl", "--hours", needed[1]) == 0
     assert init("--hours", "-1", "--overwrite") == 2
 
@@ -161,7 +161,7 @@ def test_hours_that_are_too_few_are_refused_with_how_many_it_takes(capsys: pytes
 def test_it_says_what_it_chose_and_what_next_and_the_recipe_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert init("--preferences", "pairs.jsonl", "--out", "my/recipe.yaml") == 0
     said = capsys.readouterr().out
-    assert "data.sft     600 records of dialogs.jsonl" in said and "none rated" in said
+    assert "data.sft     600 records from dialogs.jsonl" in said and "none rated" in said
     assert "left out     distill: it needs safety pairs (--safety)" in said and "configs/tiny.yaml" in said
     for command in ("doctor", "plan", "all"):
         assert f"  llamachat {command} --config my/recipe.yaml\n" in said + "\n"
@@ -184,7 +184,7 @@ def test_a_recipe_is_not_written_over_unasked(capsys: pytest.CaptureFixture[str]
     assert init() == 0
     before = Path("recipe.yaml").read_text()
     assert init("--hours", "1") == 2
-    assert "'recipe.yaml' exists already" in capsys.readouterr().err
+    assert "'recipe.yaml' already exists" in capsys.readouterr().err
     assert Path("recipe.yaml").read_text() == before
     assert init("--hours", "1", "--overwrite") == 0 and Path("recipe.yaml").read_text() != before
 
@@ -203,36 +203,36 @@ def refusals(folder: Path) -> dict[str, tuple[list[str], dict[str, str], str]]:
     (folder / "table.csv").write_text("question,answer\na,b\n")
     (folder / "prose.txt").write_text("Hello there.\nHow are you?\n")
     no_file = "--sft: the data file 'dialog.jsonl' does not exist. Did you mean 'dialogs.jsonl'?"
-    as_sft = "--sft: 'pairs.jsonl' holds preferences (400 of them), and dialogs are needed here."
-    as_pairs = "--preferences: 'dialogs.jsonl' holds dialogs (600 of them), and preferences are needed here."
+    as_sft = "--sft: 'pairs.jsonl' holds 400 preferences, but dialogs are needed here."
+    as_pairs = "--preferences: 'dialogs.jsonl' holds 600 dialogs, but preferences are needed here."
     return {
         "no such file": ([], {"sft": "dialog.jsonl"}, no_file),
-        "pairs as dialogs": ([], {"sft": "pairs.jsonl"}, f"{as_sft} Give it with --preferences"),
-        "dialogs as pairs": (["--preferences", "dialogs.jsonl"], {}, f"{as_pairs} Give it with --sft"),
+        "pairs as dialogs": ([], {"sft": "pairs.jsonl"}, f"{as_sft} Pass it with --preferences"),
+        "dialogs as pairs": (["--preferences", "dialogs.jsonl"], {}, f"{as_pairs} Pass it with --sft"),
         "a bad record": ([], {"sft": "bad.jsonl"}, "bad.jsonl:3: messages[1].role: is 'gpt'"),
         "no record": ([], {"sft": "nothing.jsonl"}, "--sft: 'nothing.jsonl' is empty, but it should hold records."),
         "a table": ([], {"sft": "table.csv"}, "--sft: 'table.csv' is a table (CSV), but a data file is JSON Lines"),
-        "prose": ([], {"sft": "prose.txt"}, "--sft: prose.txt: 2 of 2 records break the rules"),
+        "prose": ([], {"sft": "prose.txt"}, "--sft: prose.txt: 2 of 2 records are invalid"),
         "a folder of files": ([], {"sft": "data"}, "--sft: 'data' is a folder, but records are read from one file."),
-        "a file twice": (["--sft", "./dialogs.jsonl"], {}, "--sft: 'dialogs.jsonl' is given already (with --sft)."),
+        "a file twice": (["--sft", "./dialogs.jsonl"], {}, "--sft: 'dialogs.jsonl' was already passed with --sft."),
         "one file for two models": (
             ["--preferences", "pairs.jsonl", "--safety", str(folder / "pairs.jsonl")],
             {},
-            "pairs.jsonl' is given already (with --preferences). Its records would count twice",
+            "pairs.jsonl' was already passed with --preferences. Its records would count twice",
         ),
-        "a set of the hub": ([], {"sft": "owner/name"}, "--sft: 'owner/name' is no file here."),
-        "a card nobody knows": (["--gpu", "rtx-9999"], {}, "--gpu: 'rtx-9999' is no card that is known."),
+        "a set of the hub": ([], {"sft": "owner/name"}, "--sft: 'owner/name' is not a local file."),
+        "a card nobody knows": (["--gpu", "rtx-9999"], {}, "--gpu: 'rtx-9999' is not a known card."),
         "another architecture": ([], {"base": "other"}, "'other' has the architecture 'mistral'"),
-        "a name in no encoding": ([], {"sft": "\udcff.jsonl"}, "--sft: '\\udcff.jsonl' is no UTF-8 text"),
-        "a run of such a name": (["--run-dir", "\udcff"], {}, "--run-dir: '\\udcff' is no UTF-8 text"),
+        "a name in no encoding": ([], {"sft": "\udcff.jsonl"}, "--sft: '\\udcff.jsonl' is not UTF-8 text"),
+        "a run of such a name": (["--run-dir", "\udcff"], {}, "--run-dir: '\\udcff' is not UTF-8 text"),
         "a link to nowhere": (
             [],
             {"sft": "link.jsonl"},
             "'link.jsonl' is a link to 'gone.jsonl', which does not exist.",
         ),
-        "no model": ([], {"base": "empty"}, "--base: the folder 'empty' holds no config.json"),
+        "no model": ([], {"base": "empty"}, "--base: the folder 'empty' has no config.json"),
         "no base": ([], {"base": "bas"}, "--base: the model folder 'bas' does not exist. Did you mean 'base'?"),
-        "no recipe's name": (["--out", "recipe.txt"], {}, "--out: 'recipe.txt' ends otherwise."),
+        "no recipe's name": (["--out", "recipe.txt"], {}, "--out: 'recipe.txt' is not a .yaml file."),
         "a folder": (["--out", "folder.yaml"], {}, "--out: 'folder.yaml' is a folder."),
         "under a file": (["--out", "dialogs.jsonl/recipe.yaml"], {}, "'dialogs.jsonl/recipe.yaml' cannot be"),
     }

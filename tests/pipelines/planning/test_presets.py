@@ -175,14 +175,14 @@ def test_plan_on_another_card_says_that_it_does_not_fit_and_what_would(capsys: p
     assert main(["sft", "--dry-run", "--config", "configs/llama2-7b-lora.yaml", "run.gpu=24GiB"]) == 0
     assert "It would fit with sft.gradient_checkpointing=true" in capsys.readouterr().out
     assert main(["plan", "--config", "configs/llama2-7b-lora.yaml", "--gpu", "abacus"]) == 2
-    assert "run.gpu: 'abacus' is no card that is known." in capsys.readouterr().err
+    assert "run.gpu: 'abacus' is not a known card." in capsys.readouterr().err
 
 
 def test_what_is_not_known_before_a_download_is_not_estimated(capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["data.sft.0.limit=null", "data.sft.1.limit=null"]
     assert main(["plan", "--config", "configs/llama2-7b-qlora.yaml", *overrides]) == 0
-    assert "optimizer steps and hours: not counted before download" in capsys.readouterr().out
+    assert "optimizer steps and hours: unknown before the download" in capsys.readouterr().out
     step, *_ = make_plan(load("configs/llama2-7b-qlora.yaml", overrides))
     assert step.estimate is not None and step.estimate.memory and step.estimate.optimizer_steps is None
     assert main(["plan", "--config", "configs/llama2-7b-qlora.yaml", "base.model=owner/unknown"]) == 0
-    assert "no estimate: the shape of 'owner/unknown' is not known" in capsys.readouterr().out
+    assert "no estimate: the shape of 'owner/unknown' is unknown" in capsys.readouterr().out

@@ -174,7 +174,7 @@ def test_the_plan_says_what_runs_side_by_side_and_how_long_the_whole_takes(
     recipe = tiny(tmp_path=tmp_path)
     text = plan_text(recipe, make_plan(recipe))
     assert "  side by side: rm/helpfulness, rm/safety, rm/judge, 3 at once with 1 thread each (run.jobs=auto)\n" in text
-    assert "  so the whole takes about " in text
+    assert "  so the whole run takes about " in text
     text = plan_text(recipe, make_plan(recipe), hours=0.001)
     assert "OVER 0.001 h" in text
     alone = tiny("run.jobs=1", tmp_path=tmp_path)

@@ -111,7 +111,7 @@ def test_rm_stands_for_the_models_that_the_data_allow(tmp_path: Path) -> None:
     )
     twice = report(path, ["steps=[rm, {rm/judge: {epochs: 2}}]"])
     assert (
-        "steps.1.rm/judge.name: the step 0 has the name 'rm/judge' already. Name this one: {rm/judge: {name: rm-2}}."
+        "steps.1.rm/judge.name: the step 0 already has the name 'rm/judge'. Name this one: {rm/judge: {name: rm-2}}."
         in twice
     )
 
@@ -181,10 +181,10 @@ REFUSED_STEPS: list[tuple[Any, str]] = [
     (["rm/saftey"], "steps.0.rm/saftey: unknown step. Did you mean 'rm/safety'?"),
     (["sft/mix"], "steps.0.sft/mix: unknown step. Did you mean"),
     ([3], "steps.0: found the number 3, but a step, or a mapping of one step to its values, is required"),
-    ([{"sft": {}, "rm": {}}], "steps.0: an entry is one step, and here are rm, sft."),
-    ([{}], "steps.0: an entry is one step, and here are none."),
+    ([{"sft": {}, "rm": {}}], "steps.0: an entry is one step, but this one has rm, sft."),
+    ([{}], "steps.0: an entry is one step, but this one has none."),
     ([{"sft": 3}], "steps.0.sft: found the number 3, but a mapping of keys is required."),
-    (["sft", "sft"], "steps.1.sft.name: the step 0 has the name 'sft' already. Name this one: {sft: {name: sft-2}}."),
+    (["sft", "sft"], "steps.1.sft.name: the step 0 already has the name 'sft'. Name this one: {sft: {name: sft-2}}."),
     ([{"sft": {"name": "A b"}}], "steps.0.sft.name: 'A b' cannot be the name of a step's folder."),
     ([{"sft": {"name": "wandb"}}], "steps.0.sft.name: 'wandb' cannot be the name of a step's folder."),
     ([{"sft": {"name": 3}}], "steps.0.sft.name: found the number 3, but text is required."),
@@ -197,7 +197,7 @@ REFUSED_STEPS: list[tuple[Any, str]] = [
     ([{"rs": {"rollout": {"topp": 1}}}], "steps.0.rs.rollout.topp: unknown key. Did you mean 'top_p'?"),
     ([{"rs": {"rollout": {"engine": "vllm"}}}], "steps.0.rs.rollout: engine is vllm, but there is no server."),
     ([{"rs": {"sft": {"epoch": 1}}}], "steps.0.rs.sft.epoch: unknown key. Did you mean 'epochs'?"),
-    ([{"sft": {"rollout": {"top_p": 0.9}}}], "steps.0.sft.rollout: 'sft' learns from no answers of its own."),
+    ([{"sft": {"rollout": {"top_p": 0.9}}}], "steps.0.sft.rollout: 'sft' does not learn from sampled answers."),
     ([{"rs": {"scoring": {"combin": "single"}}}], "steps.0.rs.scoring.combin: unknown key. Did you mean 'combine'?"),
     (
         [{"rs": {"scoring": {"combine": "gone.py:score"}}}],
@@ -206,11 +206,11 @@ REFUSED_STEPS: list[tuple[Any, str]] = [
     ([{"sft": {"scoring": {"combine": "single"}}}], "steps.0.sft.scoring: 'sft' scores no answers."),
     (
         ["rm"],
-        "steps.0: 'rm' finds nothing to learn from. Give records under data.helpfulness or data.safety, or take rm",
+        "steps.0: 'rm' has nothing to learn from. Add records under data.helpfulness or data.safety, or take rm",
     ),
     (
         ["rm/safety"],
-        "data.safety: empty, but the step 'rm/safety' learns from it. Give records there, or take rm/safety",
+        "data.safety: empty, but the step 'rm/safety' learns from it. Add records there, or take rm/safety",
     ),
     ([{"rm": {"only": ["judge"]}}], "data.helpfulness: empty, but the step 'rm/judge' learns from it."),
     ([{"rm": {"only": "safety"}}], "steps.0.rm.only: found the text 'safety', but a list is required."),
@@ -219,8 +219,8 @@ REFUSED_STEPS: list[tuple[Any, str]] = [
         [{"rm": {"only": ["safe"]}}],
         "steps.0.rm.only.0: found the text 'safe', but 'helpfulness', 'safety' or 'judge' is",
     ),
-    ([{"rm/safety": {"only": ["safety"]}}], "steps.0.rm/safety.only: 'rm/safety' is one step, of which nothing"),
-    ([{"sft": {"only": ["x"]}}], "steps.0.sft.only: 'sft' is one step"),
+    ([{"rm/safety": {"only": ["safety"]}}], "steps.0.rm/safety.only: 'rm/safety' is a single step, so nothing"),
+    ([{"sft": {"only": ["x"]}}], "steps.0.sft.only: 'sft' is a single step"),
 ]
 
 
@@ -260,10 +260,10 @@ def test_runs_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     cases = {
         f"run.parent={tmp_path}/odl": f"run.parent: the parent run '{tmp_path}/odl' does not exist. Did you mean",
-        f"run.dir={path}": f"run.dir: '{path}' is a file, and a run is a folder.",
+        f"run.dir={path}": f"run.dir: '{path}' is a file, but a run is a folder.",
         "data.sft=[]": "data.sft: empty, but the step 'sft' learns from it.",
-        "data.sft.0.format=alpca": "data.sft.0.format: there is no format 'alpca'. Did you mean 'alpaca'?",
-        "data.sft.0.format=qqqq": "there is no format 'qqqq'. Known: auto, native, ",
+        "data.sft.0.format=alpca": "data.sft.0.format: unknown format 'alpca'. Did you mean 'alpaca'?",
+        "data.sft.0.format=qqqq": "unknown format 'qqqq'. Known: auto, native, ",
     }
     for override, expected in cases.items():
         assert expected in report(path, [override]), override
@@ -296,7 +296,7 @@ def test_every_argument_that_sft_gives_to_trl_is_refused_in_its_trainer_key(tmp_
     arguments = [key.value for key in values.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
     assert len(arguments) > 10
     text = report(write_recipe(tmp_path, sft={"trainer": dict.fromkeys(arguments, 1)}))
-    assert [name for name in arguments if f"sft.trainer.{name}: this argument of TRL" not in text] == []
+    assert [name for name in arguments if f"sft.trainer.{name}: " not in text] == []
 
 
 def test_tiny_yaml_extends_nothing_and_smoke_extends_it() -> None:

@@ -122,7 +122,7 @@ def test_answers_to_the_same_prompts_are_paired(step: str, tmp_path: Path) -> No
     values = json.loads(manifest.read_text())
     values["identity"]["data"] = {"prompts": [{"path": "others"}]}
     write_json(manifest, values)
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         compare_runs(tmp_path / "a", tmp_path / "b")
     apart = figure(compare_runs(tmp_path / "a", tmp_path / "b", overwrite=True), name)
     # Two intervals of half width 2: sqrt(2^2 + 2^2).
@@ -148,7 +148,7 @@ def test_gains_over_the_first_policy_are_paired_too(step: str, tmp_path: Path) -
             write_json(folder / "artifact/evaluation.json", plain)
     compared = figure(compare_runs(tmp_path / "a", tmp_path / "b"), name)
     assert (compared.how, compared.low, compared.high) == ("paired", pytest.approx(0.5), pytest.approx(0.5))
-    assert compared.remark == ("" if step == "distill" else "each against its own first policy")
+    assert compared.remark == ("" if step == "distill" else "each relative to its own first policy")
 
 
 def test_answers_that_do_not_give_the_figure_are_not_paired(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_scores_of_two_reward_models_or_on_two_scales_are_not_subtracted(tmp_pat
     }
     assert figure(comparison, "ppo/test/final/score").remark == "scored by another helpfulness model in each"
     assert figure(comparison, "eval/ppo/score").remark == "each on the scale of its own first policy"
-    assert figure(comparison, "eval/ppo/win_rate/judge").remark == "each against its own first policy"
+    assert figure(comparison, "eval/ppo/win_rate/judge").remark == "each relative to its own first policy"
 
 
 def two_runs(tmp_path: Path) -> tuple[Path, Path]:
@@ -206,10 +206,10 @@ def test_the_command_writes_tables_and_pictures_and_prints_plain_text(
     assert sorted(path.name for path in out.iterdir()) == ["compare.json", "compare.md", "curves-rm-safety.png"]
     assert (out / "curves-rm-safety.png").read_bytes()[:4] == b"\x89PNG"
     text = capsys.readouterr().out
-    assert "The same in both\n  sft: every file of the artifact is equal.\n" in text
+    assert "The same in both\n  sft: every file of the artifact is identical.\n" in text
     assert "Only in B\n  ppo\n" in text
     assert "rm/safety/auroc  0.900  0.900  0 (-0.316 to +0.224)" in text  # hypot(0.1, 0.3) and hypot(0.2, 0.1)
-    assert "0 of 1 intervals leave out 0" in " ".join(text.split())
+    assert "0 of 1 interval exclude 0" in " ".join(text.split())
     page = (out / "compare.md").read_text()
     assert page.startswith("# x/seed-0 (A) and y/seed-0 (B)\n")
     assert (
@@ -243,9 +243,12 @@ def test_what_is_no_run_is_refused_in_words(tmp_path: Path) -> None:
     write_step(tmp_path / "gatt", "gatt", {})
     for run, expected in (
         (tmp_path / "none", r"none: no such folder\. .* Correct the path\."),
-        (tmp_path / "empty", r"empty: no steps here\. .* Name one that a step was run in"),
+        (tmp_path / "empty", r"empty: no steps here\. .* Name the folder of a run"),
         (other / "sft", r"sft: is the folder of a step, not of a run\. .* such as .*y/seed-0\."),
-        (tmp_path / "y", r"y: is no run folder, since 'seed-0/ppo' holds the step 'ppo'\. .*such as .*y/seed-0\."),
+        (
+            tmp_path / "y",
+            r"y: this is not a run folder, since 'seed-0/ppo' contains the step 'ppo'\. .*such as .*y/seed-0\.",
+        ),
         (one, r"is .*x/seed-0 once more\. .* run\.parent="),
         (tmp_path / "gatt", r"have no step in common: sft, rm/safety here, gatt there\. .* Run the same step in both"),
     ):
@@ -278,8 +281,8 @@ def test_a_broken_file_is_named(tmp_path: Path, file: str, text: str, expected: 
     (other / "rm/safety" / file).write_text(text)
     with pytest.raises(ArtifactError) as caught:
         compare_runs(one, other)
-    assert f"{other}/rm/safety/{file}: cannot be understood ({expected}" in str(caught.value)
-    assert re.search(r"make the step again with `--overwrite`|Make the artifact again", str(caught.value))
+    assert f"{other}/rm/safety/{file}: cannot be read ({expected}" in str(caught.value)
+    assert re.search(r"rerun the step with `--overwrite`|Make the artifact again", str(caught.value))
 
 
 def test_it_starts_without_what_trains(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_plan_and_dry_run_of_a_study_run_nothing(
     assert main(["rm", "--config", path, "--dry-run"]) == 0
     assert capsys.readouterr().out == plan
     assert "3 variants with 2 seeds each, 6 runs, 0 of them done" in plan
-    assert re.search(r'large: rm/helpfulness \(about .*\) a seed, with reward.margin="large"', plan)
+    assert re.search(r'large: rm/helpfulness \(about .*\) per seed, with reward.margin="large"', plan)
     assert "sft: new" in plan and "all together: about" in plan
     assert calls == [] and not (tmp_path / "runs").exists()
 
@@ -190,9 +190,9 @@ def test_what_a_variant_changes_before_the_command_runs_once_for_all_that_make_i
     path = write_study(tmp_path, variants=variants, tables=[])
     plan = study_plan_text(load_study(path))
     assert "sft: new" in plan and re.search(
-        r"  own: rm/helpfulness, rm/safety, rm/judge \(about .*\) a seed, with", plan
+        r"  own: rm/helpfulness, rm/safety, rm/judge \(about .*\) per seed, with", plan
     )
-    assert re.search(r"  fast: once sft \(about .*\), then rm/helpfulness, .* \(about .*\) a seed, with", plan)
+    assert re.search(r"  fast: once sft \(about .*\), then rm/helpfulness, .* \(about .*\) per seed, with", plan)
     assert re.search(r"  fast-large: rm/helpfulness, .* a seed, from steps of fast, with", plan)
     with stopped(monkeypatch, sft, lambda config, _: config.learning_rate == 0.5):
         run_study(load_study(path))
@@ -208,7 +208,7 @@ def test_what_a_variant_changes_before_the_command_runs_once_for_all_that_make_i
     assert read == 2 * [(policies[0], "small"), (policies[1], "small"), (policies[1], "large")]
     assert (run_dir / "fast-large" / "seed-3" / "sft").resolve() == run_dir / "fast" / "shared" / "sft"
     again = study_plan_text(load_study(path))
-    assert "6 runs, 6 of them done" in again and ", 0 s of it to do" in again
+    assert "6 runs, 6 of them done" in again and ", 0 s left" in again
 
 
 def test_recipe_variants_and_seeds_are_enough(tmp_path: Path, calls: list[Any]) -> None:
@@ -306,20 +306,20 @@ def test_a_variant_stands_for_a_number_where_all_that_it_changes_is_one(values: 
 def test_work_of_a_run_is_never_replaced_by_a_reference(tmp_path: Path, calls: list[Any]) -> None:
     path = write_study(tmp_path, tables=[])
     run_study(load_study(path, ["command=[sft,rm]"]))
-    with pytest.raises(UsageError, match=r"seed-0/sft: holds work of its own, .* run.dir=NEW, or remove"):
+    with pytest.raises(UsageError, match=r"seed-0/sft contains its own work, .* run.dir=NEW, or remove"):
         run_study(load_study(path))
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"command": "rms"}, "command: there is no command 'rms' to compare variants of. Known: sft, rm, rs,"),
-    ({"command": ["rm", "evil"]}, "command: there is no command 'evil' to compare variants of."),
+    ({"command": "rms"}, "command: there is no command 'rms'. Known: sft, rm, rs,"),
+    ({"command": ["rm", "evil"]}, "command: there is no command 'evil'."),
     ({"command": []}, "command: an empty list. Known: sft,"),
     ({"command": 3}, "command: found the number 3, but"),
     ({"command": ["sft", "rs"], "variants": {"x": {"only": ["safety"]}}, "tables": []}, "models are: none, it is"),
     ({"seeds": []}, "seeds: "),
     ({"seeds": [1, 1]}, "seeds: a seed is listed twice"),
     ({"variants": {"shared": {}}, "tables": []}, "variants.shared: 'shared' cannot be the folder of a variant."),
-    ({"variants": {"x": {"only": ["safe"]}}, "tables": []}, "variants.x.only: 'safe' is no model of 'rm'"),
+    ({"variants": {"x": {"only": ["safe"]}}, "tables": []}, "variants.x.only: 'safe' is not a model of 'rm'"),
     ({"variants": {"x": {"value": {}}}, "tables": []}, "variants.x.value: unknown key. Did you mean 'values'?"),
     ({"variants": {"x": {}}}, "tables.0.variants: there is no variant 'none'. The variants: x."),
     ({"command": "sft", "variants": {"none": {}, "large": {}, "plain": {}}}, "tables.0.margins: 'sft' has no margins"),
@@ -338,9 +338,9 @@ def test_other_commands_say_what_a_study_is_for(tmp_path: Path, capsys: pytest.C
     path = str(write_study(tmp_path))
     other, absent = study_values(command=["rm", "ppo"]), study_values(extends="other.yaml")
     for values, command, words in (
-        (study_values(), "sft", "is a study of 'rm', whose variants say what is run"),
+        (study_values(), "sft", "this is a study of 'rm'; its variants say what is run"),
         (study_values(), "rm --only safety", "Run `llamachat all --config"),
-        (study_values(), "dashboard", "variants: a study's key, and this command runs a recipe."),
+        (study_values(), "dashboard", "variants: a study's key, but this command runs a recipe."),
         (other, "all --dry-run", "steps: the recipe has no step 'ppo', only sft, rm/helpfulness,"),
         (absent, "rm", "does not exist"),
     ):

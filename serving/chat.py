@@ -4,16 +4,19 @@ Reads and writes through two functions, so that a terminal, a pipe and a test wo
 is the answer alone: no stop token, and no control character that could steer the terminal.
 """
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from unicodedata import category
 
-from llamachat.chat_format.dialog import DialogError, Message, check_messages, with_system
+from llamachat.chat_format.dialog import DialogError, Message, as_dicts, check_messages, with_system
 from llamachat.chat_format.format import fit
 from llamachat.errors import UsageError
 from llamachat.models.loading import Policy
 from llamachat.rollout.engine import Completion, LocalEngine, Sampling
+from llamachat.tables import plural
 from serving.context import longest_dialog, open_engine
 
 log = logging.getLogger(__name__)
@@ -21,6 +24,8 @@ log = logging.getLogger(__name__)
 Write = Callable[[str], object]
 
 HELP = (
+    "/retry        answer the last message again\n"
+    "/save FILE    append the conversation to a JSON lines file that data.sft reads\n"
     "/system TEXT  start a new conversation with this system text (without TEXT: with none)\n"
     "/reset        start a new conversation\n"
     "/quit         end\n"
@@ -58,7 +63,14 @@ def chat_loop(
             return
         if line == "/quit":
             return
-        if line.startswith("/"):
+        if line == "/retry":
+            if question := conversations[0].question:
+                for conversation in conversations:
+                    conversation.retract()
+                _ask_all(question, conversations, sampling=sampling, write=write)
+            else:
+                write("(nothing was asked yet)\n")
+        elif line.startswith("/"):
             write(_obey(line, conversations))
         elif line:
             _ask_all(line, conversations, sampling=sampling, write=write)
@@ -79,6 +91,8 @@ class Conversation:
     label: str = ""
     turns: list[Message] = field(default_factory=list)
     num_questions: int = 0
+    question: str = ""  # the last one
+    is_answered: bool = False  # whether it and its answer are the last turns
     engine: LocalEngine = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +101,7 @@ class Conversation:
     def ask(self, text: str, *, sampling: Sampling, write: Write, note: Write) -> str:
         """The answer to the next message, written as it comes; both join the history if the answer is valid in it."""
         prompt = self._prompt(text, max_new_tokens=sampling.max_new_tokens)
+        self.question, self.is_answered = text, False
         printer = _Printer(self.policy, write)
         # With the same numbers at every turn, one unlikely draw would come back in every answer.
         completion = self.engine.stream(
@@ -108,11 +123,19 @@ class Conversation:
             note(f"(left out of the conversation: the answer {reason})")
         else:
             self.turns += pair
+            self.is_answered = True
         return answer
+
+    def retract(self) -> None:
+        """Forget the last question and its answer."""
+        if self.is_answered:
+            del self.turns[-2:]
+            self.is_answered = False
 
     def reset(self, system: str | None) -> None:
         """Forget what was said, and begin with this system text."""
         self.turns.clear()
+        self.question, self.is_answered = "", False
         self.system = system
 
     def _prompt(self, text: str, *, max_new_tokens: int) -> tuple[Message, ...]:
@@ -196,4 +219,18 @@ def _obey(line: str, conversations: Sequence[Conversation]) -> str:
         for conversation in conversations:
             conversation.reset(argument or None)
         return f"(a new conversation with {'this' if argument else 'no'} system text)\n"
+    if command == "/save" and argument:
+        return _save(argument, conversations)
     return HELP
+
+
+def _save(file: str, conversations: Sequence[Conversation]) -> str:
+    """Append each conversation that has an answer to a file of dialogs; the line to show."""
+    dialogs = [with_system(one.turns, one.system) for one in conversations if one.turns]
+    rows = [json.dumps({"messages": as_dicts(dialog)}, ensure_ascii=False) for dialog in dialogs]
+    try:
+        with Path(file).open("a", encoding="utf-8") as out:
+            out.writelines(f"{row}\n" for row in rows)
+    except OSError as error:
+        return f"(not saved: {file}: {error.strerror})\n"
+    return f"({file}: {plural(len(rows), 'conversation')} appended)\n"

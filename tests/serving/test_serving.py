@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llamachat.chat_format import ChatFormat
-from llamachat.chat_format.dialog import Message
+from llamachat.chat_format.dialog import Dialog, Message
+from llamachat.data.loading import read_records
 from llamachat.errors import DataError, UsageError
 from llamachat.rollout.engine import Sampling
 from llamachat.rollout.hugging_face import HuggingFaceEngine
@@ -103,6 +104,20 @@ def test_a_conversation_keeps_its_history_until_it_begins_again(tiny_format: Cha
     one, two, three, four, five = users("one", "two", "three", "four", "five")
     assert prompts == [(one,), (one, hello, two), (three,), (system, four), (five,)]
     assert shown.count("/system TEXT") == 1, "an unknown command names the known ones"
+
+
+def test_a_message_is_answered_again_and_a_conversation_is_saved(tiny_format: ChatFormat, tmp_path: Path):
+    file = tmp_path / "own.jsonl"
+    lines = ("/retry", "one", "two", "/retry", f"/save {file}", "/system Be brief.", "three", f"/save {file}")
+    prompts, shown = talk(tiny_format, *lines, f"/save {tmp_path}/none/own.jsonl")
+    hello, system = Message("assistant", "Hello"), Message("system", "Be brief.")
+    one, two, three = users("one", "two", "three")
+    assert prompts == [(one,), (one, hello, two), (one, hello, two), (system, three)]
+    assert [dialog.messages for dialog in read_records(file, Dialog)] == [
+        (one, hello, two, hello),
+        (system, three, hello),
+    ]
+    assert "(nothing was asked yet)" in shown and "(not saved: " in shown
 
 
 def test_the_oldest_pairs_make_room_and_the_system_text_stays(tiny_format: ChatFormat):

@@ -1,9 +1,8 @@
-"""`llamachat data check`: what is wrong with the lines of a file, by field, reason and fix, and what the good ones
-hold.
+"""`llamachat data check`: report the problems of a data file by field, reason and fix, and summarize the valid records.
 
-Reads the file once, line by line, and writes nothing. Equal problems of several lines are one line of the report. Where
-`llamachat data convert` repairs the first line that has a problem, the problem's fix names it. Warnings (repeated
-records, keys that nothing reads) do not change the exit status; with problems it is 2.
+Reads the file once, line by line, and writes nothing. A problem that occurs on several lines is reported once. If
+`llamachat data convert` repairs the first line with a problem, the fix says so. Warnings (repeated records, unknown keys)
+do not change the exit status; problems make it 2.
 """
 
 import re
@@ -43,7 +42,7 @@ _TEXT_NAMES = {"system": "system text", "user": "user turn", "assistant": "answe
 
 @dataclass(frozen=True, slots=True)
 class Warned:
-    """Something that breaks no rule but may not be meant, and the lines that have it; none for the file as a whole."""
+    """A warning: something that is valid but may be unintended. `lines` is empty for a warning about the whole file."""
 
     field: str
     reason: str
@@ -51,7 +50,7 @@ class Warned:
     lines: list[int]
 
     def at(self, path: str) -> str:
-        """The warning on one line of text."""
+        """Format the warning as one line of text."""
         if not self.lines:
             return f"{path}: warning: {self.field}: {self.reason} {self.fix}"
         return f"{path}:{self.lines[0]}: warning: {self.field}: {self.reason} {self.fix} ({counted_lines(self.lines)})"
@@ -59,15 +58,15 @@ class Warned:
 
 @dataclass(frozen=True, slots=True)
 class TokenLimit:
-    """How long a record may be, by the recipe that is to read it."""
+    """The maximum length of a record in the recipe that will read it."""
 
     chat_format: ChatFormat
     max_tokens: int  # of a whole dialog, `base.max_tokens`
-    max_prompt_tokens: int  # of a prompt, with room for an answer
-    system: str | None  # put before what has no system text
+    max_prompt_tokens: int  # of a prompt, leaving room for an answer
+    system: str | None  # prepended to records without a system text
 
     def count(self, record: Record) -> tuple[int, int, tuple[Message, ...]]:
-        """The tokens of a record (of a pair those of the longer answer), the limit, and the messages that these are."""
+        """The record's length in tokens, its limit and its messages; a pair counts with its longer answer."""
         messages = with_system(messages_of(record), self.system)
         if isinstance(record, Prompt):
             return len(self.chat_format.encode_prompt(messages)), self.max_prompt_tokens, messages
@@ -80,48 +79,48 @@ class TokenLimit:
 
 @dataclass(slots=True)
 class CheckReport:
-    """What one file holds and what is wrong with it.
+    """The contents and problems of one file.
 
-    Filled row by row, with numbers only of what is sound, so that a file of gigabytes is checked in little memory.
+    Filled row by row. Valid rows only add to counts, so checking a file of several gigabytes takes little memory.
     """
 
     path: str
     kind: Kind | None
     forbidden: Sequence[str] = ()
-    options: str = ""  # of the command, for the one that is named as a fix
+    options: str = ""  # of the `data check` command, repeated in the `data convert` command of the fix
     limit: TokenLimit | None = None
     num_records: int = 0
-    problems: list[Problem] = field(default_factory=list)  # by line
+    problems: list[Problem] = field(default_factory=list)  # sorted by line
     warnings: list[Warned] = field(default_factory=list)
-    turns: Counter[int] = field(default_factory=Counter)  # messages without the system text -> records
-    characters: dict[str, "array[int]"] = field(default_factory=dict)  # by what the text is: the length of each
+    turns: Counter[int] = field(default_factory=Counter)  # number of messages without the system text -> records
+    characters: dict[str, "array[int]"] = field(default_factory=dict)  # kind of text -> length of each
     labels: Counter[str] = field(default_factory=Counter)  # "rating better", "is_safe true", ... -> records or messages
-    num_duplicates: int = 0  # records that are the same as one before them
-    num_empty: int = 0  # rows of a known set that hold no record
-    num_shortened: int = 0  # longer than the limit: trained on without their oldest turns
-    num_too_long: int = 0  # longer than the limit with their last turns alone: left out of training
+    num_duplicates: int = 0  # records identical to an earlier one
+    num_empty: int = 0  # rows of a known data set that contain no record
+    num_shortened: int = 0  # longer than the limit: the oldest turns are dropped in training
+    num_too_long: int = 0  # the last turns alone exceed the limit: excluded from training
     _first_lines: dict[bytes, int] = field(default_factory=dict)
     _lines_by_kind: dict[Kind, "array[int]"] = field(default_factory=dict)
     _warned: dict[tuple[str, str], Warned] = field(default_factory=dict)
     _first_html: str | None = None
     _user_turns: list[tuple[Turn, ...]] = field(default_factory=list)
-    _sketches: dict[int, Sketch] = field(default_factory=dict)  # by number of the record; of equal ones the first
+    _sketches: dict[int, Sketch] = field(default_factory=dict)  # by record number; the first of identical records
     _tokens: "array[int]" = field(default_factory=lambda: array("Q"))
     _first_values: dict[tuple[str, str], object] = field(default_factory=dict)  # by kind of problem
     _spread: Sides | None = None
 
     @property
     def exit_status(self) -> int:
-        """2 where a line breaks the rules, else 0."""
+        """2 if the file has problems, else 0."""
         return 2 if self.problems else 0
 
     @property
     def num_bad_lines(self) -> int:
-        """Lines with a problem; one line may have several."""
+        """The number of lines with problems; one line may have several."""
         return len({one.line for one in self.problems})
 
     def text(self) -> str:
-        """The whole report: each kind of problem and warning on a line, then what the file holds."""
+        """The full report: one line for each kind of problem and warning, then a summary of the contents."""
         lines = folded(self.problems, self.path)
         lines += [one.at(self.path) for one in self.warnings]
         command = convert_command(self.problems, self.path, self.options)
@@ -131,7 +130,7 @@ class CheckReport:
     def _summary(self) -> Iterator[str]:
         kinds = f"{self.kind}s" if self.kind else "records"
         if not self.num_records and all(not one.line for one in self.problems):
-            return  # the problem of the file as a whole says all
+            return  # the problem with the whole file is already reported
         bad = plural(self.num_bad_lines, "bad line")
         yield f"{self.path}: {self.num_records} good {kinds}, {bad}, {self.num_duplicates} repeated"
         if self.num_empty:
@@ -216,7 +215,7 @@ class CheckReport:
             self.num_too_long += not fits
 
     def finish(self) -> None:
-        """Once all rows are added: the kind that most are of, records of other kinds, warnings."""
+        """Complete the report after the last row: the most common kind, records of other kinds, warnings."""
         self._name_repairs()
         if self.kind is None:
             lines = self._lines_by_kind
@@ -235,7 +234,7 @@ class CheckReport:
         self.warnings = sorted(self._warned.values(), key=lambda warned: warned.lines[:1])
 
     def _name_repairs(self) -> None:
-        """Name `data convert` in the fix of each problem that it repairs, judged by the first line with the problem."""
+        """Mention `data convert` in the fix of each problem whose first line it repairs."""
         repaired = {
             key
             for key, value in self._first_values.items()
@@ -247,7 +246,7 @@ class CheckReport:
         ]
 
     def _check_split(self) -> None:
-        """The sides of the default split: their sizes, and records that are nearly the same on two of them."""
+        """Check the default split: the size of each side, and near-duplicates across sides."""
         self._spread = spread = sides_of(self._user_turns, Split())
         if (warning := spread.warning(Split())) is not None:
             fix = "Add conversations that begin otherwise, drop repeats, or set other shares."
@@ -270,7 +269,7 @@ class CheckReport:
         self._warned[name, reason] = Warned(name, reason, fix, [])
 
     def _of_other_kinds(self) -> Iterator[Problem]:
-        """Records of another kind than most: a file is read for one kind."""
+        """Problems for the records that are not of the file's kind."""
         for other, lines in self._lines_by_kind.items():
             if other == self.kind or self.kind is None:
                 continue
@@ -289,9 +288,9 @@ def check_path(
     columns: Mapping[str, str] | None = None,
     limit: TokenLimit | None = None,
 ) -> CheckReport:
-    """The report on one file; without `kind`, it is a file of the kind that most of its records are.
+    """Check one file. Without `kind`, the file's kind is that of most of its records.
 
-    `forbidden` are the texts that no message may hold (`ChatFormat.forbidden`); with `limit` tokens are counted.
+    No message may contain a text in `forbidden` (`ChatFormat.forbidden`). With `limit`, tokens are counted.
     """
     named = ",".join(f"{name}={column}" for name, column in (columns or {}).items())
     given = {"--kind": kind or "", "--format": "" if format == "auto" else format, "--columns": named}

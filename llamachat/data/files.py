@@ -1,10 +1,10 @@
-"""The raw rows of a data file or a hub data set, whatever holds them: JSON Lines (plain, gzip), parquet, the hub.
+"""The raw rows of a data file or a Hub data set: JSON Lines (plain or gzip), parquet or the Hub.
 
-What a file is, is read off its first bytes as well as its name, and a file whose name says otherwise is refused: read
-as lines, a parquet file or an array would give one odd problem a line and hide the one that matters.
-JSON Lines are read more strictly than by `json.loads`: NaN, Infinity, a key named twice, bytes that are not UTF-8 and
-blank lines between records are problems, since another reader would take them otherwise or skip them. Lines end with LF
-or CRLF; blank lines at the end of the file are no problem, since a writer that ends each line twice leaves one.
+The file type is detected from the first bytes and must match the name. Reading a parquet file or a JSON array as lines
+would report one odd problem a line and hide the actual one.
+JSON Lines are read more strictly than with `json.loads`: NaN, Infinity, duplicate keys, invalid UTF-8 and blank lines
+between records are problems, because other readers interpret or skip them differently. Lines end with LF or CRLF. Blank
+lines at the end of the file are allowed, since some writers add one.
 """
 
 import gzip
@@ -49,12 +49,12 @@ _TABLES = (".csv", ".tsv")
 _GAP, _COLON, _OBJECTS = re.compile(r"[\s,]*"), re.compile(r"\s*:\s*"), re.compile(r"\[\s*\{")
 _HEAD = 1 << 16
 _BEGIN = 32
-LONGEST_LINE = 1 << 28  # bytes; gzip makes a thousandth of a line that would fill any memory
-_DEEPEST = 250  # levels of a value; a tree of 100 messages has about 200
+LONGEST_LINE = 1 << 28  # bytes; gzip compresses a thousandfold, so a small file could fill any memory with one line
+_DEEPEST = 250  # nesting levels of a value; a tree of 100 messages has about 200
 
 
 def read_rows(path: str) -> Iterator[Row]:
-    """Every row in order, with its value or its problem. Line 0 is the file as a whole."""
+    """Yield every row in order, with its value or its problem. Line 0 stands for the whole file."""
     hub_name = hub_set(path)
     if hub_name is not None:
         yield from _read_hub(hub_name, path)
@@ -73,7 +73,7 @@ def read_rows(path: str) -> Iterator[Row]:
 
 
 def source_names(sources: Iterable[str]) -> dict[str, str]:
-    """A name for the figures of each source: its file's stem, with its folder before it where two files share one."""
+    """Metric names for the sources: the file's stem, prefixed with its folder if two files share a stem."""
     distinct = list(dict.fromkeys(sources))
     stems = {source: _metric_name(PurePosixPath(source).name.partition(".")[0]) for source in distinct}
     counts = Counter(stems.values())
@@ -90,17 +90,17 @@ def _metric_name(text: str) -> str:
     return kept.strip("-_") or "source"
 
 
-# -- files as a whole
+# -- whole files
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """The bytes of a file, unpacked where its name says gzip."""
+    """Open a file for reading bytes; decompress it if its name says gzip."""
     file = regular_file(path)
     return cast(IO[bytes], gzip.open(file)) if file.suffix == ".gz" else file.open("rb")
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Every line of a file and its number from 1; `DataError` where the file cannot be read to its end."""
+    """Yield every line of a file with its number, from 1; raise `DataError` if the file cannot be read to its end."""
     line = 0
     try:
         with open_file(path) as stream:
@@ -114,7 +114,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def bounded_lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a stream; of one that is longer than `LONGEST_LINE` a byte more than that, which makes it a bad row."""
+    """Yield the lines of a stream; of a longer one, `LONGEST_LINE` + 1 bytes, which makes it a bad row."""
     while raw := stream.readline(LONGEST_LINE + 1):
         yield raw
         while is_cut(raw) and not raw.endswith(b"\n"):
@@ -122,7 +122,7 @@ def bounded_lines(stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def is_cut(line: bytes) -> bool:
-    """Whether a line is longer than what was read of it."""
+    """Whether the line exceeds `LONGEST_LINE` and was truncated."""
     return len(line) > LONGEST_LINE
 
 
@@ -131,13 +131,13 @@ def is_blank(line: bytes) -> bool:
 
 
 def has_byte_order_mark(path: Path) -> bool:
-    """Whether the text begins with the mark that some editors write; the reading skips it."""
+    """Whether the text begins with a byte order mark, which some editors write and the reader skips."""
     with open_file(path) as file:
         return file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK
 
 
 def file_problem(path: Path) -> Row | None:
-    """Why the file as a whole cannot be read, or None."""
+    """The problem that makes the whole file unreadable, or None."""
     try:
         if path.is_dir():
             return _whole("is a folder, but records are read from one file.", f"Name the file{_files_in(path)}.")
@@ -161,7 +161,7 @@ def file_problem(path: Path) -> Row | None:
             with open_file(path) as stream:
                 head = stream.read(_HEAD)
         except (EOFError, zlib.error, gzip.BadGzipFile):
-            return None  # the reader of lines reports how far it can be read
+            return None  # the line reader reports where the file becomes unreadable
         if not head:
             return _whole("is empty inside, but it should hold records.", "Write or fetch it again.")
         if (content := _content(head)) != "text":
@@ -177,16 +177,16 @@ def _absent(path: Path) -> Row:
 
 
 def _content(head: bytes) -> str:
-    """What the first bytes of a file say that it is."""
+    """The file type according to the first bytes."""
     if head[257:262] == b"ustar":
         return "a tar archive"
     name = next((name for magic, name in _MAGIC if head.startswith(magic)), "text")
-    # Text of JSON has no byte that is 0; among the first characters of UTF-16 and UTF-32 there are some.
+    # JSON text contains no zero byte; UTF-16 and UTF-32 have some among their first characters.
     return "binary, or text in UTF-16 or UTF-32" if name == "text" and b"\0" in head[:_BEGIN] else name
 
 
 def _text_problem(path: Path, head: bytes) -> Row | None:
-    """Text that is no JSON Lines from its first line to its last: a table, an array, records over several lines."""
+    """The problem of a text file that is not JSON Lines: a table, an array, or records that span several lines."""
     text = head.removeprefix(BYTE_ORDER_MARK)
     if not text.strip():
         return _whole("holds blank lines only, but it should hold records.", "Write or fetch it again.")
@@ -214,7 +214,7 @@ def _text_problem(path: Path, head: bytes) -> Row | None:
 
 
 def _records_in(head: bytes) -> str:
-    """jq's name of the records in an object that begins like this: it is one itself, or has a list of them under a key."""
+    """The jq path of the records in an object that begins like this: the object itself or a list under a key."""
     decoder, text = json.JSONDecoder(), head.decode(errors="ignore")
     position, jq_path = text.index("{") + 1, "."
     try:
@@ -223,12 +223,12 @@ def _records_in(head: bytes) -> str:
             position = _end_of(_COLON, text, position)
             item = _OBJECTS.match(text, position)
             if item is not None and {"role", "from"} & decoder.raw_decode(text, item.end() - 1)[0].keys():
-                return "."  # turns
+                return "."  # a list of turns: the object is one record
             if kind_of({name: None}) is not None:
                 return "."
             jq_path = f".{json.dumps(name)}[]" if item and jq_path == "." else jq_path
             _, position = decoder.raw_decode(text, position)
-    except (ValueError, RecursionError):  # the object ends here, or what was read of it
+    except (ValueError, RecursionError):  # the end of the object, or of the bytes read
         return jq_path
 
 
@@ -238,14 +238,14 @@ def _end_of(pattern: re.Pattern[str], text: str, position: int) -> int:
 
 
 def _is_array(path: Path, text: bytes, *, is_whole: bool) -> bool:
-    """A first line that is a list by itself is one bad record; an array runs on to the end of the file."""
+    """Whether the whole file is an array; a list on the first line alone is one bad record."""
     if is_whole:
         value = decode_line(text, 1).value
         return isinstance(value, list) and bool(value)
     first, last = text.lstrip().split(b"\n")[0], b""
     with open_file(path) as file:
         while part := file.readline(_HEAD):
-            last = part.strip() or last  # in the end, the end of the last line that is not blank
+            last = part.strip() or last  # the last line that is not blank
     return all(decode_line(line, 1).problems for line in (first, last)) and last.endswith(b"]")
 
 
@@ -266,7 +266,7 @@ def _files_in(folder: Path) -> str:
     return f" in it: {', '.join(names[:5])}" if names else "; it holds no .jsonl, .jsonl.gz or .parquet"
 
 
-# -- parquet and the hub
+# -- parquet and the Hub
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -279,13 +279,13 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         if repeated := [name for name, count in Counter(names).items() if count > 1]:
             yield _whole(f"has several columns named {repeated[0]!r}.", "Rename or drop all but one of them.")
             return
-        # Batches, not the table: a file of gigabytes is read without being held.
+        # Read batches instead of the table, so that a file of several gigabytes is never in memory as a whole.
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=512):
             for values in zip(*batch.columns, strict=True):
                 number += 1
                 row = dict(zip(batch.schema.names, map(_value_of, values), strict=True))
                 yield Row(number, _as_json(row))
-    # Names of columns that are not UTF-8 and sizes that no memory holds are found by Python, not by Arrow.
+    # Python, not Arrow, detects column names that are not UTF-8 and sizes that exceed any memory.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         reason = f"is damaged parquet from this row on ({first_line(error)})."
         yield bad_row(number + 1, "file", reason, "Fetch or write the file again.")
@@ -299,7 +299,7 @@ def _read_hub(name: HubSet, path: str) -> Iterator[Row]:
         import datasets
 
         rows = datasets.load_dataset(name.name, name.configuration, split=name.split, revision=name.revision)
-    except Exception as error:  # the library raises what its many parts raise; each means that there are no rows
+    except Exception as error:  # the library raises many types; each means that the rows cannot be read
         yield _whole(
             f"is no file here, and the hub did not give it as a data set ({type(error).__name__}: {first_line(error)}).",
             "Write the path of a file, or where there is a network: check the name, the split (OWNER/NAME:SPLIT) and the "
@@ -313,13 +313,13 @@ def _read_hub(name: HubSet, path: str) -> Iterator[Row]:
 
 
 def _commit_of(rows: Any) -> str | None:
-    """The commit of the hub that a data set was read at, as the addresses of its files have it: `hf://datasets/o/n@commit/f`."""
+    """The Hub commit that a data set was read at, parsed from its file URLs (`hf://datasets/o/n@commit/f`)."""
     addresses = getattr(getattr(rows, "info", None), "download_checksums", None) or {}
     return next((match[1] for address in addresses if (match := _COMMIT.search(str(address)))), None)
 
 
 def _value_of(scalar: Any) -> Any:
-    """The value of an Arrow scalar; where Python has none (a year 10000, text that is not UTF-8), the raw one inside."""
+    """The value of an Arrow scalar, or the raw value if Python cannot represent it (year 10000, invalid UTF-8)."""
     import pyarrow
 
     try:
@@ -331,14 +331,14 @@ def _value_of(scalar: Any) -> Any:
             return [_value_of(item) for item in scalar.values]
         if isinstance(scalar, pyarrow.StringScalar):
             return scalar.as_buffer().to_pybytes()
-        value = getattr(scalar, "value", None)  # of a date the number inside
+        value = getattr(scalar, "value", None)  # the number inside a date
         return _value_of(value) if isinstance(value, pyarrow.Scalar) else value
 
 
 def _as_json(value: Any) -> Any:
-    """The value as JSON Lines would hold it: dates and other foreign values as text, and no key with null.
+    """The value as it would appear in JSON Lines: dates and other foreign types as text, keys with null removed.
 
-    Columns give every row every key; one without a value is an absent key. Bytes that are no text stay bytes.
+    In a table every row has every key, so null means that the key is absent. Bytes that are not text stay bytes.
     """
     if isinstance(value, dict):
         plain = {key: _as_json(item) for key, item in value.items()}
@@ -359,7 +359,7 @@ def _as_json(value: Any) -> Any:
 
 
 def decode_lines(lines: Iterable[bytes]) -> Iterator[Row]:
-    """A row for each line; where the gzip data of a stream break off, the problem of the line that cannot be read."""
+    """Yield a row for each line. If a gzip stream breaks off, the last row has the problem of the unreadable line."""
     blank: list[int] = []
     line = 0
     try:
@@ -384,7 +384,7 @@ def decode_lines(lines: Iterable[bytes]) -> Iterator[Row]:
 
 
 def decode_line(raw: bytes, line: int) -> Row:
-    """The JSON value of one line."""
+    """Parse the JSON value of one line."""
     if is_cut(raw):
         reason = f"is longer than {LONGEST_LINE >> 20} MiB, but it holds one record."
         return bad_row(line, "line", reason, "Write each record on a line of its own, or drop the line.")
@@ -399,7 +399,7 @@ def decode_line(raw: bytes, line: int) -> Row:
         )
     try:
         value = _DECODER.decode(text)
-        # Counting brackets is faster than looking at every level.
+        # Counting brackets is faster than traversing every level.
         may_be_deep = text.count("[") + text.count("{") > _DEEPEST
         return _too_deep(line) if may_be_deep and _is_deep(value) else Row(line, value)
     except json.JSONDecodeError as error:
@@ -413,7 +413,7 @@ def decode_line(raw: bytes, line: int) -> Row:
         return bad_row(line, f"column {column}", reason, "Write a number or null, or drop it.")
     except RecursionError:
         return _too_deep(line)
-    except ValueError:  # an integer of more digits than Python converts
+    except ValueError:  # an integer with more digits than Python converts
         return bad_row(line, "line", "holds a number of thousands of digits.", "Write it as a string, or drop it.")
 
 
@@ -422,7 +422,7 @@ def _too_deep(line: int) -> Row:
 
 
 def _is_deep(value: object) -> bool:
-    """Whether a value is nested more than `_DEEPEST` levels deep: reading or writing it could exceed the recursion limit."""
+    """Whether a value is nested deeper than `_DEEPEST`; reading or writing it could exceed the recursion limit."""
     level = [value]
     for _ in range(_DEEPEST):
         level = [
@@ -465,11 +465,11 @@ def _syntax_problem(text: str, line: int, error: json.JSONDecodeError) -> Row:
 
 
 class _RepeatedKeyError(Exception):
-    """A key that an object has twice."""
+    """An object has a duplicate key."""
 
 
 class _ConstantError(Exception):
-    """A number that JSON does not have."""
+    """A number is not valid JSON (NaN, Infinity)."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

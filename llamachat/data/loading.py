@@ -1,11 +1,11 @@
-"""Records of one kind from the sources of a recipe: read, checked, split by conversation, mixed by weight.
+"""Load records of one kind from the sources of a recipe: read, check, split by conversation, mix by weight.
 
-Reads JSON Lines, parquet and hub sets, in our own form or that of a known data set (`llamachat.data.sources`). A
-record that breaks the rules stops the reading with every bad line of its file named, or is dropped and counted by
-reason; which of the two is the source's `on_bad_record`. A fault of the file itself always stops it.
-Which side of the split a conversation is on follows from a hash of its first user turn, the same in every step: two
-conversations that open alike are on one side. Where many conversations of a source open alike ("hi", "/start"), that
-turn decides nothing, and the next one does: a conversation without the greeting is on the same side as with it.
+Reads JSON Lines, parquet and Hub data sets, in our own format or that of a known data set (`llamachat.data.sources`).
+The source's `on_bad_record` decides whether an invalid record raises an error that lists every bad line of its file, or
+is dropped and counted by reason. A problem with the file itself always raises.
+The side of the split is a hash of the first user turn, the same in every step, so conversations that start alike are on
+one side. A turn that starts many conversations of a source ("hi", "/start") is skipped and the next one decides:
+a conversation is on the same side with and without the greeting.
 """
 
 import hashlib
@@ -53,21 +53,18 @@ R = TypeVar("R", Dialog, Preference, Prompt)
 S = TypeVar("S")
 SplitName = Literal["train", "validation", "test", "judge"]
 
-_HEAD = 100  # rows from which the format of a file is recognised
+_HEAD = 100  # rows used to detect the format of a file
 _TURNS_LOOKED_AT = 4
-_SEVERAL, _MANY = 20, 0.1  # conversations of a source, and their share, that open alike without being near-duplicates
-_FAR, _EXPECTED = (
-    0.15,
-    5,
-)  # of a side from its share, in shares of the records; conversations of a side that is not empty by chance
-_REMEMBERED = 200_000  # records that are kept between steps, so that each step need not read and check them again
+_SEVERAL, _MANY = 20, 0.1  # a turn is skipped if it starts at least 20 conversations and this share of the source
+_FAR, _EXPECTED = 0.15, 5  # largest deviation from a side's share; expected size from which a side must not be empty
+_REMEMBERED = 200_000  # records cached between steps, so that each step need not read and check them again
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture(Generic[R]):
-    """Records of several sources by side of the split, and how many were dropped, by file and reason.
+    """Records of several sources by side of the split, and the number dropped, by file and reason.
 
-    Weighted where they are trained on (train, judge), each record once where they are measured with.
+    The training sides (train, judge) are weighted; the evaluation sides contain each record once.
     """
 
     train: list[R]
@@ -81,15 +78,13 @@ class Mixture(Generic[R]):
 
 
 def fraction(text: str, *, salt: str = "split") -> float:
-    """A number in [0, 1) that depends on the stripped text and the salt alone (SHA-256, so the same on every
-    machine)."""
+    """A number in [0, 1) that depends only on the stripped text and the salt (SHA-256, identical on all machines)."""
     digest = hashlib.sha256(f"{salt}\n{text.strip()}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def split_of(position: float, split: Split) -> SplitName:
-    """The side of a conversation by the `fraction` of the turn that decides: from 0 up test, validation, judge,
-    train."""
+    """The side for the `fraction` of a conversation's deciding turn; from 0 to 1: test, validation, judge, train."""
     if position < split.test:
         return "test"
     if position < split.test + split.validation:
@@ -97,27 +92,26 @@ def split_of(position: float, split: Split) -> SplitName:
     return "judge" if position < split.test + split.validation + split.judge else "train"
 
 
-# A user turn: a number that tells texts apart but for case, and the fraction that its text gives.
+# A user turn: a hash of the text that ignores case, and the text's `fraction`.
 Turn = tuple[int, float]
 
 
 def user_turns(record: Record) -> tuple[Turn, ...]:
-    """What may decide on a record's side: its first user turns one after the other, last all of its user turns as
-    one."""
+    """The candidates for a record's deciding turn: its first user turns in order, then all user turns joined."""
     texts = [message.content.strip() for message in messages_of(record) if message.role == "user"]
     return tuple((hash(text.casefold()), fraction(text)) for text in (*texts[:_TURNS_LOOKED_AT], "\n".join(texts)))
 
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """The side of each record of one source, in order, and how they are spread."""
+    """The side of each record of one source, in order, and statistics of the split."""
 
     sides: list[SplitName]
-    num_conversations: int  # different ones, by their user turns
-    num_alike: int  # different conversations that begin with a turn which many share
+    num_conversations: int  # distinct conversations, by their user turns
+    num_alike: int  # distinct conversations that begin with a turn that many share
 
     def warning(self, split: Split) -> str | None:
-        """What to say where a side is far from the share that is configured for it, or holds nothing."""
+        """A warning if a side is empty or its size is far from the configured share, else None."""
         total = len(self.sides)
         counts: Counter[str] = Counter(self.sides)
         shares = {**split.model_dump(), "train": 1 - sum(split.model_dump().values())}
@@ -138,14 +132,14 @@ class Sides:
 
 
 def side_sizes(counts: Mapping[SplitName, int]) -> str:
-    """The size of each side, in words."""
+    """The size of each side as text."""
     return ", ".join(f"{counts[side]} {side}" for side in get_args(SplitName) if counts.get(side))
 
 
 def sides_of(records: Sequence[tuple[Turn, ...]], split: Split) -> Sides:
-    """The sides of a source's records, given by their `user_turns`.
+    """Assign the records of a source, given by their `user_turns`, to the sides of the split.
 
-    A turn that many conversations begin with is skipped: it would put them all on one side.
+    A turn that starts many conversations is skipped, since it would put them all on one side.
     """
     conversations = set(records)
     many = max(_SEVERAL, _MANY * len(conversations))
@@ -165,10 +159,10 @@ def _deciding(turns: tuple[Turn, ...], shared: Collection[int]) -> Turn:
 
 
 def mix(parts: Iterable[tuple[Sequence[S], float]], seed: int) -> list[S]:
-    """All parts one after the other, each record as often as its part's weight says; a fraction draws that share.
+    """Concatenate all parts, repeating each by its weight; the fractional part of a weight samples that share.
 
-    A part's draw depends on the seed and its own records' positions alone: other parts, and records added at its end,
-    change little or nothing of it. Order within a part is kept.
+    A part's sample depends only on the seed and the positions of its records. Other parts do not affect it, and records
+    appended to it change little. The order within a part is kept.
     """
     mixed: list[S] = []
     for records, weight in parts:
@@ -188,10 +182,10 @@ def mix(parts: Iterable[tuple[Sequence[S], float]], seed: int) -> list[S]:
 def load_mixture(
     sources: Sequence[DataSource], split: Split, record: type[R], *, forbidden: Sequence[str], seed: int
 ) -> Mixture[R]:
-    """The sources' records of this kind, split by conversation, then mixed by weight.
+    """Load the sources' records of this kind, split them by conversation and mix them by weight.
 
-    Dialogs and preferences are read as prompts where prompts are wanted. `forbidden` are the texts that no message may
-    hold (`ChatFormat.forbidden`). The bad lines of all sources are reported in one error.
+    If `record` is Prompt, dialogs and preferences are read as prompts. No message may contain a text in `forbidden`
+    (`ChatFormat.forbidden`). The bad lines of all sources are reported in one error.
     """
     parts: dict[SplitName, list[tuple[list[R], float]]] = {side: [] for side in get_args(SplitName)}
     dropped: Counter[str] = Counter()
@@ -222,12 +216,12 @@ def load_mixture(
 
 @lru_cache(maxsize=64)
 def _log_once(text: str) -> None:
-    """Log a line that several mixtures of one command share only the first time."""
+    """Log a line only once, although several mixtures of one command produce it."""
     log.info("%s", text)
 
 
 def read_records(source: DataSource | Path | str, record: type[R], *, forbidden: Sequence[str] = ()) -> list[R]:
-    """All records of one source or file, in its order, whatever their side of the split; see `load_mixture`."""
+    """Read all records of one source or file in order, from all sides of the split; see `load_mixture`."""
     source = source if isinstance(source, DataSource) else DataSource(path=str(source))
     return list(_read(source, record, tuple(forbidden))[0])
 
@@ -237,10 +231,10 @@ _remembered: dict[tuple[object, ...], _Read] = {}
 
 
 def _read(source: DataSource, record: type[R], forbidden: tuple[str, ...]) -> tuple[Sequence[R], Mapping[str, int]]:
-    """The records of a source and the counts of what was dropped: read and checked once in a process.
+    """The records of a source and the counts of dropped ones, cached in the process.
 
-    Three reward models read the same pairs. What decides the result is the key: the source, the kind, the forbidden
-    texts, and the file as it is on the disk.
+    Three reward models read the same pairs. The cache key covers the source, the kind, the forbidden texts and the
+    file's current state on disk.
     """
     file = Path(from_home(source.path))
     state = file.stat() if file.is_file() else None
@@ -310,9 +304,9 @@ def parse_rows(
     columns: Mapping[str, str] | None = None,
     forbidden: Sequence[str] = (),
 ) -> Iterator[Row]:
-    """Every row in turn, converted from its format, once for each record that it holds, or with its problems.
+    """Yield each row converted from its format, once for each record it contains, or with its problems.
 
-    Without `kind` each row is of the kind that its keys say. `path` stands in errors.
+    Without `kind`, the keys of each row determine its kind. `path` appears in error messages.
     """
     named = named_source(format, kind, path)
     if columns:
@@ -354,7 +348,7 @@ def _parse_row(
 
 
 def _parsed(row: Row, value: object, kind: Kind | None, usual: Kind, forbidden: Sequence[str]) -> Row:
-    """The record that the keys say where any kind will do, else the one that is wanted."""
+    """Parse the record as `kind`, or as the kind that its keys indicate if any kind is accepted."""
     by_keys = kind_of(value)
     own = kind if kind in ("dialog", "preference") else by_keys or usual
     record, problems, unused = parse_record(value, own, row.line, forbidden, is_context=kind == "prompt")
@@ -363,9 +357,7 @@ def _parsed(row: Row, value: object, kind: Kind | None, usual: Kind, forbidden: 
 
 
 def renamed_rows(rows: Iterable[Row], columns: Mapping[str, str]) -> Iterator[Row]:
-    """The rows with these columns renamed ({new name: name in the file}); in the end a problem of the file where one of
-    the columns is in no row.
-    """
+    """Rename columns ({new name: name in the file}); the last row is a problem of the file if a column is in no row."""
     absent, has_rows = set(columns.values()), False
     for row in rows:
         if row.problems or not isinstance(row.value, Mapping):
@@ -384,7 +376,7 @@ def renamed_rows(rows: Iterable[Row], columns: Mapping[str, str]) -> Iterator[Ro
 
 
 def named_source(format: str, kind: Kind | None, path: str) -> Source | None:
-    """The known set that the format names; None where it names none."""
+    """The known data set that the format names, or None for auto and native."""
     if format in ("auto", "native"):
         return None
     source = SOURCES.get(format.replace("-", "_"))
@@ -403,7 +395,7 @@ def named_source(format: str, kind: Kind | None, path: str) -> Source | None:
 
 
 def _likeliest_source(kind: Kind | None, head: Sequence[object], path: str) -> Source | None:
-    """The format that most of the first rows have; our own where none has more."""
+    """The format that most of the first rows match; None, for our own, if no other has more rows."""
     votes: Counter[tuple[str, ...]] = Counter()
     for value in head:
         if not isinstance(value, Mapping):

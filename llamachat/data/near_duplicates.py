@@ -1,11 +1,12 @@
-"""Records that say nearly the same: dialogs made from one template, a question with one word changed.
+"""Near-duplicate records: dialogs generated from one template, or questions that differ in one word.
 
-Two records are near-duplicates where at least 70% of their sequences of three words (without case and punctuation, system
-texts not counted) are the same: the Jaccard similarity of the two sets, as in Lee et al. 2022 (arXiv:2107.06499), who take
-five words and 80% for texts longer than chats. Three words and 70% are ours. Of a long record the 128 sequences with the
-smallest hashes stand for all of them (bottom-k sketch, Broder 1997), so that memory is bounded.
+Two records are near-duplicates if at least 70% of their word trigrams (without case, punctuation and system texts) are
+the same. The measure is the Jaccard similarity of the two sets, as in Lee et al. 2022 (arXiv:2107.06499), who use
+5-grams and 80% for texts longer than chats. Trigrams and 70% are ours. A long record is represented by its 128 smallest
+hashes (bottom-k sketch, Broder 1997), which bounds memory.
 
-Two similar sets share one of their rarest members, so only records that do are compared (prefix filter, Bayardo et al. 2007).
+Two similar sets share one of their rarest members, so only records that do are compared (prefix filter, Bayardo et al.
+2007).
 """
 
 import math
@@ -16,22 +17,22 @@ from zlib import crc32
 
 from llamachat.data.records import Preference, Record, messages_of
 
-WORDS = 3  # of one sequence
+WORDS = 3  # words in an n-gram
 SIMILARITY = 0.7
 LARGEST_SKETCH = 128
 
 if TYPE_CHECKING:
     import numpy as np
 
-Sketch: TypeAlias = "np.ndarray"  # uint64 [at most LARGEST_SKETCH], the hashes of the sequences, ascending
+Sketch: TypeAlias = "np.ndarray"  # uint64 [at most LARGEST_SKETCH], hashes of the n-grams, ascending
 
 _WORD = re.compile(r"\w+")
 _MULTIPLIERS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
 
 
 def sketch_of(record: Record) -> Sketch:
-    """The hashes of the record's sequences of words: what the user says and the answers, of a pair the chosen one."""
-    import numpy as np  # loaded where it is used: --help and refusals come at once
+    """The hashes of the word n-grams in the user turns and answers; of a pair, only the chosen answer."""
+    import numpy as np  # imported here so that --help and errors appear immediately
 
     texts = [message.content for message in messages_of(record) if message.role != "system"]
     texts += [record.chosen.content] if isinstance(record, Preference) else []
@@ -47,7 +48,7 @@ def sketch_of(record: Record) -> Sketch:
 
 
 def similarity(one: Sketch, other: Sketch) -> float:
-    """The Jaccard similarity of two records: exact where both are short, else an estimate from their sketches."""
+    """The Jaccard similarity of two records: exact if both are short, else estimated from their sketches."""
     import numpy as np
 
     both = np.union1d(one, other)
@@ -58,7 +59,7 @@ def similarity(one: Sketch, other: Sketch) -> float:
 
 
 class NearIndex:
-    """The records among some that are nearly the same as one that was added before."""
+    """An index that finds near-duplicates among the records added so far."""
 
     def __init__(self, sketches: Sequence[Sketch]) -> None:
         import numpy as np
@@ -69,12 +70,12 @@ class NearIndex:
         self._by_member: dict[int, list[int]] = {}
 
     def add(self, index: int) -> None:
-        """Let later records be compared with this one."""
+        """Add a record, so that later ones are compared with it."""
         for member in self._rarest(index):
             self._by_member.setdefault(member, []).append(index)
 
     def find(self, index: int) -> int | None:
-        """A record that was added and is nearly the same as this one."""
+        """The index of an added near-duplicate, or None."""
         sketch = self._sketches[index]
         compared: set[int] = set()
         for member in self._rarest(index):
@@ -85,7 +86,7 @@ class NearIndex:
         return None
 
     def _rarest(self, index: int) -> list[int]:
-        """The rarest members: without one of them in common, two sketches share too few."""
+        """The rarest members; two sketches with none of these in common are below the threshold."""
         import numpy as np
 
         sketch = self._sketches[index]

@@ -1,11 +1,11 @@
 """From tokenized dialogs to optimizer steps, rows and tensors: order, packing, padding.
 
-An optimizer step is a fixed set of examples, packed or not, so packing changes the speed and not the mathematics. All
-steps have the same number of rows, so that a trainer with a fixed accumulation walks through them; a row without
-examples fills up where a step needs fewer.
+An optimizer step is a fixed set of examples, packed or not, so packing changes the speed but not the result. All steps
+have the same number of rows, as required by trainers with fixed gradient accumulation; steps that need fewer rows are
+padded with empty ones.
 Shapes: B rows of a micro-batch, T positions, 1 a packed row.
-A packed row has no attention mask: its examples are separated by positions that start again at 0; a mask of ones would
-let each see its neighbours.
+A packed row has no attention mask. Position ids that restart at 0 separate its examples; a mask of ones would let them
+attend to each other.
 """
 
 from bisect import bisect_left, insort
@@ -21,42 +21,42 @@ from torch import Tensor
 from llamachat.chat_format import TokenizedExample
 from llamachat.chat_format.tokenizer import FILLER_ID
 
-# A CPU keeps a compiled kernel for each shape it has met: lengths are filled up to a multiple, which also is faster.
+# A CPU caches one compiled kernel for each shape: padding lengths to a multiple limits their number and is faster.
 SHAPE_MULTIPLE = 64
-IGNORED = -100  # the label that the losses of torch and transformers leave out
+IGNORED = -100  # the label that the losses of torch and transformers ignore
 
-Row = tuple[int, ...]  # indices of the examples in it; () where it fills up a step
+Row = tuple[int, ...]  # indices of the row's examples; () for an empty row that pads a step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """Every row of a whole training in order; step s holds `rows[s * rows_per_step : (s + 1) * rows_per_step]`."""
+    """All rows of a training run in order; step s consists of `rows[s * rows_per_step : (s + 1) * rows_per_step]`."""
 
     rows: list[Row]
     num_steps: int
     rows_per_step: int
     rows_per_microbatch: int
     world_size: int
-    tokens_per_step: tuple[int, ...]  # of all examples of a step, without padding
+    tokens_per_step: tuple[int, ...]  # total of the step's examples, without padding
 
     @property
     def microbatches_per_step(self) -> int:
-        """Gradient accumulation of each process."""
+        """Gradient accumulation steps of each process."""
         return self.rows_per_step // (self.rows_per_microbatch * self.world_size)
 
     def step_rows(self, step: int) -> list[Row]:
-        """The rows of one step, counted from 0."""
+        """The rows of one step, counting from 0."""
         return self.rows[step * self.rows_per_step : (step + 1) * self.rows_per_step]
 
     def tokens(self, first_step: int, end_step: int) -> int:
-        """Tokens of the examples in the steps from `first_step` up to, and without, `end_step`."""
+        """The number of tokens in the steps from `first_step` up to but excluding `end_step`."""
         return sum(self.tokens_per_step[first_step:end_step])
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices in as few rows of `capacity` tokens as best-fit decreasing finds; ties go to the earlier one.
+    """Pack examples into rows of `capacity` tokens with best-fit decreasing; ties go to the earlier example.
 
-    A longer example has a row of its own.
+    An example longer than `capacity` gets its own row.
     """
     assert all(length > 0 for length in lengths), "an example has tokens"
     bins: list[list[int]] = []
@@ -75,9 +75,9 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack_evenly(lengths: Sequence[int], capacity: int, *, shares: int) -> list[list[int]]:
-    """Indices in rows of `capacity` tokens for `shares` workers: equally many for each, of similar length; fullest first.
+    """Pack examples into rows for `shares` workers: the same number each, of similar length, fullest first.
 
-    One worker has the rows of `pack`. A longer example has a row of its own.
+    With one worker, the rows are those of `pack`. An example longer than `capacity` gets its own row.
     """
     rows, number = pack(lengths, capacity), 0
     room = max([capacity, *lengths])
@@ -88,7 +88,7 @@ def pack_evenly(lengths: Sequence[int], capacity: int, *, shares: int) -> list[l
 
 
 def _spread(lengths: Sequence[int], number: int) -> list[list[int]]:
-    """Indices in `number` rows: the longest that is left goes to the emptiest."""
+    """Distribute the examples over `number` rows, each time the longest remaining to the emptiest row."""
     rows: list[list[int]] = [[] for _ in range(number)]
     filled = [(0, place) for place in range(number)]
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
@@ -113,9 +113,9 @@ def plan_steps(
     rows_per_microbatch: int = 1,
     world_size: int = 1,
 ) -> StepPlan:
-    """The rows of all steps: a new order each epoch, cut into steps of `examples_per_step`, each laid out in rows.
+    """Plan the rows of all steps: shuffle each epoch, split it into steps of `examples_per_step`, lay out rows.
 
-    The last step may hold fewer examples. A part of an epoch takes the first examples of that epoch's order.
+    The last step may have fewer examples. A partial epoch takes the first examples of its order.
     """
     assert lengths and examples_per_step > 0 and epochs > 0, "the recipe is checked before"
     order = epoch_order(len(lengths), epochs, seed)
@@ -139,7 +139,7 @@ def lay_out(
     rows_per_microbatch: int = 1,
     world_size: int = 1,
 ) -> StepPlan:
-    """The rows of optimizer steps that hold these examples each."""
+    """Lay out rows for optimizer steps, one for each group of examples."""
     assert world_size > 0 and (rows_per_microbatch == 1 or not packing), "a packed micro-batch is one row"
     layouts: list[list[Row]] = []
     for group in groups:
@@ -147,7 +147,7 @@ def lay_out(
             rows = pack([lengths[index] for index in group], capacity)
             layouts.append([tuple(group[place] for place in row) for row in rows])
         else:
-            # Neighbours of similar length share a micro-batch, the longest first: what does not fit in memory shows at once.
+            # Similar lengths share a micro-batch. The longest come first, so that running out of memory shows at once.
             layouts.append([(index,) for index in sorted(group, key=lambda index: (-lengths[index], index))])
     unit = rows_per_microbatch * world_size
     rows_per_step = -(-max(map(len, layouts)) // unit) * unit
@@ -162,12 +162,12 @@ def lay_out(
 
 
 def epoch_order(count: int, epochs: float, seed: int | str) -> list[int]:
-    """Indices of `count` examples for `epochs`, a new order each; a part of one takes the first of its order."""
+    """Indices of `count` examples for `epochs`, reshuffled each epoch; a partial epoch takes the first of its order."""
     total = max(1, int(count * epochs + 0.5))
     order: list[int] = []
     epoch = 0
     while len(order) < total:
-        # Sorting by random() and not shuffle(): Python promises the same random() in every version, and no more.
+        # Sort by random() instead of shuffle(): only random() is guaranteed to be the same in every Python version.
         numbers = Random(f"order {seed} {epoch}")
         order += sorted(range(count), key=[numbers.random() for _ in range(count)].__getitem__)
         epoch += 1
@@ -175,10 +175,10 @@ def epoch_order(count: int, epochs: float, seed: int | str) -> list[int]:
 
 
 def collate_packed(examples: Sequence[TokenizedExample], *, multiple_of: int = 1) -> dict[str, Tensor]:
-    """One row of isolated examples: input_ids, labels, position_ids, each [1, T]; a row without examples is one pad.
+    """Collate one row of isolated examples: input_ids, labels, position_ids, each [1, T]; one pad if there are none.
 
-    An example's first token is never a label: the token before it belongs to its neighbour. Pads fill the row up to a
-    multiple of tokens, as one more example without targets.
+    An example's first token is never a label, since the token before it belongs to another example. Padding to a
+    multiple of tokens is added as one more example without targets.
     """
     parts = [(_ids(example), _labels(example)) for example in examples] or [_nothing(1)]
     missing = -sum(len(ids) for ids, _ in parts) % multiple_of
@@ -193,10 +193,10 @@ def collate_packed(examples: Sequence[TokenizedExample], *, multiple_of: int = 1
 def collate_padded(
     examples: Sequence[TokenizedExample], *, rows: int | None = None, multiple_of: int = 1
 ) -> dict[str, Tensor]:
-    """One example a row, padded on the right: input_ids, labels, attention_mask, position_ids, each [B, T].
+    """Collate one example per row, right-padded: input_ids, labels, attention_mask, position_ids, each [B, T].
 
-    The mask comes from lengths: the pad is a token that text may hold. With `rows`, rows without example fill up to that
-    number; each attends to its one pad, since attention over nothing is not a number.
+    The mask is computed from lengths, because text may contain the pad token. With `rows`, empty rows are added up to
+    that number; each attends to one pad, since attention over nothing gives NaN.
     """
     assert rows is None or len(examples) <= rows, "a micro-batch has room for its examples"
     parts = [(_ids(example), _labels(example)) for example in examples]
@@ -208,7 +208,7 @@ def collate_padded(
         "input_ids": _pad([ids for ids, _ in parts], FILLER_ID, width),
         "labels": _pad([labels for _, labels in parts], IGNORED, width),
         "attention_mask": (positions_T < lengths_B.unsqueeze(1)).long(),
-        # Positions run on over the padding: starting again there would read as a second packed example.
+        # Positions continue over the padding: restarting at 0 would mark a second packed example.
         "position_ids": positions_T.expand(len(parts), -1).contiguous(),
     }
 
@@ -216,11 +216,11 @@ def collate_padded(
 def pack_responses(
     responses: Sequence[Sequence[int]], shared: Sequence[int] = (), *, multiple_of: int = SHAPE_MULTIPLE
 ) -> dict[str, Tensor]:
-    """One row of isolated responses: input_ids and position_ids [1, T], and `ends` [N], where each has its last token.
+    """Collate one row of isolated responses: input_ids and position_ids [1, T], and `ends` [N], each last index.
 
-    The positions of a response begin at its number of `shared` tokens: those of the last one that shares none.
-    Pads fill the row up to a multiple of tokens, as one more response that is not scored; a row without responses is
-    pads alone.
+    The positions of a response start at its number of `shared` tokens: those of the last response that shares none.
+    Padding to a multiple of tokens is added as one more response, which is not scored; without responses, the row
+    consists of padding.
     """
     lengths = [len(ids) for ids in responses]
     total = sum(lengths)
@@ -241,9 +241,9 @@ def _ids(example: TokenizedExample) -> Tensor:
 
 
 def _labels(example: TokenizedExample) -> Tensor:
-    learnt_T = torch.tensor(example.loss_mask, dtype=torch.bool)
-    learnt_T[0] = False
-    return torch.where(learnt_T, _ids(example), IGNORED)
+    is_target_T = torch.tensor(example.loss_mask, dtype=torch.bool)
+    is_target_T[0] = False
+    return torch.where(is_target_T, _ids(example), IGNORED)
 
 
 def _nothing(count: int) -> tuple[Tensor, Tensor]:

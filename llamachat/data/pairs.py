@@ -1,4 +1,4 @@
-"""Preferences as token ids: both answers after one prompt, and a count of those that do not become an example."""
+"""Preferences as token ids: both answers to one prompt, and counts of the records that were dropped."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,16 +21,16 @@ UNSAFE_CHOSEN = "left out: the chosen answer is unsafe and the rejected one safe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairExample:
-    """Two answers to one prompt as the model reads them; both end with EOS, where a reward model's score is taken."""
+    """Two answers to one prompt as token ids; both end with EOS, where the reward model's score is read."""
 
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
     margin: float
-    chosen_tokens: int  # of the answer alone
+    chosen_tokens: int  # of the answer only
     rejected_tokens: int
-    preference: Preference  # as it was read, for ratings, labels and the baselines on its text
+    preference: Preference  # the original record, for ratings, labels and text baselines
     domain: Domain
-    source: str  # file that it comes from
+    source: str  # path of its file
 
     @property
     def tokens(self) -> int:
@@ -38,14 +38,14 @@ class PairExample:
 
     @property
     def shared(self) -> int:
-        """Tokens with which both begin: the prompt, and what the answers have in common."""
+        """Length of the common prefix in tokens: the prompt and the shared start of the answers."""
         both = zip(self.chosen, self.rejected[:-1], strict=False)
         return sum(1 for _ in takewhile(lambda tokens: tokens[0] == tokens[1], both))
 
 
 @dataclass(slots=True)
 class PairEncoder:
-    """Preferences to ids, with a count of what does not become an example."""
+    """Encodes preferences and counts the records that it drops."""
 
     chat_format: ChatFormat
     system: str | None
@@ -54,7 +54,7 @@ class PairEncoder:
     dropped: Counter[str] = field(default_factory=Counter)
 
     def pairs(self, records: Iterable[Tagged]) -> Iterator[PairExample]:
-        """The examples of these records, one after the other as they are asked for."""
+        """Encode the records lazily, skipping those that are dropped."""
         for domain, preference in records:
             example = self._pair(domain, preference)
             if example is not None:
@@ -88,14 +88,14 @@ class PairEncoder:
         )
 
     def encode(self, messages: tuple[Message, ...]) -> TokenizedExample:
-        """A dialog whose last answer alone is marked."""
+        """Encode a dialog with only its last answer in the loss mask."""
         return self.chat_format.encode_dialog(messages, train_on=TrainOn.LAST_ANSWER)
 
 
 def load_preferences(
     data: Data, chat_format: ChatFormat, domains: Sequence[Domain], *, seed: int
 ) -> dict[Domain, Mixture[Preference]]:
-    """The preferences of each domain; the bad lines of all files in one error."""
+    """Load the preferences of each domain; the bad lines of all files are reported in one error."""
     mixtures: dict[Domain, Mixture[Preference]] = {}
     errors: list[str] = []
     for domain in domains:

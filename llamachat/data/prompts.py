@@ -1,7 +1,7 @@
-"""What is asked: the prompts of the training side in a seeded order, and held-out ones that are always the same.
+"""Prompts: those of the training side in a seeded order, and fixed held-out ones.
 
-Reads `data.prompts` and `data.adversarial` (marked is_safety), or without both the questions of the tuning data. All
-stages of a recipe choose the same held-out prompts, so that their figures can be compared.
+Reads `data.prompts` and `data.adversarial` (marked is_safety), else the questions of the tuning data. All stages
+of a recipe choose the same held-out prompts, so that their metrics are comparable.
 """
 
 import logging
@@ -23,22 +23,22 @@ from llamachat.tables import plural
 
 log = logging.getLogger(__name__)
 
-_SALT = "ppo"  # of the first stage that asked: another one would choose other prompts for all
+_SALT = "ppo"  # of the first stage that used it; changing it would change the prompts of all stages
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt as the policy reads it; `is_safety` where it is likely to draw an unsafe answer (the gate reads it)."""
+    """A prompt as token ids; `is_safety` marks prompts likely to elicit an unsafe answer (read by the gate)."""
 
     messages: tuple[Message, ...]
     ids: tuple[int, ...]
     is_safety: bool
-    name: str  # the record's own id, or nothing
+    name: str  # the record's id, or ""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSplits:
-    """All prompts of a step by side, none on two of them, and the records that were left out, by reason."""
+    """The prompts of a step by side, without overlap, and the dropped records, by reason."""
 
     train: list[EncodedPrompt]
     validation: list[EncodedPrompt]
@@ -46,14 +46,14 @@ class PromptSplits:
     dropped: dict[str, int]
 
     def drawn(self, count: int | None, *, seed: int) -> list[EncodedPrompt]:
-        """`count` different prompts of the training side (None: all of them), in a seeded order."""
+        """`count` different prompts of the training side (all if None), in a seeded order."""
         different = list({prompt.ids: prompt for prompt in self.train}.values())
         return [different[place] for place in _order(len(different), seed, 0)][:count]
 
     def batch(self, iteration: int, *, count: int, seed: int) -> list[EncodedPrompt]:
-        """The prompts of one iteration, counted from 0: the next ones in an order that is new with each pass.
+        """The prompts of one iteration, counting from 0: the next ones in an order that is reshuffled each pass.
 
-        They follow from the iteration alone, so a checkpoint need not remember where it was.
+        They depend only on the iteration, so checkpoints need not store a position.
         """
         prompts = []
         for number in range(iteration * count, (iteration + 1) * count):
@@ -68,7 +68,7 @@ def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def check_room(base: Base, rollout: Rollout) -> None:
-    """ConfigError where the longest answer leaves no room for a prompt."""
+    """Raise ConfigError if the longest answer leaves no room for a prompt."""
     if rollout.max_new_tokens >= base.max_tokens:
         raise ConfigError(
             f"rollout.max_new_tokens: {rollout.max_new_tokens}, but base.max_tokens is {base.max_tokens}, and prompt and "
@@ -86,9 +86,9 @@ def load_prompts(
     seed: int,
     only_safety: bool = False,
 ) -> PromptSplits:
-    """The prompts, shortened to `max_tokens`; `held_out` are the sizes of the validation and of the test side.
+    """Load the prompts, shortened to `max_tokens`; `held_out` gives the sizes of the validation and the test side.
 
-    With `only_safety` those alone that are marked is_safety.
+    With `only_safety`, use only the prompts marked is_safety.
     """
     dropped: Counter[str] = Counter()
     sides: dict[str, list[EncodedPrompt]] = {"train": [], "validation": [], "test": []}
@@ -119,9 +119,9 @@ def load_prompts(
 def load_borderline(
     data: Data, chat_format: ChatFormat, *, system: str | None, max_tokens: int, count: int
 ) -> dict[str, list[EncodedPrompt]]:
-    """At most `count` prompts of each file of `data.borderline`, by its name in figures; none is in two of them.
+    """At most `count` prompts from each file of `data.borderline`, by metric name; no prompt is in two of them.
 
-    They are of both sides of the split, since no step learns from them.
+    They come from all sides of the split, since no step trains on them.
     """
     names = source_names(source.path for source in data.borderline)
     chosen: dict[str, list[EncodedPrompt]] = {}
@@ -136,11 +136,11 @@ def load_borderline(
 
 
 def _parts(data: Data) -> list[tuple[tuple[DataSource, ...], bool]]:
-    """Sources, and whether all of their prompts ask for something unsafe."""
+    """The sources, each with whether all its prompts ask for something unsafe."""
     if data.prompts or data.adversarial:
         parts = [(data.prompts, False), (data.adversarial, True)]
     else:
-        # Annotators were asked to draw unsafe answers where they compared safety (Llama 2, section 3.2.1).
+        # Annotators of safety comparisons were asked to elicit unsafe answers (Llama 2, section 3.2.1).
         parts = [(data.sft, False), (data.helpfulness, False), (data.safety, True)]
     return [(sources, is_safety) for sources, is_safety in parts if sources]
 
@@ -169,7 +169,7 @@ def _encoded(
 
 
 def _chosen(prompts: Sequence[EncodedPrompt], size: int) -> list[EncodedPrompt]:
-    """`size` different prompts, drawn by a hash of the text: the same whatever else is in the files."""
+    """`size` different prompts, chosen by a hash of the text, independent of other contents of the files."""
     different = {prompt.ids: prompt for prompt in prompts}.values()
     ranked = sorted(different, key=lambda prompt: (fraction(prompt.messages[-1].content, salt=_SALT), prompt.ids))
     return ranked[:size]

@@ -1,12 +1,12 @@
-"""What a record is, by kind, and every rule that one must keep: decoded JSON in, frozen records or problems out.
+"""The kinds of records and the rules for each: parses decoded JSON into frozen records or problems.
 
     dialog       {"messages": [...], "is_safe": bool (optional)}
     preference   {"prompt": [...], "chosen": [one answer], "rejected": [one answer], "rating": word (optional),
                   "chosen_is_safe": bool, "rejected_is_safe": bool (optional)}
     prompt       {"prompt": [...], "is_safety": bool (optional), "id": str (optional)}
 
-A key that looks like a misspelt known one is a problem, since what it says would be lost (a rating, a mask); any other
-unknown key is left out and named. An optional key with null counts as absent.
+A key that looks like a misspelt known key is a problem, since its value (a rating, a mask) would be lost. Any other
+unknown key is ignored and reported. An optional key with null counts as absent.
 """
 
 import hashlib
@@ -48,12 +48,12 @@ REQUIRED: dict[Kind, tuple[str, ...]] = {
     "prompt": ("prompt",),
 }
 _MESSAGE_KEYS = ("role", "content", "train")
-_MISSPELT = 0.8  # similarity of two names from which one is taken for a slip of the other
+_MISSPELT = 0.8  # similarity from which a name counts as a misspelling of a known key
 _KEYS_OF_ALL = frozenset(key for keys in KEYS.values() for key in keys)
-# "unsure" is the paper's other word for its lowest rating (Llama 2, section 3.2.1), the other a usual one for its highest.
+# The paper also calls its lowest rating "unsure" (Llama 2, section 3.2.1); "much_better" is common for its highest.
 _RATING_ALIASES: dict[str, Rating] = {"unsure": "negligibly_better", "much_better": "significantly_better"}
 _LABEL_NAMES = ("label", "kto_tag", "desirable", "is_desirable", "is_good")
-# Spellings of a label for a good and for a bad answer; numbers count only in KTO's format.
+# Spellings of a label for good and bad answers; numbers count only in KTO's format.
 _LABELS = {
     **dict.fromkeys(("true", "chosen", "good", "desirable"), True),
     **dict.fromkeys(("false", "rejected", "bad", "undesirable"), False),
@@ -63,7 +63,7 @@ _NUMBERS = {"1": True, "1.0": True, "0": False, "0.0": False, "-1": False, "-1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preference:
-    """Two answers to one prompt, how much the better one is better, and which of them are safe, where known."""
+    """Two answers to one prompt, with the strength of the preference and safety labels, if known."""
 
     prompt: tuple[Message, ...]
     chosen: Message
@@ -71,19 +71,19 @@ class Preference:
     rating: Rating | None = None
     chosen_is_safe: bool | None = None
     rejected_is_safe: bool | None = None
-    source: str = field(default="", compare=False, repr=False)  # the file that it was read from
+    source: str = field(default="", compare=False, repr=False)  # path of its file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What is to be answered; `is_safety` marks a prompt that asks for something unsafe (the gate reads it)."""
+    """A conversation to answer; `is_safety` marks a prompt that asks for something unsafe (read by the gate)."""
 
     messages: tuple[Message, ...]
     is_safety: bool = False
     id: str | None = None
 
 
-# The problem of a dialog whose label says so.
+# The problem of a dialog whose label marks the answer as bad.
 BAD_ANSWER = (
     "label",
     "says that the answer is a bad one, but every answer of a dialog is trained on.",
@@ -96,43 +96,43 @@ KIND_OF: dict[type[Record], Kind] = {Dialog: "dialog", Preference: "preference",
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a file: the value on it or why there is none; once parsed, its record or why that is none.
+    """One row of a file: its value or its problems and, once parsed, its record or its problems.
 
-    A parsed row without record and problems is one of a known set that holds no record.
+    A parsed row with neither a record nor problems belongs to a known data set and contains no record.
     """
 
-    line: int  # in files without lines, its number from 1; 0 for the file as a whole
+    line: int  # the row number from 1 in files without lines; 0 for the whole file
     value: Any = None
     problems: tuple[Problem, ...] = ()
     kind: Kind | None = None
     record: Record | None = None
-    unused: tuple[str, ...] = ()  # keys that nothing reads
+    unused: tuple[str, ...] = ()  # ignored keys
 
 
 def bad_row(line: int, field: str, reason: str, fix: str) -> Row:
-    """A row that holds nothing but a problem."""
+    """A row that consists of one problem."""
     return Row(line, problems=(problem(line, field, reason, fix),))
 
 
 @lru_cache(maxsize=4096)
 def slip_of(name: str, known: tuple[str, ...]) -> str | None:
-    """The known key that this one misspells, or None.
+    """The known key that this name misspells, or None.
 
-    A name that adds to a key (prompt_id) has a meaning of its own.
+    A name that extends a key (prompt_id) has its own meaning and is not a misspelling.
     """
     near = get_close_matches(name.strip().lower(), known, n=1, cutoff=_MISSPELT)
     return near[0] if near and len(near[0]) >= 4 and not name.startswith(f"{near[0]}_") else None
 
 
 def nearest_key(name: str) -> tuple[str, str] | None:
-    """The known key that an unused one is or is most like, and what has it."""
+    """The known key that an unused key equals or resembles most, and the kind of object that has it."""
     owners = dict.fromkeys(_MESSAGE_KEYS, "message") | {key: kind for kind in KINDS for key in KEYS[kind]}
     near = get_close_matches(name, owners, n=1)
     return (near[0], owners[near[0]]) if near and not name.startswith(f"{near[0]}_") else None
 
 
 def rating_meant(text: str) -> Rating | None:
-    """The rating that a text means beyond doubt: ours in another spelling, or a usual other word for one."""
+    """The rating that a text clearly means: ours in another spelling, or a common synonym."""
     plain = _plain(text)
     return _RATING_ALIASES.get(plain) or next((rating for rating in RATINGS if rating == plain), None)
 
@@ -142,7 +142,7 @@ def _plain(text: str) -> str:
 
 
 def kind_of(value: object) -> Kind | None:
-    """The kind of record that the keys say; None where they say none."""
+    """The kind of record that the keys indicate, or None."""
     if not isinstance(value, Mapping):
         return None
     if "messages" in value:
@@ -153,7 +153,7 @@ def kind_of(value: object) -> Kind | None:
 
 
 def label_of(row: Mapping[str, Any]) -> bool | None:
-    """Whether a labelled answer is a good one (`label` of KTO's data); None where no label says."""
+    """Whether a labelled answer is good (`label` in KTO's data); None without a label."""
     for name in _LABEL_NAMES:
         value = row.get(name)
         word = str(value).strip().lower() if isinstance(value, str | int | float) else ""
@@ -165,17 +165,17 @@ def label_of(row: Mapping[str, Any]) -> bool | None:
 
 
 def digest_of(record: Record) -> bytes:
-    """The same for two records that say the same, however they are written."""
+    """A digest that is equal for records with equal content, whatever their JSON formatting."""
     return hashlib.blake2b(repr(record).encode("utf-8", "backslashreplace"), digest_size=16).digest()
 
 
 def messages_of(record: Record) -> tuple[Message, ...]:
-    """The messages of a record without the answers of a preference."""
+    """The messages of a record; of a preference only the prompt."""
     return record.prompt if isinstance(record, Preference) else record.messages
 
 
 def record_with_system(record: Record, system: str | None) -> Record:
-    """The record with this system text, where it has none."""
+    """The record with this system text, unless it already has one."""
     if system is None:
         return record
     messages = with_system(messages_of(record), system)
@@ -183,7 +183,7 @@ def record_with_system(record: Record, system: str | None) -> Record:
 
 
 def as_prompt(record: Record) -> Prompt:
-    """What a record asks: a dialog up to its last user turn, a preference without its answers."""
+    """The prompt of a record: a dialog up to its last user turn, or a preference without its answers."""
     if isinstance(record, Prompt):
         return record
     messages = messages_of(record)
@@ -191,17 +191,17 @@ def as_prompt(record: Record) -> Prompt:
 
 
 def first_user_turn(record: Record) -> str:
-    """The text that decides which side of a split the record falls on."""
+    """The first user text, which decides the record's side of the split."""
     return next(message.content for message in messages_of(record) if message.role == "user")
 
 
 def parse_record(
     value: object, kind: Kind, line: int, forbidden: Sequence[str], *, is_context: bool = False
 ) -> tuple[Record | None, tuple[Problem, ...], tuple[str, ...]]:
-    """The record, all problems of its fields, and its keys that nothing reads; no record where there are problems.
+    """Parse a record; return it (None if there are problems), the problems of all fields, and its unused keys.
 
-    `forbidden` are the texts that no message may hold (`ChatFormat.forbidden`). With `is_context` a dialog is read for
-    what it asks: it may end with a question, and needs no answer that is trained on.
+    No message may contain a text in `forbidden` (`ChatFormat.forbidden`). With `is_context`, a dialog is read as a
+    prompt: it may end with a question and needs no trained answer.
     """
     parser = _Parser(line, forbidden)
     record = parser.record(value, kind, is_context=is_context)
@@ -209,7 +209,7 @@ def parse_record(
 
 
 class _Noting:
-    """A context that notes a `DialogError` and continues; a generator's would take longer than the checks."""
+    """A context manager that records a `DialogError` and continues; `@contextmanager` costs more than the checks."""
 
     __slots__ = ("_parser",)
 
@@ -228,7 +228,7 @@ class _Noting:
 
 @dataclass(slots=True)
 class _Parser:
-    """The parsing of one record: what is wrong is noted, and the next field is parsed all the same."""
+    """Parses one record; a problem is recorded and parsing continues with the next field."""
 
     line: int
     forbidden: Sequence[str]
@@ -239,7 +239,7 @@ class _Parser:
         self.problems.append(problem(self.line, name, reason, fix))
 
     def noting(self) -> "_Noting":
-        """Note the `DialogError` that a check raises."""
+        """Record any `DialogError` raised inside the block."""
         return _Noting(self)
 
     def record(self, value: object, kind: Kind, *, is_context: bool) -> Record | None:
@@ -294,7 +294,7 @@ class _Parser:
         return Prompt(messages=messages, is_safety=is_safety, id=name) if messages else None
 
     def messages(self, row: Mapping[str, Any], key: str, ends_with: EndsWith) -> tuple[Message, ...]:
-        """The messages under a key, () where they cannot be read; each rule that they break is noted."""
+        """Parse the messages under a key; () if they are unreadable. Each violated rule is recorded."""
         value = row.get(key)
         if value is None:
             return ()
@@ -306,13 +306,13 @@ class _Parser:
         return messages
 
     def check_texts(self, messages: Sequence[Message], key: str) -> None:
-        """Note the first text that holds a tag of the chat format."""
+        """Record the first text that contains a tag of the chat format."""
         if self.forbidden:
             with self.noting():
                 check_texts(messages, self.forbidden, field=key)
 
     def readable_messages(self, value: object, key: str) -> tuple[Message, ...]:
-        """The messages, or () where one of them is none; each such fault is noted."""
+        """Parse the messages; () if one is unreadable. Each such problem is recorded."""
         if not isinstance(value, list):
             with self.noting():
                 return parse_messages(value, field=key)
@@ -329,7 +329,7 @@ class _Parser:
         return tuple(messages) if len(self.problems) == num_problems else ()
 
     def answer(self, row: Mapping[str, Any], key: str) -> Message | None:
-        """The one assistant message under 'chosen' or 'rejected'."""
+        """The single assistant message under 'chosen' or 'rejected'."""
         value = row.get(key)
         if value is None:
             return None
@@ -378,12 +378,12 @@ class _Parser:
         return None
 
     def check_keys(self, row: Mapping[str, Any], known: tuple[str, ...], at: str, what: str) -> None:
-        """Unknown keys: one that is nearly a known key, not there itself, is a slip; the others are named as unused."""
+        """Check for unknown keys: a likely misspelling of an absent known key is a problem, any other key is unused."""
         for key in row:
             if key in known:
                 continue
             name = f"{at}.{key}" if at else str(key)
-            # A key of another kind of record is spelt as it is meant.
+            # A known key of another kind of record is not a misspelling.
             near = slip_of(key, known) if isinstance(key, str) and key not in _KEYS_OF_ALL else None
             if near and near not in row:
                 self.note(
@@ -396,7 +396,7 @@ class _Parser:
 
     def note_missing(self, row: Mapping[str, Any], key: str, kind: Kind) -> None:
         if any(slip.field in row and f"'{key}'" in slip.fix for slip in self.problems):
-            return  # already noted as a misspelt key
+            return  # already reported as a misspelt key
         other = kind_of(row)
         present = ", ".join(repr(name) for name in list(row)[:8]) or "nothing"
         inner = next((name for name, value in row.items() if other is None and _holds_records(value)), None)

@@ -1,8 +1,8 @@
-"""`llamachat tokens`: the ids and the loss mask of each dialog of a file, as training sees them.
+"""`llamachat tokens`: the token ids and loss mask of each dialog in a file, as used in training.
 
-Reads dialogs (`{"messages": [...]}` a line, `.jsonl` or `.jsonl.gz`; other keys and blank lines are ignored) and writes
-`{"input_ids": [...], "loss_mask": [0 or 1, ...]}` a line, in the same order. A dialog may end with an open user
-turn: it is encoded too, with nothing to learn in it. With one bad line nothing is written; all bad lines are reported.
+Reads dialogs (`{"messages": [...]}` a line, `.jsonl` or `.jsonl.gz`; other keys and blank lines are skipped) and writes
+`{"input_ids": [...], "loss_mask": [0 or 1, ...]}` per line, in the same order. A dialog may end with an open user turn,
+which is encoded but has no targets. If any line is bad, nothing is written and all bad lines are reported.
 """
 
 import json
@@ -23,12 +23,12 @@ from llamachat.errors import DataError, kind_word
 from llamachat.pipes import regular_file
 from llamachat.runs.outputs import check_folder, check_output, written_beside
 
-MOST_SHOWN = 100  # bad lines that one error prints
+MOST_SHOWN = 100  # bad lines printed in one error
 
 
 @dataclass(frozen=True, slots=True)
 class TokensReport:
-    """What was written, and the warning of an unproved tokenizer where the user allowed one."""
+    """Counts of what was written, and a warning if the user allowed an unproved tokenizer."""
 
     dialogs: int
     tokens: int
@@ -47,7 +47,7 @@ def write_tokens(
     allow_unproved: bool = False,
     overwrite: bool = False,
 ) -> TokensReport:
-    """Encode every dialog of `dialogs_in` into `out`; `show` prints them too, the trained tokens coloured."""
+    """Encode every dialog in `dialogs_in` to `out`; with `show`, also print them with the trained tokens coloured."""
     check_output(out, [dialogs_in, tokenizer_dir], overwrite=overwrite)
     check_folder(out)
     loaded, warning = load_proved_format(tokenizer_dir, chat_format=chat_format, allow_unproved=allow_unproved)
@@ -77,7 +77,7 @@ def write_tokens(
 
 
 def _check_form(path: Path) -> None:
-    """`DataError` where the file as a whole is not JSON Lines."""
+    """Raise `DataError` if the file as a whole is not JSON Lines."""
     fault = file_problem(path)
     problems = fault.problems if fault else ()
     if not problems and regular_file(path).suffix == ".parquet":
@@ -112,7 +112,7 @@ def _show(chat_format: ChatFormat, example: TokenizedExample, number: int) -> No
 
 
 def _readable(pieces: list[str]) -> str:
-    """Pieces as text: byte pieces joined to characters, and no control character that a terminal would obey."""
+    """Join pieces into text: byte pieces decoded, control characters escaped for the terminal."""
     raw = b"".join(
         bytes([int(piece[3:5], 16)]) if re.fullmatch("<0x..>", piece) else piece.replace(SPACE, " ").encode()
         for piece in pieces
